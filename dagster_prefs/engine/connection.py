@@ -1,0 +1,75 @@
+"""One way to reach the engine, RisingWave or the embedded one, over the Postgres wire."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import psycopg
+
+from dagster_prefs.errors import PrefsError
+
+
+class EngineUnavailable(PrefsError):
+    """The engine cannot be reached or refuses the connection."""
+
+
+@dataclass(frozen=True)
+class EngineConnection:
+    """Where the engine is and who we are there; the password never shows in a repr."""
+
+    host: str
+    port: int
+    database: str
+    user: str
+    password: str = field(default="", repr=False)
+    sslmode: str = "prefer"
+    schema: str = "public"
+    kind: Literal["local", "risingwave"] = "local"
+
+    def with_database(self, database: str) -> EngineConnection:
+        """The same server, another database."""
+        return replace(self, database=database)
+
+    def parameters(self) -> dict[str, Any]:
+        """libpq's connection parameters."""
+        return {
+            "host": self.host,
+            "port": self.port,
+            "dbname": self.database,
+            "user": self.user,
+            "password": self.password or None,
+            "sslmode": self.sslmode,
+            "options": f"-c search_path={self.schema}" if self.kind == "local" else None,
+            "connect_timeout": 5,
+            "application_name": "dagster-prefs",
+        }
+
+    def connect(self, *, autocommit: bool = True) -> psycopg.Connection[tuple[Any, ...]]:
+        """Open a connection, with the session in UTC; the caller closes it.
+
+        Raises EngineUnavailable naming host, port and what to do.
+        """
+        given = {name: value for name, value in self.parameters().items() if value is not None}
+        try:
+            connection = psycopg.connect(autocommit=autocommit, **given)
+        except psycopg.OperationalError as error:
+            raise EngineUnavailable(self._explain(str(error))) from None
+        connection.execute("set time zone 'UTC'")
+        if self.kind == "risingwave":
+            # Reads must see this session's own writes, as they do on PostgreSQL.
+            connection.execute("set rw_implicit_flush to true")
+        if not autocommit:
+            connection.commit()
+        return connection
+
+    def _explain(self, text: str) -> str:
+        where = f"{self.host}:{self.port}"
+        lowered = text.lower()
+        if "password" in lowered or "authentication" in lowered:
+            return f"the engine at {where} refused user {self.user}: check PREFS_ENGINE_USER and PREFS_ENGINE_PASSWORD"
+        if "does not exist" in lowered or "not found" in lowered:
+            return f"the engine at {where} has no database {self.database}: create it or set PREFS_ENGINE_DATABASE"
+        remedy = "run `prefs up`" if self.kind == "local" else "check PREFS_ENGINE_HOST and PREFS_ENGINE_PORT"
+        reason = text.strip().splitlines()[-1] if text.strip() else "no answer"
+        return f"the {self.kind} engine at {where} cannot be reached ({reason}): {remedy}"

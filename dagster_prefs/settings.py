@@ -1,0 +1,212 @@
+"""Every knob of the platform, typed, from the environment or `.env`."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Literal, Self
+
+from dotenv import dotenv_values
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.errors import PrefsError
+
+PROJECT_ROOT = Path(__file__).resolve().parents[1]
+PREFIX = "PREFS_"
+
+
+class SettingsError(PrefsError):
+    """A setting is unknown, malformed, or contradicts another one."""
+
+
+class Settings(BaseSettings):
+    """All settings; the defaults run everything on one machine.
+
+    Each field is read from `PREFS_<FIELD>` unless its alias says otherwise. Every field must be
+    documented in `.env.example`, which a test compares with this class.
+    """
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="ignore", populate_by_name=True)
+
+    engine: Literal["local", "risingwave"] = Field(
+        "local", description="Streaming engine: `local` (embedded PostgreSQL) or `risingwave`."
+    )
+    engine_host: str = Field("127.0.0.1", description="Host of the engine.")
+    engine_port: int | None = Field(
+        None, ge=1, le=65535, description="Port of the engine; empty means 54329 (local) or 4566 (risingwave)."
+    )
+    engine_database: str | None = Field(
+        None, description="Database of the engine; empty means prefs (local) or dev (risingwave)."
+    )
+    engine_user: str | None = Field(
+        None, description="User of the engine; empty means prefs (local) or root (risingwave)."
+    )
+    engine_password: SecretStr = Field(SecretStr(""), description="Password of the engine.")
+    engine_sslmode: Literal["disable", "allow", "prefer", "require", "verify-ca", "verify-full"] = Field(
+        "prefer", description="TLS mode of the engine connection, as libpq spells it."
+    )
+    engine_schema: str = Field("public", description="Schema that holds every relation.")
+
+    data_dir: Path = Field(
+        PROJECT_ROOT / ".prefs",
+        description="Folder for all local state: embedded services, Dagster home, Iceberg files. Empty means .prefs beside the project.",
+    )
+    local_aws_port: int = Field(54330, ge=1, le=65535, description="Port of the local AWS server.")
+
+    aws_endpoint_url: str | None = Field(
+        None,
+        alias="AWS_ENDPOINT_URL",
+        description="AWS endpoint; empty means the local AWS server on the local engine, AWS itself otherwise.",
+    )
+    aws_region: str = Field("eu-central-1", alias="AWS_REGION", description="AWS region.")
+    provisioning: Literal["create", "verify"] = Field(
+        "create", description="`create` makes missing DynamoDB tables, `verify` only checks them (Terraform owns them)."
+    )
+    table_prefix: str = Field(
+        "", pattern=r"^[A-Za-z0-9_.-]{0,64}$", description="Prefix of every DynamoDB table name, for several environments."
+    )
+    publish: Literal["auto", "publisher", "sink"] = Field(
+        "auto",
+        description="Who writes DynamoDB: `publisher` (this platform), `sink` (RisingWave); auto picks by engine.",
+    )
+
+    kafka_bootstrap: str | None = Field(
+        None, description="Kafka brokers, host:port,host:port; empty means no Kafka."
+    )
+    kafka_start: Literal["earliest", "latest"] = Field(
+        "earliest", description="Where a new Kafka reader starts; `earliest` loses no event."
+    )
+
+    iceberg_catalog: Literal["sqlite", "glue", "rest"] = Field("sqlite", description="Iceberg catalog kind.")
+    iceberg_warehouse: str | None = Field(
+        None, description="Iceberg warehouse URI, s3://… or file://…; empty means <data dir>/iceberg."
+    )
+    iceberg_uri: str | None = Field(None, description="URI of the REST catalog.")
+    iceberg_namespace: str = Field("training", description="Iceberg namespace of the training tables.")
+
+    expiry_spread_seconds: int = Field(
+        0,
+        ge=0,
+        lt=86_400,
+        description="Seconds after midnight UTC over which windows roll over, per viewer; 0 is the exact day boundary.",
+    )
+    refresh_poll_seconds: int = Field(30, ge=5, description="Seconds between looks for new events (sensor).")
+    schedules: Literal["on", "off"] = Field(
+        "off", description="Whether schedules and sensors run as soon as the Dagster daemon does."
+    )
+
+    @field_validator(
+        "engine_port", "engine_database", "engine_user", "aws_endpoint_url", "kafka_bootstrap",
+        "iceberg_warehouse", "iceberg_uri", mode="before",
+    )  # fmt: skip
+    @classmethod
+    def _empty_is_unset(cls, value: object) -> object:
+        return None if value == "" else value
+
+    @field_validator("data_dir", mode="before")
+    @classmethod
+    def _empty_is_default(cls, value: object) -> object:
+        return PROJECT_ROOT / ".prefs" if value in ("", None) else value
+
+    @field_validator("data_dir")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        return value.expanduser().absolute()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.engine == "local" and self.publish == "sink":
+            raise ValueError(
+                "PREFS_PUBLISH=sink needs PREFS_ENGINE=risingwave: the local engine has no sinks; use publisher"
+            )
+        if self.iceberg_catalog == "rest" and not self.iceberg_uri:
+            raise ValueError("PREFS_ICEBERG_CATALOG=rest needs PREFS_ICEBERG_URI, the address of the catalog")
+        if self.iceberg_catalog != "sqlite" and not self.iceberg_warehouse:
+            raise ValueError(
+                f"PREFS_ICEBERG_CATALOG={self.iceberg_catalog} needs PREFS_ICEBERG_WAREHOUSE, e.g. s3://bucket/path"
+            )
+        if self.engine == "local" and self.engine_host not in ("127.0.0.1", "localhost"):
+            raise ValueError(
+                "PREFS_ENGINE=local runs on this machine only: unset PREFS_ENGINE_HOST or set PREFS_ENGINE=risingwave"
+            )
+        return self
+
+    @property
+    def port(self) -> int:
+        """The engine's port, with the default of the chosen engine."""
+        return self.engine_port or (54329 if self.engine == "local" else 4566)
+
+    @property
+    def connection(self) -> EngineConnection:
+        """How to reach the engine over the Postgres wire."""
+        local = self.engine == "local"
+        return EngineConnection(
+            host=self.engine_host,
+            port=self.port,
+            database=self.engine_database or ("prefs" if local else "dev"),
+            user=self.engine_user or ("prefs" if local else "root"),
+            password=self.engine_password.get_secret_value(),
+            sslmode=self.engine_sslmode,
+            schema=self.engine_schema,
+            kind=self.engine,
+        )
+
+    @property
+    def aws_endpoint(self) -> str | None:
+        """The endpoint every AWS client uses; None means AWS itself."""
+        if self.aws_endpoint_url or self.engine != "local":
+            return self.aws_endpoint_url
+        return f"http://127.0.0.1:{self.local_aws_port}"
+
+    @property
+    def uses_local_aws(self) -> bool:
+        """Whether the local AWS server is the one in use (and so must be started)."""
+        return self.engine == "local" and self.aws_endpoint_url is None
+
+    @property
+    def warehouse(self) -> str:
+        """URI of the Iceberg warehouse."""
+        return self.iceberg_warehouse or (self.data_dir / "iceberg").as_uri()
+
+
+def known_variables() -> dict[str, str]:
+    """Environment variable → field name, for every setting."""
+    return {field.alias or PREFIX + name.upper(): name for name, field in Settings.model_fields.items()}
+
+
+def load_settings(env_file: Path | None = None) -> Settings:
+    """Read the environment over `.env` and return validated settings.
+
+    `env_file` defaults to `.env` beside the project. Variables of `.env` are exported into this
+    process's environment where unset, because dbt and botocore read it themselves.
+
+    Raises SettingsError naming the variable, the rule and the remedy: for a `PREFS_*` name that no
+    setting has, a value out of its domain, or settings that contradict each other.
+    """
+    env_file = env_file or PROJECT_ROOT / ".env"
+    if env_file.is_file():
+        for name, value in dotenv_values(env_file).items():
+            if value is not None:
+                os.environ.setdefault(name, value)
+    known = known_variables()
+    # These belong to the test suites that reach a server, not to the product's settings.
+    suite = {"PREFS_RISINGWAVE_URL", "PREFS_BENCH_SCALE"}
+    for name in sorted(os.environ):
+        if name.startswith(PREFIX) and name not in known and name not in suite:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "remove it; .env.example lists every setting"
+            raise SettingsError(f"unknown setting {name}: {hint}")
+    try:
+        return Settings()
+    except ValidationError as error:
+        variables = {field: variable for variable, field in known.items()}
+        problems = []
+        for problem in error.errors(include_input=False, include_url=False):
+            place = str(problem["loc"][0]) if problem["loc"] else ""
+            name = variables.get(place, place)
+            message = problem["msg"].removeprefix("Value error, ")
+            problems.append(f"{name}: {message}" if name else message)
+        raise SettingsError("; ".join(problems) + " (see .env.example)") from None
