@@ -1,0 +1,584 @@
+"""The serving contract: what a recommendation service may rely on, read from `contract.json`.
+
+The contract is declared beside the rolling views in dbt YAML and generated from dbt's manifest; Terraform,
+provisioning, publisher, reader and checks all read the generated file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, cast, get_args
+
+from dagster_prefs.errors import PrefsError
+
+CONTRACT_PATH = Path(__file__).with_name("contract.json")
+
+# Viewer ids below 0 are canaries; this one is written by the freshness probe in every domain.
+CANARY_VIEWER_ID = -1
+
+AttributeType = Literal["integer", "decimal", "float", "string", "list<string>", "list<decimal>"]
+KeyType = Literal["N", "S"]
+
+LAST_EVENT_AT = "last_event_at"
+
+SQL_TYPES: Mapping[str, AttributeType] = MappingProxyType(
+    {
+        "bigint": "integer",
+        "int8": "integer",
+        "integer": "integer",
+        "int": "integer",
+        "int4": "integer",
+        "smallint": "integer",
+        "numeric": "decimal",
+        "decimal": "decimal",
+        "double precision": "float",
+        "float8": "float",
+        "real": "float",
+        "text": "string",
+        "varchar": "string",
+        "character varying": "string",
+        "text[]": "list<string>",
+        "varchar[]": "list<string>",
+        "character varying[]": "list<string>",
+        "numeric[]": "list<decimal>",
+        "decimal[]": "list<decimal>",
+    }
+)
+
+# DynamoDB's own ceiling for one item.
+DYNAMODB_ITEM_BYTES = 409_600
+
+
+class ContractError(PrefsError):
+    """The contract is malformed, or a change of it is not allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Freshness:
+    """Staleness in seconds from which to warn, and from which the promise is broken."""
+
+    warn_seconds: float
+    error_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Attribute:
+    """One attribute of a domain's item."""
+
+    type: AttributeType
+    nullable: bool
+    description: str
+
+
+@dataclass(frozen=True, slots=True)
+class KeyAttribute:
+    """A key attribute of the table; `type` as DynamoDB spells it."""
+
+    name: str
+    type: KeyType
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The DynamoDB table; `name` is without the environment's prefix."""
+
+    name: str
+    partition_key: KeyAttribute
+    sort_key: KeyAttribute
+    max_item_bytes: int
+    ttl_attribute: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Domain:
+    """One item per viewer: `key` is its sort key, `name` what Python calls it."""
+
+    key: str
+    name: str
+    relation: str
+    sink: str
+    owner: str
+    description: str
+    freshness: Freshness
+    attributes: Mapping[str, Attribute]
+
+
+@dataclass(frozen=True, slots=True)
+class FreshnessThresholds:
+    """Thresholds outside the domains: per topic, per relation, for the export and the canary."""
+
+    topics: Mapping[str, Freshness]
+    views: Mapping[str, Freshness]
+    export: Freshness
+    canary: Freshness
+
+
+@dataclass(frozen=True, slots=True)
+class Contract:
+    """The whole serving contract; `domains` maps domain keys (`engagement#watch`) to domains."""
+
+    version: int
+    owner: str
+    table: Table
+    domains: Mapping[str, Domain]
+    freshness: FreshnessThresholds
+    _names: Mapping[str, Domain] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        names = MappingProxyType({domain.name: domain for domain in self.domains.values()})
+        object.__setattr__(self, "_names", names)
+
+    def domain(self, name_or_key: str) -> Domain:
+        """The domain of that key (`engagement#watch`) or name (`watch`).
+
+        Raises ContractError naming the known domains.
+        """
+        found = self.domains.get(name_or_key) or self._names.get(name_or_key)
+        if found is None:
+            known = ", ".join(self._names)
+            raise ContractError(f"unknown domain {name_or_key!r}: the contract has {known}")
+        return found
+
+
+def load_contract(path: Path | None = None) -> Contract:
+    """Read and validate a contract; without `path`, the one that this package ships.
+
+    Raises ContractError naming the file, the place in it and the rule.
+    """
+    path = path or CONTRACT_PATH
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ContractError(
+            f"the contract {path} cannot be read ({reason}): run `prefs contract build`"
+        ) from None
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise ContractError(
+            f"the contract {path} is not JSON ({error}): run `prefs contract build`"
+        ) from None
+    try:
+        return parse_contract(content)
+    except ContractError as error:
+        raise ContractError(f"the contract {path} is not valid: {error}") from None
+
+
+def parse_contract(content: object) -> Contract:
+    """Validate the decoded JSON of a contract.
+
+    Raises ContractError naming the first place that breaks a rule, and the rule.
+    """
+    root = _object(content, "the contract", {"version", "owner", "table", "domains", "freshness"})
+    version = _integer(root["version"], "version", minimum=1)
+    table = _table(root["table"])
+    domains = {key: _domain(key, value, table) for key, value in _mapping(root["domains"], "domains").items()}
+    if not domains:
+        raise ContractError("domains: at least one domain is needed")
+    for attribute in ("name", "relation", "sink"):
+        values = [getattr(domain, attribute) for domain in domains.values()]
+        twice = sorted({value for value in values if values.count(value) > 1})
+        if twice:
+            raise ContractError(f"domains: {attribute} {twice[0]!r} is used twice; each domain needs its own")
+    place = "freshness"
+    thresholds = _object(root["freshness"], place, {"topics", "views", "export", "canary"})
+    freshness = FreshnessThresholds(
+        topics=_thresholds(thresholds["topics"], f"{place}.topics"),
+        views=_thresholds(thresholds["views"], f"{place}.views"),
+        export=_freshness(thresholds["export"], f"{place}.export"),
+        canary=_freshness(thresholds["canary"], f"{place}.canary"),
+    )
+    return Contract(
+        version=version,
+        owner=_text(root["owner"], "owner"),
+        table=table,
+        domains=MappingProxyType(domains),
+        freshness=freshness,
+    )
+
+
+def render_contract(contract: Contract | Mapping[str, Any]) -> str:
+    """The contract as stable JSON: domains by key, attributes as declared, one trailing newline."""
+    content = contract_dict(contract) if isinstance(contract, Contract) else contract
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def contract_dict(contract: Contract) -> dict[str, Any]:
+    """The JSON form of a contract; `parse_contract` reads it back equal."""
+    table = contract.table
+    return {
+        "version": contract.version,
+        "owner": contract.owner,
+        "table": {
+            "name": table.name,
+            "partition_key": {"name": table.partition_key.name, "type": table.partition_key.type},
+            "sort_key": {"name": table.sort_key.name, "type": table.sort_key.type},
+            "max_item_bytes": table.max_item_bytes,
+            "ttl_attribute": table.ttl_attribute,
+        },
+        "domains": {
+            key: {
+                "name": domain.name,
+                "relation": domain.relation,
+                "sink": domain.sink,
+                "owner": domain.owner,
+                "description": domain.description,
+                "freshness": _freshness_dict(domain.freshness),
+                "attributes": {
+                    name: {
+                        "type": attribute.type,
+                        "nullable": attribute.nullable,
+                        "description": attribute.description,
+                    }
+                    for name, attribute in domain.attributes.items()
+                },
+            }
+            for key, domain in sorted(contract.domains.items())
+        },
+        "freshness": {
+            "topics": {
+                name: _freshness_dict(value) for name, value in sorted(contract.freshness.topics.items())
+            },
+            "views": {
+                name: _freshness_dict(value) for name, value in sorted(contract.freshness.views.items())
+            },
+            "export": _freshness_dict(contract.freshness.export),
+            "canary": _freshness_dict(contract.freshness.canary),
+        },
+    }
+
+
+def build_contract(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Build the contract from dbt's `manifest.json`.
+
+    A model with `config.meta.domain` = {key, name, sink, owner, freshness} is a domain: its description is
+    the domain's, and its columns (data_type, description, a `not_null` constraint) are the attributes. The
+    one exposure with `config.meta.contract` = {version, owner, table, freshness} gives the rest.
+
+    Raises ContractError naming the model or exposure, the rule and the remedy.
+    """
+    table: dict[str, Any] | None = None
+    head: dict[str, Any] = {}
+    source = ""
+    for exposure in manifest.get("exposures", {}).values():
+        declared = _meta(exposure).get("contract")
+        if declared is None:
+            continue
+        if table is not None:
+            raise ContractError(
+                f"exposures {source} and {exposure['name']} both declare meta.contract: keep one of them"
+            )
+        source = str(exposure["name"])
+        head = _object(
+            declared, f"exposure {source}: meta.contract", {"version", "owner", "table", "freshness"}
+        )
+        table = _mapping(head["table"], f"exposure {source}: meta.contract.table")
+    if table is None:
+        raise ContractError(
+            "the manifest has no exposure with meta.contract: declare version, owner, table, freshness there"
+        )
+    keys = _table(table)
+    domains: dict[str, Any] = {}
+    for node in manifest.get("nodes", {}).values():
+        declared = _meta(node).get("domain")
+        if declared is None or node.get("resource_type") != "model":
+            continue
+        key, domain = _declared_domain(node, declared, keys)
+        if key in domains:
+            raise ContractError(
+                f"models {domains[key]['relation']} and {domain['relation']} both declare domain {key}: "
+                "rename one of them"
+            )
+        domains[key] = domain
+    content = {
+        "version": head["version"],
+        "owner": head["owner"],
+        "table": table,
+        "domains": domains,
+        "freshness": head["freshness"],
+    }
+    return contract_dict(parse_contract(content))
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One difference between two contracts; `path` is where, `what` a sentence."""
+
+    kind: Literal["additive", "breaking"]
+    path: str
+    what: str
+
+
+def diff_contracts(old: Contract, new: Contract) -> tuple[Change, ...]:
+    """Classify what differs, breaking changes first.
+
+    Breaking is what an existing reader does not survive: another table or key, a domain or attribute that is
+    gone, renamed or retyped, an attribute that may now be NULL, a weaker freshness promise. All else is
+    additive.
+    """
+    changes = [*_table_changes(old.table, new.table)]
+    if old.owner != new.owner:
+        changes.append(Change("additive", "owner", f"{old.owner!r} becomes {new.owner!r}"))
+    for key, domain in old.domains.items():
+        if key not in new.domains:
+            changes.append(Change("breaking", key, "the domain is removed"))
+        else:
+            changes.extend(_domain_changes(domain, new.domains[key]))
+    changes.extend(
+        Change("additive", key, "the domain is new") for key in new.domains if key not in old.domains
+    )
+    if old.freshness != new.freshness:
+        changes.append(Change("additive", "freshness", "thresholds of the pipeline differ"))
+    return tuple(sorted(changes, key=lambda change: change.kind != "breaking"))
+
+
+def check_version(old: Contract, new: Contract) -> tuple[Change, ...]:
+    """Refuse a breaking change without a higher version; return all changes.
+
+    Raises ContractError naming the breaking changes and the version to use.
+    """
+    changes = diff_contracts(old, new)
+    if new.version < old.version:
+        raise ContractError(
+            f"version {new.version} is lower than {old.version}: a contract's version never goes back"
+        )
+    breaking = [f"{change.path}: {change.what}" for change in changes if change.kind == "breaking"]
+    if breaking and new.version == old.version:
+        raise ContractError(
+            f"breaking change without a new version ({'; '.join(breaking)}): "
+            f"set version to {old.version + 1} or undo it"
+        )
+    return changes
+
+
+def _table_changes(old: Table, new: Table) -> Iterator[Change]:
+    for name in ("name", "partition_key", "sort_key"):
+        before, after = getattr(old, name), getattr(new, name)
+        if before != after:
+            shown = [
+                f"{value.name} ({value.type})" if isinstance(value, KeyAttribute) else value
+                for value in (before, after)
+            ]
+            yield Change("breaking", f"table.{name}", f"{shown[0]} becomes {shown[1]}")
+    for name in ("max_item_bytes", "ttl_attribute"):
+        if getattr(old, name) != getattr(new, name):
+            yield Change("additive", f"table.{name}", f"{getattr(old, name)} becomes {getattr(new, name)}")
+
+
+def _domain_changes(old: Domain, new: Domain) -> Iterator[Change]:
+    if old.name != new.name:
+        yield Change("breaking", f"{old.key}.name", f"{old.name} becomes {new.name}")
+    for place in ("relation", "sink", "owner", "description"):
+        if getattr(old, place) != getattr(new, place):
+            yield Change("additive", f"{old.key}.{place}", "it is changed")
+    if old.freshness != new.freshness:
+        weaker = new.freshness.error_seconds > old.freshness.error_seconds
+        yield Change(
+            "breaking" if weaker else "additive",
+            f"{old.key}.freshness",
+            f"error after {old.freshness.error_seconds} s becomes {new.freshness.error_seconds} s"
+            if old.freshness.error_seconds != new.freshness.error_seconds
+            else f"warning after {old.freshness.warn_seconds} s becomes {new.freshness.warn_seconds} s",
+        )
+    for name, before in old.attributes.items():
+        path = f"{old.key}.{name}"
+        after = new.attributes.get(name)
+        if after is None:
+            yield Change("breaking", path, "the attribute is removed")
+            continue
+        if before.type != after.type:
+            yield Change("breaking", path, f"{before.type} becomes {after.type}")
+        if before.nullable != after.nullable:
+            yield Change(
+                "breaking" if after.nullable else "additive",
+                path,
+                "it may now be NULL" if after.nullable else "it is never NULL any more",
+            )
+        if before.description != after.description:
+            yield Change("additive", path, "the description is changed")
+    for name in new.attributes:
+        if name not in old.attributes:
+            yield Change("additive", f"{old.key}.{name}", "the attribute is new")
+
+
+def _meta(node: Mapping[str, Any]) -> Mapping[str, Any]:
+    meta = node.get("config", {}).get("meta") or node.get("meta") or {}
+    return cast(Mapping[str, Any], meta)
+
+
+def _declared_domain(node: Mapping[str, Any], declared: object, table: Table) -> tuple[str, dict[str, Any]]:
+    model = str(node["name"])
+    place = f"model {model}: meta.domain"
+    domain = _object(declared, place, {"key", "name", "sink", "owner", "freshness"})
+    attributes: dict[str, Any] = {}
+    expected_keys: dict[str, AttributeType] = {
+        key.name: "integer" if key.type == "N" else "string" for key in (table.partition_key, table.sort_key)
+    }
+    seen_keys: set[str] = set()
+    for name, column in node.get("columns", {}).items():
+        sql_type = re.sub(r"\(.*?\)", "", str(column.get("data_type") or "")).strip().lower()
+        contract_type = SQL_TYPES.get(sql_type)
+        if contract_type is None:
+            known = "bigint, numeric, double precision, text, text[], numeric[]"
+            raise ContractError(
+                f"model {model}: column {name} has data_type {sql_type or 'none'}, which no contract type "
+                f"corresponds to: use one of {known}"
+            )
+        not_null = any(constraint.get("type") == "not_null" for constraint in column.get("constraints", []))
+        if name in expected_keys:
+            if contract_type != expected_keys[name] or not not_null:
+                raise ContractError(
+                    f"model {model}: key column {name} must be {expected_keys[name]} and have a not_null "
+                    "constraint"
+                )
+            seen_keys.add(name)
+            continue
+        attributes[name] = {
+            "type": contract_type,
+            "nullable": not not_null,
+            "description": " ".join(str(column.get("description") or "").split()),
+        }
+    for name in expected_keys:
+        if name not in seen_keys:
+            raise ContractError(f"model {model}: the key column {name} is not declared in its YAML: add it")
+    return str(domain["key"]), {
+        "name": domain["name"],
+        "relation": node.get("alias") or model,
+        "sink": domain["sink"],
+        "owner": domain["owner"],
+        "description": " ".join(str(node.get("description") or "").split()),
+        "freshness": domain["freshness"],
+        "attributes": attributes,
+    }
+
+
+def _table(value: object) -> Table:
+    table = _object(value, "table", {"name", "partition_key", "sort_key", "max_item_bytes", "ttl_attribute"})
+    name = _text(table["name"], "table.name")
+    if not re.fullmatch(r"[A-Za-z0-9_.-]{3,255}", name):
+        raise ContractError(
+            f"table.name: {name!r} is not a DynamoDB table name (3 to 255 of A-Z a-z 0-9 _ . -)"
+        )
+    ttl = table["ttl_attribute"]
+    if ttl is not None:
+        ttl = _text(ttl, "table.ttl_attribute")
+    size = _integer(table["max_item_bytes"], "table.max_item_bytes", minimum=1)
+    if size > DYNAMODB_ITEM_BYTES:
+        raise ContractError(f"table.max_item_bytes: {size} is over DynamoDB's limit of {DYNAMODB_ITEM_BYTES}")
+    return Table(
+        name=name,
+        partition_key=_key(table["partition_key"], "table.partition_key"),
+        sort_key=_key(table["sort_key"], "table.sort_key"),
+        max_item_bytes=size,
+        ttl_attribute=ttl,
+    )
+
+
+def _key(value: object, place: str) -> KeyAttribute:
+    key = _object(value, place, {"name", "type"})
+    if key["type"] not in get_args(KeyType):
+        raise ContractError(f"{place}.type: {key['type']!r} is not one of N, S")
+    return KeyAttribute(name=_text(key["name"], f"{place}.name"), type=cast(KeyType, key["type"]))
+
+
+def _domain(key: str, value: object, table: Table) -> Domain:
+    place = f"domains.{key}"
+    if not re.fullmatch(r"[a-z][a-z0-9_]*#[a-z][a-z0-9_]*", key):
+        raise ContractError(
+            f"{place}: a domain key is <product>#<domain> in lower case, like engagement#watch"
+        )
+    domain = _object(
+        value, place, {"name", "relation", "sink", "owner", "description", "freshness", "attributes"}
+    )
+    name = _text(domain["name"], f"{place}.name")
+    if not name.isidentifier():
+        raise ContractError(f"{place}.name: {name!r} is not a Python identifier")
+    attributes: dict[str, Attribute] = {}
+    for attribute, declared in _mapping(domain["attributes"], f"{place}.attributes").items():
+        where = f"{place}.attributes.{attribute}"
+        parts = _object(declared, where, {"type", "nullable", "description"})
+        if parts["type"] not in get_args(AttributeType):
+            raise ContractError(
+                f"{where}.type: {parts['type']!r} is not one of {', '.join(get_args(AttributeType))}"
+            )
+        if not isinstance(parts["nullable"], bool):
+            raise ContractError(f"{where}.nullable: {parts['nullable']!r} is not true or false")
+        if attribute in (table.partition_key.name, table.sort_key.name):
+            raise ContractError(f"{where}: a key of the table cannot be an attribute too")
+        if not attribute.isidentifier():
+            raise ContractError(f"{where}: an attribute's name must be an identifier")
+        attributes[attribute] = Attribute(
+            type=cast(AttributeType, parts["type"]),
+            nullable=parts["nullable"],
+            description=_text(parts["description"], f"{where}.description", empty=True),
+        )
+    last = attributes.get(LAST_EVENT_AT)
+    if last is None or last.type != "integer" or last.nullable:
+        raise ContractError(
+            f"{place}.attributes: {LAST_EVENT_AT} (integer, not nullable, epoch milliseconds) is needed"
+        )
+    return Domain(
+        key=key,
+        name=name,
+        relation=_text(domain["relation"], f"{place}.relation"),
+        sink=_text(domain["sink"], f"{place}.sink"),
+        owner=_text(domain["owner"], f"{place}.owner"),
+        description=_text(domain["description"], f"{place}.description", empty=True),
+        freshness=_freshness(domain["freshness"], f"{place}.freshness"),
+        attributes=MappingProxyType(attributes),
+    )
+
+
+def _thresholds(value: object, place: str) -> Mapping[str, Freshness]:
+    return MappingProxyType(
+        {name: _freshness(declared, f"{place}.{name}") for name, declared in _mapping(value, place).items()}
+    )
+
+
+def _freshness(value: object, place: str) -> Freshness:
+    declared = _object(value, place, {"warn_seconds", "error_seconds"})
+    for name, seconds in declared.items():
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or seconds <= 0:
+            raise ContractError(f"{place}.{name}: {seconds!r} is not a positive number of seconds")
+    if declared["warn_seconds"] > declared["error_seconds"]:
+        raise ContractError(f"{place}: warn_seconds must not be above error_seconds")
+    return Freshness(declared["warn_seconds"], declared["error_seconds"])
+
+
+def _freshness_dict(freshness: Freshness) -> dict[str, float]:
+    return {"warn_seconds": freshness.warn_seconds, "error_seconds": freshness.error_seconds}
+
+
+def _mapping(value: object, place: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ContractError(f"{place}: an object is needed, not {type(value).__name__}")
+    return dict(value)
+
+
+def _object(value: object, place: str, names: set[str]) -> dict[str, Any]:
+    found = _mapping(value, place)
+    missing = sorted(names - found.keys())
+    if missing:
+        raise ContractError(f"{place}: {', '.join(missing)} is missing")
+    unknown = sorted(found.keys() - names)
+    if unknown:
+        raise ContractError(f"{place}: {', '.join(unknown)} is not known; it has {', '.join(sorted(names))}")
+    return found
+
+
+def _text(value: object, place: str, *, empty: bool = False) -> str:
+    if not isinstance(value, str) or not (value.strip() or empty):
+        raise ContractError(f"{place}: a text is needed, not {value!r}")
+    return value
+
+
+def _integer(value: object, place: str, *, minimum: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ContractError(f"{place}: a whole number of at least {minimum} is needed, not {value!r}")
+    return value
