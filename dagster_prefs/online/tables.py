@@ -1,0 +1,229 @@
+"""The DynamoDB table behind the contract: made or checked, never altered, never deleted."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, cast
+from urllib.parse import urlsplit
+
+from dagster_prefs.errors import PrefsError
+from dagster_prefs.online.contract import Contract
+
+if TYPE_CHECKING:
+    from mypy_boto3_dynamodb import DynamoDBClient
+
+LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1", "0.0.0.0")  # noqa: S104 - compared with, never bound
+
+
+class TableError(PrefsError):
+    """The DynamoDB table is missing, is not as the contract says, or cannot be reached."""
+
+
+@dataclass(frozen=True)
+class TableReport:
+    """A table that is ACTIVE and agrees with the contract.
+
+    `table_id` changes when a table is deleted and made again, so it tells an emptied table from the one that
+    was published to.
+    """
+
+    name: str
+    table_id: str
+    arn: str
+    status: str
+    created: bool
+    billing_mode: str
+    point_in_time_recovery: bool | None
+    encryption: str
+    deletion_protection: bool
+
+
+def is_loopback(endpoint_url: str | None) -> bool:
+    """Whether the endpoint is on this machine, as a local AWS server is."""
+    return endpoint_url is not None and urlsplit(endpoint_url).hostname in LOOPBACK_HOSTS
+
+
+def dynamodb_client(
+    endpoint_url: str | None = None, region: str | None = None, *, pool_size: int = 32
+) -> DynamoDBClient:
+    """A DynamoDB client with bounded time-outs (2 s to connect, 10 s to read) and standard retries.
+
+    Credentials come from botocore's chain; where it has none and the endpoint is on this machine, fixed local
+    ones are used, because a local server takes any.
+    """
+    import botocore.session
+    from botocore.config import Config
+
+    session = botocore.session.get_session()
+    if session.get_credentials() is None and is_loopback(endpoint_url):
+        session.set_credentials("local", "local")
+    client: Any = session.create_client(
+        "dynamodb",
+        region_name=region,
+        endpoint_url=endpoint_url,
+        config=Config(
+            connect_timeout=2,
+            read_timeout=10,
+            retries={"mode": "standard", "total_max_attempts": 4},
+            max_pool_connections=pool_size,
+            tcp_keepalive=True,
+        ),
+    )
+    return cast("DynamoDBClient", client)
+
+
+def provision(
+    client: DynamoDBClient,
+    contract: Contract,
+    *,
+    prefix: str = "",
+    mode: Literal["create", "verify"] = "create",
+    timeout_seconds: float = 60.0,
+) -> TableReport:
+    """Make sure that the contract's table exists, is ACTIVE and has the contract's keys.
+
+    `create` makes a missing table (on demand, encrypted with DynamoDB's own key); `verify` never makes
+    anything and also wants point-in-time recovery and deletion protection, as the Terraform module sets them.
+    An existing table is never altered or deleted. Safe to repeat and to run twice at the same time.
+
+    Raises TableError listing every difference with its remedy, a table that is missing (`verify`), one that
+    is not ACTIVE within `timeout_seconds`, or the endpoint's refusal.
+    """
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    name = prefix + contract.table.name
+    try:
+        created = False
+        description = _describe(client, name)
+        if description is None:
+            if mode == "verify":
+                raise TableError(
+                    f"table {name} is missing: apply the Terraform module, or set PREFS_PROVISIONING=create"
+                )
+            created = _create(client, contract, name)
+        description = _wait_until_active(client, name, timeout_seconds)
+        recovery = _point_in_time_recovery(client, name)
+    except ClientError as error:
+        raise TableError(_refusal(name, error)) from None
+    except BotoCoreError as error:
+        raise TableError(f"table {name} cannot be reached: {error}: check the endpoint and region") from None
+    differences = _key_differences(description, contract)
+    protected = bool(description.get("DeletionProtectionEnabled", False))
+    encryption = str(description.get("SSEDescription", {}).get("SSEType", "AWS_OWNED"))
+    if mode == "verify":
+        if recovery is None:
+            differences.append(
+                "point-in-time recovery cannot be read; allow dynamodb:DescribeContinuousBackups"
+            )
+        elif not recovery:
+            differences.append("point-in-time recovery is off; turn it on (terraform apply does)")
+        if not protected:
+            differences.append("deletion protection is off; turn it on (terraform apply does)")
+        sse = description.get("SSEDescription", {}).get("Status")
+        if sse not in ("ENABLED", "UPDATING"):
+            differences.append("encryption with a KMS key is off; turn it on (terraform apply does)")
+    if differences:
+        raise TableError(f"table {name} is not as the contract says: " + "; ".join(differences))
+    return TableReport(
+        name=name,
+        # Some servers give no TableId; the creation time tells a re-made table just as well.
+        table_id=str(description.get("TableId") or description["CreationDateTime"]),
+        arn=str(description["TableArn"]),
+        status=str(description["TableStatus"]),
+        created=created,
+        billing_mode=str(description.get("BillingModeSummary", {}).get("BillingMode", "PROVISIONED")),
+        point_in_time_recovery=recovery,
+        encryption=encryption,
+        deletion_protection=protected,
+    )
+
+
+def _describe(client: DynamoDBClient, name: str) -> Any | None:
+    try:
+        return client.describe_table(TableName=name)["Table"]
+    except client.exceptions.ResourceNotFoundException:
+        return None
+
+
+def _create(client: DynamoDBClient, contract: Contract, name: str) -> bool:
+    table = contract.table
+    try:
+        client.create_table(
+            TableName=name,
+            KeySchema=[
+                {"AttributeName": table.partition_key.name, "KeyType": "HASH"},
+                {"AttributeName": table.sort_key.name, "KeyType": "RANGE"},
+            ],
+            AttributeDefinitions=[
+                {"AttributeName": key.name, "AttributeType": key.type}
+                for key in (table.partition_key, table.sort_key)
+            ],
+            BillingMode="PAY_PER_REQUEST",
+        )
+    except client.exceptions.ResourceInUseException:
+        # Another process made it between our look and our request.
+        return False
+    return True
+
+
+def _wait_until_active(client: DynamoDBClient, name: str, timeout_seconds: float) -> Any:
+    deadline = time.monotonic() + timeout_seconds
+    pause = 0.05
+    while True:
+        description = _describe(client, name)
+        status = "missing" if description is None else str(description["TableStatus"])
+        if description is not None and status in ("ACTIVE", "UPDATING"):
+            return description
+        if time.monotonic() >= deadline:
+            raise TableError(
+                f"table {name} is {status} and did not become ACTIVE within {timeout_seconds:g} s: "
+                "look at it in the AWS console and run again"
+            )
+        time.sleep(pause)
+        pause = min(pause * 2, 2.0)
+
+
+def _point_in_time_recovery(client: DynamoDBClient, name: str) -> bool | None:
+    from botocore.exceptions import ClientError
+
+    try:
+        answer = client.describe_continuous_backups(TableName=name)
+    except ClientError as error:
+        # DynamoDB Local has no such operation, and making a table does not need the permission to ask.
+        if error.response.get("Error", {}).get("Code") in (
+            "UnknownOperationException",
+            "NotImplemented",
+            "AccessDeniedException",
+        ):
+            return None
+        raise
+    recovery = answer["ContinuousBackupsDescription"].get("PointInTimeRecoveryDescription", {})
+    return recovery.get("PointInTimeRecoveryStatus") == "ENABLED"
+
+
+def _key_differences(description: Any, contract: Contract) -> list[str]:
+    types = {entry["AttributeName"]: entry["AttributeType"] for entry in description["AttributeDefinitions"]}
+    found = {entry["KeyType"]: entry["AttributeName"] for entry in description["KeySchema"]}
+    differences = []
+    table = contract.table
+    for kind, label, key in (
+        ("HASH", "partition key", table.partition_key),
+        ("RANGE", "sort key", table.sort_key),
+    ):
+        name = found.get(kind)
+        shown = f"{name} ({types[name]})" if name else "none"
+        if (name, types.get(name)) != (key.name, key.type):
+            differences.append(
+                f"its {label} is {shown} and should be {key.name} ({key.type}); keys cannot be altered: "
+                "use another PREFS_TABLE_PREFIX, or delete the table yourself"
+            )
+    return differences
+
+
+def _refusal(name: str, error: Any) -> str:
+    code = error.response.get("Error", {}).get("Code", "unknown")
+    message = error.response.get("Error", {}).get("Message", "")
+    if code in ("AccessDeniedException", "UnrecognizedClientException", "ExpiredTokenException"):
+        return f"DynamoDB refused access to table {name} ({code}): check the AWS credentials and their policy"
+    return f"DynamoDB refused a request about table {name} ({code}): {message}"
