@@ -1,0 +1,201 @@
+"""DynamoDB's typed JSON for the contract's items, both ways, exact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+from dagster_prefs.errors import PrefsError
+from dagster_prefs.online.contract import Attribute, Contract, Domain
+
+# DynamoDB keeps this many significant digits of a number, and magnitudes from 1E-130 to 9.99…E+125.
+NUMBER_DIGITS = 38
+NUMBER_MIN_EXPONENT = -130
+NUMBER_MAX_EXPONENT = 125
+
+NULL: Mapping[str, Any] = {"NULL": True}
+
+
+class ItemError(PrefsError):
+    """A row cannot become an item, or an item is not as the contract says."""
+
+
+class ItemEncoder:
+    """Rows of one domain to items. NULL is written as `{"NULL": true}`, as RisingWave's sink does."""
+
+    def __init__(self, contract: Contract, domain: Domain) -> None:
+        self.domain = domain
+        self.partition_key = contract.table.partition_key.name
+        self.sort_key = contract.table.sort_key.name
+        self.max_bytes = contract.table.max_item_bytes
+        self._attributes = [
+            (name, attribute.nullable, _ENCODERS[attribute.type], len(name.encode()))
+            for name, attribute in domain.attributes.items()
+        ]
+        self._key_bytes = len(self.partition_key) + len(self.sort_key) + len(domain.key.encode())
+
+    def key(self, viewer_id: int) -> dict[str, Any]:
+        """The item's key, in DynamoDB's typed JSON."""
+        return {self.partition_key: {"N": str(viewer_id)}, self.sort_key: {"S": self.domain.key}}
+
+    def encode(self, viewer_id: int, values: Sequence[Any]) -> dict[str, Any]:
+        """The item of one viewer; `values` are in the order of the contract's attributes.
+
+        Raises ItemError naming viewer and attribute: NULL where the contract allows none, a number that
+        DynamoDB cannot keep exactly, an item over the contract's max_item_bytes.
+        """
+        item = self.key(viewer_id)
+        size = self._key_bytes + _number_bytes(viewer_id)
+        for (name, nullable, encode, name_bytes), value in zip(self._attributes, values, strict=True):
+            if value is None:
+                if not nullable:
+                    raise ItemError(f"viewer {viewer_id}: {name} is NULL and the contract does not allow it")
+                item[name] = NULL
+                size += name_bytes + 1
+                continue
+            try:
+                item[name], value_bytes = encode(value)
+            except ValueError as error:
+                raise ItemError(f"viewer {viewer_id}: {name} {error}") from None
+            size += name_bytes + value_bytes
+        if size > self.max_bytes:
+            raise ItemError(
+                f"viewer {viewer_id}: the item of domain {self.domain.key} has {size} bytes and the contract "
+                f"allows {self.max_bytes}: shorten its lists or texts"
+            )
+        return item
+
+
+class ItemDecoder:
+    """Items of one domain to Python values: int, Decimal, float, str, lists of them, None."""
+
+    def __init__(self, domain: Domain) -> None:
+        self.domain = domain
+        self._attributes = [
+            (name, attribute, _DECODERS[attribute.type]) for name, attribute in domain.attributes.items()
+        ]
+
+    def decode(self, item: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """Every attribute of the contract, by name; attributes that the contract does not know are ignored.
+
+        Raises ItemError naming domain and attribute when one is missing, NULL without leave, or of another
+        type than the contract's.
+        """
+        values: dict[str, Any] = {}
+        for name, attribute, decode in self._attributes:
+            typed = item.get(name)
+            if typed is None:
+                raise self._error(name, attribute, "it is missing")
+            try:
+                values[name] = decode(typed)
+            except (KeyError, TypeError, ValueError, InvalidOperation):
+                if typed.get("NULL") is not True:
+                    raise self._error(name, attribute, f"it is {_shown(typed)}") from None
+                if not attribute.nullable:
+                    raise self._error(name, attribute, "it is NULL") from None
+                values[name] = None
+        return values
+
+    def _error(self, name: str, attribute: Attribute, problem: str) -> ItemError:
+        return ItemError(
+            f"domain {self.domain.name}: {name} should be {attribute.type} in the table, but {problem}: "
+            "check what writes the table against the contract's version"
+        )
+
+
+def _shown(typed: Mapping[str, Any]) -> str:
+    return ", ".join(f"of DynamoDB type {kind}" for kind in typed) or "empty"
+
+
+def _number_bytes(value: int | Decimal) -> int:
+    digits = len(str(abs(value)).replace(".", "").strip("0"))
+    return (digits + 1) // 2 + 1 + (value < 0)
+
+
+def _encode_integer(value: Any) -> tuple[dict[str, Any], int]:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"should be a whole number, not {type(value).__name__}")
+    return {"N": str(value)}, _number_bytes(value)
+
+
+def _encode_decimal(value: Any) -> tuple[dict[str, Any], int]:
+    if not isinstance(value, Decimal):
+        raise ValueError(f"should be a decimal, not {type(value).__name__}")
+    if not value.is_finite():
+        raise ValueError(f"is {value}, which DynamoDB cannot keep")
+    digits = value.as_tuple().digits
+    significant = len("".join(map(str, digits)).strip("0"))
+    if significant > NUMBER_DIGITS:
+        raise ValueError(
+            f"has {significant} significant digits and DynamoDB keeps {NUMBER_DIGITS}: round it in the view"
+        )
+    if value and not NUMBER_MIN_EXPONENT <= value.adjusted() <= NUMBER_MAX_EXPONENT:
+        raise ValueError(f"is {value}, outside DynamoDB's range of numbers")
+    return {"N": format(value, "f")}, (significant + 1) // 2 + 1 + (value < 0)
+
+
+def _encode_float(value: Any) -> tuple[dict[str, Any], int]:
+    if not isinstance(value, float):
+        raise ValueError(f"should be a float, not {type(value).__name__}")
+    # The shortest text that reads back as the same float has at most 17 digits.
+    return _encode_decimal(Decimal(repr(value)))
+
+
+def _encode_string(value: Any) -> tuple[dict[str, Any], int]:
+    if not isinstance(value, str):
+        raise ValueError(f"should be a text, not {type(value).__name__}")
+    return {"S": value}, len(value.encode())
+
+
+def _list_encoder(
+    encode: Callable[[Any], tuple[dict[str, Any], int]],
+) -> Callable[[Any], tuple[dict[str, Any], int]]:
+    def encode_list(value: Any) -> tuple[dict[str, Any], int]:
+        if not isinstance(value, list):
+            raise ValueError(f"should be a list, not {type(value).__name__}")
+        if None in value:
+            raise ValueError("has a NULL in its list")
+        elements = [encode(element) for element in value]
+        return {"L": [typed for typed, _ in elements]}, 3 + sum(size + 1 for _, size in elements)
+
+    return encode_list
+
+
+_ENCODERS: Mapping[str, Callable[[Any], tuple[dict[str, Any], int]]] = {
+    "integer": _encode_integer,
+    "decimal": _encode_decimal,
+    "float": _encode_float,
+    "string": _encode_string,
+    "list<string>": _list_encoder(_encode_string),
+    "list<decimal>": _list_encoder(_encode_decimal),
+}
+
+
+def _decode_integer(typed: Mapping[str, Any]) -> int:
+    text = typed["N"]
+    try:
+        return int(text)
+    except ValueError:
+        # DynamoDB may write 1E+20 for a whole number.
+        number = Decimal(text)
+        if number != number.to_integral_value():
+            raise
+        return int(number)
+
+
+def _decode_string(typed: Mapping[str, Any]) -> str:
+    value = typed["S"]
+    if not isinstance(value, str):
+        raise TypeError(value)
+    return value
+
+
+_DECODERS: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
+    "integer": _decode_integer,
+    "decimal": lambda typed: Decimal(typed["N"]),
+    "float": lambda typed: float(typed["N"]),
+    "string": _decode_string,
+    "list<string>": lambda typed: [_decode_string(element) for element in typed["L"]],
+    "list<decimal>": lambda typed: [Decimal(element["N"]) for element in typed["L"]],
+}
