@@ -1,8 +1,8 @@
 """Write what changed in a rolling view to DynamoDB, on the engine that has no sinks of its own.
 
-`online_published` remembers, per table id, what DynamoDB holds. A row's fingerprint is emptied *before* its
-item is written and set *after* DynamoDB accepted it. So after a crash anywhere in between, the next run writes
-that viewer again, even when the viewer's values went back to what they were, or the viewer left the window.
+`online_published` remembers, per table id, what DynamoDB holds. A fingerprint is emptied *before* its item is
+written and set *after* DynamoDB accepted it. So after a crash anywhere in between, the next run writes that
+viewer again, even when the values went back to what they were, or the viewer left the window.
 """
 
 from __future__ import annotations
