@@ -1,0 +1,138 @@
+{#
+  What happens around a run: the few objects that are not models, ownership of relations, and the record of
+  what is deployed. `deployments` lives in the engine itself, so that bare dbt, Dagster and `prefs` agree.
+#}
+
+{% macro deployments_ddl() -%}
+  create table if not exists {{ target.schema }}.deployments (
+    relation {{ catalog_type("text") }} primary key,
+    kind {{ catalog_type("text") }},
+    checksum {{ catalog_type("text") }},
+    definition {{ catalog_type("text") }},
+    state {{ catalog_type("text") }},
+    deployed_at timestamp with time zone,
+    invocation_id {{ catalog_type("text") }}
+  )
+{%- endmacro %}
+
+{# One number for every refresh and every change of a relation in this database. #}
+{% macro engine_lock() -%}
+  {% call statement("engine_lock", auto_begin=true) %}
+    select pg_advisory_xact_lock(hashtext('dagster-prefs'), hashtext('{{ target.schema }}'))
+  {% endcall %}
+{%- endmacro %}
+
+{% macro prepare_engine() -%}
+  {%- if execute and flags.WHICH in ("run", "build", "test") -%}
+    {% do adapter.dispatch("prepare_engine")() %}
+    {% do refuse_foreign_relations() %}
+  {%- endif -%}
+{%- endmacro %}
+
+{% macro postgres__prepare_engine() -%}
+  {% call statement("prepare_engine", auto_begin=false) %}
+    begin;
+    select pg_advisory_xact_lock(hashtext('dagster-prefs'), hashtext('{{ target.schema }}'));
+    create schema if not exists {{ target.schema }};
+    {{ deployments_ddl() }};
+    create or replace function {{ target.schema }}.prefs_text(bytes bytea) returns text
+      language plpgsql immutable strict parallel safe as $$
+        begin
+          return convert_from(bytes, 'utf8');
+        exception when others then
+          return encode(bytes, 'escape');
+        end
+      $$;
+    create or replace function {{ target.schema }}.prefs_json(bytes bytea) returns jsonb
+      language plpgsql immutable strict parallel safe as $$
+        begin
+          return convert_from(bytes, 'utf8')::jsonb;
+        exception when others then
+          return null;
+        end
+      $$;
+    commit;
+  {% endcall %}
+{%- endmacro %}
+
+{% macro risingwave__prepare_engine() -%}
+  {% do run_query("set rw_implicit_flush to true") %}
+  {% do run_query("create schema if not exists " ~ target.schema) %}
+  {% do run_query(deployments_ddl()) %}
+{%- endmacro %}
+
+{# A relation of a model's name that no deployment made is somebody else's: it is never touched. #}
+{% macro refuse_foreign_relations() -%}
+  {%- set ours = run_query("select relation from " ~ target.schema ~ ".deployments").columns[0].values() | list -%}
+  {%- set there = [] -%}
+  {%- for relation in adapter.list_relations_without_caching(api.Relation.create(database=target.database, schema=target.schema)) -%}
+    {%- do there.append(relation.identifier) -%}
+  {%- endfor -%}
+  {%- set foreign = [] -%}
+  {%- for node in graph.nodes.values() if node.resource_type == "model" and node.alias in there and node.alias not in ours and node.alias != "deployments" -%}
+    {%- do foreign.append(node.alias) -%}
+  {%- endfor -%}
+  {%- if foreign -%}
+    {{ exceptions.raise_compiler_error(
+      "schema " ~ target.schema ~ " of database " ~ target.dbname ~ " holds relations that this project did not make: "
+      ~ foreign | sort | join(", ") ~ ". They are left as they are: rename them, or choose another PREFS_ENGINE_SCHEMA or PREFS_ENGINE_DATABASE."
+    ) }}
+  {%- endif -%}
+{%- endmacro %}
+
+{# What identifies a model's definition: its SQL and its indexes. #}
+{% macro definition_checksum() -%}
+  {{ return(local_md5(sql | trim ~ "\n" ~ tojson(config.get("indexes", [])))) }}
+{%- endmacro %}
+
+{# Say who makes a relation before it is made, so that a crash between the two leaves nothing without an owner. #}
+{% macro announce_deployment() -%}
+  {%- if execute and load_relation(this) is none -%}
+    {{ write_deployment("creating", none) }}
+  {%- else -%}
+    select 1
+  {%- endif -%}
+{%- endmacro %}
+
+{# Record what now runs. A model that was skipped although its SQL changed keeps its old record. #}
+{% macro record_deployment() -%}
+  {%- if execute and load_result("main") and load_result("main").response.code != "skip" -%}
+    {{ write_deployment("deployed", definition_checksum()) }}
+  {%- else -%}
+    select 1
+  {%- endif -%}
+{%- endmacro %}
+
+{% macro write_deployment(state, checksum) -%}
+  {{ return(adapter.dispatch("write_deployment")(state, checksum)) }}
+{%- endmacro %}
+
+{% macro deployment_row(state, checksum) -%}
+  insert into {{ target.schema }}.deployments (relation, kind, checksum, definition, state, deployed_at, invocation_id)
+  values (
+    '{{ this.identifier }}',
+    '{{ config.get("materialized") }}',
+    {% if checksum %}'{{ checksum }}'{% else %}null{% endif %},
+    {% if checksum %}'{{ redacted(sql | trim) | replace("'", "''") }}'{% else %}null{% endif %},
+    '{{ state }}',
+    '{{ run_started_at.isoformat() }}',
+    '{{ invocation_id }}'
+  )
+{%- endmacro %}
+
+{% macro postgres__write_deployment(state, checksum) -%}
+  {{ deployment_row(state, checksum) }}
+  on conflict (relation) do update set
+    kind = excluded.kind, checksum = excluded.checksum, definition = excluded.definition,
+    state = excluded.state, deployed_at = excluded.deployed_at, invocation_id = excluded.invocation_id
+{%- endmacro %}
+
+{# An insert into a keyed RisingWave table replaces the row of that key. #}
+{% macro risingwave__write_deployment(state, checksum) -%}
+  {{ deployment_row(state, checksum) }}
+{%- endmacro %}
+
+{# A definition without the values of options that hold credentials. #}
+{% macro redacted(text) -%}
+  {{ return(modules.re.sub("(?i)((?:secret|password|access[._]key|token|jaas)[a-z._]*\\s*=\\s*)'[^']*'", "\\1'***'", text)) }}
+{%- endmacro %}

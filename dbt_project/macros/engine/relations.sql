@@ -1,0 +1,114 @@
+{# The DDL that differs by engine: raw event tables, kept tables, DynamoDB sinks. #}
+
+{#
+  The raw table of a topic: each message as it came, keyed by source, partition and offset.
+  With Kafka on RisingWave the connector fills it; everywhere else it is filled by INSERT or COPY.
+#}
+{% macro raw_event_table(topic) -%}
+  {{ return(adapter.dispatch("raw_event_table")(topic)) }}
+{%- endmacro %}
+
+{% macro postgres__raw_event_table(topic) -%}
+create table {{ this }} (
+  source text not null,
+  source_partition int not null,
+  source_offset bigint not null,
+  data bytea not null,
+  kafka_timestamp timestamptz,
+  arrived_at timestamptz not null default clock_timestamp(),
+  primary key (source, source_partition, source_offset)
+)
+{%- endmacro %}
+
+{% macro risingwave__raw_event_table(topic) -%}
+{%- if kafka_bootstrap() %}
+create table {{ this }} (
+  data bytea,
+  arrived_at timestamptz as proctime(),
+  primary key (source_partition, source_offset)
+)
+include partition as source_partition
+include offset as source_offset
+include timestamp as kafka_timestamp
+with (
+  connector = 'kafka',
+  topic = '{{ kafka_topic(topic) }}',
+  properties.bootstrap.server = '{{ kafka_bootstrap() }}',
+  scan.startup.mode = '{{ env_var("PREFS_KAFKA_START", "earliest") or "earliest" }}'
+)
+format plain encode bytes
+{%- else %}
+create table {{ this }} (
+  source varchar,
+  source_partition int,
+  source_offset bigint,
+  data bytea,
+  kafka_timestamp timestamptz,
+  arrived_at timestamptz default now(),
+  primary key (source, source_partition, source_offset)
+)
+{%- endif %}
+{%- endmacro %}
+
+{% macro kafka_bootstrap() -%}
+  {{ return(env_var("PREFS_KAFKA_BOOTSTRAP", "")) }}
+{%- endmacro %}
+
+{# The topic's name in Kafka; PREFS_KAFKA_TOPIC_USER_EVENTS and the like change it. #}
+{% macro kafka_topic(topic) -%}
+  {{ return(env_var("PREFS_KAFKA_TOPIC_" ~ topic | replace(".", "_") | upper, topic) or topic) }}
+{%- endmacro %}
+
+{# The columns of a raw table under one set of types, whoever filled it. #}
+{% macro raw_columns(topic) -%}
+  {%- if target.type == "risingwave" and kafka_bootstrap() -%}
+    'kafka:{{ kafka_topic(topic) }}' as source,
+    source_partition::int as source_partition,
+    source_offset::bigint as source_offset,
+  {%- else -%}
+    source,
+    source_partition,
+    source_offset,
+  {%- endif %}
+    kafka_timestamp,
+    arrived_at,
+    data
+{%- endmacro %}
+
+{# A table that this platform writes and keeps; its columns are those of its YAML. #}
+{% macro kept_table(primary_key) -%}
+create table {{ this }} (
+  {%- for column in model.columns.values() %}
+  {{ column.name }} {{ catalog_type(column.data_type) }},
+  {%- endfor %}
+  primary key ({{ primary_key | join(", ") }})
+)
+{%- endmacro %}
+
+{# The sink of one domain: DDL on RisingWave, the view that the publisher reads on the embedded engine. #}
+{% macro dynamodb_sink(relation) -%}
+  {{ return(adapter.dispatch("dynamodb_sink")(relation)) }}
+{%- endmacro %}
+
+{% macro postgres__dynamodb_sink(relation) -%}
+select * from {{ relation }}
+{%- endmacro %}
+
+{% macro risingwave__dynamodb_sink(relation) -%}
+create sink if not exists {{ this }} from {{ relation }}
+with (
+  connector = 'dynamodb',
+  table = '{{ env_var("PREFS_TABLE_PREFIX", "") }}viewer_profiles',
+  primary_key = 'viewer_id,domain_key',
+  aws.region = '{{ env_var("AWS_REGION", "eu-central-1") or "eu-central-1" }}'
+  {%- if env_var("AWS_ENDPOINT_URL", "") %},
+  aws.endpoint_url = '{{ env_var("AWS_ENDPOINT_URL") }}'
+  {%- endif %}
+  {%- if env_var("PREFS_SINK_ROLE_ARN", "") %},
+  aws.credentials.role.arn = '{{ env_var("PREFS_SINK_ROLE_ARN") }}'
+  {%- elif env_var("AWS_ACCESS_KEY_ID", "") %},
+  aws.credentials.access_key_id = '{{ env_var("AWS_ACCESS_KEY_ID") }}',
+  aws.credentials.secret_access_key = '{{ env_var("AWS_SECRET_ACCESS_KEY") }}'
+  {%- endif %}
+)
+{%- endmacro %}

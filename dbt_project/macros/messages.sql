@@ -1,0 +1,47 @@
+{# Reading one message: every macro takes the parsed JSON column `j` and is NULL, never an error, on bad input. #}
+
+{# A field as text where it is a string or a number, trimmed; NULL where absent, empty or of another type. #}
+{% macro text_field(name) -%}
+  case when jsonb_typeof(j -> '{{ name }}') in ('string', 'number') then nullif(trim(j ->> '{{ name }}'), '') end
+{%- endmacro %}
+
+{# Whether a field is there with any content at all. #}
+{% macro field_given(name) -%}
+  (j -> '{{ name }}' is not null and jsonb_typeof(j -> '{{ name }}') <> 'null' and (j ->> '{{ name }}') <> '')
+{%- endmacro %}
+
+{% macro decimal_of(text) -%}
+  case when {{ text }} ~ '^-?[0-9]{1,15}([.][0-9]{1,18})?([eE][+-]?[0-9]{1,2})?$' then ({{ text }})::numeric end
+{%- endmacro %}
+
+{# A whole number, also where it was written as 12.0; NULL outside the type's range. #}
+{% macro integer_of(text, type) -%}
+  {%- set bound = {"int": "2147483647", "bigint": "9223372036854775807"}[type] -%}
+  case when {{ text }} ~ '^-?[0-9]{1,19}([.]0+)?$' then
+    case when split_part({{ text }}, '.', 1)::numeric between -{{ bound }} - 1 and {{ bound }}
+      then split_part({{ text }}, '.', 1)::{{ type }} end
+  end
+{%- endmacro %}
+
+{# ISO 8601 with T or blank, with Z, an offset, UTC or nothing (UTC), or epoch milliseconds. #}
+{% macro timestamp_of(text) -%}
+  case
+    when {{ text }} ~ '^[0-9]{1,15}$' then to_timestamp(({{ text }})::bigint / 1000.0)
+    when {{ text }} ~ '^[0-9]{4}-[01][0-9]-[0-3][0-9][T ][0-2][0-9]:[0-5][0-9](:[0-5][0-9]([.][0-9]{1,6})?)?$'
+      then {{ calendar_timestamp(text ~ " || 'Z'") }}
+    when {{ text }} ~ '^[0-9]{4}-[01][0-9]-[0-3][0-9][T ][0-2][0-9]:[0-5][0-9](:[0-5][0-9]([.][0-9]{1,6})?)? ?(Z|UTC|[+-][0-1][0-9](:?[0-5][0-9])?)$'
+      then {{ calendar_timestamp(text) }}
+  end
+{%- endmacro %}
+
+{# Why a message is refused whatever its topic, as `when … then …` arms; `id`, `key`, `moment` are columns. #}
+{% macro common_reasons(key, key_column, moment, moment_column) %}
+    when j is null then 'not valid JSON'
+    when jsonb_typeof(j) <> 'object' then 'not a JSON object'
+    {%- for name, column in [("event_id", "event_id"), (key, key_column), (moment, moment_column)] %}
+    when {{ column }} is null and not {{ field_given(name) }} then 'missing {{ name }}'
+    when {{ column }} is null then 'bad {{ name }}'
+    {%- endfor %}
+    when {{ moment_column }} > coalesce(kafka_timestamp, arrived_at) + interval '{{ var("future_tolerance_hours") }} hours'
+      then 'event time in the future'
+{%- endmacro %}

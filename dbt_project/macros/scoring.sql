@@ -1,0 +1,44 @@
+{# The weight of an interaction; the weights are the variable `interaction_weights`. #}
+{% macro interaction_weight(event_type) -%}
+  case {{ event_type }}
+    {%- for name, weight in var("interaction_weights").items() %}
+    when '{{ name }}' then {{ weight }}
+    {%- endfor %}
+  end
+{%- endmacro %}
+
+{# The position of a price in the variable `price_tiers` from 0 on; NULL for a NULL price. #}
+{% macro price_level(price) -%}
+  case
+    when {{ price }} is null then null
+    {%- for tier in var("price_tiers") if tier.below is not none %}
+    when {{ price }} < {{ tier.below }} then {{ loop.index0 }}
+    {%- endfor %}
+    else {{ var("price_tiers") | length - 1 }}
+  end
+{%- endmacro %}
+
+{# The name of the tier at a level (rounded to the nearest); NULL for a NULL level. #}
+{% macro tier_name(level) -%}
+  case round({{ level }})
+    {%- for tier in var("price_tiers") %}
+    when {{ loop.index0 }} then '{{ tier.name }}'
+    {%- endfor %}
+  end
+{%- endmacro %}
+
+{# The tier of a price; NULL for a NULL price, because an unknown price is not a luxury. #}
+{% macro price_tier(price) -%}
+  case
+    when {{ price }} is null then null
+    {%- for tier in var("price_tiers") if tier.below is not none %}
+    when {{ price }} < {{ tier.below }} then '{{ tier.name }}'
+    {%- endfor %}
+    else '{{ (var("price_tiers") | last).name }}'
+  end
+{%- endmacro %}
+
+{# Half-lives between the fixed epoch and a moment, as a float: independent of now(). #}
+{% macro half_lives(moment) -%}
+  (extract(epoch from {{ moment }})::double precision - extract(epoch from timestamptz '{{ var("decay").epoch }} 00:00:00Z')::double precision) / {{ var("decay").half_life_days * 86400 }}
+{%- endmacro %}

@@ -1,0 +1,73 @@
+with raw as (
+
+  select
+    {{ raw_columns("items") }}
+  from {{ ref("raw_items") }}
+
+),
+
+messages as (
+
+  select source, source_partition, source_offset, kafka_timestamp, arrived_at, data, {{ json_of("data") }} as j
+  from raw
+
+),
+
+fields as (
+
+  select
+    source,
+    source_partition,
+    source_offset,
+    kafka_timestamp,
+    arrived_at,
+    data,
+    j,
+    {{ text_field('item_id') }} as item_id,
+    {{ text_field('title') }} as title,
+    {{ text_field('category') }} as category,
+    {{ text_field('brand') }} as brand,
+    {{ decimal_of(text_field('price')) }} as price,
+    case lower(j ->> 'in_stock') when 'true' then true when '1' then true when 'false' then false when '0' then false end as in_stock
+  from messages
+
+),
+
+judged as (
+
+  select
+    *,
+    case
+      when j is null then 'not valid JSON'
+      when jsonb_typeof(j) <> 'object' then 'not a JSON object'
+      when item_id is null and not {{ field_given("item_id") }} then 'missing item_id'
+      when item_id is null then 'bad item_id'
+      when price is null and {{ field_given("price") }} then 'bad price'
+      when price < 0 then 'negative price'
+      when in_stock is null and {{ field_given("in_stock") }} then 'bad in_stock'
+    end as reason
+  from fields
+
+),
+
+final as (
+
+  select
+    source,
+    source_partition,
+    source_offset,
+    kafka_timestamp,
+    arrived_at,
+    case when reason is not null then {{ text_of("data") }} end as payload,
+    reason,
+    item_id,
+    title,
+    category,
+    brand,
+    price,
+    coalesce(in_stock, true) as in_stock
+  from judged
+
+)
+
+select * from final

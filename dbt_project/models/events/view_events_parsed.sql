@@ -1,0 +1,73 @@
+with raw as (
+
+  select
+    {{ raw_columns("view_events") }}
+  from {{ ref("raw_view_events") }}
+
+),
+
+messages as (
+
+  select source, source_partition, source_offset, kafka_timestamp, arrived_at, data, {{ json_of("data") }} as j
+  from raw
+
+),
+
+fields as (
+
+  select
+    source,
+    source_partition,
+    source_offset,
+    kafka_timestamp,
+    arrived_at,
+    data,
+    j,
+    {{ text_field('event_id') }} as event_id,
+    {{ integer_of(text_field('viewer_id'), 'bigint') }} as viewer_id,
+    {{ text_field('content_id') }} as content_id,
+    {{ text_field('genre') }} as genre,
+    {{ integer_of(text_field('watch_duration_sec'), 'int') }} as watch_duration_sec,
+    {{ decimal_of(text_field('completion_pct')) }} as completion_pct,
+    {{ timestamp_of(text_field('watched_at')) }} as watched_at
+  from messages
+
+),
+
+judged as (
+
+  select
+    *,
+    case
+      {{- common_reasons("viewer_id", "viewer_id", "watched_at", "watched_at") }}
+    when watch_duration_sec is null and {{ field_given("watch_duration_sec") }} then 'bad watch_duration_sec'
+    when watch_duration_sec < 0 then 'negative watch_duration_sec'
+    when completion_pct is null and {{ field_given("completion_pct") }} then 'bad completion_pct'
+    when completion_pct < 0 or completion_pct > 1 then 'completion_pct outside 0..1'
+    end as reason
+  from fields
+
+),
+
+final as (
+
+  select
+    source,
+    source_partition,
+    source_offset,
+    kafka_timestamp,
+    arrived_at,
+    case when reason is not null then {{ text_of("data") }} end as payload,
+    reason,
+    event_id,
+    viewer_id,
+    content_id,
+    genre,
+    watch_duration_sec,
+    completion_pct,
+    watched_at
+  from judged
+
+)
+
+select * from final

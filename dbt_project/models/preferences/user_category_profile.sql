@@ -1,0 +1,15 @@
+with final as (
+
+  select
+    user_id,
+    category,
+    sum({{ interaction_weight("event_type") }}) as affinity_score,
+    count(distinct item_id) as unique_items_interacted,
+    max(event_time) as last_engaged_at
+  from {{ ref("user_events") }}
+  where category is not null
+  group by user_id, category
+
+)
+
+select * from final

@@ -1,0 +1,1 @@
+{{ dynamodb_sink(ref("content_interactions_rolling")) }}

@@ -1,0 +1,1 @@
+{{ dynamodb_sink(ref("viewer_engagement_rolling")) }}
