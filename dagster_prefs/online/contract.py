@@ -110,10 +110,10 @@ class Domain:
 
 @dataclass(frozen=True, slots=True)
 class FreshnessThresholds:
-    """Thresholds outside the domains: per topic, per relation, for the export and the canary."""
+    """Thresholds outside the domains: per topic, for every view, for the export and for the canary."""
 
     topics: Mapping[str, Freshness]
-    views: Mapping[str, Freshness]
+    views: Freshness
     export: Freshness
     canary: Freshness
 
@@ -190,7 +190,7 @@ def parse_contract(content: object) -> Contract:
     thresholds = _object(root["freshness"], place, {"topics", "views", "export", "canary"})
     freshness = FreshnessThresholds(
         topics=_thresholds(thresholds["topics"], f"{place}.topics"),
-        views=_thresholds(thresholds["views"], f"{place}.views"),
+        views=_freshness(thresholds["views"], f"{place}.views"),
         export=_freshness(thresholds["export"], f"{place}.export"),
         canary=_freshness(thresholds["canary"], f"{place}.canary"),
     )
@@ -245,9 +245,7 @@ def contract_dict(contract: Contract) -> dict[str, Any]:
             "topics": {
                 name: _freshness_dict(value) for name, value in sorted(contract.freshness.topics.items())
             },
-            "views": {
-                name: _freshness_dict(value) for name, value in sorted(contract.freshness.views.items())
-            },
+            "views": _freshness_dict(contract.freshness.views),
             "export": _freshness_dict(contract.freshness.export),
             "canary": _freshness_dict(contract.freshness.canary),
         },
@@ -257,9 +255,9 @@ def contract_dict(contract: Contract) -> dict[str, Any]:
 def build_contract(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Build the contract from dbt's `manifest.json`.
 
-    A model with `config.meta.domain` = {key, name, sink, owner, freshness} is a domain: its description is
-    the domain's, and its columns (data_type, description, a `not_null` constraint) are the attributes. The
-    one exposure with `config.meta.contract` = {version, owner, table, freshness} gives the rest.
+    A model with `config.meta.domain` = {key, name, sink, owner, description, freshness} is a domain, and its
+    columns (data_type, description, a `not_null` test or constraint) are the attributes. The one exposure
+    with `config.meta.contract` = {version, owner, table, freshness} gives the rest.
 
     Raises ContractError naming the model or exposure, the rule and the remedy.
     """
@@ -284,12 +282,23 @@ def build_contract(manifest: Mapping[str, Any]) -> dict[str, Any]:
             "the manifest has no exposure with meta.contract: declare version, owner, table, freshness there"
         )
     keys = _table(table)
+    tested = {
+        (node.get("attached_node"), node.get("column_name"))
+        for node in manifest.get("nodes", {}).values()
+        if (node.get("test_metadata") or {}).get("name") == "not_null"
+    }
     domains: dict[str, Any] = {}
-    for node in manifest.get("nodes", {}).values():
+    for unique_id, node in manifest.get("nodes", {}).items():
         declared = _meta(node).get("domain")
         if declared is None or node.get("resource_type") != "model":
             continue
-        key, domain = _declared_domain(node, declared, keys)
+        not_null = {
+            name
+            for name, column in node.get("columns", {}).items()
+            if (unique_id, name) in tested
+            or any(constraint.get("type") == "not_null" for constraint in column.get("constraints", []))
+        }
+        key, domain = _declared_domain(node, declared, keys, not_null)
         if key in domains:
             raise ContractError(
                 f"models {domains[key]['relation']} and {domain['relation']} both declare domain {key}: "
@@ -412,10 +421,12 @@ def _meta(node: Mapping[str, Any]) -> Mapping[str, Any]:
     return cast(Mapping[str, Any], meta)
 
 
-def _declared_domain(node: Mapping[str, Any], declared: object, table: Table) -> tuple[str, dict[str, Any]]:
+def _declared_domain(
+    node: Mapping[str, Any], declared: object, table: Table, not_null: set[str]
+) -> tuple[str, dict[str, Any]]:
     model = str(node["name"])
     place = f"model {model}: meta.domain"
-    domain = _object(declared, place, {"key", "name", "sink", "owner", "freshness"})
+    domain = _object(declared, place, {"key", "name", "sink", "owner", "description", "freshness"})
     attributes: dict[str, Any] = {}
     expected_keys: dict[str, AttributeType] = {
         key.name: "integer" if key.type == "N" else "string" for key in (table.partition_key, table.sort_key)
@@ -430,18 +441,16 @@ def _declared_domain(node: Mapping[str, Any], declared: object, table: Table) ->
                 f"model {model}: column {name} has data_type {sql_type or 'none'}, which no contract type "
                 f"corresponds to: use one of {known}"
             )
-        not_null = any(constraint.get("type") == "not_null" for constraint in column.get("constraints", []))
         if name in expected_keys:
-            if contract_type != expected_keys[name] or not not_null:
+            if contract_type != expected_keys[name] or name not in not_null:
                 raise ContractError(
-                    f"model {model}: key column {name} must be {expected_keys[name]} and have a not_null "
-                    "constraint"
+                    f"model {model}: key column {name} must be {expected_keys[name]} and have a not_null test"
                 )
             seen_keys.add(name)
             continue
         attributes[name] = {
             "type": contract_type,
-            "nullable": not not_null,
+            "nullable": name not in not_null,
             "description": " ".join(str(column.get("description") or "").split()),
         }
     for name in expected_keys:
@@ -452,7 +461,7 @@ def _declared_domain(node: Mapping[str, Any], declared: object, table: Table) ->
         "relation": node.get("alias") or model,
         "sink": domain["sink"],
         "owner": domain["owner"],
-        "description": " ".join(str(node.get("description") or "").split()),
+        "description": domain["description"],
         "freshness": domain["freshness"],
         "attributes": attributes,
     }
