@@ -1,0 +1,99 @@
+locals {
+  provisioned = var.capacity.mode == "provisioned"
+  key_types   = { (local.table.partition_key.name) = local.table.partition_key.type, (local.table.sort_key.name) = local.table.sort_key.type }
+}
+
+resource "aws_dynamodb_table" "profiles" {
+  name         = local.table_name
+  billing_mode = local.provisioned ? "PROVISIONED" : "PAY_PER_REQUEST"
+  hash_key     = local.table.partition_key.name
+  range_key    = local.table.sort_key.name
+
+  read_capacity  = local.provisioned ? var.capacity.read_min : null
+  write_capacity = local.provisioned ? var.capacity.write_min : null
+
+  deletion_protection_enabled = var.deletion_protection
+
+  dynamic "attribute" {
+    for_each = local.key_types
+    content {
+      name = attribute.key
+      type = attribute.value
+    }
+  }
+
+  dynamic "on_demand_throughput" {
+    for_each = !local.provisioned && (var.capacity.read_max != null || var.capacity.write_max != null) ? [var.capacity] : []
+    content {
+      max_read_request_units  = on_demand_throughput.value.read_max
+      max_write_request_units = on_demand_throughput.value.write_max
+    }
+  }
+
+  dynamic "ttl" {
+    for_each = local.table.ttl_attribute == null ? [] : [local.table.ttl_attribute]
+    content {
+      attribute_name = ttl.value
+      enabled        = true
+    }
+  }
+
+  point_in_time_recovery {
+    enabled                 = true
+    recovery_period_in_days = var.point_in_time_recovery_days
+  }
+
+  # Without a customer key this means the key aws/dynamodb, never the unaudited one that DynamoDB owns.
+  server_side_encryption {
+    enabled     = true
+    kms_key_arn = local.key_arn
+  }
+
+  # Lets a verification see that the table was made for an older contract than the one it holds.
+  tags = { "prefs:contract-version" = tostring(local.contract.version) }
+
+  lifecycle {
+    # Auto-scaling moves these all day; without this each plan would set them back.
+    ignore_changes = [read_capacity, write_capacity]
+
+    precondition {
+      condition     = alltrue([for type in values(local.key_types) : contains(["N", "S", "B"], type)])
+      error_message = "the contract gives a key of ${local.table.name} a type other than N, S or B, which DynamoDB does not know: correct the contract."
+    }
+  }
+}
+
+locals {
+  scaled = local.provisioned ? {
+    read  = { min = var.capacity.read_min, max = var.capacity.read_max, dimension = "dynamodb:table:ReadCapacityUnits", metric = "DynamoDBReadCapacityUtilization" }
+    write = { min = var.capacity.write_min, max = var.capacity.write_max, dimension = "dynamodb:table:WriteCapacityUnits", metric = "DynamoDBWriteCapacityUtilization" }
+  } : {}
+}
+
+resource "aws_appautoscaling_target" "profiles" {
+  for_each = local.scaled
+
+  service_namespace  = "dynamodb"
+  resource_id        = "table/${aws_dynamodb_table.profiles.name}"
+  scalable_dimension = each.value.dimension
+  min_capacity       = each.value.min
+  max_capacity       = each.value.max
+}
+
+resource "aws_appautoscaling_policy" "profiles" {
+  for_each = local.scaled
+
+  name               = "${local.table_name}-${each.key}"
+  policy_type        = "TargetTrackingScaling"
+  service_namespace  = aws_appautoscaling_target.profiles[each.key].service_namespace
+  resource_id        = aws_appautoscaling_target.profiles[each.key].resource_id
+  scalable_dimension = aws_appautoscaling_target.profiles[each.key].scalable_dimension
+
+  target_tracking_scaling_policy_configuration {
+    target_value = var.capacity.target_utilisation
+
+    predefined_metric_specification {
+      predefined_metric_type = each.value.metric
+    }
+  }
+}

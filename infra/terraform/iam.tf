@@ -1,0 +1,294 @@
+locals {
+  actors = {
+    sink-writer      = "Writes profile items: the RisingWave sinks, or the publisher."
+    exporter         = "Writes training tiles to Iceberg: data files, metadata, Glue tables."
+    serving-reader   = "Reads profile items by viewer: the recommendation service."
+    freshness-reader = "Reads the canaries' items and the snapshots' metadata, to measure freshness."
+    provisioner      = "Compares the table with the contract; it cannot change it."
+  }
+
+  actor_policies = {
+    sink-writer      = data.aws_iam_policy_document.sink_writer.json
+    exporter         = data.aws_iam_policy_document.exporter.json
+    serving-reader   = data.aws_iam_policy_document.serving_reader.json
+    freshness-reader = data.aws_iam_policy_document.freshness_reader.json
+    provisioner      = data.aws_iam_policy_document.provisioner.json
+  }
+
+  account_trust = { service_accounts = [], ec2 = false, principals = [local.account_id], external_id = null }
+  trust         = { for actor in keys(local.actors) : actor => lookup(var.trust, actor, local.account_trust) }
+
+  oidc_issuer = var.eks_oidc_provider_arn == null ? "" : split("oidc-provider/", var.eks_oidc_provider_arn)[1]
+
+  catalog_arns = [
+    "arn:${local.partition}:glue:${var.region}:${local.account_id}:catalog",
+    "arn:${local.partition}:glue:${var.region}:${local.account_id}:database/${local.namespace}",
+    "arn:${local.partition}:glue:${var.region}:${local.account_id}:table/${local.namespace}/*",
+  ]
+
+  # DynamoDB and S3 use the key in the caller's name; used directly, outside of them, it stays shut.
+  dynamodb_service = "dynamodb.${var.region}.amazonaws.com"
+  s3_service       = "s3.${var.region}.amazonaws.com"
+}
+
+# --- trust ------------------------------------------------------------------------------------
+
+data "aws_iam_policy_document" "trust" {
+  for_each = local.trust
+
+  dynamic "statement" {
+    for_each = length(each.value.service_accounts) > 0 ? [each.value] : []
+    content {
+      sid     = "ServiceAccounts"
+      actions = ["sts:AssumeRoleWithWebIdentity"]
+
+      principals {
+        type        = "Federated"
+        identifiers = [var.eks_oidc_provider_arn]
+      }
+
+      condition {
+        test     = "StringEquals"
+        variable = "${local.oidc_issuer}:sub"
+        values   = [for name in statement.value.service_accounts : "system:serviceaccount:${name}"]
+      }
+
+      condition {
+        test     = "StringEquals"
+        variable = "${local.oidc_issuer}:aud"
+        values   = ["sts.amazonaws.com"]
+      }
+    }
+  }
+
+  dynamic "statement" {
+    for_each = each.value.ec2 ? [each.value] : []
+    content {
+      sid     = "Instances"
+      actions = ["sts:AssumeRole"]
+
+      principals {
+        type        = "Service"
+        identifiers = ["ec2.amazonaws.com"]
+      }
+    }
+  }
+
+  dynamic "statement" {
+    for_each = length(each.value.principals) > 0 ? [each.value] : []
+    content {
+      sid     = "Principals"
+      actions = ["sts:AssumeRole"]
+
+      principals {
+        type        = "AWS"
+        identifiers = [for name in statement.value.principals : startswith(name, "arn:") ? name : "arn:${local.partition}:iam::${name}:root"]
+      }
+
+      dynamic "condition" {
+        for_each = statement.value.external_id == null ? [] : [statement.value.external_id]
+        content {
+          test     = "StringEquals"
+          variable = "sts:ExternalId"
+          values   = [condition.value]
+        }
+      }
+    }
+  }
+}
+
+resource "aws_iam_role" "actor" {
+  for_each = local.actors
+
+  name                 = "${local.prefix}prefs-${each.key}"
+  description          = each.value
+  assume_role_policy   = data.aws_iam_policy_document.trust[each.key].json
+  permissions_boundary = var.permissions_boundary_arn
+}
+
+# Policies stand on their own, so that a process that plays several actors can attach several to one role.
+resource "aws_iam_policy" "actor" {
+  for_each = local.actors
+
+  name        = "${local.prefix}prefs-${each.key}"
+  description = each.value
+  policy      = local.actor_policies[each.key]
+}
+
+resource "aws_iam_role_policy_attachment" "actor" {
+  for_each = local.actors
+
+  role       = aws_iam_role.actor[each.key].name
+  policy_arn = aws_iam_policy.actor[each.key].arn
+}
+
+resource "aws_iam_instance_profile" "actor" {
+  for_each = { for actor, trust in local.trust : actor => trust if trust.ec2 }
+
+  name = aws_iam_role.actor[each.key].name
+  role = aws_iam_role.actor[each.key].name
+}
+
+# --- permissions ------------------------------------------------------------------------------
+
+data "aws_iam_policy_document" "sink_writer" {
+  statement {
+    sid = "WriteItems"
+    # Creating a sink describes the table first; nothing is read back.
+    actions   = ["dynamodb:BatchWriteItem", "dynamodb:DeleteItem", "dynamodb:DescribeTable", "dynamodb:PutItem"]
+    resources = [local.table_arn]
+  }
+
+  dynamic "statement" {
+    for_each = local.has_key ? [local.key_arn] : []
+    content {
+      sid       = "UseKeyThroughDynamoDB"
+      actions   = ["kms:Decrypt", "kms:DescribeKey", "kms:Encrypt", "kms:GenerateDataKey", "kms:ReEncryptFrom", "kms:ReEncryptTo"]
+      resources = [statement.value]
+
+      condition {
+        test     = "StringEquals"
+        variable = "kms:ViaService"
+        values   = [local.dynamodb_service]
+      }
+    }
+  }
+}
+
+data "aws_iam_policy_document" "serving_reader" {
+  statement {
+    sid       = "ReadItemsByViewer"
+    actions   = ["dynamodb:BatchGetItem", "dynamodb:GetItem", "dynamodb:Query"]
+    resources = [local.table_arn]
+  }
+
+  dynamic "statement" {
+    for_each = local.has_key ? [local.key_arn] : []
+    content {
+      sid       = "UseKeyThroughDynamoDB"
+      actions   = ["kms:Decrypt", "kms:DescribeKey"]
+      resources = [statement.value]
+
+      condition {
+        test     = "StringEquals"
+        variable = "kms:ViaService"
+        values   = [local.dynamodb_service]
+      }
+    }
+  }
+}
+
+data "aws_iam_policy_document" "freshness_reader" {
+  statement {
+    sid       = "ReadCanaryItems"
+    actions   = ["dynamodb:BatchGetItem", "dynamodb:GetItem", "dynamodb:Query"]
+    resources = [local.table_arn]
+
+    # Canaries are the viewers with an id below 0, and ForAllValues alone would also hold for a request without keys.
+    condition {
+      test     = "ForAllValues:StringLike"
+      variable = "dynamodb:LeadingKeys"
+      values   = ["-*"]
+    }
+
+    condition {
+      test     = "Null"
+      variable = "dynamodb:LeadingKeys"
+      values   = ["false"]
+    }
+  }
+
+  statement {
+    sid       = "DescribeTable"
+    actions   = ["dynamodb:DescribeTable"]
+    resources = [local.table_arn]
+  }
+
+  statement {
+    sid       = "ReadCatalog"
+    actions   = ["glue:GetDatabase", "glue:GetTable", "glue:GetTables"]
+    resources = local.catalog_arns
+  }
+
+  statement {
+    sid       = "ReadSnapshotMetadata"
+    actions   = ["s3:GetObject"]
+    resources = ["${local.bucket_arn}/${local.warehouse_path}/*/metadata/*"]
+  }
+
+  dynamic "statement" {
+    for_each = local.has_key ? [local.key_arn] : []
+    content {
+      sid       = "UseKeyThroughServices"
+      actions   = ["kms:Decrypt", "kms:DescribeKey"]
+      resources = [statement.value]
+
+      condition {
+        test     = "StringEquals"
+        variable = "kms:ViaService"
+        values   = [local.dynamodb_service, local.s3_service]
+      }
+    }
+  }
+}
+
+data "aws_iam_policy_document" "exporter" {
+  statement {
+    sid       = "ReadAndWriteWarehouse"
+    actions   = ["s3:AbortMultipartUpload", "s3:DeleteObject", "s3:GetObject", "s3:ListMultipartUploadParts", "s3:PutObject"]
+    resources = ["${local.bucket_arn}/${local.warehouse_path}/*"]
+  }
+
+  statement {
+    sid       = "ListWarehouse"
+    actions   = ["s3:ListBucket"]
+    resources = [local.bucket_arn]
+
+    condition {
+      test     = "StringLike"
+      variable = "s3:prefix"
+      values   = [local.warehouse_path, "${local.warehouse_path}/*"]
+    }
+  }
+
+  statement {
+    sid       = "FindBucket"
+    actions   = ["s3:GetBucketLocation"]
+    resources = [local.bucket_arn]
+  }
+
+  statement {
+    sid = "CommitTables"
+    # No DeleteTable: a training table is only ever removed by a person.
+    actions   = ["glue:CreateTable", "glue:GetDatabase", "glue:GetTable", "glue:GetTables", "glue:UpdateTable"]
+    resources = local.catalog_arns
+  }
+
+  dynamic "statement" {
+    for_each = local.has_key ? [local.key_arn] : []
+    content {
+      sid       = "UseKeyThroughS3"
+      actions   = ["kms:Decrypt", "kms:DescribeKey", "kms:GenerateDataKey"]
+      resources = [statement.value]
+
+      condition {
+        test     = "StringEquals"
+        variable = "kms:ViaService"
+        values   = [local.s3_service]
+      }
+    }
+  }
+}
+
+data "aws_iam_policy_document" "provisioner" {
+  statement {
+    sid = "VerifyTable"
+    actions = [
+      "dynamodb:DescribeContinuousBackups",
+      "dynamodb:DescribeTable",
+      "dynamodb:DescribeTimeToLive",
+      "dynamodb:ListTagsOfResource",
+    ]
+    resources = [local.table_arn]
+  }
+}

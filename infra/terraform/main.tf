@@ -1,0 +1,27 @@
+data "aws_caller_identity" "current" {}
+
+data "aws_partition" "current" {}
+
+locals {
+  contract = jsondecode(file(coalesce(var.contract_file, "${path.module}/../../dagster_prefs/online/contract.json")))
+  table    = local.contract.table
+
+  prefix     = var.prefix == null ? "${var.environment}-" : var.prefix
+  account_id = data.aws_caller_identity.current.account_id
+  partition  = data.aws_partition.current.partition
+
+  # Names are put together here, not read from resources, so that every policy is complete in the plan.
+  table_name  = "${local.prefix}${local.table.name}"
+  table_arn   = "arn:${local.partition}:dynamodb:${var.region}:${local.account_id}:table/${local.table_name}"
+  bucket_name = coalesce(var.lake_bucket_name, "${local.prefix}prefs-lake-${local.account_id}-${var.region}")
+  bucket_arn  = "arn:${local.partition}:s3:::${local.bucket_name}"
+  # Glue allows no hyphen in a database that Iceberg clients and Athena are to read without quoting.
+  namespace      = coalesce(var.iceberg_namespace, "${replace(local.prefix, "-", "_")}training")
+  warehouse_path = "warehouse"
+  warehouse      = "s3://${local.bucket_name}/${local.warehouse_path}"
+
+  tags = merge(var.tags, {
+    "prefs:environment" = var.environment
+    "prefs:managed-by"  = "terraform"
+  })
+}
