@@ -34,14 +34,14 @@
   end
 {%- endmacro %}
 
-{# Why a message is refused whatever its topic, as `when … then …` arms; `id`, `key`, `moment` are columns. #}
-{% macro common_reasons(key, key_column, moment, moment_column) %}
+{# Why an event is refused whatever its topic, as `when … then …` arms; `key` and `moment` are columns. #}
+{% macro common_reasons(key, moment) %}
     when j is null then 'not valid JSON'
     when jsonb_typeof(j) <> 'object' then 'not a JSON object'
-    {%- for name, column in [("event_id", "event_id"), (key, key_column), (moment, moment_column)] %}
-    when {{ column }} is null and not {{ field_given(name) }} then 'missing {{ name }}'
-    when {{ column }} is null then 'bad {{ name }}'
+    {%- for name in ["event_id", key, moment] %}
+    when {{ name }} is null and not {{ field_given(name) }} then 'missing {{ name }}'
+    when {{ name }} is null then 'bad {{ name }}'
     {%- endfor %}
-    when {{ moment_column }} > coalesce(kafka_timestamp, arrived_at) + interval '{{ var("future_tolerance_hours") }} hours'
+    when {{ moment }} > coalesce(kafka_timestamp, arrived_at) + interval '{{ var("future_tolerance_hours") }} hours'
       then 'event time in the future'
 {%- endmacro %}

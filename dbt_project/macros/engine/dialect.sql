@@ -81,13 +81,11 @@
 {%- endmacro %}
 
 {% macro default__catalog_type(data_type) -%}
-  {%- set names = {
-    "int": "integer", "timestamptz": "timestamp with time zone", "decimal": "numeric", "bool": "boolean",
-  } -%}
-  {{ return(names.get(data_type, data_type)) }}
+  {%- set element = data_type | replace("[]", "") -%}
+  {%- set names = {"int": "integer", "timestamptz": "timestamp with time zone", "decimal": "numeric", "bool": "boolean"} -%}
+  {{ return(names.get(element, element) ~ ("[]" if data_type.endswith("[]") else "")) }}
 {%- endmacro %}
 
 {% macro risingwave__catalog_type(data_type) -%}
-  {%- set name = default__catalog_type(data_type) -%}
-  {{ return({"text": "character varying", "text[]": "character varying[]"}.get(name, name)) }}
+  {{ return(default__catalog_type(data_type) | replace("text", "character varying")) }}
 {%- endmacro %}

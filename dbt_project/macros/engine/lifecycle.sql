@@ -65,8 +65,8 @@
 {% macro refuse_foreign_relations() -%}
   {%- set ours = run_query("select relation from " ~ target.schema ~ ".deployments").columns[0].values() | list -%}
   {%- set there = [] -%}
-  {%- for relation in adapter.list_relations_without_caching(api.Relation.create(database=target.database, schema=target.schema)) -%}
-    {%- do there.append(relation.identifier) -%}
+  {%- for row in list_relations_without_caching(api.Relation.create(database=target.database, schema=target.schema)) -%}
+    {%- do there.append(row["name"]) -%}
   {%- endfor -%}
   {%- set foreign = [] -%}
   {%- for node in graph.nodes.values() if node.resource_type == "model" and node.alias in there and node.alias not in ours and node.alias != "deployments" -%}

@@ -77,6 +77,19 @@
   {%- endif -%}
 {%- endmacro %}
 
+{#
+  The descriptions of the YAML as comments. dbt's own macro looks each column up in information_schema, which
+  leaves materialized views out, and would warn about every one.
+#}
+{% macro describe(relation) -%}
+  {% call statement("describe") %}
+    comment on {{ relation.type | replace("_", " ") }} {{ relation }} is '{{ model.description | trim | replace("'", "''") }}';
+    {%- for column in model.columns.values() if column.description %}
+    comment on column {{ relation }}.{{ adapter.quote(column.name) }} is '{{ column.description | replace("'", "''") }}';
+    {%- endfor %}
+  {% endcall %}
+{%- endmacro %}
+
 {# Make or replace a view; whatever stood on the old one is made again in the same transaction. #}
 {% macro put_view(relation, kind, state) -%}
   {%- set again = drop_and_remember(relation, state[0]) if state else [] -%}
@@ -104,7 +117,7 @@
       analyze {{ relation }}
     {% endcall %}
   {%- endif -%}
-  {% do persist_docs(relation, model) %}
+  {% do describe(relation) %}
   {{ run_hooks(post_hooks, inside_transaction=True) }}
   {% do adapter.commit() %}
   {{ run_hooks(post_hooks, inside_transaction=False) }}
@@ -127,7 +140,7 @@
   {% do engine_lock() %}
   {{ run_hooks(pre_hooks, inside_transaction=True) }}
   {% do put_plain_view(relation) %}
-  {% do persist_docs(relation, model) %}
+  {% do describe(relation) %}
   {{ run_hooks(post_hooks, inside_transaction=True) }}
   {% do adapter.commit() %}
   {{ run_hooks(post_hooks, inside_transaction=False) }}
@@ -144,7 +157,7 @@
     "create table if not exists " ~ target.schema ~ ".online_published (table_id text, domain_key text, viewer_id bigint, fingerprint text not null, primary key (table_id, domain_key, viewer_id))"
   ) %}
   {% do put_plain_view(relation) %}
-  {% do persist_docs(relation, model) %}
+  {% do describe(relation) %}
   {{ run_hooks(post_hooks, inside_transaction=True) }}
   {% do adapter.commit() %}
   {{ run_hooks(post_hooks, inside_transaction=False) }}
@@ -170,7 +183,7 @@
     {% do create_indexes(relation) %}
   {%- endif -%}
   {% do check_contract(relation) %}
-  {% do persist_docs(relation, model) %}
+  {% do describe(relation) %}
   {{ run_hooks(post_hooks, inside_transaction=True) }}
   {% do adapter.commit() %}
   {{ run_hooks(post_hooks, inside_transaction=False) }}

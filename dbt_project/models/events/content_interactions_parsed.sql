@@ -36,7 +36,7 @@ judged as (
   select
     *,
     case
-      {{- common_reasons("viewer_id", "viewer_id", "event_ts", "event_ts") }}
+      {{- common_reasons("viewer_id", "event_ts") }}
     when event_type is null and not {{ field_given("event_type") }} then 'missing event_type'
     when event_type is null or event_type not in ('like', 'share', 'search') then 'unknown event_type'
     end as reason

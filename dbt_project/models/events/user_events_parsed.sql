@@ -41,7 +41,7 @@ judged as (
   select
     *,
     case
-      {{- common_reasons("user_id", "user_id", "event_time", "event_time") }}
+      {{- common_reasons("user_id", "event_time") }}
     when event_type is null and not {{ field_given("event_type") }} then 'missing event_type'
     when event_type is null or event_type not in ({% for name in var("interaction_weights") %}'{{ name }}'{{ ", " if not loop.last }}{% endfor %}) then 'unknown event_type'
     when price is null and {{ field_given("price") }} then 'bad price'

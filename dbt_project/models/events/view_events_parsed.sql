@@ -39,7 +39,7 @@ judged as (
   select
     *,
     case
-      {{- common_reasons("viewer_id", "viewer_id", "watched_at", "watched_at") }}
+      {{- common_reasons("viewer_id", "watched_at") }}
     when watch_duration_sec is null and {{ field_given("watch_duration_sec") }} then 'bad watch_duration_sec'
     when watch_duration_sec < 0 then 'negative watch_duration_sec'
     when completion_pct is null and {{ field_given("completion_pct") }} then 'bad completion_pct'
