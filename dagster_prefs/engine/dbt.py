@@ -1,0 +1,202 @@
+"""dbt in this process: the manifest when it is out of date, and runs whose results are data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.errors import PrefsError
+
+# dbt keeps its configuration in process-wide state, so one invocation at a time.
+_ONE_INVOCATION = threading.Lock()
+
+
+class DbtError(PrefsError):
+    """dbt failed; the message names the model or test and the reason."""
+
+
+@dataclass(frozen=True)
+class NodeResult:
+    """What became of one model or test.
+
+    `status` is dbt's own: success, error, skipped, pass, fail, warn. `seconds` is wall-clock time.
+    """
+
+    unique_id: str
+    status: str
+    message: str
+    seconds: float
+    failures: int | None
+
+    @property
+    def name(self) -> str:
+        """Name of the model, or of the test."""
+        return self.unique_id.split(".")[2]
+
+    @property
+    def ok(self) -> bool:
+        """Whether the node did what it should; a warning did."""
+        return self.status in ("success", "pass", "warn", "no-op", "reused")
+
+
+class Dbt:
+    """The dbt project against one engine.
+
+    dbt reads the connection from `PREFS_ENGINE_*` (see `profiles.yml`), so each invocation runs with
+    these variables set from `connection`; everything it writes goes to `target_dir`.
+    """
+
+    def __init__(
+        self,
+        connection: EngineConnection,
+        project_dir: Path,
+        target_dir: Path,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.connection = connection
+        self.project_dir = project_dir
+        self.target_dir = target_dir
+        self._environment = {
+            "PREFS_ENGINE": connection.kind,
+            "PREFS_ENGINE_HOST": connection.host,
+            "PREFS_ENGINE_PORT": str(connection.port),
+            "PREFS_ENGINE_DATABASE": connection.database,
+            "PREFS_ENGINE_USER": connection.user,
+            "PREFS_ENGINE_PASSWORD": connection.password,
+            "PREFS_ENGINE_SSLMODE": connection.sslmode,
+            "PREFS_ENGINE_SCHEMA": connection.schema,
+            "DBT_SEND_ANONYMOUS_USAGE_STATS": "false",
+            **(environment or {}),
+        }
+
+    @property
+    def manifest_path(self) -> Path:
+        """Where dbt writes its manifest."""
+        return self.target_dir / "manifest.json"
+
+    def manifest(self) -> dict[str, Any]:
+        """dbt's manifest, parsed anew only when the project or its settings have changed.
+
+        Raises DbtError when the project does not parse.
+        """
+        stamp = self.target_dir / "manifest.sha256"
+        self.target_dir.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.target_dir / "manifest.lock"):
+            fingerprint = self._fingerprint()
+            current = stamp.read_text() if stamp.is_file() and self.manifest_path.is_file() else ""
+            if current != fingerprint:
+                self._invoke(["parse"])
+                stamp.write_text(fingerprint)
+            loaded: dict[str, Any] = json.loads(self.manifest_path.read_bytes())
+        return loaded
+
+    def run(
+        self,
+        command: str,
+        select: Sequence[str] = (),
+        *,
+        exclude: Sequence[str] = (),
+        arguments: Sequence[str] = (),
+        on_result: Callable[[NodeResult], None] | None = None,
+    ) -> list[NodeResult]:
+        """`dbt <command>`, e.g. `build`, over the selected nodes; every node by default.
+
+        Returns one result a node, failed ones included; `on_result` gets each as soon as it is there.
+        Raises DbtError only when dbt could not run at all: no engine, no such model, a parse error.
+        """
+        args = [command, *arguments]
+        if select:
+            args += ["--select", " ".join(select)]
+        if exclude:
+            args += ["--exclude", " ".join(exclude)]
+
+        def heard(event: Any) -> None:
+            if on_result and event.info.name == "NodeFinished":
+                info = event.data.node_info
+                on_result(
+                    NodeResult(
+                        unique_id=info.unique_id,
+                        status=str(event.data.run_result.status),
+                        message=one_line(event.data.run_result.message),
+                        seconds=event.data.run_result.execution_time,
+                        failures=None,
+                    )
+                )
+
+        outcome = self._invoke(args, heard)
+        return [
+            NodeResult(
+                unique_id=result.node.unique_id,
+                status=str(result.status),
+                message=one_line(result.message or ""),
+                seconds=float(result.execution_time),
+                failures=result.failures,
+            )
+            for result in getattr(outcome, "results", [])
+        ]
+
+    def _invoke(self, args: list[str], heard: Callable[[Any], None] | None = None) -> Any:
+        from dbt.cli.main import dbtRunner
+
+        common = [
+            "--project-dir", str(self.project_dir),
+            "--profiles-dir", str(self.project_dir),
+            "--target", self.connection.kind,
+            "--target-path", str(self.target_dir),
+            "--log-path", str(self.target_dir / "logs"),
+        ]  # fmt: skip
+        quiet = ["--log-level", "none", "--log-level-file", "info", "--no-use-colors-file"]
+        with _ONE_INVOCATION, _environment(self._environment):
+            outcome = dbtRunner(callbacks=[heard] if heard else []).invoke([*quiet, *args, *common])
+        if outcome.exception is not None:
+            raise DbtError(f"dbt {args[0]} failed: {one_line(str(outcome.exception))}")
+        return outcome.result
+
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for package in ("dbt-core", "dbt-postgres", "dbt-risingwave"):
+            digest.update(f"{package}={version(package)}\n".encode())
+        for path in sorted(self.project_dir.rglob("*")):
+            inside = path.relative_to(self.project_dir)
+            if path.suffix in (".sql", ".yml") and inside.parts[0] not in ("target", "logs", "dbt_packages"):
+                digest.update(f"{inside.as_posix()}\n".encode() + path.read_bytes())
+        # Values of the environment are part of the parsed project; only their hash is kept.
+        digest.update(json.dumps(self._environment, sort_keys=True).encode())
+        return digest.hexdigest()
+
+
+def one_line(message: str) -> str:
+    """dbt's message without its position and call stack: what failed and why, on one line."""
+    kept = []
+    for line in message.strip().splitlines():
+        text = line.strip()
+        if text.startswith((">", "compiled code at")):
+            continue
+        if text:
+            kept.append(text)
+    return " ".join(kept)
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
