@@ -1,0 +1,63 @@
+# Every target works on a fresh clone: the environment is made on first use and kept until the lock changes.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+UV_VERSION := 0.13.8
+
+.DEFAULT_GOAL := help
+.PHONY: help demo ui up down status test test-fast test-terraform lint format lock clean
+
+help: ## show this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(VENV)/installed: requirements.lock pyproject.toml
+	@echo "making $(VENV) from requirements.lock"
+	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
+	@touch $@
+
+venv: $(VENV)/installed ## make or update the environment from the lock
+
+demo: $(VENV)/installed ## start the services, load events, materialize everything, print a summary
+	@$(BIN)/prefs demo
+
+ui: $(VENV)/installed ## open the Dagster UI on the demo's state
+	@$(BIN)/prefs ui
+
+up: $(VENV)/installed ## start the embedded services
+	@$(BIN)/prefs up
+
+down: ## stop what was started
+	@if [ -x $(BIN)/prefs ]; then $(BIN)/prefs down; fi
+
+status: $(VENV)/installed ## show services, lag and freshness
+	@$(BIN)/prefs status
+
+test: $(VENV)/installed ## the whole test suite
+	@$(BIN)/python -m pytest
+
+test-fast: $(VENV)/installed ## the tests without a webserver, a browser or the whole demo
+	@$(BIN)/python -m pytest -m "not slow"
+
+test-terraform: $(VENV)/installed ## the infrastructure's tests alone
+	@$(BIN)/python -m pytest tests/terraform
+
+lint: $(VENV)/installed ## style and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(VENV)/installed ## let ruff rewrite the style
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+lock: $(VENV)/installed ## resolve the dependencies of pyproject.toml into requirements.lock
+	@$(BIN)/uv pip compile pyproject.toml --extra platform --group dev --override overrides.txt --universal \
+	  --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate -q -o requirements.lock
+
+clean: down ## stop everything and delete the environment and all local state
+	@if [ -x $(BIN)/prefs ]; then $(BIN)/prefs down --delete-state; fi
+	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dbt_project/target dbt_project/logs

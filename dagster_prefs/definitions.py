@@ -1,0 +1,26 @@
+"""What Dagster loads; it assembles `defs/` and does nothing else."""
+
+from __future__ import annotations
+
+import dagster as dg
+
+from dagster_prefs.defs import events, feature_views, freshness, offline_store, online_store
+from dagster_prefs.defs.resources import Platform
+from dagster_prefs.settings import Settings, load_settings
+
+
+def build_definitions(settings: Settings) -> dg.Definitions:
+    """All assets, checks, jobs, schedules and sensors for these settings."""
+    platform = Platform(settings)
+    return dg.Definitions.merge(
+        feature_views.build(platform),
+        online_store.build(platform),
+        offline_store.build(platform),
+        events.build(platform),
+        freshness.build(platform),
+        # One process a run: the steps are short and share dbt, so a process each would only add start-up time.
+        dg.Definitions(executor=dg.in_process_executor),
+    )
+
+
+defs = build_definitions(load_settings())

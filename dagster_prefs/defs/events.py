@@ -1,0 +1,37 @@
+"""Work that starts because events arrived."""
+
+from __future__ import annotations
+
+import dagster as dg
+
+from dagster_prefs.defs.feature_views import REFRESH_JOB
+from dagster_prefs.defs.resources import Platform
+from dagster_prefs.errors import PrefsError
+from dagster_prefs.events.progress import waiting_since
+
+
+def build(platform: Platform) -> dg.Definitions:
+    """The sensor that refreshes the embedded engine's views; RisingWave keeps its own current."""
+    if platform.engine.kind == "risingwave":
+        return dg.Definitions()
+
+    @dg.sensor(
+        name="new_events",
+        job_name=REFRESH_JOB,
+        minimum_interval_seconds=platform.settings.refresh_poll_seconds,
+        default_status=platform.default_sensor_status,
+        description="Starts a refresh when the raw tables hold messages that no refresh has read.",
+    )
+    def new_events() -> dg.RunRequest | dg.SkipReason:
+        try:
+            with platform.engine.connect() as connection:
+                waiting = waiting_since(connection, platform.engine)
+        except PrefsError as error:
+            return dg.SkipReason(str(error))
+        if not waiting:
+            return dg.SkipReason("nothing arrived since the last refresh")
+        # The key is what waits, so that a refresh that fails is not started again and again for the same messages.
+        key = ",".join(f"{topic}@{newest.isoformat()}" for topic, (_, newest) in sorted(waiting.items()))
+        return dg.RunRequest(run_key=key)
+
+    return dg.Definitions(sensors=[new_events])

@@ -1,0 +1,130 @@
+"""Every dbt model as an asset: events, tiles, rolling views, preferences and sinks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import dagster as dg
+from dagster_dbt import DagsterDbtTranslator, dbt_assets
+from dagster_dbt.asset_utils import get_asset_check_key_for_test
+
+from dagster_prefs.defs.resources import TABLE_KEY, Platform
+from dagster_prefs.engine.catalog import row_counts
+
+REFRESH_JOB = "refresh"
+
+
+class ModelTranslator(DagsterDbtTranslator):
+    """dbt models in the terms of this platform: grouped by dbt group, kinds by engine, sinks behind their table."""
+
+    def __init__(self, engine_kind: str) -> None:
+        super().__init__()
+        self._engine_kind = engine_kind
+
+    def get_asset_spec(self, manifest: Mapping[str, Any], unique_id: str, project: Any) -> dg.AssetSpec:
+        """The spec of one model; a sink also depends on the DynamoDB table it writes to."""
+        spec = super().get_asset_spec(manifest, unique_id, project)
+        props = self.get_resource_props(manifest, unique_id)
+        engine = "postgres" if self._engine_kind == "local" else "risingwave"
+        kinds = {"dbt", engine}
+        if props["config"]["materialized"] == "sink":
+            spec = spec.merge_attributes(deps=[TABLE_KEY])
+            kinds.add("dynamodb")
+        return spec.replace_attributes(kinds=kinds)
+
+    def get_asset_key(self, dbt_resource_props: Mapping[str, Any]) -> dg.AssetKey:
+        """The relation's name: it is what users query."""
+        return dg.AssetKey(dbt_resource_props["name"])
+
+
+def build(platform: Platform) -> dg.Definitions:
+    """The dbt assets, their tests as checks, and the job and schedule that refresh them."""
+    manifest = platform.dbt.manifest()
+    translator = ModelTranslator(platform.engine.kind)
+    models = {
+        translator.get_asset_key(node): node["name"]
+        for node in manifest["nodes"].values()
+        if node["resource_type"] == "model"
+    }
+    checks = {
+        key: node["name"]
+        for unique_id, node in manifest["nodes"].items()
+        if (key := get_asset_check_key_for_test(manifest, translator, unique_id, None)) is not None
+    }
+    kept = {
+        node["name"]
+        for node in manifest["nodes"].values()
+        if node["resource_type"] == "model" and node["config"]["materialized"] != "sink"
+    }
+
+    @dbt_assets(manifest=manifest, dagster_dbt_translator=translator, name="dbt_models")
+    def dbt_models(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
+        selected = [name for key, name in models.items() if key in context.selected_asset_keys]
+        selected += [name for key, name in checks.items() if key in context.selected_asset_check_keys]
+        names = {name: key for key, name in models.items()}
+        check_keys = {name: key for key, name in checks.items()}
+
+        def log(result: Any) -> None:
+            context.log.info(f"{result.name}: {result.status} {result.message} ({result.seconds:.2f} s)")
+
+        # A run of everything needs no selection, and dbt resolves none faster than one of eighty names.
+        everything = len(selected) == len(models) + len(checks)
+        results = platform.dbt.run(
+            "build",
+            () if everything else selected,
+            exclude=["resource_type:unit_test"],
+            arguments=["--indirect-selection", "empty"] if not everything else (),
+            on_result=log,
+        )
+        with platform.engine.connect() as connection:
+            counts = row_counts(
+                connection, platform.engine, [r.name for r in results if r.ok and r.name in kept]
+            )
+        failed = []
+        for result in results:
+            if result.name in names:
+                if not result.ok:
+                    failed.append(result)
+                    continue
+                metadata: dict[str, Any] = {"seconds": result.seconds, "dbt": result.message}
+                if result.name in counts:
+                    metadata["dagster/row_count"] = counts[result.name]
+                yield dg.MaterializeResult(asset_key=names[result.name], metadata=metadata)
+            elif result.name in check_keys and result.status != "skipped":
+                key = check_keys[result.name]
+                yield dg.AssetCheckResult(
+                    asset_key=key.asset_key,
+                    check_name=key.name,
+                    passed=result.status == "pass",
+                    severity=dg.AssetCheckSeverity.WARN
+                    if result.status == "warn"
+                    else dg.AssetCheckSeverity.ERROR,
+                    metadata={"failures": result.failures or 0, "message": result.message or "pass"},
+                )
+        if failed:
+            errors = [result for result in failed if result.status != "skipped"] or failed
+            raise dg.Failure(
+                description="; ".join(f"{result.name}: {result.message}" for result in errors),
+                metadata={"failed": [result.name for result in failed]},
+            )
+
+    # What has to follow each other is one job: views first, then what is published from them.
+    selection = dg.AssetSelection.assets(dbt_models) | dg.AssetSelection.groups("online_store")
+    refresh = dg.define_asset_job(
+        REFRESH_JOB, selection, description="Refresh every view, then publish what changed to DynamoDB."
+    )
+    return dg.Definitions(
+        assets=[dbt_models],
+        jobs=[refresh],
+        schedules=[
+            dg.ScheduleDefinition(
+                name="refresh_hourly",
+                job=refresh,
+                cron_schedule="0 * * * *",
+                execution_timezone="UTC",
+                default_status=platform.default_schedule_status,
+                description="Refreshes once an hour even without new events, because windows move with time.",
+            )
+        ],
+    )

@@ -1,0 +1,28 @@
+"""Where Dagster keeps its runs and events on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+DAGSTER_YAML = """\
+# Written by `prefs` when the folder was made; yours to change from then on.
+telemetry: { enabled: false }
+nux: { enabled: false }
+retention:
+  schedule: { purge_after_days: 30 }
+  sensor:
+    purge_after_days: { skipped: 1, failure: 30, success: 30 }
+"""
+
+
+def ensure_dagster_home(data_dir: Path) -> Path:
+    """Return `<data_dir>/dagster`, made with a `dagster.yaml` on first use.
+
+    Runs, events and schedules of the command, the UI and the daemon all live there (SQLite).
+    """
+    home = data_dir / "dagster"
+    home.mkdir(parents=True, exist_ok=True)
+    config = home / "dagster.yaml"
+    if not config.exists():
+        config.write_text(DAGSTER_YAML)
+    return home

@@ -1,0 +1,88 @@
+"""The platform's own objects, made from the settings once and shared by all definitions."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import dagster as dg
+
+from dagster_prefs.engine.dbt import Dbt
+from dagster_prefs.online.contract import Contract, load_contract
+from dagster_prefs.online.tables import TableReport, dynamodb_client, provision
+from dagster_prefs.settings import PROJECT_ROOT, Settings
+
+if TYPE_CHECKING:
+    from pyiceberg.catalog import Catalog
+
+TABLE_KEY = dg.AssetKey(["dynamodb", "viewer_profiles"])
+
+
+class Platform:
+    """Engine, dbt, DynamoDB and Iceberg as the settings name them; nothing connects before it is used."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.engine = settings.connection
+
+    @cached_property
+    def dbt(self) -> Dbt:
+        """dbt for this engine; its artifacts lie under the data directory."""
+        return Dbt(
+            self.engine,
+            PROJECT_ROOT / "dbt_project",
+            self.settings.data_dir / "dbt" / self.engine.kind,
+            {
+                "PREFS_EXPIRY_SPREAD_SECONDS": str(self.settings.expiry_spread_seconds),
+                "PREFS_TABLE_PREFIX": self.settings.table_prefix,
+                "PREFS_KAFKA_BOOTSTRAP": self.settings.kafka_bootstrap or "",
+                "PREFS_KAFKA_START": self.settings.kafka_start,
+                "AWS_REGION": self.settings.aws_region,
+            },
+        )
+
+    @cached_property
+    def contract(self) -> Contract:
+        """The serving contract."""
+        return load_contract()
+
+    @property
+    def publishes(self) -> bool:
+        """Whether this platform writes DynamoDB itself, rather than a RisingWave sink."""
+        return self.settings.publish == "publisher" or (
+            self.settings.publish == "auto" and self.engine.kind == "local"
+        )
+
+    def dynamodb(self) -> Any:
+        """A DynamoDB client for the endpoint in use."""
+        return dynamodb_client(self.settings.aws_endpoint, self.settings.aws_region)
+
+    def provision(self, client: Any) -> TableReport:
+        """Make or verify the profile table, as the settings say who owns it."""
+        return provision(
+            client, self.contract, prefix=self.settings.table_prefix, mode=self.settings.provisioning
+        )
+
+    def catalog(self) -> Catalog:
+        """The Iceberg catalog."""
+        from dagster_prefs.offline.catalog import open_catalog
+
+        return open_catalog(
+            kind=self.settings.iceberg_catalog,
+            warehouse=self.settings.warehouse,
+            uri=self.settings.iceberg_uri,
+            region=self.settings.aws_region,
+            endpoint_url=self.settings.aws_endpoint_url,
+        )
+
+    @property
+    def default_schedule_status(self) -> dg.DefaultScheduleStatus:
+        """Schedules start by themselves only where the environment asks for it."""
+        on = self.settings.schedules == "on"
+        return dg.DefaultScheduleStatus.RUNNING if on else dg.DefaultScheduleStatus.STOPPED
+
+    @property
+    def default_sensor_status(self) -> dg.DefaultSensorStatus:
+        """The same for sensors."""
+        on = self.settings.schedules == "on"
+        return dg.DefaultSensorStatus.RUNNING if on else dg.DefaultSensorStatus.STOPPED
