@@ -1,0 +1,532 @@
+"""Preference profiles and rankings, read over the Postgres wire from either engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import Any, Literal, overload
+
+import psycopg
+from psycopg import sql
+
+from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.errors import PrefsError
+from dagster_prefs.serving.pool import Connection, ConnectionPool, T
+
+CANARY_PREFIX = "canary:"
+TOP_CATEGORIES = 5
+TOP_RECENT_CATEGORIES = 3
+MAX_LIMIT = 10_000
+
+# Ascending; a price belongs to the first tier whose bound it is below, as in dbt's variable `price_tiers`.
+PRICE_TIERS: tuple[tuple[str, Decimal | None], ...] = (
+    ("budget", Decimal(25)),
+    ("mid-range", Decimal(100)),
+    ("premium", Decimal(500)),
+    ("luxury", None),
+)
+TIER_LEVELS = {name: level for level, (name, _) in enumerate(PRICE_TIERS)}
+
+# From this many purchases on a brand's customer counts as loyal.
+LOYAL_PURCHASES = 2
+# From this many different items on the interest in a category counts as broad.
+BROAD_ITEMS = 5
+
+SCORE_PLACES = Decimal("0.000001")
+
+
+class PreferenceError(PrefsError):
+    """A preference read was asked for something impossible, or its relations are not there."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankingParameters:
+    """Weights and windows of the ranking.
+
+    lifetime = category·category affinity + brand·brand affinity + price_tier·(100·the tier's conversion rate)
+    combined = session·interactions of the session in the category + lifetime·lifetime
+
+    The session is the activity of the last `session_hours`; one shorter than `min_session_seconds` from its
+    first to its last event says too little, and the lifetime profile alone decides.
+    """
+
+    category: Decimal = Decimal("0.4")
+    brand: Decimal = Decimal("0.3")
+    price_tier: Decimal = Decimal("0.3")
+    session: Decimal = Decimal("0.6")
+    lifetime: Decimal = Decimal("0.4")
+    session_hours: Decimal = Decimal(3)
+    min_session_seconds: int = 300
+
+    def __post_init__(self) -> None:
+        for name in ("category", "brand", "price_tier", "session", "lifetime", "session_hours"):
+            value = getattr(self, name)
+            if not isinstance(value, Decimal | int) or isinstance(value, bool) or not value >= 0:
+                raise PreferenceError(f"{name} must be a Decimal or int of at least 0, not {value!r}")
+        if not isinstance(self.min_session_seconds, int) or self.min_session_seconds < 0:
+            raise PreferenceError(
+                f"min_session_seconds must be an int of at least 0, not {self.min_session_seconds!r}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class CategoryInterest:
+    """One category of a user."""
+
+    category: str
+    affinity_score: Decimal
+    unique_items_interacted: int
+    last_engaged_at: datetime
+
+    @property
+    def breadth(self) -> Literal["focused", "broad"]:
+        """`broad` from 5 different items on."""
+        return "broad" if self.unique_items_interacted >= BROAD_ITEMS else "focused"
+
+
+@dataclass(frozen=True, slots=True)
+class BrandInterest:
+    """One brand of a user."""
+
+    brand: str
+    brand_affinity: Decimal
+    purchase_count: int
+    last_brand_interaction: datetime
+
+    @property
+    def standing(self) -> Literal["interested", "loyal"]:
+        """`loyal` from 2 purchases on."""
+        return "loyal" if self.purchase_count >= LOYAL_PURCHASES else "interested"
+
+
+@dataclass(frozen=True, slots=True)
+class TierBehaviour:
+    """Browsing against buying in one price tier; the rate is None without views."""
+
+    price_tier: str
+    views: int
+    purchases: int
+    conversion_rate: Decimal | None
+
+
+@dataclass(frozen=True, slots=True)
+class SessionActivity:
+    """One category within the session window."""
+
+    category: str
+    interactions: int
+    first_event_at: datetime
+    last_event_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class UserProfile:
+    """What is known of a user; every part is empty for an unknown one.
+
+    `categories`, `brands` and `price_tiers` are complete, strongest first; `recent` is the session window by
+    category.
+    """
+
+    user_id: str
+    top_categories: tuple[str, ...]
+    preferred_price_tier: str | None
+    recent_session_categories: tuple[str, ...]
+    categories: tuple[CategoryInterest, ...]
+    brands: tuple[BrandInterest, ...]
+    price_tiers: tuple[TierBehaviour, ...]
+    recent: tuple[SessionActivity, ...]
+
+    @property
+    def known(self) -> bool:
+        """Whether anything is known of the user."""
+        return bool(self.categories or self.brands or self.price_tiers or self.recent)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Components:
+    """What an item's score is made of, before the weights."""
+
+    category_affinity: Decimal
+    brand_affinity: Decimal
+    conversion_rate: Decimal
+    session_interactions: int
+
+
+@dataclass(frozen=True, slots=True)
+class RankedItem:
+    """One item of a ranking; scores are rounded to 6 places.
+
+    `combined_personalization_score` is None in a ranking without session; `components` is None unless the
+    ranking was to be explained.
+    """
+
+    item_id: str
+    title: str | None
+    category: str | None
+    brand: str | None
+    price: Decimal | None
+    price_tier: str | None
+    personalization_score: Decimal
+    combined_personalization_score: Decimal | None
+    components: Components | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking(Sequence[RankedItem]):
+    """The best items for a user, best first; a sequence of them.
+
+    `session_active` says whether the session counted; `session_seconds` is from its first to its last event,
+    None without activity.
+    """
+
+    user_id: str
+    items: tuple[RankedItem, ...]
+    session_active: bool
+    session_seconds: Decimal | None
+    parameters: RankingParameters
+
+    @overload
+    def __getitem__(self, index: int) -> RankedItem: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[RankedItem, ...]: ...
+    def __getitem__(self, index: int | slice) -> RankedItem | tuple[RankedItem, ...]:
+        return self.items[index]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[RankedItem]:
+        return iter(self.items)
+
+
+def price_tier(price: Decimal | None) -> str | None:
+    """The tier of a price; None for an unknown price."""
+    if price is None:
+        return None
+    for name, below in PRICE_TIERS:
+        if below is None or price < below:
+            return name
+    raise AssertionError("the last tier has no bound")
+
+
+class PreferenceClient:
+    """Reads of the preference views, from many threads, each in one round trip.
+
+    Connections are pooled, statements prepared and bounded by `statement_timeout_seconds`; a connection that
+    died with the engine is replaced once per read. Use it as a context manager, or `close` it.
+
+    All reads raise PreferenceError for impossible arguments and for relations that are missing,
+    EngineUnavailable and EngineBusy for the engine.
+    """
+
+    def __init__(
+        self,
+        engine: EngineConnection,
+        *,
+        pool_size: int = 8,
+        statement_timeout_seconds: float = 5.0,
+        parameters: RankingParameters | None = None,
+    ) -> None:
+        self.engine = engine
+        self.parameters = parameters or RankingParameters()
+        self._pool = ConnectionPool(engine, pool_size, statement_timeout_seconds)
+        self._signals = _signals_statement(engine)
+
+    def __enter__(self) -> PreferenceClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the pool."""
+        self._pool.close()
+
+    def warm(self) -> None:
+        """Connect ahead of the first read."""
+        self._pool.warm()
+
+    def get_user_profile(self, user_id: str, *, now: datetime | None = None) -> UserProfile:
+        """Everything known of a user at `now` (UTC; default: the clock).
+
+        top_categories: 5 by affinity; preferred_price_tier: the tier with the best conversion rate, a tier
+        without views never wins, ties go to more purchases, more views, the cheaper tier;
+        recent_session_categories: 3 by interactions in the session window. Other ties go by name.
+        """
+        moment = checked_now(now)
+        rows = self.signals(checked_user(user_id), self.parameters, moment)
+        return build_profile(user_id, rows)
+
+    def rank(
+        self,
+        user_id: str,
+        limit: int = 50,
+        *,
+        session: bool = True,
+        now: datetime | None = None,
+        explain: bool = False,
+        parameters: RankingParameters | None = None,
+    ) -> Ranking:
+        """The best `limit` items in stock for a user at `now` (UTC; default: the clock).
+
+        Without `session` by personalization_score, with it by combined_personalization_score. A signal that
+        is missing counts 0, so an unknown user gets a full list too; ties go by item_id. The session window
+        takes whole hours of activity: each whose last event is within the window. A canary has no ranking.
+        """
+        moment = checked_now(now)
+        chosen = parameters or self.parameters
+        values = {
+            "user_id": checked_user(user_id, ranking=True),
+            "since": _since(chosen, moment),
+            "now": moment,
+            "session": session,
+            "category_weight": chosen.category,
+            "brand_weight": chosen.brand,
+            "price_tier_weight": chosen.price_tier,
+            "session_weight": chosen.session,
+            "lifetime_weight": chosen.lifetime,
+            "min_session_seconds": chosen.min_session_seconds,
+        }
+        statement = _ranking_statement(self.engine, checked_limit(limit))
+        rows = self._fetch(statement, values)
+        session_active, session_seconds = rows[0][:2]
+        items = tuple(
+            _ranked_item(row[2:], session=session, explain=explain) for row in rows if row[2] is not None
+        )
+        return Ranking(user_id, items, session and session_active, session_seconds, chosen)
+
+    def signals(self, user_id: str, parameters: RankingParameters, now: datetime) -> list[tuple[Any, ...]]:
+        """The user's rows of the four preference views, as `build_profile` reads them, in one round trip."""
+        return self._fetch(self._signals, {"user_id": user_id, "since": _since(parameters, now), "now": now})
+
+    def _fetch(self, statement: sql.Composed, values: dict[str, Any]) -> list[tuple[Any, ...]]:
+        return self.run(lambda connection: connection.execute(statement, values, prepare=True).fetchall())
+
+    def run(self, read: Callable[[Connection], T]) -> T:
+        """Run a read on a pooled connection, with this client's error messages."""
+        try:
+            return self._pool.run(read)
+        except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn) as error:
+            raise PreferenceError(
+                f"{error.diag.message_primary or 'a relation is missing'}: run `dbt build`, "
+                f"or check the schema {self.engine.schema}"
+            ) from None
+        except psycopg.Error as error:
+            text = " ".join(str(error).split())
+            if "not found" in text.lower():
+                # RisingWave has one error code for all that its binder does not find.
+                raise PreferenceError(
+                    f"{text}: run `dbt build`, or check the schema {self.engine.schema}"
+                ) from None
+            raise PreferenceError(f"the engine refused the read: {text}") from error
+
+
+def build_profile(user_id: str, rows: Sequence[tuple[Any, ...]]) -> UserProfile:
+    """A profile from the rows of `PreferenceClient.signals`."""
+    categories = [CategoryInterest(r[1], r[2], r[3], r[6]) for r in rows if r[0] == "category"]
+    brands = [BrandInterest(r[1], r[2], r[3], r[6]) for r in rows if r[0] == "brand"]
+    tiers = [TierBehaviour(r[1], r[3], r[4], r[2]) for r in rows if r[0] == "tier"]
+    recent = [SessionActivity(r[1], r[3], r[5], r[6]) for r in rows if r[0] == "recent"]
+    categories.sort(key=lambda entry: (-entry.affinity_score, entry.category))
+    brands.sort(key=lambda entry: (-entry.brand_affinity, entry.brand))
+    recent.sort(key=lambda entry: (-entry.interactions, entry.category))
+    tiers.sort(
+        key=lambda entry: (
+            entry.conversion_rate is None,
+            -(entry.conversion_rate or 0),
+            -entry.purchases,
+            -entry.views,
+            TIER_LEVELS.get(entry.price_tier, len(TIER_LEVELS)),
+        )
+    )
+    return UserProfile(
+        user_id=user_id,
+        top_categories=tuple(entry.category for entry in categories[:TOP_CATEGORIES]),
+        preferred_price_tier=tiers[0].price_tier if tiers and tiers[0].conversion_rate is not None else None,
+        recent_session_categories=tuple(entry.category for entry in recent[:TOP_RECENT_CATEGORIES]),
+        categories=tuple(categories),
+        brands=tuple(brands),
+        price_tiers=tuple(tiers),
+        recent=tuple(recent),
+    )
+
+
+def checked_user(user_id: str, *, ranking: bool = False) -> str:
+    """The user id, or PreferenceError naming the rule it breaks."""
+    if not isinstance(user_id, str) or not user_id or "\x00" in user_id:
+        raise PreferenceError(f"a user id is a text of at least one character without NUL, not {user_id!r}")
+    if ranking and user_id.startswith(CANARY_PREFIX):
+        raise PreferenceError(
+            f"{user_id!r} is a canary (ids that start with {CANARY_PREFIX!r}), which has no ranking"
+        )
+    return user_id
+
+
+def checked_limit(limit: int) -> int:
+    """The limit, or PreferenceError naming the rule it breaks."""
+    if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= MAX_LIMIT:
+        raise PreferenceError(f"limit must be a whole number from 1 to {MAX_LIMIT}, not {limit!r}")
+    return limit
+
+
+def checked_now(now: datetime | None) -> datetime:
+    """The moment of a read in UTC, or PreferenceError for one without time zone."""
+    if now is None:
+        return datetime.now(UTC)
+    if now.tzinfo is None:
+        raise PreferenceError(f"now must have a time zone, and {now.isoformat()} has none: add tzinfo=UTC")
+    return now.astimezone(UTC)
+
+
+def _since(parameters: RankingParameters, now: datetime) -> datetime:
+    return now - timedelta(microseconds=int(parameters.session_hours * 3_600_000_000))
+
+
+def _relation(engine: EngineConnection, name: str) -> sql.Identifier:
+    return sql.Identifier(engine.schema, name)
+
+
+def _signals_statement(engine: EngineConnection) -> sql.Composed:
+    return sql.SQL(
+        """
+        select 'category' as kind, category as name, affinity_score::numeric as amount,
+            unique_items_interacted::bigint as count_a, null::bigint as count_b,
+            null::timestamptz as first_at, last_engaged_at as last_at
+        from {categories} where user_id = %(user_id)s::text
+        union all
+        select 'brand', brand, brand_affinity::numeric, purchase_count::bigint, null::bigint,
+            null::timestamptz, last_brand_interaction
+        from {brands} where user_id = %(user_id)s::text
+        union all
+        select 'tier', price_tier, conversion_rate::numeric, views::bigint, purchases::bigint,
+            null::timestamptz, null::timestamptz
+        from {tiers} where user_id = %(user_id)s::text
+        union all
+        select 'recent', category, null::numeric, sum(recent_interactions)::bigint, null::bigint,
+            min(first_event_at), max(last_event_at)
+        from {recent}
+        where user_id = %(user_id)s::text
+            and last_event_at >= %(since)s::timestamptz and first_event_at <= %(now)s::timestamptz
+        group by category
+        """
+    ).format(
+        categories=_relation(engine, "user_category_profile"),
+        brands=_relation(engine, "user_brand_profile"),
+        tiers=_relation(engine, "user_price_sensitivity"),
+        recent=_relation(engine, "user_recent_activity"),
+    )
+
+
+def _ranking_statement(engine: EngineConnection, limit: int) -> sql.Composed:
+    cases = [
+        sql.SQL("when price < {} then {}").format(sql.Literal(below), sql.Literal(name))
+        for name, below in PRICE_TIERS
+        if below is not None
+    ]
+    tier = sql.SQL("case when price is null then null {} else {} end").format(
+        sql.SQL(" ").join(cases), sql.Literal(PRICE_TIERS[-1][0])
+    )
+    return sql.SQL(
+        """
+        with recent as (
+            select category, recent_interactions, first_event_at, last_event_at
+            from {recent}
+            where user_id = %(user_id)s::text
+                and last_event_at >= %(since)s::timestamptz and first_event_at <= %(now)s::timestamptz
+        ),
+        span as (
+            select extract(epoch from max(last_event_at) - min(first_event_at))::numeric as seconds
+            from recent
+        ),
+        activity as (
+            select seconds, coalesce(seconds >= %(min_session_seconds)s::numeric, false) as active from span
+        ),
+        sessions as (
+            select category, sum(recent_interactions)::numeric as interactions from recent group by category
+        ),
+        catalogue as (
+            select item_id, title, category, brand, price, {tier} as price_tier from {items} where in_stock
+        ),
+        signals as (
+            select i.item_id, i.title, i.category, i.brand, i.price, i.price_tier,
+                coalesce(c.affinity_score, 0)::numeric as category_affinity,
+                coalesce(b.brand_affinity, 0)::numeric as brand_affinity,
+                coalesce(t.conversion_rate, 0)::numeric as conversion_rate,
+                coalesce(s.interactions, 0)::numeric as interactions
+            from catalogue as i
+            left join {categories} as c on c.category = i.category and c.user_id = %(user_id)s::text
+            left join {brands} as b on b.brand = i.brand and b.user_id = %(user_id)s::text
+            left join {tiers} as t on t.price_tier = i.price_tier and t.user_id = %(user_id)s::text
+            left join sessions as s on s.category = i.category
+        ),
+        lifetimes as (
+            select signals.*,
+                %(category_weight)s::numeric * category_affinity
+                + %(brand_weight)s::numeric * brand_affinity
+                + %(price_tier_weight)s::numeric * 100 * conversion_rate as lifetime
+            from signals
+        ),
+        scored as (
+            select l.*,
+                round(l.lifetime, 6) as personalization_score,
+                round(
+                    case when a.active then
+                        %(session_weight)s::numeric * l.interactions
+                        + %(lifetime_weight)s::numeric * l.lifetime
+                    else l.lifetime end, 6
+                ) as combined_personalization_score
+            from lifetimes as l cross join activity as a
+        ),
+        best as (
+            select * from scored
+            order by
+                case when %(session)s::boolean then combined_personalization_score
+                    else personalization_score end desc,
+                item_id {collation}
+            limit {limit}
+        )
+        select a.active, a.seconds, b.item_id, b.title, b.category, b.brand, b.price, b.price_tier,
+            b.personalization_score, b.combined_personalization_score,
+            b.category_affinity, b.brand_affinity, b.conversion_rate, b.interactions::bigint
+        from activity as a left join best as b on true
+        order by
+            case when %(session)s::boolean then b.combined_personalization_score
+                else b.personalization_score end desc,
+            b.item_id {collation}
+        """
+    ).format(
+        recent=_relation(engine, "user_recent_activity"),
+        categories=_relation(engine, "user_category_profile"),
+        brands=_relation(engine, "user_brand_profile"),
+        tiers=_relation(engine, "user_price_sensitivity"),
+        items=_relation(engine, "items"),
+        tier=tier,
+        limit=sql.Literal(limit),
+        # RisingWave orders texts by their bytes and knows no collations.
+        collation=sql.SQL('collate "C"' if engine.kind == "local" else ""),
+    )
+
+
+def _ranked_item(row: Sequence[Any], *, session: bool, explain: bool) -> RankedItem:
+    item_id, title, category, brand, price, tier, lifetime, combined, *parts = row
+    return RankedItem(
+        item_id=item_id,
+        title=title,
+        category=category,
+        brand=brand,
+        price=price,
+        price_tier=tier,
+        personalization_score=lifetime,
+        combined_personalization_score=combined if session else None,
+        components=Components(*parts) if explain else None,
+    )

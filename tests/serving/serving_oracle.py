@@ -1,0 +1,62 @@
+"""The preference reads by their definitions, in plain Python."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from decimal import ROUND_HALF_UP, Decimal
+from typing import Any
+
+
+@dataclass(frozen=True)
+class World:
+    """Rows of the five relations, as the oracle sees them."""
+
+    categories: tuple[tuple[Any, ...], ...] = ()
+    brands: tuple[tuple[Any, ...], ...] = ()
+    tiers: tuple[tuple[Any, ...], ...] = ()
+    recent: tuple[tuple[Any, ...], ...] = ()
+    items: tuple[tuple[Any, ...], ...] = ()
+
+    def load(self, shop: Any) -> None:
+        for relation, rows in (
+            ("user_category_profile", self.categories),
+            ("user_brand_profile", self.brands),
+            ("user_price_sensitivity", self.tiers),
+            ("user_recent_activity", self.recent),
+            ("items", self.items),
+        ):
+            if rows:
+                shop.insert(relation, *rows)
+
+
+def oracle_tier(price: Decimal | None) -> str | None:
+    if price is None:
+        return None
+    return "budget" if price < 25 else "mid-range" if price < 100 else "premium" if price < 500 else "luxury"
+
+
+def oracle_ranking(
+    world: World, user: str, limit: int, now: datetime, *, session: bool
+) -> list[tuple[str, Decimal]]:
+    """The ranking by its definition, item by item: (item_id, score) best first."""
+    recent = [
+        row for row in world.recent if row[0] == user and row[6] >= now - timedelta(hours=3) and row[5] <= now
+    ]
+    long_enough = bool(recent) and max(row[6] for row in recent) - min(row[5] for row in recent) >= timedelta(
+        minutes=5
+    )
+    scored = []
+    for item_id, _, category, brand, price, in_stock in world.items:
+        if not in_stock:
+            continue
+        affinity = sum((row[2] for row in world.categories if row[:2] == (user, category)), 0)
+        loyalty = sum((row[2] for row in world.brands if row[:2] == (user, brand)), 0)
+        rate = sum((row[4] or 0 for row in world.tiers if row[:2] == (user, oracle_tier(price))), Decimal(0))
+        score = (4 * Decimal(affinity) + 3 * Decimal(loyalty) + 3 * 100 * rate) / 10
+        if session and long_enough:
+            interactions = sum(row[2] for row in recent if row[1] == category)
+            score = (6 * Decimal(interactions) + 4 * score) / 10
+        scored.append((item_id, score.quantize(Decimal("0.000001"), ROUND_HALF_UP)))
+    scored.sort(key=lambda entry: (-entry[1], entry[0]))
+    return scored[:limit]
