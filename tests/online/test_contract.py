@@ -1,0 +1,270 @@
+"""The serving contract: reading, building from a manifest, comparing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dagster_prefs.online.contract import (
+    CONTRACT_PATH,
+    ContractError,
+    build_contract,
+    check_version,
+    contract_dict,
+    diff_contracts,
+    load_contract,
+    parse_contract,
+    render_contract,
+)
+
+Edit = Callable[[dict[str, Any]], Any]
+
+
+@pytest.fixture
+def content() -> dict[str, Any]:
+    return contract_dict(load_contract())
+
+
+def test_the_shipped_contract_is_what_is_served() -> None:
+    contract = load_contract()
+    assert {domain.name: key for key, domain in contract.domains.items()} == {
+        "watch": "engagement#watch",
+        "interactions": "engagement#interactions",
+        "preferences": "engagement#preferences",
+    }
+    assert contract.domain("watch") is contract.domain("engagement#watch")
+    assert contract.domain("watch").attributes["watch_minutes_7d"].type == "decimal"
+    assert contract.table.name == "viewer_profiles"
+    assert render_contract(contract) == CONTRACT_PATH.read_text(encoding="utf-8")
+    with pytest.raises(ContractError, match="unknown domain 'wach': the contract has"):
+        contract.domain("wach")
+
+
+def test_rendering_is_stable_and_reads_back(content: dict[str, Any]) -> None:
+    text = render_contract(parse_contract(content))
+    assert render_contract(parse_contract(json.loads(text))) == text
+    backwards = deepcopy(content)
+    backwards["domains"] = dict(reversed(backwards["domains"].items()))
+    assert render_contract(parse_contract(backwards)) == text
+
+
+def watch(content: dict[str, Any]) -> Any:
+    return content["domains"]["engagement#watch"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda c: c.pop("owner"), "the contract: owner is missing"),
+        (lambda c: c.update(extra=1), "the contract: extra is not known"),
+        (lambda c: c.update(version="1"), "version: a whole number of at least 1 is needed, not '1'"),
+        (lambda c: c.update(domains={}), "at least one domain"),
+        (lambda c: c.update(domains=[]), "domains: an object is needed, not list"),
+        (lambda c: c["table"].update(name="a b"), "'a b' is not a DynamoDB table name"),
+        (lambda c: c["table"].update(max_item_bytes=500_000), "500000 is over DynamoDB's limit"),
+        (lambda c: c["table"]["sort_key"].update(type="B"), "'B' is not one of N, S"),
+        (lambda c: c["domains"].update(Watch=watch(c)), "domains.Watch: a domain key is"),
+        (
+            lambda c: c["domains"].update({"engagement#again": watch(c)}),
+            "domains: name 'watch' is used twice",
+        ),
+        (lambda c: watch(c)["attributes"]["titles_7d"].update(type="int"), "'int' is not one of integer"),
+        (lambda c: watch(c)["attributes"]["titles_7d"].update(nullable=0), "0 is not true or false"),
+        (lambda c: watch(c)["attributes"].pop("last_event_at"), "last_event_at .* is needed"),
+        (
+            lambda c: watch(c)["attributes"].update(viewer_id=watch(c)["attributes"]["titles_7d"]),
+            "viewer_id: a key of the table cannot be an attribute",
+        ),
+        (lambda c: watch(c)["freshness"].update(warn_seconds=0), "0 is not a positive number of seconds"),
+        (lambda c: watch(c)["freshness"].update(warn_seconds=9), "warn_seconds must not be above"),
+    ],
+)
+def test_a_malformed_contract_names_the_place(content: dict[str, Any], edit: Edit, message: str) -> None:
+    edit(content)
+    with pytest.raises(ContractError, match=message):
+        parse_contract(content)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "is not JSON"), ("[]", "is not valid: the contract: an object is needed")]
+)
+def test_an_unreadable_file_is_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "contract.json"
+    with pytest.raises(ContractError, match=r"contract\.json cannot be read .*: run `prefs contract build`"):
+        load_contract(path)
+    path.write_text(text)
+    with pytest.raises(ContractError, match=message):
+        load_contract(path)
+
+
+SQL_NAMES = {
+    "integer": "BIGINT",
+    "decimal": "numeric(20, 6)",
+    "float": "double precision",
+    "string": "text",
+    "list<string>": "text[]",
+    "list<decimal>": "decimal[]",
+}
+
+
+@pytest.fixture
+def manifest(content: dict[str, Any]) -> dict[str, Any]:
+    """A dbt manifest that declares the shipped contract."""
+    nodes: dict[str, Any] = {}
+    for key, domain in content["domains"].items():
+        unique_id = f"model.dagster_prefs.{domain['relation']}"
+        columns = {
+            "viewer_id": {"data_type": "bigint", "constraints": [{"type": "not_null"}]},
+            "domain_key": {"data_type": "text", "constraints": [{"type": "not_null"}]},
+        }
+        for name, attribute in domain["attributes"].items():
+            columns[name] = {
+                "data_type": SQL_NAMES[attribute["type"]],
+                "description": attribute["description"].replace(" ", "\n  "),
+                "constraints": [],
+            }
+            if not attribute["nullable"]:
+                nodes[f"test.{unique_id}.{name}"] = {
+                    "resource_type": "test",
+                    "test_metadata": {"name": "not_null"},
+                    "attached_node": unique_id,
+                    "column_name": name,
+                }
+        meta = {"key": key} | {
+            part: domain[part] for part in ("name", "sink", "owner", "description", "freshness")
+        }
+        nodes[unique_id] = {
+            "resource_type": "model",
+            "name": domain["relation"],
+            "columns": columns,
+            "config": {"meta": {"domain": meta}},
+        }
+    nodes["model.dagster_prefs.items"] = {"resource_type": "model", "name": "items", "config": {"meta": {}}}
+    head = {part: content[part] for part in ("version", "owner", "table", "freshness")}
+    exposures = {
+        "exposure.dagster_prefs.recommendation_service": {
+            "name": "recommendation_service",
+            "config": {"meta": {"contract": head}},
+        },
+        "exposure.dagster_prefs.other": {"name": "other", "config": {"meta": {}}},
+    }
+    return {"nodes": nodes, "exposures": exposures}
+
+
+def test_building_from_a_manifest(manifest: dict[str, Any], content: dict[str, Any]) -> None:
+    assert build_contract(manifest) == content
+
+
+def model(manifest: dict[str, Any]) -> Any:
+    return manifest["nodes"]["model.dagster_prefs.viewer_engagement_rolling"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda m: m.update(exposures={}), "no exposure with meta.contract"),
+        (
+            lambda m: m["exposures"].update(x={**next(iter(m["exposures"].values())), "name": "x"}),
+            "recommendation_service and x both declare meta.contract",
+        ),
+        (
+            lambda m: model(m)["columns"]["titles_7d"].update(data_type="date"),
+            "viewer_engagement_rolling: column titles_7d has data_type date",
+        ),
+        (lambda m: model(m)["columns"].pop("viewer_id"), "the key column viewer_id is not declared"),
+        (
+            lambda m: model(m)["columns"]["viewer_id"].update(constraints=[]),
+            "key column viewer_id must be integer and have a not_null",
+        ),
+        (
+            lambda m: model(m)["config"]["meta"]["domain"].pop("sink"),
+            r"viewer_engagement_rolling: meta\.domain: sink is missing",
+        ),
+        (
+            lambda m: model(m)["config"]["meta"]["domain"].update(key="engagement#preferences"),
+            "both declare domain engagement#preferences",
+        ),
+    ],
+)
+def test_building_names_what_is_wrong(manifest: dict[str, Any], edit: Edit, message: str) -> None:
+    edit(manifest)
+    with pytest.raises(ContractError, match=message):
+        build_contract(manifest)
+
+
+@pytest.mark.parametrize(
+    ("edit", "kind", "path"),
+    [
+        (lambda c: watch(c)["attributes"].pop("titles_7d"), "breaking", "engagement#watch.titles_7d"),
+        (
+            lambda c: watch(c)["attributes"]["titles_7d"].update(type="decimal"),
+            "breaking",
+            "engagement#watch.titles_7d",
+        ),
+        (
+            lambda c: watch(c)["attributes"]["titles_7d"].update(nullable=True),
+            "breaking",
+            "engagement#watch.titles_7d",
+        ),
+        (
+            lambda c: c["domains"]["engagement#preferences"]["attributes"]["favorite_genre"].update(
+                nullable=False
+            ),
+            "additive",
+            "engagement#preferences.favorite_genre",
+        ),
+        (
+            lambda c: watch(c)["attributes"].update(
+                new={"type": "float", "nullable": True, "description": ""}
+            ),
+            "additive",
+            "engagement#watch.new",
+        ),
+        (lambda c: c["domains"].pop("engagement#watch"), "breaking", "engagement#watch"),
+        (
+            lambda c: c["domains"].update(
+                {"engagement#more": {**watch(c), "name": "more", "relation": "r", "sink": "s"}}
+            ),
+            "additive",
+            "engagement#more",
+        ),
+        (lambda c: watch(c).update(name="watching"), "breaking", "engagement#watch.name"),
+        (lambda c: watch(c).update(owner="others"), "additive", "engagement#watch.owner"),
+        (lambda c: watch(c)["freshness"].update(error_seconds=50), "breaking", "engagement#watch.freshness"),
+        (lambda c: watch(c)["freshness"].update(error_seconds=4), "additive", "engagement#watch.freshness"),
+        (lambda c: c["table"].update(name="other"), "breaking", "table.name"),
+        (lambda c: c["table"]["sort_key"].update(name="domain"), "breaking", "table.sort_key"),
+        (lambda c: c["table"].update(max_item_bytes=1000), "additive", "table.max_item_bytes"),
+        (lambda c: c["freshness"]["export"].update(error_seconds=500_000), "additive", "freshness"),
+    ],
+)
+def test_changes_are_classified_and_breaking_ones_need_a_version(
+    content: dict[str, Any], edit: Edit, kind: str, path: str
+) -> None:
+    old = parse_contract(deepcopy(content))
+    edit(content)
+    new = parse_contract(content)
+    assert [(change.kind, change.path) for change in diff_contracts(old, new)] == [(kind, path)]
+    if kind == "breaking":
+        with pytest.raises(ContractError, match=f"breaking change .*{path}.* set version to 2"):
+            check_version(old, new)
+        content["version"] = 2
+        new = parse_contract(content)
+    assert check_version(old, new) == diff_contracts(old, new)
+
+
+def test_nothing_changed_is_nothing_to_tell(content: dict[str, Any]) -> None:
+    old = parse_contract(content)
+    assert check_version(old, parse_contract(deepcopy(content))) == ()
+
+
+def test_a_version_never_goes_back(content: dict[str, Any]) -> None:
+    new = parse_contract(deepcopy(content))
+    content["version"] = 2
+    with pytest.raises(ContractError, match="version 1 is lower than 2"):
+        check_version(parse_contract(content), new)

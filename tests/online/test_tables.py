@@ -1,0 +1,166 @@
+"""Provisioning against a real DynamoDB interface."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from dagster_prefs.online.contract import Contract
+from dagster_prefs.online.tables import TableError, TableReport, dynamodb_client, is_loopback, provision
+
+
+@pytest.fixture
+def client(aws_endpoint: str) -> Any:
+    return dynamodb_client(aws_endpoint, "eu-central-1")
+
+
+@pytest.fixture
+def prefix(client: Any) -> Iterator[str]:
+    prefix = f"{uuid.uuid4().hex[:12]}_"
+    yield prefix
+    if f"{prefix}viewer_profiles" in client.list_tables()["TableNames"]:
+        client.update_table(TableName=f"{prefix}viewer_profiles", DeletionProtectionEnabled=False)
+        client.delete_table(TableName=f"{prefix}viewer_profiles")
+
+
+def test_a_missing_table_is_made_once(client: Any, contract: Contract, prefix: str) -> None:
+    first = provision(client, contract, prefix=prefix)
+    assert first.created
+    assert (first.name, first.status, first.billing_mode) == (
+        f"{prefix}viewer_profiles",
+        "ACTIVE",
+        "PAY_PER_REQUEST",
+    )
+    again = provision(client, contract, prefix=prefix)
+    assert not again.created
+    assert again.table_id == first.table_id
+    client.delete_table(TableName=first.name)
+    assert provision(client, contract, prefix=prefix).table_id != first.table_id
+
+
+def test_two_at_once_make_one_table(client: Any, contract: Contract, prefix: str) -> None:
+    barrier = threading.Barrier(4)
+    reports: list[TableReport] = []
+
+    def run() -> None:
+        barrier.wait()
+        reports.append(provision(client, contract, prefix=prefix))
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({report.table_id for report in reports}) == 1
+    assert len(reports) == 4
+
+
+def test_foreign_keys_are_refused_and_the_table_left_alone(
+    client: Any, contract: Contract, prefix: str
+) -> None:
+    name = f"{prefix}viewer_profiles"
+    client.create_table(
+        TableName=name,
+        KeySchema=[{"AttributeName": "viewer_id", "KeyType": "HASH"}],
+        AttributeDefinitions=[{"AttributeName": "viewer_id", "AttributeType": "S"}],
+        BillingMode="PAY_PER_REQUEST",
+    )
+    before = client.describe_table(TableName=name)["Table"]
+    with pytest.raises(TableError) as caught:
+        provision(client, contract, prefix=prefix)
+    text = str(caught.value)
+    assert "its partition key is viewer_id (S) and should be viewer_id (N)" in text
+    assert "its sort key is none and should be domain_key (S)" in text
+    assert "PREFS_TABLE_PREFIX" in text
+    assert client.describe_table(TableName=name)["Table"] == before
+
+
+def test_verify_makes_nothing_and_lists_what_terraform_would_have_set(
+    client: Any, contract: Contract, prefix: str
+) -> None:
+    name = f"{prefix}viewer_profiles"
+    with pytest.raises(TableError, match=f"table {name} is missing: apply the Terraform module"):
+        provision(client, contract, prefix=prefix, mode="verify")
+    assert name not in client.list_tables()["TableNames"]
+
+    provision(client, contract, prefix=prefix)
+    with pytest.raises(TableError) as caught:
+        provision(client, contract, prefix=prefix, mode="verify")
+    assert "point-in-time recovery is off" in str(caught.value)
+    assert "deletion protection is off" in str(caught.value)
+    assert "encryption with a KMS key is off" in str(caught.value)
+
+    client.delete_table(TableName=name)
+    client.create_table(
+        TableName=name,
+        KeySchema=[
+            {"AttributeName": "viewer_id", "KeyType": "HASH"},
+            {"AttributeName": "domain_key", "KeyType": "RANGE"},
+        ],
+        AttributeDefinitions=[
+            {"AttributeName": "viewer_id", "AttributeType": "N"},
+            {"AttributeName": "domain_key", "AttributeType": "S"},
+        ],
+        BillingMode="PAY_PER_REQUEST",
+        SSESpecification={"Enabled": True, "SSEType": "KMS"},
+        DeletionProtectionEnabled=True,
+    )
+    client.update_continuous_backups(
+        TableName=name, PointInTimeRecoverySpecification={"PointInTimeRecoveryEnabled": True}
+    )
+    report = provision(client, contract, prefix=prefix, mode="verify")
+    assert (report.created, report.point_in_time_recovery, report.deletion_protection) == (False, True, True)
+
+
+def test_a_table_that_never_becomes_active_is_named(client: Any, contract: Contract, prefix: str) -> None:
+    provision(client, contract, prefix=prefix)
+
+    class Slow:
+        exceptions = client.exceptions
+
+        def describe_table(self, TableName: str) -> Any:
+            answer = client.describe_table(TableName=TableName)
+            answer["Table"]["TableStatus"] = "DELETING"
+            return answer
+
+    with pytest.raises(TableError, match=r"is DELETING and did not become ACTIVE within 0 s"):
+        provision(Slow(), contract, prefix=prefix, timeout_seconds=0)  # type: ignore[arg-type]
+
+
+def test_an_endpoint_that_is_away_is_one_sentence(contract: Contract) -> None:
+    with pytest.raises(TableError, match=r"cannot be reached: .*: check the endpoint and region"):
+        provision(dynamodb_client("http://127.0.0.1:1", "eu-central-1"), contract)
+
+
+def test_local_credentials_only_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    local = dynamodb_client("http://localhost:1", "eu-central-1")
+    assert local._request_signer._credentials.access_key == "local"  # type: ignore[attr-defined]
+    remote = dynamodb_client(None, "eu-central-1")
+    assert remote._request_signer._credentials is None  # type: ignore[attr-defined]
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "mine")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    own = dynamodb_client("http://localhost:1", "eu-central-1")
+    assert own._request_signer._credentials.access_key == "mine"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "loopback"),
+    [
+        (None, False),
+        ("http://127.0.0.1:8000", True),
+        ("http://localhost:8000", True),
+        ("http://[::1]:8000", True),
+        ("https://dynamodb.eu-central-1.amazonaws.com", False),
+    ],
+)
+def test_loopback(endpoint: str | None, loopback: bool) -> None:
+    assert is_loopback(endpoint) is loopback
