@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
+from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.local.services import LocalServices, ServiceStatus
 from dagster_prefs.settings import PROJECT_ROOT, Settings, load_settings
@@ -50,8 +51,8 @@ def services_of(settings: Settings) -> LocalServices:
         settings.data_dir,
         settings.port,
         settings.local_aws_port,
-        user=settings.connection.user,
-        database=settings.connection.database,
+        user=settings.user,
+        database=settings.database,
         with_aws=settings.uses_local_aws,
     )
 
@@ -106,7 +107,7 @@ def ingest(files: tuple[Path, ...], topic: str | None, mapping: str, shift_to_no
     for file in files:
         with progress_bar(f"{file.name}") as advance:
             report = ingest_file(
-                settings.connection,
+                EngineConnection.of(settings),
                 file,
                 topic=topic,
                 mapping=mapping,

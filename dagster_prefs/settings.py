@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from datetime import date
 from pathlib import Path
 from typing import Literal, Self
 
@@ -11,11 +12,12 @@ from dotenv import dotenv_values
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.errors import PrefsError
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 PREFIX = "PREFS_"
+# Not a setting itself, because it says where settings are read from: one file per environment.
+ENV_FILE = "PREFS_ENV_FILE"
 
 
 class SettingsError(PrefsError):
@@ -36,7 +38,10 @@ class Settings(BaseSettings):
     )
     engine_host: str = Field("127.0.0.1", description="Host of the engine.")
     engine_port: int | None = Field(
-        None, ge=1, le=65535, description="Port of the engine; empty means 54329 (local) or 4566 (risingwave)."
+        None,
+        ge=1,
+        le=65535,
+        description="Port of the engine; empty means 54329 (local) or 4566 (risingwave).",
     )
     engine_database: str | None = Field(
         None, description="Database of the engine; empty means prefs (local) or dev (risingwave)."
@@ -63,10 +68,13 @@ class Settings(BaseSettings):
     )
     aws_region: str = Field("eu-central-1", alias="AWS_REGION", description="AWS region.")
     provisioning: Literal["create", "verify"] = Field(
-        "create", description="`create` makes missing DynamoDB tables, `verify` only checks them (Terraform owns them)."
+        "create",
+        description="`create` makes missing DynamoDB tables, `verify` only checks them (Terraform owns them).",
     )
     table_prefix: str = Field(
-        "", pattern=r"^[A-Za-z0-9_.-]{0,64}$", description="Prefix of every DynamoDB table name, for several environments."
+        "",
+        pattern=r"^[A-Za-z0-9_.-]{0,64}$",
+        description="Prefix of every DynamoDB table name, for several environments.",
     )
     publish: Literal["auto", "publisher", "sink"] = Field(
         "auto",
@@ -86,6 +94,11 @@ class Settings(BaseSettings):
     )
     iceberg_uri: str | None = Field(None, description="URI of the REST catalog.")
     iceberg_namespace: str = Field("training", description="Iceberg namespace of the training tables.")
+
+    export_start_date: date = Field(
+        date(2025, 1, 1),
+        description="First UTC day that is exported to Iceberg; older tiles stay in the engine only.",
+    )
 
     expiry_spread_seconds: int = Field(
         0,
@@ -140,19 +153,14 @@ class Settings(BaseSettings):
         return self.engine_port or (54329 if self.engine == "local" else 4566)
 
     @property
-    def connection(self) -> EngineConnection:
-        """How to reach the engine over the Postgres wire."""
-        local = self.engine == "local"
-        return EngineConnection(
-            host=self.engine_host,
-            port=self.port,
-            database=self.engine_database or ("prefs" if local else "dev"),
-            user=self.engine_user or ("prefs" if local else "root"),
-            password=self.engine_password.get_secret_value(),
-            sslmode=self.engine_sslmode,
-            schema=self.engine_schema,
-            kind=self.engine,
-        )
+    def database(self) -> str:
+        """The engine's database, with the default of the chosen engine."""
+        return self.engine_database or ("prefs" if self.engine == "local" else "dev")
+
+    @property
+    def user(self) -> str:
+        """The engine's user, with the default of the chosen engine."""
+        return self.engine_user or ("prefs" if self.engine == "local" else "root")
 
     @property
     def aws_endpoint(self) -> str | None:
@@ -180,20 +188,20 @@ def known_variables() -> dict[str, str]:
 def load_settings(env_file: Path | None = None) -> Settings:
     """Read the environment over `.env` and return validated settings.
 
-    `env_file` defaults to `.env` beside the project. Variables of `.env` are exported into this
+    `env_file` defaults to the file that PREFS_ENV_FILE names, else to `.env` beside the project. Variables of `.env` are exported into this
     process's environment where unset, because dbt and botocore read it themselves.
 
     Raises SettingsError naming the variable, the rule and the remedy: for a `PREFS_*` name that no
     setting has, a value out of its domain, or settings that contradict each other.
     """
-    env_file = env_file or PROJECT_ROOT / ".env"
+    env_file = env_file or Path(os.environ.get(ENV_FILE) or PROJECT_ROOT / ".env")
     if env_file.is_file():
         for name, value in dotenv_values(env_file).items():
             if value is not None:
                 os.environ.setdefault(name, value)
     known = known_variables()
     # These belong to the test suites that reach a server, not to the product's settings.
-    suite = {"PREFS_RISINGWAVE_URL", "PREFS_BENCH_SCALE"}
+    suite = {ENV_FILE, "PREFS_RISINGWAVE_URL", "PREFS_BENCH_SCALE"}
     for name in sorted(os.environ):
         if name.startswith(PREFIX) and name not in known and name not in suite:
             near = difflib.get_close_matches(name, known, n=1)

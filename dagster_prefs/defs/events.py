@@ -1,7 +1,5 @@
 """Work that starts because events arrived."""
 
-from __future__ import annotations
-
 import dagster as dg
 
 from dagster_prefs.defs.feature_views import REFRESH_JOB

@@ -1,7 +1,5 @@
 """Every dbt model as an asset: events, tiles, rolling views, preferences and sinks."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,6 +11,7 @@ from dagster_prefs.defs.resources import TABLE_KEY, Platform
 from dagster_prefs.engine.catalog import row_counts
 
 REFRESH_JOB = "refresh"
+EVENT_TABLES_JOB = "event_tables"
 
 
 class ModelTranslator(DagsterDbtTranslator):
@@ -114,9 +113,21 @@ def build(platform: Platform) -> dg.Definitions:
     refresh = dg.define_asset_job(
         REFRESH_JOB, selection, description="Refresh every view, then publish what changed to DynamoDB."
     )
+    tables = dg.define_asset_job(
+        EVENT_TABLES_JOB,
+        dg.AssetSelection.assets(
+            *[
+                translator.get_asset_key(node)
+                for node in manifest["nodes"].values()
+                if node["resource_type"] == "model"
+                and node["config"]["materialized"] == "table_with_connector"
+            ]
+        ),
+        description="Make the tables that events arrive in, so that loading can begin.",
+    )
     return dg.Definitions(
         assets=[dbt_models],
-        jobs=[refresh],
+        jobs=[tables, refresh],
         schedules=[
             dg.ScheduleDefinition(
                 name="refresh_hourly",

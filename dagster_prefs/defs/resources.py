@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
+from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.engine.dbt import Dbt
 from dagster_prefs.online.contract import Contract, load_contract
 from dagster_prefs.online.tables import TableReport, dynamodb_client, provision
@@ -23,7 +24,7 @@ class Platform:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.engine = settings.connection
+        self.engine = EngineConnection.of(settings)
 
     @cached_property
     def dbt(self) -> Dbt:

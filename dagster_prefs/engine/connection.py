@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import psycopg
 
 from dagster_prefs.errors import PrefsError
+
+if TYPE_CHECKING:
+    from dagster_prefs.settings import Settings
 
 
 class EngineUnavailable(PrefsError):
@@ -26,6 +29,20 @@ class EngineConnection:
     sslmode: str = "prefer"
     schema: str = "public"
     kind: Literal["local", "risingwave"] = "local"
+
+    @classmethod
+    def of(cls, settings: Settings) -> EngineConnection:
+        """The connection that the settings describe."""
+        return cls(
+            host=settings.engine_host,
+            port=settings.port,
+            database=settings.database,
+            user=settings.user,
+            password=settings.engine_password.get_secret_value(),
+            sslmode=settings.engine_sslmode,
+            schema=settings.engine_schema,
+            kind=settings.engine,
+        )
 
     def with_database(self, database: str) -> EngineConnection:
         """The same server, another database."""

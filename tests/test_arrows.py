@@ -1,0 +1,93 @@
+"""The dependency arrows of the design hold, read from the imports themselves."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "dagster_prefs"
+ROOMS = ("engine", "events", "online", "offline", "serving", "freshness", "local", "defs")
+
+# A room may import itself, the errors, and these rooms or modules.
+ALLOWED = {
+    "errors": set(),
+    "settings": set(),
+    "engine": {"settings"},
+    "online": {"engine"},
+    "events": {"engine", "online", "settings"},
+    "offline": {"engine", "online", "serving", "settings"},
+    "serving": {"engine", "online"},
+    "freshness": {"engine", "online", "serving", "events", "offline", "settings"},
+    "local": {"engine", "online", "settings"},
+    "erasure": {"engine", "online", "offline", "events", "settings"},
+    "defs": set(ROOMS) | {"settings"},
+    "definitions": {"defs", "settings"},
+    "demo": set(ROOMS) | {"settings", "definitions"},
+    "cli": set(ROOMS) | {"settings", "definitions", "demo", "erasure"},
+}
+# Outside packages that only some places may import.
+RESERVED = {
+    "dagster": {"defs", "definitions", "demo", "cli"},
+    "dagster_dbt": {"defs"},
+    "dbt": {"engine"},
+    "click": {"cli"},
+    "pyiceberg": {"offline", "defs", "demo", "erasure", "freshness"},
+    "moto": {"local"},
+    "pydantic_settings": {"settings"},
+}
+
+
+def imports() -> list[tuple[str, str, str]]:
+    """(place, imported module, file and line) of every import, lazy ones and those for types included."""
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        inside = path.relative_to(PACKAGE)
+        place = inside.parts[0].removesuffix(".py")
+        if place == "__init__":
+            continue
+        tree = ast.parse(path.read_text())
+        typing_only = {
+            id(child)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+            for child in ast.walk(node)
+        }
+        for node in ast.walk(tree):
+            if id(node) in typing_only:
+                continue
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found += [(place, name, f"{inside}:{node.lineno}") for name in names]
+    return found
+
+
+def test_rooms_import_only_what_their_arrows_allow() -> None:
+    wrong = []
+    for place, name, where in imports():
+        parts = name.split(".")
+        if parts[0] != "dagster_prefs" or len(parts) < 2:
+            continue
+        target = parts[1]
+        if target not in ALLOWED:
+            continue
+        if target not in (place, "errors") and target not in ALLOWED[place]:
+            wrong.append(f"{where}: {place} may not import {target}")
+    assert wrong == []
+
+
+@pytest.mark.parametrize("package", sorted(RESERVED))
+def test_outside_packages_stay_in_their_rooms(package: str) -> None:
+    wrong = [
+        where
+        for place, name, where in imports()
+        if name.split(".")[0] == package and place not in RESERVED[package]
+    ]
+    assert wrong == []
+
+
+def test_every_place_has_arrows() -> None:
+    places = {path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert places - {"__init__", "__pycache__"} <= set(ALLOWED)
