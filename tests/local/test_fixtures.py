@@ -1,0 +1,70 @@
+"""The suite's own fixtures: what other rooms rely on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import boto3
+import pytest
+
+from dagster_prefs.engine.connection import EngineConnection
+
+
+@pytest.mark.parametrize("round_", [1, 2])
+def test_every_test_gets_an_empty_database_in_utc_and_utf8(engine: EngineConnection, round_: int) -> None:
+    with engine.connect() as connection:
+        connection.execute("create table seen (word text)")
+        connection.execute("insert into seen values ('žluťoučký 🐎')")
+        assert connection.execute("select word from seen").fetchall() == [("žluťoučký 🐎",)]
+        shown = {
+            name: connection.execute(f"show {name}").fetchone()
+            for name in (
+                "timezone",
+                "server_encoding",
+                "listen_addresses",
+                "unix_socket_directories",
+                "fsync",
+            )
+        }
+        locale = connection.execute(
+            "select datlocprovider::text, datlocale from pg_database where datname = current_database()"
+        ).fetchone()
+    assert shown == {
+        "timezone": ("UTC",),
+        "server_encoding": ("UTF8",),
+        "listen_addresses": ("127.0.0.1",),
+        "unix_socket_directories": ("",),
+        "fsync": ("on",),
+    }
+    assert locale == ("b", "C.UTF-8")
+
+
+@pytest.mark.parametrize("round_", [1, 2])
+def test_every_test_gets_an_empty_aws_server(aws_endpoint: str, round_: int) -> None:
+    dynamodb = boto3.client("dynamodb", endpoint_url=aws_endpoint)
+    assert dynamodb.list_tables()["TableNames"] == []
+    dynamodb.create_table(
+        TableName="seen",
+        KeySchema=[{"AttributeName": "k", "KeyType": "HASH"}],
+        AttributeDefinitions=[{"AttributeName": "k", "AttributeType": "S"}],
+        BillingMode="PAY_PER_REQUEST",
+    )
+    assert dynamodb.list_tables()["TableNames"] == ["seen"]
+
+
+def test_the_developers_settings_and_credentials_are_out_of_reach() -> None:
+    assert boto3.Session().get_credentials() is None
+    assert "AWS_PROFILE" not in os.environ
+    assert Path(os.environ["PREFS_DATA_DIR"]).name.startswith("state")
+
+
+def test_free_ports_differ_while_they_are_held(free_port: Callable[[], int]) -> None:
+    import socket
+
+    with socket.socket() as held:
+        port = free_port()
+        held.bind(("127.0.0.1", port))
+        held.listen()
+        assert free_port() != port
