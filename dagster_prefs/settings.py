@@ -188,7 +188,8 @@ def known_variables() -> dict[str, str]:
 def load_settings(env_file: Path | None = None) -> Settings:
     """Read the environment over `.env` and return validated settings.
 
-    `env_file` defaults to the file that PREFS_ENV_FILE names, else to `.env` beside the project. Variables of `.env` are exported into this
+    `env_file` defaults to the file that PREFS_ENV_FILE names, else to `.env` beside the project. Variables
+    of `.env` are exported into this
     process's environment where unset, because dbt and botocore read it themselves.
 
     Raises SettingsError naming the variable, the rule and the remedy: for a `PREFS_*` name that no

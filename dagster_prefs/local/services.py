@@ -113,7 +113,8 @@ class LocalServices:
                 self._stop()
             if self.with_aws and self.aws_port == self.postgres_port:
                 raise LocalServicesError(
-                    f"PREFS_ENGINE_PORT and PREFS_LOCAL_AWS_PORT are both {self.aws_port}: set one to another port"
+                    f"PREFS_ENGINE_PORT and PREFS_LOCAL_AWS_PORT are both {self.aws_port}: "
+                    "set one to another port"
                 )
             # A server without its supervisor holds the port that it is about to give up.
             Cluster(self.data_dir).stop_survivor()
@@ -242,8 +243,8 @@ class LocalServices:
         for setting, ours, theirs in wanted:
             if ours != theirs:
                 raise LocalServicesError(
-                    f"the embedded services of {self.data_dir} already run with {setting}={theirs}, not {ours}: "
-                    f"run `prefs down` first, or set {setting}={theirs}"
+                    f"the embedded services of {self.data_dir} already run with {setting}={theirs}, "
+                    f"not {ours}: run `prefs down` first, or set {setting}={theirs}"
                 )
         if self.with_aws and not state.with_aws:
             raise LocalServicesError(

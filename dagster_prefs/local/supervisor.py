@@ -7,10 +7,13 @@ Started by `LocalServices.up` as `python -m dagster_prefs.local.supervisor`. It 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -38,19 +41,37 @@ class Reporter:
 
     def send(self, **message: Any) -> None:
         """Send one message; nobody listening is no error."""
-        try:
+        with contextlib.suppress(OSError):
             os.write(self._descriptor, (json.dumps(message) + "\n").encode())
-        except OSError:
-            pass
 
     def close(self) -> None:
         """End the report."""
         os.close(self._descriptor)
 
 
-def serve_aws(port: int) -> Callable[[], None]:
+def listen_aws(port: int) -> socket.socket:
+    """Open the port of the local AWS server; connections wait in it until `serve_aws` answers them."""
+    if importlib.util.find_spec("flask") is None or importlib.util.find_spec("moto") is None:
+        raise LocalServicesError(
+            "the local AWS server is not installed: install dagster-prefs[platform], or set AWS_ENDPOINT_URL"
+        )
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((LOOPBACK, port))
+    except OSError as error:
+        listener.close()
+        raise LocalServicesError(
+            f"port {port} (PREFS_LOCAL_AWS_PORT) cannot be opened ({error.strerror}): "
+            "set PREFS_LOCAL_AWS_PORT to a free port"
+        ) from None
+    listener.listen(128)
+    return listener
+
+
+def serve_aws(listener: socket.socket) -> Callable[[], None]:
     """Serve the local AWS server from a thread of this process; returns what stops it."""
-    # Imported here: it takes a second, in which PostgreSQL starts.
+    # Imported here: it takes more than a second, which nobody needs to wait for.
     from moto.moto_server.werkzeug_app import (
         DomainDispatcherApplication,
         MotoRequestHandler,
@@ -59,18 +80,15 @@ def serve_aws(port: int) -> Callable[[], None]:
     from werkzeug.serving import make_server
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    try:
-        server = make_server(
-            LOOPBACK,
-            port,
-            DomainDispatcherApplication(create_backend_app),
-            threaded=True,
-            request_handler=MotoRequestHandler,
-        )
-    except (OSError, SystemExit) as error:
-        raise LocalServicesError(
-            f"port {port} (PREFS_LOCAL_AWS_PORT) cannot be opened ({error}): set PREFS_LOCAL_AWS_PORT to a free port"
-        ) from None
+    host, port = listener.getsockname()
+    server = make_server(
+        host,
+        port,
+        DomainDispatcherApplication(create_backend_app),
+        threaded=True,
+        request_handler=MotoRequestHandler,
+        fd=listener.fileno(),
+    )
     threading.Thread(target=server.serve_forever, name="aws", daemon=True).start()
     return server.shutdown
 
@@ -101,6 +119,7 @@ def supervise(arguments: argparse.Namespace, reporter: Reporter) -> int:
     state.write(data_dir)
     cluster = Cluster(data_dir)
     server: subprocess.Popen[bytes] | None = None
+    listener: socket.socket | None = None
     stop_aws: Callable[[], None] | None = None
     background: list[subprocess.Popen[bytes]] = []
     crashed = False
@@ -116,7 +135,7 @@ def supervise(arguments: argparse.Namespace, reporter: Reporter) -> int:
         state.write(data_dir)
         if arguments.with_aws:
             progress("starting the local AWS server")
-            stop_aws = serve_aws(arguments.aws_port)
+            listener = listen_aws(arguments.aws_port)
         cluster.wait_ready(server)
         state = replace(state, phase="ready")
         state.write(data_dir)
@@ -125,6 +144,8 @@ def supervise(arguments: argparse.Namespace, reporter: Reporter) -> int:
         reporter.close()
         if new:
             background.append(cluster.sync())
+        if listener is not None:
+            stop_aws = serve_aws(listener)
         while not stop.wait(WATCH_SECONDS):
             background = [process for process in background if process.poll() is None]
             if server.poll() is not None:
