@@ -1,7 +1,5 @@
 """Freshness and lag as asset checks and observations, judged by the time in the data."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 

@@ -1,0 +1,244 @@
+"""Every reading in one shape, judged by the contract; one that fails is `unknown`, never green."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from datetime import date, datetime
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+
+from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.errors import PrefsError
+from dagster_prefs.freshness.levels import Level, Measure, Stage, Unmeasurable, judge
+from dagster_prefs.freshness.online import OnlineLag, online_lag
+from dagster_prefs.freshness.views import RELATIONS, Typed, View, ViewLag, view_lag
+from dagster_prefs.online.contract import Contract, Domain, Freshness
+from dagster_prefs.online.tables import TableReport
+
+if TYPE_CHECKING:
+    from mypy_boto3_dynamodb import DynamoDBClient
+    from pyiceberg.catalog import Catalog
+
+    from dagster_prefs.offline.tables import TileTable
+
+# A refresh that takes longer than this excuses nothing.
+REFRESH_PATIENCE_SECONDS = 900
+
+
+def unknown(stage: Stage, names: Iterable[str], error: Exception) -> list[Measure]:
+    """One `unknown` measure per name, with the reason."""
+    return [Measure(stage, name, "unknown", " ".join(str(error).split())) for name in names]
+
+
+def measure_views(
+    engine: EngineConnection,
+    contract: Contract,
+    *,
+    now: datetime,
+    relations: Sequence[Typed | View] = RELATIONS,
+) -> list[Measure]:
+    """Freshness of each typed relation and view; `now` is UTC.
+
+    Never raises for an engine that is down or a relation that is missing: those measures are `unknown`.
+    """
+    names = [relation.relation for relation in relations]
+    try:
+        with engine.connect() as connection:
+            refreshing = refresh_running(connection, engine)
+            measures = []
+            for relation in relations:
+                chosen: dict[str, Any] = (
+                    {"typed": [relation], "views": []}
+                    if isinstance(relation, Typed)
+                    else {"typed": [], "views": [relation]}
+                )
+                try:
+                    (lag,) = view_lag(connection, engine, now=now, **chosen)
+                except Unmeasurable as error:
+                    measures += unknown("views", [relation.relation], error)
+                    continue
+                # Reference data has no topic of its own in the contract.
+                promised = isinstance(relation, Typed) and relation.subject is not None
+                thresholds = (
+                    contract.freshness.topics.get(relation.topic) if promised else contract.freshness.views
+                )
+                measures.append(_view_measure(lag, thresholds, refreshing))
+            return measures
+    except (PrefsError, psycopg.Error) as error:
+        return unknown("views", names, error)
+
+
+def _view_measure(lag: ViewLag, thresholds: Freshness | None, refreshing: bool) -> Measure:
+    values: dict[str, int | float] = {"waiting": lag.waiting, "ahead_seconds": lag.ahead_seconds}
+    notes = {"topic": lag.topic}
+    if lag.newest_event is not None:
+        values["newest_event_at"] = lag.newest_event.timestamp()
+        notes["newest_event"] = lag.newest_event.isoformat(timespec="seconds")
+    if lag.newest_arrival is not None:
+        values["newest_arrival_at"] = lag.newest_arrival.timestamp()
+        notes["newest_arrival"] = lag.newest_arrival.isoformat(timespec="seconds")
+    level: Level
+    if thresholds is None:
+        level = "unknown"
+        reason = (
+            f"the contract has no freshness threshold for topic {lag.topic}: add it to the exposure's "
+            "meta.contract.freshness and run `prefs contract build`"
+        )
+    elif lag.waiting:
+        level = judge(lag.lag_seconds, thresholds)
+        what = (
+            f"{lag.waiting} messages arrived and are not visible"
+            if lag.kind == "typed"
+            else "its upstream is newer"
+        )
+        reason = f"{what}, for {lag.lag_seconds:.1f} s"
+        if refreshing and level == "error":
+            level, reason = "warn", f"{reason}; a refresh is running"
+    elif lag.ahead_seconds >= thresholds.error_seconds:
+        level = "warn"
+        reason = f"the newest event is {lag.ahead_seconds:.0f} s in the future: check its producers' clocks"
+    else:
+        level, reason = "ok", "everything that arrived is visible"
+    return Measure("views", lag.relation, level, reason, lag.lag_seconds, thresholds, values, notes)
+
+
+def measure_online(
+    engine: EngineConnection,
+    contract: Contract,
+    connect: Callable[[], tuple[DynamoDBClient, TableReport]],
+    *,
+    now: datetime,
+    publishes: bool,
+    domains: Sequence[Domain] | None = None,
+    sample: int = 64,
+) -> list[Measure]:
+    """Online lag of each domain; `connect` gives the client and the table, and is called once.
+
+    `publishes` says whether this platform writes DynamoDB, rather than a RisingWave sink. Never raises for an
+    engine or DynamoDB that does not answer: those measures are `unknown`.
+    """
+    from botocore.exceptions import BotoCoreError
+
+    chosen = list(contract.domains.values() if domains is None else domains)
+    names = [domain.name for domain in chosen]
+    try:
+        client, table = connect()
+        with engine.connect() as connection:
+            refreshing = refresh_running(connection, engine)
+    except (PrefsError, BotoCoreError, psycopg.Error) as error:
+        return unknown("online", names, error)
+    measures = []
+    for domain in chosen:
+        try:
+            lag = online_lag(
+                engine, client, contract, domain, table, sample=sample, now=now, count_rows=False
+            )
+        except (PrefsError, psycopg.Error) as error:
+            measures += unknown("online", [domain.name], error)
+            continue
+        measures.append(_online_measure(lag, domain, publishes, refreshing))
+    return measures
+
+
+def _online_measure(lag: OnlineLag, domain: Domain, publishes: bool, refreshing: bool) -> Measure:
+    values: dict[str, int | float] = {
+        "sampled": lag.sampled,
+        "missing": lag.missing,
+        "extra": lag.extra,
+        "different": lag.different,
+    }
+    notes = {"domain": domain.key}
+    age = lag.oldest_seconds
+    level: Level = "ok"
+    reason = f"{lag.sampled} sampled viewers are in DynamoDB as they are in {domain.relation}"
+    if lag.differences:
+        notes["attributes"] = ", ".join(lag.attributes)
+        notes["viewers"] = ", ".join(str(difference.viewer_id) for difference in lag.differences[:10])
+        # A difference whose age nobody knows may be older than every threshold.
+        level = "error" if age is None else judge(age, domain.freshness)
+        since = "since an unknown time" if age is None else f"for {age:.1f} s"
+        reason = (
+            f"of {lag.sampled} sampled viewers {lag.missing} are missing in DynamoDB, {lag.extra} are extra "
+            f"and {lag.different} differ, {since}"
+        )
+        if level != "ok":
+            reason += f": {_remedy(lag, domain, publishes)}"
+        if refreshing and level == "error":
+            level, reason = "warn", f"{reason} (a refresh is running)"
+    return Measure("online", domain.name, level, reason, age, domain.freshness, values, notes)
+
+
+def _remedy(lag: OnlineLag, domain: Domain, publishes: bool) -> str:
+    if publishes:
+        return f"materialize online/{domain.name}, which publishes what changed, or run `prefs reconcile`"
+    if len(lag.differences) >= max(1, lag.sampled // 2):
+        # One item that DynamoDB refuses stops a sink for every viewer, and only a new sink goes on.
+        return (
+            f"the sink {domain.sink} is stuck: drop it, rebuild it with `dbt run --select {domain.sink}`, "
+            "which backfills, and look for a NULL key upstream"
+        )
+    return "run `prefs reconcile`, which writes what is stale or missing and deletes what is extra"
+
+
+def measure_offline(
+    engine: EngineConnection,
+    contract: Contract,
+    connect: Callable[[], Catalog],
+    specs: Sequence[TileTable],
+    *,
+    namespace: str,
+    start: date,
+    now: datetime,
+) -> list[Measure]:
+    """Lag of each training table; `connect` opens the catalog once.
+
+    Never raises for an engine or catalog that does not answer: those measures are `unknown`.
+    """
+    from dagster_prefs.freshness.offline import offline_lag
+
+    names = [spec.name for spec in specs]
+    try:
+        catalog = connect()
+    except PrefsError as error:
+        return unknown("offline", names, error)
+    thresholds = contract.freshness.export
+    measures = []
+    for spec in specs:
+        try:
+            lag = offline_lag(engine, catalog, spec, namespace=namespace, start=start, now=now)
+        except (PrefsError, psycopg.Error) as error:
+            measures += unknown("offline", [spec.name], error)
+            continue
+        level = judge(lag.lag_seconds, thresholds)
+        reason = "every complete day is exported as it is"
+        if lag.missing or lag.changed:
+            parts = []
+            if lag.missing:
+                parts.append(f"{len(lag.missing)} complete days are not exported (oldest {lag.missing[0]})")
+            if lag.changed:
+                parts.append(f"{len(lag.changed)} days changed after their export (oldest {lag.changed[0]})")
+                level = "warn" if level == "ok" else level
+            reason = " and ".join(parts) + f": materialize these days of training/{spec.name}"
+        notes = {} if lag.newest_day is None else {"newest_day": lag.newest_day.isoformat()}
+        values: dict[str, int | float] = {"days_missing": len(lag.missing), "days_changed": len(lag.changed)}
+        measures.append(
+            Measure("offline", spec.name, level, reason, lag.lag_seconds, thresholds, values, notes)
+        )
+    return measures
+
+
+def refresh_running(connection: psycopg.Connection[Any], engine: EngineConnection) -> bool:
+    """Whether dbt is at work in the embedded engine right now, so that views differ for a moment.
+
+    Always False on RisingWave, whose views need no refresh.
+    """
+    if engine.kind != "local":
+        return False
+    row = connection.execute(
+        "select exists (select 1 from pg_stat_activity where datname = current_database()"
+        " and application_name = 'dbt' and pid <> pg_backend_pid()"
+        " and backend_start > clock_timestamp() - %s * interval '1 second')",
+        [REFRESH_PATIENCE_SECONDS],
+    ).fetchone()
+    return bool(row and row[0])

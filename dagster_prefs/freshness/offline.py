@@ -1,0 +1,64 @@
+"""How far the training tables lag behind the tiles they are exported from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, time, timedelta
+from typing import TYPE_CHECKING
+
+from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.offline.export import days_to_export, exported_fingerprints
+from dagster_prefs.offline.tables import TileTable
+
+if TYPE_CHECKING:
+    from pyiceberg.catalog import Catalog
+
+
+@dataclass(frozen=True)
+class OfflineLag:
+    """How far one training table is behind; days are UTC.
+
+    `missing` are complete days that the engine holds and the table does not, `changed` those whose tiles
+    changed after their export (late events). `lag_seconds` is how long the oldest missing day has been
+    complete: 0 when none is missing.
+    """
+
+    table: str
+    newest_day: date | None
+    missing: tuple[date, ...]
+    changed: tuple[date, ...]
+    lag_seconds: float
+
+
+def offline_lag(
+    engine: EngineConnection,
+    catalog: Catalog,
+    spec: TileTable,
+    *,
+    namespace: str,
+    start: date,
+    now: datetime,
+) -> OfflineLag:
+    """Compare one training table with the tiles of the engine, for the days from `start` to yesterday.
+
+    `now` is UTC; its day is not complete and never missing.
+
+    Raises OfflineError for the catalog or tiles that cannot be read, EngineUnavailable for the engine.
+    """
+    today = now.astimezone(UTC).date()
+    exported = exported_fingerprints(catalog, spec, namespace=namespace)
+    needed = [
+        day for day in days_to_export(engine, catalog, spec, namespace=namespace, until=today) if day >= start
+    ]
+    missing = tuple(day for day in needed if day not in exported)
+    lag = 0.0
+    if missing:
+        complete = datetime.combine(missing[0] + timedelta(days=1), time(), UTC)
+        lag = max(0.0, (now - complete).total_seconds())
+    return OfflineLag(
+        table=spec.name,
+        newest_day=max(exported, default=None),
+        missing=missing,
+        changed=tuple(day for day in needed if day in exported),
+        lag_seconds=lag,
+    )

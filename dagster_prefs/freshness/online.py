@@ -1,0 +1,389 @@
+"""Whether DynamoDB holds what the rolling views hold, read from a sample that follows whole keys."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+from psycopg import sql
+
+from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.freshness.levels import Unmeasurable
+from dagster_prefs.online.contract import LAST_EVENT_AT, Contract, Domain
+from dagster_prefs.online.tables import TableReport
+
+if TYPE_CHECKING:
+    from mypy_boto3_dynamodb import DynamoDBClient
+
+# DynamoDB's limit for one BatchGetItem.
+BATCH_KEYS = 100
+# Recent viewers among which the key hash chooses, as a multiple of the sample.
+CANDIDATES = 8
+MAX_ATTEMPTS = 6
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One viewer whose item is not as the view has it.
+
+    `kind` is missing (no item), extra (no row) or different; `attributes` are the names that differ.
+    `age_seconds` is how long the view has been ahead of the item, None where the engine cannot tell.
+    """
+
+    viewer_id: int
+    kind: str
+    attributes: tuple[str, ...]
+    age_seconds: float | None
+
+
+@dataclass(frozen=True)
+class OnlineLag:
+    """What a sample of one domain says about DynamoDB.
+
+    `sampled` viewers were looked at: those of the view, and those of which DynamoDB or the publisher's memory
+    holds an item. `view_rows` and `published_rows` are exact counts, None where they were not asked for or
+    nothing remembers what was published (RisingWave's own sinks). `read_at` is UTC.
+    """
+
+    domain: str
+    read_at: datetime
+    sampled: int
+    differences: tuple[Difference, ...]
+    view_rows: int | None
+    published_rows: int | None
+
+    def count(self, kind: str) -> int:
+        """How many sampled viewers are `missing`, `extra` or `different`."""
+        return sum(difference.kind == kind for difference in self.differences)
+
+    @property
+    def missing(self) -> int:
+        """Sampled viewers with a row and no item."""
+        return self.count("missing")
+
+    @property
+    def extra(self) -> int:
+        """Sampled viewers with an item and no row."""
+        return self.count("extra")
+
+    @property
+    def different(self) -> int:
+        """Sampled viewers whose item has other values than their row."""
+        return self.count("different")
+
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        """Names of the attributes that differ anywhere in the sample, sorted."""
+        return tuple(sorted({name for difference in self.differences for name in difference.attributes}))
+
+    @property
+    def oldest_seconds(self) -> float | None:
+        """Age of the oldest difference whose age is known; 0 where nothing differs."""
+        if not self.differences:
+            return 0.0
+        ages = [difference.age_seconds for difference in self.differences]
+        known = [age for age in ages if age is not None]
+        return max(known) if known else None
+
+    @property
+    def in_step(self) -> bool:
+        """Whether nothing differs, in the sample and in the counts."""
+        counted = self.published_rows is not None
+        return not self.differences and (not counted or self.published_rows == self.view_rows)
+
+
+def online_lag(
+    engine: EngineConnection,
+    client: DynamoDBClient,
+    contract: Contract,
+    domain: Domain,
+    table: TableReport,
+    *,
+    sample: int = 64,
+    now: datetime,
+    count_rows: bool = True,
+) -> OnlineLag:
+    """Compare a sample of one domain's viewers between its rolling view and DynamoDB.
+
+    The sample are `sample` viewers with rows, chosen by the hash of their key among the most recently changed
+    ones, so that the same viewers are followed through every domain and from one look to the next; as many
+    that were published and have no row; and one page of the table from a place that moves with `now` (UTC).
+    Its cost does not depend on the number of viewers, except for `count_rows`, which reads the whole view.
+
+    A row that changes between the two reads is no difference: an item counts as different only when it is
+    neither what the view had before nor what it has after.
+
+    Raises Unmeasurable when the view is missing or DynamoDB refuses or does not answer, EngineUnavailable
+    for the engine.
+    """
+    with engine.connect() as connection:
+        try:
+            return _Comparison(connection, engine, client, contract, domain, table, now).run(
+                sample, count_rows
+            )
+        except psycopg.errors.UndefinedTable as error:
+            raise Unmeasurable(
+                f"domain {domain.name}: {error.diag.message_primary}: run `dbt build` first"
+            ) from None
+        except psycopg.Error as error:
+            raise Unmeasurable(
+                f"domain {domain.name}: the engine failed while reading ({' '.join(str(error).split())}): "
+                "look at its log and run again"
+            ) from error
+
+
+@dataclass(frozen=True)
+class _Row:
+    values: Mapping[str, Any]
+    visible_since: datetime | None
+
+
+class _Comparison:
+    """One look at one domain."""
+
+    def __init__(
+        self,
+        connection: psycopg.Connection[Any],
+        engine: EngineConnection,
+        client: DynamoDBClient,
+        contract: Contract,
+        domain: Domain,
+        table: TableReport,
+        now: datetime,
+    ) -> None:
+        self.connection = connection
+        self.engine = engine
+        self.items = ItemReader(client, contract, table.name)
+        self.domain = domain
+        self.table = table
+        self.now = now
+        self.relation = sql.Identifier(engine.schema, domain.relation)
+        self.published = sql.Identifier(engine.schema, "online_published")
+
+    def run(self, sample: int, count_rows: bool) -> OnlineLag:
+        viewers = {*self._recent(sample), *self._left_behind(sample)}
+        viewers |= self.items.page(self.domain.key, 4 * sample, self.now)
+        before = self._rows(viewers)
+        items = self.items.get(self.domain.key, viewers)
+        suspects = [viewer for viewer in viewers if self._differs(before.get(viewer), items.get(viewer))]
+        after = self._rows(suspects)
+        differences = [
+            self._difference(viewer, after.get(viewer), items.get(viewer), attributes)
+            for viewer in suspects
+            if (attributes := self._differs(after.get(viewer), items.get(viewer)))
+        ]
+        return OnlineLag(
+            domain=self.domain.name,
+            read_at=self.now,
+            sampled=len(viewers),
+            differences=tuple(sorted(differences, key=lambda difference: difference.viewer_id)),
+            view_rows=self._count() if count_rows else None,
+            published_rows=self._count_published() if count_rows and self.engine.kind == "local" else None,
+        )
+
+    def _recent(self, sample: int) -> list[int]:
+        rows = self.connection.execute(
+            sql.SQL(
+                "select viewer_id from {} where viewer_id is not null"
+                " order by last_event_at desc, viewer_id limit %s"
+            ).format(self.relation),
+            [CANDIDATES * sample],
+        ).fetchall()
+        return sorted((viewer for (viewer,) in rows), key=key_hash)[:sample]
+
+    def _left_behind(self, sample: int) -> list[int]:
+        # RisingWave's sinks keep no such memory; there, leftovers are found through the table's page.
+        if self.engine.kind != "local":
+            return []
+        rows = self.connection.execute(
+            sql.SQL(
+                "select p.viewer_id from {published} as p where p.table_id = %s and p.domain_key = %s"
+                " and not exists (select from {relation} as v where v.viewer_id = p.viewer_id) limit %s"
+            ).format(published=self.published, relation=self.relation),
+            [self.table.table_id, self.domain.key, sample],
+        ).fetchall()
+        return [viewer for (viewer,) in rows]
+
+    def _rows(self, viewers: Iterable[int]) -> dict[int, _Row]:
+        wanted = sorted(viewers)
+        if not wanted:
+            return {}
+        names = list(self.domain.attributes)
+        # A batch view knows only when it was refreshed, a streaming one when each row changed.
+        since = (
+            sql.SQL("_rw_timestamp")
+            if self.engine.kind == "risingwave"
+            else sql.SQL("(select max(deployed_at) from {} where relation = {})").format(
+                sql.Identifier(self.engine.schema, "deployments"), sql.Literal(self.domain.relation)
+            )
+        )
+        rows = self.connection.execute(
+            sql.SQL("select viewer_id, {since}, {names} from {relation} where viewer_id = any(%s)").format(
+                since=since,
+                names=sql.SQL(", ").join(map(sql.Identifier, names)),
+                relation=self.relation,
+            ),
+            [wanted],
+        ).fetchall()
+        return {
+            viewer: _Row(dict(zip(names, values, strict=True)), visible_since)
+            for viewer, visible_since, *values in rows
+        }
+
+    def _differs(self, row: _Row | None, item: Mapping[str, Any] | None) -> tuple[str, ...]:
+        if row is None or item is None:
+            return () if row is None and item is None else tuple(self.domain.attributes)
+        return tuple(
+            name
+            for name in self.domain.attributes
+            if name not in item or _plain(item[name]) != _exact(row.values[name])
+        )
+
+    def _difference(
+        self, viewer: int, row: _Row | None, item: Mapping[str, Any] | None, attributes: tuple[str, ...]
+    ) -> Difference:
+        if row is None:
+            kind, since = "extra", self._last_refresh()
+        elif item is None:
+            kind, since = "missing", row.visible_since
+        else:
+            kind, since = "different", row.visible_since
+        if since is None and row is not None:
+            since = datetime.fromtimestamp(row.values[LAST_EVENT_AT] / 1000, UTC)
+        age = None if since is None else max(0.0, (self.now - since).total_seconds())
+        return Difference(viewer, kind, attributes if kind == "different" else (), age)
+
+    def _last_refresh(self) -> datetime | None:
+        if self.engine.kind != "local":
+            return None
+        row = self.connection.execute(
+            sql.SQL("select max(deployed_at) from {} where relation = %s").format(
+                sql.Identifier(self.engine.schema, "deployments")
+            ),
+            [self.domain.relation],
+        ).fetchone()
+        found: datetime | None = row[0] if row else None
+        return found
+
+    def _count(self) -> int:
+        row = self.connection.execute(sql.SQL("select count(*) from {}").format(self.relation)).fetchone()
+        return int(row[0]) if row else 0
+
+    def _count_published(self) -> int:
+        row = self.connection.execute(
+            sql.SQL("select count(*) from {} where table_id = %s and domain_key = %s").format(self.published),
+            [self.table.table_id, self.domain.key],
+        ).fetchone()
+        return int(row[0]) if row else 0
+
+
+class ItemReader:
+    """Strongly consistent reads of the profile table, with bounded retries."""
+
+    def __init__(self, client: DynamoDBClient, contract: Contract, table: str) -> None:
+        self.client: Any = client
+        self.table = table
+        self.partition_key = contract.table.partition_key.name
+        self.sort_key = contract.table.sort_key.name
+
+    def get(self, domain_key: str, viewers: Iterable[int]) -> dict[int, Mapping[str, Any]]:
+        """Viewer id → item in DynamoDB's typed JSON, for those that have one.
+
+        Raises Unmeasurable when DynamoDB refuses, cannot be reached, or stays throttled.
+        """
+        found: dict[int, Mapping[str, Any]] = {}
+        wanted = sorted(viewers)
+        for start in range(0, len(wanted), BATCH_KEYS):
+            keys: Sequence[Any] = [
+                {self.partition_key: {"N": str(viewer)}, self.sort_key: {"S": domain_key}}
+                for viewer in wanted[start : start + BATCH_KEYS]
+            ]
+            for attempt in range(MAX_ATTEMPTS):
+                answer = self._call(
+                    "batch_get_item", RequestItems={self.table: {"Keys": keys, "ConsistentRead": True}}
+                )
+                for item in answer.get("Responses", {}).get(self.table, []):
+                    found[int(item[self.partition_key]["N"])] = item
+                keys = answer.get("UnprocessedKeys", {}).get(self.table, {}).get("Keys", [])
+                if not keys:
+                    break
+                time.sleep(random.uniform(0, min(2.0, 0.05 * 2**attempt)))  # noqa: S311 - jitter
+            if keys:
+                raise Unmeasurable(
+                    f"table {self.table} left {len(keys)} reads unprocessed after {MAX_ATTEMPTS} attempts, "
+                    "as when it is throttled: raise its read capacity or wait"
+                )
+        return found
+
+    def page(self, domain_key: str, limit: int, now: datetime) -> set[int]:
+        """Viewers of one domain among `limit` items from a place of the table that moves with `now`."""
+        # A start key need not exist: DynamoDB goes on from where its hash lies.
+        place = int.from_bytes(hashlib.sha256(now.isoformat().encode()).digest()[:4], "big")
+        start: Any = {self.partition_key: {"N": str(place)}, self.sort_key: {"S": domain_key}}
+        items: list[Any] = []
+        for options in ({"ExclusiveStartKey": start}, {}):
+            answer = self._call(
+                "scan",
+                TableName=self.table,
+                Limit=limit - len(items),
+                ProjectionExpression="#p, #s",
+                ExpressionAttributeNames={"#p": self.partition_key, "#s": self.sort_key},
+                **options,
+            )
+            items += answer["Items"]
+            if len(items) >= limit:
+                break
+        return {
+            int(item[self.partition_key]["N"]) for item in items if item[self.sort_key]["S"] == domain_key
+        }
+
+    def _call(self, operation: str, **arguments: Any) -> Any:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            return getattr(self.client, operation)(**arguments)
+        except ClientError as error:
+            code = error.response.get("Error", {}).get("Code", "unknown")
+            message = error.response.get("Error", {}).get("Message", "")
+            raise Unmeasurable(
+                f"DynamoDB refused to read table {self.table} ({code}): {message}: check that the table "
+                "exists and that the credentials may read it"
+            ) from None
+        except BotoCoreError as error:
+            raise Unmeasurable(
+                f"DynamoDB cannot be reached for table {self.table}: {error}: check the endpoint and region"
+            ) from None
+
+
+def key_hash(viewer_id: int) -> str:
+    """The hash that chooses which viewers are followed; the same everywhere and for ever."""
+    return hashlib.sha256(str(viewer_id).encode()).hexdigest()
+
+
+def _plain(typed: Mapping[str, Any]) -> Any:
+    ((kind, value),) = typed.items()
+    if kind == "N":
+        return Decimal(value)
+    if kind == "S":
+        return value
+    if kind == "NULL":
+        return None
+    if kind == "L":
+        return [_plain(element) for element in value]
+    # Another type than any of the contract's is never equal to a row's value.
+    return (kind, str(value))
+
+
+def _exact(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_exact(element) for element in value]
+    if isinstance(value, float):
+        return Decimal(repr(value))
+    return Decimal(value) if isinstance(value, int) else value
