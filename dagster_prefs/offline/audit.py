@@ -1,0 +1,160 @@
+"""The audit of an exported day, between writing it to a branch and publishing it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pyiceberg.manifest import DataFile
+from pyiceberg.table import Table
+from pyiceberg.types import TimestamptzType
+
+from dagster_prefs.offline.catalog import OfflineError
+from dagster_prefs.offline.tables import TileTable, scan_day
+
+BATCH_ROWS = 131_072
+
+
+class AuditFailed(OfflineError):
+    """What was written is not what the engine holds; `branch` keeps it, readers never see it."""
+
+    def __init__(self, message: str, branch: str) -> None:
+        super().__init__(message)
+        self.branch = branch
+
+
+def audit_day(
+    table: Table,
+    spec: TileTable,
+    day: date,
+    *,
+    snapshot_id: int,
+    branch: str,
+    rows: int,
+    totals: Mapping[str, Decimal],
+    paths: Sequence[str],
+    replaced: Sequence[DataFile],
+) -> None:
+    """Read the staged day back and compare it with what the engine said it holds.
+
+    `rows` and `totals` (column → sum) come from the engine; `paths` are the files that must make up the day,
+    `replaced` those that they replace. Memory is bounded by a batch. Checks counts, keys unique and sorted,
+    nulls, ranges, totals, and that no other day lost or gained a row. Raises AuditFailed with every finding.
+    """
+    findings = _file_findings(table, spec, day, snapshot_id, paths, rows, replaced)
+    if not findings:
+        findings = _row_findings(_batches(table, paths), table, spec, day, rows, totals)
+    if findings:
+        raise AuditFailed(
+            f"the audit of {'.'.join(table.name())} of {day} failed ({'; '.join(findings)}): readers see "
+            f"what they "
+            f"saw before; look at branch {branch}, mend the tile, and run the export again",
+            branch,
+        )
+
+
+def _file_findings(
+    table: Table,
+    spec: TileTable,
+    day: date,
+    snapshot_id: int,
+    paths: Sequence[str],
+    rows: int,
+    replaced: Sequence[DataFile],
+) -> list[str]:
+    found = {task.file.file_path for task in scan_day(table, spec, day, snapshot_id).plan_files()}
+    if found != set(paths):
+        return [f"the branch has {len(found)} files of the day, {len(paths)} were written"]
+    snapshot = table.snapshot_by_id(snapshot_id)
+    parent = (
+        table.snapshot_by_id(snapshot.parent_snapshot_id)
+        if snapshot and snapshot.parent_snapshot_id
+        else None
+    )
+    before = int(_summary(parent, "total-records"))
+    after = int(_summary(snapshot, "total-records"))
+    expected = before - sum(file.record_count for file in replaced) + rows
+    return [] if after == expected else [f"the branch has {after} rows in all days, {expected} were due"]
+
+
+def _summary(snapshot: Any, name: str) -> str:
+    return (snapshot.summary[name] if snapshot is not None and snapshot.summary is not None else None) or "0"
+
+
+def _batches(table: Table, paths: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    for path in paths:
+        with table.io.new_input(path).open() as source, pq.ParquetFile(source) as parquet:
+            yield from parquet.iter_batches(batch_size=BATCH_ROWS)
+
+
+def _row_findings(
+    batches: Iterator[pa.RecordBatch],
+    table: Table,
+    spec: TileTable,
+    day: date,
+    rows: int,
+    totals: Mapping[str, Decimal],
+) -> list[str]:
+    required = [field.name for field in table.schema().fields if field.required]
+    midnight = datetime(day.year, day.month, day.day, tzinfo=UTC)
+    wrong: dict[str, int] = {}
+    sums = dict.fromkeys(totals, Decimal(0))
+    count = 0
+    tail: pa.Table | None = None
+
+    def note(finding: str, number: Any) -> None:
+        if number:
+            wrong[finding] = wrong.get(finding, 0) + int(number)
+
+    for batch in batches:
+        count += batch.num_rows
+        for name in required:
+            note(f"{name} is null", batch.column(name).null_count)
+        note("another day", _count(pc.not_equal(batch.column(spec.day), pa.scalar(day, pa.date32()))))
+        for column in spec.columns:
+            values = batch.column(column.name)
+            if column.minimum is not None:
+                note(f"{column.name} below {column.minimum}", _count(pc.less(values, column.minimum)))
+            if isinstance(column.type, TimestamptzType):
+                outside = pc.or_(
+                    pc.less(values, pa.scalar(midnight, values.type)),
+                    pc.greater_equal(values, pa.scalar(midnight + timedelta(days=1), values.type)),
+                )
+                note(f"{column.name} outside the day", _count(outside))
+        for smaller, larger in spec.at_most:
+            note(f"{smaller} above {larger}", _count(pc.greater(batch.column(smaller), batch.column(larger))))
+        for name in sums:
+            sums[name] += Decimal(pc.sum(batch.column(name)).as_py() or 0)
+        keys = pa.Table.from_batches([batch.select(list(spec.key))])
+        if tail is not None:
+            keys = pa.concat_tables([tail, keys])
+        note("viewers out of order", _out_of_order(keys.column("viewer_id").combine_chunks()))
+        note("keys repeated", keys.num_rows - keys.group_by(list(spec.key)).aggregate([]).num_rows)
+        # The last viewer's rows may go on in the next batch; the rows kept are counted as repeated only then.
+        tail = (
+            keys.filter(pc.equal(keys.column("viewer_id"), keys.column("viewer_id")[-1]))
+            .group_by(list(spec.key))
+            .aggregate([])
+        )
+    findings = [f"{finding}: {number} rows" for finding, number in wrong.items()]
+    if count != rows:
+        findings.append(f"{count} rows, the engine has {rows}")
+    findings += [
+        f"sum of {name} is {sums[name]}, the engine has {total}"
+        for name, total in totals.items()
+        if sums[name] != total
+    ]
+    return findings
+
+
+def _count(mask: pa.Array) -> int:
+    return pc.sum(mask).as_py() or 0
+
+
+def _out_of_order(viewers: pa.Array) -> int:
+    return _count(pc.less(viewers.slice(1), viewers.slice(0, len(viewers) - 1)))

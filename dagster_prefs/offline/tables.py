@@ -1,0 +1,241 @@
+"""The training tables: what each holds, how it is laid out, and how its schema may change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import date
+from functools import cached_property
+
+import pyarrow as pa
+from pyiceberg.catalog import Catalog
+from pyiceberg.exceptions import CommitFailedException, TableAlreadyExistsError
+from pyiceberg.io.pyarrow import schema_to_pyarrow
+from pyiceberg.partitioning import PartitionField, PartitionSpec
+from pyiceberg.schema import Schema
+from pyiceberg.table import DataScan, Table
+from pyiceberg.table.sorting import SortField, SortOrder
+from pyiceberg.transforms import IdentityTransform
+from pyiceberg.types import (
+    DateType,
+    DecimalType,
+    IcebergType,
+    LongType,
+    NestedField,
+    StringType,
+    TimestamptzType,
+)
+
+from dagster_prefs.offline.catalog import OfflineError, ensure_namespace, explained
+
+# Wide enough for the minutes of any bigint of seconds.
+MINUTES = DecimalType(28, 6)
+
+TABLE_PROPERTIES = {
+    "format-version": "2",
+    "write.parquet.compression-codec": "zstd",
+    "write.metadata.delete-after-commit.enabled": "true",
+    "write.metadata.previous-versions-max": "20",
+}
+
+
+class SchemaChangeRefused(OfflineError):
+    """A column of a training table would be removed or retyped."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of tile and table; `minimum` is the least value that the audit accepts."""
+
+    name: str
+    type: IcebergType
+    doc: str
+    minimum: int | None = None
+
+
+@dataclass(frozen=True)
+class TileTable:
+    """A training table and the tile relation of the engine that fills it.
+
+    `metric` names the columns whose total is `metric_total` in `tile_fingerprints`; `key` makes a row of a
+    day unique; `at_most` lists (smaller, larger) pairs of columns that every row must respect.
+    """
+
+    name: str
+    tile: str
+    doc: str
+    day: str
+    key: tuple[str, ...]
+    columns: tuple[Column, ...]
+    metric: tuple[str, ...]
+    at_most: tuple[tuple[str, str], ...] = ()
+
+    def identifier(self, namespace: str) -> tuple[str, str]:
+        """The table's name in a catalog."""
+        return namespace, self.name
+
+    @cached_property
+    def schema(self) -> Schema:
+        """The schema of a new table; every column is required."""
+        return Schema(
+            *(
+                NestedField(
+                    field_id=number, name=column.name, field_type=column.type, required=True, doc=column.doc
+                )
+                for number, column in enumerate(self.columns, start=1)
+            )
+        )
+
+    @cached_property
+    def totals(self) -> tuple[str, ...]:
+        """The columns that can be summed exactly."""
+        return tuple(
+            column.name
+            for column in self.columns
+            if isinstance(column.type, LongType | DecimalType) and column.name not in self.key
+        )
+
+
+_VIEWER = Column("viewer_id", LongType(), "The viewer.", minimum=0)
+_LAST_EVENT = Column("last_event_at", TimestamptzType(), "Newest event of the day.")
+
+WATCH = TileTable(
+    name="viewer_watch_daily",
+    tile="viewer_watch_metrics_1d",
+    doc="One row per viewer and UTC day: what was watched.",
+    day="watch_date",
+    key=("viewer_id",),
+    columns=(
+        _VIEWER,
+        Column("watch_date", DateType(), "UTC day."),
+        Column("watch_seconds", LongType(), "Seconds watched.", minimum=0),
+        Column(
+            "watch_time_minutes", MINUTES, "Minutes watched: seconds / 60, rounded to 6 places.", minimum=0
+        ),
+        Column("views", LongType(), "Views.", minimum=1),
+        Column("content_started", LongType(), "Distinct contents of the day.", minimum=0),
+        Column("completions", LongType(), "Views with a completion of at least 0.9.", minimum=0),
+        Column("genres_watched", LongType(), "Distinct genres of the day.", minimum=0),
+        _LAST_EVENT,
+    ),
+    metric=("watch_seconds",),
+    at_most=(("content_started", "views"), ("completions", "views"), ("genres_watched", "views")),
+)
+
+GENRE = TileTable(
+    name="viewer_genre_daily",
+    tile="viewer_genre_metrics_1d",
+    doc="One row per viewer, UTC day and genre: what was watched. Views without a genre have no row.",
+    day="watch_date",
+    key=("viewer_id", "genre"),
+    columns=(
+        _VIEWER,
+        Column("watch_date", DateType(), "UTC day."),
+        Column("genre", StringType(), "Genre."),
+        Column("watch_seconds", LongType(), "Seconds watched.", minimum=0),
+        Column("views", LongType(), "Views.", minimum=1),
+        Column("completions", LongType(), "Views with a completion of at least 0.9.", minimum=0),
+        _LAST_EVENT,
+    ),
+    metric=("watch_seconds",),
+    at_most=(("completions", "views"),),
+)
+
+INTERACTIONS = TileTable(
+    name="viewer_interactions_daily",
+    tile="viewer_interactions_1d",
+    doc="One row per viewer and UTC day: likes, shares and searches.",
+    day="interaction_date",
+    key=("viewer_id",),
+    columns=(
+        _VIEWER,
+        Column("interaction_date", DateType(), "UTC day."),
+        Column("likes", LongType(), "Likes.", minimum=0),
+        Column("shares", LongType(), "Shares.", minimum=0),
+        Column("searches", LongType(), "Searches.", minimum=0),
+        _LAST_EVENT,
+    ),
+    metric=("likes", "shares", "searches"),
+)
+
+TILE_TABLES: Mapping[str, TileTable] = {spec.name: spec for spec in (WATCH, GENRE, INTERACTIONS)}
+
+
+def ensure_table(catalog: Catalog, namespace: str, spec: TileTable) -> Table:
+    """The table of `spec`, created where missing and extended by the columns that the contract gained.
+
+    A new column is optional, so that old days read as NULL. Safe to call from several processes at once.
+
+    Raises SchemaChangeRefused for a removed or retyped column, OfflineError for a failing catalog.
+    """
+    identifier = spec.identifier(namespace)
+    with explained(f"the table {namespace}.{spec.name}"):
+        if not catalog.table_exists(identifier):
+            ensure_namespace(catalog, namespace)
+            try:
+                return catalog.create_table(
+                    identifier,
+                    schema=spec.schema,
+                    partition_spec=PartitionSpec(
+                        PartitionField(
+                            source_id=spec.schema.find_field(spec.day).field_id,
+                            field_id=1000,
+                            transform=IdentityTransform(),
+                            name=spec.day,
+                        )
+                    ),
+                    sort_order=SortOrder(
+                        *(
+                            SortField(
+                                source_id=spec.schema.find_field(name).field_id, transform=IdentityTransform()
+                            )
+                            for name in spec.key
+                        )
+                    ),
+                    properties={**TABLE_PROPERTIES, "comment": spec.doc},
+                )
+            except TableAlreadyExistsError:
+                pass
+        table = catalog.load_table(identifier)
+        for _ in range(5):
+            if not _missing_columns(table, namespace, spec):
+                break
+            try:
+                with table.update_schema() as update:
+                    for column in _missing_columns(table, namespace, spec):
+                        update.add_column(column.name, column.type, doc=column.doc)
+            except CommitFailedException:
+                # Another process changed the schema, most likely by the very same column.
+                pass
+            table = catalog.load_table(identifier)
+        return table
+
+
+def _missing_columns(table: Table, namespace: str, spec: TileTable) -> list[Column]:
+    found = {field.name: field for field in table.schema().fields}
+    wanted = {column.name: column for column in spec.columns}
+    for name, field in found.items():
+        if name not in wanted:
+            raise SchemaChangeRefused(
+                f"{namespace}.{spec.name} has the column {name}, which the contract of {spec.tile} no "
+                f"longer has: "
+                "removing a column is a breaking change; put it back, or give the changed table a new name"
+            )
+        if wanted[name].type != field.field_type:
+            raise SchemaChangeRefused(
+                f"{namespace}.{spec.name}.{name} is {field.field_type}, the contract of {spec.tile} says "
+                f"{wanted[name].type}: retyping a column is a breaking change; put the type back, or give "
+                f"the "
+                "changed column a new name"
+            )
+    return [column for name, column in wanted.items() if name not in found]
+
+
+def arrow_schema(table: Table) -> pa.Schema:
+    """The Arrow schema of the table's files, field ids included."""
+    return schema_to_pyarrow(table.schema())
+
+
+def scan_day(table: Table, spec: TileTable, day: date, snapshot_id: int | None = None) -> DataScan:
+    """A scan of one day, of the current snapshot unless told otherwise."""
+    return table.scan(row_filter=f"{spec.day} = '{day.isoformat()}'", snapshot_id=snapshot_id)

@@ -1,0 +1,242 @@
+"""Tiles as the engine holds them: fingerprints, totals, and a day's rows as a stream of Arrow batches."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import date, datetime
+from decimal import Decimal
+from typing import Any
+
+import psycopg
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+from psycopg import sql
+from pyiceberg.types import DateType, DecimalType, StringType, TimestamptzType
+
+from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.offline.catalog import OfflineError
+from dagster_prefs.offline.tables import TileTable
+
+# Text of this many bytes is parsed at once: large enough for the parser, small enough to stay bounded.
+BLOCK_BYTES = 8 * 1024 * 1024
+
+FINGERPRINTS = "tile_fingerprints"
+
+_ESCAPES = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v"}
+_ESCAPE = re.compile(r"\\(.)", re.DOTALL)
+
+
+class TilesUnreadable(OfflineError):
+    """The engine cannot deliver the tiles of a day."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What the engine says a day of a tile holds; `content_hash` changes whenever a row does."""
+
+    row_count: int
+    metric_total: Decimal
+    content_hash: Decimal
+    last_event_at: datetime | None
+
+    @property
+    def token(self) -> str:
+        """16 hexadecimal digits that differ where the day's content differs."""
+        content = f"{self.row_count}|{_plain(self.metric_total)}|{_plain(self.content_hash)}"
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def properties(self) -> dict[str, str]:
+        """The fingerprint as snapshot properties."""
+        return {
+            "prefs.fingerprint": self.token,
+            "prefs.row-count": str(self.row_count),
+            "prefs.metric-total": _plain(self.metric_total),
+            "prefs.content-hash": _plain(self.content_hash),
+            "prefs.last-event-at": self.last_event_at.isoformat() if self.last_event_at else "",
+        }
+
+
+class TileSnapshot:
+    """One consistent reading of the engine: fingerprint, totals and rows of a day belong together."""
+
+    def __init__(self, connection: psycopg.Connection[tuple[Any, ...]], schema: str, spec: TileTable) -> None:
+        self._connection = connection
+        self._schema = schema
+        self._spec = spec
+
+    def fingerprints(self) -> dict[date, Fingerprint]:
+        """Fingerprint of every day that the engine holds."""
+        query = sql.SQL(
+            "select tile_date, row_count, metric_total, content_hash, last_event_at from {} where tile = %s"
+        ).format(self._relation(FINGERPRINTS))
+        rows = self._connection.execute(query, [self._spec.tile]).fetchall()
+        return {
+            day: Fingerprint(int(count), Decimal(metric), Decimal(content), last)
+            for day, count, metric, content, last in rows
+            if count
+        }
+
+    def fingerprint(self, day: date) -> Fingerprint | None:
+        """Fingerprint of one day; None where the engine holds nothing of it."""
+        query = sql.SQL(
+            "select row_count, metric_total, content_hash, last_event_at from {} where tile = %s and "
+            "tile_date = %s"
+        ).format(self._relation(FINGERPRINTS))
+        row = self._connection.execute(query, [self._spec.tile, day]).fetchone()
+        if row is None or not row[0]:
+            return None
+        return Fingerprint(int(row[0]), Decimal(row[1]), Decimal(row[2]), row[3])
+
+    def totals(self, day: date) -> tuple[int, Mapping[str, Decimal]]:
+        """Rows of the day, and the sum of every column that has an exact one, as the engine computes them."""
+        query = sql.SQL("select count(*), {sums} from {tile} where {day} = %s and viewer_id >= 0").format(
+            sums=sql.SQL(", ").join(
+                sql.SQL("coalesce(sum({}), 0)").format(sql.Identifier(name)) for name in self._spec.totals
+            ),
+            tile=self._relation(self._spec.tile),
+            day=sql.Identifier(self._spec.day),
+        )
+        row = self._connection.execute(query, [day]).fetchone()
+        if row is None:
+            raise TilesUnreadable(f"the engine gave no answer about {self._spec.tile} of {day}: run it again")
+        return int(row[0]), {
+            name: Decimal(value) for name, value in zip(self._spec.totals, row[1:], strict=True)
+        }
+
+    def rows(self, day: date, schema: pa.Schema) -> Generator[pa.RecordBatch]:
+        """The day's rows without canaries, ordered by key, in batches of some megabytes with that Arrow
+        schema.
+
+        COPY in text format is the one bulk read that both engines have; times travel as microseconds because
+        the engines spell timestamps differently.
+        """
+        names = [column.name for column in self._spec.columns if column.name != self._spec.day]
+        query = sql.SQL(
+            "copy (select {columns} from {tile} where {day} = {value} and viewer_id >= 0 order by {key}) "
+            "to stdout"
+        ).format(
+            columns=sql.SQL(", ").join(self._expression(name) for name in names),
+            tile=self._relation(self._spec.tile),
+            day=sql.Identifier(self._spec.day),
+            value=sql.Literal(day),
+            key=sql.SQL(", ").join(map(sql.Identifier, self._spec.key)),
+        )
+        block: list[bytes] = []
+        size = 0
+        with self._connection.cursor() as cursor, cursor.copy(query) as copy:
+            while data := copy.read():
+                block.append(bytes(data))
+                size += len(data)
+                if size >= BLOCK_BYTES:
+                    yield self._parse(b"".join(block), names, day, schema)
+                    block, size = [], 0
+        if block:
+            yield self._parse(b"".join(block), names, day, schema)
+
+    def _relation(self, name: str) -> sql.Identifier:
+        return sql.Identifier(self._schema, name)
+
+    def _expression(self, name: str) -> sql.Composable:
+        column = next(column for column in self._spec.columns if column.name == name)
+        if isinstance(column.type, TimestamptzType):
+            return sql.SQL("(extract(epoch from {}) * 1000000)::bigint").format(sql.Identifier(name))
+        return sql.Identifier(name)
+
+    def _parse(self, text: bytes, names: list[str], day: date, schema: pa.Schema) -> pa.RecordBatch:
+        columns = {column.name: column.type for column in self._spec.columns}
+        parsed = pa.csv.read_csv(
+            pa.BufferReader(text),
+            read_options=pa.csv.ReadOptions(column_names=names, block_size=len(text) + 1, use_threads=False),
+            parse_options=pa.csv.ParseOptions(delimiter="\t", quote_char=False, escape_char=False),
+            convert_options=pa.csv.ConvertOptions(
+                column_types={name: _wire_type(columns[name]) for name in names},
+                null_values=["\\N"],
+                strings_can_be_null=True,
+            ),
+        ).combine_chunks()
+        arrays = []
+        for field in schema:
+            if field.name == self._spec.day:
+                arrays.append(pa.repeat(pa.scalar(day, pa.date32()), parsed.num_rows))
+                continue
+            values = parsed.column(field.name).chunk(0)
+            if isinstance(columns[field.name], StringType):
+                values = _unescape(values)
+            arrays.append(values.cast(field.type))
+        return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+@contextmanager
+def tile_snapshot(engine: EngineConnection, spec: TileTable) -> Iterator[TileSnapshot]:
+    """Open one consistent, read-only reading of the engine.
+
+    Raises TilesUnreadable where a relation is missing or the connection breaks, EngineUnavailable where there
+    is none.
+    """
+    start = (
+        "start transaction isolation level repeatable read read only"
+        if engine.kind == "local"
+        # RisingWave's read-only transaction is a fixed snapshot by itself.
+        else "start transaction read only"
+    )
+    with engine.connect() as connection:
+        try:
+            connection.execute(start)
+            yield TileSnapshot(connection, engine.schema, spec)
+            connection.execute("commit")
+        except psycopg.errors.UndefinedTable as error:
+            raise TilesUnreadable(_missing(spec, error)) from error
+        except psycopg.OperationalError as error:
+            raise TilesUnreadable(
+                f"the engine broke off while {spec.tile} was read ({_first_line(error)}): see that it "
+                f"runs, then "
+                "run it again"
+            ) from error
+        except psycopg.Error as error:
+            if "not found" in str(error):
+                raise TilesUnreadable(_missing(spec, error)) from error
+            raise TilesUnreadable(
+                f"the engine refuses to read {spec.tile} ({_first_line(error)}): apply the models with "
+                f"`dbt build`"
+            ) from error
+
+
+def _missing(spec: TileTable, error: psycopg.Error) -> str:
+    return f"the engine lacks {spec.tile} or {FINGERPRINTS} ({_first_line(error)}): create the models with `dbt build` first"
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _plain(value: Decimal) -> str:
+    # The engines write the same number with different trailing zeros.
+    return f"{value.normalize():f}"
+
+
+def _wire_type(kind: Any) -> pa.DataType:
+    if isinstance(kind, DecimalType):
+        return pa.decimal128(kind.precision, kind.scale)
+    if isinstance(kind, StringType):
+        return pa.string()
+    if isinstance(kind, DateType):
+        return pa.date32()
+    return pa.int64()
+
+
+def _unescape(values: pa.Array) -> pa.Array:
+    if not pc.any(pc.match_substring(values, "\\")).as_py():
+        return values
+    return pa.array(
+        [
+            None if value is None else _ESCAPE.sub(lambda found: _ESCAPES.get(found[1], found[1]), value)
+            for value in values.to_pylist()
+        ],
+        pa.string(),
+    )
