@@ -258,7 +258,8 @@ def _loss(table: Table, spec: TileTable, held: list[DataFile], fingerprint: Fing
             for column in batch.columns:
                 total += Decimal(pc.sum(column).as_py() or 0)
     if fingerprint.metric_total < total:
-        return f"the engine's total of {' + '.join(spec.metric)} of this day is {fingerprint.metric_total}, the table's {total}"
+        name = " + ".join(spec.metric)
+        return f"the engine's total of {name} of this day is {fingerprint.metric_total}, the table's {total}"
     return ""
 
 
@@ -413,8 +414,8 @@ def _head(table: Table) -> Snapshot:
             transaction.update_snapshot().fast_append().commit()
     head = table.current_snapshot()
     if head is None:
-        raise CatalogUnavailable("the catalog lost a first, empty commit: run the export again, which is
-        safe") return head
+        raise CatalogUnavailable("the catalog lost a first, empty commit: run it again, which is safe")
+    return head
 
 
 def _stage(

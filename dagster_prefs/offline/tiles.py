@@ -207,7 +207,10 @@ def tile_snapshot(engine: EngineConnection, spec: TileTable) -> Iterator[TileSna
 
 
 def _missing(spec: TileTable, error: psycopg.Error) -> str:
-    return f"the engine lacks {spec.tile} or {FINGERPRINTS} ({_first_line(error)}): create the models with `dbt build` first"
+    reason = _first_line(error)
+    return (
+        f"the engine lacks {spec.tile} or {FINGERPRINTS} ({reason}): create the models with `dbt build` first"
+    )
 
 
 def _first_line(error: BaseException) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, date, datetime, timedelta
 from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
@@ -44,12 +44,13 @@ def moment(day: date, second: int) -> datetime:
     return datetime(day.year, day.month, day.day, tzinfo=UTC) + timedelta(seconds=second, microseconds=250)
 
 
-def watch(viewer: int, day: date, seconds: int, views: int = 2, started: int = 1, completed: int = 1, genres: int = 1,
-          at: int = 3600) -> tuple[Any, ...]:  # fmt: skip
+def watch(viewer: int, day: date, seconds: int, views: int = 2, started: int = 1, completed: int = 1,
+          genres: int = 1, at: int = 3600) -> tuple[Any, ...]:  # fmt: skip
     return (viewer, day, seconds, minutes(seconds), views, started, completed, genres, moment(day, at))
 
 
-def genre(viewer: int, day: date, name: str, seconds: int, views: int = 1, completed: int = 0, at: int = 3600) -> tuple[Any, ...]:  # fmt: skip
+def genre(viewer: int, day: date, name: str, seconds: int, views: int = 1, completed: int = 0,
+          at: int = 3600) -> tuple[Any, ...]:  # fmt: skip
     return (viewer, day, name, seconds, views, completed, moment(day, at))
 
 
@@ -140,8 +141,9 @@ def catalog(warehouse: Path) -> Catalog:
 
 
 @pytest.fixture(params=[WATCH, GENRE, INTERACTIONS], ids=lambda spec: spec.name)
-def spec(request: pytest.FixtureRequest) -> Iterator[TileTable]:
-    yield request.param
+def spec(request: pytest.FixtureRequest) -> TileTable:
+    found: TileTable = request.param
+    return found
 
 
 def some_rows(spec: TileTable, day: date, viewers: int = 20, offset: int = 0) -> list[tuple[Any, ...]]:
