@@ -1,0 +1,552 @@
+"""Both transports against a real DynamoDB interface and against one that goes wrong by script."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from decimal import Decimal
+from typing import Any, get_args, get_type_hints
+
+import pytest
+from scripted_dynamodb import Request, Script, answer, failure, http, serve
+
+from dagster_prefs.errors import PrefsError
+from dagster_prefs.online.contract import Contract, ContractError, load_contract
+from dagster_prefs.online.items import ItemEncoder, ItemError
+from dagster_prefs.online.tables import dynamodb_client, provision
+from dagster_prefs.online.transport import ReadError
+from dagster_prefs.serving import AsyncProfileClient, ProfileClient
+from dagster_prefs.serving.domains import (
+    DOMAIN_CLASSES,
+    InteractionsProfile,
+    PreferencesProfile,
+    WatchProfile,
+)
+from dagster_prefs.serving.profiles import ProfileError
+
+REGION = "eu-central-1"
+AT = 1_760_000_000_000
+WATCH = [Decimal("12.5"), Decimal("40.123456"), 3, 2, 5, AT]
+PREFERENCES = ["drama", ["drama", "news"], [Decimal("0.75"), Decimal("0.25")], None, Decimal("9.1"), AT]
+TRANSPORTS = ["lean", "boto3"]
+
+
+@pytest.fixture(params=TRANSPORTS)
+def transport(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+class Online:
+    """A fresh table of one test."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.endpoint = endpoint
+        self.contract = load_contract()
+        self.prefix = f"serving_{uuid.uuid4().hex[:12]}_"
+        self.client = dynamodb_client(endpoint, REGION)
+        self.table = provision(self.client, self.contract, prefix=self.prefix)
+
+    def put(self, name: str, viewer_id: int, values: list[Any], **changes: Any) -> None:
+        item = ItemEncoder(self.contract, self.contract.domain(name)).encode(viewer_id, values)
+        item.update(changes)
+        self.client.put_item(TableName=self.table.name, Item=item)
+
+    def reader(self, transport: str, **options: Any) -> ProfileClient:
+        return ProfileClient(
+            endpoint_url=self.endpoint,
+            region=REGION,
+            table_prefix=self.prefix,
+            transport=transport,  # type: ignore[arg-type]
+            **{"budget_seconds": 30, "read_timeout_seconds": 30, **options},
+        )
+
+
+@pytest.fixture
+def online(aws_endpoint: str) -> Iterator[Online]:
+    made = Online(aws_endpoint)
+    yield made
+    made.client.delete_table(TableName=made.table.name)
+
+
+@pytest.fixture
+def script() -> Iterator[Script]:
+    made, stop = serve(lambda request: answer({}))
+    yield made
+    stop()
+
+
+def scripted(script: Script, transport: str, **options: Any) -> ProfileClient:
+    given = {"budget_seconds": 20, "read_timeout_seconds": 10, **options}
+    return ProfileClient(endpoint_url=script.endpoint, region=REGION, transport=transport, **given)  # type: ignore[arg-type]
+
+
+def item(name: str, viewer_id: int, values: list[Any]) -> dict[str, Any]:
+    contract = load_contract()
+    return ItemEncoder(contract, contract.domain(name)).encode(viewer_id, values)
+
+
+def wanted_viewer(request: Request) -> int:
+    return int(request.body["Key"]["viewer_id"]["N"])
+
+
+def viewers_only(behave: Callable[[Request], bytes | None]) -> Callable[[Request], bytes | None]:
+    """Answer canaries with nothing, everything else by `behave`."""
+
+    def split(request: Request) -> bytes | None:
+        if request.operation == "GetItem" and wanted_viewer(request) < 0:
+            return answer({})
+        return behave(request)
+
+    return split
+
+
+def viewer_requests(script: Script) -> list[Request]:
+    return [
+        request
+        for request in script.requests
+        if request.operation != "GetItem" or wanted_viewer(request) >= 0
+    ]
+
+
+def test_typed_classes_are_the_contract() -> None:
+    python = {
+        "integer": int,
+        "decimal": Decimal,
+        "float": float,
+        "string": str,
+        "list<string>": list[str],
+        "list<decimal>": list[Decimal],
+    }
+    contract = load_contract()
+    assert {domain.name for domain in contract.domains.values()} == set(DOMAIN_CLASSES)
+    for domain in contract.domains.values():
+        made = DOMAIN_CLASSES[domain.name]
+        assert [entry.name for entry in fields(made)] == list(domain.attributes)
+        for name, hint in get_type_hints(made).items():
+            attribute = domain.attributes[name]
+            # Only a cold start has no last event; the contract's items always have one.
+            nullable = attribute.nullable or name == "last_event_at"
+            expected = python[attribute.type]
+            assert hint == (expected | None if nullable else expected), name
+            assert not nullable or type(None) in get_args(hint)
+
+
+def test_all_domains_of_a_viewer(online: Online, transport: str) -> None:
+    online.put("watch", 7, WATCH)
+    online.put("preferences", 7, PREFERENCES)
+    with online.reader(transport) as client:
+        profile = client.get(7)
+    assert profile.watch == WatchProfile(Decimal("12.5"), Decimal("40.123456"), 3, 2, 5, AT)
+    assert isinstance(profile.watch.titles_7d, int)
+    assert profile.preferences == PreferencesProfile(*PREFERENCES)
+    assert profile.interactions == InteractionsProfile()
+    assert {name: read.state for name, read in profile.reads.items()} == {
+        "watch": "found",
+        "interactions": "cold_start",
+        "preferences": "found",
+    }
+    assert not profile.partial
+    assert not profile.cold_start
+    assert profile.reads["watch"].last_event_at == AT
+    assert json.loads(json.dumps(profile.as_dict(), default=str))["domains"]["watch"]["state"] == "found"
+
+
+@pytest.mark.parametrize(
+    ("domains", "operations"),
+    [
+        (["watch"], ["GetItem"]),
+        (["watch", "engagement#preferences", "watch"], ["GetItem"] * 2),
+        (None, ["BatchGetItem"]),
+    ],
+)
+def test_the_request_fits_the_number_of_domains(
+    script: Script, transport: str, domains: list[str] | None, operations: list[str]
+) -> None:
+    script.behave = viewers_only(
+        lambda request: answer({"Responses": {}} if request.operation == "BatchGetItem" else {})
+    )
+    with scripted(script, transport) as client:
+        client._lag_read_at = dict.fromkeys(client._lag_read_at, float("inf"))
+        profile = client.get(1, domains)
+    assert profile.cold_start
+    assert [request.operation for request in script.requests] == operations
+
+
+def test_an_unknown_viewer_is_a_typed_cold_start(online: Online, transport: str) -> None:
+    with online.reader(transport) as client:
+        profile = client.get(404)
+    assert profile.cold_start
+    assert not profile.partial
+    assert profile.watch.watch_minutes_7d == 0
+    assert profile.preferences.favorite_genres == []
+    assert profile.watch.last_event_at is None
+
+
+def test_many_viewers_in_chunks(online: Online, transport: str) -> None:
+    for viewer in range(0, 120, 3):
+        online.put("watch", viewer, [Decimal(viewer), *WATCH[1:]])
+    with online.reader(transport) as client:
+        profiles = client.get_many([*range(119, -1, -1), 5], ["watch"])
+    assert list(profiles) == list(range(119, -1, -1))
+    for viewer, profile in profiles.items():
+        assert profile.watch.watch_minutes_7d == (viewer if viewer % 3 == 0 else 0)
+        assert profile.reads["watch"].state == ("found" if viewer % 3 == 0 else "cold_start")
+
+
+def test_strong_consistency_is_passed_on(script: Script, transport: str) -> None:
+    with scripted(script, transport, consistent=True) as client:
+        client.get(1, ["watch"])
+        client.get(2, ["watch"], consistent=False)
+    consistent = {
+        wanted_viewer(request): request.body["ConsistentRead"] for request in viewer_requests(script)
+    }
+    assert consistent == {1: True, 2: False}
+
+
+def test_freshness_comes_from_the_canary_and_is_cached(online: Online, transport: str) -> None:
+    online.put("watch", 1, WATCH)
+    online.put("watch", -1, [*WATCH[:-1], AT])
+    with online.reader(transport, clock=lambda: AT / 1000 + 4.5) as client:
+        first = client.get(1, ["watch", "interactions"])
+        online.put("watch", -1, [*WATCH[:-1], AT + 4_000])
+        second = client.get(1, ["watch"], max_staleness_seconds=2)
+        # Cached figures are 5 s old at most; make these older.
+        client._lag_read_at = dict.fromkeys(client._lag_read_at, float("-inf"))
+        third = client.get(1, ["watch"], max_staleness_seconds=60)
+    read = first.reads["watch"]
+    assert (read.freshness_seconds, read.max_staleness_seconds, read.fresh) == (pytest.approx(4.5), 5, True)
+    unknown = first.reads["interactions"]
+    assert (unknown.freshness_seconds, unknown.fresh) == (None, None)
+    assert (second.reads["watch"].freshness_seconds, second.reads["watch"].fresh) == (
+        pytest.approx(4.5),
+        False,
+    )
+    assert (third.reads["watch"].freshness_seconds, third.reads["watch"].max_staleness_seconds) == (
+        pytest.approx(0.5),
+        5,
+    )
+
+
+def test_a_canary_that_does_not_answer_holds_nobody_up(script: Script, transport: str) -> None:
+    def behave(request: Request) -> bytes:
+        if wanted_viewer(request) < 0:
+            return failure("ThrottlingException")
+        return answer({"Item": item("watch", 1, WATCH)})
+
+    script.behave = behave
+    with scripted(script, transport) as client:
+        profile = client.get(1, ["watch"])
+    assert profile.watch.titles_7d == 3
+    assert not profile.partial
+    assert profile.reads["watch"].freshness_seconds is None
+    assert len(script.requests) == 2
+
+
+TRANSIENT: dict[str, bytes | None] = {
+    "throttling": failure("ProvisionedThroughputExceededException"),
+    "throttled by HTTP": http(429, b"slow down"),
+    "5xx": failure("InternalServerError", status=500),
+    "5xx without JSON": http(503, b"<html>"),
+    "CRC mismatch": http(200, b'{"Item":{}}', checksum=1),
+    "truncated body": http(200, b'{"Item":', length=4000, head="Connection: close\r\n"),
+    "not JSON": http(200, b"{"),
+    "closed without an answer": None,
+}
+
+
+@pytest.mark.parametrize("fault", TRANSIENT)
+def test_transient_faults_are_retried(script: Script, transport: str, fault: str) -> None:
+    def behave(request: Request) -> bytes | None:
+        if len(viewer_requests(script)) <= 2:
+            return TRANSIENT[fault]
+        return answer({"Item": item("watch", 1, WATCH)})
+
+    script.behave = viewers_only(behave)
+    with scripted(script, transport) as client:
+        profile = client.get(1, ["watch"])
+    assert profile.watch.watch_minutes_7d == Decimal("12.5")
+    assert len(viewer_requests(script)) == 3
+
+
+@pytest.mark.parametrize("fault", TRANSIENT)
+def test_faults_that_stay_leave_the_domain_out(script: Script, transport: str, fault: str) -> None:
+    def behave(request: Request) -> bytes | None:
+        if request.body["Key"]["domain_key"]["S"] == "engagement#watch":
+            return TRANSIENT[fault]
+        return answer({"Item": item("interactions", 1, [1, 2, 3, AT])})
+
+    script.behave = viewers_only(behave)
+    with scripted(script, transport, max_attempts=2) as client:
+        profile = client.get(1, ["watch", "interactions"])
+        assert profile.partial
+        assert profile.interactions.likes_28d == 1
+        assert profile.reads["watch"].state == "failed"
+        with pytest.raises(ReadError, match="DynamoDB"):
+            _ = profile.watch.titles_7d
+        covered = client.get(1, ["watch", "interactions"], fallback="cold_start")
+    assert covered.partial
+    assert covered.watch == WatchProfile()
+    assert isinstance(covered.reads["watch"].error, ReadError)
+
+
+@pytest.mark.parametrize(
+    ("reply", "kind", "message"),
+    [
+        (failure("ExpiredTokenException"), "credentials", "check the AWS credentials"),
+        (failure("UnrecognizedClientException"), "credentials", "check the AWS credentials"),
+        (failure("AccessDeniedException"), "credentials", "check the AWS credentials"),
+        (failure("ResourceNotFoundException", "no such table"), "missing_table", "no such table.*provision"),
+        (failure("ValidationException", "bad key"), "refused", "ValidationException.*bad key"),
+    ],
+)
+def test_errors_that_no_retry_heals_are_raised_at_once(
+    script: Script, transport: str, reply: bytes, kind: str, message: str
+) -> None:
+    script.behave = lambda request: reply
+    with (
+        scripted(script, transport, fallback="cold_start") as client,
+        pytest.raises(ReadError, match=message) as caught,
+    ):
+        client.get(1, ["watch"])
+    assert caught.value.kind == kind
+    assert len(viewer_requests(script)) == 1
+
+
+def test_a_spent_budget_returns_what_arrived(script: Script, transport: str) -> None:
+    release = threading.Event()
+
+    def behave(request: Request) -> bytes:
+        if request.body["Key"]["domain_key"]["S"] == "engagement#watch":
+            release.wait(30)
+        return answer({"Item": item("interactions", 1, [1, 2, 3, AT])})
+
+    script.behave = viewers_only(behave)
+    with scripted(script, transport) as client:
+        profile = client.get(1, ["watch", "interactions"], budget_seconds=0.3)
+        release.set()
+    assert profile.partial
+    assert profile.interactions.shares_28d == 2
+    error = profile.reads["watch"].error
+    assert isinstance(error, ReadError)
+    assert error.kind == "timeout"
+
+
+def test_unprocessed_keys_are_asked_for_again(script: Script, transport: str) -> None:
+    def behave(request: Request) -> bytes:
+        ((table, wanted),) = request.body["RequestItems"].items()
+        taken, left = wanted["Keys"][:40], wanted["Keys"][40:]
+        items = [item("watch", int(key["viewer_id"]["N"]), WATCH) for key in taken]
+        return answer(
+            {"Responses": {table: items}, "UnprocessedKeys": {table: {"Keys": left}} if left else {}}
+        )
+
+    script.behave = viewers_only(behave)
+    with scripted(script, transport) as client:
+        profiles = client.get_many(range(100), ["watch"])
+    assert {profile.reads["watch"].state for profile in profiles.values()} == {"found"}
+    asked = [
+        len(next(iter(request.body["RequestItems"].values()))["Keys"]) for request in viewer_requests(script)
+    ]
+    assert asked == [100, 60, 20]
+
+
+def test_connections_are_kept_and_replaced_when_the_server_closed_them(script: Script) -> None:
+    reply = answer({"Item": item("watch", 1, WATCH)})
+    closing = reply.replace(b"Content-Length", b"Connection: close\r\nContent-Length", 1)
+    with scripted(script, "lean") as client:
+        client._lag_read_at = dict.fromkeys(client._lag_read_at, float("inf"))
+        script.behave = lambda request: reply
+        for _ in range(5):
+            client.get(1, ["watch"])
+        assert script.connections == 1
+        # The next request on this connection is swallowed, as when the server closes it while it is idle.
+        script.behave = lambda request: None if request.on_connection > 1 else reply
+        assert client.get(1, ["watch"]).watch.titles_7d == 3
+        assert script.connections == 2
+        script.behave = lambda request: closing
+        assert client.get(1, ["watch"]).watch.titles_7d == 3
+        assert client.get(1, ["watch"]).watch.titles_7d == 3
+        assert script.connections == 3
+
+
+def test_chunked_answers_and_answers_without_length(script: Script) -> None:
+    body = json.dumps({"Item": item("watch", 1, WATCH)}).encode()
+    chunks = b"".join(
+        f"{len(part):x};note\r\n".encode() + part + b"\r\n" for part in (body[:7], body[7:100], body[100:])
+    )
+    chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n"
+    open_ended = b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + body
+    with scripted(script, "lean") as client:
+        for reply in (chunked, open_ended):
+            script.behave = lambda request, reply=reply: reply  # type: ignore[misc]
+            assert client.get(1, ["watch"]).watch.titles_7d == 3
+
+
+def test_signatures_are_botocores(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    from botocore.auth import SigV4Auth
+    from botocore.awsrequest import AWSRequest
+    from botocore.credentials import Credentials
+
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIDEXAMPLE")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret/with+signs")
+    for token in (None, "a/token=="):
+        if token:
+            monkeypatch.setenv("AWS_SESSION_TOKEN", token)
+        else:
+            monkeypatch.delenv("AWS_SESSION_TOKEN", raising=False)
+        with scripted(script, "lean") as client:
+            client.get(1)
+            client.get(2**63 - 1, ["engagement#preferences"])
+        credentials = Credentials("AKIDEXAMPLE", "secret/with+signs", token)
+
+        for request in script.requests:
+            sent = {
+                name: value
+                for name, value in request.headers.items()
+                if name not in ("authorization", "content-length")
+            }
+            same = AWSRequest(
+                "POST",
+                script.endpoint + "/",
+                headers=sent,
+                data=json.dumps(request.body, separators=(",", ":")),
+            )
+            same.context["timestamp"] = sent["x-amz-date"]
+            signer = SigV4Auth(credentials, "dynamodb", REGION)
+            canonical = signer.canonical_request(same)
+            signature = signer.signature(signer.string_to_sign(same, canonical), same)
+            assert request.headers["authorization"].endswith(f"Signature={signature}")
+            assert ("x-amz-security-token" in sent) == (token is not None)
+        script.requests.clear()
+
+
+def test_an_attribute_of_another_type_fails_its_domain_only(online: Online, transport: str) -> None:
+    online.put("watch", 1, WATCH, titles_7d={"S": "many"})
+    online.put("interactions", 1, [1, 2, 3, AT])
+    online.put("preferences", 1, PREFERENCES, favorite_genres={"NULL": True})
+    with online.reader(transport) as client:
+        profile = client.get(1)
+        covered = client.get(1, fallback="cold_start")
+    assert profile.interactions.likes_28d == 1
+    with pytest.raises(ItemError, match=r"domain watch: titles_7d should be integer .* of DynamoDB type S"):
+        _ = profile.watch
+    with pytest.raises(ItemError, match=r"domain preferences: favorite_genres .* it is NULL"):
+        _ = profile.preferences
+    assert profile.partial
+    assert covered.partial
+    assert covered.watch == WatchProfile()
+
+
+@pytest.mark.parametrize("extra", [{"later": {"S": "x"}}])
+def test_attributes_of_a_later_contract_are_ignored(
+    online: Online, transport: str, extra: dict[str, Any]
+) -> None:
+    online.put("watch", 1, WATCH, **extra)
+    with online.reader(transport) as client:
+        assert client.get(1, ["watch"]).watch == WatchProfile(*WATCH)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda client: client.get(1, ["wach"]), "unknown domain 'wach'"),
+        (lambda client: client.get(1, []), "domains is empty"),
+        (lambda client: client.get(1, "watch"), "domains is a list of names"),
+        (lambda client: client.get("1"), "a viewer id is a 64-bit integer, not '1'"),
+        (lambda client: client.get(True), "a viewer id is a 64-bit integer"),
+        (lambda client: client.get(2**63), "a viewer id is a 64-bit integer"),
+        (lambda client: client.get_many([]), "no viewer ids were given"),
+        (lambda client: client.get_many(range(10_001)), "10001 viewers are more than 10000"),
+        (lambda client: client.get(1, budget_seconds=0), "budget_seconds must be"),
+        (lambda client: client.get(1, max_staleness_seconds=-1), "max_staleness_seconds must be"),
+        (lambda client: client.get(1, fallback="none"), "fallback must be 'partial' or 'cold_start'"),
+    ],
+)
+def test_impossible_arguments_are_named(script: Script, call: Any, message: str) -> None:
+    with scripted(script, "lean") as client, pytest.raises((ProfileError, ContractError), match=message):
+        call(client)
+    assert script.requests == []
+
+
+def test_a_domain_that_was_not_asked_for_says_so(script: Script) -> None:
+    with scripted(script, "lean") as client:
+        profile = client.get(1, ["watch"])
+    with pytest.raises(ProfileError, match="domain 'interactions' was not read"):
+        _ = profile.interactions
+
+
+def test_an_endpoint_that_is_away(transport: str) -> None:
+    client = ProfileClient(
+        endpoint_url="http://127.0.0.1:1",
+        region=REGION,
+        transport=transport,
+        max_attempts=2,  # type: ignore[arg-type]
+    )
+    with client:
+        profile = client.get(1, ["watch"], fallback="cold_start")
+    assert profile.partial
+    assert "cannot be reached" in str(profile.reads["watch"].error)
+
+
+def test_missing_credentials_are_named(
+    script: Script, transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setattr("dagster_prefs.online.transport.is_loopback", lambda endpoint: False)
+    with (
+        scripted(script, transport) as client,
+        pytest.raises(ReadError, match="no AWS credentials were found"),
+    ):
+        client.get(1)
+    assert script.requests == []
+
+
+@pytest.mark.parametrize("endpoint", ["localhost:8000", "ftp://host", "http://"])
+def test_an_endpoint_that_is_no_url_is_named(endpoint: str, transport: str) -> None:
+    with pytest.raises(PrefsError, match="endpoint"):
+        ProfileClient(endpoint_url=endpoint, region=REGION, transport=transport)  # type: ignore[arg-type]
+
+
+def test_asyncio(online: Online, transport: str) -> None:
+    online.put("watch", 1, WATCH)
+
+    async def read() -> tuple[Any, ...]:
+        async with AsyncProfileClient(
+            endpoint_url=online.endpoint,
+            region=REGION,
+            table_prefix=online.prefix,
+            transport=transport,
+            budget_seconds=30,
+            read_timeout_seconds=30,
+        ) as client:
+            await client.warm()
+            many = client.get_many([1, 2], ["watch"])
+            return await asyncio.gather(client.get(1), client.get(2, ["watch"]), many)
+
+    one, two, many = asyncio.run(read())
+    assert one.watch.titles_7d == 3
+    assert two.cold_start
+    assert {viewer: profile.cold_start for viewer, profile in many.items()} == {1: False, 2: True}
+
+
+def test_a_contract_with_an_unknown_domain_is_refused(contract_with_more: Contract) -> None:
+    with pytest.raises(ProfileError, match="domain more has no class in this version"):
+        ProfileClient(endpoint_url="http://127.0.0.1:1", region=REGION, contract=contract_with_more)
+
+
+@pytest.fixture
+def contract_with_more() -> Contract:
+    from dagster_prefs.online.contract import contract_dict, parse_contract
+
+    content = contract_dict(load_contract())
+    more = {**content["domains"]["engagement#watch"], "name": "more", "relation": "r", "sink": "s"}
+    content["domains"]["engagement#more"] = more
+    return parse_contract(content)
