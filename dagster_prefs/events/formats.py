@@ -1,0 +1,545 @@
+"""What an event message is, and how messages are read out of files.
+
+A message is the bytes that go into a raw table. A JSON line is its own message, byte for byte, valid or
+not: judging it is the typed layer's work, which says why it refused a line. A CSV row becomes a JSON
+object whose values are the cells' text, so that no digit of a price is lost on the way.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import gzip
+import hashlib
+import io
+import json
+import os
+import re
+import stat
+import zlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from pathlib import Path
+from typing import IO, Literal
+
+from dagster_prefs.errors import PrefsError
+
+Mapping = Literal["auto", "rees46"]
+
+# Longer than any event, shorter than what would hurt a process of 1 GB.
+MAX_LINE_BYTES = 8 * 1024 * 1024
+# A stray quote must not swallow the rest of a file into one cell.
+MAX_LINES_PER_ROW = 100
+# How far to look for a record that tells its topic before giving up.
+SAMPLE_LINES = 1000
+
+UTF8_BOM = b"\xef\xbb\xbf"
+GZIP_MAGIC = b"\x1f\x8b"
+FOREIGN_MAGIC = {
+    b"PK\x03\x04": "a zip archive",
+    b"\x28\xb5\x2f\xfd": "zstd-compressed",
+    b"BZh": "bzip2-compressed",
+    b"\xfd7zXZ": "xz-compressed",
+    b"PAR1": "a Parquet file",
+    b"\xff\xfe": "UTF-16 text",
+    b"\xfe\xff": "UTF-16 text",
+}
+
+
+class EventFileError(PrefsError):
+    """A file cannot be read as events: it is missing, empty, damaged, or of an unknown shape."""
+
+
+class UnknownTopic(PrefsError):
+    """A topic was named that this platform does not have."""
+
+
+@dataclass(frozen=True)
+class Topic:
+    """One kind of message: its JSON keys, its raw table, and what a file of it must have.
+
+    `required` are the keys without which no message of the topic is valid; `time_field` is None where
+    messages carry no time.
+    """
+
+    name: str
+    raw_table: str
+    fields: tuple[str, ...]
+    required: frozenset[str]
+    time_field: str | None
+
+    def matches(self, names: set[str]) -> bool:
+        """Whether a record with these keys is surely of this topic."""
+        # An item has no event's key: a shop event without its id must not pass for an item.
+        return self.required <= names and (self.time_field is not None or not names & EVENT_ONLY_FIELDS)
+
+
+EVENT_ONLY_FIELDS = frozenset(
+    {"event_id", "user_id", "viewer_id", "event_type", "session_id", "event_time", "event_ts"}
+)
+
+TOPICS: dict[str, Topic] = {
+    topic.name: topic
+    for topic in (
+        Topic(
+            "user.events",
+            "raw_user_events",
+            (
+                "event_id", "user_id", "item_id", "event_type", "category", "brand", "price", "session_id",
+                "event_time",
+            ),
+            frozenset({"event_id", "user_id", "event_type", "event_time"}),
+            "event_time",
+        ),
+        Topic(
+            "view_events",
+            "raw_view_events",
+            (
+                "event_id", "viewer_id", "content_id", "genre", "watch_duration_sec", "completion_pct",
+                "watched_at",
+            ),
+            frozenset({"event_id", "viewer_id", "watched_at"}),
+            "watched_at",
+        ),
+        Topic(
+            "content_interactions",
+            "raw_content_interactions",
+            ("event_id", "viewer_id", "event_type", "event_ts"),
+            frozenset({"event_id", "viewer_id", "event_type", "event_ts"}),
+            "event_ts",
+        ),
+        Topic(
+            "items",
+            "raw_items",
+            ("item_id", "title", "category", "brand", "price", "in_stock"),
+            frozenset({"item_id"}),
+            None,
+        ),
+    )
+}  # fmt: skip
+
+REES46_COLUMNS = (
+    "event_time", "event_type", "product_id", "category_id", "category_code", "brand", "price", "user_id",
+    "user_session",
+)  # fmt: skip
+REES46_NAMES = {"product_id": "item_id", "category_code": "category", "user_session": "session_id"}
+
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+def find_topic(name: str) -> Topic:
+    """The topic of this name. Raises UnknownTopic naming the topics there are."""
+    try:
+        return TOPICS[name]
+    except KeyError:
+        near = difflib.get_close_matches(name, TOPICS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UnknownTopic(f"unknown topic {name!r}: {hint}topics are {', '.join(TOPICS)}") from None
+
+
+@dataclass(frozen=True)
+class FileFormat:
+    """How a file is read: its topic, and for CSV its columns and mapping."""
+
+    topic: Topic
+    kind: Literal["json-lines", "csv"]
+    columns: tuple[str, ...] = ()
+    mapping: Literal["rees46"] | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record of a file: its first physical line (1-based) and its message, None where it is blank."""
+
+    line: int
+    message: bytes | None
+
+
+def check_file(path: Path) -> os.stat_result:
+    """Size and times of a regular, readable, non-empty file; raises EventFileError for anything else."""
+    try:
+        found = path.stat()
+        if stat.S_ISDIR(found.st_mode):
+            raise EventFileError(f"{path} is a directory: name the files in it, one by one")
+        if not stat.S_ISREG(found.st_mode):
+            raise EventFileError(f"{path} is not a regular file: write its content to a file first")
+        with path.open("rb"):
+            pass
+    except FileNotFoundError:
+        raise EventFileError(f"{path} does not exist: check the path") from None
+    except OSError as error:
+        raise EventFileError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
+    if found.st_size == 0:
+        raise EventFileError(f"{path} is empty: a file of events has at least one line")
+    return found
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 of the file's bytes as stored, in hex; raises EventFileError if it cannot be read."""
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise EventFileError(f"{path} cannot be read ({error.strerror}): check the disk") from None
+
+
+class LineReader:
+    """The physical lines of a plain or gzip file, with their terminators, in constant memory.
+
+    Iterating raises EventFileError at damage, after every whole line before it was given;
+    `bytes_read` is the position in the file on disk, for progress.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: IO[bytes] = path.open("rb")
+        self._stream: IO[bytes] = self._file
+        head = self._file.read(8)
+        self._file.seek(0)
+        for magic, name in FOREIGN_MAGIC.items():
+            if head.startswith(magic):
+                self._file.close()
+                raise EventFileError(f"{path} is {name}: give JSON lines or CSV in UTF-8, plain or gzip")
+        if head.startswith(GZIP_MAGIC):
+            self._stream = io.BufferedReader(gzip.GzipFile(fileobj=self._file), 1 << 18)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the file on disk that were consumed so far."""
+        return self._file.tell()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stream.close()
+        self._file.close()
+
+    def __enter__(self) -> LineReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[tuple[int, bytes]]:
+        number = 0
+        try:
+            for number, line in enumerate(iter(partial(self._stream.readline, MAX_LINE_BYTES), b""), 1):
+                if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+                    raise EventFileError(
+                        f"{self.path}, line {number}: longer than {MAX_LINE_BYTES} bytes; no event is, "
+                        "so put one JSON object or one CSV row on each line"
+                    )
+                # A byte order mark belongs to the file, not to its first message.
+                yield number, line.removeprefix(UTF8_BOM) if number == 1 else line
+        except EOFError:
+            raise EventFileError(
+                f"{self.path} is a truncated gzip file (its data ends after line {number}): "
+                "get the whole file and ingest it again"
+            ) from None
+        except (zlib.error, gzip.BadGzipFile) as error:
+            raise EventFileError(
+                f"{self.path} is a damaged gzip file (after line {number}: {error}): "
+                "get an intact copy and ingest it again"
+            ) from None
+        except OSError as error:
+            raise EventFileError(
+                f"{self.path} cannot be read after line {number} ({error.strerror}): check the disk"
+            ) from None
+
+
+def detect(path: Path, topic: str | None = None, mapping: Mapping | None = "auto") -> FileFormat:
+    """How to read `path`, from its content; its name only decides where the content does not.
+
+    `mapping` is `auto` (a known foreign CSV format is recognised by its columns), `rees46` (the file
+    must have these columns) or None (only our own column names).
+
+    Raises EventFileError or UnknownTopic naming what was found and what was expected.
+    """
+    check_file(path)
+    wanted = find_topic(topic) if topic is not None else None
+    head: list[bytes] = []
+    with LineReader(path) as reader:
+        try:
+            for _, line in reader:
+                if line.strip():
+                    head.append(line)
+                if len(head) == SAMPLE_LINES:
+                    break
+        except EventFileError:
+            # Whole lines before the damage are still events; reading them will report it again.
+            if not head:
+                raise
+    if not head:
+        raise EventFileError(f"{path} is empty: it has blank lines only")
+    header = _header(head[0])
+    if mapping == "rees46" or _is_header(header):
+        return _csv_format(path, header, wanted, mapping)
+    suffixes = {suffix.lower() for suffix in path.suffixes}
+    looks_json = any(line.lstrip().startswith(b"{") for line in head)
+    if looks_json or suffixes & {".json", ".jsonl", ".ndjson"}:
+        return FileFormat(wanted or _topic_of_json(path, head), "json-lines")
+    if wanted is not None and ".csv" not in suffixes and len(header) < 2:
+        return FileFormat(wanted, "json-lines")
+    return _csv_format(path, header, wanted, mapping)
+
+
+def read_records(reader: LineReader, file_format: FileFormat) -> Iterator[Record]:
+    """The records of an open file in order, blank lines included, a CSV header left out.
+
+    A CSV row that does not fit its columns, or is not UTF-8, is its own message: the original bytes.
+    Raises EventFileError at damage, as LineReader does.
+    """
+    if file_format.kind == "csv":
+        return _csv_records(iter(reader), file_format)
+    return _json_records(iter(reader))
+
+
+def _json_records(lines: Iterator[tuple[int, bytes]]) -> Iterator[Record]:
+    for number, line in lines:
+        yield Record(number, _without_terminator(line) if line.strip() else None)
+
+
+def _without_terminator(line: bytes) -> bytes:
+    return line.removesuffix(b"\n").removesuffix(b"\r")
+
+
+class _Runaway(Exception):
+    """A quoted cell goes on for more lines than any real one."""
+
+
+def _csv_records(lines: Iterator[tuple[int, bytes]], file_format: FileFormat) -> Iterator[Record]:
+    for number, line in lines:
+        if line.strip():
+            break
+        yield Record(number, None)
+    to_message = _rees46_message if file_format.mapping == "rees46" else _plain_message
+    columns = file_format.columns
+    again: deque[tuple[int, bytes]] = deque()
+    taken: list[tuple[int, bytes]] = []
+
+    def feed() -> Iterator[str]:
+        while True:
+            item = again.popleft() if again else next(lines, None)
+            if item is None:
+                return
+            taken.append(item)
+            if len(taken) > MAX_LINES_PER_ROW:
+                raise _Runaway
+            yield item[1].decode("utf-8", "surrogateescape")
+
+    while True:
+        try:
+            for cells in csv.reader(feed(), strict=True):
+                number, raw = taken[0]
+                if len(taken) > 1:
+                    raw = b"".join(line for _, line in taken)
+                taken.clear()
+                if not raw.strip():
+                    yield Record(number, None)
+                    continue
+                raw = _without_terminator(raw)
+                try:
+                    yield Record(number, to_message(columns, cells, raw))
+                except ValueError:
+                    yield Record(number, raw)
+            return
+        except (_Runaway, csv.Error):
+            number, raw = taken[0]
+            again.extendleft(reversed(taken[1:]))
+            taken.clear()
+            yield Record(number, _without_terminator(raw))
+
+
+def _plain_message(columns: Sequence[str], cells: Sequence[str], _: bytes) -> bytes:
+    named = zip(columns, cells, strict=True)
+    return _encode({name: cell for name, cell in named if cell != ""}).encode()
+
+
+def _rees46_message(columns: Sequence[str], cells: Sequence[str], raw: bytes) -> bytes:
+    message = {"event_id": "rees46-" + hashlib.sha256(raw).hexdigest()[:32]}
+    for name, cell in zip(columns, cells, strict=True):
+        if cell != "":
+            message[REES46_NAMES.get(name, name)] = cell
+    if message.get("event_type") == "cart":
+        message["event_type"] = "add_to_cart"
+    return _encode(message).encode()
+
+
+def _header(line: bytes) -> tuple[str, ...]:
+    text = _without_terminator(line).decode("utf-8", "replace")
+    try:
+        return tuple(name.strip() for name in next(csv.reader([text]), []))
+    except csv.Error:
+        return ()
+
+
+def _is_header(names: Sequence[str]) -> bool:
+    known = {name for topic in TOPICS.values() for name in topic.fields} | set(REES46_COLUMNS)
+    return bool(names) and sum(name in known for name in names) * 2 >= len(names)
+
+
+def _csv_format(
+    path: Path, header: tuple[str, ...], wanted: Topic | None, mapping: Mapping | None
+) -> FileFormat:
+    names = set(header)
+    found = f"it has {', '.join(header) or 'none'}"[:400]
+    if len(names) < len(header):
+        twice = sorted(name for name in names if header.count(name) > 1)
+        raise EventFileError(f"{path} has the column {', '.join(twice)} twice: give each column its own name")
+    if mapping == "rees46" or (mapping == "auto" and names >= set(REES46_COLUMNS)):
+        missing = [name for name in REES46_COLUMNS if name not in names]
+        if missing:
+            raise EventFileError(
+                f"{path} lacks the REES46 columns {', '.join(missing)} ({found}): "
+                "choose a file in that format, or leave the mapping out"
+            )
+        if wanted is not None and wanted.name != "user.events":
+            raise EventFileError(
+                f"{path} has the REES46 columns, which are user.events and not {wanted.name}: "
+                "leave the topic out or name user.events"
+            )
+        return FileFormat(TOPICS["user.events"], "csv", header, "rees46")
+    candidates = [topic for topic in ([wanted] if wanted else TOPICS.values()) if topic.required <= names]
+    candidates = [topic for topic in candidates if wanted or topic.matches(names)]
+    if candidates:
+        return FileFormat(max(candidates, key=lambda topic: len(names & set(topic.fields))), "csv", header)
+    nearest = wanted or max(TOPICS.values(), key=lambda topic: len(names & set(topic.fields)))
+    missing = sorted(nearest.required - names)
+    raise EventFileError(
+        f"{path} lacks the columns {', '.join(missing)} of {nearest.name} ({found}): rename its columns to "
+        f"{', '.join(nearest.fields)}, or use the known mapping rees46 ({', '.join(REES46_COLUMNS)})"
+    )
+
+
+def _topic_of_json(path: Path, head: Sequence[bytes]) -> Topic:
+    first: str | None = None
+    for line in head:
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if not isinstance(value, dict):
+            continue
+        if first is None:
+            first = ", ".join(value)[:200] or "none"
+        for topic in TOPICS.values():
+            if topic.matches(set(value)):
+                return topic
+    keys = f"the first record has the keys {first}" if first is not None else "no line is a JSON object"
+    raise EventFileError(
+        f"{path} does not show its topic in its first {len(head)} lines ({keys}): name the topic, one of "
+        + ", ".join(TOPICS)
+    )
+
+
+# The same three shapes that the typed layer reads, so that what is shifted is what is understood.
+_EPOCH_MS = re.compile(r"[0-9]{1,15}")
+_ISO = re.compile(
+    r"([0-9]{4}-[01][0-9]-[0-3][0-9][T ][0-2][0-9]:[0-5][0-9](?::[0-5][0-9](?:[.][0-9]{1,6})?)?)"
+    r"(?: ?(Z|UTC|[+-][01][0-9](?::?[0-5][0-9])?))?"
+)
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def parse_time(text: str) -> datetime | None:
+    """A message's time as the typed layer reads it, in UTC; None where it reads none.
+
+    ISO 8601 with `T` or blank, with `Z`, an offset, ` UTC` or nothing (UTC), or epoch milliseconds.
+    """
+    if _EPOCH_MS.fullmatch(text):
+        try:
+            return _EPOCH + timedelta(milliseconds=int(text))
+        except OverflowError:
+            return None
+    found = _ISO.fullmatch(text)
+    if not found:
+        return None
+    moment, zone = found.groups()
+    try:
+        parsed = datetime.fromisoformat(moment + ("Z" if zone in (None, "Z", "UTC") else zone))
+        return parsed.astimezone(UTC)
+    except (ValueError, OverflowError):
+        return None
+
+
+def event_time(message: bytes, topic: Topic) -> datetime | None:
+    """The event time in a message, in UTC; None where the topic has none or it cannot be read."""
+    found = _time_text(message, topic)
+    return parse_time(found) if found is not None else None
+
+
+def shift_message(message: bytes, topic: Topic, seconds: int) -> bytes:
+    """The message with its event time moved by whole seconds, every other byte as it was.
+
+    Text becomes ISO 8601 with `Z`, epoch milliseconds stay epoch milliseconds. A message whose time
+    cannot be read, before or after the move, comes back unchanged.
+    """
+    text = _time_text(message, topic)
+    if text is None or topic.time_field is None:
+        return message
+    if _EPOCH_MS.fullmatch(text):
+        moved = str(int(text) + seconds * 1000)
+        if not _EPOCH_MS.fullmatch(moved):
+            return message
+    else:
+        parsed = parse_time(text)
+        try:
+            later = parsed + timedelta(seconds=seconds) if parsed is not None else None
+        except OverflowError:
+            later = None
+        if later is None:
+            return message
+        moved = later.replace(tzinfo=None).isoformat() + "Z"
+    start, end = _value_span(message, topic.time_field)
+    quoted = message[start : start + 1] == b'"'
+    return message[:start] + (f'"{moved}"' if quoted else moved).encode() + message[end:]
+
+
+def _time_text(message: bytes, topic: Topic) -> str | None:
+    if topic.time_field is None:
+        return None
+    try:
+        value = json.loads(message.decode())
+    except (ValueError, RecursionError):
+        return None
+    found = value.get(topic.time_field) if isinstance(value, dict) else None
+    if isinstance(found, str):
+        return found.strip()
+    return str(found) if isinstance(found, int) and not isinstance(found, bool) else None
+
+
+_SPACE = re.compile(r"[ \t\r\n]*")
+_SIMPLE = {
+    topic.time_field: re.compile(rb'"%s"\s*:\s*("[^"\\]*"|[0-9]+)(?=[\s,}])' % topic.time_field.encode())
+    for topic in TOPICS.values()
+    if topic.time_field
+}
+
+
+def _value_span(message: bytes, field: str) -> tuple[int, int]:
+    """Where the value of a top-level key lies in a valid JSON object; the last one where it is repeated."""
+    if message.count(b"{") == 1 and message.count(b'"%s"' % field.encode()) == 1:
+        simple = _SIMPLE[field].search(message)
+        if simple:
+            return simple.span(1)
+    text = message.decode()
+    decoder = json.JSONDecoder()
+    span = (0, 0)
+    at = _skip(text, _skip(text, 0) + 1)
+    while text[at] == '"':
+        name, at = decoder.raw_decode(text, at)
+        start = _skip(text, _skip(text, at) + 1)
+        _, at = decoder.raw_decode(text, start)
+        if name == field:
+            span = (start, at)
+        at = _skip(text, at)
+        if text[at] == ",":
+            at = _skip(text, at + 1)
+    return len(text[: span[0]].encode()), len(text[: span[1]].encode())
+
+
+def _skip(text: str, at: int) -> int:
+    found = _SPACE.match(text, at)
+    return found.end() if found else at

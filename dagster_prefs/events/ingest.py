@@ -1,0 +1,193 @@
+"""Files into the raw tables: streaming, in batches, restartable."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.events.formats import (
+    EventFileError,
+    FileFormat,
+    LineReader,
+    Mapping,
+    check_file,
+    content_hash,
+    detect,
+    event_time,
+    read_records,
+    shift_message,
+)
+from dagster_prefs.events.raw import (
+    FileRecord,
+    IngestReport,
+    Progress,
+    ProgressCallback,
+    RawMessage,
+    RawStore,
+)
+
+BATCH_SIZE = 10_000
+# A batch of long lines must not grow with their length.
+BATCH_BYTES = 16 * 1024 * 1024
+# A later time is refused by the typed layer, so it must not decide where a file ends.
+FUTURE_TOLERANCE = timedelta(hours=24)
+
+
+def file_source(path: Path) -> str:
+    """The source name of a file's messages: its name and the first 16 hex digits of its content's SHA-256.
+
+    Raises EventFileError if the file is missing, empty, not a regular file or unreadable.
+    """
+    check_file(path)
+    return f"file:{path.name}#{content_hash(path)[:16]}"
+
+
+def ingest_file(
+    connection: EngineConnection,
+    path: Path,
+    *,
+    topic: str | None = None,
+    mapping: Mapping | None = "auto",
+    shift_to_now: bool = False,
+    now: datetime | None = None,
+    batch_size: int = BATCH_SIZE,
+    progress: ProgressCallback | None = None,
+) -> IngestReport:
+    """Store every line of a JSON-lines or CSV file (gzip too) in the raw table of its topic.
+
+    `topic` is told by the content where it is None; `mapping` as in `formats.detect`. With `shift_to_now`
+    every event time moves by a whole number of seconds so that the newest one that is not in the future
+    ends at `now` (UTC; the clock where None); the shift is remembered, and every later ingest of
+    the same content uses the remembered one. Offsets are line numbers, from 1. Memory does not grow
+    with the file, and a file that was interrupted is completed by ingesting it again.
+
+    Raises EventFileError or UnknownTopic for the file (after storing what comes before the damage),
+    EngineUnavailable or RawStoreError for the engine.
+    """
+    started = time.monotonic()
+    before = check_file(path)
+    file_format = detect(path, topic, mapping)
+    source = file_source(path)
+    with RawStore(connection) as store:
+        known = store.recall(source)
+        if known is None:
+            shift = _shift_to(path, file_format, now or datetime.now(UTC)) if shift_to_now else 0
+            store.last_offsets(file_format.topic, source)
+            known = store.remember_start(
+                FileRecord(source, str(path), file_format.topic.name, None, shift, None)
+            )
+        _check_topic(path, known, file_format)
+        note = _shift_note(known, shift_to_now)
+        if known.completed_at is not None:
+            lines = known.lines or 0
+            return IngestReport(
+                source, known.topic, lines, 0, lines, 0, known.shift_seconds, time.monotonic() - started, note
+            )
+        lines, accepted, blank = _store(store, path, file_format, known, batch_size, before.st_size, progress)
+        after = check_file(path)
+        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+            raise EventFileError(
+                f"{path} changed while it was read: let its writer finish, then ingest it again"
+            )
+        if lines == 0:
+            raise EventFileError(f"{path} is empty: it has a header and no rows")
+        store.remember_end(
+            FileRecord(source, str(path), known.topic, lines, known.shift_seconds, datetime.now(UTC))
+        )
+    return IngestReport(
+        source,
+        known.topic,
+        lines,
+        accepted,
+        lines - accepted,
+        blank,
+        known.shift_seconds,
+        time.monotonic() - started,
+        note,
+    )
+
+
+def _check_topic(path: Path, known: FileRecord, file_format: FileFormat) -> None:
+    if known.topic != file_format.topic.name:
+        raise EventFileError(
+            f"{path} was ingested as {known.topic} before and is now read as {file_format.topic.name}: "
+            f"name the topic {known.topic}, or ingest a copy under another file name"
+        )
+
+
+def _shift_note(known: FileRecord, shift_to_now: bool) -> str | None:
+    if shift_to_now and known.completed_at is not None and known.shift_seconds == 0:
+        return "its times stay as they are, as at its first ingest; a copy under another name can be shifted"
+    if not shift_to_now and known.shift_seconds:
+        return f"its times are shifted by {known.shift_seconds} s, as at its first ingest"
+    return None
+
+
+def _shift_to(path: Path, file_format: FileFormat, now: datetime) -> int:
+    """Whole seconds from the newest event of the file to `now`, 0 where no time can be read."""
+    latest = now + FUTURE_TOLERANCE
+    newest: datetime | None = None
+    with LineReader(path) as reader:
+        try:
+            for record in read_records(reader, file_format):
+                moment = event_time(record.message, file_format.topic) if record.message else None
+                if moment is not None and moment <= latest and (newest is None or moment > newest):
+                    newest = moment
+        except EventFileError:
+            # The lines before the damage are ingested, and that reports the damage.
+            if newest is None:
+                raise
+    return (now - newest) // timedelta(seconds=1) if newest is not None else 0
+
+
+def _store(
+    store: RawStore,
+    path: Path,
+    file_format: FileFormat,
+    known: FileRecord,
+    batch_size: int,
+    size: int,
+    progress: ProgressCallback | None,
+) -> tuple[int, int, int]:
+    """Store the file's records; returns messages read, messages new, and blank lines."""
+    lines = accepted = blank = 0
+    with LineReader(path) as reader:
+        batches = _batches(reader, file_format, known.shift_seconds, batch_size)
+        for batch, blanks, damage in batches:
+            accepted += store.write(file_format.topic, known.source, batch)
+            lines += len(batch)
+            blank += blanks
+            if progress is not None:
+                progress(Progress(lines, min(reader.bytes_read, size), size, "bytes"))
+            if damage is not None:
+                raise damage
+    return lines, accepted, blank
+
+
+def _batches(
+    reader: LineReader, file_format: FileFormat, shift: int, batch_size: int
+) -> Iterator[tuple[list[RawMessage], int, EventFileError | None]]:
+    """Batches of messages with their blank lines; the last one carries the damage that ended the file."""
+    batch: list[RawMessage] = []
+    size = blank = 0
+    topic = file_format.topic
+    damage: EventFileError | None = None
+    try:
+        for record in read_records(reader, file_format):
+            message = record.message
+            if message is None:
+                blank += 1
+                continue
+            if shift:
+                message = shift_message(message, topic, shift)
+            batch.append(RawMessage(0, record.line, message))
+            size += len(message)
+            if len(batch) >= batch_size or size >= BATCH_BYTES:
+                yield batch, blank, None
+                batch, size, blank = [], 0, 0
+    except EventFileError as error:
+        damage = error
+    yield batch, blank, damage

@@ -1,0 +1,276 @@
+"""Writing messages into the raw tables: each at most once, whatever is repeated or interrupted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, NamedTuple, Self
+
+import psycopg
+from psycopg import sql
+
+from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.errors import PrefsError
+from dagster_prefs.events.formats import Topic
+
+# RisingWave takes no COPY; rows per INSERT, of five parameters each, far below the wire's 65,535.
+ROWS_PER_INSERT = 1000
+
+AGAIN = "everything accepted so far is kept; run the same command again to complete it"
+
+
+class RawStoreError(PrefsError):
+    """The engine did not take a batch of messages; what it took before is kept."""
+
+
+class RawMessage(NamedTuple):
+    """A message with its place in its source; `kafka_timestamp` is None where it has none."""
+
+    partition: int
+    offset: int
+    data: bytes
+    kafka_timestamp: datetime | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far an ingestion has come: `done` of `total` `unit`s; `total` is None where no end is known."""
+
+    messages: int
+    done: int
+    total: int | None
+    unit: str
+
+
+ProgressCallback = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class IngestReport:
+    """What one ingestion did.
+
+    `lines` messages were read (blank lines and tombstones, counted in `blank`, left out): `accepted` of
+    them are new in the raw table, `already_present` were there. `shift_seconds` was added to every event
+    time. `note` is a sentence for the user, or None. `seconds` is wall time.
+    """
+
+    source: str
+    topic: str
+    lines: int
+    accepted: int
+    already_present: int
+    blank: int
+    shift_seconds: int
+    seconds: float
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What `ingest_files` remembers of a source; `completed_at` is None until it is complete."""
+
+    source: str
+    path: str
+    topic: str
+    lines: int | None
+    shift_seconds: int
+    completed_at: datetime | None
+
+
+class RawStore:
+    """One connection to the engine for writing into raw tables and `ingest_files`; a context manager.
+
+    Opening raises EngineUnavailable; every method raises RawStoreError with the remedy: the engine went
+    away, its disk is full, or a table is missing.
+    """
+
+    def __init__(self, connection: EngineConnection) -> None:
+        self.engine = connection
+        self._connection = connection.connect(autocommit=True)
+        self._staged = False
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def write(self, topic: Topic, source: str, messages: Sequence[RawMessage]) -> int:
+        """Store a batch in one transaction and return how many of its messages are new.
+
+        A message whose source, partition and offset are stored already is left as it was first stored.
+        """
+        if not messages:
+            return 0
+        with self._explained(topic.raw_table):
+            if self.engine.kind == "risingwave":
+                return self._insert(topic, source, messages)
+            return self._copy(topic, source, messages)
+
+    def last_offsets(self, topic: Topic, source: str) -> dict[int, int]:
+        """The highest stored offset of each partition of a source."""
+        with self._explained(topic.raw_table):
+            rows = self._connection.execute(
+                sql.SQL(
+                    "select source_partition, max(source_offset) from {} where source = %s "
+                    "group by source_partition"
+                ).format(self._relation(topic.raw_table)),
+                (source,),
+            ).fetchall()
+        return {int(partition): int(offset) for partition, offset in rows}
+
+    def recall(self, source: str) -> FileRecord | None:
+        """What is remembered of a source."""
+        found = self.recall_all(source)
+        return found[0] if found else None
+
+    def recall_all(self, prefix: str) -> list[FileRecord]:
+        """What is remembered of every source whose name starts with `prefix`, by name."""
+        with self._explained("ingest_files"):
+            rows = self._connection.execute(
+                sql.SQL(
+                    "select source, path, topic, lines, shift_seconds, completed_at from {} "
+                    "where substr(source, 1, {}) = %s order by source"
+                ).format(self._relation("ingest_files"), sql.Literal(len(prefix))),
+                (prefix,),
+            ).fetchall()
+        return [FileRecord(*row) for row in rows]
+
+    def remember_start(self, record: FileRecord) -> FileRecord:
+        """Remember a source at its first ingestion; returns what is remembered, the first word standing."""
+        known = self.recall(record.source)
+        if known is None:
+            self._remember(record, "on conflict (source) do nothing")
+            known = self.recall(record.source)
+        if known is None:
+            raise RawStoreError(f"the engine does not keep what it is told about {record.source}: {AGAIN}")
+        return known
+
+    def remember_end(self, record: FileRecord) -> None:
+        """Remember that a source is complete; its shift stays as it was first remembered."""
+        self._remember(
+            record,
+            "on conflict (source) do update set path = excluded.path, topic = excluded.topic, "
+            "lines = excluded.lines, completed_at = excluded.completed_at",
+        )
+
+    def _remember(self, record: FileRecord, on_conflict: str) -> None:
+        # On RisingWave an insert into a keyed table replaces the row of its key.
+        ending = on_conflict if self.engine.kind == "local" else ""
+        with self._explained("ingest_files"):
+            self._connection.execute(
+                sql.SQL(
+                    "insert into {} (source, path, topic, lines, shift_seconds, completed_at) "
+                    "values (%s, %s, %s, %s, %s, %s) {}"
+                ).format(self._relation("ingest_files"), sql.SQL(ending)),
+                (
+                    record.source, record.path, record.topic, record.lines, record.shift_seconds,
+                    record.completed_at,
+                ),
+            )  # fmt: skip
+
+    def _copy(self, topic: Topic, source: str, messages: Sequence[RawMessage]) -> int:
+        with self._connection.transaction(), self._connection.cursor() as cursor:
+            if not self._staged:
+                cursor.execute(
+                    "create temporary table prefs_incoming (source_partition int, source_offset bigint, "
+                    "data bytea, kafka_timestamp timestamptz) on commit delete rows"
+                )
+            with cursor.copy("copy pg_temp.prefs_incoming from stdin (format binary)") as copy:
+                copy.set_types(["int4", "int8", "bytea", "timestamptz"])
+                write_row = copy.write_row
+                for message in messages:
+                    write_row(message)
+            cursor.execute(
+                sql.SQL(
+                    "insert into {} (source, source_partition, source_offset, data, kafka_timestamp) "
+                    "select %s, source_partition, source_offset, data, kafka_timestamp "
+                    "from pg_temp.prefs_incoming "
+                    "on conflict (source, source_partition, source_offset) do nothing"
+                ).format(self._relation(topic.raw_table)),
+                (source,),
+            )
+            accepted = cursor.rowcount
+        self._staged = True
+        return accepted
+
+    def _insert(self, topic: Topic, source: str, messages: Sequence[RawMessage]) -> int:
+        accepted = 0
+        for start in range(0, len(messages), ROWS_PER_INSERT):
+            batch = messages[start : start + ROWS_PER_INSERT]
+            present = self._present(topic, source, batch)
+            fresh = [message for message in batch if (message.partition, message.offset) not in present]
+            if not fresh:
+                continue
+            row = sql.SQL("(%s, %s, %s, %s, %s)")
+            values: list[Any] = []
+            for message in fresh:
+                values += [source, *message]
+            self._connection.execute(
+                sql.SQL(
+                    "insert into {} (source, source_partition, source_offset, data, kafka_timestamp) "
+                    "values {}"
+                ).format(self._relation(topic.raw_table), sql.SQL(", ").join([row] * len(fresh))),
+                values,
+            )
+            accepted += len(fresh)
+        return accepted
+
+    def _present(self, topic: Topic, source: str, batch: Sequence[RawMessage]) -> set[tuple[int, int]]:
+        offsets = [message.offset for message in batch]
+        rows = self._connection.execute(
+            sql.SQL(
+                "select source_partition, source_offset from {} "
+                "where source = %s and source_offset between %s and %s"
+            ).format(self._relation(topic.raw_table)),
+            (source, min(offsets), max(offsets)),
+        ).fetchall()
+        return {(int(partition), int(offset)) for partition, offset in rows}
+
+    def _relation(self, name: str) -> sql.Identifier:
+        return sql.Identifier(self.engine.schema, name)
+
+    @contextmanager
+    def _explained(self, relation: str) -> Iterator[None]:
+        with explained(self.engine, relation):
+            yield
+
+
+@contextmanager
+def explained(engine: EngineConnection, relation: str) -> Iterator[None]:
+    """Turn what psycopg raises into a RawStoreError that says what to do about `relation`."""
+    try:
+        yield
+    except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
+        raise RawStoreError(
+            f"the engine has no table {relation} in schema {engine.schema}: "
+            "make it with `prefs apply` (or `dbt run` in dbt_project) and run the same command again"
+        ) from None
+    except psycopg.errors.UndefinedColumn as error:
+        raise RawStoreError(
+            f"{relation} in schema {engine.schema} has other columns than this project's ({_first(error)}): "
+            "rename that relation or choose another PREFS_ENGINE_SCHEMA, then run `prefs apply`"
+        ) from None
+    except psycopg.errors.DiskFull as error:
+        raise RawStoreError(
+            f"the engine's disk is full while writing {relation} ({_first(error)}): free space; {AGAIN}"
+        ) from None
+    except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+        remedy = "run `prefs up`" if engine.kind == "local" else "check that it runs"
+        raise RawStoreError(
+            f"the engine at {engine.host}:{engine.port} went away while working on {relation} "
+            f"({_first(error)}): {remedy}; {AGAIN}"
+        ) from None
+    except psycopg.Error as error:
+        raise RawStoreError(f"the engine refused a batch for {relation} ({_first(error)}): {AGAIN}") from None
+
+
+def _first(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
