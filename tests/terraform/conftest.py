@@ -1,0 +1,110 @@
+"""Terraform on a copy of the module, and a local AWS server for it. Nothing is written into the tree."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+from terraform_harness import CONTRACT, MODULE, ROOT, Applied, Terraform, clean_environment, find_plugins
+
+
+@pytest.fixture(scope="session")
+def terraform_binary() -> str:
+    binary = shutil.which("terraform")
+    if binary is None:
+        pytest.skip("terraform is not on the PATH: install Terraform 1.9 or newer to run these tests")
+    return binary
+
+
+@pytest.fixture(scope="session")
+def terraform(terraform_binary: str, tmp_path_factory: pytest.TempPathFactory) -> Terraform:
+    """Terraform, initialised in a copy of the module that lies beside the contract as in the tree."""
+    root = tmp_path_factory.mktemp("terraform")
+    folder = root / "infra" / "terraform"
+    shutil.copytree(MODULE, folder, ignore=shutil.ignore_patterns(".terraform*", "*.tfstate*"))
+    (root / CONTRACT).parent.mkdir(parents=True)
+    shutil.copyfile(ROOT / CONTRACT, root / CONTRACT)
+    terraform = Terraform(terraform_binary, folder)
+    plugins = find_plugins()
+    done = terraform.run("init", "-no-color", *([f"-plugin-dir={plugins}"] if plugins else []), check=False)
+    if done.returncode != 0 and plugins is None:
+        pytest.skip(
+            "the AWS provider is neither on disk nor to be downloaded: "
+            "set TF_PLUGIN_DIR to a folder of provider plugins"
+        )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return terraform
+
+
+@pytest.fixture(scope="session")
+def aws_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a local AWS server in a process of its own, on a free loopback port."""
+    log = tmp_path_factory.mktemp("aws") / "server.log"
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"],
+            env=clean_environment() | {"PYTHONUNBUFFERED": "1"},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        yield _wait_for_server(server, log)
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+
+
+def _wait_for_server(server: subprocess.Popen[bytes], log: Path) -> str:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        found = re.search(r"Running on (http://127\.0\.0\.1:\d+)", log.read_text())
+        if found:
+            with urlopen(f"{found[1]}/moto-api/data.json", timeout=10) as answer:
+                json.load(answer)
+            return found[1]
+        if server.poll() is not None:
+            break
+        time.sleep(0.05)
+    pytest.fail(f"the local AWS server did not start: {log.read_text()[-2000:]}")
+
+
+@pytest.fixture(scope="session")
+def applied(terraform: Terraform, aws_server: str) -> Iterator[Applied]:
+    """The whole module, applied once, with a trust of every kind; destroyed at the end."""
+    values = {
+        "environment": "staging",
+        "region": "eu-central-1",
+        "endpoint_url": aws_server,
+        "tags": {"team": "engagement"},
+        "eks_oidc_provider_arn": "arn:aws:iam::123456789012:oidc-provider/oidc.example.com/id/ABC123",
+        "trust": {
+            "sink-writer": {"service_accounts": ["risingwave:compute"]},
+            "exporter": {"ec2": True},
+            "serving-reader": {"principals": ["210987654321"], "external_id": "ranking"},
+            "freshness-reader": {
+                "service_accounts": ["prefs:freshness"],
+                "principals": ["arn:aws:iam::123456789012:role/dagster"],
+            },
+        },
+        "alarm_topic_arns": ["arn:aws:sns:eu-central-1:123456789012:prefs-alarms"],
+        "platform_environment": {"PREFS_ENGINE_HOST": "risingwave.internal"},
+    }
+    (terraform.folder / "staging.tfvars.json").write_text(json.dumps(values))
+    variables = ["-var-file=staging.tfvars.json"]
+    terraform.run("apply", "-no-color", "-auto-approve", *variables)
+    outputs = json.loads(terraform.run("output", "-json").stdout)
+    yield Applied(
+        terraform, aws_server, variables, {name: output["value"] for name, output in outputs.items()}
+    )
+    terraform.run("apply", "-no-color", "-auto-approve", *variables, "-var=deletion_protection=false")
+    terraform.run("destroy", "-no-color", "-auto-approve", *variables, "-var=deletion_protection=false")
+    left = terraform.run("state", "list").stdout.split()
+    assert left == [], f"destroy left {left}"

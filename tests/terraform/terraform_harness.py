@@ -1,0 +1,99 @@
+"""The terraform command in a clean environment, and an applied environment as the tests see it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+MODULE = ROOT / "infra" / "terraform"
+CONTRACT = Path("dagster_prefs") / "online" / "contract.json"
+
+
+def clean_environment() -> dict[str, str]:
+    """This process's environment without what would steer Terraform, the provider or the settings."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("TF_", "AWS_", "PREFS_")) or name == "AWS_CA_BUNDLE"
+    }
+    config = os.environ.get("TF_CLI_CONFIG_FILE")
+    if config and Path(config).is_file():
+        kept["TF_CLI_CONFIG_FILE"] = config
+    return kept
+
+
+@dataclass
+class Terraform:
+    """The terraform command in one working folder."""
+
+    binary: str
+    folder: Path
+
+    def run(
+        self, *arguments: str, check: bool = True, timeout_seconds: int = 300
+    ) -> subprocess.CompletedProcess[str]:
+        """Run one command; with `check` a failure fails the test with Terraform's own words."""
+        environment = clean_environment() | {
+            "AWS_ACCESS_KEY_ID": "AKIATERRAFORMTEST",
+            "AWS_SECRET_ACCESS_KEY": "the-secret-of-the-terraform-tests",
+            "CHECKPOINT_DISABLE": "1",
+            "TF_IN_AUTOMATION": "1",
+            "TF_INPUT": "0",
+        }
+        done = subprocess.run(
+            [self.binary, *arguments],
+            cwd=self.folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout_seconds,
+        )
+        if check and done.returncode != 0:
+            pytest.fail(f"terraform {' '.join(arguments)}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
+        return done
+
+
+def find_plugins() -> Path | None:
+    """The folder of provider plugins on disk: TF_PLUGIN_DIR, or where a system usually keeps them."""
+    named = os.environ.get("TF_PLUGIN_DIR")
+    if named:
+        return Path(named)
+    usual = [
+        Path.home() / ".terraform.d" / "plugins",
+        Path.home() / ".local/share/terraform/plugins",
+        Path("/usr/local/share/terraform/plugins"),
+        Path("/usr/share/terraform/plugins"),
+        *sorted(Path("/opt").glob("*")),
+    ]
+    for folder in usual:
+        if any(folder.glob("*/hashicorp/aws/*/*/terraform-provider-aws*")):
+            return folder
+    return None
+
+
+@dataclass
+class Applied:
+    """One applied environment: its outputs, and clients that see it."""
+
+    terraform: Terraform
+    endpoint: str
+    variables: list[str]
+    outputs: dict[str, Any]
+
+    def client(self, service: str) -> Any:
+        """A boto3 client of the local AWS server."""
+        import boto3
+
+        return boto3.client(
+            service,
+            endpoint_url=self.endpoint,
+            region_name="eu-central-1",
+            aws_access_key_id="AKIATERRAFORMTEST",
+            aws_secret_access_key="the-secret-of-the-terraform-tests",
+        )

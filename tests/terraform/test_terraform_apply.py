@@ -1,0 +1,403 @@
+"""The module applied for real, to a local AWS server: what came of it, and who may do what."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from botocore.exceptions import ClientError
+from iam_policy import ALLOWED, EXPLICITLY_DENIED, NOT_ALLOWED, decide
+from terraform_harness import CONTRACT, ROOT, Applied, clean_environment
+
+from dagster_prefs.online.contract import load_contract
+from dagster_prefs.online.tables import TableError, dynamodb_client, provision
+from dagster_prefs.settings import known_variables
+
+ACTORS = ("sink-writer", "exporter", "serving-reader", "freshness-reader", "provisioner")
+ACCOUNT = "123456789012"
+REGION = "eu-central-1"
+TABLE = f"arn:aws:dynamodb:{REGION}:{ACCOUNT}:table/staging-viewer_profiles"
+OTHER_TABLE = f"arn:aws:dynamodb:{REGION}:{ACCOUNT}:table/prod-viewer_profiles"
+BUCKET = f"arn:aws:s3:::staging-prefs-lake-{ACCOUNT}-{REGION}"
+OTHER_BUCKET = f"arn:aws:s3:::prod-prefs-lake-{ACCOUNT}-{REGION}"
+TILES = f"{BUCKET}/warehouse/staging_training.db/viewer_watch_metrics_1d"
+GLUE = f"arn:aws:glue:{REGION}:{ACCOUNT}"
+KEY = "the customer key"
+READERS = {"serving-reader", "freshness-reader"}
+VIA_DYNAMODB = {"kms:ViaService": f"dynamodb.{REGION}.amazonaws.com"}
+VIA_S3 = {"kms:ViaService": f"s3.{REGION}.amazonaws.com"}
+
+
+def test_second_plan_is_empty(applied: Applied) -> None:
+    plan = applied.terraform.run("plan", "-no-color", "-detailed-exitcode", *applied.variables, check=False)
+    assert plan.returncode == 0, plan.stdout[-4000:] + plan.stderr
+
+
+def test_env_is_what_the_platform_reads(applied: Applied, tmp_path: Path) -> None:
+    env = applied.terraform.run("output", "-raw", "env").stdout
+    written = dict(line.split("=", 1) for line in env.splitlines())
+    assert set(written) <= set(known_variables())
+    (tmp_path / ".env").write_text(env)
+    script = (
+        "import sys, pathlib; from dagster_prefs.settings import load_settings; "
+        "print(load_settings(pathlib.Path(sys.argv[1])).model_dump_json())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / ".env")],
+        cwd=ROOT, env=clean_environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    settings = json.loads(done.stdout)
+    expected = {
+        "aws_endpoint_url": applied.endpoint,
+        "aws_region": REGION,
+        "engine": "risingwave",
+        "engine_host": "risingwave.internal",
+        "provisioning": "verify",
+        "table_prefix": "staging-",
+        "iceberg_catalog": "glue",
+        "iceberg_warehouse": f"{BUCKET.replace('arn:aws:s3:::', 's3://')}/warehouse",
+        "iceberg_namespace": "staging_training",
+    }
+    assert {name: settings[name] for name in expected} == expected
+
+
+def test_table_passes_verification(applied: Applied, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_PROFILE", "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "local")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "local")
+    client = dynamodb_client(applied.endpoint, REGION)
+    contract = load_contract(ROOT / CONTRACT)
+    report = provision(client, contract, prefix="staging-", mode="verify")
+    assert (report.name, report.status, report.created) == ("staging-viewer_profiles", "ACTIVE", False)
+    assert (report.billing_mode, report.encryption) == ("PAY_PER_REQUEST", "KMS")
+    assert (report.point_in_time_recovery, report.deletion_protection) == (True, True)
+    tags = client.list_tags_of_resource(ResourceArn=report.arn)["Tags"]
+    assert {tag["Key"]: tag["Value"] for tag in tags} == {
+        "prefs:contract-version": str(contract.version),
+        "prefs:environment": "staging",
+        "prefs:managed-by": "terraform",
+        "team": "engagement",
+    }
+    with pytest.raises(TableError, match="nowhere-viewer_profiles is missing"):
+        provision(client, contract, prefix="nowhere-", mode="verify")
+
+
+def test_lake_is_closed_versioned_and_encrypted(applied: Applied) -> None:
+    s3, bucket = applied.client("s3"), applied.outputs["lake_bucket"]
+    assert s3.get_bucket_versioning(Bucket=bucket)["Status"] == "Enabled"
+    assert all(s3.get_public_access_block(Bucket=bucket)["PublicAccessBlockConfiguration"].values())
+    encryption = s3.get_bucket_encryption(Bucket=bucket)["ServerSideEncryptionConfiguration"]["Rules"][0]
+    assert encryption["ApplyServerSideEncryptionByDefault"] == {
+        "SSEAlgorithm": "aws:kms",
+        "KMSMasterKeyID": applied.outputs["encryption_key_arn"],
+    }
+    rules = s3.get_bucket_lifecycle_configuration(Bucket=bucket)["Rules"]
+    assert {rule["ID"]: rule["Status"] for rule in rules} == {
+        "old-versions": "Enabled",
+        "unfinished-uploads": "Enabled",
+    }
+    assert all("Days" not in rule.get("Expiration", {}) for rule in rules), (
+        "a rule deletes current objects by age"
+    )
+    key = applied.client("kms").get_key_rotation_status(KeyId=applied.outputs["encryption_key_arn"])
+    assert key["KeyRotationEnabled"]
+
+
+def test_lake_demands_modern_tls(applied: Applied) -> None:
+    bucket = applied.outputs["lake_bucket"]
+    policy = json.loads(applied.client("s3").get_bucket_policy(Bucket=bucket)["Policy"])
+    caller = ("AWS", f"arn:aws:iam::{ACCOUNT}:role/staging-prefs-exporter")
+    for action, resource in (("s3:GetObject", f"{BUCKET}/warehouse/x"), ("s3:ListBucket", BUCKET)):
+        answers = [
+            decide(
+                [policy], action, resource, {"aws:SecureTransport": secure, "s3:TlsVersion": version}, caller
+            )
+            for secure, version in (("false", "0"), ("true", "1.1"), ("true", "1.2"), ("true", "1.3"))
+        ]
+        assert answers == [EXPLICITLY_DENIED, EXPLICITLY_DENIED, NOT_ALLOWED, NOT_ALLOWED]
+
+
+def test_training_tables_live_in_the_lake(applied: Applied) -> None:
+    """pyiceberg, with the settings of the outputs, writes a table to the lake and reads it back."""
+    import pyarrow as pa
+    from pyiceberg.catalog import load_catalog
+
+    access = {"access-key-id": "AKIATERRAFORMTEST", "secret-access-key": "the-secret-of-the-terraform-tests"}
+    catalog = load_catalog(
+        "training",
+        type="glue",
+        warehouse=applied.outputs["iceberg_warehouse"],
+        **{"glue.endpoint": applied.endpoint, "glue.region": REGION},
+        **{f"glue.{name}": value for name, value in access.items()},
+        **{"s3.endpoint": applied.endpoint, "s3.region": REGION},
+        **{f"s3.{name}": value for name, value in access.items()},
+    )
+    rows = pa.table({"viewer_id": pa.array([1, 2], pa.int64()), "views": pa.array([3, 4], pa.int64())})
+    identifier = (applied.outputs["iceberg_namespace"], "viewer_watch_metrics_1d")
+    table = catalog.create_table(identifier, rows.schema)
+    try:
+        table.append(rows)
+        assert catalog.load_table(identifier).scan().to_arrow().to_pydict() == rows.to_pydict()
+        # The exporter's and the freshness reader's policies name these folders.
+        assert table.location() == TILES.replace("arn:aws:s3:::", "s3://")
+        assert table.metadata_location.startswith(table.location() + "/metadata/")
+    finally:
+        catalog.drop_table(identifier)
+
+
+def test_alarms_and_dashboard(applied: Applied) -> None:
+    cloudwatch = applied.client("cloudwatch")
+    alarms = {alarm["AlarmName"]: alarm for alarm in cloudwatch.describe_alarms()["MetricAlarms"]}
+    watched = {}
+    for name, alarm in alarms.items():
+        parts = [entry["MetricStat"]["Metric"] for entry in alarm.get("Metrics", []) if "MetricStat" in entry]
+        watched[name] = {part["MetricName"] for part in parts} or {alarm["MetricName"]}
+    assert watched == {
+        "staging-prefs-read-throttles": {"ReadThrottleEvents"},
+        "staging-prefs-write-throttles": {"WriteThrottleEvents"},
+        "staging-prefs-system-errors": {"SystemErrors"},
+        "staging-prefs-rejected-writes": {"UserErrors"},
+        "staging-prefs-read-latency-getitem": {"SuccessfulRequestLatency"},
+        "staging-prefs-read-latency-batchgetitem": {"SuccessfulRequestLatency"},
+        "staging-prefs-read-latency-query": {"SuccessfulRequestLatency"},
+    }
+    for alarm in alarms.values():
+        assert alarm["AlarmActions"] == alarm["OKActions"] == [f"arn:aws:sns:{REGION}:{ACCOUNT}:prefs-alarms"]
+    body = json.loads(cloudwatch.get_dashboard(DashboardName="staging-prefs")["DashboardBody"])
+    shown = next(widget for widget in body["widgets"] if widget["type"] == "alarm")["properties"]["alarms"]
+    assert (
+        set(shown) == {alarm["AlarmArn"] for alarm in alarms.values()} == set(applied.outputs["alarm_arns"])
+    )
+
+
+def test_state_holds_no_secret(applied: Applied) -> None:
+    state = (applied.terraform.folder / "terraform.tfstate").read_text()
+    assert "staging-viewer_profiles" in state
+    assert "the-secret-of-the-terraform-tests" not in state
+    assert "AKIATERRAFORMTEST" not in state
+
+
+# --- who may do what ----------------------------------------------------------------------------------
+
+# Every request once: (action, resource, condition keys) and the actors that may make it. All others may not.
+REQUESTS: list[tuple[str, str, dict[str, Any], set[str]]] = [
+    ("dynamodb:DescribeTable", TABLE, {}, {"sink-writer", "freshness-reader", "provisioner"}),
+    ("dynamodb:BatchWriteItem", TABLE, {"dynamodb:LeadingKeys": ["7"]}, {"sink-writer"}),
+    ("dynamodb:PutItem", TABLE, {"dynamodb:LeadingKeys": ["7"]}, {"sink-writer"}),
+    ("dynamodb:DeleteItem", TABLE, {"dynamodb:LeadingKeys": ["7"]}, {"sink-writer"}),
+    ("dynamodb:UpdateItem", TABLE, {"dynamodb:LeadingKeys": ["7"]}, set()),
+    ("dynamodb:GetItem", TABLE, {"dynamodb:LeadingKeys": ["7"]}, {"serving-reader"}),
+    ("dynamodb:GetItem", TABLE, {"dynamodb:LeadingKeys": ["-7"]}, READERS),
+    ("dynamodb:BatchGetItem", TABLE, {"dynamodb:LeadingKeys": ["-7", "-8"]}, READERS),
+    ("dynamodb:BatchGetItem", TABLE, {"dynamodb:LeadingKeys": ["-7", "8"]}, {"serving-reader"}),
+    ("dynamodb:Query", TABLE, {"dynamodb:LeadingKeys": ["7"]}, {"serving-reader"}),
+    ("dynamodb:Query", TABLE, {"dynamodb:LeadingKeys": ["-7"]}, READERS),
+    ("dynamodb:Query", TABLE, {}, {"serving-reader"}),
+    ("dynamodb:Scan", TABLE, {}, set()),
+    ("dynamodb:PartiQLSelect", TABLE, {"dynamodb:LeadingKeys": ["-7"]}, set()),
+    ("dynamodb:DescribeContinuousBackups", TABLE, {}, {"provisioner"}),
+    ("dynamodb:DescribeTimeToLive", TABLE, {}, {"provisioner"}),
+    ("dynamodb:ListTagsOfResource", TABLE, {}, {"provisioner"}),
+    *[
+        (f"dynamodb:{action}", TABLE, {}, set())
+        for action in ("CreateTable", "DeleteTable", "UpdateTable", "UpdateContinuousBackups",
+                       "UpdateTimeToLive", "TagResource", "PutResourcePolicy", "ExportTableToPointInTime",
+                       "RestoreTableToPointInTime")
+    ],
+    *[
+        (f"dynamodb:{action}", OTHER_TABLE, {"dynamodb:LeadingKeys": ["-7"]}, set())
+        for action in ("DescribeTable", "BatchWriteItem", "GetItem", "Query", "DescribeContinuousBackups")
+    ],
+    ("dynamodb:Query", f"{TABLE}/index/by_domain", {"dynamodb:LeadingKeys": ["-7"]}, set()),
+    ("s3:GetObject", f"{TILES}/metadata/1.metadata.json", {}, {"exporter", "freshness-reader"}),
+    ("s3:GetObject", f"{TILES}/data/1.parquet", {}, {"exporter"}),
+    ("s3:PutObject", f"{TILES}/data/1.parquet", {}, {"exporter"}),
+    ("s3:PutObject", f"{TILES}/metadata/2.metadata.json", {}, {"exporter"}),
+    ("s3:DeleteObject", f"{TILES}/data/1.parquet", {}, {"exporter"}),
+    ("s3:AbortMultipartUpload", f"{TILES}/data/1.parquet", {}, {"exporter"}),
+    ("s3:DeleteObjectVersion", f"{TILES}/data/1.parquet", {}, set()),
+    ("s3:PutObjectAcl", f"{TILES}/data/1.parquet", {}, set()),
+    ("s3:GetObject", f"{BUCKET}/elsewhere/metadata/1", {}, set()),
+    ("s3:PutObject", f"{BUCKET}/warehouse2/1", {}, set()),
+    ("s3:GetObject", f"{OTHER_BUCKET}/warehouse/staging_training.db/t/metadata/1", {}, set()),
+    ("s3:PutObject", f"{OTHER_BUCKET}/warehouse/1", {}, set()),
+    ("s3:ListBucket", BUCKET, {"s3:prefix": "warehouse/staging_training.db/"}, {"exporter"}),
+    ("s3:ListBucket", BUCKET, {"s3:prefix": ""}, set()),
+    ("s3:ListBucket", BUCKET, {}, set()),
+    ("s3:ListBucket", OTHER_BUCKET, {"s3:prefix": "warehouse/"}, set()),
+    ("s3:GetBucketLocation", BUCKET, {}, {"exporter"}),
+    *[
+        (f"s3:{action}", BUCKET, {}, set())
+        for action in ("DeleteBucket", "PutBucketPolicy", "PutBucketVersioning", "PutLifecycleConfiguration",
+                       "PutEncryptionConfiguration", "PutBucketPublicAccessBlock")
+    ],
+    *[
+        (f"glue:{action}", f"{GLUE}:{resource}", {}, {"exporter", "freshness-reader"})
+        for action in ("GetDatabase", "GetTable", "GetTables")
+        for resource in ("catalog", "database/staging_training", "table/staging_training/tiles")
+    ],
+    ("glue:CreateTable", f"{GLUE}:table/staging_training/tiles", {}, {"exporter"}),
+    ("glue:UpdateTable", f"{GLUE}:table/staging_training/tiles", {}, {"exporter"}),
+    ("glue:DeleteTable", f"{GLUE}:table/staging_training/tiles", {}, set()),
+    ("glue:DeleteDatabase", f"{GLUE}:database/staging_training", {}, set()),
+    ("glue:CreateDatabase", f"{GLUE}:database/other", {}, set()),
+    ("glue:GetTable", f"{GLUE}:table/prod_training/tiles", {}, set()),
+    ("glue:UpdateTable", f"{GLUE}:table/prod_training/tiles", {}, set()),
+    ("kms:Decrypt", KEY, VIA_DYNAMODB, {"sink-writer", "serving-reader", "freshness-reader"}),
+    ("kms:Decrypt", KEY, VIA_S3, {"exporter", "freshness-reader"}),
+    ("kms:Decrypt", KEY, {"kms:ViaService": "s3.us-east-1.amazonaws.com"}, set()),
+    ("kms:Decrypt", KEY, {}, set()),
+    ("kms:Encrypt", KEY, VIA_DYNAMODB, {"sink-writer"}),
+    ("kms:GenerateDataKey", KEY, VIA_S3, {"exporter"}),
+    ("kms:GenerateDataKey", KEY, VIA_DYNAMODB, {"sink-writer"}),
+    ("kms:GenerateDataKey", KEY, {}, set()),
+    ("kms:Decrypt", f"arn:aws:kms:{REGION}:{ACCOUNT}:key/another", VIA_DYNAMODB, set()),
+    *[
+        (f"kms:{action}", KEY, VIA_DYNAMODB, set())
+        for action in ("ScheduleKeyDeletion", "PutKeyPolicy", "DisableKey", "CreateGrant")
+    ],
+    ("iam:PassRole", f"arn:aws:iam::{ACCOUNT}:role/staging-prefs-exporter", {}, set()),
+    ("sts:AssumeRole", f"arn:aws:iam::{ACCOUNT}:role/staging-prefs-exporter", {}, set()),
+    ("cloudwatch:PutMetricData", "*", {}, set()),
+    ("ec2:RunInstances", "*", {}, set()),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def policies(applied: Applied) -> dict[str, list[dict[str, Any]]]:
+    """Every policy document in force for each actor's role, as IAM has it."""
+    iam = applied.client("iam")
+    documents: dict[str, list[dict[str, Any]]] = {}
+    for actor in ACTORS:
+        role = applied.outputs["role_arns"][actor].rsplit("/", 1)[1]
+        attached = iam.list_attached_role_policies(RoleName=role)["AttachedPolicies"]
+        assert [policy["PolicyArn"] for policy in attached] == [applied.outputs["policy_arns"][actor]]
+        assert iam.list_role_policies(RoleName=role)["PolicyNames"] == []
+        arn = attached[0]["PolicyArn"]
+        version = iam.get_policy(PolicyArn=arn)["Policy"]["DefaultVersionId"]
+        documents[actor] = [
+            iam.get_policy_version(PolicyArn=arn, VersionId=version)["PolicyVersion"]["Document"]
+        ]
+    return documents
+
+
+@pytest.mark.parametrize("actor", ACTORS)
+def test_actor_may_do_its_part_and_nothing_else(
+    applied: Applied, policies: dict[str, list[dict[str, Any]]], actor: str
+) -> None:
+    key = applied.outputs["encryption_key_arn"]
+    wrong = []
+    for action, resource, context, allowed in REQUESTS:
+        answer = decide(policies[actor], action, key if resource == KEY else resource, context)
+        if answer != (ALLOWED if actor in allowed else NOT_ALLOWED):
+            wrong.append(f"{action} on {resource} with {context} is {answer}")
+    assert wrong == []
+
+
+@pytest.mark.parametrize("actor", ACTORS)
+def test_every_permission_is_named_and_asked_for(
+    policies: dict[str, list[dict[str, Any]]], actor: str
+) -> None:
+    """No wildcard stands for an action, and the requests above cover what the policy grants."""
+    statements = policies[actor][0]["Statement"]
+    granted = {
+        action
+        for statement in (statements if isinstance(statements, list) else [statements])
+        for action in ([statement["Action"]] if isinstance(statement["Action"], str) else statement["Action"])
+    }
+    assert not [action for action in granted if "*" in action or "?" in action]
+    covered = {action for action, _, _, allowed in REQUESTS if actor in allowed}
+    # Companions of what is covered, which their service asks for beside it.
+    companions = {"kms:DescribeKey", "kms:ReEncryptFrom", "kms:ReEncryptTo", "s3:ListMultipartUploadParts"}
+    assert granted - companions == covered
+
+
+WEB, ROLE = "sts:AssumeRoleWithWebIdentity", "sts:AssumeRole"
+PROVIDER = ("Federated", f"arn:aws:iam::{ACCOUNT}:oidc-provider/oidc.example.com/id/ABC123")
+EC2 = ("Service", "ec2.amazonaws.com")
+DAGSTER = ("AWS", f"arn:aws:iam::{ACCOUNT}:role/dagster")
+NEIGHBOUR = ("AWS", f"arn:aws:iam::{ACCOUNT}:role/neighbour")
+PARTNER = ("AWS", "arn:aws:iam::210987654321:role/api")
+STRANGER = ("AWS", "arn:aws:iam::999999999999:role/api")
+
+
+def pod(account: str, audience: str = "sts.amazonaws.com") -> dict[str, str]:
+    """The condition keys of a Kubernetes service account's token."""
+    return {
+        "oidc.example.com/id/ABC123:sub": f"system:serviceaccount:{account}",
+        "oidc.example.com/id/ABC123:aud": audience,
+    }
+
+
+CALLS: list[tuple[str, tuple[str, str], dict[str, str], set[str]]] = [
+    (WEB, PROVIDER, pod("risingwave:compute"), {"sink-writer"}),
+    (WEB, PROVIDER, pod("prefs:freshness"), {"freshness-reader"}),
+    (WEB, PROVIDER, pod("default:compute"), set()),
+    (WEB, PROVIDER, pod("risingwave:compute", audience="elsewhere"), set()),
+    (WEB, PROVIDER, {}, set()),
+    (WEB, ("Federated", PROVIDER[1].replace("ABC123", "OTHER")), pod("risingwave:compute"), set()),
+    (ROLE, EC2, {}, {"exporter"}),
+    (ROLE, ("Service", "lambda.amazonaws.com"), {}, set()),
+    (ROLE, DAGSTER, {}, {"freshness-reader", "provisioner"}),
+    (ROLE, NEIGHBOUR, {}, {"provisioner"}),
+    (ROLE, PARTNER, {"sts:ExternalId": "ranking"}, {"serving-reader"}),
+    (ROLE, PARTNER, {"sts:ExternalId": "guess"}, set()),
+    (ROLE, PARTNER, {}, set()),
+    (ROLE, STRANGER, {"sts:ExternalId": "ranking"}, set()),
+]
+
+
+@pytest.mark.parametrize("actor", ACTORS)
+def test_role_is_taken_only_by_whom_it_trusts(applied: Applied, actor: str) -> None:
+    role = applied.client("iam").get_role(RoleName=f"staging-prefs-{actor}")["Role"]
+    trust = role["AssumeRolePolicyDocument"]
+    for action, caller, context, allowed in CALLS:
+        answer = decide([trust], action, None, context, caller)
+        assert answer == (ALLOWED if actor in allowed else NOT_ALLOWED), (action, caller, context)
+
+
+def test_only_what_runs_on_instances_has_a_profile(applied: Applied) -> None:
+    assert applied.outputs["instance_profiles"] == {"exporter": "staging-prefs-exporter"}
+    profile = applied.client("iam").get_instance_profile(InstanceProfileName="staging-prefs-exporter")
+    assert [role["RoleName"] for role in profile["InstanceProfile"]["Roles"]] == ["staging-prefs-exporter"]
+
+
+# --- several environments, and the way out ------------------------------------------------------------
+
+
+def test_environments_stand_side_by_side_and_fall_only_unprotected(applied: Applied) -> None:
+    """A second environment's stores resist `destroy` until protection is lifted; the first never notices."""
+    terraform, dynamodb, s3 = applied.terraform, applied.client("dynamodb"), applied.client("s3")
+    table, bucket = "canary-viewer_profiles", f"canary-prefs-lake-{ACCOUNT}-{REGION}"
+    stores = ["-target=aws_dynamodb_table.profiles", "-target=aws_s3_bucket.lake"]
+    common = [
+        "-no-color", "-auto-approve", "-state=canary.tfstate", *applied.variables,
+        "-var=environment=canary", "-var=encryption_key=aws", *stores,
+    ]  # fmt: skip
+    terraform.run("apply", *common)
+    dynamodb.put_item(
+        TableName=table, Item={"viewer_id": {"N": "1"}, "domain_key": {"S": "engagement#watch"}}
+    )
+    s3.put_object(Bucket=bucket, Key="warehouse/x", Body=b"x")
+
+    refused = terraform.run("destroy", *common, check=False)
+    assert refused.returncode != 0
+    assert "DeletionProtectionEnabled" in refused.stderr
+    assert "BucketNotEmpty" in refused.stderr
+    assert dynamodb.scan(TableName=table)["Count"] == 1
+    assert s3.get_object(Bucket=bucket, Key="warehouse/x")["Body"].read() == b"x"
+
+    terraform.run("apply", *common, "-var=deletion_protection=false")
+    terraform.run("destroy", *common, "-var=deletion_protection=false")
+    with pytest.raises(dynamodb.exceptions.ResourceNotFoundException):
+        dynamodb.describe_table(TableName=table)
+    with pytest.raises(ClientError, match="404"):
+        s3.head_bucket(Bucket=bucket)
+    assert dynamodb.describe_table(TableName="staging-viewer_profiles")["Table"]["TableStatus"] == "ACTIVE"
+    s3.head_bucket(Bucket=applied.outputs["lake_bucket"])
