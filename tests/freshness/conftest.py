@@ -1,0 +1,265 @@
+"""A world per test: the real dbt project in a database, DynamoDB, Iceberg, and ways to make each stale."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from psycopg import sql
+
+from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.dbt import Dbt
+from dagster_prefs.freshness.levels import Measure
+from dagster_prefs.freshness.measures import measure_offline, measure_online, measure_views
+from dagster_prefs.local.services import LocalServices
+from dagster_prefs.offline.catalog import open_catalog
+from dagster_prefs.offline.export import days_to_export, export_day
+from dagster_prefs.offline.tables import TILE_TABLES
+from dagster_prefs.online.contract import Contract, load_contract
+from dagster_prefs.online.publisher import publish_domain
+from dagster_prefs.online.tables import dynamodb_client, provision
+
+PROJECT = Path(__file__).parents[2]
+NAMESPACE = "training"
+
+RAW = {
+    "user.events": "raw_user_events",
+    "view_events": "raw_view_events",
+    "content_interactions": "raw_content_interactions",
+    "items": "raw_items",
+}
+
+
+@dataclass
+class World:
+    """Everything that freshness looks at; `now` is the clock that the measures are given."""
+
+    engine: EngineConnection
+    connection: Any
+    now: datetime
+    order: Sequence[str]
+    contract: Contract = field(default_factory=load_contract)
+    client: Any = None
+    table: Any = None
+    warehouse: Path = Path()
+    offsets: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def catalog(self) -> Any:
+        return open_catalog("sqlite", self.warehouse.as_uri())
+
+    def execute(self, statement: Any, parameters: Sequence[Any] | None = None) -> list[tuple[Any, ...]]:
+        cursor = self.connection.execute(statement, parameters)
+        return cursor.fetchall() if cursor.description else []
+
+    def arrive(self, topic: str, *messages: Any, age: float = 0.0) -> None:
+        """Messages reach the raw table `age` seconds before now; texts as they are, others as JSON."""
+        for message in messages:
+            self.offsets[topic] = self.offsets.get(topic, 0) + 1
+            data = message if isinstance(message, str) else json.dumps(message)
+            self.execute(
+                sql.SQL(
+                    "insert into {} (source, source_partition, source_offset, data, arrived_at)"
+                    " values ('test', 0, %s, %s, %s)"
+                ).format(sql.Identifier(RAW[topic])),
+                [self.offsets[topic], data.encode(), self.now - timedelta(seconds=age)],
+            )
+
+    def watch(self, viewer: int, *, age: float = 0.0, days_ago: float = 0.0, **fields: Any) -> dict[str, Any]:
+        """One view event that happened `days_ago` days and arrived `age` seconds before now."""
+        event = {
+            "event_id": uuid.uuid4().hex,
+            "viewer_id": viewer,
+            "content_id": "c1",
+            "genre": "drama",
+            "watch_duration_sec": 600,
+            "completion_pct": 0.95,
+            "watched_at": (self.now - timedelta(days=days_ago, seconds=age)).isoformat(),
+            **fields,
+        }
+        self.arrive("view_events", event, age=age)
+        return event
+
+    def like(self, viewer: int, *, age: float = 0.0, days_ago: float = 0.0) -> None:
+        self.arrive(
+            "content_interactions",
+            {
+                "event_id": uuid.uuid4().hex,
+                "viewer_id": viewer,
+                "event_type": "like",
+                "event_ts": (self.now - timedelta(days=days_ago, seconds=age)).isoformat(),
+            },
+            age=age,
+        )
+
+    def shop(self, user: str, *, age: float = 0.0, days_ago: float = 0.0, **fields: Any) -> None:
+        event = {
+            "event_id": uuid.uuid4().hex,
+            "user_id": user,
+            "item_id": "i1",
+            "event_type": "view",
+            "category": "books",
+            "brand": "acme",
+            "price": "12.50",
+            "session_id": "s1",
+            "event_time": (self.now - timedelta(days=days_ago, seconds=age)).isoformat(),
+            **fields,
+        }
+        self.arrive("user.events", event, age=age)
+
+    def refresh(self, *relations: str, age: float = 0.0) -> None:
+        """Refresh these views, or all in their order, as a dbt run begun `age` seconds ago would have."""
+        for relation in relations or self.order:
+            self.execute(sql.SQL("refresh materialized view {}").format(sql.Identifier(relation)))
+            self.execute(
+                "update deployments set deployed_at = %s where relation = %s",
+                [self.now - timedelta(seconds=age), relation],
+            )
+
+    def publish(self) -> None:
+        for domain in self.contract.domains:
+            publish_domain(self.engine, self.client, self.contract, domain, self.table)
+
+    def export(self) -> None:
+        for spec in TILE_TABLES.values():
+            for day in days_to_export(self.engine, self.catalog, spec, namespace=NAMESPACE, until=self.today):
+                export_day(self.engine, self.catalog, spec, day, namespace=NAMESPACE)
+
+    @property
+    def today(self) -> date:
+        return self.now.astimezone(UTC).date()
+
+    def later(self, **step: float) -> None:
+        self.now += timedelta(**step)
+
+    def views(self) -> list[Measure]:
+        return measure_views(self.engine, self.contract, now=self.now)
+
+    def online(self, client: Any = None, **options: Any) -> list[Measure]:
+        return measure_online(
+            self.engine,
+            self.contract,
+            lambda: (client or self.client, self.table),
+            now=self.now,
+            publishes=True,
+            **options,
+        )
+
+    def offline(self) -> list[Measure]:
+        return measure_offline(
+            self.engine,
+            self.contract,
+            lambda: self.catalog,
+            list(TILE_TABLES.values()),
+            namespace=NAMESPACE,
+            start=date(2020, 1, 1),
+            now=self.now,
+        )
+
+    def measures(self) -> dict[str, Measure]:
+        return {measure.key: measure for measure in (*self.views(), *self.online(), *self.offline())}
+
+    def bad(self) -> dict[str, str]:
+        """Every measure that is not ok, by key, with its level."""
+        return {key: measure.level for key, measure in self.measures().items() if measure.level != "ok"}
+
+
+@dataclass(frozen=True)
+class Template:
+    """A database to copy: its views in the order of refresh, the moment it was filled for, its offsets."""
+
+    database: str
+    order: Sequence[str]
+    now: datetime
+    offsets: dict[str, int]
+
+
+def copied(server: EngineConnection, template: str, name: str) -> EngineConnection:
+    with server.connect() as connection:
+        connection.execute(
+            sql.SQL("create database {} template {}").format(sql.Identifier(name), sql.Identifier(template))
+        )
+    return server.with_database(name)
+
+
+@pytest.fixture(scope="session")
+def server(services: LocalServices) -> EngineConnection:
+    return EngineConnection("127.0.0.1", services.postgres_port, "postgres", "prefs")
+
+
+@pytest.fixture(scope="session")
+def empty_template(server: EngineConnection, tmp_path_factory: pytest.TempPathFactory) -> Template:
+    """The whole dbt project without events."""
+    name = f"freshness_empty_{uuid.uuid4().hex[:8]}"
+    with server.connect() as connection:
+        connection.execute(sql.SQL("create database {}").format(sql.Identifier(name)))
+    dbt = Dbt(server.with_database(name), PROJECT / "dbt_project", tmp_path_factory.mktemp("dbt"))
+    order = []
+    for result in dbt.run("run"):
+        assert result.ok, result
+        order.append(result.name)
+    with server.with_database(name).connect() as connection:
+        views = {row[0] for row in connection.execute("select matviewname from pg_matviews")}
+    return Template(name, [relation for relation in order if relation in views], datetime.now(UTC), {})
+
+
+@pytest.fixture(scope="session")
+def busy_template(server: EngineConnection, empty_template: Template) -> Template:
+    """Forty viewers on two days, one shop user, one malformed message, everything refreshed."""
+    name = f"freshness_busy_{uuid.uuid4().hex[:8]}"
+    engine = copied(server, empty_template.database, name)
+    with engine.connect() as connection:
+        made = World(engine, connection, now=empty_template.now, order=empty_template.order)
+        for viewer in range(40):
+            for days in (0, 1):
+                made.watch(viewer, age=60, days_ago=days)
+                made.like(viewer, age=60, days_ago=days)
+        made.shop("u1", age=60)
+        made.shop("u1", age=59, category=None, brand=None)
+        made.arrive("view_events", "not json", age=59)
+        made.refresh()
+    return Template(name, empty_template.order, empty_template.now, made.offsets)
+
+
+def _world(server: EngineConnection, template: Template, endpoint: str, folder: Path) -> Iterator[World]:
+    name = f"test_{uuid.uuid4().hex}"
+    engine = copied(server, template.database, name)
+    client = dynamodb_client(endpoint, "eu-central-1")
+    with engine.connect() as connection:
+        yield World(
+            engine=engine,
+            connection=connection,
+            now=template.now,
+            order=template.order,
+            offsets=dict(template.offsets),
+            client=client,
+            table=provision(client, load_contract()),
+            warehouse=folder / "iceberg",
+        )
+    with server.connect() as connection:
+        connection.execute(sql.SQL("drop database if exists {} with (force)").format(sql.Identifier(name)))
+
+
+@pytest.fixture
+def world(
+    server: EngineConnection, empty_template: Template, aws_endpoint: str, tmp_path: Path
+) -> Iterator[World]:
+    """The deployed project without events."""
+    yield from _world(server, empty_template, aws_endpoint, tmp_path)
+
+
+@pytest.fixture
+def busy(
+    server: EngineConnection, busy_template: Template, aws_endpoint: str, tmp_path: Path
+) -> Iterator[World]:
+    """The busy template, published and exported: nothing is stale."""
+    for made in _world(server, busy_template, aws_endpoint, tmp_path):
+        made.publish()
+        made.export()
+        yield made

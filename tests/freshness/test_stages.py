@@ -1,0 +1,242 @@
+"""Each stage is made really stale; exactly the expected measures turn, and turn back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from botocore.exceptions import ClientError, EndpointConnectionError
+
+from dagster_prefs.freshness.measures import measure_views
+from dagster_prefs.online.contract import FreshnessThresholds
+
+ENGAGEMENT = {"online/watch", "online/interactions", "online/preferences"}
+
+
+def test_all_in_step_is_ok_and_stays_ok_when_nothing_arrives(busy: Any) -> None:
+    assert busy.bad() == {}
+    busy.later(hours=3)
+    assert busy.bad() == {}, "a quiet topic is not a stale view"
+
+
+def test_messages_that_wait_redden_their_topic_alone(busy: Any) -> None:
+    busy.watch(1, age=4)
+    busy.watch(2, age=1)
+    measure = busy.measures()["views/view_events"]
+    assert (measure.level, measure.values["waiting"]) == ("warn", 2)
+    assert measure.lag_seconds == pytest.approx(4)
+    busy.later(seconds=1)
+    assert busy.bad() == {"views/view_events": "error"}
+    busy.refresh()
+    busy.publish()
+    busy.export()
+    assert busy.bad() == {}
+
+
+def test_an_invalid_message_is_visible_once_it_was_read(busy: Any) -> None:
+    busy.arrive("user.events", "{", age=10)
+    assert busy.bad() == {"views/user_events": "error"}
+    busy.refresh()
+    assert busy.bad() == {}
+
+
+def test_a_view_that_was_not_refreshed_is_named(busy: Any) -> None:
+    busy.shop("u2", age=30)
+    busy.refresh("user_events_parsed", "user_events", "user_category_profile", age=20)
+    assert busy.bad() == {
+        "views/user_brand_profile": "error",
+        "views/user_recent_activity": "error",
+        "views/user_category_affinity_decayed": "error",
+    }
+    busy.refresh()
+    assert busy.bad() == {}
+
+
+def test_typed_events_that_lag_behind_their_parsed_messages(busy: Any) -> None:
+    busy.watch(3, age=30)
+    busy.refresh("view_events_parsed", age=20)
+    measure = busy.measures()["views/view_events"]
+    assert (measure.level, measure.values["waiting"]) == ("error", 1)
+    assert measure.lag_seconds == pytest.approx(20)
+    busy.refresh()
+    busy.publish()
+    busy.export()
+    assert busy.bad() == {}
+
+
+def test_an_erased_subject_is_not_missing(busy: Any) -> None:
+    busy.shop("gone", age=30)
+    busy.execute(
+        "insert into erased_subjects (subject_kind, subject_id, erased_at) values ('user', 'gone', %s)",
+        [busy.now],
+    )
+    busy.refresh()
+    assert busy.bad() == {}
+
+
+def test_old_events_outside_every_window_are_not_missing(world: Any) -> None:
+    world.watch(1, age=10, days_ago=60)
+    world.like(1, age=10, days_ago=60)
+    world.refresh()
+    world.publish()
+    world.export()
+    assert world.bad() == {}
+
+
+def test_an_event_from_the_future_is_a_warning(busy: Any) -> None:
+    busy.shop("u3", days_ago=-0.5)
+    busy.refresh()
+    bad = busy.bad()
+    assert set(bad.values()) == {"warn"}
+    assert "views/user_events" in bad
+    reason = busy.measures()["views/user_events"].reason
+    assert "future" in reason
+    assert "clocks" in reason
+
+
+def test_a_publisher_that_stopped_reddens_every_domain(busy: Any) -> None:
+    for viewer in range(5):
+        busy.watch(viewer, age=20)
+        busy.like(viewer, age=20)
+    busy.refresh(age=10)
+    assert busy.bad() == dict.fromkeys(ENGAGEMENT, "error")
+    measure = busy.measures()["online/watch"]
+    assert measure.values["different"] == 5
+    assert measure.lag_seconds == pytest.approx(10)
+    assert "last_event_at" in measure.notes["attributes"]
+    assert "materialize online/watch" in measure.reason
+    busy.publish()
+    assert busy.bad() == {}
+
+
+def test_missing_and_extra_items_are_told_apart(busy: Any) -> None:
+    key = {"viewer_id": {"N": "7"}, "domain_key": {"S": "engagement#watch"}}
+    item = busy.client.get_item(TableName=busy.table.name, Key=key)["Item"]
+    busy.client.delete_item(TableName=busy.table.name, Key=key)
+    busy.client.put_item(TableName=busy.table.name, Item=item | {"viewer_id": {"N": "4711"}})
+    busy.later(seconds=30)
+    (watch,) = [measure for measure in busy.online() if measure.name == "watch"]
+    assert (watch.values["missing"], watch.values["extra"], watch.values["different"]) == (1, 1, 0)
+    assert watch.level == "error"
+    assert watch.notes["viewers"] == "7, 4711"
+
+
+def test_a_fresh_difference_is_not_yet_late(busy: Any) -> None:
+    busy.watch(1)
+    busy.refresh(age=1)
+    measures = {measure.name: measure for measure in busy.online()}
+    assert measures["watch"].values["different"] == 1
+    assert measures["watch"].level == "ok"
+    busy.later(seconds=2)
+    assert {measure.level for measure in busy.online() if measure.name == "watch"} == {"warn"}
+
+
+class Broken:
+    """A DynamoDB client that refuses one operation, or leaves all of it unprocessed."""
+
+    def __init__(self, client: Any, operation: str, error: Exception | None = None) -> None:
+        self._client = client
+        self._operation = operation
+        self._error = error
+
+    def __getattr__(self, name: str) -> Any:
+        if name != self._operation:
+            return getattr(self._client, name)
+
+        def refuse(**arguments: Any) -> Any:
+            if self._error:
+                raise self._error
+            return {"Responses": {}, "UnprocessedKeys": arguments["RequestItems"]}
+
+        return refuse
+
+
+@pytest.mark.parametrize(
+    ("operation", "error", "said"),
+    [
+        ("batch_get_item", EndpointConnectionError(endpoint_url="http://nowhere"), "cannot be reached"),
+        (
+            "scan",
+            ClientError({"Error": {"Code": "AccessDeniedException", "Message": "no"}}, "Scan"),
+            "refused",
+        ),
+        ("batch_get_item", None, "unprocessed"),
+    ],
+)
+def test_dynamodb_that_does_not_answer_is_unknown(
+    busy: Any, monkeypatch: pytest.MonkeyPatch, operation: str, error: Exception | None, said: str
+) -> None:
+    monkeypatch.setattr("dagster_prefs.freshness.online.time.sleep", lambda seconds: None)
+    measures = busy.online(client=Broken(busy.client, operation, error))
+    assert {measure.level for measure in measures} == {"unknown"}
+    assert all(said in measure.reason for measure in measures)
+
+
+def test_a_day_that_changed_after_its_export_is_named(busy: Any) -> None:
+    busy.watch(1, age=10, days_ago=1)
+    busy.refresh()
+    busy.publish()
+    bad = busy.bad()
+    assert bad == {"offline/viewer_watch_daily": "warn", "offline/viewer_genre_daily": "warn"}
+    measure = busy.measures()["offline/viewer_watch_daily"]
+    assert measure.values == {"days_missing": 0, "days_changed": 1}
+    assert (busy.today - timedelta(days=1)).isoformat() in measure.reason
+    busy.export()
+    assert busy.bad() == {}
+
+
+def test_a_day_that_was_never_exported_ages(busy: Any) -> None:
+    busy.watch(1, age=10, days_ago=9)
+    busy.refresh()
+    busy.publish()
+    measure = busy.measures()["offline/viewer_watch_daily"]
+    assert measure.level == "error"
+    assert measure.values == {"days_missing": 1, "days_changed": 0}
+    midnight = busy.now.replace(hour=0, minute=0, second=0, microsecond=0) - timedelta(days=8)
+    assert measure.lag_seconds == pytest.approx((busy.now - midnight).total_seconds())
+    busy.export()
+    assert busy.bad() == {}
+
+
+def test_today_is_never_missing_in_the_training_tables(world: Any) -> None:
+    world.watch(1)
+    world.refresh()
+    assert {measure.level for measure in world.offline()} == {"ok"}
+
+
+def test_an_engine_that_is_down_is_unknown_everywhere(world: Any) -> None:
+    world.engine = replace(world.engine, port=1)
+    measures = world.measures().values()
+    assert {measure.level for measure in measures} == {"unknown"}
+    assert all("cannot be reached" in measure.reason for measure in measures)
+
+
+def test_a_missing_relation_hides_no_other(busy: Any) -> None:
+    busy.execute("drop materialized view user_brand_profile cascade")
+    bad = busy.bad()
+    assert bad == {"views/user_brand_profile": "unknown"}
+    assert "run `dbt build` first" in busy.measures()["views/user_brand_profile"].reason
+
+
+def test_a_threshold_missing_from_the_contract_is_unknown(busy: Any) -> None:
+    freshness = busy.contract.freshness
+    contract = replace(
+        busy.contract,
+        freshness=FreshnessThresholds({}, freshness.views, freshness.export, freshness.canary),
+    )
+    levels = {m.name: m for m in measure_views(busy.engine, contract, now=busy.now)}
+    assert levels["user_events"].level == "unknown"
+    assert "no freshness threshold for topic user.events" in levels["user_events"].reason
+    assert levels["user_brand_profile"].level == "ok"
+
+
+def test_a_refresh_at_work_softens_an_error(busy: Any) -> None:
+    busy.watch(1, age=30)
+    with busy.engine.connect() as dbt:
+        dbt.execute("set application_name to 'dbt'")
+        measure = busy.measures()["views/view_events"]
+        assert measure.level == "warn"
+        assert "a refresh is running" in measure.reason
+    assert busy.measures()["views/view_events"].level == "error"
