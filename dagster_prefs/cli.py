@@ -201,6 +201,103 @@ def contract_diff(old: Path, new: Path) -> None:
     check_version(before, after)
 
 
+@cli.command()
+def refresh() -> None:
+    """Bring every view up to date and publish what changed, as one Dagster run."""
+    from dagster_prefs.defs.feature_views import REFRESH_JOB
+
+    settings = load_settings()
+    run_job(settings, REFRESH_JOB)
+    console.print("every view is current and every change is published")
+
+
+@cli.command()
+def export() -> None:
+    """Export exactly the days of tiles that Iceberg lacks or holds in an older state."""
+    from dagster_prefs.defs.offline_store import EXPORT_JOB, days_that_need_export, range_tags, ranges
+    from dagster_prefs.defs.resources import Platform
+
+    settings = load_settings()
+    days = days_that_need_export(Platform(settings))
+    for first, last in ranges(days):
+        run_job(settings, EXPORT_JOB, range_tags(first, last))
+    console.print(f"exported {len(days)} days" if days else "every complete day is exported as it is")
+
+
+def run_job(settings: Settings, job: str, tags: dict[str, str] | None = None) -> None:
+    """Run one Dagster job in this process, recorded on the same instance as the UI's runs."""
+    from dagster_prefs.runs import JobRunner
+
+    with JobRunner(settings) as runner:
+        runner.run(job, tags)
+
+
+@cli.command()
+@click.option("--topic", help="Only this topic.")
+@click.option("--reason", help="Only this reason; lists the messages instead of counting them.")
+@click.option("--limit", default=20, show_default=True, type=click.IntRange(1, 10_000))
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+def rejected(topic: str | None, reason: str | None, limit: int, as_json: bool) -> None:
+    """Count rejected messages by reason, or list those of one topic or reason."""
+    from dagster_prefs.events.rejected import rejected_counts, rejected_events
+
+    engine = EngineConnection.of(load_settings())
+    if topic or reason:
+        events = rejected_events(engine, topic, reason, limit)
+        if as_json:
+            print_json([vars(event) for event in events])
+            return
+        rows = [
+            (e.topic, e.source, f"{e.partition}/{e.offset}", e.reason, e.payload[:100]) for e in events
+        ]
+        console.print(table_of("", ["topic", "source", "partition/offset", "reason", "message"], rows))
+        return
+    counts = rejected_counts(engine)
+    if as_json:
+        print_json(counts)
+        return
+    rows = [(name, why, f"{n:,}") for name, reasons in counts.items() for why, n in reasons.items()]
+    console.print(table_of("", ["topic", "reason", "messages"], rows) if rows else "nothing was rejected")
+
+
+@cli.command()
+@click.argument("viewer", type=int)
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+def profile(viewer: int, as_json: bool) -> None:
+    """Read one viewer's items from DynamoDB, as a service would."""
+    from dagster_prefs.serving import ProfileClient
+
+    settings = load_settings()
+    with ProfileClient(
+        endpoint_url=settings.aws_endpoint, region=settings.aws_region, table_prefix=settings.table_prefix
+    ) as client:
+        found = client.get(viewer).as_dict()
+    if as_json:
+        print_json(found)
+        return
+    for domain, values in found["domains"].items():
+        rows = [(name, value) for name, value in values.items()]
+        console.print(table_of(f"viewer {viewer}: {domain}", ["attribute", "value"], rows))
+
+
+@cli.command()
+@click.argument("user")
+@click.option("--limit", default=10, show_default=True, type=click.IntRange(1, 10_000))
+@click.option("--session/--no-session", default=True, show_default=True, help="React to the last hours.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+def rank(user: str, limit: int, session: bool, as_json: bool) -> None:
+    """Rank the catalogue for one user."""
+    from dagster_prefs.serving import PreferenceClient
+
+    with PreferenceClient(EngineConnection.of(load_settings())) as client:
+        ranking = client.rank(user, limit=limit, session=session, now=datetime.now(UTC))
+    if as_json:
+        print_json([item.as_dict() for item in ranking])
+        return
+    rows = [(item.item_id, item.title or "", item.category or "", item.score) for item in ranking]
+    console.print(table_of(f"items for {user}", ["item", "title", "category", "score"], rows))
+
+
 def print_json(value: Any) -> None:
     """Machine-readable output, exact numbers as strings of digits."""
     click.echo(json.dumps(value, default=str, indent=2))

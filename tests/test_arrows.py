@@ -22,16 +22,17 @@ ALLOWED = {
     "erasure": {"engine", "online", "offline", "events", "settings"},
     "defs": set(ROOMS) | {"settings"},
     "definitions": {"defs", "settings"},
-    "demo": set(ROOMS) | {"settings", "definitions"},
-    "cli": set(ROOMS) | {"settings", "definitions", "demo", "erasure"},
+    "runs": {"defs", "definitions", "settings"},
+    "demo": set(ROOMS) | {"settings", "runs"},
+    "cli": set(ROOMS) | {"settings", "runs", "demo", "erasure"},
 }
 # Outside packages that only some places may import.
 RESERVED = {
-    "dagster": {"defs", "definitions", "demo", "cli"},
+    "dagster": {"defs", "definitions", "runs"},
     "dagster_dbt": {"defs"},
     "dbt": {"engine"},
     "click": {"cli"},
-    "pyiceberg": {"offline", "defs", "demo", "erasure", "freshness"},
+    "pyiceberg": {"offline", "defs", "erasure", "freshness"},
     "moto": {"local"},
     "pydantic_settings": {"settings"},
 }

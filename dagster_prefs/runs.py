@@ -1,0 +1,66 @@
+"""Dagster jobs run in this process, on the instance that the UI shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import dagster as dg
+
+from dagster_prefs.defs.instance import ensure_dagster_home
+from dagster_prefs.definitions import build_definitions
+from dagster_prefs.errors import PrefsError
+from dagster_prefs.settings import Settings
+
+
+class RunFailed(PrefsError):
+    """A Dagster run failed; the message names the job and the reason of each failed step."""
+
+
+class JobRunner:
+    """Runs jobs of the platform's definitions; use it as a context manager.
+
+    Definitions are built and dbt is loaded once, however many jobs follow.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._definitions = build_definitions(settings)
+        self._home = ensure_dagster_home(settings.data_dir)
+        self._instance: dg.DagsterInstance | None = None
+
+    def __enter__(self) -> JobRunner:
+        self._instance = dg.DagsterInstance.from_config(str(self._home))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._instance is not None:
+            self._instance.dispose()
+            self._instance = None
+
+    def run(self, job: str, tags: Mapping[str, str] | None = None) -> None:
+        """Run one job to its end.
+
+        Raises RunFailed when a step failed; what other steps did is kept.
+        """
+        result = self._definitions.resolve_job_def(job).execute_in_process(
+            instance=self._instance,
+            tags=dict(tags or {}),
+            raise_on_error=False,
+            run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+        )
+        if not result.success:
+            reasons = [
+                _root_cause(event.step_failure_data.error)
+                for event in result.all_events
+                if event.is_step_failure and event.step_failure_data.error
+            ]
+            raise RunFailed(f"the Dagster run of {job} failed: {'; '.join(reasons) or f'see run {result.run_id}'}")
+
+
+def _root_cause(error: object) -> str:
+    """The innermost message of a step's error, without Dagster's wrapping or a stack."""
+    while getattr(error, "cause", None) is not None:
+        error = error.cause  # type: ignore[attr-defined]
+    message = str(getattr(error, "message", error)).strip()
+    # Dagster prefixes the class; the sentence after it is what a user can act on.
+    name, _, sentence = message.partition(": ")
+    return sentence if sentence and " " not in name else message
