@@ -1,0 +1,762 @@
+"""What every relation must hold, computed from the raw messages in plain Python.
+
+It shares nothing with the models: not their weights, not their bounds, not their formulas. Times are
+integers, microseconds since 1970 UTC, because a message may name a year that `datetime` cannot hold.
+Money, minutes and ratios are Fraction until they are rounded, half away from zero, to 6 places.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+from decimal import ROUND_HALF_UP, Context, Decimal, localcontext
+from fractions import Fraction
+from typing import Any
+
+TOPICS = ("user.events", "view_events", "content_interactions", "items")
+SECOND = 1_000_000
+HOUR = 3_600 * SECOND
+DAY = 24 * HOUR
+WEIGHTS = {"purchase": 10, "wishlist": 7, "add_to_cart": 5, "view": 1}
+TIERS = ("budget", "mid-range", "premium", "luxury")
+EPOCH_2026 = 1_767_225_600 * SECOND
+
+Row = dict[str, Any]
+
+
+def micros(moment: datetime) -> int:
+    """A moment as microseconds since 1970 UTC."""
+    return (moment - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
+
+
+@dataclass(frozen=True)
+class Message:
+    """One row of a raw table; times in microseconds."""
+
+    topic: str
+    source: str
+    partition: int
+    offset: int
+    data: bytes
+    kafka_timestamp: int | None
+    arrived_at: int
+
+    @property
+    def position(self) -> tuple[str, int, int]:
+        return (self.source, self.partition, self.offset)
+
+
+@dataclass(frozen=True)
+class Erasure:
+    """A row of erased_subjects: `kind` is viewer or user, `at` is in microseconds."""
+
+    kind: str
+    subject: str
+    at: int
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A message after reading: its fields when it is valid, else the reason."""
+
+    message: Message
+    reason: str | None
+    fields: Row
+
+
+# --- reading one message ---------------------------------------------------------------------------
+
+_NOTHING = object()
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(name)
+
+
+def _has_impossible_text(value: Any) -> bool:
+    """Whether a string in it cannot be stored: U+0000, or half of a surrogate pair."""
+    if isinstance(value, str):
+        return any(ch == "\x00" or "\ud800" <= ch <= "\udfff" for ch in value)
+    if isinstance(value, dict):
+        return any(_has_impossible_text(part) for pair in value.items() for part in pair)
+    return isinstance(value, list) and any(_has_impossible_text(part) for part in value)
+
+
+def read_json(data: bytes) -> Any:
+    """The JSON value, or `_NOTHING` where the bytes are not UTF-8 or not JSON."""
+    try:
+        value = json.loads(data.decode("utf-8"), parse_float=Decimal, parse_constant=_refuse_constant)
+    except ValueError:
+        return _NOTHING
+    return _NOTHING if _has_impossible_text(value) else value
+
+
+def written(value: Any) -> str | None:
+    """A JSON value as the text a database shows for it; None for null."""
+    if value is None:
+        return None
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, Decimal):
+        text = format(value, "f")
+        return text.removeprefix("-") if value == 0 else text
+    return json.dumps(value, default=str)
+
+
+def text(document: Mapping[str, Any], name: str) -> str | None:
+    """A string or number as trimmed text; None where absent, empty or of another type."""
+    value = document.get(name)
+    if isinstance(value, bool) or not isinstance(value, (str, int, Decimal)):
+        return None
+    return (written(value) or "").strip(" ") or None
+
+
+def given(document: Mapping[str, Any], name: str) -> bool:
+    """Whether a field has any content, good or bad."""
+    return written(document.get(name)) not in (None, "")
+
+
+def decimal(value: str | None) -> Decimal | None:
+    found = value is not None and re.fullmatch(r"-?[0-9]{1,15}(\.[0-9]{1,18})?([eE][+-]?[0-9]{1,2})?", value)
+    return Decimal(value) if found else None  # type: ignore[arg-type]
+
+
+def integer(value: str | None, bits: int) -> int | None:
+    if value is None or not re.fullmatch(r"-?[0-9]{1,19}(\.0+)?", value):
+        return None
+    number = int(value.split(".")[0])
+    return number if -(2 ** (bits - 1)) <= number < 2 ** (bits - 1) else None
+
+
+_ISO = re.compile(
+    r"([1-9][0-9]{3})-([0-9]{2})-([0-9]{2})[T ]([0-9]{2}):([0-9]{2})(?::([0-9]{2})(?:\.([0-9]{1,6}))?)?"
+    r"(?: ?(Z|UTC|([+-])([0-9]{2})(?::?([0-9]{2}))?))?"
+)
+
+
+def moment(value: str | None) -> int | None:
+    """ISO 8601 with T or blank, with Z, an offset, UTC or nothing, or epoch milliseconds → microseconds."""
+    if value is None:
+        return None
+    if re.fullmatch(r"[0-9]{1,15}", value):
+        return int(value) * 1000
+    found = _ISO.fullmatch(value)
+    if not found:
+        return None
+    year, month, day, hour, minute, second, fraction, _, sign, off_hours, off_minutes = found.groups()
+    if off_hours and (int(off_hours) > 15 or int(off_minutes or 0) > 59):
+        return None
+    try:
+        base = datetime(int(year), int(month), int(day), int(hour), int(minute), int(second or 0), tzinfo=UTC)
+    except ValueError:
+        return None
+    offset = (int(off_hours or 0) * 60 + int(off_minutes or 0)) * 60 * SECOND
+    return micros(base) + int((fraction or "0").ljust(6, "0")) - (-offset if sign == "-" else offset)
+
+
+def shown(data: bytes) -> str:
+    """A payload for people: the text, or the bytes with everything unprintable as octal."""
+    try:
+        decoded = data.decode("utf-8")
+        if "\x00" not in decoded:
+            return decoded
+    except UnicodeDecodeError:
+        pass
+    return "".join(
+        f"\\{byte:03o}" if byte == 0 or byte > 127 else "\\\\" if byte == 0x5C else chr(byte) for byte in data
+    )
+
+
+def _common(document: Any, fields: Row, keys: Sequence[str]) -> str | None:
+    for name in keys:
+        if fields[name] is None:
+            return f"bad {name}" if given(document, name) else f"missing {name}"
+    return None
+
+
+def parse(message: Message) -> Parsed:
+    """Read one message of any topic and judge it."""
+    value = read_json(message.data)
+    if value is _NOTHING:
+        return Parsed(message, "not valid JSON", {})
+    if not isinstance(value, dict):
+        return Parsed(message, "not a JSON object", {})
+    fields, reason = _READERS[message.topic](value, message)
+    return Parsed(message, reason, {} if reason else fields)
+
+
+def _in_future(message: Message, at: int) -> bool:
+    base = message.arrived_at if message.kafka_timestamp is None else message.kafka_timestamp
+    return at > base + DAY
+
+
+def _user_event(doc: Row, message: Message) -> tuple[Row, str | None]:
+    names = ("event_id", "user_id", "item_id", "brand", "category", "event_type", "session_id")
+    fields: Row = {name: text(doc, name) for name in names}
+    fields["price"] = decimal(text(doc, "price"))
+    fields["event_time"] = moment(text(doc, "event_time"))
+    reason = _common(doc, fields, ("event_id", "user_id", "event_time"))
+    if reason is None:
+        kind, price = fields["event_type"], fields["price"]
+        if _in_future(message, fields["event_time"]):
+            reason = "event time in the future"
+        elif not given(doc, "event_type"):
+            reason = "missing event_type"
+        elif kind not in WEIGHTS:
+            reason = "unknown event_type"
+        elif price is None and given(doc, "price"):
+            reason = "bad price"
+        elif price is not None and price < 0:
+            reason = "negative price"
+    return fields, reason
+
+
+def _view_event(doc: Row, message: Message) -> tuple[Row, str | None]:
+    fields: Row = {
+        "event_id": text(doc, "event_id"),
+        "viewer_id": integer(text(doc, "viewer_id"), 64),
+        "content_id": text(doc, "content_id"),
+        "genre": text(doc, "genre"),
+        "watch_duration_sec": integer(text(doc, "watch_duration_sec"), 32),
+        "completion_pct": decimal(text(doc, "completion_pct")),
+        "watched_at": moment(text(doc, "watched_at")),
+    }
+    reason = _common(doc, fields, ("event_id", "viewer_id", "watched_at"))
+    if reason is None:
+        seconds, completion = fields["watch_duration_sec"], fields["completion_pct"]
+        if _in_future(message, fields["watched_at"]):
+            reason = "event time in the future"
+        elif seconds is None and given(doc, "watch_duration_sec"):
+            reason = "bad watch_duration_sec"
+        elif seconds is not None and seconds < 0:
+            reason = "negative watch_duration_sec"
+        elif completion is None and given(doc, "completion_pct"):
+            reason = "bad completion_pct"
+        elif completion is not None and not 0 <= completion <= 1:
+            reason = "completion_pct outside 0..1"
+    return fields, reason
+
+
+def _interaction(doc: Row, message: Message) -> tuple[Row, str | None]:
+    fields: Row = {
+        "event_id": text(doc, "event_id"),
+        "viewer_id": integer(text(doc, "viewer_id"), 64),
+        "event_type": text(doc, "event_type"),
+        "event_ts": moment(text(doc, "event_ts")),
+    }
+    reason = _common(doc, fields, ("event_id", "viewer_id", "event_ts"))
+    if reason is None:
+        if _in_future(message, fields["event_ts"]):
+            reason = "event time in the future"
+        elif not given(doc, "event_type"):
+            reason = "missing event_type"
+        elif fields["event_type"] not in ("like", "share", "search"):
+            reason = "unknown event_type"
+    return fields, reason
+
+
+def _item(doc: Row, message: Message) -> tuple[Row, str | None]:
+    fields: Row = {name: text(doc, name) for name in ("item_id", "title", "category", "brand")}
+    fields["price"] = decimal(text(doc, "price"))
+    stock = {"true": True, "1": True, "false": False, "0": False}
+    fields["in_stock"] = stock.get((written(doc.get("in_stock")) or "").lower(), True)
+    reason = _common(doc, fields, ("item_id",))
+    if reason is None:
+        price = fields["price"]
+        if price is None and given(doc, "price"):
+            reason = "bad price"
+        elif price is not None and price < 0:
+            reason = "negative price"
+        elif given(doc, "in_stock") and (written(doc["in_stock"]) or "").lower() not in stock:
+            reason = "bad in_stock"
+    return fields, reason
+
+
+_READERS = {
+    "user.events": _user_event,
+    "view_events": _view_event,
+    "content_interactions": _interaction,
+    "items": _item,
+}
+
+
+# --- arithmetic ------------------------------------------------------------------------------------
+
+
+def six_places(value: Fraction) -> Decimal:
+    """Rounded to 6 places, half away from zero."""
+    scaled = abs(value) * 1_000_000
+    whole = (scaled.numerator * 2 + scaled.denominator) // (2 * scaled.denominator)
+    return Decimal(-whole if value < 0 else whole).scaleb(-6, Context(prec=60))
+
+
+def ratio(numerator: int, denominator: int) -> Decimal | None:
+    return six_places(Fraction(numerator, denominator)) if denominator else None
+
+
+def day_of(at: int) -> date:
+    return date(1970, 1, 1) + timedelta(days=at // DAY)
+
+
+def level_of(price: Decimal) -> int:
+    return 0 if price < 25 else 1 if price < 100 else 2 if price < 500 else 3
+
+
+def two_to(half_lives: Fraction) -> Decimal:
+    with localcontext(Context(prec=50)):
+        return Decimal(2) ** (Decimal(half_lives.numerator) / Decimal(half_lives.denominator))
+
+
+def half_lives_since_2026(at: int) -> Fraction:
+    # A float holds 2^±1000 safely; what is 80 years off weighs nothing and must not break the view.
+    return max(Fraction(-1000), min(Fraction(1000), Fraction(at - EPOCH_2026, 30 * DAY)))
+
+
+def millis(at: int) -> int:
+    """Milliseconds, half away from zero."""
+    return at // 1000 + (1 if at % 1000 >= 500 else 0) if at >= 0 else -millis(-at)
+
+
+# --- all relations ---------------------------------------------------------------------------------
+
+
+class Oracle:
+    """Every relation over the given messages at the given clock (microseconds)."""
+
+    def __init__(
+        self, messages: Iterable[Message], clock: int, spread: int = 0, erased: Sequence[Erasure] = ()
+    ) -> None:
+        self.messages = list(messages)
+        self.clock = clock
+        self.spread = spread
+        self.erased = {(erasure.kind, erasure.subject): erasure.at for erasure in erased}
+        self.parsed = [parse(message) for message in self.messages]
+        self.duplicates: Counter[str] = Counter()
+        self.suppressed: Counter[str] = Counter()
+        self.shop = self._typed("user.events", "user", "user_id", "event_time")
+        self.watch = self._typed("view_events", "viewer", "viewer_id", "watched_at")
+        self.touch = self._typed("content_interactions", "viewer", "viewer_id", "event_ts")
+
+    def _typed(self, topic: str, kind: str, key: str, time: str) -> list[Row]:
+        valid = [p for p in self.parsed if p.message.topic == topic and p.reason is None]
+        valid.sort(key=lambda p: (p.message.arrived_at, p.message.position))
+        seen: dict[str, Row] = {}
+        for p in valid:
+            at = self.erased.get((kind, str(p.fields[key])))
+            if at is not None and p.fields[time] <= at:
+                self.suppressed[topic] += 1
+            elif p.fields["event_id"] in seen:
+                self.duplicates[topic] += 1
+            else:
+                seen[p.fields["event_id"]] = p.fields
+        return list(seen.values())
+
+    def relations(self) -> dict[str, list[Row]]:
+        """Relation name → its rows."""
+        return {
+            "user_events": self.shop,
+            "view_events": self.watch,
+            "content_interactions": self.touch,
+            "items": self.items(),
+            "rejected_events": self.rejected(),
+            "user_category_profile": self.category_profile(),
+            "user_brand_profile": self.brand_profile(),
+            "user_price_sensitivity": self.price_sensitivity(),
+            "user_recent_activity": self.recent_activity(),
+            "user_category_affinity_decayed": self.decayed(),
+            "user_category_affinity_now": self.affinity_now(),
+            "category_cross_affinity": self.cross_affinity(),
+            "category_cross_affinity_lift": self.lift(),
+            "user_price_tier_drift": self.drift(),
+            "viewer_watch_metrics_1d": self.watch_tiles(),
+            "viewer_genre_metrics_1d": self.genre_tiles(),
+            "viewer_interactions_1d": self.interaction_tiles(),
+            "viewer_engagement_rolling": self.engagement(),
+            "content_interactions_rolling": self.interactions(),
+            "viewer_preferences_rolling": self.preferences(),
+            "ingest_progress": self.progress(),
+            "tile_fingerprints": self.fingerprints(),
+        }
+
+    def items(self) -> list[Row]:
+        valid = [p for p in self.parsed if p.message.topic == "items" and p.reason is None]
+        valid.sort(key=lambda p: (p.message.arrived_at, p.message.position))
+        return list({p.fields["item_id"]: p.fields for p in valid}.values())
+
+    def rejected(self) -> list[Row]:
+        return [
+            {
+                "topic": p.message.topic,
+                "source": p.message.source,
+                "partition": p.message.partition,
+                "offset": p.message.offset,
+                "reason": p.reason,
+                "payload": shown(p.message.data),
+            }
+            for p in self.parsed
+            if p.reason is not None
+        ]
+
+    # preferences
+
+    def _by(self, *names: str) -> dict[tuple[Any, ...], list[Row]]:
+        groups: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
+        for event in self.shop:
+            if all(event[name] is not None for name in names):
+                groups[tuple(event[name] for name in names)].append(event)
+        return groups
+
+    def category_profile(self) -> list[Row]:
+        return [
+            {
+                "user_id": user,
+                "category": category,
+                "affinity_score": sum(WEIGHTS[e["event_type"]] for e in events),
+                "unique_items_interacted": len({e["item_id"] for e in events} - {None}),
+                "last_engaged_at": max(e["event_time"] for e in events),
+            }
+            for (user, category), events in self._by("user_id", "category").items()
+        ]
+
+    def brand_profile(self) -> list[Row]:
+        return [
+            {
+                "user_id": user,
+                "brand": brand,
+                "brand_affinity": sum(WEIGHTS[e["event_type"]] for e in events),
+                "purchase_count": sum(e["event_type"] == "purchase" for e in events),
+                "last_brand_interaction": max(e["event_time"] for e in events),
+            }
+            for (user, brand), events in self._by("user_id", "brand").items()
+        ]
+
+    def price_sensitivity(self) -> list[Row]:
+        groups: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+        for event in self.shop:
+            if event["price"] is not None:
+                groups[event["user_id"], TIERS[level_of(event["price"])]][event["event_type"]] += 1
+        return [
+            {
+                "user_id": user,
+                "price_tier": tier,
+                "views": kinds["view"],
+                "purchases": kinds["purchase"],
+                "conversion_rate": ratio(kinds["purchase"], kinds["view"]),
+            }
+            for (user, tier), kinds in groups.items()
+        ]
+
+    def recent_activity(self) -> list[Row]:
+        groups: dict[tuple[str, str, int], list[int]] = defaultdict(list)
+        for event in self.shop:
+            if event["category"] is not None:
+                start = event["event_time"] // HOUR * HOUR
+                groups[event["user_id"], event["category"], start].append(event["event_time"])
+        return [
+            {
+                "user_id": user,
+                "category": category,
+                "recent_interactions": len(times),
+                "window_start": start,
+                "window_end": start + HOUR,
+                "first_event_at": min(times),
+                "last_event_at": max(times),
+            }
+            for (user, category, start), times in groups.items()
+        ]
+
+    def _decayed_sums(self) -> dict[tuple[Any, ...], Decimal]:
+        with localcontext(Context(prec=50)):
+            return {
+                key: sum(
+                    (
+                        WEIGHTS[e["event_type"]] * two_to(half_lives_since_2026(e["event_time"]))
+                        for e in events
+                    ),
+                    Decimal(0),
+                )
+                for key, events in self._by("user_id", "category").items()
+            }
+
+    def decayed(self) -> list[Row]:
+        latest = {
+            key: max(e["event_time"] for e in rows) for key, rows in self._by("user_id", "category").items()
+        }
+        return [
+            {
+                "user_id": key[0],
+                "category": key[1],
+                "decayed_weight": float(value),
+                "last_engaged_at": latest[key],
+            }
+            for key, value in self._decayed_sums().items()
+        ]
+
+    def affinity_now(self) -> list[Row]:
+        latest = {row["user_id"] + "\n" + row["category"]: row["last_engaged_at"] for row in self.decayed()}
+        with localcontext(Context(prec=50)):
+            now = two_to(half_lives_since_2026(self.clock))
+            return [
+                {
+                    "user_id": user,
+                    "category": category,
+                    "affinity_score": float(value / now),
+                    "last_engaged_at": latest[user + "\n" + category],
+                }
+                for (user, category), value in self._decayed_sums().items()
+            ]
+
+    def _buyers(self) -> dict[str, set[str]]:
+        buyers: dict[str, set[str]] = defaultdict(set)
+        for event in self.shop:
+            if event["event_type"] == "purchase" and event["category"] is not None:
+                buyers[event["category"]].add(event["user_id"])
+        return buyers
+
+    def cross_affinity(self) -> list[Row]:
+        buyers = self._buyers()
+        return [
+            {
+                "category": a,
+                "related_category": b,
+                "pair_buyers": len(buyers[a] & buyers[b]),
+                "buyers": len(buyers[a]),
+                "related_buyers": len(buyers[b]),
+                "confidence": ratio(len(buyers[a] & buyers[b]), len(buyers[a])),
+            }
+            for a in buyers
+            for b in buyers
+            if a != b and buyers[a] & buyers[b]
+        ]
+
+    def lift(self) -> list[Row]:
+        everybody = len({e["user_id"] for e in self.shop if e["event_type"] == "purchase"})
+        return [
+            {
+                **row,
+                "support": ratio(row["pair_buyers"], everybody),
+                "lift": ratio(row["pair_buyers"] * everybody, row["buyers"] * row["related_buyers"]),
+            }
+            for row in self.cross_affinity()
+        ]
+
+    def drift(self) -> list[Row]:
+        recent_from, baseline_from = self.clock - 14 * DAY, self.clock - 104 * DAY
+        sides: dict[str, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
+        for event in self.shop:
+            if event["event_type"] == "view" and event["price"] is not None:
+                if event["event_time"] >= recent_from:
+                    sides[event["user_id"]][1].append(level_of(event["price"]))
+                elif event["event_time"] >= baseline_from:
+                    sides[event["user_id"]][0].append(level_of(event["price"]))
+        rows = []
+        for user, (baseline, recent) in sides.items():
+            before, after = ratio(sum(baseline), len(baseline)), ratio(sum(recent), len(recent))
+            change = None if before is None or after is None else after - before
+            enough = len(baseline) >= 5 and len(recent) >= 5 and change is not None
+            rows.append(
+                {
+                    "user_id": user,
+                    "baseline_tier": _nearest_tier(before),
+                    "recent_tier": _nearest_tier(after),
+                    "baseline_level": before,
+                    "recent_level": after,
+                    "drift": change,
+                    "direction": "none"
+                    if not enough or change is None or abs(change) < Decimal("0.5")
+                    else ("up" if change > 0 else "down"),
+                }
+            )
+        return rows
+
+    # engagement
+
+    def _tiles(self) -> dict[tuple[int, date], list[Row]]:
+        tiles: dict[tuple[int, date], list[Row]] = defaultdict(list)
+        for event in self.watch:
+            tiles[event["viewer_id"], day_of(event["watched_at"])].append(event)
+        return tiles
+
+    def watch_tiles(self) -> list[Row]:
+        rows = []
+        for (viewer, day), events in self._tiles().items():
+            seconds = sum(e["watch_duration_sec"] or 0 for e in events)
+            rows.append(
+                {
+                    "viewer_id": viewer,
+                    "watch_date": day,
+                    "watch_seconds": seconds,
+                    "watch_time_minutes": six_places(Fraction(seconds, 60)),
+                    "views": len(events),
+                    "content_started": len({e["content_id"] for e in events} - {None}),
+                    "completions": _completions(events),
+                    "genres_watched": len({e["genre"] for e in events} - {None}),
+                    "last_event_at": max(e["watched_at"] for e in events),
+                }
+            )
+        return rows
+
+    def genre_tiles(self) -> list[Row]:
+        groups: dict[tuple[int, date, str], list[Row]] = defaultdict(list)
+        for (viewer, day), events in self._tiles().items():
+            for event in events:
+                if event["genre"] is not None:
+                    groups[viewer, day, event["genre"]].append(event)
+        return [
+            {
+                "viewer_id": viewer,
+                "watch_date": day,
+                "genre": genre,
+                "watch_seconds": sum(e["watch_duration_sec"] or 0 for e in events),
+                "views": len(events),
+                "completions": _completions(events),
+                "last_event_at": max(e["watched_at"] for e in events),
+            }
+            for (viewer, day, genre), events in groups.items()
+        ]
+
+    def interaction_tiles(self) -> list[Row]:
+        groups: dict[tuple[int, date], list[Row]] = defaultdict(list)
+        for event in self.touch:
+            groups[event["viewer_id"], day_of(event["event_ts"])].append(event)
+        return [
+            {
+                "viewer_id": viewer,
+                "interaction_date": day,
+                "likes": sum(e["event_type"] == "like" for e in events),
+                "shares": sum(e["event_type"] == "share" for e in events),
+                "searches": sum(e["event_type"] == "search" for e in events),
+                "last_event_at": max(e["event_ts"] for e in events),
+            }
+            for (viewer, day), events in groups.items()
+        ]
+
+    def _window(self, tiles: list[Row], day: str, days: int) -> dict[int, list[Row]]:
+        inside: dict[int, list[Row]] = defaultdict(list)
+        for tile in tiles:
+            late = abs(tile["viewer_id"]) % self.spread * SECOND if self.spread else 0
+            if tile[day] >= day_of(self.clock - late) - timedelta(days=days):
+                inside[tile["viewer_id"]].append(tile)
+        return inside
+
+    def engagement(self) -> list[Row]:
+        tiles = self.watch_tiles()
+        short = self._window(tiles, "watch_date", 7)
+        return [
+            {
+                "viewer_id": viewer,
+                "domain_key": "engagement#watch",
+                "watch_minutes_7d": six_places(Fraction(_total(short.get(viewer, []), "watch_seconds"), 60)),
+                "watch_minutes_28d": six_places(Fraction(_total(days, "watch_seconds"), 60)),
+                "titles_7d": _total(short.get(viewer, []), "content_started"),
+                "completions_28d": _total(days, "completions"),
+                "genres_watched_28d": _total(days, "genres_watched"),
+                "last_event_at": millis(max(t["last_event_at"] for t in days)),
+            }
+            for viewer, days in self._window(tiles, "watch_date", 28).items()
+        ]
+
+    def interactions(self) -> list[Row]:
+        return [
+            {
+                "viewer_id": viewer,
+                "domain_key": "engagement#interactions",
+                "likes_28d": _total(days, "likes"),
+                "shares_28d": _total(days, "shares"),
+                "searches_28d": _total(days, "searches"),
+                "last_event_at": millis(max(t["last_event_at"] for t in days)),
+            }
+            for viewer, days in self._window(self.interaction_tiles(), "interaction_date", 28).items()
+        ]
+
+    def preferences(self) -> list[Row]:
+        rows = []
+        for viewer, tiles in self._window(self.genre_tiles(), "watch_date", 28).items():
+            seconds: Counter[str] = Counter()
+            for tile in tiles:
+                seconds[tile["genre"]] += tile["watch_seconds"]
+            total, views = sum(seconds.values()), _total(tiles, "views")
+            top = sorted(seconds, key=lambda genre: (-seconds[genre], genre))[:5]
+            rows.append(
+                {
+                    "viewer_id": viewer,
+                    "domain_key": "engagement#preferences",
+                    "favorite_genre": top[0],
+                    "favorite_genres": top,
+                    "favorite_genre_shares": [ratio(seconds[g], total) or Decimal(0) for g in top],
+                    "completion_rate_28d": ratio(_total(tiles, "completions"), views),
+                    "minutes_per_view_28d": ratio(total, 60 * views),
+                    "last_event_at": millis(max(t["last_event_at"] for t in tiles)),
+                }
+            )
+        return rows
+
+    # operations
+
+    def progress(self) -> list[Row]:
+        groups: dict[tuple[str, str, int], list[Message]] = defaultdict(list)
+        for message in self.messages:
+            groups[message.topic, message.source, message.partition].append(message)
+        return [
+            {
+                "topic": topic,
+                "source": source,
+                "source_partition": partition,
+                "last_offset": max(m.offset for m in messages),
+                "messages": len(messages),
+                "last_kafka_timestamp": max(
+                    (m.kafka_timestamp for m in messages if m.kafka_timestamp is not None), default=None
+                ),
+                "last_arrived_at": max(m.arrived_at for m in messages),
+            }
+            for (topic, source, partition), messages in groups.items()
+        ]
+
+    def fingerprints(self) -> list[Row]:
+        """Without content_hash, whose value is the implementation's own."""
+        rows = []
+        for name, day, metrics, tiles in (
+            ("viewer_watch_metrics_1d", "watch_date", ("watch_seconds",), self.watch_tiles()),
+            ("viewer_genre_metrics_1d", "watch_date", ("watch_seconds",), self.genre_tiles()),
+            (
+                "viewer_interactions_1d",
+                "interaction_date",
+                ("likes", "shares", "searches"),
+                self.interaction_tiles(),
+            ),
+        ):
+            groups: dict[date, list[Row]] = defaultdict(list)
+            for tile in tiles:
+                if tile["viewer_id"] >= 0:
+                    groups[tile[day]].append(tile)
+            rows += [
+                {
+                    "tile": name,
+                    "tile_date": tile_date,
+                    "row_count": len(members),
+                    "metric_total": sum(member[metric] for member in members for metric in metrics),
+                    "last_event_at": max(member["last_event_at"] for member in members),
+                }
+                for tile_date, members in groups.items()
+            ]
+        return rows
+
+
+def _nearest_tier(level: Decimal | None) -> str | None:
+    return None if level is None else TIERS[int(level.quantize(Decimal(1), ROUND_HALF_UP))]
+
+
+def _completions(events: list[Row]) -> int:
+    return sum(e["completion_pct"] is not None and e["completion_pct"] >= Decimal("0.9") for e in events)
+
+
+def _total(rows: list[Row], name: str) -> int:
+    return sum(row[name] for row in rows)

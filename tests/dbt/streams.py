@@ -1,0 +1,196 @@
+"""Random streams of messages, good and nasty, around one fixed moment."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+from hypothesis import strategies as st
+from oracle import DAY, HOUR, SECOND, TOPICS, Message, micros
+
+NOW = micros(datetime(2026, 3, 15, 12, 30, tzinfo=UTC))
+MIDNIGHT = NOW // DAY * DAY
+
+# Moments where something changes: midnights, ends of windows, hours, the future, other centuries.
+_edges = [
+    *(MIDNIGHT - days * DAY + by for days in (0, 1, 7, 8, 14, 28, 29, 104) for by in (-1, 0, 1, 5 * HOUR)),
+    *(NOW - days * DAY + by for days in (0, 14, 104) for by in (-1, 0, 1)),
+    NOW + DAY - SECOND,
+    NOW + DAY,
+    NOW + DAY + 1,
+    micros(datetime(1970, 1, 1, tzinfo=UTC)),
+    micros(datetime(1001, 2, 3, tzinfo=UTC)),
+    micros(datetime(2024, 2, 29, 23, 59, 59, 999_999, tzinfo=UTC)),
+]
+moments = st.one_of(
+    st.sampled_from(_edges), st.integers(NOW - 40 * DAY, NOW), st.integers(NOW - 120 * DAY, NOW)
+)
+
+
+@st.composite
+def spelled(draw: st.DrawFn) -> Any:
+    """A moment as producers write it."""
+    at = draw(moments)
+    style = draw(st.integers(0, 7))
+    if style == 0 and at >= 0:
+        whole = at // 1000
+        return draw(st.sampled_from([whole, str(whole)]))
+    when = datetime.fromtimestamp(at // SECOND, UTC).replace(microsecond=at % SECOND)
+    separator = draw(st.sampled_from(["T", " "]))
+    if style == 1:
+        return when.strftime(f"%Y-%m-%d{separator}%H:%M") + draw(st.sampled_from(["", "Z", "+00"]))
+    text = when.isoformat(separator).removesuffix("+00:00")
+    if style == 2 and at % SECOND:
+        text = text.rstrip("0")
+    if style == 3:
+        offset = draw(st.sampled_from(["+05:30", "-0800", "+15:59", "-03", " +01:00"]))
+        return text + offset
+    return text + draw(st.sampled_from(["", "Z", " UTC", "+00:00", " Z"]))
+
+
+bad_moments = st.sampled_from([
+    "2026-02-30T10:00:00Z", "2026-13-01 00:00:00", "2026-03-01T24:00:00Z", "2026-03-01T10:60:00", "yesterday", "now",
+    "2026-03-01T10:00:00+16:00", "0000-01-01 00:00:00", "2026-03-01", "infinity", "-1", "1e12", "9" * 15, "9" * 20,
+    "2026-03-01T10:00:00Z\n", "2026-03-01T10:00:00,5Z", "2026-03-01t10:00:00z", " ", "", None, True, [], {},
+    "2026-03-01T10:00:00 Europe/Berlin", "٢٠٢٦-03-01T10:00:00Z", 1773500000000.5,
+])  # fmt: skip
+times = st.one_of(spelled(), spelled(), spelled(), spelled(), bad_moments)
+
+odd = st.sampled_from([None, "", " ", True, False, [], {}, [1], {"a": 1}, "\t", "x y", " padded ", 0, -0.0])
+event_ids = st.one_of(st.integers(0, 25).map(lambda n: f"e{n}"), st.integers(0, 99), odd)
+users = st.one_of(st.sampled_from(["u1", "u2", "u3", "ü4", "canary:1"]), st.integers(1, 2), odd)
+viewers = st.one_of(
+    st.integers(-2, 3),
+    st.integers(-2, 3),
+    st.sampled_from([
+        "1", "2.0", " 3", 2.0, 1.5, "1e3", 10**18, 2**63 - 1, -(2**63), 2**63, 10**25, "-0", "+1", "0x1", 86_400, 3_599,
+    ]),
+    odd,
+)  # fmt: skip
+seconds = st.one_of(
+    st.sampled_from([0, 1, 7, 60, 61, 100]),
+    st.integers(0, 7200),
+    st.sampled_from([-1, 2**31 - 1, 2**31, "30", "30.0", "30.5", 1e2, "1e2"]),
+    odd,
+)
+completions = st.one_of(
+    st.sampled_from([0.9, "0.9", 0.899999999, "0.90", "9e-1", 0.9000001, 1, 1.0, 0, "1e0", 0.5]),
+    st.sampled_from([-0.1, 1.0000001, "90%", "NaN", "1e-9", 2, "-0"]),
+    odd,
+)
+prices = st.one_of(
+    st.sampled_from([0, 24.99, 25, "25.00", 99.999, 100, "100", 499.99, 500, "2.5e1", 1234567.89]),
+    st.sampled_from([-0.01, "-1", "free", "1,50", "1e99", "1" * 16, ".5", "5.", "-0.00", "1e-99"]),
+    odd,
+)
+names = st.one_of(st.sampled_from(["A", "a", "B", "Ä", "drama", "Drama", "sci|fi", "a,b", "42"]), st.integers(1, 2), odd)
+stock = st.one_of(
+    st.booleans(), st.sampled_from(["true", "FALSE", "1", 0, 1, "yes", 1.5, " true", None, "", [], "True"])
+)
+
+_fields = {
+    "user.events": {
+        "event_id": event_ids,
+        "user_id": users,
+        "item_id": st.one_of(st.integers(1, 4), names),
+        "event_type": st.one_of(
+            st.sampled_from(["view", "view", "wishlist", "add_to_cart", "purchase", "purchase"]),
+            st.sampled_from(["cart", "View", " view "]),
+            odd,
+        ),
+        "category": names,
+        "brand": names,
+        "price": prices,
+        "session_id": names,
+        "event_time": times,
+    },
+    "view_events": {
+        "event_id": event_ids,
+        "viewer_id": viewers,
+        "content_id": names,
+        "genre": names,
+        "watch_duration_sec": seconds,
+        "completion_pct": completions,
+        "watched_at": times,
+    },
+    "content_interactions": {
+        "event_id": event_ids,
+        "viewer_id": viewers,
+        "event_type": st.one_of(st.sampled_from(["like", "share", "search", "like"]), st.just("dislike"), odd),
+        "event_ts": times,
+    },
+    "items": {
+        "item_id": st.one_of(st.integers(1, 4), names),
+        "title": names,
+        "category": names,
+        "brand": names,
+        "price": prices,
+        "in_stock": stock,
+    },
+}
+
+garbage = st.one_of(
+    st.sampled_from([
+        b"", b" ", b"{", b"null", b"true", b"42", b'"text"', b"[]", b"[{}]", b"{}", b"\xff\xfe", b'{"event_id":"\xc3("}',
+        b'{"event_id":"a\\u0000b"}', b'{"event_id":"\\ud800"}', b"\x00", b"{\"a\":1}\x00", b"NaN", b'{"price":NaN}',
+        b"{'event_id':1}", b'\xef\xbb\xbf{"event_id":"bom"}', b"a\\b\x00\xff", b'{"event_id":01}', b'{"a":1,}',
+    ]),
+    st.binary(max_size=12),
+)  # fmt: skip
+
+
+@st.composite
+def bodies(draw: st.DrawFn, topic: str) -> bytes:
+    """The bytes of one message."""
+    if draw(st.integers(0, 9)) == 0:
+        return draw(garbage)
+    # Mostly good values: with every field drawn freely hardly a message would be valid.
+    document = dict(_good[topic])
+    for name, values in _fields[topic].items():
+        roll = draw(st.integers(0, 11))
+        if roll == 0:
+            document.pop(name)
+        elif roll > 3 or name in _varied:
+            document[name] = draw(values)
+    ascii_only = draw(st.booleans())
+    return json.dumps(document, ensure_ascii=ascii_only).encode()
+
+
+_varied = {"event_id", "viewer_id", "watched_at", "event_ts", "event_time", "item_id", "user_id"}
+_good: dict[str, dict[str, Any]] = {
+    "user.events": {
+        "event_id": "g1", "user_id": "u1", "item_id": "i1", "event_type": "purchase", "category": "A", "brand": "B",
+        "price": 25, "session_id": "s", "event_time": "2026-03-14T00:00:00Z",
+    },
+    "view_events": {
+        "event_id": "g1", "viewer_id": 1, "content_id": "c1", "genre": "drama", "watch_duration_sec": 60,
+        "completion_pct": 0.9, "watched_at": "2026-03-14T00:00:00Z",
+    },
+    "content_interactions": {
+        "event_id": "g1", "viewer_id": 1, "event_type": "like", "event_ts": "2026-03-14T00:00:00Z",
+    },
+    "items": {"item_id": "i1", "title": "t", "category": "A", "brand": "B", "price": 25, "in_stock": True},
+}  # fmt: skip
+
+
+@st.composite
+def messages(draw: st.DrawFn, max_size: int = 50) -> list[Message]:
+    """A stream over all topics: two sources, two partitions, arrivals with ties and out of order."""
+    made: list[Message] = []
+    for place in range(draw(st.integers(0, max_size))):
+        topic = draw(st.sampled_from(TOPICS))
+        repeated = [m.data for m in made if m.topic == topic]
+        again = repeated and draw(st.integers(0, 5)) == 0
+        made.append(
+            Message(
+                topic=topic,
+                source=draw(st.sampled_from(["file:a#1", "kafka:B"])),
+                partition=draw(st.integers(0, 1)),
+                offset=place,
+                data=draw(st.sampled_from(repeated)) if again else draw(bodies(topic)),
+                kafka_timestamp=draw(st.sampled_from([None, NOW, NOW - DAY, NOW - 1])),
+                arrived_at=NOW - draw(st.sampled_from([0, 1, SECOND, HOUR])),
+            )
+        )
+    return made

@@ -1,0 +1,232 @@
+"""Every relation equals the oracle, on random streams, as time passes, and on real shop events."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+from conftest import assert_all_ok
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from oracle import DAY, HOUR, SECOND, Erasure, Message, Oracle
+from psycopg import sql
+from relations import differences, insert_events, instant, materialized_views, refresh, replace_events
+from streams import MIDNIGHT, NOW, messages
+
+from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.dbt import Dbt
+
+SAMPLE = Path(__file__).resolve().parents[3] / "shared" / "data" / "rees46-2019-10-sample.csv"
+SPREAD = 7_200
+ROLLING = ["viewer_engagement_rolling", "content_interactions_rolling", "viewer_preferences_rolling"]
+DbtOn = Callable[..., Dbt]
+
+quick = settings(
+    deadline=None,
+    max_examples=60,
+    suppress_health_check=[
+        HealthCheck.function_scoped_fixture,
+        HealthCheck.too_slow,
+        HealthCheck.data_too_large,
+        HealthCheck.large_base_example,
+    ],
+)
+
+
+@pytest.fixture
+def session(deployed: EngineConnection) -> Iterator[psycopg.Connection]:
+    with deployed.connect() as connection:
+        # Nothing here must survive a crash of the machine.
+        connection.execute("set synchronous_commit to off")
+        yield connection
+
+
+@pytest.fixture
+def order(deployed: EngineConnection, dbt_on: DbtOn) -> list[str]:
+    return materialized_views(dbt_on(deployed).manifest())
+
+
+def set_clock(connection: psycopg.Connection, clock: int) -> None:
+    connection.execute("select set_config('prefs.clock', %s, false)", (instant(clock).isoformat(),))
+
+
+def books_balance(connection: psycopg.Connection, oracle: Oracle) -> None:
+    """raw = typed + rejected + duplicates + suppressed, with the engine's own counts on the left."""
+    for topic, raw, typed in (
+        ("user.events", "raw_user_events", "user_events"),
+        ("view_events", "raw_view_events", "view_events"),
+        ("content_interactions", "raw_content_interactions", "content_interactions"),
+    ):
+        row = connection.execute(
+            sql.SQL(
+                "select (select count(*) from {}), (select count(*) from {}),"
+                " (select count(*) from rejected_events where topic = %s)"
+            ).format(sql.Identifier(raw), sql.Identifier(typed)),
+            (topic,),
+        ).fetchone()
+        assert row is not None
+        assert row[0] == row[1] + row[2] + oracle.duplicates[topic] + oracle.suppressed[topic]
+
+
+@quick
+@given(stream=messages())
+def test_random_streams(session: psycopg.Connection, order: list[str], stream: list[Message]) -> None:
+    replace_events(session, stream)
+    set_clock(session, NOW)
+    refresh(session, order)
+    oracle = Oracle(stream, NOW)
+    assert differences(session, oracle) == {}
+    books_balance(session, oracle)
+
+
+@settings(quick, max_examples=15)
+@given(
+    stream=messages(max_size=40),
+    later=st.lists(
+        st.sampled_from([1, 11 * HOUR + 30 * 60 * SECOND, 7 * DAY, 8 * DAY, 14 * DAY, 28 * DAY, 29 * DAY, 105 * DAY]),
+        min_size=1, max_size=3,
+    ),
+)  # fmt: skip
+def test_time_passes_without_an_event(
+    session: psycopg.Connection, order: list[str], stream: list[Message], later: list[int]
+) -> None:
+    replace_events(session, stream)
+    for clock in [NOW, *(NOW + wait for wait in sorted(later))]:
+        set_clock(session, clock)
+        refresh(session, order)
+        assert differences(session, Oracle(stream, clock)) == {}
+
+
+@settings(quick, max_examples=20)
+@given(
+    stream=messages(max_size=40),
+    erased=st.dictionaries(
+        st.sampled_from([("viewer", "1"), ("viewer", "-1"), ("viewer", "u1"), ("user", "u1"), ("user", "1")]),
+        st.integers(NOW - 30 * DAY, NOW),
+        max_size=4,
+    ),
+)
+def test_erased_subjects_stay_out(
+    session: psycopg.Connection,
+    order: list[str],
+    stream: list[Message],
+    erased: dict[tuple[str, str], int],
+) -> None:
+    erasures = [Erasure(kind, subject, at) for (kind, subject), at in erased.items()]
+    replace_events(session, stream, erasures)
+    set_clock(session, NOW)
+    refresh(session, order)
+    oracle = Oracle(stream, NOW, erased=erasures)
+    assert differences(session, oracle) == {}
+    books_balance(session, oracle)
+
+
+def test_spread_rolls_viewers_over_one_after_another(deployed: EngineConnection, dbt_on: DbtOn) -> None:
+    """With a spread, each viewer's day begins abs(viewer_id) mod spread seconds after midnight."""
+    spread = dbt_on(deployed, environment={"PREFS_EXPIRY_SPREAD_SECONDS": str(SPREAD)})
+    viewers = [0, 1, -1, 3_600, 7_199, -7_199, 7_200, 2**63 - 1, -(2**63)]
+    stream = [watch(index, viewer, MIDNIGHT - 28 * DAY) for index, viewer in enumerate(viewers)]
+    stream += [touch(index, viewer, MIDNIGHT - 28 * DAY) for index, viewer in enumerate(viewers)]
+    with deployed.connect() as connection:
+        insert_events(connection, stream)
+    assert_all_ok(spread.run("run"))
+    order = materialized_views(spread.manifest())
+    sizes = []
+    with deployed.connect() as connection:
+        for after in (-1, 0, 1, 2, 3_599, 3_600, 3_601, 7_199, 7_200):
+            clock = MIDNIGHT + DAY + after * SECOND
+            set_clock(connection, clock)
+            refresh(connection, order)
+            assert differences(connection, Oracle(stream, clock, SPREAD)) == {}
+            found = connection.execute("select count(*) from viewer_engagement_rolling").fetchone()
+            assert found is not None
+            sizes.append(found[0])
+    assert sizes[0] == len(viewers)
+    assert sizes[-1] == 0
+    assert len(set(sizes)) > 4
+
+
+def test_the_clock_of_the_database_moves_a_dbt_run(deployed: EngineConnection, dbt_on: DbtOn) -> None:
+    """What `dbt run` refreshes is as of the clock: values fall and rows leave with no new event."""
+    stream = [watch(1, 7, MIDNIGHT - 8 * DAY), watch(2, 7, MIDNIGHT), watch(3, 8, MIDNIGHT - 28 * DAY)]
+    with deployed.connect() as connection:
+        insert_events(connection, stream)
+    seen = []
+    for clock in (NOW, NOW + 8 * DAY, NOW + 29 * DAY):
+        with deployed.connect() as connection:
+            connection.execute(
+                sql.SQL("alter database {} set prefs.clock = {}").format(
+                    sql.Identifier(deployed.database), sql.Literal(instant(clock).isoformat())
+                )
+            )
+        assert_all_ok(dbt_on(deployed).run("run"))
+        with deployed.connect() as connection:
+            assert differences(connection, Oracle(stream, clock)) == {}
+            seen.append(
+                connection.execute(
+                    "select viewer_id, watch_minutes_7d, watch_minutes_28d from viewer_engagement_rolling order by 1"
+                ).fetchall()
+            )
+    assert [[(row[0], int(row[1]), int(row[2])) for row in rows] for rows in seen] == [
+        [(7, 1, 2), (8, 0, 1)],
+        [(7, 0, 2)],
+        [],
+    ] or pytest.fail(f"unexpected windows: {seen}")
+
+
+def test_fingerprint_sees_any_change_and_no_order(session: psycopg.Connection, order: list[str]) -> None:
+    """The same rows in another order of arrival give the same hash; one second more gives another."""
+    stream = [watch(n, n % 3, MIDNIGHT + n * SECOND) for n in range(12)]
+    backwards = [
+        Message(m.topic, m.source, m.partition, 100 - m.offset, m.data, m.kafka_timestamp, m.arrived_at - m.offset)
+        for m in reversed(stream)
+    ]
+    changed = [*stream[:-1], watch(11, 11 % 3, MIDNIGHT + 11 * SECOND, seconds=61)]
+    hashes = []
+    for version in (stream, backwards, changed):
+        replace_events(session, version)
+        refresh(session, order)
+        hashes.append(
+            session.execute(
+                "select content_hash from tile_fingerprints where tile = 'viewer_watch_metrics_1d'"
+            ).fetchall()
+        )
+    assert hashes[0] == hashes[1]
+    assert hashes[0] != hashes[2]
+
+
+@pytest.mark.skipif(not SAMPLE.exists(), reason=f"the REES46 sample is not at {SAMPLE.name} in shared/data")
+def test_real_shop_events(session: psycopg.Connection, deployed: EngineConnection, order: list[str]) -> None:
+    """The public sample, through the product's own reader of files."""
+    ingest = pytest.importorskip("dagster_prefs.events.ingest")
+    ingest.ingest_file(deployed, SAMPLE, topic="user.events")
+    rows = session.execute(
+        "select source, source_partition, source_offset, data,"
+        " (extract(epoch from arrived_at) * 1000000)::bigint from raw_user_events"
+    ).fetchall()
+    stream = [Message("user.events", *row[:3], bytes(row[3]), None, row[4]) for row in rows]
+    assert len(stream) == 1_000
+    clock = max(m.arrived_at for m in stream)
+    set_clock(session, clock)
+    refresh(session, order)
+    oracle = Oracle(stream, clock)
+    assert len(oracle.shop) > 900
+    assert differences(session, oracle) == {}
+
+
+def watch(number: int, viewer: int, at: int, seconds: int = 60) -> Message:
+    """A valid view event."""
+    body = {
+        "event_id": f"w{number}", "viewer_id": viewer, "content_id": f"c{number}", "genre": "drama",
+        "watch_duration_sec": seconds, "completion_pct": 1, "watched_at": instant(at).isoformat(),
+    }  # fmt: skip
+    return Message("view_events", "test", 0, number, json.dumps(body).encode(), None, NOW)
+
+
+def touch(number: int, viewer: int, at: int) -> Message:
+    """A valid interaction."""
+    body = {"event_id": f"t{number}", "viewer_id": viewer, "event_type": "like", "event_ts": instant(at).isoformat()}
+    return Message("content_interactions", "test", 0, number, json.dumps(body).encode(), None, NOW)
