@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import psycopg
 
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.errors import PrefsError
-from dagster_prefs.freshness.levels import Level, Measure, Stage, Unmeasurable, judge
+from dagster_prefs.freshness.levels import Level, Measure, Stage, Unmeasurable, judge, worst
 from dagster_prefs.freshness.online import OnlineLag, online_lag
 from dagster_prefs.freshness.views import RELATIONS, Typed, View, ViewLag, view_lag
 from dagster_prefs.online.contract import Contract, Domain, Freshness
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
     from pyiceberg.catalog import Catalog
 
+    from dagster_prefs.freshness.ingestion import IngestionLag, State
     from dagster_prefs.offline.tables import TileTable
 
 # A refresh that takes longer than this excuses nothing.
@@ -242,3 +244,100 @@ def refresh_running(connection: psycopg.Connection[Any], engine: EngineConnectio
         [REFRESH_PATIENCE_SECONDS],
     ).fetchone()
     return bool(row and row[0])
+
+
+def measure_ingestion(
+    engine: EngineConnection,
+    contract: Contract,
+    bootstrap: str | None,
+    *,
+    now: datetime,
+    start: Literal["earliest", "latest"] = "earliest",
+    kafka_topics: Mapping[str, str] | None = None,
+    timeout_seconds: float = 10.0,
+    client: Mapping[str, str] | None = None,
+) -> list[Measure]:
+    """Ingestion lag of each topic of the contract; `kafka_topics` gives names in Kafka that differ.
+
+    Without brokers (`bootstrap` None) every measure is `skipped` and says so. Never raises for brokers or an
+    engine that do not answer: those measures are `unknown`.
+    """
+    from confluent_kafka import KafkaException
+
+    from dagster_prefs.freshness.ingestion import Broker, ingestion_lag
+
+    topics = list(contract.freshness.topics)
+    if bootstrap is None:
+        reason = "no Kafka is configured: set PREFS_KAFKA_BOOTSTRAP to measure ingestion lag"
+        return [Measure("ingestion", topic, "skipped", reason) for topic in topics]
+    names = kafka_topics or {}
+    try:
+        with (
+            engine.connect() as connection,
+            Broker(bootstrap, timeout_seconds=timeout_seconds, client=client) as broker,
+        ):
+            measures = []
+            for topic in topics:
+                try:
+                    lag = ingestion_lag(
+                        connection,
+                        engine,
+                        broker,
+                        topic,
+                        now=now,
+                        kafka_topic=names.get(topic),
+                        start=start,
+                    )
+                except Unmeasurable as error:
+                    measures += unknown("ingestion", [topic], error)
+                    continue
+                measures.append(_ingestion_measure(lag, contract.freshness.topics[topic]))
+            return measures
+    except (PrefsError, psycopg.Error, KafkaException) as error:
+        return unknown("ingestion", topics, error)
+
+
+def _ingestion_measure(lag: IngestionLag, thresholds: Freshness) -> Measure:
+    age = lag.lag_seconds
+    levels: list[Level] = []
+    reasons = []
+    if lag.messages:
+        levels.append("unknown" if age is None else judge(age, thresholds))
+        since = "for an unknown time" if age is None else f"for {age:.1f} s"
+        reasons.append(f"{lag.messages} messages in Kafka are not ingested, {since}")
+    remedies: tuple[tuple[State, Level, str], ...] = (
+        (
+            "recreated",
+            "error",
+            "end before what the engine has read of them: the topic was made anew; give the new one another "
+            "name, or delete the old messages' rows",
+        ),
+        (
+            "lost",
+            "error",
+            "lost messages that the brokers deleted before the engine read them: lengthen the topic's "
+            "retention and ingest the missing ones from their files",
+        ),
+        (
+            "unknown",
+            "unknown",
+            "hold messages of which none was ingested, and PREFS_KAFKA_START=latest does not tell whether "
+            "any should have been: see that the ingestion runs",
+        ),
+    )
+    for state, level, what in remedies:
+        if partitions := lag.in_state(state):
+            levels.append(level)
+            reasons.append(f"partitions {', '.join(map(str, partitions))} {what}")
+    columns = ("partition", "low", "high", "last_offset", "messages", "lag_seconds", "state")
+    table = [{name: getattr(partition, name) for name in columns} for partition in lag.partitions]
+    return Measure(
+        "ingestion",
+        lag.topic,
+        worst(levels),
+        "; ".join(reasons) or "every message in Kafka is ingested",
+        age,
+        thresholds,
+        {"messages_behind": lag.messages, "partitions": len(lag.partitions)},
+        {"kafka_topic": lag.kafka_topic, "by_partition": json.dumps(table)},
+    )

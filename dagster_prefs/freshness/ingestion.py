@@ -1,0 +1,263 @@
+"""How far the engine has read each Kafka partition, against what the brokers hold."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal, Self
+
+import psycopg
+from confluent_kafka import TIMESTAMP_NOT_AVAILABLE, Consumer, KafkaError, KafkaException, TopicPartition
+from psycopg import sql
+
+from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.events.formats import find_topic
+from dagster_prefs.freshness.levels import Unmeasurable
+
+State = Literal["current", "behind", "lost", "recreated", "unknown"]
+
+BROKER_TIMEOUT_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class PartitionLag:
+    """One partition: the broker holds offsets `low` to below `high`, the engine has read up to `last_offset`.
+
+    `messages` are those the engine has not read yet, `lag_seconds` the age of the first of them by its Kafka
+    timestamp (0 when there is none, None where it has no timestamp). `state`: `lost` when the broker deleted
+    messages before the engine read them, `recreated` when the engine is ahead of the topic, `unknown` when
+    the engine was told to start at the end and has read nothing.
+    """
+
+    partition: int
+    low: int
+    high: int
+    last_offset: int | None
+    messages: int
+    lag_seconds: float | None
+    state: State
+
+
+@dataclass(frozen=True)
+class IngestionLag:
+    """All partitions of one topic, in order."""
+
+    topic: str
+    kafka_topic: str
+    partitions: tuple[PartitionLag, ...]
+
+    @property
+    def messages(self) -> int:
+        """Messages that the engine has not read yet."""
+        return sum(partition.messages for partition in self.partitions)
+
+    @property
+    def lag_seconds(self) -> float | None:
+        """Age of the oldest of them; 0 for none, None where no age is known."""
+        if not self.messages:
+            return 0.0
+        ages = [partition.lag_seconds for partition in self.partitions if partition.messages]
+        known = [age for age in ages if age is not None]
+        return max(known) if known else None
+
+    def in_state(self, state: State) -> list[int]:
+        """The partitions in that state."""
+        return [partition.partition for partition in self.partitions if partition.state == state]
+
+
+class Broker:
+    """Reads positions and single messages from Kafka, in no consumer group's name; a context manager.
+
+    `client` adds librdkafka properties, e.g. for TLS. Every method raises Unmeasurable when the brokers do
+    not answer within `timeout_seconds`.
+    """
+
+    def __init__(
+        self,
+        bootstrap: str,
+        *,
+        timeout_seconds: float = BROKER_TIMEOUT_SECONDS,
+        client: Mapping[str, str] | None = None,
+    ) -> None:
+        self._bootstrap = bootstrap
+        self._timeout = timeout_seconds
+        self._consumer: Any = Consumer(
+            {
+                **(client or {}),
+                "bootstrap.servers": bootstrap,
+                # librdkafka wants a group; nothing is ever committed to it.
+                "group.id": "dagster-prefs-freshness",
+                "enable.auto.commit": False,
+                "enable.partition.eof": True,
+                "allow.auto.create.topics": False,
+                "log_level": 0,
+            }
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._consumer.close()
+
+    def watermarks(self, kafka_topic: str) -> dict[int, tuple[int, int]]:
+        """Partition → its first offset and the one after its last."""
+        try:
+            found = self._consumer.list_topics(kafka_topic, timeout=self._timeout).topics.get(kafka_topic)
+            if found is None or found.error is not None or not found.partitions:
+                raise Unmeasurable(
+                    f"Kafka at {self._bootstrap} has no topic {kafka_topic}: create it, or set the name "
+                    "it has there"
+                )
+            return {
+                partition: self._consumer.get_watermark_offsets(
+                    TopicPartition(kafka_topic, partition), timeout=self._timeout
+                )
+                for partition in sorted(found.partitions)
+            }
+        except KafkaException as error:
+            raise self._silent(kafka_topic, error.args[0]) from None
+
+    def first_messages(self, kafka_topic: str, positions: Mapping[int, int]) -> dict[int, datetime | None]:
+        """Partition → Kafka time of its first message with a value from a position on; absent where none is.
+
+        A position may be followed only by tombstones or control records, which no raw table ever holds.
+        """
+        found: dict[int, datetime | None] = {}
+        if not positions:
+            return found
+        try:
+            self._consumer.assign(
+                [TopicPartition(kafka_topic, partition, offset) for partition, offset in positions.items()]
+            )
+            open_partitions = set(positions)
+            deadline = time.monotonic() + self._timeout
+            while open_partitions:
+                if time.monotonic() >= deadline:
+                    raise Unmeasurable(
+                        f"Kafka at {self._bootstrap} sent nothing of topic {kafka_topic} within "
+                        f"{self._timeout:g} s: check the brokers"
+                    )
+                for message in self._consumer.consume(num_messages=len(open_partitions), timeout=0.2):
+                    partition = message.partition()
+                    if message.error() is not None:
+                        if message.error().code() != KafkaError._PARTITION_EOF:
+                            raise self._silent(kafka_topic, message.error())
+                    elif message.value() is None:
+                        continue
+                    else:
+                        kind, milliseconds = message.timestamp()
+                        found.setdefault(
+                            partition,
+                            None
+                            if kind == TIMESTAMP_NOT_AVAILABLE
+                            else datetime.fromtimestamp(milliseconds / 1000, UTC),
+                        )
+                    if partition in open_partitions:
+                        open_partitions.discard(partition)
+                        self._consumer.incremental_unassign([TopicPartition(kafka_topic, partition)])
+        except KafkaException as error:
+            raise self._silent(kafka_topic, error.args[0]) from None
+        finally:
+            self._consumer.unassign()
+        return found
+
+    def _silent(self, kafka_topic: str, error: Any) -> Unmeasurable:
+        return Unmeasurable(
+            f"Kafka at {self._bootstrap} does not serve topic {kafka_topic} ({error.str()}): check "
+            "PREFS_KAFKA_BOOTSTRAP and that the brokers run"
+        )
+
+
+def ingestion_lag(
+    connection: psycopg.Connection[Any],
+    engine: EngineConnection,
+    broker: Broker,
+    topic: str,
+    *,
+    now: datetime,
+    kafka_topic: str | None = None,
+    start: Literal["earliest", "latest"] = "earliest",
+) -> IngestionLag:
+    """How far the engine is behind each partition of one topic; `now` is UTC.
+
+    `kafka_topic` is the topic's name in Kafka where it differs; `start` is where the engine was told to
+    begin, which decides what a partition it never read still owes.
+
+    Raises Unmeasurable when brokers or engine do not answer, or the topic or the raw table does not exist.
+    """
+    name = kafka_topic or topic
+    marks = broker.watermarks(name)
+    read = _last_offsets(connection, engine, topic, name, list(marks))
+    states: dict[int, State] = {}
+    owed: dict[int, int] = {}
+    for partition, (low, high) in marks.items():
+        last = read.get(partition)
+        states[partition] = "current"
+        if last is not None and last >= high:
+            states[partition] = "recreated"
+        elif last is None and start == "latest":
+            states[partition] = "unknown" if high > low else "current"
+        elif last is not None and last + 1 < low:
+            states[partition] = "lost"
+            if high > low:
+                owed[partition] = low
+        elif (position := low if last is None else last + 1) < high:
+            owed[partition] = position
+    firsts = broker.first_messages(name, owed)
+    partitions = []
+    for partition, (low, high) in marks.items():
+        behind = partition in firsts
+        if behind and states[partition] == "current":
+            states[partition] = "behind"
+        first = firsts.get(partition)
+        age = None if first is None else max(0.0, (now - first).total_seconds())
+        partitions.append(
+            PartitionLag(
+                partition,
+                low,
+                high,
+                read.get(partition),
+                messages=high - owed[partition] if behind else 0,
+                lag_seconds=age if behind else 0.0,
+                state=states[partition],
+            )
+        )
+    return IngestionLag(topic, name, tuple(partitions))
+
+
+def _last_offsets(
+    connection: psycopg.Connection[Any],
+    engine: EngineConnection,
+    topic: str,
+    kafka_topic: str,
+    partitions: list[int],
+) -> dict[int, int]:
+    source = f"kafka:{kafka_topic}"
+    raw = find_topic(topic).raw_table
+    try:
+        if engine.kind == "risingwave":
+            rows = connection.execute(
+                sql.SQL(
+                    "select source_partition, last_offset from {} where topic = %s and source = %s"
+                ).format(sql.Identifier(engine.schema, "ingest_progress")),
+                [topic, source],
+            ).fetchall()
+        else:
+            # `ingest_progress` is as old as the last refresh; the raw table's key tells each end at once.
+            rows = connection.execute(
+                sql.SQL(
+                    "select p, (select max(source_offset) from {} where source = %s and source_partition = p)"
+                    " from unnest(%s::int[]) as p"
+                ).format(sql.Identifier(engine.schema, raw)),
+                [source, partitions],
+            ).fetchall()
+    except psycopg.errors.UndefinedTable as error:
+        raise Unmeasurable(f"{topic}: {error.diag.message_primary}: run `dbt build` first") from None
+    except psycopg.Error as error:
+        raise Unmeasurable(
+            f"{topic}: the engine failed while reading ({' '.join(str(error).split())}): run again"
+        ) from error
+    return {int(partition): int(offset) for partition, offset in rows if offset is not None}

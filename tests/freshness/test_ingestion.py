@@ -1,0 +1,166 @@
+"""Ingestion lag against a Kafka cluster (librdkafka's own) that goes on while the ingester stands still."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from confluent_kafka import Producer
+
+from dagster_prefs.events.kafka import ingest_topic
+from dagster_prefs.freshness.ingestion import Broker, ingestion_lag
+from dagster_prefs.freshness.levels import Measure
+from dagster_prefs.freshness.measures import measure_ingestion
+
+TOPIC = "view_events"
+
+
+class Cluster:
+    """A mock cluster of one broker; it lives as long as its producer."""
+
+    def __init__(self) -> None:
+        self.producer = Producer({"bootstrap.servers": "none", "test.mock.num.brokers": 1, "log_level": 0})
+        (broker,) = self.producer.list_topics(timeout=10).brokers.values()
+        self.bootstrap = f"{broker.host}:{broker.port}"
+
+    def send(self, topic: str, partition: int, moment: datetime, value: bytes | None = b"") -> None:
+        body = value if value != b"" else json.dumps({"event_id": uuid.uuid4().hex}).encode()
+        self.producer.produce(topic, body, partition=partition, timestamp=int(moment.timestamp() * 1000))
+        assert self.producer.flush(10) == 0
+
+
+@pytest.fixture
+def cluster(world: Any) -> Cluster:
+    made = Cluster()
+    for topic in world.contract.freshness.topics:
+        made.producer.produce(topic, None, partition=0)
+    assert made.producer.flush(10) == 0
+    return made
+
+
+@pytest.fixture
+def measure(world: Any, cluster: Cluster) -> Callable[..., Measure]:
+    def read(**options: Any) -> Measure:
+        found = measure_ingestion(
+            world.engine, world.contract, cluster.bootstrap, now=world.now, timeout_seconds=10, **options
+        )
+        return {one.name: one for one in found}[TOPIC]
+
+    return read
+
+
+def partitions(measure: Measure) -> dict[int, dict[str, Any]]:
+    return {row["partition"]: row for row in json.loads(measure.notes["by_partition"])}
+
+
+def test_lag_grows_while_the_ingester_stands_and_goes_when_it_runs(
+    world: Any, cluster: Cluster, measure: Callable[..., Measure]
+) -> None:
+    for number in range(6):
+        cluster.send(TOPIC, number % 2, world.now - timedelta(seconds=60 - number))
+    ingest_topic(world.engine, cluster.bootstrap, TOPIC)
+    assert measure().level == "ok"
+    assert measure().values["messages_behind"] == 0
+
+    cluster.send(TOPIC, 1, world.now - timedelta(seconds=4))
+    cluster.send(TOPIC, 1, world.now - timedelta(seconds=1))
+    cluster.send(TOPIC, 3, world.now - timedelta(seconds=2))
+    late = measure()
+    assert late.level == "warn"
+    assert late.values["messages_behind"] == 3
+    assert late.lag_seconds == pytest.approx(4, abs=0.01)
+    rows = partitions(late)
+    assert (rows[1]["messages"], rows[1]["state"]) == (2, "behind")
+    assert (rows[3]["messages"], rows[3]["last_offset"]) == (1, None)
+    assert rows[0]["state"] == "current"
+    world.later(seconds=2)
+    assert measure().level == "error"
+
+    ingest_topic(world.engine, cluster.bootstrap, TOPIC)
+    assert measure().level == "ok"
+    world.later(hours=1)
+    assert measure().level == "ok", "a quiet topic has no lag"
+
+
+def test_tombstones_are_never_owed(world: Any, cluster: Cluster, measure: Callable[..., Measure]) -> None:
+    cluster.send(TOPIC, 2, world.now - timedelta(seconds=60))
+    ingest_topic(world.engine, cluster.bootstrap, TOPIC)
+    cluster.send(TOPIC, 2, world.now - timedelta(seconds=50), None)
+    assert measure().level == "ok"
+    cluster.send(TOPIC, 2, world.now - timedelta(seconds=40))
+    assert measure().lag_seconds == pytest.approx(40, abs=0.01)
+
+
+def test_a_topic_that_was_made_anew_is_an_error(
+    world: Any, cluster: Cluster, measure: Callable[..., Measure]
+) -> None:
+    world.execute(
+        "insert into raw_view_events (source, source_partition, source_offset, data)"
+        " values ('kafka:view_events', 0, 700, '{}')"
+    )
+    found = measure()
+    assert found.level == "error"
+    assert partitions(found)[0]["state"] == "recreated"
+    assert "made anew" in found.reason
+
+
+def test_a_reader_that_starts_at_the_end_cannot_be_judged_before_its_first_message(
+    world: Any, cluster: Cluster, measure: Callable[..., Measure]
+) -> None:
+    cluster.send(TOPIC, 1, world.now - timedelta(seconds=60))
+    found = measure(start="latest")
+    assert found.level == "unknown"
+    assert partitions(found)[1]["state"] == "unknown"
+    assert partitions(found)[3]["state"] == "current"
+
+
+def test_messages_that_the_broker_deleted_unread_are_lost(world: Any) -> None:
+    class Expired(Broker):
+        """Brokers whose retention ran ahead of the engine; the mock cluster deletes nothing."""
+
+        def watermarks(self, kafka_topic: str) -> dict[int, tuple[int, int]]:
+            return {0: (10, 12)}
+
+        def first_messages(self, kafka_topic: str, positions: Any) -> dict[int, datetime | None]:
+            assert positions == {0: 10}
+            return {0: datetime(2026, 1, 1, tzinfo=UTC)}
+
+    world.execute(
+        "insert into raw_view_events (source, source_partition, source_offset, data)"
+        " values ('kafka:view_events', 0, 4, '{}')"
+    )
+    with world.engine.connect() as connection, Expired("127.0.0.1:1") as broker:
+        lag = ingestion_lag(connection, world.engine, broker, TOPIC, now=world.now)
+    assert lag.in_state("lost") == [0]
+    assert lag.messages == 2
+
+
+def test_a_topic_that_is_missing_hides_no_other(world: Any, cluster: Cluster) -> None:
+    found = measure_ingestion(
+        world.engine,
+        world.contract,
+        cluster.bootstrap,
+        now=world.now,
+        kafka_topics={"user.events": "no such topic"},
+        timeout_seconds=10,
+    )
+    levels = {one.name: one.level for one in found}
+    assert levels == {"user.events": "unknown", "view_events": "ok", "content_interactions": "ok"}
+
+
+def test_brokers_that_are_down_are_unknown(world: Any, free_port: Callable[[], int]) -> None:
+    found = measure_ingestion(
+        world.engine, world.contract, f"127.0.0.1:{free_port()}", now=world.now, timeout_seconds=0.3
+    )
+    assert {one.level for one in found} == {"unknown"}
+    assert all("PREFS_KAFKA_BOOTSTRAP" in one.reason for one in found)
+
+
+def test_no_brokers_are_skipped_and_say_so(world: Any) -> None:
+    found = measure_ingestion(world.engine, world.contract, None, now=world.now)
+    assert {one.level for one in found} == {"skipped"}
+    assert all("no Kafka is configured" in one.reason for one in found)
