@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dagster_prefs.events.formats import (
+    TOPICS,
+    EventFileError,
+    LineReader,
+    UnknownTopic,
+    detect,
+    event_time,
+    parse_time,
+    read_records,
+    shift_message,
+)
+
+VIEW = {"event_id": "a", "viewer_id": 1, "watched_at": "2026-01-01T00:00:00Z"}
+REES46 = "event_time,event_type,product_id,category_id,category_code,brand,price,user_id,user_session"
+
+
+def messages(path: Path, **options: str) -> list[tuple[int, bytes | None]]:
+    found = detect(path, **options)  # type: ignore[arg-type]
+    with LineReader(path) as reader:
+        return [(record.line, record.message) for record in read_records(reader, found)]
+
+
+@given(st.lists(st.binary(max_size=40).map(lambda b: b.replace(b"\n", b"")), max_size=20), st.booleans())
+@settings(deadline=None)
+def test_a_json_line_is_kept_byte_for_byte(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], packed: bool
+) -> None:
+    path = tmp_path_factory.mktemp("lines") / "events.jsonl"
+    content = b"\n".join([json.dumps(VIEW).encode(), *lines])
+    path.write_bytes(gzip.compress(content) if packed else content)
+    expected: list[tuple[int, bytes | None]] = []
+    for number, line in enumerate(content.split(b"\n"), 1):
+        ended = number <= len(lines)
+        if line or ended:
+            kept = line.removesuffix(b"\r")
+            expected.append((number, kept if line.strip() else None))
+    assert messages(path, topic="view_events") == expected
+
+
+cells = st.text(st.characters(codec="utf-8", exclude_characters="\r\x00"), max_size=12)
+
+
+@given(st.lists(st.tuples(cells, cells, cells), min_size=1, max_size=15))
+@settings(deadline=None)
+def test_csv_cells_come_through_exactly(
+    tmp_path_factory: pytest.TempPathFactory, table: list[tuple[str, str, str]]
+) -> None:
+    path = tmp_path_factory.mktemp("csv") / "items.csv"
+    names = ("item_id", "title", "price")
+
+    def quoted(row: Iterable[str]) -> str:
+        return ",".join('"' + cell.replace('"', '""') + '"' for cell in row) + "\n"
+
+    path.write_text(",".join(names) + "\n" + "".join(map(quoted, table)), encoding="utf-8", newline="")
+    line, expected = 2, []
+    for row in table:
+        expected.append((line, {name: cell for name, cell in zip(names, row, strict=True) if cell}))
+        line += quoted(row).count("\n")
+    assert [(n, json.loads(m)) for n, m in messages(path) if m is not None] == expected
+
+
+def test_rows_that_do_not_fit_are_kept_as_they_came(tmp_path: Path) -> None:
+    path = tmp_path / "events.csv"
+    head = b"event_id,user_id,event_type,event_time\n"
+    bad = [b"e2,u2,view", b'e3,"open quote,view,2026-01-01', b"e4,\xff,view,2026-01-01T00:00:00Z"]
+    good = b"e5,u5,view,2026-01-01T00:00:00Z"
+    path.write_bytes(head + b"\r\n".join([*bad, b"", good]))
+    found = messages(path)
+    assert [m for _, m in found[:3]] == bad
+    assert found[3] == (5, None)
+    assert found[4][0] == 6
+    assert json.loads(found[4][1] or b"") == {
+        "event_id": "e5", "user_id": "u5", "event_type": "view", "event_time": "2026-01-01T00:00:00Z",
+    }  # fmt: skip
+
+
+def test_rees46_rows_become_shop_events(tmp_path: Path) -> None:
+    path = tmp_path / "oct.csv"
+    row = "2019-10-01 00:00:00 UTC,cart,44600062,2103807459595387724,,shiseido,35.790,541312140,s-1"
+    path.write_text(f"{REES46}\n{row}\n")
+    ((line, message),) = messages(path)
+    assert (line, json.loads(message or b"")) == (
+        2,
+        {
+            "event_id": "rees46-" + hashlib.sha256(row.encode()).hexdigest()[:32],
+            "event_time": "2019-10-01 00:00:00 UTC",
+            "event_type": "add_to_cart",
+            "item_id": "44600062",
+            "category_id": "2103807459595387724",
+            "brand": "shiseido",
+            "price": "35.790",
+            "user_id": "541312140",
+            "session_id": "s-1",
+        },
+    )
+
+
+@pytest.mark.parametrize(
+    ("record", "topic"),
+    [
+        ({"event_id": 1, "user_id": "u", "event_type": "view", "event_time": 1}, "user.events"),
+        (VIEW, "view_events"),
+        ({"event_id": 1, "viewer_id": 1, "event_type": "like", "event_ts": 1}, "content_interactions"),
+        ({"item_id": "i", "brand": "b", "price": 1}, "items"),
+    ],
+)
+def test_the_first_telling_record_names_the_topic(
+    tmp_path: Path, record: dict[str, object], topic: str
+) -> None:
+    path = tmp_path / "unnamed"
+    path.write_bytes(b'\xef\xbb\xbf\n{broken\n{"item_id":"i","user_id":"u"}\n' + json.dumps(record).encode())
+    assert detect(path).topic.name == topic
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "parts"),
+    [
+        (b"", {}, ["is empty"]),
+        (b"\n \n", {}, ["is empty"]),
+        (b"event_id,viewer_id,genre\n1,2,3\n", {}, ["lacks", "watched_at", "view_events", "rees46", "genre"]),
+        (b"event_id,event_id\n1,2\n", {}, ["event_id", "twice"]),
+        (b"a,b\n1,2\n", {"mapping": "rees46"}, ["lacks the REES46 columns", "product_id"]),
+        (REES46.encode() + b"\n", {"topic": "items"}, ["REES46", "user.events", "items"]),
+        (b'{"a":1}\n', {}, ["does not show its topic", "keys a", "view_events"]),
+        (b"PK\x03\x04....", {}, ["zip archive"]),
+    ],
+)
+def test_what_is_no_file_of_events_is_named(
+    tmp_path: Path, content: bytes, options: dict[str, str], parts: list[str]
+) -> None:
+    path = tmp_path / "given.csv"
+    path.write_bytes(content)
+    with pytest.raises(EventFileError) as caught:
+        messages(path, **options)
+    assert all(part in str(caught.value) for part in [str(path), *parts]), str(caught.value)
+
+
+def test_a_missing_file_a_directory_and_an_unknown_topic(tmp_path: Path) -> None:
+    with pytest.raises(EventFileError, match="does not exist"):
+        detect(tmp_path / "none")
+    with pytest.raises(EventFileError, match="is a directory"):
+        detect(tmp_path)
+    path = tmp_path / "x.jsonl"
+    path.write_text("{}")
+    with pytest.raises(UnknownTopic, match="did you mean view_events"):
+        detect(path, topic="view_event")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("2026-03-01T10:00:00Z", datetime(2026, 3, 1, 10, tzinfo=UTC)),
+        ("2026-03-01 10:00:00.5", datetime(2026, 3, 1, 10, 0, 0, 500_000, tzinfo=UTC)),
+        ("2026-03-01 10:00:00 UTC", datetime(2026, 3, 1, 10, tzinfo=UTC)),
+        ("2026-03-01T10:00+02:00", datetime(2026, 3, 1, 8, tzinfo=UTC)),
+        ("2026-03-01T10:00:00-0530", datetime(2026, 3, 1, 15, 30, tzinfo=UTC)),
+        ("1772359200123", datetime(2026, 3, 1, 10, 0, 0, 123_000, tzinfo=UTC)),
+        ("2026-02-30T10:00:00Z", None),
+        ("yesterday", None),
+        ("", None),
+    ],
+)
+def test_times_are_read_as_the_typed_layer_reads_them(text: str, expected: datetime | None) -> None:
+    assert parse_time(text) == expected
+
+
+moments = st.datetimes(datetime(2000, 1, 1), datetime(2100, 1, 1))
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(
+    moments,
+    st.sampled_from(["%sZ", "%s UTC", "%s", "%s+02:00", "epoch", "epoch text"]),
+    st.dictionaries(st.text(max_size=8) | st.just("nested"), values, max_size=4),
+    st.integers(-(10**9), 10**9),
+    st.sampled_from([None, 1]),
+)
+def test_a_shift_moves_the_time_and_nothing_else(
+    moment: datetime, form: str, others: dict[str, object], seconds: int, indent: int | None
+) -> None:
+    topic = TOPICS["view_events"]
+    milliseconds = int(moment.replace(tzinfo=UTC).timestamp() * 1000)
+    texts = {"epoch": milliseconds, "epoch text": str(milliseconds)}
+    given = texts.get(form, form.replace("%s", moment.isoformat()))
+    others = {name: value for name, value in others.items() if name != "watched_at"}
+    original = {**others, "same": {"watched_at": "2026-01-01"}, "watched_at": given, "price": 1}
+    message = json.dumps(original, indent=indent).encode()
+    before = event_time(message, topic)
+    moved = shift_message(message, topic, seconds)
+    assert before is not None
+    after = event_time(moved, topic)
+    assert after == before + timedelta(seconds=seconds)
+    changed = json.loads(moved)
+    assert isinstance(changed["watched_at"], int) == isinstance(given, int)
+    assert changed | {"watched_at": given} == original
+    old = json.dumps(given).encode()
+    cut = message.rindex(b'"watched_at": ' + old) + len(b'"watched_at": ')
+    assert moved.startswith(message[:cut])
+    assert moved.endswith(message[cut + len(old) :])
+
+
+@given(st.binary(max_size=60))
+def test_a_message_without_a_readable_time_is_not_touched(message: bytes) -> None:
+    for topic in TOPICS.values():
+        if event_time(message, topic) is None:
+            assert shift_message(message, topic, 3600) == message
