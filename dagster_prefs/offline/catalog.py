@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import unquote, urlparse
 
+import boto3
 import pyarrow as pa
 import pydantic
 import requests
 import sqlalchemy.exc
+from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 from pyiceberg.catalog import Catalog
 from pyiceberg.catalog.glue import GlueCatalog
@@ -29,6 +31,7 @@ from pyiceberg.exceptions import (
     NamespaceAlreadyExistsError,
     NoSuchTableError,
     RESTError,
+    ValidationError,
 )
 
 from dagster_prefs.errors import PrefsError
@@ -90,7 +93,10 @@ def open_catalog(
         if kind == "sqlite":
             catalog = _open_sqlite(warehouse)
         elif kind == "glue":
-            catalog = GlueCatalog(CATALOG_NAME, **storage)
+            # pyiceberg's own client would try a dead endpoint ten times.
+            config = Config(retries={"mode": "standard", "total_max_attempts": 4})
+            client = boto3.client("glue", region_name=region, endpoint_url=endpoint_url, config=config)
+            catalog = GlueCatalog(CATALOG_NAME, client=client, **storage)
         else:
             if uri is None:
                 raise CatalogUnavailable("the REST catalog has no address: set PREFS_ICEBERG_URI")
@@ -172,7 +178,13 @@ def explained(what: str) -> Iterator[None]:
         ) from error
     except sqlalchemy.exc.DBAPIError as error:
         raise _explain_sqlite(what, error) from error
-    except (pydantic.ValidationError, json.JSONDecodeError, UnicodeDecodeError, pa.ArrowInvalid) as error:
+    except (
+        pydantic.ValidationError,
+        ValidationError,
+        json.JSONDecodeError,
+        UnicodeDecodeError,
+        pa.ArrowInvalid,
+    ) as error:
         raise CatalogCorrupted(
             f"{what} cannot be read, its metadata or a file of it is damaged ({_reason(error)}): "
             "restore it from a copy, or drop the table and export its days again"

@@ -167,6 +167,11 @@ class TileSnapshot:
             values = parsed.column(field.name).chunk(0)
             if isinstance(columns[field.name], StringType):
                 values = _unescape(values)
+            if values.null_count and not field.nullable:
+                raise TilesUnreadable(
+                    f"{self._spec.tile} of {day} has {values.null_count} rows without {field.name}, which "
+                    "the contract requires: mend the model, then export again"
+                )
             arrays.append(values.cast(field.type))
         return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
