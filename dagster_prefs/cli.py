@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -18,6 +18,9 @@ from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.local.services import LocalServices, ServiceStatus
 from dagster_prefs.settings import PROJECT_ROOT, Settings, load_settings
+
+if TYPE_CHECKING:
+    from dagster_prefs.demo import Summary
 
 console = Console(highlight=False)
 
@@ -97,7 +100,9 @@ def down(delete_state: bool) -> None:
 @cli.command()
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--topic", help="Topic of the files; found from their content by default.")
-@click.option("--mapping", type=click.Choice(["auto", "rees46"]), default="auto", help="Column mapping of CSV.")
+@click.option(
+    "--mapping", type=click.Choice(["auto", "rees46"]), default="auto", help="Column mapping of CSV."
+)
 @click.option("--shift-to-now", is_flag=True, help="Move the event times so that the newest event is now.")
 def ingest(files: tuple[Path, ...], topic: str | None, mapping: str, shift_to_now: bool) -> None:
     """Load events from JSON lines or CSV files, gzipped or not; a re-run adds only what is missing."""
@@ -135,7 +140,7 @@ class progress_bar:
     def __enter__(self) -> Any:
         self._progress.start()
         task = self._progress.add_task("", total=None)
-        return lambda done: self._progress.update(task, completed=done)
+        return lambda done: self._progress.update(task, completed=done.done, total=done.total)
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
@@ -247,9 +252,7 @@ def rejected(topic: str | None, reason: str | None, limit: int, as_json: bool) -
         if as_json:
             print_json([vars(event) for event in events])
             return
-        rows = [
-            (e.topic, e.source, f"{e.partition}/{e.offset}", e.reason, e.payload[:100]) for e in events
-        ]
+        rows = [(e.topic, e.source, f"{e.partition}/{e.offset}", e.reason, e.payload[:100]) for e in events]
         console.print(table_of("", ["topic", "source", "partition/offset", "reason", "message"], rows))
         return
     counts = rejected_counts(engine)
@@ -275,8 +278,8 @@ def profile(viewer: int, as_json: bool) -> None:
     if as_json:
         print_json(found)
         return
-    for domain, values in found["domains"].items():
-        rows = [(name, value) for name, value in values.items()]
+    for domain, read in found["domains"].items():
+        rows = list((read["attributes"] or {"": read["error"]}).items())
         console.print(table_of(f"viewer {viewer}: {domain}", ["attribute", "value"], rows))
 
 
@@ -294,8 +297,83 @@ def rank(user: str, limit: int, session: bool, as_json: bool) -> None:
     if as_json:
         print_json([item.as_dict() for item in ranking])
         return
-    rows = [(item.item_id, item.title or "", item.category or "", item.score) for item in ranking]
+    rows = [
+        (
+            item.item_id,
+            item.title or "",
+            item.category or "",
+            item.combined_personalization_score or item.personalization_score,
+        )
+        for item in ranking
+    ]
     console.print(table_of(f"items for {user}", ["item", "title", "category", "score"], rows))
+
+
+@cli.command()
+@click.option("--viewers", default=5_000, show_default=True, type=click.IntRange(1))
+@click.option("--view-events", default=200_000, show_default=True, type=click.IntRange(0))
+@click.option("--shop-events", default=100_000, show_default=True, type=click.IntRange(0))
+@click.option("--interactions", default=20_000, show_default=True, type=click.IntRange(0))
+@click.option("--days", default=35, show_default=True, type=click.IntRange(1, 3650), help="Days of events.")
+@click.option("--until", type=click.DateTime(["%Y-%m-%d"]), help="Last UTC day; by default the first demo's.")
+@click.option("--seed", default=7, show_default=True, help="The same seed generates the same events.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary for machines.")
+def demo(
+    viewers: int,
+    view_events: int,
+    shop_events: int,
+    interactions: int,
+    days: int,
+    until: datetime | None,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Run the whole flow on generated events: load, refresh, publish, export, read back."""
+    from dagster_prefs.demo import Demo
+    from dagster_prefs.events.simulator import SimulationPlan
+
+    settings = load_settings()
+    steps = Console(stderr=True, highlight=False)
+    steps.print("start the services")
+    if settings.engine == "local":
+        services_of(settings).up()
+    plan = SimulationPlan(
+        seed=seed,
+        viewers=viewers,
+        days=days,
+        view_events=view_events,
+        shop_events=shop_events,
+        interactions=interactions,
+        end=datetime.now(UTC),
+    )
+    end = until.replace(tzinfo=UTC) + timedelta(days=1) if until else None
+    summary = Demo(settings, plan, steps.print, end).run()
+    if as_json:
+        print_json(summary.as_dict())
+        return
+    print_summary(summary)
+
+
+def print_summary(summary: Summary) -> None:
+    """The outcome of a demo for people."""
+    console.print()
+    console.print(table_of("Rows", ["relation", "rows"], [(n, f"{c:,}") for n, c in summary.rows.items()]))
+    rows = [(t, why, f"{n:,}") for t, reasons in summary.rejected.items() for why, n in reasons.items()]
+    console.print(table_of("\nRejected events", ["topic", "reason", "messages"], rows))
+    for domain, values in summary.items.items():
+        title = f"\nViewer {summary.viewer_id} in DynamoDB: {domain}"
+        console.print(table_of(title, ["attribute", "value"], list(values.items())))
+    ranking = [(item, title, f"{score:.6f}") for item, title, score in summary.ranking]
+    console.print(table_of(f"\nTop items for user {summary.user_id}", ["item", "title", "score"], ranking))
+    snapshots = [
+        (name, snapshot.snapshot_id, len(snapshot.rows_per_day), f"{sum(snapshot.rows_per_day.values()):,}")
+        for name, snapshot in summary.snapshots.items()
+    ]
+    console.print(table_of("\nIceberg", ["table", "snapshot", "days", "rows"], snapshots))
+    console.print(table_of("\nFreshness", ["domain", "level", "why"], list(summary.freshness)))
+    seconds = [(step, f"{taken:.1f}") for step, taken in summary.seconds.items()]
+    console.print(table_of("\nSeconds", ["step", "s"], seconds))
+    console.print("\nOpen the UI with `make ui`; stop the services with `make down`.")
 
 
 def print_json(value: Any) -> None:

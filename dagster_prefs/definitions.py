@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
+
 import dagster as dg
 
 from dagster_prefs.defs import events, feature_views, freshness, offline_store, online_store
 from dagster_prefs.defs.resources import Platform
 from dagster_prefs.settings import Settings, load_settings
+
+# One run over a range of days needs a backfill policy, which Dagster still calls beta; its own advice is
+# to pin the version, as pyproject.toml does.
+warnings.filterwarnings("ignore", category=dg.BetaWarning)
 
 
 def build_definitions(settings: Settings) -> dg.Definitions:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, date, datetime
 from decimal import Decimal
+from time import monotonic
 from typing import Any
 
 from psycopg import sql
@@ -16,13 +16,22 @@ from dagster_prefs.defs.feature_views import EVENT_TABLES_JOB, REFRESH_JOB
 from dagster_prefs.defs.offline_store import EXPORT_JOB, days_that_need_export, range_tags, ranges
 from dagster_prefs.defs.resources import Platform
 from dagster_prefs.engine.catalog import row_counts
+from dagster_prefs.events.raw import ProgressCallback
 from dagster_prefs.events.rejected import rejected_counts
-from dagster_prefs.events.simulator import SimulationPlan, simulate_to_engine
+from dagster_prefs.events.simulator import SimulationPlan, remembered_end, simulate_to_engine
 from dagster_prefs.freshness.measures import measure_online
 from dagster_prefs.offline.tables import TILE_TABLES
 from dagster_prefs.runs import JobRunner
 from dagster_prefs.serving import PreferenceClient, ProfileClient
 from dagster_prefs.settings import Settings
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The current state of a training table."""
+
+    snapshot_id: int
+    rows_per_day: dict[date, int]
 
 
 @dataclass
@@ -35,17 +44,35 @@ class Summary:
     items: dict[str, dict[str, Any]] = field(default_factory=dict)
     user_id: str | None = None
     ranking: list[tuple[str, str, Decimal]] = field(default_factory=list)
-    snapshots: dict[str, tuple[int, dict[date, int]]] = field(default_factory=dict)
+    snapshots: dict[str, Snapshot] = field(default_factory=dict)
     freshness: list[tuple[str, str, str]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
+    def as_dict(self) -> dict[str, Any]:
+        """The summary as JSON holds it: dates as ISO text, decimals as digits."""
+        content = asdict(self)
+        for snapshot in content["snapshots"].values():
+            snapshot["rows_per_day"] = {day.isoformat(): n for day, n in snapshot["rows_per_day"].items()}
+        return content
+
 
 class Demo:
-    """One demo over the state of `settings`; running it again adds nothing that is there already."""
+    """One demo over the state of `settings`; running it again adds nothing that is there already.
 
-    def __init__(self, settings: Settings, plan: SimulationPlan, say: Callable[[str], None]) -> None:
+    Events end at `end` (UTC) where given, else where those of an earlier demo of the same plan ended, else at
+    the plan's own end.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        plan: SimulationPlan,
+        say: Callable[[str], None],
+        end: datetime | None = None,
+    ) -> None:
         self.settings = settings
         self.plan = plan
+        self.end = end
         self.say = say
         self.summary = Summary()
         self.platform = Platform(settings)
@@ -54,11 +81,11 @@ class Demo:
     def step(self, name: str) -> Iterator[None]:
         """Announce a step and record how long it took."""
         self.say(name)
-        started = time.monotonic()
+        started = monotonic()
         yield
-        self.summary.seconds[name] = time.monotonic() - started
+        self.summary.seconds[name] = monotonic() - started
 
-    def run(self, progress: Callable[[int], None] | None = None) -> Summary:
+    def run(self, progress: ProgressCallback | None = None) -> Summary:
         """Make the event tables, load events, refresh, publish, export, and look at the outcome.
 
         Raises PrefsError with the failing step and its reason; what earlier steps did is kept.
@@ -69,7 +96,9 @@ class Demo:
             with self.step("make the event tables"):
                 runner.run(EVENT_TABLES_JOB)
             with self.step("load events"):
-                simulate_to_engine(self.platform.engine, self.plan, progress=progress)
+                # A second demo generates the events of the first, finds them all there, and is quick.
+                end = self.end or remembered_end(self.platform.engine, self.plan) or self.plan.end
+                simulate_to_engine(self.platform.engine, replace(self.plan, end=end), progress=progress)
             with self.step("refresh every view and publish to DynamoDB"):
                 runner.run(REFRESH_JOB)
             with self.step("export the daily tiles to Iceberg"):
@@ -115,12 +144,14 @@ class Demo:
                 table_prefix=self.settings.table_prefix,
             ) as client:
                 profile = client.get(viewer[0])
-            summary.items = profile.as_dict()
+            summary.items = {
+                name: read["attributes"] for name, read in profile.as_dict()["domains"].items()
+            }
         if user:
             summary.user_id = user[0]
             with PreferenceClient(platform.engine) as preferences:
                 summary.ranking = [
-                    (item.item_id, item.title or "", item.score)
+                    (item.item_id, item.title or "", item.combined_personalization_score or item.personalization_score)
                     for item in preferences.rank(user[0], limit=5, now=datetime.now(UTC))
                 ]
         catalog = platform.catalog()
@@ -130,7 +161,7 @@ class Demo:
             if snapshot is not None:
                 partitions = table.inspect.partitions().select(["partition", "record_count"]).to_pylist()
                 days = {row["partition"][spec.day]: row["record_count"] for row in partitions}
-                summary.snapshots[spec.name] = (snapshot.snapshot_id, dict(sorted(days.items())))
+                summary.snapshots[spec.name] = Snapshot(snapshot.snapshot_id, dict(sorted(days.items())))
         measures = measure_online(
             platform.engine,
             platform.contract,

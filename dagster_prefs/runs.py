@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import dagster as dg
 
-from dagster_prefs.defs.instance import ensure_dagster_home
 from dagster_prefs.definitions import build_definitions
+from dagster_prefs.defs.instance import ensure_dagster_home
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.settings import Settings
 
@@ -53,7 +53,9 @@ class JobRunner:
                 for event in result.all_events
                 if event.is_step_failure and event.step_failure_data.error
             ]
-            raise RunFailed(f"the Dagster run of {job} failed: {'; '.join(reasons) or f'see run {result.run_id}'}")
+            raise RunFailed(
+                f"the Dagster run of {job} failed: {'; '.join(reasons) or f'see run {result.run_id}'}"
+            )
 
 
 def _root_cause(error: object) -> str:

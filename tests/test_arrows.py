@@ -90,5 +90,7 @@ def test_outside_packages_stay_in_their_rooms(package: str) -> None:
 
 
 def test_every_place_has_arrows() -> None:
-    places = {path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
+    places = {
+        path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()
+    }
     assert places - {"__init__", "__pycache__"} <= set(ALLOWED)

@@ -43,7 +43,9 @@ def days_that_need_export(platform: Platform, specs: Sequence[TileTable] | None 
     days = {
         day
         for spec in specs or TILE_TABLES.values()
-        for day in days_to_export(platform.engine, catalog, spec, namespace=platform.settings.iceberg_namespace)
+        for day in days_to_export(
+            platform.engine, catalog, spec, namespace=platform.settings.iceberg_namespace
+        )
     }
     partitions = set(_partitions(platform).get_partition_keys())
     return sorted(day for day in days if day.isoformat() in partitions)

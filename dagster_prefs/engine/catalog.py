@@ -16,7 +16,9 @@ class NotDeployed(PrefsError):
     """A relation that should be there is not."""
 
 
-def row_counts(connection: psycopg.Connection[Any], engine: EngineConnection, names: Sequence[str]) -> dict[str, int]:
+def row_counts(
+    connection: psycopg.Connection[Any], engine: EngineConnection, names: Sequence[str]
+) -> dict[str, int]:
     """Rows of each of the named relations that exist, exact on the embedded engine.
 
     On RisingWave, where a count reads the whole relation, it is the storage's own key count.

@@ -1,0 +1,86 @@
+"""The whole demo as a user runs it: once, again, and after a kill in the middle."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from tests.end_to_end.conftest import Place
+
+pytestmark = pytest.mark.slow
+
+SMALL = (
+    "--viewers", "60", "--view-events", "3000", "--shop-events", "1500", "--interactions", "400",
+    "--days", "12", "--until", (datetime.now(UTC).date() - timedelta(days=1)).isoformat(),
+)  # fmt: skip
+
+
+def demo(place: Place) -> dict[str, Any]:
+    outcome: dict[str, Any] = json.loads(place.ok("prefs", "demo", "--json", *SMALL))
+    return outcome
+
+
+@pytest.fixture(scope="module")
+def place(new_place: Callable[[], Place]) -> Place:
+    return new_place()
+
+
+@pytest.fixture(scope="module")
+def first(place: Place) -> dict[str, Any]:
+    return demo(place)
+
+
+def test_nothing_is_lost(first: dict[str, Any]) -> None:
+    rows = first["rows"]
+    for topic, name in (
+        ("user.events", "user_events"),
+        ("view_events", "view_events"),
+        ("content_interactions", "content_interactions"),
+    ):
+        rejected = sum(first["rejected"].get(topic, {}).values())
+        assert rejected > 0
+        duplicates = rows[f"raw_{name}"] - rows[name] - rejected
+        assert duplicates > 0, "the simulator delivers some events twice"
+        assert rows[f"{name}_parsed"] == rows[f"raw_{name}"]
+    assert rows["rejected_events"] == sum(sum(reasons.values()) for reasons in first["rejected"].values())
+
+
+def test_every_training_row_is_a_tile(first: dict[str, Any]) -> None:
+    for table, tile in (
+        ("viewer_watch_daily", "viewer_watch_metrics_1d"),
+        ("viewer_genre_daily", "viewer_genre_metrics_1d"),
+        ("viewer_interactions_daily", "viewer_interactions_1d"),
+    ):
+        assert sum(first["snapshots"][table]["rows_per_day"].values()) == first["rows"][tile]
+
+
+def test_a_second_run_changes_nothing(place: Place, first: dict[str, Any]) -> None:
+    second = demo(place)
+    assert second["rows"] == first["rows"]
+    assert second["rejected"] == first["rejected"]
+    assert second["snapshots"] == first["snapshots"]
+
+
+@pytest.mark.parametrize("moment", ["load events", "refresh every view"])
+def test_a_kill_in_the_middle_is_made_good_by_the_next_run(
+    moment: str, new_place: Callable[[], Place], first: dict[str, Any]
+) -> None:
+    place = new_place()
+    process = place.start("prefs", "demo", "--json", *SMALL)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if moment in line:
+            break
+    else:
+        pytest.fail(f"the demo never said that it would {moment}")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    again = demo(place)
+    assert again["rows"] == first["rows"]
+    assert again["snapshots"].keys() == first["snapshots"].keys()
+    for table, snapshot in again["snapshots"].items():
+        assert snapshot["rows_per_day"] == first["snapshots"][table]["rows_per_day"]

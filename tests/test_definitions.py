@@ -1,0 +1,88 @@
+"""What Dagster loads: every asset with its dependencies, compared with a checked-in snapshot."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from dagster_prefs.definitions import build_definitions
+from dagster_prefs.settings import load_settings
+
+SNAPSHOT = Path(__file__).with_name("definitions_snapshot.json")
+
+
+@pytest.fixture(scope="module")
+def definitions(tmp_path_factory: pytest.TempPathFactory) -> dg.Definitions:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFS_DATA_DIR", str(tmp_path_factory.mktemp("definitions")))
+        return build_definitions(load_settings())
+
+
+def described(definitions: dg.Definitions) -> dict[str, Any]:
+    specs = definitions.resolve_all_asset_specs()
+    return {
+        "assets": {
+            spec.key.to_user_string(): {
+                "group": spec.group_name,
+                "deps": sorted(dep.asset_key.to_user_string() for dep in spec.deps),
+                "kinds": sorted(spec.kinds),
+                "partitioned": spec.partitions_def is not None,
+            }
+            for spec in sorted(specs, key=lambda spec: spec.key.to_user_string())
+        },
+        "checks": sorted(key.to_user_string() for key in definitions.resolve_asset_graph().asset_check_keys),
+        "jobs": sorted(
+            job.name for job in definitions.resolve_all_job_defs() if not job.name.startswith("__")
+        ),
+        "schedules": sorted(schedule.name for schedule in definitions.schedules or ()),
+        "sensors": sorted(sensor.name for sensor in definitions.sensors or ()),
+    }
+
+
+def test_definitions_are_those_of_the_snapshot(definitions: dg.Definitions) -> None:
+    found = described(definitions)
+    if os.environ.get("UPDATE_SNAPSHOTS"):
+        SNAPSHOT.write_text(json.dumps(found, indent=2) + "\n")
+    expected = json.loads(SNAPSHOT.read_text())
+    assert found == expected, "run the test with UPDATE_SNAPSHOTS=1 and review the difference"
+
+
+def test_every_asset_tells_what_it_is_and_whose(definitions: dg.Definitions) -> None:
+    for spec in definitions.resolve_all_asset_specs():
+        name = spec.key.to_user_string()
+        assert spec.description, name
+        assert spec.owners, name
+        assert spec.group_name, name
+        assert spec.kinds, name
+
+
+def test_every_view_has_documented_typed_columns(definitions: dg.Definitions) -> None:
+    for spec in definitions.resolve_all_asset_specs():
+        if spec.group_name in ("events", "preferences", "engagement", "operations"):
+            schema = spec.metadata["dagster/column_schema"]
+            assert schema.columns, spec.key
+            for column in schema.columns:
+                assert column.description, f"{spec.key.to_user_string()}.{column.name}"
+                assert column.type, f"{spec.key.to_user_string()}.{column.name}"
+
+
+def test_sinks_wait_for_the_table(definitions: dg.Definitions) -> None:
+    sinks = [s for s in definitions.resolve_all_asset_specs() if s.group_name == "sinks"]
+    assert len(sinks) == 3
+    for spec in sinks:
+        assert dg.AssetKey(["dynamodb", "viewer_profiles"]) in {dep.asset_key for dep in spec.deps}
+
+
+def test_schedules_and_sensors_start_only_where_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, definitions: dg.Definitions
+) -> None:
+    assert all(s.default_status.value == "STOPPED" for s in definitions.schedules or ())
+    assert all(s.default_status.value == "STOPPED" for s in definitions.sensors or ())
+    monkeypatch.setenv("PREFS_DATA_DIR", str(tmp_path))
+    monkeypatch.setenv("PREFS_SCHEDULES", "on")
+    running = build_definitions(load_settings())
+    assert all(s.default_status.value == "RUNNING" for s in running.schedules or ())
+    assert all(s.default_status.value == "RUNNING" for s in running.sensors or ())
