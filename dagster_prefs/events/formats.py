@@ -11,7 +11,6 @@ import csv
 import difflib
 import gzip
 import hashlib
-import io
 import json
 import os
 import re
@@ -23,7 +22,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Literal, cast
 
 from dagster_prefs.errors import PrefsError
 
@@ -204,7 +203,8 @@ class LineReader:
                 self._file.close()
                 raise EventFileError(f"{path} is {name}: give JSON lines or CSV in UTF-8, plain or gzip")
         if head.startswith(GZIP_MAGIC):
-            self._stream = io.BufferedReader(gzip.GzipFile(fileobj=self._file), 1 << 18)
+            # Its own buffer hands out what it has before it reports damage; one more around it would not.
+            self._stream = cast(IO[bytes], gzip.GzipFile(fileobj=self._file))
 
     @property
     def bytes_read(self) -> int:

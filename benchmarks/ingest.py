@@ -1,0 +1,68 @@
+"""Events per second of `ingest_file`, against a plain COPY of the same bytes into a table without a key.
+
+Run it on a running embedded engine: `python benchmarks/ingest.py [events]`. It works in a schema of its
+own, which it drops.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from dagster_prefs.events.formats import TOPICS
+from dagster_prefs.events.ingest import ingest_file
+from dagster_prefs.events.simulator import SimulationPlan, simulate, simulate_to_files
+from dagster_prefs.settings import load_settings
+
+SCHEMA = "benchmark_ingest"
+
+
+def main(events: int) -> None:
+    engine = replace(load_settings().connection, schema=SCHEMA)
+    plan = SimulationPlan(
+        datetime(2026, 1, 31, tzinfo=UTC), view_events=events, shop_events=0, interactions=0, items=1
+    )
+    started = time.perf_counter()
+    for _ in simulate(plan):
+        pass
+    print(f"simulate           {events / (time.perf_counter() - started):>10,.0f} events/s")
+    with engine.connect() as session, tempfile.TemporaryDirectory() as folder:
+        session.execute(f"drop schema if exists {SCHEMA} cascade")
+        session.execute(f"create schema {SCHEMA}")
+        try:
+            session.execute(
+                f"create table {SCHEMA}.{TOPICS['view_events'].raw_table} (source text not null, "
+                "source_partition int not null, source_offset bigint not null, data bytea not null, "
+                "kafka_timestamp timestamptz, arrived_at timestamptz not null default clock_timestamp(), "
+                "primary key (source, source_partition, source_offset))"
+            )
+            session.execute(
+                f"create table {SCHEMA}.ingest_files (source text primary key, path text, topic text, "
+                "lines bigint, shift_seconds bigint, completed_at timestamptz)"
+            )
+            session.execute(f"create unlogged table {SCHEMA}.bare (data bytea)")
+            path = simulate_to_files(Path(folder), plan)["view_events"]
+            lines = path.read_bytes().splitlines()
+            started = time.perf_counter()
+            with session.cursor().copy(f"copy {SCHEMA}.bare from stdin (format binary)") as copy:
+                copy.set_types(["bytea"])
+                for line in lines:
+                    copy.write_row((line,))
+            limit = events / (time.perf_counter() - started)
+            print(f"plain COPY         {limit:>10,.0f} events/s")
+            for name, shift in (("ingest_file", False), ("ingest_file, shift", True)):
+                target = path.rename(path.with_name(f"{shift}.jsonl"))
+                report = ingest_file(engine, target, topic="view_events", shift_to_now=shift)
+                path = target
+                speed = report.accepted / report.seconds
+                print(f"{name:<18} {speed:>10,.0f} events/s   {speed / limit:.2f} of plain COPY")
+        finally:
+            session.execute(f"drop schema if exists {SCHEMA} cascade")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 200_000)

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.events.kafka import KafkaUnavailable, ingest_topic, produce
+from dagster_prefs.events.raw import Progress
+from tests.events.conftest import rows
+
+Broker = tuple[str, Any]
+VALUES = "select data from raw_view_events order by source_partition, source_offset"
+
+
+def test_a_topic_is_read_once_across_runs(store: EngineConnection, broker: Broker) -> None:
+    address, producer = broker
+    assert produce(address, "view_events", [b"a", b"\xff"]) == 2
+    producer.produce("view_events", value=None)
+    producer.flush(10)
+    assert produce(address, "view_events", [b"c"]) == 1
+    first = ingest_topic(store, address, "view_events")
+    assert (first.source, first.lines, first.accepted, first.blank) == ("kafka:view_events", 3, 3, 1)
+    again = ingest_topic(store, address, "view_events")
+    assert (again.lines, again.accepted) == (0, 0)
+    produce(address, "view_events", [b"d"])
+    assert ingest_topic(store, address, "view_events").accepted == 1
+    assert sorted(rows(store, VALUES)) == sorted([(b"a",), (b"\xff",), (b"c",), (b"d",)])
+    assert rows(store, "select count(*) from raw_view_events where kafka_timestamp is null") == [(0,)]
+
+
+def test_a_reading_that_was_cut_goes_on_where_the_engine_is(store: EngineConnection, broker: Broker) -> None:
+    address, _ = broker
+    produce(address, "view_events", [b"%d" % n for n in range(1000)])
+
+    def cut(progress: Progress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ingest_topic(store, address, "view_events", batch_size=100, progress=cut)
+    held = rows(store, "select count(*) from raw_view_events")[0][0]
+    assert 0 < held < 1000
+    report = ingest_topic(store, address, "view_events", until="end", batch_size=300)
+    assert (report.accepted, report.already_present) == (1000 - held, 0)
+    assert {int(value) for (value,) in rows(store, VALUES)} == set(range(1000))
+
+
+def test_a_reading_stops_when_told_and_at_its_limit(store: EngineConnection, broker: Broker) -> None:
+    address, _ = broker
+    produce(address, "view_events", [b"x"] * 50)
+    assert ingest_topic(store, address, "view_events", max_messages=20, until=None).accepted == 20
+    stop = threading.Event()
+    report = ingest_topic(
+        store,
+        address,
+        "view_events",
+        until=None,
+        stop=stop,
+        progress=lambda p: stop.set() if p.done == 30 else None,
+    )
+    assert report.accepted == 30
+
+
+def test_another_name_in_kafka(store: EngineConnection, broker: Broker) -> None:
+    address, _ = broker
+    produce(address, "prod.views", [b"x"])
+    assert ingest_topic(store, address, "view_events", kafka_topic="prod.views").source == "kafka:prod.views"
+
+
+def test_a_topic_made_anew_is_refused(store: EngineConnection, broker: Broker) -> None:
+    address, _ = broker
+    produce(address, "view_events", [b"x"])
+    ingest_topic(store, address, "view_events")
+    with store.connect() as session:
+        session.execute("update raw_view_events set source_offset = 5000")
+    with pytest.raises(KafkaUnavailable, match="was made anew"):
+        ingest_topic(store, address, "view_events")
+
+
+def test_no_such_topic_and_no_broker(
+    store: EngineConnection, broker: Broker, free_port: Callable[[], int]
+) -> None:
+    with pytest.raises(KafkaUnavailable, match="has no topic items"):
+        ingest_topic(store, broker[0], "items", timeout_seconds=3)
+    nowhere = f"127.0.0.1:{free_port()}"
+    with pytest.raises(KafkaUnavailable, match="PREFS_KAFKA_BOOTSTRAP"):
+        ingest_topic(store, nowhere, "items", timeout_seconds=1)
+    with pytest.raises(KafkaUnavailable, match="PREFS_KAFKA_BOOTSTRAP"):
+        produce(nowhere, "items", [b"x"], timeout_seconds=1)
