@@ -223,7 +223,7 @@ def _attempt(
             return "empty", table, None, ""
         if fingerprint.token == token:
             return "unchanged", table, token, ""
-        less = "" if allow_loss else _loss(table, spec, held, fingerprint)
+        less = _loss(table, spec, held, fingerprint) if held and not allow_loss else ""
         if less:
             return "retained", table, token, less
         written = _write(tiles, table, spec, day, fingerprint)

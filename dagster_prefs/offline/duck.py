@@ -1,0 +1,30 @@
+"""DuckDB sessions with bounded memory and no reach for the network."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import duckdb
+
+
+@contextmanager
+def duck_session(memory: str, folder: Path | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A session whose tables live in a temporary file and whose memory is at most `memory` (e.g. `1GB`).
+
+    `folder` is where that file lies, the system's temporary folder by default; it is removed in the end.
+    """
+    with tempfile.TemporaryDirectory(prefix="prefs-duckdb-", dir=folder) as scratch:
+        config: dict[str, str | bool | int | float | list[str]] = {
+            "memory_limit": memory,
+            "temp_directory": str(Path(scratch, "spill")),
+            # The wheel holds all that is used; an extension would be a download.
+            "autoinstall_known_extensions": False,
+            "autoload_known_extensions": False,
+            "preserve_insertion_order": False,
+        }
+        # On disk, unlike in memory, DuckDB compresses its tables.
+        with duckdb.connect(str(Path(scratch, "session.duckdb")), config=config) as session:
+            yield session
