@@ -9,12 +9,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dagster_prefs.serving.catalogue import CatalogueRanker
     from dagster_prefs.serving.domains import InteractionsProfile, PreferencesProfile, WatchProfile
     from dagster_prefs.serving.preferences import PreferenceClient, Ranking, RankingParameters, UserProfile
     from dagster_prefs.serving.profiles import AsyncProfileClient, Profile, ProfileClient
 
 _HOMES = {
     "AsyncProfileClient": "profiles",
+    "CatalogueRanker": "catalogue",
     "InteractionsProfile": "domains",
     "PreferenceClient": "preferences",
     "PreferencesProfile": "domains",
@@ -28,6 +30,7 @@ _HOMES = {
 
 __all__ = [
     "AsyncProfileClient",
+    "CatalogueRanker",
     "InteractionsProfile",
     "PreferenceClient",
     "PreferencesProfile",

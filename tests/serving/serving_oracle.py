@@ -7,6 +7,12 @@ from datetime import datetime, timedelta
 from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
 
+from hypothesis import strategies as st
+
+CATEGORIES = ["audio", "Books", "cables", "über"]
+BRANDS = ["acme", "Bolt", "core"]
+TIERS = ["budget", "mid-range", "premium", "luxury"]
+
 
 @dataclass(frozen=True)
 class World:
@@ -60,3 +66,52 @@ def oracle_ranking(
         scored.append((item_id, score.quantize(Decimal("0.000001"), ROUND_HALF_UP)))
     scored.sort(key=lambda entry: (-entry[1], entry[0]))
     return scored[:limit]
+
+
+def hour(user: str, category: str, interactions: int, first: datetime, last: datetime) -> tuple[Any, ...]:
+    start = first.replace(minute=0, second=0, microsecond=0)
+    return (user, category, interactions, start, start + timedelta(hours=1), first, last)
+
+
+money = st.decimals(0, 600, places=2)
+
+
+@st.composite
+def worlds(draw: st.DrawFn, now: datetime) -> World:
+    """Relations of the user u with few keys, so that signals and items meet."""
+
+    def sample(keys: list[str], row: Any) -> tuple[tuple[Any, ...], ...]:
+        chosen = draw(st.lists(st.sampled_from(keys), unique=True))
+        return tuple(row(key) for key in chosen)
+
+    def activity(category: str) -> tuple[Any, ...]:
+        first = now - timedelta(minutes=draw(st.integers(0, 400)))
+        return hour(
+            "u", category, draw(st.integers(1, 9)), first, first + timedelta(minutes=draw(st.integers(0, 10)))
+        )
+
+    return World(
+        categories=sample(CATEGORIES, lambda key: ("u", key, draw(st.integers(1, 200)), 1, now)),
+        brands=sample(BRANDS, lambda key: ("u", key, draw(st.integers(1, 200)), 0, now)),
+        tiers=sample(
+            TIERS,
+            lambda key: ("u", key, 1, 1, draw(st.none() | st.decimals(0, 3, places=6))),
+        ),
+        recent=sample(CATEGORIES, activity),
+        items=tuple(
+            (f"item {number}", None, category, brand, price, in_stock)
+            for number, (category, brand, price, in_stock) in enumerate(
+                draw(
+                    st.lists(
+                        st.tuples(
+                            st.none() | st.sampled_from(CATEGORIES),
+                            st.none() | st.sampled_from(BRANDS),
+                            st.none() | money | st.sampled_from([Decimal(25), Decimal(100), Decimal(500)]),
+                            st.booleans(),
+                        ),
+                        max_size=12,
+                    )
+                )
+            )
+        ),
+    )

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serving_oracle import World, oracle_ranking
+from serving_oracle import World, hour, oracle_ranking, worlds
 
 from dagster_prefs.engine.connection import EngineUnavailable
 from dagster_prefs.errors import PrefsError
@@ -23,14 +23,6 @@ from dagster_prefs.serving.preferences import (
 )
 
 NOW = datetime(2026, 3, 10, 12, 30, tzinfo=UTC)
-CATEGORIES = ["audio", "Books", "cables", "über"]
-BRANDS = ["acme", "Bolt", "core"]
-TIERS = ["budget", "mid-range", "premium", "luxury"]
-
-
-def hour(user: str, category: str, interactions: int, first: datetime, last: datetime) -> tuple[Any, ...]:
-    start = first.replace(minute=0, second=0, microsecond=0)
-    return (user, category, interactions, start, start + timedelta(hours=1), first, last)
 
 
 def ago(minutes: float) -> datetime:
@@ -205,51 +197,8 @@ def test_weights_and_hours_are_parameters(shop: Any) -> None:
     assert ranking[0].personalization_score == 20
 
 
-money = st.decimals(0, 600, places=2)
-moments = st.integers(0, 400).map(ago)
-
-
-@st.composite
-def worlds(draw: st.DrawFn) -> World:
-    def sample(keys: list[str], row: Any) -> tuple[tuple[Any, ...], ...]:
-        chosen = draw(st.lists(st.sampled_from(keys), unique=True))
-        return tuple(row(key) for key in chosen)
-
-    def activity(category: str) -> tuple[Any, ...]:
-        first = draw(moments)
-        return hour(
-            "u", category, draw(st.integers(1, 9)), first, first + timedelta(minutes=draw(st.integers(0, 10)))
-        )
-
-    return World(
-        categories=sample(CATEGORIES, lambda key: ("u", key, draw(st.integers(1, 200)), 1, NOW)),
-        brands=sample(BRANDS, lambda key: ("u", key, draw(st.integers(1, 200)), 0, NOW)),
-        tiers=sample(
-            TIERS,
-            lambda key: ("u", key, 1, 1, draw(st.none() | st.decimals(0, 3, places=6))),
-        ),
-        recent=sample(CATEGORIES, activity),
-        items=tuple(
-            (f"item {number}", None, category, brand, price, in_stock)
-            for number, (category, brand, price, in_stock) in enumerate(
-                draw(
-                    st.lists(
-                        st.tuples(
-                            st.none() | st.sampled_from(CATEGORIES),
-                            st.none() | st.sampled_from(BRANDS),
-                            st.none() | money | st.sampled_from([Decimal(25), Decimal(100), Decimal(500)]),
-                            st.booleans(),
-                        ),
-                        max_size=12,
-                    )
-                )
-            )
-        ),
-    )
-
-
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(world=worlds(), session=st.booleans(), limit=st.integers(1, 12))
+@given(world=worlds(NOW), session=st.booleans(), limit=st.integers(1, 12))
 def test_ranking_equals_the_oracle(shop: Any, world: World, session: bool, limit: int) -> None:
     shop.clear()
     world.load(shop)
