@@ -13,6 +13,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.events.formats import TOPICS
 from dagster_prefs.events.ingest import ingest_file
 from dagster_prefs.events.simulator import SimulationPlan, simulate, simulate_to_files
@@ -22,7 +23,7 @@ SCHEMA = "benchmark_ingest"
 
 
 def main(events: int) -> None:
-    engine = replace(load_settings().connection, schema=SCHEMA)
+    engine = replace(EngineConnection.of(load_settings()), schema=SCHEMA)
     plan = SimulationPlan(
         datetime(2026, 1, 31, tzinfo=UTC), view_events=events, shop_events=0, interactions=0, items=1
     )

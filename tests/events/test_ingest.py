@@ -82,7 +82,8 @@ def test_a_killed_ingest_is_completed_exactly(store: EngineConnection, tmp_path:
         "import sys; from pathlib import Path;"
         "from dagster_prefs.engine.connection import EngineConnection;"
         "from dagster_prefs.events.ingest import ingest_file;"
-        "ingest_file(EngineConnection('127.0.0.1', int(sys.argv[1]), sys.argv[2], 'prefs'), Path(sys.argv[3]),"
+        "engine = EngineConnection('127.0.0.1', int(sys.argv[1]), sys.argv[2], 'prefs');"
+        "ingest_file(engine, Path(sys.argv[3]),"
         " batch_size=50)"
     )
     child = subprocess.Popen(
