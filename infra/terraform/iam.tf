@@ -3,7 +3,7 @@ locals {
     sink-writer      = "Writes profile items: the RisingWave sinks, or the publisher."
     exporter         = "Writes training tiles to Iceberg: data files, metadata, Glue tables."
     serving-reader   = "Reads profile items by viewer: the recommendation service."
-    freshness-reader = "Reads the canaries' items and the snapshots' metadata, to measure freshness."
+    freshness-reader = "Compares samples of the items with the views, and reads the snapshots' metadata."
     provisioner      = "Compares the table with the contract; it cannot change it."
   }
 
@@ -134,8 +134,8 @@ resource "aws_iam_instance_profile" "actor" {
 data "aws_iam_policy_document" "sink_writer" {
   statement {
     sid = "WriteItems"
-    # Creating a sink describes the table first; nothing is read back.
-    actions   = ["dynamodb:BatchWriteItem", "dynamodb:DeleteItem", "dynamodb:DescribeTable", "dynamodb:PutItem"]
+    # Sinks describe the table first, and the publisher verifies it; neither reads an item.
+    actions   = ["dynamodb:BatchWriteItem", "dynamodb:DescribeContinuousBackups", "dynamodb:DescribeTable"]
     resources = [local.table_arn]
   }
 
@@ -158,7 +158,7 @@ data "aws_iam_policy_document" "sink_writer" {
 data "aws_iam_policy_document" "serving_reader" {
   statement {
     sid       = "ReadItemsByViewer"
-    actions   = ["dynamodb:BatchGetItem", "dynamodb:GetItem", "dynamodb:Query"]
+    actions   = ["dynamodb:BatchGetItem", "dynamodb:GetItem"]
     resources = [local.table_arn]
   }
 
@@ -180,28 +180,45 @@ data "aws_iam_policy_document" "serving_reader" {
 
 data "aws_iam_policy_document" "freshness_reader" {
   statement {
-    sid       = "ReadCanaryItems"
-    actions   = ["dynamodb:BatchGetItem", "dynamodb:GetItem", "dynamodb:Query"]
+    sid       = "SampleItems"
+    actions   = ["dynamodb:BatchGetItem", "dynamodb:DescribeContinuousBackups", "dynamodb:DescribeTable"]
+    resources = [local.table_arn]
+  }
+
+  # A page of keys shows items that no row of a view has; a scan for anything but keys stays shut.
+  statement {
+    sid       = "ListKeys"
+    actions   = ["dynamodb:Scan"]
     resources = [local.table_arn]
 
-    # Canaries are the viewers with an id below 0, and ForAllValues alone would also hold for a request without keys.
     condition {
-      test     = "ForAllValues:StringLike"
-      variable = "dynamodb:LeadingKeys"
-      values   = ["-*"]
+      test     = "ForAllValues:StringEquals"
+      variable = "dynamodb:Attributes"
+      values   = [local.table.partition_key.name, local.table.sort_key.name]
+    }
+
+    # ForAllValues alone would also hold for a scan that names no attributes and so returns all.
+    condition {
+      test     = "Null"
+      variable = "dynamodb:Attributes"
+      values   = ["false"]
     }
 
     condition {
-      test     = "Null"
-      variable = "dynamodb:LeadingKeys"
-      values   = ["false"]
+      test     = "StringEqualsIfExists"
+      variable = "dynamodb:Select"
+      values   = ["SPECIFIC_ATTRIBUTES"]
     }
   }
 
   statement {
-    sid       = "DescribeTable"
-    actions   = ["dynamodb:DescribeTable"]
-    resources = [local.table_arn]
+    sid = "FindCatalog"
+    # Opening the catalog lists its databases, which Glue only allows over all of them.
+    actions = ["glue:GetDatabases"]
+    resources = [
+      "arn:${local.partition}:glue:${var.region}:${local.account_id}:catalog",
+      "arn:${local.partition}:glue:${var.region}:${local.account_id}:database/*",
+    ]
   }
 
   statement {
@@ -255,6 +272,16 @@ data "aws_iam_policy_document" "exporter" {
     sid       = "FindBucket"
     actions   = ["s3:GetBucketLocation"]
     resources = [local.bucket_arn]
+  }
+
+  statement {
+    sid = "FindCatalog"
+    # Opening the catalog lists its databases, which Glue only allows over all of them.
+    actions = ["glue:GetDatabases"]
+    resources = [
+      "arn:${local.partition}:glue:${var.region}:${local.account_id}:catalog",
+      "arn:${local.partition}:glue:${var.region}:${local.account_id}:database/*",
+    ]
   }
 
   statement {

@@ -1,7 +1,8 @@
 locals {
-  read_operations  = ["GetItem", "BatchGetItem", "Query"]
-  write_operations = ["PutItem", "BatchWriteItem", "DeleteItem"]
-  operations       = concat(local.read_operations, local.write_operations)
+  # What the platform and its clients call.
+  read_operations  = ["GetItem", "BatchGetItem"]
+  write_operations = ["BatchWriteItem"]
+  operations       = concat(local.read_operations, local.write_operations, ["Scan"])
 
   # What each alarm means and what to do about it: docs/operations.md.
   throttles = {

@@ -51,7 +51,8 @@ def aws_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with log.open("w") as output:
         server = subprocess.Popen(
             [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"],
-            env=clean_environment() | {"PYTHONUNBUFFERED": "1"},
+            env=clean_environment()
+            | {"PYTHONUNBUFFERED": "1", "MOTO_RECORDER_FILEPATH": str(log.with_name("requests.jsonl"))},
             stdout=output,
             stderr=subprocess.STDOUT,
         )
@@ -101,10 +102,18 @@ def applied(terraform: Terraform, aws_server: str) -> Iterator[Applied]:
     variables = ["-var-file=staging.tfvars.json"]
     terraform.run("apply", "-no-color", "-auto-approve", *variables)
     outputs = json.loads(terraform.run("output", "-json").stdout)
-    yield Applied(
+    environment = Applied(
         terraform, aws_server, variables, {name: output["value"] for name, output in outputs.items()}
     )
+    yield environment
+    # The way out of an environment that holds data: lift the protection, then destroy.
+    bucket = environment.outputs["lake_bucket"]
+    environment.client("s3").put_object(Bucket=bucket, Key="warehouse/last", Body=b"x")
     terraform.run("apply", "-no-color", "-auto-approve", *variables, "-var=deletion_protection=false")
     terraform.run("destroy", "-no-color", "-auto-approve", *variables, "-var=deletion_protection=false")
     left = terraform.run("state", "list").stdout.split()
     assert left == [], f"destroy left {left}"
+    tables = environment.client("dynamodb").list_tables()["TableNames"]
+    assert environment.outputs["table_name"] not in tables
+    buckets = environment.client("s3").list_buckets()["Buckets"]
+    assert bucket not in [entry["Name"] for entry in buckets]

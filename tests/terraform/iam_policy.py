@@ -103,11 +103,13 @@ def _condition_holds(operator: str, found: list[str] | None, wanted: list[str]) 
     if operator == "Null":
         return any((entry.lower() == "true") == (not found) for entry in wanted)
     quantifier, _, name = operator.rpartition(":")
+    if_exists = name.endswith("IfExists")
+    name = name.removesuffix("IfExists")
     one_holds = _OPERATORS.get(name)
     if one_holds is None or quantifier not in ("", "ForAllValues", "ForAnyValue"):
         raise ValueError(f"condition operator not covered: {operator}")
     if not found:
-        return quantifier == "ForAllValues"
+        return if_exists or quantifier == "ForAllValues"
     if not quantifier and len(found) > 1:
         raise ValueError(f"{operator} compares one value, the request has {len(found)}")
     hits = [any(one_holds(value, entry) for entry in wanted) for value in found]

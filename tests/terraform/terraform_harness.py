@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -97,3 +101,21 @@ class Applied:
             aws_access_key_id="AKIATERRAFORMTEST",
             aws_secret_access_key="the-secret-of-the-terraform-tests",
         )
+
+
+@contextmanager
+def recorded_requests(endpoint: str) -> Iterator[list[dict[str, Any]]]:
+    """Every request that the local AWS server receives in the block; the list is filled at its end."""
+    requests: list[dict[str, Any]] = []
+
+    def recorder(step: str, method: str = "POST") -> bytes:
+        with urlopen(Request(f"{endpoint}/moto-api/recorder/{step}", method=method), timeout=30) as answer:
+            return bytes(answer.read())
+
+    recorder("reset-recording")
+    recorder("start-recording")
+    try:
+        yield requests
+    finally:
+        recorder("stop-recording")
+    requests += [json.loads(line) for line in recorder("download-recording", "GET").splitlines()]

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from datetime import UTC, date, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
+import pyarrow as pa
 import pytest
-from botocore.exceptions import ClientError
 from iam_policy import ALLOWED, EXPLICITLY_DENIED, NOT_ALLOWED, decide
-from terraform_harness import CONTRACT, ROOT, Applied, clean_environment
+from pyiceberg.table import Table
+from terraform_harness import CONTRACT, ROOT, Applied, clean_environment, recorded_requests
 
+from dagster_prefs.freshness.online import ItemReader
+from dagster_prefs.offline.catalog import open_catalog
+from dagster_prefs.offline.tables import WATCH, arrow_schema, ensure_table
 from dagster_prefs.online.contract import load_contract
-from dagster_prefs.online.tables import TableError, dynamodb_client, provision
+from dagster_prefs.online.tables import TableError, TableReport, dynamodb_client, provision
+from dagster_prefs.serving.profiles import ProfileClient
 from dagster_prefs.settings import known_variables
 
 ACTORS = ("sink-writer", "exporter", "serving-reader", "freshness-reader", "provisioner")
@@ -24,10 +34,14 @@ TABLE = f"arn:aws:dynamodb:{REGION}:{ACCOUNT}:table/staging-viewer_profiles"
 OTHER_TABLE = f"arn:aws:dynamodb:{REGION}:{ACCOUNT}:table/prod-viewer_profiles"
 BUCKET = f"arn:aws:s3:::staging-prefs-lake-{ACCOUNT}-{REGION}"
 OTHER_BUCKET = f"arn:aws:s3:::prod-prefs-lake-{ACCOUNT}-{REGION}"
-TILES = f"{BUCKET}/warehouse/staging_training.db/viewer_watch_metrics_1d"
+TILES = f"{BUCKET}/warehouse/staging_training.db/viewer_watch_daily"
 GLUE = f"arn:aws:glue:{REGION}:{ACCOUNT}"
 KEY = "the customer key"
 READERS = {"serving-reader", "freshness-reader"}
+KEYS_ONLY = {
+    "dynamodb:Attributes": ["viewer_id", "domain_key"],
+    "dynamodb:Select": "SPECIFIC_ATTRIBUTES",
+}
 VIA_DYNAMODB = {"kms:ViaService": f"dynamodb.{REGION}.amazonaws.com"}
 VIA_S3 = {"kms:ViaService": f"s3.{REGION}.amazonaws.com"}
 
@@ -66,11 +80,16 @@ def test_env_is_what_the_platform_reads(applied: Applied, tmp_path: Path) -> Non
     assert {name: settings[name] for name in expected} == expected
 
 
-def test_table_passes_verification(applied: Applied, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("AWS_PROFILE", "AWS_ENDPOINT_URL"):
+@pytest.fixture
+def local_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Credentials for the local AWS server, and nothing that leads to another one."""
+    for name in ("AWS_PROFILE", "AWS_ENDPOINT_URL", "AWS_SESSION_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "local")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "local")
+
+
+def test_table_passes_verification(applied: Applied, local_credentials: None) -> None:
     client = dynamodb_client(applied.endpoint, REGION)
     contract = load_contract(ROOT / CONTRACT)
     report = provision(client, contract, prefix="staging-", mode="verify")
@@ -110,8 +129,12 @@ def test_lake_is_closed_versioned_and_encrypted(applied: Applied) -> None:
 
 
 def test_lake_demands_modern_tls(applied: Applied) -> None:
-    bucket = applied.outputs["lake_bucket"]
-    policy = json.loads(applied.client("s3").get_bucket_policy(Bucket=bucket)["Policy"])
+    """The local server has no TLS, so the policy is not in force there: its document stands in the state."""
+    state = json.loads(applied.terraform.run("show", "-json").stdout)
+    documents = {
+        resource["address"]: resource["values"] for resource in state["values"]["root_module"]["resources"]
+    }
+    policy = json.loads(documents["data.aws_iam_policy_document.lake"]["json"])
     caller = ("AWS", f"arn:aws:iam::{ACCOUNT}:role/staging-prefs-exporter")
     for action, resource in (("s3:GetObject", f"{BUCKET}/warehouse/x"), ("s3:ListBucket", BUCKET)):
         answers = [
@@ -123,32 +146,35 @@ def test_lake_demands_modern_tls(applied: Applied) -> None:
         assert answers == [EXPLICITLY_DENIED, EXPLICITLY_DENIED, NOT_ALLOWED, NOT_ALLOWED]
 
 
-def test_training_tables_live_in_the_lake(applied: Applied) -> None:
-    """pyiceberg, with the settings of the outputs, writes a table to the lake and reads it back."""
-    import pyarrow as pa
-    from pyiceberg.catalog import load_catalog
+def test_training_tables_live_in_the_lake(applied: Applied, local_credentials: None) -> None:
+    """The offline store, with the settings of the outputs, writes tiles to the lake and reads them back."""
+    table = offline_table(applied)
+    tiles = pa.Table.from_pylist([tile(viewer) for viewer in (1, 2, 3)], schema=arrow_schema(table))
+    table.append(tiles)
+    assert offline_table(applied).scan().to_arrow().sort_by("viewer_id").to_pylist() == tiles.to_pylist()
+    # The exporter's and the freshness reader's policies name these folders.
+    assert table.location() == TILES.replace("arn:aws:s3:::", "s3://")
+    assert table.metadata_location.startswith(table.location() + "/metadata/")
 
-    access = {"access-key-id": "AKIATERRAFORMTEST", "secret-access-key": "the-secret-of-the-terraform-tests"}
-    catalog = load_catalog(
-        "training",
-        type="glue",
-        warehouse=applied.outputs["iceberg_warehouse"],
-        **{"glue.endpoint": applied.endpoint, "glue.region": REGION},
-        **{f"glue.{name}": value for name, value in access.items()},
-        **{"s3.endpoint": applied.endpoint, "s3.region": REGION},
-        **{f"s3.{name}": value for name, value in access.items()},
+
+def offline_table(applied: Applied) -> Table:
+    """The tile table of the applied lake, made where missing."""
+    catalog = open_catalog(
+        "glue", applied.outputs["iceberg_warehouse"], region=REGION, endpoint_url=applied.endpoint
     )
-    rows = pa.table({"viewer_id": pa.array([1, 2], pa.int64()), "views": pa.array([3, 4], pa.int64())})
-    identifier = (applied.outputs["iceberg_namespace"], "viewer_watch_metrics_1d")
-    table = catalog.create_table(identifier, rows.schema)
-    try:
-        table.append(rows)
-        assert catalog.load_table(identifier).scan().to_arrow().to_pydict() == rows.to_pydict()
-        # The exporter's and the freshness reader's policies name these folders.
-        assert table.location() == TILES.replace("arn:aws:s3:::", "s3://")
-        assert table.metadata_location.startswith(table.location() + "/metadata/")
-    finally:
-        catalog.drop_table(identifier)
+    return ensure_table(catalog, applied.outputs["iceberg_namespace"], WATCH)
+
+
+def tile(viewer_id: int) -> dict[str, Any]:
+    """One viewer's day with the same small count in every number of it."""
+    plain = {"long": viewer_id, "int": viewer_id, "date": date(2026, 1, 2)}
+    moment = datetime(2026, 1, 2, tzinfo=UTC)
+    return {
+        field.name: plain.get(
+            str(field.field_type), moment if "timestamp" in str(field.field_type) else Decimal(0)
+        )
+        for field in WATCH.schema.fields
+    }
 
 
 def test_alarms_and_dashboard(applied: Applied) -> None:
@@ -165,7 +191,6 @@ def test_alarms_and_dashboard(applied: Applied) -> None:
         "staging-prefs-rejected-writes": {"UserErrors"},
         "staging-prefs-read-latency-getitem": {"SuccessfulRequestLatency"},
         "staging-prefs-read-latency-batchgetitem": {"SuccessfulRequestLatency"},
-        "staging-prefs-read-latency-query": {"SuccessfulRequestLatency"},
     }
     for alarm in alarms.values():
         assert alarm["AlarmActions"] == alarm["OKActions"] == [f"arn:aws:sns:{REGION}:{ACCOUNT}:prefs-alarms"]
@@ -188,20 +213,20 @@ def test_state_holds_no_secret(applied: Applied) -> None:
 # Every request once: (action, resource, condition keys) and the actors that may make it. All others may not.
 REQUESTS: list[tuple[str, str, dict[str, Any], set[str]]] = [
     ("dynamodb:DescribeTable", TABLE, {}, {"sink-writer", "freshness-reader", "provisioner"}),
+    ("dynamodb:DescribeContinuousBackups", TABLE, {}, {"sink-writer", "freshness-reader", "provisioner"}),
     ("dynamodb:BatchWriteItem", TABLE, {"dynamodb:LeadingKeys": ["7"]}, {"sink-writer"}),
-    ("dynamodb:PutItem", TABLE, {"dynamodb:LeadingKeys": ["7"]}, {"sink-writer"}),
-    ("dynamodb:DeleteItem", TABLE, {"dynamodb:LeadingKeys": ["7"]}, {"sink-writer"}),
-    ("dynamodb:UpdateItem", TABLE, {"dynamodb:LeadingKeys": ["7"]}, set()),
     ("dynamodb:GetItem", TABLE, {"dynamodb:LeadingKeys": ["7"]}, {"serving-reader"}),
-    ("dynamodb:GetItem", TABLE, {"dynamodb:LeadingKeys": ["-7"]}, READERS),
-    ("dynamodb:BatchGetItem", TABLE, {"dynamodb:LeadingKeys": ["-7", "-8"]}, READERS),
-    ("dynamodb:BatchGetItem", TABLE, {"dynamodb:LeadingKeys": ["-7", "8"]}, {"serving-reader"}),
-    ("dynamodb:Query", TABLE, {"dynamodb:LeadingKeys": ["7"]}, {"serving-reader"}),
-    ("dynamodb:Query", TABLE, {"dynamodb:LeadingKeys": ["-7"]}, READERS),
-    ("dynamodb:Query", TABLE, {}, {"serving-reader"}),
+    ("dynamodb:BatchGetItem", TABLE, {"dynamodb:LeadingKeys": ["7", "-8"]}, READERS),
+    ("dynamodb:Scan", TABLE, KEYS_ONLY, {"freshness-reader"}),
+    ("dynamodb:Scan", TABLE, KEYS_ONLY | {"dynamodb:Attributes": ["viewer_id", "watch_minutes_7d"]}, set()),
+    ("dynamodb:Scan", TABLE, KEYS_ONLY | {"dynamodb:Select": "ALL_ATTRIBUTES"}, set()),
+    ("dynamodb:Scan", TABLE, {"dynamodb:Attributes": ["viewer_id"]}, {"freshness-reader"}),
+    ("dynamodb:Scan", TABLE, {"dynamodb:Select": "ALL_ATTRIBUTES"}, set()),
     ("dynamodb:Scan", TABLE, {}, set()),
-    ("dynamodb:PartiQLSelect", TABLE, {"dynamodb:LeadingKeys": ["-7"]}, set()),
-    ("dynamodb:DescribeContinuousBackups", TABLE, {}, {"provisioner"}),
+    *[
+        (f"dynamodb:{action}", TABLE, {"dynamodb:LeadingKeys": ["7"]}, set())
+        for action in ("PutItem", "DeleteItem", "UpdateItem", "Query", "PartiQLSelect", "PartiQLUpdate")
+    ],
     ("dynamodb:DescribeTimeToLive", TABLE, {}, {"provisioner"}),
     ("dynamodb:ListTagsOfResource", TABLE, {}, {"provisioner"}),
     *[
@@ -212,7 +237,7 @@ REQUESTS: list[tuple[str, str, dict[str, Any], set[str]]] = [
     ],
     *[
         (f"dynamodb:{action}", OTHER_TABLE, {"dynamodb:LeadingKeys": ["-7"]}, set())
-        for action in ("DescribeTable", "BatchWriteItem", "GetItem", "Query", "DescribeContinuousBackups")
+        for action in ("DescribeTable", "BatchWriteItem", "GetItem", "Scan", "DescribeContinuousBackups")
     ],
     ("dynamodb:Query", f"{TABLE}/index/by_domain", {"dynamodb:LeadingKeys": ["-7"]}, set()),
     ("s3:GetObject", f"{TILES}/metadata/1.metadata.json", {}, {"exporter", "freshness-reader"}),
@@ -247,6 +272,8 @@ REQUESTS: list[tuple[str, str, dict[str, Any], set[str]]] = [
     ("glue:DeleteTable", f"{GLUE}:table/staging_training/tiles", {}, set()),
     ("glue:DeleteDatabase", f"{GLUE}:database/staging_training", {}, set()),
     ("glue:CreateDatabase", f"{GLUE}:database/other", {}, set()),
+    ("glue:GetDatabases", f"{GLUE}:catalog", {}, {"exporter", "freshness-reader"}),
+    ("glue:GetDatabase", f"{GLUE}:database/prod_training", {}, set()),
     ("glue:GetTable", f"{GLUE}:table/prod_training/tiles", {}, set()),
     ("glue:UpdateTable", f"{GLUE}:table/prod_training/tiles", {}, set()),
     ("kms:Decrypt", KEY, VIA_DYNAMODB, {"sink-writer", "serving-reader", "freshness-reader"}),
@@ -318,6 +345,137 @@ def test_every_permission_is_named_and_asked_for(
     assert granted - companions == covered
 
 
+# What each actor does through the platform's own code, on what was applied.
+PARTS: dict[str, Callable[[Applied], object]] = {
+    "provisioner": lambda applied: verified(applied),
+    "sink-writer": lambda applied: (verified(applied), write_an_item(applied)),
+    "serving-reader": lambda applied: read_profiles(applied),
+    "freshness-reader": lambda applied: (verified(applied), sample_items(applied), read_metadata(applied)),
+    "exporter": lambda applied: offline_table(applied).append(
+        pa.Table.from_pylist([tile(9)], schema=arrow_schema(offline_table(applied)))
+    ),
+}
+
+
+def verified(applied: Applied) -> TableReport:
+    client = dynamodb_client(applied.endpoint, REGION)
+    return provision(client, load_contract(ROOT / CONTRACT), prefix="staging-", mode="verify")
+
+
+def write_an_item(applied: Applied) -> None:
+    item = {"viewer_id": {"N": "7"}, "domain_key": {"S": "engagement#watch"}}
+    dynamodb_client(applied.endpoint, REGION).batch_write_item(
+        RequestItems={applied.outputs["table_name"]: [{"PutRequest": {"Item": item}}]}
+    )
+
+
+def read_profiles(applied: Applied) -> None:
+    with ProfileClient(
+        endpoint_url=applied.endpoint, region=REGION, table_prefix="staging-",
+        budget_seconds=30, connect_timeout_seconds=10, read_timeout_seconds=10,
+    ) as client:  # fmt: skip
+        client.get(7, domains=["watch"])
+        client.get(7)
+
+
+def sample_items(applied: Applied) -> None:
+    client = dynamodb_client(applied.endpoint, REGION)
+    reader = ItemReader(client, load_contract(ROOT / CONTRACT), applied.outputs["table_name"])
+    reader.get("engagement#watch", [7, 8])
+    reader.page("engagement#watch", 5, datetime(2026, 1, 2, tzinfo=UTC))
+
+
+def read_metadata(applied: Applied) -> list[Any]:
+    return list(offline_table(applied).inspect.snapshots().to_pylist())
+
+
+@pytest.mark.parametrize("actor", sorted(PARTS))
+def test_actor_needs_nothing_that_its_policy_withholds(
+    applied: Applied, policies: dict[str, list[dict[str, Any]]], local_credentials: None, actor: str
+) -> None:
+    """Every request that the platform's code sends for an actor, as the server saw it, is allowed to it."""
+    offline_table(applied)
+    with recorded_requests(applied.endpoint) as requests:
+        PARTS[actor](applied)
+    asked = {
+        (action, resource, json.dumps(context))
+        for entry in requests
+        for action, resource, context in permissions(entry)
+    }
+    assert asked
+    refused = [
+        (action, resource, context)
+        for action, resource, context in sorted(asked)
+        if decide(policies[actor], action, resource, json.loads(context)) != ALLOWED
+    ]
+    assert refused == []
+
+
+def permissions(entry: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """The permissions that one recorded request needs: (action, resource, condition keys).
+
+    Raises ValueError for a request whose permission is not known here.
+    """
+    headers = {name.lower(): value for name, value in entry["headers"].items()}
+    body = base64.b64decode(entry["body"]) if entry["body_encoded"] else entry["body"]
+    service, _, operation = headers.get("x-amz-target", "").partition(".")
+    if service.startswith("DynamoDB"):
+        yield from _dynamodb_permissions(operation, json.loads(body))
+    elif service == "AWSGlue":
+        yield from _glue_permissions(operation, json.loads(body))
+    elif "/s3/" in headers.get("authorization", ""):
+        yield from _s3_permissions(entry["method"], urlsplit(entry["url"]))
+    else:
+        raise ValueError(f"a request of an unknown service: {entry['method']} {entry['url']} {headers}")
+
+
+def _dynamodb_permissions(
+    operation: str, request: dict[str, Any]
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    tables = [request["TableName"]] if "TableName" in request else list(request["RequestItems"])
+    context: dict[str, Any] = {}
+    if operation == "Scan":
+        context["dynamodb:Attributes"] = [
+            request["ExpressionAttributeNames"].get(name.strip(), name.strip())
+            for name in request["ProjectionExpression"].split(",")
+        ]
+    for table in tables:
+        yield f"dynamodb:{operation}", f"arn:aws:dynamodb:{REGION}:{ACCOUNT}:table/{table}", context
+
+
+def _glue_permissions(operation: str, request: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    database = request.get("DatabaseName") or (request.get("Name") if operation == "GetDatabase" else None)
+    table = request.get("TableInput", request).get("Name") if "DatabaseName" in request else None
+    resources = ["catalog"]
+    if operation == "GetDatabases":
+        resources.append("database/any_other")
+    if database:
+        resources.append(f"database/{database}")
+    if table:
+        resources.append(f"table/{database}/{table}")
+    for resource in resources:
+        yield f"glue:{operation}", f"{GLUE}:{resource}", {}
+
+
+def _s3_permissions(method: str, url: SplitResult) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    bucket, _, key = unquote(url.path).lstrip("/").partition("/")
+    query = dict(parse_qsl(url.query, keep_blank_values=True))
+    objects = {
+        "GET": "GetObject",
+        "HEAD": "GetObject",
+        "PUT": "PutObject",
+        "POST": "PutObject",
+        "DELETE": "DeleteObject",
+    }
+    if key:
+        action = "AbortMultipartUpload" if method == "DELETE" and "uploadId" in query else objects[method]
+        yield f"s3:{action}", f"arn:aws:s3:::{bucket}/{key}", {}
+    elif method == "GET" and "list-type" in query:
+        yield "s3:ListBucket", f"arn:aws:s3:::{bucket}", {"s3:prefix": query.get("prefix", "")}
+    else:
+        raise ValueError(f"a request to a bucket that is not covered: {method} {url.geturl()}")
+
+
 WEB, ROLE = "sts:AssumeRoleWithWebIdentity", "sts:AssumeRole"
 PROVIDER = ("Federated", f"arn:aws:iam::{ACCOUNT}:oidc-provider/oidc.example.com/id/ABC123")
 EC2 = ("Service", "ec2.amazonaws.com")
@@ -371,33 +529,26 @@ def test_only_what_runs_on_instances_has_a_profile(applied: Applied) -> None:
 # --- several environments, and the way out ------------------------------------------------------------
 
 
-def test_environments_stand_side_by_side_and_fall_only_unprotected(applied: Applied) -> None:
-    """A second environment's stores resist `destroy` until protection is lifted; the first never notices."""
+def test_environments_stand_side_by_side_and_do_not_fall_while_protected(applied: Applied) -> None:
+    """A second environment's stores resist `destroy`; the fixture ends an unprotected one."""
     terraform, dynamodb, s3 = applied.terraform, applied.client("dynamodb"), applied.client("s3")
     table, bucket = "canary-viewer_profiles", f"canary-prefs-lake-{ACCOUNT}-{REGION}"
-    stores = ["-target=aws_dynamodb_table.profiles", "-target=aws_s3_bucket.lake"]
-    common = [
+    arguments = [
         "-no-color", "-auto-approve", "-state=canary.tfstate", *applied.variables,
-        "-var=environment=canary", "-var=encryption_key=aws", *stores,
+        "-var=environment=canary", "-var=encryption_key=aws",
+        "-target=aws_dynamodb_table.profiles", "-target=aws_s3_bucket.lake",
     ]  # fmt: skip
-    terraform.run("apply", *common)
+    terraform.run("apply", *arguments)
     dynamodb.put_item(
         TableName=table, Item={"viewer_id": {"N": "1"}, "domain_key": {"S": "engagement#watch"}}
     )
     s3.put_object(Bucket=bucket, Key="warehouse/x", Body=b"x")
 
-    refused = terraform.run("destroy", *common, check=False)
+    refused = terraform.run("destroy", *arguments, check=False)
     assert refused.returncode != 0
     assert "DeletionProtectionEnabled" in refused.stderr
     assert "BucketNotEmpty" in refused.stderr
     assert dynamodb.scan(TableName=table)["Count"] == 1
     assert s3.get_object(Bucket=bucket, Key="warehouse/x")["Body"].read() == b"x"
-
-    terraform.run("apply", *common, "-var=deletion_protection=false")
-    terraform.run("destroy", *common, "-var=deletion_protection=false")
-    with pytest.raises(dynamodb.exceptions.ResourceNotFoundException):
-        dynamodb.describe_table(TableName=table)
-    with pytest.raises(ClientError, match="404"):
-        s3.head_bucket(Bucket=bucket)
     assert dynamodb.describe_table(TableName="staging-viewer_profiles")["Table"]["TableStatus"] == "ACTIVE"
     s3.head_bucket(Bucket=applied.outputs["lake_bucket"])

@@ -123,6 +123,10 @@ run "accepts_endpoint_url" {
   }
 
   assert {
+    condition     = length(aws_s3_bucket_policy.lake) == 0
+    error_message = "a server without TLS is asked for TLS"
+  }
+  assert {
     condition     = strcontains(output.env, "AWS_ENDPOINT_URL=http://127.0.0.1:54330\n") && strcontains(output.env, "PREFS_ENGINE=local\n")
     error_message = "env does not lead to the local AWS server"
   }

@@ -150,6 +150,10 @@ run "lake_is_closed" {
   }
 
   assert {
+    condition     = length(aws_s3_bucket_policy.lake) == 1
+    error_message = "the lake answers without TLS"
+  }
+  assert {
     condition     = aws_s3_bucket_versioning.lake.versioning_configuration[0].status == "Enabled"
     error_message = "versioning is off"
   }
