@@ -344,6 +344,10 @@ class ItemReader:
             int(item[self.partition_key]["N"]) for item in items if item[self.sort_key]["S"] == domain_key
         }
 
+    def describe(self) -> Any:
+        """DynamoDB's own description of the table."""
+        return self._call("describe_table", TableName=self.table)["Table"]
+
     def _call(self, operation: str, **arguments: Any) -> Any:
         from botocore.exceptions import BotoCoreError, ClientError
 
@@ -360,6 +364,26 @@ class ItemReader:
             raise Unmeasurable(
                 f"DynamoDB cannot be reached for table {self.table}: {error}: check the endpoint and region"
             ) from None
+
+
+def find_table(client: DynamoDBClient, contract: Contract, prefix: str = "") -> TableReport:
+    """The profile table as it stands; unlike `provision` it makes and checks nothing.
+
+    Raises Unmeasurable when there is none, or DynamoDB refuses or does not answer.
+    """
+    name = prefix + contract.table.name
+    table = ItemReader(client, contract, name).describe()
+    return TableReport(
+        name=name,
+        table_id=str(table.get("TableId") or table["CreationDateTime"]),
+        arn=str(table["TableArn"]),
+        status=str(table["TableStatus"]),
+        created=False,
+        billing_mode=str(table.get("BillingModeSummary", {}).get("BillingMode", "PROVISIONED")),
+        point_in_time_recovery=None,
+        encryption=str(table.get("SSEDescription", {}).get("SSEType", "AWS_OWNED")),
+        deletion_protection=bool(table.get("DeletionProtectionEnabled", False)),
+    )
 
 
 def key_hash(viewer_id: int) -> str:

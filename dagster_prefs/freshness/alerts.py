@@ -1,0 +1,137 @@
+"""One message when a measure changes its level, to a webhook."""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal
+from urllib.parse import urlsplit
+
+from dagster_prefs.errors import PrefsError
+from dagster_prefs.freshness.levels import Level, Measure
+
+Alarm = Literal["ok", "warn", "error"]
+
+# What cannot be read alarms like what is broken; what is not configured does not alarm.
+ALARMS: Mapping[Level, Alarm] = {
+    "ok": "ok",
+    "skipped": "ok",
+    "warn": "warn",
+    "error": "error",
+    "unknown": "error",
+}
+_SIGNS: Mapping[Alarm, str] = {"ok": "✅", "warn": "⚠️", "error": "🔴"}
+_SEVERITY: Mapping[Alarm, int] = {"ok": 0, "warn": 1, "error": 2}
+
+ATTEMPTS = 3
+TIMEOUT_SECONDS = 5.0
+
+
+class AlertError(PrefsError):
+    """The webhook is not usable, or did not take a message."""
+
+
+@dataclass(frozen=True)
+class Transition:
+    """A measure that changed from one alarm level to another."""
+
+    key: str
+    before: Alarm
+    after: Alarm
+    reason: str
+
+    @property
+    def text(self) -> str:
+        """One line for people."""
+        return f"{_SIGNS[self.after]} {self.key}: {self.before} → {self.after}: {self.reason}"
+
+
+def transitions(before: Mapping[str, Alarm], measures: Iterable[Measure]) -> list[Transition]:
+    """What changed since `before` (measure key → alarm level); a measure not seen before was ok.
+
+    Worst first, so that the line that matters leads the message.
+    """
+    changed = [
+        Transition(measure.key, known, ALARMS[measure.level], measure.reason)
+        for measure in measures
+        if (known := before.get(measure.key, "ok")) != ALARMS[measure.level]
+    ]
+    return sorted(changed, key=lambda one: (-_SEVERITY[one.after], one.key))
+
+
+def remembered(before: Mapping[str, Alarm], told: Iterable[Transition]) -> dict[str, Alarm]:
+    """`before` with the transitions that were told. Those that were not are found again next time."""
+    levels = dict(before)
+    for transition in told:
+        levels[transition.key] = transition.after
+    return {key: level for key, level in sorted(levels.items()) if level != "ok"}
+
+
+class Webhook:
+    """A Slack-compatible webhook: `{"text": …}` by POST, a few attempts within seconds.
+
+    The URL is a secret and appears in no message. Raises AlertError unless it is https, or http on this
+    machine.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        attempts: int = ATTEMPTS,
+        timeout_seconds: float = TIMEOUT_SECONDS,
+        wait: Callable[[float], None] = time.sleep,
+    ) -> None:
+        parts = urlsplit(url)
+        local = parts.hostname in ("127.0.0.1", "localhost", "::1")
+        if not parts.hostname or not (parts.scheme == "https" or (parts.scheme == "http" and local)):
+            raise AlertError(
+                "the alert webhook must be an https URL (http only on this machine): correct "
+                "PREFS_ALERT_WEBHOOK"
+            )
+        self._url = url
+        self._host = parts.hostname
+        self._attempts = attempts
+        self._timeout = timeout_seconds
+        self._wait = wait
+
+    def tell(self, changed: Sequence[Transition], *, at: datetime) -> None:
+        """Send one message with all of them; nothing for none. `at` is UTC.
+
+        Raises AlertError, naming the host, after the last attempt.
+        """
+        if changed:
+            lines = [f"dagster-prefs, {at:%Y-%m-%d %H:%M:%S} UTC", *(one.text for one in changed)]
+            self.send("\n".join(lines))
+
+    def send(self, text: str) -> None:
+        """Send any text; raises AlertError, naming the host, after the last attempt."""
+        # The scheme was checked when the object was made.
+        request = urllib.request.Request(  # noqa: S310
+            self._url,
+            data=json.dumps({"text": text}).encode(),
+            headers={"Content-Type": "application/json"},
+            method="POST",
+        )
+        reason = ""
+        for attempt in range(self._attempts):
+            if attempt:
+                self._wait(0.5 * 2 ** (attempt - 1))
+            try:
+                with urllib.request.urlopen(request, timeout=self._timeout):  # noqa: S310
+                    return
+            except urllib.error.HTTPError as error:
+                reason = f"it answered {error.code}"
+                if error.code < 500 and error.code != 429:
+                    break
+            except (urllib.error.URLError, OSError) as error:
+                reason = str(getattr(error, "reason", error))
+        raise AlertError(
+            f"the alert webhook at {self._host} did not take the message ({reason}): check "
+            "PREFS_ALERT_WEBHOOK with `prefs alerts test`"
+        )

@@ -1,0 +1,201 @@
+"""All readings at once, on one screen or as JSON, and the exit code that sums them up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.freshness.levels import Level, Measure, worst
+from dagster_prefs.freshness.measures import (
+    measure_ingestion,
+    measure_offline,
+    measure_online,
+    measure_views,
+)
+from dagster_prefs.freshness.online import find_table
+from dagster_prefs.online.contract import Contract, load_contract
+from dagster_prefs.online.tables import TableReport, dynamodb_client
+from dagster_prefs.settings import Settings
+
+if TYPE_CHECKING:
+    from mypy_boto3_dynamodb import DynamoDBClient
+    from pyiceberg.catalog import Catalog
+
+EXIT_CODES: dict[Level, int] = {"ok": 0, "skipped": 0, "warn": 1, "error": 2, "unknown": 2}
+
+_STYLES: dict[Level, str] = {
+    "ok": "green",
+    "skipped": "dim",
+    "warn": "yellow",
+    "error": "bold red",
+    "unknown": "bold magenta",
+}
+_TITLES = {
+    "ingestion": "Kafka → engine",
+    "views": "events → views",
+    "online": "views → DynamoDB",
+    "offline": "tiles → Iceberg",
+    "canary": "event → reader",
+}
+
+
+class Sources:
+    """Where the readings come from, as the settings say; nothing connects before it is read."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.engine = EngineConnection.of(settings)
+
+    @cached_property
+    def contract(self) -> Contract:
+        """The serving contract, which has the thresholds."""
+        return load_contract()
+
+    @property
+    def publishes(self) -> bool:
+        """Whether this platform writes DynamoDB itself, rather than a RisingWave sink."""
+        return self.settings.publish == "publisher" or (
+            self.settings.publish == "auto" and self.engine.kind == "local"
+        )
+
+    def dynamodb(self) -> tuple[DynamoDBClient, TableReport]:
+        """A client and the table as it is; the table is never made.
+
+        Raises Unmeasurable when there is no such table, or DynamoDB does not answer.
+        """
+        client = dynamodb_client(self.settings.aws_endpoint, self.settings.aws_region)
+        return client, find_table(client, self.contract, self.settings.table_prefix)
+
+    def catalog(self) -> Catalog:
+        """The Iceberg catalog; raises OfflineError when it does not answer."""
+        from dagster_prefs.offline.catalog import open_catalog
+
+        return open_catalog(
+            self.settings.iceberg_catalog,
+            self.settings.warehouse,
+            uri=self.settings.iceberg_uri,
+            region=self.settings.aws_region,
+            endpoint_url=self.settings.aws_endpoint_url,
+        )
+
+    def ingestion(self, now: datetime) -> list[Measure]:
+        """Kafka against the raw tables."""
+        return measure_ingestion(
+            self.engine,
+            self.contract,
+            self.settings.kafka_bootstrap,
+            now=now,
+            start=self.settings.kafka_start,
+        )
+
+    def views(self, now: datetime) -> list[Measure]:
+        """Raw tables against typed events, and each view against its upstream."""
+        return measure_views(self.engine, self.contract, now=now)
+
+    def online(self, now: datetime) -> list[Measure]:
+        """Rolling views against DynamoDB."""
+        return measure_online(self.engine, self.contract, self.dynamodb, now=now, publishes=self.publishes)
+
+    def offline(self, now: datetime) -> list[Measure]:
+        """Tiles against the training tables."""
+        from dagster_prefs.offline.tables import TILE_TABLES
+
+        return measure_offline(
+            self.engine,
+            self.contract,
+            self.catalog,
+            list(TILE_TABLES.values()),
+            namespace=self.settings.iceberg_namespace,
+            start=self.settings.export_start_date,
+            now=now,
+        )
+
+
+@dataclass(frozen=True)
+class Status:
+    """Every measure of one evaluation; `read_at` is UTC, `seconds` what the evaluation took."""
+
+    read_at: datetime
+    seconds: float
+    measures: tuple[Measure, ...]
+
+    @property
+    def level(self) -> Level:
+        """The worst level of all measures."""
+        return worst(measure.level for measure in self.measures)
+
+    @property
+    def exit_code(self) -> int:
+        """0 for ok, 1 for warn, 2 for error and for what could not be read."""
+        return EXIT_CODES[self.level]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "read_at": self.read_at.isoformat(),
+            "seconds": round(self.seconds, 3),
+            "level": self.level,
+            "measures": [asdict(measure) for measure in self.measures],
+        }
+
+
+def evaluate(sources: Sources, *, now: Callable[[], datetime], extra: Sequence[Measure] = ()) -> Status:
+    """Read and judge every stage; the stages are read side by side.
+
+    `now` gives the time in UTC; `extra` are measures that are kept elsewhere, as the canary's. Never raises
+    for what cannot be read: those measures are `unknown`.
+    """
+    started = now()
+    stages = (sources.ingestion, sources.views, sources.online, sources.offline)
+    with ThreadPoolExecutor(len(stages), thread_name_prefix="freshness") as pool:
+        found = [measure for stage in pool.map(lambda read: read(started), stages) for measure in stage]
+    return Status(started, (now() - started).total_seconds(), (*found, *extra))
+
+
+def render_status(status: Status) -> Group:
+    """The status as one screen for a rich console."""
+    parts: list[Any] = []
+    for stage, title in _TITLES.items():
+        measures = [measure for measure in status.measures if measure.stage == stage]
+        if not measures:
+            continue
+        table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+        table.add_column("", no_wrap=True)
+        table.add_column("lag", justify="right", no_wrap=True)
+        table.add_column("level", no_wrap=True)
+        table.add_column("why", overflow="fold")
+        for measure in measures:
+            style = _STYLES[measure.level]
+            table.add_row(
+                measure.name,
+                duration(measure.lag_seconds),
+                Text(measure.level, style=style),
+                Text(measure.reason, style="dim" if measure.level in ("ok", "skipped") else ""),
+            )
+        parts += [table, Text()]
+    parts.append(
+        Text.assemble(
+            (status.level, _STYLES[status.level]),
+            f"  read at {status.read_at:%Y-%m-%d %H:%M:%S} UTC in {status.seconds:.1f} s",
+        )
+    )
+    return Group(*parts)
+
+
+def duration(seconds: float | None) -> str:
+    """A lag for people: `0.4 s`, `3 min`, `2.5 h`, `4.0 d`; empty where there is none."""
+    if seconds is None:
+        return ""
+    for size, unit in ((86_400, "d"), (3_600, "h")):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.1f} s"
