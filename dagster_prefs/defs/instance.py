@@ -8,6 +8,10 @@ DAGSTER_YAML = """\
 # Written by `prefs` when the folder was made; yours to change from then on.
 telemetry: { enabled: false }
 nux: { enabled: false }
+# A click starts its run at once, with or without the daemon; the engine's own lock orders refreshes.
+run_coordinator:
+  module: dagster.core.run_coordinator
+  class: DefaultRunCoordinator
 retention:
   schedule: { purge_after_days: 30 }
   sensor:

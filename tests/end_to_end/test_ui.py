@@ -1,0 +1,159 @@
+"""The Dagster UI on real state: launch a materialization as it does, and look at the asset graph."""
+
+import json
+import os
+import shutil
+import signal
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.end_to_end.conftest import PROJECT, Place
+
+pytestmark = pytest.mark.slow
+
+LAUNCH = """
+mutation ($executionParams: ExecutionParams!) {
+  launchPipelineExecution(executionParams: $executionParams) {
+    __typename
+    ... on LaunchRunSuccess { run { runId } }
+    ... on PythonError { message }
+    ... on RunConfigValidationInvalid { errors { message } }
+  }
+}
+"""
+RUN = "query ($runId: ID!) { runOrError(runId: $runId) { ... on Run { status } } }"
+MATERIALIZED = """
+query ($key: AssetKeyInput!) {
+  assetOrError(assetKey: $key) { ... on Asset { assetMaterializations(limit: 1) {
+    runId metadataEntries { label ... on IntMetadataEntry { intValue } } } } }
+}
+"""
+
+
+class Ui:
+    """The running webserver."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def ask(self, query: str, **variables: Any) -> dict[str, Any]:
+        request = urllib.request.Request(
+            f"{self.url}/graphql",
+            json.dumps({"query": query, "variables": variables}).encode(),
+            {"content-type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            content = json.load(answer)
+        assert "errors" not in content, content
+        data: dict[str, Any] = content["data"]
+        return data
+
+
+def wait_for(what: str, check: Callable[[], Any], seconds: float = 180) -> Any:
+    """Poll until `check` gives something true."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        found = check()
+        if found:
+            return found
+        time.sleep(0.5)
+    pytest.fail(f"{what} did not happen within {seconds} s")
+
+
+@pytest.fixture(scope="module")
+def ui(new_place: Callable[[], Place], free_port: Callable[[], int]) -> Iterator[Ui]:
+    place: Place = new_place()
+    place.ok("prefs", "up")
+    port = free_port()
+    server = Place(
+        place.data_dir, {**place.environment, "DAGSTER_HOME": str(_home(place.data_dir))}
+    ).start("dagster-webserver", "-w", str(PROJECT / "workspace.yaml"), "-h", "127.0.0.1", "-p", str(port))
+    started = Ui(f"http://127.0.0.1:{port}")
+
+    def ready() -> bool:
+        assert server.poll() is None, server.communicate()
+        try:
+            return len(started.ask("{ assetNodes { id } }")["assetNodes"]) > 0
+        except (urllib.error.URLError, ConnectionError):
+            return False
+
+    try:
+        wait_for("the webserver's start", ready)
+        yield started
+    finally:
+        # The webserver does not stop its code server on a signal of its own, so the whole group gets it.
+        os.killpg(server.pid, signal.SIGTERM)
+        server.communicate(timeout=30)
+
+
+def _home(data_dir: Path) -> Path:
+    from dagster_prefs.defs.instance import ensure_dagster_home
+
+    return ensure_dagster_home(data_dir)
+
+
+def test_an_asset_is_materialized_by_a_click(ui: Ui) -> None:
+    tables = ["raw_view_events", "erased_subjects", "view_events_parsed", "view_events"]
+    outcome = ui.ask(
+        LAUNCH,
+        executionParams={
+            "mode": "default",
+            "runConfigData": "{}",
+            "selector": {
+                "repositoryLocationName": "dagster_prefs",
+                "repositoryName": "__repository__",
+                "pipelineName": "__ASSET_JOB",
+                "assetSelection": [{"path": [name]} for name in tables],
+                "assetCheckSelection": [],
+            },
+        },
+    )["launchPipelineExecution"]
+    assert outcome["__typename"] == "LaunchRunSuccess", outcome
+    run_id = outcome["run"]["runId"]
+    status = wait_for(
+        "the end of the run",
+        lambda: (
+            status
+            if (status := ui.ask(RUN, runId=run_id)["runOrError"]["status"])
+            in ("SUCCESS", "FAILURE", "CANCELED")
+            else None
+        ),
+    )
+    assert status == "SUCCESS"
+    for name in tables:
+        (event,) = ui.ask(MATERIALIZED, key={"path": [name]})["assetOrError"]["assetMaterializations"]
+        assert event["runId"] == run_id
+        assert {"label": "dagster/row_count", "intValue": 0} in event["metadataEntries"]
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not on the PATH")
+def test_the_asset_graph_shows_every_group_and_asset(ui: Ui, tmp_path: Path) -> None:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"),
+            # Root may not use the sandbox; the other flags keep the browser from calling home.
+            args=["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking",
+                  "--disable-component-update", "--disable-sync", "--no-first-run"],
+        )  # fmt: skip
+        page = browser.new_page(viewport={"width": 4000, "height": 3000})
+        page.goto(f"{ui.url}/asset-groups")
+        page.get_by_text("engagement", exact=True).first.wait_for(timeout=120_000)
+        page.keyboard.press("Alt+e")  # expand all groups
+        page.get_by_text("raw_user_events").first.wait_for(timeout=60_000)
+        picture = tmp_path / "asset-graph.png"
+        page.screenshot(path=picture)
+        text = page.content()
+        browser.close()
+    assert picture.stat().st_size > 20_000
+    for group in ("events", "preferences", "engagement", "sinks", "operations", "online_store", "offline_store"):
+        assert group in text
+    for asset in ("raw_user_events", "viewer_profiles", "view_events_parsed"):
+        assert asset in text
