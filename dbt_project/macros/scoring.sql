@@ -38,7 +38,12 @@
   end
 {%- endmacro %}
 
-{# Half-lives between the fixed epoch and a moment, as a float: independent of now(). #}
-{% macro half_lives(moment) -%}
-  (extract(epoch from {{ moment }})::double precision - extract(epoch from timestamptz '{{ var("decay").epoch }} 00:00:00Z')::double precision) / {{ var("decay").half_life_days * 86400 }}
+{#
+  2^(half-lives between the fixed epoch and a moment), a float that does not depend on now(). The exponent is held
+  within ±1000 (82 years), because beyond it power() fails, and with it the whole view.
+#}
+{% macro decay_factor(moment) -%}
+  power(2::double precision, greatest(-1000::double precision, least(1000::double precision,
+    (extract(epoch from {{ moment }})::double precision - extract(epoch from '{{ var("decay").epoch }} 00:00:00Z'::timestamptz)::double precision) / {{ var("decay").half_life_days * 86400 }}
+  )))
 {%- endmacro %}

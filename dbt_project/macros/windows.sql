@@ -20,7 +20,7 @@
 
 {# A ratio that is exact to 6 places on both engines, NULL where the denominator is 0. #}
 {% macro ratio(numerator, denominator) -%}
-  round({{ numerator }}::numeric / nullif({{ denominator }}, 0), 6)
+  round(({{ numerator }})::numeric / nullif({{ denominator }}, 0), 6)
 {%- endmacro %}
 
 {# timestamptz → milliseconds since 1970, as the serving contract has them. #}

@@ -125,7 +125,7 @@ def given(document: Mapping[str, Any], name: str) -> bool:
 
 
 def decimal(value: str | None) -> Decimal | None:
-    found = value is not None and re.fullmatch(r"-?[0-9]{1,15}(\.[0-9]{1,18})?([eE][+-]?[0-9]{1,2})?", value)
+    found = value is not None and re.fullmatch(r"-?[0-9]{1,10}(\.[0-9]{1,18})?([eE][+-]?[0-9])?", value)
     return Decimal(value) if found else None  # type: ignore[arg-type]
 
 

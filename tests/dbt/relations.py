@@ -97,8 +97,8 @@ def _plain(name: str, value: Any) -> Any:
     if isinstance(value, bool) or value is None:
         return value
     if isinstance(value, (int, Decimal)):
-        # 1, 1.0 and 1E+0 are the same number.
-        return format(Decimal(value).normalize(), "f")
+        # 1, 1.0 and 1E+0 are the same number, and so are 0 and -0.
+        return format(Decimal(value).normalize(), "f") if value else "0"
     return value
 
 

@@ -140,38 +140,61 @@ garbage = st.one_of(
 )  # fmt: skip
 
 
-@st.composite
-def bodies(draw: st.DrawFn, topic: str) -> bytes:
-    """The bytes of one message."""
-    if draw(st.integers(0, 9)) == 0:
-        return draw(garbage)
-    # Mostly good values: with every field drawn freely hardly a message would be valid.
-    document = dict(_good[topic])
-    for name, values in _fields[topic].items():
-        roll = draw(st.integers(0, 11))
-        if roll == 0:
-            document.pop(name)
-        elif roll > 3 or name in _varied:
-            document[name] = draw(values)
-    ascii_only = draw(st.booleans())
-    return json.dumps(document, ensure_ascii=ascii_only).encode()
-
-
-_varied = {"event_id", "viewer_id", "watched_at", "event_ts", "event_time", "item_id", "user_id"}
-_good: dict[str, dict[str, Any]] = {
+# What most producers send most of the time; with every field drawn freely hardly a message would be valid.
+_mild_times = st.one_of(spelled(), spelled(), st.integers(NOW - 40 * DAY, NOW).map(lambda at: at // 1000))
+_mild_ids = st.integers(0, 30).map(lambda n: f"e{n}")
+_mild_names = st.sampled_from(["A", "a", "B", "Ä", "drama", "sci|fi", None, ""])
+_mild_fields: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "user.events": {
-        "event_id": "g1", "user_id": "u1", "item_id": "i1", "event_type": "purchase", "category": "A", "brand": "B",
-        "price": 25, "session_id": "s", "event_time": "2026-03-14T00:00:00Z",
+        "event_id": _mild_ids,
+        "user_id": st.sampled_from(["u1", "u2", "ü3", "canary:1"]),
+        "item_id": st.integers(1, 4).map(str),
+        "event_type": st.sampled_from(["view", "view", "view", "wishlist", "add_to_cart", "purchase", "purchase"]),
+        "category": _mild_names,
+        "brand": _mild_names,
+        "price": st.sampled_from([None, 0, 24.99, 25, 99.99, "100.00", 499.99, 500]),
+        "session_id": _mild_names,
+        "event_time": _mild_times,
     },
     "view_events": {
-        "event_id": "g1", "viewer_id": 1, "content_id": "c1", "genre": "drama", "watch_duration_sec": 60,
-        "completion_pct": 0.9, "watched_at": "2026-03-14T00:00:00Z",
+        "event_id": _mild_ids,
+        "viewer_id": st.integers(-1, 3),
+        "content_id": _mild_names,
+        "genre": st.sampled_from(["A", "a", "B", "Ä", "drama", "Drama", "z", None]),
+        "watch_duration_sec": st.sampled_from([0, 1, 7, 60, 61, 100, 3600, None]),
+        "completion_pct": st.sampled_from([0, 0.5, 0.899999999, 0.9, "0.90", 1, None]),
+        "watched_at": _mild_times,
     },
     "content_interactions": {
-        "event_id": "g1", "viewer_id": 1, "event_type": "like", "event_ts": "2026-03-14T00:00:00Z",
+        "event_id": _mild_ids,
+        "viewer_id": st.integers(-1, 3),
+        "event_type": st.sampled_from(["like", "share", "search"]),
+        "event_ts": _mild_times,
     },
-    "items": {"item_id": "i1", "title": "t", "category": "A", "brand": "B", "price": 25, "in_stock": True},
-}  # fmt: skip
+    "items": {
+        "item_id": st.integers(1, 4),
+        "title": _mild_names,
+        "category": _mild_names,
+        "brand": _mild_names,
+        "price": st.sampled_from([None, 0, 25, "19.99"]),
+        "in_stock": st.booleans(),
+    },
+}
+
+
+@st.composite
+def bodies(draw: st.DrawFn, topic: str) -> bytes:
+    """The bytes of one message: mostly valid, sometimes with one nasty field, seldom nonsense."""
+    mood = draw(st.integers(0, 9))
+    if mood == 9:
+        return draw(garbage)
+    document: dict[str, Any] = {name: draw(values) for name, values in _mild_fields[topic].items()}
+    if mood >= 6:
+        for name in draw(st.lists(st.sampled_from(sorted(_fields[topic])), min_size=1, max_size=2)):
+            document[name] = draw(_fields[topic][name])
+    if mood == 8:
+        document.pop(draw(st.sampled_from(sorted(document))))
+    return json.dumps(document, ensure_ascii=draw(st.booleans())).encode()
 
 
 @st.composite

@@ -8,6 +8,7 @@
     relation {{ catalog_type("text") }} primary key,
     kind {{ catalog_type("text") }},
     checksum {{ catalog_type("text") }},
+    source_checksum {{ catalog_type("text") }},
     definition {{ catalog_type("text") }},
     state {{ catalog_type("text") }},
     deployed_at timestamp with time zone,
@@ -108,11 +109,12 @@
 {%- endmacro %}
 
 {% macro deployment_row(state, checksum) -%}
-  insert into {{ target.schema }}.deployments (relation, kind, checksum, definition, state, deployed_at, invocation_id)
+  insert into {{ target.schema }}.deployments (relation, kind, checksum, source_checksum, definition, state, deployed_at, invocation_id)
   values (
     '{{ this.identifier }}',
     '{{ config.get("materialized") }}',
     {% if checksum %}'{{ checksum }}'{% else %}null{% endif %},
+    {% if checksum %}'{{ graph.nodes[model.unique_id].checksum.checksum }}'{% else %}null{% endif %},
     {% if checksum %}'{{ redacted(sql | trim) | replace("'", "''") }}'{% else %}null{% endif %},
     '{{ state }}',
     '{{ run_started_at.isoformat() }}',
@@ -123,7 +125,7 @@
 {% macro postgres__write_deployment(state, checksum) -%}
   {{ deployment_row(state, checksum) }}
   on conflict (relation) do update set
-    kind = excluded.kind, checksum = excluded.checksum, definition = excluded.definition,
+    kind = excluded.kind, checksum = excluded.checksum, source_checksum = excluded.source_checksum, definition = excluded.definition,
     state = excluded.state, deployed_at = excluded.deployed_at, invocation_id = excluded.invocation_id
 {%- endmacro %}
 

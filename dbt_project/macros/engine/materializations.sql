@@ -1,6 +1,7 @@
 {#
   The materializations of the embedded engine. RisingWave's own come from dbt-risingwave under the same names,
-  so a model says `materialized_view`, `table_with_connector` or `sink` and runs on both.
+  so a model says `materialized_view`, `table_with_connector` or `sink` and runs on both. Only its sink is ours,
+  because dbt-risingwave's writes the statement, credentials included, to dbt's target folder.
 #}
 
 {# What stands in the catalog under this name: kind, and the checksum of the deployed definition. #}
@@ -13,7 +14,10 @@
   {{ return(rows[0] if rows else none) }}
 {%- endmacro %}
 
-{# Every view on a relation, direct or not, nearest first, with all that is needed to make it again. #}
+{#
+  A relation and every view on it, direct or not, nearest first, with all that is needed to make them again:
+  definition, indexes, comments, grants. The relation itself is the first row, at depth 0.
+#}
 {% macro dependents_of(relation) -%}
   {{ return(run_query("
     with recursive dependents as (
@@ -26,28 +30,71 @@
       join pg_rewrite as rule on rule.oid = pg_depend.objid and rule.ev_class <> dependents.oid
     )
     select
+      max(dependents.depth) as depth,
+      c.relname as identifier,
       format('%I.%I', n.nspname, c.relname) as name,
       case c.relkind when 'm' then 'materialized view' else 'view' end as kind,
       pg_get_viewdef(c.oid) as definition,
-      coalesce(obj_description(c.oid, 'pg_class'), '') as description,
-      coalesce((select string_agg(pg_get_indexdef(indexrelid), ';' order by indexrelid) from pg_index where indrelid = c.oid), '') as indexes
+      coalesce((select string_agg(pg_get_indexdef(indexrelid), ';' order by indexrelid) from pg_index where indrelid = c.oid), '') as indexes,
+      coalesce((
+        select string_agg(
+          case when a.attname is null
+            then format('comment on %s %I.%I is %L', case c.relkind when 'm' then 'materialized view' else 'view' end, n.nspname, c.relname, d.description)
+            else format('comment on column %I.%I.%I is %L', n.nspname, c.relname, a.attname, d.description) end, ';')
+        from pg_description as d
+        left join pg_attribute as a on a.attrelid = d.objoid and a.attnum = d.objsubid and d.objsubid > 0
+        where d.objoid = c.oid and d.classoid = 'pg_class'::regclass
+      ), '') as comments,
+      coalesce((
+        select string_agg(format('grant %s on %I.%I to %s', acl.privilege_type, n.nspname, c.relname,
+          case when acl.grantee = 0 then 'public' else quote_ident(pg_get_userbyid(acl.grantee)) end), ';')
+        from aclexplode(c.relacl) as acl where acl.grantee <> c.relowner
+      ), '') as grants
     from dependents
-    join pg_class as c on c.oid = dependents.oid and c.relkind in ('m', 'v')
+    join pg_class as c on c.oid = dependents.oid
     join pg_namespace as n on n.oid = c.relnamespace
-    where dependents.depth > 0
-    group by c.oid, c.relname, c.relkind, n.nspname
+    where c.relkind in ('m', 'v') or dependents.depth = 0
+    group by c.oid, c.relname, c.relkind, c.relowner, n.oid, n.nspname
     order by max(dependents.depth)
   ").rows) }}
+{%- endmacro %}
+
+{#
+  The statement that makes a dropped dependent again. Where its old definition no longer fits, the change is refused
+  and rolled back, unless this run is going to make the dependent from a changed definition anyway.
+#}
+{% macro remake_statement(relation, row) -%}
+  {%- set here = namespace(selected=false, changed=false) -%}
+  {%- for node in graph.nodes.values() if node.resource_type == "model" and node.alias == row["identifier"] and node.unique_id in selected_resources -%}
+    {%- set here.selected = true -%}
+    {%- set here.changed = run_query(
+      "select 1 from " ~ target.schema ~ ".deployments where relation = '" ~ node.alias ~ "' and source_checksum = '" ~ node.checksum.checksum ~ "'"
+    ).rows | length == 0 -%}
+  {%- endfor -%}
+  {{ return("do $prefs_remake$
+    begin
+      execute $prefs_sql$create " ~ row["kind"] ~ " " ~ row["name"] ~ " as " ~ row["definition"] ~ "$prefs_sql$;
+      " ~ (["execute $prefs_sql$" ~ row["indexes"] ~ "$prefs_sql$;"] if row["indexes"] else []) | join ~ "
+      " ~ (["execute $prefs_sql$" ~ row["comments"] ~ "$prefs_sql$;"] if row["comments"] else []) | join ~ "
+      " ~ (["execute $prefs_sql$" ~ row["grants"] ~ "$prefs_sql$;"] if row["grants"] else []) | join ~ "
+    exception when others then
+      if " ~ here.selected ~ " and (" ~ here.changed ~ " or (sqlstate = '42P01' and current_setting('prefs.waiting', true) <> '')) then
+        perform set_config('prefs.waiting', 'yes', true);
+      else
+        raise exception 'the changed " ~ relation.identifier ~ " breaks " ~ row["identifier"] ~ ", which stands on it: %. Nothing was changed: change " ~ row["identifier"] ~ " too and run both', sqlerrm;
+      end if;
+    end
+  $prefs_remake$") }}
 {%- endmacro %}
 
 {# Drop a view with all that stands on it, and give the statements that make the latter again. #}
 {% macro drop_and_remember(relation, relkind) -%}
   {%- set again = [] -%}
   {%- for row in dependents_of(relation) -%}
-    {%- do again.append("create " ~ row["kind"] ~ " " ~ row["name"] ~ " as " ~ row["definition"]) -%}
-    {%- if row["indexes"] -%}{%- do again.append(row["indexes"]) -%}{%- endif -%}
-    {%- if row["description"] -%}
-      {%- do again.append("comment on " ~ row["kind"] ~ " " ~ row["name"] ~ " is '" ~ row["description"] | replace("'", "''") ~ "'") -%}
+    {%- if row["depth"] == 0 -%}
+      {%- if row["grants"] -%}{%- do again.append(row["grants"]) -%}{%- endif -%}
+    {%- else -%}
+      {%- do again.append(remake_statement(relation, row)) -%}
     {%- endif -%}
   {%- endfor -%}
   {% do run_query("drop " ~ {"m": "materialized view", "v": "view", "r": "table"}[relkind] ~ " " ~ relation ~ " cascade") %}
@@ -187,5 +234,26 @@
   {{ run_hooks(post_hooks, inside_transaction=True) }}
   {% do adapter.commit() %}
   {{ run_hooks(post_hooks, inside_transaction=False) }}
+  {{ return({"relations": [relation]}) }}
+{% endmaterialization %}
+
+{% materialization sink, adapter='risingwave' %}
+  {%- set relation = this.incorporate(type="sink") -%}
+  {%- set there = risingwave__get_relation_without_caching(relation) -%}
+  {{ run_hooks(pre_hooks) }}
+  {%- if there and there.type != "sink" -%}
+    {{ exceptions.raise_compiler_error(relation.identifier ~ " exists and is a " ~ there.type ~ ", not a sink: drop it first, or keep PREFS_PUBLISH as it was when it was made") }}
+  {%- endif -%}
+  {%- if there and should_full_refresh() -%}
+    {% do run_query("drop sink " ~ relation) %}
+    {%- set there = none -%}
+  {%- endif -%}
+  {%- if there -%}
+    {% do store_raw_result(name="main", message="SKIP", code="skip", rows_affected="-1") %}
+  {%- else -%}
+    {% do run_query(with_credentials(sql)) %}
+    {% do store_raw_result(name="main", message="CREATE_SINK", code="CREATE_SINK", rows_affected="-1") %}
+  {%- endif -%}
+  {{ run_hooks(post_hooks) }}
   {{ return({"relations": [relation]}) }}
 {% endmaterialization %}

@@ -3,7 +3,7 @@ with final as (
   select
     user_id,
     category,
-    sum({{ interaction_weight("event_type") }} * power(2::double precision, {{ half_lives("event_time") }})) as decayed_weight,
+    sum({{ interaction_weight("event_type") }} * {{ decay_factor("event_time") }}) as decayed_weight,
     max(event_time) as last_engaged_at
   from {{ ref("user_events") }}
   where category is not null
