@@ -176,6 +176,12 @@ class RankedItem:
     combined_personalization_score: Decimal | None
     components: Components | None = None
 
+    @property
+    def score(self) -> Decimal:
+        """The score that the ranking is ordered by."""
+        combined = self.combined_personalization_score
+        return self.personalization_score if combined is None else combined
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return asdict(self)

@@ -11,6 +11,7 @@ import pytest
 from psycopg import sql
 
 from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.local.services import LocalServices
 from dagster_prefs.online.contract import Contract, Domain, load_contract
 from dagster_prefs.online.publisher import PublishReport, publish_domain
 from dagster_prefs.online.tables import TableReport, dynamodb_client, provision
@@ -91,20 +92,40 @@ class Store:
         self.table = provision(self.client, self.contract, prefix=self.prefix)
 
 
+@pytest.fixture(scope="session")
+def database(services: LocalServices) -> Iterator[EngineConnection]:
+    """One database for the room; a schema of its own keeps each test apart, and is far quicker to make."""
+    server = EngineConnection(
+        host="127.0.0.1", port=services.postgres_port, database="postgres", user="prefs", kind="local"
+    )
+    name = f"room_{uuid.uuid4().hex}"
+    with server.connect() as connection:
+        connection.execute(sql.SQL("create database {}").format(sql.Identifier(name)))
+    yield server.with_database(name)
+    with server.connect() as connection:
+        connection.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
+
+
+@pytest.fixture(scope="session")
+def dynamodb_endpoint(services: LocalServices) -> str:
+    """The local AWS server; tables are told apart by prefix."""
+    return f"http://127.0.0.1:{services.aws_port}"
+
+
 @pytest.fixture
 def contract() -> Contract:
     return load_contract()
 
 
 @pytest.fixture
-def store(engine: EngineConnection, aws_endpoint: str, contract: Contract) -> Iterator[Store]:
+def store(database: EngineConnection, dynamodb_endpoint: str, contract: Contract) -> Iterator[Store]:
     schema = f"online_{uuid.uuid4().hex[:12]}"
-    with engine.connect() as connection:
+    with database.connect() as connection:
         connection.execute(sql.SQL("create schema {}").format(sql.Identifier(schema)))
-    client = dynamodb_client(aws_endpoint, "eu-central-1")
+    client = dynamodb_client(dynamodb_endpoint, "eu-central-1")
     prefix = f"{schema}_"
     made = Store(
-        replace(engine, schema=schema), client, contract, provision(client, contract, prefix=prefix), prefix
+        replace(database, schema=schema), client, contract, provision(client, contract, prefix=prefix), prefix
     )
     made.execute(
         "create table online_published (table_id text, domain_key text, viewer_id bigint, fingerprint text, "
@@ -116,5 +137,5 @@ def store(engine: EngineConnection, aws_endpoint: str, contract: Contract) -> It
         yield made
     finally:
         client.delete_table(TableName=made.table.name)
-        with engine.connect() as connection:
+        with database.connect() as connection:
             connection.execute(sql.SQL("drop schema {} cascade").format(sql.Identifier(schema)))

@@ -14,8 +14,8 @@ from dagster_prefs.online.tables import TableError, TableReport, dynamodb_client
 
 
 @pytest.fixture
-def client(aws_endpoint: str) -> Any:
-    return dynamodb_client(aws_endpoint, "eu-central-1")
+def client(dynamodb_endpoint: str) -> Any:
+    return dynamodb_client(dynamodb_endpoint, "eu-central-1")
 
 
 @pytest.fixture

@@ -11,7 +11,14 @@ import pytest
 from psycopg import sql
 
 from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.local.services import LocalServices
+from dagster_prefs.online.contract import load_contract
+from dagster_prefs.online.items import ItemEncoder
+from dagster_prefs.online.tables import dynamodb_client, provision
+from dagster_prefs.serving import ProfileClient
 from dagster_prefs.serving.preferences import PreferenceClient
+
+REGION = "eu-central-1"
 
 DDL = """
 create table user_category_profile (
@@ -60,15 +67,67 @@ class Shop:
         )
 
 
+@pytest.fixture(scope="session")
+def database(services: LocalServices) -> Iterator[EngineConnection]:
+    """One database for the room; a schema of its own keeps each test apart, and is far quicker to make."""
+    server = EngineConnection(
+        host="127.0.0.1", port=services.postgres_port, database="postgres", user="prefs", kind="local"
+    )
+    name = f"room_{uuid.uuid4().hex}"
+    with server.connect() as connection:
+        connection.execute(sql.SQL("create database {}").format(sql.Identifier(name)))
+    yield server.with_database(name)
+    with server.connect() as connection:
+        connection.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
+
+
+@pytest.fixture(scope="session")
+def dynamodb_endpoint(services: LocalServices) -> str:
+    """The local AWS server; tables are told apart by prefix."""
+    return f"http://127.0.0.1:{services.aws_port}"
+
+
 @pytest.fixture
-def shop(engine: EngineConnection) -> Iterator[Shop]:
+def shop(database: EngineConnection) -> Iterator[Shop]:
     schema = f"serving_{uuid.uuid4().hex[:12]}"
-    with engine.connect() as connection:
+    with database.connect() as connection:
         connection.execute(sql.SQL("create schema {}").format(sql.Identifier(schema)))
-    inside = replace(engine, schema=schema)
+    inside = replace(database, schema=schema)
     with inside.connect() as connection:
         connection.execute(DDL)
     with PreferenceClient(inside) as client:
         yield Shop(inside, client)
-    with engine.connect() as connection:
+    with database.connect() as connection:
         connection.execute(sql.SQL("drop schema {} cascade").format(sql.Identifier(schema)))
+
+
+class Online:
+    """A fresh table of one test."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.endpoint = endpoint
+        self.contract = load_contract()
+        self.prefix = f"serving_{uuid.uuid4().hex[:12]}_"
+        self.client = dynamodb_client(endpoint, REGION)
+        self.table = provision(self.client, self.contract, prefix=self.prefix)
+
+    def put(self, name: str, viewer_id: int, values: list[Any], **changes: Any) -> None:
+        item = ItemEncoder(self.contract, self.contract.domain(name)).encode(viewer_id, values)
+        item.update(changes)
+        self.client.put_item(TableName=self.table.name, Item=item)
+
+    def reader(self, transport: str, **options: Any) -> ProfileClient:
+        return ProfileClient(
+            endpoint_url=self.endpoint,
+            region=REGION,
+            table_prefix=self.prefix,
+            transport=transport,  # type: ignore[arg-type]
+            **{"budget_seconds": 30, "read_timeout_seconds": 30, **options},
+        )
+
+
+@pytest.fixture
+def online(dynamodb_endpoint: str) -> Iterator[Online]:
+    made = Online(dynamodb_endpoint)
+    yield made
+    made.client.delete_table(TableName=made.table.name)

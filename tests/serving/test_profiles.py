@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from decimal import Decimal
@@ -17,7 +16,6 @@ from scripted_dynamodb import Request, Script, answer, failure, http, serve
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.online.contract import Contract, ContractError, load_contract
 from dagster_prefs.online.items import ItemEncoder, ItemError
-from dagster_prefs.online.tables import dynamodb_client, provision
 from dagster_prefs.online.transport import ReadError
 from dagster_prefs.serving import AsyncProfileClient, ProfileClient
 from dagster_prefs.serving.domains import (
@@ -38,38 +36,6 @@ TRANSPORTS = ["lean", "boto3"]
 @pytest.fixture(params=TRANSPORTS)
 def transport(request: pytest.FixtureRequest) -> str:
     return str(request.param)
-
-
-class Online:
-    """A fresh table of one test."""
-
-    def __init__(self, endpoint: str) -> None:
-        self.endpoint = endpoint
-        self.contract = load_contract()
-        self.prefix = f"serving_{uuid.uuid4().hex[:12]}_"
-        self.client = dynamodb_client(endpoint, REGION)
-        self.table = provision(self.client, self.contract, prefix=self.prefix)
-
-    def put(self, name: str, viewer_id: int, values: list[Any], **changes: Any) -> None:
-        item = ItemEncoder(self.contract, self.contract.domain(name)).encode(viewer_id, values)
-        item.update(changes)
-        self.client.put_item(TableName=self.table.name, Item=item)
-
-    def reader(self, transport: str, **options: Any) -> ProfileClient:
-        return ProfileClient(
-            endpoint_url=self.endpoint,
-            region=REGION,
-            table_prefix=self.prefix,
-            transport=transport,  # type: ignore[arg-type]
-            **{"budget_seconds": 30, "read_timeout_seconds": 30, **options},
-        )
-
-
-@pytest.fixture
-def online(aws_endpoint: str) -> Iterator[Online]:
-    made = Online(aws_endpoint)
-    yield made
-    made.client.delete_table(TableName=made.table.name)
 
 
 @pytest.fixture
@@ -135,7 +101,7 @@ def test_typed_classes_are_the_contract() -> None:
             assert not nullable or type(None) in get_args(hint)
 
 
-def test_all_domains_of_a_viewer(online: Online, transport: str) -> None:
+def test_all_domains_of_a_viewer(online: Any, transport: str) -> None:
     online.put("watch", 7, WATCH)
     online.put("preferences", 7, PREFERENCES)
     with online.reader(transport) as client:
@@ -176,7 +142,7 @@ def test_the_request_fits_the_number_of_domains(
     assert [request.operation for request in script.requests] == operations
 
 
-def test_an_unknown_viewer_is_a_typed_cold_start(online: Online, transport: str) -> None:
+def test_an_unknown_viewer_is_a_typed_cold_start(online: Any, transport: str) -> None:
     with online.reader(transport) as client:
         profile = client.get(404)
     assert profile.cold_start
@@ -186,7 +152,7 @@ def test_an_unknown_viewer_is_a_typed_cold_start(online: Online, transport: str)
     assert profile.watch.last_event_at is None
 
 
-def test_many_viewers_in_chunks(online: Online, transport: str) -> None:
+def test_many_viewers_in_chunks(online: Any, transport: str) -> None:
     for viewer in range(0, 120, 3):
         online.put("watch", viewer, [Decimal(viewer), *WATCH[1:]])
     with online.reader(transport) as client:
@@ -207,7 +173,7 @@ def test_strong_consistency_is_passed_on(script: Script, transport: str) -> None
     assert consistent == {1: True, 2: False}
 
 
-def test_freshness_comes_from_the_canary_and_is_cached(online: Online, transport: str) -> None:
+def test_freshness_comes_from_the_canary_and_is_cached(online: Any, transport: str) -> None:
     online.put("watch", 1, WATCH)
     online.put("watch", -1, [*WATCH[:-1], AT])
     with online.reader(transport, clock=lambda: AT / 1000 + 4.5) as client:
@@ -424,7 +390,7 @@ def test_signatures_are_botocores(script: Script, monkeypatch: pytest.MonkeyPatc
         script.requests.clear()
 
 
-def test_an_attribute_of_another_type_fails_its_domain_only(online: Online, transport: str) -> None:
+def test_an_attribute_of_another_type_fails_its_domain_only(online: Any, transport: str) -> None:
     online.put("watch", 1, WATCH, titles_7d={"S": "many"})
     online.put("interactions", 1, [1, 2, 3, AT])
     online.put("preferences", 1, PREFERENCES, favorite_genres={"NULL": True})
@@ -443,7 +409,7 @@ def test_an_attribute_of_another_type_fails_its_domain_only(online: Online, tran
 
 @pytest.mark.parametrize("extra", [{"later": {"S": "x"}}])
 def test_attributes_of_a_later_contract_are_ignored(
-    online: Online, transport: str, extra: dict[str, Any]
+    online: Any, transport: str, extra: dict[str, Any]
 ) -> None:
     online.put("watch", 1, WATCH, **extra)
     with online.reader(transport) as client:
@@ -515,7 +481,7 @@ def test_an_endpoint_that_is_no_url_is_named(endpoint: str, transport: str) -> N
         ProfileClient(endpoint_url=endpoint, region=REGION, transport=transport)  # type: ignore[arg-type]
 
 
-def test_asyncio(online: Online, transport: str) -> None:
+def test_asyncio(online: Any, transport: str) -> None:
     online.put("watch", 1, WATCH)
 
     async def read() -> tuple[Any, ...]:
