@@ -1,84 +1,123 @@
-"""Freshness and lag as asset checks and observations, judged by the time in the data."""
+"""Freshness and lag as asset checks, observations and alerts, judged by the time in the data."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 
 import dagster as dg
 
 from dagster_prefs.defs.offline_store import asset_key as training_key
 from dagster_prefs.defs.resources import Platform
+from dagster_prefs.errors import PrefsError
+from dagster_prefs.events.formats import find_topic
+from dagster_prefs.freshness.alerts import (
+    AlertError,
+    Webhook,
+    dump_levels,
+    load_levels,
+    remembered,
+    transitions,
+)
+from dagster_prefs.freshness.canary import SHOP, CanaryState, Probe, read_domains, read_shop, send_canary
 from dagster_prefs.freshness.levels import Measure
-from dagster_prefs.freshness.measures import measure_offline, measure_online, measure_views
+from dagster_prefs.freshness.measures import unknown
+from dagster_prefs.freshness.status import Sources, evaluate
 from dagster_prefs.freshness.views import RELATIONS
 from dagster_prefs.offline.tables import TILE_TABLES
+from dagster_prefs.serving.profiles import ProfileClient
 
-CHECK = "freshness"
 JOB = "freshness_checks"
+WATCH_SENSOR = "freshness_watch"
+CANARY_SENSOR = "canary"
+
+# The check of each stage, on the assets of `asset_keys`.
+CHECKS = {
+    "ingestion": ("ingestion_lag", "Every message in Kafka is ingested."),
+    "views": ("freshness", "What arrived is visible here; a quiet topic is not stale."),
+    "online": ("freshness", "A sample of viewers is in DynamoDB as it is in the rolling view."),
+    "offline": ("freshness", "Every complete day is in the training table as the engine holds it now."),
+    "canary": ("canary", "A synthetic event became readable within the promised time."),
+}
+
+# A sensor's tick may take a minute; what a canary has not shown by then, the next tick looks for.
+CANARY_PATIENCE_SECONDS = 10.0
 
 
-def build(platform: Platform) -> dg.Definitions:
-    """The freshness checks of views, domains and exports, and the job and schedule that evaluate them."""
-    contract = platform.contract
+def build(platform: Platform, alert_webhook: str | None = None) -> dg.Definitions:
+    """Checks of every stage with their job and schedule, and the sensors for the state that is outside.
 
-    def views() -> list[Measure]:
-        return measure_views(platform.engine, contract, now=datetime.now(UTC))
+    `alert_webhook` is the URL that level transitions are told to; None only logs them.
 
-    def online() -> list[Measure]:
-        def connect() -> tuple[object, object]:
-            client = platform.dynamodb()
-            return client, platform.provision(client)
-
-        return measure_online(
-            platform.engine,
-            contract,
-            connect,  # type: ignore[arg-type]
-            now=datetime.now(UTC),
-            publishes=platform.publishes,
-        )
-
-    def offline() -> list[Measure]:
-        return measure_offline(
-            platform.engine,
-            contract,
-            platform.catalog,
-            list(TILE_TABLES.values()),
-            namespace=platform.settings.iceberg_namespace,
-            start=platform.settings.export_start_date,
-            now=datetime.now(UTC),
-        )
-
-    domains = {
-        domain.name: dg.AssetKey(["online", domain.name] if platform.publishes else domain.sink)
-        for domain in contract.domains.values()
+    Raises AlertError for a webhook that is no https URL.
+    """
+    webhook = None if alert_webhook is None else Webhook(alert_webhook)
+    sources = Sources(platform.settings)
+    keys = asset_keys(platform)
+    streaming = platform.engine.kind == "risingwave"
+    stages: dict[str, Callable[[datetime], Sequence[Measure]]] = {
+        "views": sources.views,
+        "online": sources.online,
+        "offline": sources.offline,
     }
-    checks = [
-        _checks(
-            "view_freshness",
-            {relation.relation: dg.AssetKey(relation.relation) for relation in RELATIONS},
-            views,
-            "What arrived is visible here; a quiet topic is not stale.",
-        ),
-        _checks(
-            "online_freshness",
-            domains,
-            online,
-            "A sample of viewers is in DynamoDB as it is in the rolling view.",
-        ),
-        _checks(
-            "export_freshness",
-            {spec.name: training_key(spec) for spec in TILE_TABLES.values()},
-            offline,
-            "Every complete day is in the training table as the engine holds it now.",
-        ),
-    ]
+    if platform.settings.kafka_bootstrap is not None:
+        stages["ingestion"] = sources.ingestion
+    if streaming:
+        stages["canary"] = lambda now: _probe(platform, CanaryState())[1]
+    checks = [_checks(stage, keys[stage], measure) for stage, measure in stages.items()]
     job = dg.define_asset_job(
         JOB,
         dg.AssetSelection.checks(*checks),
         description="Evaluate every freshness check against the thresholds of the serving contract.",
     )
+    canary_status = platform.default_sensor_status if streaming else dg.DefaultSensorStatus.STOPPED
+
+    @dg.sensor(
+        name=WATCH_SENSOR,
+        minimum_interval_seconds=60,
+        default_status=platform.default_sensor_status,
+        description="Observes Kafka and DynamoDB, and tells each change of a level once. Starts no run.",
+    )
+    def freshness_watch(context: dg.SensorEvaluationContext) -> dg.SensorResult:
+        status = evaluate(sources, now=lambda: datetime.now(UTC))
+        known = load_levels(context.cursor)
+        changed = transitions(known, status.measures)
+        for one in changed:
+            context.log.info(one.text)
+        if webhook is not None:
+            try:
+                webhook.tell(changed, at=status.read_at)
+            except AlertError as error:
+                # The levels stay as they were, so that the next evaluation tells the same again.
+                context.log.error(str(error))
+                changed = []
+        outside = [
+            measure
+            for measure in status.measures
+            if measure.stage in ("ingestion", "online") and measure.level != "skipped"
+        ]
+        return dg.SensorResult(
+            asset_events=_events(outside, keys, stages),
+            cursor=dump_levels(remembered(known, changed)),
+            skip_reason=f"read {len(status.measures)} measures, the worst is {status.level}",
+        )
+
+    @dg.sensor(
+        name=CANARY_SENSOR,
+        minimum_interval_seconds=60,
+        default_status=canary_status,
+        description="Times a synthetic event from its topic to the reader. Starts no run.",
+    )
+    def canary(context: dg.SensorEvaluationContext) -> dg.SensorResult:
+        state, measures = _probe(platform, CanaryState.loads(context.cursor))
+        return dg.SensorResult(
+            asset_events=_events(measures, keys, stages),
+            cursor=state.dumps(),
+            skip_reason="; ".join(f"{measure.name}: {measure.reason}" for measure in measures),
+        )
+
     return dg.Definitions(
         asset_checks=checks,
         jobs=[job],
+        sensors=[freshness_watch, canary],
         schedules=[
             dg.ScheduleDefinition(
                 name="freshness_every_5_minutes",
@@ -92,16 +131,20 @@ def build(platform: Platform) -> dg.Definitions:
     )
 
 
-def check_result(measure: Measure, key: dg.AssetKey) -> dg.AssetCheckResult:
-    """A measure as the result of its asset check; what is unknown fails."""
-    return dg.AssetCheckResult(
-        asset_key=key,
-        check_name=CHECK,
-        passed=measure.level in ("ok", "skipped"),
-        severity=dg.AssetCheckSeverity.WARN if measure.level == "warn" else dg.AssetCheckSeverity.ERROR,
-        description=measure.reason,
-        metadata=metadata(measure),
-    )
+def asset_keys(platform: Platform) -> dict[str, dict[str, dg.AssetKey]]:
+    """Stage → name of a measure → the asset that it speaks of."""
+    contract = platform.contract
+    domains = {
+        domain.name: dg.AssetKey(["online", domain.name] if platform.publishes else domain.sink)
+        for domain in contract.domains.values()
+    }
+    return {
+        "ingestion": {topic: dg.AssetKey(find_topic(topic).raw_table) for topic in contract.freshness.topics},
+        "views": {relation.relation: dg.AssetKey(relation.relation) for relation in RELATIONS},
+        "online": domains,
+        "offline": {spec.name: training_key(spec) for spec in TILE_TABLES.values()},
+        "canary": {**domains, SHOP: dg.AssetKey("user_category_profile")},
+    }
 
 
 def metadata(measure: Measure) -> dict[str, dg.MetadataValue | float | int | str]:
@@ -117,20 +160,28 @@ def metadata(measure: Measure) -> dict[str, dg.MetadataValue | float | int | str
         found["error_seconds"] = float(measure.thresholds.error_seconds)
     for name, value in measure.values.items():
         found[name] = dg.MetadataValue.timestamp(value) if name.endswith("_at") else value
-    return {**found, **measure.notes}
+    found |= measure.notes
+    # The canary shares its assets with other measures, whose plots it must not mix with.
+    return {f"canary_{name}": value for name, value in found.items()} if measure.stage == "canary" else found
+
+
+def _severity(measure: Measure) -> dg.AssetCheckSeverity:
+    return dg.AssetCheckSeverity.WARN if measure.level == "warn" else dg.AssetCheckSeverity.ERROR
 
 
 def _checks(
-    name: str, keys: dict[str, dg.AssetKey], measure: Callable[[], Sequence[Measure]], description: str
+    stage: str, keys: Mapping[str, dg.AssetKey], measure: Callable[[datetime], Sequence[Measure]]
 ) -> dg.AssetChecksDefinition:
+    check, description = CHECKS[stage]
+
     @dg.multi_asset_check(
-        name=name,
-        specs=[dg.AssetCheckSpec(CHECK, asset=key, description=description) for key in keys.values()],
+        name=f"{stage}_freshness",
+        specs=[dg.AssetCheckSpec(check, asset=key, description=description) for key in keys.values()],
         can_subset=True,
     )
     def checks(context: dg.AssetCheckExecutionContext) -> Iterator[dg.AssetCheckResult]:
-        selected = {check.asset_key for check in context.selected_asset_check_keys}
-        for found in measure():
+        selected = {key.asset_key for key in context.selected_asset_check_keys}
+        for found in measure(datetime.now(UTC)):
             key = keys[found.name]
             if key not in selected:
                 continue
@@ -138,6 +189,56 @@ def _checks(
             context.op_execution_context.log_event(
                 dg.AssetObservation(asset_key=key, metadata=metadata(found))
             )
-            yield check_result(found, key)
+            yield dg.AssetCheckResult(
+                asset_key=key,
+                check_name=check,
+                passed=found.level in ("ok", "skipped"),
+                severity=_severity(found),
+                description=found.reason,
+                metadata=metadata(found),
+            )
 
     return checks
+
+
+def _events(
+    measures: Sequence[Measure],
+    keys: Mapping[str, Mapping[str, dg.AssetKey]],
+    checked: Mapping[str, object],
+) -> list[dg.AssetObservation | dg.AssetMaterialization | dg.AssetCheckEvaluation]:
+    events: list[dg.AssetObservation | dg.AssetMaterialization | dg.AssetCheckEvaluation] = []
+    for measure in measures:
+        key = keys[measure.stage][measure.name]
+        events.append(dg.AssetObservation(asset_key=key, metadata=metadata(measure)))
+        if measure.stage in checked:
+            events.append(
+                dg.AssetCheckEvaluation(
+                    asset_key=key,
+                    check_name=CHECKS[measure.stage][0],
+                    passed=measure.level in ("ok", "skipped"),
+                    severity=_severity(measure),
+                    description=measure.reason,
+                    metadata=metadata(measure),
+                )
+            )
+    return events
+
+
+def _probe(platform: Platform, state: CanaryState) -> tuple[CanaryState, list[Measure]]:
+    settings = platform.settings
+    try:
+        profiles = ProfileClient(
+            endpoint_url=settings.aws_endpoint,
+            region=settings.aws_region,
+            table_prefix=settings.table_prefix,
+            contract=platform.contract,
+        )
+    except PrefsError as error:
+        return state, unknown("canary", asset_keys(platform)["canary"], error)
+    with profiles:
+        probe = Probe(
+            send=lambda moment: send_canary(platform.engine, moment, bootstrap=settings.kafka_bootstrap),
+            readers=[lambda: read_domains(profiles), lambda: read_shop(platform.engine)],
+            contract=platform.contract,
+        )
+        return probe.run(state, patience_seconds=CANARY_PATIENCE_SECONDS)

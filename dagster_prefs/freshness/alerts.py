@@ -72,6 +72,22 @@ def remembered(before: Mapping[str, Alarm], told: Iterable[Transition]) -> dict[
     return {key: level for key, level in sorted(levels.items()) if level != "ok"}
 
 
+def dump_levels(levels: Mapping[str, Alarm]) -> str:
+    """The levels as JSON, for a sensor's cursor."""
+    return json.dumps(levels, separators=(",", ":"))
+
+
+def load_levels(text: str | None) -> dict[str, Alarm]:
+    """The levels of `dump_levels`; a missing or unreadable text means that nothing was told yet."""
+    try:
+        levels = json.loads(text or "{}")
+    except ValueError:
+        return {}
+    if not isinstance(levels, dict):
+        return {}
+    return {str(key): level for key, level in levels.items() if level in _SEVERITY}
+
+
 class Webhook:
     """A Slack-compatible webhook: `{"text": …}` by POST, a few attempts within seconds.
 

@@ -1,0 +1,205 @@
+"""Checks, observations, sensors and alerts through Dagster itself, on a real engine and table."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from dagster_prefs.defs import freshness
+from dagster_prefs.defs.resources import Platform
+from dagster_prefs.freshness.alerts import AlertError, load_levels
+from dagster_prefs.settings import Settings
+
+
+def settings(world: Any, endpoint: str, folder: Path, **fields: Any) -> Settings:
+    return Settings(
+        engine_port=world.engine.port,
+        engine_database=world.engine.database,
+        engine_user=world.engine.user,
+        aws_endpoint_url=endpoint,
+        iceberg_warehouse=world.warehouse.as_uri(),
+        data_dir=folder,
+        **fields,
+    )
+
+
+@pytest.fixture
+def instance() -> Iterator[dg.DagsterInstance]:
+    with dg.DagsterInstance.ephemeral() as made:
+        yield made
+
+
+@pytest.fixture
+def platform(busy: Any, aws_endpoint: str, tmp_path: Path) -> Platform:
+    return Platform(settings(busy, aws_endpoint, tmp_path))
+
+
+def definitions(platform: Platform, **options: Any) -> dg.Definitions:
+    return dg.Definitions.merge(
+        freshness.build(platform, **options), dg.Definitions(executor=dg.in_process_executor)
+    )
+
+
+def run(platform: Platform, instance: dg.DagsterInstance) -> tuple[Any, dict[str, Any]]:
+    result = definitions(platform).resolve_job_def(freshness.JOB).execute_in_process(instance=instance)
+    return result, {"/".join(found.asset_key.path): found for found in result.get_asset_check_evaluations()}
+
+
+def test_the_job_evaluates_every_check(platform: Platform, instance: dg.DagsterInstance) -> None:
+    result, checks = run(platform, instance)
+    assert result.success
+    keys = freshness.asset_keys(platform)
+    expected = [*keys["views"].values(), *keys["online"].values(), *keys["offline"].values()]
+    assert set(checks) == {"/".join(key.path) for key in expected}
+    assert all(found.passed for found in checks.values()), checks
+    watch = checks["online/watch"].metadata
+    assert watch["lag_seconds"].value == 0.0
+    assert watch["error_seconds"].value == platform.contract.domain("watch").freshness.error_seconds
+    assert watch["sampled"].value >= 40
+
+
+def test_what_waits_fails_its_check_and_the_run_goes_on(
+    busy: Any, platform: Platform, instance: dg.DagsterInstance
+) -> None:
+    busy.watch(1, age=30)
+    result, checks = run(platform, instance)
+    assert result.success
+    (failed,) = [name for name, found in checks.items() if not found.passed]
+    assert failed == "view_events"
+    assert checks[failed].severity == dg.AssetCheckSeverity.ERROR
+    assert checks[failed].metadata["waiting"].value == 1
+    observation = instance.fetch_observations(dg.AssetKey("view_events"), limit=1).records[0]
+    assert observation.asset_observation.metadata["lag_seconds"].value >= 30
+
+
+def test_an_engine_that_is_down_fails_every_check_and_no_run(
+    busy: Any, aws_endpoint: str, tmp_path: Path, instance: dg.DagsterInstance, free_port: Any
+) -> None:
+    busy.engine = busy.engine.__class__(**{**vars(busy.engine), "port": free_port()})
+    result, checks = run(Platform(settings(busy, aws_endpoint, tmp_path)), instance)
+    assert result.success
+    assert not any(found.passed for found in checks.values())
+    assert {found.severity for found in checks.values()} == {dg.AssetCheckSeverity.ERROR}
+    assert "cannot be reached" in str(checks["view_events"].metadata["reason"].value)
+
+
+def test_checks_can_be_selected_one_by_one(platform: Platform, instance: dg.DagsterInstance) -> None:
+    job = dg.define_asset_job(
+        "one",
+        dg.AssetSelection.checks(dg.AssetCheckKey(dg.AssetKey("user_events"), "freshness")),
+    )
+    made = dg.Definitions.merge(definitions(platform), dg.Definitions(jobs=[job]))
+    result = made.resolve_job_def("one").execute_in_process(instance=instance)
+    assert [found.asset_key for found in result.get_asset_check_evaluations()] == [dg.AssetKey("user_events")]
+
+
+def tick(made: dg.Definitions, name: str, instance: dg.DagsterInstance, cursor: str | None) -> Any:
+    sensor = made.get_repository_def().get_sensor_def(name)
+    context = dg.build_sensor_context(instance=instance, cursor=cursor)
+    return sensor.evaluate_tick(context)
+
+
+def test_the_sensor_observes_what_is_outside_and_starts_no_run(
+    busy: Any, platform: Platform, instance: dg.DagsterInstance
+) -> None:
+    made = definitions(platform)
+    found = tick(made, freshness.WATCH_SENSOR, instance, None)
+    assert not found.run_requests
+    assert load_levels(found.cursor) == {}
+    observed = {"/".join(event.asset_key.path) for event in found.asset_events}
+    assert observed == {"online/watch", "online/interactions", "online/preferences"}
+    evaluations = [event for event in found.asset_events if isinstance(event, dg.AssetCheckEvaluation)]
+    assert [event.passed for event in evaluations] == [True] * 3
+    assert "the worst is skipped" in (found.skip_message or "")
+
+
+def test_a_webhook_hears_of_each_transition_once_and_again_after_a_failure(
+    busy: Any, platform: Platform, instance: dg.DagsterInstance
+) -> None:
+    heard: list[str] = []
+    answers = [404]
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            heard.append(self.rfile.read(int(self.headers["Content-Length"])).decode())
+            self.send_response(answers.pop() if answers else 200)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    try:
+        made = definitions(platform, alert_webhook=f"http://127.0.0.1:{server.server_port}/hook")
+        busy.watch(1, age=30)
+        cursor = None
+        counts = []
+        for step in range(5):
+            if step == 3:
+                busy.refresh()
+                busy.publish()
+            found = tick(made, freshness.WATCH_SENSOR, instance, cursor)
+            cursor = found.cursor
+            counts.append(len(heard))
+            assert load_levels(cursor) == ({"views/view_events": "error"} if step in (1, 2) else {})
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert counts == [1, 2, 2, 3, 3], "refused, told, silent, recovered, silent"
+    assert "views/view_events: error" in heard[2]
+
+
+def test_a_webhook_without_tls_is_refused_at_start(platform: Platform) -> None:
+    with pytest.raises(AlertError, match="https"):
+        definitions(platform, alert_webhook="http://example.com/hook")
+
+
+def test_the_canary_is_off_on_the_embedded_engine_and_works_when_started(
+    busy: Any, platform: Platform, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(freshness, "CANARY_PATIENCE_SECONDS", 0.0)
+    made = definitions(platform)
+    sensor = made.get_repository_def().get_sensor_def(freshness.CANARY_SENSOR)
+    assert sensor.default_status == dg.DefaultSensorStatus.STOPPED
+    first = tick(made, freshness.CANARY_SENSOR, instance, None)
+    assert not first.run_requests
+    busy.refresh()
+    busy.publish()
+    second = tick(made, freshness.CANARY_SENSOR, instance, first.cursor)
+    observed = {"/".join(e.asset_key.path): e.metadata for e in second.asset_events}
+    assert set(observed) == {
+        "online/watch",
+        "online/interactions",
+        "online/preferences",
+        "user_category_profile",
+    }
+    assert all(found["canary_window"].value == 1 for found in observed.values())
+    assert busy.execute("select count(*) from raw_view_events where source = 'canary'") == [(2,)]
+
+
+def test_on_the_streaming_engine_the_canary_and_the_sinks_are_checked(tmp_path: Path) -> None:
+    platform = Platform(
+        Settings(
+            engine="risingwave",
+            kafka_bootstrap="broker.example.com:9092",
+            schedules="on",
+            data_dir=tmp_path,
+        )
+    )
+    made = definitions(platform)
+    repository = made.get_repository_def()
+    assert repository.get_sensor_def(freshness.CANARY_SENSOR).default_status == dg.DefaultSensorStatus.RUNNING
+    checks = {
+        (key.asset_key.to_user_string(), key.name) for key in made.resolve_asset_graph().asset_check_keys
+    }
+    assert ("sink_engagement_watch", "freshness") in checks
+    assert ("sink_engagement_watch", "canary") in checks
+    assert ("user_category_profile", "canary") in checks
+    assert ("raw_view_events", "ingestion_lag") in checks
