@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import ssl
 import threading
 import zlib
 from collections.abc import Callable
@@ -60,10 +61,11 @@ def failure(code: str, message: str = "as scripted", status: int = 400) -> bytes
     return http(status, json.dumps({"__type": kind, "message": message}).encode())
 
 
-def serve(behave: Behaviour) -> tuple[Script, Callable[[], None]]:
+def serve(behave: Behaviour, tls: ssl.SSLContext | None = None) -> tuple[Script, Callable[[], None]]:
     """Start the server on a free port of this machine; the second value stops it."""
     listener = socket.create_server(("127.0.0.1", 0))
-    script = Script(f"http://127.0.0.1:{listener.getsockname()[1]}", behave)
+    scheme = "http" if tls is None else "https"
+    script = Script(f"{scheme}://localhost:{listener.getsockname()[1]}", behave)
     lock = threading.Lock()
     opened: list[socket.socket] = []
 
@@ -99,7 +101,7 @@ def serve(behave: Behaviour) -> tuple[Script, Callable[[], None]]:
 
     def guarded(peer: socket.socket) -> None:
         try:
-            talk(peer)
+            talk(peer if tls is None else tls.wrap_socket(peer, server_side=True))
         except OSError:
             return  # the client went away, as a spent budget makes it do
 

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from scripted_dynamodb import Request, Script, answer, failure, http, serve
 
 from dagster_prefs.errors import PrefsError
@@ -350,6 +356,71 @@ def test_chunked_answers_and_answers_without_length(script: Script) -> None:
         for reply in (chunked, open_ended):
             script.behave = lambda request, reply=reply: reply  # type: ignore[misc]
             assert client.get(1, ["watch"]).watch.titles_7d == 3
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[Path, Path]:
+    """A certificate for this machine and its key, as files."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    now = datetime.now(UTC)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    files = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    files[0].write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    files[1].write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    return files
+
+
+def test_over_tls(certificate: tuple[Path, Path], transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(*certificate)
+    release = threading.Event()
+
+    def behave(request: Request) -> bytes:
+        if request.operation == "BatchGetItem":
+            # Larger than one record of TLS.
+            return answer(
+                {"Responses": {"viewer_profiles": [item("watch", 1, WATCH)]}, "filler": "x" * 100_000}
+            )
+        if wanted_viewer(request) == 2 and request.body["Key"]["domain_key"]["S"] == "engagement#watch":
+            release.wait(30)
+        return answer({"Item": item("interactions", wanted_viewer(request), [1, 2, 3, AT])})
+
+    script, stop = serve(viewers_only(behave), context)
+    try:
+        with scripted(script, transport) as untrusting:
+            profile = untrusting.get(1, ["interactions"], budget_seconds=5)
+        assert "cannot be reached" in str(profile.reads["interactions"].error)
+        assert script.requests == []
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(certificate[0]))
+        with scripted(script, transport) as client:
+            client.warm()
+            assert client.get(1).watch.titles_7d == 3
+            late = client.get(2, ["watch", "interactions"], budget_seconds=1)
+            release.set()
+            assert late.partial
+            assert late.interactions.shares_28d == 2
+            assert client.get(1).watch.titles_7d == 3
+    finally:
+        release.set()
+        stop()
 
 
 def test_signatures_are_botocores(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
