@@ -1,0 +1,86 @@
+"""The production instance's configuration, loaded by Dagster on a real PostgreSQL."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dagster_prefs.engine.connection import EngineConnection
+
+CONFIG = Path(__file__).resolve().parents[2] / "infra" / "dagster" / "dagster.yaml"
+
+LOAD = """
+import json, sys
+from dagster import DagsterInstance
+with DagsterInstance.from_config(sys.argv[1]) as instance:
+    queue = instance.get_concurrency_config().run_queue_config
+    print(json.dumps({
+        "runs": type(instance.run_storage).__name__,
+        "events": type(instance.event_log_storage).__name__,
+        "schedules": type(instance.schedule_storage).__name__,
+        "coordinator": type(instance.run_coordinator).__name__,
+        "at_once": queue.max_concurrent_runs,
+        "retries": [instance.run_retries_enabled, instance.run_retries_max_retries],
+        "monitored": [instance.run_monitoring_enabled, instance.run_monitoring_max_runtime_seconds],
+        "retention": instance.get_settings("retention"),
+        "telemetry": instance.telemetry_enabled,
+        "stored": instance.get_runs_count(),
+    }))
+"""
+
+
+def test_instance_loads_on_postgresql(engine: EngineConnection, tmp_path: Path) -> None:
+    pytest.importorskip("dagster_postgres", reason="dagster-postgres is not installed: the image holds it")
+    shutil.copy(CONFIG, tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, str(tmp_path)],
+        env=os.environ
+        | {
+            "DAGSTER_HOME": str(tmp_path),
+            "DAGSTER_PG_HOST": engine.host,
+            "DAGSTER_PG_PORT": str(engine.port),
+            "DAGSTER_PG_DATABASE": engine.database,
+            "DAGSTER_PG_USER": engine.user,
+            "DAGSTER_PG_PASSWORD": "not-checked-on-loopback",
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == {
+        "runs": "PostgresRunStorage",
+        "events": "PostgresEventLogStorage",
+        "schedules": "PostgresScheduleStorage",
+        "coordinator": "QueuedRunCoordinator",
+        "at_once": 4,
+        "retries": [True, 2],
+        "monitored": [True, 14400],
+        "retention": {
+            "schedule": {"purge_after_days": 90},
+            "sensor": {"purge_after_days": {"skipped": 7, "failure": 30, "success": 90}},
+        },
+        "telemetry": False,
+        "stored": 0,
+    }
+
+
+def test_no_secret_is_written_down() -> None:
+    import yaml
+
+    storage = yaml.safe_load(CONFIG.read_text())["storage"]["postgres"]["postgres_db"]
+    assert storage == {
+        key: {"env": f"DAGSTER_PG_{name}"}
+        for key, name in {
+            "hostname": "HOST",
+            "port": "PORT",
+            "db_name": "DATABASE",
+            "username": "USER",
+            "password": "PASSWORD",
+        }.items()
+    }
