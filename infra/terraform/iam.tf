@@ -1,6 +1,6 @@
 locals {
   actors = {
-    sink-writer      = "Writes profile items: the RisingWave sinks, or the publisher."
+    sink-writer      = "Writes profile items: the RisingWave sinks, the publisher, repairs."
     exporter         = "Writes training tiles to Iceberg: data files, metadata, Glue tables."
     serving-reader   = "Reads profile items by viewer: the recommendation service."
     freshness-reader = "Compares samples of the items with the views, and reads the snapshots' metadata."
@@ -134,8 +134,15 @@ resource "aws_iam_instance_profile" "actor" {
 data "aws_iam_policy_document" "sink_writer" {
   statement {
     sid = "WriteItems"
-    # Sinks describe the table first, and the publisher verifies it; neither reads an item.
-    actions   = ["dynamodb:BatchWriteItem", "dynamodb:DescribeContinuousBackups", "dynamodb:DescribeTable"]
+    # Sinks describe the table first, the publisher verifies it, and a repair writes single items under a
+    # condition; none of them needs to read an item with this policy.
+    actions = [
+      "dynamodb:BatchWriteItem",
+      "dynamodb:DeleteItem",
+      "dynamodb:DescribeContinuousBackups",
+      "dynamodb:DescribeTable",
+      "dynamodb:PutItem",
+    ]
     resources = [local.table_arn]
   }
 

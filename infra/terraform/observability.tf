@@ -1,7 +1,7 @@
 locals {
   # What the platform and its clients call.
   read_operations  = ["GetItem", "BatchGetItem"]
-  write_operations = ["BatchWriteItem"]
+  write_operations = ["BatchWriteItem", "PutItem", "DeleteItem"]
   operations       = concat(local.read_operations, local.write_operations, ["Scan"])
 
   # What each alarm means and what to do about it: docs/operations.md.

@@ -19,7 +19,7 @@ from iam_policy import ALLOWED, EXPLICITLY_DENIED, NOT_ALLOWED, decide
 from pyiceberg.table import Table
 from terraform_harness import CONTRACT, ROOT, Applied, clean_environment, recorded_requests
 
-from dagster_prefs.freshness.online import ItemReader
+from dagster_prefs.freshness.online import ItemAccess
 from dagster_prefs.offline.catalog import open_catalog
 from dagster_prefs.offline.tables import WATCH, arrow_schema, ensure_table
 from dagster_prefs.online.contract import load_contract
@@ -215,6 +215,8 @@ REQUESTS: list[tuple[str, str, dict[str, Any], set[str]]] = [
     ("dynamodb:DescribeTable", TABLE, {}, {"sink-writer", "freshness-reader", "provisioner"}),
     ("dynamodb:DescribeContinuousBackups", TABLE, {}, {"sink-writer", "freshness-reader", "provisioner"}),
     ("dynamodb:BatchWriteItem", TABLE, {"dynamodb:LeadingKeys": ["7"]}, {"sink-writer"}),
+    ("dynamodb:PutItem", TABLE, {"dynamodb:LeadingKeys": ["7"]}, {"sink-writer"}),
+    ("dynamodb:DeleteItem", TABLE, {"dynamodb:LeadingKeys": ["7"]}, {"sink-writer"}),
     ("dynamodb:GetItem", TABLE, {"dynamodb:LeadingKeys": ["7"]}, {"serving-reader"}),
     ("dynamodb:BatchGetItem", TABLE, {"dynamodb:LeadingKeys": ["7", "-8"]}, READERS),
     ("dynamodb:Scan", TABLE, KEYS_ONLY, {"freshness-reader"}),
@@ -225,7 +227,7 @@ REQUESTS: list[tuple[str, str, dict[str, Any], set[str]]] = [
     ("dynamodb:Scan", TABLE, {}, set()),
     *[
         (f"dynamodb:{action}", TABLE, {"dynamodb:LeadingKeys": ["7"]}, set())
-        for action in ("PutItem", "DeleteItem", "UpdateItem", "Query", "PartiQLSelect", "PartiQLUpdate")
+        for action in ("UpdateItem", "Query", "PartiQLSelect", "PartiQLUpdate")
     ],
     ("dynamodb:DescribeTimeToLive", TABLE, {}, {"provisioner"}),
     ("dynamodb:ListTagsOfResource", TABLE, {}, {"provisioner"}),
@@ -380,9 +382,10 @@ def read_profiles(applied: Applied) -> None:
 
 def sample_items(applied: Applied) -> None:
     client = dynamodb_client(applied.endpoint, REGION)
-    reader = ItemReader(client, load_contract(ROOT / CONTRACT), applied.outputs["table_name"])
-    reader.get("engagement#watch", [7, 8])
-    reader.page("engagement#watch", 5, datetime(2026, 1, 2, tzinfo=UTC))
+    items = ItemAccess(client, load_contract(ROOT / CONTRACT), applied.outputs["table_name"])
+    items.get("engagement#watch", [7, 8])
+    items.page("engagement#watch", 5, datetime(2026, 1, 2, tzinfo=UTC))
+    list(items.pages("engagement#watch"))
 
 
 def read_metadata(applied: Applied) -> list[Any]:
