@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self, TypedDict, TypeVar, Unpack, cast
 
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.online.contract import CANARY_VIEWER_ID, Contract, Domain, load_contract
@@ -23,6 +23,8 @@ from dagster_prefs.serving.domains import (
     PreferencesProfile,
     WatchProfile,
 )
+
+T = TypeVar("T")
 
 MAX_VIEWERS = 10_000
 CANARY_CACHE_SECONDS = 5.0
@@ -361,13 +363,40 @@ class ProfileClient:
             self._lag[name] = lag
 
 
+class ClientOptions(TypedDict, total=False):
+    """The arguments of ProfileClient."""
+
+    endpoint_url: str | None
+    region: str | None
+    table_prefix: str
+    contract: Contract | None
+    transport: Literal["lean", "boto3"]
+    consistent: bool
+    budget_seconds: float
+    connect_timeout_seconds: float
+    read_timeout_seconds: float
+    max_attempts: int
+    pool_size: int
+    fallback: Fallback
+    clock: Callable[[], float]
+
+
+class ReadOptions(TypedDict, total=False):
+    """The arguments of one read that have the client's as their default."""
+
+    consistent: bool | None
+    budget_seconds: float | None
+    max_staleness_seconds: float | None
+    fallback: Fallback | None
+
+
 class AsyncProfileClient:
     """ProfileClient for asyncio: the same arguments, calls and answers, awaited.
 
-    `threads` reads run at a time; each holds the event loop not at all.
+    `threads` reads run at a time, beneath; the event loop is never held up.
     """
 
-    def __init__(self, *, threads: int = 8, **options: Any) -> None:
+    def __init__(self, *, threads: int = 8, **options: Unpack[ClientOptions]) -> None:
         self._client = ProfileClient(**options)
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="profile-client")
 
@@ -386,18 +415,22 @@ class AsyncProfileClient:
         """As `ProfileClient.warm`."""
         await self._run(partial(self._client.warm, connections))
 
-    async def get(self, viewer_id: int, domains: Sequence[str] | None = None, **options: Any) -> Profile:
+    async def get(
+        self, viewer_id: int, domains: Sequence[str] | None = None, **options: Unpack[ReadOptions]
+    ) -> Profile:
         """As `ProfileClient.get`."""
-        return cast(Profile, await self._run(partial(self._client.get, viewer_id, domains, **options)))
+        return await self._run(partial(self._client.get, viewer_id, domains, **options))
 
     async def get_many(
-        self, viewer_ids: Iterable[int], domains: Sequence[str] | None = None, **options: Any
+        self,
+        viewer_ids: Iterable[int],
+        domains: Sequence[str] | None = None,
+        **options: Unpack[ReadOptions],
     ) -> dict[int, Profile]:
         """As `ProfileClient.get_many`."""
-        read = partial(self._client.get_many, list(viewer_ids), domains, **options)
-        return cast(dict[int, Profile], await self._run(read))
+        return await self._run(partial(self._client.get_many, list(viewer_ids), domains, **options))
 
-    async def _run(self, read: Callable[[], Any]) -> Any:
+    async def _run(self, read: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, read)
 
 

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
 import pytest
+import sqlglot
+import sqlglot.expressions
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serving_oracle import World, hour, oracle_ranking, worlds
 
-from dagster_prefs.engine.connection import EngineUnavailable
+from dagster_prefs.engine.connection import EngineConnection, EngineUnavailable
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.serving.pool import EngineBusy
 from dagster_prefs.serving.preferences import (
     PreferenceClient,
     PreferenceError,
     RankingParameters,
+    _ranking_statement,
+    _signals_statement,
     price_tier,
 )
 
@@ -257,6 +262,19 @@ def test_missing_relations_are_one_sentence(shop: Any) -> None:
     shop.execute("drop table user_brand_profile")
     with pytest.raises(PreferenceError, match=r"user_brand_profile.* does not exist: run `dbt build`"):
         shop.client.rank("u")
+
+
+@pytest.mark.parametrize("kind", ["local", "risingwave"])
+def test_statements_are_in_the_dialect_of_the_engine(kind: str) -> None:
+    engine = EngineConnection("127.0.0.1", 1, "dev", "root", schema="shop", kind=kind)  # type: ignore[arg-type]
+    dialect = "risingwave" if kind == "risingwave" else "postgres"
+    for statement in (_ranking_statement(engine, 50), _signals_statement(engine)):
+        text = re.sub(r"%\((\w+)\)s", r"$1", statement.as_string(None))
+        (parsed,) = sqlglot.parse(text, dialect=dialect)
+        assert parsed is not None
+        # RisingWave has no collations; PostgreSQL needs one to order by bytes as RisingWave does.
+        assert bool(list(parsed.find_all(sqlglot.exp.Collate))) == (kind == "local" and "order by" in text)
+        assert {table.db for table in parsed.find_all(sqlglot.exp.Table) if table.db} == {"shop"}
 
 
 def test_an_empty_catalogue_ranks_nothing(shop: Any) -> None:

@@ -345,6 +345,54 @@ def test_connections_are_kept_and_replaced_when_the_server_closed_them(script: S
         assert script.connections == 3
 
 
+def test_many_threads_get_their_own_answers(script: Script, transport: str) -> None:
+    def behave(request: Request) -> bytes:
+        viewer = wanted_viewer(request)
+        if request.body["Key"]["domain_key"]["S"] == "engagement#watch":
+            return answer({"Item": item("watch", viewer, [Decimal(viewer), *WATCH[1:]])})
+        return answer({"Item": item("interactions", viewer, [viewer, 0, 0, AT])})
+
+    script.behave = viewers_only(behave)
+    wrong: list[int] = []
+
+    def read(client: ProfileClient, caller: int) -> None:
+        for viewer in range(caller * 100, caller * 100 + 30):
+            profile = client.get(viewer, ["watch", "interactions"])
+            if profile.watch.watch_minutes_7d != viewer or profile.interactions.likes_28d != viewer:
+                wrong.append(viewer)
+
+    with scripted(script, transport) as client:
+        threads = [threading.Thread(target=read, args=(client, caller)) for caller in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert wrong == []
+    assert len(viewer_requests(script)) == 8 * 30 * 2
+    assert script.connections <= 16 + 8
+
+
+def test_ten_thousand_viewers_in_one_call(script: Script) -> None:
+    def behave(request: Request) -> bytes:
+        ((table, wanted),) = request.body["RequestItems"].items()
+        viewers = [int(key["viewer_id"]["N"]) for key in wanted["Keys"]]
+        found = [item("interactions", viewer, [viewer, 0, 0, AT]) for viewer in viewers if viewer % 100 == 7]
+        return answer({"Responses": {table: found}, "UnprocessedKeys": {}})
+
+    script.behave = viewers_only(behave)
+    with scripted(script, "lean") as client:
+        profiles = client.get_many(range(10_000), ["interactions"])
+    assert len(profiles) == 10_000
+    assert {viewer for viewer, profile in profiles.items() if not profile.cold_start} == set(
+        range(7, 10_000, 100)
+    )
+    assert profiles[9_907].interactions.likes_28d == 9_907
+    sizes = [
+        len(request.body["RequestItems"]["viewer_profiles"]["Keys"]) for request in viewer_requests(script)
+    ]
+    assert sizes == [100] * 100
+
+
 def test_chunked_answers_and_answers_without_length(script: Script) -> None:
     body = json.dumps({"Item": item("watch", 1, WATCH)}).encode()
     chunks = b"".join(
