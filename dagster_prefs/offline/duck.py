@@ -9,6 +9,8 @@ from pathlib import Path
 
 import duckdb
 
+from dagster_prefs.offline.catalog import OfflineError, StorageFull
+
 
 @contextmanager
 def duck_session(memory: str, folder: Path | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
@@ -26,5 +28,16 @@ def duck_session(memory: str, folder: Path | None = None) -> Iterator[duckdb.Duc
             "preserve_insertion_order": False,
         }
         # On disk, unlike in memory, DuckDB compresses its tables.
-        with duckdb.connect(str(Path(scratch, "session.duckdb")), config=config) as session:
-            yield session
+        try:
+            with duckdb.connect(str(Path(scratch, "session.duckdb")), config=config) as session:
+                yield session
+        except duckdb.OutOfMemoryException as error:
+            raise OfflineError(
+                f"{memory} of memory do not suffice for the join: allow more, or split the labels"
+            ) from error
+        except duckdb.IOException as error:
+            if "space" in str(error):
+                raise StorageFull(
+                    f"no space left for intermediate results in {scratch}: free some"
+                ) from error
+            raise

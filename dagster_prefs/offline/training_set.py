@@ -1,0 +1,474 @@
+"""Point-in-time correct training sets: labels joined with features as they were known at the label's time.
+
+A label sees the days before its own (UTC), never its own day or a later one. `as_known` goes further: it sees
+each day in the version that the table held at the label's time, so that a late event or a correction that
+came afterwards changes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyiceberg.catalog import Catalog
+from pyiceberg.manifest import DataFile, ManifestContent
+from pyiceberg.table import Table
+from pyiceberg.table.snapshots import Snapshot
+
+from dagster_prefs.offline.catalog import OfflineError, explained
+from dagster_prefs.offline.duck import duck_session
+from dagster_prefs.offline.export import DEFAULT_NAMESPACE
+from dagster_prefs.offline.labels import TIME, VIEWER, read_labels
+from dagster_prefs.offline.publish import day_of, read_file
+from dagster_prefs.offline.tables import TileTable
+from dagster_prefs.offline.windows import FEATURES, LONG_DAYS, SOURCES, features_sql
+
+MANIFEST_VERSION = 1
+DEFAULT_MEMORY = "1GB"
+ROWS_PER_GROUP = 100_000
+FOREVER = 2**62
+
+
+class SnapshotExpired(OfflineError):
+    """A version of the tiles that is needed is no longer kept."""
+
+
+class NotReproducible(OfflineError):
+    """Labels, tiles or code are not what the manifest says they were."""
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """What was written: `rows` labels with their features to `output`, how to get them again to "
+    "`manifest`."""
+
+    output: Path
+    manifest: Path
+    rows: int
+    cold_start_rows: int
+    content_hash: str
+    snapshots: Mapping[str, int | None]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Version:
+    """A data file and the time in which it was current: milliseconds since 1970, the end excluded."""
+
+    file: DataFile
+    known_from: int
+    known_to: int
+
+
+def build_training_set(
+    catalog: Catalog,
+    labels: str,
+    output: Path,
+    *,
+    now: datetime,
+    contract_version: int,
+    timezone: str | None = None,
+    as_known: bool = False,
+    namespace: str = DEFAULT_NAMESPACE,
+    memory: str = DEFAULT_MEMORY,
+) -> TrainingSet:
+    """Write `output` (Parquet): every label, in its order, duplicates included, with every feature beside it.
+
+    `labels` is a Parquet or CSV file or an Iceberg table with `viewer_id`, `label_time` and any other columns
+    (see `read_labels`). Beside the output goes `<output>.manifest.json`: tile snapshots, versions of contract
+    and code, and fingerprints, from which `reproduce_training_set` gets the same rows. `memory` bounds the
+    join; it spills to disk beyond. A viewer without history gets cold-start values: zero counts, empty lists,
+    NULL rates.
+
+    Raises LabelsRefused, TableMissing, SnapshotExpired (`as_known` before the kept history), or another
+    OfflineError; an existing output is replaced only in the end.
+    """
+    snapshots: dict[str, int | None] = {}
+    for spec, _ in SOURCES:
+        with explained(f"the table {namespace}.{spec.name}"):
+            current = catalog.load_table(spec.identifier(namespace)).current_snapshot()
+        snapshots[spec.name] = current.snapshot_id if current else None
+    made = _build(
+        catalog,
+        labels,
+        output,
+        snapshots=snapshots,
+        now=now,
+        timezone=timezone,
+        as_known=as_known,
+        namespace=namespace,
+        memory=memory,
+    )
+    manifest = {
+        "manifest_version": MANIFEST_VERSION,
+        "created_at": now.astimezone(UTC).isoformat(),
+        "code_version": importlib.metadata.version("dagster-prefs"),
+        "contract_version": contract_version,
+        "definition": _definition(),
+        "labels": {
+            "source": labels,
+            "rows": made.rows,
+            "fingerprint": made.labels_hash,
+            "timezone": timezone,
+        },
+        "as_known": as_known,
+        "namespace": namespace,
+        "snapshots": snapshots,
+        "days": {"first": made.first_day.isoformat(), "last": made.last_day.isoformat()},
+        "output": {
+            "rows": made.rows,
+            "cold_start_rows": made.cold_start_rows,
+            "fingerprint": made.content_hash,
+            "features": [asdict(feature) for feature in FEATURES],
+        },
+    }
+    path = output.with_name(output.name + ".manifest.json")
+    _write_whole(path, json.dumps(manifest, indent=2) + "\n")
+    return TrainingSet(
+        output, path, made.rows, made.cold_start_rows, made.content_hash, snapshots, made.seconds
+    )
+
+
+def reproduce_training_set(
+    catalog: Catalog, manifest: Path, output: Path, *, labels: str | None = None, memory: str = DEFAULT_MEMORY
+) -> TrainingSet:
+    """Write the training set of a manifest again to `output`; every row is proven equal.
+
+    `labels` says where the labels are now, if they moved. Raises SnapshotExpired where a tile snapshot is
+    gone, NotReproducible where labels, definition or result differ from the manifest.
+    """
+    try:
+        known = json.loads(manifest.read_text())
+        version = known["manifest_version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise NotReproducible(
+            f"{manifest} is not the manifest of a training set ({error}): name another"
+        ) from error
+    if version != MANIFEST_VERSION:
+        raise NotReproducible(
+            f"{manifest} has version {version}, this code reads {MANIFEST_VERSION}: upgrade it"
+        )
+    if known["definition"] != _definition():
+        raise NotReproducible(
+            f"{manifest} was made by code {known['code_version']} with another definition of the features: "
+            "install that version"
+        )
+    made = _build(
+        catalog,
+        labels or known["labels"]["source"],
+        output,
+        snapshots=known["snapshots"],
+        now=datetime.fromisoformat(known["created_at"]),
+        timezone=known["labels"]["timezone"],
+        as_known=known["as_known"],
+        namespace=known["namespace"],
+        memory=memory,
+        expect=(known["labels"]["fingerprint"], known["output"]["fingerprint"]),
+    )
+    return TrainingSet(
+        output, manifest, made.rows, made.cold_start_rows, made.content_hash, known["snapshots"], made.seconds
+    )
+
+
+@dataclass(frozen=True)
+class _Made:
+    rows: int
+    cold_start_rows: int
+    labels_hash: str
+    content_hash: str
+    first_day: date
+    last_day: date
+    seconds: float
+
+
+def _build(
+    catalog: Catalog,
+    labels: str,
+    output: Path,
+    *,
+    snapshots: Mapping[str, int | None],
+    now: datetime,
+    timezone: str | None,
+    as_known: bool,
+    namespace: str,
+    memory: str,
+    expect: tuple[str, str] | None = None,
+) -> _Made:
+    started = time.monotonic()
+    table = read_labels(catalog, labels, now=now, timezone=timezone)
+    if not output.parent.is_dir():
+        raise OfflineError(f"the folder {output.parent} of the training set does not exist: create it")
+    with explained(f"the training set {output}"), duck_session(memory) as session:
+        first, last = _load_points(session, table)
+        labels_hash = _fingerprint(session, "labels")
+        if expect and labels_hash != expect[0]:
+            raise NotReproducible(
+                f"{labels} does not hold the labels of the manifest any more: name the original"
+            )
+        oldest = _oldest_label(session)
+        for spec, columns in SOURCES:
+            with explained(f"the table {namespace}.{spec.name}"):
+                tiles = catalog.load_table(spec.identifier(namespace))
+                snapshot = _snapshot(tiles, snapshots[spec.name])
+                if as_known:
+                    batches = _versions(tiles, spec, snapshot, columns, first, last, oldest)
+                else:
+                    batches = _current(tiles, spec, snapshot, columns, first, last)
+                _load_tiles(session, spec, columns, batches, versions=as_known)
+        session.execute(f"create table features as {features_sql('training', versions=as_known)}")
+        session.execute(
+            "create view result as select labels.*, features.* exclude (point) "
+            "from labels join features on features.point = labels.point"
+        )
+        content = _fingerprint(session, "result")
+        if expect and content != expect[1]:
+            raise NotReproducible(
+                f"the rows differ from those of the manifest although labels and tiles are the same: "
+                f"{output} was "
+                "not written; look for a changed version of DuckDB or Arrow"
+            )
+        rows = _write_result(session, output)
+        cold = _count_cold_start(session)
+    return _Made(rows, cold, labels_hash, content, first, last, time.monotonic() - started)
+
+
+def _load_points(session: duckdb.DuckDBPyConnection, table: pa.Table) -> tuple[date, date]:
+    """Make `labels` and `points`; returns the earliest and latest day whose tiles any label needs."""
+    number = pa.array(range(table.num_rows), pa.int64())
+    names = [name for name in table.column_names if name != "point"]
+    if len(names) != table.num_columns:
+        raise OfflineError("the labels have a column point, which is reserved: rename it")
+    # Instants travel as integers: without an extension DuckDB cannot take a date of one.
+    source = table.append_column("point", number)
+    place = source.schema.get_field_index(TIME)
+    source = source.set_column(place, TIME, source[TIME].cast(pa.int64()))
+    session.register("source", source)
+    others = ", ".join(f'"{name.replace(chr(34), chr(34) * 2)}"' for name in names)
+    session.execute(f"create table labels as select point, {others} from source")
+    session.unregister("source")
+    session.execute(
+        f"""
+        create table points as
+        select point, {VIEWER}, date '1970-01-01' + cast(floor({TIME} / 86400000000.0) as integer) as day,
+          {TIME} // 1000 as known_at
+        from labels
+        """
+    )
+    earliest, latest = _one(session, "select min(day), max(day) from points")
+    return earliest - timedelta(days=LONG_DAYS), latest - timedelta(days=1)
+
+
+def _oldest_label(session: duckdb.DuckDBPyConnection) -> int:
+    return int(_one(session, "select min(known_at) from points")[0])
+
+
+def _snapshot(table: Table, snapshot_id: int | None) -> Snapshot | None:
+    if snapshot_id is None:
+        return None
+    snapshot = table.snapshot_by_id(snapshot_id)
+    if snapshot is None:
+        raise SnapshotExpired(
+            f"snapshot {snapshot_id} of {'.'.join(table.name())} has expired: keep snapshots longer or "
+            f"tag those of "
+            "training sets; this one cannot be had again"
+        )
+    return snapshot
+
+
+def _current(
+    table: Table,
+    spec: TileTable,
+    snapshot: Snapshot | None,
+    columns: tuple[str, ...],
+    first: date,
+    last: date,
+) -> Iterator[pa.RecordBatch]:
+    if snapshot is None:
+        return
+    scan = table.scan(
+        row_filter=f"{spec.day} >= '{first.isoformat()}' and {spec.day} <= '{last.isoformat()}'",
+        snapshot_id=snapshot.snapshot_id,
+    )
+    for task in scan.plan_files():
+        yield from read_file(table, task.file, [VIEWER, spec.day, *columns])
+
+
+def _versions(
+    table: Table,
+    spec: TileTable,
+    snapshot: Snapshot | None,
+    columns: tuple[str, ...],
+    first: date,
+    last: date,
+    oldest_label: int,
+) -> Iterator[pa.RecordBatch]:
+    if snapshot is None:
+        return
+    for version in _history(table, snapshot, oldest_label):
+        if first <= day_of(version.file) <= last:
+            for batch in read_file(table, version.file, [VIEWER, spec.day, *columns]):
+                yield batch.append_column(
+                    "known_from", pa.repeat(version.known_from, batch.num_rows)
+                ).append_column("known_to", pa.repeat(version.known_to, batch.num_rows))
+
+
+def _history(table: Table, last: Snapshot, oldest_label: int) -> list[_Version]:
+    """Every data file with the times in which readers saw it, up to the publication of `last`."""
+    log = [(entry.snapshot_id, entry.timestamp_ms) for entry in table.history()]
+    ends = [place for place, (snapshot_id, _) in enumerate(log) if snapshot_id == last.snapshot_id]
+    if not ends:
+        raise SnapshotExpired(
+            f"the history of {'.'.join(table.name())} does not show when snapshot {last.snapshot_id} was "
+            "published: build it without as_known"
+        )
+    log = log[: ends[-1] + 1]
+    start = _unbroken_from(table, log)
+    first = table.snapshot_by_id(log[start][0])
+    # A table's first commit has sequence number 1; any other has predecessors, which have expired.
+    complete = start == 0 and first is not None and first.sequence_number == 1
+    if not complete and log[start][1] > oldest_label:
+        when = datetime.fromtimestamp(log[start][1] / 1000, UTC).isoformat()
+        raise SnapshotExpired(
+            f"the history of {'.'.join(table.name())} is kept from {when} on, older snapshots have "
+            f"expired: drop "
+            "labels before that time, or build without as_known"
+        )
+    manifests: dict[str, list[DataFile]] = {}
+    current: dict[str, tuple[DataFile, int]] = {}
+    versions: list[_Version] = []
+    for snapshot_id, published in log[start:]:
+        snapshot = table.snapshot_by_id(snapshot_id)
+        held: dict[str, DataFile] = {}
+        for manifest in snapshot.manifests(table.io) if snapshot else []:
+            if manifest.content == ManifestContent.DATA:
+                if manifest.manifest_path not in manifests:
+                    manifests[manifest.manifest_path] = [
+                        entry.data_file
+                        for entry in manifest.fetch_manifest_entry(table.io, discard_deleted=True)
+                    ]
+                held |= {file.file_path: file for file in manifests[manifest.manifest_path]}
+        for path in current.keys() - held.keys():
+            file, since = current.pop(path)
+            versions.append(_Version(file, since, published))
+        for path in held.keys() - current.keys():
+            current[path] = (held[path], published)
+    return versions + [_Version(file, since, FOREVER) for file, since in current.values()]
+
+
+def _unbroken_from(table: Table, log: list[tuple[int, int]]) -> int:
+    """The first place of the log from which on every published snapshot is still there."""
+    earlier = [{snapshot_id for snapshot_id, _ in log[:place]} for place in range(len(log))]
+    for place in range(len(log) - 1, 0, -1):
+        snapshot = table.snapshot_by_id(log[place][0])
+        # A rollback publishes a snapshot again; any other follows the one before it.
+        rolled_back = log[place][0] in earlier[place]
+        if snapshot is None or (not rolled_back and snapshot.parent_snapshot_id != log[place - 1][0]):
+            return place
+    return 0
+
+
+def _load_tiles(
+    session: duckdb.DuckDBPyConnection,
+    spec: TileTable,
+    columns: tuple[str, ...],
+    batches: Iterator[pa.RecordBatch],
+    *,
+    versions: bool,
+) -> None:
+    fields = [pa.field(VIEWER, pa.int64()), pa.field(spec.day, pa.date32())]
+    fields += [pa.field(name, pa.string() if name == "genre" else pa.int64()) for name in columns]
+    if versions:
+        fields += [pa.field("known_from", pa.int64()), pa.field("known_to", pa.int64())]
+    schema = pa.schema(fields)
+    failures: list[Exception] = []
+
+    def shaped() -> Iterator[pa.RecordBatch]:
+        try:
+            for batch in batches:
+                yield _shaped(batch, schema)
+        except Exception as error:
+            failures.append(error)
+            raise
+
+    session.register("incoming", pa.RecordBatchReader.from_batches(schema, shaped()))
+    try:
+        session.execute(
+            f"create table {spec.name} as from incoming where {VIEWER} in (select {VIEWER} from points)"
+        )
+    except duckdb.Error:
+        # DuckDB wraps what happens in a stream that it reads.
+        if failures:
+            raise failures[0] from None
+        raise
+    session.unregister("incoming")
+
+
+def _shaped(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    arrays = [batch.column(field.name).cast(field.type) for field in schema]
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def _fingerprint(session: duckdb.DuckDBPyConnection, relation: str) -> str:
+    """A hash of all rows with their places: equal exactly where the content is, row by row."""
+    row_hash = "cast('0x' || left(md5(cast(r as varchar)), 15) as bigint)"
+    found = _one(session, f"select count(*), sum({row_hash}) from {relation} as r")
+    return hashlib.sha256(repr(found).encode()).hexdigest()
+
+
+def _one(session: duckdb.DuckDBPyConnection, query: str) -> tuple[Any, ...]:
+    # Fetched whole: a session with a result half read accepts no further statement.
+    row: tuple[Any, ...] = session.execute(query).fetchall()[0]
+    return row
+
+
+def _definition() -> str:
+    """A hash of what the features are."""
+    text = json.dumps([asdict(feature) for feature in FEATURES]) + features_sql("training", versions=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _count_cold_start(session: duckdb.DuckDBPyConnection) -> int:
+    """Labels none of whose features is anything but its cold-start value."""
+    same = " and ".join(f"{feature.name} is not distinct from {feature.cold_start}" for feature in FEATURES)
+    return int(_one(session, f"select count(*) from features where {same}")[0])
+
+
+def _write_result(session: duckdb.DuckDBPyConnection, output: Path) -> int:
+    columns = [row[0] for row in session.execute("describe result").fetchall() if row[0] != "point"]
+    names = ", ".join(f'"{name.replace(chr(34), chr(34) * 2)}"' for name in columns)
+    ordered = session.sql(f"select {names} from result order by point")
+    reader: pa.RecordBatchReader = ordered.to_arrow_reader(ROWS_PER_GROUP)
+    place = reader.schema.get_field_index(TIME)
+    schema = reader.schema.set(place, pa.field(TIME, pa.timestamp("us", tz="UTC")))
+    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    rows = 0
+    try:
+        with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+            for batch in reader:
+                times = batch.column(place).cast(schema.field(place).type)
+                writer.write_batch(batch.set_column(place, schema.field(place), times))
+                rows += batch.num_rows
+        os.replace(partial, output)
+    finally:
+        partial.unlink(missing_ok=True)
+    return rows
+
+
+def _write_whole(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

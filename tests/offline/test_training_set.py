@@ -1,0 +1,359 @@
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pyiceberg.catalog import Catalog
+
+from dagster_prefs.offline import windows
+from dagster_prefs.offline.catalog import OfflineError, TableMissing, open_catalog
+from dagster_prefs.offline.export import export_day
+from dagster_prefs.offline.labels import LabelsRefused, read_labels
+from dagster_prefs.offline.tables import (
+    GENRE,
+    INTERACTIONS,
+    TILE_TABLES,
+    WATCH,
+    TileTable,
+    arrow_schema,
+    ensure_table,
+)
+from dagster_prefs.offline.training_set import (
+    NotReproducible,
+    SnapshotExpired,
+    TrainingSet,
+    build_training_set,
+    reproduce_training_set,
+)
+from dagster_prefs.online.contract import load_contract
+
+from . import oracle
+from .conftest import DAY, Tiles, genre, interactions, watch
+
+NOW = datetime(2026, 6, 1, tzinfo=UTC)
+NAMES = [feature.name for feature in windows.FEATURES]
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def fill(catalog: Catalog, rows: dict[str, list[tuple[Any, ...]]]) -> None:
+    """Put rows into the training tables without an engine."""
+    for spec in TILE_TABLES.values():
+        table = ensure_table(catalog, "training", spec)
+        names = [column.name for column in spec.columns]
+        values = [dict(zip(names, row, strict=True)) for row in rows.get(spec.name, [])]
+        if values:
+            table.append(pa.Table.from_pylist(values, schema=arrow_schema(table)))
+
+
+def write_labels(folder: Path, rows: Sequence[tuple[int, datetime]]) -> str:
+    path = folder / "labels.parquet"
+    table = pa.table(
+        {
+            "label": pa.array(range(len(rows)), pa.int64()),
+            "viewer_id": pa.array([viewer for viewer, _ in rows], pa.int64()),
+            "label_time": pa.array([when for _, when in rows], pa.timestamp("us", tz="UTC")),
+        }
+    )
+    pq.write_table(table, path)
+    return str(path)
+
+
+def build(
+    catalog: Catalog, labels: str, folder: Path, **options: Any
+) -> tuple[TrainingSet, list[dict[str, Any]]]:
+    made = build_training_set(
+        catalog, labels, folder / "set.parquet", now=options.pop("now", NOW), contract_version=1, **options
+    )
+    return made, pq.read_table(made.output).to_pylist()
+
+
+def at(day: date, hour: float = 12.0) -> datetime:
+    return datetime(day.year, day.month, day.day, tzinfo=UTC) + timedelta(hours=hour)
+
+
+days = st.integers(0, 40).map(lambda number: DAY + timedelta(days=number))
+viewers = st.integers(0, 3)
+
+
+def unique(rows: list[tuple[Any, ...]], key: int) -> list[tuple[Any, ...]]:
+    return list({row[:key]: row for row in rows}.values())
+
+
+@st.composite
+def histories(draw: st.DrawFn) -> dict[str, list[tuple[Any, ...]]]:
+    seconds = st.integers(0, 100_000)
+    small = st.integers(0, 9)
+    watched = st.builds(watch, viewers, days, seconds, small, small, small, small)
+    by_genre = st.builds(
+        genre, viewers, days, st.sampled_from("abcdefgZé"), seconds, st.integers(0, 7), small
+    )
+    reacted = st.builds(interactions, viewers, days, small, small, small)
+    return {
+        WATCH.name: unique(draw(st.lists(watched, max_size=40)), 2),
+        GENRE.name: unique(draw(st.lists(by_genre, max_size=60)), 3),
+        INTERACTIONS.name: unique(draw(st.lists(reacted, max_size=30)), 2),
+    }
+
+
+label_lists = st.lists(
+    st.tuples(viewers, st.builds(at, days, st.sampled_from([0.0, 0.0001, 12.0, 23.9999]))),
+    min_size=1,
+    max_size=25,
+)
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(rows=histories(), labels=label_lists)
+def test_every_value_equals_the_oracles(
+    rows: dict[str, list[tuple[Any, ...]]], labels: list[tuple[int, datetime]]
+) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        catalog = open_catalog("sqlite", str(folder / "warehouse"))
+        fill(catalog, rows)
+        made, found = build(catalog, write_labels(folder, labels), folder)
+        expected = [
+            oracle.features(*label, *(rows[spec.name] for spec, _ in windows.SOURCES)) for label in labels
+        ]
+        assert [{name: row[name] for name in NAMES} for row in found] == expected
+        assert [(row["label"], row["viewer_id"], row["label_time"]) for row in found] == [
+            (number, *label) for number, label in enumerate(labels)
+        ]
+        nobody = oracle.features(-1, NOW, [], [], [])
+        assert made.cold_start_rows == sum(row == nobody for row in expected)
+        again = reproduce_training_set(catalog, made.manifest, folder / "again.parquet")
+        assert again.content_hash == made.content_hash
+        assert pq.read_table(again.output).equals(pq.read_table(made.output))
+
+
+def test_the_future_changes_nothing(catalog: Catalog, tmp_path: Path) -> None:
+    past = {
+        WATCH.name: [watch(1, DAY - timedelta(days=1), 600)],
+        GENRE.name: [genre(1, DAY - timedelta(days=28), "drama", 60)],
+        INTERACTIONS.name: [interactions(1, DAY - timedelta(days=7), 1, 2, 3)],
+    }
+    fill(catalog, past)
+    labels = write_labels(tmp_path, [(1, at(DAY, 0)), (1, at(DAY, 23.9))])
+    first, before = build(catalog, labels, tmp_path)
+    fill(
+        catalog,
+        {
+            WATCH.name: [watch(1, DAY, 7777), watch(1, DAY + timedelta(days=3), 8888)],
+            GENRE.name: [
+                genre(1, DAY, "horror", 99_999),
+                genre(1, DAY - timedelta(days=29), "horror", 99_999),
+            ],
+            INTERACTIONS.name: [interactions(1, DAY, 50, 50, 50)],
+        },
+    )
+    second, after = build(catalog, labels, tmp_path)
+    assert after == before
+    assert second.content_hash == first.content_hash
+    assert second.snapshots != first.snapshots
+    # The same event one day earlier is no longer the future, and is seen.
+    fill(catalog, {INTERACTIONS.name: [interactions(1, DAY - timedelta(days=1), 5, 0, 0)]})
+    _, seen = build(catalog, labels, tmp_path)
+    assert [row["likes_28d"] for row in seen] == [6, 6]
+
+
+def wait_for_next_millisecond() -> datetime:
+    """A moment strictly after every commit so far; the catalog's clock counts in milliseconds."""
+    start = time.time_ns() // 1_000_000
+    while time.time_ns() // 1_000_000 <= start + 1:
+        pass
+    return datetime.now(UTC)
+
+
+def test_as_known_sees_the_version_of_the_labels_time(tiles: Tiles, catalog: Catalog, tmp_path: Path) -> None:
+    today = datetime.now(UTC).date()
+    yesterday = today - timedelta(days=1)
+    for spec in (GENRE, INTERACTIONS):
+        ensure_table(catalog, "training", spec)
+    before = wait_for_next_millisecond()
+    tiles.add(WATCH, [watch(1, yesterday, 600)])
+    export_day(tiles.engine, catalog, WATCH, yesterday)
+    between = wait_for_next_millisecond()
+    tiles.replace(WATCH, yesterday, [watch(1, yesterday, 6000)])
+    export_day(tiles.engine, catalog, WATCH, yesterday)
+    after = wait_for_next_millisecond()
+    labels = write_labels(tmp_path, [(1, before), (1, between), (1, after)])
+    now = after + timedelta(seconds=1)
+    _, plain = build(catalog, labels, tmp_path, now=now)
+    assert [row["watch_minutes_7d"] for row in plain] == [100, 100, 100]
+    made, known = build(catalog, labels, tmp_path, now=now, as_known=True)
+    assert [row["watch_minutes_7d"] for row in known] == [0, 10, 100]
+
+    # What is exported afterwards does not change what was known.
+    tiles.replace(WATCH, yesterday, [watch(1, yesterday, 60_000)])
+    export_day(tiles.engine, catalog, WATCH, yesterday)
+    again = reproduce_training_set(catalog, made.manifest, tmp_path / "again.parquet")
+    assert pq.read_table(again.output).to_pylist() == known
+
+
+def expire_all_but_current(catalog: Catalog, spec: TileTable) -> None:
+    table = catalog.load_table(("training", spec.name))
+    current = table.current_snapshot()
+    assert current is not None
+    old = [
+        snapshot.snapshot_id for snapshot in table.snapshots() if snapshot.snapshot_id != current.snapshot_id
+    ]
+    table.maintenance.expire_snapshots().by_ids(old).commit()
+
+
+def test_expired_snapshots_are_named(catalog: Catalog, tmp_path: Path) -> None:
+    fill(catalog, {WATCH.name: [watch(1, DAY, 600)]})
+    labels = write_labels(tmp_path, [(1, at(DAY + timedelta(days=1)))])
+    made, _ = build(catalog, labels, tmp_path)
+    fill(catalog, {WATCH.name: [watch(2, DAY, 600)]})
+    expire_all_but_current(catalog, WATCH)
+    with pytest.raises(
+        SnapshotExpired, match=rf"{made.snapshots[WATCH.name]} of training\.viewer_watch_daily has expired"
+    ):
+        reproduce_training_set(catalog, made.manifest, tmp_path / "again.parquet")
+    with pytest.raises(SnapshotExpired, match="older snapshots have expired"):
+        build(catalog, labels, tmp_path, as_known=True)
+    assert not (tmp_path / "again.parquet").exists()
+
+
+def test_a_manifest_that_does_not_fit_is_refused(catalog: Catalog, tmp_path: Path) -> None:
+    fill(catalog, {WATCH.name: [watch(1, DAY, 600)]})
+    labels = write_labels(tmp_path, [(1, at(DAY + timedelta(days=1)))])
+    made, _ = build(catalog, labels, tmp_path)
+    known = json.loads(made.manifest.read_text())
+    assert known["snapshots"] == dict(made.snapshots)
+    assert known["contract_version"] == 1
+    write_labels(tmp_path, [(2, at(DAY))])
+    again = tmp_path / "again.parquet"
+    with pytest.raises(NotReproducible, match="does not hold the labels"):
+        reproduce_training_set(catalog, made.manifest, again)
+    write_labels(tmp_path, [(1, at(DAY + timedelta(days=1)))])
+    made.manifest.write_text(json.dumps(known | {"output": known["output"] | {"fingerprint": "0"}}))
+    with pytest.raises(NotReproducible, match="rows differ"):
+        reproduce_training_set(catalog, made.manifest, again)
+    made.manifest.write_text(json.dumps(known | {"definition": "0"}))
+    with pytest.raises(NotReproducible, match="another definition"):
+        reproduce_training_set(catalog, made.manifest, again)
+    made.manifest.write_text("{")
+    with pytest.raises(NotReproducible, match="is not the manifest"):
+        reproduce_training_set(catalog, made.manifest, again)
+    assert not again.exists()
+
+
+def test_zones_are_explicit(catalog: Catalog, tmp_path: Path) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_text(
+        "viewer_id,label_time,name\n"
+        '1,2026-03-10T23:30:00Z,"a, b"\n'
+        "1,2026-03-11T00:30:00+01:00,c\n"
+        "1,2026-03-10 23:30:00.5 UTC,d\n"
+        "1,2026-03-10 18:30:00 -0500,e\n"
+    )
+    table = read_labels(catalog, str(path), now=NOW)
+    moment = datetime(2026, 3, 10, 23, 30, tzinfo=UTC)
+    assert table["label_time"].to_pylist() == [moment, moment, moment + timedelta(seconds=0.5), moment]
+    path.write_text("viewer_id,label_time\n1,2026-03-10T23:30:00Z\n1,2026-03-11T00:30:00\n")
+    with pytest.raises(LabelsRefused, match=r"row 2: label_time 2026-03-11T00:30:00 has no zone"):
+        read_labels(catalog, str(path), now=NOW)
+    table = read_labels(catalog, str(path), now=NOW, timezone="Europe/Berlin")
+    assert table["label_time"].to_pylist() == [moment, moment]
+    naive = pa.table(
+        {"viewer_id": [1], "label_time": pa.array([datetime(2026, 3, 11, 0, 30)], pa.timestamp("us"))}
+    )
+    pq.write_table(naive, tmp_path / "naive.parquet")
+    with pytest.raises(LabelsRefused, match="has no zone"):
+        read_labels(catalog, str(tmp_path / "naive.parquet"), now=NOW)
+    found = read_labels(catalog, str(tmp_path / "naive.parquet"), now=NOW, timezone="Europe/Berlin")
+    assert found["label_time"].to_pylist() == [moment]
+    with pytest.raises(LabelsRefused, match="Mars"):
+        read_labels(catalog, str(path), now=NOW, timezone="Mars/Olympus")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("viewer,label_time\n1,2026-03-10T00:00:00Z\n", "no column viewer_id .*rename viewer"),
+        ("viewer_id,when\n1,2026-03-10T00:00:00Z\n", "no column label_time"),
+        ("viewer_id,label_time\n", "has no rows"),
+        ("", "cannot be read as csv"),
+        ("viewer_id,label_time\n1,2026-03-10T00:00Z\n1,2026-06-01T00:00:01Z\n", "row 2: .* is in the future"),
+        ("viewer_id,label_time\n1,yesterday:00Z\n", "must be ISO 8601"),
+        ("viewer_id,label_time\n1,2026-03-10\n", "has no zone"),
+        ("viewer_id,label_time\n1,\n", "row 1: label_time is missing|must be ISO 8601|has no zone"),
+        ("viewer_id,label_time\n,2026-03-10T00:00:00Z\n", "row 1: viewer_id is missing"),
+        ("viewer_id,label_time\n1.5,2026-03-10T00:00:00Z\n", "must be an integer"),
+        ("viewer_id,label_time\nx,2026-03-10T00:00:00Z\n", "must be an integer"),
+        ("viewer_id,label_time\n-1,2026-03-10T00:00:00Z\n", "row 1: viewer ids below 0"),
+        ("viewer_id,label_time,likes_28d\n1,2026-03-10T00:00:00Z,1\n", "likes_28d, which is the name of a"),
+        ("viewer_id,label_time,a,a\n1,2026-03-10T00:00:00Z,1,2\n", "column a twice"),
+        ("viewer_id,label_time,point\n1,2026-03-10T00:00:00Z,1\n", "column point, which is reserved"),
+    ],
+)  # fmt: skip
+def test_labels_that_cannot_be_used(catalog: Catalog, tmp_path: Path, text: str, expected: str) -> None:
+    fill(catalog, {})
+    path = tmp_path / "labels.csv"
+    path.write_text(text)
+    with pytest.raises(OfflineError, match=expected):
+        build(catalog, str(path), tmp_path)
+    assert not (tmp_path / "set.parquet").exists()
+
+
+@pytest.mark.parametrize("source", ["nowhere.parquet", "nowhere.csv", "labels.txt", "training.nothing"])
+def test_labels_that_are_not_there(catalog: Catalog, source: str) -> None:
+    with pytest.raises(OfflineError, match=r"does not exist|is neither"):
+        read_labels(catalog, source, now=NOW)
+
+
+def test_labels_in_an_iceberg_table(catalog: Catalog, tmp_path: Path) -> None:
+    fill(catalog, {WATCH.name: [watch(1, DAY, 600)]})
+    rows = pa.table(
+        {"viewer_id": [1], "label_time": pa.array([at(DAY + timedelta(days=1))], pa.timestamp("us", "UTC"))}
+    )
+    catalog.create_table("training.labels", rows.schema).append(rows)
+    _, found = build(catalog, "training.labels", tmp_path)
+    assert found[0]["watch_minutes_28d"] == 10
+
+
+def test_tables_that_were_never_exported(catalog: Catalog, tmp_path: Path) -> None:
+    with pytest.raises(TableMissing, match="materialize its export first"):
+        build(catalog, write_labels(tmp_path, [(1, at(DAY))]), tmp_path)
+
+
+def test_windows_are_those_of_the_views_and_the_contract() -> None:
+    variables = yaml.safe_load((ROOT / "dbt_project" / "dbt_project.yml").read_text())["vars"]
+    assert variables["windows"] == {"short": windows.SHORT_DAYS, "long": windows.LONG_DAYS}
+    assert variables["favorite_genres"] == windows.FAVORITE_GENRES
+    served = {
+        (domain.name, name)
+        for domain in load_contract().domains.values()
+        for name in domain.attributes
+        if name != "last_event_at"
+    }
+    assert {(feature.domain, feature.name) for feature in windows.FEATURES} == served
+
+
+@pytest.mark.parametrize("name", TILE_TABLES)
+def test_training_tables_follow_the_models_contract(name: str) -> None:
+    spec = TILE_TABLES[name]
+    path = ROOT / "dbt_project" / "models" / "engagement" / f"{spec.tile}.yml"
+    model = yaml.safe_load(path.read_text())["models"][0]
+    types = {
+        "bigint": "long",
+        "date": "date",
+        "decimal": "decimal(28, 6)",
+        "text": "string",
+        "timestamptz": "timestamptz",
+    }
+    assert [(column.name, str(column.type)) for column in spec.columns] == [
+        (column["name"], types[column["data_type"]]) for column in model["columns"]
+    ]
