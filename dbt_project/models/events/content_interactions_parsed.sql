@@ -10,6 +10,26 @@ messages as (
 
   select source, source_partition, source_offset, kafka_timestamp, arrived_at, data, {{ json_of("data") }} as j
   from raw
+  {{ computed_once() }}
+
+),
+
+texts as (
+
+  select
+    source,
+    source_partition,
+    source_offset,
+    kafka_timestamp,
+    arrived_at,
+    data,
+    j,
+    {{ text_field('event_id') }} as event_id,
+    {{ text_field('viewer_id') }} as viewer_id_text,
+    {{ text_field('event_type') }} as event_type,
+    {{ text_field('event_ts') }} as event_ts_text
+  from messages
+  {{ computed_once() }}
 
 ),
 
@@ -23,11 +43,12 @@ fields as (
     arrived_at,
     data,
     j,
-    {{ text_field('event_id') }} as event_id,
-    {{ integer_of(text_field('viewer_id'), 'bigint') }} as viewer_id,
-    {{ text_field('event_type') }} as event_type,
-    {{ timestamp_of(text_field('event_ts')) }} as event_ts
-  from messages
+    event_id,
+    {{ integer_of("viewer_id_text", 'bigint') }} as viewer_id,
+    event_type,
+    {{ timestamp_of("event_ts_text") }} as event_ts
+  from texts
+  {{ computed_once() }}
 
 ),
 
@@ -41,6 +62,7 @@ judged as (
     when event_type is null or event_type not in ('like', 'share', 'search') then 'unknown event_type'
     end as reason
   from fields
+  {{ computed_once() }}
 
 ),
 

@@ -10,10 +10,11 @@ messages as (
 
   select source, source_partition, source_offset, kafka_timestamp, arrived_at, data, {{ json_of("data") }} as j
   from raw
+  {{ computed_once() }}
 
 ),
 
-fields as (
+texts as (
 
   select
     source,
@@ -27,9 +28,31 @@ fields as (
     {{ text_field('title') }} as title,
     {{ text_field('category') }} as category,
     {{ text_field('brand') }} as brand,
-    {{ decimal_of(text_field('price')) }} as price,
-    case lower(j ->> 'in_stock') when 'true' then true when '1' then true when 'false' then false when '0' then false end as in_stock
+    {{ text_field('price') }} as price_text,
+    lower(j ->> 'in_stock') as in_stock_text
   from messages
+  {{ computed_once() }}
+
+),
+
+fields as (
+
+  select
+    source,
+    source_partition,
+    source_offset,
+    kafka_timestamp,
+    arrived_at,
+    data,
+    j,
+    item_id,
+    title,
+    category,
+    brand,
+    {{ decimal_of("price_text") }} as price,
+    case in_stock_text when 'true' then true when '1' then true when 'false' then false when '0' then false end as in_stock
+  from texts
+  {{ computed_once() }}
 
 ),
 
@@ -47,6 +70,7 @@ judged as (
       when in_stock is null and {{ field_given("in_stock") }} then 'bad in_stock'
     end as reason
   from fields
+  {{ computed_once() }}
 
 ),
 

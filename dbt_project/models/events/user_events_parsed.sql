@@ -10,10 +10,11 @@ messages as (
 
   select source, source_partition, source_offset, kafka_timestamp, arrived_at, data, {{ json_of("data") }} as j
   from raw
+  {{ computed_once() }}
 
 ),
 
-fields as (
+texts as (
 
   select
     source,
@@ -28,11 +29,36 @@ fields as (
     {{ text_field('item_id') }} as item_id,
     {{ text_field('brand') }} as brand,
     {{ text_field('category') }} as category,
-    {{ decimal_of(text_field('price')) }} as price,
+    {{ text_field('price') }} as price_text,
     {{ text_field('event_type') }} as event_type,
     {{ text_field('session_id') }} as session_id,
-    {{ timestamp_of(text_field('event_time')) }} as event_time
+    {{ text_field('event_time') }} as event_time_text
   from messages
+  {{ computed_once() }}
+
+),
+
+fields as (
+
+  select
+    source,
+    source_partition,
+    source_offset,
+    kafka_timestamp,
+    arrived_at,
+    data,
+    j,
+    event_id,
+    user_id,
+    item_id,
+    brand,
+    category,
+    {{ decimal_of("price_text") }} as price,
+    event_type,
+    session_id,
+    {{ timestamp_of("event_time_text") }} as event_time
+  from texts
+  {{ computed_once() }}
 
 ),
 
@@ -48,6 +74,7 @@ judged as (
     when price < 0 then 'negative price'
     end as reason
   from fields
+  {{ computed_once() }}
 
 ),
 

@@ -10,6 +10,29 @@ messages as (
 
   select source, source_partition, source_offset, kafka_timestamp, arrived_at, data, {{ json_of("data") }} as j
   from raw
+  {{ computed_once() }}
+
+),
+
+texts as (
+
+  select
+    source,
+    source_partition,
+    source_offset,
+    kafka_timestamp,
+    arrived_at,
+    data,
+    j,
+    {{ text_field('event_id') }} as event_id,
+    {{ text_field('viewer_id') }} as viewer_id_text,
+    {{ text_field('content_id') }} as content_id,
+    {{ text_field('genre') }} as genre,
+    {{ text_field('watch_duration_sec') }} as watch_duration_sec_text,
+    {{ text_field('completion_pct') }} as completion_pct_text,
+    {{ text_field('watched_at') }} as watched_at_text
+  from messages
+  {{ computed_once() }}
 
 ),
 
@@ -23,14 +46,15 @@ fields as (
     arrived_at,
     data,
     j,
-    {{ text_field('event_id') }} as event_id,
-    {{ integer_of(text_field('viewer_id'), 'bigint') }} as viewer_id,
-    {{ text_field('content_id') }} as content_id,
-    {{ text_field('genre') }} as genre,
-    {{ integer_of(text_field('watch_duration_sec'), 'int') }} as watch_duration_sec,
-    {{ decimal_of(text_field('completion_pct')) }} as completion_pct,
-    {{ timestamp_of(text_field('watched_at')) }} as watched_at
-  from messages
+    event_id,
+    {{ integer_of("viewer_id_text", 'bigint') }} as viewer_id,
+    content_id,
+    genre,
+    {{ integer_of("watch_duration_sec_text", 'int') }} as watch_duration_sec,
+    {{ decimal_of("completion_pct_text") }} as completion_pct,
+    {{ timestamp_of("watched_at_text") }} as watched_at
+  from texts
+  {{ computed_once() }}
 
 ),
 
@@ -46,6 +70,7 @@ judged as (
     when completion_pct < 0 or completion_pct > 1 then 'completion_pct outside 0..1'
     end as reason
   from fields
+  {{ computed_once() }}
 
 ),
 
