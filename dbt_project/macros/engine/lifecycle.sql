@@ -25,6 +25,7 @@
 
 {% macro prepare_engine() -%}
   {%- if execute and flags.WHICH in ("run", "build", "test") -%}
+    {% do refuse_impostors() %}
     {% do adapter.dispatch("prepare_engine")() %}
     {% do refuse_foreign_relations() %}
   {%- endif -%}
@@ -62,6 +63,21 @@
   {% do run_query(deployments_ddl()) %}
 {%- endmacro %}
 
+{# The tables that are not models must be ours by their columns, because nothing else records them. #}
+{% macro refuse_impostors() -%}
+  {%- set foreign = [] -%}
+  {%- for name, columns in {
+    "deployments": ["relation", "checksum", "definition", "invocation_id"],
+    "online_published": ["table_id", "domain_key", "viewer_id", "fingerprint"],
+  }.items() -%}
+    {%- set there = run_query(
+      "select column_name from information_schema.columns where table_schema = '" ~ target.schema ~ "' and table_name = '" ~ name ~ "'"
+    ).columns[0].values() | list -%}
+    {%- if there and columns | reject("in", there) | list -%}{%- do foreign.append(name) -%}{%- endif -%}
+  {%- endfor -%}
+  {%- if foreign -%}{{ refuse_foreign(foreign) }}{%- endif -%}
+{%- endmacro %}
+
 {# A relation of a model's name that no deployment made is somebody else's: it is never touched. #}
 {% macro refuse_foreign_relations() -%}
   {%- set ours = run_query("select relation from " ~ target.schema ~ ".deployments").columns[0].values() | list -%}
@@ -73,12 +89,14 @@
   {%- for node in graph.nodes.values() if node.resource_type == "model" and node.alias in there and node.alias not in ours and node.alias != "deployments" -%}
     {%- do foreign.append(node.alias) -%}
   {%- endfor -%}
-  {%- if foreign -%}
-    {{ exceptions.raise_compiler_error(
-      "schema " ~ target.schema ~ " of database " ~ target.dbname ~ " holds relations that this project did not make: "
-      ~ foreign | sort | join(", ") ~ ". They are left as they are: rename them, or choose another PREFS_ENGINE_SCHEMA or PREFS_ENGINE_DATABASE."
-    ) }}
-  {%- endif -%}
+  {%- if foreign -%}{{ refuse_foreign(foreign) }}{%- endif -%}
+{%- endmacro %}
+
+{% macro refuse_foreign(names) -%}
+  {{ exceptions.raise_compiler_error(
+    "schema " ~ target.schema ~ " of database " ~ target.dbname ~ " holds relations that this project did not make: "
+    ~ names | sort | join(", ") ~ ". They are left as they are: rename them, or choose another PREFS_ENGINE_SCHEMA or PREFS_ENGINE_DATABASE."
+  ) }}
 {%- endmacro %}
 
 {# What identifies a model's definition: its SQL and its indexes. #}

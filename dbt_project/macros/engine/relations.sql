@@ -129,3 +129,22 @@ with (
   {%- endfor -%}
   {{ return(done.text) }}
 {%- endmacro %}
+
+{# dbt reads columns from information_schema, which leaves materialized views out; unit tests need theirs too. #}
+{% macro postgres__get_columns_in_relation(relation) -%}
+  {% call statement("get_columns_in_relation", fetch_result=True) %}
+    select
+      a.attname as column_name,
+      format_type(a.atttypid, a.atttypmod) as data_type,
+      null::int as character_maximum_length,
+      null::int as numeric_precision,
+      null::int as numeric_scale
+    from pg_attribute as a
+    join pg_class as c on c.oid = a.attrelid
+    join pg_namespace as n on n.oid = c.relnamespace
+    where a.attnum > 0 and not a.attisdropped and c.relname = '{{ relation.identifier }}'
+      {%- if relation.schema %} and n.nspname = '{{ relation.schema }}'{% else %} and pg_table_is_visible(c.oid){% endif %}
+    order by a.attnum
+  {% endcall %}
+  {{ return(sql_convert_columns_in_relation(load_result("get_columns_in_relation").table)) }}
+{%- endmacro %}
