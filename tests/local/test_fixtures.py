@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import boto3
 import pytest
 
 from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.local.services import LocalServices
 
 
 @pytest.mark.parametrize("round_", [1, 2])
@@ -54,6 +56,15 @@ def test_every_test_gets_an_empty_aws_server(aws_endpoint: str, round_: int) -> 
     assert dynamodb.list_tables()["TableNames"] == ["seen"]
 
 
+def test_the_session_shares_both_services(services: LocalServices) -> None:
+    status = services.status()
+    assert status.running
+    assert [(service.name, service.address) for service in status.services] == [
+        ("postgres", f"127.0.0.1:{services.postgres_port}"),
+        ("aws", f"http://127.0.0.1:{services.aws_port}"),
+    ]
+
+
 def test_the_developers_settings_and_credentials_are_out_of_reach() -> None:
     assert boto3.Session().get_credentials() is None
     assert "AWS_PROFILE" not in os.environ
@@ -61,8 +72,6 @@ def test_the_developers_settings_and_credentials_are_out_of_reach() -> None:
 
 
 def test_free_ports_differ_while_they_are_held(free_port: Callable[[], int]) -> None:
-    import socket
-
     with socket.socket() as held:
         port = free_port()
         held.bind(("127.0.0.1", port))

@@ -1,0 +1,171 @@
+"""Settings: what is refused, how it is told, and that `.env.example` documents every one."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+from pydantic import SecretStr
+
+from dagster_prefs.settings import PROJECT_ROOT, Settings, SettingsError, known_variables, load_settings
+
+
+@pytest.fixture(autouse=True)
+def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in known_variables():
+        # Set first, so that what a test's .env exports is taken back as well.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+def refused(**environment: str) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        with pytest.raises(SettingsError) as caught:
+            load_settings()
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_the_defaults_run_on_this_machine() -> None:
+    settings = load_settings()
+    assert (settings.engine, settings.port, settings.database, settings.user) == (
+        "local", 54329, "prefs", "prefs",
+    )  # fmt: skip
+    assert settings.uses_local_aws
+    assert settings.aws_endpoint == "http://127.0.0.1:54330"
+    assert settings.data_dir == PROJECT_ROOT / ".prefs"
+    assert settings.warehouse == (PROJECT_ROOT / ".prefs" / "iceberg").as_uri()
+
+
+def test_risingwave_has_its_own_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFS_ENGINE", "risingwave")
+    settings = load_settings()
+    assert (settings.port, settings.database, settings.user) == (4566, "dev", "root")
+    assert settings.aws_endpoint is None
+    assert not settings.uses_local_aws
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("PREFS_ENGINE_PROT", "did you mean PREFS_ENGINE_PORT?"),
+        ("PREFS_KAFKA_BOOTSTRAPS", "did you mean PREFS_KAFKA_BOOTSTRAP?"),
+        ("PREFS_ZZZZZZZZ_QQQQQQQQ", "remove it; .env.example lists every setting"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_the_nearest_known_one(name: str, hint: str) -> None:
+    assert refused(**{name: "1"}) == f"unknown setting {name}: {hint}"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("PREFS_ENGINE", "oracle"),
+        ("PREFS_ENGINE_PORT", "0"),
+        ("PREFS_ENGINE_PORT", "65536"),
+        ("PREFS_ENGINE_PORT", "five"),
+        ("PREFS_LOCAL_AWS_PORT", "-1"),
+        ("PREFS_ENGINE_SSLMODE", "maybe"),
+        ("PREFS_PROVISIONING", "hope"),
+        ("PREFS_TABLE_PREFIX", "a b"),
+        ("PREFS_TABLE_PREFIX", "x" * 65),
+        ("PREFS_EXPIRY_SPREAD_SECONDS", "86400"),
+        ("PREFS_EXPIRY_SPREAD_SECONDS", "-1"),
+        ("PREFS_REFRESH_POLL_SECONDS", "4"),
+        ("PREFS_SCHEDULES", "sometimes"),
+        ("PREFS_EXPORT_START_DATE", "2025-02-30"),
+    ],
+)
+def test_a_bad_value_is_refused_by_its_variables_name(name: str, value: str) -> None:
+    message = refused(**{name: value})
+    assert message.startswith(f"{name}: ")
+    assert message.endswith("(see .env.example)")
+
+
+def test_every_bad_value_is_told_at_once() -> None:
+    message = refused(PREFS_ENGINE_PORT="0", PREFS_SCHEDULES="sometimes")
+    assert "PREFS_ENGINE_PORT: " in message
+    assert "PREFS_SCHEDULES: " in message
+
+
+@pytest.mark.parametrize(
+    ("environment", "named"),
+    [
+        ({"PREFS_PUBLISH": "sink"}, ["PREFS_PUBLISH=sink", "PREFS_ENGINE=risingwave"]),
+        (
+            {"PREFS_ICEBERG_CATALOG": "rest", "PREFS_ICEBERG_WAREHOUSE": "s3://lake"},
+            ["PREFS_ICEBERG_CATALOG=rest", "PREFS_ICEBERG_URI"],
+        ),
+        ({"PREFS_ICEBERG_CATALOG": "glue"}, ["PREFS_ICEBERG_CATALOG=glue", "PREFS_ICEBERG_WAREHOUSE"]),
+        ({"PREFS_ENGINE_HOST": "db.example"}, ["PREFS_ENGINE=local", "PREFS_ENGINE_HOST"]),
+    ],
+)
+def test_contradictions_name_both_sides(environment: dict[str, str], named: list[str]) -> None:
+    message = refused(**environment)
+    assert all(name in message for name in named), message
+
+
+def test_the_environment_wins_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "settings.env"
+    file.write_text("PREFS_ENGINE_PORT=6001\nPREFS_LOCAL_AWS_PORT=6002\nAWS_REGION=us-east-1\n")
+    monkeypatch.setenv("PREFS_ENGINE_PORT", "7001")
+    settings = load_settings(file)
+    assert (settings.engine_port, settings.local_aws_port, settings.aws_region) == (7001, 6002, "us-east-1")
+    # dbt and botocore read these themselves.
+    assert os.environ["AWS_REGION"] == "us-east-1"
+    assert os.environ["PREFS_ENGINE_PORT"] == "7001"
+
+
+def test_another_file_can_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "settings.env"
+    file.write_text("PREFS_ENGINE_PORT=6001\n")
+    monkeypatch.setenv("PREFS_ENV_FILE", str(file))
+    assert load_settings().port == 6001
+
+
+def test_a_mistake_in_the_file_is_refused_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "settings.env"
+    file.write_text("PREFS_ENGIN=local\n")
+    monkeypatch.setenv("PREFS_ENGIN", "")
+    monkeypatch.delenv("PREFS_ENGIN")
+    with pytest.raises(
+        SettingsError, match=re.escape("unknown setting PREFS_ENGIN: did you mean PREFS_ENGINE?")
+    ):
+        load_settings(file)
+
+
+def test_an_empty_value_means_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in known_variables():
+        monkeypatch.setenv(name, "")
+    assert load_settings() == Settings.model_construct()
+
+
+def test_the_password_never_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = "hunter2-very-secret"
+    monkeypatch.setenv("PREFS_ENGINE_PASSWORD", secret)
+    settings = load_settings()
+    assert settings.engine_password.get_secret_value() == secret
+    assert all(secret not in shown for shown in (repr(settings), str(settings), settings.model_dump_json()))
+    assert secret not in refused(PREFS_ENGINE_PORT="0")
+
+
+def test_the_example_lists_every_setting_with_its_description_and_default() -> None:
+    lines = (PROJECT_ROOT / ".env.example").read_text().splitlines()
+    listed = {
+        line[1:].split("=", 1)[0]: number for number, line in enumerate(lines) if re.match(r"#[A-Z_]+=", line)
+    }
+    assert set(listed) == set(known_variables())
+    assert all(line == "" or line.startswith("#") for line in lines), "every value is commented"
+    for variable, name in known_variables().items():
+        field = Settings.model_fields[name]
+        number = listed[variable]
+        assert any(lines[number - back] == f"# {field.description}" for back in (1, 2)), variable
+        default = field.default.get_secret_value() if isinstance(field.default, SecretStr) else field.default
+        # The default folder depends on where the project lies.
+        shown = "" if default is None or name == "data_dir" else str(default)
+        assert lines[number] == f"#{variable}={shown}"
