@@ -103,12 +103,22 @@ def provision(
                 )
             created = _create(client, contract, name)
         description = _wait_until_active(client, name, timeout_seconds)
+        if created and contract.table.ttl_attribute:
+            client.update_time_to_live(
+                TableName=name,
+                TimeToLiveSpecification={"Enabled": True, "AttributeName": contract.table.ttl_attribute},
+            )
+        ttl = _ttl_difference(client, name, contract.table.ttl_attribute)
         recovery = _point_in_time_recovery(client, name)
     except ClientError as error:
         raise TableError(_refusal(name, error)) from None
     except BotoCoreError as error:
-        raise TableError(f"table {name} cannot be reached: {error}: check the endpoint and region") from None
+        raise TableError(
+            f"table {name} cannot be reached: {error}: check endpoint, region and credentials"
+        ) from None
     differences = _key_differences(description, contract)
+    if ttl:
+        differences.append(ttl)
     protected = bool(description.get("DeletionProtectionEnabled", False))
     encryption = str(description.get("SSEDescription", {}).get("SSEType", "AWS_OWNED"))
     if mode == "verify":
@@ -182,6 +192,26 @@ def _wait_until_active(client: DynamoDBClient, name: str, timeout_seconds: float
             )
         time.sleep(pause)
         pause = min(pause * 2, 2.0)
+
+
+def _ttl_difference(client: DynamoDBClient, name: str, wanted: str | None) -> str | None:
+    from botocore.exceptions import ClientError
+
+    try:
+        ttl = client.describe_time_to_live(TableName=name)["TimeToLiveDescription"]
+    except ClientError as error:
+        if error.response.get("Error", {}).get("Code") != "AccessDeniedException":
+            raise
+        # A role that only publishes need not see it, as long as the contract does not ask for one.
+        return "time to live cannot be read; allow dynamodb:DescribeTimeToLive" if wanted else None
+    enabled = ttl.get("TimeToLiveStatus") in ("ENABLED", "ENABLING")
+    found = ttl.get("AttributeName") if enabled else None
+    if found == wanted:
+        return None
+    return (
+        f"its time to live is on {found or 'no attribute'} and should be on {wanted or 'none'}; "
+        "set it with UpdateTimeToLive (terraform apply does)"
+    )
 
 
 def _point_in_time_recovery(client: DynamoDBClient, name: str) -> bool | None:

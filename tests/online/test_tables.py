@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from botocore.exceptions import ClientError
 
-from dagster_prefs.online.contract import Contract
+from dagster_prefs.online.contract import Contract, contract_dict, parse_contract
 from dagster_prefs.online.tables import TableError, TableReport, dynamodb_client, is_loopback, provision
 
 
@@ -116,6 +117,32 @@ def test_verify_makes_nothing_and_lists_what_terraform_would_have_set(
     assert (report.created, report.point_in_time_recovery, report.deletion_protection) == (False, True, True)
 
 
+def test_the_time_to_live_is_the_contracts(client: Any, contract: Contract, prefix: str) -> None:
+    content = contract_dict(contract)
+    content["table"]["ttl_attribute"] = "expires_at"
+    expiring = parse_contract(content)
+    name = provision(client, expiring, prefix=prefix).name
+    ttl = client.describe_time_to_live(TableName=name)["TimeToLiveDescription"]
+    assert (ttl["TimeToLiveStatus"], ttl["AttributeName"]) == ("ENABLED", "expires_at")
+    assert not provision(client, expiring, prefix=prefix).created
+    with pytest.raises(TableError, match="its time to live is on expires_at and should be on none"):
+        provision(client, contract, prefix=prefix)
+
+    class Publisher:
+        """A role that may not see the time to live."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(client, name)
+
+        def describe_time_to_live(self, TableName: str) -> Any:
+            raise ClientError({"Error": {"Code": "AccessDeniedException"}}, "DescribeTimeToLive")
+
+    blind: Any = Publisher()
+    assert not provision(blind, contract, prefix=prefix).created
+    with pytest.raises(TableError, match="allow dynamodb:DescribeTimeToLive"):
+        provision(blind, expiring, prefix=prefix)
+
+
 def test_a_table_that_never_becomes_active_is_named(client: Any, contract: Contract, prefix: str) -> None:
     provision(client, contract, prefix=prefix)
 
@@ -132,7 +159,7 @@ def test_a_table_that_never_becomes_active_is_named(client: Any, contract: Contr
 
 
 def test_an_endpoint_that_is_away_is_one_sentence(contract: Contract) -> None:
-    with pytest.raises(TableError, match=r"cannot be reached: .*: check the endpoint and region"):
+    with pytest.raises(TableError, match=r"cannot be reached: .*: check endpoint, region and credentials"):
         provision(dynamodb_client("http://127.0.0.1:1", "eu-central-1"), contract)
 
 
