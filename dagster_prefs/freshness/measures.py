@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date, datetime
 from typing import TYPE_CHECKING, Any, Literal
@@ -114,6 +115,7 @@ def measure_online(
     publishes: bool,
     domains: Sequence[Domain] | None = None,
     sample: int = 64,
+    wait: Callable[[float], None] = time.sleep,
 ) -> list[Measure]:
     """Online lag of each domain; `connect` gives the client and the table, and is called once.
 
@@ -134,7 +136,7 @@ def measure_online(
     for domain in chosen:
         try:
             lag = online_lag(
-                engine, client, contract, domain, table, sample=sample, now=now, count_rows=False
+                engine, client, contract, domain, table, sample=sample, now=now, count_rows=False, wait=wait
             )
         except (PrefsError, psycopg.Error) as error:
             measures += unknown("online", [domain.name], error)
@@ -157,12 +159,10 @@ def _online_measure(lag: OnlineLag, domain: Domain, publishes: bool, refreshing:
     if lag.differences:
         notes["attributes"] = ", ".join(lag.attributes)
         notes["viewers"] = ", ".join(str(difference.viewer_id) for difference in lag.differences[:10])
-        # A difference whose age nobody knows may be older than every threshold.
-        level = "error" if age is None else judge(age, domain.freshness)
-        since = "since an unknown time" if age is None else f"for {age:.1f} s"
+        level = judge(age, domain.freshness)
         reason = (
             f"of {lag.sampled} sampled viewers {lag.missing} are missing in DynamoDB, {lag.extra} are extra "
-            f"and {lag.different} differ, {since}"
+            f"and {lag.different} differ, for {age:.1f} s"
         )
         if level != "ok":
             reason += f": {_remedy(lag, domain, publishes)}"
@@ -174,7 +174,7 @@ def _online_measure(lag: OnlineLag, domain: Domain, publishes: bool, refreshing:
 def _remedy(lag: OnlineLag, domain: Domain, publishes: bool) -> str:
     if publishes:
         return f"materialize online/{domain.name}, which publishes what changed, or run `prefs reconcile`"
-    if len(lag.differences) >= max(1, lag.sampled // 2):
+    if lag.standing:
         # One item that DynamoDB refuses stops a sink for every viewer, and only a new sink goes on.
         return (
             f"the sink {domain.sink} is stuck: drop it, rebuild it with `dbt run --select {domain.sink}`, "

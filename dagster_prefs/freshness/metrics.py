@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 
+from dagster_prefs.errors import PrefsError
 from dagster_prefs.freshness.levels import LEVELS, Measure
 from dagster_prefs.freshness.status import Status
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class MetricsError(PrefsError):
+    """The metrics cannot be served."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,64 @@ def metric_names() -> list[str]:
 def render_metrics(status: Status) -> str:
     """The status in Prometheus' text format, labelled with `stage` and `name`."""
     return "".join(f"{line}\n" for line in _lines(status))
+
+
+class MetricsServer(ThreadingHTTPServer):
+    """Serves `/metrics` on one address; `serve_forever` runs it until `shutdown`.
+
+    `read` takes the readings; one answer is used again for `reuse_seconds`, so that scrapes side by side do
+    not multiply the load on the engine. Port 0 takes a free one, see `server_port`.
+
+    Raises MetricsError when the address is in use or not ours.
+    """
+
+    daemon_threads = True
+
+    def __init__(
+        self,
+        read: Callable[[], Status],
+        *,
+        host: str = "127.0.0.1",
+        port: int = 9475,
+        reuse_seconds: float = 10.0,
+    ) -> None:
+        self._read = read
+        self._reuse = reuse_seconds
+        self._lock = threading.Lock()
+        self._answer = b""
+        self._until = -1.0
+        try:
+            super().__init__((host, port), _Handler)
+        except OSError as error:
+            raise MetricsError(
+                f"metrics cannot be served at {host}:{port} ({error.strerror}): choose another port"
+            ) from None
+
+    def exposition(self) -> bytes:
+        """The metrics, read anew when the last reading is too old."""
+        with self._lock:
+            if time.monotonic() >= self._until:
+                self._answer = render_metrics(self._read()).encode()
+                self._until = time.monotonic() + self._reuse
+            return self._answer
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: MetricsServer
+
+    def do_GET(self) -> None:
+        if self.path.split("?")[0] != "/metrics":
+            self.send_error(404, "the metrics are at /metrics")
+            return
+        body = self.server.exposition()
+        self.send_response(200)
+        self.send_header("Content-Type", CONTENT_TYPE)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Scrapes are not worth a line each."""
 
 
 def _lines(status: Status) -> Iterator[str]:

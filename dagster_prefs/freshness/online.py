@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import random
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import psycopg
 from psycopg import sql
 
 from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.errors import PrefsError
 from dagster_prefs.freshness.levels import Unmeasurable
 from dagster_prefs.online.contract import LAST_EVENT_AT, Contract, Domain
 from dagster_prefs.online.tables import TableReport
@@ -34,13 +35,13 @@ class Difference:
     """One viewer whose item is not as the view has it.
 
     `kind` is missing (no item), extra (no row) or different; `attributes` are the names that differ.
-    `age_seconds` is how long the view has been ahead of the item, None where the engine cannot tell.
+    `age_seconds` is how long the view has been ahead of the item, at least.
     """
 
     viewer_id: int
-    kind: str
+    kind: Literal["missing", "extra", "different"]
     attributes: tuple[str, ...]
-    age_seconds: float | None
+    age_seconds: float
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,15 @@ class OnlineLag:
 
     `sampled` viewers were looked at: those of the view, and those of which DynamoDB or the publisher's memory
     holds an item. `view_rows` and `published_rows` are exact counts, None where they were not asked for or
-    nothing remembers what was published (RisingWave's own sinks). `read_at` is UTC.
+    nothing remembers what was published (RisingWave's own sinks). `standing` says that nothing which changed
+    since the oldest difference has arrived: whoever writes the table stands still. `read_at` is UTC.
     """
 
     domain: str
     read_at: datetime
     sampled: int
     differences: tuple[Difference, ...]
+    standing: bool
     view_rows: int | None
     published_rows: int | None
 
@@ -84,13 +87,9 @@ class OnlineLag:
         return tuple(sorted({name for difference in self.differences for name in difference.attributes}))
 
     @property
-    def oldest_seconds(self) -> float | None:
-        """Age of the oldest difference whose age is known; 0 where nothing differs."""
-        if not self.differences:
-            return 0.0
-        ages = [difference.age_seconds for difference in self.differences]
-        known = [age for age in ages if age is not None]
-        return max(known) if known else None
+    def oldest_seconds(self) -> float:
+        """Age of the oldest difference; 0 where nothing differs."""
+        return max((difference.age_seconds for difference in self.differences), default=0.0)
 
     @property
     def in_step(self) -> bool:
@@ -109,6 +108,7 @@ def online_lag(
     sample: int = 64,
     now: datetime,
     count_rows: bool = True,
+    wait: Callable[[float], None] = time.sleep,
 ) -> OnlineLag:
     """Compare a sample of one domain's viewers between its rolling view and DynamoDB.
 
@@ -118,15 +118,16 @@ def online_lag(
     Its cost does not depend on the number of viewers, except for `count_rows`, which reads the whole view.
 
     A row that changes between the two reads is no difference: an item counts as different only when it is
-    neither what the view had before nor what it has after.
+    neither what the view had before nor what it has after. A difference of which the engine cannot tell the
+    age is looked at again after the domain's error threshold, for which `wait` pauses.
 
     Raises Unmeasurable when the view is missing or DynamoDB refuses or does not answer, EngineUnavailable
     for the engine.
     """
     with engine.connect() as connection:
         try:
-            return _Comparison(connection, engine, client, contract, domain, table, now).run(
-                sample, count_rows
+            return Comparison(connection, engine, client, contract, domain, table, now).run(
+                sample, count_rows, wait
             )
         except psycopg.errors.UndefinedTable as error:
             raise Unmeasurable(
@@ -140,13 +141,15 @@ def online_lag(
 
 
 @dataclass(frozen=True)
-class _Row:
+class Row:
+    """One viewer's row: the contract's attributes, and since when it is visible (None where unknown)."""
+
     values: Mapping[str, Any]
     visible_since: datetime | None
 
 
-class _Comparison:
-    """One look at one domain."""
+class Comparison:
+    """One domain's rolling view and items, side by side; `now` is UTC."""
 
     def __init__(
         self,
@@ -160,30 +163,53 @@ class _Comparison:
     ) -> None:
         self.connection = connection
         self.engine = engine
-        self.items = ItemReader(client, contract, table.name)
+        self.items = ItemAccess(client, contract, table.name)
         self.domain = domain
         self.table = table
         self.now = now
         self.relation = sql.Identifier(engine.schema, domain.relation)
         self.published = sql.Identifier(engine.schema, "online_published")
 
-    def run(self, sample: int, count_rows: bool) -> OnlineLag:
+    def run(self, sample: int, count_rows: bool, wait: Callable[[float], None]) -> OnlineLag:
+        """One look, as `online_lag` describes it."""
         viewers = {*self._recent(sample), *self._left_behind(sample)}
         viewers |= self.items.page(self.domain.key, 4 * sample, self.now)
-        before = self._rows(viewers)
+        before = self.rows(viewers)
         items = self.items.get(self.domain.key, viewers)
-        suspects = [viewer for viewer in viewers if self._differs(before.get(viewer), items.get(viewer))]
-        after = self._rows(suspects)
+        suspects = [viewer for viewer in viewers if self.differs(before.get(viewer), items.get(viewer))]
+        after = self.rows(suspects)
+        late = [viewer for viewer in suspects if self.differs(after.get(viewer), items.get(viewer))]
+        since = {viewer: self._since(after.get(viewer)) for viewer in late}
+        ages = {
+            viewer: max(0.0, (self.now - moment).total_seconds())
+            for viewer, moment in since.items()
+            if moment is not None
+        }
+        if ageless := [viewer for viewer in late if viewer not in ages]:
+            # Watching it for as long as the threshold is the one way to learn that it is that old.
+            patience = self.domain.freshness.error_seconds
+            wait(patience)
+            rows, items_now = self.rows(ageless), self.items.get(self.domain.key, ageless)
+            for viewer in ageless:
+                if self.differs(rows.get(viewer), items_now.get(viewer)):
+                    ages[viewer] = patience
         differences = [
-            self._difference(viewer, after.get(viewer), items.get(viewer), attributes)
-            for viewer in suspects
-            if (attributes := self._differs(after.get(viewer), items.get(viewer)))
+            _difference(
+                viewer,
+                after.get(viewer),
+                items.get(viewer),
+                self.differs(after.get(viewer), items.get(viewer)),
+                age,
+            )
+            for viewer, age in sorted(ages.items())
         ]
+        arrived = [row.visible_since for viewer, row in before.items() if viewer not in suspects]
         return OnlineLag(
             domain=self.domain.name,
             read_at=self.now,
             sampled=len(viewers),
-            differences=tuple(sorted(differences, key=lambda difference: difference.viewer_id)),
+            differences=tuple(differences),
+            standing=bool(differences) and _all_before(arrived, since.values()),
             view_rows=self._count() if count_rows else None,
             published_rows=self._count_published() if count_rows and self.engine.kind == "local" else None,
         )
@@ -211,7 +237,8 @@ class _Comparison:
         ).fetchall()
         return [viewer for (viewer,) in rows]
 
-    def _rows(self, viewers: Iterable[int]) -> dict[int, _Row]:
+    def rows(self, viewers: Iterable[int]) -> dict[int, Row]:
+        """The rows of those of the viewers that have one."""
         wanted = sorted(viewers)
         if not wanted:
             return {}
@@ -233,11 +260,12 @@ class _Comparison:
             [wanted],
         ).fetchall()
         return {
-            viewer: _Row(dict(zip(names, values, strict=True)), visible_since)
+            viewer: Row(dict(zip(names, values, strict=True)), visible_since)
             for viewer, visible_since, *values in rows
         }
 
-    def _differs(self, row: _Row | None, item: Mapping[str, Any] | None) -> tuple[str, ...]:
+    def differs(self, row: Row | None, item: Mapping[str, Any] | None) -> tuple[str, ...]:
+        """Names of the attributes in which row and item differ; all of them where only one is there."""
         if row is None or item is None:
             return () if row is None and item is None else tuple(self.domain.attributes)
         return tuple(
@@ -246,19 +274,12 @@ class _Comparison:
             if name not in item or _plain(item[name]) != _exact(row.values[name])
         )
 
-    def _difference(
-        self, viewer: int, row: _Row | None, item: Mapping[str, Any] | None, attributes: tuple[str, ...]
-    ) -> Difference:
+    def _since(self, row: Row | None) -> datetime | None:
         if row is None:
-            kind, since = "extra", self._last_refresh()
-        elif item is None:
-            kind, since = "missing", row.visible_since
-        else:
-            kind, since = "different", row.visible_since
-        if since is None and row is not None:
-            since = datetime.fromtimestamp(row.values[LAST_EVENT_AT] / 1000, UTC)
-        age = None if since is None else max(0.0, (self.now - since).total_seconds())
-        return Difference(viewer, kind, attributes if kind == "different" else (), age)
+            return self._last_refresh()
+        if row.visible_since is None:
+            return datetime.fromtimestamp(row.values[LAST_EVENT_AT] / 1000, UTC)
+        return row.visible_since
 
     def _last_refresh(self) -> datetime | None:
         if self.engine.kind != "local":
@@ -284,8 +305,12 @@ class _Comparison:
         return int(row[0]) if row else 0
 
 
-class ItemReader:
-    """Strongly consistent reads of the profile table, with bounded retries."""
+class Overtaken(PrefsError):
+    """An item changed between the look at it and its repair."""
+
+
+class ItemAccess:
+    """Strongly consistent reads of the profile table, and single conditional writes."""
 
     def __init__(self, client: DynamoDBClient, contract: Contract, table: str) -> None:
         self.client: Any = client
@@ -344,6 +369,63 @@ class ItemReader:
             int(item[self.partition_key]["N"]) for item in items if item[self.sort_key]["S"] == domain_key
         }
 
+    def pages(self, domain_key: str) -> Iterator[list[int]]:
+        """Every viewer that has an item of the domain, page by page, each page sorted."""
+        start: dict[str, Any] = {}
+        while True:
+            answer = self._call(
+                "scan",
+                TableName=self.table,
+                ConsistentRead=True,
+                ProjectionExpression="#p, #s",
+                FilterExpression="#s = :domain",
+                ExpressionAttributeNames={"#p": self.partition_key, "#s": self.sort_key},
+                ExpressionAttributeValues={":domain": {"S": domain_key}},
+                **start,
+            )
+            if answer["Items"]:
+                yield sorted(int(item[self.partition_key]["N"]) for item in answer["Items"])
+            if "LastEvaluatedKey" not in answer:
+                return
+            start = {"ExclusiveStartKey": answer["LastEvaluatedKey"]}
+
+    def put(self, item: Mapping[str, Any], version: str) -> bool:
+        """Write an item unless the one in the table has a higher `version` attribute; whether it was written.
+
+        An item whose version is no number is not a writer's, and is replaced.
+        """
+        return self._unless_overtaken(
+            "put_item",
+            TableName=self.table,
+            Item=item,
+            ConditionExpression="attribute_not_exists(#v) or not attribute_type(#v, :number) or #v <= :mine",
+            ExpressionAttributeNames={"#v": version},
+            ExpressionAttributeValues={":mine": item[version], ":number": {"S": "N"}},
+        )
+
+    def delete(self, key: Mapping[str, Any], version: str, seen: Mapping[str, Any] | None) -> bool:
+        """Delete an item if its `version` attribute is still the one that was seen; whether it is gone."""
+        condition: dict[str, Any] = {"ConditionExpression": "attribute_not_exists(#v)"}
+        if seen is not None:
+            condition = {
+                "ConditionExpression": "attribute_not_exists(#v) or #v = :seen",
+                "ExpressionAttributeValues": {":seen": seen},
+            }
+        return self._unless_overtaken(
+            "delete_item",
+            TableName=self.table,
+            Key=key,
+            ExpressionAttributeNames={"#v": version},
+            **condition,
+        )
+
+    def _unless_overtaken(self, operation: str, **arguments: Any) -> bool:
+        try:
+            self._call(operation, **arguments)
+        except Overtaken:
+            return False
+        return True
+
     def describe(self) -> Any:
         """DynamoDB's own description of the table."""
         return self._call("describe_table", TableName=self.table)["Table"]
@@ -355,10 +437,12 @@ class ItemReader:
             return getattr(self.client, operation)(**arguments)
         except ClientError as error:
             code = error.response.get("Error", {}).get("Code", "unknown")
+            if code == "ConditionalCheckFailedException":
+                raise Overtaken(f"an item of table {self.table} was changed by another writer") from None
             message = error.response.get("Error", {}).get("Message", "")
             raise Unmeasurable(
-                f"DynamoDB refused to read table {self.table} ({code}): {message}: check that the table "
-                "exists and that the credentials may read it"
+                f"DynamoDB refused {operation} on table {self.table} ({code}): {message}: check that the "
+                "table exists and that the credentials allow it"
             ) from None
         except BotoCoreError as error:
             raise Unmeasurable(
@@ -372,7 +456,7 @@ def find_table(client: DynamoDBClient, contract: Contract, prefix: str = "") -> 
     Raises Unmeasurable when there is none, or DynamoDB refuses or does not answer.
     """
     name = prefix + contract.table.name
-    table = ItemReader(client, contract, name).describe()
+    table = ItemAccess(client, contract, name).describe()
     return TableReport(
         name=name,
         table_id=str(table.get("TableId") or table["CreationDateTime"]),
@@ -384,6 +468,26 @@ def find_table(client: DynamoDBClient, contract: Contract, prefix: str = "") -> 
         encryption=str(table.get("SSEDescription", {}).get("SSEType", "AWS_OWNED")),
         deletion_protection=bool(table.get("DeletionProtectionEnabled", False)),
     )
+
+
+def _difference(
+    viewer: int,
+    row: Row | None,
+    item: Mapping[str, Any] | None,
+    attributes: tuple[str, ...],
+    age: float,
+) -> Difference:
+    if row is None:
+        return Difference(viewer, "extra", (), age)
+    if item is None:
+        return Difference(viewer, "missing", (), age)
+    return Difference(viewer, "different", attributes, age)
+
+
+def _all_before(arrived: Iterable[datetime | None], late: Iterable[datetime | None]) -> bool:
+    oldest = min((moment for moment in late if moment is not None), default=None)
+    newest = max((moment for moment in arrived if moment is not None), default=None)
+    return oldest is not None and (newest is None or newest < oldest)
 
 
 def key_hash(viewer_id: int) -> str:

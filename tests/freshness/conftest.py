@@ -147,8 +147,7 @@ class World:
             self.contract,
             lambda: (client or self.client, self.table),
             now=self.now,
-            publishes=True,
-            **options,
+            **{"publishes": True, **options},
         )
 
     def offline(self) -> list[Measure]:
@@ -206,7 +205,11 @@ def empty_template(server: EngineConnection, tmp_path_factory: pytest.TempPathFa
         order.append(result.name)
     with server.with_database(name).connect() as connection:
         views = {row[0] for row in connection.execute("select matviewname from pg_matviews")}
-    return Template(name, [relation for relation in order if relation in views], datetime.now(UTC), {})
+    now = datetime.now(UTC)
+    if (now.hour, now.minute // 10) == (0, 0):
+        # Events of some minutes ago must have happened on the same day.
+        now -= timedelta(minutes=10)
+    return Template(name, [relation for relation in order if relation in views], now, {})
 
 
 @pytest.fixture(scope="session")

@@ -133,6 +133,38 @@ def test_a_fresh_difference_is_not_yet_late(busy: Any) -> None:
     assert {measure.level for measure in busy.online() if measure.name == "watch"} == {"warn"}
 
 
+def test_a_difference_of_unknown_age_is_watched_for_as_long_as_the_promise(busy: Any) -> None:
+    key = {"viewer_id": {"N": "4711"}, "domain_key": {"S": "engagement#watch"}}
+    busy.client.put_item(TableName=busy.table.name, Item=key)
+    busy.execute("delete from deployments where relation = 'viewer_engagement_rolling'")
+    waits: list[float] = []
+    measures = {measure.name: measure for measure in busy.online(wait=waits.append)}
+    assert waits == [busy.contract.domain("watch").freshness.error_seconds]
+    assert (measures["watch"].level, measures["watch"].values["extra"]) == ("error", 1)
+
+    def published(seconds: float) -> None:
+        busy.client.delete_item(TableName=busy.table.name, Key=key)
+
+    measures = {measure.name: measure for measure in busy.online(wait=published)}
+    assert (measures["watch"].level, measures["watch"].values["extra"]) == ("ok", 0)
+
+
+def test_a_sink_that_stands_still_is_named_as_stuck(busy: Any) -> None:
+    """RisingWave's row times, in whose stead the last refresh stands here, tell it from single losses."""
+    for viewer in range(40):
+        busy.watch(viewer, age=20)
+    busy.refresh(age=10)
+    stuck = {m.name: m for m in busy.online(publishes=False)}["watch"]
+    assert "the sink sink_engagement_watch is stuck: drop it" in stuck.reason
+    busy.publish()
+    busy.client.delete_item(
+        TableName=busy.table.name, Key={"viewer_id": {"N": "7"}, "domain_key": {"S": "engagement#watch"}}
+    )
+    single = {m.name: m for m in busy.online(publishes=False)}["watch"]
+    assert single.level == "error"
+    assert "run `prefs reconcile`" in single.reason
+
+
 class Broken:
     """A DynamoDB client that refuses one operation, or leaves all of it unprocessed."""
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -16,7 +18,7 @@ from rich.console import Console
 
 from dagster_prefs.freshness.alerts import AlertError, Webhook, remembered, transitions
 from dagster_prefs.freshness.levels import LEVELS, Measure, judge, worst
-from dagster_prefs.freshness.metrics import metric_names, render_metrics
+from dagster_prefs.freshness.metrics import MetricsError, MetricsServer, metric_names, render_metrics
 from dagster_prefs.freshness.status import EXIT_CODES, Sources, Status, duration, evaluate, render_status
 from dagster_prefs.online.contract import Freshness
 from dagster_prefs.settings import Settings
@@ -147,6 +149,34 @@ def test_what_was_not_read_has_no_sample() -> None:
 def test_labels_are_escaped() -> None:
     samples = parse(render_metrics(Status(AT, 0, (measure(name='a"b\\c\nd', lag_seconds=1.5),))))
     assert samples["prefs_lag_seconds", r'stage="online",name="a\"b\\c\nd"'] == 1.5
+
+
+def test_metrics_are_served_and_one_reading_serves_many_scrapes() -> None:
+    readings = []
+
+    def read() -> Status:
+        readings.append(1)
+        return Status(AT, 0.5, (measure(lag_seconds=1.0),))
+
+    with MetricsServer(read, port=0) as server:
+        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            where = f"http://127.0.0.1:{server.server_port}"
+            for _ in range(3):
+                with urllib.request.urlopen(f"{where}/metrics", timeout=10) as answer:
+                    assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+                    assert ("prefs_lag_seconds", 'stage="online",name="watch"') in parse(
+                        answer.read().decode()
+                    )
+            with pytest.raises(urllib.error.HTTPError, match="404"):
+                urllib.request.urlopen(f"{where}/", timeout=10)
+            with pytest.raises(MetricsError, match="choose another port"):
+                MetricsServer(read, port=server.server_port)
+        finally:
+            server.shutdown()
+            thread.join()
+    assert len(readings) == 1
 
 
 def test_the_dashboard_asks_only_for_metrics_that_exist() -> None:

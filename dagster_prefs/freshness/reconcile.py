@@ -1,0 +1,193 @@
+"""Repair DynamoDB where it differs from the rolling views, whoever writes it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+from psycopg import sql
+
+from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.errors import PrefsError
+from dagster_prefs.freshness.levels import Unmeasurable
+from dagster_prefs.freshness.online import Comparison, Row
+from dagster_prefs.online.contract import LAST_EVENT_AT, Contract, Domain
+from dagster_prefs.online.items import ItemEncoder, ItemError
+from dagster_prefs.online.tables import TableReport
+
+if TYPE_CHECKING:
+    from mypy_boto3_dynamodb import DynamoDBClient
+
+CHUNK = 1000
+
+
+class ReconcileError(PrefsError):
+    """A domain could not be reconciled completely; `report` says what was done."""
+
+    def __init__(self, message: str, report: ReconcileReport) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+@dataclass(frozen=True)
+class ReconcileReport:
+    """What was found, and repaired unless it was a dry run.
+
+    `compared` rows and items were looked at; `overtaken` were changed by somebody else in the meantime and
+    left alone.
+    """
+
+    domain: str
+    compared: int
+    missing: int
+    different: int
+    extra: int
+    overtaken: int
+    dry_run: bool
+
+
+def reconcile_domain(
+    engine: EngineConnection,
+    client: DynamoDBClient,
+    contract: Contract,
+    domain: Domain,
+    table: TableReport,
+    *,
+    now: datetime,
+    dry_run: bool = False,
+    grace_seconds: float | None = None,
+    wait: Callable[[float], None] = time.sleep,
+    progress: Callable[[int], None] | None = None,
+) -> ReconcileReport:
+    """Compare every viewer of one domain with DynamoDB; write what is stale or missing, delete what is extra.
+
+    Reads the whole view and the whole table once, in constant memory. What differs is looked at again after
+    `grace_seconds` (by default the domain's error threshold where a sink writes, else none), so that changes
+    under way are left to their writer; and no write replaces an item that is newer than the row. `dry_run`
+    only counts. `progress` gets the number of rows and items compared so far. Safe to repeat.
+
+    Raises ReconcileError (with `.report`) naming the first viewer whose row cannot become an item, after all
+    others were repaired; Unmeasurable when view or table cannot be read or written; EngineUnavailable.
+    """
+    if grace_seconds is None:
+        grace_seconds = 0.0 if engine.kind == "local" else domain.freshness.error_seconds
+    with engine.connect() as connection:
+        try:
+            return _Reconciliation(
+                Comparison(connection, engine, client, contract, domain, table, now),
+                ItemEncoder(contract, domain),
+                dry_run,
+                lambda: wait(grace_seconds) if grace_seconds else None,
+                progress or (lambda compared: None),
+            ).run()
+        except psycopg.Error as error:
+            raise Unmeasurable(
+                f"domain {domain.name}: the engine failed while reconciling "
+                f"({' '.join(str(error).split())}): run it again, which is safe"
+            ) from error
+
+
+class _Reconciliation:
+    """One pass over one domain."""
+
+    def __init__(
+        self,
+        comparison: Comparison,
+        encoder: ItemEncoder,
+        dry_run: bool,
+        grace: Callable[[], None],
+        progress: Callable[[int], None],
+    ) -> None:
+        self.sides = comparison
+        self.encoder = encoder
+        self.dry_run = dry_run
+        self.grace = grace
+        self.progress = progress
+        self.counts = dict.fromkeys(("compared", "missing", "different", "extra", "overtaken"), 0)
+        self.refused: list[str] = []
+
+    def run(self) -> ReconcileReport:
+        self._keep_publishers_out()
+        for viewers in self._view():
+            self._settle(viewers)
+        for viewers in self.sides.items.pages(self.sides.domain.key):
+            with_row = self.sides.rows(viewers)
+            self._settle([viewer for viewer in viewers if viewer not in with_row])
+        report = ReconcileReport(domain=self.sides.domain.name, dry_run=self.dry_run, **self.counts)
+        if self.refused:
+            more = f" (and {len(self.refused) - 1} more viewers)" if len(self.refused) > 1 else ""
+            raise ReconcileError(f"domain {report.domain}: {self.refused[0]}{more}", report)
+        return report
+
+    def _keep_publishers_out(self) -> None:
+        # The publisher holds the same lock, so neither writes what the other is about to judge.
+        if self.sides.engine.kind == "local":
+            self.sides.connection.execute(
+                "select pg_advisory_lock(hashtextextended(%s, 0))",
+                [f"dagster-prefs publish {self.sides.engine.schema} {self.sides.domain.key}"],
+            )
+
+    def _view(self) -> Iterator[list[int]]:
+        after: int | None = None
+        while True:
+            rows = self.sides.connection.execute(
+                sql.SQL(
+                    "select viewer_id from {} where viewer_id > coalesce(%s::bigint, viewer_id - 1)"
+                    " order by viewer_id limit %s"
+                ).format(self.sides.relation),
+                [after, CHUNK],
+            ).fetchall()
+            if not rows:
+                return
+            yield [viewer for (viewer,) in rows]
+            after = rows[-1][0]
+
+    def _settle(self, viewers: list[int]) -> None:
+        self.counts["compared"] += len(viewers)
+        if suspects := self._differing(viewers):
+            self.grace()
+            suspects = self._differing(suspects)
+        if suspects and not self.dry_run:
+            self._forget_published(suspects)
+        for viewer, (row, item) in suspects.items():
+            kind = "extra" if row is None else "missing" if item is None else "different"
+            try:
+                repaired = self.dry_run or self._repair(viewer, row, item)
+            except ItemError as error:
+                self.refused.append(str(error))
+                continue
+            self.counts[kind if repaired else "overtaken"] += 1
+        self.progress(self.counts["compared"])
+
+    def _differing(self, viewers: Iterable[int]) -> dict[int, tuple[Row | None, Mapping[str, Any] | None]]:
+        wanted = list(viewers)
+        items = self.sides.items.get(self.sides.domain.key, wanted)
+        rows = self.sides.rows(wanted)
+        return {
+            viewer: (rows.get(viewer), items.get(viewer))
+            for viewer in wanted
+            if self.sides.differs(rows.get(viewer), items.get(viewer))
+        }
+
+    def _forget_published(self, viewers: Iterable[int]) -> None:
+        # What is written here is not what the publisher remembers; emptied, it looks again.
+        if self.sides.engine.kind == "local":
+            self.sides.connection.execute(
+                sql.SQL(
+                    "insert into {} (table_id, domain_key, viewer_id, fingerprint)"
+                    " select %s, %s, viewer, '' from unnest(%s::bigint[]) as viewer"
+                    " on conflict (table_id, domain_key, viewer_id) do update set fingerprint = ''"
+                ).format(self.sides.published),
+                [self.sides.table.table_id, self.sides.domain.key, list(viewers)],
+            )
+
+    def _repair(self, viewer: int, row: Row | None, item: Mapping[str, Any] | None) -> bool:
+        if row is None:
+            seen = {} if item is None else item
+            return self.sides.items.delete(self.encoder.key(viewer), LAST_EVENT_AT, seen.get(LAST_EVENT_AT))
+        values = [row.values[name] for name in self.sides.domain.attributes]
+        return self.sides.items.put(self.encoder.encode(viewer, values), LAST_EVENT_AT)
