@@ -7,7 +7,7 @@ import os
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 from rich.console import Console
@@ -104,7 +104,9 @@ def down(delete_state: bool) -> None:
     "--mapping", type=click.Choice(["auto", "rees46"]), default="auto", help="Column mapping of CSV."
 )
 @click.option("--shift-to-now", is_flag=True, help="Move the event times so that the newest event is now.")
-def ingest(files: tuple[Path, ...], topic: str | None, mapping: str, shift_to_now: bool) -> None:
+def ingest(
+    files: tuple[Path, ...], topic: str | None, mapping: Literal["auto", "rees46"], shift_to_now: bool
+) -> None:
     """Load events from JSON lines or CSV files, gzipped or not; a re-run adds only what is missing."""
     from dagster_prefs.events.ingest import ingest_file
 
@@ -259,8 +261,8 @@ def rejected(topic: str | None, reason: str | None, limit: int, as_json: bool) -
     if as_json:
         print_json(counts)
         return
-    rows = [(name, why, f"{n:,}") for name, reasons in counts.items() for why, n in reasons.items()]
-    console.print(table_of("", ["topic", "reason", "messages"], rows) if rows else "nothing was rejected")
+    counted = [(name, why, f"{n:,}") for name, reasons in counts.items() for why, n in reasons.items()]
+    console.print(table_of("", ["topic", "reason", "messages"], counted) if counted else "nothing was rejected")
 
 
 @cli.command()

@@ -31,7 +31,13 @@ class Settings(BaseSettings):
     documented in `.env.example`, which a test compares with this class.
     """
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="ignore", populate_by_name=True)
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        extra="ignore",
+        populate_by_name=True,
+        # `NAME=` in .env, and an unset variable that a shell or compose file passes on, mean the default.
+        env_ignore_empty=True,
+    )
 
     engine: Literal["local", "risingwave"] = Field(
         "local", description="Streaming engine: `local` (embedded PostgreSQL) or `risingwave`."
@@ -57,7 +63,10 @@ class Settings(BaseSettings):
 
     data_dir: Path = Field(
         PROJECT_ROOT / ".prefs",
-        description="Folder for all local state: embedded services, Dagster home, Iceberg files. Empty means .prefs beside the project.",
+        description=(
+            "Folder for all local state: embedded services, Dagster home, Iceberg files. "
+            "Empty means .prefs beside the project."
+        ),
     )
     local_aws_port: int = Field(54330, ge=1, le=65535, description="Port of the local AWS server.")
 
@@ -110,19 +119,6 @@ class Settings(BaseSettings):
     schedules: Literal["on", "off"] = Field(
         "off", description="Whether schedules and sensors run as soon as the Dagster daemon does."
     )
-
-    @field_validator(
-        "engine_port", "engine_database", "engine_user", "aws_endpoint_url", "kafka_bootstrap",
-        "iceberg_warehouse", "iceberg_uri", mode="before",
-    )  # fmt: skip
-    @classmethod
-    def _empty_is_unset(cls, value: object) -> object:
-        return None if value == "" else value
-
-    @field_validator("data_dir", mode="before")
-    @classmethod
-    def _empty_is_default(cls, value: object) -> object:
-        return PROJECT_ROOT / ".prefs" if value in ("", None) else value
 
     @field_validator("data_dir")
     @classmethod
@@ -188,9 +184,9 @@ def known_variables() -> dict[str, str]:
 def load_settings(env_file: Path | None = None) -> Settings:
     """Read the environment over `.env` and return validated settings.
 
-    `env_file` defaults to the file that PREFS_ENV_FILE names, else to `.env` beside the project. Variables
-    of `.env` are exported into this
-    process's environment where unset, because dbt and botocore read it themselves.
+    `env_file` defaults to the file that PREFS_ENV_FILE names, else to `.env` beside the project. Its
+    variables are exported into this process's environment where unset, because dbt and botocore read
+    them there.
 
     Raises SettingsError naming the variable, the rule and the remedy: for a `PREFS_*` name that no
     setting has, a value out of its domain, or settings that contradict each other.

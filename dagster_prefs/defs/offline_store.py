@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from datetime import date, timedelta
+from typing import Any
 
 import dagster as dg
 
@@ -101,7 +102,7 @@ def _exported(platform: Platform, spec: TileTable) -> dg.AssetsDefinition:
             )
         },
     )
-    def exported(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+    def exported(context: dg.AssetExecutionContext) -> dg.MaterializeResult[Any]:
         catalog = platform.catalog()
         rows = written = 0
         for key in context.partition_keys:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from typing import Any
 
 import dagster as dg
 
@@ -24,7 +25,7 @@ def build(platform: Platform) -> dg.Definitions:
         owners=[contract.owner],
         description="The table with one item per viewer and domain; made or verified against the contract.",
     )
-    def viewer_profiles() -> dg.MaterializeResult:
+    def viewer_profiles() -> dg.MaterializeResult[Any]:
         report = platform.provision(platform.dynamodb())
         return dg.MaterializeResult(
             metadata={
@@ -61,7 +62,7 @@ def _published(platform: Platform, domain: Domain) -> dg.AssetsDefinition:
         check_specs=[check],
         description=f"{domain.description} Upserts what changed in {domain.relation}, deletes who left it.",
     )
-    def published(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
+    def published(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult[Any] | dg.AssetCheckResult]:
         client = platform.dynamodb()
         table = platform.provision(client)
         report = publish_domain(platform.engine, client, platform.contract, domain.key, table)
