@@ -28,7 +28,9 @@ def instant(micros: int) -> datetime:
     return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=micros)
 
 
-def replace_events(connection: Connection, messages: Sequence[Message], erased: Sequence[Erasure] = ()) -> None:
+def replace_events(
+    connection: Connection, messages: Sequence[Message], erased: Sequence[Erasure] = ()
+) -> None:
     """Empty the raw tables and the list of erased subjects, and put these in."""
     for table in (*RAW_TABLES.values(), "erased_subjects"):
         connection.execute(sql.SQL("delete from {}").format(sql.Identifier(table)))
@@ -102,7 +104,9 @@ def _plain(name: str, value: Any) -> Any:
     return value
 
 
-def differences(connection: Connection, oracle: Oracle, only: Sequence[str] = ()) -> dict[str, tuple[Any, Any]]:
+def differences(
+    connection: Connection, oracle: Oracle, only: Sequence[str] = ()
+) -> dict[str, tuple[Any, Any]]:
     """Relation → (rows only the engine has, rows only the oracle has), for those that differ."""
     found = {}
     for relation, rows in oracle.relations().items():
@@ -147,7 +151,9 @@ def materialized_views(manifest: dict[str, Any]) -> list[str]:
     from graphlib import TopologicalSorter
 
     nodes = {key: node for key, node in manifest["nodes"].items() if node["resource_type"] == "model"}
-    order = TopologicalSorter({key: node["depends_on"]["nodes"] for key, node in nodes.items()}).static_order()
+    order = TopologicalSorter(
+        {key: node["depends_on"]["nodes"] for key, node in nodes.items()}
+    ).static_order()
     return [
         nodes[key]["name"]
         for key in order

@@ -84,7 +84,9 @@ prices = st.one_of(
     st.sampled_from([-0.01, "-1", "free", "1,50", "1e99", "1" * 16, ".5", "5.", "-0.00", "1e-99"]),
     odd,
 )
-names = st.one_of(st.sampled_from(["A", "a", "B", "Ä", "drama", "Drama", "sci|fi", "a,b", "42"]), st.integers(1, 2), odd)
+names = st.one_of(
+    st.sampled_from(["A", "a", "B", "Ä", "drama", "Drama", "sci|fi", "a,b", "42"]), st.integers(1, 2), odd
+)
 stock = st.one_of(
     st.booleans(), st.sampled_from(["true", "FALSE", "1", 0, 1, "yes", 1.5, " true", None, "", [], "True"])
 )
@@ -117,7 +119,9 @@ _fields = {
     "content_interactions": {
         "event_id": event_ids,
         "viewer_id": viewers,
-        "event_type": st.one_of(st.sampled_from(["like", "share", "search", "like"]), st.just("dislike"), odd),
+        "event_type": st.one_of(
+            st.sampled_from(["like", "share", "search", "like"]), st.just("dislike"), odd
+        ),
         "event_ts": times,
     },
     "items": {
@@ -149,7 +153,9 @@ _mild_fields: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "event_id": _mild_ids,
         "user_id": st.sampled_from(["u1", "u2", "ü3", "canary:1"]),
         "item_id": st.integers(1, 4).map(str),
-        "event_type": st.sampled_from(["view", "view", "view", "wishlist", "add_to_cart", "purchase", "purchase"]),
+        "event_type": st.sampled_from(
+            ["view", "view", "view", "wishlist", "add_to_cart", "purchase", "purchase"]
+        ),
         "category": _mild_names,
         "brand": _mild_names,
         "price": st.sampled_from([None, 0, 24.99, 25, 99.99, "100.00", 499.99, 500]),

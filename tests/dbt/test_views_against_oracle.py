@@ -124,6 +124,20 @@ def test_erased_subjects_stay_out(
     books_balance(session, oracle)
 
 
+def test_parallel_plans_read_the_same(session: psycopg.Connection, order: list[str]) -> None:
+    """Large raw tables are scanned by several workers; what a message says must not depend on it."""
+    bodies = [b"true", b"null", b"[]", b"{}", b"nope", b"\xff", b'{"event_id":"a\\u0000b"}', b"[" * 100_000]
+    stream = [watch(n, n % 7, MIDNIGHT + n * SECOND) for n in range(500)]
+    stream += [Message("view_events", "bad", 0, n, body, None, NOW) for n, body in enumerate(bodies)]
+    replace_events(session, stream)
+    set_clock(session, NOW)
+    for setting in ("min_parallel_table_scan_size", "parallel_setup_cost", "parallel_tuple_cost"):
+        session.execute(sql.SQL("set {} to 0").format(sql.Identifier(setting)))
+    session.execute("analyze")
+    refresh(session, order)
+    assert differences(session, Oracle(stream, NOW)) == {}
+
+
 def test_spread_rolls_viewers_over_one_after_another(deployed: EngineConnection, dbt_on: DbtOn) -> None:
     """With a spread, each viewer's day begins abs(viewer_id) mod spread seconds after midnight."""
     spread = dbt_on(deployed, environment={"PREFS_EXPIRY_SPREAD_SECONDS": str(SPREAD)})
@@ -181,7 +195,9 @@ def test_fingerprint_sees_any_change_and_no_order(session: psycopg.Connection, o
     """The same rows in another order of arrival give the same hash; one second more gives another."""
     stream = [watch(n, n % 3, MIDNIGHT + n * SECOND) for n in range(12)]
     backwards = [
-        Message(m.topic, m.source, m.partition, 100 - m.offset, m.data, m.kafka_timestamp, m.arrived_at - m.offset)
+        Message(
+            m.topic, m.source, m.partition, 100 - m.offset, m.data, m.kafka_timestamp, m.arrived_at - m.offset
+        )
         for m in reversed(stream)
     ]
     changed = [*stream[:-1], watch(11, 11 % 3, MIDNIGHT + 11 * SECOND, seconds=61)]
@@ -228,5 +244,10 @@ def watch(number: int, viewer: int, at: int, seconds: int = 60) -> Message:
 
 def touch(number: int, viewer: int, at: int) -> Message:
     """A valid interaction."""
-    body = {"event_id": f"t{number}", "viewer_id": viewer, "event_type": "like", "event_ts": instant(at).isoformat()}
+    body = {
+        "event_id": f"t{number}",
+        "viewer_id": viewer,
+        "event_type": "like",
+        "event_ts": instant(at).isoformat(),
+    }
     return Message("content_interactions", "test", 0, number, json.dumps(body).encode(), None, NOW)

@@ -31,6 +31,10 @@
   {%- endif -%}
 {%- endmacro %}
 
+{#
+  The two functions catch what bad bytes raise and nothing else, and keep out of parallel plans: inside one, while a
+  materialized view is refreshed, their exception block itself fails, and every event came out as not valid JSON.
+#}
 {% macro postgres__prepare_engine() -%}
   {% call statement("prepare_engine", auto_begin=false) %}
     begin;
@@ -38,18 +42,18 @@
     create schema if not exists {{ target.schema }};
     {{ deployments_ddl() }};
     create or replace function {{ target.schema }}.prefs_text(bytes bytea) returns text
-      language plpgsql immutable strict parallel safe as $$
+      language plpgsql immutable strict parallel unsafe as $$
         begin
           return convert_from(bytes, 'utf8');
-        exception when others then
+        exception when data_exception or program_limit_exceeded then
           return encode(bytes, 'escape');
         end
       $$;
     create or replace function {{ target.schema }}.prefs_json(bytes bytea) returns jsonb
-      language plpgsql immutable strict parallel safe as $$
+      language plpgsql immutable strict parallel unsafe as $$
         begin
           return convert_from(bytes, 'utf8')::jsonb;
-        exception when others then
+        exception when data_exception or program_limit_exceeded then
           return null;
         end
       $$;

@@ -1,0 +1,338 @@
+"""Every model, compiled for RisingWave without a server, keeps to what RisingWave accepts.
+
+Each rule is a function from one statement to what is wrong with it, and comes with a statement that must fail.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import sqlglot
+from conftest import PROJECT
+from sqlglot import exp
+from sqlglot.errors import SqlglotError
+
+from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.dbt import Dbt
+
+Rule = Callable[[str], list[str]]
+KEYS = ["viewer_id", "domain_key"]
+# Where a model is compiled differently; every combination must keep the rules.
+VARIANTS = [
+    pytest.param({}, id="inserts"),
+    pytest.param({"PREFS_KAFKA_BOOTSTRAP": "kafka:9092"}, id="kafka"),
+    pytest.param({"PREFS_KAFKA_BOOTSTRAP": "kafka:9092", "PREFS_KAFKA_START": "latest"}, id="kafka-latest"),
+    pytest.param({"PREFS_EXPIRY_SPREAD_SECONDS": "3600"}, id="spread"),
+    pytest.param({"PREFS_PUBLISH": "publisher"}, id="publisher"),
+    pytest.param(
+        {"AWS_ENDPOINT_URL": "http://aws:8000", "AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret"},
+        id="credentials",
+    ),
+]
+
+# Functions that RisingWave lacks or that the session's time zone would change.
+ABSENT = {"current_date", "hashtext", "pg_input_is_valid", "clock_timestamp", "localtimestamp", "to_number", "bit_xor"}
+
+
+def statement(text: str) -> exp.Expression:
+    return sqlglot.parse_one(text, dialect="risingwave")
+
+
+def is_query(text: str) -> bool:
+    return text.lstrip("( \n").lower().startswith(("select", "with"))
+
+
+def nows(tree: exp.Expression) -> Iterator[exp.Expression]:
+    for node in tree.walk():
+        name = node.name.lower() if isinstance(node, exp.Anonymous) else ""
+        if isinstance(node, exp.CurrentTimestamp) or name in ("now", "current_timestamp"):
+            yield node
+
+
+def one_statement(text: str) -> list[str]:
+    """One statement, which the dialect reads; DDL is read as tokens only."""
+    try:
+        trees = sqlglot.parse(text, dialect="risingwave") if is_query(text) else [sqlglot.tokenize(text)]
+    except SqlglotError as error:
+        return [f"not readable: {error}"]
+    return [] if len(trees) == 1 and text.count(";") == 0 else ["more than one statement"]
+
+
+def now_only_in_filters(text: str) -> list[str]:
+    """A streaming query has now() in WHERE, HAVING or ON only."""
+    if not is_query(text):
+        return []
+    return [
+        f"now() outside WHERE, HAVING and ON: {(node.parent or node).sql()}"
+        for node in nows(statement(text))
+        if node.find_ancestor(exp.Where, exp.Having, exp.Join, exp.Select) is None
+        or isinstance(node.find_ancestor(exp.Where, exp.Having, exp.Join, exp.Select), exp.Select)
+    ]
+
+
+def now_alone_on_its_side(text: str) -> list[str]:
+    """now() stands on one side of a comparison, without columns, without casts, not in OR, CASE or FILTER."""
+    if not is_query(text):
+        return []
+    wrong = []
+    for node in nows(statement(text)):
+        comparison = node.find_ancestor(exp.GT, exp.GTE, exp.LT, exp.LTE, exp.EQ, exp.Between)
+        if comparison is None:
+            wrong.append(f"now() without a comparison: {(node.parent or node).sql()}")
+            continue
+        side: exp.Expression = node
+        while side.parent is not comparison and side.parent is not None:
+            side = side.parent
+            if isinstance(side, (exp.Cast, exp.Case, exp.Or)):
+                wrong.append(f"{type(side).__name__} of now(): {side.sql()}")
+        if side.find(exp.Column):
+            wrong.append(f"a column beside now(): {side.sql()}")
+        if isinstance(side, exp.Sub) and not isinstance(side.this, (exp.CurrentTimestamp, exp.Anonymous)):
+            wrong.append(f"now() is subtracted, so that side falls: {side.sql()}")
+        if comparison.find_ancestor(exp.Case, exp.Filter, exp.Or, exp.Not):
+            wrong.append(f"now() below OR, NOT, CASE or FILTER: {comparison.sql()}")
+    return wrong
+
+
+def no_absent_functions(text: str) -> list[str]:
+    """Nothing that RisingWave does not have."""
+    wrong = [name for name in ABSENT if re.search(rf"\b{name}\b", text, re.IGNORECASE)]
+    if re.search(r"::bit\b|\bbit\(\d|\btemp(orary)?\s+table|\bmerge\s+into|\bcreate\s+extension", text, re.IGNORECASE):
+        wrong.append("bit strings, temporary tables, MERGE or extensions")
+    return wrong
+
+
+def no_sized_types(text: str) -> list[str]:
+    """No varchar(n), char(n) or numeric(p, s)."""
+    return re.findall(r"\b(?:varchar|char|character varying|numeric|decimal)\s*\(\s*\d+[^)]*\)", text, re.IGNORECASE)
+
+
+def no_typed_literals(text: str) -> list[str]:
+    """`timestamptz '…'` is a syntax error; a cast is not."""
+    return re.findall(r"\btimestamptz\s+'[^']*'", text, re.IGNORECASE)
+
+
+def computed_columns_have_names(text: str) -> list[str]:
+    """Every column of every query is a column or has an alias."""
+    if not is_query(text):
+        return []
+    return [
+        f"no alias: {column.sql()}"
+        for select in statement(text).find_all(exp.Select)
+        if not select.find_ancestor(exp.Exists, exp.In)
+        for column in select.expressions
+        if not isinstance(column, (exp.Column, exp.Star, exp.Alias))
+    ]
+
+
+def joins_have_an_equality(text: str) -> list[str]:
+    """No nested-loop join: every join has an equality between columns of both sides."""
+    if not is_query(text):
+        return []
+    wrong = []
+    for join in statement(text).find_all(exp.Join):
+        condition = join.args.get("on")
+        keyed = join.args.get("using") or (
+            condition is not None
+            and any(
+                isinstance(part, exp.EQ)
+                and len({column.table for side in (part.this, part.expression) for column in side.find_all(exp.Column)})
+                == 2
+                for part in condition.flatten()
+                if isinstance(part, exp.EQ) or isinstance(condition, exp.EQ)
+            )
+            or isinstance(condition, exp.EQ)
+        )
+        if not keyed:
+            wrong.append(f"join without an equality: {join.sql()}")
+    return wrong
+
+
+def time_zones_are_said(text: str) -> list[str]:
+    """date_trunc, ::date and extract of a day part never depend on the session's time zone."""
+    if not is_query(text):
+        return []
+    wrong = []
+    for cast in statement(text).find_all(exp.Cast):
+        if cast.to.this == exp.DataType.Type.DATE and not cast.find(exp.AtTimeZone):
+            wrong.append(f"::date without AT TIME ZONE: {cast.sql()}")
+    for trunc in statement(text).find_all(exp.DateTrunc, exp.TimestampTrunc):
+        if not trunc.find(exp.AtTimeZone):
+            wrong.append(f"date_trunc without AT TIME ZONE: {trunc.sql()}")
+    return wrong
+
+
+def distinct_only_in_count(text: str) -> list[str]:
+    """Of aggregates over distinct values only count is used; the others keep unbounded state here."""
+    if not is_query(text):
+        return []
+    return [
+        f"distinct aggregate: {(node.parent or node).sql()}"
+        for node in statement(text).find_all(exp.Distinct)
+        if not isinstance(node.parent, (exp.Count, exp.Select))
+    ]
+
+
+def ranked_is_filtered(text: str) -> list[str]:
+    """row_number() is a Top-N only where an outer query bounds it; else every rank is rewritten at each event."""
+    if not is_query(text):
+        return []
+    tree = statement(text)
+    wrong = []
+    for window in tree.find_all(exp.Window):
+        alias = window.find_ancestor(exp.Alias)
+        name = alias.alias if alias else ""
+        bounded = any(
+            isinstance(test, (exp.EQ, exp.LTE, exp.LT)) and any(c.name == name for c in test.find_all(exp.Column))
+            for where in tree.find_all(exp.Where)
+            for test in where.find_all(exp.EQ, exp.LTE, exp.LT)
+        )
+        if isinstance(window.this, exp.RowNumber) and not bounded:
+            wrong.append(f"unbounded ranking: {window.sql()}")
+    return wrong
+
+
+def clauses_in_order(text: str) -> list[str]:
+    """create table: columns, include, with, format … encode, in that order; a connector has a format."""
+    lowered = " ".join(text.lower().split())
+    if not lowered.startswith("create table"):
+        return []
+    places = [lowered.find(word) for word in (" include ", " with (", " format ")]
+    found = [place for place in places if place >= 0]
+    wrong = [] if found == sorted(found) else ["clauses out of order"]
+    if "connector" in lowered and " format plain encode bytes" not in lowered:
+        wrong.append("a Kafka table without FORMAT PLAIN ENCODE BYTES")
+    if "primary key" not in lowered:
+        wrong.append("no primary key")
+    return wrong
+
+
+def sinks_fit_dynamodb(text: str) -> list[str]:
+    """A DynamoDB sink has the table's whole key, no FORMAT, a region, and no query of its own."""
+    lowered = " ".join(text.lower().split())
+    if not lowered.startswith("create sink"):
+        return []
+    wrong = []
+    if re.search(r"\bformat\b|\bencode\b", lowered):
+        wrong.append("FORMAT … ENCODE on a DynamoDB sink")
+    key = re.search(r"primary_key = '([^']*)'", lowered)
+    if not key or key.group(1).split(",") != KEYS:
+        wrong.append("primary_key is not the table's key")
+    if "aws.region" not in lowered:
+        wrong.append("no region")
+    if " as select" in lowered:
+        wrong.append("a sink reads a rolling view, not a query")
+    return wrong
+
+
+def credentials_are_named(text: str) -> list[str]:
+    """Credentials are placeholders until the statement runs."""
+    given = re.findall(r"(?:access_key_id|secret_access_key|password)\s*=\s*'([^']*)'", text, re.IGNORECASE)
+    return [f"a credential in the text: {value[:2]}…" for value in given if not re.fullmatch(r"\$\{\w+\}", value)]
+
+
+RULES: dict[Rule, str] = {
+    one_statement: "select 1 as a; select 2 as b",
+    now_only_in_filters: "select now() as at from t",
+    now_alone_on_its_side: "select a from t where day > now()::date - interval '7 days'",
+    no_absent_functions: "select a from t where day > current_date",
+    no_sized_types: "select a::varchar(10) as a from t",
+    no_typed_literals: "select a - timestamptz '2026-01-01Z' as b from t",
+    computed_columns_have_names: "select a + 1 from t",
+    joins_have_an_equality: "select a.x from a join b on a.x < b.y",
+    time_zones_are_said: "select ts::date as day from t",
+    distinct_only_in_count: "select sum(distinct a) as total from t group by b",
+    ranked_is_filtered: "select a, row_number() over (partition by a order by b) as n from t",
+    clauses_in_order: "create table t (data bytea, primary key (p)) with (connector = 'kafka') include partition as p format plain encode bytes",
+    sinks_fit_dynamodb: "create sink s from v with (connector='dynamodb', primary_key = 'viewer_id', aws.region = 'x')",
+    credentials_are_named: "create sink s from v with (aws.credentials.secret_access_key = 'abc')",
+}  # fmt: skip
+
+MORE_BAD = [
+    (now_only_in_filters, "select case when ts > now() then 1 end as late from t"),
+    (now_alone_on_its_side, "select a from t where ts - now() < interval '7 days'"),
+    (now_alone_on_its_side, "select a from t where now() - ts < interval '7 days'"),
+    (now_alone_on_its_side, "select a from t where ts > now() or b"),
+    (now_alone_on_its_side, "select a from t where ts > now() + x * interval '1 second'"),
+    (joins_have_an_equality, "select a.x from a cross join b"),
+    (joins_have_an_equality, "select a.x from a join b on true"),
+    (sinks_fit_dynamodb, "create sink s from v with (primary_key = 'viewer_id,domain_key', aws.region = 'x') format plain encode json"),
+    (sinks_fit_dynamodb, "create sink s from v with (primary_key = 'viewer_id,domain_key')"),
+    (clauses_in_order, "create table t (data bytea, primary key (p)) include partition as p with (connector = 'kafka')"),
+    (clauses_in_order, "create table t (data bytea)"),
+    (one_statement, "select from where"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rule", "bad"), [*RULES.items(), *MORE_BAD], ids=lambda value: getattr(value, "__name__", ""))
+def test_rule_can_fail(rule: Rule, bad: str) -> None:
+    assert rule(bad)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_model_keeps_the_rules(
+    variant: dict[str, str], tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = compiled(tmp_path_factory, variant)
+    assert len(models) >= 35
+    wrong = [
+        f"{name}: {rule.__name__}: {problem}"
+        for (name, (kind, text)), rule in itertools.product(models.items(), RULES)
+        # A plain view is a batch query when it is read: it may use now() and join as it likes.
+        if not (kind == "view" and rule in (now_only_in_filters, now_alone_on_its_side, joins_have_an_equality))
+        for problem in rule(text)
+    ]
+    assert wrong == []
+
+
+def test_variants_say_what_they_are_for(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The rules above were applied to text that does contain the variant."""
+    kafka = compiled(tmp_path_factory, {"PREFS_KAFKA_BOOTSTRAP": "kafka:9092", "PREFS_KAFKA_START": "latest"})
+    for name in ("raw_user_events", "raw_view_events", "raw_content_interactions", "raw_items"):
+        text = " ".join(kafka[name][1].split())
+        assert "properties.bootstrap.server = 'kafka:9092'" in text
+        assert "scan.startup.mode = 'latest'" in text
+        assert "include offset as source_offset" in text
+    assert "source_offset::bigint" in kafka["view_events_parsed"][1]
+    plain = compiled(tmp_path_factory, {})
+    assert "connector" not in plain["raw_user_events"][1]
+    assert plain["sink_engagement_watch"][0] == "sink"
+    spread = compiled(tmp_path_factory, {"PREFS_EXPIRY_SPREAD_SECONDS": "3600"})
+    for name in ("viewer_engagement_rolling", "content_interactions_rolling", "viewer_preferences_rolling"):
+        assert "abs(viewer_id % 3600)" in spread[name][1]
+        assert "3600" not in plain[name][1]
+    secret = compiled(tmp_path_factory, {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret"})
+    assert "'${AWS_SECRET_ACCESS_KEY}'" in secret["sink_engagement_watch"][1]
+    assert compiled(tmp_path_factory, {"PREFS_PUBLISH": "publisher"})["sink_engagement_watch"][0] == "view"
+
+
+_COMPILED: dict[str, dict[str, tuple[str, str]]] = {}
+
+
+def compiled(factory: pytest.TempPathFactory, environment: dict[str, str]) -> dict[str, tuple[str, str]]:
+    """Model → (materialization, compiled SQL) for RisingWave, from a dbt that never connects."""
+    key = json.dumps(environment, sort_keys=True)
+    if key not in _COMPILED:
+        target: Path = factory.getbasetemp() / "risingwave-offline"
+        nowhere = EngineConnection("127.0.0.1", 9, "dev", "root", kind="risingwave")
+        clean = {name: os.environ.get(name, "") for name in ("PREFS_KAFKA_BOOTSTRAP", "AWS_ENDPOINT_URL")}
+        results = Dbt(nowhere, PROJECT, target, {**clean, **environment}).run(
+            "compile", arguments=["--no-introspect", "--no-populate-cache"]
+        )
+        assert [result.message for result in results if not result.ok] == []
+        manifest = json.loads((target / "manifest.json").read_text())
+        _COMPILED[key] = {
+            node["name"]: (
+                node["config"]["materialized"],
+                (target / "compiled" / "dagster_prefs" / node["original_file_path"]).read_text().strip(),
+            )
+            for node in manifest["nodes"].values()
+            if node["resource_type"] == "model"
+        }
+    return _COMPILED[key]
