@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -262,7 +263,9 @@ def rejected(topic: str | None, reason: str | None, limit: int, as_json: bool) -
         print_json(counts)
         return
     counted = [(name, why, f"{n:,}") for name, reasons in counts.items() for why, n in reasons.items()]
-    console.print(table_of("", ["topic", "reason", "messages"], counted) if counted else "nothing was rejected")
+    console.print(
+        table_of("", ["topic", "reason", "messages"], counted) if counted else "nothing was rejected"
+    )
 
 
 @cli.command()
@@ -376,6 +379,177 @@ def print_summary(summary: Summary) -> None:
     seconds = [(step, f"{taken:.1f}") for step, taken in summary.seconds.items()]
     console.print(table_of("\nSeconds", ["step", "s"], seconds))
     console.print("\nOpen the UI with `make ui`; stop the services with `make down`.")
+
+
+@cli.command()
+@click.option("--watch", is_flag=True, help="Look again every few seconds until Ctrl-C.")
+@click.option(
+    "--interval", default=5.0, show_default=True, type=click.FloatRange(1), help="Seconds between looks."
+)
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+def status(watch: bool, interval: float, as_json: bool) -> int:
+    """Show services, lag and freshness; exit 0 for ok, 1 for warnings, 2 for errors."""
+    from dagster_prefs.freshness.status import Sources, evaluate, render_status
+
+    settings = load_settings()
+    sources = Sources(settings)
+    while True:
+        found = evaluate(sources, now=lambda: datetime.now(UTC))
+        services = services_of(settings).status().services if settings.engine == "local" else ()
+        if as_json:
+            print_json({**found.as_dict(), "services": [vars(service) for service in services]})
+        else:
+            if watch:
+                console.clear()
+            rows = [(s.name, "running" if s.running else f"down: {s.detail}", s.address) for s in services]
+            if rows:
+                console.print(table_of("Services", ["service", "state", "address"], rows))
+                console.print()
+            console.print(render_status(found))
+        if not watch:
+            return found.exit_code
+        time.sleep(interval)
+
+
+@cli.command()
+@click.option("--port", default=9475, show_default=True, type=click.IntRange(1, 65535))
+def metrics(port: int) -> None:
+    """Serve the readings of `prefs status` at /metrics for Prometheus (loopback)."""
+    from dagster_prefs.freshness.metrics import MetricsServer
+    from dagster_prefs.freshness.status import Sources, evaluate
+
+    sources = Sources(load_settings())
+    with MetricsServer(lambda: evaluate(sources, now=lambda: datetime.now(UTC)), port=port) as server:
+        console.print(f"metrics at http://127.0.0.1:{server.server_port}/metrics; Ctrl-C stops")
+        server.serve_forever()
+
+
+@cli.command()
+@click.option("--dry-run", is_flag=True, help="Only count what differs.")
+def reconcile(dry_run: bool) -> None:
+    """Compare every viewer with DynamoDB; repair stale, missing and extra items."""
+    from dagster_prefs.freshness.reconcile import reconcile_domain
+    from dagster_prefs.freshness.status import Sources
+
+    sources = Sources(load_settings())
+    client, table = sources.dynamodb()
+    for domain in sources.contract.domains.values():
+        report = reconcile_domain(
+            sources.engine,
+            client,
+            sources.contract,
+            domain,
+            table,
+            now=datetime.now(UTC),
+            dry_run=dry_run,
+        )
+        console.print(
+            f"{domain.name}: {report.compared:,} compared, {report.missing} missing, {report.different} stale,"
+            f" {report.extra} extra{' (nothing written)' if dry_run else ''}"
+        )
+
+
+@cli.command()
+@click.option(
+    "--events", default=320_000, show_default=True, type=click.IntRange(0), help="About how many events."
+)
+@click.option("--viewers", default=5_000, show_default=True, type=click.IntRange(1))
+@click.option("--days", default=35, show_default=True, type=click.IntRange(1, 3650))
+@click.option("--seed", default=7, show_default=True, help="The same seed generates the same events.")
+@click.option("--to", "target", default="engine", show_default=True, help="engine, kafka, or a folder.")
+@click.option("--rate", type=click.FloatRange(0, min_open=True), help="Events per second at most.")
+@click.option("--follow", is_flag=True, help="A live trickle of events that happen now, until Ctrl-C.")
+@click.option(
+    "--seconds", type=click.FloatRange(0, min_open=True), help="End a live trickle after this time."
+)
+def simulate(
+    events: int,
+    viewers: int,
+    days: int,
+    seed: int,
+    target: str,
+    rate: float | None,
+    follow: bool,
+    seconds: float | None,
+) -> None:
+    """Generate events of a realistic shape: into the engine, Kafka, or JSON-lines files."""
+    from dagster_prefs.events import simulator
+
+    settings = load_settings()
+    plan = simulator.SimulationPlan(
+        seed=seed,
+        viewers=viewers,
+        days=days,
+        # The proportions of the demo: views, shop events, interactions.
+        view_events=events * 10 // 16,
+        shop_events=events * 5 // 16,
+        interactions=events // 16,
+        end=datetime.now(UTC),
+    )
+    if target == "kafka" and not settings.kafka_bootstrap:
+        raise PrefsError("--to kafka needs PREFS_KAFKA_BOOTSTRAP, the brokers' host:port list: set it")
+    engine = EngineConnection.of(settings)
+    with progress_bar("events") as advance:
+        if follow and target == "engine":
+            counts = simulator.follow_to_engine(
+                engine, plan, rate=rate or 20.0, seconds=seconds, progress=advance
+            )
+        elif follow and target == "kafka":
+            counts = simulator.follow(
+                simulator.KafkaSink(settings.kafka_bootstrap or ""),
+                plan,
+                rate=rate or 20.0,
+                seconds=seconds,
+                progress=advance,
+            )
+        elif follow:
+            raise PrefsError("--follow writes to engine or kafka: leave it out to write files")
+        elif target == "engine":
+            reports = simulator.simulate_to_engine(engine, plan, rate=rate, progress=advance)
+            counts = {report.topic: report.accepted for report in reports}
+        elif target == "kafka":
+            counts = simulator.simulate_to_kafka(
+                settings.kafka_bootstrap or "", plan, rate=rate, progress=advance
+            )
+        else:
+            files = simulator.simulate_to_files(Path(target), plan, compress=True, progress=advance)
+            console.print("\n".join(f"{topic}: {path}" for topic, path in files.items()))
+            return
+    for topic, count in counts.items():
+        console.print(f"{topic}: {count:,} messages")
+
+
+@cli.command()
+@click.argument("viewer", type=int)
+@click.argument("attribute")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+def why(viewer: int, attribute: str, as_json: bool) -> None:
+    """Set a served number beside the same number recomputed from its tiles, with the latest events."""
+    from dagster_prefs.serving import ProfileClient
+    from dagster_prefs.serving.why import explain_attribute
+
+    settings = load_settings()
+    with ProfileClient(
+        endpoint_url=settings.aws_endpoint, region=settings.aws_region, table_prefix=settings.table_prefix
+    ) as client:
+        found = explain_attribute(
+            EngineConnection.of(settings),
+            client,
+            viewer,
+            attribute,
+            expiry_spread_seconds=settings.expiry_spread_seconds,
+        )
+    if as_json:
+        print_json(found.as_dict())
+        return
+    console.print(
+        f"viewer {viewer}, {found.domain}.{found.attribute}, {found.window_days} days from {found.window_start}"
+    )
+    console.print(f"  served      {found.online}")
+    console.print(f"  recomputed  {found.recomputed}{'' if found.equal else '   (they differ)'}")
+    for title, rows in (("Tiles", found.tiles), ("Latest events", found.events)):
+        if rows:
+            console.print(table_of(f"\n{title}", list(rows[0]), [tuple(row.values()) for row in rows]))
 
 
 def print_json(value: Any) -> None:
