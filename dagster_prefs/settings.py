@@ -73,12 +73,14 @@ class Settings(BaseSettings):
     aws_endpoint_url: str | None = Field(
         None,
         alias="AWS_ENDPOINT_URL",
-        description="AWS endpoint; empty means the local AWS server on the local engine, AWS itself otherwise.",
+        description="AWS endpoint; empty means the local AWS server on the local engine, AWS itself "
+        "otherwise.",
     )
     aws_region: str = Field("eu-central-1", alias="AWS_REGION", description="AWS region.")
     provisioning: Literal["create", "verify"] = Field(
         "create",
-        description="`create` makes missing DynamoDB tables, `verify` only checks them (Terraform owns them).",
+        description="`create` makes missing DynamoDB tables, `verify` only checks them (Terraform "
+        "owns them).",
     )
     table_prefix: str = Field(
         "",
@@ -87,7 +89,8 @@ class Settings(BaseSettings):
     )
     publish: Literal["auto", "publisher", "sink"] = Field(
         "auto",
-        description="Who writes DynamoDB: `publisher` (this platform), `sink` (RisingWave); auto picks by engine.",
+        description="Who writes DynamoDB: `publisher` (this platform), `sink` (RisingWave); auto "
+        "picks by engine.",
     )
 
     kafka_bootstrap: str | None = Field(
@@ -113,7 +116,8 @@ class Settings(BaseSettings):
         0,
         ge=0,
         lt=86_400,
-        description="Seconds after midnight UTC over which windows roll over, per viewer; 0 is the exact day boundary.",
+        description="Seconds after midnight UTC over which windows roll over, per viewer; 0 is the "
+        "exact day boundary.",
     )
     refresh_poll_seconds: int = Field(30, ge=5, description="Seconds between looks for new events (sensor).")
     schedules: Literal["on", "off"] = Field(
@@ -129,17 +133,20 @@ class Settings(BaseSettings):
     def _consistent(self) -> Self:
         if self.engine == "local" and self.publish == "sink":
             raise ValueError(
-                "PREFS_PUBLISH=sink needs PREFS_ENGINE=risingwave: the local engine has no sinks; use publisher"
+                "PREFS_PUBLISH=sink needs PREFS_ENGINE=risingwave: the local engine has no "
+                "sinks; use publisher"
             )
         if self.iceberg_catalog == "rest" and not self.iceberg_uri:
             raise ValueError("PREFS_ICEBERG_CATALOG=rest needs PREFS_ICEBERG_URI, the address of the catalog")
         if self.iceberg_catalog != "sqlite" and not self.iceberg_warehouse:
             raise ValueError(
-                f"PREFS_ICEBERG_CATALOG={self.iceberg_catalog} needs PREFS_ICEBERG_WAREHOUSE, e.g. s3://bucket/path"
+                f"PREFS_ICEBERG_CATALOG={self.iceberg_catalog} needs PREFS_ICEBERG_WAREHOUSE, "
+                f"e.g. s3://bucket/path"
             )
         if self.engine == "local" and self.engine_host not in ("127.0.0.1", "localhost"):
             raise ValueError(
-                "PREFS_ENGINE=local runs on this machine only: unset PREFS_ENGINE_HOST or set PREFS_ENGINE=risingwave"
+                "PREFS_ENGINE=local runs on this machine only: unset PREFS_ENGINE_HOST or set "
+                "PREFS_ENGINE=risingwave"
             )
         return self
 
