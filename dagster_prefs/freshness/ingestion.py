@@ -91,6 +91,8 @@ class Broker:
                 "group.id": "dagster-prefs-freshness",
                 "enable.auto.commit": False,
                 "enable.partition.eof": True,
+                # A broker answers one connection in order, so a fetch that waits holds up the next question.
+                "fetch.wait.max.ms": 10,
                 "allow.auto.create.topics": False,
                 "log_level": 0,
             }

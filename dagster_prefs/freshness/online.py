@@ -172,7 +172,7 @@ class Comparison:
 
     def run(self, sample: int, count_rows: bool, wait: Callable[[float], None]) -> OnlineLag:
         """One look, as `online_lag` describes it."""
-        viewers = {*self._recent(sample), *self._left_behind(sample)}
+        viewers = {*self._recent(sample), *self._left_behind(sample, everywhere=count_rows)}
         viewers |= self.items.page(self.domain.key, 4 * sample, self.now)
         before = self.rows(viewers)
         items = self.items.get(self.domain.key, viewers)
@@ -224,18 +224,38 @@ class Comparison:
         ).fetchall()
         return sorted((viewer for (viewer,) in rows), key=key_hash)[:sample]
 
-    def _left_behind(self, sample: int) -> list[int]:
+    def _left_behind(self, sample: int, everywhere: bool) -> list[int]:
         # RisingWave's sinks keep no such memory; there, leftovers are found through the table's page.
         if self.engine.kind != "local":
             return []
+        gone = sql.SQL(
+            "select p.viewer_id from {published} as p where not exists"
+            " (select from {relation} as v where v.viewer_id = p.viewer_id) limit %(sample)s"
+        )
+        remembered = sql.SQL(
+            "select viewer_id from {published} where table_id = %(table)s and domain_key = %(domain)s"
+        )
+        parameters = {"sample": sample, "table": self.table.table_id, "domain": self.domain.key}
+        published: sql.Composable = remembered.format(published=self.published)
+        if not everywhere:
+            # A stretch of the key that moves with the time costs the same however many viewers there are.
+            parameters["place"] = _place(self.now) % self._highest()
+            published = sql.SQL("{} and viewer_id >= %(place)s order by viewer_id limit {}").format(
+                published, CANDIDATES * sample
+            )
         rows = self.connection.execute(
-            sql.SQL(
-                "select p.viewer_id from {published} as p where p.table_id = %s and p.domain_key = %s"
-                " and not exists (select from {relation} as v where v.viewer_id = p.viewer_id) limit %s"
-            ).format(published=self.published, relation=self.relation),
-            [self.table.table_id, self.domain.key, sample],
+            gone.format(published=sql.SQL("({})").format(published), relation=self.relation), parameters
         ).fetchall()
         return [viewer for (viewer,) in rows]
+
+    def _highest(self) -> int:
+        row = self.connection.execute(
+            sql.SQL("select max(viewer_id) from {} where table_id = %s and domain_key = %s").format(
+                self.published
+            ),
+            [self.table.table_id, self.domain.key],
+        ).fetchone()
+        return max(1, row[0] or 0) if row else 1
 
     def rows(self, viewers: Iterable[int]) -> dict[int, Row]:
         """The rows of those of the viewers that have one."""
@@ -350,8 +370,7 @@ class ItemAccess:
     def page(self, domain_key: str, limit: int, now: datetime) -> set[int]:
         """Viewers of one domain among `limit` items from a place of the table that moves with `now`."""
         # A start key need not exist: DynamoDB goes on from where its hash lies.
-        place = int.from_bytes(hashlib.sha256(now.isoformat().encode()).digest()[:4], "big")
-        start: Any = {self.partition_key: {"N": str(place)}, self.sort_key: {"S": domain_key}}
+        start: Any = {self.partition_key: {"N": str(_place(now))}, self.sort_key: {"S": domain_key}}
         items: list[Any] = []
         for options in ({"ExclusiveStartKey": start}, {}):
             answer = self._call(
@@ -493,6 +512,10 @@ def _all_before(arrived: Iterable[datetime | None], late: Iterable[datetime | No
 def key_hash(viewer_id: int) -> str:
     """The hash that chooses which viewers are followed; the same everywhere and for ever."""
     return hashlib.sha256(str(viewer_id).encode()).hexdigest()
+
+
+def _place(now: datetime) -> int:
+    return int.from_bytes(hashlib.sha256(now.isoformat().encode()).digest()[:4], "big")
 
 
 def _plain(typed: Mapping[str, Any]) -> Any:
