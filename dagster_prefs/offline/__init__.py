@@ -4,6 +4,10 @@
 - `tables.TILE_TABLES` maps a table's name to its `TileTable` (`WATCH`, `GENRE`, `INTERACTIONS`).
 - `export.export_day(engine, catalog, spec, day)` makes one day current, or says that it already was;
   `export.export_days` does so for a range, `export.days_to_export` says which days differ.
+- `maintenance.maintain(catalog, spec, now=, keep_snapshots=)` expires, compacts and tidies; tags stay.
+- `training_set.build_training_set(catalog, labels, output, now=, contract_version=)` joins labels with what was
+  known at their time; `training_set.reproduce_training_set(catalog, manifest, output)` does so again.
+- `parity.check_parity(engine, catalog, read_items, now=)` compares what is served with what the tables say.
 
 Every expected failure is a `catalog.OfflineError`.
 """

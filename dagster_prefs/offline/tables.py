@@ -87,6 +87,11 @@ class TileTable:
         )
 
     @cached_property
+    def arrow_schema(self) -> pa.Schema:
+        """The Arrow schema of the tile's rows."""
+        return schema_to_pyarrow(self.schema, include_field_ids=False)
+
+    @cached_property
     def totals(self) -> tuple[str, ...]:
         """The columns that can be summed exactly."""
         return tuple(

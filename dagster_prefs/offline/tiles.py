@@ -126,11 +126,11 @@ class TileSnapshot:
             value=sql.Literal(day),
             key=sql.SQL(", ").join(map(sql.Identifier, self._spec.key)),
         )
-        block: list[bytes] = []
+        block: list[Any] = []
         size = 0
         with self._connection.cursor() as cursor, cursor.copy(query) as copy:
             while data := copy.read():
-                block.append(bytes(data))
+                block.append(data)
                 size += len(data)
                 if size >= BLOCK_BYTES:
                     yield self._parse(b"".join(block), names, day, schema)

@@ -50,6 +50,8 @@ FEATURES: tuple[Feature, ...] = (
     Feature("minutes_per_view_28d", "preferences", "cast(null as decimal(28, 6))"),
 )
 
+DOMAINS = ("watch", "interactions", "preferences")
+
 # Tables, and the columns of each that the features need.
 SOURCES: tuple[tuple[TileTable, tuple[str, ...]], ...] = (
     (WATCH, ("watch_seconds", "content_started", "completions", "genres_watched")),
@@ -82,8 +84,11 @@ def ratio(numerator: str, denominator: str) -> str:
     )
 
 
-def features_sql(mode: Mode, *, versions: bool = False) -> str:
+def features_sql(mode: Mode, *, versions: bool = False, last_events: bool = False) -> str:
     """A query that returns one row per point: `point`, then every feature in the order of FEATURES.
+
+    With `last_events`, tiles carry `last_event_ms` and `<domain>_last_event_at` follows for every domain: the
+    newest event in its long window, NULL where the window is empty and the domain has no item.
 
     With `versions`, tiles carry `known_from` and `known_to` (epoch milliseconds), and a point sees only the
     version that was current at its `known_at`.
@@ -92,6 +97,9 @@ def features_sql(mode: Mode, *, versions: bool = False) -> str:
         f"coalesce({feature.domain}.{feature.name}, {feature.cold_start}) as {feature.name}"
         for feature in FEATURES
     )
+    newest = "max(t.last_event_ms)" if last_events else "null"
+    if last_events:
+        columns += "".join(f",\n  {domain}.last_event_at as {domain}_last_event_at" for domain in DOMAINS)
     return f"""
 with watch as (
   select
@@ -100,7 +108,8 @@ with watch as (
     {ratio("sum(t.watch_seconds)", "60")} as watch_minutes_28d,
     cast({_windowed_sum("t.content_started", "t.watch_date", mode)} as bigint) as titles_7d,
     cast(sum(t.completions) as bigint) as completions_28d,
-    cast(sum(t.genres_watched) as bigint) as genres_watched_28d
+    cast(sum(t.genres_watched) as bigint) as genres_watched_28d,
+    {newest} as last_event_at
   from points as p
   join {WATCH.name} as t on {_same_viewer("t.watch_date", mode, versions)}
   group by p.point
@@ -110,7 +119,8 @@ interactions as (
     p.point,
     cast(sum(t.likes) as bigint) as likes_28d,
     cast(sum(t.shares) as bigint) as shares_28d,
-    cast(sum(t.searches) as bigint) as searches_28d
+    cast(sum(t.searches) as bigint) as searches_28d,
+    {newest} as last_event_at
   from points as p
   join {INTERACTIONS.name} as t on {_same_viewer("t.interaction_date", mode, versions)}
   group by p.point
@@ -121,7 +131,8 @@ genres as (
     t.genre,
     sum(t.watch_seconds) as watch_seconds,
     sum(t.views) as views,
-    sum(t.completions) as completions
+    sum(t.completions) as completions,
+    {newest} as last_event_at
   from points as p
   join {GENRE.name} as t on {_same_viewer("t.watch_date", mode, versions)}
   group by p.point, t.genre
@@ -131,7 +142,8 @@ totals as (
     point,
     sum(watch_seconds) as watch_seconds,
     sum(views) as views,
-    sum(completions) as completions
+    sum(completions) as completions,
+    max(last_event_at) as last_event_at
   from genres
   group by point
 ),
@@ -161,7 +173,8 @@ preferences as (
     favorites.favorite_genres,
     favorites.favorite_genre_shares,
     {ratio("totals.completions", "totals.views")} as completion_rate_28d,
-    {ratio("totals.watch_seconds", "60 * totals.views")} as minutes_per_view_28d
+    {ratio("totals.watch_seconds", "60 * totals.views")} as minutes_per_view_28d,
+    totals.last_event_at
   from totals
   join favorites on favorites.point = totals.point
 )
