@@ -90,7 +90,7 @@ def read_json(data: bytes) -> Any:
     """The JSON value, or `_NOTHING` where the bytes are not UTF-8 or not JSON."""
     try:
         value = json.loads(data.decode("utf-8"), parse_float=Decimal, parse_constant=_refuse_constant)
-    except ValueError:
+    except (ValueError, RecursionError):
         return _NOTHING
     return _NOTHING if _has_impossible_text(value) else value
 

@@ -103,9 +103,14 @@
   ) }}
 {%- endmacro %}
 
+{# A model's SQL without the name of the database, which a copy or a restored backup may change. #}
+{% macro portable_definition() -%}
+  {{ return(sql | trim | replace(adapter.quote(target.dbname) ~ ".", "")) }}
+{%- endmacro %}
+
 {# What identifies a model's definition: its SQL and its indexes. #}
 {% macro definition_checksum() -%}
-  {{ return(local_md5(sql | trim ~ "\n" ~ tojson(config.get("indexes", [])))) }}
+  {{ return(local_md5(portable_definition() ~ "\n" ~ tojson(config.get("indexes", [])))) }}
 {%- endmacro %}
 
 {# Say who makes a relation before it is made, so that a crash between the two leaves nothing without an owner. #}
@@ -137,7 +142,7 @@
     '{{ config.get("materialized") }}',
     {% if checksum %}'{{ checksum }}'{% else %}null{% endif %},
     {% if checksum %}'{{ graph.nodes[model.unique_id].checksum.checksum }}'{% else %}null{% endif %},
-    {% if checksum %}'{{ redacted(sql | trim) | replace("'", "''") }}'{% else %}null{% endif %},
+    {% if checksum %}'{{ redacted(portable_definition()) | replace("'", "''") }}'{% else %}null{% endif %},
     '{{ state }}',
     '{{ run_started_at.isoformat() }}',
     '{{ invocation_id }}'

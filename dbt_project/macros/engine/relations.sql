@@ -148,3 +148,10 @@ with (
   {% endcall %}
   {{ return(sql_convert_columns_in_relation(load_result("get_columns_in_relation").table)) }}
 {%- endmacro %}
+
+{# RisingWave comments on tables and materialized views only. #}
+{% macro risingwave__persist_docs(relation, model, for_relation=true, for_columns=true) -%}
+  {%- if relation.type != "view" -%}
+    {{ default__persist_docs(relation, model, for_relation, for_columns) }}
+  {%- endif -%}
+{%- endmacro %}
