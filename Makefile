@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 UV_VERSION := 0.13.8
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ui up down status test test-fast test-terraform lint format lock clean
+.PHONY: help demo ui up down status test test-fast test-terraform bench-serving bench-ingest lint format lock clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,12 @@ test-fast: $(VENV)/installed ## the tests without a webserver, a browser or the 
 
 test-terraform: $(VENV)/installed ## the infrastructure's tests alone
 	@$(BIN)/python -m pytest tests/terraform
+
+bench-serving: $(VENV)/installed ## reads and rankings against their peers
+	@$(BIN)/python benchmarks/serving.py --json bench-serving.json
+
+bench-ingest: $(VENV)/installed ## ingestion against a plain COPY
+	@$(BIN)/python benchmarks/ingest.py
 
 lint: $(VENV)/installed ## style and types
 	@$(BIN)/ruff check .

@@ -22,6 +22,7 @@ from dagster_prefs.settings import PROJECT_ROOT, Settings, load_settings
 
 if TYPE_CHECKING:
     from dagster_prefs.demo import Summary
+    from dagster_prefs.serving import ProfileClient
 
 console = Console(highlight=False)
 
@@ -268,17 +269,26 @@ def rejected(topic: str | None, reason: str | None, limit: int, as_json: bool) -
     )
 
 
+def profile_client(settings: Settings) -> ProfileClient:
+    """A client for people, who rather wait for the local AWS server than see half a profile."""
+    from dagster_prefs.serving import ProfileClient
+
+    return ProfileClient(
+        endpoint_url=settings.aws_endpoint,
+        region=settings.aws_region,
+        table_prefix=settings.table_prefix,
+        budget_seconds=30.0,
+        read_timeout_seconds=30.0,
+    )
+
+
 @cli.command()
 @click.argument("viewer", type=int)
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def profile(viewer: int, as_json: bool) -> None:
     """Read one viewer's items from DynamoDB, as a service would."""
-    from dagster_prefs.serving import ProfileClient
-
     settings = load_settings()
-    with ProfileClient(
-        endpoint_url=settings.aws_endpoint, region=settings.aws_region, table_prefix=settings.table_prefix
-    ) as client:
+    with profile_client(settings) as client:
         found = client.get(viewer).as_dict()
     if as_json:
         print_json(found)
@@ -307,7 +317,7 @@ def rank(user: str, limit: int, session: bool, as_json: bool) -> None:
             item.item_id,
             item.title or "",
             item.category or "",
-            item.combined_personalization_score or item.personalization_score,
+            item.score,
         )
         for item in ranking
     ]
@@ -525,13 +535,10 @@ def simulate(
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def why(viewer: int, attribute: str, as_json: bool) -> None:
     """Set a served number beside the same number recomputed from its tiles, with the latest events."""
-    from dagster_prefs.serving import ProfileClient
     from dagster_prefs.serving.why import explain_attribute
 
     settings = load_settings()
-    with ProfileClient(
-        endpoint_url=settings.aws_endpoint, region=settings.aws_region, table_prefix=settings.table_prefix
-    ) as client:
+    with profile_client(settings) as client:
         found = explain_attribute(
             EngineConnection.of(settings),
             client,

@@ -142,16 +142,17 @@ class Demo:
                 endpoint_url=self.settings.aws_endpoint,
                 region=self.settings.aws_region,
                 table_prefix=self.settings.table_prefix,
+                # The local AWS server takes its time; this is a look, not a request of a service.
+                budget_seconds=30.0,
+                read_timeout_seconds=30.0,
             ) as client:
                 profile = client.get(viewer[0])
-            summary.items = {
-                name: read["attributes"] for name, read in profile.as_dict()["domains"].items()
-            }
+            summary.items = {name: read["attributes"] for name, read in profile.as_dict()["domains"].items()}
         if user:
             summary.user_id = user[0]
             with PreferenceClient(platform.engine) as preferences:
                 summary.ranking = [
-                    (item.item_id, item.title or "", item.combined_personalization_score or item.personalization_score)
+                    (item.item_id, item.title or "", item.score)
                     for item in preferences.rank(user[0], limit=5, now=datetime.now(UTC))
                 ]
         catalog = platform.catalog()

@@ -136,6 +136,10 @@ class Settings(BaseSettings):
                 "PREFS_PUBLISH=sink needs PREFS_ENGINE=risingwave: the local engine has no "
                 "sinks; use publisher"
             )
+        if self.engine == "risingwave" and self.publish == "publisher":
+            raise ValueError(
+                "PREFS_PUBLISH=publisher needs PREFS_ENGINE=local: on RisingWave its own sinks write DynamoDB; use sink"
+            )
         if self.iceberg_catalog == "rest" and not self.iceberg_uri:
             raise ValueError("PREFS_ICEBERG_CATALOG=rest needs PREFS_ICEBERG_URI, the address of the catalog")
         if self.iceberg_catalog != "sqlite" and not self.iceberg_warehouse:

@@ -71,9 +71,9 @@ def ui(new_place: Callable[[], Place], free_port: Callable[[], int]) -> Iterator
     place: Place = new_place()
     place.ok("prefs", "up")
     port = free_port()
-    server = Place(
-        place.data_dir, {**place.environment, "DAGSTER_HOME": str(_home(place.data_dir))}
-    ).start("dagster-webserver", "-w", str(PROJECT / "workspace.yaml"), "-h", "127.0.0.1", "-p", str(port))
+    server = Place(place.data_dir, {**place.environment, "DAGSTER_HOME": str(_home(place.data_dir))}).start(
+        "dagster-webserver", "-w", str(PROJECT / "workspace.yaml"), "-h", "127.0.0.1", "-p", str(port)
+    )
     started = Ui(f"http://127.0.0.1:{port}")
 
     def ready() -> bool:
@@ -153,7 +153,15 @@ def test_the_asset_graph_shows_every_group_and_asset(ui: Ui, tmp_path: Path) -> 
         text = page.content()
         browser.close()
     assert picture.stat().st_size > 20_000
-    for group in ("events", "preferences", "engagement", "sinks", "operations", "online_store", "offline_store"):
+    for group in (
+        "events",
+        "preferences",
+        "engagement",
+        "sinks",
+        "operations",
+        "online_store",
+        "offline_store",
+    ):
         assert group in text
     for asset in ("raw_user_events", "viewer_profiles", "view_events_parsed"):
         assert asset in text
