@@ -2,7 +2,7 @@
 
 {# A field as text where it is a string or a number, trimmed; NULL where absent, empty or of another type. #}
 {% macro text_field(name) -%}
-  case when jsonb_typeof(j -> '{{ name }}') in ('string', 'number') then nullif(trim(j ->> '{{ name }}'), '') end
+  case when jsonb_typeof(j -> '{{ name }}') in ('string', 'number') then nullif(btrim(j ->> '{{ name }}', E' \t\r\n'), '') end
 {%- endmacro %}
 
 {# Whether a field is there with any content at all. #}

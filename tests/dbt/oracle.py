@@ -116,7 +116,7 @@ def text(document: Mapping[str, Any], name: str) -> str | None:
     value = document.get(name)
     if isinstance(value, bool) or not isinstance(value, (str, int, Decimal)):
         return None
-    return (written(value) or "").strip(" ") or None
+    return (written(value) or "").strip(" \t\r\n") or None
 
 
 def given(document: Mapping[str, Any], name: str) -> bool:

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from conftest import PROJECT, assert_all_ok
 from psycopg import sql
-from relations import insert_events
-from streams import MIDNIGHT
+from relations import insert_events, instant
+from streams import MIDNIGHT, NOW
 from test_views_against_oracle import watch
 
 from dagster_prefs.engine.connection import EngineConnection

@@ -37,7 +37,15 @@ VARIANTS = [
 ]
 
 # Functions that RisingWave lacks or that the session's time zone would change.
-ABSENT = {"current_date", "hashtext", "pg_input_is_valid", "clock_timestamp", "localtimestamp", "to_number", "bit_xor"}
+ABSENT = {
+    "current_date",
+    "hashtext",
+    "pg_input_is_valid",
+    "clock_timestamp",
+    "localtimestamp",
+    "to_number",
+    "bit_xor",
+}
 
 
 def statement(text: str) -> exp.Expression:
@@ -103,14 +111,18 @@ def now_alone_on_its_side(text: str) -> list[str]:
 def no_absent_functions(text: str) -> list[str]:
     """Nothing that RisingWave does not have."""
     wrong = [name for name in ABSENT if re.search(rf"\b{name}\b", text, re.IGNORECASE)]
-    if re.search(r"::bit\b|\bbit\(\d|\btemp(orary)?\s+table|\bmerge\s+into|\bcreate\s+extension", text, re.IGNORECASE):
+    if re.search(
+        r"::bit\b|\bbit\(\d|\btemp(orary)?\s+table|\bmerge\s+into|\bcreate\s+extension", text, re.IGNORECASE
+    ):
         wrong.append("bit strings, temporary tables, MERGE or extensions")
     return wrong
 
 
 def no_sized_types(text: str) -> list[str]:
     """No varchar(n), char(n) or numeric(p, s)."""
-    return re.findall(r"\b(?:varchar|char|character varying|numeric|decimal)\s*\(\s*\d+[^)]*\)", text, re.IGNORECASE)
+    return re.findall(
+        r"\b(?:varchar|char|character varying|numeric|decimal)\s*\(\s*\d+[^)]*\)", text, re.IGNORECASE
+    )
 
 
 def no_typed_literals(text: str) -> list[str]:
@@ -142,7 +154,13 @@ def joins_have_an_equality(text: str) -> list[str]:
             condition is not None
             and any(
                 isinstance(part, exp.EQ)
-                and len({column.table for side in (part.this, part.expression) for column in side.find_all(exp.Column)})
+                and len(
+                    {
+                        column.table
+                        for side in (part.this, part.expression)
+                        for column in side.find_all(exp.Column)
+                    }
+                )
                 == 2
                 for part in condition.flatten()
                 if isinstance(part, exp.EQ) or isinstance(condition, exp.EQ)
@@ -189,7 +207,8 @@ def ranked_is_filtered(text: str) -> list[str]:
         alias = window.find_ancestor(exp.Alias)
         name = alias.alias if alias else ""
         bounded = any(
-            isinstance(test, (exp.EQ, exp.LTE, exp.LT)) and any(c.name == name for c in test.find_all(exp.Column))
+            isinstance(test, (exp.EQ, exp.LTE, exp.LT))
+            and any(c.name == name for c in test.find_all(exp.Column))
             for where in tree.find_all(exp.Where)
             for test in where.find_all(exp.EQ, exp.LTE, exp.LT)
         )
@@ -234,7 +253,9 @@ def sinks_fit_dynamodb(text: str) -> list[str]:
 def credentials_are_named(text: str) -> list[str]:
     """Credentials are placeholders until the statement runs."""
     given = re.findall(r"(?:access_key_id|secret_access_key|password)\s*=\s*'([^']*)'", text, re.IGNORECASE)
-    return [f"a credential in the text: {value[:2]}…" for value in given if not re.fullmatch(r"\$\{\w+\}", value)]
+    return [
+        f"a credential in the text: {value[:2]}…" for value in given if not re.fullmatch(r"\$\{\w+\}", value)
+    ]
 
 
 RULES: dict[Rule, str] = {
@@ -270,7 +291,9 @@ MORE_BAD = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("rule", "bad"), [*RULES.items(), *MORE_BAD], ids=lambda value: getattr(value, "__name__", ""))
+@pytest.mark.parametrize(
+    ("rule", "bad"), [*RULES.items(), *MORE_BAD], ids=lambda value: getattr(value, "__name__", "")
+)
 def test_rule_can_fail(rule: Rule, bad: str) -> None:
     assert rule(bad)
 
@@ -285,7 +308,9 @@ def test_every_model_keeps_the_rules(
         f"{name}: {rule.__name__}: {problem}"
         for (name, (kind, text)), rule in itertools.product(models.items(), RULES)
         # A plain view is a batch query when it is read: it may use now() and join as it likes.
-        if not (kind == "view" and rule in (now_only_in_filters, now_alone_on_its_side, joins_have_an_equality))
+        if not (
+            kind == "view" and rule in (now_only_in_filters, now_alone_on_its_side, joins_have_an_equality)
+        )
         for problem in rule(text)
     ]
     assert wrong == []

@@ -1,0 +1,127 @@
+"""The whole story on a real RisingWave: deploy, events in, every relation equal to the oracle, deploy again."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.dbt import Dbt
+
+URL = os.environ.get("PREFS_RISINGWAVE_URL", "")
+PROJECT = Path(__file__).resolve().parents[2] / "dbt_project"
+
+pytestmark = pytest.mark.skipif(not URL, reason="PREFS_RISINGWAVE_URL names no RisingWave server")
+
+
+@pytest.fixture(scope="module")
+def risingwave() -> Iterator[EngineConnection]:
+    """An empty database of the server, dropped afterwards."""
+    parts = urlsplit(URL)
+    server = EngineConnection(
+        host=parts.hostname or "127.0.0.1",
+        port=parts.port or 4566,
+        database=parts.path.strip("/") or "dev",
+        user=parts.username or "root",
+        password=parts.password or "",
+        kind="risingwave",
+    )
+    name = f"prefs_{uuid.uuid4().hex[:12]}"
+    with server.connect() as connection:
+        connection.execute(f"create database {name}")
+    yield server.with_database(name)
+    with server.connect() as connection:
+        connection.execute(f"drop database {name}")
+
+
+@pytest.fixture(scope="module")
+def deployed(risingwave: EngineConnection, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dbt]:
+    """The project, deployed; what reads the rolling views for DynamoDB is the publisher."""
+    dbt = Dbt(risingwave, PROJECT, tmp_path_factory.mktemp("target"), {"PREFS_PUBLISH": "publisher"})
+    results = dbt.run("run")
+    assert [f"{result.name}: {result.message}" for result in results if not result.ok] == []
+    yield dbt
+    with risingwave.connect() as connection:
+        for table in (
+            "raw_user_events", "raw_view_events", "raw_content_interactions", "raw_items",
+            "erased_subjects", "ingest_files", "deployments",
+        ):  # fmt: skip
+            connection.execute(f"drop table if exists {table} cascade")
+
+
+def stream(now: int) -> list[Any]:
+    """Messages over 40 days before `now` (microseconds): good, repeated, late, wrong and unreadable ones."""
+    from oracle import DAY, Message
+    from relations import instant
+
+    chance = random.Random(20260315)
+    made = []
+    for place in range(400):
+        topic = chance.choice(["user.events", "view_events", "content_interactions", "items"])
+        at = instant(now - chance.randrange(40 * DAY)).isoformat()
+        at = chance.choice(
+            [at, at.replace("+00:00", "Z"), at.replace("T", " ").replace("+00:00", " UTC"), "x", at]
+        )
+        body: dict[str, Any] = {
+            "event_id": f"e{chance.randrange(120)}", "user_id": f"u{chance.randrange(4)}",
+            "viewer_id": chance.choice([-1, 0, 1, 2, 3, "4", "5.0", None, 2**70]), "item_id": f"i{chance.randrange(5)}",
+            "event_time": at, "watched_at": at, "event_ts": at, "content_id": f"c{chance.randrange(9)}",
+            "category": chance.choice(["A", "B", "C", "", None]), "brand": chance.choice(["X", "Y", ""]),
+            "price": chance.choice([None, 0, 24.99, 25, "99.99", 100, 500, -1, "free"]),
+            "genre": chance.choice(["drama", "Drama", "Ä", "crime", "sci|fi", "z", None]),
+            "watch_duration_sec": chance.choice([0, 1, 59, 61, 3600, -5, None]),
+            "completion_pct": chance.choice([0, 0.899999, 0.9, "0.90", 1, 1.5, None]), "in_stock": chance.choice([True, False]),
+        }  # fmt: skip
+        if topic == "content_interactions":
+            body["event_type"] = chance.choice(["like", "share", "search", "shout"])
+        else:
+            body["event_type"] = chance.choice(
+                ["view", "view", "purchase", "wishlist", "add_to_cart", "cart"]
+            )
+        data = chance.choice([json.dumps(body).encode()] * 9 + [b"{", b"\xff\xfe", b"42", b"[]", b""])
+        arrived = now - chance.randrange(10) * 1_000_000
+        made.append(Message(topic, "test", place % 2, place, data, None, arrived))
+    return made
+
+
+def test_events_come_out_as_the_oracle_says_and_a_second_run_is_a_no_op(
+    risingwave: EngineConnection, deployed: Dbt
+) -> None:
+    from oracle import Oracle, micros
+    from relations import differences, insert_events
+
+    with risingwave.connect() as connection:
+        row = connection.execute("select now()").fetchone()
+        assert row is not None
+        messages = stream(micros(row[0]))
+        # One wait for the next barrier at the end instead of one for every row.
+        connection.execute("set rw_implicit_flush to false")
+        insert_events(connection, messages)
+        connection.execute("flush")
+        oracle = Oracle(messages, micros(row[0]))
+        assert len(oracle.watch) > 20
+        wrong = differences(connection, oracle)
+        # Read at another moment than the oracle's, its values are smaller by the seconds in between.
+        wrong.pop("user_category_affinity_now", None)
+        assert wrong == {}
+        before = connection.execute(
+            "select id, name, definition from rw_catalog.rw_relations order by id"
+        ).fetchall()
+    again = deployed.run("run")
+    assert [result.message for result in again if not result.ok] == []
+    models = [result for result in again if result.unique_id.startswith("model.")]
+    assert len(models) > 30
+    assert [result.name for result in models if not result.message.lower().startswith("skip")] == []
+    with risingwave.connect() as connection:
+        after = connection.execute(
+            "select id, name, definition from rw_catalog.rw_relations order by id"
+        ).fetchall()
+    assert after == before
