@@ -26,13 +26,17 @@ KEYS = ["viewer_id", "domain_key"]
 # Where a model is compiled differently; every combination must keep the rules.
 VARIANTS = [
     pytest.param({}, id="inserts"),
-    pytest.param({"PREFS_KAFKA_BOOTSTRAP": "kafka:9092"}, id="kafka"),
-    pytest.param({"PREFS_KAFKA_BOOTSTRAP": "kafka:9092", "PREFS_KAFKA_START": "latest"}, id="kafka-latest"),
-    pytest.param({"PREFS_EXPIRY_SPREAD_SECONDS": "3600"}, id="spread"),
     pytest.param({"PREFS_PUBLISH": "publisher"}, id="publisher"),
     pytest.param(
-        {"AWS_ENDPOINT_URL": "http://aws:8000", "AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret"},
-        id="credentials",
+        FULL := {
+            "PREFS_KAFKA_BOOTSTRAP": "kafka:9092",
+            "PREFS_KAFKA_START": "latest",
+            "PREFS_EXPIRY_SPREAD_SECONDS": "3600",
+            "AWS_ENDPOINT_URL": "http://aws:8000",
+            "AWS_ACCESS_KEY_ID": "id",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+        },
+        id="kafka, spread and credentials",
     ),
 ]
 
@@ -318,7 +322,7 @@ def test_every_model_keeps_the_rules(
 
 def test_variants_say_what_they_are_for(tmp_path_factory: pytest.TempPathFactory) -> None:
     """The rules above were applied to text that does contain the variant."""
-    kafka = compiled(tmp_path_factory, {"PREFS_KAFKA_BOOTSTRAP": "kafka:9092", "PREFS_KAFKA_START": "latest"})
+    kafka = compiled(tmp_path_factory, FULL)
     for name in ("raw_user_events", "raw_view_events", "raw_content_interactions", "raw_items"):
         text = " ".join(kafka[name][1].split())
         assert "properties.bootstrap.server = 'kafka:9092'" in text
@@ -328,11 +332,11 @@ def test_variants_say_what_they_are_for(tmp_path_factory: pytest.TempPathFactory
     plain = compiled(tmp_path_factory, {})
     assert "connector" not in plain["raw_user_events"][1]
     assert plain["sink_engagement_watch"][0] == "sink"
-    spread = compiled(tmp_path_factory, {"PREFS_EXPIRY_SPREAD_SECONDS": "3600"})
+    spread = kafka
     for name in ("viewer_engagement_rolling", "content_interactions_rolling", "viewer_preferences_rolling"):
         assert "abs(viewer_id % 3600)" in spread[name][1]
         assert "3600" not in plain[name][1]
-    secret = compiled(tmp_path_factory, {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret"})
+    secret = kafka
     assert "'${AWS_SECRET_ACCESS_KEY}'" in secret["sink_engagement_watch"][1]
     assert compiled(tmp_path_factory, {"PREFS_PUBLISH": "publisher"})["sink_engagement_watch"][0] == "view"
 
