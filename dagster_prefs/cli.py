@@ -455,8 +455,71 @@ def reconcile(dry_run: bool) -> None:
         )
         console.print(
             f"{domain.name}: {report.compared:,} compared, {report.missing} missing, {report.different} stale,"
-            f" {report.extra} extra{' (nothing written)' if dry_run else ''}"
+            f" {report.extra} extra, {report.overtaken} changed meanwhile{' (nothing written)' if dry_run else ''}"
         )
+
+
+@cli.group()
+def alerts() -> None:
+    """Alerts of freshness."""
+
+
+@alerts.command("test")
+def alerts_test() -> None:
+    """Send a message to PREFS_ALERT_WEBHOOK."""
+    from dagster_prefs.freshness.alerts import Webhook
+
+    settings = load_settings()
+    if settings.alert_webhook is None:
+        raise PrefsError("PREFS_ALERT_WEBHOOK is not set: set it to the webhook's https URL")
+    Webhook(settings.alert_webhook.get_secret_value()).send("dagster-prefs: this is a test of the alerts")
+    console.print("sent")
+
+
+@cli.group("training-set")
+def training_set() -> None:
+    """Point-in-time correct training sets from the tiles in Iceberg."""
+
+
+@training_set.command("build")
+@click.option(
+    "--labels", required=True, help="Parquet or CSV file, or Iceberg table: viewer_id, label_time, …"
+)
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="Parquet file to write.")
+@click.option("--timezone", help="Zone of label times that have none, e.g. UTC.")
+@click.option("--as-known", is_flag=True, help="Never use a tile version written after the label's time.")
+def training_set_build(labels: str, output: Path, timezone: str | None, as_known: bool) -> None:
+    """Join every label with the features as they were known at its time; writes a manifest beside it."""
+    from dagster_prefs.defs.resources import Platform
+    from dagster_prefs.offline.training_set import build_training_set
+
+    platform = Platform(load_settings())
+    made = build_training_set(
+        platform.catalog(),
+        labels,
+        output,
+        now=datetime.now(UTC),
+        contract_version=platform.contract.version,
+        timezone=timezone,
+        as_known=as_known,
+        namespace=platform.settings.iceberg_namespace,
+    )
+    console.print(
+        f"{made.rows:,} rows ({made.cold_start_rows:,} without history) in {made.output}; manifest {made.manifest}"
+    )
+
+
+@training_set.command("reproduce")
+@click.argument("manifest", type=click.Path(path_type=Path))
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="Parquet file to write.")
+@click.option("--labels", help="Where the labels are now, if they moved.")
+def training_set_reproduce(manifest: Path, output: Path, labels: str | None) -> None:
+    """Write the training set of a manifest again and prove that every row is equal."""
+    from dagster_prefs.defs.resources import Platform
+    from dagster_prefs.offline.training_set import reproduce_training_set
+
+    made = reproduce_training_set(Platform(load_settings()).catalog(), manifest, output, labels=labels)
+    console.print(f"{made.rows:,} rows, equal to those of {manifest}, in {made.output}")
 
 
 @cli.command()

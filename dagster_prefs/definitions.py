@@ -23,7 +23,9 @@ def build_definitions(settings: Settings) -> dg.Definitions:
         online_store.build(platform),
         offline_store.build(platform),
         events.build(platform),
-        freshness.build(platform),
+        freshness.build(
+            platform, settings.alert_webhook.get_secret_value() if settings.alert_webhook else None
+        ),
         # One process a run: the steps are short and share dbt, so a process each would only add start-up time.
         dg.Definitions(executor=dg.in_process_executor),
     )

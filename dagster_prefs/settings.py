@@ -100,6 +100,21 @@ class Settings(BaseSettings):
         "earliest", description="Where a new Kafka reader starts; `earliest` loses no event."
     )
 
+    kafka_topic_user_events: str = Field("user.events", description="Name of topic user.events in Kafka.")
+    kafka_topic_view_events: str = Field("view_events", description="Name of topic view_events in Kafka.")
+    kafka_topic_content_interactions: str = Field(
+        "content_interactions", description="Name of topic content_interactions in Kafka."
+    )
+    kafka_topic_items: str = Field("items", description="Name of topic items in Kafka.")
+    sink_role_arn: str | None = Field(
+        None,
+        description="IAM role that RisingWave's DynamoDB sinks assume; empty means the engine's own identity.",
+    )
+    alert_webhook: SecretStr | None = Field(
+        None,
+        description="Slack-compatible webhook (https) that freshness alerts go to; empty means they are logged.",
+    )
+
     iceberg_catalog: Literal["sqlite", "glue", "rest"] = Field("sqlite", description="Iceberg catalog kind.")
     iceberg_warehouse: str | None = Field(
         None, description="Iceberg warehouse URI, s3://… or file://…; empty means <data dir>/iceberg."
@@ -168,6 +183,16 @@ class Settings(BaseSettings):
     def user(self) -> str:
         """The engine's user, with the default of the chosen engine."""
         return self.engine_user or ("prefs" if self.engine == "local" else "root")
+
+    @property
+    def kafka_topics(self) -> dict[str, str]:
+        """Topic of this platform → its name in Kafka."""
+        return {
+            "user.events": self.kafka_topic_user_events,
+            "view_events": self.kafka_topic_view_events,
+            "content_interactions": self.kafka_topic_content_interactions,
+            "items": self.kafka_topic_items,
+        }
 
     @property
     def aws_endpoint(self) -> str | None:

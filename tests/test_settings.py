@@ -169,3 +169,16 @@ def test_the_example_lists_every_setting_with_its_description_and_default() -> N
         # The default folder depends on where the project lies.
         shown = "" if default is None or name == "data_dir" else str(default)
         assert lines[number] == f"#{variable}={shown}"
+
+
+def test_every_variable_that_dbt_reads_is_a_setting() -> None:
+    project = PROJECT_ROOT / "dbt_project"
+    files = [*project.rglob("*.sql"), *project.glob("*.yml")]
+    read = {
+        name
+        for path in files
+        if "target" not in path.relative_to(project).parts
+        for name in re.findall(r"env_var\(['\"](PREFS_[A-Z_]+)['\"]\s*[,)]", path.read_text())
+    }
+    assert read
+    assert read <= known_variables().keys()

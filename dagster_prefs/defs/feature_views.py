@@ -58,7 +58,9 @@ def build(platform: Platform) -> dg.Definitions:
     }
 
     @dbt_assets(manifest=manifest, dagster_dbt_translator=translator, name="dbt_models")
-    def dbt_models(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult[Any] | dg.AssetCheckResult]:
+    def dbt_models(
+        context: dg.AssetExecutionContext,
+    ) -> Iterator[dg.MaterializeResult[Any] | dg.AssetCheckResult]:
         selected = [name for key, name in models.items() if key in context.selected_asset_keys]
         selected += [name for key, name in checks.items() if key in context.selected_asset_check_keys]
         names = {name: key for key, name in models.items()}

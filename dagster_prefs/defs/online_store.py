@@ -62,7 +62,9 @@ def _published(platform: Platform, domain: Domain) -> dg.AssetsDefinition:
         check_specs=[check],
         description=f"{domain.description} Upserts what changed in {domain.relation}, deletes who left it.",
     )
-    def published(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult[Any] | dg.AssetCheckResult]:
+    def published(
+        context: dg.AssetExecutionContext,
+    ) -> Iterator[dg.MaterializeResult[Any] | dg.AssetCheckResult]:
         client = platform.dynamodb()
         table = platform.provision(client)
         report = publish_domain(platform.engine, client, platform.contract, domain.key, table)

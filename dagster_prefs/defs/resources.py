@@ -38,6 +38,12 @@ class Platform:
                 "PREFS_TABLE_PREFIX": self.settings.table_prefix,
                 "PREFS_KAFKA_BOOTSTRAP": self.settings.kafka_bootstrap or "",
                 "PREFS_KAFKA_START": self.settings.kafka_start,
+                **{
+                    "PREFS_KAFKA_TOPIC_" + topic.replace(".", "_").upper(): name
+                    for topic, name in self.settings.kafka_topics.items()
+                },
+                "PREFS_SINK_ROLE_ARN": self.settings.sink_role_arn or "",
+                "PREFS_PUBLISH": self.settings.publish,
                 "AWS_REGION": self.settings.aws_region,
             },
         )

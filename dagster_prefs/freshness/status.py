@@ -95,6 +95,7 @@ class Sources:
             self.settings.kafka_bootstrap,
             now=now,
             start=self.settings.kafka_start,
+            kafka_topics=self.settings.kafka_topics,
         )
 
     def views(self, now: datetime) -> list[Measure]:
