@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from psycopg import sql
+from relations import instant
+from streams import NOW
 
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.engine.dbt import Dbt, NodeResult
@@ -41,13 +43,19 @@ def deployed_template(services: LocalServices, dbt_target: Path) -> Iterator[Eng
 
 @pytest.fixture
 def deployed(deployed_template: EngineConnection) -> Iterator[EngineConnection]:
-    """A database of its own with every relation deployed and no event in it."""
+    """A database of its own with every relation deployed, no event in it, and its clock at NOW."""
     server = deployed_template.with_database("postgres")
     name = f"deployed_{uuid.uuid4().hex}"
     with server.connect() as connection:
         connection.execute(
             sql.SQL("create database {} template {}").format(
                 sql.Identifier(name), sql.Identifier(deployed_template.database)
+            )
+        )
+        # The streams of these tests happen around one moment; the database's clock stands there.
+        connection.execute(
+            sql.SQL("alter database {} set prefs.clock = {}").format(
+                sql.Identifier(name), sql.Literal(instant(NOW).isoformat())
             )
         )
     yield server.with_database(name)

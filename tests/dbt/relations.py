@@ -69,14 +69,13 @@ def insert_events(connection: Connection, messages: Iterable[Message]) -> None:
 
 def read(connection: Connection, relation: str, columns: Sequence[str]) -> list[Row]:
     """The rows of a relation; timestamps as microseconds since 1970."""
-    types = {
-        name: kind
-        for name, kind in connection.execute(
+    types = dict(
+        connection.execute(
             "select a.attname, t.typname from pg_attribute a join pg_class c on c.oid = a.attrelid"
             " join pg_type t on t.oid = a.atttypid where c.relname = %s and a.attnum > 0",
             (relation,),
         )
-    }
+    )
     picked = [
         sql.SQL("(extract(epoch from {}) * 1000000)::bigint").format(sql.Identifier(name))
         if types[name] == "timestamptz"

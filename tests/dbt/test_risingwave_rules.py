@@ -155,19 +155,21 @@ def joins_have_an_equality(text: str) -> list[str]:
     for join in statement(text).find_all(exp.Join):
         condition = join.args.get("on")
         keyed = join.args.get("using") or (
-            condition is not None
-            and any(
-                isinstance(part, exp.EQ)
-                and len(
-                    {
-                        column.table
-                        for side in (part.this, part.expression)
-                        for column in side.find_all(exp.Column)
-                    }
+            (
+                condition is not None
+                and any(
+                    isinstance(part, exp.EQ)
+                    and len(
+                        {
+                            column.table
+                            for side in (part.this, part.expression)
+                            for column in side.find_all(exp.Column)
+                        }
+                    )
+                    == 2
+                    for part in condition.flatten()
+                    if isinstance(part, exp.EQ) or isinstance(condition, exp.EQ)
                 )
-                == 2
-                for part in condition.flatten()
-                if isinstance(part, exp.EQ) or isinstance(condition, exp.EQ)
             )
             or isinstance(condition, exp.EQ)
         )

@@ -113,7 +113,8 @@ with (
   {%- endif %}
   {%- if env_var("PREFS_SINK_ROLE_ARN", "") %},
   aws.credentials.role.arn = '{{ env_var("PREFS_SINK_ROLE_ARN") }}'
-  {%- elif env_var("AWS_ACCESS_KEY_ID", "") %},
+  {#- Only at execution: dbt keeps every value that was read while parsing in its partial-parse file. #}
+  {%- elif execute and env_var("AWS_ACCESS_KEY_ID", "") %},
   aws.credentials.access_key_id = '${AWS_ACCESS_KEY_ID}',
   aws.credentials.secret_access_key = '${AWS_SECRET_ACCESS_KEY}'
   {%- endif %}
