@@ -136,7 +136,8 @@ _fields = {
 
 garbage = st.one_of(
     st.sampled_from([
-        b"", b" ", b"{", b"null", b"true", b"42", b'"text"', b"[]", b"[{}]", b"{}", b"\xff\xfe", b'{"event_id":"\xc3("}',
+        b"", b" ", b"{", b"null", b"true", b"42", b'"text"', b"[]", b"[{}]", b"{}", b"\xff\xfe",
+        b'{"event_id":"\xc3("}',
         b'{"event_id":"a\\u0000b"}', b'{"event_id":"\\ud800"}', b"\x00", b"{\"a\":1}\x00", b"NaN", b'{"price":NaN}',
         b"{'event_id':1}", b'\xef\xbb\xbf{"event_id":"bom"}', b"a\\b\x00\xff", b'{"event_id":01}', b'{"a":1,}',
     ]),

@@ -276,7 +276,10 @@ RULES: dict[Rule, str] = {
     time_zones_are_said: "select ts::date as day from t",
     distinct_only_in_count: "select sum(distinct a) as total from t group by b",
     ranked_is_filtered: "select a, row_number() over (partition by a order by b) as n from t",
-    clauses_in_order: "create table t (data bytea, primary key (p)) with (connector = 'kafka') include partition as p format plain encode bytes",
+    clauses_in_order: (
+        "create table t (data bytea, primary key (p)) with (connector = 'kafka') include partition as p"
+        " format plain encode bytes"
+    ),
     sinks_fit_dynamodb: "create sink s from v with (connector='dynamodb', primary_key = 'viewer_id', aws.region = 'x')",
     credentials_are_named: "create sink s from v with (aws.credentials.secret_access_key = 'abc')",
 }  # fmt: skip
@@ -289,9 +292,16 @@ MORE_BAD = [
     (now_alone_on_its_side, "select a from t where ts > now() + x * interval '1 second'"),
     (joins_have_an_equality, "select a.x from a cross join b"),
     (joins_have_an_equality, "select a.x from a join b on true"),
-    (sinks_fit_dynamodb, "create sink s from v with (primary_key = 'viewer_id,domain_key', aws.region = 'x') format plain encode json"),
+    (
+        sinks_fit_dynamodb,
+        "create sink s from v with (primary_key = 'viewer_id,domain_key', aws.region = 'x')"
+        " format plain encode json",
+    ),
     (sinks_fit_dynamodb, "create sink s from v with (primary_key = 'viewer_id,domain_key')"),
-    (clauses_in_order, "create table t (data bytea, primary key (p)) include partition as p with (connector = 'kafka')"),
+    (
+        clauses_in_order,
+        "create table t (data bytea, primary key (p)) include partition as p with (connector = 'kafka')",
+    ),
     (clauses_in_order, "create table t (data bytea)"),
     (one_statement, "select from where"),
 ]  # fmt: skip

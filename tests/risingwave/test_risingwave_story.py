@@ -78,7 +78,8 @@ def stream(now: int) -> list[Any]:
             "price": chance.choice([None, 0, 24.99, 25, "99.99", 100, 500, -1, "free"]),
             "genre": chance.choice(["drama", "Drama", "Ä", "crime", "sci|fi", "z", None]),
             "watch_duration_sec": chance.choice([0, 1, 59, 61, 3600, -5, None]),
-            "completion_pct": chance.choice([0, 0.899999, 0.9, "0.90", 1, 1.5, None]), "in_stock": chance.choice([True, False]),
+            "completion_pct": chance.choice([0, 0.899999, 0.9, "0.90", 1, 1.5, None]),
+            "in_stock": chance.choice([True, False]),
         }  # fmt: skip
         if topic == "content_interactions":
             body["event_type"] = chance.choice(["like", "share", "search", "shout"])
