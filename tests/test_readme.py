@@ -1,0 +1,79 @@
+"""What the README says is true: its commands exist, its links lead somewhere, its Python runs."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import click
+import pytest
+
+from dagster_prefs.cli import cli
+from dagster_prefs.online.contract import load_contract
+
+PROJECT = Path(__file__).parents[1]
+README = (PROJECT / "README.md").read_text()
+DOCUMENTS = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
+
+
+def commands(text: str, program: str) -> list[list[str]]:
+    """Calls of a program in code blocks and in code spans, as words."""
+    code = re.findall(r"```bash\n(.*?)```", text, re.S) + re.findall(r"`([^`\n]+)`", text)
+    lines = [line.split(" #")[0].strip() for block in code for line in block.splitlines()]
+    return [shlex.split(line) for line in lines if re.match(rf"{program}( |$)", line) and "…" not in line]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", document.read_text()):
+        if not target.startswith("http"):
+            assert (document.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_make_targets_exist(document: Path) -> None:
+    makefile = (PROJECT / "Makefile").read_text()
+    for _, *targets in commands(document.read_text(), "make"):
+        for target in targets:
+            assert re.search(rf"^{re.escape(target)}:", makefile, re.M), target
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_prefs_commands_parse(document: Path) -> None:
+    for _, *words in commands(document.read_text(), "prefs"):
+        command: click.Command = cli
+        context = click.Context(cli, info_name="prefs")
+        while isinstance(command, click.Group) and words:
+            found = command.get_command(context, words[0])
+            assert found is not None, words
+            command, words = found, words[1:]
+            context = click.Context(command, parent=context)
+        if words:
+            command.make_parser(context).parse_args(list(words))
+
+
+def test_the_snippet_names_what_exists() -> None:
+    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    compile(snippet, "README.md", "exec")
+    from dagster_prefs import serving
+
+    for name in re.findall(r"from dagster_prefs.serving import (\w+)", snippet):
+        assert hasattr(serving, name)
+    contract = load_contract()
+    for domain, attribute in re.findall(r"profile\.(\w+)\.(\w+)", snippet):
+        assert attribute in contract.domain(domain).attributes
+
+
+def test_ci_runs_the_readmes_test_command() -> None:
+    assert "```bash\nmake test\n```" in README
+    assert re.search(r"^make test$", (PROJECT / ".ci" / "run").read_text(), re.M)
+
+
+def test_make_demo_and_make_help_say_what_they_do() -> None:
+    recipe = subprocess.run(
+        ["make", "--dry-run", "demo", "PYTHON=true"], cwd=PROJECT, capture_output=True, text=True, check=True
+    ).stdout
+    assert recipe.strip().endswith("prefs demo")
+    listed = subprocess.run(["make", "help"], cwd=PROJECT, capture_output=True, text=True, check=True).stdout
+    for target in ("demo", "ui", "down", "test", "clean"):
+        assert re.search(rf"make {target} ", listed)
