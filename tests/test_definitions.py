@@ -85,4 +85,6 @@ def test_schedules_and_sensors_start_only_where_asked(
     monkeypatch.setenv("PREFS_SCHEDULES", "on")
     running = build_definitions(load_settings())
     assert all(s.default_status.value == "RUNNING" for s in running.schedules or ())
-    assert all(s.default_status.value == "RUNNING" for s in running.sensors or ())
+    # The embedded engine refreshes in batches, so its canary would only ever be late.
+    stopped = {s.name for s in running.sensors or () if s.default_status.value != "RUNNING"}
+    assert stopped == {"canary"}

@@ -141,6 +141,7 @@ data "aws_iam_policy_document" "sink_writer" {
       "dynamodb:DeleteItem",
       "dynamodb:DescribeContinuousBackups",
       "dynamodb:DescribeTable",
+      "dynamodb:DescribeTimeToLive",
       "dynamodb:PutItem",
     ]
     resources = [local.table_arn]
@@ -187,8 +188,13 @@ data "aws_iam_policy_document" "serving_reader" {
 
 data "aws_iam_policy_document" "freshness_reader" {
   statement {
-    sid       = "SampleItems"
-    actions   = ["dynamodb:BatchGetItem", "dynamodb:DescribeContinuousBackups", "dynamodb:DescribeTable"]
+    sid = "SampleItems"
+    actions = [
+      "dynamodb:BatchGetItem",
+      "dynamodb:DescribeContinuousBackups",
+      "dynamodb:DescribeTable",
+      "dynamodb:DescribeTimeToLive",
+    ]
     resources = [local.table_arn]
   }
 

@@ -229,7 +229,7 @@ REQUESTS: list[tuple[str, str, dict[str, Any], set[str]]] = [
         (f"dynamodb:{action}", TABLE, {"dynamodb:LeadingKeys": ["7"]}, set())
         for action in ("UpdateItem", "Query", "PartiQLSelect", "PartiQLUpdate")
     ],
-    ("dynamodb:DescribeTimeToLive", TABLE, {}, {"provisioner"}),
+    ("dynamodb:DescribeTimeToLive", TABLE, {}, {"sink-writer", "freshness-reader", "provisioner"}),
     ("dynamodb:ListTagsOfResource", TABLE, {}, {"provisioner"}),
     *[
         (f"dynamodb:{action}", TABLE, {}, set())
