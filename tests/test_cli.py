@@ -1,0 +1,89 @@
+"""The `prefs` command as a shell sees it: one clear sentence and an exit code, never a traceback."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+PREFS = Path(sys.executable).with_name("prefs")
+
+
+@pytest.fixture
+def prefs(tmp_path: Path, free_port: Callable[[], int]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `prefs` with a data folder of its own, in which nothing was started."""
+
+    def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [PREFS, *words],
+            env={
+                **os.environ,
+                "PREFS_DATA_DIR": str(tmp_path / "state"),
+                "PREFS_ENGINE_PORT": str(free_port()),
+                "PREFS_LOCAL_AWS_PORT": str(free_port()),
+                **environment,
+            },
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    return run
+
+
+Prefs = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def sentence(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 1, done
+    assert "Traceback" not in done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    return line.removeprefix("error: ")
+
+
+def test_a_missing_file_is_named(prefs: Prefs) -> None:
+    assert "nowhere.jsonl" in sentence(prefs("ingest", "nowhere.jsonl"))
+
+
+def test_a_stopped_engine_is_named_with_the_remedy(prefs: Prefs, tmp_path: Path) -> None:
+    events = tmp_path / "views.jsonl"
+    events.write_text('{"event_id": "1", "viewer_id": 1, "watched_at": "2026-01-01T00:00:00Z"}\n')
+    said = sentence(prefs("ingest", str(events)))
+    assert "127.0.0.1" in said
+    assert "prefs up" in said
+
+
+def test_an_unknown_setting_is_named_with_the_nearest(prefs: Prefs) -> None:
+    said = sentence(prefs("up", PREFS_ENGIN="local"))
+    assert "PREFS_ENGIN" in said
+    assert "PREFS_ENGINE" in said
+
+
+def test_a_missing_webhook_is_named(prefs: Prefs) -> None:
+    assert "PREFS_ALERT_WEBHOOK" in sentence(prefs("alerts", "test"))
+
+
+def test_status_of_nothing_is_an_error_that_says_so(prefs: Prefs) -> None:
+    done = prefs("status", "--json")
+    assert done.returncode == 2
+    assert '"level": "unknown"' in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_every_command_explains_itself(prefs: Prefs) -> None:
+    listed = prefs("--help").stdout
+    for command in (
+        "up",
+        "down",
+        "status",
+        "ingest",
+        "simulate",
+        "demo",
+        "rank",
+        "profile",
+        "why",
+        "rejected",
+    ):
+        assert command in listed
