@@ -113,6 +113,12 @@ def ingest(
     from dagster_prefs.events.ingest import ingest_file
 
     settings = load_settings()
+    deliver = None
+    if settings.engine == "risingwave" and settings.kafka_bootstrap:
+        from dagster_prefs.events.kafka import KafkaWriter
+
+        # The raw tables are the connector's then: what is to arrive in them goes through the topics.
+        deliver = KafkaWriter(settings.kafka_bootstrap).delivery(settings.kafka_topics)
     for file in files:
         with progress_bar(f"{file.name}") as advance:
             report = ingest_file(
@@ -123,6 +129,7 @@ def ingest(
                 shift_to_now=shift_to_now,
                 now=datetime.now(UTC),
                 progress=advance,
+                deliver=deliver,
             )
         rate = report.lines / report.seconds if report.seconds else 0
         console.print(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from dagster_prefs.events.formats import (
     FileFormat,
     LineReader,
     Mapping,
+    Topic,
     check_file,
     content_hash,
     detect,
@@ -36,6 +37,10 @@ BATCH_BYTES = 16 * 1024 * 1024
 FUTURE_TOLERANCE = timedelta(hours=24)
 
 
+# Takes a batch of messages of one topic and returns how many of them are new.
+Delivery = Callable[[Topic, Sequence[RawMessage]], int]
+
+
 def file_source(path: Path) -> str:
     """The source name of a file's messages: its name and the first 16 hex digits of its content's SHA-256.
 
@@ -55,6 +60,7 @@ def ingest_file(
     now: datetime | None = None,
     batch_size: int = BATCH_SIZE,
     progress: ProgressCallback | None = None,
+    deliver: Delivery | None = None,
 ) -> IngestReport:
     """Store every line of a JSON-lines or CSV file (gzip too) in the raw table of its topic.
 
@@ -63,6 +69,9 @@ def ingest_file(
     ends at `now` (UTC; the clock where None); the shift is remembered, and every later ingest of
     the same content uses the remembered one. Offsets are line numbers, from 1. Memory does not grow
     with the file, and a file that was interrupted is completed by ingesting it again.
+
+    `deliver` sends the messages elsewhere, to Kafka, from where the engine's connector reads them; an
+    interrupted file is then sent again from its start, and repeats are recognised by their event_id.
 
     Raises EventFileError or UnknownTopic for the file (after storing what comes before the damage),
     EngineUnavailable or RawStoreError for the engine.
@@ -75,7 +84,8 @@ def ingest_file(
         known = store.recall(source)
         if known is None:
             shift = _shift_to(path, file_format, now or datetime.now(UTC)) if shift_to_now else 0
-            store.last_offsets(file_format.topic, source)
+            if deliver is None:
+                store.last_offsets(file_format.topic, source)
             known = store.remember_start(
                 FileRecord(source, str(path), file_format.topic.name, None, shift, None)
             )
@@ -86,7 +96,8 @@ def ingest_file(
             return IngestReport(
                 source, known.topic, lines, 0, lines, 0, known.shift_seconds, time.monotonic() - started, note
             )
-        lines, accepted, blank = _store(store, path, file_format, known, batch_size, before.st_size, progress)
+        write = deliver or (lambda topic, batch: store.write(topic, source, batch))
+        lines, accepted, blank = _store(write, path, file_format, known, batch_size, before.st_size, progress)
         after = check_file(path)
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
             raise EventFileError(
@@ -144,7 +155,7 @@ def _shift_to(path: Path, file_format: FileFormat, now: datetime) -> int:
 
 
 def _store(
-    store: RawStore,
+    write: Delivery,
     path: Path,
     file_format: FileFormat,
     known: FileRecord,
@@ -157,7 +168,7 @@ def _store(
     with LineReader(path) as reader:
         batches = _batches(reader, file_format, known.shift_seconds, batch_size)
         for batch, blanks, damage in batches:
-            accepted += store.write(file_format.topic, known.source, batch)
+            accepted += write(file_format.topic, batch)
             lines += len(batch)
             blank += blanks
             if progress is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from confluent_kafka import (
 
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.errors import PrefsError
-from dagster_prefs.events.formats import find_topic
+from dagster_prefs.events.formats import Topic, find_topic
 from dagster_prefs.events.raw import IngestReport, Progress, ProgressCallback, RawMessage, RawStore
 
 BROKER_TIMEOUT_SECONDS = 10.0
@@ -237,6 +237,25 @@ class KafkaWriter:
                 f"Kafka at {self._bootstrap} did not confirm {left} messages within {self._timeout:g} s: "
                 "check the brokers and send them again"
             )
+
+    def delivery(self, names: Mapping[str, str]) -> Callable[[Topic, Sequence[RawMessage]], int]:
+        """What `ingest_file` delivers to; `names` gives topics their names in Kafka.
+
+        Each batch is confirmed before the next is read. Raises KafkaUnavailable, also for a missing topic.
+        """
+        checked: set[str] = set()
+
+        def deliver(topic: Topic, batch: Sequence[RawMessage]) -> int:
+            name = names.get(topic.name, topic.name)
+            if name not in checked:
+                self.check(name)
+                checked.add(name)
+            for message in batch:
+                self.send(name, message.data)
+            self.flush()
+            return len(batch)
+
+        return deliver
 
     def _delivered(self, error: Any, _: Any) -> None:
         if error is not None and self._failed is None:

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dagster_prefs.engine.connection import EngineConnection
-from dagster_prefs.events.kafka import KafkaUnavailable, ingest_topic, produce
+from dagster_prefs.events.ingest import ingest_file
+from dagster_prefs.events.kafka import KafkaUnavailable, KafkaWriter, ingest_topic, produce
 from dagster_prefs.events.raw import Progress
 from tests.events.conftest import rows
 
@@ -61,6 +63,24 @@ def test_a_reading_stops_when_told_and_at_its_limit(store: EngineConnection, bro
         progress=lambda p: stop.set() if p.done == 30 else None,
     )
     assert report.accepted == 30
+
+
+def test_a_file_goes_through_kafka_where_the_connector_fills_the_raw_tables(
+    store: EngineConnection, broker: Broker, tmp_path: Path
+) -> None:
+    address, _ = broker
+    produce(address, "prod.views", [])
+    messages = [b'{"event_id":"%d","viewer_id":1,"watched_at":"2026-01-01T00:00:00Z"}' % n for n in range(5)]
+    path = tmp_path / "views.jsonl"
+    path.write_bytes(b"\n".join([*messages, b"not JSON"]) + b"\n")
+    deliver = KafkaWriter(address).delivery({"view_events": "prod.views"})
+    report = ingest_file(store, path, topic="view_events", batch_size=2, deliver=deliver)
+    assert (report.lines, report.accepted) == (6, 6)
+    assert rows(store, "select count(*) from raw_view_events") == [(0,)]
+    # A complete file is not sent again.
+    assert ingest_file(store, path, topic="view_events", deliver=deliver).accepted == 0
+    ingest_topic(store, address, "view_events", kafka_topic="prod.views")
+    assert sorted(value for (value,) in rows(store, VALUES)) == sorted([*messages, b"not JSON"])
 
 
 def test_another_name_in_kafka(store: EngineConnection, broker: Broker) -> None:
