@@ -136,7 +136,8 @@ def ingest(
             f"{file}: {report.accepted} messages into {report.topic}, {report.already_present} were there already"
             f" ({report.seconds:.1f} s, {rate:,.0f}/s)"
         )
-    console.print("the views follow with the next refresh: `prefs refresh`, or the sensor new_events")
+    if settings.engine == "local":
+        console.print("the views follow with the next refresh: `prefs refresh`, or the sensor new_events")
 
 
 class progress_bar:

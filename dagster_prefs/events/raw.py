@@ -248,14 +248,11 @@ def explained(engine: EngineConnection, relation: str) -> Iterator[None]:
     try:
         yield
     except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
-        raise RawStoreError(
-            f"the engine has no table {relation} in schema {engine.schema}: "
-            "make it with `prefs apply` (or `dbt run` in dbt_project) and run the same command again"
-        ) from None
+        raise _missing(engine, relation) from None
     except psycopg.errors.UndefinedColumn as error:
         raise RawStoreError(
             f"{relation} in schema {engine.schema} has other columns than this project's ({_first(error)}): "
-            "rename that relation or choose another PREFS_ENGINE_SCHEMA, then run `prefs apply`"
+            "rename that relation or choose another PREFS_ENGINE_SCHEMA, then run `dbt run` in dbt_project/"
         ) from None
     except psycopg.errors.DiskFull as error:
         raise RawStoreError(
@@ -268,7 +265,17 @@ def explained(engine: EngineConnection, relation: str) -> Iterator[None]:
             f"({_first(error)}): {remedy}; {AGAIN}"
         ) from None
     except psycopg.Error as error:
+        # RisingWave reports a missing relation as an internal error, with the reason further down its text.
+        if "table or source not found" in str(error):
+            raise _missing(engine, relation) from None
         raise RawStoreError(f"the engine refused a batch for {relation} ({_first(error)}): {AGAIN}") from None
+
+
+def _missing(engine: EngineConnection, relation: str) -> RawStoreError:
+    return RawStoreError(
+        f"the engine has no table {relation} in schema {engine.schema}: "
+        "make it with `dbt run` in dbt_project/ and run the same command again"
+    )
 
 
 def _first(error: BaseException) -> str:

@@ -216,7 +216,7 @@ def test_one_content_is_one_topic(store: EngineConnection, tmp_path: Path) -> No
 
 
 def test_missing_tables_name_the_remedy(engine: EngineConnection, tmp_path: Path) -> None:
-    with pytest.raises(RawStoreError, match=r"no table ingest_files .* `prefs apply`"):
+    with pytest.raises(RawStoreError, match=r"no table ingest_files .* `dbt run`"):
         ingest_file(engine, write_views(tmp_path / "views.jsonl", 1))
 
 
