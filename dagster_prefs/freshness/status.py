@@ -131,8 +131,8 @@ class Status:
 
     @property
     def level(self) -> Level:
-        """The worst level of all measures."""
-        return worst(measure.level for measure in self.measures)
+        """The worst level of what was read; stages that are not set up do not count."""
+        return worst(measure.level for measure in self.measures if measure.level != "skipped")
 
     @property
     def exit_code(self) -> int:
