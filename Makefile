@@ -60,9 +60,11 @@ format: $(VENV)/installed ## let ruff rewrite the style
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-lock: $(VENV)/installed ## resolve the dependencies of pyproject.toml into requirements.lock
-	@$(BIN)/uv pip compile pyproject.toml --extra platform --group dev --override overrides.txt --universal \
+lock: $(VENV)/installed ## resolve the dependencies into requirements.lock and the image's lock
+	@$(BIN)/uv pip compile pyproject.toml --extra platform --extra production --group dev --override overrides.txt --universal \
 	  --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate -q -o requirements.lock
+	@$(BIN)/uv pip compile infra/docker/code-location.in --constraint requirements.lock --override overrides.txt \
+	  --python-platform linux --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate -q -o infra/docker/code-location.lock
 
 clean: down ## stop everything and delete the environment and all local state
 	@if [ -x $(BIN)/prefs ]; then $(BIN)/prefs down --delete-state; fi

