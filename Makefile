@@ -45,8 +45,14 @@ test-fast: $(VENV)/installed ## the tests without a webserver, a browser or the 
 test-terraform: $(VENV)/installed ## the infrastructure's tests alone
 	@$(BIN)/python -m pytest tests/terraform
 
-bench-serving: $(VENV)/installed ## reads and rankings against their peers
-	@$(BIN)/python benchmarks/serving.py --json bench-serving.json
+# Feast's dependencies do not agree with ours, so the peer has an environment of its own.
+.feast/bin/feast: $(VENV)/installed
+	@$(BIN)/uv venv --quiet --clear .feast
+	@$(BIN)/uv pip install --quiet --python .feast/bin/python 'feast[aws]==0.67.0'
+
+bench-serving: $(VENV)/installed .feast/bin/feast ## reads and rankings against their peers
+	@$(BIN)/prefs up
+	@$(BIN)/python benchmarks/serving.py --feast .feast/bin/python --json bench-serving.json
 
 bench-ingest: $(VENV)/installed ## ingestion against a plain COPY
 	@$(BIN)/python benchmarks/ingest.py
@@ -68,4 +74,4 @@ lock: $(VENV)/installed ## resolve the dependencies into requirements.lock and t
 
 clean: down ## stop everything and delete the environment and all local state
 	@if [ -x $(BIN)/prefs ]; then $(BIN)/prefs down --delete-state; fi
-	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dbt_project/target dbt_project/logs
+	@rm -rf $(VENV) .feast .pytest_cache .mypy_cache .ruff_cache .hypothesis dbt_project/target dbt_project/logs

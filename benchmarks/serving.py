@@ -1,9 +1,10 @@
-"""Reads of viewer profiles and rankings, beside boto3 and raw HTTP, as a table of ratios and as JSON.
+"""Reads of viewer profiles and rankings, beside boto3, raw HTTP and Feast, as a table of ratios and as JSON.
 
-`python benchmarks/serving.py [--endpoint URL] [--json FILE]`. Without an endpoint it fetches DynamoDB Local
-from Maven Central with `mvn` and runs it with `java`, in a temporary folder. The ranking needs the embedded
-engine to be up (`prefs up`); it works in a schema of its own, which it drops. Variants take turns in small
-rounds, so that a drift of the machine meets all of them alike.
+`python benchmarks/serving.py [--endpoint URL] [--feast PYTHON] [--json FILE]`. Without an endpoint it fetches
+DynamoDB Local from Maven Central with `mvn` and runs it with `java`, in a temporary folder. Feast runs in the
+environment of the named interpreter. The ranking needs the embedded engine to be up (`prefs up`); it works in
+a schema of its own, which it drops. Variants take turns in small rounds, so that a drift of the machine meets
+all of them alike.
 """
 
 from __future__ import annotations
@@ -49,11 +50,20 @@ POM = """<project xmlns="http://maven.apache.org/POM/4.0.0"><modelVersion>4.0.0<
 
 
 @dataclass
+class Round:
+    """What a round of reads took: each call in milliseconds, CPU and wall time in seconds."""
+
+    latencies: list[float]
+    cpu: float
+    wall: float
+
+
+@dataclass
 class Variant:
-    """One way to read; latencies are in milliseconds, `cpu` in seconds of this process."""
+    """One way to read: `run` makes every one of n callers read m times."""
 
     name: str
-    read: Callable[[int], Any]
+    run: Callable[[int, int], Round]
     latencies: list[float] = field(default_factory=list)
     cpu: float = 0.0
     wall: float = 0.0
@@ -68,30 +78,40 @@ class Variant:
         }
 
 
-def measure(variants: list[Variant], *, callers: int, rounds: int, reads: int) -> None:
-    """Let the variants take turns: `reads` calls by each of `callers` threads a round."""
-    lock = threading.Lock()
+def reading(read: Callable[[int], Any]) -> Callable[[int, int], Round]:
+    """Rounds of calls in threads of this process."""
 
-    def call(variant: Variant, caller: int) -> None:
+    def call(caller: int, reads: int) -> list[float]:
         taken = []
         for number in range(reads):
             started = time.perf_counter()
-            variant.read((caller * 7919 + number * 31) % VIEWERS)
+            read((caller * 7919 + number * 31) % VIEWERS)
             taken.append((time.perf_counter() - started) * 1000)
-        with lock:
-            variant.latencies += taken
+        return taken
 
-    with ThreadPoolExecutor(callers) as pool:
-        for turn in range(rounds + 1):
-            for variant in variants:
-                cpu, wall = time.process_time(), time.perf_counter()
-                list(pool.map(call, [variant] * callers, range(callers)))
-                if turn == 0:
-                    # The first round warms connections up.
-                    variant.latencies.clear()
-                    continue
-                variant.cpu += time.process_time() - cpu
-                variant.wall += time.perf_counter() - wall
+    def run(callers: int, reads: int) -> Round:
+        cpu, wall = time.process_time(), time.perf_counter()
+        with ThreadPoolExecutor(callers) as pool:
+            taken = list(pool.map(call, range(callers), [reads] * callers))
+        return Round(
+            [latency for each in taken for latency in each],
+            time.process_time() - cpu,
+            time.perf_counter() - wall,
+        )
+
+    return run
+
+
+def measure(variants: list[Variant], *, callers: int, rounds: int, reads: int) -> None:
+    """Let the variants take turns: `reads` calls by each of `callers` threads a round."""
+    for turn in range(rounds + 1):
+        for variant in variants:
+            result = variant.run(callers, reads)
+            # The first round warms connections up.
+            if turn:
+                variant.latencies += result.latencies
+                variant.cpu += result.cpu
+                variant.wall += result.wall
 
 
 def report(title: str, variants: list[Variant], base: str) -> dict[str, Any]:
@@ -130,7 +150,48 @@ def raw_batch(endpoint: str, table: str, sort_keys: list[str]) -> Callable[[int]
     return read
 
 
-def profiles(endpoint: str) -> dict[str, Any]:
+@contextmanager
+def feast(python: Path | None, endpoint: str, rows: dict[str, list[Any]]) -> Iterator[list[Variant]]:
+    """Feast's reads of the same features in two feature views, in a process of its own."""
+    if python is None:
+        print("Feast is left out: --feast names the interpreter of an environment that has it")
+        yield []
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        peer = subprocess.Popen(
+            [python, Path(__file__).with_name("feast_peer.py"), endpoint, REGION, folder, str(VIEWERS)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            # DynamoDB Local wants credentials, and does not check them.
+            env={"AWS_ACCESS_KEY_ID": "local", "AWS_SECRET_ACCESS_KEY": "local"} | os.environ,
+        )  # fmt: skip
+        assert peer.stdin is not None
+        assert peer.stdout is not None
+        questions, answers = peer.stdin, peer.stdout
+
+        def ask(question: dict[str, Any]) -> dict[str, Any]:
+            questions.write(json.dumps(question, default=float) + "\n")
+            questions.flush()
+            answer = answers.readline()
+            if not answer:
+                sys.exit(f"Feast stopped: run {python} {' '.join(map(str, peer.args[1:]))} to see why")  # type: ignore[index]
+            found: dict[str, Any] = json.loads(answer)
+            return found
+
+        try:
+            ask(rows)
+            yield [
+                Variant(
+                    "Feast, 2 feature views",
+                    lambda callers, reads: Round(**ask({"callers": callers, "reads": reads})),
+                )
+            ]
+        finally:
+            # Feast deletes its tables when its input ends.
+            questions.close()
+            peer.wait()
+
+
+def profiles(endpoint: str, feast_python: Path | None) -> dict[str, Any]:
     contract = load_contract()
     admin = dynamodb_client(endpoint, REGION)
     table = provision(admin, contract, prefix=f"benchmark_{os.getpid()}_").name
@@ -165,27 +226,36 @@ def profiles(endpoint: str) -> dict[str, Any]:
     two = ["watch", "preferences"]
     results: dict[str, Any] = {}
     try:
-        for callers in (1, 8):
-            suffix = f"{callers} caller{'s' if callers > 1 else ''}"
-            variants = [
-                Variant("boto3 GetItem", lambda v: admin.get_item(TableName=table, Key=key(v, "watch"))),
-                Variant("boto3 BatchGetItem, 2 keys", lambda v: batch([v], two)),
-                Variant("raw BatchGetItem, 2 keys", raw_batch(endpoint, table, [keys[name] for name in two])),
-                Variant("lean, 1 domain", lambda v: lean.get(v, ["watch"])),
-                Variant("lean, 2 domains", lambda v: lean.get(v, two)),
-                Variant("lean, 3 domains", lambda v: lean.get(v)),
-                Variant("boto3 fallback, 2 domains", lambda v: fallback.get(v, two)),
-            ]
-            measure(variants, callers=callers, rounds=12, reads=max(20, 100 // callers))
-            results[suffix] = report(f"one viewer, {suffix}", variants, "boto3 BatchGetItem, 2 keys")
-            hundred = [
-                Variant("boto3 BatchGetItem, 100 keys", lambda v: batch(list(range(v, v + 100)), ["watch"])),
-                Variant("lean, 100 viewers", lambda v: lean.get_many(range(v, v + 100), ["watch"])),
-            ]
-            measure(hundred, callers=callers, rounds=6, reads=5)
-            results[f"100 viewers, {suffix}"] = report(
-                f"100 viewers, {suffix}", hundred, "boto3 BatchGetItem, 100 keys"
-            )
+        with feast(feast_python, endpoint, {name: rows[name] for name in two}) as peers:
+            for callers in (1, 8):
+                suffix = f"{callers} caller{'s' if callers > 1 else ''}"
+                raw = raw_batch(endpoint, table, [keys[name] for name in two])
+                reads: dict[str, Callable[[int], Any]] = {
+                    "boto3 GetItem": lambda v: admin.get_item(TableName=table, Key=key(v, "watch")),
+                    "boto3 BatchGetItem, 2 keys": lambda v: batch([v], two),
+                    "raw BatchGetItem, 2 keys": raw,
+                    "lean, 1 domain": lambda v: lean.get(v, ["watch"]),
+                    "lean, 2 domains": lambda v: lean.get(v, two),
+                    "lean, 3 domains": lambda v: lean.get(v),
+                    "boto3 fallback, 2 domains": lambda v: fallback.get(v, two),
+                }
+                variants = [Variant(name, reading(read)) for name, read in reads.items()]
+                variants += [Variant(peer.name, peer.run) for peer in peers]
+                measure(variants, callers=callers, rounds=12, reads=max(20, 100 // callers))
+                results[suffix] = report(f"one viewer, {suffix}", variants, "boto3 BatchGetItem, 2 keys")
+                hundred = [
+                    Variant(
+                        "boto3 BatchGetItem, 100 keys",
+                        reading(lambda v: batch(list(range(v, v + 100)), ["watch"])),
+                    ),
+                    Variant(
+                        "lean, 100 viewers", reading(lambda v: lean.get_many(range(v, v + 100), ["watch"]))
+                    ),
+                ]
+                measure(hundred, callers=callers, rounds=6, reads=5)
+                results[f"100 viewers, {suffix}"] = report(
+                    f"100 viewers, {suffix}", hundred, "boto3 BatchGetItem, 100 keys"
+                )
     finally:
         lean.close()
         fallback.close()
@@ -245,8 +315,8 @@ def rankings() -> dict[str, Any]:
                 if ranker.rank(user, now=moment, explain=True) != client.rank(user, now=moment, explain=True):
                     sys.exit(f"the two rankings of {user} differ: nothing to compare")
             variants = [
-                Variant("SQL", lambda number: client.rank(f"user {number}")),
-                Variant("in process", lambda number: ranker.rank(f"user {number}")),
+                Variant("SQL", reading(lambda number: client.rank(f"user {number}"))),
+                Variant("in process", reading(lambda number: ranker.rank(f"user {number}"))),
             ]
             measure(variants[:1], callers=1, rounds=6, reads=5)
             measure(variants[1:], callers=1, rounds=6, reads=100)
@@ -305,16 +375,17 @@ def dynamodb_local() -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Benchmark of profile reads and rankings.")
     parser.add_argument("--endpoint", help="URL of a DynamoDB to use instead of DynamoDB Local")
+    parser.add_argument("--feast", type=Path, metavar="PYTHON", help="interpreter that has Feast, the peer")
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--only", choices=["profiles", "rankings"], help="one half of it")
     given = parser.parse_args()
     results: dict[str, Any] = {}
     if given.only != "rankings":
         if given.endpoint:
-            results["profiles"] = profiles(given.endpoint)
+            results["profiles"] = profiles(given.endpoint, given.feast)
         else:
             with dynamodb_local() as endpoint:
-                results["profiles"] = profiles(endpoint)
+                results["profiles"] = profiles(endpoint, given.feast)
     if given.only != "profiles":
         results["rankings"] = rankings()
     if given.json:
