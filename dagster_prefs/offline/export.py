@@ -39,7 +39,7 @@ from dagster_prefs.offline.publish import (
     token_of,
     write_day,
 )
-from dagster_prefs.offline.tables import TileTable, arrow_schema, ensure_table
+from dagster_prefs.offline.tables import ErasedViewer, TileTable, arrow_schema, ensure_table
 from dagster_prefs.offline.tiles import Fingerprint, TileSnapshot, TilesUnreadable, tile_snapshot
 
 DEFAULT_NAMESPACE = "training"
@@ -87,12 +87,15 @@ def export_day(
     namespace: str = DEFAULT_NAMESPACE,
     keep_before: date | None = None,
     allow_loss: bool = False,
+    forgetting: ErasedViewer | None = None,
 ) -> ExportReport:
     """Make the table hold exactly the engine's tiles of `day` (UTC), canaries left out.
 
     Days before `keep_before` have left the engine's retention: what the table holds of them stays. So does a
     day of which the engine holds fewer rows or a smaller total than the table, because late events only ever
-    add; `allow_loss=True` exports it all the same, for someone who knows why it shrank.
+    add; `allow_loss=True` exports it all the same, for someone who knows why it shrank. Rows of the viewer
+    who is `forgetting` are no loss. Rows of an erased viewer are never exported: neither from views that do
+    not know of the erasure yet, nor by an export that had read them before it.
 
     Safe to run again, and several times at once. Raises AuditFailed (naming the branch that keeps the data),
     TilesUnreadable, EngineUnavailable, ExportConflict, or another OfflineError; readers then see what they
@@ -103,7 +106,7 @@ def export_day(
     for attempt in range(1, ATTEMPTS + 1):
         table = ensure_table(catalog, namespace, spec)
         with explained(f"the table {name}"):
-            outcome = _attempt(engine, table, spec, day, keep_before, allow_loss)
+            outcome = _attempt(engine, table, spec, day, keep_before, allow_loss, forgetting)
         if outcome is None:
             continue
         status, table, fingerprint, reason = outcome
@@ -204,6 +207,7 @@ def _attempt(
     day: date,
     keep_before: date | None,
     allow_loss: bool,
+    forgetting: ErasedViewer | None,
 ) -> tuple[Status, Table, str | None, str] | None:
     """One try from a fresh table; None means that another writer changed the day meanwhile."""
     held = day_files(table, spec, day)
@@ -223,22 +227,50 @@ def _attempt(
             return "empty", table, None, ""
         if fingerprint.token == token:
             return "unchanged", table, token, ""
-        less = _loss(table, spec, held, fingerprint) if held and not allow_loss else ""
+        less = _loss(table, spec, held, fingerprint, forgetting) if held and not allow_loss else ""
         if less:
             return "retained", table, token, less
+        erasures = tiles.erasures()
+        forgotten = tiles.erased_rows(day)
+        if forgotten:
+            raise TilesUnreadable(
+                f"{spec.tile} of {day} still has {forgotten} rows of erased viewers: the views have not read "
+                "the erasure; run `prefs refresh`, then export again"
+            )
         written = _write(tiles, table, spec, day, fingerprint)
-    published = publish_day(table, spec, day, written, {file.file_path for file in held})
+
+    def no_erasure_since() -> bool:
+        with tile_snapshot(engine, spec) as now:
+            return now.erasures() == erasures
+
+    published = publish_day(
+        table, spec, day, written, {file.file_path for file in held}, still_valid=no_erasure_since
+    )
     if published is None:
         discard(table, written)
         return None
     return "written", published, fingerprint.token, ""
 
 
-def _loss(table: Table, spec: TileTable, held: list[DataFile], fingerprint: Fingerprint) -> str:
+def _loss(
+    table: Table,
+    spec: TileTable,
+    held: list[DataFile],
+    fingerprint: Fingerprint,
+    forgetting: ErasedViewer | None,
+) -> str:
     rows = sum(file.record_count for file in held)
+    erased_total = Decimal(0)
+    if forgetting is not None:
+        for file in held:
+            for batch in read_file(table, file, ["viewer_id", "last_event_at", *spec.metric]):
+                going = batch.filter(forgetting.rows_of(batch))
+                rows -= going.num_rows
+                for name in spec.metric:
+                    erased_total += Decimal(pc.sum(going.column(name)).as_py() or 0)
     if fingerprint.row_count < rows:
         return f"the engine holds {fingerprint.row_count} rows of this day, the table {rows}"
-    total = Decimal(0)
+    total = -erased_total
     for file in held:
         for batch in read_file(table, file, list(spec.metric)):
             for column in batch.columns:

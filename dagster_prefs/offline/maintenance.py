@@ -173,14 +173,15 @@ def _remove_orphans(table: Table, before: datetime) -> tuple[int, int]:
     ]
     # Read after the listing: a file that was committed in between is then known to be in use.
     table.refresh()
-    used = {table.io.parse_location(location, table.io.properties)[2] for location in _referenced(table)}
+    used = {table.io.parse_location(location, table.io.properties)[2] for location in referenced_files(table)}
     orphans = [file for file in found if file.path not in used]
     for file in orphans:
         storage.delete_file(file.path)
     return len(orphans), sum(file.size for file in orphans)
 
 
-def _referenced(table: Table) -> Iterator[str]:
+def referenced_files(table: Table) -> Iterator[str]:
+    """Location of every file, metadata included, that the table or a snapshot of it names."""
     yield table.metadata_location
     for entry in table.metadata.metadata_log:
         yield entry.metadata_file

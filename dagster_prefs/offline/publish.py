@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
@@ -143,9 +143,17 @@ class _FileWriter:
 
 
 def publish_day(
-    table: Table, spec: TileTable, day: date, written: DayFiles, replaced: set[str]
+    table: Table,
+    spec: TileTable,
+    day: date,
+    written: DayFiles,
+    replaced: set[str],
+    *,
+    still_valid: Callable[[], bool] = lambda: True,
 ) -> Table | None:
     """Stage on a branch, audit it, make it current; None if another writer changed this very day.
+
+    `still_valid` is asked last of all: False, too, gives None, because what was written has been overtaken.
 
     A commit by another writer to another day moves the table's head: the same files are then staged again on
     top of it, since publishing what was staged before would undo the other day.
@@ -180,6 +188,9 @@ def publish_day(
             _drop_branch(table, branch)
             discard(table, written)
             raise
+        if not still_valid():
+            _drop_branch(table, branch)
+            return None
         # From here on a commit whose reply is lost may still take place, so the files stay.
         if _make_current(table, head, staged, branch):
             return table

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import date
+from datetime import date, datetime
 from functools import cached_property
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from pyiceberg.catalog import Catalog
 from pyiceberg.exceptions import CommitFailedException, TableAlreadyExistsError
 from pyiceberg.io.pyarrow import schema_to_pyarrow
@@ -98,6 +99,22 @@ class TileTable:
             column.name
             for column in self.columns
             if isinstance(column.type, LongType | DecimalType) and column.name not in self.key
+        )
+
+
+@dataclass(frozen=True)
+class ErasedViewer:
+    """A viewer whose rows go, as far as their newest event is not after `until` (UTC)."""
+
+    viewer_id: int
+    until: datetime
+
+    def rows_of(self, batch: pa.RecordBatch | pa.Table) -> pa.Array:
+        """A mask of the rows that go; `batch` has `viewer_id` and `last_event_at`."""
+        times = batch.column("last_event_at")
+        return pc.and_(
+            pc.equal(batch.column("viewer_id"), self.viewer_id),
+            pc.less_equal(times, pa.scalar(self.until, times.type)),
         )
 
 

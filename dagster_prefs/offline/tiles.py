@@ -26,6 +26,7 @@ from dagster_prefs.offline.tables import TileTable
 BLOCK_BYTES = 8 * 1024 * 1024
 
 FINGERPRINTS = "tile_fingerprints"
+ERASED = "erased_subjects"
 
 _ESCAPES = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v"}
 _ESCAPE = re.compile(r"\\(.)", re.DOTALL)
@@ -107,6 +108,29 @@ class TileSnapshot:
         return int(row[0]), {
             name: Decimal(value) for name, value in zip(self._spec.totals, row[1:], strict=True)
         }
+
+    def erasures(self) -> tuple[int, datetime | None]:
+        """How many viewers were erased and until when; another answer means another erasure."""
+        row = self._connection.execute(
+            sql.SQL("select count(*), max(erased_at) from {} where subject_kind = 'viewer'").format(
+                self._relation(ERASED)
+            )
+        ).fetchone()
+        return (int(row[0]), row[1]) if row else (0, None)
+
+    def erased_rows(self, day: date) -> int:
+        """Rows of the day of erased viewers, which the next refresh of the views takes out."""
+        query = sql.SQL(
+            "select count(*) from {tile} as t join (select case when subject_id ~ '^-?[0-9]{{1,19}}$' "
+            "then subject_id::bigint end as viewer_id, erased_at from {erased} where subject_kind = 'viewer')"
+            " as e on e.viewer_id = t.viewer_id where t.{day} = %s and t.last_event_at <= e.erased_at"
+        ).format(
+            tile=self._relation(self._spec.tile),
+            erased=self._relation(ERASED),
+            day=sql.Identifier(self._spec.day),
+        )
+        row = self._connection.execute(query, [day]).fetchone()
+        return int(row[0]) if row else 0
 
     def rows(self, day: date, schema: pa.Schema) -> Generator[pa.RecordBatch]:
         """The day's rows without canaries, ordered by key, in batches of some megabytes with that Arrow
@@ -213,9 +237,7 @@ def tile_snapshot(engine: EngineConnection, spec: TileTable) -> Iterator[TileSna
 
 def _missing(spec: TileTable, error: psycopg.Error) -> str:
     reason = _first_line(error)
-    return (
-        f"the engine lacks {spec.tile} or {FINGERPRINTS} ({reason}): create the models with `dbt build` first"
-    )
+    return f"the engine lacks {spec.tile}, {FINGERPRINTS} or {ERASED} ({reason}): create the models with `dbt build` first"
 
 
 def _first_line(error: BaseException) -> str:

@@ -33,6 +33,8 @@ create table viewer_interactions_1d (
 create table tile_fingerprints (
   tile text, tile_date date, row_count bigint, metric_total numeric, content_hash numeric,
   last_event_at timestamptz);
+create table erased_subjects (
+  subject_kind text, subject_id text, erased_at timestamptz, primary key (subject_kind, subject_id));
 """
 
 
