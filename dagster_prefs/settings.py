@@ -6,10 +6,10 @@ import difflib
 import os
 from datetime import date
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from dotenv import dotenv_values
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from dagster_prefs.errors import PrefsError
@@ -139,6 +139,16 @@ class Settings(BaseSettings):
         "off", description="Whether schedules and sensors run as soon as the Dagster daemon does."
     )
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _without_blanks(cls, value: Any, info: ValidationInfo) -> Any:
+        # A file that docker reads, or a line of YAML, keeps the blank that a shell and dotenv would drop, and a
+        # name with one is another name. Only a password may well end in a blank.
+        if isinstance(value, str) and value != value.strip() and info.field_name != "engine_password":
+            # Without the value, which may be a secret.
+            raise ValueError("the value begins or ends with a blank: remove it")
+        return value
+
     @field_validator("data_dir")
     @classmethod
     def _absolute(cls, value: Path) -> Path:
@@ -167,7 +177,27 @@ class Settings(BaseSettings):
                 "PREFS_ENGINE=local runs on this machine only: unset PREFS_ENGINE_HOST or set "
                 "PREFS_ENGINE=risingwave"
             )
+        if self.aws_endpoint is None:
+            self._check_region()
         return self
+
+    def _check_region(self) -> None:
+        import botocore
+        import botocore.session
+
+        session = botocore.session.get_session()
+        known = {
+            region
+            for partition in session.get_available_partitions()
+            for region in session.get_available_regions("dynamodb", partition)
+        }
+        if self.aws_region not in known:
+            near = difflib.get_close_matches(self.aws_region, sorted(known), n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ValueError(
+                f"AWS_REGION={self.aws_region} is no region with DynamoDB that botocore {botocore.__version__} "
+                f"knows: {hint}correct it, or upgrade boto3 for a newer region"
+            )
 
     @property
     def port(self) -> int:
@@ -193,6 +223,11 @@ class Settings(BaseSettings):
             "content_interactions": self.kafka_topic_content_interactions,
             "items": self.kafka_topic_items,
         }
+
+    @property
+    def publishes(self) -> bool:
+        """Whether this platform writes DynamoDB itself, rather than a RisingWave sink."""
+        return self.publish == "publisher" or (self.publish == "auto" and self.engine == "local")
 
     @property
     def aws_endpoint(self) -> str | None:

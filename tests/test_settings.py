@@ -87,6 +87,34 @@ def test_a_bad_value_is_refused_by_its_variables_name(name: str, value: str) -> 
     assert message.endswith("(see .env.example)")
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["PREFS_TABLE_PREFIX", "PREFS_ENGINE", "AWS_REGION", "PREFS_ENGINE_PORT", "PREFS_ALERT_WEBHOOK"],
+)
+def test_a_blank_at_an_end_is_told_as_such(name: str) -> None:
+    message = refused(**{name: "prod "})
+    assert message == f"{name}: the value begins or ends with a blank: remove it (see .env.example)"
+
+
+def test_a_password_may_end_in_a_blank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFS_ENGINE_PASSWORD", "open sesame ")
+    assert load_settings().engine_password.get_secret_value() == "open sesame "
+
+
+def test_a_region_that_aws_does_not_have_is_refused_where_aws_is_meant(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    message = refused(PREFS_ENGINE="risingwave", AWS_REGION="eu-central-9")
+    assert message.startswith("AWS_REGION=eu-central-9 is no region with DynamoDB that botocore ")
+    assert "did you mean eu-central-" in message
+    # A server of one's own may call its region anything.
+    monkeypatch.setenv("AWS_REGION", "moon-base-1")
+    assert load_settings().aws_region == "moon-base-1"
+    monkeypatch.setenv("PREFS_ENGINE", "risingwave")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://dynamodb.internal:8000")
+    assert load_settings().aws_region == "moon-base-1"
+
+
 def test_every_bad_value_is_told_at_once() -> None:
     message = refused(PREFS_ENGINE_PORT="0", PREFS_SCHEDULES="sometimes")
     assert "PREFS_ENGINE_PORT: " in message

@@ -437,6 +437,12 @@ class BatchWriter:
                 if code == "ValidationException":
                     self._isolate(list(pending.values()), message, outcome)
                     return outcome
+                if code == "AccessDeniedException":
+                    outcome.fatal = (
+                        f"DynamoDB refused to write to table {self.table}: allow dynamodb:BatchWriteItem on it "
+                        f"({message})"
+                    )
+                    return outcome
                 if code not in RETRYABLE:
                     outcome.fatal = f"DynamoDB refused to write to table {self.table} ({code}): {message}"
                     return outcome

@@ -13,6 +13,10 @@ from dagster_prefs.online.contract import Contract
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
 
+# Written by whoever makes the table: `create` here, or the Terraform module. Never lowered, because code of an
+# older contract may well run on a table of a newer one; the other way round it must not.
+CONTRACT_VERSION_TAG = "prefs:contract-version"
+
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1", "0.0.0.0")  # noqa: S104 - compared with, never bound
 
 
@@ -83,12 +87,14 @@ def provision(
 ) -> TableReport:
     """Make sure that the contract's table exists, is ACTIVE and has the contract's keys.
 
-    `create` makes a missing table (on demand, encrypted with DynamoDB's own key); `verify` never makes
-    anything and also wants point-in-time recovery and deletion protection, as the Terraform module sets them.
-    An existing table is never altered or deleted. Safe to repeat and to run twice at the same time.
+    `create` makes a missing table (on demand, encrypted with DynamoDB's own key) and raises its contract
+    version tag to the contract's; `verify` never makes or tags anything, and also wants that tag, point-in-time
+    recovery and deletion protection, as the Terraform module sets them. An existing table is never altered
+    beyond that tag, and never deleted. Safe to repeat and to run twice at the same time.
 
-    Raises TableError listing every difference with its remedy, a table that is missing (`verify`), one that
-    is not ACTIVE within `timeout_seconds`, or the endpoint's refusal.
+    Raises TableError listing every difference with its remedy (a contract newer than the table's tag among
+    them), a table that is missing (`verify`), one that is not ACTIVE within `timeout_seconds`, or the
+    endpoint's refusal with the permission that is missing.
     """
     from botocore.exceptions import BotoCoreError, ClientError
 
@@ -110,13 +116,17 @@ def provision(
             )
         ttl = _ttl_difference(client, name, contract.table.ttl_attribute)
         recovery = _point_in_time_recovery(client, name)
+        differences = _key_differences(description, contract)
+        if mode == "verify":
+            differences += _version_differences(client, description, contract.version)
+        elif not created and not differences:
+            _raise_version(client, description, contract.version)
     except ClientError as error:
         raise TableError(_refusal(name, error)) from None
     except BotoCoreError as error:
         raise TableError(
             f"table {name} cannot be reached: {error}: check endpoint, region and credentials"
         ) from None
-    differences = _key_differences(description, contract)
     if ttl:
         differences.append(ttl)
     protected = bool(description.get("DeletionProtectionEnabled", False))
@@ -170,6 +180,7 @@ def _create(client: DynamoDBClient, contract: Contract, name: str) -> bool:
                 for key in (table.partition_key, table.sort_key)
             ],
             BillingMode="PAY_PER_REQUEST",
+            Tags=[{"Key": CONTRACT_VERSION_TAG, "Value": str(contract.version)}],
         )
     except client.exceptions.ResourceInUseException:
         # Another process made it between our look and our request.
@@ -232,6 +243,57 @@ def _point_in_time_recovery(client: DynamoDBClient, name: str) -> bool | None:
     return recovery.get("PointInTimeRecoveryStatus") == "ENABLED"
 
 
+def _deployed_version(client: DynamoDBClient, description: Any) -> str | None:
+    """The table's contract version tag as it stands there; None without one."""
+    version = None
+    token: dict[str, Any] = {}
+    while True:
+        answer = client.list_tags_of_resource(ResourceArn=description["TableArn"], **token)
+        for tag in answer.get("Tags", []):
+            # The local AWS server keeps a tag's former values before its present one.
+            if tag["Key"] == CONTRACT_VERSION_TAG:
+                version = tag["Value"]
+        if not answer.get("NextToken"):
+            return version
+        token = {"NextToken": answer["NextToken"]}
+
+
+def _version_differences(client: DynamoDBClient, description: Any, version: int) -> list[str]:
+    from botocore.exceptions import ClientError
+
+    try:
+        deployed = _deployed_version(client, description)
+    except ClientError as error:
+        if error.response.get("Error", {}).get("Code") != "AccessDeniedException":
+            raise
+        return ["its contract version cannot be read; allow dynamodb:ListTagsOfResource"]
+    if deployed is None or not deployed.isdecimal():
+        shown = "no" if deployed is None else f"the malformed value {deployed!r} of the"
+        return [f"it has {shown} tag {CONTRACT_VERSION_TAG}; set it (terraform apply does)"]
+    if version > int(deployed):
+        return [
+            f"it was deployed for version {deployed} of the contract and this code has version {version}, a "
+            "contract newer than the deployed table; terraform apply with this version's module first"
+        ]
+    return []
+
+
+def _raise_version(client: DynamoDBClient, description: Any, version: int) -> None:
+    from botocore.exceptions import ClientError
+
+    try:
+        deployed = _deployed_version(client, description)
+        if deployed is None or not deployed.isdecimal() or int(deployed) < version:
+            client.tag_resource(
+                ResourceArn=description["TableArn"],
+                Tags=[{"Key": CONTRACT_VERSION_TAG, "Value": str(version)}],
+            )
+    except ClientError as error:
+        # DynamoDB Local has no tags at all; there `create` owns the table, and only `verify` reads them.
+        if error.response.get("Error", {}).get("Code") not in ("UnknownOperationException", "NotImplemented"):
+            raise
+
+
 def _key_differences(description: Any, contract: Contract) -> list[str]:
     types = {entry["AttributeName"]: entry["AttributeType"] for entry in description["AttributeDefinitions"]}
     found = {entry["KeyType"]: entry["AttributeName"] for entry in description["KeySchema"]}
@@ -254,6 +316,10 @@ def _key_differences(description: Any, contract: Contract) -> list[str]:
 def _refusal(name: str, error: Any) -> str:
     code = error.response.get("Error", {}).get("Code", "unknown")
     message = error.response.get("Error", {}).get("Message", "")
-    if code in ("AccessDeniedException", "UnrecognizedClientException", "ExpiredTokenException"):
-        return f"DynamoDB refused access to table {name} ({code}): check the AWS credentials and their policy"
+    if code == "AccessDeniedException":
+        return f"DynamoDB refused access to table {name}: allow dynamodb:{error.operation_name} on it ({message})"
+    if code in ("UnrecognizedClientException", "ExpiredTokenException", "InvalidSignatureException"):
+        return (
+            f"DynamoDB does not accept the AWS credentials for table {name} ({code}): renew or correct them"
+        )
     return f"DynamoDB refused a request about table {name} ({code}): {message}"

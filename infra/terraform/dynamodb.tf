@@ -49,7 +49,7 @@ resource "aws_dynamodb_table" "profiles" {
     kms_key_arn = local.key_arn
   }
 
-  # Lets a verification see that the table was made for an older contract than the one it holds.
+  # The platform's verification refuses a contract newer than the one the table was last applied for.
   tags = { "prefs:contract-version" = tostring(local.contract.version) }
 
   lifecycle {

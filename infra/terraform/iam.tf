@@ -142,6 +142,7 @@ data "aws_iam_policy_document" "sink_writer" {
       "dynamodb:DescribeContinuousBackups",
       "dynamodb:DescribeTable",
       "dynamodb:DescribeTimeToLive",
+      "dynamodb:ListTagsOfResource",
       "dynamodb:PutItem",
     ]
     resources = [local.table_arn]
@@ -194,6 +195,7 @@ data "aws_iam_policy_document" "freshness_reader" {
       "dynamodb:DescribeContinuousBackups",
       "dynamodb:DescribeTable",
       "dynamodb:DescribeTimeToLive",
+      "dynamodb:ListTagsOfResource",
     ]
     resources = [local.table_arn]
   }

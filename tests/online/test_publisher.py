@@ -151,7 +151,7 @@ def test_throttling_that_never_ends_is_an_error_and_what_was_accepted_stays(stor
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (client_error("AccessDeniedException"), "AccessDeniedException"),
+        (client_error("AccessDeniedException"), "allow dynamodb:BatchWriteItem"),
         (client_error("ResourceNotFoundException"), "ResourceNotFoundException"),
         (EndpointConnectionError(endpoint_url="http://x"), "cannot be reached"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -113,8 +114,59 @@ def test_verify_makes_nothing_and_lists_what_terraform_would_have_set(
     client.update_continuous_backups(
         TableName=name, PointInTimeRecoverySpecification={"PointInTimeRecoveryEnabled": True}
     )
+    # As a table restored from a backup is: everything but its tags comes back.
+    with pytest.raises(TableError) as caught:
+        provision(client, contract, prefix=prefix, mode="verify")
+    assert str(caught.value) == (
+        f"table {name} is not as the contract says: it has no tag prefs:contract-version; set it (terraform "
+        "apply does)"
+    )
+    tag(client, name, str(contract.version))
     report = provision(client, contract, prefix=prefix, mode="verify")
     assert (report.created, report.point_in_time_recovery, report.deletion_protection) == (False, True, True)
+
+
+def tag(client: Any, table: str, version: str) -> None:
+    arn = client.describe_table(TableName=table)["Table"]["TableArn"]
+    client.tag_resource(ResourceArn=arn, Tags=[{"Key": "prefs:contract-version", "Value": version}])
+
+
+def version_of(client: Any, table: str) -> str:
+    arn = client.describe_table(TableName=table)["Table"]["TableArn"]
+    tags = client.list_tags_of_resource(ResourceArn=arn)["Tags"]
+    # The local AWS server keeps former values too; the last one is in force.
+    return [str(entry["Value"]) for entry in tags if entry["Key"] == "prefs:contract-version"][-1]
+
+
+def test_a_contract_newer_than_the_table_is_refused(client: Any, contract: Contract, prefix: str) -> None:
+    newer = replace(contract, version=contract.version + 1)
+    name = provision(client, contract, prefix=prefix).name
+    with pytest.raises(TableError) as caught:
+        provision(client, newer, prefix=prefix, mode="verify")
+    assert (
+        f"it was deployed for version {contract.version} of the contract and this code has version "
+        f"{newer.version}, a contract newer than the deployed table; terraform apply"
+    ) in str(caught.value)
+    tag(client, name, "next")
+    with pytest.raises(TableError, match="it has the malformed value 'next' of the tag prefs:contract-ver"):
+        provision(client, newer, prefix=prefix, mode="verify")
+    assert version_of(client, name) == "next"
+
+
+def test_create_raises_the_tables_version_and_never_lowers_it(
+    client: Any, contract: Contract, prefix: str
+) -> None:
+    newer = replace(contract, version=contract.version + 1)
+    name = provision(client, contract, prefix=prefix).name
+    assert version_of(client, name) == str(contract.version)
+    provision(client, newer, prefix=prefix)
+    assert version_of(client, name) == str(newer.version)
+    provision(client, contract, prefix=prefix)
+    assert version_of(client, name) == str(newer.version)
+    # Code of the older contract goes on while the newer is rolled out, or after a roll back.
+    with pytest.raises(TableError) as caught:
+        provision(client, contract, prefix=prefix, mode="verify")
+    assert "contract" not in str(caught.value).partition("as the contract says: ")[2]
 
 
 def test_the_time_to_live_is_the_contracts(client: Any, contract: Contract, prefix: str) -> None:

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -103,6 +104,9 @@ def test_table_passes_verification(applied: Applied, local_credentials: None) ->
         "prefs:managed-by": "terraform",
         "team": "engagement",
     }
+    newer = replace(contract, version=contract.version + 1)
+    with pytest.raises(TableError, match="a contract newer than the deployed table; terraform apply"):
+        provision(client, newer, prefix="staging-", mode="verify")
     with pytest.raises(TableError, match="nowhere-viewer_profiles is missing"):
         provision(client, contract, prefix="nowhere-", mode="verify")
 
@@ -230,7 +234,7 @@ REQUESTS: list[tuple[str, str, dict[str, Any], set[str]]] = [
         for action in ("UpdateItem", "Query", "PartiQLSelect", "PartiQLUpdate")
     ],
     ("dynamodb:DescribeTimeToLive", TABLE, {}, {"sink-writer", "freshness-reader", "provisioner"}),
-    ("dynamodb:ListTagsOfResource", TABLE, {}, {"provisioner"}),
+    ("dynamodb:ListTagsOfResource", TABLE, {}, {"sink-writer", "freshness-reader", "provisioner"}),
     *[
         (f"dynamodb:{action}", TABLE, {}, set())
         for action in ("CreateTable", "DeleteTable", "UpdateTable", "UpdateContinuousBackups",
@@ -435,6 +439,9 @@ def permissions(entry: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any
 def _dynamodb_permissions(
     operation: str, request: dict[str, Any]
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    if "ResourceArn" in request:
+        yield f"dynamodb:{operation}", request["ResourceArn"], {}
+        return
     tables = [request["TableName"]] if "TableName" in request else list(request["RequestItems"])
     context: dict[str, Any] = {}
     if operation == "Scan":
