@@ -19,7 +19,6 @@ from dagster_prefs.engine.catalog import row_counts
 from dagster_prefs.events.raw import ProgressCallback
 from dagster_prefs.events.rejected import rejected_counts
 from dagster_prefs.events.simulator import SimulationPlan, remembered_end, simulate_to_engine
-from dagster_prefs.freshness.measures import measure_online
 from dagster_prefs.offline.tables import TILE_TABLES
 from dagster_prefs.runs import JobRunner
 from dagster_prefs.serving import PreferenceClient, ProfileClient
@@ -163,11 +162,5 @@ class Demo:
                 partitions = table.inspect.partitions().select(["partition", "record_count"]).to_pylist()
                 days = {row["partition"][spec.day]: row["record_count"] for row in partitions}
                 summary.snapshots[spec.name] = Snapshot(snapshot.snapshot_id, dict(sorted(days.items())))
-        measures = measure_online(
-            platform.engine,
-            platform.contract,
-            lambda: (client := platform.dynamodb(), platform.provision(client)),
-            now=datetime.now(UTC),
-            publishes=platform.publishes,
-        )
+        measures = platform.sources.online(datetime.now(UTC))
         summary.freshness = [(measure.name, measure.level, measure.reason) for measure in measures]

@@ -20,7 +20,7 @@ from dagster_prefs.freshness.alerts import (
 from dagster_prefs.freshness.canary import SHOP, CanaryState, Probe, read_domains, read_shop, send_canary
 from dagster_prefs.freshness.levels import Measure
 from dagster_prefs.freshness.measures import unknown
-from dagster_prefs.freshness.status import Sources, evaluate
+from dagster_prefs.freshness.status import evaluate
 from dagster_prefs.freshness.views import RELATIONS
 from dagster_prefs.offline.tables import TILE_TABLES
 from dagster_prefs.serving.profiles import ProfileClient
@@ -50,7 +50,7 @@ def build(platform: Platform, alert_webhook: str | None = None) -> dg.Definition
     Raises AlertError for a webhook that is no https URL.
     """
     webhook = None if alert_webhook is None else Webhook(alert_webhook)
-    sources = Sources(platform.settings)
+    sources = platform.sources
     keys = asset_keys(platform)
     streaming = platform.engine.kind == "risingwave"
     stages: dict[str, Callable[[datetime], Sequence[Measure]]] = {
@@ -135,7 +135,7 @@ def asset_keys(platform: Platform) -> dict[str, dict[str, dg.AssetKey]]:
     """Stage → name of a measure → the asset that it speaks of."""
     contract = platform.contract
     domains = {
-        domain.name: dg.AssetKey(["online", domain.name] if platform.publishes else domain.sink)
+        domain.name: dg.AssetKey(["online", domain.name] if platform.settings.publishes else domain.sink)
         for domain in contract.domains.values()
     }
     return {
@@ -237,7 +237,12 @@ def _probe(platform: Platform, state: CanaryState) -> tuple[CanaryState, list[Me
         return state, unknown("canary", asset_keys(platform)["canary"], error)
     with profiles:
         probe = Probe(
-            send=lambda moment: send_canary(platform.engine, moment, bootstrap=settings.kafka_bootstrap),
+            send=lambda moment: send_canary(
+                platform.engine,
+                moment,
+                bootstrap=settings.kafka_bootstrap,
+                kafka_topics=settings.kafka_topics,
+            ),
             readers=[lambda: read_domains(profiles), lambda: read_shop(platform.engine)],
             contract=platform.contract,
         )

@@ -40,7 +40,7 @@ def build(platform: Platform) -> dg.Definitions:
         )
 
     assets: list[dg.AssetsDefinition] = [viewer_profiles]
-    if platform.publishes:
+    if platform.settings.publishes:
         assets += [_published(platform, domain) for domain in contract.domains.values()]
     return dg.Definitions(assets=assets)
 

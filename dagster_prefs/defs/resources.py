@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.engine.dbt import Dbt
-from dagster_prefs.online.contract import Contract, load_contract
+from dagster_prefs.freshness.status import Sources
+from dagster_prefs.online.contract import Contract
 from dagster_prefs.online.tables import TableReport, dynamodb_client, provision
 from dagster_prefs.settings import PROJECT_ROOT, Settings
 
@@ -24,7 +24,8 @@ class Platform:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.engine = EngineConnection.of(settings)
+        self.sources = Sources(settings)
+        self.engine = self.sources.engine
 
     @cached_property
     def dbt(self) -> Dbt:
@@ -48,17 +49,10 @@ class Platform:
             },
         )
 
-    @cached_property
+    @property
     def contract(self) -> Contract:
         """The serving contract."""
-        return load_contract()
-
-    @property
-    def publishes(self) -> bool:
-        """Whether this platform writes DynamoDB itself, rather than a RisingWave sink."""
-        return self.settings.publish == "publisher" or (
-            self.settings.publish == "auto" and self.engine.kind == "local"
-        )
+        return self.sources.contract
 
     def dynamodb(self) -> Any:
         """A DynamoDB client for the endpoint in use."""
@@ -71,16 +65,8 @@ class Platform:
         )
 
     def catalog(self) -> Catalog:
-        """The Iceberg catalog."""
-        from dagster_prefs.offline.catalog import open_catalog
-
-        return open_catalog(
-            kind=self.settings.iceberg_catalog,
-            warehouse=self.settings.warehouse,
-            uri=self.settings.iceberg_uri,
-            region=self.settings.aws_region,
-            endpoint_url=self.settings.aws_endpoint_url,
-        )
+        """The Iceberg catalog; raises OfflineError when it does not answer."""
+        return self.sources.catalog()
 
     @property
     def default_schedule_status(self) -> dg.DefaultScheduleStatus:

@@ -10,13 +10,7 @@ from psycopg import sql
 
 from dagster_prefs.engine.catalog import NotDeployed
 from dagster_prefs.engine.connection import EngineConnection
-
-RAW_TABLES = {
-    "user.events": "raw_user_events",
-    "view_events": "raw_view_events",
-    "content_interactions": "raw_content_interactions",
-    "items": "raw_items",
-}
+from dagster_prefs.events.formats import TOPICS
 
 
 def waiting_since(
@@ -27,7 +21,8 @@ def waiting_since(
     Raises NotDeployed when the event tables do not exist yet.
     """
     waiting = {}
-    for topic, raw in RAW_TABLES.items():
+    for topic in TOPICS.values():
+        raw = topic.raw_table
         query = sql.SQL(
             "select min(arrived_at), max(arrived_at) from {raw} where arrived_at >"
             " (select coalesce(max(arrived_at), '-infinity') from {parsed})"
@@ -42,5 +37,5 @@ def waiting_since(
                 f"{engine.schema}.{raw} is not in database {engine.database}: run `dbt run` in dbt_project/"
             ) from None
         if row and row[0] is not None:
-            waiting[topic] = (row[0], row[1])
+            waiting[topic.name] = (row[0], row[1])
     return waiting

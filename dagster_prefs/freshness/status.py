@@ -60,13 +60,6 @@ class Sources:
         """The serving contract, which has the thresholds."""
         return load_contract()
 
-    @property
-    def publishes(self) -> bool:
-        """Whether this platform writes DynamoDB itself, rather than a RisingWave sink."""
-        return self.settings.publish == "publisher" or (
-            self.settings.publish == "auto" and self.engine.kind == "local"
-        )
-
     def dynamodb(self) -> tuple[DynamoDBClient, TableReport]:
         """A client and the table as it is; the table is never made.
 
@@ -104,7 +97,9 @@ class Sources:
 
     def online(self, now: datetime) -> list[Measure]:
         """Rolling views against DynamoDB."""
-        return measure_online(self.engine, self.contract, self.dynamodb, now=now, publishes=self.publishes)
+        return measure_online(
+            self.engine, self.contract, self.dynamodb, now=now, publishes=self.settings.publishes
+        )
 
     def offline(self, now: datetime) -> list[Measure]:
         """Tiles against the training tables."""

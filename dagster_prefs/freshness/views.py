@@ -11,6 +11,7 @@ import psycopg
 from psycopg import sql
 
 from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.events.formats import find_topic
 from dagster_prefs.freshness.levels import Unmeasurable
 
 # Every rolling window spans at least this long, so newer tiles must be in it.
@@ -35,7 +36,7 @@ class Typed:
     @property
     def raw(self) -> str:
         """The table of the messages as they came."""
-        return f"raw_{self.relation}"
+        return find_topic(self.topic).raw_table
 
 
 @dataclass(frozen=True)
