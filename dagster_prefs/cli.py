@@ -22,6 +22,7 @@ from dagster_prefs.settings import PROJECT_ROOT, Settings, load_settings
 
 if TYPE_CHECKING:
     from dagster_prefs.demo import Summary
+    from dagster_prefs.events.ingest import Delivery
     from dagster_prefs.serving import ProfileClient
 
 console = Console(highlight=False)
@@ -113,12 +114,7 @@ def ingest(
     from dagster_prefs.events.ingest import ingest_file
 
     settings = load_settings()
-    deliver = None
-    if settings.engine == "risingwave" and settings.kafka_bootstrap:
-        from dagster_prefs.events.kafka import KafkaWriter
-
-        # The raw tables are the connector's then: what is to arrive in them goes through the topics.
-        deliver = KafkaWriter(settings.kafka_bootstrap).delivery(settings.kafka_topics)
+    deliver = kafka_delivery(settings)
     for file in files:
         with progress_bar(f"{file.name}") as advance:
             report = ingest_file(
@@ -138,6 +134,15 @@ def ingest(
         )
     if settings.engine == "local":
         console.print("the views follow with the next refresh: `prefs refresh`, or the sensor new_events")
+
+
+def kafka_delivery(settings: Settings) -> Delivery | None:
+    """Where messages go whose raw tables a Kafka connector fills; None where this platform writes them."""
+    if settings.engine != "risingwave" or not settings.kafka_bootstrap:
+        return None
+    from dagster_prefs.events.kafka import KafkaWriter
+
+    return KafkaWriter(settings.kafka_bootstrap).delivery(settings.kafka_topics)
 
 
 class progress_bar:
@@ -249,32 +254,95 @@ def run_job(settings: Settings, job: str, tags: dict[str, str] | None = None) ->
         runner.run(job, tags)
 
 
-@cli.command()
+@cli.group(invoke_without_command=True)
 @click.option("--topic", help="Only this topic.")
 @click.option("--reason", help="Only this reason; lists the messages instead of counting them.")
 @click.option("--limit", default=20, show_default=True, type=click.IntRange(1, 10_000))
+@click.option("--all", "with_replayed", is_flag=True, help="Those that were replayed, too.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
-def rejected(topic: str | None, reason: str | None, limit: int, as_json: bool) -> None:
+@click.pass_context
+def rejected(
+    context: click.Context,
+    topic: str | None,
+    reason: str | None,
+    limit: int,
+    with_replayed: bool,
+    as_json: bool,
+) -> None:
     """Count rejected messages by reason, or list those of one topic or reason."""
+    if context.invoked_subcommand is not None:
+        return
     from dagster_prefs.events.rejected import rejected_counts, rejected_events
 
     engine = EngineConnection.of(load_settings())
+    open_only = not with_replayed
     if topic or reason:
-        events = rejected_events(engine, topic, reason, limit)
+        events = rejected_events(engine, topic, reason, limit, open_only=open_only)
         if as_json:
             print_json([vars(event) for event in events])
             return
         rows = [(e.topic, e.source, f"{e.partition}/{e.offset}", e.reason, e.payload[:100]) for e in events]
         console.print(table_of("", ["topic", "source", "partition/offset", "reason", "message"], rows))
         return
-    counts = rejected_counts(engine)
+    counts = rejected_counts(engine, open_only=open_only)
     if as_json:
         print_json(counts)
         return
     counted = [(name, why, f"{n:,}") for name, reasons in counts.items() for why, n in reasons.items()]
     console.print(
-        table_of("", ["topic", "reason", "messages"], counted) if counted else "nothing was rejected"
+        table_of("", ["topic", "reason", "messages"], counted) if counted else "no rejected message is open"
     )
+
+
+@rejected.command("export")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--topic", help="Only this topic.")
+@click.option("--reason", help="Only this reason.")
+def rejected_export(file: Path, topic: str | None, reason: str | None) -> None:
+    """Write the open rejected messages to a new JSON-lines file, to be corrected and replayed."""
+    from dagster_prefs.events.replay import export_rejected
+
+    written = export_rejected(EngineConnection.of(load_settings()), file, topic, reason)
+    console.print(
+        f"{file}: {written} messages; correct each payload, then `prefs rejected replay {file}`",
+        soft_wrap=True,
+        markup=False,
+    )
+
+
+@rejected.command("replay")
+@click.argument("file", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--skip-invalid", is_flag=True, help="Send what is valid now and leave the rest of the file out."
+)
+@click.option("--unchanged", is_flag=True, help="Without a file: send those again that are valid by now.")
+@click.option("--topic", help="With --unchanged: only this topic.")
+@click.option("--reason", help="With --unchanged: only this reason.")
+def rejected_replay(
+    file: Path | None, skip_invalid: bool, unchanged: bool, topic: str | None, reason: str | None
+) -> None:
+    """Send corrected messages of an exported file again; what was replayed before is left out."""
+    from dagster_prefs.events.replay import ReplayError, replay_file, replay_unchanged
+
+    if (file is None) != unchanged or (file is not None and (topic or reason)):
+        raise click.UsageError("give either a FILE of corrections, or --unchanged with --topic or --reason")
+    settings = load_settings()
+    engine, deliver = EngineConnection.of(settings), kafka_delivery(settings)
+    now = datetime.now(UTC)
+    if file is None:
+        report = replay_unchanged(engine, topic, reason, now=now, deliver=deliver)
+    else:
+        try:
+            report = replay_file(engine, file, now=now, skip_invalid=skip_invalid, deliver=deliver)
+        except ReplayError as error:
+            for line, why in error.problems:
+                console.print(f"{file}, line {line}: {why}", soft_wrap=True, markup=False)
+            raise
+    console.print(f"{report.sent} messages sent, {report.already_replayed} were replayed before")
+    for why, count in report.left_out.items():
+        console.print(f"{count} left out: {why}", soft_wrap=True, markup=False)
+    if settings.engine == "local" and report.sent:
+        console.print("the views follow with the next refresh: `prefs refresh`, or the sensor new_events")
 
 
 def profile_client(settings: Settings) -> ProfileClient:

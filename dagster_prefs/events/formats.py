@@ -32,6 +32,8 @@ Mapping = Literal["auto", "rees46"]
 MAX_LINE_BYTES = 8 * 1024 * 1024
 # A stray quote must not swallow the rest of a file into one cell.
 MAX_LINES_PER_ROW = 100
+# A later event time is refused by the typed layer.
+FUTURE_TOLERANCE = timedelta(hours=24)
 # How far to look for a record that tells its topic before giving up.
 SAMPLE_LINES = 1000
 
@@ -437,8 +439,8 @@ def _topic_of_json(path: Path, head: Sequence[bytes]) -> Topic:
 # The same three shapes that the typed layer reads, so that what is shifted is what is understood.
 _EPOCH_MS = re.compile(r"[0-9]{1,15}")
 _ISO = re.compile(
-    r"([0-9]{4}-[01][0-9]-[0-3][0-9][T ][0-2][0-9]:[0-5][0-9](?::[0-5][0-9](?:[.][0-9]{1,6})?)?)"
-    r"(?: ?(Z|UTC|[+-][01][0-9](?::?[0-5][0-9])?))?"
+    r"([1-9][0-9]{3}-[01][0-9]-[0-3][0-9][T ](?:[01][0-9]|2[0-3]):[0-5][0-9](?::[0-5][0-9](?:[.][0-9]{1,6})?)?)"
+    r"(?: ?(Z|UTC|[+-](?:0[0-9]|1[0-5])(?::?[0-5][0-9])?))?"
 )
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -492,7 +494,7 @@ def shift_message(message: bytes, topic: Topic, seconds: int) -> bytes:
         if later is None:
             return message
         moved = later.replace(tzinfo=None).isoformat() + "Z"
-    start, end = _value_span(message, topic.time_field)
+    start, end = value_span(message, topic.time_field)
     quoted = message[start : start + 1] == b'"'
     return message[:start] + (f'"{moved}"' if quoted else moved).encode() + message[end:]
 
@@ -518,10 +520,11 @@ _SIMPLE = {
 }
 
 
-def _value_span(message: bytes, field: str) -> tuple[int, int]:
+def value_span(message: bytes, field: str) -> tuple[int, int]:
     """Where the value of a top-level key lies in a valid JSON object; the last one where it is repeated."""
     if message.count(b"{") == 1 and message.count(b'"%s"' % field.encode()) == 1:
-        simple = _SIMPLE[field].search(message)
+        pattern = _SIMPLE.get(field)
+        simple = pattern.search(message) if pattern else None
         if simple:
             return simple.span(1)
     text = message.decode()

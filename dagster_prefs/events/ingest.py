@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.events.formats import (
+    FUTURE_TOLERANCE,
     EventFileError,
     FileFormat,
     LineReader,
@@ -33,8 +34,6 @@ from dagster_prefs.events.raw import (
 BATCH_SIZE = 10_000
 # A batch of long lines must not grow with their length.
 BATCH_BYTES = 16 * 1024 * 1024
-# A later time is refused by the typed layer, so it must not decide where a file ends.
-FUTURE_TOLERANCE = timedelta(hours=24)
 
 
 # Takes a batch of messages of one topic and returns how many of them are new.
@@ -139,6 +138,7 @@ def _shift_note(known: FileRecord, shift_to_now: bool) -> str | None:
 
 def _shift_to(path: Path, file_format: FileFormat, now: datetime) -> int:
     """Whole seconds from the newest event of the file to `now`, 0 where no time can be read."""
+    # What the typed layer refuses must not decide where a file ends.
     latest = now + FUTURE_TOLERANCE
     newest: datetime | None = None
     with LineReader(path) as reader:

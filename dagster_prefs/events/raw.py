@@ -34,6 +34,14 @@ class RawMessage(NamedTuple):
     kafka_timestamp: datetime | None = None
 
 
+class Place(NamedTuple):
+    """Where a message lies within its topic."""
+
+    source: str
+    partition: int
+    offset: int
+
+
 @dataclass(frozen=True)
 class Progress:
     """How far an ingestion has come: `done` of `total` `unit`s; `total` is None where no end is known."""
@@ -159,6 +167,25 @@ class RawStore:
             "on conflict (source) do update set path = excluded.path, topic = excluded.topic, "
             "lines = excluded.lines, completed_at = excluded.completed_at",
         )
+
+    def remember_replayed(self, topic: Topic, places: Sequence[Place], at: datetime) -> None:
+        """Remember that the rejected messages at these places were sent again at `at` (UTC)."""
+        # On RisingWave an insert into a keyed table replaces the row of its key.
+        ending = "on conflict do nothing" if self.engine.kind == "local" else ""
+        for start in range(0, len(places), ROWS_PER_INSERT):
+            batch = places[start : start + ROWS_PER_INSERT]
+            values = [value for place in batch for value in (topic.name, *place, at)]
+            with self._explained("replayed_events"):
+                self._connection.execute(
+                    sql.SQL(
+                        "insert into {} (topic, source, source_partition, source_offset, replayed_at) values {} {}"
+                    ).format(
+                        self._relation("replayed_events"),
+                        sql.SQL(", ").join([sql.SQL("(%s, %s, %s, %s, %s)")] * len(batch)),
+                        sql.SQL(ending),
+                    ),
+                    values,
+                )
 
     def _remember(self, record: FileRecord, on_conflict: str) -> None:
         # On RisingWave an insert into a keyed table replaces the row of its key.

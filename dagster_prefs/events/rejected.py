@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from psycopg import sql
@@ -11,6 +12,7 @@ from dagster_prefs.events.formats import find_topic
 from dagster_prefs.events.raw import explained
 
 RELATION = "rejected_events"
+FETCH_ROWS = 5_000
 
 
 @dataclass(frozen=True)
@@ -25,18 +27,18 @@ class RejectedEvent:
     payload: str
 
 
-def rejected_counts(connection: EngineConnection) -> dict[str, dict[str, int]]:
+def rejected_counts(connection: EngineConnection, *, open_only: bool = False) -> dict[str, dict[str, int]]:
     """Refused messages per topic and reason, most frequent first, as of the last refresh.
 
-    Raises EngineUnavailable, or RawStoreError where the relation was not made yet.
+    `open_only` leaves out those that were replayed. Raises EngineUnavailable, or RawStoreError where a
+    relation was not made yet.
     """
+    query = sql.SQL(
+        "select topic, reason, count(*) from {} as rejected where {} group by topic, reason "
+        "order by topic, count(*) desc, reason"
+    ).format(sql.Identifier(connection.schema, RELATION), _is_open(connection) if open_only else _ALWAYS)
     with connection.connect() as session, explained(connection, RELATION):
-        rows = session.execute(
-            sql.SQL(
-                "select topic, reason, count(*) from {} group by topic, reason "
-                "order by topic, count(*) desc, reason"
-            ).format(sql.Identifier(connection.schema, RELATION))
-        ).fetchall()
+        rows = session.execute(query).fetchall()
     counts: dict[str, dict[str, int]] = {}
     for topic, reason, count in rows:
         counts.setdefault(topic, {})[reason] = int(count)
@@ -44,13 +46,30 @@ def rejected_counts(connection: EngineConnection) -> dict[str, dict[str, int]]:
 
 
 def rejected_events(
-    connection: EngineConnection, topic: str | None = None, reason: str | None = None, limit: int = 20
+    connection: EngineConnection,
+    topic: str | None = None,
+    reason: str | None = None,
+    limit: int = 20,
+    *,
+    open_only: bool = False,
 ) -> list[RejectedEvent]:
     """Up to `limit` refused messages by topic, source and offset, of one topic or reason where given.
 
-    Raises UnknownTopic, EngineUnavailable, or RawStoreError where the relation was not made yet.
+    Raises UnknownTopic, EngineUnavailable, or RawStoreError where a relation was not made yet.
     """
-    conditions, values = [sql.SQL("true")], []
+    return list(stream_rejected(connection, topic, reason, limit, open_only=open_only))
+
+
+def stream_rejected(
+    connection: EngineConnection,
+    topic: str | None = None,
+    reason: str | None = None,
+    limit: int | None = None,
+    *,
+    open_only: bool = True,
+) -> Iterator[RejectedEvent]:
+    """As `rejected_events`, one by one, in memory that does not grow with their number."""
+    conditions, values = [_is_open(connection) if open_only else _ALWAYS], []
     if topic is not None:
         conditions.append(sql.SQL("topic = %s"))
         values.append(find_topic(topic).name)
@@ -58,10 +77,26 @@ def rejected_events(
         conditions.append(sql.SQL("reason = %s"))
         values.append(reason)
     query = sql.SQL(
-        'select topic, source, "partition", "offset", reason, payload from {} where {} '
-        'order by topic, source, "partition", "offset" limit {}'
+        'select topic, source, "partition", "offset", reason, payload from {} as rejected where {} '
+        'order by topic, source, "partition", "offset" {}'
     ).format(
-        sql.Identifier(connection.schema, RELATION), sql.SQL(" and ").join(conditions), sql.Literal(limit)
+        sql.Identifier(connection.schema, RELATION),
+        sql.SQL(" and ").join(conditions),
+        sql.SQL("") if limit is None else sql.SQL("limit {}").format(sql.Literal(limit)),
     )
-    with connection.connect() as session, explained(connection, RELATION):
-        return [RejectedEvent(*row) for row in session.execute(query, values)]
+    with connection.connect() as session, explained(connection, RELATION), session.cursor() as cursor:
+        # Streamed, because RisingWave has no server-side cursors.
+        for row in cursor.stream(query, values, size=FETCH_ROWS):
+            yield RejectedEvent(*row)
+
+
+_ALWAYS = sql.SQL("true")
+
+
+def _is_open(connection: EngineConnection) -> sql.Composed:
+    """The condition that a row of `rejected` was not replayed."""
+    return sql.SQL(
+        "not exists (select 1 from {} as replayed where replayed.topic = rejected.topic"
+        ' and replayed.source = rejected.source and replayed.source_partition = rejected."partition"'
+        ' and replayed.source_offset = rejected."offset")'
+    ).format(sql.Identifier(connection.schema, "replayed_events"))

@@ -1,0 +1,300 @@
+"""Rejected messages out to a file, and corrected ones in again.
+
+A rejected message is never changed: its correction is a new message, and `replayed_events` remembers that
+it was sent. Where this platform writes the raw tables, the new message stands at the same partition and
+offset of the source `replay:<source>`, so that no interruption and no repetition can store it twice.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any
+
+from psycopg import sql
+
+from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.errors import PrefsError
+from dagster_prefs.events.formats import (
+    TOPICS,
+    EventFileError,
+    LineReader,
+    Topic,
+    check_file,
+    find_topic,
+    value_span,
+)
+from dagster_prefs.events.ingest import Delivery
+from dagster_prefs.events.raw import Place, RawMessage, RawStore, explained
+from dagster_prefs.events.rejected import RELATION, stream_rejected
+from dagster_prefs.events.validity import rejection_reason
+
+BATCH_SIZE = 1_000
+SOURCE_PREFIX = "replay:"
+KEYS = ("topic", "source", "partition", "offset", "payload")
+
+
+class ReplayError(PrefsError):
+    """A file of corrections cannot be sent, or rejected messages cannot be written to a file.
+
+    `problems` are (line, why) of every line that stands in the way.
+    """
+
+    def __init__(self, message: str, problems: Sequence[tuple[int, str]] = ()) -> None:
+        super().__init__(message)
+        self.problems = tuple(problems)
+
+
+@dataclass(frozen=True)
+class ReplayReport:
+    """What a replay did: messages sent, those sent by an earlier one, and those left out with the reason."""
+
+    sent: int
+    already_replayed: int
+    left_out: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Correction:
+    line: int
+    topic: Topic
+    place: Place
+    message: bytes
+
+
+def export_rejected(
+    connection: EngineConnection, path: Path, topic: str | None = None, reason: str | None = None
+) -> int:
+    """Write the rejected messages that are open to a new JSON-lines file; returns their number.
+
+    Each line has topic, source, partition, offset, reason and payload. The payload is the message itself,
+    character for character, where that is a JSON object on one line, else its text as a JSON string.
+    Raises ReplayError where the file exists or cannot be written, else as `stream_rejected`.
+    """
+    if path.exists():
+        raise ReplayError(f"{path} exists, and may hold corrections: name another file")
+    part = path.with_name(f".{path.name}.part")
+    written = 0
+    try:
+        with part.open("w", encoding="utf-8", newline="\n") as file:
+            for event in stream_rejected(connection, topic, reason):
+                head = json.dumps(
+                    {name: getattr(event, name) for name in (*KEYS[:4], "reason")}, ensure_ascii=False
+                )
+                file.write(f'{head[:-1]}, "payload": {_embedded(event.payload)}}}\n')
+                written += 1
+        part.replace(path)
+    except OSError as error:
+        raise ReplayError(f"{path} cannot be written ({error.strerror}): choose another folder") from None
+    finally:
+        part.unlink(missing_ok=True)
+    return written
+
+
+def replay_file(
+    connection: EngineConnection,
+    path: Path,
+    *,
+    now: datetime,
+    skip_invalid: bool = False,
+    deliver: Delivery | None = None,
+) -> ReplayReport:
+    """Send the corrected payloads of an exported file as new messages of their topics.
+
+    Every line is judged as if it arrived `now` (UTC) before the first is sent. Lines that were replayed
+    before are left out, so that the same file can be sent again after an interruption. `deliver` sends to
+    Kafka, as in `ingest_file`.
+
+    Raises ReplayError with every line that is still invalid or is no rejected message, and sends nothing
+    then; with `skip_invalid` those lines are left out. Raises EventFileError, EngineUnavailable,
+    RawStoreError.
+    """
+    before = check_file(path)
+    problems: list[tuple[int, str]] = []
+    lines = sent = already = 0
+    with RawStore(connection) as store:
+        for batch, broken in _batches(path):
+            judged, _ = _judge(connection, batch, now)
+            problems += sorted([*broken, *judged.items()])
+            lines += len(batch) + len(broken)
+        if problems and not skip_invalid:
+            raise ReplayError(
+                f"{len(problems)} of {lines} lines of {path} cannot be replayed, and nothing was sent: "
+                "correct them, or leave them out with --skip-invalid",
+                problems,
+            )
+        after = check_file(path)
+        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+            raise EventFileError(
+                f"{path} changed while it was read: let its writer finish and replay it again"
+            )
+        for batch, _ in _batches(path):
+            judged, replayed = _judge(connection, batch, now)
+            fresh = [c for c in batch if c.line not in judged and (c.topic.name, c.place) not in replayed]
+            _send(store, fresh, now, deliver)
+            sent += len(fresh)
+            already += len(batch) - len(fresh) - len(judged)
+    return ReplayReport(sent, already, dict(Counter(why for _, why in problems)))
+
+
+def replay_unchanged(
+    connection: EngineConnection,
+    topic: str | None = None,
+    reason: str | None = None,
+    *,
+    now: datetime,
+    deliver: Delivery | None = None,
+) -> ReplayReport:
+    """Send again, as they are, the open rejected messages that are valid if they arrive `now` (UTC).
+
+    Raises as `stream_rejected` and `replay_file`.
+    """
+    left_out: Counter[str] = Counter()
+    sent = 0
+
+    def valid() -> Iterator[_Correction]:
+        for event in stream_rejected(connection, topic, reason):
+            found = TOPICS[event.topic]
+            message = event.payload.encode()
+            why = rejection_reason(message, found, now)
+            if why is None:
+                yield _Correction(0, found, Place(event.source, event.partition, event.offset), message)
+            else:
+                left_out[why] += 1
+
+    with RawStore(connection) as store:
+        corrections = valid()
+        while batch := list(islice(corrections, BATCH_SIZE)):
+            _send(store, batch, now, deliver)
+            sent += len(batch)
+    return ReplayReport(sent, 0, dict(left_out))
+
+
+def _send(store: RawStore, batch: list[_Correction], now: datetime, deliver: Delivery | None) -> None:
+    """Send a batch, then remember it: an interruption between the two repeats, and loses nothing."""
+    ordered = sorted(batch, key=lambda correction: (correction.topic.name, correction.place))
+    for (_, source), group in groupby(ordered, key=lambda c: (c.topic.name, c.place.source)):
+        corrections = list(group)
+        topic = corrections[0].topic
+        messages = [RawMessage(c.place.partition, c.place.offset, c.message) for c in corrections]
+        if deliver is None:
+            store.write(topic, SOURCE_PREFIX + source, messages)
+        else:
+            deliver(topic, messages)
+        store.remember_replayed(topic, [c.place for c in corrections], now)
+
+
+def _judge(
+    connection: EngineConnection, batch: list[_Correction], now: datetime
+) -> tuple[dict[int, str], set[tuple[str, Place]]]:
+    """Line → why it cannot be sent, and which of the batch were replayed before."""
+    rejected, replayed = _known(connection, batch)
+    problems = {}
+    for correction in batch:
+        key = (correction.topic.name, correction.place)
+        if key in replayed:
+            continue
+        if key not in rejected:
+            source, partition, offset = correction.place
+            problems[correction.line] = (
+                f"no message of {correction.topic.name} at {source} {partition}/{offset} was rejected: "
+                "keep topic, source, partition and offset as they were exported"
+            )
+        elif why := rejection_reason(correction.message, correction.topic, now):
+            problems[correction.line] = why
+    return problems, replayed
+
+
+def _known(
+    connection: EngineConnection, batch: list[_Correction]
+) -> tuple[set[tuple[str, Place]], set[tuple[str, Place]]]:
+    """Which of the batch were rejected, and which were replayed before."""
+    found = []
+    values = [
+        sorted({correction.place.source for correction in batch}),
+        sorted({correction.place.offset for correction in batch}),
+    ]
+    with connection.connect() as session:
+        for relation, partition, offset in (
+            (RELATION, "partition", "offset"),
+            ("replayed_events", "source_partition", "source_offset"),
+        ):
+            query = sql.SQL(
+                "select topic, source, {partition}, {offset} from {relation} "
+                "where source = any(%s::text[]) and {offset} = any(%s::bigint[])"
+            ).format(
+                partition=sql.Identifier(partition),
+                offset=sql.Identifier(offset),
+                relation=sql.Identifier(connection.schema, relation),
+            )
+            with explained(connection, relation):
+                found.append({(row[0], Place(*row[1:])) for row in session.execute(query, values)})
+    return found[0], found[1]
+
+
+def _batches(path: Path) -> Iterator[tuple[list[_Correction], list[tuple[int, str]]]]:
+    """The corrections of a file in order, and beside them the lines that are none with the reason."""
+    seen: dict[tuple[str, Place], int] = {}
+    batch: list[_Correction] = []
+    broken: list[tuple[int, str]] = []
+    with LineReader(path) as reader:
+        for number, line in reader:
+            if not line.strip():
+                continue
+            found = _read(number, line)
+            if isinstance(found, str):
+                broken.append((number, found))
+                continue
+            first = seen.setdefault((found.topic.name, found.place), number)
+            if first != number:
+                broken.append((number, f"the same message as line {first}: keep one of them"))
+                continue
+            batch.append(found)
+            if len(batch) >= BATCH_SIZE:
+                yield batch, broken
+                batch, broken = [], []
+    yield batch, broken
+
+
+def _read(number: int, line: bytes) -> _Correction | str:
+    """The correction on a line, or why there is none."""
+    try:
+        value: Any = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return f"not valid JSON ({error}): keep one JSON object on the line"
+    missing = [name for name in KEYS if not isinstance(value, dict) or name not in value]
+    if missing:
+        return f"lacks {', '.join(missing)}: keep the keys of the exported line"
+    if not isinstance(value["source"], str) or not all(
+        isinstance(value[name], int) and not isinstance(value[name], bool) and 0 <= value[name] < limit
+        for name, limit in (("partition", 2**31), ("offset", 2**63))
+    ):
+        return "its source, partition or offset is of another type: keep them as they were exported"
+    try:
+        topic = find_topic(str(value["topic"]))
+    except PrefsError as error:
+        return str(error)
+    payload = value["payload"]
+    if isinstance(payload, str):
+        # Half of a surrogate pair is kept, so that the judgement is about the message and not this code.
+        message = payload.encode("utf-8", "surrogatepass")
+    else:
+        start, end = value_span(line, "payload")
+        message = line[start:end]
+    return _Correction(number, topic, Place(value["source"], value["partition"], value["offset"]), message)
+
+
+def _embedded(payload: str) -> str:
+    """The message as a JSON value that reads back as exactly this text."""
+    try:
+        if payload.startswith("{") and not set(payload) & {"\n", "\r"} and payload.endswith("}"):
+            json.loads(payload)
+            return payload
+    except (ValueError, RecursionError):
+        pass
+    return json.dumps(payload, ensure_ascii=False)
