@@ -150,17 +150,16 @@ class TileSnapshot:
             value=sql.Literal(day),
             key=sql.SQL(", ").join(map(sql.Identifier, self._spec.key)),
         )
-        block: list[Any] = []
-        size = 0
+        # Appended to one buffer: millions of rows kept as objects cost more than reading and parsing them.
+        block = bytearray()
         with self._connection.cursor() as cursor, cursor.copy(query) as copy:
             while data := copy.read():
-                block.append(data)
-                size += len(data)
-                if size >= BLOCK_BYTES:
-                    yield self._parse(b"".join(block), names, day, schema)
-                    block, size = [], 0
+                block += data
+                if len(block) >= BLOCK_BYTES:
+                    yield self._parse(block, names, day, schema)
+                    block = bytearray()
         if block:
-            yield self._parse(b"".join(block), names, day, schema)
+            yield self._parse(block, names, day, schema)
 
     def _relation(self, name: str) -> sql.Identifier:
         return sql.Identifier(self._schema, name)
@@ -171,10 +170,10 @@ class TileSnapshot:
             return sql.SQL("(extract(epoch from {}) * 1000000)::bigint").format(sql.Identifier(name))
         return sql.Identifier(name)
 
-    def _parse(self, text: bytes, names: list[str], day: date, schema: pa.Schema) -> pa.RecordBatch:
+    def _parse(self, text: bytearray, names: list[str], day: date, schema: pa.Schema) -> pa.RecordBatch:
         columns = {column.name: column.type for column in self._spec.columns}
         parsed = pa.csv.read_csv(
-            pa.BufferReader(text),
+            pa.BufferReader(pa.py_buffer(text)),
             read_options=pa.csv.ReadOptions(column_names=names, block_size=len(text) + 1, use_threads=False),
             parse_options=pa.csv.ParseOptions(delimiter="\t", quote_char=False, escape_char=False),
             convert_options=pa.csv.ConvertOptions(
@@ -237,7 +236,10 @@ def tile_snapshot(engine: EngineConnection, spec: TileTable) -> Iterator[TileSna
 
 def _missing(spec: TileTable, error: psycopg.Error) -> str:
     reason = _first_line(error)
-    return f"the engine lacks {spec.tile}, {FINGERPRINTS} or {ERASED} ({reason}): create the models with `dbt build` first"
+    return (
+        f"the engine lacks {spec.tile}, {FINGERPRINTS} or {ERASED} ({reason}): "
+        "create the models with `dbt build` first"
+    )
 
 
 def _first_line(error: BaseException) -> str:
