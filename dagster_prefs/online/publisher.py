@@ -146,6 +146,11 @@ def publish_domain(
             ) from error
 
 
+def publish_lock(engine: EngineConnection, domain_key: str) -> str:
+    """The name whose advisory lock a publisher of the domain holds."""
+    return f"dagster-prefs publish {engine.schema} {domain_key}"
+
+
 class _Publication:
     """One run over one domain."""
 
@@ -217,7 +222,7 @@ class _Publication:
         )
         self.control.execute(
             "select pg_advisory_lock(hashtextextended(%s, 0))",
-            [f"dagster-prefs publish {self.engine.schema} {self.domain.key}"],
+            [publish_lock(self.engine, self.domain.key)],
         )
 
     def _check_columns(self) -> None:

@@ -39,10 +39,16 @@
   end
 {%- endmacro %}
 
+{# Whether the message is what an erasure leaves of one: its place in the source, and nothing of its content. #}
+{% macro erased(identity) -%}
+  j ->> 'erased' = 'true' and {{ identity }} is null
+{%- endmacro %}
+
 {# Why an event is refused whatever its topic, as `when … then …` arms; `key` and `moment` are columns. #}
 {% macro common_reasons(key, moment) %}
     when j is null then 'not valid JSON'
     when jsonb_typeof(j) <> 'object' then 'not a JSON object'
+    when {{ erased("event_id") }} then 'erased'
     {%- for name in ["event_id", key, moment] %}
     when {{ name }} is null and not {{ field_given(name) }} then 'missing {{ name }}'
     when {{ name }} is null then 'bad {{ name }}'

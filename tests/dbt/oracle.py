@@ -189,6 +189,9 @@ def parse(message: Message) -> Parsed:
         return Parsed(message, "not valid JSON", {})
     if not isinstance(value, dict):
         return Parsed(message, "not a JSON object", {})
+    identity = "item_id" if message.topic == "items" else "event_id"
+    if written(value.get("erased")) == "true" and text(value, identity) is None:
+        return Parsed(message, "erased", {})
     fields, reason = _READERS[message.topic](value, message)
     return Parsed(message, reason, {} if reason else fields)
 

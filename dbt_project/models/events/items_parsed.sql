@@ -63,6 +63,7 @@ judged as (
     case
       when j is null then 'not valid JSON'
       when jsonb_typeof(j) <> 'object' then 'not a JSON object'
+      when {{ erased("item_id") }} then 'erased'
       when item_id is null and not {{ field_given("item_id") }} then 'missing item_id'
       when item_id is null then 'bad item_id'
       when price is null and {{ field_given("price") }} then 'bad price'

@@ -1,0 +1,376 @@
+"""What the raw tables hold of one subject: found, counted, and redacted in place.
+
+A redacted message keeps its place in its source, so counts and positions stay as they were and neither a file
+nor a Kafka partition is read again; of its content nothing is left.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from decimal import Decimal, InvalidOperation
+from typing import Any, Literal, NamedTuple
+
+import psycopg
+from psycopg import sql
+
+from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.errors import PrefsError
+from dagster_prefs.events.formats import TOPICS, Topic
+from dagster_prefs.events.raw import explained
+
+REDACTED = b'{"erased":true}'
+"""What is left of a message; the typed layer rejects it with the reason `erased`."""
+
+KEYS = {"viewer": "viewer_id", "user": "user_id"}
+BATCH_ROWS = 5_000
+# RisingWave reads the positions of an update as text.
+BATCH_ROWS_RISINGWAVE = 500
+
+
+class SubjectRefused(PrefsError):
+    """What was named is no subject that can be erased."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Whose data it is: a viewer by a 64-bit number, or a shop user by a text."""
+
+    kind: Literal["viewer", "user"]
+    id: str
+
+    @classmethod
+    def named(cls, kind: str, given: str) -> Subject:
+        """The subject, its id as the typed events spell it.
+
+        Raises SubjectRefused for an id that no event can have, and for a canary.
+        """
+        name = given.strip(" \t\r\n")
+        if kind == "viewer":
+            if not re.fullmatch(r"-?[0-9]{1,19}", name) or not -(2**63) <= int(name) < 2**63:
+                raise SubjectRefused(
+                    f"{given!r} is not a viewer: viewer ids are whole numbers of 64 bits; "
+                    "a shop user is erased with `prefs erase user ID`"
+                )
+            if int(name) < 0:
+                raise SubjectRefused(
+                    f"viewer {name} is a canary: ids below 0 are no person's, and probes need theirs; "
+                    "name a viewer from 0 on"
+                )
+            return cls("viewer", str(int(name)))
+        if kind != "user":
+            raise SubjectRefused(f"{kind!r} is no kind of subject: say viewer or user before the id")
+        if not name or "\x00" in name:
+            raise SubjectRefused(f"{given!r} is not a user: user ids are texts that are not empty; name one")
+        if name.startswith("canary:"):
+            raise SubjectRefused(
+                f"user {name} is a canary: ids from canary: on are no person's, and probes need theirs; "
+                "name another user"
+            )
+        return cls("user", name)
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.id}"
+
+    @property
+    def key(self) -> str:
+        """The field of a message, and the column of a relation, that holds the id."""
+        return KEYS[self.kind]
+
+    @property
+    def value(self) -> int | str:
+        """The id as the relations have it."""
+        return int(self.id) if self.kind == "viewer" else self.id
+
+    def is_key_of(self, topic: Topic) -> bool:
+        """Whether the topic's messages carry this kind of subject."""
+        return self.key in topic.fields
+
+
+class Position(NamedTuple):
+    """Where a message is in the raw table of its topic."""
+
+    source: str
+    partition: int
+    offset: int
+
+
+class RawMessages:
+    """The raw messages of one subject that arrived up to `until` (the engine's clock), over one connection.
+
+    Rejected messages count when they name the subject, readable or not: a value that is the id, under a field
+    of its name anywhere, or under a field that the topic does not know. All methods raise RawStoreError.
+    """
+
+    def __init__(
+        self,
+        connection: psycopg.Connection[Any],
+        engine: EngineConnection,
+        subject: Subject,
+        until: datetime,
+    ) -> None:
+        self._connection = connection
+        self._engine = engine
+        self._subject = subject
+        self._until = until
+
+    def newest_event(self) -> datetime | None:
+        """The latest time of a valid event of the subject, UTC."""
+        newest: datetime | None = None
+        for topic in TOPICS.values():
+            if not self._subject.is_key_of(topic) or topic.time_field is None:
+                continue
+            row = self._ask(
+                parsed_of(topic),
+                "select max({time}) from {relation} where {key} = {id} and reason is null"
+                " and arrived_at <= {until}",
+                time=sql.Identifier(topic.time_field),
+            )[0]
+            newest = max((found for found in (newest, row[0]) if found is not None), default=None)
+        return newest
+
+    def find(self) -> dict[str, list[Position]]:
+        """Raw table → positions of the subject's messages, as the parsed relations and the raw bytes tell them."""
+        found: dict[str, list[Position]] = {}
+        for topic in TOPICS.values():
+            own: list[tuple[Any, ...]] = []
+            if self._subject.is_key_of(topic):
+                own = self._ask(
+                    parsed_of(topic),
+                    "select source, source_partition, source_offset from {relation}"
+                    " where {key} = {id} and arrived_at <= {until}",
+                )
+            positions = {Position(*row) for row in own} | self._seen(topic)
+            if positions:
+                found[topic.raw_table] = sorted(positions)
+        return found
+
+    def count(self) -> dict[str, int]:
+        """Raw table → messages of the subject, read from the raw bytes and the rejected payloads."""
+        return {topic.raw_table: len(self._seen(topic)) for topic in TOPICS.values()}
+
+    def redact(self, raw_table: str, positions: Sequence[Position]) -> int:
+        """Replace the content of these messages; returns how many there were. Safe to repeat."""
+        with explained(self._engine, raw_table):
+            if self._engine.kind == "risingwave":
+                return self._redact_risingwave(raw_table, positions)
+            done = 0
+            for start in range(0, len(positions), BATCH_ROWS):
+                batch = positions[start : start + BATCH_ROWS]
+                done += self._connection.execute(
+                    sql.SQL(
+                        "update {} as raw set data = %s from unnest(%s::text[], %s::int[], %s::bigint[])"
+                        " as gone (source, source_partition, source_offset) where raw.source = gone.source"
+                        " and raw.source_partition = gone.source_partition"
+                        " and raw.source_offset = gone.source_offset"
+                    ).format(self._relation(raw_table)),
+                    [REDACTED, *map(list, zip(*batch, strict=True))],
+                ).rowcount
+            return done
+
+    def _redact_risingwave(self, raw_table: str, positions: Sequence[Position]) -> int:
+        partitions: dict[tuple[str, int], list[int]] = {}
+        for source, partition, offset in positions:
+            partitions.setdefault((source, partition), []).append(offset)
+        done = 0
+        for (source, partition), offsets in partitions.items():
+            for start in range(0, len(offsets), BATCH_ROWS_RISINGWAVE):
+                batch = offsets[start : start + BATCH_ROWS_RISINGWAVE]
+                # Positions of a Kafka table are texts, and it has no column for the source.
+                kafka = "source" not in self._columns(raw_table)
+                values: list[Any] = [str(offset) if kafka else offset for offset in batch]
+                done += self._connection.execute(
+                    sql.SQL(
+                        'update {} set "data" = {} where {} source_partition = {} and source_offset in ({})'
+                    ).format(
+                        self._relation(raw_table),
+                        sql.Literal(REDACTED),
+                        sql.SQL("") if kafka else sql.SQL("source = {} and").format(sql.Literal(source)),
+                        sql.Literal(str(partition) if kafka else partition),
+                        sql.SQL(", ").join(map(sql.Literal, values)),
+                    )
+                ).rowcount
+        return done
+
+    def _seen(self, topic: Topic) -> set[Position]:
+        """Messages that carry the id under its own name, and rejected ones that name it otherwise."""
+        found = set(self._rejected(topic))
+        if self._subject.is_key_of(topic):
+            rows = self._ask(
+                topic.raw_table,
+                "select {place}, data from {relation} where arrived_at <= {until}"
+                " and encode(data, 'escape') ~ {pattern}",
+                place=self._place(topic),
+                pattern=sql.Literal(self._pattern()),
+            )
+            found |= {
+                Position(str(source), int(partition), int(offset))
+                for source, partition, offset, data in rows
+                if not _of_another(self._subject, data)
+            }
+        return found
+
+    def _rejected(self, topic: Topic) -> Iterator[Position]:
+        """Rejected messages that name the subject although they could not be read as one of its events."""
+        native = self._subject.is_key_of(topic)
+        rows = self._ask(
+            parsed_of(topic),
+            "select source, source_partition, source_offset, payload from {relation}"
+            " where reason is not null and reason <> 'erased' and arrived_at <= {until} and {keyless}"
+            " and ({hints})",
+            keyless=sql.SQL("{} is null").format(sql.Identifier(self._subject.key))
+            if native
+            else sql.SQL("true"),
+            hints=sql.SQL(" or ").join(
+                sql.SQL("strpos(payload, {}) > 0").format(sql.Literal(text))
+                for text in spellings(self._subject)
+            ),
+        )
+        for *position, payload in rows:
+            if names(self._subject, payload, topic):
+                yield Position(*position)
+
+    def _pattern(self) -> str:
+        # As encode(…, 'escape') shows bytes: everything beyond ASCII in octal, a backslash twice.
+        forms = sorted({_escaped(text.encode()) for text in _in_json(self._subject)})
+        either = "|".join(re.escape(form).replace("\\ ", " ") for form in forms)
+        zeros = "0*" if self._subject.kind == "viewer" else ""
+        tail = r"([.]0+)?" if self._subject.kind == "viewer" else ""
+        blank = r"([ \t\r\n]|\\\\[trn])*"
+        return (
+            rf'"{self._subject.key}"[ \t\r\n]*:[ \t\r\n]*("{blank}{zeros}({either}){tail}{blank}"'
+            rf"|{zeros}({either}){tail}[ \t\r\n]*[,}}])"
+        )
+
+    def _ask(self, relation: str, query: str, **parts: sql.Composable) -> list[tuple[Any, ...]]:
+        with explained(self._engine, relation):
+            return self._connection.execute(
+                sql.SQL(query).format(
+                    relation=self._relation(relation),
+                    key=sql.Identifier(self._subject.key),
+                    id=sql.Literal(self._subject.value),
+                    until=sql.SQL("{}::timestamptz").format(sql.Literal(self._until.isoformat())),
+                    **parts,
+                )
+            ).fetchall()
+
+    def _place(self, topic: Topic) -> sql.Composable:
+        if "source" in self._columns(topic.raw_table):
+            return sql.SQL("source, source_partition, source_offset")
+        # The parsed relation names the source of a Kafka table.
+        source = self._connection.execute(
+            sql.SQL("select min(source) from {}").format(self._relation(parsed_of(topic)))
+        ).fetchone()
+        return sql.SQL("{}, source_partition, source_offset").format(
+            sql.Literal((source and source[0]) or "")
+        )
+
+    def _columns(self, relation: str) -> set[str]:
+        rows = self._connection.execute(
+            "select column_name from information_schema.columns where table_schema = %s and table_name = %s",
+            (self._engine.schema, relation),
+        ).fetchall()
+        return {str(name) for (name,) in rows}
+
+    def _relation(self, name: str) -> sql.Identifier:
+        return sql.Identifier(self._engine.schema, name)
+
+
+def parsed_of(topic: Topic) -> str:
+    """The relation that reads the topic's raw table."""
+    return topic.raw_table.removeprefix("raw_") + "_parsed"
+
+
+def spellings(subject: Subject) -> list[str]:
+    """How a payload may show the id: plain, as JSON escapes it, and as the engine shows bytes that are no text."""
+    forms = _in_json(subject)
+    return list(dict.fromkeys([*forms, *(_escaped(form.encode()) for form in forms)]))
+
+
+def _in_json(subject: Subject) -> list[str]:
+    escaped = json.dumps(subject.id)[1:-1]
+    return list(dict.fromkeys([subject.id, escaped, escaped.replace("/", "\\/")]))
+
+
+def _of_another(subject: Subject, message: bytes) -> bool:
+    """Whether the message is another subject's own, and names this one only beside."""
+    try:
+        document = json.loads(message, parse_float=Decimal, parse_int=Decimal)
+    except (ValueError, RecursionError):
+        return False
+    value = document.get(subject.key) if isinstance(document, dict) else None
+    if isinstance(value, bool) or not isinstance(value, str | Decimal) or not str(value).strip():
+        return False
+    return not _same(subject, str(value))
+
+
+def names(subject: Subject, payload: str, topic: Topic) -> bool:
+    """Whether a rejected payload names the subject.
+
+    Where it is JSON, by the value of a field called like the key, at any depth; in a topic of this kind of
+    subject also by any value outside the topic's own fields. Where it is not, by what follows the name of the
+    key, or, in a topic of this kind without one, by the id standing alone anywhere.
+    """
+    native = subject.is_key_of(topic)
+    try:
+        document = json.loads(payload, parse_float=Decimal, parse_int=Decimal)
+    except (ValueError, RecursionError):
+        return _text_names(subject, payload, native)
+    own = set(topic.fields) - {subject.key} if native else set()
+    return _value_names(subject, document, own, anywhere=native)
+
+
+def _value_names(subject: Subject, value: Any, skipped: set[str], *, anywhere: bool) -> bool:
+    if isinstance(value, dict):
+        return any(
+            _value_names(subject, part, set(), anywhere=anywhere or _is_key(subject, name))
+            for name, part in value.items()
+            if name not in skipped
+        )
+    if isinstance(value, list):
+        return any(_value_names(subject, part, set(), anywhere=anywhere) for part in value)
+    if not anywhere or value is None or isinstance(value, bool):
+        return False
+    if isinstance(value, Decimal):
+        return _same(subject, str(value))
+    return _same(subject, value) or _alone(subject).search(value) is not None
+
+
+def _text_names(subject: Subject, payload: str, native: bool) -> bool:
+    key = subject.key.replace("_", "[_ -]?")
+    given = re.findall(rf"(?i){key}\\*[\"']?\s*[:=]\s*\\*[\"']?([^\s\"',}}\\]*)", payload)
+    if any(_same(subject, value) for value in given):
+        return True
+    if given and all(given):
+        return False
+    if given or native:
+        return _alone(subject).search(payload) is not None
+    return False
+
+
+def _alone(subject: Subject) -> re.Pattern[str]:
+    forms = "|".join(re.escape(form) for form in spellings(subject))
+    return re.compile(rf"(?<![\w.-])(?:{forms})(?:\.0+)?(?![\w-]|\.\d)")
+
+
+def _is_key(subject: Subject, name: str) -> bool:
+    return re.sub(r"[^a-z]", "", name.lower()) in (subject.key.replace("_", ""), subject.kind)
+
+
+def _same(subject: Subject, text: str) -> bool:
+    text = text.strip(" \t\r\n")
+    if subject.kind == "user":
+        return text in spellings(subject)
+    try:
+        return Decimal(text) == int(subject.id)
+    except InvalidOperation:
+        return False
+
+
+def _escaped(data: bytes) -> str:
+    return "".join(
+        f"\\{byte:03o}" if byte == 0 or byte > 127 else "\\\\" if byte == 0x5C else chr(byte) for byte in data
+    )

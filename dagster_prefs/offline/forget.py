@@ -1,0 +1,381 @@
+"""Taking one viewer out of the training tables: the current state, the history, and the files.
+
+Every day that holds the viewer is replaced through the same write, audit and publish as an export; then go the
+branches and snapshots that still hold the rows, then the files that nothing names any more. A tag is somebody's
+promise to keep a snapshot: it stays, and is named, unless told otherwise.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import date
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.fs
+import pyarrow.parquet as pq
+from pyiceberg.catalog import Catalog
+from pyiceberg.conversions import from_bytes
+from pyiceberg.exceptions import CommitFailedException, NoSuchTableError
+from pyiceberg.io.pyarrow import PyArrowFileIO
+from pyiceberg.manifest import DataFile
+from pyiceberg.table import Table
+from pyiceberg.table.refs import MAIN_BRANCH, SnapshotRefType
+from pyiceberg.table.snapshots import Snapshot
+from pyiceberg.types import LongType
+
+from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.offline.audit import AuditFailed
+from dagster_prefs.offline.catalog import OfflineError, explained
+from dagster_prefs.offline.duck import duck_session
+from dagster_prefs.offline.export import DEFAULT_NAMESPACE, ExportConflict, export_day
+from dagster_prefs.offline.maintenance import SORT_MEMORY, referenced_files
+from dagster_prefs.offline.publish import (
+    BRANCH_PREFIX,
+    DayFiles,
+    day_files,
+    day_of,
+    discard,
+    publish_day,
+    write_day,
+)
+from dagster_prefs.offline.tables import ErasedViewer, TileTable, arrow_schema
+from dagster_prefs.offline.tiles import TilesUnreadable
+
+ATTEMPTS = 8
+
+
+@dataclass(frozen=True)
+class TableHolding:
+    """What of a viewer a table holds: rows of the current state, snapshots that hold a row, the names of tags
+    (and of branches that are not an export's) that keep one, and Parquet files with a row, whether a snapshot
+    names them or not."""
+
+    table: str
+    rows: int
+    days: tuple[date, ...]
+    snapshots: int
+    kept_by: tuple[str, ...]
+    files: int
+
+
+@dataclass(frozen=True)
+class ForgottenTable:
+    """What was done to one table; `days_from_engine` were exported again, `days_rewritten` are the table's own
+    rows without the viewer's, because the engine no longer holds the whole day."""
+
+    table: str
+    days_from_engine: tuple[date, ...]
+    days_rewritten: tuple[date, ...]
+    refs_removed: tuple[str, ...]
+    snapshots_expired: int
+    files_removed: int
+
+
+class ViewerInTable:
+    """One viewer's rows in one training table; files are read once, however many snapshots name them.
+
+    Every method raises OfflineError, and does nothing where there is no such table.
+    """
+
+    def __init__(
+        self, catalog: Catalog, spec: TileTable, erased: ErasedViewer, *, namespace: str = DEFAULT_NAMESPACE
+    ) -> None:
+        self.name = f"{namespace}.{spec.name}"
+        self._catalog = catalog
+        self._spec = spec
+        self._erased = erased
+        self._namespace = namespace
+        self._rows: dict[str, int] = {}
+        self._manifests: dict[str, list[DataFile]] = {}
+
+    def holding(self) -> TableHolding:
+        """Read the table, its history and its folder."""
+        with explained(f"the table {self.name}"):
+            table = self._load()
+            if table is None:
+                return TableHolding(self.name, 0, (), 0, (), 0)
+            days = self._days(table)
+            snapshots = self._snapshots(table)
+            kept = [name for name, ref in table.refs().items() if ref.snapshot_id in snapshots]
+            files = {path for path, rows in self._rows.items() if rows} | set(self._unreferenced(table))
+            there = {path for path in files if table.io.new_input(path).exists()}
+            return TableHolding(
+                self.name,
+                sum(days.values()),
+                tuple(sorted(days)),
+                len(snapshots),
+                tuple(sorted(name for name in kept if not self._expendable(table, name))),
+                len(there),
+            )
+
+    def forget(self, engine: EngineConnection, *, drop_tags: bool = False) -> ForgottenTable:
+        """Take the viewer out; safe to repeat after a crash anywhere, and beside running exports.
+
+        With `drop_tags` the tags and branches that keep a snapshot with the viewer go as well.
+        """
+        with explained(f"the table {self.name}"):
+            if self._load() is None:
+                return ForgottenTable(self.name, (), (), (), 0, 0)
+            exported, rewritten = self._forget_days(engine)
+            removed = self._remove_refs(drop_tags)
+            expired = self._expire()
+            files = self._remove_files()
+        return ForgottenTable(self.name, exported, rewritten, removed, expired, files)
+
+    def _load(self) -> Table | None:
+        try:
+            return self._catalog.load_table(self._spec.identifier(self._namespace))
+        except NoSuchTableError:
+            return None
+
+    def _table(self) -> Table:
+        return self._catalog.load_table(self._spec.identifier(self._namespace))
+
+    def _days(self, table: Table) -> dict[date, int]:
+        days: dict[date, int] = {}
+        for task in table.scan().plan_files():
+            if rows := self._rows_in(table, task.file):
+                days[day_of(task.file)] = days.get(day_of(task.file), 0) + rows
+        return days
+
+    def _forget_days(self, engine: EngineConnection) -> tuple[tuple[date, ...], tuple[date, ...]]:
+        exported: list[date] = []
+        rewritten: list[date] = []
+        for _ in range(ATTEMPTS):
+            days = sorted(self._days(self._table()))
+            if not days:
+                return tuple(exported), tuple(rewritten)
+            for day in days:
+                if self._export(engine, day):
+                    exported.append(day)
+                elif self._rewrite(day):
+                    rewritten.append(day)
+        raise ExportConflict(
+            f"{self.name} was replaced by others {ATTEMPTS} times while a viewer was taken out of it: "
+            "see which exports or maintenance run, and run it again"
+        )
+
+    def _export(self, engine: EngineConnection, day: date) -> bool:
+        """Replace a day by what the engine holds of it, where that is all of it."""
+        try:
+            report = export_day(
+                engine, self._catalog, self._spec, day, namespace=self._namespace, forgetting=self._erased
+            )
+        except (AuditFailed, TilesUnreadable):
+            # What is wrong with other viewers' tiles must not keep this one; the next export tells of it.
+            return False
+        return report.status == "written"
+
+    def _rewrite(self, day: date) -> bool:
+        """Replace a day by its own rows without the viewer's; False where another writer was faster."""
+        table = self._table()
+        head = table.current_snapshot()
+        if head is None:
+            return False
+        held = day_files(table, self._spec, day)
+        written = DayFiles(
+            # A name of its own: the day is no longer what the engine once gave.
+            token=uuid.uuid4().hex[:16],
+            rows=sum(file.record_count - self._rows_in(table, file) for file in held),
+            totals=self._totals(table, day, head),
+            properties={"prefs.operation": "erase"},
+        )
+        with closing(self._remaining(table, day, head)) as batches:
+            write_day(table, day, written, batches)
+        if publish_day(table, self._spec, day, written, {file.file_path for file in held}) is None:
+            discard(table, written)
+            return False
+        return True
+
+    def _scan(self, table: Table, day: date, head: Snapshot) -> pa.RecordBatchReader:
+        remaining = (
+            f"{self._spec.day} = '{day.isoformat()}' and (viewer_id != {self._erased.viewer_id} "
+            f"or last_event_at > '{self._erased.until.isoformat()}')"
+        )
+        return table.scan(row_filter=remaining, snapshot_id=head.snapshot_id).to_arrow_batch_reader()
+
+    def _totals(self, table: Table, day: date, head: Snapshot) -> dict[str, Decimal]:
+        totals = dict.fromkeys(self._spec.totals, Decimal(0))
+        for batch in self._scan(table, day, head):
+            for name in totals:
+                totals[name] += Decimal(pc.sum(batch.column(name)).as_py() or 0)
+        return totals
+
+    def _remaining(self, table: Table, day: date, head: Snapshot) -> Generator[pa.RecordBatch]:
+        schema = arrow_schema(table)
+        with duck_session(SORT_MEMORY) as session:
+            session.register("day", self._scan(table, day, head))
+            ordered = session.sql(f"from day order by {', '.join(self._spec.key)}").to_arrow_reader(100_000)
+            for batch in ordered:
+                if batch.num_rows:
+                    yield batch.cast(schema)
+
+    def _snapshots(self, table: Table) -> set[int]:
+        """The snapshots of the whole history that hold a row of the viewer."""
+        return {
+            snapshot.snapshot_id
+            for snapshot in table.snapshots()
+            # Every file is read, so that the count of files is one of all files.
+            if sum(self._rows_in(table, file) for file in self._files(table, snapshot))
+        }
+
+    def _files(self, table: Table, snapshot: Snapshot) -> Iterator[DataFile]:
+        for manifest in snapshot.manifests(table.io):
+            path = manifest.manifest_path
+            if path not in self._manifests:
+                entries = manifest.fetch_manifest_entry(table.io, discard_deleted=True)
+                self._manifests[path] = [entry.data_file for entry in entries]
+            yield from self._manifests[path]
+
+    def _expendable(self, table: Table, name: str) -> bool:
+        """Whether a ref goes without being asked for: the abandoned or running branch of an export."""
+        ref = table.refs()[name]
+        return ref.snapshot_ref_type == SnapshotRefType.BRANCH and name.startswith(BRANCH_PREFIX)
+
+    def _remove_refs(self, drop_tags: bool) -> tuple[str, ...]:
+        removed: list[str] = []
+        for _ in range(ATTEMPTS):
+            table = self._table()
+            holding = self._snapshots(table)
+            going = [
+                (name, ref)
+                for name, ref in table.refs().items()
+                if name != MAIN_BRANCH
+                and ref.snapshot_id in holding
+                and (drop_tags or self._expendable(table, name))
+            ]
+            if not going:
+                break
+            change = table.manage_snapshots()
+            for name, ref in going:
+                if ref.snapshot_ref_type == SnapshotRefType.TAG:
+                    change = change.remove_tag(name)
+                else:
+                    change = change.remove_branch(name)
+            try:
+                change.commit()
+                removed += [name for name, _ in going]
+            except CommitFailedException:
+                # Somebody else changed the table; it is read again.
+                continue
+        return tuple(removed)
+
+    def _expire(self) -> int:
+        for _ in range(ATTEMPTS):
+            table = self._table()
+            kept = {ref.snapshot_id for ref in table.refs().values()}
+            old = sorted(self._snapshots(table) - kept)
+            if not old:
+                return 0
+            try:
+                table.maintenance.expire_snapshots().by_ids(old).commit()
+                return len(old)
+            except CommitFailedException:
+                # Somebody else changed the table; it is read again.
+                continue
+        raise ExportConflict(
+            f"{self.name} was changed by others {ATTEMPTS} times while its snapshots were expired: "
+            "see which exports or maintenance run, and run it again"
+        )
+
+    def _remove_files(self) -> int:
+        # However young: a running export that wrote one read the engine before the erasure and cannot publish.
+        table = self._table()
+        going = self._unreferenced(table)
+        for path in going:
+            table.io.delete(path)
+        return len(going)
+
+    def _unreferenced(self, table: Table) -> list[str]:
+        """Parquet files in the table's folder that hold the viewer and that nothing names."""
+        if not isinstance(table.io, PyArrowFileIO):
+            return []
+        scheme, host, root = table.io.parse_location(table.location(), table.io.properties)
+        storage = table.io.fs_by_scheme(scheme, host)
+        listed = storage.get_file_info(pyarrow.fs.FileSelector(root, recursive=True, allow_not_found=True))
+        # Read after the listing: a file that was committed in between is then known to be in use.
+        table.refresh()
+        used = {table.io.parse_location(path, table.io.properties)[2] for path in referenced_files(table)}
+        prefix = table.location()[: len(table.location()) - len(root)]
+        return [
+            prefix + info.path
+            for info in listed
+            if info.path.endswith(".parquet")
+            and info.path not in used
+            and self._rows_at(table, prefix + info.path)
+        ]
+
+    def _rows_in(self, table: Table, file: DataFile) -> int:
+        """Rows of the viewer in a data file; its bounds may spare reading it."""
+        field = table.schema().find_field("viewer_id").field_id
+        low, high = file.lower_bounds.get(field), file.upper_bounds.get(field)
+        if low is not None and high is not None:
+            first, last = int(from_bytes(LongType(), low)), int(from_bytes(LongType(), high))
+            if not first <= self._erased.viewer_id <= last:
+                return 0
+        return self._rows_at(table, file.file_path)
+
+    def _rows_at(self, table: Table, path: str) -> int:
+        if path not in self._rows:
+            try:
+                with table.io.new_input(path).open() as source, pq.ParquetFile(source) as parquet:
+                    batches = parquet.iter_batches(
+                        row_groups=self._groups(parquet), columns=["viewer_id", "last_event_at"]
+                    )
+                    self._rows[path] = sum(
+                        int(pc.sum(self._erased.rows_of(batch)).as_py() or 0) for batch in batches
+                    )
+            except (pa.ArrowInvalid, FileNotFoundError):
+                if path in {file.file_path for files in self._manifests.values() for file in files}:
+                    raise
+                # Half written, or removed since it was listed: nothing names it, and maintenance removes it.
+                return 0
+        return self._rows[path]
+
+    def _groups(self, parquet: pq.ParquetFile) -> list[int]:
+        """The row groups of a file that may hold the viewer."""
+        place = parquet.schema_arrow.get_field_index("viewer_id")
+        found = []
+        for group in range(parquet.num_row_groups):
+            bounds = parquet.metadata.row_group(group).column(place).statistics
+            if bounds is not None and bounds.has_min_max:
+                low: Any = bounds.min
+                high: Any = bounds.max
+                if not low <= self._erased.viewer_id <= high:
+                    continue
+            found.append(group)
+        return found
+
+
+def training_sets_holding(viewer_id: int, folders: Sequence[Path]) -> list[Path]:
+    """The training sets (Parquet files with a manifest beside them) below the folders that hold the viewer.
+
+    Raises OfflineError for a folder that does not exist or a training set that cannot be read.
+    """
+    found = []
+    for folder in folders:
+        if not folder.is_dir():
+            raise OfflineError(f"{folder} is no folder of training sets: name one that exists")
+        for manifest in sorted(folder.rglob("*.manifest.json")):
+            output = manifest.with_name(manifest.name.removesuffix(".manifest.json"))
+            if output.is_file() and _holds(output, viewer_id):
+                found.append(output)
+    return found
+
+
+def _holds(path: Path, viewer_id: int) -> bool:
+    try:
+        with pq.ParquetFile(path) as parquet:
+            batches: Any = parquet.iter_batches(columns=["viewer_id"])
+            return any(pc.any(pc.equal(batch.column(0), viewer_id)).as_py() for batch in batches)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise OfflineError(
+            f"the training set {path} cannot be read ({str(error).splitlines()[0]}): remove it, or name other folders"
+        ) from error
