@@ -698,6 +698,59 @@ def why(viewer: int, attribute: str, as_json: bool) -> None:
             console.print(table_of(f"\n{title}", list(rows[0]), [tuple(row.values()) for row in rows]))
 
 
+@cli.command(context_settings={"ignore_unknown_options": True})
+@click.argument("subject", nargs=-1, required=True, metavar="[viewer|user] ID")
+@click.option("--drop-tags", is_flag=True, help="Also drop tags and branches that keep the viewer's rows.")
+@click.option(
+    "--training-sets",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Folder whose training sets are searched for the viewer; may be given more than once.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+def erase(subject: tuple[str, ...], drop_tags: bool, training_sets: tuple[Path, ...], as_json: bool) -> None:
+    """Forget a viewer, or a shop user, everywhere, and prove it; safe to run again after any failure."""
+    from dagster_prefs import erasure
+    from dagster_prefs.defs.resources import Platform
+    from dagster_prefs.events.redaction import Subject
+
+    if len(subject) > 2:
+        raise click.UsageError(f"one subject at a time, as `viewer ID` or `user ID`, not {' '.join(subject)}")
+    kind, name = subject if len(subject) == 2 else ("viewer", subject[0])
+    platform = Platform(load_settings())
+    steps = Console(stderr=True, highlight=False)
+    report = erasure.erase(
+        erasure.Stores(
+            platform.engine,
+            platform.contract,
+            platform.catalog,
+            platform.dynamodb,
+            platform.settings.table_prefix + platform.contract.table.name,
+            erasure.refresh_with(platform.dbt),
+            platform.settings.iceberg_namespace,
+        ),
+        Subject.named(kind, name),
+        now=datetime.now(UTC),
+        drop_tags=drop_tags,
+        training_sets=training_sets,
+        step=lambda step: steps.print(step, style="dim"),
+    )
+    if as_json:
+        print_json(report.as_dict())
+        return
+    rows = [(h.store, h.place, h.unit, f"{h.before:,}", f"{h.after:,}") for h in report.holdings]
+    console.print(table_of("", ["store", "place", "what", "before", "after"], rows))
+    console.print(
+        f"\n{report.subject}: {'forgotten' if report.held else 'nothing was held'}; "
+        f"events up to {report.erased_at.isoformat()} stay suppressed"
+    )
+    if report.newer_events:
+        console.print(f"{report.newer_events:,} events happened after that and count again")
+    for path in report.training_sets:
+        console.print(f"still in the training set {path}: remove it or build it again")
+    console.print(table_of("\nWhat only time removes", ["where", "until"], list(report.unfinished.items())))
+
+
 def print_json(value: Any) -> None:
     """Machine-readable output, exact numbers as strings of digits."""
     click.echo(json.dumps(value, default=str, indent=2))
