@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import date
 from decimal import Decimal
@@ -43,6 +43,8 @@ from dagster_prefs.offline.tables import ErasedViewer, TileTable, arrow_schema, 
 from dagster_prefs.offline.tiles import Fingerprint, TileSnapshot, TilesUnreadable, tile_snapshot
 
 DEFAULT_NAMESPACE = "training"
+
+VERIFIED_PREFIX = "verified-"
 
 # How often an export starts again because another one got there first.
 ATTEMPTS = 8
@@ -177,27 +179,44 @@ def days_to_export(
 def exported_fingerprints(
     catalog: Catalog, spec: TileTable, *, namespace: str = DEFAULT_NAMESPACE
 ) -> dict[date, str | None]:
-    """Day → fingerprint token of every day the table holds; None where its files do not tell one."""
-    tokens: dict[date, set[str]] = {}
-    for file in _current_files(catalog, spec, namespace):
-        tokens.setdefault(day_of(file), set()).add(token_of(file))
-    return {day: only(found) for day, found in tokens.items()}
+    """Day → fingerprint token of every day the table holds; None where neither its files nor a tag tell one.
+
+    Files of our own carry it in their names; days that a sink wrote carry it in the tag of their verification.
+    """
+    with _existing(catalog, spec, namespace) as table:
+        if table is None:
+            return {}
+        tokens: dict[date, set[str | None]] = {}
+        for task in table.scan().plan_files():
+            tokens.setdefault(day_of(task.file), set()).add(token_of(task.file))
+        tags = [
+            name.removeprefix(VERIFIED_PREFIX) for name in table.refs() if name.startswith(VERIFIED_PREFIX)
+        ]
+    verified = {date.fromisoformat(tag[:10]): tag[11:] for tag in tags}
+    return {day: only(found) or verified.get(day) for day, found in tokens.items()}
+
+
+def verified_tag(day: date, token: str) -> str:
+    """Name of the tag that says: in this snapshot the day was exactly what this fingerprint stands for."""
+    return f"{VERIFIED_PREFIX}{day.isoformat()}-{token}"
 
 
 def _exported_rows(catalog: Catalog, spec: TileTable, namespace: str) -> dict[date, int]:
     rows: dict[date, int] = {}
-    for file in _current_files(catalog, spec, namespace):
-        rows[day_of(file)] = rows.get(day_of(file), 0) + file.record_count
+    with _existing(catalog, spec, namespace) as table:
+        for task in table.scan().plan_files() if table else ():
+            rows[day_of(task.file)] = rows.get(day_of(task.file), 0) + task.file.record_count
     return rows
 
 
-def _current_files(catalog: Catalog, spec: TileTable, namespace: str) -> list[DataFile]:
+@contextmanager
+def _existing(catalog: Catalog, spec: TileTable, namespace: str) -> Iterator[Table | None]:
     with explained(f"the table {namespace}.{spec.name}"):
         try:
             table = catalog.load_table(spec.identifier(namespace))
         except NoSuchTableError:
-            return []
-        return [task.file for task in table.scan().plan_files()]
+            table = None
+        yield table
 
 
 def _attempt(

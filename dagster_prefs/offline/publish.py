@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,6 +33,8 @@ FILE_BYTES = 256 * 1024 * 1024
 ATTEMPTS = 8
 
 BRANCH_PREFIX = "export-"
+
+_FILE_NAME = re.compile(r"/([0-9a-f]{16})-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}-\d{5,}\.parquet$")
 
 
 @dataclass
@@ -303,9 +306,11 @@ def day_of(file: DataFile) -> date:
     return date(1970, 1, 1) + timedelta(days=int(file.partition[0]))
 
 
-def token_of(file: DataFile) -> str:
-    return file.file_path.rsplit("/", 1)[-1].split("-", 1)[0]
+def token_of(file: DataFile) -> str | None:
+    """The fingerprint in the name of a file of ours; None for a file that somebody else wrote."""
+    found = _FILE_NAME.search(file.file_path)
+    return found[1] if found else None
 
 
-def only(tokens: set[str]) -> str | None:
+def only(tokens: set[str | None]) -> str | None:
     return next(iter(tokens)) if len(tokens) == 1 else None

@@ -1,0 +1,170 @@
+"""Verification of days that RisingWave's Iceberg sinks wrote: audit against the engine, then tag.
+
+Beyond one machine the sinks fill the same tables (PREFS_EXPORT=sink). Nothing is written here but a tag: it pins
+the snapshot in which a day was found to be exactly what the engine holds, and its name carries the day's
+fingerprint, so that a late event asks for another verification and nothing else does.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from datetime import date, timedelta
+from typing import Literal
+
+import pyarrow as pa
+from pyiceberg.catalog import Catalog
+from pyiceberg.exceptions import CommitFailedException
+from pyiceberg.manifest import DataFile
+from pyiceberg.table import Table
+
+from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.offline.audit import AuditFailed, row_findings
+from dagster_prefs.offline.catalog import explained
+from dagster_prefs.offline.duck import duck_session
+from dagster_prefs.offline.export import DEFAULT_NAMESPACE, ExportConflict, verified_tag
+from dagster_prefs.offline.publish import read_file
+from dagster_prefs.offline.tables import TileTable, arrow_schema, scan_day
+from dagster_prefs.offline.tiles import tile_snapshot
+
+KEYS_MEMORY = "256MB"
+ATTEMPTS = 5
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What became of one day.
+
+    `status`: `verified` (it holds what the engine holds, and is tagged now), `unchanged` (this very content was
+    tagged before), `empty` (neither side has anything of it). `rows` are the day's in the table; `tag` and
+    `snapshot_id` are None for an empty day; `seconds` is wall time.
+    """
+
+    table: str
+    day: date
+    status: Literal["verified", "unchanged", "empty"]
+    rows: int
+    snapshot_id: int | None
+    fingerprint: str | None
+    tag: str | None
+    seconds: float
+
+
+def verify_day(
+    engine: EngineConnection,
+    catalog: Catalog,
+    spec: TileTable,
+    day: date,
+    *,
+    namespace: str = DEFAULT_NAMESPACE,
+    keep_tag: timedelta,
+) -> VerifyReport:
+    """Compare `day` (UTC) of the table's current snapshot with the engine's tiles, and tag it where they agree.
+
+    The tag, and with it the snapshot, is kept for `keep_tag`. Safe to run again, and several times at once.
+
+    Raises AuditFailed with every finding (the branch it names is the table's own: main); the sink commits every few
+    minutes, so a day that changed just now fails until it has caught up. Raises TableMissing, TilesUnreadable,
+    EngineUnavailable, ExportConflict, or another OfflineError.
+    """
+    started = time.monotonic()
+    name = f"{namespace}.{spec.name}"
+    with explained(f"the table {name}"):
+        table = catalog.load_table(spec.identifier(namespace))
+        with tile_snapshot(engine, spec) as tiles:
+            fingerprint = tiles.fingerprint(day)
+            expected = tiles.totals(day) if fingerprint else (0, dict.fromkeys(spec.totals, 0))
+        snapshot = table.current_snapshot()
+        files = _data_files(table, spec, day)
+
+        def report(status: Literal["verified", "unchanged", "empty"], tag: str | None) -> VerifyReport:
+            return VerifyReport(
+                table=name,
+                day=day,
+                status=status,
+                rows=sum(file.record_count for file in files),
+                snapshot_id=table.refs()[tag].snapshot_id if tag else None,
+                fingerprint=fingerprint.token if fingerprint else None,
+                tag=tag,
+                seconds=time.monotonic() - started,
+            )
+
+        if fingerprint is None and not files:
+            return report("empty", None)
+        tag = verified_tag(day, fingerprint.token) if fingerprint else None
+        if tag in table.refs():
+            return report("unchanged", tag)
+        rows, totals = expected
+        findings = row_findings(
+            (batch for file in files for batch in read_file(table, file, [c.name for c in spec.columns])),
+            table,
+            spec,
+            day,
+            rows,
+            totals,
+            ordered=False,
+        )
+        repeated = _repeated_keys(table, spec, files)
+        if repeated:
+            findings.append(f"keys repeated: {repeated} rows")
+        if findings or snapshot is None or tag is None:
+            raise AuditFailed(
+                f"{name} of {day}, which a sink writes, is not what the engine holds "
+                f"({'; '.join(findings) or 'the engine holds nothing of this day'}): wait for the sink's next commits "
+                f"and RisingWave's compaction; if it stays, see whether the sink runs, and drop and create it",
+                "main",
+            )
+        _tag(table, spec, day, tag, snapshot.snapshot_id, keep_tag)
+        return report("verified", tag)
+
+
+def _data_files(table: Table, spec: TileTable, day: date) -> list[DataFile]:
+    remedy = "create the sink with write_mode='copy-on-write', so that only whole rows reach the table's main branch"
+    try:
+        tasks = list(scan_day(table, spec, day).plan_files())
+    except ValueError as error:
+        if "equality deletes" not in str(error):
+            raise
+        raise AuditFailed(
+            f"{'.'.join(table.name())} of {day} has equality deletes: {remedy}", "main"
+        ) from error
+    if any(task.delete_files for task in tasks):
+        raise AuditFailed(f"{'.'.join(table.name())} of {day} has position deletes: {remedy}", "main")
+    return [task.file for task in tasks]
+
+
+def _repeated_keys(table: Table, spec: TileTable, files: list[DataFile]) -> int:
+    """Rows beyond the first of their key: a sink's files come in no order, so DuckDB groups, on disk if need be."""
+    schema = pa.schema([arrow_schema(table).field(name) for name in spec.key])
+    keys = pa.RecordBatchReader.from_batches(
+        schema, (batch.cast(schema) for file in files for batch in read_file(table, file, list(spec.key)))
+    )
+    with duck_session(KEYS_MEMORY) as session:
+        session.register("day", keys)
+        names = ", ".join(spec.key)
+        [(repeated,)] = session.execute(
+            f"select coalesce(sum(n - 1), 0) from (select count(*) as n from day group by {names})"
+        ).fetchall()
+    return int(repeated)
+
+
+def _tag(table: Table, spec: TileTable, day: date, tag: str, snapshot_id: int, keep: timedelta) -> None:
+    """Tag the audited snapshot, and drop the tags of what the day held before."""
+    for _ in range(ATTEMPTS):
+        outdated = [name for name in table.refs() if name.startswith(verified_tag(day, "")) and name != tag]
+        try:
+            change = table.manage_snapshots().create_tag(
+                snapshot_id, tag, max_ref_age_ms=int(keep.total_seconds() * 1000)
+            )
+            for name in outdated:
+                change = change.remove_tag(name)
+            change.commit()
+            return
+        except CommitFailedException:
+            # The sink commits all the time; the snapshot that was audited is still the one to tag.
+            table.refresh()
+            if tag in table.refs():
+                return
+    raise ExportConflict(
+        f"{'.'.join(table.name())} of {day} could not be tagged because others kept committing: run it again"
+    )

@@ -1,0 +1,96 @@
+"""Days that a sink wrote: verified against the engine and tagged, or refused with every difference.
+
+RisingWave's sink is not here; what it leaves in the table is: files of rows in no order, under names that say nothing.
+"""
+
+from __future__ import annotations
+
+from datetime import date, timedelta
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from pyiceberg.catalog import Catalog
+
+from dagster_prefs.offline.audit import AuditFailed
+from dagster_prefs.offline.catalog import TableMissing
+from dagster_prefs.offline.export import days_to_export, export_day
+from dagster_prefs.offline.tables import GENRE, WATCH, TileTable, arrow_schema, ensure_table
+from dagster_prefs.offline.verify import VerifyReport, verify_day
+
+from .conftest import DAY, Tiles, genre, watch
+
+KEEP = timedelta(days=30)
+ROWS = [watch(3, DAY, 61), watch(1, DAY, 60), watch(2, DAY, 600, views=3)]
+
+
+def sink(catalog: Catalog, spec: TileTable, *rows: tuple[Any, ...]) -> None:
+    table = ensure_table(catalog, "training", spec)
+    names = [column.name for column in spec.columns]
+    values = [dict(zip(names, row, strict=True)) for row in rows]
+    table.append(pa.Table.from_pylist(values, schema=arrow_schema(table)))
+
+
+def verify(tiles: Tiles, catalog: Catalog, spec: TileTable = WATCH, day: date = DAY) -> VerifyReport:
+    return verify_day(tiles.engine, catalog, spec, day, keep_tag=KEEP)
+
+
+def test_a_day_as_the_engine_has_it_is_tagged_once(tiles: Tiles, catalog: Catalog) -> None:
+    tiles.add(WATCH, [*ROWS, watch(-1, DAY, 5)])
+    sink(catalog, WATCH, *ROWS[:1])
+    sink(catalog, WATCH, *ROWS[1:])
+    assert days_to_export(tiles.engine, catalog, WATCH) == [DAY]
+
+    report = verify(tiles, catalog)
+    assert (report.status, report.rows) == ("verified", 3)
+    assert report.tag is not None
+    tag = catalog.load_table(WATCH.identifier("training")).refs()[report.tag]
+    assert (tag.snapshot_id, tag.max_ref_age_ms) == (report.snapshot_id, 30 * 86_400_000)
+    assert days_to_export(tiles.engine, catalog, WATCH) == []
+    assert verify(tiles, catalog).status == "unchanged"
+
+
+def test_a_late_event_asks_for_another_verification(tiles: Tiles, catalog: Catalog) -> None:
+    tiles.add(WATCH, ROWS)
+    sink(catalog, WATCH, *ROWS)
+    old = verify(tiles, catalog)
+    tiles.add(WATCH, [watch(9, DAY, 7)])
+    assert days_to_export(tiles.engine, catalog, WATCH) == [DAY]
+    with pytest.raises(AuditFailed, match=r"3 rows, the engine has 4.*wait for the sink's next commits"):
+        verify(tiles, catalog)
+    sink(catalog, WATCH, watch(9, DAY, 7))
+    new = verify(tiles, catalog)
+    refs = catalog.load_table(WATCH.identifier("training")).refs()
+    assert new.status == "verified"
+    assert new.tag in refs
+    assert old.tag not in refs
+
+
+def test_every_difference_is_named(tiles: Tiles, catalog: Catalog) -> None:
+    rows = [genre(1, DAY, "drama", 60), genre(1, DAY, "news", 30), genre(2, DAY, "drama", 10)]
+    tiles.add(GENRE, rows)
+    sink(catalog, GENRE, rows[0], rows[2], genre(1, DAY, "drama", 29))
+    with pytest.raises(
+        AuditFailed, match=r"sum of watch_seconds is 99, the engine has 100.*keys repeated: 1 rows"
+    ):
+        verify(tiles, catalog, GENRE)
+    assert list(catalog.load_table(GENRE.identifier("training")).refs()) == ["main"]
+
+
+def test_rows_of_a_day_that_the_engine_has_not_are_no_empty_day(tiles: Tiles, catalog: Catalog) -> None:
+    sink(catalog, WATCH, *ROWS)
+    assert verify(tiles, catalog, day=DAY + timedelta(days=1)).status == "empty"
+    with pytest.raises(AuditFailed, match="3 rows, the engine has 0"):
+        verify(tiles, catalog)
+
+
+def test_no_table_is_an_error_with_a_remedy(tiles: Tiles, catalog: Catalog) -> None:
+    with pytest.raises(TableMissing, match="does not exist"):
+        verify(tiles, catalog)
+
+
+def test_the_platform_may_take_a_day_over_again(tiles: Tiles, catalog: Catalog) -> None:
+    tiles.add(WATCH, ROWS)
+    sink(catalog, WATCH, *ROWS[:2])
+    assert export_day(tiles.engine, catalog, WATCH, DAY).status == "written"
+    assert days_to_export(tiles.engine, catalog, WATCH) == []
