@@ -99,6 +99,53 @@ class Settings(BaseSettings):
     kafka_start: Literal["earliest", "latest"] = Field(
         "earliest", description="Where a new Kafka reader starts; `earliest` loses no event."
     )
+    kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
+        "PLAINTEXT", description="How the brokers are spoken to: TLS, SASL, both or neither."
+    )
+    kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "AWS_MSK_IAM"] | None = Field(
+        None,
+        description="How SASL authenticates; AWS_MSK_IAM signs with AWS credentials, needs no password and "
+        "trusts the system's certificate authorities.",
+    )
+    kafka_sasl_username: str | None = Field(None, description="User of PLAIN or SCRAM.")
+    kafka_sasl_password: SecretStr | None = Field(None, description="Password of PLAIN or SCRAM.")
+    kafka_ssl_ca_location: str | None = Field(
+        None,
+        description="File of certificate authorities, on RisingWave's machines too; empty means the system's.",
+    )
+    kafka_ssl_ca_pem: str | None = Field(None, description="The authorities themselves, instead of a file.")
+    kafka_ssl_certificate_location: str | None = Field(
+        None, description="File of the client's certificate, on RisingWave's machines too."
+    )
+    kafka_ssl_certificate_pem: str | None = Field(
+        None, description="The certificate itself, instead of a file."
+    )
+    kafka_ssl_key_location: str | None = Field(
+        None, description="File of the client's private key, on RisingWave's machines too."
+    )
+    kafka_ssl_key_pem: SecretStr | None = Field(
+        None, description="The private key itself, instead of a file."
+    )
+    kafka_ssl_key_password: SecretStr | None = Field(None, description="Passphrase of the private key.")
+    kafka_msk_region: str | None = Field(
+        None, description="Region of the MSK cluster; empty means AWS_REGION."
+    )
+    kafka_msk_role_arn: str | None = Field(
+        None, description="IAM role assumed for AWS_MSK_IAM; empty means the own identity."
+    )
+    kafka_lateness_seconds: int | None = Field(
+        None,
+        ge=1,
+        description="Lateness bound of a watermark on the Kafka timestamp (RisingWave): messages further behind "
+        "the newest one are dropped before they are stored. Empty drops nothing.",
+    )
+    raw_retention_seconds: int | None = Field(
+        None,
+        ge=3600,
+        lt=2**32,
+        description="Age at which RisingWave forgets raw messages; views keep what they counted, but can then "
+        "not be built from the start again. Empty keeps all.",
+    )
 
     kafka_topic_user_events: str = Field("user.events", description="Name of topic user.events in Kafka.")
     kafka_topic_view_events: str = Field("view_events", description="Name of topic view_events in Kafka.")
@@ -109,6 +156,30 @@ class Settings(BaseSettings):
     sink_role_arn: str | None = Field(
         None,
         description="IAM role that RisingWave's DynamoDB sinks assume; empty means the engine's own identity.",
+    )
+    sink_batch_items: int | None = Field(
+        None, ge=1, le=25, description="Items per request of a DynamoDB sink; empty means RisingWave's 25."
+    )
+    sink_parallel_requests: int | None = Field(
+        None, ge=1, description="Requests of a DynamoDB sink under way at once; empty means RisingWave's 256."
+    )
+    sink_retries: int | None = Field(
+        None,
+        ge=0,
+        description="Times that a sink sends again what DynamoDB throttled; empty: RisingWave's own.",
+    )
+    sink_retry_backoff_ms: int | None = Field(
+        None, ge=1, description="Milliseconds before the first of them; empty means RisingWave's own."
+    )
+    risingwave_secrets: Literal["off", "on"] = Field(
+        "off",
+        description="`on` keeps credentials as RisingWave secrets (licensed) and lets options refer to them; "
+        "`off` gives plain values, which anyone who may read RisingWave's catalog sees.",
+    )
+    risingwave_old_sinks: Literal["refuse", "allow"] = Field(
+        "refuse",
+        description="Whether DynamoDB sinks may be made on RisingWave below 3.0.2, which loses throttled writes; "
+        "for trials.",
     )
     alert_webhook: SecretStr | None = Field(
         None,
@@ -122,6 +193,11 @@ class Settings(BaseSettings):
     iceberg_uri: str | None = Field(None, description="URI of the REST catalog.")
     iceberg_namespace: str = Field("training", description="Iceberg namespace of the training tables.")
 
+    export: Literal["platform", "sink"] = Field(
+        "platform",
+        description="Who writes the training tables: `platform` (the export assets) or `sink` (RisingWave's Iceberg "
+        "sinks; the assets then verify, audit and tag).",
+    )
     export_start_date: date = Field(
         date(2025, 1, 1),
         description="First UTC day that is exported to Iceberg; older tiles stay in the engine only.",
@@ -143,8 +219,9 @@ class Settings(BaseSettings):
     @classmethod
     def _without_blanks(cls, value: Any, info: ValidationInfo) -> Any:
         # A file that docker reads, or a line of YAML, keeps the blank that a shell and dotenv would drop, and a
-        # name with one is another name. Only a password may well end in a blank.
-        if isinstance(value, str) and value != value.strip() and info.field_name != "engine_password":
+        # name with one is another name. Only a password or a PEM text may well end in one.
+        kept = str(info.field_name).endswith(("_password", "_pem"))
+        if isinstance(value, str) and value != value.strip() and not kept:
             # Without the value, which may be a secret.
             raise ValueError("the value begins or ends with a blank: remove it")
         return value
@@ -172,14 +249,86 @@ class Settings(BaseSettings):
                 f"PREFS_ICEBERG_CATALOG={self.iceberg_catalog} needs PREFS_ICEBERG_WAREHOUSE, "
                 f"e.g. s3://bucket/path"
             )
+        if self.export == "sink" and (self.engine != "risingwave" or self.iceberg_catalog == "sqlite"):
+            raise ValueError(
+                "PREFS_EXPORT=sink needs PREFS_ENGINE=risingwave and PREFS_ICEBERG_CATALOG=glue or rest, which "
+                "RisingWave can reach: use platform, or set both"
+            )
         if self.engine == "local" and self.engine_host not in ("127.0.0.1", "localhost"):
             raise ValueError(
                 "PREFS_ENGINE=local runs on this machine only: unset PREFS_ENGINE_HOST or set "
                 "PREFS_ENGINE=risingwave"
             )
+        self._check_kafka()
         if self.aws_endpoint is None:
             self._check_region()
         return self
+
+    def _check_kafka(self) -> None:
+        protocol, mechanism = self.kafka_security_protocol, self.kafka_sasl_mechanism
+        if not self.kafka_bootstrap and (protocol != "PLAINTEXT" or mechanism):
+            raise ValueError(
+                "PREFS_KAFKA_SECURITY_PROTOCOL and PREFS_KAFKA_SASL_MECHANISM need PREFS_KAFKA_BOOTSTRAP"
+            )
+        if protocol.startswith("SASL") and not mechanism:
+            raise ValueError(f"PREFS_KAFKA_SECURITY_PROTOCOL={protocol} needs PREFS_KAFKA_SASL_MECHANISM")
+        if mechanism and not protocol.startswith("SASL"):
+            raise ValueError(
+                f"PREFS_KAFKA_SASL_MECHANISM={mechanism} needs PREFS_KAFKA_SECURITY_PROTOCOL=SASL_SSL, not {protocol}"
+            )
+        if mechanism == "AWS_MSK_IAM" and protocol != "SASL_SSL":
+            raise ValueError(
+                f"PREFS_KAFKA_SASL_MECHANISM=AWS_MSK_IAM needs PREFS_KAFKA_SECURITY_PROTOCOL=SASL_SSL, not {protocol}"
+            )
+        password = self.kafka_sasl_password is not None
+        if mechanism in ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"):
+            if not (self.kafka_sasl_username and password):
+                raise ValueError(
+                    f"PREFS_KAFKA_SASL_MECHANISM={mechanism} needs PREFS_KAFKA_SASL_USERNAME and "
+                    "PREFS_KAFKA_SASL_PASSWORD"
+                )
+        elif self.kafka_sasl_username or password:
+            raise ValueError(
+                "PREFS_KAFKA_SASL_USERNAME and PREFS_KAFKA_SASL_PASSWORD need PREFS_KAFKA_SASL_MECHANISM=PLAIN or "
+                "SCRAM: unset them, or set it"
+            )
+        if mechanism != "AWS_MSK_IAM" and (self.kafka_msk_role_arn or self.kafka_msk_region):
+            raise ValueError(
+                "PREFS_KAFKA_MSK_REGION and PREFS_KAFKA_MSK_ROLE_ARN need PREFS_KAFKA_SASL_MECHANISM=AWS_MSK_IAM: "
+                "unset them, or set it"
+            )
+        tls = {
+            name: value
+            for name in ("ca", "certificate", "key")
+            for value in [
+                (getattr(self, f"kafka_ssl_{name}_location"), getattr(self, f"kafka_ssl_{name}_pem"))
+            ]
+        }
+        for name, (location, pem) in tls.items():
+            variable = f"PREFS_KAFKA_SSL_{name.upper()}"
+            if location and pem:
+                raise ValueError(f"{variable}_LOCATION and {variable}_PEM contradict each other: unset one")
+            if (location or pem) and not protocol.endswith("SSL"):
+                raise ValueError(
+                    f"{variable}_{'LOCATION' if location else 'PEM'} needs PREFS_KAFKA_SECURITY_PROTOCOL=SSL or "
+                    f"SASL_SSL, not {protocol}"
+                )
+            if (location or pem) and mechanism == "AWS_MSK_IAM":
+                raise ValueError(
+                    f"{variable}_{'LOCATION' if location else 'PEM'} contradicts "
+                    "PREFS_KAFKA_SASL_MECHANISM=AWS_MSK_IAM, where the system's authorities and the AWS identity are "
+                    "used: unset it"
+                )
+        if any(tls["certificate"]) != any(tls["key"]):
+            given, missing = ("CERTIFICATE", "KEY") if any(tls["certificate"]) else ("KEY", "CERTIFICATE")
+            raise ValueError(
+                f"PREFS_KAFKA_SSL_{given} needs PREFS_KAFKA_SSL_{missing} as well: set both (each _LOCATION or _PEM), "
+                "or neither"
+            )
+        if self.kafka_ssl_key_password is not None and not any(tls["key"]):
+            raise ValueError(
+                "PREFS_KAFKA_SSL_KEY_PASSWORD needs PREFS_KAFKA_SSL_KEY_LOCATION or PREFS_KAFKA_SSL_KEY_PEM"
+            )
 
     def _check_region(self) -> None:
         import botocore

@@ -31,6 +31,14 @@ def refused(**environment: str) -> str:
     return message
 
 
+def kafka(**settings: str) -> dict[str, str]:
+    """Brokers, and these settings of PREFS_KAFKA_*."""
+    return {
+        "PREFS_KAFKA_BOOTSTRAP": "b:9094",
+        **{f"PREFS_KAFKA_{name}": value for name, value in settings.items()},
+    }
+
+
 def test_the_defaults_run_on_this_machine() -> None:
     settings = load_settings()
     assert (settings.engine, settings.port, settings.database, settings.user) == (
@@ -131,6 +139,45 @@ def test_every_bad_value_is_told_at_once() -> None:
         ),
         ({"PREFS_ICEBERG_CATALOG": "glue"}, ["PREFS_ICEBERG_CATALOG=glue", "PREFS_ICEBERG_WAREHOUSE"]),
         ({"PREFS_ENGINE_HOST": "db.example"}, ["PREFS_ENGINE=local", "PREFS_ENGINE_HOST"]),
+        (
+            {"PREFS_KAFKA_SECURITY_PROTOCOL": "SSL"},
+            ["PREFS_KAFKA_SECURITY_PROTOCOL", "PREFS_KAFKA_BOOTSTRAP"],
+        ),
+        (kafka(SECURITY_PROTOCOL="SASL_SSL"), ["PROTOCOL=SASL_SSL", "PREFS_KAFKA_SASL_MECHANISM"]),
+        (
+            kafka(SASL_MECHANISM="PLAIN"),
+            ["MECHANISM=PLAIN", "PREFS_KAFKA_SECURITY_PROTOCOL=SASL_SSL", "PLAINTEXT"],
+        ),
+        (
+            kafka(SECURITY_PROTOCOL="SASL_PLAINTEXT", SASL_MECHANISM="AWS_MSK_IAM"),
+            ["MECHANISM=AWS_MSK_IAM", "PREFS_KAFKA_SECURITY_PROTOCOL=SASL_SSL", "SASL_PLAINTEXT"],
+        ),
+        (
+            kafka(SECURITY_PROTOCOL="SASL_SSL", SASL_MECHANISM="PLAIN", SASL_USERNAME="u"),
+            ["MECHANISM=PLAIN", "PREFS_KAFKA_SASL_USERNAME", "PREFS_KAFKA_SASL_PASSWORD"],
+        ),
+        (
+            kafka(SECURITY_PROTOCOL="SASL_SSL", SASL_MECHANISM="AWS_MSK_IAM", SASL_PASSWORD="p"),
+            ["PREFS_KAFKA_SASL_PASSWORD", "PREFS_KAFKA_SASL_MECHANISM=PLAIN"],
+        ),
+        (kafka(MSK_ROLE_ARN="arn:aws:iam::1:role/r"), ["PREFS_KAFKA_MSK_ROLE_ARN", "AWS_MSK_IAM"]),
+        (
+            kafka(SECURITY_PROTOCOL="SSL", SSL_CA_LOCATION="/ca.pem", SSL_CA_PEM="-----BEGIN"),
+            ["PREFS_KAFKA_SSL_CA_LOCATION", "_PEM", "unset one"],
+        ),
+        (kafka(SSL_CA_LOCATION="/ca.pem"), ["PREFS_KAFKA_SSL_CA_LOCATION", "PROTOCOL=SSL", "PLAINTEXT"]),
+        (
+            kafka(SECURITY_PROTOCOL="SASL_SSL", SASL_MECHANISM="AWS_MSK_IAM", SSL_CA_PEM="-----BEGIN"),
+            ["PREFS_KAFKA_SSL_CA_PEM", "AWS_MSK_IAM"],
+        ),
+        (
+            kafka(SECURITY_PROTOCOL="SSL", SSL_CERTIFICATE_PEM="-----BEGIN"),
+            ["PREFS_KAFKA_SSL_CERTIFICATE", "PREFS_KAFKA_SSL_KEY"],
+        ),
+        (
+            kafka(SECURITY_PROTOCOL="SSL", SSL_KEY_PASSWORD="p"),
+            ["PREFS_KAFKA_SSL_KEY_PASSWORD", "PREFS_KAFKA_SSL_KEY_PEM"],
+        ),
     ],
 )
 def test_contradictions_name_both_sides(environment: dict[str, str], named: list[str]) -> None:
