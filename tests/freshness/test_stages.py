@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError
+from psycopg import sql
 
+from dagster_prefs.events.progress import waiting_since
 from dagster_prefs.freshness.measures import measure_views
 from dagster_prefs.online.contract import FreshnessThresholds
 
+READ_OFTEN = ("raw_view_events", "view_events_parsed", "view_events", "viewer_watch_metrics_1d")
 ENGAGEMENT = {"online/watch", "online/interactions", "online/preferences"}
 
 
@@ -19,6 +23,41 @@ def test_all_in_step_is_ok_and_stays_ok_when_nothing_arrives(busy: Any) -> None:
     assert busy.bad() == {}
     busy.later(hours=3)
     assert busy.bad() == {}, "a quiet topic is not a stale view"
+
+
+def test_every_reading_is_served_by_an_index(busy: Any) -> None:
+    """Else a look would cost more with every viewer: PostgreSQL reads a whole table only where it must."""
+    busy.execute(
+        sql.SQL("alter database {} set enable_seqscan = off").format(sql.Identifier(busy.engine.database))
+    )
+
+    def scans() -> dict[str, tuple[int, int]]:
+        rows = busy.execute(
+            "select relname, seq_scan, idx_scan from pg_stat_user_tables where idx_scan is not null"
+        )
+        return {name: (whole, by_index) for name, whole, by_index in rows}
+
+    def others() -> bool:
+        mine = "datname = current_database() and pid <> pg_backend_pid()"
+        return bool(busy.execute(f"select count(*) from pg_stat_activity where {mine}")[0][0])
+
+    def settle() -> None:
+        # A session's counts are there once it is gone.
+        deadline = time.monotonic() + 30
+        while others():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    settle()
+    before = scans()
+    busy.watch(1, age=30)
+    assert {measure.level for measure in (*busy.views(), *busy.online())} == {"ok", "error"}
+    with busy.engine.connect() as connection:
+        assert set(waiting_since(connection, busy.engine)) == {"view_events"}
+    settle()
+    after = scans()
+    assert {name for name in after if after[name][0] > before[name][0]} == set()
+    assert all(after[name][1] > before[name][1] for name in READ_OFTEN)
 
 
 def test_messages_that_wait_redden_their_topic_alone(busy: Any) -> None:
