@@ -45,6 +45,11 @@ class Platform:
                 },
                 "PREFS_SINK_ROLE_ARN": self.settings.sink_role_arn or "",
                 "PREFS_PUBLISH": self.settings.publish,
+                "PREFS_EXPORT": self.settings.export,
+                "PREFS_ICEBERG_CATALOG": self.settings.iceberg_catalog,
+                "PREFS_ICEBERG_WAREHOUSE": self.settings.iceberg_warehouse or "",
+                "PREFS_ICEBERG_URI": self.settings.iceberg_uri or "",
+                "PREFS_ICEBERG_NAMESPACE": self.settings.iceberg_namespace,
                 "AWS_REGION": self.settings.aws_region,
             },
         )

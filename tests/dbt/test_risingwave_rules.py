@@ -20,6 +20,7 @@ from sqlglot.errors import SqlglotError
 
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.engine.dbt import Dbt
+from dagster_prefs.offline.tables import TILE_TABLES
 
 Rule = Callable[[str], list[str]]
 KEYS = ["viewer_id", "domain_key"]
@@ -35,8 +36,12 @@ VARIANTS = [
             "AWS_ENDPOINT_URL": "http://aws:8000",
             "AWS_ACCESS_KEY_ID": "id",
             "AWS_SECRET_ACCESS_KEY": "secret",
+            "PREFS_EXPORT": "sink",
+            "PREFS_ICEBERG_CATALOG": "rest",
+            "PREFS_ICEBERG_URI": "http://catalog:8181",
+            "PREFS_ICEBERG_WAREHOUSE": "s3://lake/warehouse",
         },
-        id="kafka, spread and credentials",
+        id="kafka, spread, credentials and the sinks of training tables",
     ),
 ]
 
@@ -241,7 +246,7 @@ def clauses_in_order(text: str) -> list[str]:
 def sinks_fit_dynamodb(text: str) -> list[str]:
     """A DynamoDB sink has the table's whole key, no FORMAT, a region, and no query of its own."""
     lowered = " ".join(text.lower().split())
-    if not lowered.startswith("create sink"):
+    if not lowered.startswith("create sink") or "connector = 'iceberg'" in lowered:
         return []
     wrong = []
     if re.search(r"\bformat\b|\bencode\b", lowered):
@@ -256,9 +261,31 @@ def sinks_fit_dynamodb(text: str) -> list[str]:
     return wrong
 
 
+def sinks_fit_iceberg(text: str) -> list[str]:
+    """An Iceberg sink upserts by the training table's key, leaves canaries out, and puts whole rows on main."""
+    lowered = " ".join(text.lower().split())
+    if not lowered.startswith("create sink") or "connector = 'iceberg'" not in lowered:
+        return []
+    wrong = []
+    found = re.search(r"table\.name = '([^']*)'", lowered)
+    spec = TILE_TABLES.get(found.group(1)) if found else None
+    key = re.search(r"primary_key = '([^']*)'", lowered)
+    if spec is None or not key or set(key.group(1).split(",")) != {*spec.key, spec.day}:
+        wrong.append("primary_key is not the key and day of a training table")
+    if "type = 'upsert'" not in lowered or "write_mode = 'copy-on-write'" not in lowered:
+        wrong.append("late events would leave deletes that readers do not apply")
+    if "viewer_id >= 0" not in lowered:
+        wrong.append("canaries are exported")
+    return wrong
+
+
 def credentials_are_named(text: str) -> list[str]:
     """Credentials are placeholders until the statement runs."""
-    given = re.findall(r"(?:access_key_id|secret_access_key|password)\s*=\s*'([^']*)'", text, re.IGNORECASE)
+    given = re.findall(
+        r"(?:access_key_id|secret_access_key|access\.key|secret\.key|password)\s*=\s*'([^']*)'",
+        text,
+        re.IGNORECASE,
+    )
     return [
         f"a credential in the text: {value[:2]}…" for value in given if not re.fullmatch(r"\$\{\w+\}", value)
     ]
@@ -281,6 +308,9 @@ RULES: dict[Rule, str] = {
         " format plain encode bytes"
     ),
     sinks_fit_dynamodb: "create sink s from v with (connector='dynamodb', primary_key = 'viewer_id', aws.region = 'x')",
+    sinks_fit_iceberg: "create sink s as select * from t where viewer_id >= 0 with (connector = 'iceberg', "
+    "table.name = 'viewer_genre_daily', primary_key = 'viewer_id,watch_date', type = 'upsert', "
+    "write_mode = 'copy-on-write')",
     credentials_are_named: "create sink s from v with (aws.credentials.secret_access_key = 'abc')",
 }  # fmt: skip
 
@@ -350,6 +380,10 @@ def test_variants_say_what_they_are_for(tmp_path_factory: pytest.TempPathFactory
         assert "3600" not in plain[name][1]
     secret = kafka
     assert "'${AWS_SECRET_ACCESS_KEY}'" in secret["sink_engagement_watch"][1]
+    iceberg = kafka
+    names = {f"sink_training_{name}" for name in ("watch", "genre", "interactions")}
+    assert names <= iceberg.keys() - plain.keys()
+    assert "catalog.uri = 'http://catalog:8181'" in iceberg["sink_training_watch"][1]
     assert compiled(tmp_path_factory, {"PREFS_PUBLISH": "publisher"})["sink_engagement_watch"][0] == "view"
 
 

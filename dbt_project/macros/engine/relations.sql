@@ -122,6 +122,46 @@ with (
 {%- endif -%}
 {%- endmacro %}
 
+{#
+  RisingWave's own writing of a training table, for days that one process no longer exports in time. Deletes would come
+  as files that few readers apply, so the sink writes to a branch and the compactor carries whole rows over to main.
+  Catalog and table are those of the export (PREFS_ICEBERG_*), which makes the table beforehand.
+#}
+{% macro iceberg_sink(relation, table, key) -%}
+{%- set catalog = env_var("PREFS_ICEBERG_CATALOG", "glue") -%}
+create sink {{ this }} as
+select * from {{ relation }} where viewer_id >= 0
+with (
+  connector = 'iceberg',
+  type = 'upsert',
+  primary_key = '{{ key | join(",") }}',
+  write_mode = 'copy-on-write',
+  enable_compaction = 'true',
+  compaction_interval_sec = '600',
+  commit_checkpoint_interval = '60',
+  is_exactly_once = 'true',
+  catalog.type = '{{ catalog }}',
+  {%- if catalog == "rest" %}
+  catalog.uri = '{{ env_var("PREFS_ICEBERG_URI") }}',
+  {%- endif %}
+  warehouse.path = '{{ env_var("PREFS_ICEBERG_WAREHOUSE", "") }}',
+  database.name = '{{ env_var("PREFS_ICEBERG_NAMESPACE", "training") }}',
+  table.name = '{{ table }}',
+  {%- if env_var("AWS_ENDPOINT_URL", "") %}
+  s3.endpoint = '{{ env_var("AWS_ENDPOINT_URL") }}',
+  s3.path.style.access = 'true',
+  {%- endif %}
+  {#- Only at execution, as for the DynamoDB sinks; without keys the engine's own identity is used. #}
+  {%- if execute and env_var("AWS_ACCESS_KEY_ID", "") %}
+  s3.access.key = '${AWS_ACCESS_KEY_ID}',
+  s3.secret.key = '${AWS_SECRET_ACCESS_KEY}',
+  {%- else %}
+  enable_config_load = 'true',
+  {%- endif %}
+  s3.region = '{{ env_var("AWS_REGION", "eu-central-1") or "eu-central-1" }}'
+)
+{%- endmacro %}
+
 {# A statement with the credentials it names, for running only. #}
 {% macro with_credentials(statement) -%}
   {%- set done = namespace(text=statement) -%}
