@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -15,19 +14,17 @@ import psycopg
 from psycopg import sql
 
 from dagster_prefs.engine.connection import EngineConnection
-from dagster_prefs.errors import PrefsError
 from dagster_prefs.freshness.levels import Unmeasurable
+from dagster_prefs.online.access import ItemAccess, StoreUnavailable
 from dagster_prefs.online.contract import LAST_EVENT_AT, Contract, Domain
+from dagster_prefs.online.items import plain
 from dagster_prefs.online.tables import TableReport
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
 
-# DynamoDB's limit for one BatchGetItem.
-BATCH_KEYS = 100
 # Recent viewers among which the key hash chooses, as a multiple of the sample.
 CANDIDATES = 8
-MAX_ATTEMPTS = 6
 
 
 @dataclass(frozen=True)
@@ -138,6 +135,8 @@ def online_lag(
                 f"domain {domain.name}: the engine failed while reading ({' '.join(str(error).split())}): "
                 "look at its log and run again"
             ) from error
+        except StoreUnavailable as error:
+            raise Unmeasurable(f"domain {domain.name}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -173,7 +172,7 @@ class Comparison:
     def run(self, sample: int, count_rows: bool, wait: Callable[[float], None]) -> OnlineLag:
         """One look, as `online_lag` describes it."""
         viewers = {*self._recent(sample), *self._left_behind(sample, everywhere=count_rows)}
-        viewers |= self.items.page(self.domain.key, 4 * sample, self.now)
+        viewers |= self.items.page(self.domain.key, 4 * sample, _place(self.now))
         before = self.rows(viewers)
         items = self.items.get(self.domain.key, viewers)
         suspects = [viewer for viewer in viewers if self.differs(before.get(viewer), items.get(viewer))]
@@ -291,7 +290,7 @@ class Comparison:
         return tuple(
             name
             for name in self.domain.attributes
-            if name not in item or _plain(item[name]) != _exact(row.values[name])
+            if name not in item or plain(item[name]) != _exact(row.values[name])
         )
 
     def _since(self, row: Row | None) -> datetime | None:
@@ -325,157 +324,16 @@ class Comparison:
         return int(row[0]) if row else 0
 
 
-class Overtaken(PrefsError):
-    """An item changed between the look at it and its repair."""
-
-
-class ItemAccess:
-    """Strongly consistent reads of the profile table, and single conditional writes."""
-
-    def __init__(self, client: DynamoDBClient, contract: Contract, table: str) -> None:
-        self.client: Any = client
-        self.table = table
-        self.partition_key = contract.table.partition_key.name
-        self.sort_key = contract.table.sort_key.name
-
-    def get(self, domain_key: str, viewers: Iterable[int]) -> dict[int, Mapping[str, Any]]:
-        """Viewer id → item in DynamoDB's typed JSON, for those that have one.
-
-        Raises Unmeasurable when DynamoDB refuses, cannot be reached, or stays throttled.
-        """
-        found: dict[int, Mapping[str, Any]] = {}
-        wanted = sorted(viewers)
-        for start in range(0, len(wanted), BATCH_KEYS):
-            keys: Sequence[Any] = [
-                {self.partition_key: {"N": str(viewer)}, self.sort_key: {"S": domain_key}}
-                for viewer in wanted[start : start + BATCH_KEYS]
-            ]
-            for attempt in range(MAX_ATTEMPTS):
-                answer = self._call(
-                    "batch_get_item", RequestItems={self.table: {"Keys": keys, "ConsistentRead": True}}
-                )
-                for item in answer.get("Responses", {}).get(self.table, []):
-                    found[int(item[self.partition_key]["N"])] = item
-                keys = answer.get("UnprocessedKeys", {}).get(self.table, {}).get("Keys", [])
-                if not keys:
-                    break
-                time.sleep(random.uniform(0, min(2.0, 0.05 * 2**attempt)))  # noqa: S311 - jitter
-            if keys:
-                raise Unmeasurable(
-                    f"table {self.table} left {len(keys)} reads unprocessed after {MAX_ATTEMPTS} attempts, "
-                    "as when it is throttled: raise its read capacity or wait"
-                )
-        return found
-
-    def page(self, domain_key: str, limit: int, now: datetime) -> set[int]:
-        """Viewers of one domain among `limit` items from a place of the table that moves with `now`."""
-        # A start key need not exist: DynamoDB goes on from where its hash lies.
-        start: Any = {self.partition_key: {"N": str(_place(now))}, self.sort_key: {"S": domain_key}}
-        items: list[Any] = []
-        for options in ({"ExclusiveStartKey": start}, {}):
-            answer = self._call(
-                "scan",
-                TableName=self.table,
-                Limit=limit - len(items),
-                ProjectionExpression="#p, #s",
-                ExpressionAttributeNames={"#p": self.partition_key, "#s": self.sort_key},
-                **options,
-            )
-            items += answer["Items"]
-            if len(items) >= limit:
-                break
-        return {
-            int(item[self.partition_key]["N"]) for item in items if item[self.sort_key]["S"] == domain_key
-        }
-
-    def pages(self, domain_key: str) -> Iterator[list[int]]:
-        """Every viewer that has an item of the domain, page by page, each page sorted."""
-        start: dict[str, Any] = {}
-        while True:
-            answer = self._call(
-                "scan",
-                TableName=self.table,
-                ConsistentRead=True,
-                ProjectionExpression="#p, #s",
-                FilterExpression="#s = :domain",
-                ExpressionAttributeNames={"#p": self.partition_key, "#s": self.sort_key},
-                ExpressionAttributeValues={":domain": {"S": domain_key}},
-                **start,
-            )
-            if answer["Items"]:
-                yield sorted(int(item[self.partition_key]["N"]) for item in answer["Items"])
-            if "LastEvaluatedKey" not in answer:
-                return
-            start = {"ExclusiveStartKey": answer["LastEvaluatedKey"]}
-
-    def put(self, item: Mapping[str, Any], version: str) -> bool:
-        """Write an item unless the one in the table has a higher `version` attribute; whether it was written.
-
-        An item whose version is no number is not a writer's, and is replaced.
-        """
-        return self._unless_overtaken(
-            "put_item",
-            TableName=self.table,
-            Item=item,
-            ConditionExpression="attribute_not_exists(#v) or not attribute_type(#v, :number) or #v <= :mine",
-            ExpressionAttributeNames={"#v": version},
-            ExpressionAttributeValues={":mine": item[version], ":number": {"S": "N"}},
-        )
-
-    def delete(self, key: Mapping[str, Any], version: str, seen: Mapping[str, Any] | None) -> bool:
-        """Delete an item if its `version` attribute is still the one that was seen; whether it is gone."""
-        condition: dict[str, Any] = {"ConditionExpression": "attribute_not_exists(#v)"}
-        if seen is not None:
-            condition = {
-                "ConditionExpression": "attribute_not_exists(#v) or #v = :seen",
-                "ExpressionAttributeValues": {":seen": seen},
-            }
-        return self._unless_overtaken(
-            "delete_item",
-            TableName=self.table,
-            Key=key,
-            ExpressionAttributeNames={"#v": version},
-            **condition,
-        )
-
-    def _unless_overtaken(self, operation: str, **arguments: Any) -> bool:
-        try:
-            self._call(operation, **arguments)
-        except Overtaken:
-            return False
-        return True
-
-    def describe(self) -> Any:
-        """DynamoDB's own description of the table."""
-        return self._call("describe_table", TableName=self.table)["Table"]
-
-    def _call(self, operation: str, **arguments: Any) -> Any:
-        from botocore.exceptions import BotoCoreError, ClientError
-
-        try:
-            return getattr(self.client, operation)(**arguments)
-        except ClientError as error:
-            code = error.response.get("Error", {}).get("Code", "unknown")
-            if code == "ConditionalCheckFailedException":
-                raise Overtaken(f"an item of table {self.table} was changed by another writer") from None
-            message = error.response.get("Error", {}).get("Message", "")
-            raise Unmeasurable(
-                f"DynamoDB refused {operation} on table {self.table} ({code}): {message}: check that the "
-                "table exists and that the credentials allow it"
-            ) from None
-        except BotoCoreError as error:
-            raise Unmeasurable(
-                f"DynamoDB cannot be reached for table {self.table}: {error}: check the endpoint and region"
-            ) from None
-
-
 def find_table(client: DynamoDBClient, contract: Contract, prefix: str = "") -> TableReport:
     """The profile table as it stands; unlike `provision` it makes and checks nothing.
 
     Raises Unmeasurable when there is none, or DynamoDB refuses or does not answer.
     """
     name = prefix + contract.table.name
-    table = ItemAccess(client, contract, name).describe()
+    try:
+        table = ItemAccess(client, contract, name).describe()
+    except StoreUnavailable as error:
+        raise Unmeasurable(str(error)) from None
     return TableReport(
         name=name,
         table_id=str(table.get("TableId") or table["CreationDateTime"]),
@@ -516,20 +374,6 @@ def key_hash(viewer_id: int) -> str:
 
 def _place(now: datetime) -> int:
     return int.from_bytes(hashlib.sha256(now.isoformat().encode()).digest()[:4], "big")
-
-
-def _plain(typed: Mapping[str, Any]) -> Any:
-    ((kind, value),) = typed.items()
-    if kind == "N":
-        return Decimal(value)
-    if kind == "S":
-        return value
-    if kind == "NULL":
-        return None
-    if kind == "L":
-        return [_plain(element) for element in value]
-    # Another type than any of the contract's is never equal to a row's value.
-    return (kind, str(value))
 
 
 def _exact(value: Any) -> Any:

@@ -15,6 +15,7 @@ from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.freshness.levels import Unmeasurable
 from dagster_prefs.freshness.online import Comparison, Row
+from dagster_prefs.online.access import StoreUnavailable
 from dagster_prefs.online.contract import LAST_EVENT_AT, Contract, Domain
 from dagster_prefs.online.items import ItemEncoder, ItemError
 from dagster_prefs.online.tables import TableReport
@@ -89,6 +90,8 @@ def reconcile_domain(
                 f"domain {domain.name}: the engine failed while reconciling "
                 f"({' '.join(str(error).split())}): run it again, which is safe"
             ) from error
+        except StoreUnavailable as error:
+            raise Unmeasurable(f"domain {domain.name}: {error}") from None
 
 
 class _Reconciliation:

@@ -104,6 +104,33 @@ class ItemDecoder:
         )
 
 
+def plain(typed: Mapping[str, Any]) -> Any:
+    """The Python value of one typed attribute, whatever its type; numbers that are equal compare equal."""
+    ((kind, value),) = typed.items()
+    if kind == "N":
+        return Decimal(value)
+    if kind == "S":
+        return value
+    if kind == "NULL":
+        return None
+    if kind == "L":
+        return [plain(element) for element in value]
+    # Another type than any of the contract's is never equal to a row's value.
+    return (kind, str(value))
+
+
+def item_bytes(item: Mapping[str, Mapping[str, Any]]) -> int:
+    """What an item (or key) weighs in a request, at most: names and values as text."""
+    return sum(len(name.encode()) + _typed_bytes(typed) for name, typed in item.items())
+
+
+def _typed_bytes(typed: Mapping[str, Any]) -> int:
+    ((kind, value),) = typed.items()
+    if kind == "L":
+        return 3 + sum(1 + _typed_bytes(element) for element in value)
+    return len(value.encode()) if kind in ("N", "S") else 1
+
+
 def _shown(typed: Mapping[str, Any]) -> str:
     return ", ".join(f"of DynamoDB type {kind}" for kind in typed) or "empty"
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -70,9 +70,9 @@ class PublishReport:
 
 
 class PublishError(PrefsError):
-    """A domain could not be published, or not completely; `report` says what was."""
+    """A domain could not be published, or not completely; `report` of the publisher or changefeed says what was."""
 
-    def __init__(self, message: str, report: PublishReport | None = None) -> None:
+    def __init__(self, message: str, report: Any = None) -> None:
         super().__init__(message)
         self.report = report
 
@@ -151,6 +151,23 @@ def publish_lock(engine: EngineConnection, domain_key: str) -> str:
     return f"dagster-prefs publish {engine.schema} {domain_key}"
 
 
+def column_problems(columns: Mapping[str, str], contract: Contract, domain: Domain) -> list[str]:
+    """How a relation's columns (name → type as the engine spells it) are unlike a domain's keys and attributes."""
+    keys = {
+        key.name: "integer" if key.type == "N" else "string"
+        for key in (contract.table.partition_key, contract.table.sort_key)
+    }
+    expected = keys | {name: attribute.type for name, attribute in domain.attributes.items()}
+    problems = [f"{name} is missing" for name in expected if name not in columns]
+    problems += [f"{name} is not in the contract" for name in columns if name not in expected]
+    problems += [
+        f"{name} is {columns[name]} and the contract says {kind}"
+        for name, kind in expected.items()
+        if name in columns and columns[name] not in COLUMN_TYPES[kind]
+    ]
+    return problems
+
+
 class _Publication:
     """One run over one domain."""
 
@@ -174,6 +191,7 @@ class _Publication:
         self.max_attempts = max_attempts
         self.control = control
         self.progress = progress
+        self.contract = contract
         self.keys = contract.table
         self.encoder = ItemEncoder(contract, domain)
         self.sink = sql.Identifier(domain.sink)
@@ -233,19 +251,7 @@ class _Publication:
                 [f'"{self.engine.schema}"."{self.domain.sink}"'],
             ).fetchall()
         )
-        keys = {
-            key.name: "integer" if key.type == "N" else "string"
-            for key in (self.keys.partition_key, self.keys.sort_key)
-        }
-        expected = keys | {name: attribute.type for name, attribute in self.domain.attributes.items()}
-        problems = [f"{name} is missing" for name in expected if name not in columns]
-        problems += [f"{name} is not in the contract" for name in columns if name not in expected]
-        problems += [
-            f"{name} is {columns[name]} and the contract says {kind}"
-            for name, kind in expected.items()
-            if name in columns and columns[name] not in COLUMN_TYPES[kind]
-        ]
-        if problems:
+        if problems := column_problems(columns, self.contract, self.domain):
             raise PublishError(
                 f"domain {self.domain.name}: {self.domain.sink} is not as the contract says: "
                 f"{'; '.join(problems)}: run `dbt build` and `prefs contract build`"

@@ -271,6 +271,9 @@ class LeanTransport:
             connection.close()
 
     def _start(self, message: bytes, deadline: float) -> _Connection | ReadError:
+        if time.monotonic() >= deadline:
+            # A call that is late already must not cost a good connection.
+            return _late()
         try:
             while (connection := self._take()) is not None:
                 try:

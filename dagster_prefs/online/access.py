@@ -1,0 +1,166 @@
+"""Strongly consistent reads of the profile table, and single conditional writes."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dagster_prefs.errors import PrefsError
+from dagster_prefs.online.contract import Contract
+
+if TYPE_CHECKING:
+    from mypy_boto3_dynamodb import DynamoDBClient
+
+# DynamoDB's limit for one BatchGetItem.
+BATCH_KEYS = 100
+MAX_ATTEMPTS = 6
+
+
+class StoreUnavailable(PrefsError):
+    """DynamoDB refused a request about the profile table, or did not answer."""
+
+
+class Overtaken(PrefsError):
+    """An item changed between the look at it and its repair."""
+
+
+class ItemAccess:
+    """Strongly consistent reads of the profile table, and single conditional writes."""
+
+    def __init__(self, client: DynamoDBClient, contract: Contract, table: str) -> None:
+        self.client: Any = client
+        self.table = table
+        self.partition_key = contract.table.partition_key.name
+        self.sort_key = contract.table.sort_key.name
+
+    def get(self, domain_key: str, viewers: Iterable[int]) -> dict[int, Mapping[str, Any]]:
+        """Viewer id → item in DynamoDB's typed JSON, for those that have one.
+
+        Raises StoreUnavailable when DynamoDB refuses, cannot be reached, or stays throttled.
+        """
+        found: dict[int, Mapping[str, Any]] = {}
+        wanted = sorted(viewers)
+        for start in range(0, len(wanted), BATCH_KEYS):
+            keys: Sequence[Any] = [
+                {self.partition_key: {"N": str(viewer)}, self.sort_key: {"S": domain_key}}
+                for viewer in wanted[start : start + BATCH_KEYS]
+            ]
+            for attempt in range(MAX_ATTEMPTS):
+                answer = self._call(
+                    "batch_get_item", RequestItems={self.table: {"Keys": keys, "ConsistentRead": True}}
+                )
+                for item in answer.get("Responses", {}).get(self.table, []):
+                    found[int(item[self.partition_key]["N"])] = item
+                keys = answer.get("UnprocessedKeys", {}).get(self.table, {}).get("Keys", [])
+                if not keys:
+                    break
+                time.sleep(random.uniform(0, min(2.0, 0.05 * 2**attempt)))  # noqa: S311 - jitter
+            if keys:
+                raise StoreUnavailable(
+                    f"table {self.table} left {len(keys)} reads unprocessed after {MAX_ATTEMPTS} attempts, "
+                    "as when it is throttled: raise its read capacity or wait"
+                )
+        return found
+
+    def page(self, domain_key: str, limit: int, place: int) -> set[int]:
+        """Viewers of one domain among `limit` items from where the hash of viewer `place` lies."""
+        # A start key need not exist: DynamoDB goes on from where its hash lies.
+        start: Any = {self.partition_key: {"N": str(place)}, self.sort_key: {"S": domain_key}}
+        items: list[Any] = []
+        for options in ({"ExclusiveStartKey": start}, {}):
+            answer = self._call(
+                "scan",
+                TableName=self.table,
+                Limit=limit - len(items),
+                ProjectionExpression="#p, #s",
+                ExpressionAttributeNames={"#p": self.partition_key, "#s": self.sort_key},
+                **options,
+            )
+            items += answer["Items"]
+            if len(items) >= limit:
+                break
+        return {
+            int(item[self.partition_key]["N"]) for item in items if item[self.sort_key]["S"] == domain_key
+        }
+
+    def pages(self, domain_key: str) -> Iterator[list[int]]:
+        """Every viewer that has an item of the domain, page by page, each page sorted."""
+        start: dict[str, Any] = {}
+        while True:
+            answer = self._call(
+                "scan",
+                TableName=self.table,
+                ConsistentRead=True,
+                ProjectionExpression="#p, #s",
+                FilterExpression="#s = :domain",
+                ExpressionAttributeNames={"#p": self.partition_key, "#s": self.sort_key},
+                ExpressionAttributeValues={":domain": {"S": domain_key}},
+                **start,
+            )
+            if answer["Items"]:
+                yield sorted(int(item[self.partition_key]["N"]) for item in answer["Items"])
+            if "LastEvaluatedKey" not in answer:
+                return
+            start = {"ExclusiveStartKey": answer["LastEvaluatedKey"]}
+
+    def put(self, item: Mapping[str, Any], version: str) -> bool:
+        """Write an item unless the one in the table has a higher `version` attribute; whether it was written.
+
+        An item whose version is no number is not a writer's, and is replaced.
+        """
+        return self._unless_overtaken(
+            "put_item",
+            TableName=self.table,
+            Item=item,
+            ConditionExpression="attribute_not_exists(#v) or not attribute_type(#v, :number) or #v <= :mine",
+            ExpressionAttributeNames={"#v": version},
+            ExpressionAttributeValues={":mine": item[version], ":number": {"S": "N"}},
+        )
+
+    def delete(self, key: Mapping[str, Any], version: str, seen: Mapping[str, Any] | None) -> bool:
+        """Delete an item if its `version` attribute is still the one that was seen; whether it is gone."""
+        condition: dict[str, Any] = {"ConditionExpression": "attribute_not_exists(#v)"}
+        if seen is not None:
+            condition = {
+                "ConditionExpression": "attribute_not_exists(#v) or #v = :seen",
+                "ExpressionAttributeValues": {":seen": seen},
+            }
+        return self._unless_overtaken(
+            "delete_item",
+            TableName=self.table,
+            Key=key,
+            ExpressionAttributeNames={"#v": version},
+            **condition,
+        )
+
+    def _unless_overtaken(self, operation: str, **arguments: Any) -> bool:
+        try:
+            self._call(operation, **arguments)
+        except Overtaken:
+            return False
+        return True
+
+    def describe(self) -> Any:
+        """DynamoDB's own description of the table."""
+        return self._call("describe_table", TableName=self.table)["Table"]
+
+    def _call(self, operation: str, **arguments: Any) -> Any:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            return getattr(self.client, operation)(**arguments)
+        except ClientError as error:
+            code = error.response.get("Error", {}).get("Code", "unknown")
+            if code == "ConditionalCheckFailedException":
+                raise Overtaken(f"an item of table {self.table} was changed by another writer") from None
+            message = error.response.get("Error", {}).get("Message", "")
+            raise StoreUnavailable(
+                f"DynamoDB refused {operation} on table {self.table} ({code}): {message}: check that the "
+                "table exists and that the credentials allow it"
+            ) from None
+        except BotoCoreError as error:
+            raise StoreUnavailable(
+                f"DynamoDB cannot be reached for table {self.table}: {error}: check the endpoint and region"
+            ) from None
