@@ -67,7 +67,7 @@ format: $(VENV)/installed ## let ruff rewrite the style
 	@$(BIN)/ruff format .
 
 lock: $(VENV)/installed ## resolve the dependencies into requirements.lock and the image's lock
-	@$(BIN)/uv pip compile pyproject.toml --extra platform --extra production --group dev --override overrides.txt --universal \
+	@$(BIN)/uv pip compile pyproject.toml --extra platform --extra production --extra server --group dev --override overrides.txt --universal \
 	  --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate -q -o requirements.lock
 	@$(BIN)/uv pip compile infra/docker/code-location.in --constraint requirements.lock --override overrides.txt \
 	  --python-platform linux --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate -q -o infra/docker/code-location.lock

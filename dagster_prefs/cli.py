@@ -17,12 +17,12 @@ from rich.table import Table
 
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.errors import PrefsError
-from dagster_prefs.local.services import LocalServices, ServiceStatus
 from dagster_prefs.settings import PROJECT_ROOT, Settings, load_settings
 
 if TYPE_CHECKING:
     from dagster_prefs.demo import Summary
     from dagster_prefs.events.ingest import Delivery
+    from dagster_prefs.local.services import LocalServices, ServiceStatus
     from dagster_prefs.serving import ProfileClient
 
 console = Console(highlight=False)
@@ -53,6 +53,9 @@ def cli() -> None:
 
 def services_of(settings: Settings) -> LocalServices:
     """The embedded services that these settings ask for."""
+    # Where the commands run without them, their packages are not installed.
+    from dagster_prefs.local.services import LocalServices
+
     return LocalServices(
         settings.data_dir,
         settings.port,
@@ -187,8 +190,11 @@ def contract() -> None:
 @contract.command("build")
 @click.option("--check", is_flag=True, help="Write nothing; exit 1 when the file is out of date.")
 def contract_build(check: bool) -> None:
-    """Generate contract.json from the YAML beside the rolling views."""
+    """Generate contract.json and the views behind training data from the dbt project."""
+    import tempfile
+
     from dagster_prefs.defs.resources import Platform
+    from dagster_prefs.offline.windows import VIEWS, compile_views
     from dagster_prefs.online.contract import (
         CONTRACT_PATH,
         build_contract,
@@ -198,16 +204,28 @@ def contract_build(check: bool) -> None:
         render_contract,
     )
 
-    built = build_contract(Platform(load_settings()).dbt.manifest())
-    text = render_contract(built)
-    if CONTRACT_PATH.read_text() == text:
-        console.print("contract.json is up to date")
-        return
-    if check:
-        raise PrefsError("contract.json is out of date: run `prefs contract build` and commit it")
-    check_version(load_contract(), parse_contract(built))
-    CONTRACT_PATH.write_text(text)
-    console.print(f"wrote {CONTRACT_PATH}")
+    dbt = Platform(load_settings()).dbt
+    built = build_contract(dbt.manifest())
+    contract = parse_contract(built)
+    check_version(load_contract(), contract)
+    relations = [domain.relation for domain in contract.domains.values()]
+    with tempfile.TemporaryDirectory() as target:
+        views = compile_views(dbt.project_dir, Path(target), relations)
+    wanted = {CONTRACT_PATH: render_contract(built)}
+    wanted |= {VIEWS / f"{relation}.sql": text for relation, text in views.items()}
+    outdated = [path for path, text in wanted.items() if not path.is_file() or path.read_text() != text]
+    gone = [path for path in VIEWS.glob("*.sql") if path not in wanted]
+    for path in outdated + gone:
+        if check:
+            raise PrefsError(f"{path.name} is out of date: run `prefs contract build` and commit it")
+    for path in outdated:
+        path.write_text(wanted[path])
+        console.print(f"wrote {path}")
+    for path in gone:
+        path.unlink()
+        console.print(f"removed {path}, which no domain reads any more")
+    if not outdated and not gone:
+        console.print("contract.json and the views behind training data are up to date")
 
 
 @contract.command("diff")
@@ -398,6 +416,83 @@ def rank(user: str, limit: int, session: bool, as_json: bool) -> None:
         for item in ranking
     ]
     console.print(table_of(f"items for {user}", ["item", "title", "category", "score"], rows))
+
+
+@cli.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
+@click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535))
+@click.option("--only", type=click.Choice(["profiles", "users"]), help="Leave the other half out.")
+@click.option(
+    "--budget-ms", default=1000, show_default=True, type=click.IntRange(1, 30_000), help="Time for an answer."
+)
+@click.option("--threads", default=8, show_default=True, type=click.IntRange(1, 256), help="Reads at a time.")
+@click.option(
+    "--max-in-flight", default=256, show_default=True, type=click.IntRange(1), help="More are refused."
+)
+@click.option(
+    "--ranker",
+    type=click.Choice(["memory", "sql"]),
+    default="memory",
+    show_default=True,
+    help="Rank from the catalogue in memory, or in the engine.",
+)
+@click.option(
+    "--refresh-seconds",
+    default=30.0,
+    show_default=True,
+    type=click.FloatRange(1),
+    help="Age of the catalogue.",
+)
+@click.option(
+    "--drain-seconds", default=10, show_default=True, type=click.IntRange(0), help="Time to end in."
+)
+def serve(
+    host: str,
+    port: int,
+    only: str | None,
+    budget_ms: int,
+    threads: int,
+    max_in_flight: int,
+    ranker: str,
+    refresh_seconds: float,
+    drain_seconds: int,
+) -> None:
+    """Serve profiles and rankings over HTTP until Ctrl-C or SIGTERM."""
+    from dagster_prefs.serving import AsyncProfileClient, PreferenceClient
+    from dagster_prefs.serving.server import make_app
+    from dagster_prefs.serving.server import serve as run_server
+
+    settings = load_settings()
+    budget = budget_ms / 1000
+    profiles = preferences = None
+    if only != "users":
+        profiles = AsyncProfileClient(
+            threads=threads,
+            endpoint_url=settings.aws_endpoint,
+            region=settings.aws_region,
+            table_prefix=settings.table_prefix,
+            budget_seconds=budget,
+            read_timeout_seconds=budget,
+        )
+    if only != "profiles":
+        preferences = PreferenceClient(
+            EngineConnection.of(settings), pool_size=threads, statement_timeout_seconds=max(5.0, budget)
+        )
+    app = make_app(
+        profiles,
+        preferences,
+        budget_seconds=budget,
+        catalogue_refresh_seconds=refresh_seconds if ranker == "memory" else None,
+        max_in_flight=max_in_flight,
+        threads=threads,
+    )
+    run_server(
+        app,
+        host=host,
+        port=port,
+        drain_seconds=drain_seconds,
+        started=lambda url: console.print(f"serving at {url}; Ctrl-C stops"),
+    )
 
 
 @cli.command()
@@ -749,6 +844,115 @@ def erase(subject: tuple[str, ...], drop_tags: bool, training_sets: tuple[Path, 
     for path in report.training_sets:
         console.print(f"still in the training set {path}: remove it or build it again")
     console.print(table_of("\nWhat only time removes", ["where", "until"], list(report.unfinished.items())))
+
+
+@cli.command()
+@click.option(
+    "--viewers", default=1_000_000, show_default=True, type=click.IntRange(1), help="Seen within 28 days."
+)
+@click.option(
+    "--events-per-day", type=click.IntRange(0), help="View events and interactions; 2 a viewer by default."
+)
+@click.option(
+    "--interaction-share", default=0.1, show_default=True, help="Likes, shares, searches among them."
+)
+@click.option(
+    "--daily-active-share", default=0.25, show_default=True, help="Viewers who watch on a given day."
+)
+@click.option("--domains", type=click.IntRange(1), help="Domains of one size, in place of the contract's.")
+@click.option("--attributes", type=click.IntRange(1), help="Attributes of each of --domains; 5 by default.")
+@click.option("--reads-per-day", default=0, show_default=True, type=click.IntRange(0), help="Profiles read.")
+@click.option("--refresh-seconds", default=1.0, show_default=True, help="How often changes are written.")
+@click.option(
+    "--spread-seconds", type=click.IntRange(0), help="PREFS_EXPIRY_SPREAD_SECONDS; the setting by default."
+)
+@click.option("--peak-factor", default=3.0, show_default=True, help="The busiest second over the mean.")
+@click.option("--history-days", default=365, show_default=True, help="Days of events that the engine keeps.")
+@click.option(
+    "--price", multiple=True, metavar="NAME=DOLLARS", help="A price of yours, e.g. million_write_units=0.7."
+)
+@click.option(
+    "--capacity", multiple=True, metavar="NAME=N", help="What yours bears, e.g. table_write_units=80000."
+)
+@click.option("--table", is_flag=True, help="The table of docs/scale.md, 1 million to 1 billion viewers.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+def cost(
+    viewers: int,
+    events_per_day: int | None,
+    domains: int | None,
+    attributes: int | None,
+    spread_seconds: int | None,
+    price: tuple[str, ...],
+    capacity: tuple[str, ...],
+    table: bool,
+    as_json: bool,
+    **shape: Any,
+) -> None:
+    """Estimate writes, storage and dollars of a workload, and what breaks first (docs/scale.md)."""
+    from dagster_prefs import cost as model
+    from dagster_prefs.online.contract import load_contract
+
+    contract = load_contract()
+    prices = model.Prices(**model.overrides(price, model.Prices))
+    capacities = model.Capacities(**model.overrides(capacity, model.Capacities))
+    if table:
+        click.echo(model.scale_table(contract, prices=prices, capacities=capacities))
+        return
+    if attributes and not domains:
+        raise PrefsError("--attributes says how large each of --domains is: give --domains too")
+    workload = model.Workload(
+        viewers=viewers,
+        events_per_day=2 * viewers if events_per_day is None else events_per_day,
+        spread_seconds=load_settings().expiry_spread_seconds if spread_seconds is None else spread_seconds,
+        **shape,
+    )
+    loads = (
+        model.uniform_domains(contract, viewers, domains, attributes or 5)
+        if domains
+        else model.contract_domains(contract, viewers)
+    )
+    found = model.estimate(
+        workload, loads, promise_seconds=model.promise_of(contract), prices=prices, capacities=capacities
+    )
+    if as_json:
+        print_json(found.as_dict())
+        return
+    spread = found.needed_spread_seconds
+    rows = [
+        ("events a second, mean", f"{found.events_per_second:,}"),
+        ("items put a day by events", f"{found.event_writes_per_day:,} ({found.writes_per_event} an event)"),
+        ("items written at midnight", f"{found.burst_writes:,}, {found.burst_per_second:,} a second"),
+        ("spread that midnight needs", "none is enough" if spread is None else f"{spread:,} s"),
+        ("bytes of an item", ", ".join(f"{name} {size:,}" for name, size in found.item_bytes.items())),
+        (
+            "write units",
+            f"{found.write_units_per_day:,} a day, {found.peak_write_units:,} in the busiest second",
+        ),
+        ("read units a day", f"{found.read_units_per_day:,}"),
+        ("table", f"{found.items:,} items, {found.table_bytes / model.GIB:,.1f} GiB"),
+        ("tiles a day", ", ".join(f"{name} {count:,}" for name, count in found.tile_rows_per_day.items())),
+        (
+            "lake",
+            f"{found.lake_files_per_day:,} files a day, {found.lake_bytes_per_year / model.GIB:,.1f} GiB a year",
+        ),
+        ("engine", f"{sum(found.engine_rows.values()):,} rows, {found.engine_bytes / model.GIB:,.0f} GiB"),
+    ]
+    console.print(table_of("Workload", ["", ""], rows))
+    console.print(
+        table_of(
+            f"\nDollars a month ({model.PRICES_FROM}; an estimate, give yours with --price)",
+            ["for", "$"],
+            [(name, f"{amount:,.2f}") for name, amount in found.dollars.items()],
+        )
+    )
+    limits = sorted(found.limits, key=lambda limit: limit.used, reverse=True)
+    console.print(
+        table_of(
+            "\nWhat breaks first",
+            ["limit", "used", "remedy"],
+            [(limit.name, f"{limit.used:,.0%}", limit.remedy) for limit in limits],
+        )
+    )
 
 
 def print_json(value: Any) -> None:

@@ -20,11 +20,12 @@ ALLOWED = {
     "freshness": {"engine", "online", "serving", "events", "offline", "settings"},
     "local": {"engine", "online", "settings"},
     "erasure": {"engine", "online", "offline", "events", "settings"},
+    "cost": {"online", "offline"},
     "defs": set(ROOMS) | {"settings"},
     "definitions": {"defs", "settings"},
     "runs": {"defs", "definitions", "settings"},
     "demo": set(ROOMS) | {"settings", "runs"},
-    "cli": set(ROOMS) | {"settings", "runs", "demo", "erasure"},
+    "cli": set(ROOMS) | {"settings", "runs", "demo", "erasure", "cost"},
 }
 # Outside packages that only some places may import.
 RESERVED = {
@@ -32,6 +33,8 @@ RESERVED = {
     "dagster_dbt": {"defs"},
     "dbt": {"engine"},
     "click": {"cli"},
+    "starlette": {"serving"},
+    "uvicorn": {"serving"},
     "pyiceberg": {"offline", "defs", "erasure", "freshness"},
     "moto": {"local"},
     "pydantic_settings": {"settings"},

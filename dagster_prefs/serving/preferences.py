@@ -41,6 +41,10 @@ class PreferenceError(PrefsError):
     """A preference read was asked for something impossible, or its relations are not there."""
 
 
+class PreferencesUnavailable(PreferenceError):
+    """The relations that a preference read needs are not there, or the engine refused to read them."""
+
+
 @dataclass(frozen=True, slots=True)
 class RankingParameters:
     """Weights and windows of the ranking.
@@ -231,8 +235,8 @@ class PreferenceClient:
     Connections are pooled, statements prepared and bounded by `statement_timeout_seconds`; a connection that
     died with the engine is replaced once per read. Use it as a context manager, or `close` it.
 
-    All reads raise PreferenceError for impossible arguments and for relations that are missing,
-    EngineUnavailable and EngineBusy for the engine.
+    All reads raise PreferenceError for impossible arguments, PreferencesUnavailable for relations that are
+    missing, EngineUnavailable and EngineBusy for the engine.
     """
 
     def __init__(
@@ -323,7 +327,7 @@ class PreferenceClient:
         try:
             return self._pool.run(read)
         except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn) as error:
-            raise PreferenceError(
+            raise PreferencesUnavailable(
                 f"{error.diag.message_primary or 'a relation is missing'}: run `dbt build`, "
                 f"or check the schema {self.engine.schema}"
             ) from None
@@ -331,10 +335,10 @@ class PreferenceClient:
             text = " ".join(str(error).split())
             if "not found" in text.lower():
                 # RisingWave has one error code for all that its binder does not find.
-                raise PreferenceError(
+                raise PreferencesUnavailable(
                     f"{text}: run `dbt build`, or check the schema {self.engine.schema}"
                 ) from None
-            raise PreferenceError(f"the engine refused the read: {text}") from error
+            raise PreferencesUnavailable(f"the engine refused the read: {text}") from error
 
 
 def build_profile(user_id: str, rows: Sequence[tuple[Any, ...]]) -> UserProfile:

@@ -83,6 +83,11 @@ class Profile:
         return cast(PreferencesProfile, self.domain("preferences"))
 
     @property
+    def failure(self) -> PrefsError | None:
+        """Why no domain at all arrived; None where at least one did."""
+        return None if self.values else next(read.error for read in self.reads.values())
+
+    @property
     def partial(self) -> bool:
         """Whether a domain that was asked for did not arrive; true with cold-start values in its place,
         too."""
@@ -215,15 +220,17 @@ class ProfileClient:
         budget_seconds: float | None = None,
         max_staleness_seconds: float | None = None,
         fallback: Fallback | None = None,
+        started_at: float | None = None,
     ) -> Profile:
         """One viewer's profile; `domains` are names or keys of the contract, all by default.
 
         `max_staleness_seconds` tightens the contract's promise for `fresh`; it never loosens it. A viewer
-        without an item gets that domain's cold-start values.
+        without an item gets that domain's cold-start values. The budget runs from `started_at` (of
+        time.monotonic()), for a caller who waited before this call; from now where None.
 
         Raises ProfileError or ContractError for impossible arguments, ReadError as the class says.
         """
-        deadline = time.monotonic() + self._checked_budget(budget_seconds, self._budget)
+        deadline = _started(started_at) + self._checked_budget(budget_seconds, self._budget)
         return self._read(
             [_viewer(viewer_id)], domains, consistent, deadline, max_staleness_seconds, fallback
         )[viewer_id]
@@ -237,6 +244,7 @@ class ProfileClient:
         budget_seconds: float | None = None,
         max_staleness_seconds: float | None = None,
         fallback: Fallback | None = None,
+        started_at: float | None = None,
     ) -> dict[int, Profile]:
         """The profiles of up to 10,000 viewers, in the order asked; a repeated id is read once.
 
@@ -250,7 +258,7 @@ class ProfileClient:
             raise ProfileError(f"{len(viewers)} viewers are more than {MAX_VIEWERS} in one call: split them")
         keys = len(viewers) * len(domains or self._all)
         rounds = max(1, -(-keys // (BATCH_KEYS * self._side_by_side)))
-        deadline = time.monotonic() + self._checked_budget(budget_seconds, self._budget * rounds)
+        deadline = _started(started_at) + self._checked_budget(budget_seconds, self._budget * rounds)
         return self._read(viewers, domains, consistent, deadline, max_staleness_seconds, fallback)
 
     def _checked_budget(self, given: float | None, default: float) -> float:
@@ -388,12 +396,14 @@ class ReadOptions(TypedDict, total=False):
     budget_seconds: float | None
     max_staleness_seconds: float | None
     fallback: Fallback | None
+    started_at: float | None
 
 
 class AsyncProfileClient:
     """ProfileClient for asyncio: the same arguments, calls and answers, awaited.
 
-    `threads` reads run at a time, beneath; the event loop is never held up.
+    `threads` reads run at a time, beneath; the event loop is never held up. Waiting for a thread is part of
+    a read's budget.
     """
 
     def __init__(self, *, threads: int = 8, **options: Unpack[ClientOptions]) -> None:
@@ -419,6 +429,7 @@ class AsyncProfileClient:
         self, viewer_id: int, domains: Sequence[str] | None = None, **options: Unpack[ReadOptions]
     ) -> Profile:
         """As `ProfileClient.get`."""
+        options.setdefault("started_at", time.monotonic())
         return await self._run(partial(self._client.get, viewer_id, domains, **options))
 
     async def get_many(
@@ -428,6 +439,7 @@ class AsyncProfileClient:
         **options: Unpack[ReadOptions],
     ) -> dict[int, Profile]:
         """As `ProfileClient.get_many`."""
+        options.setdefault("started_at", time.monotonic())
         return await self._run(partial(self._client.get_many, list(viewer_ids), domains, **options))
 
     async def _run(self, read: Callable[[], T]) -> T:
@@ -441,6 +453,10 @@ def _class_of(domain: Domain) -> type[DomainProfile]:
             f"the contract's domain {domain.name} has no class in this version: upgrade dagster-prefs"
         )
     return made
+
+
+def _started(at: float | None) -> float:
+    return time.monotonic() if at is None else at
 
 
 def _viewer(viewer_id: int) -> int:

@@ -1,0 +1,494 @@
+"""The feature server over a real socket, on the local AWS server and the embedded engine."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+import pytest
+import uvicorn
+from scripted_dynamodb import Reply, Request, Script, answer, failure
+from scripted_dynamodb import serve as serve_script
+
+from dagster_prefs.serving import AsyncProfileClient, PreferenceClient
+from dagster_prefs.serving.server import make_app
+
+REGION = "eu-central-1"
+AT = 1_760_000_000_000
+NOW = datetime(2026, 3, 15, 12, tzinfo=UTC)
+WATCH = [Decimal("12.5"), Decimal("40.123456"), 3, 2, 5, AT]
+
+
+@dataclass
+class Caller:
+    """Requests to a running server."""
+
+    port: int
+
+    def call(
+        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
+    ) -> tuple[int, Any, dict[str, str]]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        try:
+            sent = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+            connection.request(method, path, sent, headers or {})
+            got = connection.getresponse()
+            content = got.read().decode()
+            found = {name.lower(): value for name, value in got.getheaders()}
+            return got.status, json.loads(content) if "json" in found["content-type"] else content, found
+        finally:
+            connection.close()
+
+    def get(self, path: str) -> tuple[int, Any]:
+        return self.call("GET", path)[:2]
+
+    def post(self, body: Any) -> tuple[int, Any]:
+        return self.call("POST", "/v1/profiles", body)[:2]
+
+    def ready(self) -> dict[str, Any]:
+        """The readiness, once every part has had its first chance."""
+        for _ in range(600):
+            status, told = self.get("/readyz")
+            if status == 200:
+                return told  # type: ignore[no-any-return]
+            threading.Event().wait(0.05)
+        raise AssertionError(told)
+
+
+@contextmanager
+def running(
+    profiles: AsyncProfileClient | None, preferences: PreferenceClient | None, **options: Any
+) -> Iterator[Caller]:
+    """The server in a thread of its own."""
+    app = make_app(profiles, preferences, **{"budget_seconds": 30.0, **options})
+    config = uvicorn.Config(app, port=0, lifespan="on", log_level="critical", ws="none")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            threading.Event().wait(0.01)
+        yield Caller(server.servers[0].sockets[0].getsockname()[1])
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def profile_client(endpoint: str, prefix: str = "", **options: Any) -> AsyncProfileClient:
+    return AsyncProfileClient(
+        endpoint_url=endpoint,
+        region=REGION,
+        table_prefix=prefix,
+        **{"budget_seconds": 30, "read_timeout_seconds": 30, **options},
+    )
+
+
+@pytest.fixture
+def caller(online: Any, shop: Any) -> Iterator[Caller]:
+    """Both halves, with one viewer and one small shop."""
+    online.put("watch", 42, WATCH)
+    shop.insert("user_category_profile", ("u/1", "shoes", 20, 4, NOW), ("u/1", "hats", 3, 1, NOW))
+    shop.insert("user_price_sensitivity", ("u/1", "budget", 3, 1, Decimal(1) / Decimal(3)))
+    shop.insert(
+        "user_recent_activity",
+        ("u/1", "hats", 7, NOW - timedelta(hours=1), NOW, NOW - timedelta(minutes=40), NOW - timedelta(minutes=2)),
+    )  # fmt: skip
+    shop.insert(
+        "items",
+        ("a", "Boot", "shoes", "acme", Decimal("20.10"), True),
+        ("b", "Cap", "hats", None, Decimal("30"), True),
+        ("c", "Gone", "hats", None, Decimal("1"), False),
+    )
+    preferences = PreferenceClient(shop.engine)
+    with running(profile_client(online.endpoint, online.prefix), preferences, clock=lambda: NOW) as made:
+        made.ready()
+        yield made
+
+
+def test_one_profile_is_exact(caller: Caller) -> None:
+    status, profile = caller.get("/v1/profiles/42?domains=watch")
+    assert status == 200
+    assert profile["viewer_id"] == 42
+    assert profile["partial"] is False
+    watch = profile["domains"]["watch"]
+    assert watch["attributes"] == {
+        "watch_minutes_7d": "12.5",
+        "watch_minutes_28d": "40.123456",
+        "titles_7d": 3,
+        "completions_28d": 2,
+        "genres_watched_28d": 5,
+        "last_event_at": AT,
+    }
+    assert (watch["state"], watch["error"]) == ("found", None)
+    status, everything = caller.get("/v1/profiles/42")
+    assert {name: read["state"] for name, read in everything["domains"].items()} == {
+        "watch": "found", "interactions": "cold_start", "preferences": "cold_start",
+    }  # fmt: skip
+
+
+def test_many_profiles_in_the_order_asked(caller: Caller) -> None:
+    largest = 2**63 - 1
+    status, found = caller.post({"viewer_ids": [7, "42", 7, str(largest)], "domains": ["watch"]})
+    assert status == 200
+    assert [profile["viewer_id"] for profile in found["profiles"]] == [7, 42, largest]
+    assert [profile["domains"]["watch"]["state"] for profile in found["profiles"]] == [
+        "cold_start", "found", "cold_start",
+    ]  # fmt: skip
+    assert found["partial"] is False
+
+
+def test_user_profile(caller: Caller) -> None:
+    status, profile = caller.get("/v1/users/u%2F1/profile")
+    assert status == 200
+    assert profile["known"] is True
+    assert profile["top_categories"] == ["shoes", "hats"]
+    assert profile["recent_session_categories"] == ["hats"]
+    assert profile["categories"][0]["last_engaged_at"] == "2026-03-15T12:00:00Z"
+    assert Decimal(profile["price_tiers"][0]["conversion_rate"]) == Decimal(1) / Decimal(3)
+    status, stranger = caller.get(f"/v1/users/{quote('nobody ü', safe='')}/profile")
+    assert (status, stranger["known"], stranger["user_id"]) == (200, False, "nobody ü")
+
+
+@pytest.mark.parametrize("ranker", ["memory", "sql"])
+def test_ranking_is_that_of_the_client(caller: Caller, shop: Any, ranker: str) -> None:
+    with running(
+        None,
+        PreferenceClient(shop.engine),
+        clock=lambda: NOW,
+        catalogue_refresh_seconds=30.0 if ranker == "memory" else None,
+    ) as other:
+        other.ready()
+        for session in (True, False):
+            expected = shop.client.rank("u/1", 5, session=session, now=NOW)
+            status, found = other.get(f"/v1/users/u/1/ranking?limit=5&session={str(session).lower()}")
+            assert status == 200
+            assert found["session_active"] == expected.session_active
+            assert [item["item_id"] for item in found["items"]] == [item.item_id for item in expected]
+            assert [Decimal(item["personalization_score"]) for item in found["items"]] == [
+                item.personalization_score for item in expected
+            ]
+        assert [item["item_id"] for item in found["items"]] == ["a", "b"]
+        assert found["items"][0]["price"] == "20.10"
+        status, explained = other.get("/v1/users/u/1/ranking?limit=1&explain=true")
+        assert explained["items"][0]["components"].keys() == {
+            "category_affinity", "brand_affinity", "conversion_rate", "session_interactions",
+        }  # fmt: skip
+        assert other.get("/v1/profiles/1")[0] == 404
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "code", "message"),
+    [
+        ("GET", "/v1/profiles/twelve", None, 400, "bad_request", "64-bit integer, not 'twelve'"),
+        ("GET", f"/v1/profiles/{2**63}", None, 400, "bad_request", "64-bit integer"),
+        ("GET", "/v1/profiles/1?domains=wach", None, 400, "bad_request", "wach"),
+        ("GET", "/v1/profiles/1?domain=watch", None, 400, "bad_request", "did you mean domains?"),
+        ("GET", "/v1/profiles/1?budget_ms=1&budget_ms=2", None, 400, "bad_request", "given twice"),
+        ("GET", "/v1/profiles/1?budget_ms=0", None, 400, "bad_request", "above 0"),
+        ("GET", "/v1/profiles/1?budget_ms=nan", None, 400, "bad_request", "budget_ms"),
+        ("GET", "/v1/profiles/1?budget_ms=soon", None, 400, "bad_request", "give a number"),
+        ("GET", "/v1/profiles/1?consistent=yes", None, 400, "bad_request", "true or false"),
+        ("GET", "/v1/profiles/1?fallback=guess", None, 400, "bad_request", "'partial' or 'cold_start'"),
+        ("GET", "/v1/profiles/1?max_staleness_seconds=-1", None, 400, "bad_request", "above 0"),
+        ("GET", "/v1/users/u1/ranking?limit=0", None, 400, "bad_request", "from 1 to"),
+        ("GET", "/v1/users/u1/ranking?limit=many", None, 400, "bad_request", "whole number"),
+        ("GET", "/v1/users/canary:1/ranking", None, 400, "bad_request", "canary"),
+        ("GET", "/v1/users/a%00/profile", None, 400, "bad_request", "NUL"),
+        ("POST", "/v1/profiles", b"{", 400, "bad_request", "not valid JSON"),
+        ("POST", "/v1/profiles", [1], 400, "bad_request", "not a JSON object"),
+        ("POST", "/v1/profiles", {}, 400, "bad_request", "viewer_ids is missing"),
+        ("POST", "/v1/profiles", {"viewer_ids": []}, 400, "bad_request", "at least one"),
+        ("POST", "/v1/profiles", {"viewer_ids": [True]}, 400, "bad_request", "64-bit integer"),
+        ("POST", "/v1/profiles", {"viewer_ids": [1.5]}, 400, "bad_request", "64-bit integer"),
+        ("POST", "/v1/profiles", {"viewer_ids": [1], "domains": "wach"}, 400, "bad_request", "wach"),
+        ("POST", "/v1/profiles", {"viewer_ids": [1], "domains": [1]}, 400, "bad_request", "list of names"),
+        ("POST", "/v1/profiles", {"viewer_ids": [1], "viewers": []}, 400, "bad_request", "viewer_ids?"),
+        ("POST", "/v1/profiles", {"viewer_ids": list(range(10_001))}, 400, "bad_request", "more than 10000"),
+        ("POST", "/v1/profiles", b" " * (1024 * 1024 + 1), 413, "too_large", "split the request"),
+        ("GET", "/v1/profiles", None, 405, "method_not_allowed", "does not take GET"),
+        ("GET", "/v2/profiles/1", None, 404, "not_found", "nothing at /v2/profiles/1"),
+    ],
+)  # fmt: skip
+def test_bad_requests_are_one_sentence(
+    bad_caller: Caller, method: str, path: str, body: Any, status: int, code: str, message: str
+) -> None:
+    got, content, _ = bad_caller.call(method, path, body)
+    assert got == status, content
+    assert content["error"]["code"] == code
+    assert message in content["error"]["message"]
+
+
+@pytest.fixture(scope="module")
+def bad_caller() -> Iterator[Caller]:
+    """A server whose clients need nothing, because no request of these tests gets as far."""
+    from dagster_prefs.engine.connection import EngineConnection
+
+    script, stop = serve_script(lambda request: answer({}))
+    away = EngineConnection(host="127.0.0.1", port=1, database="none", user="none")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        with running(
+            profile_client(script.endpoint), PreferenceClient(away), catalogue_refresh_seconds=None
+        ) as made:
+            yield made
+    stop()
+
+
+def test_operations(caller: Caller) -> None:
+    assert caller.get("/healthz") == (200, {"status": "ok"})
+    assert caller.ready() == {"ready": True, "parts": {"profiles": "ok", "preferences": "ok"}}
+    caller.get("/v1/profiles/42")
+    caller.get("/v1/profiles/none")
+    caller.get("/nowhere")
+    status, text, headers = caller.call("GET", "/metrics")
+    assert status == 200
+    assert headers["content-type"].startswith("text/plain; version=0.0.4")
+    samples = dict(re.findall(r"^(prefs_server_[^ ]+) ([^ ]+)$", text, re.MULTILINE))
+    assert samples['prefs_server_requests_total{route="/v1/profiles/{viewer_id}",status="200"}'] == "1"
+    assert samples['prefs_server_requests_total{route="/v1/profiles/{viewer_id}",status="400"}'] == "1"
+    assert samples['prefs_server_requests_total{route="other",status="404"}'] == "1"
+    assert samples['prefs_server_request_seconds_bucket{route="/v1/profiles/{viewer_id}",le="+Inf"}'] == "2"
+    assert samples["prefs_server_catalogue_items"] == "2"
+    assert samples["prefs_server_in_flight"] == "0"
+    # Nobody's id is in a label.
+    assert "42" not in "".join(samples)
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Script]:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    made, stop = serve_script(lambda request: answer({}))
+    yield made
+    stop()
+
+
+def test_a_domain_that_does_not_arrive_is_marked(script: Script) -> None:
+    def behave(request: Request) -> Reply:
+        key = request.body.get("Key", {}).get("domain_key", {}).get("S")
+        return failure("InternalServerError", status=500) if key == "engagement#watch" else answer({})
+
+    script.behave = behave
+    with running(profile_client(script.endpoint, max_attempts=1), None) as caller:
+        status, profile = caller.get("/v1/profiles/1?domains=watch,interactions")
+        assert (status, profile["partial"]) == (200, True)
+        assert profile["domains"]["watch"]["state"] == "failed"
+        assert profile["domains"]["watch"]["attributes"] is None
+        assert "InternalServerError" in profile["domains"]["watch"]["error"]
+        assert profile["domains"]["interactions"]["state"] == "cold_start"
+        status, profile = caller.get("/v1/profiles/1?domains=watch&fallback=cold_start")
+        assert (status, profile["partial"]) == (200, True)
+        assert profile["domains"]["watch"]["attributes"]["titles_7d"] == 0
+        status, content, headers = caller.call("GET", "/v1/profiles/1?domains=watch")
+        assert (status, content["error"]["code"], headers["retry-after"]) == (503, "unavailable", "1")
+        assert caller.post({"viewer_ids": [1, 2], "domains": ["watch"]})[0] == 503
+        assert "prefs_server_partial_profiles_total 2" in caller.get("/metrics")[1]
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "code"),
+    [
+        ("ProvisionedThroughputExceededException", 503, "unavailable"),
+        ("ExpiredTokenException", 500, "credentials"),
+        ("ResourceNotFoundException", 500, "missing_table"),
+    ],
+)
+def test_faults_of_dynamodb_have_their_status(script: Script, fault: str, status: int, code: str) -> None:
+    script.behave = lambda request: failure(fault)
+    with running(profile_client(script.endpoint, max_attempts=1), None) as caller:
+        got, content = caller.get("/v1/profiles/1")
+        assert (got, content["error"]["code"]) == (status, code)
+        got, told = caller.get("/readyz")
+        assert (got, told["ready"]) == (503, False)
+        assert fault in told["parts"]["profiles"]
+        assert caller.get("/healthz")[0] == 200
+
+
+def test_the_budget_ends_a_request(script: Script) -> None:
+    held = threading.Event()
+
+    def behave(request: Request) -> Reply:
+        held.wait(60)
+        return answer({})
+
+    script.behave = behave
+    with running(profile_client(script.endpoint), None) as caller:
+        status, content = caller.get("/v1/profiles/1?domains=watch&budget_ms=50")
+        assert (status, content["error"]["code"]) == (504, "timeout")
+        status, profile = caller.get("/v1/profiles/1?domains=watch&budget_ms=50&fallback=cold_start")
+        assert (status, profile["partial"]) == (200, True)
+        held.set()
+
+
+def test_waiting_for_a_thread_counts(script: Script) -> None:
+    """One thread, held by a slow read: the next one is answered within its own budget all the same."""
+    held, arrived = threading.Event(), threading.Event()
+
+    def behave(request: Request) -> Reply:
+        arrived.set()
+        held.wait(60)
+        return answer({})
+
+    script.behave = behave
+
+    async def read() -> tuple[Any, ...]:
+        async with profile_client(script.endpoint, threads=1) as client:
+            slow = asyncio.create_task(client.get(1, ["watch"], budget_seconds=30))
+            await asyncio.to_thread(arrived.wait, 30)
+            late = asyncio.create_task(client.get(2, ["watch"], budget_seconds=0.01))
+            await asyncio.sleep(0.05)
+            held.set()
+            return await slow, await late
+
+    slow, late = asyncio.run(read())
+    assert slow.cold_start
+    assert late.failure is not None
+    assert late.failure.kind == "timeout"
+    assert [request.body["Key"]["viewer_id"] for request in script.requests if "Key" in request.body].count(
+        {"N": "2"}
+    ) == 0
+
+
+def test_too_many_at_a_time_are_refused_at_once(script: Script) -> None:
+    held, arrived = threading.Event(), threading.Event()
+
+    def behave(request: Request) -> Reply:
+        arrived.set()
+        held.wait(60)
+        return answer({})
+
+    script.behave = behave
+    first: list[int] = []
+    with running(profile_client(script.endpoint), None, max_in_flight=1) as caller:
+        thread = threading.Thread(target=lambda: first.append(caller.get("/v1/profiles/1?domains=watch")[0]))
+        thread.start()
+        assert arrived.wait(30)
+        status, content, headers = caller.call("GET", "/v1/profiles/2")
+        assert (status, content["error"]["code"], headers["retry-after"]) == (503, "busy", "1")
+        assert caller.get("/healthz")[0] == 200
+        held.set()
+        thread.join(30)
+        assert first == [200]
+        assert "prefs_server_refused_total 1" in caller.get("/metrics")[1]
+
+
+def test_an_engine_that_is_away_leaves_profiles_served(online: Any, shop: Any) -> None:
+    away = PreferenceClient(replace(shop.engine, port=1))
+    with running(profile_client(online.endpoint, online.prefix), away) as caller:
+        assert caller.get("/v1/profiles/1")[0] == 200
+        status, content = caller.get("/v1/users/u1/profile")
+        assert (status, content["error"]["code"]) == (503, "unavailable")
+        status, told = caller.get("/readyz")
+        assert (status, told["parts"]["profiles"]) == (503, "ok")
+        assert "cannot be reached" in told["parts"]["preferences"]
+
+
+def test_relations_that_are_missing_are_no_fault_of_the_caller(shop: Any) -> None:
+    shop.execute("drop table user_brand_profile, items")
+    with running(None, PreferenceClient(shop.engine), catalogue_refresh_seconds=0.05) as caller:
+        status, content = caller.get("/v1/users/u1/profile")
+        assert (status, content["error"]["code"]) == (503, "unavailable")
+        assert "user_brand_profile" in content["error"]["message"]
+        status, told = caller.get("/readyz")
+        assert (status, told["parts"]["preferences"]) == (
+            503,
+            "the catalogue is not in memory yet: wait for its first refresh",
+        )
+        shop.execute(
+            "create table items (item_id text, title text, category text, brand text, price numeric, in_stock boolean)"
+        )
+        # The catalogue heals by itself.
+        assert caller.ready()["ready"] is True
+
+
+def test_a_slow_engine_ends_with_the_budget(shop: Any) -> None:
+    with running(None, PreferenceClient(shop.engine), catalogue_refresh_seconds=None) as caller:
+        caller.ready()
+        with shop.engine.connect(autocommit=False) as lock:
+            lock.execute("lock table user_brand_profile in access exclusive mode")
+            status, content = caller.get("/v1/users/u1/profile?budget_ms=100")
+            assert (status, content["error"]["code"]) == (504, "timeout")
+            assert "100 ms" in content["error"]["message"]
+            lock.rollback()
+        assert caller.get("/v1/users/u1/profile")[0] == 200
+
+
+@pytest.fixture
+def start(script: Script) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """`start(option, …)`: the command, with profiles from the scripted DynamoDB."""
+    made: list[subprocess.Popen[str]] = []
+
+    def run(*options: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [str(Path(sys.executable).with_name("prefs")), "serve", "--only", "profiles", *options],
+            env={
+                **os.environ,
+                "AWS_ENDPOINT_URL": script.endpoint,
+                "AWS_REGION": REGION,
+                "PYTHONUNBUFFERED": "1",
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        made.append(process)
+        return process
+
+    yield run
+    for process in made:
+        process.kill()
+        process.communicate()
+
+
+def test_the_command_answers_what_it_took_before_it_ends(
+    start: Callable[..., subprocess.Popen[str]], script: Script
+) -> None:
+    held, arrived = threading.Event(), threading.Event()
+
+    def behave(request: Request) -> Reply:
+        arrived.set()
+        held.wait(60)
+        return answer({})
+
+    script.behave = behave
+    process = start("--port", "0", "--budget-ms", "30000")
+    assert process.stdout is not None
+    url = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())
+    assert url is not None
+    caller = Caller(urlsplit(url[0]).port or 0)
+    answers: list[int] = []
+    thread = threading.Thread(target=lambda: answers.append(caller.get("/v1/profiles/1?domains=watch")[0]))
+    thread.start()
+    assert arrived.wait(60)
+    process.send_signal(signal.SIGTERM)
+    held.set()
+    thread.join(60)
+    assert answers == [200]
+    process.wait(60)
+    assert process.stderr is not None
+    assert "Traceback" not in process.stderr.read()
+
+
+def test_a_taken_port_is_one_sentence(start: Callable[..., subprocess.Popen[str]], script: Script) -> None:
+    taken = str(urlsplit(script.endpoint).port)
+    _, said = start("--port", taken).communicate(timeout=60)
+    (line,) = said.strip().splitlines()
+    assert f"127.0.0.1:{taken} cannot be listened at" in line
