@@ -253,22 +253,36 @@
 {% endmaterialization %}
 
 {% materialization sink, adapter='risingwave' %}
-  {%- set relation = this.incorporate(type="sink") -%}
+  {{ return(made_once("sink")) }}
+{% endmaterialization %}
+
+{# Whole statements, as sinks are: what retains changes, and for how long, is part of what is compared and recorded. #}
+{% materialization subscription, adapter='risingwave' %}
+  {{ return(made_once("subscription")) }}
+{% endmaterialization %}
+
+{# What RisingWave neither replaces nor alters: made where it is missing, anew only on a full refresh. #}
+{% macro made_once(kind) -%}
+  {%- set relation = this.incorporate(type=kind) -%}
   {%- set there = risingwave__get_relation_without_caching(relation) -%}
   {{ run_hooks(pre_hooks) }}
-  {%- if there and there.type != "sink" -%}
-    {{ exceptions.raise_compiler_error(relation.identifier ~ " exists and is a " ~ there.type ~ ", not a sink: drop it first, or keep PREFS_PUBLISH as it was when it was made") }}
+  {%- if there and there.type != kind -%}
+    {{ exceptions.raise_compiler_error(relation.identifier ~ " exists and is a " ~ there.type ~ ", not a " ~ kind ~ ": drop it first, or keep PREFS_PUBLISH as it was when it was made") }}
   {%- endif -%}
   {%- if there and should_full_refresh() -%}
-    {% do run_query("drop sink " ~ relation) %}
+    {% do run_query("drop " ~ kind ~ " " ~ relation) %}
     {%- set there = none -%}
   {%- endif -%}
   {%- if there -%}
     {% do store_raw_result(name="main", message="SKIP", code="skip", rows_affected="-1") %}
   {%- else -%}
+    {%- if "connector = 'dynamodb'" in sql -%}
+      {% do require_sink_version() %}
+      {% do require_feature("DynamoDbSink", "a DynamoDB sink", "set PREFS_PUBLISH=changefeed, which needs no licence") %}
+    {%- endif -%}
     {% do run_query(with_credentials(sql)) %}
-    {% do store_raw_result(name="main", message="CREATE_SINK", code="CREATE_SINK", rows_affected="-1") %}
+    {% do store_raw_result(name="main", message="CREATE_" ~ kind | upper, code="CREATE_" ~ kind | upper, rows_affected="-1") %}
   {%- endif -%}
   {{ run_hooks(post_hooks) }}
   {{ return({"relations": [relation]}) }}
-{% endmaterialization %}
+{%- endmacro %}

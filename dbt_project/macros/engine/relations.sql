@@ -2,7 +2,7 @@
 
 {#
   The raw table of a topic: each message as it came, keyed by source, partition and offset.
-  With Kafka on RisingWave the connector fills it; everywhere else it is filled by INSERT or COPY.
+  On RisingWave with Kafka the topic's feed fills it (kafka.sql); it takes INSERT everywhere.
 #}
 {% macro raw_event_table(topic) -%}
   {{ return(adapter.dispatch("raw_event_table")(topic)) }}
@@ -20,24 +20,12 @@ create table {{ this }} (
 )
 {%- endmacro %}
 
+{#
+  The first row of a key stays, so that a message which is read a second time changes nothing. RisingWave forgets rows
+  by age in append-only tables only; it tells no view, which keeps what it counted.
+#}
 {% macro risingwave__raw_event_table(topic) -%}
-{%- if kafka_bootstrap() %}
-create table {{ this }} (
-  data bytea,
-  arrived_at timestamptz as proctime(),
-  primary key (source_partition, source_offset)
-)
-include partition as source_partition
-include offset as source_offset
-include timestamp as kafka_timestamp
-with (
-  connector = 'kafka',
-  topic = '{{ kafka_topic(topic) }}',
-  properties.bootstrap.server = '{{ kafka_bootstrap() }}',
-  scan.startup.mode = '{{ env_var("PREFS_KAFKA_START", "earliest") or "earliest" }}'
-)
-format plain encode bytes
-{%- else %}
+{%- set retention = env_var("PREFS_RAW_RETENTION_SECONDS", "") -%}
 create table {{ this }} (
   source varchar,
   source_partition int,
@@ -47,29 +35,19 @@ create table {{ this }} (
   arrived_at timestamptz default now(),
   primary key (source, source_partition, source_offset)
 )
+{%- if retention %}
+append only on conflict do nothing
+with (retention_seconds = {{ retention | int }})
+{%- else %}
+on conflict do nothing
 {%- endif %}
 {%- endmacro %}
 
-{% macro kafka_bootstrap() -%}
-  {{ return(env_var("PREFS_KAFKA_BOOTSTRAP", "")) }}
-{%- endmacro %}
-
-{# The topic's name in Kafka; PREFS_KAFKA_TOPIC_USER_EVENTS and the like change it. #}
-{% macro kafka_topic(topic) -%}
-  {{ return(env_var("PREFS_KAFKA_TOPIC_" ~ topic | replace(".", "_") | upper, topic) or topic) }}
-{%- endmacro %}
-
-{# The columns of a raw table under one set of types, whoever filled it. #}
+{# The columns that every reader of a raw table takes. #}
 {% macro raw_columns(topic) -%}
-  {%- if target.type == "risingwave" and kafka_bootstrap() -%}
-    'kafka:{{ kafka_topic(topic) }}' as source,
-    source_partition::int as source_partition,
-    source_offset::bigint as source_offset,
-  {%- else -%}
     source,
     source_partition,
     source_offset,
-  {%- endif %}
     kafka_timestamp,
     arrived_at,
     data
@@ -85,7 +63,7 @@ create table {{ this }} (
 )
 {%- endmacro %}
 
-{# The sink of one domain: DDL on RisingWave, the view that the publisher reads on the embedded engine. #}
+{# The sink of one domain: DDL on RisingWave (a sink, or what the changefeed reads), on the embedded engine a view. #}
 {% macro dynamodb_sink(relation) -%}
   {{ return(adapter.dispatch("dynamodb_sink")(relation)) }}
 {%- endmacro %}
@@ -94,13 +72,12 @@ create table {{ this }} (
 select * from {{ relation }}
 {%- endmacro %}
 
-{#
-  Credentials are named, not given: the materialization puts them in when it runs the statement, so that they are
-  in no compiled file, no manifest and no record of what is deployed. A role needs none of them.
-#}
 {% macro risingwave__dynamodb_sink(relation) -%}
 {%- if env_var("PREFS_PUBLISH", "auto") == "publisher" -%}
 select * from {{ relation }}
+{%- elif env_var("PREFS_PUBLISH", "auto") == "changefeed" -%}
+create subscription {{ this }} from {{ relation }}
+with (retention = '{{ env_var("PREFS_CHANGEFEED_RETENTION_HOURS", "24") or "24" }} hours')
 {%- else -%}
 create sink {{ this }} from {{ relation }}
 with (
@@ -111,13 +88,17 @@ with (
   {%- if env_var("AWS_ENDPOINT_URL", "") %},
   aws.endpoint_url = '{{ env_var("AWS_ENDPOINT_URL") }}'
   {%- endif %}
-  {%- if env_var("PREFS_SINK_ROLE_ARN", "") %},
-  aws.credentials.role.arn = '{{ env_var("PREFS_SINK_ROLE_ARN") }}'
-  {#- Only at execution: dbt keeps every value that was read while parsing in its partial-parse file. #}
-  {%- elif execute and env_var("AWS_ACCESS_KEY_ID", "") %},
-  aws.credentials.access_key_id = '${AWS_ACCESS_KEY_ID}',
-  aws.credentials.secret_access_key = '${AWS_SECRET_ACCESS_KEY}'
-  {%- endif %}
+  {%- for option in aws_credentials(env_var("PREFS_SINK_ROLE_ARN", "")) %},
+  {{ option }}
+  {%- endfor %}
+  {%- for option, name in {
+    "dynamodb.max_batch_item_nums": "PREFS_SINK_BATCH_ITEMS",
+    "dynamodb.max_future_send_nums": "PREFS_SINK_PARALLEL_REQUESTS",
+    "dynamodb.batch_write_retry_times": "PREFS_SINK_RETRIES",
+    "dynamodb.batch_write_retry_backoff_ms": "PREFS_SINK_RETRY_BACKOFF_MS",
+  }.items() if env_var(name, "") %},
+  {{ option }} = '{{ env_var(name) | int }}'
+  {%- endfor %}
 )
 {%- endif -%}
 {%- endmacro %}
@@ -153,22 +134,13 @@ with (
   {%- endif %}
   {#- Only at execution, as for the DynamoDB sinks; without keys the engine's own identity is used. #}
   {%- if execute and env_var("AWS_ACCESS_KEY_ID", "") %}
-  s3.access.key = '${AWS_ACCESS_KEY_ID}',
-  s3.secret.key = '${AWS_SECRET_ACCESS_KEY}',
+  s3.access.key = {{ credential("AWS_ACCESS_KEY_ID") }},
+  s3.secret.key = {{ credential("AWS_SECRET_ACCESS_KEY") }},
   {%- else %}
   enable_config_load = 'true',
   {%- endif %}
   s3.region = '{{ env_var("AWS_REGION", "eu-central-1") or "eu-central-1" }}'
 )
-{%- endmacro %}
-
-{# A statement with the credentials it names, for running only. #}
-{% macro with_credentials(statement) -%}
-  {%- set done = namespace(text=statement) -%}
-  {%- for name in ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"] if "${" ~ name ~ "}" in statement -%}
-    {%- set done.text = done.text | replace("${" ~ name ~ "}", env_var(name) | replace("'", "''")) -%}
-  {%- endfor -%}
-  {{ return(done.text) }}
 {%- endmacro %}
 
 {# dbt reads columns from information_schema, which leaves materialized views out; unit tests need theirs too. #}

@@ -1,0 +1,107 @@
+{#
+  What is secret is named in a compiled statement and put in when it runs, so that it is in no compiled file, no
+  manifest and no record of what is deployed. With PREFS_RISINGWAVE_SECRETS=on it is not in RisingWave's catalog
+  either: an option then refers to a secret, which is made before its first use.
+#}
+
+{# The value of an option: the name of a variable, or that of a secret that holds it. #}
+{% macro credential(name) -%}
+  {{ return(secret_of(name) if uses_secrets() else "'${" ~ name ~ "}'") }}
+{%- endmacro %}
+
+{% macro uses_secrets() -%}
+  {{ return((env_var("PREFS_RISINGWAVE_SECRETS", "") or "off") == "on") }}
+{%- endmacro %}
+
+{% macro secret_of(name) -%}
+  {{ return("secret " ~ target.schema ~ "." ~ secret_name(name)) }}
+{%- endmacro %}
+
+{% macro secret_name(name) -%}
+  {{ return("prefs_" ~ name | lower | replace("prefs_", "")) }}
+{%- endmacro %}
+
+{# The variables that hold credentials; read at execution only, because dbt keeps what it reads while parsing. #}
+{% macro credential_variables() -%}
+  {{ return([
+    "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "PREFS_KAFKA_SASL_PASSWORD", "PREFS_KAFKA_SSL_KEY_PASSWORD",
+    "PREFS_KAFKA_SSL_KEY_PEM", "PREFS_KAFKA_SSL_CERTIFICATE_PEM", "PREFS_KAFKA_SSL_CA_PEM",
+  ]) }}
+{%- endmacro %}
+
+{# AWS options of a connector: a role, else the keys of this environment, else nothing and the engine's own identity. #}
+{% macro aws_credentials(role) -%}
+  {%- if role -%}{{ return(["aws.credentials.role.arn = '" ~ role ~ "'"]) }}{%- endif -%}
+  {%- set options = [] -%}
+  {%- if execute and env_var("AWS_ACCESS_KEY_ID", "") -%}
+    {%- for option, name in {
+      "access_key_id": "AWS_ACCESS_KEY_ID", "secret_access_key": "AWS_SECRET_ACCESS_KEY", "session_token": "AWS_SESSION_TOKEN",
+    }.items() if env_var(name, "") -%}
+      {%- do options.append("aws.credentials." ~ option ~ " = " ~ credential(name)) -%}
+    {%- endfor -%}
+  {%- endif -%}
+  {{ return(options) }}
+{%- endmacro %}
+
+{# A statement with the credentials it names, for running only; secrets that it refers to are made where missing. #}
+{% macro with_credentials(statement) -%}
+  {%- set done = namespace(text=statement) -%}
+  {%- for name in credential_variables() -%}
+    {%- if "${" ~ name ~ "}" in statement -%}
+      {%- set done.text = done.text | replace("${" ~ name ~ "}", env_var(name) | replace("'", "''")) -%}
+    {%- endif -%}
+    {%- if secret_of(name) in statement and not secret_exists(name) -%}
+      {% do require_feature("SecretManagement", "PREFS_RISINGWAVE_SECRETS=on", "set PREFS_RISINGWAVE_SECRETS=off") %}
+      {% do run_query("create " ~ secret_of(name) ~ " with (backend = 'meta') as '" ~ env_var(name) | replace("'", "''") ~ "'") %}
+    {%- endif -%}
+  {%- endfor -%}
+  {{ return(done.text) }}
+{%- endmacro %}
+
+{% macro secret_exists(name) -%}
+  {{ return(run_query(
+    "select 1 from rw_catalog.rw_secrets s join rw_catalog.rw_schemas n on n.id = s.schema_id where n.name = '"
+    ~ target.schema ~ "' and s.name = '" ~ secret_name(name) ~ "'"
+  ).rows | length > 0) }}
+{%- endmacro %}
+
+{# `dbt run-operation rotate_secrets`: give every secret that exists the value of this environment. #}
+{% macro rotate_secrets() -%}
+  {%- for name in credential_variables() if env_var(name, "") and secret_exists(name) -%}
+    {% do run_query("alter " ~ secret_of(name) ~ " with (backend = 'meta') as '" ~ env_var(name) | replace("'", "''") ~ "'") %}
+    {% do log("rotated " ~ target.schema ~ "." ~ secret_name(name), info=true) %}
+  {%- endfor -%}
+{%- endmacro %}
+
+{# Refuse what the licence does not grant before a statement is tried; a server without the view is asked by trying. #}
+{% macro require_feature(feature, wanted_by, otherwise) -%}
+  {%- set rows = run_query("select available from rw_catalog.rw_features where name = '" ~ feature ~ "'").rows -%}
+  {%- if rows and not rows[0][0] -%}
+    {{ exceptions.raise_compiler_error(
+      "RisingWave's licence does not grant " ~ feature ~ ", which " ~ wanted_by ~ " needs: set a key with `alter system set license_key = '…'`, "
+      ~ "keep the cluster at 4 CPU cores and below 20 GiB of memory, where everything is granted without one, or " ~ otherwise
+    ) }}
+  {%- endif -%}
+{%- endmacro %}
+
+{#
+  DynamoDB sinks below 3.0.2 drop throttled writes without a word and confuse composite keys, so they are refused;
+  options that came with 3.0.2 are as well, because an older server takes them and does nothing.
+#}
+{% macro require_sink_version() -%}
+  {%- set text = run_query("select version()").rows[0][0] -%}
+  {%- set found = modules.re.search("RisingWave-(\\d+)\\.(\\d+)\\.(\\d+)", text) -%}
+  {%- set version = (found.group(1) | int, found.group(2) | int, found.group(3) | int) if found else (0, 0, 0) -%}
+  {%- if version < (3, 0, 2) -%}
+    {%- set shown = text.split("RisingWave-")[-1].split(" ")[0] -%}
+    {%- if (env_var("PREFS_RISINGWAVE_OLD_SINKS", "") or "refuse") != "allow" -%}
+      {{ exceptions.raise_compiler_error(
+        "RisingWave at " ~ target.host ~ ":" ~ target.port ~ " is " ~ shown ~ ", and its DynamoDB sink loses throttled writes and items of "
+        ~ "composite keys before 3.0.2: upgrade it, or set PREFS_RISINGWAVE_OLD_SINKS=allow for a trial"
+      ) }}
+    {%- endif -%}
+    {%- for name in ["PREFS_SINK_RETRIES", "PREFS_SINK_RETRY_BACKOFF_MS"] if env_var(name, "") -%}
+      {{ exceptions.raise_compiler_error(name ~ " needs RisingWave 3.0.2, and this one is " ~ shown ~ ": unset it, or upgrade") }}
+    {%- endfor -%}
+  {%- endif -%}
+{%- endmacro %}
