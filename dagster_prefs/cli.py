@@ -252,6 +252,41 @@ def refresh() -> None:
 
 
 @cli.command()
+@click.option("--drop-orphans", is_flag=True, help="Also drop relations that have no model any more.")
+@click.option("--unchanged", "list_unchanged", is_flag=True, help="Also list what stays as it is.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+def plan(drop_orphans: bool, list_unchanged: bool, as_json: bool) -> int:
+    """Compare the models with what is deployed; exit 0 when nothing is to do, 2 for changes, 1 for errors."""
+    from dagster_prefs.defs.deployment import plan_of
+    from dagster_prefs.defs.resources import Platform
+
+    found = plan_of(Platform(load_settings()), drop_orphans=drop_orphans)
+    if as_json:
+        print_json(found.as_dict())
+    else:
+        click.echo(found.text(list_unchanged=list_unchanged))
+    if found.refusals:
+        return 1
+    return 2 if found.changes else 0
+
+
+@cli.command("apply")
+@click.option("--drop-orphans", is_flag=True, help="Also drop relations that have no model any more.")
+def apply_command(drop_orphans: bool) -> None:
+    """Carry out what `prefs plan` shows: changed views are built beside the old ones and swapped."""
+    from dagster_prefs.defs.deployment import apply_to
+    from dagster_prefs.defs.resources import Platform
+
+    done = apply_to(
+        Platform(load_settings()), drop_orphans=drop_orphans, on_step=lambda step: click.echo(f"  {step}")
+    )
+    if done.changes:
+        console.print("done: what runs is what is written")
+    else:
+        click.echo(done.text())
+
+
+@cli.command()
 def export() -> None:
     """Export exactly the days of tiles that Iceberg lacks or holds in an older state."""
     from dagster_prefs.defs.offline_store import EXPORT_JOB, days_that_need_export, range_tags, ranges

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import psycopg
@@ -14,6 +15,77 @@ from dagster_prefs.errors import PrefsError
 
 class NotDeployed(PrefsError):
     """A relation that should be there is not."""
+
+
+@dataclass(frozen=True)
+class CatalogObject:
+    """A relation, sink or subscription; of two of them the one made later has the higher id.
+
+    `kind` is one of table, view, materialized view, sink, subscription, source.
+    """
+
+    id: int
+    name: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """What stands in the engine's schema by name, and what each of its readers reads.
+
+    `reads` also has readers outside the schema, as `schema.name`; on RisingWave a reader of a plain view reads
+    what stands below the view too.
+    """
+
+    objects: Mapping[str, CatalogObject]
+    reads: Mapping[str, frozenset[str]]
+
+    def readers(self, names: Sequence[str]) -> frozenset[str]:
+        """All that stands on one of `names`, direct or not, without `names` themselves."""
+        found: set[str] = set()
+        below = set(names)
+        while below:
+            below = {reader for reader, read in self.reads.items() if read & below} - found - set(names)
+            found |= below
+        return frozenset(found)
+
+
+def read_catalog(connection: psycopg.Connection[Any], engine: EngineConnection) -> Catalog:
+    """The objects of the engine's schema and the dependencies on them, indexes left out."""
+    if engine.kind == "risingwave":
+        objects = connection.execute(
+            "select r.id, n.name, r.name, r.relation_type from rw_catalog.rw_relations r"
+            " join rw_catalog.rw_schemas n on n.id = r.schema_id"
+            " where r.relation_type not in ('index', 'system table')"
+            " and n.name not in ('rw_catalog', 'pg_catalog', 'information_schema')"
+        ).fetchall()
+        reads = connection.execute("select objid, refobjid from rw_catalog.rw_depend").fetchall()
+    else:
+        objects = connection.execute(
+            "select c.oid::bigint, n.nspname, c.relname, case c.relkind when 'v' then 'view'"
+            " when 'm' then 'materialized view' else 'table' end"
+            " from pg_class c join pg_namespace n on n.oid = c.relnamespace"
+            " where c.relkind in ('r', 'p', 'f', 'v', 'm')"
+            " and n.nspname not in ('pg_catalog', 'information_schema') and n.nspname not like 'pg_toast%'"
+        ).fetchall()
+        reads = connection.execute(
+            "select distinct rule.ev_class::bigint, depend.refobjid::bigint from pg_depend as depend"
+            " join pg_rewrite as rule on rule.oid = depend.objid and rule.ev_class <> depend.refobjid"
+            " where depend.classid = 'pg_rewrite'::regclass and depend.refclassid = 'pg_class'::regclass"
+        ).fetchall()
+    names = {id_: name if schema == engine.schema else f"{schema}.{name}" for id_, schema, name, _ in objects}
+    upstream: dict[str, set[str]] = {}
+    for reader, read in reads:
+        if reader in names and read in names:
+            upstream.setdefault(names[reader], set()).add(names[read])
+    return Catalog(
+        objects={
+            name: CatalogObject(int(id_), name, kind)
+            for id_, schema, name, kind in objects
+            if schema == engine.schema
+        },
+        reads={name: frozenset(read) for name, read in upstream.items()},
+    )
 
 
 def row_counts(

@@ -109,9 +109,11 @@ class Dbt:
         exclude: Sequence[str] = (),
         arguments: Sequence[str] = (),
         on_result: Callable[[NodeResult], None] | None = None,
+        aliases: Mapping[str, str] | None = None,
     ) -> list[NodeResult]:
         """`dbt <command>`, e.g. `build`, over the selected nodes; every node by default.
 
+        `aliases` (model → relation) makes models under other names, which the others then read.
         Returns one result a node, failed ones included; `on_result` gets each as soon as it is there.
         Raises DbtError only when dbt could not run at all: no engine, no such model, a parse error.
         """
@@ -134,7 +136,18 @@ class Dbt:
                     )
                 )
 
-        outcome = self._invoke(args, heard)
+        manifest = None
+        if aliases:
+            manifest = self._invoke(["parse"])
+            for node in manifest.nodes.values():
+                if node.resource_type == "model" and node.name in aliases:
+                    node.relation_name = node.relation_name.replace(
+                        f'"{node.alias}"', f'"{aliases[node.name]}"'
+                    )
+                    node.alias = aliases[node.name]
+            # These names are this run's own: others read the manifest that is on disk.
+            args.append("--no-write-json")
+        outcome = self._invoke(args, heard, manifest)
         return [
             NodeResult(
                 unique_id=result.node.unique_id,
@@ -146,7 +159,22 @@ class Dbt:
             for result in getattr(outcome, "results", [])
         ]
 
-    def _invoke(self, args: list[str], heard: Callable[[Any], None] | None = None) -> Any:
+    def compiled(self, models: Sequence[str]) -> dict[str, str]:
+        """Model → its SQL as the engine would get it; asks no engine, so that none need run.
+
+        Raises DbtError where a model does not compile.
+        """
+        offline = ["--no-introspect", "--no-populate-cache"]
+        outcome = self._invoke(["compile", *offline, "--select", " ".join(models)])
+        return {
+            result.node.name: result.node.compiled_code.strip()
+            for result in outcome.results
+            if result.node.name in models
+        }
+
+    def _invoke(
+        self, args: list[str], heard: Callable[[Any], None] | None = None, manifest: Any = None
+    ) -> Any:
         from dbt.cli.main import dbtRunner
 
         common = [
@@ -158,7 +186,8 @@ class Dbt:
         ]  # fmt: skip
         quiet = ["--log-level", "none", "--log-level-file", "info", "--no-use-colors-file"]
         with _ONE_INVOCATION, _environment(self._environment):
-            outcome = dbtRunner(callbacks=[heard] if heard else []).invoke([*quiet, *args, *common])
+            runner = dbtRunner(manifest=manifest, callbacks=[heard] if heard else [])
+            outcome = runner.invoke([*quiet, *args, *common])
         if outcome.exception is not None:
             raise DbtError(f"dbt {args[0]} failed: {one_line(str(outcome.exception))}")
         return outcome.result

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -313,6 +313,21 @@ def build_contract(manifest: Mapping[str, Any]) -> dict[str, Any]:
         "freshness": head["freshness"],
     }
     return contract_dict(parse_contract(content))
+
+
+def deployed_contract(fragments: Sequence[Mapping[str, Any]]) -> Contract | None:
+    """The contract that the engine's records hold, one fragment of dbt's manifest a domain; None without any.
+
+    A domain that did not change keeps the fragment of an older version, so the highest version counts.
+
+    Raises ContractError when the fragments contradict each other.
+    """
+    if not fragments:
+        return None
+    heads = [exposure for fragment in fragments for exposure in fragment["exposures"].values()]
+    newest = max(heads, key=lambda exposure: int(_meta(exposure)["contract"]["version"]))
+    nodes = {id_: node for fragment in fragments for id_, node in fragment["nodes"].items()}
+    return parse_contract(build_contract({"exposures": {newest["name"]: newest}, "nodes": nodes}))
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,6 +71,41 @@ def project_copy(tmp_path: Path) -> Path:
     return copy
 
 
+@pytest.fixture(scope="session")
+def _workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    copy = tmp_path_factory.mktemp("workshop") / "dbt_project"
+    shutil.copytree(PROJECT, copy, ignore=shutil.ignore_patterns("target", "logs"))
+    return copy
+
+
+class Workshop:
+    """A copy of the project whose files a test may change."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._originals: dict[Path, str] = {}
+
+    def change(self, path: str, old: str, new: str) -> None:
+        """Replace a text that must be there."""
+        file = self.folder / path
+        text = file.read_text()
+        assert old in text, f"{path} no longer says {old!r}"
+        self._originals.setdefault(file, text)
+        file.write_text(text.replace(old, new))
+
+    def restore(self) -> None:
+        for file, text in self._originals.items():
+            file.write_text(text)
+
+
+@pytest.fixture
+def workshop(_workshop: Path) -> Iterator[Workshop]:
+    """The copy, as the project is; changes are undone afterwards."""
+    made = Workshop(_workshop)
+    yield made
+    made.restore()
+
+
 @pytest.fixture
 def dbt_on(dbt_target: Path) -> Callable[..., Dbt]:
     """`dbt_on(engine, project=PROJECT, environment={})`: the project against a database."""

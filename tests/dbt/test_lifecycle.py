@@ -6,12 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PROJECT, assert_all_ok
+from conftest import PROJECT, Workshop, assert_all_ok
 from psycopg import sql
 from relations import insert_events
 from streams import MIDNIGHT
@@ -24,43 +24,6 @@ DbtOn = Callable[..., Dbt]
 TILE = "models/engagement/viewer_watch_metrics_1d.sql"
 TILE_CONTRACT = "models/engagement/viewer_watch_metrics_1d.yml"
 ROLLING = "models/engagement/viewer_engagement_rolling.sql"
-
-
-@pytest.fixture(scope="session")
-def _workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import shutil
-
-    copy = tmp_path_factory.mktemp("workshop") / "dbt_project"
-    shutil.copytree(PROJECT, copy, ignore=shutil.ignore_patterns("target", "logs"))
-    return copy
-
-
-class Workshop:
-    """A copy of the project whose files a test may change."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._originals: dict[Path, str] = {}
-
-    def change(self, path: str, old: str, new: str) -> None:
-        """Replace a text that must be there."""
-        file = self.folder / path
-        text = file.read_text()
-        assert old in text, f"{path} no longer says {old!r}"
-        self._originals.setdefault(file, text)
-        file.write_text(text.replace(old, new))
-
-    def restore(self) -> None:
-        for file, text in self._originals.items():
-            file.write_text(text)
-
-
-@pytest.fixture
-def workshop(_workshop: Path) -> Iterator[Workshop]:
-    """The copy, as the project is; changes are undone afterwards."""
-    made = Workshop(_workshop)
-    yield made
-    made.restore()
 
 
 def picture(engine: EngineConnection) -> dict[str, tuple[Any, ...]]:

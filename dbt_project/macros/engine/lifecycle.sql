@@ -103,9 +103,12 @@
   ) }}
 {%- endmacro %}
 
-{# A model's SQL without the name of the database, which a copy or a restored backup may change. #}
+{#
+  A model's SQL without the name of the database, which a copy or a restored backup may change, and without what
+  `prefs apply` puts behind the names of relations that it builds beside those of the same model.
+#}
 {% macro portable_definition() -%}
-  {{ return(sql | trim | replace(adapter.quote(target.dbname) ~ ".", "")) }}
+  {{ return(modules.re.sub('__next_[0-9a-f]{8}"', '"', sql | trim | replace(adapter.quote(target.dbname) ~ ".", ""))) }}
 {%- endmacro %}
 
 {# What identifies a model's definition: its SQL and its indexes. #}
@@ -122,43 +125,88 @@
   {%- endif -%}
 {%- endmacro %}
 
-{# Record what now runs. A model that was skipped although its SQL changed keeps its old record. #}
+{#
+  Record what now runs. A model that was skipped although its SQL changed keeps its old record; where it was skipped
+  because nothing changed, the contract beside it may have.
+#}
 {% macro record_deployment() -%}
-  {%- if execute and load_result("main") and load_result("main").response.code != "skip" -%}
-    {{ write_deployment("deployed", definition_checksum()) }}
+  {%- if execute and load_result("main") -%}
+    {%- set checksum = definition_checksum() -%}
+    {%- if load_result("main").response.code != "skip" -%}
+      {% do run_query(write_deployment("deployed", checksum)) %}
+      {{ record_contract() }}
+    {%- elif config.get("meta", {}).get("domain") and run_query(
+      "select 1 from " ~ target.schema ~ ".deployments where relation = '" ~ this.identifier ~ "' and checksum = '" ~ checksum ~ "'"
+    ).rows -%}
+      {{ record_contract() }}
+    {%- else -%}
+      select 1
+    {%- endif -%}
   {%- else -%}
     select 1
   {%- endif -%}
 {%- endmacro %}
 
-{% macro write_deployment(state, checksum) -%}
-  {{ return(adapter.dispatch("write_deployment")(state, checksum)) }}
+{# What a domain's view promises from now on: the parts of the manifest that the serving contract is built from. #}
+{% macro record_contract() -%}
+  {%- if config.get("meta", {}).get("domain") -%}
+    {{ adapter.dispatch("upsert_deployment")(deployment_values("contract:" ~ this.identifier, "contract", none, none, tojson(contract_fragment()), "deployed")) }}
+  {%- else -%}
+    select 1
+  {%- endif -%}
 {%- endmacro %}
 
-{% macro deployment_row(state, checksum) -%}
+{% macro contract_fragment() -%}
+  {%- set fragment = {"exposures": {}, "nodes": {}} -%}
+  {%- for id, exposure in graph.exposures.items() if exposure.config.meta.contract -%}
+    {%- do fragment.exposures.update({id: {"name": exposure.name, "config": {"meta": {"contract": exposure.config.meta.contract}}}}) -%}
+  {%- endfor -%}
+  {%- set columns = {} -%}
+  {%- for column in model.columns.values() -%}
+    {%- do columns.update({column.name: {"data_type": column.data_type, "description": column.description}}) -%}
+  {%- endfor -%}
+  {%- do fragment.nodes.update({model.unique_id: {
+    "name": model.name, "resource_type": "model", "columns": columns, "config": {"meta": {"domain": config.get("meta").domain}}
+  }}) -%}
+  {%- for id, node in graph.nodes.items() if node.resource_type == "test" and node.attached_node == model.unique_id -%}
+    {%- do fragment.nodes.update({id: {
+      "resource_type": "test", "attached_node": node.attached_node, "column_name": node.column_name,
+      "test_metadata": {"name": node.test_metadata.name if node.test_metadata else none}
+    }}) -%}
+  {%- endfor -%}
+  {{ return(fragment) }}
+{%- endmacro %}
+
+{% macro write_deployment(state, checksum) -%}
+  {{ return(adapter.dispatch("upsert_deployment")(deployment_values(
+    this.identifier,
+    config.get("materialized"),
+    checksum,
+    graph.nodes[model.unique_id].checksum.checksum if checksum else none,
+    redacted(portable_definition()) if checksum else none,
+    state
+  ))) }}
+{%- endmacro %}
+
+{% macro deployment_values(relation, kind, checksum, source_checksum, definition, state) -%}
   insert into {{ target.schema }}.deployments (relation, kind, checksum, source_checksum, definition, state, deployed_at, invocation_id)
   values (
-    '{{ this.identifier }}',
-    '{{ config.get("materialized") }}',
-    {% if checksum %}'{{ checksum }}'{% else %}null{% endif %},
-    {% if checksum %}'{{ graph.nodes[model.unique_id].checksum.checksum }}'{% else %}null{% endif %},
-    {% if checksum %}'{{ redacted(portable_definition()) | replace("'", "''") }}'{% else %}null{% endif %},
-    '{{ state }}',
-    '{{ run_started_at.isoformat() }}',
-    '{{ invocation_id }}'
+    {%- for value in [relation, kind, checksum, source_checksum, definition, state, run_started_at.isoformat(), invocation_id] %}
+    {% if value is none %}null{% else %}'{{ value | replace("'", "''") }}'{% endif %}{{ "," if not loop.last }}
+    {%- endfor %}
   )
 {%- endmacro %}
 
-{% macro postgres__write_deployment(state, checksum) -%}
-  {{ deployment_row(state, checksum) }}
+{% macro postgres__upsert_deployment(insert) -%}
+  {{ insert }}
   on conflict (relation) do update set
     kind = excluded.kind, checksum = excluded.checksum, source_checksum = excluded.source_checksum, definition = excluded.definition,
     state = excluded.state, deployed_at = excluded.deployed_at, invocation_id = excluded.invocation_id
 {%- endmacro %}
 
 {# An insert into a keyed RisingWave table replaces the row of that key. #}
-{% macro risingwave__write_deployment(state, checksum) -%}
-  {{ deployment_row(state, checksum) }}
+{% macro risingwave__upsert_deployment(insert) -%}
+  {{ insert }}
 {%- endmacro %}
 
 {# A definition without the values of options that hold credentials. #}
