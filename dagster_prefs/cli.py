@@ -975,11 +975,12 @@ def cost(
     console.print(table_of("Workload", ["", ""], rows))
     console.print(
         table_of(
-            f"\nDollars a month ({model.PRICES_FROM}; an estimate, give yours with --price)",
+            "\nDollars a month",
             ["for", "$"],
             [(name, f"{amount:,.2f}") for name, amount in found.dollars.items()],
         )
     )
+    console.print(f"An estimate at {model.PRICES_FROM}; give yours with --price.", soft_wrap=True)
     limits = sorted(found.limits, key=lambda limit: limit.used, reverse=True)
     console.print(
         table_of(

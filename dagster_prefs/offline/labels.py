@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from pyiceberg.catalog import Catalog
 
 from dagster_prefs.offline.catalog import OfflineError, explained
-from dagster_prefs.offline.windows import FEATURES
+from dagster_prefs.offline.windows import features
 
 VIEWER = "viewer_id"
 TIME = "label_time"
@@ -45,7 +45,7 @@ def read_labels(catalog: Catalog, source: str, *, now: datetime, timezone: str |
             raise LabelsRefused(
                 f"{source} has no column {name} (it has {', '.join(table.column_names)}): {hint}"
             )
-    clashes = sorted({feature.name for feature in FEATURES} & set(table.column_names))
+    clashes = sorted({feature.name for feature in features()} & set(table.column_names))
     if clashes:
         raise LabelsRefused(
             f"{source} has the column {clashes[0]}, which is the name of a feature: rename it, e.g. "

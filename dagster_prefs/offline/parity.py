@@ -25,7 +25,7 @@ from dagster_prefs.offline.export import DEFAULT_NAMESPACE, exported_fingerprint
 from dagster_prefs.offline.publish import day_of, read_file
 from dagster_prefs.offline.tables import TileTable
 from dagster_prefs.offline.tiles import tile_snapshot
-from dagster_prefs.offline.windows import DOMAINS, FEATURES, LONG_DAYS, SOURCES, features_sql
+from dagster_prefs.offline.windows import domains, features, features_sql, first_day, sources
 
 Items = Mapping[int, Mapping[str, Mapping[str, Any]]]
 """Viewer → domain name → attributes, as served; a viewer or domain without item is absent."""
@@ -107,11 +107,11 @@ def check_parity(
     EngineUnavailable.
     """
     today = now.astimezone(UTC).date()
-    oldest = today - timedelta(days=LONG_DAYS + EXTRA_DAYS + 1)
+    oldest = first_day(today) - timedelta(days=EXTRA_DAYS + 1)
     threshold = round(share * 0xFFFFFFF)
     engine_days: dict[str, tuple[date, ...]] = {}
     with duck_session(memory) as session:
-        for spec, columns in SOURCES:
+        for spec, columns in sources():
             engine_days[spec.name] = _load(
                 session, engine, catalog, namespace, spec, (*columns, LAST_EVENT_AT), oldest, threshold
             )
@@ -120,7 +120,7 @@ def check_parity(
             "create table points as select row_number() over (order by viewer_id) as point, viewer_id, "
             "date '1970-01-01' + cast(floor(($boundary - case when $spread = 0 then 0 "
             "else abs(viewer_id % $spread) end) / 86400.0) as integer) as day "
-            f"from ({' union '.join(f'select viewer_id from {spec.name}' for spec, _ in SOURCES)})",
+            f"from ({' union '.join(f'select viewer_id from {spec.name}' for spec, _ in sources())})",
             {"boundary": boundary, "spread": spread_seconds},
         )
         query = features_sql("serving", last_events=True)
@@ -148,8 +148,8 @@ def _load(
     fields += [pa.field(name, pa.string() if name == "genre" else pa.int64()) for name in columns]
     shape = pa.schema(fields)
     kinds = {"genre": "varchar", spec.day: "date"}
-    types = [f"{name} {kinds.get(name, 'bigint')}" for name in shape.names if name != LAST_EVENT_AT]
-    session.execute(f"create table {spec.name} ({', '.join(types)}, last_event_ms bigint)")
+    types = [f"{name} {kinds.get(name, 'bigint')}" for name in shape.names]
+    session.execute(f"create table {spec.name} ({', '.join(types)})")
     held = exported_fingerprints(catalog, spec, namespace=namespace)
     with explained(f"the table {namespace}.{spec.name}"), tile_snapshot(engine, spec) as tiles:
         current = tiles.fingerprints()
@@ -174,8 +174,7 @@ def _load(
             arrays = [batch.column(field.name).cast(field.type) for field in shape]
             session.register("incoming", pa.Table.from_arrays(arrays, schema=shape))
             session.execute(
-                f"insert into {spec.name} select * replace ({LAST_EVENT_AT} // 1000 as {LAST_EVENT_AT}) "
-                f"from incoming "
+                f"insert into {spec.name} select * from incoming "
                 "where cast('0x' || left(md5(cast(viewer_id as varchar)), 7) as bigint) <= $threshold",
                 {"threshold": threshold},
             )
@@ -192,16 +191,16 @@ def _compare(
 ) -> ParityReport:
     compared: dict[tuple[str, str], list[int]] = {
         (domain, name): [0, 0]
-        for domain in DOMAINS
-        for name in [*(feature.name for feature in FEATURES if feature.domain == domain), LAST_EVENT_AT]
+        for domain in domains()
+        for name in [*(feature.name for feature in features() if feature.domain == domain), LAST_EVENT_AT]
     }
-    missing = dict.fromkeys(DOMAINS, 0)
-    extra = dict.fromkeys(DOMAINS, 0)
+    missing = dict.fromkeys(domains(), 0)
+    extra = dict.fromkeys(domains(), 0)
     unsettled = 0
     differences: list[Difference] = []
     for row in rows:
         viewer = row["viewer_id"]
-        for domain in DOMAINS:
+        for domain in domains():
             item = served.get(viewer, {}).get(domain)
             newest = row[f"{domain}_last_event_at"]
             if newest is not None and newest >= settled_before:

@@ -32,7 +32,7 @@ from dagster_prefs.offline.export import DEFAULT_NAMESPACE
 from dagster_prefs.offline.labels import TIME, VIEWER, read_labels
 from dagster_prefs.offline.publish import day_of, read_file
 from dagster_prefs.offline.tables import TileTable
-from dagster_prefs.offline.windows import FEATURES, LONG_DAYS, SOURCES, features_sql
+from dagster_prefs.offline.windows import features, features_sql, first_day, sources
 
 MANIFEST_VERSION = 1
 DEFAULT_MEMORY = "1GB"
@@ -95,7 +95,7 @@ def build_training_set(
     OfflineError; an existing output is replaced only in the end.
     """
     snapshots: dict[str, int | None] = {}
-    for spec, _ in SOURCES:
+    for spec, _ in sources():
         with explained(f"the table {namespace}.{spec.name}"):
             current = catalog.load_table(spec.identifier(namespace)).current_snapshot()
         snapshots[spec.name] = current.snapshot_id if current else None
@@ -130,7 +130,7 @@ def build_training_set(
             "rows": made.rows,
             "cold_start_rows": made.cold_start_rows,
             "fingerprint": made.content_hash,
-            "features": [asdict(feature) for feature in FEATURES],
+            "features": [asdict(feature) for feature in features()],
         },
     }
     path = output.with_name(output.name + ".manifest.json")
@@ -217,7 +217,7 @@ def _build(
                 f"{labels} does not hold the labels of the manifest any more: name the original"
             )
         oldest = _oldest_label(session)
-        for spec, columns in SOURCES:
+        for spec, columns in sources():
             with explained(f"the table {namespace}.{spec.name}"):
                 tiles = catalog.load_table(spec.identifier(namespace))
                 snapshot = _snapshot(tiles, snapshots[spec.name])
@@ -266,7 +266,7 @@ def _load_points(session: duckdb.DuckDBPyConnection, table: pa.Table) -> tuple[d
         """
     )
     earliest, latest = _one(session, "select min(day), max(day) from points")
-    return earliest - timedelta(days=LONG_DAYS), latest - timedelta(days=1)
+    return first_day(earliest), latest - timedelta(days=1)
 
 
 def _oldest_label(session: duckdb.DuckDBPyConnection) -> int:
@@ -434,13 +434,13 @@ def _one(session: duckdb.DuckDBPyConnection, query: str) -> tuple[Any, ...]:
 
 def _definition() -> str:
     """A hash of what the features are."""
-    text = json.dumps([asdict(feature) for feature in FEATURES]) + features_sql("training", versions=True)
+    text = json.dumps([asdict(feature) for feature in features()]) + features_sql("training", versions=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _count_cold_start(session: duckdb.DuckDBPyConnection) -> int:
     """Labels none of whose features is anything but its cold-start value."""
-    same = " and ".join(f"{feature.name} is not distinct from {feature.cold_start}" for feature in FEATURES)
+    same = " and ".join(f"{feature.name} is not distinct from {feature.cold_start}" for feature in features())
     return int(_one(session, f"select count(*) from features where {same}")[0])
 
 

@@ -1,197 +1,358 @@
-"""What a rolling feature is: the one definition behind training sets and parity, in SQL over the training
-tables.
+"""What a rolling feature is, taken from the rolling views themselves: the SQL behind training sets and parity.
+
+`views/` holds every domain's rolling view as dbt compiles it for the engine (`prefs contract build` writes it,
+a test compares it), so windows, sums and rankings are said once, in the models. Here the same queries are
+asked about other moments than now: `now()` becomes the day of a *point*, a viewer and a day that features are
+wanted for, and a tile is read from its training table.
 
 An N-day window of a day D is the tiles with day ≥ D - N. Serving leaves it open, so it holds what is known of
-D itself; training ends it before D, because D is not over when its label is taken. Lengths and the number of
-favourite genres are those of the dbt project, which a test compares.
+D itself; training ends it before D, because D is not over when its label is taken.
 
-The SQL reads the relations `points` (`point`, `viewer_id`, `day`, and `known_at` where versions count) and
-the training tables by their names; `point` numbers what features are wanted for.
+The local SQL reads the relations `points` (`point`, `viewer_id`, `day`, and `known_at` where versions count) and
+the training tables by their names, in which instants are integers: microseconds since 1970.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
+from functools import cache
+from pathlib import Path
 from typing import Literal
 
-from dagster_prefs.offline.tables import GENRE, INTERACTIONS, WATCH, TileTable
+import sqlglot
+from sqlglot import exp
 
-SHORT_DAYS = 7
-LONG_DAYS = 28
-FAVORITE_GENRES = 5
+from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.dbt import Dbt
+from dagster_prefs.offline.catalog import OfflineError
+from dagster_prefs.offline.tables import TILE_TABLES, TileTable
+from dagster_prefs.online.contract import LAST_EVENT_AT, Attribute, load_contract
+
+VIEWS = Path(__file__).with_name("views")
+VIEWER = "viewer_id"
 
 Mode = Literal["training", "serving"]
+Dialect = Literal["duckdb", "trino", "spark", "athena"]
+
+_NUMBERS = "decimal(28, 6)"
+_TYPES = {
+    "integer": "bigint",
+    "decimal": _NUMBERS,
+    "string": "varchar",
+    "list<string>": "varchar[]",
+    "list<decimal>": f"{_NUMBERS}[]",
+}
+
+
+class ViewNotPortable(OfflineError):
+    """A rolling view says something that can be asked about now only."""
 
 
 @dataclass(frozen=True)
 class Feature:
-    """One value of a domain of the contract; `cold_start` is the SQL of what a viewer without history "
-    "gets."""
+    """One value of a domain of the contract.
+
+    `type` and `cold_start`, what a viewer without history gets, are SQL of DuckDB.
+    """
 
     name: str
     domain: str
+    type: str
     cold_start: str
 
 
-FEATURES: tuple[Feature, ...] = (
-    Feature("watch_minutes_7d", "watch", "cast(0 as decimal(28, 6))"),
-    Feature("watch_minutes_28d", "watch", "cast(0 as decimal(28, 6))"),
-    Feature("titles_7d", "watch", "cast(0 as bigint)"),
-    Feature("completions_28d", "watch", "cast(0 as bigint)"),
-    Feature("genres_watched_28d", "watch", "cast(0 as bigint)"),
-    Feature("likes_28d", "interactions", "cast(0 as bigint)"),
-    Feature("shares_28d", "interactions", "cast(0 as bigint)"),
-    Feature("searches_28d", "interactions", "cast(0 as bigint)"),
-    Feature("favorite_genre", "preferences", "cast(null as varchar)"),
-    Feature("favorite_genres", "preferences", "cast([] as varchar[])"),
-    Feature("favorite_genre_shares", "preferences", "cast([] as decimal(28, 6)[])"),
-    Feature("completion_rate_28d", "preferences", "cast(null as decimal(28, 6))"),
-    Feature("minutes_per_view_28d", "preferences", "cast(null as decimal(28, 6))"),
-)
+def _feature(domain: str, name: str, attribute: Attribute) -> Feature:
+    if attribute.type not in _TYPES:
+        raise ViewNotPortable(
+            f"{domain}.{name} is a {attribute.type}, which has no exact equal in training data: make it a decimal"
+        )
+    empty = "null" if attribute.nullable else "[]" if attribute.type.startswith("list") else "0"
+    return Feature(name, domain, _TYPES[attribute.type], f"cast({empty} as {_TYPES[attribute.type]})")
 
-DOMAINS = ("watch", "interactions", "preferences")
 
-# Tables, and the columns of each that the features need.
-SOURCES: tuple[tuple[TileTable, tuple[str, ...]], ...] = (
-    (WATCH, ("watch_seconds", "content_started", "completions", "genres_watched")),
-    (GENRE, ("genre", "watch_seconds", "views", "completions")),
-    (INTERACTIONS, ("likes", "shares", "searches")),
-)
+@dataclass(frozen=True)
+class _Read:
+    """A select of a view that reads a tile in a window of so many days."""
+
+    select: exp.Select
+    spec: TileTable
+    days: int
+
+
+def compile_views(project: Path, target: Path, relations: Sequence[str]) -> dict[str, str]:
+    """Rolling view → text of its file in `views/`, compiled from the dbt project without an engine.
+
+    `target` is dbt's scratch folder.
+
+    Raises DbtError where a model does not compile, ViewNotPortable where one cannot be asked about other days.
+    """
+    nowhere = EngineConnection("127.0.0.1", 1, "any", "any", schema="any", kind="risingwave")
+    # A spread moves a viewer's day, which a point has already.
+    dbt = Dbt(nowhere, project, target, {"PREFS_EXPIRY_SPREAD_SECONDS": "0"})
+    place = '"any"."any".'
+    found = {}
+    for relation, text in sorted(dbt.compiled(relations).items()):
+        # Whatever could not be asked about other days is refused here, where the model is being changed.
+        _at_points(_parse(relation, text), relation, "training", "duckdb", versions=False, namespace=None)
+        found[relation] = (
+            "-- Written by `prefs contract build` from the dbt model of this name; change that instead.\n"
+            f"{text.replace(place, '')}\n"
+        )
+    return found
+
+
+@cache
+def features() -> tuple[Feature, ...]:
+    """Every attribute of the contract but `last_event_at`, in the contract's order."""
+    return tuple(
+        _feature(domain.name, name, attribute)
+        for domain in load_contract().domains.values()
+        for name, attribute in domain.attributes.items()
+        if name != LAST_EVENT_AT
+    )
+
+
+@cache
+def domains() -> tuple[str, ...]:
+    """Names of the domains, in the contract's order."""
+    return tuple(domain.name for domain in load_contract().domains.values())
+
+
+@cache
+def sources() -> tuple[tuple[TileTable, tuple[str, ...]], ...]:
+    """The training tables that features are made of, with the columns of each beside viewer, day and newest event."""
+    found: dict[str, dict[str, None]] = {}
+    for query, relation in _queries():
+        for read in _reads(query, relation):
+            columns = found.setdefault(read.spec.name, {})
+            for column in read.select.find_all(exp.Column):
+                if column.name not in (VIEWER, read.spec.day, LAST_EVENT_AT):
+                    columns[column.name] = None
+    return tuple((spec, tuple(found[name])) for name, spec in TILE_TABLES.items() if name in found)
+
+
+@cache
+def longest_window() -> int:
+    """Days of the longest window of any feature."""
+    return max(read.days for query, relation in _queries() for read in _reads(query, relation))
 
 
 def first_day(day: date) -> date:
     """The earliest day that any window of `day` holds."""
-    return day - timedelta(days=LONG_DAYS)
-
-
-def in_window(tile_day: str, day: str, days: int, mode: Mode) -> str:
-    """SQL: whether the tile day lies in the window of that many days of `day`."""
-    start = f"{tile_day} >= cast({day} - interval '{days}' day as date)"
-    return f"{start} and {tile_day} < {day}" if mode == "training" else start
-
-
-def ratio(numerator: str, denominator: str) -> str:
-    """SQL: the quotient of two integers, rounded half up to 6 places exactly; NULL where the denominator is
-    0.
-
-    In integers, because a division of decimals is one of floats in DuckDB.
-    """
-    top, bottom = f"cast({numerator} as hugeint)", f"cast({denominator} as hugeint)"
-    return (
-        f"cast(cast((2000000 * {top} + {bottom}) // nullif(2 * {bottom}, 0) as decimal(28, 0)) * 0.000001 "
-        "as decimal(28, 6))"
-    )
+    return day - timedelta(days=longest_window())
 
 
 def features_sql(mode: Mode, *, versions: bool = False, last_events: bool = False) -> str:
-    """A query that returns one row per point: `point`, then every feature in the order of FEATURES.
+    """A query of DuckDB that returns one row per point: `point`, then every feature in the order of `features()`.
 
-    With `last_events`, tiles carry `last_event_ms` and `<domain>_last_event_at` follows for every domain: the
-    newest event in its long window, NULL where the window is empty and the domain has no item.
+    With `last_events`, `<domain>_last_event_at` follows for every domain: the newest event in its longest window
+    in milliseconds since 1970, NULL where the window is empty and the domain has no item.
 
     With `versions`, tiles carry `known_from` and `known_to` (epoch milliseconds), and a point sees only the
     version that was current at its `known_at`.
     """
-    columns = ",\n  ".join(
-        f"coalesce({feature.domain}.{feature.name}, {feature.cold_start}) as {feature.name}"
-        for feature in FEATURES
+    return _features(mode, "duckdb", versions=versions, last_events=last_events).sql(dialect="duckdb")
+
+
+def training_sql(dialect: Dialect, labels: str, columns: Sequence[str], *, namespace: str) -> str:
+    """The point-in-time join in another engine's SQL: every column of the table `labels`, then every feature.
+
+    `labels` is `namespace.table` with `columns`, among them `viewer_id` and `label_time`, an instant. A label of
+    one UTC day sees the days before it, in the newest version of every tile.
+    """
+    # As whole days since 1970, because engines disagree about whose midnight a date of an instant means.
+    seconds = (exp.UnixSeconds if dialect == "spark" else exp.TimeToUnix)(this=exp.column("label_time", "l"))
+    number = exp.cast(exp.Floor(this=exp.Div(this=seconds, expression=exp.Literal.number(86_400))), "int")
+    day = exp.DateAdd(
+        this=exp.cast(exp.Literal.string("1970-01-01"), "date"), expression=number, unit=exp.var("DAY")
     )
-    newest = "max(t.last_event_ms)" if last_events else "null"
+    numbered = "row_number() over (order by l.viewer_id, l.label_time)"
+    query = _features("training", dialect, namespace=namespace)
+    query = query.with_(
+        "points",
+        as_=exp.select("l.point", f"l.{VIEWER}", exp.alias_(exp.cast(day, "date"), "day")).from_(
+            "labels as l"
+        ),
+        append=False,
+    )
+    source = exp.to_table(labels)
+    source.set("alias", exp.TableAlias(this=exp.to_identifier("l")))
+    query = query.with_(
+        "labels",
+        as_=exp.select("l.*", exp.alias_(sqlglot.parse_one(numbered), "point")).from_(source),
+        append=False,
+    )
+    query = query.join("labels", on="labels.point = p.point")
+    names = [exp.column(name, "labels", quoted=not name.isidentifier()) for name in columns]
+    # Without the point, which is only how the rows find each other.
+    query.set("expressions", [*names, *query.expressions[1:]])
+    return query.sql(dialect=dialect, pretty=True)
+
+
+@cache
+def _text(relation: str) -> str:
+    return (VIEWS / f"{relation}.sql").read_text(encoding="utf-8")
+
+
+def _queries() -> Iterator[tuple[exp.Select, str]]:
+    for domain in load_contract().domains.values():
+        yield _parse(domain.relation, _text(domain.relation)), domain.relation
+
+
+def _parse(relation: str, text: str) -> exp.Select:
+    query = sqlglot.parse_one(text, dialect="risingwave")
+    if not isinstance(query, exp.Select):
+        raise ViewNotPortable(f"{relation} is no query: write it as one select")
+    return query
+
+
+def _reads(query: exp.Select, relation: str) -> Iterator[_Read]:
+    """The selects of a view that read a tile, with the window that each is filtered by."""
+    specs = {spec.tile: spec for spec in TILE_TABLES.values()}
+    found = 0
+    for select in query.find_all(exp.Select):
+        tables = [table.name for table in select.find_all(exp.Table) if table.name in specs]
+        source = select.args.get("from_")
+        if (
+            not tables
+            or source is None
+            or not isinstance(source.this, exp.Table)
+            or source.this.name not in specs
+        ):
+            continue
+        spec = specs[source.this.name]
+        where = select.args.get("where")
+        condition = where.this if where else None
+        intervals = list(condition.find_all(exp.Interval)) if condition else []
+        if (
+            select.args.get("joins")
+            or not isinstance(condition, exp.GT)
+            or {column.name for column in condition.find_all(exp.Column)} != {spec.day}
+            or list(condition.expression.find_all(exp.Column))
+            or len(intervals) != 1
+            or str(intervals[0].args.get("unit")).upper() not in ("DAY", "DAYS")
+        ):
+            raise ViewNotPortable(
+                f"{relation} reads {spec.tile} with another condition than within_window(…): training sets and "
+                "parity cannot ask that about other days; read the tile in a CTE of its own with that macro alone"
+            )
+        found += 1
+        # The filter is day + (N + 1) days > now, so that N whole days and today are left.
+        yield _Read(select, spec, int(intervals[0].this.name) - 1)
+    if not found:
+        raise ViewNotPortable(f"{relation} reads no tile that is exported: read one of {', '.join(specs)}")
+
+
+def _features(
+    mode: Mode,
+    dialect: Dialect,
+    *,
+    versions: bool = False,
+    last_events: bool = False,
+    namespace: str | None = None,
+) -> exp.Select:
+    columns: list[exp.Expr] = [exp.column("point", "p")]
+    for feature in features():
+        value = sqlglot.parse_one(
+            f"coalesce(cast({feature.domain}.{feature.name} as {feature.type}), {feature.cold_start})",
+            dialect="duckdb",
+        )
+        columns.append(exp.alias_(value, feature.name))
     if last_events:
-        columns += "".join(f",\n  {domain}.last_event_at as {domain}_last_event_at" for domain in DOMAINS)
-    return f"""
-with watch as (
-  select
-    p.point,
-    {ratio(_windowed_sum("t.watch_seconds", "t.watch_date", mode), "60")} as watch_minutes_7d,
-    {ratio("sum(t.watch_seconds)", "60")} as watch_minutes_28d,
-    cast({_windowed_sum("t.content_started", "t.watch_date", mode)} as bigint) as titles_7d,
-    cast(sum(t.completions) as bigint) as completions_28d,
-    cast(sum(t.genres_watched) as bigint) as genres_watched_28d,
-    {newest} as last_event_at
-  from points as p
-  join {WATCH.name} as t on {_same_viewer("t.watch_date", mode, versions)}
-  group by p.point
-),
-interactions as (
-  select
-    p.point,
-    cast(sum(t.likes) as bigint) as likes_28d,
-    cast(sum(t.shares) as bigint) as shares_28d,
-    cast(sum(t.searches) as bigint) as searches_28d,
-    {newest} as last_event_at
-  from points as p
-  join {INTERACTIONS.name} as t on {_same_viewer("t.interaction_date", mode, versions)}
-  group by p.point
-),
-genres as (
-  select
-    p.point,
-    t.genre,
-    sum(t.watch_seconds) as watch_seconds,
-    sum(t.views) as views,
-    sum(t.completions) as completions,
-    {newest} as last_event_at
-  from points as p
-  join {GENRE.name} as t on {_same_viewer("t.watch_date", mode, versions)}
-  group by p.point, t.genre
-),
-totals as (
-  select
-    point,
-    sum(watch_seconds) as watch_seconds,
-    sum(views) as views,
-    sum(completions) as completions,
-    max(last_event_at) as last_event_at
-  from genres
-  group by point
-),
-ranked as (
-  select
-    genres.point,
-    genres.genre,
-    coalesce({ratio("genres.watch_seconds", "totals.watch_seconds")}, 0) as share,
-    row_number() over (partition by genres.point order by genres.watch_seconds desc, genres.genre) as place
-  from genres
-  join totals on totals.point = genres.point
-),
-favorites as (
-  select
-    point,
-    max(case when place = 1 then genre end) as favorite_genre,
-    array_agg(genre order by place) as favorite_genres,
-    array_agg(share order by place) as favorite_genre_shares
-  from ranked
-  where place <= {FAVORITE_GENRES}
-  group by point
-),
-preferences as (
-  select
-    totals.point,
-    favorites.favorite_genre,
-    favorites.favorite_genres,
-    favorites.favorite_genre_shares,
-    {ratio("totals.completions", "totals.views")} as completion_rate_28d,
-    {ratio("totals.watch_seconds", "60 * totals.views")} as minutes_per_view_28d,
-    totals.last_event_at
-  from totals
-  join favorites on favorites.point = totals.point
-)
-select
-  p.point,
-  {columns}
-from points as p
-left join watch on watch.point = p.point
-left join interactions on interactions.point = p.point
-left join preferences on preferences.point = p.point
-"""
+        columns += [
+            exp.alias_(exp.column(LAST_EVENT_AT, domain), f"{domain}_{LAST_EVENT_AT}") for domain in domains()
+        ]
+    query = exp.select(*columns).from_("points as p")
+    for domain, (view, relation) in zip(domains(), _queries(), strict=True):
+        _at_points(view, relation, mode, dialect, versions, namespace)
+        _drop(view, {"domain_key"} if last_events else {"domain_key", LAST_EVENT_AT})
+        query = query.with_(domain, as_=view).join(domain, on=f"{domain}.point = p.point", join_type="left")
+    return query
 
 
-def _same_viewer(tile_day: str, mode: Mode, versions: bool) -> str:
-    condition = f"t.viewer_id = p.viewer_id and {in_window(tile_day, 'p.day', LONG_DAYS, mode)}"
-    return condition + (" and t.known_from <= p.known_at and p.known_at < t.known_to" if versions else "")
+def _at_points(
+    view: exp.Select, relation: str, mode: Mode, dialect: Dialect, versions: bool, namespace: str | None
+) -> None:
+    """Turn a view of now into one of points, in place: `viewer_id` becomes `point` throughout."""
+    for read in list(_reads(view, relation)):
+        select, spec = read.select, read.spec
+        select.set("where", None)
+        for column in list(select.find_all(exp.Column)):
+            column.set("table", exp.to_identifier("p" if column.name == VIEWER else "t"))
+        since = exp.DateSub(
+            this=exp.column("day"), expression=exp.Literal.number(read.days), unit=exp.var("DAY")
+        )
+        # Beside the point rather than in the condition, which is asked for every pair.
+        points = exp.select("*", exp.alias_(exp.cast(since, "date"), "since")).from_("points").subquery("p")
+        conditions = [f"t.{VIEWER} = p.{VIEWER}", f"t.{spec.day} >= p.since"]
+        if mode == "training":
+            conditions.append(f"t.{spec.day} < p.day")
+        if versions:
+            conditions += ["t.known_from <= p.known_at", "p.known_at < t.known_to"]
+        tile = exp.table_(spec.name, db=namespace, alias="t")
+        select.set("from_", exp.From(this=points))
+        select.set("joins", [exp.Join(this=tile, on=exp.and_(*conditions))])
+    for column in view.find_all(exp.Column):
+        if column.name == VIEWER and not _inside_join(column):
+            column.set("this", exp.to_identifier("point"))
+    for quotient in list(view.find_all(exp.Round)):
+        quotient.replace(_exact(quotient, relation, dialect))
+    for cast in list(view.find_all(exp.Cast)):
+        moment = cast.this.find(exp.Extract)
+        if moment is not None:
+            # Microseconds → milliseconds, half up as the engine rounds.
+            cast.replace(sqlglot.parse_one(f"({moment.expression.sql()} + 500) // 1000", dialect="duckdb"))
+    if dialect == "spark":
+        for aggregate in list(view.find_all(exp.ArrayAgg)):
+            order = aggregate.this
+            if isinstance(order, exp.Order):
+                aggregate.replace(_collected(order))
 
 
-def _windowed_sum(value: str, tile_day: str, mode: Mode) -> str:
-    return f"coalesce(sum(case when {in_window(tile_day, 'p.day', SHORT_DAYS, mode)} then {value} end), 0)"
+def _inside_join(column: exp.Column) -> bool:
+    join = column.find_ancestor(exp.Join, exp.Select)
+    return isinstance(join, exp.Join) and column.table in ("t", "p")
+
+
+def _exact(node: exp.Round, relation: str, dialect: Dialect) -> exp.Expr:
+    """The quotient of two integers, rounded half up to 6 places exactly; NULL where the denominator is 0.
+
+    In integers, because a division of decimals is one of floats in DuckDB and rounds as it likes elsewhere.
+    """
+    quotient = node.this
+    if not isinstance(quotient, exp.Div) or node.args["decimals"].name != "6":
+        raise ViewNotPortable(f"{relation} rounds {quotient.sql()}: use the macros minutes or ratio")
+    top, bottom = (_integer(side) for side in (quotient.this, quotient.expression))
+    if dialect == "duckdb":
+        whole = f"(2000000 * cast({top} as hugeint) + {bottom}) // nullif(2 * cast({bottom} as hugeint), 0)"
+    else:
+        # A difference that divides without rest: exact whether the engine divides integers, decimals or doubles.
+        over, under = f"(2000000 * {top} + {bottom})", f"(2 * {bottom})"
+        whole = f"({over} - {over} % nullif({under}, 0)) / nullif({under}, 0)"
+    return sqlglot.parse_one(
+        f"cast(cast({whole} as decimal(28, 0)) * 0.000001 as {_NUMBERS})", dialect="duckdb"
+    )
+
+
+def _integer(side: exp.Expr) -> str:
+    """A side of a quotient without what makes the engine divide decimals."""
+    while isinstance(side, exp.Paren | exp.Cast):
+        side = side.this
+    if isinstance(side, exp.Literal):
+        return str(int(float(side.name)))
+    return f"({side.sql(dialect='duckdb')})"
+
+
+def _collected(order: exp.Order) -> exp.Expr:
+    """Spark's aggregate of a list knows no order: pairs are sorted and taken apart again."""
+    place = order.expressions[0].this.sql(dialect="spark")
+    pairs = f"collect_list(struct({place} as place, {order.this.sql(dialect='spark')} as value))"
+    return sqlglot.parse_one(f"transform(array_sort({pairs}), x -> x.value)", dialect="spark")
+
+
+def _drop(view: exp.Select, names: set[str]) -> None:
+    for select in view.find_all(exp.Select):
+        kept = [column for column in select.expressions if column.alias_or_name not in names]
+        select.set("expressions", kept)

@@ -165,3 +165,20 @@ def test_the_sample_is_stable_and_smaller(filled: Tiles, catalog: Catalog) -> No
         check_parity(filled.engine, catalog, read, now=NOW, share=0.25, settle=timedelta(0))
     assert seen[0] == seen[1]
     assert 50 < len(seen[0]) < 160
+
+
+def test_an_event_between_two_milliseconds_is_rounded_as_the_view_does(
+    filled: Tiles, catalog: Catalog
+) -> None:
+    row = watch(9, TODAY, 60)
+    moment = row[-1].replace(microsecond=700)
+    filled.add(WATCH, [(*row[:-1], moment)])
+    whole = moment.replace(microsecond=1000)
+    item = oracle.features(9, NOW + timedelta(days=1), [row], [], [])
+    items = served() | {
+        9: {
+            "watch": {name: item[name] for name in DOMAINS["watch"]}
+            | {"last_event_at": int(whole.timestamp() * 1000)}
+        }
+    }
+    assert check(filled, catalog, items).worst == ()

@@ -36,13 +36,12 @@ from dagster_prefs.offline.training_set import (
     build_training_set,
     reproduce_training_set,
 )
-from dagster_prefs.online.contract import load_contract
 
 from . import oracle
 from .conftest import DAY, Tiles, genre, interactions, watch
 
 NOW = datetime(2026, 6, 1, tzinfo=UTC)
-NAMES = [feature.name for feature in windows.FEATURES]
+NAMES = [feature.name for feature in windows.features()]
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -124,7 +123,7 @@ def test_every_value_equals_the_oracles(
         fill(catalog, rows)
         made, found = build(catalog, write_labels(folder, labels), folder)
         expected = [
-            oracle.features(*label, *(rows[spec.name] for spec, _ in windows.SOURCES)) for label in labels
+            oracle.features(*label, *(rows[spec.name] for spec, _ in windows.sources())) for label in labels
         ]
         assert [{name: row[name] for name in NAMES} for row in found] == expected
         assert [(row["label"], row["viewer_id"], row["label_time"]) for row in found] == [
@@ -327,19 +326,6 @@ def test_labels_in_an_iceberg_table(catalog: Catalog, tmp_path: Path) -> None:
 def test_tables_that_were_never_exported(catalog: Catalog, tmp_path: Path) -> None:
     with pytest.raises(TableMissing, match="materialize its export first"):
         build(catalog, write_labels(tmp_path, [(1, at(DAY))]), tmp_path)
-
-
-def test_windows_are_those_of_the_views_and_the_contract() -> None:
-    variables = yaml.safe_load((ROOT / "dbt_project" / "dbt_project.yml").read_text())["vars"]
-    assert variables["windows"] == {"short": windows.SHORT_DAYS, "long": windows.LONG_DAYS}
-    assert variables["favorite_genres"] == windows.FAVORITE_GENRES
-    served = {
-        (domain.name, name)
-        for domain in load_contract().domains.values()
-        for name in domain.attributes
-        if name != "last_event_at"
-    }
-    assert {(feature.domain, feature.name) for feature in windows.FEATURES} == served
 
 
 @pytest.mark.parametrize("name", TILE_TABLES)
