@@ -84,11 +84,12 @@
 
 {# A relation of a model's name that no deployment made is somebody else's: it is never touched. #}
 {% macro refuse_foreign_relations() -%}
-  {%- set ours = run_query("select relation from " ~ target.schema ~ ".deployments").columns[0].values() | list -%}
   {%- set there = [] -%}
   {%- for row in list_relations_without_caching(api.Relation.create(database=target.database, schema=target.schema)) -%}
     {%- do there.append(row["name"]) -%}
   {%- endfor -%}
+  {#- Read second: what another run makes in between was announced before it was made. #}
+  {%- set ours = run_query("select relation from " ~ target.schema ~ ".deployments").columns[0].values() | list -%}
   {%- set foreign = [] -%}
   {%- for node in graph.nodes.values() if node.resource_type == "model" and node.alias in there and node.alias not in ours and node.alias != "deployments" -%}
     {%- do foreign.append(node.alias) -%}
