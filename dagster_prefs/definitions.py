@@ -6,7 +6,7 @@ import warnings
 
 import dagster as dg
 
-from dagster_prefs.defs import events, feature_views, freshness, offline_store, online_store
+from dagster_prefs.defs import events, feature_views, freshness, offline_store, online_store, retention
 from dagster_prefs.defs.resources import Platform
 from dagster_prefs.settings import Settings, load_settings
 
@@ -26,6 +26,7 @@ def build_definitions(settings: Settings) -> dg.Definitions:
         freshness.build(
             platform, settings.alert_webhook.get_secret_value() if settings.alert_webhook else None
         ),
+        retention.build(platform),
         # One process a run: the steps are short and share dbt, so a process each would only add start-up time.
         dg.Definitions(executor=dg.in_process_executor),
     )

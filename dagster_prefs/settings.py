@@ -87,10 +87,24 @@ class Settings(BaseSettings):
         pattern=r"^[A-Za-z0-9_.-]{0,64}$",
         description="Prefix of every DynamoDB table name, for several environments.",
     )
-    publish: Literal["auto", "publisher", "sink"] = Field(
+    publish: Literal["auto", "publisher", "sink", "changefeed"] = Field(
         "auto",
-        description="Who writes DynamoDB: `publisher` (this platform), `sink` (RisingWave); auto "
-        "picks by engine.",
+        description="Who writes DynamoDB: `publisher` (this platform, local engine), `sink` (RisingWave's own, "
+        "licensed), `changefeed` (`prefs publish --follow`, from RisingWave's subscriptions); auto is publisher or "
+        "sink, by engine.",
+    )
+    changefeed_retention_hours: int = Field(
+        24,
+        ge=1,
+        le=24 * 30,
+        description="Hours that RisingWave retains changes for `prefs publish --follow`; after a longer absence it "
+        "compares whole views.",
+    )
+    changefeed_lease_seconds: float = Field(
+        10.0,
+        ge=1,
+        le=600,
+        description="Seconds without a sign of life after which another `prefs publish --follow` takes over.",
     )
 
     kafka_bootstrap: str | None = Field(
@@ -211,6 +225,9 @@ class Settings(BaseSettings):
         "exact day boundary.",
     )
     refresh_poll_seconds: int = Field(30, ge=5, description="Seconds between looks for new events (sensor).")
+    readings_kept_days: int = Field(
+        14, ge=1, description="Days that Dagster's event log keeps freshness readings."
+    )
     schedules: Literal["on", "off"] = Field(
         "off", description="Whether schedules and sensors run as soon as the Dagster daemon does."
     )
@@ -240,7 +257,13 @@ class Settings(BaseSettings):
             )
         if self.engine == "risingwave" and self.publish == "publisher":
             raise ValueError(
-                "PREFS_PUBLISH=publisher needs PREFS_ENGINE=local: on RisingWave its own sinks write DynamoDB; use sink"
+                "PREFS_PUBLISH=publisher needs PREFS_ENGINE=local: on RisingWave its own sinks write DynamoDB; use sink, "
+                "or changefeed without a licence"
+            )
+        if self.engine == "local" and self.publish == "changefeed":
+            raise ValueError(
+                "PREFS_PUBLISH=changefeed needs PREFS_ENGINE=risingwave: the local engine has no subscriptions; use "
+                "publisher"
             )
         if self.iceberg_catalog == "rest" and not self.iceberg_uri:
             raise ValueError("PREFS_ICEBERG_CATALOG=rest needs PREFS_ICEBERG_URI, the address of the catalog")
