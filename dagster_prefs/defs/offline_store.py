@@ -1,13 +1,16 @@
 """The daily tiles in Iceberg: one partitioned asset per training table."""
 
-from collections.abc import Iterator, Sequence
-from datetime import date, timedelta
+import hashlib
+from collections.abc import Callable, Iterable
+from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
 import dagster as dg
 
 from dagster_prefs.defs.resources import Platform
-from dagster_prefs.offline.export import days_to_export, export_day
+from dagster_prefs.errors import PrefsError
+from dagster_prefs.offline.export import export_day, stale_days
+from dagster_prefs.offline.launches import TableDay, due, dump_launches, load_launches
 from dagster_prefs.offline.tables import TILE_TABLES, TileTable
 
 GROUP = "offline_store"
@@ -15,6 +18,16 @@ GROUP = "offline_store"
 RANGE_START_TAG = "dagster/asset_partition_range_start"
 RANGE_END_TAG = "dagster/asset_partition_range_end"
 EXPORT_JOB = "export"
+EXPORT_SENSOR = "stale_tiles"
+# A run that is older has lost its process; the instance's run monitoring ends it.
+LONGEST_RUN = timedelta(hours=4)
+UNFINISHED = [
+    dg.DagsterRunStatus.QUEUED,
+    dg.DagsterRunStatus.NOT_STARTED,
+    dg.DagsterRunStatus.STARTING,
+    dg.DagsterRunStatus.STARTED,
+    dg.DagsterRunStatus.CANCELING,
+]
 
 
 def asset_key(spec: TileTable) -> dg.AssetKey:
@@ -22,7 +35,7 @@ def asset_key(spec: TileTable) -> dg.AssetKey:
     return dg.AssetKey(["training", spec.name])
 
 
-def ranges(days: Sequence[date]) -> list[tuple[date, date]]:
+def ranges(days: Iterable[date]) -> list[tuple[date, date]]:
     """The days as runs of consecutive ones, (first, last) each, in order."""
     found: list[tuple[date, date]] = []
     for day in sorted(set(days)):
@@ -38,22 +51,29 @@ def range_tags(first: date, last: date) -> dict[str, str]:
     return {RANGE_START_TAG: first.isoformat(), RANGE_END_TAG: last.isoformat()}
 
 
-def days_that_need_export(platform: Platform, specs: Sequence[TileTable] | None = None) -> list[date]:
+def days_that_need_export(platform: Platform) -> list[date]:
     """Complete days, oldest first, that one of the training tables lacks or holds in an older state."""
+    return sorted({day for _, day in _stale(platform)})
+
+
+def _stale(platform: Platform) -> dict[TableDay, str]:
     catalog = platform.catalog()
-    days = {
-        day
-        for spec in specs or TILE_TABLES.values()
-        for day in days_to_export(
-            platform.engine, catalog, spec, namespace=platform.settings.iceberg_namespace
-        )
-    }
     partitions = set(_partitions(platform).get_partition_keys())
-    return sorted(day for day in days if day.isoformat() in partitions)
+    return {
+        (spec.name, day): token
+        for spec in TILE_TABLES.values()
+        for day, token in stale_days(
+            platform.engine, catalog, spec, namespace=platform.settings.iceberg_namespace
+        ).items()
+        if day.isoformat() in partitions
+    }
 
 
-def build(platform: Platform) -> dg.Definitions:
-    """The export assets, their job, and the schedule that exports exactly the days that need it."""
+def build(platform: Platform, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> dg.Definitions:
+    """The export assets, their job, and the sensor that exports exactly the days that need it.
+
+    `clock` gives the time in UTC.
+    """
     assets = [_exported(platform, spec) for spec in TILE_TABLES.values()]
     job = dg.define_asset_job(
         EXPORT_JOB,
@@ -61,22 +81,42 @@ def build(platform: Platform) -> dg.Definitions:
         description="Export days of tiles to Iceberg; a day that did not change commits nothing.",
     )
 
-    @dg.schedule(
-        name="export_daily",
+    @dg.sensor(
+        name=EXPORT_SENSOR,
         job=job,
-        cron_schedule="15 * * * *",
-        execution_timezone="UTC",
-        default_status=platform.default_schedule_status,
-        description="Looks every hour for complete days that are missing or changed by late events, and exports those.",
+        minimum_interval_seconds=3600,
+        default_status=platform.default_sensor_status,
+        description="Looks every hour for complete days that are missing or changed by late events, and exports those. "
+        "A day that stays stale is tried again after 1, 2, 4 … 24 hours.",
     )
-    def export_daily() -> Iterator[dg.RunRequest | dg.SkipReason]:
-        days = days_that_need_export(platform)
-        if not days:
-            yield dg.SkipReason("every complete day is exported as it is")
-        for first, last in ranges(days):
-            yield dg.RunRequest(run_key=None, tags=range_tags(first, last))
+    def stale_tiles(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
+        now = clock()
+        running = dg.RunsFilter(job_name=EXPORT_JOB, statuses=UNFINISHED, created_after=now - LONGEST_RUN)
+        if context.instance.get_runs_count(running):
+            return dg.SkipReason("an export is at work; the next look sees what it left")
+        try:
+            stale = _stale(platform)
+        except PrefsError as error:
+            return dg.SkipReason(str(error))
+        starts, launches = due(stale, load_launches(context.cursor), now=now)
+        requests = []
+        for first, last in ranges(day for _, day in starts):
+            # The key keeps a daemon that dies before it has stored the cursor from starting the same again.
+            attempts = [
+                f"{table} {day} {start.fingerprint} {start.attempts}"
+                for (table, day), start in sorted(starts.items())
+                if first <= day <= last
+            ]
+            key = hashlib.sha256("\n".join(attempts).encode()).hexdigest()
+            requests.append(dg.RunRequest(run_key=key, tags=range_tags(first, last)))
+        waiting = "stale days wait for their next attempt: see the last run of the export"
+        return dg.SensorResult(
+            run_requests=requests,
+            cursor=dump_launches(launches),
+            skip_reason=None if requests else waiting if stale else "every complete day is exported as it is",
+        )
 
-    return dg.Definitions(assets=assets, jobs=[job], schedules=[export_daily])
+    return dg.Definitions(assets=assets, jobs=[job], sensors=[stale_tiles])
 
 
 def _partitions(platform: Platform) -> dg.DailyPartitionsDefinition:

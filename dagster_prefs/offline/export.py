@@ -157,23 +157,36 @@ def days_to_export(
     keep_before: date | None = None,
     until: date | None = None,
 ) -> list[date]:
-    """Days whose tiles the table lacks or holds in another version, oldest first.
+    """The days of `stale_days`, oldest first."""
+    return list(stale_days(engine, catalog, spec, namespace=namespace, keep_before=keep_before, until=until))
 
-    Days before `keep_before` and from `until` on are left out, and so are days of which the engine holds
-    fewer rows than the table. Creates nothing; a table that does not exist holds nothing.
+
+def stale_days(
+    engine: EngineConnection,
+    catalog: Catalog,
+    spec: TileTable,
+    *,
+    namespace: str = DEFAULT_NAMESPACE,
+    keep_before: date | None = None,
+    until: date | None = None,
+) -> dict[date, str]:
+    """Day → fingerprint token in the engine, of days that the table lacks or holds in another version.
+
+    Oldest first. Days before `keep_before` and from `until` on are left out, and so are days of which the
+    engine holds fewer rows than the table. Creates nothing; a table that does not exist holds nothing.
     """
     with tile_snapshot(engine, spec) as tiles:
         wanted = tiles.fingerprints()
     held = exported_fingerprints(catalog, spec, namespace=namespace)
     rows = _exported_rows(catalog, spec, namespace)
-    return sorted(
-        day
-        for day, fingerprint in wanted.items()
+    return {
+        day: fingerprint.token
+        for day, fingerprint in sorted(wanted.items())
         if held.get(day) != fingerprint.token
         and (keep_before is None or day >= keep_before)
         and (until is None or day < until)
         and fingerprint.row_count >= rows.get(day, 0)
-    )
+    }
 
 
 def exported_fingerprints(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
+from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from dagster_prefs.defs import freshness
+from dagster_prefs.defs import freshness, offline_store
 from dagster_prefs.defs.resources import Platform
 from dagster_prefs.freshness.alerts import AlertError, load_levels
 from dagster_prefs.settings import Settings
@@ -81,7 +83,7 @@ def test_what_waits_fails_its_check_and_the_run_goes_on(
 def test_an_engine_that_is_down_fails_every_check_and_no_run(
     busy: Any, aws_endpoint: str, tmp_path: Path, instance: dg.DagsterInstance, free_port: Any
 ) -> None:
-    busy.engine = busy.engine.__class__(**{**vars(busy.engine), "port": free_port()})
+    busy.engine = replace(busy.engine, port=free_port())
     result, checks = run(Platform(settings(busy, aws_endpoint, tmp_path)), instance)
     assert result.success
     assert not any(found.passed for found in checks.values())
@@ -203,3 +205,74 @@ def test_on_the_streaming_engine_the_canary_and_the_sinks_are_checked(tmp_path: 
     assert ("sink_engagement_watch", "canary") in checks
     assert ("user_category_profile", "canary") in checks
     assert ("raw_view_events", "ingestion_lag") in checks
+
+
+def test_an_export_that_goes_on_failing_is_started_again_only_later(
+    busy: Any, platform: Platform, instance: dg.DagsterInstance
+) -> None:
+    moment = busy.now
+    cursor: str | None = None
+    made = dg.Definitions.merge(
+        offline_store.build(platform, clock=lambda: moment),
+        dg.Definitions(executor=dg.in_process_executor),
+    )
+    job = made.resolve_job_def(offline_store.EXPORT_JOB)
+
+    def look(minutes: float = 0) -> list[Any]:
+        """One look of the sensor and, as the daemon would, the runs that it asks for."""
+        nonlocal moment, cursor
+        moment += timedelta(minutes=minutes)
+        found = tick(made, offline_store.EXPORT_SENSOR, instance, cursor)
+        cursor = found.cursor
+        assert bool(found.run_requests) != bool(found.skip_message)
+        keys.extend(request.run_key for request in found.run_requests)
+        return [
+            job.execute_in_process(instance=instance, tags=request.tags, raise_on_error=False)
+            for request in found.run_requests
+        ]
+
+    keys: list[str] = []
+    assert look() == [], "every day is exported"
+    # The tile is ahead of its fingerprint, so that no export of the day can pass.
+    busy.watch(1, age=10, days_ago=1)
+    busy.refresh()
+    busy.watch(2, age=10, days_ago=1)
+    busy.refresh("view_events_parsed", "view_events", "viewer_watch_metrics_1d")
+    (failed,) = look()
+    reasons = [str(event.step_failure_data.error) for event in failed.all_events if event.is_step_failure]
+    assert any("tile_fingerprints does not describe" in reason for reason in reasons), reasons
+    yesterday = (busy.today - timedelta(days=1)).isoformat()
+    assert failed.dagster_run.tags[offline_store.RANGE_START_TAG] == yesterday
+    assert failed.dagster_run.tags[offline_store.RANGE_END_TAG] == yesterday
+
+    assert look(minutes=59) == [], "the same again is not worth a run yet"
+    assert [result.success for result in look(minutes=1)] == [False]
+    assert look(minutes=119) == []
+    busy.refresh()
+    assert [result.success for result in look()] == [True], "another state of the day is"
+    assert look(minutes=5) == []
+    assert cursor == "{}"
+    assert len(set(keys)) == 3
+
+
+def test_an_export_at_work_is_waited_for(busy: Any, platform: Platform, instance: dg.DagsterInstance) -> None:
+    busy.watch(1, age=10, days_ago=1)
+    busy.refresh()
+    made = offline_store.build(platform)
+    job = made.resolve_job_def(offline_store.EXPORT_JOB)
+    run = instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED)
+    found = tick(made, offline_store.EXPORT_SENSOR, instance, None)
+    assert not found.run_requests
+    assert "at work" in (found.skip_message or "")
+    instance.report_run_failed(run)
+    assert len(tick(made, offline_store.EXPORT_SENSOR, instance, None).run_requests) == 1
+
+
+def test_an_engine_that_is_down_starts_no_export_and_says_so(
+    busy: Any, aws_endpoint: str, tmp_path: Path, instance: dg.DagsterInstance, free_port: Any
+) -> None:
+    busy.engine = replace(busy.engine, port=free_port())
+    made = offline_store.build(Platform(settings(busy, aws_endpoint, tmp_path)))
+    found = tick(made, offline_store.EXPORT_SENSOR, instance, None)
+    assert not found.run_requests
+    assert "cannot be reached" in (found.skip_message or "")
