@@ -6,6 +6,8 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,6 +24,7 @@ from dagster_prefs.settings import PROJECT_ROOT, Settings, load_settings
 if TYPE_CHECKING:
     from dagster_prefs.demo import Summary
     from dagster_prefs.events.ingest import Delivery
+    from dagster_prefs.freshness.status import Status
     from dagster_prefs.local.services import LocalServices, ServiceStatus
     from dagster_prefs.serving import ProfileClient
 
@@ -605,26 +608,45 @@ def print_summary(summary: Summary) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def status(watch: bool, interval: float, as_json: bool) -> int:
     """Show services, lag and freshness; exit 0 for ok, 1 for warnings, 2 for errors."""
-    from dagster_prefs.freshness.status import Sources, evaluate, render_status
+    from dagster_prefs.freshness.status import render_status
 
     settings = load_settings()
+    with readings(settings) as read:
+        while True:
+            found = read()
+            services = services_of(settings).status().services if settings.engine == "local" else ()
+            if as_json:
+                print_json({**found.as_dict(), "services": [vars(service) for service in services]})
+            else:
+                if watch:
+                    console.clear()
+                rows = [
+                    (s.name, "running" if s.running else f"down: {s.detail}", s.address) for s in services
+                ]
+                if rows:
+                    console.print(table_of("Services", ["service", "state", "address"], rows))
+                    console.print()
+                console.print(render_status(found))
+            if not watch:
+                return found.exit_code
+            time.sleep(interval)
+
+
+@contextmanager
+def readings(settings: Settings) -> Iterator[Callable[[], Status]]:
+    """What takes all readings: of the stages themselves, and of the canary where its sensor left them."""
+    from dagster_prefs.defs.freshness import last_probe
+    from dagster_prefs.defs.instance import open_instance
+    from dagster_prefs.freshness.status import Sources, evaluate
+
     sources = Sources(settings)
-    while True:
-        found = evaluate(sources, now=lambda: datetime.now(UTC))
-        services = services_of(settings).status().services if settings.engine == "local" else ()
-        if as_json:
-            print_json({**found.as_dict(), "services": [vars(service) for service in services]})
-        else:
-            if watch:
-                console.clear()
-            rows = [(s.name, "running" if s.running else f"down: {s.detail}", s.address) for s in services]
-            if rows:
-                console.print(table_of("Services", ["service", "state", "address"], rows))
-                console.print()
-            console.print(render_status(found))
-        if not watch:
-            return found.exit_code
-        time.sleep(interval)
+    with open_instance(settings.data_dir) as instance:
+
+        def read() -> Status:
+            canary = last_probe(instance, sources.contract, now=datetime.now(UTC))
+            return evaluate(sources, now=lambda: datetime.now(UTC), extra=canary)
+
+        yield read
 
 
 @cli.command()
@@ -632,10 +654,8 @@ def status(watch: bool, interval: float, as_json: bool) -> int:
 def metrics(port: int) -> None:
     """Serve the readings of `prefs status` at /metrics for Prometheus (loopback)."""
     from dagster_prefs.freshness.metrics import MetricsServer
-    from dagster_prefs.freshness.status import Sources, evaluate
 
-    sources = Sources(load_settings())
-    with MetricsServer(lambda: evaluate(sources, now=lambda: datetime.now(UTC)), port=port) as server:
+    with readings(load_settings()) as read, MetricsServer(read, port=port) as server:
         console.print(f"metrics at http://127.0.0.1:{server.server_port}/metrics; Ctrl-C stops")
         server.serve_forever()
 
@@ -741,6 +761,7 @@ def training_set_reproduce(manifest: Path, output: Path, labels: str | None) -> 
 @click.option(
     "--seconds", type=click.FloatRange(0, min_open=True), help="End a live trickle after this time."
 )
+@click.option("--once", is_flag=True, help="Send nothing to Kafka where it holds events already.")
 def simulate(
     events: int,
     viewers: int,
@@ -750,6 +771,7 @@ def simulate(
     rate: float | None,
     follow: bool,
     seconds: float | None,
+    once: bool,
 ) -> None:
     """Generate events of a realistic shape: into the engine, Kafka, or JSON-lines files."""
     from dagster_prefs.events import simulator
@@ -767,6 +789,14 @@ def simulate(
     )
     if target == "kafka" and not settings.kafka_bootstrap:
         raise PrefsError("--to kafka needs PREFS_KAFKA_BOOTSTRAP, the brokers' host:port list: set it")
+    if once:
+        from dagster_prefs.events.kafka import holds_messages
+
+        if target != "kafka":
+            raise PrefsError("--once is for --to kafka: the engine and files tell a repetition by themselves")
+        if holds_messages(settings.kafka_bootstrap or "", settings.kafka_topics["view_events"]):
+            console.print("Kafka holds events already: nothing was sent")
+            return
     engine = EngineConnection.of(settings)
     with progress_bar("events") as advance:
         if follow and target == "engine":
@@ -775,7 +805,7 @@ def simulate(
             )
         elif follow and target == "kafka":
             counts = simulator.follow(
-                simulator.KafkaSink(settings.kafka_bootstrap or ""),
+                simulator.KafkaSink(settings.kafka_bootstrap or "", settings.kafka_topics),
                 plan,
                 rate=rate or 20.0,
                 seconds=seconds,
@@ -788,7 +818,11 @@ def simulate(
             counts = {report.topic: report.accepted for report in reports}
         elif target == "kafka":
             counts = simulator.simulate_to_kafka(
-                settings.kafka_bootstrap or "", plan, rate=rate, progress=advance
+                settings.kafka_bootstrap or "",
+                plan,
+                names=settings.kafka_topics,
+                rate=rate,
+                progress=advance,
             )
         else:
             files = simulator.simulate_to_files(Path(target), plan, compress=True, progress=advance)

@@ -187,6 +187,26 @@ def _unavailable(bootstrap: str, name: str, error: Any) -> KafkaUnavailable:
     )
 
 
+def holds_messages(bootstrap: str, topic: str, *, timeout_seconds: float = BROKER_TIMEOUT_SECONDS) -> bool:
+    """Whether a Kafka topic holds any message.
+
+    Raises KafkaUnavailable when the brokers do not answer within `timeout_seconds` or have no such topic.
+    """
+    consumer: Any = Consumer({"bootstrap.servers": bootstrap, "group.id": "dagster-prefs", "log_level": 0})
+    try:
+        for partition in _partitions(consumer, bootstrap, topic, timeout_seconds):
+            low, high = consumer.get_watermark_offsets(
+                TopicPartition(topic, partition), timeout=timeout_seconds
+            )
+            if low < high:
+                return True
+        return False
+    except KafkaException as error:
+        raise _unavailable(bootstrap, topic, error.args[0]) from None
+    finally:
+        consumer.close()
+
+
 class KafkaWriter:
     """An idempotent producer whose every message is known to be delivered once `flush` returns."""
 

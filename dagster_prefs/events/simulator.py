@@ -13,7 +13,7 @@ import random
 import threading
 import time
 from bisect import bisect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -463,21 +463,23 @@ class EngineSink:
 
 
 class KafkaSink:
-    """Kafka topics of the same names."""
+    """Kafka topics; `names` gives topics their names there where they differ."""
 
-    def __init__(self, bootstrap: str) -> None:
+    def __init__(self, bootstrap: str, names: Mapping[str, str] | None = None) -> None:
         from dagster_prefs.events.kafka import KafkaWriter
 
         self._writer = KafkaWriter(bootstrap)
+        self._names = names or {}
         self._checked: set[str] = set()
 
     def write(self, topic: str, messages: Sequence[tuple[int, bytes]]) -> int:
         """Send a batch; raises KafkaUnavailable."""
-        if topic not in self._checked:
-            self._writer.check(topic)
-            self._checked.add(topic)
+        name = self._names.get(topic, topic)
+        if name not in self._checked:
+            self._writer.check(name)
+            self._checked.add(name)
         for _, message in messages:
-            self._writer.send(topic, message)
+            self._writer.send(name, message)
         return len(messages)
 
     def finish(self) -> None:
@@ -547,14 +549,17 @@ def simulate_to_kafka(
     bootstrap: str,
     plan: SimulationPlan,
     *,
+    names: Mapping[str, str] | None = None,
     rate: float | None = None,
     progress: ProgressCallback | None = None,
 ) -> dict[str, int]:
     """Send a plan to the Kafka topics of its messages; returns messages delivered per topic.
 
+    `names` gives topics their names in Kafka where they differ.
+
     Raises KafkaUnavailable when a topic is missing or a message was not delivered.
     """
-    counts = _write(simulate(plan), KafkaSink(bootstrap), plan.messages, 1000, rate, progress)
+    counts = _write(simulate(plan), KafkaSink(bootstrap, names), plan.messages, 1000, rate, progress)
     return {topic: n for topic, (n, _) in counts.items()}
 
 

@@ -13,6 +13,7 @@ import pytest
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.events.formats import TOPICS, event_time
 from dagster_prefs.events.ingest import ingest_file
+from dagster_prefs.events.kafka import holds_messages
 from dagster_prefs.events.raw import Progress
 from dagster_prefs.events.simulator import (
     SimulatedEvent,
@@ -207,6 +208,17 @@ def test_files_can_be_ingested(
 def test_kafka_takes_a_plan(broker: tuple[str, Any]) -> None:
     small = replace(PLAN, view_events=50, shop_events=40, interactions=20, items=10)
     assert simulate_to_kafka(broker[0], small) == plan_counts(small)
+
+
+def test_topics_may_have_other_names_in_kafka(broker: tuple[str, Any]) -> None:
+    address, producer = broker
+    small = replace(PLAN, view_events=50, shop_events=0, interactions=0, items=1)
+    # The cluster makes a topic when it is first asked for.
+    for name in ("prod.views", "prod.items"):
+        producer.list_topics(name, timeout=10)
+    assert holds_messages(address, "prod.views") is False
+    simulate_to_kafka(address, small, names={"view_events": "prod.views", "items": "prod.items"})
+    assert holds_messages(address, "prod.views") is True
 
 
 def test_a_live_trickle_happens_now(store: EngineConnection) -> None:
