@@ -340,8 +340,9 @@ def _value_names(subject: Subject, value: Any, skipped: set[str], *, anywhere: b
 
 
 def _text_names(subject: Subject, payload: str, native: bool) -> bool:
+    payload = _text_of(payload)
     key = subject.key.replace("_", "[_ -]?")
-    given = re.findall(rf"(?i){key}\\*[\"']?\s*[:=]\s*\\*[\"']?([^\s\"',}}\\]*)", payload)
+    given = re.findall(rf"(?i){key}\\*[\"']?\s*[:=]\s*\\*[\"']?([^\s\"',}}\ufffd]*)", payload)
     if any(_same(subject, value) for value in given):
         return True
     if given and all(given):
@@ -368,6 +369,15 @@ def _same(subject: Subject, text: str) -> bool:
         return Decimal(text) == int(subject.id)
     except InvalidOperation:
         return False
+
+
+def _text_of(payload: str) -> str:
+    """A payload that the engine shows as escaped bytes, as far as these are text."""
+    octal = re.compile(r"(?:\\[0-3][0-7]{2})+")
+    return octal.sub(
+        lambda found: bytes(int(digits, 8) for digits in found[0][1:].split("\\")).decode(errors="replace"),
+        payload,
+    )
 
 
 def _escaped(data: bytes) -> str:

@@ -332,10 +332,13 @@ class ViewerInTable:
                     self._rows[path] = sum(
                         int(pc.sum(self._erased.rows_of(batch)).as_py() or 0) for batch in batches
                     )
-            except (pa.ArrowInvalid, FileNotFoundError):
+            except FileNotFoundError:
+                # What an export that was overtaken had staged is gone, but a snapshot may still name it.
+                return 0
+            except pa.ArrowInvalid:
                 if path in {file.file_path for files in self._manifests.values() for file in files}:
                     raise
-                # Half written, or removed since it was listed: nothing names it, and maintenance removes it.
+                # Half written: nothing names it, and maintenance removes it.
                 return 0
         return self._rows[path]
 

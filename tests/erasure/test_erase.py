@@ -1,0 +1,427 @@
+"""One subject is forgotten everywhere, nobody else is touched, and nothing brings it back."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import ERASED_AT, MESSAGES, OWNED, USER, VIEWER, World, like, redacted, view
+from oracle import DAY, HOUR, Erasure, Message, Oracle
+from relations import insert_events, instant
+from streams import NOW
+
+from dagster_prefs.erasure import ErasureIncomplete
+from dagster_prefs.events.ingest import ingest_file
+from dagster_prefs.events.redaction import Subject, SubjectRefused
+from dagster_prefs.offline import export as export_module
+from dagster_prefs.offline.catalog import CatalogUnavailable
+from dagster_prefs.offline.export import export_day
+from dagster_prefs.offline.forget import ViewerInTable, training_sets_holding
+from dagster_prefs.offline.tables import TILE_TABLES, WATCH
+from dagster_prefs.offline.tiles import TilesUnreadable
+from dagster_prefs.online.publisher import publish_lock
+from dagster_prefs.online.tables import dynamodb_client
+from dagster_prefs.online.withdraw import ViewerItems
+
+TODAY = instant(NOW).date()
+OLD, PARTED, ALONE = (TODAY - timedelta(days=days) for days in (40, 39, 20))
+# The producer's clock that ran ahead decides until when events are suppressed.
+AHEAD = NOW + DAY // 10
+ERASURE = Erasure("viewer", str(VIEWER), AHEAD)
+# Spelled so that every way to write the user's name is found.
+USER_TRACES = (re.escape(USER), r"Zo\\+u00eb/gone", r"Zo\\303\\253/gone")
+
+
+def without(rows: dict[str, list[tuple[Any, ...]]]) -> dict[str, list[tuple[Any, ...]]]:
+    return {name: [row for row in found if row[0] != VIEWER] for name, found in rows.items()}
+
+
+def expected_rows(world: World, before: dict[str, list[tuple[Any, ...]]], oracle: Oracle) -> None:
+    """Days that left the engine as they were, today as the oracle has it, nowhere the viewer."""
+    relations = oracle.relations()
+    for name, spec in TILE_TABLES.items():
+        days = [column.name for column in spec.columns].index(spec.day)
+        kept = [row for row in without(before)[name] if row[days] != TODAY]
+        tiles = [
+            tuple(
+                instant(row[column.name]) if column.name == "last_event_at" else row[column.name]
+                for column in spec.columns
+            )
+            for row in relations[spec.tile]
+            if row[spec.day] == TODAY and row["viewer_id"] >= 0
+        ]
+        assert tiles
+        assert world.rows(spec) == sorted(kept + tiles)
+
+
+def test_a_viewer_is_forgotten_and_nobody_else(world: World) -> None:
+    left = world.leave_the_engine()
+    before, items = world.all_rows(), world.items()
+    assert world.traces(str(VIEWER))
+    report = world.erase()
+
+    # Every relation of the engine, rejected messages and progress included, as if the messages said nothing.
+    messages = redacted(left, "viewer")
+    oracle = Oracle(messages, NOW, erased=[ERASURE])
+    assert world.differences(messages, [ERASURE]) == {}
+    # DynamoDB: nobody else's item changed before the next publish, and then only that of the shared event.
+    assert world.items() == {key: item for key, item in items.items() if key[0] != VIEWER}
+    world.publish()
+    assert {key for key, item in world.items().items() if items[key] != item} == {
+        (123, "engagement#watch"),
+        (123, "engagement#preferences"),
+    }
+    # Iceberg: every other row of every day.
+    expected_rows(world, before, oracle)
+    assert world.traces(str(VIEWER)) == []
+
+    counts = {(h.place, h.unit): (h.before, h.after) for h in report.holdings}
+    owned = [m for m, owner in left if owner == "viewer"]
+    for topic, raw in (("view_events", "raw_view_events"), ("user.events", "raw_user_events")):
+        assert counts[raw, "messages"] == (sum(m.topic == topic for m in owned), 0)
+    assert counts["viewer_profiles", "items"] == (3, 0)
+    assert counts["training.viewer_watch_daily", "rows"] == (
+        sum(row[0] == VIEWER for row in before["viewer_watch_daily"]),
+        0,
+    )
+    assert all(after == 0 for _, after in counts.values())
+    assert instant(AHEAD) == report.erased_at
+    done = {table.table: table for table in report.tables}["training.viewer_watch_daily"]
+    assert done.days_from_engine == (TODAY,)
+    assert done.days_rewritten == (OLD, PARTED, ALONE)
+    assert {"Kafka topics", "DynamoDB point-in-time recovery", "PostgreSQL"} <= set(report.unfinished)
+    # The report has no content: none of the messages' own fields.
+    assert not re.search("drama|odd-|w-777", json.dumps(report.as_dict()))
+
+    # The next exports commit nothing, neither the days that the engine has nor those that it lost.
+    heads = {name: world.catalog.load_table(spec.identifier("training")).current_snapshot().snapshot_id
+             for name, spec in TILE_TABLES.items()}  # fmt: skip
+    assert world.export() == []
+    for spec in TILE_TABLES.values():
+        for day in (OLD, PARTED, TODAY):
+            assert export_day(world.engine, world.catalog, spec, day).status in ("retained", "unchanged")
+        table = world.catalog.load_table(spec.identifier("training"))
+        assert table.current_snapshot().snapshot_id == heads[spec.name]
+
+    # A second time does nothing and says so.
+    refreshes = world.refreshes
+    again = world.erase(at=ERASED_AT + DAY)
+    assert (again.held, again.first_erased, again.erased_at) == (False, False, report.erased_at)
+    assert world.refreshes == refreshes
+    assert world.differences(messages, [ERASURE]) == {}
+    for spec in TILE_TABLES.values():
+        table = world.catalog.load_table(spec.identifier("training"))
+        assert table.current_snapshot().snapshot_id == heads[spec.name]
+
+
+def test_a_user_is_forgotten_and_nobody_else(world: World) -> None:
+    before, items = world.all_rows(), world.items()
+    assert world.traces(*USER_TRACES)
+    report = world.erase("user", f" {USER} ")
+    messages = redacted(OWNED, "user")
+    assert world.differences(messages, [Erasure("user", USER, ERASED_AT)]) == {}
+    assert world.traces(*USER_TRACES) == []
+    assert (world.all_rows(), world.items()) == (before, items)
+    raw = {h.place: (h.before, h.after) for h in report.holdings if h.unit == "messages"}
+    assert raw["raw_user_events"] == (
+        sum(owner == "user" and m.topic == "user.events" for m, owner in OWNED),
+        0,
+    )
+    assert report.held
+    assert "DynamoDB point-in-time recovery" not in report.unfinished
+
+
+def test_a_crash_at_any_step_is_completed_by_the_next_run(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = world.leave_the_engine()
+    before = world.all_rows()
+    steps: list[str] = []
+
+    class Crash(BaseException):
+        pass
+
+    def crash_at(number: int) -> Callable[[str], None]:
+        reached = []
+
+        def step(name: str) -> None:
+            reached.append(name)
+            if len(reached) > number:
+                steps.append(name)
+                raise Crash
+
+        return step
+
+    for number in range(1, 6):
+        with pytest.raises(Crash):
+            world.erase(step=crash_at(number))
+    # Inside the steps: between deleting an item and forgetting that it was published, and after each change
+    # of a training table.
+    for owner, name in (
+        (ViewerItems, "_delete"),
+        (ViewerInTable, "_rewrite"),
+        (ViewerInTable, "_remove_refs"),
+        (ViewerInTable, "_expire"),
+        (ViewerInTable, "_remove_files"),
+    ):
+        original = getattr(owner, name)
+
+        def crash(self: Any, *given: Any, original: Any = original) -> None:
+            original(self, *given)
+            raise Crash
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, crash)
+            with pytest.raises(Crash):
+                world.erase()
+    for number in (6, 8, 10, 12):
+        with pytest.raises(Crash):
+            world.erase(step=crash_at(number))
+    assert len(set(steps)) == 9
+    world.erase()
+    messages = redacted(left, "viewer")
+    assert world.differences(messages, [ERASURE]) == {}
+    assert world.traces(str(VIEWER)) == []
+    expected_rows(world, before, Oracle(messages, NOW, erased=[ERASURE]))
+
+
+def test_replays_stay_out_and_new_events_count(world: World) -> None:
+    world.erase()
+    # A topic that is read again from its start, under another name.
+    replay = [replace(m, source="kafka:again", arrived_at=NOW) for m in MESSAGES]
+    insert_events(world.connection, replay)
+    world.refresh()
+    world.publish()
+    messages = [*redacted(OWNED, "viewer"), *replay]
+    assert world.differences(messages, [ERASURE]) == {}
+    assert [key for key in world.items() if key[0] == VIEWER] == []
+    assert world.export() == []
+    # An event after the erasure is somebody who came back.
+    news = [
+        Message("view_events", "kafka:b", 0, 1, view("new", VIEWER, 0, watched_at=instant(AHEAD + 1).isoformat()),
+                None, NOW),
+        Message("content_interactions", "kafka:b", 0, 1,
+                like("new", VIEWER, 0, event_ts=instant(AHEAD).isoformat()), None, NOW),
+    ]  # fmt: skip
+    insert_events(world.connection, news)
+    world.refresh()
+    world.publish()
+    assert world.differences([*messages, *news], [ERASURE]) == {}
+    assert {key[1] for key in world.items() if key[0] == VIEWER} == {
+        "engagement#watch",
+        "engagement#preferences",
+    }
+    assert [row[2] for row in world.execute("select * from viewer_watch_metrics_1d") if row[0] == VIEWER] == [
+        60
+    ]
+    # Erased again, they and the replayed messages go as well, and the time moves.
+    again = world.erase(at=AHEAD + HOUR)
+    assert again.erased_at == instant(AHEAD + HOUR)
+    gone = [
+        *redacted(OWNED, "viewer"),
+        *redacted([(m, o) for m, (_, o) in zip(replay, OWNED, strict=True)], "viewer"),
+    ]
+    assert world.differences(
+        [*gone, *redacted([(m, "viewer") for m in news], "viewer")],
+        [replace(ERASURE, at=AHEAD + HOUR)],
+    ) == {}  # fmt: skip
+    assert world.traces(str(VIEWER)) == []
+
+
+def test_what_comes_while_it_runs_is_left_alone(world: World) -> None:
+    """A new event of the subject that arrives meanwhile counts, and is not taken for something left."""
+    news = Message(
+        "view_events", "live", 0, 1, view("live", VIEWER, 0, watched_at=instant(AHEAD + HOUR).isoformat()), None,
+        NOW + 40_000 * DAY,
+    )  # fmt: skip
+
+    def step(name: str) -> None:
+        if name == "redact the messages":
+            insert_events(world.connection, [news])
+
+    report = world.erase(step=step)
+    assert report.newer_events == 1
+    assert world.differences([*redacted(OWNED, "viewer"), news], [ERASURE]) == {}
+    assert {h.place for h in report.holdings if h.after} >= {"view_events", "viewer_watch_metrics_1d"}
+    assert [key for key in world.items() if key[0] == VIEWER] == []
+
+
+def test_files_are_not_read_again(world: World, tmp_path: Any) -> None:
+    original = tmp_path / "views.jsonl"
+    bodies = [view(f"f{n}", viewer, 0) for n, viewer in enumerate((VIEWER, 7, VIEWER))]
+    original.write_bytes(b"\n".join(bodies) + b"\n")
+    assert ingest_file(world.engine, original).accepted == 3
+    progress = "select source, source_partition, last_offset, messages from ingest_progress order by 1, 2"
+    world.refresh()
+    reached = world.execute(progress)
+    world.erase()
+    assert world.execute(progress) == reached
+    assert ingest_file(world.engine, original).accepted == 0
+    # One that stopped half way is read from its start, and finds every place taken.
+    world.execute("update ingest_files set completed_at = null")
+    assert ingest_file(world.engine, original).accepted == 0
+    world.refresh()
+    assert world.traces(str(VIEWER)) == []
+    assert world.execute("select count(*) from raw_view_events where source like '%views.jsonl%'") == [(3,)]
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes(original.read_bytes())
+    assert ingest_file(world.engine, copy).accepted == 3
+    world.refresh()
+    assert world.execute("select count(*) from view_events where viewer_id = %s", [VIEWER]) == [(0,)]
+    books = "select (select count(*) from raw_view_events), (select count(*) from view_events), " \
+            "(select count(*) from rejected_events where topic = 'view_events')"  # fmt: skip
+    ((raw, typed, rejected),) = world.execute(books)
+    oracle = Oracle(redacted(OWNED, "viewer"), NOW, erased=[ERASURE])
+    # The copy's event of viewer 7 is a duplicate; its two of the viewer are suppressed.
+    assert raw == typed + rejected + oracle.duplicates["view_events"] + 1 + 2
+
+
+def test_what_keeps_the_history_is_named_or_dropped(world: World) -> None:
+    """A tag and somebody's branch stay unless told otherwise; an abandoned export does not."""
+    table = world.catalog.load_table(WATCH.identifier("training"))
+    head = table.current_snapshot().snapshot_id
+    table.manage_snapshots().create_tag(head, "audit-2026").create_branch(head, "what-if").create_branch(
+        head, "export-2026-03-15-abandoned"
+    ).commit()
+    first = next(iter(table.snapshots())).snapshot_id
+    table.manage_snapshots().create_tag(first, "empty").commit()
+    # What a crashed export left: a whole file that nothing names, and half of one.
+    (named,) = [task.file.file_path for task in table.scan(row_filter=f"watch_date = '{TODAY}'").plan_files()]
+    whole = named.rsplit("/", 1)[0].removeprefix("file://") + "/left-00000.parquet"
+    pq.write_table(pq.read_table(named.removeprefix("file://"), partitioning=None), whole)
+
+    report = world.erase()
+    assert report.kept_by == {"training.viewer_watch_daily": ["audit-2026", "what-if"]}
+    assert any("audit-2026" in place for place in report.unfinished)
+    kept = {(h.place, h.unit): h.after for h in report.holdings if h.after}
+    assert set(kept) == {
+        ("training.viewer_watch_daily", "snapshots"),
+        ("training.viewer_watch_daily", "files"),
+    }
+    table = world.catalog.load_table(WATCH.identifier("training"))
+    assert set(table.refs()) == {"main", "audit-2026", "what-if", "empty"}
+    assert whole not in {str(path) for path in world.warehouse.rglob("*.parquet")}
+    assert all(f"@{head}" in trace or ".parquet" in trace for trace in world.traces(str(VIEWER)))
+
+    again = world.erase(drop_tags=True)
+    assert again.kept_by == {}
+    table = world.catalog.load_table(WATCH.identifier("training"))
+    assert set(table.refs()) == {"main", "empty"}
+    assert world.traces(str(VIEWER)) == []
+
+
+def test_an_export_that_read_before_the_erasure_cannot_publish(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = export_module.publish_day
+    insert_events(
+        world.connection,
+        [
+            Message("view_events", "more", 0, place, view(f"more{place}", viewer, 3), None, NOW)
+            for place, viewer in enumerate((VIEWER, 7))
+        ],
+    )
+    world.refresh()
+
+    def late(*given: Any, **options: Any) -> Any:
+        monkeypatch.setattr(export_module, "publish_day", original)
+        world.execute("insert into erased_subjects values ('viewer', %s, %s)", [str(VIEWER), instant(AHEAD)])
+        return original(*given, **options)
+
+    monkeypatch.setattr(export_module, "publish_day", late)
+    # It starts again, and then meets views that do not know of the erasure.
+    with pytest.raises(TilesUnreadable, match="prefs refresh"):
+        export_day(world.engine, world.catalog, WATCH, TODAY - timedelta(days=3))
+    world.refresh()
+    assert export_day(world.engine, world.catalog, WATCH, TODAY - timedelta(days=3)).rows == 1
+    world.erase()
+    assert world.traces(str(VIEWER)) == []
+
+
+def test_an_unknown_subject_is_suppressed_all_the_same(world: World) -> None:
+    before = world.all_rows()
+    report = world.erase(name="424242")
+    assert (report.held, report.first_erased) == (False, True)
+    assert world.all_rows() == before
+    assert world.execute("select * from erased_subjects") == [("viewer", "424242", instant(ERASED_AT))]
+    assert world.refreshes == 0
+
+
+def test_a_store_that_is_down_is_named_and_the_next_run_completes(
+    world: World, free_port: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def down() -> Any:
+        raise CatalogUnavailable("the Iceberg catalog cannot be reached: check its address")
+
+    dead = dynamodb_client(f"http://127.0.0.1:{free_port()}", "eu-central-1")
+    elsewhere = dynamodb_client(world.client.meta.endpoint_url, "eu-west-1")
+    engine = replace(world.engine, port=free_port())
+    given = world.stores
+    for changes, step, reason in (
+        ({"engine": engine}, "suppress the subject", "prefs up"),
+        ({"dynamodb": lambda: dead}, "delete the items", "cannot be reached"),
+        ({"dynamodb": lambda: elsewhere}, "delete the items", "no table viewer_profiles"),
+        ({"catalog": down}, "open the Iceberg catalog", "check its address"),
+    ):
+        monkeypatch.setattr(world, "stores", lambda changes=changes: given(**changes))
+        with pytest.raises(ErasureIncomplete, match=f"{step}.*{reason}.*run the same command again"):
+            world.erase()
+    monkeypatch.setattr(world, "stores", given)
+    assert world.erase().held
+    assert world.traces(str(VIEWER)) == []
+
+
+def test_a_publisher_at_work_is_waited_for(world: World) -> None:
+    items = ViewerItems(world.client, world.contract, world.table.name, VIEWER, instant(AHEAD))
+    with world.engine.connect() as publisher:
+        publisher.execute(
+            "select pg_advisory_lock(hashtextextended(%s, 0))",
+            [publish_lock(world.engine, "engagement#preferences")],
+        )
+        with pytest.raises(Exception, match="another publisher"):
+            items.withdraw(world.engine, lock_timeout_seconds=0.05)
+        assert len(items.keys()) == 3
+    assert items.withdraw(world.engine) == 3
+    assert world.execute("select count(*) from online_published where viewer_id = %s", [VIEWER]) == [(0,)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "rule"),
+    [
+        ("viewer", "12a", "whole numbers of 64 bits"),
+        ("viewer", "1.0", "whole numbers of 64 bits"),
+        ("viewer", "", "whole numbers of 64 bits"),
+        ("viewer", "9223372036854775808", "whole numbers of 64 bits"),
+        ("viewer", "-5", "canary"),
+        ("user", "canary:1", "canary"),
+        ("user", " ", "not empty"),
+        ("person", "1", "viewer or user"),
+    ],
+)
+def test_what_is_no_subject_is_refused(kind: str, given: str, rule: str) -> None:
+    with pytest.raises(SubjectRefused, match=rule):
+        Subject.named(kind, given)
+
+
+def test_ids_are_taken_as_events_spell_them() -> None:
+    assert Subject.named("viewer", " 007 ") == Subject("viewer", "7")
+    assert Subject.named("viewer", str(2**63 - 1)).value == 2**63 - 1
+    assert Subject.named("user", "\tcanary ") == Subject("user", "canary")
+
+
+def test_training_sets_outside_are_named(tmp_path: Any) -> None:
+    for name, viewers in (("with", [1, VIEWER]), ("sub/without", [1, 2])):
+        path = tmp_path / f"{name}.parquet"
+        path.parent.mkdir(exist_ok=True)
+        pq.write_table(pa.table({"viewer_id": viewers}), path)
+        path.with_name(path.name + ".manifest.json").write_text("{}")
+    assert training_sets_holding(VIEWER, [tmp_path]) == [tmp_path / "with.parquet"]
+    with pytest.raises(Exception, match="no folder of training sets"):
+        training_sets_holding(VIEWER, [tmp_path / "nowhere"])
