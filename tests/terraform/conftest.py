@@ -8,12 +8,14 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
 from terraform_harness import CONTRACT, MODULE, ROOT, Applied, Terraform, clean_environment, find_plugins
+
+VARIABLES = "staging.tfvars.json"
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +24,15 @@ def terraform_binary() -> str:
     if binary is None:
         pytest.skip("terraform is not on the PATH: install Terraform 1.9 or newer to run these tests")
     return binary
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs no applied environment first: it runs while Terraform applies, which mostly waits."""
+    room = [item for item in items if item.path.parent == Path(__file__).parent]
+    places = [place for place, item in enumerate(items) if item in room]
+    room.sort(key=lambda item: "applied" in getattr(item, "fixturenames", ()))
+    for place, item in zip(places, room, strict=True):
+        items[place] = item
 
 
 @pytest.fixture(scope="session")
@@ -78,12 +89,21 @@ def _wait_for_server(server: subprocess.Popen[bytes], log: Path) -> str:
 
 
 @pytest.fixture(scope="session")
-def applied(terraform: Terraform, aws_server: str) -> Iterator[Applied]:
-    """The whole module, applied once, with a trust of every kind; destroyed at the end."""
+def applying(
+    request: pytest.FixtureRequest, terraform: Terraform, free_port: Callable[[], int]
+) -> Iterator[subprocess.Popen[str] | None]:
+    """`terraform apply` of the whole module, with a trust of every kind; None where no test waits for it.
+
+    A long test that needs no applied environment takes this fixture, so that it runs meanwhile.
+    """
+    if not any("applied" in getattr(item, "fixturenames", ()) for item in request.session.items):
+        yield None
+        return
     values = {
         "environment": "staging",
         "region": "eu-central-1",
-        "endpoint_url": aws_server,
+        "endpoint_url": request.getfixturevalue("aws_server"),
+        "engine": "local",
         "tags": {"team": "engagement"},
         "eks_oidc_provider_arn": "arn:aws:iam::123456789012:oidc-provider/oidc.example.com/id/ABC123",
         "trust": {
@@ -96,11 +116,25 @@ def applied(terraform: Terraform, aws_server: str) -> Iterator[Applied]:
             },
         },
         "alarm_topic_arns": ["arn:aws:sns:eu-central-1:123456789012:prefs-alarms"],
-        "platform_environment": {"PREFS_ENGINE_HOST": "risingwave.internal"},
+        "platform_environment": {"PREFS_ENGINE_PORT": str(free_port())},
     }
-    (terraform.folder / "staging.tfvars.json").write_text(json.dumps(values))
-    variables = ["-var-file=staging.tfvars.json"]
-    terraform.run("apply", "-no-color", "-auto-approve", *variables)
+    (terraform.folder / VARIABLES).write_text(json.dumps(values))
+    apply = terraform.start("apply", "-no-color", "-auto-approve", f"-var-file={VARIABLES}")
+    try:
+        yield apply
+    finally:
+        # Only where the session ends before the apply does.
+        if apply.poll() is None:
+            apply.terminate()
+            apply.wait(timeout=60)
+
+
+@pytest.fixture(scope="session")
+def applied(applying: subprocess.Popen[str], terraform: Terraform, aws_server: str) -> Iterator[Applied]:
+    """The applied environment; destroyed at the end."""
+    out, err = applying.communicate(timeout=300)
+    assert applying.returncode == 0, out + err
+    variables = [f"-var-file={VARIABLES}"]
     outputs = json.loads(terraform.run("output", "-json").stdout)
     environment = Applied(
         terraform, aws_server, variables, {name: output["value"] for name, output in outputs.items()}
@@ -109,8 +143,16 @@ def applied(terraform: Terraform, aws_server: str) -> Iterator[Applied]:
     # The way out of an environment that holds data: lift the protection, then destroy.
     bucket = environment.outputs["lake_bucket"]
     environment.client("s3").put_object(Bucket=bucket, Key="warehouse/last", Body=b"x")
-    terraform.run("apply", "-no-color", "-auto-approve", *variables, "-var=deletion_protection=false")
-    terraform.run("destroy", "-no-color", "-auto-approve", *variables, "-var=deletion_protection=false")
+    # Nobody else changes this server, so the state needs no second look.
+    unprotected = [
+        "-no-color",
+        "-auto-approve",
+        "-refresh=false",
+        *variables,
+        "-var=deletion_protection=false",
+    ]
+    terraform.run("apply", *unprotected)
+    terraform.run("destroy", *unprotected)
     left = terraform.run("state", "list").stdout.split()
     assert left == [], f"destroy left {left}"
     tables = environment.client("dynamodb").list_tables()["TableNames"]

@@ -18,6 +18,13 @@ ROOT = Path(__file__).resolve().parents[2]
 MODULE = ROOT / "infra" / "terraform"
 CONTRACT = Path("dagster_prefs") / "online" / "contract.json"
 
+# Of nobody; a local AWS server takes any. None of them may end up in the state.
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "AKIATERRAFORMTEST",
+    "AWS_SECRET_ACCESS_KEY": "the-secret-of-the-terraform-tests",
+}
+STEERING = {"CHECKPOINT_DISABLE": "1", "TF_IN_AUTOMATION": "1", "TF_INPUT": "0"}
+
 
 def clean_environment() -> dict[str, str]:
     """This process's environment without what would steer Terraform, the provider or the settings."""
@@ -43,24 +50,26 @@ class Terraform:
         self, *arguments: str, check: bool = True, timeout_seconds: int = 300
     ) -> subprocess.CompletedProcess[str]:
         """Run one command; with `check` a failure fails the test with Terraform's own words."""
-        environment = clean_environment() | {
-            "AWS_ACCESS_KEY_ID": "AKIATERRAFORMTEST",
-            "AWS_SECRET_ACCESS_KEY": "the-secret-of-the-terraform-tests",
-            "CHECKPOINT_DISABLE": "1",
-            "TF_IN_AUTOMATION": "1",
-            "TF_INPUT": "0",
-        }
-        done = subprocess.run(
+        process = self.start(*arguments)
+        try:
+            out, err = process.communicate(timeout=timeout_seconds)
+        except BaseException:
+            process.kill()
+            raise
+        if check and process.returncode != 0:
+            pytest.fail(f"terraform {' '.join(arguments)}:\n{out[-4000:]}\n{err[-4000:]}")
+        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """Start one command and leave it running."""
+        return subprocess.Popen(
             [self.binary, *arguments],
             cwd=self.folder,
-            env=environment,
-            capture_output=True,
+            env=clean_environment() | CREDENTIALS | STEERING,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=timeout_seconds,
         )
-        if check and done.returncode != 0:
-            pytest.fail(f"terraform {' '.join(arguments)}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
-        return done
 
 
 def find_plugins() -> Path | None:
@@ -98,8 +107,8 @@ class Applied:
             service,
             endpoint_url=self.endpoint,
             region_name="eu-central-1",
-            aws_access_key_id="AKIATERRAFORMTEST",
-            aws_secret_access_key="the-secret-of-the-terraform-tests",
+            aws_access_key_id=CREDENTIALS["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=CREDENTIALS["AWS_SECRET_ACCESS_KEY"],
         )
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,13 @@ from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 import pyarrow as pa
 import pytest
 from iam_policy import ALLOWED, EXPLICITLY_DENIED, NOT_ALLOWED, decide
+from pyiceberg.catalog import Catalog
 from pyiceberg.table import Table
-from terraform_harness import CONTRACT, ROOT, Applied, clean_environment, recorded_requests
+from terraform_harness import CONTRACT, CREDENTIALS, ROOT, Applied, clean_environment, recorded_requests
 
 from dagster_prefs.freshness.online import ItemAccess
 from dagster_prefs.offline.catalog import open_catalog
-from dagster_prefs.offline.tables import WATCH, arrow_schema, ensure_table
+from dagster_prefs.offline.tables import GENRE, INTERACTIONS, WATCH, arrow_schema, ensure_table
 from dagster_prefs.online.contract import load_contract
 from dagster_prefs.online.tables import TableError, TableReport, dynamodb_client, provision
 from dagster_prefs.serving.profiles import ProfileClient
@@ -38,6 +41,8 @@ OTHER_BUCKET = f"arn:aws:s3:::prod-prefs-lake-{ACCOUNT}-{REGION}"
 TILES = f"{BUCKET}/warehouse/staging_training.db/viewer_watch_daily"
 GLUE = f"arn:aws:glue:{REGION}:{ACCOUNT}"
 KEY = "the customer key"
+# Of the rows that tests write by themselves: before the first day that the platform exports.
+DAY = date(2020, 1, 2)
 READERS = {"serving-reader", "freshness-reader"}
 KEYS_ONLY = {
     "dynamodb:Attributes": ["viewer_id", "domain_key"],
@@ -70,8 +75,8 @@ def test_env_is_what_the_platform_reads(applied: Applied, tmp_path: Path) -> Non
     expected = {
         "aws_endpoint_url": applied.endpoint,
         "aws_region": REGION,
-        "engine": "risingwave",
-        "engine_host": "risingwave.internal",
+        "engine": "local",
+        "engine_port": int(written["PREFS_ENGINE_PORT"]),
         "provisioning": "verify",
         "table_prefix": "staging-",
         "iceberg_catalog": "glue",
@@ -79,6 +84,78 @@ def test_env_is_what_the_platform_reads(applied: Applied, tmp_path: Path) -> Non
         "iceberg_namespace": "staging_training",
     }
     assert {name: settings[name] for name in expected} == expected
+
+
+# Small, but with something in every domain; yesterday is the newest day, because today's is not exported yet.
+SMALL = (
+    "--viewers", "15", "--view-events", "200", "--shop-events", "60", "--interactions", "80", "--days", "2",
+    "--until", (datetime.now(UTC).date() - timedelta(days=1)).isoformat(),
+)  # fmt: skip
+# One process that does everything plays these; docs/operations.md says so.
+PLAYED = ("provisioner", "sink-writer", "exporter", "freshness-reader", "serving-reader")
+
+
+def test_demo_runs_against_what_was_applied(
+    applied: Applied,
+    policies: dict[str, list[dict[str, Any]]],
+    local_credentials: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`terraform output -raw env > .env` is all that the platform is told, and its roles allow all that it asks."""
+    env_file = tmp_path / ".env"
+    env_file.write_text(applied.terraform.run("output", "-raw", "env").stdout)
+    environment = clean_environment() | CREDENTIALS | {
+        "PREFS_ENV_FILE": str(env_file), "PREFS_DATA_DIR": str(tmp_path / "state"),
+        "AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        "DBT_SEND_ANONYMOUS_USAGE_STATS": "false", "DAGSTER_DISABLE_TELEMETRY": "yes",
+    }  # fmt: skip
+
+    def prefs(*arguments: str) -> str:
+        done = subprocess.run(
+            [Path(sys.executable).with_name("prefs"), *arguments],
+            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+        return done.stdout
+
+    try:
+        with recorded_requests(applied.endpoint) as requests:
+            outcome = json.loads(prefs("demo", "--json", *SMALL))
+    finally:
+        prefs("down", "--delete-state")
+
+    # DynamoDB: one item per row of each rolling view, and the client reads what the demo showed.
+    published = Counter(
+        item["domain_key"]["S"]
+        for page in applied.client("dynamodb")
+        .get_paginator("scan")
+        .paginate(TableName=applied.outputs["table_name"])
+        for item in page["Items"]
+    )
+    contract = load_contract(ROOT / CONTRACT)
+    rows = {key: outcome["rows"][domain.relation] for key, domain in contract.domains.items()}
+    assert published == rows
+    assert min(rows.values()) > 0
+    with profile_client(applied) as client:
+        profile = client.get(outcome["viewer_id"])
+    served = {name: read["attributes"] for name, read in profile.as_dict()["domains"].items()}
+    assert json.loads(json.dumps(served, default=str)) == outcome["items"]
+
+    # Iceberg: each table's snapshot in the Glue catalog holds every tile, in files of the lake.
+    catalog = lake_catalog(applied)
+    for spec, relation in (
+        (WATCH, "viewer_watch_metrics_1d"),
+        (GENRE, "viewer_genre_metrics_1d"),
+        (INTERACTIONS, "viewer_interactions_1d"),
+    ):
+        table = catalog.load_table(spec.identifier(applied.outputs["iceberg_namespace"]))
+        assert table.scan().count() == outcome["rows"][relation] > 0
+        files = table.inspect.files()["file_path"].to_pylist()
+        assert all(name.startswith(f"{applied.outputs['iceberg_warehouse']}/") for name in files)
+
+    together = [document for actor in PLAYED for document in policies[actor]]
+    assert_allowed(together, requests)
 
 
 @pytest.fixture
@@ -155,7 +232,8 @@ def test_training_tables_live_in_the_lake(applied: Applied, local_credentials: N
     table = offline_table(applied)
     tiles = pa.Table.from_pylist([tile(viewer) for viewer in (1, 2, 3)], schema=arrow_schema(table))
     table.append(tiles)
-    assert offline_table(applied).scan().to_arrow().sort_by("viewer_id").to_pylist() == tiles.to_pylist()
+    written = offline_table(applied).scan(row_filter=f"watch_date = '{DAY}' and viewer_id < 9")
+    assert written.to_arrow().sort_by("viewer_id").to_pylist() == tiles.to_pylist()
     # The exporter's and the freshness reader's policies name these folders.
     assert table.location() == TILES.replace("arn:aws:s3:::", "s3://")
     assert table.metadata_location.startswith(table.location() + "/metadata/")
@@ -163,16 +241,20 @@ def test_training_tables_live_in_the_lake(applied: Applied, local_credentials: N
 
 def offline_table(applied: Applied) -> Table:
     """The tile table of the applied lake, made where missing."""
-    catalog = open_catalog(
+    return ensure_table(lake_catalog(applied), applied.outputs["iceberg_namespace"], WATCH)
+
+
+def lake_catalog(applied: Applied) -> Catalog:
+    """The Glue catalog of the applied lake."""
+    return open_catalog(
         "glue", applied.outputs["iceberg_warehouse"], region=REGION, endpoint_url=applied.endpoint
     )
-    return ensure_table(catalog, applied.outputs["iceberg_namespace"], WATCH)
 
 
 def tile(viewer_id: int) -> dict[str, Any]:
     """One viewer's day with the same small count in every number of it."""
-    plain = {"long": viewer_id, "int": viewer_id, "date": date(2026, 1, 2)}
-    moment = datetime(2026, 1, 2, tzinfo=UTC)
+    plain = {"long": viewer_id, "int": viewer_id, "date": DAY}
+    moment = datetime(DAY.year, DAY.month, DAY.day, tzinfo=UTC)
     return {
         field.name: plain.get(
             str(field.field_type), moment if "timestamp" in str(field.field_type) else Decimal(0)
@@ -369,19 +451,25 @@ def verified(applied: Applied) -> TableReport:
 
 
 def write_an_item(applied: Applied) -> None:
-    item = {"viewer_id": {"N": "7"}, "domain_key": {"S": "engagement#watch"}}
-    dynamodb_client(applied.endpoint, REGION).batch_write_item(
-        RequestItems={applied.outputs["table_name"]: [{"PutRequest": {"Item": item}}]}
-    )
+    # Taken away again, because the platform must find no item that it did not publish.
+    item = {"viewer_id": {"N": "-7"}, "domain_key": {"S": "engagement#watch"}}
+    client = dynamodb_client(applied.endpoint, REGION)
+    for write in ({"PutRequest": {"Item": item}}, {"DeleteRequest": {"Key": item}}):
+        client.batch_write_item(RequestItems={applied.outputs["table_name"]: [write]})
 
 
 def read_profiles(applied: Applied) -> None:
-    with ProfileClient(
-        endpoint_url=applied.endpoint, region=REGION, table_prefix="staging-",
-        budget_seconds=30, connect_timeout_seconds=10, read_timeout_seconds=10,
-    ) as client:  # fmt: skip
+    with profile_client(applied) as client:
         client.get(7, domains=["watch"])
         client.get(7)
+
+
+def profile_client(applied: Applied) -> ProfileClient:
+    """The recommendation service's client, patient, because the local AWS server takes its time."""
+    return ProfileClient(
+        endpoint_url=applied.endpoint, region=REGION, table_prefix="staging-",
+        budget_seconds=30, connect_timeout_seconds=10, read_timeout_seconds=10,
+    )  # fmt: skip
 
 
 def sample_items(applied: Applied) -> None:
@@ -404,6 +492,11 @@ def test_actor_needs_nothing_that_its_policy_withholds(
     offline_table(applied)
     with recorded_requests(applied.endpoint) as requests:
         PARTS[actor](applied)
+    assert_allowed(policies[actor], requests)
+
+
+def assert_allowed(documents: list[dict[str, Any]], requests: list[dict[str, Any]]) -> None:
+    """Each of the requests, as the server saw them, is allowed by the policies."""
     asked = {
         (action, resource, json.dumps(context))
         for entry in requests
@@ -413,7 +506,7 @@ def test_actor_needs_nothing_that_its_policy_withholds(
     refused = [
         (action, resource, context)
         for action, resource, context in sorted(asked)
-        if decide(policies[actor], action, resource, json.loads(context)) != ALLOWED
+        if decide(documents, action, resource, json.loads(context)) != ALLOWED
     ]
     assert refused == []
 

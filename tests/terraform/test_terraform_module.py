@@ -30,6 +30,7 @@ def test_validity(terraform: Terraform) -> None:
     assert answer["valid"]
 
 
+@pytest.mark.usefixtures("applying")
 def test_rule_of_every_variable(terraform: Terraform) -> None:
     done = terraform.run("test", "-json", check=False, timeout_seconds=600)
     events = [json.loads(line) for line in done.stdout.splitlines()]
@@ -43,6 +44,16 @@ def test_rule_of_every_variable(terraform: Terraform) -> None:
     ), wrong
     written = sum(path.read_text().count('\nrun "') for path in (MODULE / "tests").glob("*.tftest.hcl"))
     assert summary["passed"] == written > 0
+
+
+def test_a_region_that_aws_does_not_have_is_refused(terraform: Terraform, aws_server: str) -> None:
+    """Whether a well-formed region exists is the provider's knowledge, and not a rule of the variable."""
+    done = terraform.run(
+        "plan", "-no-color", "-state=nowhere.tfstate", "-var=environment=prod", "-var=region=eu-central-9",
+        f"-var=endpoint_url={aws_server}", check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "invalid AWS Region: eu-central-9" in done.stderr
 
 
 def test_no_rule_is_untested() -> None:
