@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 UV_VERSION := 0.13.8
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ui up down status test test-fast test-terraform bench-serving bench-ingest lint format lock clean
+.PHONY: help demo ui up down status stack stack-down test test-fast test-terraform bench-serving bench-ingest lint format lock clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,16 @@ down: ## stop what was started
 
 status: $(VENV)/installed ## show services, lag and freshness
 	@$(BIN)/prefs status
+
+stack: ## start RisingWave, Kafka, DynamoDB Local and the platform in containers (needs Docker)
+	@docker compose version >/dev/null 2>&1 || { echo "make stack needs Docker with its compose plugin: install both, or use make demo" >&2; exit 1; }
+	@docker compose up --build --detach --wait
+	@echo "Dagster UI      http://127.0.0.1:3000"
+	@echo "feature server  http://127.0.0.1:8080/v1/profiles/1"
+	@echo "RisingWave      psql -h 127.0.0.1 -p 4566 -d dev -U root"
+
+stack-down: ## stop the containers; their data stays in volumes
+	@docker compose down
 
 test: $(VENV)/installed ## the whole test suite
 	@$(BIN)/python -m pytest
