@@ -217,6 +217,19 @@ class Settings(BaseSettings):
         description="First UTC day that is exported to Iceberg; older tiles stay in the engine only.",
     )
 
+    snapshots_kept_days: int = Field(
+        30,
+        ge=1,
+        description="Days that snapshots of the training tables are kept; tagged ones stay. Training sets as known "
+        "at a label's time need them.",
+    )
+    parity_share: float = Field(
+        0.01,
+        gt=0,
+        le=1,
+        description="Part of all viewers (0…1) whose items the parity check recomputes from Iceberg.",
+    )
+
     expiry_spread_seconds: int = Field(
         0,
         ge=0,
@@ -257,7 +270,7 @@ class Settings(BaseSettings):
             )
         if self.engine == "risingwave" and self.publish == "publisher":
             raise ValueError(
-                "PREFS_PUBLISH=publisher needs PREFS_ENGINE=local: on RisingWave its own sinks write DynamoDB; use sink, "
+                "PREFS_PUBLISH=publisher needs PREFS_ENGINE=local: on RisingWave use sink, "
                 "or changefeed without a licence"
             )
         if self.engine == "local" and self.publish == "changefeed":

@@ -45,6 +45,7 @@ class Platform:
                 },
                 "PREFS_SINK_ROLE_ARN": self.settings.sink_role_arn or "",
                 "PREFS_PUBLISH": self.settings.publish,
+                "PREFS_CHANGEFEED_RETENTION_HOURS": str(self.settings.changefeed_retention_hours),
                 "PREFS_EXPORT": self.settings.export,
                 "PREFS_ICEBERG_CATALOG": self.settings.iceberg_catalog,
                 "PREFS_ICEBERG_WAREHOUSE": self.settings.iceberg_warehouse or "",

@@ -61,9 +61,13 @@
 
 {#
   The statement that makes a dropped dependent again. Where its old definition no longer fits, the change is refused
-  and rolled back, unless this run is going to make the dependent from a changed definition anyway.
+  and rolled back, unless this run is going to make the dependent from a changed definition anyway. `prefs apply` has
+  left that definition in `deployments`, so that no reader finds the dependent missing until its own turn.
 #}
 {% macro remake_statement(relation, row) -%}
+  {%- set coming = run_query(
+    "select definition from " ~ target.schema ~ ".deployments where relation = 'pending:" ~ row["identifier"] ~ "'"
+  ).rows -%}
   {%- set here = namespace(selected=false, changed=false) -%}
   {%- for node in graph.nodes.values() if node.resource_type == "model" and node.alias == row["identifier"] and node.unique_id in selected_resources -%}
     {%- set here.selected = true -%}
@@ -79,7 +83,9 @@
       " ~ (["execute $prefs_sql$" ~ row["grants"] ~ "$prefs_sql$;"] if row["grants"] else []) | join ~ "
     exception when others then
       if " ~ here.selected ~ " and (" ~ here.changed ~ " or (sqlstate = '42P01' and current_setting('prefs.waiting', true) <> '')) then
-        perform set_config('prefs.waiting', 'yes', true);
+        " ~ ("begin execute $prefs_sql$create " ~ row["kind"] ~ " " ~ row["name"] ~ " as " ~ coming[0][0] ~ "$prefs_sql$;
+        exception when others then perform set_config('prefs.waiting', 'yes', true); end;"
+        if coming else "perform set_config('prefs.waiting', 'yes', true);") ~ "
       else
         raise exception 'the changed " ~ relation.identifier ~ " breaks " ~ row["identifier"] ~ ", which stands on it: %. Nothing was changed: change " ~ row["identifier"] ~ " too and run both', sqlerrm;
       end if;
