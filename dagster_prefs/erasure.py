@@ -22,7 +22,7 @@ from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.events.progress import waiting_since
 from dagster_prefs.events.raw import explained
-from dagster_prefs.events.redaction import RawMessages, Subject
+from dagster_prefs.events.redaction import AppendOnly, RawMessages, Subject
 from dagster_prefs.offline.export import DEFAULT_NAMESPACE
 from dagster_prefs.offline.forget import ForgottenTable, ViewerInTable, training_sets_holding
 from dagster_prefs.offline.tables import TILE_TABLES, ErasedViewer
@@ -178,6 +178,7 @@ class _Erasure:
         self.drop_tags = drop_tags
         self.training_sets = training_sets
         self.announce = announce
+        self.refused: dict[str, str] = {}
 
     def run(self) -> ErasureReport:
         started = monotonic()
@@ -289,9 +290,13 @@ class _Erasure:
         for _ in range(ROUNDS):
             found = messages.find()
             for raw_table, positions in found.items():
-                done[raw_table] += messages.redact(raw_table, positions)
+                try:
+                    done[raw_table] += messages.redact(raw_table, positions)
+                except AppendOnly as error:
+                    # The other stores are forgotten all the same; in the end this one is named.
+                    self.refused[raw_table] = str(error)
             # The embedded engine's parsed relations stand still until the refresh, so one look tells it all.
-            if not found or self.engine.kind == "local":
+            if not found.keys() - self.refused.keys() or self.engine.kind == "local":
                 break
         return done
 
@@ -305,7 +310,7 @@ class _Erasure:
         with self.engine.connect() as connection:
             connection.execute("flush")
             while any(self._engine_counts(connection).values()) and monotonic() < deadline:
-                if self._newer_events(connection):
+                if self._newer_events(connection) or self.refused:
                     break
                 sleep(1.0)
 
@@ -402,8 +407,9 @@ class _Erasure:
         ]
         if left:
             raise ErasureIncomplete(
-                f"{self.subject} is still held after its erasure ({'; '.join(left)}): see what writes there, "
-                "and run the same command again"
+                f"{self.subject} is still held after its erasure ({'; '.join(left)}): "
+                + ("; ".join(self.refused.values()) or "see what writes there")
+                + ", and run the same command again"
             )
 
     def _unfinished(self, report: ErasureReport) -> dict[str, str]:

@@ -20,19 +20,21 @@ from psycopg import sql
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.events.formats import TOPICS, Topic
-from dagster_prefs.events.raw import explained
+from dagster_prefs.events.raw import RawStoreError, explained
 
 REDACTED = b'{"erased":true}'
 """What is left of a message; the typed layer rejects it with the reason `erased`."""
 
 KEYS = {"viewer": "viewer_id", "user": "user_id"}
-BATCH_ROWS = 5_000
-# RisingWave reads the positions of an update as text.
-BATCH_ROWS_RISINGWAVE = 500
+BATCH_ROWS = 500
 
 
 class SubjectRefused(PrefsError):
     """What was named is no subject that can be erased."""
+
+
+class AppendOnly(RawStoreError):
+    """The engine does not change the rows of this raw table."""
 
 
 @dataclass(frozen=True)
@@ -153,47 +155,34 @@ class RawMessages:
         return {topic.raw_table: len(self._seen(topic)) for topic in TOPICS.values()}
 
     def redact(self, raw_table: str, positions: Sequence[Position]) -> int:
-        """Replace the content of these messages; returns how many there were. Safe to repeat."""
-        with explained(self._engine, raw_table):
-            if self._engine.kind == "risingwave":
-                return self._redact_risingwave(raw_table, positions)
-            done = 0
-            for start in range(0, len(positions), BATCH_ROWS):
-                batch = positions[start : start + BATCH_ROWS]
-                done += self._connection.execute(
-                    sql.SQL(
-                        "update {} as raw set data = %s from unnest(%s::text[], %s::int[], %s::bigint[])"
-                        " as gone (source, source_partition, source_offset) where raw.source = gone.source"
-                        " and raw.source_partition = gone.source_partition"
-                        " and raw.source_offset = gone.source_offset"
-                    ).format(self._relation(raw_table)),
-                    [REDACTED, *map(list, zip(*batch, strict=True))],
-                ).rowcount
-            return done
+        """Replace the content of these messages; returns how many there were. Safe to repeat.
 
-    def _redact_risingwave(self, raw_table: str, positions: Sequence[Position]) -> int:
+        Raises AppendOnly where the engine keeps the raw table's rows for a time and changes none.
+        """
         partitions: dict[tuple[str, int], list[int]] = {}
         for source, partition, offset in positions:
             partitions.setdefault((source, partition), []).append(offset)
         done = 0
         for (source, partition), offsets in partitions.items():
-            for start in range(0, len(offsets), BATCH_ROWS_RISINGWAVE):
-                batch = offsets[start : start + BATCH_ROWS_RISINGWAVE]
-                # Positions of a Kafka table are texts, and it has no column for the source.
-                kafka = "source" not in self._columns(raw_table)
-                values: list[Any] = [str(offset) if kafka else offset for offset in batch]
-                done += self._connection.execute(
-                    sql.SQL(
-                        'update {} set "data" = {} where {} source_partition = {} and source_offset in ({})'
-                    ).format(
-                        self._relation(raw_table),
-                        sql.Literal(REDACTED),
-                        sql.SQL("") if kafka else sql.SQL("source = {} and").format(sql.Literal(source)),
-                        sql.Literal(str(partition) if kafka else partition),
-                        sql.SQL(", ").join(map(sql.Literal, values)),
-                    )
-                ).rowcount
+            for start in range(0, len(offsets), BATCH_ROWS):
+                done += self._redact(raw_table, source, partition, offsets[start : start + BATCH_ROWS])
         return done
+
+    def _redact(self, raw_table: str, source: str, partition: int, offsets: Sequence[int]) -> int:
+        # RisingWave looks rows up by a list of keys, and takes `data` for a word of its own unless quoted.
+        change = sql.SQL(
+            'update {} set "data" = %s where source = %s and source_partition = %s and source_offset in ({})'
+        ).format(self._relation(raw_table), sql.SQL(", ").join(map(sql.Literal, offsets)))
+        with explained(self._engine, raw_table):
+            try:
+                return self._connection.execute(change, (REDACTED, source, partition)).rowcount
+            except psycopg.Error as error:
+                if "append-only" not in str(error):
+                    raise
+        raise AppendOnly(
+            f"{raw_table} and what is parsed from it keep the subject's messages, because RisingWave changes no "
+            "row of a table with PREFS_RAW_RETENTION_SECONDS: rebuild them without it"
+        )
 
     def _seen(self, topic: Topic) -> set[Position]:
         """Messages that carry the id under its own name, and rejected ones that name it otherwise."""
@@ -201,13 +190,12 @@ class RawMessages:
         if self._subject.is_key_of(topic):
             rows = self._ask(
                 topic.raw_table,
-                "select {place}, data from {relation} where arrived_at <= {until}"
+                "select source, source_partition, source_offset, data from {relation} where arrived_at <= {until}"
                 " and encode(data, 'escape') ~ {pattern}",
-                place=self._place(topic),
                 pattern=sql.Literal(self._pattern()),
             )
             found |= {
-                Position(str(source), int(partition), int(offset))
+                Position(source, partition, offset)
                 for source, partition, offset, data in rows
                 if not _of_another(self._subject, data)
             }
@@ -256,24 +244,6 @@ class RawMessages:
                     **parts,
                 )
             ).fetchall()
-
-    def _place(self, topic: Topic) -> sql.Composable:
-        if "source" in self._columns(topic.raw_table):
-            return sql.SQL("source, source_partition, source_offset")
-        # The parsed relation names the source of a Kafka table.
-        source = self._connection.execute(
-            sql.SQL("select min(source) from {}").format(self._relation(parsed_of(topic)))
-        ).fetchone()
-        return sql.SQL("{}, source_partition, source_offset").format(
-            sql.Literal((source and source[0]) or "")
-        )
-
-    def _columns(self, relation: str) -> set[str]:
-        rows = self._connection.execute(
-            "select column_name from information_schema.columns where table_schema = %s and table_name = %s",
-            (self._engine.schema, relation),
-        ).fetchall()
-        return {str(name) for (name,) in rows}
 
     def _relation(self, name: str) -> sql.Identifier:
         return sql.Identifier(self._engine.schema, name)

@@ -94,9 +94,9 @@ _ALWAYS = sql.SQL("true")
 
 
 def _is_open(connection: EngineConnection) -> sql.Composed:
-    """The condition that a row of `rejected` was not replayed."""
+    """The condition that a row of `rejected` was not replayed, and has content that could be."""
     return sql.SQL(
-        "not exists (select 1 from {} as replayed where replayed.topic = rejected.topic"
+        "rejected.reason <> 'erased' and not exists (select 1 from {} as replayed where replayed.topic = rejected.topic"
         ' and replayed.source = rejected.source and replayed.source_partition = rejected."partition"'
         ' and replayed.source_offset = rejected."offset")'
     ).format(sql.Identifier(connection.schema, "replayed_events"))

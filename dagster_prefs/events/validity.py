@@ -41,6 +41,9 @@ def rejection_reason(message: bytes, topic: Topic, arrived_at: datetime) -> str 
         return "not valid JSON"
     if not isinstance(document, dict):
         return "not a JSON object"
+    identity = "item_id" if topic.name == "items" else "event_id"
+    if document.get("erased") in (True, "true") and _text(document, identity) is None:
+        return "erased"
     for name in topic.fields:
         if name in topic.required and name != "event_type" and not _readable(document, name, topic):
             return f"bad {name}" if _given(document, name) else f"missing {name}"
