@@ -8,6 +8,7 @@ from typing import Any
 import dagster as dg
 
 from dagster_prefs.defs.resources import Platform
+from dagster_prefs.defs.training_data import jobs_of, maintained, parity_check, training_set_asset
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.offline.export import export_day, stale_days
 from dagster_prefs.offline.launches import TableDay, due, dump_launches, load_launches
@@ -70,14 +71,19 @@ def _stale(platform: Platform) -> dict[TableDay, str]:
 
 
 def build(platform: Platform, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> dg.Definitions:
-    """The export assets, their job, and the sensor that exports exactly the days that need it.
+    """The export assets with what is made of them, their jobs, and the sensor that exports the days that need it.
 
     `clock` gives the time in UTC.
     """
     assets = [_exported(platform, spec) for spec in TILE_TABLES.values()]
+    tables = {spec.name: asset_key(spec) for spec in TILE_TABLES.values()}
+    parity = parity_check(platform, tables, clock)
+    maintenance = maintained(platform, tables, clock)
+    jobs, schedules = jobs_of(platform, maintenance, parity)
     job = dg.define_asset_job(
         EXPORT_JOB,
-        dg.AssetSelection.assets(*assets),
+        # Parity reads weeks of tiles, which is too much after every export.
+        dg.AssetSelection.assets(*assets) - dg.AssetSelection.checks(parity),
         description="Export days of tiles to Iceberg; a day that did not change commits nothing.",
     )
 
@@ -116,7 +122,13 @@ def build(platform: Platform, *, clock: Callable[[], datetime] = lambda: datetim
             skip_reason=None if requests else waiting if stale else "every complete day is exported as it is",
         )
 
-    return dg.Definitions(assets=assets, jobs=[job], sensors=[stale_tiles])
+    return dg.Definitions(
+        assets=[*assets, maintenance, training_set_asset(platform, tables, clock)],
+        asset_checks=[parity],
+        jobs=[job, *jobs],
+        schedules=schedules,
+        sensors=[stale_tiles],
+    )
 
 
 def _partitions(platform: Platform) -> dg.DailyPartitionsDefinition:

@@ -26,13 +26,16 @@ from dagster_prefs.offline.publish import day_of, read_file
 from dagster_prefs.offline.tables import TileTable
 from dagster_prefs.offline.tiles import tile_snapshot
 from dagster_prefs.offline.windows import domains, features, features_sql, first_day, sources
+from dagster_prefs.online.access import ItemAccess
+from dagster_prefs.online.contract import LAST_EVENT_AT, Contract
+from dagster_prefs.online.items import plain
 
 Items = Mapping[int, Mapping[str, Mapping[str, Any]]]
 """Viewer → domain name → attributes, as served; a viewer or domain without item is absent."""
 
 # How long after a viewer's last tile an item that ought to be gone is still looked for.
 EXTRA_DAYS = 30
-LAST_EVENT_AT = "last_event_at"
+COMPARED, MISMATCHED, MISSING, EXTRA = range(4)
 
 
 @dataclass(frozen=True)
@@ -49,16 +52,27 @@ class Difference:
 
 @dataclass(frozen=True)
 class AttributeParity:
-    """Counts of one attribute; `rate` is the share of the compared values that differ."""
+    """Counts of one attribute: values compared, those of them that differ, values due that are not served, and
+    values served that are not due. Each rate is 0…1, of all values that could have been such a case."""
 
     domain: str
     attribute: str
     compared: int
     mismatched: int
+    missing: int
+    extra: int
 
     @property
-    def rate(self) -> float:
+    def mismatch_rate(self) -> float:
         return self.mismatched / self.compared if self.compared else 0.0
+
+    @property
+    def missing_rate(self) -> float:
+        return self.missing / (self.compared + self.missing) if self.missing else 0.0
+
+    @property
+    def extra_rate(self) -> float:
+        return self.extra / (self.compared + self.extra) if self.extra else 0.0
 
 
 @dataclass(frozen=True)
@@ -80,11 +94,31 @@ class ParityReport:
 
     @property
     def passed(self) -> bool:
-        return not (
-            any(attribute.mismatched for attribute in self.attributes)
-            or any(self.missing.values())
-            or any(self.extra.values())
-        )
+        return not any(found.mismatched or found.missing or found.extra for found in self.attributes)
+
+    def of(self, domain: str) -> tuple[AttributeParity, ...]:
+        """The attributes of one domain."""
+        return tuple(found for found in self.attributes if found.domain == domain)
+
+
+def served_items(client: Any, contract: Contract, table: str) -> Callable[[Sequence[int]], Items]:
+    """What `check_parity` reads items with: strongly consistent reads of the DynamoDB table of that name.
+
+    Values come as they lie in the table, whatever the contract says, so that a wrong type is a mismatch of its
+    attribute. Raises StoreUnavailable when it is called and DynamoDB refuses or does not answer.
+    """
+    access = ItemAccess(client, contract, table)
+    keys = (access.partition_key, access.sort_key)
+
+    def read(viewers: Sequence[int]) -> Items:
+        found: dict[int, dict[str, dict[str, Any]]] = {}
+        for domain in contract.domains.values():
+            for viewer, item in access.get(domain.key, viewers).items():
+                values = {name: plain(typed) for name, typed in item.items() if name not in keys}
+                found.setdefault(viewer, {})[domain.name] = values
+        return found
+
+    return read
 
 
 def check_parity(
@@ -189,8 +223,9 @@ def _compare(
     engine_days: Mapping[str, tuple[date, ...]],
     examples: int,
 ) -> ParityReport:
-    compared: dict[tuple[str, str], list[int]] = {
-        (domain, name): [0, 0]
+    # Of each attribute: compared, mismatched, missing, extra.
+    counts: dict[tuple[str, str], list[int]] = {
+        (domain, name): [0, 0, 0, 0]
         for domain in domains()
         for name in [*(feature.name for feature in features() if feature.domain == domain), LAST_EVENT_AT]
     }
@@ -206,23 +241,32 @@ def _compare(
             if newest is not None and newest >= settled_before:
                 unsettled += 1
                 continue
-            if newest is None or item is None:
-                missing[domain] += newest is not None and item is None
-                extra[domain] += newest is None and item is not None
+            if newest is None and item is None:
                 continue
-            for (of, name), counts in compared.items():
+            missing[domain] += item is None
+            extra[domain] += newest is None
+            for (of, name), count in counts.items():
                 if of != domain:
                     continue
                 due = newest if name == LAST_EVENT_AT else row[name]
-                counts[0] += 1
-                if item.get(name) != due:
-                    counts[1] += 1
-                    value = item.get(name)
+                value = None if item is None else item.get(name)
+                if newest is None:
+                    kind, due = EXTRA, None
+                elif item is None or name not in item:
+                    kind = MISSING
+                else:
+                    count[COMPARED] += 1
+                    if value == due:
+                        continue
+                    kind = MISMATCHED
+                count[kind] += 1
+                # Of an item that is there or not as a whole, one attribute is example enough.
+                if kind == MISMATCHED or name == LAST_EVENT_AT or (kind == MISSING and item is not None):
                     differences.append(Difference(viewer, domain, name, value, due, _distance(value, due)))
     differences.sort(key=lambda found: (-found.distance, found.viewer_id, found.attribute))
     return ParityReport(
         viewers=len(rows),
-        attributes=tuple(AttributeParity(*key, *counts) for key, counts in compared.items()),
+        attributes=tuple(AttributeParity(*key, *count) for key, count in counts.items()),
         missing=missing,
         extra=extra,
         unsettled=unsettled,

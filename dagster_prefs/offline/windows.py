@@ -134,6 +134,15 @@ def sources() -> tuple[tuple[TileTable, tuple[str, ...]], ...]:
 
 
 @cache
+def table_of(domain: str) -> TileTable:
+    """The training table that a domain's features come from."""
+    query, relation = next(
+        found for name, found in zip(domains(), _queries(), strict=True) if name == domain
+    )
+    return next(_reads(query, relation)).spec
+
+
+@cache
 def longest_window() -> int:
     """Days of the longest window of any feature."""
     return max(read.days for query, relation in _queries() for read in _reads(query, relation))

@@ -1,0 +1,205 @@
+"""Parity, upkeep and training sets through Dagster itself, on a real engine, table and catalog."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pyarrow.parquet as pq
+import pytest
+
+from dagster_prefs.defs import offline_store, training_data
+from dagster_prefs.defs.resources import Platform
+from dagster_prefs.offline.tables import GENRE, WATCH
+from dagster_prefs.settings import Settings
+
+TABLES = {
+    "watch": "viewer_watch_daily",
+    "interactions": "viewer_interactions_daily",
+    "preferences": "viewer_genre_daily",
+}
+
+
+@pytest.fixture
+def instance() -> Iterator[dg.DagsterInstance]:
+    with dg.DagsterInstance.ephemeral() as made:
+        yield made
+
+
+@pytest.fixture
+def platform(busy: Any, aws_endpoint: str, tmp_path: Path) -> Platform:
+    return Platform(
+        Settings(
+            engine_port=busy.engine.port,
+            engine_database=busy.engine.database,
+            engine_user=busy.engine.user,
+            aws_endpoint_url=aws_endpoint,
+            iceberg_warehouse=busy.warehouse.as_uri(),
+            data_dir=tmp_path,
+            parity_share=1.0,
+        )
+    )
+
+
+def definitions(platform: Platform, world: Any) -> dg.Definitions:
+    built = offline_store.build(platform, clock=lambda: world.now + timedelta(minutes=2))
+    return dg.Definitions.merge(built, dg.Definitions(executor=dg.in_process_executor))
+
+
+def parity(platform: Platform, world: Any, instance: dg.DagsterInstance) -> dict[str, Any]:
+    job = definitions(platform, world).resolve_job_def(training_data.PARITY_JOB)
+    result = job.execute_in_process(instance=instance)
+    assert result.success
+    return {found.asset_key.path[-1]: found for found in result.get_asset_check_evaluations()}
+
+
+def corrupt(world: Any, viewer: int, domain: str, attribute: str, value: dict[str, Any]) -> None:
+    world.client.update_item(
+        TableName=world.table.name,
+        Key={"viewer_id": {"N": str(viewer)}, "domain_key": {"S": domain}},
+        UpdateExpression="set #a = :v",
+        ExpressionAttributeNames={"#a": attribute},
+        ExpressionAttributeValues={":v": value},
+    )
+
+
+def test_what_is_published_equals_the_tables(
+    busy: Any, platform: Platform, instance: dg.DagsterInstance
+) -> None:
+    # A canary flows through everything but is nobody's training data.
+    busy.watch(-1, age=60)
+    busy.refresh()
+    busy.publish()
+    found = parity(platform, busy, instance)
+    assert set(found) == set(TABLES.values())
+    for name, check in found.items():
+        assert check.passed, (name, check.description)
+        assert check.metadata["viewers"].value == 40
+        assert check.metadata["unsettled"].value == 0
+    rates = {name for name in found["viewer_watch_daily"].metadata if name.endswith("_rate")}
+    assert {f"titles_7d_{kind}_rate" for kind in ("mismatch", "missing", "extra")} <= rates
+    observed = instance.fetch_observations(dg.AssetKey(["training", "viewer_watch_daily"]), limit=1).records[
+        0
+    ]
+    assert observed.asset_observation.metadata["parity_titles_7d_mismatch_rate"].value == 0.0
+
+
+@pytest.mark.parametrize(
+    ("domain", "attribute", "value", "served"),
+    [
+        ("watch", "watch_minutes_28d", {"N": "20.000001"}, "20.000001"),
+        ("preferences", "favorite_genre_shares", {"L": []}, "[]"),
+        # Of another type than the contract's.
+        ("interactions", "likes_28d", {"S": "2"}, "2"),
+    ],
+)
+def test_one_corrupted_attribute_is_found_and_named(
+    busy: Any,
+    platform: Platform,
+    instance: dg.DagsterInstance,
+    domain: str,
+    attribute: str,
+    value: dict[str, Any],
+    served: str,
+) -> None:
+    corrupt(busy, 17, f"engagement#{domain}", attribute, value)
+    found = parity(platform, busy, instance)
+    (wrong,) = [name for name, check in found.items() if not check.passed]
+    assert wrong == TABLES[domain]
+    check = found[wrong]
+    assert f"{attribute} differs for 1 of 40" in check.description
+    assert f"{attribute} of viewer 17: {served} is served" in check.description
+    rates = {name: entry.value for name, entry in check.metadata.items() if name.endswith("_rate")}
+    assert {name: rate for name, rate in rates.items() if rate} == {f"{attribute}_mismatch_rate": 1 / 40}
+    (worst,) = check.metadata["worst"].value.records
+    assert (worst.data["viewer_id"], worst.data["attribute"], worst.data["served"]) == (17, attribute, served)
+    observed = instance.fetch_observations(dg.AssetKey(["training", wrong]), limit=1).records[0]
+    assert observed.asset_observation.metadata[f"parity_{attribute}_mismatch_rate"].value == 1 / 40
+
+
+def test_missing_items_and_attributes_and_what_ought_to_be_gone_have_rates(
+    busy: Any, platform: Platform, instance: dg.DagsterInstance
+) -> None:
+    key = {"viewer_id": {"N": "3"}, "domain_key": {"S": "engagement#watch"}}
+    busy.client.delete_item(TableName=busy.table.name, Key=key)
+    busy.client.update_item(
+        TableName=busy.table.name,
+        Key={**key, "domain_key": {"S": "engagement#preferences"}},
+        UpdateExpression="remove favorite_genre",
+    )
+    check = parity(platform, busy, instance)["viewer_watch_daily"]
+    assert not check.passed
+    assert "1 items are missing" in check.description
+    assert check.metadata["titles_7d_missing_rate"].value == 1 / 40
+    assert check.metadata["titles_7d_mismatch_rate"].value == 0.0
+    check = parity(platform, busy, instance)["viewer_genre_daily"]
+    assert "attributes are missing: favorite_genre" in check.description
+    assert check.metadata["favorite_genre_missing_rate"].value == 1 / 40
+    assert check.metadata["favorite_genres_missing_rate"].value == 0.0
+
+
+def test_parity_that_cannot_be_read_says_so_and_fails_no_run(
+    busy: Any, platform: Platform, instance: dg.DagsterInstance
+) -> None:
+    busy.client.delete_table(TableName=busy.table.name)
+    for check in parity(platform, busy, instance).values():
+        assert not check.passed
+        assert check.severity == dg.AssetCheckSeverity.WARN
+        assert "parity is unknown: DynamoDB refused" in check.description
+
+
+def test_an_export_does_not_wait_for_parity(platform: Platform, busy: Any) -> None:
+    job = definitions(platform, busy).resolve_job_def(offline_store.EXPORT_JOB)
+    assert {node.name for node in job.nodes} == {f"training__{name}" for name in TABLES.values()}
+
+
+def test_upkeep_runs_from_dagster_and_keeps_tags(
+    busy: Any, platform: Platform, instance: dg.DagsterInstance
+) -> None:
+    table = busy.catalog.load_table(("training", WATCH.name))
+    tagged = table.current_snapshot().snapshot_id
+    table.manage_snapshots().create_tag(tagged, "model-1").commit()
+    busy.watch(1, age=60, days_ago=1)
+    busy.refresh()
+    busy.export()
+    later = definitions(platform, busy)
+    before = len(busy.catalog.load_table(("training", WATCH.name)).snapshots())
+    assert before > 2
+    busy.later(days=31)
+    # One table may not be there yet.
+    busy.catalog.drop_table(("training", GENRE.name))
+    result = later.resolve_job_def(training_data.MAINTENANCE_JOB).execute_in_process(instance=instance)
+    assert result.success
+    (event,) = result.get_asset_materialization_events()
+    assert event.materialization.metadata["snapshots_expired"].value > 0
+    left = busy.catalog.load_table(("training", WATCH.name))
+    assert len(left.snapshots()) == 2
+    assert left.snapshot_by_id(tagged) is not None
+
+
+def test_a_training_set_is_made_by_dagster(
+    busy: Any, platform: Platform, instance: dg.DagsterInstance, tmp_path: Path
+) -> None:
+    labels = tmp_path / "labels.csv"
+    labels.write_text(
+        f"viewer_id,label_time,liked\n7,{busy.now.isoformat()},1\n99999,{busy.now.isoformat()},0\n"
+    )
+    output = tmp_path / "set.parquet"
+    built = definitions(platform, busy)
+    result = dg.materialize(
+        [built.get_assets_def(dg.AssetKey("training_set"))],
+        instance=instance,
+        run_config={"ops": {"training_set": {"config": {"labels": str(labels), "output": str(output)}}}},
+    )
+    (event,) = result.get_asset_materialization_events()
+    metadata = event.materialization.metadata
+    assert metadata["dagster/row_count"].value == 2
+    assert metadata["cold_start_rows"].value == 1
+    assert Path(metadata["manifest"].value).is_file()
+    first, second = pq.read_table(output).to_pylist()
+    # Yesterday's ten minutes; today's are not known yet.
+    assert (first["liked"], first["watch_minutes_7d"], first["likes_28d"]) == (1, 10, 1)
+    assert (second["watch_minutes_7d"], second["favorite_genre"]) == (0, None)
