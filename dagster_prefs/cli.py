@@ -146,9 +146,11 @@ def kafka_delivery(settings: Settings) -> Delivery | None:
     """Where messages go whose raw tables a Kafka connector fills; None where this platform writes them."""
     if settings.engine != "risingwave" or not settings.kafka_bootstrap:
         return None
+    from dagster_prefs.events.brokers import client_properties
     from dagster_prefs.events.kafka import KafkaWriter
 
-    return KafkaWriter(settings.kafka_bootstrap).delivery(settings.kafka_topics)
+    writer = KafkaWriter(settings.kafka_bootstrap, client=client_properties(settings))
+    return writer.delivery(settings.kafka_topics)
 
 
 class progress_bar:
@@ -775,6 +777,7 @@ def simulate(
 ) -> None:
     """Generate events of a realistic shape: into the engine, Kafka, or JSON-lines files."""
     from dagster_prefs.events import simulator
+    from dagster_prefs.events.brokers import client_properties
 
     settings = load_settings()
     plan = simulator.SimulationPlan(
@@ -794,7 +797,11 @@ def simulate(
 
         if target != "kafka":
             raise PrefsError("--once is for --to kafka: the engine and files tell a repetition by themselves")
-        if holds_messages(settings.kafka_bootstrap or "", settings.kafka_topics["view_events"]):
+        if holds_messages(
+            settings.kafka_bootstrap or "",
+            settings.kafka_topics["view_events"],
+            client=client_properties(settings),
+        ):
             console.print("Kafka holds events already: nothing was sent")
             return
     engine = EngineConnection.of(settings)
@@ -805,7 +812,9 @@ def simulate(
             )
         elif follow and target == "kafka":
             counts = simulator.follow(
-                simulator.KafkaSink(settings.kafka_bootstrap or "", settings.kafka_topics),
+                simulator.KafkaSink(
+                    settings.kafka_bootstrap or "", settings.kafka_topics, client_properties(settings)
+                ),
                 plan,
                 rate=rate or 20.0,
                 seconds=seconds,
@@ -821,6 +830,7 @@ def simulate(
                 settings.kafka_bootstrap or "",
                 plan,
                 names=settings.kafka_topics,
+                client=client_properties(settings),
                 rate=rate,
                 progress=advance,
             )

@@ -1,13 +1,15 @@
 """Freshness and lag as asset checks, observations and alerts, judged by the time in the data."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import dagster as dg
+from dagster._core.scheduler.instigation import InstigatorStatus, InstigatorType, SensorInstigatorData
 
 from dagster_prefs.defs.offline_store import asset_key as training_key
 from dagster_prefs.defs.resources import Platform
 from dagster_prefs.errors import PrefsError
+from dagster_prefs.events.brokers import client_properties
 from dagster_prefs.events.formats import find_topic
 from dagster_prefs.freshness.alerts import (
     AlertError,
@@ -17,12 +19,22 @@ from dagster_prefs.freshness.alerts import (
     remembered,
     transitions,
 )
-from dagster_prefs.freshness.canary import SHOP, CanaryState, Probe, read_domains, read_shop, send_canary
+from dagster_prefs.freshness.canary import (
+    SHOP,
+    CanaryState,
+    Probe,
+    canary_paths,
+    judge_state,
+    read_domains,
+    read_shop,
+    send_canary,
+)
 from dagster_prefs.freshness.levels import Measure
 from dagster_prefs.freshness.measures import unknown
 from dagster_prefs.freshness.status import evaluate
 from dagster_prefs.freshness.views import RELATIONS
 from dagster_prefs.offline.tables import TILE_TABLES
+from dagster_prefs.online.contract import Contract
 from dagster_prefs.serving.profiles import ProfileClient
 
 JOB = "freshness_checks"
@@ -40,6 +52,8 @@ CHECKS = {
 
 # A sensor's tick may take a minute; what a canary has not shown by then, the next tick looks for.
 CANARY_PATIENCE_SECONDS = 10.0
+# A sensor that has not ticked for longer is not running, whatever its state says.
+CANARY_SILENCE = timedelta(minutes=10)
 
 
 def build(platform: Platform, alert_webhook: str | None = None) -> dg.Definitions:
@@ -77,7 +91,8 @@ def build(platform: Platform, alert_webhook: str | None = None) -> dg.Definition
         description="Observes Kafka and DynamoDB, and tells each change of a level once. Starts no run.",
     )
     def freshness_watch(context: dg.SensorEvaluationContext) -> dg.SensorResult:
-        status = evaluate(sources, now=lambda: datetime.now(UTC))
+        probed = last_probe(context.instance, sources.contract, now=datetime.now(UTC))
+        status = evaluate(sources, now=lambda: datetime.now(UTC), extra=probed)
         known = load_levels(context.cursor)
         changed = transitions(known, status.measures)
         for one in changed:
@@ -145,6 +160,36 @@ def asset_keys(platform: Platform) -> dict[str, dict[str, dg.AssetKey]]:
         "offline": {spec.name: training_key(spec) for spec in TILE_TABLES.values()},
         "canary": {**domains, SHOP: dg.AssetKey("user_category_profile")},
     }
+
+
+def last_probe(instance: dg.DagsterInstance, contract: Contract, *, now: datetime) -> list[Measure]:
+    """The canary as its sensor left it on this instance: one measure per path; `now` is UTC.
+
+    They are `skipped` where the sensor is off, and `unknown` where it is on and does not tick.
+    """
+    names = canary_paths(contract)
+    try:
+        states = instance.all_instigator_state(instigator_type=InstigatorType.SENSOR)
+    except Exception as error:
+        # Each store has errors of its own, and none may stop the other readings.
+        return unknown("canary", names, f"Dagster's instance cannot be read: {error}")
+    ticks = [
+        (data.last_tick_timestamp or 0.0, data.cursor)
+        for state in states
+        if state.instigator_name == CANARY_SENSOR
+        and isinstance(data := state.instigator_data, SensorInstigatorData)
+        and state.status != InstigatorStatus.STOPPED
+    ]
+    if not ticks:
+        reason = f"the canary is off: start the sensor {CANARY_SENSOR} in Dagster to measure it"
+        return [Measure("canary", name, "skipped", reason) for name in names]
+    at, cursor = max(ticks, key=lambda tick: tick[0])
+    ticked = datetime.fromtimestamp(at, UTC)
+    if now - ticked > CANARY_SILENCE:
+        since = f"since {ticked:%Y-%m-%d %H:%M:%S} UTC" if at else "yet"
+        reason = f"the sensor {CANARY_SENSOR} has not ticked {since}: see that the Dagster daemon runs"
+        return unknown("canary", names, reason)
+    return judge_state(CanaryState.loads(cursor), contract, now=now)
 
 
 def metadata(measure: Measure) -> dict[str, dg.MetadataValue | float | int | str]:
@@ -242,6 +287,7 @@ def _probe(platform: Platform, state: CanaryState) -> tuple[CanaryState, list[Me
                 moment,
                 bootstrap=settings.kafka_bootstrap,
                 kafka_topics=settings.kafka_topics,
+                client=client_properties(settings),
             ),
             readers=[lambda: read_domains(profiles), lambda: read_shop(platform.engine)],
             contract=platform.contract,

@@ -27,6 +27,7 @@ from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.events.formats import Topic, find_topic
 from dagster_prefs.events.raw import IngestReport, Progress, ProgressCallback, RawMessage, RawStore
+from dagster_prefs.events.topics import source_name
 
 BROKER_TIMEOUT_SECONDS = 10.0
 POLL_SECONDS = 0.5
@@ -43,21 +44,23 @@ def ingest_topic(
     topic: str,
     *,
     kafka_topic: str | None = None,
+    generation: int = 1,
     start: Literal["earliest", "latest"] = "earliest",
     until: Literal["end"] | None = "end",
     max_messages: int | None = None,
     stop: threading.Event | None = None,
     batch_size: int = 10_000,
     timeout_seconds: float = BROKER_TIMEOUT_SECONDS,
-    client: Mapping[str, str] | None = None,
+    client: Mapping[str, Any] | None = None,
     progress: ProgressCallback | None = None,
 ) -> IngestReport:
     """Store the messages of a Kafka topic in the raw table of `topic`, from where the last reading ended.
 
-    `kafka_topic` is the topic's name in Kafka where it differs. A partition that was never read starts at
-    `start`. With `until="end"` the reading ends at what the topic held when it began; with None it goes
-    on until `stop` is set or `max_messages` were stored. Messages without a value are skipped and counted
-    as `blank`. `client` adds librdkafka properties, e.g. for TLS.
+    `kafka_topic` is the topic's name in Kafka where it differs, `generation` counts its lives (see
+    `topics.note_topics`): each is a source of its own, and a later one is read from its beginning. A partition
+    that was never read starts at `start`. With `until="end"` the reading ends at what the topic held when it
+    began; with None it goes on until `stop` is set or `max_messages` were stored. Messages without a value are
+    skipped and counted as `blank`. `client` adds librdkafka properties, e.g. for TLS.
 
     Raises UnknownTopic; KafkaUnavailable when the brokers do not answer within `timeout_seconds`, the
     topic does not exist, or it ends before what the engine holds of it; EngineUnavailable, RawStoreError.
@@ -65,7 +68,7 @@ def ingest_topic(
     started = time.monotonic()
     known = find_topic(topic)
     name = kafka_topic or topic
-    source = f"kafka:{name}"
+    source = source_name(name, generation)
     consumer: Any = Consumer(
         {
             **(client or {}),
@@ -83,7 +86,15 @@ def ingest_topic(
         partitions = _partitions(consumer, bootstrap, name, timeout_seconds)
         with RawStore(connection) as store:
             stored = store.last_offsets(known, source)
-            ends = _assign(consumer, bootstrap, name, partitions, stored, start, timeout_seconds)
+            ends = _assign(
+                consumer,
+                bootstrap,
+                name,
+                partitions,
+                stored,
+                start if generation == 1 else "earliest",
+                timeout_seconds,
+            )
             waiting = {partition for partition, end in ends.items() if end is not None}
             last_heard = time.monotonic()
             while (until is None or waiting) and not (stop is not None and stop.is_set()):
@@ -161,8 +172,8 @@ def _assign(
             if position > high:
                 raise KafkaUnavailable(
                     f"topic {name} at {bootstrap} ends at offset {high} of partition {partition}, but the "
-                    f"engine holds offset {stored[partition]} of it: it was made anew; read it under a new "
-                    f"name, or delete the rows of source kafka:{name} first"
+                    f"engine holds offset {stored[partition]} of it: it was made anew, and the brokers tell no "
+                    "topic ids by which to know it; give it another name"
                 )
         else:
             position = OFFSET_BEGINNING if start == "earliest" else OFFSET_END
@@ -187,12 +198,20 @@ def _unavailable(bootstrap: str, name: str, error: Any) -> KafkaUnavailable:
     )
 
 
-def holds_messages(bootstrap: str, topic: str, *, timeout_seconds: float = BROKER_TIMEOUT_SECONDS) -> bool:
-    """Whether a Kafka topic holds any message.
+def holds_messages(
+    bootstrap: str,
+    topic: str,
+    *,
+    timeout_seconds: float = BROKER_TIMEOUT_SECONDS,
+    client: Mapping[str, Any] | None = None,
+) -> bool:
+    """Whether a Kafka topic holds any message; `client` adds librdkafka properties, e.g. for TLS.
 
     Raises KafkaUnavailable when the brokers do not answer within `timeout_seconds` or have no such topic.
     """
-    consumer: Any = Consumer({"bootstrap.servers": bootstrap, "group.id": "dagster-prefs", "log_level": 0})
+    consumer: Any = Consumer(
+        {**(client or {}), "bootstrap.servers": bootstrap, "group.id": "dagster-prefs", "log_level": 0}
+    )
     try:
         for partition in _partitions(consumer, bootstrap, topic, timeout_seconds):
             low, high = consumer.get_watermark_offsets(
@@ -215,7 +234,7 @@ class KafkaWriter:
         bootstrap: str,
         *,
         timeout_seconds: float = BROKER_TIMEOUT_SECONDS,
-        client: Mapping[str, str] | None = None,
+        client: Mapping[str, Any] | None = None,
     ) -> None:
         self._bootstrap = bootstrap
         self._timeout = timeout_seconds
@@ -295,7 +314,7 @@ def produce(
     messages: Iterable[bytes],
     *,
     timeout_seconds: float = BROKER_TIMEOUT_SECONDS,
-    client: Mapping[str, str] | None = None,
+    client: Mapping[str, Any] | None = None,
 ) -> int:
     """Send messages to a Kafka topic in order and return how many were delivered, which is all of them.
 

@@ -463,12 +463,17 @@ class EngineSink:
 
 
 class KafkaSink:
-    """Kafka topics; `names` gives topics their names there where they differ."""
+    """Kafka topics; `names` gives topics their names there where they differ, `client` adds librdkafka properties."""
 
-    def __init__(self, bootstrap: str, names: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        bootstrap: str,
+        names: Mapping[str, str] | None = None,
+        client: Mapping[str, Any] | None = None,
+    ) -> None:
         from dagster_prefs.events.kafka import KafkaWriter
 
-        self._writer = KafkaWriter(bootstrap)
+        self._writer = KafkaWriter(bootstrap, client=client)
         self._names = names or {}
         self._checked: set[str] = set()
 
@@ -550,16 +555,17 @@ def simulate_to_kafka(
     plan: SimulationPlan,
     *,
     names: Mapping[str, str] | None = None,
+    client: Mapping[str, Any] | None = None,
     rate: float | None = None,
     progress: ProgressCallback | None = None,
 ) -> dict[str, int]:
     """Send a plan to the Kafka topics of its messages; returns messages delivered per topic.
 
-    `names` gives topics their names in Kafka where they differ.
+    `names` gives topics their names in Kafka where they differ, `client` adds librdkafka properties, e.g. for TLS.
 
     Raises KafkaUnavailable when a topic is missing or a message was not delivered.
     """
-    counts = _write(simulate(plan), KafkaSink(bootstrap, names), plan.messages, 1000, rate, progress)
+    counts = _write(simulate(plan), KafkaSink(bootstrap, names, client), plan.messages, 1000, rate, progress)
     return {topic: n for topic, (n, _) in counts.items()}
 
 

@@ -23,7 +23,7 @@ from dagster_prefs.events.formats import find_topic
 from dagster_prefs.events.kafka import KafkaWriter
 from dagster_prefs.events.raw import RawMessage, RawStore
 from dagster_prefs.freshness.levels import Level, Measure, judge
-from dagster_prefs.online.contract import CANARY_VIEWER_ID, LAST_EVENT_AT, Contract
+from dagster_prefs.online.contract import CANARY_VIEWER_ID, LAST_EVENT_AT, Contract, Freshness
 from dagster_prefs.serving.preferences import CANARY_PREFIX
 
 CANARY_USER = f"{CANARY_PREFIX}prefs"
@@ -121,6 +121,7 @@ def send_canary(
     *,
     bootstrap: str | None = None,
     kafka_topics: Mapping[str, str] | None = None,
+    client: Mapping[str, Any] | None = None,
     timeout_seconds: float = 5.0,
 ) -> None:
     """Send one event per topic with the event time `moment`: through Kafka, else into the raw tables.
@@ -133,7 +134,7 @@ def send_canary(
     }
     if bootstrap is not None:
         names = kafka_topics or {}
-        writer = KafkaWriter(bootstrap, timeout_seconds=timeout_seconds)
+        writer = KafkaWriter(bootstrap, timeout_seconds=timeout_seconds, client=client)
         for topic in messages:
             writer.check(names.get(topic, topic))
         for topic, data in messages.items():
@@ -189,11 +190,6 @@ class Probe:
     wait: Callable[[float], None] = time.sleep
     poll_seconds: float = 0.25
 
-    @property
-    def paths(self) -> list[str]:
-        """The names of the paths: each domain, and the shop's."""
-        return [*(domain.name for domain in self.contract.domains.values()), SHOP]
-
     def run(self, state: CanaryState, *, patience_seconds: float) -> tuple[CanaryState, list[Measure]]:
         """Settle the canaries under way, send one where none is, and watch for `patience_seconds`.
 
@@ -201,7 +197,9 @@ class Probe:
         the path's patience (60 times the error threshold) is lost. Returns the state for the next run and
         one measure per path. Never raises for what cannot be sent or read: that is in the measures.
         """
-        paths, unread = self._look({name: state.paths.get(name, PathState()) for name in self.paths})
+        paths, unread = self._look(
+            {name: state.paths.get(name, PathState()) for name in canary_paths(self.contract)}
+        )
         paths = {name: self._lose(path) for name, path in paths.items()}
         idle = {name for name, path in paths.items() if path.sent_ms is None}
         unsent: str | None = None
@@ -221,7 +219,7 @@ class Probe:
         measures = []
         for name, path in paths.items():
             problem = unread if path.sent_ms is not None else unsent if name in idle else None
-            measures.append(self._measure(name, path, problem))
+            measures.append(_path_measure(name, path, self.contract.freshness.canary, self.clock(), problem))
         return CanaryState(paths), measures
 
     def _look(self, paths: Mapping[str, PathState]) -> tuple[dict[str, PathState], str | None]:
@@ -248,34 +246,54 @@ class Probe:
             return path
         return PathState(None, path.latencies, path.lost + 1, True)
 
-    def _measure(self, name: str, path: PathState, problem: str | None) -> Measure:
-        thresholds = self.contract.freshness.canary
-        values: dict[str, int | float] = {"lost": path.lost, "window": len(path.latencies)}
-        if path.latencies:
-            values |= {
-                "p50_seconds": percentile(path.latencies, 0.50),
-                "p99_seconds": percentile(path.latencies, 0.99),
-            }
-        lag: float | None = path.latencies[-1] if path.latencies else None
-        level: Level
-        if path.sent_ms is not None:
-            lag = (epoch_ms(self.clock()) - path.sent_ms) / 1000
-            level = judge(lag, thresholds)
-            reason = f"a canary is not readable after {lag:.1f} s"
-            # What is under way for less than the threshold is no news, unless the one before was lost.
-            if path.last_lost:
-                level, reason = "error", f"{reason}, and the one before was lost"
-        elif path.last_lost:
-            level, reason = "error", "the last canary was lost: it never became readable"
-        elif lag is None:
-            level, reason = "unknown", "no canary was sent yet"
-        else:
-            level = judge(lag, thresholds)
-            reason = f"the last canary was readable after {lag:.1f} s"
-        if problem is not None:
-            level = level if level == "error" else "unknown"
-            reason = f"{reason}: {problem}"
-        return Measure("canary", name, level, reason, lag, thresholds, values)
+
+def canary_paths(contract: Contract) -> list[str]:
+    """The names of the paths that a canary is timed on: each domain, and the shop's."""
+    return [*(domain.name for domain in contract.domains.values()), SHOP]
+
+
+def judge_state(state: CanaryState, contract: Contract, *, now: datetime) -> list[Measure]:
+    """One measure per path of a state that a probe left; `now` is UTC."""
+    return [
+        _path_measure(name, state.paths.get(name, PathState()), contract.freshness.canary, now)
+        for name in canary_paths(contract)
+    ]
+
+
+def _path_measure(
+    name: str, path: PathState, thresholds: Freshness, now: datetime, problem: str | None = None
+) -> Measure:
+    values: dict[str, int | float] = {"lost": path.lost, "window": len(path.latencies)}
+    lag: float | None = None
+    history = f"{path.lost} lost"
+    if path.latencies:
+        lag = path.latencies[-1]
+        values["p50_seconds"] = percentile(path.latencies, 0.50)
+        values["p99_seconds"] = percentile(path.latencies, 0.99)
+        history = (
+            f"p50 {values['p50_seconds']:.1f} s and p99 {values['p99_seconds']:.1f} s of the last "
+            f"{len(path.latencies)}, {history}"
+        )
+    level: Level
+    if path.sent_ms is not None:
+        lag = (epoch_ms(now) - path.sent_ms) / 1000
+        level = judge(lag, thresholds)
+        reason = f"a canary is not readable after {lag:.1f} s"
+        # What is under way for less than the threshold is no news, unless the one before was lost.
+        if path.last_lost:
+            level, reason = "error", f"{reason}, and the one before was lost"
+    elif path.last_lost:
+        level, reason = "error", "the last canary was lost: it never became readable"
+    elif lag is None:
+        level, reason = "unknown", "no canary was sent yet"
+    else:
+        level = judge(lag, thresholds)
+        reason = f"the last canary was readable after {lag:.1f} s"
+    reason = f"{reason} ({history})"
+    if problem is not None:
+        level = level if level == "error" else "unknown"
+        reason = f"{reason}: {problem}"
+    return Measure("canary", name, level, reason, lag, thresholds, values)
 
 
 def percentile(values: Sequence[float], share: float) -> float:

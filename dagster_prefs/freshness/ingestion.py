@@ -21,14 +21,19 @@ State = Literal["current", "behind", "lost", "recreated", "unknown"]
 BROKER_TIMEOUT_SECONDS = 10.0
 
 
+class BrokersSilent(Unmeasurable):
+    """The brokers do not answer at all, so that asking for the next topic is in vain."""
+
+
 @dataclass(frozen=True)
 class PartitionLag:
     """One partition: the broker holds offsets `low` to below `high`, the engine has read up to `last_offset`.
 
     `messages` are those the engine has not read yet, `lag_seconds` the age of the first of them by its Kafka
-    timestamp (0 when there is none, None where it has no timestamp). `state`: `lost` when the broker deleted
-    messages before the engine read them, `recreated` when the engine is ahead of the topic, `unknown` when
-    the engine was told to start at the end and has read nothing.
+    timestamp (0 when there is none, None where it has no timestamp, negative for one from the future). `state`:
+    `lost` when the broker deleted messages before the engine read them, `recreated` when the engine is ahead of
+    the topic or has read a partition that is no more (then `low` and `high` are 0), `unknown` when the engine
+    was told to start at the end and has read nothing.
     """
 
     partition: int
@@ -55,7 +60,7 @@ class IngestionLag:
 
     @property
     def lag_seconds(self) -> float | None:
-        """Age of the oldest of them; 0 for none, None where no age is known."""
+        """Age of the oldest of them; 0 for none, None where no age is known, negative where all are from the future."""
         if not self.messages:
             return 0.0
         ages = [partition.lag_seconds for partition in self.partitions if partition.messages]
@@ -71,7 +76,7 @@ class Broker:
     """Reads positions and single messages from Kafka, in no consumer group's name; a context manager.
 
     `client` adds librdkafka properties, e.g. for TLS. Every method raises Unmeasurable when the brokers do
-    not answer within `timeout_seconds`.
+    not answer within `timeout_seconds`, `watermarks` the BrokersSilent kind of it.
     """
 
     def __init__(
@@ -79,7 +84,7 @@ class Broker:
         bootstrap: str,
         *,
         timeout_seconds: float = BROKER_TIMEOUT_SECONDS,
-        client: Mapping[str, str] | None = None,
+        client: Mapping[str, Any] | None = None,
     ) -> None:
         self._bootstrap = bootstrap
         self._timeout = timeout_seconds
@@ -107,7 +112,11 @@ class Broker:
     def watermarks(self, kafka_topic: str) -> dict[int, tuple[int, int]]:
         """Partition → its first offset and the one after its last."""
         try:
-            found = self._consumer.list_topics(kafka_topic, timeout=self._timeout).topics.get(kafka_topic)
+            topics = self._consumer.list_topics(kafka_topic, timeout=self._timeout).topics
+        except KafkaException as error:
+            raise BrokersSilent(str(self._silent(kafka_topic, error.args[0]))) from None
+        try:
+            found = topics.get(kafka_topic)
             if found is None or found.error is not None or not found.partitions:
                 raise Unmeasurable(
                     f"Kafka at {self._bootstrap} has no topic {kafka_topic}: create it, or set the name "
@@ -195,7 +204,9 @@ def ingestion_lag(
     read = _last_offsets(connection, engine, topic, name, list(marks))
     states: dict[int, State] = {}
     owed: dict[int, int] = {}
-    for partition, (low, high) in marks.items():
+    for partition in read.keys() - marks.keys():
+        marks[partition] = (0, 0)
+    for partition, (low, high) in sorted(marks.items()):
         last = read.get(partition)
         states[partition] = "current"
         if last is not None and last >= high:
@@ -210,12 +221,12 @@ def ingestion_lag(
             owed[partition] = position
     firsts = broker.first_messages(name, owed)
     partitions = []
-    for partition, (low, high) in marks.items():
+    for partition, (low, high) in sorted(marks.items()):
         behind = partition in firsts
         if behind and states[partition] == "current":
             states[partition] = "behind"
         first = firsts.get(partition)
-        age = None if first is None else max(0.0, (now - first).total_seconds())
+        age = None if first is None else (now - first).total_seconds()
         partitions.append(
             PartitionLag(
                 partition,
@@ -251,10 +262,12 @@ def _last_offsets(
             # `ingest_progress` is as old as the last refresh; the raw table's key tells each end at once.
             rows = connection.execute(
                 sql.SQL(
-                    "select p, (select max(source_offset) from {} where source = %s and source_partition = p)"
-                    " from unnest(%s::int[]) as p"
-                ).format(sql.Identifier(engine.schema, raw)),
-                [source, partitions],
+                    "select p, (select max(source_offset) from {raw}"
+                    " where source = %(source)s and source_partition = p)"
+                    " from generate_series(0, (select greatest(max(source_partition), %(highest)s) from {raw}"
+                    " where source = %(source)s)) as p"
+                ).format(raw=sql.Identifier(engine.schema, raw)),
+                {"source": source, "highest": max(partitions)},
             ).fetchall()
     except psycopg.errors.UndefinedTable as error:
         raise Unmeasurable(f"{topic}: {error.diag.message_primary}: run `dbt build` first") from None

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 REFRESH_PATIENCE_SECONDS = 900
 
 
-def unknown(stage: Stage, names: Iterable[str], error: Exception) -> list[Measure]:
+def unknown(stage: Stage, names: Iterable[str], why: Exception | str) -> list[Measure]:
     """One `unknown` measure per name, with the reason."""
-    return [Measure(stage, name, "unknown", " ".join(str(error).split())) for name in names]
+    return [Measure(stage, name, "unknown", " ".join(str(why).split())) for name in names]
 
 
 def measure_views(
@@ -88,6 +88,12 @@ def _view_measure(lag: ViewLag, thresholds: Freshness | None, refreshing: bool) 
             f"the contract has no freshness threshold for topic {lag.topic}: add it to the exposure's "
             "meta.contract.freshness and run `prefs contract build`"
         )
+    elif lag.waiting and lag.lag_seconds <= -thresholds.error_seconds:
+        level = "unknown"
+        reason = (
+            f"what waits arrived {-lag.lag_seconds:.0f} s in the future: the engine's clock and this "
+            "machine's differ, set them right"
+        )
     elif lag.waiting:
         level = judge(lag.lag_seconds, thresholds)
         what = (
@@ -103,7 +109,7 @@ def _view_measure(lag: ViewLag, thresholds: Freshness | None, refreshing: bool) 
         reason = f"the newest event is {lag.ahead_seconds:.0f} s in the future: check its producers' clocks"
     else:
         level, reason = "ok", "everything that arrived is visible"
-    return Measure("views", lag.relation, level, reason, lag.lag_seconds, thresholds, values, notes)
+    return Measure("views", lag.relation, level, reason, max(0.0, lag.lag_seconds), thresholds, values, notes)
 
 
 def measure_online(
@@ -255,7 +261,7 @@ def measure_ingestion(
     start: Literal["earliest", "latest"] = "earliest",
     kafka_topics: Mapping[str, str] | None = None,
     timeout_seconds: float = 10.0,
-    client: Mapping[str, str] | None = None,
+    client: Mapping[str, Any] | None = None,
 ) -> list[Measure]:
     """Ingestion lag of each topic of the contract; `kafka_topics` gives names in Kafka that differ.
 
@@ -264,7 +270,7 @@ def measure_ingestion(
     """
     from confluent_kafka import KafkaException
 
-    from dagster_prefs.freshness.ingestion import Broker, ingestion_lag
+    from dagster_prefs.freshness.ingestion import Broker, BrokersSilent, ingestion_lag
 
     topics = list(contract.freshness.topics)
     if bootstrap is None:
@@ -276,7 +282,7 @@ def measure_ingestion(
             engine.connect() as connection,
             Broker(bootstrap, timeout_seconds=timeout_seconds, client=client) as broker,
         ):
-            measures = []
+            measures: list[Measure] = []
             for topic in topics:
                 try:
                     lag = ingestion_lag(
@@ -288,6 +294,9 @@ def measure_ingestion(
                         kafka_topic=names.get(topic),
                         start=start,
                     )
+                except BrokersSilent as error:
+                    # Each topic would wait for the same brokers, longer than a sensor may take.
+                    return measures + unknown("ingestion", topics[len(measures) :], error)
                 except Unmeasurable as error:
                     measures += unknown("ingestion", [topic], error)
                     continue
@@ -298,13 +307,20 @@ def measure_ingestion(
 
 
 def _ingestion_measure(lag: IngestionLag, thresholds: Freshness) -> Measure:
-    age = lag.lag_seconds
+    age = None if lag.lag_seconds is None else max(0.0, lag.lag_seconds)
     levels: list[Level] = []
     reasons = []
     if lag.messages:
         levels.append("unknown" if age is None else judge(age, thresholds))
         since = "for an unknown time" if age is None else f"for {age:.1f} s"
         reasons.append(f"{lag.messages} messages in Kafka are not ingested, {since}")
+    ahead = -min((one.lag_seconds for one in lag.partitions if one.lag_seconds is not None), default=0.0)
+    if ahead >= thresholds.error_seconds:
+        levels.append("unknown")
+        reasons.append(
+            f"the first of them is stamped {ahead:.0f} s in the future, so its age is not known: check the "
+            "clocks of producers and brokers"
+        )
     remedies: tuple[tuple[State, Level, str], ...] = (
         (
             "recreated",

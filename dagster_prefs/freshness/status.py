@@ -82,6 +82,8 @@ class Sources:
 
     def ingestion(self, now: datetime) -> list[Measure]:
         """Kafka against the raw tables."""
+        from dagster_prefs.events.brokers import client_properties
+
         return measure_ingestion(
             self.engine,
             self.contract,
@@ -89,6 +91,7 @@ class Sources:
             now=now,
             start=self.settings.kafka_start,
             kafka_topics=self.settings.kafka_topics,
+            client=client_properties(self.settings),
         )
 
     def views(self, now: datetime) -> list[Measure]:

@@ -1,0 +1,158 @@
+"""Which life of a Kafka topic is read: a topic that was deleted and made anew is another one of the same name.
+
+Its offsets start at 0 again. Read under the old name, its first messages would be taken for those that are there
+already, and a reader that goes on at its old offset leaves them out without a word. The brokers give each topic an id
+when it is made; the engine remembers the last one it saw, in `kafka_topics`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+import psycopg
+from confluent_kafka import KafkaError, KafkaException, TopicCollection
+from confluent_kafka.admin import AdminClient
+from psycopg import sql
+
+from dagster_prefs.engine.catalog import NotDeployed
+from dagster_prefs.engine.connection import EngineConnection
+
+# What the id reads where brokers are older than topic ids (2.8).
+_NO_ID = "AAAAAAAAAAAAAAAAAAAAAA"
+_UNSUPPORTED = (KafkaError.UNSUPPORTED_VERSION, KafkaError._UNSUPPORTED_FEATURE)
+
+TopicState = Literal["noted", "unnoted", "recreated", "unknown"]
+
+
+@dataclass(frozen=True)
+class TopicLife:
+    """A topic as the engine knows it and as the brokers have it now.
+
+    `noted_id` is None before the first look, `broker_id` None where the brokers tell no ids.
+    """
+
+    kafka_topic: str
+    generation: int
+    noted_id: str | None
+    broker_id: str | None
+
+    @property
+    def state(self) -> TopicState:
+        """`recreated` when the brokers' topic is not the one whose messages were read."""
+        if self.broker_id is None:
+            return "unknown"
+        if self.noted_id is None:
+            return "unnoted"
+        return "noted" if self.noted_id == self.broker_id else "recreated"
+
+    @property
+    def source(self) -> str:
+        """The source of its messages in the raw table."""
+        return source_name(self.kafka_topic, self.generation)
+
+
+def source_name(kafka_topic: str, generation: int) -> str:
+    """The source of a topic's messages: its name, and from its second life on the number of it."""
+    return f"kafka:{kafka_topic}" + (f"#{generation}" if generation > 1 else "")
+
+
+def broker_ids(
+    bootstrap: str,
+    kafka_topics: Iterable[str],
+    *,
+    client: Mapping[str, Any] | None = None,
+    timeout_seconds: float = 10.0,
+) -> dict[str, str | None]:
+    """Topic → the id that the brokers gave it; None where they tell none. A missing topic is left out.
+
+    Raises KafkaException when the brokers do not answer within `timeout_seconds`.
+    """
+    names = list(kafka_topics)
+    admin = AdminClient({**(client or {}), "bootstrap.servers": bootstrap, "log_level": 0})
+    if client and "oauth_cb" in client:
+        # librdkafka asks for the token when it is polled.
+        admin.poll(timeout_seconds)
+    found: dict[str, str | None] = {}
+    if not names:
+        return found
+    for name, future in admin.describe_topics(
+        TopicCollection(names), request_timeout=timeout_seconds
+    ).items():
+        try:
+            identity = str(future.result(timeout_seconds + 5).topic_id)
+        except KafkaException as error:
+            code = error.args[0].code()
+            if code in _UNSUPPORTED:
+                found[name] = None
+            elif code != KafkaError.UNKNOWN_TOPIC_OR_PART:
+                raise
+        else:
+            found[name] = None if identity == _NO_ID else identity
+    return found
+
+
+def topic_lives(
+    session: psycopg.Connection[Any], engine: EngineConnection, ids: Mapping[str, str | None]
+) -> dict[str, TopicLife]:
+    """Topic → what the engine remembers of it beside the brokers' `ids`.
+
+    Raises NotDeployed when `kafka_topics` is not there.
+    """
+    try:
+        rows = session.execute(
+            sql.SQL("select kafka_topic, generation, topic_id from {} where kafka_topic = any(%s)").format(
+                _table(engine)
+            ),
+            (list(ids),),
+        ).fetchall()
+    except psycopg.errors.DatabaseError as error:
+        if not _is_missing(error):
+            raise
+        raise NotDeployed(
+            f"{engine.schema}.kafka_topics is not in database {engine.database}: run `dbt run` in dbt_project/"
+        ) from None
+    known = {str(name): (int(generation), str(noted)) for name, generation, noted in rows}
+    return {
+        name: TopicLife(name, *known.get(name, (1, None)), broker_id=identity)
+        for name, identity in ids.items()
+    }
+
+
+def note_topics(
+    session: psycopg.Connection[Any],
+    engine: EngineConnection,
+    ids: Mapping[str, str | None],
+    *,
+    now: datetime,
+) -> dict[str, TopicLife]:
+    """Remember the brokers' ids; a topic whose id changed enters its next generation.
+
+    Returns the lives as they stood before. Raises NotDeployed. A repeated call changes nothing.
+    """
+    lives = topic_lives(session, engine, ids)
+    for life in lives.values():
+        if life.state not in ("unnoted", "recreated"):
+            continue
+        generation = life.generation + (life.state == "recreated")
+        session.execute(
+            sql.SQL("delete from {} where kafka_topic = %s").format(_table(engine)), (life.kafka_topic,)
+        )
+        session.execute(
+            sql.SQL(
+                "insert into {} (kafka_topic, topic_id, generation, noted_at) values (%s, %s, %s, %s)"
+            ).format(_table(engine)),
+            (life.kafka_topic, life.broker_id, generation, now),
+        )
+    return lives
+
+
+def _table(engine: EngineConnection) -> sql.Identifier:
+    return sql.Identifier(engine.schema, "kafka_topics")
+
+
+def _is_missing(error: psycopg.Error) -> bool:
+    # RisingWave reports a missing table as an internal error.
+    return isinstance(error, psycopg.errors.UndefinedTable) or "not found: kafka_topics" in str(error)
