@@ -424,7 +424,8 @@ class _Erasure:
             f"the id itself in {ERASED}": "for good: it is what keeps replayed events out",
             "Kafka topics": "the topics' retention ends, or compaction where the key is the subject's; until then "
             "replays stay suppressed",
-            "source files that were ingested": "you delete them; ingested again, they stay suppressed",
+            "files that were ingested, and rejected messages that were exported": "you delete them; ingested again, "
+            "they stay suppressed",
             where: until,
         }
         if self.subject.kind == "viewer":

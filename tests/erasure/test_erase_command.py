@@ -1,0 +1,73 @@
+"""`prefs erase` as a person runs it, and every command that the operations document has of it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from conftest import OWNED, USER, VIEWER, World, redacted
+from oracle import Erasure
+
+from dagster_prefs.cli import cli
+from dagster_prefs.events.redaction import SubjectRefused
+
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "operations.md"
+
+
+@pytest.fixture
+def prefs(world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Result]:
+    """Run `prefs` on the world's stores."""
+    monkeypatch.chdir(tmp_path)
+    for name, value in {
+        "PREFS_ENGINE_PORT": str(world.engine.port),
+        "PREFS_ENGINE_DATABASE": world.engine.database,
+        "PREFS_ICEBERG_WAREHOUSE": world.warehouse.as_uri(),
+        "AWS_ENDPOINT_URL": world.client.meta.endpoint_url,
+    }.items():
+        monkeypatch.setenv(name, value)
+    return lambda *words: CliRunner().invoke(cli, list(words))
+
+
+def test_a_viewer_goes_with_the_views_refreshed_by_dbt(world: World, prefs: Callable[..., Result]) -> None:
+    done = prefs("erase", str(VIEWER), "--json")
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert report["subject_id"] == str(VIEWER)
+    assert report["held"]
+    assert {store["after"] for store in report["stores"]} == {0}
+    assert {store["store"] for store in report["stores"]} == {"engine", "dynamodb", "iceberg"}
+    at = world.execute("select (extract(epoch from erased_at) * 1000000)::bigint from erased_subjects")[0][0]
+    messages = redacted(OWNED, "viewer")
+    assert world.differences(messages, [Erasure("viewer", str(VIEWER), at)]) == {}
+    assert world.traces(str(VIEWER)) == []
+
+
+def test_commands_of_the_document(world: World, prefs: Callable[..., Result]) -> None:
+    section = DOCUMENT.read_text().split("## Erase a subject")[1].split("\n## ")[0]
+    commands = [
+        shlex.split(line)
+        for block in re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
+        for line in block.splitlines()
+    ]
+    assert len(commands) >= 3
+    for program, *words in commands:
+        assert program == "prefs"
+        done = prefs(*words)
+        assert done.exit_code == 0, (words, done.output, done.exception)
+        assert "4711" in done.stdout
+
+
+def test_people_read_what_was_done(world: World, prefs: Callable[..., Result]) -> None:
+    assert prefs("erase", "user", "nobody").exit_code == 0
+    said = prefs("erase", "viewer", "5")
+    assert "nothing was held" in said.stdout
+    assert "point-in-time" in said.stdout
+    for words in (["-5"], ["viewer", "-5"], ["user", "canary:1"], ["x"]):
+        assert isinstance(prefs("erase", *words).exception, SubjectRefused), words
+    assert "one subject at a time" in prefs("erase", "viewer", "5", USER).output
+    assert world.execute("select count(*) from erased_subjects") == [(2,)]
