@@ -1,0 +1,198 @@
+"""The cost model by itself: known cases, its limits, and what it refuses. tests/dbt holds it against a run."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from dagster_prefs.cli import cli
+from dagster_prefs.cost import (
+    Capacities,
+    CostError,
+    DomainLoad,
+    Prices,
+    Workload,
+    contract_domains,
+    estimate,
+    event_writes,
+    expiry_writes,
+    overrides,
+    rows_kept,
+    scale_table,
+    uniform_domains,
+)
+from dagster_prefs.errors import PrefsError
+from dagster_prefs.online.contract import load_contract
+
+SCALE = Path(__file__).parents[1] / "docs" / "scale.md"
+WATCH = DomainLoad("watch", 150.0, (7, 28), "views")
+PLAIN = Workload(1_000_000, 10_000_000, interaction_share=0.1)
+
+
+def test_without_folding_every_event_is_a_put_of_each_domain_it_touches() -> None:
+    domains = contract_domains(load_contract(), PLAIN.viewers)
+    fast = replace(PLAIN, refresh_seconds=0.001)
+    # 9 views of 10 events change two domains, 1 interaction changes one.
+    assert sum(event_writes(fast, domain) for domain in domains) == pytest.approx(19_000_000, rel=1e-5)
+
+
+def test_one_refresh_a_day_writes_every_active_viewer_once() -> None:
+    daily = replace(PLAIN, refresh_seconds=86_400)
+    assert event_writes(daily, WATCH) == pytest.approx(250_000)
+
+
+def test_rarer_refreshes_never_write_more() -> None:
+    pauses = (0.1, 1, 60, 3_600, 43_200, 86_400)
+    writes = [event_writes(replace(PLAIN, refresh_seconds=pause), WATCH) for pause in pauses]
+    assert writes == sorted(writes, reverse=True)
+
+
+def test_known_shares() -> None:
+    half = replace(PLAIN, daily_active_share=0.5)
+    assert expiry_writes(half, WATCH) == pytest.approx(750_000)
+    assert expiry_writes(half, replace(WATCH, windows=(28,))) == pytest.approx(500_000)
+    assert rows_kept(half, replace(WATCH, windows=(1,))) == pytest.approx(750_000)
+    everybody = replace(PLAIN, daily_active_share=1.0)
+    assert expiry_writes(everybody, WATCH) == rows_kept(everybody, WATCH) == 1_000_000
+
+
+def test_nobody_does_nothing() -> None:
+    found = estimate(
+        Workload(10, 0, daily_active_share=0.0), contract_domains(load_contract(), 10), promise_seconds=5
+    )
+    assert (found.event_writes_per_day, found.burst_writes, found.items, found.write_units_per_day) == (
+        0,
+        0,
+        0,
+        0,
+    )
+    assert found.dollars["total"] == found.dollars["lake"]
+
+
+def test_spreading_lowers_midnight_and_nothing_else() -> None:
+    domains = contract_domains(load_contract(), PLAIN.viewers)
+    plain = estimate(PLAIN, domains, promise_seconds=5)
+    spread = estimate(replace(PLAIN, spread_seconds=3_600), domains, promise_seconds=5)
+    assert plain.burst_writes == spread.burst_writes
+    assert plain.burst_per_second == pytest.approx(plain.burst_writes / 5, abs=1)
+    assert spread.burst_per_second == pytest.approx(plain.burst_writes / 3_600, abs=1)
+    assert plain.write_units_per_day == spread.write_units_per_day
+    assert plain.dollars == spread.dollars
+    # What it says is needed is enough, and a second less is not.
+    needed = plain.needed_spread_seconds
+    assert needed
+    for seconds, enough in ((needed, True), (needed - 1, False)):
+        limit = next(
+            limit
+            for limit in estimate(replace(PLAIN, spread_seconds=seconds), domains, promise_seconds=5).limits
+            if "midnight" in limit.name
+        )
+        assert (limit.used <= 1) is enough
+
+
+def test_units_are_whole_kilobytes() -> None:
+    contract = load_contract()
+    small, large = (uniform_domains(contract, 1_000, 1, attributes) for attributes in (20, 40))
+    assert small[0].item_bytes < 1_024 < large[0].item_bytes < 2_048
+    reads = Workload(1_000, 1_000, interaction_share=0.0, reads_per_day=1_000)
+    once, twice = (estimate(reads, domains, promise_seconds=5) for domains in (small, large))
+    assert twice.write_units_per_day == pytest.approx(2 * once.write_units_per_day, abs=1)
+    # Both fit in 4 KiB, and an eventually consistent read is half a unit.
+    assert once.read_units_per_day == twice.read_units_per_day == 500
+
+
+def test_dollars_follow_the_prices() -> None:
+    domains = contract_domains(load_contract(), PLAIN.viewers)
+    found = estimate(PLAIN, domains, promise_seconds=5)
+    assert found.dollars["writes"] == (
+        Decimal(found.write_units_per_day * 30) / 1_000_000 * Decimal("0.625")
+    ).quantize(Decimal("0.01"))
+    assert found.dollars["total"] == sum(amount for name, amount in found.dollars.items() if name != "total")
+    free = Prices(*[Decimal(0)] * 6)
+    assert set(estimate(PLAIN, domains, promise_seconds=5, prices=free).dollars.values()) == {Decimal("0.00")}
+
+
+def test_a_larger_quota_is_less_used() -> None:
+    domains = contract_domains(load_contract(), PLAIN.viewers)
+    limits = [
+        estimate(
+            PLAIN, domains, promise_seconds=5, capacities=Capacities(table_write_units=units)
+        ).breaks_first.used
+        for units in (40_000, 80_000)
+    ]
+    assert limits[0] == pytest.approx(2 * limits[1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"viewers": 0}, "viewers is 0: give 1 or more"),
+        ({"events_per_day": -1}, "events_per_day is -1: give 0 or more"),
+        ({"interaction_share": 1.5}, "interaction_share is 1.5: give a share from 0 to 1"),
+        ({"daily_active_share": math.nan}, "daily_active_share is nan"),
+        ({"peak_factor": 0.5}, "peak_factor is 0.5: give 1 or more"),
+        ({"refresh_seconds": 0}, "refresh_seconds is 0: give more than 0"),
+        ({"spread_seconds": 86_400}, "spread_seconds is 86400: give 0 to 86399"),
+        ({"events_per_day": 100_000}, "90,000 view events a day cannot make 250,000 viewers active"),
+    ],
+)
+def test_a_workload_that_cannot_be_is_refused(changes: dict[str, float], named: str) -> None:
+    with pytest.raises(CostError, match=named):
+        replace(PLAIN, **changes)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("million_write_units", "is not NAME=VALUE with one of the names million_write_units, "),
+        ("gold=1", "is not NAME=VALUE"),
+        ("table_gib_month=cheap", "table_gib_month is 'cheap', which is no number"),
+    ],
+)
+def test_a_price_that_is_none_is_refused(given: str, named: str) -> None:
+    with pytest.raises(CostError, match=named):
+        overrides([given], Prices)
+
+
+def test_prices_and_capacities_have_a_domain() -> None:
+    for price in ("-1", "NaN", "Infinity"):
+        with pytest.raises(CostError, match="give US dollars, 0 or more"):
+            Prices(**overrides([f"table_gib_month={price}"], Prices))
+    with pytest.raises(CostError, match="table_write_units is 0: give 1 or more"):
+        Capacities(**overrides(["table_write_units=0"], Capacities))
+
+
+def test_the_command() -> None:
+    runner = CliRunner()
+    arguments = ["cost", "--viewers", "1000", "--events-per-day", "5000", "--spread-seconds", "60"]
+    shown = runner.invoke(cli, arguments)
+    assert shown.exit_code == 0, shown.output
+    assert "AWS list prices" in shown.output
+    told = json.loads(runner.invoke(cli, [*arguments, "--json"]).output)
+    expected = estimate(
+        Workload(1_000, 5_000, spread_seconds=60), contract_domains(load_contract(), 1_000), promise_seconds=5
+    )
+    assert told["write_units_per_day"] == expected.write_units_per_day
+    assert told["dollars"]["total"] == str(expected.dollars["total"])
+    dearer = runner.invoke(cli, [*arguments, "--json", "--price", "million_write_units=625"])
+    assert Decimal(json.loads(dearer.output)["dollars"]["writes"]) > Decimal(told["dollars"]["writes"])
+    uniform = json.loads(
+        runner.invoke(cli, [*arguments, "--json", "--domains", "7", "--attributes", "3"]).output
+    )
+    assert len(uniform["item_bytes"]) == 7
+    with pytest.raises(PrefsError, match="give --domains too"):
+        runner.invoke(cli, [*arguments, "--attributes", "3"], catch_exceptions=False)
+
+
+def test_the_documents_table_is_current() -> None:
+    """`prefs cost --table` writes it; paste its output where this test says."""
+    assert CliRunner().invoke(cli, ["cost", "--table"]).output.strip() == scale_table(load_contract())
+    assert scale_table(load_contract()) in SCALE.read_text(), (
+        "docs/scale.md: paste what `prefs cost --table` prints"
+    )
