@@ -301,6 +301,7 @@ class _Publisher:
                 # view, its removal may come after its return, and a removal acted on at once would delete the item.
                 if viewer not in self.kept:
                     self.removed.add(viewer)
+                    self._drop(viewer)
             else:
                 self.removed.discard(viewer)
                 if not change.renewed:
@@ -325,7 +326,12 @@ class _Publisher:
         key = self.encoder.key(viewer)
         self._add(viewer, {"Delete": {"Key": key}}, key)
 
+    def _drop(self, viewer: int) -> None:
+        if (write := self.pending.pop(viewer, None)) is not None:
+            self.pending_bytes -= write.size
+
     def _add(self, viewer: int, request: Mapping[str, Any], item: Mapping[str, Any]) -> None:
+        self._drop(viewer)
         write = _Write(viewer, request, item_bytes(item))
         self.pending_bytes += write.size
         self.pending[viewer] = write
