@@ -39,7 +39,7 @@ def parity_check(
     keys = {domain: tables[table_of(domain).name] for domain in domains()}
 
     @dg.multi_asset_check(
-        name=PARITY_CHECK,
+        name="training_parity",
         specs=[
             dg.AssetCheckSpec(
                 PARITY_CHECK,
