@@ -126,7 +126,8 @@ class Workload:
     profile client for all domains, eventually consistent. `refresh_seconds` is how often changes are written:
     RisingWave's barrier, or the pause between refreshes on the embedded engine. `spread_seconds` is
     PREFS_EXPIRY_SPREAD_SECONDS. `peak_factor` is the busiest second over the mean. `late_days` are days before
-    the newest one that each day's export finds changed; `history_days` are days of events that the engine keeps.
+    the newest one that each day's export finds changed; `history_days` are days of events that the engine keeps,
+    `raw_days` days of raw messages (PREFS_RAW_RETENTION_SECONDS), None meaning as many.
 
     Raises CostError naming the number, its rule and a remedy.
     """
@@ -143,6 +144,7 @@ class Workload:
     peak_factor: float = 3.0
     late_days: float = 3.0
     history_days: int = 365
+    raw_days: int | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("viewers", 1), ("events_per_day", 0), ("reads_per_day", 0), ("late_days", 0)):
@@ -154,6 +156,8 @@ class Workload:
         for name in ("genres_per_active_day", "contents_per_active_day", "peak_factor", "history_days"):
             if not getattr(self, name) >= 1:
                 raise CostError(f"{name} is {getattr(self, name)}: give 1 or more")
+        if self.raw_days is not None and not 1 <= self.raw_days <= self.history_days:
+            raise CostError(f"raw_days is {self.raw_days}: give 1 to history_days ({self.history_days})")
         if not 0 < self.refresh_seconds <= DAY_SECONDS:
             raise CostError(f"refresh_seconds is {self.refresh_seconds}: give more than 0 and at most a day")
         if not 0 <= self.spread_seconds < DAY_SECONDS:
@@ -490,7 +494,7 @@ def estimate(
 def engine_rows(workload: Workload, domains: Sequence[DomainLoad]) -> dict[str, float]:
     """Rows that the engine keeps, by kind, with H days of history and E events a day.
 
-    Raw and typed events: E · H each, because the first delivery of an event wins for ever. Tiles: a day's tile
+    Typed events: E · H, because the first delivery of an event wins for ever; raw ones for the days they are kept. Tiles: a day's tile
     rows · H. Tile aggregates: every event once for each tile it is in (the newest event's time must be found again
     when events go), and the distinct contents and genres of a viewer's day. Windows: the tiles of the longest
     window and the running day. Rolling views: their rows.
@@ -501,7 +505,7 @@ def engine_rows(workload: Workload, domains: Sequence[DomainLoad]) -> dict[str, 
     distinct = workload.contents_per_active_day + workload.genres_per_active_day
     window = max(max(domain.windows) for domain in domains)
     return {
-        "raw events": events,
+        "raw events": workload.events_per_day * (workload.raw_days or history),
         "typed events": events,
         "tiles": tiles * history,
         "tile aggregates": (2 * workload.views_per_day + workload.interactions_per_day) * history

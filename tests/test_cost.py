@@ -19,6 +19,7 @@ from dagster_prefs.cost import (
     Prices,
     Workload,
     contract_domains,
+    engine_rows,
     estimate,
     event_writes,
     expiry_writes,
@@ -96,6 +97,14 @@ def test_spreading_lowers_midnight_and_nothing_else() -> None:
         assert (limit.used <= 1) is enough
 
 
+def test_raw_messages_may_go_before_what_was_read_from_them() -> None:
+    domains = contract_domains(load_contract(), PLAIN.viewers)
+    all_of_them, a_month = (engine_rows(replace(PLAIN, raw_days=days), domains) for days in (None, 30))
+    assert a_month.pop("raw events") == 30 * PLAIN.events_per_day
+    assert all_of_them.pop("raw events") == 365 * PLAIN.events_per_day
+    assert a_month == all_of_them
+
+
 def test_units_are_whole_kilobytes() -> None:
     contract = load_contract()
     small, large = (uniform_domains(contract, 1_000, 1, attributes) for attributes in (20, 40))
@@ -138,6 +147,7 @@ def test_a_larger_quota_is_less_used() -> None:
         ({"daily_active_share": math.nan}, "daily_active_share is nan"),
         ({"peak_factor": 0.5}, "peak_factor is 0.5: give 1 or more"),
         ({"refresh_seconds": 0}, "refresh_seconds is 0: give more than 0"),
+        ({"raw_days": 400}, r"raw_days is 400: give 1 to history_days \(365\)"),
         ({"spread_seconds": 86_400}, "spread_seconds is 86400: give 0 to 86399"),
         ({"events_per_day": 100_000}, "90,000 view events a day cannot make 250,000 viewers active"),
     ],
