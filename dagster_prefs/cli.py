@@ -257,6 +257,59 @@ def refresh() -> None:
 
 
 @cli.command()
+@click.option("--follow", is_flag=True, help="Go on with every change until SIGINT or SIGTERM (RisingWave).")
+@click.option("--full", is_flag=True, help="Compare whole views first, whatever was published (RisingWave).")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+def publish(follow: bool, full: bool, as_json: bool) -> None:
+    """Publish what changed in the rolling views to DynamoDB."""
+    import signal
+    import threading
+
+    from dagster_prefs.online.changefeed import process_label, publish_changes
+    from dagster_prefs.online.contract import load_contract
+    from dagster_prefs.online.publisher import publish_domain
+    from dagster_prefs.online.tables import dynamodb_client, provision
+
+    settings = load_settings()
+    if not settings.publishes and not settings.follows:
+        raise PrefsError(
+            "RisingWave's own sinks write DynamoDB: set PREFS_PUBLISH=changefeed to publish from its subscriptions"
+        )
+    if settings.publishes and (follow or full):
+        raise PrefsError(
+            "the local engine's views change when they are refreshed, and have no changes to follow: run "
+            "`prefs refresh` or the sensor new_events; `prefs reconcile` compares whole views"
+        )
+    stop = threading.Event()
+    if settings.follows:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
+    engine, contract = EngineConnection.of(settings), load_contract()
+    client = dynamodb_client(settings.aws_endpoint, settings.aws_region)
+    table = provision(client, contract, prefix=settings.table_prefix, mode=settings.provisioning)
+    if settings.follows:
+        reports: list[Any] = publish_changes(
+            engine,
+            client,
+            contract,
+            table,
+            mode="follow" if follow else "once",
+            stop=stop,
+            label=process_label(),
+            promise_seconds=settings.changefeed_lease_seconds,
+            full=full,
+            notify=lambda message: click.echo(message, err=True),
+        )
+    else:
+        reports = [publish_domain(engine, client, contract, domain, table) for domain in contract.domains]
+    if as_json:
+        print_json([vars(report) for report in reports])
+        return
+    for report in reports:
+        console.print(f"{report.domain_key}: {report.upserts:,} upserts, {report.deletes:,} deletes")
+
+
+@cli.command()
 @click.option("--drop-orphans", is_flag=True, help="Also drop relations that have no model any more.")
 @click.option("--unchanged", "list_unchanged", is_flag=True, help="Also list what stays as it is.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")

@@ -415,6 +415,11 @@ class Settings(BaseSettings):
         return self.publish == "publisher" or (self.publish == "auto" and self.engine == "local")
 
     @property
+    def follows(self) -> bool:
+        """Whether this platform writes DynamoDB from RisingWave's subscriptions."""
+        return self.publish == "changefeed"
+
+    @property
     def aws_endpoint(self) -> str | None:
         """The endpoint every AWS client uses; None means AWS itself."""
         if self.aws_endpoint_url or self.engine != "local":

@@ -148,9 +148,11 @@ def build(platform: Platform, alert_webhook: str | None = None) -> dg.Definition
 
 def asset_keys(platform: Platform) -> dict[str, dict[str, dg.AssetKey]]:
     """Stage → name of a measure → the asset that it speaks of."""
-    contract = platform.contract
+    contract, settings = platform.contract, platform.settings
     domains = {
-        domain.name: dg.AssetKey(["online", domain.name] if platform.settings.publishes else domain.sink)
+        domain.name: dg.AssetKey(
+            ["online", domain.name] if settings.publishes or settings.follows else domain.sink
+        )
         for domain in contract.domains.values()
     }
     return {

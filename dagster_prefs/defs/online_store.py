@@ -1,5 +1,6 @@
 """The DynamoDB table and what is published into it."""
 
+import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
@@ -8,8 +9,12 @@ import dagster as dg
 
 from dagster_prefs.defs.resources import TABLE_KEY, Platform
 from dagster_prefs.freshness.online import online_lag
+from dagster_prefs.online.access import ItemAccess
+from dagster_prefs.online.changefeed import PublishedElsewhere, process_label, publish_changes
 from dagster_prefs.online.contract import Domain
+from dagster_prefs.online.lease import read_lease
 from dagster_prefs.online.publisher import publish_domain
+from dagster_prefs.online.tables import TableReport
 
 GROUP = "online_store"
 
@@ -40,7 +45,7 @@ def build(platform: Platform) -> dg.Definitions:
         )
 
     assets: list[dg.AssetsDefinition] = [viewer_profiles]
-    if platform.settings.publishes:
+    if platform.settings.publishes or platform.settings.follows:
         assets += [_published(platform, domain) for domain in contract.domains.values()]
     return dg.Definitions(assets=assets)
 
@@ -67,24 +72,31 @@ def _published(platform: Platform, domain: Domain) -> dg.AssetsDefinition:
     ) -> Iterator[dg.MaterializeResult[Any] | dg.AssetCheckResult]:
         client = platform.dynamodb()
         table = platform.provision(client)
-        report = publish_domain(platform.engine, client, platform.contract, domain.key, table)
-        context.log.info(f"{domain.key}: {report.upserts} upserts, {report.deletes} deletes")
-        yield dg.MaterializeResult(
-            asset_key=key,
-            metadata={
+        if platform.settings.follows:
+            metadata = _followed(platform, client, domain, table)
+        else:
+            report = publish_domain(platform.engine, client, platform.contract, domain.key, table)
+            metadata = {
                 "upserts": report.upserts,
                 "deletes": report.deletes,
                 "unchanged": report.unchanged,
                 "retries": report.retries,
                 "seconds": report.seconds,
                 "dagster/row_count": report.upserts + report.unchanged,
-            },
-        )
+            }
+        context.log.info(f"{domain.key}: {metadata}")
+        yield dg.MaterializeResult(asset_key=key, metadata=metadata)
         lag = online_lag(platform.engine, client, platform.contract, domain, table, now=datetime.now(UTC))
+        # Nothing counts what a changefeed published, and beside a follower the newest changes are under way.
+        passed = (
+            lag.oldest_seconds < domain.freshness.error_seconds
+            if platform.settings.follows
+            else lag.in_step and lag.view_rows == lag.published_rows
+        )
         yield dg.AssetCheckResult(
             asset_key=key,
             check_name=check.name,
-            passed=lag.in_step and lag.view_rows == lag.published_rows,
+            passed=passed,
             metadata={
                 "view_rows": lag.view_rows,
                 "published_rows": lag.published_rows,
@@ -97,3 +109,32 @@ def _published(platform: Platform, domain: Domain) -> dg.AssetsDefinition:
         )
 
     return published
+
+
+def _followed(platform: Platform, client: Any, domain: Domain, table: TableReport) -> dict[str, Any]:
+    """Publish what changed by now, unless a follower does so already; what to tell of it."""
+    try:
+        (report,) = publish_changes(
+            platform.engine,
+            client,
+            platform.contract,
+            table,
+            mode="once",
+            stop=threading.Event(),
+            label=process_label(),
+            domains=[domain.key],
+            promise_seconds=platform.settings.changefeed_lease_seconds,
+        )
+    except PublishedElsewhere as error:
+        state = read_lease(ItemAccess(client, platform.contract, table.name), domain)
+        token = None if state is None or state.token is None else state.token / 1000
+        return {"publisher": str(error)} | (
+            {} if token is None else {"token_at": dg.MetadataValue.timestamp(token)}
+        )
+    return {
+        "upserts": report.upserts,
+        "deletes": report.deletes,
+        "compared_whole_view": bool(report.resyncs),
+        "retries": report.retries,
+        "seconds": report.seconds,
+    }

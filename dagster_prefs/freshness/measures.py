@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import date, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +16,9 @@ from dagster_prefs.errors import PrefsError
 from dagster_prefs.freshness.levels import Level, Measure, Stage, Unmeasurable, judge, worst
 from dagster_prefs.freshness.online import OnlineLag, online_lag
 from dagster_prefs.freshness.views import RELATIONS, Typed, View, ViewLag, view_lag
+from dagster_prefs.online.access import ItemAccess
 from dagster_prefs.online.contract import Contract, Domain, Freshness
+from dagster_prefs.online.lease import LeaseState, read_lease
 from dagster_prefs.online.tables import TableReport
 
 if TYPE_CHECKING:
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
     from dagster_prefs.freshness.ingestion import IngestionLag, State
     from dagster_prefs.offline.tables import TileTable
 
+# A holder that misses so many of its promises does not live.
+SILENCES = 3
 # A refresh that takes longer than this excuses nothing.
 REFRESH_PATIENCE_SECONDS = 900
 
@@ -119,13 +124,15 @@ def measure_online(
     *,
     now: datetime,
     publishes: bool,
+    follows: bool = False,
     domains: Sequence[Domain] | None = None,
     sample: int = 64,
     wait: Callable[[float], None] = time.sleep,
 ) -> list[Measure]:
     """Online lag of each domain; `connect` gives the client and the table, and is called once.
 
-    `publishes` says whether this platform writes DynamoDB, rather than a RisingWave sink. Never raises for an
+    `publishes` says whether this platform writes DynamoDB, rather than a RisingWave sink; `follows` that
+    `prefs publish --follow` does, of whose lease silence, stop and refused rows are told too. Never raises for an
     engine or DynamoDB that does not answer: those measures are `unknown`.
     """
     from botocore.exceptions import BotoCoreError
@@ -147,8 +154,47 @@ def measure_online(
         except (PrefsError, psycopg.Error) as error:
             measures += unknown("online", [domain.name], error)
             continue
-        measures.append(_online_measure(lag, domain, publishes, refreshing))
+        measure = _online_measure(lag, domain, publishes or follows, refreshing)
+        if follows:
+            try:
+                state = read_lease(ItemAccess(client, contract, table.name), domain)
+            except PrefsError as error:
+                measures += unknown("online", [domain.name], error)
+                continue
+            measure = _with_follower(measure, state, now)
+        measures.append(measure)
     return measures
+
+
+def _with_follower(measure: Measure, state: LeaseState | None, now: datetime) -> Measure:
+    """The measure with what the lease says of whoever publishes; a lag appears only when something changes."""
+    if state is None:
+        reason = f"nobody has published it yet: run `prefs publish --follow`; {measure.reason}"
+        return replace(measure, level=worst([measure.level, "warn"]), reason=reason)
+    silent = max(0.0, now.timestamp() - state.renewed_ms / 1000)
+    values: dict[str, int | float] = {
+        **measure.values,
+        "follower_silent_seconds": silent,
+        "refused_rows": state.refused,
+    }
+    if state.token is not None:
+        values["token_age_seconds"] = max(0.0, now.timestamp() - state.token / 1000)
+    level, reasons = measure.level, [measure.reason]
+    if state.holder and silent > SILENCES * state.promise_seconds:
+        level = worst([level, "error"])
+        reasons.append(
+            f"its publisher {state.label} has been silent for {silent:.0f} s: start `prefs publish --follow`"
+        )
+    elif not state.holder and state.mode == "follow":
+        level = worst([level, "warn"])
+        reasons.append(
+            f"its publisher {state.label} was stopped {silent:.0f} s ago: start `prefs publish --follow`"
+        )
+    if state.refused:
+        level = worst([level, "error"])
+        reasons.append(f"{state.refused} rows cannot become items: `prefs publish --full` names them")
+    notes = {**measure.notes, "publisher": state.label}
+    return replace(measure, level=level, reason="; ".join(reasons), values=values, notes=notes)
 
 
 def _online_measure(lag: OnlineLag, domain: Domain, publishes: bool, refreshing: bool) -> Measure:

@@ -101,7 +101,12 @@ class Sources:
     def online(self, now: datetime) -> list[Measure]:
         """Rolling views against DynamoDB."""
         return measure_online(
-            self.engine, self.contract, self.dynamodb, now=now, publishes=self.settings.publishes
+            self.engine,
+            self.contract,
+            self.dynamodb,
+            now=now,
+            publishes=self.settings.publishes,
+            follows=self.settings.follows,
         )
 
     def offline(self, now: datetime) -> list[Measure]:

@@ -9,6 +9,8 @@ whole view is compared with the table, and items without a row are deleted.
 
 from __future__ import annotations
 
+import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -67,6 +69,11 @@ class ChangefeedReport:
     seconds: float
 
 
+def process_label() -> str:
+    """Host and process, as others are told who publishes."""
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
 def publish_changes(
     engine: EngineConnection,
     client: DynamoDBClient,
@@ -112,6 +119,10 @@ def publish_changes(
             stop.set()
             raise
     return [future.result() for future in running]
+
+
+class PublishedElsewhere(PublishError):
+    """Another publisher holds the domain's lease and is alive."""
 
 
 class _Stopped(Exception):
@@ -173,7 +184,7 @@ class _Publisher:
                 break
             except Fenced as error:
                 if self.mode == "once":
-                    raise PublishError(str(error), self._report(started)) from None
+                    raise PublishedElsewhere(str(error), self._report(started)) from None
                 self.notify(f"{error}: waiting as stand-by")
             except StoreUnavailable as error:
                 # A stand-by outlasts a DynamoDB that is away, as the holder does; one that just started says so.
