@@ -410,6 +410,11 @@ class AsyncProfileClient:
         self._client = ProfileClient(**options)
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="profile-client")
 
+    @property
+    def contract(self) -> Contract:
+        """The contract that answers are read by."""
+        return self._client.contract
+
     async def __aenter__(self) -> Self:
         return self
 

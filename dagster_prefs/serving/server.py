@@ -27,8 +27,9 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from dagster_prefs.errors import PrefsError
-from dagster_prefs.online.contract import CANARY_VIEWER_ID
+from dagster_prefs.online.contract import CANARY_VIEWER_ID, load_contract
 from dagster_prefs.serving.catalogue import CatalogueRanker
+from dagster_prefs.serving.openapi import openapi
 from dagster_prefs.serving.preferences import PreferenceClient, PreferencesUnavailable
 from dagster_prefs.serving.profiles import AsyncProfileClient, ReadOptions
 from dagster_prefs.serving.wire import (
@@ -100,7 +101,18 @@ def make_app(
                 await part.start(stack)
             yield
 
-    operational = [Route("/healthz", alive), Route("/readyz", ready), Route("/metrics", scrape)]
+    contract = load_contract() if profiles is None else profiles.contract
+    document = openapi(contract, profiles=profiles is not None, preferences=preferences is not None)
+
+    async def describe(_: Request) -> Response:
+        return json_answer(document)
+
+    operational = [
+        Route("/healthz", alive),
+        Route("/readyz", ready),
+        Route("/metrics", scrape),
+        Route("/openapi.json", describe),
+    ]
     return Starlette(
         routes=[*operational, *(route for part in parts for route in part.routes())],
         middleware=[Middleware(Gate, metrics=metrics, max_in_flight=max_in_flight)],

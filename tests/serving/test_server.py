@@ -20,17 +20,22 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
+import jsonschema
+import openapi_spec_validator
 import pytest
 import uvicorn
 from scripted_dynamodb import Reply, Request, Script, answer, failure
 from scripted_dynamodb import serve as serve_script
+from starlette.routing import Route
 
+from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.serving import AsyncProfileClient, PreferenceClient
 from dagster_prefs.serving.server import make_app
 
 REGION = "eu-central-1"
 AT = 1_760_000_000_000
 NOW = datetime(2026, 3, 15, 12, tzinfo=UTC)
+NOWHERE = EngineConnection(host="127.0.0.1", port=1, database="none", user="none")
 WATCH = [Decimal("12.5"), Decimal("40.123456"), 3, 2, 5, AT]
 
 
@@ -238,18 +243,54 @@ def test_bad_requests_are_one_sentence(
 @pytest.fixture(scope="module")
 def bad_caller() -> Iterator[Caller]:
     """A server whose clients need nothing, because no request of these tests gets as far."""
-    from dagster_prefs.engine.connection import EngineConnection
-
     script, stop = serve_script(lambda request: answer({}))
-    away = EngineConnection(host="127.0.0.1", port=1, database="none", user="none")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ACCESS_KEY_ID", "test")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
         with running(
-            profile_client(script.endpoint), PreferenceClient(away), catalogue_refresh_seconds=None
+            profile_client(script.endpoint), PreferenceClient(NOWHERE), catalogue_refresh_seconds=None
         ) as made:
             yield made
     stop()
+
+
+def test_the_description_is_true(caller: Caller) -> None:
+    """The document is valid OpenAPI, names every route, and real answers are as it says."""
+    status, document = caller.get("/openapi.json")
+    assert status == 200
+    openapi_spec_validator.validate(document)
+    routes = {
+        (re.sub(r":path", "", route.path), method.lower())
+        for route in make_app(profile_client("http://127.0.0.1:1"), PreferenceClient(NOWHERE)).routes
+        if isinstance(route, Route) and route.path != "/openapi.json"
+        for method in (route.methods or set()) - {"HEAD"}
+    }
+    assert routes == {(path, method) for path, found in document["paths"].items() for method in found}
+    calls: list[tuple[str, str, str, Any, str]] = [
+        ("get", "/v1/profiles/{viewer_id}", "/v1/profiles/42", None, "200"),
+        ("get", "/v1/profiles/{viewer_id}", "/v1/profiles/43?domains=preferences", None, "200"),
+        ("get", "/v1/profiles/{viewer_id}", "/v1/profiles/x", None, "400"),
+        ("post", "/v1/profiles", "/v1/profiles", {"viewer_ids": [42, 43]}, "200"),
+        ("get", "/v1/users/{user_id}/profile", "/v1/users/u/1/profile", None, "200"),
+        ("get", "/v1/users/{user_id}/ranking", "/v1/users/u/1/ranking", None, "200"),
+        ("get", "/v1/users/{user_id}/ranking", "/v1/users/u/1/ranking?explain=1&session=0", None, "200"),
+        ("get", "/readyz", "/readyz", None, "200"),
+    ]
+    for method, path, called, body, expected in calls:
+        got, content, _ = caller.call(method.upper(), called, body)
+        assert str(got) == expected
+        operation = document["paths"][path][method]
+        schema = operation["responses"][expected]["content"]["application/json"]["schema"]
+        jsonschema.validate(content, {**schema, "components": document["components"]})
+        if body is not None:
+            jsonschema.validate(body, operation["requestBody"]["content"]["application/json"]["schema"])
+    # The schemas are strict enough to tell a wrong answer.
+    _, content = caller.get("/v1/profiles/42")
+    content["domains"]["watch"]["attributes"]["watch_minutes_7d"] = 12.5
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(
+            content, {"$ref": "#/components/schemas/Profile", "components": document["components"]}
+        )
 
 
 def test_operations(caller: Caller) -> None:
