@@ -21,6 +21,7 @@ from dagster_prefs.engine.plan import (
     CONTRACT_KIND,
     DEPLOYMENTS,
     JOURNAL_KIND,
+    PENDING_KIND,
     Plan,
     PlanError,
     ReviewContract,
@@ -181,6 +182,8 @@ class _Apply:
         if beside:
             self._drop_unrecorded(journal)
         first = [*in_place, *(name for name in plan.closure if name not in sinks)]
+        if not self.streaming and plan.of("changed"):
+            self._announce(plan)
         if first:
             self.on_step(f"build {', '.join(first)}")
             self._build(first, beside)
@@ -194,6 +197,7 @@ class _Apply:
                 self._silence(journal, error)
                 raise
         if beside:
+            self.on_step("go live")
             self._go_live(self._write(replace(journal, state=GOING_LIVE)))
             return
         self._settle(journal)
@@ -397,6 +401,22 @@ class _Apply:
         )
         return journal
 
+    def _announce(self, plan: Plan) -> None:
+        """Leave the definitions to come where the embedded engine's materializations look for them."""
+        self._execute("delete from {} where kind = %s", self._records, values=(PENDING_KIND,))
+        for relation in plan.of("changed"):
+            if not plan.models[relation.name].holds_data:
+                self._execute(
+                    "insert into {} (relation, kind, definition, state) values (%s, %s, %s, %s)",
+                    self._records,
+                    values=(
+                        f"pending:{relation.name}",
+                        PENDING_KIND,
+                        plan.models[relation.name].sql,
+                        BUILDING,
+                    ),
+                )
+
     def _record(self, plan: Plan, name: str) -> None:
         model = plan.models[name]
         self._execute(
@@ -435,7 +455,11 @@ class _Apply:
             self._records,
             values=(len(journal.suffix), journal.suffix),
         )
-        self._execute("delete from {} where relation = %s", self._records, values=(f"plan:{journal.id}",))
+        self._execute(
+            "delete from {} where relation = %s or kind = %s",
+            self._records,
+            values=(f"plan:{journal.id}", PENDING_KIND),
+        )
 
     def _forget_record(self, name: str) -> None:
         self._execute(

@@ -31,6 +31,7 @@ DBT_LEFTOVER = re.compile(r"_dbt_zero_down_tmp_")
 # Records of `deployments` that are no relations.
 CONTRACT_KIND = "contract"
 JOURNAL_KIND = "plan"
+PENDING_KIND = "pending"
 
 Action = Literal["create", "changed", "orphaned", "refused"]
 How = Literal["create", "in place", "swap", "rebuild", "drop", "kept", ""]
@@ -242,8 +243,8 @@ def make_plan(
 
     Raises PlanError when `deployments` is not ours; DbtError when a model does not compile; EngineUnavailable.
     """
-    manifest = dbt.manifest()
-    models = compiled_models(dbt, manifest)
+    manifest = dbt.compiled_manifest()
+    models = compiled_models(manifest, engine.database)
     with engine.connect() as connection:
         catalog = read_catalog(connection, engine)
         records, fragments = read_records(connection, engine, catalog)
@@ -263,11 +264,9 @@ def model_names(node: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(id_.split(".")[-1] for id_ in node["depends_on"]["nodes"] if id_.startswith("model."))
 
 
-def compiled_models(dbt: Dbt, manifest: Mapping[str, Any]) -> dict[str, Model]:
-    """Every model by name, parents before children."""
+def compiled_models(manifest: Mapping[str, Any], database: str) -> dict[str, Model]:
+    """Every model of a compiled manifest by name, parents before children; without the database's name."""
     nodes = {node["name"]: node for node in manifest["nodes"].values() if node["resource_type"] == "model"}
-    code = dbt.compiled(list(nodes))
-    database = f'"{dbt.connection.database}".'
     found: dict[str, Model] = {}
 
     def add(name: str) -> None:
@@ -279,7 +278,7 @@ def compiled_models(dbt: Dbt, manifest: Mapping[str, Any]) -> dict[str, Model]:
         found[name] = Model(
             name=node["alias"],
             kind=node["config"]["materialized"],
-            sql=code[name].strip().replace(database, ""),
+            sql=node["compiled_code"].strip().replace(f'"{database}".', ""),
             indexes=json.dumps(node["config"].get("indexes") or []),
             upstream=tuple(nodes[parent]["alias"] for parent in model_names(node)),
             columns=tuple(node["columns"]),
@@ -331,7 +330,7 @@ def compare(
     relations_of = {
         name: record
         for name, record in records.items()
-        if record.kind not in (CONTRACT_KIND, JOURNAL_KIND) and not BESIDE.search(name)
+        if record.kind not in (CONTRACT_KIND, JOURNAL_KIND, PENDING_KIND) and not BESIDE.search(name)
     }
     stranded = _stranded(models, relations_of, catalog) if engine == "risingwave" else {}
     found: dict[str, RelationPlan] = {}

@@ -93,7 +93,14 @@ class Workshop:
         self._originals.setdefault(file, text)
         file.write_text(text.replace(old, new))
 
+    def remove(self, path: str) -> None:
+        """Delete a file that must be there."""
+        file = self.folder / path
+        self._originals.setdefault(file, file.read_text())
+        file.unlink()
+
     def restore(self) -> None:
+        """Undo every change so far."""
         for file, text in self._originals.items():
             file.write_text(text)
 

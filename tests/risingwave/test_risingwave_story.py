@@ -22,11 +22,10 @@ PROJECT = Path(__file__).resolve().parents[2] / "dbt_project"
 pytestmark = pytest.mark.skipif(not URL, reason="PREFS_RISINGWAVE_URL names no RisingWave server")
 
 
-@pytest.fixture(scope="module")
-def risingwave() -> Iterator[EngineConnection]:
-    """An empty database of the server, dropped afterwards."""
-    parts = urlsplit(URL)
-    server = EngineConnection(
+def server_of(url: str) -> EngineConnection:
+    """The server that PREFS_RISINGWAVE_URL names, at its own database."""
+    parts = urlsplit(url)
+    return EngineConnection(
         host=parts.hostname or "127.0.0.1",
         port=parts.port or 4566,
         database=parts.path.strip("/") or "dev",
@@ -34,6 +33,12 @@ def risingwave() -> Iterator[EngineConnection]:
         password=parts.password or "",
         kind="risingwave",
     )
+
+
+@pytest.fixture(scope="module")
+def risingwave() -> Iterator[EngineConnection]:
+    """An empty database of the server, dropped afterwards."""
+    server = server_of(URL)
     name = f"prefs_{uuid.uuid4().hex[:12]}"
     with server.connect() as connection:
         connection.execute(f"create database {name}")

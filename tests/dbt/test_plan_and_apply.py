@@ -1,0 +1,300 @@
+"""`prefs plan` and `prefs apply` on the embedded engine: what differs, how it goes out, and what is refused."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import psycopg
+import pytest
+from conftest import Workshop
+from relations import insert_events
+from streams import MIDNIGHT
+from test_views_against_oracle import watch
+
+from dagster_prefs.defs.deployment import review_contract
+from dagster_prefs.engine.apply import ApplyError, apply_plan
+from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.dbt import Dbt
+from dagster_prefs.engine.plan import ContractReview, Plan, PlanError, make_plan
+from dagster_prefs.online.contract import build_contract, parse_contract
+
+DbtOn = Callable[..., Dbt]
+TILE = "models/engagement/viewer_watch_metrics_1d.sql"
+TILE_CONTRACT = "models/engagement/viewer_watch_metrics_1d.yml"
+ROLLING = "models/engagement/viewer_engagement_rolling.sql"
+ROLLING_CONTRACT = "models/engagement/viewer_engagement_rolling.yml"
+ROLLING_VIEW = "viewer_engagement_rolling"
+FINGERPRINTS = "models/operations/tile_fingerprints.sql"
+
+
+class Store:
+    """Where the items would go; remembers what was asked of it."""
+
+    def __init__(self) -> None:
+        self.prepared = 0
+        self.settled: list[str] = []
+
+    def prepare(self) -> None:
+        self.prepared += 1
+
+    def settle(self, relation: str) -> str:
+        self.settled.append(relation)
+        return f"{relation} settled"
+
+
+def review(fragments: Sequence[Mapping[str, Any]], manifest: Mapping[str, Any]) -> ContractReview:
+    """The platform's own review; the contract that is shipped is the one of these models."""
+    return review_contract(parse_contract(build_contract(manifest)), fragments, manifest)
+
+
+class Deployment:
+    """The changed copy of the project against one database."""
+
+    def __init__(self, engine: EngineConnection, dbt: Dbt) -> None:
+        self.engine, self.dbt, self.store = engine, dbt, Store()
+
+    def plan(self, **options: Any) -> Plan:
+        return make_plan(self.engine, self.dbt, review, **options)
+
+    def apply(self, **options: Any) -> Plan:
+        return apply_plan(self.engine, self.dbt, review, self.store, **options)
+
+    def rows(self, query: str) -> list[tuple[Any, ...]]:
+        with self.engine.connect() as connection:
+            return connection.execute(query).fetchall()
+
+    def run(self, *statements: str) -> None:
+        with self.engine.connect() as connection:
+            for statement in statements:
+                connection.execute(statement)
+
+
+@pytest.fixture
+def deployment(deployed: EngineConnection, dbt_on: DbtOn, workshop: Workshop) -> Deployment:
+    with deployed.connect() as connection:
+        insert_events(connection, [watch(n, n % 2, MIDNIGHT) for n in range(4)])
+        for view in (
+            "view_events_parsed",
+            "view_events",
+            "viewer_watch_metrics_1d",
+            ROLLING_VIEW,
+            "tile_fingerprints",
+        ):
+            connection.execute(f"refresh materialized view {view}")
+    return Deployment(deployed, dbt_on(deployed, workshop.folder))
+
+
+class Killed(BaseException):
+    """The process ends here; nothing of ours may catch it."""
+
+
+class Reader(threading.Thread):
+    """Reads relations all the time and keeps what it saw; a relation that is missing ends it with the error."""
+
+    def __init__(self, engine: EngineConnection, *queries: str) -> None:
+        super().__init__(daemon=True)
+        self.engine, self.queries, self.stopped = engine, queries, threading.Event()
+        self.seen: list[set[Any]] = [set() for _ in queries]
+        self.reads = 0
+        self.error: psycopg.Error | None = None
+
+    def run(self) -> None:
+        try:
+            with self.engine.connect() as connection:
+                while not self.stopped.wait(0.005):
+                    for seen, query in zip(self.seen, self.queries, strict=True):
+                        seen.add(connection.execute(query).fetchone())
+                    self.reads += 1
+        except psycopg.Error as error:
+            self.error = error
+
+    def __enter__(self) -> Reader:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stopped.set()
+        self.join(timeout=60)
+
+
+def test_a_changed_view_goes_out_though_it_is_killed_at_every_step(
+    deployment: Deployment, workshop: Workshop
+) -> None:
+    workshop.change(TILE, "sum(watch_duration_sec)", "2 * sum(watch_duration_sec)")
+    workshop.change("models/events/items.sql", "where version = 1", "-- the newest\nwhere version = 1")
+    plan = deployment.plan()
+    layout, changed = sorted(plan.relations, key=lambda relation: relation.name)
+    assert (layout.name, layout.action, layout.how) == ("items", "changed", "kept")
+    assert (changed.name, changed.action, changed.how) == ("viewer_watch_metrics_1d", "changed", "in place")
+    assert "2 * SUM(watch_duration_sec)" in changed.diff
+    assert {"viewer_engagement_rolling", "tile_fingerprints"} <= set(changed.views)
+    assert changed.sinks == ("sink_engagement_watch",)
+    assert "engagement#watch.watch_minutes_7d" in changed.attributes
+    assert not any(attribute.startswith("engagement#interactions") for attribute in changed.attributes)
+    assert "recommendation_service" in changed.consumers
+    assert "changed viewer_watch_metrics_1d (in place)" in plan.text()
+    assert plan.as_dict()["changes"] is True
+    items = deployment.rows("select 'items'::regclass::oid")
+    passed: set[str] = set()
+
+    def die_at_each_step_once(step: str) -> None:
+        if step not in passed:
+            passed.add(step)
+            raise Killed
+
+    minutes = "select sum(watch_minutes_28d)::int from viewer_engagement_rolling"
+    with Reader(deployment.engine, minutes) as reader:
+        for _attempt in range(20):
+            try:
+                deployment.apply(on_step=die_at_each_step_once)
+            except Killed:
+                continue
+            break
+    assert reader.error is None
+    assert reader.reads > 10
+    assert reader.seen == [{(4,), (8,)}]
+    assert {step.split()[0] for step in passed} == {
+        "prepare",
+        "build",
+        "reconcile",
+        "viewer_engagement_rolling",
+    }
+    assert deployment.store.settled[-1] == "viewer_engagement_rolling"
+    assert deployment.rows("select 'items'::regclass::oid") == items
+    assert (
+        deployment.rows("select 1 from deployments where kind in ('plan', 'pending') or state <> 'deployed'")
+        == []
+    )
+    done = deployment.apply()
+    assert not done.changes, done.text()
+
+
+def test_a_renamed_column_goes_out_with_its_readers_and_nobody_misses_a_view(
+    deployment: Deployment, workshop: Workshop
+) -> None:
+    workshop.change(TILE, "as watch_seconds,", "as seconds_watched,")
+    workshop.change(TILE_CONTRACT, "name: watch_seconds", "name: seconds_watched")
+    workshop.change(ROLLING, "sum(watch_seconds)", "sum(seconds_watched)")
+    text = (workshop.folder / FINGERPRINTS).read_text()
+    first = text.split("union all", 1)[0]
+    workshop.change(FINGERPRINTS, first, first.replace("watch_seconds", "seconds_watched"))
+    with Reader(
+        deployment.engine,
+        "select sum(watch_minutes_28d)::int from viewer_engagement_rolling",
+        "select count(*) from sink_engagement_watch",
+        "select sum(row_count)::int from tile_fingerprints",
+    ) as reader:
+        deployment.apply()
+    assert reader.error is None
+    assert reader.reads > 10
+    assert reader.seen == [{(4,)}, {(2,)}, {(2,)}]
+    assert deployment.rows("select sum(seconds_watched)::int from viewer_watch_metrics_1d") == [(240,)]
+    assert not deployment.plan().changes
+
+
+def test_tables_keep_what_arrived(deployment: Deployment, workshop: Workshop) -> None:
+    kept = "models/operations/erased_subjects.yml"
+    column = (workshop.folder / kept).read_text().split("    columns:\n", 1)[1].splitlines()[0]
+    indent = column[: len(column) - len(column.lstrip())]
+    added = f'{indent}- {{ name: note, data_type: text, description: "Why." }}\n'
+    workshop.change(kept, "    columns:\n", "    columns:\n" + added)
+    plan = deployment.plan()
+    (changed,) = plan.of("changed")
+    assert (changed.name, changed.how, changed.add_columns) == ("erased_subjects", "in place", ("note text",))
+    deployment.run(
+        "insert into erased_subjects (subject_kind, subject_id, erased_at) values ('viewer', '7', now())"
+    )
+    table = deployment.rows("select 'erased_subjects'::regclass::oid")
+    deployment.apply()
+    assert deployment.rows("select 'erased_subjects'::regclass::oid") == table
+    assert deployment.rows("select subject_id, note from erased_subjects") == [("7", None)]
+    assert not deployment.plan().changes
+
+    before = deployment.rows("select * from raw_view_events order by source_offset")
+    workshop.change("macros/engine/relations.sql", "data bytea not null,", "data text not null,")
+    with pytest.raises(PlanError, match="raw_view_events: it holds what arrived and is never dropped"):
+        deployment.apply()
+    assert deployment.rows("select * from raw_view_events order by source_offset") == before
+
+
+def test_orphans_go_only_when_asked_and_relations_of_others_never(
+    deployment: Deployment, workshop: Workshop
+) -> None:
+    for name in ("user_price_tier_drift.sql", "user_price_tier_drift.yml", "user_price_tier_drift_tests.yml"):
+        workshop.remove(f"models/preferences/{name}")
+    plan = deployment.plan()
+    (orphan,) = plan.relations
+    assert (orphan.name, orphan.action, orphan.how) == ("user_price_tier_drift", "orphaned", "")
+    assert "--drop-orphans drops it" in orphan.why
+    assert not plan.changes
+    assert not deployment.apply().changes
+    there = "select count(*)::int from pg_class where relname = 'user_price_tier_drift'"
+    assert deployment.rows(there) == [(1,)]
+
+    deployment.run("create view somebodys as select user_id from user_price_tier_drift")
+    with pytest.raises(ApplyError, match=r"cannot be dropped .*somebodys.*drop what stands on it"):
+        deployment.apply(drop_orphans=True)
+    assert deployment.rows("select count(*)::int from somebodys") == [(0,)]
+    deployment.run("drop view somebodys")
+    deployment.apply(drop_orphans=True)
+    assert deployment.rows(there) == [(0,)]
+    assert deployment.rows("select 1 from deployments where relation ~ 'tier_drift' or kind = 'plan'") == []
+    assert not deployment.plan(drop_orphans=True).relations
+
+    # The name is free now, and somebody takes it before the model comes back.
+    workshop.restore()
+    deployment.run(
+        "create table user_price_tier_drift (precious int)", "insert into user_price_tier_drift values (1)"
+    )
+    with pytest.raises(PlanError, match="user_price_tier_drift: a relation of this name is there"):
+        deployment.apply(drop_orphans=True)
+    assert deployment.rows("select precious from user_price_tier_drift") == [(1,)]
+
+
+def test_a_breaking_change_of_the_contract_needs_a_version(
+    deployment: Deployment, workshop: Workshop
+) -> None:
+    workshop.change(ROLLING, "    coalesce(short_window.titles, 0)::bigint as titles_7d,\n", "")
+    text = (workshop.folder / ROLLING_CONTRACT).read_text()
+    start = text.index("      - name: titles_7d")
+    workshop.change(ROLLING_CONTRACT, text[start : text.index("      - name: completions_28d")], "")
+    plan = deployment.plan()
+    assert [(c.kind, c.domain) for c in plan.contract.changes] == [("breaking", "engagement#watch.titles_7d")]
+    with pytest.raises(PlanError, match=r"titles_7d: the attribute is removed\): set version to 2"):
+        deployment.apply()
+    assert deployment.rows("select count(titles_7d)::int from viewer_engagement_rolling") == [(2,)]
+    workshop.change("models/exposures.yml", "version: 1", "version: 2")
+    deployment.apply()
+    assert deployment.rows(
+        "select count(*)::int from pg_attribute"
+        " where attrelid = 'viewer_engagement_rolling'::regclass and attname = 'titles_7d'"
+    ) == [(0,)]
+    assert not deployment.plan().changes
+
+
+def test_a_failed_change_leaves_what_ran_before_and_no_change_is_said_to_be_none(
+    deployment: Deployment, workshop: Workshop
+) -> None:
+    workshop.change(TILE, "sum(watch_duration_sec)", "sum(watch_duration_sec) / 0")
+    with pytest.raises(
+        ApplyError, match=r"viewer_watch_metrics_1d: .*division by zero.*What ran before still serves"
+    ):
+        deployment.apply()
+    assert deployment.rows("select sum(watch_seconds)::int from viewer_watch_metrics_1d") == [(240,)]
+    workshop.restore()
+    deployment.apply()
+
+    objects = (
+        "select oid, relname, xmin::text from pg_class where relnamespace = 'public'::regnamespace order by 1"
+    )
+    records = "select * from deployments order by 1"
+    before = deployment.rows(objects), deployment.rows(records)
+    settled = list(deployment.store.settled)
+    done = deployment.apply()
+    assert not done.changes, done.text()
+    assert len(done.unchanged) > 30
+    assert "nothing to do" in done.text()
+    assert (deployment.rows(objects), deployment.rows(records)) == before
+    assert deployment.store.settled == settled

@@ -1,0 +1,275 @@
+"""What a plan says, without an engine: models and records are given, the answer is read off."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import pytest
+
+from dagster_prefs.engine.catalog import Catalog, CatalogObject
+from dagster_prefs.engine.plan import (
+    ContractChange,
+    ContractReview,
+    Model,
+    Plan,
+    Record,
+    RelationPlan,
+    added_columns,
+    compare,
+)
+
+KINDS = {
+    "table_with_connector": "table", "materialized_view": "materialized view", "view": "view", "sink": "sink",
+    "subscription": "subscription",
+}  # fmt: skip
+
+
+def model(
+    name: str, kind: str, *upstream: str, text: str = "", domain: str | None = None, indexes: str = "[]"
+) -> Model:
+    return Model(
+        name=name,
+        kind=kind,
+        sql=text or f"select a from {' join '.join(upstream)}",
+        indexes=indexes,
+        upstream=upstream,
+        columns=("viewer_id", "minutes") if domain else (),
+        domain=domain,
+        source_checksum="s",
+    )
+
+
+RAW = model("raw", "table_with_connector", text='create table "public"."raw" (a int, primary key (a))')
+TILE = model("tile", "materialized_view", "raw")
+ROLLING = model("rolling", "materialized_view", "tile", domain="engagement#watch")
+PLAIN = model("plain", "view", "rolling")
+SINK = model(
+    "sink",
+    "sink",
+    "rolling",
+    text="create sink sink from rolling\nwith (\n  aws.region = 'a',\n  aws.secret_access_key = 'x'\n)",
+)
+OTHER = model("other", "materialized_view", "raw")
+PROJECT = (RAW, TILE, ROLLING, PLAIN, SINK, OTHER)
+
+
+def recorded(one: Model) -> Record:
+    """What dbt's hooks write for a model: MD5 over definition and indexes."""
+    digest = hashlib.md5(f"{one.sql}\n{one.indexes}".encode()).hexdigest()
+    return Record(one.kind, digest, one.sql.replace("'x'", "'***'"), "deployed")
+
+
+def changed(one: Model, text: str = "", **other: Any) -> Model:
+    return Model(**{**vars(one), "sql": text or one.sql.replace("select a", "select a + 1 as a"), **other})
+
+
+def plan(
+    models: Sequence[Model],
+    *,
+    engine: Literal["local", "risingwave"] = "risingwave",
+    deployed: Sequence[Model] = PROJECT,
+    records: Mapping[str, Record] | None = None,
+    reads: Mapping[str, set[str]] | None = None,
+    objects: Mapping[str, str] | None = None,
+    contract: ContractReview | None = None,
+    drop_orphans: bool = False,
+) -> Plan:
+    """The plan for `models` where `deployed` is deployed, with more `objects` (name → kind) and `reads`."""
+    kinds = {**KINDS, "sink": "sink" if engine == "risingwave" else "view"}
+    there = {one.name: kinds[one.kind] for one in deployed} | dict(objects or {})
+    return compare(
+        engine,
+        {one.name: one for one in models},
+        {"service": ["sink"], "export": ["tile"]},
+        {one.name: recorded(one) for one in deployed} | dict(records or {}),
+        Catalog(
+            objects={
+                name: CatalogObject(number, name, kind) for number, (name, kind) in enumerate(there.items())
+            },
+            reads={
+                **{one.name: frozenset(one.upstream) for one in deployed},
+                **{name: frozenset(read) for name, read in (reads or {}).items()},
+            },
+        ),
+        contract or ContractReview(),
+        drop_orphans=drop_orphans,
+    )
+
+
+def only(found: Plan) -> RelationPlan:
+    (relation,) = found.relations
+    return relation
+
+
+def test_equal_models_are_nothing_to_do() -> None:
+    found = plan(PROJECT)
+    assert not found.changes
+    assert found.unchanged == ("raw", "tile", "rolling", "plain", "sink", "other")
+    assert found.text() == "6 unchanged\nnothing to do: what runs is what is written"
+    assert found.text(list_unchanged=True).startswith("unchanged raw\n")
+
+
+def test_an_empty_engine_is_all_to_create() -> None:
+    found = plan(PROJECT, deployed=())
+    assert [(relation.action, relation.how) for relation in found.relations] == [("create", "create")] * 6
+    assert found.closure == ()
+    assert found.changes
+
+
+@pytest.mark.parametrize(("engine", "how"), [("local", "in place"), ("risingwave", "swap")])
+def test_a_changed_view_names_what_stands_on_it(engine: Literal["local", "risingwave"], how: str) -> None:
+    found = plan((RAW, changed(TILE), ROLLING, PLAIN, SINK, OTHER), engine=engine)
+    tile = only(found)
+    assert (tile.name, tile.action, tile.how) == ("tile", "changed", how)
+    assert (tile.views, tile.sinks) == (("rolling", "plain"), ("sink",))
+    assert tile.attributes == ("engagement#watch.viewer_id", "engagement#watch.minutes")
+    assert tile.consumers == ("service", "export")
+    assert "-  a\n" in tile.diff
+    assert "+  a + 1 AS a" in tile.diff
+    assert found.closure == (("tile", "rolling", "plain", "sink") if engine == "risingwave" else ())
+
+
+def test_the_id_follows_the_models_that_are_built() -> None:
+    first = plan((RAW, changed(TILE), ROLLING, PLAIN, SINK, OTHER))
+    assert first.id == plan((RAW, changed(TILE), ROLLING, PLAIN, SINK, OTHER)).id
+    assert (
+        first.id != plan((RAW, changed(TILE, "select a + 2 as a from raw"), ROLLING, PLAIN, SINK, OTHER)).id
+    )
+
+
+def test_a_new_view_on_a_changed_one_is_built_beside_with_it() -> None:
+    new = model("new", "materialized_view", "tile")
+    apart = model("apart", "materialized_view", "raw")
+    found = plan((RAW, changed(TILE), ROLLING, PLAIN, SINK, OTHER, new, apart))
+    assert found.closure == ("tile", "rolling", "plain", "sink", "new")
+    assert [relation.name for relation in found.of("create")] == ["new", "apart"]
+
+
+def test_a_changed_sink_is_rebuilt_and_shows_no_credentials() -> None:
+    text = SINK.sql.replace("region = 'a'", "region = 'b'").replace("'x'", "'hunter2'")
+    sink = only(plan((RAW, TILE, ROLLING, PLAIN, changed(SINK, text), OTHER)))
+    assert (sink.action, sink.how) == ("changed", "rebuild")
+    assert "aws.region = 'b'" in sink.diff
+    assert "hunter2" not in sink.diff
+
+
+def test_layout_and_comments_alone_rebuild_nothing() -> None:
+    found = plan((RAW, changed(TILE, "select\n  a -- the key\nfrom raw"), ROLLING, PLAIN, SINK, OTHER))
+    assert (only(found).how, found.closure) == ("kept", ())
+    assert "only its layout" in only(found).why
+
+
+def test_changed_indexes_are_a_change() -> None:
+    tile = only(
+        plan((RAW, changed(TILE, TILE.sql, indexes='[{"columns": ["a"]}]'), ROLLING, PLAIN, SINK, OTHER))
+    )
+    assert (tile.how, tile.diff) == ("swap", 'its indexes become [{"columns": ["a"]}]')
+
+
+def test_an_interrupted_creation_is_made_again() -> None:
+    found = plan(PROJECT, records={"tile": Record("materialized_view", None, None, "creating")})
+    assert (only(found).how, only(found).why) == ("swap", "the run that made it was interrupted")
+
+
+def test_a_stranded_sink_is_rebuilt() -> None:
+    left = "rolling_dbt_zero_down_tmp_20260101T0000"
+    found = plan(PROJECT, reads={"sink": {left}}, objects={left: "materialized view"})
+    assert (only(found).name, only(found).how) == ("sink", "rebuild")
+    assert found.stranded == {"sink": f"it reads {left}, which was swapped away"}
+    assert found.leftovers == (left,)
+
+
+def test_what_an_apply_left_is_reported_and_is_something_to_do() -> None:
+    found = plan(
+        PROJECT,
+        records={
+            "plan:0123abcd": Record("plan", None, "{}", "building"),
+            "tile__next_0123abcd": Record("materialized_view", "c", "select", "deployed"),
+        },
+        objects={"tile__next_0123abcd": "materialized view"},
+    )
+    assert (found.relations, found.unfinished, found.leftovers) == (
+        (),
+        ("0123abcd",),
+        ("tile__next_0123abcd",),
+    )
+    assert found.changes
+
+
+BROKEN = ContractReview(
+    (ContractChange("breaking", "engagement#watch", "gone"),), "breaking: set version to 2"
+)
+
+
+@pytest.mark.parametrize(
+    ("models", "more", "why"),
+    [
+        ((RAW, changed(TILE), ROLLING, PLAIN, SINK, OTHER),
+         {"reads": {"report": {"rolling"}}, "objects": {"report": "view"}},
+         "rolling: report stands on it and is not"),
+        ((RAW, changed(TILE), ROLLING, PLAIN, SINK), {}, ""),
+        ((RAW, changed(TILE), ROLLING, PLAIN, OTHER), {},
+         "rolling: sink stands on it and has no model any more"),
+        ((RAW, changed(TILE, kind="view"), ROLLING, PLAIN, SINK, OTHER), {},
+         "tile: it is a materialized view and would become a view"),
+        ((changed(RAW, "select 1", kind="view"), TILE, ROLLING, PLAIN, SINK, OTHER), {},
+         "raw: it is a table and would become a view"),
+        ((changed(RAW, RAW.sql.replace("a int", "a bigint")), TILE, ROLLING, PLAIN, SINK, OTHER), {},
+         "raw: it holds what arrived"),
+        (PROJECT, {"contract": BROKEN}, "set version to 2"),
+    ],
+    ids=["reader of others", "orphan apart", "orphaned reader", "kind", "table to view", "column", "contract"],
+)  # fmt: skip
+def test_what_must_not_go_out_is_refused(models: Sequence[Model], more: dict[str, Any], why: str) -> None:
+    found = plan(models, **more)
+    assert why in "; ".join(found.refusals)
+    assert bool(found.refusals) == bool(why)
+
+
+def test_a_relation_of_others_is_refused_and_not_dropped() -> None:
+    found = plan(PROJECT, deployed=PROJECT[:-1], objects={"other": "table"}, drop_orphans=True)
+    assert only(found).action == "refused"
+    assert "this project did not make" in found.refusals[0]
+    assert found.to_drop == ()
+
+
+def test_orphans_are_dropped_only_when_asked() -> None:
+    models = (RAW, TILE, ROLLING, PLAIN, SINK)
+    kept = plan(models)
+    assert (only(kept).action, kept.to_drop, kept.changes) == ("orphaned", (), False)
+    dropped = plan(models, drop_orphans=True)
+    assert ([relation.name for relation in dropped.to_drop], dropped.changes) == (["other"], True)
+    # One that stands on a changed relation would keep the old one from going.
+    standing = (RAW, changed(TILE), ROLLING, PLAIN, OTHER)
+    assert plan(standing).refusals
+    assert plan(standing, drop_orphans=True).refusals == ()
+
+
+TABLE = """create table "public"."t" (
+  a int not null,
+  b numeric(10, 2) default '(,',
+  primary key (a, b)
+)
+with (x = 1)"""
+
+
+@pytest.mark.parametrize(
+    ("after", "added"),
+    [
+        (TABLE, []),
+        (TABLE.replace("\n  ", "  "), []),
+        (TABLE.replace("  primary", "  c text,\n  primary"), ["c text"]),
+        (TABLE.replace("  a int", "  c numeric(3, 1) default 0,\n  a int"), ["c numeric(3, 1) default 0"]),
+        (TABLE.replace("a int", "a bigint"), None),
+        (TABLE.replace("  a int not null,\n", ""), None),
+        (TABLE.replace("(a, b)", "(a)"), None),
+        (TABLE.replace("x = 1", "x = 2"), None),
+        (TABLE.replace("primary key (a, b)", "primary key (a, b),\n  unique (b)"), None),
+        (TABLE.replace("with (x = 1)", ""), None),
+    ],
+    ids=["same", "layout", "at the end", "at the start", "type", "removed", "key", "option", "constraint", "tail"],
+)  # fmt: skip
+def test_only_added_columns_are_an_addition(after: str, added: list[str] | None) -> None:
+    assert added_columns(TABLE, after) == added
