@@ -494,10 +494,10 @@ def estimate(
 def engine_rows(workload: Workload, domains: Sequence[DomainLoad]) -> dict[str, float]:
     """Rows that the engine keeps, by kind, with H days of history and E events a day.
 
-    Typed events: E · H, because the first delivery of an event wins for ever; raw ones for the days they are kept. Tiles: a day's tile
-    rows · H. Tile aggregates: every event once for each tile it is in (the newest event's time must be found again
-    when events go), and the distinct contents and genres of a viewer's day. Windows: the tiles of the longest
-    window and the running day. Rolling views: their rows.
+    Typed events: E · H, because the first delivery of an event wins for ever; raw ones for the days that they
+    are kept. Tiles: a day's tile rows · H. Tile aggregates: every event once for each tile it is in (the newest
+    event's time must be found again when events go), and the distinct contents and genres of a viewer's day.
+    Windows: the tiles of the longest window and the running day. Rolling views: their rows.
     """
     history = workload.history_days
     events = workload.events_per_day * history

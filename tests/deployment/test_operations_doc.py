@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,30 @@ def test_unmarked_commands_are_what_the_terraform_tests_run() -> None:
             for option in options:
                 name = option if option.startswith("-var=") else option.split("=")[0]
                 assert f'"{name}' in harness, f"no test runs terraform {verb} with {option}"
+
+
+def test_marked_commands_name_what_exists() -> None:
+    """Folders, files, models and targets of commands that cannot run here."""
+    models = {path.stem for path in (ROOT / "dbt_project" / "models").rglob("*.sql")}
+    profiles = (ROOT / "dbt_project" / "profiles.yml").read_text()
+    seen = set()
+    for mark, commands in blocks():
+        for command in commands if mark else ():
+            program, *words = shlex.split(command)
+            options = dict(pairwise(words))
+            seen.add(program)
+            if program == "cd":
+                assert (ROOT / words[0]).is_dir(), command
+            elif program == "docker" and words[0] == "build":
+                assert (ROOT / options["-f"]).is_file(), command
+            elif program == "dbt":
+                assert options["--select"].strip("+") in models, command
+                assert f"{options['--target']}:" in profiles, command
+            elif program == "terraform" and words[0] == "import":
+                kind, name = next(word for word in words if word.startswith("aws_")).split(".")
+                module = "".join(path.read_text() for path in (ROOT / "infra" / "terraform").glob("*.tf"))
+                assert f'resource "{kind}" "{name}"' in module, command
+    assert {"aws", "cd", "dbt", "docker", "terraform"} <= seen
 
 
 def aws_commands() -> list[list[str]]:
