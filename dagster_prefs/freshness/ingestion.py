@@ -14,6 +14,7 @@ from psycopg import sql
 
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.events.formats import find_topic
+from dagster_prefs.events.topics import TopicLife, source_name
 from dagster_prefs.freshness.levels import Unmeasurable
 
 State = Literal["current", "behind", "lost", "recreated", "unknown"]
@@ -32,8 +33,8 @@ class PartitionLag:
     `messages` are those the engine has not read yet, `lag_seconds` the age of the first of them by its Kafka
     timestamp (0 when there is none, None where it has no timestamp, negative for one from the future). `state`:
     `lost` when the broker deleted messages before the engine read them, `recreated` when the engine is ahead of
-    the topic or has read a partition that is no more (then `low` and `high` are 0), `unknown` when the engine
-    was told to start at the end and has read nothing.
+    the topic, has read a partition that is no more (then `low` and `high` are 0), or has read another topic of
+    that name by the brokers' ids, `unknown` when the engine was told to start at the end and has read nothing.
     """
 
     partition: int
@@ -191,17 +192,20 @@ def ingestion_lag(
     now: datetime,
     kafka_topic: str | None = None,
     start: Literal["earliest", "latest"] = "earliest",
+    life: TopicLife | None = None,
 ) -> IngestionLag:
     """How far the engine is behind each partition of one topic; `now` is UTC.
 
     `kafka_topic` is the topic's name in Kafka where it differs; `start` is where the engine was told to
-    begin, which decides what a partition it never read still owes.
+    begin, which decides what a partition it never read still owes. `life` says which topic of that name is
+    read; without it one that was made anew is known by its shorter partitions only.
 
     Raises Unmeasurable when brokers or engine do not answer, or the topic or the raw table does not exist.
     """
     name = kafka_topic or topic
     marks = broker.watermarks(name)
-    read = _last_offsets(connection, engine, topic, name, list(marks))
+    source = life.source if life else source_name(name, 1)
+    read = _last_offsets(connection, engine, topic, source, list(marks))
     states: dict[int, State] = {}
     owed: dict[int, int] = {}
     for partition in read.keys() - marks.keys():
@@ -209,7 +213,7 @@ def ingestion_lag(
     for partition, (low, high) in sorted(marks.items()):
         last = read.get(partition)
         states[partition] = "current"
-        if last is not None and last >= high:
+        if (life and life.state == "recreated") or (last is not None and last >= high):
             states[partition] = "recreated"
         elif last is None and start == "latest":
             states[partition] = "unknown" if high > low else "current"
@@ -245,10 +249,9 @@ def _last_offsets(
     connection: psycopg.Connection[Any],
     engine: EngineConnection,
     topic: str,
-    kafka_topic: str,
+    source: str,
     partitions: list[int],
 ) -> dict[int, int]:
-    source = f"kafka:{kafka_topic}"
     raw = find_topic(topic).raw_table
     try:
         if engine.kind == "risingwave":

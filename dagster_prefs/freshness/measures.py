@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import date, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 import psycopg
 
+from dagster_prefs.engine.catalog import NotDeployed
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.freshness.levels import Level, Measure, Stage, Unmeasurable, judge, worst
@@ -308,14 +310,19 @@ def measure_ingestion(
     kafka_topics: Mapping[str, str] | None = None,
     timeout_seconds: float = 10.0,
     client: Mapping[str, Any] | None = None,
+    by_id: bool = False,
 ) -> list[Measure]:
     """Ingestion lag of each topic of the contract; `kafka_topics` gives names in Kafka that differ.
+
+    With `by_id` the brokers are asked for the topics' ids, which tell a topic that was made anew from the one
+    that was read; brokers that tell none do not stop the rest.
 
     Without brokers (`bootstrap` None) every measure is `skipped` and says so. Never raises for brokers or an
     engine that do not answer: those measures are `unknown`.
     """
     from confluent_kafka import KafkaException
 
+    from dagster_prefs.events.topics import TopicLife, broker_ids, topic_lives
     from dagster_prefs.freshness.ingestion import Broker, BrokersSilent, ingestion_lag
 
     topics = list(contract.freshness.topics)
@@ -329,6 +336,16 @@ def measure_ingestion(
             Broker(bootstrap, timeout_seconds=timeout_seconds, client=client) as broker,
         ):
             measures: list[Measure] = []
+            lives: dict[str, TopicLife] = {}
+            if by_id:
+                with suppress(KafkaException, NotDeployed):
+                    ids = broker_ids(
+                        bootstrap,
+                        [names.get(topic, topic) for topic in topics],
+                        client=client,
+                        timeout_seconds=2,
+                    )
+                    lives = topic_lives(connection, engine, ids)
             for topic in topics:
                 try:
                     lag = ingestion_lag(
@@ -339,6 +356,7 @@ def measure_ingestion(
                         now=now,
                         kafka_topic=names.get(topic),
                         start=start,
+                        life=lives.get(names.get(topic, topic)),
                     )
                 except BrokersSilent as error:
                     # Each topic would wait for the same brokers, longer than a sensor may take.
@@ -371,8 +389,8 @@ def _ingestion_measure(lag: IngestionLag, thresholds: Freshness) -> Measure:
         (
             "recreated",
             "error",
-            "end before what the engine has read of them: the topic was made anew; give the new one another "
-            "name, or delete the old messages' rows",
+            "are not those that the engine has read: the topic was made anew; run `prefs topics renew`, which reads "
+            "the new one beside what is there",
         ),
         (
             "lost",

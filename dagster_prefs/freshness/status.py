@@ -92,6 +92,7 @@ class Sources:
             start=self.settings.kafka_start,
             kafka_topics=self.settings.kafka_topics,
             client=client_properties(self.settings),
+            by_id=True,
         )
 
     def views(self, now: datetime) -> list[Measure]:

@@ -27,11 +27,31 @@ KEYS = ["viewer_id", "domain_key"]
 # Where a model is compiled differently; every combination must keep the rules.
 VARIANTS = [
     pytest.param({}, id="inserts"),
-    pytest.param({"PREFS_PUBLISH": "publisher"}, id="publisher"),
+    pytest.param(
+        PUBLISHER := {
+            "PREFS_PUBLISH": "publisher",
+            "PREFS_KAFKA_BOOTSTRAP": "kafka:9093",
+            "PREFS_KAFKA_SECURITY_PROTOCOL": "SSL",
+            "PREFS_KAFKA_SSL_CA_LOCATION": "/etc/kafka/ca.pem",
+            "PREFS_KAFKA_SSL_CERTIFICATE_PEM": "-----BEGIN CERTIFICATE-----",
+            "PREFS_KAFKA_SSL_KEY_PEM": "-----BEGIN PRIVATE KEY-----",
+            "PREFS_KAFKA_SSL_KEY_PASSWORD": "secret",
+            "PREFS_KAFKA_LATENESS_SECONDS": "3600",
+            "PREFS_RAW_RETENTION_SECONDS": "86400",
+            "PREFS_RISINGWAVE_SECRETS": "on",
+        },
+        id="publisher, TLS, secrets and retention",
+    ),
     pytest.param(
         FULL := {
             "PREFS_KAFKA_BOOTSTRAP": "kafka:9092",
             "PREFS_KAFKA_START": "latest",
+            "PREFS_KAFKA_SECURITY_PROTOCOL": "SASL_SSL",
+            "PREFS_KAFKA_SASL_MECHANISM": "SCRAM-SHA-512",
+            "PREFS_KAFKA_SASL_USERNAME": "platform",
+            "PREFS_KAFKA_SASL_PASSWORD": "secret",
+            "PREFS_SINK_BATCH_ITEMS": "10",
+            "PREFS_SINK_RETRIES": "5",
             "PREFS_EXPIRY_SPREAD_SECONDS": "3600",
             "AWS_ENDPOINT_URL": "http://aws:8000",
             "AWS_ACCESS_KEY_ID": "id",
@@ -229,24 +249,72 @@ def ranked_is_filtered(text: str) -> list[str]:
 
 
 def clauses_in_order(text: str) -> list[str]:
-    """create table: columns, include, with, format … encode, in that order; a connector has a format."""
+    """Columns, append only, on conflict, include, with, format … encode: in that order."""
+    lowered = " ".join(text.lower().split())
+    if not lowered.startswith(("create table", "create source")):
+        return []
+    clauses = (" append only", " on conflict ", " include ", " with (", " format ")
+    found = [place for place in map(lowered.find, clauses) if place >= 0]
+    wrong = [] if found == sorted(found) else ["clauses out of order"]
+    if lowered.startswith("create table") and "primary key" not in lowered:
+        wrong.append("no primary key")
+    return wrong
+
+
+def raw_rows_stay(text: str) -> list[str]:
+    """A message that is read twice changes nothing; rows may expire where no UPDATE or DELETE could meet them."""
     lowered = " ".join(text.lower().split())
     if not lowered.startswith("create table"):
         return []
-    places = [lowered.find(word) for word in (" include ", " with (", " format ")]
-    found = [place for place in places if place >= 0]
-    wrong = [] if found == sorted(found) else ["clauses out of order"]
-    if "connector" in lowered and " format plain encode bytes" not in lowered:
-        wrong.append("a Kafka table without FORMAT PLAIN ENCODE BYTES")
-    if "primary key" not in lowered:
-        wrong.append("no primary key")
+    wrong = []
+    if " data bytea" in lowered and " on conflict do nothing" not in lowered:
+        wrong.append("the second reading of a message replaces the first")
+    if "retention_seconds" in lowered and " append only" not in lowered:
+        wrong.append("retention without APPEND ONLY")
+    return wrong
+
+
+def sources_read_kafka(text: str) -> list[str]:
+    """A source has all of a message's coordinates, its bytes as they are, and a way in that fits together."""
+    lowered = " ".join(text.lower().split())
+    if not lowered.startswith("create source"):
+        return []
+    needed = (
+        "include partition as source_partition",
+        "include offset as source_offset",
+        "include timestamp as kafka_timestamp",
+        "connector = 'kafka'",
+        "topic = '",
+        "properties.bootstrap.server = '",
+        "scan.startup.mode = '",
+        "format plain encode bytes",
+    )
+    wrong = [f"no {part}" for part in needed if part not in lowered]
+    if ("sasl.mechanism" in lowered) != ("security.protocol = 'sasl_" in lowered):
+        wrong.append("a SASL mechanism and a protocol that do not fit")
+    if ("ssl.certificate" in lowered) != ("ssl.key.location" in lowered or "ssl.key.pem" in lowered):
+        wrong.append("a certificate without its key, or a key without its certificate")
+    return wrong
+
+
+def feeds_fill_raw_tables(text: str) -> list[str]:
+    """A feed writes every column of the raw table, says its source, and leaves out what is there already."""
+    lowered = " ".join(text.lower().split())
+    if not lowered.startswith("create sink") or " into " not in lowered:
+        return []
+    columns = "source, source_partition, source_offset, data, kafka_timestamp, arrived_at"
+    wrong = [] if f"({columns})" in lowered else ["not the columns of a raw table"]
+    if not re.search(r"select 'kafka:[^']+\$\{generation\}' as source", lowered):
+        wrong.append("a topic that is made anew would not be told from the old one")
+    if "where ${unread}" not in lowered:
+        wrong.append("a feed that is made again would read expired messages twice")
     return wrong
 
 
 def sinks_fit_dynamodb(text: str) -> list[str]:
     """A DynamoDB sink has the table's whole key, no FORMAT, a region, and no query of its own."""
     lowered = " ".join(text.lower().split())
-    if not lowered.startswith("create sink") or "connector = 'iceberg'" in lowered:
+    if not lowered.startswith("create sink") or " into " in lowered or "connector = 'iceberg'" in lowered:
         return []
     wrong = []
     if re.search(r"\bformat\b|\bencode\b", lowered):
@@ -282,7 +350,7 @@ def sinks_fit_iceberg(text: str) -> list[str]:
 def credentials_are_named(text: str) -> list[str]:
     """Credentials are placeholders until the statement runs."""
     given = re.findall(
-        r"(?:access_key_id|secret_access_key|access\.key|secret\.key|password)\s*=\s*'([^']*)'",
+        r"(?:access_key_id|secret_access_key|session_token|access\.key|secret\.key|password|\.pem)\s*=\s*'([^']*)'",
         text,
         re.IGNORECASE,
     )
@@ -290,6 +358,12 @@ def credentials_are_named(text: str) -> list[str]:
         f"a credential in the text: {value[:2]}…" for value in given if not re.fullmatch(r"\$\{\w+\}", value)
     ]
 
+
+KAFKA_SOURCE = (
+    "create source s (data bytea) include partition as source_partition include offset as source_offset"
+    " include timestamp as kafka_timestamp with (connector = 'kafka', topic = 't',"
+    " properties.bootstrap.server = 'b', scan.startup.mode = 'earliest') format plain encode bytes"
+)
 
 RULES: dict[Rule, str] = {
     one_statement: "select 1 as a; select 2 as b",
@@ -304,8 +378,15 @@ RULES: dict[Rule, str] = {
     distinct_only_in_count: "select sum(distinct a) as total from t group by b",
     ranked_is_filtered: "select a, row_number() over (partition by a order by b) as n from t",
     clauses_in_order: (
-        "create table t (data bytea, primary key (p)) with (connector = 'kafka') include partition as p"
-        " format plain encode bytes"
+        "create source t (data bytea) with (connector = 'kafka') include partition as p format plain encode bytes"
+    ),
+    raw_rows_stay: "create table t (o bigint, data bytea, primary key (o))",
+    sources_read_kafka: (
+        "create source s (data bytea) include offset as o with (connector = 'kafka') format plain encode json"
+    ),
+    feeds_fill_raw_tables: (
+        "create sink f into t (source, source_partition, source_offset, data, kafka_timestamp, arrived_at)"
+        " as select 'kafka:t' as source from s where ${unread}"
     ),
     sinks_fit_dynamodb: "create sink s from v with (connector='dynamodb', primary_key = 'viewer_id', aws.region = 'x')",
     sinks_fit_iceberg: "create sink s as select * from t where viewer_id >= 0 with (connector = 'iceberg', "
@@ -328,11 +409,13 @@ MORE_BAD = [
         " format plain encode json",
     ),
     (sinks_fit_dynamodb, "create sink s from v with (primary_key = 'viewer_id,domain_key')"),
-    (
-        clauses_in_order,
-        "create table t (data bytea, primary key (p)) include partition as p with (connector = 'kafka')",
-    ),
+    (clauses_in_order, "create table t (data bytea, primary key (p)) on conflict do nothing append only"),
     (clauses_in_order, "create table t (data bytea)"),
+    (raw_rows_stay, "create table t (a int, primary key (a)) with (retention_seconds = 60)"),
+    (sources_read_kafka, KAFKA_SOURCE.replace("with (", "with (properties.sasl.mechanism = 'PLAIN', ")),
+    (sources_read_kafka, KAFKA_SOURCE.replace("with (", "with (properties.ssl.certificate.pem = '${C}', ")),
+    (feeds_fill_raw_tables, "create sink f into t (source) as select 'kafka:t${generation}' as source from s"),
+    (credentials_are_named, KAFKA_SOURCE.replace("with (", "with (properties.ssl.key.pem = 'x', ")),
     (one_statement, "select from where"),
 ]  # fmt: skip
 
@@ -357,7 +440,8 @@ def test_every_model_keeps_the_rules(
         if not (
             kind == "view" and rule in (now_only_in_filters, now_alone_on_its_side, joins_have_an_equality)
         )
-        for problem in rule(text)
+        for part in (text.split(";\n") if kind == "kafka_feed" else [text])
+        for problem in rule(part)
     ]
     assert wrong == []
 
@@ -365,14 +449,24 @@ def test_every_model_keeps_the_rules(
 def test_variants_say_what_they_are_for(tmp_path_factory: pytest.TempPathFactory) -> None:
     """The rules above were applied to text that does contain the variant."""
     kafka = compiled(tmp_path_factory, FULL)
-    for name in ("raw_user_events", "raw_view_events", "raw_content_interactions", "raw_items"):
-        text = " ".join(kafka[name][1].split())
+    plain = compiled(tmp_path_factory, {})
+    locked = compiled(tmp_path_factory, PUBLISHER)
+    for name in ("user_events", "view_events", "content_interactions", "items"):
+        kind, text = kafka[f"kafka_{name}"]
+        assert kind == "kafka_feed"
         assert "properties.bootstrap.server = 'kafka:9092'" in text
         assert "scan.startup.mode = 'latest'" in text
-        assert "include offset as source_offset" in text
-    assert "source_offset::bigint" in kafka["view_events_parsed"][1]
-    plain = compiled(tmp_path_factory, {})
-    assert "connector" not in plain["raw_user_events"][1]
+        assert "properties.sasl.mechanism = 'SCRAM-SHA-512'" in text
+        assert "properties.sasl.password = '${PREFS_KAFKA_SASL_PASSWORD}'" in text
+        assert f"kafka_{name}" not in plain
+        assert "retention" not in plain[f"raw_{name}"][1]
+        assert "retention_seconds = 86400" in locked[f"raw_{name}"][1]
+        text = locked[f"kafka_{name}"][1]
+        assert "watermark for kafka_timestamp as kafka_timestamp - interval '3600 seconds'" in text
+        assert "properties.ssl.key.pem = secret public.prefs_kafka_ssl_key_pem" in text
+        assert "BEGIN" not in text
+    assert "dynamodb.max_batch_item_nums = '10'" in kafka["sink_engagement_watch"][1]
+    assert "dynamodb.batch_write_retry_times = '5'" in kafka["sink_engagement_watch"][1]
     assert plain["sink_engagement_watch"][0] == "sink"
     spread = kafka
     for name in ("viewer_engagement_rolling", "content_interactions_rolling", "viewer_preferences_rolling"):
@@ -384,7 +478,7 @@ def test_variants_say_what_they_are_for(tmp_path_factory: pytest.TempPathFactory
     names = {f"sink_training_{name}" for name in ("watch", "genre", "interactions")}
     assert names <= iceberg.keys() - plain.keys()
     assert "catalog.uri = 'http://catalog:8181'" in iceberg["sink_training_watch"][1]
-    assert compiled(tmp_path_factory, {"PREFS_PUBLISH": "publisher"})["sink_engagement_watch"][0] == "view"
+    assert locked["sink_engagement_watch"][0] == "view"
 
 
 _COMPILED: dict[str, dict[str, tuple[str, str]]] = {}
