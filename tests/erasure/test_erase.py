@@ -6,7 +6,8 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import timedelta
+from datetime import date, timedelta
+from decimal import Decimal
 from typing import Any
 
 import pyarrow as pa
@@ -21,10 +22,12 @@ from dagster_prefs.erasure import ErasureIncomplete
 from dagster_prefs.events.ingest import ingest_file
 from dagster_prefs.events.redaction import Subject, SubjectRefused
 from dagster_prefs.offline import export as export_module
+from dagster_prefs.offline import forget as forget_module
 from dagster_prefs.offline.catalog import CatalogUnavailable
 from dagster_prefs.offline.export import export_day
 from dagster_prefs.offline.forget import ViewerInTable, training_sets_holding
-from dagster_prefs.offline.tables import TILE_TABLES, WATCH
+from dagster_prefs.offline.publish import DayFiles, day_files, publish_day, read_file, write_day
+from dagster_prefs.offline.tables import TILE_TABLES, WATCH, arrow_schema
 from dagster_prefs.offline.tiles import TilesUnreadable
 from dagster_prefs.online.publisher import publish_lock
 from dagster_prefs.online.tables import dynamodb_client
@@ -343,6 +346,47 @@ def test_an_export_that_read_before_the_erasure_cannot_publish(
     assert export_day(world.engine, world.catalog, WATCH, TODAY - timedelta(days=3)).rows == 1
     world.erase()
     assert world.traces(str(VIEWER)) == []
+
+
+def test_another_writer_of_the_day_is_met_by_another_try(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A day is replaced while it is rewritten: the other's rows stay, and the viewer goes from them too."""
+    world.leave_the_engine()
+    before = world.all_rows()
+    original = forget_module.publish_day
+    replaced: list[date] = []
+
+    def late(table: Any, spec: Any, day: date, *given: Any, **options: Any) -> Any:
+        if not replaced:
+            replaced.append(day)
+            assert maintain_one_day(world, day)
+        return original(table, spec, day, *given, **options)
+
+    monkeypatch.setattr(forget_module, "publish_day", late)
+    report = world.erase()
+    assert replaced == [OLD]
+    assert report.tables[0].days_rewritten == (PARTED, ALONE, OLD)
+    assert [row for row in world.rows(WATCH) if row[1] == OLD] == [
+        row for row in without(before)["viewer_watch_daily"] if row[1] == OLD
+    ]
+    assert world.traces(str(VIEWER)) == []
+
+
+def maintain_one_day(world: World, day: date) -> bool:
+    """What a compaction does: the day's rows in a new file."""
+    table = world.catalog.load_table(WATCH.identifier("training"))
+    held = day_files(table, WATCH, day)
+    batches = [batch for file in held for batch in read_file(table, file, table.schema().column_names)]
+    rows = pa.Table.from_batches(batches)
+    written = DayFiles(
+        token="another",
+        rows=rows.num_rows,
+        totals={name: sum(map(Decimal, rows[name].to_pylist())) for name in WATCH.totals},
+        properties={},
+    )
+    write_day(table, day, written, rows.cast(arrow_schema(table)).to_batches())
+    return publish_day(table, WATCH, day, written, {file.file_path for file in held}) is not None
 
 
 def test_an_unknown_subject_is_suppressed_all_the_same(world: World) -> None:
