@@ -366,6 +366,85 @@ def run_job(settings: Settings, job: str, tags: dict[str, str] | None = None) ->
 
 
 @cli.group(invoke_without_command=True)
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+@click.pass_context
+def topics(context: click.Context, as_json: bool) -> None:
+    """Show the Kafka topics, and whether each is still the one whose messages were read."""
+    if context.invoked_subcommand is not None:
+        return
+    from dagster_prefs.defs.resources import Platform
+
+    lives = Platform(kafka_settings()).kafka_topics()
+    if as_json:
+        print_json([{**vars(life), "state": life.state, "source": life.source} for life in lives])
+        return
+    rows = [(life.kafka_topic, life.generation, life.state, life.source) for life in lives]
+    console.print(table_of("", ["topic", "generation", "state", "source"], rows))
+
+
+@topics.command("renew")
+def topics_renew() -> None:
+    """Read topics that were deleted and made anew from their start, beside the messages of the old ones."""
+    from dagster_prefs.defs.resources import Platform
+
+    settings = kafka_settings()
+    platform = Platform(settings)
+    found = [life for life in platform.kafka_topics() if life.state == "recreated"]
+    platform.kafka_topics(note=True)
+    if settings.engine == "risingwave":
+        feeds = platform.dbt.run("run", ["config.materialized:kafka_feed"])
+        if failed := [f"{feed.name}: {feed.message}" for feed in feeds if not feed.ok]:
+            raise PrefsError("; ".join(failed))
+    for life in found:
+        console.print(f"{life.kafka_topic}: generation {life.generation + 1} is read from its start")
+    if not found:
+        console.print("every topic is the one that was read")
+
+
+@cli.command()
+@click.option("--topic", help="Only this topic.")
+@click.option("--follow", is_flag=True, help="Go on with what arrives, until Ctrl-C; needs --topic.")
+def consume(topic: str | None, follow: bool) -> None:
+    """Read Kafka topics into the raw tables of the embedded engine, from where the last reading ended."""
+    from dagster_prefs.defs.resources import Platform
+    from dagster_prefs.events.brokers import client_properties
+    from dagster_prefs.events.formats import find_topic
+    from dagster_prefs.events.kafka import ingest_topic
+
+    settings = kafka_settings()
+    if settings.engine != "local":
+        raise PrefsError("on RisingWave the feeds read Kafka: run `dbt run` in dbt_project/")
+    if follow and topic is None:
+        raise PrefsError("--follow reads one topic at a time: name it with --topic")
+    names = [find_topic(topic).name] if topic else list(settings.kafka_topics)
+    lives = {life.kafka_topic: life for life in Platform(settings).kafka_topics(note=True)}
+    for name in names:
+        kafka_topic = settings.kafka_topics[name]
+        with progress_bar(name) as advance:
+            report = ingest_topic(
+                EngineConnection.of(settings),
+                settings.kafka_bootstrap or "",
+                name,
+                kafka_topic=kafka_topic,
+                generation=lives[kafka_topic].generation,
+                start=settings.kafka_start,
+                until=None if follow else "end",
+                client=client_properties(settings),
+                progress=advance,
+            )
+        console.print(f"{name}: {report.accepted} messages of {report.source} ({report.seconds:.1f} s)")
+    console.print("the views follow with the next refresh: `prefs refresh`, or the sensor new_events")
+
+
+def kafka_settings() -> Settings:
+    """The settings, which must name brokers."""
+    settings = load_settings()
+    if not settings.kafka_bootstrap:
+        raise PrefsError("PREFS_KAFKA_BOOTSTRAP names no brokers: set it to their host:port list")
+    return settings
+
+
+@cli.group(invoke_without_command=True)
 @click.option("--topic", help="Only this topic.")
 @click.option("--reason", help="Only this reason; lists the messages instead of counting them.")
 @click.option("--limit", default=20, show_default=True, type=click.IntRange(1, 10_000))
@@ -757,32 +836,54 @@ def alerts_test() -> None:
     console.print("sent")
 
 
-@cli.group("training-set")
-def training_set() -> None:
-    """Point-in-time correct training sets from the tiles in Iceberg."""
-
-
-@training_set.command("build")
+@cli.group("training-set", invoke_without_command=True)
+@click.option("--labels", help="Parquet or CSV file, or Iceberg table: viewer_id, label_time, …")
 @click.option(
-    "--labels", required=True, help="Parquet or CSV file, or Iceberg table: viewer_id, label_time, …"
+    "--output",
+    help="Parquet or CSV file, or Iceberg table, to write; by default <labels>.training.parquet.",
 )
-@click.option("--output", required=True, type=click.Path(path_type=Path), help="Parquet file to write.")
+@click.option("--manifest", type=click.Path(path_type=Path), help="By default <output>.manifest.json.")
 @click.option("--timezone", help="Zone of label times that have none, e.g. UTC.")
 @click.option("--as-known", is_flag=True, help="Never use a tile version written after the label's time.")
-def training_set_build(labels: str, output: Path, timezone: str | None, as_known: bool) -> None:
-    """Join every label with the features as they were known at its time; writes a manifest beside it."""
+@click.option(
+    "--print-sql",
+    type=click.Choice(["trino", "spark", "athena"]),
+    help="Only print the join in this engine's SQL, over labels in an Iceberg table.",
+)
+@click.pass_context
+def training_set(
+    context: click.Context,
+    labels: str | None,
+    output: str | None,
+    manifest: Path | None,
+    timezone: str | None,
+    as_known: bool,
+    print_sql: Literal["trino", "spark", "athena"] | None,
+) -> None:
+    """Join every label with the features as they were known at its time; a manifest tells how to do so again."""
+    if context.invoked_subcommand is not None:
+        return
+    if labels is None:
+        raise click.UsageError("--labels is missing: name a Parquet or CSV file, or an Iceberg table")
     from dagster_prefs.defs.resources import Platform
-    from dagster_prefs.offline.training_set import build_training_set
+    from dagster_prefs.offline.training_set import build_training_set, print_training_sql
 
     platform = Platform(load_settings())
+    if print_sql is not None:
+        namespace = platform.settings.iceberg_namespace
+        click.echo(
+            print_training_sql(platform.catalog(), labels, print_sql, as_known=as_known, namespace=namespace)
+        )
+        return
     made = build_training_set(
         platform.catalog(),
         labels,
-        output,
+        output or str(Path(labels).with_suffix(".training.parquet")),
         now=datetime.now(UTC),
         contract_version=platform.contract.version,
         timezone=timezone,
         as_known=as_known,
+        manifest=manifest,
         namespace=platform.settings.iceberg_namespace,
     )
     console.print(
@@ -792,14 +893,23 @@ def training_set_build(labels: str, output: Path, timezone: str | None, as_known
 
 @training_set.command("reproduce")
 @click.argument("manifest", type=click.Path(path_type=Path))
-@click.option("--output", required=True, type=click.Path(path_type=Path), help="Parquet file to write.")
+@click.option(
+    "--output",
+    help="Parquet or CSV file, or Iceberg table, to write; by default beside the manifest, .reproduced.parquet.",
+)
 @click.option("--labels", help="Where the labels are now, if they moved.")
-def training_set_reproduce(manifest: Path, output: Path, labels: str | None) -> None:
+def training_set_reproduce(manifest: Path, output: str | None, labels: str | None) -> None:
     """Write the training set of a manifest again and prove that every row is equal."""
     from dagster_prefs.defs.resources import Platform
     from dagster_prefs.offline.training_set import reproduce_training_set
 
-    made = reproduce_training_set(Platform(load_settings()).catalog(), manifest, output, labels=labels)
+    first = manifest.with_name(manifest.name.removesuffix(".manifest.json"))
+    made = reproduce_training_set(
+        Platform(load_settings()).catalog(),
+        manifest,
+        output or str(first.with_suffix(".reproduced.parquet")),
+        labels=labels,
+    )
     console.print(f"{made.rows:,} rows, equal to those of {manifest}, in {made.output}")
 
 

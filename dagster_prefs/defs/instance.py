@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import dagster as dg
 
 DAGSTER_YAML = """\
 # Written by `prefs` when the folder was made; yours to change from then on.
@@ -30,3 +35,11 @@ def ensure_dagster_home(data_dir: Path) -> Path:
     if not config.exists():
         config.write_text(DAGSTER_YAML)
     return home
+
+
+@contextmanager
+def open_instance(data_dir: Path) -> Iterator[dg.DagsterInstance]:
+    """The instance that the daemon writes to: that of DAGSTER_HOME, else of the data directory."""
+    home = os.environ.get("DAGSTER_HOME") or str(ensure_dagster_home(data_dir))
+    with dg.DagsterInstance.from_config(home) as instance:
+        yield instance

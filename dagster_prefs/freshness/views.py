@@ -97,7 +97,8 @@ class ViewLag:
 
     `waiting` counts what arrived upstream and is not visible here (for a view: 1 when anything does), and
     `lag_seconds` is how long the oldest of it has waited: 0 when nothing waits, however long ago the last
-    event was. `ahead_seconds` is how far the newest event lies in the future of `now`.
+    event was, and negative where it arrived in the future of `now`. `ahead_seconds` is how far the newest event
+    lies in that future.
     """
 
     topic: str
@@ -266,7 +267,7 @@ def _read(connection: psycopg.Connection[Any], relation: str, statement: sql.Com
 
 
 def _age(since: datetime | None, now: datetime) -> float:
-    return 0.0 if since is None else max(0.0, (now - since).total_seconds())
+    return 0.0 if since is None else (now - since).total_seconds()
 
 
 def _ahead(newest: datetime | None, now: datetime) -> float:

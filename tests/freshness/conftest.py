@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kafka_cluster import Cluster
 from psycopg import sql
 
 from dagster_prefs.engine.connection import EngineConnection
@@ -49,6 +50,7 @@ class World:
     table: Any = None
     warehouse: Path = Path()
     offsets: dict[str, int] = field(default_factory=dict)
+    cluster: Cluster | None = None
 
     @property
     def catalog(self) -> Any:
@@ -80,23 +82,20 @@ class World:
             "genre": "drama",
             "watch_duration_sec": 600,
             "completion_pct": 0.95,
-            "watched_at": (self.now - timedelta(days=days_ago, seconds=age)).isoformat(),
+            "watched_at": self.moment(age, days_ago).isoformat(),
             **fields,
         }
-        self.arrive("view_events", event, age=age)
+        self.deliver("view_events", event, age=age)
         return event
 
     def like(self, viewer: int, *, age: float = 0.0, days_ago: float = 0.0) -> None:
-        self.arrive(
-            "content_interactions",
-            {
-                "event_id": uuid.uuid4().hex,
-                "viewer_id": viewer,
-                "event_type": "like",
-                "event_ts": (self.now - timedelta(days=days_ago, seconds=age)).isoformat(),
-            },
-            age=age,
-        )
+        event = {
+            "event_id": uuid.uuid4().hex,
+            "viewer_id": viewer,
+            "event_type": "like",
+            "event_ts": self.moment(age, days_ago).isoformat(),
+        }
+        self.deliver("content_interactions", event, age=age)
 
     def shop(self, user: str, *, age: float = 0.0, days_ago: float = 0.0, **fields: Any) -> None:
         event = {
@@ -108,10 +107,20 @@ class World:
             "brand": "acme",
             "price": "12.50",
             "session_id": "s1",
-            "event_time": (self.now - timedelta(days=days_ago, seconds=age)).isoformat(),
+            "event_time": self.moment(age, days_ago).isoformat(),
             **fields,
         }
-        self.arrive("user.events", event, age=age)
+        self.deliver("user.events", event, age=age)
+
+    def moment(self, age: float, days_ago: float = 0.0) -> datetime:
+        return self.now - timedelta(days=days_ago, seconds=age)
+
+    def deliver(self, topic: str, event: dict[str, Any], *, age: float) -> None:
+        """Where events go: the raw table, or the Kafka topic of a test that sets `cluster`."""
+        if self.cluster is None:
+            self.arrive(topic, event, age=age)
+        else:
+            self.cluster.send(topic, 1, self.moment(age), json.dumps(event).encode())
 
     def refresh(self, *relations: str, age: float = 0.0) -> None:
         """Refresh these views, or all in their order, as a dbt run begun `age` seconds ago would have."""
@@ -266,3 +275,13 @@ def busy(
         made.publish()
         made.export()
         yield made
+
+
+@pytest.fixture
+def cluster() -> Cluster:
+    """A Kafka cluster with every topic of the contract."""
+    made = Cluster()
+    for topic in load_contract().freshness.topics:
+        made.producer.produce(topic, None, partition=0)
+    assert made.producer.flush(10) == 0
+    return made

@@ -5,17 +5,31 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import pytest
+from dagster._core.remote_origin import InProcessCodeLocationOrigin, RemoteRepositoryOrigin
+from dagster._core.scheduler.instigation import (
+    InstigatorState,
+    InstigatorStatus,
+    InstigatorType,
+    SensorInstigatorData,
+)
+from dagster._core.types.loadable_target_origin import LoadableTargetOrigin
 
 from dagster_prefs.defs import freshness, offline_store
 from dagster_prefs.defs.resources import Platform
+from dagster_prefs.freshness import status
 from dagster_prefs.freshness.alerts import AlertError, load_levels
+from dagster_prefs.freshness.canary import CanaryState, PathState, epoch_ms
+from dagster_prefs.freshness.metrics import render_metrics
+from dagster_prefs.freshness.status import Status
+from dagster_prefs.online.contract import load_contract
 from dagster_prefs.settings import Settings
 
 
@@ -32,8 +46,10 @@ def settings(world: Any, endpoint: str, folder: Path, **fields: Any) -> Settings
 
 
 @pytest.fixture
-def instance() -> Iterator[dg.DagsterInstance]:
-    with dg.DagsterInstance.ephemeral() as made:
+def instance(tmp_path: Path) -> Iterator[dg.DagsterInstance]:
+    folder = tmp_path / "dagster"
+    folder.mkdir()
+    with dg.DagsterInstance.local_temp(str(folder)) as made:
         yield made
 
 
@@ -276,3 +292,95 @@ def test_an_engine_that_is_down_starts_no_export_and_says_so(
     found = tick(made, offline_store.EXPORT_SENSOR, instance, None)
     assert not found.run_requests
     assert "cannot be reached" in (found.skip_message or "")
+
+
+def left_by_sensor(
+    instance: dg.DagsterInstance,
+    state: CanaryState,
+    ticked: datetime,
+    status: InstigatorStatus = InstigatorStatus.RUNNING,
+) -> None:
+    """What Dagster's daemon stores after a tick of the canary's sensor."""
+    location = InProcessCodeLocationOrigin(LoadableTargetOrigin(module_name="dagster_prefs.definitions"))
+    origin = RemoteRepositoryOrigin(location, "__repository__").get_instigator_origin(freshness.CANARY_SENSOR)
+    data = SensorInstigatorData(last_tick_timestamp=ticked.timestamp(), cursor=state.dumps())
+    there = instance.get_instigator_state(origin.get_id(), origin.get_selector().get_id())
+    kept = InstigatorState(origin, InstigatorType.SENSOR, status, data)
+    (instance.update_instigator_state if there else instance.add_instigator_state)(kept)
+
+
+def test_the_last_probe_is_told_outside_of_its_sensor(instance: dg.DagsterInstance) -> None:
+    contract = load_contract()
+    now = datetime(2026, 3, 1, 12, tzinfo=UTC)
+
+    def told() -> dict[str, Any]:
+        return {one.name: one for one in freshness.last_probe(instance, contract, now=now)}
+
+    paths = {"watch", "interactions", "preferences", "shop"}
+    assert {name: one.level for name, one in told().items()} == dict.fromkeys(paths, "skipped")
+    timely = PathState(None, (1.0, 2.0, 1.5))
+    late = PathState(epoch_ms(now - timedelta(seconds=70)), (1.0,), 3)
+    state = CanaryState({"watch": timely, "interactions": timely, "preferences": late, "shop": timely})
+    left_by_sensor(instance, state, now - timedelta(seconds=60))
+    found = told()
+    assert {name for name, one in found.items() if one.level == "ok"} == paths - {"preferences"}
+    assert found["watch"].values == {"lost": 0, "window": 3, "p50_seconds": 1.5, "p99_seconds": 2.0}
+    assert "p50 1.5 s and p99 2.0 s of the last 3, 0 lost" in found["watch"].reason
+    assert found["preferences"].level == "error"
+    assert found["preferences"].lag_seconds == pytest.approx(70)
+    samples = render_metrics(Status(now, 0.1, tuple(found.values())))
+    assert 'prefs_canary_p99_seconds{stage="canary",name="watch"} 2.0' in samples
+    assert 'prefs_canary_lost_total{stage="canary",name="preferences"} 3' in samples
+
+    left_by_sensor(instance, state, now - timedelta(minutes=11))
+    assert {one.level for one in told().values()} == {"unknown"}
+    assert all("Dagster daemon" in one.reason for one in told().values())
+    left_by_sensor(instance, state, now, InstigatorStatus.STOPPED)
+    assert {one.level for one in told().values()} == {"skipped"}
+
+
+def test_an_instance_that_cannot_be_read_is_unknown(
+    instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: Any) -> Any:
+        raise RuntimeError("no such host")
+
+    monkeypatch.setattr(instance, "all_instigator_state", refuse)
+    found = freshness.last_probe(instance, load_contract(), now=datetime.now(UTC))
+    assert {one.level for one in found} == {"unknown"}
+    assert all("no such host" in one.reason for one in found)
+
+
+def test_a_lost_canary_is_told_to_people(busy: Any, platform: Platform, instance: dg.DagsterInstance) -> None:
+    lost = CanaryState({"watch": PathState(None, (1.0,), 1, True)})
+    left_by_sensor(instance, lost, datetime.now(UTC))
+    found = tick(definitions(platform), freshness.WATCH_SENSOR, instance, None)
+    assert load_levels(found.cursor)["canary/watch"] == "error"
+
+
+def test_sensors_survive_the_loss_of_everything(
+    busy: Any, tmp_path: Path, instance: dg.DagsterInstance, free_port: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Engine, DynamoDB and brokers are gone: every reading is unknown with its reason, and no tick fails."""
+    # The same waits, shorter.
+    impatient = partial(status.measure_ingestion, timeout_seconds=0.5)
+    monkeypatch.setattr(status, "measure_ingestion", impatient)
+    monkeypatch.setattr(freshness, "send_canary", partial(freshness.send_canary, timeout_seconds=0.5))
+    busy.engine = replace(busy.engine, port=free_port())
+    gone = f"http://127.0.0.1:{free_port()}"
+    platform = Platform(settings(busy, gone, tmp_path, kafka_bootstrap=f"127.0.0.1:{free_port()}"))
+    monkeypatch.setattr(freshness, "CANARY_PATIENCE_SECONDS", 0.0)
+    made = definitions(platform)
+    watched = tick(made, freshness.WATCH_SENSOR, instance, None)
+    told = load_levels(watched.cursor)
+    keys = freshness.asset_keys(platform)
+    expected = {f"{stage}/{name}" for stage in ("ingestion", "views", "online") for name in keys[stage]}
+    assert {key for key, level in told.items() if level == "error"} >= expected
+    evaluations = [event for event in watched.asset_events if isinstance(event, dg.AssetCheckEvaluation)]
+    assert len(evaluations) == len(keys["ingestion"]) + len(keys["online"])
+    assert not any(event.passed for event in evaluations)
+    assert all(event.metadata["level"].value == "unknown" for event in evaluations)
+    probed = tick(made, freshness.CANARY_SENSOR, instance, None)
+    assert {event.metadata["canary_level"].value for event in probed.asset_events} == {"unknown"}
+    assert not watched.run_requests
+    assert not probed.run_requests

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from confluent_kafka import Producer
+from kafka_cluster import Cluster
 
 from dagster_prefs.events.kafka import ingest_topic
 from dagster_prefs.freshness.ingestion import Broker, ingestion_lag
@@ -17,29 +17,6 @@ from dagster_prefs.freshness.levels import Measure
 from dagster_prefs.freshness.measures import measure_ingestion
 
 TOPIC = "view_events"
-
-
-class Cluster:
-    """A mock cluster of one broker; it lives as long as its producer."""
-
-    def __init__(self) -> None:
-        self.producer = Producer({"bootstrap.servers": "none", "test.mock.num.brokers": 1, "log_level": 0})
-        (broker,) = self.producer.list_topics(timeout=10).brokers.values()
-        self.bootstrap = f"{broker.host}:{broker.port}"
-
-    def send(self, topic: str, partition: int, moment: datetime, value: bytes | None = b"") -> None:
-        body = value if value != b"" else json.dumps({"event_id": uuid.uuid4().hex}).encode()
-        self.producer.produce(topic, body, partition=partition, timestamp=int(moment.timestamp() * 1000))
-        assert self.producer.flush(10) == 0
-
-
-@pytest.fixture
-def cluster(world: Any) -> Cluster:
-    made = Cluster()
-    for topic in world.contract.freshness.topics:
-        made.producer.produce(topic, None, partition=0)
-    assert made.producer.flush(10) == 0
-    return made
 
 
 @pytest.fixture
@@ -108,6 +85,37 @@ def test_a_topic_that_was_made_anew_is_an_error(
     assert "made anew" in found.reason
 
 
+def test_a_topic_that_was_made_anew_with_fewer_partitions_is_an_error(
+    world: Any, measure: Callable[..., Measure]
+) -> None:
+    world.execute(
+        "insert into raw_view_events (source, source_partition, source_offset, data)"
+        " values ('kafka:view_events', 6, 1, '{}')"
+    )
+    found = measure()
+    assert found.level == "error"
+    assert {number: row["state"] for number, row in partitions(found).items()} == {
+        **dict.fromkeys(range(4), "current"),
+        6: "recreated",
+    }
+
+
+def test_a_message_from_the_future_has_no_age(
+    world: Any, cluster: Cluster, measure: Callable[..., Measure]
+) -> None:
+    """Its producer's clock is wrong, and would make a reader that stands still look current for as long."""
+    cluster.send(TOPIC, 1, world.now + timedelta(hours=1))
+    found = measure()
+    assert found.level == "unknown"
+    assert "3600 s in the future" in found.reason
+    assert found.lag_seconds == 0
+    cluster.send(TOPIC, 2, world.now - timedelta(seconds=60))
+    assert measure().level == "unknown"
+    assert measure().lag_seconds == pytest.approx(60, abs=0.01)
+    ingest_topic(world.engine, cluster.bootstrap, TOPIC)
+    assert measure().level == "ok"
+
+
 def test_a_reader_that_starts_at_the_end_cannot_be_judged_before_its_first_message(
     world: Any, cluster: Cluster, measure: Callable[..., Measure]
 ) -> None:
@@ -164,3 +172,13 @@ def test_no_brokers_are_skipped_and_say_so(world: Any) -> None:
     found = measure_ingestion(world.engine, world.contract, None, now=world.now)
     assert {one.level for one in found} == {"skipped"}
     assert all("no Kafka is configured" in one.reason for one in found)
+
+
+def test_an_engine_that_is_down_is_unknown(
+    world: Any, cluster: Cluster, free_port: Callable[[], int]
+) -> None:
+    found = measure_ingestion(
+        replace(world.engine, port=free_port()), world.contract, cluster.bootstrap, now=world.now
+    )
+    assert {one.level for one in found} == {"unknown"}
+    assert all("cannot be reached" in one.reason for one in found)

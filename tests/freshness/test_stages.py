@@ -135,6 +135,13 @@ def test_an_event_from_the_future_is_a_warning(busy: Any) -> None:
     assert "clocks" in reason
 
 
+def test_an_engine_whose_clock_is_ahead_is_unknown_and_not_green(busy: Any) -> None:
+    busy.watch(1, age=-3600)
+    measure = busy.measures()["views/view_events"]
+    assert (measure.level, measure.lag_seconds) == ("unknown", 0)
+    assert "arrived 3600 s in the future" in measure.reason
+
+
 def test_a_publisher_that_stopped_reddens_every_domain(busy: Any) -> None:
     for viewer in range(5):
         busy.watch(viewer, age=20)

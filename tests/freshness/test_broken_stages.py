@@ -1,0 +1,195 @@
+"""Each stage of the whole way is broken once; the checks that must turn are written down, and no other does.
+
+Events go the way of production: Kafka, ingester, views, publisher, DynamoDB, client. What broke a stage is taken
+back in the end, and one evaluation later everything is well again.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from botocore.awsrequest import AWSResponse
+from kafka_cluster import Cluster
+
+from dagster_prefs.events.kafka import ingest_topic
+from dagster_prefs.freshness.canary import (
+    CANARY_USER,
+    CanaryState,
+    Probe,
+    read_domains,
+    read_shop,
+    send_canary,
+)
+from dagster_prefs.freshness.measures import measure_ingestion
+from dagster_prefs.online.contract import CANARY_VIEWER_ID
+from dagster_prefs.online.publisher import PublishError
+from dagster_prefs.serving.profiles import ProfileClient
+
+DOMAINS = ("watch", "interactions", "preferences")
+CANARY = {"canary/watch", "canary/interactions", "canary/preferences", "canary/shop"}
+CANARY_IN_DYNAMODB = CANARY - {"canary/shop"}
+TYPED = {"views/user_events", "views/view_events", "views/content_interactions"}
+
+
+class Flow:
+    """A platform whose stages can be stopped one by one; its time passes while the canary is waited for."""
+
+    def __init__(self, world: Any, cluster: Cluster, profiles: ProfileClient) -> None:
+        self.world = world
+        world.cluster = self.cluster = cluster
+        self.ingesting = self.refreshing = True
+        self.sink_errors: list[str] = []
+        self.state = CanaryState()
+        self.probe = Probe(
+            send=lambda moment: send_canary(world.engine, moment, bootstrap=cluster.bootstrap),
+            readers=[lambda: read_domains(profiles), lambda: read_shop(world.engine)],
+            contract=world.contract,
+            clock=lambda: world.now,
+            wait=self.wait,
+            poll_seconds=1,
+        )
+
+    def produce(self, age: float, days_ago: float = 0) -> None:
+        """One event per topic reaches Kafka `age` seconds ago; it happened `days_ago` days before that."""
+        self.world.watch(3, age=age, days_ago=days_ago)
+        self.world.like(3, age=age, days_ago=days_ago)
+        self.world.shop("u3", age=age, days_ago=days_ago)
+
+    def step(self) -> None:
+        """Whatever runs does its work once."""
+        world = self.world
+        if self.ingesting:
+            for topic in world.contract.freshness.topics:
+                ingest_topic(world.engine, self.cluster.bootstrap, topic)
+        if self.refreshing:
+            world.refresh()
+        try:
+            world.publish()
+        except PublishError as error:
+            self.sink_errors.append(str(error))
+
+    def later(self, seconds: float) -> None:
+        # Raw tables and brokers stamp with the real time, which a slow machine brings past the world's.
+        self.world.now = max(self.world.now, datetime.now(UTC)) + timedelta(seconds=seconds)
+
+    def wait(self, seconds: float) -> None:
+        # Not the real time: how fast this machine is must not decide how late a canary is.
+        self.world.later(seconds=seconds)
+        self.step()
+
+    def evaluate(self) -> dict[str, str]:
+        """One evaluation of everything: the measures that are not ok, with their levels."""
+        world = self.world
+        measures = {
+            **world.measures(),
+            **{
+                one.key: one
+                for one in measure_ingestion(
+                    world.engine, world.contract, self.cluster.bootstrap, now=world.now, timeout_seconds=10
+                )
+            },
+        }
+        self.state, canary = self.probe.run(self.state, patience_seconds=6)
+        measures |= {one.key: one for one in canary}
+        return {key: one.level for key, one in measures.items() if one.level != "ok"}
+
+
+@pytest.fixture
+def flow(busy: Any, cluster: Cluster, aws_endpoint: str) -> Iterator[Flow]:
+    # The broker stamps the canary's messages with the time that it is.
+    busy.now = datetime.now(UTC)
+    busy.export()
+    with ProfileClient(endpoint_url=aws_endpoint, region="eu-central-1") as profiles:
+        made = Flow(busy, cluster, profiles)
+        assert made.evaluate() == {}
+        yield made
+        assert made.evaluate() == {}
+
+
+def error(*keys: str) -> dict[str, str]:
+    return dict.fromkeys(keys, "error")
+
+
+def test_an_ingester_that_stopped_while_kafka_goes_on(flow: Flow) -> None:
+    flow.ingesting = False
+    flow.produce(age=10)
+    topics = [f"ingestion/{topic}" for topic in flow.world.contract.freshness.topics]
+    assert flow.evaluate() == error(*topics, *CANARY)
+    flow.ingesting = True
+    flow.step()
+
+
+def test_views_that_are_not_refreshed(flow: Flow) -> None:
+    flow.refreshing = False
+    flow.produce(age=10)
+    flow.step()
+    flow.later(seconds=10)
+    assert flow.evaluate() == error(*TYPED, *CANARY)
+    flow.refreshing = True
+    flow.step()
+
+
+def test_dynamodb_that_refuses_every_write(flow: Flow) -> None:
+    refusing = True
+
+    def refuse(request: Any, **_: Any) -> AWSResponse | None:
+        body = json.dumps({"__type": "com.amazonaws#AccessDeniedException", "Message": "writes are blocked"})
+        headers = {"Content-Type": "application/x-amz-json-1.0"}
+        return AWSResponse(request.url, 400, headers, Raw(body.encode())) if refusing else None
+
+    for operation in ("BatchWriteItem", "PutItem", "DeleteItem", "UpdateItem"):
+        flow.world.client.meta.events.register(f"before-send.dynamodb.{operation}", refuse)
+    flow.produce(age=10)
+    flow.step()
+    assert any("writes are blocked" in said for said in flow.sink_errors)
+    flow.later(seconds=10)
+    assert flow.evaluate() == error(*[f"online/{domain}" for domain in DOMAINS], *CANARY_IN_DYNAMODB)
+    refusing = False
+    flow.step()
+
+
+def test_a_tile_that_changed_after_its_export(flow: Flow) -> None:
+    flow.produce(age=0, days_ago=1)
+    flow.step()
+    tables = ("viewer_watch_daily", "viewer_genre_daily", "viewer_interactions_daily")
+    assert flow.evaluate() == {f"offline/{table}": "warn" for table in tables}
+    flow.world.export()
+
+
+def test_a_canary_whose_events_come_to_nothing(flow: Flow) -> None:
+    """Its viewer and user are erased, so that the typed events leave them out and all others go on."""
+    for kind, subject in (("viewer", str(CANARY_VIEWER_ID)), ("user", CANARY_USER)):
+        flow.world.execute(
+            "insert into erased_subjects (subject_kind, subject_id, erased_at) values (%s, %s, 'infinity')",
+            [kind, subject],
+        )
+    flow.produce(age=0)
+    flow.step()
+    assert flow.evaluate() == error(*CANARY)
+    flow.world.execute("delete from erased_subjects")
+    flow.step()
+
+
+def test_a_canary_that_cannot_be_sent(flow: Flow) -> None:
+    """The producer's way is gone, the platform's own works: nothing is known, and nothing else is red."""
+
+    def refuse(moment: datetime) -> None:
+        send_canary(flow.world.engine, moment, bootstrap="127.0.0.1:1", timeout_seconds=0.3)
+
+    working = flow.probe
+    flow.probe = replace(working, send=refuse)
+    assert flow.evaluate() == dict.fromkeys(CANARY, "unknown")
+    flow.probe = working
+
+
+class Raw(io.BytesIO):
+    """A response's body as botocore reads it."""
+
+    def stream(self, *_: Any, **__: Any) -> Iterator[bytes]:
+        yield self.read()
