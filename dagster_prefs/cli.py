@@ -1111,6 +1111,7 @@ def erase(subject: tuple[str, ...], drop_tags: bool, training_sets: tuple[Path, 
 @click.option("--peak-factor", default=3.0, show_default=True, help="The busiest second over the mean.")
 @click.option("--history-days", default=365, show_default=True, help="Days of events that the engine keeps.")
 @click.option("--raw-days", type=click.IntRange(1), help="Days of raw messages among them; all by default.")
+@click.option("--fenced", is_flag=True, help="Items are written in transactions, as by PREFS_PUBLISH=changefeed.")
 @click.option(
     "--price", multiple=True, metavar="NAME=DOLLARS", help="A price of yours, e.g. million_write_units=0.7."
 )

@@ -1,14 +1,16 @@
 """Every dbt model as an asset: events, tiles, rolling views, preferences and sinks."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import dagster as dg
 from dagster_dbt import DagsterDbtTranslator, dbt_assets
 from dagster_dbt.asset_utils import get_asset_check_key_for_test
 
-from dagster_prefs.defs.resources import TABLE_KEY, Platform
-from dagster_prefs.engine.catalog import row_counts
+from dagster_prefs.defs.deployment import DEPLOYMENT_CHECKS
+from dagster_prefs.defs.resources import TABLE_KEY, TRAINING_TABLES_KEY, Platform
+from dagster_prefs.engine.catalog import NotDeployed, row_counts
 
 REFRESH_JOB = "refresh"
 EVENT_TABLES_JOB = "event_tables"
@@ -22,12 +24,15 @@ class ModelTranslator(DagsterDbtTranslator):
         self._engine_kind = engine_kind
 
     def get_asset_spec(self, manifest: Mapping[str, Any], unique_id: str, project: Any) -> dg.AssetSpec:
-        """The spec of one model; a sink also depends on the DynamoDB table it writes to."""
+        """The spec of one model; a sink also depends on the DynamoDB or Iceberg table it writes to."""
         spec = super().get_asset_spec(manifest, unique_id, project)
         props = self.get_resource_props(manifest, unique_id)
         engine = "postgres" if self._engine_kind == "local" else "risingwave"
         kinds = {"dbt", engine}
-        if props["config"]["materialized"] == "sink":
+        if "training_table" in props["config"]["meta"]:
+            spec = spec.merge_attributes(deps=[TRAINING_TABLES_KEY])
+            kinds.add("iceberg")
+        elif props["config"]["materialized"] == "sink":
             spec = spec.merge_attributes(deps=[TABLE_KEY])
             kinds.add("dynamodb")
         return spec.replace_attributes(kinds=kinds)
@@ -43,6 +48,11 @@ def build(platform: Platform) -> dg.Definitions:
     translator = ModelTranslator(platform.engine.kind)
     models = {
         translator.get_asset_key(node): node["name"]
+        for node in manifest["nodes"].values()
+        if node["resource_type"] == "model"
+    }
+    kinds_of = {
+        node["name"]: node["config"]["materialized"]
         for node in manifest["nodes"].values()
         if node["resource_type"] == "model"
     }
@@ -68,6 +78,12 @@ def build(platform: Platform) -> dg.Definitions:
 
         def log(result: Any) -> None:
             context.log.info(f"{result.name}: {result.status} {result.message} ({result.seconds:.2f} s)")
+
+        feeds = [name for name in selected if kinds_of.get(name) == "kafka_feed"]
+        if feeds:
+            # Before the feeds are made, so that one whose topic was made anew reads the new one from its start.
+            with suppress(NotDeployed):
+                platform.kafka_topics(note=True)
 
         # A run of everything needs no selection, and dbt resolves none faster than one of eighty names.
         everything = len(selected) == len(models) + len(checks)
@@ -103,6 +119,8 @@ def build(platform: Platform) -> dg.Definitions:
                     else dg.AssetCheckSeverity.ERROR,
                     metadata={"failures": result.failures or 0, "message": result.message or "pass"},
                 )
+        if feeds:
+            platform.kafka_topics(note=True)
         if failed:
             errors = [result for result in failed if result.status != "skipped"] or failed
             raise dg.Failure(
@@ -111,9 +129,13 @@ def build(platform: Platform) -> dg.Definitions:
             )
 
     # What has to follow each other is one job: views first, then what is published from them.
+    # Comparing with the models compiles all of them, which tells a run that has just made them nothing.
+    compared = dg.AssetSelection.checks(*DEPLOYMENT_CHECKS)
     selection = dg.AssetSelection.assets(dbt_models) | dg.AssetSelection.groups("online_store")
     refresh = dg.define_asset_job(
-        REFRESH_JOB, selection, description="Refresh every view, then publish what changed to DynamoDB."
+        REFRESH_JOB,
+        selection - compared,
+        description="Refresh every view, then publish what changed to DynamoDB.",
     )
     tables = dg.define_asset_job(
         EVENT_TABLES_JOB,
@@ -124,7 +146,8 @@ def build(platform: Platform) -> dg.Definitions:
                 if node["resource_type"] == "model"
                 and node["config"]["materialized"] == "table_with_connector"
             ]
-        ),
+        )
+        - compared,
         description="Make the tables that events arrive in, so that loading can begin.",
     )
     return dg.Definitions(

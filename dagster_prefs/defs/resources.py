@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,10 @@ from dagster_prefs.settings import PROJECT_ROOT, Settings
 if TYPE_CHECKING:
     from pyiceberg.catalog import Catalog
 
+    from dagster_prefs.events.topics import TopicLife
+
 TABLE_KEY = dg.AssetKey(["dynamodb", "viewer_profiles"])
+TRAINING_TABLES_KEY = dg.AssetKey(["training", "tables"])
 
 
 class Platform:
@@ -69,6 +73,39 @@ class Platform:
         return provision(
             client, self.contract, prefix=self.settings.table_prefix, mode=self.settings.provisioning
         )
+
+    def kafka_topics(self, *, note: bool = False) -> list[TopicLife]:
+        """Every topic as the engine remembers it beside what the brokers have now; empty without Kafka.
+
+        With `note` the engine remembers what the brokers have from now on, and a topic that was made anew enters
+        its next generation. Raises KafkaUnavailable for brokers that do not answer and a topic they do not have,
+        NotDeployed before the first `dbt run`.
+        """
+        if self.settings.kafka_bootstrap is None:
+            return []
+        from confluent_kafka import KafkaException
+
+        from dagster_prefs.events.brokers import client_properties
+        from dagster_prefs.events.kafka import KafkaUnavailable
+        from dagster_prefs.events.topics import broker_ids, note_topics, topic_lives
+
+        bootstrap, names = self.settings.kafka_bootstrap, list(self.settings.kafka_topics.values())
+        try:
+            ids = broker_ids(bootstrap, names, client=client_properties(self.settings))
+        except KafkaException as error:
+            raise KafkaUnavailable(
+                f"Kafka at {bootstrap} does not tell its topics ({error.args[0].str()}): check "
+                "PREFS_KAFKA_BOOTSTRAP, PREFS_KAFKA_SECURITY_PROTOCOL and that the brokers run"
+            ) from None
+        if missing := [name for name in names if name not in ids]:
+            raise KafkaUnavailable(
+                f"Kafka at {bootstrap} has no topic {', '.join(missing)}: create it, or set the name it has there "
+                "with PREFS_KAFKA_TOPIC_…"
+            )
+        with self.engine.connect() as session:
+            if note:
+                note_topics(session, self.engine, ids, now=datetime.now(UTC))
+            return list(topic_lives(session, self.engine, ids).values())
 
     def catalog(self) -> Catalog:
         """The Iceberg catalog; raises OfflineError when it does not answer."""
