@@ -127,7 +127,8 @@ class Workload:
     RisingWave's barrier, or the pause between refreshes on the embedded engine. `spread_seconds` is
     PREFS_EXPIRY_SPREAD_SECONDS. `peak_factor` is the busiest second over the mean. `late_days` are days before
     the newest one that each day's export finds changed; `history_days` are days of events that the engine keeps,
-    `raw_days` days of raw messages (PREFS_RAW_RETENTION_SECONDS), None meaning as many.
+    `raw_days` days of raw messages (PREFS_RAW_RETENTION_SECONDS), None meaning as many. `fenced` is whether items
+    are written in transactions, as PREFS_PUBLISH=changefeed does, which costs twice the units.
 
     Raises CostError naming the number, its rule and a remedy.
     """
@@ -145,6 +146,7 @@ class Workload:
     late_days: float = 3.0
     history_days: int = 365
     raw_days: int | None = None
+    fenced: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("viewers", 1), ("events_per_day", 0), ("reads_per_day", 0), ("late_days", 0)):
@@ -401,7 +403,10 @@ def estimate(
 ) -> Estimate:
     """Add it all up. `promise_seconds` is the freshness that the contract promises (its `error_seconds`)."""
     prices, capacities = prices or Prices(), capacities or Capacities()
-    units = {domain.name: math.ceil(domain.item_bytes / WRITE_UNIT_BYTES) for domain in domains}
+    units = {
+        domain.name: math.ceil(domain.item_bytes / WRITE_UNIT_BYTES) * (2 if workload.fenced else 1)
+        for domain in domains
+    }
     puts = {domain.name: event_writes(workload, domain) for domain in domains}
     expiring = {domain.name: expiry_writes(workload, domain) for domain in domains}
     kept = {domain.name: rows_kept(workload, domain) for domain in domains}

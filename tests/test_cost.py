@@ -116,6 +116,16 @@ def test_units_are_whole_kilobytes() -> None:
     assert once.read_units_per_day == twice.read_units_per_day == 500
 
 
+def test_a_fenced_writer_pays_twice_for_its_writes_alone() -> None:
+    domains = contract_domains(load_contract(), PLAIN.viewers)
+    plain, fenced = (
+        estimate(replace(PLAIN, fenced=fenced), domains, promise_seconds=5) for fenced in (False, True)
+    )
+    assert fenced.write_units_per_day == pytest.approx(2 * plain.write_units_per_day, abs=1)
+    assert fenced.event_writes_per_day == plain.event_writes_per_day
+    assert fenced.dollars["table"] == plain.dollars["table"]
+
+
 def test_dollars_follow_the_prices() -> None:
     domains = contract_domains(load_contract(), PLAIN.viewers)
     found = estimate(PLAIN, domains, promise_seconds=5)
