@@ -6,7 +6,15 @@ import warnings
 
 import dagster as dg
 
-from dagster_prefs.defs import events, feature_views, freshness, offline_store, online_store, retention
+from dagster_prefs.defs import (
+    deployment,
+    events,
+    feature_views,
+    freshness,
+    offline_store,
+    online_store,
+    retention,
+)
 from dagster_prefs.defs.resources import Platform
 from dagster_prefs.settings import Settings, load_settings
 
@@ -20,6 +28,7 @@ def build_definitions(settings: Settings) -> dg.Definitions:
     platform = Platform(settings)
     return dg.Definitions.merge(
         feature_views.build(platform),
+        deployment.build(platform),
         online_store.build(platform),
         offline_store.build(platform),
         events.build(platform),

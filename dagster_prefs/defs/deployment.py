@@ -25,7 +25,9 @@ from dagster_prefs.online.publisher import publish_domain
 from dagster_prefs.online.tables import TableReport
 
 JOB = "deployment"
+KEY = dg.AssetKey(DEPLOYMENTS)
 DRIFT, STRANDED, LEFTOVERS = "no_drift", "no_stranded_relations", "no_leftovers"
+DEPLOYMENT_CHECKS = [dg.AssetCheckKey(KEY, name) for name in (DRIFT, STRANDED, LEFTOVERS)]
 
 
 def review_contract(
@@ -109,17 +111,16 @@ def apply_to(
 
 def build(platform: Platform) -> dg.Definitions:
     """The checks of the `deployments` asset, and the job and schedule that evaluate them."""
-    key = dg.AssetKey(DEPLOYMENTS)
 
     @dg.multi_asset_check(
         name="deployment",
         specs=[
-            dg.AssetCheckSpec(DRIFT, asset=key, description="Every relation is deployed as its model says."),
+            dg.AssetCheckSpec(DRIFT, asset=KEY, description="Every relation is deployed as its model says."),
             dg.AssetCheckSpec(
-                STRANDED, asset=key, description="No sink or view reads what was swapped away."
+                STRANDED, asset=KEY, description="No sink or view reads what was swapped away."
             ),
             dg.AssetCheckSpec(
-                LEFTOVERS, asset=key, description="No temporary object of a change is left over."
+                LEFTOVERS, asset=KEY, description="No temporary object of a change is left over."
             ),
         ],
         can_subset=True,
@@ -146,9 +147,9 @@ def build(platform: Platform) -> dg.Definitions:
                 "`prefs apply` finishes or clears its own, `dbt run-operation cleanup_temp_objects` dbt's",
             ),
         ):
-            if dg.AssetCheckKey(key, name) in context.selected_asset_check_keys:
+            if dg.AssetCheckKey(KEY, name) in context.selected_asset_check_keys:
                 yield dg.AssetCheckResult(
-                    asset_key=key,
+                    asset_key=KEY,
                     check_name=name,
                     passed=not found,
                     severity=severity,

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import psycopg
 import pytest
+from click.testing import CliRunner
 from conftest import Workshop
 from relations import insert_events
 from streams import MIDNIGHT
 from test_views_against_oracle import watch
 
+from dagster_prefs.cli import cli
+from dagster_prefs.defs import deployment as deployment_checks
 from dagster_prefs.defs.deployment import review_contract
+from dagster_prefs.defs.resources import Platform
 from dagster_prefs.engine.apply import ApplyError, apply_plan
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.engine.dbt import Dbt
 from dagster_prefs.engine.plan import ContractReview, Plan, PlanError, make_plan
 from dagster_prefs.online.contract import build_contract, parse_contract
+from dagster_prefs.settings import load_settings
 
 DbtOn = Callable[..., Dbt]
 TILE = "models/engagement/viewer_watch_metrics_1d.sql"
@@ -298,3 +307,63 @@ def test_a_failed_change_leaves_what_ran_before_and_no_change_is_said_to_be_none
     assert "nothing to do" in done.text()
     assert (deployment.rows(objects), deployment.rows(records)) == before
     assert deployment.store.settled == settled
+
+
+def test_the_check_reports_drift_stranded_readers_and_leftovers(
+    deployment: Deployment, workshop: Workshop
+) -> None:
+    platform = Platform(load_settings())
+    platform.engine, platform.dbt = deployment.engine, deployment.dbt
+    definitions = dg.Definitions.merge(
+        deployment_checks.build(platform), dg.Definitions(assets=[dg.AssetSpec("deployments")])
+    )
+
+    def evaluate() -> dict[str, tuple[bool, Any]]:
+        result = definitions.resolve_job_def(deployment_checks.JOB).execute_in_process()
+        return {
+            one.check_name: (one.passed, one.metadata["found"].value)
+            for one in result.get_asset_check_evaluations()
+        }
+
+    assert {passed for passed, _ in evaluate().values()} == {True}
+    workshop.change(TILE, "count(*) as views", "count(*) + 1 as views")
+    deployment.run("create view items__next_0123abcd as select 1 as one")
+    assert evaluate() == {
+        "no_drift": (False, ["viewer_watch_metrics_1d: changed"]),
+        "no_stranded_relations": (True, []),
+        "no_leftovers": (False, ["items__next_0123abcd"]),
+    }
+
+
+def test_the_commands_say_and_do_it(
+    deployed: EngineConnection, dbt_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What dbt parsed for the other tests, so that it is not parsed again.
+    shutil.copytree(dbt_target, tmp_path / "dbt" / "local")
+    monkeypatch.setenv("PREFS_DATA_DIR", str(tmp_path))
+    monkeypatch.setenv("PREFS_ENGINE_PORT", str(deployed.port))
+    monkeypatch.setenv("PREFS_ENGINE_DATABASE", deployed.database)
+
+    def prefs(*words: str) -> tuple[Any, str]:
+        result = CliRunner().invoke(cli, words, standalone_mode=False)
+        if result.exception is not None:
+            return type(result.exception), str(result.exception)
+        return result.return_value, result.stdout
+
+    with deployed.connect() as connection:
+        connection.execute("drop view user_category_affinity_now")
+        code, text = prefs("plan")
+        assert code == 2
+        assert "create user_category_affinity_now\n" in text
+        code, text = prefs("apply")
+        assert not code
+        assert text.endswith("done: what runs is what is written\n")
+        code, text = prefs("plan", "--json")
+        assert code == 0
+        assert json.loads(text)["relations"] == []
+        assert connection.execute("select count(*) from user_category_affinity_now").fetchone() == (0,)
+        connection.execute("delete from deployments where relation = 'user_category_affinity_now'")
+    code, text = prefs("plan")
+    assert code == 1
+    assert "refused user_category_affinity_now: a relation of this name is there" in text
+    assert prefs("apply")[0] is PlanError
