@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -128,6 +127,7 @@ def maintained(platform: Platform, tables: Mapping[str, dg.AssetKey], clock: Clo
                     now=clock(),
                     keep_snapshots=timedelta(days=days),
                     namespace=platform.settings.iceberg_namespace,
+                    compact=platform.settings.export == "platform",
                 )
             except TableMissing as error:
                 context.log.info(f"nothing to keep up yet: {error}")
@@ -166,7 +166,7 @@ def training_set_asset(
         made = build_training_set(
             platform.catalog(),
             config.labels,
-            Path(config.output),
+            config.output,
             now=clock(),
             contract_version=platform.contract.version,
             timezone=config.timezone,
@@ -178,8 +178,8 @@ def training_set_asset(
             metadata={
                 "dagster/row_count": made.rows,
                 "cold_start_rows": made.cold_start_rows,
-                "output": str(made.output),
-                "manifest": dg.MetadataValue.path(str(Path(made.manifest).absolute())),
+                "output": made.output,
+                "manifest": dg.MetadataValue.path(str(made.manifest.absolute())),
                 "fingerprint": made.content_hash,
                 "snapshots": dg.MetadataValue.json(dict(made.snapshots)),
                 "seconds": made.seconds,

@@ -1,9 +1,9 @@
-"""Labels: who, when, and whatever else the model is to learn from, read and checked before anything is "
-"joined."""
+"""Labels: who, when, and whatever else the model is to learn from, read and checked before anything is joined."""
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from dagster_prefs.offline.windows import features
 
 VIEWER = "viewer_id"
 TIME = "label_time"
+# What rows are numbered by while they are joined.
+POINT = "point"
 
 _INSTANT = pa.timestamp("us", tz="UTC")
 _ZONED = r":\d{2}(\.\d+)?(Z|[+-]\d{2}(:?\d{2})?)$"
@@ -38,22 +40,7 @@ def read_labels(catalog: Catalog, source: str, *, now: datetime, timezone: str |
     no integer, a time that is missing, has no zone, or lies after `now`, or a column named like a feature.
     """
     table = _read(catalog, source)
-    for name in (VIEWER, TIME):
-        if name not in table.column_names:
-            near = difflib.get_close_matches(name, table.column_names, n=1)
-            hint = f"rename {near[0]}" if near else "add it"
-            raise LabelsRefused(
-                f"{source} has no column {name} (it has {', '.join(table.column_names)}): {hint}"
-            )
-    clashes = sorted({feature.name for feature in features()} & set(table.column_names))
-    if clashes:
-        raise LabelsRefused(
-            f"{source} has the column {clashes[0]}, which is the name of a feature: rename it, e.g. "
-            f"to label_{clashes[0]}"
-        )
-    repeated = sorted({name for name in table.column_names if table.column_names.count(name) > 1})
-    if repeated:
-        raise LabelsRefused(f"{source} has the column {repeated[0]} twice: rename one")
+    check_columns(source, table.column_names)
     if table.num_rows == 0:
         raise LabelsRefused(f"{source} has no rows: a training set needs at least one label")
     table = _replace(table, VIEWER, _viewers(table[VIEWER], source))
@@ -66,6 +53,29 @@ def read_labels(catalog: Catalog, source: str, *, now: datetime, timezone: str |
             f"(now is {now.isoformat()}), when its features cannot be known: correct or drop it"
         )
     return _replace(table, TIME, times)
+
+
+def check_columns(source: str, columns: Sequence[str]) -> None:
+    """Refuse columns that no labels can have: a key is missing, a name is taken or there twice.
+
+    Raises LabelsRefused naming the column and what to call it.
+    """
+    for name in (VIEWER, TIME):
+        if name not in columns:
+            near = difflib.get_close_matches(name, columns, n=1)
+            hint = f"rename {near[0]}" if near else "add it"
+            raise LabelsRefused(f"{source} has no column {name} (it has {', '.join(columns)}): {hint}")
+    clashes = sorted({feature.name for feature in features()} & set(columns))
+    if clashes:
+        raise LabelsRefused(
+            f"{source} has the column {clashes[0]}, which is the name of a feature: rename it, e.g. "
+            f"to label_{clashes[0]}"
+        )
+    repeated = sorted({name for name in columns if columns.count(name) > 1})
+    if repeated:
+        raise LabelsRefused(f"{source} has the column {repeated[0]} twice: rename one")
+    if POINT in columns:
+        raise LabelsRefused(f"{source} has the column {POINT}, which is reserved: rename it")
 
 
 def _read(catalog: Catalog, source: str) -> pa.Table:

@@ -10,33 +10,39 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import duckdb
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pyiceberg.catalog import Catalog
 from pyiceberg.manifest import DataFile, ManifestContent
 from pyiceberg.table import Table
 from pyiceberg.table.snapshots import Snapshot
+from pyiceberg.types import TimestamptzType
 
 from dagster_prefs.offline.catalog import OfflineError, explained
 from dagster_prefs.offline.duck import duck_session
 from dagster_prefs.offline.export import DEFAULT_NAMESPACE
-from dagster_prefs.offline.labels import TIME, VIEWER, read_labels
+from dagster_prefs.offline.labels import POINT, TIME, VIEWER, LabelsRefused, check_columns, read_labels
+from dagster_prefs.offline.outputs import check_output, whole_file, write_output
 from dagster_prefs.offline.publish import day_of, read_file
 from dagster_prefs.offline.tables import TileTable
-from dagster_prefs.offline.windows import features, features_sql, first_day, sources
+from dagster_prefs.offline.windows import (
+    Dialect,
+    features,
+    features_sql,
+    first_day,
+    sources,
+    training_sql,
+)
 
 MANIFEST_VERSION = 1
 DEFAULT_MEMORY = "1GB"
-ROWS_PER_GROUP = 100_000
 FOREVER = 2**62
 
 
@@ -50,10 +56,9 @@ class NotReproducible(OfflineError):
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """What was written: `rows` labels with their features to `output`, how to get them again to "
-    "`manifest`."""
+    """What was written: `rows` labels with their features to `output`, how to get them again to `manifest`."""
 
-    output: Path
+    output: str
     manifest: Path
     rows: int
     cold_start_rows: int
@@ -74,76 +79,88 @@ class _Version:
 def build_training_set(
     catalog: Catalog,
     labels: str,
-    output: Path,
+    output: Path | str,
     *,
     now: datetime,
     contract_version: int,
     timezone: str | None = None,
     as_known: bool = False,
+    manifest: Path | None = None,
     namespace: str = DEFAULT_NAMESPACE,
     memory: str = DEFAULT_MEMORY,
 ) -> TrainingSet:
-    """Write `output` (Parquet): every label, in its order, duplicates included, with every feature beside it.
+    """Write `output`: every label, in its order, duplicates included, with every feature beside it.
 
     `labels` is a Parquet or CSV file or an Iceberg table with `viewer_id`, `label_time` and any other columns
-    (see `read_labels`). Beside the output goes `<output>.manifest.json`: tile snapshots, versions of contract
-    and code, and fingerprints, from which `reproduce_training_set` gets the same rows. `memory` bounds the
-    join; it spills to disk beyond. A viewer without history gets cold-start values: zero counts, empty lists,
-    NULL rates.
+    (see `read_labels`); `output` is a `.parquet` or `.csv` file or an Iceberg table `namespace.table`. `manifest`
+    (`<output>.manifest.json` by default) gets tile snapshots, versions of contract and code, and fingerprints, from
+    which `reproduce_training_set` gets the same rows. `memory` bounds the join; it spills to disk beyond. A viewer
+    without history gets cold-start values: zero counts, empty lists, NULL rates.
 
-    Raises LabelsRefused, TableMissing, SnapshotExpired (`as_known` before the kept history), or another
-    OfflineError; an existing output is replaced only in the end.
+    Raises LabelsRefused, OutputRefused, TableMissing, SnapshotExpired (`as_known` before the kept history), or
+    another OfflineError; an existing output is replaced only in the end.
     """
     snapshots: dict[str, int | None] = {}
     for spec, _ in sources():
         with explained(f"the table {namespace}.{spec.name}"):
             current = catalog.load_table(spec.identifier(namespace)).current_snapshot()
         snapshots[spec.name] = current.snapshot_id if current else None
-    made = _build(
-        catalog,
-        labels,
-        output,
-        snapshots=snapshots,
-        now=now,
-        timezone=timezone,
-        as_known=as_known,
-        namespace=namespace,
-        memory=memory,
-    )
-    manifest = {
-        "manifest_version": MANIFEST_VERSION,
-        "created_at": now.astimezone(UTC).isoformat(),
-        "code_version": importlib.metadata.version("dagster-prefs"),
-        "contract_version": contract_version,
-        "definition": _definition(),
-        "labels": {
-            "source": labels,
-            "rows": made.rows,
-            "fingerprint": made.labels_hash,
-            "timezone": timezone,
-        },
-        "as_known": as_known,
-        "namespace": namespace,
-        "snapshots": snapshots,
-        "days": {"first": made.first_day.isoformat(), "last": made.last_day.isoformat()},
-        "output": {
-            "rows": made.rows,
-            "cold_start_rows": made.cold_start_rows,
-            "fingerprint": made.content_hash,
-            "features": [asdict(feature) for feature in features()],
-        },
-    }
-    path = output.with_name(output.name + ".manifest.json")
-    _write_whole(path, json.dumps(manifest, indent=2) + "\n")
+    manifest = manifest or Path(f"{output}.manifest.json")
+    with explained(f"the manifest {manifest}"), whole_file(manifest) as partial:
+
+        def describe(made: _Made) -> None:
+            content = {
+                "manifest_version": MANIFEST_VERSION,
+                "created_at": now.astimezone(UTC).isoformat(),
+                "code_version": importlib.metadata.version("dagster-prefs"),
+                "contract_version": contract_version,
+                "definition": _definition(),
+                "labels": {
+                    "source": labels,
+                    "rows": made.rows,
+                    "fingerprint": made.labels_hash,
+                    "timezone": timezone,
+                },
+                "as_known": as_known,
+                "namespace": namespace,
+                "snapshots": snapshots,
+                "days": {"first": made.first_day.isoformat(), "last": made.last_day.isoformat()},
+                "output": {
+                    "path": str(output),
+                    "rows": made.rows,
+                    "cold_start_rows": made.cold_start_rows,
+                    "fingerprint": made.content_hash,
+                    "features": [asdict(feature) for feature in features()],
+                },
+            }
+            partial.write_text(json.dumps(content, indent=2) + "\n")
+
+        made = _build(
+            catalog,
+            labels,
+            str(output),
+            snapshots=snapshots,
+            now=now,
+            timezone=timezone,
+            as_known=as_known,
+            namespace=namespace,
+            memory=memory,
+            describe=describe,
+        )
     return TrainingSet(
-        output, path, made.rows, made.cold_start_rows, made.content_hash, snapshots, made.seconds
+        str(output), manifest, made.rows, made.cold_start_rows, made.content_hash, snapshots, made.seconds
     )
 
 
 def reproduce_training_set(
-    catalog: Catalog, manifest: Path, output: Path, *, labels: str | None = None, memory: str = DEFAULT_MEMORY
+    catalog: Catalog,
+    manifest: Path,
+    output: Path | str,
+    *,
+    labels: str | None = None,
+    memory: str = DEFAULT_MEMORY,
 ) -> TrainingSet:
-    """Write the training set of a manifest again to `output`; every row is proven equal.
+    """Write the training set of a manifest again to `output`; every row is proven equal before that.
 
     `labels` says where the labels are now, if they moved. Raises SnapshotExpired where a tile snapshot is
     gone, NotReproducible where labels, definition or result differ from the manifest.
@@ -167,7 +184,7 @@ def reproduce_training_set(
     made = _build(
         catalog,
         labels or known["labels"]["source"],
-        output,
+        str(output),
         snapshots=known["snapshots"],
         now=datetime.fromisoformat(known["created_at"]),
         timezone=known["labels"]["timezone"],
@@ -177,8 +194,47 @@ def reproduce_training_set(
         expect=(known["labels"]["fingerprint"], known["output"]["fingerprint"]),
     )
     return TrainingSet(
-        output, manifest, made.rows, made.cold_start_rows, made.content_hash, known["snapshots"], made.seconds
+        str(output),
+        manifest,
+        made.rows,
+        made.cold_start_rows,
+        made.content_hash,
+        known["snapshots"],
+        made.seconds,
     )
+
+
+def print_training_sql(
+    catalog: Catalog,
+    labels: str,
+    dialect: Dialect,
+    *,
+    as_known: bool = False,
+    namespace: str = DEFAULT_NAMESPACE,
+) -> str:
+    """The same join in the SQL of a distributed engine over the same tables, for labels beyond one machine.
+
+    `labels` must be an Iceberg table (`namespace.table`) with `viewer_id` and `label_time`, a timestamp with a zone.
+    Raises LabelsRefused where it is not, or a column is named like a feature; TableMissing where it does not exist.
+    """
+    if as_known:
+        raise LabelsRefused(
+            f"--as-known needs the history of the tables, which {dialect} does not see: leave it out, or build the "
+            "training set here"
+        )
+    if Path(labels).suffix.lower() in (".parquet", ".csv") or labels.count(".") != 1:
+        raise LabelsRefused(
+            f"{labels} is no Iceberg table, and {dialect} reads no file of this machine: load the labels into a table "
+            "(namespace.table) first"
+        )
+    with explained(f"the table {labels}"):
+        fields = {field.name: field.field_type for field in catalog.load_table(labels).schema().fields}
+    check_columns(labels, list(fields))
+    if not isinstance(fields[TIME], TimestamptzType):
+        raise LabelsRefused(
+            f"{labels}.{TIME} is {fields[TIME]}: {dialect} needs a timestamp with a zone; write the table again"
+        )
+    return training_sql(dialect, labels, list(fields), namespace=namespace)
 
 
 @dataclass(frozen=True)
@@ -189,13 +245,13 @@ class _Made:
     content_hash: str
     first_day: date
     last_day: date
-    seconds: float
+    seconds: float = 0.0
 
 
 def _build(
     catalog: Catalog,
     labels: str,
-    output: Path,
+    output: str,
     *,
     snapshots: Mapping[str, int | None],
     now: datetime,
@@ -204,11 +260,11 @@ def _build(
     namespace: str,
     memory: str,
     expect: tuple[str, str] | None = None,
+    describe: Callable[[_Made], None] | None = None,
 ) -> _Made:
     started = time.monotonic()
+    check_output(catalog, output)
     table = read_labels(catalog, labels, now=now, timezone=timezone)
-    if not output.parent.is_dir():
-        raise OfflineError(f"the folder {output.parent} of the training set does not exist: create it")
     with explained(f"the training set {output}"), duck_session(memory) as session:
         first, last = _load_points(session, table)
         labels_hash = _fingerprint(session, "labels")
@@ -238,17 +294,19 @@ def _build(
                 f"{output} was "
                 "not written; look for a changed version of DuckDB or Arrow"
             )
-        rows = _write_result(session, output)
-        cold = _count_cold_start(session)
-    return _Made(rows, cold, labels_hash, content, first, last, time.monotonic() - started)
+        made = _Made(table.num_rows, _count_cold_start(session), labels_hash, content, first, last)
+        if describe:
+            describe(made)
+        kinds = {row[0]: row[1] for row in session.execute("describe result").fetchall()}
+        kinds.pop(POINT)
+        write_output(session, kinds, catalog, output, {"prefs.fingerprint": content})
+    return replace(made, seconds=time.monotonic() - started)
 
 
 def _load_points(session: duckdb.DuckDBPyConnection, table: pa.Table) -> tuple[date, date]:
     """Make `labels` and `points`; returns the earliest and latest day whose tiles any label needs."""
     number = pa.array(range(table.num_rows), pa.int64())
-    names = [name for name in table.column_names if name != "point"]
-    if len(names) != table.num_columns:
-        raise OfflineError("the labels have a column point, which is reserved: rename it")
+    names = table.column_names
     # Instants travel as integers: without an extension DuckDB cannot take a date of one.
     source = table.append_column("point", number)
     place = source.schema.get_field_index(TIME)
@@ -442,33 +500,3 @@ def _count_cold_start(session: duckdb.DuckDBPyConnection) -> int:
     """Labels none of whose features is anything but its cold-start value."""
     same = " and ".join(f"{feature.name} is not distinct from {feature.cold_start}" for feature in features())
     return int(_one(session, f"select count(*) from features where {same}")[0])
-
-
-def _write_result(session: duckdb.DuckDBPyConnection, output: Path) -> int:
-    columns = [row[0] for row in session.execute("describe result").fetchall() if row[0] != "point"]
-    names = ", ".join(f'"{name.replace(chr(34), chr(34) * 2)}"' for name in columns)
-    ordered = session.sql(f"select {names} from result order by point")
-    reader: pa.RecordBatchReader = ordered.to_arrow_reader(ROWS_PER_GROUP)
-    place = reader.schema.get_field_index(TIME)
-    schema = reader.schema.set(place, pa.field(TIME, pa.timestamp("us", tz="UTC")))
-    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    rows = 0
-    try:
-        with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
-            for batch in reader:
-                times = batch.column(place).cast(schema.field(place).type)
-                writer.write_batch(batch.set_column(place, schema.field(place), times))
-                rows += batch.num_rows
-        os.replace(partial, output)
-    finally:
-        partial.unlink(missing_ok=True)
-    return rows
-
-
-def _write_whole(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -136,9 +136,7 @@ def sources() -> tuple[tuple[TileTable, tuple[str, ...]], ...]:
 @cache
 def table_of(domain: str) -> TileTable:
     """The training table that a domain's features come from."""
-    query, relation = next(
-        found for name, found in zip(domains(), _queries(), strict=True) if name == domain
-    )
+    query, relation = next(found for name, found in zip(domains(), _queries(), strict=True) if name == domain)
     return next(_reads(query, relation)).spec
 
 
@@ -150,7 +148,7 @@ def longest_window() -> int:
 
 def first_day(day: date) -> date:
     """The earliest day that any window of `day` holds."""
-    return day - timedelta(days=longest_window())
+    return max(day, date.min + timedelta(days=longest_window())) - timedelta(days=longest_window())
 
 
 def features_sql(mode: Mode, *, versions: bool = False, last_events: bool = False) -> str:
@@ -174,35 +172,42 @@ def training_sql(dialect: Dialect, labels: str, columns: Sequence[str], *, names
     # As whole days since 1970, because engines disagree about whose midnight a date of an instant means.
     seconds = (exp.UnixSeconds if dialect == "spark" else exp.TimeToUnix)(this=exp.column("label_time", "l"))
     number = exp.cast(exp.Floor(this=exp.Div(this=seconds, expression=exp.Literal.number(86_400))), "int")
-    day = exp.DateAdd(
-        this=exp.cast(exp.Literal.string("1970-01-01"), "date"), expression=number, unit=exp.var("DAY")
-    )
-    numbered = "row_number() over (order by l.viewer_id, l.label_time)"
-    query = _features("training", dialect, namespace=namespace)
-    query = query.with_(
-        "points",
-        as_=exp.select("l.point", f"l.{VIEWER}", exp.alias_(exp.cast(day, "date"), "day")).from_(
-            "labels as l"
-        ),
-        append=False,
+    epoch = exp.cast(exp.Literal.string("1970-01-01"), "date")
+    day = exp.cast(exp.DateAdd(this=epoch, expression=number, unit=exp.var("DAY")), "date")
+    # Labels of one viewer and day see the same; numbering them instead would sort all of them in one place.
+    point = exp.Concat(
+        expressions=[
+            exp.cast(exp.column(VIEWER, "l"), "varchar"),
+            exp.Literal.string(" "),
+            exp.cast(day, "varchar"),
+        ],
+        safe=True,
+        coalesce=False,
     )
     source = exp.to_table(labels)
     source.set("alias", exp.TableAlias(this=exp.to_identifier("l")))
-    query = query.with_(
-        "labels",
-        as_=exp.select("l.*", exp.alias_(sqlglot.parse_one(numbered), "point")).from_(source),
-        append=False,
+    numbered = exp.select("l.*", exp.alias_(point, "point")).from_(source)
+    points = (
+        exp.select("l.point", f"l.{VIEWER}", exp.alias_(day.copy(), "day")).distinct().from_("labels as l")
     )
+    query = _features("training", dialect, namespace=namespace)
+    ctes = query.args["with_"]
+    ctes.set("expressions", [_cte("labels", numbered), _cte("points", points), *ctes.expressions])
     query = query.join("labels", on="labels.point = p.point")
-    names = [exp.column(name, "labels", quoted=not name.isidentifier()) for name in columns]
+    names = [exp.column(name, "labels", quoted=True) for name in columns]
     # Without the point, which is only how the rows find each other.
     query.set("expressions", [*names, *query.expressions[1:]])
     return query.sql(dialect=dialect, pretty=True)
 
 
+def _cte(name: str, query: exp.Select) -> exp.CTE:
+    return exp.CTE(this=query, alias=exp.TableAlias(this=exp.to_identifier(name)))
+
+
 @cache
 def _text(relation: str) -> str:
-    return (VIEWS / f"{relation}.sql").read_text(encoding="utf-8")
+    _, _, text = (VIEWS / f"{relation}.sql").read_text(encoding="utf-8").partition("\n")
+    return text
 
 
 def _queries() -> Iterator[tuple[exp.Select, str]]:
@@ -277,6 +282,7 @@ def _features(
     for domain, (view, relation) in zip(domains(), _queries(), strict=True):
         _at_points(view, relation, mode, dialect, versions, namespace)
         _drop(view, {"domain_key"} if last_events else {"domain_key", LAST_EVENT_AT})
+        _rename(view, domain)
         query = query.with_(domain, as_=view).join(domain, on=f"{domain}.point = p.point", join_type="left")
     return query
 
@@ -318,6 +324,17 @@ def _at_points(
             order = aggregate.this
             if isinstance(order, exp.Order):
                 aggregate.replace(_collected(order))
+
+
+def _rename(view: exp.Select, domain: str) -> None:
+    """Give the CTEs of a view names of its own: engines without nested ones see those of all views at once."""
+    names = {cte.alias for cte in view.ctes}
+    for cte in view.ctes:
+        cte.set("alias", exp.TableAlias(this=exp.to_identifier(f"{domain}_{cte.alias}")))
+    for table in view.find_all(exp.Table):
+        if table.name in names:
+            table.set("alias", exp.TableAlias(this=exp.to_identifier(table.alias_or_name)))
+            table.set("this", exp.to_identifier(f"{domain}_{table.name}"))
 
 
 def _inside_join(column: exp.Column) -> bool:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import csv
+import errno
 import json
 import tempfile
 import time
@@ -8,18 +10,27 @@ from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import sqlglot
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyiceberg.catalog import Catalog
 
 from dagster_prefs.offline import windows
-from dagster_prefs.offline.catalog import OfflineError, TableMissing, open_catalog
+from dagster_prefs.offline.catalog import (
+    CatalogCorrupted,
+    OfflineError,
+    StorageFull,
+    TableMissing,
+    open_catalog,
+)
 from dagster_prefs.offline.export import export_day
 from dagster_prefs.offline.labels import LabelsRefused, read_labels
+from dagster_prefs.offline.outputs import OutputRefused
 from dagster_prefs.offline.tables import (
     GENRE,
     INTERACTIONS,
@@ -34,6 +45,7 @@ from dagster_prefs.offline.training_set import (
     SnapshotExpired,
     TrainingSet,
     build_training_set,
+    print_training_sql,
     reproduce_training_set,
 )
 
@@ -343,3 +355,167 @@ def test_training_tables_follow_the_models_contract(name: str) -> None:
     assert [(column.name, str(column.type)) for column in spec.columns] == [
         (column["name"], types[column["data_type"]]) for column in model["columns"]
     ]
+
+
+@pytest.mark.parametrize("dialect", ["trino", "spark", "athena"])
+def test_every_dialects_text_gives_equal_rows(
+    catalog: Catalog, tmp_path: Path, dialect: windows.Dialect
+) -> None:
+    rows = {
+        WATCH.name: [
+            watch(v, DAY - timedelta(days=n), 61 * v + n) for v in range(4) for n in (0, 1, 7, 8, 28, 29)
+        ],
+        GENRE.name: [
+            genre(v, DAY - timedelta(days=n), "abcdefgé"[(3 * v + n) % 8], 7 * v + n % 3, views=1 + n % 3)
+            for v in range(4)
+            for n in range(30)
+        ],
+        INTERACTIONS.name: [
+            interactions(v, DAY - timedelta(days=n), v, n, 1) for v in (1, 2) for n in (1, 30)
+        ],
+    }
+    fill(catalog, rows)
+    moments = [at(DAY, 0), at(DAY, 12), at(DAY, 23.5), at(DAY + timedelta(days=3))]
+    labels = pa.table(
+        {
+            "viewer_id": pa.array([v for v in range(5) for _ in moments], pa.int64()),
+            "label_time": pa.array(moments * 5, pa.timestamp("us", "UTC")),
+            "select": pa.array(range(5 * len(moments)), pa.int64()),
+        }
+    )
+    # A label that is there twice stays there twice.
+    labels = pa.concat_tables([labels, labels.slice(3, 1)])
+    catalog.create_table("training.labels", labels.schema).append(labels)
+    _, expected = build(catalog, "training.labels", tmp_path)
+    text = print_training_sql(catalog, "training.labels", dialect)
+    with duckdb.connect() as session:
+        session.execute("create schema training")
+        for name in (*TILE_TABLES, "labels"):
+            session.register("found", catalog.load_table(("training", name)).scan().to_arrow())
+            session.execute(f"create table training.{name} as from found")
+        (back,) = sqlglot.transpile(text, read=dialect, write="duckdb")
+        found = session.sql(back).to_arrow_table().to_pylist()
+
+    def place(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["select"], row["viewer_id"]
+
+    assert list(found[0]) == list(expected[0])
+    assert sorted(found, key=place) == sorted(expected, key=place)
+
+
+def test_sql_is_printed_for_a_table_of_labels_only(catalog: Catalog) -> None:
+    fill(catalog, {})
+    with pytest.raises(LabelsRefused, match="is no Iceberg table"):
+        print_training_sql(catalog, "labels.csv", "trino")
+    with pytest.raises(TableMissing, match=r"training\.nothing does not exist"):
+        print_training_sql(catalog, "training.nothing", "trino")
+    with pytest.raises(LabelsRefused, match="--as-known needs the history"):
+        print_training_sql(catalog, "training.nothing", "trino", as_known=True)
+    naive = pa.schema([("viewer_id", pa.int64()), ("label_time", pa.timestamp("us"))])
+    catalog.create_table("training.naive", naive)
+    with pytest.raises(LabelsRefused, match=r"label_time is timestamp: spark needs a timestamp with a zone"):
+        print_training_sql(catalog, "training.naive", "spark")
+    catalog.create_table("training.other", pa.schema([("viewer", pa.int64())]))
+    with pytest.raises(LabelsRefused, match="no column viewer_id"):
+        print_training_sql(catalog, "training.other", "athena")
+
+
+def test_a_training_set_as_csv_and_as_a_table(catalog: Catalog, tmp_path: Path) -> None:
+    fill(
+        catalog,
+        {
+            WATCH.name: [watch(1, DAY, 61)],
+            GENRE.name: [genre(1, DAY, 'a, "b"', 40), genre(1, DAY, "c", 20)],
+        },
+    )
+    labels = write_labels(tmp_path, [(1, at(DAY + timedelta(days=1), 1.5)), (2, at(DAY))])
+    _, expected = build(catalog, labels, tmp_path)
+    made = build_training_set(catalog, labels, tmp_path / "set.csv", now=NOW, contract_version=1)
+    first, second = csv.DictReader((tmp_path / "set.csv").open())
+    assert first["label_time"] == "2026-03-11T01:30:00.000000Z"
+    assert first["watch_minutes_7d"] == "1.016667"
+    assert json.loads(first["favorite_genres"]) == ['a, "b"', "c"]
+    assert first["favorite_genre_shares"] == "[0.666667,0.333333]"
+    assert (second["favorite_genre"], second["favorite_genres"], second["likes_28d"]) == ("", "[]", "0")
+    # Any kind of output can be had again as any other.
+    table = reproduce_training_set(catalog, made.manifest, "ml.first_set")
+    assert table.content_hash == made.content_hash
+    for _ in range(2):
+        made = build_training_set(
+            catalog, labels, "ml.first_set", now=NOW, contract_version=1, manifest=tmp_path / "set.json"
+        )
+        stored = catalog.load_table("ml.first_set")
+        assert stored.scan().to_arrow().to_pylist() == expected
+    snapshot = stored.current_snapshot()
+    assert snapshot is not None
+    assert snapshot.summary is not None
+    assert snapshot.summary["prefs.fingerprint"] == made.content_hash
+    assert json.loads(made.manifest.read_text())["output"]["path"] == "ml.first_set"
+    catalog.create_table("ml.other", pa.schema([("viewer_id", pa.int64())]))
+    with pytest.raises(OutputRefused, match=r"ml\.other has other columns \(viewer_id\)"):
+        build_training_set(
+            catalog, labels, "ml.other", now=NOW, contract_version=1, manifest=tmp_path / "x.json"
+        )
+    assert not (tmp_path / "x.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [("set.txt", "is neither a .parquet nor"), ("nowhere/set.csv", "folder .* does not exist")],
+)
+def test_outputs_that_cannot_be_written_are_refused_first(
+    catalog: Catalog, tmp_path: Path, output: str, message: str
+) -> None:
+    fill(catalog, {})
+    with pytest.raises(OutputRefused, match=message):
+        build_training_set(catalog, "no labels.csv", tmp_path / output, now=NOW, contract_version=1)
+
+
+def test_a_full_disk_keeps_what_was_there(
+    catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(catalog, {WATCH.name: [watch(1, DAY, 600)]})
+    labels = write_labels(tmp_path, [(1, at(DAY + timedelta(days=1)))])
+    build(catalog, labels, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for place in ("pyarrow.parquet.ParquetWriter.write_batch", "pathlib.Path.write_text"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, full)
+            with pytest.raises(StorageFull, match="no space left while writing the"):
+                build(catalog, labels, tmp_path)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+def test_damaged_tables_and_a_catalog_that_is_gone_are_named(
+    catalog: Catalog, warehouse: Path, tmp_path: Path
+) -> None:
+    fill(catalog, {WATCH.name: [watch(1, DAY, 600)]})
+    labels = write_labels(tmp_path, [(1, at(DAY + timedelta(days=1)))])
+    (data,) = (warehouse / "training" / WATCH.name / "data").rglob("*.parquet")
+    content = data.read_bytes()
+    data.write_bytes(content[: len(content) // 2])
+    with pytest.raises(CatalogCorrupted, match=r"training\.viewer_watch_daily cannot be read"):
+        build(catalog, labels, tmp_path)
+    data.write_bytes(content)
+    metadata = Path(catalog.load_table(("training", WATCH.name)).metadata_location.removeprefix("file://"))
+    metadata.write_text("{")
+    with pytest.raises(CatalogCorrupted, match=r"training\.viewer_watch_daily cannot be read"):
+        build(catalog, labels, tmp_path)
+    (warehouse / "catalog.db").write_bytes(b"not a database at all" * 100)
+    with pytest.raises(CatalogCorrupted, match=r"catalog\.db is damaged"):
+        build(open_catalog("sqlite", warehouse.as_uri()), labels, tmp_path)
+    assert not (tmp_path / "set.parquet").exists()
+
+
+def test_days_without_tiles_are_cold_starts(catalog: Catalog, tmp_path: Path) -> None:
+    fill(catalog, {WATCH.name: [watch(1, DAY, 600)]})
+    made, (row, ancient) = build(
+        catalog, write_labels(tmp_path, [(1, at(DAY)), (1, datetime(1, 1, 2, tzinfo=UTC))]), tmp_path
+    )
+    assert made.cold_start_rows == 2
+    assert {name: row[name] for name in NAMES} == oracle.features(1, at(DAY), [], [], [])
+    assert ancient["favorite_genres"] == []

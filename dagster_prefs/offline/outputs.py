@@ -1,0 +1,187 @@
+"""Where a training set is written: a Parquet or CSV file, or an Iceberg table, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+from pyiceberg.catalog import Catalog
+from pyiceberg.exceptions import CommitFailedException, NoSuchTableError
+from pyiceberg.io.pyarrow import parquet_file_to_data_file
+from pyiceberg.table import Table
+
+from dagster_prefs.offline.catalog import OfflineError, ensure_namespace, explained
+from dagster_prefs.offline.labels import TIME
+from dagster_prefs.offline.tables import TABLE_PROPERTIES, arrow_schema
+
+ROWS_PER_GROUP = 100_000
+_INSTANT = pa.timestamp("us", tz="UTC")
+
+
+class OutputRefused(OfflineError):
+    """The training set cannot be written where it is to go; nothing was changed there."""
+
+
+def check_output(catalog: Catalog, output: str) -> None:
+    """Refuse early what cannot be written in the end: another kind of file, a missing folder or namespace.
+
+    `output` ends in `.parquet` or `.csv`, or is an Iceberg table, `namespace.table`. Raises OutputRefused.
+    """
+    if _is_table(output):
+        with explained(f"the Iceberg namespace of {output}"):
+            ensure_namespace(catalog, output.partition(".")[0])
+        return
+    if Path(output).suffix.lower() not in (".parquet", ".csv"):
+        raise OutputRefused(
+            f"{output} is neither a .parquet nor a .csv file nor an Iceberg table (namespace.table): name one of these"
+        )
+    if not Path(output).absolute().parent.is_dir():
+        raise OutputRefused(f"the folder {Path(output).parent} of the training set does not exist: create it")
+
+
+def write_output(
+    session: duckdb.DuckDBPyConnection,
+    columns: Mapping[str, str],
+    catalog: Catalog,
+    output: str,
+    properties: Mapping[str, str],
+) -> None:
+    """Write the session's relation `result`, ordered by `point`, replacing what `output` held.
+
+    `columns` are the columns to write with their DuckDB types; `label_time` is microseconds since 1970 there and
+    an instant in the output. In CSV lists are JSON text. `properties` go to the snapshot of an Iceberg table.
+
+    Raises OutputRefused for an Iceberg table of other columns, OfflineError for storage that fails.
+    """
+    if _is_table(output):
+        with explained(f"the table {output}"):
+            _write_table(_ordered(session, columns), catalog, output, properties)
+        return
+    with whole_file(Path(output)) as partial:
+        if output.lower().endswith(".csv"):
+            reader = _ordered(session, columns, json=True)
+            with pa.csv.CSVWriter(partial, reader.schema) as writer:
+                for batch in reader:
+                    writer.write_batch(batch)
+        else:
+            reader = _ordered(session, columns)
+            with pq.ParquetWriter(partial, reader.schema, compression="zstd") as writer:
+                for batch in reader:
+                    writer.write_batch(batch)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path to write to, which takes the place of `path` where the block ends well and goes where it does not."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _is_table(output: str) -> bool:
+    return (
+        output.count(".") == 1
+        and not set(output) & set("/\\")
+        and not output.lower().endswith((".parquet", ".csv", ".json", ".txt"))
+    )
+
+
+def _ordered(
+    session: duckdb.DuckDBPyConnection, columns: Mapping[str, str], *, json: bool = False
+) -> pa.RecordBatchReader:
+    chosen = []
+    for name, kind in columns.items():
+        quoted = '"' + name.replace('"', '""') + '"'
+        if not json:
+            chosen.append(quoted)
+        elif name == TIME:
+            chosen.append(f"strftime(make_timestamp({quoted}), '%Y-%m-%dT%H:%M:%S.%fZ') as {quoted}")
+        elif kind == "VARCHAR[]":
+            chosen.append(f"cast(to_json({quoted}) as varchar) as {quoted}")
+        elif kind.endswith("[]"):
+            # Numbers digit by digit: JSON of a decimal would be that of a float.
+            texts = f"array_to_string(cast({quoted} as varchar[]), ',')"
+            chosen.append(f"'[' || {texts} || ']' as {quoted}")
+        else:
+            chosen.append(quoted)
+    rows = session.sql(f"select {', '.join(chosen)} from result order by point").to_arrow_reader(
+        ROWS_PER_GROUP
+    )
+    if json:
+        return rows
+    place = rows.schema.get_field_index(TIME)
+    field = pa.field(TIME, _INSTANT)
+    schema = rows.schema.set(place, field)
+    return pa.RecordBatchReader.from_batches(
+        schema, (batch.set_column(place, field, batch.column(place).cast(_INSTANT)) for batch in rows)
+    )
+
+
+def _write_table(
+    rows: pa.RecordBatchReader, catalog: Catalog, output: str, properties: Mapping[str, str]
+) -> None:
+    table = _table(catalog, output, rows.schema)
+    path = table.location_provider().new_data_location(f"{uuid.uuid4().hex}.parquet")
+    schema = arrow_schema(table)
+    published = False
+    try:
+        with (
+            table.io.new_output(path).create(overwrite=False) as sink,
+            pq.ParquetWriter(sink, schema, compression="zstd", store_schema=False) as writer,
+        ):
+            for batch in rows:
+                writer.write_batch(batch.cast(schema))
+        file = parquet_file_to_data_file(io=table.io, table_metadata=table.metadata, file_path=path)
+        try:
+            with (
+                table.transaction() as transaction,
+                transaction.update_snapshot(snapshot_properties=dict(properties)).overwrite() as snapshot,
+            ):
+                for task in table.scan().plan_files():
+                    snapshot.delete_data_file(task.file)
+                snapshot.append_data_file(file)
+            published = True
+        except CommitFailedException as error:
+            raise OutputRefused(
+                f"the table {output} was changed by another writer meanwhile: run it again"
+            ) from error
+        except Exception:
+            # The commit may have taken place although its reply was lost, so the file stays.
+            published = True
+            raise
+    finally:
+        if not published:
+            table.io.delete(path)
+
+
+def _table(catalog: Catalog, output: str, schema: pa.Schema) -> Table:
+    try:
+        table = catalog.load_table(output)
+    except NoSuchTableError:
+        return catalog.create_table(output, schema, properties=TABLE_PROPERTIES)
+    held = {field.name: field.type for field in arrow_schema(table)}
+    wanted: dict[str, Any] = {field.name: field.type for field in schema}
+    if list(held) != list(wanted) or any(_plain(held[name]) != _plain(wanted[name]) for name in wanted):
+        raise OutputRefused(
+            f"the table {output} has other columns ({', '.join(held)}) than this training set "
+            f"({', '.join(wanted)}): name another table"
+        )
+    return table
+
+
+def _plain(kind: pa.DataType) -> str:
+    """A type as text, without what Arrow says twice: sizes of offsets, names of list elements."""
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return f"list<{_plain(kind.value_type)}>"
+    return str(kind).replace("large_", "")
