@@ -134,6 +134,14 @@ def test_every_bad_value_is_told_at_once() -> None:
     [
         ({"PREFS_PUBLISH": "sink"}, ["PREFS_PUBLISH=sink", "PREFS_ENGINE=risingwave"]),
         (
+            {"PREFS_PUBLISH": "changefeed"},
+            ["PREFS_PUBLISH=changefeed", "PREFS_ENGINE=risingwave", "publisher"],
+        ),
+        (
+            {"PREFS_ENGINE": "risingwave", "PREFS_PUBLISH": "publisher"},
+            ["PREFS_PUBLISH=publisher", "PREFS_ENGINE=local", "changefeed"],
+        ),
+        (
             {"PREFS_ICEBERG_CATALOG": "rest", "PREFS_ICEBERG_WAREHOUSE": "s3://lake"},
             ["PREFS_ICEBERG_CATALOG=rest", "PREFS_ICEBERG_URI"],
         ),

@@ -28,8 +28,9 @@ KEYS = ["viewer_id", "domain_key"]
 VARIANTS = [
     pytest.param({}, id="inserts"),
     pytest.param(
-        PUBLISHER := {
-            "PREFS_PUBLISH": "publisher",
+        CHANGEFEED := {
+            "PREFS_PUBLISH": "changefeed",
+            "PREFS_CHANGEFEED_RETENTION_HOURS": "48",
             "PREFS_KAFKA_BOOTSTRAP": "kafka:9093",
             "PREFS_KAFKA_SECURITY_PROTOCOL": "SSL",
             "PREFS_KAFKA_SSL_CA_LOCATION": "/etc/kafka/ca.pem",
@@ -40,7 +41,7 @@ VARIANTS = [
             "PREFS_RAW_RETENTION_SECONDS": "86400",
             "PREFS_RISINGWAVE_SECRETS": "on",
         },
-        id="publisher, TLS, secrets and retention",
+        id="changefeed, TLS, secrets and retention",
     ),
     pytest.param(
         FULL := {
@@ -347,6 +348,19 @@ def sinks_fit_iceberg(text: str) -> list[str]:
     return wrong
 
 
+def subscriptions_retain(text: str) -> list[str]:
+    """A subscription reads a rolling view by name and says for how long it retains changes."""
+    lowered = " ".join(text.lower().split())
+    if not lowered.startswith("create subscription"):
+        return []
+    wrong = []
+    if not re.search(r" with \(\s*retention = '[1-9][0-9]* hours'\s*\)$", lowered):
+        wrong.append("no retention, or more options than that")
+    if not re.search(r"^create subscription \S+ from \S+_rolling\"? with", lowered):
+        wrong.append("it does not read a rolling view")
+    return wrong
+
+
 def credentials_are_named(text: str) -> list[str]:
     """Credentials are placeholders until the statement runs."""
     given = re.findall(
@@ -392,10 +406,13 @@ RULES: dict[Rule, str] = {
     sinks_fit_iceberg: "create sink s as select * from t where viewer_id >= 0 with (connector = 'iceberg', "
     "table.name = 'viewer_genre_daily', primary_key = 'viewer_id,watch_date', type = 'upsert', "
     "write_mode = 'copy-on-write')",
+    subscriptions_retain: "create subscription s from v_rolling with (format = 'x')",
     credentials_are_named: "create sink s from v with (aws.credentials.secret_access_key = 'abc')",
 }  # fmt: skip
 
 MORE_BAD = [
+    (subscriptions_retain, "create subscription s from v_1d with (retention = '24 hours')"),
+    (subscriptions_retain, "create subscription s from v_rolling with (retention = '24 hours', x = 'y')"),
     (now_only_in_filters, "select case when ts > now() then 1 end as late from t"),
     (now_alone_on_its_side, "select a from t where ts - now() < interval '7 days'"),
     (now_alone_on_its_side, "select a from t where now() - ts < interval '7 days'"),
@@ -450,7 +467,7 @@ def test_variants_say_what_they_are_for(tmp_path_factory: pytest.TempPathFactory
     """The rules above were applied to text that does contain the variant."""
     kafka = compiled(tmp_path_factory, FULL)
     plain = compiled(tmp_path_factory, {})
-    locked = compiled(tmp_path_factory, PUBLISHER)
+    locked = compiled(tmp_path_factory, CHANGEFEED)
     for name in ("user_events", "view_events", "content_interactions", "items"):
         kind, text = kafka[f"kafka_{name}"]
         assert kind == "kafka_feed"
@@ -478,7 +495,9 @@ def test_variants_say_what_they_are_for(tmp_path_factory: pytest.TempPathFactory
     names = {f"sink_training_{name}" for name in ("watch", "genre", "interactions")}
     assert names <= iceberg.keys() - plain.keys()
     assert "catalog.uri = 'http://catalog:8181'" in iceberg["sink_training_watch"][1]
-    assert locked["sink_engagement_watch"][0] == "view"
+    kind, text = locked["sink_engagement_watch"]
+    assert kind == "subscription"
+    assert "retention = '48 hours'" in text
 
 
 _COMPILED: dict[str, dict[str, tuple[str, str]]] = {}

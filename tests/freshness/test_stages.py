@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import replace
 from datetime import timedelta
@@ -14,6 +15,7 @@ from psycopg import sql
 from dagster_prefs.events.progress import waiting_since
 from dagster_prefs.freshness.measures import measure_views
 from dagster_prefs.online.contract import FreshnessThresholds
+from dagster_prefs.online.lease import Lease
 
 READ_OFTEN = ("raw_view_events", "view_events_parsed", "view_events", "viewer_watch_metrics_1d")
 ENGAGEMENT = {"online/watch", "online/interactions", "online/preferences"}
@@ -209,6 +211,44 @@ def test_a_sink_that_stands_still_is_named_as_stuck(busy: Any) -> None:
     single = {m.name: m for m in busy.online(publishes=False)}["watch"]
     assert single.level == "error"
     assert "run `prefs reconcile`" in single.reason
+
+
+def test_a_follower_that_does_not_run_is_seen_before_anything_lags(busy: Any) -> None:
+    def watch() -> Any:
+        (measure,) = (m for m in busy.online(publishes=False, follows=True) if m.name == "watch")
+        return measure
+
+    nobody = watch()
+    assert (nobody.level, nobody.lag_seconds) == ("warn", 0)
+    assert "nobody has published it yet: run `prefs publish --follow`" in nobody.reason
+    lease = Lease(
+        busy.client,
+        busy.contract,
+        busy.contract.domain("watch"),
+        busy.table.name,
+        label="host:1",
+        mode="follow",
+        promise_seconds=10,
+        wall=lambda: busy.now.timestamp(),
+    )
+    assert lease.acquire(threading.Event())
+    lease.record("feed", round(busy.now.timestamp() * 1000) - 4000, refused=0)
+    busy.later(seconds=5)
+    alive = watch()
+    assert (alive.level, alive.notes["publisher"]) == ("ok", "host:1")
+    assert alive.values["token_age_seconds"] == pytest.approx(9, abs=0.01)
+    assert alive.values["follower_silent_seconds"] == pytest.approx(5, abs=0.01)
+    busy.later(seconds=60)
+    silent = watch()
+    assert silent.level == "error"
+    assert "host:1 has been silent for 65 s: start `prefs publish --follow`" in silent.reason
+    lease.record("feed", None, refused=2)
+    assert (watch().level, watch().values["refused_rows"]) == ("error", 2)
+    lease.record("feed", None, refused=0)
+    lease.release()
+    stopped = watch()
+    assert stopped.level == "warn"
+    assert "host:1 was stopped 0 s ago" in stopped.reason
 
 
 class Broken:
