@@ -195,10 +195,11 @@ def contract() -> None:
 @contract.command("build")
 @click.option("--check", is_flag=True, help="Write nothing; exit 1 when the file is out of date.")
 def contract_build(check: bool) -> None:
-    """Generate contract.json and the views behind training data from the dbt project."""
+    """Generate from the dbt project what the code reads: contract.json, training tables and the views behind them."""
     import tempfile
 
     from dagster_prefs.defs.resources import Platform
+    from dagster_prefs.offline.tables import TILES_PATH, render_tiles
     from dagster_prefs.offline.windows import VIEWS, compile_views
     from dagster_prefs.online.contract import (
         CONTRACT_PATH,
@@ -210,13 +211,14 @@ def contract_build(check: bool) -> None:
     )
 
     dbt = Platform(load_settings()).dbt
-    built = build_contract(dbt.manifest())
+    manifest = dbt.manifest()
+    built = build_contract(manifest)
     contract = parse_contract(built)
     check_version(load_contract(), contract)
     relations = [domain.relation for domain in contract.domains.values()]
     with tempfile.TemporaryDirectory() as target:
         views = compile_views(dbt.project_dir, Path(target), relations)
-    wanted = {CONTRACT_PATH: render_contract(built)}
+    wanted = {CONTRACT_PATH: render_contract(built), TILES_PATH: render_tiles(manifest)}
     wanted |= {VIEWS / f"{relation}.sql": text for relation, text in views.items()}
     outdated = [path for path, text in wanted.items() if not path.is_file() or path.read_text() != text]
     gone = [path for path in VIEWS.glob("*.sql") if path not in wanted]
@@ -230,7 +232,7 @@ def contract_build(check: bool) -> None:
         path.unlink()
         console.print(f"removed {path}, which no domain reads any more")
     if not outdated and not gone:
-        console.print("contract.json and the views behind training data are up to date")
+        console.print("contract.json, the training tables and the views behind them are up to date")
 
 
 @contract.command("diff")
@@ -1065,6 +1067,7 @@ def erase(subject: tuple[str, ...], drop_tags: bool, training_sets: tuple[Path, 
             platform.settings.table_prefix + platform.contract.table.name,
             erasure.refresh_with(platform.dbt),
             platform.settings.iceberg_namespace,
+            platform.settings.export == "sink",
         ),
         Subject.named(kind, name),
         now=datetime.now(UTC),
@@ -1111,7 +1114,9 @@ def erase(subject: tuple[str, ...], drop_tags: bool, training_sets: tuple[Path, 
 @click.option("--peak-factor", default=3.0, show_default=True, help="The busiest second over the mean.")
 @click.option("--history-days", default=365, show_default=True, help="Days of events that the engine keeps.")
 @click.option("--raw-days", type=click.IntRange(1), help="Days of raw messages among them; all by default.")
-@click.option("--fenced", is_flag=True, help="Items are written in transactions, as by PREFS_PUBLISH=changefeed.")
+@click.option(
+    "--fenced", is_flag=True, help="Items are written in transactions, as by PREFS_PUBLISH=changefeed."
+)
 @click.option(
     "--price", multiple=True, metavar="NAME=DOLLARS", help="A price of yours, e.g. million_write_units=0.7."
 )
