@@ -10,6 +10,7 @@ from psycopg import sql
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.events.formats import find_topic
 from dagster_prefs.events.raw import explained
+from dagster_prefs.events.validity import ERASED
 
 RELATION = "rejected_events"
 FETCH_ROWS = 5_000
@@ -30,7 +31,7 @@ class RejectedEvent:
 def rejected_counts(connection: EngineConnection, *, open_only: bool = False) -> dict[str, dict[str, int]]:
     """Refused messages per topic and reason, most frequent first, as of the last refresh.
 
-    `open_only` leaves out those that were replayed. Raises EngineUnavailable, or RawStoreError where a
+    `open_only` leaves out those that were replayed or erased. Raises EngineUnavailable, or RawStoreError where a
     relation was not made yet.
     """
     query = sql.SQL(
@@ -94,9 +95,9 @@ _ALWAYS = sql.SQL("true")
 
 
 def _is_open(connection: EngineConnection) -> sql.Composed:
-    """The condition that a row of `rejected` was not replayed, and has content that could be."""
+    """The condition that a row of `rejected` waits for a correction."""
     return sql.SQL(
-        "rejected.reason <> 'erased' and not exists (select 1 from {} as replayed where replayed.topic = rejected.topic"
+        "rejected.reason <> {} and not exists (select 1 from {} as replayed where replayed.topic = rejected.topic"
         ' and replayed.source = rejected.source and replayed.source_partition = rejected."partition"'
         ' and replayed.source_offset = rejected."offset")'
-    ).format(sql.Identifier(connection.schema, "replayed_events"))
+    ).format(sql.Literal(ERASED), sql.Identifier(connection.schema, "replayed_events"))

@@ -32,7 +32,7 @@ from dagster_prefs.events.formats import (
 from dagster_prefs.events.ingest import Delivery
 from dagster_prefs.events.raw import Place, RawMessage, RawStore, explained
 from dagster_prefs.events.rejected import RELATION, stream_rejected
-from dagster_prefs.events.validity import rejection_reason
+from dagster_prefs.events.validity import ERASED, rejection_reason
 
 BATCH_SIZE = 1_000
 SOURCE_PREFIX = "replay:"
@@ -199,12 +199,15 @@ def _judge(
         key = (correction.topic.name, correction.place)
         if key in replayed:
             continue
-        if key not in rejected:
+        reason = rejected.get(key)
+        if reason is None:
             source, partition, offset = correction.place
             problems[correction.line] = (
                 f"no message of {correction.topic.name} at {source} {partition}/{offset} was rejected: "
                 "keep topic, source, partition and offset as they were exported"
             )
+        elif reason == ERASED:
+            problems[correction.line] = "its subject was erased after the export: remove the line"
         elif why := rejection_reason(correction.message, correction.topic, now):
             problems[correction.line] = why
     return problems, replayed
@@ -212,29 +215,31 @@ def _judge(
 
 def _known(
     connection: EngineConnection, batch: list[_Correction]
-) -> tuple[set[tuple[str, Place]], set[tuple[str, Place]]]:
-    """Which of the batch were rejected, and which were replayed before."""
-    found = []
+) -> tuple[dict[tuple[str, Place], str], set[tuple[str, Place]]]:
+    """The reasons of those of the batch that were rejected, and which of it were replayed before."""
     values = [
         sorted({correction.place.source for correction in batch}),
         sorted({correction.place.offset for correction in batch}),
     ]
+
+    def at_these_places(columns: str, relation: str, offset: str) -> list[tuple[Any, ...]]:
+        query = sql.SQL("select {} from {} where source = any(%s::text[]) and {} = any(%s::bigint[])").format(
+            sql.SQL(columns),
+            sql.Identifier(connection.schema, relation),
+            sql.Identifier(offset),
+        )
+        with explained(connection, relation):
+            return session.execute(query, values).fetchall()
+
     with connection.connect() as session:
-        for relation, partition, offset in (
-            (RELATION, "partition", "offset"),
-            ("replayed_events", "source_partition", "source_offset"),
-        ):
-            query = sql.SQL(
-                "select topic, source, {partition}, {offset} from {relation} "
-                "where source = any(%s::text[]) and {offset} = any(%s::bigint[])"
-            ).format(
-                partition=sql.Identifier(partition),
-                offset=sql.Identifier(offset),
-                relation=sql.Identifier(connection.schema, relation),
-            )
-            with explained(connection, relation):
-                found.append({(row[0], Place(*row[1:])) for row in session.execute(query, values)})
-    return found[0], found[1]
+        rejected = at_these_places('topic, source, "partition", "offset", reason', RELATION, "offset")
+        replayed = at_these_places(
+            "topic, source, source_partition, source_offset", "replayed_events", "source_offset"
+        )
+    return (
+        {(topic, Place(*place)): reason for topic, *place, reason in rejected},
+        {(topic, Place(*place)) for topic, *place in replayed},
+    )
 
 
 def _batches(path: Path) -> Iterator[tuple[list[_Correction], list[tuple[int, str]]]]:

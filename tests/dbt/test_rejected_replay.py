@@ -208,6 +208,22 @@ def test_unchanged_sends_what_is_valid_by_now(stream: Stream) -> None:
     assert replay_unchanged(stream.engine, "view_events", now=later).sent == 0
 
 
+def test_what_was_erased_after_the_export_does_not_come_back(stream: Stream, tmp_path: Path) -> None:
+    file = tmp_path / "rejected.jsonl"
+    export_rejected(stream.engine, file)
+    rewrite(file, corrected(file))
+    with stream.engine.connect() as session:
+        session.execute("update raw_view_events set data = %s where source_offset = 3", (b'{"erased":true}',))
+    stream.refresh()
+    with pytest.raises(ReplayError) as refused:
+        replay_file(stream.engine, file, now=AT)
+    assert refused.value.problems == ((1, "its subject was erased after the export: remove the line"),)
+    assert replay_file(stream.engine, file, now=AT, skip_invalid=True).sent == 4
+    # Nothing is wrong with what an erasure left, so it waits for nobody.
+    assert stream.open() == {}
+    assert rejected_counts(stream.engine)["view_events"]["erased"] == 1
+
+
 def test_an_interruption_before_the_note_is_completed_by_the_same_command(
     stream: Stream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

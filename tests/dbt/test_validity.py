@@ -42,6 +42,8 @@ VIEW = {"event_id": "e1", "viewer_id": 1, "watched_at": "2026-03-15T00:00:00Z"}
         ({"watched_at": "2026-03-15T24:00:00Z"}, "bad watched_at"),
         ({"watched_at": "2026-03-15T00:00:00+16:00"}, "bad watched_at"),
         ({"event_id": None}, "missing event_id"),
+        ({"event_id": None, "erased": "true"}, "erased"),
+        ({"event_id": None, "erased": 1}, "missing event_id"),
         ({"event_id": None, "erased": True}, "erased"),
         ({"event_id": None, "erased": False}, "missing event_id"),
         ({"erased": True}, None),
