@@ -49,7 +49,7 @@ class ErasureIncomplete(PrefsError):
 class Stores:
     """Where a subject may be held. `catalog` and `dynamodb` open what they name when it is their turn;
     `dynamodb_table` is the table's full name. `refresh` brings the embedded engine's views up to date and is
-    not called on RisingWave."""
+    not called on RisingWave. `tables_by_sink` says that RisingWave's sinks write the training tables."""
 
     engine: EngineConnection
     contract: Contract
@@ -58,6 +58,7 @@ class Stores:
     dynamodb_table: str
     refresh: Callable[[], None]
     namespace: str = DEFAULT_NAMESPACE
+    tables_by_sink: bool = False
 
 
 @dataclass(frozen=True)
@@ -377,7 +378,7 @@ class _Erasure:
             with self._step(f"take the viewer out of {self.stores.namespace}.{spec.name}"):
                 table = ViewerInTable(catalog, spec, erased, namespace=self.stores.namespace)
                 held = table.holding()
-                done = table.forget(self.engine, drop_tags=self.drop_tags)
+                done = table.forget(self.engine, drop_tags=self.drop_tags, by_sink=self.stores.tables_by_sink)
             with self._step(f"read {self.stores.namespace}.{spec.name} back"):
                 # A fresh look, which believes nothing that was read before.
                 left = ViewerInTable(catalog, spec, erased, namespace=self.stores.namespace).holding()
@@ -408,9 +409,14 @@ class _Erasure:
         if left:
             raise ErasureIncomplete(
                 f"{self.subject} is still held after its erasure ({'; '.join(left)}): "
-                + ("; ".join(self.refused.values()) or "see what writes there")
+                + ("; ".join(self.refused.values()) or self._writer())
                 + ", and run the same command again"
             )
+
+    def _writer(self) -> str:
+        if self.stores.tables_by_sink:
+            return "RisingWave's sinks take rows out of the training tables, wait for their next commits"
+        return "see what writes there"
 
     def _unfinished(self, report: ErasureReport) -> dict[str, str]:
         engine = (

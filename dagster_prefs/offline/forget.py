@@ -24,7 +24,7 @@ from pyiceberg.catalog import Catalog
 from pyiceberg.conversions import from_bytes
 from pyiceberg.exceptions import CommitFailedException, NoSuchTableError
 from pyiceberg.io.pyarrow import PyArrowFileIO
-from pyiceberg.manifest import DataFile
+from pyiceberg.manifest import DataFile, ManifestContent
 from pyiceberg.table import Table
 from pyiceberg.table.refs import MAIN_BRANCH, SnapshotRefType
 from pyiceberg.table.snapshots import Snapshot
@@ -34,7 +34,7 @@ from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.offline.audit import AuditFailed
 from dagster_prefs.offline.catalog import OfflineError, explained
 from dagster_prefs.offline.duck import duck_session
-from dagster_prefs.offline.export import DEFAULT_NAMESPACE, ExportConflict, export_day
+from dagster_prefs.offline.export import DEFAULT_NAMESPACE, VERIFIED_PREFIX, ExportConflict, export_day
 from dagster_prefs.offline.maintenance import SORT_MEMORY, referenced_files
 from dagster_prefs.offline.publish import (
     BRANCH_PREFIX,
@@ -115,15 +115,18 @@ class ViewerInTable:
                 len(there),
             )
 
-    def forget(self, engine: EngineConnection, *, drop_tags: bool = False) -> ForgottenTable:
+    def forget(
+        self, engine: EngineConnection, *, drop_tags: bool = False, by_sink: bool = False
+    ) -> ForgottenTable:
         """Take the viewer out; safe to repeat after a crash anywhere, and beside running exports.
 
-        With `drop_tags` the tags and branches that keep a snapshot with the viewer go as well.
+        With `drop_tags` the tags and branches that keep a snapshot with the viewer go as well. Where RisingWave's
+        sinks write the table (`by_sink`), the current state is theirs to change, and only the history goes.
         """
         with explained(f"the table {self.name}"):
             if self._load() is None:
                 return ForgottenTable(self.name, (), (), (), 0, 0)
-            exported, rewritten = self._forget_days(engine)
+            exported, rewritten = ((), ()) if by_sink else self._forget_days(engine)
             removed = self._remove_refs(drop_tags)
             expired = self._expire()
             files = self._remove_files()
@@ -228,6 +231,8 @@ class ViewerInTable:
 
     def _files(self, table: Table, snapshot: Snapshot) -> Iterator[DataFile]:
         for manifest in snapshot.manifests(table.io):
+            if manifest.content != ManifestContent.DATA:
+                continue
             path = manifest.manifest_path
             if path not in self._manifests:
                 entries = manifest.fetch_manifest_entry(table.io, discard_deleted=True)
@@ -235,9 +240,9 @@ class ViewerInTable:
             yield from self._manifests[path]
 
     def _expendable(self, table: Table, name: str) -> bool:
-        """Whether a ref goes without being asked for: the abandoned or running branch of an export."""
-        ref = table.refs()[name]
-        return ref.snapshot_ref_type == SnapshotRefType.BRANCH and name.startswith(BRANCH_PREFIX)
+        """Whether a ref goes without being asked for: an export's branch, or a tag that says a day was verified."""
+        is_tag = table.refs()[name].snapshot_ref_type == SnapshotRefType.TAG
+        return name.startswith(VERIFIED_PREFIX if is_tag else BRANCH_PREFIX)
 
     def _remove_refs(self, drop_tags: bool) -> tuple[str, ...]:
         removed: list[str] = []

@@ -292,7 +292,7 @@ def test_what_keeps_the_history_is_named_or_dropped(world: World) -> None:
     head = table.current_snapshot().snapshot_id
     table.manage_snapshots().create_tag(head, "audit-2026").create_branch(head, "what-if").create_branch(
         head, "export-2026-03-15-abandoned"
-    ).commit()
+    ).create_tag(head, "verified-2026-03-15-0123456789abcdef").commit()
     first = next(iter(table.snapshots())).snapshot_id
     table.manage_snapshots().create_tag(first, "empty").commit()
     # What a crashed export left: a whole file that nothing names, and half of one.
@@ -387,6 +387,28 @@ def maintain_one_day(world: World, day: date) -> bool:
     )
     write_day(table, day, written, rows.cast(arrow_schema(table)).to_batches())
     return publish_day(table, WATCH, day, written, {file.file_path for file in held}) is not None
+
+
+def test_a_table_of_the_sinks_is_left_to_them(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its current state is not rewritten beside them; the history goes once they have taken the rows out."""
+    heads = {
+        name: world.catalog.load_table(spec.identifier("training")).current_snapshot().snapshot_id
+        for name, spec in TILE_TABLES.items()
+    }
+    given = world.stores
+    monkeypatch.setattr(world, "stores", lambda: given(tables_by_sink=True))
+    with pytest.raises(ErasureIncomplete, match="training.viewer_watch_daily: 4 rows.*next commits"):
+        world.erase()
+    for name, spec in TILE_TABLES.items():
+        table = world.catalog.load_table(spec.identifier("training"))
+        assert table.current_snapshot().snapshot_id == heads[name]
+        for day in (OLD, PARTED, ALONE, TODAY):
+            export_day(world.engine, world.catalog, spec, day, allow_loss=True)
+        table.refresh()
+        # The day that was the viewer's alone.
+        table.delete(f"viewer_id = {VIEWER}")
+    assert world.erase().held
+    assert world.traces(str(VIEWER)) == []
 
 
 def test_an_unknown_subject_is_suppressed_all_the_same(world: World) -> None:
