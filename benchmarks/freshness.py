@@ -2,9 +2,12 @@
 
     python benchmarks/freshness.py [--viewers 1000,1000000] [--repeat 5]
 
-Relations are tables filled by SQL with one row per viewer and the indexes of the models; DynamoDB (the local
-AWS server) holds only the viewers that are sampled; Kafka is librdkafka's mock cluster. Prints one JSON line per
-number of viewers: median and largest seconds per stage, and rows read.
+Relations are tables filled by SQL with one row per viewer and the indexes of the models; views beyond those of the
+project are copies with rows and an index of their own. DynamoDB (the local AWS server) holds only the viewers that
+are sampled; Kafka is librdkafka's mock cluster, with one unread message per partition. Prints one JSON line per
+number of viewers: median and largest seconds per stage, and their ratios to the least that the servers need for the
+same: a bare `select max(time)` per relation (which is what `dbt source freshness` runs), a bare BatchGetItem and
+Scan per domain, a bare watermark request per partition. A last line compares the numbers of viewers.
 """
 
 from __future__ import annotations
@@ -16,8 +19,10 @@ import socket
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,12 +116,16 @@ def fill(engine: EngineConnection, contract: Contract, viewers: int, relations: 
                     f" from generate_series(1, {viewers}) as g"
                 )
             connection.execute(f"create index on {relation.relation} ({relation.time})")
+        read: list[Typed | View] = list(RELATIONS)
+        views = [relation for relation in RELATIONS if isinstance(relation, View)]
+        while len(read) < relations:
+            original = views[len(read) % len(views)]
+            copy = replace(original, relation=f"{original.relation}_{len(read)}")
+            connection.execute(f"create table {copy.relation} as select {copy.time} from {original.relation}")
+            connection.execute(f"create index on {copy.relation} ({copy.time})")
+            read.append(copy)
         connection.execute("vacuum analyze")
-    typed_and_views: list[Typed | View] = list(RELATIONS)
-    copies = [relation for relation in RELATIONS if isinstance(relation, View)]
-    while len(typed_and_views) < relations:
-        typed_and_views.append(replace(copies[len(typed_and_views) % len(copies)]))
-    return typed_and_views
+    return read
 
 
 def store_sample(engine: EngineConnection, client: Any, contract: Contract, table: Any, viewers: int) -> None:
@@ -135,6 +144,11 @@ def store_sample(engine: EngineConnection, client: Any, contract: Contract, tabl
             ).fetchall()
             encoder = ItemEncoder(contract, domain)
             chosen = sorted(rows, key=lambda row: key_hash(row[0]))[:SAMPLE]
+            connection.execute("drop table if exists bench_sample")
+            connection.execute("create table bench_sample (viewer_id bigint)")
+            connection.cursor().executemany(
+                "insert into bench_sample values (%s)", [(viewer,) for viewer, *_ in chosen]
+            )
             for start in range(0, len(chosen), 25):
                 batch = [
                     {"PutRequest": {"Item": encoder.encode(viewer, values)}}
@@ -167,6 +181,41 @@ def partitions_behind(engine: EngineConnection, bootstrap: str, names: list[str]
     return sum(len(lag.in_state("behind")) for lag in lags)
 
 
+def bare_maxima(engine: EngineConnection, relations: list[Typed | View]) -> None:
+    """The newest time of every relation and nothing else."""
+    with engine.connect() as connection:
+        for relation in relations:
+            if relation.time:
+                connection.execute(
+                    sql.SQL("select max({}), now() from {}").format(
+                        sql.Identifier(relation.time), sql.Identifier(relation.relation)
+                    )
+                ).fetchone()
+
+
+def bare_reads(engine: EngineConnection, client: Any, contract: Contract, table: str) -> None:
+    """As many items and as much of the table as a sample of every domain, compared with nothing."""
+    with engine.connect() as connection:
+        viewers = [row[0] for row in connection.execute("select viewer_id from bench_sample").fetchall()]
+    for domain in contract.domains.values():
+        keys = [{"viewer_id": {"N": str(viewer)}, "domain_key": {"S": domain.key}} for viewer in viewers]
+        client.batch_get_item(RequestItems={table: {"Keys": keys[:100], "ConsistentRead": True}})
+        client.scan(TableName=table, Limit=4 * SAMPLE, ProjectionExpression="viewer_id, domain_key")
+
+
+def bare_watermarks(bootstrap: str, names: list[str]) -> None:
+    """The first and last offset of every partition and nothing else."""
+    with Broker(bootstrap) as broker:
+        for name in names:
+            broker.watermarks(name)
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    started = time.monotonic()
+    work()
+    return time.monotonic() - started
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -183,8 +232,21 @@ def main() -> None:
         services = LocalServices(Path(folder) / "data", free_port(), free_port())
         services.up(owner_pid=os.getpid())
         try:
+            lines = []
             for viewers in map(int, arguments.viewers.split(",")):
-                print(json.dumps(measure(services, contract, viewers, arguments)), flush=True)
+                lines.append(measure(services, contract, viewers, arguments))
+                print(json.dumps(lines[-1]), flush=True)
+            fewest, most = (choose(lines, key=lambda line: line["viewers"]) for choose in (min, max))
+            print(
+                json.dumps(
+                    {
+                        "times_as_many_viewers": most["viewers"] / fewest["viewers"],
+                        "times_as_long": round(most["all_median_s"] / fewest["all_median_s"], 2),
+                        "limit_s": 10,
+                        "within_limit": all(line["all_max_s"] < 10 for line in lines),
+                    }
+                )
+            )
         finally:
             services.down()
 
@@ -200,14 +262,15 @@ def measure(services: LocalServices, contract: Contract, viewers: int, arguments
     table = provision(client, contract, prefix=prefix)
     store_sample(engine, client, contract, table, viewers)
     producer, bootstrap, names = cluster(arguments.partitions)
-    seconds: dict[str, list[float]] = {"views": [], "online": [], "ingestion": [], "all": []}
-    not_ok = behind = 0
-    for _ in range(arguments.repeat):
-        now = datetime.now(UTC)
-        stamps = [time.monotonic()]
-        measures = measure_views(engine, contract, now=now, relations=relations)
-        stamps.append(time.monotonic())
-        measures += measure_online(
+    not_ok: list[str] = []
+    behind: list[int] = []
+
+    def views(now: datetime) -> None:
+        found = measure_views(engine, contract, now=now, relations=relations)
+        not_ok.extend(f"{one.key}: {one.reason}" for one in found if one.level != "ok")
+
+    def online(now: datetime) -> None:
+        found = measure_online(
             engine,
             contract,
             lambda: (client, find_table(client, contract, prefix)),
@@ -215,21 +278,39 @@ def measure(services: LocalServices, contract: Contract, viewers: int, arguments
             publishes=True,
             sample=SAMPLE,
         )
-        stamps.append(time.monotonic())
-        behind = partitions_behind(engine, bootstrap, names, now)
-        stamps.append(time.monotonic())
-        for stage, begun, ended in zip(seconds, stamps, stamps[1:], strict=False):
-            seconds[stage].append(ended - begun)
-        seconds["all"].append(stamps[-1] - stamps[0])
-        not_ok += sum(one.level != "ok" for one in measures)
+        not_ok.extend(f"{one.key}: {one.reason}" for one in found if one.level != "ok")
+
+    def ingestion(now: datetime) -> None:
+        behind.append(partitions_behind(engine, bootstrap, names, now))
+
+    stages: dict[str, tuple[Callable[[datetime], None], Callable[[], None]]] = {
+        "views": (views, lambda: bare_maxima(engine, relations)),
+        "online": (online, lambda: bare_reads(engine, client, contract, table.name)),
+        "ingestion": (ingestion, lambda: bare_watermarks(bootstrap, names)),
+    }
+    taken: dict[str, list[float]] = {name: [] for name in (*stages, "all")}
+    bare: dict[str, list[float]] = {name: [] for name in stages}
+    for _ in range(arguments.repeat):
+        now = datetime.now(UTC)
+        for name, (read, least) in stages.items():
+            taken[name].append(seconds_of(partial(read, now)))
+            bare[name].append(seconds_of(least))
+        taken["all"].append(sum(taken[name][-1] for name in stages))
     producer.purge()
+    if not_ok or set(behind) != {4 * len(names)}:
+        raise SystemExit(f"the readings are wrong: {not_ok[:3]}, partitions behind {set(behind)}")
+    count = client.scan(TableName=table.name, Select="COUNT")["Count"]
     return {
         "viewers": viewers,
-        "relations": len(relations),
-        "partitions_behind": behind,
-        "not_ok": not_ok,
-        **{f"{stage}_median_s": round(statistics.median(all_), 3) for stage, all_ in seconds.items()},
-        **{f"{stage}_max_s": round(max(all_), 3) for stage, all_ in seconds.items()},
+        "relations": len({relation.relation for relation in relations}),
+        "partitions": behind[0],
+        "items_in_dynamodb": count,
+        **{f"{name}_median_s": round(statistics.median(all_), 3) for name, all_ in taken.items()},
+        **{f"{name}_max_s": round(max(all_), 3) for name, all_ in taken.items()},
+        **{
+            f"{name}_over_bare": round(statistics.median(taken[name]) / statistics.median(all_), 1)
+            for name, all_ in bare.items()
+        },
     }
 
 

@@ -31,7 +31,8 @@ class Launch:
     @property
     def retry_at(self) -> datetime:
         """When the same may be tried again: an hour after the first attempt, then twice as long, at most a day."""
-        return self.at + min(FIRST_RETRY * 2 ** min(self.attempts - 1, 10), LAST_RETRY)
+        hours = 2 ** min(self.attempts - 1, 10)
+        return self.at + min(hours * FIRST_RETRY, LAST_RETRY)
 
 
 def due(
