@@ -71,7 +71,7 @@ class EngineConnection:
         try:
             connection = psycopg.connect(autocommit=autocommit, **given)
         except psycopg.OperationalError as error:
-            raise EngineUnavailable(self._explain(str(error))) from None
+            raise self.refusal(str(error)) from None
         connection.execute("set time zone 'UTC'")
         if self.kind == "risingwave":
             # Reads must see this session's own writes, as they do on PostgreSQL.
@@ -80,13 +80,20 @@ class EngineConnection:
             connection.commit()
         return connection
 
-    def _explain(self, text: str) -> str:
+    def refusal(self, text: str) -> EngineUnavailable:
+        """What a driver's message about a failed connection means: who refused what, and what to do."""
         where = f"{self.host}:{self.port}"
         lowered = text.lower()
         if "password" in lowered or "authentication" in lowered:
-            return f"the engine at {where} refused user {self.user}: check PREFS_ENGINE_USER and PREFS_ENGINE_PASSWORD"
+            return EngineUnavailable(
+                f"the engine at {where} refused user {self.user}: check PREFS_ENGINE_USER and PREFS_ENGINE_PASSWORD"
+            )
         if "does not exist" in lowered or "not found" in lowered:
-            return f"the engine at {where} has no database {self.database}: create it or set PREFS_ENGINE_DATABASE"
+            return EngineUnavailable(
+                f"the engine at {where} has no database {self.database}: create it or set PREFS_ENGINE_DATABASE"
+            )
         remedy = "run `prefs up`" if self.kind == "local" else "check PREFS_ENGINE_HOST and PREFS_ENGINE_PORT"
-        reason = text.strip().splitlines()[-1] if text.strip() else "no answer"
-        return f"the {self.kind} engine at {where} cannot be reached ({reason}): {remedy}"
+        # libpq's last line asks whether the server runs, which the remedy says.
+        lines = [line.strip() for line in text.splitlines() if line.strip() and "Is the server" not in line]
+        reason = lines[-1].rpartition("failed: ")[2] if lines else "no answer"
+        return EngineUnavailable(f"the {self.kind} engine at {where} cannot be reached ({reason}): {remedy}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -202,6 +203,8 @@ class Dbt:
             runner = dbtRunner(manifest=manifest, callbacks=[heard] if heard else [])
             outcome = runner.invoke([*quiet, *args, *common])
         if outcome.exception is not None:
+            if re.search("connection to server at|could not translate host name", str(outcome.exception)):
+                raise self.connection.refusal(str(outcome.exception))
             raise DbtError(f"dbt {args[0]} failed: {one_line(str(outcome.exception))}")
         return outcome.result
 
@@ -218,8 +221,49 @@ class Dbt:
         return digest.hexdigest()
 
 
+# What RisingWave says of a statement that cannot work, and what it means to who runs it.
+_MEANINGS = (
+    (
+        r"topic (\S+) not found",
+        r"Kafka has no topic \1: create it, or set the name it has there with PREFS_KAFKA_TOPIC_…",
+    ),
+    (
+        r"failed to fetch metadata from kafka \(([^)]*)\)",
+        r"RisingWave gets no answer from Kafka at \1: check that PREFS_KAFKA_BOOTSTRAP resolves on its machines, and "
+        "PREFS_KAFKA_SECURITY_PROTOCOL with what belongs to it",
+    ),
+    (
+        r"ResourceNotFoundException",
+        "DynamoDB has no such table for the sink: materialize dynamodb/viewer_profiles or make it with Terraform "
+        "first, and check PREFS_TABLE_PREFIX, AWS_REGION and AWS_ENDPOINT_URL",
+    ),
+    (
+        r"key field (\S+) not found in schema or not primary key|primary key.*not.*key schema",
+        "the DynamoDB table has another key than the contract's: it was made by somebody else or for another "
+        "version; choose another PREFS_TABLE_PREFIX, or migrate it",
+    ),
+    (
+        r"[Ff]eature \"?(\w+)\"? is not available|exceeds the maximum allowed by the license key",
+        "RisingWave's licence does not grant this: set a key with `alter system set license_key = '…'`, keep the "
+        "cluster at 4 CPU cores and below 20 GiB of memory, or set PREFS_PUBLISH=changefeed and "
+        "PREFS_RISINGWAVE_SECRETS=off, which need none",
+    ),
+    (
+        r"secret_store_private_key|secret store private key",
+        "RisingWave has no secret_store_private_key, which PREFS_RISINGWAVE_SECRETS=on needs: set it in the "
+        "server's configuration, or set PREFS_RISINGWAVE_SECRETS=off",
+    ),
+)
+
+
 def one_line(message: str) -> str:
-    """dbt's message without its position and call stack: what failed and why, on one line."""
+    """dbt's message without its position and call stack: what failed and why, on one line.
+
+    What RisingWave says in a chain of causes is replaced by what to do, where that is known.
+    """
+    for said, meant in _MEANINGS:
+        if found := re.search(said, message):
+            return found.expand(meant) if "\\" in meant else meant
     kept = []
     for line in message.strip().splitlines():
         text = line.strip()
