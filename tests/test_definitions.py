@@ -88,3 +88,49 @@ def test_schedules_and_sensors_start_only_where_asked(
     # The embedded engine refreshes in batches, so its canary would only ever be late.
     stopped = {s.name for s in running.sensors or () if s.default_status.value != "RUNNING"}
     assert stopped == {"canary"}
+
+
+def test_where_sinks_write_the_training_tables_they_wait_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {
+        "PREFS_DATA_DIR": str(tmp_path),
+        "PREFS_ENGINE": "risingwave",
+        "PREFS_EXPORT": "sink",
+        "PREFS_ICEBERG_CATALOG": "rest",
+        "PREFS_ICEBERG_URI": "http://127.0.0.1:9",
+        "PREFS_ICEBERG_WAREHOUSE": "s3://lake/warehouse",
+    }.items():
+        monkeypatch.setenv(name, value)
+    found = described(build_definitions(load_settings()))["assets"]
+    for table, sink in {
+        "training/viewer_watch_daily": "sink_training_watch",
+        "training/viewer_genre_daily": "sink_training_genre",
+        "training/viewer_interactions_daily": "sink_training_interactions",
+    }.items():
+        assert sink in found[table]["deps"]
+        assert "training/tables" in found[sink]["deps"]
+        assert "dynamodb/viewer_profiles" not in found[sink]["deps"]
+
+
+def test_a_changefeed_is_shown_between_subscription_and_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {
+        "PREFS_DATA_DIR": str(tmp_path),
+        "PREFS_ENGINE": "risingwave",
+        "PREFS_PUBLISH": "changefeed",
+    }.items():
+        monkeypatch.setenv(name, value)
+    found = described(build_definitions(load_settings()))
+    for domain, view in {
+        "watch": "viewer_engagement_rolling",
+        "interactions": "content_interactions_rolling",
+        "preferences": "viewer_preferences_rolling",
+    }.items():
+        sink = f"sink_engagement_{domain}"
+        assert found["assets"][sink]["deps"] == [view]
+        assert set(found["assets"][f"online/{domain}"]["deps"]) == {sink, "dynamodb/viewer_profiles"}
+    told = json.dumps(found["checks"])
+    assert all(f"online/{domain}" in told for domain in ("watch", "interactions", "preferences"))
+    assert "sink_engagement" not in told

@@ -6,13 +6,15 @@ from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
 import dagster as dg
+from pyiceberg.catalog import Catalog
 
-from dagster_prefs.defs.resources import Platform
+from dagster_prefs.defs.resources import TRAINING_TABLES_KEY, Platform
 from dagster_prefs.defs.training_data import jobs_of, maintained, parity_check, training_set_asset
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.offline.export import export_day, stale_days
 from dagster_prefs.offline.launches import TableDay, due, dump_launches, load_launches
-from dagster_prefs.offline.tables import TILE_TABLES, TileTable
+from dagster_prefs.offline.tables import TILE_TABLES, TileTable, ensure_table
+from dagster_prefs.offline.verify import verify_day
 
 GROUP = "offline_store"
 # Dagster's documented tags for one run over a range of partitions; it exports no constants for them.
@@ -73,9 +75,10 @@ def _stale(platform: Platform) -> dict[TableDay, str]:
 def build(platform: Platform, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> dg.Definitions:
     """The export assets with what is made of them, their jobs, and the sensor that exports the days that need it.
 
-    `clock` gives the time in UTC.
+    Where RisingWave's sinks write the tables, the same assets verify, audit and tag. `clock` gives the time in UTC.
     """
-    assets = [_exported(platform, spec) for spec in TILE_TABLES.values()]
+    by_sink = platform.settings.export == "sink"
+    assets = [_exported(platform, spec, by_sink=by_sink) for spec in TILE_TABLES.values()]
     tables = {spec.name: asset_key(spec) for spec in TILE_TABLES.values()}
     parity = parity_check(platform, tables, clock)
     maintenance = maintained(platform, tables, clock)
@@ -123,7 +126,12 @@ def build(platform: Platform, *, clock: Callable[[], datetime] = lambda: datetim
         )
 
     return dg.Definitions(
-        assets=[*assets, maintenance, training_set_asset(platform, tables, clock)],
+        assets=[
+            *assets,
+            *([_provisioned(platform)] if by_sink else []),
+            maintenance,
+            training_set_asset(platform, tables, clock),
+        ],
         asset_checks=[parity],
         jobs=[job, *jobs],
         schedules=schedules,
@@ -135,10 +143,45 @@ def _partitions(platform: Platform) -> dg.DailyPartitionsDefinition:
     return dg.DailyPartitionsDefinition(platform.settings.export_start_date.isoformat(), timezone="UTC")
 
 
-def _exported(platform: Platform, spec: TileTable) -> dg.AssetsDefinition:
+def _provisioned(platform: Platform) -> dg.AssetsDefinition:
+    @dg.asset(
+        key=TRAINING_TABLES_KEY,
+        group_name=GROUP,
+        kinds={"iceberg"},
+        owners=[platform.contract.owner],
+        description="The training tables with the schema of the contract, before RisingWave's sinks write to them.",
+    )
+    def tables() -> dg.MaterializeResult[Any]:
+        catalog = platform.catalog()
+        found = [
+            ensure_table(catalog, platform.settings.iceberg_namespace, spec) for spec in TILE_TABLES.values()
+        ]
+        return dg.MaterializeResult(metadata={".".join(table.name()): table.location() for table in found})
+
+    return tables
+
+
+def _exported(platform: Platform, spec: TileTable, *, by_sink: bool) -> dg.AssetsDefinition:
+    settings = platform.settings
+    sink = f"sink_training_{spec.name.split('_')[1]}"
+
+    def brought_up(catalog: Catalog, day: date) -> tuple[str, int]:
+        if by_sink:
+            kept = timedelta(days=settings.snapshots_kept_days)
+            verified = verify_day(
+                platform.engine, catalog, spec, day, namespace=settings.iceberg_namespace, keep_tag=kept
+            )
+            return verified.status, verified.rows
+        written = export_day(platform.engine, catalog, spec, day, namespace=settings.iceberg_namespace)
+        return written.status, written.rows
+
     @dg.asset(
         key=asset_key(spec),
-        deps=[dg.AssetKey(spec.tile), dg.AssetKey("tile_fingerprints")],
+        deps=[
+            dg.AssetKey(spec.tile),
+            dg.AssetKey("tile_fingerprints"),
+            *([dg.AssetKey(sink)] if by_sink else []),
+        ],
         partitions_def=_partitions(platform),
         backfill_policy=dg.BackfillPolicy.single_run(),
         group_name=GROUP,
@@ -156,20 +199,18 @@ def _exported(platform: Platform, spec: TileTable) -> dg.AssetsDefinition:
     )
     def exported(context: dg.AssetExecutionContext) -> dg.MaterializeResult[Any]:
         catalog = platform.catalog()
-        rows = written = 0
+        rows = changed = 0
         for key in context.partition_keys:
-            report = export_day(
-                platform.engine,
-                catalog,
-                spec,
-                date.fromisoformat(key),
-                namespace=platform.settings.iceberg_namespace,
-            )
-            context.log.info(f"{spec.name} {key}: {report.status}, {report.rows} rows")
-            rows += report.rows
-            written += report.status == "written"
+            status, found = brought_up(catalog, date.fromisoformat(key))
+            context.log.info(f"{spec.name} {key}: {status}, {found} rows")
+            rows += found
+            changed += status in ("written", "verified")
         return dg.MaterializeResult(
-            metadata={"rows": rows, "days": len(context.partition_keys), "days_written": written}
+            metadata={
+                "rows": rows,
+                "days": len(context.partition_keys),
+                "days_verified" if by_sink else "days_written": changed,
+            }
         )
 
     return exported

@@ -61,13 +61,14 @@ def maintain(
     keep_snapshots: timedelta,
     grace: timedelta = timedelta(days=1),
     namespace: str = DEFAULT_NAMESPACE,
+    compact: bool = True,
 ) -> MaintenanceReport:
     """Tidy one table.
 
     Branches of exports that ended `keep_snapshots` before `now` go; days in several small files become one
     file; snapshots older than `keep_snapshots` expire unless a branch or tag points at them or they are
     current; files that no remaining snapshot names go once they are older than `grace`, which must exceed the
-    longest export.
+    longest export. Days that RisingWave's sinks write are compacted by RisingWave (`compact=False`).
 
     Raises OfflineError: TableMissing where there is no such table.
     """
@@ -75,7 +76,7 @@ def maintain(
     with explained(f"the table {name}"):
         table = catalog.load_table(spec.identifier(namespace))
         branches = _remove_branches(table, now - keep_snapshots)
-        compacted = _compact(table, spec)
+        compacted = _compact(table, spec) if compact else ()
         expired = _expire(table, now - keep_snapshots)
         files, size = _remove_orphans(table, now - grace)
     return MaintenanceReport(name, branches, compacted, expired, files, size)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from datetime import date, timedelta
+from decimal import Decimal
 from typing import Literal
 
 import pyarrow as pa
@@ -73,7 +74,7 @@ def verify_day(
         table = catalog.load_table(spec.identifier(namespace))
         with tile_snapshot(engine, spec) as tiles:
             fingerprint = tiles.fingerprint(day)
-            expected = tiles.totals(day) if fingerprint else (0, dict.fromkeys(spec.totals, 0))
+            expected = tiles.totals(day) if fingerprint else (0, dict.fromkeys(spec.totals, Decimal(0)))
         snapshot = table.current_snapshot()
         files = _data_files(table, spec, day)
 
