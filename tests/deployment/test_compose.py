@@ -46,7 +46,7 @@ SERVICE_KEYS = {
     "build", "command", "depends_on", "deploy", "entrypoint", "environment", "healthcheck", "image", "ports", "restart",
     "user", "volumes", "working_dir",
 }  # fmt: skip
-HEALTH_KEYS = {"disable", "interval", "retries", "start_interval", "start_period", "test", "timeout"}
+HEALTH_KEYS = {"disable", "interval", "retries", "start_period", "test", "timeout"}
 TRIAL_CORES, TRIAL_BYTES = 4, 20 * 2**30
 
 
