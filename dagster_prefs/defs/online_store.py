@@ -60,7 +60,8 @@ def _published(platform: Platform, domain: Domain) -> dg.AssetsDefinition:
 
     @dg.asset(
         key=key,
-        deps=[dg.AssetKey(domain.sink)],
+        # A view for the publisher waits for the table as a sink does; a subscription knows nothing of DynamoDB.
+        deps=[dg.AssetKey(domain.sink), *([TABLE_KEY] if platform.settings.follows else [])],
         group_name=GROUP,
         kinds={"dynamodb"},
         owners=[domain.owner],

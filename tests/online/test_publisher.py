@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError
+from click.testing import CliRunner
 
+from dagster_prefs.cli import cli
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.online.contract import contract_dict, parse_contract
 from dagster_prefs.online.items import ItemDecoder
@@ -330,3 +334,36 @@ def test_risingwave_is_sent_to_its_sinks(store: Any) -> None:
     store.engine = streaming
     with pytest.raises(PublishError, match="PREFS_PUBLISH=sink"):
         store.publish("watch")
+
+
+def test_the_command_publishes_what_changed_and_ends(
+    store: Any, dynamodb_endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name, value in {
+        "PREFS_ENGINE_PORT": store.engine.port,
+        "PREFS_ENGINE_DATABASE": store.engine.database,
+        "PREFS_ENGINE_SCHEMA": store.engine.schema,
+        "PREFS_TABLE_PREFIX": store.prefix,
+        "PREFS_DATA_DIR": tmp_path,
+        "AWS_ENDPOINT_URL": dynamodb_endpoint,
+    }.items():
+        monkeypatch.setenv(name, str(value))
+
+    def publish(*options: str) -> Any:
+        return CliRunner().invoke(cli, ["publish", *options], catch_exceptions=True)
+
+    store.put("watch", 1, *row())
+    store.put("interactions", 2, 1, 2, 3, 4)
+    answer = json.loads(publish("--json").output)
+    assert {report["domain_key"]: (report["upserts"], report["deletes"]) for report in answer} == {
+        "engagement#watch": (1, 0), "engagement#interactions": (1, 0), "engagement#preferences": (0, 0),
+    }  # fmt: skip
+    store.remove("watch", 1)
+    assert "engagement#watch: 0 upserts, 1 deletes" in publish().output
+    assert set(store.items()) == {(2, "engagement#interactions")}
+    assert "have no changes to follow: run `prefs refresh`" in str(publish("--follow").exception)
+    monkeypatch.setenv("PREFS_ENGINE", "risingwave")
+    assert "set PREFS_PUBLISH=changefeed" in str(publish().exception)
+    monkeypatch.setenv("PREFS_PUBLISH", "changefeed")
+    monkeypatch.setenv("PREFS_ENGINE_PORT", "1")
+    assert "engine at 127.0.0.1:1 cannot be reached" in str(publish().exception)
