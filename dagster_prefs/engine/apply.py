@@ -402,19 +402,17 @@ class _Apply:
         return journal
 
     def _announce(self, plan: Plan) -> None:
-        """Leave the definitions to come where the embedded engine's materializations look for them."""
+        """Leave the definitions to come, and those of what stands on them, where the materializations look."""
         self._execute("delete from {} where kind = %s", self._records, values=(PENDING_KIND,))
-        for relation in plan.of("changed"):
-            if not plan.models[relation.name].holds_data:
+        changed = [relation for relation in plan.of("changed") if relation.how != "kept"]
+        for name in {
+            one for relation in changed for one in (relation.name, *relation.views, *relation.sinks)
+        }:
+            if not plan.models[name].holds_data:
                 self._execute(
                     "insert into {} (relation, kind, definition, state) values (%s, %s, %s, %s)",
                     self._records,
-                    values=(
-                        f"pending:{relation.name}",
-                        PENDING_KIND,
-                        plan.models[relation.name].sql,
-                        BUILDING,
-                    ),
+                    values=(f"pending:{name}", PENDING_KIND, plan.models[name].sql, BUILDING),
                 )
 
     def _record(self, plan: Plan, name: str) -> None:

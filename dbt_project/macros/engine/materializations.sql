@@ -60,35 +60,48 @@
 {%- endmacro %}
 
 {#
-  The statement that makes a dropped dependent again. Where its old definition no longer fits, the change is refused
-  and rolled back, unless this run is going to make the dependent from a changed definition anyway. `prefs apply` has
-  left that definition in `deployments`, so that no reader finds the dependent missing until its own turn.
+  The statement that makes a dropped dependent again. Where its old definition no longer fits, the one of its model
+  is tried, which `prefs apply` leaves in `deployments`: no reader then finds the dependent missing until its own turn,
+  and a `select *` follows its relation. Where neither fits, the change is refused and rolled back, unless this run is
+  going to make the dependent from a changed definition anyway.
 #}
 {% macro remake_statement(relation, row) -%}
   {%- set coming = run_query(
     "select definition from " ~ target.schema ~ ".deployments where relation = 'pending:" ~ row["identifier"] ~ "'"
   ).rows -%}
-  {%- set here = namespace(selected=false, changed=false) -%}
-  {%- for node in graph.nodes.values() if node.resource_type == "model" and node.alias == row["identifier"] and node.unique_id in selected_resources -%}
-    {%- set here.selected = true -%}
-    {%- set here.changed = run_query(
+  {%- set here = namespace(selected=false, changed=false, definition=row["definition"]) -%}
+  {%- for node in graph.nodes.values() if node.resource_type == "model" and node.alias == row["identifier"] -%}
+    {%- set here.selected = node.unique_id in selected_resources -%}
+    {%- set here.changed = here.selected and run_query(
       "select 1 from " ~ target.schema ~ ".deployments where relation = '" ~ node.alias ~ "' and source_checksum = '" ~ node.checksum.checksum ~ "'"
     ).rows | length == 0 -%}
+    {#- A sink's view was remembered with the columns of then, and is to have those of now. #}
+    {%- if node.config.materialized == "sink" and model.unique_id in node.depends_on.nodes -%}
+      {%- set here.definition = dynamodb_sink(relation) -%}
+    {%- endif -%}
   {%- endfor -%}
+  {%- set otherwise = "
+    if " ~ here.selected ~ " and (" ~ here.changed ~ " or (sqlstate = '42P01' and current_setting('prefs.waiting', true) <> '')) then
+      perform set_config('prefs.waiting', 'yes', true);
+    else
+      raise exception 'the changed " ~ relation.identifier ~ " breaks " ~ row["identifier"] ~ ", which stands on it: %. Nothing was changed: change " ~ row["identifier"] ~ " too and run both', sqlerrm;
+    end if;" -%}
+  {%- if coming -%}
+    {%- set otherwise = "
+    begin
+      execute $prefs_sql$create " ~ row["kind"] ~ " " ~ row["name"] ~ " as " ~ coming[0][0] ~ "$prefs_sql$;
+      " ~ (["execute $prefs_sql$" ~ row["indexes"] ~ "$prefs_sql$;"] if row["indexes"] and not here.changed else []) | join ~ "
+      " ~ (["execute $prefs_sql$" ~ row["grants"] ~ "$prefs_sql$;"] if row["grants"] else []) | join ~ "
+    exception when others then" ~ otherwise ~ "
+    end;" -%}
+  {%- endif -%}
   {{ return("do $prefs_remake$
     begin
-      execute $prefs_sql$create " ~ row["kind"] ~ " " ~ row["name"] ~ " as " ~ row["definition"] ~ "$prefs_sql$;
+      execute $prefs_sql$create " ~ row["kind"] ~ " " ~ row["name"] ~ " as " ~ here.definition ~ "$prefs_sql$;
       " ~ (["execute $prefs_sql$" ~ row["indexes"] ~ "$prefs_sql$;"] if row["indexes"] else []) | join ~ "
       " ~ (["execute $prefs_sql$" ~ row["comments"] ~ "$prefs_sql$;"] if row["comments"] else []) | join ~ "
       " ~ (["execute $prefs_sql$" ~ row["grants"] ~ "$prefs_sql$;"] if row["grants"] else []) | join ~ "
-    exception when others then
-      if " ~ here.selected ~ " and (" ~ here.changed ~ " or (sqlstate = '42P01' and current_setting('prefs.waiting', true) <> '')) then
-        " ~ ("begin execute $prefs_sql$create " ~ row["kind"] ~ " " ~ row["name"] ~ " as " ~ coming[0][0] ~ "$prefs_sql$;
-        exception when others then perform set_config('prefs.waiting', 'yes', true); end;"
-        if coming else "perform set_config('prefs.waiting', 'yes', true);") ~ "
-      else
-        raise exception 'the changed " ~ relation.identifier ~ " breaks " ~ row["identifier"] ~ ", which stands on it: %. Nothing was changed: change " ~ row["identifier"] ~ " too and run both', sqlerrm;
-      end if;
+    exception when others then" ~ otherwise ~ "
     end
   $prefs_remake$") }}
 {%- endmacro %}
