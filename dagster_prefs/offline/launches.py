@@ -31,7 +31,7 @@ class Launch:
     @property
     def retry_at(self) -> datetime:
         """When the same may be tried again: an hour after the first attempt, then twice as long, at most a day."""
-        hours = 2 ** min(self.attempts - 1, 10)
+        hours: int = 2 ** min(self.attempts - 1, 10)
         return self.at + min(hours * FIRST_RETRY, LAST_RETRY)
 
 

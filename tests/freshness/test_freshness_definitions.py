@@ -21,9 +21,11 @@ from dagster._core.scheduler.instigation import (
     SensorInstigatorData,
 )
 from dagster._core.types.loadable_target_origin import LoadableTargetOrigin
+from kafka_cluster import Cluster
 
 from dagster_prefs.defs import freshness, offline_store
 from dagster_prefs.defs.resources import Platform
+from dagster_prefs.events.kafka import ingest_topic
 from dagster_prefs.freshness import status
 from dagster_prefs.freshness.alerts import AlertError, load_levels
 from dagster_prefs.freshness.canary import CanaryState, PathState, epoch_ms
@@ -384,3 +386,22 @@ def test_sensors_survive_the_loss_of_everything(
     assert {event.metadata["canary_level"].value for event in probed.asset_events} == {"unknown"}
     assert not watched.run_requests
     assert not probed.run_requests
+
+
+def test_the_canary_goes_to_topics_by_their_names_in_kafka(
+    busy: Any,
+    cluster: Cluster,
+    aws_endpoint: str,
+    tmp_path: Path,
+    instance: dg.DagsterInstance,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(freshness, "CANARY_PATIENCE_SECONDS", 0.0)
+    cluster.producer.produce("views.v2", None, partition=0)
+    assert cluster.producer.flush(10) == 0
+    names = {"kafka_bootstrap": cluster.bootstrap, "kafka_topic_view_events": "views.v2"}
+    platform = Platform(settings(busy, aws_endpoint, tmp_path, **names))
+    tick(definitions(platform), freshness.CANARY_SENSOR, instance, None)
+    assert ingest_topic(busy.engine, cluster.bootstrap, "view_events").accepted == 0
+    assert ingest_topic(busy.engine, cluster.bootstrap, "view_events", kafka_topic="views.v2").accepted == 1
+    assert ingest_topic(busy.engine, cluster.bootstrap, "user.events").accepted == 1
