@@ -1,0 +1,191 @@
+"""RisingWave's own sinks into a real DynamoDB interface: items equal the rolling views, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from risingwave_server import NO_SERVER, PROJECT, URL, database, rows, run, skipped, until
+
+from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.dbt import Dbt
+from dagster_prefs.online.contract import load_contract
+from dagster_prefs.online.items import ItemDecoder
+from dagster_prefs.online.tables import TableError, dynamodb_client, provision
+
+pytestmark = pytest.mark.skipif(not URL, reason=NO_SERVER)
+
+SECRET = "a-secret-key-of-the-suite"
+# Below it the sink needs the override, which lets the suite run on the servers that people have.
+FIRST_GOOD = (3, 0, 2)
+
+
+@dataclass
+class World:
+    """A deployed database and a table of its own."""
+
+    engine: EngineConnection
+    folder: Path
+    client: Any
+    prefix: str
+    aws: Mapping[str, str]
+    version: tuple[int, ...]
+    sent: int = 0
+
+    def dbt(self, **environment: str) -> Dbt:
+        base = {
+            "PREFS_KAFKA_BOOTSTRAP": "",
+            "PREFS_PUBLISH": "sink",
+            "PREFS_TABLE_PREFIX": self.prefix,
+            "PREFS_RISINGWAVE_OLD_SINKS": "allow",
+        }
+        return Dbt(self.engine, PROJECT, self.folder, {**self.aws, **base, **environment})
+
+    def insert(self, topic: str, bodies: list[dict[str, Any]]) -> None:
+        table = {"view_events": "raw_view_events", "content_interactions": "raw_content_interactions"}[topic]
+        with self.engine.connect() as connection:
+            for body in bodies:
+                self.sent += 1
+                connection.execute(
+                    f"insert into {table} (source, source_partition, source_offset, data) values ('test', 0, %s, %s)",
+                    (self.sent, json.dumps(body).encode()),
+                )
+
+    def views(self) -> dict[tuple[int, str], dict[str, Any]]:
+        """What the rolling views hold, by viewer and domain."""
+        found = {}
+        with self.engine.connect() as connection:
+            for domain in load_contract().domains.values():
+                names = ", ".join(domain.attributes)
+                for viewer, key, *values in connection.execute(
+                    f"select viewer_id, domain_key, {names} from {domain.relation}"
+                ):
+                    found[(viewer, key)] = dict(zip(domain.attributes, values, strict=True))
+        return found
+
+    def items(self) -> dict[tuple[int, str], dict[str, Any]]:
+        """What DynamoDB holds."""
+        contract, found = load_contract(), {}
+        name = f"{self.prefix}viewer_profiles"
+        for page in self.client.get_paginator("scan").paginate(TableName=name, ConsistentRead=True):
+            for item in page["Items"]:
+                viewer, key = int(item["viewer_id"]["N"]), item["domain_key"]["S"]
+                found[(viewer, key)] = ItemDecoder(contract.domains[key]).decode(item)
+        return found
+
+
+@pytest.fixture(scope="module")
+def world(shell_environment: Mapping[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    endpoint = shell_environment.get("AWS_ENDPOINT_URL")
+    if not endpoint:
+        pytest.skip("AWS_ENDPOINT_URL names no DynamoDB")
+    aws = {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_REGION": shell_environment.get("AWS_REGION", "eu-central-1"),
+        "AWS_ACCESS_KEY_ID": shell_environment.get("AWS_ACCESS_KEY_ID", "AKIDEXAMPLE"),
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+    }
+    with database() as engine, pytest.MonkeyPatch.context() as patch:
+        for name, value in aws.items():
+            patch.setenv(name, value)
+        text = str(rows(engine, "select version()")[0][0])
+        found = re.search(r"RisingWave-(\d+)\.(\d+)\.(\d+)", text)
+        assert found is not None
+        version = tuple(map(int, found.groups()))
+        client = dynamodb_client(endpoint, aws["AWS_REGION"])
+        prefix = f"{engine.database}_"
+        made = World(engine, tmp_path_factory.mktemp("target"), client, prefix, aws, version)
+        rolling = ["+" + domain.relation for domain in load_contract().domains.values()]
+        run(made.dbt(), *rolling)
+        yield made
+        with engine.connect() as connection:
+            for domain in load_contract().domains.values():
+                connection.execute(f"drop sink if exists {domain.sink}")
+        for table in client.list_tables()["TableNames"]:
+            if table.startswith(prefix):
+                client.delete_table(TableName=table)
+
+
+def test_a_sink_is_refused_where_it_would_lose_items(world: World) -> None:
+    if world.version >= FIRST_GOOD:
+        pytest.skip("this server's sinks are good")
+    (result,) = world.dbt(PREFS_RISINGWAVE_OLD_SINKS="").run("run", ["sink_engagement_watch"])
+    shown = ".".join(map(str, world.version))
+    assert f"is {shown}, and its DynamoDB sink loses throttled writes" in result.message
+    assert "upgrade it, or set PREFS_RISINGWAVE_OLD_SINKS=allow for a trial" in result.message
+    (result,) = world.dbt(PREFS_SINK_RETRIES="3").run("run", ["sink_engagement_watch"])
+    assert f"PREFS_SINK_RETRIES needs RisingWave 3.0.2, and this one is {shown}" in result.message
+    assert rows(world.engine, "select name from rw_catalog.rw_sinks") == []
+
+
+def test_a_missing_table_and_one_with_another_key_are_refused(world: World) -> None:
+    (result,) = world.dbt().run("run", ["sink_engagement_watch"])
+    assert result.message.startswith("DynamoDB has no such table for the sink: ")
+    assert rows(world.engine, "select name from rw_catalog.rw_sinks") == []
+    wrong = f"{world.prefix}wrong_"
+    world.client.create_table(
+        TableName=f"{wrong}viewer_profiles",
+        BillingMode="PAY_PER_REQUEST",
+        AttributeDefinitions=[{"AttributeName": "viewer_id", "AttributeType": "S"}],
+        KeySchema=[{"AttributeName": "viewer_id", "KeyType": "HASH"}],
+    )
+    # What Dagster and `prefs apply` do before a sink.
+    with pytest.raises(TableError, match="viewer_profiles"):
+        provision(world.client, load_contract(), prefix=wrong)
+    if world.version >= FIRST_GOOD:
+        (result,) = world.dbt(PREFS_TABLE_PREFIX=wrong).run("run", ["sink_engagement_watch"])
+        assert result.message.startswith("the DynamoDB table has another key than the contract's")
+
+
+def test_items_equal_the_views_through_the_story(world: World) -> None:
+    provision(world.client, load_contract(), prefix=world.prefix)
+    now = datetime.now(UTC)
+    views = [
+        {
+            "event_id": f"v{n}", "viewer_id": n % 7, "content_id": f"c{n % 5}",
+            "genre": ["drama", "crime", None][n % 3], "watch_duration_sec": 60 + n, "completion_pct": n % 11 / 10,
+            "watched_at": (now - timedelta(hours=9 * n)).isoformat(),
+        }
+        for n in range(60)
+    ]  # fmt: skip
+    liked = [
+        {
+            "event_id": f"i{n}", "viewer_id": n % 4, "event_type": ["like", "share", "search"][n % 3],
+            "event_ts": (now - timedelta(days=n)).isoformat(),
+        }
+        for n in range(20)
+    ]  # fmt: skip
+    # Some before the sinks are made, which they backfill; the rest, repeated ones among them, after.
+    world.insert("view_events", views[:30])
+    world.insert("content_interactions", liked[:10])
+    sinks = [domain.sink for domain in load_contract().domains.values()]
+    run(world.dbt(PREFS_RISINGWAVE_SECRETS="on"), *sinks)
+    world.insert("view_events", [*views[30:], *views[:5]])
+    world.insert("content_interactions", [*liked[10:], {**liked[0], "event_type": "shout"}])
+    until(
+        lambda: len(world.views()) >= 18 and world.items() == world.views(),
+        lambda: f"views {world.views()}, items {world.items()}",
+    )
+    assert {viewer for viewer, _ in world.items()} == set(range(7))
+    # A viewer that leaves a view leaves DynamoDB.
+    with world.engine.connect() as connection:
+        connection.execute(
+            "insert into erased_subjects (subject_kind, subject_id, erased_at) values ('viewer', '3', now())"
+        )
+    until(
+        lambda: world.items() == world.views() and not {key for key in world.items() if key[0] == 3},
+        lambda: f"views {world.views()}, items {world.items()}",
+    )
+    assert skipped(run(world.dbt(PREFS_RISINGWAVE_SECRETS="on"), *sinks))
+    # The secret is nowhere but in the engine's store of secrets.
+    definitions = str(rows(world.engine, "select * from rw_catalog.rw_sinks"))
+    assert SECRET not in definitions
+    assert SECRET not in str(rows(world.engine, "select * from deployments"))
+    written = [path for path in world.folder.rglob("*") if path.is_file()]
+    assert [path for path in written if SECRET.encode() in path.read_bytes()] == []
