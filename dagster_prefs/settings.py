@@ -205,6 +205,9 @@ class Settings(BaseSettings):
         None, description="Iceberg warehouse URI, s3://… or file://…; empty means <data dir>/iceberg."
     )
     iceberg_uri: str | None = Field(None, description="URI of the REST catalog.")
+    iceberg_credential: SecretStr | None = Field(
+        None, description="Client id and secret of the REST catalog (OAuth2), as id:secret; empty means none."
+    )
     iceberg_namespace: str = Field("training", description="Iceberg namespace of the training tables.")
 
     export: Literal["platform", "sink"] = Field(

@@ -76,6 +76,9 @@ class Sources:
             self.settings.iceberg_catalog,
             self.settings.warehouse,
             uri=self.settings.iceberg_uri,
+            credential=self.settings.iceberg_credential.get_secret_value()
+            if self.settings.iceberg_credential
+            else None,
             region=self.settings.aws_region,
             endpoint_url=self.settings.aws_endpoint_url,
         )

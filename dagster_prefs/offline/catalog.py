@@ -70,6 +70,7 @@ def open_catalog(
     warehouse: str,
     *,
     uri: str | None = None,
+    credential: str | None = None,
     region: str | None = None,
     endpoint_url: str | None = None,
 ) -> Catalog:
@@ -77,8 +78,8 @@ def open_catalog(
 
     `warehouse` is a URI (`file:///…`, `s3://bucket/prefix`) or a local path. With `sqlite` it must be local:
     the catalog is the file `catalog.db` inside it, created with the folder where missing. `uri` is the
-    address of a REST catalog; `region` and `endpoint_url` are of AWS (Glue and S3), None leaving them to
-    AWS's own chain.
+    address of a REST catalog, `credential` its `client id:secret`; `region` and `endpoint_url` are of AWS
+    (Glue and S3), None leaving them to AWS's own chain.
 
     Raises CatalogUnavailable or CatalogCorrupted, one sentence with the remedy.
     """
@@ -100,7 +101,10 @@ def open_catalog(
         else:
             if uri is None:
                 raise CatalogUnavailable("the REST catalog has no address: set PREFS_ICEBERG_URI")
-            catalog = RestCatalog(CATALOG_NAME, uri=uri, **storage)
+            # Named, because pyiceberg will not guess it any more one day.
+            tokens = f"{uri.rstrip('/')}/v1/oauth/tokens"
+            secret = {"credential": credential, "oauth2-server-uri": tokens} if credential else {}
+            catalog = RestCatalog(CATALOG_NAME, uri=uri, **secret, **storage)
         catalog.list_namespaces()
     return catalog
 

@@ -293,8 +293,18 @@ def discard(table: Table, written: DayFiles) -> None:
 
 
 def read_file(table: Table, file: DataFile, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """The rows of one file in the order of `columns`; a column that the table gained later is NULL."""
+    schema = arrow_schema(table)
     with table.io.new_input(file.file_path).open() as source, pq.ParquetFile(source) as parquet:
-        yield from parquet.iter_batches(columns=columns)
+        held = set(parquet.schema_arrow.names)
+        for batch in parquet.iter_batches(columns=[name for name in columns if name in held]):
+            yield pa.RecordBatch.from_arrays(
+                [
+                    batch.column(name) if name in held else pa.nulls(batch.num_rows, schema.field(name).type)
+                    for name in columns
+                ],
+                names=columns,
+            )
 
 
 def day_files(table: Table, spec: TileTable, day: date) -> list[DataFile]:

@@ -1,11 +1,18 @@
-"""The training tables: what each holds, how it is laid out, and how its schema may change."""
+"""The training tables: what each holds, how it is laid out, and how its schema may change.
+
+Columns with their order, types and descriptions are those of the tile's dbt contract, which `prefs contract build`
+writes to `tiles.json`; what the audit asks of them is said here.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date, datetime
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -29,8 +36,16 @@ from pyiceberg.types import (
 
 from dagster_prefs.offline.catalog import OfflineError, ensure_namespace, explained
 
-# Wide enough for the minutes of any bigint of seconds.
-MINUTES = DecimalType(28, 6)
+TILES_PATH = Path(__file__).with_name("tiles.json")
+
+# SQL type of a tile → type of its column; decimals are wide enough for the minutes of any bigint of seconds.
+ICEBERG_TYPES: Mapping[str, IcebergType] = {
+    "bigint": LongType(),
+    "date": DateType(),
+    "decimal": DecimalType(28, 6),
+    "text": StringType(),
+    "timestamptz": TimestamptzType(),
+}
 
 TABLE_PROPERTIES = {
     "format-version": "2",
@@ -118,75 +133,94 @@ class ErasedViewer:
         )
 
 
-_VIEWER = Column("viewer_id", LongType(), "The viewer.", minimum=0)
-_LAST_EVENT = Column("last_event_at", TimestamptzType(), "Newest event of the day.")
+_DECLARED: Mapping[str, Any] = json.loads(TILES_PATH.read_text(encoding="utf-8"))
 
-WATCH = TileTable(
+
+def _tile(
+    tile: str,
+    *,
+    name: str,
+    day: str,
+    metric: tuple[str, ...],
+    key: tuple[str, ...] = ("viewer_id",),
+    minimum: Mapping[str, int],
+    at_most: tuple[tuple[str, str], ...] = (),
+) -> TileTable:
+    declared = _DECLARED[tile]
+    columns = tuple(
+        Column(column, ICEBERG_TYPES[found["type"]], found["description"], minimum.get(column))
+        for column, found in declared["columns"].items()
+    )
+    return TileTable(name, tile, declared["description"], day, key, columns, metric, at_most)
+
+
+WATCH = _tile(
+    "viewer_watch_metrics_1d",
     name="viewer_watch_daily",
-    tile="viewer_watch_metrics_1d",
-    doc="One row per viewer and UTC day: what was watched.",
     day="watch_date",
-    key=("viewer_id",),
-    columns=(
-        _VIEWER,
-        Column("watch_date", DateType(), "UTC day."),
-        Column("watch_seconds", LongType(), "Seconds watched.", minimum=0),
-        Column(
-            "watch_time_minutes", MINUTES, "Minutes watched: seconds / 60, rounded to 6 places.", minimum=0
-        ),
-        Column("views", LongType(), "Views.", minimum=1),
-        Column("content_started", LongType(), "Distinct contents of the day.", minimum=0),
-        Column("completions", LongType(), "Views with a completion of at least 0.9.", minimum=0),
-        Column("genres_watched", LongType(), "Distinct genres of the day.", minimum=0),
-        _LAST_EVENT,
-    ),
     metric=("watch_seconds",),
+    minimum={
+        "viewer_id": 0,
+        "watch_seconds": 0,
+        "watch_time_minutes": 0,
+        "views": 1,
+        "content_started": 0,
+        "completions": 0,
+        "genres_watched": 0,
+    },
     at_most=(("content_started", "views"), ("completions", "views"), ("genres_watched", "views")),
 )
 
-GENRE = TileTable(
+GENRE = _tile(
+    "viewer_genre_metrics_1d",
     name="viewer_genre_daily",
-    tile="viewer_genre_metrics_1d",
-    doc="One row per viewer, UTC day and genre: what was watched. Views without a genre have no row.",
     day="watch_date",
     key=("viewer_id", "genre"),
-    columns=(
-        _VIEWER,
-        Column("watch_date", DateType(), "UTC day."),
-        Column("genre", StringType(), "Genre."),
-        Column("watch_seconds", LongType(), "Seconds watched.", minimum=0),
-        Column("views", LongType(), "Views.", minimum=1),
-        Column("completions", LongType(), "Views with a completion of at least 0.9.", minimum=0),
-        _LAST_EVENT,
-    ),
     metric=("watch_seconds",),
+    minimum={"viewer_id": 0, "watch_seconds": 0, "views": 1, "completions": 0},
     at_most=(("completions", "views"),),
 )
 
-INTERACTIONS = TileTable(
+INTERACTIONS = _tile(
+    "viewer_interactions_1d",
     name="viewer_interactions_daily",
-    tile="viewer_interactions_1d",
-    doc="One row per viewer and UTC day: likes, shares and searches.",
     day="interaction_date",
-    key=("viewer_id",),
-    columns=(
-        _VIEWER,
-        Column("interaction_date", DateType(), "UTC day."),
-        Column("likes", LongType(), "Likes.", minimum=0),
-        Column("shares", LongType(), "Shares.", minimum=0),
-        Column("searches", LongType(), "Searches.", minimum=0),
-        _LAST_EVENT,
-    ),
     metric=("likes", "shares", "searches"),
+    minimum={"viewer_id": 0, "likes": 0, "shares": 0, "searches": 0},
 )
 
 TILE_TABLES: Mapping[str, TileTable] = {spec.name: spec for spec in (WATCH, GENRE, INTERACTIONS)}
 
 
-def ensure_table(catalog: Catalog, namespace: str, spec: TileTable) -> Table:
-    """The table of `spec`, created where missing and extended by the columns that the contract gained.
+def render_tiles(manifest: Mapping[str, Any]) -> str:
+    """The text of `tiles.json`: columns, types and descriptions of the exported tiles in dbt's manifest.
 
-    A new column is optional, so that old days read as NULL. Safe to call from several processes at once.
+    Raises SchemaChangeRefused for a column of a type that training tables have no equal of.
+    """
+    nodes = {node["name"]: node for node in manifest["nodes"].values() if node["resource_type"] == "model"}
+    content: dict[str, Any] = {}
+    for spec in TILE_TABLES.values():
+        columns = {}
+        for name, column in nodes[spec.tile]["columns"].items():
+            if column["data_type"] not in ICEBERG_TYPES:
+                raise SchemaChangeRefused(
+                    f"{spec.tile}.{name} is {column['data_type']}, which training tables have no equal of: use one "
+                    f"of {', '.join(ICEBERG_TYPES)}"
+                )
+            columns[name] = {"type": column["data_type"], "description": _line(column["description"])}
+        content[spec.tile] = {"description": _line(nodes[spec.tile]["description"]), "columns": columns}
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def ensure_table(catalog: Catalog, namespace: str, spec: TileTable) -> Table:
+    """The table of `spec`, created where missing and extended by what the contract gained.
+
+    Descriptions follow the contract. A new column is optional, so that old days read as NULL. Safe to call from
+    several processes at once.
 
     Raises SchemaChangeRefused for a removed or retyped column, OfflineError for a failing catalog.
     """
@@ -220,12 +254,20 @@ def ensure_table(catalog: Catalog, namespace: str, spec: TileTable) -> Table:
                 pass
         table = catalog.load_table(identifier)
         for _ in range(5):
-            if not _missing_columns(table, namespace, spec):
+            missing = _missing_columns(table, namespace, spec)
+            redescribed = [
+                column
+                for column in spec.columns
+                if column not in missing and table.schema().find_field(column.name).doc != column.doc
+            ]
+            if not missing and not redescribed:
                 break
             try:
                 with table.update_schema() as update:
-                    for column in _missing_columns(table, namespace, spec):
+                    for column in missing:
                         update.add_column(column.name, column.type, doc=column.doc)
+                    for column in redescribed:
+                        update.update_column(column.name, doc=column.doc)
             except CommitFailedException:
                 # Another process changed the schema, most likely by the very same column.
                 pass

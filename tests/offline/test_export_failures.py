@@ -359,15 +359,40 @@ def test_a_column_that_the_tile_gained_reads_as_null_in_old_days(exported: Tiles
     assert export_day(exported.engine, catalog, wider, other).status == "written"
     found = {row[0]: row[-1] for row in table_rows(catalog, wider)}
     assert found == {1: None, 2: None, 9: 7}
-    field = catalog.load_table(("training", WATCH.name)).schema().find_field("rewinds")
+    table = catalog.load_table(("training", WATCH.name))
+    field = table.schema().find_field("rewinds")
     assert (field.required, field.doc) == (False, "Rewinds.")
+    # What reads files one by one sees the same.
+    batches = [
+        batch
+        for task in table.scan().plan_files()
+        for batch in publish.read_file(table, task.file, ["rewinds", "viewer_id"])
+    ]
+    read = [row for batch in batches for row in batch.to_pylist()]
+    assert {row["viewer_id"]: row["rewinds"] for row in read} == found
+
+
+def test_a_changed_description_reaches_the_table(exported: Tiles, catalog: Catalog) -> None:
+    first, *others = WATCH.columns
+    ensure_table(catalog, "training", replace(WATCH, columns=(replace(first, doc="Who watched."), *others)))
+    fields = catalog.load_table(("training", WATCH.name)).schema().fields
+    assert [field.doc for field in fields] == ["Who watched.", *[column.doc for column in others]]
+    assert [field.field_id for field in fields] == [*range(1, len(fields) + 1)]
+    assert table_rows(catalog, WATCH) == OLD
 
 
 def test_a_removed_or_retyped_column_is_refused(exported: Tiles, catalog: Catalog) -> None:
     narrower = replace(WATCH, columns=WATCH.columns[:-1])
-    with pytest.raises(SchemaChangeRefused, match="last_event_at"):
+    with pytest.raises(
+        SchemaChangeRefused,
+        match="has the column last_event_at, which the contract of viewer_watch_metrics_1d no longer has: "
+        "removing a column is a breaking change",
+    ):
         export_day(exported.engine, catalog, narrower, DAY)
     retyped = replace(WATCH, columns=(*WATCH.columns[:-1], Column("last_event_at", StringType(), "")))
-    with pytest.raises(SchemaChangeRefused, match="retyping"):
+    with pytest.raises(
+        SchemaChangeRefused,
+        match="is timestamptz, the contract of viewer_watch_metrics_1d says string: retyping a column is a breaking",
+    ):
         ensure_table(catalog, "training", retyped)
     assert table_rows(catalog, WATCH) == OLD

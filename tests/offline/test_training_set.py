@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import sqlglot
-import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyiceberg.catalog import Catalog
@@ -54,7 +53,6 @@ from .conftest import DAY, Tiles, genre, interactions, watch
 
 NOW = datetime(2026, 6, 1, tzinfo=UTC)
 NAMES = [feature.name for feature in windows.features()]
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def fill(catalog: Catalog, rows: dict[str, list[tuple[Any, ...]]]) -> None:
@@ -338,23 +336,6 @@ def test_labels_in_an_iceberg_table(catalog: Catalog, tmp_path: Path) -> None:
 def test_tables_that_were_never_exported(catalog: Catalog, tmp_path: Path) -> None:
     with pytest.raises(TableMissing, match="materialize its export first"):
         build(catalog, write_labels(tmp_path, [(1, at(DAY))]), tmp_path)
-
-
-@pytest.mark.parametrize("name", TILE_TABLES)
-def test_training_tables_follow_the_models_contract(name: str) -> None:
-    spec = TILE_TABLES[name]
-    path = ROOT / "dbt_project" / "models" / "engagement" / f"{spec.tile}.yml"
-    model = yaml.safe_load(path.read_text())["models"][0]
-    types = {
-        "bigint": "long",
-        "date": "date",
-        "decimal": "decimal(28, 6)",
-        "text": "string",
-        "timestamptz": "timestamptz",
-    }
-    assert [(column.name, str(column.type)) for column in spec.columns] == [
-        (column["name"], types[column["data_type"]]) for column in model["columns"]
-    ]
 
 
 @pytest.mark.parametrize("dialect", ["trino", "spark", "athena"])

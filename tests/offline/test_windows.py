@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import date
 from pathlib import Path
 
@@ -9,7 +10,14 @@ import pytest
 import sqlglot
 
 from dagster_prefs.offline import windows
-from dagster_prefs.offline.tables import GENRE, INTERACTIONS, WATCH
+from dagster_prefs.offline.tables import (
+    GENRE,
+    INTERACTIONS,
+    TILES_PATH,
+    WATCH,
+    SchemaChangeRefused,
+    render_tiles,
+)
 from dagster_prefs.online.contract import load_contract
 
 PROJECT = Path(__file__).resolve().parents[2] / "dbt_project"
@@ -20,11 +28,19 @@ SUMS = (
 )
 
 
-def test_the_checked_in_views_are_what_dbt_compiles(tmp_path: Path) -> None:
+def test_the_checked_in_views_and_columns_are_what_dbt_compiles(tmp_path: Path) -> None:
     relations = [domain.relation for domain in load_contract().domains.values()]
     compiled = windows.compile_views(PROJECT, tmp_path, relations)
     held = {path.stem: path.read_text(encoding="utf-8") for path in windows.VIEWS.glob("*.sql")}
     assert held == compiled, "out of date: run `prefs contract build`"
+    manifest = json.loads((tmp_path / "manifest.json").read_text(encoding="utf-8"))
+    assert TILES_PATH.read_text(encoding="utf-8") == render_tiles(manifest), (
+        "out of date: run `prefs contract build`"
+    )
+    column = manifest["nodes"]["model.dagster_prefs.viewer_watch_metrics_1d"]["columns"]["views"]
+    column["data_type"] = "jsonb"
+    with pytest.raises(SchemaChangeRefused, match=r"viewer_watch_metrics_1d\.views is jsonb, which training"):
+        render_tiles(manifest)
 
 
 def test_windows_and_columns_are_read_off_the_views() -> None:

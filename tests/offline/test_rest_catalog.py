@@ -1,0 +1,73 @@
+"""The same code on a REST catalog."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from pydantic import SecretStr
+from pyiceberg.catalog import Catalog
+
+from dagster_prefs.defs.resources import Platform
+from dagster_prefs.offline.catalog import CatalogUnavailable
+from dagster_prefs.offline.export import days_to_export, export_day
+from dagster_prefs.offline.maintenance import maintain
+from dagster_prefs.offline.tables import WATCH
+from dagster_prefs.settings import Settings
+
+from .conftest import DAY, Tiles, table_rows, watch
+from .rest_catalog import RestServer, rest_server
+from .test_maintenance import KEEP, later
+
+CREDENTIAL = "prefs:open sesame"
+
+
+@pytest.fixture
+def rest(catalog: Catalog) -> Iterator[RestServer]:
+    with rest_server(catalog, CREDENTIAL) as served:
+        yield served
+
+
+def platform(rest: RestServer, folder: Path, credential: str = CREDENTIAL) -> Platform:
+    return Platform(
+        Settings(
+            iceberg_catalog="rest",
+            iceberg_uri=rest.uri,
+            iceberg_warehouse=folder.as_uri(),
+            iceberg_credential=SecretStr(credential),
+            data_dir=folder,
+        )
+    )
+
+
+def test_export_and_upkeep_on_rest(tiles: Tiles, rest: RestServer, catalog: Catalog, warehouse: Path) -> None:
+    remote = platform(rest, warehouse).catalog()
+    assert rest.asked[1][1:3] == ("/v1/config", {"warehouse": [warehouse.as_uri()]})
+    tiles.add(WATCH, [watch(1, DAY, 100)])
+    assert days_to_export(tiles.engine, remote, WATCH) == [DAY]
+    assert export_day(tiles.engine, remote, WATCH, DAY).status == "written"
+    assert export_day(tiles.engine, remote, WATCH, DAY).status == "unchanged"
+    tiles.add(WATCH, [watch(2, DAY, 200)])
+    other = DAY + timedelta(days=1)
+    tiles.add(WATCH, [watch(1, other, 300)])
+    # Two days at once: one of the commits is refused with 409 and made again.
+    with ThreadPoolExecutor(2) as pool:
+        done = pool.map(
+            lambda day: export_day(tiles.engine, platform(rest, warehouse).catalog(), WATCH, day),
+            (DAY, other),
+        )
+        assert {report.status for report in done} == {"written"}
+    expected = [watch(1, DAY, 100), watch(1, other, 300), watch(2, DAY, 200)]
+    assert table_rows(remote, WATCH) == expected == table_rows(catalog, WATCH)
+    report = maintain(remote, WATCH, now=later(), keep_snapshots=KEEP)
+    assert report.snapshots_expired > 0
+    assert table_rows(remote, WATCH) == expected
+
+
+def test_a_credential_that_is_refused(rest: RestServer, tmp_path: Path) -> None:
+    with pytest.raises(CatalogUnavailable, match=rf"the Iceberg catalog {rest.uri} .*refuses us") as caught:
+        platform(rest, tmp_path, "prefs:wrong").catalog()
+    assert "wrong" not in str(caught.value)
