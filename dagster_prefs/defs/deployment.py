@@ -113,7 +113,7 @@ def build(platform: Platform) -> dg.Definitions:
     """The checks of the `deployments` asset, and the job and schedule that evaluate them."""
 
     @dg.multi_asset_check(
-        name="deployment",
+        name="deployment_checks",
         specs=[
             dg.AssetCheckSpec(DRIFT, asset=KEY, description="Every relation is deployed as its model says."),
             dg.AssetCheckSpec(
