@@ -71,6 +71,7 @@ def test_no_secret_is_written_down() -> None:
     import yaml
 
     storage = yaml.safe_load(CONFIG.read_text())["storage"]["postgres"]["postgres_db"]
+    assert storage.pop("scheme") == "postgresql+psycopg2"
     assert storage == {
         key: {"env": f"DAGSTER_PG_{name}"}
         for key, name in {
