@@ -75,12 +75,14 @@ class Wire:
         self._client = client
         self._plan = plan
         self.calls = 0
+        self.sizes: list[int] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._client, name)
 
     def transact_write_items(self, **request: Any) -> Any:
         self.calls += 1
+        self.sizes.append(len(request["TransactItems"]))
         return self._plan(lambda: self._client.transact_write_items(**request), self.calls)
 
 
@@ -151,6 +153,27 @@ def test_changes_of_a_key_are_coalesced(store: Any, server: ScriptedRisingWave) 
     report = publish(store, server, wire)
     assert (report.upserts, report.deletes, wire.calls) == (1, 1, 2)
     assert likes(store) == {1: 39}
+
+
+def test_transactions_keep_within_what_dynamodb_takes(
+    store: Any, server: ScriptedRisingWave, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(store, server)
+    moment = server.change({viewer: row(viewer) for viewer in range(12)})
+    monkeypatch.setattr(changefeed, "TRANSACTION_ITEMS", 5)
+    wire = Wire(store.client, lambda send, number: send())
+    publish(store, server, wire)
+    # The lease is one of the actions of each.
+    assert wire.sizes == [6, 6, 3]
+    assert lease(store).token == moment
+    server.change({viewer: row(100 + viewer) for viewer in range(12)})
+    # An item with its key and names weighs 90 bytes or so: two of them fit.
+    monkeypatch.setattr(changefeed, "TRANSACTION_BYTES", 220)
+    wire = Wire(store.client, lambda send, number: send())
+    publish(store, server, wire)
+    # Those of the token's own moment come again, and a later value of the same viewer replaces them.
+    assert max(wire.sizes) == 3
+    assert likes(store) == wanted(server)
 
 
 def test_a_row_that_moves_within_the_view_keeps_its_item(store: Any, server: ScriptedRisingWave) -> None:
