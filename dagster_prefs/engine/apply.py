@@ -277,13 +277,8 @@ class _Apply:
         """Clear what an apply of other models built and never swapped in."""
         if self.streaming:
             self._wait_until_created(journal)
-            catalog = self._catalog()
-            left = {name for name in catalog.objects if name.endswith(journal.suffix)}
-            while left:
-                free = sorted(name for name in left if not catalog.readers([name]) & left)
-                for name in free:
-                    self._drop(name, "the unfinished relation")
-                left -= set(free)
+            left = [name for name in self._catalog().objects if name.endswith(journal.suffix)]
+            self._drop_all(left, "the unfinished relation")
         self._settle(journal)
         self._forget(journal)
 
@@ -292,25 +287,29 @@ class _Apply:
         self._wait_until_created(journal)
         catalog = self._catalog()
         records, _ = read_records(self.connection, self.engine, catalog)
-        for name, _kind in reversed(journal.closure):
-            record = records.get(journal.beside(name))
-            if record is None or record.state != "deployed":
-                for reader in (*catalog.readers([journal.beside(name)]), journal.beside(name)):
-                    if reader.endswith(journal.suffix):
-                        self._drop(reader, "the unfinished relation")
+        unrecorded = [
+            name
+            for name in map(journal.beside, dict(journal.closure))
+            if name in catalog.objects and (name not in records or records[name].state != "deployed")
+        ]
+        self._drop_all([*unrecorded, *catalog.readers(unrecorded)], "the unfinished relation")
 
     def _drop_orphans(self, journal: _Journal) -> None:
-        if not journal.drop:
-            return
-        catalog = self._catalog()
-        left = set(journal.drop)
-        with self._one_change():
-            while left:
-                free = sorted(name for name in left if not catalog.readers([name]) & left)
-                for name in free:
-                    self._drop(name, "the orphaned relation")
+        if journal.drop:
+            with self._one_change():
+                self._drop_all(journal.drop, "the orphaned relation")
+                for name in journal.drop:
                     self._forget_record(name)
-                left -= set(free)
+
+    def _drop_all(self, names: Sequence[str], what: str) -> None:
+        """Drop relations, those that stand on others of them first."""
+        catalog = self._catalog()
+        left = set(names)
+        while left:
+            free = sorted(name for name in left if not catalog.readers([name]) & left)
+            for name in free:
+                self._drop(name, what)
+            left -= set(free)
 
     def _drop(self, name: str, what: str) -> None:
         there = self._catalog().objects.get(name)
@@ -418,8 +417,8 @@ class _Apply:
     def _record(self, plan: Plan, name: str) -> None:
         model = plan.models[name]
         self._execute(
-            "update {} set checksum = %s, source_checksum = %s, definition = %s, state = 'deployed', deployed_at = now()"
-            " where relation = %s",
+            "update {} set checksum = %s, source_checksum = %s, definition = %s, state = 'deployed',"
+            " deployed_at = now() where relation = %s",
             self._records,
             values=(model.checksum, model.source_checksum, redacted(model.sql), name),
         )

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -501,20 +501,18 @@ def _with_readers(
     here = {relation.name, *standing}
     ordered = [name for name in models if name in standing]
     sinks = tuple(name for name in ordered if models[name].kind in ("sink", "subscription"))
-    return RelationPlan(
-        **{
-            **{name: getattr(relation, name) for name in ("name", "kind", "action", "how", "why", "diff", "add_columns")},
-            "views": tuple(name for name in ordered if name not in sinks),
-            "sinks": sinks,
-            "attributes": tuple(
-                f"{model.domain}.{column}"
-                for model in models.values()
-                if model.domain and model.name in here
-                for column in model.columns
-            ),
-            "consumers": tuple(name for name, read in exposures.items() if here & set(read)),
-        }
-    )  # fmt: skip
+    return replace(
+        relation,
+        views=tuple(name for name in ordered if name not in sinks),
+        sinks=sinks,
+        attributes=tuple(
+            f"{model.domain}.{column}"
+            for model in models.values()
+            if model.domain and model.name in here
+            for column in model.columns
+        ),
+        consumers=tuple(name for name, read in exposures.items() if here & set(read)),
+    )
 
 
 def _descendants(models: Mapping[str, Model], names: Collection[str]) -> set[str]:
