@@ -21,4 +21,6 @@ alarm_topic_arns = ["arn:aws:sns:eu-central-1:123456789012:prefs-alarms"]
 platform_environment = {
   PREFS_ENGINE_HOST     = "risingwave.prefs.internal"
   PREFS_KAFKA_BOOTSTRAP = "kafka-1.prefs.internal:9092,kafka-2.prefs.internal:9092"
+  # Windows of all viewers would else roll over in one second; docs/scale.md says how much spread a size needs.
+  PREFS_EXPIRY_SPREAD_SECONDS = "3600"
 }

@@ -5,6 +5,7 @@ locals {
     serving-reader   = "Reads profile items by viewer: the recommendation service."
     freshness-reader = "Compares samples of the items with the views, and reads the snapshots' metadata."
     provisioner      = "Compares the table with the contract; it cannot change it."
+    eraser           = "Finds and deletes the items of one viewer, for a person who runs an erasure."
   }
 
   actor_policies = {
@@ -13,6 +14,7 @@ locals {
     serving-reader   = data.aws_iam_policy_document.serving_reader.json
     freshness-reader = data.aws_iam_policy_document.freshness_reader.json
     provisioner      = data.aws_iam_policy_document.provisioner.json
+    eraser           = data.aws_iam_policy_document.eraser.json
   }
 
   account_trust = { service_accounts = [], ec2 = false, principals = [local.account_id], external_id = null }
@@ -332,5 +334,37 @@ data "aws_iam_policy_document" "provisioner" {
       "dynamodb:ListTagsOfResource",
     ]
     resources = [local.table_arn]
+  }
+}
+
+# The training tables are rewritten with the exporter's policy, which an erasure needs beside this one.
+data "aws_iam_policy_document" "eraser" {
+  statement {
+    sid = "DeleteItemsOfViewer"
+    # A query finds items of every domain, those of former contracts too.
+    actions = [
+      "dynamodb:DeleteItem",
+      "dynamodb:DescribeContinuousBackups",
+      "dynamodb:DescribeTable",
+      "dynamodb:DescribeTimeToLive",
+      "dynamodb:ListTagsOfResource",
+      "dynamodb:Query",
+    ]
+    resources = [local.table_arn]
+  }
+
+  dynamic "statement" {
+    for_each = local.has_key ? [local.key_arn] : []
+    content {
+      sid       = "UseKeyThroughDynamoDB"
+      actions   = ["kms:Decrypt", "kms:DescribeKey", "kms:Encrypt", "kms:GenerateDataKey", "kms:ReEncryptFrom", "kms:ReEncryptTo"]
+      resources = [statement.value]
+
+      condition {
+        test     = "StringEquals"
+        variable = "kms:ViaService"
+        values   = [local.dynamodb_service]
+      }
+    }
   }
 }

@@ -211,7 +211,8 @@ variable "iceberg_namespace" {
 
 variable "trust" {
   description = <<-EOT
-    Who may take each actor's role (sink-writer, exporter, serving-reader, freshness-reader, provisioner):
+    Who may take each actor's role (sink-writer, exporter, serving-reader, freshness-reader,
+    provisioner, eraser):
     service_accounts "namespace:name" of the EKS cluster (IRSA; needs eks_oidc_provider_arn), ec2 instances
     (an instance profile is made), principals (12-digit account ids, or ARNs of accounts, roles or users), with
     external_id demanded of the principals where it is set. An actor that is left out trusts this account: its
@@ -227,8 +228,8 @@ variable "trust" {
   nullable = false
 
   validation {
-    condition     = length(setsubtract(keys(var.trust), ["sink-writer", "exporter", "serving-reader", "freshness-reader", "provisioner"])) == 0
-    error_message = "trust names an unknown actor (${join(", ", setsubtract(keys(var.trust), ["sink-writer", "exporter", "serving-reader", "freshness-reader", "provisioner"]))}): the actors are sink-writer, exporter, serving-reader, freshness-reader and provisioner."
+    condition     = length(setsubtract(keys(var.trust), ["sink-writer", "exporter", "serving-reader", "freshness-reader", "provisioner", "eraser"])) == 0
+    error_message = "trust names an unknown actor (${join(", ", setsubtract(keys(var.trust), ["sink-writer", "exporter", "serving-reader", "freshness-reader", "provisioner", "eraser"]))}): the actors are sink-writer, exporter, serving-reader, freshness-reader, provisioner and eraser."
   }
 
   validation {

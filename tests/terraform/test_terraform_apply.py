@@ -23,15 +23,17 @@ from pyiceberg.catalog import Catalog
 from pyiceberg.table import Table
 from terraform_harness import CONTRACT, CREDENTIALS, ROOT, Applied, clean_environment, recorded_requests
 
-from dagster_prefs.freshness.online import ItemAccess
+from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.offline.catalog import open_catalog
 from dagster_prefs.offline.tables import GENRE, INTERACTIONS, WATCH, arrow_schema, ensure_table
+from dagster_prefs.online.access import ItemAccess
 from dagster_prefs.online.contract import load_contract
 from dagster_prefs.online.tables import TableError, TableReport, dynamodb_client, provision
+from dagster_prefs.online.withdraw import ViewerItems
 from dagster_prefs.serving.profiles import ProfileClient
 from dagster_prefs.settings import known_variables
 
-ACTORS = ("sink-writer", "exporter", "serving-reader", "freshness-reader", "provisioner")
+ACTORS = ("sink-writer", "exporter", "serving-reader", "freshness-reader", "provisioner", "eraser")
 ACCOUNT = "123456789012"
 REGION = "eu-central-1"
 TABLE = f"arn:aws:dynamodb:{REGION}:{ACCOUNT}:table/staging-viewer_profiles"
@@ -44,6 +46,7 @@ KEY = "the customer key"
 # Of the rows that tests write by themselves: before the first day that the platform exports.
 DAY = date(2020, 1, 2)
 READERS = {"serving-reader", "freshness-reader"}
+DESCRIBERS = {"sink-writer", "freshness-reader", "provisioner", "eraser"}
 KEYS_ONLY = {
     "dynamodb:Attributes": ["viewer_id", "domain_key"],
     "dynamodb:Select": "SPECIFIC_ATTRIBUTES",
@@ -298,11 +301,12 @@ def test_state_holds_no_secret(applied: Applied) -> None:
 
 # Every request once: (action, resource, condition keys) and the actors that may make it. All others may not.
 REQUESTS: list[tuple[str, str, dict[str, Any], set[str]]] = [
-    ("dynamodb:DescribeTable", TABLE, {}, {"sink-writer", "freshness-reader", "provisioner"}),
-    ("dynamodb:DescribeContinuousBackups", TABLE, {}, {"sink-writer", "freshness-reader", "provisioner"}),
+    ("dynamodb:DescribeTable", TABLE, {}, DESCRIBERS),
+    ("dynamodb:DescribeContinuousBackups", TABLE, {}, DESCRIBERS),
     ("dynamodb:BatchWriteItem", TABLE, {"dynamodb:LeadingKeys": ["7"]}, {"sink-writer"}),
     ("dynamodb:PutItem", TABLE, {"dynamodb:LeadingKeys": ["7"]}, {"sink-writer"}),
-    ("dynamodb:DeleteItem", TABLE, {"dynamodb:LeadingKeys": ["7"]}, {"sink-writer"}),
+    ("dynamodb:DeleteItem", TABLE, {"dynamodb:LeadingKeys": ["7"]}, {"sink-writer", "eraser"}),
+    ("dynamodb:Query", TABLE, {"dynamodb:LeadingKeys": ["7"]}, {"eraser"}),
     ("dynamodb:GetItem", TABLE, {"dynamodb:LeadingKeys": ["7"]}, {"serving-reader"}),
     ("dynamodb:BatchGetItem", TABLE, {"dynamodb:LeadingKeys": ["7", "-8"]}, READERS),
     ("dynamodb:Scan", TABLE, KEYS_ONLY, {"freshness-reader"}),
@@ -313,10 +317,10 @@ REQUESTS: list[tuple[str, str, dict[str, Any], set[str]]] = [
     ("dynamodb:Scan", TABLE, {}, set()),
     *[
         (f"dynamodb:{action}", TABLE, {"dynamodb:LeadingKeys": ["7"]}, set())
-        for action in ("UpdateItem", "Query", "PartiQLSelect", "PartiQLUpdate")
+        for action in ("UpdateItem", "PartiQLSelect", "PartiQLUpdate")
     ],
-    ("dynamodb:DescribeTimeToLive", TABLE, {}, {"sink-writer", "freshness-reader", "provisioner"}),
-    ("dynamodb:ListTagsOfResource", TABLE, {}, {"sink-writer", "freshness-reader", "provisioner"}),
+    ("dynamodb:DescribeTimeToLive", TABLE, {}, DESCRIBERS),
+    ("dynamodb:ListTagsOfResource", TABLE, {}, DESCRIBERS),
     *[
         (f"dynamodb:{action}", TABLE, {}, set())
         for action in ("CreateTable", "DeleteTable", "UpdateTable", "UpdateContinuousBackups",
@@ -364,13 +368,13 @@ REQUESTS: list[tuple[str, str, dict[str, Any], set[str]]] = [
     ("glue:GetDatabase", f"{GLUE}:database/prod_training", {}, set()),
     ("glue:GetTable", f"{GLUE}:table/prod_training/tiles", {}, set()),
     ("glue:UpdateTable", f"{GLUE}:table/prod_training/tiles", {}, set()),
-    ("kms:Decrypt", KEY, VIA_DYNAMODB, {"sink-writer", "serving-reader", "freshness-reader"}),
+    ("kms:Decrypt", KEY, VIA_DYNAMODB, {"sink-writer", "serving-reader", "freshness-reader", "eraser"}),
     ("kms:Decrypt", KEY, VIA_S3, {"exporter", "freshness-reader"}),
     ("kms:Decrypt", KEY, {"kms:ViaService": "s3.us-east-1.amazonaws.com"}, set()),
     ("kms:Decrypt", KEY, {}, set()),
-    ("kms:Encrypt", KEY, VIA_DYNAMODB, {"sink-writer"}),
+    ("kms:Encrypt", KEY, VIA_DYNAMODB, {"sink-writer", "eraser"}),
     ("kms:GenerateDataKey", KEY, VIA_S3, {"exporter"}),
-    ("kms:GenerateDataKey", KEY, VIA_DYNAMODB, {"sink-writer"}),
+    ("kms:GenerateDataKey", KEY, VIA_DYNAMODB, {"sink-writer", "eraser"}),
     ("kms:GenerateDataKey", KEY, {}, set()),
     ("kms:Decrypt", f"arn:aws:kms:{REGION}:{ACCOUNT}:key/another", VIA_DYNAMODB, set()),
     *[
@@ -439,6 +443,7 @@ PARTS: dict[str, Callable[[Applied], object]] = {
     "sink-writer": lambda applied: (verified(applied), write_an_item(applied)),
     "serving-reader": lambda applied: read_profiles(applied),
     "freshness-reader": lambda applied: (verified(applied), sample_items(applied), read_metadata(applied)),
+    "eraser": lambda applied: (verified(applied), withdraw_items(applied)),
     "exporter": lambda applied: offline_table(applied).append(
         pa.Table.from_pylist([tile(9)], schema=arrow_schema(offline_table(applied)))
     ),
@@ -456,6 +461,16 @@ def write_an_item(applied: Applied) -> None:
     client = dynamodb_client(applied.endpoint, REGION)
     for write in ({"PutRequest": {"Item": item}}, {"DeleteRequest": {"Key": item}}):
         client.batch_write_item(RequestItems={applied.outputs["table_name"]: [write]})
+
+
+def withdraw_items(applied: Applied) -> None:
+    items = ViewerItems(
+        dynamodb_client(applied.endpoint, REGION), load_contract(ROOT / CONTRACT),
+        applied.outputs["table_name"], -8, datetime.now(UTC),
+    )  # fmt: skip
+    with_sinks = EngineConnection("127.0.0.1", 1, "dev", "root", kind="risingwave")
+    assert items.withdraw(with_sinks, sink_seconds=0) == 1
+    assert items.keys() == []
 
 
 def read_profiles(applied: Applied) -> None:
@@ -476,7 +491,7 @@ def sample_items(applied: Applied) -> None:
     client = dynamodb_client(applied.endpoint, REGION)
     items = ItemAccess(client, load_contract(ROOT / CONTRACT), applied.outputs["table_name"])
     items.get("engagement#watch", [7, 8])
-    items.page("engagement#watch", 5, datetime(2026, 1, 2, tzinfo=UTC))
+    items.page("engagement#watch", 5, 7)
     list(items.pages("engagement#watch"))
 
 
@@ -490,6 +505,9 @@ def test_actor_needs_nothing_that_its_policy_withholds(
 ) -> None:
     """Every request that the platform's code sends for an actor, as the server saw it, is allowed to it."""
     offline_table(applied)
+    if actor == "eraser":
+        item = {"viewer_id": {"N": "-8"}, "domain_key": {"S": "of a former contract"}}
+        applied.client("dynamodb").put_item(TableName=applied.outputs["table_name"], Item=item)
     with recorded_requests(applied.endpoint) as requests:
         PARTS[actor](applied)
     assert_allowed(policies[actor], requests)
@@ -605,8 +623,8 @@ CALLS: list[tuple[str, tuple[str, str], dict[str, str], set[str]]] = [
     (WEB, ("Federated", PROVIDER[1].replace("ABC123", "OTHER")), pod("risingwave:compute"), set()),
     (ROLE, EC2, {}, {"exporter"}),
     (ROLE, ("Service", "lambda.amazonaws.com"), {}, set()),
-    (ROLE, DAGSTER, {}, {"freshness-reader", "provisioner"}),
-    (ROLE, NEIGHBOUR, {}, {"provisioner"}),
+    (ROLE, DAGSTER, {}, {"freshness-reader", "provisioner", "eraser"}),
+    (ROLE, NEIGHBOUR, {}, {"provisioner", "eraser"}),
     (ROLE, PARTNER, {"sts:ExternalId": "ranking"}, {"serving-reader"}),
     (ROLE, PARTNER, {"sts:ExternalId": "guess"}, set()),
     (ROLE, PARTNER, {}, set()),

@@ -41,7 +41,7 @@ run "names_follow_the_environment" {
   }
 
   assert {
-    condition     = length(aws_iam_role.actor) == 5
+    condition     = length(aws_iam_role.actor) == 6
     error_message = "there is not one role per actor"
   }
 
