@@ -18,6 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.csv
 import pyarrow.fs
 import pyarrow.parquet as pq
 from pyiceberg.catalog import Catalog
@@ -363,7 +364,7 @@ class ViewerInTable:
 
 
 def training_sets_holding(viewer_id: int, folders: Sequence[Path]) -> list[Path]:
-    """The training sets (Parquet files with a manifest beside them) below the folders that hold the viewer.
+    """The training sets (files with a manifest beside them) below the folders that hold the viewer.
 
     Raises OfflineError for a folder that does not exist or a training set that cannot be read.
     """
@@ -380,10 +381,18 @@ def training_sets_holding(viewer_id: int, folders: Sequence[Path]) -> list[Path]
 
 def _holds(path: Path, viewer_id: int) -> bool:
     try:
+        batches: Any
+        if path.suffix.lower() == ".csv":
+            only = pa.csv.ConvertOptions(include_columns=["viewer_id"])
+            with pa.csv.open_csv(path, convert_options=only) as batches:
+                return _among(viewer_id, batches)
         with pq.ParquetFile(path) as parquet:
-            batches: Any = parquet.iter_batches(columns=["viewer_id"])
-            return any(pc.any(pc.equal(batch.column(0), viewer_id)).as_py() for batch in batches)
+            return _among(viewer_id, parquet.iter_batches(columns=["viewer_id"]))
     except (pa.ArrowInvalid, OSError) as error:
         raise OfflineError(
             f"the training set {path} cannot be read ({str(error).splitlines()[0]}): remove it, or name other folders"
         ) from error
+
+
+def _among(viewer_id: int, batches: Any) -> bool:
+    return any(pc.any(pc.equal(batch.column(0), viewer_id)).as_py() for batch in batches)

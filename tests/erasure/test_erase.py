@@ -488,6 +488,11 @@ def test_training_sets_outside_are_named(tmp_path: Any) -> None:
         path.parent.mkdir(exist_ok=True)
         pq.write_table(pa.table({"viewer_id": viewers}), path)
         path.with_name(path.name + ".manifest.json").write_text("{}")
-    assert training_sets_holding(VIEWER, [tmp_path]) == [tmp_path / "with.parquet"]
+    for name, viewer in (("text", VIEWER), ("text-without", 1)):
+        path = tmp_path / f"{name}.csv"
+        path.write_text(f"label,viewer_id\na,2\nb,{viewer}\n")
+        path.with_name(path.name + ".manifest.json").write_text("{}")
+    held = [tmp_path / "text.csv", tmp_path / "with.parquet"]
+    assert training_sets_holding(VIEWER, [tmp_path]) == held
     with pytest.raises(Exception, match="no folder of training sets"):
         training_sets_holding(VIEWER, [tmp_path / "nowhere"])

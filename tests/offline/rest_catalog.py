@@ -135,7 +135,8 @@ def rest_server(catalog: Catalog, credential: str) -> Iterator[RestServer]:
                         catalog.commit_table(table, commit.requirements, commit.updates)
                     except ValueError as error:
                         # Iceberg's own server tells who was overtaken by another branch to try again.
-                        assert "sequence number" in str(error)
+                        if "sequence number" not in str(error):
+                            raise
                         raise CommitFailedException(str(error)) from error
                     return 200, self._table((namespace, name))
             return 400, {"error": {"message": f"{self.command} {path}", "type": "BadRequest", "code": 400}}
