@@ -58,19 +58,26 @@ class World:
         self.running.append(process)
         return process
 
-    def watch(self, viewer_id: int, seconds: int, at: datetime) -> None:
+    def watch(self, seconds: Mapping[int, int], at: datetime) -> None:
+        """Each of these viewers watches for so many seconds; visible in the views on return."""
         from oracle import Message
         from relations import insert_events
 
-        self.events += 1
-        body = {
-            "event_id": f"e{self.events}", "viewer_id": viewer_id, "content_id": "c", "genre": "drama",
-            "watch_duration_sec": seconds, "completion_pct": 0.95, "watched_at": at.isoformat(),
-        }  # fmt: skip
         arrived = round(datetime.now(UTC).timestamp() * 1_000_000)
-        message = Message("view_events", "test", 0, self.events, json.dumps(body).encode(), None, arrived)
+        messages = []
+        for viewer_id, watched in seconds.items():
+            self.events += 1
+            body = {
+                "event_id": f"e{self.events}", "viewer_id": viewer_id, "content_id": "c", "genre": "drama",
+                "watch_duration_sec": watched, "completion_pct": 0.95, "watched_at": at.isoformat(),
+            }  # fmt: skip
+            data = json.dumps(body).encode()
+            messages.append(Message("view_events", "test", 0, self.events, data, None, arrived))
         with self.engine.connect() as connection:
-            insert_events(connection, [message])
+            # One wait for the next barrier at the end instead of one for every row.
+            connection.execute("set rw_implicit_flush to false")
+            insert_events(connection, messages)
+            connection.execute("flush")
 
     def view(self) -> dict[tuple[int, str], dict[str, Any]]:
         """What the rolling views hold, by viewer and domain."""
@@ -177,8 +184,7 @@ def world(shell_environment: Mapping[str, str], tmp_path_factory: pytest.TempPat
 
 def test_a_follower_that_is_killed_and_one_that_follows_it(world: World) -> None:
     now = datetime.now(UTC)
-    for viewer in range(1, 6):
-        world.watch(viewer, 60 * viewer, now)
+    world.watch({viewer: 60 * viewer for viewer in range(1, 6)}, now)
     first = world.prefs("publish", "--follow")
     world.until(lambda: len(world.items()) == 10 and world.items() == world.view(), "the first items")
 
@@ -186,13 +192,12 @@ def test_a_follower_that_is_killed_and_one_that_follows_it(world: World) -> None
     expiry = datetime.now(UTC) + timedelta(seconds=90)
     leaver = (expiry.hour * 60 + expiry.minute) * 60 + expiry.second
     oldest = datetime(expiry.year, expiry.month, expiry.day, 12, tzinfo=UTC) - timedelta(days=29)
-    world.watch(leaver, 600, oldest)
+    world.watch({leaver: 600}, oldest)
     world.until(lambda: (leaver, "engagement#watch") in world.items(), "the item that will expire")
 
     # Killed in the middle of changes, and the next one goes on from where the token is.
     for round_ in range(3):
-        for viewer in range(1, 4):
-            world.watch(viewer, 30 + round_, now)
+        world.watch(dict.fromkeys(range(1, 4), 30 + round_), now)
         if round_ == 1:
             first.send_signal(signal.SIGKILL)
             first.wait(30)
@@ -214,8 +219,7 @@ def test_a_follower_that_is_killed_and_one_that_follows_it(world: World) -> None
 
 def test_a_token_that_is_too_old_leaves_no_stale_item(world: World) -> None:
     now = datetime.now(UTC)
-    world.watch(1, 10, now)
-    world.watch(40, 20, now)
+    world.watch({1: 10, 40: 20}, now)
     alien = {"viewer_id": {"N": "41"}, "domain_key": {"S": "engagement#watch"}, "last_event_at": {"N": "1"}}
     world.client.put_item(TableName=world.table, Item=alien)
     for key in load_contract().domains:
@@ -235,7 +239,7 @@ def test_a_token_that_is_too_old_leaves_no_stale_item(world: World) -> None:
     assert (40, "engagement#watch") in world.items()
 
     # The next one goes on from the token, and finds what happened in between.
-    world.watch(40, 20, now)
+    world.watch({40: 20}, now)
     again = world.prefs("publish", "--json")
     answer, told = again.communicate(timeout=PATIENCE_SECONDS)
     assert again.returncode == 0, told
