@@ -217,9 +217,9 @@ class Comparison:
         rows = self.connection.execute(
             sql.SQL(
                 "select viewer_id from {} where viewer_id is not null"
-                " order by last_event_at desc, viewer_id limit %s"
-            ).format(self.relation),
-            [CANDIDATES * sample],
+                " order by last_event_at desc, viewer_id limit {}"
+                # RisingWave takes no parameter here.
+            ).format(self.relation, sql.Literal(CANDIDATES * sample))
         ).fetchall()
         return sorted((viewer for (viewer,) in rows), key=key_hash)[:sample]
 

@@ -140,9 +140,10 @@ class _Reconciliation:
             rows = self.sides.connection.execute(
                 sql.SQL(
                     "select viewer_id from {} where viewer_id > coalesce(%s::bigint, viewer_id - 1)"
-                    " order by viewer_id limit %s"
-                ).format(self.sides.relation),
-                [after, CHUNK],
+                    " order by viewer_id limit {}"
+                    # RisingWave takes no parameter here.
+                ).format(self.sides.relation, sql.Literal(CHUNK)),
+                [after],
             ).fetchall()
             if not rows:
                 return
