@@ -845,6 +845,7 @@ def alerts_test() -> None:
     help="Parquet or CSV file, or Iceberg table, to write; by default <labels>.training.parquet.",
 )
 @click.option("--manifest", type=click.Path(path_type=Path), help="By default <output>.manifest.json.")
+@click.option("--tag", help="Tag the tile snapshots, so that the set stays reproducible.")
 @click.option("--timezone", help="Zone of label times that have none, e.g. UTC.")
 @click.option("--as-known", is_flag=True, help="Never use a tile version written after the label's time.")
 @click.option(
@@ -858,6 +859,7 @@ def training_set(
     labels: str | None,
     output: str | None,
     manifest: Path | None,
+    tag: str | None,
     timezone: str | None,
     as_known: bool,
     print_sql: Literal["trino", "spark", "athena"] | None,
@@ -886,6 +888,7 @@ def training_set(
         timezone=timezone,
         as_known=as_known,
         manifest=manifest,
+        tag=tag,
         namespace=platform.settings.iceberg_namespace,
     )
     console.print(

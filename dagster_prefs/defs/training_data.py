@@ -27,6 +27,7 @@ class TrainingSetConfig(dg.Config):
 
     labels: str
     output: str
+    tag: str | None = None
     timezone: str | None = None
     as_known: bool = False
 
@@ -169,6 +170,7 @@ def training_set_asset(
             config.output,
             now=clock(),
             contract_version=platform.contract.version,
+            tag=config.tag,
             timezone=config.timezone,
             as_known=config.as_known,
             namespace=platform.settings.iceberg_namespace,

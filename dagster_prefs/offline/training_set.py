@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -20,8 +21,10 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 from pyiceberg.catalog import Catalog
+from pyiceberg.exceptions import CommitFailedException
 from pyiceberg.manifest import DataFile, ManifestContent
 from pyiceberg.table import Table
+from pyiceberg.table.refs import SnapshotRefType
 from pyiceberg.table.snapshots import Snapshot
 from pyiceberg.types import TimestamptzType
 
@@ -44,10 +47,15 @@ from dagster_prefs.offline.windows import (
 MANIFEST_VERSION = 1
 DEFAULT_MEMORY = "1GB"
 FOREVER = 2**62
+TAG_ATTEMPTS = 8
 
 
 class SnapshotExpired(OfflineError):
     """A version of the tiles that is needed is no longer kept."""
+
+
+class TagTaken(OfflineError):
+    """The name for the tile snapshots of a training set is that of others."""
 
 
 class NotReproducible(OfflineError):
@@ -86,6 +94,7 @@ def build_training_set(
     timezone: str | None = None,
     as_known: bool = False,
     manifest: Path | None = None,
+    tag: str | None = None,
     namespace: str = DEFAULT_NAMESPACE,
     memory: str = DEFAULT_MEMORY,
 ) -> TrainingSet:
@@ -94,16 +103,20 @@ def build_training_set(
     `labels` is a Parquet or CSV file or an Iceberg table with `viewer_id`, `label_time` and any other columns
     (see `read_labels`); `output` is a `.parquet` or `.csv` file or an Iceberg table `namespace.table`. `manifest`
     (`<output>.manifest.json` by default) gets tile snapshots, versions of contract and code, and fingerprints, from
-    which `reproduce_training_set` gets the same rows. `memory` bounds the join; it spills to disk beyond. A viewer
-    without history gets cold-start values: zero counts, empty lists, NULL rates.
+    which `reproduce_training_set` gets the same rows; `tag` is set on the tile snapshots, which upkeep then keeps.
+    `memory` bounds the join; it spills to disk beyond. A viewer without history gets cold-start values: zero counts,
+    empty lists, NULL rates.
 
-    Raises LabelsRefused, OutputRefused, TableMissing, SnapshotExpired (`as_known` before the kept history), or
-    another OfflineError; an existing output is replaced only in the end.
+    Raises LabelsRefused, OutputRefused, TagTaken, TableMissing, SnapshotExpired (`as_known` before the kept
+    history), or another OfflineError; an existing output is replaced only in the end.
     """
     snapshots: dict[str, int | None] = {}
     for spec, _ in sources():
         with explained(f"the table {namespace}.{spec.name}"):
-            current = catalog.load_table(spec.identifier(namespace)).current_snapshot()
+            table = catalog.load_table(spec.identifier(namespace))
+            current = table.current_snapshot()
+            if tag and current:
+                _set_tag(table, tag, current.snapshot_id)
         snapshots[spec.name] = current.snapshot_id if current else None
     manifest = manifest or Path(f"{output}.manifest.json")
     with explained(f"the manifest {manifest}"), whole_file(manifest) as partial:
@@ -329,6 +342,23 @@ def _load_points(session: duckdb.DuckDBPyConnection, table: pa.Table) -> tuple[d
 
 def _oldest_label(session: duckdb.DuckDBPyConnection) -> int:
     return int(_one(session, "select min(known_at) from points")[0])
+
+
+def _set_tag(table: Table, tag: str, snapshot_id: int) -> None:
+    """Tag a snapshot; again is fine. Raises TagTaken where the name is a branch or that of another snapshot."""
+    for _ in range(TAG_ATTEMPTS):
+        held = table.refs().get(tag)
+        if held is not None:
+            if held.snapshot_id == snapshot_id and held.snapshot_ref_type == SnapshotRefType.TAG:
+                return
+            raise TagTaken(
+                f"{'.'.join(table.name())} has {tag} for snapshot {held.snapshot_id} already: choose another name"
+            )
+        # Others commit to the table all day; a tag disturbs none of them.
+        with suppress(CommitFailedException):
+            table.manage_snapshots().create_tag(snapshot_id, tag).commit()
+        table.refresh()
+    raise TagTaken(f"{'.'.join(table.name())} changed while it was tagged {TAG_ATTEMPTS} times: run it again")
 
 
 def _snapshot(table: Table, snapshot_id: int | None) -> Snapshot | None:

@@ -29,6 +29,7 @@ from dagster_prefs.offline.catalog import (
 )
 from dagster_prefs.offline.export import export_day
 from dagster_prefs.offline.labels import LabelsRefused, read_labels
+from dagster_prefs.offline.maintenance import maintain
 from dagster_prefs.offline.outputs import OutputRefused
 from dagster_prefs.offline.tables import (
     GENRE,
@@ -42,6 +43,7 @@ from dagster_prefs.offline.tables import (
 from dagster_prefs.offline.training_set import (
     NotReproducible,
     SnapshotExpired,
+    TagTaken,
     TrainingSet,
     build_training_set,
     print_training_sql,
@@ -233,6 +235,21 @@ def test_expired_snapshots_are_named(catalog: Catalog, tmp_path: Path) -> None:
     with pytest.raises(SnapshotExpired, match="older snapshots have expired"):
         build(catalog, labels, tmp_path, as_known=True)
     assert not (tmp_path / "again.parquet").exists()
+
+
+def test_a_tagged_set_outlives_upkeep(catalog: Catalog, tmp_path: Path) -> None:
+    fill(catalog, {WATCH.name: [watch(1, DAY, 600)]})
+    labels = write_labels(tmp_path, [(1, at(DAY + timedelta(days=1)))])
+    made, before = build(catalog, labels, tmp_path, tag="model-7")
+    assert build(catalog, labels, tmp_path, tag="model-7")[1] == before
+    fill(catalog, {WATCH.name: [watch(2, DAY, 600)]})
+    with pytest.raises(TagTaken, match=rf"has model-7 for snapshot {made.snapshots[WATCH.name]} already"):
+        build(catalog, labels, tmp_path, tag="model-7")
+    with pytest.raises(TagTaken, match="has main for snapshot"):
+        build(catalog, labels, tmp_path, tag="main")
+    maintain(catalog, WATCH, now=datetime.now(UTC) + timedelta(days=60), keep_snapshots=timedelta(days=30))
+    again = reproduce_training_set(catalog, made.manifest, tmp_path / "again.parquet")
+    assert pq.read_table(again.output).to_pylist() == before
 
 
 def test_a_manifest_that_does_not_fit_is_refused(catalog: Catalog, tmp_path: Path) -> None:
