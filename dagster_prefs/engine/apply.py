@@ -351,12 +351,20 @@ class _Apply:
             yield
 
     def _wait_until_created(self, journal: _Journal) -> None:
+        """A job outlives the session that ordered it, and until it is done it can be neither read nor dropped."""
         if not self.streaming:
             return
         self.connection.execute("flush")
-        while self.connection.execute(
-            "select 1 from rw_catalog.rw_ddl_progress where strpos(ddl_statement, %s) > 0", [journal.suffix]
-        ).fetchone():
+        told = False
+        while waiting := self.connection.execute(
+            "select j.name from rw_catalog.rw_streaming_jobs as j"
+            " join rw_catalog.rw_databases as d on d.id = j.database_id"
+            " where d.name = %s and j.status <> 'CREATED' and strpos(j.name, %s) > 0",
+            (self.engine.database, journal.suffix),
+        ).fetchall():
+            if not told:
+                self.on_step(f"wait until {', '.join(sorted(name for (name,) in waiting))} is created")
+                told = True
             time.sleep(_POLL_SECONDS)
 
     # --- the record in the engine ---

@@ -35,6 +35,7 @@ TILE_CONTRACT = "models/engagement/viewer_watch_metrics_1d.yml"
 ROLLING = "models/engagement/viewer_engagement_rolling.sql"
 ROLLING_CONTRACT = "models/engagement/viewer_engagement_rolling.yml"
 ROLLING_VIEW = "viewer_engagement_rolling"
+WATCHED = ("view_events_parsed", "view_events", "viewer_watch_metrics_1d", ROLLING_VIEW, "tile_fingerprints")
 FINGERPRINTS = "models/operations/tile_fingerprints.sql"
 
 
@@ -84,13 +85,7 @@ class Deployment:
 def deployment(deployed: EngineConnection, dbt_on: DbtOn, workshop: Workshop) -> Deployment:
     with deployed.connect() as connection:
         insert_events(connection, [watch(n, n % 2, MIDNIGHT) for n in range(4)])
-        for view in (
-            "view_events_parsed",
-            "view_events",
-            "viewer_watch_metrics_1d",
-            ROLLING_VIEW,
-            "tile_fingerprints",
-        ):
+        for view in WATCHED:
             connection.execute(f"refresh materialized view {view}")
     return Deployment(deployed, dbt_on(deployed, workshop.folder))
 
@@ -333,6 +328,24 @@ def test_the_check_reports_drift_stranded_readers_and_leftovers(
         "no_stranded_relations": (True, []),
         "no_leftovers": (False, ["items__next_0123abcd"]),
     }
+
+
+def test_the_store_publishes_what_the_view_became(
+    deployment: Deployment, aws_endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", aws_endpoint)
+    platform = Platform(load_settings())
+    platform.engine = deployment.engine
+    store = deployment_checks.ProfileStore(platform)
+    store.prepare()
+    assert store.settle(ROLLING_VIEW) == "watch: 2 upserts, 0 deletes"
+    deployment.run(
+        "delete from raw_view_events where source_offset % 2 = 1",
+        *(f"refresh materialized view {view}" for view in WATCHED),
+    )
+    assert store.settle(ROLLING_VIEW) == "watch: 0 upserts, 1 deletes"
+    items = platform.dynamodb().scan(TableName="viewer_profiles")["Items"]
+    assert [(item["viewer_id"]["N"], item["watch_minutes_28d"]["N"]) for item in items] == [("0", "2")]
 
 
 def test_the_commands_say_and_do_it(
