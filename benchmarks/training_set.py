@@ -20,6 +20,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -70,6 +71,8 @@ def prepare(folder: Path, tiles: int, labels: int, days: int) -> None:
     plan = {"tiles": tiles, "labels": labels, "days": days}
     if done.is_file() and json.loads(done.read_text()) == plan:
         return
+    # Of another plan, or of a run that did not end.
+    shutil.rmtree(folder / "warehouse", ignore_errors=True)
     catalog = open_catalog("sqlite", str(folder / "warehouse"))
     # Half of all viewers watch on a day, in two genres; a fifth interact.
     viewers = round(tiles / days / (0.5 + 2 * 0.5 + 0.2))
