@@ -78,6 +78,13 @@ def run(dbt: Dbt, *select: str) -> dict[str, NodeResult]:
     return {result.name: result for result in results}
 
 
+def refused(dbt: Dbt, model: str) -> str:
+    """What `dbt run` says of a model that it must refuse."""
+    (result,) = [result for result in dbt.run("run", [model]) if result.name == model]
+    assert result.status == "error", result
+    return result.message
+
+
 def skipped(results: dict[str, NodeResult]) -> bool:
     """Whether a run says of every model that it changed nothing."""
     models = [result for result in results.values() if result.unique_id.startswith("model.")]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient, NewTopic
-from risingwave_server import NO_SERVER, PROJECT, URL, database, rows, run, skipped, until
+from risingwave_server import NO_SERVER, PROJECT, URL, database, refused, rows, run, skipped, until
 
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.engine.dbt import Dbt
@@ -150,7 +150,7 @@ def test_a_topic_made_anew_is_told_apart_and_read_from_its_start(world: World) -
     world.send(topic, [view(f"second life {n}") for n in range(5)])
     names = {**world.topics}
     measured = {
-        measure.target: measure
+        measure.name: measure
         for measure in measure_ingestion(
             world.engine, load_contract(), world.bootstrap, now=datetime.now(UTC), kafka_topics=names, by_id=True
         )
@@ -182,14 +182,14 @@ def test_a_topic_made_anew_is_told_apart_and_read_from_its_start(world: World) -
 
 def test_what_does_not_work_leaves_the_old_feed_at_work(world: World) -> None:
     absent = f"absent-{uuid.uuid4().hex[:8]}"
-    (result,) = world.dbt(PREFS_KAFKA_TOPIC_VIEW_EVENTS=absent).run("run", ["kafka_view_events"])
-    assert result.message == (
+    message = refused(world.dbt(PREFS_KAFKA_TOPIC_VIEW_EVENTS=absent), "kafka_view_events")
+    assert message == (
         f"Kafka has no topic {absent}: create it, or set the name it has there with PREFS_KAFKA_TOPIC_…"
     )
-    (result,) = world.dbt(PREFS_KAFKA_BOOTSTRAP="127.0.0.1:1").run("run", ["kafka_view_events"])
-    assert result.message.startswith("RisingWave gets no answer from Kafka at 127.0.0.1:1: check ")
-    (result,) = world.dbt(PREFS_KAFKA_SASL_MECHANISM="PLAIN").run("run", ["kafka_view_events"])
-    assert "PREFS_KAFKA_SECURITY_PROTOCOL=PLAINTEXT and PREFS_KAFKA_SASL_MECHANISM=PLAIN" in result.message
+    message = refused(world.dbt(PREFS_KAFKA_BOOTSTRAP="127.0.0.1:1"), "kafka_view_events")
+    assert message.startswith("RisingWave gets no answer from Kafka at 127.0.0.1:1: check ")
+    message = refused(world.dbt(PREFS_KAFKA_SASL_MECHANISM="PLAIN"), "kafka_view_events")
+    assert "PREFS_KAFKA_SECURITY_PROTOCOL=PLAINTEXT and PREFS_KAFKA_SASL_MECHANISM=PLAIN" in message
     before = sum(world.sources().values())
     world.send(world.topics["view_events"], [view("the old feed is at work")])
     until(lambda: sum(world.sources().values()) == before + 1, world.sources)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from psycopg import sql
-from test_risingwave_story import PROJECT, URL, server_of
+from risingwave_server import PROJECT, URL, server_of
 
 from dagster_prefs.defs.deployment import review_contract
 from dagster_prefs.engine.apply import PlanError, apply_plan

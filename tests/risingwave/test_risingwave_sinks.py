@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from risingwave_server import NO_SERVER, PROJECT, URL, database, rows, run, skipped, until
+from risingwave_server import NO_SERVER, PROJECT, URL, database, refused, rows, run, skipped, until
 
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.engine.dbt import Dbt
@@ -115,18 +115,18 @@ def world(shell_environment: Mapping[str, str], tmp_path_factory: pytest.TempPat
 def test_a_sink_is_refused_where_it_would_lose_items(world: World) -> None:
     if world.version >= FIRST_GOOD:
         pytest.skip("this server's sinks are good")
-    (result,) = world.dbt(PREFS_RISINGWAVE_OLD_SINKS="").run("run", ["sink_engagement_watch"])
+    message = refused(world.dbt(PREFS_RISINGWAVE_OLD_SINKS=""), "sink_engagement_watch")
     shown = ".".join(map(str, world.version))
-    assert f"is {shown}, and its DynamoDB sink loses throttled writes" in result.message
-    assert "upgrade it, or set PREFS_RISINGWAVE_OLD_SINKS=allow for a trial" in result.message
-    (result,) = world.dbt(PREFS_SINK_RETRIES="3").run("run", ["sink_engagement_watch"])
-    assert f"PREFS_SINK_RETRIES needs RisingWave 3.0.2, and this one is {shown}" in result.message
+    assert f"is {shown}, and its DynamoDB sink loses throttled writes" in message
+    assert "upgrade it, or set PREFS_RISINGWAVE_OLD_SINKS=allow for a trial" in message
+    message = refused(world.dbt(PREFS_SINK_RETRIES="3"), "sink_engagement_watch")
+    assert f"PREFS_SINK_RETRIES needs RisingWave 3.0.2, and this one is {shown}" in message
     assert rows(world.engine, "select name from rw_catalog.rw_sinks") == []
 
 
 def test_a_missing_table_and_one_with_another_key_are_refused(world: World) -> None:
-    (result,) = world.dbt().run("run", ["sink_engagement_watch"])
-    assert result.message.startswith("DynamoDB has no such table for the sink: ")
+    message = refused(world.dbt(), "sink_engagement_watch")
+    assert message.startswith("DynamoDB has no such table for the sink: ")
     assert rows(world.engine, "select name from rw_catalog.rw_sinks") == []
     wrong = f"{world.prefix}wrong_"
     world.client.create_table(
@@ -139,8 +139,8 @@ def test_a_missing_table_and_one_with_another_key_are_refused(world: World) -> N
     with pytest.raises(TableError, match="viewer_profiles"):
         provision(world.client, load_contract(), prefix=wrong)
     if world.version >= FIRST_GOOD:
-        (result,) = world.dbt(PREFS_TABLE_PREFIX=wrong).run("run", ["sink_engagement_watch"])
-        assert result.message.startswith("the DynamoDB table has another key than the contract's")
+        message = refused(world.dbt(PREFS_TABLE_PREFIX=wrong), "sink_engagement_watch")
+        assert message.startswith("the DynamoDB table has another key than the contract's")
 
 
 def test_items_equal_the_views_through_the_story(world: World) -> None:

@@ -3,63 +3,34 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import uuid
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
+from risingwave_server import NO_SERVER, PROJECT, URL, database
 
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.engine.dbt import Dbt
 
-URL = os.environ.get("PREFS_RISINGWAVE_URL", "")
-PROJECT = Path(__file__).resolve().parents[2] / "dbt_project"
-
-pytestmark = pytest.mark.skipif(not URL, reason="PREFS_RISINGWAVE_URL names no RisingWave server")
-
-
-def server_of(url: str) -> EngineConnection:
-    """The server that PREFS_RISINGWAVE_URL names, at its own database."""
-    parts = urlsplit(url)
-    return EngineConnection(
-        host=parts.hostname or "127.0.0.1",
-        port=parts.port or 4566,
-        database=parts.path.strip("/") or "dev",
-        user=parts.username or "root",
-        password=parts.password or "",
-        kind="risingwave",
-    )
+pytestmark = pytest.mark.skipif(not URL, reason=NO_SERVER)
 
 
 @pytest.fixture(scope="module")
 def risingwave() -> Iterator[EngineConnection]:
     """An empty database of the server, dropped afterwards."""
-    server = server_of(URL)
-    name = f"prefs_{uuid.uuid4().hex[:12]}"
-    with server.connect() as connection:
-        connection.execute(f"create database {name}")
-    yield server.with_database(name)
-    with server.connect() as connection:
-        connection.execute(f"drop database {name}")
+    with database() as engine:
+        yield engine
 
 
 @pytest.fixture(scope="module")
-def deployed(risingwave: EngineConnection, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dbt]:
+def deployed(risingwave: EngineConnection, tmp_path_factory: pytest.TempPathFactory) -> Dbt:
     """The project, deployed; what reads the rolling views for DynamoDB is the publisher."""
-    dbt = Dbt(risingwave, PROJECT, tmp_path_factory.mktemp("target"), {"PREFS_PUBLISH": "publisher"})
+    environment = {"PREFS_PUBLISH": "publisher", "PREFS_KAFKA_BOOTSTRAP": ""}
+    dbt = Dbt(risingwave, PROJECT, tmp_path_factory.mktemp("target"), environment)
     results = dbt.run("run")
     assert [f"{result.name}: {result.message}" for result in results if not result.ok] == []
-    yield dbt
-    with risingwave.connect() as connection:
-        for table in (
-            "raw_user_events", "raw_view_events", "raw_content_interactions", "raw_items",
-            "erased_subjects", "ingest_files", "deployments",
-        ):  # fmt: skip
-            connection.execute(f"drop table if exists {table} cascade")
+    return dbt
 
 
 def stream(now: int) -> list[Any]:
