@@ -85,6 +85,6 @@ def _credentials(region: str, role_arn: str | None) -> Any:
         if found is None:
             raise KafkaException("no AWS credentials for MSK: set AWS_PROFILE, AWS_ACCESS_KEY_ID or a role")
         return found.get_frozen_credentials()
-    sts = session.create_client("sts", region_name=region)
+    sts: Any = session.create_client("sts", region_name=region)
     given = sts.assume_role(RoleArn=role_arn, RoleSessionName="dagster-prefs")["Credentials"]
     return ReadOnlyCredentials(given["AccessKeyId"], given["SecretAccessKey"], given["SessionToken"])

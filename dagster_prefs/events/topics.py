@@ -115,10 +115,11 @@ def topic_lives(
             f"{engine.schema}.kafka_topics is not in database {engine.database}: run `dbt run` in dbt_project/"
         ) from None
     known = {str(name): (int(generation), str(noted)) for name, generation, noted in rows}
-    return {
-        name: TopicLife(name, *known.get(name, (1, None)), broker_id=identity)
-        for name, identity in ids.items()
-    }
+    lives = {}
+    for name, identity in ids.items():
+        generation, noted = known.get(name, (1, None))
+        lives[name] = TopicLife(name, generation, noted, identity)
+    return lives
 
 
 def note_topics(
