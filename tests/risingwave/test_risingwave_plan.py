@@ -219,7 +219,7 @@ class Watcher(threading.Thread):
     def run(self) -> None:
         try:
             with self.server.engine.connect() as connection:
-                while not self.stopped.wait(0.02):
+                while not self.stopped.wait(0.1):
                     rows: dict[int, Decimal] = dict(
                         connection.execute(f"select viewer_id, watch_minutes_28d from {ROLLING}").fetchall()
                     )
