@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,15 @@ from dagster_prefs.errors import PrefsError
 
 class NotDeployed(PrefsError):
     """A relation that should be there is not."""
+
+
+def missing_relation(error: psycopg.Error) -> str | None:
+    """What an engine says is missing, when that is what its error means; None for every other error."""
+    if isinstance(error, psycopg.errors.UndefinedTable):
+        return error.diag.message_primary
+    # RisingWave has one error code for all that its binder does not find.
+    found = re.search(r"table or source not found: \S+", str(error))
+    return found.group(0) if found else None
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from confluent_kafka import KafkaError, KafkaException, TopicCollection
 from confluent_kafka.admin import AdminClient
 from psycopg import sql
 
-from dagster_prefs.engine.catalog import NotDeployed
+from dagster_prefs.engine.catalog import NotDeployed, missing_relation
 from dagster_prefs.engine.connection import EngineConnection
 
 # What the id reads where brokers are older than topic ids (2.8).
@@ -109,7 +109,7 @@ def topic_lives(
             (list(ids),),
         ).fetchall()
     except psycopg.errors.DatabaseError as error:
-        if not _is_missing(error):
+        if missing_relation(error) is None:
             raise
         raise NotDeployed(
             f"{engine.schema}.kafka_topics is not in database {engine.database}: run `dbt run` in dbt_project/"
@@ -152,8 +152,3 @@ def note_topics(
 
 def _table(engine: EngineConnection) -> sql.Identifier:
     return sql.Identifier(engine.schema, "kafka_topics")
-
-
-def _is_missing(error: psycopg.Error) -> bool:
-    # RisingWave reports a missing table as an internal error.
-    return isinstance(error, psycopg.errors.UndefinedTable) or "not found: kafka_topics" in str(error)

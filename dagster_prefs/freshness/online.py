@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import psycopg
 from psycopg import sql
 
+from dagster_prefs.engine.catalog import missing_relation
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.freshness.levels import Unmeasurable
 from dagster_prefs.online.access import ItemAccess, StoreUnavailable
@@ -126,11 +127,9 @@ def online_lag(
             return Comparison(connection, engine, client, contract, domain, table, now).run(
                 sample, count_rows, wait
             )
-        except psycopg.errors.UndefinedTable as error:
-            raise Unmeasurable(
-                f"domain {domain.name}: {error.diag.message_primary}: run `dbt build` first"
-            ) from None
         except psycopg.Error as error:
+            if missing := missing_relation(error):
+                raise Unmeasurable(f"domain {domain.name}: {missing}: run `dbt build` first") from None
             raise Unmeasurable(
                 f"domain {domain.name}: the engine failed while reading ({' '.join(str(error).split())}): "
                 "look at its log and run again"

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import psycopg
 from psycopg import sql
 
+from dagster_prefs.engine.catalog import missing_relation
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.events.formats import find_topic
 from dagster_prefs.freshness.levels import Unmeasurable
@@ -254,9 +255,11 @@ def _changed_at(
 def _read(connection: psycopg.Connection[Any], relation: str, statement: sql.Composed) -> tuple[Any, ...]:
     try:
         row: tuple[Any, ...] | None = connection.execute(statement).fetchone()
-    except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn) as error:
+    except psycopg.errors.UndefinedColumn as error:
         raise Unmeasurable(f"{relation}: {error.diag.message_primary}: run `dbt build` first") from None
     except psycopg.Error as error:
+        if missing := missing_relation(error):
+            raise Unmeasurable(f"{relation}: {missing}: run `dbt build` first") from None
         raise Unmeasurable(
             f"{relation}: the engine failed while reading ({' '.join(str(error).split())}): "
             "look at its log and run again"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -102,7 +103,10 @@ class ConnectionPool:
 
     def _open(self) -> Connection:
         connection = self.engine.connect()
-        connection.execute(f"set statement_timeout to '{self.timeout_seconds * 1000:.0f}ms'")
+        # RisingWave takes whole seconds without a unit.
+        seconds = self.timeout_seconds
+        limit = str(math.ceil(seconds)) if self.engine.kind == "risingwave" else f"'{seconds * 1000:.0f}ms'"
+        connection.execute(f"set statement_timeout to {limit}")
         return connection
 
     def _read(self, connection: Connection, read: Callable[[Connection], T]) -> T:
