@@ -102,3 +102,26 @@ def test_events_come_out_as_the_oracle_says_and_a_second_run_is_a_no_op(
             "select id, name, definition from rw_catalog.rw_relations order by id"
         ).fetchall()
     assert after == before
+
+
+def test_what_people_and_services_ask_is_answered(risingwave: EngineConnection, deployed: Dbt) -> None:
+    """The statements of freshness, ranking and rejected messages, which RisingWave reads in its own way."""
+    from datetime import UTC, datetime
+
+    from dagster_prefs.events.rejected import rejected_counts
+    from dagster_prefs.freshness.measures import measure_views
+    from dagster_prefs.online.contract import load_contract
+    from dagster_prefs.serving import PreferenceClient
+
+    now = datetime.now(UTC)
+    with PreferenceClient(risingwave) as client:
+        ranking = client.rank("u1", limit=5, session=True, now=now)
+    with risingwave.connect() as connection:
+        items = connection.execute("select item_id from items").fetchall()
+        rejected = connection.execute("select count(*) from rejected_events").fetchone()
+    assert {item.item_id for item in ranking} <= {item for (item,) in items}
+    assert ranking
+    counted = rejected_counts(risingwave)
+    assert rejected == (sum(sum(reasons.values()) for reasons in counted.values()),)
+    measures = measure_views(risingwave, load_contract(), now=now)
+    assert [f"{measure.name}: {measure.reason}" for measure in measures if measure.level == "unknown"] == []
