@@ -1,0 +1,299 @@
+"""Commands that bring models, contract and data out: plan, apply, publish, export, cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dagster_prefs.cli.root import cli, console, print_json, run_job, table_of
+from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.errors import PrefsError
+from dagster_prefs.settings import load_settings
+
+
+@cli.group()
+def contract() -> None:
+    """The serving contract: tables, domains, attributes and freshness."""
+
+
+@contract.command("build")
+@click.option("--check", is_flag=True, help="Write nothing; exit 1 when the file is out of date.")
+def contract_build(check: bool) -> None:
+    """Generate from the dbt project what the code reads: contract.json, training tables and the views behind them."""
+    import tempfile
+
+    from dagster_prefs.defs.resources import Platform
+    from dagster_prefs.offline.tables import TILES_PATH, render_tiles
+    from dagster_prefs.offline.windows import VIEWS, compile_views
+    from dagster_prefs.online.contract import (
+        CONTRACT_PATH,
+        build_contract,
+        check_version,
+        load_contract,
+        parse_contract,
+        render_contract,
+    )
+
+    dbt = Platform(load_settings()).dbt
+    manifest = dbt.manifest()
+    built = build_contract(manifest)
+    contract = parse_contract(built)
+    check_version(load_contract(), contract)
+    relations = [domain.relation for domain in contract.domains.values()]
+    with tempfile.TemporaryDirectory() as target:
+        views = compile_views(dbt.project_dir, Path(target), relations)
+    wanted = {CONTRACT_PATH: render_contract(built), TILES_PATH: render_tiles(manifest)}
+    wanted |= {VIEWS / f"{relation}.sql": text for relation, text in views.items()}
+    outdated = [path for path, text in wanted.items() if not path.is_file() or path.read_text() != text]
+    gone = [path for path in VIEWS.glob("*.sql") if path not in wanted]
+    for path in outdated + gone:
+        if check:
+            raise PrefsError(f"{path.name} is out of date: run `prefs contract build` and commit it")
+    for path in outdated:
+        path.write_text(wanted[path])
+        console.print(f"wrote {path}")
+    for path in gone:
+        path.unlink()
+        console.print(f"removed {path}, which no domain reads any more")
+    if not outdated and not gone:
+        console.print("contract.json, the training tables and the views behind them are up to date")
+
+
+@contract.command("diff")
+@click.argument("old", type=click.Path(path_type=Path))
+@click.argument("new", type=click.Path(path_type=Path))
+def contract_diff(old: Path, new: Path) -> None:
+    """Classify what changed between two contracts; a breaking change needs a new version."""
+    from dagster_prefs.online.contract import check_version, diff_contracts, load_contract
+
+    before, after = load_contract(old), load_contract(new)
+    for change in diff_contracts(before, after):
+        console.print(f"{change.kind}: {change.path}: {change.what}")
+    check_version(before, after)
+
+
+@cli.command()
+def refresh() -> None:
+    """Bring every view up to date and publish what changed, as one Dagster run."""
+    from dagster_prefs.defs.feature_views import REFRESH_JOB
+
+    settings = load_settings()
+    run_job(settings, REFRESH_JOB)
+    console.print("every view is current and every change is published")
+
+
+@cli.command()
+@click.option("--follow", is_flag=True, help="Go on with every change until SIGINT or SIGTERM (RisingWave).")
+@click.option("--full", is_flag=True, help="Compare whole views first, whatever was published (RisingWave).")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+def publish(follow: bool, full: bool, as_json: bool) -> None:
+    """Publish what changed in the rolling views to DynamoDB."""
+    import signal
+    import threading
+
+    from dagster_prefs.online.changefeed import process_label, publish_changes
+    from dagster_prefs.online.contract import load_contract
+    from dagster_prefs.online.publisher import publish_domain
+    from dagster_prefs.online.tables import dynamodb_client, provision
+
+    settings = load_settings()
+    if not settings.publishes and not settings.follows:
+        raise PrefsError(
+            "RisingWave's own sinks write DynamoDB: set PREFS_PUBLISH=changefeed to publish from its subscriptions"
+        )
+    if settings.publishes and (follow or full):
+        raise PrefsError(
+            "the local engine's views change when they are refreshed, and have no changes to follow: run "
+            "`prefs refresh` or the sensor new_events; `prefs reconcile` compares whole views"
+        )
+    stop = threading.Event()
+    if settings.follows:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
+    engine, contract = EngineConnection.of(settings), load_contract()
+    client = dynamodb_client(settings.aws_endpoint, settings.aws_region)
+    table = provision(client, contract, prefix=settings.table_prefix, mode=settings.provisioning)
+    if settings.follows:
+        reports: list[Any] = publish_changes(
+            engine,
+            client,
+            contract,
+            table,
+            mode="follow" if follow else "once",
+            stop=stop,
+            label=process_label(),
+            promise_seconds=settings.changefeed_lease_seconds,
+            full=full,
+            notify=lambda message: click.echo(message, err=True),
+        )
+    else:
+        reports = [publish_domain(engine, client, contract, domain, table) for domain in contract.domains]
+    if as_json:
+        print_json([vars(report) for report in reports])
+        return
+    for report in reports:
+        console.print(f"{report.domain_key}: {report.upserts:,} upserts, {report.deletes:,} deletes")
+
+
+@cli.command()
+@click.option("--drop-orphans", is_flag=True, help="Also drop relations that have no model any more.")
+@click.option("--unchanged", "list_unchanged", is_flag=True, help="Also list what stays as it is.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+def plan(drop_orphans: bool, list_unchanged: bool, as_json: bool) -> int:
+    """Compare the models with what is deployed; exit 0 when nothing is to do, 2 for changes, 1 for errors."""
+    from dagster_prefs.defs.deployment import plan_of
+    from dagster_prefs.defs.resources import Platform
+
+    found = plan_of(Platform(load_settings()), drop_orphans=drop_orphans)
+    if as_json:
+        print_json(found.as_dict())
+    else:
+        click.echo(found.text(list_unchanged=list_unchanged))
+    if found.refusals:
+        return 1
+    return 2 if found.changes else 0
+
+
+@cli.command("apply")
+@click.option("--drop-orphans", is_flag=True, help="Also drop relations that have no model any more.")
+def apply_command(drop_orphans: bool) -> None:
+    """Carry out what `prefs plan` shows: changed views are built beside the old ones and swapped."""
+    from dagster_prefs.defs.deployment import apply_to
+    from dagster_prefs.defs.resources import Platform
+
+    done = apply_to(
+        Platform(load_settings()), drop_orphans=drop_orphans, on_step=lambda step: click.echo(f"  {step}")
+    )
+    if done.changes:
+        console.print("done: what runs is what is written")
+    else:
+        click.echo(done.text())
+
+
+@cli.command()
+def export() -> None:
+    """Export exactly the days of tiles that Iceberg lacks or holds in an older state."""
+    from dagster_prefs.defs.offline_store import EXPORT_JOB, days_that_need_export, range_tags, ranges
+    from dagster_prefs.defs.resources import Platform
+
+    settings = load_settings()
+    days = days_that_need_export(Platform(settings))
+    for first, last in ranges(days):
+        run_job(settings, EXPORT_JOB, range_tags(first, last))
+    console.print(f"exported {len(days)} days" if days else "every complete day is exported as it is")
+
+
+@cli.command()
+@click.option(
+    "--viewers", default=1_000_000, show_default=True, type=click.IntRange(1), help="Seen within 28 days."
+)
+@click.option(
+    "--events-per-day", type=click.IntRange(0), help="View events and interactions; 2 a viewer by default."
+)
+@click.option(
+    "--interaction-share", default=0.1, show_default=True, help="Likes, shares, searches among them."
+)
+@click.option(
+    "--daily-active-share", default=0.25, show_default=True, help="Viewers who watch on a given day."
+)
+@click.option("--domains", type=click.IntRange(1), help="Domains of one size, in place of the contract's.")
+@click.option("--attributes", type=click.IntRange(1), help="Attributes of each of --domains; 5 by default.")
+@click.option("--reads-per-day", default=0, show_default=True, type=click.IntRange(0), help="Profiles read.")
+@click.option("--refresh-seconds", default=1.0, show_default=True, help="How often changes are written.")
+@click.option(
+    "--spread-seconds", type=click.IntRange(0), help="PREFS_EXPIRY_SPREAD_SECONDS; the setting by default."
+)
+@click.option("--peak-factor", default=3.0, show_default=True, help="The busiest second over the mean.")
+@click.option("--history-days", default=365, show_default=True, help="Days of events that the engine keeps.")
+@click.option("--raw-days", type=click.IntRange(1), help="Days of raw messages among them; all by default.")
+@click.option(
+    "--fenced", is_flag=True, help="Items are written in transactions, as by PREFS_PUBLISH=changefeed."
+)
+@click.option(
+    "--price", multiple=True, metavar="NAME=DOLLARS", help="A price of yours, e.g. million_write_units=0.7."
+)
+@click.option(
+    "--capacity", multiple=True, metavar="NAME=N", help="What yours bears, e.g. table_write_units=80000."
+)
+@click.option("--table", is_flag=True, help="The table of docs/scale.md, 1 million to 1 billion viewers.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+def cost(
+    viewers: int,
+    events_per_day: int | None,
+    domains: int | None,
+    attributes: int | None,
+    spread_seconds: int | None,
+    price: tuple[str, ...],
+    capacity: tuple[str, ...],
+    table: bool,
+    as_json: bool,
+    **shape: Any,
+) -> None:
+    """Estimate writes, storage and dollars of a workload, and what breaks first (docs/scale.md)."""
+    from dagster_prefs import cost as model
+    from dagster_prefs.online.contract import load_contract
+
+    contract = load_contract()
+    prices = model.Prices(**model.overrides(price, model.Prices))
+    capacities = model.Capacities(**model.overrides(capacity, model.Capacities))
+    if table:
+        click.echo(model.scale_table(contract, prices=prices, capacities=capacities))
+        return
+    if attributes and not domains:
+        raise PrefsError("--attributes says how large each of --domains is: give --domains too")
+    workload = model.Workload(
+        viewers=viewers,
+        events_per_day=2 * viewers if events_per_day is None else events_per_day,
+        spread_seconds=load_settings().expiry_spread_seconds if spread_seconds is None else spread_seconds,
+        **shape,
+    )
+    loads = (
+        model.uniform_domains(contract, viewers, domains, attributes or 5)
+        if domains
+        else model.contract_domains(contract, viewers)
+    )
+    found = model.estimate(
+        workload, loads, promise_seconds=model.promise_of(contract), prices=prices, capacities=capacities
+    )
+    if as_json:
+        print_json(found.as_dict())
+        return
+    spread = found.needed_spread_seconds
+    rows = [
+        ("events a second, mean", f"{found.events_per_second:,}"),
+        ("items put a day by events", f"{found.event_writes_per_day:,} ({found.writes_per_event} an event)"),
+        ("items written at midnight", f"{found.burst_writes:,}, {found.burst_per_second:,} a second"),
+        ("spread that midnight needs", "none is enough" if spread is None else f"{spread:,} s"),
+        ("bytes of an item", ", ".join(f"{name} {size:,}" for name, size in found.item_bytes.items())),
+        (
+            "write units",
+            f"{found.write_units_per_day:,} a day, {found.peak_write_units:,} in the busiest second",
+        ),
+        ("read units a day", f"{found.read_units_per_day:,}"),
+        ("table", f"{found.items:,} items, {found.table_bytes / model.GIB:,.1f} GiB"),
+        ("tiles a day", ", ".join(f"{name} {count:,}" for name, count in found.tile_rows_per_day.items())),
+        (
+            "lake",
+            f"{found.lake_files_per_day:,} files a day, {found.lake_bytes_per_year / model.GIB:,.1f} GiB a year",
+        ),
+        ("engine", f"{sum(found.engine_rows.values()):,} rows, {found.engine_bytes / model.GIB:,.0f} GiB"),
+    ]
+    console.print(table_of("Workload", ["", ""], rows))
+    console.print(
+        table_of(
+            "\nDollars a month",
+            ["for", "$"],
+            [(name, f"{amount:,.2f}") for name, amount in found.dollars.items()],
+        )
+    )
+    console.print(f"An estimate at {model.PRICES_FROM}; give yours with --price.", soft_wrap=True)
+    limits = sorted(found.limits, key=lambda limit: limit.used, reverse=True)
+    console.print(
+        table_of(
+            "\nWhat breaks first",
+            ["limit", "used", "remedy"],
+            [(limit.name, f"{limit.used:,.0%}", limit.remedy) for limit in limits],
+        )
+    )

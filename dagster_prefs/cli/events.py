@@ -1,0 +1,326 @@
+"""Commands that bring events in, and mend those that were rejected."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from dagster_prefs.cli.root import cli, console, print_json, progress_bar, table_of
+from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.errors import PrefsError
+from dagster_prefs.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from dagster_prefs.events.ingest import Delivery
+
+
+@cli.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--topic", help="Topic of the files; found from their content by default.")
+@click.option(
+    "--mapping", type=click.Choice(["auto", "rees46"]), default="auto", help="Column mapping of CSV."
+)
+@click.option("--shift-to-now", is_flag=True, help="Move the event times so that the newest event is now.")
+def ingest(
+    files: tuple[Path, ...], topic: str | None, mapping: Literal["auto", "rees46"], shift_to_now: bool
+) -> None:
+    """Load events from JSON lines or CSV files, gzipped or not; a re-run adds only what is missing."""
+    from dagster_prefs.events.ingest import ingest_file
+
+    settings = load_settings()
+    deliver = kafka_delivery(settings)
+    for file in files:
+        with progress_bar(f"{file.name}") as advance:
+            report = ingest_file(
+                EngineConnection.of(settings),
+                file,
+                topic=topic,
+                mapping=mapping,
+                shift_to_now=shift_to_now,
+                now=datetime.now(UTC),
+                progress=advance,
+                deliver=deliver,
+            )
+        rate = report.lines / report.seconds if report.seconds else 0
+        console.print(
+            f"{file}: {report.accepted} messages into {report.topic}, {report.already_present} were there already"
+            f" ({report.seconds:.1f} s, {rate:,.0f}/s)"
+        )
+    if settings.engine == "local":
+        console.print("the views follow with the next refresh: `prefs refresh`, or the sensor new_events")
+
+
+def kafka_delivery(settings: Settings) -> Delivery | None:
+    """Where messages go whose raw tables a Kafka connector fills; None where this platform writes them."""
+    if settings.engine != "risingwave" or not settings.kafka_bootstrap:
+        return None
+    from dagster_prefs.events.brokers import client_properties
+    from dagster_prefs.events.kafka import KafkaWriter
+
+    writer = KafkaWriter(settings.kafka_bootstrap, client=client_properties(settings))
+    return writer.delivery(settings.kafka_topics)
+
+
+@cli.group(invoke_without_command=True)
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+@click.pass_context
+def topics(context: click.Context, as_json: bool) -> None:
+    """Show the Kafka topics, and whether each is still the one whose messages were read."""
+    if context.invoked_subcommand is not None:
+        return
+    from dagster_prefs.defs.resources import Platform
+
+    lives = Platform(kafka_settings()).kafka_topics()
+    if as_json:
+        print_json([{**vars(life), "state": life.state, "source": life.source} for life in lives])
+        return
+    rows = [(life.kafka_topic, life.generation, life.state, life.source) for life in lives]
+    console.print(table_of("", ["topic", "generation", "state", "source"], rows))
+
+
+@topics.command("renew")
+def topics_renew() -> None:
+    """Read topics that were deleted and made anew from their start, beside the messages of the old ones."""
+    from dagster_prefs.defs.resources import Platform
+
+    settings = kafka_settings()
+    platform = Platform(settings)
+    found = [life for life in platform.kafka_topics() if life.state == "recreated"]
+    platform.kafka_topics(note=True)
+    if settings.engine == "risingwave":
+        feeds = platform.dbt.run("run", ["config.materialized:kafka_feed"])
+        if failed := [f"{feed.name}: {feed.message}" for feed in feeds if not feed.ok]:
+            raise PrefsError("; ".join(failed))
+    for life in found:
+        console.print(f"{life.kafka_topic}: generation {life.generation + 1} is read from its start")
+    if not found:
+        console.print("every topic is the one that was read")
+
+
+@cli.command()
+@click.option("--topic", help="Only this topic.")
+@click.option("--follow", is_flag=True, help="Go on with what arrives, until Ctrl-C; needs --topic.")
+def consume(topic: str | None, follow: bool) -> None:
+    """Read Kafka topics into the raw tables of the embedded engine, from where the last reading ended."""
+    from dagster_prefs.defs.resources import Platform
+    from dagster_prefs.events.brokers import client_properties
+    from dagster_prefs.events.formats import find_topic
+    from dagster_prefs.events.kafka import ingest_topic
+
+    settings = kafka_settings()
+    if settings.engine != "local":
+        raise PrefsError("on RisingWave the feeds read Kafka: run `dbt run` in dbt_project/")
+    if follow and topic is None:
+        raise PrefsError("--follow reads one topic at a time: name it with --topic")
+    names = [find_topic(topic).name] if topic else list(settings.kafka_topics)
+    lives = {life.kafka_topic: life for life in Platform(settings).kafka_topics(note=True)}
+    for name in names:
+        kafka_topic = settings.kafka_topics[name]
+        with progress_bar(name) as advance:
+            report = ingest_topic(
+                EngineConnection.of(settings),
+                settings.kafka_bootstrap or "",
+                name,
+                kafka_topic=kafka_topic,
+                generation=lives[kafka_topic].generation,
+                start=settings.kafka_start,
+                until=None if follow else "end",
+                client=client_properties(settings),
+                progress=advance,
+            )
+        console.print(f"{name}: {report.accepted} messages of {report.source} ({report.seconds:.1f} s)")
+    console.print("the views follow with the next refresh: `prefs refresh`, or the sensor new_events")
+
+
+def kafka_settings() -> Settings:
+    """The settings, which must name brokers."""
+    settings = load_settings()
+    if not settings.kafka_bootstrap:
+        raise PrefsError("PREFS_KAFKA_BOOTSTRAP names no brokers: set it to their host:port list")
+    return settings
+
+
+@cli.group(invoke_without_command=True)
+@click.option("--topic", help="Only this topic.")
+@click.option("--reason", help="Only this reason; lists the messages instead of counting them.")
+@click.option("--limit", default=20, show_default=True, type=click.IntRange(1, 10_000))
+@click.option("--all", "with_replayed", is_flag=True, help="Those that were replayed, too.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+@click.pass_context
+def rejected(
+    context: click.Context,
+    topic: str | None,
+    reason: str | None,
+    limit: int,
+    with_replayed: bool,
+    as_json: bool,
+) -> None:
+    """Count rejected messages by reason, or list those of one topic or reason."""
+    if context.invoked_subcommand is not None:
+        return
+    from dagster_prefs.events.rejected import rejected_counts, rejected_events
+
+    engine = EngineConnection.of(load_settings())
+    open_only = not with_replayed
+    if topic or reason:
+        events = rejected_events(engine, topic, reason, limit, open_only=open_only)
+        if as_json:
+            print_json([vars(event) for event in events])
+            return
+        rows = [(e.topic, e.source, f"{e.partition}/{e.offset}", e.reason, e.payload[:100]) for e in events]
+        console.print(table_of("", ["topic", "source", "partition/offset", "reason", "message"], rows))
+        return
+    counts = rejected_counts(engine, open_only=open_only)
+    if as_json:
+        print_json(counts)
+        return
+    counted = [(name, why, f"{n:,}") for name, reasons in counts.items() for why, n in reasons.items()]
+    console.print(
+        table_of("", ["topic", "reason", "messages"], counted) if counted else "no rejected message is open"
+    )
+
+
+@rejected.command("export")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--topic", help="Only this topic.")
+@click.option("--reason", help="Only this reason.")
+def rejected_export(file: Path, topic: str | None, reason: str | None) -> None:
+    """Write the open rejected messages to a new JSON-lines file, to be corrected and replayed."""
+    from dagster_prefs.events.replay import export_rejected
+
+    written = export_rejected(EngineConnection.of(load_settings()), file, topic, reason)
+    console.print(
+        f"{file}: {written} messages; correct each payload, then `prefs rejected replay {file}`",
+        soft_wrap=True,
+        markup=False,
+    )
+
+
+@rejected.command("replay")
+@click.argument("file", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--skip-invalid", is_flag=True, help="Send what is valid now and leave the rest of the file out."
+)
+@click.option("--unchanged", is_flag=True, help="Without a file: send those again that are valid by now.")
+@click.option("--topic", help="With --unchanged: only this topic.")
+@click.option("--reason", help="With --unchanged: only this reason.")
+def rejected_replay(
+    file: Path | None, skip_invalid: bool, unchanged: bool, topic: str | None, reason: str | None
+) -> None:
+    """Send corrected messages of an exported file again; what was replayed before is left out."""
+    from dagster_prefs.events.replay import ReplayError, replay_file, replay_unchanged
+
+    if (file is None) != unchanged or (file is not None and (topic or reason)):
+        raise click.UsageError("give either a FILE of corrections, or --unchanged with --topic or --reason")
+    settings = load_settings()
+    engine, deliver = EngineConnection.of(settings), kafka_delivery(settings)
+    now = datetime.now(UTC)
+    if file is None:
+        report = replay_unchanged(engine, topic, reason, now=now, deliver=deliver)
+    else:
+        try:
+            report = replay_file(engine, file, now=now, skip_invalid=skip_invalid, deliver=deliver)
+        except ReplayError as error:
+            for line, why in error.problems:
+                console.print(f"{file}, line {line}: {why}", soft_wrap=True, markup=False)
+            raise
+    console.print(f"{report.sent} messages sent, {report.already_replayed} were replayed before")
+    for why, count in report.left_out.items():
+        console.print(f"{count} left out: {why}", soft_wrap=True, markup=False)
+    if settings.engine == "local" and report.sent:
+        console.print("the views follow with the next refresh: `prefs refresh`, or the sensor new_events")
+
+
+@cli.command()
+@click.option(
+    "--events", default=320_000, show_default=True, type=click.IntRange(0), help="About how many events."
+)
+@click.option("--viewers", default=5_000, show_default=True, type=click.IntRange(1))
+@click.option("--days", default=35, show_default=True, type=click.IntRange(1, 3650))
+@click.option("--seed", default=7, show_default=True, help="The same seed generates the same events.")
+@click.option("--to", "target", default="engine", show_default=True, help="engine, kafka, or a folder.")
+@click.option("--rate", type=click.FloatRange(0, min_open=True), help="Events per second at most.")
+@click.option("--follow", is_flag=True, help="A live trickle of events that happen now, until Ctrl-C.")
+@click.option(
+    "--seconds", type=click.FloatRange(0, min_open=True), help="End a live trickle after this time."
+)
+@click.option("--once", is_flag=True, help="Send nothing to Kafka where it holds events already.")
+def simulate(
+    events: int,
+    viewers: int,
+    days: int,
+    seed: int,
+    target: str,
+    rate: float | None,
+    follow: bool,
+    seconds: float | None,
+    once: bool,
+) -> None:
+    """Generate events of a realistic shape: into the engine, Kafka, or JSON-lines files."""
+    from dagster_prefs.events import simulator
+    from dagster_prefs.events.brokers import client_properties
+
+    settings = load_settings()
+    plan = simulator.SimulationPlan(
+        seed=seed,
+        viewers=viewers,
+        days=days,
+        # The proportions of the demo: views, shop events, interactions.
+        view_events=events * 10 // 16,
+        shop_events=events * 5 // 16,
+        interactions=events // 16,
+        end=datetime.now(UTC),
+    )
+    if target == "kafka" and not settings.kafka_bootstrap:
+        raise PrefsError("--to kafka needs PREFS_KAFKA_BOOTSTRAP, the brokers' host:port list: set it")
+    if once:
+        from dagster_prefs.events.kafka import holds_messages
+
+        if target != "kafka":
+            raise PrefsError("--once is for --to kafka: the engine and files tell a repetition by themselves")
+        if holds_messages(
+            settings.kafka_bootstrap or "",
+            settings.kafka_topics["view_events"],
+            client=client_properties(settings),
+        ):
+            console.print("Kafka holds events already: nothing was sent")
+            return
+    engine = EngineConnection.of(settings)
+    with progress_bar("events") as advance:
+        if follow and target == "engine":
+            counts = simulator.follow_to_engine(
+                engine, plan, rate=rate or 20.0, seconds=seconds, progress=advance
+            )
+        elif follow and target == "kafka":
+            counts = simulator.follow(
+                simulator.KafkaSink(
+                    settings.kafka_bootstrap or "", settings.kafka_topics, client_properties(settings)
+                ),
+                plan,
+                rate=rate or 20.0,
+                seconds=seconds,
+                progress=advance,
+            )
+        elif follow:
+            raise PrefsError("--follow writes to engine or kafka: leave it out to write files")
+        elif target == "engine":
+            reports = simulator.simulate_to_engine(engine, plan, rate=rate, progress=advance)
+            counts = {report.topic: report.accepted for report in reports}
+        elif target == "kafka":
+            counts = simulator.simulate_to_kafka(
+                settings.kafka_bootstrap or "",
+                plan,
+                names=settings.kafka_topics,
+                client=client_properties(settings),
+                rate=rate,
+                progress=advance,
+            )
+        else:
+            files = simulator.simulate_to_files(Path(target), plan, compress=True, progress=advance)
+            console.print("\n".join(f"{topic}: {path}" for topic, path in files.items()))
+            return
+    for topic, count in counts.items():
+        console.print(f"{topic}: {count:,} messages")

@@ -1,0 +1,120 @@
+"""Commands that show how fresh everything is, and repair what is not."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+import click
+
+from dagster_prefs.cli.root import cli, console, print_json, services_of, table_of
+from dagster_prefs.errors import PrefsError
+from dagster_prefs.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from dagster_prefs.freshness.status import Status
+
+
+@cli.command()
+@click.option("--watch", is_flag=True, help="Look again every few seconds until Ctrl-C.")
+@click.option(
+    "--interval", default=5.0, show_default=True, type=click.FloatRange(1), help="Seconds between looks."
+)
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+def status(watch: bool, interval: float, as_json: bool) -> int:
+    """Show services, lag and freshness; exit 0 for ok, 1 for warnings, 2 for errors."""
+    from dagster_prefs.freshness.status import render_status
+
+    settings = load_settings()
+    with readings(settings) as read:
+        while True:
+            found = read()
+            services = services_of(settings).status().services if settings.engine == "local" else ()
+            if as_json:
+                print_json({**found.as_dict(), "services": [vars(service) for service in services]})
+            else:
+                if watch:
+                    console.clear()
+                rows = [
+                    (s.name, "running" if s.running else f"down: {s.detail}", s.address) for s in services
+                ]
+                if rows:
+                    console.print(table_of("Services", ["service", "state", "address"], rows))
+                    console.print()
+                console.print(render_status(found))
+            if not watch:
+                return found.exit_code
+            time.sleep(interval)
+
+
+@contextmanager
+def readings(settings: Settings) -> Iterator[Callable[[], Status]]:
+    """What takes all readings: of the stages themselves, and of the canary where its sensor left them."""
+    from dagster_prefs.defs.freshness import last_probe
+    from dagster_prefs.defs.instance import open_instance
+    from dagster_prefs.freshness.status import Sources, evaluate
+
+    sources = Sources(settings)
+    with open_instance(settings.data_dir) as instance:
+
+        def read() -> Status:
+            canary = last_probe(instance, sources.contract, now=datetime.now(UTC))
+            return evaluate(sources, now=lambda: datetime.now(UTC), extra=canary)
+
+        yield read
+
+
+@cli.command()
+@click.option("--port", default=9475, show_default=True, type=click.IntRange(1, 65535))
+def metrics(port: int) -> None:
+    """Serve the readings of `prefs status` at /metrics for Prometheus (loopback)."""
+    from dagster_prefs.freshness.metrics import MetricsServer
+
+    with readings(load_settings()) as read, MetricsServer(read, port=port) as server:
+        console.print(f"metrics at http://127.0.0.1:{server.server_port}/metrics; Ctrl-C stops")
+        server.serve_forever()
+
+
+@cli.command()
+@click.option("--dry-run", is_flag=True, help="Only count what differs.")
+def reconcile(dry_run: bool) -> None:
+    """Compare every viewer with DynamoDB; repair stale, missing and extra items."""
+    from dagster_prefs.freshness.reconcile import reconcile_domain
+    from dagster_prefs.freshness.status import Sources
+
+    sources = Sources(load_settings())
+    client, table = sources.dynamodb()
+    for domain in sources.contract.domains.values():
+        report = reconcile_domain(
+            sources.engine,
+            client,
+            sources.contract,
+            domain,
+            table,
+            now=datetime.now(UTC),
+            dry_run=dry_run,
+        )
+        console.print(
+            f"{domain.name}: {report.compared:,} compared, {report.missing} missing, {report.different} stale,"
+            f" {report.extra} extra, {report.overtaken} changed meanwhile{' (nothing written)' if dry_run else ''}"
+        )
+
+
+@cli.group()
+def alerts() -> None:
+    """Alerts of freshness."""
+
+
+@alerts.command("test")
+def alerts_test() -> None:
+    """Send a message to PREFS_ALERT_WEBHOOK."""
+    from dagster_prefs.freshness.alerts import Webhook
+
+    settings = load_settings()
+    if settings.alert_webhook is None:
+        raise PrefsError("PREFS_ALERT_WEBHOOK is not set: set it to the webhook's https URL")
+    Webhook(settings.alert_webhook.get_secret_value()).send("dagster-prefs: this is a test of the alerts")
+    console.print("sent")

@@ -1,0 +1,131 @@
+"""Commands that start and stop what runs on this machine, and show it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich.console import Console
+
+from dagster_prefs.cli.root import cli, console, print_json, services_of, start_services, table_of
+from dagster_prefs.settings import PROJECT_ROOT, load_settings
+
+if TYPE_CHECKING:
+    from dagster_prefs.demo import Summary
+
+
+@cli.command()
+def up() -> None:
+    """Start the embedded services: PostgreSQL and the local AWS server."""
+    settings = load_settings()
+    status = start_services(settings)
+    if status is None:
+        console.print(f"PREFS_ENGINE={settings.engine}: there is nothing to start on this machine")
+        return
+    for service in status.services:
+        console.print(f"{service.name}: {'running' if service.running else 'down'} at {service.address}")
+    if not status.started:
+        console.print("everything was running already")
+
+
+@cli.command()
+@click.option("--delete-state", is_flag=True, help="Also delete the data folder with everything in it.")
+def down(delete_state: bool) -> None:
+    """Stop the embedded services; the data stays unless told otherwise."""
+    settings = load_settings()
+    services = services_of(settings)
+    console.print("stopped" if services.down() else "nothing was running")
+    if delete_state:
+        services.delete_state()
+        import shutil
+
+        if settings.data_dir.is_dir():
+            shutil.rmtree(settings.data_dir)
+        console.print(f"deleted {settings.data_dir}")
+
+
+@cli.command()
+def ui() -> None:
+    """Start the services and the Dagster UI on this state (loopback, port 3000)."""
+    from dagster_prefs.defs.instance import ensure_dagster_home
+
+    settings = load_settings()
+    start_services(settings)
+    home = ensure_dagster_home(settings.data_dir)
+    console.print("the Dagster UI is at http://127.0.0.1:3000; Ctrl-C stops it")
+    environment = {**os.environ, "DAGSTER_HOME": str(home)}
+    dagster = str(Path(sys.executable).with_name("dagster"))
+    command = [dagster, "dev", "-w", str(PROJECT_ROOT / "workspace.yaml"), "-h", "127.0.0.1", "-p", "3000"]
+    os.chdir(PROJECT_ROOT)
+    os.execve(dagster, command, environment)  # noqa: S606
+
+
+@cli.command()
+@click.option("--viewers", default=5_000, show_default=True, type=click.IntRange(1))
+@click.option("--view-events", default=200_000, show_default=True, type=click.IntRange(0))
+@click.option("--shop-events", default=100_000, show_default=True, type=click.IntRange(0))
+@click.option("--interactions", default=20_000, show_default=True, type=click.IntRange(0))
+@click.option("--days", default=35, show_default=True, type=click.IntRange(1, 3650), help="Days of events.")
+@click.option("--until", type=click.DateTime(["%Y-%m-%d"]), help="Last UTC day; by default the first demo's.")
+@click.option("--seed", default=7, show_default=True, help="The same seed generates the same events.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary for machines.")
+def demo(
+    viewers: int,
+    view_events: int,
+    shop_events: int,
+    interactions: int,
+    days: int,
+    until: datetime | None,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Run the whole flow on generated events: load, refresh, publish, export, read back."""
+    from dagster_prefs.demo import Demo
+    from dagster_prefs.events.simulator import SimulationPlan
+
+    settings = load_settings()
+    steps = Console(stderr=True, highlight=False)
+    steps.print("start the services")
+    if settings.engine == "local":
+        services_of(settings).up()
+    plan = SimulationPlan(
+        seed=seed,
+        viewers=viewers,
+        days=days,
+        view_events=view_events,
+        shop_events=shop_events,
+        interactions=interactions,
+        end=datetime.now(UTC),
+    )
+    end = until.replace(tzinfo=UTC) + timedelta(days=1) if until else None
+    summary = Demo(settings, plan, steps.print, end).run()
+    if as_json:
+        print_json(summary.as_dict())
+        return
+    print_summary(summary)
+
+
+def print_summary(summary: Summary) -> None:
+    """The outcome of a demo for people."""
+    console.print()
+    console.print(table_of("Rows", ["relation", "rows"], [(n, f"{c:,}") for n, c in summary.rows.items()]))
+    rows = [(t, why, f"{n:,}") for t, reasons in summary.rejected.items() for why, n in reasons.items()]
+    console.print(table_of("\nRejected events", ["topic", "reason", "messages"], rows))
+    for domain, values in summary.items.items():
+        title = f"\nViewer {summary.viewer_id} in DynamoDB: {domain}"
+        console.print(table_of(title, ["attribute", "value"], list(values.items())))
+    ranking = [(item, title, f"{score:.6f}") for item, title, score in summary.ranking]
+    console.print(table_of(f"\nTop items for user {summary.user_id}", ["item", "title", "score"], ranking))
+    snapshots = [
+        (name, snapshot.snapshot_id, len(snapshot.rows_per_day), f"{sum(snapshot.rows_per_day.values()):,}")
+        for name, snapshot in summary.snapshots.items()
+    ]
+    console.print(table_of("\nIceberg", ["table", "snapshot", "days", "rows"], snapshots))
+    console.print(table_of("\nFreshness", ["domain", "level", "why"], list(summary.freshness)))
+    seconds = [(step, f"{taken:.1f}") for step, taken in summary.seconds.items()]
+    console.print(table_of("\nSeconds", ["step", "s"], seconds))
+    console.print("\nOpen the UI with `make ui`; stop the services with `make down`.")

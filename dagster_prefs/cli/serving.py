@@ -1,0 +1,177 @@
+"""Commands that read and serve what is online."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+import click
+
+from dagster_prefs.cli.root import cli, console, print_json, table_of
+from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from dagster_prefs.serving import ProfileClient
+
+
+def profile_client(settings: Settings) -> ProfileClient:
+    """A client for people, who rather wait for the local AWS server than see half a profile."""
+    from dagster_prefs.serving import ProfileClient
+
+    return ProfileClient(
+        endpoint_url=settings.aws_endpoint,
+        region=settings.aws_region,
+        table_prefix=settings.table_prefix,
+        budget_seconds=30.0,
+        read_timeout_seconds=30.0,
+    )
+
+
+@cli.command()
+@click.argument("viewer", type=int)
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+def profile(viewer: int, as_json: bool) -> None:
+    """Read one viewer's items from DynamoDB, as a service would."""
+    settings = load_settings()
+    with profile_client(settings) as client:
+        found = client.get(viewer).as_dict()
+    if as_json:
+        print_json(found)
+        return
+    for domain, read in found["domains"].items():
+        rows = list((read["attributes"] or {"": read["error"]}).items())
+        console.print(table_of(f"viewer {viewer}: {domain}", ["attribute", "value"], rows))
+
+
+@cli.command()
+@click.argument("user")
+@click.option("--limit", default=10, show_default=True, type=click.IntRange(1, 10_000))
+@click.option("--session/--no-session", default=True, show_default=True, help="React to the last hours.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+def rank(user: str, limit: int, session: bool, as_json: bool) -> None:
+    """Rank the catalogue for one user."""
+    from dagster_prefs.serving import PreferenceClient
+
+    with PreferenceClient(EngineConnection.of(load_settings())) as client:
+        ranking = client.rank(user, limit=limit, session=session, now=datetime.now(UTC))
+    if as_json:
+        print_json([item.as_dict() for item in ranking])
+        return
+    rows = [
+        (
+            item.item_id,
+            item.title or "",
+            item.category or "",
+            item.score,
+        )
+        for item in ranking
+    ]
+    console.print(table_of(f"items for {user}", ["item", "title", "category", "score"], rows))
+
+
+@cli.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
+@click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535))
+@click.option("--only", type=click.Choice(["profiles", "users"]), help="Leave the other half out.")
+@click.option(
+    "--budget-ms", default=1000, show_default=True, type=click.IntRange(1, 30_000), help="Time for an answer."
+)
+@click.option("--threads", default=8, show_default=True, type=click.IntRange(1, 256), help="Reads at a time.")
+@click.option(
+    "--max-in-flight", default=256, show_default=True, type=click.IntRange(1), help="More are refused."
+)
+@click.option(
+    "--ranker",
+    type=click.Choice(["memory", "sql"]),
+    default="memory",
+    show_default=True,
+    help="Rank from the catalogue in memory, or in the engine.",
+)
+@click.option(
+    "--refresh-seconds",
+    default=30.0,
+    show_default=True,
+    type=click.FloatRange(1),
+    help="Age of the catalogue.",
+)
+@click.option(
+    "--drain-seconds", default=10, show_default=True, type=click.IntRange(0), help="Time to end in."
+)
+def serve(
+    host: str,
+    port: int,
+    only: str | None,
+    budget_ms: int,
+    threads: int,
+    max_in_flight: int,
+    ranker: str,
+    refresh_seconds: float,
+    drain_seconds: int,
+) -> None:
+    """Serve profiles and rankings over HTTP until Ctrl-C or SIGTERM."""
+    from dagster_prefs.serving import AsyncProfileClient, PreferenceClient
+    from dagster_prefs.serving.server import make_app
+    from dagster_prefs.serving.server import serve as run_server
+
+    settings = load_settings()
+    budget = budget_ms / 1000
+    profiles = preferences = None
+    if only != "users":
+        profiles = AsyncProfileClient(
+            threads=threads,
+            endpoint_url=settings.aws_endpoint,
+            region=settings.aws_region,
+            table_prefix=settings.table_prefix,
+            budget_seconds=budget,
+            read_timeout_seconds=budget,
+        )
+    if only != "profiles":
+        preferences = PreferenceClient(
+            EngineConnection.of(settings), pool_size=threads, statement_timeout_seconds=max(5.0, budget)
+        )
+    app = make_app(
+        profiles,
+        preferences,
+        budget_seconds=budget,
+        catalogue_refresh_seconds=refresh_seconds if ranker == "memory" else None,
+        max_in_flight=max_in_flight,
+        threads=threads,
+    )
+    run_server(
+        app,
+        host=host,
+        port=port,
+        drain_seconds=drain_seconds,
+        started=lambda url: console.print(f"serving at {url}; Ctrl-C stops"),
+    )
+
+
+@cli.command()
+@click.argument("viewer", type=int)
+@click.argument("attribute")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+def why(viewer: int, attribute: str, as_json: bool) -> None:
+    """Set a served number beside the same number recomputed from its tiles, with the latest events."""
+    from dagster_prefs.serving.why import explain_attribute
+
+    settings = load_settings()
+    with profile_client(settings) as client:
+        found = explain_attribute(
+            EngineConnection.of(settings),
+            client,
+            viewer,
+            attribute,
+            expiry_spread_seconds=settings.expiry_spread_seconds,
+        )
+    if as_json:
+        print_json(found.as_dict())
+        return
+    console.print(
+        f"viewer {viewer}, {found.domain}.{found.attribute}, {found.window_days} days from {found.window_start}"
+    )
+    console.print(f"  served      {found.online}")
+    console.print(f"  recomputed  {found.recomputed}{'' if found.equal else '   (they differ)'}")
+    for title, rows in (("Tiles", found.tiles), ("Latest events", found.events)):
+        if rows:
+            console.print(table_of(f"\n{title}", list(rows[0]), [tuple(row.values()) for row in rows]))

@@ -1,0 +1,147 @@
+"""Commands around training data, and the erasure of a subject."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+import click
+from rich.console import Console
+
+from dagster_prefs.cli.root import cli, console, print_json, table_of
+from dagster_prefs.settings import load_settings
+
+
+@cli.group("training-set", invoke_without_command=True)
+@click.option("--labels", help="Parquet or CSV file, or Iceberg table: viewer_id, label_time, …")
+@click.option(
+    "--output",
+    help="Parquet or CSV file, or Iceberg table, to write; by default <labels>.training.parquet.",
+)
+@click.option("--manifest", type=click.Path(path_type=Path), help="By default <output>.manifest.json.")
+@click.option("--tag", help="Tag the tile snapshots, so that the set stays reproducible.")
+@click.option("--timezone", help="Zone of label times that have none, e.g. UTC.")
+@click.option("--as-known", is_flag=True, help="Never use a tile version written after the label's time.")
+@click.option(
+    "--print-sql",
+    type=click.Choice(["trino", "spark", "athena"]),
+    help="Only print the join in this engine's SQL, over labels in an Iceberg table.",
+)
+@click.pass_context
+def training_set(
+    context: click.Context,
+    labels: str | None,
+    output: str | None,
+    manifest: Path | None,
+    tag: str | None,
+    timezone: str | None,
+    as_known: bool,
+    print_sql: Literal["trino", "spark", "athena"] | None,
+) -> None:
+    """Join every label with the features as they were known at its time; a manifest tells how to do so again."""
+    if context.invoked_subcommand is not None:
+        return
+    if labels is None:
+        raise click.UsageError("--labels is missing: name a Parquet or CSV file, or an Iceberg table")
+    from dagster_prefs.defs.resources import Platform
+    from dagster_prefs.offline.training_set import build_training_set, print_training_sql
+
+    platform = Platform(load_settings())
+    if print_sql is not None:
+        namespace = platform.settings.iceberg_namespace
+        click.echo(
+            print_training_sql(platform.catalog(), labels, print_sql, as_known=as_known, namespace=namespace)
+        )
+        return
+    made = build_training_set(
+        platform.catalog(),
+        labels,
+        output or str(Path(labels).with_suffix(".training.parquet")),
+        now=datetime.now(UTC),
+        contract_version=platform.contract.version,
+        timezone=timezone,
+        as_known=as_known,
+        manifest=manifest,
+        tag=tag,
+        namespace=platform.settings.iceberg_namespace,
+    )
+    console.print(
+        f"{made.rows:,} rows ({made.cold_start_rows:,} without history) in {made.output}; manifest {made.manifest}"
+    )
+
+
+@training_set.command("reproduce")
+@click.argument("manifest", type=click.Path(path_type=Path))
+@click.option(
+    "--output",
+    help="Parquet or CSV file, or Iceberg table, to write; by default beside the manifest, .reproduced.parquet.",
+)
+@click.option("--labels", help="Where the labels are now, if they moved.")
+def training_set_reproduce(manifest: Path, output: str | None, labels: str | None) -> None:
+    """Write the training set of a manifest again and prove that every row is equal."""
+    from dagster_prefs.defs.resources import Platform
+    from dagster_prefs.offline.training_set import reproduce_training_set
+
+    first = manifest.with_name(manifest.name.removesuffix(".manifest.json"))
+    made = reproduce_training_set(
+        Platform(load_settings()).catalog(),
+        manifest,
+        output or str(first.with_suffix(".reproduced.parquet")),
+        labels=labels,
+    )
+    console.print(f"{made.rows:,} rows, equal to those of {manifest}, in {made.output}")
+
+
+@cli.command(context_settings={"ignore_unknown_options": True})
+@click.argument("subject", nargs=-1, required=True, metavar="[viewer|user] ID")
+@click.option("--drop-tags", is_flag=True, help="Also drop tags and branches that keep the viewer's rows.")
+@click.option(
+    "--training-sets",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Folder whose training sets are searched for the viewer; may be given more than once.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+def erase(subject: tuple[str, ...], drop_tags: bool, training_sets: tuple[Path, ...], as_json: bool) -> None:
+    """Forget a viewer, or a shop user, everywhere, and prove it; safe to run again after any failure."""
+    from dagster_prefs import erasure
+    from dagster_prefs.defs.resources import Platform
+    from dagster_prefs.events.redaction import Subject
+
+    if len(subject) > 2:
+        raise click.UsageError(f"one subject at a time, as `viewer ID` or `user ID`, not {' '.join(subject)}")
+    kind, name = subject if len(subject) == 2 else ("viewer", subject[0])
+    platform = Platform(load_settings())
+    steps = Console(stderr=True, highlight=False)
+    report = erasure.erase(
+        erasure.Stores(
+            platform.engine,
+            platform.contract,
+            platform.catalog,
+            platform.dynamodb,
+            platform.settings.table_prefix + platform.contract.table.name,
+            erasure.refresh_with(platform.dbt),
+            platform.settings.iceberg_namespace,
+            platform.settings.export == "sink",
+        ),
+        Subject.named(kind, name),
+        now=datetime.now(UTC),
+        drop_tags=drop_tags,
+        training_sets=training_sets,
+        step=lambda step: steps.print(step, style="dim"),
+    )
+    if as_json:
+        print_json(report.as_dict())
+        return
+    rows = [(h.store, h.place, h.unit, f"{h.before:,}", f"{h.after:,}") for h in report.holdings]
+    console.print(table_of("", ["store", "place", "what", "before", "after"], rows))
+    console.print(
+        f"\n{report.subject}: {'forgotten' if report.held else 'nothing was held'}; "
+        f"events up to {report.erased_at.isoformat()} stay suppressed"
+    )
+    if report.newer_events:
+        console.print(f"{report.newer_events:,} events happened after that and count again")
+    for path in report.training_sets:
+        console.print(f"still in the training set {path}: remove it or build it again")
+    console.print(table_of("\nWhat only time removes", ["where", "until"], list(report.unfinished.items())))
