@@ -69,7 +69,13 @@ class EngineConnection:
         """
         given = {name: value for name, value in self.parameters().items() if value is not None}
         try:
-            connection = psycopg.connect(autocommit=autocommit, **given)
+            connection = psycopg.connect(
+                autocommit=autocommit,
+                # RisingWave binds a prepared statement to the relation of then: it would read the old one after a
+                # swap, and fail once that is dropped.
+                prepare_threshold=None if self.kind == "risingwave" else 5,
+                **given,
+            )
         except psycopg.OperationalError as error:
             raise self.refusal(str(error)) from None
         connection.execute("set time zone 'UTC'")
