@@ -397,7 +397,7 @@ def test_a_table_of_the_sinks_is_left_to_them(world: World, monkeypatch: pytest.
     }
     given = world.stores
     monkeypatch.setattr(world, "stores", lambda: given(tables_by_sink=True))
-    with pytest.raises(ErasureIncomplete, match="training.viewer_watch_daily: 4 rows.*next commits"):
+    with pytest.raises(ErasureIncomplete, match=r"training.viewer_watch_daily: 4 rows.*next commits"):
         world.erase()
     for name, spec in TILE_TABLES.items():
         table = world.catalog.load_table(spec.identifier("training"))
