@@ -7,6 +7,7 @@ from typing import Any
 
 import dagster as dg
 
+from dagster_prefs.defs.online_store import catch_up
 from dagster_prefs.defs.resources import Platform
 from dagster_prefs.engine.apply import apply_plan
 from dagster_prefs.engine.plan import DEPLOYMENTS, ContractChange, ContractReview, Plan, make_plan
@@ -74,12 +75,21 @@ class ProfileStore:
         _ = self._table
 
     def settle(self, relation: str) -> str:
-        """Bring the domain's items to the rows of its rolling view: published here, reconciled behind a sink."""
+        """Bring the domain's items to the rows of its rolling view: published here, reconciled behind a sink.
+
+        Behind a changefeed only the holder of its lease writes: this process, or a follower that is at work.
+        """
         platform = self._platform
         domain = next(one for one in platform.contract.domains.values() if one.relation == relation)
         if platform.settings.publishes:
             done = publish_domain(platform.engine, self._client, platform.contract, domain.key, self._table)
             return f"{domain.name}: {done.upserts} upserts, {done.deletes} deletes"
+        if platform.settings.follows:
+            told = catch_up(platform, self._client, domain, self._table)
+            return (
+                told.get("publisher")
+                or f"{domain.name}: {told['upserts']} upserts, {told['deletes']} deletes"
+            )
         found = reconcile_domain(
             platform.engine, self._client, platform.contract, domain, self._table, now=datetime.now(UTC)
         )

@@ -74,7 +74,7 @@ def _published(platform: Platform, domain: Domain) -> dg.AssetsDefinition:
         client = platform.dynamodb()
         table = platform.provision(client)
         if platform.settings.follows:
-            metadata = _followed(platform, client, domain, table)
+            metadata = catch_up(platform, client, domain, table)
         else:
             report = publish_domain(platform.engine, client, platform.contract, domain.key, table)
             metadata = {
@@ -112,7 +112,7 @@ def _published(platform: Platform, domain: Domain) -> dg.AssetsDefinition:
     return published
 
 
-def _followed(platform: Platform, client: Any, domain: Domain, table: TableReport) -> dict[str, Any]:
+def catch_up(platform: Platform, client: Any, domain: Domain, table: TableReport) -> dict[str, Any]:
     """Publish what changed by now, unless a follower does so already; what to tell of it."""
     try:
         (report,) = publish_changes(

@@ -224,7 +224,9 @@ class _Apply:
         for name, kind in journal.closure:
             if kind not in _WRITERS:
                 self._take_over(journal, name, drop=False)
-        self._settle(journal)
+        # A new subscription has written nothing yet, and the live one still reads the view that was swapped away.
+        if any(kind == "sink" for _, kind in journal.closure):
+            self._settle(journal)
         for name, kind in journal.closure:
             if kind in _WRITERS:
                 self._take_over(journal, name, drop=True)
