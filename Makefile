@@ -46,8 +46,8 @@ stack: ## start RisingWave, Kafka, DynamoDB Local and the platform in containers
 stack-down: ## stop the containers; their data stays in volumes
 	@docker compose down
 
-test: $(VENV)/installed ## the whole test suite
-	@$(BIN)/python -m pytest
+test: $(VENV)/installed ## the whole test suite, a file of tests on each of two cores at a time
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: $(VENV)/installed ## the tests without a webserver, a browser or the whole demo
 	@$(BIN)/python -m pytest -m "not slow"
