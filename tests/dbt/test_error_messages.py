@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from dagster_prefs.engine.connection import EngineConnection, EngineUnavailable
@@ -84,13 +86,12 @@ def test_a_refused_connection_names_who_and_what(said: str, meant: str) -> None:
 
 
 def test_dbt_without_an_engine_says_so_in_one_sentence(tmp_path_factory: pytest.TempPathFactory) -> None:
-    from conftest import PROJECT
-
     # The folder of the offline compilations, whose parsed project is there already.
+    project = Path(__file__).resolve().parents[2] / "dbt_project"
     target = tmp_path_factory.getbasetemp() / "risingwave-offline"
     nowhere = EngineConnection("127.0.0.1", 9, "dev", "root", kind="risingwave")
     with pytest.raises(EngineUnavailable) as caught:
-        Dbt(nowhere, PROJECT, target).run("run", ["raw_items"])
+        Dbt(nowhere, project, target).run("run", ["raw_items"])
     assert str(caught.value) == (
         "the risingwave engine at 127.0.0.1:9 cannot be reached (Connection refused): check PREFS_ENGINE_HOST and "
         "PREFS_ENGINE_PORT"
