@@ -19,6 +19,7 @@ from risingwave_server import PROJECT, URL, server_of
 
 from dagster_prefs.defs.deployment import review_contract
 from dagster_prefs.engine.apply import PlanError, apply_plan
+from dagster_prefs.engine.catalog import read_catalog
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.engine.dbt import Dbt
 from dagster_prefs.engine.plan import ContractReview, Plan, make_plan
@@ -344,7 +345,12 @@ def test_a_change_is_swapped_without_a_gap_though_it_is_killed_at_every_step(ser
     assert {name for name in after if after[name][0] != before[name][0]} == {
         "viewer_watch_metrics_1d", ROLLING, "sink_engagement_watch", *indexes
     }  # fmt: skip
-    assert not any("__next_" in definition for name, (_, definition) in after.items() if name not in indexes)
+    # In a CTE, RisingWave's text of a view keeps the name its relation had then; what counts is what it reads.
+    with server.engine.connect() as connection:
+        reads = read_catalog(connection, server.engine).reads
+    assert "viewer_watch_metrics_1d" in reads[ROLLING]
+    assert reads["sink_engagement_watch"] >= {ROLLING}
+    assert not [name for names in reads.values() for name in names if "__next_" in name]
     done = server.apply()
     assert not done.changes, done.text()
     assert server.objects() == after
