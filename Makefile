@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 UV_VERSION := 0.13.8
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ui up down status stack stack-down test test-fast test-terraform bench-serving bench-ingest bench-training-set bench-freshness lint format lock clean
+.PHONY: help demo ui up down status stack stack-down test test-fast test-terraform bench-serving bench-export bench-ingest bench-training-set bench-freshness lint format lock clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,6 +64,14 @@ bench-serving: $(VENV)/installed .feast/bin/feast ## reads and rankings against 
 	@$(BIN)/prefs up
 	@$(BIN)/python benchmarks/serving.py --feast .feast/bin/python --json bench-serving.json
 
+.dlt/bin/dlt: $(VENV)/installed
+	@$(BIN)/uv venv --quiet --clear .dlt
+	@$(BIN)/uv pip install --quiet --python .dlt/bin/python 'dlt[sql_database,filesystem,pyiceberg]==1.31.0' psycopg2-binary==2.9.13
+
+bench-export: $(VENV)/installed .dlt/bin/dlt ## a day of tiles to Iceberg against the bare limit and dlt
+	@$(BIN)/prefs up
+	@$(BIN)/python benchmarks/export.py --dlt .dlt/bin/python --json bench-export.json
+
 bench-ingest: $(VENV)/installed ## ingestion against a plain COPY
 	@$(BIN)/python benchmarks/ingest.py
 
@@ -92,4 +100,4 @@ lock: $(VENV)/installed ## resolve the dependencies into requirements.lock and t
 
 clean: down ## stop everything and delete the environment and all local state
 	@if [ -x $(BIN)/prefs ]; then $(BIN)/prefs down --delete-state; fi
-	@rm -rf $(VENV) .feast .pytest_cache .mypy_cache .ruff_cache .hypothesis dbt_project/target dbt_project/logs
+	@rm -rf $(VENV) .feast .dlt .pytest_cache .mypy_cache .ruff_cache .hypothesis dbt_project/target dbt_project/logs
