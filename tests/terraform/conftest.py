@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -89,20 +90,14 @@ def _wait_for_server(server: subprocess.Popen[bytes], log: Path) -> str:
 
 
 @pytest.fixture(scope="session")
-def applying(
-    request: pytest.FixtureRequest, terraform: Terraform, free_port: Callable[[], int]
-) -> Iterator[subprocess.Popen[str] | None]:
-    """`terraform apply` of the whole module, with a trust of every kind; None where no test waits for it.
-
-    A long test that needs no applied environment takes this fixture, so that it runs meanwhile.
-    """
-    if not any("applied" in getattr(item, "fixturenames", ()) for item in request.session.items):
-        yield None
-        return
+def start_apply(
+    terraform: Terraform, aws_server: str, free_port: Callable[[], int]
+) -> Iterator[Callable[[], subprocess.Popen[str]]]:
+    """Starts `terraform apply` of the whole module, with a trust of every kind, at the first call."""
     values = {
         "environment": "staging",
         "region": "eu-central-1",
-        "endpoint_url": request.getfixturevalue("aws_server"),
+        "endpoint_url": aws_server,
         "engine": "local",
         "tags": {"team": "engagement"},
         "eks_oidc_provider_arn": "arn:aws:iam::123456789012:oidc-provider/oidc.example.com/id/ABC123",
@@ -119,21 +114,44 @@ def applying(
         "platform_environment": {"PREFS_ENGINE_PORT": str(free_port())},
     }
     (terraform.folder / VARIABLES).write_text(json.dumps(values))
-    apply = terraform.start("apply", "-no-color", "-auto-approve", f"-var-file={VARIABLES}")
-    try:
-        yield apply
-    finally:
-        # Only where the session ends before the apply does.
+    started: list[subprocess.Popen[str]] = []
+
+    def start() -> subprocess.Popen[str]:
+        if not started:
+            started.append(terraform.start("apply", "-no-color", "-auto-approve", f"-var-file={VARIABLES}"))
+        return started[0]
+
+    yield start
+    for apply in started:
+        # Only where the session ends before the apply does; what it says is read, or a full pipe would stop it.
         if apply.poll() is None:
             apply.terminate()
-            apply.wait(timeout=60)
+            try:
+                apply.communicate(timeout=60)
+            except subprocess.TimeoutExpired:
+                apply.kill()
+                apply.communicate()
 
 
 @pytest.fixture(scope="session")
-def applied(applying: subprocess.Popen[str], terraform: Terraform, aws_server: str) -> Iterator[Applied]:
+def applying(request: pytest.FixtureRequest, start_apply: Callable[[], subprocess.Popen[str]]) -> None:
+    """For a long test that needs no applied environment: the apply that others wait for runs meanwhile.
+
+    Where files of tests are spread over processes, the others are at work in another one.
+    """
+    waited_for = any("applied" in getattr(item, "fixturenames", ()) for item in request.session.items)
+    if waited_for and "PYTEST_XDIST_WORKER" not in os.environ:
+        start_apply()
+
+
+@pytest.fixture(scope="session")
+def applied(
+    start_apply: Callable[[], subprocess.Popen[str]], terraform: Terraform, aws_server: str
+) -> Iterator[Applied]:
     """The applied environment; destroyed at the end."""
-    out, err = applying.communicate(timeout=300)
-    assert applying.returncode == 0, out + err
+    apply = start_apply()
+    out, err = apply.communicate(timeout=300)
+    assert apply.returncode == 0, out + err
     variables = [f"-var-file={VARIABLES}"]
     outputs = json.loads(terraform.run("output", "-json").stdout)
     environment = Applied(
