@@ -66,7 +66,11 @@ def _stale(platform: Platform) -> dict[TableDay, str]:
         (spec.name, day): token
         for spec in TILE_TABLES.values()
         for day, token in stale_days(
-            platform.engine, catalog, spec, namespace=platform.settings.iceberg_namespace
+            platform.engine,
+            catalog,
+            spec,
+            namespace=platform.settings.iceberg_namespace,
+            by_sink=platform.settings.export == "sink",
         ).items()
         if day.isoformat() in partitions
     }

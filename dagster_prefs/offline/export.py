@@ -169,23 +169,31 @@ def stale_days(
     namespace: str = DEFAULT_NAMESPACE,
     keep_before: date | None = None,
     until: date | None = None,
+    by_sink: bool = False,
 ) -> dict[date, str]:
     """Day → fingerprint token in the engine, of days that the table lacks or holds in another version.
 
     Oldest first. Days before `keep_before` and from `until` on are left out, and so are days of which the
-    engine holds fewer rows than the table. Creates nothing; a table that does not exist holds nothing.
+    engine holds fewer rows than the table, because they are leaving its retention. Where a sink writes the
+    table (`by_sink`), such a surplus is its mistake and stale, even after the day was verified; a day that
+    was never verified and that the engine has nothing of has the token "". Creates nothing; a table that
+    does not exist holds nothing.
     """
     with tile_snapshot(engine, spec) as tiles:
         wanted = tiles.fingerprints()
     held = exported_fingerprints(catalog, spec, namespace=namespace)
     rows = _exported_rows(catalog, spec, namespace)
+    tokens = {day: fingerprint.token for day, fingerprint in wanted.items()}
+    surplus = {day for day, found in wanted.items() if found.row_count < rows.get(day, 0)}
+    stale = {day for day, token in tokens.items() if held.get(day) != token}
+    if by_sink:
+        stale |= surplus | {day for day, token in held.items() if token is None and day not in tokens}
+    else:
+        stale -= surplus
     return {
-        day: fingerprint.token
-        for day, fingerprint in sorted(wanted.items())
-        if held.get(day) != fingerprint.token
-        and (keep_before is None or day >= keep_before)
-        and (until is None or day < until)
-        and fingerprint.row_count >= rows.get(day, 0)
+        day: tokens.get(day, "")
+        for day in sorted(stale)
+        if (keep_before is None or day >= keep_before) and (until is None or day < until)
     }
 
 

@@ -36,7 +36,7 @@ ATTEMPTS = 5
 class VerifyReport:
     """What became of one day.
 
-    `status`: `verified` (it holds what the engine holds, and is tagged now), `unchanged` (this very content was
+    `status`: `verified` (it holds what the engine holds, and is tagged now), `unchanged` (it still holds what was
     tagged before), `empty` (neither side has anything of it). `rows` are the day's in the table; `tag` and
     `snapshot_id` are None for an empty day; `seconds` is wall time.
     """
@@ -93,7 +93,9 @@ def verify_day(
         if fingerprint is None and not files:
             return report("empty", None)
         tag = verified_tag(day, fingerprint.token) if fingerprint else None
-        if tag in table.refs():
+        ref = table.refs().get(tag) if tag else None
+        # What a sink wrote once more after it was verified is not what was verified.
+        if ref is not None and _paths(_data_files(table, spec, day, ref.snapshot_id)) == _paths(files):
             return report("unchanged", tag)
         rows, totals = expected
         findings = row_findings(
@@ -115,14 +117,17 @@ def verify_day(
                 f"and RisingWave's compaction; if it stays, see whether the sink runs, and drop and create it",
                 "main",
             )
+        if ref is not None:
+            # The same rows in other files: the sink's compaction.
+            return report("unchanged", tag)
         _tag(table, spec, day, tag, snapshot.snapshot_id, keep_tag)
         return report("verified", tag)
 
 
-def _data_files(table: Table, spec: TileTable, day: date) -> list[DataFile]:
+def _data_files(table: Table, spec: TileTable, day: date, snapshot_id: int | None = None) -> list[DataFile]:
     remedy = "create the sink with write_mode='copy-on-write', so that only whole rows reach the table's main branch"
     try:
-        tasks = list(scan_day(table, spec, day).plan_files())
+        tasks = list(scan_day(table, spec, day, snapshot_id).plan_files())
     except ValueError as error:
         if "equality deletes" not in str(error):
             raise
@@ -132,6 +137,10 @@ def _data_files(table: Table, spec: TileTable, day: date) -> list[DataFile]:
     if any(task.delete_files for task in tasks):
         raise AuditFailed(f"{'.'.join(table.name())} of {day} has position deletes: {remedy}", "main")
     return [task.file for task in tasks]
+
+
+def _paths(files: list[DataFile]) -> set[str]:
+    return {file.file_path for file in files}
 
 
 def _repeated_keys(table: Table, spec: TileTable, files: list[DataFile]) -> int:

@@ -14,7 +14,7 @@ from pyiceberg.catalog import Catalog
 
 from dagster_prefs.offline.audit import AuditFailed
 from dagster_prefs.offline.catalog import TableMissing
-from dagster_prefs.offline.export import days_to_export, export_day
+from dagster_prefs.offline.export import days_to_export, export_day, stale_days
 from dagster_prefs.offline.tables import GENRE, WATCH, TileTable, arrow_schema, ensure_table
 from dagster_prefs.offline.verify import VerifyReport, verify_day
 
@@ -82,6 +82,43 @@ def test_rows_of_a_day_that_the_engine_has_not_are_no_empty_day(tiles: Tiles, ca
     assert verify(tiles, catalog, day=DAY + timedelta(days=1)).status == "empty"
     with pytest.raises(AuditFailed, match="3 rows, the engine has 0"):
         verify(tiles, catalog)
+
+
+def test_a_sink_that_wrote_twice_is_found_and_named(tiles: Tiles, catalog: Catalog) -> None:
+    """Where the platform exports, a day of which the engine holds less is leaving it; where a sink does, it is the
+    sink's mistake."""
+    next_day = DAY + timedelta(days=1)
+    tiles.add(WATCH, [*ROWS, watch(1, next_day, 60)])
+    sink(catalog, WATCH, *ROWS, watch(1, next_day, 60))
+    for day in (DAY, next_day):
+        assert verify(tiles, catalog, day=day).status == "verified"
+    assert stale_days(tiles.engine, catalog, WATCH, by_sink=True) == {}
+
+    # One verified day a second time, and one that the engine never had.
+    sink(catalog, WATCH, *ROWS)
+    nobody = next_day + timedelta(days=1)
+    sink(catalog, WATCH, watch(1, nobody, 60))
+    assert stale_days(tiles.engine, catalog, WATCH) == {}
+    stale = stale_days(tiles.engine, catalog, WATCH, by_sink=True)
+    assert list(stale) == [DAY, nobody]
+    assert list(stale_days(tiles.engine, catalog, WATCH, by_sink=True, until=next_day)) == [DAY]
+    assert stale_days(tiles.engine, catalog, WATCH, by_sink=True, keep_before=nobody) == {nobody: ""}
+    with pytest.raises(
+        AuditFailed,
+        match=r"2026-03-10.*6 rows, the engine has 3; .*keys repeated: 3 rows.*drop and create it",
+    ):
+        verify(tiles, catalog)
+    assert verify(tiles, catalog, day=next_day).status == "unchanged"
+
+    # The sink's compaction puts it right: the same rows in another file.
+    table = catalog.load_table(WATCH.identifier("training"))
+    table.overwrite(
+        table.scan(row_filter=f"watch_date = '{next_day}'").to_arrow(), f"watch_date >= '{next_day}'"
+    )
+    table.delete("watch_date = '2026-03-10'")
+    sink(catalog, WATCH, *ROWS)
+    assert stale_days(tiles.engine, catalog, WATCH, by_sink=True) == {}
+    assert [verify(tiles, catalog, day=day).status for day in (DAY, next_day)] == ["unchanged"] * 2
 
 
 def test_no_table_is_an_error_with_a_remedy(tiles: Tiles, catalog: Catalog) -> None:
