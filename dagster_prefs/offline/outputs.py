@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 from pyiceberg.catalog import Catalog
-from pyiceberg.exceptions import CommitFailedException, NoSuchTableError
+from pyiceberg.exceptions import CommitFailedException, NoSuchTableError, ValidationException
 from pyiceberg.io.pyarrow import parquet_file_to_data_file
 from pyiceberg.table import Table
 
@@ -23,6 +23,8 @@ from dagster_prefs.offline.labels import TIME
 from dagster_prefs.offline.tables import TABLE_PROPERTIES, arrow_schema
 
 ROWS_PER_GROUP = 100_000
+# The property by which an erasure finds the tables of training sets.
+KIND, TRAINING_SET = "prefs.kind", "training-set"
 _INSTANT = pa.timestamp("us", tz="UTC")
 
 
@@ -63,7 +65,8 @@ def write_output(
     """
     if _is_table(output):
         with explained(f"the table {output}"):
-            _write_table(_ordered(session, columns), catalog, output, properties)
+            rows = _ordered(session, columns)
+            replace_rows(_table(catalog, output, rows.schema), rows, properties)
         return
     with whole_file(Path(output)) as partial:
         if output.lower().endswith(".csv"):
@@ -76,6 +79,50 @@ def write_output(
             with pq.ParquetWriter(partial, reader.schema, compression="zstd") as writer:
                 for batch in reader:
                     writer.write_batch(batch)
+
+
+def replace_rows(table: Table, rows: Iterable[pa.RecordBatch], properties: Mapping[str, str]) -> None:
+    """Make `rows` all that a table of a training set holds, in one commit, whose snapshot gets `properties`.
+
+    Raises OutputRefused where another writer has changed the table since it was loaded.
+    """
+    path = table.location_provider().new_data_location(f"{uuid.uuid4().hex}.parquet")
+    schema = arrow_schema(table)
+    published = False
+    try:
+        with (
+            table.io.new_output(path).create(overwrite=False) as sink,
+            pq.ParquetWriter(sink, schema, compression="zstd", store_schema=False) as writer,
+        ):
+            for batch in rows:
+                writer.write_batch(batch.cast(schema))
+        file = parquet_file_to_data_file(io=table.io, table_metadata=table.metadata, file_path=path)
+        try:
+            with table.transaction() as transaction:
+                transaction.set_properties({KIND: TRAINING_SET})
+                with transaction.update_snapshot(
+                    snapshot_properties=dict(properties)
+                ).overwrite() as snapshot:
+                    for task in table.scan().plan_files():
+                        snapshot.delete_data_file(task.file)
+                    snapshot.append_data_file(file)
+            published = True
+        except (CommitFailedException, ValidationException) as error:
+            raise OutputRefused(
+                f"the table {'.'.join(table.name())} was changed by another writer meanwhile: run it again"
+            ) from error
+        except Exception:
+            # The commit may have taken place although its reply was lost, so the file stays.
+            published = True
+            raise
+    finally:
+        if not published:
+            table.io.delete(path)
+
+
+def is_training_set(table: Table) -> bool:
+    """Whether a table is one that training sets are written to."""
+    return table.properties.get(KIND) == TRAINING_SET
 
 
 @contextmanager
@@ -126,43 +173,6 @@ def _ordered(
     return pa.RecordBatchReader.from_batches(
         schema, (batch.set_column(place, field, batch.column(place).cast(_INSTANT)) for batch in rows)
     )
-
-
-def _write_table(
-    rows: pa.RecordBatchReader, catalog: Catalog, output: str, properties: Mapping[str, str]
-) -> None:
-    table = _table(catalog, output, rows.schema)
-    path = table.location_provider().new_data_location(f"{uuid.uuid4().hex}.parquet")
-    schema = arrow_schema(table)
-    published = False
-    try:
-        with (
-            table.io.new_output(path).create(overwrite=False) as sink,
-            pq.ParquetWriter(sink, schema, compression="zstd", store_schema=False) as writer,
-        ):
-            for batch in rows:
-                writer.write_batch(batch.cast(schema))
-        file = parquet_file_to_data_file(io=table.io, table_metadata=table.metadata, file_path=path)
-        try:
-            with (
-                table.transaction() as transaction,
-                transaction.update_snapshot(snapshot_properties=dict(properties)).overwrite() as snapshot,
-            ):
-                for task in table.scan().plan_files():
-                    snapshot.delete_data_file(task.file)
-                snapshot.append_data_file(file)
-            published = True
-        except CommitFailedException as error:
-            raise OutputRefused(
-                f"the table {output} was changed by another writer meanwhile: run it again"
-            ) from error
-        except Exception:
-            # The commit may have taken place although its reply was lost, so the file stays.
-            published = True
-            raise
-    finally:
-        if not published:
-            table.io.delete(path)
 
 
 def _table(catalog: Catalog, output: str, schema: pa.Schema) -> Table:

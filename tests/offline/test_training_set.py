@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyiceberg.catalog import Catalog
 
-from dagster_prefs.offline import windows
+from dagster_prefs.offline import outputs, windows
 from dagster_prefs.offline.catalog import (
     CatalogCorrupted,
     OfflineError,
@@ -455,6 +455,38 @@ def test_a_training_set_as_csv_and_as_a_table(catalog: Catalog, tmp_path: Path) 
             catalog, labels, "ml.other", now=NOW, contract_version=1, manifest=tmp_path / "x.json"
         )
     assert not (tmp_path / "x.json").exists()
+
+
+@pytest.mark.parametrize("existing", [True, False])
+def test_a_table_that_another_writer_changes_meanwhile(
+    catalog: Catalog, warehouse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: bool
+) -> None:
+    fill(catalog, {WATCH.name: [watch(1, DAY, 600)]})
+    labels = write_labels(tmp_path, [(1, at(DAY + timedelta(days=1)))])
+
+    def write(labels: str) -> None:
+        build_training_set(
+            catalog, labels, "ml.set", now=NOW, contract_version=1, manifest=tmp_path / "set.json"
+        )
+
+    if existing:
+        write(labels)
+    others = write_labels(tmp_path, [(2, at(DAY)), (3, at(DAY))])
+    real = outputs.parquet_file_to_data_file
+
+    def late(**options: Any) -> Any:
+        monkeypatch.setattr(outputs, "parquet_file_to_data_file", real)
+        write(others)
+        return real(**options)
+
+    monkeypatch.setattr(outputs, "parquet_file_to_data_file", late)
+    with pytest.raises(
+        OutputRefused, match=r"the table ml\.set was changed by another writer meanwhile: run it"
+    ):
+        write(labels)
+    stored = catalog.load_table("ml.set")
+    assert stored.scan().to_arrow()["viewer_id"].to_pylist() == [2, 3]
+    assert len(list((warehouse / "ml").rglob("*.parquet"))) == 1 + existing
 
 
 @pytest.mark.parametrize(
