@@ -57,37 +57,37 @@ def measure_views(
         with engine.connect() as connection:
             refreshing = refresh_running(connection, engine)
             measures = []
+            arrivals: dict[str, datetime | None] = {}
             for relation in relations:
-                chosen: dict[str, Any] = (
-                    {"typed": [relation], "views": []}
-                    if isinstance(relation, Typed)
-                    else {"typed": [], "views": [relation]}
-                )
                 try:
-                    (lag,) = view_lag(connection, engine, now=now, **chosen)
+                    lag = view_lag(connection, engine, relation, now=now)
                 except Unmeasurable as error:
                     measures += unknown("views", [relation.relation], error)
                     continue
+                if isinstance(relation, Typed):
+                    arrivals[relation.topic] = lag.newest_arrival
                 # Reference data has no topic of its own in the contract.
                 promised = isinstance(relation, Typed) and relation.subject is not None
                 thresholds = (
                     contract.freshness.topics.get(relation.topic) if promised else contract.freshness.views
                 )
-                measures.append(_view_measure(lag, thresholds, refreshing))
+                measures.append(_view_measure(lag, arrivals.get(lag.topic), thresholds, refreshing))
             return measures
     except (PrefsError, psycopg.Error) as error:
         return unknown("views", names, error)
 
 
-def _view_measure(lag: ViewLag, thresholds: Freshness | None, refreshing: bool) -> Measure:
+def _view_measure(
+    lag: ViewLag, newest_arrival: datetime | None, thresholds: Freshness | None, refreshing: bool
+) -> Measure:
     values: dict[str, int | float] = {"waiting": lag.waiting, "ahead_seconds": lag.ahead_seconds}
     notes = {"topic": lag.topic}
     if lag.newest_event is not None:
         values["newest_event_at"] = lag.newest_event.timestamp()
         notes["newest_event"] = lag.newest_event.isoformat(timespec="seconds")
-    if lag.newest_arrival is not None:
-        values["newest_arrival_at"] = lag.newest_arrival.timestamp()
-        notes["newest_arrival"] = lag.newest_arrival.isoformat(timespec="seconds")
+    if newest_arrival is not None:
+        values["newest_arrival_at"] = newest_arrival.timestamp()
+        notes["newest_arrival"] = newest_arrival.isoformat(timespec="seconds")
     level: Level
     if thresholds is None:
         level = "unknown"
@@ -100,13 +100,16 @@ def _view_measure(lag: ViewLag, thresholds: Freshness | None, refreshing: bool) 
         reason = (
             f"what waits arrived {-lag.lag_seconds:.0f} s in the future: the engine's clock and this "
             "machine's differ, set them right"
+            if lag.kind == "typed"
+            else f"the events that wait are stamped {-lag.lag_seconds:.0f} s in the future, so their age is "
+            "not known: check their producers' clocks"
         )
     elif lag.waiting:
         level = judge(lag.lag_seconds, thresholds)
         what = (
             f"{lag.waiting} messages arrived and are not visible"
             if lag.kind == "typed"
-            else "its upstream is newer"
+            else "its upstream has newer events"
         )
         reason = f"{what}, for {lag.lag_seconds:.1f} s"
         if refreshing and level == "error":
@@ -173,16 +176,22 @@ def _with_follower(measure: Measure, state: LeaseState | None, now: datetime) ->
     if state is None:
         reason = f"nobody has published it yet: run `prefs publish --follow`; {measure.reason}"
         return replace(measure, level=worst([measure.level, "warn"]), reason=reason)
-    silent = max(0.0, now.timestamp() - state.renewed_ms / 1000)
+    silent = now.timestamp() - state.renewed_ms / 1000
     values: dict[str, int | float] = {
         **measure.values,
-        "follower_silent_seconds": silent,
+        "follower_silent_seconds": max(0.0, silent),
         "refused_rows": state.refused,
     }
     if state.token is not None:
         values["token_age_seconds"] = max(0.0, now.timestamp() - state.token / 1000)
     level, reasons = measure.level, [measure.reason]
-    if state.holder and silent > SILENCES * state.promise_seconds:
+    if -silent > SILENCES * state.promise_seconds:
+        level = worst([level, "unknown"])
+        reasons.append(
+            f"its publisher {state.label} was last heard {-silent:.0f} s in the future: its clock and this machine's "
+            "differ, set them right"
+        )
+    elif state.holder and silent > SILENCES * state.promise_seconds:
         level = worst([level, "error"])
         reasons.append(
             f"its publisher {state.label} has been silent for {silent:.0f} s: start `prefs publish --follow`"
@@ -190,7 +199,7 @@ def _with_follower(measure: Measure, state: LeaseState | None, now: datetime) ->
     elif not state.holder and state.mode == "follow":
         level = worst([level, "warn"])
         reasons.append(
-            f"its publisher {state.label} was stopped {silent:.0f} s ago: start `prefs publish --follow`"
+            f"its publisher {state.label} was stopped {max(0.0, silent):.0f} s ago: start `prefs publish --follow`"
         )
     if state.refused:
         level = worst([level, "error"])
@@ -222,6 +231,12 @@ def _online_measure(lag: OnlineLag, domain: Domain, publishes: bool, refreshing:
             reason += f": {_remedy(lag, domain, publishes)}"
         if refreshing and level == "error":
             level, reason = "warn", f"{reason} (a refresh is running)"
+        if lag.ahead_seconds >= domain.freshness.error_seconds:
+            level = "unknown"
+            reason += (
+                f"; some of it became visible {lag.ahead_seconds:.0f} s in the future: the engine's clock and this "
+                "machine's differ, set them right"
+            )
     return Measure("online", domain.name, level, reason, age, domain.freshness, values, notes)
 
 

@@ -33,7 +33,8 @@ class Difference:
     """One viewer whose item is not as the view has it.
 
     `kind` is missing (no item), extra (no row) or different; `attributes` are the names that differ.
-    `age_seconds` is how long the view has been ahead of the item, at least.
+    `age_seconds` is how long the view has been ahead of the item, at least; negative where the engine says that
+    the row became visible in the future of this machine's clock.
     """
 
     viewer_id: int
@@ -86,8 +87,13 @@ class OnlineLag:
 
     @property
     def oldest_seconds(self) -> float:
-        """Age of the oldest difference; 0 where nothing differs."""
-        return max((difference.age_seconds for difference in self.differences), default=0.0)
+        """Age of the oldest difference; 0 where nothing differs or all of it is from the future."""
+        return max((0.0, *(difference.age_seconds for difference in self.differences)))
+
+    @property
+    def ahead_seconds(self) -> float:
+        """How far in the future the newest difference is stamped, so that its age is not known; 0 where none is."""
+        return -min((0.0, *(difference.age_seconds for difference in self.differences)))
 
     @property
     def in_step(self) -> bool:
@@ -179,7 +185,7 @@ class Comparison:
         late = [viewer for viewer in suspects if self.differs(after.get(viewer), items.get(viewer))]
         since = {viewer: self._since(after.get(viewer)) for viewer in late}
         ages = {
-            viewer: max(0.0, (self.now - moment).total_seconds())
+            viewer: (self.now - moment).total_seconds()
             for viewer, moment in since.items()
             if moment is not None
         }
@@ -270,12 +276,15 @@ class Comparison:
             )
         )
         rows = self.connection.execute(
-            sql.SQL("select viewer_id, {since}, {names} from {relation} where viewer_id = any(%s)").format(
+            sql.SQL(
+                "select viewer_id, {since}, {names} from {relation} where viewer_id in ({wanted})"
+            ).format(
                 since=since,
                 names=sql.SQL(", ").join(map(sql.Identifier, names)),
                 relation=self.relation,
-            ),
-            [wanted],
+                # RisingWave reads the whole view for an array.
+                wanted=sql.SQL(", ").join(map(sql.Literal, wanted)),
+            )
         ).fetchall()
         return {
             viewer: Row(dict(zip(names, values, strict=True)), visible_since)

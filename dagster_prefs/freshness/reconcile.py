@@ -135,20 +135,18 @@ class _Reconciliation:
             )
 
     def _view(self) -> Iterator[list[int]]:
-        after: int | None = None
+        first = -(2**63)
         while True:
             rows = self.sides.connection.execute(
-                sql.SQL(
-                    "select viewer_id from {} where viewer_id > coalesce(%s::bigint, viewer_id - 1)"
-                    " order by viewer_id limit {}"
-                    # RisingWave takes no parameter here.
-                ).format(self.sides.relation, sql.Literal(CHUNK)),
-                [after],
+                # RisingWave takes no parameters here, or reads the whole view for each chunk.
+                sql.SQL("select viewer_id from {} where viewer_id >= {} order by viewer_id limit {}").format(
+                    self.sides.relation, sql.Literal(first), sql.Literal(CHUNK)
+                )
             ).fetchall()
             if not rows:
                 return
             yield [viewer for (viewer,) in rows]
-            after = rows[-1][0]
+            first = rows[-1][0] + 1
 
     def _settle(self, viewers: list[int]) -> None:
         self.counts["compared"] += len(viewers)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
 import psycopg
-from psycopg import sql
+from psycopg import IsolationLevel, sql
 
 from dagster_prefs.engine.catalog import missing_relation
 from dagster_prefs.engine.connection import EngineConnection
@@ -17,6 +16,7 @@ from dagster_prefs.freshness.levels import Unmeasurable
 
 # Every rolling window spans at least this long, so newer tiles must be in it.
 SURE_WINDOW = timedelta(days=7)
+_BEFORE_ALL = datetime.min.replace(tzinfo=UTC)
 
 
 @dataclass(frozen=True)
@@ -96,10 +96,11 @@ _TIMES = {relation.relation: relation.time for relation in RELATIONS}
 class ViewLag:
     """How current one relation is; times are UTC, None where there is no row or no time.
 
+    `newest_arrival` is that of the newest message that typed events are made from, and None for a view.
     `waiting` counts what arrived upstream and is not visible here (for a view: 1 when anything does), and
-    `lag_seconds` is how long the oldest of it has waited: 0 when nothing waits, however long ago the last
-    event was, and negative where it arrived in the future of `now`. `ahead_seconds` is how far the newest event
-    lies in that future.
+    `lag_seconds` is the age of the oldest of it: since it arrived, for a view since it happened. It is 0 when
+    nothing waits, however long ago the last event was, and negative for one from the future of `now`.
+    `ahead_seconds` is how far the newest event lies in that future.
     """
 
     topic: str
@@ -113,160 +114,153 @@ class ViewLag:
 
 
 def view_lag(
-    connection: psycopg.Connection[Any],
-    engine: EngineConnection,
-    *,
-    now: datetime,
-    typed: Sequence[Typed] = TYPED,
-    views: Sequence[View] = VIEWS,
-) -> list[ViewLag]:
-    """How far each typed relation lags behind the messages that arrived, and each view behind its upstream.
+    connection: psycopg.Connection[Any], engine: EngineConnection, relation: Typed | View, *, now: datetime
+) -> ViewLag:
+    """How far a typed relation lags behind the messages that arrived, or a view behind its upstream.
 
-    A quiet topic is not stale: only what arrived and is not visible makes a lag. Each comparison is one
-    statement, so that both sides are read at the same moment. `now` is UTC.
+    A quiet topic is not stale: only what arrived and is not visible makes a lag. Both sides are read at the
+    same moment, and a look costs the same however many rows there are (`index_time` of the dbt project).
+    `now` is UTC; the connection must be in autocommit.
 
     Raises Unmeasurable naming the relation that is missing or cannot be read.
     """
-    lags = [_typed_lag(connection, engine, relation, now) for relation in typed]
-    arrivals = {lag.topic: lag.newest_arrival for lag in lags}
-    return lags + [_view_lag(connection, engine, view, arrivals.get(view.topic), now) for view in views]
+    connection.isolation_level, connection.read_only = IsolationLevel.REPEATABLE_READ, True
+    try:
+        with connection.transaction():
+            if isinstance(relation, Typed):
+                return _typed_lag(connection, engine, relation, now)
+            return _view_lag(connection, engine, relation, now)
+    except psycopg.errors.UndefinedColumn as error:
+        raise Unmeasurable(
+            f"{relation.relation}: {error.diag.message_primary}: run `dbt build` first"
+        ) from None
+    except psycopg.Error as error:
+        if missing := missing_relation(error):
+            raise Unmeasurable(f"{relation.relation}: {missing}: run `dbt build` first") from None
+        raise Unmeasurable(
+            f"{relation.relation}: the engine failed while reading ({' '.join(str(error).split())}): "
+            "look at its log and run again"
+        ) from error
 
 
 def _typed_lag(
     connection: psycopg.Connection[Any], engine: EngineConnection, typed: Typed, now: datetime
 ) -> ViewLag:
-    names: dict[str, sql.Composable] = {
-        "raw": sql.Identifier(engine.schema, typed.raw),
-        "parsed": sql.Identifier(engine.schema, typed.parsed),
-        "typed": sql.Identifier(engine.schema, typed.relation),
-        "erased": sql.Identifier(engine.schema, "erased_subjects"),
-        "key": sql.Identifier(typed.key),
-        "newest_event": sql.SQL("(select max({}) from {})").format(
+    parsed = sql.Identifier(engine.schema, typed.parsed)
+    newest_event = (
+        sql.SQL("select max({}) from {}").format(
             sql.Identifier(typed.time), sql.Identifier(engine.schema, typed.relation)
         )
         if typed.time
-        else sql.SQL("null::timestamptz"),
-        "subject": sql.SQL("{}::text").format(sql.Identifier(typed.subject[1]))
-        if typed.subject
-        else sql.SQL("null::text"),
-        "kind": sql.Literal(typed.subject[0] if typed.subject else ""),
-    }
-    row = _read(
-        connection,
-        typed.relation,
-        sql.SQL(
-            "select (select max(arrived_at) from {parsed}), min(arrived_at), count(*), {newest_event}"
-            " from {raw} where arrived_at >"
-            " (select coalesce(max(arrived_at), '0001-01-01 00:00:00+00'::timestamptz) from {parsed})"
-        ).format(**names),
+        else sql.SQL("select null::timestamptz")
     )
-    newest_arrival, oldest_waiting, waiting, newest_event = row
-    since = oldest_waiting
-    if newest_arrival is not None:
-        # The newest valid message must be among the typed events, unless its subject was erased.
-        missing = _read(
-            connection,
-            typed.relation,
-            sql.SQL(
-                "select count(*) from (select {key} as key, {subject} as subject from {parsed}"
-                " where reason is null order by arrived_at desc limit 1) as newest"
-                " where not exists (select 1 from {typed} as t where t.{key} = newest.key)"
-                " and not exists (select 1 from {erased} as e"
-                " where e.subject_kind = {kind} and e.subject_id = newest.subject)"
-            ).format(**names),
-        )[0]
-        if missing:
-            waiting += missing
-            seen = _changed_at(connection, engine, typed.parsed) or newest_arrival
-            since = seen if since is None else min(since, seen)
+    newest_arrival, newest = _read(
+        connection, sql.SQL("select (select max(arrived_at) from {}), ({})").format(parsed, newest_event)
+    )
+    # A literal moment and not a subquery, for which RisingWave would read the whole table.
+    since, waiting = _read(
+        connection,
+        sql.SQL("select min(arrived_at), count(*) from {} where arrived_at > {}").format(
+            sql.Identifier(engine.schema, typed.raw), sql.Literal(newest_arrival or _BEFORE_ALL)
+        ),
+    )
+    if missing := _missing_since(connection, engine, typed):
+        since, waiting = missing, waiting + 1
     return ViewLag(
         topic=typed.topic,
         relation=typed.relation,
         kind="typed",
-        newest_event=newest_event,
-        newest_arrival=newest_arrival,
-        waiting=waiting,
-        lag_seconds=_age(since, now),
-        ahead_seconds=_ahead(newest_event, now),
-    )
-
-
-def _view_lag(
-    connection: psycopg.Connection[Any],
-    engine: EngineConnection,
-    view: View,
-    newest_arrival: datetime | None,
-    now: datetime,
-) -> ViewLag:
-    only: sql.Composable = sql.SQL(view.only)
-    if view.day:
-        only = sql.SQL("{} >= {}::date").format(
-            sql.Identifier(view.day), sql.Literal((now - SURE_WINDOW).astimezone(UTC).date().isoformat())
-        )
-    newest, newest_upstream = _read(
-        connection,
-        view.relation,
-        sql.SQL(
-            "select (select max({time}) from {view}),"
-            " (select max({upstream_time}) from {upstream} where {only})"
-        ).format(
-            time=sql.Identifier(view.time),
-            view=sql.Identifier(engine.schema, view.relation),
-            upstream_time=sql.Identifier(_TIMES[view.upstream]),
-            upstream=sql.Identifier(engine.schema, view.upstream),
-            only=only,
-        ),
-    )
-    if view.day:
-        newest = None if newest is None else datetime.fromtimestamp(newest / 1000, UTC)
-        # The item's time has milliseconds, its tile's microseconds.
-        newest_upstream = newest_upstream and newest_upstream - timedelta(milliseconds=1)
-    behind = newest_upstream is not None and (newest is None or newest < newest_upstream)
-    since = None
-    if behind:
-        since = _changed_at(connection, engine, view.upstream) or newest_upstream
-    return ViewLag(
-        topic=view.topic,
-        relation=view.relation,
-        kind="view",
         newest_event=newest,
         newest_arrival=newest_arrival,
-        waiting=int(behind),
+        waiting=waiting,
         lag_seconds=_age(since, now),
         ahead_seconds=_ahead(newest, now),
     )
 
 
-def _changed_at(
-    connection: psycopg.Connection[Any], engine: EngineConnection, relation: str
+def _missing_since(
+    connection: psycopg.Connection[Any], engine: EngineConnection, typed: Typed
 ) -> datetime | None:
-    # A batch view changes when it is refreshed; RisingWave knows when each row did.
-    statement = (
-        sql.SQL("select max(_rw_timestamp) from {}").format(sql.Identifier(engine.schema, relation))
-        if engine.kind == "risingwave"
-        else sql.SQL("select max(deployed_at) from {} where relation = {}").format(
-            sql.Identifier(engine.schema, "deployments"), sql.Literal(relation)
-        )
+    """Arrival of the oldest valid message found that is not among the typed events, None where the newest one is.
+
+    Looks back in steps that double, so that what has been missing for long is told from what came just now,
+    and for at least half as long as it has.
+    """
+    latest = sql.SQL(
+        "select latest.arrived_at, t.{key} is null and e.subject_id is null"
+        " from (select source, source_partition, source_offset, arrived_at from {parsed}"
+        " where reason is null and arrived_at < {before} order by arrived_at desc limit 1) as latest"
+        " join {parsed} as p on p.source = latest.source and p.source_partition = latest.source_partition"
+        " and p.source_offset = latest.source_offset"
+        " left join {typed} as t on t.{key} = p.{key}"
+        # Erased subjects stay away.
+        " left join {erased} as e on e.subject_kind = {kind} and e.subject_id = {subject}"
     )
-    found: datetime | None = _read(connection, relation, statement)[0]
-    return found
+    kind, subject = typed.subject or ("", "")
+    names: dict[str, sql.Composable] = {
+        "key": sql.Identifier(typed.key),
+        "parsed": sql.Identifier(engine.schema, typed.parsed),
+        "typed": sql.Identifier(engine.schema, typed.relation),
+        "erased": sql.Identifier(engine.schema, "erased_subjects"),
+        "kind": sql.Literal(kind),
+        "subject": sql.SQL("p.{}::text").format(sql.Identifier(subject))
+        if subject
+        else sql.SQL("null::text"),
+    }
+    since = None
+    before = datetime.max.replace(tzinfo=UTC)
+    step = timedelta(seconds=1)
+    while True:
+        found = connection.execute(latest.format(before=sql.Literal(before), **names)).fetchone()
+        if found is None or not found[1]:
+            return since
+        since = found[0]
+        before, step = since - step, 2 * step
 
 
-def _read(connection: psycopg.Connection[Any], relation: str, statement: sql.Composed) -> tuple[Any, ...]:
-    try:
-        row: tuple[Any, ...] | None = connection.execute(statement).fetchone()
-    except psycopg.errors.UndefinedColumn as error:
-        raise Unmeasurable(f"{relation}: {error.diag.message_primary}: run `dbt build` first") from None
-    except psycopg.Error as error:
-        if missing := missing_relation(error):
-            raise Unmeasurable(f"{relation}: {missing}: run `dbt build` first") from None
-        raise Unmeasurable(
-            f"{relation}: the engine failed while reading ({' '.join(str(error).split())}): "
-            "look at its log and run again"
-        ) from error
-    if row is None:
-        raise Unmeasurable(f"{relation}: the engine gave no answer: run again")
-    return row
+def _view_lag(
+    connection: psycopg.Connection[Any], engine: EngineConnection, view: View, now: datetime
+) -> ViewLag:
+    (newest,) = _read(
+        connection,
+        sql.SQL("select max({}) from {}").format(
+            sql.Identifier(view.time), sql.Identifier(engine.schema, view.relation)
+        ),
+    )
+    only: sql.Composable = sql.SQL(view.only)
+    shown = newest
+    if view.day:
+        only = sql.SQL("{} >= {}::date").format(
+            sql.Identifier(view.day), sql.Literal((now - SURE_WINDOW).astimezone(UTC).date().isoformat())
+        )
+        newest = None if newest is None else datetime.fromtimestamp(newest / 1000, UTC)
+        # The item's time has milliseconds, its tile's microseconds.
+        shown = None if newest is None else newest + timedelta(milliseconds=1)
+    (since,) = _read(
+        connection,
+        sql.SQL("select min({time}) from {upstream} where {time} > {shown} and {only}").format(
+            time=sql.Identifier(_TIMES[view.upstream]),
+            upstream=sql.Identifier(engine.schema, view.upstream),
+            shown=sql.Literal(shown or _BEFORE_ALL),
+            only=only,
+        ),
+    )
+    return ViewLag(
+        topic=view.topic,
+        relation=view.relation,
+        kind="view",
+        newest_event=newest,
+        newest_arrival=None,
+        waiting=int(since is not None),
+        lag_seconds=_age(since, now),
+        ahead_seconds=_ahead(newest, now),
+    )
+
+
+def _read(connection: psycopg.Connection[Any], statement: sql.Composed) -> tuple[Any, ...]:
+    """The one row of an aggregate."""
+    (row,) = connection.execute(statement).fetchall()
+    return tuple(row)
 
 
 def _age(since: datetime | None, now: datetime) -> float:

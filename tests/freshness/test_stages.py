@@ -100,11 +100,24 @@ def test_typed_events_that_lag_behind_their_parsed_messages(busy: Any) -> None:
     busy.refresh("view_events_parsed", age=20)
     measure = busy.measures()["views/view_events"]
     assert (measure.level, measure.values["waiting"]) == ("error", 1)
-    assert measure.lag_seconds == pytest.approx(20)
+    assert measure.lag_seconds == pytest.approx(30)
     busy.refresh()
     busy.publish()
     busy.export()
     assert busy.bad() == {}
+
+
+def test_what_stands_still_is_not_hidden_by_what_keeps_coming(busy: Any) -> None:
+    """Typed events and a view that no refresh reaches, while messages come and their upstream is refreshed."""
+    for age in (50, 40, 20, 2):
+        busy.watch(3, age=age)
+        busy.shop("u3", age=age)
+    busy.refresh("view_events_parsed", "user_events_parsed", "user_events", "user_category_profile", age=1)
+    measures = busy.measures()
+    typed, view = measures["views/view_events"], measures["views/user_brand_profile"]
+    assert (typed.level, view.level) == ("error", "error")
+    assert 25 <= (typed.lag_seconds or 0) <= 50
+    assert view.lag_seconds == pytest.approx(50)
 
 
 def test_an_erased_subject_is_not_missing(busy: Any) -> None:
@@ -181,6 +194,17 @@ def test_a_fresh_difference_is_not_yet_late(busy: Any) -> None:
     assert {measure.level for measure in busy.online() if measure.name == "watch"} == {"warn"}
 
 
+def test_a_difference_from_the_future_is_unknown_and_not_green(busy: Any) -> None:
+    """The engine's clock is ahead, or ours is behind: the age of what differs cannot be told."""
+    busy.watch(1, age=-3600)
+    busy.refresh(age=-3600)
+    watch = {measure.name: measure for measure in busy.online()}["watch"]
+    assert (watch.level, watch.lag_seconds, watch.values["different"]) == ("unknown", 0, 1)
+    assert "became visible 3600 s in the future" in watch.reason
+    busy.publish()
+    assert {measure.level for measure in busy.online()} == {"ok"}
+
+
 def test_a_difference_of_unknown_age_is_watched_for_as_long_as_the_promise(busy: Any) -> None:
     key = {"viewer_id": {"N": "4711"}, "domain_key": {"S": "engagement#watch"}}
     busy.client.put_item(TableName=busy.table.name, Item=key)
@@ -238,7 +262,11 @@ def test_a_follower_that_does_not_run_is_seen_before_anything_lags(busy: Any) ->
     assert (alive.level, alive.notes["publisher"]) == ("ok", "host:1")
     assert alive.values["token_age_seconds"] == pytest.approx(9, abs=0.01)
     assert alive.values["follower_silent_seconds"] == pytest.approx(5, abs=0.01)
-    busy.later(seconds=60)
+    busy.later(seconds=-600)
+    ahead = watch()
+    assert ahead.level == "unknown"
+    assert "host:1 was last heard 595 s in the future" in ahead.reason
+    busy.later(seconds=660)
     silent = watch()
     assert silent.level == "error"
     assert "host:1 has been silent for 65 s: start `prefs publish --follow`" in silent.reason
