@@ -88,7 +88,7 @@ def prepare(folder: Path, tiles: int, labels: int, days: int) -> None:
                     params={"viewers": viewers, "day": day},
                 ).to_arrow_table()
                 written = DayFiles(f"{number:016x}", rows.num_rows, {}, {})
-                write_day(table, day, written, _shaped(rows, arrow_schema(table)))
+                write_day(table, spec, day, written, _shaped(rows, arrow_schema(table)))
                 files += written.files
             with table.transaction() as transaction, transaction.update_snapshot().fast_append() as snapshot:
                 for file in files:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import duckdb
+import pyarrow as pa
 
 from dagster_prefs.offline.catalog import OfflineError, StorageFull
 
+# Memory and threads: an export of any size is to fit into a small container.
+SORTING = ("128MB", 2)
+
 
 @contextmanager
-def duck_session(memory: str, folder: Path | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
+def duck_session(memory: str, threads: int | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
     """A session whose tables live in a temporary file and whose memory is at most `memory` (e.g. `1GB`).
 
-    `folder` is where that file lies, the system's temporary folder by default; it is removed in the end.
+    Little memory needs few `threads` (one per core by default), because each takes its part of it.
     """
-    with tempfile.TemporaryDirectory(prefix="prefs-duckdb-", dir=folder) as scratch:
+    with tempfile.TemporaryDirectory(prefix="prefs-duckdb-") as scratch:
         config: dict[str, str | bool | int | float | list[str]] = {
             "memory_limit": memory,
             "temp_directory": str(Path(scratch, "spill")),
@@ -27,17 +31,48 @@ def duck_session(memory: str, folder: Path | None = None) -> Iterator[duckdb.Duc
             "autoload_known_extensions": False,
             "preserve_insertion_order": False,
         }
+        if threads:
+            config["threads"] = threads
         # On disk, unlike in memory, DuckDB compresses its tables.
         try:
             with duckdb.connect(str(Path(scratch, "session.duckdb")), config=config) as session:
                 yield session
         except duckdb.OutOfMemoryException as error:
             raise OfflineError(
-                f"{memory} of memory do not suffice for the join: allow more, or split the labels"
+                f"{memory} of memory do not suffice: allow more, or split what is to be joined or sorted"
             ) from error
         except duckdb.IOException as error:
             if "space" in str(error):
                 raise StorageFull(
                     f"no space left for intermediate results in {scratch}: free some"
                 ) from error
+            raise
+
+
+def sort_batches(
+    batches: Iterable[pa.RecordBatch], schema: pa.Schema, key: tuple[str, ...], rows: int
+) -> Generator[pa.RecordBatch]:
+    """The same rows ordered by `key`, in batches of `rows`; beyond some memory they are sorted on disk.
+
+    Raises what reading `batches` raises, StorageFull, or another OfflineError.
+    """
+    failures: list[BaseException] = []
+
+    def remember() -> Iterator[pa.RecordBatch]:
+        try:
+            yield from batches
+        except BaseException as error:
+            failures.append(error)
+            raise
+
+    with duck_session(*SORTING) as session:
+        session.register("unsorted", pa.RecordBatchReader.from_batches(schema, remember()))
+        try:
+            for batch in session.sql(f"from unsorted order by {', '.join(key)}").to_arrow_reader(rows):
+                if batch.num_rows:
+                    yield batch.cast(schema)
+        except (duckdb.Error, pa.ArrowException) as error:
+            # DuckDB knows of it as a text only.
+            if failures:
+                raise failures[0] from error
             raise

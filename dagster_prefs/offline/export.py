@@ -339,5 +339,5 @@ def _write(
         properties={"prefs.operation": "export", **fingerprint.properties()},
     )
     with closing(tiles.rows(day, arrow_schema(table))) as batches:
-        write_day(table, day, written, batches)
+        write_day(table, spec, day, written, batches)
     return written

@@ -8,8 +8,7 @@ promise to keep a snapshot: it stays, and is named, unless told otherwise.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from decimal import Decimal
@@ -34,9 +33,8 @@ from pyiceberg.types import LongType
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.offline.audit import AuditFailed
 from dagster_prefs.offline.catalog import OfflineError, explained
-from dagster_prefs.offline.duck import duck_session
 from dagster_prefs.offline.export import DEFAULT_NAMESPACE, VERIFIED_PREFIX, ExportConflict, export_day
-from dagster_prefs.offline.maintenance import SORT_MEMORY, referenced_files
+from dagster_prefs.offline.maintenance import referenced_files
 from dagster_prefs.offline.publish import (
     BRANCH_PREFIX,
     DayFiles,
@@ -191,8 +189,9 @@ class ViewerInTable:
             totals=self._totals(table, day, head),
             properties={"prefs.operation": "erase"},
         )
-        with closing(self._remaining(table, day, head)) as batches:
-            write_day(table, day, written, batches)
+        schema = arrow_schema(table)
+        remaining = (batch.cast(schema) for batch in self._scan(table, day, head))
+        write_day(table, self._spec, day, written, remaining)
         if publish_day(table, self._spec, day, written, {file.file_path for file in held}) is None:
             discard(table, written)
             return False
@@ -211,15 +210,6 @@ class ViewerInTable:
             for name in totals:
                 totals[name] += Decimal(pc.sum(batch.column(name)).as_py() or 0)
         return totals
-
-    def _remaining(self, table: Table, day: date, head: Snapshot) -> Generator[pa.RecordBatch]:
-        schema = arrow_schema(table)
-        with duck_session(SORT_MEMORY) as session:
-            session.register("day", self._scan(table, day, head))
-            ordered = session.sql(f"from day order by {', '.join(self._spec.key)}").to_arrow_reader(100_000)
-            for batch in ordered:
-                if batch.num_rows:
-                    yield batch.cast(schema)
 
     def _snapshots(self, table: Table) -> set[int]:
         """The snapshots of the whole history that hold a row of the viewer."""

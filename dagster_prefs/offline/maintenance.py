@@ -22,7 +22,6 @@ from pyiceberg.manifest import DataFile
 from pyiceberg.table import Table
 
 from dagster_prefs.offline.catalog import explained
-from dagster_prefs.offline.duck import duck_session
 from dagster_prefs.offline.export import DEFAULT_NAMESPACE
 from dagster_prefs.offline.publish import (
     BRANCH_PREFIX,
@@ -37,7 +36,6 @@ from dagster_prefs.offline.publish import (
 )
 from dagster_prefs.offline.tables import TileTable, arrow_schema
 
-SORT_MEMORY = "256MB"
 ATTEMPTS = 5
 
 
@@ -114,7 +112,7 @@ def _compact(table: Table, spec: TileTable) -> tuple[date, ...]:
             totals=totals,
             properties={"prefs.operation": "compact", "prefs.fingerprint": token or ""},
         )
-        write_day(table, day, merged, _sorted_rows(table, spec, files))
+        write_day(table, spec, day, merged, _rows(table, spec, files))
         if publish_day(table, spec, day, merged, {file.file_path for file in files}) is not None:
             done.append(day)
     return tuple(done)
@@ -129,17 +127,10 @@ def _totals(table: Table, spec: TileTable, files: list[DataFile]) -> Mapping[str
     return totals
 
 
-def _sorted_rows(table: Table, spec: TileTable, files: list[DataFile]) -> Iterator[pa.RecordBatch]:
+def _rows(table: Table, spec: TileTable, files: list[DataFile]) -> Iterator[pa.RecordBatch]:
     schema = arrow_schema(table)
     names = [column.name for column in spec.columns]
-    rows = pa.RecordBatchReader.from_batches(
-        schema, (batch.cast(schema) for file in files for batch in read_file(table, file, names))
-    )
-    with duck_session(SORT_MEMORY) as session:
-        session.register("day", rows)
-        ordered = session.sql(f"from day order by {', '.join(spec.key)}").to_arrow_reader(100_000)
-        for batch in ordered:
-            yield batch.cast(schema)
+    return (batch.cast(schema) for file in files for batch in read_file(table, file, names))
 
 
 def _expire(table: Table, before: datetime) -> int:

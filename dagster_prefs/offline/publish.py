@@ -23,10 +23,12 @@ from pyiceberg.table.snapshots import Snapshot, ancestors_of
 
 from dagster_prefs.offline.audit import AuditFailed, audit_day
 from dagster_prefs.offline.catalog import CatalogUnavailable
+from dagster_prefs.offline.duck import sort_batches
 from dagster_prefs.offline.tables import TileTable, arrow_schema, scan_day
 
-# A row group is what a reader decodes at once; a file is what an object store serves at once.
-ROWS_PER_GROUP = 500_000
+# A row group is what a reader decodes at once, and as many rows as DuckDB gives at once; a file is what an object
+# store serves at once.
+ROWS_PER_GROUP = 122_880
 FILE_BYTES = 256 * 1024 * 1024
 
 # How often a day is staged again because others commit in between.
@@ -53,15 +55,20 @@ class DayFiles:
     files: list[DataFile] = field(default_factory=list)
 
 
-def write_day(table: Table, day: date, files: DayFiles, batches: Iterable[pa.RecordBatch]) -> None:
-    """Write the batches (ordered by key, in the table's Arrow schema) to new files, noted in `files`.
+def write_day(
+    table: Table, spec: TileTable, day: date, files: DayFiles, batches: Iterable[pa.RecordBatch]
+) -> None:
+    """Write the batches (in any order, in the table's Arrow schema) to new files sorted by key, noted in `files`.
 
     Whatever was written is removed again when anything fails.
     """
     try:
-        with closing(_FileWriter(table, day, files.token, files.paths)) as writer:
-            for batch in batches:
-                writer.write(batch)
+        with (
+            closing(_FileWriter(table, day, files.token, files.paths)) as writer,
+            closing(sort_batches(batches, writer.schema, spec.key, ROWS_PER_GROUP)) as groups,
+        ):
+            for group in groups:
+                writer.write(group)
         files.files = [
             parquet_file_to_data_file(io=table.io, table_metadata=table.metadata, file_path=path)
             for path in files.paths
@@ -88,20 +95,16 @@ class _FileWriter:
         self._attempt = uuid.uuid4()
         self._encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="parquet")
         self._pending: Future[None] | None = None
-        self._rows: list[pa.RecordBatch] = []
-        self._count = 0
         self._sink: pa.NativeFile | None = None
         self._parquet: pq.ParquetWriter | None = None
 
-    def write(self, batch: pa.RecordBatch) -> None:
-        self._rows.append(batch)
-        self._count += batch.num_rows
-        if self._count >= ROWS_PER_GROUP:
-            self._hand_over()
+    def write(self, group: pa.RecordBatch) -> None:
+        """Write a row group, as soon as the one before it is written."""
+        self._wait()
+        self._pending = self._encoder.submit(self._encode, group)
 
     def close(self) -> None:
         try:
-            self._hand_over()
             self._wait()
             self._finish_file()
         finally:
@@ -114,19 +117,12 @@ class _FileWriter:
                 with suppress(Exception):
                     self._sink.close()
 
-    def _hand_over(self) -> None:
-        self._wait()
-        if self._rows:
-            group = pa.Table.from_batches(self._rows, schema=self.schema)
-            self._rows, self._count = [], 0
-            self._pending = self._encoder.submit(self._encode, group)
-
     def _wait(self) -> None:
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
-    def _encode(self, group: pa.Table) -> None:
+    def _encode(self, group: pa.RecordBatch) -> None:
         if self._parquet is None:
             path = self._table.location_provider().new_data_location(
                 f"{self._token}-{self._attempt}-{len(self._paths):05}.parquet", self._partition
@@ -134,7 +130,7 @@ class _FileWriter:
             self._paths.append(path)
             self._sink = self._table.io.new_output(path).create(overwrite=False)
             self._parquet = pq.ParquetWriter(self._sink, self.schema, compression="zstd", store_schema=False)
-        self._parquet.write_table(group, row_group_size=ROWS_PER_GROUP)
+        self._parquet.write_batch(group)
         if self._sink is not None and self._sink.tell() >= FILE_BYTES:
             self._finish_file()
 

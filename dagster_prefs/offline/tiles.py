@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import date, datetime
 from decimal import Decimal
@@ -16,20 +17,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 from psycopg import sql
-from pyiceberg.types import DateType, DecimalType, StringType, TimestamptzType
 
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.offline.catalog import OfflineError
 from dagster_prefs.offline.tables import TileTable
 
-# Text of this many bytes is parsed at once: large enough for the parser, small enough to stay bounded.
-BLOCK_BYTES = 8 * 1024 * 1024
+LINES_FETCHED = 10_000
+# Enough for the parser to be busy with rows rather than with calls.
+LINES_PARSED = 40_000
 
 FINGERPRINTS = "tile_fingerprints"
 ERASED = "erased_subjects"
 
-_ESCAPES = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v"}
-_ESCAPE = re.compile(r"\\(.)", re.DOTALL)
+NULL = sql.Literal("\\N")
+# The backslash first, or it would escape the others' own.
+ESCAPES = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
+_ESCAPED = {escape: character for character, escape in ESCAPES.items()}
+_ESCAPE = re.compile(r"\\.")
 
 
 class TilesUnreadable(OfflineError):
@@ -133,51 +137,41 @@ class TileSnapshot:
         return int(row[0]) if row else 0
 
     def rows(self, day: date, schema: pa.Schema) -> Generator[pa.RecordBatch]:
-        """The day's rows without canaries, ordered by key, in batches of some megabytes with that Arrow
-        schema.
+        """The day's rows without canaries, in no order, in batches of some megabytes with that Arrow schema.
 
-        COPY in text format is the one bulk read that both engines have; times travel as microseconds because
-        the engines spell timestamps differently.
+        Each row travels as one line of text, which Arrow parses: one value a row costs the client a third of what one
+        per column does, and RisingWave knows COPY from 2.7 on only, where it makes NULL and an empty string the same.
+        The engine does not sort: it would hold the day in memory, beside the streams that it serves.
         """
         names = [column.name for column in self._spec.columns if column.name != self._spec.day]
         query = sql.SQL(
-            "copy (select {columns} from {tile} where {day} = {value} and viewer_id >= 0 order by {key}) "
-            "to stdout"
+            "select concat_ws({tab}, {columns}) from {tile} where {day} = {value} and viewer_id >= 0"
         ).format(
-            columns=sql.SQL(", ").join(self._expression(name) for name in names),
+            tab=sql.Literal("\t"),
+            columns=sql.SQL(", ").join(
+                sql.SQL("coalesce({}, {})").format(
+                    _as_text(sql.Identifier(name), schema.field(name).type), NULL
+                )
+                for name in names
+            ),
             tile=self._relation(self._spec.tile),
             day=sql.Identifier(self._spec.day),
             value=sql.Literal(day),
-            key=sql.SQL(", ").join(map(sql.Identifier, self._spec.key)),
         )
-        # Appended to one buffer: millions of rows kept as objects cost more than reading and parsing them.
-        block = bytearray()
-        with self._connection.cursor() as cursor, cursor.copy(query) as copy:
-            while data := copy.read():
-                block += data
-                if len(block) >= BLOCK_BYTES:
-                    yield self._parse(block, names, day, schema)
-                    block = bytearray()
-        if block:
-            yield self._parse(block, names, day, schema)
+        with self._connection.cursor() as cursor, closing(cursor.stream(query, size=LINES_FETCHED)) as lines:
+            while block := list(itertools.islice(lines, LINES_PARSED)):
+                yield self._parse("\n".join(line for (line,) in block).encode(), names, day, schema)
 
     def _relation(self, name: str) -> sql.Identifier:
         return sql.Identifier(self._schema, name)
 
-    def _expression(self, name: str) -> sql.Composable:
-        column = next(column for column in self._spec.columns if column.name == name)
-        if isinstance(column.type, TimestamptzType):
-            return sql.SQL("(extract(epoch from {}) * 1000000)::bigint").format(sql.Identifier(name))
-        return sql.Identifier(name)
-
-    def _parse(self, text: bytearray, names: list[str], day: date, schema: pa.Schema) -> pa.RecordBatch:
-        columns = {column.name: column.type for column in self._spec.columns}
+    def _parse(self, text: bytes, names: list[str], day: date, schema: pa.Schema) -> pa.RecordBatch:
         parsed = pa.csv.read_csv(
-            pa.BufferReader(pa.py_buffer(text)),
+            pa.BufferReader(text),
             read_options=pa.csv.ReadOptions(column_names=names, block_size=len(text) + 1, use_threads=False),
             parse_options=pa.csv.ParseOptions(delimiter="\t", quote_char=False, escape_char=False),
             convert_options=pa.csv.ConvertOptions(
-                column_types={name: _wire_type(columns[name]) for name in names},
+                column_types={name: schema.field(name).type for name in names},
                 null_values=["\\N"],
                 strings_can_be_null=True,
             ),
@@ -188,14 +182,14 @@ class TileSnapshot:
                 arrays.append(pa.repeat(pa.scalar(day, pa.date32()), parsed.num_rows))
                 continue
             values = parsed.column(field.name).chunk(0)
-            if isinstance(columns[field.name], StringType):
+            if pa.types.is_large_string(field.type):
                 values = _unescape(values)
             if values.null_count and not field.nullable:
                 raise TilesUnreadable(
                     f"{self._spec.tile} of {day} has {values.null_count} rows without {field.name}, which "
                     "the contract requires: mend the model, then export again"
                 )
-            arrays.append(values.cast(field.type))
+            arrays.append(values)
         return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
@@ -252,23 +246,18 @@ def _plain(value: Decimal) -> str:
     return f"{value.normalize():f}"
 
 
-def _wire_type(kind: Any) -> pa.DataType:
-    if isinstance(kind, DecimalType):
-        return pa.decimal128(kind.precision, kind.scale)
-    if isinstance(kind, StringType):
-        return pa.string()
-    if isinstance(kind, DateType):
-        return pa.date32()
-    return pa.int64()
+def _as_text(column: sql.Identifier, kind: pa.DataType) -> sql.Composed:
+    text = sql.SQL("{}::text").format(column)
+    if pa.types.is_large_string(kind):
+        for character, escape in ESCAPES.items():
+            text = sql.SQL("replace({}, {}, {})").format(text, sql.Literal(character), sql.Literal(escape))
+    return text
 
 
 def _unescape(values: pa.Array) -> pa.Array:
     if not pc.any(pc.match_substring(values, "\\")).as_py():
         return values
     return pa.array(
-        [
-            None if value is None else _ESCAPE.sub(lambda found: _ESCAPES.get(found[1], found[1]), value)
-            for value in values.to_pylist()
-        ],
-        pa.string(),
+        [value and _ESCAPE.sub(lambda found: _ESCAPED[found[0]], value) for value in values.to_pylist()],
+        values.type,
     )

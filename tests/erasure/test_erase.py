@@ -6,11 +6,13 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import date, timedelta
+from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from conftest import ERASED_AT, MESSAGES, OWNED, USER, VIEWER, World, like, redacted, view
@@ -23,12 +25,18 @@ from dagster_prefs.events.ingest import ingest_file
 from dagster_prefs.events.redaction import Subject, SubjectRefused
 from dagster_prefs.offline import export as export_module
 from dagster_prefs.offline import forget as forget_module
-from dagster_prefs.offline.catalog import CatalogUnavailable
+from dagster_prefs.offline.catalog import CatalogUnavailable, OfflineError
 from dagster_prefs.offline.export import export_day
-from dagster_prefs.offline.forget import ViewerInTable, training_sets_holding
+from dagster_prefs.offline.forget import ViewerInTable, ViewerInTiles, files_holding
 from dagster_prefs.offline.publish import DayFiles, day_files, publish_day, read_file, write_day
 from dagster_prefs.offline.tables import TILE_TABLES, WATCH, arrow_schema
 from dagster_prefs.offline.tiles import TilesUnreadable
+from dagster_prefs.offline.training_set import (
+    SnapshotExpired,
+    TrainingSet,
+    build_training_set,
+    reproduce_training_set,
+)
 from dagster_prefs.online.publisher import publish_lock
 from dagster_prefs.online.tables import dynamodb_client
 from dagster_prefs.online.withdraw import ViewerItems
@@ -169,7 +177,7 @@ def test_a_crash_at_any_step_is_completed_by_the_next_run(
     # of a training table.
     for owner, name in (
         (ViewerItems, "_delete"),
-        (ViewerInTable, "_rewrite"),
+        (ViewerInTiles, "_rewrite"),
         (ViewerInTable, "_remove_refs"),
         (ViewerInTable, "_expire"),
         (ViewerInTable, "_remove_files"),
@@ -385,7 +393,7 @@ def maintain_one_day(world: World, day: date) -> bool:
         totals={name: sum(map(Decimal, rows[name].to_pylist())) for name in WATCH.totals},
         properties={},
     )
-    write_day(table, day, written, rows.cast(arrow_schema(table)).to_batches())
+    write_day(table, WATCH, day, written, rows.cast(arrow_schema(table)).to_batches())
     return publish_day(table, WATCH, day, written, {file.file_path for file in held}) is not None
 
 
@@ -482,17 +490,103 @@ def test_ids_are_taken_as_events_spell_them() -> None:
     assert Subject.named("user", "\tcanary ") == Subject("user", "canary")
 
 
-def test_training_sets_outside_are_named(tmp_path: Any) -> None:
+def test_training_sets_in_the_catalog_are_forgotten_with_their_history(
+    world: World, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sets of this platform lose the viewer's rows; labels of others that hold them, and what is damaged, are named."""
+    catalog = world.catalog
+    days = [TODAY - timedelta(days=number) for number in (1, 3)]
+    moments = [datetime(day.year, day.month, day.day, 12, tzinfo=UTC) for day in days]
+    labels = pa.table(
+        {
+            "viewer_id": pa.array([7, VIEWER, 123, VIEWER], pa.int64()),
+            "label_time": pa.array(
+                [moments[0], moments[0], moments[1], moments[1]], pa.timestamp("us", "UTC")
+            ),
+            "label": ["a", "b", "c", "d"],
+        }
+    )
+    pq.write_table(labels, tmp_path / "labels.parquet")
+    catalog.create_namespace("ml")
+    for name, rows in (("labels", labels), ("labels_of_7", labels.slice(0, 1)), ("damaged", labels)):
+        catalog.create_table(f"ml.{name}", rows.schema).append(rows)
+    damaged = catalog.load_table("ml.damaged").metadata_location.removeprefix("file://")
+    Path(damaged).write_text("{")
+
+    def build(output: str, **options: Any) -> TrainingSet:
+        return build_training_set(
+            catalog,
+            str(tmp_path / "labels.parquet"),
+            output,
+            now=instant(NOW),
+            contract_version=1,
+            manifest=tmp_path / f"{Path(output).name}.json",
+            **options,
+        )
+
+    for output in ("ml.set", "ml.set", "ml.tagged"):
+        made = build(output)
+    written = build(str(tmp_path / "set.csv"))
+    tagged = catalog.load_table("ml.tagged")
+    tagged.manage_snapshots().create_tag(tagged.current_snapshot().snapshot_id, "first").commit()
+    before = catalog.load_table("ml.set").scan().to_arrow()
+    assert before["viewer_id"].to_pylist() == [7, VIEWER, 123, VIEWER]
+
+    report = world.erase(training_sets=[tmp_path])
+    after = {name: catalog.load_table(name).scan().to_arrow() for name in ("ml.set", "ml.tagged")}
+    assert after["ml.set"].equals(before.filter(pc.not_equal(before["viewer_id"], VIEWER)))
+    assert after["ml.tagged"].equals(after["ml.set"])
+    counts = {(h.place, h.unit): (h.before, h.after) for h in report.holdings}
+    assert (counts["ml.set", "rows"], counts["ml.set", "snapshots"]) == ((2, 0), (2, 0))
+    assert counts["ml.set", "files"] == (2, 0)
+    assert (counts["ml.tagged", "rows"], counts["ml.tagged", "snapshots"]) == ((2, 0), (1, 1))
+    assert report.kept_by == {"ml.tagged": ["first"]}
+    assert [snapshot.summary["prefs.operation"] for snapshot in catalog.load_table("ml.set").snapshots()] == [
+        "erase"
+    ]
+    assert report.training_sets == ["ml.labels", str(tmp_path / "labels.parquet"), str(tmp_path / "set.csv")]
+    assert list(report.unread) == ["ml.damaged"]
+    assert "damaged" in report.unread["ml.damaged"]
+    assert {"training_sets", "unread"} <= set(report.as_dict())
+
+    # What was made of the expired snapshots cannot be had again, and nothing is written instead.
+    for manifest in (made.manifest, written.manifest):
+        with pytest.raises(
+            SnapshotExpired, match=r"training\.viewer_watch_daily has expired, .*an erased viewer"
+        ):
+            reproduce_training_set(catalog, manifest, tmp_path / "again.parquet")
+    assert not (tmp_path / "again.parquet").exists()
+
+    head = catalog.load_table("ml.set").current_snapshot().snapshot_id
+    again = world.erase(drop_tags=True)
+    assert again.kept_by == {}
+    assert catalog.load_table("ml.set").current_snapshot().snapshot_id == head
+    holding = {
+        str(path.parent.parent.name)
+        for path in world.warehouse.rglob("*.parquet")
+        if VIEWER in pq.read_table(path, columns=["viewer_id"], partitioning=None)["viewer_id"].to_pylist()
+    }
+    assert holding == {"labels", "damaged"}
+
+
+def test_files_of_training_sets_and_labels_are_named(tmp_path: Any) -> None:
+    at = pa.array([instant(NOW)] * 2, pa.timestamp("us", "UTC"))
     for name, viewers in (("with", [1, VIEWER]), ("sub/without", [1, 2])):
         path = tmp_path / f"{name}.parquet"
         path.parent.mkdir(exist_ok=True)
-        pq.write_table(pa.table({"viewer_id": viewers}), path)
-        path.with_name(path.name + ".manifest.json").write_text("{}")
+        pq.write_table(pa.table({"viewer_id": viewers, "label_time": at}), path)
+    pq.write_table(pa.table({"viewer_id": [VIEWER]}), tmp_path / "tiles.parquet")
     for name, viewer in (("text", VIEWER), ("text-without", 1)):
-        path = tmp_path / f"{name}.csv"
-        path.write_text(f"label,viewer_id\na,2\nb,{viewer}\n")
-        path.with_name(path.name + ".manifest.json").write_text("{}")
-    held = [tmp_path / "text.csv", tmp_path / "with.parquet"]
-    assert training_sets_holding(VIEWER, [tmp_path]) == held
-    with pytest.raises(Exception, match="no folder of training sets"):
-        training_sets_holding(VIEWER, [tmp_path / "nowhere"])
+        (tmp_path / f"{name}.csv").write_text(
+            f'label,viewer_id,label_time\n"two\nlines, one label",2,x\nb,{viewer},x\n'
+        )
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "other.csv").write_text(f"viewer_id,name\n{VIEWER},x\n")
+    assert files_holding(VIEWER, [tmp_path]) == [tmp_path / "text.csv", tmp_path / "with.parquet"]
+    with pytest.raises(OfflineError, match="is no folder of training sets: name one that exists"):
+        files_holding(VIEWER, [tmp_path / "nowhere"])
+    for name, content in (("bad.parquet", b"PAR1"), ("bad.csv", b"viewer_id,label_time\nmany,x\n")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(OfflineError, match=rf"{name} cannot be searched .*: mend or remove it"):
+            files_holding(VIEWER, [tmp_path])
+        (tmp_path / name).unlink()

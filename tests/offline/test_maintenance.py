@@ -87,7 +87,6 @@ def test_small_files_of_a_day_become_one(
     with monkeypatch.context() as patch:
         patch.setattr("dagster_prefs.offline.publish.FILE_BYTES", 1)
         patch.setattr("dagster_prefs.offline.publish.ROWS_PER_GROUP", 10)
-        patch.setattr("dagster_prefs.offline.tiles.BLOCK_BYTES", 300)
         assert export_day(tiles.engine, catalog, spec, DAY).files > 2
     export_day(tiles.engine, catalog, spec, next_day)
     before = table_rows(catalog, spec)
