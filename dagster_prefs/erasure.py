@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,14 @@ from dagster_prefs.events.progress import waiting_since
 from dagster_prefs.events.raw import explained
 from dagster_prefs.events.redaction import AppendOnly, RawMessages, Subject
 from dagster_prefs.offline.export import DEFAULT_NAMESPACE
-from dagster_prefs.offline.forget import ForgottenTable, ViewerInTable, training_sets_holding
+from dagster_prefs.offline.forget import (
+    ForgottenTable,
+    ViewerInTable,
+    ViewerInTiles,
+    ViewerInTrainingSet,
+    files_holding,
+    search_catalog,
+)
 from dagster_prefs.offline.tables import TILE_TABLES, ErasedViewer
 from dagster_prefs.online.withdraw import ViewerItems
 
@@ -78,8 +86,9 @@ class ErasureReport:
 
     `erased_at` (UTC): events up to it stay suppressed, whenever they arrive. `newer_events` of the subject
     happened after it and count again. `kept_by` names tags and branches (table → names) that still keep a
-    snapshot with the subject, `training_sets` files outside that hold it, `unfinished` what only time removes
-    (what → until when).
+    snapshot with the subject, `training_sets` files outside, and tables of labels that others wrote, that hold it,
+    `unread` why a table or namespace of the catalog was not searched, `unfinished` what only time removes (what →
+    until when).
     """
 
     subject: Subject
@@ -90,6 +99,7 @@ class ErasureReport:
     tables: list[ForgottenTable] = field(default_factory=list)
     kept_by: dict[str, list[str]] = field(default_factory=dict)
     training_sets: list[str] = field(default_factory=list)
+    unread: dict[str, str] = field(default_factory=dict)
     unfinished: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -121,6 +131,7 @@ class ErasureReport:
             ],
             "kept_by": self.kept_by,
             "training_sets": self.training_sets,
+            "unread": self.unread,
             "unfinished": self.unfinished,
             "seconds": self.seconds,
         }
@@ -153,7 +164,7 @@ def erase(
     before and nothing newer is held, the earlier time stands. Messages that arrive while it runs are left
     alone: what they tell of the time before is suppressed. `drop_tags` also removes the tags and branches of
     the training tables that keep a snapshot with the viewer; without it they are named. `training_sets` are
-    folders whose training sets are searched. `step` hears of each step before it begins.
+    folders whose files of training sets and labels are searched. `step` hears of each step before it begins.
 
     Safe to repeat after any failure. Raises ErasureIncomplete naming the step that failed and why, or the
     places that still hold something.
@@ -373,27 +384,41 @@ class _Erasure:
             )
         with self._step("open the Iceberg catalog"):
             catalog = self.stores.catalog()
+        erased = ErasedViewer(viewer, self.erased_at)
+        namespace, by_sink = self.stores.namespace, self.stores.tables_by_sink
         for spec in TILE_TABLES.values():
-            erased = ErasedViewer(viewer, self.erased_at)
-            with self._step(f"take the viewer out of {self.stores.namespace}.{spec.name}"):
-                table = ViewerInTable(catalog, spec, erased, namespace=self.stores.namespace)
-                held = table.holding()
-                done = table.forget(self.engine, drop_tags=self.drop_tags, by_sink=self.stores.tables_by_sink)
-            with self._step(f"read {self.stores.namespace}.{spec.name} back"):
-                # A fresh look, which believes nothing that was read before.
-                left = ViewerInTable(catalog, spec, erased, namespace=self.stores.namespace).holding()
-            report.tables.append(done)
-            report.holdings += [
-                Holding("iceberg", left.table, "rows", held.rows, left.rows),
-                Holding("iceberg", left.table, "snapshots", held.snapshots, left.snapshots),
-                Holding("iceberg", left.table, "files", held.files, left.files),
-            ]
-            if left.kept_by:
-                report.kept_by[left.table] = list(left.kept_by)
+            self._forget_in(
+                report,
+                partial(
+                    ViewerInTiles, catalog, spec, erased, self.engine, namespace=namespace, by_sink=by_sink
+                ),
+            )
+        with self._step("search the Iceberg catalog for training sets"):
+            others = search_catalog(catalog, viewer)
+        for name in others.training_sets:
+            self._forget_in(report, partial(ViewerInTrainingSet, catalog, name, erased))
+        report.training_sets += others.holding
+        report.unread = dict(others.unread)
         if self.training_sets:
             with self._step("search the training sets"):
-                found = training_sets_holding(viewer, self.training_sets)
-                report.training_sets = [str(path) for path in found]
+                found = files_holding(viewer, self.training_sets)
+                report.training_sets += [str(path) for path in found]
+
+    def _forget_in(self, report: ErasureReport, viewer_in_table: Callable[[], ViewerInTable]) -> None:
+        table = viewer_in_table()
+        with self._step(f"take the viewer out of {table.name}"):
+            held = table.holding()
+            report.tables.append(table.forget(drop_tags=self.drop_tags))
+        with self._step(f"read {table.name} back"):
+            # A fresh look, which believes nothing that was read before.
+            left = viewer_in_table().holding()
+        report.holdings += [
+            Holding("iceberg", left.table, "rows", held.rows, left.rows),
+            Holding("iceberg", left.table, "snapshots", held.snapshots, left.snapshots),
+            Holding("iceberg", left.table, "files", held.files, left.files),
+        ]
+        if left.kept_by:
+            report.kept_by[left.table] = list(left.kept_by)
 
     # the outcome
 
@@ -442,8 +467,9 @@ class _Erasure:
                 "viewer ids as lowest or highest value in the statistics of manifests": "the table's maintenance has "
                 "removed the manifests of expired snapshots",
                 "examples in Dagster's event log (parity, publishing)": "the runs are deleted",
-                "training sets in files outside": "you remove or rebuild them; those that used an expired snapshot "
-                "can no longer be reproduced",
+                "files of training sets and labels, which this platform does not know": "you have searched their "
+                "folders (--training-sets) and removed or rebuilt what holds the viewer; a set that used an expired "
+                "snapshot can no longer be reproduced",
             }
             for table, names in report.kept_by.items():
                 rest[f"{table}, kept by {', '.join(names)}"] = (

@@ -1,14 +1,16 @@
-"""Taking one viewer out of the training tables: the current state, the history, and the files.
+"""Taking one viewer out of the training tables and sets: the current state, the history, and the files.
 
-Every day that holds the viewer is replaced through the same write, audit and publish as an export; then go the
-branches and snapshots that still hold the rows, then the files that nothing names any more. A tag is somebody's
-promise to keep a snapshot: it stays, and is named, unless told otherwise.
+Every day that holds the viewer is replaced through the same write, audit and publish as an export, and a training
+set by its other rows; then go the branches and snapshots that still hold the rows, then the files that nothing names
+any more. A tag is somebody's promise to keep a snapshot: it stays, and is named, unless told otherwise.
 """
 
 from __future__ import annotations
 
+import csv
 import uuid
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from decimal import Decimal
@@ -23,6 +25,7 @@ import pyarrow.parquet as pq
 from pyiceberg.catalog import Catalog
 from pyiceberg.conversions import from_bytes
 from pyiceberg.exceptions import CommitFailedException, NoSuchTableError
+from pyiceberg.expressions import EqualTo
 from pyiceberg.io.pyarrow import PyArrowFileIO
 from pyiceberg.manifest import DataFile, ManifestContent
 from pyiceberg.table import Table
@@ -34,7 +37,9 @@ from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.offline.audit import AuditFailed
 from dagster_prefs.offline.catalog import OfflineError, explained
 from dagster_prefs.offline.export import DEFAULT_NAMESPACE, VERIFIED_PREFIX, ExportConflict, export_day
+from dagster_prefs.offline.labels import TIME, VIEWER
 from dagster_prefs.offline.maintenance import referenced_files
+from dagster_prefs.offline.outputs import is_training_set, replace_rows
 from dagster_prefs.offline.publish import (
     BRANCH_PREFIX,
     DayFiles,
@@ -46,6 +51,7 @@ from dagster_prefs.offline.publish import (
 )
 from dagster_prefs.offline.tables import ErasedViewer, TileTable, arrow_schema
 from dagster_prefs.offline.tiles import TilesUnreadable
+from dagster_prefs.online.contract import LAST_EVENT_AT
 
 ATTEMPTS = 8
 
@@ -58,7 +64,6 @@ class TableHolding:
 
     table: str
     rows: int
-    days: tuple[date, ...]
     snapshots: int
     kept_by: tuple[str, ...]
     files: int
@@ -67,30 +72,38 @@ class TableHolding:
 @dataclass(frozen=True)
 class ForgottenTable:
     """What was done to one table; `days_from_engine` were exported again, `days_rewritten` are the table's own
-    rows without the viewer's, because the engine no longer holds the whole day."""
+    rows without the viewer's, because the engine no longer holds the whole day. A training set has no days."""
 
     table: str
-    days_from_engine: tuple[date, ...]
-    days_rewritten: tuple[date, ...]
-    refs_removed: tuple[str, ...]
-    snapshots_expired: int
-    files_removed: int
+    days_from_engine: tuple[date, ...] = ()
+    days_rewritten: tuple[date, ...] = ()
+    refs_removed: tuple[str, ...] = ()
+    snapshots_expired: int = 0
+    files_removed: int = 0
 
 
-class ViewerInTable:
-    """One viewer's rows in one training table; files are read once, however many snapshots name them.
+@dataclass(frozen=True)
+class CatalogSearch:
+    """What a catalog has besides the training tables: `training_sets` are tables of this platform, `holding` other
+    tables of labels whose current state holds the viewer, `unread` says why a namespace or table was not searched."""
 
-    Every method raises OfflineError, and does nothing where there is no such table.
+    training_sets: tuple[str, ...]
+    holding: tuple[str, ...]
+    unread: Mapping[str, str]
+
+
+class ViewerInTable(ABC):
+    """One viewer's rows in one table; files are read once, however many snapshots name them.
+
+    `time` is the column that says until when a row is the erased viewer's. Every method raises OfflineError, and
+    does nothing where there is no such table.
     """
 
-    def __init__(
-        self, catalog: Catalog, spec: TileTable, erased: ErasedViewer, *, namespace: str = DEFAULT_NAMESPACE
-    ) -> None:
-        self.name = f"{namespace}.{spec.name}"
+    def __init__(self, catalog: Catalog, name: str, erased: ErasedViewer, time: str) -> None:
+        self.name = name
         self._catalog = catalog
-        self._spec = spec
         self._erased = erased
-        self._namespace = namespace
+        self._time = time
         self._rows: dict[str, int] = {}
         self._manifests: dict[str, list[DataFile]] = {}
 
@@ -99,117 +112,44 @@ class ViewerInTable:
         with explained(f"the table {self.name}"):
             table = self._load()
             if table is None:
-                return TableHolding(self.name, 0, (), 0, (), 0)
-            days = self._days(table)
+                return TableHolding(self.name, 0, 0, (), 0)
             snapshots = self._snapshots(table)
             kept = [name for name, ref in table.refs().items() if ref.snapshot_id in snapshots]
             files = {path for path, rows in self._rows.items() if rows} | set(self._unreferenced(table))
-            there = {path for path in files if table.io.new_input(path).exists()}
             return TableHolding(
                 self.name,
-                sum(days.values()),
-                tuple(sorted(days)),
+                sum(self._rows_in(table, task.file) for task in table.scan().plan_files()),
                 len(snapshots),
                 tuple(sorted(name for name in kept if not self._expendable(table, name))),
-                len(there),
+                sum(table.io.new_input(path).exists() for path in files),
             )
 
-    def forget(
-        self, engine: EngineConnection, *, drop_tags: bool = False, by_sink: bool = False
-    ) -> ForgottenTable:
+    def forget(self, *, drop_tags: bool = False) -> ForgottenTable:
         """Take the viewer out; safe to repeat after a crash anywhere, and beside running exports.
 
-        With `drop_tags` the tags and branches that keep a snapshot with the viewer go as well. Where RisingWave's
-        sinks write the table (`by_sink`), the current state is theirs to change, and only the history goes.
+        With `drop_tags` the tags and branches that keep a snapshot with the viewer go as well.
         """
         with explained(f"the table {self.name}"):
             if self._load() is None:
-                return ForgottenTable(self.name, (), (), (), 0, 0)
-            exported, rewritten = ((), ()) if by_sink else self._forget_days(engine)
+                return ForgottenTable(self.name)
+            exported, rewritten = self._forget_rows()
             removed = self._remove_refs(drop_tags)
             expired = self._expire()
             files = self._remove_files()
         return ForgottenTable(self.name, exported, rewritten, removed, expired, files)
 
+    @abstractmethod
+    def _forget_rows(self) -> tuple[tuple[date, ...], tuple[date, ...]]:
+        """Take the viewer out of the current state; returns the days that were exported again and rewritten."""
+
     def _load(self) -> Table | None:
         try:
-            return self._catalog.load_table(self._spec.identifier(self._namespace))
+            return self._catalog.load_table(self.name)
         except NoSuchTableError:
             return None
 
     def _table(self) -> Table:
-        return self._catalog.load_table(self._spec.identifier(self._namespace))
-
-    def _days(self, table: Table) -> dict[date, int]:
-        days: dict[date, int] = {}
-        for task in table.scan().plan_files():
-            if rows := self._rows_in(table, task.file):
-                days[day_of(task.file)] = days.get(day_of(task.file), 0) + rows
-        return days
-
-    def _forget_days(self, engine: EngineConnection) -> tuple[tuple[date, ...], tuple[date, ...]]:
-        exported: list[date] = []
-        rewritten: list[date] = []
-        for _ in range(ATTEMPTS):
-            days = sorted(self._days(self._table()))
-            if not days:
-                return tuple(exported), tuple(rewritten)
-            for day in days:
-                if self._export(engine, day):
-                    exported.append(day)
-                elif self._rewrite(day):
-                    rewritten.append(day)
-        raise ExportConflict(
-            f"{self.name} was replaced by others {ATTEMPTS} times while a viewer was taken out of it: "
-            "see which exports or maintenance run, and run it again"
-        )
-
-    def _export(self, engine: EngineConnection, day: date) -> bool:
-        """Replace a day by what the engine holds of it, where that is all of it."""
-        try:
-            report = export_day(
-                engine, self._catalog, self._spec, day, namespace=self._namespace, forgetting=self._erased
-            )
-        except (AuditFailed, TilesUnreadable):
-            # What is wrong with other viewers' tiles must not keep this one; the next export tells of it.
-            return False
-        return report.status == "written"
-
-    def _rewrite(self, day: date) -> bool:
-        """Replace a day by its own rows without the viewer's; False where another writer was faster."""
-        table = self._table()
-        head = table.current_snapshot()
-        if head is None:
-            return False
-        held = day_files(table, self._spec, day)
-        written = DayFiles(
-            # A name of its own: the day is no longer what the engine once gave.
-            token=uuid.uuid4().hex[:16],
-            rows=sum(file.record_count - self._rows_in(table, file) for file in held),
-            totals=self._totals(table, day, head),
-            properties={"prefs.operation": "erase"},
-        )
-        schema = arrow_schema(table)
-        remaining = (batch.cast(schema) for batch in self._scan(table, day, head))
-        write_day(table, self._spec, day, written, remaining)
-        if publish_day(table, self._spec, day, written, {file.file_path for file in held}) is None:
-            discard(table, written)
-            return False
-        return True
-
-    def _scan(self, table: Table, day: date, head: Snapshot) -> pa.RecordBatchReader:
-        remaining = (
-            f"{self._spec.day} = '{day.isoformat()}' and (viewer_id != {self._erased.viewer_id} "
-            f"or last_event_at > '{self._erased.until.isoformat()}')"
-        )
-        return table.scan(row_filter=remaining, snapshot_id=head.snapshot_id).to_arrow_batch_reader()
-
-    def _totals(self, table: Table, day: date, head: Snapshot) -> dict[str, Decimal]:
-        totals = dict.fromkeys(self._spec.totals, Decimal(0))
-        for batch in self._scan(table, day, head):
-            for name in totals:
-                totals[name] += Decimal(pc.sum(batch.column(name)).as_py() or 0)
-        return totals
+        return self._catalog.load_table(self.name)
 
     def _snapshots(self, table: Table) -> set[int]:
         """The snapshots of the whole history that hold a row of the viewer."""
@@ -310,7 +250,7 @@ class ViewerInTable:
 
     def _rows_in(self, table: Table, file: DataFile) -> int:
         """Rows of the viewer in a data file; its bounds may spare reading it."""
-        field = table.schema().find_field("viewer_id").field_id
+        field = table.schema().find_field(VIEWER).field_id
         low, high = file.lower_bounds.get(field), file.upper_bounds.get(field)
         if low is not None and high is not None:
             first, last = int(from_bytes(LongType(), low)), int(from_bytes(LongType(), high))
@@ -323,10 +263,10 @@ class ViewerInTable:
             try:
                 with table.io.new_input(path).open() as source, pq.ParquetFile(source) as parquet:
                     batches = parquet.iter_batches(
-                        row_groups=self._groups(parquet), columns=["viewer_id", "last_event_at"]
+                        row_groups=self._groups(parquet), columns=[VIEWER, self._time]
                     )
                     self._rows[path] = sum(
-                        int(pc.sum(self._erased.rows_of(batch)).as_py() or 0) for batch in batches
+                        int(pc.sum(self._erased.rows_of(batch, self._time)).as_py() or 0) for batch in batches
                     )
             except FileNotFoundError:
                 # What an export that was overtaken had staged is gone, but a snapshot may still name it.
@@ -340,7 +280,7 @@ class ViewerInTable:
 
     def _groups(self, parquet: pq.ParquetFile) -> list[int]:
         """The row groups of a file that may hold the viewer."""
-        place = parquet.schema_arrow.get_field_index("viewer_id")
+        place = parquet.schema_arrow.get_field_index(VIEWER)
         found = []
         for group in range(parquet.num_row_groups):
             bounds = parquet.metadata.row_group(group).column(place).statistics
@@ -353,36 +293,189 @@ class ViewerInTable:
         return found
 
 
-def training_sets_holding(viewer_id: int, folders: Sequence[Path]) -> list[Path]:
-    """The training sets (files with a manifest beside them) below the folders that hold the viewer.
+class ViewerInTiles(ViewerInTable):
+    """One viewer's rows in one training table.
 
-    Raises OfflineError for a folder that does not exist or a training set that cannot be read.
+    Where RisingWave's sinks write the table (`by_sink`), the current state is theirs to change, and only the history
+    goes.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        spec: TileTable,
+        erased: ErasedViewer,
+        engine: EngineConnection,
+        *,
+        namespace: str = DEFAULT_NAMESPACE,
+        by_sink: bool = False,
+    ) -> None:
+        super().__init__(catalog, f"{namespace}.{spec.name}", erased, LAST_EVENT_AT)
+        self._spec = spec
+        self._engine = engine
+        self._namespace = namespace
+        self._by_sink = by_sink
+
+    def _days(self, table: Table) -> dict[date, int]:
+        days: dict[date, int] = {}
+        for task in table.scan().plan_files():
+            if rows := self._rows_in(table, task.file):
+                days[day_of(task.file)] = days.get(day_of(task.file), 0) + rows
+        return days
+
+    def _forget_rows(self) -> tuple[tuple[date, ...], tuple[date, ...]]:
+        if self._by_sink:
+            return (), ()
+        exported: list[date] = []
+        rewritten: list[date] = []
+        for _ in range(ATTEMPTS):
+            days = sorted(self._days(self._table()))
+            if not days:
+                return tuple(exported), tuple(rewritten)
+            for day in days:
+                if self._export(day):
+                    exported.append(day)
+                elif self._rewrite(day):
+                    rewritten.append(day)
+        raise ExportConflict(
+            f"{self.name} was replaced by others {ATTEMPTS} times while a viewer was taken out of it: "
+            "see which exports or maintenance run, and run it again"
+        )
+
+    def _export(self, day: date) -> bool:
+        """Replace a day by what the engine holds of it, where that is all of it."""
+        try:
+            report = export_day(
+                self._engine,
+                self._catalog,
+                self._spec,
+                day,
+                namespace=self._namespace,
+                forgetting=self._erased,
+            )
+        except (AuditFailed, TilesUnreadable):
+            # What is wrong with other viewers' tiles must not keep this one; the next export tells of it.
+            return False
+        return report.status == "written"
+
+    def _rewrite(self, day: date) -> bool:
+        """Replace a day by its own rows without the viewer's; False where another writer was faster."""
+        table = self._table()
+        head = table.current_snapshot()
+        if head is None:
+            return False
+        held = day_files(table, self._spec, day)
+        written = DayFiles(
+            # A name of its own: the day is no longer what the engine once gave.
+            token=uuid.uuid4().hex[:16],
+            rows=sum(file.record_count - self._rows_in(table, file) for file in held),
+            totals=self._totals(table, day, head),
+            properties={"prefs.operation": "erase"},
+        )
+        schema = arrow_schema(table)
+        remaining = (batch.cast(schema) for batch in self._scan(table, day, head))
+        write_day(table, self._spec, day, written, remaining)
+        if publish_day(table, self._spec, day, written, {file.file_path for file in held}) is None:
+            discard(table, written)
+            return False
+        return True
+
+    def _scan(self, table: Table, day: date, head: Snapshot) -> pa.RecordBatchReader:
+        remaining = f"{self._spec.day} = '{day.isoformat()}' and {self._erased.others()}"
+        return table.scan(row_filter=remaining, snapshot_id=head.snapshot_id).to_arrow_batch_reader()
+
+    def _totals(self, table: Table, day: date, head: Snapshot) -> dict[str, Decimal]:
+        totals = dict.fromkeys(self._spec.totals, Decimal(0))
+        for batch in self._scan(table, day, head):
+            for name in totals:
+                totals[name] += Decimal(pc.sum(batch.column(name)).as_py() or 0)
+        return totals
+
+
+class ViewerInTrainingSet(ViewerInTable):
+    """One viewer's rows in a training set that lies in an Iceberg table; the other rows keep their order."""
+
+    def __init__(self, catalog: Catalog, name: str, erased: ErasedViewer) -> None:
+        super().__init__(catalog, name, erased, TIME)
+
+    def _forget_rows(self) -> tuple[tuple[date, ...], tuple[date, ...]]:
+        table = self._table()
+        if any(self._rows_in(table, task.file) for task in table.scan().plan_files()):
+            others = table.scan(row_filter=self._erased.others(TIME)).to_arrow_batch_reader()
+            replace_rows(table, others, {"prefs.operation": "erase"})
+        return (), ()
+
+
+def search_catalog(catalog: Catalog, viewer_id: int) -> CatalogSearch:
+    """Look through every namespace for tables of training sets, and for tables of labels that hold the viewer.
+
+    What this role may not read is part of the answer, because a catalog may be that of a whole account. Raises
+    OfflineError where the namespaces cannot be listed.
+    """
+    training_sets: list[str] = []
+    holding: list[str] = []
+    unread: dict[str, str] = {}
+    with explained("the Iceberg catalog"):
+        namespaces = sorted(catalog.list_namespaces())
+    names: list[str] = []
+    for namespace in namespaces:
+        try:
+            with explained(f"the Iceberg namespace {'.'.join(namespace)}"):
+                names += sorted(".".join(found) for found in catalog.list_tables(namespace))
+        except OfflineError as error:
+            unread[".".join(namespace)] = str(error)
+    for name in names:
+        try:
+            with explained(f"the table {name}"):
+                table = catalog.load_table(name)
+                if not {VIEWER, TIME} <= set(table.schema().column_names):
+                    continue
+                if is_training_set(table):
+                    training_sets.append(name)
+                # As text, which fits an id of any type.
+                elif table.scan(EqualTo(VIEWER, str(viewer_id)), (VIEWER,)).to_arrow().num_rows:
+                    holding.append(name)
+        except OfflineError as error:
+            unread[name] = str(error)
+    return CatalogSearch(tuple(training_sets), tuple(holding), unread)
+
+
+def files_holding(viewer_id: int, folders: Sequence[Path]) -> list[Path]:
+    """The Parquet and CSV files of training sets and labels below the folders that hold the viewer.
+
+    Those are the files with columns `viewer_id` and `label_time`. Raises OfflineError for a folder that does not
+    exist or a file that cannot be read.
     """
     found = []
     for folder in folders:
         if not folder.is_dir():
             raise OfflineError(f"{folder} is no folder of training sets: name one that exists")
-        for manifest in sorted(folder.rglob("*.manifest.json")):
-            output = manifest.with_name(manifest.name.removesuffix(".manifest.json"))
-            if output.is_file() and _holds(output, viewer_id):
-                found.append(output)
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and path.suffix.lower() in (".parquet", ".csv") and _holds(path, viewer_id):
+                found.append(path)
     return found
 
 
 def _holds(path: Path, viewer_id: int) -> bool:
     try:
-        batches: Any
         if path.suffix.lower() == ".csv":
-            only = pa.csv.ConvertOptions(include_columns=["viewer_id"])
-            with pa.csv.open_csv(path, convert_options=only) as batches:
+            with path.open(encoding="utf-8-sig", newline="") as lines:
+                names = next(csv.reader(lines), [])
+            if not {VIEWER, TIME} <= set(names):
+                return False
+            only = pa.csv.ConvertOptions(include_columns=[VIEWER], column_types={VIEWER: pa.int64()})
+            quoted = pa.csv.ParseOptions(newlines_in_values=True)
+            with pa.csv.open_csv(path, parse_options=quoted, convert_options=only) as batches:
                 return _among(viewer_id, batches)
         with pq.ParquetFile(path) as parquet:
-            return _among(viewer_id, parquet.iter_batches(columns=["viewer_id"]))
-    except (pa.ArrowInvalid, OSError) as error:
+            if not {VIEWER, TIME} <= set(parquet.schema_arrow.names):
+                return False
+            return _among(viewer_id, parquet.iter_batches(columns=[VIEWER]))
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise OfflineError(
-            f"the training set {path} cannot be read ({str(error).splitlines()[0]}): remove it, or name other folders"
+            f"{path} cannot be searched ({str(error).splitlines()[0]}): mend or remove it, or name other folders"
         ) from error
 
 
-def _among(viewer_id: int, batches: Any) -> bool:
+def _among(viewer_id: int, batches: Iterable[pa.RecordBatch]) -> bool:
     return any(pc.any(pc.equal(batch.column(0), viewer_id)).as_py() for batch in batches)

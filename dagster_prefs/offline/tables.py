@@ -35,6 +35,7 @@ from pyiceberg.types import (
 )
 
 from dagster_prefs.offline.catalog import OfflineError, ensure_namespace, explained
+from dagster_prefs.online.contract import LAST_EVENT_AT
 
 TILES_PATH = Path(__file__).with_name("tiles.json")
 
@@ -119,18 +120,22 @@ class TileTable:
 
 @dataclass(frozen=True)
 class ErasedViewer:
-    """A viewer whose rows go, as far as their newest event is not after `until` (UTC)."""
+    """A viewer whose rows go, as far as their time is not after `until` (UTC)."""
 
     viewer_id: int
     until: datetime
 
-    def rows_of(self, batch: pa.RecordBatch | pa.Table) -> pa.Array:
-        """A mask of the rows that go; `batch` has `viewer_id` and `last_event_at`."""
-        times = batch.column("last_event_at")
+    def rows_of(self, batch: pa.RecordBatch | pa.Table, time: str = LAST_EVENT_AT) -> pa.Array:
+        """A mask of the rows that go; `batch` has `viewer_id` and `time`, the column that `until` is compared with."""
+        times = batch.column(time)
         return pc.and_(
             pc.equal(batch.column("viewer_id"), self.viewer_id),
             pc.less_equal(times, pa.scalar(self.until, times.type)),
         )
+
+    def others(self, time: str = LAST_EVENT_AT) -> str:
+        """A row filter of the rows that stay."""
+        return f"(viewer_id != {self.viewer_id} or {time} > '{self.until.isoformat()}')"
 
 
 _DECLARED: Mapping[str, Any] = json.loads(TILES_PATH.read_text(encoding="utf-8"))

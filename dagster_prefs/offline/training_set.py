@@ -367,9 +367,8 @@ def _snapshot(table: Table, snapshot_id: int | None) -> Snapshot | None:
     snapshot = table.snapshot_by_id(snapshot_id)
     if snapshot is None:
         raise SnapshotExpired(
-            f"snapshot {snapshot_id} of {'.'.join(table.name())} has expired: keep snapshots longer or "
-            f"tag those of "
-            "training sets; this one cannot be had again"
+            f"snapshot {snapshot_id} of {'.'.join(table.name())} has expired, by age or because it held an erased "
+            "viewer, and this training set cannot be had again: keep snapshots longer or tag those of training sets"
         )
     return snapshot
 
