@@ -16,7 +16,6 @@ from dagster_prefs.defs.feature_views import EVENT_TABLES_JOB, REFRESH_JOB
 from dagster_prefs.defs.offline_store import EXPORT_JOB, days_that_need_export, range_tags, ranges
 from dagster_prefs.defs.resources import Platform
 from dagster_prefs.engine.catalog import row_counts
-from dagster_prefs.events.raw import ProgressCallback
 from dagster_prefs.events.rejected import rejected_counts
 from dagster_prefs.events.simulator import SimulationPlan, remembered_end, simulate_to_engine
 from dagster_prefs.offline.tables import TILE_TABLES
@@ -84,7 +83,7 @@ class Demo:
         yield
         self.summary.seconds[name] = monotonic() - started
 
-    def run(self, progress: ProgressCallback | None = None) -> Summary:
+    def run(self) -> Summary:
         """Make the event tables, load events, refresh, publish, export, and look at the outcome.
 
         Raises PrefsError with the failing step and its reason; what earlier steps did is kept.
@@ -97,7 +96,7 @@ class Demo:
             with self.step("load events"):
                 # A second demo generates the events of the first, finds them all there, and is quick.
                 end = self.end or remembered_end(self.platform.engine, self.plan) or self.plan.end
-                simulate_to_engine(self.platform.engine, replace(self.plan, end=end), progress=progress)
+                simulate_to_engine(self.platform.engine, replace(self.plan, end=end))
             with self.step("refresh every view and publish to DynamoDB"):
                 runner.run(REFRESH_JOB)
             with self.step("export the daily tiles to Iceberg"):

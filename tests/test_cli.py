@@ -1,12 +1,17 @@
 """The `prefs` command as a shell sees it: one clear sentence and an exit code, never a traceback."""
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
+
+from dagster_prefs.cli import cli
+from dagster_prefs.cli.root import plain_console, table_of
 
 PREFS = Path(sys.executable).with_name("prefs")
 
@@ -72,18 +77,33 @@ def test_status_of_nothing_is_an_error_that_says_so(prefs: Prefs) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_every_command_explains_itself(prefs: Prefs) -> None:
-    listed = prefs("--help").stdout
-    for command in (
-        "up",
-        "down",
-        "status",
-        "ingest",
-        "simulate",
-        "demo",
-        "rank",
-        "profile",
-        "why",
-        "rejected",
-    ):
-        assert command in listed
+def test_a_profile_that_cannot_be_read_is_an_error(prefs: Prefs) -> None:
+    said = sentence(prefs("profile", "42", "--json"))
+    assert "DynamoDB cannot be reached" in said
+    assert "prefs up" in said
+
+
+def test_a_port_in_use_is_named_before_anything_starts(prefs: Prefs, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"port {port} (--port)" in sentence(prefs("ui", "--port", str(port)))
+    assert not (tmp_path / "state").exists()
+
+
+def test_text_of_others_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    at = datetime(2026, 3, 10, 1, 2, 3, 456_789, tzinfo=timezone(timedelta(hours=1)))
+    payload = "[/b] :smile: " + "x" * 200
+    plain_console().print(table_of("Rejected [red]", ["message", "at"], [(payload, at), (None, ["a", "b"])]))
+    shown = capsys.readouterr().out
+    title, *lines = shown.splitlines()
+    assert title == "Rejected [red]"
+    cells = [line.partition("│") for line in lines[2:]]
+    assert "".join(left.strip() for left, _, _ in cells[:-1]).replace(" ", "") == payload.replace(" ", "")
+    assert "2026-03-10 00:02:03Z" in " ".join(right.strip() for _, _, right in cells)
+    assert [cells[-1][0].strip(), cells[-1][2].strip()] == ["-", "a, b"]
+
+
+def test_every_command_explains_itself_in_a_line(prefs: Prefs) -> None:
+    lines = prefs("--help").stdout.partition("Commands:\n")[2].splitlines()
+    assert [line.split()[0] for line in lines] == sorted(cli.commands)
+    assert [line for line in lines if not line.endswith(".") or line.endswith("...")] == []

@@ -15,7 +15,7 @@ from dagster_prefs.settings import load_settings
 
 @cli.group()
 def contract() -> None:
-    """The serving contract: tables, domains, attributes and freshness."""
+    """Generate the serving contract, and compare two of them."""
 
 
 @contract.command("build")
@@ -76,7 +76,7 @@ def contract_diff(old: Path, new: Path) -> None:
 
 @cli.command()
 def refresh() -> None:
-    """Bring every view up to date and publish what changed, as one Dagster run."""
+    """Bring every view up to date and publish, as one Dagster run."""
     from dagster_prefs.defs.feature_views import REFRESH_JOB
 
     settings = load_settings()
@@ -142,7 +142,10 @@ def publish(follow: bool, full: bool, as_json: bool) -> None:
 @click.option("--unchanged", "list_unchanged", is_flag=True, help="Also list what stays as it is.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def plan(drop_orphans: bool, list_unchanged: bool, as_json: bool) -> int:
-    """Compare the models with what is deployed; exit 0 when nothing is to do, 2 for changes, 1 for errors."""
+    """Compare the models with what is deployed.
+
+    Exit 0 when nothing is to do, 2 for changes, 1 for errors.
+    """
     from dagster_prefs.defs.deployment import plan_of
     from dagster_prefs.defs.resources import Platform
 
@@ -159,7 +162,10 @@ def plan(drop_orphans: bool, list_unchanged: bool, as_json: bool) -> int:
 @cli.command("apply")
 @click.option("--drop-orphans", is_flag=True, help="Also drop relations that have no model any more.")
 def apply_command(drop_orphans: bool) -> None:
-    """Carry out what `prefs plan` shows: changed views are built beside the old ones and swapped."""
+    """Carry out what `prefs plan` shows.
+
+    Changed views are built beside the old ones and swapped.
+    """
     from dagster_prefs.defs.deployment import apply_to
     from dagster_prefs.defs.resources import Platform
 
@@ -174,7 +180,7 @@ def apply_command(drop_orphans: bool) -> None:
 
 @cli.command()
 def export() -> None:
-    """Export exactly the days of tiles that Iceberg lacks or holds in an older state."""
+    """Export the days of tiles that Iceberg lacks or holds stale."""
     from dagster_prefs.defs.offline_store import EXPORT_JOB, days_that_need_export, range_tags, ranges
     from dagster_prefs.defs.resources import Platform
 
@@ -231,7 +237,10 @@ def cost(
     as_json: bool,
     **shape: Any,
 ) -> None:
-    """Estimate writes, storage and dollars of a workload, and what breaks first (docs/scale.md)."""
+    """Estimate writes, dollars and what breaks first.
+
+    docs/scale.md says how, and shows the table of --table.
+    """
     from dagster_prefs import cost as model
     from dagster_prefs.online.contract import load_contract
 
@@ -288,7 +297,7 @@ def cost(
             [(name, f"{amount:,.2f}") for name, amount in found.dollars.items()],
         )
     )
-    console.print(f"An estimate at {model.PRICES_FROM}; give yours with --price.", soft_wrap=True)
+    console.print(f"An estimate at {model.PRICES_FROM}; give yours with --price.")
     limits = sorted(found.limits, key=lambda limit: limit.used, reverse=True)
     console.print(
         table_of(

@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 def ingest(
     files: tuple[Path, ...], topic: str | None, mapping: Literal["auto", "rees46"], shift_to_now: bool
 ) -> None:
-    """Load events from JSON lines or CSV files, gzipped or not; a re-run adds only what is missing."""
+    """Load events from JSON lines or CSV files, gzipped or not.
+
+    A re-run adds only what is missing.
+    """
     from dagster_prefs.events.ingest import ingest_file
 
     settings = load_settings()
@@ -68,7 +71,10 @@ def kafka_delivery(settings: Settings) -> Delivery | None:
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 @click.pass_context
 def topics(context: click.Context, as_json: bool) -> None:
-    """Show the Kafka topics, and whether each is still the one whose messages were read."""
+    """Show the Kafka topics.
+
+    A topic that was deleted and made anew is not the one whose messages were read.
+    """
     if context.invoked_subcommand is not None:
         return
     from dagster_prefs.defs.resources import Platform
@@ -104,7 +110,10 @@ def topics_renew() -> None:
 @click.option("--topic", help="Only this topic.")
 @click.option("--follow", is_flag=True, help="Go on with what arrives, until Ctrl-C; needs --topic.")
 def consume(topic: str | None, follow: bool) -> None:
-    """Read Kafka topics into the raw tables of the embedded engine, from where the last reading ended."""
+    """Read Kafka topics into the embedded engine.
+
+    A run goes on where the last one ended.
+    """
     from dagster_prefs.defs.resources import Platform
     from dagster_prefs.events.brokers import client_properties
     from dagster_prefs.events.formats import find_topic
@@ -158,7 +167,7 @@ def rejected(
     with_replayed: bool,
     as_json: bool,
 ) -> None:
-    """Count rejected messages by reason, or list those of one topic or reason."""
+    """Count rejected messages, or list those of a topic or reason."""
     if context.invoked_subcommand is not None:
         return
     from dagster_prefs.events.rejected import rejected_counts, rejected_events
@@ -192,11 +201,7 @@ def rejected_export(file: Path, topic: str | None, reason: str | None) -> None:
     from dagster_prefs.events.replay import export_rejected
 
     written = export_rejected(EngineConnection.of(load_settings()), file, topic, reason)
-    console.print(
-        f"{file}: {written} messages; correct each payload, then `prefs rejected replay {file}`",
-        soft_wrap=True,
-        markup=False,
-    )
+    console.print(f"{file}: {written} messages; correct each payload, then `prefs rejected replay {file}`")
 
 
 @rejected.command("replay")
@@ -225,11 +230,11 @@ def rejected_replay(
             report = replay_file(engine, file, now=now, skip_invalid=skip_invalid, deliver=deliver)
         except ReplayError as error:
             for line, why in error.problems:
-                console.print(f"{file}, line {line}: {why}", soft_wrap=True, markup=False)
+                console.print(f"{file}, line {line}: {why}")
             raise
     console.print(f"{report.sent} messages sent, {report.already_replayed} were replayed before")
     for why, count in report.left_out.items():
-        console.print(f"{count} left out: {why}", soft_wrap=True, markup=False)
+        console.print(f"{count} left out: {why}")
     if settings.engine == "local" and report.sent:
         console.print("the views follow with the next refresh: `prefs refresh`, or the sensor new_events")
 
@@ -259,7 +264,7 @@ def simulate(
     seconds: float | None,
     once: bool,
 ) -> None:
-    """Generate events of a realistic shape: into the engine, Kafka, or JSON-lines files."""
+    """Generate events into the engine, Kafka, or files."""
     from dagster_prefs.events import simulator
     from dagster_prefs.events.brokers import client_properties
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dagster_prefs.cli.root import cli, console, print_json, services_of, table_of
+from dagster_prefs.cli.root import cli, console, print_json, progress_bar, services_of, table_of
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.settings import Settings, load_settings
 
@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 )
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def status(watch: bool, interval: float, as_json: bool) -> int:
-    """Show services, lag and freshness; exit 0 for ok, 1 for warnings, 2 for errors."""
+    """Show services, lag and freshness.
+
+    Exit 0 for ok, 1 for warnings, 2 for errors.
+    """
     from dagster_prefs.freshness.status import render_status
 
     settings = load_settings()
@@ -70,7 +73,10 @@ def readings(settings: Settings) -> Iterator[Callable[[], Status]]:
 @cli.command()
 @click.option("--port", default=9475, show_default=True, type=click.IntRange(1, 65535))
 def metrics(port: int) -> None:
-    """Serve the readings of `prefs status` at /metrics for Prometheus (loopback)."""
+    """Serve the readings of `prefs status` to Prometheus.
+
+    At /metrics, on loopback.
+    """
     from dagster_prefs.freshness.metrics import MetricsServer
 
     with readings(load_settings()) as read, MetricsServer(read, port=port) as server:
@@ -81,22 +87,28 @@ def metrics(port: int) -> None:
 @cli.command()
 @click.option("--dry-run", is_flag=True, help="Only count what differs.")
 def reconcile(dry_run: bool) -> None:
-    """Compare every viewer with DynamoDB; repair stale, missing and extra items."""
+    """Compare every viewer with DynamoDB and repair what differs.
+
+    Stale and missing items are written, extra ones deleted.
+    """
+    from dagster_prefs.events.raw import Progress
     from dagster_prefs.freshness.reconcile import reconcile_domain
     from dagster_prefs.freshness.status import Sources
 
     sources = Sources(load_settings())
     client, table = sources.dynamodb()
     for domain in sources.contract.domains.values():
-        report = reconcile_domain(
-            sources.engine,
-            client,
-            sources.contract,
-            domain,
-            table,
-            now=datetime.now(UTC),
-            dry_run=dry_run,
-        )
+        with progress_bar(domain.name) as advance:
+            report = reconcile_domain(
+                sources.engine,
+                client,
+                sources.contract,
+                domain,
+                table,
+                now=datetime.now(UTC),
+                dry_run=dry_run,
+                progress=lambda compared: advance(Progress(compared, compared, None, "viewers")),
+            )
         console.print(
             f"{domain.name}: {report.compared:,} compared, {report.missing} missing, {report.different} stale,"
             f" {report.extra} extra, {report.overtaken} changed meanwhile{' (nothing written)' if dry_run else ''}"

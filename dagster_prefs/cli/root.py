@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
+from rich.console import Console, Group
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.settings import Settings
 
 if TYPE_CHECKING:
+    from dagster_prefs.events.raw import ProgressCallback
     from dagster_prefs.local.services import LocalServices, ServiceStatus
 
 
-console = Console(highlight=False)
+def plain_console(*, stderr: bool = False) -> Console:
+    """A console that prints text as it is: messages and file names may hold `[/b]` or `:smile:`, and a line that
+    was broken to fit the screen is no path to copy."""
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+console = plain_console()
 
 
 def main() -> None:
@@ -66,22 +77,18 @@ def start_services(settings: Settings) -> ServiceStatus | None:
     return services_of(settings).up(progress=lambda step: console.print(f"  {step}", style="dim"))
 
 
-class progress_bar:
-    """A counter of messages on a terminal; silent elsewhere."""
-
-    def __init__(self, what: str) -> None:
-        self._progress = Progress(
-            SpinnerColumn(), TextColumn(what), BarColumn(), TextColumn("{task.completed:,.0f}"),
-            console=console, transient=True, disable=not console.is_terminal,
-        )  # fmt: skip
-
-    def __enter__(self) -> Any:
-        self._progress.start()
-        task = self._progress.add_task("", total=None)
-        return lambda done: self._progress.update(task, completed=done.done, total=done.total)
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+@contextmanager
+def progress_bar(what: str) -> Iterator[ProgressCallback]:
+    """A counter on a terminal; silent elsewhere."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn(what, markup=False),
+        BarColumn(),
+        TextColumn("{task.completed:,.0f}"),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda progress: bar.update(task, completed=progress.done, total=progress.total)
 
 
 def run_job(settings: Settings, job: str, tags: dict[str, str] | None = None) -> None:
@@ -97,11 +104,20 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(value, default=str, indent=2))
 
 
-def table_of(title: str, columns: list[str], rows: list[tuple[Any, ...]]) -> Table:
-    """A small table for people."""
-    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
+def table_of(title: str, columns: list[str], rows: list[tuple[Any, ...]]) -> Group:
+    """A small table for people; nothing is cut off, however narrow the screen."""
+    table = Table(show_edge=False, pad_edge=False)
     for column in columns:
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*[str(value) for value in row])
-    return table
+        table.add_row(*map(_cell, row))
+    # A title of the table's own would be broken to the table's width.
+    return Group(Text(title), table) if title else Group(table)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, datetime):
+        return f"{value.astimezone(UTC):%Y-%m-%d %H:%M:%SZ}"
+    return ", ".join(map(_cell, value)) if isinstance(value, list | tuple) else str(value)

@@ -9,9 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
 
-from dagster_prefs.cli.root import cli, console, print_json, services_of, start_services, table_of
+from dagster_prefs.cli.root import (
+    cli,
+    console,
+    plain_console,
+    print_json,
+    services_of,
+    start_services,
+    table_of,
+)
 from dagster_prefs.settings import PROJECT_ROOT, load_settings
 
 if TYPE_CHECKING:
@@ -20,7 +27,7 @@ if TYPE_CHECKING:
 
 @cli.command()
 def up() -> None:
-    """Start the embedded services: PostgreSQL and the local AWS server."""
+    """Start the embedded PostgreSQL and the local AWS server."""
     settings = load_settings()
     status = start_services(settings)
     if status is None:
@@ -35,10 +42,14 @@ def up() -> None:
 @cli.command()
 @click.option("--delete-state", is_flag=True, help="Also delete the data folder with everything in it.")
 def down(delete_state: bool) -> None:
-    """Stop the embedded services; the data stays unless told otherwise."""
+    """Stop the embedded services.
+
+    The data folder stays unless told otherwise.
+    """
     settings = load_settings()
     services = services_of(settings)
-    console.print("stopped" if services.down() else "nothing was running")
+    stopped = "stopped; what DynamoDB held was in memory, `prefs refresh` publishes it again"
+    console.print(stopped if services.down() else "nothing was running")
     if delete_state:
         services.delete_state()
         import shutil
@@ -49,17 +60,25 @@ def down(delete_state: bool) -> None:
 
 
 @cli.command()
-def ui() -> None:
-    """Start the services and the Dagster UI on this state (loopback, port 3000)."""
+@click.option("--port", default=3000, show_default=True, type=click.IntRange(1, 65535))
+def ui(port: int) -> None:
+    """Start the services and the Dagster UI on loopback."""
     from dagster_prefs.defs.instance import ensure_dagster_home
+    from dagster_prefs.local.state import require_free_port
 
     settings = load_settings()
+    # Dagster would go to another port without a word.
+    require_free_port(port, "--port")
     start_services(settings)
     home = ensure_dagster_home(settings.data_dir)
-    console.print("the Dagster UI is at http://127.0.0.1:3000; Ctrl-C stops it")
-    environment = {**os.environ, "DAGSTER_HOME": str(home)}
+    console.print(f"the Dagster UI will be at http://127.0.0.1:{port} in half a minute; Ctrl-C stops it")
+    # `dagster dev` recommends its successor, which wants a project of its own layout.
+    quiet = "ignore:Function `dev_command` is superseded"
+    warnings = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), quiet]))
+    environment = {**os.environ, "DAGSTER_HOME": str(home), "PYTHONWARNINGS": warnings}
     dagster = str(Path(sys.executable).with_name("dagster"))
-    command = [dagster, "dev", "-w", str(PROJECT_ROOT / "workspace.yaml"), "-h", "127.0.0.1", "-p", "3000"]
+    workspace = str(PROJECT_ROOT / "workspace.yaml")
+    command = [dagster, "dev", "-w", workspace, "-h", "127.0.0.1", "-p", str(port)]
     os.chdir(PROJECT_ROOT)
     os.execve(dagster, command, environment)  # noqa: S606
 
@@ -83,12 +102,15 @@ def demo(
     seed: int,
     as_json: bool,
 ) -> None:
-    """Run the whole flow on generated events: load, refresh, publish, export, read back."""
+    """Run the whole flow on generated events.
+
+    Load, refresh, publish, export, read back.
+    """
     from dagster_prefs.demo import Demo
     from dagster_prefs.events.simulator import SimulationPlan
 
     settings = load_settings()
-    steps = Console(stderr=True, highlight=False)
+    steps = plain_console(stderr=True)
     steps.print("start the services")
     if settings.engine == "local":
         services_of(settings).up()

@@ -9,6 +9,7 @@ import click
 
 from dagster_prefs.cli.root import cli, console, print_json, table_of
 from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.errors import PrefsError
 from dagster_prefs.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -35,13 +36,23 @@ def profile(viewer: int, as_json: bool) -> None:
     """Read one viewer's items from DynamoDB, as a service would."""
     settings = load_settings()
     with profile_client(settings) as client:
-        found = client.get(viewer).as_dict()
+        found = client.get(viewer)
     if as_json:
-        print_json(found)
-        return
-    for domain, read in found["domains"].items():
-        rows = list((read["attributes"] or {"": read["error"]}).items())
-        console.print(table_of(f"viewer {viewer}: {domain}", ["attribute", "value"], rows))
+        print_json(found.as_dict())
+    else:
+        for name, read in found.as_dict()["domains"].items():
+            if read["attributes"] is not None:
+                unknown = (
+                    " (no item, so what a service gets for anybody new)"
+                    if read["state"] == "cold_start"
+                    else ""
+                )
+                rows = list(read["attributes"].items())
+                console.print(table_of(f"viewer {viewer}: {name}{unknown}", ["attribute", "value"], rows))
+    if found.partial:
+        reasons = "; ".join(dict.fromkeys(str(read.error) for read in found.reads.values() if read.error))
+        local = " (the local DynamoDB: `prefs up` starts it, `prefs refresh` fills it)"
+        raise PrefsError(reasons + local if settings.uses_local_aws else reasons)
 
 
 @cli.command()
@@ -109,7 +120,10 @@ def serve(
     refresh_seconds: float,
     drain_seconds: int,
 ) -> None:
-    """Serve profiles and rankings over HTTP until Ctrl-C or SIGTERM."""
+    """Serve profiles and rankings over HTTP.
+
+    Until Ctrl-C or SIGTERM.
+    """
     from dagster_prefs.serving import AsyncProfileClient, PreferenceClient
     from dagster_prefs.serving.server import make_app
     from dagster_prefs.serving.server import serve as run_server
@@ -152,7 +166,10 @@ def serve(
 @click.argument("attribute")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def why(viewer: int, attribute: str, as_json: bool) -> None:
-    """Set a served number beside the same number recomputed from its tiles, with the latest events."""
+    """Set a served number beside what its tiles say.
+
+    Also shows these tiles, and the latest events.
+    """
     from dagster_prefs.serving.why import explain_attribute
 
     settings = load_settings()
@@ -170,8 +187,12 @@ def why(viewer: int, attribute: str, as_json: bool) -> None:
     console.print(
         f"viewer {viewer}, {found.domain}.{found.attribute}, {found.window_days} days from {found.window_start}"
     )
-    console.print(f"  served      {found.online}")
-    console.print(f"  recomputed  {found.recomputed}{'' if found.equal else '   (they differ)'}")
+    served = {"cold_start": "no item", "failed": found.online_error}.get(found.online_state, found.online)
+    console.print(f"  served      {served}")
+    console.print(
+        f"  recomputed  {found.recomputed if found.in_view else 'no item: the viewer has no tile in the window'}"
+        f"{'' if found.equal else '   (they differ)'}"
+    )
     for title, rows in (("Tiles", found.tiles), ("Latest events", found.events)):
         if rows:
             console.print(table_of(f"\n{title}", list(rows[0]), [tuple(row.values()) for row in rows]))

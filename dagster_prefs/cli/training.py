@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 import click
-from rich.console import Console
 
-from dagster_prefs.cli.root import cli, console, print_json, table_of
+from dagster_prefs.cli.root import cli, console, plain_console, print_json, table_of
 from dagster_prefs.settings import load_settings
 
 
@@ -39,7 +38,10 @@ def training_set(
     as_known: bool,
     print_sql: Literal["trino", "spark", "athena"] | None,
 ) -> None:
-    """Join every label with the features as they were known at its time; a manifest tells how to do so again."""
+    """Join every label with the features known at its time.
+
+    A manifest tells how to do so again.
+    """
     if context.invoked_subcommand is not None:
         return
     if labels is None:
@@ -104,7 +106,10 @@ def training_set_reproduce(manifest: Path, output: str | None, labels: str | Non
 )
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def erase(subject: tuple[str, ...], drop_tags: bool, training_sets: tuple[Path, ...], as_json: bool) -> None:
-    """Forget a viewer, or a shop user, everywhere, and prove it; safe to run again after any failure."""
+    """Forget a viewer, or a shop user, everywhere, and prove it.
+
+    Safe to run again after any failure.
+    """
     from dagster_prefs import erasure
     from dagster_prefs.defs.resources import Platform
     from dagster_prefs.events.redaction import Subject
@@ -113,7 +118,7 @@ def erase(subject: tuple[str, ...], drop_tags: bool, training_sets: tuple[Path, 
         raise click.UsageError(f"one subject at a time, as `viewer ID` or `user ID`, not {' '.join(subject)}")
     kind, name = subject if len(subject) == 2 else ("viewer", subject[0])
     platform = Platform(load_settings())
-    steps = Console(stderr=True, highlight=False)
+    steps = plain_console(stderr=True)
     report = erasure.erase(
         erasure.Stores(
             platform.engine,
