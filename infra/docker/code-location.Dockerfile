@@ -31,4 +31,5 @@ WORKDIR /var/lib/prefs
 EXPOSE 4000
 HEALTHCHECK --interval=30s --timeout=10s --start-period=120s CMD ["dagster", "api", "grpc-health-check", "--port", "4000"]
 # Other containers must reach it, so it cannot bind to loopback; the port takes no credentials, so only they may.
-CMD ["dagster", "code-server", "start", "--host", "0.0.0.0", "--port", "4000", "--module-name", "dagster_prefs.definitions"]
+# It ends when the definitions do not load, where `dagster code-server` would go on and call itself healthy.
+CMD ["dagster", "api", "grpc", "--host", "0.0.0.0", "--port", "4000", "--module-name", "dagster_prefs.definitions"]

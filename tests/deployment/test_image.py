@@ -130,6 +130,23 @@ def test_definitions_load_from_what_the_image_holds(tmp_path: Path) -> None:
     assert {"refresh", "export", "freshness_checks"} <= set(json.loads(done.stdout.splitlines()[-1]))
 
 
+@pytest.mark.slow
+def test_the_code_location_ends_when_its_definitions_do_not_load(tmp_path: Path) -> None:
+    """A health check asks whether the port answers: a server that goes on without definitions would pass it."""
+    (command,) = re.findall(r"^CMD (\[.*\])$", (FOLDER / "code-location.Dockerfile").read_text(), re.M)
+    program, *words = json.loads(command)
+    done = subprocess.run(
+        [Path(sys.executable).with_name(program), *words],
+        cwd=ROOT,
+        env={**os.environ, "DAGSTER_HOME": str(tmp_path), "PREFS_ENGINE": "no such engine"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0
+    assert "PREFS_ENGINE" in done.stderr
+
+
 SERVE = """
 sys.argv[1:] = ["serve", "--port", "0"]
 import dagster_prefs.__main__
