@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import re
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date, datetime
 from decimal import Decimal
@@ -158,7 +158,8 @@ class TileSnapshot:
             day=sql.Identifier(self._spec.day),
             value=sql.Literal(day),
         )
-        with self._connection.cursor() as cursor, closing(cursor.stream(query, size=LINES_FETCHED)) as lines:
+        with self._connection.cursor() as cursor:
+            lines = cursor.stream(query, size=LINES_FETCHED)
             while block := list(itertools.islice(lines, LINES_PARSED)):
                 yield self._parse("\n".join(line for (line,) in block).encode(), names, day, schema)
 
