@@ -37,14 +37,15 @@ def duck_session(memory: str, threads: int | None = None) -> Iterator[duckdb.Duc
         try:
             with duckdb.connect(str(Path(scratch, "session.duckdb")), config=config) as session:
                 yield session
-        except duckdb.OutOfMemoryException as error:
-            raise OfflineError(
-                f"{memory} of memory do not suffice: allow more, or split what is to be joined or sorted"
-            ) from error
-        except duckdb.IOException as error:
-            if "space" in str(error):
+        except (duckdb.OutOfMemoryException, duckdb.IOException) as error:
+            # What spills ends before the disk does: at a part of what was free when the session began.
+            if "No space left" in str(error) or "max_temp_directory_size" in str(error):
                 raise StorageFull(
-                    f"no space left for intermediate results in {scratch}: free some"
+                    f"no space left for intermediate results in {scratch}: free some and run it again"
+                ) from error
+            if isinstance(error, duckdb.OutOfMemoryException):
+                raise OfflineError(
+                    f"{memory} of memory do not suffice: allow more, or split what is to be joined or sorted"
                 ) from error
             raise
 
