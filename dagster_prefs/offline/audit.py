@@ -51,8 +51,7 @@ def audit_day(
         findings = row_findings(_batches(table, paths), table, spec, day, rows, totals)
     if findings:
         raise AuditFailed(
-            f"the audit of {'.'.join(table.name())} of {day} failed ({'; '.join(findings)}): readers see "
-            f"what they "
+            f"the audit of {'.'.join(table.name())} of {day} failed ({'; '.join(findings)}): readers see what they "
             f"saw before; look at branch {branch}, mend the tile, and run the export again",
             branch,
         )

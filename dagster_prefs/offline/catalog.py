@@ -131,8 +131,7 @@ def _open_sqlite(warehouse: str) -> SqlCatalog:
     folder = local_folder(warehouse)
     if folder is None:
         raise CatalogUnavailable(
-            f"a SQLite catalog needs a local warehouse, not {warehouse}: set PREFS_ICEBERG_WAREHOUSE to a "
-            f"folder, "
+            f"a SQLite catalog needs a local warehouse, not {warehouse}: set PREFS_ICEBERG_WAREHOUSE to a folder, "
             "or PREFS_ICEBERG_CATALOG to glue or rest"
         )
     folder = folder.absolute()
@@ -195,21 +194,16 @@ def explained(what: str) -> Iterator[None]:
         ) from error
     except (requests.RequestException, RESTError, BotoCoreError, ClientError) as error:
         raise CatalogUnavailable(
-            f"{what} cannot be reached or refuses us ({_reason(error)}): check its address, region and "
-            f"credentials"
+            f"{what} cannot be reached or refuses us ({_reason(error)}): check its address, region and credentials"
         ) from error
     except FileNotFoundError as error:
         raise CatalogCorrupted(
-            f"{what} names a file that is gone ({_reason(error)}): restore it from a copy, or drop the "
-            f"table and "
+            f"{what} names a file that is gone ({_reason(error)}): restore it from a copy, or drop the table and "
             "export its days again"
         ) from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageFull(
-                f"no space left while writing {what}: free some and run it again; what readers see is "
-                f"unchanged"
-            ) from error
+            raise _full(what) from error
         raise CatalogUnavailable(
             f"{what} cannot be read or written ({_reason(error)}): check the storage"
         ) from error
@@ -218,15 +212,19 @@ def explained(what: str) -> Iterator[None]:
 def _explain_sqlite(what: str, error: sqlalchemy.exc.DBAPIError) -> OfflineError:
     text = str(error.orig)
     if "full" in text:
-        return StorageFull(
-            f"no space left while writing {what}: free some and run it again; what readers see is unchanged"
-        )
+        return _full(what)
     if isinstance(error.orig, sqlite3.DatabaseError) and ("not a database" in text or "malformed" in text):
         return CatalogCorrupted(
             f"{what} is damaged ({text}): restore it from a copy, or remove it and export every day again"
         )
     return CatalogUnavailable(
         f"{what} cannot be opened or written ({text}): check its folder and permissions"
+    )
+
+
+def _full(what: str) -> StorageFull:
+    return StorageFull(
+        f"no space left while writing {what}: free some and run it again; what readers see is unchanged"
     )
 
 

@@ -68,8 +68,8 @@ def check_columns(source: str, columns: Sequence[str]) -> None:
     clashes = sorted({feature.name for feature in features()} & set(columns))
     if clashes:
         raise LabelsRefused(
-            f"{source} has the column {clashes[0]}, which is the name of a feature: rename it, e.g. "
-            f"to label_{clashes[0]}"
+            f"{source} has the column {clashes[0]}, which is the name of a feature: rename it, e.g. to "
+            f"label_{clashes[0]}"
         )
     repeated = sorted({name for name in columns if columns.count(name) > 1})
     if repeated:
@@ -99,8 +99,7 @@ def _read(catalog: Catalog, source: str) -> pa.Table:
         with explained(f"the table {source}"):
             return catalog.load_table(source).scan().to_arrow()
     raise LabelsRefused(
-        f"{source} is neither a .parquet nor a .csv file nor an Iceberg table (namespace.table): name one "
-        f"of these"
+        f"{source} is neither a .parquet nor a .csv file nor an Iceberg table (namespace.table): name one of these"
     )
 
 
@@ -118,8 +117,8 @@ def _viewers(values: pa.ChunkedArray, source: str) -> pa.ChunkedArray:
     negative = pc.less(viewers, 0)
     if pc.any(negative).as_py():
         raise LabelsRefused(
-            f"{source} row {_first(negative) + 1}: viewer ids below 0 are canaries and have no training "
-            f"data: drop it"
+            f"{source} row {_first(negative) + 1}: viewer ids below 0 are canaries and have no training data: "
+            "drop it"
         )
     return viewers
 
@@ -167,8 +166,7 @@ def _localize(
     if timezone is None:
         row = 0 if affected is None else _first(affected)
         raise LabelsRefused(
-            f"{source} row {row + 1}: label_time {given[row].as_py()} has no zone: write it with Z or an "
-            f"offset, "
+            f"{source} row {row + 1}: label_time {given[row].as_py()} has no zone: write it with Z or an offset, "
             "or say which zone it is in (e.g. timezone UTC)"
         )
     try:

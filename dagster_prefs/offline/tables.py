@@ -286,15 +286,13 @@ def _missing_columns(table: Table, namespace: str, spec: TileTable) -> list[Colu
     for name, field in found.items():
         if name not in wanted:
             raise SchemaChangeRefused(
-                f"{namespace}.{spec.name} has the column {name}, which the contract of {spec.tile} no "
-                f"longer has: "
+                f"{namespace}.{spec.name} has the column {name}, which the contract of {spec.tile} no longer has: "
                 "removing a column is a breaking change; put it back, or give the changed table a new name"
             )
         if wanted[name].type != field.field_type:
             raise SchemaChangeRefused(
                 f"{namespace}.{spec.name}.{name} is {field.field_type}, the contract of {spec.tile} says "
-                f"{wanted[name].type}: retyping a column is a breaking change; put the type back, or give "
-                f"the "
+                f"{wanted[name].type}: retyping a column is a breaking change; put the type back, or give the "
                 "changed column a new name"
             )
     return [column for name, column in wanted.items() if name not in found]

@@ -216,16 +216,14 @@ def tile_snapshot(engine: EngineConnection, spec: TileTable) -> Iterator[TileSna
             raise TilesUnreadable(_missing(spec, error)) from error
         except psycopg.OperationalError as error:
             raise TilesUnreadable(
-                f"the engine broke off while {spec.tile} was read ({_first_line(error)}): see that it "
-                f"runs, then "
-                "run it again"
+                f"the engine broke off while {spec.tile} was read ({_first_line(error)}): see that it runs, then run "
+                "it again"
             ) from error
         except psycopg.Error as error:
             if "not found" in str(error):
                 raise TilesUnreadable(_missing(spec, error)) from error
             raise TilesUnreadable(
-                f"the engine refuses to read {spec.tile} ({_first_line(error)}): apply the models with "
-                f"`dbt build`"
+                f"the engine refuses to read {spec.tile} ({_first_line(error)}): apply the models with `dbt build`"
             ) from error
 
 

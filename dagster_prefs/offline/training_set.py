@@ -303,8 +303,7 @@ def _build(
         content = _fingerprint(session, "result")
         if expect and content != expect[1]:
             raise NotReproducible(
-                f"the rows differ from those of the manifest although labels and tiles are the same: "
-                f"{output} was "
+                f"the rows differ from those of the manifest although labels and tiles are the same: {output} was "
                 "not written; look for a changed version of DuckDB or Arrow"
             )
         made = _Made(table.num_rows, _count_cold_start(session), labels_hash, content, first, last)
@@ -427,8 +426,7 @@ def _history(table: Table, last: Snapshot, oldest_label: int) -> list[_Version]:
     if not complete and log[start][1] > oldest_label:
         when = datetime.fromtimestamp(log[start][1] / 1000, UTC).isoformat()
         raise SnapshotExpired(
-            f"the history of {'.'.join(table.name())} is kept from {when} on, older snapshots have "
-            f"expired: drop "
+            f"the history of {'.'.join(table.name())} is kept from {when} on, older snapshots have expired: drop "
             "labels before that time, or build without as_known"
         )
     manifests: dict[str, list[DataFile]] = {}
