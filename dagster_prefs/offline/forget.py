@@ -25,7 +25,6 @@ import pyarrow.parquet as pq
 from pyiceberg.catalog import Catalog
 from pyiceberg.conversions import from_bytes
 from pyiceberg.exceptions import CommitFailedException, NoSuchTableError
-from pyiceberg.expressions import EqualTo
 from pyiceberg.io.pyarrow import PyArrowFileIO
 from pyiceberg.manifest import DataFile, ManifestContent
 from pyiceberg.table import Table
@@ -433,7 +432,7 @@ def search_catalog(catalog: Catalog, viewer_id: int) -> CatalogSearch:
                 if is_training_set(table):
                     training_sets.append(name)
                 # As text, which fits an id of any type.
-                elif table.scan(EqualTo(VIEWER, str(viewer_id)), (VIEWER,)).to_arrow().num_rows:
+                elif table.scan(f"{VIEWER} = '{viewer_id}'", (VIEWER,)).to_arrow().num_rows:
                     holding.append(name)
         except OfflineError as error:
             unread[name] = str(error)
