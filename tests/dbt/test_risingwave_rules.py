@@ -60,6 +60,7 @@ VARIANTS = [
             "PREFS_EXPORT": "sink",
             "PREFS_ICEBERG_CATALOG": "rest",
             "PREFS_ICEBERG_URI": "http://catalog:8181",
+            "PREFS_ICEBERG_CREDENTIAL": "prefs:secret",
             "PREFS_ICEBERG_WAREHOUSE": "s3://lake/warehouse",
         },
         id="kafka, spread, credentials and the sinks of training tables",
@@ -495,6 +496,7 @@ def test_variants_say_what_they_are_for(tmp_path_factory: pytest.TempPathFactory
     names = {f"sink_training_{name}" for name in ("watch", "genre", "interactions")}
     assert names <= iceberg.keys() - plain.keys()
     assert "catalog.uri = 'http://catalog:8181'" in iceberg["sink_training_watch"][1]
+    assert "catalog.credential = '${PREFS_ICEBERG_CREDENTIAL}'" in iceberg["sink_training_watch"][1]
     kind, text = locked["sink_engagement_watch"]
     assert kind == "subscription"
     assert "retention = '48 hours'" in text

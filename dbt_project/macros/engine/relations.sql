@@ -124,6 +124,9 @@ with (
   catalog.type = '{{ catalog }}',
   {%- if catalog == "rest" %}
   catalog.uri = '{{ env_var("PREFS_ICEBERG_URI") }}',
+  {%- if execute and env_var("PREFS_ICEBERG_CREDENTIAL", "") %}
+  catalog.credential = {{ credential("PREFS_ICEBERG_CREDENTIAL") }},
+  {%- endif %}
   {%- endif %}
   warehouse.path = '{{ env_var("PREFS_ICEBERG_WAREHOUSE", "") }}',
   database.name = '{{ env_var("PREFS_ICEBERG_NAMESPACE", "training") }}',
