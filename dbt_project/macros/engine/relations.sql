@@ -43,16 +43,6 @@ on conflict do nothing
 {%- endif %}
 {%- endmacro %}
 
-{# The columns that every reader of a raw table takes. #}
-{% macro raw_columns(topic) -%}
-    source,
-    source_partition,
-    source_offset,
-    kafka_timestamp,
-    arrived_at,
-    data
-{%- endmacro %}
-
 {# A table that this platform writes and keeps; its columns are those of its YAML. #}
 {% macro kept_table(primary_key) -%}
 create table {{ this }} (

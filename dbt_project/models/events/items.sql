@@ -18,7 +18,7 @@ versions as (
 
 final as (
 
-  select item_id, title, category, brand, price, in_stock
+  select item_id, title, category, brand, price, coalesce(in_stock, true) as in_stock
   from versions
   where version = 1
 

@@ -5,7 +5,7 @@ with arrivals as (
   ("content_interactions", "raw_content_interactions"), ("items", "raw_items"),
 ] %}
 
-  select '{{ topic }}' as topic, {{ raw_columns(topic) }}
+  select '{{ topic }}' as topic, source, source_partition, source_offset, kafka_timestamp, arrived_at
   from {{ ref(model) }}
   {{ "union all" if not loop.last }}
 {%- endfor %}
