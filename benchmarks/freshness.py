@@ -1,13 +1,17 @@
-"""What a full evaluation costs: 50 relations, 64 Kafka partitions, three domains, at two numbers of viewers.
+"""What a full evaluation costs: 50 relations, 64 Kafka partitions, three domains, training tables of many days, at two
+numbers of viewers.
 
-    python benchmarks/freshness.py [--viewers 1000,1000000] [--repeat 5]
+    python benchmarks/freshness.py [--viewers 1000,1000000] [--days 90] [--repeat 5] [--risingwave URL] [--no-indexes]
 
 Relations are tables filled by SQL with one row per viewer and the indexes of the models; views beyond those of the
-project are copies with rows and an index of their own. DynamoDB (the local AWS server) holds only the viewers that
-are sampled; Kafka is librdkafka's mock cluster, with one unread message per partition. Prints one JSON line per
-number of viewers: median and largest seconds per stage, and their ratios to the least that the servers need for the
-same: a bare `select max(time)` per relation (which is what `dbt source freshness` runs), a bare BatchGetItem and
-Scan per domain, a bare watermark request per partition. A last line compares the numbers of viewers.
+project are copies with rows and an index of their own. They are in the embedded engine, or in databases of their own
+on the RisingWave server at URL (postgresql://root@host:4566); `--no-indexes` shows what their absence costs. DynamoDB
+(the local AWS server) holds only the viewers that are sampled; Kafka is librdkafka's mock cluster, with one unread
+message per partition; each training table is an Iceberg table of `--days` days, each written by a commit of its own.
+Prints one JSON line per number of viewers: median and largest seconds per stage, and their ratios to the least that the
+servers need for the same: a bare `select max(time)` per relation (which is what `dbt source freshness` runs), a bare
+BatchGetItem and Scan per domain, a bare watermark request per partition, one planned scan per training table. A last
+line compares the numbers of viewers. The canary is left out: it takes as long as the event that it waits for.
 """
 
 from __future__ import annotations
@@ -19,34 +23,46 @@ import socket
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import pyarrow as pa
 from confluent_kafka import Producer
 from psycopg import sql
+from pyiceberg.catalog import Catalog
 
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.freshness.ingestion import Broker, ingestion_lag
-from dagster_prefs.freshness.measures import measure_online, measure_views
+from dagster_prefs.freshness.measures import measure_offline, measure_online, measure_views
 from dagster_prefs.freshness.online import CANDIDATES, find_table, key_hash
 from dagster_prefs.freshness.views import RELATIONS, Typed, View
 from dagster_prefs.local.services import LocalServices
+from dagster_prefs.offline.catalog import open_catalog
+from dagster_prefs.offline.publish import DayFiles, publish_day, write_day
+from dagster_prefs.offline.tables import TILE_TABLES, TileTable, arrow_schema, ensure_table
+from dagster_prefs.offline.tiles import Fingerprint
 from dagster_prefs.online.contract import Contract, load_contract
 from dagster_prefs.online.items import ItemEncoder
 from dagster_prefs.online.tables import dynamodb_client, provision
 
 SAMPLE = 64
+NAMESPACE = "training"
+# Type and value, by the number g of a row, of each type of the contract.
 COLUMN = {
     "integer": ("bigint", "g % 1000"),
     "decimal": ("numeric", "(g % 100000) / 100.0"),
-    "string": ("text", "'drama'"),
-    "list<string>": ("text[]", "array['drama', 'news']"),
+    "string": ("varchar", "'drama'"),
+    "list<string>": ("varchar[]", "array['drama', 'news']"),
     "list<decimal>": ("numeric[]", "array[0.75, 0.25]"),
 }
+ONE_ROW = Fingerprint(1, Decimal(0), Decimal(1), None)
 
 
 def free_port() -> int:
@@ -55,106 +71,172 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def fill(engine: EngineConnection, contract: Contract, viewers: int, relations: int) -> list[Typed | View]:
+class Filler:
+    """Makes relations of `viewers` rows; a column is its type and the SQL of its value for row g."""
+
+    def __init__(self, connection: Any, viewers: int, *, indexes: bool) -> None:
+        self.connection, self.viewers, self.indexes = connection, viewers, indexes
+        newest = (datetime.now(UTC) - timedelta(minutes=1)).isoformat()
+        self.time = ("timestamptz", f"'{newest}'::timestamptz - (g % 86400) * interval '1 second'")
+
+    def make(
+        self,
+        name: str,
+        columns: Mapping[str, tuple[str, str]],
+        key: Sequence[str],
+        time: str = "",
+        include: Sequence[str] = (),
+    ) -> None:
+        """A filled table with its key and, as `index_time` of the dbt project makes it, an index on its time."""
+        described = ", ".join(f"{column} {kind}" for column, (kind, _) in columns.items())
+        values = ", ".join(value for _, value in columns.values())
+        self.connection.execute(f"create table {name} ({described}, primary key ({', '.join(key)}))")
+        self.connection.execute(
+            f"insert into {name} select {values} from generate_series(1, {self.viewers}) as g"
+        )
+        if time and self.indexes:
+            self.connection.execute(
+                f"create index {name}_by_time on {name} ({time} desc) include ({', '.join(include or [time])})"
+            )
+
+
+def fill(
+    engine: EngineConnection,
+    contract: Contract,
+    viewers: int,
+    relations: int,
+    days: Sequence[date],
+    *,
+    indexes: bool,
+) -> list[Typed | View]:
     """The relations, `relations` in all, with one row per viewer, everything in step."""
     domains = {domain.relation: domain for domain in contract.domains.values()}
     with engine.connect() as connection:
-        connection.execute("create table deployments (relation text primary key, deployed_at timestamptz)")
-        connection.execute("create table erased_subjects (subject_kind text, subject_id text)")
+        connection.execute("create table deployments (relation varchar primary key, deployed_at timestamptz)")
         connection.execute(
-            "create table online_published (table_id text, domain_key text, viewer_id bigint, fingerprint text,"
-            " primary key (table_id, domain_key, viewer_id))"
+            "create table erased_subjects (subject_kind varchar, subject_id varchar,"
+            " primary key (subject_kind, subject_id))"
         )
-        newest = (datetime.now(UTC) - timedelta(minutes=1)).isoformat()
-        time_of = f"timestamptz '{newest}' - make_interval(secs => g % 86400)"
+        connection.execute(
+            "create table ingest_progress (topic varchar, source varchar, source_partition int, last_offset bigint,"
+            " primary key (topic, source, source_partition))"
+        )
+        connection.execute(
+            "create table tile_fingerprints (tile varchar, tile_date date, row_count bigint, metric_total numeric,"
+            " content_hash numeric, last_event_at timestamptz, primary key (tile, tile_date))"
+        )
+        for spec in TILE_TABLES.values():
+            connection.cursor().executemany(
+                "insert into tile_fingerprints values (%s, %s, 1, 0, 1, null)",
+                [(spec.tile, day) for day in days],
+            )
+        filler = Filler(connection, viewers, indexes=indexes)
+        text, number, moment = ("varchar", "g::varchar"), ("bigint", "g"), filler.time
+        message = {
+            "source": ("varchar", "'file:x'"),
+            "source_partition": ("int", "0"),
+            "source_offset": number,
+            "arrived_at": moment,
+        }
         for relation in RELATIONS:
             if isinstance(relation, Typed):
-                columns = f"{relation.key} text, {relation.time or 'unused'} timestamptz, category text,"
-                columns += " brand text, genre text, user_id text, viewer_id bigint"
-                rows = f"g::text, {time_of}, 'c', 'b', 'g', g::text, g"
-                connection.execute(f"create table {relation.relation} ({columns})")
-                connection.execute(
-                    f"insert into {relation.relation} select {rows} from generate_series(1, {viewers}) as g"
-                )
-                connection.execute(f"create index on {relation.relation} ({relation.key})")
-                connection.execute(
-                    f"create table {relation.parsed} as select *, null::text as reason, {time_of} as arrived_at"
-                    f" from {relation.relation}, lateral (select {relation.key}::bigint) as n (g)"
-                )
-                connection.execute(
-                    f"create table {relation.raw} (source text, source_partition int, source_offset bigint,"
-                    " arrived_at timestamptz, primary key (source, source_partition, source_offset))"
-                )
-                connection.execute(
-                    f"insert into {relation.raw} select 'file:x', 0, g, {time_of}"
-                    f" from generate_series(1, {viewers}) as g"
-                )
-                for table in (relation.parsed, relation.raw):
-                    connection.execute(f"create index on {table} (arrived_at)")
-                if relation.time:
-                    connection.execute(f"create index on {relation.relation} ({relation.time})")
-                continue
-            domain = domains.get(relation.relation)
-            if domain:
-                names = [name for name in domain.attributes if name != relation.time]
-                kinds = [COLUMN[domain.attributes[name].type] for name in names]
-                columns = ", ".join(f"{name} {kind}" for name, (kind, _) in zip(names, kinds, strict=True))
-                rows = ", ".join(value for _, value in kinds)
-                moment = f"(extract(epoch from {time_of}) * 1000)::bigint"
-                connection.execute(
-                    f"create table {relation.relation} (viewer_id bigint primary key, {columns},"
-                    f" {relation.time} bigint)"
-                )
-                connection.execute(
-                    f"insert into {relation.relation} select g, {rows}, {moment}"
-                    f" from generate_series(1, {viewers}) as g"
-                )
+                event = {
+                    **dict.fromkeys(("category", "brand", "genre", "user_id"), text),
+                    "viewer_id": number,
+                    relation.key: text,
+                    relation.time or "unused": moment,
+                }
+                include = ("category", "brand", "genre")
+                filler.make(relation.relation, event, [relation.key], relation.time, include)
+                parsed = {**message, "reason": ("varchar", "null"), **event}
+                filler.make(relation.parsed, parsed, list(message)[:3], "arrived_at", ["reason"])
+                filler.make(relation.raw, message, list(message)[:3], "arrived_at")
+            elif domain := domains.get(relation.relation):
+                columns = {
+                    "viewer_id": number,
+                    **{name: COLUMN[attribute.type] for name, attribute in domain.attributes.items()},
+                    relation.time: ("bigint", f"(extract(epoch from {moment[1]}) * 1000)::bigint"),
+                }
+                filler.make(relation.relation, columns, ["viewer_id"], relation.time)
             else:
-                connection.execute(
-                    f"create table {relation.relation} as select g as viewer_id, {time_of} as {relation.time},"
-                    f" ({time_of})::date as watch_date, ({time_of})::date as interaction_date"
-                    f" from generate_series(1, {viewers}) as g"
+                day = ("date", f"({moment[1]})::date")
+                columns = {
+                    "viewer_id": number,
+                    "watch_date": day,
+                    "interaction_date": day,
+                    relation.time: moment,
+                }
+                filler.make(
+                    relation.relation,
+                    columns,
+                    ["viewer_id", "watch_date", "interaction_date"],
+                    relation.time,
                 )
-            connection.execute(f"create index on {relation.relation} ({relation.time})")
         read: list[Typed | View] = list(RELATIONS)
-        views = [relation for relation in RELATIONS if isinstance(relation, View)]
+        views = [relation for relation in RELATIONS if isinstance(relation, View) and not relation.day]
         while len(read) < relations:
             original = views[len(read) % len(views)]
             copy = replace(original, relation=f"{original.relation}_{len(read)}")
-            connection.execute(f"create table {copy.relation} as select {copy.time} from {original.relation}")
-            connection.execute(f"create index on {copy.relation} ({copy.time})")
+            filler.make(copy.relation, {"viewer_id": number, copy.time: moment}, ["viewer_id"], copy.time)
             read.append(copy)
-        connection.execute("vacuum analyze")
+        if engine.kind == "local":
+            connection.execute("vacuum analyze")
     return read
 
 
-def store_sample(engine: EngineConnection, client: Any, contract: Contract, table: Any, viewers: int) -> None:
+def export(catalog: Catalog, spec: TileTable, days: Sequence[date]) -> None:
+    """A training table that holds one row of each day, as `tile_fingerprints` says."""
+    table = ensure_table(catalog, NAMESPACE, spec)
+    schema = arrow_schema(table)
+    for day in days:
+        row = {
+            column.name: day
+            if pa.types.is_date(column.type)
+            else datetime(day.year, day.month, day.day, tzinfo=UTC)
+            if pa.types.is_timestamp(column.type)
+            else "drama"
+            if pa.types.is_large_string(column.type) or pa.types.is_string(column.type)
+            else 1
+            for column in schema
+        }
+        files = DayFiles(ONE_ROW.token, 1, dict.fromkeys(spec.totals, Decimal(1)), ONE_ROW.properties())
+        write_day(table, spec, day, files, [pa.RecordBatch.from_pylist([row], schema=schema)])
+        if publish_day(table, spec, day, files, set()) is None:
+            raise SystemExit(f"{spec.name} of {day} could not be written")
+
+
+def store_sample(
+    engine: EngineConnection, client: Any, contract: Contract, table: Any, viewers: int
+) -> list[int]:
+    """The items of the viewers that are sampled, and the publisher's memory of all; gives those viewers."""
     with engine.connect() as connection:
-        for domain in contract.domains.values():
+        if engine.kind == "local":
             connection.execute(
-                f"insert into online_published select %s, %s, g, 'x' from generate_series(1, {viewers}) as g",
-                [table.table_id, domain.key],
+                "create table online_published (table_id text, domain_key text, viewer_id bigint, fingerprint text,"
+                " primary key (table_id, domain_key, viewer_id))"
             )
+        for domain in contract.domains.values():
+            if engine.kind == "local":
+                connection.execute(
+                    "insert into online_published select %s, %s, g, 'x' from"
+                    f" generate_series(1, {viewers}) as g",
+                    [table.table_id, domain.key],
+                )
             names = sql.SQL(", ").join(map(sql.Identifier, domain.attributes))
             rows = connection.execute(
                 sql.SQL(
-                    "select viewer_id, {} from {} order by last_event_at desc, viewer_id limit %s"
-                ).format(names, sql.Identifier(domain.relation)),
-                [CANDIDATES * SAMPLE],
+                    "select viewer_id, {} from {} order by last_event_at desc, viewer_id limit {}"
+                ).format(names, sql.Identifier(domain.relation), sql.Literal(CANDIDATES * SAMPLE))
             ).fetchall()
             encoder = ItemEncoder(contract, domain)
             chosen = sorted(rows, key=lambda row: key_hash(row[0]))[:SAMPLE]
-            connection.execute("drop table if exists bench_sample")
-            connection.execute("create table bench_sample (viewer_id bigint)")
-            connection.cursor().executemany(
-                "insert into bench_sample values (%s)", [(viewer,) for viewer, *_ in chosen]
-            )
             for start in range(0, len(chosen), 25):
                 batch = [
                     {"PutRequest": {"Item": encoder.encode(viewer, values)}}
                     for viewer, *values in chosen[start : start + 25]
                 ]
                 client.batch_write_item(RequestItems={table.name: batch})
+    return [viewer for viewer, *_ in chosen]
 
 
 def cluster(partitions: int) -> tuple[Producer, str, list[str]]:
@@ -193,10 +275,8 @@ def bare_maxima(engine: EngineConnection, relations: list[Typed | View]) -> None
                 ).fetchone()
 
 
-def bare_reads(engine: EngineConnection, client: Any, contract: Contract, table: str) -> None:
+def bare_reads(client: Any, contract: Contract, table: str, viewers: list[int]) -> None:
     """As many items and as much of the table as a sample of every domain, compared with nothing."""
-    with engine.connect() as connection:
-        viewers = [row[0] for row in connection.execute("select viewer_id from bench_sample").fetchall()]
     for domain in contract.domains.values():
         keys = [{"viewer_id": {"N": str(viewer)}, "domain_key": {"S": domain.key}} for viewer in viewers]
         client.batch_get_item(RequestItems={table: {"Keys": keys[:100], "ConsistentRead": True}})
@@ -208,6 +288,12 @@ def bare_watermarks(bootstrap: str, names: list[str]) -> None:
     with Broker(bootstrap) as broker:
         for name in names:
             broker.watermarks(name)
+
+
+def bare_plans(catalog: Catalog) -> None:
+    """The files of every training table and nothing else."""
+    for spec in TILE_TABLES.values():
+        list(catalog.load_table(spec.identifier(NAMESPACE)).scan().plan_files())
 
 
 def seconds_of(work: Callable[[], object]) -> float:
@@ -223,7 +309,10 @@ def main() -> None:
     parser.add_argument("--viewers", default="1000,1000000")
     parser.add_argument("--relations", type=int, default=50)
     parser.add_argument("--partitions", type=int, default=64)
+    parser.add_argument("--days", type=int, default=90)
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--risingwave", metavar="URL")
+    parser.add_argument("--no-indexes", action="store_true")
     arguments = parser.parse_args()
     contract = load_contract()
     os.environ.update(AWS_ACCESS_KEY_ID="local", AWS_SECRET_ACCESS_KEY="local")
@@ -232,9 +321,15 @@ def main() -> None:
         services = LocalServices(Path(folder) / "data", free_port(), free_port())
         services.up(owner_pid=os.getpid())
         try:
+            today = datetime.now(UTC).date()
+            days = [today - timedelta(days=ago) for ago in range(arguments.days, 0, -1)]
+            catalog = open_catalog("sqlite", (Path(folder) / "iceberg").as_uri())
+            for spec in TILE_TABLES.values():
+                export(catalog, spec, days)
             lines = []
             for viewers in map(int, arguments.viewers.split(",")):
-                lines.append(measure(services, contract, viewers, arguments))
+                with database(services, viewers, arguments.risingwave) as engine:
+                    lines.append(measure(services, engine, contract, viewers, catalog, days, arguments))
                 print(json.dumps(lines[-1]), flush=True)
             fewest, most = (choose(lines, key=lambda line: line["viewers"]) for choose in (min, max))
             print(
@@ -251,16 +346,46 @@ def main() -> None:
             services.down()
 
 
-def measure(services: LocalServices, contract: Contract, viewers: int, arguments: Any) -> dict[str, Any]:
+@contextmanager
+def database(services: LocalServices, viewers: int, risingwave: str | None) -> Iterator[EngineConnection]:
+    """An empty database, dropped afterwards."""
     server = EngineConnection("127.0.0.1", services.postgres_port, "postgres", "prefs")
+    if risingwave:
+        place = urlsplit(risingwave)
+        server = EngineConnection(
+            place.hostname or "127.0.0.1",
+            place.port or 4566,
+            place.path.strip("/") or "dev",
+            place.username or "root",
+            place.password or "",
+            kind="risingwave",
+        )
+    name = f"bench_freshness_{viewers}"
     with server.connect() as connection:
-        connection.execute(f"create database bench_{viewers}")
-    engine = server.with_database(f"bench_{viewers}")
-    relations = fill(engine, contract, viewers, arguments.relations)
+        connection.execute(f"create database {name}")
+    try:
+        yield server.with_database(name)
+    finally:
+        with server.with_database(name).connect() as connection:
+            connection.execute("drop schema public cascade")
+        with server.connect() as connection:
+            connection.execute(f"drop database {name}")
+
+
+def measure(
+    services: LocalServices,
+    engine: EngineConnection,
+    contract: Contract,
+    viewers: int,
+    catalog: Catalog,
+    days: Sequence[date],
+    arguments: Any,
+) -> dict[str, Any]:
+    relations = fill(engine, contract, viewers, arguments.relations, days, indexes=not arguments.no_indexes)
     client = dynamodb_client(f"http://127.0.0.1:{services.aws_port}", "eu-central-1")
     prefix = f"bench{viewers}_"
     table = provision(client, contract, prefix=prefix)
-    store_sample(engine, client, contract, table, viewers)
+    sampled = store_sample(engine, client, contract, table, viewers)
     producer, bootstrap, names = cluster(arguments.partitions)
     not_ok: list[str] = []
     behind: list[int] = []
@@ -283,10 +408,23 @@ def measure(services: LocalServices, contract: Contract, viewers: int, arguments
     def ingestion(now: datetime) -> None:
         behind.append(partitions_behind(engine, bootstrap, names, now))
 
-    stages: dict[str, tuple[Callable[[datetime], None], Callable[[], None]]] = {
+    def offline(now: datetime) -> None:
+        found = measure_offline(
+            engine,
+            contract,
+            lambda: catalog,
+            list(TILE_TABLES.values()),
+            namespace=NAMESPACE,
+            start=days[0],
+            now=now,
+        )
+        not_ok.extend(f"{one.key}: {one.reason}" for one in found if one.level != "ok")
+
+    stages: dict[str, tuple[Callable[[datetime], None], Callable[[], object]]] = {
         "views": (views, lambda: bare_maxima(engine, relations)),
-        "online": (online, lambda: bare_reads(engine, client, contract, table.name)),
+        "online": (online, lambda: bare_reads(client, contract, table.name, sampled)),
         "ingestion": (ingestion, lambda: bare_watermarks(bootstrap, names)),
+        "offline": (offline, lambda: bare_plans(catalog)),
     }
     taken: dict[str, list[float]] = {name: [] for name in (*stages, "all")}
     bare: dict[str, list[float]] = {name: [] for name in stages}
@@ -304,6 +442,7 @@ def measure(services: LocalServices, contract: Contract, viewers: int, arguments
         "viewers": viewers,
         "relations": len({relation.relation for relation in relations}),
         "partitions": behind[0],
+        "days": len(days),
         "items_in_dynamodb": count,
         **{f"{name}_median_s": round(statistics.median(all_), 3) for name, all_ in taken.items()},
         **{f"{name}_max_s": round(max(all_), 3) for name, all_ in taken.items()},
