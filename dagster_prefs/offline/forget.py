@@ -50,6 +50,7 @@ from dagster_prefs.offline.publish import (
 )
 from dagster_prefs.offline.tables import ErasedViewer, TileTable, arrow_schema
 from dagster_prefs.offline.tiles import TilesUnreadable
+from dagster_prefs.offline.verify import SINK_BRANCH
 from dagster_prefs.online.contract import LAST_EVENT_AT
 
 ATTEMPTS = 8
@@ -113,7 +114,8 @@ class ViewerInTable(ABC):
             if table is None:
                 return TableHolding(self.name, 0, 0, (), 0)
             snapshots = self._snapshots(table)
-            kept = [name for name, ref in table.refs().items() if ref.snapshot_id in snapshots]
+            refs = table.refs()
+            kept = [name for name in self._optional_refs(table) if refs[name].snapshot_id in snapshots]
             files = {path for path, rows in self._rows.items() if rows} | set(self._unreferenced(table))
             return TableHolding(
                 self.name,
@@ -169,6 +171,10 @@ class ViewerInTable(ABC):
                 self._manifests[path] = [entry.data_file for entry in entries]
             yield from self._manifests[path]
 
+    def _optional_refs(self, table: Table) -> list[str]:
+        """The tags and branches that somebody chose to make, and may drop."""
+        return [name for name in table.refs() if name != MAIN_BRANCH]
+
     def _expendable(self, table: Table, name: str) -> bool:
         """Whether a ref goes without being asked for: an export's branch, or a tag that says a day was verified."""
         is_tag = table.refs()[name].snapshot_ref_type == SnapshotRefType.TAG
@@ -180,11 +186,9 @@ class ViewerInTable(ABC):
             table = self._table()
             holding = self._snapshots(table)
             going = [
-                (name, ref)
-                for name, ref in table.refs().items()
-                if name != MAIN_BRANCH
-                and ref.snapshot_id in holding
-                and (drop_tags or self._expendable(table, name))
+                (name, table.refs()[name])
+                for name in self._optional_refs(table)
+                if table.refs()[name].snapshot_id in holding and (drop_tags or self._expendable(table, name))
             ]
             if not going:
                 break
@@ -223,10 +227,18 @@ class ViewerInTable(ABC):
     def _remove_files(self) -> int:
         # However young: a running export that wrote one read the engine before the erasure and cannot publish.
         table = self._table()
-        going = self._unreferenced(table)
+        going = [path for path in self._unreferenced(table) if self._removable(path)]
         for path in going:
             table.io.delete(path)
         return len(going)
+
+    def _removable(self, path: str) -> bool:
+        """Whether a file that nothing names may go."""
+        return True
+
+    def _was_named(self, path: str) -> bool:
+        """Whether a snapshot that was read named the file, expired by now or not."""
+        return path in {file.file_path for files in self._manifests.values() for file in files}
 
     def _unreferenced(self, table: Table) -> list[str]:
         """Parquet files in the table's folder that hold the viewer and that nothing names."""
@@ -271,7 +283,7 @@ class ViewerInTable(ABC):
                 # What an export that was overtaken had staged is gone, but a snapshot may still name it.
                 return 0
             except pa.ArrowInvalid:
-                if path in {file.file_path for files in self._manifests.values() for file in files}:
+                if self._was_named(path):
                     raise
                 # Half written: nothing names it, and maintenance removes it.
                 return 0
@@ -295,8 +307,8 @@ class ViewerInTable(ABC):
 class ViewerInTiles(ViewerInTable):
     """One viewer's rows in one training table.
 
-    Where RisingWave's sinks write the table (`by_sink`), the current state is theirs to change, and only the history
-    goes.
+    Where RisingWave's sinks write the table (`by_sink`), the current state and the branch they write to are theirs to
+    change, and only the history goes.
     """
 
     def __init__(
@@ -314,6 +326,14 @@ class ViewerInTiles(ViewerInTable):
         self._engine = engine
         self._namespace = namespace
         self._by_sink = by_sink
+
+    def _optional_refs(self, table: Table) -> list[str]:
+        # Without its branch a sink starts an empty one, and the next compaction makes that the whole table.
+        return [name for name in super()._optional_refs(table) if not (self._by_sink and name == SINK_BRANCH)]
+
+    def _removable(self, path: str) -> bool:
+        # A sink has files, with everybody's rows, for minutes before it commits them.
+        return not self._by_sink or self._was_named(path)
 
     def _days(self, table: Table) -> dict[date, int]:
         days: dict[date, int] = {}

@@ -28,6 +28,9 @@ from dagster_prefs.offline.publish import read_file
 from dagster_prefs.offline.tables import TileTable, arrow_schema, scan_day
 from dagster_prefs.offline.tiles import tile_snapshot
 
+SINK_BRANCH = "ingestion"
+"""Where a copy-on-write sink commits, with deletes as files of their own; RisingWave's name for it."""
+
 KEYS_MEMORY = "256MB"
 ATTEMPTS = 5
 

@@ -37,6 +37,7 @@ from dagster_prefs.offline.training_set import (
     build_training_set,
     reproduce_training_set,
 )
+from dagster_prefs.offline.verify import SINK_BRANCH
 from dagster_prefs.online.publisher import publish_lock
 from dagster_prefs.online.tables import dynamodb_client
 from dagster_prefs.online.withdraw import ViewerItems
@@ -405,8 +406,19 @@ def test_a_table_of_the_sinks_is_left_to_them(world: World, monkeypatch: pytest.
     }
     given = world.stores
     monkeypatch.setattr(world, "stores", lambda: given(tables_by_sink=True))
+    # The sink's own branch, and a file that it has still to commit.
+    written = world.catalog.load_table(WATCH.identifier("training"))
+    written.manage_snapshots().create_branch(heads[WATCH.name], SINK_BRANCH).commit()
+    uncommitted = world.warehouse / "training" / WATCH.name / "data" / "uncommitted.parquet"
+    pq.write_table(written.scan().to_arrow(), uncommitted)
     with pytest.raises(ErasureIncomplete, match=r"training.viewer_watch_daily: 4 rows.*next commits"):
-        world.erase()
+        world.erase(drop_tags=True)
+    written.refresh()
+    assert written.refs()[SINK_BRANCH].snapshot_id == heads[WATCH.name]
+    assert uncommitted.exists()
+    # Committed, compacted and brought to main, as RisingWave does.
+    uncommitted.unlink()
+    written.manage_snapshots().remove_branch(SINK_BRANCH).commit()
     for name, spec in TILE_TABLES.items():
         table = world.catalog.load_table(spec.identifier("training"))
         assert table.current_snapshot().snapshot_id == heads[name]
