@@ -245,24 +245,25 @@ class _Catalogue:
                 code = known[group] = len(self.groups)
                 self.groups.append(group)
             self._group_of.append(code)
-        by_group = sorted(range(self._count), key=self._group_of.__getitem__)
-        self._by_group = array("I", by_group)
-        self._group_starts = _starts((self._group_of[position] for position in by_group), len(self.groups))
-        by_run = sorted(by_group, key=self._brand_of.__getitem__)
-        self._by_run = array("I", by_run)
-        self._run_groups = array("I")
-        self._run_starts = array("I")
-        run_brands = []
-        previous = None
-        for place, position in enumerate(by_run):
-            run = (self._brand_of[position], self._group_of[position])
-            if run != previous:
-                run_brands.append(run[0])
-                self._run_groups.append(run[1])
-                self._run_starts.append(place)
-                previous = run
+        self._by_group, self._group_starts = array("I"), array("I")
+        for members in _gathered(range(self._count), self._group_of, len(self.groups)):
+            self._group_starts.append(len(self._by_group))
+            self._by_group.extend(members)
+        self._group_starts.append(self._count)
+        self._by_run, self._run_starts = array("I"), array("I")
+        self._run_groups, self._brand_runs = array("I"), array("I")
+        for members in _gathered(self._by_group, self._brand_of, len(self._brands.texts)):
+            self._brand_runs.append(len(self._run_groups))
+            previous = None
+            for place, position in enumerate(members, len(self._by_run)):
+                group_code = self._group_of[position]
+                if group_code != previous:
+                    self._run_groups.append(group_code)
+                    self._run_starts.append(place)
+                    previous = group_code
+            self._by_run.extend(members)
         self._run_starts.append(self._count)
-        self._brand_runs = _starts(run_brands, len(self._brands.texts))
+        self._brand_runs.append(len(self._run_groups))
 
     def __len__(self) -> int:
         return self._count
@@ -453,17 +454,16 @@ def _exponent(value: Decimal) -> int:
     return cast(int, value.as_tuple().exponent)
 
 
-def _starts(sorted_codes: Iterable[int], count: int) -> array[int]:
-    """Where each code's slice starts, and the end of the last one."""
-    sizes = [0] * (count + 1)
-    for code in sorted_codes:
-        sizes[code + 1] += 1
-    starts = array("I", [0])
-    total = 0
-    for size in sizes[1:]:
-        total += size
-        starts.append(total)
-    return starts
+def _gathered(positions: Iterable[int], codes: array[int], count: int) -> list[array[int]]:
+    """Positions by their code, 0 … count - 1, each in the order given.
+
+    `sorted` by code would do the same without once letting another thread run, which made requests wait for as long
+    as a refresh sorted: 0.4 s with a million items.
+    """
+    found = [array("I") for _ in range(count)]
+    for position in positions:
+        found[codes[position]].append(position)
+    return found
 
 
 def _bucket(item_id: str) -> str:
