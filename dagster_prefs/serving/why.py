@@ -1,5 +1,9 @@
 """Why a served number is what it is: the tiles and latest events behind it, and the number computed from
-them again."""
+them again.
+
+The formulas here are this module's own and not those of the rolling views: a view with a mistake would only
+agree with itself.
+"""
 
 from __future__ import annotations
 

@@ -9,6 +9,10 @@ from typing import Any
 
 import pytest
 
+from dagster_prefs.cli.serving import profile_client
+from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.serving.why import explain_attribute
+from dagster_prefs.settings import load_settings
 from tests.end_to_end.conftest import Place
 
 pytestmark = pytest.mark.slow
@@ -56,6 +60,23 @@ def test_every_training_row_is_a_tile(first: dict[str, Any]) -> None:
         ("viewer_interactions_daily", "viewer_interactions_1d"),
     ):
         assert sum(first["snapshots"][table]["rows_per_day"].values()) == first["rows"][tile]
+
+
+def test_every_served_number_is_what_its_tiles_say(
+    place: Place, first: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in place.environment.items():
+        monkeypatch.setenv(name, value)
+    settings = load_settings()
+    asked = [f"{domain}.{name}" for domain, values in first["items"].items() for name in values]
+    assert len(asked) == 16
+    with profile_client(settings) as client:
+        found = [
+            explain_attribute(EngineConnection.of(settings), client, first["viewer_id"], name)
+            for name in asked
+        ]
+    assert [(one.attribute, one.online, one.recomputed) for one in found if not one.equal] == []
+    assert all(one.tiles and one.events for one in found)
 
 
 def test_a_second_run_changes_nothing(place: Place, first: dict[str, Any]) -> None:

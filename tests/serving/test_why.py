@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from dagster_prefs.offline.windows import longest_window
 from dagster_prefs.online.contract import load_contract
 from dagster_prefs.serving.why import _DEFINITIONS, WhyError, explain_attribute
 
@@ -155,6 +156,8 @@ def test_every_attribute_of_the_contract_is_explained() -> None:
         for attribute in domain.attributes
     }
     assert set(_DEFINITIONS) == declared
+    # The formulas are written twice on purpose; the windows must be those of the views all the same.
+    assert max(days for days, _ in _DEFINITIONS.values()) == longest_window()
 
 
 @pytest.mark.parametrize(
