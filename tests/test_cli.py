@@ -83,6 +83,11 @@ def test_a_profile_that_cannot_be_read_is_an_error(prefs: Prefs) -> None:
     assert "prefs up" in said
 
 
+def test_nothing_is_written_past_the_lease_of_a_changefeed(prefs: Prefs) -> None:
+    said = sentence(prefs("reconcile", PREFS_ENGINE="risingwave", PREFS_PUBLISH="changefeed"))
+    assert "prefs publish --full" in said
+
+
 def test_a_port_in_use_is_named_before_anything_starts(prefs: Prefs, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -95,7 +95,13 @@ def reconcile(dry_run: bool) -> None:
     from dagster_prefs.freshness.reconcile import reconcile_domain
     from dagster_prefs.freshness.status import Sources
 
-    sources = Sources(load_settings())
+    settings = load_settings()
+    if settings.follows and not dry_run:
+        raise PrefsError(
+            "with PREFS_PUBLISH=changefeed only the holder of a domain's lease writes it: run `prefs publish --full`, "
+            "which compares whole views and repairs; `prefs reconcile --dry-run` counts what differs"
+        )
+    sources = Sources(settings)
     client, table = sources.dynamodb()
     for domain in sources.contract.domains.values():
         with progress_bar(domain.name) as advance:
