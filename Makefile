@@ -100,4 +100,4 @@ lock: $(VENV)/installed ## resolve the dependencies into requirements.lock and t
 
 clean: down ## stop everything and delete the environment and all local state
 	@if [ -x $(BIN)/prefs ]; then $(BIN)/prefs down --delete-state; fi
-	@rm -rf $(VENV) .feast .dlt .pytest_cache .mypy_cache .ruff_cache .hypothesis dbt_project/target dbt_project/logs
+	@rm -rf $(VENV) .feast .dlt .checkov .pytest_cache .mypy_cache .ruff_cache .hypothesis dbt_project/target dbt_project/logs

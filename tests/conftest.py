@@ -12,6 +12,7 @@ import tempfile
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -84,18 +85,37 @@ def services() -> Iterator[LocalServices]:
         local.delete_state()
 
 
-@pytest.fixture
-def engine(services: LocalServices) -> Iterator[EngineConnection]:
-    """A fresh, empty database of the embedded engine, dropped afterwards with all its sessions."""
+@contextmanager
+def _new_database(services: LocalServices, kind: str) -> Iterator[EngineConnection]:
     server = EngineConnection(
         host="127.0.0.1", port=services.postgres_port, database="postgres", user="prefs", kind="local"
     )
-    name = f"test_{uuid.uuid4().hex}"
+    name = f"{kind}_{uuid.uuid4().hex}"
     with server.connect() as connection:
         connection.execute(sql.SQL("create database {}").format(sql.Identifier(name)))
     yield server.with_database(name)
     with server.connect() as connection:
         connection.execute(sql.SQL("drop database if exists {} with (force)").format(sql.Identifier(name)))
+
+
+@pytest.fixture
+def engine(services: LocalServices) -> Iterator[EngineConnection]:
+    """A fresh, empty database of the embedded engine, dropped afterwards with all its sessions."""
+    with _new_database(services, "test") as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def database(services: LocalServices) -> Iterator[EngineConnection]:
+    """One database for all tests that make a schema of their own in it, which is far quicker than a database."""
+    with _new_database(services, "shared") as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def dynamodb_endpoint(services: LocalServices) -> str:
+    """The local AWS server, whatever it holds; tables are told apart by prefix."""
+    return f"http://127.0.0.1:{services.aws_port}"
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import pytest
 from psycopg import sql
 
 from dagster_prefs.engine.connection import EngineConnection
-from dagster_prefs.local.services import LocalServices
 from dagster_prefs.online.contract import Contract, Domain, load_contract
 from dagster_prefs.online.publisher import PublishReport, publish_domain
 from dagster_prefs.online.tables import TableReport, dynamodb_client, provision
@@ -90,26 +89,6 @@ class Store:
     def recreate_table(self) -> None:
         self.client.delete_table(TableName=self.table.name)
         self.table = provision(self.client, self.contract, prefix=self.prefix)
-
-
-@pytest.fixture(scope="session")
-def database(services: LocalServices) -> Iterator[EngineConnection]:
-    """One database for the room; a schema of its own keeps each test apart, and is far quicker to make."""
-    server = EngineConnection(
-        host="127.0.0.1", port=services.postgres_port, database="postgres", user="prefs", kind="local"
-    )
-    name = f"room_{uuid.uuid4().hex}"
-    with server.connect() as connection:
-        connection.execute(sql.SQL("create database {}").format(sql.Identifier(name)))
-    yield server.with_database(name)
-    with server.connect() as connection:
-        connection.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
-
-
-@pytest.fixture(scope="session")
-def dynamodb_endpoint(services: LocalServices) -> str:
-    """The local AWS server; tables are told apart by prefix."""
-    return f"http://127.0.0.1:{services.aws_port}"
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import pytest
 from psycopg import sql
 
 from dagster_prefs.engine.connection import EngineConnection
-from dagster_prefs.local.services import LocalServices
 from dagster_prefs.online.contract import load_contract
 from dagster_prefs.online.items import ItemEncoder
 from dagster_prefs.online.tables import dynamodb_client, provision
@@ -65,26 +64,6 @@ class Shop:
             "truncate user_category_profile, user_brand_profile, user_price_sensitivity, "
             "user_recent_activity, items"
         )
-
-
-@pytest.fixture(scope="session")
-def database(services: LocalServices) -> Iterator[EngineConnection]:
-    """One database for the room; a schema of its own keeps each test apart, and is far quicker to make."""
-    server = EngineConnection(
-        host="127.0.0.1", port=services.postgres_port, database="postgres", user="prefs", kind="local"
-    )
-    name = f"room_{uuid.uuid4().hex}"
-    with server.connect() as connection:
-        connection.execute(sql.SQL("create database {}").format(sql.Identifier(name)))
-    yield server.with_database(name)
-    with server.connect() as connection:
-        connection.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
-
-
-@pytest.fixture(scope="session")
-def dynamodb_endpoint(services: LocalServices) -> str:
-    """The local AWS server; tables are told apart by prefix."""
-    return f"http://127.0.0.1:{services.aws_port}"
 
 
 @pytest.fixture
