@@ -12,6 +12,7 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from traceback import walk_tb
 from typing import Literal
 from urllib.parse import unquote, urlparse
 
@@ -188,10 +189,7 @@ def explained(what: str) -> Iterator[None]:
         UnicodeDecodeError,
         pa.ArrowInvalid,
     ) as error:
-        raise CatalogCorrupted(
-            f"{what} cannot be read, its metadata or a file of it is damaged ({_reason(error)}): "
-            "restore it from a copy, or drop the table and export its days again"
-        ) from error
+        raise _damaged(what, error) from error
     except (requests.RequestException, RESTError, BotoCoreError, ClientError) as error:
         raise CatalogUnavailable(
             f"{what} cannot be reached or refuses us ({_reason(error)}): check its address, region and credentials"
@@ -207,6 +205,14 @@ def explained(what: str) -> Iterator[None]:
         raise CatalogUnavailable(
             f"{what} cannot be read or written ({_reason(error)}): check the storage"
         ) from error
+    except Exception as error:
+        # In a damaged manifest the decoder fails where it happens to stand: EOFError, ValueError, SystemError, …
+        if any(
+            frame.f_globals["__name__"].startswith("pyiceberg.avro")
+            for frame, _ in walk_tb(error.__traceback__)
+        ):
+            raise _damaged(what, error) from error
+        raise
 
 
 def _explain_sqlite(what: str, error: sqlalchemy.exc.DBAPIError) -> OfflineError:
@@ -219,6 +225,13 @@ def _explain_sqlite(what: str, error: sqlalchemy.exc.DBAPIError) -> OfflineError
         )
     return CatalogUnavailable(
         f"{what} cannot be opened or written ({text}): check its folder and permissions"
+    )
+
+
+def _damaged(what: str, error: Exception) -> CatalogCorrupted:
+    return CatalogCorrupted(
+        f"{what} cannot be read, its metadata or a file of it is damaged ({_reason(error)}): restore it from a copy, "
+        "or drop the table and export its days again"
     )
 
 

@@ -441,7 +441,8 @@ def search_catalog(catalog: Catalog, viewer_id: int) -> CatalogSearch:
         try:
             with explained(f"the Iceberg namespace {'.'.join(namespace)}"):
                 names += sorted(".".join(found) for found in catalog.list_tables(namespace))
-        except OfflineError as error:
+        except (OfflineError, NotImplementedError) as error:
+            # Not every REST catalog lists tables.
             unread[".".join(namespace)] = str(error)
     for name in names:
         try:

@@ -37,10 +37,17 @@ def read_labels(catalog: Catalog, source: str, *, now: datetime, timezone: str |
     `Europe/Berlin`) says which one times without it are in.
 
     Raises LabelsRefused naming the first offending row (from 1): a missing column, no rows, a viewer that is
-    no integer, a time that is missing, has no zone, or lies after `now`, or a column named like a feature.
+    no integer, a time that is missing, has no zone, or lies after `now`, a column named like a feature, or one of
+    durations.
     """
     table = _read(catalog, source)
     check_columns(source, table.column_names)
+    for field in table.schema:
+        if pa.types.is_duration(field.type) or pa.types.is_interval(field.type):
+            raise LabelsRefused(
+                f"{source} has the column {field.name} of type {field.type}, which files have no equal of: write it as "
+                "a number, e.g. of seconds"
+            )
     if table.num_rows == 0:
         raise LabelsRefused(f"{source} has no rows: a training set needs at least one label")
     table = _replace(table, VIEWER, _viewers(table[VIEWER], source))

@@ -15,7 +15,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from pyiceberg.catalog import Catalog
 from pyiceberg.exceptions import CommitFailedException, NoSuchTableError, ValidationException
-from pyiceberg.io.pyarrow import parquet_file_to_data_file
+from pyiceberg.io.pyarrow import UnsupportedPyArrowTypeException, parquet_file_to_data_file
 from pyiceberg.table import Table
 
 from dagster_prefs.offline.catalog import OfflineError, ensure_namespace, explained
@@ -61,12 +61,28 @@ def write_output(
     `columns` are the columns to write with their DuckDB types; `label_time` is microseconds since 1970 there and
     an instant in the output. In CSV lists are JSON text. `properties` go to the snapshot of an Iceberg table.
 
-    Raises OutputRefused for an Iceberg table of other columns, OfflineError for storage that fails.
+    Raises OutputRefused for an Iceberg table of other columns, and for a column that the output has no type for;
+    OfflineError for storage that fails.
     """
+    try:
+        _write(session, columns, catalog, output, properties)
+    except (pa.ArrowException, UnsupportedPyArrowTypeException) as error:
+        raise OutputRefused(
+            f"{output} cannot hold every column of the labels ({str(error).splitlines()[0]}): convert that column, or "
+            "write a Parquet file"
+        ) from error
+
+
+def _write(
+    session: duckdb.DuckDBPyConnection,
+    columns: Mapping[str, str],
+    catalog: Catalog,
+    output: str,
+    properties: Mapping[str, str],
+) -> None:
     if _is_table(output):
-        with explained(f"the table {output}"):
-            rows = _ordered(session, columns)
-            replace_rows(_table(catalog, output, rows.schema), rows, properties)
+        rows = _ordered(session, columns)
+        replace_rows(_table(catalog, output, rows.schema), rows, properties)
         return
     with whole_file(Path(output)) as partial:
         if output.lower().endswith(".csv"):
@@ -149,6 +165,10 @@ def _ordered(
 ) -> pa.RecordBatchReader:
     chosen = []
     for name, kind in columns.items():
+        if json and kind.startswith(("STRUCT", "MAP", "UNION", "BLOB")):
+            raise OutputRefused(
+                f"the labels' column {name} is {kind}, which CSV has no text for: convert it, or write a Parquet file"
+            )
         quoted = '"' + name.replace('"', '""') + '"'
         if not json:
             chosen.append(quoted)
@@ -179,7 +199,12 @@ def _table(catalog: Catalog, output: str, schema: pa.Schema) -> Table:
     try:
         table = catalog.load_table(output)
     except NoSuchTableError:
-        return catalog.create_table(output, schema, properties=TABLE_PROPERTIES)
+        try:
+            return catalog.create_table(output, schema, properties=TABLE_PROPERTIES)
+        except ValueError as error:
+            raise OutputRefused(
+                f"the table {output} cannot be created ({error}): convert that column"
+            ) from error
     held = {field.name: field.type for field in arrow_schema(table)}
     wanted: dict[str, Any] = {field.name: field.type for field in schema}
     if list(held) != list(wanted) or any(_plain(held[name]) != _plain(wanted[name]) for name in wanted):

@@ -158,13 +158,13 @@ def publish_day(
     top of it, since publishing what was staged before would undo the other day.
     """
     for _ in range(ATTEMPTS):
-        table.refresh()
-        head = _head(table)
-        held = [task.file for task in scan_day(table, spec, day, head.snapshot_id).plan_files()]
-        if {file.file_path for file in held} != replaced:
-            return None
         branch = f"{BRANCH_PREFIX}{day.isoformat()}-{uuid.uuid4().hex[:12]}"
         try:
+            table.refresh()
+            head = _head(table)
+            held = [task.file for task in scan_day(table, spec, day, head.snapshot_id).plan_files()]
+            if {file.file_path for file in held} != replaced:
+                return None
             staged = _stage(table, head, branch, day, written, held)
             audit_day(
                 table,

@@ -223,10 +223,10 @@ def test_rows_altered_on_their_way_fail_the_audit(
 ) -> None:
     real = pq.ParquetWriter.write_table
 
-    def alters(self: pq.ParquetWriter, group: pa.Table, **kwargs: Any) -> None:
+    def alters(self: pq.ParquetWriter, group: pa.Table, *args: Any) -> None:
         views = group.schema.get_field_index("views")
         changed = pa.array([value + 1 for value in group["views"].to_pylist()], pa.int64())
-        real(self, group.set_column(views, group.schema.field(views), changed), **kwargs)
+        real(self, group.set_column(views, group.schema.field(views), changed), *args)
 
     monkeypatch.setattr(pq.ParquetWriter, "write_table", alters)
     with pytest.raises(AuditFailed, match="sum of views is 9, the engine has 6"):

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import SecretStr
 from pyiceberg.catalog import Catalog
 
 from dagster_prefs.defs.resources import Platform
+from dagster_prefs.offline import export, publish
 from dagster_prefs.offline.catalog import CatalogUnavailable
 from dagster_prefs.offline.export import days_to_export, export_day
 from dagster_prefs.offline.maintenance import maintain
@@ -21,6 +24,7 @@ from dagster_prefs.settings import Settings
 from .conftest import DAY, Tiles, table_rows, watch
 from .rest_catalog import RestServer, rest_server
 from .test_maintenance import KEEP, later
+from .test_training_set import at, build, fill, write_labels
 
 CREDENTIAL = "prefs:open sesame"
 
@@ -65,6 +69,38 @@ def test_export_and_upkeep_on_rest(tiles: Tiles, rest: RestServer, catalog: Cata
     report = maintain(remote, WATCH, now=later(), keep_snapshots=KEEP)
     assert report.snapshots_expired > 0
     assert table_rows(remote, WATCH) == expected
+
+
+def test_a_catalog_that_goes_down_while_it_is_used(
+    tiles: Tiles, catalog: Catalog, warehouse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is read, between files and commit, and for a training set: named, and nothing is left behind."""
+    fill(catalog, {})
+    tiles.add(WATCH, [watch(1, DAY, 100)])
+    labels = write_labels(tmp_path, [(1, at(DAY))])
+    real = publish.write_day
+    unreachable = (
+        r"^the table training\.viewer_watch_daily cannot be reached or refuses us .*check its address"
+    )
+    with ExitStack() as stack:
+        remote = platform(stack.enter_context(rest_server(catalog, CREDENTIAL)), warehouse).catalog()
+
+        def last_files(*given: Any) -> None:
+            real(*given)
+            stack.close()
+
+        monkeypatch.setattr(export, "write_day", last_files)
+        with pytest.raises(CatalogUnavailable, match=unreachable):
+            export_day(tiles.engine, remote, WATCH, DAY)
+    assert list(warehouse.rglob("*.parquet")) == []
+    with pytest.raises(CatalogUnavailable, match=unreachable):
+        export_day(tiles.engine, remote, WATCH, DAY)
+    with pytest.raises(CatalogUnavailable, match=unreachable):
+        build(remote, labels, tmp_path)
+    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {"labels.parquet"}
+    monkeypatch.setattr(export, "write_day", real)
+    assert export_day(tiles.engine, catalog, WATCH, DAY).status == "written"
+    assert table_rows(catalog, WATCH) == [watch(1, DAY, 100)]
 
 
 def test_a_credential_that_is_refused(rest: RestServer, tmp_path: Path) -> None:

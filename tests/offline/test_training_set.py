@@ -334,6 +334,69 @@ def test_labels_that_cannot_be_used(catalog: Catalog, tmp_path: Path, text: str,
     assert not (tmp_path / "set.parquet").exists()
 
 
+def test_labels_that_cannot_be_read(catalog: Catalog, tmp_path: Path) -> None:
+    fill(catalog, {})
+    content = Path(write_labels(tmp_path, [(1, at(DAY))])).read_bytes()
+    for name, damaged in (
+        ("half.parquet", content[: len(content) // 2]),
+        ("empty.parquet", b""),
+        ("bad.csv", b"\xff,\n1"),
+    ):
+        (tmp_path / name).write_bytes(damaged)
+        with pytest.raises(LabelsRefused, match=rf"{name} (cannot be read as|has no column viewer_id)"):
+            build(catalog, str(tmp_path / name), tmp_path)
+    assert not (tmp_path / "set.parquet").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "output", "expected"),
+    [
+        (
+            pa.array([timedelta(1)]),
+            "set.parquet",
+            "has the column extra of type duration.*: write it as a number",
+        ),
+        (
+            pa.array([b"a"]),
+            "set.csv",
+            "column extra is BLOB, which CSV has no text for: convert it, or write a Parquet",
+        ),
+        (pa.array([{"a": 1}]), "set.csv", "column extra is STRUCT.*, which CSV has no text for"),
+        (
+            pa.array([2**63 + 1], pa.uint64()),
+            "ml.set",
+            "ml.set cannot hold every column of the labels .*convert that",
+        ),
+        (
+            pa.array([at(DAY)], pa.timestamp("ns")),
+            "ml.set",
+            "ml.set cannot hold .*'extra' .*: convert that column, or",
+        ),
+        (pa.nulls(1), "ml.set", "the table ml.set cannot be created .*extra.*: convert that column"),
+    ],
+)
+def test_columns_that_an_output_has_no_equal_of(
+    catalog: Catalog, tmp_path: Path, warehouse: Path, values: pa.Array, output: str, expected: str
+) -> None:
+    fill(catalog, {})
+    when = pa.array([at(DAY)], pa.timestamp("us", "UTC"))
+    pq.write_table(
+        pa.table({"viewer_id": [1], "label_time": when, "extra": values}), tmp_path / "labels.parquet"
+    )
+    to = output if output.startswith("ml.") else str(tmp_path / output)
+    with pytest.raises(OfflineError, match=expected):
+        build_training_set(
+            catalog,
+            str(tmp_path / "labels.parquet"),
+            to,
+            now=NOW,
+            contract_version=1,
+            manifest=tmp_path / "m.json",
+        )
+    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {"labels.parquet"}
+    assert list(warehouse.rglob("*.parquet")) == []
+
+
 @pytest.mark.parametrize("source", ["nowhere.parquet", "nowhere.csv", "labels.txt", "training.nothing"])
 def test_labels_that_are_not_there(catalog: Catalog, source: str) -> None:
     with pytest.raises(OfflineError, match=r"does not exist|is neither"):
