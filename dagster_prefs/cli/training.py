@@ -102,7 +102,7 @@ def training_set_reproduce(manifest: Path, output: str | None, labels: str | Non
     "--training-sets",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="Folder whose training sets are searched for the viewer; may be given more than once.",
+    help="Folder whose files of training sets and labels are searched; may be given more than once.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def erase(subject: tuple[str, ...], drop_tags: bool, training_sets: tuple[Path, ...], as_json: bool) -> None:
@@ -147,6 +147,8 @@ def erase(subject: tuple[str, ...], drop_tags: bool, training_sets: tuple[Path, 
     )
     if report.newer_events:
         console.print(f"{report.newer_events:,} events happened after that and count again")
-    for path in report.training_sets:
-        console.print(f"still in the training set {path}: remove it or build it again")
+    for place in report.training_sets:
+        console.print(f"still in {place}: remove it, or write it again without the viewer")
+    for place, reason in report.unread.items():
+        console.print(f"{place} was not searched for training sets ({reason})")
     console.print(table_of("\nWhat only time removes", ["where", "until"], list(report.unfinished.items())))
