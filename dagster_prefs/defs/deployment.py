@@ -71,8 +71,10 @@ class ProfileStore:
         return self._platform.provision(self._client)
 
     def prepare(self) -> None:
-        """Make or verify the table."""
+        """Make or verify the table, and those in Iceberg where RisingWave's sinks write them."""
         _ = self._table
+        if self._platform.settings.export == "sink":
+            self._platform.prepare_training_tables()
 
     def settle(self, relation: str) -> str:
         """Bring the domain's items to the rows of its rolling view: published here, reconciled behind a sink.

@@ -13,8 +13,8 @@ from dagster_prefs.defs.training_data import jobs_of, maintained, parity_check, 
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.offline.export import export_day, stale_days
 from dagster_prefs.offline.launches import TableDay, due, dump_launches, load_launches
-from dagster_prefs.offline.tables import TILE_TABLES, TileTable, ensure_table
-from dagster_prefs.offline.verify import verify_day
+from dagster_prefs.offline.tables import TILE_TABLES, TileTable
+from dagster_prefs.offline.verify import sink_of, verify_day
 
 GROUP = "offline_store"
 # Dagster's documented tags for one run over a range of partitions; it exports no constants for them.
@@ -153,13 +153,11 @@ def _provisioned(platform: Platform) -> dg.AssetsDefinition:
         group_name=GROUP,
         kinds={"iceberg"},
         owners=[platform.contract.owner],
-        description="The training tables with the schema of the contract, before RisingWave's sinks write to them.",
+        description="The training tables with the schema of the contract, before RisingWave's sinks write to them. "
+        "The branch of an earlier sink goes, because a new one writes every row again.",
     )
     def tables() -> dg.MaterializeResult[Any]:
-        catalog = platform.catalog()
-        found = [
-            ensure_table(catalog, platform.settings.iceberg_namespace, spec) for spec in TILE_TABLES.values()
-        ]
+        found = platform.prepare_training_tables()
         return dg.MaterializeResult(metadata={".".join(table.name()): table.location() for table in found})
 
     return tables
@@ -167,7 +165,6 @@ def _provisioned(platform: Platform) -> dg.AssetsDefinition:
 
 def _exported(platform: Platform, spec: TileTable, *, by_sink: bool) -> dg.AssetsDefinition:
     settings = platform.settings
-    sink = f"sink_training_{spec.name.split('_')[1]}"
 
     def brought_up(catalog: Catalog, day: date) -> tuple[str, int]:
         if by_sink:
@@ -184,7 +181,7 @@ def _exported(platform: Platform, spec: TileTable, *, by_sink: bool) -> dg.Asset
         deps=[
             dg.AssetKey(spec.tile),
             dg.AssetKey("tile_fingerprints"),
-            *([dg.AssetKey(sink)] if by_sink else []),
+            *([dg.AssetKey(sink_of(spec))] if by_sink else []),
         ],
         partitions_def=_partitions(platform),
         backfill_policy=dg.BackfillPolicy.single_run(),

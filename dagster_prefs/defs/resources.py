@@ -16,6 +16,7 @@ from dagster_prefs.settings import PROJECT_ROOT, Settings
 
 if TYPE_CHECKING:
     from pyiceberg.catalog import Catalog
+    from pyiceberg.table import Table
 
     from dagster_prefs.events.topics import TopicLife
 
@@ -110,6 +111,16 @@ class Platform:
     def catalog(self) -> Catalog:
         """The Iceberg catalog; raises OfflineError when it does not answer."""
         return self.sources.catalog()
+
+    def prepare_training_tables(self) -> list[Table]:
+        """Make the training tables ready for RisingWave's sinks; raises OfflineError, or EngineUnavailable."""
+        from dagster_prefs.offline.tables import TILE_TABLES
+        from dagster_prefs.offline.verify import prepare_for_sink
+
+        catalog, namespace = self.catalog(), self.settings.iceberg_namespace
+        return [
+            prepare_for_sink(self.engine, catalog, spec, namespace=namespace) for spec in TILE_TABLES.values()
+        ]
 
     @property
     def default_schedule_status(self) -> dg.DefaultScheduleStatus:

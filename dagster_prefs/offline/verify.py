@@ -1,8 +1,8 @@
-"""Verification of days that RisingWave's Iceberg sinks wrote: audit against the engine, then tag.
+"""Days that RisingWave's Iceberg sinks write: tables made ready for them, then audit against the engine, and a tag.
 
-Beyond one machine the sinks fill the same tables (PREFS_EXPORT=sink). Nothing is written here but a tag: it pins
-the snapshot in which a day was found to be exactly what the engine holds, and its name carries the day's
-fingerprint, so that a late event asks for another verification and nothing else does.
+Beyond one machine the sinks fill the same tables (PREFS_EXPORT=sink). No row is written here. The tag pins the
+snapshot in which a day was found to be exactly what the engine holds, and its name carries the day's fingerprint, so
+that a late event asks for another verification and nothing else does.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from pyiceberg.table import Table
 
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.offline.audit import AuditFailed, row_findings
-from dagster_prefs.offline.catalog import explained
+from dagster_prefs.offline.catalog import OfflineError, explained
 from dagster_prefs.offline.duck import duck_session
 from dagster_prefs.offline.export import DEFAULT_NAMESPACE, ExportConflict, verified_tag
-from dagster_prefs.offline.publish import read_file
-from dagster_prefs.offline.tables import TileTable, arrow_schema, scan_day
+from dagster_prefs.offline.publish import day_of, read_file
+from dagster_prefs.offline.tables import TileTable, arrow_schema, ensure_table, scan_day
 from dagster_prefs.offline.tiles import tile_snapshot
 
 SINK_BRANCH = "ingestion"
@@ -33,6 +33,10 @@ SINK_BRANCH = "ingestion"
 
 KEYS_MEMORY = "256MB"
 ATTEMPTS = 5
+
+
+class DaysAtRisk(OfflineError):
+    """A sink would take days out of a training table that nothing else holds."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,54 @@ class VerifyReport:
     fingerprint: str | None
     tag: str | None
     seconds: float
+
+
+def sink_of(spec: TileTable) -> str:
+    """The name of the sink that writes the table."""
+    return f"sink_training_{spec.name.split('_')[1]}"
+
+
+def prepare_for_sink(
+    engine: EngineConnection, catalog: Catalog, spec: TileTable, *, namespace: str = DEFAULT_NAMESPACE
+) -> Table:
+    """The table as RisingWave's sink needs it: with the contract's schema and, unless the sink is there, without the
+    branch of an earlier one.
+
+    A sink that is made writes every row that the engine holds, and RisingWave's compaction then makes what is on its
+    branch the whole table. On an earlier sink's branch each row would be there twice. Safe to run again.
+
+    Raises DaysAtRisk where the table holds more of a day than the engine does, SchemaChangeRefused, TilesUnreadable,
+    EngineUnavailable, or another OfflineError.
+    """
+    table = ensure_table(catalog, namespace, spec)
+    with engine.connect() as connection:
+        there = connection.execute(
+            "select 1 from rw_catalog.rw_sinks s join rw_catalog.rw_schemas n on n.id = s.schema_id"
+            " where n.name = %s and s.name = %s",
+            (engine.schema, sink_of(spec)),
+        ).fetchone()
+    name = f"{namespace}.{spec.name}"
+    if there:
+        return table
+    with explained(f"the table {name}"):
+        held: dict[date, int] = {}
+        for task in table.scan().plan_files():
+            held[day_of(task.file)] = held.get(day_of(task.file), 0) + task.file.record_count
+        if held:
+            with tile_snapshot(engine, spec) as tiles:
+                current = tiles.fingerprints()
+            at_risk = sorted(
+                day for day, rows in held.items() if day not in current or current[day].row_count < rows
+            )
+            if at_risk:
+                raise DaysAtRisk(
+                    f"{name} holds {len(at_risk)} days, the first {at_risk[0]} and the last {at_risk[-1]}, that the "
+                    "engine no longer has in full, and RisingWave's sink would take them out of the table: set "
+                    "PREFS_ICEBERG_NAMESPACE to another one for the sinks, or keep PREFS_EXPORT=platform"
+                )
+        if SINK_BRANCH in table.refs():
+            table.manage_snapshots().remove_branch(SINK_BRANCH).commit()
+    return table
 
 
 def verify_day(
@@ -117,7 +169,8 @@ def verify_day(
             raise AuditFailed(
                 f"{name} of {day}, which a sink writes, is not what the engine holds "
                 f"({'; '.join(findings) or 'the engine holds nothing of this day'}): wait for the sink's next commits "
-                f"and RisingWave's compaction; if it stays, see whether the sink runs, and drop and create it",
+                "and RisingWave's compaction; if it stays, see whether the sink runs, or drop it, materialize "
+                "training/tables and create it again",
                 "main",
             )
         if ref is not None:

@@ -16,12 +16,21 @@ from dagster_prefs.offline.audit import AuditFailed
 from dagster_prefs.offline.catalog import TableMissing
 from dagster_prefs.offline.export import days_to_export, export_day, stale_days
 from dagster_prefs.offline.tables import GENRE, WATCH, TileTable, arrow_schema, ensure_table
-from dagster_prefs.offline.verify import VerifyReport, verify_day
+from dagster_prefs.offline.verify import SINK_BRANCH, DaysAtRisk, VerifyReport, prepare_for_sink, verify_day
 
 from .conftest import DAY, Tiles, genre, watch
 
 KEEP = timedelta(days=30)
 ROWS = [watch(3, DAY, 61), watch(1, DAY, 60), watch(2, DAY, 600, views=3)]
+
+
+@pytest.fixture
+def sinks(tiles: Tiles) -> Tiles:
+    """The engine with RisingWave's list of sinks, which is empty."""
+    tiles.execute("create schema rw_catalog")
+    tiles.execute("create table rw_catalog.rw_schemas as select 1 as id, 'public' as name")
+    tiles.execute("create table rw_catalog.rw_sinks (schema_id int, name text)")
+    return tiles
 
 
 def sink(catalog: Catalog, spec: TileTable, *rows: tuple[Any, ...]) -> None:
@@ -105,7 +114,7 @@ def test_a_sink_that_wrote_twice_is_found_and_named(tiles: Tiles, catalog: Catal
     assert stale_days(tiles.engine, catalog, WATCH, by_sink=True, keep_before=nobody) == {nobody: ""}
     with pytest.raises(
         AuditFailed,
-        match=r"2026-03-10.*6 rows, the engine has 3; .*keys repeated: 3 rows.*drop and create it",
+        match=r"2026-03-10.*6 rows, the engine has 3; .*keys repeated: 3 rows.*drop it, materialize training/tables",
     ):
         verify(tiles, catalog)
     assert verify(tiles, catalog, day=next_day).status == "unchanged"
@@ -131,3 +140,35 @@ def test_the_platform_may_take_a_day_over_again(tiles: Tiles, catalog: Catalog) 
     sink(catalog, WATCH, *ROWS[:2])
     assert export_day(tiles.engine, catalog, WATCH, DAY).status == "written"
     assert days_to_export(tiles.engine, catalog, WATCH) == []
+
+
+def test_a_new_sink_begins_without_the_rows_of_an_earlier_one(sinks: Tiles, catalog: Catalog) -> None:
+    table = prepare_for_sink(sinks.engine, catalog, WATCH)
+    assert table.schema().as_struct() == WATCH.schema.as_struct()
+    sinks.add(WATCH, ROWS)
+    sink(catalog, WATCH, *ROWS)
+    table.refresh()
+    table.manage_snapshots().create_branch(table.current_snapshot().snapshot_id, SINK_BRANCH).commit()
+
+    # While the sink is there, the branch is its own.
+    sinks.execute("insert into rw_catalog.rw_sinks values (1, 'sink_training_watch')")
+    assert SINK_BRANCH in prepare_for_sink(sinks.engine, catalog, WATCH).refs()
+    sinks.execute("delete from rw_catalog.rw_sinks")
+    for _ in range(2):
+        assert list(prepare_for_sink(sinks.engine, catalog, WATCH).refs()) == ["main"]
+    assert verify(sinks, catalog).status == "verified"
+
+
+def test_days_that_only_the_table_has_are_kept_from_a_new_sink(sinks: Tiles, catalog: Catalog) -> None:
+    earlier = DAY - timedelta(days=1)
+    sinks.add(WATCH, [*ROWS, watch(1, earlier, 60)])
+    sink(catalog, WATCH, *ROWS, watch(1, earlier, 60))
+    prepare_for_sink(sinks.engine, catalog, WATCH)
+    sinks.delete(WATCH, DAY, "viewer_id = 3")
+    with pytest.raises(
+        DaysAtRisk, match=f"holds 1 days, the first {DAY} and the last {DAY},.*ICEBERG_NAMESPACE"
+    ):
+        prepare_for_sink(sinks.engine, catalog, WATCH)
+    sinks.delete(WATCH, earlier)
+    with pytest.raises(DaysAtRisk, match=f"holds 2 days, the first {earlier} and the last {DAY},"):
+        prepare_for_sink(sinks.engine, catalog, WATCH)
