@@ -130,16 +130,3 @@ def row_counts(
         for name in counted
     )
     return {name: int(count) for name, count in connection.execute(query).fetchall()}
-
-
-def require_relation(connection: psycopg.Connection[Any], engine: EngineConnection, name: str) -> None:
-    """Raise NotDeployed, with the remedy, when `name` is not in the engine's schema."""
-    found = connection.execute(
-        "select 1 from information_schema.tables where table_schema = %s and table_name = %s"
-        " union all select 1 from pg_catalog.pg_matviews where schemaname = %s and matviewname = %s",
-        (engine.schema, name, engine.schema, name),
-    ).fetchone()
-    if found is None:
-        raise NotDeployed(
-            f"{engine.schema}.{name} is not in database {engine.database}: run `dbt run` in dbt_project/"
-        )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
@@ -306,26 +306,3 @@ class KafkaWriter:
                 f"Kafka at {self._bootstrap} did not take a message ({self._failed}): check the brokers and "
                 "send them again; messages that were taken twice are recognised by their event_id"
             )
-
-
-def produce(
-    bootstrap: str,
-    topic: str,
-    messages: Iterable[bytes],
-    *,
-    timeout_seconds: float = BROKER_TIMEOUT_SECONDS,
-    client: Mapping[str, Any] | None = None,
-) -> int:
-    """Send messages to a Kafka topic in order and return how many were delivered, which is all of them.
-
-    Raises KafkaUnavailable when the topic does not exist, the brokers do not answer within
-    `timeout_seconds`, or a message was not delivered.
-    """
-    writer = KafkaWriter(bootstrap, timeout_seconds=timeout_seconds, client=client)
-    writer.check(topic)
-    sent = 0
-    for message in messages:
-        writer.send(topic, message)
-        sent += 1
-    writer.flush()
-    return sent

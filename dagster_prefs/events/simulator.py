@@ -246,11 +246,11 @@ class World:
             return _quoted(moment)
         return TIME_FORMATS[1 + int(self.rng.random() * (len(TIME_FORMATS) - 1))](moment)
 
-    def view_session(self, start: int, viewer: int | None = None) -> Iterator[tuple[int, bytes]]:
+    def view_session(self, start: int) -> Iterator[tuple[int, bytes]]:
         """One sitting of one viewer: (event time in epoch ms, message); on a binge day a long one."""
         rng = self.rng
         draw = rng.random
-        viewer = self._pick(self._viewer_weights) if viewer is None else viewer
+        viewer = self._pick(self._viewer_weights)
         binge = (viewer * 7 + start // DAY_MS) % 23 == 0
         taste = draw()
         genre = self._tastes[viewer][0 if taste < 0.6 else 1] if taste < 0.85 else int(draw() * len(GENRES))

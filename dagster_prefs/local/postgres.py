@@ -44,6 +44,8 @@ from dagster_prefs.local.state import (
 )
 
 SUPERUSER = "prefs"
+# After a crash the server replays its log before it takes connections.
+READY_SECONDS = 300
 
 # A small demonstration that must survive a kill, on a laptop or in a container.
 SERVER_SETTINGS = {
@@ -177,11 +179,8 @@ class Cluster:
         self._user, self._database, self._port = user, database, port
         return self._popen(["postgres", "-D", str(self.path), *options])
 
-    def wait_ready(self, server: subprocess.Popen[bytes], seconds: float = 300) -> None:
-        """Wait until the server takes connections, then make sure that user and database exist.
-
-        After a crash the server replays its log first, hence the long default.
-        """
+    def wait_ready(self, server: subprocess.Popen[bytes]) -> None:
+        """Wait until the server takes connections, then make sure that user and database exist."""
         connection: psycopg.Connection | None = None
 
         def connected() -> bool:
@@ -197,9 +196,9 @@ class Cluster:
                 return False
             return True
 
-        if not wait_until(connected, seconds) or connection is None:
+        if not wait_until(connected, READY_SECONDS) or connection is None:
             raise LocalServicesError(
-                f"PostgreSQL took more than {seconds:.0f} s to start: "
+                f"PostgreSQL took more than {READY_SECONDS} s to start: "
                 f"see {self.log}, then run `prefs up` again"
             )
         with connection:

@@ -96,13 +96,13 @@ def find_process(pid: int, is_it: Callable[[psutil.Process], bool]) -> psutil.Pr
     return None
 
 
-def wait_until(condition: Callable[[], bool], seconds: float, every: float = 0.02) -> bool:
+def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
     """Poll until the condition holds; False if it does not within `seconds`."""
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() >= end:
             return False
-        time.sleep(every)
+        time.sleep(0.02)
     return True
 
 
@@ -114,10 +114,10 @@ def ended(process: psutil.Process) -> bool:
         return True
 
 
-def answers(port: int, seconds: float = 0.5) -> bool:
+def answers(port: int) -> bool:
     """Whether something accepts connections on this loopback port."""
     try:
-        with socket.create_connection((LOOPBACK, port), timeout=seconds):
+        with socket.create_connection((LOOPBACK, port), timeout=0.5):
             return True
     except OSError:
         return False

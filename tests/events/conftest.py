@@ -10,6 +10,7 @@ from confluent_kafka import Producer
 
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.events.formats import TOPICS
+from dagster_prefs.events.kafka import KafkaWriter
 
 
 @pytest.fixture
@@ -33,6 +34,14 @@ def store(engine: EngineConnection) -> EngineConnection:
 def rows(engine: EngineConnection, query: str) -> list[tuple[Any, ...]]:
     with engine.connect() as session:
         return session.execute(query).fetchall()
+
+
+def produce(bootstrap: str, topic: str, messages: list[bytes]) -> None:
+    writer = KafkaWriter(bootstrap)
+    writer.check(topic)
+    for message in messages:
+        writer.send(topic, message)
+    writer.flush()
 
 
 @pytest.fixture

@@ -18,9 +18,10 @@ from pydantic import SecretStr
 from dagster_prefs.engine.catalog import NotDeployed
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.events.brokers import client_properties, msk_token
-from dagster_prefs.events.kafka import ingest_topic, produce
+from dagster_prefs.events.kafka import ingest_topic
 from dagster_prefs.events.topics import note_topics, source_name, topic_lives
 from dagster_prefs.settings import Settings
+from tests.events.conftest import produce
 
 NOW = datetime(2026, 3, 15, tzinfo=UTC)
 PASSWORD = SecretStr("open sesame")
