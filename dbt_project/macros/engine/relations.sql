@@ -108,7 +108,7 @@ with (
   primary_key = '{{ key | join(",") }}',
   write_mode = 'copy-on-write',
   enable_compaction = 'true',
-  compaction_interval_sec = '600',
+  compaction_interval_sec = '3600',
   commit_checkpoint_interval = '60',
   is_exactly_once = 'true',
   catalog.type = '{{ catalog }}',
