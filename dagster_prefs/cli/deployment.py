@@ -149,7 +149,8 @@ def plan(drop_orphans: bool, list_unchanged: bool, as_json: bool) -> int:
     from dagster_prefs.defs.deployment import plan_of
     from dagster_prefs.defs.resources import Platform
 
-    found = plan_of(Platform(load_settings()), drop_orphans=drop_orphans)
+    with console.status("comparing the models with what is deployed"):
+        found = plan_of(Platform(load_settings()), drop_orphans=drop_orphans)
     if as_json:
         print_json(found.as_dict())
     else:

@@ -95,7 +95,7 @@ def run_job(settings: Settings, job: str, tags: dict[str, str] | None = None) ->
     """Run one Dagster job in this process, recorded on the same instance as the UI's runs."""
     from dagster_prefs.runs import JobRunner
 
-    with JobRunner(settings) as runner:
+    with console.status(f"running the Dagster job {job}"), JobRunner(settings) as runner:
         runner.run(job, tags)
 
 
