@@ -3,8 +3,9 @@
 - `catalog.open_catalog(kind, warehouse, uri=, credential=, region=, endpoint_url=)` opens SQLite, Glue or REST.
 - `tables.TILE_TABLES` maps a table's name to its `TileTable` (`WATCH`, `GENRE`, `INTERACTIONS`).
 - `export.export_day(engine, catalog, spec, day)` makes one day current, or says that it already was;
-  `export.export_days` does so for a range, `export.days_to_export` says which days differ.
+  `export.stale_days` says which days differ. Where RisingWave's sinks write, `verify.verify_day` compares and tags.
 - `maintenance.maintain(catalog, spec, now=, keep_snapshots=)` expires, compacts and tidies; tags stay.
+- `forget.ViewerInTiles` and `forget.ViewerInTrainingSet` take one viewer out of a table, its history and its files.
 - `training_set.build_training_set(catalog, labels, output, now=, contract_version=)` joins labels with what was
   known at their time; `training_set.reproduce_training_set(catalog, manifest, output)` does so again.
 - `training_set.print_training_sql(catalog, labels, dialect)` writes the same join for Trino, Spark or Athena.

@@ -13,14 +13,13 @@ truth.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import date
 from decimal import Decimal
 from typing import Literal
 
-import pyarrow.compute as pc
 from pyiceberg.catalog import Catalog
 from pyiceberg.exceptions import NoSuchTableError
 from pyiceberg.manifest import DataFile
@@ -29,6 +28,7 @@ from pyiceberg.table import Table
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.offline.catalog import OfflineError, explained
 from dagster_prefs.offline.publish import (
+    ATTEMPTS,
     DayFiles,
     day_files,
     day_of,
@@ -39,15 +39,20 @@ from dagster_prefs.offline.publish import (
     token_of,
     write_day,
 )
-from dagster_prefs.offline.tables import ErasedViewer, TileTable, arrow_schema, ensure_table
+from dagster_prefs.offline.tables import (
+    VIEWER,
+    ErasedViewer,
+    TileTable,
+    arrow_schema,
+    ensure_table,
+    exact_sums,
+)
 from dagster_prefs.offline.tiles import Fingerprint, TileSnapshot, TilesUnreadable, tile_snapshot
+from dagster_prefs.online.contract import LAST_EVENT_AT
 
 DEFAULT_NAMESPACE = "training"
 
 VERIFIED_PREFIX = "verified-"
-
-# How often an export starts again because another one got there first.
-ATTEMPTS = 8
 
 Status = Literal["written", "unchanged", "empty", "retained"]
 
@@ -87,17 +92,16 @@ def export_day(
     day: date,
     *,
     namespace: str = DEFAULT_NAMESPACE,
-    keep_before: date | None = None,
     allow_loss: bool = False,
     forgetting: ErasedViewer | None = None,
 ) -> ExportReport:
     """Make the table hold exactly the engine's tiles of `day` (UTC), canaries left out.
 
-    Days before `keep_before` have left the engine's retention: what the table holds of them stays. So does a
-    day of which the engine holds fewer rows or a smaller total than the table, because late events only ever
-    add; `allow_loss=True` exports it all the same, for someone who knows why it shrank. Rows of the viewer
-    who is `forgetting` are no loss. Rows of an erased viewer are never exported: neither from views that do
-    not know of the erasure yet, nor by an export that had read them before it.
+    A day of which the engine holds fewer rows or a smaller total than the table has left its retention, because
+    late events only ever add: what the table holds of it stays. `allow_loss=True` exports it all the same, for
+    someone who knows why it shrank. Rows of the viewer who is `forgetting` are no loss. Rows of an erased viewer
+    are never exported: neither from views that do not know of the erasure yet, nor by an export that had read
+    them before it.
 
     Safe to run again, and several times at once. Raises AuditFailed (naming the branch that keeps the data),
     TilesUnreadable, EngineUnavailable, ExportConflict, or another OfflineError; readers then see what they
@@ -108,7 +112,7 @@ def export_day(
     for attempt in range(1, ATTEMPTS + 1):
         table = ensure_table(catalog, namespace, spec)
         with explained(f"the table {name}"):
-            outcome = _attempt(engine, table, spec, day, keep_before, allow_loss, forgetting)
+            outcome = _attempt(engine, table, spec, day, allow_loss, forgetting)
         if outcome is None:
             continue
         status, table, fingerprint, reason = outcome
@@ -134,50 +138,21 @@ def export_day(
     )
 
 
-def export_days(
-    engine: EngineConnection,
-    catalog: Catalog,
-    spec: TileTable,
-    days: Iterable[date],
-    *,
-    namespace: str = DEFAULT_NAMESPACE,
-    keep_before: date | None = None,
-) -> Iterator[ExportReport]:
-    """Export several days, each in its own commit, so that a failure keeps the days before it."""
-    for day in days:
-        yield export_day(engine, catalog, spec, day, namespace=namespace, keep_before=keep_before)
-
-
-def days_to_export(
-    engine: EngineConnection,
-    catalog: Catalog,
-    spec: TileTable,
-    *,
-    namespace: str = DEFAULT_NAMESPACE,
-    keep_before: date | None = None,
-    until: date | None = None,
-) -> list[date]:
-    """The days of `stale_days`, oldest first."""
-    return list(stale_days(engine, catalog, spec, namespace=namespace, keep_before=keep_before, until=until))
-
-
 def stale_days(
     engine: EngineConnection,
     catalog: Catalog,
     spec: TileTable,
     *,
     namespace: str = DEFAULT_NAMESPACE,
-    keep_before: date | None = None,
     until: date | None = None,
     by_sink: bool = False,
 ) -> dict[date, str]:
     """Day → fingerprint token in the engine, of days that the table lacks or holds in another version.
 
-    Oldest first. Days before `keep_before` and from `until` on are left out, and so are days of which the
-    engine holds fewer rows than the table, because they are leaving its retention. Where a sink writes the
-    table (`by_sink`), such a surplus is its mistake and stale, even after the day was verified; a day that
-    was never verified and that the engine has nothing of has the token "". Creates nothing; a table that
-    does not exist holds nothing.
+    Oldest first. Days from `until` on are left out, and so are days of which the engine holds fewer rows than
+    the table, because they are leaving its retention. Where a sink writes the table (`by_sink`), such a surplus
+    is its mistake and stale, even after the day was verified; a day that was never verified and that the engine
+    has nothing of has the token "". Creates nothing; a table that does not exist holds nothing.
     """
     with tile_snapshot(engine, spec) as tiles:
         wanted = tiles.fingerprints()
@@ -190,11 +165,7 @@ def stale_days(
         stale |= surplus | {day for day, token in held.items() if token is None and day not in tokens}
     else:
         stale -= surplus
-    return {
-        day: tokens.get(day, "")
-        for day in sorted(stale)
-        if (keep_before is None or day >= keep_before) and (until is None or day < until)
-    }
+    return {day: tokens.get(day, "") for day in sorted(stale) if until is None or day < until}
 
 
 def exported_fingerprints(
@@ -245,20 +216,12 @@ def _attempt(
     table: Table,
     spec: TileTable,
     day: date,
-    keep_before: date | None,
     allow_loss: bool,
     forgetting: ErasedViewer | None,
 ) -> tuple[Status, Table, str | None, str] | None:
     """One try from a fresh table; None means that another writer changed the day meanwhile."""
     held = day_files(table, spec, day)
     token = only({token_of(file) for file in held})
-    if keep_before is not None and day < keep_before:
-        return (
-            ("retained" if held else "empty"),
-            table,
-            token,
-            f"days before {keep_before} are kept as they are",
-        )
     with tile_snapshot(engine, spec) as tiles:
         fingerprint = tiles.fingerprint(day)
         if fingerprint is None:
@@ -300,23 +263,20 @@ def _loss(
     forgetting: ErasedViewer | None,
 ) -> str:
     rows = sum(file.record_count for file in held)
-    erased_total = Decimal(0)
+    metric = list(spec.metric)
+    erased = Decimal(0)
     if forgetting is not None:
         for file in held:
-            for batch in read_file(table, file, ["viewer_id", "last_event_at", *spec.metric]):
+            for batch in read_file(table, file, [VIEWER, LAST_EVENT_AT, *metric]):
                 going = batch.filter(forgetting.rows_of(batch))
                 rows -= going.num_rows
-                for name in spec.metric:
-                    erased_total += Decimal(pc.sum(going.column(name)).as_py() or 0)
+                erased += sum(exact_sums([going], metric).values())
     if fingerprint.row_count < rows:
         return f"the engine holds {fingerprint.row_count} rows of this day, the table {rows}"
-    total = -erased_total
-    for file in held:
-        for batch in read_file(table, file, list(spec.metric)):
-            for column in batch.columns:
-                total += Decimal(pc.sum(column).as_py() or 0)
+    sums = exact_sums((batch for file in held for batch in read_file(table, file, metric)), metric)
+    total = sum(sums.values()) - erased
     if fingerprint.metric_total < total:
-        name = " + ".join(spec.metric)
+        name = " + ".join(metric)
         return f"the engine's total of {name} of this day is {fingerprint.metric_total}, the table's {total}"
     return ""
 

@@ -13,19 +13,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
-import pyarrow.fs
 import pyarrow.parquet as pq
 from pyiceberg.catalog import Catalog
 from pyiceberg.conversions import from_bytes
 from pyiceberg.exceptions import CommitFailedException, NoSuchTableError
-from pyiceberg.io.pyarrow import PyArrowFileIO
 from pyiceberg.manifest import DataFile, ManifestContent
 from pyiceberg.table import Table
 from pyiceberg.table.refs import MAIN_BRANCH, SnapshotRefType
@@ -36,10 +33,11 @@ from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.offline.audit import AuditFailed
 from dagster_prefs.offline.catalog import OfflineError, explained
 from dagster_prefs.offline.export import DEFAULT_NAMESPACE, VERIFIED_PREFIX, ExportConflict, export_day
-from dagster_prefs.offline.labels import TIME, VIEWER
-from dagster_prefs.offline.maintenance import referenced_files
+from dagster_prefs.offline.labels import TIME
+from dagster_prefs.offline.maintenance import expire, unreferenced_files
 from dagster_prefs.offline.outputs import is_training_set, replace_rows
 from dagster_prefs.offline.publish import (
+    ATTEMPTS,
     BRANCH_PREFIX,
     DayFiles,
     day_files,
@@ -48,12 +46,10 @@ from dagster_prefs.offline.publish import (
     publish_day,
     write_day,
 )
-from dagster_prefs.offline.tables import ErasedViewer, TileTable, arrow_schema
+from dagster_prefs.offline.tables import VIEWER, ErasedViewer, TileTable, arrow_schema, exact_sums
 from dagster_prefs.offline.tiles import TilesUnreadable
 from dagster_prefs.offline.verify import SINK_BRANCH
 from dagster_prefs.online.contract import LAST_EVENT_AT
-
-ATTEMPTS = 8
 
 
 @dataclass(frozen=True)
@@ -207,22 +203,7 @@ class ViewerInTable(ABC):
         return tuple(removed)
 
     def _expire(self) -> int:
-        for _ in range(ATTEMPTS):
-            table = self._table()
-            kept = {ref.snapshot_id for ref in table.refs().values()}
-            old = sorted(self._snapshots(table) - kept)
-            if not old:
-                return 0
-            try:
-                table.maintenance.expire_snapshots().by_ids(old).commit()
-                return len(old)
-            except CommitFailedException:
-                # Somebody else changed the table; it is read again.
-                continue
-        raise ExportConflict(
-            f"{self.name} was changed by others {ATTEMPTS} times while its snapshots were expired: "
-            "see which exports or maintenance run, and run it again"
-        )
+        return expire(self._table(), self._snapshots)
 
     def _remove_files(self) -> int:
         # However young: a running export that wrote one read the engine before the erasure and cannot publish.
@@ -242,21 +223,10 @@ class ViewerInTable(ABC):
 
     def _unreferenced(self, table: Table) -> list[str]:
         """Parquet files in the table's folder that hold the viewer and that nothing names."""
-        if not isinstance(table.io, PyArrowFileIO):
-            return []
-        scheme, host, root = table.io.parse_location(table.location(), table.io.properties)
-        storage = table.io.fs_by_scheme(scheme, host)
-        listed = storage.get_file_info(pyarrow.fs.FileSelector(root, recursive=True, allow_not_found=True))
-        # Read after the listing: a file that was committed in between is then known to be in use.
-        table.refresh()
-        used = {table.io.parse_location(path, table.io.properties)[2] for path in referenced_files(table)}
-        prefix = table.location()[: len(table.location()) - len(root)]
         return [
-            prefix + info.path
-            for info in listed
-            if info.path.endswith(".parquet")
-            and info.path not in used
-            and self._rows_at(table, prefix + info.path)
+            file.location
+            for file in unreferenced_files(table)
+            if file.location.endswith(".parquet") and self._rows_at(table, file.location)
         ]
 
     def _rows_in(self, table: Table, file: DataFile) -> int:
@@ -388,7 +358,7 @@ class ViewerInTiles(ViewerInTable):
             # A name of its own: the day is no longer what the engine once gave.
             token=uuid.uuid4().hex[:16],
             rows=sum(file.record_count - self._rows_in(table, file) for file in held),
-            totals=self._totals(table, day, head),
+            totals=exact_sums(self._scan(table, day, head), self._spec.totals),
             properties={"prefs.operation": "erase"},
         )
         schema = arrow_schema(table)
@@ -402,13 +372,6 @@ class ViewerInTiles(ViewerInTable):
     def _scan(self, table: Table, day: date, head: Snapshot) -> pa.RecordBatchReader:
         remaining = f"{self._spec.day} = '{day.isoformat()}' and {self._erased.others()}"
         return table.scan(row_filter=remaining, snapshot_id=head.snapshot_id).to_arrow_batch_reader()
-
-    def _totals(self, table: Table, day: date, head: Snapshot) -> dict[str, Decimal]:
-        totals = dict.fromkeys(self._spec.totals, Decimal(0))
-        for batch in self._scan(table, day, head):
-            for name in totals:
-                totals[name] += Decimal(pc.sum(batch.column(name)).as_py() or 0)
-        return totals
 
 
 class ViewerInTrainingSet(ViewerInTable):

@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 from pyiceberg.catalog import Catalog
 
 from dagster_prefs.offline.catalog import OfflineError, explained
+from dagster_prefs.offline.tables import VIEWER
 from dagster_prefs.offline.windows import features
 
-VIEWER = "viewer_id"
 TIME = "label_time"
 # What rows are numbered by while they are joined.
 POINT = "point"

@@ -7,13 +7,13 @@ running exports too: what is younger than `grace` may belong to one of them and 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
-from decimal import Decimal
+from functools import partial
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.fs
 from pyiceberg.catalog import Catalog
 from pyiceberg.exceptions import CommitFailedException
@@ -22,8 +22,9 @@ from pyiceberg.manifest import DataFile
 from pyiceberg.table import Table
 
 from dagster_prefs.offline.catalog import explained
-from dagster_prefs.offline.export import DEFAULT_NAMESPACE
+from dagster_prefs.offline.export import DEFAULT_NAMESPACE, ExportConflict
 from dagster_prefs.offline.publish import (
+    ATTEMPTS,
     BRANCH_PREFIX,
     FILE_BYTES,
     DayFiles,
@@ -34,9 +35,7 @@ from dagster_prefs.offline.publish import (
     token_of,
     write_day,
 )
-from dagster_prefs.offline.tables import TileTable, arrow_schema
-
-ATTEMPTS = 5
+from dagster_prefs.offline.tables import TileTable, arrow_schema, exact_sums
 
 
 @dataclass(frozen=True)
@@ -68,14 +67,14 @@ def maintain(
     current; files that no remaining snapshot names go once they are older than `grace`, which must exceed the
     longest export. Days that RisingWave's sinks write are compacted by RisingWave (`compact=False`).
 
-    Raises OfflineError: TableMissing where there is no such table.
+    Raises TableMissing where there is no such table, ExportConflict, or another OfflineError.
     """
     name = f"{namespace}.{spec.name}"
     with explained(f"the table {name}"):
         table = catalog.load_table(spec.identifier(namespace))
         branches = _remove_branches(table, now - keep_snapshots)
         compacted = _compact(table, spec) if compact else ()
-        expired = _expire(table, now - keep_snapshots)
+        expired = expire(table, partial(_older, before=now - keep_snapshots))
         files, size = _remove_orphans(table, now - grace)
     return MaintenanceReport(name, branches, compacted, expired, files, size)
 
@@ -103,7 +102,7 @@ def _compact(table: Table, spec: TileTable) -> tuple[date, ...]:
         if len(files) < 2 or sum(file.file_size_in_bytes for file in files) > FILE_BYTES:
             continue
         token = only({token_of(file) for file in files})
-        totals = _totals(table, spec, files)
+        totals = exact_sums(_rows(table, spec.totals, files), spec.totals)
         # A name without the day's fingerprint would make the next export write the day again, which is right
         # where the files did not agree on one.
         merged = DayFiles(
@@ -112,67 +111,82 @@ def _compact(table: Table, spec: TileTable) -> tuple[date, ...]:
             totals=totals,
             properties={"prefs.operation": "compact", "prefs.fingerprint": token or ""},
         )
-        write_day(table, spec, day, merged, _rows(table, spec, files))
+        schema = arrow_schema(table)
+        rows = (batch.cast(schema) for batch in _rows(table, schema.names, files))
+        write_day(table, spec, day, merged, rows)
         if publish_day(table, spec, day, merged, {file.file_path for file in files}) is not None:
             done.append(day)
     return tuple(done)
 
 
-def _totals(table: Table, spec: TileTable, files: list[DataFile]) -> Mapping[str, Decimal]:
-    totals = dict.fromkeys(spec.totals, Decimal(0))
-    for file in files:
-        for batch in read_file(table, file, list(spec.totals)):
-            for name in totals:
-                totals[name] += Decimal(pc.sum(batch.column(name)).as_py() or 0)
-    return totals
+def _rows(table: Table, columns: Sequence[str], files: list[DataFile]) -> Iterator[pa.RecordBatch]:
+    return (batch for file in files for batch in read_file(table, file, list(columns)))
 
 
-def _rows(table: Table, spec: TileTable, files: list[DataFile]) -> Iterator[pa.RecordBatch]:
-    schema = arrow_schema(table)
-    names = [column.name for column in spec.columns]
-    return (batch.cast(schema) for file in files for batch in read_file(table, file, names))
+def expire(table: Table, condemned: Callable[[Table], Iterable[int]]) -> int:
+    """Expire those of the `condemned` snapshots that no branch or tag points at; returns how many went.
 
-
-def _expire(table: Table, before: datetime) -> int:
-    for attempt in range(1, ATTEMPTS + 1):
+    `condemned` is asked again where somebody else changed the table meanwhile. Raises ExportConflict where others
+    never stop.
+    """
+    for _ in range(ATTEMPTS):
         table.refresh()
         kept = {ref.snapshot_id for ref in table.refs().values()}
-        old = [
-            snapshot.snapshot_id
-            for snapshot in table.snapshots()
-            if snapshot.timestamp_ms < _milliseconds(before) and snapshot.snapshot_id not in kept
-        ]
-        if not old:
-            break
-        try:
-            table.maintenance.expire_snapshots().by_ids(old).commit()
-            return len(old)
-        except CommitFailedException:
-            if attempt == ATTEMPTS:
-                raise
-    return 0
+        going = sorted(set(condemned(table)) - kept)
+        if not going:
+            return 0
+        with suppress(CommitFailedException):
+            table.maintenance.expire_snapshots().by_ids(going).commit()
+            return len(going)
+    raise ExportConflict(
+        f"{'.'.join(table.name())} was changed by others {ATTEMPTS} times while its snapshots were expired: "
+        "see which exports or maintenance run, and run it again"
+    )
+
+
+def _older(table: Table, before: datetime) -> list[int]:
+    return [
+        snapshot.snapshot_id
+        for snapshot in table.snapshots()
+        if snapshot.timestamp_ms < _milliseconds(before)
+    ]
 
 
 def _remove_orphans(table: Table, before: datetime) -> tuple[int, int]:
-    if not isinstance(table.io, PyArrowFileIO):
-        return 0, 0
-    scheme, host, root = table.io.parse_location(table.location(), table.io.properties)
-    storage = table.io.fs_by_scheme(scheme, host)
-    found = [
-        file
-        for file in storage.get_file_info(pyarrow.fs.FileSelector(root, recursive=True, allow_not_found=True))
-        if file.type == pyarrow.fs.FileType.File and file.mtime < before
-    ]
-    # Read after the listing: a file that was committed in between is then known to be in use.
-    table.refresh()
-    used = {table.io.parse_location(location, table.io.properties)[2] for location in referenced_files(table)}
-    orphans = [file for file in found if file.path not in used]
+    orphans = [file for file in unreferenced_files(table) if file.written_at < before]
     for file in orphans:
-        storage.delete_file(file.path)
+        table.io.delete(file.location)
     return len(orphans), sum(file.size for file in orphans)
 
 
-def referenced_files(table: Table) -> Iterator[str]:
+@dataclass(frozen=True)
+class UnreferencedFile:
+    """A file in a table's folder that the table does not name; `size` is in bytes, `written_at` UTC."""
+
+    location: str
+    size: int
+    written_at: datetime
+
+
+def unreferenced_files(table: Table) -> list[UnreferencedFile]:
+    """Every file in the table's folder that neither the table nor a snapshot of it names."""
+    if not isinstance(table.io, PyArrowFileIO):
+        return []
+    scheme, host, root = table.io.parse_location(table.location(), table.io.properties)
+    storage = table.io.fs_by_scheme(scheme, host)
+    found = storage.get_file_info(pyarrow.fs.FileSelector(root, recursive=True, allow_not_found=True))
+    # Read after the listing: a file that was committed in between is then known to be in use.
+    table.refresh()
+    used = {table.io.parse_location(name, table.io.properties)[2] for name in _referenced(table)}
+    prefix = table.location().removesuffix(root)
+    return [
+        UnreferencedFile(prefix + file.path, file.size, file.mtime)
+        for file in found
+        if file.type == pyarrow.fs.FileType.File and file.path not in used
+    ]
+
+
+def _referenced(table: Table) -> Iterator[str]:
     """Location of every file, metadata included, that the table or a snapshot of it names."""
     yield table.metadata_location
     for entry in table.metadata.metadata_log:

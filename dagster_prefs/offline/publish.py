@@ -31,7 +31,7 @@ from dagster_prefs.offline.tables import TileTable, arrow_schema, scan_day
 ROWS_PER_GROUP = 122_880
 FILE_BYTES = 256 * 1024 * 1024
 
-# How often a day is staged again because others commit in between.
+# How often a commit is tried again because others commit in between.
 ATTEMPTS = 8
 
 BRANCH_PREFIX = "export-"

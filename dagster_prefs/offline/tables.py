@@ -7,9 +7,10 @@ writes to `tiles.json`; what the audit asks of them is said here.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date, datetime
+from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from pyiceberg.types import (
 from dagster_prefs.offline.catalog import OfflineError, ensure_namespace, explained
 from dagster_prefs.online.contract import LAST_EVENT_AT
 
+VIEWER = "viewer_id"
 TILES_PATH = Path(__file__).with_name("tiles.json")
 
 # SQL type of a tile → type of its column; decimals are wide enough for the minutes of any bigint of seconds.
@@ -129,13 +131,22 @@ class ErasedViewer:
         """A mask of the rows that go; `batch` has `viewer_id` and `time`, the column that `until` is compared with."""
         times = batch.column(time)
         return pc.and_(
-            pc.equal(batch.column("viewer_id"), self.viewer_id),
+            pc.equal(batch.column(VIEWER), self.viewer_id),
             pc.less_equal(times, pa.scalar(self.until, times.type)),
         )
 
     def others(self, time: str = LAST_EVENT_AT) -> str:
         """A row filter of the rows that stay."""
-        return f"(viewer_id != {self.viewer_id} or {time} > '{self.until.isoformat()}')"
+        return f"({VIEWER} != {self.viewer_id} or {time} > '{self.until.isoformat()}')"
+
+
+def exact_sums(batches: Iterable[pa.RecordBatch], columns: Iterable[str]) -> dict[str, Decimal]:
+    """The sum of each of the columns, which are integers or decimals; NULL counts nothing."""
+    sums = dict.fromkeys(columns, Decimal(0))
+    for batch in batches:
+        for name in sums:
+            sums[name] += Decimal(pc.sum(batch.column(name)).as_py() or 0)
+    return sums
 
 
 _DECLARED: Mapping[str, Any] = json.loads(TILES_PATH.read_text(encoding="utf-8"))

@@ -31,10 +31,10 @@ from pyiceberg.types import TimestamptzType
 from dagster_prefs.offline.catalog import OfflineError, explained
 from dagster_prefs.offline.duck import duck_session
 from dagster_prefs.offline.export import DEFAULT_NAMESPACE
-from dagster_prefs.offline.labels import POINT, TIME, VIEWER, LabelsRefused, check_columns, read_labels
+from dagster_prefs.offline.labels import POINT, TIME, LabelsRefused, check_columns, read_labels
 from dagster_prefs.offline.outputs import check_output, whole_file, write_output
-from dagster_prefs.offline.publish import day_of, read_file
-from dagster_prefs.offline.tables import TileTable
+from dagster_prefs.offline.publish import ATTEMPTS, day_of, read_file
+from dagster_prefs.offline.tables import VIEWER, TileTable
 from dagster_prefs.offline.windows import (
     Dialect,
     features,
@@ -47,7 +47,6 @@ from dagster_prefs.offline.windows import (
 MANIFEST_VERSION = 1
 DEFAULT_MEMORY = "1GB"
 FOREVER = 2**62
-TAG_ATTEMPTS = 8
 
 
 class SnapshotExpired(OfflineError):
@@ -345,7 +344,7 @@ def _oldest_label(session: duckdb.DuckDBPyConnection) -> int:
 
 def _set_tag(table: Table, tag: str, snapshot_id: int) -> None:
     """Tag a snapshot; again is fine. Raises TagTaken where the name is a branch or that of another snapshot."""
-    for _ in range(TAG_ATTEMPTS):
+    for _ in range(ATTEMPTS):
         held = table.refs().get(tag)
         if held is not None:
             if held.snapshot_id == snapshot_id and held.snapshot_ref_type == SnapshotRefType.TAG:
@@ -357,7 +356,7 @@ def _set_tag(table: Table, tag: str, snapshot_id: int) -> None:
         with suppress(CommitFailedException):
             table.manage_snapshots().create_tag(snapshot_id, tag).commit()
         table.refresh()
-    raise TagTaken(f"{'.'.join(table.name())} changed while it was tagged {TAG_ATTEMPTS} times: run it again")
+    raise TagTaken(f"{'.'.join(table.name())} changed while it was tagged {ATTEMPTS} times: run it again")
 
 
 def _snapshot(table: Table, snapshot_id: int | None) -> Snapshot | None:

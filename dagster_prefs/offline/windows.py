@@ -27,11 +27,10 @@ from sqlglot import exp
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.engine.dbt import Dbt
 from dagster_prefs.offline.catalog import OfflineError
-from dagster_prefs.offline.tables import TILE_TABLES, TileTable
+from dagster_prefs.offline.tables import TILE_TABLES, VIEWER, TileTable
 from dagster_prefs.online.contract import LAST_EVENT_AT, Attribute, load_contract
 
 VIEWS = Path(__file__).with_name("views")
-VIEWER = "viewer_id"
 
 Mode = Literal["training", "serving"]
 Dialect = Literal["duckdb", "trino", "spark", "athena"]

@@ -30,7 +30,7 @@ from dagster_prefs.erasure import ErasureReport, Stores, erase
 from dagster_prefs.events.redaction import Subject
 from dagster_prefs.local.services import LocalServices
 from dagster_prefs.offline.catalog import open_catalog
-from dagster_prefs.offline.export import days_to_export, export_day
+from dagster_prefs.offline.export import export_day, stale_days
 from dagster_prefs.offline.tables import TILE_TABLES, TileTable
 from dagster_prefs.online.contract import load_contract
 from dagster_prefs.online.publisher import publish_domain
@@ -205,7 +205,7 @@ class World:
         return [
             (spec.name, day, export_day(self.engine, self.catalog, spec, day).status)
             for spec in TILE_TABLES.values()
-            for day in days_to_export(self.engine, self.catalog, spec)
+            for day in stale_days(self.engine, self.catalog, spec)
         ]
 
     def stores(self, **changes: Any) -> Stores:
@@ -340,7 +340,7 @@ def lake(template: Template, server: EngineConnection, tmp_path_factory: pytest.
     catalog = open_catalog("sqlite", (folder / "iceberg").as_uri())
     engine = server.with_database(template.database)
     for spec in TILE_TABLES.values():
-        for day in days_to_export(engine, catalog, spec):
+        for day in stale_days(engine, catalog, spec):
             assert export_day(engine, catalog, spec, day).status == "written"
     shutil.copytree(folder / "iceberg", folder / "fresh")
     return folder

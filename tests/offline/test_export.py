@@ -5,7 +5,7 @@ from datetime import date, timedelta
 import pytest
 from pyiceberg.catalog import Catalog
 
-from dagster_prefs.offline.export import days_to_export, export_day, export_days, exported_fingerprints
+from dagster_prefs.offline.export import export_day, exported_fingerprints, stale_days
 from dagster_prefs.offline.tables import WATCH, TileTable
 from dagster_prefs.offline.tiles import TilesUnreadable
 
@@ -48,15 +48,15 @@ def test_a_late_event_brings_back_only_its_own_day(tiles: Tiles, catalog: Catalo
     days = [DAY, NEXT, NEXT + timedelta(days=1)]
     for day in days:
         tiles.add(spec, some_rows(spec, day))
-    assert days_to_export(tiles.engine, catalog, spec) == days
-    assert days_to_export(tiles.engine, catalog, spec, keep_before=NEXT, until=days[2]) == [NEXT]
-    assert [report.status for report in export_days(tiles.engine, catalog, spec, days)] == ["written"] * 3
-    assert days_to_export(tiles.engine, catalog, spec) == []
+    assert list(stale_days(tiles.engine, catalog, spec)) == days
+    assert list(stale_days(tiles.engine, catalog, spec, until=NEXT)) == [DAY]
+    assert [export_day(tiles.engine, catalog, spec, day).status for day in days] == ["written"] * 3
+    assert list(stale_days(tiles.engine, catalog, spec)) == []
     before = table_rows(catalog, spec)
 
     tiles.add(spec, some_rows(spec, NEXT, viewers=1, offset=900))
-    assert days_to_export(tiles.engine, catalog, spec) == [NEXT]
-    statuses = [report.status for report in export_days(tiles.engine, catalog, spec, days)]
+    assert list(stale_days(tiles.engine, catalog, spec)) == [NEXT]
+    statuses = [export_day(tiles.engine, catalog, spec, day).status for day in days]
     assert statuses == ["unchanged", "written", "unchanged"]
     assert table_rows(catalog, spec) == sorted(before + some_rows(spec, NEXT, viewers=1, offset=900))
 
@@ -70,7 +70,7 @@ def test_what_left_the_engine_stays_in_the_table(tiles: Tiles, catalog: Catalog,
     report = export_day(tiles.engine, catalog, spec, DAY)
     assert (report.status, report.rows) == ("retained", len(rows))
     assert "the engine holds" in report.reason
-    assert days_to_export(tiles.engine, catalog, spec) == []
+    assert list(stale_days(tiles.engine, catalog, spec)) == []
 
     tiles.delete(spec, DAY)
     assert export_day(tiles.engine, catalog, spec, DAY).status == "retained"
@@ -87,14 +87,6 @@ def test_a_smaller_total_with_as_many_rows_is_a_loss_too(tiles: Tiles, catalog: 
     assert "300" in report.reason
     assert export_day(tiles.engine, catalog, WATCH, DAY, allow_loss=True).status == "written"
     assert table_rows(catalog, WATCH) == [watch(1, DAY, 100), watch(2, DAY, 150)]
-
-
-def test_days_before_retention_stay_whatever_the_engine_says(tiles: Tiles, catalog: Catalog) -> None:
-    tiles.add(WATCH, [watch(1, DAY, 100)])
-    export_day(tiles.engine, catalog, WATCH, DAY)
-    tiles.add(WATCH, [watch(2, DAY, 5)])
-    assert export_day(tiles.engine, catalog, WATCH, DAY, keep_before=NEXT).status == "retained"
-    assert table_rows(catalog, WATCH) == [watch(1, DAY, 100)]
 
 
 def test_a_day_without_tiles_is_empty(tiles: Tiles, catalog: Catalog, spec: TileTable) -> None:
@@ -140,4 +132,4 @@ def test_a_missing_relation_says_which_and_what_to_do(tiles: Tiles, catalog: Cat
     with pytest.raises(TilesUnreadable, match=r"tile_fingerprints .*dbt build"):
         export_day(tiles.engine, catalog, WATCH, DAY)
     with pytest.raises(TilesUnreadable, match="viewer_watch_metrics_1d"):
-        days_to_export(tiles.engine, catalog, WATCH)
+        stale_days(tiles.engine, catalog, WATCH)
