@@ -8,7 +8,7 @@ looks at what is there, not at what an earlier run says it did.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -196,8 +196,10 @@ class _Erasure:
         started = monotonic()
         with self._step("suppress the subject"), self.engine.connect() as connection:
             self.until = connection.execute("select now()").fetchall()[0][0]
-            first = self._suppress(connection)
+            # Counted before, because RisingWave's views and sinks let go of a suppressed subject within a second.
             before = self._engine_counts(connection)
+            items = self._items_there() if self.subject.kind == "viewer" else 0
+            first = self._suppress(connection)
         with self._step("read what has arrived"), self.engine.connect() as connection:
             if self.engine.kind == "local" and waiting_since(connection, self.engine):
                 self.stores.refresh()
@@ -208,7 +210,7 @@ class _Erasure:
             self._follow(any(redacted.values()) or any(before.values()))
         report = ErasureReport(self.subject, self.erased_at, first)
         if self.subject.kind == "viewer":
-            self._forget_viewer(report)
+            self._forget_viewer(report, items)
         with self._step("read the engine back"), self.engine.connect() as connection:
             after = self._engine_counts(connection)
             report.newer_events = self._newer_events(connection)
@@ -368,17 +370,23 @@ class _Erasure:
 
     # DynamoDB, Iceberg, files
 
-    def _forget_viewer(self, report: ErasureReport) -> None:
+    def _items(self, until: datetime) -> ViewerItems:
+        stores = self.stores
+        return ViewerItems(
+            stores.dynamodb(), stores.contract, stores.dynamodb_table, int(self.subject.id), until
+        )
+
+    def _items_there(self) -> int:
+        # A store that does not answer now is asked again in its turn, which tells why.
+        with suppress(PrefsError):
+            return len(self._items(datetime.max.replace(tzinfo=UTC)).keys())
+        return 0
+
+    def _forget_viewer(self, report: ErasureReport, items_before: int) -> None:
         viewer = int(self.subject.id)
         with self._step("delete the items in DynamoDB"):
-            items = ViewerItems(
-                self.stores.dynamodb(),
-                self.stores.contract,
-                self.stores.dynamodb_table,
-                viewer,
-                self.erased_at,
-            )
-            before = items.withdraw(self.engine)
+            items = self._items(self.erased_at)
+            before = max(items_before, items.withdraw(self.engine))
             report.holdings.append(
                 Holding("dynamodb", self.stores.dynamodb_table, "items", before, len(items.keys()))
             )

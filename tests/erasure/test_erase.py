@@ -464,6 +464,22 @@ def test_a_store_that_is_down_is_named_and_the_next_run_completes(
     assert world.traces(str(VIEWER)) == []
 
 
+def test_items_that_a_sink_deletes_meanwhile_are_reported(world: World) -> None:
+    def step(name: str) -> None:
+        # As soon as the views have forgotten the viewer, on RisingWave.
+        if name == "delete the items in DynamoDB":
+            for viewer, key in world.items():
+                if viewer == VIEWER:
+                    world.client.delete_item(
+                        TableName=world.table.name,
+                        Key={"viewer_id": {"N": str(viewer)}, "domain_key": {"S": key}},
+                    )
+
+    report = world.erase(step=step)
+    [held] = [holding for holding in report.holdings if holding.store == "dynamodb"]
+    assert (held.before, held.after) == (3, 0)
+
+
 def test_a_publisher_at_work_is_waited_for(world: World) -> None:
     items = ViewerItems(world.client, world.contract, world.table.name, VIEWER, instant(AHEAD))
     with world.engine.connect() as publisher:
