@@ -98,6 +98,6 @@ lock: $(VENV)/installed ## resolve the dependencies into requirements.lock and t
 	  --python-platform linux --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate -q -o infra/docker/$$image.lock || exit 1; \
 	done
 
-clean: down ## stop everything and delete the environment and all local state
+clean: ## stop everything and delete the environment and all local state
 	@if [ -x $(BIN)/prefs ]; then $(BIN)/prefs down --delete-state; fi
 	@rm -rf $(VENV) .feast .dlt .checkov .pytest_cache .mypy_cache .ruff_cache .hypothesis dbt_project/target dbt_project/logs
