@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from batch_plans import Explained, read_whole
 from risingwave_server import NO_SERVER, PROJECT, URL, database
 
 from dagster_prefs.engine.connection import EngineConnection
@@ -125,3 +126,35 @@ def test_what_people_and_services_ask_is_answered(risingwave: EngineConnection, 
     assert rejected == (sum(sum(reasons.values()) for reasons in counted.values()),)
     measures = measure_views(risingwave, load_contract(), now=now)
     assert [f"{measure.name}: {measure.reason}" for measure in measures if measure.level == "unknown"] == []
+
+
+def test_a_look_at_freshness_reads_no_relation_whole(
+    risingwave: EngineConnection, deployed: Dbt, aws_endpoint: str
+) -> None:
+    """Else it would cost more with every viewer; what is kept is what the server itself plans for each query."""
+    from dataclasses import asdict
+    from datetime import UTC, datetime
+
+    from dagster_prefs.freshness.canary import read_shop
+    from dagster_prefs.freshness.measures import measure_online, measure_views
+    from dagster_prefs.online.contract import load_contract
+    from dagster_prefs.online.tables import dynamodb_client, provision
+
+    contract = load_contract()
+    client = dynamodb_client(aws_endpoint, "eu-central-1")
+    table = provision(client, contract)
+    engine = Explained(**asdict(risingwave))
+    now = datetime.now(UTC)
+    read_shop(engine)
+    measures = measure_views(engine, contract, now=now)
+    measures += measure_online(
+        engine, contract, lambda: (client, table), now=now, publishes=False, wait=lambda seconds: None
+    )
+    assert {measure.level for measure in measures if measure.level == "unknown"} == set()
+    assert len(engine.plans) > 30
+    # Those who were erased are few, and have to be known all.
+    whole = {query: read_whole(plan) - {"erased_subjects"} for query, plan in engine.plans.items()}
+    assert {query: names for query, names in whole.items() if names} == {}
+    with engine.connect() as connection:
+        connection.execute("select max(price) from user_events")
+    assert read_whole(engine.plans["select max(price) from user_events"]) == {"user_events"}

@@ -156,19 +156,6 @@
   {% endcall %}
 {%- endmacro %}
 
-{#
-  An index on the column that freshness reads the newest value of (`meta.time`), so that a look costs the same however
-  many rows there are. It is made where it is missing, without a rebuild. RisingWave has none of them: an index there is
-  a streaming job of its own, as costly as a view.
-#}
-{% macro index_time(relation) -%}
-  {%- set column = config.get("meta", {}).get("time") -%}
-  {%- set index = api.Relation.create(schema=relation.schema, identifier=relation.identifier ~ "_by_" ~ column) -%}
-  {%- if column and run_query("select to_regclass('" ~ index ~ "')").rows[0][0] is none -%}
-    {% do run_query("create index " ~ adapter.quote(index.identifier) ~ " on " ~ relation ~ " (" ~ adapter.quote(column) ~ ")") %}
-  {%- endif -%}
-{%- endmacro %}
-
 {# Make or replace a view; whatever stood on the old one is made again in the same transaction. #}
 {% macro put_view(relation, kind, state) -%}
   {%- set again = drop_and_remember(relation, state[0]) if state else [] -%}
@@ -196,7 +183,6 @@
       analyze {{ relation }}
     {% endcall %}
   {%- endif -%}
-  {% do index_time(relation) %}
   {% do describe(relation) %}
   {{ run_hooks(post_hooks, inside_transaction=True) }}
   {% do adapter.commit() %}
@@ -262,7 +248,6 @@
     {% endcall %}
     {% do create_indexes(relation) %}
   {%- endif -%}
-  {% do index_time(relation) %}
   {% do check_contract(relation) %}
   {% do describe(relation) %}
   {{ run_hooks(post_hooks, inside_transaction=True) }}
