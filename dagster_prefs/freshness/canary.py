@@ -157,18 +157,18 @@ def read_domains(profiles: Any) -> dict[str, int | None]:
 
 def read_shop(engine: EngineConnection) -> dict[str, int | None]:
     """Newest canary event that the ranking reads, over the Postgres wire."""
-    with engine.connect() as connection:
-        try:
+    try:
+        with engine.connect() as connection:
             row = connection.execute(
                 sql.SQL("select max(last_engaged_at) from {} where user_id = %s").format(
                     sql.Identifier(engine.schema, "user_category_profile")
                 ),
                 [CANARY_USER],
             ).fetchone()
-        except psycopg.Error as error:
-            raise CanaryError(
-                f"the canary's preferences cannot be read ({' '.join(str(error).split())}): run `dbt build`"
-            ) from error
+    except psycopg.Error as error:
+        raise CanaryError(
+            f"the canary's preferences cannot be read ({' '.join(str(error).split())}): run `dbt build`"
+        ) from error
     return {SHOP: None if row is None or row[0] is None else epoch_ms(row[0])}
 
 

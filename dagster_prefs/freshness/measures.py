@@ -261,8 +261,9 @@ def measure_offline(
     namespace: str,
     start: date,
     now: datetime,
+    by_sink: bool = False,
 ) -> list[Measure]:
-    """Lag of each training table; `connect` opens the catalog once.
+    """Lag of each training table; `connect` opens the catalog once, `by_sink` is as for `offline_lag`.
 
     Never raises for an engine or catalog that does not answer: those measures are `unknown`.
     """
@@ -277,7 +278,9 @@ def measure_offline(
     measures = []
     for spec in specs:
         try:
-            lag = offline_lag(engine, catalog, spec, namespace=namespace, start=start, now=now)
+            lag = offline_lag(
+                engine, catalog, spec, namespace=namespace, start=start, now=now, by_sink=by_sink
+            )
         except (PrefsError, psycopg.Error) as error:
             measures += unknown("offline", [spec.name], error)
             continue

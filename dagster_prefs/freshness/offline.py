@@ -7,7 +7,7 @@ from datetime import UTC, date, datetime, time, timedelta
 from typing import TYPE_CHECKING
 
 from dagster_prefs.engine.connection import EngineConnection
-from dagster_prefs.offline.export import days_to_export, exported_fingerprints
+from dagster_prefs.offline.export import exported_fingerprints, stale_days
 from dagster_prefs.offline.tables import TileTable
 
 if TYPE_CHECKING:
@@ -38,18 +38,19 @@ def offline_lag(
     namespace: str,
     start: date,
     now: datetime,
+    by_sink: bool = False,
 ) -> OfflineLag:
     """Compare one training table with the tiles of the engine, for the days from `start` to yesterday.
 
-    `now` is UTC; its day is not complete and never missing.
+    `now` is UTC; its day is not complete and never missing. `by_sink` says that a sink of RisingWave writes the
+    table, so that rows which the engine does not have are its mistake and not what retention left behind.
 
     Raises OfflineError for the catalog or tiles that cannot be read, EngineUnavailable for the engine.
     """
     today = now.astimezone(UTC).date()
     exported = exported_fingerprints(catalog, spec, namespace=namespace)
-    needed = [
-        day for day in days_to_export(engine, catalog, spec, namespace=namespace, until=today) if day >= start
-    ]
+    stale = stale_days(engine, catalog, spec, namespace=namespace, until=today, by_sink=by_sink)
+    needed = [day for day in stale if day >= start]
     missing = tuple(day for day in needed if day not in exported)
     lag = 0.0
     if missing:

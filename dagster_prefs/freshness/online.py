@@ -50,11 +50,10 @@ class OnlineLag:
     `sampled` viewers were looked at: those of the view, and those of which DynamoDB or the publisher's memory
     holds an item. `view_rows` and `published_rows` are exact counts, None where they were not asked for or
     nothing remembers what was published (RisingWave's own sinks). `standing` says that nothing which changed
-    since the oldest difference has arrived: whoever writes the table stands still. `read_at` is UTC.
+    since the oldest difference has arrived: whoever writes the table stands still.
     """
 
     domain: str
-    read_at: datetime
     sampled: int
     differences: tuple[Difference, ...]
     standing: bool
@@ -210,7 +209,6 @@ class Comparison:
         arrived = [row.visible_since for viewer, row in before.items() if viewer not in suspects]
         return OnlineLag(
             domain=self.domain.name,
-            read_at=self.now,
             sampled=len(viewers),
             differences=tuple(differences),
             standing=bool(differences) and _all_before(arrived, since.values()),

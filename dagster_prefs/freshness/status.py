@@ -125,6 +125,7 @@ class Sources:
             namespace=self.settings.iceberg_namespace,
             start=self.settings.export_start_date,
             now=now,
+            by_sink=self.settings.export == "sink",
         )
 
 

@@ -63,27 +63,39 @@ TYPED: tuple[Typed, ...] = (
     Typed("items", "items", "item_id", "", None),
 )
 
-_SHOP = ("user.events", "user_events")
-_WATCH = ("view_events", "viewer_watch_metrics_1d")
-_GENRE = ("view_events", "viewer_genre_metrics_1d")
-_INTERACTIONS = ("content_interactions", "viewer_interactions_1d")
-_KNOWN_CATEGORY = "category is not null"
-
 VIEWS: tuple[View, ...] = (
-    View(_SHOP[0], "user_category_profile", "last_engaged_at", _SHOP[1], _KNOWN_CATEGORY),
-    View(_SHOP[0], "user_brand_profile", "last_brand_interaction", _SHOP[1], "brand is not null"),
-    View(_SHOP[0], "user_recent_activity", "last_event_at", _SHOP[1], _KNOWN_CATEGORY),
-    View(_SHOP[0], "user_category_affinity_decayed", "last_engaged_at", _SHOP[1], _KNOWN_CATEGORY),
-    View(*_WATCH, "last_event_at", "view_events"),
-    View(*_GENRE, "last_event_at", "view_events", "genre is not null"),
-    View(*_INTERACTIONS, "last_event_at", "content_interactions"),
-    View(_WATCH[0], "viewer_engagement_rolling", "last_event_at", _WATCH[1], day="watch_date"),
-    View(_GENRE[0], "viewer_preferences_rolling", "last_event_at", _GENRE[1], day="watch_date"),
+    View("user.events", "user_category_profile", "last_engaged_at", "user_events", "category is not null"),
+    View("user.events", "user_brand_profile", "last_brand_interaction", "user_events", "brand is not null"),
+    View("user.events", "user_recent_activity", "last_event_at", "user_events", "category is not null"),
     View(
-        _INTERACTIONS[0],
+        "user.events",
+        "user_category_affinity_decayed",
+        "last_engaged_at",
+        "user_events",
+        "category is not null",
+    ),
+    View("view_events", "viewer_watch_metrics_1d", "last_event_at", "view_events"),
+    View("view_events", "viewer_genre_metrics_1d", "last_event_at", "view_events", "genre is not null"),
+    View("content_interactions", "viewer_interactions_1d", "last_event_at", "content_interactions"),
+    View(
+        "view_events",
+        "viewer_engagement_rolling",
+        "last_event_at",
+        "viewer_watch_metrics_1d",
+        day="watch_date",
+    ),
+    View(
+        "view_events",
+        "viewer_preferences_rolling",
+        "last_event_at",
+        "viewer_genre_metrics_1d",
+        day="watch_date",
+    ),
+    View(
+        "content_interactions",
         "content_interactions_rolling",
         "last_event_at",
-        _INTERACTIONS[1],
+        "viewer_interactions_1d",
         day="interaction_date",
     ),
 )

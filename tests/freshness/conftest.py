@@ -20,7 +20,7 @@ from dagster_prefs.freshness.levels import Measure
 from dagster_prefs.freshness.measures import measure_offline, measure_online, measure_views
 from dagster_prefs.local.services import LocalServices
 from dagster_prefs.offline.catalog import open_catalog
-from dagster_prefs.offline.export import days_to_export, export_day
+from dagster_prefs.offline.export import export_day, stale_days
 from dagster_prefs.offline.tables import TILE_TABLES
 from dagster_prefs.online.contract import Contract, load_contract
 from dagster_prefs.online.publisher import publish_domain
@@ -137,7 +137,7 @@ class World:
 
     def export(self) -> None:
         for spec in TILE_TABLES.values():
-            for day in days_to_export(self.engine, self.catalog, spec, namespace=NAMESPACE, until=self.today):
+            for day in stale_days(self.engine, self.catalog, spec, namespace=NAMESPACE, until=self.today):
                 export_day(self.engine, self.catalog, spec, day, namespace=NAMESPACE)
 
     @property
@@ -159,7 +159,7 @@ class World:
             **{"publishes": True, **options},
         )
 
-    def offline(self) -> list[Measure]:
+    def offline(self, *, by_sink: bool = False) -> list[Measure]:
         return measure_offline(
             self.engine,
             self.contract,
@@ -168,6 +168,7 @@ class World:
             namespace=NAMESPACE,
             start=date(2020, 1, 1),
             now=self.now,
+            by_sink=by_sink,
         )
 
     def measures(self) -> dict[str, Measure]:

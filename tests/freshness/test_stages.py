@@ -346,6 +346,16 @@ def test_a_day_that_was_never_exported_ages(busy: Any) -> None:
     assert busy.bad() == {}
 
 
+def test_rows_that_only_the_table_has_are_kept_by_an_export_and_wrong_of_a_sink(busy: Any) -> None:
+    busy.execute("delete from raw_view_events where convert_from(data, 'utf8') like '%\"viewer_id\": 3,%'")
+    busy.refresh()
+    assert {measure.level for measure in busy.offline()} == {"ok"}
+    by_sink = {measure.name: measure for measure in busy.offline(by_sink=True)}
+    assert by_sink["viewer_watch_daily"].values == {"days_missing": 0, "days_changed": 1}
+    assert by_sink["viewer_watch_daily"].level == "warn"
+    assert by_sink["viewer_interactions_daily"].level == "ok"
+
+
 def test_today_is_never_missing_in_the_training_tables(world: Any) -> None:
     world.watch(1)
     world.refresh()

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from dagster_prefs.defs import offline_store, training_data
 from dagster_prefs.defs.resources import Platform
-from dagster_prefs.offline.tables import GENRE, WATCH
+from dagster_prefs.offline.tables import GENRE, WATCH, arrow_schema
 from dagster_prefs.settings import Settings
 
 TABLES = {
@@ -154,6 +155,40 @@ def test_parity_that_cannot_be_read_says_so_and_fails_no_run(
 def test_an_export_does_not_wait_for_parity(platform: Platform, busy: Any) -> None:
     job = definitions(platform, busy).resolve_job_def(offline_store.EXPORT_JOB)
     assert {node.name for node in job.nodes} == {f"training__{name}" for name in TABLES.values()}
+
+
+def test_a_day_of_which_the_engine_holds_less_stays_until_told_otherwise(
+    busy: Any, platform: Platform, instance: dg.DagsterInstance
+) -> None:
+    yesterday = busy.today - timedelta(days=1)
+    table = busy.catalog.load_table(("training", WATCH.name))
+    rows = table.scan(row_filter=f"watch_date = '{yesterday}'").to_arrow()
+    somebody = rows.slice(0, 1).set_column(0, table.schema().as_arrow().field(0), pa.array([987_654]))
+    table.append(somebody.cast(arrow_schema(table)))
+    exported = definitions(platform, busy).get_assets_def(dg.AssetKey(["training", WATCH.name]))
+
+    def materialize(**config: Any) -> dict[str, Any]:
+        result = dg.materialize(
+            [exported],
+            instance=instance,
+            partition_key=yesterday.isoformat(),
+            run_config={"ops": {"training__viewer_watch_daily": {"config": config}}},
+        )
+        (event,) = result.get_asset_materialization_events()
+        return {name: value.value for name, value in event.materialization.metadata.items()}
+
+    assert materialize() == {
+        "rows": rows.num_rows + 1, "days": 1, "days_written": 0, "days_retained": 1
+    }  # fmt: skip
+    said = [entry.user_message for entry in instance.all_logs(instance.get_runs()[0].run_id)]
+    assert [text for text in said if "stays as it is" in text] == [
+        f"viewer_watch_daily {yesterday} stays as it is, with {rows.num_rows + 1} rows: the engine holds "
+        f"{rows.num_rows} rows of this day, the table {rows.num_rows + 1}; where that is right, materialize it with "
+        "allow_loss"
+    ]
+    assert materialize(allow_loss=True)["days_written"] == 1
+    table.refresh()
+    assert table.scan(row_filter=f"watch_date = '{yesterday}'").to_arrow().num_rows == rows.num_rows
 
 
 def test_upkeep_runs_from_dagster_and_keeps_tags(
