@@ -301,7 +301,12 @@ def test_a_reader_of_others_is_refused(server: Server) -> None:
 
 def test_a_change_is_swapped_without_a_gap_though_it_is_killed_at_every_step(server: Server) -> None:
     before = server.objects()
-    indexes = [name for name in before if name.startswith("__dbt_index_viewer_")]
+    indexes = [
+        name
+        for name in before
+        if name.startswith("__dbt_index_viewer_") or name.endswith("_by_last_event_at")
+    ]
+    assert f"{ROLLING}_by_last_event_at" in indexes
     # Twice the minutes, and viewer 3 leaves the view.
     server.change("sum(watch_duration_sec)", "2 * sum(watch_duration_sec)")
     server.change('from {{ ref("view_events") }}', 'from {{ ref("view_events") }}\n  where viewer_id <> 3')
