@@ -198,36 +198,55 @@ def _missing_since(
     Looks back in steps that double, so that what has been missing for long is told from what came just now,
     and for at least half as long as it has.
     """
-    latest = sql.SQL(
-        "select latest.arrived_at, t.{key} is null and e.subject_id is null"
-        " from (select source, source_partition, source_offset, arrived_at from {parsed}"
-        " where reason is null and arrived_at < {before} order by arrived_at desc limit 1) as latest"
-        " join {parsed} as p on p.source = latest.source and p.source_partition = latest.source_partition"
-        " and p.source_offset = latest.source_offset"
-        " left join {typed} as t on t.{key} = p.{key}"
-        # Erased subjects stay away.
-        " left join {erased} as e on e.subject_kind = {kind} and e.subject_id = {subject}"
-    )
-    kind, subject = typed.subject or ("", "")
-    names: dict[str, sql.Composable] = {
-        "key": sql.Identifier(typed.key),
-        "parsed": sql.Identifier(engine.schema, typed.parsed),
-        "typed": sql.Identifier(engine.schema, typed.relation),
-        "erased": sql.Identifier(engine.schema, "erased_subjects"),
-        "kind": sql.Literal(kind),
-        "subject": sql.SQL("p.{}::text").format(sql.Identifier(subject))
-        if subject
-        else sql.SQL("null::text"),
-    }
+    parsed = sql.Identifier(engine.schema, typed.parsed)
     since = None
     before = datetime.max.replace(tzinfo=UTC)
     step = timedelta(seconds=1)
     while True:
-        found = connection.execute(latest.format(before=sql.Literal(before), **names)).fetchone()
-        if found is None or not found[1]:
+        # One key at a time: joined, RisingWave looks keys up in whatever index has the column.
+        found = connection.execute(
+            sql.SQL(
+                "select source, source_partition, source_offset, arrived_at from {}"
+                " where reason is null and arrived_at < {} order by arrived_at desc limit 1"
+            ).format(parsed, sql.Literal(before))
+        ).fetchone()
+        if found is None or _is_accounted_for(connection, engine, typed, found[:3]):
             return since
-        since = found[0]
+        since = found[3]
         before, step = since - step, 2 * step
+
+
+def _is_accounted_for(
+    connection: psycopg.Connection[Any], engine: EngineConnection, typed: Typed, place: tuple[Any, ...]
+) -> bool:
+    """Whether the valid message at a source, partition and offset is a typed event or of an erased subject."""
+    kind, column = typed.subject or ("", typed.key)
+    key, subject = _read(
+        connection,
+        sql.SQL(
+            "select {}, {}::text from {} where source = {} and source_partition = {} and source_offset = {}"
+        ).format(
+            sql.Identifier(typed.key),
+            sql.Identifier(column),
+            sql.Identifier(engine.schema, typed.parsed),
+            *map(sql.Literal, place),
+        ),
+    )
+    (there,) = _read(
+        connection,
+        sql.SQL("select count(*) from {} where {} = {}").format(
+            sql.Identifier(engine.schema, typed.relation), sql.Identifier(typed.key), sql.Literal(key)
+        ),
+    )
+    if there:
+        return True
+    (erased,) = _read(
+        connection,
+        sql.SQL("select count(*) from {} where subject_kind = {} and subject_id = {}").format(
+            sql.Identifier(engine.schema, "erased_subjects"), sql.Literal(kind), sql.Literal(subject)
+        ),
+    )
+    return bool(erased)
 
 
 def _view_lag(
@@ -270,7 +289,7 @@ def _view_lag(
 
 
 def _read(connection: psycopg.Connection[Any], statement: sql.Composed) -> tuple[Any, ...]:
-    """The one row of an aggregate."""
+    """The one row of a statement that gives one."""
     (row,) = connection.execute(statement).fetchall()
     return tuple(row)
 

@@ -12,12 +12,13 @@ from psycopg import sql
 from dagster_prefs.engine.connection import EngineConnection
 
 SCAN = re.compile(r"BatchScan \{ table: (\w+)")
+LOOKUP = re.compile(r"lookup table: (\w+)")
 # What hands rows on one by one, so that a limit above ends the scan below.
 STREAMED = ("BatchFilter", "BatchProject", "BatchScan")
 
 
 def read_whole(plan: list[str]) -> set[str]:
-    """The relations and indexes that a plan reads from end to end: scans without ranges and without a limit."""
+    """What a plan reads from end to end: scans without ranges and without a limit; and what it looks keys up in."""
     above: list[tuple[int, str]] = []
     found = set()
     for line in plan:
@@ -28,6 +29,9 @@ def read_whole(plan: list[str]) -> set[str]:
             nearest = next((name for _, name in reversed(above) if name not in STREAMED), "")
             if nearest != "BatchLimit":
                 found.add(scan[1])
+        elif lookup := LOOKUP.search(line):
+            # Which of its columns it looks up by is not told.
+            found.add(lookup[1])
         above.append((depth, node))
     return found
 
