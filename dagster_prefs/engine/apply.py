@@ -42,10 +42,10 @@ class ApplyError(PrefsError):
 
 
 class OnlineStore(Protocol):
-    """The store behind the sinks, which this room does not know."""
+    """The stores behind the sinks, which this room does not know."""
 
     def prepare(self) -> None:
-        """Make or verify the table, before a sink into it is created."""
+        """Make or verify the tables, before a sink into one is created."""
 
     def settle(self, relation: str) -> str:
         """Bring the items of a rolling view's domain to the view's rows, departed keys included; say what was done."""
@@ -189,6 +189,8 @@ class _Apply:
             self._build(first, beside)
         if beside:
             try:
+                if into_lake := [name for name in sinks if models[name].training_table]:
+                    self._drop_lake_sinks(journal, into_lake)
                 if sinks:
                     self.on_step(f"build {', '.join(sinks)} beside the old ones")
                     self._build(sinks, beside)
@@ -257,6 +259,15 @@ class _Apply:
         else:
             self.on_step(f"name the new {name}")
             self._execute("alter {} {} rename to {}", kind, self._at(new.name), sql.Identifier(name))
+
+    def _drop_lake_sinks(self, journal: _Journal, names: Sequence[str]) -> None:
+        # Items are written over, but rows of a training table are added: beside the old sink, or after what an
+        # interrupted apply built, a new one would write each a second time. Nobody is served from there meanwhile.
+        for name in names:
+            self._drop(name, "the old sink")
+            self._drop(journal.beside(name), "the unfinished sink")
+        self.on_step("prepare the training tables")
+        self.online.prepare()
 
     def _settle(self, journal: _Journal) -> None:
         for relation in journal.settle:

@@ -49,7 +49,8 @@ class PlanError(PrefsError):
 
 @dataclass(frozen=True)
 class Model:
-    """One dbt model, compiled. `kind` is dbt's materialization; `upstream` are the models that it reads."""
+    """One dbt model, compiled. `kind` is dbt's materialization; `upstream` are the models that it reads; a sink into
+    the lake has a `training_table`."""
 
     name: str
     kind: str
@@ -58,6 +59,7 @@ class Model:
     upstream: tuple[str, ...]
     columns: tuple[str, ...]
     domain: str | None
+    training_table: str | None
     source_checksum: str
 
     @property
@@ -283,6 +285,7 @@ def compiled_models(manifest: Mapping[str, Any], database: str) -> dict[str, Mod
             upstream=tuple(nodes[parent]["alias"] for parent in model_names(node)),
             columns=tuple(node["columns"]),
             domain=(node["config"]["meta"].get("domain") or {}).get("key"),
+            training_table=node["config"]["meta"].get("training_table"),
             source_checksum=node["checksum"]["checksum"],
         )
 

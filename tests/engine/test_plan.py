@@ -37,6 +37,7 @@ def model(
         upstream=upstream,
         columns=("viewer_id", "minutes") if domain else (),
         domain=domain,
+        training_table=None,
         source_checksum="s",
     )
 
