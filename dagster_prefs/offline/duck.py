@@ -50,13 +50,11 @@ def duck_session(memory: str, threads: int | None = None) -> Iterator[duckdb.Duc
             raise
 
 
-def sort_batches(
-    batches: Iterable[pa.RecordBatch], schema: pa.Schema, key: tuple[str, ...], rows: int
-) -> Generator[pa.RecordBatch]:
-    """The same rows ordered by `key`, in batches of `rows`; beyond some memory they are sorted on disk.
-
-    Raises what reading `batches` raises, StorageFull, or another OfflineError.
-    """
+@contextmanager
+def registered(
+    session: duckdb.DuckDBPyConnection, name: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch]
+) -> Iterator[None]:
+    """The batches as a relation of the session, to be read once; what reading them raises, the block raises."""
     failures: list[BaseException] = []
 
     def remember() -> Iterator[pa.RecordBatch]:
@@ -66,14 +64,25 @@ def sort_batches(
             failures.append(error)
             raise
 
-    with duck_session(*SORTING) as session:
-        session.register("unsorted", pa.RecordBatchReader.from_batches(schema, remember()))
-        try:
-            for batch in session.sql(f"from unsorted order by {', '.join(key)}").to_arrow_reader(rows):
-                if batch.num_rows:
-                    yield batch.cast(schema)
-        except (duckdb.Error, pa.ArrowException) as error:
-            # DuckDB knows of it as a text only.
-            if failures:
-                raise failures[0] from error
-            raise
+    session.register(name, pa.RecordBatchReader.from_batches(schema, remember()))
+    try:
+        yield
+    except (duckdb.Error, pa.ArrowException) as error:
+        # DuckDB knows of it as a text only.
+        if failures:
+            raise failures[0] from error
+        raise
+    session.unregister(name)
+
+
+def sort_batches(
+    batches: Iterable[pa.RecordBatch], schema: pa.Schema, key: tuple[str, ...], rows: int
+) -> Generator[pa.RecordBatch]:
+    """The same rows ordered by `key`, in batches of `rows`; beyond some memory they are sorted on disk.
+
+    Raises what reading `batches` raises, StorageFull, or another OfflineError.
+    """
+    with duck_session(*SORTING) as session, registered(session, "unsorted", schema, batches):
+        for batch in session.sql(f"from unsorted order by {', '.join(key)}").to_arrow_reader(rows):
+            if batch.num_rows:
+                yield batch.cast(schema)

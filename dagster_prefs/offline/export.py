@@ -13,8 +13,7 @@ truth.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import date
 from decimal import Decimal
@@ -156,16 +155,19 @@ def stale_days(
     """
     with tile_snapshot(engine, spec) as tiles:
         wanted = tiles.fingerprints()
-    held = exported_fingerprints(catalog, spec, namespace=namespace)
-    rows = _exported_rows(catalog, spec, namespace)
-    tokens = {day: fingerprint.token for day, fingerprint in wanted.items()}
-    surplus = {day for day, found in wanted.items() if found.row_count < rows.get(day, 0)}
-    stale = {day for day, token in tokens.items() if held.get(day) != token}
+    held = _exported(catalog, spec, namespace)
+    nothing = (None, 0)
+    stale = {day for day, found in wanted.items() if held.get(day, nothing)[0] != found.token}
+    surplus = {day for day, found in wanted.items() if held.get(day, nothing)[1] > found.row_count}
     if by_sink:
-        stale |= surplus | {day for day, token in held.items() if token is None and day not in tokens}
+        stale |= surplus | {day for day, (token, _) in held.items() if token is None and day not in wanted}
     else:
         stale -= surplus
-    return {day: tokens.get(day, "") for day in sorted(stale) if until is None or day < until}
+    return {
+        day: wanted[day].token if day in wanted else ""
+        for day in sorted(stale)
+        if until is None or day < until
+    }
 
 
 def exported_fingerprints(
@@ -175,17 +177,7 @@ def exported_fingerprints(
 
     Files of our own carry it in their names; days that a sink wrote carry it in the tag of their verification.
     """
-    with _existing(catalog, spec, namespace) as table:
-        if table is None:
-            return {}
-        tokens: dict[date, set[str | None]] = {}
-        for task in table.scan().plan_files():
-            tokens.setdefault(day_of(task.file), set()).add(token_of(task.file))
-        tags = [
-            name.removeprefix(VERIFIED_PREFIX) for name in table.refs() if name.startswith(VERIFIED_PREFIX)
-        ]
-    verified = {date.fromisoformat(tag[:10]): tag[11:] for tag in tags}
-    return {day: only(found) or verified.get(day) for day, found in tokens.items()}
+    return {day: token for day, (token, _) in _exported(catalog, spec, namespace).items()}
 
 
 def verified_tag(day: date, token: str) -> str:
@@ -193,22 +185,25 @@ def verified_tag(day: date, token: str) -> str:
     return f"{VERIFIED_PREFIX}{day.isoformat()}-{token}"
 
 
-def _exported_rows(catalog: Catalog, spec: TileTable, namespace: str) -> dict[date, int]:
-    rows: dict[date, int] = {}
-    with _existing(catalog, spec, namespace) as table:
-        for task in table.scan().plan_files() if table else ():
-            rows[day_of(task.file)] = rows.get(day_of(task.file), 0) + task.file.record_count
-    return rows
-
-
-@contextmanager
-def _existing(catalog: Catalog, spec: TileTable, namespace: str) -> Iterator[Table | None]:
+def _exported(catalog: Catalog, spec: TileTable, namespace: str) -> dict[date, tuple[str | None, int]]:
+    """Day → token, as `exported_fingerprints` has it, and rows of every day the table holds."""
     with explained(f"the table {namespace}.{spec.name}"):
         try:
             table = catalog.load_table(spec.identifier(namespace))
         except NoSuchTableError:
-            table = None
-        yield table
+            return {}
+        files: dict[date, list[DataFile]] = {}
+        for task in table.scan().plan_files():
+            files.setdefault(day_of(task.file), []).append(task.file)
+    tags = [name.removeprefix(VERIFIED_PREFIX) for name in table.refs() if name.startswith(VERIFIED_PREFIX)]
+    verified = {date.fromisoformat(tag[:10]): tag[11:] for tag in tags}
+    return {
+        day: (
+            only({token_of(file) for file in found}) or verified.get(day),
+            sum(file.record_count for file in found),
+        )
+        for day, found in files.items()
+    }
 
 
 def _attempt(

@@ -117,10 +117,12 @@ def _viewers(values: pa.ChunkedArray, source: str) -> pa.ChunkedArray:
         viewers = values.cast(pa.int64())
     except pa.ArrowInvalid as error:
         raise LabelsRefused(
-            f"{source}: viewer_id must be an integer ({str(error).splitlines()[0]})"
+            f"{source}: viewer_id must be an integer ({str(error).splitlines()[0]}): correct it"
         ) from error
     except pa.ArrowNotImplementedError as error:
-        raise LabelsRefused(f"{source}: viewer_id must be an integer, it is {values.type}") from error
+        raise LabelsRefused(
+            f"{source}: viewer_id must be an integer, it is {values.type}: convert it"
+        ) from error
     negative = pc.less(viewers, 0)
     if pc.any(negative).as_py():
         raise LabelsRefused(
@@ -181,7 +183,8 @@ def _localize(
     except pa.ArrowInvalid as error:
         reason = str(error).splitlines()[0]
         raise LabelsRefused(
-            f"{source}: label_time cannot be read in the zone {timezone} ({reason})"
+            f"{source}: label_time cannot be read in the zone {timezone} ({reason}): write it with an offset, or name "
+            "another zone"
         ) from error
 
 

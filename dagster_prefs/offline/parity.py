@@ -23,9 +23,9 @@ from dagster_prefs.offline.catalog import explained
 from dagster_prefs.offline.duck import duck_session
 from dagster_prefs.offline.export import DEFAULT_NAMESPACE, exported_fingerprints
 from dagster_prefs.offline.publish import day_of, read_file
-from dagster_prefs.offline.tables import TileTable
+from dagster_prefs.offline.tables import VIEWER, TileTable
 from dagster_prefs.offline.tiles import tile_snapshot
-from dagster_prefs.offline.windows import domains, features, features_sql, first_day, sources
+from dagster_prefs.offline.windows import domains, features, features_sql, first_day, load_tiles, sources
 from dagster_prefs.online.access import ItemAccess
 from dagster_prefs.online.contract import LAST_EVENT_AT, Contract
 from dagster_prefs.online.items import plain
@@ -178,12 +178,6 @@ def _load(
     threshold: int,
 ) -> tuple[date, ...]:
     """Make the table of one tile for the sampled viewers; returns the days that came from the engine."""
-    fields = [pa.field("viewer_id", pa.int64()), pa.field(spec.day, pa.date32())]
-    fields += [pa.field(name, pa.string() if name == "genre" else pa.int64()) for name in columns]
-    shape = pa.schema(fields)
-    kinds = {"genre": "varchar", spec.day: "date"}
-    types = [f"{name} {kinds.get(name, 'bigint')}" for name in shape.names]
-    session.execute(f"create table {spec.name} ({', '.join(types)})")
     held = exported_fingerprints(catalog, spec, namespace=namespace)
     with explained(f"the table {namespace}.{spec.name}"), tile_snapshot(engine, spec) as tiles:
         current = tiles.fingerprints()
@@ -194,7 +188,7 @@ def _load(
             table: Table | None = catalog.load_table(spec.identifier(namespace))
         except NoSuchTableError:
             table = None
-        names = ["viewer_id", spec.day, *columns]
+        names = [VIEWER, spec.day, *columns]
 
         def batches() -> Iterator[pa.RecordBatch]:
             if table is not None:
@@ -204,15 +198,8 @@ def _load(
             for day in stale:
                 yield from tiles.rows(day, spec.arrow_schema)
 
-        for batch in batches():
-            arrays = [batch.column(field.name).cast(field.type) for field in shape]
-            session.register("incoming", pa.Table.from_arrays(arrays, schema=shape))
-            session.execute(
-                f"insert into {spec.name} select * from incoming "
-                "where cast('0x' || left(md5(cast(viewer_id as varchar)), 7) as bigint) <= $threshold",
-                {"threshold": threshold},
-            )
-            session.unregister("incoming")
+        sampled = f"cast('0x' || left(md5(cast({VIEWER} as varchar)), 7) as bigint) <= {threshold}"
+        load_tiles(session, spec, columns, batches(), where=sampled)
     return stale
 
 

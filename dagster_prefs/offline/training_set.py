@@ -40,6 +40,7 @@ from dagster_prefs.offline.windows import (
     features,
     features_sql,
     first_day,
+    load_tiles,
     sources,
     training_sql,
 )
@@ -293,7 +294,8 @@ def _build(
                     batches = _versions(tiles, spec, snapshot, columns, first, last, oldest)
                 else:
                     batches = _current(tiles, spec, snapshot, columns, first, last)
-                _load_tiles(session, spec, columns, batches, versions=as_known)
+                known = f"{VIEWER} in (select {VIEWER} from points)"
+                load_tiles(session, spec, columns, batches, where=known, versions=as_known)
         session.execute(f"create table features as {features_sql('training', versions=as_known)}")
         session.execute(
             "create view result as select labels.*, features.* exclude (point) "
@@ -460,47 +462,6 @@ def _unbroken_from(table: Table, log: list[tuple[int, int]]) -> int:
         if snapshot is None or (not rolled_back and snapshot.parent_snapshot_id != log[place - 1][0]):
             return place
     return 0
-
-
-def _load_tiles(
-    session: duckdb.DuckDBPyConnection,
-    spec: TileTable,
-    columns: tuple[str, ...],
-    batches: Iterator[pa.RecordBatch],
-    *,
-    versions: bool,
-) -> None:
-    fields = [pa.field(VIEWER, pa.int64()), pa.field(spec.day, pa.date32())]
-    fields += [pa.field(name, pa.string() if name == "genre" else pa.int64()) for name in columns]
-    if versions:
-        fields += [pa.field("known_from", pa.int64()), pa.field("known_to", pa.int64())]
-    schema = pa.schema(fields)
-    failures: list[Exception] = []
-
-    def shaped() -> Iterator[pa.RecordBatch]:
-        try:
-            for batch in batches:
-                yield _shaped(batch, schema)
-        except Exception as error:
-            failures.append(error)
-            raise
-
-    session.register("incoming", pa.RecordBatchReader.from_batches(schema, shaped()))
-    try:
-        session.execute(
-            f"create table {spec.name} as from incoming where {VIEWER} in (select {VIEWER} from points)"
-        )
-    except duckdb.Error:
-        # DuckDB wraps what happens in a stream that it reads.
-        if failures:
-            raise failures[0] from None
-        raise
-    session.unregister("incoming")
-
-
-def _shaped(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
-    arrays = [batch.column(field.name).cast(field.type) for field in schema]
-    return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
 def _fingerprint(session: duckdb.DuckDBPyConnection, relation: str) -> str:

@@ -14,19 +14,22 @@ the training tables by their names, in which instants are integers: microseconds
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
+import duckdb
+import pyarrow as pa
 import sqlglot
 from sqlglot import exp
 
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.engine.dbt import Dbt
 from dagster_prefs.offline.catalog import OfflineError
+from dagster_prefs.offline.duck import registered
 from dagster_prefs.offline.tables import TILE_TABLES, VIEWER, TileTable
 from dagster_prefs.online.contract import LAST_EVENT_AT, Attribute, load_contract
 
@@ -160,6 +163,35 @@ def features_sql(mode: Mode, *, versions: bool = False, last_events: bool = Fals
     version that was current at its `known_at`.
     """
     return _features(mode, "duckdb", versions=versions, last_events=last_events).sql(dialect="duckdb")
+
+
+def load_tiles(
+    session: duckdb.DuckDBPyConnection,
+    spec: TileTable,
+    columns: Sequence[str],
+    batches: Iterable[pa.RecordBatch],
+    *,
+    where: str,
+    versions: bool = False,
+) -> None:
+    """Make the relation of a training table that the local SQL reads, of those rows for which `where` holds.
+
+    `batches` have viewer, day and `columns`, with `versions` also `known_from` and `known_to`. What reading them
+    raises, this raises.
+    """
+    fields = [pa.field(VIEWER, pa.int64()), pa.field(spec.day, pa.date32())]
+    fields += [pa.field(name, pa.string() if name == "genre" else pa.int64()) for name in columns]
+    if versions:
+        fields += [pa.field("known_from", pa.int64()), pa.field("known_to", pa.int64())]
+    schema = pa.schema(fields)
+    shaped = (
+        pa.RecordBatch.from_arrays(
+            [batch.column(field.name).cast(field.type) for field in schema], schema=schema
+        )
+        for batch in batches
+    )
+    with registered(session, "incoming", schema, shaped):
+        session.execute(f"create table {spec.name} as from incoming where {where}")
 
 
 def training_sql(dialect: Dialect, labels: str, columns: Sequence[str], *, namespace: str) -> str:

@@ -301,8 +301,13 @@ def test_zones_are_explicit(catalog: Catalog, tmp_path: Path) -> None:
         read_labels(catalog, str(tmp_path / "naive.parquet"), now=NOW)
     found = read_labels(catalog, str(tmp_path / "naive.parquet"), now=NOW, timezone="Europe/Berlin")
     assert found["label_time"].to_pylist() == [moment]
-    with pytest.raises(LabelsRefused, match="Mars"):
+    with pytest.raises(LabelsRefused, match=r"Mars.*: write it with an offset, or name another zone"):
         read_labels(catalog, str(path), now=NOW, timezone="Mars/Olympus")
+    # A time that the clock skipped, and one that it showed twice.
+    for local in ("2026-03-29T02:30:00", "2025-10-26T02:30:00"):
+        path.write_text(f"viewer_id,label_time\n1,{local}\n")
+        with pytest.raises(LabelsRefused, match=r"in the zone Europe/Berlin \(.*\): write it with an offset"):
+            read_labels(catalog, str(path), now=NOW, timezone="Europe/Berlin")
 
 
 @pytest.mark.parametrize(
@@ -317,8 +322,9 @@ def test_zones_are_explicit(catalog: Catalog, tmp_path: Path) -> None:
         ("viewer_id,label_time\n1,2026-03-10\n", "has no zone"),
         ("viewer_id,label_time\n1,\n", "row 1: label_time is missing|must be ISO 8601|has no zone"),
         ("viewer_id,label_time\n,2026-03-10T00:00:00Z\n", "row 1: viewer_id is missing"),
-        ("viewer_id,label_time\n1.5,2026-03-10T00:00:00Z\n", "must be an integer"),
-        ("viewer_id,label_time\nx,2026-03-10T00:00:00Z\n", "must be an integer"),
+        ("viewer_id,label_time\n1.5,2026-03-10T00:00:00Z\n", "must be an integer .*: correct it"),
+        ("viewer_id,label_time\nx,2026-03-10T00:00:00Z\n", "must be an integer .*: correct it"),
+        ("viewer_id,label_time\n2026-03-10,2026-03-10T00:00:00Z\n", "must be an integer, it is date32.*: convert it"),
         ("viewer_id,label_time\n-1,2026-03-10T00:00:00Z\n", "row 1: viewer ids below 0"),
         ("viewer_id,label_time,likes_28d\n1,2026-03-10T00:00:00Z,1\n", "likes_28d, which is the name of a"),
         ("viewer_id,label_time,a,a\n1,2026-03-10T00:00:00Z,1,2\n", "column a twice"),
