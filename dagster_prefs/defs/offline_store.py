@@ -33,6 +33,16 @@ UNFINISHED = [
 ]
 
 
+class ExportConfig(dg.Config):
+    """What may be told to one run of an export.
+
+    With `allow_loss` the platform replaces days of which the engine holds fewer rows or a smaller total than the table,
+    which otherwise stay.
+    """
+
+    allow_loss: bool = False
+
+
 def asset_key(spec: TileTable) -> dg.AssetKey:
     """The asset of a training table."""
     return dg.AssetKey(["training", spec.name])
@@ -166,15 +176,22 @@ def _provisioned(platform: Platform) -> dg.AssetsDefinition:
 def _exported(platform: Platform, spec: TileTable, *, by_sink: bool) -> dg.AssetsDefinition:
     settings = platform.settings
 
-    def brought_up(catalog: Catalog, day: date) -> tuple[str, int]:
+    def brought_up(catalog: Catalog, day: date, allow_loss: bool) -> tuple[str, int, str]:
         if by_sink:
             kept = timedelta(days=settings.snapshots_kept_days)
             verified = verify_day(
                 platform.engine, catalog, spec, day, namespace=settings.iceberg_namespace, keep_tag=kept
             )
-            return verified.status, verified.rows
-        written = export_day(platform.engine, catalog, spec, day, namespace=settings.iceberg_namespace)
-        return written.status, written.rows
+            return verified.status, verified.rows, ""
+        written = export_day(
+            platform.engine,
+            catalog,
+            spec,
+            day,
+            namespace=settings.iceberg_namespace,
+            allow_loss=allow_loss,
+        )
+        return written.status, written.rows, written.reason
 
     @dg.asset(
         key=asset_key(spec),
@@ -198,12 +215,19 @@ def _exported(platform: Platform, spec: TileTable, *, by_sink: bool) -> dg.Asset
             )
         },
     )
-    def exported(context: dg.AssetExecutionContext) -> dg.MaterializeResult[Any]:
+    def exported(context: dg.AssetExecutionContext, config: ExportConfig) -> dg.MaterializeResult[Any]:
         catalog = platform.catalog()
-        rows = changed = 0
+        rows = changed = retained = 0
         for key in context.partition_keys:
-            status, found = brought_up(catalog, date.fromisoformat(key))
-            context.log.info(f"{spec.name} {key}: {status}, {found} rows")
+            status, found, reason = brought_up(catalog, date.fromisoformat(key), config.allow_loss)
+            if status == "retained":
+                retained += 1
+                context.log.warning(
+                    f"{spec.name} {key} stays as it is, with {found} rows: {reason}; where that is right, "
+                    "materialize it with allow_loss"
+                )
+            else:
+                context.log.info(f"{spec.name} {key}: {status}, {found} rows")
             rows += found
             changed += status in ("written", "verified")
         return dg.MaterializeResult(
@@ -211,6 +235,7 @@ def _exported(platform: Platform, spec: TileTable, *, by_sink: bool) -> dg.Asset
                 "rows": rows,
                 "days": len(context.partition_keys),
                 "days_verified" if by_sink else "days_written": changed,
+                "days_retained": retained,
             }
         )
 
