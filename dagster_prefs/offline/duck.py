@@ -12,8 +12,8 @@ import pyarrow as pa
 
 from dagster_prefs.offline.catalog import OfflineError, StorageFull
 
-# Memory and threads: an export of any size is to fit into a small container.
-SORTING = ("128MB", 2)
+# Memory and threads of what sorts and groups: an export of any size is to fit into a small container.
+SMALL = ("128MB", 2)
 
 
 @contextmanager
@@ -82,7 +82,7 @@ def sort_batches(
 
     Raises what reading `batches` raises, StorageFull, or another OfflineError.
     """
-    with duck_session(*SORTING) as session, registered(session, "unsorted", schema, batches):
+    with duck_session(*SMALL) as session, registered(session, "unsorted", schema, batches):
         for batch in session.sql(f"from unsorted order by {', '.join(key)}").to_arrow_reader(rows):
             if batch.num_rows:
                 yield batch.cast(schema)

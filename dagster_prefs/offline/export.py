@@ -13,12 +13,15 @@ truth.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import date
 from decimal import Decimal
 from typing import Literal
 
+import pyarrow as pa
 from pyiceberg.catalog import Catalog
 from pyiceberg.exceptions import NoSuchTableError
 from pyiceberg.manifest import DataFile
@@ -279,20 +282,30 @@ def _loss(
 def _write(
     tiles: TileSnapshot, table: Table, spec: TileTable, day: date, fingerprint: Fingerprint
 ) -> DayFiles:
-    rows, totals = tiles.totals(day)
-    metric = sum((totals[name] for name in spec.metric), Decimal(0))
-    if rows != fingerprint.row_count or metric != fingerprint.metric_total:
-        raise TilesUnreadable(
-            f"tile_fingerprints does not describe {spec.tile} of {day} ({fingerprint.row_count} rows "
-            f"against {rows}): "
-            "the views are being refreshed or were refreshed apart; run `dbt build`, then export again"
-        )
     written = DayFiles(
         token=fingerprint.token,
-        rows=rows,
-        totals=totals,
+        rows=fingerprint.row_count,
+        totals={},
         properties={"prefs.operation": "export", **fingerprint.properties()},
     )
-    with closing(tiles.rows(day, arrow_schema(table))) as batches:
-        write_day(table, spec, day, written, batches)
+    with ThreadPoolExecutor(1, "totals") as beside, closing(tiles.rows(day, arrow_schema(table))) as batches:
+        adding: list[Future[tuple[int, Mapping[str, Decimal]]]] = []
+
+        def all_rows() -> Iterator[pa.RecordBatch]:
+            yield from batches
+            # The engine adds up while the rows are sorted and encoded here.
+            adding.append(beside.submit(tiles.totals, day))
+
+        write_day(table, spec, day, written, all_rows())
+    try:
+        rows, written.totals = adding[0].result()
+        metric = sum((written.totals[name] for name in spec.metric), Decimal(0))
+        if rows != fingerprint.row_count or metric != fingerprint.metric_total:
+            raise TilesUnreadable(
+                f"tile_fingerprints does not describe {spec.tile} of {day} ({fingerprint.row_count} rows against "
+                f"{rows}): the views are being refreshed or were refreshed apart; run `dbt build`, then export again"
+            )
+    except BaseException:
+        discard(table, written)
+        raise
     return written

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import re
 from collections.abc import Generator, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date, datetime
@@ -17,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 from psycopg import sql
+from psycopg.rows import scalar_row
 
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.offline.catalog import OfflineError
@@ -158,10 +160,19 @@ class TileSnapshot:
             day=sql.Identifier(self._spec.day),
             value=sql.Literal(day),
         )
-        with self._connection.cursor() as cursor:
+        # Parsing, which needs no interpreter, runs beside the reading of the next lines.
+        with (
+            self._connection.cursor(row_factory=scalar_row) as cursor,
+            ThreadPoolExecutor(1, "tiles") as parser,
+        ):
             lines = cursor.stream(query, size=LINES_FETCHED)
-            while block := list(itertools.islice(lines, LINES_PARSED)):
-                yield self._parse("\n".join(line for (line,) in block).encode(), names, day, schema)
+            ahead: Future[pa.RecordBatch] | None = None
+            while text := "\n".join(itertools.islice(lines, LINES_PARSED)):
+                parsed, ahead = ahead, parser.submit(self._parse, text.encode(), names, day, schema)
+                if parsed:
+                    yield parsed.result()
+            if ahead:
+                yield ahead.result()
 
     def _relation(self, name: str) -> sql.Identifier:
         return sql.Identifier(self._schema, name)

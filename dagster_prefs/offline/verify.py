@@ -22,7 +22,7 @@ from pyiceberg.table import Table
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.offline.audit import AuditFailed, row_findings
 from dagster_prefs.offline.catalog import OfflineError, explained
-from dagster_prefs.offline.duck import duck_session, registered
+from dagster_prefs.offline.duck import SMALL, duck_session, registered
 from dagster_prefs.offline.export import DEFAULT_NAMESPACE, ExportConflict, verified_tag
 from dagster_prefs.offline.publish import day_of, read_file
 from dagster_prefs.offline.tables import TileTable, arrow_schema, ensure_table, scan_day
@@ -31,7 +31,6 @@ from dagster_prefs.offline.tiles import tile_snapshot
 SINK_BRANCH = "ingestion"
 """Where a copy-on-write sink commits, with deletes as files of their own; RisingWave's name for it."""
 
-KEYS_MEMORY = "256MB"
 ATTEMPTS = 5
 
 
@@ -203,7 +202,7 @@ def _repeated_keys(table: Table, spec: TileTable, files: list[DataFile]) -> int:
     """Rows beyond the first of their key: a sink's files come in no order, so DuckDB groups, on disk if need be."""
     schema = pa.schema([arrow_schema(table).field(name) for name in spec.key])
     keys = (batch.cast(schema) for file in files for batch in read_file(table, file, list(spec.key)))
-    with duck_session(KEYS_MEMORY) as session, registered(session, "day", schema, keys):
+    with duck_session(*SMALL) as session, registered(session, "day", schema, keys):
         names = ", ".join(spec.key)
         [(repeated,)] = session.execute(
             f"select coalesce(sum(n - 1), 0) from (select count(*) as n from day group by {names})"
