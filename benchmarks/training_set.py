@@ -33,6 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dagster_prefs.offline.catalog import open_catalog
+from dagster_prefs.offline.duck import JOINING
 from dagster_prefs.offline.publish import DayFiles, write_day
 from dagster_prefs.offline.tables import GENRE, INTERACTIONS, WATCH, TileTable, arrow_schema, ensure_table
 from dagster_prefs.offline.training_set import build_training_set
@@ -42,7 +43,6 @@ from dagster_prefs.offline.windows import features_sql, sources
 LAST_DAY = date(2100, 3, 1)
 GENRES = 12
 
-MEMORY = "1GB"
 
 # A day of each table, by number of viewers, from hashes of viewer and day: the same on every run.
 _ACTIVE = "from range($viewers) as v(viewer_id) where hash(viewer_id, $day, '{salt}') % 10 < {tenths}"
@@ -118,14 +118,13 @@ def build(folder: Path, *, as_known: bool = False) -> None:
         now=datetime(2101, 1, 1, tzinfo=UTC),
         contract_version=1,
         as_known=as_known,
-        memory=MEMORY,
     )
 
 
 def _session(folder: Path) -> duckdb.DuckDBPyConnection:
     session = duckdb.connect(
         str(folder / f"bare-{os.getpid()}.duckdb"),
-        config={"memory_limit": MEMORY, "preserve_insertion_order": False},
+        config={"memory_limit": JOINING[0], "preserve_insertion_order": False},
     )
     session.execute(
         "create view points as select label as point, viewer_id, cast(label_time at time zone 'UTC' as date) as day "
@@ -215,7 +214,7 @@ def main() -> None:
         }
         figures = {name: measured(work) for name, work in contestants.items()}
         rows = pq.ParquetFile(folder / "build.parquet").metadata.num_rows
-    print(f"{options.tiles:,} tiles, {rows:,} labels, {os.cpu_count()} cores, {MEMORY} for the join")
+    print(f"{options.tiles:,} tiles, {rows:,} labels, {os.cpu_count()} cores, {JOINING[0]} for the join")
     for name, found in figures.items():
         print(
             f"{name:9} {found['seconds']:7.1f} s {found['cpu_seconds']:7.1f} CPU s {found['peak_mb']:7,.0f} MB"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
@@ -12,16 +13,14 @@ import pyarrow as pa
 
 from dagster_prefs.offline.catalog import OfflineError, StorageFull
 
-# Memory and threads of what sorts and groups: an export of any size is to fit into a small container.
-SMALL = ("128MB", 2)
+# Memory, and threads at most. Each thread takes its part of the memory: 16 of them cannot join in what 4 do with.
+SORTING = ("128MB", 2)
+JOINING = ("1GB", 4)
 
 
 @contextmanager
-def duck_session(memory: str, threads: int | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A session whose tables live in a temporary file and whose memory is at most `memory` (e.g. `1GB`).
-
-    Little memory needs few `threads` (one per core by default), because each takes its part of it.
-    """
+def duck_session(memory: str, threads: int) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A session whose tables live in a temporary file and whose memory is at most `memory` (e.g. `1GB`)."""
     with tempfile.TemporaryDirectory(prefix="prefs-duckdb-") as scratch:
         config: dict[str, str | bool | int | float | list[str]] = {
             "memory_limit": memory,
@@ -30,9 +29,8 @@ def duck_session(memory: str, threads: int | None = None) -> Iterator[duckdb.Duc
             "autoinstall_known_extensions": False,
             "autoload_known_extensions": False,
             "preserve_insertion_order": False,
+            "threads": min(threads, os.cpu_count() or 1),
         }
-        if threads:
-            config["threads"] = threads
         # On disk, unlike in memory, DuckDB compresses its tables.
         try:
             with duckdb.connect(str(Path(scratch, "session.duckdb")), config=config) as session:
@@ -45,7 +43,7 @@ def duck_session(memory: str, threads: int | None = None) -> Iterator[duckdb.Duc
                 ) from error
             if isinstance(error, duckdb.OutOfMemoryException):
                 raise OfflineError(
-                    f"{memory} of memory do not suffice: allow more, or split what is to be joined or sorted"
+                    f"{memory} of memory do not suffice: split what is to be joined or sorted"
                 ) from error
             raise
 
@@ -82,7 +80,7 @@ def sort_batches(
 
     Raises what reading `batches` raises, StorageFull, or another OfflineError.
     """
-    with duck_session(*SMALL) as session, registered(session, "unsorted", schema, batches):
+    with duck_session(*SORTING) as session, registered(session, "unsorted", schema, batches):
         for batch in session.sql(f"from unsorted order by {', '.join(key)}").to_arrow_reader(rows):
             if batch.num_rows:
                 yield batch.cast(schema)

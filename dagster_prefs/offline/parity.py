@@ -20,7 +20,7 @@ from pyiceberg.table import Table
 
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.offline.catalog import explained
-from dagster_prefs.offline.duck import duck_session
+from dagster_prefs.offline.duck import JOINING, duck_session
 from dagster_prefs.offline.export import DEFAULT_NAMESPACE, exported_fingerprints
 from dagster_prefs.offline.publish import day_of, read_file
 from dagster_prefs.offline.tables import VIEWER, TileTable
@@ -132,7 +132,6 @@ def check_parity(
     settle: timedelta = timedelta(seconds=60),
     namespace: str = DEFAULT_NAMESPACE,
     examples: int = 20,
-    memory: str = "512MB",
 ) -> ParityReport:
     """Compare a sample of viewers, chosen by a hash of their id, with what `read_items` returns for them.
 
@@ -144,7 +143,7 @@ def check_parity(
     oldest = first_day(today) - timedelta(days=EXTRA_DAYS + 1)
     threshold = round(share * 0xFFFFFFF)
     engine_days: dict[str, tuple[date, ...]] = {}
-    with duck_session(memory) as session:
+    with duck_session(*JOINING) as session:
         for spec, columns in sources():
             engine_days[spec.name] = _load(
                 session, engine, catalog, namespace, spec, (*columns, LAST_EVENT_AT), oldest, threshold

@@ -29,7 +29,7 @@ from pyiceberg.table.snapshots import Snapshot
 from pyiceberg.types import TimestamptzType
 
 from dagster_prefs.offline.catalog import OfflineError, explained
-from dagster_prefs.offline.duck import duck_session
+from dagster_prefs.offline.duck import JOINING, duck_session
 from dagster_prefs.offline.export import DEFAULT_NAMESPACE
 from dagster_prefs.offline.labels import POINT, TIME, LabelsRefused, check_columns, read_labels
 from dagster_prefs.offline.outputs import check_output, whole_file, write_output
@@ -46,7 +46,6 @@ from dagster_prefs.offline.windows import (
 )
 
 MANIFEST_VERSION = 1
-DEFAULT_MEMORY = "1GB"
 FOREVER = 2**62
 
 
@@ -96,7 +95,6 @@ def build_training_set(
     manifest: Path | None = None,
     tag: str | None = None,
     namespace: str = DEFAULT_NAMESPACE,
-    memory: str = DEFAULT_MEMORY,
 ) -> TrainingSet:
     """Write `output`: every label, in its order, duplicates included, with every feature beside it.
 
@@ -104,8 +102,8 @@ def build_training_set(
     (see `read_labels`); `output` is a `.parquet` or `.csv` file or an Iceberg table `namespace.table`. `manifest`
     (`<output>.manifest.json` by default) gets tile snapshots, versions of contract and code, and fingerprints, from
     which `reproduce_training_set` gets the same rows; `tag` is set on the tile snapshots, which upkeep then keeps.
-    `memory` bounds the join; it spills to disk beyond. A viewer without history gets cold-start values: zero counts,
-    empty lists, NULL rates.
+    The join spills to disk beyond a gigabyte. A viewer without history gets cold-start values: zero counts, empty
+    lists, NULL rates.
 
     Raises LabelsRefused, OutputRefused, TagTaken, TableMissing, SnapshotExpired (`as_known` before the kept
     history), or another OfflineError; an existing output is replaced only in the end.
@@ -157,7 +155,6 @@ def build_training_set(
             timezone=timezone,
             as_known=as_known,
             namespace=namespace,
-            memory=memory,
             describe=describe,
         )
     return TrainingSet(
@@ -171,7 +168,6 @@ def reproduce_training_set(
     output: Path | str,
     *,
     labels: str | None = None,
-    memory: str = DEFAULT_MEMORY,
 ) -> TrainingSet:
     """Write the training set of a manifest again to `output`; every row is proven equal before that.
 
@@ -203,7 +199,6 @@ def reproduce_training_set(
         timezone=known["labels"]["timezone"],
         as_known=known["as_known"],
         namespace=known["namespace"],
-        memory=memory,
         expect=(known["labels"]["fingerprint"], known["output"]["fingerprint"]),
     )
     return TrainingSet(
@@ -271,14 +266,13 @@ def _build(
     timezone: str | None,
     as_known: bool,
     namespace: str,
-    memory: str,
     expect: tuple[str, str] | None = None,
     describe: Callable[[_Made], None] | None = None,
 ) -> _Made:
     started = time.monotonic()
     check_output(catalog, output)
     table = read_labels(catalog, labels, now=now, timezone=timezone)
-    with explained(f"the training set {output}"), duck_session(memory) as session:
+    with explained(f"the training set {output}"), duck_session(*JOINING) as session:
         first, last = _load_points(session, table)
         labels_hash = _fingerprint(session, "labels")
         if expect and labels_hash != expect[0]:

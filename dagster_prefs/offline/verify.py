@@ -22,7 +22,7 @@ from pyiceberg.table import Table
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.offline.audit import AuditFailed, row_findings
 from dagster_prefs.offline.catalog import OfflineError, explained
-from dagster_prefs.offline.duck import SMALL, duck_session, registered
+from dagster_prefs.offline.duck import SORTING, duck_session, registered
 from dagster_prefs.offline.export import DEFAULT_NAMESPACE, ExportConflict, verified_tag
 from dagster_prefs.offline.publish import day_of, read_file
 from dagster_prefs.offline.tables import TileTable, arrow_schema, ensure_table, scan_day
@@ -202,7 +202,7 @@ def _repeated_keys(table: Table, spec: TileTable, files: list[DataFile]) -> int:
     """Rows beyond the first of their key: a sink's files come in no order, so DuckDB groups, on disk if need be."""
     schema = pa.schema([arrow_schema(table).field(name) for name in spec.key])
     keys = (batch.cast(schema) for file in files for batch in read_file(table, file, list(spec.key)))
-    with duck_session(*SMALL) as session, registered(session, "day", schema, keys):
+    with duck_session(*SORTING) as session, registered(session, "day", schema, keys):
         names = ", ".join(spec.key)
         [(repeated,)] = session.execute(
             f"select coalesce(sum(n - 1), 0) from (select count(*) as n from day group by {names})"

@@ -15,7 +15,7 @@ import pytest
 from pyiceberg.catalog import Catalog
 
 from dagster_prefs.offline.catalog import OfflineError, StorageFull, open_catalog
-from dagster_prefs.offline.duck import duck_session, sort_batches
+from dagster_prefs.offline.duck import JOINING, duck_session, sort_batches
 from dagster_prefs.offline.export import export_day
 from dagster_prefs.offline.maintenance import maintain
 from dagster_prefs.offline.tables import WATCH
@@ -130,7 +130,7 @@ def scratch(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_session_whose_tables_do_not_fit(scratch: Path) -> None:
-    with pytest.raises(StorageFull, match=SCRATCH), duck_session("1GB") as session:
+    with pytest.raises(StorageFull, match=SCRATCH), duck_session(*JOINING) as session:
         session.execute(
             "create table texts as select md5(cast(n as varchar)) from range(1000000) as numbers (n)"
         )
@@ -146,10 +146,16 @@ def test_a_sort_that_does_not_fit(scratch: Path) -> None:
 
 def test_memory_that_does_not_suffice_is_no_full_disk() -> None:
     with (
-        pytest.raises(OfflineError, match=r"^20MB of memory do not suffice: allow more") as caught,
-        duck_session("20MB") as session,
+        pytest.raises(OfflineError, match=r"^20MB of memory do not suffice: split") as caught,
+        duck_session("20MB", 2) as session,
     ):
         session.execute(
             "select string_agg(cast(n as varchar), '') from range(5000000) as numbers (n)"
         ).fetchall()
     assert not isinstance(caught.value, StorageFull)
+
+
+def test_many_cores_do_not_share_out_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    with duck_session(*JOINING) as session:
+        assert session.execute("select current_setting('threads')").fetchall() == [(4,)]
