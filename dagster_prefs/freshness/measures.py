@@ -159,7 +159,7 @@ def measure_online(
         except (PrefsError, psycopg.Error) as error:
             measures += unknown("online", [domain.name], error)
             continue
-        measure = _online_measure(lag, domain, publishes or follows, refreshing)
+        measure = _online_measure(lag, domain, publishes, follows, refreshing)
         if follows:
             try:
                 state = read_lease(ItemAccess(client, contract, table.name), domain)
@@ -208,7 +208,9 @@ def _with_follower(measure: Measure, state: LeaseState | None, now: datetime) ->
     return replace(measure, level=level, reason="; ".join(reasons), values=values, notes=notes)
 
 
-def _online_measure(lag: OnlineLag, domain: Domain, publishes: bool, refreshing: bool) -> Measure:
+def _online_measure(
+    lag: OnlineLag, domain: Domain, publishes: bool, follows: bool, refreshing: bool
+) -> Measure:
     values: dict[str, int | float] = {
         "sampled": lag.sampled,
         "missing": lag.missing,
@@ -228,7 +230,7 @@ def _online_measure(lag: OnlineLag, domain: Domain, publishes: bool, refreshing:
             f"and {lag.different} differ, for {age:.1f} s"
         )
         if level != "ok":
-            reason += f": {_remedy(lag, domain, publishes)}"
+            reason += f": {_remedy(lag, domain, publishes, follows)}"
         if refreshing and level == "error":
             level, reason = "warn", f"{reason} (a refresh is running)"
         if lag.ahead_seconds >= domain.freshness.error_seconds:
@@ -240,7 +242,9 @@ def _online_measure(lag: OnlineLag, domain: Domain, publishes: bool, refreshing:
     return Measure("online", domain.name, level, reason, age, domain.freshness, values, notes)
 
 
-def _remedy(lag: OnlineLag, domain: Domain, publishes: bool) -> str:
+def _remedy(lag: OnlineLag, domain: Domain, publishes: bool, follows: bool) -> str:
+    if follows:
+        return "see that `prefs publish --follow` runs, or run `prefs publish --full`, which puts every item right"
     if publishes:
         return f"materialize online/{domain.name}, which publishes what changed, or run `prefs reconcile`"
     if lag.standing:

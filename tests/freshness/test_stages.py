@@ -182,6 +182,9 @@ def test_missing_and_extra_items_are_told_apart(busy: Any) -> None:
     assert (watch.values["missing"], watch.values["extra"], watch.values["different"]) == (1, 1, 0)
     assert watch.level == "error"
     assert watch.notes["viewers"] == "7, 4711"
+    (followed,) = (one for one in busy.online(publishes=False, follows=True) if one.name == "watch")
+    assert "run `prefs publish --full`" in followed.reason
+    assert "reconcile" not in followed.reason
 
 
 def test_a_fresh_difference_is_not_yet_late(busy: Any) -> None:
