@@ -11,12 +11,11 @@ import pytest
 from psycopg import sql
 from relations import instant
 from streams import NOW
+from workshop import PROJECT, Workshop, assert_all_ok
 
 from dagster_prefs.engine.connection import EngineConnection
-from dagster_prefs.engine.dbt import Dbt, NodeResult
+from dagster_prefs.engine.dbt import Dbt
 from dagster_prefs.local.services import LocalServices
-
-PROJECT = Path(__file__).resolve().parents[2] / "dbt_project"
 
 
 @pytest.fixture(scope="session")
@@ -78,33 +77,6 @@ def _workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
-class Workshop:
-    """A copy of the project whose files a test may change."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._originals: dict[Path, str] = {}
-
-    def change(self, path: str, old: str, new: str) -> None:
-        """Replace a text that must be there."""
-        file = self.folder / path
-        text = file.read_text()
-        assert old in text, f"{path} no longer says {old!r}"
-        self._originals.setdefault(file, text)
-        file.write_text(text.replace(old, new))
-
-    def remove(self, path: str) -> None:
-        """Delete a file that must be there."""
-        file = self.folder / path
-        self._originals.setdefault(file, file.read_text())
-        file.unlink()
-
-    def restore(self) -> None:
-        """Undo every change so far."""
-        for file, text in self._originals.items():
-            file.write_text(text)
-
-
 @pytest.fixture
 def workshop(_workshop: Path) -> Iterator[Workshop]:
     """The copy, as the project is; changes are undone afterwards."""
@@ -124,9 +96,3 @@ def dbt_on(dbt_target: Path) -> Callable[..., Dbt]:
         return Dbt(engine, project, target, environment)
 
     return make
-
-
-def assert_all_ok(results: list[NodeResult]) -> None:
-    """Every node succeeded, and there was at least one."""
-    assert results
-    assert [f"{result.name}: {result.message}" for result in results if not result.ok] == []

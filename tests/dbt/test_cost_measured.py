@@ -21,9 +21,9 @@ import psycopg
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import PROJECT, assert_all_ok
 from psycopg import sql
 from relations import RAW_TABLES, materialized_views, refresh
+from workshop import PROJECT, assert_all_ok
 
 from dagster_prefs.cost import (
     TILE_ROW_BYTES,

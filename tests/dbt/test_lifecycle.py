@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PROJECT, Workshop, assert_all_ok
 from psycopg import sql
 from relations import insert_events
 from streams import MIDNIGHT
 from test_views_against_oracle import watch
+from workshop import PROJECT, Workshop, assert_all_ok
 
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.engine.dbt import Dbt, NodeResult

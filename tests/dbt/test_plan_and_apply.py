@@ -14,10 +14,10 @@ import dagster as dg
 import psycopg
 import pytest
 from click.testing import CliRunner
-from conftest import Workshop
 from relations import insert_events
 from streams import MIDNIGHT
 from test_views_against_oracle import watch
+from workshop import Workshop
 
 from dagster_prefs.cli import cli
 from dagster_prefs.defs import deployment as deployment_checks

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import sqlglot
-from conftest import PROJECT
 from sqlglot import exp
 from sqlglot.errors import SqlglotError
+from workshop import PROJECT
 
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.engine.dbt import Dbt

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from conftest import assert_all_ok
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import DAY, HOUR, SECOND, Erasure, Message, Oracle
 from psycopg import sql
 from relations import differences, insert_events, instant, materialized_views, refresh, replace_events
 from streams import MIDNIGHT, NOW, messages
+from workshop import assert_all_ok
 
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.engine.dbt import Dbt

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from conftest import ERASED_AT, MESSAGES, OWNED, USER, VIEWER, World, like, redacted, view
+from forgotten_world import ERASED_AT, MESSAGES, OWNED, USER, VIEWER, World, like, redacted, view
 from oracle import DAY, HOUR, Erasure, Message, Oracle
 from relations import insert_events, instant
 from streams import NOW

@@ -8,7 +8,7 @@ from typing import Any
 import boto3
 import pyarrow.parquet as pq
 import pytest
-from conftest import VIEWER, World, redacted
+from forgotten_world import VIEWER, World, redacted
 from oracle import Oracle
 from pyiceberg.catalog import Catalog
 from streams import NOW
