@@ -65,36 +65,25 @@ def write_output(
     OfflineError for storage that fails.
     """
     try:
-        _write(session, columns, catalog, output, properties)
+        if _is_table(output):
+            rows = _ordered(session, columns)
+            replace_rows(_table(catalog, output, rows.schema), rows, properties)
+            return
+        is_csv = output.lower().endswith(".csv")
+        with whole_file(Path(output)) as partial:
+            rows = _ordered(session, columns, json=is_csv)
+            with (
+                pa.csv.CSVWriter(partial, rows.schema)
+                if is_csv
+                else pq.ParquetWriter(partial, rows.schema, compression="zstd")
+            ) as writer:
+                for batch in rows:
+                    writer.write_batch(batch)
     except (pa.ArrowException, UnsupportedPyArrowTypeException) as error:
         raise OutputRefused(
             f"{output} cannot hold every column of the labels ({str(error).splitlines()[0]}): convert that column, or "
             "write a Parquet file"
         ) from error
-
-
-def _write(
-    session: duckdb.DuckDBPyConnection,
-    columns: Mapping[str, str],
-    catalog: Catalog,
-    output: str,
-    properties: Mapping[str, str],
-) -> None:
-    if _is_table(output):
-        rows = _ordered(session, columns)
-        replace_rows(_table(catalog, output, rows.schema), rows, properties)
-        return
-    with whole_file(Path(output)) as partial:
-        if output.lower().endswith(".csv"):
-            reader = _ordered(session, columns, json=True)
-            with pa.csv.CSVWriter(partial, reader.schema) as writer:
-                for batch in reader:
-                    writer.write_batch(batch)
-        else:
-            reader = _ordered(session, columns)
-            with pq.ParquetWriter(partial, reader.schema, compression="zstd") as writer:
-                for batch in reader:
-                    writer.write_batch(batch)
 
 
 def replace_rows(table: Table, rows: Iterable[pa.RecordBatch], properties: Mapping[str, str]) -> None:

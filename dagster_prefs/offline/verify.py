@@ -175,7 +175,7 @@ def verify_day(
         if ref is not None:
             # The same rows in other files: the sink's compaction.
             return report("unchanged", tag)
-        _tag(table, spec, day, tag, snapshot.snapshot_id, keep_tag)
+        _tag(table, day, tag, snapshot.snapshot_id, keep_tag)
         return report("verified", tag)
 
 
@@ -210,7 +210,7 @@ def _repeated_keys(table: Table, spec: TileTable, files: list[DataFile]) -> int:
     return int(repeated)
 
 
-def _tag(table: Table, spec: TileTable, day: date, tag: str, snapshot_id: int, keep: timedelta) -> None:
+def _tag(table: Table, day: date, tag: str, snapshot_id: int, keep: timedelta) -> None:
     """Tag the audited snapshot, and drop the tags of what the day held before."""
     for _ in range(ATTEMPTS):
         outdated = [name for name in table.refs() if name.startswith(verified_tag(day, "")) and name != tag]
