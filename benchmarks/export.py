@@ -36,7 +36,7 @@ from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.offline.catalog import open_catalog
 from dagster_prefs.offline.export import export_day
 from dagster_prefs.offline.publish import ROWS_PER_GROUP, day_files
-from dagster_prefs.offline.tables import WATCH
+from dagster_prefs.offline.tables import PARQUET, WATCH
 from dagster_prefs.settings import load_settings
 
 SCHEMA = "benchmark_export"
@@ -99,7 +99,7 @@ def written(folder: Path) -> tuple[int, float]:
     rows = pa.concat_tables([pq.read_table(path) for path in files])
     started = time.perf_counter()
     pq.write_table(
-        rows, folder / "limit.parquet", compression="zstd", store_schema=False, row_group_size=ROWS_PER_GROUP
+        rows, folder / "limit.parquet", row_group_size=ROWS_PER_GROUP, store_schema=False, **PARQUET
     )
     return rows.num_rows, time.perf_counter() - started
 

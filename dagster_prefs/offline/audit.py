@@ -110,7 +110,7 @@ def row_findings(
     wrong: dict[str, int] = {}
     sums = dict.fromkeys(totals, Decimal(0))
     count = 0
-    tail: pa.Table | None = None
+    last: list[pa.RecordBatch] = []
 
     def note(finding: str, number: Any) -> None:
         if number:
@@ -137,17 +137,12 @@ def row_findings(
             sums[name] += Decimal(pc.sum(batch.column(name)).as_py() or 0)
         if not ordered:
             continue
-        keys = pa.Table.from_batches([batch.select(list(spec.key))])
-        if tail is not None:
-            keys = pa.concat_tables([tail, keys])
-        note("viewers out of order", _out_of_order(keys.column("viewer_id").combine_chunks()))
-        note("keys repeated", keys.num_rows - keys.group_by(list(spec.key)).aggregate([]).num_rows)
-        # The last viewer's rows may go on in the next batch; the rows kept are counted as repeated only then.
-        tail = (
-            keys.filter(pc.equal(keys.column("viewer_id"), keys.column("viewer_id")[-1]))
-            .group_by(list(spec.key))
-            .aggregate([])
-        )
+        keys = batch.select(list(spec.key))
+        descending, repeated = _steps(pa.Table.from_batches([*last, keys]))
+        note("keys out of order", descending)
+        note("keys repeated", repeated)
+        # The next batch may go on with the same key.
+        last = [keys.slice(keys.num_rows - 1)]
     findings = [f"{finding}: {number} rows" for finding, number in wrong.items()]
     if count != rows:
         findings.append(f"{count} rows, the engine has {rows}")
@@ -163,5 +158,11 @@ def _count(mask: pa.Array) -> int:
     return pc.sum(mask).as_py() or 0
 
 
-def _out_of_order(viewers: pa.Array) -> int:
-    return _count(pc.less(viewers.slice(1), viewers.slice(0, len(viewers) - 1)))
+def _steps(keys: pa.Table) -> tuple[int, int]:
+    """How many rows have a smaller key than the row before them, and how many the same."""
+    descending, same = pa.scalar(False), pa.scalar(True)
+    for column in keys.combine_chunks().columns:
+        before, after = column.slice(0, max(len(column) - 1, 0)), column.slice(1)
+        descending = pc.or_(descending, pc.and_(same, pc.greater(before, after)))
+        same = pc.and_(same, pc.equal(before, after))
+    return _count(descending), _count(same)

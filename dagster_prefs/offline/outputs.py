@@ -20,7 +20,7 @@ from pyiceberg.table import Table
 
 from dagster_prefs.offline.catalog import OfflineError, ensure_namespace, explained
 from dagster_prefs.offline.labels import TIME
-from dagster_prefs.offline.tables import TABLE_PROPERTIES, arrow_schema
+from dagster_prefs.offline.tables import PARQUET, TABLE_PROPERTIES, arrow_schema
 
 ROWS_PER_GROUP = 100_000
 # The property by which an erasure finds the tables of training sets.
@@ -75,7 +75,7 @@ def write_output(
             with (
                 pa.csv.CSVWriter(partial, rows.schema)
                 if is_csv
-                else pq.ParquetWriter(partial, rows.schema, compression="zstd")
+                else pq.ParquetWriter(partial, rows.schema, **PARQUET)
             ) as writer:
                 for batch in rows:
                     writer.write_batch(batch)
@@ -97,7 +97,7 @@ def replace_rows(table: Table, rows: Iterable[pa.RecordBatch], properties: Mappi
     try:
         with (
             table.io.new_output(path).create(overwrite=False) as sink,
-            pq.ParquetWriter(sink, schema, compression="zstd", store_schema=False) as writer,
+            pq.ParquetWriter(sink, schema, store_schema=False, **PARQUET) as writer,
         ):
             for batch in rows:
                 writer.write_batch(batch.cast(schema))

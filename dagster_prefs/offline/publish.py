@@ -24,7 +24,7 @@ from pyiceberg.table.snapshots import Snapshot, ancestors_of
 from dagster_prefs.offline.audit import AuditFailed, audit_day
 from dagster_prefs.offline.catalog import CatalogUnavailable
 from dagster_prefs.offline.duck import sort_batches
-from dagster_prefs.offline.tables import TileTable, arrow_schema, scan_day
+from dagster_prefs.offline.tables import PARQUET, TileTable, arrow_schema, scan_day
 
 # A row group is what a reader decodes at once, and as many rows as DuckDB gives at once; a file is what an object
 # store serves at once.
@@ -129,7 +129,7 @@ class _FileWriter:
             )
             self._paths.append(path)
             self._sink = self._table.io.new_output(path).create(overwrite=False)
-            self._parquet = pq.ParquetWriter(self._sink, self.schema, compression="zstd", store_schema=False)
+            self._parquet = pq.ParquetWriter(self._sink, self.schema, store_schema=False, **PARQUET)
         self._parquet.write_batch(group)
         if self._sink is not None and self._sink.tell() >= FILE_BYTES:
             self._finish_file()

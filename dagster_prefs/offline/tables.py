@@ -50,9 +50,20 @@ ICEBERG_TYPES: Mapping[str, IcebergType] = {
     "timestamptz": TimestamptzType(),
 }
 
+# Ids, times and minutes seldom repeat within a row group, and a dictionary of them costs more time and bytes than they
+# do: a column whose dictionary grows beyond this goes on without one.
+DICTIONARY_BYTES = 128 * 1024
+
+PARQUET: Mapping[str, Any] = {
+    "compression": "zstd",
+    "dictionary_pagesize_limit": DICTIONARY_BYTES,
+}
+
+# The same for whoever else writes to a table.
 TABLE_PROPERTIES = {
     "format-version": "2",
     "write.parquet.compression-codec": "zstd",
+    "write.parquet.dict-size-bytes": str(DICTIONARY_BYTES),
     "write.metadata.delete-after-commit.enabled": "true",
     "write.metadata.previous-versions-max": "20",
 }

@@ -7,11 +7,11 @@ import itertools
 import re
 from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import date, datetime
 from decimal import Decimal
-from typing import Any
+from typing import Any, cast
 
 import psycopg
 import pyarrow as pa
@@ -145,45 +145,68 @@ class TileSnapshot:
         per column does, and RisingWave knows COPY from 2.7 on only, where it makes NULL and an empty string the same.
         The engine does not sort: it would hold the day in memory, beside the streams that it serves.
         """
-        names = [column.name for column in self._spec.columns if column.name != self._spec.day]
+        fields = [schema.field(column.name) for column in self._spec.columns if column.name != self._spec.day]
         query = sql.SQL(
             "select concat_ws({tab}, {columns}) from {tile} where {day} = {value} and viewer_id >= 0"
         ).format(
             tab=sql.Literal("\t"),
-            columns=sql.SQL(", ").join(
-                sql.SQL("coalesce({}, {})").format(
-                    _as_text(sql.Identifier(name), schema.field(name).type), NULL
-                )
-                for name in names
-            ),
+            columns=sql.SQL(", ").join(map(_as_text, fields)),
             tile=self._relation(self._spec.tile),
             day=sql.Identifier(self._spec.day),
             value=sql.Literal(day),
         )
-        # Parsing, which needs no interpreter, runs beside the reading of the next lines.
-        with (
-            self._connection.cursor(row_factory=scalar_row) as cursor,
-            ThreadPoolExecutor(1, "tiles") as parser,
-        ):
-            lines = cursor.stream(query, size=LINES_FETCHED)
-            ahead: Future[pa.RecordBatch] | None = None
-            while text := "\n".join(itertools.islice(lines, LINES_PARSED)):
-                parsed, ahead = ahead, parser.submit(self._parse, text.encode(), names, day, schema)
-                if parsed:
-                    yield parsed.result()
-            if ahead:
-                yield ahead.result()
+        try:
+            # Parsing, which needs no interpreter, runs beside the reading of the next lines.
+            with (
+                self._connection.cursor(row_factory=scalar_row) as cursor,
+                closing(cast("Generator[str]", cursor.stream(query, size=LINES_FETCHED))) as lines,
+                ThreadPoolExecutor(1, "tiles") as parser,
+            ):
+                ahead: Future[pa.RecordBatch] | None = None
+                while text := "\n".join(itertools.islice(lines, LINES_PARSED)):
+                    parsed, ahead = ahead, parser.submit(self._parse, text.encode(), fields, day, schema)
+                    if parsed:
+                        yield parsed.result()
+                if ahead:
+                    yield ahead.result()
+        except pa.ArrowInvalid as error:
+            # Not as its cause: its text may be a viewer's row.
+            raise TilesUnreadable(self._defect(day, fields, error)) from None
+
+    def _defect(self, day: date, fields: list[pa.Field], error: pa.ArrowInvalid) -> str:
+        """What is wrong with a day's rows that did not parse; ends the snapshot."""
+        required = [field.name for field in fields if not field.nullable]
+        self._connection.execute("rollback")
+        counts = self._connection.execute(
+            sql.SQL("select {missing} from {tile} where {day} = %s and viewer_id >= 0").format(
+                missing=sql.SQL(", ").join(
+                    sql.SQL("count(*) - count({})").format(sql.Identifier(name)) for name in required
+                ),
+                tile=self._relation(self._spec.tile),
+                day=sql.Identifier(self._spec.day),
+            ),
+            [day],
+        ).fetchone()
+        missing = {name: count for name, count in zip(required, counts or (), strict=True) if count}
+        if missing:
+            what = ", ".join(f"{count} rows without {name}" for name, count in missing.items())
+            what += ", which the contract requires"
+        else:
+            what = f"a value that its training table cannot hold ({_first_line(error)})"
+        return f"{self._spec.tile} of {day} has {what}: mend the model, then export again"
 
     def _relation(self, name: str) -> sql.Identifier:
         return sql.Identifier(self._schema, name)
 
-    def _parse(self, text: bytes, names: list[str], day: date, schema: pa.Schema) -> pa.RecordBatch:
+    def _parse(self, lines: bytes, fields: list[pa.Field], day: date, schema: pa.Schema) -> pa.RecordBatch:
         parsed = pa.csv.read_csv(
-            pa.BufferReader(text),
-            read_options=pa.csv.ReadOptions(column_names=names, block_size=len(text) + 1, use_threads=False),
+            pa.BufferReader(lines),
+            read_options=pa.csv.ReadOptions(
+                column_names=[field.name for field in fields], block_size=len(lines) + 1, use_threads=False
+            ),
             parse_options=pa.csv.ParseOptions(delimiter="\t", quote_char=False, escape_char=False),
             convert_options=pa.csv.ConvertOptions(
-                column_types={name: schema.field(name).type for name in names},
+                column_types={field.name: field.type for field in fields},
                 null_values=["\\N"],
                 strings_can_be_null=True,
             ),
@@ -194,14 +217,7 @@ class TileSnapshot:
                 arrays.append(pa.repeat(pa.scalar(day, pa.date32()), parsed.num_rows))
                 continue
             values = parsed.column(field.name).chunk(0)
-            if pa.types.is_large_string(field.type):
-                values = _unescape(values)
-            if values.null_count and not field.nullable:
-                raise TilesUnreadable(
-                    f"{self._spec.tile} of {day} has {values.null_count} rows without {field.name}, which "
-                    "the contract requires: mend the model, then export again"
-                )
-            arrays.append(values)
+            arrays.append(_unescape(values) if pa.types.is_large_string(field.type) else values)
         return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
@@ -256,12 +272,14 @@ def _plain(value: Decimal) -> str:
     return f"{value.normalize():f}"
 
 
-def _as_text(column: sql.Identifier, kind: pa.DataType) -> sql.Composed:
-    text = sql.SQL("{}::text").format(column)
-    if pa.types.is_large_string(kind):
+def _as_text(field: pa.Field) -> sql.Composable:
+    value: sql.Composable = sql.Identifier(field.name)
+    if pa.types.is_large_string(field.type):
         for character, escape in ESCAPES.items():
-            text = sql.SQL("replace({}, {}, {})").format(text, sql.Literal(character), sql.Literal(escape))
-    return text
+            value = sql.SQL("replace({}, {}, {})").format(value, sql.Literal(character), sql.Literal(escape))
+    # A row without a required value becomes a line of too few fields, which does not parse. Casts cost the engine as
+    # much as half of its reading does, so only where coalesce needs one.
+    return sql.SQL("coalesce({}::text, {})").format(value, NULL) if field.nullable else value
 
 
 def _unescape(values: pa.Array) -> pa.Array:

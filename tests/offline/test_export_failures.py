@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import threading
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -25,7 +26,7 @@ from pyiceberg.types import LongType, StringType
 
 from dagster_prefs.engine.connection import EngineConnection, EngineUnavailable
 from dagster_prefs.offline import export, publish
-from dagster_prefs.offline.audit import AuditFailed
+from dagster_prefs.offline.audit import AuditFailed, row_findings
 from dagster_prefs.offline.catalog import (
     CatalogCorrupted,
     CatalogUnavailable,
@@ -34,10 +35,10 @@ from dagster_prefs.offline.catalog import (
     open_catalog,
 )
 from dagster_prefs.offline.export import export_day
-from dagster_prefs.offline.tables import WATCH, Column, SchemaChangeRefused, ensure_table
+from dagster_prefs.offline.tables import GENRE, WATCH, Column, SchemaChangeRefused, ensure_table
 from dagster_prefs.offline.tiles import TilesUnreadable
 
-from .conftest import DAY, Tiles, table_rows, watch
+from .conftest import DAY, Tiles, genre, table_rows, watch
 
 OLD = [watch(1, DAY, 100), watch(2, DAY, 200)]
 NEW = [*OLD, watch(3, DAY, 300)]
@@ -212,10 +213,42 @@ def test_a_failed_audit_keeps_the_branch_and_says_why(
 
 
 def test_a_null_in_a_required_column_is_named(exported: Tiles, catalog: Catalog) -> None:
-    exported.add(WATCH, [(4, DAY, 5, Decimal(1), None, 1, 1, 1, watch(4, DAY, 5)[-1])])
-    with pytest.raises(TilesUnreadable, match="1 rows without views"):
+    exported.add(WATCH, [(987654321, DAY, 5, Decimal(1), None, 1, 1, 1, watch(4, DAY, 5)[-1])])
+    with pytest.raises(TilesUnreadable, match="1 rows without views, which the contract requires") as caught:
+        export_day(exported.engine, catalog, WATCH, DAY)
+    # Logs are kept longer than viewers are.
+    assert "987654321" not in "".join(traceback.format_exception(caught.value))
+    assert table_rows(catalog, WATCH) == OLD
+
+
+def test_a_value_that_the_table_cannot_hold_is_named(exported: Tiles, catalog: Catalog) -> None:
+    row = list(watch(4, DAY, 5))
+    row[3] = Decimal("0.1234567")
+    exported.add(WATCH, [tuple(row)])
+    with pytest.raises(TilesUnreadable, match=r"cannot hold .*decimal128\(28, 6\).*mend the model"):
         export_day(exported.engine, catalog, WATCH, DAY)
     assert table_rows(catalog, WATCH) == OLD
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ([(1, "a"), (1, "b"), (2, "a"), (2, "b")], []),
+        ([(1, "a"), (1, "a"), (2, "a"), (2, "a")], ["keys repeated: 2 rows"]),
+        ([(2, "a"), (1, "z"), (1, "b"), (3, "a")], ["keys out of order: 2 rows"]),
+        ([(1, "b"), (2, "a"), (2, "a"), (1, "c")], ["keys out of order: 1 rows", "keys repeated: 1 rows"]),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_order_and_repeats_are_seen_across_batches(
+    catalog: Catalog, keys: list[tuple[int, str]], expected: list[str], size: int
+) -> None:
+    table = ensure_table(catalog, "training", GENRE)
+    names = [column.name for column in GENRE.columns]
+    rows = [dict(zip(names, genre(viewer, DAY, name, 60), strict=True)) for viewer, name in keys]
+    batches = pa.Table.from_pylist(rows, GENRE.arrow_schema).to_batches(size)
+    totals = {name: sum(Decimal(row[name]) for row in rows) for name in GENRE.totals}
+    assert sorted(row_findings(batches, table, GENRE, DAY, len(rows), totals)) == expected
 
 
 def test_rows_altered_on_their_way_fail_the_audit(
