@@ -35,6 +35,8 @@ NULL = sql.Literal("\\N")
 # The backslash first, or it would escape the others' own.
 ESCAPES = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
 _ESCAPED = {escape: character for character, escape in ESCAPES.items()}
+# How Arrow begins: the number of the column and that of the row in what it was given.
+_CONVERSION = re.compile(r"In CSV column #(\d+): (?:Row #\d+: )?(.*)")
 _ESCAPE = re.compile(r"\\.")
 
 
@@ -192,7 +194,11 @@ class TileSnapshot:
             what = ", ".join(f"{count} rows without {name}" for name, count in missing.items())
             what += ", which the contract requires"
         else:
-            what = f"a value that its training table cannot hold ({_first_line(error)})"
+            found = _CONVERSION.match(_first_line(error))
+            where, reason = (
+                (fields[int(found[1])].name, found[2]) if found else ("a column", _first_line(error))
+            )
+            what = f"a value of {where} that its training table cannot hold ({reason})"
         return f"{self._spec.tile} of {day} has {what}: mend the model, then export again"
 
     def _relation(self, name: str) -> sql.Identifier:
