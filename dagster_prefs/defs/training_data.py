@@ -9,7 +9,7 @@ import dagster as dg
 from dagster_prefs.defs.resources import Platform
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.offline.catalog import TableMissing
-from dagster_prefs.offline.maintenance import maintain
+from dagster_prefs.offline.maintenance import maintain, maintain_training_sets
 from dagster_prefs.offline.parity import AttributeParity, Difference, ParityReport, check_parity, served_items
 from dagster_prefs.offline.tables import TILE_TABLES
 from dagster_prefs.offline.training_set import build_training_set
@@ -114,25 +114,31 @@ def maintained(platform: Platform, tables: Mapping[str, dg.AssetKey], clock: Clo
         group_name="offline_store",
         kinds={"iceberg"},
         owners=[platform.contract.owner],
-        description=f"Snapshots older than {days} days expire, small files of a day become one, files that nothing "
-        "names are deleted. What a tag points at stays.",
+        description=f"Snapshots of training tables and sets older than {days} days expire, small files of a day become "
+        "one, files that nothing names are deleted. What a tag points at stays.",
     )
     def maintenance(context: dg.AssetExecutionContext) -> dg.MaterializeResult[Any]:
         catalog = platform.catalog()
-        numbers = dict.fromkeys(("snapshots_expired", "days_compacted", "files_removed", "bytes_freed"), 0)
+        told: dict[str, Any] = {
+            "now": clock(),
+            "keep_snapshots": timedelta(days=days),
+            "namespace": platform.settings.iceberg_namespace,
+        }
+        reports = []
         for spec in TILE_TABLES.values():
             try:
-                report = maintain(
-                    catalog,
-                    spec,
-                    now=clock(),
-                    keep_snapshots=timedelta(days=days),
-                    namespace=platform.settings.iceberg_namespace,
-                    compact=platform.settings.export == "platform",
+                reports.append(
+                    maintain(catalog, spec, compact=platform.settings.export == "platform", **told)
                 )
             except TableMissing as error:
                 context.log.info(f"nothing to keep up yet: {error}")
-                continue
+        try:
+            reports += maintain_training_sets(catalog, **told)
+        except NotImplementedError as error:
+            # Not every REST catalog lists tables.
+            context.log.warning(f"tables of training sets keep their snapshots: {error}")
+        numbers = dict.fromkeys(("snapshots_expired", "days_compacted", "files_removed", "bytes_freed"), 0)
+        for report in reports:
             context.log.info(
                 f"{report.table}: {report.snapshots_expired} snapshots expired, "
                 f"{len(report.days_compacted)} days compacted, {report.files_removed} files removed "

@@ -6,6 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+import psycopg
+
+from dagster_prefs.engine.catalog import missing_relation
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.online.contract import Freshness
 
@@ -19,6 +22,18 @@ Stage = Literal["ingestion", "views", "online", "offline", "canary"]
 
 class Unmeasurable(PrefsError):
     """A reading could not be taken; the message says why and what to do."""
+
+
+def unreadable(what: str, error: psycopg.Error) -> Unmeasurable:
+    """Why the engine did not answer about `what`: it lacks a relation or column, or it failed."""
+    missing = missing_relation(error)
+    if isinstance(error, psycopg.errors.UndefinedColumn):
+        missing = error.diag.message_primary
+    if missing:
+        return Unmeasurable(f"{what}: {missing}: run `dbt build` first")
+    return Unmeasurable(
+        f"{what}: the engine failed while reading ({' '.join(str(error).split())}): look at its log and run again"
+    )
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import psycopg
 from psycopg import sql
 
-from dagster_prefs.engine.catalog import missing_relation
 from dagster_prefs.engine.connection import EngineConnection
-from dagster_prefs.freshness.levels import Unmeasurable
+from dagster_prefs.freshness.levels import Unmeasurable, unreadable
 from dagster_prefs.online.access import ItemAccess, StoreUnavailable
 from dagster_prefs.online.contract import LAST_EVENT_AT, Contract, Domain
 from dagster_prefs.online.items import plain
@@ -133,12 +132,7 @@ def online_lag(
                 sample, count_rows, wait
             )
         except psycopg.Error as error:
-            if missing := missing_relation(error):
-                raise Unmeasurable(f"domain {domain.name}: {missing}: run `dbt build` first") from None
-            raise Unmeasurable(
-                f"domain {domain.name}: the engine failed while reading ({' '.join(str(error).split())}): "
-                "look at its log and run again"
-            ) from error
+            raise unreadable(f"domain {domain.name}", error) from error
         except StoreUnavailable as error:
             raise Unmeasurable(f"domain {domain.name}: {error}") from None
 

@@ -9,10 +9,9 @@ from typing import Any, Literal
 import psycopg
 from psycopg import IsolationLevel, sql
 
-from dagster_prefs.engine.catalog import missing_relation
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.events.formats import find_topic
-from dagster_prefs.freshness.levels import Unmeasurable
+from dagster_prefs.freshness.levels import unreadable
 
 # Every rolling window spans at least this long, so newer tiles must be in it.
 SURE_WINDOW = timedelta(days=7)
@@ -142,17 +141,8 @@ def view_lag(
             if isinstance(relation, Typed):
                 return _typed_lag(connection, engine, relation, now)
             return _view_lag(connection, engine, relation, now)
-    except psycopg.errors.UndefinedColumn as error:
-        raise Unmeasurable(
-            f"{relation.relation}: {error.diag.message_primary}: run `dbt build` first"
-        ) from None
     except psycopg.Error as error:
-        if missing := missing_relation(error):
-            raise Unmeasurable(f"{relation.relation}: {missing}: run `dbt build` first") from None
-        raise Unmeasurable(
-            f"{relation.relation}: the engine failed while reading ({' '.join(str(error).split())}): "
-            "look at its log and run again"
-        ) from error
+        raise unreadable(relation.relation, error) from error
 
 
 def _typed_lag(

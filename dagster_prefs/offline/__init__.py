@@ -5,6 +5,7 @@
 - `export.export_day(engine, catalog, spec, day)` makes one day current, or says that it already was;
   `export.stale_days` says which days differ. Where RisingWave's sinks write, `verify.verify_day` compares and tags.
 - `maintenance.maintain(catalog, spec, now=, keep_snapshots=)` expires, compacts and tidies; tags stay.
+  `maintenance.maintain_training_sets` does so with the tables of training sets.
 - `forget.ViewerInTiles` and `forget.ViewerInTrainingSet` take one viewer out of a table, its history and its files.
 - `training_set.build_training_set(catalog, labels, output, now=, contract_version=)` joins labels with what was
   known at their time; `training_set.reproduce_training_set(catalog, manifest, output)` does so again.

@@ -1,4 +1,4 @@
-"""Upkeep of the training tables: abandoned branches, small files, old snapshots, unreferenced files.
+"""Upkeep of the training tables and sets: abandoned branches, small files, old snapshots, unreferenced files.
 
 Nothing that a tag or the current state needs is touched, and everything may be run again at any time, beside
 running exports too: what is younger than `grace` may belong to one of them and stays.
@@ -23,6 +23,7 @@ from pyiceberg.table import Table
 
 from dagster_prefs.offline.catalog import explained
 from dagster_prefs.offline.export import DEFAULT_NAMESPACE, ExportConflict
+from dagster_prefs.offline.outputs import is_training_set
 from dagster_prefs.offline.publish import (
     ATTEMPTS,
     BRANCH_PREFIX,
@@ -74,9 +75,43 @@ def maintain(
         table = catalog.load_table(spec.identifier(namespace))
         branches = _remove_branches(table, now - keep_snapshots)
         compacted = _compact(table, spec) if compact else ()
-        expired = expire(table, partial(_older, before=now - keep_snapshots))
-        files, size = _remove_orphans(table, now - grace)
-    return MaintenanceReport(name, branches, compacted, expired, files, size)
+        return _without_history(table, now, keep_snapshots, grace, branches, compacted)
+
+
+def maintain_training_sets(
+    catalog: Catalog,
+    *,
+    now: datetime,
+    keep_snapshots: timedelta,
+    grace: timedelta = timedelta(days=1),
+    namespace: str = DEFAULT_NAMESPACE,
+) -> list[MaintenanceReport]:
+    """Tidy the tables of training sets in the namespace: old snapshots and unreferenced files go, as in `maintain`.
+
+    Raises ExportConflict, or another OfflineError, for the first table that cannot be tidied.
+    """
+    with explained(f"the Iceberg namespace {namespace}"):
+        names = sorted(catalog.list_tables(namespace)) if catalog.namespace_exists(namespace) else []
+    reports = []
+    for identifier in names:
+        with explained(f"the table {'.'.join(identifier)}"):
+            table = catalog.load_table(identifier)
+            if is_training_set(table):
+                reports.append(_without_history(table, now, keep_snapshots, grace))
+    return reports
+
+
+def _without_history(
+    table: Table,
+    now: datetime,
+    keep_snapshots: timedelta,
+    grace: timedelta,
+    branches: tuple[str, ...] = (),
+    compacted: tuple[date, ...] = (),
+) -> MaintenanceReport:
+    expired = expire(table, partial(_older, before=now - keep_snapshots))
+    files, size = _remove_orphans(table, now - grace)
+    return MaintenanceReport(".".join(table.name()), branches, compacted, expired, files, size)
 
 
 def _remove_branches(table: Table, before: datetime) -> tuple[str, ...]:

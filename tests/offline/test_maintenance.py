@@ -4,13 +4,15 @@ import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from pyiceberg.catalog import Catalog
 
 from dagster_prefs.offline.audit import AuditFailed
 from dagster_prefs.offline.catalog import TableMissing
 from dagster_prefs.offline.export import export_day
-from dagster_prefs.offline.maintenance import maintain
+from dagster_prefs.offline.maintenance import maintain, maintain_training_sets
+from dagster_prefs.offline.outputs import replace_rows
 from dagster_prefs.offline.tables import WATCH, TileTable
 
 from .conftest import DAY, Tiles, some_rows, table_rows, watch
@@ -96,6 +98,38 @@ def test_small_files_of_a_day_become_one(
     done = export_day(tiles.engine, catalog, spec, DAY)
     assert (done.status, done.files) == ("unchanged", 1)
     assert maintain(catalog, spec, now=datetime.now(UTC), keep_snapshots=KEEP).days_compacted == ()
+
+
+def test_training_sets_lose_their_history_and_tables_of_others_keep_it(
+    tiles: Tiles, catalog: Catalog, warehouse: Path
+) -> None:
+    catalog.create_namespace("training")
+    rows = [pa.table({"viewer_id": [1, 2], "clicked": [0, run]}) for run in range(3)]
+    ours, theirs = (catalog.create_table(f"training.{name}", rows[0].schema) for name in ("ours", "theirs"))
+    for found in rows:
+        replace_rows(ours, found.to_batches(), {})
+        ours = catalog.load_table("training.ours")
+        theirs.overwrite(found)
+    tiles.add(WATCH, [watch(1, DAY, 100)])
+    export_day(tiles.engine, catalog, WATCH, DAY)
+    kept = files(warehouse)
+    assert [
+        (report.snapshots_expired, report.files_removed)
+        for report in maintain_training_sets(catalog, now=datetime.now(UTC), keep_snapshots=KEEP)
+    ] == [(0, 0)]
+    assert files(warehouse) == kept
+
+    [report] = maintain_training_sets(catalog, now=later(), keep_snapshots=KEEP)
+    assert (report.table, report.snapshots_expired) == ("training.ours", 2)
+    assert catalog.load_table("training.ours").scan().to_arrow().to_pylist() == rows[2].to_pylist()
+    assert len(list((warehouse / "training" / "ours").rglob("*.parquet"))) == 1
+    assert len(catalog.load_table("training.theirs").snapshots()) == len(theirs.snapshots()) > 2
+    [again] = maintain_training_sets(catalog, now=later(), keep_snapshots=KEEP)
+    assert (again.snapshots_expired, again.files_removed) == (0, 0)
+
+
+def test_a_catalog_without_the_namespace_has_no_training_sets(catalog: Catalog) -> None:
+    assert maintain_training_sets(catalog, now=later(), keep_snapshots=KEEP) == []
 
 
 def test_a_table_that_is_not_there(catalog: Catalog) -> None:
