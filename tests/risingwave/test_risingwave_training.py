@@ -429,7 +429,10 @@ def test_what_risingwaves_own_sink_writes_is_verified(
             assert given in statement
             statement = statement.replace(given, wanted)
         names = ", ".join(column.name for column in WATCH.columns)
-        due = sorted(connection.execute(f"select {names} from {WATCH.tile} where viewer_id >= 0").fetchall())
+
+        def due() -> list[tuple[Any, ...]]:
+            found = connection.execute(f"select {names} from {WATCH.tile} where viewer_id >= 0")
+            return sorted(found.fetchall())
 
         def written() -> list[tuple[Any, ...]]:
             branch = table.refresh().snapshot_by_name(SINK_BRANCH)
@@ -440,13 +443,19 @@ def test_what_risingwaves_own_sink_writes_is_verified(
 
         try:
             connection.execute(statement)
-            until(lambda: written() == due != [], written)
+            until(lambda: written() == due() != [], written)
+            # The sink refuses its first commit under another schema than it began with, and must not lose it.
+            with table.update_schema() as change:
+                change.update_column("views", doc="another description")
+            before = due()
+            world.send("view_events", world.view(VIEWERS[0], 2))
+            until(lambda: written() == due() != before, written)
             # A sink that is there keeps its branch.
             platform.prepare_training_tables()
             branch = table.refresh().snapshot_by_name(SINK_BRANCH)
             assert branch is not None
             table.manage_snapshots().set_current_snapshot(snapshot_id=branch.snapshot_id).commit()
-            for day in {row[1] for row in due}:
+            for day in {row[1] for row in due()}:
                 report = verify_day(
                     platform.engine, platform.catalog(), WATCH, day, keep_tag=timedelta(days=1)
                 )
