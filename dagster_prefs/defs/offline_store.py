@@ -11,7 +11,7 @@ from pyiceberg.catalog import Catalog
 from dagster_prefs.defs.resources import TRAINING_TABLES_KEY, Platform
 from dagster_prefs.defs.training_data import jobs_of, maintained, parity_check, training_set_asset
 from dagster_prefs.errors import PrefsError
-from dagster_prefs.offline.export import export_day, stale_days
+from dagster_prefs.offline.export import export_day, exported_days, stale_days
 from dagster_prefs.offline.launches import TableDay, due, dump_launches, load_launches
 from dagster_prefs.offline.tables import TILE_TABLES, TileTable
 from dagster_prefs.offline.verify import sink_of, verify_day
@@ -77,9 +77,8 @@ def _stale(platform: Platform) -> dict[TableDay, str]:
         for spec in TILE_TABLES.values()
         for day, token in stale_days(
             platform.engine,
-            catalog,
             spec,
-            namespace=platform.settings.iceberg_namespace,
+            exported_days(catalog, spec, namespace=platform.settings.iceberg_namespace),
             by_sink=platform.settings.export == "sink",
         ).items()
         if day.isoformat() in partitions

@@ -7,7 +7,7 @@ from datetime import UTC, date, datetime, time, timedelta
 from typing import TYPE_CHECKING
 
 from dagster_prefs.engine.connection import EngineConnection
-from dagster_prefs.offline.export import exported_fingerprints, stale_days
+from dagster_prefs.offline.export import exported_days, stale_days
 from dagster_prefs.offline.tables import TileTable
 
 if TYPE_CHECKING:
@@ -48,8 +48,8 @@ def offline_lag(
     Raises OfflineError for the catalog or tiles that cannot be read, EngineUnavailable for the engine.
     """
     today = now.astimezone(UTC).date()
-    exported = exported_fingerprints(catalog, spec, namespace=namespace)
-    stale = stale_days(engine, catalog, spec, namespace=namespace, until=today, by_sink=by_sink)
+    exported = exported_days(catalog, spec, namespace=namespace)
+    stale = stale_days(engine, spec, exported, until=today, by_sink=by_sink)
     needed = [day for day in stale if day >= start]
     missing = tuple(day for day in needed if day not in exported)
     lag = 0.0

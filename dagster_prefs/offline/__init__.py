@@ -3,7 +3,8 @@
 - `catalog.open_catalog(kind, warehouse, uri=, credential=, region=, endpoint_url=)` opens SQLite, Glue or REST.
 - `tables.TILE_TABLES` maps a table's name to its `TileTable` (`WATCH`, `GENRE`, `INTERACTIONS`).
 - `export.export_day(engine, catalog, spec, day)` makes one day current, or says that it already was;
-  `export.stale_days` says which days differ. Where RisingWave's sinks write, `verify.verify_day` compares and tags.
+  `export.exported_days` says what a table holds, `export.stale_days` which days differ. Where RisingWave's sinks
+  write, `verify.verify_day` compares and tags.
 - `maintenance.maintain(catalog, spec, now=, keep_snapshots=)` expires, compacts and tidies; tags stay.
   `maintenance.maintain_training_sets` does so with the tables of training sets.
 - `forget.ViewerInTiles` and `forget.ViewerInTrainingSet` take one viewer out of a table, its history and its files.

@@ -140,56 +140,21 @@ def export_day(
     )
 
 
-def stale_days(
-    engine: EngineConnection,
-    catalog: Catalog,
-    spec: TileTable,
-    *,
-    namespace: str = DEFAULT_NAMESPACE,
-    until: date | None = None,
-    by_sink: bool = False,
-) -> dict[date, str]:
-    """Day → fingerprint token in the engine, of days that the table lacks or holds in another version.
+@dataclass(frozen=True)
+class ExportedDay:
+    """What a table holds of one day: `rows`, and the `token` of their fingerprint, None where nothing tells it."""
 
-    Oldest first. Days from `until` on are left out, and so are days of which the engine holds fewer rows than
-    the table, because they are leaving its retention. Where a sink writes the table (`by_sink`), such a surplus
-    is its mistake and stale, even after the day was verified; a day that was never verified and that the engine
-    has nothing of has the token "". Creates nothing; a table that does not exist holds nothing.
-    """
-    with tile_snapshot(engine, spec) as tiles:
-        wanted = tiles.fingerprints()
-    held = _exported(catalog, spec, namespace)
-    nothing = (None, 0)
-    stale = {day for day, found in wanted.items() if held.get(day, nothing)[0] != found.token}
-    surplus = {day for day, found in wanted.items() if held.get(day, nothing)[1] > found.row_count}
-    if by_sink:
-        stale |= surplus | {day for day, (token, _) in held.items() if token is None and day not in wanted}
-    else:
-        stale -= surplus
-    return {
-        day: wanted[day].token if day in wanted else ""
-        for day in sorted(stale)
-        if until is None or day < until
-    }
+    token: str | None
+    rows: int
 
 
-def exported_fingerprints(
+def exported_days(
     catalog: Catalog, spec: TileTable, *, namespace: str = DEFAULT_NAMESPACE
-) -> dict[date, str | None]:
-    """Day → fingerprint token of every day the table holds; None where neither its files nor a tag tell one.
+) -> dict[date, ExportedDay]:
+    """Every day that the table holds; none where there is no table.
 
-    Files of our own carry it in their names; days that a sink wrote carry it in the tag of their verification.
+    Files of our own carry the token in their names; days that a sink wrote carry it in the tag of their verification.
     """
-    return {day: token for day, (token, _) in _exported(catalog, spec, namespace).items()}
-
-
-def verified_tag(day: date, token: str) -> str:
-    """Name of the tag that says: in this snapshot the day was exactly what this fingerprint stands for."""
-    return f"{VERIFIED_PREFIX}{day.isoformat()}-{token}"
-
-
-def _exported(catalog: Catalog, spec: TileTable, namespace: str) -> dict[date, tuple[str | None, int]]:
-    """Day → token, as `exported_fingerprints` has it, and rows of every day the table holds."""
     with explained(f"the table {namespace}.{spec.name}"):
         try:
             table = catalog.load_table(spec.identifier(namespace))
@@ -201,12 +166,48 @@ def _exported(catalog: Catalog, spec: TileTable, namespace: str) -> dict[date, t
     tags = [name.removeprefix(VERIFIED_PREFIX) for name in table.refs() if name.startswith(VERIFIED_PREFIX)]
     verified = {date.fromisoformat(tag[:10]): tag[11:] for tag in tags}
     return {
-        day: (
+        day: ExportedDay(
             only({token_of(file) for file in found}) or verified.get(day),
             sum(file.record_count for file in found),
         )
         for day, found in files.items()
     }
+
+
+def stale_days(
+    engine: EngineConnection,
+    spec: TileTable,
+    exported: Mapping[date, ExportedDay],
+    *,
+    until: date | None = None,
+    by_sink: bool = False,
+) -> dict[date, str]:
+    """Day → fingerprint token in the engine, of days that `exported` lacks or has in another version.
+
+    Oldest first. Days from `until` on are left out, and so are days of which the engine holds fewer rows than
+    the table, because they are leaving its retention. Where a sink writes the table (`by_sink`), such a surplus
+    is its mistake and stale, even after the day was verified; a day that was never verified and that the engine
+    has nothing of has the token "".
+    """
+    with tile_snapshot(engine, spec) as tiles:
+        wanted = tiles.fingerprints()
+    nothing = ExportedDay(None, 0)
+    stale = {day for day, found in wanted.items() if exported.get(day, nothing).token != found.token}
+    surplus = {day for day, found in wanted.items() if exported.get(day, nothing).rows > found.row_count}
+    if by_sink:
+        stale |= surplus | {day for day, held in exported.items() if held.token is None and day not in wanted}
+    else:
+        stale -= surplus
+    return {
+        day: wanted[day].token if day in wanted else ""
+        for day in sorted(stale)
+        if until is None or day < until
+    }
+
+
+def verified_tag(day: date, token: str) -> str:
+    """Name of the tag that says: in this snapshot the day was exactly what this fingerprint stands for."""
+    return f"{VERIFIED_PREFIX}{day.isoformat()}-{token}"
 
 
 def _attempt(

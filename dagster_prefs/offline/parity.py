@@ -21,7 +21,7 @@ from pyiceberg.table import Table
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.offline.catalog import explained
 from dagster_prefs.offline.duck import JOINING, duck_session
-from dagster_prefs.offline.export import DEFAULT_NAMESPACE, exported_fingerprints
+from dagster_prefs.offline.export import DEFAULT_NAMESPACE, exported_days
 from dagster_prefs.offline.publish import day_of, read_file
 from dagster_prefs.offline.tables import VIEWER, TileTable
 from dagster_prefs.offline.tiles import tile_snapshot
@@ -177,7 +177,8 @@ def _load(
     threshold: int,
 ) -> tuple[date, ...]:
     """Make the table of one tile for the sampled viewers; returns the days that came from the engine."""
-    held = exported_fingerprints(catalog, spec, namespace=namespace)
+    exported = exported_days(catalog, spec, namespace=namespace)
+    held = {day: found.token for day, found in exported.items()}
     with explained(f"the table {namespace}.{spec.name}"), tile_snapshot(engine, spec) as tiles:
         current = tiles.fingerprints()
         stale = tuple(

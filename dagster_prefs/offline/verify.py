@@ -23,8 +23,8 @@ from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.offline.audit import AuditFailed, row_findings
 from dagster_prefs.offline.catalog import OfflineError, explained
 from dagster_prefs.offline.duck import SORTING, duck_session, registered
-from dagster_prefs.offline.export import DEFAULT_NAMESPACE, ExportConflict, verified_tag
-from dagster_prefs.offline.publish import day_of, read_file
+from dagster_prefs.offline.export import DEFAULT_NAMESPACE, ExportConflict, exported_days, verified_tag
+from dagster_prefs.offline.publish import read_file
 from dagster_prefs.offline.tables import TileTable, arrow_schema, ensure_table, scan_day
 from dagster_prefs.offline.tiles import tile_snapshot
 
@@ -84,22 +84,20 @@ def prepare_for_sink(
     name = f"{namespace}.{spec.name}"
     if there:
         return table
-    with explained(f"the table {name}"):
-        held: dict[date, int] = {}
-        for task in table.scan().plan_files():
-            held[day_of(task.file)] = held.get(day_of(task.file), 0) + task.file.record_count
-        if held:
-            with tile_snapshot(engine, spec) as tiles:
-                current = tiles.fingerprints()
-            at_risk = sorted(
-                day for day, rows in held.items() if day not in current or current[day].row_count < rows
+    held = exported_days(catalog, spec, namespace=namespace)
+    if held:
+        with tile_snapshot(engine, spec) as tiles:
+            current = tiles.fingerprints()
+        at_risk = sorted(
+            day for day, found in held.items() if day not in current or current[day].row_count < found.rows
+        )
+        if at_risk:
+            raise DaysAtRisk(
+                f"{name} holds {len(at_risk)} days, the first {at_risk[0]} and the last {at_risk[-1]}, that the "
+                "engine no longer has in full, and RisingWave's sink would take them out of the table: set "
+                "PREFS_ICEBERG_NAMESPACE to another one for the sinks, or keep PREFS_EXPORT=platform"
             )
-            if at_risk:
-                raise DaysAtRisk(
-                    f"{name} holds {len(at_risk)} days, the first {at_risk[0]} and the last {at_risk[-1]}, that the "
-                    "engine no longer has in full, and RisingWave's sink would take them out of the table: set "
-                    "PREFS_ICEBERG_NAMESPACE to another one for the sinks, or keep PREFS_EXPORT=platform"
-                )
+    with explained(f"the table {name}"):
         if SINK_BRANCH in table.refs():
             table.manage_snapshots().remove_branch(SINK_BRANCH).commit()
     return table

@@ -25,7 +25,7 @@ from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.erasure import ErasureReport, Stores, erase
 from dagster_prefs.events.redaction import Subject
 from dagster_prefs.offline.catalog import open_catalog
-from dagster_prefs.offline.export import export_day, stale_days
+from dagster_prefs.offline.export import export_day, exported_days, stale_days
 from dagster_prefs.offline.tables import TILE_TABLES, TileTable
 from dagster_prefs.online.contract import load_contract
 from dagster_prefs.online.publisher import publish_domain
@@ -197,7 +197,7 @@ class World:
         return [
             (spec.name, day, export_day(self.engine, self.catalog, spec, day).status)
             for spec in TILE_TABLES.values()
-            for day in stale_days(self.engine, self.catalog, spec)
+            for day in stale_days(self.engine, spec, exported_days(self.catalog, spec))
         ]
 
     def stores(self, **changes: Any) -> Stores:

@@ -20,7 +20,7 @@ from dagster_prefs.freshness.levels import Measure
 from dagster_prefs.freshness.measures import measure_offline, measure_online, measure_views
 from dagster_prefs.local.services import LocalServices
 from dagster_prefs.offline.catalog import open_catalog
-from dagster_prefs.offline.export import export_day, stale_days
+from dagster_prefs.offline.export import export_day, exported_days, stale_days
 from dagster_prefs.offline.tables import TILE_TABLES
 from dagster_prefs.online.contract import Contract, load_contract
 from dagster_prefs.online.publisher import publish_domain
@@ -137,7 +137,9 @@ class World:
 
     def export(self) -> None:
         for spec in TILE_TABLES.values():
-            for day in stale_days(self.engine, self.catalog, spec, namespace=NAMESPACE, until=self.today):
+            for day in stale_days(
+                self.engine, spec, exported_days(self.catalog, spec, namespace=NAMESPACE), until=self.today
+            ):
                 export_day(self.engine, self.catalog, spec, day, namespace=NAMESPACE)
 
     @property

@@ -12,7 +12,7 @@ import pytest
 from pyiceberg.catalog import Catalog
 
 from dagster_prefs.offline.catalog import CatalogCorrupted
-from dagster_prefs.offline.export import export_day, stale_days
+from dagster_prefs.offline.export import export_day, exported_days, stale_days
 from dagster_prefs.offline.forget import ViewerInTiles
 from dagster_prefs.offline.maintenance import maintain
 from dagster_prefs.offline.tables import WATCH, ErasedViewer
@@ -66,7 +66,7 @@ def test_a_damaged_file(
     }
     if file is not data:
         readers |= {
-            "staleness": lambda: stale_days(tiles.engine, catalog, WATCH),
+            "staleness": lambda: stale_days(tiles.engine, WATCH, exported_days(catalog, WATCH)),
             "upkeep": lambda: maintain(catalog, WATCH, now=datetime.now(UTC), keep_snapshots=KEEP),
             "erasure": lambda: ViewerInTiles(catalog, WATCH, ErasedViewer(1, NOW), tiles.engine).holding(),
         }

@@ -5,7 +5,7 @@ from datetime import date, timedelta
 import pytest
 from pyiceberg.catalog import Catalog
 
-from dagster_prefs.offline.export import export_day, exported_fingerprints, stale_days
+from dagster_prefs.offline.export import ExportedDay, export_day, exported_days, stale_days
 from dagster_prefs.offline.tables import WATCH, TileTable
 from dagster_prefs.offline.tiles import TilesUnreadable
 
@@ -48,14 +48,14 @@ def test_a_late_event_brings_back_only_its_own_day(tiles: Tiles, catalog: Catalo
     days = [DAY, NEXT, NEXT + timedelta(days=1)]
     for day in days:
         tiles.add(spec, some_rows(spec, day))
-    assert list(stale_days(tiles.engine, catalog, spec)) == days
-    assert list(stale_days(tiles.engine, catalog, spec, until=NEXT)) == [DAY]
+    assert list(stale_days(tiles.engine, spec, exported_days(catalog, spec))) == days
+    assert list(stale_days(tiles.engine, spec, exported_days(catalog, spec), until=NEXT)) == [DAY]
     assert [export_day(tiles.engine, catalog, spec, day).status for day in days] == ["written"] * 3
-    assert list(stale_days(tiles.engine, catalog, spec)) == []
+    assert list(stale_days(tiles.engine, spec, exported_days(catalog, spec))) == []
     before = table_rows(catalog, spec)
 
     tiles.add(spec, some_rows(spec, NEXT, viewers=1, offset=900))
-    assert list(stale_days(tiles.engine, catalog, spec)) == [NEXT]
+    assert list(stale_days(tiles.engine, spec, exported_days(catalog, spec))) == [NEXT]
     statuses = [export_day(tiles.engine, catalog, spec, day).status for day in days]
     assert statuses == ["unchanged", "written", "unchanged"]
     assert table_rows(catalog, spec) == sorted(before + some_rows(spec, NEXT, viewers=1, offset=900))
@@ -70,7 +70,7 @@ def test_what_left_the_engine_stays_in_the_table(tiles: Tiles, catalog: Catalog,
     report = export_day(tiles.engine, catalog, spec, DAY)
     assert (report.status, report.rows) == ("retained", len(rows))
     assert "the engine holds" in report.reason
-    assert list(stale_days(tiles.engine, catalog, spec)) == []
+    assert list(stale_days(tiles.engine, spec, exported_days(catalog, spec))) == []
 
     tiles.delete(spec, DAY)
     assert export_day(tiles.engine, catalog, spec, DAY).status == "retained"
@@ -101,10 +101,10 @@ def test_fingerprints_survive_expiry_and_follow_a_rollback(tiles: Tiles, catalog
     old = export_day(tiles.engine, catalog, WATCH, DAY)
     tiles.add(WATCH, [watch(2, DAY, 5)])
     new = export_day(tiles.engine, catalog, WATCH, DAY)
-    assert exported_fingerprints(catalog, WATCH) == {DAY: new.fingerprint}
+    assert exported_days(catalog, WATCH) == {DAY: ExportedDay(new.fingerprint, 2)}
     table = catalog.load_table(("training", WATCH.name))
     table.manage_snapshots().rollback_to_snapshot(old.snapshot_id).commit()
-    assert exported_fingerprints(catalog, WATCH) == {DAY: old.fingerprint}
+    assert exported_days(catalog, WATCH) == {DAY: ExportedDay(old.fingerprint, 1)}
     assert export_day(tiles.engine, catalog, WATCH, DAY).status == "written"
     table.refresh()
     current = table.current_snapshot()
@@ -132,4 +132,4 @@ def test_a_missing_relation_says_which_and_what_to_do(tiles: Tiles, catalog: Cat
     with pytest.raises(TilesUnreadable, match=r"tile_fingerprints .*dbt build"):
         export_day(tiles.engine, catalog, WATCH, DAY)
     with pytest.raises(TilesUnreadable, match="viewer_watch_metrics_1d"):
-        stale_days(tiles.engine, catalog, WATCH)
+        stale_days(tiles.engine, WATCH, exported_days(catalog, WATCH))

@@ -6,7 +6,7 @@ import boto3
 import pytest
 
 from dagster_prefs.offline.catalog import open_catalog
-from dagster_prefs.offline.export import export_day, stale_days
+from dagster_prefs.offline.export import export_day, exported_days, stale_days
 from dagster_prefs.offline.maintenance import maintain
 from dagster_prefs.offline.tables import WATCH
 
@@ -25,7 +25,7 @@ def bucket(aws_endpoint: str) -> str:
 def test_export_and_upkeep_on_glue(tiles: Tiles, aws_endpoint: str, bucket: str) -> None:
     catalog = open_catalog("glue", bucket, region="eu-central-1", endpoint_url=aws_endpoint)
     tiles.add(WATCH, [watch(1, DAY, 100)])
-    assert list(stale_days(tiles.engine, catalog, WATCH)) == [DAY]
+    assert list(stale_days(tiles.engine, WATCH, exported_days(catalog, WATCH))) == [DAY]
     assert export_day(tiles.engine, catalog, WATCH, DAY).status == "written"
     assert export_day(tiles.engine, catalog, WATCH, DAY).status == "unchanged"
     tiles.add(WATCH, [watch(2, DAY, 200)])

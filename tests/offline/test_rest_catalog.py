@@ -16,7 +16,7 @@ from pyiceberg.catalog import Catalog
 from dagster_prefs.defs.resources import Platform
 from dagster_prefs.offline import export, publish
 from dagster_prefs.offline.catalog import CatalogUnavailable
-from dagster_prefs.offline.export import export_day, stale_days
+from dagster_prefs.offline.export import export_day, exported_days, stale_days
 from dagster_prefs.offline.maintenance import maintain
 from dagster_prefs.offline.tables import WATCH
 from dagster_prefs.settings import Settings
@@ -51,7 +51,7 @@ def test_export_and_upkeep_on_rest(tiles: Tiles, rest: RestServer, catalog: Cata
     remote = platform(rest, warehouse).catalog()
     assert rest.asked[1][1:3] == ("/v1/config", {"warehouse": [warehouse.as_uri()]})
     tiles.add(WATCH, [watch(1, DAY, 100)])
-    assert list(stale_days(tiles.engine, remote, WATCH)) == [DAY]
+    assert list(stale_days(tiles.engine, WATCH, exported_days(remote, WATCH))) == [DAY]
     assert export_day(tiles.engine, remote, WATCH, DAY).status == "written"
     assert export_day(tiles.engine, remote, WATCH, DAY).status == "unchanged"
     tiles.add(WATCH, [watch(2, DAY, 200)])

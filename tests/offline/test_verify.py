@@ -14,7 +14,7 @@ from pyiceberg.catalog import Catalog
 
 from dagster_prefs.offline.audit import AuditFailed
 from dagster_prefs.offline.catalog import TableMissing
-from dagster_prefs.offline.export import export_day, stale_days
+from dagster_prefs.offline.export import export_day, exported_days, stale_days
 from dagster_prefs.offline.tables import GENRE, WATCH, TileTable, arrow_schema, ensure_table
 from dagster_prefs.offline.verify import SINK_BRANCH, DaysAtRisk, VerifyReport, prepare_for_sink, verify_day
 
@@ -48,14 +48,14 @@ def test_a_day_as_the_engine_has_it_is_tagged_once(tiles: Tiles, catalog: Catalo
     tiles.add(WATCH, [*ROWS, watch(-1, DAY, 5)])
     sink(catalog, WATCH, *ROWS[:1])
     sink(catalog, WATCH, *ROWS[1:])
-    assert list(stale_days(tiles.engine, catalog, WATCH)) == [DAY]
+    assert list(stale_days(tiles.engine, WATCH, exported_days(catalog, WATCH))) == [DAY]
 
     report = verify(tiles, catalog)
     assert (report.status, report.rows) == ("verified", 3)
     assert report.tag is not None
     tag = catalog.load_table(WATCH.identifier("training")).refs()[report.tag]
     assert (tag.snapshot_id, tag.max_ref_age_ms) == (report.snapshot_id, 30 * 86_400_000)
-    assert list(stale_days(tiles.engine, catalog, WATCH)) == []
+    assert list(stale_days(tiles.engine, WATCH, exported_days(catalog, WATCH))) == []
     assert verify(tiles, catalog).status == "unchanged"
 
 
@@ -64,7 +64,7 @@ def test_a_late_event_asks_for_another_verification(tiles: Tiles, catalog: Catal
     sink(catalog, WATCH, *ROWS)
     old = verify(tiles, catalog)
     tiles.add(WATCH, [watch(9, DAY, 7)])
-    assert list(stale_days(tiles.engine, catalog, WATCH)) == [DAY]
+    assert list(stale_days(tiles.engine, WATCH, exported_days(catalog, WATCH))) == [DAY]
     with pytest.raises(AuditFailed, match=r"3 rows, the engine has 4.*wait for the sink's next commits"):
         verify(tiles, catalog)
     sink(catalog, WATCH, watch(9, DAY, 7))
@@ -101,16 +101,18 @@ def test_a_sink_that_wrote_twice_is_found_and_named(tiles: Tiles, catalog: Catal
     sink(catalog, WATCH, *ROWS, watch(1, next_day, 60))
     for day in (DAY, next_day):
         assert verify(tiles, catalog, day=day).status == "verified"
-    assert stale_days(tiles.engine, catalog, WATCH, by_sink=True) == {}
+    assert stale_days(tiles.engine, WATCH, exported_days(catalog, WATCH), by_sink=True) == {}
 
     # One verified day a second time, and one that the engine never had.
     sink(catalog, WATCH, *ROWS)
     nobody = next_day + timedelta(days=1)
     sink(catalog, WATCH, watch(1, nobody, 60))
-    assert stale_days(tiles.engine, catalog, WATCH) == {}
-    stale = stale_days(tiles.engine, catalog, WATCH, by_sink=True)
+    assert stale_days(tiles.engine, WATCH, exported_days(catalog, WATCH)) == {}
+    stale = stale_days(tiles.engine, WATCH, exported_days(catalog, WATCH), by_sink=True)
     assert list(stale) == [DAY, nobody]
-    assert list(stale_days(tiles.engine, catalog, WATCH, by_sink=True, until=next_day)) == [DAY]
+    assert list(
+        stale_days(tiles.engine, WATCH, exported_days(catalog, WATCH), by_sink=True, until=next_day)
+    ) == [DAY]
     assert stale[nobody] == ""
     with pytest.raises(
         AuditFailed,
@@ -126,7 +128,7 @@ def test_a_sink_that_wrote_twice_is_found_and_named(tiles: Tiles, catalog: Catal
     )
     table.delete("watch_date = '2026-03-10'")
     sink(catalog, WATCH, *ROWS)
-    assert stale_days(tiles.engine, catalog, WATCH, by_sink=True) == {}
+    assert stale_days(tiles.engine, WATCH, exported_days(catalog, WATCH), by_sink=True) == {}
     assert [verify(tiles, catalog, day=day).status for day in (DAY, next_day)] == ["unchanged"] * 2
 
 
@@ -139,7 +141,7 @@ def test_the_platform_may_take_a_day_over_again(tiles: Tiles, catalog: Catalog) 
     tiles.add(WATCH, ROWS)
     sink(catalog, WATCH, *ROWS[:2])
     assert export_day(tiles.engine, catalog, WATCH, DAY).status == "written"
-    assert list(stale_days(tiles.engine, catalog, WATCH)) == []
+    assert list(stale_days(tiles.engine, WATCH, exported_days(catalog, WATCH))) == []
 
 
 def test_a_new_sink_begins_without_the_rows_of_an_earlier_one(sinks: Tiles, catalog: Catalog) -> None:

@@ -21,7 +21,7 @@ from risingwave_server import NO_SERVER, URL, database, run, until
 
 from dagster_prefs.defs import offline_store, training_data
 from dagster_prefs.defs.resources import Platform
-from dagster_prefs.offline.export import stale_days
+from dagster_prefs.offline.export import exported_days, stale_days
 from dagster_prefs.offline.tables import TILE_TABLES, WATCH, TileTable
 from dagster_prefs.offline.verify import SINK_BRANCH, sink_of, verify_day
 from dagster_prefs.settings import load_settings
@@ -460,7 +460,10 @@ def test_what_risingwaves_own_sink_writes_is_verified(
                     platform.engine, platform.catalog(), WATCH, day, keep_tag=timedelta(days=1)
                 )
                 assert report.status == "verified"
-            assert stale_days(platform.engine, platform.catalog(), WATCH, by_sink=True) == {}
+            assert (
+                stale_days(platform.engine, WATCH, exported_days(platform.catalog(), WATCH), by_sink=True)
+                == {}
+            )
         finally:
             connection.execute(f"drop sink if exists {sink_of(WATCH)}")
         # The next one would write every row a second time beside those of the first.
