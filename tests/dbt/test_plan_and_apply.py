@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -195,6 +197,26 @@ def test_a_renamed_column_goes_out_with_its_readers_and_nobody_misses_a_view(
     assert reader.seen == [{(4,)}, {(2,)}, {(2,)}]
     assert deployment.rows("select sum(seconds_watched)::int from viewer_watch_metrics_1d") == [(240,)]
     assert not deployment.plan().changes
+
+
+def test_an_apply_waits_for_readers_without_locking_what_they_read_next(
+    deployment: Deployment, workshop: Workshop
+) -> None:
+    workshop.change(TILE, "sum(watch_duration_sec)", "2 * sum(watch_duration_sec)")
+    waiting = (
+        "select 1 from pg_locks join pg_database d on d.oid = database where not granted and datname = %s"
+    )
+    with ThreadPoolExecutor(1) as beside, deployment.engine.connect() as reader:
+        with reader.transaction():
+            reader.execute("select count(*) from sink_engagement_watch")
+            applied = beside.submit(deployment.apply)
+            until = time.monotonic() + 60
+            while not reader.execute(waiting, [deployment.engine.database]).fetchone():
+                assert not applied.done(), applied.exception()
+                assert time.monotonic() < until, "the apply does not wait for the reader"
+            reader.execute("set local lock_timeout = '5s'")
+            assert reader.execute("select count(*) from viewer_watch_metrics_1d").fetchone() == (2,)
+        applied.result()
 
 
 def test_tables_keep_what_arrived(deployment: Deployment, workshop: Workshop) -> None:

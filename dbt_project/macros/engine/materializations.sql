@@ -106,15 +106,22 @@
   $prefs_remake$") }}
 {%- endmacro %}
 
-{# Drop a view with all that stands on it, and give the statements that make the latter again. #}
+{#
+  Drop a view with all that stands on it, and give the statements that make the latter again. The furthest goes first:
+  so do the locks of who reads it, and the other way round the two would wait for each other.
+#}
 {% macro drop_and_remember(relation, relkind) -%}
   {%- set again = [] -%}
-  {%- for row in dependents_of(relation) -%}
+  {%- set rows = dependents_of(relation) -%}
+  {%- for row in rows -%}
     {%- if row["depth"] == 0 -%}
       {%- if row["grants"] -%}{%- do again.append(row["grants"]) -%}{%- endif -%}
     {%- else -%}
       {%- do again.append(remake_statement(relation, row)) -%}
     {%- endif -%}
+  {%- endfor -%}
+  {%- for row in rows | reverse if row["depth"] > 0 -%}
+    {% do run_query("drop " ~ row["kind"] ~ " " ~ row["name"] ~ " cascade") %}
   {%- endfor -%}
   {% do run_query("drop " ~ {"m": "materialized view", "v": "view", "r": "table"}[relkind] ~ " " ~ relation ~ " cascade") %}
   {{ return(again) }}
