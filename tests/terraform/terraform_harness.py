@@ -34,7 +34,8 @@ def clean_environment() -> dict[str, str]:
         if not name.startswith(("TF_", "AWS_", "PREFS_")) or name == "AWS_CA_BUNDLE"
     }
     config = os.environ.get("TF_CLI_CONFIG_FILE")
-    if config and Path(config).is_file():
+    # An ordinary user may have inherited root's.
+    if config and os.access(config, os.R_OK):
         kept["TF_CLI_CONFIG_FILE"] = config
     return kept
 
