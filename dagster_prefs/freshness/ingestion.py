@@ -15,7 +15,7 @@ from psycopg import sql
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.events.formats import find_topic
 from dagster_prefs.events.topics import TopicLife, source_name
-from dagster_prefs.freshness.levels import Unmeasurable
+from dagster_prefs.freshness.levels import Unmeasurable, unreadable
 
 State = Literal["current", "behind", "lost", "recreated", "unknown"]
 
@@ -272,10 +272,6 @@ def _last_offsets(
                 ).format(raw=sql.Identifier(engine.schema, raw)),
                 {"source": source, "highest": max(partitions)},
             ).fetchall()
-    except psycopg.errors.UndefinedTable as error:
-        raise Unmeasurable(f"{topic}: {error.diag.message_primary}: run `dbt build` first") from None
     except psycopg.Error as error:
-        raise Unmeasurable(
-            f"{topic}: the engine failed while reading ({' '.join(str(error).split())}): run again"
-        ) from error
+        raise unreadable(topic, error) from error
     return {int(partition): int(offset) for partition, offset in rows if offset is not None}

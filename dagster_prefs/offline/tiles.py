@@ -283,8 +283,8 @@ def _as_text(field: pa.Field) -> sql.Composable:
     if pa.types.is_large_string(field.type):
         for character, escape in ESCAPES.items():
             value = sql.SQL("replace({}, {}, {})").format(value, sql.Literal(character), sql.Literal(escape))
-    # A row without a required value becomes a line of too few fields, which does not parse. Casts cost the engine as
-    # much as half of its reading does, so only where coalesce needs one.
+    # A row without a required value becomes a line of too few fields, which does not parse. Casts would be a fifth of
+    # the engine's work, so only where coalesce needs one.
     return sql.SQL("coalesce({}::text, {})").format(value, NULL) if field.nullable else value
 
 
