@@ -403,6 +403,13 @@ class Settings(BaseSettings):
         return self.engine_user or ("prefs" if self.engine == "local" else "root")
 
     @property
+    def engine_passfile(self) -> Path | None:
+        """The password file of the embedded engine; None where a password is set, or for another engine."""
+        if self.engine != "local" or self.engine_password.get_secret_value():
+            return None
+        return self.data_dir / "pgpass"
+
+    @property
     def kafka_topics(self) -> dict[str, str]:
         """Topic of this platform → its name in Kafka."""
         return {

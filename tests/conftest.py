@@ -78,9 +78,12 @@ def services() -> Iterator[LocalServices]:
     with tempfile.TemporaryDirectory(prefix="prefs-tests-") as folder:
         # Not below pytest's own folder, which is closed to the user that PostgreSQL runs as under root.
         Path(folder).chmod(0o755)
-        local = LocalServices(Path(folder) / "data", _free_port(), _free_port())
+        local = LocalServices(Path(folder) / "data", _free_port(), _free_port(), test_hooks=True)
         local.up(owner_pid=os.getpid())
-        yield local
+        with pytest.MonkeyPatch.context() as patch:
+            # libpq's own default for whatever connects, the processes that tests start included.
+            patch.setenv("PGPASSFILE", str(local.passfile))
+            yield local
         local.down()
         local.delete_state()
 

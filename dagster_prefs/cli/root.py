@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +34,12 @@ console = plain_console()
 
 
 def main() -> None:
-    """Run the command; an expected failure is one line on stderr and its exit code."""
+    """Run the command; an expected failure is one line on stderr and its exit code.
+
+    Files that a command writes, and those of the processes that it starts, are for this user alone: state,
+    exports and rejected messages hold personal data.
+    """
+    os.umask(0o077)
     try:
         # click's own handling of usage errors stays; ours covers what the platform raises.
         sys.exit(cli.main(standalone_mode=False) or 0)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import dagster as dg
 
+from dagster_prefs.files import make_private_folder
+
 DAGSTER_YAML = """\
 # Written by `prefs` when the folder was made; yours to change from then on.
 telemetry: { enabled: false }
@@ -30,7 +32,7 @@ def ensure_dagster_home(data_dir: Path) -> Path:
     Runs, events and schedules of the command, the UI and the daemon all live there (SQLite).
     """
     home = data_dir / "dagster"
-    home.mkdir(parents=True, exist_ok=True)
+    make_private_folder(home)
     config = home / "dagster.yaml"
     if not config.exists():
         config.write_text(DAGSTER_YAML)

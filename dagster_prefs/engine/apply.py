@@ -30,6 +30,7 @@ from dagster_prefs.engine.plan import (
     redacted,
 )
 from dagster_prefs.errors import PrefsError
+from dagster_prefs.files import make_private_folder
 
 BUILDING, GOING_LIVE = "building", "going live"
 # What has no readers inside the engine: it is dropped and its name taken over, where a view is swapped.
@@ -87,7 +88,7 @@ def apply_plan(
     Raises PlanError, before anything is changed, when the plan must not be carried out or another apply runs from
     the same state folder; ApplyError when a step failed; DbtError; EngineUnavailable; what `online` raises.
     """
-    dbt.target_dir.mkdir(parents=True, exist_ok=True)
+    make_private_folder(dbt.target_dir)
     lock = FileLock(dbt.target_dir / "apply.lock")
     try:
         lock.acquire(timeout=0)

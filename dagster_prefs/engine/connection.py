@@ -19,7 +19,10 @@ class EngineUnavailable(PrefsError):
 
 @dataclass(frozen=True)
 class EngineConnection:
-    """Where the engine is and who we are there; the password never shows in a repr."""
+    """Where the engine is and who we are there; the password never shows in a repr.
+
+    `passfile` is a password file of libpq, read where `password` is empty; empty means libpq's own default.
+    """
 
     host: str
     port: int
@@ -29,6 +32,7 @@ class EngineConnection:
     sslmode: str = "prefer"
     schema: str = "public"
     kind: Literal["local", "risingwave"] = "local"
+    passfile: str = ""
 
     @classmethod
     def of(cls, settings: Settings) -> EngineConnection:
@@ -42,6 +46,7 @@ class EngineConnection:
             sslmode=settings.engine_sslmode,
             schema=settings.engine_schema,
             kind=settings.engine,
+            passfile=str(settings.engine_passfile or ""),
         )
 
     def with_database(self, database: str) -> EngineConnection:
@@ -56,6 +61,7 @@ class EngineConnection:
             "dbname": self.database,
             "user": self.user,
             "password": self.password or None,
+            "passfile": self.passfile or None,
             "sslmode": self.sslmode,
             "options": f"-c search_path={self.schema}" if self.kind == "local" else None,
             "connect_timeout": 5,
@@ -91,6 +97,11 @@ class EngineConnection:
         where = f"{self.host}:{self.port}"
         lowered = text.lower()
         if "password" in lowered or "authentication" in lowered:
+            if self.kind == "local":
+                return EngineUnavailable(
+                    f"the embedded engine at {where} refused user {self.user}: its password lies in the data folder "
+                    "that it was started with; set PREFS_DATA_DIR to that folder, or PREFS_ENGINE_PORT to your own"
+                )
             return EngineUnavailable(
                 f"the engine at {where} refused user {self.user}: check PREFS_ENGINE_USER and PREFS_ENGINE_PASSWORD"
             )

@@ -18,6 +18,7 @@ from filelock import FileLock
 
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.errors import PrefsError
+from dagster_prefs.files import make_private_folder
 
 # dbt keeps its configuration in process-wide state, so one invocation at a time.
 _ONE_INVOCATION = threading.Lock()
@@ -79,6 +80,7 @@ class Dbt:
             "PREFS_ENGINE_SSLMODE": connection.sslmode,
             "PREFS_ENGINE_SCHEMA": connection.schema,
             "DBT_SEND_ANONYMOUS_USAGE_STATS": "false",
+            **({"PGPASSFILE": connection.passfile} if connection.passfile else {}),
             **(environment or {}),
         }
 
@@ -93,7 +95,7 @@ class Dbt:
         Raises DbtError when the project does not parse.
         """
         stamp = self.target_dir / "manifest.sha256"
-        self.target_dir.mkdir(parents=True, exist_ok=True)
+        make_private_folder(self.target_dir)
         with FileLock(self.target_dir / "manifest.lock"):
             fingerprint = self._fingerprint()
             current = stamp.read_text() if stamp.is_file() and self.manifest_path.is_file() else ""
@@ -108,7 +110,7 @@ class Dbt:
 
         Raises DbtError where the project does not parse or a model does not compile.
         """
-        self.target_dir.mkdir(parents=True, exist_ok=True)
+        make_private_folder(self.target_dir)
         with FileLock(self.target_dir / "manifest.lock"):
             fingerprint = self._fingerprint()
             self._invoke(["compile", *_OFFLINE, "--select", "resource_type:model"])

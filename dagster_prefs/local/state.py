@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import socket
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -16,6 +14,7 @@ from typing import Literal
 import psutil
 
 from dagster_prefs.errors import PrefsError
+from dagster_prefs.files import write_private
 
 LOOPBACK = "127.0.0.1"
 
@@ -58,15 +57,7 @@ class State:
 
     def write(self, data_dir: Path) -> None:
         """Replace the state in one step, so that a reader never sees half of it."""
-        handle, name = tempfile.mkstemp(dir=data_dir, prefix=".services-", suffix=".json")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(asdict(self), file, indent=1)
-            Path(name).chmod(0o644)
-            Path(name).replace(self.path(data_dir))
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        write_private(self.path(data_dir), json.dumps(asdict(self), indent=1))
 
     def supervisor(self, data_dir: Path) -> psutil.Process | None:
         """The live supervisor of this folder; None if it ended or its pid went to another program."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import json
 import logging
 import os
@@ -26,8 +25,9 @@ import filelock
 import psutil
 
 from dagster_prefs.errors import PrefsError
+from dagster_prefs.local.aws import listen_aws, serve_aws
 from dagster_prefs.local.postgres import Cluster
-from dagster_prefs.local.state import LOOPBACK, LocalServicesError, State, ended, folder_error
+from dagster_prefs.local.state import LocalServicesError, State, ended, folder_error
 
 log = logging.getLogger("dagster_prefs.local")
 WATCH_SECONDS = 0.25
@@ -47,50 +47,6 @@ class Reporter:
     def close(self) -> None:
         """End the report."""
         os.close(self._descriptor)
-
-
-def listen_aws(port: int) -> socket.socket:
-    """Open the port of the local AWS server; connections wait in it until `serve_aws` answers them."""
-    if importlib.util.find_spec("flask") is None or importlib.util.find_spec("moto") is None:
-        raise LocalServicesError(
-            "the local AWS server is not installed: install dagster-prefs[platform], or set AWS_ENDPOINT_URL"
-        )
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((LOOPBACK, port))
-    except OSError as error:
-        listener.close()
-        raise LocalServicesError(
-            f"port {port} (PREFS_LOCAL_AWS_PORT) cannot be opened ({error.strerror}): "
-            "set PREFS_LOCAL_AWS_PORT to a free port"
-        ) from None
-    listener.listen(128)
-    return listener
-
-
-def serve_aws(listener: socket.socket) -> Callable[[], None]:
-    """Serve the local AWS server from a thread of this process; returns what stops it."""
-    # Imported here: it takes more than a second, which nobody needs to wait for.
-    from moto.moto_server.werkzeug_app import (
-        DomainDispatcherApplication,
-        MotoRequestHandler,
-        create_backend_app,
-    )
-    from werkzeug.serving import make_server
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    host, port = listener.getsockname()
-    server = make_server(
-        host,
-        port,
-        DomainDispatcherApplication(create_backend_app),
-        threaded=True,
-        request_handler=MotoRequestHandler,
-        fd=listener.fileno(),
-    )
-    threading.Thread(target=server.serve_forever, name="aws", daemon=True).start()
-    return server.shutdown
 
 
 def supervise(arguments: argparse.Namespace, reporter: Reporter) -> int:
@@ -145,7 +101,7 @@ def supervise(arguments: argparse.Namespace, reporter: Reporter) -> int:
         if new:
             background.append(cluster.sync())
         if listener is not None:
-            stop_aws = serve_aws(listener)
+            stop_aws = serve_aws(listener, test_hooks=arguments.test_hooks)
         while not stop.wait(WATCH_SECONDS):
             background = [process for process in background if process.poll() is None]
             if server.poll() is not None:
@@ -176,10 +132,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--user", required=True)
     parser.add_argument("--database", required=True)
     parser.add_argument("--with-aws", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--test-hooks", action="store_true")
     parser.add_argument("--owner-pid", type=int)
     parser.add_argument("--report", type=int, required=True)
     arguments = parser.parse_args(argv)
 
+    # Logs, state and what PostgreSQL writes hold events: they are for this user.
+    os.umask(0o077)
     logging.Formatter.converter = time.gmtime
     logging.basicConfig(
         level=logging.WARNING, format="%(asctime)sZ %(levelname)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S"

@@ -36,6 +36,7 @@ from pyiceberg.exceptions import (
 )
 
 from dagster_prefs.errors import PrefsError
+from dagster_prefs.files import make_private_folder
 
 CatalogKind = Literal["sqlite", "glue", "rest"]
 
@@ -137,7 +138,7 @@ def _open_sqlite(warehouse: str) -> SqlCatalog:
         )
     folder = folder.absolute()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private_folder(folder)
     except OSError as error:
         raise CatalogUnavailable(
             f"the folder {folder} of the Iceberg warehouse cannot be made ({error.strerror}): "

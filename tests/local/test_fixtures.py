@@ -26,7 +26,6 @@ def test_every_test_gets_an_empty_database_in_utc_and_utf8(engine: EngineConnect
                 "timezone",
                 "server_encoding",
                 "listen_addresses",
-                "unix_socket_directories",
                 "fsync",
             )
         }
@@ -37,7 +36,6 @@ def test_every_test_gets_an_empty_database_in_utc_and_utf8(engine: EngineConnect
         "timezone": ("UTC",),
         "server_encoding": ("UTF8",),
         "listen_addresses": ("127.0.0.1",),
-        "unix_socket_directories": ("",),
         "fsync": ("on",),
     }
     assert locale == ("b", "C.UTF-8")

@@ -53,7 +53,7 @@ def kill(pid: int) -> None:
 
 def query(services: LocalServices, statement: str) -> list[tuple[object, ...]]:
     where = f"host=127.0.0.1 port={services.postgres_port} user=prefs dbname=prefs"
-    with psycopg.connect(where, autocommit=True) as connection:
+    with psycopg.connect(where, passfile=str(services.passfile), autocommit=True) as connection:
         # The server may lose the last moment in a crash; what a test looks for must be on disk.
         connection.execute("set synchronous_commit to on")
         cursor = connection.execute(statement)  # type: ignore[call-overload]

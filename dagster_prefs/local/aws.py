@@ -1,0 +1,135 @@
+"""The local AWS server: the services of moto that the product uses, for programs of this user only.
+
+moto serves all of AWS to whoever connects: a website could start a Batch job in the owner's Docker, or wipe
+every profile through `/moto-api/reset`. What is served here is what the platform and its Terraform module use.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from dagster_prefs.local.state import LOOPBACK, LocalServicesError
+from dagster_prefs.loopback import foreign_request, is_stranger, loopback_hosts
+
+log = logging.getLogger("dagster_prefs.local")
+
+# By moto's names: profiles; the lake and its catalog; what the Terraform module makes beside them.
+SERVICES = frozenset(
+    {
+        "dynamodb",
+        "s3",
+        "s3control",
+        "glue",
+        "kms",
+        "iam",
+        "sts",
+        "cloudwatch",
+        "logs",
+        "resourcegroupstaggingapi",
+    }
+)
+# moto's own pages, which reset everything. Only a suite of tests asks for them.
+TEST_HOOKS = "moto_api"
+
+StartResponse = Callable[..., Any]
+WsgiApp = Callable[[dict[str, Any], StartResponse], Iterable[bytes]]
+
+
+def listen_aws(port: int) -> socket.socket:
+    """Open the port of the local AWS server; connections wait in it until `serve_aws` answers them."""
+    if importlib.util.find_spec("flask") is None or importlib.util.find_spec("moto") is None:
+        raise LocalServicesError(
+            "the local AWS server is not installed: install dagster-prefs[platform], or set AWS_ENDPOINT_URL"
+        )
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((LOOPBACK, port))
+    except OSError as error:
+        listener.close()
+        raise LocalServicesError(
+            f"port {port} (PREFS_LOCAL_AWS_PORT) cannot be opened ({error.strerror}): "
+            "set PREFS_LOCAL_AWS_PORT to a free port"
+        ) from None
+    listener.listen(128)
+    return listener
+
+
+def serve_aws(listener: socket.socket, *, test_hooks: bool = False) -> Callable[[], None]:
+    """Serve the local AWS server from a thread of this process; returns what stops it.
+
+    `test_hooks` serves moto's own pages too, which a suite of tests needs to empty the server.
+    """
+    # moto reads this one while it is imported: without it, every answer allows every website to read it.
+    os.environ["MOTO_DISABLE_GLOBAL_CORS"] = "true"
+    # Imported here: it takes more than a second, which nobody needs to wait for.
+    from moto.moto_server.werkzeug_app import (
+        DomainDispatcherApplication,
+        MotoRequestHandler,
+        create_backend_app,
+    )
+    from werkzeug.serving import ThreadedWSGIServer
+
+    class OwnUserServer(ThreadedWSGIServer):
+        def verify_request(self, request: Any, client_address: Any) -> bool:
+            if is_stranger(client_address, listener.getsockname()):
+                log.warning("the local AWS server refused a connection of another user of this machine")
+                return False
+            return True
+
+    served = SERVICES | ({TEST_HOOKS} if test_hooks else set())
+
+    def application(service: Any) -> Any:
+        return create_backend_app(service) if service in served else _refusing(service)
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    host, port = listener.getsockname()
+    server = OwnUserServer(
+        host,
+        port,
+        guarded(DomainDispatcherApplication(application), loopback_hosts(port)),
+        MotoRequestHandler,
+        fd=listener.fileno(),
+    )
+    threading.Thread(target=server.serve_forever, name="aws", daemon=True).start()
+    return server.shutdown
+
+
+def guarded(app: WsgiApp, hosts: frozenset[str]) -> WsgiApp:
+    """The application for programs only: what a foreign website's page sends is answered with 403."""
+
+    def guard(environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
+        headers = {
+            name.removeprefix("HTTP_").replace("_", "-").lower(): str(value)
+            for name, value in environ.items()
+            if name.startswith("HTTP_")
+        }
+        reason = foreign_request(headers, hosts, method=environ["REQUEST_METHOD"])
+        if reason is None:
+            return app(environ, start_response)
+        log.warning("the local AWS server refused a request: %s", reason)
+        return _refuse(start_response, reason)
+
+    return guard
+
+
+def _refusing(service: str) -> WsgiApp:
+    def application(environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
+        return _refuse(start_response, f"the local AWS server does not serve {service}")
+
+    return application
+
+
+def _refuse(start_response: StartResponse, reason: str) -> list[bytes]:
+    body = f"refused: {reason}\n".encode()
+    start_response(
+        "403 Forbidden",
+        [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(body)))],
+    )
+    return [body]

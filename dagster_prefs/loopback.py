@@ -1,0 +1,159 @@
+"""Who may speak to a server that the platform opens on loopback.
+
+Loopback is no boundary: every user of the machine reaches it, and so does every website that the owner's
+browser shows. A browser says where a request comes from in `Host`, `Origin` and `Sec-Fetch-Site`, which a page
+cannot forge; a foreign `Host` is how DNS rebinding shows (https://owasp.org/www-community/attacks/DNS_Rebinding).
+For other users, Linux tells which uid owns the other end of a connection on the same machine.
+
+Nothing but the standard library is imported here, because every server uses it.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import sys
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
+from pathlib import Path
+from typing import Any
+
+LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
+# Of a socket's states in /proc/net/tcp those in which its owner still holds it; later ones are listed as root's.
+_HELD = {"01", "08"}
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+def loopback_hosts(port: int) -> frozenset[str]:
+    """The values of `Host` with which a client on this machine names a server on `port`."""
+    return frozenset(f"{name}:{port}" for name in LOOPBACK_NAMES) | (
+        frozenset(LOOPBACK_NAMES) if port == 80 else frozenset()
+    )
+
+
+def foreign_request(headers: Mapping[str, str], hosts: frozenset[str], *, method: str = "GET") -> str | None:
+    """Why a request does not come from this server's own pages or from a program; None where it does.
+
+    `headers` has lower-case names. `hosts` are the names, with ports, under which the server is meant to be
+    reached. A link to the server that the user follows (a top-level navigation) is no foreign request.
+    """
+    host = headers.get("host", "").lower()
+    if host not in hosts:
+        return f"the Host header {_short(host)} is none of this server's names"
+    origin = headers.get("origin")
+    if origin is not None and origin.lower() not in {f"{scheme}://{host}" for scheme in ("http", "https")}:
+        return f"the request comes from a page of {_short(origin)}"
+    site = headers.get("sec-fetch-site", "none")
+    navigates = (
+        method == "GET"
+        and headers.get("sec-fetch-mode") == "navigate"
+        and headers.get("sec-fetch-dest") == "document"
+    )
+    if site not in ("same-origin", "none") and not navigates:
+        return "the request comes from a page of another site"
+    return None
+
+
+def _short(text: str) -> str:
+    return repr(text[:100])
+
+
+def peer_uid(client: tuple[str, int], server: tuple[str, int]) -> int | None:
+    """The user id that owns the client's end of a TCP connection on this machine; None where nobody holds it.
+
+    Raises OSError where the system has no such table (it is Linux's).
+    """
+    for table, as_listed in (("/proc/net/tcp", _ipv4), ("/proc/net/tcp6", _mapped)):
+        try:
+            lines = Path(table).read_text().splitlines()[1:]
+        except FileNotFoundError:
+            if table.endswith("6"):
+                continue
+            raise
+        ends = (_listed(client, as_listed), _listed(server, as_listed))
+        for line in lines:
+            columns = line.split()
+            if (columns[1], columns[2]) == ends and columns[3] in _HELD and columns[9] != "0":
+                return int(columns[7])
+    return None
+
+
+def is_stranger(client: tuple[str, int] | None, server: tuple[str, int] | None) -> bool:
+    """Whether a connection comes from another user of this machine than this process's and root.
+
+    False where it cannot be told: not on Linux, and not over loopback, where the network decides who gets in.
+    """
+    if client is None or server is None or not sys.platform.startswith("linux"):
+        return False
+    if not client[0].startswith("127.") or not server[0].startswith("127."):
+        return False
+    return peer_uid(client, server) not in (os.geteuid(), 0)
+
+
+def _ipv4(address: str) -> str:
+    return f"{struct.unpack('=I', socket.inet_aton(address))[0]:08X}"
+
+
+def _mapped(address: str) -> str:
+    # Java and others reach IPv4 through IPv6 sockets, which are in the other table.
+    return "0000000000000000" + f"{struct.unpack('=I', bytes([0, 0, 255, 255]))[0]:08X}" + _ipv4(address)
+
+
+def _listed(end: tuple[str, int], as_listed: Callable[[str], str]) -> str:
+    return f"{as_listed(end[0])}:{end[1]:04X}"
+
+
+class LoopbackGuard:
+    """ASGI middleware that lets in programs of this user and the server's own pages, WebSockets included.
+
+    `hosts` are the names, with ports, under which the server is reached; `own_user_only` refuses other users
+    of the machine; `log` is told the reason of each refusal.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        *,
+        hosts: Iterable[str],
+        own_user_only: bool = True,
+        log: Callable[[str], None] = lambda reason: None,
+    ) -> None:
+        self._app = app
+        self._hosts = frozenset(host.lower() for host in hosts)
+        self._own_user_only = own_user_only
+        self._log = log
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or answer 403; a WebSocket is refused before it is accepted."""
+        reason = self._refusal(scope) if scope["type"] in ("http", "websocket") else None
+        if reason is None:
+            await self._app(scope, receive, send)
+            return
+        self._log(reason)
+        if scope["type"] == "websocket":
+            await receive()
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        body = f"refused: {reason}\n".encode()
+        head = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": 403, "headers": head})
+        await send({"type": "http.response.body", "body": body})
+
+    def _refusal(self, scope: Scope) -> str | None:
+        if self._own_user_only and is_stranger(_end(scope.get("client")), _end(scope.get("server"))):
+            return "the connection comes from another user of this machine"
+        headers: dict[str, str] = {}
+        for name, value in scope["headers"]:
+            key = name.decode("latin-1").lower()
+            if key in headers and key in ("host", "origin"):
+                return f"two headers {key}"
+            headers[key] = value.decode("latin-1")
+        return foreign_request(headers, self._hosts, method=scope.get("method", "GET"))
+
+
+def _end(end: Any) -> tuple[str, int] | None:
+    return (str(end[0]), int(end[1])) if end and end[1] is not None else None
