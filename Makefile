@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-UV_VERSION := 0.13.8
 
 .DEFAULT_GOAL := help
 .PHONY: help demo ui up down status stack stack-down test test-fast test-terraform bench-serving bench-export bench-ingest bench-training-set bench-freshness lint format lock clean
@@ -10,11 +9,11 @@ UV_VERSION := 0.13.8
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-$(VENV)/installed: requirements.lock pyproject.toml
+$(VENV)/installed: requirements.lock infra/locks/uv.txt pyproject.toml
 	@echo "making $(VENV) from requirements.lock"
 	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r infra/locks/uv.txt
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --compile-bytecode --require-hashes -r requirements.lock
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
 	@touch $@
@@ -56,17 +55,17 @@ test-terraform: $(VENV)/installed ## the infrastructure's tests alone
 	@$(BIN)/python -m pytest tests/terraform
 
 # Feast's dependencies do not agree with ours, so the peer has an environment of its own.
-.feast/bin/feast: $(VENV)/installed
+.feast/bin/feast: $(VENV)/installed infra/locks/feast.txt
 	@$(BIN)/uv venv --quiet --clear .feast
-	@$(BIN)/uv pip install --quiet --python .feast/bin/python 'feast[aws]==0.67.0'
+	@$(BIN)/uv pip install --quiet --python .feast/bin/python --require-hashes -r infra/locks/feast.txt
 
 bench-serving: $(VENV)/installed .feast/bin/feast ## reads and rankings against their peers
 	@$(BIN)/prefs up
 	@$(BIN)/python benchmarks/serving.py --feast .feast/bin/python --json bench-serving.json
 
-.dlt/bin/dlt: $(VENV)/installed
+.dlt/bin/dlt: $(VENV)/installed infra/locks/dlt.txt
 	@$(BIN)/uv venv --quiet --clear .dlt
-	@$(BIN)/uv pip install --quiet --python .dlt/bin/python 'dlt[sql_database,filesystem,pyiceberg]==1.31.0' psycopg2-binary==2.9.13
+	@$(BIN)/uv pip install --quiet --python .dlt/bin/python --require-hashes -r infra/locks/dlt.txt
 
 bench-export: $(VENV)/installed .dlt/bin/dlt ## a day of tiles to Iceberg against the bare limit and dlt
 	@$(BIN)/prefs up
@@ -90,12 +89,16 @@ format: $(VENV)/installed ## let ruff rewrite the style
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-lock: $(VENV)/installed ## resolve the dependencies into requirements.lock and the images' locks
+lock: $(VENV)/installed ## resolve the dependencies into requirements.lock and the images' and tools' locks
 	@$(BIN)/uv pip compile pyproject.toml --extra platform --extra production --extra server --group dev --override overrides.txt --universal \
 	  --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate -q -o requirements.lock
 	@for image in code-location feature-server; do \
 	  $(BIN)/uv pip compile infra/docker/$$image.in --constraint requirements.lock --override overrides.txt \
 	  --python-platform linux --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate -q -o infra/docker/$$image.lock || exit 1; \
+	done
+	@for tool in uv feast dlt checkov; do \
+	  $(BIN)/uv pip compile infra/locks/$$tool.in --universal --python-version 3.11 \
+	  --generate-hashes --no-emit-index-url --no-header --no-annotate -q -o infra/locks/$$tool.txt || exit 1; \
 	done
 
 clean: ## stop everything and delete the environment and all local state

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from dotenv import dotenv_values
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from dagster_prefs.errors import PrefsError
 
@@ -67,6 +68,21 @@ class Settings(BaseSettings):
             "Folder for all local state: embedded services, Dagster home, Iceberg files. "
             "Empty means .prefs beside the project."
         ),
+    )
+    local_users: Literal["own", "any"] = Field(
+        "own",
+        description="Whose programs on this machine the UI and the feature server answer over loopback: `own` (this "
+        "user's and root's) or `any`.",
+    )
+    ui_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Names, with ports where not 80 or 443, under which the Dagster UI is reached beside loopback's, "
+        "separated by commas; requests with another Host are refused.",
+    )
+    training_dir: Path | None = Field(
+        None,
+        description="Folder that training sets of runs started in Dagster are written to; empty means "
+        "<data dir>/training-sets.",
     )
     local_aws_port: int = Field(54330, ge=1, le=65535, description="Port of the local AWS server.")
 
@@ -259,10 +275,23 @@ class Settings(BaseSettings):
             raise ValueError("the value begins or ends with a blank: remove it")
         return value
 
-    @field_validator("data_dir")
+    @field_validator("data_dir", "training_dir")
     @classmethod
-    def _absolute(cls, value: Path) -> Path:
-        return value.expanduser().absolute()
+    def _absolute(cls, value: Path | None) -> Path | None:
+        return value and value.expanduser().absolute()
+
+    @field_validator("ui_hosts", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return value.split(",") if isinstance(value, str) else value
+
+    @field_validator("ui_hosts")
+    @classmethod
+    def _host_names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if not re.fullmatch(r"[A-Za-z0-9.-]+(:[0-9]{1,5})?", name):
+                raise ValueError(f"{name!r} is no host name: write e.g. dagster.example.com,localhost:3000")
+        return tuple(name.lower() for name in value)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -408,6 +437,11 @@ class Settings(BaseSettings):
         if self.engine != "local" or self.engine_password.get_secret_value():
             return None
         return self.data_dir / "pgpass"
+
+    @property
+    def training_folder(self) -> Path:
+        """Where runs started in Dagster may write training sets."""
+        return self.training_dir or self.data_dir / "training-sets"
 
     @property
     def kafka_topics(self) -> dict[str, str]:

@@ -250,7 +250,7 @@ def test_the_example_lists_every_setting_with_its_description_and_default() -> N
         assert any(lines[number - back] == f"# {field.description}" for back in (1, 2)), variable
         default = field.default.get_secret_value() if isinstance(field.default, SecretStr) else field.default
         # The default folder depends on where the project lies.
-        shown = "" if default is None or name == "data_dir" else str(default)
+        shown = "" if default in (None, ()) or name == "data_dir" else str(default)
         assert lines[number] == f"#{variable}={shown}"
 
 
@@ -265,3 +265,9 @@ def test_every_variable_that_dbt_reads_is_a_setting() -> None:
     }
     assert read
     assert read <= known_variables().keys()
+
+
+def test_hosts_of_the_ui_are_a_list_of_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFS_UI_HOSTS", "Dagster.example.com,localhost:3001")
+    assert load_settings().ui_hosts == ("dagster.example.com", "localhost:3001")
+    assert "PREFS_UI_HOSTS: 'https://x' is no host name" in refused(PREFS_UI_HOSTS="https://x")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import sys
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -64,6 +62,7 @@ def down(delete_state: bool) -> None:
 def ui(port: int) -> None:
     """Start the services and the Dagster UI on loopback."""
     from dagster_prefs.defs.instance import ensure_dagster_home
+    from dagster_prefs.defs.webserver import serve_ui
     from dagster_prefs.local.state import require_free_port
 
     settings = load_settings()
@@ -72,15 +71,8 @@ def ui(port: int) -> None:
     start_services(settings)
     home = ensure_dagster_home(settings.data_dir)
     console.print(f"the Dagster UI will be at http://127.0.0.1:{port} in half a minute; Ctrl-C stops it")
-    # `dagster dev` recommends its successor, which wants a project of its own layout.
-    quiet = "ignore:Function `dev_command` is superseded"
-    warnings = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), quiet]))
-    environment = {**os.environ, "DAGSTER_HOME": str(home), "PYTHONWARNINGS": warnings}
-    dagster = str(Path(sys.executable).with_name("dagster"))
-    workspace = str(PROJECT_ROOT / "workspace.yaml")
-    command = [dagster, "dev", "-w", workspace, "-h", "127.0.0.1", "-p", str(port)]
-    os.chdir(PROJECT_ROOT)
-    os.execve(dagster, command, environment)  # noqa: S606
+    environment = {**os.environ, "DAGSTER_HOME": str(home)}
+    raise SystemExit(serve_ui(PROJECT_ROOT / "workspace.yaml", port, environment))
 
 
 @cli.command()

@@ -8,8 +8,10 @@ import dagster as dg
 
 from dagster_prefs.defs.resources import Platform
 from dagster_prefs.errors import PrefsError
+from dagster_prefs.files import make_private_folder
 from dagster_prefs.offline.catalog import TableMissing
 from dagster_prefs.offline.maintenance import maintain, maintain_training_sets
+from dagster_prefs.offline.outputs import output_within
 from dagster_prefs.offline.parity import AttributeParity, Difference, ParityReport, check_parity, served_items
 from dagster_prefs.offline.tables import TILE_TABLES
 from dagster_prefs.offline.training_set import build_training_set
@@ -23,7 +25,10 @@ Clock = Callable[[], datetime]
 
 
 class TrainingSetConfig(dg.Config):
-    """What a training set is made of; the same as the options of `prefs training-set`."""
+    """What a training set is made of, as the options of `prefs training-set` say.
+
+    `output` is an Iceberg table, or a file below the folder of PREFS_TRAINING_DIR.
+    """
 
     labels: str
     output: str
@@ -170,16 +175,19 @@ def training_set_asset(
     def training_set(
         context: dg.AssetExecutionContext, config: TrainingSetConfig
     ) -> dg.MaterializeResult[Any]:
+        settings = platform.settings
+        # Whoever may start a run chooses the output: it must not reach a file outside this folder.
+        make_private_folder(settings.training_folder)
         made = build_training_set(
             platform.catalog(),
             config.labels,
-            config.output,
+            output_within(settings.training_folder, config.output),
             now=clock(),
             contract_version=platform.contract.version,
             tag=config.tag,
             timezone=config.timezone,
             as_known=config.as_known,
-            namespace=platform.settings.iceberg_namespace,
+            namespace=settings.iceberg_namespace,
         )
         context.log.info(f"{made.rows} rows in {made.output} after {made.seconds:.1f} s")
         return dg.MaterializeResult(

@@ -49,6 +49,22 @@ def check_output(catalog: Catalog, output: str) -> None:
         raise OutputRefused(f"the folder {Path(output).parent} of the training set does not exist: create it")
 
 
+def output_within(folder: Path, output: str) -> str:
+    """The output as `build_training_set` takes it, with a file's path below `folder`, links resolved.
+
+    Raises OutputRefused for a file elsewhere.
+    """
+    if _is_table(output):
+        return output
+    target = (folder / output).resolve()
+    if not target.is_relative_to(folder.resolve()) or target == folder.resolve():
+        raise OutputRefused(
+            f"{output} is outside {folder}, where training sets of runs started in Dagster are written: name a file "
+            "below it, set PREFS_TRAINING_DIR, or use `prefs training-set`"
+        )
+    return str(target)
+
+
 def write_output(
     session: duckdb.DuckDBPyConnection,
     columns: Mapping[str, str],

@@ -1,9 +1,10 @@
 # The Dagster code location; webserver and daemon run from the same image with another command.
 # Build from the root of the project: docker build -f infra/docker/code-location.Dockerfile -t prefs .
-FROM python:3.11.14-slim-bookworm AS base
+FROM python:3.11.14-slim-bookworm@sha256:65a93d69fa75478d554f4ad27c85c1e69fa184956261b4301ebaf6dbb0a3543d AS base
 
 FROM base AS packages
-RUN pip install --no-cache-dir uv==0.13.8
+COPY infra/locks/uv.txt /uv.txt
+RUN pip install --no-cache-dir --require-hashes -r /uv.txt
 COPY infra/docker/code-location.lock /code-location.lock
 RUN python -m venv --without-pip /opt/venv \
     && uv pip sync --no-cache --compile-bytecode --require-hashes --python /opt/venv/bin/python /code-location.lock

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.local.services import LocalServices
 
 CONFIG = Path(__file__).resolve().parents[2] / "infra" / "dagster" / "dagster.yaml"
 
@@ -33,7 +34,9 @@ with DagsterInstance.from_config(sys.argv[1]) as instance:
 """
 
 
-def test_instance_loads_on_postgresql(engine: EngineConnection, tmp_path: Path) -> None:
+def test_instance_loads_on_postgresql(
+    engine: EngineConnection, services: LocalServices, tmp_path: Path
+) -> None:
     shutil.copy(CONFIG, tmp_path)
     done = subprocess.run(
         [sys.executable, "-c", LOAD, str(tmp_path)],
@@ -44,7 +47,7 @@ def test_instance_loads_on_postgresql(engine: EngineConnection, tmp_path: Path) 
             "DAGSTER_PG_PORT": str(engine.port),
             "DAGSTER_PG_DATABASE": engine.database,
             "DAGSTER_PG_USER": engine.user,
-            "DAGSTER_PG_PASSWORD": "not-checked-on-loopback",
+            "DAGSTER_PG_PASSWORD": services.passfile.read_text().rpartition(":")[2].strip(),
         },
         capture_output=True,
         text=True,

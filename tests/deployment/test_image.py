@@ -64,7 +64,7 @@ def test_base_is_pinned_and_the_process_is_not_root(image: str) -> None:
     stages = {line.split()[3] for line in lines if line.startswith("FROM ") and " AS " in line}
     outside = [base for base in bases if base not in stages]
     assert len(outside) == 1
-    assert re.fullmatch(r"python:\d+\.\d+\.\d+-slim-[a-z]+", outside[0])
+    assert re.fullmatch(r"python:\d+\.\d+\.\d+-slim-[a-z]+@sha256:[0-9a-f]{64}", outside[0])
     user = [line.split()[1] for line in lines if line.startswith("USER ")][-1]
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", user)
     assert not any(re.search(r"(PASSWORD|SECRET|TOKEN)", line) for line in lines)

@@ -1,16 +1,19 @@
 """The Dagster UI on real state: launch a materialization as it does, and look at the asset graph."""
 
+import http.client
 import json
 import os
 import shutil
 import signal
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.end_to_end.conftest import PROJECT, Place
@@ -72,7 +75,15 @@ def ui(new_place: Callable[[], Place], free_port: Callable[[], int]) -> Iterator
     place.ok("prefs", "up")
     port = free_port()
     server = Place(place.data_dir, {**place.environment, "DAGSTER_HOME": str(_home(place.data_dir))}).start(
-        "dagster-webserver", "-w", str(PROJECT / "workspace.yaml"), "-h", "127.0.0.1", "-p", str(port)
+        "python",
+        "-m",
+        "dagster_prefs.defs.webserver",
+        "-w",
+        str(PROJECT / "workspace.yaml"),
+        "-h",
+        "127.0.0.1",
+        "-p",
+        str(port),
     )
     started = Ui(f"http://127.0.0.1:{port}")
 
@@ -96,6 +107,56 @@ def _home(data_dir: Path) -> Path:
     from dagster_prefs.defs.instance import ensure_dagster_home
 
     return ensure_dagster_home(data_dir)
+
+
+MUTATION = 'mutation { shutdownRepositoryLocation(repositoryLocationName: "x") { __typename } }'
+SENT = json.dumps({"query": MUTATION})
+
+
+def status(ui: Ui, method: str, path: str, body: str | None = None, **headers: str) -> int:
+    """The status of an answer to a request with these headers, sent as they are."""
+    connection = http.client.HTTPConnection(ui.url.removeprefix("http://"), timeout=60)
+    given = {name.replace("_", "-"): value for name, value in headers.items()}
+    try:
+        connection.request(method, path, body, {"content-type": "application/json", **given})
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
+FOREIGN = [
+    {"host": "evil.example"},
+    {"origin": "https://evil.example"},
+    {"origin": "null"},
+    {"sec_fetch_site": "cross-site"},
+    {"sec_fetch_site": "same-site"},
+]
+
+
+@pytest.mark.parametrize("headers", FOREIGN)
+def test_a_website_can_start_nothing(ui: Ui, headers: dict[str, str]) -> None:
+    assert status(ui, "POST", "/graphql", SENT) == 200
+    assert status(ui, "POST", "/graphql", SENT, **headers) == 403
+    assert status(ui, "GET", "/server_info", **headers) == 403
+    # Dagster would run a mutation of an image's address.
+    query = urllib.parse.quote(MUTATION)
+    assert status(ui, "GET", f"/graphql?query={query}") == 405
+    upgrade = {
+        "connection": "Upgrade",
+        "upgrade": "websocket",
+        "sec_websocket_version": "13",
+        "sec_websocket_key": "AAAAAAAAAAAAAAAAAAAAAA==",
+        "sec_websocket_protocol": "graphql-ws",
+    }
+    assert status(ui, "GET", "/graphql", **upgrade) == 101
+    assert status(ui, "GET", "/graphql", **upgrade, **headers) == 403
+
+
+def test_the_uis_own_pages_and_a_link_to_them_work(ui: Ui) -> None:
+    own = {"origin": ui.url, "sec_fetch_site": "same-origin"}
+    assert status(ui, "POST", "/graphql", SENT, **own) == 200
+    link = {"sec_fetch_site": "cross-site", "sec_fetch_mode": "navigate", "sec_fetch_dest": "document"}
+    assert status(ui, "GET", "/assets", **link) == 200
 
 
 def test_an_asset_is_materialized_by_a_click(ui: Ui) -> None:
@@ -165,3 +226,37 @@ def test_the_asset_graph_shows_every_group_and_asset(ui: Ui, tmp_path: Path) -> 
         assert group in text
     for asset in ("raw_user_events", "viewer_profiles", "view_events_parsed"):
         assert asset in text
+
+
+def test_ctrl_c_ends_the_ui_with_all_its_processes(
+    new_place: Callable[[], Place], free_port: Callable[[], int]
+) -> None:
+    place = new_place()
+    port = free_port()
+    started = place.start("prefs", "ui", "--port", str(port))
+    ui = Ui(f"http://127.0.0.1:{port}")
+
+    def ready() -> bool:
+        assert started.poll() is None, started.communicate()
+        try:
+            return status(ui, "GET", "/server_info") == 200
+        except OSError:
+            return False
+
+    try:
+        wait_for("the UI's start", ready)
+        family = psutil.Process(started.pid).children(recursive=True)
+        names = [" ".join(process.cmdline()) for process in family]
+        assert any("dagster_prefs.defs.webserver" in name for name in names)
+        assert any("dagster-daemon" in name for name in names)
+        assert status(ui, "POST", "/graphql", SENT, origin="https://evil.example") == 403
+    finally:
+        os.kill(started.pid, signal.SIGINT)
+        started.communicate(timeout=90)
+    _, alive = psutil.wait_procs(family, timeout=30)
+    # The embedded services stay, as `prefs down` says.
+    left = [" ".join(process.cmdline()) for process in alive]
+    assert [
+        name for name in left if "dagster_prefs.local.supervisor" not in name and "postgres" not in name
+    ] == []
+    assert started.returncode == 0

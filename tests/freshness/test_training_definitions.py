@@ -222,13 +222,32 @@ def test_a_training_set_is_made_by_dagster(
     labels.write_text(
         f"viewer_id,label_time,liked\n7,{busy.now.isoformat()},1\n99999,{busy.now.isoformat()},0\n"
     )
-    output = tmp_path / "set.parquet"
     built = definitions(platform, busy)
-    result = dg.materialize(
-        [built.get_assets_def(dg.AssetKey("training_set"))],
-        instance=instance,
-        run_config={"ops": {"training_set": {"config": {"labels": str(labels), "output": str(output)}}}},
-    )
+
+    def materialize(output: str, **options: Any) -> Any:
+        return dg.materialize(
+            [built.get_assets_def(dg.AssetKey("training_set"))],
+            instance=instance,
+            run_config={"ops": {"training_set": {"config": {"labels": str(labels), "output": output}}}},
+            **options,
+        )
+
+    # Whoever reaches the UI chooses the output.
+    victim = tmp_path / "victim.csv"
+    victim.write_text("mine")
+    folder = platform.settings.training_folder
+    folder.mkdir(parents=True)
+    (folder / "link.csv").symlink_to(victim)
+    for elsewhere in (str(victim), "../victim.csv", "a/../../victim.csv", "link.csv"):
+        refused = materialize(elsewhere, raise_on_error=False)
+        assert not refused.success
+        (failure,) = (event for event in refused.all_events if event.event_type_value == "STEP_FAILURE")
+        error = failure.event_specific_data.error
+        assert "is outside" in str(error.cause or error)
+    assert victim.read_text() == "mine"
+
+    result = materialize("set.parquet")
+    output = folder / "set.parquet"
     (event,) = result.get_asset_materialization_events()
     metadata = event.materialization.metadata
     assert metadata["dagster/row_count"].value == 2

@@ -94,7 +94,7 @@ def test_security_linter() -> None:
     checkov = os.environ.get("CHECKOV") or shutil.which("checkov")
     if checkov is None:
         pytest.skip(
-            "checkov is not on the PATH: run `uv tool install checkov==3.3.30`, or set CHECKOV to the command"
+            "checkov is not on the PATH: run .ci/run, which installs it from infra/locks, or set CHECKOV to the command"
         )
     done = subprocess.run(
         [checkov, "--skip-download", "--framework", "terraform", "dockerfile",

@@ -1,0 +1,106 @@
+"""The Dagster UI for its own pages and this user's programs only: `python -m dagster_prefs.defs.webserver`.
+
+Dagster asks neither who sends a request nor from which page, and takes mutations over GET as well, so any website
+that the owner of the machine visits could launch runs and start schedules. Options are those of dagster-webserver.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from urllib.parse import parse_qs
+
+import dagster_webserver.app
+import dagster_webserver.cli
+from dagster_webserver.webserver import DagsterWebserver
+from starlette.middleware import Middleware
+
+from dagster_prefs.loopback import App, LoopbackGuard, Receive, Scope, Send, loopback_hosts
+from dagster_prefs.settings import load_settings
+
+log = logging.getLogger("dagster_prefs.webserver")
+STOP_SECONDS = 30
+
+
+class NoQueriesOverGet:
+    """ASGI middleware that refuses GraphQL over GET, which an image of a foreign page would need no Origin for."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or answer 405."""
+        over_get = scope["type"] == "http" and scope["method"] == "GET" and scope["path"].endswith("/graphql")
+        if not over_get or "query" not in parse_qs(scope["query_string"].decode("latin-1")):
+            await self._app(scope, receive, send)
+            return
+        body = b"refused: send GraphQL queries with POST\n"
+        head = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": 405, "headers": head})
+        await send({"type": "http.response.body", "body": body})
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Serve the UI as dagster-webserver does, behind the guard."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("-p", "--port", type=int, default=3000)
+    port = parser.parse_known_args(arguments)[0].port
+    settings = load_settings()
+    guard = Middleware(
+        LoopbackGuard,
+        hosts=loopback_hosts(port) | frozenset(settings.ui_hosts),
+        own_user_only=settings.local_users == "own",
+        log=lambda reason: log.warning("the UI refused a request: %s", reason),
+    )
+
+    class GuardedWebserver(DagsterWebserver):
+        def build_middleware(self) -> list[Middleware]:
+            return [guard, Middleware(NoQueriesOverGet), *super().build_middleware()]
+
+    # dagster-webserver has no option for middleware; its server class has a method for it.
+    dagster_webserver.app.DagsterWebserver = GuardedWebserver  # type: ignore[misc]
+    sys.argv = ["dagster-webserver", *arguments]
+    dagster_webserver.cli.main()
+
+
+def serve_ui(workspace: Path, port: int, environment: Mapping[str, str]) -> int:
+    """Run the guarded UI on loopback and the daemon until one of them ends or a signal comes; the exit code.
+
+    `dagster dev` would start its own webserver, which nothing guards.
+    """
+    options = ["-w", str(workspace)]
+    commands = [
+        [sys.executable, "-m", "dagster_prefs.defs.webserver", *options, "-h", "127.0.0.1", "-p", str(port)],
+        [str(Path(sys.executable).with_name("dagster-daemon")), "run", *options],
+    ]
+    stop = threading.Event()
+    for order in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(order, lambda *_: stop.set())
+    # Sessions of their own: a terminal's Ctrl-C would reach their code servers before them.
+    children = [
+        subprocess.Popen(command, env=dict(environment), start_new_session=True) for command in commands
+    ]
+    ended: list[int] = []
+    while not ended and not stop.wait(0.25):
+        ended = [child.returncode for child in children if child.poll() is not None]
+    for child in children:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGINT)
+    for child in children:
+        try:
+            child.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+    return ended[0] if ended else 0
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
