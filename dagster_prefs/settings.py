@@ -21,6 +21,22 @@ PREFIX = "PREFS_"
 ENV_FILE = "PREFS_ENV_FILE"
 
 
+# Part of a setting's name → what its values look like, and the rule in words. They become parts of statements.
+_NAMES = {
+    "kafka_topic_": (
+        r"[A-Za-z0-9._-]{1,249}",
+        "a Kafka topic: letters, digits, `.`, `_` and `-`, at most 249",
+    ),
+    "_region": (r"[a-z0-9-]{1,64}", "an AWS region, e.g. eu-central-1"),
+    "_role_arn": (
+        r"arn:[a-z-]+:iam::[0-9]+:role/[\w+=,.@/-]{1,512}",
+        "a role, e.g. arn:aws:iam::123456789012:role/x",
+    ),
+    "engine_schema": (r"[a-z_][a-z0-9_]{0,62}", "a schema: lower-case letters, digits and `_`, at most 63"),
+    "iceberg_namespace": (r"[A-Za-z0-9_]{1,255}", "an Iceberg namespace: letters, digits and `_`"),
+}
+
+
 class SettingsError(PrefsError):
     """A setting is unknown, malformed, or contradicts another one."""
 
@@ -279,6 +295,15 @@ class Settings(BaseSettings):
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
         return value and value.expanduser().absolute()
+
+    @field_validator("*")
+    @classmethod
+    def _well_formed(cls, value: Any, info: ValidationInfo) -> Any:
+        for ending, (pattern, rule) in _NAMES.items():
+            named = str(info.field_name).startswith(ending) or str(info.field_name).endswith(ending)
+            if named and isinstance(value, str) and not re.fullmatch(pattern, value):
+                raise ValueError(f"{value[:100]!r} is not {rule}")
+        return value
 
     @field_validator("ui_hosts", mode="before")
     @classmethod

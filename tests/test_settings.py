@@ -271,3 +271,20 @@ def test_hosts_of_the_ui_are_a_list_of_names(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("PREFS_UI_HOSTS", "Dagster.example.com,localhost:3001")
     assert load_settings().ui_hosts == ("dagster.example.com", "localhost:3001")
     assert "PREFS_UI_HOSTS: 'https://x' is no host name" in refused(PREFS_UI_HOSTS="https://x")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("PREFS_KAFKA_TOPIC_USER_EVENTS", "user'events"),
+        ("PREFS_KAFKA_TOPIC_ITEMS", "${AWS_SECRET_ACCESS_KEY}"),
+        ("PREFS_KAFKA_TOPIC_ITEMS", "x" * 250),
+        ("AWS_REGION", "eu-central-1', aws.endpoint_url = 'http://evil"),
+        ("PREFS_SINK_ROLE_ARN", "arn:aws:iam::123456789012:role/x' , y = 'z"),
+        ("PREFS_ENGINE_SCHEMA", "public; drop schema public"),
+        ("PREFS_ICEBERG_NAMESPACE", "a.b"),
+    ],
+)
+def test_a_name_that_becomes_part_of_a_statement_is_checked(variable: str, value: str) -> None:
+    message = refused(**{variable: value})
+    assert message.startswith(f"{variable}: {value[:100]!r} is not a")

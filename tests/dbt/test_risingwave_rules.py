@@ -49,7 +49,8 @@ VARIANTS = [
             "PREFS_KAFKA_START": "latest",
             "PREFS_KAFKA_SECURITY_PROTOCOL": "SASL_SSL",
             "PREFS_KAFKA_SASL_MECHANISM": "SCRAM-SHA-512",
-            "PREFS_KAFKA_SASL_USERNAME": "platform",
+            # A quote in a value stays in the value.
+            "PREFS_KAFKA_SASL_USERNAME": "o'neill', connector = 'x",
             "PREFS_KAFKA_SASL_PASSWORD": "secret",
             "PREFS_SINK_BATCH_ITEMS": "10",
             "PREFS_SINK_RETRIES": "5",
@@ -61,7 +62,7 @@ VARIANTS = [
             "PREFS_ICEBERG_CATALOG": "rest",
             "PREFS_ICEBERG_URI": "http://catalog:8181",
             "PREFS_ICEBERG_CREDENTIAL": "prefs:secret",
-            "PREFS_ICEBERG_WAREHOUSE": "s3://lake/warehouse",
+            "PREFS_ICEBERG_WAREHOUSE": "s3://lake/o'neill",
         },
         id="kafka, spread, credentials and the sinks of training tables",
     ),
@@ -475,6 +476,7 @@ def test_variants_say_what_they_are_for(tmp_path_factory: pytest.TempPathFactory
         assert "properties.bootstrap.server = 'kafka:9092'" in text
         assert "scan.startup.mode = 'latest'" in text
         assert "properties.sasl.mechanism = 'SCRAM-SHA-512'" in text
+        assert "properties.sasl.username = 'o''neill'', connector = ''x'" in text
         assert "properties.sasl.password = '${PREFS_KAFKA_SASL_PASSWORD}'" in text
         assert f"kafka_{name}" not in plain
         assert "retention" not in plain[f"raw_{name}"][1]
@@ -497,6 +499,7 @@ def test_variants_say_what_they_are_for(tmp_path_factory: pytest.TempPathFactory
     assert names <= iceberg.keys() - plain.keys()
     assert "catalog.uri = 'http://catalog:8181'" in iceberg["sink_training_watch"][1]
     assert "catalog.credential = '${PREFS_ICEBERG_CREDENTIAL}'" in iceberg["sink_training_watch"][1]
+    assert "warehouse.path = 's3://lake/o''neill'" in iceberg["sink_training_watch"][1]
     kind, text = locked["sink_engagement_watch"]
     assert kind == "subscription"
     assert "retention = '48 hours'" in text

@@ -31,7 +31,7 @@
 
 {# AWS options of a connector: a role, else the keys of this environment, else nothing and the engine's own identity. #}
 {% macro aws_credentials(role) -%}
-  {%- if role -%}{{ return(["aws.credentials.role.arn = '" ~ role ~ "'"]) }}{%- endif -%}
+  {%- if role -%}{{ return(["aws.credentials.role.arn = " ~ text_literal(role)]) }}{%- endif -%}
   {%- set options = [] -%}
   {%- if execute and env_var("AWS_ACCESS_KEY_ID", "") -%}
     {%- for option, name in {
@@ -52,7 +52,7 @@
     {%- endif -%}
     {%- if secret_of(name) in statement and not secret_exists(name) -%}
       {% do require_feature("SecretManagement", "PREFS_RISINGWAVE_SECRETS=on", "set PREFS_RISINGWAVE_SECRETS=off") %}
-      {% do run_query("create " ~ secret_of(name) ~ " with (backend = 'meta') as '" ~ env_var(name) | replace("'", "''") ~ "'") %}
+      {% do run_query("create " ~ secret_of(name) ~ " with (backend = 'meta') as " ~ text_literal(env_var(name))) %}
     {%- endif -%}
   {%- endfor -%}
   {{ return(done.text) }}
@@ -60,15 +60,15 @@
 
 {% macro secret_exists(name) -%}
   {{ return(run_query(
-    "select 1 from rw_catalog.rw_secrets s join rw_catalog.rw_schemas n on n.id = s.schema_id where n.name = '"
-    ~ target.schema ~ "' and s.name = '" ~ secret_name(name) ~ "'"
+    "select 1 from rw_catalog.rw_secrets s join rw_catalog.rw_schemas n on n.id = s.schema_id where n.name = "
+    ~ text_literal(target.schema) ~ " and s.name = " ~ text_literal(secret_name(name))
   ).rows | length > 0) }}
 {%- endmacro %}
 
 {# `dbt run-operation rotate_secrets`: give every secret that exists the value of this environment. #}
 {% macro rotate_secrets() -%}
   {%- for name in credential_variables() if env_var(name, "") and secret_exists(name) -%}
-    {% do run_query("alter " ~ secret_of(name) ~ " with (backend = 'meta') as '" ~ env_var(name) | replace("'", "''") ~ "'") %}
+    {% do run_query("alter " ~ secret_of(name) ~ " with (backend = 'meta') as " ~ text_literal(env_var(name))) %}
     {% do log("rotated " ~ target.schema ~ "." ~ secret_name(name), info=true) %}
   {%- endfor -%}
 {%- endmacro %}

@@ -105,3 +105,8 @@
 
 {% macro risingwave__computed_once() -%}
 {%- endmacro %}
+
+{# A value as a text literal of SQL: what comes from the environment may hold a quote. #}
+{% macro text_literal(value) -%}
+  {{ return("'" ~ value | string | replace("'", "''") ~ "'") }}
+{%- endmacro %}

@@ -11,7 +11,13 @@
 
 {# The topic's name in Kafka; PREFS_KAFKA_TOPIC_USER_EVENTS and the like change it. #}
 {% macro kafka_topic(topic) -%}
-  {{ return(env_var("PREFS_KAFKA_TOPIC_" ~ topic | replace(".", "_") | upper, topic) or topic) }}
+  {%- set variable = "PREFS_KAFKA_TOPIC_" ~ topic | replace(".", "_") | upper -%}
+  {%- set name = env_var(variable, topic) or topic -%}
+  {#- `${…}` in it would be taken for what is put in when the statement runs. -#}
+  {%- if not modules.re.fullmatch("[A-Za-z0-9._-]{1,249}", name) -%}
+    {{ exceptions.raise_compiler_error(variable ~ "=" ~ name ~ " is no Kafka topic: use letters, digits, `.`, `_` and `-`") }}
+  {%- endif -%}
+  {{ return(name) }}
 {%- endmacro %}
 
 {# The connector's options; what is secret, or long, is named and put in when the statement runs. #}
@@ -20,19 +26,19 @@
   {%- set mechanism = env_var("PREFS_KAFKA_SASL_MECHANISM", "") -%}
   {%- set options = [
     "connector = 'kafka'",
-    "topic = '" ~ kafka_topic(topic) ~ "'",
-    "properties.bootstrap.server = '" ~ kafka_bootstrap() ~ "'",
-    "scan.startup.mode = '" ~ (env_var("PREFS_KAFKA_START", "") or "earliest") ~ "'",
+    "topic = " ~ text_literal(kafka_topic(topic)),
+    "properties.bootstrap.server = " ~ text_literal(kafka_bootstrap()),
+    "scan.startup.mode = " ~ text_literal(env_var("PREFS_KAFKA_START", "") or "earliest"),
   ] -%}
   {%- if execute -%}{%- do refuse_kafka_contradictions(protocol, mechanism) -%}{%- endif -%}
   {%- if protocol != "PLAINTEXT" -%}
-    {%- do options.append("properties.security.protocol = '" ~ protocol ~ "'") -%}
+    {%- do options.append("properties.security.protocol = " ~ text_literal(protocol)) -%}
   {%- endif -%}
   {%- if mechanism -%}
-    {%- do options.append("properties.sasl.mechanism = '" ~ mechanism ~ "'") -%}
+    {%- do options.append("properties.sasl.mechanism = " ~ text_literal(mechanism)) -%}
   {%- endif -%}
   {%- if mechanism == "AWS_MSK_IAM" -%}
-    {%- do options.append("aws.region = '" ~ (env_var("PREFS_KAFKA_MSK_REGION", "") or env_var("AWS_REGION", "") or "eu-central-1") ~ "'") -%}
+    {%- do options.append("aws.region = " ~ text_literal(env_var("PREFS_KAFKA_MSK_REGION", "") or env_var("AWS_REGION", "") or "eu-central-1")) -%}
     {%- do options.extend(aws_credentials(env_var("PREFS_KAFKA_MSK_ROLE_ARN", ""))) -%}
   {%- endif -%}
   {%- for option, name in {
@@ -41,7 +47,7 @@
     "properties.ssl.key.location": "PREFS_KAFKA_SSL_KEY_LOCATION",
     "properties.sasl.username": "PREFS_KAFKA_SASL_USERNAME",
   }.items() if env_var(name, "") -%}
-    {%- do options.append(option ~ " = '" ~ env_var(name) ~ "'") -%}
+    {%- do options.append(option ~ " = " ~ text_literal(env_var(name))) -%}
   {%- endfor -%}
   {#- Only at execution: dbt keeps every value that was read while parsing in its partial-parse file. -#}
   {%- if execute -%}
@@ -96,7 +102,7 @@ with (
 format plain encode bytes;
 create sink {{ sink }} into {{ raw }} (source, source_partition, source_offset, data, kafka_timestamp, arrived_at)
 as select
-  'kafka:{{ kafka_topic(topic) }}${generation}' as source,
+  {{ text_literal("kafka:" ~ kafka_topic(topic) ~ "${generation}") }} as source,
   source_partition::int as source_partition,
   source_offset::bigint as source_offset,
   data,
@@ -109,7 +115,7 @@ where ${unread}
 {# What `${generation}` stands for: nothing for a topic's first life, `#2` for its second. #}
 {% macro kafka_generation(topic) -%}
   {%- set rows = run_query(
-    "select generation from " ~ target.schema ~ ".kafka_topics where kafka_topic = '" ~ kafka_topic(topic) ~ "'"
+    "select generation from " ~ target.schema ~ ".kafka_topics where kafka_topic = " ~ text_literal(kafka_topic(topic))
   ).rows -%}
   {{ return("#" ~ rows[0][0] if rows and rows[0][0] > 1 else "") }}
 {%- endmacro %}
@@ -123,14 +129,14 @@ where ${unread}
   {%- set source = "kafka:" ~ kafka_topic(topic) ~ generation -%}
   {%- set there = risingwave__get_relation_without_caching(relation) -%}
   {%- set feeding = run_query(
-    "select definition from rw_catalog.rw_sinks s join rw_catalog.rw_schemas n on n.id = s.schema_id where n.name = '"
-    ~ sink.schema ~ "' and s.name = '" ~ sink.identifier ~ "'"
+    "select definition from rw_catalog.rw_sinks s join rw_catalog.rw_schemas n on n.id = s.schema_id where n.name = "
+    ~ text_literal(sink.schema) ~ " and s.name = " ~ text_literal(sink.identifier)
   ).rows -%}
   {%- set deployed = run_query(
     "select checksum from " ~ target.schema ~ ".deployments where relation = '" ~ this.identifier ~ "'"
   ).rows -%}
   {%- set current = there and feeding and deployed and deployed[0][0] == definition_checksum()
-    and ("'" ~ source ~ "'") in feeding[0][0] -%}
+    and text_literal(source) in feeding[0][0] -%}
   {{ run_hooks(pre_hooks) }}
   {%- if current and not should_full_refresh() -%}
     {% do store_raw_result(name="main", message="SKIP", code="skip", rows_affected="-1") %}
@@ -162,11 +168,11 @@ where ${unread}
   {%- set progress = api.Relation.create(database=target.dbname, schema=target.schema, identifier="ingest_progress") -%}
   {%- if risingwave__get_relation_without_caching(progress) -%}
     {%- set rows = run_query(
-      "select source_partition, max(last_offset) from " ~ progress ~ " where source = '" ~ source ~ "' group by source_partition order by 1"
+      "select source_partition, max(last_offset) from " ~ progress ~ " where source = " ~ text_literal(source) ~ " group by source_partition order by 1"
     ).rows -%}
   {%- else -%}
     {%- set rows = run_query(
-      "select source_partition, max(source_offset) from " ~ target.schema ~ "." ~ raw ~ " where source = '" ~ source ~ "' group by source_partition order by 1"
+      "select source_partition, max(source_offset) from " ~ target.schema ~ "." ~ raw ~ " where source = " ~ text_literal(source) ~ " group by source_partition order by 1"
     ).rows -%}
   {%- endif -%}
   {{ return(rows) }}
@@ -179,7 +185,7 @@ where ${unread}
 {% macro unread(held) -%}
   {%- if not held -%}{{ return("true") }}{%- endif -%}
   {%- set arms = [] -%}
-  {%- for row in held -%}{%- do arms.append("when '" ~ row[0] ~ "' then " ~ row[1]) -%}{%- endfor -%}
+  {%- for row in held -%}{%- do arms.append("when " ~ text_literal(row[0]) ~ " then " ~ row[1]) -%}{%- endfor -%}
   {{ return("source_offset::bigint > case source_partition " ~ arms | join(" ") ~ " else -1 end") }}
 {%- endmacro %}
 
@@ -192,7 +198,7 @@ where ${unread}
   {%- if latest not in statement -%}{{ return(statement) }}{%- endif -%}
   {%- if held -%}
     {%- set oldest = run_query(
-      "select (extract(epoch from min(kafka_timestamp)) * 1000)::bigint from " ~ target.schema ~ "." ~ raw ~ " where source = '" ~ source ~ "'"
+      "select (extract(epoch from min(kafka_timestamp)) * 1000)::bigint from " ~ target.schema ~ "." ~ raw ~ " where source = " ~ text_literal(source)
     ).rows[0][0] -%}
     {{ return(statement | replace(latest, "scan.startup.timestamp.millis = '" ~ (oldest or 0) ~ "'")) }}
   {%- endif -%}

@@ -110,16 +110,16 @@ select * from {{ relation }}
 select * from {{ relation }}
 {%- elif env_var("PREFS_PUBLISH", "auto") == "changefeed" -%}
 create subscription {{ this }} from {{ relation }}
-with (retention = '{{ env_var("PREFS_CHANGEFEED_RETENTION_HOURS", "24") or "24" }} hours')
+with (retention = '{{ (env_var("PREFS_CHANGEFEED_RETENTION_HOURS", "24") or "24") | int }} hours')
 {%- else -%}
 create sink {{ this }} from {{ relation }}
 with (
   connector = 'dynamodb',
-  table = '{{ env_var("PREFS_TABLE_PREFIX", "") }}viewer_profiles',
+  table = {{ text_literal(env_var("PREFS_TABLE_PREFIX", "") ~ "viewer_profiles") }},
   primary_key = 'viewer_id,domain_key',
-  aws.region = '{{ env_var("AWS_REGION", "eu-central-1") or "eu-central-1" }}'
+  aws.region = {{ text_literal(env_var("AWS_REGION", "eu-central-1") or "eu-central-1") }}
   {%- if env_var("AWS_ENDPOINT_URL", "") %},
-  aws.endpoint_url = '{{ env_var("AWS_ENDPOINT_URL") }}'
+  aws.endpoint_url = {{ text_literal(env_var("AWS_ENDPOINT_URL")) }}
   {%- endif %}
   {%- for option in aws_credentials(env_var("PREFS_SINK_ROLE_ARN", "")) %},
   {{ option }}
@@ -154,18 +154,18 @@ with (
   compaction_interval_sec = '3600',
   commit_checkpoint_interval = '60',
   is_exactly_once = 'true',
-  catalog.type = '{{ catalog }}',
+  catalog.type = {{ text_literal(catalog) }},
   {%- if catalog == "rest" %}
-  catalog.uri = '{{ env_var("PREFS_ICEBERG_URI") }}',
+  catalog.uri = {{ text_literal(env_var("PREFS_ICEBERG_URI")) }},
   {%- if execute and env_var("PREFS_ICEBERG_CREDENTIAL", "") %}
   catalog.credential = {{ credential("PREFS_ICEBERG_CREDENTIAL") }},
   {%- endif %}
   {%- endif %}
-  warehouse.path = '{{ env_var("PREFS_ICEBERG_WAREHOUSE", "") }}',
-  database.name = '{{ env_var("PREFS_ICEBERG_NAMESPACE", "training") }}',
+  warehouse.path = {{ text_literal(env_var("PREFS_ICEBERG_WAREHOUSE", "")) }},
+  database.name = {{ text_literal(env_var("PREFS_ICEBERG_NAMESPACE", "training")) }},
   table.name = '{{ table }}',
   {%- if env_var("AWS_ENDPOINT_URL", "") %}
-  s3.endpoint = '{{ env_var("AWS_ENDPOINT_URL") }}',
+  s3.endpoint = {{ text_literal(env_var("AWS_ENDPOINT_URL")) }},
   s3.path.style.access = 'true',
   {%- endif %}
   {#- Only at execution, as for the DynamoDB sinks; without keys the engine's own identity is used. #}
@@ -175,7 +175,7 @@ with (
   {%- else %}
   enable_config_load = 'true',
   {%- endif %}
-  s3.region = '{{ env_var("AWS_REGION", "eu-central-1") or "eu-central-1" }}'
+  s3.region = {{ text_literal(env_var("AWS_REGION", "eu-central-1") or "eu-central-1") }}
 )
 {%- endmacro %}
 
