@@ -60,14 +60,14 @@ def main(arguments: Sequence[str]) -> None:
         log=lambda reason: log.warning("the UI refused a request: %s", reason),
     )
 
-    class GuardedWebserver(DagsterWebserver):
+    class GuardedWebserver(DagsterWebserver):  # type: ignore[type-arg]
         def build_middleware(self) -> list[Middleware]:
             return [guard, Middleware(NoQueriesOverGet), *super().build_middleware()]
 
     # dagster-webserver has no option for middleware; its server class has a method for it.
-    dagster_webserver.app.DagsterWebserver = GuardedWebserver  # type: ignore[misc]
+    dagster_webserver.app.DagsterWebserver = GuardedWebserver  # type: ignore[attr-defined]
     sys.argv = ["dagster-webserver", *arguments]
-    dagster_webserver.cli.main()
+    dagster_webserver.cli.main()  # type: ignore[no-untyped-call]
 
 
 def serve_ui(workspace: Path, port: int, environment: Mapping[str, str]) -> int:
