@@ -45,11 +45,14 @@ stack: ## start RisingWave, Kafka, DynamoDB Local and the platform in containers
 stack-down: ## stop the containers; their data stays in volumes
 	@docker compose down
 
-test: $(VENV)/installed ## the whole test suite, a file of tests on each of two cores at a time
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+# A file of tests at a time on each of two cores, in the order of tests/conftest.py: the longest first.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-fast: $(VENV)/installed ## the tests without a webserver, a browser or the whole demo
-	@$(BIN)/python -m pytest -m "not slow"
+test: $(VENV)/installed ## the whole test suite, on two cores
+	@$(PYTEST)
+
+test-fast: $(VENV)/installed ## the tests that take no longer than a few seconds each
+	@$(PYTEST) -m "not slow"
 
 test-terraform: $(VENV)/installed ## the infrastructure's tests alone
 	@$(BIN)/python -m pytest tests/terraform

@@ -7,16 +7,20 @@ taken out of the environment before any module of ours is imported.
 from __future__ import annotations
 
 import os
-import socket
+import shutil
+import sqlite3
 import tempfile
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from psycopg import sql
+from sqlalchemy import Engine, event
 
 SHELL_ENVIRONMENT: Mapping[str, str] = dict(os.environ)
 """The environment as the developer's shell had it, for tests of real servers."""
@@ -38,21 +42,41 @@ os.environ.update(
     DAGSTER_DISABLE_TELEMETRY="yes",
 )
 
-from dagster_prefs.engine.connection import EngineConnection  # noqa: E402 (after the environment is clean)
+from built_state import (  # noqa: E402 (after the environment is clean)
+    SESSION_FOLDER,
+    TEMPLATE,
+    BuiltState,
+    built_state,
+    free_port,
+    make_session_folder,
+)
+
+from dagster_prefs.engine.connection import EngineConnection  # noqa: E402
 from dagster_prefs.local.services import LocalServices  # noqa: E402
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def pytest_configure(config: pytest.Config) -> None:
+    """One folder for the whole run: the first process makes it and removes it, xdist's workers are told of it."""
+    told: dict[str, Any] | None = getattr(config, "workerinput", None)
+    config.stash[SESSION_FOLDER] = Path(told["session_folder"]) if told else make_session_folder()
 
 
-@pytest.fixture(scope="session")
-def free_port() -> Callable[[], int]:
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """xdist's hook: tell a new worker where the run's folder is."""
+    node.workerinput["session_folder"] = str(node.config.stash[SESSION_FOLDER])
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove the run's folder once every process of it has ended."""
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(config.stash[SESSION_FOLDER], ignore_errors=True)
+
+
+@pytest.fixture(scope="session", name="free_port")
+def _free_port() -> Callable[[], int]:
     """A function that returns a loopback port nobody listens on."""
-    return _free_port
+    return free_port
 
 
 @pytest.fixture(scope="session")
@@ -68,17 +92,45 @@ def _no_developer_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_waiting_for_the_disk() -> Iterator[None]:
+    """SQLite of this process, behind Dagster and Iceberg, writes without waiting: nothing outlives the run."""
+
+    def hurry(connection: Any, _: Any) -> None:
+        if isinstance(connection, sqlite3.Connection):
+            connection.execute("pragma synchronous = off")
+
+    event.listen(Engine, "connect", hurry)
+    yield
+    event.remove(Engine, "connect", hurry)
+
+
 @pytest.fixture(scope="session")
-def services() -> Iterator[LocalServices]:
+def session_folder(request: pytest.FixtureRequest) -> Path:
+    """A folder that all processes of this run share; every user can enter it."""
+    return request.config.stash[SESSION_FOLDER]
+
+
+@pytest.fixture(scope="session")
+def state(session_folder: Path) -> BuiltState:
+    """A stopped cluster with the dbt project deployed, built once a run; `copy_to` gives a test its own."""
+    return built_state(session_folder)
+
+
+@pytest.fixture(scope="session")
+def services(request: pytest.FixtureRequest) -> Iterator[LocalServices]:
     """The embedded services on free ports, shared by the whole session.
 
     They stop with this process, even when it is killed. Take `engine` or `aws_endpoint` for an
-    empty database or AWS server; take this one for ports and folders only.
+    empty database or AWS server, `deployed_template` for the deployed project; take this one for ports
+    and folders only. Nothing here outlives the run, so the server never waits for the disk.
     """
     with tempfile.TemporaryDirectory(prefix="prefs-tests-") as folder:
         # Not below pytest's own folder, which is closed to the user that PostgreSQL runs as under root.
         Path(folder).chmod(0o755)
-        local = LocalServices(Path(folder) / "data", _free_port(), _free_port(), test_hooks=True)
+        local = LocalServices(Path(folder) / "data", free_port(), free_port(), disposable=True)
+        if any("state" in getattr(item, "fixturenames", ()) for item in request.session.items):
+            request.getfixturevalue("state").copy_to(local.data_dir)
         local.up(owner_pid=os.getpid())
         with pytest.MonkeyPatch.context() as patch:
             # libpq's own default for whatever connects, the processes that tests start included.
@@ -88,11 +140,53 @@ def services() -> Iterator[LocalServices]:
         local.delete_state()
 
 
+@pytest.fixture(scope="session")
+def server(services: LocalServices) -> EngineConnection:
+    """The embedded engine's own database, from which others are made and dropped."""
+    return EngineConnection("127.0.0.1", services.postgres_port, "postgres", "prefs")
+
+
+@pytest.fixture(scope="session")
+def deployed_template(state: BuiltState, server: EngineConnection) -> EngineConnection:
+    """The database in which `dbt run` has made every relation, empty of events: to be copied, never changed."""
+    return server.with_database(TEMPLATE)
+
+
+@pytest.fixture(scope="session")
+def copied_database(server: EngineConnection) -> Callable[..., Any]:
+    """`with copied_database(name, template, clock=None) as engine`: a copy, dropped afterwards with its sessions.
+
+    With `clock` the copy's clock stands there.
+    """
+
+    @contextmanager
+    def copied(
+        name: str, template: EngineConnection, clock: datetime | None = None
+    ) -> Iterator[EngineConnection]:
+        with server.connect() as connection:
+            drop = sql.SQL("drop database if exists {} with (force)").format(sql.Identifier(name))
+            connection.execute(drop)
+            # Nothing waits for the disk here, so that files are copied several times faster than rows are logged.
+            connection.execute(
+                sql.SQL("create database {} template {} strategy file_copy").format(
+                    sql.Identifier(name), sql.Identifier(template.database)
+                )
+            )
+            if clock is not None:
+                connection.execute(
+                    sql.SQL("alter database {} set prefs.clock = {}").format(
+                        sql.Identifier(name), sql.Literal(clock.isoformat())
+                    )
+                )
+        yield server.with_database(name)
+        with server.connect() as connection:
+            connection.execute(drop)
+
+    return copied
+
+
 @contextmanager
-def _new_database(services: LocalServices, kind: str) -> Iterator[EngineConnection]:
-    server = EngineConnection(
-        host="127.0.0.1", port=services.postgres_port, database="postgres", user="prefs", kind="local"
-    )
+def _new_database(server: EngineConnection, kind: str) -> Iterator[EngineConnection]:
     name = f"{kind}_{uuid.uuid4().hex}"
     with server.connect() as connection:
         connection.execute(sql.SQL("create database {}").format(sql.Identifier(name)))
@@ -102,16 +196,16 @@ def _new_database(services: LocalServices, kind: str) -> Iterator[EngineConnecti
 
 
 @pytest.fixture
-def engine(services: LocalServices) -> Iterator[EngineConnection]:
+def engine(server: EngineConnection) -> Iterator[EngineConnection]:
     """A fresh, empty database of the embedded engine, dropped afterwards with all its sessions."""
-    with _new_database(services, "test") as found:
+    with _new_database(server, "test") as found:
         yield found
 
 
 @pytest.fixture(scope="session")
-def database(services: LocalServices) -> Iterator[EngineConnection]:
+def database(server: EngineConnection) -> Iterator[EngineConnection]:
     """One database for all tests that make a schema of their own in it, which is far quicker than a database."""
-    with _new_database(services, "shared") as found:
+    with _new_database(server, "shared") as found:
         yield found
 
 

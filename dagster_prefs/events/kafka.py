@@ -31,6 +31,7 @@ from dagster_prefs.events.topics import source_name
 
 BROKER_TIMEOUT_SECONDS = 10.0
 POLL_SECONDS = 0.5
+GATHER_SECONDS = 0.02
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -101,7 +102,7 @@ def ingest_topic(
                 room = batch_size if max_messages is None else min(batch_size, max_messages - read)
                 if room <= 0:
                     break
-                messages = consumer.consume(num_messages=room, timeout=POLL_SECONDS)
+                messages = _next_messages(consumer, room)
                 batch: list[RawMessage] = []
                 for message in messages:
                     if message.error() is not None:
@@ -184,6 +185,17 @@ def _assign(
         assignment.append(TopicPartition(name, partition, position))
     consumer.assign(assignment)
     return ends
+
+
+def _next_messages(consumer: Any, most: int) -> list[Any]:
+    """Up to `most` messages and ends of partitions; none if nothing comes within POLL_SECONDS.
+
+    `consume` alone waits for all of `most` or for its whole time-out, however short the topic is.
+    """
+    messages: list[Any] = consumer.consume(num_messages=1, timeout=POLL_SECONDS)
+    if messages and most > 1:
+        messages += consumer.consume(num_messages=most - 1, timeout=GATHER_SECONDS)
+    return messages
 
 
 def _time(timestamp: tuple[int, int]) -> datetime | None:

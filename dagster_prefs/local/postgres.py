@@ -79,6 +79,13 @@ SERVER_SETTINGS = {
     "max_parallel_maintenance_workers": "0",
     "autovacuum": "on",
 }
+# For state that nobody keeps, e.g. a test's: nothing waits for the disk, and a crash of the machine may corrupt it.
+DISPOSABLE_SETTINGS = {
+    "fsync": "off",
+    "full_page_writes": "off",
+    "wal_level": "minimal",
+    "max_wal_senders": "0",
+}
 
 
 # A line of libpq's password file, host:port:database:user:password, in which `:` and `\` are escaped.
@@ -159,11 +166,13 @@ def _add_password(passfile: Path, user: str, password: str) -> None:
 class Cluster:
     """The cluster of one data folder (which must exist): create, start, stop, delete.
 
-    All methods raise LocalServicesError with one sentence for what a user can remedy.
+    All methods raise LocalServicesError with one sentence for what a user can remedy. With `durable=False` the
+    server never waits for the disk, which is for state that is thrown away.
     """
 
-    def __init__(self, data_dir: Path) -> None:
+    def __init__(self, data_dir: Path, *, durable: bool = True) -> None:
         self.data_dir = data_dir
+        self.durable = durable
         self.log = data_dir / "logs" / "postgres.log"
         outer = outer_home(data_dir)
         self.run_as: RunAs | None = None
@@ -219,7 +228,7 @@ class Cluster:
         self._ensure_role(user)
         progress("starting PostgreSQL")
         self._log_start = self.log.stat().st_size if self.log.exists() else 0
-        settings = {**SERVER_SETTINGS, "port": str(port)}
+        settings = {**SERVER_SETTINGS, **({} if self.durable else DISPOSABLE_SETTINGS), "port": str(port)}
         options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
         self._user, self._database, self._port = user, database, port
         return self._popen(["postgres", "-D", str(self.path), *options])

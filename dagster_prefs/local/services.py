@@ -64,8 +64,9 @@ class LocalServices:
     """Starts, stops and looks at the services that share `data_dir`.
 
     One detached supervisor process per folder runs them, so that a command, the UI and the tests
-    share them and none of these takes them down by ending. Ports are on loopback only.
-    `test_hooks` lets a suite of tests empty the local AWS server.
+    share them and none of these takes them down by ending. Ports are on loopback only. With `disposable` the
+    server never waits for the disk and the local AWS server may be emptied: for state that is thrown away, as
+    that of a test.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class LocalServices:
         user: str = "prefs",
         database: str = "prefs",
         with_aws: bool = True,
-        test_hooks: bool = False,
+        disposable: bool = False,
     ) -> None:
         # One spelling per folder: the supervisor is recognised by it.
         self.data_dir = data_dir.expanduser().resolve()
@@ -86,7 +87,7 @@ class LocalServices:
         self.user = user
         self.database = database
         self.with_aws = with_aws
-        self.test_hooks = test_hooks
+        self.disposable = disposable
 
     @property
     def log(self) -> Path:
@@ -270,8 +271,8 @@ class LocalServices:
             "--user", self.user, "--database", self.database, "--report", str(write_end),
             "--with-aws" if self.with_aws else "--no-with-aws",
         ]  # fmt: skip
-        if self.test_hooks:
-            command.append("--test-hooks")
+        if self.disposable:
+            command.append("--disposable")
         if owner_pid is not None:
             command += ["--owner-pid", str(owner_pid)]
         try:

@@ -73,7 +73,7 @@ def supervise(arguments: argparse.Namespace, reporter: Reporter) -> int:
         with_aws=arguments.with_aws,
     )
     state.write(data_dir)
-    cluster = Cluster(data_dir)
+    cluster = Cluster(data_dir, durable=not arguments.disposable)
     server: subprocess.Popen[bytes] | None = None
     listener: socket.socket | None = None
     stop_aws: Callable[[], None] | None = None
@@ -98,10 +98,10 @@ def supervise(arguments: argparse.Namespace, reporter: Reporter) -> int:
         log.info("ready: PostgreSQL on port %d", arguments.postgres_port)
         reporter.send(ready=True)
         reporter.close()
-        if new:
+        if new and cluster.durable:
             background.append(cluster.sync())
         if listener is not None:
-            stop_aws = serve_aws(listener, test_hooks=arguments.test_hooks)
+            stop_aws = serve_aws(listener, test_hooks=arguments.disposable)
         while not stop.wait(WATCH_SECONDS):
             background = [process for process in background if process.poll() is None]
             if server.poll() is not None:
@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--user", required=True)
     parser.add_argument("--database", required=True)
     parser.add_argument("--with-aws", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--test-hooks", action="store_true")
+    parser.add_argument("--disposable", action="store_true")
     parser.add_argument("--owner-pid", type=int)
     parser.add_argument("--report", type=int, required=True)
     arguments = parser.parse_args(argv)

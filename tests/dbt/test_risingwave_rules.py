@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,9 @@ ABSENT = {
 }
 
 
+@cache
 def statement(text: str) -> exp.Expression:
+    """The statement as a tree that rules read and never change: each of them asks for the same trees."""
     return sqlglot.parse_one(text, dialect="risingwave")
 
 

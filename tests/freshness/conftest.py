@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from built_state import BuiltState
 from kafka_cluster import Cluster
 from psycopg import sql
 
 from dagster_prefs.engine.connection import EngineConnection
-from dagster_prefs.engine.dbt import Dbt
 from dagster_prefs.freshness.levels import Measure
 from dagster_prefs.freshness.measures import measure_offline, measure_online, measure_views
-from dagster_prefs.local.services import LocalServices
 from dagster_prefs.offline.catalog import open_catalog
 from dagster_prefs.offline.export import export_day, exported_days, stale_days
 from dagster_prefs.offline.tables import TILE_TABLES
@@ -26,7 +26,6 @@ from dagster_prefs.online.contract import Contract, load_contract
 from dagster_prefs.online.publisher import publish_domain
 from dagster_prefs.online.tables import dynamodb_client, provision
 
-PROJECT = Path(__file__).parents[2]
 NAMESPACE = "training"
 
 RAW = {
@@ -185,68 +184,62 @@ class World:
 class Template:
     """A database to copy: its views in the order of refresh, the moment it was filled for, its offsets."""
 
-    database: str
+    engine: EngineConnection
     order: Sequence[str]
     now: datetime
     offsets: dict[str, int]
 
 
-def copied(server: EngineConnection, template: str, name: str) -> EngineConnection:
-    with server.connect() as connection:
-        connection.execute(
-            sql.SQL("create database {} template {}").format(sql.Identifier(name), sql.Identifier(template))
-        )
-    return server.with_database(name)
+Copied = Callable[..., Any]
 
 
 @pytest.fixture(scope="session")
-def server(services: LocalServices) -> EngineConnection:
-    return EngineConnection("127.0.0.1", services.postgres_port, "postgres", "prefs")
-
-
-@pytest.fixture(scope="session")
-def empty_template(server: EngineConnection, tmp_path_factory: pytest.TempPathFactory) -> Template:
+def empty_template(state: BuiltState, deployed_template: EngineConnection) -> Template:
     """The whole dbt project without events."""
-    name = f"freshness_empty_{uuid.uuid4().hex[:8]}"
-    with server.connect() as connection:
-        connection.execute(sql.SQL("create database {}").format(sql.Identifier(name)))
-    dbt = Dbt(server.with_database(name), PROJECT / "dbt_project", tmp_path_factory.mktemp("dbt"))
-    order = []
-    for result in dbt.run("run"):
-        assert result.ok, result
-        order.append(result.name)
-    with server.with_database(name).connect() as connection:
-        views = {row[0] for row in connection.execute("select matviewname from pg_matviews")}
     now = datetime.now(UTC)
     if (now.hour, now.minute // 10) == (0, 0):
         # Events of some minutes ago must have happened on the same day.
         now -= timedelta(minutes=10)
-    return Template(name, [relation for relation in order if relation in views], now, {})
+    return Template(deployed_template, state.views, now, {})
 
 
 @pytest.fixture(scope="session")
-def busy_template(server: EngineConnection, empty_template: Template) -> Template:
+def busy_template(copied_database: Copied, empty_template: Template) -> Iterator[Template]:
     """Forty viewers on two days, one shop user, one malformed message, everything refreshed."""
-    name = f"freshness_busy_{uuid.uuid4().hex[:8]}"
-    engine = copied(server, empty_template.database, name)
-    with engine.connect() as connection:
-        made = World(engine, connection, now=empty_template.now, order=empty_template.order)
-        for viewer in range(40):
-            for days in (0, 1):
-                made.watch(viewer, age=60, days_ago=days)
-                made.like(viewer, age=60, days_ago=days)
-        made.shop("u1", age=60)
-        made.shop("u1", age=59, category=None, brand=None)
-        made.arrive("view_events", "not json", age=59)
-        made.refresh()
-    return Template(name, empty_template.order, empty_template.now, made.offsets)
+    with copied_database("freshness_busy", empty_template.engine) as engine:
+        with engine.connect() as connection:
+            made = World(engine, connection, now=empty_template.now, order=empty_template.order)
+            for viewer in range(40):
+                for days in (0, 1):
+                    made.watch(viewer, age=60, days_ago=days)
+                    made.like(viewer, age=60, days_ago=days)
+            made.shop("u1", age=60)
+            made.shop("u1", age=59, category=None, brand=None)
+            made.arrive("view_events", "not json", age=59)
+            made.refresh()
+        yield Template(engine, empty_template.order, empty_template.now, made.offsets)
 
 
-def _world(server: EngineConnection, template: Template, endpoint: str, folder: Path) -> Iterator[World]:
-    name = f"test_{uuid.uuid4().hex}"
-    engine = copied(server, template.database, name)
+@pytest.fixture(scope="session")
+def busy_lake(busy_template: Template, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the busy template's warehouse, and a copy of it to go back to."""
+    folder = tmp_path_factory.mktemp("lake")
+    with busy_template.engine.connect() as connection:
+        made = World(
+            busy_template.engine,
+            connection,
+            now=busy_template.now,
+            order=busy_template.order,
+            warehouse=folder / "iceberg",
+        )
+        made.export()
+    shutil.copytree(folder / "iceberg", folder / "fresh")
+    return folder
+
+
+def _world(copied_database: Copied, template: Template, endpoint: str, warehouse: Path) -> Iterator[World]:
     client = dynamodb_client(endpoint, "eu-central-1")
-    with engine.connect() as connection:
+    with copied_database("freshness", template.engine) as engine, engine.connect() as connection:
         yield World(
             engine=engine,
             connection=connection,
@@ -255,28 +248,28 @@ def _world(server: EngineConnection, template: Template, endpoint: str, folder: 
             offsets=dict(template.offsets),
             client=client,
             table=provision(client, load_contract()),
-            warehouse=folder / "iceberg",
+            warehouse=warehouse,
         )
-    with server.connect() as connection:
-        connection.execute(sql.SQL("drop database if exists {} with (force)").format(sql.Identifier(name)))
 
 
 @pytest.fixture
 def world(
-    server: EngineConnection, empty_template: Template, aws_endpoint: str, tmp_path: Path
+    copied_database: Copied, empty_template: Template, aws_endpoint: str, tmp_path: Path
 ) -> Iterator[World]:
     """The deployed project without events."""
-    yield from _world(server, empty_template, aws_endpoint, tmp_path)
+    yield from _world(copied_database, empty_template, aws_endpoint, tmp_path / "iceberg")
 
 
 @pytest.fixture
 def busy(
-    server: EngineConnection, busy_template: Template, aws_endpoint: str, tmp_path: Path
+    copied_database: Copied, busy_template: Template, busy_lake: Path, aws_endpoint: str
 ) -> Iterator[World]:
     """The busy template, published and exported: nothing is stale."""
-    for made in _world(server, busy_template, aws_endpoint, tmp_path):
+    # Tables name their files by their path, so every test has its warehouse at the same place.
+    shutil.rmtree(busy_lake / "iceberg")
+    shutil.copytree(busy_lake / "fresh", busy_lake / "iceberg")
+    for made in _world(copied_database, busy_template, aws_endpoint, busy_lake / "iceberg"):
         made.publish()
-        made.export()
         yield made
 
 

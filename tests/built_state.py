@@ -1,0 +1,115 @@
+"""State that one process of a test run builds and every other copies: a cluster with the dbt project deployed."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import random
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+from psycopg import sql
+
+from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.dbt import Dbt
+from dagster_prefs.local.services import LocalServices
+
+PROJECT = Path(__file__).resolve().parents[1] / "dbt_project"
+SESSION_FOLDER = pytest.StashKey[Path]()
+TEMPLATE = "deployed_template"
+
+
+# Below the ports that Linux gives to outgoing connections, one of which might take a port between its choice and its
+# use; from a place of this process's own, so that processes and runs beside each other do not choose the same.
+_PORTS = range(10_000, 32_768)
+_ports = itertools.cycle(random.sample(_PORTS, len(_PORTS)))
+
+
+def free_port() -> int:
+    """A loopback port that nobody listens on, and another one at each call."""
+    while True:
+        port = next(_ports)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+@dataclass(frozen=True)
+class BuiltState:
+    """A data folder whose server is stopped: `TEMPLATE` in it holds every relation and no event.
+
+    `dbt_target` is what dbt keeps of a parsed project, `views` the materialized views in order of refresh.
+    """
+
+    data_dir: Path
+    dbt_target: Path
+    views: tuple[str, ...]
+
+    def copy_to(self, data_dir: Path) -> None:
+        """Put a copy of the cluster into a data folder that does not have one."""
+        data_dir.mkdir(parents=True, exist_ok=True)
+        # Owner and modes stay: as root the server runs as another user, who has to find them so.
+        for part in ("postgres", "pgpass"):
+            subprocess.run(["cp", "-a", self.data_dir / part, data_dir / part], check=True)
+
+
+def once(folder: Path, name: str, build: Callable[[Path], None]) -> Path:
+    """The folder `name`, which `build` fills: in one process of the run, while the others wait for it."""
+    made = folder / name
+    with FileLock(folder / f"{name}.lock"):
+        if not made.exists():
+            unfinished = folder / f"{name}.new"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(mode=0o755)
+            build(unfinished)
+            unfinished.rename(made)
+    return made
+
+
+def built_state(folder: Path) -> BuiltState:
+    """The state of this run of the suite, built by whoever comes first."""
+
+    def build(made: Path) -> None:
+        # A folder that the server's user can enter keeps the cluster inside, where it is copied from.
+        (made / "data").mkdir(mode=0o755)
+        services = LocalServices(made / "data", free_port(), free_port(), with_aws=False, disposable=True)
+        services.up(owner_pid=os.getpid())
+        try:
+            server = EngineConnection(
+                "127.0.0.1", services.postgres_port, "postgres", "prefs", passfile=str(services.passfile)
+            )
+            with server.connect() as connection:
+                connection.execute(sql.SQL("create database {}").format(sql.Identifier(TEMPLATE)))
+            engine = server.with_database(TEMPLATE)
+            results = Dbt(engine, PROJECT, made / "dbt").run("run")
+            failed = [f"{result.name}: {result.message}" for result in results if not result.ok]
+            assert results
+            assert failed == []
+            with engine.connect() as connection:
+                views = {row[0] for row in connection.execute("select matviewname from pg_matviews")}
+            order = [result.name for result in results if result.name in views]
+            (made / "views.json").write_text(json.dumps(order))
+        finally:
+            services.down()
+
+    made = once(folder, "state", build)
+    return BuiltState(made / "data", made / "dbt", tuple(json.loads((made / "views.json").read_text())))
+
+
+def make_session_folder() -> Path:
+    """A new folder for what the processes of a run share.
+
+    It does not lie below pytest's own, which the user that PostgreSQL runs as under root cannot enter.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="prefs-tests-"))
+    folder.chmod(0o755)
+    return folder
