@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from dagster_prefs import ids
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.settings import Settings
 
@@ -31,6 +32,19 @@ def plain_console(*, stderr: bool = False) -> Console:
 
 
 console = plain_console()
+
+
+class ViewerId(click.ParamType[int]):
+    """A viewer's id, read as everywhere."""
+
+    name = "integer"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The viewer, or a usage error."""
+        try:
+            return ids.viewer_id(value)
+        except ids.BadId as error:
+            self.fail(str(error), param, ctx)
 
 
 def main() -> None:

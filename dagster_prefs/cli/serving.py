@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dagster_prefs.cli.root import cli, console, print_json, table_of
+from dagster_prefs.cli.root import ViewerId, cli, console, print_json, table_of
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.settings import Settings, load_settings
@@ -30,7 +30,7 @@ def profile_client(settings: Settings) -> ProfileClient:
 
 
 @cli.command()
-@click.argument("viewer", type=int)
+@click.argument("viewer", type=ViewerId())
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def profile(viewer: int, as_json: bool) -> None:
     """Read one viewer's items from DynamoDB, as a service would."""
@@ -162,7 +162,7 @@ def serve(
 
 
 @cli.command()
-@click.argument("viewer", type=int)
+@click.argument("viewer", type=ViewerId())
 @click.argument("attribute")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def why(viewer: int, attribute: str, as_json: bool) -> None:

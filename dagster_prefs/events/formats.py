@@ -19,12 +19,14 @@ import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from functools import partial
+from datetime import datetime, timedelta
+from decimal import Decimal
+from functools import cached_property, partial
 from pathlib import Path
 from typing import IO, Literal, cast
 
 from dagster_prefs.errors import PrefsError
+from dagster_prefs.events.fields import ID_BYTES, NAME_BYTES, Field, cell_text, parse_time, shift_time
 
 Mapping = Literal["auto", "rees46"]
 
@@ -60,17 +62,29 @@ class UnknownTopic(PrefsError):
 
 @dataclass(frozen=True)
 class Topic:
-    """One kind of message: its JSON keys, its raw table, and what a file of it must have.
+    """One kind of message: its fields, its raw table, and which field tells its time.
 
-    `required` are the keys without which no message of the topic is valid; `time_field` is None where
-    messages carry no time.
+    `declared` is what the YAML of its parsed model declares; `time_field` is None where messages carry no time.
     """
 
     name: str
     raw_table: str
-    fields: tuple[str, ...]
-    required: frozenset[str]
+    declared: tuple[Field, ...]
     time_field: str | None
+
+    @cached_property
+    def fields(self) -> tuple[str, ...]:
+        """The JSON keys."""
+        return tuple(field.name for field in self.declared)
+
+    @cached_property
+    def required(self) -> frozenset[str]:
+        """The keys without which no message of the topic is valid."""
+        return frozenset(field.name for field in self.declared if not field.optional)
+
+    def field(self, name: str) -> Field:
+        """The field of this name, which must be one of the topic's."""
+        return next(field for field in self.declared if field.name == name)
 
     def matches(self, names: set[str]) -> bool:
         """Whether a record with these keys is surely of this topic."""
@@ -89,39 +103,61 @@ TOPICS: dict[str, Topic] = {
             "user.events",
             "raw_user_events",
             (
-                "event_id", "user_id", "item_id", "event_type", "category", "brand", "price", "session_id",
-                "event_time",
+                Field("event_id", max_bytes=ID_BYTES),
+                Field("user_id", max_bytes=ID_BYTES),
+                Field("item_id", optional=True, max_bytes=ID_BYTES),
+                Field("event_type"),
+                Field("category", optional=True, max_bytes=NAME_BYTES),
+                Field("brand", optional=True, max_bytes=NAME_BYTES),
+                Field("price", "decimal", optional=True, scale=6, minimum=0),
+                Field("session_id", optional=True, max_bytes=ID_BYTES),
+                Field("event_time", "timestamptz"),
             ),
-            frozenset({"event_id", "user_id", "event_type", "event_time"}),
             "event_time",
         ),
         Topic(
             "view_events",
             "raw_view_events",
             (
-                "event_id", "viewer_id", "content_id", "genre", "watch_duration_sec", "completion_pct",
-                "watched_at",
+                Field("event_id", max_bytes=ID_BYTES),
+                Field("viewer_id", "bigint"),
+                Field("content_id", optional=True, max_bytes=ID_BYTES),
+                Field("genre", optional=True, max_bytes=NAME_BYTES),
+                Field("watch_duration_sec", "int", optional=True, minimum=0),
+                Field("completion_pct", "decimal", optional=True, scale=9, minimum=0, maximum=1),
+                Field("watched_at", "timestamptz"),
             ),
-            frozenset({"event_id", "viewer_id", "watched_at"}),
             "watched_at",
         ),
         Topic(
             "content_interactions",
             "raw_content_interactions",
-            ("event_id", "viewer_id", "event_type", "event_ts"),
-            frozenset({"event_id", "viewer_id", "event_type", "event_ts"}),
+            (
+                Field("event_id", max_bytes=ID_BYTES),
+                Field("viewer_id", "bigint"),
+                Field("event_type"),
+                Field("event_ts", "timestamptz"),
+            ),
             "event_ts",
         ),
         Topic(
             "items",
             "raw_items",
-            ("item_id", "title", "category", "brand", "price", "in_stock"),
-            frozenset({"item_id"}),
+            (
+                Field("item_id", max_bytes=ID_BYTES),
+                Field("title", optional=True, max_bytes=NAME_BYTES),
+                Field("category", optional=True, max_bytes=NAME_BYTES),
+                Field("brand", optional=True, max_bytes=NAME_BYTES),
+                Field("price", "decimal", optional=True, scale=6, minimum=0),
+                Field("in_stock", "boolean", optional=True),
+            ),
             None,
         ),
     )
-}  # fmt: skip
+}
 
+# Text for people, which a number in a CSV file may be as it stands: there is a film called 2.0.
+PROSE = frozenset({"title"})
 REES46_COLUMNS = (
     "event_time", "event_type", "product_id", "category_id", "category_code", "brand", "price", "user_id",
     "user_session",
@@ -318,6 +354,8 @@ def _csv_records(lines: Iterator[tuple[int, bytes]], file_format: FileFormat) ->
         yield Record(number, None)
     to_message = _rees46_message if file_format.mapping == "rees46" else _plain_message
     columns = file_format.columns
+    texts = {field.name for field in file_format.topic.declared if field.type == "text"} - PROSE
+    text_columns = {at for at, name in enumerate(columns) if REES46_NAMES.get(name, name) in texts}
     again: deque[tuple[int, bytes]] = deque()
     taken: list[tuple[int, bytes]] = []
 
@@ -342,6 +380,7 @@ def _csv_records(lines: Iterator[tuple[int, bytes]], file_format: FileFormat) ->
                     yield Record(number, None)
                     continue
                 raw = _without_terminator(raw)
+                cells = [cell_text(cell) if at in text_columns else cell for at, cell in enumerate(cells)]
                 try:
                     yield Record(number, to_message(columns, cells, raw))
                 except ValueError:
@@ -436,36 +475,6 @@ def _topic_of_json(path: Path, head: Sequence[bytes]) -> Topic:
     )
 
 
-# The same three shapes that the typed layer reads, so that what is shifted is what is understood.
-_EPOCH_MS = re.compile(r"[0-9]{1,15}")
-_ISO = re.compile(
-    r"([1-9][0-9]{3}-[01][0-9]-[0-3][0-9][T ](?:[01][0-9]|2[0-3]):[0-5][0-9](?::[0-5][0-9](?:[.][0-9]{1,6})?)?)"
-    r"(?: ?(Z|UTC|[+-](?:0[0-9]|1[0-5])(?::?[0-5][0-9])?))?"
-)
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-
-
-def parse_time(text: str) -> datetime | None:
-    """A message's time as the typed layer reads it, in UTC; None where it reads none.
-
-    ISO 8601 with `T` or blank, with `Z`, an offset, ` UTC` or nothing (UTC), or epoch milliseconds.
-    """
-    if _EPOCH_MS.fullmatch(text):
-        try:
-            return _EPOCH + timedelta(milliseconds=int(text))
-        except OverflowError:
-            return None
-    found = _ISO.fullmatch(text)
-    if not found:
-        return None
-    moment, zone = found.groups()
-    try:
-        parsed = datetime.fromisoformat(moment + ("Z" if zone in (None, "Z", "UTC") else zone))
-        return parsed.astimezone(UTC)
-    except (ValueError, OverflowError):
-        return None
-
-
 def event_time(message: bytes, topic: Topic) -> datetime | None:
     """The event time in a message, in UTC; None where the topic has none or it cannot be read."""
     found = _time_text(message, topic)
@@ -475,25 +484,13 @@ def event_time(message: bytes, topic: Topic) -> datetime | None:
 def shift_message(message: bytes, topic: Topic, seconds: int) -> bytes:
     """The message with its event time moved by whole seconds, every other byte as it was.
 
-    Text becomes ISO 8601 with `Z`, epoch milliseconds stay epoch milliseconds. A message whose time
-    cannot be read, before or after the move, comes back unchanged.
+    Text becomes ISO 8601 with `Z`, a number stays one of its unit. A message whose time cannot be read, before or
+    after the move, comes back unchanged.
     """
     text = _time_text(message, topic)
-    if text is None or topic.time_field is None:
+    moved = shift_time(text, seconds) if text is not None else None
+    if moved is None or topic.time_field is None:
         return message
-    if _EPOCH_MS.fullmatch(text):
-        moved = str(int(text) + seconds * 1000)
-        if not _EPOCH_MS.fullmatch(moved):
-            return message
-    else:
-        parsed = parse_time(text)
-        try:
-            later = parsed + timedelta(seconds=seconds) if parsed is not None else None
-        except OverflowError:
-            later = None
-        if later is None:
-            return message
-        moved = later.replace(tzinfo=None).isoformat() + "Z"
     start, end = value_span(message, topic.time_field)
     quoted = message[start : start + 1] == b'"'
     return message[:start] + (f'"{moved}"' if quoted else moved).encode() + message[end:]
@@ -503,13 +500,12 @@ def _time_text(message: bytes, topic: Topic) -> str | None:
     if topic.time_field is None:
         return None
     try:
-        value = json.loads(message.decode())
-    except (ValueError, RecursionError):
+        value = json.loads(message.decode(), parse_int=Decimal, parse_float=Decimal)
+    except (ValueError, ArithmeticError, RecursionError):
         return None
-    found = value.get(topic.time_field) if isinstance(value, dict) else None
-    if isinstance(found, str):
-        return found.strip()
-    return str(found) if isinstance(found, int) and not isinstance(found, bool) else None
+    if not isinstance(value, dict):
+        return None
+    return topic.field(topic.time_field).text(value.get(topic.time_field))
 
 
 _SPACE = re.compile(r"[ \t\r\n]*")

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import psycopg
 from psycopg import sql
 
+from dagster_prefs import ids
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.events.formats import TOPICS, Topic
@@ -50,23 +51,28 @@ class Subject:
 
         Raises SubjectRefused for an id that no event can have, and for a canary.
         """
-        name = given.strip(" \t\r\n")
         if kind == "viewer":
-            if not re.fullmatch(r"-?[0-9]{1,19}", name) or not -(2**63) <= int(name) < 2**63:
+            try:
+                viewer = ids.viewer_id(given)
+            except ids.BadId:
                 raise SubjectRefused(
-                    f"{given!r} is not a viewer: viewer ids are whole numbers of 64 bits; "
+                    f"{ids.shortened(given)} is not a viewer: viewer ids are whole numbers of 64 bits; "
                     "a shop user is erased with `prefs erase user ID`"
-                )
-            if int(name) < 0:
+                ) from None
+            if viewer < 0:
                 raise SubjectRefused(
-                    f"viewer {name} is a canary: ids below 0 are no person's, and probes need theirs; "
+                    f"viewer {viewer} is a canary: ids below 0 are no person's, and probes need theirs; "
                     "name a viewer from 0 on"
                 )
-            return cls("viewer", str(int(name)))
+            return cls("viewer", str(viewer))
         if kind != "user":
             raise SubjectRefused(f"{kind!r} is no kind of subject: say viewer or user before the id")
-        if not name or "\x00" in name:
-            raise SubjectRefused(f"{given!r} is not a user: user ids are texts that are not empty; name one")
+        try:
+            name = ids.user_id(given)
+        except ids.BadId:
+            raise SubjectRefused(
+                f"{ids.shortened(given)} is not a user: user ids are texts that are not empty; name one"
+            ) from None
         if name.startswith("canary:"):
             raise SubjectRefused(
                 f"user {name} is a canary: ids from canary: on are no person's, and probes need theirs; "
@@ -230,12 +236,12 @@ class RawMessages:
         # As encode(…, 'escape') shows bytes: everything beyond ASCII in octal, a backslash twice.
         forms = sorted({_escaped(text.encode()) for text in _in_json(self._subject)})
         either = "|".join(re.escape(form).replace("\\ ", " ") for form in forms)
-        zeros = "0*" if self._subject.kind == "viewer" else ""
-        tail = r"([.]0+)?" if self._subject.kind == "viewer" else ""
+        # A viewer's id is a number even as text; of a user only what JSON writes as a number is.
+        zeros, tail = ("0*", "([.]0+)?") if self._subject.kind == "viewer" else ("", "")
         blank = r"([ \t\r\n]|\\\\[trn])*"
         return (
             rf'"{self._subject.key}"[ \t\r\n]*:[ \t\r\n]*("{blank}{zeros}({either}){tail}{blank}"'
-            rf"|{zeros}({either}){tail}[ \t\r\n]*[,}}])"
+            rf"|{zeros}({either})([.]0+)?[ \t\r\n]*[,}}])"
         )
 
     def _ask(self, relation: str, query: str, **parts: sql.Composable) -> list[tuple[Any, ...]]:
@@ -277,9 +283,8 @@ def _of_another(subject: Subject, message: bytes) -> bool:
     except (ValueError, RecursionError):
         return False
     value = document.get(subject.key) if isinstance(document, dict) else None
-    if isinstance(value, bool) or not isinstance(value, str | Decimal) or not str(value).strip():
-        return False
-    return not _same(subject, str(value))
+    text = ids.id_text(value)
+    return text is not None and not _same(subject, text)
 
 
 def names(subject: Subject, payload: str, topic: Topic) -> bool:
@@ -310,7 +315,7 @@ def _value_names(subject: Subject, value: Any, skipped: set[str], *, anywhere: b
     if not anywhere or value is None or isinstance(value, bool):
         return False
     if isinstance(value, Decimal):
-        return _same(subject, str(value))
+        return _same(subject, ids.id_text(value) or "")
     return _same(subject, value) or _alone(subject).search(value) is not None
 
 

@@ -29,15 +29,18 @@ class RejectedEvent:
 
 
 def rejected_counts(connection: EngineConnection, *, open_only: bool = False) -> dict[str, dict[str, int]]:
-    """Refused messages per topic and reason, most frequent first, as of the last refresh.
+    """Refused messages per topic and kind of reason, most frequent first, as of the last refresh.
 
+    The kind leaves the size out of a reason that names one: `genre has too many bytes, at most 1024`.
     `open_only` leaves out those that were replayed or erased. Raises EngineUnavailable, or RawStoreError where a
     relation was not made yet.
     """
     query = sql.SQL(
-        "select topic, reason, count(*) from {} as rejected where {} group by topic, reason "
-        "order by topic, count(*) desc, reason"
-    ).format(sql.Identifier(connection.schema, RELATION), _is_open(connection) if open_only else _ALWAYS)
+        "with kinds as (select topic, {} as kind from {} as rejected where {}) "
+        "select topic, kind, count(*) from kinds group by topic, kind order by topic, count(*) desc, kind"
+    ).format(
+        _KIND, sql.Identifier(connection.schema, RELATION), _is_open(connection) if open_only else _ALWAYS
+    )
     with connection.connect() as session, explained(connection, RELATION):
         rows = session.execute(query).fetchall()
     counts: dict[str, dict[str, int]] = {}
@@ -54,7 +57,7 @@ def rejected_events(
     *,
     open_only: bool = False,
 ) -> list[RejectedEvent]:
-    """Up to `limit` refused messages by topic, source and offset, of one topic or reason where given.
+    """Up to `limit` refused messages by topic, source and offset, of one topic, reason or kind of reason where given.
 
     Raises UnknownTopic, EngineUnavailable, or RawStoreError where a relation was not made yet.
     """
@@ -75,8 +78,8 @@ def stream_rejected(
         conditions.append(sql.SQL("topic = %s"))
         values.append(find_topic(topic).name)
     if reason is not None:
-        conditions.append(sql.SQL("reason = %s"))
-        values.append(reason)
+        conditions.append(sql.SQL("(reason = %s or {} = %s)").format(_KIND))
+        values += [reason, reason]
     query = sql.SQL(
         'select topic, source, "partition", "offset", reason, payload from {} as rejected where {} '
         'order by topic, source, "partition", "offset" {}'
@@ -92,6 +95,8 @@ def stream_rejected(
 
 
 _ALWAYS = sql.SQL("true")
+# Each size would be a reason of its own; the macro `too_many_bytes` writes them.
+_KIND = sql.SQL("regexp_replace(reason, ' has [0-9]+ bytes, at most ', ' has too many bytes, at most ')")
 
 
 def _is_open(connection: EngineConnection) -> sql.Composed:

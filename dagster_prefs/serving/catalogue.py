@@ -128,7 +128,7 @@ class CatalogueRanker:
         parameters: RankingParameters | None = None,
     ) -> Ranking:
         """As `PreferenceClient.rank`, over the catalogue as of the last refresh."""
-        checked_user(user_id, ranking=True)
+        user_id = checked_user(user_id, ranking=True)
         checked_limit(limit)
         moment = checked_now(now)
         chosen = parameters or self._client.parameters

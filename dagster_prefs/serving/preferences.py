@@ -11,6 +11,7 @@ from typing import Any, Literal, overload
 import psycopg
 from psycopg import sql
 
+from dagster_prefs import ids
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.serving.pool import Connection, ConnectionPool, T
@@ -274,8 +275,8 @@ class PreferenceClient:
         recent_session_categories: 3 by interactions in the session window. Other ties go by name.
         """
         moment = checked_now(now)
-        rows = self.signals(checked_user(user_id), self.parameters, moment)
-        return build_profile(user_id, rows)
+        user_id = checked_user(user_id)
+        return build_profile(user_id, self.signals(user_id, self.parameters, moment))
 
     def rank(
         self,
@@ -295,8 +296,9 @@ class PreferenceClient:
         """
         moment = checked_now(now)
         chosen = parameters or self.parameters
+        user_id = checked_user(user_id, ranking=True)
         values = {
-            "user_id": checked_user(user_id, ranking=True),
+            "user_id": user_id,
             "since": _since(chosen, moment),
             "now": moment,
             "session": session,
@@ -372,9 +374,13 @@ def build_profile(user_id: str, rows: Sequence[tuple[Any, ...]]) -> UserProfile:
 
 
 def checked_user(user_id: str, *, ranking: bool = False) -> str:
-    """The user id, or PreferenceError naming the rule it breaks."""
-    if not isinstance(user_id, str) or not user_id or "\x00" in user_id:
-        raise PreferenceError(f"a user id is a text of at least one character without NUL, not {user_id!r}")
+    """The user id as the events spell it, or PreferenceError naming the rule it breaks."""
+    if not isinstance(user_id, str):
+        raise PreferenceError(f"a user id is a text, not {ids.shortened(user_id)}")
+    try:
+        user_id = ids.user_id(user_id)
+    except ids.BadId as error:
+        raise PreferenceError(str(error)) from None
     if ranking and user_id.startswith(CANARY_PREFIX):
         raise PreferenceError(
             f"{user_id!r} is a canary (ids that start with {CANARY_PREFIX!r}), which has no ranking"

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal, Self, TypedDict, TypeVar, Unpack, cast
 
+from dagster_prefs import ids
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.online.contract import CANARY_VIEWER_ID, Contract, Domain, load_contract
 from dagster_prefs.online.items import ItemDecoder, ItemError
@@ -28,7 +29,6 @@ T = TypeVar("T")
 
 MAX_VIEWERS = 10_000
 CANARY_CACHE_SECONDS = 5.0
-INT64 = 2**63
 
 Fallback = Literal["partial", "cold_start"]
 State = Literal["found", "cold_start", "failed"]
@@ -231,9 +231,8 @@ class ProfileClient:
         Raises ProfileError or ContractError for impossible arguments, ReadError as the class says.
         """
         deadline = _started(started_at) + self._checked_budget(budget_seconds, self._budget)
-        return self._read(
-            [_viewer(viewer_id)], domains, consistent, deadline, max_staleness_seconds, fallback
-        )[viewer_id]
+        viewer = _viewer(viewer_id)
+        return self._read([viewer], domains, consistent, deadline, max_staleness_seconds, fallback)[viewer]
 
     def get_many(
         self,
@@ -464,11 +463,14 @@ def _started(at: float | None) -> float:
     return time.monotonic() if at is None else at
 
 
-def _viewer(viewer_id: int) -> int:
-    whole = isinstance(viewer_id, int) and not isinstance(viewer_id, bool)
-    if not whole or not -INT64 <= viewer_id < INT64:
-        raise ProfileError(f"a viewer id is a 64-bit integer, not {viewer_id!r}")
-    return viewer_id
+def _viewer(given: object) -> int:
+    # In Python a viewer id is a number; text is refused, so that no key of an answer is another than was asked.
+    if isinstance(given, str):
+        raise ProfileError(f"a viewer id is a 64-bit integer, not {ids.shortened(given)}")
+    try:
+        return ids.viewer_id(given)
+    except ids.BadId as error:
+        raise ProfileError(str(error)) from None
 
 
 def _positive(seconds: float, name: str) -> float:

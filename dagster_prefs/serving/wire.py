@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 import logging
-import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from dagster_prefs import ids
 from dagster_prefs.engine.connection import EngineUnavailable
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.online.contract import ContractError
@@ -305,8 +305,7 @@ def _check_names(given: Mapping[str, Any], known: Sequence[str], what: str) -> N
 
 def viewer_id(given: Any) -> int:
     """A viewer id, also as text: many languages cannot hold 64 bits in a JSON number."""
-    if isinstance(given, str) and re.fullmatch(r"-?[0-9]{1,19}", given):
-        return int(given)
-    if isinstance(given, int) and not isinstance(given, bool):
-        return given
-    raise RequestError(f"a viewer id is a 64-bit integer, not {given!r}")
+    try:
+        return ids.viewer_id(given)
+    except ids.BadId as error:
+        raise RequestError(str(error)) from None

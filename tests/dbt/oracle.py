@@ -77,6 +77,15 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(name)
 
 
+def _number(text: str) -> int | Decimal:
+    """A number of JSON, as far as a database holds it."""
+    value = Decimal(text)
+    exponent = value.as_tuple().exponent
+    if value.adjusted() >= 131_072 or (isinstance(exponent, int) and exponent < -16_383):
+        raise ValueError(text)
+    return int(text) if re.fullmatch("-?[0-9]{1,4000}", text) else value
+
+
 def _has_impossible_text(value: Any) -> bool:
     """Whether a string in it cannot be stored: U+0000, or half of a surrogate pair."""
     if isinstance(value, str):
@@ -89,44 +98,57 @@ def _has_impossible_text(value: Any) -> bool:
 def read_json(data: bytes) -> Any:
     """The JSON value, or `_NOTHING` where the bytes are not UTF-8 or not JSON."""
     try:
-        value = json.loads(data.decode("utf-8"), parse_float=Decimal, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError):
+        value = json.loads(
+            data.decode("utf-8"), parse_float=_number, parse_int=_number, parse_constant=_refuse_constant
+        )
+    except (ValueError, ArithmeticError, RecursionError):
         return _NOTHING
     return _NOTHING if _has_impossible_text(value) else value
 
 
-def written(value: Any) -> str | None:
-    """A JSON value as the text a database shows for it; None for null."""
-    if value is None:
-        return None
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return value
-    if isinstance(value, int):
-        return str(value)
-    if isinstance(value, Decimal):
-        text = format(value, "f")
-        return text.removeprefix("-") if value == 0 else text
-    return json.dumps(value, default=str)
+def shown_number(value: int | Decimal) -> str:
+    """A number as digits: no exponent, no zeros at the end of a fraction, no sign of zero."""
+    whole, _, fraction = format(Decimal(value), "f").partition(".")
+    fraction = fraction.rstrip("0")
+    text = f"{whole}.{fraction}" if fraction else whole
+    return "0" if text == "-0" else text
 
 
 def text(document: Mapping[str, Any], name: str) -> str | None:
-    """A string or number as trimmed text; None where absent, empty or of another type."""
+    """A text trimmed, or a number that names something, as digits; None where absent, empty or of another type."""
     value = document.get(name)
-    if isinstance(value, bool) or not isinstance(value, (str, int, Decimal)):
+    if isinstance(value, str):
+        return value.strip(" \t\r\n") or None
+    if isinstance(value, bool) or not isinstance(value, (int, Decimal)):
         return None
-    return (written(value) or "").strip(" \t\r\n") or None
+    return shown_number(value) if -(2**63) <= value < 2**64 else None
+
+
+def measure(document: Mapping[str, Any], name: str) -> str | None:
+    """A text trimmed, or a number that measures something, as digits."""
+    value = document.get(name)
+    if isinstance(value, bool) or not isinstance(value, (int, Decimal)):
+        return text(document, name)
+    return shown_number(value) if abs(value) < 10**28 else None
 
 
 def given(document: Mapping[str, Any], name: str) -> bool:
     """Whether a field has any content, good or bad."""
-    return written(document.get(name)) not in (None, "")
+    return document.get(name) is not None and document[name] != ""
 
 
-def decimal(value: str | None) -> Decimal | None:
-    found = value is not None and re.fullmatch(r"-?[0-9]{1,10}(\.[0-9]{1,18})?([eE][+-]?[0-9])?", value)
-    return Decimal(value) if found else None  # type: ignore[arg-type]
+def decimal(value: str | None, places: int) -> Decimal | None:
+    """A number in at most 28 digits, rounded half up."""
+    if value is None:
+        return None
+    digits = r"-?[0-9]{1,28}"
+    if not re.fullmatch(rf"{digits}(\.[0-9]+)?|{digits}(\.[0-9]{{1,255}})?[eE][+-]?[0-9]{{1,3}}", value):
+        return None
+    exact = Fraction(Decimal(value))
+    if abs(exact) >= 10 ** (28 - places):
+        return None
+    scaled = (abs(exact) * 10**places * 2 + 1) // 2
+    return Decimal(-scaled if exact < 0 else scaled).scaleb(-places, Context(prec=60))
 
 
 def integer(value: str | None, bits: int) -> int | None:
@@ -137,29 +159,38 @@ def integer(value: str | None, bits: int) -> int | None:
 
 
 _ISO = re.compile(
-    r"([1-9][0-9]{3})-([0-9]{2})-([0-9]{2})[T ]([0-9]{2}):([0-9]{2})(?::([0-9]{2})(?:\.([0-9]{1,6}))?)?"
-    r"(?: ?(Z|UTC|([+-])([0-9]{2})(?::?([0-9]{2}))?))?"
+    r"([0-9]{4})-([01][0-9])-([0-3][0-9])[Tt ]([01][0-9]|2[0-3]):([0-5][0-9])(?::([0-5][0-9])(?:\.([0-9]+))?)?"
+    r"(?: ?([Zz]|[Uu][Tt][Cc]|([+-])([0-9]{2})(?::?([0-5][0-9]))?))?"
 )
+YEAR_2000, YEAR_2101 = 946_684_800, 4_133_980_800
+IMPLAUSIBLE = -1
 
 
 def moment(value: str | None) -> int | None:
-    """ISO 8601 with T or blank, with Z, an offset, UTC or nothing, or epoch milliseconds → microseconds."""
+    """A time as microseconds; None for what is none, IMPLAUSIBLE for one outside the years 2000 to 2100."""
     if value is None:
         return None
-    if re.fullmatch(r"[0-9]{1,15}", value):
-        return int(value) * 1000
+    if re.fullmatch(r"-?[0-9]{1,28}(\.[0-9]+)?", value):
+        for per_second in (1, 1_000, 1_000_000, 1_000_000_000):
+            seconds = Fraction(Decimal(value)) / per_second
+            if YEAR_2000 <= seconds < YEAR_2101:
+                return int(seconds * SECOND)
+        return IMPLAUSIBLE
     found = _ISO.fullmatch(value)
     if not found:
         return None
     year, month, day, hour, minute, second, fraction, _, sign, off_hours, off_minutes = found.groups()
-    if off_hours and (int(off_hours) > 15 or int(off_minutes or 0) > 59):
+    if off_hours and int(off_hours) > 15:
         return None
+    if not 1999 <= int(year) <= 2101:
+        return IMPLAUSIBLE
     try:
         base = datetime(int(year), int(month), int(day), int(hour), int(minute), int(second or 0), tzinfo=UTC)
     except ValueError:
         return None
     offset = (int(off_hours or 0) * 60 + int(off_minutes or 0)) * 60 * SECOND
-    return micros(base) + int((fraction or "0").ljust(6, "0")) - (-offset if sign == "-" else offset)
+    at = micros(base) + int((fraction or "0")[:6].ljust(6, "0")) - (-offset if sign == "-" else offset)
+    return at if YEAR_2000 * SECOND <= at < YEAR_2101 * SECOND else IMPLAUSIBLE
 
 
 def shown(data: bytes) -> str:
@@ -179,47 +210,72 @@ def _common(document: Any, fields: Row, keys: Sequence[str]) -> str | None:
     for name in keys:
         if fields[name] is None:
             return f"bad {name}" if given(document, name) else f"missing {name}"
+        if reason := _too_long(fields, name):
+            return reason
+    return None
+
+
+def _too_long(fields: Row, name: str) -> str | None:
+    limit = 256 if name.endswith("_id") else 1024
+    size = len(fields[name].encode()) if isinstance(fields[name], str) else 0
+    return f"{name} has {size} bytes, at most {limit}" if size > limit else None
+
+
+def _wrong_text(document: Row, fields: Row, names: Sequence[str]) -> str | None:
+    for name in names:
+        if fields[name] is None and document.get(name) is not None and not isinstance(document[name], str):
+            return f"bad {name}"
+        if reason := _too_long(fields, name):
+            return reason
     return None
 
 
 def parse(message: Message) -> Parsed:
     """Read one message of any topic and judge it."""
+    size = len(message.data)
+    if size > 1_048_576:
+        return Parsed(message, f"message has {size} bytes, at most 1048576", {})
     value = read_json(message.data)
     if value is _NOTHING:
         return Parsed(message, "not valid JSON", {})
     if not isinstance(value, dict):
         return Parsed(message, "not a JSON object", {})
     identity = "item_id" if message.topic == "items" else "event_id"
-    if written(value.get("erased")) == "true" and text(value, identity) is None:
+    if (value.get("erased") is True or value.get("erased") == "true") and text(value, identity) is None:
         return Parsed(message, "erased", {})
     fields, reason = _READERS[message.topic](value, message)
     return Parsed(message, reason, {} if reason else fields)
 
 
-def _in_future(message: Message, at: int) -> bool:
+def _wrong_time(message: Message, at: int) -> str | None:
+    if at == IMPLAUSIBLE:
+        return "implausible time"
     base = message.arrived_at if message.kafka_timestamp is None else message.kafka_timestamp
-    return at > base + DAY
+    return "event time in the future" if at > base + DAY else None
 
 
 def _user_event(doc: Row, message: Message) -> tuple[Row, str | None]:
     names = ("event_id", "user_id", "item_id", "brand", "category", "event_type", "session_id")
     fields: Row = {name: text(doc, name) for name in names}
-    fields["price"] = decimal(text(doc, "price"))
-    fields["event_time"] = moment(text(doc, "event_time"))
+    fields["price"] = decimal(measure(doc, "price"), 6)
+    fields["event_time"] = moment(measure(doc, "event_time"))
     reason = _common(doc, fields, ("event_id", "user_id", "event_time"))
     if reason is None:
-        kind, price = fields["event_type"], fields["price"]
-        if _in_future(message, fields["event_time"]):
-            reason = "event time in the future"
-        elif not given(doc, "event_type"):
-            reason = "missing event_type"
-        elif kind not in WEIGHTS:
-            reason = "unknown event_type"
-        elif price is None and given(doc, "price"):
-            reason = "bad price"
-        elif price is not None and price < 0:
-            reason = "negative price"
+        reason = _wrong_time(message, fields["event_time"])
+    if reason is None and not given(doc, "event_type"):
+        reason = "missing event_type"
+    if reason is None and fields["event_type"] not in WEIGHTS:
+        reason = "unknown event_type"
+    reason = reason or _wrong_text(doc, fields, ("item_id", "category", "brand"))
+    reason = reason or _wrong_price(doc, fields) or _wrong_text(doc, fields, ("session_id",))
     return fields, reason
+
+
+def _wrong_price(doc: Row, fields: Row) -> str | None:
+    price = fields["price"]
+    if price is None:
+        return "bad price" if given(doc, "price") else None
+    return "negative price" if price < 0 else None
 
 
 def _view_event(doc: Row, message: Message) -> tuple[Row, str | None]:
@@ -229,15 +285,17 @@ def _view_event(doc: Row, message: Message) -> tuple[Row, str | None]:
         "content_id": text(doc, "content_id"),
         "genre": text(doc, "genre"),
         "watch_duration_sec": integer(text(doc, "watch_duration_sec"), 32),
-        "completion_pct": decimal(text(doc, "completion_pct")),
-        "watched_at": moment(text(doc, "watched_at")),
+        "completion_pct": decimal(measure(doc, "completion_pct"), 9),
+        "watched_at": moment(measure(doc, "watched_at")),
     }
     reason = _common(doc, fields, ("event_id", "viewer_id", "watched_at"))
     if reason is None:
+        reason = _wrong_time(message, fields["watched_at"]) or _wrong_text(
+            doc, fields, ("content_id", "genre")
+        )
+    if reason is None:
         seconds, completion = fields["watch_duration_sec"], fields["completion_pct"]
-        if _in_future(message, fields["watched_at"]):
-            reason = "event time in the future"
-        elif seconds is None and given(doc, "watch_duration_sec"):
+        if seconds is None and given(doc, "watch_duration_sec"):
             reason = "bad watch_duration_sec"
         elif seconds is not None and seconds < 0:
             reason = "negative watch_duration_sec"
@@ -253,13 +311,13 @@ def _interaction(doc: Row, message: Message) -> tuple[Row, str | None]:
         "event_id": text(doc, "event_id"),
         "viewer_id": integer(text(doc, "viewer_id"), 64),
         "event_type": text(doc, "event_type"),
-        "event_ts": moment(text(doc, "event_ts")),
+        "event_ts": moment(measure(doc, "event_ts")),
     }
     reason = _common(doc, fields, ("event_id", "viewer_id", "event_ts"))
     if reason is None:
-        if _in_future(message, fields["event_ts"]):
-            reason = "event time in the future"
-        elif not given(doc, "event_type"):
+        reason = _wrong_time(message, fields["event_ts"])
+    if reason is None:
+        if not given(doc, "event_type"):
             reason = "missing event_type"
         elif fields["event_type"] not in ("like", "share", "search"):
             reason = "unknown event_type"
@@ -268,18 +326,15 @@ def _interaction(doc: Row, message: Message) -> tuple[Row, str | None]:
 
 def _item(doc: Row, message: Message) -> tuple[Row, str | None]:
     fields: Row = {name: text(doc, name) for name in ("item_id", "title", "category", "brand")}
-    fields["price"] = decimal(text(doc, "price"))
+    fields["price"] = decimal(measure(doc, "price"), 6)
     stock = {"true": True, "1": True, "false": False, "0": False}
-    fields["in_stock"] = stock.get((written(doc.get("in_stock")) or "").lower(), True)
-    reason = _common(doc, fields, ("item_id",))
-    if reason is None:
-        price = fields["price"]
-        if price is None and given(doc, "price"):
-            reason = "bad price"
-        elif price is not None and price < 0:
-            reason = "negative price"
-        elif given(doc, "in_stock") and (written(doc["in_stock"]) or "").lower() not in stock:
-            reason = "bad in_stock"
+    said = doc.get("in_stock")
+    spelled = str(said).lower() if isinstance(said, bool) else (text(doc, "in_stock") or "").lower()
+    fields["in_stock"] = stock.get(spelled, True)
+    reason = _common(doc, fields, ("item_id",)) or _wrong_text(doc, fields, ("title", "category", "brand"))
+    reason = reason or _wrong_price(doc, fields)
+    if reason is None and given(doc, "in_stock") and spelled not in stock:
+        reason = "bad in_stock"
     return fields, reason
 
 
@@ -402,7 +457,7 @@ class Oracle:
                 "partition": p.message.partition,
                 "offset": p.message.offset,
                 "reason": p.reason,
-                "payload": shown(p.message.data),
+                "payload": shown(p.message.data[:1_048_576]),
             }
             for p in self.parsed
             if p.reason is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from datetime import UTC, datetime
 from typing import Any
 
@@ -28,19 +29,53 @@ moments = st.one_of(
 )
 
 
+def raw(number: str) -> str:
+    """A number of a message that Python's own numbers cannot spell."""
+    return f"<<{number}>>"
+
+
+# As JSON spells numbers that are long, large or small; the last are more than any field holds.
+numbers = st.sampled_from([
+    "12345.0", "1.2345e4", "1.2345E+4", "-0.0", "1e-7", "0.0012962962962962963", "1.5E+2", "1e18", "1e27", "1e-400",
+    "18446744073709551615", "18446744073709551616", "-9223372036854775808", "0." + "3" * 300, "12." + "0" * 400,
+    "1e28", "1e40", "1e131071", "-1e131071", "1e-16383", "9" * 400,
+]).map(raw)  # fmt: skip
+# Texts around the limits in bytes, and such as hurt indexes, terminals or formats.
+_lengths = {"a": (256, 257), "é": (128, 129), "b": (1024, 1025), "日": (341, 342), "q": (8192,)}
+texts = st.one_of(
+    st.sampled_from([letter * times for letter, sizes in _lengths.items() for times in sizes]),
+    st.sampled_from([
+        "\x1b[31mred", "\u202eabc", "\ufeff", "=1+1", "a\nb", "\x7f", "😀", "ﬀ", "'; drop table x; --", "\u2028",
+    ]),
+)  # fmt: skip
+
+
 @st.composite
 def spelled(draw: st.DrawFn) -> Any:
     """A moment as producers write it."""
     at = draw(moments)
     style = draw(st.integers(0, 7))
     if style == 0 and at >= 0:
-        whole = at // 1000
-        return draw(st.sampled_from([whole, str(whole)]))
+        unit = draw(st.sampled_from([10**6, 1000, 1000, 1]))
+        whole = draw(st.sampled_from([at // unit, at * 1000 if unit == 1 else at // unit]))
+        return draw(
+            st.sampled_from(
+                [whole, str(whole), f"{at // SECOND}.{at % SECOND:06d}", f"{whole}.0", raw(f"{whole}.0")]
+            )
+        )
     when = datetime.fromtimestamp(at // SECOND, UTC).replace(microsecond=at % SECOND)
     separator = draw(st.sampled_from(["T", " "]))
     if style == 1:
         return when.strftime(f"%Y-%m-%d{separator}%H:%M") + draw(st.sampled_from(["", "Z", "+00"]))
     text = when.isoformat(separator).removesuffix("+00:00")
+    if style == 4 and at % SECOND:
+        # As .NET, Go and Java write it.
+        finer = draw(st.sampled_from(["1", "999", "1234567890"]))
+        return (
+            (text + finer + draw(st.sampled_from(["Z", "+02:00", ""]))).lower()
+            if draw(st.booleans())
+            else text + finer
+        )
     if style == 2 and at % SECOND:
         text = text.rstrip("0")
     if style == 3:
@@ -53,11 +88,15 @@ bad_moments = st.sampled_from([
     "2026-02-30T10:00:00Z", "2026-13-01 00:00:00", "2026-03-01T24:00:00Z", "2026-03-01T10:60:00", "yesterday", "now",
     "2026-03-01T10:00:00+16:00", "0000-01-01 00:00:00", "2026-03-01", "infinity", "-1", "1e12", "9" * 15, "9" * 20,
     "2026-03-01T10:00:00Z\n", "2026-03-01T10:00:00,5Z", "2026-03-01t10:00:00z", " ", "", None, True, [], {},
+    "1999-12-31T23:59:59.999999Z", "2101-01-01T00:00:00Z", "2100-12-31T23:59:59Z", "2000-01-01T00:00:00+01:00",
+    "0001-01-01T00:00:00Z", "9999-12-31T23:59:59Z", "2026-03-01T10:00:00.Z", 0, 946684799, 946684800, 4133980800,
+    946684800000, "4133980799999.999999", 10**15, 10**17, 10**18, raw("1.7735e9"), raw("1773500000.1234567"),
     "2026-03-01T10:00:00 Europe/Berlin", "٢٠٢٦-03-01T10:00:00Z", 1773500000000.5,
 ])  # fmt: skip
 times = st.one_of(spelled(), spelled(), spelled(), spelled(), bad_moments)
 
-odd = st.sampled_from([None, "", " ", True, False, [], {}, [1], {"a": 1}, "\t", "x y", " padded ", 0, -0.0])
+_odd = [None, "", " ", True, False, [], {}, [1], {"a": 1}, "\t", "x y", " padded ", 0, -0.0]
+odd = st.one_of(st.sampled_from(_odd), st.sampled_from([*_odd, [raw("1e131071")] * 3]), numbers, texts)
 event_ids = st.one_of(st.integers(0, 25).map(lambda n: f"e{n}"), st.integers(0, 99), odd)
 users = st.one_of(st.sampled_from(["u1", "u2", "u3", "ü4", "canary:1"]), st.integers(1, 2), odd)
 viewers = st.one_of(
@@ -201,7 +240,7 @@ def bodies(draw: st.DrawFn, topic: str) -> bytes:
             document[name] = draw(_fields[topic][name])
     if mood == 8:
         document.pop(draw(st.sampled_from(sorted(document))))
-    return json.dumps(document, ensure_ascii=draw(st.booleans())).encode()
+    return re.sub(r'"<<([^>]*)>>"', r"\1", json.dumps(document, ensure_ascii=draw(st.booleans()))).encode()
 
 
 @st.composite

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dagster_prefs.events.fields import parse_time
 from dagster_prefs.events.formats import (
     TOPICS,
     EventFileError,
@@ -18,7 +19,6 @@ from dagster_prefs.events.formats import (
     UnknownTopic,
     detect,
     event_time,
-    parse_time,
     read_records,
     shift_message,
 )
@@ -51,9 +51,11 @@ def test_a_json_line_is_kept_byte_for_byte(
 
 
 cells = st.text(st.characters(codec="utf-8", exclude_characters="\r\x00"), max_size=12)
+# What is no number; those have a test of their own.
+words = cells.filter(lambda cell: not cell.strip().lstrip("-")[:1].isdigit())
 
 
-@given(st.lists(st.tuples(cells, cells, cells), min_size=1, max_size=15))
+@given(st.lists(st.tuples(words, cells, cells), min_size=1, max_size=15))
 @settings(deadline=None)
 def test_csv_cells_come_through_exactly(
     tmp_path_factory: pytest.TempPathFactory, table: list[tuple[str, str, str]]
@@ -70,6 +72,38 @@ def test_csv_cells_come_through_exactly(
         expected.append((line, {name: cell for name, cell in zip(names, row, strict=True) if cell}))
         line += quoted(row).count("\n")
     assert [(n, json.loads(m)) for n, m in messages(path) if m is not None] == expected
+
+
+@pytest.mark.parametrize(
+    ("cell", "kept"),
+    [
+        ("12345", "12345"), ("12345.0", "12345"), ("1.2345e4", "12345"), ("1.2345E+04", "12345"),
+        ("1e+16", "10000000000000000"),
+        ("-7.50", "-7.5"), (" 3.0 ", "3"), ("0.0", "0"), ("18446744073709551615.0", "18446744073709551615"),
+        # No numbers: leading zeros, a hexadecimal id, words, and what is beyond any id.
+        ("007", "007"), ("01.0", "01.0"), ("12e5", "12e5"), ("1.0.0", "1.0.0"), ("NaN", "NaN"), ("x1.0", "x1.0"),
+        ("1e+400", "1e+400"), ("1" * 400 + ".0", "1" * 400 + ".0"),
+    ],
+)  # fmt: skip
+def test_a_number_in_a_csv_is_one_id_however_it_is_written(tmp_path: Path, cell: str, kept: str) -> None:
+    path = tmp_path / "events.csv"
+    path.write_text(f"event_id,user_id,event_type,event_time,price\ne1,{cell},view,2026-01-01,{cell}\n")
+    ((_, message),) = messages(path)
+    found = json.loads(message or b"")
+    assert (found["user_id"], found["price"]) == (kept, cell)
+    rees46 = tmp_path / "oct.csv"
+    rees46.write_text(f"{REES46}\n2019-10-01 00:00:00 UTC,cart,{cell},1,,b,35.790,{cell},s-1\n")
+    ((_, message),) = messages(rees46)
+    found = json.loads(message or b"")
+    assert (found["user_id"], found["item_id"], found["price"]) == (kept, kept, "35.790")
+
+
+def test_a_title_in_a_csv_stays_as_it_stands(tmp_path: Path) -> None:
+    path = tmp_path / "items.csv"
+    path.write_text("item_id,title,price\n2.0,2.0,2.0\n")
+    assert [json.loads(m or b"") for _, m in messages(path)] == [
+        {"item_id": "2", "title": "2.0", "price": "2.0"}
+    ]
 
 
 def test_rows_that_do_not_fit_are_kept_as_they_came(tmp_path: Path) -> None:
@@ -168,6 +202,20 @@ def test_a_missing_file_a_directory_and_an_unknown_topic(tmp_path: Path) -> None
         ("2026-03-01T10:00+02:00", datetime(2026, 3, 1, 8, tzinfo=UTC)),
         ("2026-03-01T10:00:00-0530", datetime(2026, 3, 1, 15, 30, tzinfo=UTC)),
         ("1772359200123", datetime(2026, 3, 1, 10, 0, 0, 123_000, tzinfo=UTC)),
+        ("1772359200", datetime(2026, 3, 1, 10, tzinfo=UTC)),
+        ("1772359200.1234567", datetime(2026, 3, 1, 10, 0, 0, 123_456, tzinfo=UTC)),
+        ("1772359200123456", datetime(2026, 3, 1, 10, 0, 0, 123_456, tzinfo=UTC)),
+        ("1772359200123456789", datetime(2026, 3, 1, 10, 0, 0, 123_456, tzinfo=UTC)),
+        ("946684800", datetime(2000, 1, 1, tzinfo=UTC)),
+        ("946684799", None),
+        ("4133980799999", datetime(2100, 12, 31, 23, 59, 59, 999_000, tzinfo=UTC)),
+        ("4133980800000", None),
+        ("2026-11-28T10:00:00.1234567Z", datetime(2026, 11, 28, 10, 0, 0, 123_456, tzinfo=UTC)),
+        ("2026-11-28t10:00:00.123456789z", datetime(2026, 11, 28, 10, 0, 0, 123_456, tzinfo=UTC)),
+        ("2026-11-28T10:00:00.999999999+01:00", datetime(2026, 11, 28, 9, 0, 0, 999_999, tzinfo=UTC)),
+        ("2026-11-28 10:00:00 utc", datetime(2026, 11, 28, 10, tzinfo=UTC)),
+        ("0001-01-01T00:00:00Z", None),
+        ("2101-01-01T00:00:00Z", None),
         ("2026-02-30T10:00:00Z", None),
         ("yesterday", None),
         ("", None),
@@ -177,7 +225,7 @@ def test_times_are_read_as_the_typed_layer_reads_them(text: str, expected: datet
     assert parse_time(text) == expected
 
 
-moments = st.datetimes(datetime(2000, 1, 1), datetime(2100, 1, 1))
+moments = st.datetimes(datetime(2032, 1, 1), datetime(2068, 1, 1))
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
@@ -185,9 +233,12 @@ values = st.recursive(
 )
 
 
+UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+
+
 @given(
     moments,
-    st.sampled_from(["%sZ", "%s UTC", "%s", "%s+02:00", "epoch", "epoch text"]),
+    st.sampled_from(["%sZ", "%s UTC", "%s", "%s+02:00", *UNITS, "text"]),
     st.dictionaries(st.text(max_size=8) | st.just("nested"), values, max_size=4),
     st.integers(-(10**9), 10**9),
     st.sampled_from([None, 1]),
@@ -196,8 +247,9 @@ def test_a_shift_moves_the_time_and_nothing_else(
     moment: datetime, form: str, others: dict[str, object], seconds: int, indent: int | None
 ) -> None:
     topic = TOPICS["view_events"]
-    milliseconds = int(moment.replace(tzinfo=UTC).timestamp() * 1000)
-    texts = {"epoch": milliseconds, "epoch text": str(milliseconds)}
+    microseconds = (moment - datetime(1970, 1, 1)) // timedelta(microseconds=1)
+    numbers = {unit: microseconds * per_second // 10**6 for unit, per_second in UNITS.items()}
+    texts: dict[str, object] = {**numbers, "text": str(numbers["ms"])}
     given = texts.get(form, form.replace("%s", moment.isoformat()))
     others = {name: value for name, value in others.items() if name != "watched_at"}
     original = {**others, "same": {"watched_at": "2026-01-01"}, "watched_at": given, "price": 1}
@@ -214,6 +266,22 @@ def test_a_shift_moves_the_time_and_nothing_else(
     cut = message.rindex(b'"watched_at": ' + old) + len(b'"watched_at": ')
     assert moved.startswith(message[:cut])
     assert moved.endswith(message[cut + len(old) :])
+
+
+@pytest.mark.parametrize(
+    ("given", "moved"),
+    [
+        (b"1772359200", b"1772362800"), (b"1772359200.50", b"1772362800.5"), (b'"1772359200000"', b'"1772362800000"'),
+        (b"1.7723592e9", b"1772362800"), (b"1772359200000000000", b"1772362800000000000"),
+        (b'"2026-03-01t10:00:00.1234567z"', b'"2026-03-01T11:00:00.123456Z"'),
+        # Beyond the plausible years, before or after.
+        (b"12345", b"12345"), (b"4133980799", b"4133980799"), (b'"0001-01-01T00:00:00Z"', b'"0001-01-01T00:00:00Z"'),
+        (b"true", b"true"), (b"[1772359200]", b"[1772359200]"),
+    ],
+)  # fmt: skip
+def test_a_shift_reads_a_time_as_the_typed_layer_does(given: bytes, moved: bytes) -> None:
+    message = b'{"watched_at": %s , "event_id": "e"}'
+    assert shift_message(message % given, TOPICS["view_events"], 3600) == message % moved
 
 
 @given(st.binary(max_size=60))

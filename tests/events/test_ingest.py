@@ -290,13 +290,21 @@ def test_rejected_events_are_read_by_topic_and_reason(engine: EngineConnection) 
         session.execute(
             "insert into rejected_events values ('items', 'f', 0, 2, 'negative price', 'b'), "
             "('items', 'f', 0, 1, 'negative price', 'a'), ('items', 'f', 0, 3, 'bad price', 'c'), "
-            "('view_events', 'f', 0, 1, 'not valid JSON', '{')"
+            "('view_events', 'f', 0, 1, 'not valid JSON', '{'), "
+            "('view_events', 'f', 0, 2, 'genre has 8192 bytes, at most 1024', 'g'), "
+            "('view_events', 'f', 0, 3, 'genre has 1025 bytes, at most 1024', 'h')"
         )
+    too_long = "genre has too many bytes, at most 1024"
     assert rejected_counts(engine) == {
         "items": {"negative price": 2, "bad price": 1},
-        "view_events": {"not valid JSON": 1},
+        "view_events": {"not valid JSON": 1, too_long: 2},
     }
+    # What is counted can be listed, and so can what is listed.
+    assert [event.payload for event in rejected_events(engine, reason=too_long)] == ["g", "h"]
+    assert [
+        event.payload for event in rejected_events(engine, reason="genre has 8192 bytes, at most 1024")
+    ] == ["g"]
     assert rejected_events(engine, "items", "negative price", limit=1) == [
         RejectedEvent("items", "f", 0, 1, "negative price", "a")
     ]
-    assert len(rejected_events(engine)) == 4
+    assert len(rejected_events(engine)) == 6

@@ -23,8 +23,9 @@
   {{ target.schema }}.prefs_json({{ bytes }})
 {%- endmacro %}
 
+{# U+0000 is no text on PostgreSQL, nor for whoever reads one from RisingWave, which takes its escape all the same. #}
 {% macro risingwave__json_of(bytes) -%}
-  convert_from({{ bytes }}, 'utf8')::jsonb
+  case when convert_from({{ bytes }}, 'utf8') !~ '(^|[^\\])(\\\\)*\\u0000' then convert_from({{ bytes }}, 'utf8')::jsonb end
 {%- endmacro %}
 
 
@@ -39,6 +40,68 @@
 
 {% macro risingwave__text_of(bytes) -%}
   coalesce(convert_from({{ bytes }}, 'utf8'), encode({{ bytes }}, 'escape'))
+{%- endmacro %}
+
+
+{#
+  A JSON number of the field as text without exponent and without needless zeros, NULL where it is too large for any
+  field. PostgreSQL holds 1e131071 in 12 bytes and shows it in 131,072, so its value is asked first. RisingWave holds a
+  number that is no 64-bit integer as a double, and shows a large or small one with an exponent.
+#}
+{% macro measuring_number(name) -%}
+  {{ return(adapter.dispatch("measuring_number")(name)) }}
+{%- endmacro %}
+
+{% macro postgres__measuring_number(name) -%}
+  case when abs((j -> '{{ name }}')::numeric) < 1{{ "0" * 28 }} then trim_scale((j -> '{{ name }}')::numeric)::text end
+{%- endmacro %}
+
+{% macro risingwave__measuring_number(name) -%}
+  {%- set text = "(j ->> '" ~ name ~ "')" -%}
+  case when {{ text }} ~ '[eE]' then trim_scale({{ scientific_number(text) }})::text else {{ text }} end
+{%- endmacro %}
+
+
+{#
+  The same of a number that names something, where one digit less is another thing: whole numbers up to 64 bits. What
+  RisingWave holds as a double beyond 2^53 may be another number than was sent, so it is NULL there.
+#}
+{% macro identifying_number(name) -%}
+  {{ return(adapter.dispatch("identifying_number")(name)) }}
+{%- endmacro %}
+
+{% macro postgres__identifying_number(name) -%}
+  case when (j -> '{{ name }}')::numeric between -9223372036854775808 and 18446744073709551615
+    then trim_scale((j -> '{{ name }}')::numeric)::text end
+{%- endmacro %}
+
+{% macro risingwave__identifying_number(name) -%}
+  {%- set text = "(j ->> '" ~ name ~ "')" -%}
+  case
+    when {{ text }} ~ '^-?[0-9]+$' then {{ text }}
+    when {{ text }}::double precision = 0 then '0'
+    when abs({{ text }}::double precision) < 9007199254740992 then trim_scale({{ text }}::numeric)::text
+  end
+{%- endmacro %}
+
+
+{#
+  text that is a number with an exponent → numeric, NULL where too large. RisingWave reads none with more than 28 digits
+  in all, so it goes by way of a double there, and what is too small to be seen in any field is 0.
+#}
+{% macro scientific_number(text) -%}
+  {{ return(adapter.dispatch("scientific_number")(text)) }}
+{%- endmacro %}
+
+{% macro postgres__scientific_number(text) -%}
+  {{ text }}::numeric
+{%- endmacro %}
+
+{% macro risingwave__scientific_number(text) -%}
+  case
+    when abs({{ text }}::double precision) < 0.0000000000000000001 then 0::numeric
+    when abs({{ text }}::double precision) < 1{{ "0" * 28 }} then {{ text }}::double precision::numeric
+  end
 {%- endmacro %}
 
 
