@@ -19,6 +19,7 @@ from dagster_prefs.engine.catalog import row_counts
 from dagster_prefs.events.rejected import rejected_counts
 from dagster_prefs.events.simulator import SimulationPlan, remembered_end, simulate_to_engine
 from dagster_prefs.offline.tables import TILE_TABLES
+from dagster_prefs.online.reserved import USERS_ONLY, VIEWERS_ONLY
 from dagster_prefs.runs import JobRunner
 from dagster_prefs.serving import PreferenceClient, ProfileClient
 from dagster_prefs.settings import Settings
@@ -119,19 +120,20 @@ class Demo:
             # Somebody with something in every domain shows most.
             viewer = connection.execute(
                 sql.SQL(
-                    "select w.viewer_id from {} w join {} i using (viewer_id) join {} p using (viewer_id)"
-                    " where w.viewer_id >= 0 order by w.watch_minutes_7d desc, w.viewer_id limit 1"
+                    "select viewer_id from {} w join {} i using (viewer_id) join {} p using (viewer_id)"
+                    " where {} order by w.watch_minutes_7d desc, viewer_id limit 1"
                 ).format(
                     sql.Identifier(schema, "viewer_engagement_rolling"),
                     sql.Identifier(schema, "content_interactions_rolling"),
                     sql.Identifier(schema, "viewer_preferences_rolling"),
+                    sql.SQL(VIEWERS_ONLY),
                 )
             ).fetchone()
             user = connection.execute(
                 sql.SQL(
-                    "select user_id from {} where user_id not like 'canary:%%'"
+                    "select user_id from {} where {}"
                     " group by user_id order by max(last_engaged_at) desc, user_id limit 1"
-                ).format(sql.Identifier(schema, "user_category_profile"))
+                ).format(sql.Identifier(schema, "user_category_profile"), sql.SQL(USERS_ONLY))
             ).fetchone()
         summary.rejected = rejected_counts(platform.engine)
         if viewer:

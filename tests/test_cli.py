@@ -77,8 +77,9 @@ def test_status_of_nothing_is_an_error_that_says_so(prefs: Prefs) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_profile_that_cannot_be_read_is_an_error(prefs: Prefs) -> None:
-    said = sentence(prefs("profile", "42", "--json"))
+@pytest.mark.parametrize("viewer", ["42", "-1"])
+def test_a_profile_that_cannot_be_read_is_an_error(prefs: Prefs, viewer: str) -> None:
+    said = sentence(prefs("profile", viewer, "--json"))
     assert "DynamoDB cannot be reached" in said
     assert "prefs up" in said
 

@@ -29,7 +29,8 @@ def profile_client(settings: Settings) -> ProfileClient:
     )
 
 
-@cli.command()
+# A viewer below 0, the canary, must not be taken for an option.
+@cli.command(context_settings={"ignore_unknown_options": True})
 @click.argument("viewer", type=ViewerId())
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def profile(viewer: int, as_json: bool) -> None:

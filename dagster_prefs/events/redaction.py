@@ -22,6 +22,7 @@ from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.events.formats import TOPICS, Topic
 from dagster_prefs.events.raw import RawStoreError, explained
+from dagster_prefs.online.reserved import is_reserved_text, is_reserved_viewer
 
 REDACTED = b'{"erased":true}'
 """What is left of a message; the typed layer rejects it with the reason `erased`."""
@@ -59,7 +60,7 @@ class Subject:
                     f"{ids.shortened(given)} is not a viewer: viewer ids are whole numbers of 64 bits; "
                     "a shop user is erased with `prefs erase user ID`"
                 ) from None
-            if viewer < 0:
+            if is_reserved_viewer(viewer):
                 raise SubjectRefused(
                     f"viewer {viewer} is a canary: ids below 0 are no person's, and probes need theirs; "
                     "name a viewer from 0 on"
@@ -73,7 +74,7 @@ class Subject:
             raise SubjectRefused(
                 f"{ids.shortened(given)} is not a user: user ids are texts that are not empty; name one"
             ) from None
-        if name.startswith("canary:"):
+        if is_reserved_text(name):
             raise SubjectRefused(
                 f"user {name} is a canary: ids from canary: on are no person's, and probes need theirs; "
                 "name another user"

@@ -10,7 +10,7 @@ from psycopg import sql
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.events.formats import find_topic
 from dagster_prefs.events.raw import explained
-from dagster_prefs.events.validity import ERASED
+from dagster_prefs.events.validity import CLOSED
 
 RELATION = "rejected_events"
 FETCH_ROWS = 5_000
@@ -32,8 +32,8 @@ def rejected_counts(connection: EngineConnection, *, open_only: bool = False) ->
     """Refused messages per topic and kind of reason, most frequent first, as of the last refresh.
 
     The kind leaves the size out of a reason that names one: `genre has too many bytes, at most 1024`.
-    `open_only` leaves out those that were replayed or erased. Raises EngineUnavailable, or RawStoreError where a
-    relation was not made yet.
+    `open_only` leaves out those that were replayed, and those that wait for no correction (`validity.CLOSED`).
+    Raises EngineUnavailable, or RawStoreError where a relation was not made yet.
     """
     query = sql.SQL(
         "with kinds as (select topic, {} as kind from {} as rejected where {}) "
@@ -102,7 +102,9 @@ _KIND = sql.SQL("regexp_replace(reason, ' has [0-9]+ bytes, at most ', ' has too
 def _is_open(connection: EngineConnection) -> sql.Composed:
     """The condition that a row of `rejected` waits for a correction."""
     return sql.SQL(
-        "rejected.reason <> {} and not exists (select 1 from {} as replayed where replayed.topic = rejected.topic"
+        "rejected.reason not in ({}) and not exists (select 1 from {} as replayed where replayed.topic = rejected.topic"
         ' and replayed.source = rejected.source and replayed.source_partition = rejected."partition"'
         ' and replayed.source_offset = rejected."offset")'
-    ).format(sql.Literal(ERASED), sql.Identifier(connection.schema, "replayed_events"))
+    ).format(
+        sql.SQL(", ").join(map(sql.Literal, CLOSED)), sql.Identifier(connection.schema, "replayed_events")
+    )

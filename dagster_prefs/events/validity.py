@@ -6,12 +6,20 @@ The same rules as the parsed models, reason by reason; a test holds the two equa
 from __future__ import annotations
 
 import json
-from datetime import datetime
-from decimal import Decimal
+from collections.abc import Collection
+from datetime import UTC, datetime, timedelta
+from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
 
+from dagster_prefs.events.canaries import OF_ANOTHER_DEPLOYMENT, CanaryKey, deployment_of, is_proven
 from dagster_prefs.events.fields import MAX_MESSAGE_BYTES, Field, parse_time, too_many_bytes
 from dagster_prefs.events.formats import FUTURE_TOLERANCE, Topic
+from dagster_prefs.online.reserved import (
+    CANARY_USER_ID,
+    CANARY_VIEWER_ID,
+    is_reserved_text,
+    is_reserved_viewer,
+)
 
 EVENT_TYPES = {
     "user.events": frozenset({"purchase", "wishlist", "add_to_cart", "view"}),
@@ -19,14 +27,23 @@ EVENT_TYPES = {
 }
 # The reason of what an erasure left: nothing is wrong with it, and nothing of it comes back.
 ERASED = "erased"
+# Reasons of messages that wait for no correction.
+CLOSED = (ERASED, OF_ANOTHER_DEPLOYMENT)
 
 # Beyond these PostgreSQL holds no number, so its JSON does not parse there.
 MAX_DIGITS_BEFORE_POINT = 131_072
 MAX_DIGITS_AFTER_POINT = 16_383
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
-def rejection_reason(message: bytes, topic: Topic, arrived_at: datetime) -> str | None:
-    """Why `rejected_events` would hold this message if it arrived at `arrived_at` (UTC); None if it is valid."""
+
+def rejection_reason(
+    message: bytes, topic: Topic, arrived_at: datetime, canary_keys: Collection[CanaryKey] = ()
+) -> str | None:
+    """Why `rejected_events` would hold this message if it arrived at `arrived_at` (UTC); None if it is valid.
+
+    `canary_keys` are those of the engine. Without them, as for everybody but the probe, no canary is valid.
+    """
     if len(message) > MAX_MESSAGE_BYTES:
         return too_many_bytes("message", len(message), MAX_MESSAGE_BYTES)
     try:
@@ -60,7 +77,38 @@ def rejection_reason(message: bytes, topic: Topic, arrived_at: datetime) -> str 
     for field in topic.declared:
         if field.optional and (reason := _optional_fault(field, document.get(field.name))):
             return reason
-    return None
+    return _reserved(document, topic, canary_keys)
+
+
+def _reserved(document: dict[str, Any], topic: Topic, keys: Collection[CanaryKey]) -> str | None:
+    """Why a message with a reserved id is rejected; None where it has none, or is a proven canary."""
+    if topic.time_field is None:
+        return None
+    identity = topic.field("event_id").text(document.get("event_id")) or ""
+    subject = "viewer_id" if "viewer_id" in topic.fields else "user_id"
+    text = topic.field(subject).text(document.get(subject)) or ""
+    if subject == "viewer_id":
+        viewer = int(text.partition(".")[0])
+        reserved, probed = is_reserved_viewer(viewer), viewer == CANARY_VIEWER_ID
+    else:
+        reserved, probed = is_reserved_text(text), text == CANARY_USER_ID
+    deployment = deployment_of(identity) if probed else None
+    if deployment is None:
+        return (
+            f"reserved {subject}" if reserved else "reserved event_id" if is_reserved_text(identity) else None
+        )
+    own = [key for key in keys if key.deployment == deployment]
+    if not own:
+        return OF_ANOTHER_DEPLOYMENT
+    moment = parse_time(topic.field(topic.time_field).text(document.get(topic.time_field)) or "")
+    proven = moment is not None and is_proven(identity, _milliseconds(moment), own)
+    return None if proven else f"reserved {subject}"
+
+
+def _milliseconds(moment: datetime) -> int:
+    """Milliseconds since 1970, rounded as the engine rounds them."""
+    microseconds = (moment - _EPOCH) // timedelta(microseconds=1)
+    return int(Decimal(microseconds).scaleb(-3).to_integral(ROUND_HALF_UP))
 
 
 def _required_fault(field: Field, value: Any) -> str | None:

@@ -19,14 +19,15 @@ from psycopg import sql
 
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.errors import PrefsError
+from dagster_prefs.events.canaries import CanaryKey, canary_key
 from dagster_prefs.events.formats import find_topic
 from dagster_prefs.events.kafka import KafkaWriter
 from dagster_prefs.events.raw import RawMessage, RawStore
 from dagster_prefs.freshness.levels import Level, Measure, judge
-from dagster_prefs.online.contract import CANARY_VIEWER_ID, LAST_EVENT_AT, Contract, Freshness
-from dagster_prefs.serving.preferences import CANARY_PREFIX
+from dagster_prefs.online.contract import LAST_EVENT_AT, Contract, Freshness
+from dagster_prefs.online.reserved import CANARY_USER_ID, CANARY_VIEWER_ID
+from dagster_prefs.serving.profiles import CANARY_AHEAD_SECONDS
 
-CANARY_USER = f"{CANARY_PREFIX}prefs"
 SOURCE = "canary"
 SHOP = "shop"
 
@@ -80,10 +81,10 @@ class CanaryState:
             return cls()
 
 
-def canary_messages(moment: datetime) -> dict[str, dict[str, Any]]:
-    """Topic → the canary's message of that moment (UTC, whole milliseconds count)."""
+def canary_messages(moment: datetime, key: CanaryKey) -> dict[str, dict[str, Any]]:
+    """Topic → the canary's message of that moment (UTC, whole milliseconds count), proven with `key`."""
     milliseconds = epoch_ms(moment)
-    identity = f"canary-{milliseconds}"
+    identity = key.event_id(milliseconds)
     at = datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="milliseconds")
     return {
         "view_events": {
@@ -103,7 +104,7 @@ def canary_messages(moment: datetime) -> dict[str, dict[str, Any]]:
         },
         "user.events": {
             "event_id": identity,
-            "user_id": CANARY_USER,
+            "user_id": CANARY_USER_ID,
             "item_id": "canary",
             "event_type": "view",
             "category": "canary",
@@ -126,11 +127,12 @@ def send_canary(
 ) -> None:
     """Send one event per topic with the event time `moment`: through Kafka, else into the raw tables.
 
-    Raises KafkaUnavailable, RawStoreError or EngineUnavailable when it cannot be sent.
+    The engine holds the key that proves them, and is asked for it first. Raises KafkaUnavailable, RawStoreError or
+    EngineUnavailable when they cannot be sent.
     """
     messages = {
         topic: json.dumps(message, separators=(",", ":")).encode()
-        for topic, message in canary_messages(moment).items()
+        for topic, message in canary_messages(moment, canary_key(engine)).items()
     }
     if bootstrap is not None:
         names = kafka_topics or {}
@@ -163,7 +165,7 @@ def read_shop(engine: EngineConnection) -> dict[str, int | None]:
                 sql.SQL("select max(last_engaged_at) from {} where user_id = %s").format(
                     sql.Identifier(engine.schema, "user_category_profile")
                 ),
-                [CANARY_USER],
+                [CANARY_USER_ID],
             ).fetchone()
     except psycopg.Error as error:
         raise CanaryError(
@@ -231,6 +233,13 @@ class Probe:
             except PrefsError as error:
                 problem = str(error)
         now = epoch_ms(self.clock())
+        for name, newest in seen.items():
+            if newest is not None and newest > now + 1000 * CANARY_AHEAD_SECONDS:
+                seen[name] = None
+                problem = (
+                    f"the canary of {name} is dated {(newest - now) / 1000:.0f} s ahead of this clock: correct the "
+                    "clock of the machine that sent it, or this one's"
+                )
         found = {}
         for name, path in paths.items():
             newest = seen.get(name)

@@ -23,6 +23,7 @@ from psycopg.rows import scalar_row
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.offline.catalog import OfflineError
 from dagster_prefs.offline.tables import TileTable
+from dagster_prefs.online.reserved import VIEWERS_ONLY
 
 LINES_FETCHED = 10_000
 # Enough for the parser to be busy with rows rather than with calls.
@@ -103,7 +104,8 @@ class TileSnapshot:
 
     def totals(self, day: date) -> tuple[int, Mapping[str, Decimal]]:
         """Rows of the day, and the sum of every column that has an exact one, as the engine computes them."""
-        query = sql.SQL("select count(*), {sums} from {tile} where {day} = %s and viewer_id >= 0").format(
+        query = sql.SQL("select count(*), {sums} from {tile} where {day} = %s and {people}").format(
+            people=sql.SQL(VIEWERS_ONLY),
             sums=sql.SQL(", ").join(
                 sql.SQL("coalesce(sum({}), 0)").format(sql.Identifier(name)) for name in self._spec.totals
             ),
@@ -149,8 +151,9 @@ class TileSnapshot:
         """
         fields = [schema.field(column.name) for column in self._spec.columns if column.name != self._spec.day]
         query = sql.SQL(
-            "select concat_ws({tab}, {columns}) from {tile} where {day} = {value} and viewer_id >= 0"
+            "select concat_ws({tab}, {columns}) from {tile} where {day} = {value} and {people}"
         ).format(
+            people=sql.SQL(VIEWERS_ONLY),
             tab=sql.Literal("\t"),
             columns=sql.SQL(", ").join(map(_as_text, fields)),
             tile=self._relation(self._spec.tile),
@@ -180,7 +183,8 @@ class TileSnapshot:
         required = [field.name for field in fields if not field.nullable]
         self._connection.execute("rollback")
         counts = self._connection.execute(
-            sql.SQL("select {missing} from {tile} where {day} = %s and viewer_id >= 0").format(
+            sql.SQL("select {missing} from {tile} where {day} = %s and {people}").format(
+                people=sql.SQL(VIEWERS_ONLY),
                 missing=sql.SQL(", ").join(
                     sql.SQL("count(*) - count({})").format(sql.Identifier(name)) for name in required
                 ),

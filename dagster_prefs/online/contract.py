@@ -18,9 +18,6 @@ from dagster_prefs.errors import PrefsError
 
 CONTRACT_PATH = Path(__file__).with_name("contract.json")
 
-# Viewer ids below 0 are canaries; this one is written by the freshness probe in every domain.
-CANARY_VIEWER_ID = -1
-
 AttributeType = Literal["integer", "decimal", "float", "string", "list<string>", "list<decimal>"]
 KeyType = Literal["N", "S"]
 

@@ -14,9 +14,9 @@ from psycopg import sql
 from dagster_prefs import ids
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.errors import PrefsError
+from dagster_prefs.online.reserved import PREFIX, is_reserved_text
 from dagster_prefs.serving.pool import Connection, ConnectionPool, T
 
-CANARY_PREFIX = "canary:"
 TOP_CATEGORIES = 5
 TOP_RECENT_CATEGORIES = 3
 MAX_LIMIT = 10_000
@@ -381,9 +381,9 @@ def checked_user(user_id: str, *, ranking: bool = False) -> str:
         user_id = ids.user_id(user_id)
     except ids.BadId as error:
         raise PreferenceError(str(error)) from None
-    if ranking and user_id.startswith(CANARY_PREFIX):
+    if ranking and is_reserved_text(user_id):
         raise PreferenceError(
-            f"{user_id!r} is a canary (ids that start with {CANARY_PREFIX!r}), which has no ranking"
+            f"{user_id!r} is a canary (ids that start with {PREFIX!r}), which has no ranking"
         )
     return user_id
 

@@ -13,9 +13,10 @@ from typing import Any, Literal, Self, TypedDict, TypeVar, Unpack, cast
 
 from dagster_prefs import ids
 from dagster_prefs.errors import PrefsError
-from dagster_prefs.online.contract import CANARY_VIEWER_ID, Contract, Domain, load_contract
+from dagster_prefs.online.contract import Contract, Domain, load_contract
 from dagster_prefs.online.items import ItemDecoder, ItemError
 from dagster_prefs.online.reader import BATCH_KEYS, Found, ItemReader, Key
+from dagster_prefs.online.reserved import CANARY_VIEWER_ID
 from dagster_prefs.online.transport import ReadError, make_transport
 from dagster_prefs.serving.domains import (
     DOMAIN_CLASSES,
@@ -29,6 +30,9 @@ T = TypeVar("T")
 
 MAX_VIEWERS = 10_000
 CANARY_CACHE_SECONDS = 5.0
+# How far a canary may be ahead of this clock. Clocks that are kept by NTP differ by less; a canary further ahead says
+# that a clock is wrong, and nothing about the pipeline.
+CANARY_AHEAD_SECONDS = 5.0
 
 Fallback = Literal["partial", "cold_start"]
 State = Literal["found", "cold_start", "failed"]
@@ -43,9 +47,9 @@ class DomainRead:
     """How one domain of a profile was answered.
 
     `last_event_at`: newest event behind the item, epoch milliseconds. `freshness_seconds`: how far the
-    pipeline was behind, by its canary, at most 5 s before the read; None is unknown. `fresh`: whether that
-    is within `max_staleness_seconds`; None is unknown. `error` is set where the domain failed, whatever the
-    fallback.
+    pipeline was behind, by its canary, at most 5 s before the read; None is unknown: there is no canary, or
+    its time is ahead of the clock. `fresh`: whether that is within `max_staleness_seconds`; None is unknown.
+    `error` is set where the domain failed, whatever the fallback.
     """
 
     state: State
@@ -366,7 +370,8 @@ class ProfileClient:
                     # A canary that cannot be read says nothing about the viewer's own item.
                     last = None
                 if last is not None:
-                    lag = max(0.0, self._clock() - last / 1000)
+                    age = self._clock() - last / 1000
+                    lag = max(0.0, age) if age >= -CANARY_AHEAD_SECONDS else None
             self._lag[name] = lag
 
 

@@ -27,7 +27,8 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from dagster_prefs.errors import PrefsError
-from dagster_prefs.online.contract import CANARY_VIEWER_ID, load_contract
+from dagster_prefs.online.contract import load_contract
+from dagster_prefs.online.reserved import CANARY_VIEWER_ID
 from dagster_prefs.serving.catalogue import CatalogueRanker
 from dagster_prefs.serving.openapi import openapi
 from dagster_prefs.serving.preferences import PreferenceClient, PreferencesUnavailable

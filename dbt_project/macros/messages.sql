@@ -10,7 +10,7 @@
 {% macro declared_fields() -%}
   {%- set fields = {} -%}
   {%- if execute -%}
-    {%- for column in model.columns.values() if column.name not in place_columns() + ["payload", "reason"] -%}
+    {%- for column in model.columns.values() if column.name not in place_columns() + ["payload", "reason", "canary"] -%}
       {%- do fields.update({column.name: dict(column.config.meta, type=column.data_type | lower)}) -%}
     {%- endfor -%}
   {%- endif -%}
@@ -201,8 +201,11 @@
   `when … then '<reason>'` arms over the fields; a field is NULL where it is absent and where it is no such type, and
   `field_given` tells the two apart. A message that is refused keeps its text in `payload`, of one that is too long
   the beginning; it is not parsed, because that takes memory many times its size.
+
+  `subject` and `moment` are the fields that say whom an event is about and when it happened; with them reserved ids are
+  refused (reserved.sql).
 #}
-{% macro parsed_messages(raw) -%}
+{% macro parsed_messages(raw, subject=none, moment=none) -%}
 {%- set place = place_columns() | join(", ") -%}
 {%- set fields = declared_fields() -%}
 {%- set most = var("max_message_bytes") -%}
@@ -244,12 +247,51 @@ judged as (
     *,
     case
       {{- caller() }}
+      {%- if subject %}{{ reserved_reasons(subject) }}{% endif %}
     end as reason
   from fields
   {{ computed_once() }}
 
 ),
 
+{% if subject %}
+claims as (
+
+  select *, {{ claimed_deployment(subject) }} as canary
+  from judged
+
+),
+
+shown as (
+
+  select
+    {{ place }},
+    case when reason is not null or canary is not null then {{ text_of("data") }} end as payload,
+    reason,
+    canary,
+    {{ fields | join(", ") }}
+  from claims
+
+),
+
+verdicts as (
+
+  {{ verdicts("shown", subject, moment) }}
+
+),
+
+final as (
+
+  select
+    {{ place }},
+    case when verdict is not null then payload end as payload,
+    verdict as reason,
+    canary,
+    {{ fields | join(", ") }}
+  from verdicts
+
+)
+{% else %}
 final as (
 
   select
@@ -260,6 +302,7 @@ final as (
   from judged
 
 )
+{% endif %}
 
 select * from final
 {%- endmacro %}

@@ -7,6 +7,7 @@ Money, minutes and ratios are Fraction until they are rounded, half away from ze
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections import Counter, defaultdict
@@ -24,6 +25,8 @@ DAY = 24 * HOUR
 WEIGHTS = {"purchase": 10, "wishlist": 7, "add_to_cart": 5, "view": 1}
 TIERS = ("budget", "mid-range", "premium", "luxury")
 EPOCH_2026 = 1_767_225_600 * SECOND
+# The keys of the engine's canaries: deployment → secret.
+CANARY_KEYS = {"00c0ffee00c0ffee": "5e" * 32}
 
 Row = dict[str, Any]
 
@@ -247,6 +250,32 @@ def parse(message: Message) -> Parsed:
     return Parsed(message, reason, {} if reason else fields)
 
 
+def canary_id(deployment: str, secret: str, milliseconds: int) -> str:
+    """The event id of a canary: a digest of the secret, and of a digest of the secret and the time."""
+    inner = hashlib.sha256((secret + str(milliseconds)).encode()).hexdigest()
+    outer = hashlib.sha256((secret + inner).encode()).hexdigest()
+    return f"canary:{deployment}:{milliseconds}:{outer[:32]}"
+
+
+def _reserved(subject: str, fields: Row, time: str) -> str | None:
+    """Why an event with an id of canaries is rejected."""
+    who, identity = fields[subject], fields["event_id"]
+    if subject == "viewer_id":
+        mine, probe = who < 0, who == -1
+    else:
+        mine, probe = who[:7] == "canary:", who == "canary:prefs"
+    named = re.fullmatch(r"canary:([0-9a-f]{16}):[0-9]{1,19}:[0-9a-f]{32}", identity)
+    if probe and named:
+        secret = CANARY_KEYS.get(named[1])
+        if secret is None:
+            return "canary of another deployment"
+        proven = identity == canary_id(named[1], secret, millis(fields[time]))
+        return None if proven else f"reserved {subject}"
+    if mine:
+        return f"reserved {subject}"
+    return "reserved event_id" if identity[:7] == "canary:" else None
+
+
 def _wrong_time(message: Message, at: int) -> str | None:
     if at == IMPLAUSIBLE:
         return "implausible time"
@@ -268,6 +297,7 @@ def _user_event(doc: Row, message: Message) -> tuple[Row, str | None]:
         reason = "unknown event_type"
     reason = reason or _wrong_text(doc, fields, ("item_id", "category", "brand"))
     reason = reason or _wrong_price(doc, fields) or _wrong_text(doc, fields, ("session_id",))
+    reason = reason or _reserved("user_id", fields, "event_time")
     return fields, reason
 
 
@@ -303,6 +333,8 @@ def _view_event(doc: Row, message: Message) -> tuple[Row, str | None]:
             reason = "bad completion_pct"
         elif completion is not None and not 0 <= completion <= 1:
             reason = "completion_pct outside 0..1"
+        else:
+            reason = _reserved("viewer_id", fields, "watched_at")
     return fields, reason
 
 
@@ -321,6 +353,8 @@ def _interaction(doc: Row, message: Message) -> tuple[Row, str | None]:
             reason = "missing event_type"
         elif fields["event_type"] not in ("like", "share", "search"):
             reason = "unknown event_type"
+        else:
+            reason = _reserved("viewer_id", fields, "event_ts")
     return fields, reason
 
 
@@ -572,10 +606,13 @@ class Oracle:
                 for (user, category), value in self._decayed_sums().items()
             ]
 
+    def _purchases(self) -> list[Row]:
+        return [e for e in self.shop if e["event_type"] == "purchase" and e["user_id"][:7] != "canary:"]
+
     def _buyers(self) -> dict[str, set[str]]:
         buyers: dict[str, set[str]] = defaultdict(set)
-        for event in self.shop:
-            if event["event_type"] == "purchase" and event["category"] is not None:
+        for event in self._purchases():
+            if event["category"] is not None:
                 buyers[event["category"]].add(event["user_id"])
         return buyers
 
@@ -596,7 +633,7 @@ class Oracle:
         ]
 
     def lift(self) -> list[Row]:
-        everybody = len({e["user_id"] for e in self.shop if e["event_type"] == "purchase"})
+        everybody = len({event["user_id"] for event in self._purchases()})
         return [
             {
                 **row,

@@ -8,7 +8,7 @@ from decimal import Decimal
 from typing import Any
 
 import psycopg
-from oracle import TOPICS, Erasure, Message, Oracle, Row
+from oracle import CANARY_KEYS, TOPICS, Erasure, Message, Oracle, Row
 from psycopg import sql
 
 RAW_TABLES = {
@@ -31,14 +31,23 @@ def instant(micros: int) -> datetime:
 def replace_events(
     connection: Connection, messages: Sequence[Message], erased: Sequence[Erasure] = ()
 ) -> None:
-    """Empty the raw tables and the list of erased subjects, and put these in."""
-    for table in (*RAW_TABLES.values(), "erased_subjects"):
+    """Empty the raw tables and the list of erased subjects, and put these in, and the oracle's canary keys."""
+    for table in (*RAW_TABLES.values(), "erased_subjects", "canary_keys"):
         connection.execute(sql.SQL("delete from {}").format(sql.Identifier(table)))
     insert_events(connection, messages)
     with connection.cursor() as cursor:
         cursor.executemany(
             "insert into erased_subjects (subject_kind, subject_id, erased_at) values (%s, %s, %s)",
             [(e.kind, e.subject, instant(e.at)) for e in erased],
+        )
+    insert_canary_keys(connection)
+
+
+def insert_canary_keys(connection: Connection) -> None:
+    """Make the oracle's canaries those of this engine."""
+    with connection.cursor() as cursor:
+        cursor.executemany(
+            "insert into canary_keys (deployment, secret_hex) values (%s, %s)", list(CANARY_KEYS.items())
         )
 
 

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from hypothesis import strategies as st
-from oracle import DAY, HOUR, SECOND, TOPICS, Message, micros
+from oracle import CANARY_KEYS, DAY, HOUR, SECOND, TOPICS, Message, canary_id, micros
 
 NOW = micros(datetime(2026, 3, 15, 12, 30, tzinfo=UTC))
 MIDNIGHT = NOW // DAY * DAY
@@ -98,7 +98,9 @@ times = st.one_of(spelled(), spelled(), spelled(), spelled(), bad_moments)
 _odd = [None, "", " ", True, False, [], {}, [1], {"a": 1}, "\t", "x y", " padded ", 0, -0.0]
 odd = st.one_of(st.sampled_from(_odd), st.sampled_from([*_odd, [raw("1e131071")] * 3]), numbers, texts)
 event_ids = st.one_of(st.integers(0, 25).map(lambda n: f"e{n}"), st.integers(0, 99), odd)
-users = st.one_of(st.sampled_from(["u1", "u2", "u3", "ü4", "canary:1"]), st.integers(1, 2), odd)
+users = st.one_of(
+    st.sampled_from(["u1", "u2", "u3", "ü4", "canary:1", "canary:prefs"]), st.integers(1, 2), odd
+)
 viewers = st.one_of(
     st.integers(-2, 3),
     st.integers(-2, 3),
@@ -191,7 +193,7 @@ _mild_names = st.sampled_from(["A", "a", "B", "Ä", "drama", "sci|fi", None, ""]
 _mild_fields: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "user.events": {
         "event_id": _mild_ids,
-        "user_id": st.sampled_from(["u1", "u2", "ü3", "canary:1"]),
+        "user_id": st.sampled_from(["u1", "u2", "ü3"]),
         "item_id": st.integers(1, 4).map(str),
         "event_type": st.sampled_from(
             ["view", "view", "view", "wishlist", "add_to_cart", "purchase", "purchase"]
@@ -204,7 +206,7 @@ _mild_fields: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     },
     "view_events": {
         "event_id": _mild_ids,
-        "viewer_id": st.integers(-1, 3),
+        "viewer_id": st.integers(0, 3),
         "content_id": _mild_names,
         "genre": st.sampled_from(["A", "a", "B", "Ä", "drama", "Drama", "z", None]),
         "watch_duration_sec": st.sampled_from([0, 1, 7, 60, 61, 100, 3600, None]),
@@ -213,7 +215,7 @@ _mild_fields: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     },
     "content_interactions": {
         "event_id": _mild_ids,
-        "viewer_id": st.integers(-1, 3),
+        "viewer_id": st.integers(0, 3),
         "event_type": st.sampled_from(["like", "share", "search"]),
         "event_ts": _mild_times,
     },
@@ -228,6 +230,30 @@ _mild_fields: dict[str, dict[str, st.SearchStrategy[Any]]] = {
 }
 
 
+_SUBJECTS = {
+    "user.events": ("user_id", "event_time", "canary:prefs"),
+    "view_events": ("viewer_id", "watched_at", -1),
+    "content_interactions": ("viewer_id", "event_ts", -1),
+}
+
+
+@st.composite
+def canary_fields(draw: st.DrawFn, topic: str) -> dict[str, Any]:
+    """What makes an event a canary: proven, of another deployment, or forged in one of many ways."""
+    subject, time, probe = _SUBJECTS[topic]
+    at = draw(st.integers(NOW - 20 * DAY, NOW)) // 1000
+    ((deployment, secret),) = CANARY_KEYS.items()
+    identity = draw(st.sampled_from([
+        canary_id(deployment, secret, at), canary_id(deployment, secret, at), canary_id(deployment, secret, at),
+        canary_id("f" * 16, secret, at), canary_id(deployment, secret, at + 1), canary_id(deployment, "0" * 64, at),
+        f"canary:{deployment}:{at}:{'0' * 32}", canary_id(deployment, secret, at).upper(),
+        f" {canary_id(deployment, secret, at)} ", canary_id(deployment, secret, at) + "0", f"canary:{at}", "canary:",
+        f"canary-{at}", "canary:\\x\\", "e1",
+    ]))  # fmt: skip
+    who = draw(st.sampled_from([probe, probe, probe, probe, 1, "1", -5, "canary:1", "-1", "-1.0"]))
+    return {"event_id": identity, subject: who, time: at}
+
+
 @st.composite
 def bodies(draw: st.DrawFn, topic: str) -> bytes:
     """The bytes of one message: mostly valid, sometimes with one nasty field, seldom nonsense."""
@@ -240,6 +266,8 @@ def bodies(draw: st.DrawFn, topic: str) -> bytes:
             document[name] = draw(_fields[topic][name])
     if mood == 8:
         document.pop(draw(st.sampled_from(sorted(document))))
+    elif topic in _SUBJECTS and draw(st.integers(0, 5)) == 0:
+        document |= draw(canary_fields(topic))
     return re.sub(r'"<<([^>]*)>>"', r"\1", json.dumps(document, ensure_ascii=draw(st.booleans()))).encode()
 
 

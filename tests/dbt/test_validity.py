@@ -11,14 +11,17 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import HOUR, TOPICS, Message, parse
+from oracle import CANARY_KEYS, HOUR, TOPICS, Message, parse
 from relations import instant
 from streams import NOW, bodies
 
+from dagster_prefs.events.canaries import CanaryKey
 from dagster_prefs.events.fields import MAX_MESSAGE_BYTES, PLAUSIBLE_YEARS
 from dagster_prefs.events.formats import FUTURE_TOLERANCE
 from dagster_prefs.events.formats import TOPICS as FORMATS
 from dagster_prefs.events.validity import EVENT_TYPES, rejection_reason
+
+KEYS = [CanaryKey(deployment, secret) for deployment, secret in CANARY_KEYS.items()]
 
 
 def judged_by_oracle(topic: str, body: bytes) -> str | None:
@@ -29,7 +32,7 @@ def judged_by_oracle(topic: str, body: bytes) -> str | None:
 @given(st.sampled_from(TOPICS).flatmap(lambda topic: st.tuples(st.just(topic), bodies(topic))))
 def test_reason_is_the_oracles(drawn: tuple[str, bytes]) -> None:
     topic, body = drawn
-    assert rejection_reason(body, FORMATS[topic], instant(NOW)) == judged_by_oracle(topic, body)
+    assert rejection_reason(body, FORMATS[topic], instant(NOW), KEYS) == judged_by_oracle(topic, body)
 
 
 VIEW = {"event_id": "e1", "viewer_id": 1, "watched_at": "2026-03-15T00:00:00Z"}
@@ -106,7 +109,16 @@ def test_what_no_engine_reads_is_not_json(body: bytes) -> None:
 
 PROJECT = Path(__file__).resolve().parents[2] / "dbt_project"
 VARS = yaml.safe_load((PROJECT / "dbt_project.yml").read_text())["vars"]
-PLACE = {"source", "source_partition", "source_offset", "kafka_timestamp", "arrived_at", "payload", "reason"}
+PLACE = {
+    "source",
+    "source_partition",
+    "source_offset",
+    "kafka_timestamp",
+    "arrived_at",
+    "payload",
+    "reason",
+    "canary",
+}
 
 
 def test_event_types_are_those_of_the_weights() -> None:

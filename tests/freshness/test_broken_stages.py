@@ -17,18 +17,20 @@ import pytest
 from botocore.awsrequest import AWSResponse
 from kafka_cluster import Cluster
 
+from dagster_prefs.events.canaries import OF_ANOTHER_DEPLOYMENT
 from dagster_prefs.events.kafka import ingest_topic
+from dagster_prefs.events.rejected import rejected_counts
 from dagster_prefs.freshness.canary import (
-    CANARY_USER,
     CanaryState,
     Probe,
+    epoch_ms,
     read_domains,
     read_shop,
     send_canary,
 )
 from dagster_prefs.freshness.measures import measure_ingestion
-from dagster_prefs.online.contract import CANARY_VIEWER_ID
 from dagster_prefs.online.publisher import PublishError
+from dagster_prefs.online.reserved import CANARY_USER_ID, CANARY_VIEWER_ID
 from dagster_prefs.serving.profiles import ProfileClient
 
 DOMAINS = ("watch", "interactions", "preferences")
@@ -164,7 +166,7 @@ def test_a_tile_that_changed_after_its_export(flow: Flow) -> None:
 
 def test_a_canary_whose_events_come_to_nothing(flow: Flow) -> None:
     """Its viewer and user are erased, so that the typed events leave them out and all others go on."""
-    for kind, subject in (("viewer", str(CANARY_VIEWER_ID)), ("user", CANARY_USER)):
+    for kind, subject in (("viewer", str(CANARY_VIEWER_ID)), ("user", CANARY_USER_ID)):
         flow.world.execute(
             "insert into erased_subjects (subject_kind, subject_id, erased_at) values (%s, %s, 'infinity')",
             [kind, subject],
@@ -174,6 +176,33 @@ def test_a_canary_whose_events_come_to_nothing(flow: Flow) -> None:
     assert flow.evaluate() == error(*CANARY)
     flow.world.execute("delete from erased_subjects")
     flow.step()
+
+
+def test_two_deployments_on_one_kafka(flow: Flow, world: Any) -> None:
+    """Each reads the other's canaries, rejects them without calling anybody, and takes none for its own."""
+    other = world.engine
+    flow.produce(age=0)
+    # Later than any of ours, so that it would show in our items if it were taken for one.
+    at = flow.world.now + timedelta(minutes=30)
+    send_canary(other, at, bootstrap=flow.cluster.bootstrap)
+    flow.step()
+    assert flow.evaluate() == {}
+    ours = flow.world.execute("select max(last_event_at) from viewer_engagement_rolling where viewer_id = -1")
+    assert ours[0][0] < epoch_ms(at)
+    counts = rejected_counts(flow.world.engine)
+    assert {topic: reasons.get(OF_ANOTHER_DEPLOYMENT) for topic, reasons in counts.items()} == dict.fromkeys(
+        flow.world.contract.freshness.topics, 1
+    )
+    assert rejected_counts(flow.world.engine, open_only=True) == {"view_events": {"not valid JSON": 1}}
+    for topic in world.contract.freshness.topics:
+        ingest_topic(other, flow.cluster.bootstrap, topic)
+    world.refresh()
+    assert world.execute("select watched_at from view_events where viewer_id = -1") == [
+        (at.replace(microsecond=at.microsecond // 1000 * 1000),)
+    ]
+    assert {reason for reasons in rejected_counts(other).values() for reason in reasons} == {
+        OF_ANOTHER_DEPLOYMENT
+    }
 
 
 def test_a_canary_that_cannot_be_sent(flow: Flow) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from dagster_prefs.errors import PrefsError
+from dagster_prefs.events.canaries import CanaryKey
 from dagster_prefs.freshness.canary import (
-    CANARY_USER,
     CanaryState,
     PathState,
     Probe,
@@ -23,6 +23,7 @@ from dagster_prefs.freshness.canary import (
 from dagster_prefs.freshness.levels import Measure
 from dagster_prefs.offline.export import export_day
 from dagster_prefs.offline.tables import WATCH
+from dagster_prefs.online.reserved import CANARY_USER_ID
 from dagster_prefs.serving.profiles import ProfileClient
 
 DOMAINS = {"watch", "interactions", "preferences"}
@@ -136,6 +137,18 @@ def test_what_cannot_be_read_is_never_green(bench: Bench, free_port: Callable[[]
     assert measures["shop"].level == "ok"
 
 
+def test_a_canary_of_another_clock_is_not_taken_for_ours(bench: Bench) -> None:
+    """Sent by a machine of this deployment whose clock is an hour ahead: it would make every later one seem read."""
+    bench.run()
+    send_canary(bench.world.engine, bench.world.now + timedelta(hours=1))
+    bench.flow()
+    bench.stream = lambda: None
+    measures = bench.run()
+    assert {m.level for m in measures.values()} == {"error"}
+    assert "is dated 3590 s ahead of this clock: correct the clock" in measures["watch"].reason
+    assert {m.values["window"] for m in measures.values()} == {1}
+
+
 def test_the_canary_is_in_no_training_table(bench: Bench) -> None:
     world = bench.world
     moment = world.now - timedelta(days=1)
@@ -151,8 +164,9 @@ def test_every_message_is_valid(bench: Bench) -> None:
     send_canary(bench.world.engine, bench.world.now)
     bench.world.refresh()
     assert bench.world.execute("select topic, reason from rejected_events") == []
-    assert bench.world.execute("select user_id from user_category_profile") == [(CANARY_USER,)]
-    assert set(canary_messages(bench.world.now)) == set(bench.world.contract.freshness.topics)
+    assert bench.world.execute("select user_id from user_category_profile") == [(CANARY_USER_ID,)]
+    messages = canary_messages(bench.world.now, CanaryKey.random())
+    assert set(messages) == set(bench.world.contract.freshness.topics)
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[]", '{"watch": 1}', '{"watch": ["x"]}'])

@@ -14,6 +14,7 @@ import pytest
 
 from dagster_prefs.defs import offline_store, training_data
 from dagster_prefs.defs.resources import Platform
+from dagster_prefs.freshness.canary import send_canary
 from dagster_prefs.offline.tables import GENRE, WATCH, arrow_schema
 from dagster_prefs.settings import Settings
 
@@ -71,7 +72,7 @@ def test_what_is_published_equals_the_tables(
     busy: Any, platform: Platform, instance: dg.DagsterInstance
 ) -> None:
     # A canary flows through everything but is nobody's training data.
-    busy.watch(-1, age=60)
+    send_canary(busy.engine, busy.now - timedelta(seconds=60))
     busy.refresh()
     busy.publish()
     found = parity(platform, busy, instance)

@@ -17,7 +17,9 @@ from risingwave_server import NO_SERVER, PROJECT, URL, database, refused, rows, 
 
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.engine.dbt import Dbt
+from dagster_prefs.events.canaries import CanaryKey, canary_key
 from dagster_prefs.events.topics import broker_ids, note_topics
+from dagster_prefs.freshness.canary import canary_messages
 from dagster_prefs.freshness.measures import measure_ingestion
 from dagster_prefs.online.contract import load_contract
 
@@ -137,6 +139,31 @@ def test_a_feed_that_is_made_again_reads_nothing_twice(world: World) -> None:
     assert len(after) == len(before) + 1
     assert set(before) < set(after)
     run(world.dbt(), "kafka_view_events")
+
+
+def test_the_canary_comes_through_kafka_and_nobody_elses(world: World) -> None:
+    """An impostor comes before it, another deployment's beside it, and copies of it behind it."""
+    topic, moment = world.topics["view_events"], datetime.now(UTC)
+    own, other = (
+        canary_messages(moment, key)["view_events"] for key in (canary_key(world.engine), CanaryKey.random())
+    )
+    world.send(topic, [view("mine", viewer_id=-1), json.dumps(own | {"viewer_id": 7}).encode()])
+    world.send(topic, [json.dumps(body).encode() for body in (other, own, own, own | {"genre": "copied"})])
+    reasons = "select reason, count(*) from view_events_parsed where {} group by reason order by reason"
+    expected = [
+        ("canary of another deployment", 1), ("reserved event_id", 1), ("reserved viewer_id", 1), (None, 3),
+    ]  # fmt: skip
+    query = reasons.format("event_id like 'canary:%' or viewer_id < 0")
+    until(lambda: rows(world.engine, query) == expected, lambda: rows(world.engine, query))
+    seen = rows(world.engine, "select event_id, genre, watched_at from view_events where viewer_id < 0")
+    assert seen == [
+        (own["event_id"], seen[0][1], moment.replace(microsecond=moment.microsecond // 1000 * 1000))
+    ]
+    # No index beside the key that RisingWave keeps the relation by.
+    indexes = rows(
+        world.engine, "select name from rw_catalog.rw_indexes where name like '%view_events_parsed%'"
+    )
+    assert indexes == [("view_events_parsed_by_arrived_at",)]
 
 
 def test_a_topic_made_anew_is_told_apart_and_read_from_its_start(world: World) -> None:

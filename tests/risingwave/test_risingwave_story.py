@@ -70,22 +70,57 @@ def stream(now: int) -> list[Any]:
     return made
 
 
+def canaries(now: int) -> list[Any]:
+    """Canaries of every topic: proven, of another deployment, forged, under a foreign id, and without a proof."""
+    from oracle import CANARY_KEYS, DAY, Message, canary_id
+
+    ((deployment, secret),) = CANARY_KEYS.items()
+    made = []
+    for place in range(60):
+        at = (now - place * DAY // 4) // 1000
+        identity = [
+            canary_id(deployment, secret, at), canary_id("f" * 16, secret, at), canary_id(deployment, "0" * 64, at),
+            canary_id(deployment, secret, at + 1), f"canary-{at}",
+        ][place % 5]  # fmt: skip
+        stranger = place % 7 == 0
+        body = {
+            "event_id": identity, "viewer_id": -5 if stranger else -1, "user_id": "u1" if stranger else "canary:prefs",
+            "event_time": at, "watched_at": at, "event_ts": at, "category": "A", "watch_duration_sec": 60,
+        }  # fmt: skip
+        for topic, kind in (
+            ("user.events", "purchase"),
+            ("view_events", ""),
+            ("content_interactions", "search"),
+        ):
+            data = json.dumps({**body, "event_type": kind}).encode()
+            made.append(Message(topic, "canaries", 0, place, data, None, now))
+    return made
+
+
 def test_events_come_out_as_the_oracle_says_and_a_second_run_is_a_no_op(
     risingwave: EngineConnection, deployed: Dbt
 ) -> None:
     from oracle import Oracle, micros
-    from relations import differences, insert_events
+    from relations import differences, insert_canary_keys, insert_events
 
     with risingwave.connect() as connection:
         row = connection.execute("select now()").fetchone()
         assert row is not None
-        messages = stream(micros(row[0]))
+        messages = stream(micros(row[0])) + canaries(micros(row[0]))
         # One wait for the next barrier at the end instead of one for every row.
         connection.execute("set rw_implicit_flush to false")
         insert_events(connection, messages)
         connection.execute("flush")
+        # Canaries that arrived before their key are judged again when it comes.
+        assert connection.execute("select * from view_events where viewer_id < 0").fetchall() == []
+        insert_canary_keys(connection)
+        connection.execute("flush")
         oracle = Oracle(messages, micros(row[0]))
         assert len(oracle.watch) > 20
+        assert {event["viewer_id"] for event in oracle.watch} > {-1}
+        reasons = {one["reason"] for one in oracle.rejected()}
+        reserved = {"reserved viewer_id", "reserved user_id", "reserved event_id"}
+        assert reasons > reserved | {"canary of another deployment"}
         wrong = differences(connection, oracle)
         # Read at another moment than the oracle's, its values are smaller by the seconds in between.
         wrong.pop("user_category_affinity_now", None)

@@ -41,6 +41,14 @@ RELATIONS = (
 )  # fmt: skip
 
 
+def canary_at(at: datetime) -> str:
+    """The event id of the engine's canary of that moment."""
+    from oracle import CANARY_KEYS, canary_id, micros, millis
+
+    ((deployment, secret),) = CANARY_KEYS.items()
+    return canary_id(deployment, secret, millis(micros(at)))
+
+
 @dataclass
 class World:
     """A deployed database with sinks to a DynamoDB table of its own, and a local Iceberg catalog."""
@@ -70,8 +78,9 @@ class World:
         self.made += 1
         number = self.made
         at = (self.now - timedelta(days=days_ago)).replace(microsecond=(0, 250_000, 125_001)[number % 3])
+        identity = canary_at(at) if viewer == CANARY else f"v-{viewer}-{days_ago}"
         body = {
-            "event_id": f"v-{viewer}-{days_ago}", "viewer_id": viewer, "content_id": f"c{number % 5}",
+            "event_id": identity, "viewer_id": viewer, "content_id": f"c{number % 5}",
             "genre": GENRES[number % len(GENRES)], "watch_duration_sec": 37 + number,
             "completion_pct": number % 11 / 10, "watched_at": at.isoformat(), **fields,
         }  # fmt: skip
@@ -238,6 +247,10 @@ def world(shell_environment: Mapping[str, str], tmp_path_factory: pytest.TempPat
             sinks = ["+" + domain.sink for domain in world.platform.contract.domains.values()]
             others = ["+tile_fingerprints", "+rejected_events", "+ingest_progress", "replayed_events"]
             run(world.platform.dbt, *sinks, *others)
+            from relations import insert_canary_keys
+
+            with world.platform.engine.connect() as connection:
+                insert_canary_keys(connection)
             world.send(
                 "view_events", *(world.view(v, d) for v in (*VIEWERS, CANARY) for d in (0.01, 1, 1.1, 20, 40))
             )

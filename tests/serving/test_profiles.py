@@ -203,6 +203,18 @@ def test_freshness_comes_from_the_canary_and_is_cached(online: Any, transport: s
     )
 
 
+def test_a_canary_that_is_ahead_or_long_past_is_not_fresh(online: Any, transport: str) -> None:
+    online.put("watch", 1, WATCH)
+    online.put("watch", -1, [*WATCH[:-1], AT])
+    read = {}
+    for ahead in (4, 6, 3_600, -86_400 * 20):
+        with online.reader(transport, clock=lambda ahead=ahead: AT / 1000 - ahead) as client:
+            found = client.get(1, ["watch"], max_staleness_seconds=1).reads["watch"]
+            read[ahead] = (found.freshness_seconds, found.fresh)
+    # Clocks differ by some seconds. What is further ahead says nothing; what is long past is as old as it is.
+    assert read == {4: (0.0, True), 6: (None, None), 3_600: (None, None), -86_400 * 20: (86_400 * 20, False)}
+
+
 def test_a_canary_that_does_not_answer_holds_nobody_up(script: Script, transport: str) -> None:
     def behave(request: Request) -> bytes:
         if wanted_viewer(request) < 0:

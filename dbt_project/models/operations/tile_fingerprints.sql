@@ -7,7 +7,7 @@ with tiles as (
     concat_ws('|', viewer_id, watch_seconds, views, content_started, completions, genres_watched, {{ epoch_ms("last_event_at") }}) as content,
     last_event_at
   from {{ ref("viewer_watch_metrics_1d") }}
-  where viewer_id >= 0
+  where {{ of_people("viewer_id") }}
   union all
   select
     'viewer_genre_metrics_1d' as tile,
@@ -16,7 +16,7 @@ with tiles as (
     concat_ws('|', viewer_id, genre, watch_seconds, views, completions, {{ epoch_ms("last_event_at") }}) as content,
     last_event_at
   from {{ ref("viewer_genre_metrics_1d") }}
-  where viewer_id >= 0
+  where {{ of_people("viewer_id") }}
   union all
   select
     'viewer_interactions_1d' as tile,
@@ -25,7 +25,7 @@ with tiles as (
     concat_ws('|', viewer_id, likes, shares, searches, {{ epoch_ms("last_event_at") }}) as content,
     last_event_at
   from {{ ref("viewer_interactions_1d") }}
-  where viewer_id >= 0
+  where {{ of_people("viewer_id") }}
 
 ),
 

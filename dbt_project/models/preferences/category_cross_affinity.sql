@@ -2,7 +2,7 @@ with purchases as (
 
   select user_id, category
   from {{ ref("user_events") }}
-  where event_type = 'purchase' and category is not null
+  where event_type = 'purchase' and category is not null and {{ of_people("user_id") }}
   group by user_id, category
 
 ),

@@ -3,7 +3,7 @@ with all_buyers as (
 
   select count(distinct user_id) as buyers
   from {{ ref("user_events") }}
-  where event_type = 'purchase'
+  where event_type = 'purchase' and {{ of_people("user_id") }}
 
 ),
 

@@ -1,0 +1,103 @@
+"""What proves that a message is a canary of this deployment.
+
+Each deployment has a key in the engine's table `canary_keys`. The event id of a canary names the deployment and the
+event's time in milliseconds, and ends in a keyed digest of that time:
+
+    canary:<deployment>:<milliseconds>:<digest>
+
+A producer that does not know the key cannot make the digest. One that copies the id of a canary that it has read can
+send it for the same viewer or user and the same time only, and that is a duplicate. The models check the same in SQL
+(`dbt_project/macros/reserved.sql`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.events.raw import RawStoreError, explained
+from dagster_prefs.online.reserved import PREFIX
+
+RELATION = "canary_keys"
+# Why the typed layer rejects the canaries that other deployments send to the same topics.
+OF_ANOTHER_DEPLOYMENT = "canary of another deployment"
+
+_IDENTITY = re.compile(PREFIX + r"([0-9a-f]{16}):[0-9]{1,19}:[0-9a-f]{32}")
+
+
+@dataclass(frozen=True)
+class CanaryKey:
+    """The name of a deployment, 16 hex digits, and its secret, 64 hex digits, which no repr shows."""
+
+    deployment: str
+    secret: str = field(repr=False)
+
+    @classmethod
+    def random(cls) -> CanaryKey:
+        """A new key, of a deployment with a new name."""
+        return cls(secrets.token_hex(8), secrets.token_hex(32))
+
+    def event_id(self, milliseconds: int) -> str:
+        """The id of the deployment's canary with this event time (epoch milliseconds)."""
+        # Twice, because a plain digest of secret and time could be extended without the secret.
+        digest = _sha256(self.secret + _sha256(f"{self.secret}{milliseconds}"))[:32]
+        return f"{PREFIX}{self.deployment}:{milliseconds}:{digest}"
+
+
+def deployment_of(event_id: str) -> str | None:
+    """The deployment whose canary an event id claims to be, proven or not; None for every other id."""
+    found = _IDENTITY.fullmatch(event_id)
+    return found[1] if found else None
+
+
+def is_proven(event_id: str, milliseconds: int, keys: Collection[CanaryKey]) -> bool:
+    """Whether one of these keys made this id for this event time (epoch milliseconds)."""
+    return any(secrets.compare_digest(event_id, key.event_id(milliseconds)) for key in keys)
+
+
+def canary_key(engine: EngineConnection) -> CanaryKey:
+    """The key that this deployment's canaries are sent with, made when there is none.
+
+    Raises EngineUnavailable, or RawStoreError where `canary_keys` was not made yet.
+    """
+    with engine.connect() as session, explained(engine, RELATION):
+        found = _newest(session, engine)
+        if found is None:
+            made = CanaryKey.random()
+            session.execute(
+                sql.SQL("insert into {} (deployment, secret_hex, made_at) values (%s, %s, %s)").format(
+                    _table(engine)
+                ),
+                (made.deployment, made.secret, datetime.now(UTC)),
+            )
+            # Of two probes that start at once each makes a key, and both keys stay valid.
+            found = _newest(session, engine)
+    if found is None:
+        raise RawStoreError(f"the engine did not store a key in {RELATION}: send the canary again")
+    return found
+
+
+def _newest(session: psycopg.Connection[Any], engine: EngineConnection) -> CanaryKey | None:
+    row = session.execute(
+        sql.SQL("select deployment, secret_hex from {} order by made_at desc, deployment limit 1").format(
+            _table(engine)
+        )
+    ).fetchone()
+    return CanaryKey(*row) if row else None
+
+
+def _table(engine: EngineConnection) -> sql.Identifier:
+    return sql.Identifier(engine.schema, RELATION)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
