@@ -1,5 +1,10 @@
 """The one family of errors that a user is meant to read."""
 
+from __future__ import annotations
+
+import reprlib
+from typing import Any
+
 
 class PrefsError(Exception):
     """Base of every expected failure: one sentence that names the input, the rule and the remedy.
@@ -8,3 +13,24 @@ class PrefsError(Exception):
     """
 
     exit_code = 1
+
+
+class _Excerpt(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 100
+        self.maxlong = 40
+        self.maxlevel = 1
+        self.maxlist = self.maxtuple = 3
+
+    def repr_dict(self, given: dict[Any, Any], level: int) -> str:
+        # The standard one sorts all the keys first.
+        return "{…}" if given else "{}"
+
+
+_EXCERPT = _Excerpt()
+
+
+def excerpt(value: Any) -> str:
+    """Return the repr of an input for a message, cut to some hundred characters whatever its size or depth."""
+    return _EXCERPT.repr(value)

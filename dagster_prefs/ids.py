@@ -11,7 +11,7 @@ import operator
 import re
 from decimal import Decimal
 
-from dagster_prefs.errors import PrefsError
+from dagster_prefs.errors import PrefsError, excerpt
 
 # What is cut off around a text.
 BLANKS = " \t\r\n"
@@ -58,7 +58,7 @@ def viewer_id(given: object) -> int:
     text = id_text(given)
     viewer = None if text is None else whole_number(text, 64)
     if viewer is None:
-        raise BadId(f"a viewer id is a 64-bit integer, not {shortened(given)}")
+        raise BadId(f"a viewer id is a 64-bit integer, not {excerpt(given)}")
     return viewer
 
 
@@ -67,15 +67,9 @@ def user_id(given: object) -> str:
     text = id_text(given)
     if text is None or "\x00" in text:
         raise BadId(
-            f"a user id is a text of at least one character without NUL, or a number of 64 bits, not {shortened(given)}"
+            f"a user id is a text of at least one character without NUL, or a number of 64 bits, not {excerpt(given)}"
         )
     return text
-
-
-def shortened(given: object) -> str:
-    """A value as it is shown in a message: at most 80 characters of it."""
-    text = repr(given[:80]) if isinstance(given, str) else repr(given)
-    return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 def _number(given: object) -> Decimal | None:

@@ -73,8 +73,9 @@ class Settings(BaseSettings):
         None, description="User of the engine; empty means prefs (local) or root (risingwave)."
     )
     engine_password: SecretStr = Field(SecretStr(""), description="Password of the engine.")
-    engine_sslmode: Literal["disable", "allow", "prefer", "require", "verify-ca", "verify-full"] = Field(
-        "prefer", description="TLS mode of the engine connection, as libpq spells it."
+    engine_sslmode: Literal["disable", "require", "verify-ca", "verify-full"] | None = Field(
+        None,
+        description="TLS to the engine, as libpq spells it; empty means `require`, or whatever there is on loopback.",
     )
     engine_schema: str = Field("public", description="Schema that holds every relation.")
 

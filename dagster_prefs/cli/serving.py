@@ -108,6 +108,22 @@ def rank(user: str, limit: int, session: bool, as_json: bool) -> None:
     help="Age of the catalogue.",
 )
 @click.option(
+    "--request-seconds",
+    default=5.0,
+    show_default=True,
+    type=click.FloatRange(0.1, 600),
+    help="Time for a request to arrive.",
+)
+@click.option(
+    "--max-connections", default=1024, show_default=True, type=click.IntRange(8), help="The idlest gives way."
+)
+@click.option(
+    "--allowed-host",
+    "allowed_hosts",
+    multiple=True,
+    help="A name by which the server may be called, besides localhost and addresses; *.example.com for all below.",
+)
+@click.option(
     "--drain-seconds", default=10, show_default=True, type=click.IntRange(0), help="Time to end in."
 )
 def serve(
@@ -119,6 +135,9 @@ def serve(
     max_in_flight: int,
     ranker: str,
     refresh_seconds: float,
+    request_seconds: float,
+    max_connections: int,
+    allowed_hosts: tuple[str, ...],
     drain_seconds: int,
 ) -> None:
     """Serve profiles and rankings over HTTP.
@@ -126,7 +145,8 @@ def serve(
     Until Ctrl-C or SIGTERM.
     """
     from dagster_prefs.serving import AsyncProfileClient, PreferenceClient
-    from dagster_prefs.serving.server import make_app
+    from dagster_prefs.serving.connections import ConnectionLimits
+    from dagster_prefs.serving.server import Load, make_app
     from dagster_prefs.serving.server import serve as run_server
 
     settings = load_settings()
@@ -148,15 +168,15 @@ def serve(
     app = make_app(
         profiles,
         preferences,
-        budget_seconds=budget,
+        load=Load(budget_seconds=budget, max_in_flight=max_in_flight, threads=threads),
         catalogue_refresh_seconds=refresh_seconds if ranker == "memory" else None,
-        max_in_flight=max_in_flight,
-        threads=threads,
+        allowed_hosts=allowed_hosts,
     )
     run_server(
         app,
         host=host,
         port=port,
+        limits=ConnectionLimits(request_seconds, max_connections),
         drain_seconds=drain_seconds,
         started=lambda url: console.print(f"serving at {url}; Ctrl-C stops"),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,10 +18,51 @@ class EngineUnavailable(PrefsError):
     """The engine cannot be reached or refuses the connection."""
 
 
+# What libpq says of a connection that is not safe, in lower case, and what it means to who configures it.
+_TRANSPORT = (
+    (
+        "does not support ssl",
+        "the engine at {where} offers no TLS, which PREFS_ENGINE_SSLMODE demands: give RisingWave RW_SSL_CERT and "
+        "RW_SSL_KEY, or set PREFS_ENGINE_SSLMODE=disable where the network itself is trusted",
+    ),
+    (
+        "requested a cleartext password",
+        "the engine at {where} asks for the password in clear, which only a server with a checked certificate gets: "
+        "set PREFS_ENGINE_SSLMODE=verify-full, or give the user a password of the ordinary kind (md5)",
+    ),
+    (
+        "server did not complete authentication",
+        "the engine at {where} does not ask for the password that PREFS_ENGINE_PASSWORD sets: check that it is the "
+        "right engine, or unset the password",
+    ),
+    (
+        "certificate",
+        "the TLS certificate of the engine at {where} is not accepted ({reason}): point PGSSLROOTCERT to its "
+        "authority's file, or set it to system",
+    ),
+)
+
+
+def on_this_machine(host: str) -> bool:
+    """Whether libpq's `host` stays on this machine: loopback, or the folder of a unix socket."""
+    names = [name.strip() for name in host.split(",")]
+    return all(name in ("", "localhost") or name[0] in "/@" or _is_loopback(name) for name in names)
+
+
+def _is_loopback(name: str) -> bool:
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
 @dataclass(frozen=True)
 class EngineConnection:
     """Where the engine is and who we are there; the password never shows in a repr.
 
+    `sslmode` is libpq's; empty means TLS is required unless the engine is on this machine. libpq's `allow` and
+    `prefer` go on in clear when the server, or somebody in between, says that it has no TLS: they are refused
+    off this machine.
     `passfile` is a password file of libpq, read where `password` is empty; empty means libpq's own default.
     """
 
@@ -29,10 +71,17 @@ class EngineConnection:
     database: str
     user: str
     password: str = field(default="", repr=False)
-    sslmode: str = "prefer"
+    sslmode: str = ""
     schema: str = "public"
     kind: Literal["local", "risingwave"] = "local"
     passfile: str = ""
+
+    def __post_init__(self) -> None:
+        if self.sslmode in ("allow", "prefer") and not on_this_machine(self.host):
+            raise EngineUnavailable(
+                f"sslmode {self.sslmode} sends the password in clear to an engine at {self.host} that says it has "
+                "no TLS: choose require or verify-full, or disable where the network itself is trusted"
+            )
 
     @classmethod
     def of(cls, settings: Settings) -> EngineConnection:
@@ -43,7 +92,7 @@ class EngineConnection:
             database=settings.database,
             user=settings.user,
             password=settings.engine_password.get_secret_value(),
-            sslmode=settings.engine_sslmode,
+            sslmode=settings.engine_sslmode or "",
             schema=settings.engine_schema,
             kind=settings.engine,
             passfile=str(settings.engine_passfile or ""),
@@ -52,6 +101,18 @@ class EngineConnection:
     def with_database(self, database: str) -> EngineConnection:
         """The same server, another database."""
         return replace(self, database=database)
+
+    @property
+    def require_auth(self) -> str | None:
+        """How the server may ask for the password, as libpq spells it; None where any way will do.
+
+        RisingWave asks for ordinary passwords by md5, and in clear for those of OAuth and LDAP. In clear it goes
+        only to a server whose certificate is checked: with `require` anybody in between can pose as the server.
+        One that asks for nothing is not the server that the password belongs to.
+        """
+        if not self.password or on_this_machine(self.host):
+            return None
+        return "scram-sha-256,md5" + (",password" if self.sslmode in ("verify-ca", "verify-full") else "")
 
     def parameters(self) -> dict[str, Any]:
         """libpq's connection parameters."""
@@ -62,7 +123,8 @@ class EngineConnection:
             "user": self.user,
             "password": self.password or None,
             "passfile": self.passfile or None,
-            "sslmode": self.sslmode,
+            "sslmode": self.sslmode or ("prefer" if on_this_machine(self.host) else "require"),
+            "require_auth": self.require_auth,
             "options": f"-c search_path={self.schema}" if self.kind == "local" else None,
             "connect_timeout": 5,
             "application_name": "dagster-prefs",
@@ -96,6 +158,12 @@ class EngineConnection:
         """What a driver's message about a failed connection means: who refused what, and what to do."""
         where = f"{self.host}:{self.port}"
         lowered = text.lower()
+        # libpq's last line asks whether the server runs, which the remedy says.
+        lines = [line.strip() for line in text.splitlines() if line.strip() and "Is the server" not in line]
+        reason = lines[-1].rpartition("failed: ")[2] if lines else "no answer"
+        for said, meant in _TRANSPORT:
+            if said in lowered:
+                return EngineUnavailable(meant.format(where=where, reason=reason))
         if "password" in lowered or "authentication" in lowered:
             if self.kind == "local":
                 return EngineUnavailable(
@@ -110,7 +178,4 @@ class EngineConnection:
                 f"the engine at {where} has no database {self.database}: create it or set PREFS_ENGINE_DATABASE"
             )
         remedy = "run `prefs up`" if self.kind == "local" else "check PREFS_ENGINE_HOST and PREFS_ENGINE_PORT"
-        # libpq's last line asks whether the server runs, which the remedy says.
-        lines = [line.strip() for line in text.splitlines() if line.strip() and "Is the server" not in line]
-        reason = lines[-1].rpartition("failed: ")[2] if lines else "no answer"
         return EngineUnavailable(f"the {self.kind} engine at {where} cannot be reached ({reason}): {remedy}")

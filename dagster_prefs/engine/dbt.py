@@ -201,7 +201,7 @@ class Dbt:
             "--log-path", str(self.target_dir / "logs"),
         ]  # fmt: skip
         quiet = ["--log-level", "none", "--log-level-file", "info", "--no-use-colors-file"]
-        with _ONE_INVOCATION, _environment(self._environment):
+        with _ONE_INVOCATION, _environment(self._environment), _require_auth(self.connection.require_auth):
             runner = dbtRunner(manifest=manifest, callbacks=[heard] if heard else [])
             outcome = runner.invoke([*quiet, *args, *common])
         if outcome.exception is not None:
@@ -274,6 +274,38 @@ def one_line(message: str) -> str:
         if text:
             kept.append(text)
     return " ".join(kept)
+
+
+class _Driver:
+    """psycopg2 as dbt's adapters use it, with `require_auth` in every connection."""
+
+    def __init__(self, driver: Any, require_auth: str) -> None:
+        self._driver = driver
+        self._require_auth = require_auth
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._driver, name)
+
+    def connect(self, **parameters: Any) -> Any:
+        return self._driver.connect(**parameters, require_auth=self._require_auth)
+
+
+@contextmanager
+def _require_auth(methods: str | None) -> Iterator[None]:
+    """Let dbt's connections demand these methods. Its profiles have no such option, and libpq's variable
+    PGREQUIREAUTH would reach Dagster's own storage, which this process connects to while dbt runs."""
+    from dbt.adapters.postgres import connections as postgres
+    from dbt.adapters.risingwave import connections as risingwave
+
+    adapters: Sequence[Any] = (postgres, risingwave) if methods is not None else ()
+    before = [adapter.psycopg2 for adapter in adapters]
+    for adapter in adapters:
+        adapter.psycopg2 = _Driver(adapter.psycopg2, str(methods))
+    try:
+        yield
+    finally:
+        for adapter, driver in zip(adapters, before, strict=True):
+            adapter.psycopg2 = driver
 
 
 @contextmanager

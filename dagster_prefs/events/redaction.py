@@ -19,7 +19,7 @@ from psycopg import sql
 
 from dagster_prefs import ids
 from dagster_prefs.engine.connection import EngineConnection
-from dagster_prefs.errors import PrefsError
+from dagster_prefs.errors import PrefsError, excerpt
 from dagster_prefs.events.formats import TOPICS, Topic
 from dagster_prefs.events.raw import RawStoreError, explained
 from dagster_prefs.online.reserved import is_reserved_text, is_reserved_viewer
@@ -57,7 +57,7 @@ class Subject:
                 viewer = ids.viewer_id(given)
             except ids.BadId:
                 raise SubjectRefused(
-                    f"{ids.shortened(given)} is not a viewer: viewer ids are whole numbers of 64 bits; "
+                    f"{excerpt(given)} is not a viewer: viewer ids are whole numbers of 64 bits; "
                     "a shop user is erased with `prefs erase user ID`"
                 ) from None
             if is_reserved_viewer(viewer):
@@ -72,7 +72,7 @@ class Subject:
             name = ids.user_id(given)
         except ids.BadId:
             raise SubjectRefused(
-                f"{ids.shortened(given)} is not a user: user ids are texts that are not empty; name one"
+                f"{excerpt(given)} is not a user: user ids are texts that are not empty; name one"
             ) from None
         if is_reserved_text(name):
             raise SubjectRefused(

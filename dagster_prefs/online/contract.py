@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, cast, get_args
 
-from dagster_prefs.errors import PrefsError
+from dagster_prefs.errors import PrefsError, excerpt
 
 CONTRACT_PATH = Path(__file__).with_name("contract.json")
 
@@ -138,7 +138,7 @@ class Contract:
         found = self.domains.get(name_or_key) or self._names.get(name_or_key)
         if found is None:
             known = ", ".join(self._names)
-            raise ContractError(f"unknown domain {name_or_key!r}: the contract has {known}")
+            raise ContractError(f"unknown domain {excerpt(name_or_key)}: the contract has {known}")
         return found
 
 

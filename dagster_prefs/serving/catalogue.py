@@ -24,7 +24,7 @@ from typing import Any, TypeVar, cast
 
 from psycopg import sql
 
-from dagster_prefs.serving.pool import Connection
+from dagster_prefs.serving.pool import TURN, Connection
 from dagster_prefs.serving.preferences import (
     Components,
     PreferenceClient,
@@ -136,11 +136,13 @@ class CatalogueRanker:
         while catalogue is None:
             self.refresh()
             catalogue = self._catalogue
-        signals = _Signals(self._client.signals(user_id, chosen, moment), chosen, session=session)
-        items = tuple(
-            signals.ranked(catalogue.row(position), explain=explain)
-            for position in catalogue.best(signals, limit)
-        )
+        rows = self._client.signals(user_id, chosen, moment)
+        with TURN:
+            signals = _Signals(rows, chosen, session=session)
+            items = tuple(
+                signals.ranked(catalogue.row(position), explain=explain)
+                for position in catalogue.best(signals, limit)
+            )
         return Ranking(user_id, items, session and signals.active, signals.session_seconds, chosen)
 
     def _relation(self) -> sql.Identifier:

@@ -16,6 +16,10 @@ from dagster_prefs.errors import PrefsError
 T = TypeVar("T")
 Connection = psycopg.Connection[tuple[Any, ...]]
 
+# Held for what takes the interpreter and waits for nothing: rows into objects, scores, an answer into JSON. Only one
+# thread runs at a time anyway, and an event loop gets its turn after one other instead of after all of them.
+TURN = threading.Lock()
+
 # A connection that was idle may have died with the engine, or hold a plan of a relation that was rebuilt.
 STALE = (
     psycopg.OperationalError,

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import base64
+import json
+import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import Any, Literal, overload
+from functools import lru_cache
+from typing import Any, Literal, get_args, overload
 
 import psycopg
 from psycopg import sql
 
 from dagster_prefs import ids
 from dagster_prefs.engine.connection import EngineConnection
-from dagster_prefs.errors import PrefsError
+from dagster_prefs.errors import PrefsError, excerpt
 from dagster_prefs.online.reserved import PREFIX, is_reserved_text
-from dagster_prefs.serving.pool import Connection, ConnectionPool, T
+from dagster_prefs.serving.pool import TURN, Connection, ConnectionPool, T
 
 TOP_CATEGORIES = 5
 TOP_RECENT_CATEGORIES = 3
 MAX_LIMIT = 10_000
+# Entries of each list of a profile: a user may have had to do with thousands of categories.
+DEFAULT_PROFILE_LIMIT = 100
+MAX_PROFILE_LIMIT = 1_000
 
 # Ascending; a price belongs to the first tier whose bound it is below, as in dbt's variable `price_tiers`.
 PRICE_TIERS: tuple[tuple[str, Decimal | None], ...] = (
@@ -126,12 +133,35 @@ class SessionActivity:
     last_event_at: datetime
 
 
+Interest = CategoryInterest | BrandInterest | SessionActivity
+ProfileList = Literal["categories", "brands", "recent"]
+PROFILE_LISTS: tuple[ProfileList, ...] = get_args(ProfileList)
+
+
+@dataclass(frozen=True, slots=True)
+class Cursors:
+    """Where each list of a profile goes on, for `PreferenceClient.get_more`; None where it is complete."""
+
+    categories: str | None = None
+    brands: str | None = None
+    recent: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ProfilePage:
+    """A further part of one list of a profile; `next` is the cursor of the part after it, None at the end."""
+
+    user_id: str
+    entries: tuple[Interest, ...]
+    next: str | None
+
+
 @dataclass(frozen=True, slots=True)
 class UserProfile:
-    """What is known of a user; every part is empty for an unknown one.
+    """A shop user's preference profile. All lists are empty for a user without events.
 
-    `categories`, `brands` and `price_tiers` are complete, strongest first; `recent` is the session window by
-    category.
+    The lists are ordered, strongest first, and complete unless the read had a limit: `next` says where they go on.
+    `recent` is the session window by category.
     """
 
     user_id: str
@@ -142,6 +172,7 @@ class UserProfile:
     brands: tuple[BrandInterest, ...]
     price_tiers: tuple[TierBehaviour, ...]
     recent: tuple[SessionActivity, ...]
+    next: Cursors = Cursors()
 
     @property
     def known(self) -> bool:
@@ -267,16 +298,65 @@ class PreferenceClient:
         """Connect ahead of the first read."""
         self._pool.warm()
 
-    def get_user_profile(self, user_id: str, *, now: datetime | None = None) -> UserProfile:
+    def get_user_profile(
+        self, user_id: str, *, now: datetime | None = None, limit: int | None = None
+    ) -> UserProfile:
         """Everything known of a user at `now` (UTC; default: the clock).
 
         top_categories: 5 by affinity; preferred_price_tier: the tier with the best conversion rate, a tier
         without views never wins, ties go to more purchases, more views, the cheaper tier;
-        recent_session_categories: 3 by interactions in the session window. Other ties go by name.
+        recent_session_categories: 3 by interactions in the session window. Other ties go by name. Each list has
+        `limit` entries at most, all of them where it is None; `get_more` reads on at the profile's `next`.
         """
         moment = checked_now(now)
         user_id = checked_user(user_id)
-        return build_profile(user_id, self.signals(user_id, self.parameters, moment))
+        if limit is None:
+            return build_profile(user_id, self.signals(user_id, self.parameters, moment))
+        checked_limit(limit, MAX_PROFILE_LIMIT)
+        # One more than asked for tells whether there is more; the summaries need their few whatever the limit.
+        rows = self._fetch(
+            _first_signals(self.engine, max(limit, TOP_CATEGORIES) + 1),
+            {"user_id": user_id, "since": _since(self.parameters, moment), "now": moment},
+        )
+        with TURN:
+            whole = build_profile(user_id, rows)
+        cut = {name: getattr(whole, name)[:limit] for name in PROFILE_LISTS}
+        more = {name: _next(name, getattr(whole, name), limit) for name in PROFILE_LISTS}
+        return replace(whole, **cut, next=Cursors(**more))
+
+    def get_more(
+        self,
+        user_id: str,
+        name: ProfileList,
+        cursor: str | None = None,
+        *,
+        now: datetime | None = None,
+        limit: int = DEFAULT_PROFILE_LIMIT,
+    ) -> ProfilePage:
+        """One list of a user's profile, from `cursor` on: `next` of the profile or of the page before; from its
+        start where None.
+
+        An entry whose rank changes between two reads may be on both pages or on neither.
+        """
+        moment = checked_now(now)
+        checked_limit(limit, MAX_PROFILE_LIMIT)
+        values = {"user_id": checked_user(user_id), "since": _since(self.parameters, moment), "now": moment}
+        if cursor is not None:
+            values["rank"], values["name"] = _read_cursor(name, cursor)
+        statement = _list_statement(self.engine, name, limit + 1, after=cursor is not None)
+        profile = build_profile(user_id, self._fetch(statement, values))
+        entries = getattr(profile, name)
+        return ProfilePage(user_id, entries[:limit], _next(name, entries, limit))
+
+    def check_items(self) -> None:
+        """Raise unless a ranking in SQL could read its items."""
+        self.run(
+            lambda connection: connection.execute(
+                sql.SQL("select item_id, title, category, brand, price, in_stock from {} limit 1").format(
+                    _relation(self.engine, "items")
+                )
+            ).fetchall()
+        )
 
     def rank(
         self,
@@ -321,8 +401,13 @@ class PreferenceClient:
         """The user's rows of the four preference views, as `build_profile` reads them, in one round trip."""
         return self._fetch(self._signals, {"user_id": user_id, "since": _since(parameters, now), "now": now})
 
-    def _fetch(self, statement: sql.Composed, values: dict[str, Any]) -> list[tuple[Any, ...]]:
-        return self.run(lambda connection: connection.execute(statement, values, prepare=True).fetchall())
+    def _fetch(self, statement: sql.Composed | bytes, values: dict[str, Any]) -> list[tuple[Any, ...]]:
+        def read(connection: Connection) -> list[tuple[Any, ...]]:
+            answer = connection.execute(statement, values, prepare=True)
+            with TURN:
+                return answer.fetchall()
+
+        return self.run(read)
 
     def run(self, read: Callable[[Connection], T]) -> T:
         """Run a read on a pooled connection, with this client's error messages."""
@@ -376,22 +461,22 @@ def build_profile(user_id: str, rows: Sequence[tuple[Any, ...]]) -> UserProfile:
 def checked_user(user_id: str, *, ranking: bool = False) -> str:
     """The user id as the events spell it, or PreferenceError naming the rule it breaks."""
     if not isinstance(user_id, str):
-        raise PreferenceError(f"a user id is a text, not {ids.shortened(user_id)}")
+        raise PreferenceError(f"a user id is a text, not {excerpt(user_id)}")
     try:
         user_id = ids.user_id(user_id)
     except ids.BadId as error:
         raise PreferenceError(str(error)) from None
     if ranking and is_reserved_text(user_id):
         raise PreferenceError(
-            f"{user_id!r} is a canary (ids that start with {PREFIX!r}), which has no ranking"
+            f"{excerpt(user_id)} is a canary (ids that start with {PREFIX!r}), which has no ranking"
         )
     return user_id
 
 
-def checked_limit(limit: int) -> int:
+def checked_limit(limit: int, most: int = MAX_LIMIT) -> int:
     """The limit, or PreferenceError naming the rule it breaks."""
-    if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= MAX_LIMIT:
-        raise PreferenceError(f"limit must be a whole number from 1 to {MAX_LIMIT}, not {limit!r}")
+    if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= most:
+        raise PreferenceError(f"limit must be a whole number from 1 to {most}, not {excerpt(limit)}")
     return limit
 
 
@@ -412,34 +497,134 @@ def _relation(engine: EngineConnection, name: str) -> sql.Identifier:
     return sql.Identifier(engine.schema, name)
 
 
-def _signals_statement(engine: EngineConnection) -> sql.Composed:
-    return sql.SQL(
+# How the rows of a profile's lists are read, and by which columns they are ranked, highest first, then by name.
+_LISTS: dict[ProfileList, tuple[str, str, str]] = {
+    "categories": (
         """
         select 'category' as kind, category as name, affinity_score::numeric as amount,
             unique_items_interacted::bigint as count_a, null::bigint as count_b,
             null::timestamptz as first_at, last_engaged_at as last_at
         from {categories} where user_id = %(user_id)s::text
-        union all
-        select 'brand', brand, brand_affinity::numeric, purchase_count::bigint, null::bigint,
-            null::timestamptz, last_brand_interaction
-        from {brands} where user_id = %(user_id)s::text
-        union all
-        select 'tier', price_tier, conversion_rate::numeric, views::bigint, purchases::bigint,
-            null::timestamptz, null::timestamptz
-        from {tiers} where user_id = %(user_id)s::text
-        union all
-        select 'recent', category, null::numeric, sum(recent_interactions)::bigint, null::bigint,
-            min(first_event_at), max(last_event_at)
-        from {recent}
-        where user_id = %(user_id)s::text
-            and last_event_at >= %(since)s::timestamptz and first_event_at <= %(now)s::timestamptz
-        group by category
+        """,
+        "affinity_score",
+        "category",
+    ),
+    "brands": (
         """
-    ).format(
+        select 'brand' as kind, brand as name, brand_affinity::numeric as amount,
+            purchase_count::bigint as count_a, null::bigint as count_b,
+            null::timestamptz as first_at, last_brand_interaction as last_at
+        from {brands} where user_id = %(user_id)s::text
+        """,
+        "brand_affinity",
+        "brand",
+    ),
+    "recent": (
+        """
+        select 'recent' as kind, category as name, null::numeric as amount,
+            interactions as count_a, null::bigint as count_b, first_at, last_at
+        from (
+            select category, sum(recent_interactions)::bigint as interactions,
+                min(first_event_at) as first_at, max(last_event_at) as last_at
+            from {recent}
+            where user_id = %(user_id)s::text
+                and last_event_at >= %(since)s::timestamptz and first_event_at <= %(now)s::timestamptz
+            group by category
+        ) as session where true
+        """,
+        "interactions",
+        "category",
+    ),
+}
+_TIERS = """
+    select 'tier' as kind, price_tier as name, conversion_rate::numeric as amount,
+        views::bigint as count_a, purchases::bigint as count_b,
+        null::timestamptz as first_at, null::timestamptz as last_at
+    from {tiers} where user_id = %(user_id)s::text
+    """
+
+
+def _signals_statement(engine: EngineConnection, limit: int | None = None) -> sql.Composed:
+    """The rows behind a profile, those of each list up to `limit`; with it in an order, without in none."""
+    if limit is None:
+        parts = [_selected(engine, text) for text in (*(text for text, *_ in _LISTS.values()), _TIERS)]
+        return sql.SQL(" union all ").join(parts)
+    lists = [
+        sql.SQL("{} as ({})").format(
+            sql.Identifier(f"first_{name}"), _list_statement(engine, name, limit, after=False)
+        )
+        for name in PROFILE_LISTS
+    ]
+    reads = [sql.SQL("select * from {}").format(sql.Identifier(f"first_{name}")) for name in PROFILE_LISTS]
+    return sql.SQL("with {}, tiers as ({}) {} union all select * from tiers").format(
+        sql.SQL(", ").join(lists), _selected(engine, _TIERS), sql.SQL(" union all ").join(reads)
+    )
+
+
+# Putting the statement together takes a third of a read's time, and most callers ask for the same limit.
+@lru_cache(maxsize=64)
+def _first_signals(engine: EngineConnection, limit: int) -> bytes:
+    return _signals_statement(engine, limit).as_bytes(None)
+
+
+def _list_statement(engine: EngineConnection, name: ProfileList, limit: int, *, after: bool) -> sql.Composed:
+    text, rank, label = _LISTS[name]
+    columns = {
+        "rank": sql.Identifier(rank),
+        "label": sql.Identifier(label),
+        "collation": _collation(engine),
+        "limit": sql.Literal(limit),
+    }
+    condition = """
+        and ({rank} < %(rank)s::numeric
+            or ({rank} = %(rank)s::numeric and {label} {collation} > %(name)s::text {collation}))
+        """
+    order = " order by {rank} desc, {label} {collation} limit {limit}"
+    return _selected(engine, text) + sql.SQL((condition if after else "") + order).format(**columns)
+
+
+def _selected(engine: EngineConnection, text: str) -> sql.Composed:
+    return sql.SQL(text).format(
         categories=_relation(engine, "user_category_profile"),
         brands=_relation(engine, "user_brand_profile"),
         tiers=_relation(engine, "user_price_sensitivity"),
         recent=_relation(engine, "user_recent_activity"),
+    )
+
+
+def _collation(engine: EngineConnection) -> sql.SQL:
+    # RisingWave orders texts by their bytes and knows no collations.
+    return sql.SQL('collate "C"' if engine.kind == "local" else "")
+
+
+def _next(name: ProfileList, entries: Sequence[Interest], limit: int) -> str | None:
+    """The cursor behind the first `limit` entries; None where there are no more."""
+    if len(entries) <= limit:
+        return None
+    rank, label = _position(entries[limit - 1])
+    text = json.dumps([name, format(rank, "f"), label], separators=(",", ":"), ensure_ascii=False)
+    return base64.urlsafe_b64encode(text.encode()).rstrip(b"=").decode()
+
+
+def _position(entry: Interest) -> tuple[Decimal, str]:
+    if isinstance(entry, CategoryInterest):
+        return Decimal(entry.affinity_score), entry.category
+    if isinstance(entry, BrandInterest):
+        return Decimal(entry.brand_affinity), entry.brand
+    return Decimal(entry.interactions), entry.category
+
+
+def _read_cursor(name: ProfileList, cursor: str) -> tuple[Decimal, str]:
+    try:
+        padded = cursor.encode("ascii") + b"=" * (-len(cursor) % 4)
+        of, rank, label = json.loads(base64.b64decode(padded, altchars=b"-_", validate=True))
+        if of == name and re.fullmatch(r"-?[0-9]{1,40}(\.[0-9]{1,40})?", rank) and "\x00" not in label:
+            label.encode()
+            return Decimal(rank), label
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        pass
+    raise PreferenceError(
+        f"cursor is {excerpt(cursor)}, which no page of {name} named: give `next` of the page before"
     )
 
 
@@ -528,8 +713,7 @@ def _ranking_statement(engine: EngineConnection, limit: int) -> sql.Composed:
         items=_relation(engine, "items"),
         tier=tier,
         limit=sql.Literal(limit),
-        # RisingWave orders texts by their bytes and knows no collations.
-        collation=sql.SQL('collate "C"' if engine.kind == "local" else ""),
+        collation=_collation(engine),
     )
 
 

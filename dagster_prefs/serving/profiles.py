@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, Literal, Self, TypedDict, TypeVar, Unpack, cast
 
 from dagster_prefs import ids
-from dagster_prefs.errors import PrefsError
+from dagster_prefs.errors import PrefsError, excerpt
 from dagster_prefs.online.contract import Contract, Domain, load_contract
 from dagster_prefs.online.items import ItemDecoder, ItemError
 from dagster_prefs.online.reader import BATCH_KEYS, Found, ItemReader, Key
@@ -112,7 +112,7 @@ class Profile:
             return value
         read = self.reads.get(name)
         if read is None or read.error is None:
-            raise ProfileError(f"domain {name!r} was not read: ask for it in domains=…")
+            raise ProfileError(f"domain {excerpt(name)} was not read: ask for it in domains=…")
         raise read.error
 
     def as_dict(self) -> dict[str, Any]:
@@ -259,10 +259,15 @@ class ProfileClient:
             raise ProfileError("no viewer ids were given: pass at least one")
         if len(viewers) > MAX_VIEWERS:
             raise ProfileError(f"{len(viewers)} viewers are more than {MAX_VIEWERS} in one call: split them")
-        keys = len(viewers) * len(domains or self._all)
-        rounds = max(1, -(-keys // (BATCH_KEYS * self._side_by_side)))
-        deadline = _started(started_at) + self._checked_budget(budget_seconds, self._budget * rounds)
+        default = self.default_budget_seconds(len(viewers), domains)
+        deadline = _started(started_at) + self._checked_budget(budget_seconds, default)
         return self._read(viewers, domains, consistent, deadline, max_staleness_seconds, fallback)
+
+    def default_budget_seconds(self, viewers: int, domains: Sequence[str] | None = None) -> float:
+        """Return what `get_many` takes for its budget when it is given none, in seconds."""
+        keys = viewers * len(domains or self._all)
+        rounds = max(1, -(-keys // (BATCH_KEYS * self._side_by_side)))
+        return self._budget * rounds
 
     def _checked_budget(self, given: float | None, default: float) -> float:
         return default if given is None else _positive(given, "budget_seconds")
@@ -345,7 +350,9 @@ class ProfileClient:
         if domains is None:
             return self._all
         if isinstance(domains, str):
-            raise ProfileError(f"domains is a list of names, not the text {domains!r}: pass [{domains!r}]")
+            raise ProfileError(
+                f"domains is a list of names, not the text {excerpt(domains)}: pass [{excerpt(domains)}]"
+            )
         if not domains:
             raise ProfileError(f"domains is empty: name at least one of {', '.join(self._all)}")
         return tuple(dict.fromkeys(self.contract.domain(name).name for name in domains))
@@ -419,6 +426,10 @@ class AsyncProfileClient:
         """The contract that answers are read by."""
         return self._client.contract
 
+    def default_budget_seconds(self, viewers: int, domains: Sequence[str] | None = None) -> float:
+        """As `ProfileClient.default_budget_seconds`."""
+        return self._client.default_budget_seconds(viewers, domains)
+
     async def __aenter__(self) -> Self:
         return self
 
@@ -471,7 +482,7 @@ def _started(at: float | None) -> float:
 def _viewer(given: object) -> int:
     # In Python a viewer id is a number; text is refused, so that no key of an answer is another than was asked.
     if isinstance(given, str):
-        raise ProfileError(f"a viewer id is a 64-bit integer, not {ids.shortened(given)}")
+        raise ProfileError(f"a viewer id is a 64-bit integer, not {excerpt(given)}")
     try:
         return ids.viewer_id(given)
     except ids.BadId as error:
@@ -480,11 +491,11 @@ def _viewer(given: object) -> int:
 
 def _positive(seconds: float, name: str) -> float:
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < float("inf"):
-        raise ProfileError(f"{name} must be a number of seconds above 0, not {seconds!r}")
+        raise ProfileError(f"{name} must be a number of seconds above 0, not {excerpt(seconds)}")
     return float(seconds)
 
 
 def _fallback(given: str) -> Fallback:
     if given not in ("partial", "cold_start"):
-        raise ProfileError(f"fallback must be 'partial' or 'cold_start', not {given!r}")
+        raise ProfileError(f"fallback must be 'partial' or 'cold_start', not {excerpt(given)}")
     return cast(Fallback, given)

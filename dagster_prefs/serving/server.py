@@ -10,13 +10,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import uvicorn
 from starlette.applications import Starlette
@@ -28,28 +30,52 @@ from starlette.routing import Route
 
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.online.contract import load_contract
-from dagster_prefs.online.reserved import CANARY_VIEWER_ID
+from dagster_prefs.online.reserved import CANARY_VIEWER_ID, PREFIX
 from dagster_prefs.serving.catalogue import CatalogueRanker
+from dagster_prefs.serving.connections import (
+    ENDS,
+    ConnectionLimits,
+    Connections,
+    LimitedProtocol,
+    raise_file_limit,
+)
+from dagster_prefs.serving.gate import ARRIVED, Gate, Hosts
 from dagster_prefs.serving.openapi import openapi
-from dagster_prefs.serving.preferences import PreferenceClient, PreferencesUnavailable
+from dagster_prefs.serving.pool import TURN
+from dagster_prefs.serving.preferences import (
+    DEFAULT_PROFILE_LIMIT,
+    PROFILE_LISTS,
+    PreferenceClient,
+    PreferencesUnavailable,
+    ProfileList,
+)
 from dagster_prefs.serving.profiles import AsyncProfileClient, ReadOptions
 from dagster_prefs.serving.wire import (
+    DEFAULT_LIMIT,
     Arguments,
     BudgetSpent,
-    Gate,
     Metrics,
     answer_error,
     answer_fault,
     answer_http_error,
+    encode,
     json_answer,
     viewer_id,
 )
 
-T = TypeVar("T")
+# Makes what is to be encoded.
+Content = Callable[[], Any]
 
 logger = logging.getLogger(__name__)
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+# Python's own 5 ms, times the threads, would be most of the time that /healthz may take.
+SWITCH_SECONDS = 0.0005
+# Of nobody: what a request for a profile does is tried with it.
+READINESS_USER = f"{PREFIX}readiness"
+# Encoding the profile of a viewer takes some 20 µs; this share of a budget at most is kept back for it.
+ENCODE_SECONDS_PER_VIEWER = 50e-6
+ENCODE_SHARE = 0.25
 READ_ARGUMENTS = ("domains", "budget_ms", "fallback", "consistent", "max_staleness_seconds")
 
 
@@ -57,42 +83,70 @@ class ServerError(PrefsError):
     """The server cannot listen at its address."""
 
 
+@dataclass(frozen=True)
+class Load:
+    """How much at a time: `budget_seconds` bounds every answer, the wait for a thread and its encoding included,
+    unless the request asks for another with `budget_ms`; that of profiles is their client's. Beyond
+    `max_in_flight` requests the answer is 503 at once. `threads` reads of the engine run at a time.
+    """
+
+    budget_seconds: float = 1.0
+    max_in_flight: int = 256
+    threads: int = 8
+
+
 def make_app(
     profiles: AsyncProfileClient | None,
     preferences: PreferenceClient | None,
     *,
-    budget_seconds: float = 1.0,
+    load: Load = Load(),
     catalogue_refresh_seconds: float | None = 30.0,
-    max_in_flight: int = 256,
-    threads: int = 8,
+    allowed_hosts: Sequence[str] = (),
     clock: Callable[[], datetime] = lambda: datetime.now(UTC),
 ) -> Starlette:
     """The server's app over the clients it is given, and closes; without one its routes are absent.
 
-    `budget_seconds` bounds every answer, the wait for a thread included, unless the request asks for another
-    with `budget_ms`; that of profiles is their client's. Rankings come from a catalogue in memory that is
-    brought up to date every `catalogue_refresh_seconds`, or are computed in SQL where that is None. Beyond
-    `max_in_flight` requests at a time the answer is 503 at once. `clock` gives now for sessions, in UTC.
+    Rankings come from a catalogue in memory that is brought up to date every `catalogue_refresh_seconds`, or are
+    computed in SQL where that is None. `allowed_hosts` are names by which the server may be called besides
+    localhost and addresses. `clock` gives now for sessions, in UTC.
     """
     metrics = Metrics()
     parts: list[_Part] = []
     if profiles is not None:
         parts.append(_Profiles(profiles, metrics))
     if preferences is not None:
-        parts.append(_Users(preferences, budget_seconds, catalogue_refresh_seconds, threads, clock))
+        parts.append(_Users(preferences, load, catalogue_refresh_seconds, clock))
+    looking: asyncio.Task[dict[str, str]] | None = None
 
     async def alive(_: Request) -> Response:
         return json_answer({"status": "ok"})
 
+    async def look() -> dict[str, str]:
+        problems = await asyncio.gather(*(_problem(part.check()) for part in parts))
+        return {part.name: problem for part, problem in zip(parts, problems, strict=True) if problem}
+
     async def ready(_: Request) -> Response:
         """Whether requests can be answered, part by part; 503 where one cannot."""
-        problems = await asyncio.gather(*(_problem(part.check()) for part in parts))
-        told = {part.name: problem or "ok" for part, problem in zip(parts, problems, strict=True)}
-        return json_answer({"ready": not any(problems), "parts": told}, 503 if any(problems) else 200)
+        nonlocal looking
+        # Whoever asks meanwhile is told the same: asking often must not cost the stores.
+        if looking is None or looking.done():
+            looking = asyncio.create_task(look())
+        problems = dict(await asyncio.shield(looking))
+        if metrics.in_flight >= load.max_in_flight:
+            problems["requests"] = f"{metrics.in_flight} requests are being answered, and more are refused"
+        told = {**{part.name: "ok" for part in parts}, **problems}
+        return json_answer({"ready": not problems, "parts": told}, 503 if problems else 200)
 
-    async def scrape(_: Request) -> Response:
-        lines = metrics.lines([gauge for part in parts for gauge in part.gauges()])
-        text = "".join(f"{line}\n" for line in lines)
+    async def scrape(request: Request) -> Response:
+        gauges = [gauge for part in parts for gauge in part.gauges()]
+        connections: Connections | None = getattr(request.app.state, "connections", None)
+        if connections is not None:
+            gauges.append(("connections", "gauge", "Open connections.", len(connections.open)))
+            gauges += [
+                (f"connections_{end}_total", "counter", f"Connections that {told}.", connections.ended[end])
+                for end, told in ENDS.items()
+            ]
+        text = "".join(f"{line}\n" for line in metrics.lines(gauges))
         return PlainTextResponse(text, headers={"content-type": METRICS_TYPE})
 
     @asynccontextmanager
@@ -103,7 +157,7 @@ def make_app(
             yield
 
     contract = load_contract() if profiles is None else profiles.contract
-    document = openapi(contract, profiles=profiles is not None, preferences=preferences is not None)
+    document = encode(openapi(contract, profiles=profiles is not None, preferences=preferences is not None))
 
     async def describe(_: Request) -> Response:
         return json_answer(document)
@@ -116,7 +170,9 @@ def make_app(
     ]
     return Starlette(
         routes=[*operational, *(route for part in parts for route in part.routes())],
-        middleware=[Middleware(Gate, metrics=metrics, max_in_flight=max_in_flight)],
+        middleware=[
+            Middleware(Gate, metrics=metrics, max_in_flight=load.max_in_flight, hosts=Hosts(allowed_hosts))
+        ],
         exception_handlers={
             PrefsError: answer_error,
             HTTPException: answer_http_error,
@@ -126,11 +182,34 @@ def make_app(
     )
 
 
+def make_server(app: Starlette, limits: ConnectionLimits, *, drain_seconds: int = 10) -> uvicorn.Server:
+    """The app on uvicorn, with connections that end when a client does not do its part within the limits."""
+    connections = app.state.connections = Connections(limits)
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            http=partial(LimitedProtocol, connections=connections),  # type: ignore[arg-type] # makes protocols too
+            lifespan="on",
+            ws="none",
+            # Paths hold the ids of people.
+            access_log=False,
+            # Its warnings are about requests that are no HTTP, a line for each.
+            log_level="error",
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=drain_seconds,
+            # So many connections are taken at once before one is looked at.
+            backlog=128,
+        )
+    )
+
+
 def serve(
     app: Starlette,
     *,
     host: str = "127.0.0.1",
     port: int = 8080,
+    limits: ConnectionLimits = ConnectionLimits(),  # noqa: B008 (it is frozen)
     drain_seconds: int = 10,
     started: Callable[[str], None] | None = None,
 ) -> None:
@@ -146,21 +225,13 @@ def serve(
             f"{host}:{port} cannot be listened at ({error.strerror or error}): choose another --host or --port"
         ) from None
     name = f"[{host}]" if ":" in host else host
-    config = uvicorn.Config(
-        app,
-        lifespan="on",
-        ws="none",
-        # Paths hold the ids of people.
-        access_log=False,
-        log_level="warning",
-        server_header=False,
-        proxy_headers=False,
-        timeout_graceful_shutdown=drain_seconds,
-    )
+    limits = replace(limits, connections=raise_file_limit(limits.connections))
+    # The loop waits its turn behind every thread that reads or encodes, as long as this for each of them.
+    sys.setswitchinterval(SWITCH_SECONDS)
     with listener:
         if started is not None:
             started(f"http://{name}:{listener.getsockname()[1]}")
-        uvicorn.Server(config).run(sockets=[listener])
+        make_server(app, limits, drain_seconds=drain_seconds).run(sockets=[listener])
 
 
 class _Part(Protocol):
@@ -188,6 +259,7 @@ class _Profiles:
     def __init__(self, client: AsyncProfileClient, metrics: Metrics) -> None:
         self._client = client
         self._metrics = metrics
+        self._encoders = ThreadPoolExecutor(2, thread_name_prefix="encode")
 
     def routes(self) -> list[Route]:
         return [
@@ -197,12 +269,17 @@ class _Profiles:
 
     async def start(self, stack: AsyncExitStack) -> None:
         stack.push_async_callback(self._client.close)
+        stack.callback(self._encoders.shutdown)
         await self._client.warm()
 
     async def check(self) -> None:
-        found = await self._client.get(CANARY_VIEWER_ID)
-        if found.failure is not None:
-            raise found.failure
+        """Try both requests that reads make of DynamoDB; one of them may be forbidden."""
+        one = [next(iter(self._client.contract.domains.values())).name]
+        for found in await asyncio.gather(
+            self._client.get(CANARY_VIEWER_ID), self._client.get(CANARY_VIEWER_ID, one)
+        ):
+            if found.failure is not None:
+                raise found.failure
 
     def gauges(self) -> list[tuple[str, str, str, float]]:
         return []
@@ -210,24 +287,32 @@ class _Profiles:
     async def _one(self, request: Request) -> Response:
         asked = Arguments.of_query(request, *READ_ARGUMENTS)
         viewer = viewer_id(request.path_params["viewer_id"])
-        found = await self._client.get(viewer, asked.domains(), **_read_options(asked))
+        options = _read_options(asked, request.scope[ARRIVED])
+        found = await self._client.get(viewer, asked.domains(), **options)
         if found.failure is not None:
             raise found.failure
         self._metrics.partial += found.partial
         return json_answer(found.as_dict())
 
     async def _many(self, request: Request) -> Response:
+        started = request.scope[ARRIVED]
         asked = await Arguments.of_body(request, "viewer_ids", *READ_ARGUMENTS)
-        found = await self._client.get_many(asked.viewer_ids(), asked.domains(), **_read_options(asked))
+        viewers, domains, options = asked.viewer_ids(), asked.domains(), _read_options(asked, started)
+        budget = options["budget_seconds"] or self._client.default_budget_seconds(len(viewers), domains)
+        encoding = min(budget * ENCODE_SHARE, len(viewers) * ENCODE_SECONDS_PER_VIEWER)
+        options["budget_seconds"] = budget - encoding
+        found = await self._client.get_many(viewers, domains, **options)
         answered = list(found.values())
         failures = [profile.failure for profile in answered if profile.failure is not None]
         if len(failures) == len(answered):
             raise failures[0]
         incomplete = sum(profile.partial for profile in answered)
         self._metrics.partial += incomplete
-        return json_answer(
-            {"partial": incomplete > 0, "profiles": [profile.as_dict() for profile in answered]}
-        )
+
+        def content() -> dict[str, Any]:
+            return {"partial": incomplete > 0, "profiles": [profile.as_dict() for profile in answered]}
+
+        return json_answer(await _in_time(self._encoders, lambda: content, started, budget))
 
 
 class _Users:
@@ -238,16 +323,15 @@ class _Users:
     def __init__(
         self,
         client: PreferenceClient,
-        budget_seconds: float,
+        load: Load,
         refresh_seconds: float | None,
-        threads: int,
         clock: Callable[[], datetime],
     ) -> None:
         self._client = client
-        self._budget = budget_seconds
+        self._budget = load.budget_seconds
         self._refresh_seconds = refresh_seconds
         self._ranker = None if refresh_seconds is None else CatalogueRanker(client)
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="preferences")
+        self._threads = ThreadPoolExecutor(load.threads, thread_name_prefix="preferences")
         self._clock = clock
         self._items = self._failures = 0
         self._refreshed_at: float | None = None
@@ -258,6 +342,10 @@ class _Users:
         return [
             Route("/v1/users/{user_id:path}/profile", self._profile),
             Route("/v1/users/{user_id:path}/ranking", self._ranking),
+            *(
+                Route(f"/v1/users/{{user_id:path}}/{name}", partial(self._more, name))
+                for name in PROFILE_LISTS
+            ),
         ]
 
     async def start(self, stack: AsyncExitStack) -> None:
@@ -272,7 +360,7 @@ class _Users:
         if self._keeping is not None and self._keeping.done():
             # It only ends by a fault, which must not stay unseen.
             self._keeping.result()
-        await self._within(self._budget, self._client.warm)
+        await _in_time(self._threads, self._try, time.monotonic(), self._budget)
         if self._ranker is not None and self._refreshed_at is None:
             raise PreferencesUnavailable("the catalogue is not in memory yet: wait for its first refresh")
 
@@ -286,14 +374,39 @@ class _Users:
             ("catalogue_failures_total", "counter", "Refreshes that failed.", self._failures),
         ]
 
+    def _try(self) -> Content:
+        """Read what requests read; raises as they do."""
+        self._client.get_user_profile(READINESS_USER, now=self._clock(), limit=1)
+        if self._ranker is None:
+            self._client.check_items()
+        return dict
+
     async def _profile(self, request: Request) -> Response:
-        asked = Arguments.of_query(request, "budget_ms")
-        user = request.path_params["user_id"]
-        found = await self._within(
-            asked.budget_seconds() or self._budget,
-            partial(self._client.get_user_profile, user, now=self._clock()),
+        asked = Arguments.of_query(request, "limit", "budget_ms")
+        read = partial(
+            self._client.get_user_profile,
+            request.path_params["user_id"],
+            now=self._clock(),
+            limit=asked.whole("limit", DEFAULT_PROFILE_LIMIT),
         )
-        return json_answer({**found.as_dict(), "known": found.known})
+
+        def answer() -> Content:
+            found = read()
+            return lambda: {**_fields(found), "known": found.known}
+
+        return await self._answer(request, asked, answer)
+
+    async def _more(self, name: ProfileList, request: Request) -> Response:
+        asked = Arguments.of_query(request, "cursor", "limit", "budget_ms")
+        read = partial(
+            self._client.get_more,
+            request.path_params["user_id"],
+            name,
+            asked.text("cursor"),
+            now=self._clock(),
+            limit=asked.whole("limit", DEFAULT_PROFILE_LIMIT),
+        )
+        return await self._answer(request, asked, lambda: partial(_fields, read()))
 
     async def _ranking(self, request: Request) -> Response:
         asked = Arguments.of_query(request, "limit", "session", "explain", "budget_ms")
@@ -301,38 +414,22 @@ class _Users:
         read = partial(
             rank,
             request.path_params["user_id"],
-            asked.whole("limit", 50),
+            asked.whole("limit", DEFAULT_LIMIT),
             session=asked.flag("session", True),
             explain=asked.flag("explain", False),
             now=self._clock(),
         )
-        found = await self._within(asked.budget_seconds() or self._budget, read)
-        return json_answer(
-            {
-                "user_id": found.user_id,
-                "session_active": found.session_active,
-                "session_seconds": found.session_seconds,
-                "items": [item.as_dict() for item in found],
-            }
-        )
 
-    async def _within(self, budget: float, read: Callable[[], T]) -> T:
-        """Run a read of the engine on a thread; raises BudgetSpent when it takes longer than the budget."""
-        deadline = time.monotonic() + budget
+        def answer() -> Content:
+            found = _fields(read())
+            del found["parameters"]
+            return lambda: found
 
-        def in_time() -> T:
-            if time.monotonic() >= deadline:
-                # Its caller has been answered already.
-                raise BudgetSpent("no thread was free in time")
-            return read()
+        return await self._answer(request, asked, answer)
 
-        try:
-            running = asyncio.get_running_loop().run_in_executor(self._threads, in_time)
-            return await asyncio.wait_for(running, budget)
-        except (TimeoutError, BudgetSpent):
-            raise BudgetSpent(
-                f"there was no answer within {budget * 1000:g} ms: raise budget_ms, or look at the engine's load"
-            ) from None
+    async def _answer(self, request: Request, asked: Arguments, read: Callable[[], Content]) -> Response:
+        budget = asked.budget_seconds() or self._budget
+        return json_answer(await _in_time(self._threads, read, request.scope[ARRIVED], budget))
 
     async def _keep_catalogue(self, ranker: CatalogueRanker, every_seconds: float) -> None:
         """Bring the catalogue up to date for ever; the old one serves while that fails."""
@@ -346,8 +443,39 @@ class _Users:
             await asyncio.sleep(every_seconds)
 
 
-def _read_options(asked: Arguments) -> ReadOptions:
+async def _in_time(threads: Executor, read: Callable[[], Content], started: float, budget: float) -> bytes:
+    """Read and encode on a thread; raises BudgetSpent when that is not done `budget` seconds after `started`."""
+    deadline = started + budget
+
+    def checked() -> None:
+        if time.monotonic() >= deadline:
+            # Its caller has been answered already.
+            raise BudgetSpent("the budget was spent before the thread came to it")
+
+    def work() -> bytes:
+        checked()
+        content = read()
+        with TURN:
+            checked()
+            return encode(content())
+
+    try:
+        running = asyncio.get_running_loop().run_in_executor(threads, work)
+        return await asyncio.wait_for(running, deadline - time.monotonic())
+    except (TimeoutError, BudgetSpent):
+        raise BudgetSpent(
+            f"there was no answer within {budget * 1000:g} ms: raise budget_ms, or look at the engine's load"
+        ) from None
+
+
+def _fields(found: Any) -> dict[str, Any]:
+    """The fields of a dataclass, whose own dataclasses `encode` takes as they are."""
+    return {field.name: getattr(found, field.name) for field in fields(found)}
+
+
+def _read_options(asked: Arguments, started: float) -> ReadOptions:
     return {
+        "started_at": started,
         "budget_seconds": asked.budget_seconds(),
         "fallback": asked.text("fallback"),  # type: ignore[typeddict-item] # the client checks it
         "consistent": asked.flag("consistent", None),

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import difflib
-import json
 import logging
-import time
+import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any, TypeVar
 
+import orjson
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.responses import Response
 
 from dagster_prefs import ids
 from dagster_prefs.engine.connection import EngineUnavailable
-from dagster_prefs.errors import PrefsError
+from dagster_prefs.errors import PrefsError, excerpt
 from dagster_prefs.online.contract import ContractError
 from dagster_prefs.online.transport import ReadError
 from dagster_prefs.serving.pool import EngineBusy
 from dagster_prefs.serving.preferences import PreferenceError, PreferencesUnavailable
-from dagster_prefs.serving.profiles import ProfileError
+from dagster_prefs.serving.profiles import MAX_VIEWERS, ProfileError
 
 T = TypeVar("T")
 
@@ -34,9 +32,25 @@ logger = logging.getLogger(__name__)
 # 10,000 viewer ids of 20 digits, with room.
 MAX_BODY_BYTES = 1024 * 1024
 MAX_BUDGET_MS = 30_000
+# Items of a ranking.
+DEFAULT_LIMIT = 50
+VIEWER_ID = "-?[0-9]{1,19}([.]0+)?"
 LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
-# What an orchestrator and a scraper ask must be answered however busy the server is.
-OPERATIONAL = frozenset({"/healthz", "/readyz", "/metrics"})
+# What a message of an error holds at most, whatever it repeats.
+MAX_MESSAGE_CHARACTERS = 2_000
+# A name that is longer is no slip of the pen, and comparing it with the known ones takes its square in time.
+MAX_NAME_CHARACTERS = 64
+ERRORS = {
+    400: "The request asks for something impossible.",
+    403: "The request was called by a foreign host name, or by a page of another website.",
+    408: "The request did not arrive in time.",
+    413: "The body is too long.",
+    414: "The path and query are too long.",
+    500: "Only an operator can help; the code says what with.",
+    503: "Not now: try again after Retry-After seconds.",
+    504: "There was no answer within the budget.",
+}
+"""The statuses of errors that any request of /v1 can end with, and what they mean."""
 
 
 class RequestError(PrefsError):
@@ -67,14 +81,10 @@ class Arguments:
     async def of_body(cls, request: Request, *known: str) -> Arguments:
         """Those of a JSON object; raises RequestError for anything else and for names that are not known."""
         cls.of_query(request)
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > MAX_BODY_BYTES:
-                raise HTTPException(413)
         try:
-            given = json.loads(body)
-        except (ValueError, RecursionError):
+            # It bounds depth and numbers itself, and reads 1 MiB in a few milliseconds.
+            given = orjson.loads(await request.body())
+        except orjson.JSONDecodeError:
             raise RequestError("the body is not valid JSON: send a JSON object") from None
         if not isinstance(given, dict):
             raise RequestError("the body is not a JSON object: send one")
@@ -93,12 +103,14 @@ class Arguments:
         given = self._given.get("viewer_ids")
         if not isinstance(given, list):
             raise RequestError("viewer_ids is missing or no list: give a list of viewer ids")
+        if len(given) > MAX_VIEWERS:
+            raise RequestError(f"{len(given)} viewers are more than {MAX_VIEWERS} in one call: split them")
         return [viewer_id(value) for value in given]
 
     def text(self, name: str) -> str | None:
         value = self._given.get(name)
         if value is not None and not isinstance(value, str):
-            raise RequestError(f"{name} is {value!r}: give a text")
+            raise RequestError(f"{name} is {excerpt(value)}: give a text")
         return value
 
     def domains(self) -> list[str] | None:
@@ -108,8 +120,9 @@ class Arguments:
         if value is not None and not (
             isinstance(value, list) and all(isinstance(name, str) for name in value)
         ):
-            raise RequestError(f"domains is {value!r}: give a list of names")
-        return value
+            raise RequestError(f"domains is {excerpt(value)}: give a list of names")
+        # A name that is given a thousand times must not make a thousand reads of the budget.
+        return None if value is None else list(dict.fromkeys(value))
 
     def flag(self, name: str, default: T) -> bool | T:
         value = self._given.get(name)
@@ -119,28 +132,28 @@ class Arguments:
         if isinstance(value, bool):
             return value
         if not isinstance(value, str) or value not in known:
-            raise RequestError(f"{name} is {value!r}: give true or false")
+            raise RequestError(f"{name} is {excerpt(value)}: give true or false")
         return known[value]
 
     def number(self, name: str) -> float | None:
         value = self._given.get(name)
         if value is None:
             return None
-        try:
-            if isinstance(value, bool):
-                raise ValueError
-            return float(value)
-        except (TypeError, ValueError, OverflowError):
-            raise RequestError(f"{name} is {value!r}: give a number") from None
+        if isinstance(value, str) and re.fullmatch(
+            r"-?[0-9]{1,30}(\.[0-9]{1,30})?([eE][+-]?[0-9]{1,3})?", value
+        ):
+            value = float(value)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise RequestError(f"{name} is {excerpt(value)}: give a number")
+        return float(value)
 
     def whole(self, name: str, default: int) -> int:
-        value = self._given.get(name, default)
-        try:
-            if isinstance(value, bool):
-                raise ValueError
-            return int(str(value))
-        except ValueError:
-            raise RequestError(f"{name} is {value!r}: give a whole number") from None
+        value: object = self._given.get(name, default)
+        if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,19}", value):
+            return int(value)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise RequestError(f"{name} is {excerpt(value)}: give a whole number")
+        return value
 
 
 class Metrics:
@@ -187,66 +200,41 @@ def _head(name: str, kind: str, told: str) -> Iterator[str]:
     yield f"# TYPE prefs_server_{name} {kind}"
 
 
-class Gate:
-    """Counts requests, and refuses those that are more than `max_in_flight` at a time."""
+def encode(content: Any) -> bytes:
+    """JSON of plain values and dataclasses, with decimals as digits and times in UTC.
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, max_in_flight: int) -> None:
-        self._app = app
-        self._metrics = metrics
-        self._most = max_in_flight
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPERATIONAL:
-            await self._app(scope, receive, send)
-            return
-        metrics = self._metrics
-        if metrics.in_flight >= self._most:
-            metrics.refused += 1
-            error = f"{self._most} requests are being answered: try again, or add a server"
-            await _error(503, "busy", error)(scope, receive, send)
-            return
-        started = time.monotonic()
-        status = 500
-
-        async def note(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        metrics.in_flight += 1
-        try:
-            await self._app(scope, receive, note)
-        finally:
-            metrics.in_flight -= 1
-            route = scope.get("route")
-            name = route.path if isinstance(route, Route) else "other"
-            metrics.answered(name, status, time.monotonic() - started)
+    It holds the interpreter for about a microsecond a value: a long answer is encoded on a thread.
+    """
+    return orjson.dumps(content, default=_digits, option=orjson.OPT_UTC_Z)
 
 
-class _Exact(JSONResponse):
-    def render(self, content: Any) -> bytes:
-        return json.dumps(content, default=_plain, ensure_ascii=False, separators=(",", ":")).encode(
-            "utf-8", "backslashreplace"
-        )
-
-
-def _plain(value: Any) -> str:
+def _digits(value: Any) -> str:
     if isinstance(value, Decimal):
         return format(value, "f")
-    if isinstance(value, datetime):
-        return value.astimezone(UTC).isoformat().replace("+00:00", "Z")
     raise TypeError(f"{type(value).__name__} has no form in JSON")
 
 
 def json_answer(content: Any, status: int = 200) -> Response:
-    """Content with decimals as digits and times in UTC."""
-    return _Exact(content, status)
+    """An answer of content that `encode` takes, or of JSON that was encoded before."""
+    body = content if isinstance(content, bytes) else encode(content)
+    return Response(body, status, {"x-content-type-options": "nosniff"}, "application/json")
 
 
-def _error(status: int, code: str, message: str) -> Response:
-    headers = {"retry-after": "1"} if status in (503, 504) else None
-    return _Exact({"error": {"code": code, "message": message}}, status, headers)
+def error_body(code: str, message: str) -> bytes:
+    """The JSON of an error."""
+    if len(message) > MAX_MESSAGE_CHARACTERS:
+        message = f"{message[:MAX_MESSAGE_CHARACTERS]}…"
+    # A name in a path or a message of a driver may hold what UTF-8 cannot.
+    text = message.encode("utf-8", "backslashreplace").decode()
+    return encode({"error": {"code": code, "message": text}})
+
+
+def error_answer(status: int, code: str, message: str) -> Response:
+    """The answer to a request that failed."""
+    answer = json_answer(error_body(code, message), status)
+    if status in (503, 504):
+        answer.headers["retry-after"] = "1"
+    return answer
 
 
 def classify(error: PrefsError) -> tuple[int, str]:
@@ -271,20 +259,22 @@ async def answer_error(_: Request, error: Exception) -> Response:
     status, code = classify(error) if isinstance(error, PrefsError) else (500, "internal")
     if status == 500:
         logger.error("%s", error)
-    return _error(status, code, str(error))
+    return error_answer(status, code, str(error))
 
 
 async def answer_http_error(request: Request, error: Exception) -> Response:
-    """The answer to what Starlette refuses: paths, methods, sizes."""
+    """The answer to what Starlette refuses: paths and methods."""
     if not isinstance(error, HTTPException):
         raise error
     known = {
-        404: ("not_found", f"there is nothing at {request.url.path}: see the paths under /v1"),
-        405: ("method_not_allowed", f"{request.url.path} does not take {request.method}"),
-        413: ("too_large", f"the body is longer than {MAX_BODY_BYTES} bytes: split the request"),
+        404: ("not_found", f"there is nothing at {excerpt(request.url.path)[1:-1]}: see the paths under /v1"),
+        405: (
+            "method_not_allowed",
+            f"{excerpt(request.url.path)[1:-1]} does not take {excerpt(request.method)[1:-1]}",
+        ),
     }
     code, message = known.get(error.status_code, ("bad_request", str(error.detail)))
-    answer = _error(error.status_code, code, message)
+    answer = error_answer(error.status_code, code, message)
     answer.headers.update(error.headers or {})
     return answer
 
@@ -292,15 +282,15 @@ async def answer_http_error(request: Request, error: Exception) -> Response:
 async def answer_fault(_: Request, error: Exception) -> Response:
     """The answer to a fault of this server."""
     # Starlette raises it again, and uvicorn logs it; what is inside is not for the caller.
-    return _error(500, "internal", "the server failed: its log says where")
+    return error_answer(500, "internal", "the server failed: its log says where")
 
 
 def _check_names(given: Mapping[str, Any], known: Sequence[str], what: str) -> None:
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
+            near = difflib.get_close_matches(name[:MAX_NAME_CHARACTERS], known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known) or 'none'}"
-            raise RequestError(f"unknown {what} {name!r}: {hint}")
+            raise RequestError(f"unknown {what} {excerpt(name)}: {hint}")
 
 
 def viewer_id(given: Any) -> int:

@@ -24,4 +24,5 @@ USER 10001:10001
 EXPOSE 8080
 HEALTHCHECK --interval=10s --timeout=5s --start-period=15s CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8080/healthz', timeout=4)"]
 # Other containers must reach it, so it cannot bind to loopback; it asks nobody who they are, so only they may.
+# It answers to its addresses; a name that it is called by has to be given, with --allowed-host.
 CMD ["python", "-m", "dagster_prefs", "serve", "--host", "0.0.0.0"]

@@ -19,9 +19,12 @@ from dagster_prefs.engine.connection import EngineConnection, EngineUnavailable
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.serving.pool import EngineBusy
 from dagster_prefs.serving.preferences import (
+    PROFILE_LISTS,
+    Cursors,
     PreferenceClient,
     PreferenceError,
     RankingParameters,
+    _list_statement,
     _ranking_statement,
     _signals_statement,
     price_tier,
@@ -268,13 +271,77 @@ def test_missing_relations_are_one_sentence(shop: Any) -> None:
 def test_statements_are_in_the_dialect_of_the_engine(kind: str) -> None:
     engine = EngineConnection("127.0.0.1", 1, "dev", "root", schema="shop", kind=kind)  # type: ignore[arg-type]
     dialect = "risingwave" if kind == "risingwave" else "postgres"
-    for statement in (_ranking_statement(engine, 50), _signals_statement(engine)):
+    for statement in (
+        _ranking_statement(engine, 50),
+        _signals_statement(engine),
+        _signals_statement(engine, 101),
+        *(
+            _list_statement(engine, name, 101, after=after)
+            for name in PROFILE_LISTS
+            for after in (True, False)
+        ),
+    ):
         text = re.sub(r"%\((\w+)\)s", r"$1", statement.as_string(None))
         (parsed,) = sqlglot.parse(text, dialect=dialect)
         assert parsed is not None
         # RisingWave has no collations; PostgreSQL needs one to order by bytes as RisingWave does.
         assert bool(list(parsed.find_all(sqlglot.exp.Collate))) == (kind == "local" and "order by" in text)
         assert {table.db for table in parsed.find_all(sqlglot.exp.Table) if table.db} == {"shop"}
+
+
+NAMES = [
+    "a",
+    "B",
+    "Z",
+    "ä",
+    "Ä",
+    "ß",
+    "é",
+    "e\u0301",
+    "\U0001f600",
+    "\uffff",
+    " a",
+    "a b",
+    '"',
+    "'",
+    "\\",
+    "%s",
+    "a" * 500,
+]
+
+
+@pytest.mark.parametrize("limit", [1, 2, 5, 16, 1000])
+def test_pages_are_the_profile(shop: Any, limit: int) -> None:
+    """Whatever the names, and where all ranks are equal: every entry once, in the order of the whole."""
+    for number, name in enumerate(NAMES):
+        shop.insert("user_category_profile", ("u", name, number % 3 - 1, 1, ago(60)))
+        shop.insert("user_brand_profile", ("u", name, 7, 1, ago(60)))
+        shop.insert("user_recent_activity", hour("u", name, number % 2, ago(70), ago(60)))
+    whole = shop.client.get_user_profile("u", now=NOW)
+    assert whole.next == Cursors()
+    first = shop.client.get_user_profile("u", now=NOW, limit=limit)
+    for summary in ("top_categories", "preferred_price_tier", "recent_session_categories", "price_tiers"):
+        assert getattr(first, summary) == getattr(whole, summary)
+    for name in PROFILE_LISTS:
+        entries, cursor = getattr(first, name), getattr(first.next, name)
+        assert len(entries) == min(limit, len(NAMES))
+        while cursor is not None:
+            page = shop.client.get_more("u", name, cursor, now=NOW, limit=limit)
+            entries, cursor = entries + page.entries, page.next
+        assert entries == getattr(whole, name)
+    assert shop.client.get_more("nobody", "brands").entries == ()
+
+
+@pytest.mark.parametrize(
+    "cursor", ["", "x", "é", "W10", "bnVsbA", "WyJicmFuZHMiLCIxZTk5OSIsIngiXQ", "=" * 9, "W" * 9999]
+)
+def test_a_cursor_that_nobody_gave_is_refused(cursor: str) -> None:
+    with PreferenceClient(EngineConnection("127.0.0.1", 1, "d", "u")) as client:
+        with pytest.raises(PreferenceError, match="which no page of brands named: give `next`") as caught:
+            client.get_more("u", "brands", cursor)
+        assert len(str(caught.value)) < 250
+        with pytest.raises(PreferenceError, match="limit must be a whole number from 1 to 1000"):
+            client.get_user_profile("u", limit=1001)
 
 
 def test_an_empty_catalogue_ranks_nothing(shop: Any) -> None:

@@ -20,17 +20,19 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-import jsonschema
 import openapi_spec_validator
 import pytest
-import uvicorn
+from openapi_schema_validator import OAS30Validator
 from scripted_dynamodb import Reply, Request, Script, answer, failure
 from scripted_dynamodb import serve as serve_script
 from starlette.routing import Route
 
 from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.online.contract import load_contract
 from dagster_prefs.serving import AsyncProfileClient, PreferenceClient
-from dagster_prefs.serving.server import make_app
+from dagster_prefs.serving.connections import ConnectionLimits
+from dagster_prefs.serving.openapi import openapi
+from dagster_prefs.serving.server import Load, make_app, make_server
 
 REGION = "eu-central-1"
 AT = 1_760_000_000_000
@@ -80,9 +82,11 @@ def running(
     profiles: AsyncProfileClient | None, preferences: PreferenceClient | None, **options: Any
 ) -> Iterator[Caller]:
     """The server in a thread of its own."""
-    app = make_app(profiles, preferences, **{"budget_seconds": 30.0, **options})
-    config = uvicorn.Config(app, port=0, lifespan="on", log_level="critical", ws="none")
-    server = uvicorn.Server(config)
+    load = {name: options.pop(name) for name in ("budget_seconds", "max_in_flight") if name in options}
+    limits = options.pop("limits", ConnectionLimits())
+    app = make_app(profiles, preferences, load=Load(**{"budget_seconds": 30.0, **load}), **options)
+    server = make_server(app, limits)
+    server.config.port = 0
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -254,10 +258,16 @@ def bad_caller() -> Iterator[Caller]:
     stop()
 
 
+def valid(content: Any, schema: dict[str, Any], document: dict[str, Any]) -> bool:
+    """Whether content is as a schema of OpenAPI 3.0 says."""
+    return bool(OAS30Validator({**schema, "components": document["components"]}).is_valid(content))
+
+
 def test_the_description_is_true(caller: Caller) -> None:
     """The document is valid OpenAPI, names every route, and real answers are as it says."""
     status, document = caller.get("/openapi.json")
     assert status == 200
+    assert document["openapi"] == "3.0.3"
     openapi_spec_validator.validate(document)
     routes = {
         (re.sub(r":path", "", route.path), method.lower())
@@ -270,27 +280,116 @@ def test_the_description_is_true(caller: Caller) -> None:
         ("get", "/v1/profiles/{viewer_id}", "/v1/profiles/42", None, "200"),
         ("get", "/v1/profiles/{viewer_id}", "/v1/profiles/43?domains=preferences", None, "200"),
         ("get", "/v1/profiles/{viewer_id}", "/v1/profiles/x", None, "400"),
-        ("post", "/v1/profiles", "/v1/profiles", {"viewer_ids": [42, 43]}, "200"),
+        ("post", "/v1/profiles", "/v1/profiles", {"viewer_ids": [42, "43"], "domains": ["watch"]}, "200"),
         ("get", "/v1/users/{user_id}/profile", "/v1/users/u/1/profile", None, "200"),
+        ("get", "/v1/users/{user_id}/profile", "/v1/users/u/1/profile?limit=1", None, "200"),
+        ("get", "/v1/users/{user_id}/categories", "/v1/users/u/1/categories?limit=1", None, "200"),
+        ("get", "/v1/users/{user_id}/brands", "/v1/users/u/1/brands", None, "200"),
+        ("get", "/v1/users/{user_id}/recent", "/v1/users/u/1/recent", None, "200"),
         ("get", "/v1/users/{user_id}/ranking", "/v1/users/u/1/ranking", None, "200"),
         ("get", "/v1/users/{user_id}/ranking", "/v1/users/u/1/ranking?explain=1&session=0", None, "200"),
         ("get", "/readyz", "/readyz", None, "200"),
+        ("get", "/healthz", "/healthz", None, "200"),
     ]
     for method, path, called, body, expected in calls:
         got, content, _ = caller.call(method.upper(), called, body)
-        assert str(got) == expected
+        assert str(got) == expected, content
         operation = document["paths"][path][method]
         schema = operation["responses"][expected]["content"]["application/json"]["schema"]
-        jsonschema.validate(content, {**schema, "components": document["components"]})
+        assert valid(content, schema, document), called
         if body is not None:
-            jsonschema.validate(body, operation["requestBody"]["content"]["application/json"]["schema"])
+            assert valid(body, operation["requestBody"]["content"]["application/json"]["schema"], document)
     # The schemas are strict enough to tell a wrong answer.
     _, content = caller.get("/v1/profiles/42")
     content["domains"]["watch"]["attributes"]["watch_minutes_7d"] = 12.5
-    with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(
-            content, {"$ref": "#/components/schemas/Profile", "components": document["components"]}
-        )
+    assert not valid(content, {"$ref": "#/components/schemas/Profile"}, document)
+
+
+def parts_of(document: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(document, dict):
+        yield document
+        document = list(document.values())
+    if isinstance(document, list):
+        for value in document:
+            yield from parts_of(value)
+
+
+def test_generators_find_what_they_need() -> None:
+    """Types beside enums, names of operations, nothing that only one version of OpenAPI knows."""
+    document = openapi(load_contract(), profiles=True, preferences=True)
+    enums = [part for part in parts_of(document) if "enum" in part]
+    assert len(enums) >= 5
+    assert {part.get("type") for part in enums} == {"string"}
+    operations = [operation for found in document["paths"].values() for operation in found.values()]
+    names = [operation["operationId"] for operation in operations]
+    assert len(set(names)) == len(operations)
+    assert all(re.fullmatch(r"[a-z][A-Za-z]+", name) for name in names)
+    for part in parts_of(document):
+        assert part.get("type") != "null"
+        assert not isinstance(part.get("type"), list)
+        assert isinstance(part.get("exclusiveMinimum", True), bool)
+        # What stands beside a reference is ignored in 3.0, and `nullable` needs a type beside it.
+        assert "$ref" not in part or set(part) == {"$ref"}
+        assert "nullable" not in part or "type" in part
+    used = {part["$ref"].rpartition("/")[2] for part in parts_of(document) if "$ref" in part}
+    assert used == set(document["components"]["schemas"])
+
+
+def beyond(schema: dict[str, Any]) -> Iterator[tuple[Any, bool]]:
+    """Values at the limits of a schema, and just beyond them: value, whether it is to be taken."""
+    if "maximum" in schema:
+        yield schema["maximum"], True
+        yield schema["maximum"] + 1, False
+    if "minimum" in schema:
+        yield schema["minimum"], not schema.get("exclusiveMinimum", False)
+        yield schema["minimum"] - 1, False
+        yield schema["minimum"] + 1, True
+    if "enum" in schema:
+        yield from ((value, True) for value in schema["enum"])
+        yield "another", False
+    if schema["type"] == "boolean":
+        yield from (("true", True), ("false", True), ("maybe", False))
+    if schema.get("format") == "int64":
+        yield from ((2**63 - 1, True), (-(2**63), True), (2**63, False), (-(2**63) - 1, False))
+    if schema["type"] in ("integer", "number"):
+        yield from (("nan", False), ("1_0", False), (" 1", False), ("\u0661", False), ("9" * 5000, False))
+    if schema["type"] == "integer":
+        yield "1.5", False
+
+
+def test_the_limits_of_the_description_are_those_of_the_server(caller: Caller) -> None:
+    """Taken from the document: what is at a limit is served, what is beyond is refused."""
+    document = caller.get("/openapi.json")[1]
+    tried = 0
+    for path, found in document["paths"].items():
+        for parameter in found.get("get", {}).get("parameters", []):
+            for value, taken in beyond(parameter["schema"]):
+                named = {"viewer_id": "42", "user_id": "u%2F1"}
+                if parameter["in"] == "path":
+                    named[parameter["name"]] = quote(str(value), safe="")
+                else:
+                    named["query"] = f"{parameter['name']}={quote(str(value))}"
+                target = path.format(**named) + (f"?{named['query']}" if "query" in named else "")
+                status, content = caller.get(target)
+                # A budget of a millisecond may well be spent.
+                assert status == (200 if taken else 400) or (taken and status == 504), (target[:200], content)
+                tried += 1
+    request = document["components"]["schemas"]["ProfilesRequest"]["properties"]
+    for name, schema in request.items():
+        for value, taken in beyond(schema) if "type" in schema and schema["type"] != "array" else ():
+            given = {"true": True, "false": False}.get(str(value), value)
+            status, content = caller.post({"viewer_ids": [42], name: given})
+            assert status == (200 if taken else 400) or (taken and status == 504), (name, value, content)
+            tried += 1
+    most = request["viewer_ids"]["maxItems"]
+    assert caller.post({"viewer_ids": [42] * most})[0] == 200
+    assert caller.post({"viewer_ids": [42] * (most + 1)})[0] == 400
+    assert caller.post({"viewer_ids": []})[0] == 400
+    pattern = request["viewer_ids"]["items"]["anyOf"][1]["pattern"]
+    for text in ("42", "-7", "+7", " 7", "7.0", "0x7", "1" * 20, ""):
+        status, _ = caller.post({"viewer_ids": [text]})
+        assert (status == 200) == bool(re.search(pattern, text)), text
+    assert tried > 100
 
 
 def test_operations(caller: Caller) -> None:
@@ -442,22 +541,57 @@ def test_an_engine_that_is_away_leaves_profiles_served(online: Any, shop: Any) -
         assert "cannot be reached" in told["parts"]["preferences"]
 
 
+BRANDS = (
+    "create table user_brand_profile (user_id text, brand text, brand_affinity bigint, purchase_count bigint, "
+    "last_brand_interaction timestamptz)"
+)
+ITEMS = "create table items (item_id text, title text, category text, brand text, price numeric, in_stock boolean)"
+
+
 def test_relations_that_are_missing_are_no_fault_of_the_caller(shop: Any) -> None:
     shop.execute("drop table user_brand_profile, items")
     with running(None, PreferenceClient(shop.engine), catalogue_refresh_seconds=0.05) as caller:
         status, content = caller.get("/v1/users/u1/profile")
         assert (status, content["error"]["code"]) == (503, "unavailable")
         assert "user_brand_profile" in content["error"]["message"]
+        # It is not ready for what users are answered, whatever else may work.
+        status, told = caller.get("/readyz")
+        assert (status, told["parts"]["preferences"]) == (503, content["error"]["message"])
+        shop.execute(BRANDS)
         status, told = caller.get("/readyz")
         assert (status, told["parts"]["preferences"]) == (
             503,
             "the catalogue is not in memory yet: wait for its first refresh",
         )
-        shop.execute(
-            "create table items (item_id text, title text, category text, brand text, price numeric, in_stock boolean)"
-        )
+        shop.execute(ITEMS)
         # The catalogue heals by itself.
         assert caller.ready()["ready"] is True
+
+
+def test_a_ranking_in_sql_is_ready_when_its_items_are(shop: Any) -> None:
+    shop.execute("drop table items")
+    with running(None, PreferenceClient(shop.engine), catalogue_refresh_seconds=None) as caller:
+        assert caller.get("/v1/users/u1/profile")[0] == 200
+        assert caller.get("/v1/users/u1/ranking")[0] == 503
+        status, told = caller.get("/readyz")
+        assert status == 503
+        assert "items" in told["parts"]["preferences"]
+        shop.execute(ITEMS)
+        assert caller.ready()["ready"] is True
+
+
+@pytest.mark.parametrize("forbidden", ["GetItem", "BatchGetItem"])
+def test_either_way_of_reading_dynamodb_has_to_work(script: Script, forbidden: str) -> None:
+    """A role that may use one of them only: requests for the domains that need the other are answered 500."""
+    script.behave = lambda request: (
+        failure("AccessDeniedException") if request.operation == forbidden else answer({"Responses": {}})
+    )
+    with running(profile_client(script.endpoint, max_attempts=1), None) as caller:
+        found = {caller.get(f"/v1/profiles/1{query}")[0] for query in ("", "?domains=watch")}
+        assert found == {200, 500}
+        status, told = caller.get("/readyz")
+        assert (status, told["ready"]) == (503, False)
+        assert "AccessDeniedException" in told["parts"]["profiles"]
 
 
 def test_a_slow_engine_ends_with_the_budget(shop: Any) -> None:

@@ -1,0 +1,224 @@
+"""What a request must pass before it is answered: whose it is, its size, and a free slot."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import time
+from collections import deque
+from collections.abc import Iterable
+from urllib.parse import urlsplit
+
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from dagster_prefs.errors import excerpt
+from dagster_prefs.serving.wire import MAX_BODY_BYTES, Metrics, error_answer
+
+# What an orchestrator and a scraper ask must be answered however busy the server is.
+OPERATIONAL = frozenset({"/healthz", "/readyz", "/metrics"})
+# A user id of 1,024 bytes, each of them escaped, and the cursor of a name as long.
+MAX_TARGET_BYTES = 16 * 1024
+# Requests that are begun between two looks at the sockets: some milliseconds' worth, so that a burst of hundreds does
+# not keep the others waiting.
+BEGUN_AT_ONCE = 16
+# In a request's scope: when all of it had arrived, of time.monotonic().
+ARRIVED = "prefs.arrived"
+# Bodies that are still arriving, of all requests together.
+MAX_ARRIVING_BYTES = 64 * 1024 * 1024
+
+
+class Refusal(Exception):
+    """A request that is not let in: status, code and sentence of its answer."""
+
+    def __init__(self, status: int, code: str, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+
+
+class Hosts:
+    """The names under which this server may be called, against websites that have theirs resolve to it.
+
+    `localhost` and IP addresses always may: no page of a browser is called by them unless it comes from there.
+    `*.example.com` takes every name below a domain, `*` any name.
+    """
+
+    def __init__(self, names: Iterable[str] = ()) -> None:
+        self._names = {"localhost", *(name.lower().rstrip(".") for name in names)}
+        self._domains = tuple(name[1:] for name in self._names if name.startswith("*."))
+
+    def allow(self, authority: str) -> bool:
+        """Whether a Host header, port included, may be answered."""
+        name = authority.lower()
+        if name.startswith("["):
+            name = name[1:].partition("]")[0]
+        elif name.count(":") == 1:
+            name = name.partition(":")[0]
+        name = name.rstrip(".")
+        if name in self._names or "*" in self._names or name.endswith(self._domains):
+            return True
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return False
+        return True
+
+
+class Gate:
+    """Lets requests in: from nobody else's website, complete, no longer than allowed, and `max_in_flight` at a time.
+
+    A request takes a slot once all of it is here, so that one which never ends keeps none.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, max_in_flight: int, hosts: Hosts) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._most = max_in_flight
+        self._hosts = hosts
+        self._arriving = 0
+        self._begun = 0
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.monotonic()
+        status = 0
+
+        async def note(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            self._check(scope)
+            if scope["path"] in OPERATIONAL:
+                await self._app(scope, receive, send)
+                return
+            body = await self._body(scope, receive)
+            if body is not None:
+                await self._answer(scope, _whole(body, receive), note)
+        except Refusal as refused:
+            await error_answer(refused.status, refused.code, str(refused))(scope, receive, note)
+        except Exception:
+            # Starlette answers it, outside of this.
+            status = 500
+            raise
+        finally:
+            if status:
+                route = scope.get("route")
+                name = route.path if isinstance(route, Route) else "other"
+                self._metrics.answered(name, status, time.monotonic() - started)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        metrics = self._metrics
+        if metrics.in_flight >= self._most:
+            metrics.refused += 1
+            raise Refusal(
+                503, "busy", f"{self._most} requests are being answered: try again, or add a server"
+            )
+        metrics.in_flight += 1
+        scope[ARRIVED] = time.monotonic()
+        try:
+            await self._turn()
+            await self._app(scope, receive, send)
+        finally:
+            metrics.in_flight -= 1
+
+    async def _turn(self) -> None:
+        """Wait until fewer than BEGUN_AT_ONCE requests were begun since the event loop looked at its sockets."""
+        loop = asyncio.get_running_loop()
+        if self._begun == 0:
+            loop.call_soon(self._next_turn)
+        if self._begun < BEGUN_AT_ONCE:
+            self._begun += 1
+            return
+        turn = loop.create_future()
+        self._waiting.append(turn)
+        await turn
+
+    def _next_turn(self) -> None:
+        self._begun = 0
+        while self._waiting and self._begun < BEGUN_AT_ONCE:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                self._begun += 1
+        if self._begun:
+            asyncio.get_running_loop().call_soon(self._next_turn)
+
+    def _check(self, scope: Scope) -> None:
+        given = [(name, value.decode("latin-1")) for name, value in scope["headers"] if name in _OF_BROWSERS]
+        headers = dict(given)
+        hosts = [value for name, value in given if name == b"host"]
+        for host in hosts:
+            if not self._hosts.allow(host):
+                raise Refusal(
+                    403,
+                    "foreign_host",
+                    f"this server is not called {excerpt(host)}: use its address, or start it with "
+                    "--allowed-host and that name",
+                )
+        origin = headers.get(b"origin")
+        if origin is not None and (not hosts or _authority(origin) != hosts[0].lower()):
+            raise Refusal(
+                403,
+                "foreign_origin",
+                f"a page of {excerpt(origin)} may not call this server: call it from a service",
+            )
+        if headers.get(b"sec-fetch-site") == "cross-site" and headers.get(b"sec-fetch-mode") != "navigate":
+            raise Refusal(403, "foreign_origin", "a page of another website may not call this server")
+        length = len(scope.get("raw_path") or b"") + len(scope["query_string"])
+        if length > MAX_TARGET_BYTES:
+            raise Refusal(
+                414, "too_long", f"path and query are {length} bytes long, more than {MAX_TARGET_BYTES}"
+            )
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
+        """The whole body; None where its sender has gone."""
+        body = bytearray()
+        try:
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    return None
+                chunk = message.get("body", b"")
+                body += chunk
+                self._arriving += len(chunk)
+                if len(body) > MAX_BODY_BYTES:
+                    raise Refusal(
+                        413, "too_large", f"the body is longer than {MAX_BODY_BYTES} bytes: split the request"
+                    )
+                if self._arriving > MAX_ARRIVING_BYTES:
+                    self._metrics.refused += 1
+                    raise Refusal(503, "busy", "too many long requests are arriving: try again")
+                if not message.get("more_body", False):
+                    return bytes(body)
+        finally:
+            self._arriving -= len(body)
+
+
+_OF_BROWSERS = frozenset({b"host", b"origin", b"sec-fetch-site", b"sec-fetch-mode"})
+
+
+def _authority(origin: str) -> str:
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return ""
+
+
+def _whole(body: bytes, receive: Receive) -> Receive:
+    given = False
+
+    async def replay() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
