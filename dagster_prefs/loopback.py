@@ -62,7 +62,7 @@ def _short(text: str) -> str:
     return repr(text[:100])
 
 
-def peer_uid(client: tuple[str, int], server: tuple[str, int]) -> int | None:
+def peer_uid(client: tuple[Any, ...], server: tuple[Any, ...]) -> int | None:
     """The user id that owns the client's end of a TCP connection on this machine; None where nobody holds it.
 
     Raises OSError where the system has no such table (it is Linux's).
@@ -82,7 +82,7 @@ def peer_uid(client: tuple[str, int], server: tuple[str, int]) -> int | None:
     return None
 
 
-def is_stranger(client: tuple[str, int] | None, server: tuple[str, int] | None) -> bool:
+def is_stranger(client: tuple[Any, ...] | None, server: tuple[Any, ...] | None) -> bool:
     """Whether a connection comes from another user of this machine than this process's and root.
 
     False where it cannot be told: not on Linux, and not over loopback, where the network decides who gets in.
@@ -103,7 +103,7 @@ def _mapped(address: str) -> str:
     return "0000000000000000" + f"{struct.unpack('=I', bytes([0, 0, 255, 255]))[0]:08X}" + _ipv4(address)
 
 
-def _listed(end: tuple[str, int], as_listed: Callable[[str], str]) -> str:
+def _listed(end: tuple[Any, ...], as_listed: Callable[[str], str]) -> str:
     return f"{as_listed(end[0])}:{end[1]:04X}"
 
 

@@ -37,7 +37,7 @@ RESERVED = {
     "dagster_dbt": {"defs"},
     "dbt": {"engine"},
     "click": {"cli"},
-    "starlette": {"serving"},
+    "starlette": {"serving", "defs"},
     "uvicorn": {"serving", "defs"},
     "pyiceberg": {"offline", "defs", "erasure", "freshness"},
     "moto": {"local"},

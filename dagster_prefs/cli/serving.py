@@ -176,7 +176,7 @@ def serve(
         app,
         host=host,
         port=port,
-        limits=ConnectionLimits(request_seconds, max_connections),
+        limits=ConnectionLimits(request_seconds, max_connections, settings.local_users == "own"),
         drain_seconds=drain_seconds,
         started=lambda url: console.print(f"serving at {url}; Ctrl-C stops"),
     )

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from dagster_prefs.loopback import is_stranger
 from dagster_prefs.serving.wire import error_body
 
 logger = logging.getLogger(__name__)
@@ -27,12 +28,13 @@ MIN_TAKEN_BYTES = 64 * 1024
 OTHER_FILES = 256
 LOG_SECONDS = 1.0
 
-End = Literal["late", "evicted", "refused", "slow"]
+End = Literal["late", "evicted", "refused", "slow", "stranger"]
 ENDS: dict[End, str] = {
     "late": "sent no whole request in time",
     "evicted": "waited for a request while the limit of connections was reached",
     "refused": "came while all others were being answered",
     "slow": "did not take their answer in time",
+    "stranger": "came from another user of this machine",
 }
 
 
@@ -42,11 +44,12 @@ class ConnectionLimits:
 
     `request_seconds`: from the opening of a connection, or the first byte of a further request on it, to the end
     of that request; also the time in which a client has to take a part of its answer. `connections`: how many may
-    be open.
+    be open. `own_user_only`: over loopback, only this user and root may connect.
     """
 
     request_seconds: float = 5.0
     connections: int = 1024
+    own_user_only: bool = False
 
 
 @dataclass
@@ -106,6 +109,12 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if self._all.limits.own_user_only and is_stranger(
+            transport.get_extra_info("peername"), transport.get_extra_info("sockname")
+        ):
+            self._all.note("stranger")
+            transport.abort()
+            return
         self._all.admit(self)
         self._follow(expecting=True)
 

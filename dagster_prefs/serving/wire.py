@@ -34,7 +34,8 @@ MAX_BODY_BYTES = 1024 * 1024
 MAX_BUDGET_MS = 30_000
 # Items of a ranking.
 DEFAULT_LIMIT = 50
-VIEWER_ID = "-?[0-9]{1,19}([.]0+)?"
+# A viewer id as text, as `dagster_prefs.ids` reads it.
+VIEWER_ID = "[ \\t\\r\\n]*-?[0-9]{1,19}([.]0+)?[ \\t\\r\\n]*"
 LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 # What a message of an error holds at most, whatever it repeats.
 MAX_MESSAGE_CHARACTERS = 2_000

@@ -352,7 +352,9 @@ def beyond(schema: dict[str, Any]) -> Iterator[tuple[Any, bool]]:
     if schema.get("format") == "int64":
         yield from ((2**63 - 1, True), (-(2**63), True), (2**63, False), (-(2**63) - 1, False))
     if schema["type"] in ("integer", "number"):
-        yield from (("nan", False), ("1_0", False), (" 1", False), ("\u0661", False), ("9" * 5000, False))
+        # An id is read by the rule of every door, which trims a text.
+        yield from (("nan", False), ("1_0", False), (" 1", schema.get("format") == "int64"))
+        yield from (("\u0661", False), ("9" * 5000, False))
     if schema["type"] == "integer":
         yield "1.5", False
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 import http.client
 import json
 import logging
+import os
+import re
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -578,3 +582,31 @@ def test_keep_alive_still_works(script: Script) -> None:
                 found += peer.recv(4096)
         with peers(caller.port, 1, POST.replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n")) as (peer,):
             assert peer.recv(21) == b"HTTP/1.1 100 Continue"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_another_user_of_the_machine_is_not_answered() -> None:
+    """Where `PREFS_LOCAL_USERS=own`, the default, says so."""
+    app = server.make_app(None, None)
+    served = server.make_server(app, ConnectionLimits(own_user_only=True))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        running = threading.Thread(target=served.run, kwargs={"sockets": [listener]}, daemon=True)
+        running.start()
+        ask = (
+            "import http.client, os, sys; os.setuid(int(sys.argv[2]));"
+            "c = http.client.HTTPConnection('127.0.0.1', int(sys.argv[1]), timeout=30);"
+            "c.request('GET', '/healthz'); print(c.getresponse().status)"
+        )
+        told = {
+            uid: subprocess.run(
+                [sys.executable, "-c", ask, str(port), str(uid)], capture_output=True, text=True
+            )
+            for uid in (0, 54_321)
+        }
+        served.should_exit = True
+        running.join(30)
+    assert told[0].stdout == "200\n", told[0].stderr
+    assert told[54_321].stdout == ""
+    assert re.search(r"RemoteDisconnected|ConnectionResetError", told[54_321].stderr)
+    assert app.state.connections.ended["stranger"] == 1
