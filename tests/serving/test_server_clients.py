@@ -594,7 +594,7 @@ def test_another_user_of_the_machine_is_not_answered() -> None:
         running = threading.Thread(target=served.run, kwargs={"sockets": [listener]}, daemon=True)
         running.start()
         ask = (
-            "import http.client, os, sys; os.setuid(int(sys.argv[2]));"
+            "import encodings.idna, http.client, os, sys; os.setuid(int(sys.argv[2]));"
             "c = http.client.HTTPConnection('127.0.0.1', int(sys.argv[1]), timeout=30);"
             "c.request('GET', '/healthz'); print(c.getresponse().status)"
         )
