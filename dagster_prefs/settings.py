@@ -223,11 +223,6 @@ class Settings(BaseSettings):
         description="`on` keeps credentials as RisingWave secrets (licensed) and lets options refer to them; "
         "`off` gives plain values, which anyone who may read RisingWave's catalog sees.",
     )
-    risingwave_old_sinks: Literal["refuse", "allow"] = Field(
-        "refuse",
-        description="Whether DynamoDB sinks may be made on RisingWave below 3.0.2, which loses throttled writes; "
-        "for trials.",
-    )
     alert_webhook: SecretStr | None = Field(
         None,
         description="Slack-compatible webhook (https) that freshness alerts go to; empty means they are logged.",

@@ -182,7 +182,7 @@ def serve(
     )
 
 
-@cli.command()
+@cli.command(context_settings={"ignore_unknown_options": True})
 @click.argument("viewer", type=ViewerId())
 @click.argument("attribute")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")

@@ -11,6 +11,7 @@ from dagster_dbt.asset_utils import get_asset_check_key_for_test
 from dagster_prefs.defs.deployment import DEPLOYMENT_CHECKS
 from dagster_prefs.defs.resources import TABLE_KEY, TRAINING_TABLES_KEY, Platform
 from dagster_prefs.engine.catalog import NotDeployed, row_counts
+from dagster_prefs.engine.version import require_version
 
 REFRESH_JOB = "refresh"
 EVENT_TABLES_JOB = "event_tables"
@@ -79,6 +80,10 @@ def build(platform: Platform) -> dg.Definitions:
         def log(result: Any) -> None:
             context.log.info(f"{result.name}: {result.status} {result.message} ({result.seconds:.2f} s)")
 
+        # Before the topics are noted or the table is made; dbt would refuse such a server only afterwards.
+        with platform.engine.connect() as connection:
+            require_version(connection, platform.engine, platform.dbt)
+
         feeds = [name for name in selected if kinds_of.get(name) == "kafka_feed"]
         if feeds:
             # Before the feeds are made, so that one whose topic was made anew reads the new one from its start.
@@ -86,7 +91,7 @@ def build(platform: Platform) -> dg.Definitions:
                 platform.kafka_topics(note=True)
 
         if platform.engine.kind == "risingwave" and any(kinds_of.get(name) == "sink" for name in selected):
-            # RisingWave below 3 makes a sink into a table of any key, and then fails for ever.
+            # A table that is missing or has another key is named here with the remedy, before a sink is tried.
             platform.provision(platform.dynamodb())
 
         # A run of everything needs no selection, and dbt resolves none faster than one of eighty names.

@@ -17,18 +17,22 @@ from psycopg import sql
 from dagster_prefs.engine.catalog import Catalog, read_catalog
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.engine.dbt import Dbt
+from dagster_prefs.engine.explain import engine_words, redacted
 from dagster_prefs.engine.plan import (
     CONTRACT_KIND,
     DEPLOYMENTS,
+    FEED_KIND,
     JOURNAL_KIND,
     PENDING_KIND,
     Plan,
     PlanError,
     ReviewContract,
+    feed_sink,
+    feed_to_come,
     make_plan,
     read_records,
-    redacted,
 )
+from dagster_prefs.engine.version import require_version
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.files import make_private_folder
 
@@ -86,7 +90,8 @@ def apply_plan(
     where this one ended, and one that finds nothing to do changes nothing.
 
     Raises PlanError, before anything is changed, when the plan must not be carried out or another apply runs from
-    the same state folder; ApplyError when a step failed; DbtError; EngineUnavailable; what `online` raises.
+    the same state folder; EngineTooOld likewise; ApplyError when a step failed; DbtError; EngineUnavailable; what
+    `online` raises.
     """
     make_private_folder(dbt.target_dir)
     lock = FileLock(dbt.target_dir / "apply.lock")
@@ -96,15 +101,23 @@ def apply_plan(
         raise PlanError(
             "another `prefs apply` is running with the same PREFS_DATA_DIR: wait until it is done"
         ) from None
+    step = "look at what is deployed"
+
+    def told(next_step: str) -> None:
+        nonlocal step
+        step = next_step
+        on_step(next_step)
+
     try:
         with engine.connect() as connection:
-            return _Apply(connection, engine, dbt, online, on_step).run(
+            require_version(connection, engine, dbt)
+            return _Apply(connection, engine, dbt, online, told).run(
                 partial(make_plan, engine, dbt, review, drop_orphans=drop_orphans)
             )
     except psycopg.Error as error:
         raise ApplyError(
-            f"the engine refused a step ({' '.join(str(error).split())}): "
-            "remove the cause and run `prefs apply` again, which goes on from there"
+            f"the engine at {engine.host}:{engine.port} refused a statement of the step “{step}”: remove the cause "
+            f"and run `prefs apply` again, which goes on from there. It says: {engine_words(str(error))}"
         ) from error
     finally:
         lock.release()
@@ -138,6 +151,8 @@ class _Apply:
         for journal in self._journals():
             if journal.id != plan.id:
                 self._abandon(journal)
+        if feeds := [name for name, model in plan.models.items() if model.kind == FEED_KIND]:
+            self._drop_all([feed_to_come(name) for name in feeds], "the unfinished source")
         if plan.changes:
             self._carry_out(plan)
         return plan
@@ -157,7 +172,16 @@ class _Apply:
                 if models[name].domain
                 and (name in plan.closure if self.streaming else self._affects(plan, differing, name))
             ),
-            drop=tuple(relation.name for relation in plan.to_drop),
+            # A feed's sink has no record of its own, and the feed cannot go before it.
+            drop=tuple(
+                name
+                for relation in plan.to_drop
+                for name in (
+                    [feed_sink(relation.name), relation.name]
+                    if relation.kind == FEED_KIND
+                    else [relation.name]
+                )
+            ),
         )
         self._write(journal)
         if not self.streaming:
@@ -334,7 +358,7 @@ class _Apply:
             self._execute("drop {} {}", sql.SQL(there.kind), self._at(name))
         except psycopg.Error as error:
             raise ApplyError(
-                f"{what} {name} cannot be dropped ({' '.join(str(error).split())}): drop what stands on it if it is "
+                f"{what} {name} cannot be dropped ({engine_words(str(error))}): drop what stands on it if it is "
                 "not this project's, then run `prefs apply` again"
             ) from error
 

@@ -149,7 +149,14 @@ class EngineConnection:
         connection.execute("set time zone 'UTC'")
         if self.kind == "risingwave":
             # Reads must see this session's own writes, as they do on PostgreSQL.
-            connection.execute("set rw_implicit_flush to true")
+            try:
+                connection.execute("set rw_implicit_flush to true")
+            except psycopg.errors.UndefinedObject:
+                connection.close()
+                raise EngineUnavailable(
+                    f"the engine at {self.host}:{self.port} is no RisingWave: check PREFS_ENGINE_HOST and "
+                    "PREFS_ENGINE_PORT, or set PREFS_ENGINE=local"
+                ) from None
         if not autocommit:
             connection.commit()
         return connection

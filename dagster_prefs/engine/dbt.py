@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from filelock import FileLock
 
 from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.explain import failed_statement
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.files import make_private_folder
 
@@ -140,6 +142,8 @@ class Dbt:
         if exclude:
             args += ["--exclude", " ".join(exclude)]
 
+        described = _Described(self)
+
         def heard(event: Any) -> None:
             if on_result and event.info.name == "NodeFinished":
                 info = event.data.node_info
@@ -147,7 +151,7 @@ class Dbt:
                     NodeResult(
                         unique_id=info.unique_id,
                         status=str(event.data.run_result.status),
-                        message=one_line(event.data.run_result.message),
+                        message=described.message(info.unique_id, event.data.run_result.message),
                         seconds=event.data.run_result.execution_time,
                         failures=None,
                     )
@@ -169,7 +173,7 @@ class Dbt:
             NodeResult(
                 unique_id=result.node.unique_id,
                 status=str(result.status),
-                message=one_line(result.message or ""),
+                message=described.message(result.node.unique_id, result.message or ""),
                 seconds=float(result.execution_time),
                 failures=result.failures,
             )
@@ -223,6 +227,25 @@ class Dbt:
         return digest.hexdigest()
 
 
+class _Described:
+    """The messages of one run, each told with the node that it is about."""
+
+    def __init__(self, dbt: Dbt) -> None:
+        self._dbt = dbt
+
+    @cached_property
+    def _manifest(self) -> dict[str, Any]:
+        # As this run, or the compilation before it, has left it; only failures are looked up.
+        found: dict[str, Any] = json.loads(self._dbt.manifest_path.read_bytes())
+        return found
+
+    def message(self, unique_id: str, said: str) -> str:
+        meant = _meaning(said)
+        if meant is None and "Error in" in said and self._dbt.manifest_path.is_file():
+            meant = failed_statement(said, unique_id, self._manifest, self._dbt.connection)
+        return meant or one_line(said)
+
+
 # What RisingWave says of a statement that cannot work, and what it means to who runs it.
 _MEANINGS = (
     (
@@ -235,14 +258,20 @@ _MEANINGS = (
         "PREFS_KAFKA_SECURITY_PROTOCOL with what belongs to it",
     ),
     (
-        r"ResourceNotFoundException",
+        r"ResourceNotFoundException|DynamoDB error\s[^\n]*table \S+ not found",
         "DynamoDB has no such table for the sink: materialize dynamodb/viewer_profiles or make it with Terraform "
         "first, and check PREFS_TABLE_PREFIX, AWS_REGION and AWS_ENDPOINT_URL",
     ),
     (
-        r"key field (\S+) not found in schema or not primary key|primary key.*not.*key schema",
+        # In the words of 3.0.2 and later, and of older servers.
+        r"DynamoDB table \S+ primary key .* must match RisingWave primary key|table \S+ key schema is empty"
+        r"|key field (\S+) not found in schema or not primary key|primary key.*not.*key schema",
         "the DynamoDB table has another key than the contract's: it was made by somebody else or for another "
         "version; choose another PREFS_TABLE_PREFIX, or migrate it",
+    ),
+    (
+        r"DynamoDB error\s[^\n]*table (\S+) is not active",
+        r"DynamoDB's table \1 is not ACTIVE yet: wait until it is, then run again",
     ),
     (
         r"[Ff]eature \"?(\w+)\"? is not available|exceeds the maximum allowed by the license key",
@@ -258,14 +287,20 @@ _MEANINGS = (
 )
 
 
+def _meaning(message: str) -> str | None:
+    for said, meant in _MEANINGS:
+        if found := re.search(said, message):
+            return found.expand(meant) if "\\" in meant else meant
+    return None
+
+
 def one_line(message: str) -> str:
     """dbt's message without its position and call stack: what failed and why, on one line.
 
     What RisingWave says in a chain of causes is replaced by what to do, where that is known.
     """
-    for said, meant in _MEANINGS:
-        if found := re.search(said, message):
-            return found.expand(meant) if "\\" in meant else meant
+    if meant := _meaning(message):
+        return meant
     kept = []
     for line in message.strip().splitlines():
         text = line.strip()

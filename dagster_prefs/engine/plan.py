@@ -19,6 +19,8 @@ from sqlglot.errors import SqlglotError
 from dagster_prefs.engine.catalog import Catalog, CatalogObject, read_catalog
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.engine.dbt import Dbt
+from dagster_prefs.engine.explain import redacted
+from dagster_prefs.engine.version import require_version
 from dagster_prefs.errors import PrefsError
 
 DEPLOYMENTS = "deployments"
@@ -27,6 +29,9 @@ DEPLOYMENTS = "deployments"
 BESIDE = re.compile(r"__next_([0-9a-f]{8})$")
 # What dbt-risingwave's own zero-downtime mode leaves.
 DBT_LEFTOVER = re.compile(r"_dbt_zero_down_tmp_")
+
+# A Kafka feed: a source under the model's name, and a sink of it into the topic's raw table (macro `kafka_feed`).
+FEED_KIND = "kafka_feed"
 
 # Records of `deployments` that are no relations.
 CONTRACT_KIND = "contract"
@@ -38,9 +43,12 @@ How = Literal["create", "in place", "swap", "rebuild", "drop", "kept", ""]
 
 _CATALOG_KINDS: Mapping[str, Mapping[str, str]] = {
     "local": {"materialized_view": "materialized view", "sink": "view", "table_with_connector": "table"},
-    "risingwave": {"materialized_view": "materialized view", "table_with_connector": "table"},
+    "risingwave": {
+        "materialized_view": "materialized view",
+        "table_with_connector": "table",
+        "kafka_feed": "source",
+    },
 }
-_CREDENTIALS = re.compile(r"(?i)((?:secret|password|access[._]key|token|jaas)[a-z._]*\s*=\s*)'[^']*'")
 
 
 class PlanError(PrefsError):
@@ -71,6 +79,11 @@ class Model:
     def holds_data(self) -> bool:
         """Whether it is a table that keeps what arrived, which nothing could make again."""
         return self.kind == "table_with_connector"
+
+    @property
+    def replaces_itself(self) -> bool:
+        """Whether a run of its model replaces what runs: a feed is made anew beside the old one by dbt alone."""
+        return self.kind == FEED_KIND
 
 
 @dataclass(frozen=True)
@@ -233,6 +246,21 @@ class Plan:
         return "\n".join(lines)
 
 
+def catalog_kind(engine: Literal["local", "risingwave"], materialization: str) -> str:
+    """What the engine's catalog calls a relation that dbt made by this materialization."""
+    return _CATALOG_KINDS[engine].get(materialization, materialization)
+
+
+def feed_sink(feed: str) -> str:
+    """The sink that carries a feed's messages into the raw table."""
+    return f"{feed}_feed"
+
+
+def feed_to_come(feed: str) -> str:
+    """The source that a feed is replaced by, until it takes the name over."""
+    return f"{feed}_next"
+
+
 def definition_checksum(definition: str, indexes: str) -> str:
     """MD5 of a definition without the database's name, and its indexes as JSON, as dbt's hooks compute it."""
     return hashlib.md5(f"{definition}\n{indexes}".encode(), usedforsecurity=False).hexdigest()
@@ -243,11 +271,13 @@ def make_plan(
 ) -> Plan:
     """Compile the models and compare them with the engine; changes nothing.
 
-    Raises PlanError when `deployments` is not ours; DbtError when a model does not compile; EngineUnavailable.
+    Raises PlanError when `deployments` is not ours; DbtError when a model does not compile; EngineTooOld;
+    EngineUnavailable.
     """
-    manifest = dbt.compiled_manifest()
-    models = compiled_models(manifest, engine.database)
     with engine.connect() as connection:
+        require_version(connection, engine, dbt)
+        manifest = dbt.compiled_manifest()
+        models = compiled_models(manifest, engine.database)
         catalog = read_catalog(connection, engine)
         records, fragments = read_records(connection, engine, catalog)
     return compare(
@@ -339,12 +369,11 @@ def compare(
     found: dict[str, RelationPlan] = {}
     unchanged = []
     for model in models.values():
+        broken = stranded.get(model.name, "")
+        if model.kind == FEED_KIND and feed_sink(model.name) not in catalog.objects:
+            broken = f"{feed_sink(model.name)}, which fills its raw table, is gone"
         differs = _difference(
-            engine,
-            model,
-            relations_of.get(model.name),
-            catalog.objects.get(model.name),
-            stranded.get(model.name, ""),
+            engine, model, relations_of.get(model.name), catalog.objects.get(model.name), broken
         )
         if differs is None:
             unchanged.append(model.name)
@@ -373,6 +402,8 @@ def compare(
     for name, relation in found.items():
         if relation.action == "changed" and relation.how != "kept":
             found[name] = _with_readers(relation, models, exposures)
+    kinds = {name: one.kind for name, one in relations_of.items()} | {m.name: m.kind for m in models.values()}
+    unfinished_feeds = {feed_to_come(name) for name, kind in kinds.items() if kind == FEED_KIND}
     return Plan(
         engine=engine,
         unchanged=tuple(unchanged),
@@ -381,7 +412,11 @@ def compare(
         contract=contract,
         stranded=stranded,
         leftovers=tuple(
-            sorted(name for name in catalog.objects if BESIDE.search(name) or DBT_LEFTOVER.search(name))
+            sorted(
+                name
+                for name in catalog.objects
+                if BESIDE.search(name) or DBT_LEFTOVER.search(name) or name in unfinished_feeds
+            )
         ),
         unfinished=tuple(
             sorted(name.split(":")[1] for name, record in records.items() if record.kind == JOURNAL_KIND)
@@ -408,8 +443,10 @@ def _difference(
     model: Model,
     record: Record | None,
     there: CatalogObject | None,
-    stranded: str,
+    broken: str,
 ) -> RelationPlan | None:
+    in_place = engine == "local" or model.replaces_itself
+
     def differs(action: Action, how: How, why: str = "", diff: str = "", **more: Any) -> RelationPlan:
         return RelationPlan(model.name, model.kind, action, how, why, diff, **more)
 
@@ -424,7 +461,7 @@ def _difference(
             "a relation of this name is there that this project did not make, and it is left as it is: rename it, "
             "or choose another PREFS_ENGINE_SCHEMA or PREFS_ENGINE_DATABASE",
         )
-    kind = _CATALOG_KINDS[engine].get(model.kind, model.kind)
+    kind = catalog_kind(engine, model.kind)
     diff = readable_diff(engine, model, record.definition or "")
     if there.kind != kind:
         if "table" in (there.kind, kind):
@@ -443,28 +480,28 @@ def _difference(
                 "another name",
                 diff,
             )
-        return differs(
-            "changed", "in place" if engine == "local" else "rebuild", f"{there.kind} becomes {kind}", diff
-        )
+        return differs("changed", "in place" if in_place else "rebuild", f"{there.kind} becomes {kind}", diff)
     if record.state == "deployed" and record.checksum == model.checksum:
-        return differs("changed", "rebuild", stranded) if stranded else None
+        return differs("changed", "in place" if in_place else "rebuild", broken) if broken else None
     if record.definition is None:
         # Its run was cut off between making and recording it. A table cannot be another than what was asked for.
         if model.holds_data:
             return differs("changed", "kept", "the run that made it did not record it")
-        how: How = "in place" if engine == "local" else "swap"
+        how: How = "in place" if in_place else "swap"
         return differs("changed", how, "the run that made it was interrupted")
     if model.holds_data:
         return _table_difference(model, record.definition, differs, diff)
-    if not diff:
-        if definition_checksum(record.definition, model.indexes) == record.checksum:
+    if not diff and not broken:
+        # The record's definition lacks credentials, so that its checksum tells nothing of what may hold them.
+        indexed = model.kind not in (FEED_KIND, "sink", "subscription")
+        if not indexed or definition_checksum(record.definition, model.indexes) == record.checksum:
             return differs(
                 "changed", "kept", "only its layout or comments differ: it is recorded, nothing is rebuilt"
             )
         diff = f"its indexes become {model.indexes}"
-    if engine == "local":
-        return differs("changed", "in place", stranded, diff)
-    return differs("changed", "rebuild" if kind in ("sink", "subscription") else "swap", stranded, diff)
+    if in_place:
+        return differs("changed", "in place", broken, diff)
+    return differs("changed", "rebuild" if kind in ("sink", "subscription") else "swap", broken, diff)
 
 
 def _table_difference(
@@ -550,11 +587,6 @@ def readable_diff(engine: Literal["local", "risingwave"], model: Model, deployed
     before, after = (_formatted(engine, text) for text in (deployed, redacted(model.sql)))
     lines = difflib.unified_diff(before, after, "deployed", "compiled", lineterm="", n=2)
     return "\n".join(lines)
-
-
-def redacted(definition: str) -> str:
-    """A definition without the values of options that hold credentials, as the engine's record has it."""
-    return _CREDENTIALS.sub(r"\1'***'", definition)
 
 
 def _formatted(engine: Literal["local", "risingwave"], text: str) -> list[str]:

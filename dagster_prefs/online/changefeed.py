@@ -289,13 +289,14 @@ class _Publisher:
                 continue
             self._end_of_moment()
             self._flush(self.moment)
+            # Changes up to a committed moment would have come with a FETCH after it, and there were none.
+            if goal is not None:
+                self.lease.record(self.lease.state.feed, goal, len(self.refused))
+                return
             if quiet is None:
                 quiet = (time.monotonic(), feed.committed())
-            elif goal is not None or time.monotonic() - quiet[0] >= QUIET_SECONDS:
-                # Changes up to that moment would have come with a FETCH after it, and there were none.
+            elif time.monotonic() - quiet[0] >= QUIET_SECONDS:
                 self.lease.record(self.lease.state.feed, quiet[1], len(self.refused))
-                if goal is not None:
-                    return
                 quiet = (time.monotonic(), feed.committed())
 
     def _apply(self, changes: Sequence[Change]) -> None:
@@ -402,15 +403,16 @@ class _Publisher:
         feed.open(None)
         self.resyncs += 1
         self.notify(f"domain {self.domain.name}: comparing the whole view with table {self.table.name}")
-        silences = 0
         beyond: list[Change] = []
-        while not beyond and silences < 2:
+        more = True
+        while more and not beyond:
             self._go_on()
-            changes = feed.fetch(PAGE, FETCH_SECONDS)
+            # Without patience: nothing means that the view has been read, and until it has, a crash costs all of it.
+            changes = feed.fetch(PAGE)
             rows = [change for change in changes if change.timestamp is None]
             self._write_different(rows)
             beyond = changes[len(rows) :]
-            silences = 0 if changes else silences + 1
+            more = bool(changes)
         for viewers in self.items.pages(self.domain.key):
             for place in range(0, len(viewers), PAGE):
                 self._go_on()

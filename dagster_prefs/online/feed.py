@@ -18,11 +18,14 @@ import psycopg
 from psycopg import sql
 
 from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.durations import with_unit
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.online.contract import Contract, Domain
 from dagster_prefs.online.publisher import PublishError, column_problems
 
 _CURSOR = sql.Identifier("prefs_changefeed")
+# An epoch is a time in milliseconds since this one, and 16 bits below it (src/common/src/util/epoch.rs).
+_EPOCH_BITS, _EPOCH_START_MILLISECONDS = 16, 1_617_235_200_000
 
 
 class FeedBroken(PrefsError):
@@ -113,15 +116,32 @@ class SubscriptionFeed:
         return f"{self.engine.database}.{self.engine.schema}.{name}:{subscription}:{made}:{upstream}:{digest}"
 
     def committed(self) -> int:
-        """The engine's last complete moment, milliseconds since 1970; whatever is read later is not older."""
-        # In a batch query now() is the time of the snapshot that it reads, which is why it has to read the view.
-        ((moment, _),) = self._rows(
+        """The view's last complete moment, milliseconds since 1970; every FETCH after this call knows of its changes.
+
+        Not now(), which is the newest moment of all databases on the server: one whose barriers are ahead of the
+        view's would vouch for changes of the view that are still to come. FLUSH comes second, because RisingWave's
+        frontend, which answers a FETCH, learns of a moment later than the catalog.
+        """
+        found = self._rows(
             sql.SQL(
-                "select (extract(epoch from now()) * 1000)::bigint, count(*)"
-                " from (select 1 as one from {} limit 1) as any_row"
-            ).format(self.relation)
+                "select (s.committed_epoch >> {}) + {} from rw_catalog.rw_hummock_snapshot as s"
+                " join rw_catalog.rw_relations as r on r.id = s.table_id"
+                " join rw_catalog.rw_schemas as n on n.id = r.schema_id"
+                " where n.name = {} and r.name = {}"
+            ).format(
+                sql.Literal(_EPOCH_BITS),
+                sql.Literal(_EPOCH_START_MILLISECONDS),
+                sql.Literal(self.engine.schema),
+                sql.Literal(self.domain.relation),
+            )
         )
-        return int(moment)
+        if not found:
+            raise FeedBroken(f"domain {self.domain.name}: {self.domain.relation} is gone: run `dbt run`")
+        try:
+            self._connection.execute(sql.SQL("flush"), prepare=False)
+        except psycopg.Error as error:
+            raise self._broken(error) from None
+        return int(found[0][0])
 
     def present(self, viewers: Iterable[int]) -> set[int]:
         """Those of the viewers that have a row now."""
@@ -152,15 +172,14 @@ class SubscriptionFeed:
                 ) from None
             raise self._broken(error) from None
 
-    def fetch(self, limit: int, timeout_seconds: int) -> list[Change]:
+    def fetch(self, limit: int, timeout_seconds: int = 0) -> list[Change]:
         """The next changes, at most `limit`; waits up to `timeout_seconds` when there are none yet."""
+        statement = sql.SQL("fetch {} from {}").format(sql.Literal(limit), _CURSOR)
+        if timeout_seconds:
+            patience = sql.Literal(with_unit(timeout_seconds, "timeout_seconds"))
+            statement += sql.SQL(" with (timeout = {})").format(patience)
         try:
-            cursor = self._connection.execute(
-                sql.SQL("fetch {} from {} with (timeout = {})").format(
-                    sql.Literal(limit), _CURSOR, sql.Literal(f"{timeout_seconds}s")
-                ),
-                prepare=False,
-            )
+            cursor = self._connection.execute(statement, prepare=False)
             rows = cursor.fetchall()
         except psycopg.Error as error:
             if "data may have been recycled" in str(error):

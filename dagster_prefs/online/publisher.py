@@ -20,6 +20,7 @@ import psycopg
 from psycopg import sql
 
 from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.durations import with_unit
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.online.contract import Contract, Domain
 from dagster_prefs.online.items import ItemEncoder, ItemError
@@ -236,7 +237,8 @@ class _Publication:
 
     def _lock(self, timeout_seconds: float) -> None:
         self.control.execute(
-            "select set_config('lock_timeout', %s, false)", [f"{timeout_seconds * 1000:.0f}ms"]
+            "select set_config('lock_timeout', %s, false)",
+            [with_unit(timeout_seconds, "lock_timeout_seconds")],
         )
         self.control.execute(
             "select pg_advisory_lock(hashtextextended(%s, 0))",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 
 from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.durations import with_unit
 from dagster_prefs.online.contract import Contract
 from dagster_prefs.online.publisher import PublishError, publish_lock
 
@@ -78,7 +79,8 @@ class ViewerItems:
     def _withdraw_published(self, engine: EngineConnection, lock_timeout_seconds: float) -> int:
         with engine.connect() as control:
             control.execute(
-                "select set_config('lock_timeout', %s, false)", [f"{lock_timeout_seconds * 1000:.0f}ms"]
+                "select set_config('lock_timeout', %s, false)",
+                [with_unit(lock_timeout_seconds, "lock_timeout_seconds")],
             )
             try:
                 for domain in sorted(self._contract.domains.values(), key=lambda domain: domain.key):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import psycopg
+from psycopg import sql
 
 from dagster_prefs.engine.connection import EngineConnection, EngineUnavailable
+from dagster_prefs.engine.durations import timed_out, with_unit
 from dagster_prefs.errors import PrefsError
 
 T = TypeVar("T")
@@ -36,12 +37,14 @@ class EngineBusy(PrefsError):
 class ConnectionPool:
     """Up to `size` connections, opened on demand, shared by threads.
 
-    `statement_timeout_seconds` bounds each statement and the wait for a free connection.
+    `statement_timeout_seconds` bounds each statement and the wait for a free connection. Raises PrefsError for one
+    that no engine takes.
     """
 
     def __init__(self, engine: EngineConnection, size: int, statement_timeout_seconds: float) -> None:
         self.engine = engine
         self.timeout_seconds = statement_timeout_seconds
+        self._statement_timeout = with_unit(statement_timeout_seconds, "statement_timeout_seconds")
         self._free = threading.BoundedSemaphore(size)
         self._size = size
         self._idle: list[Connection] = []
@@ -61,17 +64,19 @@ class ConnectionPool:
                     try:
                         return self._read(connection, read)
                     except STALE as error:
-                        if isinstance(error, psycopg.errors.QueryCanceled):
+                        if timed_out(error):
                             raise
                         self._close_idle()
                 connection = self._open()
                 return self._read(connection, read)
-            except psycopg.errors.QueryCanceled:
-                raise EngineBusy(
-                    f"the engine did not answer within {self.timeout_seconds:g} s: raise "
-                    "statement_timeout_seconds, or look at the engine's load"
-                ) from None
-            except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+            except psycopg.Error as error:
+                if timed_out(error):
+                    raise EngineBusy(
+                        f"the engine did not answer within {self.timeout_seconds:g} s: raise "
+                        "statement_timeout_seconds, or look at the engine's load"
+                    ) from None
+                if not isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError)):
+                    raise
                 where = f"{self.engine.host}:{self.engine.port}"
                 again = " twice" if reused else ""
                 raise EngineUnavailable(
@@ -107,10 +112,9 @@ class ConnectionPool:
 
     def _open(self) -> Connection:
         connection = self.engine.connect()
-        # RisingWave takes whole seconds without a unit.
-        seconds = self.timeout_seconds
-        limit = str(math.ceil(seconds)) if self.engine.kind == "risingwave" else f"'{seconds * 1000:.0f}ms'"
-        connection.execute(f"set statement_timeout to {limit}")
+        connection.execute(
+            sql.SQL("set statement_timeout to {}").format(sql.Literal(self._statement_timeout))
+        )
         return connection
 
     def _read(self, connection: Connection, read: Callable[[Connection], T]) -> T:

@@ -266,7 +266,7 @@ shown as (
 
   select
     {{ place }},
-    case when reason is not null or canary is not null then {{ text_of("data") }} end as payload,
+    case when reason is not null or canary is not null then {{ text_of("substr(data, 1, " ~ most ~ ")") }} end as payload,
     reason,
     canary,
     {{ fields | join(", ") }}

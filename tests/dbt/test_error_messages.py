@@ -50,6 +50,23 @@ SINK = """Failed to run the query
             "version; choose another PREFS_TABLE_PREFIX, or migrate it",
         ),
         (
+            SINK.format(
+                "DynamoDB error\n    4: DynamoDB table viewer_profiles primary key "
+                '["viewer_id"] must match RisingWave primary key ["viewer_id", "domain_key"]'
+            ),
+            "the DynamoDB table has another key than the contract's: it was made by somebody else or for another "
+            "version; choose another PREFS_TABLE_PREFIX, or migrate it",
+        ),
+        (
+            SINK.format("DynamoDB error\n    4: table viewer_profiles not found"),
+            "DynamoDB has no such table for the sink: materialize dynamodb/viewer_profiles or make it with Terraform "
+            "first, and check PREFS_TABLE_PREFIX, AWS_REGION and AWS_ENDPOINT_URL",
+        ),
+        (
+            SINK.format("DynamoDB error\n    4: table viewer_profiles is not active"),
+            "DynamoDB's table viewer_profiles is not ACTIVE yet: wait until it is, then run again",
+        ),
+        (
             "feature DynamoDbSink is not available based on your license\n\nHint: You may want to set a license key",
             "RisingWave's licence does not grant this: set a key with `alter system set license_key = '…'`, keep the "
             "cluster at 4 CPU cores and below 20 GiB of memory, or set PREFS_PUBLISH=changefeed and "

@@ -25,6 +25,9 @@ from dagster_prefs.settings import Settings, known_variables
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPOSE = ROOT / "compose.yaml"
+NEEDED = yaml.safe_load((ROOT / "dbt_project/dbt_project.yml").read_text())["vars"]["requires_risingwave"][
+    "version"
+]
 
 Stack = dict[str, Any]
 Rule = Callable[[Stack], Iterator[str]]
@@ -133,8 +136,8 @@ def risingwave_keeps_the_trial_licence(stack: Stack) -> Iterator[str]:
     if int(options["total-memory-bytes"]) >= memory:
         yield "risingwave: it plans with more memory than it has"
     version = tuple(int(part) for part in service["image"].partition("@")[0].rpartition(":v")[2].split("."))
-    if version < (3, 0, 2):
-        yield "risingwave: DynamoDB sinks need 3.0.2"
+    if version < tuple(map(int, NEEDED.split("."))):
+        yield f"risingwave: the product needs {NEEDED}"
 
 
 def servers_are_watched(stack: Stack) -> Iterator[str]:

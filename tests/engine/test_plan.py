@@ -9,6 +9,7 @@ from typing import Any, Literal
 import pytest
 
 from dagster_prefs.engine.catalog import Catalog, CatalogObject
+from dagster_prefs.engine.explain import redacted
 from dagster_prefs.engine.plan import (
     ContractChange,
     ContractReview,
@@ -22,7 +23,7 @@ from dagster_prefs.engine.plan import (
 
 KINDS = {
     "table_with_connector": "table", "materialized_view": "materialized view", "view": "view", "sink": "sink",
-    "subscription": "subscription",
+    "subscription": "subscription", "kafka_feed": "source",
 }  # fmt: skip
 
 
@@ -59,7 +60,7 @@ PROJECT = (RAW, TILE, ROLLING, PLAIN, SINK, OTHER)
 def recorded(one: Model) -> Record:
     """What dbt's hooks write for a model: MD5 over definition and indexes."""
     digest = hashlib.md5(f"{one.sql}\n{one.indexes}".encode()).hexdigest()
-    return Record(one.kind, digest, one.sql.replace("'x'", "'***'"), "deployed")
+    return Record(one.kind, digest, redacted(one.sql), "deployed")
 
 
 def changed(one: Model, text: str = "", **other: Any) -> Model:
@@ -246,6 +247,92 @@ def test_orphans_are_dropped_only_when_asked() -> None:
     standing = (RAW, changed(TILE), ROLLING, PLAIN, OTHER)
     assert plan(standing).refusals
     assert plan(standing, drop_orphans=True).refusals == ()
+
+
+FEED = model(
+    "kafka_raw",
+    "kafka_feed",
+    "raw",
+    text="""create source kafka_raw (data bytea)
+with (
+  topic = 'raw',
+  properties.bootstrap.server = 'one:9092',
+  properties.sasl.password = '${PREFS_KAFKA_SASL_PASSWORD}'
+);
+create sink kafka_raw_feed into raw as select data from kafka_raw""",
+)
+FED = (*PROJECT, FEED)
+FEED_SINK = {"kafka_raw_feed": "sink"}
+
+
+def fed(models: Sequence[Model], **more: Any) -> Plan:
+    """The plan where `FED` is deployed, as v3.0.3 lists it: the feed is a source, and its sink has no model."""
+    given = {"deployed": FED, "objects": FEED_SINK, **more}
+    # The raw table counts as a reader of the sink into it (list_object_dependencies_impl).
+    reads = {"kafka_raw": set[str](), "kafka_raw_feed": {"kafka_raw"}, "raw": {"kafka_raw_feed"}}
+    return plan(models, **{**given, "reads": {**reads, **more.get("reads", {})}})
+
+
+def test_with_kafka_a_second_plan_has_nothing_to_do() -> None:
+    found = fed(FED)
+    assert not found.changes, found.text()
+    assert found.text().endswith("nothing to do: what runs is what is written")
+    assert (found.refusals, found.leftovers) == ((), ())
+
+
+def test_with_kafka_a_changed_model_leaves_the_feed_alone() -> None:
+    found = fed((RAW, changed(TILE), ROLLING, PLAIN, SINK, OTHER, FEED))
+    assert (only(found).name, only(found).how) == ("tile", "swap")
+    assert found.closure == ("tile", "rolling", "plain", "sink")
+    assert found.refusals == ()
+
+
+def test_other_brokers_replace_the_feed_and_nothing_else() -> None:
+    moved = changed(FEED, FEED.sql.replace("one:9092", "two:9092"))
+    feed = only(found := fed((*PROJECT, moved)))
+    assert (feed.name, feed.action, feed.how, feed.views, feed.sinks) == (
+        "kafka_raw",
+        "changed",
+        "in place",
+        (),
+        (),
+    )
+    assert "-  properties.bootstrap.server = 'one:9092'" in feed.diff
+    assert "+  properties.bootstrap.server = 'two:9092'" in feed.diff
+    assert "PASSWORD" not in feed.diff
+    assert (found.closure, found.refusals) == ((), ())
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ({"objects": {}}, "kafka_raw_feed, which fills its raw table, is gone"),
+        ({"records": {"kafka_raw": Record("kafka_feed", None, None, "creating")}},
+         "the run that made it was interrupted"),
+        ({"records": {"kafka_raw": Record("kafka_feed", "another", recorded(FEED).definition, "deployed")}},
+         "only its layout or comments differ"),
+    ],
+    ids=["without its sink", "interrupted", "another layout"],
+)  # fmt: skip
+def test_a_feed_that_is_not_whole_is_made_again_in_place(more: dict[str, Any], why: str) -> None:
+    feed = only(fed(FED, **more))
+    assert (feed.name, feed.action) == ("kafka_raw", "changed")
+    assert why in feed.why
+    assert feed.how == ("kept" if "layout" in why else "in place")
+
+
+def test_what_a_feed_left_is_reported_and_an_orphaned_feed_can_go() -> None:
+    left = fed(FED, objects={**FEED_SINK, "kafka_raw_next": "source", "somebodys_next": "source"})
+    assert left.leftovers == ("kafka_raw_next",)
+    # Kafka was unset: the feeds have no models any more.
+    assert [relation.name for relation in fed(PROJECT).of("orphaned")] == ["kafka_raw"]
+    assert [relation.name for relation in fed(PROJECT, drop_orphans=True).to_drop] == ["kafka_raw"]
+
+
+def test_another_relation_under_a_feeds_name_is_refused() -> None:
+    for kind in ("table", "materialized view"):
+        found = fed(FED, objects={**FEED_SINK, "kafka_raw": kind})
+        assert f"kafka_raw: it is a {kind} and would become a source" in found.refusals[0]
 
 
 TABLE = """create table "public"."t" (

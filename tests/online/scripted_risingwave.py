@@ -1,13 +1,14 @@
 """The edge of RisingWave that the changefeed speaks to: a view with a history, and cursors over it.
 
-It answers as a server does (2.6.3): SINCE begins with the moment itself, a moment has one net change a row, FULL has no
-timestamps and ends with an empty FETCH, a token before the retention is refused, a cursor ends with its session.
+It answers as a server does (3.0.3): SINCE begins with the moment itself, a moment has one net change a row, FULL has no
+timestamps and ends with an empty FETCH, a token before the retention is refused, a cursor ends with its session. The
+catalog knows a moment before the frontend, which answers a cursor, does; FLUSH waits until it does.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import psycopg
@@ -51,6 +52,14 @@ class ScriptedRisingWave:
         self.page = 1000
         self.declared: list[str] = []
         self.broken = 0
+        # What a frontend that lags behind answers from; None where it knows everything at once.
+        self.known: tuple[int, dict[int, tuple[Any, ...]]] | None = None
+        # Called when a FETCH waits for a change.
+        self.on_wait: Callable[[], None] = lambda: None
+
+    def lag(self) -> None:
+        """From now on the frontend learns of changes by FLUSH only."""
+        self.known = (len(self.log), dict(self.rows))
 
     def change(self, rows: Mapping[int, tuple[Any, ...] | None]) -> int:
         """One moment in which these viewers get these attributes, or lose their row; returns its time."""
@@ -97,19 +106,23 @@ class _Session:
             )
         if "information_schema.columns" in text:
             return Result(["column_name", "data_type"], list(server.columns.items()))
-        if "now()" in text:
-            return Result(["moment", "count"], [(server.now, min(1, len(server.rows)))])
+        if "rw_hummock_snapshot" in text:
+            return Result(["committed"], [(server.now,)])
+        if text == "flush":
+            if server.known is not None:
+                server.lag()
+            return Result([], [])
         if found := re.search(r"any\('\{(.*?)\}'", text):
             wanted = [int(viewer) for viewer in found.group(1).split(",") if viewer]
             return Result(["viewer_id"], [(viewer,) for viewer in wanted if viewer in server.rows])
         if text.startswith("declare"):
             server.declared.append(text.split('"')[-1].strip())
+            known, rows = (len(server.log), server.rows) if server.known is None else server.known
             if text.endswith(" full"):
                 self.waiting = [
-                    (viewer, server.domain.key, *values, "Insert", None)
-                    for viewer, values in server.rows.items()
+                    (viewer, server.domain.key, *values, "Insert", None) for viewer, values in rows.items()
                 ]
-                self.read = len(server.log)
+                self.read = known
             else:
                 since = int(text.rsplit(" ", 1)[1])
                 if since < server.retained_from:
@@ -123,10 +136,13 @@ class _Session:
         if self.waiting is None:
             raise psycopg.errors.InternalError_("Cannot find cursor")
         if not self.waiting:
+            known = len(server.log) if server.known is None else server.known[0]
             self.waiting = [
                 (viewer, server.domain.key, *values, operation, at)
-                for at, operation, viewer, values in server.log[self.read :]
+                for at, operation, viewer, values in server.log[self.read : known]
             ]
-            self.read = len(server.log)
+            self.read = max(self.read, known)
+        if not self.waiting and "timeout" in text:
+            server.on_wait()
         rows, self.waiting = self.waiting[: server.page], self.waiting[server.page :]
         return Result([*server.names, "op", "rw_timestamp"], rows)

@@ -378,6 +378,48 @@ def test_a_writer_that_wakes_up_late_overwrites_nothing(store: Any, server: Scri
     assert lease(store) == moved, "not even the progress of the new writer was touched"
 
 
+@pytest.mark.parametrize("viewers", [0, 3])
+def test_a_domain_that_never_changed_has_a_resume_point_when_it_first_waits(
+    store: Any, server: ScriptedRisingWave, viewers: int
+) -> None:
+    if viewers:
+        server.change({viewer: row(viewer) for viewer in range(viewers)})
+
+    def die() -> None:
+        raise Crash
+
+    server.on_wait = die
+    with pytest.raises(Crash):
+        publish(store, server, mode="follow")
+    server.on_wait = lambda: None
+    assert lease(store).token == server.now
+    server.change({9: row(9)})
+    report = publish(store, server)
+    assert (report.resyncs, report.upserts >= 1) == (0, True)
+    assert likes(store) == wanted(server)
+
+
+def test_a_resume_point_vouches_for_nothing_that_the_cursor_did_not_know(
+    store: Any, server: ScriptedRisingWave
+) -> None:
+    server.change({1: row(1), 2: row(1)})
+    server.lag()
+    # Committed, but unknown to the frontend that answers the cursor.
+    server.change({1: row(7), 2: None})
+    server.change({3: row(3)})
+
+    def die() -> None:
+        raise Crash
+
+    server.on_wait = die
+    with pytest.raises(Crash):
+        publish(store, server, mode="follow")
+    server.on_wait = lambda: None
+    server.lag()
+    assert publish(store, server).resyncs == 0
+    assert likes(store) == wanted(server) == {1: 7, 3: 3}
+
+
 def test_a_second_publisher_is_told_who_works(store: Any, server: ScriptedRisingWave) -> None:
     stop = threading.Event()
     server.change({1: row(1)})

@@ -13,10 +13,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import psycopg
+import pytest
+import yaml
 from psycopg import sql
 
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.engine.dbt import Dbt, NodeResult
+from dagster_prefs.engine.version import server_version
 
 URL = os.environ.get("PREFS_RISINGWAVE_URL", "")
 NO_SERVER = "PREFS_RISINGWAVE_URL names no RisingWave server"
@@ -37,6 +40,16 @@ def server_of(url: str) -> EngineConnection:
         password=parts.password or "",
         kind="risingwave",
     )
+
+
+def refuse_old_server(url: str) -> None:
+    """Fail on a server that is older than the product requires: green there would mean nothing."""
+    project = yaml.safe_load((PROJECT / "dbt_project.yml").read_text())
+    needed = project["vars"]["requires_risingwave"]["version"]
+    with server_of(url).connect() as connection:
+        ((text,),) = connection.execute("select version()").fetchall()
+    if server_version(text) < tuple(map(int, needed.split("."))):
+        pytest.fail(f"PREFS_RISINGWAVE_URL names {text}, and the product needs {needed}: name a newer server")
 
 
 @contextmanager

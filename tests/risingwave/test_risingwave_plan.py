@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from confluent_kafka import Producer
+from confluent_kafka.admin import AdminClient, NewTopic
 from psycopg import sql
 from risingwave_server import PROJECT, URL, server_of
 
 from dagster_prefs.defs.deployment import review_contract
-from dagster_prefs.engine.apply import PlanError, apply_plan
+from dagster_prefs.engine.apply import ApplyError, PlanError, apply_plan
 from dagster_prefs.engine.catalog import read_catalog
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.engine.dbt import Dbt
@@ -37,6 +39,7 @@ KEPT = (
     "models/groups.yml", "models/exposures.yml", "models/events/raw_view_events", "models/events/view_events",
     "models/engagement/viewer_watch_metrics_1d", "models/engagement/viewer_engagement_rolling",
     "models/operations/deployments", "models/operations/erased_subjects", "models/sinks/sink_engagement_watch",
+    "models/events/kafka_view_events", "models/operations/kafka_topics",
 )  # fmt: skip
 MINUTES = {1: Decimal(10), 2: Decimal(20), 3: Decimal(30)}
 
@@ -93,12 +96,22 @@ class Server:
     dbt: Dbt
     items: Items
     folder: Path
+    environment: Mapping[str, str]
 
     def plan(self) -> Plan:
         return make_plan(self.engine, self.dbt, review)
 
-    def apply(self, on_step: Callable[[str], None] = lambda step: None) -> Plan:
-        return apply_plan(self.engine, self.dbt, review, self.items, on_step=on_step)
+    def apply(
+        self, on_step: Callable[[str], None] = lambda step: None, *, drop_orphans: bool = False
+    ) -> Plan:
+        return apply_plan(
+            self.engine, self.dbt, review, self.items, drop_orphans=drop_orphans, on_step=on_step
+        )
+
+    def set(self, **environment: str) -> None:
+        """Run dbt with other settings from now on."""
+        self.environment = {**self.environment, **environment}
+        self.dbt = Dbt(self.engine, self.folder, self.folder / "target", self.environment)
 
     def rows(self, query: str) -> list[tuple[Any, ...]]:
         with self.engine.connect() as connection:
@@ -158,9 +171,15 @@ def server(
     environment = {"PREFS_TABLE_PREFIX": f"{name}_"}
     if endpoint:
         cloud = {key: shell_environment[key] for key in shell_environment if key.startswith("AWS_")}
-        environment |= {"PREFS_PUBLISH": "sink", "PREFS_RISINGWAVE_OLD_SINKS": "allow", **cloud}
+        environment |= {"PREFS_PUBLISH": "sink", **cloud}
     else:
         environment |= {"PREFS_PUBLISH": "publisher"}
+    # Every plan of this suite has a feed beside the views, where there are brokers.
+    bootstrap, topic = shell_environment.get("PREFS_KAFKA_BOOTSTRAP", ""), f"{name}_view_events"
+    environment |= {"PREFS_KAFKA_BOOTSTRAP": bootstrap, "PREFS_KAFKA_TOPIC_VIEW_EVENTS": topic}
+    admin = AdminClient({"bootstrap.servers": bootstrap}) if bootstrap else None
+    if admin:
+        admin.create_topics([NewTopic(topic, 1, 1)])[topic].result(30)
     dbt = Dbt(engine, folder, folder / "target", environment)
     contract = parse_contract(build_contract(dbt.manifest()))
     with pytest.MonkeyPatch.context() as patch:
@@ -168,7 +187,7 @@ def server(
             if key.startswith("AWS_"):
                 patch.setenv(key, value)
         client = dynamodb_client(endpoint, environment.get("AWS_REGION", "us-east-1")) if endpoint else None
-        made = Server(engine, dbt, Items(engine, contract, client, f"{name}_"), folder)
+        made = Server(engine, dbt, Items(engine, contract, client, f"{name}_"), folder, environment)
         try:
             first = made.apply()
             assert {relation.action for relation in first.relations} == {"create"}
@@ -197,6 +216,8 @@ def server(
                 connection.execute(sql.SQL("drop database {}").format(sql.Identifier(name)))
             if client:
                 client.delete_table(TableName=f"{name}_viewer_profiles")
+            if admin:
+                admin.delete_topics([topic])[topic].result(30)
 
 
 def until(condition: Callable[[], bool], tries: int = 600) -> None:
@@ -370,3 +391,72 @@ def test_a_change_is_swapped_without_a_gap_though_it_is_killed_at_every_step(ser
     done = server.apply()
     assert not done.changes, done.text()
     assert server.objects() == after
+
+
+def test_with_kafka_models_and_brokers_change_one_after_the_other(server: Server) -> None:
+    bootstrap = server.environment["PREFS_KAFKA_BOOTSTRAP"]
+    if not bootstrap:
+        pytest.skip("PREFS_KAFKA_BOOTSTRAP names no brokers")
+    feed = {"kafka_view_events", "kafka_view_events_feed"}
+    assert feed <= server.objects().keys()
+    done = server.apply()
+    assert not done.changes, done.text()
+    assert not server.plan().changes
+
+    # A changed model leaves the feed as it is.
+    before = server.objects()
+    server.change("count(*) as views", "count(*) + 1 as views")
+    (changed,) = server.plan().relations
+    assert (changed.name, changed.how) == ("viewer_watch_metrics_1d", "swap")
+    server.apply()
+    assert {name: server.objects()[name] for name in feed} == {name: before[name] for name in feed}
+    assert not server.plan().changes
+
+    # Other brokers, which are the same ones here, replace the feed and nothing else.
+    send(server, bootstrap, "before", 11)
+    until(lambda: 11 in server.minutes())
+    before = server.objects()
+    server.set(PREFS_KAFKA_BOOTSTRAP=f"{bootstrap},{bootstrap}")
+    (changed,) = server.plan().relations
+    assert (changed.name, changed.action, changed.how) == ("kafka_view_events", "changed", "in place")
+    assert f"+  properties.bootstrap.server = '{bootstrap},{bootstrap}'" in changed.diff
+    server.apply()
+    after = server.objects()
+    assert {name for name in {**before, **after} if before.get(name) != after.get(name)} == feed
+    assert not server.plan().changes
+    send(server, bootstrap, "after", 12)
+    until(lambda: 12 in server.minutes())
+    read = server.rows("select source_offset from raw_view_events where source like 'kafka:%' order by 1")
+    assert read == [(0,), (1,)]
+
+    # Brokers that do not answer leave the old feed at work, and the next apply goes on from there.
+    server.set(PREFS_KAFKA_BOOTSTRAP="127.0.0.1:1")
+    with pytest.raises(
+        ApplyError, match=r"kafka_view_events: RisingWave gets no answer from Kafka at 127.0.0.1:1"
+    ):
+        server.apply()
+    send(server, bootstrap, "meanwhile", 13)
+    until(lambda: 13 in server.minutes())
+    server.set(PREFS_KAFKA_BOOTSTRAP=bootstrap)
+    server.apply()
+    assert not server.plan().changes
+    assert server.plan().leftovers == ()
+
+    # Without Kafka the feed has no model, and can be dropped; the raw table keeps what it read.
+    server.set(PREFS_KAFKA_BOOTSTRAP="")
+    assert [relation.name for relation in server.plan().of("orphaned")] == ["kafka_view_events"]
+    server.apply(drop_orphans=True)
+    assert not feed & server.objects().keys()
+    assert not server.plan().relations
+    assert server.rows("select count(*) from raw_view_events where source like 'kafka:%'") == [(3,)]
+
+
+def send(server: Server, bootstrap: str, event: str, viewer: int) -> None:
+    """One minute watched, through the topic."""
+    body = {
+        "event_id": event, "viewer_id": viewer, "content_id": "c", "genre": "drama", "watch_duration_sec": 60,
+        "completion_pct": 1, "watched_at": datetime.now(UTC).isoformat(),
+    }  # fmt: skip
+    producer: Any = Producer({"bootstrap.servers": bootstrap})
+    producer.produce(server.environment["PREFS_KAFKA_TOPIC_VIEW_EVENTS"], json.dumps(body).encode())
+    assert producer.flush(30) == 0

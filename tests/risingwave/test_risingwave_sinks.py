@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -22,8 +21,6 @@ from dagster_prefs.online.tables import TableError, dynamodb_client, provision
 pytestmark = pytest.mark.skipif(not URL, reason=NO_SERVER)
 
 SECRET = "a-secret-key-of-the-suite"
-# Below it the sink needs the override, which lets the suite run on the servers that people have.
-FIRST_GOOD = (3, 0, 2)
 
 
 @dataclass
@@ -35,7 +32,6 @@ class World:
     client: Any
     prefix: str
     aws: Mapping[str, str]
-    version: tuple[int, ...]
     sent: int = 0
 
     def dbt(self, **environment: str) -> Dbt:
@@ -43,7 +39,6 @@ class World:
             "PREFS_KAFKA_BOOTSTRAP": "",
             "PREFS_PUBLISH": "sink",
             "PREFS_TABLE_PREFIX": self.prefix,
-            "PREFS_RISINGWAVE_OLD_SINKS": "allow",
         }
         return Dbt(self.engine, PROJECT, self.folder, {**self.aws, **base, **environment})
 
@@ -97,13 +92,9 @@ def world(shell_environment: Mapping[str, str], tmp_path_factory: pytest.TempPat
     with database() as engine, pytest.MonkeyPatch.context() as patch:
         for name, value in aws.items():
             patch.setenv(name, value)
-        text = str(rows(engine, "select version()")[0][0])
-        found = re.search(r"RisingWave-(\d+)\.(\d+)\.(\d+)", text)
-        assert found is not None
-        version = tuple(map(int, found.groups()))
         client = dynamodb_client(endpoint, aws["AWS_REGION"])
         prefix = f"{engine.database}_"
-        made = World(engine, tmp_path_factory.mktemp("target"), client, prefix, aws, version)
+        made = World(engine, tmp_path_factory.mktemp("target"), client, prefix, aws)
         rolling = ["+" + domain.relation for domain in load_contract().domains.values()]
         run(made.dbt(), *rolling)
         yield made
@@ -113,18 +104,6 @@ def world(shell_environment: Mapping[str, str], tmp_path_factory: pytest.TempPat
         for table in client.list_tables()["TableNames"]:
             if table.startswith(prefix):
                 client.delete_table(TableName=table)
-
-
-def test_a_sink_is_refused_where_it_would_lose_items(world: World) -> None:
-    if world.version >= FIRST_GOOD:
-        pytest.skip("this server's sinks are good")
-    message = refused(world.dbt(PREFS_RISINGWAVE_OLD_SINKS=""), "sink_engagement_watch")
-    shown = ".".join(map(str, world.version))
-    assert f"is {shown}, and its DynamoDB sink loses throttled writes" in message
-    assert "upgrade it, or set PREFS_RISINGWAVE_OLD_SINKS=allow for a trial" in message
-    message = refused(world.dbt(PREFS_SINK_RETRIES="3"), "sink_engagement_watch")
-    assert f"PREFS_SINK_RETRIES needs RisingWave 3.0.2, and this one is {shown}" in message
-    assert rows(world.engine, "select name from rw_catalog.rw_sinks") == []
 
 
 def test_a_missing_table_and_one_with_another_key_are_refused(world: World) -> None:
@@ -141,9 +120,8 @@ def test_a_missing_table_and_one_with_another_key_are_refused(world: World) -> N
     # What Dagster and `prefs apply` do before a sink.
     with pytest.raises(TableError, match="viewer_profiles"):
         provision(world.client, load_contract(), prefix=wrong)
-    if world.version >= FIRST_GOOD:
-        message = refused(world.dbt(PREFS_TABLE_PREFIX=wrong), "sink_engagement_watch")
-        assert message.startswith("the DynamoDB table has another key than the contract's")
+    message = refused(world.dbt(PREFS_TABLE_PREFIX=wrong), "sink_engagement_watch")
+    assert message.startswith("the DynamoDB table has another key than the contract's")
 
 
 def test_items_equal_the_views_through_the_story(world: World) -> None:

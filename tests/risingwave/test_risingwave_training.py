@@ -233,7 +233,6 @@ def world(shell_environment: Mapping[str, str], tmp_path_factory: pytest.TempPat
             "PREFS_ENGINE_USER": engine.user,
             "PREFS_ENGINE_PASSWORD": engine.password,
             "PREFS_PUBLISH": "sink",
-            "PREFS_RISINGWAVE_OLD_SINKS": "allow",
             "PREFS_TABLE_PREFIX": f"{engine.database}_",
             "PREFS_DATA_DIR": str(tmp_path_factory.mktemp("state")),
             "PREFS_EXPORT_START_DATE": (now - timedelta(days=60)).date().isoformat(),

@@ -83,25 +83,3 @@
     ) }}
   {%- endif -%}
 {%- endmacro %}
-
-{#
-  DynamoDB sinks below 3.0.2 drop throttled writes without a word and confuse composite keys, so they are refused;
-  options that came with 3.0.2 are as well, because an older server takes them and does nothing.
-#}
-{% macro require_sink_version() -%}
-  {%- set text = run_query("select version()").rows[0][0] -%}
-  {%- set found = modules.re.search("RisingWave-(\\d+)\\.(\\d+)\\.(\\d+)", text) -%}
-  {%- set version = (found.group(1) | int, found.group(2) | int, found.group(3) | int) if found else (0, 0, 0) -%}
-  {%- if version < (3, 0, 2) -%}
-    {%- set shown = text.split("RisingWave-")[-1].split(" ")[0] -%}
-    {%- if (env_var("PREFS_RISINGWAVE_OLD_SINKS", "") or "refuse") != "allow" -%}
-      {{ exceptions.raise_compiler_error(
-        "RisingWave at " ~ target.host ~ ":" ~ target.port ~ " is " ~ shown ~ ", and its DynamoDB sink loses throttled writes and items of "
-        ~ "composite keys before 3.0.2: upgrade it, or set PREFS_RISINGWAVE_OLD_SINKS=allow for a trial"
-      ) }}
-    {%- endif -%}
-    {%- for name in ["PREFS_SINK_RETRIES", "PREFS_SINK_RETRY_BACKOFF_MS"] if env_var(name, "") -%}
-      {{ exceptions.raise_compiler_error(name ~ " needs RisingWave 3.0.2, and this one is " ~ shown ~ ": unset it, or upgrade") }}
-    {%- endfor -%}
-  {%- endif -%}
-{%- endmacro %}

@@ -145,10 +145,11 @@ where ${unread}
     {%- set held = held_offsets(raw, source) -%}
     {%- set create_source = with_credentials(started_at(statements[0], raw, source, held, generation)) -%}
     {%- set create_sink = statements[1] | replace("${unread}", unread(held)) -%}
+    {#- What a run left that ended between making the new source and naming it. -#}
+    {%- set beside = this.incorporate(path={"identifier": this.identifier ~ "_next"}, type="source") -%}
+    {% do run_query("drop source if exists " ~ beside) %}
     {%- if there or feeding -%}
       {#- Beside the old one first: a topic or a credential that is wrong leaves the old feed at work. -#}
-      {%- set beside = this.incorporate(path={"identifier": this.identifier ~ "_next"}, type="source") -%}
-      {% do run_query("drop source if exists " ~ beside) %}
       {% do run_query(create_source | replace("create source " ~ this, "create source " ~ beside)) %}
       {% do run_query("drop sink if exists " ~ sink) %}
       {% do run_query("drop source if exists " ~ relation) %}

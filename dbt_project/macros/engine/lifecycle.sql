@@ -25,10 +25,36 @@
 
 {% macro prepare_engine() -%}
   {%- if execute and flags.WHICH in ("run", "build", "test") -%}
+    {% do adapter.dispatch("require_version")() %}
     {% do refuse_impostors() %}
     {% do adapter.dispatch("prepare_engine")() %}
     {% do refuse_foreign_relations() %}
   {%- endif -%}
+{%- endmacro %}
+
+{# Refuse a server that is older than the project needs, before anything is made (dagster_prefs/engine/version.py). #}
+{% macro postgres__require_version() -%}
+{%- endmacro %}
+
+{% macro risingwave__require_version() -%}
+  {%- set needed = var("requires_risingwave") -%}
+  {%- set text = run_query("select version()").rows[0][0] -%}
+  {%- set found = modules.re.search("RisingWave-(\\d+)\\.(\\d+)\\.(\\d+)", text) -%}
+  {%- set version = found.groups() | map("int") | list if found else [0, 0, 0] -%}
+  {%- if version < needed.version.split(".") | map("int") | list -%}
+    {{ exceptions.raise_compiler_error(
+      "RisingWave at " ~ target.host ~ ":" ~ target.port ~ " is " ~ text.split("RisingWave-")[-1].split(" ")[0] ~ ", and this project needs "
+      ~ needed.version ~ " or newer: " ~ needed.because ~ ". Nothing was changed: upgrade RisingWave, then run again"
+    ) }}
+  {%- endif -%}
+{%- endmacro %}
+
+{# dbt makes a missing schema before any hook of ours runs. #}
+{% macro risingwave__create_schema(relation) -%}
+  {% do risingwave__require_version() %}
+  {% call statement("create_schema") %}
+    create schema if not exists {{ relation.without_identifier().include(database=false) }}
+  {% endcall %}
 {%- endmacro %}
 
 {#

@@ -288,7 +288,6 @@
     {% do store_raw_result(name="main", message="SKIP", code="skip", rows_affected="-1") %}
   {%- else -%}
     {%- if "connector = 'dynamodb'" in sql -%}
-      {% do require_sink_version() %}
       {% do require_feature("DynamoDbSink", "a DynamoDB sink", "set PREFS_PUBLISH=changefeed, which needs no licence") %}
     {%- endif -%}
     {% do run_query(with_credentials(sql)) %}

@@ -1,0 +1,98 @@
+"""What an engine says of a statement of ours, told with what was being made, for whom, and where to look."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from dagster_prefs.engine.connection import EngineConnection
+
+_CREDENTIALS = re.compile(r"(?i)((?:secret|password|access[._]key|token|jaas)[a-z._]*\s*=\s*)'[^']*'")
+# What dbt and RisingWave put around the reasons, and dbt's call stack.
+_HEADINGS = re.compile(
+    r"(Database|Runtime) Error( in .*)?|Failed to run the query|Caused by( these errors \(.*\))?:"
+    r"|>.*|compiled code at.*"
+)
+_FAILED_STATEMENT = re.compile(r"\s*(Database|Runtime) Error in (model|test|snapshot)\b")
+
+# Materialization on RisingWave → what it is called, and what to look at beside its model. A training table's sink and
+# a domain's differ by where they write.
+_ICEBERG, _DYNAMODB = "sink into Iceberg", "sink into DynamoDB"
+_LOOK_AT: Mapping[str, tuple[str, str]] = {
+    _DYNAMODB: (
+        "DynamoDB sink",
+        "the table's key and state in DynamoDB, PREFS_TABLE_PREFIX, AWS_REGION, AWS_ENDPOINT_URL, and "
+        "PREFS_SINK_ROLE_ARN or the AWS keys",
+    ),
+    _ICEBERG: (
+        "Iceberg sink",
+        "the table in the catalog, PREFS_ICEBERG_CATALOG, PREFS_ICEBERG_URI, PREFS_ICEBERG_CREDENTIAL and "
+        "PREFS_ICEBERG_WAREHOUSE, and the AWS keys",
+    ),
+    "subscription": ("subscription", "the view it reads, and PREFS_CHANGEFEED_RETENTION_HOURS"),
+    "kafka_feed": (
+        "Kafka feed",
+        "the topic and its brokers, PREFS_KAFKA_BOOTSTRAP, PREFS_KAFKA_SECURITY_PROTOCOL and what belongs to it",
+    ),
+}
+_SECRET = "secret_store_private_key of the server, and PREFS_RISINGWAVE_SECRETS, which may be off"  # noqa: S105
+
+
+def redacted(definition: str) -> str:
+    """A definition without the values of options that hold credentials, as the engine's record has it."""
+    return _CREDENTIALS.sub(r"\1'***'", definition)
+
+
+def engine_words(message: str) -> str:
+    """The reasons in an engine's message, the outermost first, on one line and without credentials."""
+    reasons = [re.sub(r"^\d+: ", "", line.strip()) for line in message.splitlines()]
+    kept = [reason for reason in reasons if reason and not _HEADINGS.fullmatch(reason)]
+    return redacted(": ".join(reason.rstrip(":") for reason in kept)) or "nothing"
+
+
+def failed_statement(
+    message: str, unique_id: str, manifest: Mapping[str, Any], engine: EngineConnection
+) -> str | None:
+    """One sentence about a model or test whose statement the engine refused, its words behind; None for other errors.
+
+    `message` is dbt's, of the node `unique_id` of the manifest.
+    """
+    node = manifest["nodes"].get(unique_id)
+    if node is None or not _FAILED_STATEMENT.match(message):
+        return None
+    server = f"{'RisingWave' if engine.kind == 'risingwave' else 'the engine'} at {engine.host}:{engine.port}"
+    path, words = node["original_file_path"], engine_words(message)
+    if node["resource_type"] != "model":
+        return (
+            f"{server} could not run {node['resource_type']} {node['name']}: look at {path}. It says: {words}"
+        )
+    materialization = node["config"]["materialized"]
+    if materialization == "sink" and engine.kind == "risingwave":
+        materialization = _ICEBERG if "training_table" in node["config"]["meta"] else _DYNAMODB
+    called, beside = _LOOK_AT.get(materialization, (materialization.replace("_", " "), ""))
+    if "ddl_service.DdlService/CreateSecret" in message:
+        called, beside = f"secret of the {called}", _SECRET
+    whom = for_whom(node, manifest)
+    return (
+        f"{server} did not make the {called} {node['alias']}{f' for {whom}' if whom else ''}: look at {path}"
+        f"{f', {beside}' if beside else ''}. It says: {words}"
+    )
+
+
+def for_whom(node: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+    """Whom a model serves: its domain, topic or training table, and the exposures that read it; empty for nobody."""
+    meta, upstream = node["config"]["meta"], node["depends_on"]["nodes"]
+    read = [manifest["nodes"][id_]["config"]["meta"] for id_ in upstream if id_ in manifest["nodes"]]
+    domains = [one["domain"]["key"] for one in (meta, *read) if one.get("domain")]
+    served = [f"domain {domain}" for domain in domains[:1]]
+    if "training_table" in meta:
+        served = [f"training table {meta['training_table']}"]
+    if "topic" in node["config"]:
+        served = [f"topic {node['config']['topic']}"]
+    reached, left = set[str](), [node["unique_id"]]
+    while left:
+        left = [id_ for one in left for id_ in manifest["child_map"].get(one, ()) if id_ not in reached]
+        reached.update(left)
+    consumers = sorted(id_.split(".")[-1] for id_ in reached if id_.startswith("exposure."))
+    return ", ".join([*served, *consumers])
