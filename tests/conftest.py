@@ -50,9 +50,16 @@ from built_state import (  # noqa: E402 (after the environment is clean)
     free_port,
     make_session_folder,
 )
+from longest import longest_first  # noqa: E402
 
 from dagster_prefs.engine.connection import EngineConnection  # noqa: E402
 from dagster_prefs.local.services import LocalServices  # noqa: E402
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, marked slow; the others in their order."""
+    longest_first(items)
 
 
 def pytest_configure(config: pytest.Config) -> None:

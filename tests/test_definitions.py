@@ -15,9 +15,15 @@ SNAPSHOT = Path(__file__).with_name("definitions_snapshot.json")
 
 
 @pytest.fixture(scope="module")
-def definitions(tmp_path_factory: pytest.TempPathFactory) -> dg.Definitions:
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all tests here: dbt parses what other settings change, as it does for a user."""
+    return tmp_path_factory.mktemp("definitions")
+
+
+@pytest.fixture(scope="module")
+def definitions(data_dir: Path) -> dg.Definitions:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PREFS_DATA_DIR", str(tmp_path_factory.mktemp("definitions")))
+        patch.setenv("PREFS_DATA_DIR", str(data_dir))
         return build_definitions(load_settings())
 
 
@@ -77,11 +83,11 @@ def test_sinks_wait_for_the_table(definitions: dg.Definitions) -> None:
 
 
 def test_schedules_and_sensors_start_only_where_asked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, definitions: dg.Definitions
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch, definitions: dg.Definitions
 ) -> None:
     assert all(s.default_status.value == "STOPPED" for s in definitions.schedules or ())
     assert all(s.default_status.value == "STOPPED" for s in definitions.sensors or ())
-    monkeypatch.setenv("PREFS_DATA_DIR", str(tmp_path))
+    monkeypatch.setenv("PREFS_DATA_DIR", str(data_dir))
     monkeypatch.setenv("PREFS_SCHEDULES", "on")
     running = build_definitions(load_settings())
     assert all(s.default_status.value == "RUNNING" for s in running.schedules or ())
@@ -91,10 +97,10 @@ def test_schedules_and_sensors_start_only_where_asked(
 
 
 def test_where_sinks_write_the_training_tables_they_wait_for_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in {
-        "PREFS_DATA_DIR": str(tmp_path),
+        "PREFS_DATA_DIR": str(data_dir),
         "PREFS_ENGINE": "risingwave",
         "PREFS_EXPORT": "sink",
         "PREFS_ICEBERG_CATALOG": "rest",
@@ -114,10 +120,10 @@ def test_where_sinks_write_the_training_tables_they_wait_for_them(
 
 
 def test_a_changefeed_is_shown_between_subscription_and_table(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in {
-        "PREFS_DATA_DIR": str(tmp_path),
+        "PREFS_DATA_DIR": str(data_dir),
         "PREFS_ENGINE": "risingwave",
         "PREFS_PUBLISH": "changefeed",
     }.items():

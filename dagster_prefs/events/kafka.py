@@ -102,7 +102,7 @@ def ingest_topic(
                 room = batch_size if max_messages is None else min(batch_size, max_messages - read)
                 if room <= 0:
                     break
-                messages = _next_messages(consumer, room)
+                messages = next_messages(consumer, room)
                 batch: list[RawMessage] = []
                 for message in messages:
                     if message.error() is not None:
@@ -187,10 +187,10 @@ def _assign(
     return ends
 
 
-def _next_messages(consumer: Any, most: int) -> list[Any]:
-    """Up to `most` messages and ends of partitions; none if nothing comes within POLL_SECONDS.
+def next_messages(consumer: Any, most: int) -> list[Any]:
+    """Return up to `most` messages and ends of partitions; none if nothing comes within POLL_SECONDS.
 
-    `consume` alone waits for all of `most` or for its whole time-out, however short the topic is.
+    One call of `consume` would wait for all of `most` or for its whole time-out, however short the topic is.
     """
     messages: list[Any] = consumer.consume(num_messages=1, timeout=POLL_SECONDS)
     if messages and most > 1:

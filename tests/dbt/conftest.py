@@ -23,6 +23,13 @@ def dbt_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def engine(server: EngineConnection, copied_database: Callable[..., Any]) -> Iterator[EngineConnection]:
+    """An empty database, like everybody's, but of the same name in every test; see `deployed`."""
+    with copied_database("undeployed", server.with_database("template1")) as made:
+        yield made
+
+
+@pytest.fixture
 def deployed(
     deployed_template: EngineConnection, copied_database: Callable[..., Any]
 ) -> Iterator[EngineConnection]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 from io import BytesIO
@@ -113,24 +113,18 @@ def valid_events() -> Iterator[tuple[str, bytes, dict[str, Any] | None, datetime
 @pytest.fixture(scope="module")
 def measured(
     deployed_template: EngineConnection,
+    copied_database: Callable[..., Any],
     services: LocalServices,
     dbt_target: Path,
     contract: Contract,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Measured]:
-    server = deployed_template.with_database("postgres")
-    with server.connect() as connection:
-        connection.execute(
-            sql.SQL("create database cost template {}").format(sql.Identifier(deployed_template.database))
-        )
-    engine = server.with_database("cost")
     client = dynamodb_client(f"http://127.0.0.1:{services.aws_port}", "eu-central-1")
-    try:
-        yield _run(engine, client, dbt_target, contract, tmp_path_factory.mktemp("lake"))
-    finally:
-        client.delete_table(TableName="cost_viewer_profiles")
-        with server.connect() as connection:
-            connection.execute("drop database cost with (force)")
+    with copied_database("cost", deployed_template) as engine:
+        try:
+            yield _run(engine, client, dbt_target, contract, tmp_path_factory.mktemp("lake"))
+        finally:
+            client.delete_table(TableName="cost_viewer_profiles")
 
 
 def scalar(connection: psycopg.Connection[Any], query: sql.Composable) -> int:

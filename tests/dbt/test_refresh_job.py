@@ -18,12 +18,18 @@ from dagster_prefs.settings import Settings, load_settings
 QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 
 
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all tests here: dbt parses the project once."""
+    return tmp_path_factory.mktemp("refresh")
+
+
 @pytest.fixture
 def settings(
-    deployed: EngineConnection, aws_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    deployed: EngineConnection, aws_endpoint: str, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Settings:
     for name, value in {
-        "PREFS_DATA_DIR": str(tmp_path / "state"),
+        "PREFS_DATA_DIR": str(data_dir),
         "PREFS_ENGINE_PORT": str(deployed.port),
         "PREFS_ENGINE_DATABASE": deployed.database,
         "AWS_ENDPOINT_URL": aws_endpoint,

@@ -9,7 +9,14 @@ import pytest
 
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.events.ingest import ingest_file
-from dagster_prefs.events.kafka import KafkaUnavailable, KafkaWriter, ingest_topic
+from dagster_prefs.events.kafka import (
+    GATHER_SECONDS,
+    POLL_SECONDS,
+    KafkaUnavailable,
+    KafkaWriter,
+    ingest_topic,
+    next_messages,
+)
 from dagster_prefs.events.raw import Progress
 from tests.events.conftest import produce, rows
 
@@ -31,6 +38,22 @@ def test_a_topic_is_read_once_across_runs(store: EngineConnection, broker: Broke
     assert ingest_topic(store, address, "view_events").accepted == 1
     assert sorted(rows(store, VALUES)) == sorted([(b"a",), (b"\xff",), (b"c",), (b"d",)])
     assert rows(store, "select count(*) from raw_view_events where kafka_timestamp is null") == [(0,)]
+
+
+def test_a_short_topic_is_not_waited_for_as_if_it_were_long() -> None:
+    """librdkafka waits for every message that a call asks for, so only the first is waited for long."""
+    asked = []
+
+    class Consumer:
+        def consume(self, num_messages: int, timeout: float) -> list[str]:
+            asked.append((num_messages, timeout))
+            return [["a"], ["b", "c"], []][len(asked) - 1]
+
+    assert next_messages(Consumer(), 10) == ["a", "b", "c"]
+    assert asked == [(1, POLL_SECONDS), (9, GATHER_SECONDS)]
+    assert GATHER_SECONDS < POLL_SECONDS
+    assert next_messages(Consumer(), 10) == []
+    assert asked[2:] == [(1, POLL_SECONDS)]
 
 
 def test_a_reading_that_was_cut_goes_on_where_the_engine_is(store: EngineConnection, broker: Broker) -> None:

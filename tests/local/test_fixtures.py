@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import boto3
+import longest
 import pytest
 
 from dagster_prefs.engine.connection import EngineConnection
@@ -76,3 +77,7 @@ def test_free_ports_differ_while_they_are_held(free_port: Callable[[], int]) -> 
         held.bind(("127.0.0.1", port))
         held.listen()
         assert free_port() != port
+
+
+def test_the_files_that_start_first_exist() -> None:
+    assert [name for name in longest.LONGEST if not (longest.FOLDER / name).is_file()] == []
