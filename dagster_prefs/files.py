@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 
 def make_private_folder(folder: Path) -> None:
@@ -30,11 +32,41 @@ def write_private(path: Path, content: str) -> None:
 
     Raises OSError where it cannot be written; the old file then stays.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    with whole_file(path) as file:
+        file.write(content.encode())
+
+
+@contextmanager
+def whole_file(path: Path, *, replace: bool = True) -> Iterator[IO[bytes]]:
+    """A new file to write to, which takes the name `path` where the block ends well, and goes where it does not.
+
+    It is readable by its owner only, under a name that nobody can guess, and never an existing file or the target of
+    a link. With `replace` it takes the place of what `path` was, a link itself and not its target; without, it raises
+    FileExistsError where there is anything by that name. Raises OSError.
+    """
+    # The longest name that a file may have leaves no room for more.
+    part = path.with_name(f".{secrets.token_hex(16)}.part")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(content)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        file = os.fdopen(os.open(part, flags, 0o600), "wb")
+        try:
+            yield file
+        except BaseException:
+            # Closing writes what is left, and where that fails hides why the block did.
+            with suppress(OSError):
+                file.close()
+            raise
+        file.close()
+        if replace:
+            os.replace(part, path)
+            return
+        # Whoever makes this name first has it; a rename alone would take it from them.
+        os.close(os.open(path, flags, 0o600))
+        try:
+            os.replace(part, path)
+        except OSError:
+            path.unlink()
+            raise
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)

@@ -14,11 +14,13 @@ ALLOWED = {
     "loopback": set(),
     "files": set(),
     "ids": set(),
+    "printable": set(),
+    "textfiles": set(),
     "settings": set(),
     "engine": {"settings"},
     "online": {"engine"},
-    "events": {"engine", "online", "settings"},
-    "offline": {"engine", "online", "serving", "settings"},
+    "events": {"engine", "online", "settings", "textfiles"},
+    "offline": {"engine", "online", "serving", "settings", "textfiles"},
     "serving": {"engine", "online", "loopback"},
     "freshness": {"engine", "online", "serving", "events", "offline", "settings"},
     "local": {"engine", "online", "settings", "loopback"},
@@ -29,7 +31,7 @@ ALLOWED = {
     "runs": {"defs", "definitions", "settings"},
     "demo": set(ROOMS) | {"settings", "runs"},
     "__main__": {"cli"},
-    "cli": set(ROOMS) | {"settings", "runs", "demo", "erasure", "cost"},
+    "cli": set(ROOMS) | {"settings", "runs", "demo", "erasure", "cost", "printable"},
 }
 # Outside packages that only some places may import.
 RESERVED = {

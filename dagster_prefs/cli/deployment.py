@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from dagster_prefs.cli.root import cli, console, print_json, run_job, table_of
+from dagster_prefs.cli.root import cli, console, print_json, run_job, say, table_of
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.settings import load_settings
@@ -126,7 +126,7 @@ def publish(follow: bool, full: bool, as_json: bool) -> None:
             label=process_label(),
             promise_seconds=settings.changefeed_lease_seconds,
             full=full,
-            notify=lambda message: click.echo(message, err=True),
+            notify=lambda message: say(message, stderr=True),
         )
     else:
         reports = [publish_domain(engine, client, contract, domain, table) for domain in contract.domains]
@@ -154,7 +154,7 @@ def plan(drop_orphans: bool, list_unchanged: bool, as_json: bool) -> int:
     if as_json:
         print_json(found.as_dict())
     else:
-        click.echo(found.text(list_unchanged=list_unchanged))
+        say(found.text(list_unchanged=list_unchanged))
     if found.refusals:
         return 1
     return 2 if found.changes else 0
@@ -171,12 +171,12 @@ def apply_command(drop_orphans: bool) -> None:
     from dagster_prefs.defs.resources import Platform
 
     done = apply_to(
-        Platform(load_settings()), drop_orphans=drop_orphans, on_step=lambda step: click.echo(f"  {step}")
+        Platform(load_settings()), drop_orphans=drop_orphans, on_step=lambda step: say(f"  {step}")
     )
     if done.changes:
         console.print("done: what runs is what is written")
     else:
-        click.echo(done.text())
+        say(done.text())
 
 
 @cli.command()
@@ -249,7 +249,7 @@ def cost(
     prices = model.Prices(**model.overrides(price, model.Prices))
     capacities = model.Capacities(**model.overrides(capacity, model.Capacities))
     if table:
-        click.echo(model.scale_table(contract, prices=prices, capacities=capacities))
+        say(model.scale_table(contract, prices=prices, capacities=capacities))
         return
     if attributes and not domains:
         raise PrefsError("--attributes says how large each of --domains is: give --domains too")

@@ -52,6 +52,10 @@ def ingest(
             f"{file}: {report.accepted} messages into {report.topic}, {report.already_present} were there already"
             f" ({report.seconds:.1f} s, {rate:,.0f}/s)"
         )
+        for line, why in report.examples:
+            console.print(f"{file}, line {line}: {why}; stored as it came, and rejected")
+        if report.malformed > len(report.examples):
+            console.print(f"{file}: {report.malformed:,} rows could not be read, `prefs rejected` lists them")
     if settings.engine == "local":
         console.print("the views follow with the next refresh: `prefs refresh`, or the sensor new_events")
 

@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from dagster_prefs import ids
 from dagster_prefs.errors import PrefsError
+from dagster_prefs.printable import printable
 from dagster_prefs.settings import Settings
 
 if TYPE_CHECKING:
@@ -25,13 +27,34 @@ if TYPE_CHECKING:
     from dagster_prefs.local.services import LocalServices, ServiceStatus
 
 
+class SafeConsole(Console):
+    """A console that shows control characters of what it prints escaped: a genre or a title may hold any."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Render as rich does, with every text made printable first, wherever in a table it stands."""
+        if isinstance(renderable, Text) and (shown := printable(renderable.plain)) != renderable.plain:
+            escaped = renderable.copy()
+            escaped.plain = shown
+            renderable = escaped
+        return super().render(renderable, options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Make text of a string as rich does, which would drop some control characters without a word."""
+        return super().render_str(printable(text), **options)
+
+
 def plain_console(*, stderr: bool = False) -> Console:
     """A console that prints text as it is: messages and file names may hold `[/b]` or `:smile:`, and a line that
     was broken to fit the screen is no path to copy."""
-    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    return SafeConsole(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 console = plain_console()
+
+
+def say(text: object, *, stderr: bool = False) -> None:
+    """Print text as it is, on one stream or the other, with control characters escaped."""
+    click.echo(printable(text), err=stderr)
 
 
 class ViewerId(click.ParamType[int]):
@@ -65,7 +88,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except PrefsError as error:
-        click.echo(f"error: {error}", err=True)
+        say(f"error: {error}", stderr=True)
         sys.exit(error.exit_code)
 
 
@@ -102,12 +125,13 @@ def progress_bar(what: str) -> Iterator[ProgressCallback]:
     """A counter on a terminal; silent elsewhere."""
     columns = (
         SpinnerColumn(),
-        TextColumn(what, markup=False),
+        # As a value and not as the pattern: a file name may hold braces.
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.completed:,.0f}"),
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
+        task = bar.add_task(what, total=None)
         yield lambda progress: bar.update(task, completed=progress.done, total=progress.total)
 
 
@@ -121,7 +145,8 @@ def run_job(settings: Settings, job: str, tags: dict[str, str] | None = None) ->
 
 def print_json(value: Any) -> None:
     """Machine-readable output, exact numbers as strings of digits."""
-    click.echo(json.dumps(value, default=str, indent=2))
+    # Of the control characters JSON lets this one stand.
+    click.echo(json.dumps(value, default=str, indent=2).replace("\x7f", "\\u007f"))
 
 
 def table_of(title: str, columns: list[str], rows: list[tuple[Any, ...]]) -> Group:
@@ -132,7 +157,7 @@ def table_of(title: str, columns: list[str], rows: list[tuple[Any, ...]]) -> Gro
     for row in rows:
         table.add_row(*map(_cell, row))
     # A title of the table's own would be broken to the table's width.
-    return Group(Text(title), table) if title else Group(table)
+    return Group(Text(printable(title)), table) if title else Group(table)
 
 
 def _cell(value: Any) -> str:
@@ -140,4 +165,7 @@ def _cell(value: Any) -> str:
         return "-"
     if isinstance(value, datetime):
         return f"{value.astimezone(UTC):%Y-%m-%d %H:%M:%SZ}"
-    return ", ".join(map(_cell, value)) if isinstance(value, list | tuple) else str(value)
+    # A line feed would look like the next row.
+    return (
+        ", ".join(map(_cell, value)) if isinstance(value, list | tuple) else printable(value, one_line=True)
+    )

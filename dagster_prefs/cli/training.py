@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
 import click
 
-from dagster_prefs.cli.root import cli, console, plain_console, print_json, table_of
+from dagster_prefs.cli.root import cli, console, plain_console, print_json, say, table_of
 from dagster_prefs.settings import load_settings
 
 
@@ -21,6 +22,8 @@ from dagster_prefs.settings import load_settings
 @click.option("--manifest", type=click.Path(path_type=Path), help="By default <output>.manifest.json.")
 @click.option("--tag", help="Tag the tile snapshots, so that the set stays reproducible.")
 @click.option("--timezone", help="Zone of label times that have none, e.g. UTC.")
+@click.option("--types", help="Types of CSV columns that are not text, e.g. bought=bool,price=decimal(18,2).")
+@click.option("--keep-formulas", is_flag=True, help="In CSV, write texts like =1+1 as they stand.")
 @click.option("--as-known", is_flag=True, help="Never use a tile version written after the label's time.")
 @click.option(
     "--print-sql",
@@ -35,6 +38,8 @@ def training_set(
     manifest: Path | None,
     tag: str | None,
     timezone: str | None,
+    types: str | None,
+    keep_formulas: bool,
     as_known: bool,
     print_sql: Literal["trino", "spark", "athena"] | None,
 ) -> None:
@@ -47,14 +52,12 @@ def training_set(
     if labels is None:
         raise click.UsageError("--labels is missing: name a Parquet or CSV file, or an Iceberg table")
     from dagster_prefs.defs.resources import Platform
-    from dagster_prefs.offline.training_set import build_training_set, print_training_sql
+    from dagster_prefs.offline.training_set import CsvOptions, build_training_set, print_training_sql
 
     platform = Platform(load_settings())
     if print_sql is not None:
         namespace = platform.settings.iceberg_namespace
-        click.echo(
-            print_training_sql(platform.catalog(), labels, print_sql, as_known=as_known, namespace=namespace)
-        )
+        say(print_training_sql(platform.catalog(), labels, print_sql, as_known=as_known, namespace=namespace))
         return
     made = build_training_set(
         platform.catalog(),
@@ -67,10 +70,22 @@ def training_set(
         manifest=manifest,
         tag=tag,
         namespace=platform.settings.iceberg_namespace,
+        csv=CsvOptions(column_types(types), keep_formulas),
     )
     console.print(
         f"{made.rows:,} rows ({made.cold_start_rows:,} without history) in {made.output}; manifest {made.manifest}"
     )
+
+
+def column_types(text: str | None) -> dict[str, str]:
+    """What `--types` says: column=type, by commas; those of decimal(18,2) part nothing. Raises UsageError."""
+    types = {}
+    for part in re.split(r",(?![^()]*\))", text) if text else ():
+        name, equals, kind = part.rpartition("=")
+        if not equals or not name.strip() or name.strip() in types:
+            raise click.UsageError(f"--types takes column=type once for each column, not {part!r}")
+        types[name.strip()] = kind.strip()
+    return types
 
 
 @training_set.command("reproduce")
@@ -80,7 +95,10 @@ def training_set(
     help="Parquet or CSV file, or Iceberg table, to write; by default beside the manifest, .reproduced.parquet.",
 )
 @click.option("--labels", help="Where the labels are now, if they moved.")
-def training_set_reproduce(manifest: Path, output: str | None, labels: str | None) -> None:
+@click.option("--keep-formulas", is_flag=True, help="In CSV, write texts like =1+1 as they stand.")
+def training_set_reproduce(
+    manifest: Path, output: str | None, labels: str | None, keep_formulas: bool
+) -> None:
     """Write the training set of a manifest again and prove that every row is equal."""
     from dagster_prefs.defs.resources import Platform
     from dagster_prefs.offline.training_set import reproduce_training_set
@@ -91,6 +109,7 @@ def training_set_reproduce(manifest: Path, output: str | None, labels: str | Non
         manifest,
         output or str(first.with_suffix(".reproduced.parquet")),
         labels=labels,
+        keep_formulas=keep_formulas,
     )
     console.print(f"{made.rows:,} rows, equal to those of {manifest}, in {made.output}")
 

@@ -29,7 +29,7 @@ def build(platform: Platform) -> dg.Definitions:
         if not waiting:
             return dg.SkipReason("nothing arrived since the last refresh")
         # The key is what waits, so that a refresh that fails is not started again and again for the same messages.
-        key = ",".join(f"{topic}@{newest.isoformat()}" for topic, (_, newest) in sorted(waiting.items()))
+        key = ",".join(f"{topic}@{found.mark}" for topic, found in sorted(waiting.items()))
         return dg.RunRequest(run_key=key)
 
     return dg.Definitions(sensors=[new_events])

@@ -5,6 +5,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import dagster as dg
+from pydantic import Field
 
 from dagster_prefs.defs.resources import Platform
 from dagster_prefs.errors import PrefsError
@@ -14,7 +15,7 @@ from dagster_prefs.offline.maintenance import maintain, maintain_training_sets
 from dagster_prefs.offline.outputs import output_within
 from dagster_prefs.offline.parity import AttributeParity, Difference, ParityReport, check_parity, served_items
 from dagster_prefs.offline.tables import TILE_TABLES
-from dagster_prefs.offline.training_set import build_training_set
+from dagster_prefs.offline.training_set import CsvOptions, build_training_set
 from dagster_prefs.offline.windows import domains, table_of
 
 MAINTENANCE_JOB = "maintenance"
@@ -35,6 +36,8 @@ class TrainingSetConfig(dg.Config):
     tag: str | None = None
     timezone: str | None = None
     as_known: bool = False
+    types: dict[str, str] = Field(default_factory=dict)
+    keep_formulas: bool = False
 
 
 def parity_check(
@@ -188,6 +191,7 @@ def training_set_asset(
             timezone=config.timezone,
             as_known=config.as_known,
             namespace=settings.iceberg_namespace,
+            csv=CsvOptions(config.types, config.keep_formulas),
         )
         context.log.info(f"{made.rows} rows in {made.output} after {made.seconds:.1f} s")
         return dg.MaterializeResult(

@@ -7,49 +7,34 @@ object whose values are the cells' text, so that no digit of a price is lost on 
 
 from __future__ import annotations
 
+import base64
 import csv
 import difflib
-import gzip
 import hashlib
 import json
 import os
 import re
 import stat
-import zlib
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import IO, Literal, cast
+from typing import Literal
 
+from dagster_prefs import textfiles
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.events.fields import ID_BYTES, NAME_BYTES, Field, cell_text, parse_time, shift_time
+from dagster_prefs.textfiles import ROW_FAULTS, RowFault, csv_rows, without_terminator
 
 Mapping = Literal["auto", "rees46"]
 
-# Longer than any event, shorter than what would hurt a process of 1 GB.
-MAX_LINE_BYTES = 8 * 1024 * 1024
-# A stray quote must not swallow the rest of a file into one cell.
-MAX_LINES_PER_ROW = 100
 # A later event time is refused by the typed layer.
 FUTURE_TOLERANCE = timedelta(hours=24)
 # How far to look for a record that tells its topic before giving up.
 SAMPLE_LINES = 1000
-
-UTF8_BOM = b"\xef\xbb\xbf"
-GZIP_MAGIC = b"\x1f\x8b"
-FOREIGN_MAGIC = {
-    b"PK\x03\x04": "a zip archive",
-    b"\x28\xb5\x2f\xfd": "zstd-compressed",
-    b"BZh": "bzip2-compressed",
-    b"\xfd7zXZ": "xz-compressed",
-    b"PAR1": "a Parquet file",
-    b"\xff\xfe": "UTF-16 text",
-    b"\xfe\xff": "UTF-16 text",
-}
+SAMPLE_BYTES = 4 * textfiles.MIB
 
 
 class EventFileError(PrefsError):
@@ -163,6 +148,8 @@ REES46_COLUMNS = (
     "user_session",
 )  # fmt: skip
 REES46_NAMES = {"product_id": "item_id", "category_code": "category", "user_session": "session_id"}
+# An empty cell, and how pandas writes one where it is told to.
+REES46_MISSING = frozenset({"", "NaN", "<NA>", "NaT"})
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
@@ -189,10 +176,14 @@ class FileFormat:
 
 @dataclass(frozen=True)
 class Record:
-    """One record of a file: its first physical line (1-based) and its message, None where it is blank."""
+    """One record of a file: its first physical line (1-based) and its message, None where it is blank.
+
+    `fault` says why a CSV row could not be read; its message then holds the row as it came.
+    """
 
     line: int
     message: bytes | None
+    fault: str | None = None
 
 
 def check_file(path: Path) -> os.stat_result:
@@ -223,68 +214,12 @@ def content_hash(path: Path) -> str:
         raise EventFileError(f"{path} cannot be read ({error.strerror}): check the disk") from None
 
 
-class LineReader:
-    """The physical lines of a plain or gzip file, with their terminators, in constant memory.
+class LineReader(textfiles.LineReader):
+    """The physical lines of a file of events; iterating raises EventFileError."""
 
-    Iterating raises EventFileError at damage, after every whole line before it was given;
-    `bytes_read` is the position in the file on disk, for progress.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file: IO[bytes] = path.open("rb")
-        self._stream: IO[bytes] = self._file
-        head = self._file.read(8)
-        self._file.seek(0)
-        for magic, name in FOREIGN_MAGIC.items():
-            if head.startswith(magic):
-                self._file.close()
-                raise EventFileError(f"{path} is {name}: give JSON lines or CSV in UTF-8, plain or gzip")
-        if head.startswith(GZIP_MAGIC):
-            # Its own buffer hands out what it has before it reports damage; one more around it would not.
-            self._stream = cast(IO[bytes], gzip.GzipFile(fileobj=self._file))
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of the file on disk that were consumed so far."""
-        return self._file.tell()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._stream.close()
-        self._file.close()
-
-    def __enter__(self) -> LineReader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __iter__(self) -> Iterator[tuple[int, bytes]]:
-        number = 0
-        try:
-            for number, line in enumerate(iter(partial(self._stream.readline, MAX_LINE_BYTES), b""), 1):
-                if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
-                    raise EventFileError(
-                        f"{self.path}, line {number}: longer than {MAX_LINE_BYTES} bytes; no event is, "
-                        "so put one JSON object or one CSV row on each line"
-                    )
-                # A byte order mark belongs to the file, not to its first message.
-                yield number, line.removeprefix(UTF8_BOM) if number == 1 else line
-        except EOFError:
-            raise EventFileError(
-                f"{self.path} is a truncated gzip file (its data ends after line {number}): "
-                "get the whole file and ingest it again"
-            ) from None
-        except (zlib.error, gzip.BadGzipFile) as error:
-            raise EventFileError(
-                f"{self.path} is a damaged gzip file (after line {number}: {error}): "
-                "get an intact copy and ingest it again"
-            ) from None
-        except OSError as error:
-            raise EventFileError(
-                f"{self.path} cannot be read after line {number} ({error.strerror}): check the disk"
-            ) from None
+    refusal = EventFileError
+    formats = "JSON lines or CSV in UTF-8, plain or gzip"
+    again = "ingest it again"
 
 
 def detect(path: Path, topic: str | None = None, mapping: Mapping | None = "auto") -> FileFormat:
@@ -298,12 +233,14 @@ def detect(path: Path, topic: str | None = None, mapping: Mapping | None = "auto
     check_file(path)
     wanted = find_topic(topic) if topic is not None else None
     head: list[bytes] = []
+    size = 0
     with LineReader(path) as reader:
         try:
             for _, line in reader:
                 if line.strip():
                     head.append(line)
-                if len(head) == SAMPLE_LINES:
+                size += len(line)
+                if len(head) == SAMPLE_LINES or size >= SAMPLE_BYTES:
                     break
         except EventFileError:
             # Whole lines before the damage are still events; reading them will report it again.
@@ -314,6 +251,7 @@ def detect(path: Path, topic: str | None = None, mapping: Mapping | None = "auto
     header = _header(head[0])
     if mapping == "rees46" or _is_header(header):
         return _csv_format(path, header, wanted, mapping)
+    _refuse_json_over_lines(path, head)
     suffixes = {suffix.lower() for suffix in path.suffixes}
     looks_json = any(line.lstrip().startswith(b"{") for line in head)
     if looks_json or suffixes & {".json", ".jsonl", ".ndjson"}:
@@ -336,15 +274,7 @@ def read_records(reader: LineReader, file_format: FileFormat) -> Iterator[Record
 
 def _json_records(lines: Iterator[tuple[int, bytes]]) -> Iterator[Record]:
     for number, line in lines:
-        yield Record(number, _without_terminator(line) if line.strip() else None)
-
-
-def _without_terminator(line: bytes) -> bytes:
-    return line.removesuffix(b"\n").removesuffix(b"\r")
-
-
-class _Runaway(Exception):
-    """A quoted cell goes on for more lines than any real one."""
+        yield Record(number, without_terminator(line) if line.strip() else None)
 
 
 def _csv_records(lines: Iterator[tuple[int, bytes]], file_format: FileFormat) -> Iterator[Record]:
@@ -356,60 +286,68 @@ def _csv_records(lines: Iterator[tuple[int, bytes]], file_format: FileFormat) ->
     columns = file_format.columns
     texts = {field.name for field in file_format.topic.declared if field.type == "text"} - PROSE
     text_columns = {at for at, name in enumerate(columns) if REES46_NAMES.get(name, name) in texts}
-    again: deque[tuple[int, bytes]] = deque()
-    taken: list[tuple[int, bytes]] = []
-
-    def feed() -> Iterator[str]:
-        while True:
-            item = again.popleft() if again else next(lines, None)
-            if item is None:
-                return
-            taken.append(item)
-            if len(taken) > MAX_LINES_PER_ROW:
-                raise _Runaway
-            yield item[1].decode("utf-8", "surrogateescape")
-
-    while True:
-        try:
-            for cells in csv.reader(feed(), strict=True):
-                number, raw = taken[0]
-                if len(taken) > 1:
-                    raw = b"".join(line for _, line in taken)
-                taken.clear()
-                if not raw.strip():
-                    yield Record(number, None)
-                    continue
-                raw = _without_terminator(raw)
-                cells = [cell_text(cell) if at in text_columns else cell for at, cell in enumerate(cells)]
-                try:
-                    yield Record(number, to_message(columns, cells, raw))
-                except ValueError:
-                    yield Record(number, raw)
-            return
-        except (_Runaway, csv.Error):
-            number, raw = taken[0]
-            again.extendleft(reversed(taken[1:]))
-            taken.clear()
-            yield Record(number, _without_terminator(raw))
+    for row in csv_rows(lines):
+        if row.fault:
+            yield Record(row.line, _faulty_message(row.raw, row.fault), ROW_FAULTS[row.fault])
+        elif not row.cells:
+            yield Record(row.line, None)
+        elif len(row.cells) != len(columns):
+            told = f"{ROW_FAULTS['cells']}: {len(row.cells)} cells, {len(columns)} columns"
+            yield Record(row.line, _faulty_message(row.raw, "cells"), told)
+        else:
+            cells = [cell_text(cell) if at in text_columns else cell for at, cell in enumerate(row.cells)]
+            yield Record(row.line, to_message(columns, cells))
 
 
-def _plain_message(columns: Sequence[str], cells: Sequence[str], _: bytes) -> bytes:
+def _faulty_message(raw: bytes, fault: RowFault) -> bytes:
+    """A row that is no message, as one that says so: the row as text, and byte for byte where text cannot hold it."""
+    text = raw.decode("utf-8", "backslashreplace").replace("\0", "\\x00")
+    message = {"malformed_row": fault, "row": text}
+    if text.encode() != raw:
+        message["row_base64"] = base64.b64encode(raw).decode()
+    return _encode(message).encode()
+
+
+def row_fault(document: dict[str, object]) -> str | None:
+    """Why a message is a CSV row that could not be read, None where it is none."""
+    fault = document.get("malformed_row")
+    return ROW_FAULTS.get(fault) if isinstance(fault, str) else None  # type: ignore[call-overload]
+
+
+def _plain_message(columns: Sequence[str], cells: Sequence[str]) -> bytes:
     named = zip(columns, cells, strict=True)
     return _encode({name: cell for name, cell in named if cell != ""}).encode()
 
 
-def _rees46_message(columns: Sequence[str], cells: Sequence[str], raw: bytes) -> bytes:
-    message = {"event_id": "rees46-" + hashlib.sha256(raw).hexdigest()[:32]}
-    for name, cell in zip(columns, cells, strict=True):
-        if cell != "":
-            message[REES46_NAMES.get(name, name)] = cell
-    if message.get("event_type") == "cart":
+def _rees46_message(columns: Sequence[str], cells: Sequence[str]) -> bytes:
+    message = {
+        REES46_NAMES.get(name, name): cell
+        for name, cell in zip(columns, cells, strict=True)
+        if cell.strip() not in REES46_MISSING
+    }
+    if message.get("event_type", "").strip() == "cart":
         message["event_type"] = "add_to_cart"
-    return _encode(message).encode()
+    identity = _content_hash(message, TOPICS["user.events"])
+    return _encode({"event_id": f"rees46-{identity[:32]}"} | message).encode()
+
+
+def _content_hash(message: dict[str, str], topic: Topic) -> str:
+    """A hash of what the topic declares, and of nothing else that a tool adds, reorders or formats in its own way."""
+    values = [_canonical(message.get(name, ""), name == topic.time_field) for name in topic.fields]
+    return hashlib.sha256(_encode(values).encode()).hexdigest()
+
+
+def _canonical(cell: str, is_time: bool) -> str:
+    """The one spelling of a value: 541312140.0 is 541312140, 33.20 is 33.2, a moment has one zone."""
+    text = cell.strip()
+    if not is_time:
+        return cell_text(text)
+    moment = parse_time(text)
+    return moment.isoformat() if moment is not None else text
 
 
 def _header(line: bytes) -> tuple[str, ...]:
-    text = _without_terminator(line).decode("utf-8", "replace")
+    text = without_terminator(line).decode("utf-8", "replace")
     try:
         return tuple(name.strip() for name in next(csv.reader([text]), []))
     except csv.Error:
@@ -454,13 +392,59 @@ def _csv_format(
     )
 
 
+def _refuse_json_over_lines(path: Path, head: Sequence[bytes]) -> None:
+    """Refuse a JSON array, and objects that go over several lines, whose lines would be rejected one by one.
+
+    Raises EventFileError with a command that writes one object on each line.
+    """
+    first = head[0].strip()
+    if not first.startswith((b"{", b"[")):
+        return
+    # A file with objects on lines of their own is JSON lines, whatever else is in it.
+    objects = any(isinstance(_json_value(line), dict) for line in head)
+    alone = _json_value(first)
+    if isinstance(alone, list):
+        over_lines = not objects and (len(head) == 1 or any(isinstance(item, dict) for item in alone))
+    elif alone is not None or len(head) == 1:
+        over_lines = False
+    elif _starts_with_json(b"".join(head)):
+        over_lines = first.startswith(b"[") or not objects
+    elif first.startswith(b"["):
+        # The sample may end within the array.
+        listed = sum(line.strip().startswith(b",") or line.strip().endswith(b",") for line in head)
+        over_lines = 2 * listed >= len(head) or (first in (b"[", b"[{") and not objects)
+    else:
+        over_lines = first == b"{" and not objects
+    if over_lines:
+        what, each = (
+            ("a JSON array", ".[]") if first.startswith(b"[") else ("JSON of several lines an object", ".")
+        )
+        raise EventFileError(
+            f"{path} is {what}, and is read one line at a time: write one object on each line, "
+            f"e.g. with `jq -c '{each}'`"
+        )
+
+
+def _starts_with_json(text: bytes) -> bool:
+    try:
+        json.JSONDecoder().raw_decode(text.decode("utf-8", "replace").lstrip())
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _json_value(line: bytes) -> object:
+    """The JSON value on a line, None where there is none."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
 def _topic_of_json(path: Path, head: Sequence[bytes]) -> Topic:
     first: str | None = None
     for line in head:
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
+        value = _json_value(line)
         if not isinstance(value, dict):
             continue
         if first is None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -32,6 +34,8 @@ from dagster_prefs.events.raw import (
 )
 
 BATCH_SIZE = 10_000
+# How many rows that could not be read are named one by one.
+EXAMPLES = 5
 # A batch of long lines must not grow with their length.
 BATCH_BYTES = 16 * 1024 * 1024
 
@@ -40,13 +44,30 @@ BATCH_BYTES = 16 * 1024 * 1024
 Delivery = Callable[[Topic, Sequence[RawMessage]], int]
 
 
+@dataclass
+class _Tally:
+    """What was read of a file so far; `examples` are (line, why) of the first rows that could not be read."""
+
+    lines: int = 0
+    accepted: int = 0
+    blank: int = 0
+    malformed: int = 0
+    examples: list[tuple[int, str]] = field(default_factory=list)
+
+
 def file_source(path: Path) -> str:
     """The source name of a file's messages: its name and the first 16 hex digits of its content's SHA-256.
+
+    A byte of the name that is no UTF-8 is written as an escape, because no engine takes it as text.
 
     Raises EventFileError if the file is missing, empty, not a regular file or unreadable.
     """
     check_file(path)
-    return f"file:{path.name}#{content_hash(path)[:16]}"
+    return f"file:{_as_text(path.name)}#{content_hash(path)[:16]}"
+
+
+def _as_text(path: Path | str) -> str:
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def ingest_file(
@@ -86,7 +107,7 @@ def ingest_file(
             if deliver is None:
                 store.last_offsets(file_format.topic, source)
             known = store.remember_start(
-                FileRecord(source, str(path), file_format.topic.name, None, shift, None)
+                FileRecord(source, _as_text(path), file_format.topic.name, None, shift, None)
             )
         _check_topic(path, known, file_format)
         note = _shift_note(known, shift_to_now)
@@ -96,27 +117,31 @@ def ingest_file(
                 source, known.topic, lines, 0, lines, 0, known.shift_seconds, time.monotonic() - started, note
             )
         write = deliver or (lambda topic, batch: store.write(topic, source, batch))
-        lines, accepted, blank = _store(write, path, file_format, known, batch_size, before.st_size, progress)
+        read = _store(write, path, file_format, known, batch_size, before.st_size, progress)
         after = check_file(path)
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
             raise EventFileError(
                 f"{path} changed while it was read: let its writer finish, then ingest it again"
             )
-        if lines == 0:
+        if read.lines == 0:
             raise EventFileError(f"{path} is empty: it has a header and no rows")
         store.remember_end(
-            FileRecord(source, str(path), known.topic, lines, known.shift_seconds, datetime.now(UTC))
+            FileRecord(
+                source, _as_text(path), known.topic, read.lines, known.shift_seconds, datetime.now(UTC)
+            )
         )
     return IngestReport(
         source,
         known.topic,
-        lines,
-        accepted,
-        lines - accepted,
-        blank,
+        read.lines,
+        read.accepted,
+        read.lines - read.accepted,
+        read.blank,
         known.shift_seconds,
         time.monotonic() - started,
         note,
+        read.malformed,
+        tuple(read.examples),
     )
 
 
@@ -162,43 +187,46 @@ def _store(
     batch_size: int,
     size: int,
     progress: ProgressCallback | None,
-) -> tuple[int, int, int]:
-    """Store the file's records; returns messages read, messages new, and blank lines."""
-    lines = accepted = blank = 0
+) -> _Tally:
+    """Store the file's records; returns what there was."""
+    read = _Tally()
     with LineReader(path) as reader:
-        batches = _batches(reader, file_format, known.shift_seconds, batch_size)
-        for batch, blanks, damage in batches:
-            accepted += write(file_format.topic, batch)
-            lines += len(batch)
-            blank += blanks
+        batches = _batches(reader, file_format, known.shift_seconds, batch_size, read)
+        for batch, damage in batches:
+            read.accepted += write(file_format.topic, batch)
+            read.lines += len(batch)
             if progress is not None:
-                progress(Progress(lines, min(reader.bytes_read, size), size, "bytes"))
+                progress(Progress(read.lines, min(reader.bytes_read, size), size, "bytes"))
             if damage is not None:
                 raise damage
-    return lines, accepted, blank
+    return read
 
 
 def _batches(
-    reader: LineReader, file_format: FileFormat, shift: int, batch_size: int
-) -> Iterator[tuple[list[RawMessage], int, EventFileError | None]]:
-    """Batches of messages with their blank lines; the last one carries the damage that ended the file."""
+    reader: LineReader, file_format: FileFormat, shift: int, batch_size: int, read: _Tally
+) -> Iterator[tuple[list[RawMessage], EventFileError | None]]:
+    """Batches of messages, what is none counted in `read`; the last one carries the damage that ended the file."""
     batch: list[RawMessage] = []
-    size = blank = 0
+    size = 0
     topic = file_format.topic
     damage: EventFileError | None = None
     try:
         for record in read_records(reader, file_format):
             message = record.message
             if message is None:
-                blank += 1
+                read.blank += 1
                 continue
-            if shift:
+            if record.fault is not None:
+                read.malformed += 1
+                if len(read.examples) < EXAMPLES:
+                    read.examples.append((record.line, record.fault))
+            elif shift:
                 message = shift_message(message, topic, shift)
             batch.append(RawMessage(0, record.line, message))
             size += len(message)
             if len(batch) >= batch_size or size >= BATCH_BYTES:
-                yield batch, blank, None
-                batch, size, blank = [], 0, 0
+                yield batch, None
+                batch, size = [], 0
     except EventFileError as error:
         damage = error
-    yield batch, blank, damage
+    yield batch, damage

@@ -1,7 +1,12 @@
-"""Which topics hold messages that the views have not read yet."""
+"""Which topics hold messages that the views have not read yet, told without a clock.
+
+On the embedded engine `raw_arrivals` has a row for each write, made by a trigger of the raw tables in the writer's own
+transaction (macros/engine/arrivals.sql). When a message arrived is a reading for people only: a clock may step back.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -10,32 +15,52 @@ from psycopg import sql
 
 from dagster_prefs.engine.catalog import NotDeployed
 from dagster_prefs.engine.connection import EngineConnection
-from dagster_prefs.events.formats import TOPICS
+from dagster_prefs.events.formats import TOPICS, Topic
 
 
-def waiting_since(
-    connection: psycopg.Connection[Any], engine: EngineConnection
-) -> dict[str, tuple[datetime, datetime]]:
-    """Topic → (oldest, newest) arrival in UTC of its messages that no refresh has read; read topics are absent.
+@dataclass(frozen=True)
+class Waiting:
+    """What no refresh has read of a topic: how many messages, when the oldest arrived (UTC), and which they are.
+
+    `mark` is equal exactly where the same messages wait.
+    """
+
+    messages: int
+    since: datetime
+    mark: str
+
+
+def waiting_since(connection: psycopg.Connection[Any], engine: EngineConnection) -> dict[str, Waiting]:
+    """Topic → what no refresh of the embedded engine has read of it; topics that are read are absent.
 
     Raises NotDeployed when the event tables do not exist yet.
     """
     waiting = {}
     for topic in TOPICS.values():
-        raw = topic.raw_table
-        query = sql.SQL(
-            "select min(arrived_at), max(arrived_at) from {raw} where arrived_at >"
-            " (select coalesce(max(arrived_at), '-infinity') from {parsed})"
-        ).format(
-            raw=sql.Identifier(engine.schema, raw),
-            parsed=sql.Identifier(engine.schema, raw.removeprefix("raw_") + "_parsed"),
-        )
         try:
-            row = connection.execute(query).fetchone()
-        except psycopg.errors.UndefinedTable:
+            found = unread(connection, engine, topic)
+        except psycopg.errors.UndefinedTable as error:
+            missing = str(error).partition('"')[2].partition('"')[0] or topic.raw_table
             raise NotDeployed(
-                f"{engine.schema}.{raw} is not in database {engine.database}: run `dbt run` in dbt_project/"
+                f"{missing} is not in database {engine.database}: run `dbt run` in dbt_project/"
             ) from None
-        if row and row[0] is not None:
-            waiting[topic.name] = (row[0], row[1])
+        if found is not None:
+            waiting[topic.name] = found
     return waiting
+
+
+def unread(connection: psycopg.Connection[Any], engine: EngineConnection, topic: Topic) -> Waiting | None:
+    """What no refresh of the embedded engine has read of one topic, None where nothing waits; raises psycopg.Error."""
+    query = sql.SQL(
+        "select sum(messages)::bigint, min(arrived_at),"
+        " md5(string_agg(concat_ws('/', source, source_partition, first_offset, last_offset), ','"
+        " order by source, source_partition, first_offset))"
+        " from {arrivals} as arrival where relation = %s and not exists (select from {parsed} as parsed"
+        " where parsed.source = arrival.source and parsed.source_partition = arrival.source_partition"
+        " and parsed.source_offset = arrival.first_offset)"
+    ).format(
+        arrivals=sql.Identifier(engine.schema, "raw_arrivals"),
+        parsed=sql.Identifier(engine.schema, topic.raw_table.removeprefix("raw_") + "_parsed"),
+    )
+    ((messages, since, mark),) = connection.execute(query, [topic.raw_table]).fetchall()
+    return Waiting(messages, since, mark) if messages else None

@@ -61,7 +61,8 @@ class IngestReport:
 
     `lines` messages were read (blank lines and tombstones, counted in `blank`, left out): `accepted` of
     them are new in the raw table, `already_present` were there. `shift_seconds` was added to every event
-    time. `note` is a sentence for the user, or None. `seconds` is wall time.
+    time. `note` is a sentence for the user, or None. `seconds` is wall time. `malformed` counts rows of a CSV file that
+    could not be read, which are stored as they came and rejected; `examples` are (line, why) of the first of them.
     """
 
     source: str
@@ -73,6 +74,8 @@ class IngestReport:
     shift_seconds: int
     seconds: float
     note: str | None = None
+    malformed: int = 0
+    examples: tuple[tuple[int, str], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ offset of the source `replay:<source>`, so that no interruption and no repetitio
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from dagster_prefs.events.ingest import Delivery
 from dagster_prefs.events.raw import Place, RawMessage, RawStore, explained
 from dagster_prefs.events.rejected import RELATION, stream_rejected
 from dagster_prefs.events.validity import ERASED, rejection_reason
+from dagster_prefs.files import whole_file
 
 BATCH_SIZE = 1_000
 SOURCE_PREFIX = "replay:"
@@ -73,26 +75,26 @@ def export_rejected(
     """Write the rejected messages that are open to a new JSON-lines file; returns their number.
 
     Each line has topic, source, partition, offset, reason and payload. The payload is the message itself,
-    character for character, where that is a JSON object on one line, else its text as a JSON string.
+    character for character, where that is a JSON object on one line, else its text as a JSON string. Only the
+    owner may read the file.
     Raises ReplayError where the file exists or cannot be written, else as `stream_rejected`.
     """
-    if path.exists():
-        raise ReplayError(f"{path} exists, and may hold corrections: name another file")
-    part = path.with_name(f".{path.name}.part")
+    taken = ReplayError(f"{path} exists, and may hold corrections: name another file")
+    if os.path.lexists(path):
+        raise taken
     written = 0
     try:
-        with part.open("w", encoding="utf-8", newline="\n") as file:
+        with whole_file(path, replace=False) as file:
             for event in stream_rejected(connection, topic, reason):
                 head = json.dumps(
                     {name: getattr(event, name) for name in (*KEYS[:4], "reason")}, ensure_ascii=False
                 )
-                file.write(f'{head[:-1]}, "payload": {_embedded(event.payload)}}}\n')
+                file.write(f'{head[:-1]}, "payload": {_embedded(event.payload)}}}\n'.encode())
                 written += 1
-        part.replace(path)
+    except FileExistsError:
+        raise taken from None
     except OSError as error:
         raise ReplayError(f"{path} cannot be written ({error.strerror}): choose another folder") from None
-    finally:
-        part.unlink(missing_ok=True)
     return written
 
 

@@ -33,6 +33,7 @@ from dagster_prefs.events.raw import (
     RawMessage,
     RawStore,
 )
+from dagster_prefs.files import whole_file
 
 DAY_MS = 86_400_000
 HOUR_MS = 3_600_000
@@ -586,7 +587,7 @@ def simulate_to_files(
             for done, (topic, message, _) in enumerate(simulate(plan), 1):
                 if topic not in files:
                     paths[topic] = folder / f"{topic}{suffix}"
-                    raw = stack.enter_context((folder / f".{topic}{suffix}.part").open("wb"))
+                    raw = stack.enter_context(whole_file(paths[topic]))
                     # Without name and time of writing, so that the same plan gives the same bytes.
                     files[topic] = raw
                     if compress:
@@ -595,8 +596,6 @@ def simulate_to_files(
                 files[topic].write(message + b"\n")
                 if progress is not None and done % 10_000 == 0:
                     progress(Progress(done, done, plan.messages, "messages"))
-        for topic, path in paths.items():
-            (folder / f".{topic}{suffix}.part").replace(path)
     except OSError as error:
         raise SimulationError(
             f"{folder} cannot be written ({error.strerror}): choose another folder"

@@ -13,7 +13,7 @@ from typing import Any
 
 from dagster_prefs.events.canaries import OF_ANOTHER_DEPLOYMENT, CanaryKey, deployment_of, is_proven
 from dagster_prefs.events.fields import MAX_MESSAGE_BYTES, Field, parse_time, too_many_bytes
-from dagster_prefs.events.formats import FUTURE_TOLERANCE, Topic
+from dagster_prefs.events.formats import FUTURE_TOLERANCE, Topic, row_fault
 from dagster_prefs.online.reserved import (
     CANARY_USER_ID,
     CANARY_VIEWER_ID,
@@ -56,9 +56,11 @@ def rejection_reason(
     if not isinstance(document, dict):
         return "not a JSON object"
     identity = "item_id" if topic.name == "items" else "event_id"
-    erased = document.get("erased")
-    if (erased is True or erased == "true") and topic.field(identity).text(document.get(identity)) is None:
-        return ERASED
+    if topic.field(identity).text(document.get(identity)) is None:
+        if document.get("erased") is True or document.get("erased") == "true":
+            return ERASED
+        if fault := row_fault(document):
+            return fault
     for field in topic.declared:
         if field.optional or field.name == "event_type":
             continue

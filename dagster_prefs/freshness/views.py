@@ -11,10 +11,13 @@ from psycopg import IsolationLevel, sql
 
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.events.formats import find_topic
+from dagster_prefs.events.progress import unread
 from dagster_prefs.freshness.levels import unreadable
 
 # Every rolling window spans at least this long, so newer tiles must be in it.
 SURE_WINDOW = timedelta(days=7)
+# A refresh that fails for days must not make a look at it slow.
+ARRIVALS_LOOKED_AT = 1_000
 _BEFORE_ALL = datetime.min.replace(tzinfo=UTC)
 
 
@@ -159,15 +162,13 @@ def _typed_lag(
     newest_arrival, newest = _read(
         connection, sql.SQL("select (select max(arrived_at) from {}), ({})").format(parsed, newest_event)
     )
-    # A literal moment and not a subquery, for which RisingWave would read the whole table.
-    since, waiting = _read(
-        connection,
-        sql.SQL("select min(arrived_at), count(*) from {} where arrived_at > {}").format(
-            sql.Identifier(engine.schema, typed.raw), sql.Literal(newest_arrival or _BEFORE_ALL)
-        ),
-    )
-    if missing := _missing_since(connection, engine, typed):
-        since, waiting = missing, waiting + 1
+    streaming = engine.kind == "risingwave"
+    since, waiting = (_unread_streaming if streaming else _unread)(connection, engine, typed)
+    missing = [_missing_since(connection, engine, typed)]
+    if not streaming:
+        missing.append(_missing_arrival(connection, engine, typed))
+    if known := [moment for moment in missing if moment is not None]:
+        since, waiting = min(known), waiting + 1
     return ViewLag(
         topic=typed.topic,
         relation=typed.relation,
@@ -178,6 +179,89 @@ def _typed_lag(
         lag_seconds=_age(since, now),
         ahead_seconds=_ahead(newest, now),
     )
+
+
+def _unread(
+    connection: psycopg.Connection[Any], engine: EngineConnection, typed: Typed
+) -> tuple[datetime | None, int]:
+    """Arrival of the oldest message that no refresh has read, and how many there are."""
+    found = unread(connection, engine, find_topic(typed.topic))
+    return (found.since, found.messages) if found else (None, 0)
+
+
+def _unread_streaming(
+    connection: psycopg.Connection[Any], engine: EngineConnection, typed: Typed
+) -> tuple[datetime | None, int]:
+    """The same on RisingWave, where the newest offset of each partition says how far the parsed relation is."""
+    parsed, raw = sql.Identifier(engine.schema, typed.parsed), sql.Identifier(engine.schema, typed.raw)
+    progress = connection.execute(
+        sql.SQL("select source, source_partition, last_offset from {} where topic = {}").format(
+            sql.Identifier(engine.schema, "ingest_progress"), sql.Literal(typed.topic)
+        )
+    ).fetchall()
+    oldest: list[datetime] = []
+    waiting = 0
+    for source, partition, last in progress:
+        # By literals and not by a join or a subquery, for which RisingWave would read the whole relation.
+        of_partition = sql.SQL("source = {} and source_partition = {}").format(
+            sql.Literal(source), sql.Literal(partition)
+        )
+        (there,) = _read(
+            connection,
+            sql.SQL("select count(*) from {} where {} and source_offset = {}").format(
+                parsed, of_partition, sql.Literal(last)
+            ),
+        )
+        if there:
+            continue
+        (shown,) = _read(
+            connection, sql.SQL("select max(source_offset) from {} where {}").format(parsed, of_partition)
+        )
+        since, messages = _read(
+            connection,
+            sql.SQL("select min(arrived_at), count(*) from {} where {} and source_offset > {}").format(
+                raw, of_partition, sql.Literal(-1 if shown is None else shown)
+            ),
+        )
+        if messages:
+            oldest.append(since)
+            waiting += messages
+    return min(oldest, default=None), waiting
+
+
+def _missing_arrival(
+    connection: psycopg.Connection[Any], engine: EngineConnection, typed: Typed
+) -> datetime | None:
+    """Arrival of the oldest write that was parsed and whose last valid message is not among the typed events.
+
+    Only what no refresh of the typed events has covered is looked at, so that a message is missed neither where its
+    arrival lies before those that were read, nor where many others came since.
+    """
+    kind, column = typed.subject or ("", typed.key)
+    (since,) = _read(
+        connection,
+        sql.SQL(
+            "select min(arrival.arrived_at) from (select * from {arrivals} where relation = {raw} limit {most})"
+            " as arrival cross join lateral (select {key} as key, {subject}::text as subject from {parsed} as parsed"
+            " where parsed.source = arrival.source and parsed.source_partition = arrival.source_partition"
+            " and parsed.source_offset between arrival.first_offset and arrival.last_offset and reason is null"
+            " order by parsed.source_offset desc limit 1) as newest"
+            " where not exists (select from {typed} as typed where typed.{key} = newest.key)"
+            " and not exists (select from {erased} as erased where erased.subject_kind = {kind}"
+            " and erased.subject_id = newest.subject)"
+        ).format(
+            arrivals=sql.Identifier(engine.schema, "raw_arrivals"),
+            raw=sql.Literal(typed.raw),
+            most=sql.Literal(ARRIVALS_LOOKED_AT),
+            key=sql.Identifier(typed.key),
+            subject=sql.Identifier(column),
+            parsed=sql.Identifier(engine.schema, typed.parsed),
+            typed=sql.Identifier(engine.schema, typed.relation),
+            erased=sql.Identifier(engine.schema, "erased_subjects"),
+            kind=sql.Literal(kind),
+        ),
+    )
+    return since if isinstance(since, datetime) else None
 
 
 def _missing_since(

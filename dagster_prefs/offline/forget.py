@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -33,7 +33,7 @@ from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.offline.audit import AuditFailed
 from dagster_prefs.offline.catalog import OfflineError, explained
 from dagster_prefs.offline.export import DEFAULT_NAMESPACE, VERIFIED_PREFIX, ExportConflict, export_day
-from dagster_prefs.offline.labels import TIME
+from dagster_prefs.offline.labels import TIME, LabelsRefused, viewer_ids
 from dagster_prefs.offline.maintenance import expire, unreferenced_files
 from dagster_prefs.offline.outputs import is_training_set, replace_rows
 from dagster_prefs.offline.publish import (
@@ -446,19 +446,25 @@ def _holds(path: Path, viewer_id: int) -> bool:
                 names = next(csv.reader(lines), [])
             if not {VIEWER, TIME} <= set(names):
                 return False
-            only = pa.csv.ConvertOptions(include_columns=[VIEWER], column_types={VIEWER: pa.int64()})
+            only = pa.csv.ConvertOptions(
+                include_columns=[VIEWER],
+                column_types={VIEWER: pa.string()},
+                null_values=[""],
+                strings_can_be_null=True,
+            )
             quoted = pa.csv.ParseOptions(newlines_in_values=True)
             with pa.csv.open_csv(path, parse_options=quoted, convert_options=only) as batches:
-                return _among(viewer_id, batches)
+                viewers = (
+                    viewer_ids(pa.chunked_array([batch.column(0)]).drop_null(), str(path))
+                    for batch in batches
+                )
+                return any(pc.any(pc.equal(found, viewer_id)).as_py() for found in viewers)
         with pq.ParquetFile(path) as parquet:
             if not {VIEWER, TIME} <= set(parquet.schema_arrow.names):
                 return False
-            return _among(viewer_id, parquet.iter_batches(columns=[VIEWER]))
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            batches = parquet.iter_batches(columns=[VIEWER])
+            return any(pc.any(pc.equal(batch.column(0), viewer_id)).as_py() for batch in batches)
+    except (pa.ArrowException, OSError, UnicodeDecodeError, LabelsRefused) as error:
         raise OfflineError(
             f"{path} cannot be searched ({str(error).splitlines()[0]}): mend or remove it, or name other folders"
         ) from error
-
-
-def _among(viewer_id: int, batches: Iterable[pa.RecordBatch]) -> bool:
-    return any(pc.any(pc.equal(batch.column(0), viewer_id)).as_py() for batch in batches)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import re
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from pyiceberg.exceptions import CommitFailedException, NoSuchTableError, Valida
 from pyiceberg.io.pyarrow import UnsupportedPyArrowTypeException, parquet_file_to_data_file
 from pyiceberg.table import Table
 
+from dagster_prefs.files import whole_file
 from dagster_prefs.offline.catalog import OfflineError, ensure_namespace, explained
 from dagster_prefs.offline.labels import TIME
 from dagster_prefs.offline.tables import PARQUET, TABLE_PROPERTIES, arrow_schema
@@ -71,11 +71,14 @@ def write_output(
     catalog: Catalog,
     output: str,
     properties: Mapping[str, str],
+    *,
+    keep_formulas: bool = False,
 ) -> None:
     """Write the session's relation `result`, ordered by `point`, replacing what `output` held.
 
     `columns` are the columns to write with their DuckDB types; `label_time` is microseconds since 1970 there and
-    an instant in the output. In CSV lists are JSON text. `properties` go to the snapshot of an Iceberg table.
+    an instant in the output. In CSV lists are JSON text, and a text that a spreadsheet would take for a formula begins
+    with an apostrophe, unless `keep_formulas`. `properties` go to the snapshot of an Iceberg table.
 
     Raises OutputRefused for an Iceberg table of other columns, and for a column that the output has no type for;
     OfflineError for storage that fails.
@@ -87,7 +90,7 @@ def write_output(
             return
         is_csv = output.lower().endswith(".csv")
         with whole_file(Path(output)) as partial:
-            rows = _ordered(session, columns, json=is_csv)
+            rows = _as_csv(session, columns, keep_formulas) if is_csv else _ordered(session, columns)
             with (
                 pa.csv.CSVWriter(partial, rows.schema)
                 if is_csv
@@ -146,17 +149,6 @@ def is_training_set(table: Table) -> bool:
     return table.properties.get(KIND) == TRAINING_SET
 
 
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of `path` where the block ends well and goes where it does not."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def _is_table(output: str) -> bool:
     return (
         output.count(".") == 1
@@ -165,39 +157,61 @@ def _is_table(output: str) -> bool:
     )
 
 
-def _ordered(
-    session: duckdb.DuckDBPyConnection, columns: Mapping[str, str], *, json: bool = False
+# What begins a formula in one spreadsheet or another, after apostrophes: each gets one more, so that one can be taken
+# away again. A number is none, whatever its sign.
+_FORMULA = "^'*[=+@\\t\\r\\n\uff1d\uff0b\uff0d\uff20-]"
+_NUMBER = "[+-]?([0-9]+[.]?[0-9]*|[.][0-9]+)([eE][+-]?[0-9]+)?"
+
+
+def _as_csv(
+    session: duckdb.DuckDBPyConnection, columns: Mapping[str, str], keep_formulas: bool
 ) -> pa.RecordBatchReader:
+    """The rows as what CSV has a text for, and as what a spreadsheet shows and does not compute."""
     chosen = []
     for name, kind in columns.items():
-        if json and kind.startswith(("STRUCT", "MAP", "UNION", "BLOB")):
+        if kind.startswith(("STRUCT", "MAP", "UNION", "BLOB")):
             raise OutputRefused(
                 f"the labels' column {name} is {kind}, which CSV has no text for: convert it, or write a Parquet file"
             )
-        quoted = '"' + name.replace('"', '""') + '"'
-        if not json:
-            chosen.append(quoted)
-        elif name == TIME:
-            chosen.append(f"strftime(make_timestamp({quoted}), '%Y-%m-%dT%H:%M:%S.%fZ') as {quoted}")
+        column, text = _quoted(name), _quoted(name)
+        if name == TIME:
+            text = f"strftime(make_timestamp({column}), '%Y-%m-%dT%H:%M:%S.%fZ')"
         elif kind == "VARCHAR[]":
-            chosen.append(f"cast(to_json({quoted}) as varchar) as {quoted}")
+            text = f"cast(to_json({column}) as varchar)"
         elif kind.endswith("[]"):
             # Numbers digit by digit: JSON of a decimal would be that of a float.
-            texts = f"array_to_string(cast({quoted} as varchar[]), ',')"
-            chosen.append(f"'[' || {texts} || ']' as {quoted}")
-        else:
-            chosen.append(quoted)
-    rows = session.sql(f"select {', '.join(chosen)} from result order by point").to_arrow_reader(
-        ROWS_PER_GROUP
-    )
-    if json:
-        return rows
+            text = f"'[' || array_to_string(cast({column} as varchar[]), ',') || ']'"
+        elif kind == "VARCHAR" and not keep_formulas:
+            text = (
+                f"case when regexp_matches({column}, {_literal(_FORMULA)})"
+                f" and not regexp_full_match({column}, {_literal(_NUMBER)}) then '''' || {column} else {column} end"
+            )
+        shown = f"'{name}" if not keep_formulas and re.match(_FORMULA, name) else name
+        chosen.append(f"{text} as {_quoted(shown)}")
+    return _selected(session, chosen)
+
+
+def _ordered(session: duckdb.DuckDBPyConnection, columns: Mapping[str, str]) -> pa.RecordBatchReader:
+    rows = _selected(session, list(map(_quoted, columns)))
     place = rows.schema.get_field_index(TIME)
     field = pa.field(TIME, _INSTANT)
     schema = rows.schema.set(place, field)
     return pa.RecordBatchReader.from_batches(
         schema, (batch.set_column(place, field, batch.column(place).cast(_INSTANT)) for batch in rows)
     )
+
+
+def _selected(session: duckdb.DuckDBPyConnection, chosen: Sequence[str]) -> pa.RecordBatchReader:
+    query = f"select {', '.join(chosen)} from result order by point"
+    return session.sql(query).to_arrow_reader(ROWS_PER_GROUP)
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _literal(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
 
 
 def _table(catalog: Catalog, output: str, schema: pa.Schema) -> Table:

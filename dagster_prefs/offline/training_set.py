@@ -12,8 +12,8 @@ import importlib.metadata
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,12 @@ from pyiceberg.table.refs import SnapshotRefType
 from pyiceberg.table.snapshots import Snapshot
 from pyiceberg.types import TimestamptzType
 
+from dagster_prefs.files import whole_file
 from dagster_prefs.offline.catalog import OfflineError, explained
 from dagster_prefs.offline.duck import JOINING, duck_session
 from dagster_prefs.offline.export import DEFAULT_NAMESPACE
-from dagster_prefs.offline.labels import POINT, TIME, LabelsRefused, check_columns, read_labels
-from dagster_prefs.offline.outputs import check_output, whole_file, write_output
+from dagster_prefs.offline.labels import POINT, TIME, LabelsRefused, check_columns, is_csv, read_labels
+from dagster_prefs.offline.outputs import OutputRefused, check_output, write_output
 from dagster_prefs.offline.publish import ATTEMPTS, day_of, read_file
 from dagster_prefs.offline.tables import VIEWER, TileTable
 from dagster_prefs.offline.windows import (
@@ -75,12 +76,24 @@ class TrainingSet:
 
 
 @dataclass(frozen=True)
+class CsvOptions:
+    """How CSV is read and written: the type of each column of the labels that is not to be text, as `labels.TYPES`
+    names it, and whether texts that a spreadsheet would compute are written as they stand."""
+
+    types: Mapping[str, str] = field(default_factory=dict)
+    keep_formulas: bool = False
+
+
+@dataclass(frozen=True)
 class _Version:
     """A data file and the time in which it was current: milliseconds since 1970, the end excluded."""
 
     file: DataFile
     known_from: int
     known_to: int
+
+
+_AS_TEXT = CsvOptions()
 
 
 def build_training_set(
@@ -95,6 +108,7 @@ def build_training_set(
     manifest: Path | None = None,
     tag: str | None = None,
     namespace: str = DEFAULT_NAMESPACE,
+    csv: CsvOptions = _AS_TEXT,
 ) -> TrainingSet:
     """Write `output`: every label, in its order, duplicates included, with every feature beside it.
 
@@ -102,12 +116,16 @@ def build_training_set(
     (see `read_labels`); `output` is a `.parquet` or `.csv` file or an Iceberg table `namespace.table`. `manifest`
     (`<output>.manifest.json` by default) gets tile snapshots, versions of contract and code, and fingerprints, from
     which `reproduce_training_set` gets the same rows; `tag` is set on the tile snapshots, which upkeep then keeps.
-    The join spills to disk beyond a gigabyte. A viewer without history gets cold-start values: zero counts, empty
-    lists, NULL rates.
+    `csv` says what cells of CSV labels are that are not text. The join spills to disk beyond a gigabyte. A viewer
+    without history gets cold-start values: zero counts, empty lists, NULL rates.
 
     Raises LabelsRefused, OutputRefused, TagTaken, TableMissing, SnapshotExpired (`as_known` before the kept
     history), or another OfflineError; an existing output is replaced only in the end.
     """
+    manifest = manifest or Path(f"{output}.manifest.json")
+    check_output(catalog, str(output))
+    if not manifest.absolute().parent.is_dir():
+        raise OutputRefused(f"the folder {manifest.parent} of the manifest does not exist: create it")
     snapshots: dict[str, int | None] = {}
     for spec, _ in sources():
         with explained(f"the table {namespace}.{spec.name}"):
@@ -116,8 +134,7 @@ def build_training_set(
             if tag and current:
                 _set_tag(table, tag, current.snapshot_id)
         snapshots[spec.name] = current.snapshot_id if current else None
-    manifest = manifest or Path(f"{output}.manifest.json")
-    with explained(f"the manifest {manifest}"), whole_file(manifest) as partial:
+    with explained(f"the manifest {manifest}"), ExitStack() as written:
 
         def describe(made: _Made) -> None:
             content = {
@@ -131,6 +148,7 @@ def build_training_set(
                     "rows": made.rows,
                     "fingerprint": made.labels_hash,
                     "timezone": timezone,
+                    "types": dict(csv.types),
                 },
                 "as_known": as_known,
                 "namespace": namespace,
@@ -144,7 +162,10 @@ def build_training_set(
                     "features": [asdict(feature) for feature in features()],
                 },
             }
-            partial.write_text(json.dumps(content, indent=2) + "\n")
+            partial = written.enter_context(whole_file(manifest))
+            partial.write(json.dumps(content, indent=2).encode() + b"\n")
+            # Before the rows take their place: a disk that is full must show now.
+            partial.flush()
 
         made = _build(
             catalog,
@@ -155,6 +176,7 @@ def build_training_set(
             timezone=timezone,
             as_known=as_known,
             namespace=namespace,
+            csv=csv,
             describe=describe,
         )
     return TrainingSet(
@@ -168,11 +190,13 @@ def reproduce_training_set(
     output: Path | str,
     *,
     labels: str | None = None,
+    keep_formulas: bool = False,
 ) -> TrainingSet:
     """Write the training set of a manifest again to `output`; every row is proven equal before that.
 
-    `labels` says where the labels are now, if they moved. Raises SnapshotExpired where a tile snapshot is
-    gone, NotReproducible where labels, definition or result differ from the manifest.
+    `labels` says where the labels are now, if they moved; `keep_formulas` is that of `CsvOptions`. Raises
+    SnapshotExpired where a tile snapshot is gone, NotReproducible where labels, definition or result differ from the
+    manifest.
     """
     try:
         known = json.loads(manifest.read_text())
@@ -190,15 +214,23 @@ def reproduce_training_set(
             f"{manifest} was made by code {known['code_version']} with another definition of the features: "
             "install that version"
         )
+    check_output(catalog, str(output))
+    source = labels or known["labels"]["source"]
+    if is_csv(source) and "types" not in known["labels"]:
+        raise NotReproducible(
+            f"{manifest} was made by code {known['code_version']}, which guessed what the cells of {source} are: "
+            "install that version, or make the training set again and give the types"
+        )
     made = _build(
         catalog,
-        labels or known["labels"]["source"],
+        source,
         str(output),
         snapshots=known["snapshots"],
         now=datetime.fromisoformat(known["created_at"]),
         timezone=known["labels"]["timezone"],
         as_known=known["as_known"],
         namespace=known["namespace"],
+        csv=CsvOptions(known["labels"].get("types", {}), keep_formulas),
         expect=(known["labels"]["fingerprint"], known["output"]["fingerprint"]),
     )
     return TrainingSet(
@@ -266,12 +298,12 @@ def _build(
     timezone: str | None,
     as_known: bool,
     namespace: str,
+    csv: CsvOptions,
     expect: tuple[str, str] | None = None,
     describe: Callable[[_Made], None] | None = None,
 ) -> _Made:
     started = time.monotonic()
-    check_output(catalog, output)
-    table = read_labels(catalog, labels, now=now, timezone=timezone)
+    table = read_labels(catalog, labels, now=now, timezone=timezone, types=csv.types)
     with explained(f"the training set {output}"), duck_session(*JOINING) as session:
         first, last = _load_points(session, table)
         labels_hash = _fingerprint(session, "labels")
@@ -306,7 +338,8 @@ def _build(
             describe(made)
         kinds = {row[0]: row[1] for row in session.execute("describe result").fetchall()}
         kinds.pop(POINT)
-        write_output(session, kinds, catalog, output, {"prefs.fingerprint": content})
+        fingerprint = {"prefs.fingerprint": content}
+        write_output(session, kinds, catalog, output, fingerprint, keep_formulas=csv.keep_formulas)
     return replace(made, seconds=time.monotonic() - started)
 
 

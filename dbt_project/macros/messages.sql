@@ -141,6 +141,7 @@
     when j is null then 'not valid JSON'
     when jsonb_typeof(j) <> 'object' then 'not a JSON object'
     when {{ erased(identity) }} then 'erased'
+    {{- malformed_row_reasons(identity) }}
 {%- endmacro %}
 
 {# Why an event is refused whatever its topic, as `when … then …` arms; `key` and `moment` are columns. #}

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import base64
+import csv
 import gzip
 import hashlib
 import json
@@ -16,13 +18,17 @@ from dagster_prefs.events.formats import (
     TOPICS,
     EventFileError,
     LineReader,
+    Record,
     UnknownTopic,
     detect,
     event_time,
     read_records,
     shift_message,
 )
+from dagster_prefs.events.validity import rejection_reason
+from dagster_prefs.textfiles import MAX_CELL_BYTES, ROW_FAULTS
 
+NOW = datetime(2026, 11, 21, tzinfo=UTC)
 VIEW = {"event_id": "a", "viewer_id": 1, "watched_at": "2026-01-01T00:00:00Z"}
 REES46 = "event_time,event_type,product_id,category_id,category_code,brand,price,user_id,user_session"
 
@@ -85,7 +91,9 @@ def test_csv_cells_come_through_exactly(
         ("1e+400", "1e+400"), ("1" * 400 + ".0", "1" * 400 + ".0"),
     ],
 )  # fmt: skip
-def test_a_number_in_a_csv_is_one_id_however_it_is_written(tmp_path: Path, cell: str, kept: str) -> None:
+def test_a_number_in_a_csv_is_one_id_however_it_is_written(
+    tmp_path: Path, cell: str, kept: str | None
+) -> None:
     path = tmp_path / "events.csv"
     path.write_text(f"event_id,user_id,event_type,event_time,price\ne1,{cell},view,2026-01-01,{cell}\n")
     ((_, message),) = messages(path)
@@ -95,7 +103,9 @@ def test_a_number_in_a_csv_is_one_id_however_it_is_written(tmp_path: Path, cell:
     rees46.write_text(f"{REES46}\n2019-10-01 00:00:00 UTC,cart,{cell},1,,b,35.790,{cell},s-1\n")
     ((_, message),) = messages(rees46)
     found = json.loads(message or b"")
-    assert (found["user_id"], found["item_id"], found["price"]) == (kept, kept, "35.790")
+    # There NaN is what a tool writes where a cell was empty.
+    kept = None if kept == "NaN" else kept
+    assert (found.get("user_id"), found.get("item_id"), found["price"]) == (kept, kept, "35.790")
 
 
 def test_a_title_in_a_csv_stays_as_it_stands(tmp_path: Path) -> None:
@@ -106,18 +116,34 @@ def test_a_title_in_a_csv_stays_as_it_stands(tmp_path: Path) -> None:
     ]
 
 
-def test_rows_that_do_not_fit_are_kept_as_they_came(tmp_path: Path) -> None:
+def test_rows_that_do_not_fit_are_kept_as_they_came_and_named(tmp_path: Path) -> None:
     path = tmp_path / "events.csv"
     head = b"event_id,user_id,event_type,event_time\n"
-    bad = [b"e2,u2,view", b'e3,"open quote,view,2026-01-01', b"e4,\xff,view,2026-01-01T00:00:00Z"]
-    good = b"e5,u5,view,2026-01-01T00:00:00Z"
+    bad = {
+        b"e2,u2,view": ("cells", "3 cells, 4 columns"),
+        b'e3,"open quote,view,2026-01-01': ("quotes", "unclosed quote"),
+        b"e4,\xff,view,2026-01-01T00:00:00Z": ("encoding", "not UTF-8"),
+        b"e5,a\0b,view,2026-01-01T00:00:00Z": ("nul", "U+0000"),
+        b"e6," + b"x" * (MAX_CELL_BYTES + 1) + b",view,2026-01-01T00:00:00Z": ("size", "beyond the limit"),
+        b"e7," + b"\xc3\xa9" * (MAX_CELL_BYTES // 2 + 1) + b",view,2026-01-01": ("size", "beyond the limit"),
+        b"a,b,c,d,e": ("cells", "5 cells, 4 columns"),
+    }
+    good = b"e9,u5,view,2026-01-01T00:00:00Z"
     path.write_bytes(head + b"\r\n".join([*bad, b"", good]))
-    found = messages(path)
-    assert [m for _, m in found[:3]] == bad
-    assert found[3] == (5, None)
-    assert found[4][0] == 6
-    assert json.loads(found[4][1] or b"") == {
-        "event_id": "e5", "user_id": "u5", "event_type": "view", "event_time": "2026-01-01T00:00:00Z",
+    found = detect(path)
+    with LineReader(path) as reader:
+        records = list(read_records(reader, found))
+    for number, (record, (raw, (fault, why))) in enumerate(zip(records, bad.items(), strict=False), 2):
+        held = json.loads(record.message or b"")
+        assert (record.line, held["malformed_row"]) == (number, fault)
+        assert why in (record.fault or "")
+        exact = held.get("row_base64")
+        assert (base64.b64decode(exact) if exact else held["row"].encode()) == raw
+        assert rejection_reason(record.message or b"", found.topic, NOW) == ROW_FAULTS[fault]
+    assert records[-2] == Record(len(bad) + 2, None)
+    assert (records[-1].line, records[-1].fault) == (len(bad) + 3, None)
+    assert json.loads(records[-1].message or b"") == {
+        "event_id": "e9", "user_id": "u5", "event_type": "view", "event_time": "2026-01-01T00:00:00Z",
     }  # fmt: skip
 
 
@@ -126,10 +152,22 @@ def test_rees46_rows_become_shop_events(tmp_path: Path) -> None:
     row = "2019-10-01 00:00:00 UTC,cart,44600062,2103807459595387724,,shiseido,35.790,541312140,s-1"
     path.write_text(f"{REES46}\n{row}\n")
     ((line, message),) = messages(path)
+    declared = [
+        "",
+        "541312140",
+        "44600062",
+        "add_to_cart",
+        "",
+        "shiseido",
+        "35.79",
+        "s-1",
+        "2019-10-01T00:00:00+00:00",
+    ]
+    identity = hashlib.sha256(json.dumps(declared, separators=(",", ":")).encode()).hexdigest()
     assert (line, json.loads(message or b"")) == (
         2,
         {
-            "event_id": "rees46-" + hashlib.sha256(row.encode()).hexdigest()[:32],
+            "event_id": "rees46-" + identity[:32],
             "event_time": "2019-10-01 00:00:00 UTC",
             "event_type": "add_to_cart",
             "item_id": "44600062",
@@ -140,6 +178,95 @@ def test_rees46_rows_become_shop_events(tmp_path: Path) -> None:
             "session_id": "s-1",
         },
     )
+
+
+ORIGINAL = {
+    "event_time": "2019-10-01 00:00:00 UTC",
+    "event_type": "cart",
+    "product_id": "44600062",
+    "category_id": "2103807459595387724",
+    "category_code": "",
+    "brand": "shiseido",
+    "price": "35.79",
+    "user_id": "541312140",
+    "user_session": "s-1",
+}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"Unnamed: 0": "17", **ORIGINAL},
+        {"": "0", "Unnamed: 0.1": "3", **ORIGINAL},
+        dict(reversed(ORIGINAL.items())),
+        ORIGINAL | {"user_id": "541312140.0", "product_id": "44600062.0"},
+        ORIGINAL | {"user_id": "5.4131214e+08", "category_id": "2.1038074595953877e+18"},
+        ORIGINAL | {"price": "35.790", "category_code": "NaN"},
+        ORIGINAL | {"price": " 35.79 ", "brand": " shiseido", "event_type": "cart "},
+        ORIGINAL | {"event_time": "2019-10-01 00:00:00+00:00"},
+    ],
+    ids=["index", "two indexes", "order", "floats", "exponents", "nan", "blanks", "zone"],
+)
+def test_a_rees46_file_saved_again_tells_of_the_same_events(tmp_path: Path, other: dict[str, str]) -> None:
+    def identities(name: str, *table: dict[str, str]) -> list[str]:
+        path = tmp_path / name
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(table[0]))
+            writer.writeheader()
+            writer.writerows(table)
+        return [json.loads(message or b"")["event_id"] for _, message in messages(path)]
+
+    (first,) = identities("first.csv", ORIGINAL)
+    # What is another event stays one.
+    changes = {"user_id": "541312141", "price": "35.8", "event_time": "2019-10-01 00:00:01 UTC", "brand": ""}
+    again, *others = identities(
+        "again.csv", other, *(other | {name: value} for name, value in changes.items())
+    )
+    assert again == first
+    assert len({first, *others}) == 1 + len(changes)
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (json.dumps([VIEW, VIEW]), "a JSON array"),
+        (json.dumps([VIEW, VIEW], indent=2), "a JSON array"),
+        ("[\n" + ",\n".join([json.dumps(VIEW)] * 3) + "\n]\n", "a JSON array"),
+        ("[" + ",\n".join([json.dumps(VIEW)] * 3000) + "]", "a JSON array"),
+        ("[\n" + json.dumps(VIEW) + "\n]", "a JSON array"),
+        ("[]", "a JSON array"),
+        (json.dumps(VIEW, indent=2), "JSON of several lines an object"),
+        ("\n".join([json.dumps(VIEW, indent=1)] * 500), "JSON of several lines an object"),
+        ('{"event_id": "a",\n "viewer_id": 1,\n "watched_at": 0}', "JSON of several lines an object"),
+    ],
+)
+@pytest.mark.parametrize("topic", [None, "view_events"])
+def test_json_over_several_lines_is_refused_in_a_sentence(
+    tmp_path: Path, content: str, what: str, topic: str | None
+) -> None:
+    path = tmp_path / "views.json"
+    path.write_text(content)
+    with pytest.raises(
+        EventFileError, match=rf"views\.json is {what}.*: write one object on each line.*jq -c"
+    ):
+        detect(path, topic)
+
+
+@pytest.mark.parametrize("first", ["[broken", "[1]", "[", "{broken", '[{"a": 1}]', "{", '{"a":' * 100_000])
+def test_json_lines_stay_json_lines_whatever_their_first_line(tmp_path: Path, first: str) -> None:
+    path = tmp_path / "views.jsonl"
+    path.write_text("\n".join([first, json.dumps(VIEW), json.dumps(VIEW)]))
+    assert messages(path) == [
+        (1, first.encode()), (2, json.dumps(VIEW).encode()), (3, json.dumps(VIEW).encode()),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("depth", [100_000, 300_000])
+def test_deep_json_is_refused_in_a_sentence(tmp_path: Path, depth: int) -> None:
+    path = tmp_path / "deep.jsonl"
+    path.write_text('{"a":' * depth + "\n")
+    with pytest.raises(EventFileError, match="name the topic, one of"):
+        detect(path)
 
 
 @pytest.mark.parametrize(

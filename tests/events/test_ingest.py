@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import csv
 import gzip
 import hashlib
@@ -190,6 +191,56 @@ def test_the_rees46_sample_is_stored_row_by_row(store: EngineConnection) -> None
     assert rows(
         store, "select count(distinct convert_from(data, 'utf8')::json->>'event_id') from raw_user_events"
     ) == [(len({tuple(row.values()) for row in originals}),)]
+
+
+@pytest.mark.skipif(not SAMPLE.is_file(), reason="the REES46 sample is not beside the repository")
+def test_the_rees46_sample_saved_again_by_pandas_counts_once(store: EngineConnection, tmp_path: Path) -> None:
+    """An index column in front, another order, floats where a column had gaps, shorter prices, NaN for gaps."""
+    with SAMPLE.open(newline="") as file:
+        originals = list(csv.DictReader(file))
+    order = ["", "price", *(name for name in originals[0] if name != "price")]
+    again = tmp_path / "again.csv"
+    with again.open("w", newline="") as file:
+        writer = csv.DictWriter(file, order)
+        writer.writeheader()
+        for number, row in enumerate(originals):
+            writer.writerow(
+                {name: cell or "NaN" for name, cell in row.items()}
+                | {"": number, "price": repr(float(row["price"])), "user_id": f"{row['user_id']}.0"}
+            )
+    ingest_file(store, SAMPLE)
+    assert ingest_file(store, again).accepted == len(originals)
+    distinct = len({tuple(row.values()) for row in originals})
+    identities = (
+        "select count(*), count(distinct convert_from(data, 'utf8')::json->>'event_id') from raw_user_events"
+    )
+    assert rows(store, identities) == [(2 * len(originals), distinct)]
+
+
+def test_rows_that_cannot_be_read_are_named_with_their_lines(store: EngineConnection, tmp_path: Path) -> None:
+    path = tmp_path / "items.csv"
+    path.write_bytes(b"item_id,title\n1,good\n2\n3,caf\xe9\n" + b"4,a,b\n" * 6)
+    report = ingest_file(store, path)
+    assert (report.lines, report.accepted, report.malformed) == (9, 9, 8)
+    assert report.examples[:2] == (
+        (3, "CSV row with another number of cells than its header: 1 cells, 2 columns"),
+        (4, "CSV row that is not UTF-8"),
+    )
+    assert [line for line, _ in report.examples] == [3, 4, 5, 6, 7]
+    held = [json.loads(data) for _, data in stored(store, "raw_items")]
+    assert [one.get("row") for one in held] == [None, "2", "3,caf\\xe9", *["4,a,b"] * 6]
+    assert base64.b64decode(held[2]["row_base64"]) == b"3,caf\xe9"
+
+
+def test_a_file_whose_name_is_not_utf8(store: EngineConnection, tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"caf\xe9.jsonl")
+    path.write_bytes(b'{"event_id":"a","viewer_id":1,"watched_at":1}\n')
+    report = ingest_file(store, path)
+    assert report.source == f"file:caf\\xe9.jsonl#{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+    assert rows(store, "select source, path, completed_at is not null from ingest_files") == [
+        (report.source, f"{tmp_path}/caf\\xe9.jsonl", True)
+    ]
+    assert ingest_file(store, path).already_present == 1
 
 
 def test_a_header_alone_is_an_empty_file(store: EngineConnection, tmp_path: Path) -> None:

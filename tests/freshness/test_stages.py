@@ -17,7 +17,7 @@ from dagster_prefs.freshness.measures import measure_views
 from dagster_prefs.online.contract import FreshnessThresholds
 from dagster_prefs.online.lease import Lease
 
-READ_OFTEN = ("raw_view_events", "view_events_parsed", "view_events", "viewer_watch_metrics_1d")
+READ_OFTEN = ("raw_arrivals", "view_events_parsed", "view_events", "viewer_watch_metrics_1d")
 ENGAGEMENT = {"online/watch", "online/interactions", "online/preferences"}
 
 

@@ -3,10 +3,13 @@ from __future__ import annotations
 import csv
 import errno
 import json
+import os
+import stat
 import tempfile
 import time
 from collections.abc import Sequence
 from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,7 @@ from dagster_prefs.offline.tables import (
     ensure_table,
 )
 from dagster_prefs.offline.training_set import (
+    CsvOptions,
     NotReproducible,
     SnapshotExpired,
     TagTaken,
@@ -324,20 +328,154 @@ def test_zones_are_explicit(catalog: Catalog, tmp_path: Path) -> None:
         ("viewer_id,label_time\n,2026-03-10T00:00:00Z\n", "row 1: viewer_id is missing"),
         ("viewer_id,label_time\n1.5,2026-03-10T00:00:00Z\n", "must be an integer .*: correct it"),
         ("viewer_id,label_time\nx,2026-03-10T00:00:00Z\n", "must be an integer .*: correct it"),
-        ("viewer_id,label_time\n2026-03-10,2026-03-10T00:00:00Z\n", "must be an integer, it is date32.*: convert it"),
+        ("viewer_id,label_time\n2026-03-10,2026-03-10T00:00:00Z\n", "must be an integer .*'2026-03-10': correct it"),
+        ("viewer_id,label_time\n1,2026-03-10T00:00Z\n1,2026-03-10T00:00Z,x\n", r"row 2 \(line 3\): .*number of cells"),
+        ('viewer_id,label_time,a\n1,2026-03-10T00:00Z,"x\n1,2026-03-10T00:00Z,y\n', r"row 1 .* unclosed quote"),
+        (b"viewer_id,label_time,a\n1,2026-03-10T00:00Z,caf\xe9\n", r"row 1 \(line 2\): CSV row that is not UTF-8"),
+        ("viewer_id,label_time\n1,2026-03-10T00:00Z\n".encode("utf-16"), "is UTF-16 text: give CSV in UTF-8"),
         ("viewer_id,label_time\n-1,2026-03-10T00:00:00Z\n", "row 1: viewer ids below 0"),
         ("viewer_id,label_time,likes_28d\n1,2026-03-10T00:00:00Z,1\n", "likes_28d, which is the name of a"),
         ("viewer_id,label_time,a,a\n1,2026-03-10T00:00:00Z,1,2\n", "column a twice"),
         ("viewer_id,label_time,point\n1,2026-03-10T00:00:00Z,1\n", "column point, which is reserved"),
     ],
 )  # fmt: skip
-def test_labels_that_cannot_be_used(catalog: Catalog, tmp_path: Path, text: str, expected: str) -> None:
+def test_labels_that_cannot_be_used(
+    catalog: Catalog, tmp_path: Path, text: str | bytes, expected: str
+) -> None:
     fill(catalog, {})
     path = tmp_path / "labels.csv"
-    path.write_text(text)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(OfflineError, match=expected):
         build(catalog, str(path), tmp_path)
     assert not (tmp_path / "set.parquet").exists()
+
+
+def test_cells_are_text_as_they_stand(catalog: Catalog, tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"labels-\xe9.csv")
+    path.write_bytes(
+        b"\xef\xbb\xbfviewer_id,label_time,content_id,postal,country,note\r\n"
+        b'42.0,2026-03-10T00:00:00Z,007,01234,NA,"two\nlines, ""quoted"""\r\n'
+        b"\r\n"
+        b' 7 ,2026-03-10T00:00:00Z,1e3,NULL, nan ,""\r\n'
+        b"1.2345e4,2026-03-10T00:00:00Z,,,true,2026-01-01\r\n"
+    )
+    table = read_labels(catalog, str(path), now=NOW)
+    assert table.schema.field("viewer_id").type == pa.int64()
+    assert [tuple(row.values())[2:] for row in table.to_pylist()] == [
+        ("007", "01234", "NA", 'two\nlines, "quoted"'),
+        ("1e3", "NULL", " nan ", None),
+        (None, None, "true", "2026-01-01"),
+    ]
+    assert table["viewer_id"].to_pylist() == [42, 7, 12345]
+
+
+def test_a_column_has_the_type_that_is_given_for_it(catalog: Catalog, tmp_path: Path) -> None:
+    fill(catalog, {WATCH.name: [watch(1, DAY, 600)]})
+    path = tmp_path / "labels.csv"
+    path.write_text(
+        "viewer_id,label_time,bought,stars,price,share,day,at,postal\n"
+        f"1,{at(DAY).isoformat()},true,-3,12.50,0.25,2026-01-02,2026-01-02T03:04:05+01:00,01234\n"
+        f"1,{at(DAY).isoformat()},0,,,,,,\n"
+    )
+    types = {
+        "bought": "bool", "stars": "int", "price": "decimal(6,2)", "share": "float", "day": "date",
+        "at": "timestamp", "postal": "text",
+    }  # fmt: skip
+    made, (first, second) = build(catalog, str(path), tmp_path, csv=CsvOptions(types))
+    assert [first[name] for name in types] == [
+        True, -3, Decimal("12.50"), 0.25, date(2026, 1, 2), datetime(2026, 1, 2, 2, 4, 5, tzinfo=UTC), "01234",
+    ]  # fmt: skip
+    assert [second[name] for name in types] == [False, None, None, None, None, None, None]
+    again = reproduce_training_set(catalog, made.manifest, tmp_path / "again.parquet")
+    assert again.content_hash == made.content_hash
+    known = json.loads(made.manifest.read_text())
+    assert known["labels"].pop("types") == types
+    made.manifest.write_text(json.dumps(known))
+    with pytest.raises(NotReproducible, match=r"guessed what the cells .*: install that version, or"):
+        reproduce_training_set(catalog, made.manifest, tmp_path / "again.parquet")
+
+
+@pytest.mark.parametrize(
+    ("types", "expected"),
+    [
+        ({"a": "int"}, r"row 2: a is 'NA', which is no int64: correct it, leave it empty"),
+        ({"a": "number"}, "column a cannot be of type 'number': types are text, int"),
+        ({"a": "int(3,4)"}, "cannot be of type"),
+        ({"a": "decimal(77,2)"}, "cannot be of type"),
+        ({"b": "int"}, "the type of b cannot be given: .* has the columns a"),
+        ({"viewer_id": "text"}, "the type of viewer_id cannot be given"),
+    ],
+)
+def test_types_that_do_not_fit(
+    catalog: Catalog, tmp_path: Path, types: dict[str, str], expected: str
+) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_text("viewer_id,label_time,a\n1,2026-03-10T00:00Z,1\n2,2026-03-10T00:00Z,NA\n")
+    with pytest.raises(LabelsRefused, match=expected):
+        read_labels(catalog, str(path), now=NOW, types=types)
+    with pytest.raises(LabelsRefused, match=r"has types of its own|cannot be of type"):
+        read_labels(catalog, write_labels(tmp_path, [(1, at(DAY))]), now=NOW, types=types)
+
+
+@pytest.mark.parametrize(
+    ("viewers", "expected"),
+    [
+        (["1", "9007199254740993.0"], "row 2: viewer_id 9007199254740993.0 is a float beyond 2\\^53"),
+        (["1", "9.007199254740992e15"], "row 2: viewer_id 9.007199254740992e15 is a float beyond 2\\^53"),
+        (["1", "9223372036854775808"], "row 2: viewer_id must be an integer of 64 bits, it is '9223372036854775808'"),
+        (["7", "0x10"], "row 2: viewer_id must be an integer of 64 bits, it is '0x10'"),
+        (["7", "1.5"], "row 2: viewer_id must be an integer of 64 bits, it is '1.5'"),
+        (["7", "nan"], "row 2: viewer_id must be an integer"),
+        (["7", "inf"], "row 2: viewer_id must be an integer"),
+        ([1.0, 2.0**53], "row 2: viewer_id 9007199254740992.0 is a float beyond 2\\^53"),
+        ([1.0, 1.5], "row 2: viewer_id must be an integer of 64 bits, it is 1.5"),
+        ([1.0, float("nan")], "row 2: viewer_id is missing"),
+        ([1.0, float("inf")], "row 2: viewer_id inf is a float beyond 2\\^53"),
+        (pa.array([1, 2**63], pa.uint64()), "row 2: .* must be an integer of 64 bits, it is 9223372036854775808"),
+        (pa.array([True]), "must be an integer, it is bool: convert it"),
+    ],
+)  # fmt: skip
+def test_viewers_that_could_be_others_are_refused(
+    catalog: Catalog, tmp_path: Path, viewers: Any, expected: str
+) -> None:
+    times = pa.array([at(DAY)] * len(viewers), pa.timestamp("us", "UTC"))
+    pq.write_table(pa.table({"viewer_id": viewers, "label_time": times}), tmp_path / "labels.parquet")
+    with pytest.raises(LabelsRefused, match=expected):
+        read_labels(catalog, str(tmp_path / "labels.parquet"), now=NOW)
+
+
+@pytest.mark.parametrize(
+    "viewers",
+    [
+        [-0.0, 2.0**53 - 1],
+        pa.array(["-0", "9007199254740991.0"]),
+        pa.array(["0", "9007199254740991.00"]).dictionary_encode(),
+        pa.array([Decimal("0.00"), Decimal("9007199254740991.00")]),
+        pa.array(["0", "9007199254740991"]),
+    ],
+)
+def test_viewers_that_are_exact_are_read_whatever_their_type(
+    catalog: Catalog, tmp_path: Path, viewers: Any
+) -> None:
+    times = pa.array([at(DAY)] * 2, pa.timestamp("us", "UTC"))
+    pq.write_table(pa.table({"viewer_id": viewers, "label_time": times}), tmp_path / "labels.parquet")
+    table = read_labels(catalog, str(tmp_path / "labels.parquet"), now=NOW)
+    assert table["viewer_id"].to_pylist() == [0, 2**53 - 1]
+
+
+def test_parquet_labels_keep_their_types(catalog: Catalog, tmp_path: Path) -> None:
+    columns = {
+        "viewer_id": pa.array([1]),
+        "label_time": pa.array([at(DAY)], pa.timestamp("us", "UTC")),
+        "text": ["007"], "list": [["a", "b"]], "struct": [{"a": "b", "c": 1}], "number": [0.5],
+        "map": pa.array([[("k", "v")]], pa.map_(pa.string(), pa.string())), "nothing": pa.nulls(1),
+        "category": pa.array(["x"]).dictionary_encode(),
+    }  # fmt: skip
+    given = pa.table(columns)
+    pq.write_table(given, tmp_path / "labels.parquet")
+    found = read_labels(catalog, str(tmp_path / "labels.parquet"), now=NOW)
+    assert [field.type for field in found.schema] == [field.type for field in given.schema]
+    assert found.to_pylist() == given.to_pylist()
 
 
 def test_labels_that_cannot_be_read(catalog: Catalog, tmp_path: Path) -> None:
@@ -526,6 +664,49 @@ def test_a_training_set_as_csv_and_as_a_table(catalog: Catalog, tmp_path: Path) 
     assert not (tmp_path / "x.json").exists()
 
 
+FORMULAS = ['=HYPERLINK("http://x")', "+1+1", "-1+1", "@SUM(1)", "\t=1", "\r=1", "\uff1d1", "'=1", "''-x"]
+HARMLESS = ["-1", "+1.5", "-.5e-3", "it's = fine", "a=b", "", "'quoted'"]
+
+
+def test_no_text_of_a_csv_is_a_formula(catalog: Catalog, tmp_path: Path) -> None:
+    fill(catalog, {GENRE.name: [genre(1, DAY, "=HYPERLINK(1)", 40)]})
+    labels = tmp_path / "labels.parquet"
+    texts = [*FORMULAS, *HARMLESS]
+    times = pa.array([at(DAY + timedelta(days=1))] * len(texts), pa.timestamp("us", "UTC"))
+    pq.write_table(pa.table({"viewer_id": [1] * len(texts), "label_time": times, "=note": texts}), labels)
+
+    def written(**options: Any) -> list[dict[str, str]]:
+        made = build_training_set(
+            catalog, str(labels), tmp_path / "set.csv", now=NOW, contract_version=1, **options
+        )
+        with (tmp_path / "set.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        # What a formula is stands in the file only, so that the rows can be had again as any output.
+        reproduce_training_set(catalog, made.manifest, tmp_path / "again.parquet")
+        assert pq.read_table(tmp_path / "again.parquet")["=note"].to_pylist() == texts
+        return rows
+
+    rows = written()
+    assert {row["favorite_genre"] for row in rows} == {"'=HYPERLINK(1)"}
+    assert [row["'=note"] for row in rows] == [*(f"'{text}" for text in FORMULAS), *HARMLESS]
+    assert {row["favorite_genres"] for row in rows} == {'["=HYPERLINK(1)"]'}
+    rows = written(csv=CsvOptions(keep_formulas=True))
+    assert {row["favorite_genre"] for row in rows} == {"=HYPERLINK(1)"}
+    assert [row["=note"] for row in rows] == texts
+
+
+def test_an_output_is_its_owners_and_no_link_is_followed(catalog: Catalog, tmp_path: Path) -> None:
+    fill(catalog, {})
+    labels = write_labels(tmp_path, [(1, at(DAY))])
+    (tmp_path / "precious").write_text("precious")
+    for name in ("set.parquet", "set.parquet.manifest.json", f".set.parquet.{os.getpid()}.partial"):
+        (tmp_path / name).symlink_to("precious")
+    made, _ = build(catalog, labels, tmp_path)
+    assert (tmp_path / "precious").read_text() == "precious"
+    for path in (Path(made.output), made.manifest):
+        assert stat.S_IMODE(path.lstat().st_mode) == 0o600
+
+
 @pytest.mark.parametrize("existing", [True, False])
 def test_a_table_that_another_writer_changes_meanwhile(
     catalog: Catalog, warehouse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: bool
@@ -568,6 +749,15 @@ def test_outputs_that_cannot_be_written_are_refused_first(
     fill(catalog, {})
     with pytest.raises(OutputRefused, match=message):
         build_training_set(catalog, "no labels.csv", tmp_path / output, now=NOW, contract_version=1)
+    with pytest.raises(OutputRefused, match="nowhere of the manifest does not exist: create it"):
+        build_training_set(
+            catalog,
+            "no labels.csv",
+            tmp_path / "set.csv",
+            now=NOW,
+            contract_version=1,
+            manifest=tmp_path / "nowhere" / "set.json",
+        )
 
 
 def test_a_full_disk_keeps_what_was_there(
@@ -581,7 +771,7 @@ def test_a_full_disk_keeps_what_was_there(
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    for place in ("pyarrow.parquet.ParquetWriter.write_batch", "pathlib.Path.write_text"):
+    for place in ("pyarrow.parquet.ParquetWriter.write_batch", "os.replace"):
         with monkeypatch.context() as patch:
             patch.setattr(place, full)
             with pytest.raises(StorageFull, match="no space left while writing the"):

@@ -99,6 +99,7 @@
   {%- for name, columns in {
     "deployments": ["relation", "checksum", "definition", "invocation_id"],
     "online_published": ["table_id", "domain_key", "viewer_id", "fingerprint"],
+    "raw_arrivals": ["relation", "source", "source_partition", "first_offset", "last_offset", "messages"],
   }.items() -%}
     {%- set there = run_query(
       "select column_name from information_schema.columns where table_schema = '" ~ target.schema ~ "' and table_name = '" ~ name ~ "'"

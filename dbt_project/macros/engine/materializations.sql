@@ -179,6 +179,7 @@
   {{ run_hooks(pre_hooks, inside_transaction=False) }}
   {% do engine_lock() %}
   {{ run_hooks(pre_hooks, inside_transaction=True) }}
+  {% do forget_arrivals() %}
   {%- set state = deployed_state(relation) -%}
   {%- if state and state[0] == "m" and state[1] == definition_checksum() and not should_full_refresh() -%}
     {% call statement("main") %}
@@ -255,6 +256,7 @@
     {% endcall %}
     {% do create_indexes(relation) %}
   {%- endif -%}
+  {% do note_arrivals(relation) %}
   {% do check_contract(relation) %}
   {% do describe(relation) %}
   {{ run_hooks(post_hooks, inside_transaction=True) }}

@@ -1,0 +1,84 @@
+{#
+  What has arrived in the raw tables of the embedded engine and was not read yet, without a clock and without a number
+  that writers take in one order and commit in another.
+
+  Every INSERT leaves one row for each partition that it wrote to, in its own transaction. Its messages become visible
+  together, so they have been read exactly where the first of them is in the parsed relation: whoever refreshed that, and
+  however. A row goes when the typed relation is refreshed with its messages in reach.
+#}
+{% macro arrivals_ddl() -%}
+  create table if not exists {{ target.schema }}.raw_arrivals (
+    relation text,
+    source text,
+    source_partition int,
+    first_offset bigint,
+    last_offset bigint,
+    messages bigint,
+    arrived_at timestamptz,
+    primary key (relation, source, source_partition, first_offset)
+  );
+  create or replace function {{ target.schema }}.prefs_note_arrival() returns trigger
+    language plpgsql security definer set search_path = pg_catalog as $$
+      begin
+        {{ insert_arrivals("tg_table_name::text", "arrived") }};
+        return null;
+      end
+    $$
+{%- endmacro %}
+
+{# The messages of a relation as arrivals. A key that is there already is of a message that was deleted since. #}
+{% macro insert_arrivals(name, relation) -%}
+  insert into {{ target.schema }}.raw_arrivals
+  select {{ name }}, source, source_partition, min(source_offset), max(source_offset), count(*), min(arrived_at)
+  from {{ relation }}
+  group by source, source_partition
+  on conflict (relation, source, source_partition, first_offset) do update
+    set last_offset = excluded.last_offset, messages = excluded.messages, arrived_at = excluded.arrived_at
+{%- endmacro %}
+
+{# Have the arrivals in a raw table noted; done at every run, so that a table that was deployed without gets it too. #}
+{% macro note_arrivals(relation) -%}
+  {%- if config.get("meta", {}).get("arrivals") -%}
+    {% do run_query(arrivals_ddl()) %}
+    {%- if run_query(
+      "select 1 from pg_trigger where tgname = 'prefs_note_arrival' and tgrelid = '" ~ relation ~ "'::regclass"
+    ).rows | length == 0 -%}
+      {% do run_query(
+        "create trigger prefs_note_arrival after insert on " ~ relation ~ " referencing new table as arrived"
+        ~ " for each statement execute function " ~ target.schema ~ ".prefs_note_arrival()"
+      ) %}
+      {%- set parsed = parsed_of(relation.identifier) -%}
+      {%- if is_there(parsed) -%}
+        {%- set unread = "(select raw.* from " ~ relation ~ " as raw left join " ~ parsed
+          ~ " as parsed using (source, source_partition, source_offset) where parsed.source is null) as arrived" -%}
+        {% do run_query(insert_arrivals("'" ~ relation.identifier ~ "'", unread)) %}
+      {%- endif -%}
+    {%- endif -%}
+  {%- endif -%}
+{%- endmacro %}
+
+{#
+  Forget the arrivals whose messages the typed relation is about to read; to be called before it does, in its
+  transaction. One that `prefs apply` builds beside the live one forgets nothing for it.
+#}
+{% macro forget_arrivals() -%}
+  {%- set arrivals = this.incorporate(path={"identifier": "raw_arrivals"}, type="table") -%}
+  {%- set parsed = parsed_of("raw_" ~ model.name) -%}
+  {%- if model.unique_id ~ "_parsed" in model.depends_on.nodes and this.identifier == model.name
+    and is_there(arrivals) and is_there(parsed) -%}
+    {% do run_query(
+      "delete from " ~ arrivals ~ " as arrival using " ~ parsed ~ " as parsed"
+      ~ " where arrival.relation = 'raw_" ~ model.name ~ "' and parsed.source = arrival.source"
+      ~ " and parsed.source_partition = arrival.source_partition and parsed.source_offset = arrival.first_offset"
+    ) %}
+  {%- endif -%}
+{%- endmacro %}
+
+{% macro is_there(relation) -%}
+  {{ return(run_query("select 1 where to_regclass('" ~ relation ~ "') is not null").rows | length > 0) }}
+{%- endmacro %}
+
+{# The relation that reads a raw table. #}
+{% macro parsed_of(raw) -%}
+  {{ return(this.incorporate(path={"identifier": raw[4:] ~ "_parsed"}, type="materialized_view")) }}
+{%- endmacro %}
