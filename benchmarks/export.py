@@ -35,7 +35,8 @@ from psycopg import sql
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.offline.catalog import open_catalog
 from dagster_prefs.offline.export import export_day
-from dagster_prefs.offline.publish import ROWS_PER_GROUP, day_files
+from dagster_prefs.offline.files import day_files
+from dagster_prefs.offline.publish import ROWS_PER_GROUP
 from dagster_prefs.offline.tables import PARQUET, WATCH
 from dagster_prefs.settings import load_settings
 
@@ -95,7 +96,7 @@ def copied(_: Path) -> tuple[int, float]:
 
 def written(folder: Path) -> tuple[int, float]:
     table = open_catalog("sqlite", folder.as_uri()).load_table(WATCH.identifier("training"))
-    files = [file.file_path.removeprefix("file://") for file in day_files(table, WATCH, DAY)]
+    files = [file.path.removeprefix("file://") for file in day_files(table, WATCH, DAY)]
     rows = pa.concat_tables([pq.read_table(path) for path in files])
     started = time.perf_counter()
     pq.write_table(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import dagster as dg
 
@@ -36,8 +37,10 @@ class JobRunner:
             self._instance.dispose()
             self._instance = None
 
-    def run(self, job: str, tags: Mapping[str, str] | None = None) -> None:
-        """Run one job to its end.
+    def run(
+        self, job: str, tags: Mapping[str, str] | None = None, config: Mapping[str, Any] | None = None
+    ) -> None:
+        """Run one job to its end; `config` is the run configuration of its steps.
 
         Raises RunFailed when a step failed; what other steps did is kept.
         """
@@ -45,7 +48,7 @@ class JobRunner:
             instance=self._instance,
             tags=dict(tags or {}),
             raise_on_error=False,
-            run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+            run_config={**(config or {}), "loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
         )
         if not result.success:
             reasons = [

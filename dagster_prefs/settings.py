@@ -8,11 +8,13 @@ import re
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from dagster_prefs.addresses import is_loopback
 from dagster_prefs.errors import PrefsError
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
@@ -232,7 +234,11 @@ class Settings(BaseSettings):
     iceberg_warehouse: str | None = Field(
         None, description="Iceberg warehouse URI, s3://… or file://…; empty means <data dir>/iceberg."
     )
-    iceberg_uri: str | None = Field(None, description="URI of the REST catalog.")
+    iceberg_uri: str | None = Field(
+        None,
+        repr=False,
+        description="URI of the REST catalog; https where a credential goes to another machine.",
+    )
     iceberg_credential: SecretStr | None = Field(
         None, description="Client id and secret of the REST catalog (OAuth2), as id:secret; empty means none."
     )
@@ -333,6 +339,8 @@ class Settings(BaseSettings):
             )
         if self.iceberg_catalog == "rest" and not self.iceberg_uri:
             raise ValueError("PREFS_ICEBERG_CATALOG=rest needs PREFS_ICEBERG_URI, the address of the catalog")
+        if self.iceberg_uri:
+            self._check_iceberg_uri(self.iceberg_uri)
         if self.iceberg_catalog != "sqlite" and not self.iceberg_warehouse:
             raise ValueError(
                 f"PREFS_ICEBERG_CATALOG={self.iceberg_catalog} needs PREFS_ICEBERG_WAREHOUSE, "
@@ -352,6 +360,25 @@ class Settings(BaseSettings):
         if self.aws_endpoint is None:
             self._check_region()
         return self
+
+    def _check_iceberg_uri(self, uri: str) -> None:
+        # Without the address, which may hold a password.
+        try:
+            address = urlsplit(uri)
+            host = address.hostname or ""
+        except ValueError as error:
+            raise ValueError(f"PREFS_ICEBERG_URI is no address of a catalog ({error}): correct it") from None
+        secret = self.iceberg_credential is not None or bool(address.username or address.password)
+        if address.scheme.lower() == "http" and secret and not is_loopback(uri):
+            raise ValueError(
+                f"PREFS_ICEBERG_URI sends its credential to {host} without TLS: use https://, or a catalog on this "
+                "machine"
+            )
+        if self.export == "sink" and (address.username or address.password):
+            raise ValueError(
+                "PREFS_ICEBERG_URI holds a password, which RisingWave's catalog would show to whoever reads it: remove "
+                "it from the address and set PREFS_ICEBERG_CREDENTIAL"
+            )
 
     def _check_kafka(self) -> None:
         protocol, mechanism = self.kafka_security_protocol, self.kafka_sasl_mechanism

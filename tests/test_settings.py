@@ -288,3 +288,62 @@ def test_hosts_of_the_ui_are_a_list_of_names(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_name_that_becomes_part_of_a_statement_is_checked(variable: str, value: str) -> None:
     message = refused(**{variable: value})
     assert message.startswith(f"{variable}: {value[:100]!r} is not a")
+
+
+REST = {"PREFS_ICEBERG_CATALOG": "rest", "PREFS_ICEBERG_WAREHOUSE": "s3://lake/tables"}
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"PREFS_ICEBERG_URI": "http://catalog.internal:8181", "PREFS_ICEBERG_CREDENTIAL": "me:hunter2"},
+        {"PREFS_ICEBERG_URI": "HTTP://me:hunter2@catalog.internal:8181"},
+        {"PREFS_ICEBERG_URI": "http://me@10.0.0.7/catalog"},
+    ],
+)
+def test_a_catalogs_credential_needs_tls_off_this_machine(environment: dict[str, str]) -> None:
+    message = refused(**REST, **environment)
+    assert "PREFS_ICEBERG_URI sends its credential to" in message
+    assert "without TLS: use https://" in message
+    assert "hunter2" not in message
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"PREFS_ICEBERG_URI": "http://catalog.internal:8181"},
+        {
+            "PREFS_ICEBERG_URI": "https://me:hunter2@catalog.internal",
+            "PREFS_ICEBERG_CREDENTIAL": "me:hunter2",
+        },
+        {"PREFS_ICEBERG_URI": "http://localhost:8181", "PREFS_ICEBERG_CREDENTIAL": "me:hunter2"},
+        {"PREFS_ICEBERG_URI": "http://[::1]:8181", "PREFS_ICEBERG_CREDENTIAL": "me:hunter2"},
+    ],
+)
+def test_a_catalog_with_tls_or_here_or_without_a_credential_is_taken(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (REST | environment).items():
+        monkeypatch.setenv(name, value)
+    settings = load_settings()
+    assert settings.iceberg_uri == environment["PREFS_ICEBERG_URI"]
+    assert "hunter2" not in repr(settings)
+
+
+def test_a_sink_never_gets_an_address_with_a_password() -> None:
+    message = refused(
+        **REST,
+        PREFS_ENGINE="risingwave",
+        PREFS_EXPORT="sink",
+        PREFS_ICEBERG_URI="https://me:hunter2@catalog.internal",
+        AWS_REGION="eu-central-1",
+    )
+    assert "PREFS_ICEBERG_URI holds a password" in message
+    assert "PREFS_ICEBERG_CREDENTIAL" in message
+    assert "hunter2" not in message
+
+
+def test_an_address_that_is_none_is_refused_without_repeating_it() -> None:
+    message = refused(**REST, PREFS_ICEBERG_URI="https://me:hunter2@[::1")
+    assert "PREFS_ICEBERG_URI is no address of a catalog" in message
+    assert "hunter2" not in message

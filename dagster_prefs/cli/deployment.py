@@ -180,16 +180,35 @@ def apply_command(drop_orphans: bool) -> None:
 
 
 @cli.command()
-def export() -> None:
-    """Export the days of tiles that Iceberg lacks or holds stale."""
-    from dagster_prefs.defs.offline_store import EXPORT_JOB, days_that_need_export, range_tags, ranges
+@click.option(
+    "--replace-foreign",
+    is_flag=True,
+    help="Also take back what another writer did to exported days: rows added, deleted or replaced.",
+)
+def export(replace_foreign: bool) -> None:
+    """Export the days of tiles that Iceberg lacks or holds stale.
+
+    Exit 1, naming the files, where another writer changed exported days: they stay as they are.
+    """
+    from dagster_prefs.defs.offline_store import EXPORT_JOB, export_config, look, range_tags, ranges
     from dagster_prefs.defs.resources import Platform
+    from dagster_prefs.offline.export import ForeignRows
 
     settings = load_settings()
-    days = days_that_need_export(Platform(settings))
+    if replace_foreign and settings.export == "sink":
+        raise PrefsError(
+            "--replace-foreign is for PREFS_EXPORT=platform: here RisingWave's sinks write every file; drop a sink and "
+            "create it again to have its table written anew"
+        )
+    found = look(Platform(settings))
+    days = {day for _, day in (*found.stale, *(found.foreign if replace_foreign else ()))}
+    config = export_config(replace_foreign=True) if replace_foreign else None
     for first, last in ranges(days):
-        run_job(settings, EXPORT_JOB, range_tags(first, last))
-    console.print(f"exported {len(days)} days" if days else "every complete day is exported as it is")
+        run_job(settings, EXPORT_JOB, range_tags(first, last), config)
+    if days or not found.foreign:
+        console.print(f"exported {len(days)} days" if days else "every complete day is exported as it is")
+    if found.foreign and not replace_foreign:
+        raise ForeignRows(found.foreign)
 
 
 @cli.command()

@@ -1,7 +1,8 @@
 """The daily tiles in Iceberg: one partitioned asset per training table."""
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
@@ -11,7 +12,7 @@ from pyiceberg.catalog import Catalog
 from dagster_prefs.defs.resources import TRAINING_TABLES_KEY, Platform
 from dagster_prefs.defs.training_data import jobs_of, maintained, parity_check, training_set_asset
 from dagster_prefs.errors import PrefsError
-from dagster_prefs.offline.export import export_day, exported_days, stale_days
+from dagster_prefs.offline.export import ForeignRows, export_day, exported_days, foreign_days, stale_days
 from dagster_prefs.offline.launches import TableDay, due, dump_launches, load_launches
 from dagster_prefs.offline.tables import TILE_TABLES, TileTable
 from dagster_prefs.offline.verify import sink_of, verify_day
@@ -37,10 +38,17 @@ class ExportConfig(dg.Config):
     """What may be told to one run of an export.
 
     With `allow_loss` the platform replaces days of which the engine holds fewer rows or a smaller total than the table,
-    which otherwise stay.
+    which otherwise stay. With `replace_foreign` it takes back what another writer did to a day, which otherwise fails.
     """
 
     allow_loss: bool = False
+    replace_foreign: bool = False
+
+
+def export_config(*, replace_foreign: bool) -> dict[str, Any]:
+    """The configuration of a run of the export: the same for every training table."""
+    told = ExportConfig(replace_foreign=replace_foreign).model_dump()
+    return {"ops": {"__".join(asset_key(spec).path): {"config": told} for spec in TILE_TABLES.values()}}
 
 
 def asset_key(spec: TileTable) -> dg.AssetKey:
@@ -66,23 +74,39 @@ def range_tags(first: date, last: date) -> dict[str, str]:
 
 def days_that_need_export(platform: Platform) -> list[date]:
     """Complete days, oldest first, that one of the training tables lacks or holds in an older state."""
-    return sorted({day for _, day in _stale(platform)})
+    return sorted({day for _, day in look(platform).stale})
 
 
-def _stale(platform: Platform) -> dict[TableDay, str]:
+@dataclass(frozen=True)
+class Exports:
+    """What the training tables need: `stale` days an export, with the fingerprint that the engine has; `foreign` days a
+    decision of a person, because another writer did to them what is said there."""
+
+    stale: Mapping[TableDay, str]
+    foreign: Mapping[TableDay, str]
+
+
+def look(platform: Platform) -> Exports:
+    """Compare every complete day of the training tables with the engine. Raises OfflineError, EngineUnavailable."""
     catalog = platform.catalog()
+    by_sink = platform.settings.export == "sink"
     partitions = set(_partitions(platform).get_partition_keys())
-    return {
-        (spec.name, day): token
-        for spec in TILE_TABLES.values()
-        for day, token in stale_days(
-            platform.engine,
-            spec,
-            exported_days(catalog, spec, namespace=platform.settings.iceberg_namespace),
-            by_sink=platform.settings.export == "sink",
-        ).items()
-        if day.isoformat() in partitions
-    }
+    stale: dict[TableDay, str] = {}
+    foreign: dict[TableDay, str] = {}
+    for spec in TILE_TABLES.values():
+        exported = exported_days(catalog, spec, namespace=platform.settings.iceberg_namespace)
+        found = stale_days(platform.engine, spec, exported, by_sink=by_sink)
+        # In a table that a sink writes, every file has a name of RisingWave's.
+        others = {} if by_sink else foreign_days(exported, found)
+        foreign |= {
+            (spec.name, day): str(what) for day, what in others.items() if day.isoformat() in partitions
+        }
+        stale |= {
+            (spec.name, day): token
+            for day, token in found.items()
+            if day not in others and day.isoformat() in partitions
+        }
+    return Exports(stale, foreign)
 
 
 def build(platform: Platform, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> dg.Definitions:
@@ -117,9 +141,10 @@ def build(platform: Platform, *, clock: Callable[[], datetime] = lambda: datetim
         if context.instance.get_runs_count(running):
             return dg.SkipReason("an export is at work; the next look sees what it left")
         try:
-            stale = _stale(platform)
+            found = look(platform)
         except PrefsError as error:
             return dg.SkipReason(str(error))
+        stale = found.stale
         starts, launches = due(stale, load_launches(context.cursor), now=now)
         requests = []
         for first, last in ranges(day for _, day in starts):
@@ -131,11 +156,15 @@ def build(platform: Platform, *, clock: Callable[[], datetime] = lambda: datetim
             ]
             key = hashlib.sha256("\n".join(attempts).encode()).hexdigest()
             requests.append(dg.RunRequest(run_key=key, tags=range_tags(first, last)))
-        waiting = "stale days wait for their next attempt: see the last run of the export"
+        reasons = ["stale days wait for their next attempt: see the last run of the export"] if stale else []
+        if found.foreign:
+            told = str(ForeignRows(found.foreign))
+            context.log.warning(told)
+            reasons.append(told)
         return dg.SensorResult(
             run_requests=requests,
             cursor=dump_launches(launches),
-            skip_reason=None if requests else waiting if stale else "every complete day is exported as it is",
+            skip_reason=None if requests else "; ".join(reasons) or "every complete day is exported as it is",
         )
 
     return dg.Definitions(
@@ -175,7 +204,7 @@ def _provisioned(platform: Platform) -> dg.AssetsDefinition:
 def _exported(platform: Platform, spec: TileTable, *, by_sink: bool) -> dg.AssetsDefinition:
     settings = platform.settings
 
-    def brought_up(catalog: Catalog, day: date, allow_loss: bool) -> tuple[str, int, str]:
+    def brought_up(catalog: Catalog, day: date, config: ExportConfig) -> tuple[str, int, str]:
         if by_sink:
             kept = timedelta(days=settings.snapshots_kept_days)
             verified = verify_day(
@@ -188,9 +217,10 @@ def _exported(platform: Platform, spec: TileTable, *, by_sink: bool) -> dg.Asset
             spec,
             day,
             namespace=settings.iceberg_namespace,
-            allow_loss=allow_loss,
+            allow_loss=config.allow_loss,
+            replace_foreign=config.replace_foreign,
         )
-        return written.status, written.rows, written.reason
+        return written.status, written.rows or 0, written.reason
 
     @dg.asset(
         key=asset_key(spec),
@@ -217,9 +247,13 @@ def _exported(platform: Platform, spec: TileTable, *, by_sink: bool) -> dg.Asset
     def exported(context: dg.AssetExecutionContext, config: ExportConfig) -> dg.MaterializeResult[Any]:
         catalog = platform.catalog()
         rows = changed = retained = 0
+        foreign: dict[TableDay, str] = {}
         for key in context.partition_keys:
-            status, found, reason = brought_up(catalog, date.fromisoformat(key), config.allow_loss)
-            if status == "retained":
+            day = date.fromisoformat(key)
+            status, found, reason = brought_up(catalog, day, config)
+            if status == "foreign":
+                foreign[spec.name, day] = reason
+            elif status == "retained":
                 retained += 1
                 context.log.warning(
                     f"{spec.name} {key} stays as it is, with {found} rows: {reason}; where that is right, "
@@ -228,7 +262,10 @@ def _exported(platform: Platform, spec: TileTable, *, by_sink: bool) -> dg.Asset
             else:
                 context.log.info(f"{spec.name} {key}: {status}, {found} rows")
             rows += found
-            changed += status in ("written", "verified")
+            changed += status in ("written", "restored", "verified")
+        if foreign:
+            # The other days are exported all the same.
+            raise ForeignRows(foreign)
         return dg.MaterializeResult(
             metadata={
                 "rows": rows,

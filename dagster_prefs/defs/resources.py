@@ -84,20 +84,12 @@ class Platform:
         """
         if self.settings.kafka_bootstrap is None:
             return []
-        from confluent_kafka import KafkaException
-
         from dagster_prefs.events.brokers import client_properties
-        from dagster_prefs.events.kafka import KafkaUnavailable
+        from dagster_prefs.events.contact import KafkaUnavailable
         from dagster_prefs.events.topics import broker_ids, note_topics, topic_lives
 
         bootstrap, names = self.settings.kafka_bootstrap, list(self.settings.kafka_topics.values())
-        try:
-            ids = broker_ids(bootstrap, names, client=client_properties(self.settings))
-        except KafkaException as error:
-            raise KafkaUnavailable(
-                f"Kafka at {bootstrap} does not tell its topics ({error.args[0].str()}): check "
-                "PREFS_KAFKA_BOOTSTRAP, PREFS_KAFKA_SECURITY_PROTOCOL and that the brokers run"
-            ) from None
+        ids = broker_ids(bootstrap, names, client=client_properties(self.settings))
         if missing := [name for name in names if name not in ids]:
             raise KafkaUnavailable(
                 f"Kafka at {bootstrap} has no topic {', '.join(missing)}: create it, or set the name it has there "

@@ -152,6 +152,11 @@ def maintained(platform: Platform, tables: Mapping[str, dg.AssetKey], clock: Clo
                 f"{len(report.days_compacted)} days compacted, {report.files_removed} files removed "
                 f"({report.bytes_freed} bytes), branches removed: {', '.join(report.branches_removed) or 'none'}"
             )
+            if report.days_foreign:
+                context.log.warning(
+                    f"{report.table}: {len(report.days_foreign)} days are left alone because another writer changed "
+                    f"them (oldest {report.days_foreign[0]}): run `prefs export --replace-foreign`"
+                )
             numbers["snapshots_expired"] += report.snapshots_expired
             numbers["days_compacted"] += len(report.days_compacted)
             numbers["files_removed"] += report.files_removed

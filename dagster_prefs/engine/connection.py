@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import psycopg
 
+from dagster_prefs.addresses import is_loopback_host
 from dagster_prefs.errors import PrefsError
 
 if TYPE_CHECKING:
@@ -46,14 +46,7 @@ _TRANSPORT = (
 def on_this_machine(host: str) -> bool:
     """Whether libpq's `host` stays on this machine: loopback, or the folder of a unix socket."""
     names = [name.strip() for name in host.split(",")]
-    return all(name in ("", "localhost") or name[0] in "/@" or _is_loopback(name) for name in names)
-
-
-def _is_loopback(name: str) -> bool:
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False
+    return all(name == "" or name[0] in "/@" or is_loopback_host(name) for name in names)
 
 
 @dataclass(frozen=True)

@@ -24,19 +24,17 @@ from confluent_kafka import (
 )
 
 from dagster_prefs.engine.connection import EngineConnection
-from dagster_prefs.errors import PrefsError
+from dagster_prefs.events.contact import BROKER_TIMEOUT_SECONDS, Contact
+from dagster_prefs.events.contact import KafkaUnavailable as KafkaUnavailable
 from dagster_prefs.events.formats import Topic, find_topic
 from dagster_prefs.events.raw import IngestReport, Progress, ProgressCallback, RawMessage, RawStore
 from dagster_prefs.events.topics import source_name
 
-BROKER_TIMEOUT_SECONDS = 10.0
 POLL_SECONDS = 0.5
 GATHER_SECONDS = 0.02
+# What the brokers say of a topic that they do not have.
+_NOT_THERE = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION)
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-
-
-class KafkaUnavailable(PrefsError):
-    """The brokers cannot be reached, or a topic is not there or not as the engine remembers it."""
 
 
 def ingest_topic(
@@ -63,38 +61,36 @@ def ingest_topic(
     began; with None it goes on until `stop` is set or `max_messages` were stored. Messages without a value are
     skipped and counted as `blank`. `client` adds librdkafka properties, e.g. for TLS.
 
-    Raises UnknownTopic; KafkaUnavailable when the brokers do not answer within `timeout_seconds`, the
-    topic does not exist, or it ends before what the engine holds of it; EngineUnavailable, RawStoreError.
+    Raises UnknownTopic; KafkaUnavailable, with Kafka's own reason, when the brokers refuse this client or do not
+    answer within `timeout_seconds`, the topic does not exist, or it ends before what the engine holds of it;
+    EngineUnavailable, RawStoreError.
     """
     started = time.monotonic()
     known = find_topic(topic)
     name = kafka_topic or topic
     source = source_name(name, generation)
-    consumer: Any = Consumer(
-        {
-            **(client or {}),
-            "bootstrap.servers": bootstrap,
+    contact = Contact(
+        Consumer,
+        bootstrap,
+        client,
+        timeout_seconds=timeout_seconds,
+        properties={
             "group.id": "dagster-prefs",
             "enable.auto.commit": False,
             "enable.partition.eof": True,
             "auto.offset.reset": "earliest",
             "allow.auto.create.topics": False,
-            "log_level": 0,
-        }
+        },
     )
+    consumer = contact.client
+    unserved = f"does not serve topic {name}"
     read = accepted = skipped = 0
     try:
-        partitions = _partitions(consumer, bootstrap, name, timeout_seconds)
+        partitions = topic_partitions(contact, bootstrap, name)
         with RawStore(connection) as store:
             stored = store.last_offsets(known, source)
             ends = _assign(
-                consumer,
-                bootstrap,
-                name,
-                partitions,
-                stored,
-                start if generation == 1 else "earliest",
-                timeout_seconds,
+                contact, bootstrap, name, partitions, stored, start if generation == 1 else "earliest"
             )
             waiting = {partition for partition, end in ends.items() if end is not None}
             last_heard = time.monotonic()
@@ -110,7 +106,7 @@ def ingest_topic(
                         if code == KafkaError._PARTITION_EOF:
                             waiting.discard(message.partition())
                             continue
-                        raise _unavailable(bootstrap, name, message.error())
+                        raise _kept(contact.unavailable(unserved, message.error(), name))
                     end = ends[message.partition()]
                     if end is not None and message.offset() >= end - 1:
                         waiting.discard(message.partition())
@@ -126,16 +122,15 @@ def ingest_topic(
                 read += len(batch)
                 if messages:
                     last_heard = time.monotonic()
-                elif until == "end" and time.monotonic() - last_heard > timeout_seconds:
-                    raise KafkaUnavailable(
-                        f"Kafka at {bootstrap} sent nothing of topic {name} for {timeout_seconds:g} s before "
-                        f"its end: check the brokers; the {accepted} messages so far are kept, and the same "
-                        "command goes on from there"
-                    )
+                    contact.heard()
+                else:
+                    contact.check(unserved)
+                    if until == "end" and time.monotonic() - last_heard > timeout_seconds:
+                        raise _kept(contact.unavailable(f"sent nothing of topic {name} before its end"))
                 if progress is not None and batch:
                     progress(Progress(read, read, max_messages, "messages"))
     except KafkaException as error:
-        raise _unavailable(bootstrap, name, error.args[0]) from None
+        raise _kept(contact.unavailable(unserved, error.args[0], name)) from None
     finally:
         consumer.close()
     return IngestReport(
@@ -143,31 +138,32 @@ def ingest_topic(
     )
 
 
-def _partitions(consumer: Any, bootstrap: str, name: str, timeout: float) -> list[int]:
-    try:
-        found = consumer.list_topics(name, timeout=timeout).topics.get(name)
-    except KafkaException as error:
-        raise _unavailable(bootstrap, name, error.args[0]) from None
-    if found is None or found.error is not None or not found.partitions:
-        raise KafkaUnavailable(
+class TopicUnavailable(KafkaUnavailable):
+    """The brokers answer, but do not have the topic or do not let this client see it."""
+
+
+def topic_partitions(contact: Contact, bootstrap: str, name: str) -> list[int]:
+    """The partitions of a topic, in order. Raises KafkaUnavailable; TopicUnavailable where the brokers do answer."""
+    unserved = f"does not serve topic {name}"
+    found = contact.wait(
+        lambda seconds: contact.client.list_topics(name, timeout=seconds), unserved
+    ).topics.get(name)
+    if found is not None and found.error is not None and found.error.code() not in _NOT_THERE:
+        raise TopicUnavailable(str(contact.unavailable(unserved, found.error, name)))
+    if found is None or not found.partitions:
+        raise TopicUnavailable(
             f"Kafka at {bootstrap} has no topic {name}: create it, or set the name it has there"
         )
     return sorted(found.partitions)
 
 
 def _assign(
-    consumer: Any,
-    bootstrap: str,
-    name: str,
-    partitions: list[int],
-    stored: dict[int, int],
-    start: str,
-    timeout: float,
+    contact: Contact, bootstrap: str, name: str, partitions: list[int], stored: dict[int, int], start: str
 ) -> dict[int, int | None]:
     """Start every partition after what is stored; returns where each ends now, None where nothing is left."""
     assignment, ends = [], {}
     for partition in partitions:
-        low, high = consumer.get_watermark_offsets(TopicPartition(name, partition), timeout=timeout)
+        low, high = watermarks(contact, name, partition)
         if partition in stored:
             position = stored[partition] + 1
             if position > high:
@@ -183,7 +179,7 @@ def _assign(
         )
         ends[partition] = high if first < high else None
         assignment.append(TopicPartition(name, partition, position))
-    consumer.assign(assignment)
+    contact.client.assign(assignment)
     return ends
 
 
@@ -198,16 +194,24 @@ def next_messages(consumer: Any, most: int) -> list[Any]:
     return messages
 
 
+def watermarks(contact: Contact, name: str, partition: int) -> tuple[int, int]:
+    """The first offset of a partition and the one after its last. Raises KafkaUnavailable."""
+    low, high = contact.wait(
+        lambda seconds: contact.client.get_watermark_offsets(
+            TopicPartition(name, partition), timeout=seconds
+        ),
+        f"does not serve topic {name}",
+    )
+    return int(low), int(high)
+
+
 def _time(timestamp: tuple[int, int]) -> datetime | None:
     kind, milliseconds = timestamp
     return None if kind == TIMESTAMP_NOT_AVAILABLE else EPOCH + timedelta(milliseconds=milliseconds)
 
 
-def _unavailable(bootstrap: str, name: str, error: Any) -> KafkaUnavailable:
-    return KafkaUnavailable(
-        f"Kafka at {bootstrap} does not serve topic {name} ({error.str()}): check PREFS_KAFKA_BOOTSTRAP and "
-        "that the brokers run; what was accepted is kept, and the same command goes on from there"
-    )
+def _kept(error: KafkaUnavailable) -> KafkaUnavailable:
+    return KafkaUnavailable(f"{error}; what was accepted is kept, and the same command goes on from there")
 
 
 def holds_messages(
@@ -219,23 +223,24 @@ def holds_messages(
 ) -> bool:
     """Whether a Kafka topic holds any message; `client` adds librdkafka properties, e.g. for TLS.
 
-    Raises KafkaUnavailable when the brokers do not answer within `timeout_seconds` or have no such topic.
+    Raises KafkaUnavailable, with Kafka's own reason, when the brokers refuse this client, do not answer within
+    `timeout_seconds` or have no such topic.
     """
-    consumer: Any = Consumer(
-        {**(client or {}), "bootstrap.servers": bootstrap, "group.id": "dagster-prefs", "log_level": 0}
+    contact = Contact(
+        Consumer,
+        bootstrap,
+        client,
+        timeout_seconds=timeout_seconds,
+        properties={"group.id": "dagster-prefs", "allow.auto.create.topics": False},
     )
     try:
-        for partition in _partitions(consumer, bootstrap, topic, timeout_seconds):
-            low, high = consumer.get_watermark_offsets(
-                TopicPartition(topic, partition), timeout=timeout_seconds
-            )
+        for partition in topic_partitions(contact, bootstrap, topic):
+            low, high = watermarks(contact, topic, partition)
             if low < high:
                 return True
         return False
-    except KafkaException as error:
-        raise _unavailable(bootstrap, topic, error.args[0]) from None
     finally:
-        consumer.close()
+        contact.client.close()
 
 
 class KafkaWriter:
@@ -250,21 +255,23 @@ class KafkaWriter:
     ) -> None:
         self._bootstrap = bootstrap
         self._timeout = timeout_seconds
-        self._failed: str | None = None
-        self._producer = Producer(
-            {
-                **(client or {}),
-                "bootstrap.servers": bootstrap,
+        self._failed: tuple[Any, str] | None = None
+        self._contact = Contact(
+            Producer,
+            bootstrap,
+            client,
+            timeout_seconds=timeout_seconds,
+            properties={
                 "enable.idempotence": True,
                 "linger.ms": 20,
                 "delivery.timeout.ms": int(timeout_seconds * 1000),
-                "log_level": 0,
-            }
+            },
         )
+        self._producer = self._contact.client
 
     def check(self, topic: str) -> None:
-        """Raises KafkaUnavailable unless the brokers answer and have the topic."""
-        _partitions(self._producer, self._bootstrap, topic, self._timeout)
+        """Raises KafkaUnavailable unless the brokers let this client in, answer and have the topic."""
+        topic_partitions(self._contact, self._bootstrap, topic)
 
     def send(self, topic: str, value: bytes, key: bytes | None = None) -> None:
         """Queue one message; raises KafkaUnavailable if an earlier one was not delivered."""
@@ -276,18 +283,20 @@ class KafkaWriter:
                 # The queue is full: deliveries make room.
                 self._producer.poll(POLL_SECONDS)
                 self._raise_failure()
+                self._contact.check("does not take messages")
         self._producer.poll(0)
         self._raise_failure()
 
     def flush(self) -> None:
         """Wait for every queued message; raises KafkaUnavailable if one was not delivered."""
-        left = self._producer.flush(self._timeout + 5)
+        # A message fails by itself at the time-out, which serves its callback; a second is for that.
+        deadline = time.monotonic() + self._timeout + 1
+        while left := self._producer.flush(POLL_SECONDS):
+            self._raise_failure()
+            self._contact.check(f"does not take {left} messages")
+            if time.monotonic() > deadline:
+                raise self._contact.unavailable(f"did not confirm {left} messages")
         self._raise_failure()
-        if left:
-            raise KafkaUnavailable(
-                f"Kafka at {self._bootstrap} did not confirm {left} messages within {self._timeout:g} s: "
-                "check the brokers and send them again"
-            )
 
     def delivery(self, names: Mapping[str, str]) -> Callable[[Topic, Sequence[RawMessage]], int]:
         """What `ingest_file` delivers to; `names` gives topics their names in Kafka.
@@ -308,13 +317,14 @@ class KafkaWriter:
 
         return deliver
 
-    def _delivered(self, error: Any, _: Any) -> None:
+    def _delivered(self, error: Any, message: Any) -> None:
         if error is not None and self._failed is None:
-            self._failed = str(error.str())
+            self._failed = error, message.topic()
 
     def _raise_failure(self) -> None:
         if self._failed is not None:
+            error, topic = self._failed
+            reason = self._contact.unavailable(f"did not take a message for topic {topic}", error, topic)
             raise KafkaUnavailable(
-                f"Kafka at {self._bootstrap} did not take a message ({self._failed}): check the brokers and "
-                "send them again; messages that were taken twice are recognised by their event_id"
+                f"{reason}; then send them again: messages that were taken twice are recognised by their event_id"
             )

@@ -7,6 +7,7 @@ when it is made; the engine remembers the last one it saw, in `kafka_topics`.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -19,6 +20,7 @@ from psycopg import sql
 
 from dagster_prefs.engine.catalog import NotDeployed, missing_relation
 from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.events.contact import BROKER_TIMEOUT_SECONDS, PAUSE_SECONDS, Contact
 
 # What the id reads where brokers are older than topic ids (2.8).
 _NO_ID = "AAAAAAAAAAAAAAAAAAAAAA"
@@ -64,31 +66,37 @@ def broker_ids(
     kafka_topics: Iterable[str],
     *,
     client: Mapping[str, Any] | None = None,
-    timeout_seconds: float = 10.0,
+    timeout_seconds: float = BROKER_TIMEOUT_SECONDS,
 ) -> dict[str, str | None]:
     """Topic → the id that the brokers gave it; None where they tell none. A missing topic is left out.
 
-    Raises KafkaException when the brokers do not answer within `timeout_seconds`.
+    Raises KafkaUnavailable, with Kafka's own reason, when the brokers refuse this client, do not answer within
+    `timeout_seconds`, or do not let it see a topic.
     """
     names = list(kafka_topics)
-    admin = AdminClient({**(client or {}), "bootstrap.servers": bootstrap, "log_level": 0})
-    if client and "oauth_cb" in client:
-        # librdkafka asks for the token when it is polled.
-        admin.poll(timeout_seconds)
+    contact = Contact(AdminClient, bootstrap, client, timeout_seconds=timeout_seconds)
+    admin = contact.client
     found: dict[str, str | None] = {}
     if not names:
         return found
-    for name, future in admin.describe_topics(
-        TopicCollection(names), request_timeout=timeout_seconds
-    ).items():
+    asked = admin.describe_topics(TopicCollection(names), request_timeout=timeout_seconds)
+    untold = "does not tell its topics"
+    deadline = time.monotonic() + timeout_seconds
+    while not all(future.done() for future in asked.values()) and time.monotonic() < deadline:
+        # librdkafka reports what fails, and asks for a token of MSK's, when it is polled.
+        admin.poll(PAUSE_SECONDS)
+        contact.check(untold, first=True)
+    for name, future in asked.items():
         try:
-            identity = str(future.result(timeout_seconds + 5).topic_id)
+            identity = str(future.result(1).topic_id)
+        except TimeoutError:
+            raise contact.unavailable(untold) from None
         except KafkaException as error:
-            code = error.args[0].code()
-            if code in _UNSUPPORTED:
+            failed = error.args[0]
+            if failed.code() in _UNSUPPORTED:
                 found[name] = None
-            elif code != KafkaError.UNKNOWN_TOPIC_OR_PART:
-                raise
+            elif failed.code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
+                raise contact.unavailable(f"does not tell about topic {name}", failed, name) from None
         else:
             found[name] = None if identity == _NO_ID else identity
     return found

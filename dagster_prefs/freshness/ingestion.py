@@ -13,13 +13,13 @@ from confluent_kafka import TIMESTAMP_NOT_AVAILABLE, Consumer, KafkaError, Kafka
 from psycopg import sql
 
 from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.events.contact import BROKER_TIMEOUT_SECONDS, Contact, KafkaUnavailable
 from dagster_prefs.events.formats import find_topic
+from dagster_prefs.events.kafka import TopicUnavailable, topic_partitions, watermarks
 from dagster_prefs.events.topics import TopicLife, source_name
 from dagster_prefs.freshness.levels import Unmeasurable, unreadable
 
 State = Literal["current", "behind", "lost", "recreated", "unknown"]
-
-BROKER_TIMEOUT_SECONDS = 10.0
 
 
 class BrokersSilent(Unmeasurable):
@@ -76,8 +76,9 @@ class IngestionLag:
 class Broker:
     """Reads positions and single messages from Kafka, in no consumer group's name; a context manager.
 
-    `client` adds librdkafka properties, e.g. for TLS. Every method raises Unmeasurable when the brokers do
-    not answer within `timeout_seconds`, `watermarks` the BrokersSilent kind of it.
+    `client` adds librdkafka properties, e.g. for TLS; raises KafkaUnavailable where librdkafka does not take them.
+    Every method raises Unmeasurable, with Kafka's own reason, when the brokers refuse this client or do not answer
+    within `timeout_seconds`; `watermarks` the BrokersSilent kind of it.
     """
 
     def __init__(
@@ -89,10 +90,12 @@ class Broker:
     ) -> None:
         self._bootstrap = bootstrap
         self._timeout = timeout_seconds
-        self._consumer: Any = Consumer(
-            {
-                **(client or {}),
-                "bootstrap.servers": bootstrap,
+        self._contact = Contact(
+            Consumer,
+            bootstrap,
+            client,
+            timeout_seconds=timeout_seconds,
+            properties={
                 # librdkafka wants a group; nothing is ever committed to it.
                 "group.id": "dagster-prefs-freshness",
                 "enable.auto.commit": False,
@@ -100,9 +103,9 @@ class Broker:
                 # A broker answers one connection in order, so a fetch that waits holds up the next question.
                 "fetch.wait.max.ms": 10,
                 "allow.auto.create.topics": False,
-                "log_level": 0,
-            }
+            },
         )
+        self._consumer = self._contact.client
 
     def __enter__(self) -> Self:
         return self
@@ -113,24 +116,15 @@ class Broker:
     def watermarks(self, kafka_topic: str) -> dict[int, tuple[int, int]]:
         """Partition → its first offset and the one after its last."""
         try:
-            topics = self._consumer.list_topics(kafka_topic, timeout=self._timeout).topics
-        except KafkaException as error:
-            raise BrokersSilent(str(self._silent(kafka_topic, error.args[0]))) from None
+            found = topic_partitions(self._contact, self._bootstrap, kafka_topic)
+        except TopicUnavailable as error:
+            raise Unmeasurable(str(error)) from None
+        except KafkaUnavailable as error:
+            raise BrokersSilent(str(error)) from None
         try:
-            found = topics.get(kafka_topic)
-            if found is None or found.error is not None or not found.partitions:
-                raise Unmeasurable(
-                    f"Kafka at {self._bootstrap} has no topic {kafka_topic}: create it, or set the name "
-                    "it has there"
-                )
-            return {
-                partition: self._consumer.get_watermark_offsets(
-                    TopicPartition(kafka_topic, partition), timeout=self._timeout
-                )
-                for partition in sorted(found.partitions)
-            }
-        except KafkaException as error:
-            raise self._silent(kafka_topic, error.args[0]) from None
+            return {partition: watermarks(self._contact, kafka_topic, partition) for partition in found}
+        except KafkaUnavailable as error:
+            raise Unmeasurable(str(error)) from None
 
     def first_messages(self, kafka_topic: str, positions: Mapping[int, int]) -> dict[int, datetime | None]:
         """Partition → Kafka time of its first message with a value from a position on; absent where none is.
@@ -148,10 +142,7 @@ class Broker:
             deadline = time.monotonic() + self._timeout
             while open_partitions:
                 if time.monotonic() >= deadline:
-                    raise Unmeasurable(
-                        f"Kafka at {self._bootstrap} sent nothing of topic {kafka_topic} within "
-                        f"{self._timeout:g} s: check the brokers"
-                    )
+                    raise self._silent(kafka_topic, None, "sent nothing of")
                 for message in self._consumer.consume(num_messages=len(open_partitions), timeout=0.2):
                     partition = message.partition()
                     if message.error() is not None:
@@ -176,11 +167,9 @@ class Broker:
             self._consumer.unassign()
         return found
 
-    def _silent(self, kafka_topic: str, error: Any) -> Unmeasurable:
-        return Unmeasurable(
-            f"Kafka at {self._bootstrap} does not serve topic {kafka_topic} ({error.str()}): check "
-            "PREFS_KAFKA_BOOTSTRAP and that the brokers run"
-        )
+    def _silent(self, kafka_topic: str, error: Any, what: str = "does not serve") -> Unmeasurable:
+        said = self._contact.unavailable(f"{what} topic {kafka_topic}", error, kafka_topic)
+        return Unmeasurable(str(said))
 
 
 def ingestion_lag(

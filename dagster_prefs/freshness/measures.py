@@ -289,17 +289,30 @@ def measure_offline(
             measures += unknown("offline", [spec.name], error)
             continue
         level = judge(lag.lag_seconds, thresholds)
-        reason = "every complete day is exported as it is"
-        if lag.missing or lag.changed:
-            parts = []
-            if lag.missing:
-                parts.append(f"{len(lag.missing)} complete days are not exported (oldest {lag.missing[0]})")
-            if lag.changed:
-                parts.append(f"{len(lag.changed)} days changed after their export (oldest {lag.changed[0]})")
-                level = "warn" if level == "ok" else level
-            reason = " and ".join(parts) + f": materialize these days of training/{spec.name}"
+        reasons = []
+        parts = []
+        if lag.missing:
+            parts.append(f"{len(lag.missing)} complete days are not exported (oldest {lag.missing[0]})")
+        if lag.changed:
+            parts.append(f"{len(lag.changed)} days changed after their export (oldest {lag.changed[0]})")
+            level = "warn" if level == "ok" else level
+        if parts:
+            reasons.append(" and ".join(parts) + f": materialize these days of training/{spec.name}")
+        if lag.foreign:
+            # Rows that nobody here vouches for are wrong, however fresh the day.
+            level = "error"
+            oldest = next(iter(lag.foreign))
+            reasons.append(
+                f"{len(lag.foreign)} days were changed by another writer (oldest {oldest}: {lag.foreign[oldest]}): run "
+                "`prefs export --replace-foreign`"
+            )
+        reason = "; ".join(reasons) or "every complete day is exported as it is"
         notes = {} if lag.newest_day is None else {"newest_day": lag.newest_day.isoformat()}
-        values: dict[str, int | float] = {"days_missing": len(lag.missing), "days_changed": len(lag.changed)}
+        values: dict[str, int | float] = {
+            "days_missing": len(lag.missing),
+            "days_changed": len(lag.changed),
+            "days_foreign": len(lag.foreign),
+        }
         measures.append(
             Measure("offline", spec.name, level, reason, lag.lag_seconds, thresholds, values, notes)
         )
@@ -330,7 +343,7 @@ def measure_ingestion(
     now: datetime,
     start: Literal["earliest", "latest"] = "earliest",
     kafka_topics: Mapping[str, str] | None = None,
-    timeout_seconds: float = 10.0,
+    timeout_seconds: float = 7.0,
     client: Mapping[str, Any] | None = None,
     by_id: bool = False,
 ) -> list[Measure]:
@@ -342,8 +355,7 @@ def measure_ingestion(
     Without brokers (`bootstrap` None) every measure is `skipped` and says so. Never raises for brokers or an
     engine that do not answer: those measures are `unknown`.
     """
-    from confluent_kafka import KafkaException
-
+    from dagster_prefs.events.contact import KafkaUnavailable
     from dagster_prefs.events.topics import TopicLife, broker_ids, topic_lives
     from dagster_prefs.freshness.ingestion import Broker, BrokersSilent, ingestion_lag
 
@@ -360,7 +372,7 @@ def measure_ingestion(
             measures: list[Measure] = []
             lives: dict[str, TopicLife] = {}
             if by_id:
-                with suppress(KafkaException, NotDeployed):
+                with suppress(KafkaUnavailable, NotDeployed):
                     ids = broker_ids(
                         bootstrap,
                         [names.get(topic, topic) for topic in topics],
@@ -388,7 +400,7 @@ def measure_ingestion(
                     continue
                 measures.append(_ingestion_measure(lag, contract.freshness.topics[topic]))
             return measures
-    except (PrefsError, psycopg.Error, KafkaException) as error:
+    except (PrefsError, psycopg.Error) as error:
         return unknown("ingestion", topics, error)
 
 

@@ -46,6 +46,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("prefs_online_different", "Sampled viewers whose item has other values.", "different"),
     Metric("prefs_export_days_missing", "Complete days that are not exported.", "days_missing"),
     Metric("prefs_export_days_changed", "Days that changed after their export.", "days_changed"),
+    Metric("prefs_export_days_foreign", "Exported days that another writer changed.", "days_foreign"),
     Metric("prefs_canary_p50_seconds", "Median time from event to reader.", "p50_seconds"),
     Metric("prefs_canary_p99_seconds", "99th percentile of the time from event to reader.", "p99_seconds"),
     Metric("prefs_canary_lost_total", "Canaries that never became readable.", "lost", "counter"),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from typing import TYPE_CHECKING
 
 from dagster_prefs.engine.connection import EngineConnection
-from dagster_prefs.offline.export import exported_days, stale_days
+from dagster_prefs.offline.export import exported_days, foreign_days, stale_days
 from dagster_prefs.offline.tables import TileTable
 
 if TYPE_CHECKING:
@@ -19,14 +20,16 @@ class OfflineLag:
     """How far one training table is behind; days are UTC.
 
     `missing` are complete days that the engine holds and the table does not, `changed` those whose tiles
-    changed after their export (late events). `lag_seconds` is how long the oldest missing day has been
-    complete: 0 when none is missing.
+    changed after their export (late events), `foreign` those that another writer changed, with what it did: an
+    export leaves them alone. `lag_seconds` is how long the oldest missing day has been complete: 0 when none is
+    missing.
     """
 
     table: str
     newest_day: date | None
     missing: tuple[date, ...]
     changed: tuple[date, ...]
+    foreign: Mapping[date, str]
     lag_seconds: float
 
 
@@ -50,16 +53,21 @@ def offline_lag(
     today = now.astimezone(UTC).date()
     exported = exported_days(catalog, spec, namespace=namespace)
     stale = stale_days(engine, spec, exported, until=today, by_sink=by_sink)
-    needed = [day for day in stale if day >= start]
-    missing = tuple(day for day in needed if day not in exported)
+    # In a table that a sink writes, every file has a name of RisingWave's.
+    others = {} if by_sink else foreign_days(exported, stale)
+    foreign = {day: str(found) for day, found in others.items() if day >= start}
+    needed = [day for day in stale if day >= start and day not in others]
+    held = {day for day, found in exported.items() if not found.removed}
+    missing = tuple(day for day in needed if day not in held)
     lag = 0.0
     if missing:
         complete = datetime.combine(missing[0] + timedelta(days=1), time(), UTC)
         lag = max(0.0, (now - complete).total_seconds())
     return OfflineLag(
         table=spec.name,
-        newest_day=max(exported, default=None),
+        newest_day=max(held, default=None),
         missing=missing,
-        changed=tuple(day for day in needed if day in exported),
+        changed=tuple(day for day in needed if day in held),
+        foreign=foreign,
         lag_seconds=lag,
     )

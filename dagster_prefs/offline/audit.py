@@ -15,7 +15,8 @@ from pyiceberg.table import Table
 from pyiceberg.types import TimestamptzType
 
 from dagster_prefs.offline.catalog import OfflineError
-from dagster_prefs.offline.tables import TileTable, scan_day
+from dagster_prefs.offline.files import day_files, parts_of
+from dagster_prefs.offline.tables import TileTable
 
 BATCH_ROWS = 131_072
 
@@ -66,7 +67,7 @@ def _file_findings(
     rows: int,
     replaced: Sequence[DataFile],
 ) -> list[str]:
-    found = {task.file.file_path for task in scan_day(table, spec, day, snapshot_id).plan_files()}
+    found = parts_of(day_files(table, spec, day, snapshot_id))
     if found != set(paths):
         return [f"the branch has {len(found)} files of the day, {len(paths)} were written"]
     snapshot = table.snapshot_by_id(snapshot_id)

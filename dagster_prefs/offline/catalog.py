@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,6 +46,9 @@ CATALOG_FILE = "catalog.db"
 
 # Commits hold SQLite's lock for milliseconds; a waiting export must outlast many of them.
 SQLITE_LOCK_SECONDS = 60
+
+# Up to the last @ before the path: a password may hold one.
+_USERINFO = re.compile(r"(\b[A-Za-z][A-Za-z0-9+.-]*://)[^/\s]*@")
 
 
 class OfflineError(PrefsError):
@@ -162,7 +166,14 @@ def _describe(kind: CatalogKind, warehouse: str, uri: str | None) -> str:
     if kind == "sqlite":
         folder = local_folder(warehouse)
         return f"the Iceberg catalog {folder / CATALOG_FILE if folder else warehouse}"
-    return f"the Iceberg catalog {uri}" if kind == "rest" else f"the Glue catalog of {warehouse}"
+    return (
+        f"the Iceberg catalog {redacted(uri or '')}" if kind == "rest" else f"the Glue catalog of {warehouse}"
+    )
+
+
+def redacted(text: str) -> str:
+    """The text without the user and password of any URI in it."""
+    return _USERINFO.sub(r"\1***@", text)
 
 
 @contextmanager
@@ -243,5 +254,6 @@ def _full(what: str) -> StorageFull:
 
 
 def _reason(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # A client's own error may repeat the whole address.
+    lines = [line.strip() for line in redacted(str(error)).splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__

@@ -32,7 +32,23 @@ from pyiceberg.types import LongType
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.offline.audit import AuditFailed
 from dagster_prefs.offline.catalog import OfflineError, explained
-from dagster_prefs.offline.export import DEFAULT_NAMESPACE, VERIFIED_PREFIX, ExportConflict, export_day
+from dagster_prefs.offline.export import (
+    DEFAULT_NAMESPACE,
+    SINK_BRANCH,
+    VERIFIED_PREFIX,
+    ExportConflict,
+    export_day,
+    foreign_of,
+)
+from dagster_prefs.offline.files import (
+    check_readable,
+    day_files,
+    live_files,
+    parts_of,
+    read_rows,
+    scan_rows,
+    tile_files,
+)
 from dagster_prefs.offline.labels import TIME, LabelsRefused, viewer_ids
 from dagster_prefs.offline.maintenance import expire, unreferenced_files
 from dagster_prefs.offline.outputs import is_training_set, replace_rows
@@ -40,15 +56,12 @@ from dagster_prefs.offline.publish import (
     ATTEMPTS,
     BRANCH_PREFIX,
     DayFiles,
-    day_files,
-    day_of,
     discard,
     publish_day,
     write_day,
 )
-from dagster_prefs.offline.tables import VIEWER, ErasedViewer, TileTable, arrow_schema, exact_sums
+from dagster_prefs.offline.tables import VIEWER, ErasedViewer, TileTable, arrow_schema, counted_sums
 from dagster_prefs.offline.tiles import TilesUnreadable
-from dagster_prefs.offline.verify import SINK_BRANCH
 from dagster_prefs.online.contract import LAST_EVENT_AT
 
 
@@ -115,7 +128,7 @@ class ViewerInTable(ABC):
             files = {path for path, rows in self._rows.items() if rows} | set(self._unreferenced(table))
             return TableHolding(
                 self.name,
-                sum(self._rows_in(table, task.file) for task in table.scan().plan_files()),
+                sum(self._rows_in(table, file.data) for file in live_files(table)),
                 len(snapshots),
                 tuple(sorted(name for name in kept if not self._expendable(table, name))),
                 sum(table.io.new_input(path).exists() for path in files),
@@ -243,6 +256,10 @@ class ViewerInTable(ABC):
         if path not in self._rows:
             try:
                 with table.io.new_input(path).open() as source, pq.ParquetFile(source) as parquet:
+                    if not {VIEWER, self._time} <= set(parquet.schema_arrow.names):
+                        # A delete file of another engine: positions, or keys, and no row.
+                        self._rows[path] = 0
+                        return 0
                     batches = parquet.iter_batches(
                         row_groups=self._groups(parquet), columns=[VIEWER, self._time]
                     )
@@ -307,9 +324,9 @@ class ViewerInTiles(ViewerInTable):
 
     def _days(self, table: Table) -> dict[date, int]:
         days: dict[date, int] = {}
-        for task in table.scan().plan_files():
-            if rows := self._rows_in(table, task.file):
-                days[day_of(task.file)] = days.get(day_of(task.file), 0) + rows
+        for day, files in tile_files(table, self._spec).items():
+            if rows := sum(self._rows_in(table, file.data) for file in files):
+                days[day] = rows
         return days
 
     def _forget_rows(self) -> tuple[tuple[date, ...], tuple[date, ...]]:
@@ -353,25 +370,29 @@ class ViewerInTiles(ViewerInTable):
         head = table.current_snapshot()
         if head is None:
             return False
-        held = day_files(table, self._spec, day)
+        held = day_files(table, self._spec, day, head.snapshot_id)
+        check_readable(table, held)
+        schema = arrow_schema(table)
+
+        def remaining() -> Iterator[pa.RecordBatch]:
+            for file in held:
+                for batch in read_rows(table, file, schema.names):
+                    yield batch.filter(pc.invert(self._erased.rows_of(batch))).cast(schema)
+
+        rows, totals = counted_sums(remaining(), self._spec.totals)
         written = DayFiles(
-            # A name of its own: the day is no longer what the engine once gave.
-            token=uuid.uuid4().hex[:16],
-            rows=sum(file.record_count - self._rows_in(table, file) for file in held),
-            totals=exact_sums(self._scan(table, day, head), self._spec.totals),
+            # A name of its own: the day is no longer what the engine once gave. What another writer did to the day
+            # stays his, under a name that is none of ours.
+            token=f"foreign-{uuid.uuid4().hex[:8]}" if foreign_of(table, held) else uuid.uuid4().hex[:16],
+            rows=rows,
+            totals=totals,
             properties={"prefs.operation": "erase"},
         )
-        schema = arrow_schema(table)
-        remaining = (batch.cast(schema) for batch in self._scan(table, day, head))
-        write_day(table, self._spec, day, written, remaining)
-        if publish_day(table, self._spec, day, written, {file.file_path for file in held}) is None:
+        write_day(table, self._spec, day, written, remaining())
+        if publish_day(table, self._spec, day, written, parts_of(held)) is None:
             discard(table, written)
             return False
         return True
-
-    def _scan(self, table: Table, day: date, head: Snapshot) -> pa.RecordBatchReader:
-        remaining = f"{self._spec.day} = '{day.isoformat()}' and {self._erased.others()}"
-        return table.scan(row_filter=remaining, snapshot_id=head.snapshot_id).to_arrow_batch_reader()
 
 
 class ViewerInTrainingSet(ViewerInTable):
@@ -382,8 +403,8 @@ class ViewerInTrainingSet(ViewerInTable):
 
     def _forget_rows(self) -> tuple[tuple[date, ...], tuple[date, ...]]:
         table = self._table()
-        if any(self._rows_in(table, task.file) for task in table.scan().plan_files()):
-            others = table.scan(row_filter=self._erased.others(TIME)).to_arrow_batch_reader()
+        if any(self._rows_in(table, file.data) for file in live_files(table)):
+            others = scan_rows(table, row_filter=self._erased.others(TIME))
             replace_rows(table, others, {"prefs.operation": "erase"})
         return (), ()
 
@@ -416,7 +437,7 @@ def search_catalog(catalog: Catalog, viewer_id: int) -> CatalogSearch:
                 if is_training_set(table):
                     training_sets.append(name)
                 # As text, which fits an id of any type.
-                elif table.scan(f"{VIEWER} = '{viewer_id}'", (VIEWER,)).to_arrow().num_rows:
+                elif any(b.num_rows for b in scan_rows(table, [VIEWER], f"{VIEWER} = '{viewer_id}'")):
                     holding.append(name)
         except OfflineError as error:
             unread[name] = str(error)

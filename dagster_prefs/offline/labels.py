@@ -294,7 +294,7 @@ def _size(values: pa.Array, source: str) -> int:
 
 
 def _read_table(catalog: Catalog, source: str) -> pa.Table:
-    reader = catalog.load_table(source).scan().to_arrow_batch_reader()
+    reader = scan_rows(catalog.load_table(source))
     batches = []
     size = 0
     for batch in reader:

@@ -6,46 +6,48 @@ running exports too: what is younger than `grace` may belong to one of them and 
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, datetime, timedelta
 from functools import partial
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs
 from pyiceberg.catalog import Catalog
 from pyiceberg.exceptions import CommitFailedException
 from pyiceberg.io.pyarrow import PyArrowFileIO
-from pyiceberg.manifest import DataFile
+from pyiceberg.serializers import Compressor
 from pyiceberg.table import Table
 
 from dagster_prefs.offline.catalog import explained
-from dagster_prefs.offline.export import DEFAULT_NAMESPACE, ExportConflict
+from dagster_prefs.offline.export import DEFAULT_NAMESPACE, ExportConflict, foreign_of
+from dagster_prefs.offline.files import LiveFile, only_token, parts_of, read_rows, tile_files
 from dagster_prefs.offline.outputs import is_training_set
 from dagster_prefs.offline.publish import (
     ATTEMPTS,
     BRANCH_PREFIX,
     FILE_BYTES,
     DayFiles,
-    day_of,
-    only,
     publish_day,
-    read_file,
-    token_of,
     write_day,
 )
-from dagster_prefs.offline.tables import TileTable, arrow_schema, exact_sums
+from dagster_prefs.offline.tables import TileTable, arrow_schema, counted_sums
 
 
 @dataclass(frozen=True)
 class MaintenanceReport:
-    """What was done to one table; `bytes_freed` is the size of the removed files."""
+    """What was done to one table; `bytes_freed` is the size of the removed files.
+
+    `days_foreign` were not compacted, because another writer changed them (see `export_day`)."""
 
     table: str
     branches_removed: tuple[str, ...]
     days_compacted: tuple[date, ...]
+    days_foreign: tuple[date, ...]
     snapshots_expired: int
     files_removed: int
     bytes_freed: int
@@ -74,8 +76,9 @@ def maintain(
     with explained(f"the table {name}"):
         table = catalog.load_table(spec.identifier(namespace))
         branches = _remove_branches(table, now - keep_snapshots)
-        compacted = _compact(table, spec) if compact else ()
-        return _without_history(table, now, keep_snapshots, grace, branches, compacted)
+        compacted, foreign = _compact(table, spec) if compact else ((), ())
+        report = _without_history(table, now, keep_snapshots, grace)
+        return replace(report, branches_removed=branches, days_compacted=compacted, days_foreign=foreign)
 
 
 def maintain_training_sets(
@@ -106,12 +109,10 @@ def _without_history(
     now: datetime,
     keep_snapshots: timedelta,
     grace: timedelta,
-    branches: tuple[str, ...] = (),
-    compacted: tuple[date, ...] = (),
 ) -> MaintenanceReport:
     expired = expire(table, partial(_older, before=now - keep_snapshots))
     files, size = _remove_orphans(table, now - grace)
-    return MaintenanceReport(".".join(table.name()), branches, compacted, expired, files, size)
+    return MaintenanceReport(".".join(table.name()), (), (), (), expired, files, size)
 
 
 def _remove_branches(table: Table, before: datetime) -> tuple[str, ...]:
@@ -128,34 +129,36 @@ def _remove_branches(table: Table, before: datetime) -> tuple[str, ...]:
     return tuple(removed)
 
 
-def _compact(table: Table, spec: TileTable) -> tuple[date, ...]:
-    days: dict[date, list[DataFile]] = {}
-    for task in table.scan().plan_files():
-        days.setdefault(day_of(task.file), []).append(task.file)
-    done = []
-    for day, files in sorted(days.items()):
-        if len(files) < 2 or sum(file.file_size_in_bytes for file in files) > FILE_BYTES:
+def _compact(table: Table, spec: TileTable) -> tuple[tuple[date, ...], tuple[date, ...]]:
+    """Make one file of each day in several small ones; returns those days, and those that another writer changed."""
+    done, foreign = [], []
+    for day, files in tile_files(table, spec).items():
+        if foreign_of(table, files):
+            # Under a name of ours, whatever another writer added or left would pass for an export.
+            foreign.append(day)
             continue
-        token = only({token_of(file) for file in files})
-        totals = exact_sums(_rows(table, spec.totals, files), spec.totals)
+        if len(files) < 2 or sum(file.data.file_size_in_bytes for file in files) > FILE_BYTES:
+            continue
+        token = only_token(files)
+        rows, totals = counted_sums(_rows(table, spec.totals, files), spec.totals)
         # A name without the day's fingerprint would make the next export write the day again, which is right
         # where the files did not agree on one.
         merged = DayFiles(
             token=token or uuid.uuid4().hex[:16],
-            rows=sum(file.record_count for file in files),
+            rows=rows,
             totals=totals,
             properties={"prefs.operation": "compact", "prefs.fingerprint": token or ""},
         )
         schema = arrow_schema(table)
-        rows = (batch.cast(schema) for batch in _rows(table, schema.names, files))
-        write_day(table, spec, day, merged, rows)
-        if publish_day(table, spec, day, merged, {file.file_path for file in files}) is not None:
+        batches = (batch.cast(schema) for batch in _rows(table, schema.names, files))
+        write_day(table, spec, day, merged, batches)
+        if publish_day(table, spec, day, merged, parts_of(files)) is not None:
             done.append(day)
-    return tuple(done)
+    return tuple(done), tuple(foreign)
 
 
-def _rows(table: Table, columns: Sequence[str], files: list[DataFile]) -> Iterator[pa.RecordBatch]:
-    return (batch for file in files for batch in read_file(table, file, list(columns)))
+def _rows(table: Table, columns: Sequence[str], files: list[LiveFile]) -> Iterator[pa.RecordBatch]:
+    return (batch for file in files for batch in read_rows(table, file, list(columns)))
 
 
 def expire(table: Table, condemned: Callable[[Table], Iterable[int]]) -> int:
@@ -212,7 +215,9 @@ def unreferenced_files(table: Table) -> list[UnreferencedFile]:
     found = storage.get_file_info(pyarrow.fs.FileSelector(root, recursive=True, allow_not_found=True))
     # Read after the listing: a file that was committed in between is then known to be in use.
     table.refresh()
-    used = {table.io.parse_location(name, table.io.properties)[2] for name in _referenced(table)}
+    used = {
+        table.io.parse_location(name, table.io.properties)[2] for name in _referenced(table) if root in name
+    }
     prefix = table.location().removesuffix(root)
     return [
         UnreferencedFile(prefix + file.path, file.size, file.mtime)
@@ -224,13 +229,14 @@ def unreferenced_files(table: Table) -> list[UnreferencedFile]:
 def _referenced(table: Table) -> Iterator[str]:
     """Location of every file, metadata included, that the table or a snapshot of it names."""
     yield table.metadata_location
-    for entry in table.metadata.metadata_log:
-        yield entry.metadata_file
-    for statistics in table.metadata.statistics:
-        yield statistics.statistics_path
+    # Every text of the metadata file rather than the fields that this version of pyiceberg knows of: a statistics file
+    # of a kind that a newer engine writes stays, too.
+    metadata = table.io.new_input(table.metadata_location)
+    with metadata.open() as source:
+        content = Compressor.get_compressor(table.metadata_location).stream_decompressor(source).read()
+    yield from _texts(json.loads(content))
     seen: set[str] = set()
     for snapshot in table.snapshots():
-        yield snapshot.manifest_list
         for manifest in snapshot.manifests(table.io):
             if manifest.manifest_path in seen:
                 continue
@@ -238,6 +244,15 @@ def _referenced(table: Table) -> Iterator[str]:
             yield manifest.manifest_path
             for item in manifest.fetch_manifest_entry(table.io, discard_deleted=True):
                 yield item.data_file.file_path
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from (text for found in value.values() for text in _texts(found))
+    elif isinstance(value, list):
+        yield from (text for found in value for text in _texts(found))
 
 
 def _milliseconds(moment: datetime) -> int:

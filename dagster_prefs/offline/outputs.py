@@ -19,6 +19,7 @@ from pyiceberg.table import Table
 
 from dagster_prefs.files import whole_file
 from dagster_prefs.offline.catalog import OfflineError, ensure_namespace, explained
+from dagster_prefs.offline.files import live_files
 from dagster_prefs.offline.labels import TIME
 from dagster_prefs.offline.tables import PARQUET, TABLE_PROPERTIES, arrow_schema
 
@@ -127,8 +128,8 @@ def replace_rows(table: Table, rows: Iterable[pa.RecordBatch], properties: Mappi
                 with transaction.update_snapshot(
                     snapshot_properties=dict(properties)
                 ).overwrite() as snapshot:
-                    for task in table.scan().plan_files():
-                        snapshot.delete_data_file(task.file)
+                    for held in live_files(table):
+                        snapshot.delete_data_file(held.data)
                     snapshot.append_data_file(file)
             published = True
         except (CommitFailedException, ValidationException) as error:

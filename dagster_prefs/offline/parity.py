@@ -22,7 +22,7 @@ from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.offline.catalog import explained
 from dagster_prefs.offline.duck import JOINING, duck_session
 from dagster_prefs.offline.export import DEFAULT_NAMESPACE, exported_days
-from dagster_prefs.offline.publish import day_of, read_file
+from dagster_prefs.offline.files import read_rows, tile_files
 from dagster_prefs.offline.tables import VIEWER, TileTable
 from dagster_prefs.offline.tiles import tile_snapshot
 from dagster_prefs.offline.windows import domains, features, features_sql, first_day, load_tiles, sources
@@ -192,9 +192,10 @@ def _load(
 
         def batches() -> Iterator[pa.RecordBatch]:
             if table is not None:
-                for task in table.scan().plan_files():
-                    if day_of(task.file) >= oldest and day_of(task.file) not in stale:
-                        yield from read_file(table, task.file, names)
+                for day, files in tile_files(table, spec, first=oldest).items():
+                    if day not in stale:
+                        for file in files:
+                            yield from read_rows(table, file, names)
             for day in stale:
                 yield from tiles.rows(day, spec.arrow_schema)
 

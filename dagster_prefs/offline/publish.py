@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
-import re
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from datetime import date, timedelta
+from datetime import date
 from decimal import Decimal
 
 import pyarrow as pa
@@ -24,7 +23,8 @@ from pyiceberg.table.snapshots import Snapshot, ancestors_of
 from dagster_prefs.offline.audit import AuditFailed, audit_day
 from dagster_prefs.offline.catalog import CatalogUnavailable
 from dagster_prefs.offline.duck import sort_batches
-from dagster_prefs.offline.tables import PARQUET, TileTable, arrow_schema, scan_day
+from dagster_prefs.offline.files import check_writable, day_files, file_name, parts_of
+from dagster_prefs.offline.tables import PARQUET, TileTable, arrow_schema
 
 # A row group is what a reader decodes at once, and as many rows as DuckDB gives at once; a file is what an object
 # store serves at once.
@@ -36,15 +36,13 @@ ATTEMPTS = 8
 
 BRANCH_PREFIX = "export-"
 
-_FILE_NAME = re.compile(r"/([0-9a-f]{16})-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}-\d{5,}\.parquet$")
-
 
 @dataclass
 class DayFiles:
     """Files of a day that readers do not see yet.
 
-    `token` is the day's fingerprint and begins every file's name; `rows` and `totals` (column → sum) are what
-    the audit must find in them; `properties` go to the snapshot.
+    `token` is the day's fingerprint and begins every file's name, followed by `rows`; `rows` and `totals` (column →
+    sum) are what the audit must find in them; `properties` go to the snapshot.
     """
 
     token: str
@@ -60,11 +58,13 @@ def write_day(
 ) -> None:
     """Write the batches (in any order, in the table's Arrow schema) to new files sorted by key, noted in `files`.
 
-    Whatever was written is removed again when anything fails.
+    Whatever was written is removed again when anything fails. Raises LayoutForeign for a table that another engine
+    laid out anew.
     """
+    check_writable(table, spec)
     try:
         with (
-            closing(_FileWriter(table, day, files.token, files.paths)) as writer,
+            closing(_FileWriter(table, day, files)) as writer,
             closing(sort_batches(batches, writer.schema, spec.key, ROWS_PER_GROUP)) as groups,
         ):
             for group in groups:
@@ -81,18 +81,17 @@ def write_day(
 class _FileWriter:
     """Parquet files of one day, rolled by size; encoding runs beside the reading of the next rows."""
 
-    def __init__(self, table: Table, day: date, token: str, paths: list[str]) -> None:
+    def __init__(self, table: Table, day: date, files: DayFiles) -> None:
         self.schema = arrow_schema(table)
         self._table = table
-        self._token = token
-        self._paths = paths
+        self._files = files
         spec_ = table.spec()
         self._partition = PartitionKey(
             field_values=[PartitionFieldValue(field=spec_.fields[0], value=day)],
             partition_spec=spec_,
             schema=table.schema(),
         )
-        self._attempt = uuid.uuid4()
+        self._write = str(uuid.uuid4())
         self._encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="parquet")
         self._pending: Future[None] | None = None
         self._sink: pa.NativeFile | None = None
@@ -125,9 +124,10 @@ class _FileWriter:
     def _encode(self, group: pa.RecordBatch) -> None:
         if self._parquet is None:
             path = self._table.location_provider().new_data_location(
-                f"{self._token}-{self._attempt}-{len(self._paths):05}.parquet", self._partition
+                file_name(self._files.token, self._write, self._files.rows, len(self._files.paths)),
+                self._partition,
             )
-            self._paths.append(path)
+            self._files.paths.append(path)
             self._sink = self._table.io.new_output(path).create(overwrite=False)
             self._parquet = pq.ParquetWriter(self._sink, self.schema, store_schema=False, **PARQUET)
         self._parquet.write_batch(group)
@@ -152,6 +152,7 @@ def publish_day(
 ) -> Table | None:
     """Stage on a branch, audit it, make it current; None if another writer changed this very day.
 
+    `replaced` are the locations of the data and delete files (`parts_of`) that the day was made of when it was read.
     `still_valid` is asked last of all: False, too, gives None, because what was written has been overtaken.
 
     A commit by another writer to another day moves the table's head: the same files are then staged again on
@@ -162,9 +163,10 @@ def publish_day(
         try:
             table.refresh()
             head = _head(table)
-            held = [task.file for task in scan_day(table, spec, day, head.snapshot_id).plan_files()]
-            if {file.file_path for file in held} != replaced:
+            live = day_files(table, spec, day, head.snapshot_id)
+            if parts_of(live) != replaced:
                 return None
+            held = [file.data for file in live]
             staged = _stage(table, head, branch, day, written, held)
             audit_day(
                 table,
@@ -286,37 +288,3 @@ def discard(table: Table, written: DayFiles) -> None:
     for path in written.paths:
         with suppress(Exception):
             table.io.delete(path)
-
-
-def read_file(table: Table, file: DataFile, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    """The rows of one file in the order of `columns`; a column that the table gained later is NULL."""
-    schema = arrow_schema(table)
-    with table.io.new_input(file.file_path).open() as source, pq.ParquetFile(source) as parquet:
-        held = set(parquet.schema_arrow.names)
-        for batch in parquet.iter_batches(columns=[name for name in columns if name in held]):
-            yield pa.RecordBatch.from_arrays(
-                [
-                    batch.column(name) if name in held else pa.nulls(batch.num_rows, schema.field(name).type)
-                    for name in columns
-                ],
-                names=columns,
-            )
-
-
-def day_files(table: Table, spec: TileTable, day: date) -> list[DataFile]:
-    return [task.file for task in scan_day(table, spec, day).plan_files()]
-
-
-def day_of(file: DataFile) -> date:
-    # A date partition is stored as days since 1970.
-    return date(1970, 1, 1) + timedelta(days=int(file.partition[0]))
-
-
-def token_of(file: DataFile) -> str | None:
-    """The fingerprint in the name of a file of ours; None for a file that somebody else wrote."""
-    found = _FILE_NAME.search(file.file_path)
-    return found[1] if found else None
-
-
-def only(tokens: set[str | None]) -> str | None:
-    return next(iter(tokens)) if len(tokens) == 1 else None

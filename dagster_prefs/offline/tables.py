@@ -7,9 +7,9 @@ writes to `tiles.json`; what the audit asks of them is said here.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import date, datetime
+from datetime import datetime
 from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from pyiceberg.exceptions import CommitFailedException, TableAlreadyExistsError
 from pyiceberg.io.pyarrow import schema_to_pyarrow
 from pyiceberg.partitioning import PartitionField, PartitionSpec
 from pyiceberg.schema import Schema
-from pyiceberg.table import DataScan, Table
+from pyiceberg.table import Table
 from pyiceberg.table.sorting import SortField, SortOrder
 from pyiceberg.transforms import IdentityTransform
 from pyiceberg.types import (
@@ -158,6 +158,20 @@ def exact_sums(batches: Iterable[pa.RecordBatch], columns: Iterable[str]) -> dic
         for name in sums:
             sums[name] += Decimal(pc.sum(batch.column(name)).as_py() or 0)
     return sums
+
+
+def counted_sums(batches: Iterable[pa.RecordBatch], columns: Iterable[str]) -> tuple[int, dict[str, Decimal]]:
+    """The number of rows and the sum of each of the columns, in one reading."""
+    rows = 0
+
+    def counted() -> Iterator[pa.RecordBatch]:
+        nonlocal rows
+        for batch in batches:
+            rows += batch.num_rows
+            yield batch
+
+    sums = exact_sums(counted(), columns)
+    return rows, sums
 
 
 _DECLARED: Mapping[str, Any] = json.loads(TILES_PATH.read_text(encoding="utf-8"))
@@ -323,8 +337,3 @@ def _missing_columns(table: Table, namespace: str, spec: TileTable) -> list[Colu
 def arrow_schema(table: Table) -> pa.Schema:
     """The Arrow schema of the table's files, field ids included."""
     return schema_to_pyarrow(table.schema())
-
-
-def scan_day(table: Table, spec: TileTable, day: date, snapshot_id: int | None = None) -> DataScan:
-    """A scan of one day, of the current snapshot unless told otherwise."""
-    return table.scan(row_filter=f"{spec.day} = '{day.isoformat()}'", snapshot_id=snapshot_id)

@@ -22,7 +22,7 @@ from psycopg.rows import scalar_row
 
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.offline.catalog import OfflineError
-from dagster_prefs.offline.tables import TileTable
+from dagster_prefs.offline.tables import ErasedViewer, TileTable
 from dagster_prefs.online.reserved import VIEWERS_ONLY
 
 LINES_FETCHED = 10_000
@@ -141,6 +141,16 @@ class TileSnapshot:
         )
         row = self._connection.execute(query, [day]).fetchone()
         return int(row[0]) if row else 0
+
+    def erased_viewers(self) -> list[ErasedViewer]:
+        """Every viewer who was erased, with the time until which rows are theirs."""
+        rows = self._connection.execute(
+            sql.SQL(
+                "select case when subject_id ~ '^-?[0-9]{{1,19}}$' then subject_id::bigint end, erased_at from {}"
+                " where subject_kind = 'viewer'"
+            ).format(self._relation(ERASED))
+        ).fetchall()
+        return [ErasedViewer(int(viewer), until) for viewer, until in rows if viewer is not None]
 
     def rows(self, day: date, schema: pa.Schema) -> Generator[pa.RecordBatch]:
         """The day's rows without canaries, in no order, in batches of some megabytes with that Arrow schema.

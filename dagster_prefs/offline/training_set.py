@@ -32,9 +32,10 @@ from dagster_prefs.files import whole_file
 from dagster_prefs.offline.catalog import OfflineError, explained
 from dagster_prefs.offline.duck import JOINING, duck_session
 from dagster_prefs.offline.export import DEFAULT_NAMESPACE
+from dagster_prefs.offline.files import LiveFile, day_of, live_files, read_rows, tile_files
 from dagster_prefs.offline.labels import POINT, TIME, LabelsRefused, check_columns, is_csv, read_labels
 from dagster_prefs.offline.outputs import OutputRefused, check_output, write_output
-from dagster_prefs.offline.publish import ATTEMPTS, day_of, read_file
+from dagster_prefs.offline.publish import ATTEMPTS
 from dagster_prefs.offline.tables import VIEWER, TileTable
 from dagster_prefs.offline.windows import (
     Dialect,
@@ -86,9 +87,10 @@ class CsvOptions:
 
 @dataclass(frozen=True)
 class _Version:
-    """A data file and the time in which it was current: milliseconds since 1970, the end excluded."""
+    """A data file, with what was deleted of it, and the time in which it was current: milliseconds since 1970, the end
+    excluded."""
 
-    file: DataFile
+    file: LiveFile
     known_from: int
     known_to: int
 
@@ -410,12 +412,9 @@ def _current(
 ) -> Iterator[pa.RecordBatch]:
     if snapshot is None:
         return
-    scan = table.scan(
-        row_filter=f"{spec.day} >= '{first.isoformat()}' and {spec.day} <= '{last.isoformat()}'",
-        snapshot_id=snapshot.snapshot_id,
-    )
-    for task in scan.plan_files():
-        yield from read_file(table, task.file, [VIEWER, spec.day, *columns])
+    for files in tile_files(table, spec, first=first, last=last, snapshot_id=snapshot.snapshot_id).values():
+        for file in files:
+            yield from read_rows(table, file, [VIEWER, spec.day, *columns])
 
 
 def _versions(
@@ -430,8 +429,8 @@ def _versions(
     if snapshot is None:
         return
     for version in _history(table, snapshot, oldest_label):
-        if first <= day_of(version.file) <= last:
-            for batch in read_file(table, version.file, [VIEWER, spec.day, *columns]):
+        if first <= day_of(table, spec, version.file.data) <= last:
+            for batch in read_rows(table, version.file, [VIEWER, spec.day, *columns]):
                 yield batch.append_column(
                     "known_from", pa.repeat(version.known_from, batch.num_rows)
                 ).append_column("known_to", pa.repeat(version.known_to, batch.num_rows))
@@ -458,25 +457,35 @@ def _history(table: Table, last: Snapshot, oldest_label: int) -> list[_Version]:
             "labels before that time, or build without as_known"
         )
     manifests: dict[str, list[DataFile]] = {}
-    current: dict[str, tuple[DataFile, int]] = {}
+    current: dict[frozenset[str], tuple[LiveFile, int]] = {}
     versions: list[_Version] = []
     for snapshot_id, published in log[start:]:
         snapshot = table.snapshot_by_id(snapshot_id)
-        held: dict[str, DataFile] = {}
-        for manifest in snapshot.manifests(table.io) if snapshot else []:
-            if manifest.content == ManifestContent.DATA:
-                if manifest.manifest_path not in manifests:
-                    manifests[manifest.manifest_path] = [
-                        entry.data_file
-                        for entry in manifest.fetch_manifest_entry(table.io, discard_deleted=True)
-                    ]
-                held |= {file.file_path: file for file in manifests[manifest.manifest_path]}
-        for path in current.keys() - held.keys():
-            file, since = current.pop(path)
+        # What is deleted of a file later makes another version of it.
+        held = {file.parts: file for file in _files_of(table, snapshot, manifests)} if snapshot else {}
+        for parts in current.keys() - held.keys():
+            file, since = current.pop(parts)
             versions.append(_Version(file, since, published))
-        for path in held.keys() - current.keys():
-            current[path] = (held[path], published)
+        for parts in held.keys() - current.keys():
+            current[parts] = (held[parts], published)
     return versions + [_Version(file, since, FOREVER) for file, since in current.values()]
+
+
+def _files_of(table: Table, snapshot: Snapshot, manifests: dict[str, list[DataFile]]) -> list[LiveFile]:
+    """The files of a snapshot; `manifests` keeps what was read for the next, as most are those of the one before."""
+    listed = snapshot.manifests(table.io)
+    if any(manifest.content == ManifestContent.DELETES for manifest in listed):
+        return live_files(table, snapshot_id=snapshot.snapshot_id)
+    for manifest in listed:
+        if manifest.manifest_path not in manifests:
+            manifests[manifest.manifest_path] = [
+                entry.data_file for entry in manifest.fetch_manifest_entry(table.io, discard_deleted=True)
+            ]
+    return [
+        LiveFile(file, snapshot.snapshot_id)
+        for manifest in listed
+        for file in manifests[manifest.manifest_path]
+    ]
 
 
 def _unbroken_from(table: Table, log: list[tuple[int, int]]) -> int:

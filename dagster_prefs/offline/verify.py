@@ -16,20 +16,22 @@ from typing import Literal
 import pyarrow as pa
 from pyiceberg.catalog import Catalog
 from pyiceberg.exceptions import CommitFailedException
-from pyiceberg.manifest import DataFile
 from pyiceberg.table import Table
 
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.offline.audit import AuditFailed, row_findings
 from dagster_prefs.offline.catalog import OfflineError, explained
 from dagster_prefs.offline.duck import SORTING, duck_session, registered
-from dagster_prefs.offline.export import DEFAULT_NAMESPACE, ExportConflict, exported_days, verified_tag
-from dagster_prefs.offline.publish import read_file
-from dagster_prefs.offline.tables import TileTable, arrow_schema, ensure_table, scan_day
+from dagster_prefs.offline.export import (
+    DEFAULT_NAMESPACE,
+    SINK_BRANCH,
+    ExportConflict,
+    exported_days,
+    verified_tag,
+)
+from dagster_prefs.offline.files import LiveFile, day_files, parts_of, read_rows
+from dagster_prefs.offline.tables import TileTable, arrow_schema, ensure_table
 from dagster_prefs.offline.tiles import tile_snapshot
-
-SINK_BRANCH = "ingestion"
-"""Where a copy-on-write sink commits, with deletes as files of their own; RisingWave's name for it."""
 
 ATTEMPTS = 5
 
@@ -84,7 +86,11 @@ def prepare_for_sink(
     name = f"{namespace}.{spec.name}"
     if there:
         return table
-    held = exported_days(catalog, spec, namespace=namespace)
+    held = {
+        day: found
+        for day, found in exported_days(catalog, spec, namespace=namespace).items()
+        if not found.removed
+    }
     if held:
         with tile_snapshot(engine, spec) as tiles:
             current = tiles.fingerprints()
@@ -135,7 +141,7 @@ def verify_day(
                 table=name,
                 day=day,
                 status=status,
-                rows=sum(file.record_count for file in files),
+                rows=sum(file.data.record_count for file in files),
                 snapshot_id=table.refs()[tag].snapshot_id if tag else None,
                 fingerprint=fingerprint.token if fingerprint else None,
                 tag=tag,
@@ -147,11 +153,11 @@ def verify_day(
         tag = verified_tag(day, fingerprint.token) if fingerprint else None
         ref = table.refs().get(tag) if tag else None
         # What a sink wrote once more after it was verified is not what was verified.
-        if ref is not None and _paths(_data_files(table, spec, day, ref.snapshot_id)) == _paths(files):
+        if ref is not None and parts_of(_data_files(table, spec, day, ref.snapshot_id)) == parts_of(files):
             return report("unchanged", tag)
         rows, totals = expected
         findings = row_findings(
-            (batch for file in files for batch in read_file(table, file, [c.name for c in spec.columns])),
+            (batch for file in files for batch in read_rows(table, file, [c.name for c in spec.columns])),
             table,
             spec,
             day,
@@ -177,29 +183,22 @@ def verify_day(
         return report("verified", tag)
 
 
-def _data_files(table: Table, spec: TileTable, day: date, snapshot_id: int | None = None) -> list[DataFile]:
+def _data_files(table: Table, spec: TileTable, day: date, snapshot_id: int | None = None) -> list[LiveFile]:
     remedy = "create the sink with write_mode='copy-on-write', so that only whole rows reach the table's main branch"
-    try:
-        tasks = list(scan_day(table, spec, day, snapshot_id).plan_files())
-    except ValueError as error:
-        if "equality deletes" not in str(error):
-            raise
-        raise AuditFailed(
-            f"{'.'.join(table.name())} of {day} has equality deletes: {remedy}", "main"
-        ) from error
-    if any(task.delete_files for task in tasks):
-        raise AuditFailed(f"{'.'.join(table.name())} of {day} has position deletes: {remedy}", "main")
-    return [task.file for task in tasks]
+    files = day_files(table, spec, day, snapshot_id)
+    for kind, found in (
+        ("equality", any(file.equality_deletes for file in files)),
+        ("position", any(file.deletes for file in files)),
+    ):
+        if found:
+            raise AuditFailed(f"{'.'.join(table.name())} of {day} has {kind} deletes: {remedy}", "main")
+    return files
 
 
-def _paths(files: list[DataFile]) -> set[str]:
-    return {file.file_path for file in files}
-
-
-def _repeated_keys(table: Table, spec: TileTable, files: list[DataFile]) -> int:
+def _repeated_keys(table: Table, spec: TileTable, files: list[LiveFile]) -> int:
     """Rows beyond the first of their key: a sink's files come in no order, so DuckDB groups, on disk if need be."""
     schema = pa.schema([arrow_schema(table).field(name) for name in spec.key])
-    keys = (batch.cast(schema) for file in files for batch in read_file(table, file, list(spec.key)))
+    keys = (batch.cast(schema) for file in files for batch in read_rows(table, file, list(spec.key)))
     with duck_session(*SORTING) as session, registered(session, "day", schema, keys):
         names = ", ".join(spec.key)
         [(repeated,)] = session.execute(

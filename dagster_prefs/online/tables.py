@@ -6,8 +6,8 @@ import time
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, cast
-from urllib.parse import urlsplit
 
+from dagster_prefs.addresses import is_loopback
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.online.contract import Contract
 
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 # Written by whoever makes the table: `create` here, or the Terraform module. Never lowered, because code of an
 # older contract may well run on a table of a newer one; the other way round it must not.
 CONTRACT_VERSION_TAG = "prefs:contract-version"
-
-LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1", "0.0.0.0")  # noqa: S104 - compared with, never bound
 
 
 class TableError(PrefsError):
@@ -42,11 +40,6 @@ class TableReport:
     point_in_time_recovery: bool | None
     encryption: str
     deletion_protection: bool
-
-
-def is_loopback(endpoint_url: str | None) -> bool:
-    """Whether the endpoint is on this machine, as a local AWS server is."""
-    return endpoint_url is not None and urlsplit(endpoint_url).hostname in LOOPBACK_HOSTS
 
 
 def dynamodb_client(

@@ -20,8 +20,8 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 from urllib.parse import urlsplit
 
+from dagster_prefs.addresses import is_loopback
 from dagster_prefs.errors import PrefsError
-from dagster_prefs.online.tables import is_loopback
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient

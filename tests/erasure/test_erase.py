@@ -26,9 +26,10 @@ from dagster_prefs.events.redaction import Subject, SubjectRefused
 from dagster_prefs.offline import export as export_module
 from dagster_prefs.offline import forget as forget_module
 from dagster_prefs.offline.catalog import CatalogUnavailable, OfflineError
-from dagster_prefs.offline.export import export_day
+from dagster_prefs.offline.export import SINK_BRANCH, export_day
+from dagster_prefs.offline.files import day_files, parts_of, read_rows
 from dagster_prefs.offline.forget import ViewerInTable, ViewerInTiles, files_holding
-from dagster_prefs.offline.publish import DayFiles, day_files, publish_day, read_file, write_day
+from dagster_prefs.offline.publish import DayFiles, publish_day, write_day
 from dagster_prefs.offline.tables import TILE_TABLES, WATCH, arrow_schema
 from dagster_prefs.offline.tiles import TilesUnreadable
 from dagster_prefs.offline.training_set import (
@@ -37,7 +38,6 @@ from dagster_prefs.offline.training_set import (
     build_training_set,
     reproduce_training_set,
 )
-from dagster_prefs.offline.verify import SINK_BRANCH
 from dagster_prefs.online.publisher import publish_lock
 from dagster_prefs.online.tables import dynamodb_client
 from dagster_prefs.online.withdraw import ViewerItems
@@ -386,7 +386,7 @@ def maintain_one_day(world: World, day: date) -> bool:
     """What a compaction does: the day's rows in a new file."""
     table = world.catalog.load_table(WATCH.identifier("training"))
     held = day_files(table, WATCH, day)
-    batches = [batch for file in held for batch in read_file(table, file, table.schema().column_names)]
+    batches = [batch for file in held for batch in read_rows(table, file, table.schema().column_names)]
     rows = pa.Table.from_batches(batches)
     written = DayFiles(
         token="another",
@@ -395,7 +395,7 @@ def maintain_one_day(world: World, day: date) -> bool:
         properties={},
     )
     write_day(table, WATCH, day, written, rows.cast(arrow_schema(table)).to_batches())
-    return publish_day(table, WATCH, day, written, {file.file_path for file in held}) is not None
+    return publish_day(table, WATCH, day, written, parts_of(held)) is not None
 
 
 def test_a_table_of_the_sinks_is_left_to_them(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from streams import NOW
 from test_erase import ALONE, ERASURE, OLD, PARTED, TODAY, expected_rows
 
 from dagster_prefs.offline.catalog import open_catalog
-from dagster_prefs.offline.publish import day_files
+from dagster_prefs.offline.files import day_files
 from dagster_prefs.offline.tables import TILE_TABLES, WATCH
 
 BUCKET, REGION = "erased-lake", "eu-central-1"
@@ -59,7 +59,7 @@ def test_no_object_and_no_snapshot_holds_the_viewer(world: World, glue: Catalog,
     before = world.all_rows()
     # What a crashed export leaves behind: a file of the viewer's rows that nothing names.
     (file,) = day_files(glue.load_table(WATCH.identifier("training")), WATCH, OLD)
-    named = file.file_path.removeprefix("s3://")
+    named = file.path.removeprefix("s3://")
     orphan = f"{named.rpartition('/')[0]}/left-00000.parquet".removeprefix(f"{BUCKET}/")
     s3.copy_object(Bucket=BUCKET, Key=orphan, CopySource=named)
     assert orphan in holding(s3)

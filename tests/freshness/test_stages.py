@@ -330,7 +330,7 @@ def test_a_day_that_changed_after_its_export_is_named(busy: Any) -> None:
     bad = busy.bad()
     assert bad == {"offline/viewer_watch_daily": "warn", "offline/viewer_genre_daily": "warn"}
     measure = busy.measures()["offline/viewer_watch_daily"]
-    assert measure.values == {"days_missing": 0, "days_changed": 1}
+    assert measure.values == {"days_missing": 0, "days_changed": 1, "days_foreign": 0}
     assert (busy.today - timedelta(days=1)).isoformat() in measure.reason
     busy.export()
     assert busy.bad() == {}
@@ -342,7 +342,7 @@ def test_a_day_that_was_never_exported_ages(busy: Any) -> None:
     busy.publish()
     measure = busy.measures()["offline/viewer_watch_daily"]
     assert measure.level == "error"
-    assert measure.values == {"days_missing": 1, "days_changed": 0}
+    assert measure.values == {"days_missing": 1, "days_changed": 0, "days_foreign": 0}
     midnight = busy.now.replace(hour=0, minute=0, second=0, microsecond=0) - timedelta(days=8)
     assert measure.lag_seconds == pytest.approx((busy.now - midnight).total_seconds())
     busy.export()
@@ -354,7 +354,7 @@ def test_rows_that_only_the_table_has_are_kept_by_an_export_and_wrong_of_a_sink(
     busy.refresh()
     assert {measure.level for measure in busy.offline()} == {"ok"}
     by_sink = {measure.name: measure for measure in busy.offline(by_sink=True)}
-    assert by_sink["viewer_watch_daily"].values == {"days_missing": 0, "days_changed": 1}
+    assert by_sink["viewer_watch_daily"].values == {"days_missing": 0, "days_changed": 1, "days_foreign": 0}
     assert by_sink["viewer_watch_daily"].level == "warn"
     assert by_sink["viewer_interactions_daily"].level == "ok"
 

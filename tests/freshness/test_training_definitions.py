@@ -15,6 +15,7 @@ import pytest
 from dagster_prefs.defs import offline_store, training_data
 from dagster_prefs.defs.resources import Platform
 from dagster_prefs.freshness.canary import send_canary
+from dagster_prefs.offline.export import ForeignRows
 from dagster_prefs.offline.tables import GENRE, WATCH, arrow_schema
 from dagster_prefs.settings import Settings
 
@@ -164,8 +165,12 @@ def test_a_day_of_which_the_engine_holds_less_stays_until_told_otherwise(
     yesterday = busy.today - timedelta(days=1)
     table = busy.catalog.load_table(("training", WATCH.name))
     rows = table.scan(row_filter=f"watch_date = '{yesterday}'").to_arrow()
-    somebody = rows.slice(0, 1).set_column(0, table.schema().as_arrow().field(0), pa.array([987_654]))
-    table.append(somebody.cast(arrow_schema(table)))
+    # Raw messages that left the engine, as retention or a careless delete takes them.
+    busy.execute(
+        "delete from raw_view_events where encode(data, 'escape') like %s",
+        [f'%"viewer_id": {rows["viewer_id"][0].as_py()},%'],
+    )
+    busy.refresh()
     exported = definitions(platform, busy).get_assets_def(dg.AssetKey(["training", WATCH.name]))
 
     def materialize(**config: Any) -> dict[str, Any]:
@@ -179,17 +184,48 @@ def test_a_day_of_which_the_engine_holds_less_stays_until_told_otherwise(
         return {name: value.value for name, value in event.materialization.metadata.items()}
 
     assert materialize() == {
-        "rows": rows.num_rows + 1, "days": 1, "days_written": 0, "days_retained": 1
+        "rows": rows.num_rows, "days": 1, "days_written": 0, "days_retained": 1
     }  # fmt: skip
     said = [entry.user_message for entry in instance.all_logs(instance.get_runs()[0].run_id)]
     assert [text for text in said if "stays as it is" in text] == [
-        f"viewer_watch_daily {yesterday} stays as it is, with {rows.num_rows + 1} rows: the engine holds "
-        f"{rows.num_rows} rows of this day, the table {rows.num_rows + 1}; where that is right, materialize it with "
+        f"viewer_watch_daily {yesterday} stays as it is, with {rows.num_rows} rows: the engine holds "
+        f"{rows.num_rows - 1} rows of this day, the table {rows.num_rows}; where that is right, materialize it with "
         "allow_loss"
     ]
     assert materialize(allow_loss=True)["days_written"] == 1
     table.refresh()
-    assert table.scan(row_filter=f"watch_date = '{yesterday}'").to_arrow().num_rows == rows.num_rows
+    assert table.scan(row_filter=f"watch_date = '{yesterday}'").to_arrow().num_rows == rows.num_rows - 1
+
+
+def test_rows_of_another_writer_fail_the_export_and_are_named_by_the_sensor(
+    busy: Any, platform: Platform, instance: dg.DagsterInstance
+) -> None:
+    yesterday = busy.today - timedelta(days=1)
+    table = busy.catalog.load_table(("training", WATCH.name))
+    rows = table.scan(row_filter=f"watch_date = '{yesterday}'").to_arrow()
+    somebody = rows.slice(0, 1).set_column(0, table.schema().as_arrow().field(0), pa.array([987_654]))
+    table.append(somebody.cast(arrow_schema(table)))
+    built = definitions(platform, busy)
+    sensor = built.get_repository_def().get_sensor_def(offline_store.EXPORT_SENSOR)
+    looked = sensor.evaluate_tick(dg.build_sensor_context(instance, definitions=built))
+    assert looked.run_requests == []
+    assert (
+        f"viewer_watch_daily of {yesterday}: data files that this platform did not add" in looked.skip_message
+    )
+    assert "prefs export --replace-foreign" in looked.skip_message
+
+    exported = built.get_assets_def(dg.AssetKey(["training", WATCH.name]))
+    days = {"partition_key": yesterday.isoformat(), "instance": instance}
+    with pytest.raises(ForeignRows, match="were changed by another writer and stay as they are"):
+        dg.materialize([exported], **days)
+    config = offline_store.export_config(replace_foreign=True)
+    told = {"ops": {"training__viewer_watch_daily": config["ops"]["training__viewer_watch_daily"]}}
+    assert dg.materialize([exported], run_config=told, **days).success
+    found = table.refresh().scan(row_filter=f"watch_date = '{yesterday}'").to_arrow()
+    assert 987_654 not in found["viewer_id"].to_pylist()
+    assert found.num_rows == rows.num_rows
+    looked = sensor.evaluate_tick(dg.build_sensor_context(instance, definitions=built))
+    assert looked.skip_message == "every complete day is exported as it is"
 
 
 def test_upkeep_runs_from_dagster_and_keeps_tags(

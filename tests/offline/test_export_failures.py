@@ -35,6 +35,7 @@ from dagster_prefs.offline.catalog import (
     open_catalog,
 )
 from dagster_prefs.offline.export import export_day
+from dagster_prefs.offline.files import read_file
 from dagster_prefs.offline.tables import GENRE, WATCH, Column, SchemaChangeRefused, ensure_table
 from dagster_prefs.offline.tiles import TilesUnreadable
 
@@ -401,7 +402,7 @@ def test_a_column_that_the_tile_gained_reads_as_null_in_old_days(exported: Tiles
     batches = [
         batch
         for task in table.scan().plan_files()
-        for batch in publish.read_file(table, task.file, ["rewinds", "viewer_id"])
+        for batch in read_file(table, task.file, ["rewinds", "viewer_id"])
     ]
     read = [row for batch in batches for row in batch.to_pylist()]
     assert {row["viewer_id"]: row["rewinds"] for row in read} == found

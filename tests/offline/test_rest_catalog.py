@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from datetime import timedelta
@@ -107,3 +107,26 @@ def test_a_credential_that_is_refused(rest: RestServer, tmp_path: Path) -> None:
     with pytest.raises(CatalogUnavailable, match=rf"the Iceberg catalog {rest.uri} .*refuses us") as caught:
         platform(rest, tmp_path, "prefs:wrong").catalog()
     assert "wrong" not in str(caught.value)
+
+
+@pytest.mark.parametrize("password", ["hunter2", "hunter2@x", "a:b%40c"])
+def test_a_password_in_the_address_is_never_told(
+    tmp_path: Path, free_port: Callable[[], int], password: str
+) -> None:
+    for uri in (
+        f"http://user:{password}@127.0.0.1:{free_port()}/catalog",
+        # Not even what requests makes of an address that it does not understand.
+        f"ftp://user:{password}@127.0.0.1:{free_port()}",
+    ):
+        settings = Settings(
+            iceberg_catalog="rest", iceberg_uri=uri, iceberg_warehouse=tmp_path.as_uri(), data_dir=tmp_path
+        )
+        assert password not in repr(settings)
+        with pytest.raises(CatalogUnavailable) as caught:
+            Platform(settings).catalog()
+        said = str(caught.value)
+        assert "://***@127.0.0.1" in said
+        assert "user" not in said
+        for part in password.split("@"):
+            assert f"{part}@" not in said
+            assert f":{part}" not in said

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError
 
+from dagster_prefs.addresses import is_loopback
 from dagster_prefs.online.contract import Contract, contract_dict, parse_contract
-from dagster_prefs.online.tables import TableError, TableReport, dynamodb_client, is_loopback, provision
+from dagster_prefs.online.tables import TableError, TableReport, dynamodb_client, provision
 
 
 @pytest.fixture

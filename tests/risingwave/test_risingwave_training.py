@@ -21,9 +21,9 @@ from risingwave_server import NO_SERVER, URL, database, run, until
 
 from dagster_prefs.defs import offline_store, training_data
 from dagster_prefs.defs.resources import Platform
-from dagster_prefs.offline.export import exported_days, stale_days
+from dagster_prefs.offline.export import SINK_BRANCH, exported_days, stale_days
 from dagster_prefs.offline.tables import TILE_TABLES, WATCH, TileTable
-from dagster_prefs.offline.verify import SINK_BRANCH, sink_of, verify_day
+from dagster_prefs.offline.verify import sink_of, verify_day
 from dagster_prefs.settings import load_settings
 
 pytestmark = pytest.mark.skipif(not URL, reason=NO_SERVER)

@@ -1,0 +1,23 @@
+"""What an address says about where it leads."""
+
+from __future__ import annotations
+
+import ipaddress
+from urllib.parse import urlsplit
+
+
+def is_loopback_host(name: str) -> bool:
+    """Whether a host name or an IP address stays on this machine."""
+    if name == "localhost":
+        return True
+    try:
+        address = ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    # A client that connects to 0.0.0.0 reaches this machine.
+    return address.is_loopback or address.is_unspecified
+
+
+def is_loopback(url: str | None) -> bool:
+    """Whether the address is on this machine, as that of a local AWS server is."""
+    return url is not None and is_loopback_host(urlsplit(url).hostname or "")
