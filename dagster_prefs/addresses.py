@@ -14,10 +14,11 @@ def is_loopback_host(name: str) -> bool:
         address = ipaddress.ip_address(name)
     except ValueError:
         return False
-    # A client that connects to 0.0.0.0 reaches this machine.
-    return address.is_loopback or address.is_unspecified
+    return address.is_loopback
 
 
 def is_loopback(url: str | None) -> bool:
     """Whether the address is on this machine, as that of a local AWS server is."""
-    return url is not None and is_loopback_host(urlsplit(url).hostname or "")
+    host = urlsplit(url).hostname or "" if url else ""
+    # A client that is told 0.0.0.0 reaches this machine.
+    return is_loopback_host(host) or host == "0.0.0.0"  # noqa: S104 - compared with, never bound

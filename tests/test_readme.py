@@ -43,13 +43,13 @@ def test_make_targets_exist(document: Path) -> None:
 def test_prefs_commands_parse(document: Path) -> None:
     for _, *words in commands(document.read_text(), "prefs"):
         command: click.Command = cli
-        context = click.Context(cli, info_name="prefs")
+        context = click.Context(cli, info_name="prefs", **cli.context_settings)
         # A group that also works by itself takes options of its own.
         while isinstance(command, click.Group) and words and not words[0].startswith("-"):
             found = command.get_command(context, words[0])
             assert found is not None, words
             command, words = found, words[1:]
-            context = click.Context(command, parent=context)
+            context = click.Context(command, parent=context, **command.context_settings)
         if words:
             command.make_parser(context).parse_args(list(words))
 

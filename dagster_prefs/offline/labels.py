@@ -15,6 +15,7 @@ from pyiceberg.catalog import Catalog
 
 from dagster_prefs.ids import EXACT_FLOAT
 from dagster_prefs.offline.catalog import OfflineError, explained
+from dagster_prefs.offline.files import scan_rows
 from dagster_prefs.offline.tables import VIEWER
 from dagster_prefs.offline.windows import features
 from dagster_prefs.textfiles import MAX_CELL_BYTES, MIB, ROW_FAULTS, CsvRow, LineReader, csv_rows

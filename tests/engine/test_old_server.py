@@ -30,12 +30,12 @@ SENTENCE = (
 )
 
 
-def sentence(server: RisingWaveWire) -> str:
-    return SENTENCE.format(port=server.engine.port, old=server.version)
+def sentence(wire: RisingWaveWire) -> str:
+    return SENTENCE.format(port=wire.engine.port, old=wire.version)
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RisingWaveWire]:
+def wire(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RisingWaveWire]:
     """A server that the settings name, without a DynamoDB sink; one for all tests, so that dbt parses once."""
     with (
         RisingWaveWire("2.6.3", {r"nspname from pg_namespace": [("public",)]}) as made,
@@ -54,10 +54,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RisingWaveWire]
 
 
 @pytest.fixture
-def old(server: RisingWaveWire) -> RisingWaveWire:
-    server.version = "2.6.3"
-    server.statements.clear()
-    return server
+def old(wire: RisingWaveWire) -> RisingWaveWire:
+    wire.version = "2.6.3"
+    wire.statements.clear()
+    return wire
 
 
 @pytest.mark.parametrize("command", ["plan", "apply"])
@@ -92,20 +92,20 @@ def test_dagster_refuses_it_before_topics_and_table(old: RisingWaveWire) -> None
     assert old.changes == []
 
 
-def test_a_server_that_is_new_enough_is_taken(server: RisingWaveWire) -> None:
-    server.version = "3.0.2"
+def test_a_server_that_is_new_enough_is_taken(wire: RisingWaveWire) -> None:
+    wire.version = "3.0.2"
     platform = Platform(load_settings())
     results = platform.dbt.run("run", ["raw_items"])
     assert not [result.message for result in results if "this project needs" in result.message]
-    assert any(text.startswith("create table if not exists public.deployments") for text in server.changes)
+    assert any(text.startswith("create table if not exists public.deployments") for text in wire.changes)
 
 
 @pytest.mark.parametrize(
     ("version", "taken"),
     [("3.0.1", False), ("2.9.0-alpha", False), ("3.0.3", True), ("3.1.0-rc.1", True), ("10.0.0", True)],
 )
-def test_versions_are_compared_as_numbers(server: RisingWaveWire, version: str, taken: bool) -> None:
-    server.version = version
+def test_versions_are_compared_as_numbers(wire: RisingWaveWire, version: str, taken: bool) -> None:
+    wire.version = version
     platform = Platform(load_settings())
     with platform.engine.connect() as connection:
         if taken:
