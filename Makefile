@@ -45,8 +45,9 @@ stack: ## start RisingWave, Kafka, DynamoDB Local and the platform in containers
 stack-down: ## stop the containers; their data stays in volumes
 	@docker compose down
 
-# A file of tests at a time on each of two cores, in the order of tests/conftest.py: the longest first.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# A file of tests at a time on each of two cores, in the order of tests/longest.py.
+WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/installed ## the whole test suite, on two cores
 	@$(PYTEST)

@@ -146,6 +146,16 @@ def test_control_characters_are_shown_escaped(capsys: pytest.CaptureFixture[str]
     assert "\\u007f" in out
 
 
+def test_control_characters_in_logs_are_shown_escaped() -> None:
+    script = (
+        "import logging, sys; from dagster_prefs.cli import root;"
+        "root.cli.main = lambda **_: logging.getLogger('dagster_prefs.serving').warning('of %s', sys.argv[1]);"
+        "root.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", script, HOSTILE.replace("\0", "")], capture_output=True)
+    assert done.stderr.decode() == f"of {SHOWN}\n".replace(r"\x00", "")
+
+
 def test_text_in_any_script_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     texts = ["نمی\u200cخواهم", "👩\u200d👩\u200d👧", "नमस्ते", "日本語", "naïve = <b>", "tab\tand\nline"]  # noqa: RUF001
     for text in texts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -52,6 +53,14 @@ def plain_console(*, stderr: bool = False) -> Console:
 console = plain_console()
 
 
+class SafeFormatter(logging.Formatter):
+    """Formats a log record with control characters escaped, those of a traceback too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as one text."""
+        return printable(super().format(record))
+
+
 def say(text: object, *, stderr: bool = False) -> None:
     """Print text as it is, on one stream or the other, with control characters escaped."""
     click.echo(printable(text), err=stderr)
@@ -77,6 +86,9 @@ def main() -> None:
     exports and rejected messages hold personal data.
     """
     os.umask(0o077)
+    if logging.lastResort is not None:
+        # What is logged where a command has set up no logging, as everywhere here.
+        logging.lastResort.setFormatter(SafeFormatter())
     try:
         # click's own handling of usage errors stays; ours covers what the platform raises.
         sys.exit(cli.main(standalone_mode=False) or 0)

@@ -20,6 +20,8 @@ from dagster_prefs.errors import PrefsError
 BROKER_TIMEOUT_SECONDS = 8.0
 FIRST_TRY_SECONDS = 0.5
 PAUSE_SECONDS = 0.1
+# So often does a listener of another protocol close the connection within two seconds.
+CLOSED_TIMES = 5
 
 Result = TypeVar("Result")
 
@@ -123,11 +125,12 @@ class Contact:
     def check(self, what: str = "does not answer", *, first: bool = False) -> None:
         """Raise KafkaUnavailable if every broker is out of reach and one of them refused this client.
 
-        At the `first` contact a host name that nobody knows is such a refusal.
+        At the `first` contact a host name that nobody knows is such a refusal, and so is a listener that closes every
+        connection, which speaks another protocol.
         """
-        if self._reports.all_down and any(
-            code in self._reports.errors for code in (*_REFUSED, *(_UNKNOWN_HOST if first else ()))
-        ):
+        final = (*_REFUSED, *_UNKNOWN_HOST) if first else _REFUSED
+        refused = any(code in self._reports.errors for code in final)
+        if self._reports.all_down and (refused or (first and self._reports.closed >= CLOSED_TIMES)):
             raise self.unavailable(what)
 
     def unavailable(self, what: str, error: Any = None, topic: str | None = None) -> KafkaUnavailable:
@@ -138,7 +141,7 @@ class Contact:
         """
         code = error.code() if error is not None else KafkaError._TIMED_OUT
         text = error.str() if error is not None else ""
-        if code in (*_WAITS, KafkaError._MSG_TIMED_OUT):
+        if code in (*_WAITS, KafkaError._MSG_TIMED_OUT, KafkaError._FATAL):
             errors = self._reports.errors
             for reported in (*_REFUSED, *_UNKNOWN_HOST, *errors):
                 if reported in errors:
@@ -186,7 +189,10 @@ class Contact:
             KafkaError.CLUSTER_AUTHORIZATION_FAILED,
             KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED,
         ):
-            return f"grant IdempotentWrite on the cluster to {who}, or correct PREFS_KAFKA_SASL_USERNAME"
+            return (
+                f"grant Write on the topics (before Kafka 3.0 also IdempotentWrite on the cluster) to {who}, or "
+                "correct PREFS_KAFKA_SASL_USERNAME"
+            )
         return f"check {_BROKERS}"
 
 
@@ -202,10 +208,11 @@ class _Reports(logging.Handler):
         self.errors: dict[int, str] = {}
         self.all_down = False
         self.logged = ""
+        self.closed = 0
 
     def clear(self) -> None:
         self.errors.clear()
-        self.all_down, self.logged = False, ""
+        self.all_down, self.logged, self.closed = False, "", 0
 
     def error(self, error: Any) -> None:
         if error.code() == KafkaError._ALL_BROKERS_DOWN:
@@ -218,6 +225,7 @@ class _Reports(logging.Handler):
         text = record.getMessage()
         if text.startswith("FAIL "):
             self.logged = text.partition("]: ")[2] or text
+            self.closed += "Disconnected" in text
 
 
 def _first_at_once(sign: Callable[[str], tuple[str, float]]) -> Callable[[str], tuple[str, float]]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
@@ -275,28 +276,49 @@ class KafkaWriter:
 
     def send(self, topic: str, value: bytes, key: bytes | None = None) -> None:
         """Queue one message; raises KafkaUnavailable if an earlier one was not delivered."""
-        while True:
-            try:
-                self._producer.produce(topic, value=value, key=key, on_delivery=self._delivered)
-                break
-            except BufferError:
-                # The queue is full: deliveries make room.
-                self._producer.poll(POLL_SECONDS)
-                self._raise_failure()
-                self._contact.check("does not take messages")
-        self._producer.poll(0)
+        untaken = f"does not take messages for topic {topic}"
+        with self._told(untaken, topic):
+            while True:
+                try:
+                    self._producer.produce(topic, value=value, key=key, on_delivery=self._delivered)
+                    break
+                except BufferError:
+                    # The queue is full: deliveries make room.
+                    self._producer.poll(POLL_SECONDS)
+                    self._raise_failure()
+                    self._contact.check(untaken)
+            self._producer.poll(0)
         self._raise_failure()
 
     def flush(self) -> None:
         """Wait for every queued message; raises KafkaUnavailable if one was not delivered."""
         # A message fails by itself at the time-out, which serves its callback; a second is for that.
         deadline = time.monotonic() + self._timeout + 1
-        while left := self._producer.flush(POLL_SECONDS):
-            self._raise_failure()
-            self._contact.check(f"does not take {left} messages")
-            if time.monotonic() > deadline:
-                raise self._contact.unavailable(f"did not confirm {left} messages")
+        with self._told("does not take messages"):
+            # Not the client's flush: it loses the exception of a client that was refused for good.
+            while left := len(self._producer):
+                self._producer.poll(POLL_SECONDS)
+                self._raise_failure()
+                self._contact.check(f"does not take {left} messages")
+                if time.monotonic() > deadline:
+                    raise self._contact.unavailable(f"did not confirm {left} messages")
         self._raise_failure()
+
+    @contextmanager
+    def _told(self, what: str, topic: str | None = None) -> Iterator[None]:
+        """Translate an error of the client: one that was refused for good raises it from every call."""
+        try:
+            yield
+        except KafkaException as error:
+            failed = error.args[0]
+            if failed.code() == KafkaError._FATAL:
+                # It says why once, to the next call that serves its callbacks.
+                try:
+                    self._producer.poll(0)
+                except KafkaException as reason:
+                    failed = reason.args[0]
+            self._raise_failure()
+            raise self._contact.unavailable(what, failed, topic) from None
 
     def delivery(self, names: Mapping[str, str]) -> Callable[[Topic, Sequence[RawMessage]], int]:
         """What `ingest_file` delivers to; `names` gives topics their names in Kafka.

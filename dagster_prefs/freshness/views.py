@@ -168,7 +168,7 @@ def _typed_lag(
     if not streaming:
         missing.append(_missing_arrival(connection, engine, typed))
     if known := [moment for moment in missing if moment is not None]:
-        since, waiting = min(known), waiting + 1
+        since, waiting = min(known if since is None else [since, *known]), waiting + 1
     return ViewLag(
         topic=typed.topic,
         relation=typed.relation,

@@ -18,10 +18,19 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-API_VERSIONS, METADATA, SASL_HANDSHAKE, SASL_AUTHENTICATE = 18, 3, 17, 36
+API_VERSIONS, METADATA, SASL_HANDSHAKE, SASL_AUTHENTICATE, INIT_PRODUCER_ID = 18, 3, 17, 36, 22
 # The only versions that are spoken here: the oldest that librdkafka asks for with each of them.
-VERSIONS = {API_VERSIONS: 0, METADATA: 1, SASL_HANDSHAKE: 1, SASL_AUTHENTICATE: 0, 0: 3, 1: 4, 2: 1, 22: 1}
-UNSUPPORTED_VERSION, AUTHENTICATION_FAILED, UNSUPPORTED_MECHANISM = 35, 58, 33
+VERSIONS = {
+    API_VERSIONS: 0,
+    METADATA: 1,
+    SASL_HANDSHAKE: 1,
+    SASL_AUTHENTICATE: 0,
+    0: 3,
+    1: 4,
+    2: 1,
+    INIT_PRODUCER_ID: 1,
+}
+UNSUPPORTED_VERSION, AUTHENTICATION_FAILED, UNSUPPORTED_MECHANISM, CLUSTER_DENIED = 35, 58, 33, 31
 
 
 def text(value: str) -> bytes:
@@ -67,7 +76,7 @@ class _Connection(socketserver.BaseRequestHandler):
 
 
 class FaultyBroker(socketserver.ThreadingTCPServer):
-    """A broker of one topic list that answers `topic_error` for every topic, and refuses whoever signs in.
+    """A broker that answers `topic_error` for every topic, refuses whoever signs in, and lets nobody produce.
 
     `mechanisms` are those of SASL that it offers, `tls` is the context of its listener.
     """
@@ -110,6 +119,8 @@ class FaultyBroker(socketserver.ThreadingTCPServer):
         if api == SASL_AUTHENTICATE:
             said = text("Authentication failed: Invalid username or password")
             return struct.pack(">h", AUTHENTICATION_FAILED) + said + struct.pack(">i", 0)
+        if api == INIT_PRODUCER_ID:
+            return struct.pack(">ihqh", 0, CLUSTER_DENIED, -1, -1)
         if api == METADATA:
             host, port = self.server_address[:2]
             brokers = struct.pack(">ii", 1, 1) + text(str(host)) + struct.pack(">ih", port, -1)

@@ -235,7 +235,7 @@ def test_a_listener_of_another_protocol_is_told_by_the_log(tmp_path: Path) -> No
             KafkaUnavailable, match=r"Disconnected.*check PREFS_KAFKA_BOOTSTRAP, PREFS_KAFKA_SECURITY"
         ),
     ):
-        holds_messages(broker.address, TOPIC, timeout_seconds=2)
+        holds_messages(broker.address, TOPIC, timeout_seconds=PATIENCE)
 
 
 def test_a_refusal_that_was_overcome_is_forgotten() -> None:
@@ -256,7 +256,10 @@ def test_a_refusal_that_was_overcome_is_forgotten() -> None:
     ("code", "remedy"),
     [
         (KafkaError.GROUP_AUTHORIZATION_FAILED, "grant Read on the groups dagster-prefs… to user platform"),
-        (KafkaError.CLUSTER_AUTHORIZATION_FAILED, "grant IdempotentWrite on the cluster to user platform"),
+        (
+            KafkaError.CLUSTER_AUTHORIZATION_FAILED,
+            "grant Write on the topics (before Kafka 3.0 also Idempo",
+        ),
         (
             KafkaError.TOPIC_AUTHORIZATION_FAILED,
             "grant Describe and Read (to produce: Write) on topic t to user",
@@ -323,3 +326,24 @@ def test_missing_aws_credentials_are_told_at_once(
         with pytest.raises(KafkaUnavailable) as caught:
             use(store, fault)
         check(str(caught.value), fault)
+
+
+def test_a_producer_that_may_not_write_is_told_so_by_every_call() -> None:
+    """An idempotent producer that is refused once raises that from whatever is called next."""
+    with running(FaultyBroker()) as broker:
+        for use in (_send_and_flush, _send_for_ever):
+            writer = KafkaWriter(broker.address, timeout_seconds=PATIENCE)
+            with pytest.raises(
+                KafkaUnavailable, match=r"Cluster authorization failed.*grant Write on the topics"
+            ):
+                use(writer)
+
+
+def _send_and_flush(writer: KafkaWriter) -> None:
+    writer.send(TOPIC, b"{}")
+    writer.flush()
+
+
+def _send_for_ever(writer: KafkaWriter) -> None:
+    while True:
+        writer.send(TOPIC, b"{}")
