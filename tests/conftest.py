@@ -119,7 +119,7 @@ def session_folder(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture(scope="session")
-def state(session_folder: Path) -> BuiltState:
+def deployed_state(session_folder: Path) -> BuiltState:
     """A stopped cluster with the dbt project deployed, built once a run; `copy_to` gives a test its own."""
     return built_state(session_folder)
 
@@ -136,8 +136,8 @@ def services(request: pytest.FixtureRequest) -> Iterator[LocalServices]:
         # Not below pytest's own folder, which is closed to the user that PostgreSQL runs as under root.
         Path(folder).chmod(0o755)
         local = LocalServices(Path(folder) / "data", free_port(), free_port(), disposable=True)
-        if any("state" in getattr(item, "fixturenames", ()) for item in request.session.items):
-            request.getfixturevalue("state").copy_to(local.data_dir)
+        if any("deployed_state" in getattr(item, "fixturenames", ()) for item in request.session.items):
+            request.getfixturevalue("deployed_state").copy_to(local.data_dir)
         local.up(owner_pid=os.getpid())
         with pytest.MonkeyPatch.context() as patch:
             # libpq's own default for whatever connects, the processes that tests start included.
@@ -148,19 +148,19 @@ def services(request: pytest.FixtureRequest) -> Iterator[LocalServices]:
 
 
 @pytest.fixture(scope="session")
-def server(services: LocalServices) -> EngineConnection:
+def embedded_server(services: LocalServices) -> EngineConnection:
     """The embedded engine's own database, from which others are made and dropped."""
     return EngineConnection("127.0.0.1", services.postgres_port, "postgres", "prefs")
 
 
 @pytest.fixture(scope="session")
-def deployed_template(state: BuiltState, server: EngineConnection) -> EngineConnection:
+def deployed_template(deployed_state: BuiltState, embedded_server: EngineConnection) -> EngineConnection:
     """The database in which `dbt run` has made every relation, empty of events: to be copied, never changed."""
-    return server.with_database(TEMPLATE)
+    return embedded_server.with_database(TEMPLATE)
 
 
 @pytest.fixture(scope="session")
-def copied_database(server: EngineConnection) -> Callable[..., Any]:
+def copied_database(embedded_server: EngineConnection) -> Callable[..., Any]:
     """`with copied_database(name, template, clock=None) as engine`: a copy, dropped afterwards with its sessions.
 
     With `clock` the copy's clock stands there.
@@ -170,7 +170,7 @@ def copied_database(server: EngineConnection) -> Callable[..., Any]:
     def copied(
         name: str, template: EngineConnection, clock: datetime | None = None
     ) -> Iterator[EngineConnection]:
-        with server.connect() as connection:
+        with embedded_server.connect() as connection:
             drop = sql.SQL("drop database if exists {} with (force)").format(sql.Identifier(name))
             connection.execute(drop)
             # Nothing waits for the disk here, so that files are copied several times faster than rows are logged.
@@ -185,34 +185,34 @@ def copied_database(server: EngineConnection) -> Callable[..., Any]:
                         sql.Identifier(name), sql.Literal(clock.isoformat())
                     )
                 )
-        yield server.with_database(name)
-        with server.connect() as connection:
+        yield embedded_server.with_database(name)
+        with embedded_server.connect() as connection:
             connection.execute(drop)
 
     return copied
 
 
 @contextmanager
-def _new_database(server: EngineConnection, kind: str) -> Iterator[EngineConnection]:
+def _new_database(embedded_server: EngineConnection, kind: str) -> Iterator[EngineConnection]:
     name = f"{kind}_{uuid.uuid4().hex}"
-    with server.connect() as connection:
+    with embedded_server.connect() as connection:
         connection.execute(sql.SQL("create database {}").format(sql.Identifier(name)))
-    yield server.with_database(name)
-    with server.connect() as connection:
+    yield embedded_server.with_database(name)
+    with embedded_server.connect() as connection:
         connection.execute(sql.SQL("drop database if exists {} with (force)").format(sql.Identifier(name)))
 
 
 @pytest.fixture
-def engine(server: EngineConnection) -> Iterator[EngineConnection]:
+def engine(embedded_server: EngineConnection) -> Iterator[EngineConnection]:
     """A fresh, empty database of the embedded engine, dropped afterwards with all its sessions."""
-    with _new_database(server, "test") as found:
+    with _new_database(embedded_server, "test") as found:
         yield found
 
 
 @pytest.fixture(scope="session")
-def database(server: EngineConnection) -> Iterator[EngineConnection]:
+def database(embedded_server: EngineConnection) -> Iterator[EngineConnection]:
     """One database for all tests that make a schema of their own in it, which is far quicker than a database."""
-    with _new_database(server, "shared") as found:
+    with _new_database(embedded_server, "shared") as found:
         yield found
 
 

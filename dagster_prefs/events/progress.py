@@ -58,8 +58,15 @@ def unread(connection: psycopg.Connection[Any], engine: EngineConnection, topic:
         " from {arrivals} as arrival where relation = %s and not exists (select from {parsed} as parsed"
         " where parsed.source = arrival.source and parsed.source_partition = arrival.source_partition"
         " and parsed.source_offset = arrival.first_offset)"
+        # Of a write whose messages were deleted meanwhile nothing waits.
+        " and exists (select from {raw} as raw where raw.source = arrival.source"
+        " and raw.source_partition = arrival.source_partition"
+        " and raw.source_offset between arrival.first_offset and arrival.last_offset"
+        " and not exists (select from {parsed} as parsed where parsed.source = raw.source"
+        " and parsed.source_partition = raw.source_partition and parsed.source_offset = raw.source_offset))"
     ).format(
         arrivals=sql.Identifier(engine.schema, "raw_arrivals"),
+        raw=sql.Identifier(engine.schema, topic.raw_table),
         parsed=sql.Identifier(engine.schema, topic.raw_table.removeprefix("raw_") + "_parsed"),
     )
     ((messages, since, mark),) = connection.execute(query, [topic.raw_table]).fetchall()

@@ -23,9 +23,11 @@ def dbt_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def engine(server: EngineConnection, copied_database: Callable[..., Any]) -> Iterator[EngineConnection]:
+def engine(
+    embedded_server: EngineConnection, copied_database: Callable[..., Any]
+) -> Iterator[EngineConnection]:
     """An empty database, like everybody's, but of the same name in every test; see `deployed`."""
-    with copied_database("undeployed", server.with_database("template1")) as made:
+    with copied_database("undeployed", embedded_server.with_database("template1")) as made:
         yield made
 
 

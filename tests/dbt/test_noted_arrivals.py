@@ -42,6 +42,10 @@ def test_what_was_read_is_forgotten_and_the_rest_kept(deployed: EngineConnection
         assert_all_ok(dbt_on(deployed).run("run", READERS))
         assert (waiting(deployed), noted(deployed)) == ({}, 0)
     assert (waiting(deployed), noted(deployed)) == ({"view_events": 1}, 1)
+    with deployed.connect() as connection:
+        connection.execute("delete from raw_view_events")
+    assert_all_ok(dbt_on(deployed).run("run", READERS))
+    assert (waiting(deployed), noted(deployed)) == ({}, 0)
 
 
 def test_tables_from_before_are_watched_from_the_next_run_on(

@@ -32,14 +32,14 @@ class Template:
 
 @pytest.fixture(scope="session")
 def template(
-    state: BuiltState, deployed_template: EngineConnection, copied_database: Callable[..., Any]
+    deployed_state: BuiltState, deployed_template: EngineConnection, copied_database: Callable[..., Any]
 ) -> Iterator[Template]:
     """The whole dbt project with every message read."""
     with copied_database("erasure_template", deployed_template, instant(NOW)) as engine:
         with engine.connect() as connection:
             insert_events(connection, MESSAGES)
-            refresh(connection, state.views)
-        yield Template(engine, state.views)
+            refresh(connection, deployed_state.views)
+        yield Template(engine, deployed_state.views)
 
 
 @pytest.fixture(scope="session")

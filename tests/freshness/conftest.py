@@ -194,13 +194,13 @@ Copied = Callable[..., Any]
 
 
 @pytest.fixture(scope="session")
-def empty_template(state: BuiltState, deployed_template: EngineConnection) -> Template:
+def empty_template(deployed_state: BuiltState, deployed_template: EngineConnection) -> Template:
     """The whole dbt project without events."""
     now = datetime.now(UTC)
     if (now.hour, now.minute // 10) == (0, 0):
         # Events of some minutes ago must have happened on the same day.
         now -= timedelta(minutes=10)
-    return Template(deployed_template, state.views, now, {})
+    return Template(deployed_template, deployed_state.views, now, {})
 
 
 @pytest.fixture(scope="session")

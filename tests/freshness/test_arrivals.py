@@ -74,6 +74,21 @@ def test_what_is_there_already_does_not_wait_again(busy: Any) -> None:
     assert waiting(busy) == {}
 
 
+def test_what_was_deleted_before_it_was_read_does_not_wait(busy: Any) -> None:
+    with busy.engine.connect() as connection, connection.transaction(), connection.cursor() as cursor:
+        cursor.execute("create temporary table new (n bigint) on commit drop")
+        cursor.execute("insert into new select generate_series(1, 3)")
+        cursor.execute(
+            "insert into raw_view_events (source, source_partition, source_offset, data)"
+            " select 'gone', 0, n, %s from new",
+            [event("gone", busy.now)],
+        )
+    busy.execute("delete from raw_view_events where source = 'gone' and source_offset = 1")
+    assert waiting(busy) == {"view_events": 3}
+    busy.execute("delete from raw_view_events where source = 'gone'")
+    assert waiting(busy) == {}
+
+
 def test_the_mark_is_of_what_waits(busy: Any) -> None:
     def mark() -> str:
         with busy.engine.connect() as connection:

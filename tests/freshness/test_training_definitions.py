@@ -261,11 +261,13 @@ def test_a_training_set_is_made_by_dagster(
     )
     built = definitions(platform, busy)
 
+    config = {"labels": str(labels), "types": {"liked": "int"}}
+
     def materialize(output: str, **options: Any) -> Any:
         return dg.materialize(
             [built.get_assets_def(dg.AssetKey("training_set"))],
             instance=instance,
-            run_config={"ops": {"training_set": {"config": {"labels": str(labels), "output": output}}}},
+            run_config={"ops": {"training_set": {"config": {**config, "output": output}}}},
             **options,
         )
 

@@ -39,7 +39,7 @@ KEPT = (
     "models/groups.yml", "models/exposures.yml", "models/events/raw_view_events", "models/events/view_events",
     "models/engagement/viewer_watch_metrics_1d", "models/engagement/viewer_engagement_rolling",
     "models/operations/deployments", "models/operations/erased_subjects", "models/sinks/sink_engagement_watch",
-    "models/events/kafka_view_events", "models/operations/kafka_topics",
+    "models/events/kafka_view_events", "models/operations/kafka_topics", "models/operations/canary_keys",
 )  # fmt: skip
 MINUTES = {1: Decimal(10), 2: Decimal(20), 3: Decimal(30)}
 

@@ -4,7 +4,7 @@
 
   Every INSERT leaves one row for each partition that it wrote to, in its own transaction. Its messages become visible
   together, so they have been read exactly where the first of them is in the parsed relation: whoever refreshed that, and
-  however. A row goes when the typed relation is refreshed with its messages in reach.
+  however. A row goes when the typed relation is refreshed with its messages in reach, or when they were deleted.
 #}
 {% macro arrivals_ddl() -%}
   create table if not exists {{ target.schema }}.raw_arrivals (
@@ -66,10 +66,15 @@
   {%- set parsed = parsed_of("raw_" ~ model.name) -%}
   {%- if model.unique_id ~ "_parsed" in model.depends_on.nodes and this.identifier == model.name
     and is_there(arrivals) and is_there(parsed) -%}
+    {%- set raw = this.incorporate(path={"identifier": "raw_" ~ model.name}, type="table") -%}
     {% do run_query(
-      "delete from " ~ arrivals ~ " as arrival using " ~ parsed ~ " as parsed"
-      ~ " where arrival.relation = 'raw_" ~ model.name ~ "' and parsed.source = arrival.source"
-      ~ " and parsed.source_partition = arrival.source_partition and parsed.source_offset = arrival.first_offset"
+      "delete from " ~ arrivals ~ " as arrival where relation = '" ~ raw.identifier ~ "' and ("
+      ~ "exists (select from " ~ parsed ~ " as parsed where parsed.source = arrival.source"
+      ~ " and parsed.source_partition = arrival.source_partition and parsed.source_offset = arrival.first_offset)"
+      ~ " or not exists (select from " ~ raw ~ " as raw left join " ~ parsed ~ " as parsed"
+      ~ " using (source, source_partition, source_offset) where raw.source = arrival.source"
+      ~ " and raw.source_partition = arrival.source_partition"
+      ~ " and raw.source_offset between arrival.first_offset and arrival.last_offset and parsed.source is null))"
     ) %}
   {%- endif -%}
 {%- endmacro %}
