@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import psycopg
@@ -96,6 +97,14 @@ class EngineConnection:
         return replace(self, database=database)
 
     @property
+    def password_file(self) -> str | None:
+        """`passfile` once it is there, else libpq's own default, which PGPASSFILE may name.
+
+        The file is made when the embedded engine first starts, which may be after this value was.
+        """
+        return self.passfile if self.passfile and Path(self.passfile).exists() else None
+
+    @property
     def require_auth(self) -> str | None:
         """How the server may ask for the password, as libpq spells it; None where any way will do.
 
@@ -115,7 +124,7 @@ class EngineConnection:
             "dbname": self.database,
             "user": self.user,
             "password": self.password or None,
-            "passfile": self.passfile or None,
+            "passfile": self.password_file,
             "sslmode": self.sslmode or ("prefer" if on_this_machine(self.host) else "require"),
             "require_auth": self.require_auth,
             "options": f"-c search_path={self.schema}" if self.kind == "local" else None,

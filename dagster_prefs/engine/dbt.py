@@ -82,7 +82,6 @@ class Dbt:
             "PREFS_ENGINE_SSLMODE": connection.sslmode,
             "PREFS_ENGINE_SCHEMA": connection.schema,
             "DBT_SEND_ANONYMOUS_USAGE_STATS": "false",
-            **({"PGPASSFILE": connection.passfile} if connection.passfile else {}),
             **(environment or {}),
         }
 
@@ -205,7 +204,10 @@ class Dbt:
             "--log-path", str(self.target_dir / "logs"),
         ]  # fmt: skip
         quiet = ["--log-level", "none", "--log-level-file", "info", "--no-use-colors-file"]
-        with _ONE_INVOCATION, _environment(self._environment), _require_auth(self.connection.require_auth):
+        # Where the password lies is no part of the parsed project, and so not of its fingerprint.
+        passfile = self.connection.password_file
+        environment = self._environment | ({"PGPASSFILE": passfile} if passfile else {})
+        with _ONE_INVOCATION, _environment(environment), _require_auth(self.connection.require_auth):
             runner = dbtRunner(manifest=manifest, callbacks=[heard] if heard else [])
             outcome = runner.invoke([*quiet, *args, *common])
         if outcome.exception is not None:
