@@ -28,6 +28,9 @@ def store(engine: EngineConnection) -> EngineConnection:
             "create table ingest_files (source text primary key, path text, topic text, lines bigint, "
             "shift_seconds bigint, completed_at timestamptz)"
         )
+        session.execute(
+            "create table canary_keys (deployment text primary key, secret_hex text, made_at timestamptz)"
+        )
     return engine
 
 
