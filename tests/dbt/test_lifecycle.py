@@ -19,6 +19,7 @@ from workshop import PROJECT, Workshop, assert_all_ok
 
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.engine.dbt import Dbt, NodeResult
+from dagster_prefs.local.services import LocalServices
 
 DbtOn = Callable[..., Dbt]
 TILE = "models/engagement/viewer_watch_metrics_1d.sql"
@@ -257,9 +258,11 @@ def test_a_killed_run_is_completed_by_the_next(
     assert scalar(engine, "select count(*) from deployments where state <> 'deployed'") == 0
 
 
-def test_secrets_are_in_no_file_and_no_record(engine: EngineConnection, tmp_path: Path) -> None:
+def test_secrets_are_in_no_file_and_no_record(
+    engine: EngineConnection, services: LocalServices, tmp_path: Path
+) -> None:
     secrets = {
-        "PREFS_ENGINE_PASSWORD": "hunter2-of-the-engine",
+        "PREFS_ENGINE_PASSWORD": services.passfile.read_text().rpartition(":")[2].strip(),
         "AWS_ACCESS_KEY_ID": "AKIAHUNTER2",
         "AWS_SECRET_ACCESS_KEY": "hunter2-of-the-cloud",
     }

@@ -237,9 +237,11 @@ def busy_lake(busy_template: Template, tmp_path_factory: pytest.TempPathFactory)
     return folder
 
 
-def _world(copied_database: Copied, template: Template, endpoint: str, warehouse: Path) -> Iterator[World]:
+def _world(
+    copied_database: Copied, name: str, template: Template, endpoint: str, warehouse: Path
+) -> Iterator[World]:
     client = dynamodb_client(endpoint, "eu-central-1")
-    with copied_database("freshness", template.engine) as engine, engine.connect() as connection:
+    with copied_database(name, template.engine) as engine, engine.connect() as connection:
         yield World(
             engine=engine,
             connection=connection,
@@ -257,7 +259,7 @@ def world(
     copied_database: Copied, empty_template: Template, aws_endpoint: str, tmp_path: Path
 ) -> Iterator[World]:
     """The deployed project without events."""
-    yield from _world(copied_database, empty_template, aws_endpoint, tmp_path / "iceberg")
+    yield from _world(copied_database, "freshness_empty", empty_template, aws_endpoint, tmp_path / "iceberg")
 
 
 @pytest.fixture
@@ -268,7 +270,7 @@ def busy(
     # Tables name their files by their path, so every test has its warehouse at the same place.
     shutil.rmtree(busy_lake / "iceberg")
     shutil.copytree(busy_lake / "fresh", busy_lake / "iceberg")
-    for made in _world(copied_database, busy_template, aws_endpoint, busy_lake / "iceberg"):
+    for made in _world(copied_database, "freshness", busy_template, aws_endpoint, busy_lake / "iceberg"):
         made.publish()
         yield made
 
