@@ -160,7 +160,7 @@ def test_the_uis_own_pages_and_a_link_to_them_work(ui: Ui) -> None:
 
 
 def test_an_asset_is_materialized_by_a_click(ui: Ui) -> None:
-    tables = ["raw_view_events", "erased_subjects", "view_events_parsed", "view_events"]
+    tables = ["raw_view_events", "erased_subjects", "canary_keys", "view_events_parsed", "view_events"]
     outcome = ui.ask(
         LAUNCH,
         executionParams={
