@@ -421,6 +421,8 @@ class Cluster:
             sql.SQL("alter role {role} with login createdb nosuperuser nocreaterole password {password}"),
             # Tests and demonstrations move the clock of a database.
             sql.SQL("grant set on parameter prefs.clock to {role}"),
+            # Autovacuum may be at work in a database that is dropped by force.
+            sql.SQL("grant pg_signal_autovacuum_worker to {role}"),
         ]
         text = "".join(
             statement.format(

@@ -204,7 +204,7 @@ def test_the_asset_graph_shows_every_group_and_asset(ui: Ui, tmp_path: Path) -> 
             args=["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking",
                   "--disable-component-update", "--disable-sync", "--no-first-run"],
         )  # fmt: skip
-        page = browser.new_page(viewport={"width": 4000, "height": 3000})
+        page = browser.new_page(viewport={"width": 5000, "height": 10_000})
         page.goto(f"{ui.url}/asset-groups")
         page.get_by_text("engagement", exact=True).first.wait_for(timeout=120_000)
         page.keyboard.press("Alt+e")  # expand all groups

@@ -12,6 +12,7 @@ from dagster_prefs.defs import retention
 from dagster_prefs.defs.freshness import JOB
 from dagster_prefs.defs.resources import Platform
 from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.local.services import LocalServices
 from dagster_prefs.settings import Settings
 
 KEY = dg.AssetKey(["online", "watch"])
@@ -27,12 +28,13 @@ def instance(
             yield made
         return
     engine: EngineConnection = request.getfixturevalue("engine")
+    services: LocalServices = request.getfixturevalue("services")
     for name, value in {
         "HOST": engine.host,
         "PORT": str(engine.port),
         "DATABASE": engine.database,
         "USER": engine.user,
-        "PASSWORD": "not-checked-on-loopback",
+        "PASSWORD": services.passfile.read_text().rpartition(":")[2].strip(),
     }.items():
         monkeypatch.setenv(f"DAGSTER_PG_{name}", value)
     shutil.copy(Path(__file__).parents[2] / "infra" / "dagster" / "dagster.yaml", tmp_path)

@@ -144,7 +144,7 @@ def test_another_user_reaches_neither_the_aws_server_nor_the_engine_nor_the_stat
         assert own.execute("select 1").fetchone() == (1,)
 
     kind, _ = as_another_user(lambda: ask(aws_port))
-    assert kind in ("RemoteDisconnected", "ConnectionResetError")
+    assert kind in ("RemoteDisconnected", "ConnectionResetError", "BrokenPipeError")
 
     kind, text = as_another_user(lambda: psycopg.connect(where, passfile="/dev/null").close())
     assert (kind, "no password supplied" in text) == ("OperationalError", True)
@@ -155,6 +155,8 @@ def test_another_user_reaches_neither_the_aws_server_nor_the_engine_nor_the_stat
     def readable() -> list[str]:
         found = []
         for folder, folders, files in os.walk(services.data_dir):
+            # A copy of PostgreSQL's programs, for the user that it runs as under root.
+            folders[:] = [name for name in folders if not name.startswith("postgresql-")]
             for name in files:
                 try:
                     (Path(folder) / name).read_bytes()
