@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 import urllib.error
 import urllib.parse
@@ -150,6 +152,23 @@ def test_a_website_can_start_nothing(ui: Ui, headers: dict[str, str]) -> None:
     }
     assert status(ui, "GET", "/graphql", **upgrade) == 101
     assert status(ui, "GET", "/graphql", **upgrade, **headers) == 403
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_another_user_of_the_machine_can_start_nothing(ui: Ui) -> None:
+    ask = (
+        "import encodings.idna, http.client, os, sys; os.setuid(int(sys.argv[2]));"
+        "c = http.client.HTTPConnection(sys.argv[1], timeout=60);"
+        "c.request('GET', '/server_info'); print(c.getresponse().status)"
+    )
+    address = ui.url.removeprefix("http://")
+    told = [
+        subprocess.run(
+            [sys.executable, "-c", ask, address, uid], capture_output=True, text=True, check=True
+        ).stdout
+        for uid in ("0", "54321")
+    ]
+    assert told == ["200\n", "403\n"]
 
 
 def test_the_uis_own_pages_and_a_link_to_them_work(ui: Ui) -> None:
