@@ -1,7 +1,4 @@
-"""The suite runs wherever a clone lies: the whole of it is too dear here, so a few tests that reach for everything.
-
-`make test` was run by hand in such a clone as well, after changes of what starts services or writes files.
-"""
+"""The suite runs wherever a clone lies: the whole of it is too dear here, so a few tests that reach for everything."""
 
 from __future__ import annotations
 
