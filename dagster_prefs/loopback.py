@@ -138,10 +138,7 @@ class LoopbackGuard:
             await receive()
             await send({"type": "websocket.close", "code": 1008})
             return
-        body = f"refused: {reason}\n".encode()
-        head = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", str(len(body)).encode())]
-        await send({"type": "http.response.start", "status": 403, "headers": head})
-        await send({"type": "http.response.body", "body": body})
+        await refuse(send, 403, reason)
 
     def _refusal(self, scope: Scope) -> str | None:
         if self._own_user_only and is_stranger(_end(scope.get("client")), _end(scope.get("server"))):
@@ -153,6 +150,14 @@ class LoopbackGuard:
                 return f"two headers {key}"
             headers[key] = value.decode("latin-1")
         return foreign_request(headers, self._hosts, method=scope.get("method", "GET"))
+
+
+async def refuse(send: Send, status: int, reason: str) -> None:
+    """Answer an ASGI request with the reason why it is refused, as plain text."""
+    body = f"refused: {reason}\n".encode()
+    head = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": head})
+    await send({"type": "http.response.body", "body": body})
 
 
 def _end(end: Any) -> tuple[str, int] | None:

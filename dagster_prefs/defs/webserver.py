@@ -22,7 +22,7 @@ import dagster_webserver.cli
 from dagster_webserver.webserver import DagsterWebserver
 from starlette.middleware import Middleware
 
-from dagster_prefs.loopback import App, LoopbackGuard, Receive, Scope, Send, loopback_hosts
+from dagster_prefs.loopback import App, LoopbackGuard, Receive, Scope, Send, loopback_hosts, refuse
 from dagster_prefs.settings import load_settings
 
 log = logging.getLogger("dagster_prefs.webserver")
@@ -41,10 +41,7 @@ class NoQueriesOverGet:
         if not over_get or "query" not in parse_qs(scope["query_string"].decode("latin-1")):
             await self._app(scope, receive, send)
             return
-        body = b"refused: send GraphQL queries with POST\n"
-        head = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", str(len(body)).encode())]
-        await send({"type": "http.response.start", "status": 405, "headers": head})
-        await send({"type": "http.response.body", "body": body})
+        await refuse(send, 405, "send GraphQL queries with POST")
 
 
 def main(arguments: Sequence[str]) -> None:
