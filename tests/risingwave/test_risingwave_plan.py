@@ -178,7 +178,8 @@ def server(
     bootstrap, topic = shell_environment.get("PREFS_KAFKA_BOOTSTRAP", ""), f"{name}_view_events"
     environment |= {"PREFS_KAFKA_BOOTSTRAP": bootstrap, "PREFS_KAFKA_TOPIC_VIEW_EVENTS": topic}
     admin = AdminClient({"bootstrap.servers": bootstrap}) if bootstrap else None
-    if admin:
+    # An AdminClient has a length, that of its queue, and so is false when nothing waits.
+    if admin is not None:
         admin.create_topics([NewTopic(topic, 1, 1)])[topic].result(30)
     dbt = Dbt(engine, folder, folder / "target", environment)
     contract = parse_contract(build_contract(dbt.manifest()))
@@ -216,7 +217,7 @@ def server(
                 connection.execute(sql.SQL("drop database {}").format(sql.Identifier(name)))
             if client:
                 client.delete_table(TableName=f"{name}_viewer_profiles")
-            if admin:
+            if admin is not None:
                 admin.delete_topics([topic])[topic].result(30)
 
 
