@@ -9,9 +9,14 @@ from __future__ import annotations
 import math
 import operator
 import re
+import uuid
 from decimal import Decimal
+from typing import TYPE_CHECKING
 
 from dagster_prefs.errors import PrefsError, excerpt
+
+if TYPE_CHECKING:
+    from dagster_prefs.declarations.registry import Key
 
 # What is cut off around a text.
 BLANKS = " \t\r\n"
@@ -21,7 +26,11 @@ LEAST_NUMBER, LARGEST_NUMBER = Decimal(-INT64), Decimal(2 * INT64 - 1)
 # From here on a float stands for several whole numbers.
 EXACT_FLOAT = 2**53
 
+# DynamoDB's limit for a partition key, in UTF-8.
+MAX_KEY_BYTES = 2048
+
 _WHOLE = re.compile(r"(-?[0-9]{1,19})([.]0+)?")
+_UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 
 
 class BadId(PrefsError):
@@ -53,23 +62,45 @@ def whole_number(text: str, bits: int) -> int | None:
     return int(found[1]) if found and -limit <= int(found[1]) < limit else None
 
 
-def viewer_id(given: object) -> int:
-    """The viewer that a number or a text means: a whole number of 64 bits. Raises BadId."""
-    text = id_text(given)
-    viewer = None if text is None else whole_number(text, 64)
-    if viewer is None:
-        raise BadId(f"a viewer id is a 64-bit integer, not {excerpt(given)}")
-    return viewer
+def read_key(key: Key, given: object) -> int | str:
+    """The id of a key column that a number, a text or a UUID means: an int for a bigint, else a text.
 
-
-def user_id(given: object) -> str:
-    """The shop user that a text or a number means. Raises BadId."""
+    A UUID becomes lower case. Raises BadId naming the column, what was given and the rule.
+    """
+    if key.type == "uuid" and isinstance(given, uuid.UUID):
+        return str(given)
     text = id_text(given)
-    if text is None or "\x00" in text:
+    if key.type == "bigint":
+        number = None if text is None else whole_number(text, 64)
+        if number is None:
+            raise BadId(f"{key.name} must be a 64-bit integer, not {excerpt(given)}")
+        return number
+    if key.type == "uuid":
+        found = text.lower() if isinstance(given, str) and text else ""
+        if not _UUID.fullmatch(found):
+            raise BadId(
+                f"{key.name} must be a UUID like 0190163d-8694-739b-aea5-966c26f8ad91, not {excerpt(given)}"
+            )
+        return found
+    if text is None or "\x00" in text or not 0 < _utf8_bytes(text) <= MAX_KEY_BYTES:
         raise BadId(
-            f"a user id is a text of at least one character without NUL, or a number of 64 bits, not {excerpt(given)}"
+            f"{key.name} must be a text of 1 to {MAX_KEY_BYTES:,} bytes without NUL, or a number of 64 bits, "
+            f"not {excerpt(given)}"
         )
     return text
+
+
+def key_text(key: Key, value: int | str) -> str:
+    """The text of an id as `read_key` reads it: what DynamoDB, JSON and SQL casts to text write for it."""
+    return str(read_key(key, value))
+
+
+def _utf8_bytes(text: str) -> int:
+    """Return the length of a text in UTF-8; 0 for one with half a character, which UTF-8 cannot hold."""
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError:
+        return 0
 
 
 def _number(given: object) -> Decimal | None:

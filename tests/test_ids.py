@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import uuid
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
@@ -11,19 +13,22 @@ import click
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from shipped import REGISTRY
 
 from dagster_prefs import ids
-from dagster_prefs.cli.root import ViewerId
-from dagster_prefs.events.fields import Field, cell_text
-from dagster_prefs.events.formats import TOPICS
+from dagster_prefs.cli.serving import id_of
+from dagster_prefs.declarations.registry import FieldDeclaration, Key, KeyType
+from dagster_prefs.declarations.reserved import canary_of, is_reserved, people_only
+from dagster_prefs.events.fields import cell_text, field_text
+from dagster_prefs.events.messages import Topic
 from dagster_prefs.events.redaction import Subject, SubjectRefused
 from dagster_prefs.events.validity import rejection_reason
 from dagster_prefs.serving.preferences import PreferenceError, checked_user
-from dagster_prefs.serving.wire import RequestError
-from dagster_prefs.serving.wire import viewer_id as requested_viewer
+from dagster_prefs.serving.wire import RequestError, read_id
 
+VIEWER = REGISTRY.entity("viewer")
 NOW = datetime(2026, 3, 15, tzinfo=UTC)
-USER = Field("user_id")
+USER = FieldDeclaration("user_id")
 
 
 class Foreign:
@@ -58,7 +63,7 @@ class Foreign:
 )
 def test_a_json_value_is_an_id(written: str, text: str | None) -> None:
     value = json.loads(written, parse_int=Decimal, parse_float=Decimal)
-    assert ids.id_text(value) == USER.text(value) == text
+    assert ids.id_text(value) == field_text(USER, value) == text
 
 
 @pytest.mark.parametrize(
@@ -73,14 +78,16 @@ def test_a_json_value_is_an_id(written: str, text: str | None) -> None:
         (float(2**53), None),
     ],
 )  # fmt: skip
-def test_a_viewer_is_the_same_at_every_door(given: Any, viewer: int | None) -> None:
+def test_a_viewer_is_the_same_at_every_door(
+    topics: Mapping[str, Topic], given: Any, viewer: int | None
+) -> None:
     if viewer is None:
-        with pytest.raises(ids.BadId, match="a viewer id is a 64-bit integer, not "):
-            ids.viewer_id(given)
+        with pytest.raises(ids.BadId, match="viewer_id must be a 64-bit integer, not "):
+            ids.read_key(VIEWER.key, given)
         with pytest.raises(RequestError):
-            requested_viewer(given)
+            read_id(VIEWER.key, given)
     else:
-        assert ids.viewer_id(given) == requested_viewer(given) == viewer
+        assert ids.read_key(VIEWER.key, given) == read_id(VIEWER.key, given) == viewer
     if isinstance(given, str):
         event = {
             "event_id": "e",
@@ -88,32 +95,37 @@ def test_a_viewer_is_the_same_at_every_door(given: Any, viewer: int | None) -> N
             "event_type": "like",
             "event_ts": "2026-03-14T00:00:00Z",
         }
-        reason = rejection_reason(json.dumps(event).encode(), TOPICS["content_interactions"], NOW)
+        reason = rejection_reason(json.dumps(event).encode(), topics["content_interactions"], NOW)
         assert (reason is None) == (viewer is not None)
         if viewer is None:
             with pytest.raises(click.BadParameter):
-                ViewerId().convert(given, None, None)
+                id_of(VIEWER, given)
             with pytest.raises(SubjectRefused):
-                Subject.named("viewer", given)
+                Subject.named(REGISTRY, "viewer", given)
         else:
-            assert ViewerId().convert(given, None, None) == viewer
-            assert viewer < 0 or Subject.named("viewer", given).value == viewer
+            assert id_of(VIEWER, given) == viewer
+            assert viewer < 0 or Subject.named(REGISTRY, "viewer", given).value == viewer
 
 
 @given(st.text(max_size=20) | st.decimals(allow_nan=False, allow_infinity=False).map(str))
-def test_a_user_is_the_same_at_every_door(given: str) -> None:
+def test_a_user_is_the_same_at_every_door(topics: Mapping[str, Topic], given: str) -> None:
     expected = given.strip(" \t\r\n")
     event = {"event_id": "e", "user_id": given, "event_type": "view", "event_time": "2026-03-14T00:00:00Z"}
-    reason = rejection_reason(json.dumps(event).encode(), TOPICS["user.events"], NOW)
+    reason = rejection_reason(json.dumps(event).encode(), topics["user.events"], NOW)
     if not expected or "\x00" in expected:
         assert reason in ("bad user_id", "missing user_id", "not valid JSON")
         with pytest.raises(PreferenceError):
             checked_user(given)
         with pytest.raises(SubjectRefused):
-            Subject.named("user", given)
+            Subject.named(REGISTRY, "shop_user", given)
     elif not expected.startswith("canary:"):
         assert reason is None
-        assert checked_user(given) == Subject.named("user", given).id == USER.text(given) == expected
+        assert (
+            checked_user(given)
+            == Subject.named(REGISTRY, "shop_user", given).id
+            == field_text(USER, given)
+            == expected
+        )
 
 
 @given(st.decimals(min_value=-(2**63), max_value=2**63, allow_nan=False, allow_infinity=False))
@@ -131,5 +143,60 @@ def test_every_spelling_of_a_number_is_one_id(number: Decimal) -> None:
 def test_what_is_shown_of_an_id_is_short() -> None:
     for long in ("x" * 1_000_000, ["x"] * 100_000, {"a": "x" * 1_000_000}, 10**4_000):
         with pytest.raises(ids.BadId) as caught:
-            ids.viewer_id(long)
+            ids.read_key(VIEWER.key, long)
         assert len(str(caught.value)) < 200
+
+
+UUID = "0190163d-8694-739b-aea5-966c26f8ad91"
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "value"),
+    [
+        ("bigint", " 5.0", 5), ("bigint", 5.0, 5), ("bigint", "1e3", None), ("bigint", 2**63, None),
+        ("bigint", UUID, None),
+        ("text", " a b ", "a b"), ("text", 12345.0, "12345"), ("text", "007", "007"), ("text", "ä" * 1024, "ä" * 1024),
+        ("text", "", None), ("text", "a\x00", None), ("text", "\ud800", None), ("text", "ä" * 1025, None),
+        ("text", None, None),
+        ("uuid", UUID, UUID), ("uuid", f" {UUID.upper()}\n", UUID), ("uuid", uuid.UUID(UUID), UUID),
+        ("uuid", UUID.replace("-", ""), None), ("uuid", f"{{{UUID}}}", None), ("uuid", f"{UUID}0", None),
+        ("uuid", 5, None),
+        ("uuid", "0190163g-8694-739b-aea5-966c26f8ad91", None), ("uuid", None, None),
+    ],
+)  # fmt: skip
+def test_a_key_is_read_by_its_type(kind: KeyType, given: Any, value: int | str | None) -> None:
+    key = Key("learner_id", kind)
+    if value is None:
+        with pytest.raises(ids.BadId, match=r"^learner_id must be ") as caught:
+            ids.read_key(key, given)
+        assert len(str(caught.value)) < 300
+        return
+    assert ids.read_key(key, given) == value
+    assert type(ids.read_key(key, given)) is type(value)
+    assert ids.key_text(key, value) == str(value)
+    assert ids.read_key(key, ids.key_text(key, value)) == value
+
+
+@pytest.mark.parametrize(
+    ("kind", "canary", "reserved", "people", "condition"),
+    [
+        ("bigint", -1, -7, 0, '"k" >= 0'),
+        ("text", "canary:prefs", "canary:", "canary", "not starts_with(\"k\", 'canary:')"),
+        (
+            "uuid",
+            "00000000-0000-0000-0000-000000000000",
+            "00000000-0000-0000-0000-0000000000ff",
+            UUID,
+            "not starts_with(\"k\", '00000000-0000-0000-0000-')",
+        ),
+    ],
+)
+def test_reserved_ids_follow_the_type_of_the_key(
+    kind: KeyType, canary: int | str, reserved: int | str, people: int | str, condition: str
+) -> None:
+    key = Key("k", kind)
+    assert canary_of(key) == canary == ids.read_key(key, canary)
+    assert is_reserved(key, canary)
+    assert is_reserved(key, reserved)
+    assert not is_reserved(key, people)
+    assert people_only(key).as_string(None) == condition

@@ -5,7 +5,8 @@
 
 {#
   What the YAML of the model at hand declares of its message fields: name → type, and in `meta` `optional`, `max_bytes`
-  (of a text), `scale` (decimals that are kept), `min` and `max`. Empty while the project is parsed, before YAML is read.
+  (of a text), `scale` (decimals that are kept), `min` and `max`, `accepted` (values) or `accepted_from` (a variable whose
+  names are the values), and `format: uuid`. Empty while the project is parsed, before YAML is read.
 #}
 {% macro declared_fields() -%}
   {%- set fields = {} -%}
@@ -62,6 +63,11 @@
 {# true or false, in any case, or 1 or 0. #}
 {% macro boolean_of(text) -%}
   case lower({{ text }}) when 'true' then true when '1' then true when 'false' then false when '0' then false end
+{%- endmacro %}
+
+{# A UUID in lower case, as 8-4-4-4-12 hexadecimal digits. #}
+{% macro uuid_of(text) -%}
+  case when lower({{ text }}) ~ '^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$' then lower({{ text }}) end
 {%- endmacro %}
 
 {# A whole number, also where it was written as 12.0; NULL outside the type's range. #}
@@ -144,11 +150,13 @@
     {{- malformed_row_reasons(identity) }}
 {%- endmacro %}
 
-{# Why an event is refused whatever its topic, as `when … then …` arms; `key` and `moment` are columns. #}
-{% macro common_reasons(key, moment) %}
-    {{- message_reasons("event_id") }}
-    {{- required_reasons(["event_id", key, moment]) }}
-    when {{ implausible(moment) }} then 'implausible time'
+{#
+  Why an event is refused whatever its topic, as `when … then …` arms; `required` are the fields that it cannot lack
+  (beside those with a list of accepted values), `moment` the one that says when it happened.
+#}
+{% macro common_reasons(identity, required, moment) %}
+    {{- message_reasons(identity) }}
+    {{- required_reasons(required) }}
     when {{ moment }} > coalesce(kafka_timestamp, arrived_at) + interval '{{ var("future_tolerance_hours") }} hours'
       then 'event time in the future'
 {%- endmacro %}
@@ -158,8 +166,21 @@
     {%- for name in names %}
     when {{ name }} is null and not {{ field_given(name) }} then 'missing {{ name }}'
     when {{ name }} is null then 'bad {{ name }}'
-    {{- size_reason(name) }}
+    {{- bound_reasons(name) }}
     {%- endfor %}
+{%- endmacro %}
+
+{# A field without which a message says nothing, and whose values are listed. #}
+{% macro accepted_reasons(name) %}
+    when {{ name }} is null and not {{ field_given(name) }} then 'missing {{ name }}'
+    when {{ name }} is null or {{ not_accepted(name) }} then 'unknown {{ name }}'
+{%- endmacro %}
+
+{# Whether a field has none of the values that are declared for it. #}
+{% macro not_accepted(name) -%}
+  {%- set field = declared_fields().get(name) or {} -%}
+  {%- set values = (var(field.accepted_from) if field.accepted_from else field.accepted or []) | list -%}
+  {{ name }} not in ('{{ values | join("', '") }}')
 {%- endmacro %}
 
 {#
@@ -168,18 +189,30 @@
 #}
 {% macro optional_reasons() %}
     {%- for name, field in declared_fields().items() if field.optional %}
-    {%- if field.type == "text" %}
+    {%- if field.type == "text" and not field.format %}
     when {{ name }} is null and jsonb_typeof(j -> '{{ name }}') not in ('null', 'string') then 'bad {{ name }}'
-    {{- size_reason(name) }}
     {%- else %}
     when {{ name }} is null and {{ field_given(name) }} then 'bad {{ name }}'
+    {%- endif %}
+    {%- if field.accepted or field.accepted_from %}
+    when {{ not_accepted(name) }} then 'unknown {{ name }}'
+    {%- endif %}
+    {{- bound_reasons(name) }}
+    {%- endfor %}
+{%- endmacro %}
+
+{# The arms for a value beyond what is declared: a text's bytes, a number's range, a time's years; or nothing. #}
+{% macro bound_reasons(name) %}
+    {%- set field = declared_fields().get(name) or {} -%}
+    {{- size_reason(name) }}
+    {%- if field.type == "timestamptz" %}
+    when {{ implausible(name) }} then 'implausible time'
     {%- endif %}
     {%- if field.max is defined %}
     when {{ name }} < {{ field.min }} or {{ name }} > {{ field.max }} then '{{ name }} outside {{ field.min }}..{{ field.max }}'
     {%- elif field.min is defined %}
     when {{ name }} < {{ field.min }} then 'negative {{ name }}'
     {%- endif %}
-    {%- endfor %}
 {%- endmacro %}
 
 {# The arm for a text that is longer than declared, or nothing. #}
@@ -203,10 +236,10 @@
   `field_given` tells the two apart. A message that is refused keeps its text in `payload`, of one that is too long
   the beginning; it is not parsed, because that takes memory many times its size.
 
-  `subject` and `moment` are the fields that say whom an event is about and when it happened; with them reserved ids are
-  refused (reserved.sql).
+  Of an event, `identity` tells it from others, `key` says whom it is about (an entity's first key) and `moment` when it
+  happened; with them reserved ids are refused (reserved.sql).
 #}
-{% macro parsed_messages(raw, subject=none, moment=none) -%}
+{% macro parsed_messages(raw, identity=none, key=none, moment=none) -%}
 {%- set place = place_columns() | join(", ") -%}
 {%- set fields = declared_fields() -%}
 {%- set most = var("max_message_bytes") -%}
@@ -248,17 +281,17 @@ judged as (
     *,
     case
       {{- caller() }}
-      {%- if subject %}{{ reserved_reasons(subject) }}{% endif %}
+      {%- if key %}{{ reserved_reasons(key, identity) }}{% endif %}
     end as reason
   from fields
   {{ computed_once() }}
 
 ),
 
-{% if subject %}
+{% if key %}
 claims as (
 
-  select *, {{ claimed_deployment(subject) }} as canary
+  select *, {{ claimed_deployment(key, identity) }} as canary
   from judged
 
 ),
@@ -277,7 +310,7 @@ shown as (
 
 verdicts as (
 
-  {{ verdicts("shown", subject, moment) }}
+  {{ verdicts("shown", key, identity, moment) }}
 
 ),
 
@@ -310,7 +343,8 @@ select * from final
 
 {# A field's text as its type. #}
 {% macro field_of(text, field) -%}
-  {%- if field.type == "text" -%} {{ text }}
+  {%- if field.format == "uuid" -%} {{ uuid_of(text) }}
+  {%- elif field.type == "text" -%} {{ text }}
   {%- elif field.type == "decimal" -%} {{ decimal_of(text, field.scale) }}
   {%- elif field.type in ("int", "bigint") -%} {{ integer_of(text, field.type) }}
   {%- elif field.type == "boolean" -%} {{ boolean_of(text) }}
@@ -320,20 +354,20 @@ select * from final
 {%- endmacro %}
 
 {#
-  The query of a model of typed events: of every valid event the first delivery, without what an erasure covers.
-
-  `subject` and `moment` are the columns that say whom an event is about and when it happened.
+  The query of a model of typed events: of every valid event the first delivery, without what an erasure of its entity
+  covers. `moment` is the column that says when it happened.
 #}
-{% macro first_deliveries(parsed, subject_kind, subject, moment, columns) -%}
+{% macro first_deliveries(parsed, entity, identity, moment, columns) -%}
 with valid as (
 
   select * from {{ parsed }} where reason is null
 
 ),
+{%- if entity_of(entity).erasable %}
 
 erased as (
 
-  select subject_id, erased_at from {{ ref("erased_subjects") }} where subject_kind = '{{ subject_kind }}'
+  select subject_id, erased_at from {{ ref("erased_subjects") }} where subject_kind = '{{ entity }}'
 
 ),
 
@@ -341,20 +375,21 @@ remembered as (
 
   select valid.*
   from valid
-  left join erased on erased.subject_id = valid.{{ subject }}::text
+  left join erased on erased.subject_id = valid.{{ first_key(entity) }}::text
   where erased.subject_id is null or valid.{{ moment }} > erased.erased_at
 
 ),
+{%- endif %}
 
 deliveries as (
 
   select
     *,
     row_number() over (
-      partition by event_id
+      partition by {{ identity }}
       order by arrived_at, source, source_partition, source_offset
     ) as delivery
-  from remembered
+  from {{ "remembered" if entity_of(entity).erasable else "valid" }}
 
 ),
 

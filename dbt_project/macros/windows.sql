@@ -1,16 +1,30 @@
 {#
-  Whether a tile of `day` lies in the window of `days` days of its viewer.
+  Whether a tile of `day` lies in the window of `days` days of the entity whose key column is `key`.
 
-  The window is day ≥ D − days, without an upper bound, where D is the UTC date of
-  clock − abs(viewer_id) mod spread seconds. Solved for the clock it reads
-  day + (days + 1) days + spread part > clock, which keeps all column arithmetic on one side of now(),
-  as RisingWave's temporal filters ask. The remainder is taken before the absolute value because
-  abs() overflows at the smallest bigint.
+  The window is day ≥ D − days, without an upper bound, where D is the UTC date of clock − spread seconds of the key
+  (`expiry_spread`). Solved for the clock it reads day + (days + 1) days + spread part > clock, which keeps all column
+  arithmetic on one side of now(), as RisingWave's temporal filters ask.
 #}
-{% macro within_window(day, viewer, days) -%}
+{% macro within_window(day, key, days) -%}
+  {%- if execute and (days is not number or days < 1) -%}
+    {{ exceptions.raise_compiler_error(
+      "within_window(\"" ~ day ~ "\", \"" ~ key ~ "\", " ~ days ~ ") in " ~ model.name ~ ": a window is a whole number of days from 1 on, "
+      ~ "e.g. within_window(\"" ~ day ~ "\", \"" ~ key ~ "\", var(\"windows\").long)"
+    ) }}
+  {%- endif -%}
   {%- set spread = (env_var("PREFS_EXPIRY_SPREAD_SECONDS", "0") or "0") | int -%}
   ({{ day }}::timestamp at time zone 'UTC') + interval '{{ days + 1 }} days'
-  {%- if spread > 0 %} + abs({{ viewer }} % {{ spread }}) * interval '1 second'{% endif %} > {{ clock() }}
+  {%- if spread > 0 %} + {{ expiry_spread(key, spread) }} * interval '1 second'{% endif %} > {{ clock() }}
+{%- endmacro %}
+
+{#
+  By how many seconds of at most `spread` the day of a key begins later: a whole number by its remainder, taken before
+  the absolute value because abs() overflows at the smallest bigint; a text by its hash.
+#}
+{% macro expiry_spread(key, spread) -%}
+  {%- if key_type(key) == "bigint" -%} abs({{ key }} % {{ spread }})
+  {%- else -%} {{ row_hash(key) }} % {{ spread }}
+  {%- endif -%}
 {%- endmacro %}
 
 {# Minutes of a sum of seconds: rounded last, to 6 places. #}
@@ -31,4 +45,14 @@
 {# timestamptz → UTC date. #}
 {% macro utc_date(moment) -%}
   ({{ moment }} at time zone 'UTC')::date
+{%- endmacro %}
+
+{# The sort key of a domain's items, as the model at hand declares it in `meta.domain.key`. #}
+{% macro domain_key() -%}
+  {#- dbt reads a model's YAML after it parsed its SQL. -#}
+  {%- set domain = config.get("meta", {}).get("domain") if execute else {"key": ""} -%}
+  {%- if not domain -%}
+    {{ exceptions.raise_compiler_error("domain_key() in " ~ model.name ~ ": its YAML declares no meta.domain, e.g. meta: { domain: { key: \"product#name\" } }") }}
+  {%- endif -%}
+  '{{ domain.key }}'::text
 {%- endmacro %}

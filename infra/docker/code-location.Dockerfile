@@ -24,6 +24,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     DAGSTER_HOME=/opt/dagster \
     PREFS_DATA_DIR=/var/lib/prefs \
+    PREFS_PROJECT_DIR=/app/dbt_project \
     PREFS_ENGINE=risingwave \
     PREFS_PROVISIONING=verify \
     DBT_SEND_ANONYMOUS_USAGE_STATS=false

@@ -15,10 +15,13 @@ RUN groupadd --gid 10001 prefs \
 COPY --from=packages /opt/venv /opt/venv
 # Nothing that the process runs may be changed by it: code belongs to root, and it writes no file.
 COPY dagster_prefs /app/dagster_prefs
+# What the project declares; for a project of your own, its registry.json.
+COPY dbt_project/registry.json /app/project/registry.json
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONPATH=/app \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
+    PREFS_PROJECT_DIR=/app/project \
     PREFS_ENGINE=risingwave
 USER 10001:10001
 EXPOSE 8080

@@ -55,7 +55,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Erasure:
-    """A row of erased_subjects: `kind` is viewer or user, `at` is in microseconds."""
+    """A row of erased_subjects: `kind` is viewer or shop_user, `at` is in microseconds."""
 
     kind: str
     subject: str
@@ -433,7 +433,7 @@ class Oracle:
         self.parsed = [parse(message) for message in self.messages]
         self.duplicates: Counter[str] = Counter()
         self.suppressed: Counter[str] = Counter()
-        self.shop = self._typed("user.events", "user", "user_id", "event_time")
+        self.shop = self._typed("user.events", "shop_user", "user_id", "event_time")
         self.watch = self._typed("view_events", "viewer", "viewer_id", "watched_at")
         self.touch = self._typed("content_interactions", "viewer", "viewer_id", "event_ts")
 

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 from psycopg import sql
 from relations import RAW_TABLES, materialized_views, refresh
+from shipped import TILE_TABLES
 from workshop import PROJECT, assert_all_ok
 
 from dagster_prefs.cost import (
@@ -37,14 +38,13 @@ from dagster_prefs.cost import (
     rows_kept,
     tile_rows,
 )
+from dagster_prefs.declarations.contract import Contract, load_contract
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.engine.dbt import Dbt
-from dagster_prefs.events.simulator import SimulationPlan, simulate
+from dagster_prefs.events.scenario import SimulationPlan
 from dagster_prefs.local.services import LocalServices
 from dagster_prefs.offline.catalog import open_catalog
 from dagster_prefs.offline.export import export_day
-from dagster_prefs.offline.tables import TILE_TABLES
-from dagster_prefs.online.contract import Contract, load_contract
 from dagster_prefs.online.publisher import publish_domain
 from dagster_prefs.online.tables import dynamodb_client, provision
 
@@ -88,13 +88,13 @@ class Measured:
 
 @pytest.fixture(scope="module")
 def contract() -> Contract:
-    return load_contract()
+    return load_contract(PROJECT)
 
 
 def valid_events() -> Iterator[tuple[str, bytes, dict[str, Any] | None, datetime]]:
     """Every message with its content where it is a valid first delivery, read without the project's parsers."""
     seen = set()
-    for topic, message, at in simulate(PLAN):
+    for topic, message, at in PLAN.events():
         if topic not in SOURCES:
             continue
         content: dict[str, Any] | None = None
@@ -148,7 +148,7 @@ def _run(engine: EngineConnection, client: Any, dbt_target: Path, contract: Cont
         Dbt(engine, PROJECT, dbt_target).manifest(),
         {"tile_fingerprints", *(domain.relation for domain in contract.domains.values())},
     )
-    table = provision(client, contract, prefix="cost_")
+    table = provision(client, contract, prefix="cost_")["viewer"]
     messages = list(valid_events())
     # Where each step ends among the deliveries: before the first message of a later time.
     ends = [

@@ -41,7 +41,7 @@ SINK = """Failed to run the query
         ),
         (
             SINK.format("ResourceNotFoundException: Cannot do operations on a non-existent table"),
-            "DynamoDB has no such table for the sink: materialize dynamodb/viewer_profiles or make it with Terraform "
+            "DynamoDB has no such table for the sink: materialize its asset dynamodb/… or make it with Terraform "
             "first, and check PREFS_TABLE_PREFIX, AWS_REGION and AWS_ENDPOINT_URL",
         ),
         (
@@ -59,7 +59,7 @@ SINK = """Failed to run the query
         ),
         (
             SINK.format("DynamoDB error\n    4: table viewer_profiles not found"),
-            "DynamoDB has no such table for the sink: materialize dynamodb/viewer_profiles or make it with Terraform "
+            "DynamoDB has no such table for the sink: materialize its asset dynamodb/… or make it with Terraform "
             "first, and check PREFS_TABLE_PREFIX, AWS_REGION and AWS_ENDPOINT_URL",
         ),
         (

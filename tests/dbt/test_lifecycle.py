@@ -123,11 +123,11 @@ def test_a_renamed_column_goes_through_when_its_readers_change_with_it(
     workshop.change(TILE, "as watch_seconds,", "as seconds_watched,")
     workshop.change(TILE_CONTRACT, "name: watch_seconds", "name: seconds_watched")
     workshop.change(ROLLING, "sum(watch_seconds)", "sum(seconds_watched)")
-    fingerprints = "models/operations/tile_fingerprints.sql"
+    fingerprints = "models/generated/operations/tile_fingerprints.sql"
     text = (workshop.folder / fingerprints).read_text()
-    first, rest = text.split("union all", 1)
-    workshop.change(fingerprints, first, first.replace("watch_seconds", "seconds_watched"))
-    assert rest in (workshop.folder / fingerprints).read_text()
+    others, last = text.rsplit("union all", 1)
+    workshop.change(fingerprints, last, last.replace("watch_seconds", "seconds_watched"))
+    assert others in (workshop.folder / fingerprints).read_text()
     assert_all_ok(dbt_on(deployed, workshop.folder).run("run", ["viewer_watch_metrics_1d+"]))
     assert picture(deployed).keys() == before.keys()
     assert scalar(deployed, "select count(seconds_watched) from viewer_watch_metrics_1d") == 0

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from relations import instant, refresh
 from streams import NOW
 
+from dagster_prefs.declarations.registry import Registry, TopicDeclaration
 from dagster_prefs.engine.connection import EngineConnection
-from dagster_prefs.events.formats import TOPICS
 from dagster_prefs.events.ingest import ingest_file
+from dagster_prefs.events.messages import Topic
 from dagster_prefs.events.rejected import rejected_events
 from dagster_prefs.events.replay import ReplayError, export_rejected, replay_file
 from dagster_prefs.events.validity import rejection_reason
@@ -35,22 +37,24 @@ ROWS = {
 AT = instant(NOW)
 
 
-def refreshed(engine: EngineConnection, topic: str) -> None:
-    typed = TOPICS[topic].raw_table.removeprefix("raw_")
+def refreshed(engine: EngineConnection, topic: TopicDeclaration) -> None:
+    typed = topic.relation
     with engine.connect() as session:
         refresh(session, [f"{typed}_parsed", typed, "rejected_events"])
 
 
 @pytest.mark.parametrize("topic", HEADERS)
-def test_each_fault_is_named_with_its_line(deployed: EngineConnection, tmp_path: Path, topic: str) -> None:
+def test_each_fault_is_named_with_its_line(
+    registry: Registry, topics: Mapping[str, Topic], deployed: EngineConnection, tmp_path: Path, topic: str
+) -> None:
     path = tmp_path / "rows.csv"
     bad = dict(ROWS)
     # A quote inside a cell is text; one that opens a cell and does not close it is not.
     bad["quotes"] = b'1,2,"3,4'
     path.write_bytes(b"\n".join([HEADERS[topic].encode(), *bad.values()]))
-    report = ingest_file(deployed, path, topic=topic)
+    report = ingest_file(deployed, registry, path, topic=topic)
     assert (report.lines, report.malformed) == (len(bad), len(bad))
-    refreshed(deployed, topic)
+    refreshed(deployed, registry.topics[topic])
     found = {event.offset: event for event in rejected_events(deployed, topic)}
     assert {line: event.reason for line, event in found.items()} == {
         line: ROW_FAULTS[fault]
@@ -58,12 +62,14 @@ def test_each_fault_is_named_with_its_line(deployed: EngineConnection, tmp_path:
     }
     for line, raw in enumerate(bad.values(), 2):
         payload = found[line].payload
-        assert rejection_reason(payload.encode(), TOPICS[topic], AT) == found[line].reason
+        assert rejection_reason(payload.encode(), topics[topic], AT) == found[line].reason
         if line == 2:
             assert json.loads(payload)["row"].encode() == raw
 
 
-def test_only_a_message_without_identity_is_a_row(deployed: EngineConnection, tmp_path: Path) -> None:
+def test_only_a_message_without_identity_is_a_row(
+    registry: Registry, deployed: EngineConnection, tmp_path: Path
+) -> None:
     path = tmp_path / "views.jsonl"
     message = {
         "event_id": "e",
@@ -74,16 +80,18 @@ def test_only_a_message_without_identity_is_a_row(deployed: EngineConnection, tm
     path.write_text(
         "\n".join(json.dumps(one) for one in (message, {"malformed_row": "x"}, {"malformed_row": ["cells"]}))
     )
-    ingest_file(deployed, path, topic="view_events")
-    refreshed(deployed, "view_events")
+    ingest_file(deployed, registry, path, topic="view_events")
+    refreshed(deployed, registry.topics["view_events"])
     assert [event.reason for event in rejected_events(deployed)] == ["missing event_id", "missing event_id"]
 
 
-def test_a_row_is_corrected_and_replayed(deployed: EngineConnection, tmp_path: Path) -> None:
+def test_a_row_is_corrected_and_replayed(
+    registry: Registry, deployed: EngineConnection, tmp_path: Path
+) -> None:
     path, out = tmp_path / "views.csv", tmp_path / "rejected.jsonl"
     path.write_bytes(f"{HEADERS['view_events']}\ne1,1,2026-03-14T10:00:00Z,caf".encode() + b"\xe9\n")
-    ingest_file(deployed, path)
-    refreshed(deployed, "view_events")
+    ingest_file(deployed, registry, path)
+    refreshed(deployed, registry.topics["view_events"])
     (tmp_path / "precious").write_text("precious")
     # Where somebody laid links: at the name that temporary files once had, and at the name of the file itself.
     (tmp_path / ".rejected.jsonl.part").symlink_to("precious")
@@ -103,8 +111,8 @@ def test_a_row_is_corrected_and_replayed(deployed: EngineConnection, tmp_path: P
         "genre": "café",
     }
     out.write_text(json.dumps(line))
-    assert replay_file(deployed, out, now=AT).sent == 1
-    refreshed(deployed, "view_events")
+    assert replay_file(deployed, registry, out, now=AT).sent == 1
+    refreshed(deployed, registry.topics["view_events"])
     assert rejected_events(deployed, open_only=True) == []
     with deployed.connect() as session:
         assert session.execute("select genre from view_events").fetchall() == [("café",)]

@@ -6,23 +6,24 @@ import json
 import random
 import string
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from declared import PROJECT
 from oracle import HOUR, SECOND, TOPICS, Message, Oracle, parse
 from relations import differences, insert_events, instant, materialized_views, refresh
+from shipped import TILE_TABLES
 from streams import NOW
 
+from dagster_prefs.declarations.contract import load_contract
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.engine.dbt import Dbt
-from dagster_prefs.events.formats import TOPICS as FORMATS
+from dagster_prefs.events.messages import Topic
 from dagster_prefs.events.validity import rejection_reason
 from dagster_prefs.offline.catalog import open_catalog
 from dagster_prefs.offline.export import export_day, exported_days, stale_days
-from dagster_prefs.offline.tables import TILE_TABLES
-from dagster_prefs.online.contract import load_contract
 from dagster_prefs.online.publisher import publish_domain
 from dagster_prefs.online.tables import dynamodb_client, provision
 
@@ -131,11 +132,11 @@ def filled(
     return deployed
 
 
-def test_every_reason_is_told_before_as_after(messages: list[Message]) -> None:
+def test_every_reason_is_told_before_as_after(topics: Mapping[str, Topic], messages: list[Message]) -> None:
     told: Counter[str] = Counter()
     for message in messages:
         expected = parse(message).reason
-        assert rejection_reason(message.data, FORMATS[message.topic], instant(message.arrived_at)) == expected
+        assert rejection_reason(message.data, topics[message.topic], instant(message.arrived_at)) == expected
         told[str(expected)] += 1
     assert told["None"] > 100
     assert told["message has 1500000 bytes, at most 1048576"] == len(TOPICS)
@@ -149,8 +150,8 @@ def test_everything_goes_on(
 ) -> None:
     with filled.connect() as session:
         assert differences(session, Oracle(messages, NOW)) == {}
-    contract, client = load_contract(), dynamodb_client(aws_endpoint, "eu-central-1")
-    table = provision(client, contract)
+    contract, client = load_contract(PROJECT), dynamodb_client(aws_endpoint, "eu-central-1")
+    table = provision(client, contract)["viewer"]
     for domain in contract.domains:
         assert publish_domain(filled, client, contract, domain, table).upserts > 0
     for viewer in (7, 2**63 - 1):

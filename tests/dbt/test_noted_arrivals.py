@@ -12,6 +12,7 @@ from workshop import assert_all_ok
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.engine.dbt import Dbt
 from dagster_prefs.events.progress import waiting_since
+from dagster_prefs.settings import load_settings
 
 DbtOn = Callable[..., Dbt]
 READERS = ["view_events_parsed", "view_events"]
@@ -19,7 +20,10 @@ READERS = ["view_events_parsed", "view_events"]
 
 def waiting(engine: EngineConnection) -> dict[str, int]:
     with engine.connect() as connection:
-        return {topic: found.messages for topic, found in waiting_since(connection, engine).items()}
+        return {
+            topic: found.messages
+            for topic, found in waiting_since(connection, engine, load_settings().registry()).items()
+        }
 
 
 def noted(engine: EngineConnection) -> int:

@@ -22,14 +22,13 @@ from test_views_against_oracle import watch
 from workshop import Workshop
 
 from dagster_prefs.cli import cli
+from dagster_prefs.declarations.contract import build_contract, parse_contract
 from dagster_prefs.defs import deployment as deployment_checks
-from dagster_prefs.defs.deployment import review_contract
-from dagster_prefs.defs.resources import Platform
 from dagster_prefs.engine.apply import ApplyError, apply_plan
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.engine.dbt import Dbt
 from dagster_prefs.engine.plan import ContractReview, Plan, PlanError, make_plan
-from dagster_prefs.online.contract import build_contract, parse_contract
+from dagster_prefs.platform import Platform, ProfileStore, review_contract
 from dagster_prefs.settings import load_settings
 
 DbtOn = Callable[..., Dbt]
@@ -39,7 +38,7 @@ ROLLING = "models/engagement/viewer_engagement_rolling.sql"
 ROLLING_CONTRACT = "models/engagement/viewer_engagement_rolling.yml"
 ROLLING_VIEW = "viewer_engagement_rolling"
 WATCHED = ("view_events_parsed", "view_events", "viewer_watch_metrics_1d", ROLLING_VIEW, "tile_fingerprints")
-FINGERPRINTS = "models/operations/tile_fingerprints.sql"
+FINGERPRINTS = "models/generated/operations/tile_fingerprints.sql"
 
 
 class Store:
@@ -130,7 +129,9 @@ def test_a_changed_view_goes_out_though_it_is_killed_at_every_step(
     deployment: Deployment, workshop: Workshop
 ) -> None:
     workshop.change(TILE, "sum(watch_duration_sec)", "2 * sum(watch_duration_sec)")
-    workshop.change("models/events/items.sql", "where version = 1", "-- the newest\nwhere version = 1")
+    workshop.change(
+        "models/generated/events/items.sql", "where version = 1", "-- the newest\nwhere version = 1"
+    )
     plan = deployment.plan()
     layout, changed = sorted(plan.relations, key=lambda relation: relation.name)
     assert (layout.name, layout.action, layout.how) == ("items", "changed", "kept")
@@ -183,8 +184,8 @@ def test_a_renamed_column_goes_out_with_its_readers_and_nobody_misses_a_view(
     workshop.change(TILE_CONTRACT, "name: watch_seconds", "name: seconds_watched")
     workshop.change(ROLLING, "sum(watch_seconds)", "sum(seconds_watched)")
     text = (workshop.folder / FINGERPRINTS).read_text()
-    first = text.split("union all", 1)[0]
-    workshop.change(FINGERPRINTS, first, first.replace("watch_seconds", "seconds_watched"))
+    last = text.rsplit("union all", 1)[1]
+    workshop.change(FINGERPRINTS, last, last.replace("watch_seconds", "seconds_watched"))
     with Reader(
         deployment.engine,
         "select sum(watch_minutes_28d)::int from viewer_engagement_rolling",
@@ -220,7 +221,7 @@ def test_an_apply_waits_for_readers_without_locking_what_they_read_next(
 
 
 def test_tables_keep_what_arrived(deployment: Deployment, workshop: Workshop) -> None:
-    kept = "models/operations/erased_subjects.yml"
+    kept = "models/generated/operations/erased_subjects.yml"
     column = (workshop.folder / kept).read_text().split("    columns:\n", 1)[1].splitlines()[0]
     indent = column[: len(column) - len(column.lstrip())]
     added = f'{indent}- {{ name: note, data_type: text, description: "Why." }}\n'
@@ -245,7 +246,7 @@ def test_orphans_go_only_when_asked_and_relations_of_others_never(
     deployment: Deployment, workshop: Workshop
 ) -> None:
     for name in ("user_price_tier_drift.sql", "user_price_tier_drift.yml", "user_price_tier_drift_tests.yml"):
-        workshop.remove(f"models/preferences/{name}")
+        workshop.remove(f"models/shop/{name}")
     done = deployment.apply()
     assert not done.changes
     (orphan,) = done.relations
@@ -283,7 +284,7 @@ def test_a_breaking_change_of_the_contract_needs_a_version(
     with pytest.raises(PlanError, match=r"titles_7d: the attribute is removed\): set version to 2"):
         deployment.apply()
     assert deployment.rows("select count(titles_7d)::int from viewer_engagement_rolling") == [(2,)]
-    workshop.change("models/exposures.yml", "version: 1", "version: 2")
+    workshop.change("models/generated/operations/deployments.yml", '"version": 1', '"version": 2')
     changes = deployment.apply().contract.changes
     assert ("breaking", "engagement#watch.titles_7d") in [(one.kind, one.domain) for one in changes]
     assert deployment.rows(
@@ -351,7 +352,7 @@ def test_the_store_publishes_what_the_view_became(
     monkeypatch.setenv("AWS_ENDPOINT_URL", aws_endpoint)
     platform = Platform(load_settings())
     platform.engine = deployment.engine
-    store = deployment_checks.ProfileStore(platform)
+    store = ProfileStore(platform)
     store.prepare()
     assert store.settle(ROLLING_VIEW) == "watch: 2 upserts, 0 deletes"
     deployment.run(

@@ -14,8 +14,8 @@ from oracle import DAY, Message
 from relations import insert_events, instant, refresh
 from streams import NOW
 
+from dagster_prefs.declarations.registry import Registry, TopicDeclaration
 from dagster_prefs.engine.connection import EngineConnection
-from dagster_prefs.events.formats import Topic
 from dagster_prefs.events.raw import RawMessage, RawStore, RawStoreError
 from dagster_prefs.events.rejected import rejected_counts, rejected_events
 from dagster_prefs.events.replay import (
@@ -108,12 +108,14 @@ def corrected(path: Path) -> list[dict[str, Any]]:
     return changed
 
 
-def test_corrected_messages_become_typed_and_the_books_balance(stream: Stream, tmp_path: Path) -> None:
+def test_corrected_messages_become_typed_and_the_books_balance(
+    registry: Registry, stream: Stream, tmp_path: Path
+) -> None:
     assert stream.books() == (7, 1, 5, 1)
     file = tmp_path / "rejected.jsonl"
     assert export_rejected(stream.engine, file) == 5
     rewrite(file, corrected(file))
-    assert replay_file(stream.engine, file, now=AT) == ReplayReport(5, 0)
+    assert replay_file(stream.engine, registry, file, now=AT) == ReplayReport(5, 0)
     assert stream.books() == (12, 6, 5, 1)
     assert stream.durations() == {
         "e1": 60, "e2": 5, "e3": 5, "e5": 5, f"fixed-{5}": 60, f"fixed-{6}": 60,
@@ -124,19 +126,21 @@ def test_corrected_messages_become_typed_and_the_books_balance(stream: Stream, t
     assert len(rejected_events(stream.engine)) == 5
 
 
-def test_the_same_file_sends_nothing_new(stream: Stream, tmp_path: Path) -> None:
+def test_the_same_file_sends_nothing_new(registry: Registry, stream: Stream, tmp_path: Path) -> None:
     file = tmp_path / "rejected.jsonl"
     export_rejected(stream.engine, file)
     rewrite(file, corrected(file))
-    replay_file(stream.engine, file, now=AT)
+    replay_file(stream.engine, registry, file, now=AT)
     before = stream.books()
-    assert replay_file(stream.engine, file, now=AT) == ReplayReport(0, 5)
+    assert replay_file(stream.engine, registry, file, now=AT) == ReplayReport(0, 5)
     assert stream.books() == before
     again = tmp_path / "again.jsonl"
     assert export_rejected(stream.engine, again) == 0
 
 
-def test_what_is_still_invalid_is_said_and_nothing_is_sent(stream: Stream, tmp_path: Path) -> None:
+def test_what_is_still_invalid_is_said_and_nothing_is_sent(
+    registry: Registry, stream: Stream, tmp_path: Path
+) -> None:
     file = tmp_path / "rejected.jsonl"
     export_rejected(stream.engine, file)
     documents = lines(file)
@@ -151,7 +155,7 @@ def test_what_is_still_invalid_is_said_and_nothing_is_sent(stream: Stream, tmp_p
         end.write("{half a line\n")
     before = stream.books()
     with pytest.raises(ReplayError, match=r"10 of 11 lines of .* nothing was sent: correct them") as refused:
-        replay_file(stream.engine, file, now=AT)
+        replay_file(stream.engine, registry, file, now=AT)
     said = dict(refused.value.problems)
     assert said[2] == "negative watch_duration_sec"
     assert said[3] == said[4] == "not valid JSON"
@@ -164,18 +168,20 @@ def test_what_is_still_invalid_is_said_and_nothing_is_sent(stream: Stream, tmp_p
     assert said[11].startswith("not valid JSON (")
     assert stream.books() == before
     assert len(stream.open()) == 4
-    report = replay_file(stream.engine, file, now=AT, skip_invalid=True)
+    report = replay_file(stream.engine, registry, file, now=AT, skip_invalid=True)
     assert (report.sent, report.already_replayed, sum(report.left_out.values())) == (1, 0, 10)
     assert stream.books() == (8, 2, 5, 1)
 
 
-def test_a_payload_is_sent_character_for_character(stream: Stream, tmp_path: Path) -> None:
+def test_a_payload_is_sent_character_for_character(
+    registry: Registry, stream: Stream, tmp_path: Path
+) -> None:
     file = tmp_path / "rejected.jsonl"
     export_rejected(stream.engine, file, reason="bad viewer_id")
     (line,) = file.read_text().splitlines()
     assert BODIES[2].decode() in line
     file.write_text(line.replace('"twelve"', "12 ") + "\n")
-    replay_file(stream.engine, file, now=AT)
+    replay_file(stream.engine, registry, file, now=AT)
     with stream.engine.connect() as session:
         rows = session.execute(
             "select source, source_partition, source_offset, data from raw_view_events where source <> %s",
@@ -184,31 +190,35 @@ def test_a_payload_is_sent_character_for_character(stream: Stream, tmp_path: Pat
     assert rows == [(f"replay:{SOURCE}", 0, 3, BODIES[2].replace(b'"twelve"', b"12 "))]
 
 
-def test_a_replay_that_is_refused_again_is_open_again(stream: Stream, tmp_path: Path) -> None:
+def test_a_replay_that_is_refused_again_is_open_again(
+    registry: Registry, stream: Stream, tmp_path: Path
+) -> None:
     """Between judgement and arrival the clock of the engine may say otherwise: nothing is lost then."""
     file = tmp_path / "rejected.jsonl"
     export_rejected(stream.engine, file, reason="event time in the future")
-    assert replay_file(stream.engine, file, now=AT + timedelta(days=2)).sent == 1
+    assert replay_file(stream.engine, registry, file, now=AT + timedelta(days=2)).sent == 1
     with stream.engine.connect() as session:
         session.execute("update raw_view_events set arrived_at = %s where source <> %s", (AT, SOURCE))
     assert stream.books() == (8, 1, 6, 1)
     (still,) = rejected_events(stream.engine, reason="event time in the future", open_only=True)
     assert still.source == f"replay:{SOURCE}"
-    assert replay_unchanged(stream.engine, now=AT + timedelta(days=2)).sent == 1
+    assert replay_unchanged(stream.engine, registry, now=AT + timedelta(days=2)).sent == 1
     assert stream.books() == (9, 2, 6, 1)
     assert "event time in the future" not in stream.open()
 
 
-def test_unchanged_sends_what_is_valid_by_now(stream: Stream) -> None:
+def test_unchanged_sends_what_is_valid_by_now(registry: Registry, stream: Stream) -> None:
     later = instant(NOW + 2 * DAY)
-    report = replay_unchanged(stream.engine, now=later)
+    report = replay_unchanged(stream.engine, registry, now=later)
     assert report.sent == 1
     assert report.left_out == {"bad viewer_id": 1, "negative watch_duration_sec": 1, "not valid JSON": 2}
     assert stream.books() == (8, 2, 5, 1)
-    assert replay_unchanged(stream.engine, "view_events", now=later).sent == 0
+    assert replay_unchanged(stream.engine, registry, "view_events", now=later).sent == 0
 
 
-def test_what_was_erased_after_the_export_does_not_come_back(stream: Stream, tmp_path: Path) -> None:
+def test_what_was_erased_after_the_export_does_not_come_back(
+    registry: Registry, stream: Stream, tmp_path: Path
+) -> None:
     file = tmp_path / "rejected.jsonl"
     export_rejected(stream.engine, file)
     rewrite(file, corrected(file))
@@ -216,16 +226,16 @@ def test_what_was_erased_after_the_export_does_not_come_back(stream: Stream, tmp
         session.execute("update raw_view_events set data = %s where source_offset = 3", (b'{"erased":true}',))
     stream.refresh()
     with pytest.raises(ReplayError) as refused:
-        replay_file(stream.engine, file, now=AT)
+        replay_file(stream.engine, registry, file, now=AT)
     assert refused.value.problems == ((1, "its subject was erased after the export: remove the line"),)
-    assert replay_file(stream.engine, file, now=AT, skip_invalid=True).sent == 4
+    assert replay_file(stream.engine, registry, file, now=AT, skip_invalid=True).sent == 4
     # Nothing is wrong with what an erasure left, so it waits for nobody.
     assert stream.open() == {}
     assert rejected_counts(stream.engine)["view_events"]["erased"] == 1
 
 
 def test_an_interruption_before_the_note_is_completed_by_the_same_command(
-    stream: Stream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    registry: Registry, stream: Stream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "rejected.jsonl"
     export_rejected(stream.engine, file)
@@ -237,24 +247,26 @@ def test_an_interruption_before_the_note_is_completed_by_the_same_command(
     with monkeypatch.context() as patch:
         patch.setattr(RawStore, "remember_replayed", away)
         with pytest.raises(RawStoreError):
-            replay_file(stream.engine, file, now=AT)
-    replay_file(stream.engine, file, now=AT)
+            replay_file(stream.engine, registry, file, now=AT)
+    replay_file(stream.engine, registry, file, now=AT)
     assert stream.books() == (12, 6, 5, 1)
     assert stream.open() == {}
 
 
-def test_messages_go_where_the_raw_tables_are_filled_from(stream: Stream, tmp_path: Path) -> None:
+def test_messages_go_where_the_raw_tables_are_filled_from(
+    registry: Registry, stream: Stream, tmp_path: Path
+) -> None:
     sent: list[tuple[str, bytes]] = []
 
-    def deliver(topic: Topic, batch: list[RawMessage]) -> int:
+    def deliver(topic: TopicDeclaration, batch: list[RawMessage]) -> int:
         sent.extend((topic.name, message.data) for message in batch)
         return len(batch)
 
     file = tmp_path / "rejected.jsonl"
     export_rejected(stream.engine, file, reason="bad viewer_id")
     file.write_text(file.read_text().replace('"twelve"', "12"))
-    assert replay_file(stream.engine, file, now=AT, deliver=deliver).sent == 1
-    assert replay_file(stream.engine, file, now=AT, deliver=deliver).already_replayed == 1
+    assert replay_file(stream.engine, registry, file, now=AT, deliver=deliver).sent == 1
+    assert replay_file(stream.engine, registry, file, now=AT, deliver=deliver).already_replayed == 1
     assert sent == [("view_events", BODIES[2].replace(b'"twelve"', b"12"))]
     assert stream.books()[0] == 7
     assert "bad viewer_id" not in stream.open()

@@ -13,15 +13,17 @@ import psycopg
 import pytest
 from oracle import DAY, SECOND, Message, millis
 from relations import insert_events, instant, materialized_views, refresh
+from shipped import REGISTRY
 from streams import NOW
 
+from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.engine.dbt import Dbt
-from dagster_prefs.events.canaries import CanaryKey, canary_key
+from dagster_prefs.events.canaries import CanaryKey, canary_events, canary_key
 from dagster_prefs.events.raw import RawStoreError
 from dagster_prefs.events.rejected import rejected_counts
 from dagster_prefs.events.replay import ReplayError, export_rejected, replay_file, replay_unchanged
-from dagster_prefs.freshness.canary import canary_messages, send_canary
+from dagster_prefs.freshness.canary import send_canary
 
 AT = NOW - 60 * SECOND
 FOREIGN = CanaryKey("feedfeedfeedfeed", "ab" * 32)
@@ -115,7 +117,7 @@ def test_no_source_brings_a_reserved_id_in(bench: Bench) -> None:
 
 
 def test_the_canary_of_the_probe_counts_on_every_topic(bench: Bench) -> None:
-    send_canary(bench.engine, instant(AT))
+    send_canary(bench.engine, REGISTRY, instant(AT))
     bench.refresh()
     assert bench.reasons() == []
     assert {topic: bench.typed(topic) for topic in TYPED} == dict.fromkeys(TYPED, 1)
@@ -162,8 +164,8 @@ def test_a_copied_canary_that_buys_is_nobodys_pair(bench: Bench) -> None:
 
 
 def test_canaries_of_another_deployment_are_nobodys_business(bench: Bench) -> None:
-    for topic, body in canary_messages(instant(AT), FOREIGN).items():
-        bench.send(topic, body)
+    for topic, body in canary_events(REGISTRY, FOREIGN, instant(AT)).items():
+        bench.send(topic, json.loads(body))
     bench.send("view_events", view(-1, event_id=FOREIGN.event_id(1).replace("feed", "beef")))
     bench.refresh()
     assert {reason for _, reason in bench.reasons()} == {"canary of another deployment"}
@@ -198,15 +200,15 @@ def test_a_deployment_has_one_key_until_it_is_deleted(bench: Bench) -> None:
 
 def test_a_database_without_the_table_is_told_what_to_run(engine: EngineConnection) -> None:
     with pytest.raises(RawStoreError, match=r"no table canary_keys .* make it with `dbt run`"):
-        send_canary(engine, instant(AT))
+        send_canary(engine, REGISTRY, instant(AT))
 
 
-def test_a_replay_is_never_the_probe(bench: Bench, tmp_path: Path) -> None:
+def test_a_replay_is_never_the_probe(registry: Registry, bench: Bench, tmp_path: Path) -> None:
     """Neither a rejected canary as it is, nor a correction that takes the id of a genuine one."""
     bench.send("view_events", view(-1))
     bench.send("view_events", view(-1, event_id=FOREIGN.event_id(AT // 1000)))
     bench.refresh()
-    assert replay_unchanged(bench.engine, now=instant(NOW)).left_out == {"reserved viewer_id": 1}
+    assert replay_unchanged(bench.engine, registry, now=instant(NOW)).left_out == {"reserved viewer_id": 1}
     exported = tmp_path / "rejected.jsonl"
     assert export_rejected(bench.engine, exported) == 1
     line = json.loads(exported.read_text())
@@ -216,14 +218,14 @@ def test_a_replay_is_never_the_probe(bench: Bench, tmp_path: Path) -> None:
     ):
         exported.write_text(json.dumps(line | {"payload": view(-1, event_id=identity)}) + "\n")
         with pytest.raises(ReplayError) as refused:
-            replay_file(bench.engine, exported, now=instant(NOW))
+            replay_file(bench.engine, registry, exported, now=instant(NOW))
         assert refused.value.problems == ((1, reason),)
     exported.write_text(json.dumps(line | {"payload": view(7)}) + "\n")
-    assert replay_file(bench.engine, exported, now=instant(NOW)).sent == 1
+    assert replay_file(bench.engine, registry, exported, now=instant(NOW)).sent == 1
 
 
 def test_no_secret_leaves_the_table(bench: Bench, dbt_target: Path) -> None:
-    send_canary(bench.engine, instant(AT))
+    send_canary(bench.engine, REGISTRY, instant(AT))
     bench.refresh()
     secret = canary_key(bench.engine).secret
     assert bench.rows(f"select 1 from deployments where strpos(deployments::text, '{secret}') > 0") == []

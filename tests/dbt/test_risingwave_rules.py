@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import sqlglot
+from shipped import TILE_TABLES
 from sqlglot import exp
 from sqlglot.errors import SqlglotError
 from workshop import PROJECT
@@ -22,7 +23,6 @@ from workshop import PROJECT
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.engine.dbt import Dbt
 from dagster_prefs.engine.plan import catalog_kind
-from dagster_prefs.offline.tables import TILE_TABLES
 
 Rule = Callable[[str], list[str]]
 KEYS = ["viewer_id", "domain_key"]

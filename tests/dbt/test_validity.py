@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Mapping
 from datetime import timedelta
 from operator import itemgetter
 from pathlib import Path
@@ -15,11 +17,10 @@ from oracle import CANARY_KEYS, HOUR, TOPICS, Message, parse
 from relations import instant
 from streams import NOW, bodies
 
+from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.events.canaries import CanaryKey
-from dagster_prefs.events.fields import MAX_MESSAGE_BYTES, PLAUSIBLE_YEARS
-from dagster_prefs.events.formats import FUTURE_TOLERANCE
-from dagster_prefs.events.formats import TOPICS as FORMATS
-from dagster_prefs.events.validity import EVENT_TYPES, rejection_reason
+from dagster_prefs.events.messages import Topic
+from dagster_prefs.events.validity import rejection_reason
 
 KEYS = [CanaryKey(deployment, secret) for deployment, secret in CANARY_KEYS.items()]
 
@@ -30,9 +31,9 @@ def judged_by_oracle(topic: str, body: bytes) -> str | None:
 
 @settings(deadline=None, max_examples=600)
 @given(st.sampled_from(TOPICS).flatmap(lambda topic: st.tuples(st.just(topic), bodies(topic))))
-def test_reason_is_the_oracles(drawn: tuple[str, bytes]) -> None:
+def test_reason_is_the_oracles(topics: Mapping[str, Topic], drawn: tuple[str, bytes]) -> None:
     topic, body = drawn
-    assert rejection_reason(body, FORMATS[topic], instant(NOW), KEYS) == judged_by_oracle(topic, body)
+    assert rejection_reason(body, topics[topic], instant(NOW), KEYS) == judged_by_oracle(topic, body)
 
 
 VIEW = {"event_id": "e1", "viewer_id": 1, "watched_at": "2026-03-15T00:00:00Z"}
@@ -96,15 +97,15 @@ VIEW = {"event_id": "e1", "viewer_id": 1, "watched_at": "2026-03-15T00:00:00Z"}
         ({"watched_at": "2026-03-14t10:00:00.123456789z"}, None),
     ],
 )
-def test_rules_of_views(changes: dict[str, object], reason: str | None) -> None:
+def test_rules_of_views(topics: Mapping[str, Topic], changes: dict[str, object], reason: str | None) -> None:
     body = json.dumps(VIEW | changes).encode()
-    assert rejection_reason(body, FORMATS["view_events"], instant(NOW)) == reason
+    assert rejection_reason(body, topics["view_events"], instant(NOW)) == reason
     assert judged_by_oracle("view_events", body) == reason
 
 
 @pytest.mark.parametrize("body", [b'{"event_id": 1e999999999}', b'{"a": NaN}', b'"\\ud800"', b"\xff", b"[1"])
-def test_what_no_engine_reads_is_not_json(body: bytes) -> None:
-    assert rejection_reason(body, FORMATS["items"], instant(NOW)) == "not valid JSON"
+def test_what_no_engine_reads_is_not_json(topics: Mapping[str, Topic], body: bytes) -> None:
+    assert rejection_reason(body, topics["items"], instant(NOW)) == "not valid JSON"
 
 
 PROJECT = Path(__file__).resolve().parents[2] / "dbt_project"
@@ -121,33 +122,44 @@ PLACE = {
 }
 
 
-def test_event_types_are_those_of_the_weights() -> None:
-    assert EVENT_TYPES["user.events"] == set(VARS["interaction_weights"])
+def test_event_types_are_those_of_the_weights(registry: Registry) -> None:
+    accepted = registry.topics["user.events"].by_name["event_type"].accepted
+    assert accepted == tuple(VARS["interaction_weights"])
 
 
-def test_bounds_of_every_message_are_those_of_the_project() -> None:
-    assert VARS["plausible_years"] == dict(zip(("first", "last"), PLAUSIBLE_YEARS, strict=True))
-    assert timedelta(hours=VARS["future_tolerance_hours"]) == FUTURE_TOLERANCE
-    assert VARS["max_message_bytes"] == MAX_MESSAGE_BYTES
+def test_bounds_of_every_message_are_those_of_the_project(topics: Mapping[str, Topic]) -> None:
+    for topic in topics.values():
+        years = topic.limits.years
+        assert VARS["plausible_years"] == {"first": years.first, "last": years.last}
+        assert timedelta(hours=VARS["future_tolerance_hours"]) == topic.limits.future_tolerance
+        assert VARS["max_message_bytes"] == topic.limits.max_bytes
 
 
 @pytest.mark.parametrize("topic", TOPICS)
-def test_fields_are_those_that_the_parsed_model_declares(topic: str) -> None:
-    name = FORMATS[topic].raw_table.removeprefix("raw_") + "_parsed"
-    (model,) = yaml.safe_load((PROJECT / "models" / "events" / f"{name}.yml").read_text())["models"]
+def test_fields_are_those_that_the_parsed_model_declares(topics: Mapping[str, Topic], topic: str) -> None:
+    name = topics[topic].parsed
+    (model,) = yaml.safe_load((PROJECT / "models" / "generated" / "events" / f"{name}.yml").read_text())[
+        "models"
+    ]
     spelled = {"minimum": "min", "maximum": "max"}
     declared = [
         {"type": column["data_type"], **column.get("config", {}).get("meta", {})} | {"name": column["name"]}
         for column in model["columns"]
         if column["name"] not in PLACE
     ]
+    for column in declared:
+        accepted = column.pop("accepted", None) or VARS.get(column.pop("accepted_from", None))
+        if accepted:
+            assert topics[topic].by_name[column["name"]].accepted == tuple(accepted)
     ours = [
         {
             spelled.get(key, key): value
-            for key, value in vars(field).items()
-            if value is not None and value is not False
+            for key, value in dataclasses.asdict(field).items()
+            if key in ("name", "type", "optional", "max_bytes", "scale", "minimum", "maximum")
+            and value is not None
+            and value is not False
         }
-        for field in FORMATS[topic].declared
+        for field in topics[topic].fields
     ]
     # The order in which optional fields are judged is that of their declaration.
     assert [column for column in declared if column.get("optional")] == [

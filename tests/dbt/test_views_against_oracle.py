@@ -16,6 +16,7 @@ from relations import differences, insert_events, instant, materialized_views, r
 from streams import MIDNIGHT, NOW, messages
 from workshop import assert_all_ok
 
+from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.engine.dbt import Dbt
 
@@ -104,7 +105,9 @@ def test_time_passes_without_an_event(
 @given(
     stream=messages(max_size=40),
     erased=st.dictionaries(
-        st.sampled_from([("viewer", "1"), ("viewer", "-1"), ("viewer", "u1"), ("user", "u1"), ("user", "1")]),
+        st.sampled_from(
+            [("viewer", "1"), ("viewer", "-1"), ("viewer", "u1"), ("shop_user", "u1"), ("shop_user", "1")]
+        ),
         st.integers(NOW - 30 * DAY, NOW),
         max_size=4,
     ),
@@ -216,10 +219,12 @@ def test_fingerprint_sees_any_change_and_no_order(session: psycopg.Connection, o
 
 
 @pytest.mark.skipif(not SAMPLE.exists(), reason=f"the REES46 sample is not at {SAMPLE.name} in shared/data")
-def test_real_shop_events(session: psycopg.Connection, deployed: EngineConnection, order: list[str]) -> None:
+def test_real_shop_events(
+    registry: Registry, session: psycopg.Connection, deployed: EngineConnection, order: list[str]
+) -> None:
     """The public sample, through the product's own reader of files."""
     ingest = pytest.importorskip("dagster_prefs.events.ingest")
-    ingest.ingest_file(deployed, SAMPLE, topic="user.events")
+    ingest.ingest_file(deployed, registry, SAMPLE, topic="user.events")
     rows = session.execute(
         "select source, source_partition, source_offset, data,"
         " (extract(epoch from arrived_at) * 1000000)::bigint from raw_user_events"

@@ -11,7 +11,7 @@
 
 {# The topic's name in Kafka; PREFS_KAFKA_TOPIC_USER_EVENTS and the like change it. #}
 {% macro kafka_topic(topic) -%}
-  {%- set variable = "PREFS_KAFKA_TOPIC_" ~ topic | replace(".", "_") | upper -%}
+  {%- set variable = "PREFS_KAFKA_TOPIC_" ~ topic | replace(".", "_") | replace("-", "_") | upper -%}
   {%- set name = env_var(variable, topic) or topic -%}
   {#- `${…}` in it would be taken for what is put in when the statement runs. -#}
   {%- if not modules.re.fullmatch("[A-Za-z0-9._-]{1,249}", name) -%}

@@ -98,7 +98,7 @@
   {%- set foreign = [] -%}
   {%- for name, columns in {
     "deployments": ["relation", "checksum", "definition", "invocation_id"],
-    "online_published": ["table_id", "domain_key", "viewer_id", "fingerprint"],
+    "online_published": ["table_id", "domain_key", "entity_key", "fingerprint"],
     "raw_arrivals": ["relation", "source", "source_partition", "first_offset", "last_offset", "messages"],
   }.items() -%}
     {%- set there = run_query(
@@ -186,15 +186,21 @@
 
 {% macro contract_fragment() -%}
   {%- set fragment = {"exposures": {}, "nodes": {}} -%}
-  {%- for id, exposure in graph.exposures.items() if exposure.config.meta.contract -%}
-    {%- do fragment.exposures.update({id: {"name": exposure.name, "config": {"meta": {"contract": exposure.config.meta.contract}}}}) -%}
+  {#- `prefs generate` resolves what declarations leave out: the contract's head, and the domain that each sink publishes. -#}
+  {%- set found = namespace(domain=config.get("meta").domain) -%}
+  {%- for id, node in graph.nodes.items() if node.resource_type == "model" -%}
+    {%- if node.config.meta.contract -%}
+      {%- do fragment.exposures.update({id: {"name": node.name, "config": {"meta": {"contract": node.config.meta.contract}}}}) -%}
+    {%- elif node.config.meta.publishes and model.unique_id in node.depends_on.nodes -%}
+      {%- set found.domain = node.config.meta.publishes -%}
+    {%- endif -%}
   {%- endfor -%}
   {%- set columns = {} -%}
   {%- for column in model.columns.values() -%}
     {%- do columns.update({column.name: {"data_type": column.data_type, "description": column.description}}) -%}
   {%- endfor -%}
   {%- do fragment.nodes.update({model.unique_id: {
-    "name": model.name, "resource_type": "model", "columns": columns, "config": {"meta": {"domain": config.get("meta").domain}}
+    "name": model.name, "resource_type": "model", "columns": columns, "config": {"meta": {"domain": found.domain}}
   }}) -%}
   {%- for id, node in graph.nodes.items() if node.resource_type == "test" and node.attached_node == model.unique_id -%}
     {%- do fragment.nodes.update({id: {

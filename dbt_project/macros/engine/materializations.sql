@@ -228,7 +228,7 @@
   {% do engine_lock() %}
   {{ run_hooks(pre_hooks, inside_transaction=True) }}
   {% do run_query(
-    "create table if not exists " ~ target.schema ~ ".online_published (table_id text, domain_key text, viewer_id bigint, fingerprint text not null, primary key (table_id, domain_key, viewer_id))"
+    "create table if not exists " ~ target.schema ~ ".online_published (table_id text, domain_key text, entity_key text, fingerprint text not null, primary key (table_id, domain_key, entity_key))"
   ) %}
   {% do put_plain_view(relation) %}
   {% do describe(relation) %}

@@ -54,24 +54,29 @@ create table {{ this }} (
 {%- endmacro %}
 
 {#
-  An index on the column that freshness reads the newest value of (`meta.time`), newest first, with the columns that the
+  An index on the column that freshness reads the newest value of (`meta.time`, or a topic's time), newest first, with the columns that the
   reading filters by (`meta.time_include`), so that a look costs the same however many rows there are. It is made where it
   is missing, without a rebuild. RisingWave copies every column into an index that includes none by name.
 #}
 {% macro index_time() -%}
   {%- set meta = config.get("meta", {}) -%}
-  {%- if execute and meta.time and run_query(
+  {%- if execute and time_column() and run_query(
     "select 1 from pg_class c join pg_namespace n on n.oid = c.relnamespace where n.nspname = '" ~ this.schema
     ~ "' and c.relname = '" ~ time_index(this) ~ "'"
   ).rows | length == 0 -%}
-    create index "{{ time_index(this) }}" on {{ this }} ("{{ meta.time }}" desc) include ("{{ meta.get("time_include", [meta.time]) | join('", "') }}")
+    create index "{{ time_index(this) }}" on {{ this }} ("{{ time_column() }}" desc) include ("{{ meta.get("time_include", [time_column()]) | join('", "') }}")
   {%- else -%}
     select 1
   {%- endif -%}
 {%- endmacro %}
 
+{% macro time_column() -%}
+  {%- set meta = config.get("meta", {}) -%}
+  {{ return(meta.get("time") or meta.get("topic", {}).get("time")) }}
+{%- endmacro %}
+
 {% macro time_index(relation) -%}
-  {{ return(relation.identifier ~ "_by_" ~ config.get("meta", {}).get("time")) }}
+  {{ return(relation.identifier ~ "_by_" ~ time_column()) }}
 {%- endmacro %}
 
 {#
@@ -97,16 +102,16 @@ create table {{ this }} (
   {{ return(none) }}
 {%- endmacro %}
 
-{# The sink of one domain: DDL on RisingWave (a sink, or what the changefeed reads), on the embedded engine a view. #}
-{% macro dynamodb_sink(relation) -%}
-  {{ return(adapter.dispatch("dynamodb_sink")(relation)) }}
+{# The sink of one domain of an entity: DDL on RisingWave (a sink, or what the changefeed reads), on the embedded engine a view. #}
+{% macro dynamodb_sink(relation, entity) -%}
+  {{ return(adapter.dispatch("dynamodb_sink")(relation, entity)) }}
 {%- endmacro %}
 
-{% macro postgres__dynamodb_sink(relation) -%}
+{% macro postgres__dynamodb_sink(relation, entity) -%}
 select * from {{ relation }}
 {%- endmacro %}
 
-{% macro risingwave__dynamodb_sink(relation) -%}
+{% macro risingwave__dynamodb_sink(relation, entity) -%}
 {%- if env_var("PREFS_PUBLISH", "auto") == "publisher" -%}
 select * from {{ relation }}
 {%- elif env_var("PREFS_PUBLISH", "auto") == "changefeed" -%}
@@ -116,8 +121,8 @@ with (retention = '{{ (env_var("PREFS_CHANGEFEED_RETENTION_HOURS", "24") or "24"
 create sink {{ this }} from {{ relation }}
 with (
   connector = 'dynamodb',
-  table = {{ text_literal(env_var("PREFS_TABLE_PREFIX", "") ~ "viewer_profiles") }},
-  primary_key = 'viewer_id,domain_key',
+  table = {{ text_literal(env_var("PREFS_TABLE_PREFIX", "") ~ entity_of(entity).table) }},
+  primary_key = '{{ first_key(entity) }},domain_key',
   aws.region = {{ text_literal(env_var("AWS_REGION", "eu-central-1") or "eu-central-1") }}
   {%- if env_var("AWS_ENDPOINT_URL", "") %},
   aws.endpoint_url = {{ text_literal(env_var("AWS_ENDPOINT_URL")) }}
@@ -142,10 +147,10 @@ with (
   as files that few readers apply, so the sink writes to a branch and the compactor carries whole rows over to main.
   Catalog and table are those of the export (PREFS_ICEBERG_*), which makes the table beforehand.
 #}
-{% macro iceberg_sink(relation, table, key) -%}
+{% macro iceberg_sink(relation, entity, table, key) -%}
 {%- set catalog = env_var("PREFS_ICEBERG_CATALOG", "glue") -%}
 create sink {{ this }} as
-select * from {{ relation }} where {{ of_people("viewer_id") }}
+select * from {{ relation }} where {{ of_people(first_key(entity)) }}
 with (
   connector = 'iceberg',
   type = 'upsert',

@@ -2,7 +2,7 @@ with final as (
 
   select
     viewer_id,
-    'engagement#interactions'::text as domain_key,
+    {{ domain_key() }} as domain_key,
     sum(likes)::bigint as likes_28d,
     sum(shares)::bigint as shares_28d,
     sum(searches)::bigint as searches_28d,

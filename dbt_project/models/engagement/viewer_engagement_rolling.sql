@@ -28,7 +28,7 @@ final as (
 
   select
     long_window.viewer_id,
-    'engagement#watch'::text as domain_key,
+    {{ domain_key() }} as domain_key,
     {{ minutes("coalesce(short_window.watch_seconds, 0)") }} as watch_minutes_7d,
     {{ minutes("long_window.watch_seconds") }} as watch_minutes_28d,
     coalesce(short_window.titles, 0)::bigint as titles_7d,

@@ -55,7 +55,7 @@ final as (
 
   select
     totals.viewer_id,
-    'engagement#preferences'::text as domain_key,
+    {{ domain_key() }} as domain_key,
     favorites.favorite_genre,
     favorites.favorite_genres,
     favorites.favorite_genre_shares,

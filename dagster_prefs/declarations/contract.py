@@ -1,0 +1,758 @@
+"""The serving contract: what a service may rely on, as the project's registry holds it.
+
+The contract is declared beside the rolling views in dbt YAML and generated from dbt's manifest into `registry.json`;
+Terraform, provisioning, publisher, reader and checks all read that file.
+"""
+
+from __future__ import annotations
+
+import json
+import keyword
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, cast, get_args
+
+from dagster_prefs.errors import PrefsError, excerpt
+
+REGISTRY = "registry.json"
+
+AttributeType = Literal["integer", "decimal", "float", "string", "list<string>", "list<decimal>"]
+KeyType = Literal["N", "S"]
+
+LAST_EVENT_AT = "last_event_at"
+
+SQL_TYPES: Mapping[str, AttributeType] = MappingProxyType(
+    {
+        "bigint": "integer",
+        "int8": "integer",
+        "integer": "integer",
+        "int": "integer",
+        "int4": "integer",
+        "smallint": "integer",
+        "numeric": "decimal",
+        "decimal": "decimal",
+        "double precision": "float",
+        "float8": "float",
+        "real": "float",
+        "text": "string",
+        "varchar": "string",
+        "character varying": "string",
+        "text[]": "list<string>",
+        "varchar[]": "list<string>",
+        "character varying[]": "list<string>",
+        "numeric[]": "list<decimal>",
+        "decimal[]": "list<decimal>",
+    }
+)
+
+_COLD_STARTS: Mapping[AttributeType, Callable[[], Any]] = MappingProxyType(
+    {
+        "integer": int,
+        "decimal": lambda: Decimal(0),
+        "float": float,
+        "string": str,
+        "list<string>": list,
+        "list<decimal>": list,
+    }
+)
+
+# DynamoDB's own ceiling for one item.
+DYNAMODB_ITEM_BYTES = 409_600
+
+# What a profile has by itself, so that `profile.<domain>` would be ambiguous.
+PROFILE_NAMES = frozenset(
+    {
+        "as_dict",
+        "classes",
+        "cold_start",
+        "domain",
+        "entity",
+        "failure",
+        "id",
+        "key",
+        "partial",
+        "reads",
+        "values",
+    }
+)
+
+
+class ContractError(PrefsError):
+    """The contract is malformed, or a change of it is not allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Freshness:
+    """Staleness in seconds from which to warn, and from which the promise is broken."""
+
+    warn_seconds: float
+    error_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Attribute:
+    """One attribute of a domain's item."""
+
+    type: AttributeType
+    nullable: bool
+    description: str
+
+
+@dataclass(frozen=True, slots=True)
+class KeyAttribute:
+    """A key attribute of a table; `type` as DynamoDB spells it."""
+
+    name: str
+    type: KeyType
+
+    def typed(self, value: int | str) -> dict[str, str]:
+        """The value in DynamoDB's typed JSON."""
+        return {self.type: str(value)}
+
+    @property
+    def sql_type(self) -> str:
+        """The type of its column on either engine."""
+        return "bigint" if self.type == "N" else "varchar"
+
+    def value_of(self, item: Mapping[str, Mapping[str, Any]]) -> int | str:
+        """The value in an item or key in DynamoDB's typed JSON; raises KeyError or ValueError where it has none."""
+        text: str = item[self.name][self.type]
+        return int(text) if self.type == "N" else text
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The DynamoDB table of one entity; `name` is without the environment's prefix."""
+
+    name: str
+    partition_key: KeyAttribute
+    sort_key: KeyAttribute
+    max_item_bytes: int
+    ttl_attribute: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Domain:
+    """One item per entity's key: `key` is its sort key, `name` what Python calls it."""
+
+    key: str
+    name: str
+    entity: str
+    relation: str
+    sink: str
+    owner: str
+    description: str
+    freshness: Freshness
+    attributes: Mapping[str, Attribute]
+
+
+@dataclass(frozen=True, slots=True)
+class FreshnessThresholds:
+    """Thresholds outside the domains: per topic, for every view, for the export and for the canary."""
+
+    topics: Mapping[str, Freshness]
+    views: Freshness
+    export: Freshness
+    canary: Freshness
+
+
+@dataclass(frozen=True, slots=True)
+class Contract:
+    """The whole serving contract.
+
+    `tables` maps entities to tables, `domains` maps domain keys (`learning#progress`) to domains; both are empty in a
+    project that serves no profiles.
+    """
+
+    version: int
+    owner: str
+    tables: Mapping[str, Table]
+    domains: Mapping[str, Domain]
+    freshness: FreshnessThresholds
+    _names: Mapping[str, Domain] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        names = MappingProxyType({domain.name: domain for domain in self.domains.values()})
+        object.__setattr__(self, "_names", names)
+
+    def domain(self, name_or_key: str) -> Domain:
+        """The domain of that key (`learning#progress`) or name (`progress`).
+
+        Raises ContractError naming the known domains.
+        """
+        found = self.domains.get(name_or_key) or self._names.get(name_or_key)
+        if found is None:
+            known = ", ".join(self._names)
+            raise ContractError(f"unknown domain {excerpt(name_or_key)}: the contract has {known}")
+        return found
+
+    def table_of(self, domain: Domain) -> Table:
+        """The table that holds a domain's items."""
+        return self.tables[domain.entity]
+
+    def domains_of(self, entity: str) -> tuple[Domain, ...]:
+        """The domains of one entity, in the contract's order."""
+        return tuple(domain for domain in self.domains.values() if domain.entity == entity)
+
+
+def cold_start(name: str, attribute: Attribute) -> Any:
+    """What is served for an attribute while nothing is known: NULL where it may be, else the type's zero or nothing.
+
+    Nothing is known of a newest event either.
+    """
+    if attribute.nullable or name == LAST_EVENT_AT:
+        return None
+    return _COLD_STARTS[attribute.type]()
+
+
+def load_contract(path: Path) -> Contract:
+    """Read and validate the contract of a registry file, or of the registry in a project's folder.
+
+    Raises ContractError naming the file, the place in it and the rule.
+    """
+    path = path if path.suffix == ".json" else path / REGISTRY
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ContractError(f"the registry {path} cannot be read ({reason}): run `prefs generate`") from None
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise ContractError(f"the registry {path} is not JSON ({error}): run `prefs generate`") from None
+    try:
+        if not isinstance(content, dict) or "contract" not in content:
+            raise ContractError("it has no contract")
+        return parse_contract(content["contract"])
+    except ContractError as error:
+        raise ContractError(f"the registry {path} is not valid: {error}") from None
+
+
+def parse_contract(content: object) -> Contract:
+    """Validate the decoded JSON of a contract.
+
+    Raises ContractError naming the first place that breaks a rule, and the rule.
+    """
+    root = _object(content, "the contract", {"version", "owner", "tables", "domains", "freshness"})
+    version = _integer(root["version"], "version", minimum=1)
+    tables = _tables(root["tables"])
+    domains = {
+        key: _domain(key, value, tables) for key, value in _mapping(root["domains"], "domains").items()
+    }
+    for entity in tables:
+        if not any(domain.entity == entity for domain in domains.values()):
+            raise ContractError(
+                f"tables.{entity}: no domain is of entity {entity}: remove the table, or declare one"
+            )
+    for attribute in ("name", "relation", "sink"):
+        values = [getattr(domain, attribute) for domain in domains.values()]
+        twice = sorted({value for value in values if values.count(value) > 1})
+        if twice:
+            raise ContractError(f"domains: {attribute} {twice[0]!r} is used twice; each domain needs its own")
+    place = "freshness"
+    thresholds = _object(root["freshness"], place, {"topics", "views", "export", "canary"})
+    freshness = FreshnessThresholds(
+        topics=_thresholds(thresholds["topics"], f"{place}.topics"),
+        views=_freshness(thresholds["views"], f"{place}.views"),
+        export=_freshness(thresholds["export"], f"{place}.export"),
+        canary=_freshness(thresholds["canary"], f"{place}.canary"),
+    )
+    return Contract(
+        version=version,
+        owner=_text(root["owner"], "owner"),
+        tables=MappingProxyType(tables),
+        domains=MappingProxyType(domains),
+        freshness=freshness,
+    )
+
+
+def render_contract(contract: Contract | Mapping[str, Any]) -> str:
+    """The contract as stable JSON: domains by key, attributes as declared, one trailing newline."""
+    content = contract_dict(contract) if isinstance(contract, Contract) else contract
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def contract_dict(contract: Contract) -> dict[str, Any]:
+    """The JSON form of a contract; `parse_contract` reads it back equal."""
+    return {
+        "version": contract.version,
+        "owner": contract.owner,
+        "tables": {
+            entity: {
+                "name": table.name,
+                "partition_key": {"name": table.partition_key.name, "type": table.partition_key.type},
+                "sort_key": {"name": table.sort_key.name, "type": table.sort_key.type},
+                "max_item_bytes": table.max_item_bytes,
+                "ttl_attribute": table.ttl_attribute,
+            }
+            for entity, table in contract.tables.items()
+        },
+        "domains": {
+            key: {
+                "name": domain.name,
+                "entity": domain.entity,
+                "relation": domain.relation,
+                "sink": domain.sink,
+                "owner": domain.owner,
+                "description": domain.description,
+                "freshness": _freshness_dict(domain.freshness),
+                "attributes": {
+                    name: {
+                        "type": attribute.type,
+                        "nullable": attribute.nullable,
+                        "description": attribute.description,
+                    }
+                    for name, attribute in domain.attributes.items()
+                },
+            }
+            for key, domain in sorted(contract.domains.items())
+        },
+        "freshness": {
+            "topics": {
+                name: _freshness_dict(value) for name, value in sorted(contract.freshness.topics.items())
+            },
+            "views": _freshness_dict(contract.freshness.views),
+            "export": _freshness_dict(contract.freshness.export),
+            "canary": _freshness_dict(contract.freshness.canary),
+        },
+    }
+
+
+def build_contract(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Build the contract from dbt's `manifest.json`.
+
+    A model with `config.meta.domain` = {key, name, entity, sink, owner, description, freshness} is a domain, and
+    its columns (data_type, description, a `not_null` test or constraint) are the attributes; `entity` may be left
+    out where there is one table. The one exposure with `config.meta.contract` = {version, owner, tables, freshness}
+    gives the rest.
+
+    Raises ContractError naming the model or exposure, the rule and the remedy.
+    """
+    manifest = _resolved(manifest)
+    tables: dict[str, Any] | None = None
+    head: dict[str, Any] = {}
+    source = ""
+    for exposure in manifest.get("exposures", {}).values():
+        declared = _meta(exposure).get("contract")
+        if declared is None:
+            continue
+        if tables is not None:
+            raise ContractError(
+                f"exposures {source} and {exposure['name']} both declare meta.contract: keep one of them"
+            )
+        source = str(exposure["name"])
+        head = _object(
+            declared, f"exposure {source}: meta.contract", {"version", "owner", "tables", "freshness"}
+        )
+        tables = _mapping(head["tables"], f"exposure {source}: meta.contract.tables")
+    if tables is None:
+        raise ContractError(
+            "the manifest has no exposure with meta.contract: declare version, owner, tables, freshness there"
+        )
+    keys = _tables(tables)
+    tested = {
+        (node.get("attached_node"), node.get("column_name"))
+        for node in manifest.get("nodes", {}).values()
+        if (node.get("test_metadata") or {}).get("name") == "not_null"
+    }
+    domains: dict[str, Any] = {}
+    for unique_id, node in manifest.get("nodes", {}).items():
+        declared = _meta(node).get("domain")
+        if declared is None or node.get("resource_type") != "model":
+            continue
+        not_null = {
+            name
+            for name, column in node.get("columns", {}).items()
+            if (unique_id, name) in tested
+            or any(constraint.get("type") == "not_null" for constraint in column.get("constraints", []))
+        }
+        key, domain = _declared_domain(node, declared, keys, not_null)
+        if key in domains:
+            raise ContractError(
+                f"models {domains[key]['relation']} and {domain['relation']} both declare domain {key}: "
+                "rename one of them"
+            )
+        domains[key] = domain
+    content = {
+        "version": head["version"],
+        "owner": head["owner"],
+        "tables": tables,
+        "domains": domains,
+        "freshness": head["freshness"],
+    }
+    return contract_dict(parse_contract(content))
+
+
+def _resolved(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A manifest in which `prefs generate` has filled in what declarations leave out; others as they are.
+
+    The generated model `deployments` has the contract's head in its meta, and each sink what it `publishes`.
+    """
+    nodes = dict(manifest.get("nodes", {}))
+    heads = {
+        id_: {"name": node["name"], "config": {"meta": {"contract": _meta(node)["contract"]}}}
+        for id_, node in nodes.items()
+        if "contract" in _meta(node)
+    }
+    for sink in manifest.get("nodes", {}).values():
+        if published := _meta(sink).get("publishes"):
+            for id_ in sink.get("depends_on", {}).get("nodes", []):
+                if id_ in nodes:
+                    nodes[id_] = {
+                        **nodes[id_],
+                        "config": {"meta": {**_meta(nodes[id_]), "domain": published}},
+                    }
+    return {"exposures": heads or manifest.get("exposures", {}), "nodes": nodes}
+
+
+def deployed_contract(fragments: Sequence[Mapping[str, Any]]) -> Contract | None:
+    """The contract that the engine's records hold, one fragment of dbt's manifest a domain; None without any.
+
+    A domain that did not change keeps the fragment of an older version, so the highest version counts.
+
+    Raises ContractError when the fragments contradict each other.
+    """
+    if not fragments:
+        return None
+    heads = [exposure for fragment in fragments for exposure in fragment["exposures"].values()]
+    newest = max(heads, key=lambda exposure: int(_meta(exposure)["contract"]["version"]))
+    nodes = {id_: node for fragment in fragments for id_, node in fragment["nodes"].items()}
+    return parse_contract(build_contract({"exposures": {newest["name"]: newest}, "nodes": nodes}))
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One difference between two contracts; `path` is where, `what` a sentence."""
+
+    kind: Literal["additive", "breaking"]
+    path: str
+    what: str
+
+
+def diff_contracts(old: Contract, new: Contract) -> tuple[Change, ...]:
+    """Classify what differs, breaking changes first.
+
+    Breaking is what an existing reader does not survive: another table or key, a domain or attribute that is
+    gone, renamed or retyped, an attribute that may now be NULL, a weaker freshness promise. All else is
+    additive.
+    """
+    changes = [change for entity in old.tables for change in _entity_changes(entity, old, new)]
+    changes.extend(
+        Change("additive", f"tables.{entity}", "the table is new")
+        for entity in new.tables
+        if entity not in old.tables
+    )
+    if old.owner != new.owner:
+        changes.append(Change("additive", "owner", f"{old.owner!r} becomes {new.owner!r}"))
+    for key, domain in old.domains.items():
+        if key not in new.domains:
+            changes.append(Change("breaking", key, "the domain is removed"))
+        else:
+            changes.extend(_domain_changes(domain, new.domains[key]))
+    changes.extend(
+        Change("additive", key, "the domain is new") for key in new.domains if key not in old.domains
+    )
+    if old.freshness != new.freshness:
+        changes.append(Change("additive", "freshness", "thresholds of the pipeline differ"))
+    return tuple(sorted(changes, key=lambda change: change.kind != "breaking"))
+
+
+def check_version(old: Contract, new: Contract) -> tuple[Change, ...]:
+    """Refuse a breaking change without a higher version; return all changes.
+
+    Raises ContractError naming the breaking changes and the version to use.
+    """
+    changes = diff_contracts(old, new)
+    if new.version < old.version:
+        raise ContractError(
+            f"version {new.version} is lower than {old.version}: a contract's version never goes back"
+        )
+    breaking = [f"{change.path}: {change.what}" for change in changes if change.kind == "breaking"]
+    # A project that serves no profiles any more has no place left that could declare a version.
+    if breaking and new.domains and new.version == old.version:
+        raise ContractError(
+            f"breaking change without a new version ({'; '.join(breaking)}): "
+            f"set version to {old.version + 1} or undo it"
+        )
+    return changes
+
+
+def _entity_changes(entity: str, old: Contract, new: Contract) -> Iterator[Change]:
+    if entity in new.tables:
+        yield from _table_changes(f"tables.{entity}", old.tables[entity], new.tables[entity])
+    else:
+        yield Change("breaking", f"tables.{entity}", "the table is removed")
+
+
+def _table_changes(place: str, old: Table, new: Table) -> Iterator[Change]:
+    for name in ("name", "partition_key", "sort_key"):
+        before, after = getattr(old, name), getattr(new, name)
+        if before != after:
+            shown = [
+                f"{value.name} ({value.type})" if isinstance(value, KeyAttribute) else value
+                for value in (before, after)
+            ]
+            yield Change("breaking", f"{place}.{name}", f"{shown[0]} becomes {shown[1]}")
+    for name in ("max_item_bytes", "ttl_attribute"):
+        if getattr(old, name) != getattr(new, name):
+            yield Change("additive", f"{place}.{name}", f"{getattr(old, name)} becomes {getattr(new, name)}")
+
+
+def _domain_changes(old: Domain, new: Domain) -> Iterator[Change]:
+    if old.name != new.name:
+        yield Change("breaking", f"{old.key}.name", f"{old.name} becomes {new.name}")
+    if old.entity != new.entity:
+        yield Change("breaking", f"{old.key}.entity", f"{old.entity} becomes {new.entity}")
+    for place in ("relation", "sink", "owner", "description"):
+        if getattr(old, place) != getattr(new, place):
+            yield Change("additive", f"{old.key}.{place}", "it is changed")
+    if old.freshness != new.freshness:
+        weaker = new.freshness.error_seconds > old.freshness.error_seconds
+        yield Change(
+            "breaking" if weaker else "additive",
+            f"{old.key}.freshness",
+            f"error after {old.freshness.error_seconds} s becomes {new.freshness.error_seconds} s"
+            if old.freshness.error_seconds != new.freshness.error_seconds
+            else f"warning after {old.freshness.warn_seconds} s becomes {new.freshness.warn_seconds} s",
+        )
+    for name, before in old.attributes.items():
+        path = f"{old.key}.{name}"
+        after = new.attributes.get(name)
+        if after is None:
+            yield Change("breaking", path, "the attribute is removed")
+            continue
+        if before.type != after.type:
+            yield Change("breaking", path, f"{before.type} becomes {after.type}")
+        if before.nullable != after.nullable:
+            yield Change(
+                "breaking" if after.nullable else "additive",
+                path,
+                "it may now be NULL" if after.nullable else "it is never NULL any more",
+            )
+        if before.description != after.description:
+            yield Change("additive", path, "the description is changed")
+    for name in new.attributes:
+        if name not in old.attributes:
+            yield Change("additive", f"{old.key}.{name}", "the attribute is new")
+
+
+def _meta(node: Mapping[str, Any]) -> Mapping[str, Any]:
+    meta = node.get("config", {}).get("meta") or node.get("meta") or {}
+    return cast(Mapping[str, Any], meta)
+
+
+def _declared_domain(
+    node: Mapping[str, Any], declared: object, tables: Mapping[str, Table], not_null: set[str]
+) -> tuple[str, dict[str, Any]]:
+    model = str(node["name"])
+    place = f"model {model}: meta.domain"
+    given = _mapping(declared, place)
+    if len(tables) == 1:
+        given = {"entity": next(iter(tables)), **given}
+    domain = _object(given, place, {"key", "name", "entity", "sink", "owner", "description", "freshness"})
+    table = _entity_table(domain["entity"], place, tables)
+    attributes: dict[str, Any] = {}
+    expected_keys: dict[str, AttributeType] = {
+        key.name: "integer" if key.type == "N" else "string" for key in (table.partition_key, table.sort_key)
+    }
+    seen_keys: set[str] = set()
+    for name, column in node.get("columns", {}).items():
+        sql_type = re.sub(r"\(.*?\)", "", str(column.get("data_type") or "")).strip().lower()
+        contract_type = SQL_TYPES.get(sql_type)
+        if contract_type is None:
+            known = "bigint, numeric, double precision, text, text[], numeric[]"
+            raise ContractError(
+                f"model {model}: column {name} has data_type {sql_type or 'none'}, which no contract type "
+                f"corresponds to: use one of {known}"
+            )
+        if name in expected_keys:
+            if contract_type != expected_keys[name] or name not in not_null:
+                raise ContractError(
+                    f"model {model}: key column {name} must be {expected_keys[name]} and have a not_null test"
+                )
+            seen_keys.add(name)
+            continue
+        attributes[name] = {
+            "type": contract_type,
+            "nullable": name not in not_null,
+            "description": " ".join(str(column.get("description") or "").split()),
+        }
+    for name in expected_keys:
+        if name not in seen_keys:
+            raise ContractError(f"model {model}: the key column {name} is not declared in its YAML: add it")
+    return str(domain["key"]), {
+        "name": domain["name"],
+        "entity": domain["entity"],
+        "relation": node.get("alias") or model,
+        "sink": domain["sink"],
+        "owner": domain["owner"],
+        "description": domain["description"],
+        "freshness": domain["freshness"],
+        "attributes": attributes,
+    }
+
+
+def _tables(value: object) -> dict[str, Table]:
+    tables = {entity: _table(entity, given) for entity, given in _mapping(value, "tables").items()}
+    names = [table.name for table in tables.values()]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ContractError(f"tables: name {twice[0]!r} is used twice; each entity needs a table of its own")
+    return tables
+
+
+def _entity_table(entity: object, place: str, tables: Mapping[str, Table]) -> Table:
+    found = tables.get(entity) if isinstance(entity, str) else None
+    if found is None:
+        raise ContractError(
+            f"{place}.entity: {excerpt(entity)} has no table: it is one of {', '.join(tables)}"
+        )
+    return found
+
+
+def _table(entity: str, value: object) -> Table:
+    place = f"tables.{entity}"
+    table = _object(value, place, {"name", "partition_key", "sort_key", "max_item_bytes", "ttl_attribute"})
+    name = _text(table["name"], f"{place}.name")
+    if not re.fullmatch(r"[A-Za-z0-9_.-]{3,255}", name):
+        raise ContractError(
+            f"{place}.name: {name!r} is not a DynamoDB table name (3 to 255 of A-Z a-z 0-9 _ . -)"
+        )
+    ttl = table["ttl_attribute"]
+    if ttl is not None:
+        ttl = _text(ttl, f"{place}.ttl_attribute")
+    size = _integer(table["max_item_bytes"], f"{place}.max_item_bytes", minimum=1)
+    if size > DYNAMODB_ITEM_BYTES:
+        raise ContractError(
+            f"{place}.max_item_bytes: {size} is over DynamoDB's limit of {DYNAMODB_ITEM_BYTES}"
+        )
+    sort_key = _key(table["sort_key"], f"{place}.sort_key")
+    if sort_key.type != "S":
+        raise ContractError(f"{place}.sort_key.type: it holds the domain's key, a text: make it S")
+    return Table(
+        name=name,
+        partition_key=_key(table["partition_key"], f"{place}.partition_key"),
+        sort_key=sort_key,
+        max_item_bytes=size,
+        ttl_attribute=ttl,
+    )
+
+
+def _key(value: object, place: str) -> KeyAttribute:
+    key = _object(value, place, {"name", "type"})
+    if key["type"] not in get_args(KeyType):
+        raise ContractError(f"{place}.type: {key['type']!r} is not one of N, S")
+    return KeyAttribute(name=_text(key["name"], f"{place}.name"), type=cast(KeyType, key["type"]))
+
+
+def _domain(key: str, value: object, tables: Mapping[str, Table]) -> Domain:
+    place = f"domains.{key}"
+    if not re.fullmatch(r"[a-z][a-z0-9_]*#[a-z][a-z0-9_]*", key):
+        raise ContractError(
+            f"{place}: a domain key is <product>#<domain> in lower case, like learning#progress"
+        )
+    domain = _object(
+        value,
+        place,
+        {"name", "entity", "relation", "sink", "owner", "description", "freshness", "attributes"},
+    )
+    table = _entity_table(domain["entity"], place, tables)
+    name = _text(domain["name"], f"{place}.name")
+    if not _is_name(name):
+        raise ContractError(f"{place}.name: {name!r} is not a Python identifier without a leading underscore")
+    if name in PROFILE_NAMES or name == table.partition_key.name:
+        raise ContractError(f"{place}.name: {name!r} is what every profile has: choose another name")
+    attributes: dict[str, Attribute] = {}
+    for attribute, declared in _mapping(domain["attributes"], f"{place}.attributes").items():
+        where = f"{place}.attributes.{attribute}"
+        parts = _object(declared, where, {"type", "nullable", "description"})
+        if parts["type"] not in get_args(AttributeType):
+            raise ContractError(
+                f"{where}.type: {parts['type']!r} is not one of {', '.join(get_args(AttributeType))}"
+            )
+        if not isinstance(parts["nullable"], bool):
+            raise ContractError(f"{where}.nullable: {parts['nullable']!r} is not true or false")
+        if attribute in (table.partition_key.name, table.sort_key.name):
+            raise ContractError(f"{where}: a key of the table cannot be an attribute too")
+        if not _is_name(attribute):
+            raise ContractError(
+                f"{where}: an attribute's name must be a Python identifier without a leading underscore"
+            )
+        attributes[attribute] = Attribute(
+            type=cast(AttributeType, parts["type"]),
+            nullable=parts["nullable"],
+            description=_text(parts["description"], f"{where}.description", empty=True),
+        )
+    last = attributes.get(LAST_EVENT_AT)
+    if last is None or last.type != "integer" or last.nullable:
+        raise ContractError(
+            f"{place}.attributes: {LAST_EVENT_AT} (integer, not nullable, epoch milliseconds) is needed"
+        )
+    return Domain(
+        key=key,
+        name=name,
+        entity=domain["entity"],
+        relation=_text(domain["relation"], f"{place}.relation"),
+        sink=_text(domain["sink"], f"{place}.sink"),
+        owner=_text(domain["owner"], f"{place}.owner"),
+        description=_text(domain["description"], f"{place}.description", empty=True),
+        freshness=_freshness(domain["freshness"], f"{place}.freshness"),
+        attributes=MappingProxyType(attributes),
+    )
+
+
+def _is_name(text: str) -> bool:
+    """Whether a typed class can have a field of this name."""
+    return text.isidentifier() and not keyword.iskeyword(text) and not text.startswith("_")
+
+
+def _thresholds(value: object, place: str) -> Mapping[str, Freshness]:
+    return MappingProxyType(
+        {name: _freshness(declared, f"{place}.{name}") for name, declared in _mapping(value, place).items()}
+    )
+
+
+def _freshness(value: object, place: str) -> Freshness:
+    declared = _object(value, place, {"warn_seconds", "error_seconds"})
+    for name, seconds in declared.items():
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or seconds <= 0:
+            raise ContractError(f"{place}.{name}: {seconds!r} is not a positive number of seconds")
+    if declared["warn_seconds"] > declared["error_seconds"]:
+        raise ContractError(f"{place}: warn_seconds must not be above error_seconds")
+    return Freshness(declared["warn_seconds"], declared["error_seconds"])
+
+
+def _freshness_dict(freshness: Freshness) -> dict[str, float]:
+    return {"warn_seconds": freshness.warn_seconds, "error_seconds": freshness.error_seconds}
+
+
+def _mapping(value: object, place: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ContractError(f"{place}: an object is needed, not {type(value).__name__}")
+    return dict(value)
+
+
+def _object(value: object, place: str, names: set[str]) -> dict[str, Any]:
+    found = _mapping(value, place)
+    missing = sorted(names - found.keys())
+    if missing:
+        raise ContractError(f"{place}: {', '.join(missing)} is missing")
+    unknown = sorted(found.keys() - names)
+    if unknown:
+        raise ContractError(f"{place}: {', '.join(unknown)} is not known; it has {', '.join(sorted(names))}")
+    return found
+
+
+def _text(value: object, place: str, *, empty: bool = False) -> str:
+    if not isinstance(value, str) or not (value.strip() or empty):
+        raise ContractError(f"{place}: a text is needed, not {value!r}")
+    return value
+
+
+def _integer(value: object, place: str, *, minimum: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ContractError(f"{place}: a whole number of at least {minimum} is needed, not {value!r}")
+    return value

@@ -1,0 +1,205 @@
+"""What checking has found so far, and what every check asks."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeGuard, cast
+
+from dagster_prefs.declarations.read import Map, ModelYaml, ProjectYaml
+from dagster_prefs.declarations.registry import Entity, Key
+
+NAME = re.compile(r"[a-z][a-z0-9_]*")
+# The SQL type of a key column by the type that the entity declares.
+KEY_SQL_TYPES: Mapping[str, str] = {"bigint": "bigint", "text": "text", "uuid": "text"}
+# Relations of the platform itself.
+PLATFORM_RELATIONS = (
+    "rejected_events", "ingest_progress", "tile_fingerprints", "canary_keys", "deployments", "erased_subjects",
+    "ingest_files", "kafka_topics", "replayed_events", "online_published", "raw_arrivals",
+)  # fmt: skip
+# Seconds. Five from event to DynamoDB is the target unless a declaration says another.
+LIVE: Mapping[str, Any] = {"warn_seconds": 3, "error_seconds": 5}
+
+EXAMPLES: Mapping[str, str] = {
+    "topic": "topic: { kafka_topic: search_events, identity: event_id, entity: viewer, time: searched_at }",
+    "tile": "tile: { entity: viewer, day: search_date }",
+    "domain": 'domain: { key: "engagement#search", owner: search@example.com }',
+}
+
+
+@dataclass
+class Findings:
+    """A project's entities and variables, the problems found in its declarations, and who claims which relation."""
+
+    project: ProjectYaml
+    variables: Mapping[str, Any]
+    entities: Mapping[str, Entity] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    relations: dict[str, str] = field(default_factory=dict)
+    domain_keys: dict[str, str] = field(default_factory=dict)
+
+    def say(self, file: str, line: int, what: str, example: str) -> None:
+        """Note a problem: what is wrong at this place, and an example of what is right."""
+        self.problems.append(f"{file}:{line}: {what} (example: `{example}`)")
+
+    def known(self, file: str, given: Map, known: Collection[str], where: str, example: str) -> None:
+        """Note every key of a declaration that is not known."""
+        for name in given:
+            if name not in known:
+                hint = did_you_mean(name, known) or f": known are {', '.join(known)}"
+                self.say(file, given.at(name), f"{where} has no key {name!r}{hint}", example)
+
+    def claim(self, relation: str, place: str) -> None:
+        """A relation's name for this place; an error where it is another's."""
+        if relation in PLATFORM_RELATIONS:
+            file, _, line = place.rpartition(":")
+            self.say(
+                file,
+                int(line),
+                f"{relation} is a relation of the platform: use another name",
+                "- name: my_events",
+            )
+        elif relation in self.relations:
+            file, _, line = place.rpartition(":")
+            self.say(
+                file,
+                int(line),
+                f"{relation} is declared in {self.relations[relation]} too: rename one of them",
+                f"- name: other_{relation}",
+            )
+        else:
+            self.relations[relation] = place
+
+    def declaring(self, key: str) -> list[ModelYaml]:
+        """The models whose meta has this key."""
+        return [model for model in self.project.models if key in model.meta]
+
+    def needs_sql(self, model: ModelYaml, kind: str) -> None:
+        """Note that the SQL is missing which is written by hand."""
+        if self.project.sql(model.name) is None:
+            self.say(
+                model.file,
+                model.line,
+                f"{model.name} is a {kind} without SQL: write {model.name}.sql beside its YAML",
+                'select viewer_id, … from {{ ref("view_events") }}',
+            )
+
+    def entity(self, model: ModelYaml, given: Map, kind: str) -> Entity | None:
+        """The entity that a declaration names; None, with a problem, where there is none."""
+        name = given.get("entity")
+        if found := self.entities.get(str(name)):
+            return found
+        what = (
+            f"{model.name}: a {kind} without an entity"
+            if name is None
+            else f"{model.name}: no entity {name!r}"
+        )
+        self.say(
+            model.file,
+            given.at("entity"),
+            f"{what}{did_you_mean(name, self.entities) if name else ''}: dbt_project.yml has "
+            f"{', '.join(self.entities) or 'none'}",
+            f"{kind}: {{ entity: {next(iter(self.entities), 'viewer')}, … }}",
+        )
+        return None
+
+    def column(
+        self, model: ModelYaml, given: Map, key: str, types: Collection[str], example: str
+    ) -> str | None:
+        """The column that `key` of a declaration names; None, with an error, where it is none of these types."""
+        name = given.get(key)
+        if name is None:
+            self.say(model.file, given.line, f"{model.name}: {key} is missing", example)
+            return None
+        column = model.columns.get(str(name))
+        if column is None:
+            self.say(
+                model.file,
+                given.at(key),
+                f"{model.name}: {key} names {name!r}, which is no column of it"
+                f"{did_you_mean(name, model.columns)}",
+                example,
+            )
+            return None
+        if column.type not in types:
+            self.say(
+                model.file,
+                column.line,
+                f"{model.name}: {key} is the column {name}, a {column.type or 'column without data_type'}, "
+                f"and it must be {' or '.join(types)}",
+                f"- {{ name: {name}, data_type: {next(iter(types))} }}",
+            )
+            return None
+        return str(name)
+
+    def keys(self, model: ModelYaml, entity: Entity, keys: Iterable[Key]) -> None:
+        """Note the keys that the model lacks as columns, or has of another type."""
+        for key in keys:
+            wanted, column = KEY_SQL_TYPES[key.type], model.columns.get(key.name)
+            example = f"- {{ name: {key.name}, data_type: {wanted} }}"
+            if column is None:
+                self.say(
+                    model.file,
+                    model.content.at("columns"),
+                    f"{model.name} has no column {key.name}, the key of entity {entity.name}"
+                    f"{did_you_mean(key.name, model.columns)}",
+                    example,
+                )
+            elif column.type != wanted:
+                self.say(
+                    model.file,
+                    column.line,
+                    f"{model.name}: {key.name} is {column.type or 'of no data_type'}, and the key of "
+                    f"entity {entity.name} is {key.type}",
+                    example,
+                )
+
+    def freshness(self, model: ModelYaml, given: Map, example: str) -> Mapping[str, Any]:
+        """The freshness target of a declaration, or the platform's."""
+        value = given.get("freshness")
+        if value is None:
+            return LIVE
+        names = ("warn_seconds", "error_seconds")
+        seconds = [value[name] for name in names if name in value] if isinstance(value, Map) else []
+        numbers = [
+            one for one in seconds if isinstance(one, int | float) and not isinstance(one, bool) and one > 0
+        ]
+        if (
+            not isinstance(value, Map)
+            or set(value) != set(names)
+            or len(numbers) != 2
+            or numbers[0] > numbers[1]
+        ):
+            self.say(
+                model.file,
+                given.at("freshness"),
+                f"{model.name}: freshness is {plain(value)!r}: it is two numbers of seconds, the "
+                "warning's not above the error's",
+                "freshness: { warn_seconds: 3, error_seconds: 5 }",
+            )
+            return LIVE
+        return cast(Mapping[str, Any], plain(value))
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` for the closest of the known names, or nothing."""
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether a value of YAML is a whole number."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def plain(value: Any) -> Any:
+    """YAML's content as JSON has it; a date is its text."""
+    if isinstance(value, dict):
+        return {str(key): plain(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [plain(one) for one in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return str(value)

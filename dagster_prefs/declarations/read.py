@@ -1,0 +1,303 @@
+"""Read what a dbt project declares: its YAML with the line of every key, without dbt.
+
+dbt cannot parse a project at the moment at which generating is needed: a tile refers to a typed model whose SQL is
+not written yet, or a removed folder leaves references behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dagster_prefs.errors import PrefsError
+
+PROJECT_FILE = "dbt_project.yml"
+# Below the first model path: what `prefs generate` writes.
+GENERATED = "generated"
+_YAML = (".yml", ".yaml")
+
+
+class DeclarationError(PrefsError):
+    """What a project declares is wrong: one sentence a problem, each with file and line."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class Map(dict[Any, Any]):
+    """A YAML mapping; `line` is where it begins, `lines` where each of its keys stands, counted from 1."""
+
+    line: int
+    lines: dict[Any, int]
+
+    def at(self, key: str) -> int:
+        """The line of a key, or of the mapping where it has no such key."""
+        return self.lines.get(key, self.line)
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """YAML as dbt reads it, with lines, and without keys that silently override each other."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> Iterator[Map]:
+    found = Map()
+    found.line, found.lines = node.start_mark.line + 1, {}
+    yield found
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node)
+        if key_node.tag != "tag:yaml.org,2002:merge" and key in found.lines:
+            raise yaml.MarkedYAMLError(
+                problem=f"{key!r} stands twice, first in line {found.lines[key]}: remove one of them",
+                problem_mark=key_node.start_mark,
+            )
+        found.lines[key] = key_node.start_mark.line + 1
+    loader.flatten_mapping(node)
+    found.update(loader.construct_mapping(node, deep=True))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+
+
+@dataclass(frozen=True)
+class ModelYaml:
+    """The YAML of one model; `file` is relative to the project's folder."""
+
+    file: str
+    content: Map
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return str(self.content["name"])
+
+    @property
+    def line(self) -> int:
+        """Where the model begins."""
+        return self.content.line
+
+    @property
+    def description(self) -> str:
+        """The description on one line."""
+        return " ".join(str(self.content.get("description") or "").split())
+
+    @property
+    def config(self) -> Map:
+        """The model's `config`."""
+        return as_map(self.content.get("config"), self.line)
+
+    @cached_property
+    def meta(self) -> Map:
+        """The model's `config.meta`."""
+        return as_map(self.config.get("meta"), self.line)
+
+    @cached_property
+    def columns(self) -> dict[str, ColumnYaml]:
+        """The model's columns by name, in the order in which they are declared."""
+        columns = [ColumnYaml(value) for value in self.content.get("columns") or [] if isinstance(value, Map)]
+        return {column.name: column for column in columns}
+
+    @property
+    def unique_keys(self) -> list[list[str]]:
+        """The columns of each unique index."""
+        indexes = self.config.get("indexes")
+        return [
+            [str(name) for name in index.get("columns") or []]
+            for index in (indexes if isinstance(indexes, list) else [])
+            if isinstance(index, Map) and index.get("unique")
+        ]
+
+
+@dataclass(frozen=True)
+class ColumnYaml:
+    """The YAML of one column."""
+
+    content: Map
+
+    @property
+    def name(self) -> str:
+        """The column's name."""
+        return str(self.content.get("name"))
+
+    @property
+    def line(self) -> int:
+        """Where the column begins."""
+        return self.content.line
+
+    @property
+    def type(self) -> str:
+        """`data_type` in lower case."""
+        return str(self.content.get("data_type") or "").strip().lower()
+
+    @property
+    def description(self) -> str:
+        """The description on one line."""
+        return " ".join(str(self.content.get("description") or "").split())
+
+    @cached_property
+    def meta(self) -> Map:
+        """The column's `config.meta`."""
+        config = as_map(self.content.get("config"), self.line)
+        return as_map(config.get("meta"), self.line)
+
+    @property
+    def is_not_null(self) -> bool:
+        """Whether a test or a constraint holds it to be never NULL."""
+        tests = [*(self.content.get("data_tests") or []), *(self.content.get("tests") or [])]
+        constraints = self.content.get("constraints") or []
+        return any(
+            test == "not_null" or (isinstance(test, dict) and "not_null" in test) for test in tests
+        ) or (any(isinstance(one, dict) and one.get("type") == "not_null" for one in constraints))
+
+
+@dataclass(frozen=True)
+class ExposureYaml:
+    """The YAML of one exposure."""
+
+    file: str
+    content: Map
+
+    @property
+    def name(self) -> str:
+        """The exposure's name."""
+        return str(self.content.get("name"))
+
+    @property
+    def meta(self) -> Map:
+        """The exposure's `config.meta`."""
+        config = as_map(self.content.get("config"), self.content.line)
+        return as_map(config.get("meta"), self.content.line)
+
+
+@dataclass(frozen=True)
+class ProjectYaml:
+    """A dbt project as it is written by hand: what is generated is left out.
+
+    `files` are all that matter to a deployment, generated ones included, relative to `folder` in order.
+    """
+
+    folder: Path
+    content: Map
+    models: list[ModelYaml] = field(default_factory=list)
+    exposures: list[ExposureYaml] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The project's name."""
+        return str(self.content.get("name"))
+
+    @property
+    def variables(self) -> Map:
+        """The project's `vars`."""
+        return as_map(self.content.get("vars"), self.content.line)
+
+    @property
+    def generated(self) -> Path:
+        """The folder that `prefs generate` writes models into."""
+        return self.folder / model_paths(self.content)[0] / GENERATED
+
+    def sql(self, model: str) -> str | None:
+        """The SQL of a model that is written by hand; None without any."""
+        path = self._sql.get(model)
+        return None if path is None else path.read_text(encoding="utf-8")
+
+    def sql_file(self, model: str) -> str | None:
+        """The file of a model that is written by hand, relative to the project's folder."""
+        path = self._sql.get(model)
+        return None if path is None else path.relative_to(self.folder).as_posix()
+
+    @cached_property
+    def _sql(self) -> dict[str, Path]:
+        return {
+            path.stem: path
+            for root in model_paths(self.content)
+            for path in sorted((self.folder / root).rglob("*.sql"))
+            if not path.is_relative_to(self.generated)
+        }
+
+
+def as_map(value: Any, line: int) -> Map:
+    """The value where it is a mapping, else an empty one that stands in this line."""
+    if isinstance(value, Map):
+        return value
+    empty = Map()
+    empty.line, empty.lines = line, {}
+    return empty
+
+
+def read_project(folder: Path) -> ProjectYaml:
+    """Read a project's YAML.
+
+    Raises DeclarationError naming file and line where a file is missing or is no YAML.
+    """
+    content = _load(folder, folder / PROJECT_FILE)
+    project = ProjectYaml(folder, content)
+    problems: list[str] = []
+    for root in model_paths(content):
+        for path in sorted((folder / root).rglob("*")):
+            if path.suffix not in _YAML or path.is_relative_to(project.generated):
+                continue
+            file = path.relative_to(folder).as_posix()
+            try:
+                found = _load(folder, path)
+            except DeclarationError as error:
+                problems += error.problems
+                continue
+            for kind, made in (("models", project.models), ("exposures", project.exposures)):
+                for value in found.get(kind) or []:
+                    if not isinstance(value, Map) or not value.get("name"):
+                        problems.append(
+                            f"{file}:{value.line if isinstance(value, Map) else found.at(kind)}: an entry of `{kind}` "
+                            f"has no name: give it one (example: `- name: view_events`)"
+                        )
+                    else:
+                        made.append((ModelYaml if kind == "models" else ExposureYaml)(file, value))  # type: ignore[arg-type]
+    if problems:
+        raise DeclarationError(problems)
+    return project
+
+
+def model_paths(content: Map) -> list[str]:
+    """The folders of the project's models."""
+    return [str(path) for path in content.get("model-paths") or ["models"]]
+
+
+def project_files(folder: Path) -> list[Path]:
+    """Every file that decides what a deployment does: the project's own file, and SQL and YAML of models and macros."""
+    content = _load(folder, folder / PROJECT_FILE)
+    roots = [*model_paths(content), *(str(path) for path in content.get("macro-paths") or ["macros"])]
+    found = [
+        path
+        for root in roots
+        for path in (folder / root).rglob("*")
+        if path.suffix in (".sql", *_YAML) and path.is_file()
+    ]
+    return [folder / PROJECT_FILE, *sorted(found)]
+
+
+def _load(folder: Path, path: Path) -> Map:
+    file = path.relative_to(folder).as_posix()
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
+    except FileNotFoundError:
+        raise DeclarationError([f"{path} is missing: name the folder of a dbt project"]) from None
+    except OSError as error:
+        raise DeclarationError([f"{path} cannot be read: {error.strerror}"]) from None
+    except UnicodeDecodeError:
+        raise DeclarationError([f"{file}:1: it is not UTF-8: save it as UTF-8"]) from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise DeclarationError([f"{file}:{line}: it is not YAML: {error.problem}"]) from None
+    except yaml.YAMLError as error:
+        raise DeclarationError([f"{file}:1: it is not YAML: {' '.join(str(error).split())}"]) from None
+    if content is None:
+        return as_map(None, 1)
+    if not isinstance(content, Map):
+        raise DeclarationError([f"{file}:1: a mapping is needed at the top (example: `models:`)"])
+    return content

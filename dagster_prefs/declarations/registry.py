@@ -1,0 +1,378 @@
+"""What a project declares, as everything outside dbt reads it: entities, topics, tiles, domains, variables.
+
+`prefs generate` writes it to `registry.json` in the project's folder, from the YAML of the dbt project. No other part
+of the platform knows a topic, a tile, a domain or an attribute by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+from dagster_prefs.declarations.contract import REGISTRY as REGISTRY
+from dagster_prefs.declarations.contract import Contract, contract_dict, parse_contract
+from dagster_prefs.errors import PrefsError, excerpt
+
+# Raised when an older reader would misunderstand the file.
+FORMAT = 1
+
+FieldType = Literal["text", "bigint", "int", "decimal", "boolean", "timestamptz"]
+KeyType = Literal["bigint", "text", "uuid"]
+
+
+class RegistryError(PrefsError):
+    """A project's registry is missing or cannot be read, or it lacks what was asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One key column of an entity; a `uuid` is held as text in lower case."""
+
+    name: str
+    type: KeyType
+
+
+@dataclass(frozen=True, slots=True)
+class Entity:
+    """Whom or what rows are about; its first key is the one that ids are reserved in and events name.
+
+    `table` is its DynamoDB table without the environment's prefix, None where it has no domain. An `erasable` entity
+    is a person: `prefs erase` takes it.
+    """
+
+    name: str
+    keys: tuple[Key, ...]
+    erasable: bool
+    table: str | None = None
+
+    @property
+    def key(self) -> Key:
+        """The first key column."""
+        return self.keys[0]
+
+
+@dataclass(frozen=True, slots=True)
+class FieldDeclaration:
+    """One field of a topic's messages.
+
+    A text is at most `max_bytes` long in UTF-8; a decimal is rounded to `scale` places; a number is from `minimum` to
+    `maximum`; `accepted` are the only values, if there are any. A message may leave an `optional` field out. `prose` is
+    text for people, in which a number stands as it was written.
+    """
+
+    name: str
+    type: FieldType = "text"
+    description: str = ""
+    optional: bool = False
+    max_bytes: int | None = None
+    scale: int | None = None
+    minimum: int | None = None
+    maximum: int | None = None
+    accepted: tuple[str, ...] = ()
+    prose: bool = False
+
+
+@dataclass(frozen=True)
+class TopicDeclaration:
+    """One kind of message: `relation` holds its typed events, `raw` its messages as they came.
+
+    Of several deliveries of one `identity` the first counts, or with `keep` = last the last (reference data).
+    `entity` and `time` (the field that says when) are None for reference data.
+    """
+
+    name: str
+    relation: str
+    raw: str
+    parsed: str
+    identity: str
+    keep: Literal["first", "last"]
+    entity: str | None
+    time: str | None
+    fields: tuple[FieldDeclaration, ...]
+
+    @cached_property
+    def by_name(self) -> Mapping[str, FieldDeclaration]:
+        """Field by name."""
+        return MappingProxyType({field.name: field for field in self.fields})
+
+
+@dataclass(frozen=True, slots=True)
+class TileColumn:
+    """One column of a tile; `minimum` is the least value that the audit accepts."""
+
+    type: str
+    description: str
+    minimum: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TileDeclaration:
+    """One row per entity and UTC `day` (and the rest of `key`), exported to the training table `table`.
+
+    `metric` names the columns whose total is `metric_total` among the fingerprints; `at_most` lists (smaller, larger)
+    pairs of columns that every row respects; `sink` is RisingWave's that writes the table, where sinks export.
+    """
+
+    relation: str
+    table: str
+    description: str
+    entity: str
+    day: str
+    key: tuple[str, ...]
+    columns: Mapping[str, TileColumn]
+    metric: tuple[str, ...]
+    at_most: tuple[tuple[str, str], ...] = ()
+    sink: str = ""
+
+
+@dataclass(frozen=True)
+class Registry:
+    """All that a project declares; `variables` are the dbt project's own (weights, windows, tiers, thresholds).
+
+    `hashes` maps each file that matters to its SHA-256, relative to the project's folder. `queries` maps every tile,
+    domain's rolling view, and other view with a time, to its SQL as RisingWave gets it, without the names of database
+    and schema, and without a spread: windows, upstreams and what training sets compute are taken from it.
+    """
+
+    project: str
+    entities: Mapping[str, Entity]
+    topics: Mapping[str, TopicDeclaration]
+    tiles: Mapping[str, TileDeclaration]
+    contract: Contract
+    variables: Mapping[str, Any]
+    hashes: Mapping[str, str]
+    queries: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def query(self, relation: str) -> str:
+        """The compiled SQL of a relation. Raises RegistryError where the registry holds none."""
+        if relation not in self.queries:
+            raise RegistryError(f"the registry holds no query of {relation}: run `prefs generate`")
+        return self.queries[relation]
+
+    def entity(self, name: str) -> Entity:
+        """The entity of this name. Raises RegistryError naming those there are."""
+        if name not in self.entities:
+            raise RegistryError(f"unknown entity {excerpt(name)}: there are {', '.join(self.entities)}")
+        return self.entities[name]
+
+    def topic(self, name: str) -> TopicDeclaration:
+        """The topic of this name. Raises RegistryError naming those there are."""
+        if name not in self.topics:
+            near = difflib.get_close_matches(name, self.topics, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise RegistryError(f"unknown topic {excerpt(name)}: {hint}topics are {', '.join(self.topics)}")
+        return self.topics[name]
+
+
+def parse_registry(content: Mapping[str, Any]) -> Registry:
+    """The registry of decoded JSON.
+
+    Raises RegistryError where it is of another format, or was not written by `prefs generate`.
+    """
+    if content.get("format") != FORMAT:
+        raise RegistryError(
+            f"it has format {content.get('format')!r}, and this version reads {FORMAT}: run `prefs generate` with it"
+        )
+    try:
+        registry = Registry(
+            project=content["project"],
+            entities=_each(
+                content["entities"],
+                lambda name, value: Entity(
+                    name=name,
+                    keys=tuple(Key(key, kind) for key, kind in value["keys"].items()),
+                    erasable=value["erasable"],
+                    table=value["table"],
+                ),
+            ),
+            topics=_each(
+                content["topics"],
+                lambda name, value: TopicDeclaration(
+                    **{
+                        **value,
+                        "name": name,
+                        "fields": tuple(
+                            FieldDeclaration(**{**field, "accepted": tuple(field.get("accepted", ()))})
+                            for field in value["fields"]
+                        ),
+                    }
+                ),
+            ),
+            tiles=_each(
+                content["tiles"],
+                lambda name, value: TileDeclaration(
+                    **{
+                        **value,
+                        "relation": name,
+                        "key": tuple(value["key"]),
+                        "metric": tuple(value["metric"]),
+                        "at_most": tuple((low, high) for low, high in value["at_most"]),
+                        "columns": _each(value["columns"], lambda _, column: TileColumn(**column)),
+                    }
+                ),
+            ),
+            contract=parse_contract(content["contract"]),
+            variables=MappingProxyType(dict(content["variables"])),
+            hashes=MappingProxyType(dict(content["hashes"])),
+            queries=MappingProxyType(dict(content.get("queries", {}))),
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise RegistryError(f"it is not as `prefs generate` writes it ({error}): run it again") from None
+    _check_tables(registry)
+    return registry
+
+
+def _check_tables(registry: Registry) -> None:
+    """Raise RegistryError where a table of the contract is not that of its entity."""
+    for name, table in registry.contract.tables.items():
+        entity = registry.entity(name)
+        if len(entity.keys) > 1:
+            raise RegistryError(
+                f"entity {name} has the keys {', '.join(key.name for key in entity.keys)}: items are kept by one "
+                "key column only, so give it one, or make its domains part of another entity"
+            )
+        wanted = (entity.table, entity.key.name, "N" if entity.key.type == "bigint" else "S")
+        found = (table.name, table.partition_key.name, table.partition_key.type)
+        if found != wanted:
+            raise RegistryError(
+                f"the contract's table of entity {name} is {found[0]} by {found[1]} ({found[2]}), and the entity "
+                f"says {wanted[0]} by {wanted[1]} ({wanted[2]}): run `prefs generate`"
+            )
+
+
+def registry_dict(registry: Registry) -> dict[str, Any]:
+    """The JSON form of a registry; `parse_registry` reads it back equal."""
+    return {
+        "format": FORMAT,
+        "project": registry.project,
+        "entities": {
+            entity.name: {
+                "keys": {key.name: key.type for key in entity.keys},
+                "erasable": entity.erasable,
+                "table": entity.table,
+            }
+            for entity in registry.entities.values()
+        },
+        "topics": {
+            topic.name: {
+                "relation": topic.relation,
+                "raw": topic.raw,
+                "parsed": topic.parsed,
+                "identity": topic.identity,
+                "keep": topic.keep,
+                "entity": topic.entity,
+                "time": topic.time,
+                "fields": [_without_defaults(field) for field in topic.fields],
+            }
+            for topic in registry.topics.values()
+        },
+        "tiles": {
+            tile.relation: {
+                "table": tile.table,
+                "description": tile.description,
+                "entity": tile.entity,
+                "day": tile.day,
+                "key": list(tile.key),
+                "metric": list(tile.metric),
+                "at_most": [list(pair) for pair in tile.at_most],
+                "sink": tile.sink,
+                "columns": {name: _without_defaults(column) for name, column in tile.columns.items()},
+            }
+            for tile in registry.tiles.values()
+        },
+        "contract": contract_dict(registry.contract),
+        "variables": dict(registry.variables),
+        "queries": dict(sorted(registry.queries.items())),
+        "hashes": dict(sorted(registry.hashes.items())),
+    }
+
+
+def render_registry(registry: Registry) -> str:
+    """The registry as stable JSON text."""
+    return json.dumps(registry_dict(registry), indent=2, ensure_ascii=False) + "\n"
+
+
+def find_project(start: Path | None = None, *, named: Path | None = None) -> Path:
+    """The folder of the dbt project: `named` (PREFS_PROJECT_DIR), else from `start` (the working folder) upwards.
+
+    A folder counts that holds `dbt_project.yml`, or has such a folder named `dbt_project`. The named one may hold the
+    registry alone, as where a service only reads.
+
+    Raises RegistryError naming where it was looked for.
+    """
+    if named is not None:
+        if not any((named / file).is_file() for file in ("dbt_project.yml", REGISTRY)):
+            raise RegistryError(
+                f"PREFS_PROJECT_DIR is {named}, which has neither dbt_project.yml nor {REGISTRY}: name a dbt project, "
+                "or for a service a folder with a copy of its registry"
+            )
+        return named.resolve()
+    at = (start or Path(os.curdir)).resolve()
+    for folder in (at, *at.parents):
+        for found in (folder, folder / "dbt_project"):
+            if (found / "dbt_project.yml").is_file():
+                return found
+    raise RegistryError(
+        f"no dbt project in {at} or above it: change into one, or set PREFS_PROJECT_DIR to its folder"
+    )
+
+
+def open_registry(given: Registry | Mapping[str, Any] | Path | str) -> Registry:
+    """The registry that a service was given: itself, its decoded JSON, its file or its project's folder.
+
+    Raises RegistryError naming what is wrong and the remedy.
+    """
+    if isinstance(given, Registry):
+        return given
+    if isinstance(given, Mapping):
+        return parse_registry(given)
+    if isinstance(given, Path | str):
+        return load_registry(Path(given))
+    raise RegistryError(
+        f"a registry is needed, not {excerpt(given)}: pass the path of the project's {REGISTRY}, or its decoded JSON"
+    )
+
+
+def load_registry(project: Path) -> Registry:
+    """The registry of the project in this folder, or in this file.
+
+    Raises RegistryError naming the file, what is wrong and the remedy.
+    """
+    path = project if project.suffix == ".json" else project / REGISTRY
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RegistryError(f"{path} is missing: run `prefs generate` in the project") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
+        raise RegistryError(
+            f"{path} cannot be read ({reason}): run `prefs generate` in the project"
+        ) from None
+    if not isinstance(content, dict):
+        raise RegistryError(f"{path} is not a registry: run `prefs generate` in the project")
+    try:
+        return parse_registry(content)
+    except PrefsError as error:
+        raise RegistryError(f"{path}: {error}") from None
+
+
+def _each(values: Mapping[str, Any], make: Any) -> Mapping[str, Any]:
+    return MappingProxyType({name: make(name, value) for name, value in values.items()})
+
+
+def _without_defaults(value: FieldDeclaration | TileColumn) -> dict[str, Any]:
+    defaults = {field.name: field.default for field in dataclasses.fields(value)}
+    found = {name: getattr(value, name) for name in defaults}
+    return {
+        name: list(content) if isinstance(content, tuple) else content
+        for name, content in found.items()
+        if content != defaults[name]
+    }

@@ -1,0 +1,1 @@
+{{ dynamodb_sink(ref("$relation"), "$entity") }}

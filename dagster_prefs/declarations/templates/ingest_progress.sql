@@ -1,0 +1,22 @@
+with arrivals as (
+
+$union
+
+),
+
+final as (
+
+  select
+    topic,
+    source,
+    source_partition,
+    max(source_offset) as last_offset,
+    count(*) as messages,
+    max(kafka_timestamp) as last_kafka_timestamp,
+    max(arrived_at) as last_arrived_at
+  from arrivals
+  group by topic, source, source_partition
+
+)
+
+select * from final

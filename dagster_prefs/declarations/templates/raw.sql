@@ -1,0 +1,2 @@
+{{ config(materialized="table_with_connector") }}
+{{ raw_event_table("$topic") }}

@@ -1,0 +1,9 @@
+$config{{ first_deliveries(
+  ref("$parsed"),
+  entity="$entity",
+  identity="$identity",
+  moment="$time",
+  columns=[
+$columns
+  ],
+) }}

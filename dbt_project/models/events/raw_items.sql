@@ -1,2 +1,0 @@
-{{ config(materialized="table_with_connector") }}
-{{ raw_event_table("items") }}

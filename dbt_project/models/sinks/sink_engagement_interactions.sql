@@ -1,1 +1,0 @@
-{{ dynamodb_sink(ref("content_interactions_rolling")) }}

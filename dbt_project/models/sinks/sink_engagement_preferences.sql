@@ -1,1 +1,0 @@
-{{ dynamodb_sink(ref("viewer_preferences_rolling")) }}

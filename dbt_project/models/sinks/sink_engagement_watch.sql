@@ -1,1 +1,0 @@
-{{ dynamodb_sink(ref("viewer_engagement_rolling")) }}

@@ -1,0 +1,172 @@
+# ruff: noqa: E501 (a line a case)
+"""Every error in a declaration is one sentence with file, line, what is wrong and an example of what is right."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from project_copies import Copy
+
+from dagster_prefs.declarations.generate import plan_files
+from dagster_prefs.declarations.read import DeclarationError
+
+TOPIC, TILE, VIEW = (
+    "models/lesson_events.yml",
+    "models/learner_lessons_1d.yml",
+    "models/learner_progress_rolling.yml",
+)
+VIEW_SQL, PROJECT = "models/learner_progress_rolling.sql", "dbt_project.yml"
+KEY = "{ learner_id: text }"
+
+
+def problems(copy: Copy) -> list[str]:
+    with pytest.raises(DeclarationError) as caught:
+        plan_files(copy.folder)
+    assert str(caught.value) == "\n".join(caught.value.problems)
+    return caught.value.problems
+
+
+@pytest.mark.parametrize(
+    ("path", "old", "new", "said", "example"),
+    [
+        # Topics.
+        (TOPIC, "identity: event_id", "identity: id", "identity names 'id', which is no column of it", "identity: event_id"),
+        (TOPIC, "identity: event_id", "identity: event_idd", r"no column of it \(did you mean 'event_id'\?\)", ""),
+        (TOPIC, "          identity: event_id\n", "", "lesson_events: identity is missing", "identity: event_id"),
+        (TOPIC, "identity: event_id", "idenity: event_id", r"meta.topic has no key 'idenity' \(did you mean 'identity'\?\)", ""),
+        (TOPIC, "        topic:\n", "        tpoic:\n", r"meta has no key 'tpoic' \(did you mean 'topic'\?\)", "topic: {"),
+        (TOPIC, "entity: learner", "entity: lerner", r"no entity 'lerner' \(did you mean 'learner'\?\)", "entity: learner"),
+        (TOPIC, "          entity: learner\n", "", "a topic without an entity", "entity: learner"),
+        (TOPIC, "time: happened_at", "time: seconds", "time is the column seconds, a int, and it must be timestamptz", ""),
+        (TOPIC, "name: learner_id, data_type: text", "name: learner_id, data_type: bigint", "learner_id is bigint, and the key of entity learner is text", "data_type: text"),
+        (TOPIC, "name: learner_id", "name: learner", "has no column learner_id, the key of entity learner", "name: learner_id"),
+        (TOPIC, "kafka_topic: lesson_events", "kafka_topic: lesson events", "'lesson events' is no Kafka topic", ""),
+        (TOPIC, "          entity: learner\n", "          entity: learner\n          keep: latest\n", "keep is 'latest'", "keep: last"),
+        (TOPIC, "          entity: learner\n", "          entity: learner\n          keep: last\n", "keep: last is reference data, which has no entity", "keep: last"),
+        (TOPIC, "error_seconds: 300", "error_seconds: 30", "freshness is .*the warning's not above the error's", "warn_seconds: 3"),
+        (TOPIC, "data_type: int", "data_type: float", "lesson_events.seconds is float, and a message's field is one of text, bigint", "data_type: text"),
+        (TOPIC, "optional: true, min: 0", "optional: true, minimum: 0", r"meta has no key 'minimum' \(did you mean", ""),
+        (TOPIC, "optional: true, min: 0", "optional: true, max: 9", "max without min", "min: 0, max: 9"),
+        (TOPIC, "optional: true, min: 0", "optional: true, min: 5", "only `min: 0`", "min: 0"),
+        (TOPIC, "optional: true, min: 0", "optional: true, min: 5, max: 4", "min 5 is above max 4", "min: 4, max: 5"),
+        (TOPIC, "optional: true, min: 0", "optional: true, scale: 2", "scale is for decimal, and this is int", "data_type: decimal"),
+        (TOPIC, "description: Identity of the event. }", "description: Identity., config: { meta: { max_bytes: 4000 } } }", "max_bytes is 4000: it is from 1 to 2048, because an index and a key of DynamoDB hold no more", "max_bytes: 256"),
+        (TOPIC, "description: When. }", "description: When., config: { meta: { optional: true } } }", "an identity, a key and a time cannot be optional", ""),
+        (TOPIC, "[started, finished, bookmarked]", "[started, 'it''s']", "it is a list of texts without quotes", "accepted: [like, share]"),
+        (TOPIC, "accepted: [started, finished, bookmarked]", "accepted_from: window", r"vars has no list or mapping of that name \(did you mean 'windows'\?\)", ""),
+        (TOPIC, "name: subject, data_type", "name: payload, data_type", "the name is used by the platform", "lesson_events_payload"),
+        # Tiles.
+        (TILE, "day: lesson_date, ", "", "learner_lessons_1d: a tile without a day", "day: search_date"),
+        (TILE, "day: lesson_date,", "day: day,", "day names 'day', which is no column of it", ""),
+        (TILE, "metric: [seconds] }", "metric: [seconds] }\n        domain: { key: 'learning#tile' }", "a domain on a tile", "tile"),
+        (TILE, "name: seconds, data_type: bigint", "name: seconds, data_type: double precision", "which an Iceberg table of training data cannot hold: use one of bigint, date", "data_type: bigint"),
+        (TILE, "metric: [seconds]", "metric: [second]", "metric is .*second.*it lists columns of numbers, of which this has lessons, seconds, finishes", "metric: [lessons]"),
+        (TILE, "metric: [seconds]", "metric: [seconds], at_most: [[finishes]]", "at_most is .*pairs of columns", "at_most: [[completions, views]]"),
+        (TILE, "      indexes: [{ columns: [learner_id, lesson_date], unique: true }, { columns: [lesson_date] }]\n", "", "a tile needs a unique index on its entity's keys and its day", "columns: [learner_id, lesson_date], unique: true"),
+        (TILE, "last_event_at, data_type: timestamptz", "last_event, data_type: timestamptz", "a tile needs last_event_at", "data_type: timestamptz"),
+        (TILE, "meta: { min: 0 } } }\n      - { name: seconds", "meta: { min: none } } }\n      - { name: seconds", "min is 'none': it is a whole number", "min: 0"),
+        # Domains.
+        (VIEW, 'key: "learning#progress"', "key: progress", "a domain's key is <product>#<domain> in lower case, not 'progress'", 'key: "engagement#search"'),
+        (VIEW, 'data_type: "text[]"', "data_type: jsonb", "which an item of DynamoDB cannot hold: use one of bigint", "data_type: bigint"),
+        (VIEW, "last_event_at, data_type: bigint", "last_event_at, data_type: timestamptz", "needs the column last_event_at, a bigint with a not_null test", "data_tests: [not_null]"),
+        (VIEW, "name: lessons_7d", "name: lessons_9d", "the attribute lessons_9d says 9 days, and the windows of the view are of 7 and 28: rename it to lessons_7d or lessons_28d", "lessons_7d"),
+        (VIEW, "unique: true", "unique: false", "which entity the domain is of is not clear", "entity: learner"),
+        (VIEW_SQL, 'var("windows").short', "0", "a window of 0 days", 'var("windows").long'),
+        (VIEW_SQL, 'var("windows").short', 'var("windows").shrt', r"is no variable with days \(did you mean 'short'\?\)", ""),
+        # The project.
+        (PROJECT, "short: 7", "short: 0", "the window short is 0: it is a whole number of days from 1 on", "short: 7"),
+        (PROJECT, KEY, "{ learner_id: integer }", "key learner_id is a 'integer', and a key is one of bigint, text, uuid", "text"),
+        (PROJECT, "table: learner_profiles, ", "", "entity learner has the domain learning#progress .* and no table", "table: learner_profiles"),
+        (PROJECT, "erasable: true", "eraseable: true", r"entity learner has no key 'eraseable' \(did you mean 'erasable'\?\)", ""),
+        (PROJECT, "  entities:\n", "  entity:\n", "vars has no entities", "entities: { viewer"),
+        ("models/exposures.yml", "owner: learning@example.com", "owners: learning@example.com", r"meta.contract has no key 'owners' \(did you mean 'owner'\?\)", "version: 1"),
+    ],
+)  # fmt: skip
+def test_an_error_names_its_place_and_what_is_right(
+    courses_copy: Copy, path: str, old: str, new: str, said: str, example: str
+) -> None:
+    courses_copy.change(path, old, new)
+    found = problems(courses_copy)
+    matching = [problem for problem in found if re.search(said, problem)]
+    assert matching, "\n".join(found)
+    place = re.match(r"(\S+):(\d+): .* \(example: `(.+)`\)$", matching[0])
+    assert place, matching[0]
+    lines = (courses_copy.folder / place[1]).read_text(encoding="utf-8").splitlines()
+    assert 1 <= int(place[2]) <= len(lines)
+    assert example in place[3]
+
+
+def test_the_line_is_that_of_the_key(courses_copy: Copy) -> None:
+    line = courses_copy.change(
+        "models/lesson_events.yml", "          identity: event_id\n", "          identity: id\n"
+    )
+    (problem,) = problems(courses_copy)
+    assert problem.startswith(f"models/lesson_events.yml:{line}: lesson_events: identity names 'id'")
+
+
+def test_every_error_is_named_at_once_and_so_is_what_to_rename(courses_copy: Copy) -> None:
+    courses_copy.change(PROJECT, "{ short: 7, long: 28 }", "{ short: 5, long: 30 }")
+    found = problems(courses_copy)
+    assert [re.search(r"rename it to (\S+) or (\S+),", problem).groups() for problem in found] == [  # type: ignore[union-attr]
+        ("lessons_5d", "lessons_30d"),
+        ("minutes_5d", "minutes_30d"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("models: [{ name: lesson_events }]", r"lesson_events is declared in models/lesson_events.yml:4 too"),
+        (
+            "models: [{ name: raw_lesson_events }]",
+            r"raw_lesson_events is declared in models/\S+ too: rename one of them",
+        ),
+        ("models: [{ name: rejected_events }]", r"rejected_events is a relation of the platform"),
+        (
+            "models: [{ name: a, name: b }]",
+            r"models/other.yml:1: it is not YAML: 'name' stands twice, first in line 1",
+        ),
+        ("models: [{ description: a }]", r"models/other.yml:1: an entry of `models` has no name"),
+        ("models: [", r"models/other.yml:2: it is not YAML"),
+        ("- models", r"models/other.yml:1: a mapping is needed at the top"),
+        (
+            "models: [{ name: other, config: { meta: { topic: { kafka_topic: lesson.events, identity: event_id, entity: learner, "
+            "time: at } } }, columns: [{ name: event_id, data_type: text }, { name: learner_id, data_type: text }, "
+            "{ name: at, data_type: timestamptz }] }]",
+            r"the setting PREFS_KAFKA_TOPIC_… LESSON_EVENTS is declared in models/lesson_events.yml too",
+        ),
+        (
+            "exposures: [{ name: other, config: { meta: { contract: { version: 1 } } } }]",
+            r"models/exposures.yml declares meta.contract too: keep one of them",
+        ),
+    ],
+)
+def test_a_name_that_two_use_and_what_is_no_declaration(courses_copy: Copy, text: str, said: str) -> None:
+    courses_copy.write("models/other.yml", text + "\n")
+    assert re.search(said, "\n".join(problems(courses_copy))), problems(courses_copy)
+
+
+def test_two_domains_have_two_keys(courses_copy: Copy) -> None:
+    for kind in ("yml", "sql"):
+        text = (courses_copy.folder / f"models/learner_progress_rolling.{kind}").read_text()
+        courses_copy.write(
+            f"models/other_rolling.{kind}", text.replace("learner_progress_rolling", "other_rolling")
+        )
+    said = "\n".join(problems(courses_copy))
+    assert "the domain learning#progress is declared in" in said
+
+
+def test_a_composite_key_is_not_served(courses_copy: Copy) -> None:
+    courses_copy.change(PROJECT, KEY, "{ learner_id: text, lesson_id: text }")
+    courses_copy.change(VIEW, 'key: "learning#progress",', 'key: "learning#progress", entity: learner,')
+    said = "\n".join(problems(courses_copy))
+    assert re.search(
+        r"rolling.yml:\d+: .* has 2 key columns, and an item is found by one: several rows", said
+    ), said
+
+
+def test_typed_sql_by_hand_is_in_the_way(courses_copy: Copy) -> None:
+    courses_copy.write("models/lesson_events.sql", "select 1 as one")
+    (problem,) = problems(courses_copy)
+    assert "models/lesson_events.sql is written by hand: remove it" in problem
