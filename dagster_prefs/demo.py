@@ -12,17 +12,22 @@ from typing import Any
 
 from psycopg import sql
 
+from dagster_prefs.declarations.registry import Entity, Key
+from dagster_prefs.declarations.reserved import people_only
 from dagster_prefs.defs.feature_views import EVENT_TABLES_JOB, REFRESH_JOB
 from dagster_prefs.defs.offline_store import EXPORT_JOB, days_that_need_export, range_tags, ranges
-from dagster_prefs.defs.resources import Platform
 from dagster_prefs.engine.catalog import row_counts
 from dagster_prefs.events.rejected import rejected_counts
-from dagster_prefs.events.simulator import SimulationPlan, remembered_end, simulate_to_engine
-from dagster_prefs.offline.tables import TILE_TABLES
-from dagster_prefs.online.reserved import USERS_ONLY, VIEWERS_ONLY
+from dagster_prefs.events.simulation import Plan
+from dagster_prefs.events.simulator import remembered_end, simulate_to_engine
+from dagster_prefs.platform import Platform
 from dagster_prefs.runs import JobRunner
 from dagster_prefs.serving import PreferenceClient, ProfileClient
 from dagster_prefs.settings import Settings
+
+# Whom the example's shop ranks for.
+RANKED = "user_category_profile"
+SHOP_USER = Key("user_id", "text")
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,8 @@ class Summary:
 
     rows: dict[str, int] = field(default_factory=dict)
     rejected: dict[str, dict[str, int]] = field(default_factory=dict)
-    viewer_id: int | None = None
+    entity: str | None = None
+    id: int | str | None = None
     items: dict[str, dict[str, Any]] = field(default_factory=dict)
     user_id: str | None = None
     ranking: list[tuple[str, str, Decimal]] = field(default_factory=list)
@@ -65,7 +71,7 @@ class Demo:
     def __init__(
         self,
         settings: Settings,
-        plan: SimulationPlan,
+        plan: Plan,
         say: Callable[[str], None],
         end: datetime | None = None,
     ) -> None:
@@ -97,7 +103,7 @@ class Demo:
             with self.step("load events"):
                 # A second demo generates the events of the first, finds them all there, and is quick.
                 end = self.end or remembered_end(self.platform.engine, self.plan) or self.plan.end
-                simulate_to_engine(self.platform.engine, replace(self.plan, end=end))
+                simulate_to_engine(self.platform.engine, self.platform.registry, replace(self.plan, end=end))
             with self.step("refresh every view and publish to DynamoDB"):
                 runner.run(REFRESH_JOB)
             with self.step("export the daily tiles to Iceberg"):
@@ -117,28 +123,25 @@ class Demo:
         with platform.engine.connect() as connection:
             summary.rows = row_counts(connection, platform.engine, sorted(names))
             schema = platform.engine.schema
-            # Somebody with something in every domain shows most.
-            viewer = connection.execute(
-                sql.SQL(
-                    "select viewer_id from {} w join {} i using (viewer_id) join {} p using (viewer_id)"
-                    " where {} order by w.watch_minutes_7d desc, viewer_id limit 1"
-                ).format(
-                    sql.Identifier(schema, "viewer_engagement_rolling"),
-                    sql.Identifier(schema, "content_interactions_rolling"),
-                    sql.Identifier(schema, "viewer_preferences_rolling"),
-                    sql.SQL(VIEWERS_ONLY),
-                )
-            ).fetchone()
-            user = connection.execute(
-                sql.SQL(
-                    "select user_id from {} where {}"
-                    " group by user_id order by max(last_engaged_at) desc, user_id limit 1"
-                ).format(sql.Identifier(schema, "user_category_profile"), sql.SQL(USERS_ONLY))
-            ).fetchone()
+            profiles = self._profiles()
+            somebody = connection.execute(profiles[1]).fetchone() if profiles else None
+            # The ranking is the example's shop's.
+            user = (
+                connection.execute(
+                    sql.SQL(
+                        "select user_id from {} where {}"
+                        " group by user_id order by max(last_engaged_at) desc, user_id limit 1"
+                    ).format(sql.Identifier(schema, RANKED), people_only(SHOP_USER))
+                ).fetchone()
+                if RANKED in names
+                else None
+            )
         summary.rejected = rejected_counts(platform.engine)
-        if viewer:
-            summary.viewer_id = viewer[0]
+        if profiles and somebody:
+            summary.entity, summary.id = profiles[0].name, somebody[0]
             with ProfileClient(
+                platform.registry,
+                entity=profiles[0].name,
                 endpoint_url=self.settings.aws_endpoint,
                 region=self.settings.aws_region,
                 table_prefix=self.settings.table_prefix,
@@ -146,7 +149,7 @@ class Demo:
                 budget_seconds=30.0,
                 read_timeout_seconds=30.0,
             ) as client:
-                profile = client.get(viewer[0])
+                profile = client.get(somebody[0])
             summary.items = {name: read["attributes"] for name, read in profile.as_dict()["domains"].items()}
         if user:
             summary.user_id = user[0]
@@ -156,7 +159,7 @@ class Demo:
                     for item in preferences.rank(user[0], limit=5, now=datetime.now(UTC))
                 ]
         catalog = platform.catalog()
-        for spec in TILE_TABLES.values():
+        for spec in platform.training_tables.values():
             table = catalog.load_table(spec.identifier(self.settings.iceberg_namespace))
             snapshot = table.current_snapshot()
             if snapshot is not None:
@@ -165,3 +168,23 @@ class Demo:
                 summary.snapshots[spec.name] = Snapshot(snapshot.snapshot_id, dict(sorted(days.items())))
         measures = platform.sources.online(datetime.now(UTC))
         summary.freshness = [(measure.name, measure.level, measure.reason) for measure in measures]
+
+    def _profiles(self) -> tuple[Entity, sql.Composed] | None:
+        """The first entity with a domain, and the query of the one with something in every domain, newest first."""
+        registry, schema = self.platform.registry, self.platform.engine.schema
+        domains = registry.contract.domains.values()
+        entity = next((registry.entity(domain.entity) for domain in domains), None)
+        if entity is None:
+            return None
+        first, *others = (
+            sql.Identifier(schema, domain.relation) for domain in domains if domain.entity == entity.name
+        )
+        key = sql.Identifier(entity.key.name)
+        joins = [
+            sql.SQL(" join {} as {} using ({})").format(other, sql.Identifier(f"other_{number}"), key)
+            for number, other in enumerate(others)
+        ]
+        return entity, sql.SQL(
+            "select {key} from {first} as newest{joins} where {people}"
+            " order by newest.last_event_at desc, {key} limit 1"
+        ).format(key=key, first=first, joins=sql.Composed(joins), people=people_only(entity.key))

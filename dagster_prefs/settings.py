@@ -5,16 +5,28 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from collections.abc import Iterable
+from contextlib import suppress
 from datetime import date
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
-from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from dagster_prefs.addresses import is_loopback
+from dagster_prefs.declarations.registry import Registry, RegistryError, find_project, load_registry
 from dagster_prefs.errors import PrefsError
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
@@ -23,12 +35,11 @@ PREFIX = "PREFS_"
 ENV_FILE = "PREFS_ENV_FILE"
 
 
+# Without the value, which may be a secret.
+_BLANK = "the value begins or ends with a blank: remove it"
+
 # Part of a setting's name → what its values look like, and the rule in words. They become parts of statements.
 _NAMES = {
-    "kafka_topic_": (
-        r"[A-Za-z0-9._-]{1,249}",
-        "a Kafka topic: letters, digits, `.`, `_` and `-`, at most 249",
-    ),
     "_region": (r"[a-z0-9-]{1,64}", "an AWS region, e.g. eu-central-1"),
     "_role_arn": (
         r"arn:[a-z-]+:iam::[0-9]+:role/[\w+=,.@/-]{1,512}",
@@ -38,9 +49,36 @@ _NAMES = {
     "iceberg_namespace": (r"[A-Za-z0-9_]{1,255}", "an Iceberg namespace: letters, digits and `_`"),
 }
 
+# What names a topic in Kafka: this, and the topic's own name in capitals (`kafka_variable`).
+KAFKA_TOPIC = "PREFS_KAFKA_TOPIC_"
+
 
 class SettingsError(PrefsError):
     """A setting is unknown, malformed, or contradicts another one."""
+
+
+def _kafka_name(given: str) -> str:
+    if given != given.strip():
+        raise ValueError(_BLANK)
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,249}", given):
+        raise ValueError(
+            f"{given[:100]!r} is not a Kafka topic: letters, digits, `.`, `_` and `-`, at most 249"
+        )
+    return given
+
+
+def _kafka_names() -> dict[str, str]:
+    found = os.environ.items()
+    return {
+        name.removeprefix(KAFKA_TOPIC): value
+        for name, value in found
+        if name.startswith(KAFKA_TOPIC) and value
+    }
+
+
+def kafka_variable(topic: str) -> str:
+    """The environment variable that names this topic of the project in Kafka, as dbt spells it too."""
+    return KAFKA_TOPIC + re.sub("[.-]", "_", topic).upper()
 
 
 class Settings(BaseSettings):
@@ -80,6 +118,12 @@ class Settings(BaseSettings):
         description="TLS to the engine, as libpq spells it; empty means `require`, or whatever there is on loopback.",
     )
     engine_schema: str = Field("public", description="Schema that holds every relation.")
+
+    project_dir: Path | None = Field(
+        None,
+        description="Folder of the dbt project; empty means the one around the working folder, or its folder "
+        "dbt_project.",
+    )
 
     data_dir: Path = Field(
         PROJECT_ROOT / ".prefs",
@@ -196,12 +240,14 @@ class Settings(BaseSettings):
         "not be built from the start again. Empty keeps all.",
     )
 
-    kafka_topic_user_events: str = Field("user.events", description="Name of topic user.events in Kafka.")
-    kafka_topic_view_events: str = Field("view_events", description="Name of topic view_events in Kafka.")
-    kafka_topic_content_interactions: str = Field(
-        "content_interactions", description="Name of topic content_interactions in Kafka."
+    kafka_topic_names: Annotated[dict[str, Annotated[str, AfterValidator(_kafka_name)]], NoDecode] = Field(
+        default_factory=_kafka_names,
+        validate_default=True,
+        # No variable of its own: each topic of the project has one, which the factory reads.
+        alias=KAFKA_TOPIC,
+        description="Name of a topic in Kafka, where it is another there: PREFS_KAFKA_TOPIC_ and the topic's name in "
+        "capitals, with `_` for `.` and `-`. Each topic of the project has such a setting.",
     )
-    kafka_topic_items: str = Field("items", description="Name of topic items in Kafka.")
     sink_role_arn: str | None = Field(
         None,
         description="IAM role that RisingWave's DynamoDB sinks assume; empty means the engine's own identity.",
@@ -289,11 +335,10 @@ class Settings(BaseSettings):
         # name with one is another name. Only a password or a PEM text may well end in one.
         kept = str(info.field_name).endswith(("_password", "_pem"))
         if isinstance(value, str) and value != value.strip() and not kept:
-            # Without the value, which may be a secret.
-            raise ValueError("the value begins or ends with a blank: remove it")
+            raise ValueError(_BLANK)
         return value
 
-    @field_validator("data_dir", "training_dir")
+    @field_validator("project_dir", "data_dir", "training_dir")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
         return value and value.expanduser().absolute()
@@ -464,6 +509,19 @@ class Settings(BaseSettings):
                 f"knows: {hint}correct it, or upgrade boto3 for a newer region"
             )
 
+    @cached_property
+    def project(self) -> Path:
+        """The folder of the dbt project. Raises RegistryError naming where it was looked for."""
+        return find_project(named=self.project_dir)
+
+    def registry(self) -> Registry:
+        """What the project declares, read once. Raises RegistryError naming the file and the remedy."""
+        return self._registry
+
+    @cached_property
+    def _registry(self) -> Registry:
+        return load_registry(self.project)
+
     @property
     def port(self) -> int:
         """The engine's port, with the default of the chosen engine."""
@@ -493,12 +551,21 @@ class Settings(BaseSettings):
 
     @property
     def kafka_topics(self) -> dict[str, str]:
-        """Topic of this platform → its name in Kafka."""
+        """Topic of the project → its name in Kafka.
+
+        Raises RegistryError, and SettingsError for a variable that names no topic of the project, or two.
+        """
+        variables = {topic: kafka_variable(topic) for topic in self.registry().topics}
+        for given in sorted(KAFKA_TOPIC + name for name in self.kafka_topic_names):
+            named = [topic for topic, variable in variables.items() if variable == given]
+            if len(named) > 1:
+                raise SettingsError(f"{given} means topic {' and topic '.join(named)}: rename one of them")
+            if not named:
+                known = {**known_variables(), **dict.fromkeys(variables.values(), "")}
+                raise _unknown_setting(given, known, f"topics are {', '.join(variables)}")
         return {
-            "user.events": self.kafka_topic_user_events,
-            "view_events": self.kafka_topic_view_events,
-            "content_interactions": self.kafka_topic_content_interactions,
-            "items": self.kafka_topic_items,
+            topic: self.kafka_topic_names.get(variable.removeprefix(KAFKA_TOPIC), topic)
+            for topic, variable in variables.items()
         }
 
     @property
@@ -530,8 +597,15 @@ class Settings(BaseSettings):
 
 
 def known_variables() -> dict[str, str]:
-    """Environment variable → field name, for every setting."""
-    return {field.alias or PREFIX + name.upper(): name for name, field in Settings.model_fields.items()}
+    """Environment variable → field name, for every setting but the names of the project's topics in Kafka."""
+    named = {field.alias or PREFIX + name.upper(): name for name, field in Settings.model_fields.items()}
+    return {variable: name for variable, name in named.items() if variable != KAFKA_TOPIC}
+
+
+def _unknown_setting(name: str, known: Iterable[str], remedy: str) -> SettingsError:
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else remedy
+    return SettingsError(f"unknown setting {name}: {hint}")
 
 
 def load_settings(env_file: Path | None = None) -> Settings:
@@ -553,18 +627,24 @@ def load_settings(env_file: Path | None = None) -> Settings:
     # These belong to the test suites that reach a server, not to the product's settings.
     suite = {ENV_FILE, "PREFS_RISINGWAVE_URL", "PREFS_BENCH_SCALE"}
     for name in sorted(os.environ):
-        if name.startswith(PREFIX) and name not in known and name not in suite:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else "remove it; .env.example lists every setting"
-            raise SettingsError(f"unknown setting {name}: {hint}")
+        listed = name in known or name in suite or name.startswith(KAFKA_TOPIC)
+        if name.startswith(PREFIX) and not listed:
+            raise _unknown_setting(name, known, "remove it; .env.example lists every setting")
     try:
-        return Settings()
+        settings = Settings()
     except ValidationError as error:
         variables = {field: variable for variable, field in known.items()}
         problems = []
         for problem in error.errors(include_input=False, include_url=False):
             place = str(problem["loc"][0]) if problem["loc"] else ""
             name = variables.get(place, place)
+            if place == "kafka_topic_names":
+                name = KAFKA_TOPIC + str(problem["loc"][-1])
             message = problem["msg"].removeprefix("Value error, ")
             problems.append(f"{name}: {message}" if name else message)
         raise SettingsError("; ".join(problems) + " (see .env.example)") from None
+    if settings.kafka_topic_names:
+        # A service has no project, and reads no topic.
+        with suppress(RegistryError):
+            _ = settings.kafka_topics
+    return settings

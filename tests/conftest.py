@@ -39,6 +39,8 @@ os.environ.update(
     AWS_SHARED_CREDENTIALS_FILE=os.devnull,
     AWS_EC2_METADATA_DISABLED="true",
     PREFS_ENV_FILE=os.devnull,
+    # Some tests start programs in other folders.
+    PREFS_PROJECT_DIR=str(Path(__file__).resolve().parents[1] / "dbt_project"),
     DBT_SEND_ANONYMOUS_USAGE_STATS="false",
     DAGSTER_DISABLE_TELEMETRY="yes",
 )
@@ -51,9 +53,12 @@ from built_state import (  # noqa: E402 (after the environment is clean)
     free_port,
     make_session_folder,
 )
+from declared import COURSES, PROJECT  # noqa: E402
 from longest import longest_first  # noqa: E402
 
+from dagster_prefs.declarations.registry import Registry, load_registry  # noqa: E402
 from dagster_prefs.engine.connection import EngineConnection  # noqa: E402
+from dagster_prefs.events.messages import Topic, topics_of  # noqa: E402
 from dagster_prefs.local.services import LocalServices  # noqa: E402
 
 
@@ -91,6 +96,24 @@ def _free_port() -> Callable[[], int]:
 def shell_environment() -> Mapping[str, str]:
     """The environment as the developer's shell had it (PREFS_KAFKA_BOOTSTRAP, AWS_ENDPOINT_URL, …)."""
     return SHELL_ENVIRONMENT
+
+
+@pytest.fixture(scope="session")
+def registry() -> Registry:
+    """What the shipped example declares."""
+    return load_registry(PROJECT)
+
+
+@pytest.fixture(scope="session")
+def courses() -> Registry:
+    """What the foreign project declares: other topics, a text key, no shop and no viewers."""
+    return load_registry(COURSES)
+
+
+@pytest.fixture(scope="session")
+def topics(registry: Registry) -> Mapping[str, Topic]:
+    """The example's topics, as their messages are read."""
+    return topics_of(registry)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -34,11 +34,12 @@ def ingest(
     from dagster_prefs.events.ingest import ingest_file
 
     settings = load_settings()
-    deliver = kafka_delivery(settings)
+    registry, deliver = settings.registry(), kafka_delivery(settings)
     for file in files:
         with progress_bar(f"{file.name}") as advance:
             report = ingest_file(
                 EngineConnection.of(settings),
+                registry,
                 file,
                 topic=topic,
                 mapping=mapping,
@@ -81,7 +82,7 @@ def topics(context: click.Context, as_json: bool) -> None:
     """
     if context.invoked_subcommand is not None:
         return
-    from dagster_prefs.defs.resources import Platform
+    from dagster_prefs.platform import Platform
 
     lives = Platform(kafka_settings()).kafka_topics()
     if as_json:
@@ -94,7 +95,7 @@ def topics(context: click.Context, as_json: bool) -> None:
 @topics.command("renew")
 def topics_renew() -> None:
     """Read topics that were deleted and made anew from their start, beside the messages of the old ones."""
-    from dagster_prefs.defs.resources import Platform
+    from dagster_prefs.platform import Platform
 
     settings = kafka_settings()
     platform = Platform(settings)
@@ -118,25 +119,26 @@ def consume(topic: str | None, follow: bool) -> None:
 
     A run goes on where the last one ended.
     """
-    from dagster_prefs.defs.resources import Platform
     from dagster_prefs.events.brokers import client_properties
-    from dagster_prefs.events.formats import find_topic
     from dagster_prefs.events.kafka import ingest_topic
+    from dagster_prefs.platform import Platform
 
     settings = kafka_settings()
     if settings.engine != "local":
         raise PrefsError("on RisingWave the feeds read Kafka: run `dbt run` in dbt_project/")
     if follow and topic is None:
         raise PrefsError("--follow reads one topic at a time: name it with --topic")
-    names = [find_topic(topic).name] if topic else list(settings.kafka_topics)
+    registry = settings.registry()
+    topics = [registry.topic(topic)] if topic else list(registry.topics.values())
     lives = {life.kafka_topic: life for life in Platform(settings).kafka_topics(note=True)}
-    for name in names:
-        kafka_topic = settings.kafka_topics[name]
-        with progress_bar(name) as advance:
+    names = settings.kafka_topics
+    for declared in topics:
+        kafka_topic = names[declared.name]
+        with progress_bar(declared.name) as advance:
             report = ingest_topic(
                 EngineConnection.of(settings),
                 settings.kafka_bootstrap or "",
-                name,
+                declared,
                 kafka_topic=kafka_topic,
                 generation=lives[kafka_topic].generation,
                 start=settings.kafka_start,
@@ -144,7 +146,9 @@ def consume(topic: str | None, follow: bool) -> None:
                 client=client_properties(settings),
                 progress=advance,
             )
-        console.print(f"{name}: {report.accepted} messages of {report.source} ({report.seconds:.1f} s)")
+        console.print(
+            f"{declared.name}: {report.accepted} messages of {report.source} ({report.seconds:.1f} s)"
+        )
     console.print("the views follow with the next refresh: `prefs refresh`, or the sensor new_events")
 
 
@@ -176,7 +180,9 @@ def rejected(
         return
     from dagster_prefs.events.rejected import rejected_counts, rejected_events
 
-    engine = EngineConnection.of(load_settings())
+    settings = load_settings()
+    engine = EngineConnection.of(settings)
+    topic = topic and settings.registry().topic(topic).name
     open_only = not with_replayed
     if topic or reason:
         events = rejected_events(engine, topic, reason, limit, open_only=open_only)
@@ -204,7 +210,9 @@ def rejected_export(file: Path, topic: str | None, reason: str | None) -> None:
     """Write the open rejected messages to a new JSON-lines file, to be corrected and replayed."""
     from dagster_prefs.events.replay import export_rejected
 
-    written = export_rejected(EngineConnection.of(load_settings()), file, topic, reason)
+    settings = load_settings()
+    topic = topic and settings.registry().topic(topic).name
+    written = export_rejected(EngineConnection.of(settings), file, topic, reason)
     console.print(f"{file}: {written} messages; correct each payload, then `prefs rejected replay {file}`")
 
 
@@ -225,13 +233,14 @@ def rejected_replay(
     if (file is None) != unchanged or (file is not None and (topic or reason)):
         raise click.UsageError("give either a FILE of corrections, or --unchanged with --topic or --reason")
     settings = load_settings()
-    engine, deliver = EngineConnection.of(settings), kafka_delivery(settings)
+    engine, registry, deliver = EngineConnection.of(settings), settings.registry(), kafka_delivery(settings)
+    topic = topic and registry.topic(topic).name
     now = datetime.now(UTC)
     if file is None:
-        report = replay_unchanged(engine, topic, reason, now=now, deliver=deliver)
+        report = replay_unchanged(engine, registry, topic, reason, now=now, deliver=deliver)
     else:
         try:
-            report = replay_file(engine, file, now=now, skip_invalid=skip_invalid, deliver=deliver)
+            report = replay_file(engine, registry, file, now=now, skip_invalid=skip_invalid, deliver=deliver)
         except ReplayError as error:
             for line, why in error.problems:
                 console.print(f"{file}, line {line}: {why}")
@@ -247,7 +256,13 @@ def rejected_replay(
 @click.option(
     "--events", default=320_000, show_default=True, type=click.IntRange(0), help="About how many events."
 )
-@click.option("--viewers", default=5_000, show_default=True, type=click.IntRange(1))
+@click.option(
+    "--entities",
+    default=5_000,
+    show_default=True,
+    type=click.IntRange(1),
+    help="How many of each entity (viewers, users …) act.",
+)
 @click.option("--days", default=35, show_default=True, type=click.IntRange(1, 3650))
 @click.option("--seed", default=7, show_default=True, help="The same seed generates the same events.")
 @click.option("--to", "target", default="engine", show_default=True, help="engine, kafka, or a folder.")
@@ -259,7 +274,7 @@ def rejected_replay(
 @click.option("--once", is_flag=True, help="Send nothing to Kafka where it holds events already.")
 def simulate(
     events: int,
-    viewers: int,
+    entities: int,
     days: int,
     seed: int,
     target: str,
@@ -268,20 +283,18 @@ def simulate(
     seconds: float | None,
     once: bool,
 ) -> None:
-    """Generate events into the engine, Kafka, or files."""
+    """Generate events into the engine, Kafka, or files.
+
+    Those of the example behave as people do; messages of other topics are made up from their fields.
+    """
     from dagster_prefs.events import simulator
     from dagster_prefs.events.brokers import client_properties
+    from dagster_prefs.events.scenario import scenario_plan
 
     settings = load_settings()
-    plan = simulator.SimulationPlan(
-        seed=seed,
-        viewers=viewers,
-        days=days,
-        # The proportions of the demo: views, shop events, interactions.
-        view_events=events * 10 // 16,
-        shop_events=events * 5 // 16,
-        interactions=events // 16,
-        end=datetime.now(UTC),
+    registry = settings.registry()
+    plan = simulator.fitted(
+        registry, scenario_plan(datetime.now(UTC), seed=seed, days=days, entities=entities, events=events)
     )
     if target == "kafka" and not settings.kafka_bootstrap:
         raise PrefsError("--to kafka needs PREFS_KAFKA_BOOTSTRAP, the brokers' host:port list: set it")
@@ -290,10 +303,9 @@ def simulate(
 
         if target != "kafka":
             raise PrefsError("--once is for --to kafka: the engine and files tell a repetition by themselves")
-        if holds_messages(
-            settings.kafka_bootstrap or "",
-            settings.kafka_topics["view_events"],
-            client=client_properties(settings),
+        if any(
+            holds_messages(settings.kafka_bootstrap or "", name, client=client_properties(settings))
+            for name in settings.kafka_topics.values()
         ):
             console.print("Kafka holds events already: nothing was sent")
             return
@@ -301,7 +313,7 @@ def simulate(
     with progress_bar("events") as advance:
         if follow and target == "engine":
             counts = simulator.follow_to_engine(
-                engine, plan, rate=rate or 20.0, seconds=seconds, progress=advance
+                engine, registry, plan, rate=rate or 20.0, seconds=seconds, progress=advance
             )
         elif follow and target == "kafka":
             counts = simulator.follow(
@@ -316,7 +328,7 @@ def simulate(
         elif follow:
             raise PrefsError("--follow writes to engine or kafka: leave it out to write files")
         elif target == "engine":
-            reports = simulator.simulate_to_engine(engine, plan, rate=rate, progress=advance)
+            reports = simulator.simulate_to_engine(engine, registry, plan, rate=rate, progress=advance)
             counts = {report.topic: report.accepted for report in reports}
         elif target == "kafka":
             counts = simulator.simulate_to_kafka(

@@ -3,9 +3,10 @@
 import dagster as dg
 
 from dagster_prefs.defs.feature_views import REFRESH_JOB
-from dagster_prefs.defs.resources import Platform
+from dagster_prefs.defs.resources import sensor_status
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.events.progress import waiting_since
+from dagster_prefs.platform import Platform
 
 
 def build(platform: Platform) -> dg.Definitions:
@@ -17,13 +18,13 @@ def build(platform: Platform) -> dg.Definitions:
         name="new_events",
         job_name=REFRESH_JOB,
         minimum_interval_seconds=platform.settings.refresh_poll_seconds,
-        default_status=platform.default_sensor_status,
+        default_status=sensor_status(platform),
         description="Starts a refresh when the raw tables hold messages that no refresh has read.",
     )
     def new_events() -> dg.RunRequest | dg.SkipReason:
         try:
             with platform.engine.connect() as connection:
-                waiting = waiting_since(connection, platform.engine)
+                waiting = waiting_since(connection, platform.engine, platform.registry)
         except PrefsError as error:
             return dg.SkipReason(str(error))
         if not waiting:

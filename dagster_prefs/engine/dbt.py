@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -261,7 +262,7 @@ _MEANINGS = (
     ),
     (
         r"ResourceNotFoundException|DynamoDB error\s[^\n]*table \S+ not found",
-        "DynamoDB has no such table for the sink: materialize dynamodb/viewer_profiles or make it with Terraform "
+        "DynamoDB has no such table for the sink: materialize its asset dynamodb/… or make it with Terraform "
         "first, and check PREFS_TABLE_PREFIX, AWS_REGION and AWS_ENDPOINT_URL",
     ),
     (
@@ -357,3 +358,18 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def compile_queries(project_dir: Path, relations: Sequence[str]) -> dict[str, str]:
+    """Relation → its SQL as `Registry.queries` holds it: compiled for RisingWave in a fixed environment.
+
+    Asks no engine. Raises DbtError where the project does not parse or a model does not compile.
+    """
+    if not relations:
+        return {}
+    nowhere = EngineConnection("127.0.0.1", 1, "any", "any", schema="any", kind="risingwave")
+    with tempfile.TemporaryDirectory() as target:
+        # A spread moves a key's day, which whoever asks about other days has done already.
+        dbt = Dbt(nowhere, project_dir, Path(target), {"PREFS_EXPIRY_SPREAD_SECONDS": "0"})
+        compiled = dbt.compiled(relations)
+    return {relation: text.replace('"any"."any".', "") for relation, text in sorted(compiled.items())}

@@ -122,7 +122,7 @@ class RelationPlan:
     """What happens to one relation, and what stands on it.
 
     `views` are the relations on it that are made again, `sinks` those that would be stranded on the old one;
-    `attributes` are the contract's (`engagement#watch.titles_7d`) whose values come from it.
+    `attributes` are the contract's (domain.name) whose values come from it.
     """
 
     name: str

@@ -6,31 +6,34 @@ event's time in milliseconds, and ends in a keyed digest of that time:
     canary:<deployment>:<milliseconds>:<digest>
 
 A producer that does not know the key cannot make the digest. One that copies the id of a canary that it has read can
-send it for the same viewer or user and the same time only, and that is a duplicate. The models check the same in SQL
+send it for the same entity and the same time only, and that is a duplicate. The models check the same in SQL
 (`dbt_project/macros/reserved.sql`).
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import secrets
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import psycopg
 from psycopg import sql
 
+from dagster_prefs.declarations.registry import FieldDeclaration, Registry
+from dagster_prefs.declarations.reserved import PREFIX, canary_of
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.events.raw import RawStoreError, explained
-from dagster_prefs.online.reserved import PREFIX
 
 RELATION = "canary_keys"
 # Why the typed layer rejects the canaries that other deployments send to the same topics.
 OF_ANOTHER_DEPLOYMENT = "canary of another deployment"
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _IDENTITY = re.compile(PREFIX + r"([0-9a-f]{16}):[0-9]{1,19}:[0-9a-f]{32}")
 
 
@@ -62,6 +65,41 @@ def deployment_of(event_id: str) -> str | None:
 def is_proven(event_id: str, milliseconds: int, keys: Collection[CanaryKey]) -> bool:
     """Whether one of these keys made this id for this event time (epoch milliseconds)."""
     return any(secrets.compare_digest(event_id, key.event_id(milliseconds)) for key in keys)
+
+
+def canary_events(registry: Registry, key: CanaryKey, moment: datetime) -> dict[str, bytes]:
+    """Topic → the canary's message of that moment (UTC, whole milliseconds count), proven with `key`.
+
+    Every topic has one whose events are about an entity at a time, each with a value in every field.
+    """
+    milliseconds = (moment - _EPOCH) // timedelta(milliseconds=1)
+    identity = key.event_id(milliseconds)
+    at = (_EPOCH + timedelta(milliseconds=milliseconds)).isoformat(timespec="milliseconds")
+    messages = {}
+    for topic in registry.topics.values():
+        if topic.entity is None or topic.time is None:
+            continue
+        subject = registry.entity(topic.entity).key
+        own = {topic.identity: identity, subject.name: canary_of(subject), topic.time: at}
+        fields = {field.name: own.get(field.name, canary_value(field)) for field in topic.fields}
+        messages[topic.name] = json.dumps(fields, separators=(",", ":")).encode()
+    return messages
+
+
+def canary_value(field: FieldDeclaration) -> str | int | bool:
+    """A value that the field accepts: the last of those that are listed, else one within its bounds.
+
+    A number is the field's maximum, or 60 or its minimum, whichever is larger; a time is the first of 2026.
+    """
+    if field.accepted:
+        return field.accepted[-1]
+    if field.type == "boolean":
+        return True
+    if field.type == "timestamptz":
+        return "2026-01-01T00:00:00Z"
+    if field.type == "text":
+        return "canary"[: field.max_bytes]
+    return field.maximum if field.maximum is not None else max(60, field.minimum or 0)
 
 
 def canary_key(engine: EngineConnection) -> CanaryKey:

@@ -1,7 +1,7 @@
 """How one field of a message is read: the typed layer's rules in Python.
 
 `dbt_project/macros/messages.sql` holds the same rules in SQL, and a test holds the two equal on random messages. What
-a topic declares of its fields (`Field`) is in `formats.py` and in the YAML of the parsed models; a test compares them.
+a topic declares of its fields is in the project's registry.
 """
 
 from __future__ import annotations
@@ -10,20 +10,14 @@ import re
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import ROUND_HALF_UP, Context, Decimal
+from functools import cached_property
 from typing import Any, Literal
 
+from dagster_prefs.declarations.registry import FieldDeclaration
 from dagster_prefs.ids import BLANKS, id_text, number_text, whole_number
 
-FieldType = Literal["text", "bigint", "int", "decimal", "boolean", "timestamptz"]
 TimeFault = Literal["bad", "implausible"]
 
-# A message of more bytes is refused before it is parsed.
-MAX_MESSAGE_BYTES = 1_048_576
-# Years in UTC in which an event may have happened: the first and the last one.
-PLAUSIBLE_YEARS = (2000, 2100)
-# A row of a PostgreSQL index holds 2,704 bytes, and the key of category_cross_affinity is two names.
-ID_BYTES = 256
-NAME_BYTES = 1024
 # What both engines hold exactly.
 DIGITS = 28
 
@@ -40,64 +34,131 @@ _ISO = re.compile(
 )
 _BOOLEANS = frozenset({"true", "1", "false", "0"})
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_EARLIEST = datetime(PLAUSIBLE_YEARS[0], 1, 1, tzinfo=UTC)
-_END = datetime(PLAUSIBLE_YEARS[1] + 1, 1, 1, tzinfo=UTC)
 # How many of a number's unit are in a second: its magnitude says which unit it is.
 _PER_SECOND = (1, 10**3, 10**6, 10**9)
 
 
 @dataclass(frozen=True)
-class Field:
-    """One field of a message.
+class Years:
+    """The years in UTC, from `first` to `last`, in which an event may have happened; how times are read."""
 
-    A text is at most `max_bytes` long in UTF-8; a decimal is rounded to `scale` places; a number is from `minimum` to
-    `maximum`. A message may leave an `optional` field out.
-    """
+    first: int
+    last: int
 
-    name: str
-    type: FieldType = "text"
-    optional: bool = False
-    max_bytes: int | None = None
-    scale: int | None = None
-    minimum: int | None = None
-    maximum: int | None = None
+    @cached_property
+    def _bounds(self) -> tuple[datetime, datetime]:
+        """The first moment, and the one after the last."""
+        return datetime(self.first, 1, 1, tzinfo=UTC), datetime(self.last + 1, 1, 1, tzinfo=UTC)
 
-    def text(self, value: Any) -> str | None:
-        """A JSON value (numbers as Decimal) as the text that is read; None where it is empty or of a wrong type."""
-        if isinstance(value, bool):
-            return str(value).lower() if self.type == "boolean" else None
-        if isinstance(value, str):
-            return value.strip(BLANKS) or None
-        if not isinstance(value, Decimal):
+    @cached_property
+    def _seconds(self) -> tuple[int, int]:
+        first, end = ((moment - _EPOCH) // timedelta(seconds=1) for moment in self._bounds)
+        return first, end
+
+    def parse(self, text: str) -> datetime | None:
+        """A message's time as the typed layer reads it, in UTC; None where it reads none or an implausible one.
+
+        ISO 8601 with `T` or blank, with `Z`, an offset, ` UTC` or nothing (UTC), letters in any case; or a number
+        since 1970, whose magnitude says whether it counts seconds, milliseconds, microseconds or nanoseconds. What is
+        finer than microseconds is cut off.
+        """
+        found = self._read(text)
+        return found if isinstance(found, datetime) else None
+
+    def fault(self, text: str) -> TimeFault | None:
+        """What is wrong with a text as a time: `bad` where it is none, `implausible` where no event can have it."""
+        found = self._read(text)
+        return None if isinstance(found, datetime) else found
+
+    def shift(self, text: str, seconds: int) -> str | None:
+        """A time moved by whole seconds: text becomes ISO 8601 with `Z`, a number stays a number of its unit.
+
+        None where it cannot be read, before or after the move.
+        """
+        moment = self.parse(text)
+        if moment is None:
             return None
-        if self.type in ("decimal", "timestamptz"):
-            return number_text(value) if abs(value) < 10**DIGITS else None
-        return id_text(value)
+        if not _NUMBER.fullmatch(text):
+            try:
+                moved = (moment + timedelta(seconds=seconds)).replace(tzinfo=None).isoformat() + "Z"
+            except OverflowError:
+                return None
+        else:
+            unit = self._unit_of(Decimal(text))
+            if unit is None:
+                return None
+            moved = format(_EXACT.add(Decimal(text), Decimal(seconds) * unit), "f")
+            if self._unit_of(Decimal(moved)) != unit:
+                return None
+        return moved if self.parse(moved) is not None else None
 
-    def fault(self, text: str) -> str | None:
-        """Why the typed layer refuses this text in this field; None where it takes it."""
-        if self.max_bytes is not None and len(text.encode()) > self.max_bytes:
-            return too_many_bytes(self.name, len(text.encode()), self.max_bytes)
-        if self.type == "timestamptz":
-            wrong = time_fault(text)
-            return f"bad {self.name}" if wrong == "bad" else "implausible time" if wrong else None
-        if self.type == "boolean":
-            return None if text.lower() in _BOOLEANS else f"bad {self.name}"
-        if self.type == "text":
-            return None
-        number = read_decimal(text, self.scale) if self.scale is not None else self._whole(text)
-        return f"bad {self.name}" if number is None else self._out_of_range(number)
+    def _read(self, text: str) -> datetime | TimeFault:
+        text = _TOO_FINE.sub(r"\1", text, count=1)
+        if _NUMBER.fullmatch(text):
+            number = Decimal(text[:60])
+            unit = self._unit_of(number)
+            if unit is None:
+                return "implausible"
+            return _EPOCH + timedelta(microseconds=int(_EXACT.divide(_EXACT.multiply(number, 10**6), unit)))
+        found = _ISO.fullmatch(text)
+        if not found:
+            return "bad"
+        if not self.first - 1 <= int(text[:4]) <= self.last + 1:
+            return "implausible"
+        moment, zone = found[1].upper(), (found[2] or "Z").upper()
+        try:
+            at = datetime.fromisoformat(moment + ("Z" if zone == "UTC" else zone)).astimezone(UTC)
+        except ValueError:
+            return "bad"
+        first, end = self._bounds
+        return at if first <= at < end else "implausible"
 
-    def _whole(self, text: str) -> int | None:
-        return whole_number(text, 64 if self.type == "bigint" else 32)
+    def _unit_of(self, number: Decimal) -> int | None:
+        """How many of the number's unit are in a second; None where it is no time of these years."""
+        first, end = self._seconds
+        return next((unit for unit in _PER_SECOND if first * unit <= number < end * unit), None)
 
-    def _out_of_range(self, number: Decimal | int) -> str | None:
-        if self.minimum is None:
-            return None
-        if self.maximum is None:
-            return f"negative {self.name}" if number < self.minimum else None
-        inside = self.minimum <= number <= self.maximum
-        return None if inside else f"{self.name} outside {self.minimum}..{self.maximum}"
+
+def field_text(field: FieldDeclaration, value: Any) -> str | None:
+    """A JSON value (numbers as Decimal) as the text that is read; None where it is empty or of a wrong type."""
+    if isinstance(value, bool):
+        return str(value).lower() if field.type == "boolean" else None
+    if isinstance(value, str):
+        return value.strip(BLANKS) or None
+    if not isinstance(value, Decimal):
+        return None
+    if field.type in ("decimal", "timestamptz"):
+        return number_text(value) if abs(value) < 10**DIGITS else None
+    return id_text(value)
+
+
+def field_fault(field: FieldDeclaration, text: str, years: Years) -> str | None:
+    """Why the typed layer rejects this text in this field; None where it takes it."""
+    if field.accepted:
+        return None if text in field.accepted else f"unknown {field.name}"
+    if field.type == "text":
+        size, limit = len(text.encode()), field.max_bytes
+        return None if limit is None or size <= limit else too_many_bytes(field.name, size, limit)
+    if field.type == "timestamptz":
+        wrong = years.fault(text)
+        return f"bad {field.name}" if wrong == "bad" else "implausible time" if wrong else None
+    if field.type == "boolean":
+        return None if text.lower() in _BOOLEANS else f"bad {field.name}"
+    number: Decimal | int | None
+    if field.type == "decimal":
+        number = read_decimal(text, field.scale or 0)
+    else:
+        number = whole_number(text, 64 if field.type == "bigint" else 32)
+    return f"bad {field.name}" if number is None else _out_of_range(field, number)
+
+
+def _out_of_range(field: FieldDeclaration, number: Decimal | int) -> str | None:
+    if field.minimum is None:
+        return None
+    if field.maximum is None:
+        return f"negative {field.name}" if number < field.minimum else None
+    inside = field.minimum <= number <= field.maximum
+    return None if inside else f"{field.name} outside {field.minimum}..{field.maximum}"
 
 
 def cell_text(cell: str) -> str:
@@ -126,70 +187,3 @@ def read_decimal(text: str, scale: int) -> Decimal | None:
     if abs(number) >= 10 ** (DIGITS - scale):
         return None
     return number.quantize(Decimal(1).scaleb(-scale), context=_EXACT)
-
-
-def parse_time(text: str) -> datetime | None:
-    """A message's time as the typed layer reads it, in UTC; None where it reads none or an implausible one.
-
-    ISO 8601 with `T` or blank, with `Z`, an offset, ` UTC` or nothing (UTC), letters in any case; or a number since
-    1970, whose magnitude says whether it counts seconds, milliseconds, microseconds or nanoseconds. What is finer than
-    microseconds is cut off.
-    """
-    found = _read_time(text)
-    return found if isinstance(found, datetime) else None
-
-
-def time_fault(text: str) -> TimeFault | None:
-    """What is wrong with a text as a time: `bad` where it is none, `implausible` where it is of no plausible year."""
-    found = _read_time(text)
-    return None if isinstance(found, datetime) else found
-
-
-def shift_time(text: str, seconds: int) -> str | None:
-    """A time moved by whole seconds: text becomes ISO 8601 with `Z`, a number stays a number of its unit.
-
-    None where it cannot be read, before or after the move.
-    """
-    moment = parse_time(text)
-    if moment is None:
-        return None
-    if not _NUMBER.fullmatch(text):
-        try:
-            moved = (moment + timedelta(seconds=seconds)).replace(tzinfo=None).isoformat() + "Z"
-        except OverflowError:
-            return None
-    else:
-        unit = _unit_of(Decimal(text))
-        if unit is None:
-            return None
-        moved = format(_EXACT.add(Decimal(text), Decimal(seconds) * unit), "f")
-        if _unit_of(Decimal(moved)) != unit:
-            return None
-    return moved if parse_time(moved) is not None else None
-
-
-def _read_time(text: str) -> datetime | TimeFault:
-    text = _TOO_FINE.sub(r"\1", text, count=1)
-    if _NUMBER.fullmatch(text):
-        number = Decimal(text[:60])
-        unit = _unit_of(number)
-        if unit is None:
-            return "implausible"
-        return _EPOCH + timedelta(microseconds=int(_EXACT.divide(_EXACT.multiply(number, 10**6), unit)))
-    found = _ISO.fullmatch(text)
-    if not found:
-        return "bad"
-    if not PLAUSIBLE_YEARS[0] - 1 <= int(text[:4]) <= PLAUSIBLE_YEARS[1] + 1:
-        return "implausible"
-    moment, zone = found[1].upper(), (found[2] or "Z").upper()
-    try:
-        at = datetime.fromisoformat(moment + ("Z" if zone == "UTC" else zone)).astimezone(UTC)
-    except ValueError:
-        return "bad"
-    return at if _EARLIEST <= at < _END else "implausible"
-
-
-def _unit_of(number: Decimal) -> int | None:
-    """How many of the number's unit are in a second; None where it is no time of the plausible years."""
-    first, end = (int((moment - _EPOCH).total_seconds()) for moment in (_EARLIEST, _END))
-    return next((unit for unit in _PER_SECOND if first * unit <= number < end * unit), None)

@@ -9,29 +9,27 @@ from __future__ import annotations
 
 import base64
 import csv
-import difflib
 import hashlib
 import json
 import os
-import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from datetime import datetime, timedelta
-from decimal import Decimal
-from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 from dagster_prefs import textfiles
+from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.errors import PrefsError
-from dagster_prefs.events.fields import ID_BYTES, NAME_BYTES, Field, cell_text, parse_time, shift_time
+from dagster_prefs.events import rees46
+from dagster_prefs.events.fields import cell_text
+from dagster_prefs.events.messages import Topic, topics_of
 from dagster_prefs.textfiles import ROW_FAULTS, RowFault, csv_rows, without_terminator
 
-Mapping = Literal["auto", "rees46"]
+ColumnMapping = Literal["auto", "rees46"]
+Topics = Mapping[str, Topic]
 
-# A later event time is refused by the typed layer.
-FUTURE_TOLERANCE = timedelta(hours=24)
 # How far to look for a record that tells its topic before giving up.
 SAMPLE_LINES = 1000
 SAMPLE_BYTES = 4 * textfiles.MIB
@@ -41,127 +39,7 @@ class EventFileError(PrefsError):
     """A file cannot be read as events: it is missing, empty, damaged, or of an unknown shape."""
 
 
-class UnknownTopic(PrefsError):
-    """A topic was named that this platform does not have."""
-
-
-@dataclass(frozen=True)
-class Topic:
-    """One kind of message: its fields, its raw table, and which field tells its time.
-
-    `declared` is what the YAML of its parsed model declares; `time_field` is None where messages carry no time.
-    """
-
-    name: str
-    raw_table: str
-    declared: tuple[Field, ...]
-    time_field: str | None
-
-    @cached_property
-    def fields(self) -> tuple[str, ...]:
-        """The JSON keys."""
-        return tuple(field.name for field in self.declared)
-
-    @cached_property
-    def required(self) -> frozenset[str]:
-        """The keys without which no message of the topic is valid."""
-        return frozenset(field.name for field in self.declared if not field.optional)
-
-    def field(self, name: str) -> Field:
-        """The field of this name, which must be one of the topic's."""
-        return next(field for field in self.declared if field.name == name)
-
-    def matches(self, names: set[str]) -> bool:
-        """Whether a record with these keys is surely of this topic."""
-        # An item has no event's key: a shop event without its id must not pass for an item.
-        return self.required <= names and (self.time_field is not None or not names & EVENT_ONLY_FIELDS)
-
-
-EVENT_ONLY_FIELDS = frozenset(
-    {"event_id", "user_id", "viewer_id", "event_type", "session_id", "event_time", "event_ts"}
-)
-
-TOPICS: dict[str, Topic] = {
-    topic.name: topic
-    for topic in (
-        Topic(
-            "user.events",
-            "raw_user_events",
-            (
-                Field("event_id", max_bytes=ID_BYTES),
-                Field("user_id", max_bytes=ID_BYTES),
-                Field("item_id", optional=True, max_bytes=ID_BYTES),
-                Field("event_type"),
-                Field("category", optional=True, max_bytes=NAME_BYTES),
-                Field("brand", optional=True, max_bytes=NAME_BYTES),
-                Field("price", "decimal", optional=True, scale=6, minimum=0),
-                Field("session_id", optional=True, max_bytes=ID_BYTES),
-                Field("event_time", "timestamptz"),
-            ),
-            "event_time",
-        ),
-        Topic(
-            "view_events",
-            "raw_view_events",
-            (
-                Field("event_id", max_bytes=ID_BYTES),
-                Field("viewer_id", "bigint"),
-                Field("content_id", optional=True, max_bytes=ID_BYTES),
-                Field("genre", optional=True, max_bytes=NAME_BYTES),
-                Field("watch_duration_sec", "int", optional=True, minimum=0),
-                Field("completion_pct", "decimal", optional=True, scale=9, minimum=0, maximum=1),
-                Field("watched_at", "timestamptz"),
-            ),
-            "watched_at",
-        ),
-        Topic(
-            "content_interactions",
-            "raw_content_interactions",
-            (
-                Field("event_id", max_bytes=ID_BYTES),
-                Field("viewer_id", "bigint"),
-                Field("event_type"),
-                Field("event_ts", "timestamptz"),
-            ),
-            "event_ts",
-        ),
-        Topic(
-            "items",
-            "raw_items",
-            (
-                Field("item_id", max_bytes=ID_BYTES),
-                Field("title", optional=True, max_bytes=NAME_BYTES),
-                Field("category", optional=True, max_bytes=NAME_BYTES),
-                Field("brand", optional=True, max_bytes=NAME_BYTES),
-                Field("price", "decimal", optional=True, scale=6, minimum=0),
-                Field("in_stock", "boolean", optional=True),
-            ),
-            None,
-        ),
-    )
-}
-
-# Text for people, which a number in a CSV file may be as it stands: there is a film called 2.0.
-PROSE = frozenset({"title"})
-REES46_COLUMNS = (
-    "event_time", "event_type", "product_id", "category_id", "category_code", "brand", "price", "user_id",
-    "user_session",
-)  # fmt: skip
-REES46_NAMES = {"product_id": "item_id", "category_code": "category", "user_session": "session_id"}
-# An empty cell, and how pandas writes one where it is told to.
-REES46_MISSING = frozenset({"", "NaN", "<NA>", "NaT"})
-
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-
-
-def find_topic(name: str) -> Topic:
-    """The topic of this name. Raises UnknownTopic naming the topics there are."""
-    try:
-        return TOPICS[name]
-    except KeyError:
-        near = difflib.get_close_matches(name, TOPICS, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise UnknownTopic(f"unknown topic {name!r}: {hint}topics are {', '.join(TOPICS)}") from None
 
 
 @dataclass(frozen=True)
@@ -222,16 +100,19 @@ class LineReader(textfiles.LineReader):
     again = "ingest it again"
 
 
-def detect(path: Path, topic: str | None = None, mapping: Mapping | None = "auto") -> FileFormat:
-    """How to read `path`, from its content; its name only decides where the content does not.
+def detect(
+    path: Path, registry: Registry, topic: str | None = None, mapping: ColumnMapping | None = "auto"
+) -> FileFormat:
+    """How to read `path` for this project, from its content; its name only decides where the content does not.
 
     `mapping` is `auto` (a known foreign CSV format is recognised by its columns), `rees46` (the file
     must have these columns) or None (only our own column names).
 
-    Raises EventFileError or UnknownTopic naming what was found and what was expected.
+    Raises EventFileError or RegistryError naming what was found and what was expected.
     """
     check_file(path)
-    wanted = find_topic(topic) if topic is not None else None
+    topics = topics_of(registry)
+    wanted = topics[registry.topic(topic).name] if topic is not None else None
     head: list[bytes] = []
     size = 0
     with LineReader(path) as reader:
@@ -249,16 +130,16 @@ def detect(path: Path, topic: str | None = None, mapping: Mapping | None = "auto
     if not head:
         raise EventFileError(f"{path} is empty: it has blank lines only")
     header = _header(head[0])
-    if mapping == "rees46" or _is_header(header):
-        return _csv_format(path, header, wanted, mapping)
+    if mapping == "rees46" or _is_header(header, topics):
+        return _csv_format(path, header, topics, wanted, mapping)
     _refuse_json_over_lines(path, head)
     suffixes = {suffix.lower() for suffix in path.suffixes}
     looks_json = any(line.lstrip().startswith(b"{") for line in head)
     if looks_json or suffixes & {".json", ".jsonl", ".ndjson"}:
-        return FileFormat(wanted or _topic_of_json(path, head), "json-lines")
+        return FileFormat(wanted or _topic_of_json(path, head, topics), "json-lines")
     if wanted is not None and ".csv" not in suffixes and len(header) < 2:
         return FileFormat(wanted, "json-lines")
-    return _csv_format(path, header, wanted, mapping)
+    return _csv_format(path, header, topics, wanted, mapping)
 
 
 def read_records(reader: LineReader, file_format: FileFormat) -> Iterator[Record]:
@@ -282,10 +163,10 @@ def _csv_records(lines: Iterator[tuple[int, bytes]], file_format: FileFormat) ->
         if line.strip():
             break
         yield Record(number, None)
-    to_message = _rees46_message if file_format.mapping == "rees46" else _plain_message
-    columns = file_format.columns
-    texts = {field.name for field in file_format.topic.declared if field.type == "text"} - PROSE
-    text_columns = {at for at, name in enumerate(columns) if REES46_NAMES.get(name, name) in texts}
+    topic, columns = file_format.topic, file_format.columns
+    renamed = rees46.NAMES if file_format.mapping == "rees46" else {}
+    texts = {field.name for field in topic.fields if field.type == "text" and not field.prose}
+    text_columns = {at for at, name in enumerate(columns) if renamed.get(name, name) in texts}
     for row in csv_rows(lines):
         if row.fault:
             yield Record(row.line, _faulty_message(row.raw, row.fault), ROW_FAULTS[row.fault])
@@ -296,7 +177,9 @@ def _csv_records(lines: Iterator[tuple[int, bytes]], file_format: FileFormat) ->
             yield Record(row.line, _faulty_message(row.raw, "cells"), told)
         else:
             cells = [cell_text(cell) if at in text_columns else cell for at, cell in enumerate(row.cells)]
-            yield Record(row.line, to_message(columns, cells))
+            mapped = file_format.mapping == "rees46"
+            message = rees46.message(columns, cells, topic) if mapped else _plain_message(columns, cells)
+            yield Record(row.line, message)
 
 
 def _faulty_message(raw: bytes, fault: RowFault) -> bytes:
@@ -319,33 +202,6 @@ def _plain_message(columns: Sequence[str], cells: Sequence[str]) -> bytes:
     return _encode({name: cell for name, cell in named if cell != ""}).encode()
 
 
-def _rees46_message(columns: Sequence[str], cells: Sequence[str]) -> bytes:
-    message = {
-        REES46_NAMES.get(name, name): cell
-        for name, cell in zip(columns, cells, strict=True)
-        if cell.strip() not in REES46_MISSING
-    }
-    if message.get("event_type", "").strip() == "cart":
-        message["event_type"] = "add_to_cart"
-    identity = _content_hash(message, TOPICS["user.events"])
-    return _encode({"event_id": f"rees46-{identity[:32]}"} | message).encode()
-
-
-def _content_hash(message: dict[str, str], topic: Topic) -> str:
-    """A hash of what the topic declares, and of nothing else that a tool adds, reorders or formats in its own way."""
-    values = [_canonical(message.get(name, ""), name == topic.time_field) for name in topic.fields]
-    return hashlib.sha256(_encode(values).encode()).hexdigest()
-
-
-def _canonical(cell: str, is_time: bool) -> str:
-    """The one spelling of a value: 541312140.0 is 541312140, 33.20 is 33.2, a moment has one zone."""
-    text = cell.strip()
-    if not is_time:
-        return cell_text(text)
-    moment = parse_time(text)
-    return moment.isoformat() if moment is not None else text
-
-
 def _header(line: bytes) -> tuple[str, ...]:
     text = without_terminator(line).decode("utf-8", "replace")
     try:
@@ -354,41 +210,81 @@ def _header(line: bytes) -> tuple[str, ...]:
         return ()
 
 
-def _is_header(names: Sequence[str]) -> bool:
-    known = {name for topic in TOPICS.values() for name in topic.fields} | set(REES46_COLUMNS)
+def _is_header(names: Sequence[str], topics: Topics) -> bool:
+    known = {name for topic in topics.values() for name in topic.names}
+    if rees46.target(topics):
+        known |= set(rees46.COLUMNS)
     return bool(names) and sum(name in known for name in names) * 2 >= len(names)
 
 
 def _csv_format(
-    path: Path, header: tuple[str, ...], wanted: Topic | None, mapping: Mapping | None
+    path: Path, header: tuple[str, ...], topics: Topics, wanted: Topic | None, mapping: ColumnMapping | None
 ) -> FileFormat:
     names = set(header)
     found = f"it has {', '.join(header) or 'none'}"[:400]
     if len(names) < len(header):
         twice = sorted(name for name in names if header.count(name) > 1)
         raise EventFileError(f"{path} has the column {', '.join(twice)} twice: give each column its own name")
-    if mapping == "rees46" or (mapping == "auto" and names >= set(REES46_COLUMNS)):
-        missing = [name for name in REES46_COLUMNS if name not in names]
+    shop = rees46.target(topics)
+    if mapping == "rees46" and shop is None:
+        raise EventFileError(
+            f"the mapping rees46 makes messages of {rees46.TOPIC}, which this project does not declare: leave the "
+            f"mapping out, and name the columns of {path} as the project's topics do"
+        )
+    if shop is not None and (mapping == "rees46" or (mapping == "auto" and names >= set(rees46.COLUMNS))):
+        missing = [name for name in rees46.COLUMNS if name not in names]
         if missing:
             raise EventFileError(
                 f"{path} lacks the REES46 columns {', '.join(missing)} ({found}): "
                 "choose a file in that format, or leave the mapping out"
             )
-        if wanted is not None and wanted.name != "user.events":
+        if wanted is not None and wanted.name != shop.name:
             raise EventFileError(
-                f"{path} has the REES46 columns, which are user.events and not {wanted.name}: "
-                "leave the topic out or name user.events"
+                f"{path} has the REES46 columns, which are {shop.name} and not {wanted.name}: "
+                f"leave the topic out or name {shop.name}"
             )
-        return FileFormat(TOPICS["user.events"], "csv", header, "rees46")
-    candidates = [topic for topic in ([wanted] if wanted else TOPICS.values()) if topic.required <= names]
-    candidates = [topic for topic in candidates if wanted or topic.matches(names)]
-    if candidates:
-        return FileFormat(max(candidates, key=lambda topic: len(names & set(topic.fields))), "csv", header)
-    nearest = wanted or max(TOPICS.values(), key=lambda topic: len(names & set(topic.fields)))
+        return FileFormat(shop, "csv", header, "rees46")
+    if wanted is not None and wanted.required <= names:
+        return FileFormat(wanted, "csv", header)
+    if wanted is None and (candidates := _matching(names, topics)):
+        if len(candidates) > 1:
+            raise _ambiguous(path, "columns", found, candidates)
+        return FileFormat(candidates[0], "csv", header)
+    nearest = wanted or max(topics.values(), key=lambda topic: _known(topic, names))
     missing = sorted(nearest.required - names)
+    mapped = f", or use the known mapping rees46 ({', '.join(rees46.COLUMNS)})" if shop else ""
     raise EventFileError(
         f"{path} lacks the columns {', '.join(missing)} of {nearest.name} ({found}): rename its columns to "
-        f"{', '.join(nearest.fields)}, or use the known mapping rees46 ({', '.join(REES46_COLUMNS)})"
+        f"{', '.join(nearest.names)}{mapped}"
+    )
+
+
+def _matching(names: AbstractSet[str], topics: Topics) -> list[Topic]:
+    """The topics that a record with these keys is surely of one of, the most specific first and alone where it is.
+
+    A record has all keys that its topic requires. Of topics that fit, one gives way to another that requires all its
+    keys and more, and then to another that knows more of the record's.
+    """
+    # An item has no event's key: a shop event without its id must not pass for an item.
+    of_events = {name for topic in topics.values() if topic.time for name in topic.required}
+    fitting = [
+        topic
+        for topic in topics.values()
+        if topic.required <= names and (topic.time or not (names & of_events) - set(topic.names))
+    ]
+    specific = [topic for topic in fitting if not any(topic.required < other.required for other in fitting)]
+    most = max((_known(topic, names) for topic in specific), default=0)
+    return [topic for topic in specific if _known(topic, names) == most]
+
+
+def _known(topic: Topic, names: AbstractSet[str]) -> int:
+    return len(names & set(topic.names))
+
+
+def _ambiguous(path: Path, what: str, found: str, candidates: Sequence[Topic]) -> EventFileError:
+    *others, last = (topic.name for topic in candidates)
+    return EventFileError(
+        f"{path} may be of {', '.join(others)} or {last}, by its {what} ({found}): name the topic"
     )
 
 
@@ -441,88 +337,24 @@ def _json_value(line: bytes) -> object:
         return None
 
 
-def _topic_of_json(path: Path, head: Sequence[bytes]) -> Topic:
+def _topic_of_json(path: Path, head: Sequence[bytes], topics: Topics) -> Topic:
     first: str | None = None
+    ambiguous: EventFileError | None = None
     for line in head:
         value = _json_value(line)
         if not isinstance(value, dict):
             continue
-        if first is None:
-            first = ", ".join(value)[:200] or "none"
-        for topic in TOPICS.values():
-            if topic.matches(set(value)):
-                return topic
+        keys = ", ".join(value)[:200] or "none"
+        first = first or keys
+        found = _matching(set(value), topics)
+        if len(found) == 1:
+            return found[0]
+        if found and ambiguous is None:
+            ambiguous = _ambiguous(path, "keys", f"a record has {keys}", found)
+    if ambiguous is not None:
+        raise ambiguous
     keys = f"the first record has the keys {first}" if first is not None else "no line is a JSON object"
     raise EventFileError(
         f"{path} does not show its topic in its first {len(head)} lines ({keys}): name the topic, one of "
-        + ", ".join(TOPICS)
+        + ", ".join(topics)
     )
-
-
-def event_time(message: bytes, topic: Topic) -> datetime | None:
-    """The event time in a message, in UTC; None where the topic has none or it cannot be read."""
-    found = _time_text(message, topic)
-    return parse_time(found) if found is not None else None
-
-
-def shift_message(message: bytes, topic: Topic, seconds: int) -> bytes:
-    """The message with its event time moved by whole seconds, every other byte as it was.
-
-    Text becomes ISO 8601 with `Z`, a number stays one of its unit. A message whose time cannot be read, before or
-    after the move, comes back unchanged.
-    """
-    text = _time_text(message, topic)
-    moved = shift_time(text, seconds) if text is not None else None
-    if moved is None or topic.time_field is None:
-        return message
-    start, end = value_span(message, topic.time_field)
-    quoted = message[start : start + 1] == b'"'
-    return message[:start] + (f'"{moved}"' if quoted else moved).encode() + message[end:]
-
-
-def _time_text(message: bytes, topic: Topic) -> str | None:
-    if topic.time_field is None:
-        return None
-    try:
-        value = json.loads(message.decode(), parse_int=Decimal, parse_float=Decimal)
-    except (ValueError, ArithmeticError, RecursionError):
-        return None
-    if not isinstance(value, dict):
-        return None
-    return topic.field(topic.time_field).text(value.get(topic.time_field))
-
-
-_SPACE = re.compile(r"[ \t\r\n]*")
-_SIMPLE = {
-    topic.time_field: re.compile(rb'"%s"\s*:\s*("[^"\\]*"|[0-9]+)(?=[\s,}])' % topic.time_field.encode())
-    for topic in TOPICS.values()
-    if topic.time_field
-}
-
-
-def value_span(message: bytes, field: str) -> tuple[int, int]:
-    """Where the value of a top-level key lies in a valid JSON object; the last one where it is repeated."""
-    if message.count(b"{") == 1 and message.count(b'"%s"' % field.encode()) == 1:
-        pattern = _SIMPLE.get(field)
-        simple = pattern.search(message) if pattern else None
-        if simple:
-            return simple.span(1)
-    text = message.decode()
-    decoder = json.JSONDecoder()
-    span = (0, 0)
-    at = _skip(text, _skip(text, 0) + 1)
-    while text[at] == '"':
-        name, at = decoder.raw_decode(text, at)
-        start = _skip(text, _skip(text, at) + 1)
-        _, at = decoder.raw_decode(text, start)
-        if name == field:
-            span = (start, at)
-        at = _skip(text, at)
-        if text[at] == ",":
-            at = _skip(text, at + 1)
-    return len(text[: span[0]].encode()), len(text[: span[1]].encode())
-
-
-def _skip(text: str, at: int) -> int:
-    found = _SPACE.match(text, at)
-    return found.end() if found else at

@@ -9,21 +9,19 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from dagster_prefs.declarations.registry import Registry, TopicDeclaration
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.events.formats import (
-    FUTURE_TOLERANCE,
+    ColumnMapping,
     EventFileError,
     FileFormat,
     LineReader,
-    Mapping,
-    Topic,
     check_file,
     content_hash,
     detect,
-    event_time,
     read_records,
-    shift_message,
 )
+from dagster_prefs.events.messages import event_time, shift_message
 from dagster_prefs.events.raw import (
     FileRecord,
     IngestReport,
@@ -41,7 +39,7 @@ BATCH_BYTES = 16 * 1024 * 1024
 
 
 # Takes a batch of messages of one topic and returns how many of them are new.
-Delivery = Callable[[Topic, Sequence[RawMessage]], int]
+Delivery = Callable[[TopicDeclaration, Sequence[RawMessage]], int]
 
 
 @dataclass
@@ -72,10 +70,11 @@ def _as_text(path: Path | str) -> str:
 
 def ingest_file(
     connection: EngineConnection,
+    registry: Registry,
     path: Path,
     *,
     topic: str | None = None,
-    mapping: Mapping | None = "auto",
+    mapping: ColumnMapping | None = "auto",
     shift_to_now: bool = False,
     now: datetime | None = None,
     batch_size: int = BATCH_SIZE,
@@ -93,12 +92,12 @@ def ingest_file(
     `deliver` sends the messages elsewhere, to Kafka, from where the engine's connector reads them; an
     interrupted file is then sent again from its start, and repeats are recognised by their event_id.
 
-    Raises EventFileError or UnknownTopic for the file (after storing what comes before the damage),
+    Raises EventFileError or RegistryError for the file (after storing what comes before the damage),
     EngineUnavailable or RawStoreError for the engine.
     """
     started = time.monotonic()
     before = check_file(path)
-    file_format = detect(path, topic, mapping)
+    file_format = detect(path, registry, topic, mapping)
     source = file_source(path)
     with RawStore(connection) as store:
         known = store.recall(source)
@@ -164,7 +163,7 @@ def _shift_note(known: FileRecord, shift_to_now: bool) -> str | None:
 def _shift_to(path: Path, file_format: FileFormat, now: datetime) -> int:
     """Whole seconds from the newest event of the file to `now`, 0 where no time can be read."""
     # What the typed layer refuses must not decide where a file ends.
-    latest = now + FUTURE_TOLERANCE
+    latest = now + file_format.topic.limits.future_tolerance
     newest: datetime | None = None
     with LineReader(path) as reader:
         try:

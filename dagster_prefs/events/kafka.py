@@ -24,10 +24,10 @@ from confluent_kafka import (
     TopicPartition,
 )
 
+from dagster_prefs.declarations.registry import TopicDeclaration
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.events.contact import BROKER_TIMEOUT_SECONDS, Contact
 from dagster_prefs.events.contact import KafkaUnavailable as KafkaUnavailable
-from dagster_prefs.events.formats import Topic, find_topic
 from dagster_prefs.events.raw import IngestReport, Progress, ProgressCallback, RawMessage, RawStore
 from dagster_prefs.events.topics import source_name
 
@@ -41,7 +41,7 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 def ingest_topic(
     connection: EngineConnection,
     bootstrap: str,
-    topic: str,
+    topic: TopicDeclaration,
     *,
     kafka_topic: str | None = None,
     generation: int = 1,
@@ -62,13 +62,12 @@ def ingest_topic(
     began; with None it goes on until `stop` is set or `max_messages` were stored. Messages without a value are
     skipped and counted as `blank`. `client` adds librdkafka properties, e.g. for TLS.
 
-    Raises UnknownTopic; KafkaUnavailable, with Kafka's own reason, when the brokers refuse this client or do not
+    Raises KafkaUnavailable, with Kafka's own reason, when the brokers refuse this client or do not
     answer within `timeout_seconds`, the topic does not exist, or it ends before what the engine holds of it;
     EngineUnavailable, RawStoreError.
     """
     started = time.monotonic()
-    known = find_topic(topic)
-    name = kafka_topic or topic
+    name = kafka_topic or topic.name
     source = source_name(name, generation)
     contact = Contact(
         Consumer,
@@ -89,7 +88,7 @@ def ingest_topic(
     try:
         partitions = topic_partitions(contact, bootstrap, name)
         with RawStore(connection) as store:
-            stored = store.last_offsets(known, source)
+            stored = store.last_offsets(topic, source)
             ends = _assign(
                 contact, bootstrap, name, partitions, stored, start if generation == 1 else "earliest"
             )
@@ -119,7 +118,7 @@ def ingest_topic(
                             message.partition(), message.offset(), message.value(), _time(message.timestamp())
                         )
                     )
-                accepted += store.write(known, source, batch)
+                accepted += store.write(topic, source, batch)
                 read += len(batch)
                 if messages:
                     last_heard = time.monotonic()
@@ -135,7 +134,7 @@ def ingest_topic(
     finally:
         consumer.close()
     return IngestReport(
-        source, topic, read, accepted, read - accepted, skipped, 0, time.monotonic() - started
+        source, topic.name, read, accepted, read - accepted, skipped, 0, time.monotonic() - started
     )
 
 
@@ -320,14 +319,14 @@ class KafkaWriter:
             self._raise_failure()
             raise self._contact.unavailable(what, failed, topic) from None
 
-    def delivery(self, names: Mapping[str, str]) -> Callable[[Topic, Sequence[RawMessage]], int]:
+    def delivery(self, names: Mapping[str, str]) -> Callable[[TopicDeclaration, Sequence[RawMessage]], int]:
         """What `ingest_file` delivers to; `names` gives topics their names in Kafka.
 
         Each batch is confirmed before the next is read. Raises KafkaUnavailable, also for a missing topic.
         """
         checked: set[str] = set()
 
-        def deliver(topic: Topic, batch: Sequence[RawMessage]) -> int:
+        def deliver(topic: TopicDeclaration, batch: Sequence[RawMessage]) -> int:
             name = names.get(topic.name, topic.name)
             if name not in checked:
                 self.check(name)

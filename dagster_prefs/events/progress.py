@@ -13,9 +13,9 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
+from dagster_prefs.declarations.registry import Registry, TopicDeclaration
 from dagster_prefs.engine.catalog import NotDeployed
 from dagster_prefs.engine.connection import EngineConnection
-from dagster_prefs.events.formats import TOPICS, Topic
 
 
 @dataclass(frozen=True)
@@ -30,17 +30,19 @@ class Waiting:
     mark: str
 
 
-def waiting_since(connection: psycopg.Connection[Any], engine: EngineConnection) -> dict[str, Waiting]:
+def waiting_since(
+    connection: psycopg.Connection[Any], engine: EngineConnection, registry: Registry
+) -> dict[str, Waiting]:
     """Topic → what no refresh of the embedded engine has read of it; topics that are read are absent.
 
     Raises NotDeployed when the event tables do not exist yet.
     """
     waiting = {}
-    for topic in TOPICS.values():
+    for topic in registry.topics.values():
         try:
             found = unread(connection, engine, topic)
         except psycopg.errors.UndefinedTable as error:
-            missing = str(error).partition('"')[2].partition('"')[0] or topic.raw_table
+            missing = str(error).partition('"')[2].partition('"')[0] or topic.raw
             raise NotDeployed(
                 f"{missing} is not in database {engine.database}: run `dbt run` in dbt_project/"
             ) from None
@@ -49,7 +51,9 @@ def waiting_since(connection: psycopg.Connection[Any], engine: EngineConnection)
     return waiting
 
 
-def unread(connection: psycopg.Connection[Any], engine: EngineConnection, topic: Topic) -> Waiting | None:
+def unread(
+    connection: psycopg.Connection[Any], engine: EngineConnection, topic: TopicDeclaration
+) -> Waiting | None:
     """What no refresh of the embedded engine has read of one topic, None where nothing waits; raises psycopg.Error."""
     query = sql.SQL(
         "select sum(messages)::bigint, min(arrived_at),"
@@ -66,8 +70,8 @@ def unread(connection: psycopg.Connection[Any], engine: EngineConnection, topic:
         " and parsed.source_partition = raw.source_partition and parsed.source_offset = raw.source_offset))"
     ).format(
         arrivals=sql.Identifier(engine.schema, "raw_arrivals"),
-        raw=sql.Identifier(engine.schema, topic.raw_table),
-        parsed=sql.Identifier(engine.schema, topic.raw_table.removeprefix("raw_") + "_parsed"),
+        raw=sql.Identifier(engine.schema, topic.raw),
+        parsed=sql.Identifier(engine.schema, topic.parsed),
     )
-    ((messages, since, mark),) = connection.execute(query, [topic.raw_table]).fetchall()
+    ((messages, since, mark),) = connection.execute(query, [topic.raw]).fetchall()
     return Waiting(messages, since, mark) if messages else None

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, Self
 import psycopg
 from psycopg import sql
 
+from dagster_prefs.declarations.registry import TopicDeclaration
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.errors import PrefsError
-from dagster_prefs.events.formats import Topic
 
 # RisingWave takes no COPY; rows per INSERT, of five parameters each, far below the wire's 65,535.
 ROWS_PER_INSERT = 1000
@@ -112,26 +112,26 @@ class RawStore:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def write(self, topic: Topic, source: str, messages: Sequence[RawMessage]) -> int:
+    def write(self, topic: TopicDeclaration, source: str, messages: Sequence[RawMessage]) -> int:
         """Store a batch in one transaction and return how many of its messages are new.
 
         A message whose source, partition and offset are stored already is left as it was first stored.
         """
         if not messages:
             return 0
-        with self._explained(topic.raw_table):
+        with self._explained(topic.raw):
             if self.engine.kind == "risingwave":
                 return self._insert(topic, source, messages)
             return self._copy(topic, source, messages)
 
-    def last_offsets(self, topic: Topic, source: str) -> dict[int, int]:
+    def last_offsets(self, topic: TopicDeclaration, source: str) -> dict[int, int]:
         """The highest stored offset of each partition of a source."""
-        with self._explained(topic.raw_table):
+        with self._explained(topic.raw):
             rows = self._connection.execute(
                 sql.SQL(
                     "select source_partition, max(source_offset) from {} where source = %s "
                     "group by source_partition"
-                ).format(self._relation(topic.raw_table)),
+                ).format(self._relation(topic.raw)),
                 (source,),
             ).fetchall()
         return {int(partition): int(offset) for partition, offset in rows}
@@ -171,7 +171,7 @@ class RawStore:
             "lines = excluded.lines, completed_at = excluded.completed_at",
         )
 
-    def remember_replayed(self, topic: Topic, places: Sequence[Place], at: datetime) -> None:
+    def remember_replayed(self, topic: TopicDeclaration, places: Sequence[Place], at: datetime) -> None:
         """Remember that the rejected messages at these places were sent again at `at` (UTC)."""
         # On RisingWave an insert into a keyed table replaces the row of its key.
         ending = "on conflict do nothing" if self.engine.kind == "local" else ""
@@ -205,7 +205,7 @@ class RawStore:
                 ),
             )  # fmt: skip
 
-    def _copy(self, topic: Topic, source: str, messages: Sequence[RawMessage]) -> int:
+    def _copy(self, topic: TopicDeclaration, source: str, messages: Sequence[RawMessage]) -> int:
         with self._connection.transaction(), self._connection.cursor() as cursor:
             if not self._staged:
                 cursor.execute(
@@ -223,14 +223,14 @@ class RawStore:
                     "select %s, source_partition, source_offset, data, kafka_timestamp "
                     "from pg_temp.prefs_incoming "
                     "on conflict (source, source_partition, source_offset) do nothing"
-                ).format(self._relation(topic.raw_table)),
+                ).format(self._relation(topic.raw)),
                 (source,),
             )
             accepted = cursor.rowcount
         self._staged = True
         return accepted
 
-    def _insert(self, topic: Topic, source: str, messages: Sequence[RawMessage]) -> int:
+    def _insert(self, topic: TopicDeclaration, source: str, messages: Sequence[RawMessage]) -> int:
         accepted = 0
         for start in range(0, len(messages), ROWS_PER_INSERT):
             batch = messages[start : start + ROWS_PER_INSERT]
@@ -246,19 +246,21 @@ class RawStore:
                 sql.SQL(
                     "insert into {} (source, source_partition, source_offset, data, kafka_timestamp) "
                     "values {}"
-                ).format(self._relation(topic.raw_table), sql.SQL(", ").join([row] * len(fresh))),
+                ).format(self._relation(topic.raw), sql.SQL(", ").join([row] * len(fresh))),
                 values,
             )
             accepted += len(fresh)
         return accepted
 
-    def _present(self, topic: Topic, source: str, batch: Sequence[RawMessage]) -> set[tuple[int, int]]:
+    def _present(
+        self, topic: TopicDeclaration, source: str, batch: Sequence[RawMessage]
+    ) -> set[tuple[int, int]]:
         offsets = [message.offset for message in batch]
         rows = self._connection.execute(
             sql.SQL(
                 "select source_partition, source_offset from {} "
                 "where source = %s and source_offset between %s and %s"
-            ).format(self._relation(topic.raw_table)),
+            ).format(self._relation(topic.raw)),
             (source, min(offsets), max(offsets)),
         ).fetchall()
         return {(int(partition), int(offset)) for partition, offset in rows}

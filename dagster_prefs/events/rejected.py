@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from psycopg import sql
 
 from dagster_prefs.engine.connection import EngineConnection
-from dagster_prefs.events.formats import find_topic
 from dagster_prefs.events.raw import explained
 from dagster_prefs.events.validity import CLOSED
 
@@ -59,7 +58,7 @@ def rejected_events(
 ) -> list[RejectedEvent]:
     """Up to `limit` refused messages by topic, source and offset, of one topic, reason or kind of reason where given.
 
-    Raises UnknownTopic, EngineUnavailable, or RawStoreError where a relation was not made yet.
+    Raises EngineUnavailable, or RawStoreError where a relation was not made yet.
     """
     return list(stream_rejected(connection, topic, reason, limit, open_only=open_only))
 
@@ -76,7 +75,7 @@ def stream_rejected(
     conditions, values = [_is_open(connection) if open_only else _ALWAYS], []
     if topic is not None:
         conditions.append(sql.SQL("topic = %s"))
-        values.append(find_topic(topic).name)
+        values.append(topic)
     if reason is not None:
         conditions.append(sql.SQL("(reason = %s or {} = %s)").format(_KIND))
         values += [reason, reason]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import groupby, islice
@@ -19,18 +19,16 @@ from typing import Any
 
 from psycopg import sql
 
+from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.events.formats import (
-    TOPICS,
     EventFileError,
     LineReader,
-    Topic,
     check_file,
-    find_topic,
-    value_span,
 )
 from dagster_prefs.events.ingest import Delivery
+from dagster_prefs.events.messages import Topic, topics_of, value_span
 from dagster_prefs.events.raw import Place, RawMessage, RawStore, explained
 from dagster_prefs.events.rejected import RELATION, stream_rejected
 from dagster_prefs.events.validity import ERASED, rejection_reason
@@ -100,6 +98,7 @@ def export_rejected(
 
 def replay_file(
     connection: EngineConnection,
+    registry: Registry,
     path: Path,
     *,
     now: datetime,
@@ -120,7 +119,7 @@ def replay_file(
     problems: list[tuple[int, str]] = []
     lines = sent = already = 0
     with RawStore(connection) as store:
-        for batch, broken in _batches(path):
+        for batch, broken in _batches(path, registry):
             judged, _ = _judge(connection, batch, now)
             problems += sorted([*broken, *judged.items()])
             lines += len(batch) + len(broken)
@@ -135,7 +134,7 @@ def replay_file(
             raise EventFileError(
                 f"{path} changed while it was read: let its writer finish and replay it again"
             )
-        for batch, _ in _batches(path):
+        for batch, _ in _batches(path, registry):
             judged, replayed = _judge(connection, batch, now)
             fresh = [c for c in batch if c.line not in judged and (c.topic.name, c.place) not in replayed]
             _send(store, fresh, now, deliver)
@@ -146,6 +145,7 @@ def replay_file(
 
 def replay_unchanged(
     connection: EngineConnection,
+    registry: Registry,
     topic: str | None = None,
     reason: str | None = None,
     *,
@@ -156,12 +156,13 @@ def replay_unchanged(
 
     Raises as `stream_rejected` and `replay_file`.
     """
+    topics = topics_of(registry)
     left_out: Counter[str] = Counter()
     sent = 0
 
     def valid() -> Iterator[_Correction]:
         for event in stream_rejected(connection, topic, reason):
-            found = TOPICS[event.topic]
+            found = topics[registry.topic(event.topic).name]
             message = event.payload.encode()
             why = rejection_reason(message, found, now)
             if why is None:
@@ -244,16 +245,17 @@ def _known(
     )
 
 
-def _batches(path: Path) -> Iterator[tuple[list[_Correction], list[tuple[int, str]]]]:
+def _batches(path: Path, registry: Registry) -> Iterator[tuple[list[_Correction], list[tuple[int, str]]]]:
     """The corrections of a file in order, and beside them the lines that are none with the reason."""
     seen: dict[tuple[str, Place], int] = {}
     batch: list[_Correction] = []
     broken: list[tuple[int, str]] = []
+    topics = topics_of(registry)
     with LineReader(path) as reader:
         for number, line in reader:
             if not line.strip():
                 continue
-            found = _read(number, line)
+            found = _read(number, line, registry, topics)
             if isinstance(found, str):
                 broken.append((number, found))
                 continue
@@ -268,7 +270,7 @@ def _batches(path: Path) -> Iterator[tuple[list[_Correction], list[tuple[int, st
     yield batch, broken
 
 
-def _read(number: int, line: bytes) -> _Correction | str:
+def _read(number: int, line: bytes, registry: Registry, topics: Mapping[str, Topic]) -> _Correction | str:
     """The correction on a line, or why there is none."""
     try:
         value: Any = json.loads(line)
@@ -283,7 +285,7 @@ def _read(number: int, line: bytes) -> _Correction | str:
     ):
         return "its source, partition or offset is of another type: keep them as they were exported"
     try:
-        topic = find_topic(str(value["topic"]))
+        topic = topics[registry.topic(str(value["topic"])).name]
     except PrefsError as error:
         return str(error)
     payload = value["payload"]

@@ -11,20 +11,14 @@ from datetime import UTC, datetime, timedelta
 from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
 
+from dagster_prefs.declarations.registry import FieldDeclaration, Key
+from dagster_prefs.declarations.reserved import canary_of, is_reserved, is_reserved_text
 from dagster_prefs.events.canaries import OF_ANOTHER_DEPLOYMENT, CanaryKey, deployment_of, is_proven
-from dagster_prefs.events.fields import MAX_MESSAGE_BYTES, Field, parse_time, too_many_bytes
-from dagster_prefs.events.formats import FUTURE_TOLERANCE, Topic, row_fault
-from dagster_prefs.online.reserved import (
-    CANARY_USER_ID,
-    CANARY_VIEWER_ID,
-    is_reserved_text,
-    is_reserved_viewer,
-)
+from dagster_prefs.events.fields import field_fault, field_text, too_many_bytes
+from dagster_prefs.events.formats import row_fault
+from dagster_prefs.events.messages import Topic
+from dagster_prefs.ids import BadId, read_key
 
-EVENT_TYPES = {
-    "user.events": frozenset({"purchase", "wishlist", "add_to_cart", "view"}),
-    "content_interactions": frozenset({"like", "share", "search"}),
-}
 # The reason of what an erasure left: nothing is wrong with it, and nothing of it comes back.
 ERASED = "erased"
 # Reasons of messages that wait for no correction.
@@ -44,8 +38,8 @@ def rejection_reason(
 
     `canary_keys` are those of the engine. Without them, as for everybody but the probe, no canary is valid.
     """
-    if len(message) > MAX_MESSAGE_BYTES:
-        return too_many_bytes("message", len(message), MAX_MESSAGE_BYTES)
+    if len(message) > topic.limits.max_bytes:
+        return too_many_bytes("message", len(message), topic.limits.max_bytes)
     try:
         document = json.loads(
             message.decode(), parse_int=_number, parse_float=_number, parse_constant=_no_number
@@ -55,56 +49,44 @@ def rejection_reason(
         return "not valid JSON"
     if not isinstance(document, dict):
         return "not a JSON object"
-    identity = "item_id" if topic.name == "items" else "event_id"
-    if topic.field(identity).text(document.get(identity)) is None:
+    if topic.text(document, topic.identity) is None:
         if document.get("erased") is True or document.get("erased") == "true":
             return ERASED
         if fault := row_fault(document):
             return fault
-    for field in topic.declared:
-        if field.optional or field.name == "event_type":
-            continue
-        if reason := _required_fault(field, document.get(field.name)):
+    for field in topic.fields:
+        if not field.optional and not field.accepted and (reason := _required_fault(topic, field, document)):
             return reason
-    if topic.time_field is not None:
-        moment = parse_time(topic.field(topic.time_field).text(document.get(topic.time_field)) or "")
-        if moment is not None and moment > arrived_at + FUTURE_TOLERANCE:
-            return "event time in the future"
-    if "event_type" in topic.required:
-        kind = topic.field("event_type").text(document.get("event_type"))
-        if kind is None and not _given(document.get("event_type")):
-            return "missing event_type"
-        if kind not in EVENT_TYPES[topic.name]:
-            return "unknown event_type"
-    for field in topic.declared:
-        if field.optional and (reason := _optional_fault(field, document.get(field.name))):
+    moment = topic.moment(document)
+    if moment is not None and moment > arrived_at + topic.limits.future_tolerance:
+        return "event time in the future"
+    for field in topic.fields:
+        if not field.optional and field.accepted and (reason := _required_fault(topic, field, document)):
+            return reason
+    for field in topic.fields:
+        if field.optional and (reason := _optional_fault(topic, field, document)):
             return reason
     return _reserved(document, topic, canary_keys)
 
 
 def _reserved(document: dict[str, Any], topic: Topic, keys: Collection[CanaryKey]) -> str | None:
     """Why a message with a reserved id is rejected; None where it has none, or is a proven canary."""
-    if topic.time_field is None:
+    if topic.key is None:
         return None
-    identity = topic.field("event_id").text(document.get("event_id")) or ""
-    subject = "viewer_id" if "viewer_id" in topic.fields else "user_id"
-    text = topic.field(subject).text(document.get(subject)) or ""
-    if subject == "viewer_id":
-        viewer = int(text.partition(".")[0])
-        reserved, probed = is_reserved_viewer(viewer), viewer == CANARY_VIEWER_ID
-    else:
-        reserved, probed = is_reserved_text(text), text == CANARY_USER_ID
-    deployment = deployment_of(identity) if probed else None
+    identity = topic.text(document, topic.identity) or ""
+    text = topic.text(document, topic.key.name) or ""
+    value = text if topic.key.type == "text" else read_key(topic.key, text)
+    deployment = deployment_of(identity) if value == canary_of(topic.key) else None
     if deployment is None:
-        return (
-            f"reserved {subject}" if reserved else "reserved event_id" if is_reserved_text(identity) else None
-        )
+        if is_reserved(topic.key, value):
+            return f"reserved {topic.key.name}"
+        return f"reserved {topic.identity}" if is_reserved_text(identity) else None
     own = [key for key in keys if key.deployment == deployment]
     if not own:
         return OF_ANOTHER_DEPLOYMENT
-    moment = parse_time(topic.field(topic.time_field).text(document.get(topic.time_field)) or "")
+    moment = topic.moment(document)
     proven = moment is not None and is_proven(identity, _milliseconds(moment), own)
-    return None if proven else f"reserved {subject}"
+    return None if proven else f"reserved {topic.key.name}"
 
 
 def _milliseconds(moment: datetime) -> int:
@@ -113,20 +95,41 @@ def _milliseconds(moment: datetime) -> int:
     return int(Decimal(microseconds).scaleb(-3).to_integral(ROUND_HALF_UP))
 
 
-def _required_fault(field: Field, value: Any) -> str | None:
-    text = field.text(value)
-    if text is None:
-        return f"bad {field.name}" if _given(value) else f"missing {field.name}"
-    return field.fault(text)
-
-
-def _optional_fault(field: Field, value: Any) -> str | None:
-    text = field.text(value)
+def _required_fault(topic: Topic, field: FieldDeclaration, document: dict[str, Any]) -> str | None:
+    value = document.get(field.name)
+    text = field_text(field, value)
     if text is not None:
-        return field.fault(text)
+        return _fault(topic, field, text)
+    if not _given(value):
+        return f"missing {field.name}"
+    return f"unknown {field.name}" if field.accepted else f"bad {field.name}"
+
+
+def _optional_fault(topic: Topic, field: FieldDeclaration, document: dict[str, Any]) -> str | None:
+    value = document.get(field.name)
+    text = field_text(field, value)
+    if text is not None:
+        return _fault(topic, field, text)
     # A text of blanks alone is an empty one, but it is no number.
     empty = isinstance(value, str) if field.type == "text" else not _given(value)
     return None if value is None or empty else f"bad {field.name}"
+
+
+def _fault(topic: Topic, field: FieldDeclaration, text: str) -> str | None:
+    if topic.key is not None and field.name == topic.key.name and not _is_uuid_where_due(topic.key, text):
+        return f"bad {field.name}"
+    return field_fault(field, text, topic.limits.years)
+
+
+def _is_uuid_where_due(key: Key, text: str) -> bool:
+    """Whether the text is a UUID, where the key must be one; its field is declared as a text."""
+    if key.type != "uuid":
+        return True
+    try:
+        read_key(key, text)
+    except BadId:
+        return False
+    return True
 
 
 def _given(value: Any) -> bool:

@@ -16,10 +16,10 @@ from scripted_wire import RisingWaveWire
 
 from dagster_prefs.cli import cli
 from dagster_prefs.defs import deployment, feature_views
-from dagster_prefs.defs.resources import Platform
 from dagster_prefs.engine.connection import EngineConnection, EngineUnavailable
 from dagster_prefs.engine.dbt import Dbt, DbtError
 from dagster_prefs.engine.version import EngineTooOld, require_version, server_version
+from dagster_prefs.platform import Platform
 from dagster_prefs.settings import load_settings
 
 PROJECT = Path(__file__).resolve().parents[2] / "dbt_project"

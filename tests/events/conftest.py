@@ -8,18 +8,18 @@ from typing import Any
 import pytest
 from confluent_kafka import Producer
 
+from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.engine.connection import EngineConnection
-from dagster_prefs.events.formats import TOPICS
 from dagster_prefs.events.kafka import KafkaWriter
 
 
 @pytest.fixture
-def store(engine: EngineConnection) -> EngineConnection:
+def store(engine: EngineConnection, registry: Registry) -> EngineConnection:
     """The engine with empty raw tables and `ingest_files`."""
     with engine.connect() as session:
-        for topic in TOPICS.values():
+        for topic in registry.topics.values():
             session.execute(
-                f"create table {topic.raw_table} (source text not null, source_partition int not null, "
+                f"create table {topic.raw} (source text not null, source_partition int not null, "
                 "source_offset bigint not null, data bytea not null, kafka_timestamp timestamptz, "
                 "arrived_at timestamptz not null default clock_timestamp(), "
                 "primary key (source, source_partition, source_offset))"

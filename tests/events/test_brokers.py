@@ -15,6 +15,7 @@ from botocore.credentials import ReadOnlyCredentials
 from confluent_kafka import Consumer, KafkaException
 from pydantic import SecretStr
 
+from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.engine.catalog import NotDeployed
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.events.brokers import client_properties, msk_token
@@ -154,12 +155,12 @@ def test_the_table_is_missing_before_the_first_run(store: EngineConnection) -> N
 
 
 def test_a_later_generation_is_read_from_its_start_beside_the_first(
-    store: EngineConnection, broker: tuple[str, Any]
+    registry: Registry, store: EngineConnection, broker: tuple[str, Any]
 ) -> None:
     address, _ = broker
     produce(address, "view_events", [b"a", b"b"])
-    assert ingest_topic(store, address, "view_events").accepted == 2
-    again = ingest_topic(store, address, "view_events", generation=2, start="latest")
+    assert ingest_topic(store, address, registry.topics["view_events"]).accepted == 2
+    again = ingest_topic(store, address, registry.topics["view_events"], generation=2, start="latest")
     assert (again.source, again.accepted) == ("kafka:view_events#2", 2)
     with store.connect() as session:
         found = session.execute(

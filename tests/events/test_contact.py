@@ -16,9 +16,11 @@ from typing import Any
 
 import pytest
 from confluent_kafka import Consumer, KafkaError
+from declared import PROJECT
 from pydantic import SecretStr
+from shipped import REGISTRY
 
-from dagster_prefs.defs.resources import Platform
+from dagster_prefs.declarations.contract import load_contract
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.events.brokers import client_properties
@@ -28,7 +30,7 @@ from dagster_prefs.events.topics import broker_ids
 from dagster_prefs.freshness.canary import send_canary
 from dagster_prefs.freshness.ingestion import Broker
 from dagster_prefs.freshness.measures import measure_ingestion
-from dagster_prefs.online.contract import load_contract
+from dagster_prefs.platform import Platform
 from dagster_prefs.settings import Settings
 from tests.events.kafka_faults import FaultyBroker, running, untrusted_listener
 
@@ -136,12 +138,23 @@ def check(said: str, fault: Fault) -> None:
 
 
 def consume(store: EngineConnection, fault: Fault) -> Any:
-    return ingest_topic(store, fault.bootstrap, TOPIC, client=fault.client, timeout_seconds=PATIENCE)
+    return ingest_topic(
+        store,
+        fault.bootstrap,
+        fault.settings.registry().topics[TOPIC],
+        client=fault.client,
+        timeout_seconds=PATIENCE,
+    )
 
 
 def consume_for_ever(store: EngineConnection, fault: Fault) -> Any:
     return ingest_topic(
-        store, fault.bootstrap, TOPIC, client=fault.client, timeout_seconds=PATIENCE, until=None
+        store,
+        fault.bootstrap,
+        fault.settings.registry().topics[TOPIC],
+        client=fault.client,
+        timeout_seconds=PATIENCE,
+        until=None,
     )
 
 
@@ -161,7 +174,7 @@ def produce(_: EngineConnection, fault: Fault) -> Any:
 def canary(store: EngineConnection, fault: Fault) -> Any:
     moment = datetime(2026, 3, 10, tzinfo=UTC)
     send_canary(
-        store, moment, bootstrap=fault.bootstrap, client=fault.client, timeout_seconds=PATIENCE,
+        store, REGISTRY, moment, bootstrap=fault.bootstrap, client=fault.client, timeout_seconds=PATIENCE,
         kafka_topics=dict.fromkeys(("content_interactions", "user.events"), TOPIC),
     )  # fmt: skip
 
@@ -196,15 +209,15 @@ def test_freshness_says_it_of_every_topic(store: EngineConnection, fault: Fault)
     """`prefs status`, `/metrics` and the sensor."""
     measures = measure_ingestion(
         store,
-        load_contract(),
+        REGISTRY,
         fault.bootstrap,
         now=datetime.now(UTC),
-        kafka_topics=dict.fromkeys(load_contract().freshness.topics, TOPIC),
+        kafka_topics=dict.fromkeys(load_contract(PROJECT).freshness.topics, TOPIC),
         timeout_seconds=PATIENCE,
         client=fault.client,
         by_id=True,
     )
-    assert len(measures) == len(load_contract().freshness.topics)
+    assert len(measures) == len(load_contract(PROJECT).freshness.topics)
     for found in measures:
         assert found.level == "unknown"
         check(found.reason, fault)

@@ -5,7 +5,7 @@ import csv
 import gzip
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -13,28 +13,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dagster_prefs.events.fields import parse_time
-from dagster_prefs.events.formats import (
-    TOPICS,
-    EventFileError,
-    LineReader,
-    Record,
-    UnknownTopic,
-    detect,
-    event_time,
-    read_records,
-    shift_message,
-)
+from dagster_prefs.declarations.registry import Registry, RegistryError
+from dagster_prefs.events.fields import Years
+from dagster_prefs.events.formats import EventFileError, LineReader, Record, detect, read_records
+from dagster_prefs.events.messages import Topic, event_time, shift_message
 from dagster_prefs.events.validity import rejection_reason
 from dagster_prefs.textfiles import MAX_CELL_BYTES, ROW_FAULTS
 
 NOW = datetime(2026, 11, 21, tzinfo=UTC)
+YEARS = Years(2000, 2100)
 VIEW = {"event_id": "a", "viewer_id": 1, "watched_at": "2026-01-01T00:00:00Z"}
 REES46 = "event_time,event_type,product_id,category_id,category_code,brand,price,user_id,user_session"
 
 
-def messages(path: Path, **options: str) -> list[tuple[int, bytes | None]]:
-    found = detect(path, **options)  # type: ignore[arg-type]
+def messages(registry: Registry, path: Path, **options: str) -> list[tuple[int, bytes | None]]:
+    found = detect(path, registry, **options)  # type: ignore[arg-type]
     with LineReader(path) as reader:
         return [(record.line, record.message) for record in read_records(reader, found)]
 
@@ -42,7 +35,7 @@ def messages(path: Path, **options: str) -> list[tuple[int, bytes | None]]:
 @given(st.lists(st.binary(max_size=40).map(lambda b: b.replace(b"\n", b"")), max_size=20), st.booleans())
 @settings(deadline=None)
 def test_a_json_line_is_kept_byte_for_byte(
-    tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], packed: bool
+    registry: Registry, tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], packed: bool
 ) -> None:
     path = tmp_path_factory.mktemp("lines") / "events.jsonl"
     content = b"\n".join([json.dumps(VIEW).encode(), *lines])
@@ -53,7 +46,7 @@ def test_a_json_line_is_kept_byte_for_byte(
         if line or ended:
             kept = line.removesuffix(b"\r")
             expected.append((number, kept if line.strip() else None))
-    assert messages(path, topic="view_events") == expected
+    assert messages(registry, path, topic="view_events") == expected
 
 
 cells = st.text(st.characters(codec="utf-8", exclude_characters="\r\x00"), max_size=12)
@@ -64,7 +57,7 @@ words = cells.filter(lambda cell: not cell.strip().lstrip("-")[:1].isdigit())
 @given(st.lists(st.tuples(words, cells, cells), min_size=1, max_size=15))
 @settings(deadline=None)
 def test_csv_cells_come_through_exactly(
-    tmp_path_factory: pytest.TempPathFactory, table: list[tuple[str, str, str]]
+    registry: Registry, tmp_path_factory: pytest.TempPathFactory, table: list[tuple[str, str, str]]
 ) -> None:
     path = tmp_path_factory.mktemp("csv") / "items.csv"
     names = ("item_id", "title", "price")
@@ -77,7 +70,7 @@ def test_csv_cells_come_through_exactly(
     for row in table:
         expected.append((line, {name: cell for name, cell in zip(names, row, strict=True) if cell}))
         line += quoted(row).count("\n")
-    assert [(n, json.loads(m)) for n, m in messages(path) if m is not None] == expected
+    assert [(n, json.loads(m)) for n, m in messages(registry, path) if m is not None] == expected
 
 
 @pytest.mark.parametrize(
@@ -92,31 +85,31 @@ def test_csv_cells_come_through_exactly(
     ],
 )  # fmt: skip
 def test_a_number_in_a_csv_is_one_id_however_it_is_written(
-    tmp_path: Path, cell: str, kept: str | None
+    registry: Registry, tmp_path: Path, cell: str, kept: str | None
 ) -> None:
     path = tmp_path / "events.csv"
     path.write_text(f"event_id,user_id,event_type,event_time,price\ne1,{cell},view,2026-01-01,{cell}\n")
-    ((_, message),) = messages(path)
+    ((_, message),) = messages(registry, path)
     found = json.loads(message or b"")
     assert (found["user_id"], found["price"]) == (kept, cell)
     rees46 = tmp_path / "oct.csv"
     rees46.write_text(f"{REES46}\n2019-10-01 00:00:00 UTC,cart,{cell},1,,b,35.790,{cell},s-1\n")
-    ((_, message),) = messages(rees46)
+    ((_, message),) = messages(registry, rees46)
     found = json.loads(message or b"")
     # There NaN is what a tool writes where a cell was empty.
     kept = None if kept == "NaN" else kept
     assert (found.get("user_id"), found.get("item_id"), found["price"]) == (kept, kept, "35.790")
 
 
-def test_a_title_in_a_csv_stays_as_it_stands(tmp_path: Path) -> None:
+def test_a_title_in_a_csv_stays_as_it_stands(registry: Registry, tmp_path: Path) -> None:
     path = tmp_path / "items.csv"
     path.write_text("item_id,title,price\n2.0,2.0,2.0\n")
-    assert [json.loads(m or b"") for _, m in messages(path)] == [
+    assert [json.loads(m or b"") for _, m in messages(registry, path)] == [
         {"item_id": "2", "title": "2.0", "price": "2.0"}
     ]
 
 
-def test_rows_that_do_not_fit_are_kept_as_they_came_and_named(tmp_path: Path) -> None:
+def test_rows_that_do_not_fit_are_kept_as_they_came_and_named(registry: Registry, tmp_path: Path) -> None:
     path = tmp_path / "events.csv"
     head = b"event_id,user_id,event_type,event_time\n"
     bad = {
@@ -130,7 +123,7 @@ def test_rows_that_do_not_fit_are_kept_as_they_came_and_named(tmp_path: Path) ->
     }
     good = b"e9,u5,view,2026-01-01T00:00:00Z"
     path.write_bytes(head + b"\r\n".join([*bad, b"", good]))
-    found = detect(path)
+    found = detect(path, registry)
     with LineReader(path) as reader:
         records = list(read_records(reader, found))
     for number, (record, (raw, (fault, why))) in enumerate(zip(records, bad.items(), strict=False), 2):
@@ -147,11 +140,11 @@ def test_rows_that_do_not_fit_are_kept_as_they_came_and_named(tmp_path: Path) ->
     }  # fmt: skip
 
 
-def test_rees46_rows_become_shop_events(tmp_path: Path) -> None:
+def test_rees46_rows_become_shop_events(registry: Registry, tmp_path: Path) -> None:
     path = tmp_path / "oct.csv"
     row = "2019-10-01 00:00:00 UTC,cart,44600062,2103807459595387724,,shiseido,35.790,541312140,s-1"
     path.write_text(f"{REES46}\n{row}\n")
-    ((line, message),) = messages(path)
+    ((line, message),) = messages(registry, path)
     declared = [
         "",
         "541312140",
@@ -207,14 +200,16 @@ ORIGINAL = {
     ],
     ids=["index", "two indexes", "order", "floats", "exponents", "nan", "blanks", "zone"],
 )
-def test_a_rees46_file_saved_again_tells_of_the_same_events(tmp_path: Path, other: dict[str, str]) -> None:
+def test_a_rees46_file_saved_again_tells_of_the_same_events(
+    registry: Registry, tmp_path: Path, other: dict[str, str]
+) -> None:
     def identities(name: str, *table: dict[str, str]) -> list[str]:
         path = tmp_path / name
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(table[0]))
             writer.writeheader()
             writer.writerows(table)
-        return [json.loads(message or b"")["event_id"] for _, message in messages(path)]
+        return [json.loads(message or b"")["event_id"] for _, message in messages(registry, path)]
 
     (first,) = identities("first.csv", ORIGINAL)
     # What is another event stays one.
@@ -242,31 +237,33 @@ def test_a_rees46_file_saved_again_tells_of_the_same_events(tmp_path: Path, othe
 )
 @pytest.mark.parametrize("topic", [None, "view_events"])
 def test_json_over_several_lines_is_refused_in_a_sentence(
-    tmp_path: Path, content: str, what: str, topic: str | None
+    registry: Registry, tmp_path: Path, content: str, what: str, topic: str | None
 ) -> None:
     path = tmp_path / "views.json"
     path.write_text(content)
     with pytest.raises(
         EventFileError, match=rf"views\.json is {what}.*: write one object on each line.*jq -c"
     ):
-        detect(path, topic)
+        detect(path, registry, topic)
 
 
 @pytest.mark.parametrize("first", ["[broken", "[1]", "[", "{broken", '[{"a": 1}]', "{", '{"a":' * 100_000])
-def test_json_lines_stay_json_lines_whatever_their_first_line(tmp_path: Path, first: str) -> None:
+def test_json_lines_stay_json_lines_whatever_their_first_line(
+    registry: Registry, tmp_path: Path, first: str
+) -> None:
     path = tmp_path / "views.jsonl"
     path.write_text("\n".join([first, json.dumps(VIEW), json.dumps(VIEW)]))
-    assert messages(path) == [
+    assert messages(registry, path) == [
         (1, first.encode()), (2, json.dumps(VIEW).encode()), (3, json.dumps(VIEW).encode()),
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize("depth", [100_000, 300_000])
-def test_deep_json_is_refused_in_a_sentence(tmp_path: Path, depth: int) -> None:
+def test_deep_json_is_refused_in_a_sentence(registry: Registry, tmp_path: Path, depth: int) -> None:
     path = tmp_path / "deep.jsonl"
     path.write_text('{"a":' * depth + "\n")
     with pytest.raises(EventFileError, match="name the topic, one of"):
-        detect(path)
+        detect(path, registry)
 
 
 @pytest.mark.parametrize(
@@ -279,11 +276,11 @@ def test_deep_json_is_refused_in_a_sentence(tmp_path: Path, depth: int) -> None:
     ],
 )
 def test_the_first_telling_record_names_the_topic(
-    tmp_path: Path, record: dict[str, object], topic: str
+    registry: Registry, tmp_path: Path, record: dict[str, object], topic: str
 ) -> None:
     path = tmp_path / "unnamed"
     path.write_bytes(b'\xef\xbb\xbf\n{broken\n{"item_id":"i","user_id":"u"}\n' + json.dumps(record).encode())
-    assert detect(path).topic.name == topic
+    assert detect(path, registry).topic.name == topic
 
 
 @pytest.mark.parametrize(
@@ -300,24 +297,24 @@ def test_the_first_telling_record_names_the_topic(
     ],
 )
 def test_what_is_no_file_of_events_is_named(
-    tmp_path: Path, content: bytes, options: dict[str, str], parts: list[str]
+    registry: Registry, tmp_path: Path, content: bytes, options: dict[str, str], parts: list[str]
 ) -> None:
     path = tmp_path / "given.csv"
     path.write_bytes(content)
     with pytest.raises(EventFileError) as caught:
-        messages(path, **options)
+        messages(registry, path, **options)
     assert all(part in str(caught.value) for part in [str(path), *parts]), str(caught.value)
 
 
-def test_a_missing_file_a_directory_and_an_unknown_topic(tmp_path: Path) -> None:
+def test_a_missing_file_a_directory_and_an_unknown_topic(registry: Registry, tmp_path: Path) -> None:
     with pytest.raises(EventFileError, match="does not exist"):
-        detect(tmp_path / "none")
+        detect(tmp_path / "none", registry)
     with pytest.raises(EventFileError, match="is a directory"):
-        detect(tmp_path)
+        detect(tmp_path, registry)
     path = tmp_path / "x.jsonl"
     path.write_text("{}")
-    with pytest.raises(UnknownTopic, match="did you mean view_events"):
-        detect(path, topic="view_event")
+    with pytest.raises(RegistryError, match="did you mean view_events"):
+        detect(path, registry, topic="view_event")
 
 
 @pytest.mark.parametrize(
@@ -349,7 +346,7 @@ def test_a_missing_file_a_directory_and_an_unknown_topic(tmp_path: Path) -> None
     ],
 )
 def test_times_are_read_as_the_typed_layer_reads_them(text: str, expected: datetime | None) -> None:
-    assert parse_time(text) == expected
+    assert YEARS.parse(text) == expected
 
 
 moments = st.datetimes(datetime(2032, 1, 1), datetime(2068, 1, 1))
@@ -371,9 +368,14 @@ UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
     st.sampled_from([None, 1]),
 )
 def test_a_shift_moves_the_time_and_nothing_else(
-    moment: datetime, form: str, others: dict[str, object], seconds: int, indent: int | None
+    topics: Mapping[str, Topic],
+    moment: datetime,
+    form: str,
+    others: dict[str, object],
+    seconds: int,
+    indent: int | None,
 ) -> None:
-    topic = TOPICS["view_events"]
+    topic = topics["view_events"]
     microseconds = (moment - datetime(1970, 1, 1)) // timedelta(microseconds=1)
     numbers = {unit: microseconds * per_second // 10**6 for unit, per_second in UNITS.items()}
     texts: dict[str, object] = {**numbers, "text": str(numbers["ms"])}
@@ -406,13 +408,17 @@ def test_a_shift_moves_the_time_and_nothing_else(
         (b"true", b"true"), (b"[1772359200]", b"[1772359200]"),
     ],
 )  # fmt: skip
-def test_a_shift_reads_a_time_as_the_typed_layer_does(given: bytes, moved: bytes) -> None:
+def test_a_shift_reads_a_time_as_the_typed_layer_does(
+    topics: Mapping[str, Topic], given: bytes, moved: bytes
+) -> None:
     message = b'{"watched_at": %s , "event_id": "e"}'
-    assert shift_message(message % given, TOPICS["view_events"], 3600) == message % moved
+    assert shift_message(message % given, topics["view_events"], 3600) == message % moved
 
 
 @given(st.binary(max_size=60))
-def test_a_message_without_a_readable_time_is_not_touched(message: bytes) -> None:
-    for topic in TOPICS.values():
+def test_a_message_without_a_readable_time_is_not_touched(
+    topics: Mapping[str, Topic], message: bytes
+) -> None:
+    for topic in topics.values():
         if event_time(message, topic) is None:
             assert shift_message(message, topic, 3600) == message

@@ -19,6 +19,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.engine.connection import EngineConnection, EngineUnavailable
 from dagster_prefs.events.formats import EventFileError
 from dagster_prefs.events.ingest import file_source, ingest_file
@@ -44,11 +45,13 @@ def stored(engine: EngineConnection, table: str = "raw_view_events") -> list[tup
     return rows(engine, f"select source_offset, data from {table} order by source, source_offset")  # type: ignore[return-value]
 
 
-def test_every_line_is_stored_once_with_its_number(store: EngineConnection, tmp_path: Path) -> None:
+def test_every_line_is_stored_once_with_its_number(
+    registry: Registry, store: EngineConnection, tmp_path: Path
+) -> None:
     path = tmp_path / "views.jsonl"
     path.write_bytes(b'{"event_id":"a","viewer_id":1,"watched_at":1}\n\n{broken\n\xff\xfe\r\n')
     seen: list[Progress] = []
-    first = ingest_file(store, path, batch_size=2, progress=seen.append)
+    first = ingest_file(store, registry, path, batch_size=2, progress=seen.append)
     assert (first.topic, first.lines, first.accepted, first.already_present, first.blank) == (
         "view_events", 3, 3, 0, 1,
     )  # fmt: skip
@@ -57,12 +60,14 @@ def test_every_line_is_stored_once_with_its_number(store: EngineConnection, tmp_
     assert stored(store) == expected
     assert seen[-1].messages == 3
     assert seen[-1].done == seen[-1].total == path.stat().st_size
-    second = ingest_file(store, path)
+    second = ingest_file(store, registry, path)
     assert (second.lines, second.accepted, second.already_present) == (3, 0, 3)
     assert stored(store) == expected
 
 
-def test_an_interrupted_file_is_completed(store: EngineConnection, tmp_path: Path) -> None:
+def test_an_interrupted_file_is_completed(
+    registry: Registry, store: EngineConnection, tmp_path: Path
+) -> None:
     path = write_views(tmp_path / "views.jsonl", 500)
 
     def interrupt(progress: Progress) -> None:
@@ -70,21 +75,24 @@ def test_an_interrupted_file_is_completed(store: EngineConnection, tmp_path: Pat
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ingest_file(store, path, batch_size=100, progress=interrupt)
+        ingest_file(store, registry, path, batch_size=100, progress=interrupt)
     assert len(stored(store)) == 200
-    report = ingest_file(store, path, batch_size=70)
+    report = ingest_file(store, registry, path, batch_size=70)
     assert (report.accepted, report.already_present) == (300, 200)
     assert stored(store) == list(enumerate(path.read_bytes().splitlines(), 1))
 
 
-def test_a_killed_ingest_is_completed_exactly(store: EngineConnection, tmp_path: Path) -> None:
+def test_a_killed_ingest_is_completed_exactly(
+    registry: Registry, store: EngineConnection, tmp_path: Path
+) -> None:
     path = write_views(tmp_path / "views.jsonl", 30_000)
     script = (
         "import sys; from pathlib import Path;"
         "from dagster_prefs.engine.connection import EngineConnection;"
         "from dagster_prefs.events.ingest import ingest_file;"
+        "from dagster_prefs.settings import load_settings;"
         "engine = EngineConnection('127.0.0.1', int(sys.argv[1]), sys.argv[2], 'prefs');"
-        "ingest_file(engine, Path(sys.argv[3]),"
+        "ingest_file(engine, load_settings().registry(), Path(sys.argv[3]),"
         " batch_size=50)"
     )
     child = subprocess.Popen(
@@ -97,14 +105,16 @@ def test_a_killed_ingest_is_completed_exactly(store: EngineConnection, tmp_path:
     child.send_signal(signal.SIGKILL)
     assert child.wait(30) == -signal.SIGKILL
     before = rows(store, "select count(*) from raw_view_events")[0][0]
-    report = ingest_file(store, path)
+    report = ingest_file(store, registry, path)
     # The server may still have committed the batch that was under way when its client died.
     assert before <= report.already_present < 30_000
     assert report.accepted + report.already_present == 30_000
     assert stored(store) == list(enumerate(path.read_bytes().splitlines(), 1))
 
 
-def test_a_truncated_gzip_keeps_what_came_before(store: EngineConnection, tmp_path: Path) -> None:
+def test_a_truncated_gzip_keeps_what_came_before(
+    registry: Registry, store: EngineConnection, tmp_path: Path
+) -> None:
     draw = random.Random(3)
     lines = [
         json.dumps({"event_id": draw.random(), "viewer_id": 1, "watched_at": n}).encode()
@@ -114,27 +124,29 @@ def test_a_truncated_gzip_keeps_what_came_before(store: EngineConnection, tmp_pa
     path = tmp_path / "views.jsonl.gz"
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(EventFileError, match=r"truncated gzip.*get the whole file") as caught:
-        ingest_file(store, path)
+        ingest_file(store, registry, path)
     kept = stored(store)
     assert f"after line {len(kept)})" in str(caught.value)
     assert 1000 < len(kept) < 20_000
     assert kept == list(enumerate(lines[: len(kept)], 1))
     assert rows(store, "select completed_at from ingest_files") == [(None,)]
     path.write_bytes(whole)
-    assert ingest_file(store, path).accepted == 20_000
+    assert ingest_file(store, registry, path).accepted == 20_000
 
 
-def test_damage_inside_a_gzip_is_named(store: EngineConnection, tmp_path: Path) -> None:
+def test_damage_inside_a_gzip_is_named(registry: Registry, store: EngineConnection, tmp_path: Path) -> None:
     content = bytearray(gzip.compress(b'{"event_id":1,"viewer_id":1,"watched_at":1}\n' * 100))
     content[-6] ^= 0xFF
     path = tmp_path / "views.gz"
     path.write_bytes(content)
     with pytest.raises(EventFileError, match="damaged gzip"):
-        ingest_file(store, path)
+        ingest_file(store, registry, path)
     assert len(stored(store)) == 100
 
 
-def test_a_shift_ends_now_and_is_remembered(store: EngineConnection, tmp_path: Path) -> None:
+def test_a_shift_ends_now_and_is_remembered(
+    registry: Registry, store: EngineConnection, tmp_path: Path
+) -> None:
     path = tmp_path / "views.jsonl"
     path.write_text(
         '{"event_id":"a","viewer_id":1,"watched_at":"2020-01-01 00:00:00 UTC"}\n'
@@ -148,8 +160,8 @@ def test_a_shift_ends_now_and_is_remembered(store: EngineConnection, tmp_path: P
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ingest_file(store, path, shift_to_now=True, now=NOW, batch_size=2, progress=interrupt)
-    report = ingest_file(store, path, shift_to_now=True, now=NOW + timedelta(days=9))
+        ingest_file(store, registry, path, shift_to_now=True, now=NOW, batch_size=2, progress=interrupt)
+    report = ingest_file(store, registry, path, shift_to_now=True, now=NOW + timedelta(days=9))
     newest = datetime(2020, 1, 2, 0, 0, 0, 250_000, tzinfo=UTC)
     shift = (NOW - newest) // timedelta(seconds=1)
     assert (report.shift_seconds, report.accepted) == (shift, 3)
@@ -160,20 +172,22 @@ def test_a_shift_ends_now_and_is_remembered(store: EngineConnection, tmp_path: P
     assert times[0] == (datetime(2020, 1, 1) + timedelta(seconds=shift)).isoformat() + "Z"
     assert times[2] == 1577836800000 + shift * 1000
     assert times[3] == "never"
-    assert ingest_file(store, path).shift_seconds == shift
+    assert ingest_file(store, registry, path).shift_seconds == shift
 
 
-def test_a_file_first_taken_as_it_is_stays_so(store: EngineConnection, tmp_path: Path) -> None:
+def test_a_file_first_taken_as_it_is_stays_so(
+    registry: Registry, store: EngineConnection, tmp_path: Path
+) -> None:
     path = write_views(tmp_path / "views.jsonl", 3)
-    ingest_file(store, path)
-    report = ingest_file(store, path, shift_to_now=True, now=NOW)
+    ingest_file(store, registry, path)
+    report = ingest_file(store, registry, path, shift_to_now=True, now=NOW)
     assert report.shift_seconds == 0
     assert "stay as they are" in (report.note or "")
 
 
 @pytest.mark.skipif(not SAMPLE.is_file(), reason="the REES46 sample is not beside the repository")
-def test_the_rees46_sample_is_stored_row_by_row(store: EngineConnection) -> None:
-    report = ingest_file(store, SAMPLE, shift_to_now=True, now=NOW)
+def test_the_rees46_sample_is_stored_row_by_row(registry: Registry, store: EngineConnection) -> None:
+    report = ingest_file(store, registry, SAMPLE, shift_to_now=True, now=NOW)
     assert (report.topic, report.lines, report.accepted) == ("user.events", 1000, 1000)
     with SAMPLE.open(newline="") as file:
         originals = list(csv.DictReader(file))
@@ -194,7 +208,9 @@ def test_the_rees46_sample_is_stored_row_by_row(store: EngineConnection) -> None
 
 
 @pytest.mark.skipif(not SAMPLE.is_file(), reason="the REES46 sample is not beside the repository")
-def test_the_rees46_sample_saved_again_by_pandas_counts_once(store: EngineConnection, tmp_path: Path) -> None:
+def test_the_rees46_sample_saved_again_by_pandas_counts_once(
+    registry: Registry, store: EngineConnection, tmp_path: Path
+) -> None:
     """An index column in front, another order, floats where a column had gaps, shorter prices, NaN for gaps."""
     with SAMPLE.open(newline="") as file:
         originals = list(csv.DictReader(file))
@@ -208,8 +224,8 @@ def test_the_rees46_sample_saved_again_by_pandas_counts_once(store: EngineConnec
                 {name: cell or "NaN" for name, cell in row.items()}
                 | {"": number, "price": repr(float(row["price"])), "user_id": f"{row['user_id']}.0"}
             )
-    ingest_file(store, SAMPLE)
-    assert ingest_file(store, again).accepted == len(originals)
+    ingest_file(store, registry, SAMPLE)
+    assert ingest_file(store, registry, again).accepted == len(originals)
     distinct = len({tuple(row.values()) for row in originals})
     identities = (
         "select count(*), count(distinct convert_from(data, 'utf8')::json->>'event_id') from raw_user_events"
@@ -217,10 +233,12 @@ def test_the_rees46_sample_saved_again_by_pandas_counts_once(store: EngineConnec
     assert rows(store, identities) == [(2 * len(originals), distinct)]
 
 
-def test_rows_that_cannot_be_read_are_named_with_their_lines(store: EngineConnection, tmp_path: Path) -> None:
+def test_rows_that_cannot_be_read_are_named_with_their_lines(
+    registry: Registry, store: EngineConnection, tmp_path: Path
+) -> None:
     path = tmp_path / "items.csv"
     path.write_bytes(b"item_id,title\n1,good\n2\n3,caf\xe9\n" + b"4,a,b\n" * 6)
-    report = ingest_file(store, path)
+    report = ingest_file(store, registry, path)
     assert (report.lines, report.accepted, report.malformed) == (9, 9, 8)
     assert report.examples[:2] == (
         (3, "CSV row with another number of cells than its header: 1 cells, 2 columns"),
@@ -232,59 +250,63 @@ def test_rows_that_cannot_be_read_are_named_with_their_lines(store: EngineConnec
     assert base64.b64decode(held[2]["row_base64"]) == b"3,caf\xe9"
 
 
-def test_a_file_whose_name_is_not_utf8(store: EngineConnection, tmp_path: Path) -> None:
+def test_a_file_whose_name_is_not_utf8(registry: Registry, store: EngineConnection, tmp_path: Path) -> None:
     path = tmp_path / os.fsdecode(b"caf\xe9.jsonl")
     path.write_bytes(b'{"event_id":"a","viewer_id":1,"watched_at":1}\n')
-    report = ingest_file(store, path)
+    report = ingest_file(store, registry, path)
     assert report.source == f"file:caf\\xe9.jsonl#{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
     assert rows(store, "select source, path, completed_at is not null from ingest_files") == [
         (report.source, f"{tmp_path}/caf\\xe9.jsonl", True)
     ]
-    assert ingest_file(store, path).already_present == 1
+    assert ingest_file(store, registry, path).already_present == 1
 
 
-def test_a_header_alone_is_an_empty_file(store: EngineConnection, tmp_path: Path) -> None:
+def test_a_header_alone_is_an_empty_file(registry: Registry, store: EngineConnection, tmp_path: Path) -> None:
     path = tmp_path / "items.csv"
     path.write_text("item_id,title\n")
     with pytest.raises(EventFileError, match="header and no rows"):
-        ingest_file(store, path)
+        ingest_file(store, registry, path)
 
 
-def test_an_unreadable_file_is_named(store: EngineConnection, tmp_path: Path) -> None:
+def test_an_unreadable_file_is_named(registry: Registry, store: EngineConnection, tmp_path: Path) -> None:
     if os.geteuid() == 0:
         pytest.skip("root reads every file")
     path = write_views(tmp_path / "views.jsonl", 1)
     path.chmod(0)
     with pytest.raises(EventFileError, match="check its permissions"):
-        ingest_file(store, path)
+        ingest_file(store, registry, path)
 
 
-def test_one_content_is_one_topic(store: EngineConnection, tmp_path: Path) -> None:
+def test_one_content_is_one_topic(registry: Registry, store: EngineConnection, tmp_path: Path) -> None:
     path = write_views(tmp_path / "views.jsonl", 1)
-    ingest_file(store, path)
+    ingest_file(store, registry, path)
     with pytest.raises(EventFileError, match="was ingested as view_events before"):
-        ingest_file(store, path, topic="items")
+        ingest_file(store, registry, path, topic="items")
 
 
-def test_missing_tables_name_the_remedy(engine: EngineConnection, tmp_path: Path) -> None:
+def test_missing_tables_name_the_remedy(registry: Registry, engine: EngineConnection, tmp_path: Path) -> None:
     with pytest.raises(RawStoreError, match=r"no table ingest_files .* `dbt run`"):
-        ingest_file(engine, write_views(tmp_path / "views.jsonl", 1))
+        ingest_file(engine, registry, write_views(tmp_path / "views.jsonl", 1))
 
 
-def test_a_foreign_table_of_the_same_name_is_left_alone(store: EngineConnection, tmp_path: Path) -> None:
+def test_a_foreign_table_of_the_same_name_is_left_alone(
+    registry: Registry, store: EngineConnection, tmp_path: Path
+) -> None:
     with store.connect() as session:
         session.execute("drop table raw_view_events; create table raw_view_events (mine int)")
     with pytest.raises(RawStoreError, match="other columns than this project's"):
-        ingest_file(store, write_views(tmp_path / "views.jsonl", 1))
+        ingest_file(store, registry, write_views(tmp_path / "views.jsonl", 1))
 
 
-def test_no_engine(tmp_path: Path, free_port: Callable[[], int]) -> None:
+def test_no_engine(registry: Registry, tmp_path: Path, free_port: Callable[[], int]) -> None:
     nowhere = EngineConnection("127.0.0.1", free_port(), "prefs", "prefs")
     with pytest.raises(EngineUnavailable, match="prefs up"):
-        ingest_file(nowhere, write_views(tmp_path / "views.jsonl", 1))
+        ingest_file(nowhere, registry, write_views(tmp_path / "views.jsonl", 1))
 
 
-def test_an_engine_that_goes_away_keeps_what_it_took(store: EngineConnection, tmp_path: Path) -> None:
+def test_an_engine_that_goes_away_keeps_what_it_took(
+    registry: Registry, store: EngineConnection, tmp_path: Path
+) -> None:
     path = write_views(tmp_path / "views.jsonl", 300)
 
     def cut(progress: Progress) -> None:
@@ -296,9 +318,9 @@ def test_an_engine_that_goes_away_keeps_what_it_took(store: EngineConnection, tm
             )
 
     with pytest.raises(RawStoreError, match=r"went away .* run the same command again"):
-        ingest_file(store, path, batch_size=100, progress=cut)
+        ingest_file(store, registry, path, batch_size=100, progress=cut)
     assert len(stored(store)) == 100
-    report = ingest_file(store, path)
+    report = ingest_file(store, registry, path)
     assert (report.accepted, report.already_present) == (200, 100)
 
 
@@ -308,7 +330,9 @@ def test_a_full_disk_is_named(engine: EngineConnection) -> None:
         raise psycopg.errors.DiskFull("could not extend file: No space left on device")
 
 
-def test_the_insert_path_without_copy_counts_the_same(store: EngineConnection, tmp_path: Path) -> None:
+def test_the_insert_path_without_copy_counts_the_same(
+    registry: Registry, store: EngineConnection, tmp_path: Path
+) -> None:
     path = write_views(tmp_path / "views.jsonl", 2500)
     with store.connect() as session:
         session.execute(
@@ -317,14 +341,13 @@ def test_the_insert_path_without_copy_counts_the_same(store: EngineConnection, t
             (file_source(path),),
         )
     # RisingWave's statements are plain SQL, so the embedded engine runs them too.
-    from dagster_prefs.events.formats import TOPICS
     from dagster_prefs.events.raw import RawMessage, RawStore
 
     with RawStore(store) as writer:
         writer.engine = replace(store, kind="risingwave")
         messages = [RawMessage(0, n, line) for n, line in enumerate(path.read_bytes().splitlines(), 1)]
-        assert writer.write(TOPICS["view_events"], file_source(path), messages) == 2499
-        assert writer.write(TOPICS["view_events"], file_source(path), messages) == 0
+        assert writer.write(registry.topics["view_events"], file_source(path), messages) == 2499
+        assert writer.write(registry.topics["view_events"], file_source(path), messages) == 0
     expected = list(enumerate(path.read_bytes().splitlines(), 1))
     expected[6] = (7, b"first")
     assert stored(store) == expected

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.events.ingest import ingest_file
 from dagster_prefs.events.kafka import (
@@ -24,18 +25,20 @@ Broker = tuple[str, Any]
 VALUES = "select data from raw_view_events order by source_partition, source_offset"
 
 
-def test_a_topic_is_read_once_across_runs(store: EngineConnection, broker: Broker) -> None:
+def test_a_topic_is_read_once_across_runs(
+    registry: Registry, store: EngineConnection, broker: Broker
+) -> None:
     address, producer = broker
     produce(address, "view_events", [b"a", b"\xff"])
     producer.produce("view_events", value=None)
     producer.flush(10)
     produce(address, "view_events", [b"c"])
-    first = ingest_topic(store, address, "view_events")
+    first = ingest_topic(store, address, registry.topics["view_events"])
     assert (first.source, first.lines, first.accepted, first.blank) == ("kafka:view_events", 3, 3, 1)
-    again = ingest_topic(store, address, "view_events")
+    again = ingest_topic(store, address, registry.topics["view_events"])
     assert (again.lines, again.accepted) == (0, 0)
     produce(address, "view_events", [b"d"])
-    assert ingest_topic(store, address, "view_events").accepted == 1
+    assert ingest_topic(store, address, registry.topics["view_events"]).accepted == 1
     assert sorted(rows(store, VALUES)) == sorted([(b"a",), (b"\xff",), (b"c",), (b"d",)])
     assert rows(store, "select count(*) from raw_view_events where kafka_timestamp is null") == [(0,)]
 
@@ -56,7 +59,9 @@ def test_a_short_topic_is_not_waited_for_as_if_it_were_long() -> None:
     assert asked[2:] == [(1, POLL_SECONDS)]
 
 
-def test_a_reading_that_was_cut_goes_on_where_the_engine_is(store: EngineConnection, broker: Broker) -> None:
+def test_a_reading_that_was_cut_goes_on_where_the_engine_is(
+    registry: Registry, store: EngineConnection, broker: Broker
+) -> None:
     address, _ = broker
     produce(address, "view_events", [b"%d" % n for n in range(1000)])
 
@@ -64,23 +69,28 @@ def test_a_reading_that_was_cut_goes_on_where_the_engine_is(store: EngineConnect
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ingest_topic(store, address, "view_events", batch_size=100, progress=cut)
+        ingest_topic(store, address, registry.topics["view_events"], batch_size=100, progress=cut)
     held = rows(store, "select count(*) from raw_view_events")[0][0]
     assert 0 < held < 1000
-    report = ingest_topic(store, address, "view_events", until="end", batch_size=300)
+    report = ingest_topic(store, address, registry.topics["view_events"], until="end", batch_size=300)
     assert (report.accepted, report.already_present) == (1000 - held, 0)
     assert {int(value) for (value,) in rows(store, VALUES)} == set(range(1000))
 
 
-def test_a_reading_stops_when_told_and_at_its_limit(store: EngineConnection, broker: Broker) -> None:
+def test_a_reading_stops_when_told_and_at_its_limit(
+    registry: Registry, store: EngineConnection, broker: Broker
+) -> None:
     address, _ = broker
     produce(address, "view_events", [b"x"] * 50)
-    assert ingest_topic(store, address, "view_events", max_messages=20, until=None).accepted == 20
+    assert (
+        ingest_topic(store, address, registry.topics["view_events"], max_messages=20, until=None).accepted
+        == 20
+    )
     stop = threading.Event()
     report = ingest_topic(
         store,
         address,
-        "view_events",
+        registry.topics["view_events"],
         until=None,
         stop=stop,
         progress=lambda p: stop.set() if p.done == 30 else None,
@@ -89,7 +99,7 @@ def test_a_reading_stops_when_told_and_at_its_limit(store: EngineConnection, bro
 
 
 def test_a_file_goes_through_kafka_where_the_connector_fills_the_raw_tables(
-    store: EngineConnection, broker: Broker, tmp_path: Path
+    registry: Registry, store: EngineConnection, broker: Broker, tmp_path: Path
 ) -> None:
     address, _ = broker
     produce(address, "prod.views", [])
@@ -97,38 +107,41 @@ def test_a_file_goes_through_kafka_where_the_connector_fills_the_raw_tables(
     path = tmp_path / "views.jsonl"
     path.write_bytes(b"\n".join([*messages, b"not JSON"]) + b"\n")
     deliver = KafkaWriter(address).delivery({"view_events": "prod.views"})
-    report = ingest_file(store, path, topic="view_events", batch_size=2, deliver=deliver)
+    report = ingest_file(store, registry, path, topic="view_events", batch_size=2, deliver=deliver)
     assert (report.lines, report.accepted) == (6, 6)
     assert rows(store, "select count(*) from raw_view_events") == [(0,)]
     # A complete file is not sent again.
-    assert ingest_file(store, path, topic="view_events", deliver=deliver).accepted == 0
-    ingest_topic(store, address, "view_events", kafka_topic="prod.views")
+    assert ingest_file(store, registry, path, topic="view_events", deliver=deliver).accepted == 0
+    ingest_topic(store, address, registry.topics["view_events"], kafka_topic="prod.views")
     assert sorted(value for (value,) in rows(store, VALUES)) == sorted([*messages, b"not JSON"])
 
 
-def test_another_name_in_kafka(store: EngineConnection, broker: Broker) -> None:
+def test_another_name_in_kafka(registry: Registry, store: EngineConnection, broker: Broker) -> None:
     address, _ = broker
     produce(address, "prod.views", [b"x"])
-    assert ingest_topic(store, address, "view_events", kafka_topic="prod.views").source == "kafka:prod.views"
+    assert (
+        ingest_topic(store, address, registry.topics["view_events"], kafka_topic="prod.views").source
+        == "kafka:prod.views"
+    )
 
 
-def test_a_topic_made_anew_is_refused(store: EngineConnection, broker: Broker) -> None:
+def test_a_topic_made_anew_is_refused(registry: Registry, store: EngineConnection, broker: Broker) -> None:
     address, _ = broker
     produce(address, "view_events", [b"x"])
-    ingest_topic(store, address, "view_events")
+    ingest_topic(store, address, registry.topics["view_events"])
     with store.connect() as session:
         session.execute("update raw_view_events set source_offset = 5000")
     with pytest.raises(KafkaUnavailable, match="was made anew"):
-        ingest_topic(store, address, "view_events")
+        ingest_topic(store, address, registry.topics["view_events"])
 
 
 def test_no_such_topic_and_no_broker(
-    store: EngineConnection, broker: Broker, free_port: Callable[[], int]
+    registry: Registry, store: EngineConnection, broker: Broker, free_port: Callable[[], int]
 ) -> None:
     with pytest.raises(KafkaUnavailable, match="has no topic items"):
-        ingest_topic(store, broker[0], "items", timeout_seconds=3)
+        ingest_topic(store, broker[0], registry.topics["items"], timeout_seconds=3)
     nowhere = f"127.0.0.1:{free_port()}"
     with pytest.raises(KafkaUnavailable, match="PREFS_KAFKA_BOOTSTRAP"):
-        ingest_topic(store, nowhere, "items", timeout_seconds=1)
+        ingest_topic(store, nowhere, registry.topics["items"], timeout_seconds=1)
     with pytest.raises(KafkaUnavailable, match="PREFS_KAFKA_BOOTSTRAP"):
         KafkaWriter(nowhere, timeout_seconds=1).check("items")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -10,19 +11,17 @@ from typing import Any
 
 import pytest
 
+from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.engine.connection import EngineConnection
-from dagster_prefs.events.formats import TOPICS, event_time
 from dagster_prefs.events.ingest import ingest_file
 from dagster_prefs.events.kafka import holds_messages
+from dagster_prefs.events.messages import Topic, event_time
 from dagster_prefs.events.raw import Progress
+from dagster_prefs.events.scenario import SimulationPlan
+from dagster_prefs.events.simulation import SimulatedEvent, SimulationError
 from dagster_prefs.events.simulator import (
-    SimulatedEvent,
-    SimulationError,
-    SimulationPlan,
     follow_to_engine,
-    plan_counts,
     remembered_end,
-    simulate,
     simulate_to_engine,
     simulate_to_files,
     simulate_to_kafka,
@@ -38,7 +37,7 @@ PLAN = SimulationPlan(
 
 @pytest.fixture(scope="module")
 def events() -> list[SimulatedEvent]:
-    return list(simulate(PLAN))
+    return list(PLAN.events())
 
 
 def parsed(events: list[SimulatedEvent], topic: str) -> list[dict[str, Any]]:
@@ -54,9 +53,9 @@ def parsed(events: list[SimulatedEvent], topic: str) -> list[dict[str, Any]]:
 
 
 def test_the_same_plan_gives_the_same_messages(events: list[SimulatedEvent]) -> None:
-    assert events == list(simulate(PLAN))
-    assert events != list(simulate(replace(PLAN, seed=8)))
-    assert Counter(event.topic for event in events) == plan_counts(PLAN)
+    assert events == list(PLAN.events())
+    assert events != list(replace(PLAN, seed=8).events())
+    assert Counter(event.topic for event in events) == PLAN.counts()
 
 
 @pytest.mark.parametrize("total", [0, 1, 2, 17])
@@ -64,8 +63,8 @@ def test_counts_are_exact_in_the_small(total: int) -> None:
     plan = replace(
         PLAN, view_events=total, shop_events=total, interactions=total, items=1, viewers=1, contents=1
     )
-    assert Counter(event.topic for event in simulate(plan)) == Counter(
-        {topic: count for topic, count in plan_counts(plan).items() if count}
+    assert Counter(event.topic for event in plan.events()) == Counter(
+        {topic: count for topic, count in plan.counts().items() if count}
     )
 
 
@@ -86,10 +85,12 @@ def test_late_events_and_duplicates_are_as_many_as_asked(events: list[SimulatedE
     assert 60 <= late <= 400
 
 
-def test_every_kind_of_malformed_message_comes(events: list[SimulatedEvent]) -> None:
-    by_topic: dict[str, Counter[str]] = {topic: Counter() for topic in TOPICS}
+def test_every_kind_of_malformed_message_comes(
+    topics: Mapping[str, Topic], events: list[SimulatedEvent]
+) -> None:
+    by_topic: dict[str, Counter[str]] = {topic: Counter() for topic in topics}
     for event in events:
-        by_topic[event.topic][refusal(event)] += 1
+        by_topic[event.topic][refusal(event, topics[event.topic])] += 1
     common = {"not valid JSON", "not a JSON object", "missing event_id", "bad event_id", "future"}
     assert common | {
         "missing viewer_id", "bad viewer_id", "missing watched_at", "bad watched_at",
@@ -104,7 +105,7 @@ def test_every_kind_of_malformed_message_comes(events: list[SimulatedEvent]) -> 
         assert sum(n for reason, n in by_topic[topic].items() if reason) == round(total * 0.05)
 
 
-def refusal(event: SimulatedEvent) -> str:
+def refusal(event: SimulatedEvent, topic: Topic) -> str:
     """Why a message is no valid event, written down anew from the design; empty where it is one."""
     try:
         value = json.loads(event.message.decode())
@@ -112,7 +113,6 @@ def refusal(event: SimulatedEvent) -> str:
         return "not valid JSON"
     if not isinstance(value, dict):
         return "not a JSON object"
-    topic = TOPICS[event.topic]
     keys = ["item_id"] if topic.name == "items" else ["event_id"]
     keys += {"user.events": ["user_id"], "items": []}.get(topic.name, ["viewer_id"])
     for key in keys:
@@ -120,12 +120,12 @@ def refusal(event: SimulatedEvent) -> str:
             return f"missing {key}"
         if not isinstance(value[key], str | int) or (key == "viewer_id" and not str(value[key]).isdigit()):
             return f"bad {key}"
-    if topic.time_field:
-        if topic.time_field not in value:
-            return f"missing {topic.time_field}"
+    if topic.time:
+        if topic.time not in value:
+            return f"missing {topic.time}"
         moment = event_time(event.message, topic)
         if moment is None:
-            return f"bad {topic.time_field}"
+            return f"bad {topic.time}"
         if moment > END + timedelta(hours=24):
             return "future"
     kinds = {"user.events": ("view", "wishlist", "add_to_cart", "purchase")}.get(
@@ -171,43 +171,45 @@ def test_the_shape_is_that_of_people(events: list[SimulatedEvent]) -> None:
     assert any(text.isdigit() for text in written)
 
 
-def test_the_engine_takes_a_plan_once(store: EngineConnection, events: list[SimulatedEvent]) -> None:
+def test_the_engine_takes_a_plan_once(
+    registry: Registry, topics: Mapping[str, Topic], store: EngineConnection, events: list[SimulatedEvent]
+) -> None:
     def cut(progress: Progress) -> None:
         if progress.messages > 2000:
             raise KeyboardInterrupt
 
     assert remembered_end(store, PLAN) is None
     with pytest.raises(KeyboardInterrupt):
-        simulate_to_engine(store, PLAN, batch_size=500, progress=cut)
+        simulate_to_engine(store, registry, PLAN, batch_size=500, progress=cut)
     assert remembered_end(store, replace(PLAN, end=END + timedelta(days=1))) == END
-    reports = simulate_to_engine(store, PLAN)
-    assert {r.topic: r.lines for r in reports} == plan_counts(PLAN)
+    reports = simulate_to_engine(store, registry, PLAN)
+    assert {r.topic: r.lines for r in reports} == PLAN.counts()
     assert sum(r.already_present for r in reports) > 1000
-    again = simulate_to_engine(store, PLAN)
+    again = simulate_to_engine(store, registry, PLAN)
     assert {r.topic: (r.accepted, r.already_present) for r in again} == {
-        topic: (0, count) for topic, count in plan_counts(PLAN).items()
+        topic: (0, count) for topic, count in PLAN.counts().items()
     }
-    for topic in TOPICS.values():
-        held = rows(store, f"select source_offset, data from {topic.raw_table} order by source_offset")
+    for topic in topics.values():
+        held = rows(store, f"select source_offset, data from {topic.raw} order by source_offset")
         assert held == list(enumerate((e.message for e in events if e.topic == topic.name), 1))
 
 
 @pytest.mark.parametrize("compress", [False, True])
 def test_files_can_be_ingested(
-    store: EngineConnection, tmp_path: Path, events: list[SimulatedEvent], compress: bool
+    registry: Registry, store: EngineConnection, tmp_path: Path, events: list[SimulatedEvent], compress: bool
 ) -> None:
     paths = simulate_to_files(tmp_path / "out", PLAN, compress=compress)
     for topic, path in paths.items():
         content = gzip.decompress(path.read_bytes()) if compress else path.read_bytes()
         assert content.split(b"\n")[:-1] == [e.message for e in events if e.topic == topic]
-        report = ingest_file(store, path)
-        assert (report.topic, report.accepted) == (topic, plan_counts(PLAN)[topic])
+        report = ingest_file(store, registry, path)
+        assert (report.topic, report.accepted) == (topic, PLAN.counts()[topic])
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(p.name for p in paths.values())
 
 
 def test_kafka_takes_a_plan(broker: tuple[str, Any]) -> None:
     small = replace(PLAN, view_events=50, shop_events=40, interactions=20, items=10)
-    assert simulate_to_kafka(broker[0], small) == plan_counts(small)
+    assert simulate_to_kafka(broker[0], small) == small.counts()
 
 
 def test_topics_may_have_other_names_in_kafka(broker: tuple[str, Any]) -> None:
@@ -221,15 +223,17 @@ def test_topics_may_have_other_names_in_kafka(broker: tuple[str, Any]) -> None:
     assert holds_messages(address, "prod.views") is True
 
 
-def test_a_live_trickle_happens_now(store: EngineConnection) -> None:
+def test_a_live_trickle_happens_now(
+    registry: Registry, topics: Mapping[str, Topic], store: EngineConnection
+) -> None:
     before = datetime.now(UTC) - timedelta(seconds=1)
-    counts = follow_to_engine(store, PLAN, rate=200, seconds=0.3)
+    counts = follow_to_engine(store, registry, PLAN, rate=200, seconds=0.3)
     assert sum(counts.values()) > 0
     for topic, count in counts.items():
-        held = rows(store, f"select data from {TOPICS[topic].raw_table}")
+        held = rows(store, f"select data from {topics[topic].raw}")
         assert len(held) == count
         for (data,) in held:
-            moment = event_time(data, TOPICS[topic])
+            moment = event_time(data, topics[topic])
             assert moment is not None
             assert before < moment <= datetime.now(UTC)
 

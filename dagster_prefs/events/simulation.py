@@ -1,0 +1,255 @@
+"""What every simulation has: a plan, a world of its seed, and the order in which its messages are delivered.
+
+The same plan always yields the same messages in the same order, which is the order of delivery: a late
+event comes after newer ones, a duplicate some time after its first delivery.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import time
+from abc import ABC, abstractmethod
+from bisect import bisect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
+from heapq import heappop, heappush
+from itertools import accumulate
+from typing import NamedTuple
+
+from dagster_prefs.errors import PrefsError
+
+DAY_MS = 86_400_000
+HOUR_MS = 3_600_000
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+# Activity by hour of the UTC day: a quiet night, a lunch bump, an evening peak.
+HOUR_WEIGHTS = (4, 2, 1, 1, 1, 2, 4, 6, 7, 7, 8, 9, 11, 10, 8, 8, 9, 12, 17, 23, 27, 26, 19, 10)
+CLOCK = tuple(f"{s // 3600:02d}:{s // 60 % 60:02d}:{s % 60:02d}" for s in range(86_400))
+
+
+class SimulationError(PrefsError):
+    """A plan that cannot be simulated, or output that cannot be written."""
+
+
+class SimulatedEvent(NamedTuple):
+    """One delivery: its topic, its bytes, and the time of its event (of its delivery where malformed)."""
+
+    topic: str
+    message: bytes
+    event_time: datetime
+
+
+@dataclass(frozen=True)
+class Plan(ABC):
+    """What is simulated: the messages of the `days` before `end` (UTC), from one seed.
+
+    Of the events `late_share` arrive hours or days late, `duplicate_share` are second deliveries and
+    `malformed_share` are rejected by the typed layer. Raises SimulationError for what makes no sense.
+    """
+
+    end: datetime
+    seed: int = 1
+    days: int = 35
+    late_share: float = 0.02
+    duplicate_share: float = 0.01
+    malformed_share: float = 0.005
+
+    def __post_init__(self) -> None:
+        self.require(1, "days")
+        shares = (self.late_share, self.duplicate_share, self.malformed_share)
+        if min(shares) < 0 or self.duplicate_share + self.malformed_share > 0.9 or self.late_share > 1:
+            raise SimulationError(
+                "shares of late, duplicate and malformed events are at least 0, late at most 1, "
+                "duplicate and malformed together at most 0.9"
+            )
+        if self.end.tzinfo is None:
+            raise SimulationError("the end of a simulation needs a time zone: give it in UTC, e.g. with a Z")
+
+    def require(self, least: int, *names: str) -> None:
+        """Raise SimulationError unless each of these numbers is None or at least `least`."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < least:
+                remedy = "give 0 or more" if least == 0 else f"simulate at least {least}"
+                raise SimulationError(f"{name} is {value}: {remedy}")
+
+    @property
+    def shape(self) -> str:
+        """Twelve hex digits that differ where plans differ in anything but their end."""
+        given = {name: value for name, value in asdict(self).items() if name != "end"}
+        return hashlib.sha256(json.dumps(given, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+    @property
+    def series(self) -> str:
+        """What the sources of plans that differ in their end only begin with."""
+        return f"simulate:{self.seed}:{self.shape}:"
+
+    @property
+    def source(self) -> str:
+        """Source name of the plan's messages in the raw tables, `simulate:<seed>:<shape>:<end, epoch s>`."""
+        return f"{self.series}{int(self.end.timestamp())}"
+
+    @property
+    def messages(self) -> int:
+        """Number of messages the plan yields."""
+        return sum(self.counts().values())
+
+    @abstractmethod
+    def counts(self) -> dict[str, int]:
+        """Topic → number of messages that the plan yields."""
+
+    @abstractmethod
+    def events(self) -> Iterator[SimulatedEvent]:
+        """The messages in order of delivery, reference data first; memory holds a day of them."""
+
+    @abstractmethod
+    def live(self) -> Iterator[tuple[str, bytes]]:
+        """Topic and message of events that happen now, without end, in the proportions of the counts."""
+
+
+class World(ABC):
+    """Who and what takes part in a simulation, and how they behave, from one seed."""
+
+    def __init__(self, plan: Plan) -> None:
+        # The end is part of the seed: event ids of two runs must not meet, or one would count as a repeat.
+        self.rng = random.Random(f"{plan.source}")  # noqa: S311 (not a secret)
+        self._hours = list(accumulate(HOUR_WEIGHTS))
+
+    @abstractmethod
+    def session(self, topic: str, start: int) -> Iterator[tuple[int, bytes]]:
+        """One session of a topic's events that starts at `start`: (event time, message), times in epoch ms."""
+
+    @abstractmethod
+    def malformed(self, topic: str, number: int, moment: int) -> bytes:
+        """The `number`-th malformed message of a topic: every reason of rejection comes round."""
+
+    @abstractmethod
+    def time_field(self, topic: str) -> str:
+        """The field that says when an event of the topic happened."""
+
+    def pick(self, weights: Sequence[float]) -> int:
+        """An index, as often as its part of the cumulated weights says."""
+        return bisect(weights, self.rng.random() * weights[-1])
+
+    def moment(self, day_start: int) -> int:
+        """A time within the 24 hours from `day_start` (epoch ms), by the hour's activity in UTC."""
+        rng = self.rng
+        second = bisect(self._hours, rng.random() * self._hours[-1]) * HOUR_MS + int(rng.random() * HOUR_MS)
+        return day_start + (second - day_start) % DAY_MS
+
+    def time(self, moment: int) -> str:
+        """A time (epoch ms) as JSON, mostly ISO 8601, now and then in another way that the typed layer reads."""
+        if self.rng.random() < 0.92:
+            return _quoted(moment)
+        return TIME_FORMATS[1 + int(self.rng.random() * (len(TIME_FORMATS) - 1))](moment)
+
+    def live(self, weights: Mapping[str, int]) -> Iterator[tuple[str, bytes]]:
+        """Events of now, without end: topics by their weights, equally often where none has any."""
+        topics = list(weights)
+        given = list(weights.values()) if any(weights.values()) else [1] * len(topics)
+        while True:
+            topic = self.rng.choices(topics, given)[0]
+            # The first of a session, placed so that it happens at this moment.
+            now = int(time.time() * 1000)
+            _, message = next(iter(self.session(topic, now)))
+            value = json.loads(message) | {self.time_field(topic): iso_text(now)}
+            yield topic, json.dumps(value, separators=(",", ":")).encode()
+
+
+def zipf(count: int, exponent: float) -> list[float]:
+    """Cumulated weights of `count` things of which few are met often."""
+    return list(accumulate(1 / (rank + 1) ** exponent for rank in range(count)))
+
+
+def iso_text(moment: int) -> str:
+    """Epoch milliseconds as ISO 8601 text with `Z`."""
+    return _quoted(moment)[1:-1]
+
+
+def _quoted(moment: int) -> str:
+    day, rest = divmod(moment, DAY_MS)
+    return f'"{_day(day)}T{CLOCK[rest // 1000]}.{rest % 1000:03d}Z"'
+
+
+_days: dict[int, str] = {}
+
+
+def _day(number: int) -> str:
+    found = _days.get(number)
+    if found is None:
+        found = _days[number] = (EPOCH + timedelta(days=number)).date().isoformat()
+    return found
+
+
+# Every way of writing a time that the typed layer reads; the first is by far the most frequent.
+TIME_FORMATS: tuple[Callable[[int], str], ...] = (
+    _quoted,
+    lambda ms: f'"{_day(ms // DAY_MS)} {CLOCK[ms % DAY_MS // 1000]} UTC"',
+    lambda ms: f'"{_day(ms // DAY_MS)} {CLOCK[ms % DAY_MS // 1000]}"',
+    lambda ms: f'"{_day(ms // DAY_MS)}T{CLOCK[ms % DAY_MS // 1000]}"',
+    lambda ms: _quoted(ms + 2 * HOUR_MS).replace('Z"', '+02:00"'),
+    lambda ms: _quoted(ms - 5 * HOUR_MS).replace('Z"', '-0500"').replace("T", " "),
+    lambda ms: str(ms),
+    lambda ms: f'"{ms}"',
+)
+
+
+def deliveries(plan: Plan, world: World, totals: Mapping[str, int]) -> Iterator[SimulatedEvent]:
+    """The events of the plan's days in order of delivery: of each topic its total, late and repeated ones included."""
+    rng = world.rng
+    end = int(plan.end.timestamp() * 1000)
+    first = end - plan.days * DAY_MS
+    # Weekends are busier: the share of each day, then how many messages are due by its end.
+    weights = list(
+        accumulate(1.35 if ((first // DAY_MS + day) + 3) % 7 >= 5 else 1.0 for day in range(plan.days))
+    )
+    made = dict.fromkeys(totals, 0)
+    bad = dict.fromkeys(totals, 0)
+    repeated = dict.fromkeys(totals, 0)
+    pools: dict[str, list[tuple[int, bytes]]] = {topic: [] for topic in totals}
+    # (delivery, number, topic, message, event time); the number keeps the order total and the heap fast.
+    queue: list[tuple[int, int, str, bytes, int]] = []
+    number = 0
+    for day in range(plan.days):
+        start = first + day * DAY_MS
+        stop = start + DAY_MS
+        part = weights[day] / weights[-1]
+        for topic, total in totals.items():
+            bad_due = round(round(total * plan.malformed_share) * part)
+            repeats = round(total * plan.duplicate_share)
+            if repeats + round(total * plan.malformed_share) >= total:
+                # A handful of messages: there would be nothing to repeat.
+                repeats = 0
+            repeat_due = round(repeats * part)
+            due = round(total * part) - bad_due - repeat_due
+            of_today: list[tuple[int, bytes]] = []
+            while made[topic] < due:
+                for moment, message in world.session(topic, world.moment(start)):
+                    if moment > end or made[topic] >= due:
+                        break
+                    made[topic] += 1
+                    of_today.append((moment, message))
+                    delivery = moment
+                    if rng.random() < plan.late_share:
+                        delivery = min(end, moment + int((0.5 + 71.5 * rng.random() ** 3) * HOUR_MS))
+                    number += 1
+                    heappush(queue, (delivery, number, topic, message, moment))
+            pools[topic] = of_today or pools[topic]
+            while repeated[topic] < repeat_due and pools[topic]:
+                moment, message = pools[topic][int(rng.random() * len(pools[topic]))]
+                # After any lateness of the first delivery, so that a repeat is never the first.
+                delivery = min(end, moment + 72 * HOUR_MS + int(rng.random() * HOUR_MS))
+                repeated[topic] += 1
+                number += 1
+                heappush(queue, (delivery, number, topic, message, moment))
+            while bad[topic] < bad_due:
+                moment = world.moment(start)
+                number += 1
+                heappush(queue, (moment, number, topic, world.malformed(topic, bad[topic], moment), moment))
+                bad[topic] += 1
+        while queue and (queue[0][0] < stop or day == plan.days - 1):
+            _, _, topic, message, moment = heappop(queue)
+            yield SimulatedEvent(topic, message, EPOCH + timedelta(milliseconds=moment))
