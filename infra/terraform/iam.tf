@@ -2,10 +2,10 @@ locals {
   actors = {
     sink-writer      = "Writes profile items: the RisingWave sinks, the publisher, repairs."
     exporter         = "Writes training tiles to Iceberg: data files, metadata, Glue tables."
-    serving-reader   = "Reads profile items by viewer: the recommendation service."
+    serving-reader   = "Reads profile items by key: the services."
     freshness-reader = "Compares samples of the items with the views, and reads the snapshots' metadata."
-    provisioner      = "Compares the table with the contract; it cannot change it."
-    eraser           = "Finds and deletes the items of one viewer, for a person who runs an erasure."
+    provisioner      = "Compares the tables with the contract; it cannot change them."
+    eraser           = "Finds and deletes the items of one key, for a person who runs an erasure."
   }
 
   actor_policies = {
@@ -147,7 +147,7 @@ data "aws_iam_policy_document" "sink_writer" {
       "dynamodb:ListTagsOfResource",
       "dynamodb:PutItem",
     ]
-    resources = [local.table_arn]
+    resources = values(local.table_arns)
   }
 
   dynamic "statement" {
@@ -168,9 +168,9 @@ data "aws_iam_policy_document" "sink_writer" {
 
 data "aws_iam_policy_document" "serving_reader" {
   statement {
-    sid       = "ReadItemsByViewer"
+    sid       = "ReadItemsByKey"
     actions   = ["dynamodb:BatchGetItem", "dynamodb:GetItem"]
-    resources = [local.table_arn]
+    resources = values(local.table_arns)
   }
 
   dynamic "statement" {
@@ -199,32 +199,35 @@ data "aws_iam_policy_document" "freshness_reader" {
       "dynamodb:DescribeTimeToLive",
       "dynamodb:ListTagsOfResource",
     ]
-    resources = [local.table_arn]
+    resources = values(local.table_arns)
   }
 
   # A page of keys shows items that no row of a view has; a scan for anything but keys stays shut.
-  statement {
-    sid       = "ListKeys"
-    actions   = ["dynamodb:Scan"]
-    resources = [local.table_arn]
+  dynamic "statement" {
+    for_each = local.tables
+    content {
+      sid       = "ListKeys${replace(title(replace(statement.key, "_", " ")), " ", "")}"
+      actions   = ["dynamodb:Scan"]
+      resources = [local.table_arns[statement.key]]
 
-    condition {
-      test     = "ForAllValues:StringEquals"
-      variable = "dynamodb:Attributes"
-      values   = [local.table.partition_key.name, local.table.sort_key.name]
-    }
+      condition {
+        test     = "ForAllValues:StringEquals"
+        variable = "dynamodb:Attributes"
+        values   = [statement.value.partition_key.name, statement.value.sort_key.name]
+      }
 
-    # ForAllValues alone would also hold for a scan that names no attributes and so returns all.
-    condition {
-      test     = "Null"
-      variable = "dynamodb:Attributes"
-      values   = ["false"]
-    }
+      # ForAllValues alone would also hold for a scan that names no attributes and so returns all.
+      condition {
+        test     = "Null"
+        variable = "dynamodb:Attributes"
+        values   = ["false"]
+      }
 
-    condition {
-      test     = "StringEqualsIfExists"
-      variable = "dynamodb:Select"
-      values   = ["SPECIFIC_ATTRIBUTES"]
+      condition {
+        test     = "StringEqualsIfExists"
+        variable = "dynamodb:Select"
+        values   = ["SPECIFIC_ATTRIBUTES"]
+      }
     }
   }
 
@@ -333,14 +336,14 @@ data "aws_iam_policy_document" "provisioner" {
       "dynamodb:DescribeTimeToLive",
       "dynamodb:ListTagsOfResource",
     ]
-    resources = [local.table_arn]
+    resources = values(local.table_arns)
   }
 }
 
 # The training tables are rewritten with the exporter's policy, which an erasure needs beside this one.
 data "aws_iam_policy_document" "eraser" {
   statement {
-    sid = "DeleteItemsOfViewer"
+    sid = "DeleteItemsOfKey"
     # A query finds items of every domain, those of former contracts too.
     actions = [
       "dynamodb:DeleteItem",
@@ -350,7 +353,7 @@ data "aws_iam_policy_document" "eraser" {
       "dynamodb:ListTagsOfResource",
       "dynamodb:Query",
     ]
-    resources = [local.table_arn]
+    resources = values(local.table_arns)
   }
 
   dynamic "statement" {

@@ -6,19 +6,25 @@ locals {
 
   # What each alarm means and what to do about it: docs/operations.md.
   throttles = {
-    read-throttles  = { metric = "ReadThrottleEvents", text = "Reads of ${local.table_name} are throttled: profiles come late or not at all." }
-    write-throttles = { metric = "WriteThrottleEvents", text = "Writes of ${local.table_name} are throttled: the sinks fall behind, profiles grow stale." }
+    read-throttles  = { metric = "ReadThrottleEvents", what = "Reads", text = "throttled: profiles come late or not at all." }
+    write-throttles = { metric = "WriteThrottleEvents", what = "Writes", text = "throttled: the sinks fall behind, profiles grow stale." }
   }
+
+  # An alarm looks at one table, and ten metrics at most.
+  table_throttles = { for pair in setproduct(keys(local.tables), keys(local.throttles)) :
+  join("/", pair) => merge(local.throttles[pair[1]], { entity = pair[0], alarm = pair[1] }) }
+  table_reads = { for pair in setproduct(keys(local.tables), local.read_operations) :
+  join("/", pair) => { entity = pair[0], operation = pair[1] } }
 }
 
 resource "aws_cloudwatch_metric_alarm" "throttles" {
-  for_each = local.throttles
+  for_each = local.table_throttles
 
-  alarm_name          = "${local.prefix}prefs-${each.key}"
-  alarm_description   = each.value.text
+  alarm_name          = "${local.prefix}prefs-${each.value.alarm}-${each.value.entity}"
+  alarm_description   = "${each.value.what} of ${local.table_names[each.value.entity]} are ${each.value.text}"
   namespace           = "AWS/DynamoDB"
   metric_name         = each.value.metric
-  dimensions          = { TableName = aws_dynamodb_table.profiles.name }
+  dimensions          = { TableName = aws_dynamodb_table.profiles[each.value.entity].name }
   statistic           = "Sum"
   period              = 60
   evaluation_periods  = 5
@@ -32,8 +38,10 @@ resource "aws_cloudwatch_metric_alarm" "throttles" {
 
 # SystemErrors exists per operation only, so the alarm adds them up.
 resource "aws_cloudwatch_metric_alarm" "system_errors" {
-  alarm_name          = "${local.prefix}prefs-system-errors"
-  alarm_description   = "DynamoDB answers requests to ${local.table_name} with server errors."
+  for_each = local.table_names
+
+  alarm_name          = "${local.prefix}prefs-system-errors-${each.key}"
+  alarm_description   = "DynamoDB answers requests to ${each.value} with server errors."
   evaluation_periods  = 1
   comparison_operator = "GreaterThanOrEqualToThreshold"
   threshold           = var.alarm_thresholds.system_errors_per_minute
@@ -57,7 +65,7 @@ resource "aws_cloudwatch_metric_alarm" "system_errors" {
       metric {
         namespace   = "AWS/DynamoDB"
         metric_name = "SystemErrors"
-        dimensions  = { TableName = aws_dynamodb_table.profiles.name, Operation = metric_query.value }
+        dimensions  = { TableName = aws_dynamodb_table.profiles[each.key].name, Operation = metric_query.value }
         stat        = "Sum"
         period      = 60
       }
@@ -66,13 +74,13 @@ resource "aws_cloudwatch_metric_alarm" "system_errors" {
 }
 
 resource "aws_cloudwatch_metric_alarm" "read_latency" {
-  for_each = toset(local.read_operations)
+  for_each = local.table_reads
 
-  alarm_name          = "${local.prefix}prefs-read-latency-${lower(each.key)}"
-  alarm_description   = "The slowest 1 % of ${each.key} on ${local.table_name} exceed the threshold inside DynamoDB."
+  alarm_name          = "${local.prefix}prefs-read-latency-${lower(each.value.operation)}-${each.value.entity}"
+  alarm_description   = "The slowest 1 % of ${each.value.operation} on ${local.table_names[each.value.entity]} exceed the threshold inside DynamoDB."
   namespace           = "AWS/DynamoDB"
   metric_name         = "SuccessfulRequestLatency"
-  dimensions          = { TableName = aws_dynamodb_table.profiles.name, Operation = each.key }
+  dimensions          = { TableName = aws_dynamodb_table.profiles[each.value.entity].name, Operation = each.value.operation }
   extended_statistic  = "p99"
   period              = 60
   evaluation_periods  = 5
@@ -90,7 +98,7 @@ resource "aws_cloudwatch_metric_alarm" "read_latency" {
 # dimension: it counts every rejected request of this account in this region.
 resource "aws_cloudwatch_metric_alarm" "rejected_requests" {
   alarm_name          = "${local.prefix}prefs-rejected-writes"
-  alarm_description   = "DynamoDB rejects requests of this account as invalid; a sink whose batch is rejected stands still for every viewer."
+  alarm_description   = "DynamoDB rejects requests of this account as invalid; a sink whose batch is rejected stands still for everybody."
   namespace           = "AWS/DynamoDB"
   metric_name         = "UserErrors"
   statistic           = "Sum"
@@ -107,35 +115,36 @@ resource "aws_cloudwatch_metric_alarm" "rejected_requests" {
 locals {
   alarm_arns = concat(
     [for alarm in aws_cloudwatch_metric_alarm.throttles : alarm.arn],
-    [aws_cloudwatch_metric_alarm.system_errors.arn, aws_cloudwatch_metric_alarm.rejected_requests.arn],
+    [for alarm in aws_cloudwatch_metric_alarm.system_errors : alarm.arn],
+    [aws_cloudwatch_metric_alarm.rejected_requests.arn],
     [for alarm in aws_cloudwatch_metric_alarm.read_latency : alarm.arn],
   )
 
   charts = [
     {
       title = "Requests throttled"
-      metrics = [for metric in ["ReadThrottleEvents", "WriteThrottleEvents"] :
-      ["AWS/DynamoDB", metric, "TableName", local.table_name, { stat = "Sum" }]]
+      metrics = [for pair in setproduct(values(local.table_names), ["ReadThrottleEvents", "WriteThrottleEvents"]) :
+      ["AWS/DynamoDB", pair[1], "TableName", pair[0], { stat = "Sum" }]]
     },
     {
       title = "Capacity consumed"
-      metrics = [for metric in ["ConsumedReadCapacityUnits", "ConsumedWriteCapacityUnits"] :
-      ["AWS/DynamoDB", metric, "TableName", local.table_name, { stat = "Sum" }]]
+      metrics = [for pair in setproduct(values(local.table_names), ["ConsumedReadCapacityUnits", "ConsumedWriteCapacityUnits"]) :
+      ["AWS/DynamoDB", pair[1], "TableName", pair[0], { stat = "Sum" }]]
     },
     {
       title = "Read latency, ms"
-      metrics = [for pair in setproduct(local.read_operations, ["p50", "p99"]) :
-      ["AWS/DynamoDB", "SuccessfulRequestLatency", "TableName", local.table_name, "Operation", pair[0], { stat = pair[1], label = "${pair[0]} ${pair[1]}" }]]
+      metrics = [for part in setproduct(values(local.table_names), local.read_operations, ["p50", "p99"]) :
+      ["AWS/DynamoDB", "SuccessfulRequestLatency", "TableName", part[0], "Operation", part[1], { stat = part[2], label = "${part[0]} ${part[1]} ${part[2]}" }]]
     },
     {
       title = "Write latency, ms"
-      metrics = [for pair in setproduct(local.write_operations, ["p50", "p99"]) :
-      ["AWS/DynamoDB", "SuccessfulRequestLatency", "TableName", local.table_name, "Operation", pair[0], { stat = pair[1], label = "${pair[0]} ${pair[1]}" }]]
+      metrics = [for part in setproduct(values(local.table_names), local.write_operations, ["p50", "p99"]) :
+      ["AWS/DynamoDB", "SuccessfulRequestLatency", "TableName", part[0], "Operation", part[1], { stat = part[2], label = "${part[0]} ${part[1]} ${part[2]}" }]]
     },
     {
       title = "Server errors and rejected requests"
       metrics = concat(
-        [for operation in local.operations : ["AWS/DynamoDB", "SystemErrors", "TableName", local.table_name, "Operation", operation, { stat = "Sum" }]],
+        [for pair in setproduct(values(local.table_names), local.operations) : ["AWS/DynamoDB", "SystemErrors", "TableName", pair[0], "Operation", pair[1], { stat = "Sum" }]],
         [["AWS/DynamoDB", "UserErrors", { stat = "Sum", label = "rejected, whole account" }]],
       )
     },

@@ -19,14 +19,14 @@ output "env" {
   value       = join("", [for name, value in local.environment : "${name}=${value}\n"])
 }
 
-output "table_name" {
-  description = "Name of the DynamoDB table."
-  value       = aws_dynamodb_table.profiles.name
+output "table_names" {
+  description = "Name of each entity's DynamoDB table, by entity."
+  value       = { for entity, table in aws_dynamodb_table.profiles : entity => table.name }
 }
 
-output "table_arn" {
-  description = "ARN of the DynamoDB table."
-  value       = aws_dynamodb_table.profiles.arn
+output "table_arns" {
+  description = "ARN of each entity's DynamoDB table, by entity."
+  value       = { for entity, table in aws_dynamodb_table.profiles : entity => table.arn }
 }
 
 output "lake_bucket" {

@@ -66,14 +66,14 @@ variable "endpoint_url" {
   }
 }
 
-variable "contract_file" {
-  description = "Path of the serving contract; null means the one checked in, dagster_prefs/online/contract.json."
+variable "registry_file" {
+  description = "Path of the project's registry, which holds the serving contract; null means the one checked in, dbt_project/registry.json."
   type        = string
   default     = null
 
   validation {
-    condition     = var.contract_file == null ? true : fileexists(var.contract_file)
-    error_message = "contract_file \"${var.contract_file == null ? "" : var.contract_file}\" does not exist: leave it out for the checked-in contract, or generate one first."
+    condition     = var.registry_file == null ? true : fileexists(var.registry_file)
+    error_message = "registry_file \"${var.registry_file == null ? "" : var.registry_file}\" does not exist: leave it out for the checked-in registry, or run `prefs generate` in the project first."
   }
 }
 

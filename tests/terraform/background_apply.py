@@ -20,7 +20,7 @@ from urllib.request import urlopen
 
 import psutil
 from filelock import FileLock
-from terraform_harness import CONTRACT, MODULE, ROOT, Terraform, clean_environment, find_plugins
+from terraform_harness import MODULE, REGISTRY, ROOT, Terraform, clean_environment, find_plugins
 
 VARIABLES = "staging.tfvars.json"
 SERVER_SECONDS = 120
@@ -38,11 +38,11 @@ class Outcome:
 
 
 def copy_module(root: Path) -> Path:
-    """Copy the module to `root`, beside the contract as in the tree; returns its folder."""
+    """Copy the module to `root`, beside the registry as in the tree; returns its folder."""
     folder = root / "infra" / "terraform"
     shutil.copytree(MODULE, folder, ignore=shutil.ignore_patterns(".terraform*", "*.tfstate*"))
-    (root / CONTRACT).parent.mkdir(parents=True)
-    shutil.copyfile(ROOT / CONTRACT, root / CONTRACT)
+    (root / REGISTRY).parent.mkdir(parents=True)
+    shutil.copyfile(ROOT / REGISTRY, root / REGISTRY)
     return folder
 
 

@@ -47,7 +47,7 @@ def needs_applied(item: pytest.Item) -> bool:
 
 @pytest.fixture(scope="session")
 def terraform(terraform_binary: str, tmp_path_factory: pytest.TempPathFactory) -> Terraform:
-    """Terraform, initialised in a copy of the module that lies beside the contract as in the tree."""
+    """Terraform, initialised in a copy of the module that lies beside the registry as in the tree."""
     terraform = Terraform(terraform_binary, copy_module(tmp_path_factory.mktemp("terraform")))
     if skip := initialise(terraform):
         pytest.skip(skip)
@@ -84,6 +84,6 @@ def applied(terraform_binary: str, session_folder: Path) -> Iterator[Applied]:
     left = terraform.run("state", "list").stdout.split()
     assert left == [], f"destroy left {left}"
     tables = environment.client("dynamodb").list_tables()["TableNames"]
-    assert environment.outputs["table_name"] not in tables
+    assert environment.outputs["table_names"]["viewer"] not in tables
     buckets = environment.client("s3").list_buckets()["Buckets"]
     assert bucket not in [entry["Name"] for entry in buckets]

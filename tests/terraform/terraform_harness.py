@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULE = ROOT / "infra" / "terraform"
-CONTRACT = Path("dagster_prefs") / "online" / "contract.json"
+REGISTRY = Path("dbt_project") / "registry.json"
 
 # Of nobody; a local AWS server takes any. None of them may end up in the state.
 CREDENTIALS = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -21,15 +22,16 @@ import pytest
 from iam_policy import ALLOWED, EXPLICITLY_DENIED, NOT_ALLOWED, decide
 from pyiceberg.catalog import Catalog
 from pyiceberg.table import Table
-from terraform_harness import CONTRACT, CREDENTIALS, ROOT, Applied, clean_environment, recorded_requests
+from shipped import GENRE, INTERACTIONS, WATCH
+from terraform_harness import CREDENTIALS, REGISTRY, ROOT, Applied, clean_environment, recorded_requests
 
+from dagster_prefs.declarations.contract import load_contract
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.offline.catalog import open_catalog
-from dagster_prefs.offline.tables import GENRE, INTERACTIONS, WATCH, arrow_schema, ensure_table
+from dagster_prefs.offline.tables import arrow_schema, ensure_table
 from dagster_prefs.online.access import ItemAccess
-from dagster_prefs.online.contract import load_contract
 from dagster_prefs.online.tables import TableError, TableReport, dynamodb_client, provision
-from dagster_prefs.online.withdraw import ViewerItems
+from dagster_prefs.online.withdraw import EntityItems
 from dagster_prefs.serving.profiles import ProfileClient
 from dagster_prefs.settings import known_variables
 
@@ -133,15 +135,15 @@ def test_demo_runs_against_what_was_applied(
         item["domain_key"]["S"]
         for page in applied.client("dynamodb")
         .get_paginator("scan")
-        .paginate(TableName=applied.outputs["table_name"])
+        .paginate(TableName=applied.outputs["table_names"]["viewer"])
         for item in page["Items"]
     )
-    contract = load_contract(ROOT / CONTRACT)
+    contract = load_contract(ROOT / REGISTRY)
     rows = {key: outcome["rows"][domain.relation] for key, domain in contract.domains.items()}
     assert published == rows
     assert min(rows.values()) > 0
     with profile_client(applied) as client:
-        profile = client.get(outcome["viewer_id"])
+        profile = client.get(outcome["id"])
     served = {name: read["attributes"] for name, read in profile.as_dict()["domains"].items()}
     assert json.loads(json.dumps(served, default=str)) == outcome["items"]
 
@@ -172,8 +174,8 @@ def local_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_table_passes_verification(applied: Applied, local_credentials: None) -> None:
     client = dynamodb_client(applied.endpoint, REGION)
-    contract = load_contract(ROOT / CONTRACT)
-    report = provision(client, contract, prefix="staging-", mode="verify")
+    contract = load_contract(ROOT / REGISTRY)
+    report = provision(client, contract, prefix="staging-", mode="verify")["viewer"]
     assert (report.name, report.status, report.created) == ("staging-viewer_profiles", "ACTIVE", False)
     assert (report.billing_mode, report.encryption) == ("PAY_PER_REQUEST", "KMS")
     assert (report.point_in_time_recovery, report.deletion_protection) == (True, True)
@@ -274,12 +276,12 @@ def test_alarms_and_dashboard(applied: Applied) -> None:
         parts = [entry["MetricStat"]["Metric"] for entry in alarm.get("Metrics", []) if "MetricStat" in entry]
         watched[name] = {part["MetricName"] for part in parts} or {alarm["MetricName"]}
     assert watched == {
-        "staging-prefs-read-throttles": {"ReadThrottleEvents"},
-        "staging-prefs-write-throttles": {"WriteThrottleEvents"},
-        "staging-prefs-system-errors": {"SystemErrors"},
+        "staging-prefs-read-throttles-viewer": {"ReadThrottleEvents"},
+        "staging-prefs-write-throttles-viewer": {"WriteThrottleEvents"},
+        "staging-prefs-system-errors-viewer": {"SystemErrors"},
         "staging-prefs-rejected-writes": {"UserErrors"},
-        "staging-prefs-read-latency-getitem": {"SuccessfulRequestLatency"},
-        "staging-prefs-read-latency-batchgetitem": {"SuccessfulRequestLatency"},
+        "staging-prefs-read-latency-getitem-viewer": {"SuccessfulRequestLatency"},
+        "staging-prefs-read-latency-batchgetitem-viewer": {"SuccessfulRequestLatency"},
     }
     for alarm in alarms.values():
         assert alarm["AlarmActions"] == alarm["OKActions"] == [f"arn:aws:sns:{REGION}:{ACCOUNT}:prefs-alarms"]
@@ -450,9 +452,9 @@ PARTS: dict[str, Callable[[Applied], object]] = {
 }
 
 
-def verified(applied: Applied) -> TableReport:
+def verified(applied: Applied) -> dict[str, TableReport]:
     client = dynamodb_client(applied.endpoint, REGION)
-    return provision(client, load_contract(ROOT / CONTRACT), prefix="staging-", mode="verify")
+    return provision(client, load_contract(ROOT / REGISTRY), prefix="staging-", mode="verify")
 
 
 def write_an_item(applied: Applied) -> None:
@@ -460,13 +462,13 @@ def write_an_item(applied: Applied) -> None:
     item = {"viewer_id": {"N": "-7"}, "domain_key": {"S": "engagement#watch"}}
     client = dynamodb_client(applied.endpoint, REGION)
     for write in ({"PutRequest": {"Item": item}}, {"DeleteRequest": {"Key": item}}):
-        client.batch_write_item(RequestItems={applied.outputs["table_name"]: [write]})
+        client.batch_write_item(RequestItems={applied.outputs["table_names"]["viewer"]: [write]})
 
 
 def withdraw_items(applied: Applied) -> None:
-    items = ViewerItems(
-        dynamodb_client(applied.endpoint, REGION), load_contract(ROOT / CONTRACT),
-        applied.outputs["table_name"], -8, datetime.now(UTC),
+    items = EntityItems(
+        dynamodb_client(applied.endpoint, REGION), load_contract(ROOT / REGISTRY),
+        "viewer", applied.outputs["table_names"]["viewer"], -8, datetime.now(UTC),
     )  # fmt: skip
     with_sinks = EngineConnection("127.0.0.1", 1, "dev", "root", kind="risingwave")
     assert items.withdraw(with_sinks, sink_seconds=0) == 1
@@ -482,6 +484,7 @@ def read_profiles(applied: Applied) -> None:
 def profile_client(applied: Applied) -> ProfileClient:
     """The recommendation service's client, patient, because the local AWS server takes its time."""
     return ProfileClient(
+        ROOT / REGISTRY,
         endpoint_url=applied.endpoint, region=REGION, table_prefix="staging-",
         budget_seconds=30, connect_timeout_seconds=10, read_timeout_seconds=10,
     )  # fmt: skip
@@ -489,7 +492,8 @@ def profile_client(applied: Applied) -> ProfileClient:
 
 def sample_items(applied: Applied) -> None:
     client = dynamodb_client(applied.endpoint, REGION)
-    items = ItemAccess(client, load_contract(ROOT / CONTRACT), applied.outputs["table_name"])
+    table = load_contract(ROOT / REGISTRY).tables["viewer"]
+    items = ItemAccess(client, table, applied.outputs["table_names"]["viewer"])
     items.get("engagement#watch", [7, 8])
     items.page("engagement#watch", 5, 7)
     list(items.pages("engagement#watch"))
@@ -507,7 +511,7 @@ def test_actor_needs_nothing_that_its_policy_withholds(
     offline_table(applied)
     if actor == "eraser":
         item = {"viewer_id": {"N": "-8"}, "domain_key": {"S": "of a former contract"}}
-        applied.client("dynamodb").put_item(TableName=applied.outputs["table_name"], Item=item)
+        applied.client("dynamodb").put_item(TableName=applied.outputs["table_names"]["viewer"], Item=item)
     with recorded_requests(applied.endpoint) as requests:
         PARTS[actor](applied)
     assert_allowed(policies[actor], requests)
@@ -645,6 +649,23 @@ def test_only_what_runs_on_instances_has_a_profile(applied: Applied) -> None:
     assert applied.outputs["instance_profiles"] == {"exporter": "staging-prefs-exporter"}
     profile = applied.client("iam").get_instance_profile(InstanceProfileName="staging-prefs-exporter")
     assert [role["RoleName"] for role in profile["InstanceProfile"]["Roles"]] == ["staging-prefs-exporter"]
+
+
+def test_a_deployment_from_before_tables_had_entities_keeps_its_table(applied: Applied) -> None:
+    terraform, address = applied.terraform, 'aws_dynamodb_table.profiles["viewer"]'
+    former = terraform.folder / "former.tfstate"
+    shutil.copyfile(terraform.folder / "terraform.tfstate", former)
+    terraform.run("state", "mv", f"-state={former}", address, "aws_dynamodb_table.profiles")
+    terraform.run(
+        "plan", "-no-color", "-refresh=false", f"-state={former}", "-out=former.plan", *applied.variables
+    )
+    shown = json.loads(terraform.run("show", "-json", "former.plan").stdout)
+    change = next(entry for entry in shown["resource_changes"] if entry["address"] == address)
+    assert (change["change"]["actions"], change["previous_address"]) == (
+        ["no-op"],
+        "aws_dynamodb_table.profiles",
+    )
+    assert not any("delete" in entry["change"]["actions"] for entry in shown["resource_changes"])
 
 
 # --- several environments, and the way out ------------------------------------------------------------

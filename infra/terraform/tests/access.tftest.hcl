@@ -68,7 +68,7 @@ run "accepts_alarm_topics" {
   }
 
   assert {
-    condition     = alltrue([for alarm in concat(values(aws_cloudwatch_metric_alarm.throttles), values(aws_cloudwatch_metric_alarm.read_latency), [aws_cloudwatch_metric_alarm.system_errors, aws_cloudwatch_metric_alarm.rejected_requests]) : alarm.alarm_actions == var.alarm_topic_arns && alarm.ok_actions == var.alarm_topic_arns])
+    condition     = alltrue([for alarm in concat(values(aws_cloudwatch_metric_alarm.throttles), values(aws_cloudwatch_metric_alarm.read_latency), values(aws_cloudwatch_metric_alarm.system_errors), [aws_cloudwatch_metric_alarm.rejected_requests]) : alarm.alarm_actions == var.alarm_topic_arns && alarm.ok_actions == var.alarm_topic_arns])
     error_message = "an alarm notifies nobody"
   }
 

@@ -21,7 +21,7 @@ run "names_follow_the_environment" {
   command = plan
 
   assert {
-    condition     = aws_dynamodb_table.profiles.name == "prod-viewer_profiles"
+    condition     = aws_dynamodb_table.profiles["viewer"].name == "prod-viewer_profiles"
     error_message = "the table is not <prefix><contract name>"
   }
 
@@ -68,7 +68,7 @@ run "environments_do_not_meet" {
   }
 
   assert {
-    condition     = aws_dynamodb_table.profiles.name == "staging-viewer_profiles" && aws_cloudwatch_dashboard.platform.dashboard_name == "staging-prefs"
+    condition     = aws_dynamodb_table.profiles["viewer"].name == "staging-viewer_profiles" && aws_cloudwatch_dashboard.platform.dashboard_name == "staging-prefs"
     error_message = "a second environment shares a name with the first"
   }
 }
@@ -81,7 +81,7 @@ run "empty_prefix_gives_bare_names" {
   }
 
   assert {
-    condition     = aws_dynamodb_table.profiles.name == "viewer_profiles" && aws_glue_catalog_database.training.name == "training"
+    condition     = aws_dynamodb_table.profiles["viewer"].name == "viewer_profiles" && aws_glue_catalog_database.training.name == "training"
     error_message = "an empty prefix does not give the bare names"
   }
 }
@@ -152,11 +152,11 @@ run "refuses_bad_values_1" {
     iceberg_namespace = "tiles-v2"
     # endpoint_url without scheme
     endpoint_url = "127.0.0.1:54330"
-    # contract_file that is missing
-    contract_file = "./no/such/contract.json"
+    # registry_file that is missing
+    registry_file = "./no/such/registry.json"
   }
 
-  expect_failures = [var.environment, var.region, var.prefix, var.tags, var.lake_bucket_name, var.iceberg_namespace, var.endpoint_url, var.contract_file]
+  expect_failures = [var.environment, var.region, var.prefix, var.tags, var.lake_bucket_name, var.iceberg_namespace, var.endpoint_url, var.registry_file]
 }
 
 run "refuses_bad_values_2" {

@@ -21,37 +21,37 @@ run "table_follows_the_contract" {
   command = plan
 
   assert {
-    condition     = aws_dynamodb_table.profiles.hash_key == "viewer_id" && aws_dynamodb_table.profiles.range_key == "domain_key"
+    condition     = aws_dynamodb_table.profiles["viewer"].hash_key == "viewer_id" && aws_dynamodb_table.profiles["viewer"].range_key == "domain_key"
     error_message = "the keys are not those of the contract"
   }
 
   assert {
-    condition     = toset([for attribute in aws_dynamodb_table.profiles.attribute : "${attribute.name} ${attribute.type}"]) == toset(["viewer_id N", "domain_key S"])
+    condition     = toset([for attribute in aws_dynamodb_table.profiles["viewer"].attribute : "${attribute.name} ${attribute.type}"]) == toset(["viewer_id N", "domain_key S"])
     error_message = "the key types are not those of the contract"
   }
 
   assert {
-    condition     = aws_dynamodb_table.profiles.billing_mode == "PAY_PER_REQUEST" && length(aws_appautoscaling_target.profiles) == 0
+    condition     = aws_dynamodb_table.profiles["viewer"].billing_mode == "PAY_PER_REQUEST" && length(aws_appautoscaling_target.profiles) == 0
     error_message = "on demand is not the default"
   }
 
   assert {
-    condition     = aws_dynamodb_table.profiles.point_in_time_recovery[0].enabled && aws_dynamodb_table.profiles.point_in_time_recovery[0].recovery_period_in_days == 35
+    condition     = aws_dynamodb_table.profiles["viewer"].point_in_time_recovery[0].enabled && aws_dynamodb_table.profiles["viewer"].point_in_time_recovery[0].recovery_period_in_days == 35
     error_message = "point-in-time recovery is not on for 35 days"
   }
 
   assert {
-    condition     = aws_dynamodb_table.profiles.deletion_protection_enabled && !aws_s3_bucket.lake.force_destroy
+    condition     = aws_dynamodb_table.profiles["viewer"].deletion_protection_enabled && !aws_s3_bucket.lake.force_destroy
     error_message = "deletion protection is not the default"
   }
 
   assert {
-    condition     = aws_dynamodb_table.profiles.server_side_encryption[0].enabled && length(aws_kms_key.platform) == 1 && aws_kms_key.platform[0].enable_key_rotation
+    condition     = aws_dynamodb_table.profiles["viewer"].server_side_encryption[0].enabled && length(aws_kms_key.platform) == 1 && aws_kms_key.platform[0].enable_key_rotation
     error_message = "a rotated customer key is not the default"
   }
 
   assert {
-    condition     = aws_dynamodb_table.profiles.tags["prefs:contract-version"] == tostring(local.contract.version)
+    condition     = aws_dynamodb_table.profiles["viewer"].tags["prefs:contract-version"] == tostring(local.contract.version)
     error_message = "the contract version is not on the table"
   }
 }
@@ -60,17 +60,56 @@ run "ttl_follows_the_contract" {
   command = plan
 
   variables {
-    contract_file = "./tests/contract_with_ttl.json"
+    registry_file = "./tests/registry_with_ttl.json"
   }
 
   assert {
-    condition     = aws_dynamodb_table.profiles.ttl[0].attribute_name == "expires_at" && aws_dynamodb_table.profiles.ttl[0].enabled
+    condition     = aws_dynamodb_table.profiles["subject"].ttl[0].attribute_name == "expires_at" && aws_dynamodb_table.profiles["subject"].ttl[0].enabled
     error_message = "the TTL attribute of the contract is not set"
   }
 
   assert {
-    condition     = aws_dynamodb_table.profiles.name == "prod-profiles_v2" && aws_dynamodb_table.profiles.hash_key == "subject"
+    condition     = aws_dynamodb_table.profiles["subject"].name == "prod-profiles_v2" && aws_dynamodb_table.profiles["subject"].hash_key == "subject"
     error_message = "name and key do not come from the contract"
+  }
+}
+
+run "each_entity_has_its_table" {
+  command = plan
+
+  variables {
+    registry_file = "./tests/registry_with_two_tables.json"
+    capacity      = { mode = "provisioned", read_min = 5, read_max = 50, write_min = 10, write_max = 100 }
+  }
+
+  assert {
+    condition     = { for entity, table in aws_dynamodb_table.profiles : entity => "${table.name} ${table.hash_key}" } == { viewer = "prod-viewer_profiles viewer_id", shop_item = "prod-item_profiles item_id" }
+    error_message = "the tables are not those of the contract"
+  }
+
+  assert {
+    condition     = toset([for attribute in aws_dynamodb_table.profiles["shop_item"].attribute : "${attribute.name} ${attribute.type}"]) == toset(["item_id S", "domain_key S"])
+    error_message = "a text key is not a text"
+  }
+
+  assert {
+    condition     = length(aws_dynamodb_table.profiles["viewer"].ttl) == 0 && aws_dynamodb_table.profiles["shop_item"].ttl[0].attribute_name == "expires_at"
+    error_message = "the TTL of one table is that of another"
+  }
+
+  assert {
+    condition     = toset(keys(aws_appautoscaling_policy.profiles)) == toset(["viewer/read", "viewer/write", "shop_item/read", "shop_item/write"])
+    error_message = "a table is not scaled"
+  }
+
+  assert {
+    condition     = { for alarm in concat(values(aws_cloudwatch_metric_alarm.throttles), values(aws_cloudwatch_metric_alarm.read_latency)) : alarm.alarm_name => alarm.dimensions.TableName } == merge([for entity, table in { viewer = "prod-viewer_profiles", shop_item = "prod-item_profiles" } : { for name in ["read-throttles", "write-throttles", "read-latency-getitem", "read-latency-batchgetitem"] : "prod-prefs-${name}-${entity}" => table }]...)
+    error_message = "a table is not watched"
+  }
+
+  assert {
+    condition     = alltrue([for policy in [data.aws_iam_policy_document.sink_writer, data.aws_iam_policy_document.serving_reader, data.aws_iam_policy_document.freshness_reader, data.aws_iam_policy_document.provisioner, data.aws_iam_policy_document.eraser] : toset(policy.statement[0].resources) == toset(values(local.table_arns))])
+    error_message = "an actor may use one of the tables only"
   }
 }
 
@@ -90,7 +129,7 @@ run "protection_can_be_lifted" {
   }
 
   assert {
-    condition     = !aws_dynamodb_table.profiles.deletion_protection_enabled && aws_s3_bucket.lake.force_destroy
+    condition     = !aws_dynamodb_table.profiles["viewer"].deletion_protection_enabled && aws_s3_bucket.lake.force_destroy
     error_message = "protection of table and lake is not lifted together"
   }
 }
@@ -103,7 +142,7 @@ run "accepts_an_existing_key" {
   }
 
   assert {
-    condition     = length(aws_kms_key.platform) == 0 && aws_dynamodb_table.profiles.server_side_encryption[0].kms_key_arn == var.encryption_key
+    condition     = length(aws_kms_key.platform) == 0 && aws_dynamodb_table.profiles["viewer"].server_side_encryption[0].kms_key_arn == var.encryption_key
     error_message = "the table does not use the given key"
   }
 
@@ -121,7 +160,7 @@ run "accepts_keys_managed_by_aws" {
   }
 
   assert {
-    condition     = length(aws_kms_key.platform) == 0 && aws_dynamodb_table.profiles.server_side_encryption[0].enabled
+    condition     = length(aws_kms_key.platform) == 0 && aws_dynamodb_table.profiles["viewer"].server_side_encryption[0].enabled
     error_message = "the table is not encrypted with a KMS key"
   }
 
@@ -181,10 +220,10 @@ run "refuses_bad_values_1" {
 
   variables {
     # capacity refuses contract with unknown key type
-    contract_file = "./tests/contract_with_bad_key.json"
+    registry_file = "./tests/registry_with_bad_key.json"
   }
 
-  expect_failures = [aws_dynamodb_table.profiles]
+  expect_failures = [aws_dynamodb_table.profiles["subject"]]
 }
 
 run "accepts_provisioned_capacity" {
@@ -195,12 +234,12 @@ run "accepts_provisioned_capacity" {
   }
 
   assert {
-    condition     = aws_dynamodb_table.profiles.billing_mode == "PROVISIONED" && aws_dynamodb_table.profiles.read_capacity == 5 && aws_dynamodb_table.profiles.write_capacity == 10
+    condition     = aws_dynamodb_table.profiles["viewer"].billing_mode == "PROVISIONED" && aws_dynamodb_table.profiles["viewer"].read_capacity == 5 && aws_dynamodb_table.profiles["viewer"].write_capacity == 10
     error_message = "the table does not start at the minimum"
   }
 
   assert {
-    condition     = aws_appautoscaling_target.profiles["write"].max_capacity == 1000 && aws_appautoscaling_target.profiles["read"].min_capacity == 5
+    condition     = aws_appautoscaling_target.profiles["viewer/write"].max_capacity == 1000 && aws_appautoscaling_target.profiles["viewer/read"].min_capacity == 5
     error_message = "the range does not scale"
   }
 
@@ -218,7 +257,7 @@ run "accepts_on_demand_maxima" {
   }
 
   assert {
-    condition     = aws_dynamodb_table.profiles.on_demand_throughput[0].max_read_request_units == 1000 && aws_dynamodb_table.profiles.on_demand_throughput[0].max_write_request_units == 2000
+    condition     = aws_dynamodb_table.profiles["viewer"].on_demand_throughput[0].max_read_request_units == 1000 && aws_dynamodb_table.profiles["viewer"].on_demand_throughput[0].max_write_request_units == 2000
     error_message = "the maxima do not cap the table"
   }
 }
