@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from decimal import ROUND_HALF_UP, Decimal, InvalidOperation
 from typing import Any, Literal
 
+from dagster_prefs.declarations.contract import LAST_EVENT_AT, Contract, Table
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.offline.publish import FILE_BYTES
-from dagster_prefs.online.contract import LAST_EVENT_AT, Contract
 
 DAY_SECONDS = 86_400
 MONTH_DAYS = 30
@@ -43,6 +43,8 @@ _VALUE_BYTES = {
     "list<decimal>": 3 + 4.0 * (1 + 4),
 }
 _EPOCH_MS_BYTES = 8.0
+# Of a domain none of whose attributes has days in its name.
+DEFAULT_WINDOW_DAYS = 28
 _WINDOW = re.compile(r"_(\d+)d$")
 
 # --- what the offline store writes ----------------------------------------------------------------------------
@@ -225,8 +227,8 @@ def contract_domains(contract: Contract, viewers: int) -> tuple[DomainLoad, ...]
         loads.append(
             DomainLoad(
                 domain.name,
-                item_bytes(contract, viewers, domain.key, attributes),
-                tuple(sorted(windows)),
+                item_bytes(contract.table_of(domain), viewers, domain.key, attributes),
+                tuple(sorted(windows)) or (DEFAULT_WINDOW_DAYS,),
                 fed_by,
             )
         )
@@ -246,18 +248,15 @@ def uniform_domains(
         )
     named = [(f"watch_minutes_of_kind_{number:02d}", _VALUE_BYTES["decimal"]) for number in range(attributes)]
     named.append((LAST_EVENT_AT, _EPOCH_MS_BYTES))
-    size = item_bytes(contract, viewers, "engagement#domain", named)
+    size = item_bytes(next(iter(contract.tables.values())), viewers, "engagement#domain", named)
     return tuple(DomainLoad(f"domain {number}", size, (7, 28), "views") for number in range(1, domains + 1))
 
 
-def item_bytes(
-    contract: Contract, viewers: int, domain_key: str, attributes: Sequence[tuple[str, float]]
-) -> float:
+def item_bytes(table: Table, viewers: int, domain_key: str, attributes: Sequence[tuple[str, float]]) -> float:
     """Bytes of one item: names and values of both keys and of every attribute, as DynamoDB counts them.
 
     A number is 1 byte and 1 more for each two of its digits, a text its UTF-8 bytes.
     """
-    table = contract.table
     viewer_bytes = 1 + math.ceil(len(str(viewers)) / 2)
     keys = len(table.partition_key.name) + viewer_bytes + len(table.sort_key.name) + len(domain_key)
     return keys + sum(len(name) + value for name, value in attributes)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from declared import PROJECT
 
 from dagster_prefs.cli import cli
 from dagster_prefs.cost import (
@@ -28,8 +29,8 @@ from dagster_prefs.cost import (
     scale_table,
     uniform_domains,
 )
+from dagster_prefs.declarations.contract import load_contract
 from dagster_prefs.errors import PrefsError
-from dagster_prefs.online.contract import load_contract
 
 SCALE = Path(__file__).parents[1] / "docs" / "scale.md"
 WATCH = DomainLoad("watch", 150.0, (7, 28), "views")
@@ -37,7 +38,7 @@ PLAIN = Workload(1_000_000, 10_000_000, interaction_share=0.1)
 
 
 def test_without_folding_every_event_is_a_put_of_each_domain_it_touches() -> None:
-    domains = contract_domains(load_contract(), PLAIN.viewers)
+    domains = contract_domains(load_contract(PROJECT), PLAIN.viewers)
     fast = replace(PLAIN, refresh_seconds=0.001)
     # 9 views of 10 events change two domains, 1 interaction changes one.
     assert sum(event_writes(fast, domain) for domain in domains) == pytest.approx(19_000_000, rel=1e-5)
@@ -65,7 +66,9 @@ def test_known_shares() -> None:
 
 def test_nobody_does_nothing() -> None:
     found = estimate(
-        Workload(10, 0, daily_active_share=0.0), contract_domains(load_contract(), 10), promise_seconds=5
+        Workload(10, 0, daily_active_share=0.0),
+        contract_domains(load_contract(PROJECT), 10),
+        promise_seconds=5,
     )
     assert (found.event_writes_per_day, found.burst_writes, found.items, found.write_units_per_day) == (
         0,
@@ -77,7 +80,7 @@ def test_nobody_does_nothing() -> None:
 
 
 def test_spreading_lowers_midnight_and_nothing_else() -> None:
-    domains = contract_domains(load_contract(), PLAIN.viewers)
+    domains = contract_domains(load_contract(PROJECT), PLAIN.viewers)
     plain = estimate(PLAIN, domains, promise_seconds=5)
     spread = estimate(replace(PLAIN, spread_seconds=3_600), domains, promise_seconds=5)
     assert plain.burst_writes == spread.burst_writes
@@ -98,7 +101,7 @@ def test_spreading_lowers_midnight_and_nothing_else() -> None:
 
 
 def test_raw_messages_may_go_before_what_was_read_from_them() -> None:
-    domains = contract_domains(load_contract(), PLAIN.viewers)
+    domains = contract_domains(load_contract(PROJECT), PLAIN.viewers)
     all_of_them, a_month = (engine_rows(replace(PLAIN, raw_days=days), domains) for days in (None, 30))
     assert a_month.pop("raw events") == 30 * PLAIN.events_per_day
     assert all_of_them.pop("raw events") == 365 * PLAIN.events_per_day
@@ -106,7 +109,7 @@ def test_raw_messages_may_go_before_what_was_read_from_them() -> None:
 
 
 def test_units_are_whole_kilobytes() -> None:
-    contract = load_contract()
+    contract = load_contract(PROJECT)
     small, large = (uniform_domains(contract, 1_000, 1, attributes) for attributes in (20, 40))
     assert small[0].item_bytes < 1_024 < large[0].item_bytes < 2_048
     reads = Workload(1_000, 1_000, interaction_share=0.0, reads_per_day=1_000)
@@ -117,7 +120,7 @@ def test_units_are_whole_kilobytes() -> None:
 
 
 def test_a_fenced_writer_pays_twice_for_its_writes_alone() -> None:
-    domains = contract_domains(load_contract(), PLAIN.viewers)
+    domains = contract_domains(load_contract(PROJECT), PLAIN.viewers)
     plain, fenced = (
         estimate(replace(PLAIN, fenced=fenced), domains, promise_seconds=5) for fenced in (False, True)
     )
@@ -127,7 +130,7 @@ def test_a_fenced_writer_pays_twice_for_its_writes_alone() -> None:
 
 
 def test_dollars_follow_the_prices() -> None:
-    domains = contract_domains(load_contract(), PLAIN.viewers)
+    domains = contract_domains(load_contract(PROJECT), PLAIN.viewers)
     found = estimate(PLAIN, domains, promise_seconds=5)
     assert found.dollars["writes"] == (
         Decimal(found.write_units_per_day * 30) / 1_000_000 * Decimal("0.625")
@@ -138,7 +141,7 @@ def test_dollars_follow_the_prices() -> None:
 
 
 def test_a_larger_quota_is_less_used() -> None:
-    domains = contract_domains(load_contract(), PLAIN.viewers)
+    domains = contract_domains(load_contract(PROJECT), PLAIN.viewers)
     limits = [
         estimate(
             PLAIN, domains, promise_seconds=5, capacities=Capacities(table_write_units=units)
@@ -196,7 +199,9 @@ def test_the_command() -> None:
     assert "AWS list prices" in shown.output
     told = json.loads(runner.invoke(cli, [*arguments, "--json"]).output)
     expected = estimate(
-        Workload(1_000, 5_000, spread_seconds=60), contract_domains(load_contract(), 1_000), promise_seconds=5
+        Workload(1_000, 5_000, spread_seconds=60),
+        contract_domains(load_contract(PROJECT), 1_000),
+        promise_seconds=5,
     )
     assert told["write_units_per_day"] == expected.write_units_per_day
     assert told["dollars"]["total"] == str(expected.dollars["total"])
@@ -212,7 +217,7 @@ def test_the_command() -> None:
 
 def test_the_documents_table_is_current() -> None:
     """`prefs cost --table` writes it; paste its output where this test says."""
-    assert CliRunner().invoke(cli, ["cost", "--table"]).output.strip() == scale_table(load_contract())
-    assert scale_table(load_contract()) in SCALE.read_text(), (
+    assert CliRunner().invoke(cli, ["cost", "--table"]).output.strip() == scale_table(load_contract(PROJECT))
+    assert scale_table(load_contract(PROJECT)) in SCALE.read_text(), (
         "docs/scale.md: paste what `prefs cost --table` prints"
     )

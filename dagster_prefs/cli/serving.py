@@ -7,20 +7,24 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dagster_prefs.cli.root import ViewerId, cli, console, print_json, table_of
+from dagster_prefs.cli.root import cli, console, print_json, table_of
+from dagster_prefs.declarations.registry import Entity
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.errors import PrefsError
+from dagster_prefs.ids import BadId, read_key
 from dagster_prefs.settings import Settings, load_settings
 
 if TYPE_CHECKING:
     from dagster_prefs.serving import ProfileClient
 
 
-def profile_client(settings: Settings) -> ProfileClient:
+def profile_client(settings: Settings, entity: str | None) -> ProfileClient:
     """A client for people, who rather wait for the local AWS server than see half a profile."""
     from dagster_prefs.serving import ProfileClient
 
     return ProfileClient(
+        settings.registry(),
+        entity=entity,
         endpoint_url=settings.aws_endpoint,
         region=settings.aws_region,
         table_prefix=settings.table_prefix,
@@ -29,15 +33,27 @@ def profile_client(settings: Settings) -> ProfileClient:
     )
 
 
-# A viewer below 0, the canary, must not be taken for an option.
+ENTITY = click.option("--entity", help="Whose id it is; the first entity with profiles by default.")
+
+
+def id_of(entity: Entity, given: str) -> int | str:
+    """The id that was typed, or a usage error."""
+    try:
+        return read_key(entity.key, given)
+    except BadId as error:
+        raise click.BadParameter(str(error), param_hint="ID") from None
+
+
+# An id below 0, the canary, must not be taken for an option.
 @cli.command(context_settings={"ignore_unknown_options": True})
-@click.argument("viewer", type=ViewerId())
+@click.argument("id_", metavar="ID")
+@ENTITY
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
-def profile(viewer: int, as_json: bool) -> None:
-    """Read one viewer's items from DynamoDB, as a service would."""
+def profile(id_: str, entity: str | None, as_json: bool) -> None:
+    """Read the items of one id from DynamoDB, as a service would."""
     settings = load_settings()
-    with profile_client(settings) as client:
-        found = client.get(viewer)
+    with profile_client(settings, entity) as client:
+        found = client.get(id_of(client.entity, id_))
     if as_json:
         print_json(found.as_dict())
     else:
@@ -49,7 +65,9 @@ def profile(viewer: int, as_json: bool) -> None:
                     else ""
                 )
                 rows = list(read["attributes"].items())
-                console.print(table_of(f"viewer {viewer}: {name}{unknown}", ["attribute", "value"], rows))
+                console.print(
+                    table_of(f"{found.entity} {found.id}: {name}{unknown}", ["attribute", "value"], rows)
+                )
     if found.partial:
         reasons = "; ".join(dict.fromkeys(str(read.error) for read in found.reads.values() if read.error))
         local = " (the local DynamoDB: `prefs up` starts it, `prefs refresh` fills it)"
@@ -151,16 +169,23 @@ def serve(
 
     settings = load_settings()
     budget = budget_ms / 1000
-    profiles = preferences = None
+    preferences = None
+    profiles: list[AsyncProfileClient] = []
     if only != "users":
-        profiles = AsyncProfileClient(
-            threads=threads,
-            endpoint_url=settings.aws_endpoint,
-            region=settings.aws_region,
-            table_prefix=settings.table_prefix,
-            budget_seconds=budget,
-            read_timeout_seconds=budget,
-        )
+        registry = settings.registry()
+        profiles += [
+            AsyncProfileClient(
+                registry,
+                entity=entity,
+                threads=threads,
+                endpoint_url=settings.aws_endpoint,
+                region=settings.aws_region,
+                table_prefix=settings.table_prefix,
+                budget_seconds=budget,
+                read_timeout_seconds=budget,
+            )
+            for entity in registry.contract.tables
+        ]
     if only != "profiles":
         preferences = PreferenceClient(
             EngineConnection.of(settings), pool_size=threads, statement_timeout_seconds=max(5.0, budget)
@@ -183,10 +208,11 @@ def serve(
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})
-@click.argument("viewer", type=ViewerId())
+@click.argument("id_", metavar="ID")
 @click.argument("attribute")
+@ENTITY
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
-def why(viewer: int, attribute: str, as_json: bool) -> None:
+def why(id_: str, attribute: str, entity: str | None, as_json: bool) -> None:
     """Set a served number beside what its tiles say.
 
     Also shows these tiles, and the latest events.
@@ -194,26 +220,30 @@ def why(viewer: int, attribute: str, as_json: bool) -> None:
     from dagster_prefs.serving.why import explain_attribute
 
     settings = load_settings()
-    with profile_client(settings) as client:
+    with profile_client(settings, entity) as client:
         found = explain_attribute(
             EngineConnection.of(settings),
             client,
-            viewer,
+            id_of(client.entity, id_),
             attribute,
             expiry_spread_seconds=settings.expiry_spread_seconds,
         )
     if as_json:
         print_json(found.as_dict())
         return
-    console.print(
-        f"viewer {viewer}, {found.domain}.{found.attribute}, {found.window_days} days from {found.window_start}"
+    window = (
+        "no window" if found.window_days is None else f"{found.window_days} days from {found.window_start}"
     )
+    console.print(f"{found.entity} {found.id}, {found.domain}.{found.attribute}, {window}")
     served = {"cold_start": "no item", "failed": found.online_error}.get(found.online_state, found.online)
     console.print(f"  served      {served}")
+    absent = f"no item: the {found.entity} has no tile in the window"
     console.print(
-        f"  recomputed  {found.recomputed if found.in_view else 'no item: the viewer has no tile in the window'}"
+        f"  recomputed  {found.recomputed if found.in_view else absent}"
         f"{'' if found.equal else '   (they differ)'}"
     )
-    for title, rows in (("Tiles", found.tiles), ("Latest events", found.events)):
-        if rows:
-            console.print(table_of(f"\n{title}", list(rows[0]), [tuple(row.values()) for row in rows]))
+    for title, relations in (("Tiles", found.tiles), ("Latest events", found.events)):
+        for relation, rows in relations.items():
+            if rows:
+                shown = [tuple(row.values()) for row in rows]
+                console.print(table_of(f"\n{title}: {relation}", list(rows[0]), shown))

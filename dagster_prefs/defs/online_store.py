@@ -1,37 +1,41 @@
-"""The DynamoDB table and what is published into it."""
+"""The DynamoDB tables and what is published into it."""
 
-import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
 import dagster as dg
 
-from dagster_prefs.defs.resources import TABLE_KEY, Platform
+from dagster_prefs.declarations.contract import Domain
+from dagster_prefs.defs.resources import table_key
 from dagster_prefs.freshness.online import online_lag
-from dagster_prefs.online.access import ItemAccess
-from dagster_prefs.online.changefeed import PublishedElsewhere, process_label, publish_changes
-from dagster_prefs.online.contract import Domain
-from dagster_prefs.online.lease import read_lease
 from dagster_prefs.online.publisher import publish_domain
-from dagster_prefs.online.tables import TableReport
+from dagster_prefs.platform import Platform, catch_up
 
 GROUP = "online_store"
 
 
 def build(platform: Platform) -> dg.Definitions:
-    """The table asset and, where this platform publishes, one asset per domain with its checks."""
+    """The table assets and, where this platform publishes, one asset per domain with its checks."""
+    contract = platform.contract
+    assets = [_table(platform, entity) for entity in contract.tables]
+    if platform.settings.publishes or platform.settings.follows:
+        assets += [_published(platform, domain) for domain in contract.domains.values()]
+    return dg.Definitions(assets=assets)
+
+
+def _table(platform: Platform, entity: str) -> dg.AssetsDefinition:
     contract = platform.contract
 
     @dg.asset(
-        key=TABLE_KEY,
+        key=table_key(contract.tables[entity]),
         group_name=GROUP,
         kinds={"dynamodb"},
         owners=[contract.owner],
-        description="The table with one item per viewer and domain; made or verified against the contract.",
+        description=f"The table with one item per {entity} and domain; made or verified against the contract.",
     )
-    def viewer_profiles() -> dg.MaterializeResult[Any]:
-        report = platform.provision(platform.dynamodb())
+    def table() -> dg.MaterializeResult[Any]:
+        report = platform.provision(platform.dynamodb())[entity]
         return dg.MaterializeResult(
             metadata={
                 "table": report.name,
@@ -44,10 +48,7 @@ def build(platform: Platform) -> dg.Definitions:
             }
         )
 
-    assets: list[dg.AssetsDefinition] = [viewer_profiles]
-    if platform.settings.publishes or platform.settings.follows:
-        assets += [_published(platform, domain) for domain in contract.domains.values()]
-    return dg.Definitions(assets=assets)
+    return table
 
 
 def _published(platform: Platform, domain: Domain) -> dg.AssetsDefinition:
@@ -61,7 +62,10 @@ def _published(platform: Platform, domain: Domain) -> dg.AssetsDefinition:
     @dg.asset(
         key=key,
         # A view for the publisher waits for the table as a sink does; a subscription knows nothing of DynamoDB.
-        deps=[dg.AssetKey(domain.sink), *([TABLE_KEY] if platform.settings.follows else [])],
+        deps=[
+            dg.AssetKey(domain.sink),
+            *([table_key(platform.contract.table_of(domain))] if platform.settings.follows else []),
+        ],
         group_name=GROUP,
         kinds={"dynamodb"},
         owners=[domain.owner],
@@ -72,9 +76,11 @@ def _published(platform: Platform, domain: Domain) -> dg.AssetsDefinition:
         context: dg.AssetExecutionContext,
     ) -> Iterator[dg.MaterializeResult[Any] | dg.AssetCheckResult]:
         client = platform.dynamodb()
-        table = platform.provision(client)
+        table = platform.provision(client)[domain.entity]
         if platform.settings.follows:
             metadata = catch_up(platform, client, domain, table)
+            if "token_at" in metadata:
+                metadata["token_at"] = dg.MetadataValue.timestamp(metadata["token_at"])
         else:
             report = publish_domain(platform.engine, client, platform.contract, domain.key, table)
             metadata = {
@@ -110,32 +116,3 @@ def _published(platform: Platform, domain: Domain) -> dg.AssetsDefinition:
         )
 
     return published
-
-
-def catch_up(platform: Platform, client: Any, domain: Domain, table: TableReport) -> dict[str, Any]:
-    """Publish what changed by now, unless a follower does so already; what to tell of it."""
-    try:
-        (report,) = publish_changes(
-            platform.engine,
-            client,
-            platform.contract,
-            table,
-            mode="once",
-            stop=threading.Event(),
-            label=process_label(),
-            domains=[domain.key],
-            promise_seconds=platform.settings.changefeed_lease_seconds,
-        )
-    except PublishedElsewhere as error:
-        state = read_lease(ItemAccess(client, platform.contract, table.name), domain)
-        token = None if state is None or state.token is None else state.token / 1000
-        return {"publisher": str(error)} | (
-            {} if token is None else {"token_at": dg.MetadataValue.timestamp(token)}
-        )
-    return {
-        "upserts": report.upserts,
-        "deletes": report.deletes,
-        "compared_whole_view": bool(report.resyncs),
-        "retries": report.retries,
-        "seconds": report.seconds,
-    }

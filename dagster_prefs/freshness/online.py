@@ -13,30 +13,30 @@ from typing import TYPE_CHECKING, Any, Literal
 import psycopg
 from psycopg import sql
 
+from dagster_prefs.declarations.contract import LAST_EVENT_AT, Contract, Domain, Table
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.freshness.levels import Unmeasurable, unreadable
 from dagster_prefs.online.access import ItemAccess, StoreUnavailable
-from dagster_prefs.online.contract import LAST_EVENT_AT, Contract, Domain
 from dagster_prefs.online.items import plain
 from dagster_prefs.online.tables import TableReport
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
 
-# Recent viewers among which the key hash chooses, as a multiple of the sample.
+# Recent ids among which the key hash chooses, as a multiple of the sample.
 CANDIDATES = 8
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One viewer whose item is not as the view has it.
+    """One id whose item is not as the view has it.
 
     `kind` is missing (no item), extra (no row) or different; `attributes` are the names that differ.
     `age_seconds` is how long the view has been ahead of the item, at least; negative where the engine says that
     the row became visible in the future of this machine's clock.
     """
 
-    viewer_id: int
+    id: int | str
     kind: Literal["missing", "extra", "different"]
     attributes: tuple[str, ...]
     age_seconds: float
@@ -46,7 +46,7 @@ class Difference:
 class OnlineLag:
     """What a sample of one domain says about DynamoDB.
 
-    `sampled` viewers were looked at: those of the view, and those of which DynamoDB or the publisher's memory
+    `sampled` ids were looked at: those of the view, and those of which DynamoDB or the publisher's memory
     holds an item. `view_rows` and `published_rows` are exact counts, None where they were not asked for or
     nothing remembers what was published (RisingWave's own sinks). `standing` says that nothing which changed
     since the oldest difference has arrived: whoever writes the table stands still.
@@ -60,22 +60,22 @@ class OnlineLag:
     published_rows: int | None
 
     def count(self, kind: str) -> int:
-        """How many sampled viewers are `missing`, `extra` or `different`."""
+        """How many sampled ids are `missing`, `extra` or `different`."""
         return sum(difference.kind == kind for difference in self.differences)
 
     @property
     def missing(self) -> int:
-        """Sampled viewers with a row and no item."""
+        """Sampled ids with a row and no item."""
         return self.count("missing")
 
     @property
     def extra(self) -> int:
-        """Sampled viewers with an item and no row."""
+        """Sampled ids with an item and no row."""
         return self.count("extra")
 
     @property
     def different(self) -> int:
-        """Sampled viewers whose item has other values than their row."""
+        """Sampled ids whose item has other values than their row."""
         return self.count("different")
 
     @property
@@ -112,12 +112,12 @@ def online_lag(
     count_rows: bool = True,
     wait: Callable[[float], None] = time.sleep,
 ) -> OnlineLag:
-    """Compare a sample of one domain's viewers between its rolling view and DynamoDB.
+    """Compare a sample of one domain's ids between its rolling view and DynamoDB.
 
-    The sample are `sample` viewers with rows, chosen by the hash of their key among the most recently changed
-    ones, so that the same viewers are followed through every domain and from one look to the next; as many
+    The sample are `sample` ids with rows, chosen by the hash of their key among the most recently changed
+    ones, so that the same ids are followed through every domain and from one look to the next; as many
     that were published and have no row; and one page of the table from a place that moves with `now` (UTC).
-    Its cost does not depend on the number of viewers, except for `count_rows`, which reads the whole view.
+    Its cost does not depend on the number of ids, except for `count_rows`, which reads the whole view.
 
     A row that changes between the two reads is no difference: an item counts as different only when it is
     neither what the view had before nor what it has after. A difference of which the engine cannot tell the
@@ -139,7 +139,7 @@ def online_lag(
 
 @dataclass(frozen=True)
 class Row:
-    """One viewer's row: the contract's attributes, and since when it is visible (None where unknown)."""
+    """One row: the contract's attributes, and since when it is visible (None where unknown)."""
 
     values: Mapping[str, Any]
     visible_since: datetime | None
@@ -160,7 +160,9 @@ class Comparison:
     ) -> None:
         self.connection = connection
         self.engine = engine
-        self.items = ItemAccess(client, contract, table.name)
+        self.items = ItemAccess(client, contract.table_of(domain), table.name)
+        self.key = sql.Identifier(self.items.partition_key)
+        self.key_type = sql.SQL(self.items.keys.partition_key.sql_type)
         self.domain = domain
         self.table = table
         self.now = now
@@ -169,41 +171,39 @@ class Comparison:
 
     def run(self, sample: int, count_rows: bool, wait: Callable[[float], None]) -> OnlineLag:
         """One look, as `online_lag` describes it."""
-        viewers = {*self._recent(sample), *self._left_behind(sample, everywhere=count_rows)}
-        viewers |= self.items.page(self.domain.key, 4 * sample, _place(self.now))
-        before = self.rows(viewers)
-        items = self.items.get(self.domain.key, viewers)
-        suspects = [viewer for viewer in viewers if self.differs(before.get(viewer), items.get(viewer))]
+        ids: set[int | str] = {*self._recent(sample), *self._left_behind(sample, everywhere=count_rows)}
+        ids |= self.items.page(self.domain.key, 4 * sample, _place(self.now))
+        before = self.rows(ids)
+        items = self.items.get(self.domain.key, ids)
+        suspects = [id_ for id_ in ids if self.differs(before.get(id_), items.get(id_))]
         after = self.rows(suspects)
-        late = [viewer for viewer in suspects if self.differs(after.get(viewer), items.get(viewer))]
-        since = {viewer: self._since(after.get(viewer)) for viewer in late}
+        late = [id_ for id_ in suspects if self.differs(after.get(id_), items.get(id_))]
+        since = {id_: self._since(after.get(id_)) for id_ in late}
         ages = {
-            viewer: (self.now - moment).total_seconds()
-            for viewer, moment in since.items()
-            if moment is not None
+            id_: (self.now - moment).total_seconds() for id_, moment in since.items() if moment is not None
         }
-        if ageless := [viewer for viewer in late if viewer not in ages]:
+        if ageless := [id_ for id_ in late if id_ not in ages]:
             # Watching it for as long as the threshold is the one way to learn that it is that old.
             patience = self.domain.freshness.error_seconds
             wait(patience)
             rows, items_now = self.rows(ageless), self.items.get(self.domain.key, ageless)
-            for viewer in ageless:
-                if self.differs(rows.get(viewer), items_now.get(viewer)):
-                    ages[viewer] = patience
+            for id_ in ageless:
+                if self.differs(rows.get(id_), items_now.get(id_)):
+                    ages[id_] = patience
         differences = [
             _difference(
-                viewer,
-                after.get(viewer),
-                items.get(viewer),
-                self.differs(after.get(viewer), items.get(viewer)),
+                id_,
+                after.get(id_),
+                items.get(id_),
+                self.differs(after.get(id_), items.get(id_)),
                 age,
             )
-            for viewer, age in sorted(ages.items())
+            for id_, age in sorted(ages.items())
         ]
-        arrived = [row.visible_since for viewer, row in before.items() if viewer not in suspects]
+        arrived = [row.visible_since for id_, row in before.items() if id_ not in suspects]
         return OnlineLag(
             domain=self.domain.name,
-            sampled=len(viewers),
+            sampled=len(ids),
             differences=tuple(differences),
             standing=bool(differences) and _all_before(arrived, since.values()),
             view_rows=self._count() if count_rows else None,
@@ -213,49 +213,56 @@ class Comparison:
     def _recent(self, sample: int) -> list[int]:
         rows = self.connection.execute(
             sql.SQL(
-                "select viewer_id from {} where viewer_id is not null"
-                " order by last_event_at desc, viewer_id limit {}"
+                "select {key} from {relation} where {key} is not null"
+                " order by last_event_at desc, {key} limit {limit}"
                 # RisingWave takes no parameter here.
-            ).format(self.relation, sql.Literal(CANDIDATES * sample))
+            ).format(key=self.key, relation=self.relation, limit=sql.Literal(CANDIDATES * sample))
         ).fetchall()
-        return sorted((viewer for (viewer,) in rows), key=key_hash)[:sample]
+        return sorted((id_ for (id_,) in rows), key=key_hash)[:sample]
 
     def _left_behind(self, sample: int, everywhere: bool) -> list[int]:
         # RisingWave's sinks keep no such memory; there, leftovers are found through the table's page.
         if self.engine.kind != "local":
             return []
         gone = sql.SQL(
-            "select p.viewer_id from {published} as p where not exists"
-            " (select from {relation} as v where v.viewer_id = p.viewer_id) limit %(sample)s"
+            "select p.entity_key::{type} from {published} as p where not exists"
+            " (select from {relation} as v where v.{key} = p.entity_key::{type}) limit %(sample)s"
         )
         remembered = sql.SQL(
-            "select viewer_id from {published} where table_id = %(table)s and domain_key = %(domain)s"
+            "select entity_key from {published} where table_id = %(table)s and domain_key = %(domain)s"
         )
         parameters = {"sample": sample, "table": self.table.table_id, "domain": self.domain.key}
         published: sql.Composable = remembered.format(published=self.published)
         if not everywhere:
-            # A stretch of the key that moves with the time costs the same however many viewers there are.
-            parameters["place"] = _place(self.now) % self._highest()
-            published = sql.SQL("{} and viewer_id >= %(place)s order by viewer_id limit {}").format(
+            # A stretch of the key that moves with the time costs the same however many ids there are.
+            parameters["place"] = text_between(*self._bounds(), _place(self.now) / 2**32)
+            published = sql.SQL("{} and entity_key >= %(place)s order by entity_key limit {}").format(
                 published, CANDIDATES * sample
             )
         rows = self.connection.execute(
-            gone.format(published=sql.SQL("({})").format(published), relation=self.relation), parameters
-        ).fetchall()
-        return [viewer for (viewer,) in rows]
-
-    def _highest(self) -> int:
-        row = self.connection.execute(
-            sql.SQL("select max(viewer_id) from {} where table_id = %s and domain_key = %s").format(
-                self.published
+            gone.format(
+                published=sql.SQL("({})").format(published),
+                relation=self.relation,
+                key=self.key,
+                type=self.key_type,
             ),
+            parameters,
+        ).fetchall()
+        return [id_ for (id_,) in rows]
+
+    def _bounds(self) -> tuple[str, str]:
+        row = self.connection.execute(
+            sql.SQL(
+                "select min(entity_key), max(entity_key) from {} where table_id = %s and domain_key = %s"
+            ).format(self.published),
             [self.table.table_id, self.domain.key],
         ).fetchone()
-        return max(1, row[0] or 0) if row else 1
+        low, high = row or (None, None)
+        return low or "", high or ""
 
-    def rows(self, viewers: Iterable[int]) -> dict[int, Row]:
-        """The rows of those of the viewers that have one."""
-        wanted = sorted(viewers)
+    def rows(self, ids: Iterable[int | str]) -> dict[int | str, Row]:
+        """The rows of those of the ids that have one."""
+        wanted = sorted(ids)
         if not wanted:
             return {}
         names = list(self.domain.attributes)
@@ -268,9 +275,8 @@ class Comparison:
             )
         )
         rows = self.connection.execute(
-            sql.SQL(
-                "select viewer_id, {since}, {names} from {relation} where viewer_id in ({wanted})"
-            ).format(
+            sql.SQL("select {key}, {since}, {names} from {relation} where {key} in ({wanted})").format(
+                key=self.key,
                 since=since,
                 names=sql.SQL(", ").join(map(sql.Identifier, names)),
                 relation=self.relation,
@@ -279,8 +285,8 @@ class Comparison:
             )
         ).fetchall()
         return {
-            viewer: Row(dict(zip(names, values, strict=True)), visible_since)
-            for viewer, visible_since, *values in rows
+            id_: Row(dict(zip(names, values, strict=True)), visible_since)
+            for id_, visible_since, *values in rows
         }
 
     def differs(self, row: Row | None, item: Mapping[str, Any] | None) -> tuple[str, ...]:
@@ -324,17 +330,22 @@ class Comparison:
         return int(row[0]) if row else 0
 
 
-def find_table(client: DynamoDBClient, contract: Contract, prefix: str = "") -> TableReport:
-    """The profile table as it stands; unlike `provision` it makes and checks nothing.
+def find_tables(client: DynamoDBClient, contract: Contract, prefix: str = "") -> dict[str, TableReport]:
+    """The table of each entity as it stands; unlike `provision` it makes and checks nothing.
 
-    Raises Unmeasurable when there is none, or DynamoDB refuses or does not answer.
+    Raises Unmeasurable when one is missing, or DynamoDB refuses or does not answer.
     """
-    name = prefix + contract.table.name
+    return {entity: _find_table(client, entity, keys, prefix) for entity, keys in contract.tables.items()}
+
+
+def _find_table(client: DynamoDBClient, entity: str, keys: Table, prefix: str) -> TableReport:
+    name = prefix + keys.name
     try:
-        table = ItemAccess(client, contract, name).describe()
+        table = ItemAccess(client, keys, name).describe()
     except StoreUnavailable as error:
         raise Unmeasurable(str(error)) from None
     return TableReport(
+        entity=entity,
         name=name,
         table_id=str(table.get("TableId") or table["CreationDateTime"]),
         arn=str(table["TableArn"]),
@@ -348,17 +359,17 @@ def find_table(client: DynamoDBClient, contract: Contract, prefix: str = "") -> 
 
 
 def _difference(
-    viewer: int,
+    id_: int | str,
     row: Row | None,
     item: Mapping[str, Any] | None,
     attributes: tuple[str, ...],
     age: float,
 ) -> Difference:
     if row is None:
-        return Difference(viewer, "extra", (), age)
+        return Difference(id_, "extra", (), age)
     if item is None:
-        return Difference(viewer, "missing", (), age)
-    return Difference(viewer, "different", attributes, age)
+        return Difference(id_, "missing", (), age)
+    return Difference(id_, "different", attributes, age)
 
 
 def _all_before(arrived: Iterable[datetime | None], late: Iterable[datetime | None]) -> bool:
@@ -367,9 +378,27 @@ def _all_before(arrived: Iterable[datetime | None], late: Iterable[datetime | No
     return oldest is not None and (newest is None or newest < oldest)
 
 
-def key_hash(viewer_id: int) -> str:
-    """The hash that chooses which viewers are followed; the same everywhere and for ever."""
-    return hashlib.sha256(str(viewer_id).encode()).hexdigest()
+def key_hash(id_: int | str) -> str:
+    """The hash that chooses which ids are followed; the same everywhere and for ever."""
+    return hashlib.sha256(str(id_).encode()).hexdigest()
+
+
+def text_between(low: str, high: str, share: float) -> str:
+    """A text that lies about so far (0 to 1) from one text to another, in the order of their characters."""
+    differ = (place for place, pair in enumerate(zip(low, high, strict=False)) if pair[0] != pair[1])
+    same = low[: next(differ, min(len(low), len(high)))]
+    numbers = []
+    for text in (low, high):
+        number = 0
+        for character in text[len(same) :][:3].ljust(3, "\0"):
+            number = number << 21 | ord(character)
+        numbers.append(number)
+    place = numbers[0] + round((numbers[1] - numbers[0]) * share)
+    found = [place >> shift & 0x1FFFFF for shift in (42, 21, 0)]
+    # PostgreSQL takes no NUL, and UTF-8 has no surrogates and nothing beyond its last character.
+    return same + "".join(
+        chr(0xD7FF if 0xD800 <= code <= 0xDFFF else min(code, 0x10FFFF)) for code in found if code
+    )
 
 
 def _place(now: datetime) -> int:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from psycopg import sql
 
+from dagster_prefs.declarations.contract import LAST_EVENT_AT, Contract, Domain
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.freshness.levels import Unmeasurable
 from dagster_prefs.freshness.online import Comparison, Row
 from dagster_prefs.online.access import StoreUnavailable
-from dagster_prefs.online.contract import LAST_EVENT_AT, Contract, Domain
 from dagster_prefs.online.items import ItemEncoder, ItemError
 from dagster_prefs.online.tables import TableReport
 
@@ -64,14 +64,14 @@ def reconcile_domain(
     wait: Callable[[float], None] = time.sleep,
     progress: Callable[[int], None] | None = None,
 ) -> ReconcileReport:
-    """Compare every viewer of one domain with DynamoDB; write what is stale or missing, delete what is extra.
+    """Compare every id of one domain with DynamoDB; write what is stale or missing, delete what is extra.
 
     Reads the whole view and the whole table once, in constant memory. What differs is looked at again after
     `grace_seconds` (by default the domain's error threshold where a sink writes, else none), so that changes
     under way are left to their writer; and no write replaces an item that is newer than the row. `dry_run`
     only counts. `progress` gets the number of rows and items compared so far. Safe to repeat.
 
-    Raises ReconcileError (with `.report`) naming the first viewer whose row cannot become an item, after all
+    Raises ReconcileError (with `.report`) naming the first id whose row cannot become an item, after all
     others were repaired; Unmeasurable when view or table cannot be read or written; EngineUnavailable.
     """
     if grace_seconds is None:
@@ -115,14 +115,14 @@ class _Reconciliation:
 
     def run(self) -> ReconcileReport:
         self._keep_publishers_out()
-        for viewers in self._view():
-            self._settle(viewers)
-        for viewers in self.sides.items.pages(self.sides.domain.key):
-            with_row = self.sides.rows(viewers)
-            self._settle([viewer for viewer in viewers if viewer not in with_row])
+        for ids in self._view():
+            self._settle(ids)
+        for ids in self.sides.items.pages(self.sides.domain.key):
+            with_row = self.sides.rows(ids)
+            self._settle([id_ for id_ in ids if id_ not in with_row])
         report = ReconcileReport(domain=self.sides.domain.name, dry_run=self.dry_run, **self.counts)
         if self.refused:
-            more = f" (and {len(self.refused) - 1} more viewers)" if len(self.refused) > 1 else ""
+            more = f" (and {len(self.refused) - 1} more)" if len(self.refused) > 1 else ""
             raise ReconcileError(f"domain {report.domain}: {self.refused[0]}{more}", report)
         return report
 
@@ -134,62 +134,70 @@ class _Reconciliation:
                 [f"dagster-prefs publish {self.sides.engine.schema} {self.sides.domain.key}"],
             )
 
-    def _view(self) -> Iterator[list[int]]:
-        first = -(2**63)
+    def _view(self) -> Iterator[list[int | str]]:
+        # A row without a key is never an item.
+        beyond: sql.Composable = sql.SQL("is not null")
         while True:
             rows = self.sides.connection.execute(
                 # RisingWave takes no parameters here, or reads the whole view for each chunk.
-                sql.SQL("select viewer_id from {} where viewer_id >= {} order by viewer_id limit {}").format(
-                    self.sides.relation, sql.Literal(first), sql.Literal(CHUNK)
+                sql.SQL(
+                    "select {key} from {relation} where {key} {beyond} order by {key} limit {chunk}"
+                ).format(
+                    key=self.sides.key,
+                    relation=self.sides.relation,
+                    beyond=beyond,
+                    chunk=sql.Literal(CHUNK),
                 )
             ).fetchall()
             if not rows:
                 return
-            yield [viewer for (viewer,) in rows]
-            first = rows[-1][0] + 1
+            yield [id_ for (id_,) in rows]
+            beyond = sql.SQL("> {}").format(sql.Literal(rows[-1][0]))
 
-    def _settle(self, viewers: list[int]) -> None:
-        self.counts["compared"] += len(viewers)
-        if suspects := self._differing(viewers):
+    def _settle(self, ids: list[int | str]) -> None:
+        self.counts["compared"] += len(ids)
+        if suspects := self._differing(ids):
             self.grace()
             suspects = self._differing(suspects)
         if suspects and not self.dry_run:
             self._forget_published(suspects)
-        for viewer, (row, item) in suspects.items():
+        for id_, (row, item) in suspects.items():
             kind = "extra" if row is None else "missing" if item is None else "different"
             try:
-                repaired = self.dry_run or self._repair(viewer, row, item)
+                repaired = self.dry_run or self._repair(id_, row, item)
             except ItemError as error:
                 self.refused.append(str(error))
                 continue
             self.counts[kind if repaired else "overtaken"] += 1
         self.progress(self.counts["compared"])
 
-    def _differing(self, viewers: Iterable[int]) -> dict[int, tuple[Row | None, Mapping[str, Any] | None]]:
-        wanted = list(viewers)
+    def _differing(
+        self, ids: Iterable[int | str]
+    ) -> dict[int | str, tuple[Row | None, Mapping[str, Any] | None]]:
+        wanted = list(ids)
         items = self.sides.items.get(self.sides.domain.key, wanted)
         rows = self.sides.rows(wanted)
         return {
-            viewer: (rows.get(viewer), items.get(viewer))
-            for viewer in wanted
-            if self.sides.differs(rows.get(viewer), items.get(viewer))
+            id_: (rows.get(id_), items.get(id_))
+            for id_ in wanted
+            if self.sides.differs(rows.get(id_), items.get(id_))
         }
 
-    def _forget_published(self, viewers: Iterable[int]) -> None:
+    def _forget_published(self, ids: Iterable[int | str]) -> None:
         # What is written here is not what the publisher remembers; emptied, it looks again.
         if self.sides.engine.kind == "local":
             self.sides.connection.execute(
                 sql.SQL(
-                    "insert into {} (table_id, domain_key, viewer_id, fingerprint)"
-                    " select %s, %s, viewer, '' from unnest(%s::bigint[]) as viewer"
-                    " on conflict (table_id, domain_key, viewer_id) do update set fingerprint = ''"
+                    "insert into {} (table_id, domain_key, entity_key, fingerprint)"
+                    " select %s, %s, id, '' from unnest(%s::text[]) as id"
+                    " on conflict (table_id, domain_key, entity_key) do update set fingerprint = ''"
                 ).format(self.sides.published),
-                [self.sides.table.table_id, self.sides.domain.key, list(viewers)],
+                [self.sides.table.table_id, self.sides.domain.key, [str(id_) for id_ in ids]],
             )
 
-    def _repair(self, viewer: int, row: Row | None, item: Mapping[str, Any] | None) -> bool:
+    def _repair(self, id_: int | str, row: Row | None, item: Mapping[str, Any] | None) -> bool:
         if row is None:
             seen = {} if item is None else item
-            return self.sides.items.delete(self.encoder.key(viewer), LAST_EVENT_AT, seen.get(LAST_EVENT_AT))
+            return self.sides.items.delete(self.encoder.key(id_), LAST_EVENT_AT, seen.get(LAST_EVENT_AT))
         values = [row.values[name] for name in self.sides.domain.attributes]
-        return self.sides.items.put(self.encoder.encode(viewer, values), LAST_EVENT_AT)
+        return self.sides.items.put(self.encoder.encode(id_, values), LAST_EVENT_AT)

@@ -1,4 +1,4 @@
-"""Strongly consistent reads of the profile table, and single conditional writes."""
+"""Strongly consistent reads of a profile table, and single conditional writes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dagster_prefs.declarations.contract import Table
 from dagster_prefs.errors import PrefsError
-from dagster_prefs.online.contract import Contract
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
@@ -27,32 +27,38 @@ class Overtaken(PrefsError):
 
 
 class ItemAccess:
-    """Strongly consistent reads of the profile table, and single conditional writes."""
+    """Strongly consistent reads of one entity's table, and single conditional writes.
 
-    def __init__(self, client: DynamoDBClient, contract: Contract, table: str) -> None:
+    `keys` is the table as the contract has it, `table` its name with the environment's prefix.
+    """
+
+    def __init__(self, client: DynamoDBClient, keys: Table, table: str) -> None:
         self.client: Any = client
+        self.keys = keys
+        self.partition_key = keys.partition_key.name
+        self.sort_key = keys.sort_key.name
         self.table = table
-        self.partition_key = contract.table.partition_key.name
-        self.sort_key = contract.table.sort_key.name
 
-    def get(self, domain_key: str, viewers: Iterable[int]) -> dict[int, Mapping[str, Any]]:
-        """Viewer id → item in DynamoDB's typed JSON, for those that have one.
+    def key(self, domain_key: str, id_: int | str) -> dict[str, Any]:
+        """The key of an item in DynamoDB's typed JSON."""
+        partition, sort = self.keys.partition_key, self.keys.sort_key
+        return {partition.name: partition.typed(id_), sort.name: sort.typed(domain_key)}
+
+    def get(self, domain_key: str, ids: Iterable[int | str]) -> dict[int | str, Mapping[str, Any]]:
+        """Id → item in DynamoDB's typed JSON, for those that have one.
 
         Raises StoreUnavailable when DynamoDB refuses, cannot be reached, or stays throttled.
         """
-        found: dict[int, Mapping[str, Any]] = {}
-        wanted = sorted(viewers)
+        found: dict[int | str, Mapping[str, Any]] = {}
+        wanted = sorted(ids)
         for start in range(0, len(wanted), BATCH_KEYS):
-            keys: Sequence[Any] = [
-                {self.partition_key: {"N": str(viewer)}, self.sort_key: {"S": domain_key}}
-                for viewer in wanted[start : start + BATCH_KEYS]
-            ]
+            keys: Sequence[Any] = [self.key(domain_key, id_) for id_ in wanted[start : start + BATCH_KEYS]]
             for attempt in range(MAX_ATTEMPTS):
                 answer = self._call(
                     "batch_get_item", RequestItems={self.table: {"Keys": keys, "ConsistentRead": True}}
                 )
                 for item in answer.get("Responses", {}).get(self.table, []):
-                    found[int(item[self.partition_key]["N"])] = item
+                    found[self.keys.partition_key.value_of(item)] = item
                 keys = answer.get("UnprocessedKeys", {}).get(self.table, {}).get("Keys", [])
                 if not keys:
                     break
@@ -64,10 +70,10 @@ class ItemAccess:
                 )
         return found
 
-    def page(self, domain_key: str, limit: int, place: int) -> set[int]:
-        """Viewers of one domain among `limit` items from where the hash of viewer `place` lies."""
+    def page(self, domain_key: str, limit: int, place: int) -> set[int | str]:
+        """Ids with an item of one domain among `limit` items from where the hash of id `place` lies."""
         # A start key need not exist: DynamoDB goes on from where its hash lies.
-        start: Any = {self.partition_key: {"N": str(place)}, self.sort_key: {"S": domain_key}}
+        start: Any = self.key(domain_key, place)
         items: list[Any] = []
         for options in ({"ExclusiveStartKey": start}, {}):
             answer = self._call(
@@ -75,18 +81,20 @@ class ItemAccess:
                 TableName=self.table,
                 Limit=limit - len(items),
                 ProjectionExpression="#p, #s",
-                ExpressionAttributeNames={"#p": self.partition_key, "#s": self.sort_key},
+                ExpressionAttributeNames=self._key_names(),
                 **options,
             )
             items += answer["Items"]
             if len(items) >= limit:
                 break
         return {
-            int(item[self.partition_key]["N"]) for item in items if item[self.sort_key]["S"] == domain_key
+            self.keys.partition_key.value_of(item)
+            for item in items
+            if self.keys.sort_key.value_of(item) == domain_key
         }
 
-    def pages(self, domain_key: str) -> Iterator[list[int]]:
-        """Every viewer that has an item of the domain, page by page, each page sorted."""
+    def pages(self, domain_key: str) -> Iterator[list[int | str]]:
+        """Every id that has an item of the domain, page by page, each page sorted."""
         start: dict[str, Any] = {}
         while True:
             answer = self._call(
@@ -95,15 +103,18 @@ class ItemAccess:
                 ConsistentRead=True,
                 ProjectionExpression="#p, #s",
                 FilterExpression="#s = :domain",
-                ExpressionAttributeNames={"#p": self.partition_key, "#s": self.sort_key},
+                ExpressionAttributeNames=self._key_names(),
                 ExpressionAttributeValues={":domain": {"S": domain_key}},
                 **start,
             )
             if answer["Items"]:
-                yield sorted(int(item[self.partition_key]["N"]) for item in answer["Items"])
+                yield sorted(map(self.keys.partition_key.value_of, answer["Items"]))
             if "LastEvaluatedKey" not in answer:
                 return
             start = {"ExclusiveStartKey": answer["LastEvaluatedKey"]}
+
+    def _key_names(self) -> dict[str, str]:
+        return {"#p": self.partition_key, "#s": self.sort_key}
 
     def put(self, item: Mapping[str, Any], version: str) -> bool:
         """Write an item unless the one in the table has a higher `version` attribute; whether it was written.

@@ -19,10 +19,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from dagster_prefs.declarations.contract import Contract, Domain
 from dagster_prefs.engine.connection import EngineConnection, EngineUnavailable
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.online.access import ItemAccess, StoreUnavailable
-from dagster_prefs.online.contract import Contract, Domain
 from dagster_prefs.online.feed import Change, FeedBroken, SubscriptionFeed, TokenExpired
 from dagster_prefs.online.items import ItemEncoder, ItemError, item_bytes, plain
 from dagster_prefs.online.lease import (
@@ -78,7 +78,7 @@ def publish_changes(
     engine: EngineConnection,
     client: DynamoDBClient,
     contract: Contract,
-    table: TableReport,
+    tables: Mapping[str, TableReport],
     *,
     mode: Mode,
     stop: threading.Event,
@@ -88,7 +88,7 @@ def publish_changes(
     full: bool = False,
     notify: Callable[[str], None] = lambda message: None,
 ) -> list[ChangefeedReport]:
-    """Publish the changes of each domain (all by default, by name or key), side by side.
+    """Publish the changes of each domain (all by default, by name or key), side by side, to its entity's table.
 
     `once` ends as soon as everything that the engine had committed at the start is in DynamoDB. `follow` goes on
     until `stop` is set, waits as stand-by while another publisher holds a domain, and takes over when that one has
@@ -96,7 +96,7 @@ def publish_changes(
     so. `full` begins with the whole view whatever was published. `label` names this process to others.
 
     Safe to repeat, to kill at any point and to run twice. Raises PublishError (with `.report`) for the first domain
-    that cannot be published: no subscription, a view unlike the contract, viewers whose row cannot become an item
+    that cannot be published: no subscription, a view unlike the contract, keys whose row cannot become an item
     (all others are published), in `once` also another publisher at work and services that do not answer.
     """
     if engine.kind != "risingwave":
@@ -105,7 +105,19 @@ def publish_changes(
         )
     chosen = [contract.domain(name) for name in domains or contract.domains]
     publishers = [
-        _Publisher(engine, client, contract, domain, table, mode, stop, label, promise_seconds, full, notify)
+        _Publisher(
+            engine,
+            client,
+            contract,
+            domain,
+            tables[domain.entity],
+            mode,
+            stop,
+            label,
+            promise_seconds,
+            full,
+            notify,
+        )
         for domain in chosen
     ]
     with ThreadPoolExecutor(len(publishers), thread_name_prefix="changefeed") as pool:
@@ -131,7 +143,7 @@ class _Stopped(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Write:
-    viewer_id: int
+    id: int | str
     request: Mapping[str, Any]
     size: int
 
@@ -162,12 +174,12 @@ class _Publisher:
         self.full = full
         self.notify = notify
         self.encoder = ItemEncoder(contract, domain)
-        self.items = ItemAccess(client, contract, table.name)
+        self.items = ItemAccess(client, contract.table_of(domain), table.name)
         self.lease = Lease(
             client, contract, domain, table.name, label=label, mode=mode, promise_seconds=promise_seconds
         )
         self.upserts = self.deletes = self.unchanged = self.resyncs = 0
-        self.refused: dict[int | None, str] = {}
+        self.refused: dict[int | str | None, str] = {}
         self.sessions = 0
         self._forget()
 
@@ -235,7 +247,7 @@ class _Publisher:
                 self.notify(f"{error}: beginning with the whole view")
                 self.full = True
             except (FeedBroken, EngineUnavailable, StoreUnavailable, PublishError) as error:
-                # What fails before anything worked, or refuses too many viewers, does not pass by itself.
+                # What fails before anything worked, or refuses too many keys, does not pass by itself.
                 if self.mode == "once" or not self.sessions or len(self.refused) > MAX_REFUSED:
                     raise
                 failures = 0 if self.sessions > sessions else failures + 1
@@ -255,9 +267,9 @@ class _Publisher:
     def _forget(self) -> None:
         # What was read and not written is read again from the token.
         self.moment: int | None = None
-        self.kept: set[int] = set()
-        self.removed: set[int] = set()
-        self.pending: dict[int, _Write] = {}
+        self.kept: set[int | str] = set()
+        self.removed: set[int | str] = set()
+        self.pending: dict[int | str, _Write] = {}
         self.pending_bytes = 0
 
     def _session(self, feed: SubscriptionFeed) -> None:
@@ -305,48 +317,48 @@ class _Publisher:
                 self._end_of_moment()
                 self.moment = change.timestamp
                 self.kept.clear()
-            viewer = change.viewer_id
-            if viewer is None or change.domain_key != self.domain.key:
-                self._refuse(viewer, f"viewer {viewer}: a row of domain {change.domain_key}")
+            id_ = change.id
+            if id_ is None or change.domain_key != self.domain.key:
+                self._refuse(id_, f"{self.encoder.named(id_)}: a row of domain {change.domain_key}")
             elif change.values is None:
-                # Within a moment only the net effect counts: where the row of a viewer moves to another key of the
+                # Within a moment only the net effect counts: where the row of an id moves to another key of the
                 # view, its removal may come after its return, and a removal acted on at once would delete the item.
-                if viewer not in self.kept:
-                    self.removed.add(viewer)
-                    self._drop(viewer)
+                if id_ not in self.kept:
+                    self.removed.add(id_)
+                    self._drop(id_)
             else:
-                self.removed.discard(viewer)
+                self.removed.discard(id_)
                 if not change.renewed:
-                    self.kept.add(viewer)
-                if (item := self._item(viewer, change.values)) is not None:
-                    self._add(viewer, {"Put": {"Item": item}}, item)
+                    self.kept.add(id_)
+                if (item := self._item(id_, change.values)) is not None:
+                    self._add(id_, {"Put": {"Item": item}}, item)
         self._flush(self.moment)
 
     def _end_of_moment(self) -> None:
         removed, self.removed = self.removed, set()
-        for viewer in removed:
-            self._remove(viewer)
+        for id_ in removed:
+            self._remove(id_)
 
-    def _item(self, viewer: int, values: Sequence[Any]) -> dict[str, Any] | None:
+    def _item(self, id_: int | str, values: Sequence[Any]) -> dict[str, Any] | None:
         try:
-            return self.encoder.encode(viewer, values)
+            return self.encoder.encode(id_, values)
         except ItemError as error:
-            self._refuse(viewer, str(error))
+            self._refuse(id_, str(error))
             return None
 
-    def _remove(self, viewer: int) -> None:
-        key = self.encoder.key(viewer)
-        self._add(viewer, {"Delete": {"Key": key}}, key)
+    def _remove(self, id_: int | str) -> None:
+        key = self.encoder.key(id_)
+        self._add(id_, {"Delete": {"Key": key}}, key)
 
-    def _drop(self, viewer: int) -> None:
-        if (write := self.pending.pop(viewer, None)) is not None:
+    def _drop(self, id_: int | str) -> None:
+        if (write := self.pending.pop(id_, None)) is not None:
             self.pending_bytes -= write.size
 
-    def _add(self, viewer: int, request: Mapping[str, Any], item: Mapping[str, Any]) -> None:
-        self._drop(viewer)
-        write = _Write(viewer, request, item_bytes(item))
+    def _add(self, id_: int | str, request: Mapping[str, Any], item: Mapping[str, Any]) -> None:
+        self._drop(id_)
+        write = _Write(id_, request, item_bytes(item))
         self.pending_bytes += write.size
-        self.pending[viewer] = write
+        self.pending[id_] = write
         if len(self.pending) >= PAGE or self.pending_bytes > TRANSACTION_BYTES:
             self._flush(None)
 
@@ -371,28 +383,28 @@ class _Publisher:
                 return
             invalid = set(error.places) or {0}
             for place in invalid:
-                viewer = batch[place].viewer_id
-                self._refuse(viewer, f"viewer {viewer}: DynamoDB refused the item: {error}")
+                id_ = batch[place].id
+                self._refuse(id_, f"{self.encoder.named(id_)}: DynamoDB refused the item: {error}")
             if rest := [write for place, write in enumerate(batch) if place not in invalid]:
                 self._commit(rest, token)
             return
         for write in batch:
-            self.refused.pop(write.viewer_id, None)
+            self.refused.pop(write.id, None)
             if "Put" in write.request:
                 self.upserts += 1
             else:
                 self.deletes += 1
 
-    def _refuse(self, viewer: int | None, message: str) -> None:
-        if viewer not in self.refused:
+    def _refuse(self, id_: int | str | None, message: str) -> None:
+        if id_ not in self.refused:
             self.notify(f"domain {self.domain.name}: {message}")
-        self.refused[viewer] = message
+        self.refused[id_] = message
         if len(self.refused) > MAX_REFUSED:
             raise PublishError(self._refusals())
 
     def _refusals(self) -> str:
         first = next(iter(self.refused.values()))
-        more = f" (and {len(self.refused) - 1} more viewers)" if len(self.refused) > 1 else ""
+        more = f" (and {len(self.refused) - 1} more)" if len(self.refused) > 1 else ""
         return f"domain {self.domain.name}: {first}{more}: correct {self.domain.relation}; all others are published"
 
     def _resync(self, feed: SubscriptionFeed, identity: str) -> list[Change]:
@@ -413,13 +425,13 @@ class _Publisher:
             self._write_different(rows)
             beyond = changes[len(rows) :]
             more = bool(changes)
-        for viewers in self.items.pages(self.domain.key):
-            for place in range(0, len(viewers), PAGE):
+        for ids in self.items.pages(self.domain.key):
+            for place in range(0, len(ids), PAGE):
                 self._go_on()
-                looked_at = viewers[place : place + PAGE]
-                # A viewer whose row comes back after this look is written by the change that brings it.
-                for viewer in sorted(set(looked_at) - feed.present(looked_at)):
-                    self._remove(viewer)
+                looked_at = ids[place : place + PAGE]
+                # An id whose row comes back after this look is written by the change that brings it.
+                for id_ in set(looked_at) - feed.present(looked_at):
+                    self._remove(id_)
                 self._flush(None)
         self.lease.record(identity, start, len(self.refused))
         return beyond
@@ -430,19 +442,19 @@ class _Publisher:
         self.lease.renew()
 
     def _write_different(self, rows: Sequence[Change]) -> None:
-        items: dict[int, dict[str, Any]] = {}
+        items: dict[int | str, dict[str, Any]] = {}
         for row in rows:
-            if row.viewer_id is None or row.domain_key != self.domain.key or row.values is None:
-                self._refuse(row.viewer_id, f"viewer {row.viewer_id}: a row of domain {row.domain_key}")
-            elif (item := self._item(row.viewer_id, row.values)) is not None:
-                items[row.viewer_id] = item
+            if row.id is None or row.domain_key != self.domain.key or row.values is None:
+                self._refuse(row.id, f"{self.encoder.named(row.id)}: a row of domain {row.domain_key}")
+            elif (item := self._item(row.id, row.values)) is not None:
+                items[row.id] = item
         there = self.items.get(self.domain.key, items)
-        for viewer, item in items.items():
-            if viewer in there and _plain_item(there[viewer]) == _plain_item(item):
+        for id_, item in items.items():
+            if id_ in there and _plain_item(there[id_]) == _plain_item(item):
                 self.unchanged += 1
-                self.refused.pop(viewer, None)
+                self.refused.pop(id_, None)
             else:
-                self._add(viewer, {"Put": {"Item": item}}, item)
+                self._add(id_, {"Put": {"Item": item}}, item)
         self._flush(None)
 
 

@@ -17,10 +17,10 @@ from typing import Any, Literal
 import psycopg
 from psycopg import sql
 
+from dagster_prefs.declarations.contract import Contract, Domain
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.engine.durations import with_unit
 from dagster_prefs.errors import PrefsError
-from dagster_prefs.online.contract import Contract, Domain
 from dagster_prefs.online.publisher import PublishError, column_problems
 
 _CURSOR = sql.Identifier("prefs_changefeed")
@@ -38,14 +38,14 @@ class TokenExpired(PrefsError):
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One change of one viewer's row.
+    """One change of one key's row.
 
     `values` are in the order of the contract's attributes, None for a row that was removed. `timestamp` is the
     engine's, milliseconds since 1970; None for the rows that the whole view begins with. `renewed` says that the
     row was there before under the same key.
     """
 
-    viewer_id: int | None
+    id: int | str | None
     domain_key: str | None
     values: Sequence[Any] | None
     timestamp: int | None
@@ -62,6 +62,7 @@ class SubscriptionFeed:
         self.engine = engine
         self.contract = contract
         self.domain = domain
+        self.keys = contract.table_of(domain)
         self.relation = sql.Identifier(engine.schema, domain.relation)
         self.attributes = list(domain.attributes)
 
@@ -109,7 +110,7 @@ class SubscriptionFeed:
         if problems := column_problems(dict(columns), self.contract, self.domain):
             raise PublishError(
                 f"domain {self.domain.name}: {self.domain.relation} is not as the contract says: "
-                f"{'; '.join(problems)}: run `dbt run` and `prefs contract build`"
+                f"{'; '.join(problems)}: run `dbt run` and `prefs generate`"
             )
         layout = json.dumps([[name, attribute.type] for name, attribute in self.domain.attributes.items()])
         digest = hashlib.sha256(layout.encode()).hexdigest()[:12]
@@ -143,13 +144,17 @@ class SubscriptionFeed:
             raise self._broken(error) from None
         return int(found[0][0])
 
-    def present(self, viewers: Iterable[int]) -> set[int]:
-        """Those of the viewers that have a row now."""
+    def present(self, ids: Iterable[int | str]) -> set[int | str]:
+        """Those of the ids that have a row now."""
+        key = self.keys.partition_key
         return {
-            viewer
-            for (viewer,) in self._rows(
-                sql.SQL("select viewer_id from {} where viewer_id = any({}::bigint[])").format(
-                    self.relation, sql.Literal(sorted(viewers))
+            id_
+            for (id_,) in self._rows(
+                sql.SQL("select {key} from {relation} where {key} = any({ids}::{type}[])").format(
+                    key=sql.Identifier(key.name),
+                    relation=self.relation,
+                    ids=sql.Literal(sorted(ids)),
+                    type=sql.SQL(key.sql_type),
                 )
             )
         }
@@ -200,8 +205,8 @@ class SubscriptionFeed:
         operation: Literal["Insert", "Delete", "UpdateInsert", "UpdateDelete"] = row[places["op"]]
         removed = operation in ("Delete", "UpdateDelete")
         return Change(
-            viewer_id=row[places["viewer_id"]],
-            domain_key=row[places["domain_key"]],
+            id=row[places[self.keys.partition_key.name]],
+            domain_key=row[places[self.keys.sort_key.name]],
             values=None if removed else [row[places[name]] for name in self.attributes],
             timestamp=row[places["rw_timestamp"]],
             renewed=operation == "UpdateInsert",

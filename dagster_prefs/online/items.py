@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-from dagster_prefs.errors import PrefsError
-from dagster_prefs.online.contract import Attribute, Contract, Domain
+from dagster_prefs.declarations.contract import Attribute, Contract, Domain, cold_start
+from dagster_prefs.errors import PrefsError, excerpt
+from dagster_prefs.ids import MAX_KEY_BYTES
 
 # DynamoDB keeps this many significant digits of a number, and magnitudes from 1E-130 to 9.99…E+125.
 NUMBER_DIGITS = 38
@@ -25,43 +26,58 @@ class ItemEncoder:
     """Rows of one domain to items. NULL is written as `{"NULL": true}`, as RisingWave's sink does."""
 
     def __init__(self, contract: Contract, domain: Domain) -> None:
+        table = contract.table_of(domain)
         self.domain = domain
-        self.partition_key = contract.table.partition_key.name
-        self.sort_key = contract.table.sort_key.name
-        self.max_bytes = contract.table.max_item_bytes
+        self.max_bytes = table.max_item_bytes
+        self._partition_key = table.partition_key
+        self._sort_key = {table.sort_key.name: table.sort_key.typed(domain.key)}
         self._attributes = [
             (name, attribute.nullable, _ENCODERS[attribute.type], len(name.encode()))
             for name, attribute in domain.attributes.items()
         ]
-        self._key_bytes = len(self.partition_key) + len(self.sort_key) + len(domain.key.encode())
+        self._key_bytes = sum(len(name.encode()) for name in (table.partition_key.name, table.sort_key.name))
+        self._key_bytes += len(domain.key.encode())
 
-    def key(self, viewer_id: int) -> dict[str, Any]:
+    def key(self, id_: int | str) -> dict[str, Any]:
         """The item's key, in DynamoDB's typed JSON."""
-        return {self.partition_key: {"N": str(viewer_id)}, self.sort_key: {"S": self.domain.key}}
+        return {self._partition_key.name: self._partition_key.typed(id_), **self._sort_key}
 
-    def encode(self, viewer_id: int, values: Sequence[Any]) -> dict[str, Any]:
-        """The item of one viewer; `values` are in the order of the contract's attributes.
+    def id_of(self, item: Mapping[str, Any]) -> int | str:
+        """Whose item or key it is."""
+        return self._partition_key.value_of(item)
 
-        Raises ItemError naming viewer and attribute: NULL where the contract allows none, a number that
-        DynamoDB cannot keep exactly, an item over the contract's max_item_bytes.
+    def named(self, id_: int | str | None) -> str:
+        """Whose item it is, for a message."""
+        return f"{self.domain.entity} {id_}"
+
+    def encode(self, id_: int | str, values: Sequence[Any]) -> dict[str, Any]:
+        """The item of one id; `values` are in the order of the contract's attributes.
+
+        Raises ItemError naming id and attribute: a key that DynamoDB does not take, NULL where the contract
+        allows none, a number that DynamoDB cannot keep exactly, an item over the contract's max_item_bytes.
         """
-        item = self.key(viewer_id)
-        size = self._key_bytes + _number_bytes(viewer_id)
+        id_bytes = _number_bytes(id_) if isinstance(id_, int) else len(id_.encode())
+        if isinstance(id_, str) and not 0 < id_bytes <= MAX_KEY_BYTES:
+            raise ItemError(
+                f"{self.named(excerpt(id_))}: its key has {id_bytes} bytes, and DynamoDB takes 1 to {MAX_KEY_BYTES}"
+            )
+        item = self.key(id_)
+        size = self._key_bytes + id_bytes
         for (name, nullable, encode, name_bytes), value in zip(self._attributes, values, strict=True):
             if value is None:
                 if not nullable:
-                    raise ItemError(f"viewer {viewer_id}: {name} is NULL and the contract does not allow it")
+                    raise ItemError(f"{self.named(id_)}: {name} is NULL and the contract does not allow it")
                 item[name] = NULL
                 size += name_bytes + 1
                 continue
             try:
                 item[name], value_bytes = encode(value)
             except ValueError as error:
-                raise ItemError(f"viewer {viewer_id}: {name} {error}") from None
+                raise ItemError(f"{self.named(id_)}: {name} {error}") from None
             size += name_bytes + value_bytes
         if size > self.max_bytes:
             raise ItemError(
-                f"viewer {viewer_id}: the item of domain {self.domain.key} has {size} bytes and the contract "
+                f"{self.named(id_)}: the item of domain {self.domain.key} has {size} bytes and the contract "
                 f"allows {self.max_bytes}: shorten its lists or texts"
             )
         return item
@@ -76,26 +92,32 @@ class ItemDecoder:
             (name, attribute, _DECODERS[attribute.type]) for name, attribute in domain.attributes.items()
         ]
 
-    def decode(self, item: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        """Every attribute of the contract, by name; attributes that the contract does not know are ignored.
+    def decode(self, item: Mapping[str, Mapping[str, Any]]) -> tuple[list[Any], tuple[str, ...]]:
+        """The value of every attribute in the contract's order, and the names of those that the item lacks.
 
-        Raises ItemError naming domain and attribute when one is missing, NULL without leave, or of another
-        type than the contract's.
+        NULL is written as NULL, so what an item lacks is unknown to the version that wrote it, and has its
+        cold-start value here. Attributes that the contract does not know are ignored.
+
+        Raises ItemError naming domain and attribute when one is NULL without leave, or of another type than the
+        contract's.
         """
-        values: dict[str, Any] = {}
+        values: list[Any] = []
+        unknown: tuple[str, ...] = ()
         for name, attribute, decode in self._attributes:
             typed = item.get(name)
             if typed is None:
-                raise self._error(name, attribute, "it is missing")
+                values.append(cold_start(name, attribute))
+                unknown = (*unknown, name)
+                continue
             try:
-                values[name] = decode(typed)
+                values.append(decode(typed))
             except (KeyError, TypeError, ValueError, InvalidOperation):
                 if typed.get("NULL") is not True:
                     raise self._error(name, attribute, f"it is {_shown(typed)}") from None
                 if not attribute.nullable:
                     raise self._error(name, attribute, "it is NULL") from None
-                values[name] = None
-        return values
+                values.append(None)
+        return values, unknown
 
     def _error(self, name: str, attribute: Attribute, problem: str) -> ItemError:
         return ItemError(

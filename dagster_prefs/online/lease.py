@@ -26,16 +26,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from dagster_prefs.declarations.contract import Contract, Domain
+from dagster_prefs.declarations.reserved import PREFIX
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.online.access import ItemAccess, StoreUnavailable
-from dagster_prefs.online.contract import Contract, Domain
 from dagster_prefs.online.publisher import RETRYABLE
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
 
-# Below every viewer and every canary, so that no reader of a viewer ever meets a lease.
-LEASE_VIEWER = -(2**63)
+# Reserved ids that the probe never sends events with, so that no reader ever meets a lease.
+LEASE_IDS: Mapping[str, int | str] = {"N": -(2**63), "S": f"{PREFIX}publisher"}
 # DynamoDB allows 100 actions in a transaction, and the lease is one of them; and 4 MB, names included.
 TRANSACTION_ITEMS = 99
 TRANSACTION_BYTES = 3_500_000
@@ -63,7 +64,7 @@ class LeaseState:
     started for. `sequence` grows with every write. `feed` identifies the subscription that `token` belongs to,
     milliseconds since 1970: every change before it is in DynamoDB; None means that none is recorded.
     `promise_seconds` is how long the holder may leave the lease unmoved, `renewed_ms` when it last moved it by the
-    holder's own clock. `refused` counts viewers whose row is not in DynamoDB because it cannot become an item.
+    holder's own clock. `refused` counts keys whose row is not in DynamoDB because it cannot become an item.
     """
 
     holder: str = ""
@@ -82,7 +83,8 @@ def read_lease(items: ItemAccess, domain: Domain) -> LeaseState | None:
 
     Raises StoreUnavailable when DynamoDB refuses or does not answer.
     """
-    item = items.get(_lease_key(domain), [LEASE_VIEWER]).get(LEASE_VIEWER)
+    lease_id = LEASE_IDS[items.keys.partition_key.type]
+    item = items.get(_lease_key(domain), [lease_id]).get(lease_id)
     if item is None:
         return None
     return LeaseState(
@@ -119,7 +121,7 @@ class Lease:
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        self.items = ItemAccess(client, contract, table)
+        self.items = ItemAccess(client, contract.table_of(domain), table)
         self.domain = domain
         self.table = table
         self.client: Any = client
@@ -183,7 +185,7 @@ class Lease:
             self._advance(self.state)
 
     def record(self, feed: str, token: int | None, refused: int) -> None:
-        """Move the lease and keep a progress token and the number of refused viewers; raises as `renew`."""
+        """Move the lease and keep a progress token and the number of refused keys; raises as `renew`."""
         self._advance(replace(self.state, feed=feed, token=token, refused=refused))
 
     def release(self) -> None:
@@ -219,7 +221,7 @@ class Lease:
             self._back_off(attempt)
 
     def write(self, requests: Sequence[Mapping[str, Any]], token: int | None, refused: int) -> None:
-        """Write up to 99 puts and deletes of distinct viewers, and what `record` keeps, all or nothing.
+        """Write up to 99 puts and deletes of distinct keys, and what `record` keeps, all or nothing.
 
         `requests` are `{"Put": {"Item": …}}` and `{"Delete": {"Key": …}}` in DynamoDB's typed JSON.
 
@@ -278,8 +280,7 @@ class Lease:
         return {
             "TableName": self.table,
             "Item": {
-                self.items.partition_key: {"N": str(LEASE_VIEWER)},
-                self.items.sort_key: {"S": _lease_key(self.domain)},
+                **self.items.key(_lease_key(self.domain), LEASE_IDS[self.items.keys.partition_key.type]),
                 "holder": {"S": state.holder},
                 "label": {"S": state.label},
                 "mode": {"S": state.mode},

@@ -2,7 +2,7 @@
 
 `online_published` remembers, per table id, what DynamoDB holds. A fingerprint is emptied *before* its item is
 written and set *after* DynamoDB accepted it. So after a crash anywhere in between, the next run writes that
-viewer again, even when the values went back to what they were, or the viewer left the window.
+key again, even when the values went back to what they were, or the key left the window.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from psycopg import sql
 
+from dagster_prefs.declarations.contract import Contract, Domain
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.engine.durations import with_unit
 from dagster_prefs.errors import PrefsError
-from dagster_prefs.online.contract import Contract, Domain
 from dagster_prefs.online.items import ItemEncoder, ItemError
 from dagster_prefs.online.tables import TableReport
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 # DynamoDB's limit for one BatchWriteItem.
 BATCH_ITEMS = 25
-# After this many refused viewers something general is wrong, and going on only repeats it.
+# After this many refused keys something general is wrong, and going on only repeats it.
 MAX_REFUSED = 100
 
 RETRYABLE = frozenset(
@@ -82,7 +82,7 @@ class PublishError(PrefsError):
 class _Change:
     """One write request; a delete has no fingerprint."""
 
-    viewer_id: int
+    id: int | str
     request: Any
     fingerprint: str | None
 
@@ -111,12 +111,12 @@ def publish_domain(
 ) -> PublishReport:
     """Bring DynamoDB to the state of one domain's sink view; write only what changed, and deletes.
 
-    `domain` is a name or key of the contract; `table` is what `provision` returned. One publisher per domain
-    works at a time, a second waits up to `lock_timeout_seconds`. `progress` gets the number of accepted
-    writes so far. Safe to repeat after any failure: what DynamoDB accepted stays recorded.
+    `domain` is a name or key of the contract; `table` is what `provision` returned for its entity. One
+    publisher per domain works at a time, a second waits up to `lock_timeout_seconds`. `progress` gets the number
+    of accepted writes so far. Safe to repeat after any failure: what DynamoDB accepted stays recorded.
 
     Raises PublishError (with `.report` of what was written) for a sink view that is missing or unlike the
-    contract, a viewer whose item the contract or DynamoDB refuses (all others are still published), and a
+    contract, a key whose item the contract or DynamoDB refuses (all others are still published), and a
     DynamoDB that stays throttled or unreachable after `max_attempts`; EngineUnavailable for the engine.
     """
     if engine.kind != "local":
@@ -125,6 +125,11 @@ def publish_domain(
             "set PREFS_PUBLISH=sink"
         )
     described = contract.domain(domain)
+    if described.entity != table.entity:
+        raise PublishError(
+            f"domain {described.name} is of entity {described.entity}, and table {table.name} of {table.entity}: "
+            "pass the table of the domain's entity"
+        )
     with engine.connect() as control:
         try:
             return _Publication(
@@ -154,9 +159,9 @@ def publish_lock(engine: EngineConnection, domain_key: str) -> str:
 
 def column_problems(columns: Mapping[str, str], contract: Contract, domain: Domain) -> list[str]:
     """How a relation's columns (name → type as the engine spells it) are unlike a domain's keys and attributes."""
+    table = contract.table_of(domain)
     keys = {
-        key.name: "integer" if key.type == "N" else "string"
-        for key in (contract.table.partition_key, contract.table.sort_key)
+        key.name: "integer" if key.type == "N" else "string" for key in (table.partition_key, table.sort_key)
     }
     expected = keys | {name: attribute.type for name, attribute in domain.attributes.items()}
     problems = [f"{name} is missing" for name in expected if name not in columns]
@@ -193,7 +198,10 @@ class _Publication:
         self.control = control
         self.progress = progress
         self.contract = contract
-        self.keys = contract.table
+        self.keys = contract.table_of(domain)
+        self.key = sql.Identifier("s", self.keys.partition_key.name)
+        # On the side of what was published, so that the engine can use an index of the view.
+        self.published_key = sql.SQL("p.entity_key::{}").format(sql.SQL(self.keys.partition_key.sql_type))
         self.encoder = ItemEncoder(contract, domain)
         self.sink = sql.Identifier(domain.sink)
         self.attributes = list(domain.attributes)
@@ -256,7 +264,7 @@ class _Publication:
         if problems := column_problems(columns, self.contract, self.domain):
             raise PublishError(
                 f"domain {self.domain.name}: {self.domain.sink} is not as the contract says: "
-                f"{'; '.join(problems)}: run `dbt build` and `prefs contract build`"
+                f"{'; '.join(problems)}: run `dbt build` and `prefs generate`"
             )
 
     def _row_fingerprint(self) -> sql.Composed:
@@ -269,19 +277,19 @@ class _Publication:
         self.control.execute(
             sql.SQL(
                 """
-                insert into online_published as p (table_id, domain_key, viewer_id, fingerprint)
-                select %(table_id)s, %(domain_key)s, s.viewer_id, ''
+                insert into online_published as p (table_id, domain_key, entity_key, fingerprint)
+                select %(table_id)s, %(domain_key)s, {key}::text, ''
                 from {sink} as s
                 left join online_published as o
                     on o.table_id = %(table_id)s
                     and o.domain_key = %(domain_key)s
-                    and o.viewer_id = s.viewer_id
-                where s.viewer_id is not null
+                    and o.entity_key = {key}::text
+                where {key} is not null
                     and o.fingerprint is distinct from '' and o.fingerprint is distinct from {fingerprint}
-                group by s.viewer_id
-                on conflict (table_id, domain_key, viewer_id) do update set fingerprint = ''
+                group by {key}
+                on conflict (table_id, domain_key, entity_key) do update set fingerprint = ''
                 """
-            ).format(sink=self.sink, fingerprint=self._row_fingerprint()),
+            ).format(sink=self.sink, key=self.key, fingerprint=self._row_fingerprint()),
             self._parameters,
         )
         self.control.execute(
@@ -289,9 +297,9 @@ class _Publication:
                 """
                 update online_published as p set fingerprint = ''
                 where p.table_id = %(table_id)s and p.domain_key = %(domain_key)s and p.fingerprint <> ''
-                    and not exists (select from {sink} as s where s.viewer_id = p.viewer_id)
+                    and not exists (select from {sink} as s where {key} = {published})
                 """
-            ).format(sink=self.sink),
+            ).format(sink=self.sink, key=self.key, published=self.published_key),
             self._parameters,
         )
 
@@ -299,42 +307,43 @@ class _Publication:
         total, distinct, without_key, foreign, pending = reading.execute(
             sql.SQL(
                 """
-                select count(*), count(distinct s.viewer_id),
-                    count(*) filter (where s.viewer_id is null),
-                    count(*) filter (where s.domain_key is distinct from %(domain_key)s),
+                select count(*), count(distinct {key}),
+                    count(*) filter (where {key} is null),
+                    count(*) filter (where {sort_key} is distinct from %(domain_key)s),
                     count(*) filter (where p.fingerprint = '')
                 from {sink} as s
                 left join online_published as p
                     on p.table_id = %(table_id)s
                     and p.domain_key = %(domain_key)s
-                    and p.viewer_id = s.viewer_id
+                    and p.entity_key = {key}::text
                 """
-            ).format(sink=self.sink),
+            ).format(sink=self.sink, key=self.key, sort_key=sql.Identifier("s", self.keys.sort_key.name)),
             self._parameters,
         ).fetchone() or (0, 0, 0, 0, 0)
         if without_key:
-            problem = f"{without_key} rows without viewer_id"
+            problem = f"{without_key} rows without {self.keys.partition_key.name}"
         elif foreign:
-            problem = f"{foreign} rows whose domain_key is not {self.domain.key}"
+            problem = f"{foreign} rows whose {self.keys.sort_key.name} is not {self.domain.key}"
         elif distinct != total:
-            problem = f"{total - distinct} viewers more than once"
+            problem = f"{total - distinct} {self.domain.entity}s more than once"
         else:
             self.pending = pending
             return int(total)
         raise PublishError(
             f"domain {self.domain.name}: {self.domain.sink} has {problem}, but it must have one row per "
-            f"viewer of this domain: correct {self.domain.relation}"
+            f"{self.domain.entity} of this domain: correct {self.domain.relation}"
         )
 
     def _changed(self, reading: psycopg.Connection[Any]) -> Iterator[_Change]:
         statement = sql.SQL(
             """
-            select s.viewer_id, {fingerprint}, {attributes}
+            select {key}, {fingerprint}, {attributes}
             from {sink} as s
-            join online_published as p on p.viewer_id = s.viewer_id
+            join online_published as p on p.entity_key = {key}::text
             where p.table_id = %(table_id)s and p.domain_key = %(domain_key)s and p.fingerprint = ''
             """
         ).format(
+            key=self.key,
             fingerprint=self._row_fingerprint(),
             attributes=sql.SQL(", ").join(sql.Identifier("s", name) for name in self.attributes),
             sink=self.sink,
@@ -342,30 +351,30 @@ class _Publication:
         with reading.cursor(name="changed") as cursor:
             cursor.itersize = 2000
             cursor.execute(statement, self._parameters)
-            for viewer_id, fingerprint, *values in cursor:
+            for id_, fingerprint, *values in cursor:
                 try:
-                    item = self.encoder.encode(viewer_id, values)
+                    item = self.encoder.encode(id_, values)
                 except ItemError as error:
                     self.refused.append(str(error))
                     continue
-                yield _Change(viewer_id, {"PutRequest": {"Item": item}}, fingerprint)
+                yield _Change(id_, {"PutRequest": {"Item": item}}, fingerprint)
 
     def _gone(self, reading: psycopg.Connection[Any]) -> Iterator[_Change]:
         statement = sql.SQL(
             """
-            select p.viewer_id from online_published as p
+            select {published} from online_published as p
             where p.table_id = %(table_id)s and p.domain_key = %(domain_key)s and p.fingerprint = ''
-                and not exists (select from {sink} as s where s.viewer_id = p.viewer_id)
+                and not exists (select from {sink} as s where {key} = {published})
             """
-        ).format(sink=self.sink)
+        ).format(sink=self.sink, key=self.key, published=self.published_key)
         with reading.cursor(name="gone") as cursor:
             cursor.itersize = 2000
             cursor.execute(statement, self._parameters)
-            for (viewer_id,) in cursor:
-                yield _Change(viewer_id, {"DeleteRequest": {"Key": self.encoder.key(viewer_id)}}, None)
+            for (id_,) in cursor:
+                yield _Change(id_, {"DeleteRequest": {"Key": self.encoder.key(id_)}}, None)
 
     def _write(self, changes: Iterator[_Change]) -> None:
-        writer = BatchWriter(self.client, self.table.name, self.keys.partition_key.name, self.max_attempts)
+        writer = BatchWriter(self.client, self.table.name, self.encoder, self.max_attempts)
         running: set[Future[_Outcome]] = set()
         with ThreadPoolExecutor(self.threads, thread_name_prefix="publish") as pool:
             while not self.fatal and len(self.refused) <= MAX_REFUSED:
@@ -382,27 +391,27 @@ class _Publication:
         outcomes = [future.result() for future in done]
         accepted = [change for outcome in outcomes for change in outcome.accepted]
         written = [change for change in accepted if change.fingerprint is not None]
-        deleted = [change.viewer_id for change in accepted if change.fingerprint is None]
+        deleted = [str(change.id) for change in accepted if change.fingerprint is None]
         if written:
             self.control.execute(
                 """
                 update online_published as p set fingerprint = c.fingerprint
-                from unnest(%(viewers)s::bigint[], %(fingerprints)s::text[]) as c (viewer_id, fingerprint)
+                from unnest(%(ids)s::text[], %(fingerprints)s::text[]) as c (entity_key, fingerprint)
                 where p.table_id = %(table_id)s
                     and p.domain_key = %(domain_key)s
-                    and p.viewer_id = c.viewer_id
+                    and p.entity_key = c.entity_key
                 """,
                 self._parameters
                 | {
-                    "viewers": [change.viewer_id for change in written],
+                    "ids": [str(change.id) for change in written],
                     "fingerprints": [change.fingerprint for change in written],
                 },
             )
         if deleted:
             self.control.execute(
                 "delete from online_published where table_id = %(table_id)s and domain_key = %(domain_key)s "
-                "and viewer_id = any(%(viewers)s::bigint[])",
-                self._parameters | {"viewers": deleted},
+                "and entity_key = any(%(ids)s::text[])",
+                self._parameters | {"ids": deleted},
             )
         self.upserts += len(written)
         self.deletes += len(deleted)
@@ -418,25 +427,25 @@ class _Publication:
         if self.fatal:
             raise PublishError(f"domain {self.domain.name}: {self.fatal}; {done}: run again", report)
         if self.refused:
-            more = f" (and {len(self.refused) - 1} more viewers)" if len(self.refused) > 1 else ""
+            more = f" (and {len(self.refused) - 1} more)" if len(self.refused) > 1 else ""
             raise PublishError(f"domain {self.domain.name}: {self.refused[0]}{more}; {done}", report)
 
 
 class BatchWriter:
     """BatchWriteItem with bounded retries of what DynamoDB left unprocessed; safe for threads."""
 
-    def __init__(self, client: DynamoDBClient, table: str, partition_key: str, max_attempts: int) -> None:
+    def __init__(self, client: DynamoDBClient, table: str, encoder: ItemEncoder, max_attempts: int) -> None:
         self.client = client
         self.table = table
-        self.partition_key = partition_key
+        self.encoder = encoder
         self.max_attempts = max_attempts
 
     def write(self, batch: Sequence[_Change]) -> _Outcome:
-        """Write up to 25 changes of distinct viewers; never raises for what DynamoDB answers."""
+        """Write up to 25 changes of distinct keys; never raises for what DynamoDB answers."""
         from botocore.exceptions import BotoCoreError, ClientError
 
         outcome = _Outcome()
-        pending = {change.viewer_id: change for change in batch}
+        pending = {change.id: change for change in batch}
         attempts = 0
         reason = ""
         while pending:
@@ -466,13 +475,12 @@ class BatchWriter:
                 return outcome
             else:
                 left = {
-                    self._viewer(request)
-                    for request in answer.get("UnprocessedItems", {}).get(self.table, [])
+                    self._id(request) for request in answer.get("UnprocessedItems", {}).get(self.table, [])
                 }
                 reason = "writes stay unprocessed, as when the table is throttled"
-            accepted = [change for viewer, change in pending.items() if viewer not in left]
+            accepted = [change for id_, change in pending.items() if id_ not in left]
             outcome.accepted += accepted
-            pending = {viewer: pending[viewer] for viewer in pending if viewer in left}
+            pending = {id_: pending[id_] for id_ in pending if id_ in left}
             if not pending:
                 break
             # As long as something is accepted the table makes progress, and patience is right.
@@ -490,7 +498,9 @@ class BatchWriter:
     def _isolate(self, changes: list[_Change], message: str, outcome: _Outcome) -> None:
         # One invalid item makes DynamoDB refuse its whole batch; halving finds it and keeps the others.
         if len(changes) == 1:
-            outcome.refused.append(f"viewer {changes[0].viewer_id}: DynamoDB refused the item: {message}")
+            outcome.refused.append(
+                f"{self.encoder.named(changes[0].id)}: DynamoDB refused the item: {message}"
+            )
             return
         middle = len(changes) // 2
         for half in (changes[:middle], changes[middle:]):
@@ -500,6 +510,6 @@ class BatchWriter:
             outcome.retries += part.retries
             outcome.fatal = outcome.fatal or part.fatal
 
-    def _viewer(self, request: Any) -> int:
+    def _id(self, request: Any) -> int | str:
         item = request["PutRequest"]["Item"] if "PutRequest" in request else request["DeleteRequest"]["Key"]
-        return int(item[self.partition_key]["N"])
+        return self.encoder.id_of(item)

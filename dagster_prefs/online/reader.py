@@ -8,10 +8,10 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from dagster_prefs.online.contract import Contract
+from dagster_prefs.declarations.contract import Table
 from dagster_prefs.online.transport import Answer, Call, ReadError, Transport
 
-Key = tuple[int, str]
+Key = tuple[int | str, str]
 Item = dict[str, dict[str, Any]]
 Found = Item | None | ReadError
 
@@ -22,12 +22,12 @@ BATCH_FROM = 3
 
 
 class ItemReader:
-    """Items of one table by (viewer id, domain key)."""
+    """Items of one entity's table by (id, domain key)."""
 
     def __init__(
         self,
         transport: Transport,
-        contract: Contract,
+        keys: Table,
         table: str,
         *,
         read_timeout_seconds: float,
@@ -36,12 +36,13 @@ class ItemReader:
     ) -> None:
         self._transport = transport
         self._table = table
-        self._partition = contract.table.partition_key.name
-        self._sort = contract.table.sort_key.name
+        self._partition = keys.partition_key
+        self._sort = keys.sort_key.name
+        self._is_number = keys.partition_key.type == "N"
         self._read_timeout = read_timeout_seconds
         self._max_attempts = max_attempts
         self._side_by_side = side_by_side
-        self._sort_json = {key: json.dumps(key) for key in contract.domains}
+        self._partition_json = f'{{"{keys.partition_key.name}":{{"{keys.partition_key.type}":'
         self._get_head = {
             consistent: f'{{"TableName":{json.dumps(table)},"ConsistentRead":{json.dumps(consistent)},"Key":'
             for consistent in (False, True)
@@ -102,7 +103,8 @@ class ItemReader:
         return [(self._batch(chunk, consistent), chunk) for chunk in chunks]
 
     def _key(self, key: Key) -> str:
-        return f'{{"{self._partition}":{{"N":"{key[0]}"}},"{self._sort}":{{"S":{self._sort_json[key[1]]}}}}}'
+        value = f'"{key[0]}"' if self._is_number else json.dumps(key[0])
+        return f'{self._partition_json}{value}}},"{self._sort}":{{"S":"{key[1]}"}}}}'
 
     def _get(self, key: Key, consistent: bool) -> Call:
         return Call("GetItem", f"{self._get_head[consistent]}{self._key(key)}}}".encode())
@@ -144,4 +146,4 @@ class ItemReader:
         return left
 
     def _identity(self, item: Item) -> Key:
-        return int(item[self._partition]["N"]), item[self._sort]["S"]
+        return self._partition.value_of(item), item[self._sort]["S"]

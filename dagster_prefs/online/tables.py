@@ -1,4 +1,4 @@
-"""The DynamoDB table behind the contract: made or checked, never altered, never deleted."""
+"""The DynamoDB tables behind the contract, one an entity: made or checked, never altered, never deleted."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from dagster_prefs.addresses import is_loopback
+from dagster_prefs.declarations.contract import Contract, Table
 from dagster_prefs.errors import PrefsError
-from dagster_prefs.online.contract import Contract
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
@@ -25,12 +25,13 @@ class TableError(PrefsError):
 
 @dataclass(frozen=True)
 class TableReport:
-    """A table that is ACTIVE and agrees with the contract.
+    """The table of one entity, ACTIVE and in agreement with the contract.
 
     `table_id` changes when a table is deleted and made again, so it tells an emptied table from the one that
     was published to.
     """
 
+    entity: str
     name: str
     table_id: str
     arn: str
@@ -87,8 +88,8 @@ def provision(
     prefix: str = "",
     mode: Literal["create", "verify"] = "create",
     timeout_seconds: float = 60.0,
-) -> TableReport:
-    """Make sure that the contract's table exists, is ACTIVE and has the contract's keys.
+) -> dict[str, TableReport]:
+    """Make sure that each table of the contract exists, is ACTIVE and has the contract's keys; by entity.
 
     `create` makes a missing table (on demand, encrypted with DynamoDB's own key) and raises its contract
     version tag to the contract's; `verify` never makes or tags anything, and also wants that tag, point-in-time
@@ -99,9 +100,23 @@ def provision(
     them), a table that is missing (`verify`), one that is not ACTIVE within `timeout_seconds`, or the
     endpoint's refusal with the permission that is missing.
     """
+    return {
+        entity: _provision(client, entity, contract, prefix + table.name, mode, timeout_seconds)
+        for entity, table in contract.tables.items()
+    }
+
+
+def _provision(
+    client: DynamoDBClient,
+    entity: str,
+    contract: Contract,
+    name: str,
+    mode: Literal["create", "verify"],
+    timeout_seconds: float,
+) -> TableReport:
     from botocore.exceptions import BotoCoreError, ClientError
 
-    name = prefix + contract.table.name
+    table = contract.tables[entity]
     try:
         created = False
         description = _describe(client, name)
@@ -110,16 +125,16 @@ def provision(
                 raise TableError(
                     f"table {name} is missing: apply the Terraform module, or set PREFS_PROVISIONING=create"
                 )
-            created = _create(client, contract, name)
+            created = _create(client, table, contract.version, name)
         description = _wait_until_active(client, name, timeout_seconds)
-        if created and contract.table.ttl_attribute:
+        if created and table.ttl_attribute:
             client.update_time_to_live(
                 TableName=name,
-                TimeToLiveSpecification={"Enabled": True, "AttributeName": contract.table.ttl_attribute},
+                TimeToLiveSpecification={"Enabled": True, "AttributeName": table.ttl_attribute},
             )
-        ttl = _ttl_difference(client, name, contract.table.ttl_attribute)
+        ttl = _ttl_difference(client, name, table.ttl_attribute)
         recovery = _point_in_time_recovery(client, name)
-        differences = _key_differences(description, contract)
+        differences = _key_differences(description, table)
         if mode == "verify":
             differences += _version_differences(client, description, contract.version)
         elif not created and not differences:
@@ -149,6 +164,7 @@ def provision(
     if differences:
         raise TableError(f"table {name} is not as the contract says: " + "; ".join(differences))
     return TableReport(
+        entity=entity,
         name=name,
         # Some servers give no TableId; the creation time tells a re-made table just as well.
         table_id=str(description.get("TableId") or description["CreationDateTime"]),
@@ -169,8 +185,7 @@ def _describe(client: DynamoDBClient, name: str) -> Any | None:
         return None
 
 
-def _create(client: DynamoDBClient, contract: Contract, name: str) -> bool:
-    table = contract.table
+def _create(client: DynamoDBClient, table: Table, version: int, name: str) -> bool:
     try:
         client.create_table(
             TableName=name,
@@ -183,7 +198,7 @@ def _create(client: DynamoDBClient, contract: Contract, name: str) -> bool:
                 for key in (table.partition_key, table.sort_key)
             ],
             BillingMode="PAY_PER_REQUEST",
-            Tags=[{"Key": CONTRACT_VERSION_TAG, "Value": str(contract.version)}],
+            Tags=[{"Key": CONTRACT_VERSION_TAG, "Value": str(version)}],
         )
     except client.exceptions.ResourceInUseException:
         # Another process made it between our look and our request.
@@ -297,11 +312,10 @@ def _raise_version(client: DynamoDBClient, description: Any, version: int) -> No
             raise
 
 
-def _key_differences(description: Any, contract: Contract) -> list[str]:
+def _key_differences(description: Any, table: Table) -> list[str]:
     types = {entry["AttributeName"]: entry["AttributeType"] for entry in description["AttributeDefinitions"]}
     found = {entry["KeyType"]: entry["AttributeName"] for entry in description["KeySchema"]}
     differences = []
-    table = contract.table
     for kind, label, key in (
         ("HASH", "partition key", table.partition_key),
         ("RANGE", "sort key", table.sort_key),

@@ -1,4 +1,4 @@
-"""One viewer's items out of DynamoDB, whatever wrote them, and out of what the publisher remembers."""
+"""One key's items out of DynamoDB, whatever wrote them, and out of what the publisher remembers."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 
+from dagster_prefs.declarations.contract import LAST_EVENT_AT, Contract
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.engine.durations import with_unit
-from dagster_prefs.online.contract import Contract
 from dagster_prefs.online.publisher import PublishError, publish_lock
 
 if TYPE_CHECKING:
@@ -21,39 +21,47 @@ if TYPE_CHECKING:
 POLL_SECONDS = 0.5
 
 
-class ViewerItems:
-    """The items of one viewer whose newest event is not after `until` (UTC).
+class EntityItems:
+    """The items of one id of an entity whose newest event is not after `until` (UTC), in the table of that name.
 
     An item without a newest event counts too. Every method raises PublishError for a DynamoDB that refuses or
     cannot be reached.
     """
 
     def __init__(
-        self, client: DynamoDBClient, contract: Contract, table: str, viewer_id: int, until: datetime
+        self,
+        client: DynamoDBClient,
+        contract: Contract,
+        entity: str,
+        table: str,
+        id_: int | str,
+        until: datetime,
     ) -> None:
         self._client = client
-        self._contract = contract
+        self._domains = contract.domains_of(entity)
+        # What is remembered of a domain that the contract has no more goes as well.
+        self._others = [domain.key for domain in contract.domains.values() if domain.entity != entity]
+        self._keys = contract.tables[entity]
         self._table = table
-        self._viewer = viewer_id
+        self._id = id_
         self._until_ms = int(until.timestamp() * 1000)
 
     def keys(self) -> list[str]:
         """The sort keys of the items, of every domain, known to the contract or not; read consistently."""
-        partition = self._contract.table.partition_key.name
-        sort = self._contract.table.sort_key.name
+        partition, sort = self._keys.partition_key, self._keys.sort_key.name
         found = []
         with self._explained("dynamodb:Query"):
             pages = self._client.get_paginator("query").paginate(
                 TableName=self._table,
-                KeyConditionExpression="#viewer = :viewer",
+                KeyConditionExpression="#id = :id",
                 ProjectionExpression="#sort, #last",
-                ExpressionAttributeNames={"#viewer": partition, "#sort": sort, "#last": "last_event_at"},
-                ExpressionAttributeValues={":viewer": {"N": str(self._viewer)}},
+                ExpressionAttributeNames={"#id": partition.name, "#sort": sort, "#last": LAST_EVENT_AT},
+                ExpressionAttributeValues={":id": partition.typed(self._id)},
                 ConsistentRead=True,
             )
             for page in pages:
                 for item in page["Items"]:
-                    newest = item.get("last_event_at", {}).get("N")
+                    newest = item.get(LAST_EVENT_AT, {}).get("N")
                     if newest is None or int(float(newest)) <= self._until_ms:
                         found.append(item[sort]["S"])
         return sorted(found)
@@ -63,7 +71,7 @@ class ViewerItems:
     ) -> int:
         """Delete the items and what `online_published` remembers of them; returns how many items went.
 
-        The views must have forgotten the viewer before. On the embedded engine no publisher runs meanwhile;
+        The views must have forgotten the id before. On the embedded engine no publisher runs meanwhile;
         on RisingWave the sinks get `sink_seconds` to delete by themselves, because an item that a sink has
         still to write would come back.
         """
@@ -83,7 +91,7 @@ class ViewerItems:
                 [with_unit(lock_timeout_seconds, "lock_timeout_seconds")],
             )
             try:
-                for domain in sorted(self._contract.domains.values(), key=lambda domain: domain.key):
+                for domain in sorted(self._domains, key=lambda domain: domain.key):
                     control.execute(
                         "select pg_advisory_lock(hashtextextended(%s, 0))", [publish_lock(engine, domain.key)]
                     )
@@ -94,20 +102,24 @@ class ViewerItems:
                 ) from None
             keys = self.keys()
             # Emptied before the item goes: after a crash in between the publisher does not take it for written.
+            mine = [str(self._id), self._others]
             control.execute(
-                "update online_published set fingerprint = '' where viewer_id = %s", [self._viewer]
+                "update online_published set fingerprint = '' where entity_key = %s and domain_key <> all(%s::text[])",
+                mine,
             )
             self._delete(keys)
-            control.execute("delete from online_published where viewer_id = %s", [self._viewer])
+            control.execute(
+                "delete from online_published where entity_key = %s and domain_key <> all(%s::text[])", mine
+            )
         return len(keys)
 
     def _delete(self, keys: list[str]) -> None:
-        partition = self._contract.table.partition_key.name
-        sort = self._contract.table.sort_key.name
+        partition, sort = self._keys.partition_key, self._keys.sort_key
         with self._explained("dynamodb:DeleteItem"):
             for key in keys:
                 self._client.delete_item(
-                    TableName=self._table, Key={partition: {"N": str(self._viewer)}, sort: {"S": key}}
+                    TableName=self._table,
+                    Key={partition.name: partition.typed(self._id), sort.name: sort.typed(key)},
                 )
 
     @contextmanager

@@ -1,53 +1,90 @@
-"""One typed class per domain of the contract, so that an editor completes `profile.watch.watch_minutes_7d`.
+"""The classes of profiles and of their domains, made from the contract, so that `profile.progress.lessons_7d` works.
 
-The attributes are the contract's; a test compares them. A class without arguments is the cold-start profile:
-what to assume of a viewer of whom nothing is known.
+`prefs generate client` writes the same classes as source, for a service whose editor and type checker are to know
+them. A domain's class without arguments is the cold-start profile: what to assume of an id of which nothing is known.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, make_dataclass
 from decimal import Decimal
+from functools import cache
+from types import MappingProxyType
+from typing import Any
+
+from dagster_prefs.declarations.contract import LAST_EVENT_AT, Attribute, AttributeType, Domain, cold_start
+
+# Of each contract type: the Python type, and how source spells it.
+PYTHON_TYPES: Mapping[AttributeType, tuple[Any, str]] = MappingProxyType(
+    {
+        "integer": (int, "int"),
+        "decimal": (Decimal, "Decimal"),
+        "float": (float, "float"),
+        "string": (str, "str"),
+        "list<string>": (list[str], "list[str]"),
+        "list<decimal>": (list[Decimal], "list[Decimal]"),
+    }
+)
+
+
+def may_be_none(name: str, attribute: Attribute) -> bool:
+    """Whether a profile may hold None there; only a cold start has no newest event."""
+    return attribute.nullable or name == LAST_EVENT_AT
+
+
+def class_name(name: str) -> str:
+    """The name of the class of a domain or an entity: `progress` becomes ProgressProfile."""
+    return "".join(part[:1].upper() + part[1:] for part in name.split("_")) + "Profile"
 
 
 @dataclass(frozen=True, slots=True)
-class WatchProfile:
-    """engagement#watch: what a viewer watched lately."""
+class DomainShape:
+    """What the class of a domain is made from; of equal shapes the class is the same."""
 
-    watch_minutes_7d: Decimal = Decimal(0)
-    watch_minutes_28d: Decimal = Decimal(0)
-    titles_7d: int = 0
-    completions_28d: int = 0
-    genres_watched_28d: int = 0
-    last_event_at: int | None = None
+    key: str
+    name: str
+    description: str
+    attributes: tuple[tuple[str, Attribute], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class InteractionsProfile:
-    """engagement#interactions: how a viewer reacted lately."""
-
-    likes_28d: int = 0
-    shares_28d: int = 0
-    searches_28d: int = 0
-    last_event_at: int | None = None
+def domain_shape(domain: Domain) -> DomainShape:
+    """The shape of a domain's class."""
+    return DomainShape(domain.key, domain.name, domain.description, tuple(domain.attributes.items()))
 
 
-@dataclass(frozen=True, slots=True)
-class PreferencesProfile:
-    """engagement#preferences: what a viewer likes to watch."""
-
-    favorite_genre: str | None = None
-    favorite_genres: list[str] = field(default_factory=list)
-    favorite_genre_shares: list[Decimal] = field(default_factory=list)
-    completion_rate_28d: Decimal | None = None
-    minutes_per_view_28d: Decimal | None = None
-    last_event_at: int | None = None
+def domain_class(domain: Domain) -> type[Any]:
+    """The frozen class of a domain's attributes, in the contract's order."""
+    return shaped_class(domain_shape(domain))
 
 
-DomainProfile = WatchProfile | InteractionsProfile | PreferencesProfile
+@cache
+def shaped_class(shape: DomainShape) -> type[Any]:
+    """The frozen class of a shape; its instances can be pickled, although it is no attribute of a module."""
+    declared: list[tuple[str, Any, Any]] = []
+    for attribute_name, attribute in shape.attributes:
+        python, _ = PYTHON_TYPES[attribute.type]
+        if may_be_none(attribute_name, attribute):
+            declared.append((attribute_name, python | None, field(default=None)))
+        elif attribute.type.startswith("list"):
+            declared.append((attribute_name, python, field(default_factory=list)))
+        else:
+            declared.append((attribute_name, python, field(default=cold_start(attribute_name, attribute))))
 
-DOMAIN_CLASSES: dict[str, type[DomainProfile]] = {
-    "watch": WatchProfile,
-    "interactions": InteractionsProfile,
-    "preferences": PreferencesProfile,
-}
+    def reduced(self: Any) -> tuple[Any, ...]:
+        return _unpickled, (shape, tuple(getattr(self, name) for name, _ in shape.attributes))
+
+    made: type[Any] = make_dataclass(
+        class_name(shape.name), declared, frozen=True, slots=True, namespace={"__reduce__": reduced}
+    )
+    made.__doc__ = f"{shape.key}: {shape.description}"
+    return made
+
+
+def _unpickled(shape: DomainShape, values: tuple[Any, ...]) -> Any:
+    return shaped_class(shape)(*values)
+
+
+def same_attributes(made: type[Any], domain: Domain) -> bool:
+    """Whether a class has the domain's attributes, in their order."""
+    return [entry.name for entry in fields(made)] == list(domain.attributes)

@@ -110,7 +110,7 @@ class Gate:
         finally:
             if status:
                 route = scope.get("route")
-                name = route.path if isinstance(route, Route) else "other"
+                name = route.path_format if isinstance(route, Route) else "other"
                 self._metrics.answered(name, status, time.monotonic() - started)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -1,4 +1,4 @@
-"""What the feature server answers, as an OpenAPI document made from the contract and the answers' types.
+"""What the feature server answers, as an OpenAPI document made from the registry and the answers' types.
 
 It is OpenAPI 3.0, which every generator of clients takes; some still refuse 3.1. Each type of an answer is a
 component of its own name, so that a generator has a name for its class.
@@ -7,13 +7,16 @@ component of its own name, so that a generator has a name for its class.
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, is_dataclass
 from datetime import datetime
 from decimal import Decimal
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from dagster_prefs.online.contract import Attribute, Contract
+from dagster_prefs.declarations.contract import Attribute, Domain
+from dagster_prefs.declarations.registry import Entity, Key
+from dagster_prefs.ids import MAX_KEY_BYTES
+from dagster_prefs.serving.domains import class_name, may_be_none
 from dagster_prefs.serving.preferences import (
     DEFAULT_PROFILE_LIMIT,
     MAX_LIMIT,
@@ -22,8 +25,8 @@ from dagster_prefs.serving.preferences import (
     RankedItem,
     UserProfile,
 )
-from dagster_prefs.serving.profiles import MAX_VIEWERS, Fallback, State
-from dagster_prefs.serving.wire import DEFAULT_LIMIT, ERRORS, MAX_BUDGET_MS, VIEWER_ID
+from dagster_prefs.serving.profiles import MAX_IDS, Fallback, State
+from dagster_prefs.serving.wire import DEFAULT_LIMIT, ERRORS, MAX_BUDGET_MS, NUMBER_ID, ids_name
 
 Schema = dict[str, Any]
 
@@ -50,8 +53,16 @@ ATTRIBUTES: dict[str, Schema] = {
 WITHOUT_SLOT = (403,)
 
 
-def openapi(contract: Contract, *, profiles: bool, preferences: bool) -> Schema:
-    """The OpenAPI 3.0 document of a server with these halves."""
+Served = tuple[Entity, Sequence[Domain]]
+
+
+def profiles_path(entity: str) -> str:
+    """Where the profiles of an entity are served; the first one needs no name."""
+    return f"/v1/{entity}/profiles" if entity else "/v1/profiles"
+
+
+def openapi(served: Sequence[Served], *, version: int, preferences: bool) -> Schema:
+    """The OpenAPI 3.0 document of a server of these entities' domains, in the order in which it serves them."""
     paths: Schema = {
         "/healthz": {
             "get": _operation(
@@ -70,36 +81,47 @@ def openapi(contract: Contract, *, profiles: bool, preferences: bool) -> Schema:
     }
     # It says the same where it says no.
     paths["/readyz"]["get"]["responses"]["503"] = _answer(ERRORS[503], _ref("Readiness"))
-    if profiles:
-        paths |= _profile_paths(contract)
+    schemas = _common_schemas()
+    for position, (entity, domains) in enumerate(served):
+        # The first entity's names stay short, as its path does.
+        name = class_name(entity.name).removesuffix("Profile") if position else ""
+        if name == "User":
+            # The shop's users have that name here.
+            name = "UserEntity"
+        paths |= _profile_paths(entity, domains, name, profiles_path(entity.name if position else ""))
+        schemas |= _profile_schemas(entity, domains, name)
     if preferences:
         paths |= _user_paths()
+        schemas |= _user_schemas()
     return {
         "openapi": "3.0.3",
-        "info": {"title": "Preference and engagement profiles", "version": str(contract.version)},
+        "info": {"title": "Preference and engagement profiles", "version": str(version)},
         "paths": paths,
-        "components": {"schemas": _schemas(contract)},
+        "components": {"schemas": schemas},
     }
 
 
-def _profile_paths(contract: Contract) -> Schema:
-    options = _read_options(contract)
+def _profile_paths(entity: Entity, domains: Sequence[Domain], name: str, path: str) -> Schema:
+    options = _read_options(domains)
     query = [_query(name, schema) for name, schema in options.items() if name != "domains"]
     query.append(
         _query("domains", {"type": "string", "description": "Names separated by commas; all by default."})
     )
     return {
-        "/v1/profiles/{viewer_id}": {
+        f"{path}/{{{entity.key.name}}}": {
             "get": _operation(
-                "getProfile", "One viewer's profile", _ref("Profile"), [_path("viewer_id", INTEGER), *query]
+                f"get{name}Profile",
+                f"The profile of one {entity.name}",
+                _ref(f"{name}Profile"),
+                [_path(entity.key.name, _id(entity.key)), *query],
             )
         },
-        "/v1/profiles": {
+        path: {
             "post": _operation(
-                "getProfiles",
-                "Profiles of many viewers, in the order asked",
-                _ref("Profiles"),
-                body=_ref("ProfilesRequest"),
+                f"get{name}Profiles",
+                f"Profiles of many of entity {entity.name}, in the order asked",
+                _ref(f"{name}Profiles"),
+                body=_ref(f"{name}ProfilesRequest"),
             )
         },
     }
@@ -179,8 +201,8 @@ def _properties(kind: type, components: Schema) -> Schema:
     return _object({field.name: schema_of(hints[field.name], components) for field in fields(kind)})
 
 
-def _schemas(contract: Contract) -> Schema:
-    found: Schema = {
+def _common_schemas() -> Schema:
+    return {
         "Error": _object({"error": _ref("ErrorDetail")}),
         "ErrorDetail": _object({"code": PLAIN[str], "message": PLAIN[str]}),
         "Health": _object({"status": PLAIN[str]}),
@@ -188,38 +210,66 @@ def _schemas(contract: Contract) -> Schema:
             {"ready": PLAIN[bool], "parts": {"type": "object", "additionalProperties": PLAIN[str]}}
         ),
     }
-    domains = {}
-    for domain in contract.domains.values():
-        name = domain.name.title().replace("_", "")
-        values = _object({key: _attribute(attribute) for key, attribute in domain.attributes.items()})
-        # A viewer of whom nothing is known has no newest event.
-        values["properties"]["last_event_at"] = _nullable(values["properties"]["last_event_at"])
-        found[f"{name}Domain"] = {
-            **_object(
-                {
-                    "attributes": _nullable(values),
-                    "state": _enum(get_args(State)),
-                    "freshness_seconds": _nullable(PLAIN[float]),
-                    "max_staleness_seconds": PLAIN[float],
-                    "fresh": _nullable(PLAIN[bool]),
-                    "error": _nullable(PLAIN[str]),
-                }
-            ),
-            "description": domain.description,
-        }
-        domains[domain.name] = _ref(f"{name}Domain")
-    found["ProfileDomains"] = _object(domains, required=[])
-    found["Profile"] = _object(
+
+
+def _profile_schemas(entity: Entity, domains: Sequence[Domain], name: str) -> Schema:
+    """The schemas of one entity's profiles; domains have names of their own across the contract."""
+    key = entity.key
+    found: Schema = {}
+    references = {}
+    for domain in domains:
+        schema = class_name(domain.name).removesuffix("Profile") + "Domain"
+        found[schema] = _domain(domain)
+        references[domain.name] = _ref(schema)
+    found[f"{name}ProfileDomains"] = _object(references, required=[])
+    found[f"{name}Profile"] = _object(
         {
-            "viewer_id": INTEGER,
+            key.name: _id(key),
             "partial": {"type": "boolean", "description": "Whether a domain did not arrive."},
-            "domains": _ref("ProfileDomains"),
+            "domains": _ref(f"{name}ProfileDomains"),
         }
     )
-    found["Profiles"] = _object({"partial": PLAIN[bool], "profiles": _array(_ref("Profile"))})
-    found["ProfilesRequest"] = _object(
-        {"viewer_ids": _VIEWER_IDS, **_read_options(contract)}, required=["viewer_ids"]
+    found[f"{name}Profiles"] = _object({"partial": PLAIN[bool], "profiles": _array(_ref(f"{name}Profile"))})
+    # A number may come as text, for languages that cannot hold 64 bits.
+    given = {"anyOf": [INTEGER, {"type": "string", "pattern": f"^{NUMBER_ID}$"}]}
+    ids = {**_array(given if key.type == "bigint" else _id(key)), "minItems": 1, "maxItems": MAX_IDS}
+    found[f"{name}ProfilesRequest"] = _object(
+        {ids_name(key): ids, **_read_options(domains)}, required=[ids_name(key)]
     )
+    return found
+
+
+def _domain(domain: Domain) -> Schema:
+    values = _object({name: _attribute(name, attribute) for name, attribute in domain.attributes.items()})
+    return {
+        **_object(
+            {
+                "attributes": _nullable(values),
+                "state": _enum(get_args(State)),
+                "freshness_seconds": _nullable(PLAIN[float]),
+                "max_staleness_seconds": PLAIN[float],
+                "fresh": _nullable(PLAIN[bool]),
+                "error": _nullable(PLAIN[str]),
+                "unknown": {
+                    **_array(PLAIN[str]),
+                    "description": "Attributes that the item lacks; they have their cold-start values.",
+                },
+            }
+        ),
+        "description": domain.description,
+    }
+
+
+def _id(key: Key) -> Schema:
+    if key.type == "bigint":
+        return INTEGER
+    if key.type == "uuid":
+        return {"type": "string", "format": "uuid"}
+    return {"type": "string", "minLength": 1, "maxLength": MAX_KEY_BYTES}
+
+
+def _user_schemas() -> Schema:
+    found: Schema = {}
     schema_of(UserProfile, found)
     user = found["UserProfile"]["properties"]
     found["UserProfile"] = _object({**user, "known": PLAIN[bool]})
@@ -238,13 +288,13 @@ def _schemas(contract: Contract) -> Schema:
     return found
 
 
-def _attribute(attribute: Attribute) -> Schema:
+def _attribute(name: str, attribute: Attribute) -> Schema:
     schema = {**ATTRIBUTES[attribute.type], "description": attribute.description}
-    return _nullable(schema) if attribute.nullable else schema
+    return _nullable(schema) if may_be_none(name, attribute) else schema
 
 
-def _read_options(contract: Contract) -> Schema:
-    names = [domain.name for domain in contract.domains.values()]
+def _read_options(domains: Sequence[Domain]) -> Schema:
+    names = [domain.name for domain in domains]
     return {
         "domains": {"type": "array", "minItems": 1, "items": _enum(names), "description": "All by default."},
         "budget_ms": _BUDGET,
@@ -327,10 +377,4 @@ _BUDGET: Schema = {
     **_ABOVE_ZERO,
     "maximum": MAX_BUDGET_MS,
     "description": "Milliseconds for the answer.",
-}
-_VIEWER_IDS: Schema = {
-    "type": "array",
-    "minItems": 1,
-    "maxItems": MAX_VIEWERS,
-    "items": {"anyOf": [INTEGER, {"type": "string", "pattern": f"^{VIEWER_ID}$"}]},
 }

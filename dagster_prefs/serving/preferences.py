@@ -15,10 +15,10 @@ from typing import Any, Literal, get_args, overload
 import psycopg
 from psycopg import sql
 
-from dagster_prefs import ids
+from dagster_prefs.declarations.reserved import PREFIX, is_reserved_text
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.errors import PrefsError, excerpt
-from dagster_prefs.online.reserved import PREFIX, is_reserved_text
+from dagster_prefs.ids import id_text
 from dagster_prefs.serving.pool import TURN, Connection, ConnectionPool, T
 
 TOP_CATEGORIES = 5
@@ -462,15 +462,16 @@ def checked_user(user_id: str, *, ranking: bool = False) -> str:
     """The user id as the events spell it, or PreferenceError naming the rule it breaks."""
     if not isinstance(user_id, str):
         raise PreferenceError(f"a user id is a text, not {excerpt(user_id)}")
-    try:
-        user_id = ids.user_id(user_id)
-    except ids.BadId as error:
-        raise PreferenceError(str(error)) from None
-    if ranking and is_reserved_text(user_id):
+    text = id_text(user_id)
+    if text is None or "\x00" in text:
         raise PreferenceError(
-            f"{excerpt(user_id)} is a canary (ids that start with {PREFIX!r}), which has no ranking"
+            f"a user id is a text of at least one character without NUL, not {excerpt(user_id)}"
         )
-    return user_id
+    if ranking and is_reserved_text(text):
+        raise PreferenceError(
+            f"{excerpt(text)} is a canary (ids that start with {PREFIX!r}), which has no ranking"
+        )
+    return text
 
 
 def checked_limit(limit: int, most: int = MAX_LIMIT) -> int:

@@ -1,4 +1,4 @@
-"""Viewer profiles from DynamoDB: typed, within a latency budget, with what is known of their freshness."""
+"""Profiles from DynamoDB: typed, within a latency budget, with what is known of their freshness."""
 
 from __future__ import annotations
 
@@ -8,27 +8,30 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
-from typing import Any, Literal, Self, TypedDict, TypeVar, Unpack, cast
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self, TypedDict, TypeVar, Unpack, cast
+from uuid import UUID
 
-from dagster_prefs import ids
+from dagster_prefs.declarations.contract import PROFILE_NAMES, Contract, Domain
+from dagster_prefs.declarations.registry import Entity, Registry, open_registry
+from dagster_prefs.declarations.reserved import canary_of
 from dagster_prefs.errors import PrefsError, excerpt
-from dagster_prefs.online.contract import Contract, Domain, load_contract
+from dagster_prefs.ids import BadId, read_key
 from dagster_prefs.online.items import ItemDecoder, ItemError
 from dagster_prefs.online.reader import BATCH_KEYS, Found, ItemReader, Key
-from dagster_prefs.online.reserved import CANARY_VIEWER_ID
 from dagster_prefs.online.transport import ReadError, make_transport
 from dagster_prefs.serving.domains import (
-    DOMAIN_CLASSES,
-    DomainProfile,
-    InteractionsProfile,
-    PreferencesProfile,
-    WatchProfile,
+    DomainShape,
+    class_name,
+    domain_shape,
+    same_attributes,
+    shaped_class,
 )
 
 T = TypeVar("T")
 
-MAX_VIEWERS = 10_000
+MAX_IDS = 10_000
 CANARY_CACHE_SECONDS = 5.0
 # How far a canary may be ahead of this clock. Clocks that are kept by NTP differ by less; a canary further ahead says
 # that a clock is wrong, and nothing about the pipeline.
@@ -49,7 +52,8 @@ class DomainRead:
     `last_event_at`: newest event behind the item, epoch milliseconds. `freshness_seconds`: how far the
     pipeline was behind, by its canary, at most 5 s before the read; None is unknown: there is no canary, or
     its time is ahead of the clock. `fresh`: whether that is within `max_staleness_seconds`; None is unknown.
-    `error` is set where the domain failed, whatever the fallback.
+    `error` is set where the domain failed, whatever the fallback. `unknown` names attributes that the item lacks, as
+    when an older version of the contract wrote it; they have their cold-start values.
     """
 
     state: State
@@ -58,33 +62,31 @@ class DomainRead:
     max_staleness_seconds: float
     fresh: bool | None
     error: PrefsError | None = None
+    unknown: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """One viewer's domains, by the names of the contract.
+    """The domains of one id, by the names of the contract.
 
-    A domain is used as `profile.watch.watch_minutes_7d`; how it was answered is in `profile.reads["watch"]`.
+    A domain is used as `profile.progress.lessons_7d`, and raises as `domain` does; how it was answered is in
+    `profile.reads["progress"]`. The id is `profile.id`, and also has the name of the entity's
+    key (`profile.learner_id`).
     """
 
-    viewer_id: int
-    values: Mapping[str, DomainProfile]
+    entity: ClassVar[str] = ""
+    key: ClassVar[str] = "id"
+    # Classes of the domains; those of a generated client, or made from the contract.
+    classes: ClassVar[Mapping[str, type[Any]]] = {}
+
+    id: Any
+    values: Mapping[str, Any]
     reads: Mapping[str, DomainRead]
 
-    @property
-    def watch(self) -> WatchProfile:
-        """engagement#watch; raises as `domain` does."""
-        return cast(WatchProfile, self.domain("watch"))
-
-    @property
-    def interactions(self) -> InteractionsProfile:
-        """engagement#interactions; raises as `domain` does."""
-        return cast(InteractionsProfile, self.domain("interactions"))
-
-    @property
-    def preferences(self) -> PreferencesProfile:
-        """engagement#preferences; raises as `domain` does."""
-        return cast(PreferencesProfile, self.domain("preferences"))
+    def __getattr__(self, name: str) -> Any:
+        # Only for what is no attribute: domains are properties of the class that the client makes.
+        known = ", ".join(self.classes)
+        raise AttributeError(f"a {self.entity or 'profile'} has no domain {excerpt(name)}: it has {known}")
 
     @property
     def failure(self) -> PrefsError | None:
@@ -99,10 +101,10 @@ class Profile:
 
     @property
     def cold_start(self) -> bool:
-        """Whether nothing is known of the viewer in any domain that was asked for."""
+        """Whether nothing is known of the id in any domain that was asked for."""
         return all(read.state == "cold_start" for read in self.reads.values())
 
-    def domain(self, name: str) -> DomainProfile:
+    def domain(self, name: str) -> Any:
         """The values of one domain.
 
         Raises the domain's own error where it failed, ProfileError where it was not asked for.
@@ -127,8 +129,9 @@ class Profile:
                 "max_staleness_seconds": read.max_staleness_seconds,
                 "fresh": read.fresh,
                 "error": None if read.error is None else str(read.error),
+                "unknown": list(read.unknown),
             }
-        return {"viewer_id": self.viewer_id, "partial": self.partial, "domains": answer}
+        return {self.key: self.id, "partial": self.partial, "domains": answer}
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,13 +139,16 @@ class _Served:
     """What the client prepared for one domain."""
 
     domain: Domain
-    make: Callable[..., DomainProfile]
+    make: Callable[..., Any]
     decoder: ItemDecoder
-    cold: DomainProfile
+    cold: Any
 
 
 class ProfileClient:
-    """Reads viewer profiles; made once, used from many threads.
+    """Reads the profiles of one entity; made once, used from many threads.
+
+    `registry` is what the project declares: the path of its `registry.json` or of its folder, the file's decoded JSON,
+    or a Registry. `entity` may be left out where it is the only one, or the first, that has a table.
 
     One domain is one GetItem, two are two side by side, more are one BatchGetItem. `transport="lean"` signs
     and sends requests on its own kept-alive connections; `"boto3"` is the slower fallback, for proxies.
@@ -151,16 +157,20 @@ class ProfileClient:
     budget is spent, `fallback="partial"` leaves out what did not arrive (using it raises its error),
     `"cold_start"` puts cold-start values there; `profile.partial` is true with both. Both also serve a
     domain whose item is not as the contract says. Errors that no retry heals (credentials, a missing table)
-    raise ReadError.
+    raise ReadError. Raises RegistryError for a registry that cannot be read, ProfileError for impossible arguments.
     """
+
+    # The class of the profiles; a generated client has its own.
+    profile_class: ClassVar[type[Profile] | None] = None
 
     def __init__(
         self,
+        registry: Registry | Mapping[str, Any] | Path | str,
         *,
+        entity: str | None = None,
         endpoint_url: str | None = None,
         region: str | None = None,
         table_prefix: str = "",
-        contract: Contract | None = None,
         transport: Literal["lean", "boto3"] = "lean",
         consistent: bool = False,
         budget_seconds: float = 1.0,
@@ -171,12 +181,23 @@ class ProfileClient:
         fallback: Fallback = "partial",
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self.contract = contract or load_contract()
+        self.registry = open_registry(registry)
+        self.contract = self.registry.contract
+        generated = self.profile_class
+        self.entity = served_entity(self.registry, entity or (generated.entity if generated else None))
+        self._key = self.entity.key
+        self.domains = self.contract.domains_of(self.entity.name)
+        self._make = generated or _profile_class(self.entity, self.domains)
+        if generated is not None:
+            _check_generated(generated, self.entity, self.domains)
         self._served = {
-            domain.name: _Served(domain, _class_of(domain), ItemDecoder(domain), _class_of(domain)())
-            for domain in self.contract.domains.values()
+            domain.name: _Served(domain, made := self._make.classes[domain.name], ItemDecoder(domain), made())
+            for domain in self.domains
         }
+        table = self.contract.tables[self.entity.name]
+        self._canary = canary_of(self._key)
         self._all = tuple(self._served)
+        self._given = {given: domain.name for domain in self.domains for given in (domain.name, domain.key)}
         self._consistent = consistent
         self._budget = _positive(budget_seconds, "budget_seconds")
         self._fallback: Fallback = _fallback(fallback)
@@ -191,8 +212,8 @@ class ProfileClient:
                 connect_timeout_seconds=_positive(connect_timeout_seconds, "connect_timeout_seconds"),
                 read_timeout_seconds=_positive(read_timeout_seconds, "read_timeout_seconds"),
             ),
-            self.contract,
-            table_prefix + self.contract.table.name,
+            table,
+            table_prefix + table.name,
             read_timeout_seconds=read_timeout_seconds,
             max_attempts=max_attempts,
             side_by_side=pool_size,
@@ -217,7 +238,8 @@ class ProfileClient:
 
     def get(
         self,
-        viewer_id: int,
+        id_: Any,
+        /,
         domains: Sequence[str] | None = None,
         *,
         consistent: bool | None = None,
@@ -226,21 +248,22 @@ class ProfileClient:
         fallback: Fallback | None = None,
         started_at: float | None = None,
     ) -> Profile:
-        """One viewer's profile; `domains` are names or keys of the contract, all by default.
+        """The profile of one id; `domains` are names or keys of the contract, all by default.
 
-        `max_staleness_seconds` tightens the contract's promise for `fresh`; it never loosens it. A viewer
+        `max_staleness_seconds` tightens the contract's promise for `fresh`; it never loosens it. An id
         without an item gets that domain's cold-start values. The budget runs from `started_at` (of
         time.monotonic()), for a caller who waited before this call; from now where None.
 
         Raises ProfileError or ContractError for impossible arguments, ReadError as the class says.
         """
         deadline = _started(started_at) + self._checked_budget(budget_seconds, self._budget)
-        viewer = _viewer(viewer_id)
-        return self._read([viewer], domains, consistent, deadline, max_staleness_seconds, fallback)[viewer]
+        checked = self._id(id_)
+        return self._read([checked], domains, consistent, deadline, max_staleness_seconds, fallback)[checked]
 
     def get_many(
         self,
-        viewer_ids: Iterable[int],
+        ids: Iterable[Any],
+        /,
         domains: Sequence[str] | None = None,
         *,
         consistent: bool | None = None,
@@ -248,24 +271,24 @@ class ProfileClient:
         max_staleness_seconds: float | None = None,
         fallback: Fallback | None = None,
         started_at: float | None = None,
-    ) -> dict[int, Profile]:
-        """The profiles of up to 10,000 viewers, in the order asked; a repeated id is read once.
+    ) -> Mapping[Any, Profile]:
+        """The profiles of up to 10,000 ids, in the order asked; a repeated id is read once.
 
         Read in chunks of 100 keys, side by side. The default budget is the client's, times the rounds that
         the chunks need. Otherwise as `get`.
         """
-        viewers = list(dict.fromkeys(map(_viewer, viewer_ids)))
-        if not viewers:
-            raise ProfileError("no viewer ids were given: pass at least one")
-        if len(viewers) > MAX_VIEWERS:
-            raise ProfileError(f"{len(viewers)} viewers are more than {MAX_VIEWERS} in one call: split them")
-        default = self.default_budget_seconds(len(viewers), domains)
+        checked = list(dict.fromkeys(map(self._id, ids)))
+        if not checked:
+            raise ProfileError("no ids were given: pass at least one")
+        if len(checked) > MAX_IDS:
+            raise ProfileError(f"{len(checked)} ids are more than {MAX_IDS} in one call: split them")
+        default = self.default_budget_seconds(len(checked), domains)
         deadline = _started(started_at) + self._checked_budget(budget_seconds, default)
-        return self._read(viewers, domains, consistent, deadline, max_staleness_seconds, fallback)
+        return self._read(checked, domains, consistent, deadline, max_staleness_seconds, fallback)
 
-    def default_budget_seconds(self, viewers: int, domains: Sequence[str] | None = None) -> float:
+    def default_budget_seconds(self, ids: int, domains: Sequence[str] | None = None) -> float:
         """Return what `get_many` takes for its budget when it is given none, in seconds."""
-        keys = viewers * len(domains or self._all)
+        keys = ids * len(domains or self._all)
         rounds = max(1, -(-keys // (BATCH_KEYS * self._side_by_side)))
         return self._budget * rounds
 
@@ -274,25 +297,25 @@ class ProfileClient:
 
     def _read(
         self,
-        viewers: list[int],
+        ids: list[int | str],
         domains: Sequence[str] | None,
         consistent: bool | None,
         deadline: float,
         max_staleness_seconds: float | None,
         fallback: Fallback | None,
-    ) -> dict[int, Profile]:
+    ) -> dict[Any, Profile]:
         names = self._names(domains)
         chosen = self._fallback if fallback is None else _fallback(fallback)
         if max_staleness_seconds is not None:
             _positive(max_staleness_seconds, "max_staleness_seconds")
         served = [self._served[name] for name in names]
-        keys = [(viewer, entry.domain.key) for viewer in viewers for entry in served]
+        keys = [(id_, entry.domain.key) for id_ in ids for entry in served]
         due = self._due_canaries(names)
         found = self._reader.read(
             keys,
             consistent=self._consistent if consistent is None else consistent,
             deadline=deadline,
-            canaries=[(CANARY_VIEWER_ID, self._served[name].domain.key) for name in due],
+            canaries=[(self._canary, self._served[name].domain.key) for name in due],
         )
         if due:
             self._note_canaries(due, found)
@@ -302,23 +325,24 @@ class ProfileClient:
             else min(max_staleness_seconds, entry.domain.freshness.error_seconds)
             for entry in served
         }
-        return {viewer: self._profile(viewer, served, found, limits, chosen) for viewer in viewers}
+        return {id_: self._profile(id_, served, found, limits, chosen) for id_ in ids}
 
     def _profile(
         self,
-        viewer: int,
+        id_: int | str,
         served: list[_Served],
         found: dict[Key, Found],
         limits: dict[str, float],
         fallback: Fallback,
     ) -> Profile:
-        values: dict[str, DomainProfile] = {}
+        values: dict[str, Any] = {}
         reads: dict[str, DomainRead] = {}
         for entry in served:
             name = entry.domain.name
-            item = found[(viewer, entry.domain.key)]
+            item = found[(id_, entry.domain.key)]
             error: PrefsError | None = None
-            value: DomainProfile | None = None
+            value: Any = None
+            unknown: tuple[str, ...] = ()
             state: State = "failed"
             if item is None:
                 value, state = entry.cold, "cold_start"
@@ -328,7 +352,8 @@ class ProfileClient:
                 error = item
             else:
                 try:
-                    value, state = entry.make(**entry.decoder.decode(item)), "found"
+                    decoded, unknown = entry.decoder.decode(item)
+                    value, state = entry.make(*decoded), "found"
                 except ItemError as problem:
                     error = problem
             if value is None and fallback == "cold_start":
@@ -343,8 +368,21 @@ class ProfileClient:
                 max_staleness_seconds=limits[name],
                 fresh=None if lag is None else lag <= limits[name],
                 error=error,
+                unknown=unknown,
             )
-        return Profile(viewer, values, reads)
+        return self._make(id_, values, reads)
+
+    def _id(self, given: object) -> int | str:
+        # In Python an id has its type, so that no key of an answer is another than was asked for.
+        if isinstance(given, str) == (self._key.type == "bigint") and not isinstance(given, UUID):
+            raise ProfileError(
+                f"{self._key.name} must be a {'64-bit integer' if self._key.type == 'bigint' else 'text'}, "
+                f"not {excerpt(given)}"
+            )
+        try:
+            return read_key(self._key, given)
+        except BadId as error:
+            raise ProfileError(str(error)) from None
 
     def _names(self, domains: Sequence[str] | None) -> tuple[str, ...]:
         if domains is None:
@@ -355,7 +393,15 @@ class ProfileClient:
             )
         if not domains:
             raise ProfileError(f"domains is empty: name at least one of {', '.join(self._all)}")
-        return tuple(dict.fromkeys(self.contract.domain(name).name for name in domains))
+        return tuple(dict.fromkeys(self._given.get(name) or self._domain_name(name) for name in domains))
+
+    def _domain_name(self, given: str) -> str:
+        found = self.contract.domain(given)
+        if found.entity != self.entity.name:
+            raise ProfileError(
+                f"domain {found.name} is of entity {found.entity}: a {self.entity.name} has {', '.join(self._all)}"
+            )
+        return found.name
 
     def _due_canaries(self, names: tuple[str, ...]) -> list[str]:
         now = time.monotonic()
@@ -368,13 +414,13 @@ class ProfileClient:
     def _note_canaries(self, names: list[str], found: dict[Key, Found]) -> None:
         for name in names:
             entry = self._served[name]
-            item = found.get((CANARY_VIEWER_ID, entry.domain.key))
+            item = found.get((self._canary, entry.domain.key))
             lag: float | None = None
             if item is not None and not isinstance(item, ReadError):
                 try:
                     last = int(item["last_event_at"]["N"])
                 except (KeyError, TypeError, ValueError):
-                    # A canary that cannot be read says nothing about the viewer's own item.
+                    # A canary that cannot be read says nothing about the id's own item.
                     last = None
                 if last is not None:
                     age = self._clock() - last / 1000
@@ -383,12 +429,12 @@ class ProfileClient:
 
 
 class ClientOptions(TypedDict, total=False):
-    """The arguments of ProfileClient."""
+    """The arguments of ProfileClient after the registry."""
 
+    entity: str | None
     endpoint_url: str | None
     region: str | None
     table_prefix: str
-    contract: Contract | None
     transport: Literal["lean", "boto3"]
     consistent: bool
     budget_seconds: float
@@ -417,8 +463,17 @@ class AsyncProfileClient:
     a read's budget.
     """
 
-    def __init__(self, *, threads: int = 8, **options: Unpack[ClientOptions]) -> None:
-        self._client = ProfileClient(**options)
+    # A generated client has its own.
+    client_class: ClassVar[type[ProfileClient]] = ProfileClient
+
+    def __init__(
+        self,
+        registry: Registry | Mapping[str, Any] | Path | str,
+        *,
+        threads: int = 8,
+        **options: Unpack[ClientOptions],
+    ) -> None:
+        self._client = self.client_class(registry, **options)
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="profile-client")
 
     @property
@@ -426,9 +481,19 @@ class AsyncProfileClient:
         """The contract that answers are read by."""
         return self._client.contract
 
-    def default_budget_seconds(self, viewers: int, domains: Sequence[str] | None = None) -> float:
+    @property
+    def entity(self) -> Entity:
+        """Whose profiles it reads."""
+        return self._client.entity
+
+    @property
+    def domains(self) -> tuple[Domain, ...]:
+        """The domains of a profile."""
+        return self._client.domains
+
+    def default_budget_seconds(self, ids: int, domains: Sequence[str] | None = None) -> float:
         """As `ProfileClient.default_budget_seconds`."""
-        return self._client.default_budget_seconds(viewers, domains)
+        return self._client.default_budget_seconds(ids, domains)
 
     async def __aenter__(self) -> Self:
         return self
@@ -446,47 +511,91 @@ class AsyncProfileClient:
         await self._run(partial(self._client.warm, connections))
 
     async def get(
-        self, viewer_id: int, domains: Sequence[str] | None = None, **options: Unpack[ReadOptions]
+        self, id_: Any, /, domains: Sequence[str] | None = None, **options: Unpack[ReadOptions]
     ) -> Profile:
         """As `ProfileClient.get`."""
         options.setdefault("started_at", time.monotonic())
-        return await self._run(partial(self._client.get, viewer_id, domains, **options))
+        return await self._run(partial(self._client.get, id_, domains, **options))
 
     async def get_many(
         self,
-        viewer_ids: Iterable[int],
+        ids: Iterable[Any],
+        /,
         domains: Sequence[str] | None = None,
         **options: Unpack[ReadOptions],
-    ) -> dict[int, Profile]:
+    ) -> Mapping[Any, Profile]:
         """As `ProfileClient.get_many`."""
         options.setdefault("started_at", time.monotonic())
-        return await self._run(partial(self._client.get_many, list(viewer_ids), domains, **options))
+        return await self._run(partial(self._client.get_many, list(ids), domains, **options))
 
     async def _run(self, read: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, read)
 
 
-def _class_of(domain: Domain) -> type[DomainProfile]:
-    made = DOMAIN_CLASSES.get(domain.name)
-    if made is None:
+def served_entity(registry: Registry, name: str | None) -> Entity:
+    """The entity of that name, which must have a table; without a name the first that has one.
+
+    Raises ProfileError naming those that have one.
+    """
+    served = tuple(registry.contract.tables)
+    if name is None:
+        return registry.entity(served[0])
+    if name not in served:
+        raise ProfileError(f"entity {excerpt(name)} has no profiles: one of {', '.join(served)} has")
+    return registry.entity(name)
+
+
+def _profile_class(entity: Entity, domains: Sequence[Domain]) -> type[Profile]:
+    return _made_profile_class(entity.name, entity.key.name, tuple(map(domain_shape, domains)))
+
+
+@cache
+def _made_profile_class(entity: str, key: str, shapes: tuple[DomainShape, ...]) -> type[Profile]:
+    """One class for the same entity and domains, so that profiles of two clients compare equal."""
+    domains = {shape.name: property(_reader(shape.name)) for shape in shapes}
+    # A key column of such a name, e.g. `id`, has no second name in a profile.
+    alias = {} if key in PROFILE_NAMES else {key: property(lambda self: self.id)}
+    return type(
+        class_name(entity),
+        (Profile,),
+        {
+            "__slots__": (),
+            "__doc__": f"One {entity}'s domains: {', '.join(domains)}.",
+            # The class is no attribute of a module, where pickle looks for it.
+            "__reduce__": lambda self: (_unpickled, (entity, key, shapes, self.id, self.values, self.reads)),
+            **alias,
+            "entity": entity,
+            "key": key,
+            "classes": {shape.name: shaped_class(shape) for shape in shapes},
+            **domains,
+        },
+    )
+
+
+def _unpickled(entity: str, key: str, shapes: tuple[DomainShape, ...], *held: Any) -> Profile:
+    return _made_profile_class(entity, key, shapes)(*held)
+
+
+def _reader(domain: str) -> Callable[[Profile], Any]:
+    return lambda profile: profile.domain(domain)
+
+
+def _check_generated(made: type[Profile], entity: Entity, domains: Sequence[Domain]) -> None:
+    """Raise ProfileError where a generated class is not of this registry."""
+    names = [domain.name for domain in domains]
+    if (
+        (made.entity, made.key) != (entity.name, entity.key.name)
+        or list(made.classes) != names
+        or not all(same_attributes(made.classes[domain.name], domain) for domain in domains)
+    ):
         raise ProfileError(
-            f"the contract's domain {domain.name} has no class in this version: upgrade dagster-prefs"
+            f"the class {made.__name__} was generated from another registry than this one: "
+            "run `prefs generate client` again"
         )
-    return made
 
 
 def _started(at: float | None) -> float:
     return time.monotonic() if at is None else at
-
-
-def _viewer(given: object) -> int:
-    # In Python a viewer id is a number; text is refused, so that no key of an answer is another than was asked.
-    if isinstance(given, str):
-        raise ProfileError(f"a viewer id is a 64-bit integer, not {excerpt(given)}")
-    try:
-        return ids.viewer_id(given)
-    except ids.BadId as error:
-        raise ProfileError(str(error)) from None
 
 
 def _positive(seconds: float, name: str) -> float:

@@ -28,9 +28,10 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
+from dagster_prefs.declarations.reserved import PREFIX, canary_of, spare_of
 from dagster_prefs.errors import PrefsError
-from dagster_prefs.online.contract import load_contract
-from dagster_prefs.online.reserved import CANARY_VIEWER_ID, PREFIX
+from dagster_prefs.online.reader import BATCH_FROM
+from dagster_prefs.online.transport import ReadError
 from dagster_prefs.serving.catalogue import CatalogueRanker
 from dagster_prefs.serving.connections import (
     ENDS,
@@ -40,7 +41,7 @@ from dagster_prefs.serving.connections import (
     raise_file_limit,
 )
 from dagster_prefs.serving.gate import ARRIVED, Gate, Hosts
-from dagster_prefs.serving.openapi import openapi
+from dagster_prefs.serving.openapi import openapi, profiles_path
 from dagster_prefs.serving.pool import TURN
 from dagster_prefs.serving.preferences import (
     DEFAULT_PROFILE_LIMIT,
@@ -49,7 +50,7 @@ from dagster_prefs.serving.preferences import (
     PreferencesUnavailable,
     ProfileList,
 )
-from dagster_prefs.serving.profiles import AsyncProfileClient, ReadOptions
+from dagster_prefs.serving.profiles import AsyncProfileClient, Profile, ReadOptions
 from dagster_prefs.serving.wire import (
     DEFAULT_LIMIT,
     Arguments,
@@ -59,8 +60,9 @@ from dagster_prefs.serving.wire import (
     answer_fault,
     answer_http_error,
     encode,
+    ids_name,
     json_answer,
-    viewer_id,
+    read_id,
 )
 
 # Makes what is to be encoded.
@@ -73,9 +75,11 @@ METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SWITCH_SECONDS = 0.0005
 # Of nobody: what a request for a profile does is tried with it.
 READINESS_USER = f"{PREFIX}readiness"
-# Encoding the profile of a viewer takes some 20 µs; this share of a budget at most is kept back for it.
-ENCODE_SECONDS_PER_VIEWER = 50e-6
+# Encoding a profile takes some 20 µs; this share of a budget at most is kept back for it.
+ENCODE_SECONDS_PER_PROFILE = 50e-6
 ENCODE_SHARE = 0.25
+# So many ids whose items cannot be read, one after the other, are no damage to single items.
+UNREADABLE_IN_A_ROW = 3
 READ_ARGUMENTS = ("domains", "budget_ms", "fallback", "consistent", "max_staleness_seconds")
 
 
@@ -96,7 +100,7 @@ class Load:
 
 
 def make_app(
-    profiles: AsyncProfileClient | None,
+    profiles: Sequence[AsyncProfileClient],
     preferences: PreferenceClient | None,
     *,
     load: Load = Load(),
@@ -106,14 +110,16 @@ def make_app(
 ) -> Starlette:
     """The server's app over the clients it is given, and closes; without one its routes are absent.
 
+    The profiles of the first entity are at /v1/profiles, those of each other one at /v1/<entity>/profiles.
+
     Rankings come from a catalogue in memory that is brought up to date every `catalogue_refresh_seconds`, or are
     computed in SQL where that is None. `allowed_hosts` are names by which the server may be called besides
     localhost and addresses. `clock` gives now for sessions, in UTC.
     """
     metrics = Metrics()
     parts: list[_Part] = []
-    if profiles is not None:
-        parts.append(_Profiles(profiles, metrics))
+    for position, client in enumerate(profiles):
+        parts.append(_Profiles(client, metrics, "" if position == 0 else client.entity.name))
     if preferences is not None:
         parts.append(_Users(preferences, load, catalogue_refresh_seconds, clock))
     looking: asyncio.Task[dict[str, str]] | None = None
@@ -156,8 +162,9 @@ def make_app(
                 await part.start(stack)
             yield
 
-    contract = load_contract() if profiles is None else profiles.contract
-    document = encode(openapi(contract, profiles=profiles is not None, preferences=preferences is not None))
+    served = [(client.entity, client.domains) for client in profiles]
+    version = profiles[0].contract.version if profiles else 0
+    document = encode(openapi(served, version=version, preferences=preferences is not None))
 
     async def describe(_: Request) -> Response:
         return json_answer(document)
@@ -252,19 +259,23 @@ class _Part(Protocol):
 
 
 class _Profiles:
-    """Viewer profiles from DynamoDB."""
+    """Profiles of one entity from DynamoDB; `entity` is empty for the one at /v1/profiles."""
 
-    name = "profiles"
-
-    def __init__(self, client: AsyncProfileClient, metrics: Metrics) -> None:
+    def __init__(self, client: AsyncProfileClient, metrics: Metrics, entity: str) -> None:
+        self.name = f"{entity} profiles" if entity else "profiles"
+        self._path = profiles_path(entity)
+        self._key = client.entity.key
         self._client = client
+        # By domain, ids whose item could not be read, since the last one that could.
+        self._unreadable: dict[str, dict[int | str, None]] = {}
         self._metrics = metrics
         self._encoders = ThreadPoolExecutor(2, thread_name_prefix="encode")
 
     def routes(self) -> list[Route]:
         return [
-            Route("/v1/profiles", self._many, methods=["POST"]),
-            Route("/v1/profiles/{viewer_id}", self._one),
+            Route(self._path, self._many, methods=["POST"]),
+            # A text may hold a slash.
+            Route(f"{self._path}/{{{self._key.name}:path}}", self._one),
         ]
 
     async def start(self, stack: AsyncExitStack) -> None:
@@ -273,22 +284,46 @@ class _Profiles:
         await self._client.warm()
 
     async def check(self) -> None:
-        """Try both requests that reads make of DynamoDB; one of them may be forbidden."""
-        one = [next(iter(self._client.contract.domains.values())).name]
-        for found in await asyncio.gather(
-            self._client.get(CANARY_VIEWER_ID), self._client.get(CANARY_VIEWER_ID, one)
-        ):
-            if found.failure is not None:
-                raise found.failure
+        """Try both requests that reads make of DynamoDB, of which one may be forbidden, and what failed before.
+
+        One id's damaged items are nobody else's problem; several ones' in a row are.
+        """
+        canary, one = canary_of(self._key), [self._client.domains[0].name]
+        spares = [spare_of(self._key, number) for number in range(1, BATCH_FROM)]
+        many, single = await asyncio.gather(
+            self._client.get_many([canary, *spares]), self._client.get(canary, one)
+        )
+        for found in (single, *many.values()):
+            for read in found.reads.values():
+                if read.error is not None:
+                    raise read.error
+        for domain, ids in list(self._unreadable.items()):
+            if len(ids) < UNREADABLE_IN_A_ROW:
+                continue
+            again = await self._client.get_many(list(ids), [domain])
+            errors = [profile.reads[domain].error for profile in again.values()]
+            if None not in errors and errors[0] is not None:
+                raise errors[0]
+            self._unreadable.pop(domain, None)
+
+    def _note(self, found: Profile) -> None:
+        for domain, read in found.reads.items():
+            if read.state == "found":
+                self._unreadable.pop(domain, None)
+            elif read.error is not None and not isinstance(read.error, ReadError):
+                ids = self._unreadable.setdefault(domain, {})
+                if len(ids) < UNREADABLE_IN_A_ROW:
+                    ids[found.id] = None
 
     def gauges(self) -> list[tuple[str, str, str, float]]:
         return []
 
     async def _one(self, request: Request) -> Response:
         asked = Arguments.of_query(request, *READ_ARGUMENTS)
-        viewer = viewer_id(request.path_params["viewer_id"])
+        id_ = read_id(self._key, request.path_params[self._key.name])
         options = _read_options(asked, request.scope[ARRIVED])
-        found = await self._client.get(viewer, asked.domains(), **options)
+        found = await self._client.get(id_, asked.domains(), **options)
+        self._note(found)
         if found.failure is not None:
             raise found.failure
         self._metrics.partial += found.partial
@@ -296,13 +331,15 @@ class _Profiles:
 
     async def _many(self, request: Request) -> Response:
         started = request.scope[ARRIVED]
-        asked = await Arguments.of_body(request, "viewer_ids", *READ_ARGUMENTS)
-        viewers, domains, options = asked.viewer_ids(), asked.domains(), _read_options(asked, started)
-        budget = options["budget_seconds"] or self._client.default_budget_seconds(len(viewers), domains)
-        encoding = min(budget * ENCODE_SHARE, len(viewers) * ENCODE_SECONDS_PER_VIEWER)
+        asked = await Arguments.of_body(request, ids_name(self._key), *READ_ARGUMENTS)
+        ids, domains, options = asked.ids(self._key), asked.domains(), _read_options(asked, started)
+        budget = options["budget_seconds"] or self._client.default_budget_seconds(len(ids), domains)
+        encoding = min(budget * ENCODE_SHARE, len(ids) * ENCODE_SECONDS_PER_PROFILE)
         options["budget_seconds"] = budget - encoding
-        found = await self._client.get_many(viewers, domains, **options)
+        found = await self._client.get_many(ids, domains, **options)
         answered = list(found.values())
+        for profile in answered:
+            self._note(profile)
         failures = [profile.failure for profile in answered if profile.failure is not None]
         if len(failures) == len(answered):
             raise failures[0]

@@ -1,33 +1,40 @@
-"""Why a served number is what it is: the tiles and latest events behind it, and the number computed from
-them again.
+"""Why a served number is what it is: the tiles and latest events behind it, and the number computed from them again.
 
-The formulas here are this module's own and not those of the rolling views: a view with a mistake would only
-agree with itself.
+Computed again means the rolling view's own query, as the registry has it, over the engine's tiles of that one key as
+they are now: a view, a publisher or a table that has fallen behind or was written by somebody else shows. Whether the
+query says what it should is for the tests of the models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
-from decimal import ROUND_HALF_UP, Decimal
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 from psycopg import sql
 
+from dagster_prefs.declarations.contract import Domain
+from dagster_prefs.declarations.registry import Key, Registry, TopicDeclaration
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.serving.preferences import checked_now
 from dagster_prefs.serving.profiles import ProfileClient
 
-LONG_DAYS = 28
-SHORT_DAYS = 7
-TOP_GENRES = 5
-LATEST_EVENTS = 10
-PLACES = Decimal("0.000001")
+if TYPE_CHECKING:
+    from sqlglot import exp
 
-Tile = Mapping[str, Any]
+# Per topic.
+LATEST_EVENTS = 10
+# Of a tile that no window ends; a window's tiles are all shown.
+MAX_TILES = 1_000
+
+Rows = tuple[dict[str, Any], ...]
+
+_DAYS = re.compile(r"([0-9]+) days?", re.IGNORECASE)
 
 
 class WhyError(PrefsError):
@@ -36,134 +43,38 @@ class WhyError(PrefsError):
 
 @dataclass(frozen=True)
 class Explanation:
-    """One attribute of one viewer, as served and as computed again from its tiles.
+    """One attribute of one id, as served and as computed again from its tiles.
 
-    `online` is the served value, None where the viewer has no item or the value is NULL; `online_error`
-    says why it could not be read. `in_view` says whether the viewer is in the window at all: if not, no
-    item should exist. Tiles and events are newest first.
+    `online` is the served value, None where there is no item or the value is NULL; `online_error` says why it could
+    not be read. `in_view` says whether the id is in the window at all: if not, no item should exist. `window_days` and
+    `window_start` are None for an attribute without a window. `tiles` and `events` have the rows behind it by
+    relation, newest first.
     """
 
-    viewer_id: int
+    entity: str
+    id: int | str
     domain: str
     attribute: str
-    window_start: date
-    window_days: int
+    window_start: date | None
+    window_days: int | None
     online: Any
     online_state: str
     online_error: str | None
     recomputed: Any
     in_view: bool
     equal: bool
-    tiles: tuple[dict[str, Any], ...]
-    events: tuple[dict[str, Any], ...]
+    tiles: Mapping[str, Rows]
+    events: Mapping[str, Rows]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return dict(self.__dict__)
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Where a domain's numbers come from."""
-
-    tiles: str
-    day: str
-    columns: tuple[str, ...]
-    events: str
-    event_columns: tuple[str, ...]
-    event_time: str
-
-
-_WATCHED = (
-    "view_events",
-    ("event_id", "content_id", "genre", "watch_duration_sec", "completion_pct", "watched_at"),
-    "watched_at",
-)
-_SOURCES = {
-    "watch": _Source(
-        "viewer_watch_metrics_1d",
-        "watch_date",
-        ("watch_seconds", "views", "content_started", "completions", "genres_watched", "last_event_at"),
-        *_WATCHED,
-    ),
-    "preferences": _Source(
-        "viewer_genre_metrics_1d",
-        "watch_date",
-        ("genre", "watch_seconds", "views", "completions", "last_event_at"),
-        *_WATCHED,
-    ),
-    "interactions": _Source(
-        "viewer_interactions_1d",
-        "interaction_date",
-        ("likes", "shares", "searches", "last_event_at"),
-        "content_interactions",
-        ("event_id", "event_type", "event_ts"),
-        "event_ts",
-    ),
-}
-
-
-def _total(tiles: Sequence[Tile], column: str) -> int:
-    return sum(int(tile[column]) for tile in tiles)
-
-
-def _ratio(part: int, whole: int) -> Decimal | None:
-    return (Decimal(part) / whole).quantize(PLACES, ROUND_HALF_UP) if whole else None
-
-
-def _minutes(tiles: Sequence[Tile]) -> Decimal | None:
-    return _ratio(_total(tiles, "watch_seconds"), 60)
-
-
-def _favorites(tiles: Sequence[Tile]) -> list[tuple[str, int]]:
-    seconds: dict[str, int] = {}
-    for tile in tiles:
-        seconds[tile["genre"]] = seconds.get(tile["genre"], 0) + int(tile["watch_seconds"])
-    return sorted(seconds.items(), key=lambda entry: (-entry[1], entry[0]))[:TOP_GENRES]
-
-
-def _shares(tiles: Sequence[Tile]) -> list[Decimal]:
-    whole = _total(tiles, "watch_seconds")
-    return [_ratio(seconds, whole) or Decimal(0) for _, seconds in _favorites(tiles)]
-
-
-def _last_event(tiles: Sequence[Tile]) -> int:
-    newest: datetime = max(tile["last_event_at"] for tile in tiles)
-    since = newest - datetime(1970, 1, 1, tzinfo=UTC)
-    return (since // timedelta(microseconds=1) + 500) // 1000
-
-
-# attribute → days of its window, and its value from the tiles of that window.
-_DEFINITIONS: dict[tuple[str, str], tuple[int, Callable[[Sequence[Tile]], Any]]] = {
-    ("watch", "watch_minutes_7d"): (SHORT_DAYS, _minutes),
-    ("watch", "watch_minutes_28d"): (LONG_DAYS, _minutes),
-    ("watch", "titles_7d"): (SHORT_DAYS, lambda tiles: _total(tiles, "content_started")),
-    ("watch", "completions_28d"): (LONG_DAYS, lambda tiles: _total(tiles, "completions")),
-    ("watch", "genres_watched_28d"): (LONG_DAYS, lambda tiles: _total(tiles, "genres_watched")),
-    ("watch", "last_event_at"): (LONG_DAYS, _last_event),
-    ("interactions", "likes_28d"): (LONG_DAYS, lambda tiles: _total(tiles, "likes")),
-    ("interactions", "shares_28d"): (LONG_DAYS, lambda tiles: _total(tiles, "shares")),
-    ("interactions", "searches_28d"): (LONG_DAYS, lambda tiles: _total(tiles, "searches")),
-    ("interactions", "last_event_at"): (LONG_DAYS, _last_event),
-    ("preferences", "favorite_genre"): (LONG_DAYS, lambda tiles: _favorites(tiles)[0][0]),
-    ("preferences", "favorite_genres"): (LONG_DAYS, lambda tiles: [genre for genre, _ in _favorites(tiles)]),
-    ("preferences", "favorite_genre_shares"): (LONG_DAYS, _shares),
-    ("preferences", "completion_rate_28d"): (
-        LONG_DAYS,
-        lambda tiles: _ratio(_total(tiles, "completions"), _total(tiles, "views")),
-    ),
-    ("preferences", "minutes_per_view_28d"): (
-        LONG_DAYS,
-        lambda tiles: _ratio(_total(tiles, "watch_seconds"), 60 * _total(tiles, "views")),
-    ),
-    ("preferences", "last_event_at"): (LONG_DAYS, _last_event),
-}
-
-
 def explain_attribute(
     engine: EngineConnection,
     profiles: ProfileClient,
-    viewer_id: int,
+    id_: int | str,
     attribute: str,
     *,
     now: datetime | None = None,
@@ -171,30 +82,36 @@ def explain_attribute(
 ) -> Explanation:
     """Set a served attribute beside the same number computed from the engine's tiles at `now` (UTC).
 
-    `attribute` is a name of the contract (`watch_minutes_7d`); one that several domains have needs its domain
-    (`watch.last_event_at`). `expiry_spread_seconds` is the platform's setting.
+    `attribute` is a name of the contract (`lessons_7d`); one that several domains have needs its domain
+    (`progress.last_event_at`). `expiry_spread_seconds` is the platform's setting.
 
-    Raises WhyError for an unknown or ambiguous attribute and for relations that are missing; the errors of
-    ProfileClient for a viewer id that is none or a table that cannot be read.
+    Raises WhyError for an unknown or ambiguous attribute, a registry without the view's query and relations that are
+    missing; the errors of ProfileClient for an id that is none or a table that cannot be read.
     """
     moment = checked_now(now)
     domain, name = _resolve(profiles, attribute)
-    source = _SOURCES[domain]
-    days, compute = _DEFINITIONS[(domain, name)]
-    spread = timedelta(seconds=abs(viewer_id) % expiry_spread_seconds if expiry_spread_seconds else 0)
-    today = (moment - spread).astimezone(UTC).date()
-    profile = profiles.get(viewer_id, [domain], consistent=True)
-    read = profile.reads[domain]
-    online = getattr(profile.domain(domain), name) if read.state == "found" else None
-    tiles, events = _read(engine, source, viewer_id, today - timedelta(days=LONG_DAYS))
-    start = today - timedelta(days=days)
-    in_view = bool(tiles)
-    recomputed = compute([tile for tile in tiles if tile[source.day] >= start]) if in_view else None
-    # An item exists exactly while the long window has a tile, whatever the attribute's own window.
-    equal = online == recomputed and (read.state == "found") == in_view
+    query = _Query(profiles.registry, domain)
+    profile = profiles.get(id_, [domain.name], consistent=True)
+    read = profile.reads[domain.name]
+    online = getattr(profile.domain(domain.name), name) if read.state == "found" else None
+    days = query.window_days(name)
+    with engine.connect() as connection:
+        look = _Look(connection, engine, query.key, profile.id)
+        try:
+            clock = moment - timedelta(seconds=look.spread(expiry_spread_seconds))
+            start = None if days is None else clock.astimezone(UTC).date() - timedelta(days=days)
+            found = look.row(query, name, clock)
+            tiles = {relation: look.tiles(query, relation, start) for relation in query.tiles}
+            events = {topic.relation: look.events(topic) for topic in query.topics}
+        except psycopg.Error as error:
+            reason = " ".join(str(error).split())
+            raise WhyError(f"the tiles cannot be read ({reason}): run `dbt build`") from None
+    in_view = bool(found)
+    recomputed = found[0][0] if found else None
     return Explanation(
-        viewer_id=viewer_id,
-        domain=domain,
+        entity=profile.entity,
+        id=profile.id,
+        domain=domain.name,
         attribute=name,
         window_start=start,
         window_days=days,
@@ -203,59 +120,160 @@ def explain_attribute(
         online_error=None if read.error is None else str(read.error),
         recomputed=recomputed,
         in_view=in_view,
-        equal=equal,
-        tiles=tuple(tile for tile in tiles if tile[source.day] >= start),
+        # An item exists exactly while the view has a row, whatever the attribute's own window.
+        equal=online == recomputed and (read.state == "found") == in_view,
+        tiles=tiles,
         events=events,
     )
 
 
-def _resolve(profiles: ProfileClient, attribute: str) -> tuple[str, str]:
-    domains = {domain.name: domain for domain in profiles.contract.domains.values()}
+def _resolve(profiles: ProfileClient, attribute: str) -> tuple[Domain, str]:
+    domains = {domain.name: domain for domain in profiles.domains}
     given, _, name = attribute.rpartition(".")
     found = [
-        domain
-        for domain, declared in domains.items()
-        if name in declared.attributes and given in ("", domain)
+        domain for domain in domains.values() if name in domain.attributes and given in ("", domain.name)
     ]
     if len(found) == 1:
         return found[0], name
     if found:
-        choices = ", ".join(f"{domain}.{name}" for domain in found)
+        choices = ", ".join(f"{domain.name}.{name}" for domain in found)
         raise WhyError(f"{name} is an attribute of several domains: say which, {choices}")
-    known = ", ".join(
-        f"{domain}.{name}" for domain, declared in domains.items() for name in declared.attributes
-    )
+    known = ", ".join(f"{domain.name}.{name}" for domain in domains.values() for name in domain.attributes)
     raise WhyError(f"unknown attribute {attribute!r}: the contract has {known}")
 
 
-def _read(
-    engine: EngineConnection, source: _Source, viewer_id: int, start: date
-) -> tuple[tuple[dict[str, Any], ...], tuple[dict[str, Any], ...]]:
-    tile_columns = (source.day, *source.columns)
-    tiles = sql.SQL("select {} from {} where viewer_id = %s and {} >= %s order by {} desc").format(
-        _columns(tile_columns),
-        sql.Identifier(engine.schema, source.tiles),
-        sql.Identifier(source.day),
-        sql.Identifier(source.day),
-    )
-    events = sql.SQL("select {} from {} where viewer_id = %s order by {} desc limit {}").format(
-        _columns(source.event_columns),
-        sql.Identifier(engine.schema, source.events),
-        sql.Identifier(source.event_time),
-        sql.Literal(LATEST_EVENTS),
-    )
-    with engine.connect() as connection:
-        try:
-            tile_rows = connection.execute(tiles, [viewer_id, start]).fetchall()
-            event_rows = connection.execute(events, [viewer_id]).fetchall()
-        except psycopg.Error as error:
-            reason = " ".join(str(error).split())
-            raise WhyError(f"the tiles cannot be read ({reason}): run `dbt build`") from None
-    return (
-        tuple(dict(zip(tile_columns, row, strict=True)) for row in tile_rows),
-        tuple(dict(zip(source.event_columns, row, strict=True)) for row in event_rows),
-    )
+class _Query:
+    """The query of a domain's rolling view, and what it reads."""
+
+    def __init__(self, registry: Registry, domain: Domain) -> None:
+        import sqlglot
+        from sqlglot import exp
+
+        text = registry.queries.get(domain.relation)
+        if text is None:
+            raise WhyError(f"the registry has no query of {domain.relation}: run `prefs generate`")
+        entity = registry.entity(domain.entity)
+        self.registry = registry
+        self.key = entity.key
+        self.tree: exp.Expr = sqlglot.parse_one(text, dialect="risingwave")
+        read = {table.name for table in self.tree.find_all(exp.Table)}
+        self.tiles = [name for name in registry.tiles if name in read]
+        # Which topics a tile counts is nowhere declared: those of the entity, and what the view reads itself.
+        self.topics = [
+            topic
+            for topic in registry.topics.values()
+            if topic.time is not None and (topic.entity == entity.name or topic.relation in read)
+            if self.key.name in topic.by_name
+        ]
+
+    def has_key(self, relation: str) -> bool:
+        """Whether a relation that the query reads has the entity's key column."""
+        tile = self.registry.tiles.get(relation)
+        return self.key.name in tile.key if tile else relation in {topic.relation for topic in self.topics}
+
+    def window_days(self, attribute: str) -> int | None:
+        """The days of the window that an attribute is computed over; the longest of several, None without one."""
+        from sqlglot import exp
+        from sqlglot.lineage import lineage
+
+        schema = {name: dict.fromkeys(tile.columns, "text") for name, tile in self.registry.tiles.items()}
+        schema |= {
+            topic.relation: dict.fromkeys(topic.by_name, "text") for topic in self.registry.topics.values()
+        }
+        days = [
+            # A tile is in the window until the day after its last one has ended.
+            int(found[1]) - 1
+            for node in lineage(attribute, self.tree.copy(), schema=schema, dialect="risingwave").walk()
+            if isinstance(node.source, exp.Select) and (where := node.source.args.get("where")) is not None
+            for interval in where.find_all(exp.Interval)
+            if (found := _DAYS.search(interval.sql("postgres")))
+        ]
+        return max(days, default=None)
+
+    def of(self, id_: int | str, attribute: str, schema: str, clock: datetime, dialect: str) -> str:
+        """The attribute of one id, asked at another time than now and of that id's rows only."""
+        from sqlglot import exp
+
+        wanted = exp.Literal.string(id_) if isinstance(id_, str) else exp.convert(id_)
+        names = {entry.alias for entry in self.tree.find_all(exp.CTE)}
+
+        def ask(node: exp.Expr) -> exp.Expr:
+            if isinstance(node, exp.CurrentTimestamp):
+                return exp.cast(exp.Literal.string(clock.isoformat()), "timestamptz")
+            if isinstance(node, exp.Table) and node.name not in names:
+                place = exp.table_(node.name, db=schema, quoted=True)
+                if not self.has_key(node.name):
+                    return exp.alias_(place, node.alias_or_name, table=True)
+                rows = (
+                    exp.select("*")
+                    .from_(place)
+                    .where(exp.column(self.key.name, quoted=True).eq(wanted.copy()))
+                )
+                return rows.subquery(node.alias_or_name)
+            return node
+
+        asked = self.tree.copy().transform(ask)
+        row = (
+            exp.select(exp.column(attribute, quoted=True))
+            .from_(exp.Subquery(this=asked, alias=exp.to_identifier("v")))
+            .where(exp.column(self.key.name, quoted=True).eq(wanted))
+        )
+        return row.sql(dialect)
 
 
-def _columns(names: Sequence[str]) -> sql.Composed:
-    return sql.SQL(", ").join(map(sql.Identifier, names))
+class _Look:
+    """One id's rows in the engine, over one connection; raises psycopg's errors."""
+
+    def __init__(
+        self, connection: psycopg.Connection[Any], engine: EngineConnection, key: Key, id_: int | str
+    ) -> None:
+        self.connection = connection
+        self.engine = engine
+        self.key = sql.Identifier(key.name)
+        self.id = id_
+
+    def spread(self, seconds: int) -> int:
+        """How much later than midnight the id's day begins, in seconds; macro `expiry_spread` is the same rule."""
+        if not seconds:
+            return 0
+        if isinstance(self.id, int):
+            return abs(self.id) % seconds
+        # Macro `row_hash`.
+        digits = hashlib.md5(self.id.encode(), usedforsecurity=False).hexdigest()[:15]
+        return int(digits, 16) % seconds
+
+    def row(self, query: _Query, attribute: str, clock: datetime) -> list[tuple[Any, ...]]:
+        """The attribute in the one row that the rolling view has at that time; nothing where it has none."""
+        dialect = "postgres" if self.engine.kind == "local" else "risingwave"
+        text = query.of(self.id, attribute, self.engine.schema, clock, dialect)
+        return self.connection.execute(text.encode(), prepare=False).fetchall()
+
+    def tiles(self, query: _Query, relation: str, start: date | None) -> Rows:
+        """The rows of a tile from a day on, newest first."""
+        tile = query.registry.tiles[relation]
+        if not query.has_key(relation):
+            return ()
+        columns = [name for name in tile.columns if name != query.key.name]
+        where = [sql.SQL("{} = {}").format(self.key, sql.Literal(self.id))]
+        if start is not None:
+            where.append(sql.SQL("{} >= {}").format(sql.Identifier(tile.day), sql.Literal(start)))
+        return self._rows(relation, columns, where, tile.day, MAX_TILES)
+
+    def events(self, topic: TopicDeclaration) -> Rows:
+        """The latest events of a topic."""
+        time = topic.time or topic.identity
+        where = [sql.SQL("{} = {}").format(self.key, sql.Literal(self.id))]
+        return self._rows(topic.relation, list(topic.by_name), where, time, LATEST_EVENTS)
+
+    def _rows(
+        self, relation: str, columns: Sequence[str], where: list[sql.Composed], order: str, limit: int
+    ) -> Rows:
+        statement = sql.SQL("select {} from {} where {} order by {} desc limit {}").format(
+            sql.SQL(", ").join(map(sql.Identifier, columns)),
+            sql.Identifier(self.engine.schema, relation),
+            sql.SQL(" and ").join(where),
+            sql.Identifier(order),
+            sql.Literal(limit),
+        )
+        rows = self.connection.execute(statement, prepare=False).fetchall()
+        return tuple(dict(zip(columns, row, strict=True)) for row in rows)

@@ -16,26 +16,27 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from dagster_prefs import ids
+from dagster_prefs.declarations.contract import ContractError
+from dagster_prefs.declarations.registry import Key
 from dagster_prefs.engine.connection import EngineUnavailable
 from dagster_prefs.errors import PrefsError, excerpt
-from dagster_prefs.online.contract import ContractError
+from dagster_prefs.ids import BadId, read_key
 from dagster_prefs.online.transport import ReadError
 from dagster_prefs.serving.pool import EngineBusy
 from dagster_prefs.serving.preferences import PreferenceError, PreferencesUnavailable
-from dagster_prefs.serving.profiles import MAX_VIEWERS, ProfileError
+from dagster_prefs.serving.profiles import MAX_IDS, ProfileError
 
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-# 10,000 viewer ids of 20 digits, with room.
+# 10,000 ids of 100 bytes, with room.
 MAX_BODY_BYTES = 1024 * 1024
 MAX_BUDGET_MS = 30_000
 # Items of a ranking.
 DEFAULT_LIMIT = 50
-# A viewer id as text, as `dagster_prefs.ids` reads it.
-VIEWER_ID = "[ \\t\\r\\n]*-?[0-9]{1,19}([.]0+)?[ \\t\\r\\n]*"
+# A number as text, as `dagster_prefs.ids` reads it.
+NUMBER_ID = "[ \\t\\r\\n]*-?[0-9]{1,19}([.]0+)?[ \\t\\r\\n]*"
 LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 # What a message of an error holds at most, whatever it repeats.
 MAX_MESSAGE_CHARACTERS = 2_000
@@ -99,14 +100,15 @@ class Arguments:
             raise RequestError(f"budget_ms is {given:g}: give milliseconds above 0, at most {MAX_BUDGET_MS}")
         return None if given is None else given / 1000
 
-    def viewer_ids(self) -> list[int]:
-        """viewer_ids, numbers or text."""
-        given = self._given.get("viewer_ids")
+    def ids(self, key: Key) -> list[int | str]:
+        """The list of ids, which has the key's name in the plural."""
+        name = ids_name(key)
+        given = self._given.get(name)
         if not isinstance(given, list):
-            raise RequestError("viewer_ids is missing or no list: give a list of viewer ids")
-        if len(given) > MAX_VIEWERS:
-            raise RequestError(f"{len(given)} viewers are more than {MAX_VIEWERS} in one call: split them")
-        return [viewer_id(value) for value in given]
+            raise RequestError(f"{name} is missing or no list: give a list of {name}")
+        if len(given) > MAX_IDS:
+            raise RequestError(f"{len(given)} {name} are more than {MAX_IDS} in one call: split them")
+        return [read_id(key, value) for value in given]
 
     def text(self, name: str) -> str | None:
         value = self._given.get(name)
@@ -294,9 +296,14 @@ def _check_names(given: Mapping[str, Any], known: Sequence[str], what: str) -> N
             raise RequestError(f"unknown {what} {excerpt(name)}: {hint}")
 
 
-def viewer_id(given: Any) -> int:
-    """A viewer id, also as text: many languages cannot hold 64 bits in a JSON number."""
+def ids_name(key: Key) -> str:
+    """What a request for many calls its list of ids: `learner_ids` for `learner_id`."""
+    return f"{key.name}s"
+
+
+def read_id(key: Key, given: Any) -> int | str:
+    """An id, a number also as text: many languages cannot hold 64 bits in a JSON number."""
     try:
-        return ids.viewer_id(given)
-    except ids.BadId as error:
+        return read_key(key, given)
+    except BadId as error:
         raise RequestError(str(error)) from None

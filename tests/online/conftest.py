@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
+from declared import PROJECT
 from psycopg import sql
 
+from dagster_prefs.declarations.contract import Contract, Domain, load_contract
 from dagster_prefs.engine.connection import EngineConnection
-from dagster_prefs.online.contract import Contract, Domain, load_contract
 from dagster_prefs.online.publisher import PublishReport, publish_domain
 from dagster_prefs.online.tables import TableReport, dynamodb_client, provision
 
@@ -88,12 +89,12 @@ class Store:
 
     def recreate_table(self) -> None:
         self.client.delete_table(TableName=self.table.name)
-        self.table = provision(self.client, self.contract, prefix=self.prefix)
+        self.table = provision(self.client, self.contract, prefix=self.prefix)["viewer"]
 
 
 @pytest.fixture
 def contract() -> Contract:
-    return load_contract()
+    return load_contract(PROJECT)
 
 
 @pytest.fixture
@@ -104,11 +105,15 @@ def store(database: EngineConnection, dynamodb_endpoint: str, contract: Contract
     client = dynamodb_client(dynamodb_endpoint, "eu-central-1")
     prefix = f"{schema}_"
     made = Store(
-        replace(database, schema=schema), client, contract, provision(client, contract, prefix=prefix), prefix
+        replace(database, schema=schema),
+        client,
+        contract,
+        provision(client, contract, prefix=prefix)["viewer"],
+        prefix,
     )
     made.execute(
-        "create table online_published (table_id text, domain_key text, viewer_id bigint, fingerprint text, "
-        "primary key (table_id, domain_key, viewer_id))"
+        "create table online_published (table_id text, domain_key text, entity_key text, fingerprint text, "
+        "primary key (table_id, domain_key, entity_key))"
     )
     for domain in contract.domains.values():
         made.create_sink(domain)

@@ -14,7 +14,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from dagster_prefs.online.contract import Domain
+from dagster_prefs.declarations.contract import Domain
 
 TYPES = {"integer": "bigint", "decimal": "numeric", "string": "character varying"} | {
     "list<string>": "character varying[]",

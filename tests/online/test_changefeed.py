@@ -15,7 +15,7 @@ from scripted_risingwave import ScriptedRisingWave
 from dagster_prefs.online import changefeed
 from dagster_prefs.online.access import ItemAccess
 from dagster_prefs.online.changefeed import ChangefeedReport, publish_changes
-from dagster_prefs.online.lease import LEASE_VIEWER, LeaseState, read_lease
+from dagster_prefs.online.lease import LEASE_IDS, LeaseState, read_lease
 from dagster_prefs.online.publisher import PublishError
 
 KEY = "engagement#interactions"
@@ -43,7 +43,7 @@ def publish(store: Any, server: Any, client: Any = None, **options: Any) -> Chan
         server,
         client or store.client,
         store.contract,
-        store.table,
+        {"viewer": store.table},
         domains=["interactions"],
         promise_seconds=PROMISE,
         **arguments,
@@ -62,7 +62,8 @@ def wanted(server: ScriptedRisingWave) -> dict[int, int]:
 
 def lease(store: Any) -> LeaseState:
     found = read_lease(
-        ItemAccess(store.client, store.contract, store.table.name), store.contract.domain("interactions")
+        ItemAccess(store.client, store.contract.tables["viewer"], store.table.name),
+        store.contract.domain("interactions"),
     )
     assert found is not None
     return found
@@ -197,7 +198,7 @@ def test_an_older_token_replays_to_the_same_state(store: Any, server: ScriptedRi
     for moment in moments:
         store.client.update_item(
             TableName=store.table.name,
-            Key={"viewer_id": {"N": str(LEASE_VIEWER)}, "domain_key": {"S": f"publisher#{KEY}"}},
+            Key={"viewer_id": {"N": str(LEASE_IDS["N"])}, "domain_key": {"S": f"publisher#{KEY}"}},
             UpdateExpression="set #t = :t",
             ExpressionAttributeNames={"#t": "token"},
             ExpressionAttributeValues={":t": {"N": str(moment)}},

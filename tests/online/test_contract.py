@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from declared import PROJECT
 
-from dagster_prefs.online.contract import (
-    CONTRACT_PATH,
+from dagster_prefs.declarations.contract import (
     ContractError,
     build_contract,
     check_version,
@@ -22,16 +22,18 @@ from dagster_prefs.online.contract import (
     render_contract,
 )
 
+REGISTRY = PROJECT / "registry.json"
+
 Edit = Callable[[dict[str, Any]], Any]
 
 
 @pytest.fixture
 def content() -> dict[str, Any]:
-    return contract_dict(load_contract())
+    return contract_dict(load_contract(PROJECT))
 
 
 def test_the_shipped_contract_is_what_is_served() -> None:
-    contract = load_contract()
+    contract = load_contract(PROJECT)
     assert {domain.name: key for key, domain in contract.domains.items()} == {
         "watch": "engagement#watch",
         "interactions": "engagement#interactions",
@@ -39,8 +41,8 @@ def test_the_shipped_contract_is_what_is_served() -> None:
     }
     assert contract.domain("watch") is contract.domain("engagement#watch")
     assert contract.domain("watch").attributes["watch_minutes_7d"].type == "decimal"
-    assert contract.table.name == "viewer_profiles"
-    assert render_contract(contract) == CONTRACT_PATH.read_text(encoding="utf-8")
+    assert contract.tables["viewer"].name == "viewer_profiles"
+    assert render_contract(contract) == render_contract(json.loads(REGISTRY.read_text())["contract"])
     with pytest.raises(ContractError, match="unknown domain 'wach': the contract has"):
         contract.domain("wach")
 
@@ -53,6 +55,10 @@ def test_rendering_is_stable_and_reads_back(content: dict[str, Any]) -> None:
     assert render_contract(parse_contract(backwards)) == text
 
 
+def viewers(content: dict[str, Any]) -> Any:
+    return content["tables"]["viewer"]
+
+
 def watch(content: dict[str, Any]) -> Any:
     return content["domains"]["engagement#watch"]
 
@@ -63,11 +69,32 @@ def watch(content: dict[str, Any]) -> Any:
         (lambda c: c.pop("owner"), "the contract: owner is missing"),
         (lambda c: c.update(extra=1), "the contract: extra is not known"),
         (lambda c: c.update(version="1"), "version: a whole number of at least 1 is needed, not '1'"),
-        (lambda c: c.update(domains={}), "at least one domain"),
+        (lambda c: c.update(domains={}), "tables.viewer: no domain is of entity viewer"),
         (lambda c: c.update(domains=[]), "domains: an object is needed, not list"),
-        (lambda c: c["table"].update(name="a b"), "'a b' is not a DynamoDB table name"),
-        (lambda c: c["table"].update(max_item_bytes=500_000), "500000 is over DynamoDB's limit"),
-        (lambda c: c["table"]["sort_key"].update(type="B"), "'B' is not one of N, S"),
+        (lambda c: viewers(c).update(name="a b"), "'a b' is not a DynamoDB table name"),
+        (lambda c: viewers(c).update(max_item_bytes=500_000), "500000 is over DynamoDB's limit"),
+        (lambda c: viewers(c)["sort_key"].update(type="B"), "'B' is not one of N, S"),
+        (
+            lambda c: viewers(c)["sort_key"].update(type="N"),
+            "sort_key.type: it holds the domain's key, a text",
+        ),
+        (lambda c: c.update(tables={}), "has no table"),
+        (
+            lambda c: c["tables"].update(item=viewers(c)),
+            "tables: name 'viewer_profiles' is used twice; each entity needs a table of its own",
+        ),
+        (
+            lambda c: c["tables"].update(item={**viewers(c), "name": "item_profiles"}),
+            "tables.item: no domain is of entity item",
+        ),
+        (lambda c: watch(c).update(entity="item"), "watch.entity: 'item' has no table: it is one of viewer"),
+        (lambda c: watch(c).update(name="reads"), "'reads' is what every profile has"),
+        (lambda c: watch(c).update(name="viewer_id"), "'viewer_id' is what every profile has"),
+        (lambda c: watch(c).update(name="class"), "'class' is not a Python identifier"),
+        (
+            lambda c: watch(c)["attributes"].update(_x=watch(c)["attributes"]["titles_7d"]),
+            "_x: an attribute's name must be a Python identifier without a leading underscore",
+        ),
         (lambda c: c["domains"].update(Watch=watch(c)), "domains.Watch: a domain key is"),
         (
             lambda c: c["domains"].update({"engagement#again": watch(c)}),
@@ -91,11 +118,16 @@ def test_a_malformed_contract_names_the_place(content: dict[str, Any], edit: Edi
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("{", "is not JSON"), ("[]", "is not valid: the contract: an object is needed")]
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "is not valid: it has no contract"),
+        ('{"contract": []}', "is not valid: the contract: an object is needed"),
+    ],
 )
 def test_an_unreadable_file_is_named(tmp_path: Path, text: str, message: str) -> None:
-    path = tmp_path / "contract.json"
-    with pytest.raises(ContractError, match=r"contract\.json cannot be read .*: run `prefs contract build`"):
+    path = tmp_path / "registry.json"
+    with pytest.raises(ContractError, match=r"registry\.json cannot be read .*: run `prefs generate`"):
         load_contract(path)
     path.write_text(text)
     with pytest.raises(ContractError, match=message):
@@ -136,7 +168,7 @@ def manifest(content: dict[str, Any]) -> dict[str, Any]:
                     "column_name": name,
                 }
         meta = {"key": key} | {
-            part: domain[part] for part in ("name", "sink", "owner", "description", "freshness")
+            part: domain[part] for part in ("name", "entity", "sink", "owner", "description", "freshness")
         }
         nodes[unique_id] = {
             "resource_type": "model",
@@ -145,7 +177,7 @@ def manifest(content: dict[str, Any]) -> dict[str, Any]:
             "config": {"meta": {"domain": meta}},
         }
     nodes["model.dagster_prefs.items"] = {"resource_type": "model", "name": "items", "config": {"meta": {}}}
-    head = {part: content[part] for part in ("version", "owner", "table", "freshness")}
+    head = {part: content[part] for part in ("version", "owner", "tables", "freshness")}
     exposures = {
         "exposure.dagster_prefs.recommendation_service": {
             "name": "recommendation_service",
@@ -237,9 +269,9 @@ def test_building_names_what_is_wrong(manifest: dict[str, Any], edit: Edit, mess
         (lambda c: watch(c).update(owner="others"), "additive", "engagement#watch.owner"),
         (lambda c: watch(c)["freshness"].update(error_seconds=50), "breaking", "engagement#watch.freshness"),
         (lambda c: watch(c)["freshness"].update(error_seconds=4), "additive", "engagement#watch.freshness"),
-        (lambda c: c["table"].update(name="other"), "breaking", "table.name"),
-        (lambda c: c["table"]["sort_key"].update(name="domain"), "breaking", "table.sort_key"),
-        (lambda c: c["table"].update(max_item_bytes=1000), "additive", "table.max_item_bytes"),
+        (lambda c: viewers(c).update(name="other"), "breaking", "tables.viewer.name"),
+        (lambda c: viewers(c)["sort_key"].update(name="domain"), "breaking", "tables.viewer.sort_key"),
+        (lambda c: viewers(c).update(max_item_bytes=1000), "additive", "tables.viewer.max_item_bytes"),
         (lambda c: c["freshness"]["export"].update(error_seconds=500_000), "additive", "freshness"),
     ],
 )
@@ -256,6 +288,28 @@ def test_changes_are_classified_and_breaking_ones_need_a_version(
         content["version"] = 2
         new = parse_contract(content)
     assert check_version(old, new) == diff_contracts(old, new)
+
+
+def test_a_table_of_another_entity_comes_and_goes(content: dict[str, Any]) -> None:
+    before = parse_contract(deepcopy(content))
+    content["tables"]["item"] = {**viewers(content), "name": "item_profiles"}
+    trend = {**watch(content), "name": "trend", "relation": "r", "sink": "s", "entity": "item"}
+    content["domains"]["item#trend"] = trend
+    after = parse_contract(deepcopy(content))
+    assert [(change.kind, change.path) for change in diff_contracts(before, after)] == [
+        ("additive", "tables.item"),
+        ("additive", "item#trend"),
+    ]
+    assert [(change.kind, change.path) for change in diff_contracts(after, before)] == [
+        ("breaking", "tables.item"),
+        ("breaking", "item#trend"),
+    ]
+    assert after.table_of(after.domain("trend")).name == "item_profiles"
+    assert [domain.name for domain in after.domains_of("item")] == ["trend"]
+    content["domains"]["item#trend"]["entity"] = "viewer"
+    del content["tables"]["item"]
+    moved = diff_contracts(after, parse_contract(content))
+    assert ("breaking", "item#trend.entity") in {(change.kind, change.path) for change in moved}
 
 
 def test_nothing_changed_is_nothing_to_tell(content: dict[str, Any]) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dagster_prefs.declarations.contract import build_contract, contract_dict, load_contract
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.engine.dbt import Dbt
-from dagster_prefs.online.contract import CONTRACT_PATH, build_contract, render_contract
 
 PROJECT = Path(__file__).parents[2] / "dbt_project"
 
@@ -15,5 +15,6 @@ def test_the_checked_in_contract_is_current(tmp_path: Path) -> None:
     # Parsing needs no engine, so this one is never reached.
     nowhere = EngineConnection("127.0.0.1", 1, "prefs", "prefs")
     manifest = Dbt(nowhere, PROJECT, tmp_path / "target").manifest()
-    built = render_contract(build_contract(manifest))
-    assert built == CONTRACT_PATH.read_text(encoding="utf-8"), "out of date: run `prefs contract build`"
+    assert build_contract(manifest) == contract_dict(load_contract(PROJECT)), (
+        "out of date: run `prefs generate`"
+    )

@@ -16,8 +16,8 @@ from urllib.request import Request, urlopen
 import boto3
 import pytest
 
+from dagster_prefs.declarations.contract import Contract, contract_dict, parse_contract
 from dagster_prefs.errors import PrefsError
-from dagster_prefs.online.contract import Contract, contract_dict, parse_contract
 from dagster_prefs.online.publisher import publish_domain
 from dagster_prefs.online.tables import dynamodb_client, provision
 from tests.online.conftest import Store
@@ -31,7 +31,7 @@ PREFIX = "permissions_"
 def expiring(contract: Contract) -> Contract:
     """The contract with a time to live, whose verification needs every permission there is."""
     content = contract_dict(contract)
-    content["table"]["ttl_attribute"] = "expires_at"
+    content["tables"]["viewer"]["ttl_attribute"] = "expires_at"
     return parse_contract(content)
 
 
@@ -124,7 +124,7 @@ def test_creation_names_each(client_without: Callable[..., Any], expiring: Contr
         with pytest.raises(PrefsError, match=f"allow dynamodb:{missing} on it"):
             provision(client_without(missing, CREATES | {"CreateTable"}), expiring, prefix=prefix)
     needed = CREATES | {"CreateTable", "UpdateTimeToLive"}
-    assert provision(client_without(None, needed), expiring, prefix=prefix).created
+    assert provision(client_without(None, needed), expiring, prefix=prefix)["viewer"].created
 
 
 def test_publishing_names_each(store: Store, client_without: Callable[..., Any]) -> None:

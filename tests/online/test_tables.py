@@ -12,7 +12,7 @@ import pytest
 from botocore.exceptions import ClientError
 
 from dagster_prefs.addresses import is_loopback
-from dagster_prefs.online.contract import Contract, contract_dict, parse_contract
+from dagster_prefs.declarations.contract import Contract, contract_dict, parse_contract
 from dagster_prefs.online.tables import TableError, TableReport, dynamodb_client, provision
 
 
@@ -31,18 +31,18 @@ def prefix(client: Any) -> Iterator[str]:
 
 
 def test_a_missing_table_is_made_once(client: Any, contract: Contract, prefix: str) -> None:
-    first = provision(client, contract, prefix=prefix)
+    first = provision(client, contract, prefix=prefix)["viewer"]
     assert first.created
     assert (first.name, first.status, first.billing_mode) == (
         f"{prefix}viewer_profiles",
         "ACTIVE",
         "PAY_PER_REQUEST",
     )
-    again = provision(client, contract, prefix=prefix)
+    again = provision(client, contract, prefix=prefix)["viewer"]
     assert not again.created
     assert again.table_id == first.table_id
     client.delete_table(TableName=first.name)
-    assert provision(client, contract, prefix=prefix).table_id != first.table_id
+    assert provision(client, contract, prefix=prefix)["viewer"].table_id != first.table_id
 
 
 def test_two_at_once_make_one_table(client: Any, contract: Contract, prefix: str) -> None:
@@ -51,7 +51,7 @@ def test_two_at_once_make_one_table(client: Any, contract: Contract, prefix: str
 
     def run() -> None:
         barrier.wait()
-        reports.append(provision(client, contract, prefix=prefix))
+        reports.append(provision(client, contract, prefix=prefix)["viewer"])
 
     threads = [threading.Thread(target=run) for _ in range(4)]
     for thread in threads:
@@ -123,7 +123,7 @@ def test_verify_makes_nothing_and_lists_what_terraform_would_have_set(
         "apply does)"
     )
     tag(client, name, str(contract.version))
-    report = provision(client, contract, prefix=prefix, mode="verify")
+    report = provision(client, contract, prefix=prefix, mode="verify")["viewer"]
     assert (report.created, report.point_in_time_recovery, report.deletion_protection) == (False, True, True)
 
 
@@ -141,7 +141,7 @@ def version_of(client: Any, table: str) -> str:
 
 def test_a_contract_newer_than_the_table_is_refused(client: Any, contract: Contract, prefix: str) -> None:
     newer = replace(contract, version=contract.version + 1)
-    name = provision(client, contract, prefix=prefix).name
+    name = provision(client, contract, prefix=prefix)["viewer"].name
     with pytest.raises(TableError) as caught:
         provision(client, newer, prefix=prefix, mode="verify")
     assert (
@@ -158,7 +158,7 @@ def test_create_raises_the_tables_version_and_never_lowers_it(
     client: Any, contract: Contract, prefix: str
 ) -> None:
     newer = replace(contract, version=contract.version + 1)
-    name = provision(client, contract, prefix=prefix).name
+    name = provision(client, contract, prefix=prefix)["viewer"].name
     assert version_of(client, name) == str(contract.version)
     provision(client, newer, prefix=prefix)
     assert version_of(client, name) == str(newer.version)
@@ -172,12 +172,12 @@ def test_create_raises_the_tables_version_and_never_lowers_it(
 
 def test_the_time_to_live_is_the_contracts(client: Any, contract: Contract, prefix: str) -> None:
     content = contract_dict(contract)
-    content["table"]["ttl_attribute"] = "expires_at"
+    content["tables"]["viewer"]["ttl_attribute"] = "expires_at"
     expiring = parse_contract(content)
-    name = provision(client, expiring, prefix=prefix).name
+    name = provision(client, expiring, prefix=prefix)["viewer"].name
     ttl = client.describe_time_to_live(TableName=name)["TimeToLiveDescription"]
     assert (ttl["TimeToLiveStatus"], ttl["AttributeName"]) == ("ENABLED", "expires_at")
-    assert not provision(client, expiring, prefix=prefix).created
+    assert not provision(client, expiring, prefix=prefix)["viewer"].created
     with pytest.raises(TableError, match="its time to live is on expires_at and should be on none"):
         provision(client, contract, prefix=prefix)
 
@@ -191,7 +191,7 @@ def test_the_time_to_live_is_the_contracts(client: Any, contract: Contract, pref
             raise ClientError({"Error": {"Code": "AccessDeniedException"}}, "DescribeTimeToLive")
 
     blind: Any = Publisher()
-    assert not provision(blind, contract, prefix=prefix).created
+    assert not provision(blind, contract, prefix=prefix)["viewer"].created
     with pytest.raises(TableError, match="allow dynamodb:DescribeTimeToLive"):
         provision(blind, expiring, prefix=prefix)
 

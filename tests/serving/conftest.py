@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
+from declared import PROJECT
 from psycopg import sql
 
+from dagster_prefs.declarations.contract import load_contract
 from dagster_prefs.engine.connection import EngineConnection
-from dagster_prefs.online.contract import load_contract
 from dagster_prefs.online.items import ItemEncoder
 from dagster_prefs.online.tables import dynamodb_client, provision
 from dagster_prefs.serving import ProfileClient
@@ -85,10 +86,10 @@ class Online:
 
     def __init__(self, endpoint: str) -> None:
         self.endpoint = endpoint
-        self.contract = load_contract()
+        self.contract = load_contract(PROJECT)
         self.prefix = f"serving_{uuid.uuid4().hex[:12]}_"
         self.client = dynamodb_client(endpoint, REGION)
-        self.table = provision(self.client, self.contract, prefix=self.prefix)
+        self.table = provision(self.client, self.contract, prefix=self.prefix)["viewer"]
 
     def put(self, name: str, viewer_id: int, values: list[Any], **changes: Any) -> None:
         item = ItemEncoder(self.contract, self.contract.domain(name)).encode(viewer_id, values)
@@ -97,6 +98,7 @@ class Online:
 
     def reader(self, transport: str, **options: Any) -> ProfileClient:
         return ProfileClient(
+            PROJECT,
             endpoint_url=self.endpoint,
             region=REGION,
             table_prefix=self.prefix,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
+import pickle
 import ssl
 import threading
 from collections.abc import Callable, Iterator
@@ -12,24 +14,23 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
+from uuid import UUID
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from declared import COURSES, PROJECT, two_entities
 from scripted_dynamodb import Request, Script, answer, failure, http, serve
 
+from dagster_prefs.declarations.contract import ContractError, contract_dict, load_contract, parse_contract
+from dagster_prefs.declarations.registry import RegistryError, load_registry, parse_registry, registry_dict
 from dagster_prefs.errors import PrefsError
-from dagster_prefs.online.contract import Contract, ContractError, load_contract
 from dagster_prefs.online.items import ItemEncoder, ItemError
 from dagster_prefs.online.transport import ReadError
 from dagster_prefs.serving import AsyncProfileClient, ProfileClient
-from dagster_prefs.serving.domains import (
-    DOMAIN_CLASSES,
-    InteractionsProfile,
-    PreferencesProfile,
-    WatchProfile,
-)
+from dagster_prefs.serving.domains import domain_class
+from dagster_prefs.serving.generate import render_client
 from dagster_prefs.serving.profiles import ProfileError
 
 REGION = "eu-central-1"
@@ -37,6 +38,10 @@ AT = 1_760_000_000_000
 WATCH = [Decimal("12.5"), Decimal("40.123456"), 3, 2, 5, AT]
 PREFERENCES = ["drama", ["drama", "news"], [Decimal("0.75"), Decimal("0.25")], None, Decimal("9.1"), AT]
 TRANSPORTS = ["lean", "boto3"]
+CONTRACT = load_contract(PROJECT)
+WatchProfile, InteractionsProfile, PreferencesProfile = (
+    domain_class(CONTRACT.domain(name)) for name in ("watch", "interactions", "preferences")
+)
 
 
 @pytest.fixture(params=TRANSPORTS)
@@ -53,12 +58,11 @@ def script() -> Iterator[Script]:
 
 def scripted(script: Script, transport: str, **options: Any) -> ProfileClient:
     given = {"budget_seconds": 20, "read_timeout_seconds": 10, **options}
-    return ProfileClient(endpoint_url=script.endpoint, region=REGION, transport=transport, **given)  # type: ignore[arg-type]
+    return ProfileClient(PROJECT, endpoint_url=script.endpoint, region=REGION, transport=transport, **given)  # type: ignore[arg-type]
 
 
 def item(name: str, viewer_id: int, values: list[Any]) -> dict[str, Any]:
-    contract = load_contract()
-    return ItemEncoder(contract, contract.domain(name)).encode(viewer_id, values)
+    return ItemEncoder(CONTRACT, CONTRACT.domain(name)).encode(viewer_id, values)
 
 
 def wanted_viewer(request: Request) -> int:
@@ -93,10 +97,10 @@ def test_typed_classes_are_the_contract() -> None:
         "list<string>": list[str],
         "list<decimal>": list[Decimal],
     }
-    contract = load_contract()
-    assert {domain.name for domain in contract.domains.values()} == set(DOMAIN_CLASSES)
-    for domain in contract.domains.values():
-        made = DOMAIN_CLASSES[domain.name]
+    for domain in [*CONTRACT.domains.values(), *load_contract(COURSES).domains.values()]:
+        made = domain_class(domain)
+        assert made is domain_class(domain)
+        assert made.__name__ == f"{domain.name.title()}Profile"
         assert [entry.name for entry in fields(made)] == list(domain.attributes)
         for name, hint in get_type_hints(made).items():
             attribute = domain.attributes[name]
@@ -105,6 +109,26 @@ def test_typed_classes_are_the_contract() -> None:
             expected = python[attribute.type]
             assert hint == (expected | None if nullable else expected), name
             assert not nullable or type(None) in get_args(hint)
+
+
+def test_a_profile_survives_pickle_and_copy(online: Any, transport: str) -> None:
+    online.put("watch", 7, WATCH)
+    with online.reader(transport) as client:
+        profile = client.get(7)
+    for again in (pickle.loads(pickle.dumps(profile)), copy.deepcopy(profile)):
+        assert again == profile
+        assert type(again) is type(profile)
+        assert again.watch.watch_minutes_28d == Decimal("40.123456")
+
+
+def test_a_key_column_may_be_called_as_the_profile_calls_it() -> None:
+    text = (COURSES / "registry.json").read_text().replace("learner_id", "id")
+    registry = parse_registry(json.loads(text))
+    with ProfileClient(registry, endpoint_url="http://127.0.0.1:9", region="eu-central-1") as client:
+        assert client.get("ana", fallback="cold_start").id == "ana"
+    written = render_client(registry.contract)
+    assert "def id(" not in written
+    compile(written, "client.py", "exec")
 
 
 def test_all_domains_of_a_viewer(online: Any, transport: str) -> None:
@@ -553,11 +577,11 @@ def test_attributes_of_a_later_contract_are_ignored(
         (lambda client: client.get(1, ["wach"]), "unknown domain 'wach'"),
         (lambda client: client.get(1, []), "domains is empty"),
         (lambda client: client.get(1, "watch"), "domains is a list of names"),
-        (lambda client: client.get("1"), "a viewer id is a 64-bit integer, not '1'"),
-        (lambda client: client.get(True), "a viewer id is a 64-bit integer"),
-        (lambda client: client.get(2**63), "a viewer id is a 64-bit integer"),
-        (lambda client: client.get_many([]), "no viewer ids were given"),
-        (lambda client: client.get_many(range(10_001)), "10001 viewers are more than 10000"),
+        (lambda client: client.get("1"), "viewer_id must be a 64-bit integer, not '1'"),
+        (lambda client: client.get(True), "viewer_id must be a 64-bit integer"),
+        (lambda client: client.get(2**63), "viewer_id must be a 64-bit integer"),
+        (lambda client: client.get_many([]), "no ids were given"),
+        (lambda client: client.get_many(range(10_001)), "10001 ids are more than 10000"),
         (lambda client: client.get(1, budget_seconds=0), "budget_seconds must be"),
         (lambda client: client.get(1, max_staleness_seconds=-1), "max_staleness_seconds must be"),
         (lambda client: client.get(1, fallback="none"), "fallback must be 'partial' or 'cold_start'"),
@@ -578,6 +602,7 @@ def test_a_domain_that_was_not_asked_for_says_so(script: Script) -> None:
 
 def test_an_endpoint_that_is_away(transport: str) -> None:
     client = ProfileClient(
+        PROJECT,
         endpoint_url="http://127.0.0.1:1",
         region=REGION,
         transport=transport,
@@ -609,7 +634,7 @@ def test_missing_credentials_are_named(
 @pytest.mark.parametrize("endpoint", ["localhost:8000", "ftp://host", "http://"])
 def test_an_endpoint_that_is_no_url_is_named(endpoint: str, transport: str) -> None:
     with pytest.raises(PrefsError, match="endpoint"):
-        ProfileClient(endpoint_url=endpoint, region=REGION, transport=transport)  # type: ignore[arg-type]
+        ProfileClient(PROJECT, endpoint_url=endpoint, region=REGION, transport=transport)  # type: ignore[arg-type]
 
 
 def test_asyncio(online: Any, transport: str) -> None:
@@ -617,6 +642,7 @@ def test_asyncio(online: Any, transport: str) -> None:
 
     async def read() -> tuple[Any, ...]:
         async with AsyncProfileClient(
+            PROJECT,
             endpoint_url=online.endpoint,
             region=REGION,
             table_prefix=online.prefix,
@@ -634,16 +660,98 @@ def test_asyncio(online: Any, transport: str) -> None:
     assert {viewer: profile.cold_start for viewer, profile in many.items()} == {1: False, 2: True}
 
 
-def test_a_contract_with_an_unknown_domain_is_refused(contract_with_more: Contract) -> None:
-    with pytest.raises(ProfileError, match="domain more has no class in this version"):
-        ProfileClient(endpoint_url="http://127.0.0.1:1", region=REGION, contract=contract_with_more)
+def test_a_registry_is_a_path_a_dict_or_itself() -> None:
+    registry = load_registry(PROJECT)
+    given = [PROJECT, str(PROJECT), PROJECT / "registry.json", registry_dict(registry), registry]
+    for one in given:
+        with ProfileClient(one, endpoint_url="http://127.0.0.1:1", region=REGION) as client:
+            assert client.contract == registry.contract
+            assert client.entity.name == "viewer"
+            assert [domain.name for domain in client.domains] == ["interactions", "preferences", "watch"]
 
 
-@pytest.fixture
-def contract_with_more() -> Contract:
-    from dagster_prefs.online.contract import contract_dict, parse_contract
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        (None, RegistryError, "a registry is needed, not None: pass the path of the project's registry.json"),
+        ("/nowhere", RegistryError, "/nowhere/registry.json is missing: run `prefs generate`"),
+        ({}, RegistryError, "it has format None, and this version reads 1"),
+    ],
+)
+def test_a_service_without_a_registry_is_told(given: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        ProfileClient(given, endpoint_url="http://127.0.0.1:1", region=REGION)
 
-    content = contract_dict(load_contract())
+
+def test_an_entity_without_profiles_is_named() -> None:
+    for name in ("shop_user", "nobody"):
+        with pytest.raises(ProfileError, match=f"entity '{name}' has no profiles: one of viewer has"):
+            ProfileClient(PROJECT, entity=name, endpoint_url="http://127.0.0.1:1", region=REGION)
+
+
+def test_a_name_that_is_no_domain_is_named(script: Script) -> None:
+    with scripted(script, "lean") as client:
+        profile = client.get(1, ["watch"])
+    assert (profile.id, profile.viewer_id, profile.entity) == (1, 1, "viewer")
+    with pytest.raises(
+        AttributeError, match="a viewer has no domain 'wach': it has interactions, preferences, watch"
+    ):
+        _ = profile.wach
+
+
+def test_a_domain_of_another_entity_is_not_read(script: Script) -> None:
+    with (
+        ProfileClient(two_entities(), endpoint_url=script.endpoint, region=REGION) as client,
+        pytest.raises(
+            ProfileError, match="domain trend is of entity item: a viewer has interactions, preferences"
+        ),
+    ):
+        client.get(1, ["trend"])
+    with ProfileClient(two_entities(), entity="item", endpoint_url=script.endpoint, region=REGION) as items:
+        found = items.get("shoe/1")
+    assert found.trend == domain_class(items.contract.domain("trend"))()
+    assert found.as_dict()["item_id"] == "shoe/1"
+    assert {(request.body["TableName"], *request.body["Key"]["item_id"]) for request in script.requests} == {
+        ("item_profiles", "S")
+    }
+
+
+def test_a_uuid_is_one_id_however_it_is_written(script: Script) -> None:
+    text = "0190163d-8694-739b-aea5-966c26f8ad91"
+    with ProfileClient(
+        two_entities("uuid"), entity="item", endpoint_url=script.endpoint, region=REGION
+    ) as items:
+        found = items.get_many([text.upper(), UUID(text), text])
+        for wrong in ("shoe", 7, text + "0"):
+            with pytest.raises(ProfileError, match=r"item_id must be a (UUID|text)"):
+                items.get(wrong)
+    assert list(found) == [text]
+    assert found[text].id == text
+    # The canary of such an entity is the nil UUID.
+    asked = {request.body["Key"]["item_id"]["S"] for request in script.requests}
+    assert asked == {text, "00000000-0000-0000-0000-000000000000"}
+
+
+def test_an_attribute_that_the_item_lacks_is_served_cold_and_named(online: Any, transport: str) -> None:
+    online.put("watch", 1, WATCH)
+    key = {"viewer_id": {"N": "1"}, "domain_key": {"S": "engagement#watch"}}
+    online.client.update_item(
+        TableName=online.table.name, Key=key, UpdateExpression="REMOVE titles_7d, watch_minutes_7d"
+    )
+    with online.reader(transport) as client:
+        profile = client.get(1, ["watch"])
+    assert profile.watch == WatchProfile(Decimal(0), Decimal("40.123456"), 0, 2, 5, AT)
+    assert profile.reads["watch"].state == "found"
+    assert profile.reads["watch"].unknown == ("watch_minutes_7d", "titles_7d")
+    assert profile.as_dict()["domains"]["watch"]["unknown"] == ["watch_minutes_7d", "titles_7d"]
+    assert not profile.partial
+
+
+def test_a_further_domain_of_the_contract_is_a_further_class(script: Script) -> None:
+    declared = registry_dict(load_registry(PROJECT))
+    content = contract_dict(CONTRACT)
     more = {**content["domains"]["engagement#watch"], "name": "more", "relation": "r", "sink": "s"}
     content["domains"]["engagement#more"] = more
-    return parse_contract(content)
+    declared["contract"] = contract_dict(parse_contract(content))
+    with ProfileClient(declared, endpoint_url=script.endpoint, region=REGION) as client:
+        assert client.get(1, ["more"]).more.titles_7d == 0

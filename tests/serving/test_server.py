@@ -22,13 +22,14 @@ from urllib.parse import quote, urlsplit
 
 import openapi_spec_validator
 import pytest
+from declared import PROJECT
 from openapi_schema_validator import OAS30Validator
 from scripted_dynamodb import Reply, Request, Script, answer, failure
 from scripted_dynamodb import serve as serve_script
 from starlette.routing import Route
 
+from dagster_prefs.declarations.registry import load_registry
 from dagster_prefs.engine.connection import EngineConnection
-from dagster_prefs.online.contract import load_contract
 from dagster_prefs.serving import AsyncProfileClient, PreferenceClient
 from dagster_prefs.serving.connections import ConnectionLimits
 from dagster_prefs.serving.openapi import openapi
@@ -84,7 +85,8 @@ def running(
     """The server in a thread of its own."""
     load = {name: options.pop(name) for name in ("budget_seconds", "max_in_flight") if name in options}
     limits = options.pop("limits", ConnectionLimits())
-    app = make_app(profiles, preferences, load=Load(**{"budget_seconds": 30.0, **load}), **options)
+    served = [] if profiles is None else [profiles]
+    app = make_app(served, preferences, load=Load(**{"budget_seconds": 30.0, **load}), **options)
     server = make_server(app, limits)
     server.config.port = 0
     thread = threading.Thread(target=server.run)
@@ -102,6 +104,7 @@ def running(
 
 def profile_client(endpoint: str, prefix: str = "", **options: Any) -> AsyncProfileClient:
     return AsyncProfileClient(
+        PROJECT,
         endpoint_url=endpoint,
         region=REGION,
         table_prefix=prefix,
@@ -271,7 +274,7 @@ def test_the_description_is_true(caller: Caller) -> None:
     openapi_spec_validator.validate(document)
     routes = {
         (re.sub(r":path", "", route.path), method.lower())
-        for route in make_app(profile_client("http://127.0.0.1:1"), PreferenceClient(NOWHERE)).routes
+        for route in make_app([profile_client("http://127.0.0.1:1")], PreferenceClient(NOWHERE)).routes
         if isinstance(route, Route) and route.path != "/openapi.json"
         for method in (route.methods or set()) - {"HEAD"}
     }
@@ -316,7 +319,9 @@ def parts_of(document: Any) -> Iterator[dict[str, Any]]:
 
 def test_generators_find_what_they_need() -> None:
     """Types beside enums, names of operations, nothing that only one version of OpenAPI knows."""
-    document = openapi(load_contract(), profiles=True, preferences=True)
+    registry = load_registry(PROJECT)
+    viewer = (registry.entity("viewer"), registry.contract.domains_of("viewer"))
+    document = openapi([viewer], version=1, preferences=True)
     enums = [part for part in parts_of(document) if "enum" in part]
     assert len(enums) >= 5
     assert {part.get("type") for part in enums} == {"string"}

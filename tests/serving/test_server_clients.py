@@ -587,7 +587,7 @@ def test_keep_alive_still_works(script: Script) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_another_user_of_the_machine_is_not_answered() -> None:
     """Where `PREFS_LOCAL_USERS=own`, the default, says so."""
-    app = server.make_app(None, None)
+    app = server.make_app([], None)
     served = server.make_server(app, ConnectionLimits(own_user_only=True))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
+import uuid
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import pytest
+from declared import COURSES, PROJECT
 
-from dagster_prefs.offline.windows import longest_window
-from dagster_prefs.online.contract import load_contract
-from dagster_prefs.serving.why import _DEFINITIONS, WhyError, explain_attribute
+from dagster_prefs.declarations.registry import Registry, load_registry
+from dagster_prefs.online.items import ItemEncoder
+from dagster_prefs.online.tables import dynamodb_client, provision
+from dagster_prefs.serving import ProfileClient
+from dagster_prefs.serving.why import WhyError, _Query, explain_attribute
 
 NOW = datetime(2026, 3, 10, 0, 30, tzinfo=UTC)
 TODAY = date(2026, 3, 10)
@@ -110,8 +116,10 @@ def test_online_and_recomputed_side_by_side(tiles: Any, online: Any) -> None:
     for entry in found.values():
         assert entry.equal
         assert entry.in_view
-        newest = [tile["last_event_at"] for tile in entry.tiles]
+        (rows,) = entry.tiles.values()
+        newest = [tile["last_event_at"] for tile in rows]
         assert newest == sorted(newest, reverse=True)
+        assert len(newest) > 0
         assert entry.window_start == day(entry.window_days)
         assert json.dumps(entry.as_dict(), default=str)
 
@@ -136,7 +144,10 @@ def test_a_difference_shows(tiles: Any, online: Any) -> None:
 def test_the_latest_events_are_shown(tiles: Any, online: Any) -> None:
     with online.reader("lean") as client:
         found = explain_attribute(tiles.engine, client, 1, "watch_minutes_7d", now=NOW)
-    assert [event["event_id"] for event in found.events] == [f"e{n}" for n in range(10)]
+    assert {topic: [event["event_id"] for event in rows] for topic, rows in found.events.items()} == {
+        "view_events": [f"e{n}" for n in range(10)],
+        "content_interactions": ["i1"],
+    }
 
 
 def test_the_expiry_spread_moves_the_window(tiles: Any, online: Any) -> None:
@@ -149,15 +160,67 @@ def test_the_expiry_spread_moves_the_window(tiles: Any, online: Any) -> None:
     assert (same.recomputed, still.recomputed) == (3, 12)
 
 
-def test_every_attribute_of_the_contract_is_explained() -> None:
-    declared = {
-        (domain.name, attribute)
-        for domain in load_contract().domains.values()
-        for attribute in domain.attributes
+@pytest.mark.parametrize("project", [PROJECT, COURSES])
+def test_the_window_of_an_attribute_is_that_of_its_view(project: Path) -> None:
+    """Where a name says days, the view's query says the same; found through whatever stands in between."""
+    registry = load_registry(project)
+    found = {
+        f"{domain.name}.{name}": _Query(registry, domain).window_days(name)
+        for domain in registry.contract.domains.values()
+        for name in domain.attributes
     }
-    assert set(_DEFINITIONS) == declared
-    # The formulas are written twice on purpose; the windows must be those of the views all the same.
-    assert max(days for days, _ in _DEFINITIONS.values()) == longest_window()
+    for name, days in found.items():
+        if named := re.search(r"_([0-9]+)d$", name):
+            assert days == int(named[1]), name
+    assert found.get("progress.favorite_subjects") is None
+    assert found.get("preferences.favorite_genres", 28) == 28
+
+
+def test_a_foreign_project_is_explained(shop: Any, dynamodb_endpoint: str, courses: Registry) -> None:
+    shop.execute(
+        "create table learner_lessons_1d (learner_id text, lesson_date date, lessons bigint, seconds bigint,"
+        " finishes bigint, last_event_at timestamptz);"
+        " create table lesson_events (event_id text, learner_id text, event_type text, lesson_id text, subject text,"
+        " seconds int, happened_at timestamptz)"
+    )
+    learner = "o'neil %s"
+    shop.insert(
+        "learner_lessons_1d",
+        (learner, day(1), 2, 90, 1, at(1)),
+        (learner, day(8), 5, 30, 1, at(8)),
+        ("other", day(1), 100, 100, 1, at(1)),
+    )
+    shop.insert(
+        "lesson_events",
+        ("e1", learner, "started", "1", "sql", 90, at(1)),
+        ("e2", learner, "started", "2", "go", 120, at(8)),
+        ("e3", "other", "started", "3", "c", 900, at(1)),
+    )
+    client = dynamodb_client(dynamodb_endpoint, "eu-central-1")
+    prefix = f"why_{uuid.uuid4().hex[:12]}_"
+    table = provision(client, courses.contract, prefix=prefix)["learner"]
+    domain = courses.contract.domain("progress")
+    item = ItemEncoder(courses.contract, domain).encode(learner, [2, Decimal("2"), ["go", "sql"], 5])
+    client.put_item(TableName=table.name, Item=item)
+    try:
+        with ProfileClient(
+            courses,
+            endpoint_url=dynamodb_endpoint,
+            region="eu-central-1",
+            table_prefix=prefix,
+            budget_seconds=30,
+        ) as profiles:
+            lessons, minutes, subjects = (
+                explain_attribute(shop.engine, profiles, learner, name, now=NOW, expiry_spread_seconds=spread)
+                for name, spread in (("lessons_7d", 0), ("minutes_28d", 60), ("favorite_subjects", 0))
+            )
+    finally:
+        client.delete_table(TableName=table.name)
+    assert (lessons.online, lessons.recomputed, lessons.equal, lessons.window_days) == (2, 2, True, 7)
+    assert [row["lessons"] for row in lessons.tiles["learner_lessons_1d"]] == [2]
+    assert (minutes.online, minutes.recomputed, minutes.equal) == (Decimal("2"), Decimal("2"), True)
+    assert (subjects.recomputed, subjects.equal, subjects.window_days) == (["go", "sql"], True, None)
+    assert [event["event_id"] for event in subjects.events["lesson_events"]] == ["e1", "e2"]
 
 
 @pytest.mark.parametrize(
