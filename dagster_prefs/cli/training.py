@@ -14,7 +14,8 @@ from dagster_prefs.settings import load_settings
 
 
 @cli.group("training-set", invoke_without_command=True)
-@click.option("--labels", help="Parquet or CSV file, or Iceberg table: viewer_id, label_time, …")
+@click.option("--labels", help="Parquet or CSV file, or Iceberg table: the entity's key, label_time, …")
+@click.option("--entity", help="What the labels are about, where several entities have features.")
 @click.option(
     "--output",
     help="Parquet or CSV file, or Iceberg table, to write; by default <labels>.training.parquet.",
@@ -34,6 +35,7 @@ from dagster_prefs.settings import load_settings
 def training_set(
     context: click.Context,
     labels: str | None,
+    entity: str | None,
     output: str | None,
     manifest: Path | None,
     tag: str | None,
@@ -51,20 +53,27 @@ def training_set(
         return
     if labels is None:
         raise click.UsageError("--labels is missing: name a Parquet or CSV file, or an Iceberg table")
-    from dagster_prefs.defs.resources import Platform
     from dagster_prefs.offline.training_set import CsvOptions, build_training_set, print_training_sql
+    from dagster_prefs.offline.windows import choose_features
+    from dagster_prefs.platform import Platform
 
     platform = Platform(load_settings())
+    features = choose_features(platform.registry, entity)
+    for name, why in features.left_out.items():
+        plain_console(stderr=True).print(f"{name} is left out: {why}")
     if print_sql is not None:
         namespace = platform.settings.iceberg_namespace
-        say(print_training_sql(platform.catalog(), labels, print_sql, as_known=as_known, namespace=namespace))
+        printed = print_training_sql(
+            platform.catalog(), labels, print_sql, features=features, as_known=as_known, namespace=namespace
+        )
+        say(printed)
         return
     made = build_training_set(
         platform.catalog(),
         labels,
         output or str(Path(labels).with_suffix(".training.parquet")),
+        features=features,
         now=datetime.now(UTC),
-        contract_version=platform.contract.version,
         timezone=timezone,
         as_known=as_known,
         manifest=manifest,
@@ -100,14 +109,16 @@ def training_set_reproduce(
     manifest: Path, output: str | None, labels: str | None, keep_formulas: bool
 ) -> None:
     """Write the training set of a manifest again and prove that every row is equal."""
-    from dagster_prefs.defs.resources import Platform
     from dagster_prefs.offline.training_set import reproduce_training_set
+    from dagster_prefs.platform import Platform
 
     first = manifest.with_name(manifest.name.removesuffix(".manifest.json"))
+    platform = Platform(load_settings())
     made = reproduce_training_set(
-        Platform(load_settings()).catalog(),
+        platform.catalog(),
         manifest,
         output or str(first.with_suffix(".reproduced.parquet")),
+        registry=platform.registry,
         labels=labels,
         keep_formulas=keep_formulas,
     )
@@ -115,8 +126,8 @@ def training_set_reproduce(
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})
-@click.argument("subject", nargs=-1, required=True, metavar="[viewer|user] ID")
-@click.option("--drop-tags", is_flag=True, help="Also drop tags and branches that keep the viewer's rows.")
+@click.argument("subject", nargs=-1, required=True, metavar="ENTITY ID")
+@click.option("--drop-tags", is_flag=True, help="Also drop tags and branches that keep the subject's rows.")
 @click.option(
     "--training-sets",
     multiple=True,
@@ -125,31 +136,39 @@ def training_set_reproduce(
 )
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def erase(subject: tuple[str, ...], drop_tags: bool, training_sets: tuple[Path, ...], as_json: bool) -> None:
-    """Forget a viewer, or a shop user, everywhere, and prove it.
+    """Erase one id of an entity everywhere, and prove it.
 
-    Safe to run again after any failure.
+    ENTITY may be left out where only one entity is erasable. Safe to run again after any failure.
     """
     from dagster_prefs import erasure
-    from dagster_prefs.defs.resources import Platform
     from dagster_prefs.events.redaction import Subject
+    from dagster_prefs.platform import Platform
 
     if len(subject) > 2:
-        raise click.UsageError(f"one subject at a time, as `viewer ID` or `user ID`, not {' '.join(subject)}")
-    kind, name = subject if len(subject) == 2 else ("viewer", subject[0])
+        raise click.UsageError(f"one subject at a time, as ENTITY ID, not {' '.join(subject)}")
     platform = Platform(load_settings())
+    erasable = [entity.name for entity in platform.registry.entities.values() if entity.erasable]
+    if len(subject) == 1 and len(erasable) != 1:
+        named = " or ".join(f"`prefs erase {name} {subject[0]}`" for name in erasable)
+        raise click.UsageError(
+            f"which entity {subject[0]} is of is not said: use {named}"
+            if named
+            else "this project declares no erasable entity"
+        )
+    kind, name = subject if len(subject) == 2 else (erasable[0], subject[0])
     steps = plain_console(stderr=True)
     report = erasure.erase(
         erasure.Stores(
             platform.engine,
-            platform.contract,
+            platform.registry,
             platform.catalog,
             platform.dynamodb,
-            platform.settings.table_prefix + platform.contract.table.name,
+            platform.settings.table_prefix,
             erasure.refresh_with(platform.dbt),
             platform.settings.iceberg_namespace,
             platform.settings.export == "sink",
         ),
-        Subject.named(kind, name),
+        Subject.named(platform.registry, kind, name),
         now=datetime.now(UTC),
         drop_tags=drop_tags,
         training_sets=training_sets,
@@ -167,7 +186,7 @@ def erase(subject: tuple[str, ...], drop_tags: bool, training_sets: tuple[Path, 
     if report.newer_events:
         console.print(f"{report.newer_events:,} events happened after that and count again")
     for place in report.training_sets:
-        console.print(f"still in {place}: remove it, or write it again without the viewer")
+        console.print(f"still in {place}: remove it, or write it again without the subject")
     for place, reason in report.unread.items():
         console.print(f"{place} was not searched for training sets ({reason})")
     console.print(table_of("\nWhat only time removes", ["where", "until"], list(report.unfinished.items())))

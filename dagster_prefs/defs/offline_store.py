@@ -9,13 +9,14 @@ from typing import Any
 import dagster as dg
 from pyiceberg.catalog import Catalog
 
-from dagster_prefs.defs.resources import TRAINING_TABLES_KEY, Platform
+from dagster_prefs.defs.resources import TRAINING_TABLES_KEY, sensor_status
 from dagster_prefs.defs.training_data import jobs_of, maintained, parity_check, training_set_asset
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.offline.export import ForeignRows, export_day, exported_days, foreign_days, stale_days
 from dagster_prefs.offline.launches import TableDay, due, dump_launches, load_launches
-from dagster_prefs.offline.tables import TILE_TABLES, TileTable
-from dagster_prefs.offline.verify import sink_of, verify_day
+from dagster_prefs.offline.tables import TileTable
+from dagster_prefs.offline.verify import verify_day
+from dagster_prefs.platform import Platform
 
 GROUP = "offline_store"
 # Dagster's documented tags for one run over a range of partitions; it exports no constants for them.
@@ -45,10 +46,11 @@ class ExportConfig(dg.Config):
     replace_foreign: bool = False
 
 
-def export_config(*, replace_foreign: bool) -> dict[str, Any]:
+def export_config(platform: Platform, *, replace_foreign: bool) -> dict[str, Any]:
     """The configuration of a run of the export: the same for every training table."""
     told = ExportConfig(replace_foreign=replace_foreign).model_dump()
-    return {"ops": {"__".join(asset_key(spec).path): {"config": told} for spec in TILE_TABLES.values()}}
+    specs = platform.training_tables.values()
+    return {"ops": {"__".join(asset_key(spec).path): {"config": told} for spec in specs}}
 
 
 def asset_key(spec: TileTable) -> dg.AssetKey:
@@ -93,7 +95,7 @@ def look(platform: Platform) -> Exports:
     partitions = set(_partitions(platform).get_partition_keys())
     stale: dict[TableDay, str] = {}
     foreign: dict[TableDay, str] = {}
-    for spec in TILE_TABLES.values():
+    for spec in platform.training_tables.values():
         exported = exported_days(catalog, spec, namespace=platform.settings.iceberg_namespace)
         found = stale_days(platform.engine, spec, exported, by_sink=by_sink)
         # In a table that a sink writes, every file has a name of RisingWave's.
@@ -114,9 +116,12 @@ def build(platform: Platform, *, clock: Callable[[], datetime] = lambda: datetim
 
     Where RisingWave's sinks write the tables, the same assets verify, audit and tag. `clock` gives the time in UTC.
     """
+    if not platform.training_tables:
+        # A project without tiles has nothing to export, to train on, or to keep up.
+        return dg.Definitions()
     by_sink = platform.settings.export == "sink"
-    assets = [_exported(platform, spec, by_sink=by_sink) for spec in TILE_TABLES.values()]
-    tables = {spec.name: asset_key(spec) for spec in TILE_TABLES.values()}
+    assets = [_exported(platform, spec, by_sink=by_sink) for spec in platform.training_tables.values()]
+    tables = {spec.name: asset_key(spec) for spec in platform.training_tables.values()}
     parity = parity_check(platform, tables, clock)
     maintenance = maintained(platform, tables, clock)
     jobs, schedules = jobs_of(platform, maintenance, parity)
@@ -131,7 +136,7 @@ def build(platform: Platform, *, clock: Callable[[], datetime] = lambda: datetim
         name=EXPORT_SENSOR,
         job=job,
         minimum_interval_seconds=3600,
-        default_status=platform.default_sensor_status,
+        default_status=sensor_status(platform),
         description="Looks every hour for complete days that are missing or changed by late events, and exports those. "
         "A day that stays stale is tried again after 1, 2, 4 … 24 hours.",
     )
@@ -227,7 +232,7 @@ def _exported(platform: Platform, spec: TileTable, *, by_sink: bool) -> dg.Asset
         deps=[
             dg.AssetKey(spec.tile),
             dg.AssetKey("tile_fingerprints"),
-            *([dg.AssetKey(sink_of(spec))] if by_sink else []),
+            *([dg.AssetKey(spec.sink)] if by_sink else []),
         ],
         partitions_def=_partitions(platform),
         backfill_policy=dg.BackfillPolicy.single_run(),

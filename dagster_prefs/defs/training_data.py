@@ -7,16 +7,16 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
-from dagster_prefs.defs.resources import Platform
+from dagster_prefs.defs.resources import schedule_status
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.files import make_private_folder
 from dagster_prefs.offline.catalog import TableMissing
 from dagster_prefs.offline.maintenance import maintain, maintain_training_sets
 from dagster_prefs.offline.outputs import output_within
 from dagster_prefs.offline.parity import AttributeParity, Difference, ParityReport, check_parity, served_items
-from dagster_prefs.offline.tables import TILE_TABLES
 from dagster_prefs.offline.training_set import CsvOptions, build_training_set
-from dagster_prefs.offline.windows import domains, table_of
+from dagster_prefs.offline.windows import Features, choose_features, features_by_entity
+from dagster_prefs.platform import Platform
 
 MAINTENANCE_JOB = "maintenance"
 PARITY_JOB = "parity"
@@ -28,11 +28,13 @@ Clock = Callable[[], datetime]
 class TrainingSetConfig(dg.Config):
     """What a training set is made of, as the options of `prefs training-set` say.
 
-    `output` is an Iceberg table, or a file below the folder of PREFS_TRAINING_DIR.
+    `output` is an Iceberg table, or a file below the folder of PREFS_TRAINING_DIR. `entity` is what the labels are
+    about, and may be left out where only one entity has features.
     """
 
     labels: str
     output: str
+    entity: str | None = None
     tag: str | None = None
     timezone: str | None = None
     as_known: bool = False
@@ -44,72 +46,97 @@ def parity_check(
     platform: Platform, tables: Mapping[str, dg.AssetKey], clock: Clock
 ) -> dg.AssetChecksDefinition:
     """The check that what is served equals what the training tables say; `tables` are their assets by name."""
-    keys = {domain: tables[table_of(domain).name] for domain in domains()}
+    entities = features_by_entity(platform.registry)
+    keys = {
+        domain: tables[features.table_of(domain).name]
+        for features in entities.values()
+        for domain in features.domains
+    }
+    checks = {
+        # Domains of one tile each have a check of their own on its asset.
+        domain: PARITY_CHECK if list(keys.values()).count(key) == 1 else f"{PARITY_CHECK}_{domain}"
+        for domain, key in keys.items()
+    }
 
     @dg.multi_asset_check(
         name="training_parity",
         specs=[
             dg.AssetCheckSpec(
-                PARITY_CHECK,
+                checks[domain],
                 asset=key,
                 description=f"Every served value of domain {domain} equals the one recomputed from this table, "
-                f"for {platform.settings.parity_share:.0%} of all viewers.",
+                f"for {platform.settings.parity_share:.0%} of all ids.",
             )
             for domain, key in keys.items()
         ],
         can_subset=True,
     )
     def parity(context: dg.AssetCheckExecutionContext) -> Iterator[dg.AssetCheckResult]:
-        settings = platform.settings
-        selected = {key.asset_key for key in context.selected_asset_check_keys}
-        wanted = {domain: key for domain, key in keys.items() if key in selected}
-        table = settings.table_prefix + platform.contract.table.name
-        try:
-            report = check_parity(
-                platform.engine,
-                platform.catalog(),
-                served_items(platform.dynamodb(), platform.contract, table),
-                now=clock(),
-                share=settings.parity_share,
-                spread_seconds=settings.expiry_spread_seconds,
-                namespace=settings.iceberg_namespace,
-            )
-        except PrefsError as error:
-            for key in wanted.values():
-                yield dg.AssetCheckResult(
-                    asset_key=key,
-                    check_name=PARITY_CHECK,
-                    passed=False,
-                    severity=dg.AssetCheckSeverity.WARN,
-                    description=f"parity is unknown: {error}",
+        selected = {(key.asset_key, key.name) for key in context.selected_asset_check_keys}
+        for features in entities.values():
+            wanted = [domain for domain in features.domains if (keys[domain], checks[domain]) in selected]
+            if not wanted:
+                continue
+            try:
+                report = _compared(platform, features, clock())
+            except PrefsError as error:
+                for domain in wanted:
+                    yield dg.AssetCheckResult(
+                        asset_key=keys[domain],
+                        check_name=checks[domain],
+                        passed=False,
+                        severity=dg.AssetCheckSeverity.WARN,
+                        description=f"parity is unknown: {error}",
+                    )
+                continue
+            for domain in wanted:
+                rates = _rates(report.of(domain))
+                # Dagster draws the numbers of observations over time, not those of checks.
+                context.op_execution_context.log_event(
+                    dg.AssetObservation(
+                        asset_key=keys[domain],
+                        metadata={f"{checks[domain]}_{name}": rate for name, rate in rates.items()},
+                    )
                 )
-            return
-        for domain, key in wanted.items():
-            found = report.of(domain)
-            rates = _rates(found)
-            examples = [one for one in report.worst if one.domain == domain]
-            # Dagster draws the numbers of observations over time, not those of checks.
-            context.op_execution_context.log_event(
-                dg.AssetObservation(
-                    asset_key=key, metadata={f"parity_{name}": rate for name, rate in rates.items()}
-                )
-            )
-            yield dg.AssetCheckResult(
-                asset_key=key,
-                check_name=PARITY_CHECK,
-                passed=not any(one.mismatched or one.missing or one.extra for one in found),
-                description=_sentence(domain, found, examples, report),
-                metadata={
-                    "viewers": report.viewers,
-                    "unsettled": report.unsettled,
-                    "items_missing": report.missing[domain],
-                    "items_extra": report.extra[domain],
-                    **rates,
-                    "worst": _table(examples),
-                },
-            )
+                yield _result(report, features, domain, keys[domain], checks[domain])
 
     return parity
+
+
+def _compared(platform: Platform, features: Features, now: datetime) -> ParityReport:
+    settings = platform.settings
+    table = f"{settings.table_prefix}{features.entity.table}"
+    return check_parity(
+        platform.engine,
+        platform.catalog(),
+        served_items(platform.dynamodb(), platform.contract, table, features),
+        features=features,
+        now=now,
+        share=settings.parity_share,
+        spread_seconds=settings.expiry_spread_seconds,
+        namespace=settings.iceberg_namespace,
+    )
+
+
+def _result(
+    report: ParityReport, features: Features, domain: str, key: dg.AssetKey, check: str
+) -> dg.AssetCheckResult:
+    found = report.of(domain)
+    examples = [one for one in report.worst if one.domain == domain]
+    return dg.AssetCheckResult(
+        asset_key=key,
+        check_name=check,
+        passed=not any(one.mismatched or one.missing or one.extra for one in found),
+        description=_sentence(features, domain, examples, report),
+        metadata={
+            "subjects": report.subjects,
+            "unsettled": report.unsettled,
+            "items_missing": report.missing[domain],
+            "items_extra": report.extra[domain],
+            **_rates(found),
+            "worst": _table(features, examples),
+        },
+    )
 
 
 def maintained(platform: Platform, tables: Mapping[str, dg.AssetKey], clock: Clock) -> dg.AssetsDefinition:
@@ -133,7 +160,7 @@ def maintained(platform: Platform, tables: Mapping[str, dg.AssetKey], clock: Clo
             "namespace": platform.settings.iceberg_namespace,
         }
         reports = []
-        for spec in TILE_TABLES.values():
+        for spec in platform.training_tables.values():
             try:
                 reports.append(
                     maintain(catalog, spec, compact=platform.settings.export == "platform", **told)
@@ -190,8 +217,8 @@ def training_set_asset(
             platform.catalog(),
             config.labels,
             output_within(settings.training_folder, config.output),
+            features=choose_features(platform.registry, config.entity),
             now=clock(),
-            contract_version=platform.contract.version,
             tag=config.tag,
             timezone=config.timezone,
             as_known=config.as_known,
@@ -226,9 +253,8 @@ def _rates(found: tuple[AttributeParity, ...]) -> dict[str, float]:
     }
 
 
-def _sentence(
-    domain: str, found: tuple[AttributeParity, ...], examples: list[Difference], report: ParityReport
-) -> str:
+def _sentence(features: Features, domain: str, examples: list[Difference], report: ParityReport) -> str:
+    found = report.of(domain)
     wrong = [
         f"{one.attribute} differs for {one.mismatched} of {one.compared}" for one in found if one.mismatched
     ]
@@ -238,23 +264,27 @@ def _sentence(
         wrong.append(f"{report.extra[domain]} items ought to be gone")
     if not wrong and any(one.missing for one in found):
         wrong.append("attributes are missing: " + ", ".join(one.attribute for one in found if one.missing))
+    entity = features.entity.name
+    unknown = [name for name in report.left_out if name.startswith(f"{domain}.")]
+    rest = f"; not compared, because no tile has it: {', '.join(unknown)}" if unknown else ""
     if not wrong:
-        return f"every value of {report.viewers} viewers is served as the tables say"
+        return f"every value of {report.subjects} ids of {entity} is served as the tables say{rest}"
     first = examples[0] if examples else None
     worst = (
-        f"; the worst is {first.attribute} of viewer {first.viewer_id}: {first.served} is served, {first.due} is due"
+        f"; the worst is {first.attribute} of {entity} {first.subject}: {first.served} is served, {first.due} is due"
         if first
         else ""
     )
-    return f"{', '.join(wrong)}{worst}"
+    return f"{', '.join(wrong)}{worst}{rest}"
 
 
-def _table(examples: list[Difference]) -> dg.TableMetadataValue:
+def _table(features: Features, examples: list[Difference]) -> dg.TableMetadataValue:
+    key = features.key
     return dg.MetadataValue.table(
         records=[
             dg.TableRecord(
                 {
-                    "viewer_id": one.viewer_id,
+                    key.name: one.subject,
                     "attribute": one.attribute,
                     "served": str(one.served),
                     "due": str(one.due),
@@ -264,7 +294,7 @@ def _table(examples: list[Difference]) -> dg.TableMetadataValue:
         ],
         schema=dg.TableSchema(
             columns=[
-                dg.TableColumn("viewer_id", "int"),
+                dg.TableColumn(key.name, "int" if key.type == "bigint" else "string"),
                 *[dg.TableColumn(name, "string") for name in ("attribute", "served", "due")],
             ]
         ),
@@ -283,7 +313,7 @@ def jobs_of(
     compare = dg.define_asset_job(
         PARITY_JOB,
         dg.AssetSelection.checks(parity),
-        description="Recompute a sample of viewers from the training tables and compare it with what is served.",
+        description="Recompute a sample of ids from the training tables and compare it with what is served.",
     )
     schedules = [
         dg.ScheduleDefinition(
@@ -291,7 +321,7 @@ def jobs_of(
             job=job,
             cron_schedule=cron,
             execution_timezone="UTC",
-            default_status=platform.default_schedule_status,
+            default_status=schedule_status(platform),
             description=description,
         )
         for job, cron, description in (

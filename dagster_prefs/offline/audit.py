@@ -14,6 +14,7 @@ from pyiceberg.manifest import DataFile
 from pyiceberg.table import Table
 from pyiceberg.types import TimestamptzType
 
+from dagster_prefs.declarations.reserved import PREFIX, UUID_PREFIX
 from dagster_prefs.offline.catalog import OfflineError
 from dagster_prefs.offline.files import day_files, parts_of
 from dagster_prefs.offline.tables import TileTable
@@ -132,6 +133,9 @@ def row_findings(
                     pc.greater_equal(values, pa.scalar(midnight + timedelta(days=1), values.type)),
                 )
                 note(f"{column.name} outside the day", _count(outside))
+        if spec.entity.key.type != "bigint":
+            prefix = UUID_PREFIX if spec.entity.key.type == "uuid" else PREFIX
+            note(f"{spec.subject} of a canary", _count(pc.starts_with(batch.column(spec.subject), prefix)))
         for smaller, larger in spec.at_most:
             note(f"{smaller} above {larger}", _count(pc.greater(batch.column(smaller), batch.column(larger))))
         for name in sums:

@@ -30,6 +30,7 @@ from pyiceberg.exceptions import NoSuchTableError
 from pyiceberg.manifest import DataFile
 from pyiceberg.table import Table
 
+from dagster_prefs.declarations.contract import LAST_EVENT_AT
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.offline.catalog import OfflineError, explained
 from dagster_prefs.offline.files import (
@@ -50,8 +51,7 @@ from dagster_prefs.offline.files import (
 )
 from dagster_prefs.offline.publish import ATTEMPTS, DayFiles, discard, publish_day, write_day
 from dagster_prefs.offline.tables import (
-    VIEWER,
-    ErasedViewer,
+    ErasedSubject,
     TileTable,
     arrow_schema,
     counted_sums,
@@ -59,7 +59,6 @@ from dagster_prefs.offline.tables import (
     exact_sums,
 )
 from dagster_prefs.offline.tiles import Fingerprint, TileSnapshot, TilesUnreadable, tile_snapshot
-from dagster_prefs.online.contract import LAST_EVENT_AT
 
 DEFAULT_NAMESPACE = "training"
 
@@ -123,13 +122,13 @@ def export_day(
     namespace: str = DEFAULT_NAMESPACE,
     allow_loss: bool = False,
     replace_foreign: bool = False,
-    forgetting: ErasedViewer | None = None,
+    forgetting: ErasedSubject | None = None,
 ) -> ExportReport:
     """Make the table hold exactly the engine's tiles of `day` (UTC), canaries left out.
 
     A day of which the engine holds fewer rows or a smaller total than the table has left its retention, because
     late events only ever add: what the table holds of it stays. `allow_loss=True` exports it all the same, for
-    someone who knows why it shrank. Rows of the viewer who is `forgetting` are no loss. Rows of an erased viewer
+    someone who knows why it shrank. Rows of the subject that is `forgetting` are no loss. Rows of an erased subject
     are never exported: neither from views that do not know of the erasure yet, nor by an export that had read
     them before it.
 
@@ -291,7 +290,7 @@ class _Attempt:
     table: Table
     spec: TileTable
     day: date
-    forgetting: ErasedViewer | None
+    forgetting: ErasedSubject | None
 
     def run(self, *, allow_loss: bool, replace_foreign: bool) -> _Outcome | None:
         """Returns status, table, token and reason; None means that another writer changed the day meanwhile."""
@@ -349,27 +348,27 @@ class _Attempt:
         forgotten = tiles.erased_rows(self.day)
         if forgotten:
             raise TilesUnreadable(
-                f"{self.spec.tile} of {self.day} still has {forgotten} rows of erased viewers: the views have not read "
-                "the erasure; run `prefs refresh`, then export again"
+                f"{self.spec.tile} of {self.day} still has {forgotten} rows of erased subjects: the views have not "
+                "read the erasure; run `prefs refresh`, then export again"
             )
         return _write(tiles, self.table, self.spec, self.day, fingerprint)
 
     def _restore(self, tiles: TileSnapshot, own: list[DataFile]) -> DayFiles:
-        """Write the rows of our own last export of the day again, without viewers who were erased since."""
-        erased = tiles.erased_viewers()
+        """Write the rows of our own last export of the day again, without subjects that were erased since."""
+        erased = tiles.erased_subjects()
         schema = arrow_schema(self.table)
 
         def rows() -> Iterator[pa.RecordBatch]:
             for file in own:
                 for batch in read_file(self.table, file, schema.names):
-                    for viewer in erased:
-                        batch = batch.filter(pc.invert(viewer.rows_of(batch)))
+                    for subject in erased:
+                        batch = batch.filter(pc.invert(subject.rows_of(batch)))
                     yield batch.cast(schema)
 
         count, totals = counted_sums(rows(), self.spec.totals)
         complete = count == sum(file.record_count for file in own)
         written = DayFiles(
-            # Without an erased viewer's rows the day is no longer what the engine once gave.
+            # Without an erased subject's rows the day is no longer what the engine once gave.
             token=(token_of(own[0]) if complete else None) or uuid.uuid4().hex[:16],
             rows=count,
             totals=totals,
@@ -398,7 +397,7 @@ class _Attempt:
         erased = Decimal(0)
         if self.forgetting is not None:
             for file in due:
-                for batch in read_file(self.table, file, [VIEWER, LAST_EVENT_AT, *metric]):
+                for batch in read_file(self.table, file, [self.spec.subject, LAST_EVENT_AT, *metric]):
                     going = batch.filter(self.forgetting.rows_of(batch))
                     rows -= going.num_rows
                     erased += sum(exact_sums([going], metric).values())

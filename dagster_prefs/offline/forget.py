@@ -1,6 +1,6 @@
-"""Taking one viewer out of the training tables and sets: the current state, the history, and the files.
+"""Taking one subject out of the training tables and sets: the current state, the history, and the files.
 
-Every day that holds the viewer is replaced through the same write, audit and publish as an export, and a training
+Every day that holds the subject is replaced through the same write, audit and publish as an export, and a training
 set by its other rows; then go the branches and snapshots that still hold the rows, then the files that nothing names
 any more. A tag is somebody's promise to keep a snapshot: it stays, and is named, unless told otherwise.
 """
@@ -23,13 +23,16 @@ import pyarrow.parquet as pq
 from pyiceberg.catalog import Catalog
 from pyiceberg.conversions import from_bytes
 from pyiceberg.exceptions import CommitFailedException, NoSuchTableError
+from pyiceberg.expressions import EqualTo
 from pyiceberg.manifest import DataFile, ManifestContent
 from pyiceberg.table import Table
 from pyiceberg.table.refs import MAIN_BRANCH, SnapshotRefType
 from pyiceberg.table.snapshots import Snapshot
-from pyiceberg.types import LongType
+from pyiceberg.types import LongType, StringType
 
+from dagster_prefs.declarations.contract import LAST_EVENT_AT
 from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.ids import BLANKS
 from dagster_prefs.offline.audit import AuditFailed
 from dagster_prefs.offline.catalog import OfflineError, explained
 from dagster_prefs.offline.export import (
@@ -49,7 +52,7 @@ from dagster_prefs.offline.files import (
     scan_rows,
     tile_files,
 )
-from dagster_prefs.offline.labels import TIME, LabelsRefused, viewer_ids
+from dagster_prefs.offline.labels import TIME, LabelsRefused, key_values
 from dagster_prefs.offline.maintenance import expire, unreferenced_files
 from dagster_prefs.offline.outputs import is_training_set, replace_rows
 from dagster_prefs.offline.publish import (
@@ -60,14 +63,13 @@ from dagster_prefs.offline.publish import (
     publish_day,
     write_day,
 )
-from dagster_prefs.offline.tables import VIEWER, ErasedViewer, TileTable, arrow_schema, counted_sums
+from dagster_prefs.offline.tables import ErasedSubject, TileTable, arrow_schema, counted_sums
 from dagster_prefs.offline.tiles import TilesUnreadable
-from dagster_prefs.online.contract import LAST_EVENT_AT
 
 
 @dataclass(frozen=True)
 class TableHolding:
-    """What of a viewer a table holds: rows of the current state, snapshots that hold a row, the names of tags
+    """What of a subject a table holds: rows of the current state, snapshots that hold a row, the names of tags
     (and of branches that are not an export's) that keep one, and Parquet files with a row, whether a snapshot
     names them or not."""
 
@@ -81,7 +83,7 @@ class TableHolding:
 @dataclass(frozen=True)
 class ForgottenTable:
     """What was done to one table; `days_from_engine` were exported again, `days_rewritten` are the table's own
-    rows without the viewer's, because the engine no longer holds the whole day. A training set has no days."""
+    rows without the subject's, because the engine no longer holds the whole day. A training set has no days."""
 
     table: str
     days_from_engine: tuple[date, ...] = ()
@@ -94,24 +96,25 @@ class ForgottenTable:
 @dataclass(frozen=True)
 class CatalogSearch:
     """What a catalog has besides the training tables: `training_sets` are tables of this platform, `holding` other
-    tables of labels whose current state holds the viewer, `unread` says why a namespace or table was not searched."""
+    tables of labels whose current state holds the subject, `unread` says why a namespace or table was not searched."""
 
     training_sets: tuple[str, ...]
     holding: tuple[str, ...]
     unread: Mapping[str, str]
 
 
-class ViewerInTable(ABC):
-    """One viewer's rows in one table; files are read once, however many snapshots name them.
+class SubjectInTable(ABC):
+    """One subject's rows in one table; files are read once, however many snapshots name them.
 
-    `time` is the column that says until when a row is the erased viewer's. Every method raises OfflineError, and
+    `time` is the column that says until when a row is the erased subject's. Every method raises OfflineError, and
     does nothing where there is no such table.
     """
 
-    def __init__(self, catalog: Catalog, name: str, erased: ErasedViewer, time: str) -> None:
+    def __init__(self, catalog: Catalog, name: str, erased: ErasedSubject, time: str) -> None:
         self.name = name
         self._catalog = catalog
         self._erased = erased
+        self._key = erased.key.name
         self._time = time
         self._rows: dict[str, int] = {}
         self._manifests: dict[str, list[DataFile]] = {}
@@ -135,9 +138,9 @@ class ViewerInTable(ABC):
             )
 
     def forget(self, *, drop_tags: bool = False) -> ForgottenTable:
-        """Take the viewer out; safe to repeat after a crash anywhere, and beside running exports.
+        """Remove the subject; safe to repeat after a crash anywhere, and beside running exports.
 
-        With `drop_tags` the tags and branches that keep a snapshot with the viewer go as well.
+        With `drop_tags` the tags and branches that keep a snapshot with the subject go as well.
         """
         with explained(f"the table {self.name}"):
             if self._load() is None:
@@ -150,7 +153,7 @@ class ViewerInTable(ABC):
 
     @abstractmethod
     def _forget_rows(self) -> tuple[tuple[date, ...], tuple[date, ...]]:
-        """Take the viewer out of the current state; returns the days that were exported again and rewritten."""
+        """Remove the subject of the current state; returns the days that were exported again and rewritten."""
 
     def _load(self) -> Table | None:
         try:
@@ -162,7 +165,7 @@ class ViewerInTable(ABC):
         return self._catalog.load_table(self.name)
 
     def _snapshots(self, table: Table) -> set[int]:
-        """The snapshots of the whole history that hold a row of the viewer."""
+        """The snapshots of the whole history that hold a row of the subject."""
         return {
             snapshot.snapshot_id
             for snapshot in table.snapshots()
@@ -235,7 +238,7 @@ class ViewerInTable(ABC):
         return path in {file.file_path for files in self._manifests.values() for file in files}
 
     def _unreferenced(self, table: Table) -> list[str]:
-        """Parquet files in the table's folder that hold the viewer and that nothing names."""
+        """Parquet files in the table's folder that hold the subject and that nothing names."""
         return [
             file.location
             for file in unreferenced_files(table)
@@ -243,12 +246,15 @@ class ViewerInTable(ABC):
         ]
 
     def _rows_in(self, table: Table, file: DataFile) -> int:
-        """Rows of the viewer in a data file; its bounds may spare reading it."""
-        field = table.schema().find_field(VIEWER).field_id
+        """Rows of the subject in a data file; its bounds may spare reading it."""
+        field = table.schema().find_field(self._key).field_id
         low, high = file.lower_bounds.get(field), file.upper_bounds.get(field)
         if low is not None and high is not None:
-            first, last = int(from_bytes(LongType(), low)), int(from_bytes(LongType(), high))
-            if not first <= self._erased.viewer_id <= last:
+            kind = LongType() if isinstance(self._erased.value, int) else StringType()
+            # Those of a text may be cut short, and then lie below the lowest and above the highest.
+            first: Any = from_bytes(kind, low)
+            last: Any = from_bytes(kind, high)
+            if not first <= self._erased.value <= last:
                 return 0
         return self._rows_at(table, file.file_path)
 
@@ -256,12 +262,12 @@ class ViewerInTable(ABC):
         if path not in self._rows:
             try:
                 with table.io.new_input(path).open() as source, pq.ParquetFile(source) as parquet:
-                    if not {VIEWER, self._time} <= set(parquet.schema_arrow.names):
+                    if not {self._key, self._time} <= set(parquet.schema_arrow.names):
                         # A delete file of another engine: positions, or keys, and no row.
                         self._rows[path] = 0
                         return 0
                     batches = parquet.iter_batches(
-                        row_groups=self._groups(parquet), columns=[VIEWER, self._time]
+                        row_groups=self._groups(parquet), columns=[self._key, self._time]
                     )
                     self._rows[path] = sum(
                         int(pc.sum(self._erased.rows_of(batch, self._time)).as_py() or 0) for batch in batches
@@ -277,22 +283,22 @@ class ViewerInTable(ABC):
         return self._rows[path]
 
     def _groups(self, parquet: pq.ParquetFile) -> list[int]:
-        """The row groups of a file that may hold the viewer."""
-        place = parquet.schema_arrow.get_field_index(VIEWER)
+        """The row groups of a file that may hold the subject."""
+        place = parquet.schema_arrow.get_field_index(self._key)
         found = []
         for group in range(parquet.num_row_groups):
             bounds = parquet.metadata.row_group(group).column(place).statistics
             if bounds is not None and bounds.has_min_max:
                 low: Any = bounds.min
                 high: Any = bounds.max
-                if not low <= self._erased.viewer_id <= high:
+                if not low <= self._erased.value <= high:
                     continue
             found.append(group)
         return found
 
 
-class ViewerInTiles(ViewerInTable):
-    """One viewer's rows in one training table.
+class SubjectInTiles(SubjectInTable):
+    """One subject's rows in one training table.
 
     Where RisingWave's sinks write the table (`by_sink`), the current state and the branch they write to are theirs to
     change, and only the history goes.
@@ -302,7 +308,7 @@ class ViewerInTiles(ViewerInTable):
         self,
         catalog: Catalog,
         spec: TileTable,
-        erased: ErasedViewer,
+        erased: ErasedSubject,
         engine: EngineConnection,
         *,
         namespace: str = DEFAULT_NAMESPACE,
@@ -344,7 +350,7 @@ class ViewerInTiles(ViewerInTable):
                 elif self._rewrite(day):
                     rewritten.append(day)
         raise ExportConflict(
-            f"{self.name} was replaced by others {ATTEMPTS} times while a viewer was taken out of it: "
+            f"{self.name} was replaced by others {ATTEMPTS} times while a subject was removed from it: "
             "see which exports or maintenance run, and run it again"
         )
 
@@ -360,12 +366,12 @@ class ViewerInTiles(ViewerInTable):
                 forgetting=self._erased,
             )
         except (AuditFailed, TilesUnreadable):
-            # What is wrong with other viewers' tiles must not keep this one; the next export tells of it.
+            # What is wrong with other subjects' tiles must not keep this one; the next export tells of it.
             return False
         return report.status == "written"
 
     def _rewrite(self, day: date) -> bool:
-        """Replace a day by its own rows without the viewer's; False where another writer was faster."""
+        """Replace a day by its own rows without the subject's; False where another writer was faster."""
         table = self._table()
         head = table.current_snapshot()
         if head is None:
@@ -395,10 +401,10 @@ class ViewerInTiles(ViewerInTable):
         return True
 
 
-class ViewerInTrainingSet(ViewerInTable):
-    """One viewer's rows in a training set that lies in an Iceberg table; the other rows keep their order."""
+class SubjectInTrainingSet(SubjectInTable):
+    """One subject's rows in a training set that lies in an Iceberg table; the other rows keep their order."""
 
-    def __init__(self, catalog: Catalog, name: str, erased: ErasedViewer) -> None:
+    def __init__(self, catalog: Catalog, name: str, erased: ErasedSubject) -> None:
         super().__init__(catalog, name, erased, TIME)
 
     def _forget_rows(self) -> tuple[tuple[date, ...], tuple[date, ...]]:
@@ -409,12 +415,13 @@ class ViewerInTrainingSet(ViewerInTable):
         return (), ()
 
 
-def search_catalog(catalog: Catalog, viewer_id: int) -> CatalogSearch:
-    """Look through every namespace for tables of training sets, and for tables of labels that hold the viewer.
+def search_catalog(catalog: Catalog, erased: ErasedSubject) -> CatalogSearch:
+    """Search every namespace for tables of training sets, and for tables of labels that hold the subject.
 
     What this role may not read is part of the answer, because a catalog may be that of a whole account. Raises
     OfflineError where the namespaces cannot be listed.
     """
+    key = erased.key.name
     training_sets: list[str] = []
     holding: list[str] = []
     unread: dict[str, str] = {}
@@ -432,60 +439,73 @@ def search_catalog(catalog: Catalog, viewer_id: int) -> CatalogSearch:
         try:
             with explained(f"the table {name}"):
                 table = catalog.load_table(name)
-                if not {VIEWER, TIME} <= set(table.schema().column_names):
+                if not {key, TIME} <= set(table.schema().column_names):
                     continue
                 if is_training_set(table):
                     training_sets.append(name)
                 # As text, which fits an id of any type.
-                elif any(b.num_rows for b in scan_rows(table, [VIEWER], f"{VIEWER} = '{viewer_id}'")):
+                elif any(
+                    b.num_rows for b in scan_rows(table, [key], EqualTo(term=key, value=str(erased.value)))
+                ):
                     holding.append(name)
         except OfflineError as error:
             unread[name] = str(error)
+        except ValueError as error:
+            # A column of a type that no such id can be written in.
+            unread[name] = f"its column {key} cannot be compared with the id: {str(error).splitlines()[0]}"
     return CatalogSearch(tuple(training_sets), tuple(holding), unread)
 
 
-def files_holding(viewer_id: int, folders: Sequence[Path]) -> list[Path]:
-    """The Parquet and CSV files of training sets and labels below the folders that hold the viewer.
+def files_holding(erased: ErasedSubject, folders: Sequence[Path]) -> list[Path]:
+    """The Parquet and CSV files of training sets and labels below the folders that hold the subject.
 
-    Those are the files with columns `viewer_id` and `label_time`. Raises OfflineError for a folder that does not
-    exist or a file that cannot be read.
+    Those are the files with the entity's key and `label_time` as columns. Raises OfflineError for a folder that does
+    not exist or a file that cannot be read.
     """
     found = []
     for folder in folders:
         if not folder.is_dir():
             raise OfflineError(f"{folder} is no folder of training sets: name one that exists")
         for path in sorted(folder.rglob("*")):
-            if path.is_file() and path.suffix.lower() in (".parquet", ".csv") and _holds(path, viewer_id):
+            if path.is_file() and path.suffix.lower() in (".parquet", ".csv") and _holds(path, erased):
                 found.append(path)
     return found
 
 
-def _holds(path: Path, viewer_id: int) -> bool:
+def _holds(path: Path, erased: ErasedSubject) -> bool:
+    key = erased.key.name
     try:
         if path.suffix.lower() == ".csv":
             with path.open(encoding="utf-8-sig", newline="") as lines:
                 names = next(csv.reader(lines), [])
-            if not {VIEWER, TIME} <= set(names):
+            if not {key, TIME} <= set(names):
                 return False
             only = pa.csv.ConvertOptions(
-                include_columns=[VIEWER],
-                column_types={VIEWER: pa.string()},
+                include_columns=[key],
+                column_types={key: pa.string()},
                 null_values=[""],
                 strings_can_be_null=True,
             )
             quoted = pa.csv.ParseOptions(newlines_in_values=True)
             with pa.csv.open_csv(path, parse_options=quoted, convert_options=only) as batches:
-                viewers = (
-                    viewer_ids(pa.chunked_array([batch.column(0)]).drop_null(), str(path))
-                    for batch in batches
-                )
-                return any(pc.any(pc.equal(found, viewer_id)).as_py() for found in viewers)
+                return any(_is_in(batch.column(0), erased, path) for batch in batches)
         with pq.ParquetFile(path) as parquet:
-            if not {VIEWER, TIME} <= set(parquet.schema_arrow.names):
+            if not {key, TIME} <= set(parquet.schema_arrow.names):
                 return False
-            batches = parquet.iter_batches(columns=[VIEWER])
-            return any(pc.any(pc.equal(batch.column(0), viewer_id)).as_py() for batch in batches)
+            return any(_is_in(batch.column(0), erased, path) for batch in parquet.iter_batches(columns=[key]))
     except (pa.ArrowException, OSError, UnicodeDecodeError, LabelsRefused) as error:
         raise OfflineError(
             f"{path} cannot be searched ({str(error).splitlines()[0]}): mend or remove it, or name other folders"
         ) from error
+
+
+def _is_in(ids: pa.Array, erased: ErasedSubject, path: Path) -> bool:
+    """Whether one of the ids, as labels may write them, is the subject's."""
+    if erased.key.type == "bigint":
+        if pa.types.is_string(ids.type):
+            ids = key_values(pa.chunked_array([ids]).drop_null(), erased.key, str(path))
+        return bool(pc.any(pc.equal(ids, erased.value)).as_py())
+    texts = pc.utf8_trim(ids.cast(pa.string()), BLANKS)
+    if erased.key.type == "uuid":
+        texts = pc.utf8_lower(texts)
+    return bool(pc.any(pc.equal(texts, erased.value)).as_py())

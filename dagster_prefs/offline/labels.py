@@ -13,11 +13,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyiceberg.catalog import Catalog
 
-from dagster_prefs.ids import EXACT_FLOAT
+from dagster_prefs.declarations.registry import Key
+from dagster_prefs.declarations.reserved import PREFIX, UUID_PREFIX, reserved_range
+from dagster_prefs.ids import BLANKS, EXACT_FLOAT, BadId, read_key
 from dagster_prefs.offline.catalog import OfflineError, explained
 from dagster_prefs.offline.files import scan_rows
-from dagster_prefs.offline.tables import VIEWER
-from dagster_prefs.offline.windows import features
+from dagster_prefs.offline.windows import Features
 from dagster_prefs.textfiles import MAX_CELL_BYTES, MIB, ROW_FAULTS, CsvRow, LineReader, csv_rows
 
 TIME = "label_time"
@@ -58,23 +59,27 @@ def read_labels(
     catalog: Catalog,
     source: str,
     *,
+    features: Features,
     now: datetime,
     timezone: str | None = None,
     types: Mapping[str, str] | None = None,
 ) -> pa.Table:
     """Read labels from a `.parquet` or `.csv` file, or from the Iceberg table `namespace.table`.
 
-    The result has every column of the source; `viewer_id` is int64, `label_time` a UTC instant in
-    microseconds. Times need a zone (`Z`, an offset, a zoned Parquet type) unless `timezone` (e.g.
-    `Europe/Berlin`) says which one times without it are in. Every other cell of CSV is text as it stands, and NULL
-    where it is empty, unless `types` says what its column is, as in `TYPES`. Labels may take MAX_LABEL_BYTES in memory.
+    The result has every column of the source; the key of the entity whose `features` are joined is int64 or a text as
+    the key's type is, `label_time` a UTC instant in microseconds. Times need a zone (`Z`, an offset, a zoned Parquet
+    type) unless `timezone` (e.g. `Europe/Berlin`) says which one times without it are in. Every other cell of CSV is
+    text as it stands, and NULL where it is empty, unless `types` says what its column is, as in `TYPES`. Labels may
+    take MAX_LABEL_BYTES in memory.
 
-    Raises LabelsRefused naming the first offending row (from 1): a missing column, no rows, a viewer that is
-    no integer, a time that is missing, has no zone, or lies after `now`, a column named like a feature, one of
+    Raises LabelsRefused naming the first offending row (from 1): a missing column, no rows, an id that is none of the
+    key's type, a time that is missing, has no zone, or lies after `now`, a column named like a feature, one of
     durations, a cell that is not of the type given for it, or more than the limits allow.
     """
-    table = _read(catalog, source, {name: _type_of(name, kind) for name, kind in (types or {}).items()})
-    check_columns(source, table.column_names)
+    key = features.key
+    given = {name: _type_of(name, kind) for name, kind in (types or {}).items()}
+    table = _read(catalog, source, given, features)
+    check_columns(source, table.column_names, features)
     for field in table.schema:
         if pa.types.is_duration(field.type) or pa.types.is_interval(field.type):
             raise LabelsRefused(
@@ -83,14 +88,17 @@ def read_labels(
             )
     if table.num_rows == 0:
         raise LabelsRefused(f"{source} has no rows: a training set needs at least one label")
-    viewers = viewer_ids(table[VIEWER], source)
-    negative = pc.less(viewers, 0)
-    if pc.any(negative).as_py():
+    ids = key_values(table[key.name], key, source)
+    if key.type == "bigint":
+        reserved = pc.less(ids, 0)
+    else:
+        reserved = pc.starts_with(ids, UUID_PREFIX if key.type == "uuid" else PREFIX)
+    if pc.any(reserved).as_py():
         raise LabelsRefused(
-            f"{source} row {_first(negative) + 1}: viewer ids below 0 are canaries and have no training data: "
-            "drop it"
+            f"{source} row {_first(reserved) + 1}: {features.entity.name} ids {reserved_range(key)} are canaries and "
+            "have no training data: drop it"
         )
-    table = _replace(table, VIEWER, viewers)
+    table = _replace(table, key.name, ids)
     times = _instants(table[TIME], source, timezone)
     late = pc.greater(times, pa.scalar(now, _INSTANT))
     if pc.any(late).as_py():
@@ -107,17 +115,17 @@ def is_csv(source: str) -> bool:
     return Path(source).suffix.lower() == ".csv"
 
 
-def check_columns(source: str, columns: Sequence[str]) -> None:
+def check_columns(source: str, columns: Sequence[str], features: Features) -> None:
     """Refuse columns that no labels can have: a key is missing, a name is taken or there twice.
 
     Raises LabelsRefused naming the column and what to call it.
     """
-    for name in (VIEWER, TIME):
+    for name in (features.key.name, TIME):
         if name not in columns:
             near = difflib.get_close_matches(name, columns, n=1)
             hint = f"rename {near[0]}" if near else "add it"
             raise LabelsRefused(f"{source} has no column {name} (it has {', '.join(columns)}): {hint}")
-    clashes = sorted({feature.name for feature in features()} & set(columns))
+    clashes = sorted({feature.name for feature in features.values} & set(columns))
     if clashes:
         raise LabelsRefused(
             f"{source} has the column {clashes[0]}, which is the name of a feature: rename it, e.g. to "
@@ -143,7 +151,7 @@ def _type_of(name: str, kind: str) -> pa.DataType:
     )
 
 
-def _read(catalog: Catalog, source: str, types: Mapping[str, pa.DataType]) -> pa.Table:
+def _read(catalog: Catalog, source: str, types: Mapping[str, pa.DataType], features: Features) -> pa.Table:
     path = Path(source)
     suffix = path.suffix.lower()
     if types and suffix != ".csv":
@@ -154,7 +162,7 @@ def _read(catalog: Catalog, source: str, types: Mapping[str, pa.DataType]) -> pa
         try:
             if suffix == ".parquet":
                 return _read_parquet(path, source)
-            return _typed(_read_csv(path, source), source, types)
+            return _typed(_read_csv(path, source, features), source, types, features.key.name)
         except (pa.ArrowException, OSError) as error:
             reason = str(error).strip().splitlines()[0]
             raise LabelsRefused(
@@ -168,7 +176,7 @@ def _read(catalog: Catalog, source: str, types: Mapping[str, pa.DataType]) -> pa
     )
 
 
-def _read_csv(path: Path, source: str) -> pa.Table:
+def _read_csv(path: Path, source: str, features: Features) -> pa.Table:
     """The cells of a CSV file as they stand, NULL where they are empty; blank lines are no rows."""
     with _CsvLines(path) as lines:
         rows = (row for row in csv_rows(iter(lines)) if row.cells or row.fault)
@@ -177,7 +185,7 @@ def _read_csv(path: Path, source: str) -> pa.Table:
             reason = ROW_FAULTS[header.fault] if header and header.fault else "it is empty"
             raise LabelsRefused(f"{source} cannot be read as csv (header: {reason}): write it again")
         names = [name.strip() for name in header.cells]
-        check_columns(source, names)
+        check_columns(source, names, features)
         schema = pa.schema([pa.field(name, pa.string()) for name in names])
         batches: list[pa.RecordBatch] = []
         size = 0
@@ -211,13 +219,13 @@ def _chunks(rows: Iterator[CsvRow]) -> Iterator[list[tuple[int, CsvRow]]]:
         yield chunk
 
 
-def _typed(table: pa.Table, source: str, types: Mapping[str, pa.DataType]) -> pa.Table:
+def _typed(table: pa.Table, source: str, types: Mapping[str, pa.DataType], key: str) -> pa.Table:
     for name, kind in types.items():
-        if name in (VIEWER, TIME) or name not in table.column_names:
-            others = [column for column in table.column_names if column not in (VIEWER, TIME)]
+        if name in (key, TIME) or name not in table.column_names:
+            others = [column for column in table.column_names if column not in (key, TIME)]
             raise LabelsRefused(
                 f"the type of {name} cannot be given: {source} has the columns {', '.join(others) or 'of the key only'}"
-                f" beside {VIEWER} and {TIME}, whose types are fixed"
+                f" beside {key} and {TIME}, whose types are fixed"
             )
         values = table[name]
         try:
@@ -313,76 +321,102 @@ def _within_limit(source: str, size: int) -> None:
         )
 
 
-def viewer_ids(values: pa.ChunkedArray, source: str) -> pa.ChunkedArray:
-    """The viewers of a column as int64, also where they were written as 42.0.
+def key_values(values: pa.ChunkedArray, key: Key, source: str) -> pa.ChunkedArray:
+    """The ids of a column as the key's type has them: int64, also where they were written as 42.0, or text.
 
-    Raises LabelsRefused naming the first row that has none: it is empty, no integer, or a float beyond 2^53, which
-    stands for several.
+    Raises LabelsRefused naming the first row that has none: it is empty, none of the type, or a float beyond 2^53,
+    which stands for several.
     """
     if pa.types.is_dictionary(values.type):
         values = values.cast(values.type.value_type)
     kind = values.type
+    if key.type != "bigint":
+        return _texts(values, key, source)
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        return _viewers_of_text(pc.utf8_trim_whitespace(values.cast(pa.string())), source)
+        return _whole_numbers(pc.utf8_trim_whitespace(values.cast(pa.string())), key, source)
     if pa.types.is_floating(kind):
         values = values.cast(pa.float64())
         values = pc.if_else(pc.is_nan(values), pa.scalar(None, pa.float64()), values)
-        _all_viewers(values, source)
+        _all_given(values, key, source)
         exact = pc.and_(
             pc.less(pc.abs(values), pa.scalar(float(EXACT_FLOAT))), pc.equal(pc.floor(values), values)
         )
-        _refuse_floats(values, exact, source)
+        _refuse_floats(values, exact, key, source)
         return values.cast(pa.int64())
-    _all_viewers(values, source)
+    _all_given(values, key, source)
     if not (pa.types.is_integer(kind) or pa.types.is_decimal(kind)):
-        raise LabelsRefused(f"{source}: viewer_id must be an integer, it is {kind}: convert it")
+        raise LabelsRefused(f"{source}: {key.name} must be an integer, it is {kind}: convert it")
     try:
         return values.cast(pa.int64())
     except pa.ArrowInvalid as error:
-        raise _no_viewer(values, _first_that_fails(values, pa.int64()), source) from error
+        raise _no_number(values, _first_that_fails(values, pa.int64()), key, source) from error
 
 
-def _viewers_of_text(texts: pa.ChunkedArray, source: str) -> pa.ChunkedArray:
+def _texts(values: pa.ChunkedArray, key: Key, source: str) -> pa.ChunkedArray:
+    """Ids of a text or UUID key, as the typed events spell them; a number means its digits."""
+    kind = values.type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        values = pc.utf8_trim(values.cast(pa.string()), BLANKS)
+        values = pc.if_else(pc.equal(values, ""), pa.scalar(None, pa.string()), values)
+    elif not pa.types.is_integer(kind):
+        raise LabelsRefused(f"{source}: {key.name} must be a text, it is {kind}: convert it")
+    _all_given(values, key, source)
+    # Labels name the same few ids again and again.
+    unique = pc.unique(values)
+    read: dict[object, int | str] = {}
+    for given in unique.to_pylist():
+        try:
+            read[given] = read_key(key, given)
+        except BadId as error:
+            row = _first(pc.equal(values, pa.scalar(given, values.type)))
+            raise LabelsRefused(f"{source} row {row + 1}: {error}: correct it") from None
+    if pa.types.is_string(values.type) and all(given == found for given, found in read.items()):
+        return values
+    places = pc.index_in(values, unique)
+    return pc.take(pa.array(list(read.values()), pa.string()), places)
+
+
+def _whole_numbers(texts: pa.ChunkedArray, key: Key, source: str) -> pa.ChunkedArray:
     texts = pc.if_else(pc.equal(texts, ""), pa.scalar(None, pa.string()), texts)
-    _all_viewers(texts, source)
+    _all_given(texts, key, source)
     whole = pc.match_substring_regex(texts, r"^-?[0-9]+$")
     if not pc.all(whole).as_py():
         floats = pc.match_substring_regex(texts, r"^[+-]?([0-9]+[.]?[0-9]*|[.][0-9]+)([eE][+-]?[0-9]+)?$")
         readable = pc.or_(whole, floats)
         if not pc.all(readable).as_py():
-            raise _no_viewer(texts, _first(pc.invert(readable)), source)
+            raise _no_number(texts, _first(pc.invert(readable)), key, source)
         numbers = pc.if_else(whole, pa.scalar(None, pa.string()), texts).cast(pa.float64())
         exact = pc.and_(
             pc.less(pc.abs(numbers), pa.scalar(float(EXACT_FLOAT))), pc.equal(pc.floor(numbers), numbers)
         )
-        _refuse_floats(texts, pc.or_kleene(whole, exact), source)
+        _refuse_floats(texts, pc.or_kleene(whole, exact), key, source)
         texts = pc.if_else(whole, texts, numbers.cast(pa.int64()).cast(pa.string()))
     try:
         return texts.cast(pa.int64())
     except pa.ArrowInvalid as error:
-        raise _no_viewer(texts, _first_that_fails(texts, pa.int64()), source) from error
+        raise _no_number(texts, _first_that_fails(texts, pa.int64()), key, source) from error
 
 
-def _all_viewers(values: pa.ChunkedArray, source: str) -> None:
+def _all_given(values: pa.ChunkedArray, key: Key, source: str) -> None:
     if values.null_count:
-        raise LabelsRefused(f"{source} row {_first(pc.is_null(values)) + 1}: viewer_id is missing: fill it")
+        raise LabelsRefused(f"{source} row {_first(pc.is_null(values)) + 1}: {key.name} is missing: fill it")
 
 
-def _no_viewer(values: pa.ChunkedArray, row: int, source: str) -> LabelsRefused:
+def _no_number(values: pa.ChunkedArray, row: int, key: Key, source: str) -> LabelsRefused:
     return LabelsRefused(
-        f"{source} row {row + 1}: viewer_id must be an integer of 64 bits, it is {values[row].as_py()!r}: correct it"
+        f"{source} row {row + 1}: {key.name} must be an integer of 64 bits, it is {values[row].as_py()!r}: correct it"
     )
 
 
-def _refuse_floats(values: pa.ChunkedArray, exact: pa.ChunkedArray, source: str) -> None:
+def _refuse_floats(values: pa.ChunkedArray, exact: pa.ChunkedArray, key: Key, source: str) -> None:
     if pc.all(exact).as_py():
         return
     row = _first(pc.invert(exact))
     if abs(float(values[row].as_py())) < EXACT_FLOAT:
-        raise _no_viewer(values, row, source)
+        raise _no_number(values, row, key, source)
     raise LabelsRefused(
-        f"{source} row {row + 1}: viewer_id {values[row].as_py()} is a float beyond 2^53, which stands for several "
-        "viewers: write the ids as whole numbers"
+        f"{source} row {row + 1}: {key.name} {values[row].as_py()} is a float beyond 2^53, which stands for several "
+        "ids: write them as whole numbers"
     )
 
 

@@ -1,6 +1,6 @@
 """Parity: whether what is served equals what the training tables say, attribute by attribute.
 
-A sample of viewers is recomputed by the definition that training sets use, from the tables plus those days
+A sample of an entity's ids is recomputed by the definition that training sets use, from the tables plus those days
 that only the engine holds in their newest version, and compared with the items of the online store.
 """
 
@@ -18,22 +18,22 @@ from pyiceberg.catalog import Catalog
 from pyiceberg.exceptions import NoSuchTableError
 from pyiceberg.table import Table
 
+from dagster_prefs.declarations.contract import LAST_EVENT_AT, Contract
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.offline.catalog import explained
 from dagster_prefs.offline.duck import JOINING, duck_session
 from dagster_prefs.offline.export import DEFAULT_NAMESPACE, exported_days
 from dagster_prefs.offline.files import read_rows, tile_files
-from dagster_prefs.offline.tables import VIEWER, TileTable
+from dagster_prefs.offline.tables import TileTable
 from dagster_prefs.offline.tiles import tile_snapshot
-from dagster_prefs.offline.windows import domains, features, features_sql, first_day, load_tiles, sources
+from dagster_prefs.offline.windows import Features, load_tiles
 from dagster_prefs.online.access import ItemAccess
-from dagster_prefs.online.contract import LAST_EVENT_AT, Contract
 from dagster_prefs.online.items import plain
 
-Items = Mapping[int, Mapping[str, Mapping[str, Any]]]
-"""Viewer → domain name → attributes, as served; a viewer or domain without item is absent."""
+Items = Mapping[int | str, Mapping[str, Mapping[str, Any]]]
+"""Id → domain name → attributes, as served; an id or domain without item is absent."""
 
-# How long after a viewer's last tile an item that ought to be gone is still looked for.
+# How long after a subject's last tile an item that ought to be gone is still looked for.
 EXTRA_DAYS = 30
 COMPARED, MISMATCHED, MISSING, EXTRA = range(4)
 
@@ -42,7 +42,7 @@ COMPARED, MISMATCHED, MISSING, EXTRA = range(4)
 class Difference:
     """One value that is served and one that was due; None stands for NULL, `distance` orders examples."""
 
-    viewer_id: int
+    subject: int | str
     domain: str
     attribute: str
     served: Any
@@ -79,18 +79,20 @@ class AttributeParity:
 class ParityReport:
     """Result of one comparison.
 
-    `missing` and `extra` count, by domain, items that ought to be there and are not, and the reverse;
+    `subjects` is how many ids were compared; `missing` and `extra` count, by domain, items that ought to be there and
+    are not, and the reverse; `left_out` names the attributes that no tile has, with the reason;
     `unsettled` counts items left out because an event younger than the settling time may still be on its way;
     `engine_days` are the days that were read from the engine, by table; `worst` are the largest differences.
     """
 
-    viewers: int
+    subjects: int
     attributes: tuple[AttributeParity, ...]
     missing: Mapping[str, int]
     extra: Mapping[str, int]
     unsettled: int
     engine_days: Mapping[str, tuple[date, ...]]
     worst: tuple[Difference, ...]
+    left_out: Mapping[str, str]
 
     @property
     def passed(self) -> bool:
@@ -101,21 +103,25 @@ class ParityReport:
         return tuple(found for found in self.attributes if found.domain == domain)
 
 
-def served_items(client: Any, contract: Contract, table: str) -> Callable[[Sequence[int]], Items]:
-    """What `check_parity` reads items with: strongly consistent reads of the DynamoDB table of that name.
+def served_items(
+    client: Any, contract: Contract, table: str, features: Features
+) -> Callable[[Sequence[int | str]], Items]:
+    """What `check_parity` reads the items of one entity with: strongly consistent reads of its DynamoDB table.
 
     Values come as they lie in the table, whatever the contract says, so that a wrong type is a mismatch of its
     attribute. Raises StoreUnavailable when it is called and DynamoDB refuses or does not answer.
     """
-    access = ItemAccess(client, contract, table)
+    access = ItemAccess(client, contract.tables[features.entity.name], table)
     keys = (access.partition_key, access.sort_key)
 
-    def read(viewers: Sequence[int]) -> Items:
-        found: dict[int, dict[str, dict[str, Any]]] = {}
+    def read(subjects: Sequence[int | str]) -> Items:
+        found: dict[int | str, dict[str, dict[str, Any]]] = {}
         for domain in contract.domains.values():
-            for viewer, item in access.get(domain.key, viewers).items():
+            if domain.name not in features.domains:
+                continue
+            for subject, item in access.get(domain.key, subjects).items():
                 values = {name: plain(typed) for name, typed in item.items() if name not in keys}
-                found.setdefault(viewer, {})[domain.name] = values
+                found.setdefault(subject, {})[domain.name] = values
         return found
 
     return read
@@ -124,8 +130,9 @@ def served_items(client: Any, contract: Contract, table: str) -> Callable[[Seque
 def check_parity(
     engine: EngineConnection,
     catalog: Catalog,
-    read_items: Callable[[Sequence[int]], Items],
+    read_items: Callable[[Sequence[int | str]], Items],
     *,
+    features: Features,
     now: datetime,
     share: float = 0.01,
     spread_seconds: int = 0,
@@ -133,37 +140,46 @@ def check_parity(
     namespace: str = DEFAULT_NAMESPACE,
     examples: int = 20,
 ) -> ParityReport:
-    """Compare a sample of viewers, chosen by a hash of their id, with what `read_items` returns for them.
+    """Compare a sample of an entity's ids, chosen by a hash, with what `read_items` returns for them.
 
-    `share` is the part of all viewers to look at (0…1), always the same ones; `spread_seconds` is the setting
-    that moves each viewer's day boundary. Values are compared exactly. Raises OfflineError,
+    `share` is the part of all ids to look at (0…1), always the same ones; `spread_seconds` is the setting
+    that moves each subject's day boundary. Values are compared exactly. Raises OfflineError,
     EngineUnavailable.
     """
     today = now.astimezone(UTC).date()
-    oldest = first_day(today) - timedelta(days=EXTRA_DAYS + 1)
+    oldest = features.first_day(today) - timedelta(days=EXTRA_DAYS + 1)
     threshold = round(share * 0xFFFFFFF)
     engine_days: dict[str, tuple[date, ...]] = {}
     with duck_session(*JOINING) as session:
-        for spec, columns in sources():
+        for spec, columns in features.sources:
             engine_days[spec.name] = _load(
                 session, engine, catalog, namespace, spec, (*columns, LAST_EVENT_AT), oldest, threshold
             )
         boundary = now.timestamp()
+        key = features.key.name
         session.execute(
-            "create table points as select row_number() over (order by viewer_id) as point, viewer_id, "
+            f"create table points as select row_number() over (order by {key}) as point, {key}, "
             "date '1970-01-01' + cast(floor(($boundary - case when $spread = 0 then 0 "
-            "else abs(viewer_id % $spread) end) / 86400.0) as integer) as day "
-            f"from ({' union '.join(f'select viewer_id from {spec.name}' for spec, _ in sources())})",
+            f"else {_spread_part(features)} end) / 86400.0) as integer) as day "
+            f"from ({' union '.join(f'select distinct {key} from {spec.name}' for spec, _ in features.sources)})",
             {"boundary": boundary, "spread": spread_seconds},
         )
-        query = features_sql("serving", last_events=True)
+        query = features.sql("serving", last_events=True)
         due = session.execute(
-            f"select points.viewer_id, due.* exclude (point) from ({query}) as due join points using (point)"
+            f"select points.{key}, due.* exclude (point) from ({query}) as due join points using (point)"
         )
         names = [column[0] for column in due.description or []]
         rows = [dict(zip(names, row, strict=True)) for row in due.fetchall()]
-    served = read_items([row["viewer_id"] for row in rows])
-    return _compare(rows, served, int((now - settle).timestamp() * 1000), engine_days, examples)
+    served = read_items([row[key] for row in rows])
+    return _compare(features, rows, served, int((now - settle).timestamp() * 1000), engine_days, examples)
+
+
+def _spread_part(features: Features) -> str:
+    """The seconds by which a subject's day begins later, in SQL: as the macro `within_window` spreads them."""
+    key = features.key
+    # Of other than integer keys it takes the macro row_hash, which is this.
+    number = key.name if key.type == "bigint" else f"cast('0x' || left(md5({key.name}), 15) as bigint)"
+    return f"abs({number} % $spread)"
 
 
 def _load(
@@ -176,7 +192,7 @@ def _load(
     oldest: date,
     threshold: int,
 ) -> tuple[date, ...]:
-    """Make the table of one tile for the sampled viewers; returns the days that came from the engine."""
+    """Make the table of one tile for the sampled ids; returns the days that came from the engine."""
     exported = exported_days(catalog, spec, namespace=namespace)
     held = {day: found.token for day, found in exported.items()}
     with explained(f"the table {namespace}.{spec.name}"), tile_snapshot(engine, spec) as tiles:
@@ -188,7 +204,7 @@ def _load(
             table: Table | None = catalog.load_table(spec.identifier(namespace))
         except NoSuchTableError:
             table = None
-        names = [VIEWER, spec.day, *columns]
+        names = [spec.subject, spec.day, *columns]
 
         def batches() -> Iterator[pa.RecordBatch]:
             if table is not None:
@@ -199,12 +215,13 @@ def _load(
             for day in stale:
                 yield from tiles.rows(day, spec.arrow_schema)
 
-        sampled = f"cast('0x' || left(md5(cast({VIEWER} as varchar)), 7) as bigint) <= {threshold}"
+        sampled = f"cast('0x' || left(md5(cast({spec.subject} as varchar)), 7) as bigint) <= {threshold}"
         load_tiles(session, spec, columns, batches(), where=sampled)
     return stale
 
 
 def _compare(
+    features: Features,
     rows: Sequence[Mapping[str, Any]],
     served: Items,
     settled_before: int,
@@ -214,17 +231,17 @@ def _compare(
     # Of each attribute: compared, mismatched, missing, extra.
     counts: dict[tuple[str, str], list[int]] = {
         (domain, name): [0, 0, 0, 0]
-        for domain in domains()
-        for name in [*(feature.name for feature in features() if feature.domain == domain), LAST_EVENT_AT]
+        for domain in features.domains
+        for name in [*(value.name for value in features.values if value.domain == domain), LAST_EVENT_AT]
     }
-    missing = dict.fromkeys(domains(), 0)
-    extra = dict.fromkeys(domains(), 0)
+    missing = dict.fromkeys(features.domains, 0)
+    extra = dict.fromkeys(features.domains, 0)
     unsettled = 0
     differences: list[Difference] = []
     for row in rows:
-        viewer = row["viewer_id"]
-        for domain in domains():
-            item = served.get(viewer, {}).get(domain)
+        subject = row[features.key.name]
+        for domain in features.domains:
+            item = served.get(subject, {}).get(domain)
             newest = row[f"{domain}_last_event_at"]
             if newest is not None and newest >= settled_before:
                 unsettled += 1
@@ -250,16 +267,17 @@ def _compare(
                 count[kind] += 1
                 # Of an item that is there or not as a whole, one attribute is example enough.
                 if kind == MISMATCHED or name == LAST_EVENT_AT or (kind == MISSING and item is not None):
-                    differences.append(Difference(viewer, domain, name, value, due, _distance(value, due)))
-    differences.sort(key=lambda found: (-found.distance, found.viewer_id, found.attribute))
+                    differences.append(Difference(subject, domain, name, value, due, _distance(value, due)))
+    differences.sort(key=lambda found: (-found.distance, found.subject, found.attribute))
     return ParityReport(
-        viewers=len(rows),
+        subjects=len(rows),
         attributes=tuple(AttributeParity(*key, *count) for key, count in counts.items()),
         missing=missing,
         extra=extra,
         unsettled=unsettled,
         engine_days=engine_days,
         worst=tuple(differences[:examples]),
+        left_out=features.left_out,
     )
 
 

@@ -1,24 +1,23 @@
 """The training tables: what each holds, how it is laid out, and how its schema may change.
 
-Columns with their order, types and descriptions are those of the tile's dbt contract, which `prefs contract build`
-writes to `tiles.json`; what the audit asks of them is said here.
+Every tile that a project declares is exported to one; columns with their order, types, descriptions and minimums are
+those of the declaration.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from pyiceberg.catalog import Catalog
 from pyiceberg.exceptions import CommitFailedException, TableAlreadyExistsError
+from pyiceberg.expressions import BooleanExpression, GreaterThan, NotEqualTo, Or
 from pyiceberg.io.pyarrow import schema_to_pyarrow
 from pyiceberg.partitioning import PartitionField, PartitionSpec
 from pyiceberg.schema import Schema
@@ -35,11 +34,9 @@ from pyiceberg.types import (
     TimestamptzType,
 )
 
+from dagster_prefs.declarations.contract import LAST_EVENT_AT
+from dagster_prefs.declarations.registry import Entity, Key, Registry, TileDeclaration
 from dagster_prefs.offline.catalog import OfflineError, ensure_namespace, explained
-from dagster_prefs.online.contract import LAST_EVENT_AT
-
-VIEWER = "viewer_id"
-TILES_PATH = Path(__file__).with_name("tiles.json")
 
 # SQL type of a tile → type of its column; decimals are wide enough for the minutes of any bigint of seconds.
 ICEBERG_TYPES: Mapping[str, IcebergType] = {
@@ -69,6 +66,10 @@ TABLE_PROPERTIES = {
 }
 
 
+class DeclarationRefused(OfflineError):
+    """A declared tile cannot become a training table."""
+
+
 class SchemaChangeRefused(OfflineError):
     """A column of a training table would be removed or retyped."""
 
@@ -87,22 +88,35 @@ class Column:
 class TileTable:
     """A training table and the tile relation of the engine that fills it.
 
-    `metric` names the columns whose total is `metric_total` in `tile_fingerprints`; `key` makes a row of a
-    day unique; `at_most` lists (smaller, larger) pairs of columns that every row must respect.
+    `entity` is what its rows are about. `metric` names the columns whose total is `metric_total` in
+    `tile_fingerprints`; `key` makes a row of a day unique; `at_most` lists (smaller, larger) pairs of columns that
+    every row must respect; `sink` is RisingWave's that writes the table, where sinks export.
     """
 
     name: str
     tile: str
     doc: str
+    entity: Entity
     day: str
     key: tuple[str, ...]
     columns: tuple[Column, ...]
     metric: tuple[str, ...]
     at_most: tuple[tuple[str, str], ...] = ()
+    sink: str = ""
 
     def identifier(self, namespace: str) -> tuple[str, str]:
         """The table's name in a catalog."""
         return namespace, self.name
+
+    @property
+    def subject(self) -> str:
+        """The column of the entity's id, by which rows are reserved for canaries and erased."""
+        return self.entity.key.name
+
+    @cached_property
+    def by_name(self) -> Mapping[str, Column]:
+        """Column by name."""
+        return {column.name: column for column in self.columns}
 
     @cached_property
     def schema(self) -> Schema:
@@ -131,24 +145,92 @@ class TileTable:
         )
 
 
-@dataclass(frozen=True)
-class ErasedViewer:
-    """A viewer whose rows go, as far as their time is not after `until` (UTC)."""
+def tile_tables(registry: Registry) -> dict[str, TileTable]:
+    """Name of a training table → what a project declares of it, in the registry's order.
 
-    viewer_id: int
+    Raises DeclarationRefused naming the tile and the column for what no training table can hold.
+    """
+    return {tile.table: tile_table(registry, tile) for tile in registry.tiles.values()}
+
+
+def tile_table(registry: Registry, tile: TileDeclaration) -> TileTable:
+    """The training table of one declared tile. Raises like `tile_tables`."""
+    entity = registry.entity(tile.entity)
+    for name, column in tile.columns.items():
+        if column.type not in ICEBERG_TYPES:
+            raise DeclarationRefused(
+                f"{tile.relation}.{name} is {column.type}, which training tables have no equal of: use one "
+                f"of {', '.join(ICEBERG_TYPES)}"
+            )
+        if column.minimum is not None and column.type not in ("bigint", "decimal"):
+            raise DeclarationRefused(
+                f"{tile.relation}.{name} is {column.type} and has the minimum {column.minimum}, which only numbers "
+                "have: remove it"
+            )
+    for name, why, kind in (
+        (entity.key.name, f"the key of {entity.name}", "bigint" if entity.key.type == "bigint" else "text"),
+        (tile.day, "its day", "date"),
+        (LAST_EVENT_AT, "the time of a row's newest event, which erasure compares", "timestamptz"),
+    ):
+        found = tile.columns[name].type if name in tile.columns else "missing"
+        if found != kind:
+            raise DeclarationRefused(
+                f"{tile.relation}.{name} is {found}, and it is {why}: give the tile a column {name} of type {kind}"
+            )
+    mentioned = [*tile.key, *tile.metric, *(name for pair in tile.at_most for name in pair)]
+    if unknown := [name for name in mentioned if name not in tile.columns]:
+        raise DeclarationRefused(
+            f"{tile.relation} declares {unknown[0]} in its key, metric or at_most, and has no such column "
+            f"(it has {', '.join(tile.columns)}): correct the name"
+        )
+    if entity.key.name not in tile.key:
+        raise DeclarationRefused(
+            f"{tile.relation} has the key ({', '.join(tile.key)}) without {entity.key.name}, which names its "
+            f"{entity.name}: add it"
+        )
+    return TileTable(
+        name=tile.table,
+        tile=tile.relation,
+        doc=tile.description,
+        entity=entity,
+        day=tile.day,
+        key=tile.key,
+        columns=tuple(
+            Column(name, ICEBERG_TYPES[column.type], column.description, column.minimum)
+            for name, column in tile.columns.items()
+        ),
+        metric=tile.metric,
+        at_most=tile.at_most,
+        sink=tile.sink,
+    )
+
+
+@dataclass(frozen=True)
+class ErasedSubject:
+    """A subject whose rows are deleted, as far as their time is not after `until` (UTC).
+
+    `key` is the first key column of its entity, `value` the subject's id in it.
+    """
+
+    key: Key
+    value: int | str
     until: datetime
 
     def rows_of(self, batch: pa.RecordBatch | pa.Table, time: str = LAST_EVENT_AT) -> pa.Array:
-        """A mask of the rows that go; `batch` has `viewer_id` and `time`, the column that `until` is compared with."""
+        """A mask of the rows to delete; `batch` has the key and `time`, the column that `until` is compared with."""
         times = batch.column(time)
+        ids = batch.column(self.key.name)
         return pc.and_(
-            pc.equal(batch.column(VIEWER), self.viewer_id),
+            pc.equal(ids, pa.scalar(self.value, ids.type)),
             pc.less_equal(times, pa.scalar(self.until, times.type)),
         )
 
-    def others(self, time: str = LAST_EVENT_AT) -> str:
+    def others(self, time: str = LAST_EVENT_AT) -> BooleanExpression:
         """A row filter of the rows that stay."""
-        return f"({VIEWER} != {self.viewer_id} or {time} > '{self.until.isoformat()}')"
+        return Or(
+            NotEqualTo(term=self.key.name, value=self.value),
+            GreaterThan(term=time, value=self.until.isoformat()),
+        )
 
 
 def exact_sums(batches: Iterable[pa.RecordBatch], columns: Iterable[str]) -> dict[str, Decimal]:
@@ -172,89 +254,6 @@ def counted_sums(batches: Iterable[pa.RecordBatch], columns: Iterable[str]) -> t
 
     sums = exact_sums(counted(), columns)
     return rows, sums
-
-
-_DECLARED: Mapping[str, Any] = json.loads(TILES_PATH.read_text(encoding="utf-8"))
-
-
-def _tile(
-    tile: str,
-    *,
-    name: str,
-    day: str,
-    metric: tuple[str, ...],
-    key: tuple[str, ...] = ("viewer_id",),
-    minimum: Mapping[str, int],
-    at_most: tuple[tuple[str, str], ...] = (),
-) -> TileTable:
-    declared = _DECLARED[tile]
-    columns = tuple(
-        Column(column, ICEBERG_TYPES[found["type"]], found["description"], minimum.get(column))
-        for column, found in declared["columns"].items()
-    )
-    return TileTable(name, tile, declared["description"], day, key, columns, metric, at_most)
-
-
-WATCH = _tile(
-    "viewer_watch_metrics_1d",
-    name="viewer_watch_daily",
-    day="watch_date",
-    metric=("watch_seconds",),
-    minimum={
-        "viewer_id": 0,
-        "watch_seconds": 0,
-        "watch_time_minutes": 0,
-        "views": 1,
-        "content_started": 0,
-        "completions": 0,
-        "genres_watched": 0,
-    },
-    at_most=(("content_started", "views"), ("completions", "views"), ("genres_watched", "views")),
-)
-
-GENRE = _tile(
-    "viewer_genre_metrics_1d",
-    name="viewer_genre_daily",
-    day="watch_date",
-    key=("viewer_id", "genre"),
-    metric=("watch_seconds",),
-    minimum={"viewer_id": 0, "watch_seconds": 0, "views": 1, "completions": 0},
-    at_most=(("completions", "views"),),
-)
-
-INTERACTIONS = _tile(
-    "viewer_interactions_1d",
-    name="viewer_interactions_daily",
-    day="interaction_date",
-    metric=("likes", "shares", "searches"),
-    minimum={"viewer_id": 0, "likes": 0, "shares": 0, "searches": 0},
-)
-
-TILE_TABLES: Mapping[str, TileTable] = {spec.name: spec for spec in (WATCH, GENRE, INTERACTIONS)}
-
-
-def render_tiles(manifest: Mapping[str, Any]) -> str:
-    """The text of `tiles.json`: columns, types and descriptions of the exported tiles in dbt's manifest.
-
-    Raises SchemaChangeRefused for a column of a type that training tables have no equal of.
-    """
-    nodes = {node["name"]: node for node in manifest["nodes"].values() if node["resource_type"] == "model"}
-    content: dict[str, Any] = {}
-    for spec in TILE_TABLES.values():
-        columns = {}
-        for name, column in nodes[spec.tile]["columns"].items():
-            if column["data_type"] not in ICEBERG_TYPES:
-                raise SchemaChangeRefused(
-                    f"{spec.tile}.{name} is {column['data_type']}, which training tables have no equal of: use one "
-                    f"of {', '.join(ICEBERG_TYPES)}"
-                )
-            columns[name] = {"type": column["data_type"], "description": _line(column["description"])}
-        content[spec.tile] = {"description": _line(nodes[spec.tile]["description"]), "columns": columns}
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-
-
-def _line(text: str) -> str:
-    return " ".join(text.split())
 
 
 def ensure_table(catalog: Catalog, namespace: str, spec: TileTable) -> Table:

@@ -20,10 +20,10 @@ import pyarrow.csv
 from psycopg import sql
 from psycopg.rows import scalar_row
 
+from dagster_prefs.declarations.reserved import people_only
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.offline.catalog import OfflineError
-from dagster_prefs.offline.tables import ErasedViewer, TileTable
-from dagster_prefs.online.reserved import VIEWERS_ONLY
+from dagster_prefs.offline.tables import ErasedSubject, TileTable
 
 LINES_FETCHED = 10_000
 # Enough for the parser to be busy with rows rather than with calls.
@@ -80,11 +80,19 @@ class TileSnapshot:
         self._spec = spec
 
     def fingerprints(self) -> dict[date, Fingerprint]:
-        """Fingerprint of every day that the engine holds."""
+        """Fingerprint of every day that the engine holds.
+
+        Raises TilesUnreadable where the fingerprints leave the tile out: nothing of it would ever be exported.
+        """
         query = sql.SQL(
             "select tile_date, row_count, metric_total, content_hash, last_event_at from {} where tile = %s"
         ).format(self._relation(FINGERPRINTS))
         rows = self._connection.execute(query, [self._spec.tile]).fetchall()
+        if not rows and self._has_rows():
+            raise TilesUnreadable(
+                f"{FINGERPRINTS} says nothing of {self._spec.tile}, which has rows: its model leaves the tile out, or "
+                "is being refreshed; run `prefs generate` and `prefs apply`, then export again"
+            )
         return {
             day: Fingerprint(int(count), Decimal(metric), Decimal(content), last)
             for day, count, metric, content, last in rows
@@ -102,10 +110,16 @@ class TileSnapshot:
             return None
         return Fingerprint(int(row[0]), Decimal(row[1]), Decimal(row[2]), row[3])
 
+    def _has_rows(self) -> bool:
+        query = sql.SQL("select 1 from {tile} where {people} limit 1").format(
+            people=people_only(self._spec.entity.key), tile=self._relation(self._spec.tile)
+        )
+        return self._connection.execute(query).fetchone() is not None
+
     def totals(self, day: date) -> tuple[int, Mapping[str, Decimal]]:
         """Rows of the day, and the sum of every column that has an exact one, as the engine computes them."""
         query = sql.SQL("select count(*), {sums} from {tile} where {day} = %s and {people}").format(
-            people=sql.SQL(VIEWERS_ONLY),
+            people=people_only(self._spec.entity.key),
             sums=sql.SQL(", ").join(
                 sql.SQL("coalesce(sum({}), 0)").format(sql.Identifier(name)) for name in self._spec.totals
             ),
@@ -120,37 +134,45 @@ class TileSnapshot:
         }
 
     def erasures(self) -> tuple[int, datetime | None]:
-        """How many viewers were erased and until when; another answer means another erasure."""
+        """How many of the tile's subjects were erased and until when; another answer means another erasure."""
         row = self._connection.execute(
-            sql.SQL("select count(*), max(erased_at) from {} where subject_kind = 'viewer'").format(
+            sql.SQL("select count(*), max(erased_at) from {} where subject_kind = %s").format(
                 self._relation(ERASED)
-            )
+            ),
+            [self._spec.entity.name],
         ).fetchone()
         return (int(row[0]), row[1]) if row else (0, None)
 
     def erased_rows(self, day: date) -> int:
-        """Rows of the day of erased viewers, which the next refresh of the views takes out."""
+        """Rows of the day of erased subjects, which the next refresh of the views removes."""
         query = sql.SQL(
-            "select count(*) from {tile} as t join (select case when subject_id ~ '^-?[0-9]{{1,19}}$' "
-            "then subject_id::bigint end as viewer_id, erased_at from {erased} where subject_kind = 'viewer')"
-            " as e on e.viewer_id = t.viewer_id where t.{day} = %s and t.last_event_at <= e.erased_at"
+            "select count(*) from {tile} as t join ({erased}) as e on e.subject = t.{key}"
+            " where t.{day} = %s and t.last_event_at <= e.erased_at"
         ).format(
             tile=self._relation(self._spec.tile),
-            erased=self._relation(ERASED),
+            erased=self._erased(),
+            key=sql.Identifier(self._spec.subject),
             day=sql.Identifier(self._spec.day),
         )
         row = self._connection.execute(query, [day]).fetchone()
         return int(row[0]) if row else 0
 
-    def erased_viewers(self) -> list[ErasedViewer]:
-        """Every viewer who was erased, with the time until which rows are theirs."""
-        rows = self._connection.execute(
-            sql.SQL(
-                "select case when subject_id ~ '^-?[0-9]{{1,19}}$' then subject_id::bigint end, erased_at from {}"
-                " where subject_kind = 'viewer'"
-            ).format(self._relation(ERASED))
-        ).fetchall()
-        return [ErasedViewer(int(viewer), until) for viewer, until in rows if viewer is not None]
+    def erased_subjects(self) -> list[ErasedSubject]:
+        """Every erased subject of the tile's entity, with the time until which rows are theirs."""
+        rows = self._connection.execute(self._erased()).fetchall()
+        key = self._spec.entity.key
+        return [ErasedSubject(key, value, until) for value, until in rows if value is not None]
+
+    def _erased(self) -> sql.Composed:
+        """Ids, as the tile has them, and times of the erased subjects of the tile's entity."""
+        subject = (
+            "case when subject_id ~ '^-?[0-9]{{1,19}}$' then subject_id::bigint end"
+            if self._spec.entity.key.type == "bigint"
+            else "subject_id"
+        )
+        return sql.SQL("select " + subject + " as subject, erased_at from {} where subject_kind = {}").format(
+            self._relation(ERASED), sql.Literal(self._spec.entity.name)
+        )
 
     def rows(self, day: date, schema: pa.Schema) -> Generator[pa.RecordBatch]:
         """The day's rows without canaries, in no order, in batches of some megabytes with that Arrow schema.
@@ -163,7 +185,7 @@ class TileSnapshot:
         query = sql.SQL(
             "select concat_ws({tab}, {columns}) from {tile} where {day} = {value} and {people}"
         ).format(
-            people=sql.SQL(VIEWERS_ONLY),
+            people=people_only(self._spec.entity.key),
             tab=sql.Literal("\t"),
             columns=sql.SQL(", ").join(map(_as_text, fields)),
             tile=self._relation(self._spec.tile),
@@ -185,7 +207,7 @@ class TileSnapshot:
                 if ahead:
                     yield ahead.result()
         except pa.ArrowInvalid as error:
-            # Not as its cause: its text may be a viewer's row.
+            # Not as its cause: its text may be a person's row.
             raise TilesUnreadable(self._defect(day, fields, error)) from None
 
     def _defect(self, day: date, fields: list[pa.Field], error: pa.ArrowInvalid) -> str:
@@ -194,7 +216,7 @@ class TileSnapshot:
         self._connection.execute("rollback")
         counts = self._connection.execute(
             sql.SQL("select {missing} from {tile} where {day} = %s and {people}").format(
-                people=sql.SQL(VIEWERS_ONLY),
+                people=people_only(self._spec.entity.key),
                 missing=sql.SQL(", ").join(
                     sql.SQL("count(*) - count({})").format(sql.Identifier(name)) for name in required
                 ),

@@ -28,6 +28,7 @@ from pyiceberg.table.refs import SnapshotRefType
 from pyiceberg.table.snapshots import Snapshot
 from pyiceberg.types import TimestamptzType
 
+from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.files import whole_file
 from dagster_prefs.offline.catalog import OfflineError, explained
 from dagster_prefs.offline.duck import JOINING, duck_session
@@ -36,16 +37,8 @@ from dagster_prefs.offline.files import LiveFile, day_of, live_files, read_rows,
 from dagster_prefs.offline.labels import POINT, TIME, LabelsRefused, check_columns, is_csv, read_labels
 from dagster_prefs.offline.outputs import OutputRefused, check_output, write_output
 from dagster_prefs.offline.publish import ATTEMPTS
-from dagster_prefs.offline.tables import VIEWER, TileTable
-from dagster_prefs.offline.windows import (
-    Dialect,
-    features,
-    features_sql,
-    first_day,
-    load_tiles,
-    sources,
-    training_sql,
-)
+from dagster_prefs.offline.tables import TileTable
+from dagster_prefs.offline.windows import Dialect, Features, choose_features, load_tiles
 
 MANIFEST_VERSION = 1
 FOREVER = 2**62
@@ -103,8 +96,8 @@ def build_training_set(
     labels: str,
     output: Path | str,
     *,
+    features: Features,
     now: datetime,
-    contract_version: int,
     timezone: str | None = None,
     as_known: bool = False,
     manifest: Path | None = None,
@@ -114,11 +107,12 @@ def build_training_set(
 ) -> TrainingSet:
     """Write `output`: every label, in its order, duplicates included, with every feature beside it.
 
-    `labels` is a Parquet or CSV file or an Iceberg table with `viewer_id`, `label_time` and any other columns
-    (see `read_labels`); `output` is a `.parquet` or `.csv` file or an Iceberg table `namespace.table`. `manifest`
+    `features` are those of one entity; `labels` is a Parquet or CSV file or an Iceberg table with the entity's key,
+    `label_time` and any other columns (see `read_labels`); `output` is a `.parquet` or `.csv` file or an
+    Iceberg table `namespace.table`. `manifest`
     (`<output>.manifest.json` by default) gets tile snapshots, versions of contract and code, and fingerprints, from
     which `reproduce_training_set` gets the same rows; `tag` is set on the tile snapshots, which upkeep then keeps.
-    `csv` says what cells of CSV labels are that are not text. The join spills to disk beyond a gigabyte. A viewer
+    `csv` says what cells of CSV labels are that are not text. The join spills to disk beyond a gigabyte. A subject
     without history gets cold-start values: zero counts, empty lists, NULL rates.
 
     Raises LabelsRefused, OutputRefused, TagTaken, TableMissing, SnapshotExpired (`as_known` before the kept
@@ -129,7 +123,7 @@ def build_training_set(
     if not manifest.absolute().parent.is_dir():
         raise OutputRefused(f"the folder {manifest.parent} of the manifest does not exist: create it")
     snapshots: dict[str, int | None] = {}
-    for spec, _ in sources():
+    for spec, _ in features.sources:
         with explained(f"the table {namespace}.{spec.name}"):
             table = catalog.load_table(spec.identifier(namespace))
             current = table.current_snapshot()
@@ -143,8 +137,9 @@ def build_training_set(
                 "manifest_version": MANIFEST_VERSION,
                 "created_at": now.astimezone(UTC).isoformat(),
                 "code_version": importlib.metadata.version("dagster-prefs"),
-                "contract_version": contract_version,
-                "definition": _definition(),
+                "contract_version": features.contract_version,
+                "definition": _definition(features),
+                "entity": features.entity.name,
                 "labels": {
                     "source": labels,
                     "rows": made.rows,
@@ -161,7 +156,8 @@ def build_training_set(
                     "rows": made.rows,
                     "cold_start_rows": made.cold_start_rows,
                     "fingerprint": made.content_hash,
-                    "features": [asdict(feature) for feature in features()],
+                    "features": [asdict(feature) for feature in features.values],
+                    "left_out": features.left_out,
                 },
             }
             partial = written.enter_context(whole_file(manifest))
@@ -173,6 +169,7 @@ def build_training_set(
             catalog,
             labels,
             str(output),
+            features=features,
             snapshots=snapshots,
             now=now,
             timezone=timezone,
@@ -191,6 +188,7 @@ def reproduce_training_set(
     manifest: Path,
     output: Path | str,
     *,
+    registry: Registry,
     labels: str | None = None,
     keep_formulas: bool = False,
 ) -> TrainingSet:
@@ -211,7 +209,8 @@ def reproduce_training_set(
         raise NotReproducible(
             f"{manifest} has version {version}, this code reads {MANIFEST_VERSION}: upgrade it"
         )
-    if known["definition"] != _definition():
+    features = choose_features(registry, known.get("entity"))
+    if known["definition"] != _definition(features):
         raise NotReproducible(
             f"{manifest} was made by code {known['code_version']} with another definition of the features: "
             "install that version"
@@ -227,6 +226,7 @@ def reproduce_training_set(
         catalog,
         source,
         str(output),
+        features=features,
         snapshots=known["snapshots"],
         now=datetime.fromisoformat(known["created_at"]),
         timezone=known["labels"]["timezone"],
@@ -251,12 +251,14 @@ def print_training_sql(
     labels: str,
     dialect: Dialect,
     *,
+    features: Features,
     as_known: bool = False,
     namespace: str = DEFAULT_NAMESPACE,
 ) -> str:
     """The same join in the SQL of a distributed engine over the same tables, for labels beyond one machine.
 
-    `labels` must be an Iceberg table (`namespace.table`) with `viewer_id` and `label_time`, a timestamp with a zone.
+    `labels` must be an Iceberg table (`namespace.table`) with the entity's key and `label_time`, a
+    timestamp with a zone.
     Raises LabelsRefused where it is not, or a column is named like a feature; TableMissing where it does not exist.
     """
     if as_known:
@@ -271,12 +273,12 @@ def print_training_sql(
         )
     with explained(f"the table {labels}"):
         fields = {field.name: field.field_type for field in catalog.load_table(labels).schema().fields}
-    check_columns(labels, list(fields))
+    check_columns(labels, list(fields), features)
     if not isinstance(fields[TIME], TimestamptzType):
         raise LabelsRefused(
             f"{labels}.{TIME} is {fields[TIME]}: {dialect} needs a timestamp with a zone; write the table again"
         )
-    return training_sql(dialect, labels, list(fields), namespace=namespace)
+    return features.training_sql(dialect, labels, list(fields), namespace=namespace)
 
 
 @dataclass(frozen=True)
@@ -295,6 +297,7 @@ def _build(
     labels: str,
     output: str,
     *,
+    features: Features,
     snapshots: Mapping[str, int | None],
     now: datetime,
     timezone: str | None,
@@ -305,16 +308,16 @@ def _build(
     describe: Callable[[_Made], None] | None = None,
 ) -> _Made:
     started = time.monotonic()
-    table = read_labels(catalog, labels, now=now, timezone=timezone, types=csv.types)
+    table = read_labels(catalog, labels, features=features, now=now, timezone=timezone, types=csv.types)
     with explained(f"the training set {output}"), duck_session(*JOINING) as session:
-        first, last = _load_points(session, table)
+        first, last = _load_points(session, table, features)
         labels_hash = _fingerprint(session, "labels")
         if expect and labels_hash != expect[0]:
             raise NotReproducible(
                 f"{labels} does not hold the labels of the manifest any more: name the original"
             )
         oldest = _oldest_label(session)
-        for spec, columns in sources():
+        for spec, columns in features.sources:
             with explained(f"the table {namespace}.{spec.name}"):
                 tiles = catalog.load_table(spec.identifier(namespace))
                 snapshot = _snapshot(tiles, snapshots[spec.name])
@@ -322,9 +325,9 @@ def _build(
                     batches = _versions(tiles, spec, snapshot, columns, first, last, oldest)
                 else:
                     batches = _current(tiles, spec, snapshot, columns, first, last)
-                known = f"{VIEWER} in (select {VIEWER} from points)"
+                known = f"{features.key.name} in (select {features.key.name} from points)"
                 load_tiles(session, spec, columns, batches, where=known, versions=as_known)
-        session.execute(f"create table features as {features_sql('training', versions=as_known)}")
+        session.execute(f"create table features as {features.sql('training', versions=as_known)}")
         session.execute(
             "create view result as select labels.*, features.* exclude (point) "
             "from labels join features on features.point = labels.point"
@@ -335,7 +338,7 @@ def _build(
                 f"the rows differ from those of the manifest although labels and tiles are the same: {output} was "
                 "not written; look for a changed version of DuckDB or Arrow"
             )
-        made = _Made(table.num_rows, _count_cold_start(session), labels_hash, content, first, last)
+        made = _Made(table.num_rows, _count_cold_start(session, features), labels_hash, content, first, last)
         if describe:
             describe(made)
         kinds = {row[0]: row[1] for row in session.execute("describe result").fetchall()}
@@ -345,7 +348,9 @@ def _build(
     return replace(made, seconds=time.monotonic() - started)
 
 
-def _load_points(session: duckdb.DuckDBPyConnection, table: pa.Table) -> tuple[date, date]:
+def _load_points(
+    session: duckdb.DuckDBPyConnection, table: pa.Table, features: Features
+) -> tuple[date, date]:
     """Make `labels` and `points`; returns the earliest and latest day whose tiles any label needs."""
     number = pa.array(range(table.num_rows), pa.int64())
     names = table.column_names
@@ -360,13 +365,13 @@ def _load_points(session: duckdb.DuckDBPyConnection, table: pa.Table) -> tuple[d
     session.execute(
         f"""
         create table points as
-        select point, {VIEWER}, date '1970-01-01' + cast(floor({TIME} / 86400000000.0) as integer) as day,
+        select point, {features.key.name}, date '1970-01-01' + cast(floor({TIME} / 86400000000.0) as integer) as day,
           {TIME} // 1000 as known_at
         from labels
         """
     )
     earliest, latest = _one(session, "select min(day), max(day) from points")
-    return first_day(earliest), latest - timedelta(days=1)
+    return features.first_day(earliest), latest - timedelta(days=1)
 
 
 def _oldest_label(session: duckdb.DuckDBPyConnection) -> int:
@@ -397,7 +402,7 @@ def _snapshot(table: Table, snapshot_id: int | None) -> Snapshot | None:
     if snapshot is None:
         raise SnapshotExpired(
             f"snapshot {snapshot_id} of {'.'.join(table.name())} has expired, by age or because it held an erased "
-            "viewer, and this training set cannot be had again: keep snapshots longer or tag those of training sets"
+            "subject, and this training set cannot be had again: keep snapshots longer or tag those of training sets"
         )
     return snapshot
 
@@ -414,7 +419,7 @@ def _current(
         return
     for files in tile_files(table, spec, first=first, last=last, snapshot_id=snapshot.snapshot_id).values():
         for file in files:
-            yield from read_rows(table, file, [VIEWER, spec.day, *columns])
+            yield from read_rows(table, file, [spec.subject, spec.day, *columns])
 
 
 def _versions(
@@ -430,7 +435,7 @@ def _versions(
         return
     for version in _history(table, snapshot, oldest_label):
         if first <= day_of(table, spec, version.file.data) <= last:
-            for batch in read_rows(table, version.file, [VIEWER, spec.day, *columns]):
+            for batch in read_rows(table, version.file, [spec.subject, spec.day, *columns]):
                 yield batch.append_column(
                     "known_from", pa.repeat(version.known_from, batch.num_rows)
                 ).append_column("known_to", pa.repeat(version.known_to, batch.num_rows))
@@ -513,13 +518,13 @@ def _one(session: duckdb.DuckDBPyConnection, query: str) -> tuple[Any, ...]:
     return row
 
 
-def _definition() -> str:
+def _definition(features: Features) -> str:
     """A hash of what the features are."""
-    text = json.dumps([asdict(feature) for feature in features()]) + features_sql("training", versions=True)
+    text = json.dumps([asdict(value) for value in features.values]) + features.sql("training", versions=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _count_cold_start(session: duckdb.DuckDBPyConnection) -> int:
+def _count_cold_start(session: duckdb.DuckDBPyConnection, features: Features) -> int:
     """Labels none of whose features is anything but its cold-start value."""
-    same = " and ".join(f"{feature.name} is not distinct from {feature.cold_start}" for feature in features())
+    same = " and ".join(f"{value.name} is not distinct from {value.cold_start}" for value in features.values)
     return int(_one(session, f"select count(*) from features where {same}")[0])

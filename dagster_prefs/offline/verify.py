@@ -59,11 +59,6 @@ class VerifyReport:
     seconds: float
 
 
-def sink_of(spec: TileTable) -> str:
-    """The name of the sink that writes the table."""
-    return f"sink_training_{spec.name.split('_')[1]}"
-
-
 def prepare_for_sink(
     engine: EngineConnection, catalog: Catalog, spec: TileTable, *, namespace: str = DEFAULT_NAMESPACE
 ) -> Table:
@@ -81,7 +76,7 @@ def prepare_for_sink(
         there = connection.execute(
             "select 1 from rw_catalog.rw_sinks s join rw_catalog.rw_schemas n on n.id = s.schema_id"
             " where n.name = %s and s.name = %s",
-            (engine.schema, sink_of(spec)),
+            (engine.schema, spec.sink),
         ).fetchone()
     name = f"{namespace}.{spec.name}"
     if there:

@@ -13,10 +13,11 @@ import psycopg
 import pytest
 from psycopg import sql
 from pyiceberg.catalog import Catalog
+from shipped import GENRE, INTERACTIONS, WATCH
 
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.offline.catalog import open_catalog
-from dagster_prefs.offline.tables import GENRE, INTERACTIONS, WATCH, TileTable
+from dagster_prefs.offline.tables import TileTable
 
 DAY = date(2026, 3, 10)
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 from pyiceberg.catalog import Catalog
+from shipped import VIEWER_KEY, WATCH
 
 from dagster_prefs.offline.catalog import CatalogCorrupted
 from dagster_prefs.offline.export import export_day, exported_days, stale_days
-from dagster_prefs.offline.forget import ViewerInTiles
+from dagster_prefs.offline.forget import SubjectInTiles
 from dagster_prefs.offline.maintenance import maintain
-from dagster_prefs.offline.tables import WATCH, ErasedViewer
+from dagster_prefs.offline.tables import ErasedSubject
 from dagster_prefs.offline.verify import verify_day
 
 from .conftest import DAY, Tiles, watch
@@ -68,7 +69,9 @@ def test_a_damaged_file(
         readers |= {
             "staleness": lambda: stale_days(tiles.engine, WATCH, exported_days(catalog, WATCH)),
             "upkeep": lambda: maintain(catalog, WATCH, now=datetime.now(UTC), keep_snapshots=KEEP),
-            "erasure": lambda: ViewerInTiles(catalog, WATCH, ErasedViewer(1, NOW), tiles.engine).holding(),
+            "erasure": lambda: SubjectInTiles(
+                catalog, WATCH, ErasedSubject(VIEWER_KEY, 1, NOW), tiles.engine
+            ).holding(),
         }
     path = Path(file(catalog.load_table(WATCH.identifier("training"))).removeprefix("file://"))
     content = path.read_bytes()

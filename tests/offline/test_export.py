@@ -4,9 +4,10 @@ from datetime import date, timedelta
 
 import pytest
 from pyiceberg.catalog import Catalog
+from shipped import WATCH
 
 from dagster_prefs.offline.export import ExportedDay, export_day, exported_days, stale_days
-from dagster_prefs.offline.tables import WATCH, TileTable
+from dagster_prefs.offline.tables import TileTable
 from dagster_prefs.offline.tiles import TilesUnreadable
 
 from .conftest import DAY, Tiles, some_rows, table_rows, watch
@@ -133,3 +134,18 @@ def test_a_missing_relation_says_which_and_what_to_do(tiles: Tiles, catalog: Cat
         export_day(tiles.engine, catalog, WATCH, DAY)
     with pytest.raises(TilesUnreadable, match="viewer_watch_metrics_1d"):
         stale_days(tiles.engine, WATCH, exported_days(catalog, WATCH))
+
+
+def test_a_tile_that_the_fingerprints_leave_out_is_refused(
+    tiles: Tiles, catalog: Catalog, spec: TileTable
+) -> None:
+    assert stale_days(tiles.engine, spec, exported_days(catalog, spec)) == {}
+    tiles.add(spec, some_rows(spec, DAY, viewers=2, offset=-2), refresh=False)
+    assert stale_days(tiles.engine, spec, exported_days(catalog, spec)) == {}, (
+        "canaries are in no fingerprint"
+    )
+    tiles.add(spec, some_rows(spec, DAY), refresh=False)
+    with pytest.raises(
+        TilesUnreadable, match=f"says nothing of {spec.tile}, which has rows: its model leaves"
+    ):
+        stale_days(tiles.engine, spec, exported_days(catalog, spec))

@@ -23,6 +23,7 @@ from pyiceberg.catalog.sql import SqlCatalog
 from pyiceberg.exceptions import CommitFailedException
 from pyiceberg.io.pyarrow import PyArrowFileIO
 from pyiceberg.types import LongType, StringType
+from shipped import GENRE, WATCH
 
 from dagster_prefs.engine.connection import EngineConnection, EngineUnavailable
 from dagster_prefs.offline import export, publish
@@ -36,7 +37,7 @@ from dagster_prefs.offline.catalog import (
 )
 from dagster_prefs.offline.export import export_day
 from dagster_prefs.offline.files import read_file
-from dagster_prefs.offline.tables import GENRE, WATCH, Column, SchemaChangeRefused, ensure_table
+from dagster_prefs.offline.tables import Column, SchemaChangeRefused, ensure_table
 from dagster_prefs.offline.tiles import TilesUnreadable
 
 from .conftest import DAY, Tiles, genre, table_rows, watch

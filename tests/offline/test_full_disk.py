@@ -13,12 +13,12 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from pyiceberg.catalog import Catalog
+from shipped import FEATURES, WATCH
 
 from dagster_prefs.offline.catalog import OfflineError, StorageFull, open_catalog
 from dagster_prefs.offline.duck import JOINING, duck_session, sort_batches
 from dagster_prefs.offline.export import export_day
 from dagster_prefs.offline.maintenance import maintain
-from dagster_prefs.offline.tables import WATCH
 from dagster_prefs.offline.training_set import build_training_set
 
 from .conftest import DAY, Tiles, table_rows, watch
@@ -98,7 +98,7 @@ def test_a_training_set_at_every_point_of_its_way(
 
     def build(day: int) -> None:
         labels = write_labels(tmp_path, [(1, at(DAY + timedelta(days=day), n / 60)) for n in range(300)])
-        build_training_set(catalog, labels, output, now=NOW, contract_version=1)
+        build_training_set(catalog, labels, output, now=NOW, features=FEATURES)
 
     build(1)
     before = {path.name: path.read_bytes() for path in disk.folder.iterdir()}

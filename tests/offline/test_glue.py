@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import boto3
 import pytest
+from shipped import WATCH
 
 from dagster_prefs.offline.catalog import open_catalog
 from dagster_prefs.offline.export import export_day, exported_days, stale_days
 from dagster_prefs.offline.maintenance import maintain
-from dagster_prefs.offline.tables import WATCH
 
 from .conftest import DAY, Tiles, table_rows, watch
 from .test_maintenance import KEEP, later

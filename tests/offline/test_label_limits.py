@@ -20,9 +20,11 @@ READ = """
 import re, sys
 from datetime import UTC, datetime
 from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from shipped import FEATURES
 from dagster_prefs.offline.labels import LabelsRefused, read_labels
 try:
-    print(read_labels(None, sys.argv[1], now=datetime(2026, 6, 1, tzinfo=UTC)).num_rows)
+    print(read_labels(None, sys.argv[1], features=FEATURES, now=datetime(2026, 6, 1, tzinfo=UTC)).num_rows)
 except LabelsRefused as error:
     print(error)
 # Unlike ru_maxrss, this begins anew with the program.
@@ -33,7 +35,11 @@ print(1024 * int(re.search(r"VmHWM:\\s+([0-9]+)", Path("/proc/self/status").read
 def read(path: Path) -> str:
     """What reading the labels ends with, in a process of its own whose memory must stay within bounds."""
     done = subprocess.run(
-        [sys.executable, "-c", READ, path], capture_output=True, text=True, check=True, timeout=300
+        [sys.executable, "-c", READ, path, Path(__file__).parents[1]],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
     )
     said, peak = done.stdout.strip().rsplit("\n", 1)
     assert int(peak) < MEMORY, f"{int(peak):,} bytes of memory for {path.stat().st_size:,} bytes of file"

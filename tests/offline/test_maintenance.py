@@ -7,13 +7,14 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from pyiceberg.catalog import Catalog
+from shipped import WATCH
 
 from dagster_prefs.offline.audit import AuditFailed
 from dagster_prefs.offline.catalog import TableMissing
 from dagster_prefs.offline.export import export_day
 from dagster_prefs.offline.maintenance import maintain, maintain_training_sets
 from dagster_prefs.offline.outputs import replace_rows
-from dagster_prefs.offline.tables import WATCH, TileTable
+from dagster_prefs.offline.tables import TileTable
 
 from .conftest import DAY, Tiles, some_rows, table_rows, watch
 

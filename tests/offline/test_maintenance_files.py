@@ -13,10 +13,10 @@ from pyiceberg.avro.file import AvroFile
 from pyiceberg.catalog import Catalog
 from pyiceberg.table import Table
 from pyiceberg.table.statistics import StatisticsFile
+from shipped import WATCH
 
 from dagster_prefs.offline.export import export_day
 from dagster_prefs.offline.maintenance import maintain
-from dagster_prefs.offline.tables import WATCH
 
 from .conftest import DAY, Tiles, table_rows, watch
 from .other_engine import commit_deletes, delete_equal, delete_positions, delete_vector

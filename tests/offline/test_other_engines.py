@@ -17,6 +17,7 @@ from pyiceberg.catalog import Catalog
 from pyiceberg.manifest import DataFile
 from pyiceberg.table import Table
 from pyiceberg.transforms import BucketTransform
+from shipped import FEATURES, VIEWER_KEY, WATCH
 
 from dagster_prefs.freshness.offline import offline_lag
 from dagster_prefs.offline.export import (
@@ -33,12 +34,12 @@ from dagster_prefs.offline.files import (
     day_files,
     live_files,
 )
-from dagster_prefs.offline.forget import ViewerInTiles, ViewerInTrainingSet, search_catalog
+from dagster_prefs.offline.forget import SubjectInTiles, SubjectInTrainingSet, search_catalog
 from dagster_prefs.offline.labels import read_labels
 from dagster_prefs.offline.maintenance import maintain
 from dagster_prefs.offline.outputs import replace_rows
 from dagster_prefs.offline.parity import check_parity
-from dagster_prefs.offline.tables import WATCH, ErasedViewer, arrow_schema
+from dagster_prefs.offline.tables import ErasedSubject, arrow_schema
 
 from .conftest import DAY, Tiles, table_rows, watch
 from .other_engine import add_file, commit_deletes, delete_equal, delete_positions, delete_vector
@@ -124,8 +125,10 @@ def test_parity_does_not_count_deleted_rows(tiles: Tiles, catalog: Catalog, dele
     # Only the table has the day now.
     tiles.delete(WATCH, DAY)
     delete_viewers(watch_table(catalog), deletes, 2, 5)
-    report = check_parity(tiles.engine, catalog, lambda viewers: {}, now=at(NEXT), share=1.0)
-    assert (report.viewers, report.missing["watch"]) == (4, 4)
+    report = check_parity(
+        tiles.engine, catalog, lambda viewers: {}, features=FEATURES, now=at(NEXT), share=1.0
+    )
+    assert (report.subjects, report.missing["watch"]) == (4, 4)
 
 
 def test_compaction_leaves_a_day_with_deletes(tiles: Tiles, catalog: Catalog, deletes: Deletes) -> None:
@@ -146,12 +149,12 @@ def test_an_erasure_keeps_what_another_engine_deleted(
     tiles.add(WATCH, ROWS)
     export(tiles, catalog)
     delete_viewers(watch_table(catalog), deletes, 2, 5)
-    done = ViewerInTiles(catalog, WATCH, ErasedViewer(3, NOW), tiles.engine).forget()
+    done = SubjectInTiles(catalog, WATCH, ErasedSubject(VIEWER_KEY, 3, NOW), tiles.engine).forget()
     assert done.days_rewritten == (DAY,)
     assert [row[0] for row in table_rows(catalog, WATCH)] == [1, 4, 6]
     # The rest of the day is still not what this platform exported.
     assert exported_days(catalog, WATCH)[DAY].foreign
-    assert ViewerInTiles(catalog, WATCH, ErasedViewer(3, NOW), tiles.engine).holding().rows == 0
+    assert SubjectInTiles(catalog, WATCH, ErasedSubject(VIEWER_KEY, 3, NOW), tiles.engine).holding().rows == 0
 
 
 def test_what_may_be_read_here_is_read_in_tables_of_others(
@@ -161,15 +164,15 @@ def test_what_may_be_read_here_is_read_in_tables_of_others(
     table = catalog.create_table("ml.labels", pq.read_schema(write_labels(tmp_path, [(1, NOW)])))
     table.append(pq.read_table(write_labels(tmp_path, [(viewer, at(NEXT)) for viewer in range(1, 5)])))
     delete_viewers(table, deletes, 2)
-    assert read_labels(catalog, "ml.labels", now=NOW)["viewer_id"].to_pylist() == [1, 3, 4]
-    assert search_catalog(catalog, 2).holding == ()
-    assert search_catalog(catalog, 3).holding == ("ml.labels",)
+    assert read_labels(catalog, "ml.labels", features=FEATURES, now=NOW)["viewer_id"].to_pylist() == [1, 3, 4]
+    assert search_catalog(catalog, ErasedSubject(VIEWER_KEY, 2, NOW)).holding == ()
+    assert search_catalog(catalog, ErasedSubject(VIEWER_KEY, 3, NOW)).holding == ("ml.labels",)
     ours = catalog.create_table("ml.set", table.schema())
     replace_rows(
         ours, pq.read_table(write_labels(tmp_path, [(v, at(NEXT)) for v in (1, 2, 3)])).to_batches(), {}
     )
     delete_viewers(catalog.load_table("ml.set"), deletes, 3)
-    ViewerInTrainingSet(catalog, "ml.set", ErasedViewer(1, NOW)).forget()
+    SubjectInTrainingSet(catalog, "ml.set", ErasedSubject(VIEWER_KEY, 1, NOW)).forget()
     assert catalog.load_table("ml.set").scan().to_arrow()["viewer_id"].to_pylist() == [2]
 
 
@@ -184,7 +187,9 @@ def test_equality_deletes_are_refused_by_every_reader(tiles: Tiles, catalog: Cat
     readers: dict[str, Callable[[], Any]] = {
         "training set": lambda: build(catalog, labels, tmp_path),
         "as known": lambda: build(catalog, labels, tmp_path, as_known=True),
-        "erasure": lambda: ViewerInTiles(catalog, WATCH, ErasedViewer(3, NOW), tiles.engine).forget(),
+        "erasure": lambda: SubjectInTiles(
+            catalog, WATCH, ErasedSubject(VIEWER_KEY, 3, NOW), tiles.engine
+        ).forget(),
         "rows": lambda: count_rows(table, day_files(table, WATCH, DAY)),
     }
     for name, reader in readers.items():
@@ -196,11 +201,13 @@ def test_equality_deletes_are_refused_by_every_reader(tiles: Tiles, catalog: Cat
         assert delete.file_path in said
         assert "--replace-foreign" in said
     # Parity reads the day from the engine, which has it.
-    report = check_parity(tiles.engine, catalog, lambda viewers: {}, now=at(NEXT), share=1.0)
-    assert (report.viewers, report.engine_days[WATCH.name]) == (6, (DAY,))
+    report = check_parity(
+        tiles.engine, catalog, lambda viewers: {}, features=FEATURES, now=at(NEXT), share=1.0
+    )
+    assert (report.subjects, report.engine_days[WATCH.name]) == (6, (DAY,))
     tiles.delete(WATCH, DAY)
     with pytest.raises(RowsUnreadable):
-        check_parity(tiles.engine, catalog, lambda viewers: {}, now=at(NEXT), share=1.0)
+        check_parity(tiles.engine, catalog, lambda viewers: {}, features=FEATURES, now=at(NEXT), share=1.0)
     found = export(tiles, catalog)
     assert (found.status, found.rows) == ("foreign", None)
     assert delete.file_path in found.reason
@@ -217,10 +224,13 @@ def test_equality_deletes_of_tables_of_others_are_refused(catalog: Catalog, tmp_
         delete.partition._data.clear()
         commit_deletes(table, delete)
     with pytest.raises(RowsUnreadable, match=r"ml\.labels has rows that another engine deleted by equality"):
-        read_labels(catalog, "ml.labels", now=NOW)
+        read_labels(catalog, "ml.labels", features=FEATURES, now=NOW)
     with pytest.raises(RowsUnreadable, match=r"ml\.set has rows"):
-        ViewerInTrainingSet(catalog, "ml.set", ErasedViewer(1, NOW)).forget()
-    assert "deleted by equality" in search_catalog(catalog, 1).unread["ml.labels"]
+        SubjectInTrainingSet(catalog, "ml.set", ErasedSubject(VIEWER_KEY, 1, NOW)).forget()
+    assert (
+        "deleted by equality"
+        in search_catalog(catalog, ErasedSubject(VIEWER_KEY, 1, NOW)).unread["ml.labels"]
+    )
     # A training set that is written anew needs nothing of what was there.
     replace_rows(catalog.load_table("ml.set"), rows.to_batches(), {})
     table = catalog.load_table("ml.set")
@@ -295,7 +305,7 @@ def test_an_erasure_does_not_make_rows_of_somebody_else_ours(tiles: Tiles, catal
     export(tiles, catalog)
     append(catalog, watch(50, DAY, 600))
     tiles.delete(WATCH, DAY)
-    ViewerInTiles(catalog, WATCH, ErasedViewer(3, NOW), tiles.engine).forget()
+    SubjectInTiles(catalog, WATCH, ErasedSubject(VIEWER_KEY, 3, NOW), tiles.engine).forget()
     assert [row[0] for row in table_rows(catalog, WATCH)] == [1, 2, 4, 5, 6, 50]
     assert export(tiles, catalog).status == "foreign"
 
@@ -479,7 +489,7 @@ def test_a_lost_race_with_a_delete_is_not_published(
 
     monkeypatch.setattr(forget, "write_day", write)
     tiles.delete(WATCH, DAY)
-    ViewerInTiles(catalog, WATCH, ErasedViewer(3, NOW), tiles.engine).forget()
+    SubjectInTiles(catalog, WATCH, ErasedSubject(VIEWER_KEY, 3, NOW), tiles.engine).forget()
     assert [row[0] for row in table_rows(catalog, WATCH)] == [1, 2, 4, 6]
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 from pyiceberg.catalog import Catalog
+from shipped import FEATURES, GENRE, INTERACTIONS, WATCH
 
 from dagster_prefs.offline.export import export_day
 from dagster_prefs.offline.parity import ParityReport, check_parity
-from dagster_prefs.offline.tables import GENRE, INTERACTIONS, WATCH
 
 from . import oracle
 from .conftest import Tiles, genre, interactions, watch
@@ -87,7 +87,7 @@ def check(tiles: Tiles, catalog: Catalog, items: dict[int, Any], **options: Any)
     def read(viewers: Sequence[int]) -> dict[int, Any]:
         return {viewer: items[viewer] for viewer in viewers if viewer in items}
 
-    given = {"now": NOW, "share": 1.0, "settle": timedelta(0)} | options
+    given = {"features": FEATURES, "now": NOW, "share": 1.0, "settle": timedelta(0)} | options
     return check_parity(tiles.engine, catalog, read, **given)
 
 
@@ -95,7 +95,7 @@ def test_what_is_served_exactly_passes(filled: Tiles, catalog: Catalog) -> None:
     report = check(filled, catalog, served())
     assert report.worst == ()
     assert report.passed
-    assert report.viewers == 6
+    assert report.subjects == 6
     assert report.engine_days[WATCH.name] == (days_ago(1), TODAY)
     assert {(item.domain, item.attribute): item.compared for item in report.attributes}[
         "watch", "watch_minutes_7d"
@@ -107,7 +107,7 @@ def test_each_viewers_own_day_boundary_counts(filled: Tiles, catalog: Catalog) -
     items = served()
     report = check(filled, catalog, items, now=late, spread_seconds=10, settle=timedelta(days=-1))
     # At 3 s past midnight viewers 4 to 6 are still in yesterday's window, which reaches one day further back.
-    wrong = {found.viewer_id for found in report.worst if found.attribute == "watch_minutes_28d"}
+    wrong = {found.subject for found in report.worst if found.attribute == "watch_minutes_28d"}
     assert wrong == {4, 5}
 
 
@@ -134,7 +134,7 @@ def test_a_planted_corruption_is_found_and_named(
         (domain, attribute)
     ]
     found = report.worst[0]
-    assert (found.viewer_id, found.served, found.due) == (2, value, due)
+    assert (found.subject, found.served, found.due) == (2, value, due)
 
 
 def test_missing_and_extra_items_are_counted(filled: Tiles, catalog: Catalog) -> None:
@@ -162,7 +162,9 @@ def test_the_sample_is_stable_and_smaller(filled: Tiles, catalog: Catalog) -> No
         return {}
 
     for _ in range(2):
-        check_parity(filled.engine, catalog, read, now=NOW, share=0.25, settle=timedelta(0))
+        check_parity(
+            filled.engine, catalog, read, features=FEATURES, now=NOW, share=0.25, settle=timedelta(0)
+        )
     assert seen[0] == seen[1]
     assert 50 < len(seen[0]) < 160
 

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 from pyiceberg.catalog import Catalog
+from shipped import WATCH
 
-from dagster_prefs.defs.resources import Platform
 from dagster_prefs.offline import export, publish
 from dagster_prefs.offline.catalog import CatalogUnavailable
 from dagster_prefs.offline.export import export_day, exported_days, stale_days
 from dagster_prefs.offline.maintenance import maintain
-from dagster_prefs.offline.tables import WATCH
+from dagster_prefs.platform import Platform
 from dagster_prefs.settings import Settings
 
 from .conftest import DAY, Tiles, table_rows, watch
@@ -80,7 +80,7 @@ def test_a_catalog_that_goes_down_while_it_is_used(
     labels = write_labels(tmp_path, [(1, at(DAY))])
     real = publish.write_day
     unreachable = (
-        r"^the table training\.viewer_watch_daily cannot be reached or refuses us .*check its address"
+        r"^the table training\.viewer_[a-z]+_daily cannot be reached or refuses us .*check its address"
     )
     with ExitStack() as stack:
         remote = platform(stack.enter_context(rest_server(catalog, CREDENTIAL)), warehouse).catalog()

@@ -11,10 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
 from pyiceberg.catalog import Catalog
+from shipped import TILE_TABLES, WATCH
 
 from dagster_prefs.cli import cli
 from dagster_prefs.errors import PrefsError
-from dagster_prefs.offline.tables import TILE_TABLES, WATCH, arrow_schema, ensure_table
+from dagster_prefs.offline.tables import arrow_schema, ensure_table
 
 from .conftest import DAY, watch
 

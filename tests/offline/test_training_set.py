@@ -21,8 +21,9 @@ import sqlglot
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyiceberg.catalog import Catalog
+from shipped import FEATURES, GENRE, INTERACTIONS, REGISTRY, TILE_TABLES, WATCH
 
-from dagster_prefs.offline import outputs, windows
+from dagster_prefs.offline import outputs
 from dagster_prefs.offline.catalog import (
     CatalogCorrupted,
     OfflineError,
@@ -34,15 +35,7 @@ from dagster_prefs.offline.export import export_day
 from dagster_prefs.offline.labels import LabelsRefused, read_labels
 from dagster_prefs.offline.maintenance import maintain
 from dagster_prefs.offline.outputs import OutputRefused
-from dagster_prefs.offline.tables import (
-    GENRE,
-    INTERACTIONS,
-    TILE_TABLES,
-    WATCH,
-    TileTable,
-    arrow_schema,
-    ensure_table,
-)
+from dagster_prefs.offline.tables import TileTable, arrow_schema, ensure_table
 from dagster_prefs.offline.training_set import (
     CsvOptions,
     NotReproducible,
@@ -53,12 +46,13 @@ from dagster_prefs.offline.training_set import (
     print_training_sql,
     reproduce_training_set,
 )
+from dagster_prefs.offline.windows import Dialect
 
 from . import oracle
 from .conftest import DAY, Tiles, genre, interactions, watch
 
 NOW = datetime(2026, 6, 1, tzinfo=UTC)
-NAMES = [feature.name for feature in windows.features()]
+NAMES = [feature.name for feature in FEATURES.values]
 
 
 def fill(catalog: Catalog, rows: dict[str, list[tuple[Any, ...]]]) -> None:
@@ -88,7 +82,7 @@ def build(
     catalog: Catalog, labels: str, folder: Path, **options: Any
 ) -> tuple[TrainingSet, list[dict[str, Any]]]:
     made = build_training_set(
-        catalog, labels, folder / "set.parquet", now=options.pop("now", NOW), contract_version=1, **options
+        catalog, labels, folder / "set.parquet", now=options.pop("now", NOW), features=FEATURES, **options
     )
     return made, pq.read_table(made.output).to_pylist()
 
@@ -139,7 +133,8 @@ def test_every_value_equals_the_oracles(
         fill(catalog, rows)
         made, found = build(catalog, write_labels(folder, labels), folder)
         expected = [
-            oracle.features(*label, *(rows[spec.name] for spec, _ in windows.sources())) for label in labels
+            oracle.features(*label, *(rows[spec.name] for spec in (WATCH, GENRE, INTERACTIONS)))
+            for label in labels
         ]
         assert [{name: row[name] for name in NAMES} for row in found] == expected
         assert [(row["label"], row["viewer_id"], row["label_time"]) for row in found] == [
@@ -147,7 +142,7 @@ def test_every_value_equals_the_oracles(
         ]
         nobody = oracle.features(-1, NOW, [], [], [])
         assert made.cold_start_rows == sum(row == nobody for row in expected)
-        again = reproduce_training_set(catalog, made.manifest, folder / "again.parquet")
+        again = reproduce_training_set(catalog, made.manifest, folder / "again.parquet", registry=REGISTRY)
         assert again.content_hash == made.content_hash
         assert pq.read_table(again.output).equals(pq.read_table(made.output))
 
@@ -212,7 +207,7 @@ def test_as_known_sees_the_version_of_the_labels_time(tiles: Tiles, catalog: Cat
     # What is exported afterwards does not change what was known.
     tiles.replace(WATCH, yesterday, [watch(1, yesterday, 60_000)])
     export_day(tiles.engine, catalog, WATCH, yesterday)
-    again = reproduce_training_set(catalog, made.manifest, tmp_path / "again.parquet")
+    again = reproduce_training_set(catalog, made.manifest, tmp_path / "again.parquet", registry=REGISTRY)
     assert pq.read_table(again.output).to_pylist() == known
 
 
@@ -235,7 +230,7 @@ def test_expired_snapshots_are_named(catalog: Catalog, tmp_path: Path) -> None:
     with pytest.raises(
         SnapshotExpired, match=rf"{made.snapshots[WATCH.name]} of training\.viewer_watch_daily has expired"
     ):
-        reproduce_training_set(catalog, made.manifest, tmp_path / "again.parquet")
+        reproduce_training_set(catalog, made.manifest, tmp_path / "again.parquet", registry=REGISTRY)
     with pytest.raises(SnapshotExpired, match="older snapshots have expired"):
         build(catalog, labels, tmp_path, as_known=True)
     assert not (tmp_path / "again.parquet").exists()
@@ -252,7 +247,7 @@ def test_a_tagged_set_outlives_upkeep(catalog: Catalog, tmp_path: Path) -> None:
     with pytest.raises(TagTaken, match="has main for snapshot"):
         build(catalog, labels, tmp_path, tag="main")
     maintain(catalog, WATCH, now=datetime.now(UTC) + timedelta(days=60), keep_snapshots=timedelta(days=30))
-    again = reproduce_training_set(catalog, made.manifest, tmp_path / "again.parquet")
+    again = reproduce_training_set(catalog, made.manifest, tmp_path / "again.parquet", registry=REGISTRY)
     assert pq.read_table(again.output).to_pylist() == before
 
 
@@ -266,17 +261,17 @@ def test_a_manifest_that_does_not_fit_is_refused(catalog: Catalog, tmp_path: Pat
     write_labels(tmp_path, [(2, at(DAY))])
     again = tmp_path / "again.parquet"
     with pytest.raises(NotReproducible, match="does not hold the labels"):
-        reproduce_training_set(catalog, made.manifest, again)
+        reproduce_training_set(catalog, made.manifest, again, registry=REGISTRY)
     write_labels(tmp_path, [(1, at(DAY + timedelta(days=1)))])
     made.manifest.write_text(json.dumps(known | {"output": known["output"] | {"fingerprint": "0"}}))
     with pytest.raises(NotReproducible, match="rows differ"):
-        reproduce_training_set(catalog, made.manifest, again)
+        reproduce_training_set(catalog, made.manifest, again, registry=REGISTRY)
     made.manifest.write_text(json.dumps(known | {"definition": "0"}))
     with pytest.raises(NotReproducible, match="another definition"):
-        reproduce_training_set(catalog, made.manifest, again)
+        reproduce_training_set(catalog, made.manifest, again, registry=REGISTRY)
     made.manifest.write_text("{")
     with pytest.raises(NotReproducible, match="is not the manifest"):
-        reproduce_training_set(catalog, made.manifest, again)
+        reproduce_training_set(catalog, made.manifest, again, registry=REGISTRY)
     assert not again.exists()
 
 
@@ -289,29 +284,31 @@ def test_zones_are_explicit(catalog: Catalog, tmp_path: Path) -> None:
         "1,2026-03-10 23:30:00.5 UTC,d\n"
         "1,2026-03-10 18:30:00 -0500,e\n"
     )
-    table = read_labels(catalog, str(path), now=NOW)
+    table = read_labels(catalog, str(path), features=FEATURES, now=NOW)
     moment = datetime(2026, 3, 10, 23, 30, tzinfo=UTC)
     assert table["label_time"].to_pylist() == [moment, moment, moment + timedelta(seconds=0.5), moment]
     path.write_text("viewer_id,label_time\n1,2026-03-10T23:30:00Z\n1,2026-03-11T00:30:00\n")
     with pytest.raises(LabelsRefused, match=r"row 2: label_time 2026-03-11T00:30:00 has no zone"):
-        read_labels(catalog, str(path), now=NOW)
-    table = read_labels(catalog, str(path), now=NOW, timezone="Europe/Berlin")
+        read_labels(catalog, str(path), features=FEATURES, now=NOW)
+    table = read_labels(catalog, str(path), features=FEATURES, now=NOW, timezone="Europe/Berlin")
     assert table["label_time"].to_pylist() == [moment, moment]
     naive = pa.table(
         {"viewer_id": [1], "label_time": pa.array([datetime(2026, 3, 11, 0, 30)], pa.timestamp("us"))}
     )
     pq.write_table(naive, tmp_path / "naive.parquet")
     with pytest.raises(LabelsRefused, match="has no zone"):
-        read_labels(catalog, str(tmp_path / "naive.parquet"), now=NOW)
-    found = read_labels(catalog, str(tmp_path / "naive.parquet"), now=NOW, timezone="Europe/Berlin")
+        read_labels(catalog, str(tmp_path / "naive.parquet"), features=FEATURES, now=NOW)
+    found = read_labels(
+        catalog, str(tmp_path / "naive.parquet"), features=FEATURES, now=NOW, timezone="Europe/Berlin"
+    )
     assert found["label_time"].to_pylist() == [moment]
     with pytest.raises(LabelsRefused, match=r"Mars.*: write it with an offset, or name another zone"):
-        read_labels(catalog, str(path), now=NOW, timezone="Mars/Olympus")
+        read_labels(catalog, str(path), features=FEATURES, now=NOW, timezone="Mars/Olympus")
     # A time that the clock skipped, and one that it showed twice.
     for local in ("2026-03-29T02:30:00", "2025-10-26T02:30:00"):
         path.write_text(f"viewer_id,label_time\n1,{local}\n")
         with pytest.raises(LabelsRefused, match=r"in the zone Europe/Berlin \(.*\): write it with an offset"):
-            read_labels(catalog, str(path), now=NOW, timezone="Europe/Berlin")
+            read_labels(catalog, str(path), features=FEATURES, now=NOW, timezone="Europe/Berlin")
 
 
 @pytest.mark.parametrize(
@@ -359,7 +356,7 @@ def test_cells_are_text_as_they_stand(catalog: Catalog, tmp_path: Path) -> None:
         b' 7 ,2026-03-10T00:00:00Z,1e3,NULL, nan ,""\r\n'
         b"1.2345e4,2026-03-10T00:00:00Z,,,true,2026-01-01\r\n"
     )
-    table = read_labels(catalog, str(path), now=NOW)
+    table = read_labels(catalog, str(path), features=FEATURES, now=NOW)
     assert table.schema.field("viewer_id").type == pa.int64()
     assert [tuple(row.values())[2:] for row in table.to_pylist()] == [
         ("007", "01234", "NA", 'two\nlines, "quoted"'),
@@ -386,13 +383,13 @@ def test_a_column_has_the_type_that_is_given_for_it(catalog: Catalog, tmp_path: 
         True, -3, Decimal("12.50"), 0.25, date(2026, 1, 2), datetime(2026, 1, 2, 2, 4, 5, tzinfo=UTC), "01234",
     ]  # fmt: skip
     assert [second[name] for name in types] == [False, None, None, None, None, None, None]
-    again = reproduce_training_set(catalog, made.manifest, tmp_path / "again.parquet")
+    again = reproduce_training_set(catalog, made.manifest, tmp_path / "again.parquet", registry=REGISTRY)
     assert again.content_hash == made.content_hash
     known = json.loads(made.manifest.read_text())
     assert known["labels"].pop("types") == types
     made.manifest.write_text(json.dumps(known))
     with pytest.raises(NotReproducible, match=r"guessed what the cells .*: install that version, or"):
-        reproduce_training_set(catalog, made.manifest, tmp_path / "again.parquet")
+        reproduce_training_set(catalog, made.manifest, tmp_path / "again.parquet", registry=REGISTRY)
 
 
 @pytest.mark.parametrize(
@@ -412,9 +409,9 @@ def test_types_that_do_not_fit(
     path = tmp_path / "labels.csv"
     path.write_text("viewer_id,label_time,a\n1,2026-03-10T00:00Z,1\n2,2026-03-10T00:00Z,NA\n")
     with pytest.raises(LabelsRefused, match=expected):
-        read_labels(catalog, str(path), now=NOW, types=types)
+        read_labels(catalog, str(path), features=FEATURES, now=NOW, types=types)
     with pytest.raises(LabelsRefused, match=r"has types of its own|cannot be of type"):
-        read_labels(catalog, write_labels(tmp_path, [(1, at(DAY))]), now=NOW, types=types)
+        read_labels(catalog, write_labels(tmp_path, [(1, at(DAY))]), features=FEATURES, now=NOW, types=types)
 
 
 @pytest.mark.parametrize(
@@ -441,7 +438,7 @@ def test_viewers_that_could_be_others_are_refused(
     times = pa.array([at(DAY)] * len(viewers), pa.timestamp("us", "UTC"))
     pq.write_table(pa.table({"viewer_id": viewers, "label_time": times}), tmp_path / "labels.parquet")
     with pytest.raises(LabelsRefused, match=expected):
-        read_labels(catalog, str(tmp_path / "labels.parquet"), now=NOW)
+        read_labels(catalog, str(tmp_path / "labels.parquet"), features=FEATURES, now=NOW)
 
 
 @pytest.mark.parametrize(
@@ -459,7 +456,7 @@ def test_viewers_that_are_exact_are_read_whatever_their_type(
 ) -> None:
     times = pa.array([at(DAY)] * 2, pa.timestamp("us", "UTC"))
     pq.write_table(pa.table({"viewer_id": viewers, "label_time": times}), tmp_path / "labels.parquet")
-    table = read_labels(catalog, str(tmp_path / "labels.parquet"), now=NOW)
+    table = read_labels(catalog, str(tmp_path / "labels.parquet"), features=FEATURES, now=NOW)
     assert table["viewer_id"].to_pylist() == [0, 2**53 - 1]
 
 
@@ -473,7 +470,7 @@ def test_parquet_labels_keep_their_types(catalog: Catalog, tmp_path: Path) -> No
     }  # fmt: skip
     given = pa.table(columns)
     pq.write_table(given, tmp_path / "labels.parquet")
-    found = read_labels(catalog, str(tmp_path / "labels.parquet"), now=NOW)
+    found = read_labels(catalog, str(tmp_path / "labels.parquet"), features=FEATURES, now=NOW)
     assert [field.type for field in found.schema] == [field.type for field in given.schema]
     assert found.to_pylist() == given.to_pylist()
 
@@ -534,7 +531,7 @@ def test_columns_that_an_output_has_no_equal_of(
             str(tmp_path / "labels.parquet"),
             to,
             now=NOW,
-            contract_version=1,
+            features=FEATURES,
             manifest=tmp_path / "m.json",
         )
     assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {"labels.parquet"}
@@ -544,7 +541,7 @@ def test_columns_that_an_output_has_no_equal_of(
 @pytest.mark.parametrize("source", ["nowhere.parquet", "nowhere.csv", "labels.txt", "training.nothing"])
 def test_labels_that_are_not_there(catalog: Catalog, source: str) -> None:
     with pytest.raises(OfflineError, match=r"does not exist|is neither"):
-        read_labels(catalog, source, now=NOW)
+        read_labels(catalog, source, features=FEATURES, now=NOW)
 
 
 def test_labels_in_an_iceberg_table(catalog: Catalog, tmp_path: Path) -> None:
@@ -563,9 +560,7 @@ def test_tables_that_were_never_exported(catalog: Catalog, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("dialect", ["trino", "spark", "athena"])
-def test_every_dialects_text_gives_equal_rows(
-    catalog: Catalog, tmp_path: Path, dialect: windows.Dialect
-) -> None:
+def test_every_dialects_text_gives_equal_rows(catalog: Catalog, tmp_path: Path, dialect: Dialect) -> None:
     rows = {
         WATCH.name: [
             watch(v, DAY - timedelta(days=n), 61 * v + n) for v in range(4) for n in (0, 1, 7, 8, 28, 29)
@@ -592,7 +587,7 @@ def test_every_dialects_text_gives_equal_rows(
     labels = pa.concat_tables([labels, labels.slice(3, 1)])
     catalog.create_table("training.labels", labels.schema).append(labels)
     _, expected = build(catalog, "training.labels", tmp_path)
-    text = print_training_sql(catalog, "training.labels", dialect)
+    text = print_training_sql(catalog, "training.labels", dialect, features=FEATURES)
     with duckdb.connect() as session:
         session.execute("create schema training")
         for name in (*TILE_TABLES, "labels"):
@@ -611,18 +606,18 @@ def test_every_dialects_text_gives_equal_rows(
 def test_sql_is_printed_for_a_table_of_labels_only(catalog: Catalog) -> None:
     fill(catalog, {})
     with pytest.raises(LabelsRefused, match="is no Iceberg table"):
-        print_training_sql(catalog, "labels.csv", "trino")
+        print_training_sql(catalog, "labels.csv", "trino", features=FEATURES)
     with pytest.raises(TableMissing, match=r"training\.nothing does not exist"):
-        print_training_sql(catalog, "training.nothing", "trino")
+        print_training_sql(catalog, "training.nothing", "trino", features=FEATURES)
     with pytest.raises(LabelsRefused, match="--as-known needs the history"):
-        print_training_sql(catalog, "training.nothing", "trino", as_known=True)
+        print_training_sql(catalog, "training.nothing", "trino", as_known=True, features=FEATURES)
     naive = pa.schema([("viewer_id", pa.int64()), ("label_time", pa.timestamp("us"))])
     catalog.create_table("training.naive", naive)
     with pytest.raises(LabelsRefused, match=r"label_time is timestamp: spark needs a timestamp with a zone"):
-        print_training_sql(catalog, "training.naive", "spark")
+        print_training_sql(catalog, "training.naive", "spark", features=FEATURES)
     catalog.create_table("training.other", pa.schema([("viewer", pa.int64())]))
     with pytest.raises(LabelsRefused, match="no column viewer_id"):
-        print_training_sql(catalog, "training.other", "athena")
+        print_training_sql(catalog, "training.other", "athena", features=FEATURES)
 
 
 def test_a_training_set_as_csv_and_as_a_table(catalog: Catalog, tmp_path: Path) -> None:
@@ -635,7 +630,7 @@ def test_a_training_set_as_csv_and_as_a_table(catalog: Catalog, tmp_path: Path) 
     )
     labels = write_labels(tmp_path, [(1, at(DAY + timedelta(days=1), 1.5)), (2, at(DAY))])
     _, expected = build(catalog, labels, tmp_path)
-    made = build_training_set(catalog, labels, tmp_path / "set.csv", now=NOW, contract_version=1)
+    made = build_training_set(catalog, labels, tmp_path / "set.csv", now=NOW, features=FEATURES)
     first, second = csv.DictReader((tmp_path / "set.csv").open())
     assert first["label_time"] == "2026-03-11T01:30:00.000000Z"
     assert first["watch_minutes_7d"] == "1.016667"
@@ -643,11 +638,11 @@ def test_a_training_set_as_csv_and_as_a_table(catalog: Catalog, tmp_path: Path) 
     assert first["favorite_genre_shares"] == "[0.666667,0.333333]"
     assert (second["favorite_genre"], second["favorite_genres"], second["likes_28d"]) == ("", "[]", "0")
     # Any kind of output can be had again as any other.
-    table = reproduce_training_set(catalog, made.manifest, "ml.first_set")
+    table = reproduce_training_set(catalog, made.manifest, "ml.first_set", registry=REGISTRY)
     assert table.content_hash == made.content_hash
     for _ in range(2):
         made = build_training_set(
-            catalog, labels, "ml.first_set", now=NOW, contract_version=1, manifest=tmp_path / "set.json"
+            catalog, labels, "ml.first_set", now=NOW, features=FEATURES, manifest=tmp_path / "set.json"
         )
         stored = catalog.load_table("ml.first_set")
         assert stored.scan().to_arrow().to_pylist() == expected
@@ -659,7 +654,7 @@ def test_a_training_set_as_csv_and_as_a_table(catalog: Catalog, tmp_path: Path) 
     catalog.create_table("ml.other", pa.schema([("viewer_id", pa.int64())]))
     with pytest.raises(OutputRefused, match=r"ml\.other has other columns \(viewer_id\)"):
         build_training_set(
-            catalog, labels, "ml.other", now=NOW, contract_version=1, manifest=tmp_path / "x.json"
+            catalog, labels, "ml.other", now=NOW, features=FEATURES, manifest=tmp_path / "x.json"
         )
     assert not (tmp_path / "x.json").exists()
 
@@ -677,12 +672,12 @@ def test_no_text_of_a_csv_is_a_formula(catalog: Catalog, tmp_path: Path) -> None
 
     def written(**options: Any) -> list[dict[str, str]]:
         made = build_training_set(
-            catalog, str(labels), tmp_path / "set.csv", now=NOW, contract_version=1, **options
+            catalog, str(labels), tmp_path / "set.csv", now=NOW, features=FEATURES, **options
         )
         with (tmp_path / "set.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
         # What a formula is stands in the file only, so that the rows can be had again as any output.
-        reproduce_training_set(catalog, made.manifest, tmp_path / "again.parquet")
+        reproduce_training_set(catalog, made.manifest, tmp_path / "again.parquet", registry=REGISTRY)
         assert pq.read_table(tmp_path / "again.parquet")["=note"].to_pylist() == texts
         return rows
 
@@ -716,7 +711,7 @@ def test_a_table_that_another_writer_changes_meanwhile(
 
     def write(labels: str) -> None:
         build_training_set(
-            catalog, labels, "ml.set", now=NOW, contract_version=1, manifest=tmp_path / "set.json"
+            catalog, labels, "ml.set", now=NOW, features=FEATURES, manifest=tmp_path / "set.json"
         )
 
     if existing:
@@ -748,14 +743,14 @@ def test_outputs_that_cannot_be_written_are_refused_first(
 ) -> None:
     fill(catalog, {})
     with pytest.raises(OutputRefused, match=message):
-        build_training_set(catalog, "no labels.csv", tmp_path / output, now=NOW, contract_version=1)
+        build_training_set(catalog, "no labels.csv", tmp_path / output, now=NOW, features=FEATURES)
     with pytest.raises(OutputRefused, match="nowhere of the manifest does not exist: create it"):
         build_training_set(
             catalog,
             "no labels.csv",
             tmp_path / "set.csv",
             now=NOW,
-            contract_version=1,
+            features=FEATURES,
             manifest=tmp_path / "nowhere" / "set.json",
         )
 

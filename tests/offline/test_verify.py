@@ -11,11 +11,12 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from pyiceberg.catalog import Catalog
+from shipped import GENRE, WATCH
 
 from dagster_prefs.offline.audit import AuditFailed
 from dagster_prefs.offline.catalog import TableMissing
 from dagster_prefs.offline.export import SINK_BRANCH, export_day, exported_days, stale_days
-from dagster_prefs.offline.tables import GENRE, WATCH, TileTable, arrow_schema, ensure_table
+from dagster_prefs.offline.tables import TileTable, arrow_schema, ensure_table
 from dagster_prefs.offline.verify import DaysAtRisk, VerifyReport, prepare_for_sink, verify_day
 
 from .conftest import DAY, Tiles, genre, watch
