@@ -27,20 +27,20 @@ from dagster_prefs.events.redaction import AppendOnly, RawMessages, Subject
 from dagster_prefs.offline.export import DEFAULT_NAMESPACE
 from dagster_prefs.offline.forget import (
     ForgottenTable,
-    ViewerInTable,
-    ViewerInTiles,
-    ViewerInTrainingSet,
+    SubjectInTable,
+    SubjectInTiles,
+    SubjectInTrainingSet,
     files_holding,
     search_catalog,
 )
-from dagster_prefs.offline.tables import TILE_TABLES, ErasedViewer
-from dagster_prefs.online.withdraw import ViewerItems
+from dagster_prefs.offline.tables import ErasedSubject, TileTable, tile_tables
+from dagster_prefs.online.withdraw import EntityItems
 
 if TYPE_CHECKING:
     from pyiceberg.catalog import Catalog
 
+    from dagster_prefs.declarations.registry import Registry
     from dagster_prefs.engine.dbt import Dbt
-    from dagster_prefs.online.contract import Contract
 
 ERASED = "erased_subjects"
 # Streaming views follow within a barrier or two; this long they may take under load.
@@ -56,14 +56,14 @@ class ErasureIncomplete(PrefsError):
 @dataclass(frozen=True)
 class Stores:
     """Where a subject may be held. `catalog` and `dynamodb` open what they name when it is their turn;
-    `dynamodb_table` is the table's full name. `refresh` brings the embedded engine's views up to date and is
+    `table_prefix` begins the names of the tables there. `refresh` brings the embedded engine's views up to date and is
     not called on RisingWave. `tables_by_sink` says that RisingWave's sinks write the training tables."""
 
     engine: EngineConnection
-    contract: Contract
+    registry: Registry
     catalog: Callable[[], Catalog]
     dynamodb: Callable[[], Any]
-    dynamodb_table: str
+    table_prefix: str
     refresh: Callable[[], None]
     namespace: str = DEFAULT_NAMESPACE
     tables_by_sink: bool = False
@@ -163,7 +163,7 @@ def erase(
     `now` (UTC) is the erasure's time, from which on new events count again; where the subject was erased
     before and nothing newer is held, the earlier time stands. Messages that arrive while it runs are left
     alone: what they tell of the time before is suppressed. `drop_tags` also removes the tags and branches of
-    the training tables that keep a snapshot with the viewer; without it they are named. `training_sets` are
+    the training tables that keep a snapshot with the subject; without it they are named. `training_sets` are
     folders whose files of training sets and labels are searched. `step` hears of each step before it begins.
 
     Safe to repeat after any failure. Raises ErasureIncomplete naming the step that failed and why, or the
@@ -198,10 +198,10 @@ class _Erasure:
             self.until = connection.execute("select now()").fetchall()[0][0]
             # Counted before, because RisingWave's views and sinks let go of a suppressed subject within a second.
             before = self._engine_counts(connection)
-            items = self._items_there() if self.subject.kind == "viewer" else 0
+            items = self._items_there()
             first = self._suppress(connection)
         with self._step("read what has arrived"), self.engine.connect() as connection:
-            if self.engine.kind == "local" and waiting_since(connection, self.engine):
+            if self.engine.kind == "local" and waiting_since(connection, self.engine, self.stores.registry):
                 self.stores.refresh()
         with self._step("redact the messages"), self.engine.connect() as connection:
             self.erased_at = self._extend(connection)
@@ -209,8 +209,8 @@ class _Erasure:
         with self._step("refresh the views"):
             self._follow(any(redacted.values()) or any(before.values()))
         report = ErasureReport(self.subject, self.erased_at, first)
-        if self.subject.kind == "viewer":
-            self._forget_viewer(report, items)
+        self._delete_items(report, items)
+        self._forget_in_tables(report)
         with self._step("read the engine back"), self.engine.connect() as connection:
             after = self._engine_counts(connection)
             report.newer_events = self._newer_events(connection)
@@ -295,7 +295,9 @@ class _Erasure:
         return reached.astimezone(UTC)
 
     def _messages(self, connection: psycopg.Connection[Any]) -> RawMessages:
-        return RawMessages(connection, self.engine, self.subject, self.until)
+        return RawMessages(
+            connection, self.engine, self.stores.registry.topics.values(), self.subject, self.until
+        )
 
     def _redact(self, connection: psycopg.Connection[Any]) -> dict[str, int]:
         """Raw table → messages that were redacted."""
@@ -351,7 +353,8 @@ class _Erasure:
         return counts
 
     def _newer_events(self, connection: psycopg.Connection[Any]) -> int:
-        typed = ("user_events",) if self.subject.kind == "user" else ("view_events", "content_interactions")
+        topics = self.stores.registry.topics.values()
+        typed = [topic.relation for topic in topics if topic.entity == self.subject.kind]
         found = 0
         for name in typed:
             with explained(self.engine, name):
@@ -370,56 +373,75 @@ class _Erasure:
 
     # DynamoDB, Iceberg, files
 
-    def _items(self, until: datetime) -> ViewerItems:
-        stores = self.stores
-        return ViewerItems(
-            stores.dynamodb(), stores.contract, stores.dynamodb_table, int(self.subject.id), until
+    @property
+    def _table(self) -> str:
+        return f"{self.stores.table_prefix}{self.subject.entity.table}"
+
+    @property
+    def _is_served(self) -> bool:
+        return self.subject.entity.table is not None
+
+    def _items(self, until: datetime) -> EntityItems:
+        stores, subject = self.stores, self.subject
+        return EntityItems(
+            stores.dynamodb(), stores.registry.contract, subject.kind, self._table, subject.value, until
         )
 
     def _items_there(self) -> int:
+        if not self._is_served:
+            return 0
         # A store that does not answer now is asked again in its turn, which tells why.
         with suppress(PrefsError):
             return len(self._items(datetime.max.replace(tzinfo=UTC)).keys())
         return 0
 
-    def _forget_viewer(self, report: ErasureReport, items_before: int) -> None:
-        viewer = int(self.subject.id)
+    def _delete_items(self, report: ErasureReport, items_before: int) -> None:
+        if not self._is_served:
+            return
         with self._step("delete the items in DynamoDB"):
             items = self._items(self.erased_at)
             before = max(items_before, items.withdraw(self.engine))
-            report.holdings.append(
-                Holding("dynamodb", self.stores.dynamodb_table, "items", before, len(items.keys()))
-            )
+            report.holdings.append(Holding("dynamodb", self._table, "items", before, len(items.keys())))
+
+    def _forget_in_tables(self, report: ErasureReport) -> None:
+        specs = self._training_tables()
+        if not specs:
+            return
+        erased = ErasedSubject(self.subject.entity.key, self.subject.value, self.erased_at)
         with self._step("open the Iceberg catalog"):
             catalog = self.stores.catalog()
-        erased = ErasedViewer(viewer, self.erased_at)
         namespace, by_sink = self.stores.namespace, self.stores.tables_by_sink
-        for spec in TILE_TABLES.values():
+        for spec in specs:
             self._forget_in(
                 report,
                 partial(
-                    ViewerInTiles, catalog, spec, erased, self.engine, namespace=namespace, by_sink=by_sink
+                    SubjectInTiles, catalog, spec, erased, self.engine, namespace=namespace, by_sink=by_sink
                 ),
             )
         with self._step("search the Iceberg catalog for training sets"):
-            others = search_catalog(catalog, viewer)
+            others = search_catalog(catalog, erased)
         for name in others.training_sets:
-            self._forget_in(report, partial(ViewerInTrainingSet, catalog, name, erased))
+            self._forget_in(report, partial(SubjectInTrainingSet, catalog, name, erased))
         report.training_sets += others.holding
         report.unread = dict(others.unread)
         if self.training_sets:
             with self._step("search the training sets"):
-                found = files_holding(viewer, self.training_sets)
+                found = files_holding(erased, self.training_sets)
                 report.training_sets += [str(path) for path in found]
 
-    def _forget_in(self, report: ErasureReport, viewer_in_table: Callable[[], ViewerInTable]) -> None:
-        table = viewer_in_table()
-        with self._step(f"take the viewer out of {table.name}"):
+    def _training_tables(self) -> list[TileTable]:
+        """The training tables about the subject's entity."""
+        specs = tile_tables(self.stores.registry).values()
+        return [spec for spec in specs if spec.entity == self.subject.entity]
+
+    def _forget_in(self, report: ErasureReport, in_table: Callable[[], SubjectInTable]) -> None:
+        table = in_table()
+        with self._step(f"remove the subject from {table.name}"):
             held = table.holding()
             report.tables.append(table.forget(drop_tags=self.drop_tags))
         with self._step(f"read {table.name} back"):
             # A fresh look, which believes nothing that was read before.
-            left = viewer_in_table().holding()
+            left = in_table().holding()
         report.holdings += [
             Holding("iceberg", left.table, "rows", held.rows, left.rows),
             Holding("iceberg", left.table, "snapshots", held.snapshots, left.snapshots),
@@ -467,16 +489,19 @@ class _Erasure:
             "they stay suppressed",
             where: until,
         }
-        if self.subject.kind == "viewer":
+        if self._is_served:
+            rest["DynamoDB point-in-time recovery"] = (
+                "35 days from now; a restored table needs this command again"
+            )
+        if self._training_tables():
             rest |= {
-                "DynamoDB point-in-time recovery": "35 days from now; a restored table needs this command again",
                 "noncurrent object versions in the lake (S3)": "the lifecycle rule `lake_noncurrent_days` has "
                 "removed them",
-                "viewer ids as lowest or highest value in the statistics of manifests": "the table's maintenance has "
-                "removed the manifests of expired snapshots",
+                f"{self.subject.kind} ids as lowest or highest value in the statistics of manifests": "the table's "
+                "maintenance has removed the manifests of expired snapshots",
                 "examples in Dagster's event log (parity, publishing)": "the runs are deleted",
                 "files of training sets and labels, which this platform does not know": "you have searched their "
-                "folders (--training-sets) and removed or rebuilt what holds the viewer; a set that used an expired "
+                "folders (--training-sets) and removed or rebuilt what holds the subject; a set that used an expired "
                 "snapshot can no longer be reproduced",
             }
             for table, names in report.kept_by.items():

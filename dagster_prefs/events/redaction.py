@@ -8,26 +8,25 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal, InvalidOperation
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import psycopg
 from psycopg import sql
 
 from dagster_prefs import ids
+from dagster_prefs.declarations.registry import Entity, Registry, TopicDeclaration
+from dagster_prefs.declarations.reserved import is_reserved, reserved_range
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.errors import PrefsError, excerpt
-from dagster_prefs.events.formats import TOPICS, Topic
 from dagster_prefs.events.raw import RawStoreError, explained
-from dagster_prefs.online.reserved import is_reserved_text, is_reserved_viewer
 
 REDACTED = b'{"erased":true}'
 """What is left of a message; the typed layer rejects it with the reason `erased`."""
 
-KEYS = {"viewer": "viewer_id", "user": "user_id"}
 BATCH_ROWS = 500
 
 
@@ -41,62 +40,65 @@ class AppendOnly(RawStoreError):
 
 @dataclass(frozen=True)
 class Subject:
-    """Whose data it is: a viewer by a 64-bit number, or a shop user by a text."""
+    """Whose data it is: an erasable entity, and the id in its first key column, as the typed events spell it."""
 
-    kind: Literal["viewer", "user"]
+    entity: Entity
     id: str
 
     @classmethod
-    def named(cls, kind: str, given: str) -> Subject:
-        """The subject, its id as the typed events spell it.
+    def named(cls, registry: Registry, kind: str, given: str) -> Subject:
+        """The subject with the id `given` of the entity called `kind`.
 
-        Raises SubjectRefused for an id that no event can have, and for a canary.
+        Raises SubjectRefused for what is no erasable entity, for an id that no event can have, and for a canary.
         """
-        if kind == "viewer":
-            try:
-                viewer = ids.viewer_id(given)
-            except ids.BadId:
-                raise SubjectRefused(
-                    f"{excerpt(given)} is not a viewer: viewer ids are whole numbers of 64 bits; "
-                    "a shop user is erased with `prefs erase user ID`"
-                ) from None
-            if is_reserved_viewer(viewer):
-                raise SubjectRefused(
-                    f"viewer {viewer} is a canary: ids below 0 are no person's, and probes need theirs; "
-                    "name a viewer from 0 on"
-                )
-            return cls("viewer", str(viewer))
-        if kind != "user":
-            raise SubjectRefused(f"{kind!r} is no kind of subject: say viewer or user before the id")
-        try:
-            name = ids.user_id(given)
-        except ids.BadId:
+        erasable = [entity.name for entity in registry.entities.values() if entity.erasable]
+        entity = registry.entities.get(kind)
+        if entity is None or not entity.erasable:
+            why = "is not erasable" if entity else "is not an entity of this project"
+            kinds = " or ".join(f"`prefs erase {name} ID`" for name in erasable)
             raise SubjectRefused(
-                f"{excerpt(given)} is not a user: user ids are texts that are not empty; name one"
-            ) from None
-        if is_reserved_text(name):
-            raise SubjectRefused(
-                f"user {name} is a canary: ids from canary: on are no person's, and probes need theirs; "
-                "name another user"
+                f"{excerpt(kind)} {why}: {f'use {kinds}' if kinds else 'the project declares no erasable entity'}"
             )
-        return cls("user", name)
+        key = entity.key
+        try:
+            value = ids.read_key(key, given)
+        except ids.BadId as error:
+            others = " or ".join(f"`prefs erase {name} ID`" for name in erasable if name != kind)
+            remedy = f"correct it{f', or use {others}' if others else ''}"
+            raise SubjectRefused(f"{excerpt(given)} is not a {kind} ({error}): {remedy}") from None
+        if is_reserved(key, value):
+            raise SubjectRefused(
+                f"{kind} {value} is a canary: ids {reserved_range(key)} are no person's, and probes need theirs; "
+                f"name another {kind}"
+            )
+        return cls(entity, ids.key_text(key, value))
 
     def __str__(self) -> str:
         return f"{self.kind} {self.id}"
 
     @property
+    def kind(self) -> str:
+        """The entity's name."""
+        return self.entity.name
+
+    @property
     def key(self) -> str:
         """The field of a message, and the column of a relation, that holds the id."""
-        return KEYS[self.kind]
+        return self.entity.key.name
+
+    @property
+    def is_number(self) -> bool:
+        """Whether the id is a number."""
+        return self.entity.key.type == "bigint"
 
     @property
     def value(self) -> int | str:
         """The id as the relations have it."""
-        return int(self.id) if self.kind == "viewer" else self.id
+        return int(self.id) if self.is_number else self.id
 
-    def is_key_of(self, topic: Topic) -> bool:
+    def is_key_of(self, topic: TopicDeclaration) -> bool:
         """Whether the topic's messages carry this kind of subject."""
-        return self.key in topic.fields
+        return self.key in topic.by_name
 
 
 class Position(NamedTuple):
@@ -108,7 +110,7 @@ class Position(NamedTuple):
 
 
 class RawMessages:
-    """The raw messages of one subject that arrived up to `until` (the engine's clock), over one connection.
+    """The raw messages of one subject in these topics, up to `until` by the engine's clock, over one connection.
 
     Rejected messages count when they name the subject, readable or not: a value that is the id, under a field
     of its name anywhere, or under a field that the topic does not know. All methods raise RawStoreError.
@@ -118,10 +120,12 @@ class RawMessages:
         self,
         connection: psycopg.Connection[Any],
         engine: EngineConnection,
+        topics: Iterable[TopicDeclaration],
         subject: Subject,
         until: datetime,
     ) -> None:
         self._connection = connection
+        self._topics = list(topics)
         self._engine = engine
         self._subject = subject
         self._until = until
@@ -129,14 +133,14 @@ class RawMessages:
     def newest_event(self) -> datetime | None:
         """The latest time of a valid event of the subject, UTC."""
         newest: datetime | None = None
-        for topic in TOPICS.values():
-            if not self._subject.is_key_of(topic) or topic.time_field is None:
+        for topic in self._topics:
+            if not self._subject.is_key_of(topic) or topic.time is None:
                 continue
             row = self._ask(
-                parsed_of(topic),
+                topic.parsed,
                 "select max({time}) from {relation} where {key} = {id} and reason is null"
                 " and arrived_at <= {until}",
-                time=sql.Identifier(topic.time_field),
+                time=sql.Identifier(topic.time),
             )[0]
             newest = max((found for found in (newest, row[0]) if found is not None), default=None)
         return newest
@@ -144,22 +148,22 @@ class RawMessages:
     def find(self) -> dict[str, list[Position]]:
         """Raw table → positions of the subject's messages, as the parsed relations and the raw bytes tell them."""
         found: dict[str, list[Position]] = {}
-        for topic in TOPICS.values():
+        for topic in self._topics:
             own: list[tuple[Any, ...]] = []
             if self._subject.is_key_of(topic):
                 own = self._ask(
-                    parsed_of(topic),
+                    topic.parsed,
                     "select source, source_partition, source_offset from {relation}"
                     " where {key} = {id} and arrived_at <= {until}",
                 )
             positions = {Position(*row) for row in own} | self._seen(topic)
             if positions:
-                found[topic.raw_table] = sorted(positions)
+                found[topic.raw] = sorted(positions)
         return found
 
     def count(self) -> dict[str, int]:
         """Raw table → messages of the subject, read from the raw bytes and the rejected payloads."""
-        return {topic.raw_table: len(self._seen(topic)) for topic in TOPICS.values()}
+        return {topic.raw: len(self._seen(topic)) for topic in self._topics}
 
     def redact(self, raw_table: str, positions: Sequence[Position]) -> int:
         """Replace the content of these messages; returns how many there were. Safe to repeat.
@@ -191,12 +195,12 @@ class RawMessages:
             "row of a table with PREFS_RAW_RETENTION_SECONDS: rebuild them without it"
         )
 
-    def _seen(self, topic: Topic) -> set[Position]:
+    def _seen(self, topic: TopicDeclaration) -> set[Position]:
         """Messages that carry the id under its own name, and rejected ones that name it otherwise."""
         found = set(self._rejected(topic))
         if self._subject.is_key_of(topic):
             rows = self._ask(
-                topic.raw_table,
+                topic.raw,
                 # Looking for the bytes first is ten times as quick as the pattern alone.
                 "select source, source_partition, source_offset, data from {relation} where arrived_at <= {until}"
                 " and ({hints}) and encode(data, 'escape') ~ {pattern}",
@@ -213,11 +217,11 @@ class RawMessages:
             }
         return found
 
-    def _rejected(self, topic: Topic) -> Iterator[Position]:
+    def _rejected(self, topic: TopicDeclaration) -> Iterator[Position]:
         """Rejected messages that name the subject although they could not be read as one of its events."""
         native = self._subject.is_key_of(topic)
         rows = self._ask(
-            parsed_of(topic),
+            topic.parsed,
             "select source, source_partition, source_offset, payload from {relation}"
             " where reason is not null and reason <> 'erased' and arrived_at <= {until} and {keyless}"
             " and ({hints})",
@@ -237,8 +241,8 @@ class RawMessages:
         # As encode(…, 'escape') shows bytes: everything beyond ASCII in octal, a backslash twice.
         forms = sorted({_escaped(text.encode()) for text in _in_json(self._subject)})
         either = "|".join(re.escape(form).replace("\\ ", " ") for form in forms)
-        # A viewer's id is a number even as text; of a user only what JSON writes as a number is.
-        zeros, tail = ("0*", "([.]0+)?") if self._subject.kind == "viewer" else ("", "")
+        # A number is one even as text; of a text only what JSON writes as a number is.
+        zeros, tail = ("0*", "([.]0+)?") if self._subject.is_number else ("", "")
         blank = r"([ \t\r\n]|\\\\[trn])*"
         return (
             rf'"{self._subject.key}"[ \t\r\n]*:[ \t\r\n]*("{blank}{zeros}({either}){tail}{blank}"'
@@ -261,11 +265,6 @@ class RawMessages:
         return sql.Identifier(self._engine.schema, name)
 
 
-def parsed_of(topic: Topic) -> str:
-    """The relation that reads the topic's raw table."""
-    return topic.raw_table.removeprefix("raw_") + "_parsed"
-
-
 def spellings(subject: Subject) -> list[str]:
     """How a payload may show the id: plain, as JSON escapes it, and as the engine shows bytes that are no text."""
     forms = _in_json(subject)
@@ -274,7 +273,10 @@ def spellings(subject: Subject) -> list[str]:
 
 def _in_json(subject: Subject) -> list[str]:
     escaped = json.dumps(subject.id)[1:-1]
-    return list(dict.fromkeys([subject.id, escaped, escaped.replace("/", "\\/")]))
+    forms = [subject.id, escaped, escaped.replace("/", "\\/")]
+    if subject.entity.key.type == "uuid":
+        forms.append(subject.id.upper())
+    return list(dict.fromkeys(forms))
 
 
 def _of_another(subject: Subject, message: bytes) -> bool:
@@ -288,7 +290,7 @@ def _of_another(subject: Subject, message: bytes) -> bool:
     return text is not None and not _same(subject, text)
 
 
-def names(subject: Subject, payload: str, topic: Topic) -> bool:
+def names(subject: Subject, payload: str, topic: TopicDeclaration) -> bool:
     """Whether a rejected payload names the subject.
 
     Where it is JSON, by the value of a field called like the key, at any depth; in a topic of this kind of
@@ -300,7 +302,7 @@ def names(subject: Subject, payload: str, topic: Topic) -> bool:
         document = json.loads(payload, parse_float=Decimal, parse_int=Decimal)
     except (ValueError, RecursionError):
         return _text_names(subject, payload, native)
-    own = set(topic.fields) - {subject.key} if native else set()
+    own = set(topic.by_name) - {subject.key} if native else set()
     return _value_names(subject, document, own, anywhere=native)
 
 
@@ -339,13 +341,18 @@ def _alone(subject: Subject) -> re.Pattern[str]:
 
 
 def _is_key(subject: Subject, name: str) -> bool:
-    return re.sub(r"[^a-z]", "", name.lower()) in (subject.key.replace("_", ""), subject.kind)
+    own = (subject.key, subject.key.removesuffix("_id"), subject.kind)
+    return _letters(name) in map(_letters, own)
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[^a-z]", "", name.lower())
 
 
 def _same(subject: Subject, text: str) -> bool:
     text = text.strip(" \t\r\n")
-    if subject.kind == "user":
-        return text in spellings(subject)
+    if not subject.is_number:
+        return (text.lower() if subject.entity.key.type == "uuid" else text) in spellings(subject)
     try:
         return Decimal(text) == int(subject.id)
     except InvalidOperation:

@@ -10,15 +10,16 @@ from typing import Any
 
 import pytest
 from built_state import BuiltState
+from declared import PROJECT
 from forgotten_world import MESSAGES, World
 from relations import insert_events, instant, refresh
+from shipped import TILE_TABLES
 from streams import NOW
 
+from dagster_prefs.declarations.contract import load_contract
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.offline.catalog import open_catalog
 from dagster_prefs.offline.export import export_day, exported_days, stale_days
-from dagster_prefs.offline.tables import TILE_TABLES
-from dagster_prefs.online.contract import load_contract
 from dagster_prefs.online.tables import dynamodb_client, provision
 
 
@@ -65,7 +66,12 @@ def world(
     client = dynamodb_client(aws_endpoint, "eu-central-1")
     with copied_database("erasure", template.engine, instant(NOW)) as engine, engine.connect() as connection:
         made = World(
-            engine, connection, template.order, client, provision(client, load_contract()), lake / "iceberg"
+            engine,
+            connection,
+            template.order,
+            client,
+            provision(client, load_contract(PROJECT))["viewer"],
+            lake / "iceberg",
         )
         made.publish()
         yield made

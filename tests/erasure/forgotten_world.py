@@ -17,17 +17,19 @@ from psycopg import sql
 # The oracle and the helpers of tests/dbt serve here too.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "dbt"))
 
+from declared import PROJECT
 from oracle import DAY, SECOND, Erasure, Message, Oracle
 from relations import RAW_TABLES, differences, instant, refresh
+from shipped import REGISTRY, TILE_TABLES
 from streams import NOW
 
+from dagster_prefs.declarations.contract import load_contract
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.erasure import ErasureReport, Stores, erase
 from dagster_prefs.events.redaction import Subject
 from dagster_prefs.offline.catalog import open_catalog
 from dagster_prefs.offline.export import export_day, exported_days, stale_days
-from dagster_prefs.offline.tables import TILE_TABLES, TileTable
-from dagster_prefs.online.contract import load_contract
+from dagster_prefs.offline.tables import TileTable
 from dagster_prefs.online.publisher import publish_domain
 
 # Ids that stand in nothing else, so that any trace of them is a trace of them; the other viewers' ids
@@ -174,7 +176,7 @@ class World:
     client: Any
     table: Any
     warehouse: Path
-    contract: Any = field(default_factory=load_contract)
+    contract: Any = field(default_factory=lambda: load_contract(PROJECT))
     refreshes: int = 0
 
     @property
@@ -203,10 +205,10 @@ class World:
     def stores(self, **changes: Any) -> Stores:
         given: dict[str, Any] = {
             "engine": self.engine,
-            "contract": self.contract,
+            "registry": REGISTRY,
             "catalog": lambda: self.catalog,
             "dynamodb": lambda: self.client,
-            "dynamodb_table": self.table.name,
+            "table_prefix": "",
             "refresh": self.refresh,
         }
         return Stores(**{**given, **changes})
@@ -214,7 +216,7 @@ class World:
     def erase(
         self, kind: str = "viewer", name: str = str(VIEWER), at: int = ERASED_AT, **options: Any
     ) -> ErasureReport:
-        return erase(self.stores(), Subject.named(kind, name), now=instant(at), **options)
+        return erase(self.stores(), Subject.named(REGISTRY, kind, name), now=instant(at), **options)
 
     def differences(self, messages: Sequence[Message], erased: Sequence[Erasure] = ()) -> dict[str, Any]:
         return differences(self.connection, Oracle(messages, NOW, erased=erased))

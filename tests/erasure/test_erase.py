@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ import pytest
 from forgotten_world import ERASED_AT, MESSAGES, OWNED, USER, VIEWER, World, like, redacted, view
 from oracle import DAY, HOUR, Erasure, Message, Oracle
 from relations import insert_events, instant
+from shipped import FEATURES, REGISTRY, TILE_TABLES, WATCH
 from streams import NOW
 
-from dagster_prefs.erasure import ErasureIncomplete
+from dagster_prefs.declarations.registry import Registry
+from dagster_prefs.erasure import ErasureIncomplete, ErasureReport
 from dagster_prefs.events.ingest import ingest_file
 from dagster_prefs.events.redaction import Subject, SubjectRefused
 from dagster_prefs.offline import export as export_module
@@ -28,9 +31,9 @@ from dagster_prefs.offline import forget as forget_module
 from dagster_prefs.offline.catalog import CatalogUnavailable, OfflineError
 from dagster_prefs.offline.export import SINK_BRANCH, export_day
 from dagster_prefs.offline.files import day_files, parts_of, read_rows
-from dagster_prefs.offline.forget import ViewerInTable, ViewerInTiles, files_holding
+from dagster_prefs.offline.forget import ForgottenTable, SubjectInTable, SubjectInTiles, files_holding
 from dagster_prefs.offline.publish import DayFiles, publish_day, write_day
-from dagster_prefs.offline.tables import TILE_TABLES, WATCH, arrow_schema
+from dagster_prefs.offline.tables import ErasedSubject, arrow_schema
 from dagster_prefs.offline.tiles import TilesUnreadable
 from dagster_prefs.offline.training_set import (
     SnapshotExpired,
@@ -40,7 +43,7 @@ from dagster_prefs.offline.training_set import (
 )
 from dagster_prefs.online.publisher import publish_lock
 from dagster_prefs.online.tables import dynamodb_client
-from dagster_prefs.online.withdraw import ViewerItems
+from dagster_prefs.online.withdraw import EntityItems
 
 TODAY = instant(NOW).date()
 OLD, PARTED, ALONE = (TODAY - timedelta(days=days) for days in (40, 39, 20))
@@ -71,6 +74,10 @@ def expected_rows(world: World, before: dict[str, list[tuple[Any, ...]]], oracle
         ]
         assert tiles
         assert world.rows(spec) == sorted(kept + tiles)
+
+
+def in_watch(report: ErasureReport) -> ForgottenTable:
+    return {table.table: table for table in report.tables}["training.viewer_watch_daily"]
 
 
 def test_a_viewer_is_forgotten_and_nobody_else(world: World) -> None:
@@ -105,7 +112,7 @@ def test_a_viewer_is_forgotten_and_nobody_else(world: World) -> None:
     )
     assert all(after == 0 for _, after in counts.values())
     assert instant(AHEAD) == report.erased_at
-    done = {table.table: table for table in report.tables}["training.viewer_watch_daily"]
+    done = in_watch(report)
     assert done.days_from_engine == (TODAY,)
     assert done.days_rewritten == (OLD, PARTED, ALONE)
     assert {"Kafka topics", "DynamoDB point-in-time recovery", "PostgreSQL"} <= set(report.unfinished)
@@ -136,9 +143,9 @@ def test_a_viewer_is_forgotten_and_nobody_else(world: World) -> None:
 def test_a_user_is_forgotten_and_nobody_else(world: World) -> None:
     before, items = world.all_rows(), world.items()
     assert world.traces(*USER_TRACES)
-    report = world.erase("user", f" {USER} ")
+    report = world.erase("shop_user", f" {USER} ")
     messages = redacted(OWNED, "user")
-    assert world.differences(messages, [Erasure("user", USER, ERASED_AT)]) == {}
+    assert world.differences(messages, [Erasure("shop_user", USER, ERASED_AT)]) == {}
     assert world.traces(*USER_TRACES) == []
     assert (world.all_rows(), world.items()) == (before, items)
     raw = {h.place: (h.before, h.after) for h in report.holdings if h.unit == "messages"}
@@ -177,11 +184,11 @@ def test_a_crash_at_any_step_is_completed_by_the_next_run(
     # Inside the steps: between deleting an item and forgetting that it was published, and after each change
     # of a training table.
     for owner, name in (
-        (ViewerItems, "_delete"),
-        (ViewerInTiles, "_rewrite"),
-        (ViewerInTable, "_remove_refs"),
-        (ViewerInTable, "_expire"),
-        (ViewerInTable, "_remove_files"),
+        (EntityItems, "_delete"),
+        (SubjectInTiles, "_rewrite"),
+        (SubjectInTable, "_remove_refs"),
+        (SubjectInTable, "_expire"),
+        (SubjectInTable, "_remove_files"),
     ):
         original = getattr(owner, name)
 
@@ -265,26 +272,26 @@ def test_what_comes_while_it_runs_is_left_alone(world: World) -> None:
     assert [key for key in world.items() if key[0] == VIEWER] == []
 
 
-def test_files_are_not_read_again(world: World, tmp_path: Any) -> None:
+def test_files_are_not_read_again(registry: Registry, world: World, tmp_path: Any) -> None:
     original = tmp_path / "views.jsonl"
     bodies = [view(f"f{n}", viewer, 0) for n, viewer in enumerate((VIEWER, 7, VIEWER))]
     original.write_bytes(b"\n".join(bodies) + b"\n")
-    assert ingest_file(world.engine, original).accepted == 3
+    assert ingest_file(world.engine, registry, original).accepted == 3
     progress = "select source, source_partition, last_offset, messages from ingest_progress order by 1, 2"
     world.refresh()
     reached = world.execute(progress)
     world.erase()
     assert world.execute(progress) == reached
-    assert ingest_file(world.engine, original).accepted == 0
+    assert ingest_file(world.engine, registry, original).accepted == 0
     # One that stopped half way is read from its start, and finds every place taken.
     world.execute("update ingest_files set completed_at = null")
-    assert ingest_file(world.engine, original).accepted == 0
+    assert ingest_file(world.engine, registry, original).accepted == 0
     world.refresh()
     assert world.traces(str(VIEWER)) == []
     assert world.execute("select count(*) from raw_view_events where source like '%views.jsonl%'") == [(3,)]
     copy = tmp_path / "copy.jsonl"
     copy.write_bytes(original.read_bytes())
-    assert ingest_file(world.engine, copy).accepted == 3
+    assert ingest_file(world.engine, registry, copy).accepted == 3
     world.refresh()
     assert world.execute("select count(*) from view_events where viewer_id = %s", [VIEWER]) == [(0,)]
     books = "select (select count(*) from raw_view_events), (select count(*) from view_events), " \
@@ -367,7 +374,7 @@ def test_another_writer_of_the_day_is_met_by_another_try(
     replaced: list[date] = []
 
     def late(table: Any, spec: Any, day: date, *given: Any, **options: Any) -> Any:
-        if not replaced:
+        if not replaced and spec == WATCH:
             replaced.append(day)
             assert maintain_one_day(world, day)
         return original(table, spec, day, *given, **options)
@@ -375,7 +382,7 @@ def test_another_writer_of_the_day_is_met_by_another_try(
     monkeypatch.setattr(forget_module, "publish_day", late)
     report = world.erase()
     assert replaced == [OLD]
-    assert report.tables[0].days_rewritten == (PARTED, ALONE, OLD)
+    assert in_watch(report).days_rewritten == (PARTED, ALONE, OLD)
     assert [row for row in world.rows(WATCH) if row[1] == OLD] == [
         row for row in without(before)["viewer_watch_daily"] if row[1] == OLD
     ]
@@ -481,7 +488,7 @@ def test_items_that_a_sink_deletes_meanwhile_are_reported(world: World) -> None:
 
 
 def test_a_publisher_at_work_is_waited_for(world: World) -> None:
-    items = ViewerItems(world.client, world.contract, world.table.name, VIEWER, instant(AHEAD))
+    items = EntityItems(world.client, world.contract, "viewer", world.table.name, VIEWER, instant(AHEAD))
     with world.engine.connect() as publisher:
         publisher.execute(
             "select pg_advisory_lock(hashtextextended(%s, 0))",
@@ -491,31 +498,35 @@ def test_a_publisher_at_work_is_waited_for(world: World) -> None:
             items.withdraw(world.engine, lock_timeout_seconds=0.05)
         assert len(items.keys()) == 3
     assert items.withdraw(world.engine) == 3
-    assert world.execute("select count(*) from online_published where viewer_id = %s", [VIEWER]) == [(0,)]
+    assert world.execute("select count(*) from online_published where entity_key = %s", [str(VIEWER)]) == [
+        (0,)
+    ]
 
 
 @pytest.mark.parametrize(
     ("kind", "given", "rule"),
     [
-        ("viewer", "12a", "whole numbers of 64 bits"),
-        ("viewer", "1.5", "whole numbers of 64 bits"),
-        ("viewer", "", "whole numbers of 64 bits"),
-        ("viewer", "9223372036854775808", "whole numbers of 64 bits"),
-        ("viewer", "-5", "canary"),
-        ("user", "canary:1", "canary"),
-        ("user", " ", "not empty"),
-        ("person", "1", "viewer or user"),
+        ("viewer", "12a", "is not a viewer .*64-bit integer.*`prefs erase shop_user ID`"),
+        ("viewer", "1.5", "64-bit integer"),
+        ("viewer", "", "64-bit integer"),
+        ("viewer", "9223372036854775808", "64-bit integer"),
+        ("viewer", "-5", "is a canary: ids below 0"),
+        ("shop_user", "canary:1", "is a canary: ids from canary: on"),
+        ("shop_user", " ", "must be a text of 1 to"),
+        ("person", "1", "is not an entity .*`prefs erase viewer ID` or `prefs erase shop_user ID`"),
     ],
 )
 def test_what_is_no_subject_is_refused(kind: str, given: str, rule: str) -> None:
     with pytest.raises(SubjectRefused, match=rule):
-        Subject.named(kind, given)
+        Subject.named(REGISTRY, kind, given)
 
 
 def test_ids_are_taken_as_events_spell_them() -> None:
-    assert Subject.named("viewer", " 007 ") == Subject.named("viewer", "7.0") == Subject("viewer", "7")
-    assert Subject.named("viewer", str(2**63 - 1)).value == 2**63 - 1
-    assert Subject.named("user", "\tcanary ") == Subject("user", "canary")
+    viewer, user = REGISTRY.entity("viewer"), REGISTRY.entity("shop_user")
+    named = partial(Subject.named, REGISTRY)
+    assert named("viewer", " 007 ") == named("viewer", "7.0") == Subject(viewer, "7")
+    assert named("viewer", str(2**63 - 1)).value == 2**63 - 1
+    assert named("shop_user", "\tcanary ") == Subject(user, "canary")
 
 
 def test_training_sets_in_the_catalog_are_forgotten_with_their_history(
@@ -547,7 +558,7 @@ def test_training_sets_in_the_catalog_are_forgotten_with_their_history(
             str(tmp_path / "labels.parquet"),
             output,
             now=instant(NOW),
-            contract_version=1,
+            features=FEATURES,
             manifest=tmp_path / f"{Path(output).name}.json",
             **options,
         )
@@ -580,9 +591,9 @@ def test_training_sets_in_the_catalog_are_forgotten_with_their_history(
     # What was made of the expired snapshots cannot be had again, and nothing is written instead.
     for manifest in (made.manifest, written.manifest):
         with pytest.raises(
-            SnapshotExpired, match=r"training\.viewer_watch_daily has expired, .*an erased viewer"
+            SnapshotExpired, match=r"training\.viewer_genre_daily has expired, .*an erased subject"
         ):
-            reproduce_training_set(catalog, manifest, tmp_path / "again.parquet")
+            reproduce_training_set(catalog, manifest, tmp_path / "again.parquet", registry=REGISTRY)
     assert not (tmp_path / "again.parquet").exists()
 
     head = catalog.load_table("ml.set").current_snapshot().snapshot_id
@@ -610,11 +621,12 @@ def test_files_of_training_sets_and_labels_are_named(tmp_path: Any) -> None:
         )
     (tmp_path / "empty.csv").write_text("")
     (tmp_path / "other.csv").write_text(f"viewer_id,name\n{VIEWER},x\n")
-    assert files_holding(VIEWER, [tmp_path]) == [tmp_path / "text.csv", tmp_path / "with.parquet"]
+    erased = ErasedSubject(FEATURES.key, VIEWER, instant(NOW))
+    assert files_holding(erased, [tmp_path]) == [tmp_path / "text.csv", tmp_path / "with.parquet"]
     with pytest.raises(OfflineError, match="is no folder of training sets: name one that exists"):
-        files_holding(VIEWER, [tmp_path / "nowhere"])
+        files_holding(erased, [tmp_path / "nowhere"])
     for name, content in (("bad.parquet", b"PAR1"), ("bad.csv", b"viewer_id,label_time\nmany,x\n")):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(OfflineError, match=rf"{name} cannot be searched .*: mend or remove it"):
-            files_holding(VIEWER, [tmp_path])
+            files_holding(erased, [tmp_path])
         (tmp_path / name).unlink()

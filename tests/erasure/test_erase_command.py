@@ -34,7 +34,7 @@ def prefs(world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Call
 
 
 def test_a_viewer_goes_with_the_views_refreshed_by_dbt(world: World, prefs: Callable[..., Result]) -> None:
-    done = prefs("erase", str(VIEWER), "--json")
+    done = prefs("erase", "viewer", str(VIEWER), "--json")
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
     assert report["subject_id"] == str(VIEWER)
@@ -63,11 +63,12 @@ def test_commands_of_the_document(world: World, prefs: Callable[..., Result]) ->
 
 
 def test_people_read_what_was_done(world: World, prefs: Callable[..., Result]) -> None:
-    assert prefs("erase", "user", "nobody").exit_code == 0
+    assert prefs("erase", "shop_user", "nobody").exit_code == 0
     said = prefs("erase", "viewer", "5")
     assert "nothing was held" in said.stdout
     assert "point-in-time" in said.stdout
-    for words in (["-5"], ["viewer", "-5"], ["user", "canary:1"], ["x"]):
+    for words in (["viewer", "-5"], ["shop_user", "canary:1"], ["person", "x"]):
         assert isinstance(prefs("erase", *words).exception, SubjectRefused), words
+    assert "which entity -5 is of is not said: use `prefs erase viewer -5`" in prefs("erase", "-5").output
     assert "one subject at a time" in prefs("erase", "viewer", "5", USER).output
     assert world.execute("select count(*) from erased_subjects") == [(2,)]

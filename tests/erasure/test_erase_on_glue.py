@@ -11,12 +11,12 @@ import pytest
 from forgotten_world import VIEWER, World, redacted
 from oracle import Oracle
 from pyiceberg.catalog import Catalog
+from shipped import TILE_TABLES, WATCH
 from streams import NOW
 from test_erase import ALONE, ERASURE, OLD, PARTED, TODAY, expected_rows
 
 from dagster_prefs.offline.catalog import open_catalog
 from dagster_prefs.offline.files import day_files
-from dagster_prefs.offline.tables import TILE_TABLES, WATCH
 
 BUCKET, REGION = "erased-lake", "eu-central-1"
 

@@ -1,0 +1,139 @@
+"""A learner of the foreign project is erased everywhere: messages, views, DynamoDB, Iceberg, training sets."""
+
+from __future__ import annotations
+
+import dataclasses
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from declared import COURSES
+from foreign import REGISTRY, TODAY, School, lesson
+
+from dagster_prefs.declarations.registry import Registry
+from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.dbt import Dbt
+from dagster_prefs.erasure import ErasureReport, Stores, erase
+from dagster_prefs.events.redaction import REDACTED, Subject, SubjectRefused
+from dagster_prefs.offline.catalog import open_catalog
+from dagster_prefs.offline.export import export_day, exported_days, stale_days
+from dagster_prefs.offline.tables import tile_tables
+from dagster_prefs.offline.training_set import build_training_set
+from dagster_prefs.offline.windows import choose_features
+from dagster_prefs.online.publisher import publish_domain
+from dagster_prefs.online.tables import dynamodb_client, provision
+
+(SPEC,) = tile_tables(REGISTRY).values()
+NOW = datetime.now(UTC)
+# Other learners than the erased 007, although a number or a part of them is the same.
+LEARNERS = ("007", "7", "0070", "a/007")
+
+
+def test_a_learner_is_erased_and_nobody_else(
+    engine: EngineConnection, aws_endpoint: str, tmp_path: Path
+) -> None:
+    school = School(engine, Dbt(engine, COURSES, tmp_path / "target", {}))
+    school.send(lesson(learner, days) for learner in LEARNERS for days in (1, 3))
+    school.send(
+        [
+            # Rejected, and about the learner all the same.
+            b'{"event_id": "odd", "learner_id": "007", "event_type": "slept"}',
+            b'{"event_id": "loose", "learner": {"id": "007"}}',
+            b'{"event_id": "number", "learner_id": 7, "event_type": "slept"}',
+        ]
+    )
+    school.refresh()
+    client = dynamodb_client(aws_endpoint, "eu-central-1")
+    table = provision(client, REGISTRY.contract)["learner"]
+    publish_domain(engine, client, REGISTRY.contract, "learning#progress", table)
+    catalog = open_catalog("sqlite", (tmp_path / "lake").as_uri())
+    for day in stale_days(engine, SPEC, exported_days(catalog, SPEC), until=TODAY):
+        assert export_day(engine, catalog, SPEC, day).status == "written"
+    labels = pa.table({"learner_id": LEARNERS, "label_time": pa.array([NOW] * 4, pa.timestamp("us", "UTC"))})
+    (tmp_path / "sets").mkdir()
+    pq.write_table(labels, tmp_path / "sets" / "labels.parquet")
+    catalog.create_namespace("ml")
+    build_training_set(
+        catalog,
+        str(tmp_path / "sets" / "labels.parquet"),
+        "ml.set",
+        features=choose_features(REGISTRY, None),
+        now=NOW + timedelta(days=1),
+        manifest=tmp_path / "set.json",
+    )
+
+    def learners(name: str) -> list[str]:
+        return sorted(catalog.load_table(name).scan().to_arrow()["learner_id"].to_pylist())
+
+    def items() -> list[str]:
+        found = client.scan(TableName=table.name, ConsistentRead=True)["Items"]
+        return sorted(item["learner_id"]["S"] for item in found)
+
+    def erased() -> ErasureReport:
+        stores = Stores(
+            engine=engine,
+            registry=REGISTRY,
+            catalog=lambda: catalog,
+            dynamodb=lambda: client,
+            table_prefix="",
+            refresh=school.refresh,
+        )
+        return erase(
+            stores,
+            Subject.named(REGISTRY, "learner", " 007 "),
+            now=datetime.now(UTC),
+            training_sets=[tmp_path / "sets"],
+        )
+
+    everybody, others = sorted(LEARNERS), sorted(LEARNERS[1:])
+    assert (items(), learners("ml.set")) == (everybody, everybody)
+    report = erased()
+    assert report.held
+    assert report.subject.kind == "learner"
+    held = {(one.store, one.place, one.unit): (one.before, one.after) for one in report.holdings}
+    assert held["engine", "raw_lesson_events", "messages"] == (4, 0)
+    assert held["engine", "lesson_events", "rows"] == (2, 0)
+    assert held["dynamodb", "learner_profiles", "items"] == (1, 0)
+    assert held["iceberg", "training.learner_lessons_daily", "rows"] == (2, 0)
+    assert held["iceberg", "ml.set", "rows"] == (1, 0)
+    assert {after for _, after in held.values()} == {0}
+    assert report.training_sets == [str(tmp_path / "sets" / "labels.parquet")]
+    assert items() == others
+    assert learners("training.learner_lessons_daily") == sorted(2 * others)
+    assert learners("ml.set") == others
+    assert school.execute("select distinct learner_id from learner_progress_rolling order by 1") == [
+        (learner,) for learner in others
+    ]
+    kept = [bytes(data) for (data,) in school.execute("select data from raw_lesson_events")]
+    assert kept.count(REDACTED) == 4
+    assert not any(b'"007"' in data for data in kept)
+    assert school.execute("select subject_kind, subject_id from erased_subjects") == [("learner", "007")]
+    # A replay of an old event brings nothing back, and running it again finds nothing.
+    school.send([lesson("007", 3)])
+    school.refresh()
+    assert school.execute("select count(*) from lesson_events where learner_id = '007'") == [(0,)]
+    again = erased()
+    assert (again.first_erased, again.newer_events) == (False, 0)
+    assert learners("training.learner_lessons_daily") == sorted(2 * others)
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "rule"),
+    [
+        ("viewer", "1", r"'viewer' is not an entity of this project: use `prefs erase learner ID`"),
+        ("learner", "canary:prefs", "learner canary:prefs is a canary: ids from canary: on are no person's"),
+        ("learner", " ", "is not a learner .*must be a text of 1 to 2,048 bytes"),
+    ],
+)
+def test_what_is_no_learner_is_refused(kind: str, given: str, rule: str) -> None:
+    with pytest.raises(SubjectRefused, match=rule):
+        Subject.named(REGISTRY, kind, given)
+
+
+def test_who_is_not_erasable_is_refused(courses: Registry) -> None:
+    entity = dataclasses.replace(courses.entity("learner"), erasable=False)
+    kept = dataclasses.replace(courses, entities={"learner": entity})
+    with pytest.raises(SubjectRefused, match="is not erasable: the project declares no erasable entity"):
+        Subject.named(kept, "learner", "7")
