@@ -56,15 +56,23 @@ def status(watch: bool, interval: float, as_json: bool) -> int:
 @contextmanager
 def readings(settings: Settings) -> Iterator[Callable[[], Status]]:
     """What takes all readings: of the stages themselves, and of the canary where its sensor left them."""
-    from dagster_prefs.defs.freshness import last_probe
-    from dagster_prefs.defs.instance import open_instance
+    from dagster_prefs.freshness.canary import canary_paths
+    from dagster_prefs.freshness.levels import Measure
     from dagster_prefs.freshness.status import Sources, evaluate
 
     sources = Sources(settings)
+    try:
+        from dagster_prefs.defs.freshness import last_probe
+        from dagster_prefs.defs.instance import open_instance
+    except ModuleNotFoundError:
+        reason = "the canary is a sensor of Dagster, which is not installed here"
+        missing = [Measure("canary", name, "skipped", reason) for name in canary_paths(sources.registry)]
+        yield lambda: evaluate(sources, now=lambda: datetime.now(UTC), extra=missing)
+        return
     with open_instance(settings.data_dir) as instance:
 
         def read() -> Status:
-            canary = last_probe(instance, sources.contract, now=datetime.now(UTC))
+            canary = last_probe(instance, sources.registry, now=datetime.now(UTC))
             return evaluate(sources, now=lambda: datetime.now(UTC), extra=canary)
 
         yield read
@@ -87,7 +95,7 @@ def metrics(port: int) -> None:
 @cli.command()
 @click.option("--dry-run", is_flag=True, help="Only count what differs.")
 def reconcile(dry_run: bool) -> None:
-    """Compare every viewer with DynamoDB and repair what differs.
+    """Compare every row with DynamoDB and repair what differs.
 
     Stale and missing items are written, extra ones deleted.
     """
@@ -102,7 +110,7 @@ def reconcile(dry_run: bool) -> None:
             "which compares whole views and repairs; `prefs reconcile --dry-run` counts what differs"
         )
     sources = Sources(settings)
-    client, table = sources.dynamodb()
+    client, tables = sources.dynamodb()
     for domain in sources.contract.domains.values():
         with progress_bar(domain.name) as advance:
             report = reconcile_domain(
@@ -110,10 +118,10 @@ def reconcile(dry_run: bool) -> None:
                 client,
                 sources.contract,
                 domain,
-                table,
+                tables[domain.entity],
                 now=datetime.now(UTC),
                 dry_run=dry_run,
-                progress=lambda compared: advance(Progress(compared, compared, None, "viewers")),
+                progress=lambda compared: advance(Progress(compared, compared, None, "rows")),
             )
         console.print(
             f"{domain.name}: {report.compared:,} compared, {report.missing} missing, {report.different} stale,"

@@ -1,16 +1,18 @@
 """Freshness and lag as asset checks, observations and alerts, judged by the time in the data."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 import dagster as dg
 from dagster._core.scheduler.instigation import InstigatorStatus, InstigatorType, SensorInstigatorData
 
+from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.defs.offline_store import asset_key as training_key
-from dagster_prefs.defs.resources import Platform
+from dagster_prefs.defs.resources import schedule_status, sensor_status
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.events.brokers import client_properties
-from dagster_prefs.events.formats import find_topic
 from dagster_prefs.freshness.alerts import (
     AlertError,
     Webhook,
@@ -20,21 +22,20 @@ from dagster_prefs.freshness.alerts import (
     transitions,
 )
 from dagster_prefs.freshness.canary import (
-    SHOP,
     CanaryState,
     Probe,
     canary_paths,
+    canary_views,
     judge_state,
     read_domains,
-    read_shop,
+    read_views,
     send_canary,
 )
 from dagster_prefs.freshness.levels import Measure
 from dagster_prefs.freshness.measures import unknown
 from dagster_prefs.freshness.status import evaluate
-from dagster_prefs.freshness.views import RELATIONS
-from dagster_prefs.offline.tables import TILE_TABLES
-from dagster_prefs.online.contract import Contract
+from dagster_prefs.freshness.views import watched_relations
+from dagster_prefs.platform import Platform
 from dagster_prefs.serving.profiles import ProfileClient
 
 JOB = "freshness_checks"
@@ -45,7 +46,7 @@ CANARY_SENSOR = "canary"
 CHECKS = {
     "ingestion": ("ingestion_lag", "Every message in Kafka is ingested."),
     "views": ("freshness", "What arrived is visible here; a quiet topic is not stale."),
-    "online": ("freshness", "A sample of viewers is in DynamoDB as it is in the rolling view."),
+    "online": ("freshness", "A sample of ids is in DynamoDB as it is in the rolling view."),
     "offline": ("freshness", "Every complete day is in the training table as the engine holds it now."),
     "canary": ("canary", "A synthetic event became readable within the promised time."),
 }
@@ -82,16 +83,16 @@ def build(platform: Platform, alert_webhook: str | None = None) -> dg.Definition
         dg.AssetSelection.checks(*checks),
         description="Evaluate every freshness check against the thresholds of the serving contract.",
     )
-    canary_status = platform.default_sensor_status if streaming else dg.DefaultSensorStatus.STOPPED
+    canary_status = sensor_status(platform) if streaming else dg.DefaultSensorStatus.STOPPED
 
     @dg.sensor(
         name=WATCH_SENSOR,
         minimum_interval_seconds=60,
-        default_status=platform.default_sensor_status,
+        default_status=sensor_status(platform),
         description="Observes Kafka and DynamoDB, and tells each change of a level once. Starts no run.",
     )
     def freshness_watch(context: dg.SensorEvaluationContext) -> dg.SensorResult:
-        probed = last_probe(context.instance, sources.contract, now=datetime.now(UTC))
+        probed = last_probe(context.instance, sources.registry, now=datetime.now(UTC))
         status = evaluate(sources, now=lambda: datetime.now(UTC), extra=probed)
         known = load_levels(context.cursor)
         changed = transitions(known, status.measures)
@@ -139,7 +140,7 @@ def build(platform: Platform, alert_webhook: str | None = None) -> dg.Definition
                 job=job,
                 cron_schedule="*/5 * * * *",
                 execution_timezone="UTC",
-                default_status=platform.default_schedule_status,
+                default_status=schedule_status(platform),
                 description="Evaluates every freshness check.",
             )
         ],
@@ -148,28 +149,35 @@ def build(platform: Platform, alert_webhook: str | None = None) -> dg.Definition
 
 def asset_keys(platform: Platform) -> dict[str, dict[str, dg.AssetKey]]:
     """Stage → name of a measure → the asset that it speaks of."""
-    contract, settings = platform.contract, platform.settings
+    registry, settings = platform.registry, platform.settings
     domains = {
         domain.name: dg.AssetKey(
             ["online", domain.name] if settings.publishes or settings.follows else domain.sink
         )
-        for domain in contract.domains.values()
+        for domain in registry.contract.domains.values()
     }
     return {
-        "ingestion": {topic: dg.AssetKey(find_topic(topic).raw_table) for topic in contract.freshness.topics},
-        "views": {relation.relation: dg.AssetKey(relation.relation) for relation in RELATIONS},
+        "ingestion": {
+            topic.name: dg.AssetKey(topic.raw)
+            for topic in registry.topics.values()
+            if topic.entity or topic.name in registry.contract.freshness.topics
+        },
+        "views": {one.relation: dg.AssetKey(one.relation) for one in watched_relations(registry)},
         "online": domains,
-        "offline": {spec.name: training_key(spec) for spec in TILE_TABLES.values()},
-        "canary": {**domains, SHOP: dg.AssetKey("user_category_profile")},
+        "offline": {spec.name: training_key(spec) for spec in platform.training_tables.values()},
+        "canary": {
+            **domains,
+            **{name: dg.AssetKey(view.relation) for name, view in canary_views(registry).items()},
+        },
     }
 
 
-def last_probe(instance: dg.DagsterInstance, contract: Contract, *, now: datetime) -> list[Measure]:
+def last_probe(instance: dg.DagsterInstance, registry: Registry, *, now: datetime) -> list[Measure]:
     """The canary as its sensor left it on this instance: one measure per path; `now` is UTC.
 
     They are `skipped` where the sensor is off, and `unknown` where it is on and does not tick.
     """
-    names = canary_paths(contract)
+    names = canary_paths(registry)
     try:
         states = instance.all_instigator_state(instigator_type=InstigatorType.SENSOR)
     except Exception as error:
@@ -191,7 +199,7 @@ def last_probe(instance: dg.DagsterInstance, contract: Contract, *, now: datetim
         since = f"since {ticked:%Y-%m-%d %H:%M:%S} UTC" if at else "yet"
         reason = f"the sensor {CANARY_SENSOR} has not ticked {since}: see that the Dagster daemon runs"
         return unknown("canary", names, reason)
-    return judge_state(CanaryState.loads(cursor), contract, now=now)
+    return judge_state(CanaryState.loads(cursor), names, registry.contract.freshness.canary, now=now)
 
 
 def metadata(measure: Measure) -> dict[str, dg.MetadataValue | float | int | str]:
@@ -272,26 +280,37 @@ def _events(
 
 
 def _probe(platform: Platform, state: CanaryState) -> tuple[CanaryState, list[Measure]]:
-    settings = platform.settings
-    try:
-        profiles = ProfileClient(
-            endpoint_url=settings.aws_endpoint,
-            region=settings.aws_region,
-            table_prefix=settings.table_prefix,
-            contract=platform.contract,
-        )
-    except PrefsError as error:
-        return state, unknown("canary", asset_keys(platform)["canary"], error)
-    with profiles:
+    settings, registry = platform.settings, platform.registry
+    with ExitStack() as clients:
+        readers: list[Callable[[], Mapping[str, int | None]]] = []
+        try:
+            for entity in registry.entities.values():
+                if entity.table is None:
+                    continue
+                profiles = clients.enter_context(
+                    ProfileClient(
+                        registry,
+                        entity=entity.name,
+                        endpoint_url=settings.aws_endpoint,
+                        region=settings.aws_region,
+                        table_prefix=settings.table_prefix,
+                    )
+                )
+                readers.append(partial(read_domains, profiles, entity.key))
+        except PrefsError as error:
+            return state, unknown("canary", asset_keys(platform)["canary"], error)
+        views = canary_views(registry)
         probe = Probe(
             send=lambda moment: send_canary(
                 platform.engine,
+                registry,
                 moment,
                 bootstrap=settings.kafka_bootstrap,
                 kafka_topics=settings.kafka_topics,
                 client=client_properties(settings),
             ),
-            readers=[lambda: read_domains(profiles), lambda: read_shop(platform.engine)],
-            contract=platform.contract,
+            readers=[*readers, lambda: read_views(platform.engine, registry, views)],
+            paths=canary_paths(registry),
+            thresholds=registry.contract.freshness.canary,
         )
         return probe.run(state, patience_seconds=CANARY_PATIENCE_SECONDS)

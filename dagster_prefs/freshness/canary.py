@@ -1,13 +1,14 @@
 """A synthetic event at an interval, timed until a reader sees it: the true event-to-readable latency.
 
-The canary is a reserved viewer and user. They are never exported and never ranked, and the client reports the
-age of the viewer's items as the freshness of every profile.
+Each entity has a reserved id for it. It is never exported and never ranked, and the client reports the age of its items
+as the freshness of every profile. Where an entity has no domain, its canary is read in one of its preference views.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,19 +18,19 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
+from dagster_prefs.declarations.contract import LAST_EVENT_AT, Freshness
+from dagster_prefs.declarations.registry import Key, Registry
+from dagster_prefs.declarations.reserved import canary_of
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.errors import PrefsError
-from dagster_prefs.events.canaries import CanaryKey, canary_key
-from dagster_prefs.events.formats import find_topic
+from dagster_prefs.events.canaries import canary_events, canary_key
 from dagster_prefs.events.kafka import KafkaWriter
 from dagster_prefs.events.raw import RawMessage, RawStore
 from dagster_prefs.freshness.levels import Level, Measure, judge
-from dagster_prefs.online.contract import LAST_EVENT_AT, Contract, Freshness
-from dagster_prefs.online.reserved import CANARY_USER_ID, CANARY_VIEWER_ID
+from dagster_prefs.freshness.views import View, watched_relations
 from dagster_prefs.serving.profiles import CANARY_AHEAD_SECONDS
 
 SOURCE = "canary"
-SHOP = "shop"
 
 # Latencies kept per path: p99 needs a hundred.
 WINDOW = 200
@@ -81,43 +82,9 @@ class CanaryState:
             return cls()
 
 
-def canary_messages(moment: datetime, key: CanaryKey) -> dict[str, dict[str, Any]]:
-    """Topic → the canary's message of that moment (UTC, whole milliseconds count), proven with `key`."""
-    milliseconds = epoch_ms(moment)
-    identity = key.event_id(milliseconds)
-    at = datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="milliseconds")
-    return {
-        "view_events": {
-            "event_id": identity,
-            "viewer_id": CANARY_VIEWER_ID,
-            "content_id": "canary",
-            "genre": "canary",
-            "watch_duration_sec": 60,
-            "completion_pct": 1,
-            "watched_at": at,
-        },
-        "content_interactions": {
-            "event_id": identity,
-            "viewer_id": CANARY_VIEWER_ID,
-            "event_type": "search",
-            "event_ts": at,
-        },
-        "user.events": {
-            "event_id": identity,
-            "user_id": CANARY_USER_ID,
-            "item_id": "canary",
-            "event_type": "view",
-            "category": "canary",
-            "brand": None,
-            "price": None,
-            "session_id": "canary",
-            "event_time": at,
-        },
-    }
-
-
 def send_canary(
     engine: EngineConnection,
+    registry: Registry,
     moment: datetime,
     *,
     bootstrap: str | None = None,
@@ -130,10 +97,7 @@ def send_canary(
     The engine holds the key that proves them, and is asked for it first. Raises KafkaUnavailable, RawStoreError or
     EngineUnavailable when they cannot be sent.
     """
-    messages = {
-        topic: json.dumps(message, separators=(",", ":")).encode()
-        for topic, message in canary_messages(moment, canary_key(engine)).items()
-    }
+    messages = canary_events(registry, canary_key(engine), moment)
     if bootstrap is not None:
         names = kafka_topics or {}
         writer = KafkaWriter(bootstrap, timeout_seconds=timeout_seconds, client=client)
@@ -145,33 +109,64 @@ def send_canary(
         return
     with RawStore(engine) as store:
         for topic, data in messages.items():
-            store.write(find_topic(topic), SOURCE, [RawMessage(0, epoch_ms(moment), data)])
+            store.write(registry.topic(topic), SOURCE, [RawMessage(0, epoch_ms(moment), data)])
 
 
-def read_domains(profiles: Any) -> dict[str, int | None]:
-    """Domain → newest canary event that a `ProfileClient` reads; raises PrefsError when a domain fails."""
-    profile = profiles.get(CANARY_VIEWER_ID, consistent=True)
+def read_domains(profiles: Any, key: Key) -> dict[str, int | None]:
+    """Domain → newest canary event that a `ProfileClient` reads, whose profiles have this key column.
+
+    Raises PrefsError when a domain fails.
+    """
+    profile = profiles.get(canary_of(key), consistent=True)
     for read in profile.reads.values():
         if read.error is not None:
             raise read.error
     return {name: getattr(profile.domain(name), LAST_EVENT_AT) for name in profile.reads}
 
 
-def read_shop(engine: EngineConnection) -> dict[str, int | None]:
-    """Newest canary event that the ranking reads, over the Postgres wire."""
-    try:
-        with engine.connect() as connection:
-            row = connection.execute(
-                sql.SQL("select max(last_engaged_at) from {} where user_id = %s").format(
-                    sql.Identifier(engine.schema, "user_category_profile")
-                ),
-                [CANARY_USER_ID],
-            ).fetchone()
-    except psycopg.Error as error:
-        raise CanaryError(
-            f"the canary's preferences cannot be read ({' '.join(str(error).split())}): run `dbt build`"
-        ) from error
-    return {SHOP: None if row is None or row[0] is None else epoch_ms(row[0])}
+def canary_views(registry: Registry) -> dict[str, View]:
+    """Entity without a domain → the preference view in which its canary is looked for, over the Postgres wire."""
+    served = {domain.relation for domain in registry.contract.domains.values()}
+    found: dict[str, View] = {}
+    for view in watched_relations(registry):
+        if not isinstance(view, View) or view.unclear or view.relation in {*served, *registry.tiles}:
+            continue
+        topic = registry.topic(view.topic)
+        entity = registry.entity(topic.entity) if topic.entity else None
+        if entity is None or entity.table is not None or entity.name in found:
+            continue
+        # A view of some kinds of events only may leave out the canary's kind.
+        kinds = [field.name for field in topic.fields if field.accepted]
+        shown = " ".join(upstream.only for upstream in view.upstreams)
+        if entity.key.name in view.columns and not any(re.search(rf"\b{kind}\b", shown) for kind in kinds):
+            found[entity.name] = view
+    return found
+
+
+def read_views(
+    engine: EngineConnection, registry: Registry, views: Mapping[str, View]
+) -> dict[str, int | None]:
+    """Entity → newest canary event in its view of `canary_views`."""
+    newest: dict[str, int | None] = {}
+    for name, view in views.items():
+        key = registry.entity(name).key
+        try:
+            with engine.connect() as connection:
+                row = connection.execute(
+                    sql.SQL("select max({}) from {} where {} = %s").format(
+                        sql.Identifier(view.time),
+                        sql.Identifier(engine.schema, view.relation),
+                        sql.Identifier(key.name),
+                    ),
+                    [canary_of(key)],
+                ).fetchone()
+        except psycopg.Error as error:
+            raise CanaryError(
+                f"the canary of {name} cannot be read in {view.relation} ({' '.join(str(error).split())}): "
+                "run `dbt build`"
+            ) from error
+        newest[name] = None if row is None or row[0] is None else epoch_ms(row[0])
+    return newest
 
 
 class CanaryError(PrefsError):
@@ -180,14 +175,16 @@ class CanaryError(PrefsError):
 
 @dataclass(frozen=True)
 class Probe:
-    """The canary's path, as functions: how an event is sent, and how what is readable is read.
+    """The canary's paths, as functions: how an event is sent, and how what is readable is read.
 
+    `paths` are those of `canary_paths`, `thresholds` the contract's for a canary;
     `clock` gives the time in UTC, `wait` pauses for seconds.
     """
 
     send: Callable[[datetime], None]
     readers: Sequence[Callable[[], Mapping[str, int | None]]]
-    contract: Contract
+    paths: Sequence[str]
+    thresholds: Freshness
     clock: Callable[[], datetime] = lambda: datetime.now(UTC)
     wait: Callable[[float], None] = time.sleep
     poll_seconds: float = 0.25
@@ -199,9 +196,7 @@ class Probe:
         the path's patience (60 times the error threshold) is lost. Returns the state for the next run and
         one measure per path. Never raises for what cannot be sent or read: that is in the measures.
         """
-        paths, unread = self._look(
-            {name: state.paths.get(name, PathState()) for name in canary_paths(self.contract)}
-        )
+        paths, unread = self._look({name: state.paths.get(name, PathState()) for name in self.paths})
         paths = {name: self._lose(path) for name, path in paths.items()}
         idle = {name for name, path in paths.items() if path.sent_ms is None}
         unsent: str | None = None
@@ -221,7 +216,7 @@ class Probe:
         measures = []
         for name, path in paths.items():
             problem = unread if path.sent_ms is not None else unsent if name in idle else None
-            measures.append(_path_measure(name, path, self.contract.freshness.canary, self.clock(), problem))
+            measures.append(_path_measure(name, path, self.thresholds, self.clock(), problem))
         return CanaryState(paths), measures
 
     def _look(self, paths: Mapping[str, PathState]) -> tuple[dict[str, PathState], str | None]:
@@ -250,23 +245,22 @@ class Probe:
         return found, problem
 
     def _lose(self, path: PathState) -> PathState:
-        limit = LOST_AFTER * self.contract.freshness.canary.error_seconds
+        limit = LOST_AFTER * self.thresholds.error_seconds
         if path.sent_ms is None or (epoch_ms(self.clock()) - path.sent_ms) / 1000 < limit:
             return path
         return PathState(None, path.latencies, path.lost + 1, True)
 
 
-def canary_paths(contract: Contract) -> list[str]:
-    """The names of the paths that a canary is timed on: each domain, and the shop's."""
-    return [*(domain.name for domain in contract.domains.values()), SHOP]
+def canary_paths(registry: Registry) -> list[str]:
+    """The names of the paths that a canary is timed on: each domain, and each entity that has a view only."""
+    return [*(domain.name for domain in registry.contract.domains.values()), *canary_views(registry)]
 
 
-def judge_state(state: CanaryState, contract: Contract, *, now: datetime) -> list[Measure]:
+def judge_state(
+    state: CanaryState, paths: Sequence[str], thresholds: Freshness, *, now: datetime
+) -> list[Measure]:
     """One measure per path of a state that a probe left; `now` is UTC."""
-    return [
-        _path_measure(name, state.paths.get(name, PathState()), contract.freshness.canary, now)
-        for name in canary_paths(contract)
-    ]
+    return [_path_measure(name, state.paths.get(name, PathState()), thresholds, now) for name in paths]
 
 
 def _path_measure(

@@ -12,9 +12,9 @@ import psycopg
 from confluent_kafka import TIMESTAMP_NOT_AVAILABLE, Consumer, KafkaError, KafkaException, TopicPartition
 from psycopg import sql
 
+from dagster_prefs.declarations.registry import TopicDeclaration
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.events.contact import BROKER_TIMEOUT_SECONDS, Contact, KafkaUnavailable
-from dagster_prefs.events.formats import find_topic
 from dagster_prefs.events.kafka import TopicUnavailable, topic_partitions, watermarks
 from dagster_prefs.events.topics import TopicLife, source_name
 from dagster_prefs.freshness.levels import Unmeasurable, unreadable
@@ -176,7 +176,7 @@ def ingestion_lag(
     connection: psycopg.Connection[Any],
     engine: EngineConnection,
     broker: Broker,
-    topic: str,
+    topic: TopicDeclaration,
     *,
     now: datetime,
     kafka_topic: str | None = None,
@@ -191,7 +191,7 @@ def ingestion_lag(
 
     Raises Unmeasurable when brokers or engine do not answer, or the topic or the raw table does not exist.
     """
-    name = kafka_topic or topic
+    name = kafka_topic or topic.name
     marks = broker.watermarks(name)
     source = life.source if life else source_name(name, 1)
     read = _last_offsets(connection, engine, topic, source, list(marks))
@@ -231,24 +231,23 @@ def ingestion_lag(
                 state=states[partition],
             )
         )
-    return IngestionLag(topic, name, tuple(partitions))
+    return IngestionLag(topic.name, name, tuple(partitions))
 
 
 def _last_offsets(
     connection: psycopg.Connection[Any],
     engine: EngineConnection,
-    topic: str,
+    topic: TopicDeclaration,
     source: str,
     partitions: list[int],
 ) -> dict[int, int]:
-    raw = find_topic(topic).raw_table
     try:
         if engine.kind == "risingwave":
             rows = connection.execute(
                 sql.SQL(
                     "select source_partition, last_offset from {} where topic = %s and source = %s"
                 ).format(sql.Identifier(engine.schema, "ingest_progress")),
-                [topic, source],
+                [topic.name, source],
             ).fetchall()
         else:
             # `ingest_progress` is as old as the last refresh; the raw table's key tells each end at once.
@@ -258,9 +257,9 @@ def _last_offsets(
                     " where source = %(source)s and source_partition = p)"
                     " from generate_series(0, (select greatest(max(source_partition), %(highest)s) from {raw}"
                     " where source = %(source)s)) as p"
-                ).format(raw=sql.Identifier(engine.schema, raw)),
+                ).format(raw=sql.Identifier(engine.schema, topic.raw)),
                 {"source": source, "highest": max(partitions)},
             ).fetchall()
     except psycopg.Error as error:
-        raise unreadable(topic, error) from error
+        raise unreadable(topic.name, error) from error
     return {int(partition): int(offset) for partition, offset in rows if offset is not None}

@@ -8,9 +8,9 @@ from typing import Literal
 
 import psycopg
 
+from dagster_prefs.declarations.contract import Freshness
 from dagster_prefs.engine.catalog import missing_relation
 from dagster_prefs.errors import PrefsError
-from dagster_prefs.online.contract import Freshness
 
 Level = Literal["ok", "skipped", "warn", "error", "unknown"]
 

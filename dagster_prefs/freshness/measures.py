@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import psycopg
 
+from dagster_prefs.declarations.contract import Contract, Domain, Freshness
+from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.engine.catalog import NotDeployed
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.freshness.levels import Level, Measure, Stage, Unmeasurable, judge, worst
 from dagster_prefs.freshness.online import OnlineLag, online_lag
-from dagster_prefs.freshness.views import RELATIONS, Typed, View, ViewLag, view_lag
+from dagster_prefs.freshness.views import Typed, View, ViewLag, view_lag, watched_relations
 from dagster_prefs.online.access import ItemAccess
-from dagster_prefs.online.contract import Contract, Domain, Freshness
 from dagster_prefs.online.lease import LeaseState, read_lease
 from dagster_prefs.online.tables import TableReport
 
@@ -43,15 +44,17 @@ def unknown(stage: Stage, names: Iterable[str], why: Exception | str) -> list[Me
 
 def measure_views(
     engine: EngineConnection,
-    contract: Contract,
+    registry: Registry,
     *,
     now: datetime,
-    relations: Sequence[Typed | View] = RELATIONS,
+    relations: Sequence[Typed | View] | None = None,
 ) -> list[Measure]:
-    """Freshness of each typed relation and view; `now` is UTC.
+    """Freshness of each typed relation and view, all by default; `now` is UTC.
 
     Never raises for an engine that is down or a relation that is missing: those measures are `unknown`.
     """
+    freshness = registry.contract.freshness
+    relations = watched_relations(registry) if relations is None else relations
     names = [relation.relation for relation in relations]
     try:
         with engine.connect() as connection:
@@ -68,13 +71,18 @@ def measure_views(
                     arrivals[relation.topic] = lag.newest_arrival
                 # Reference data has no topic of its own in the contract.
                 promised = isinstance(relation, Typed) and relation.subject is not None
-                thresholds = (
-                    contract.freshness.topics.get(relation.topic) if promised else contract.freshness.views
-                )
+                thresholds = freshness.topics.get(relation.topic) if promised else freshness.views
                 measures.append(_view_measure(lag, arrivals.get(lag.topic), thresholds, refreshing))
             return measures
     except (PrefsError, psycopg.Error) as error:
         return unknown("views", names, error)
+
+
+def _no_threshold(topic: str) -> str:
+    return (
+        f"the contract has no freshness threshold for topic {topic}: add it to the exposure's "
+        "meta.contract.freshness and run `prefs generate`"
+    )
 
 
 def _view_measure(
@@ -91,10 +99,7 @@ def _view_measure(
     level: Level
     if thresholds is None:
         level = "unknown"
-        reason = (
-            f"the contract has no freshness threshold for topic {lag.topic}: add it to the exposure's "
-            "meta.contract.freshness and run `prefs contract build`"
-        )
+        reason = _no_threshold(lag.topic)
     elif lag.waiting and lag.lag_seconds <= -thresholds.error_seconds:
         level = "unknown"
         reason = (
@@ -125,7 +130,7 @@ def _view_measure(
 def measure_online(
     engine: EngineConnection,
     contract: Contract,
-    connect: Callable[[], tuple[DynamoDBClient, TableReport]],
+    connect: Callable[[], tuple[DynamoDBClient, Mapping[str, TableReport]]],
     *,
     now: datetime,
     publishes: bool,
@@ -134,7 +139,7 @@ def measure_online(
     sample: int = 64,
     wait: Callable[[float], None] = time.sleep,
 ) -> list[Measure]:
-    """Online lag of each domain; `connect` gives the client and the table, and is called once.
+    """Online lag of each domain; `connect` gives the client and the tables by entity, and is called once.
 
     `publishes` says whether this platform writes DynamoDB, rather than a RisingWave sink; `follows` that
     `prefs publish --follow` does, of whose lease silence, stop and refused rows are told too. Never raises for an
@@ -145,7 +150,7 @@ def measure_online(
     chosen = list(contract.domains.values() if domains is None else domains)
     names = [domain.name for domain in chosen]
     try:
-        client, table = connect()
+        client, tables = connect()
         with engine.connect() as connection:
             refreshing = refresh_running(connection, engine)
     except (PrefsError, BotoCoreError, psycopg.Error) as error:
@@ -153,6 +158,7 @@ def measure_online(
     measures = []
     for domain in chosen:
         try:
+            table = tables[domain.entity]
             lag = online_lag(
                 engine, client, contract, domain, table, sample=sample, now=now, count_rows=False, wait=wait
             )
@@ -162,7 +168,7 @@ def measure_online(
         measure = _online_measure(lag, domain, publishes, follows, refreshing)
         if follows:
             try:
-                state = read_lease(ItemAccess(client, contract, table.name), domain)
+                state = read_lease(ItemAccess(client, contract.table_of(domain), table.name), domain)
             except PrefsError as error:
                 measures += unknown("online", [domain.name], error)
                 continue
@@ -220,13 +226,13 @@ def _online_measure(
     notes = {"domain": domain.key}
     age = lag.oldest_seconds
     level: Level = "ok"
-    reason = f"{lag.sampled} sampled viewers are in DynamoDB as they are in {domain.relation}"
+    reason = f"{lag.sampled} sampled ids are in DynamoDB as they are in {domain.relation}"
     if lag.differences:
         notes["attributes"] = ", ".join(lag.attributes)
-        notes["viewers"] = ", ".join(str(difference.viewer_id) for difference in lag.differences[:10])
+        notes["ids"] = ", ".join(str(difference.id) for difference in lag.differences[:10])
         level = judge(age, domain.freshness)
         reason = (
-            f"of {lag.sampled} sampled viewers {lag.missing} are missing in DynamoDB, {lag.extra} are extra "
+            f"of {lag.sampled} sampled ids {lag.missing} are missing in DynamoDB, {lag.extra} are extra "
             f"and {lag.different} differ, for {age:.1f} s"
         )
         if level != "ok":
@@ -248,7 +254,7 @@ def _remedy(lag: OnlineLag, domain: Domain, publishes: bool, follows: bool) -> s
     if publishes:
         return f"materialize online/{domain.name}, which publishes what changed, or run `prefs reconcile`"
     if lag.standing:
-        # One item that DynamoDB refuses stops a sink for every viewer, and only a new sink goes on.
+        # One item that DynamoDB refuses stops a sink for every id, and only a new sink goes on.
         return (
             f"the sink {domain.sink} is stuck: drop it, rebuild it with `dbt run --select {domain.sink}`, "
             "which backfills, and look for a NULL key upstream"
@@ -337,7 +343,7 @@ def refresh_running(connection: psycopg.Connection[Any], engine: EngineConnectio
 
 def measure_ingestion(
     engine: EngineConnection,
-    contract: Contract,
+    registry: Registry,
     bootstrap: str | None,
     *,
     now: datetime,
@@ -347,7 +353,7 @@ def measure_ingestion(
     client: Mapping[str, Any] | None = None,
     by_id: bool = False,
 ) -> list[Measure]:
-    """Ingestion lag of each topic of the contract; `kafka_topics` gives names in Kafka that differ.
+    """Ingestion lag of each topic of events; `kafka_topics` gives names in Kafka that differ.
 
     With `by_id` the brokers are asked for the topics' ids, which tell a topic that was made anew from the one
     that was read; brokers that tell none do not stop the rest.
@@ -359,7 +365,9 @@ def measure_ingestion(
     from dagster_prefs.events.topics import TopicLife, broker_ids, topic_lives
     from dagster_prefs.freshness.ingestion import Broker, BrokersSilent, ingestion_lag
 
-    topics = list(contract.freshness.topics)
+    thresholds = registry.contract.freshness.topics
+    # Reference data is measured where the contract promises something of it.
+    topics = [topic.name for topic in registry.topics.values() if topic.entity or topic.name in thresholds]
     if bootstrap is None:
         reason = "no Kafka is configured: set PREFS_KAFKA_BOOTSTRAP to measure ingestion lag"
         return [Measure("ingestion", topic, "skipped", reason) for topic in topics]
@@ -386,7 +394,7 @@ def measure_ingestion(
                         connection,
                         engine,
                         broker,
-                        topic,
+                        registry.topic(topic),
                         now=now,
                         kafka_topic=names.get(topic),
                         start=start,
@@ -398,13 +406,15 @@ def measure_ingestion(
                 except Unmeasurable as error:
                     measures += unknown("ingestion", [topic], error)
                     continue
-                measures.append(_ingestion_measure(lag, contract.freshness.topics[topic]))
+                measures.append(_ingestion_measure(lag, thresholds.get(topic)))
             return measures
     except (PrefsError, psycopg.Error) as error:
         return unknown("ingestion", topics, error)
 
 
-def _ingestion_measure(lag: IngestionLag, thresholds: Freshness) -> Measure:
+def _ingestion_measure(lag: IngestionLag, thresholds: Freshness | None) -> Measure:
+    if thresholds is None:
+        return Measure("ingestion", lag.topic, "unknown", _no_threshold(lag.topic))
     age = None if lag.lag_seconds is None else max(0.0, lag.lag_seconds)
     levels: list[Level] = []
     reasons = []

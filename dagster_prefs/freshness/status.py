@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from dagster_prefs.declarations.contract import Contract
+from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.freshness.levels import Level, Measure, worst
 from dagster_prefs.freshness.measures import (
@@ -21,8 +22,7 @@ from dagster_prefs.freshness.measures import (
     measure_online,
     measure_views,
 )
-from dagster_prefs.freshness.online import find_table
-from dagster_prefs.online.contract import Contract, load_contract
+from dagster_prefs.freshness.online import find_tables
 from dagster_prefs.online.tables import TableReport, dynamodb_client
 from dagster_prefs.settings import Settings
 
@@ -55,18 +55,23 @@ class Sources:
         self.settings = settings
         self.engine = EngineConnection.of(settings)
 
-    @cached_property
+    @property
+    def registry(self) -> Registry:
+        """What the project declares."""
+        return self.settings.registry()
+
+    @property
     def contract(self) -> Contract:
         """The serving contract, which has the thresholds."""
-        return load_contract()
+        return self.settings.registry().contract
 
-    def dynamodb(self) -> tuple[DynamoDBClient, TableReport]:
-        """A client and the table as it is; the table is never made.
+    def dynamodb(self) -> tuple[DynamoDBClient, dict[str, TableReport]]:
+        """A client and the table of each entity as it is; none is ever made.
 
-        Raises Unmeasurable when there is no such table, or DynamoDB does not answer.
+        Raises Unmeasurable when one is missing, or DynamoDB does not answer.
         """
         client = dynamodb_client(self.settings.aws_endpoint, self.settings.aws_region)
-        return client, find_table(client, self.contract, self.settings.table_prefix)
+        return client, find_tables(client, self.contract, self.settings.table_prefix)
 
     def catalog(self) -> Catalog:
         """The Iceberg catalog; raises OfflineError when it does not answer."""
@@ -89,7 +94,7 @@ class Sources:
 
         return measure_ingestion(
             self.engine,
-            self.contract,
+            self.registry,
             self.settings.kafka_bootstrap,
             now=now,
             start=self.settings.kafka_start,
@@ -100,7 +105,7 @@ class Sources:
 
     def views(self, now: datetime) -> list[Measure]:
         """Raw tables against typed events, and each view against its upstream."""
-        return measure_views(self.engine, self.contract, now=now)
+        return measure_views(self.engine, self.registry, now=now)
 
     def online(self, now: datetime) -> list[Measure]:
         """Rolling views against DynamoDB."""
@@ -115,13 +120,13 @@ class Sources:
 
     def offline(self, now: datetime) -> list[Measure]:
         """Tiles against the training tables."""
-        from dagster_prefs.offline.tables import TILE_TABLES
+        from dagster_prefs.offline.tables import tile_tables
 
         return measure_offline(
             self.engine,
             self.contract,
             self.catalog,
-            list(TILE_TABLES.values()),
+            list(tile_tables(self.registry).values()),
             namespace=self.settings.iceberg_namespace,
             start=self.settings.export_start_date,
             now=now,

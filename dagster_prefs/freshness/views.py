@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
 import psycopg
+import sqlglot
 from psycopg import IsolationLevel, sql
+from sqlglot import exp
 
+from dagster_prefs.declarations.contract import LAST_EVENT_AT
+from dagster_prefs.declarations.registry import Registry, TopicDeclaration
 from dagster_prefs.engine.connection import EngineConnection
-from dagster_prefs.events.formats import find_topic
 from dagster_prefs.events.progress import unread
-from dagster_prefs.freshness.levels import unreadable
+from dagster_prefs.freshness.levels import Unmeasurable, unreadable
 
-# Every rolling window spans at least this long, so newer tiles must be in it.
-SURE_WINDOW = timedelta(days=7)
 # A refresh that fails for days must not make a look at it slow.
 ARRIVALS_LOOKED_AT = 1_000
 _BEFORE_ALL = datetime.min.replace(tzinfo=UTC)
@@ -23,87 +25,158 @@ _BEFORE_ALL = datetime.min.replace(tzinfo=UTC)
 
 @dataclass(frozen=True)
 class Typed:
-    """The typed relation of a topic: its key, time and subject columns; reference data has only a key."""
+    """The typed relation of a topic; `subject` is its entity's name and key column, None for reference data."""
 
-    topic: str
-    relation: str
-    key: str
-    time: str
+    declared: TopicDeclaration
     subject: tuple[str, str] | None
 
     @property
-    def parsed(self) -> str:
-        """The relation with every message of the topic, valid or not."""
-        return f"{self.relation}_parsed"
+    def topic(self) -> str:
+        """The topic's name."""
+        return self.declared.name
 
     @property
-    def raw(self) -> str:
-        """The table of the messages as they came."""
-        return find_topic(self.topic).raw_table
+    def relation(self) -> str:
+        """The relation of the valid events."""
+        return self.declared.relation
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """A relation that a view is made from, with its `time` column.
+
+    `only` is the condition on its rows that the view shows; a rolling view shows those whose `day` is one of the last
+    `days` (UTC).
+    """
+
+    relation: str
+    time: str
+    only: str = "true"
+    day: str | None = None
+    days: int = 0
 
 
 @dataclass(frozen=True)
 class View:
-    """A view with a time column, and the relation it is made from.
+    """A view with a time column, and what its newest time is computed from; a rolling view's is in epoch milliseconds.
 
-    `only` is the condition on upstream rows that the view shows. A rolling view names its tile's `day`; its
-    time is in epoch milliseconds.
+    `columns` are the names of its columns; `unclear` says why the age of what is missing in it cannot be known, where
+    that is so.
     """
 
     topic: str
     relation: str
     time: str
-    upstream: str
-    only: str = "true"
-    day: str | None = None
+    upstreams: tuple[Upstream, ...]
+    columns: frozenset[str] = frozenset()
+    unclear: str = ""
+
+    @property
+    def is_rolling(self) -> bool:
+        """Whether it is a window over tiles."""
+        return any(upstream.day for upstream in self.upstreams)
 
 
-TYPED: tuple[Typed, ...] = (
-    Typed("user.events", "user_events", "event_id", "event_time", ("user", "user_id")),
-    Typed("view_events", "view_events", "event_id", "watched_at", ("viewer", "viewer_id")),
-    Typed("content_interactions", "content_interactions", "event_id", "event_ts", ("viewer", "viewer_id")),
-    Typed("items", "items", "item_id", "", None),
+def watched_relations(registry: Registry) -> tuple[Typed | View, ...]:
+    """Every typed relation, tile and rolling view of a project, and its preference views that have a newest time.
+
+    What a view is made from and under which condition is taken from its query.
+    """
+    typed = typed_relations(registry)
+    times: dict[str, tuple[str, str]] = {
+        one.relation: (one.topic, one.declared.time) for one in typed if one.declared.time
+    }
+    rolling = [domain.relation for domain in registry.contract.domains.values()]
+    others = [name for name in registry.queries if name not in {*rolling, *registry.tiles}]
+    views: list[View] = []
+    for relation in others:
+        found = _view(registry, relation, times)
+        if not found.unclear:
+            views.append(found)
+    views += [_view(registry, relation, times) for relation in registry.tiles]
+    times |= {view.relation: (view.topic, LAST_EVENT_AT) for view in views if view.relation in registry.tiles}
+    views += [_view(registry, relation, times) for relation in rolling]
+    return (*typed, *views)
+
+
+def typed_relations(registry: Registry) -> tuple[Typed, ...]:
+    """The typed relation of every topic."""
+    return tuple(
+        Typed(topic, (topic.entity, registry.entity(topic.entity).key.name) if topic.entity else None)
+        for topic in registry.topics.values()
+    )
+
+
+def _view(registry: Registry, relation: str, times: Mapping[str, tuple[str, str]]) -> View:
+    """A view by its query; `times` maps the relations that it may be made from to their topic and time column."""
+    query = sqlglot.parse_one(registry.query(relation), dialect="risingwave")
+    selects = {cte.alias: cte.this for cte in query.find_all(exp.CTE)}
+    final = query
+    while final.is_star and (name := final.args["from_"].this.name) in selects:
+        final = selects[name]
+    columns = frozenset(column.alias_or_name for column in final.expressions)
+    candidates = [column for column in final.expressions if column.alias_or_name == LAST_EVENT_AT]
+    for column in candidates or final.expressions:
+        sources = list(_sources(column, final, selects))
+        newest = sources and all(
+            times.get(table, ("", ""))[1] == name and is_newest for _, table, name, is_newest in sources
+        )
+        if newest:
+            upstreams = [_upstream(registry, select, table, name) for select, table, name, _ in sources]
+            known = {found.relation: found for found in upstreams if found is not None}
+            topic = times[sources[0][1]][0]
+            unclear = "" if len(known) == len({table for _, table, _, _ in sources}) else _JOINED
+            return View(topic, relation, column.alias_or_name, tuple(known.values()), columns, unclear)
+    return View("", relation, LAST_EVENT_AT, (), columns, _TIMELESS)
+
+
+_JOINED = (
+    "its query reads events or tiles together with something else, so that which of them it shows is not known: read "
+    "them in a CTE of their own"
 )
+_TIMELESS = f"its query has no {LAST_EVENT_AT} that is the newest time of what it reads: add max(…) as {LAST_EVENT_AT}"
 
-VIEWS: tuple[View, ...] = (
-    View("user.events", "user_category_profile", "last_engaged_at", "user_events", "category is not null"),
-    View("user.events", "user_brand_profile", "last_brand_interaction", "user_events", "brand is not null"),
-    View("user.events", "user_recent_activity", "last_event_at", "user_events", "category is not null"),
-    View(
-        "user.events",
-        "user_category_affinity_decayed",
-        "last_engaged_at",
-        "user_events",
-        "category is not null",
-    ),
-    View("view_events", "viewer_watch_metrics_1d", "last_event_at", "view_events"),
-    View("view_events", "viewer_genre_metrics_1d", "last_event_at", "view_events", "genre is not null"),
-    View("content_interactions", "viewer_interactions_1d", "last_event_at", "content_interactions"),
-    View(
-        "view_events",
-        "viewer_engagement_rolling",
-        "last_event_at",
-        "viewer_watch_metrics_1d",
-        day="watch_date",
-    ),
-    View(
-        "view_events",
-        "viewer_preferences_rolling",
-        "last_event_at",
-        "viewer_genre_metrics_1d",
-        day="watch_date",
-    ),
-    View(
-        "content_interactions",
-        "content_interactions_rolling",
-        "last_event_at",
-        "viewer_interactions_1d",
-        day="interaction_date",
-    ),
-)
 
-RELATIONS: tuple[Typed | View, ...] = (*TYPED, *VIEWS)
-_TIMES = {relation.relation: relation.time for relation in RELATIONS}
+def _sources(
+    expression: exp.Expr,
+    select: exp.Expr,
+    selects: Mapping[str, exp.Query],
+    is_newest: bool = False,
+) -> Iterator[tuple[exp.Expr, str, str, bool]]:
+    """The columns of relations that an expression is computed from: the select that reads each, relation, column, and
+    whether its newest value is taken."""
+    if isinstance(select, exp.SetOperation):
+        place = select.named_selects.index(expression.alias_or_name)
+        for side in (select.left, select.right):
+            yield from _sources(side.selects[place], side, selects, is_newest)
+        return
+    read = [select.args["from_"].this, *(join.this for join in select.args.get("joins") or ())]
+    for column in expression.find_all(exp.Column):
+        taken = is_newest or isinstance(column.find_ancestor(exp.Max, exp.Select), exp.Max)
+        tables = [table for table in read if table.alias_or_name == column.table] or read[:1]
+        name = tables[0].name
+        if name not in selects:
+            yield select, name, column.name, taken
+            continue
+        inner = selects[name]
+        for made in inner.selects:
+            if made.alias_or_name == column.name:
+                yield from _sources(made, inner, selects, taken)
+
+
+def _upstream(registry: Registry, select: exp.Expr, relation: str, time: str) -> Upstream | None:
+    """What a select shows of the relation that it reads; None where that cannot be known."""
+    if select.args.get("joins"):
+        return None
+    where = select.args.get("where")
+    tile = registry.tiles.get(relation)
+    if tile is None:
+        return Upstream(relation, time, where.this.sql(dialect="postgres") if where else "true")
+    interval = where.find(exp.Interval) if where else None
+    if where is None or interval is None or tile.day not in {c.name for c in where.find_all(exp.Column)}:
+        return None
+    # The filter is day + (N + 1) days > now.
+    return Upstream(relation, time, day=tile.day, days=int(interval.this.name) - 1)
 
 
 @dataclass(frozen=True)
@@ -151,12 +224,12 @@ def view_lag(
 def _typed_lag(
     connection: psycopg.Connection[Any], engine: EngineConnection, typed: Typed, now: datetime
 ) -> ViewLag:
-    parsed = sql.Identifier(engine.schema, typed.parsed)
+    parsed = sql.Identifier(engine.schema, typed.declared.parsed)
     newest_event = (
         sql.SQL("select max({}) from {}").format(
-            sql.Identifier(typed.time), sql.Identifier(engine.schema, typed.relation)
+            sql.Identifier(typed.declared.time), sql.Identifier(engine.schema, typed.relation)
         )
-        if typed.time
+        if typed.declared.time
         else sql.SQL("select null::timestamptz")
     )
     newest_arrival, newest = _read(
@@ -185,7 +258,7 @@ def _unread(
     connection: psycopg.Connection[Any], engine: EngineConnection, typed: Typed
 ) -> tuple[datetime | None, int]:
     """Arrival of the oldest message that no refresh has read, and how many there are."""
-    found = unread(connection, engine, find_topic(typed.topic))
+    found = unread(connection, engine, typed.declared)
     return (found.since, found.messages) if found else (None, 0)
 
 
@@ -193,7 +266,9 @@ def _unread_streaming(
     connection: psycopg.Connection[Any], engine: EngineConnection, typed: Typed
 ) -> tuple[datetime | None, int]:
     """The same on RisingWave, where the newest offset of each partition says how far the parsed relation is."""
-    parsed, raw = sql.Identifier(engine.schema, typed.parsed), sql.Identifier(engine.schema, typed.raw)
+    parsed, raw = (
+        sql.Identifier(engine.schema, name) for name in (typed.declared.parsed, typed.declared.raw)
+    )
     progress = connection.execute(
         sql.SQL("select source, source_partition, last_offset from {} where topic = {}").format(
             sql.Identifier(engine.schema, "ingest_progress"), sql.Literal(typed.topic)
@@ -237,7 +312,7 @@ def _missing_arrival(
     Only what no refresh of the typed events has covered is looked at, so that a message is missed neither where its
     arrival lies before those that were read, nor where many others came since.
     """
-    kind, column = typed.subject or ("", typed.key)
+    kind, column = typed.subject or ("", typed.declared.identity)
     (since,) = _read(
         connection,
         sql.SQL(
@@ -251,11 +326,11 @@ def _missing_arrival(
             " and erased.subject_id = newest.subject)"
         ).format(
             arrivals=sql.Identifier(engine.schema, "raw_arrivals"),
-            raw=sql.Literal(typed.raw),
+            raw=sql.Literal(typed.declared.raw),
             most=sql.Literal(ARRIVALS_LOOKED_AT),
-            key=sql.Identifier(typed.key),
+            key=sql.Identifier(typed.declared.identity),
             subject=sql.Identifier(column),
-            parsed=sql.Identifier(engine.schema, typed.parsed),
+            parsed=sql.Identifier(engine.schema, typed.declared.parsed),
             typed=sql.Identifier(engine.schema, typed.relation),
             erased=sql.Identifier(engine.schema, "erased_subjects"),
             kind=sql.Literal(kind),
@@ -272,7 +347,7 @@ def _missing_since(
     Looks back in steps that double, so that what has been missing for long is told from what came just now,
     and for at least half as long as it has.
     """
-    parsed = sql.Identifier(engine.schema, typed.parsed)
+    parsed = sql.Identifier(engine.schema, typed.declared.parsed)
     since = None
     before = datetime.max.replace(tzinfo=UTC)
     step = timedelta(seconds=1)
@@ -294,22 +369,24 @@ def _is_accounted_for(
     connection: psycopg.Connection[Any], engine: EngineConnection, typed: Typed, place: tuple[Any, ...]
 ) -> bool:
     """Whether the valid message at a source, partition and offset is a typed event or of an erased subject."""
-    kind, column = typed.subject or ("", typed.key)
+    kind, column = typed.subject or ("", typed.declared.identity)
     key, subject = _read(
         connection,
         sql.SQL(
             "select {}, {}::text from {} where source = {} and source_partition = {} and source_offset = {}"
         ).format(
-            sql.Identifier(typed.key),
+            sql.Identifier(typed.declared.identity),
             sql.Identifier(column),
-            sql.Identifier(engine.schema, typed.parsed),
+            sql.Identifier(engine.schema, typed.declared.parsed),
             *map(sql.Literal, place),
         ),
     )
     (there,) = _read(
         connection,
         sql.SQL("select count(*) from {} where {} = {}").format(
-            sql.Identifier(engine.schema, typed.relation), sql.Identifier(typed.key), sql.Literal(key)
+            sql.Identifier(engine.schema, typed.relation),
+            sql.Identifier(typed.declared.identity),
+            sql.Literal(key),
         ),
     )
     if there:
@@ -326,30 +403,21 @@ def _is_accounted_for(
 def _view_lag(
     connection: psycopg.Connection[Any], engine: EngineConnection, view: View, now: datetime
 ) -> ViewLag:
+    if view.unclear:
+        raise Unmeasurable(f"{view.relation} cannot be watched: {view.unclear}")
     (newest,) = _read(
         connection,
         sql.SQL("select max({}) from {}").format(
             sql.Identifier(view.time), sql.Identifier(engine.schema, view.relation)
         ),
     )
-    only: sql.Composable = sql.SQL(view.only)
     shown = newest
-    if view.day:
-        only = sql.SQL("{} >= {}::date").format(
-            sql.Identifier(view.day), sql.Literal((now - SURE_WINDOW).astimezone(UTC).date().isoformat())
-        )
+    if view.is_rolling:
         newest = None if newest is None else datetime.fromtimestamp(newest / 1000, UTC)
         # The item's time has milliseconds, its tile's microseconds.
         shown = None if newest is None else newest + timedelta(milliseconds=1)
-    (since,) = _read(
-        connection,
-        sql.SQL("select min({time}) from {upstream} where {time} > {shown} and {only}").format(
-            time=sql.Identifier(_TIMES[view.upstream]),
-            upstream=sql.Identifier(engine.schema, view.upstream),
-            shown=sql.Literal(shown or _BEFORE_ALL),
-            only=only,
-        ),
-    )
+    waiting = [_waiting(connection, engine, upstream, shown, now) for upstream in view.upstreams]
+    since = min((moment for moment in waiting if moment is not None), default=None)
     return ViewLag(
         topic=view.topic,
         relation=view.relation,
@@ -360,6 +428,30 @@ def _view_lag(
         lag_seconds=_age(since, now),
         ahead_seconds=_ahead(newest, now),
     )
+
+
+def _waiting(
+    connection: psycopg.Connection[Any],
+    engine: EngineConnection,
+    upstream: Upstream,
+    shown: datetime | None,
+    now: datetime,
+) -> datetime | None:
+    """The oldest time in a relation that is newer than what a view shows."""
+    only: sql.Composable = sql.SQL(upstream.only)
+    if upstream.day:
+        first = (now - timedelta(days=upstream.days)).astimezone(UTC).date()
+        only = sql.SQL("{} >= {}::date").format(sql.Identifier(upstream.day), sql.Literal(first.isoformat()))
+    (since,) = _read(
+        connection,
+        sql.SQL("select min({time}) from {upstream} where {time} > {shown} and ({only})").format(
+            time=sql.Identifier(upstream.time),
+            upstream=sql.Identifier(engine.schema, upstream.relation),
+            shown=sql.Literal(shown or _BEFORE_ALL),
+            only=only,
+        ),
+    )
+    return since if isinstance(since, datetime) else None
 
 
 def _read(connection: psycopg.Connection[Any], statement: sql.Composed) -> tuple[Any, ...]:

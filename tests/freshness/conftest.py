@@ -13,16 +13,17 @@ from typing import Any
 
 import pytest
 from built_state import BuiltState
+from declared import PROJECT
 from kafka_cluster import Cluster
 from psycopg import sql
+from shipped import REGISTRY, TILE_TABLES
 
+from dagster_prefs.declarations.contract import Contract, load_contract
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.freshness.levels import Measure
 from dagster_prefs.freshness.measures import measure_offline, measure_online, measure_views
 from dagster_prefs.offline.catalog import open_catalog
 from dagster_prefs.offline.export import export_day, exported_days, stale_days
-from dagster_prefs.offline.tables import TILE_TABLES
-from dagster_prefs.online.contract import Contract, load_contract
 from dagster_prefs.online.publisher import publish_domain
 from dagster_prefs.online.tables import dynamodb_client, provision
 
@@ -44,7 +45,7 @@ class World:
     connection: Any
     now: datetime
     order: Sequence[str]
-    contract: Contract = field(default_factory=load_contract)
+    contract: Contract = field(default_factory=lambda: load_contract(PROJECT))
     client: Any = None
     table: Any = None
     warehouse: Path = Path()
@@ -149,13 +150,13 @@ class World:
         self.now += timedelta(**step)
 
     def views(self) -> list[Measure]:
-        return measure_views(self.engine, self.contract, now=self.now)
+        return measure_views(self.engine, REGISTRY, now=self.now)
 
     def online(self, client: Any = None, **options: Any) -> list[Measure]:
         return measure_online(
             self.engine,
             self.contract,
-            lambda: (client or self.client, self.table),
+            lambda: (client or self.client, {"viewer": self.table}),
             now=self.now,
             **{"publishes": True, **options},
         )
@@ -249,7 +250,7 @@ def _world(
             order=template.order,
             offsets=dict(template.offsets),
             client=client,
-            table=provision(client, load_contract()),
+            table=provision(client, load_contract(PROJECT))["viewer"],
             warehouse=warehouse,
         )
 
@@ -279,7 +280,7 @@ def busy(
 def cluster() -> Cluster:
     """A Kafka cluster with every topic of the contract."""
     made = Cluster()
-    for topic in load_contract().freshness.topics:
+    for topic in load_contract(PROJECT).freshness.topics:
         made.producer.produce(topic, None, partition=0)
     assert made.producer.flush(10) == 0
     return made

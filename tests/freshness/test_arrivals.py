@@ -8,10 +8,13 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
+from shipped import REGISTRY
 
+from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.events.progress import waiting_since
 from dagster_prefs.freshness.measures import measure_views
-from dagster_prefs.freshness.views import TYPED, view_lag
+from dagster_prefs.freshness.views import typed_relations, view_lag
+from dagster_prefs.settings import load_settings
 
 INSERT = (
     "insert into raw_view_events (source, source_partition, source_offset, data, arrived_at)"
@@ -25,12 +28,15 @@ def event(name: str, moment: datetime) -> bytes:
 
 def waiting(world: Any) -> dict[str, int]:
     with world.engine.connect() as connection:
-        return {topic: found.messages for topic, found in waiting_since(connection, world.engine).items()}
+        return {
+            topic: found.messages
+            for topic, found in waiting_since(connection, world.engine, load_settings().registry()).items()
+        }
 
 
 def of_view_events(world: Any) -> tuple[str, Any]:
     (measure,) = [
-        one for one in measure_views(world.engine, world.contract, now=world.now) if one.name == "view_events"
+        one for one in measure_views(world.engine, REGISTRY, now=world.now) if one.name == "view_events"
     ]
     return measure.level, measure.values["waiting"]
 
@@ -89,10 +95,10 @@ def test_what_was_deleted_before_it_was_read_does_not_wait(busy: Any) -> None:
     assert waiting(busy) == {}
 
 
-def test_the_mark_is_of_what_waits(busy: Any) -> None:
+def test_the_mark_is_of_what_waits(registry: Registry, busy: Any) -> None:
     def mark() -> str:
         with busy.engine.connect() as connection:
-            return waiting_since(connection, busy.engine)["view_events"].mark
+            return waiting_since(connection, busy.engine, registry)["view_events"].mark
 
     busy.execute(INSERT, ["one", 1, event("one", busy.now), busy.now])
     first = mark()
@@ -104,7 +110,7 @@ def test_the_mark_is_of_what_waits(busy: Any) -> None:
 def test_on_risingwave_the_newest_offsets_tell(busy: Any) -> None:
     # RisingWave's statements are plain SQL, so the embedded engine runs them too.
     streaming = replace(busy.engine, kind="risingwave")
-    (typed,) = [one for one in TYPED if one.relation == "view_events"]
+    (typed,) = [one for one in typed_relations(REGISTRY) if one.relation == "view_events"]
 
     def lag() -> tuple[int, float]:
         with busy.engine.connect() as connection:

@@ -15,43 +15,53 @@ from typing import Any
 
 import pytest
 from botocore.awsrequest import AWSResponse
+from declared import PROJECT
 from kafka_cluster import Cluster
+from shipped import REGISTRY, VIEWER_KEY
 
+from dagster_prefs.declarations.registry import Registry
+from dagster_prefs.declarations.reserved import CANARY_NUMBER, CANARY_TEXT
 from dagster_prefs.events.canaries import OF_ANOTHER_DEPLOYMENT
 from dagster_prefs.events.kafka import ingest_topic
 from dagster_prefs.events.rejected import rejected_counts
 from dagster_prefs.freshness.canary import (
     CanaryState,
     Probe,
+    canary_paths,
+    canary_views,
     epoch_ms,
     read_domains,
-    read_shop,
+    read_views,
     send_canary,
 )
 from dagster_prefs.freshness.measures import measure_ingestion
 from dagster_prefs.online.publisher import PublishError
-from dagster_prefs.online.reserved import CANARY_USER_ID, CANARY_VIEWER_ID
 from dagster_prefs.serving.profiles import ProfileClient
 
 DOMAINS = ("watch", "interactions", "preferences")
-CANARY = {"canary/watch", "canary/interactions", "canary/preferences", "canary/shop"}
-CANARY_IN_DYNAMODB = CANARY - {"canary/shop"}
+CANARY = {"canary/watch", "canary/interactions", "canary/preferences", "canary/shop_user"}
+CANARY_IN_DYNAMODB = CANARY - {"canary/shop_user"}
 TYPED = {"views/user_events", "views/view_events", "views/content_interactions"}
 
 
 class Flow:
     """A platform whose stages can be stopped one by one; its time passes while the canary is waited for."""
 
-    def __init__(self, world: Any, cluster: Cluster, profiles: ProfileClient) -> None:
+    def __init__(self, world: Any, cluster: Cluster, profiles: ProfileClient, registry: Registry) -> None:
         self.world = world
+        self.registry = registry
         world.cluster = self.cluster = cluster
         self.ingesting = self.refreshing = True
         self.sink_errors: list[str] = []
         self.state = CanaryState()
         self.probe = Probe(
-            send=lambda moment: send_canary(world.engine, moment, bootstrap=cluster.bootstrap),
-            readers=[lambda: read_domains(profiles), lambda: read_shop(world.engine)],
-            contract=world.contract,
+            send=lambda moment: send_canary(world.engine, REGISTRY, moment, bootstrap=cluster.bootstrap),
+            readers=[
+                lambda: read_domains(profiles, VIEWER_KEY),
+                lambda: read_views(world.engine, REGISTRY, canary_views(REGISTRY)),
+            ],
+            paths=canary_paths(REGISTRY),
+            thresholds=world.contract.freshness.canary,
             clock=lambda: world.now,
             wait=self.wait,
             poll_seconds=1,
@@ -68,7 +78,7 @@ class Flow:
         world = self.world
         if self.ingesting:
             for topic in world.contract.freshness.topics:
-                ingest_topic(world.engine, self.cluster.bootstrap, topic)
+                ingest_topic(world.engine, self.cluster.bootstrap, self.registry.topics[topic])
         if self.refreshing:
             world.refresh()
         try:
@@ -93,7 +103,7 @@ class Flow:
             **{
                 one.key: one
                 for one in measure_ingestion(
-                    world.engine, world.contract, self.cluster.bootstrap, now=world.now, timeout_seconds=10
+                    world.engine, REGISTRY, self.cluster.bootstrap, now=world.now, timeout_seconds=10
                 )
             },
         }
@@ -103,12 +113,12 @@ class Flow:
 
 
 @pytest.fixture
-def flow(busy: Any, cluster: Cluster, aws_endpoint: str) -> Iterator[Flow]:
+def flow(busy: Any, cluster: Cluster, aws_endpoint: str, registry: Registry) -> Iterator[Flow]:
     # The broker stamps the canary's messages with the time that it is.
     busy.now = datetime.now(UTC)
     busy.export()
-    with ProfileClient(endpoint_url=aws_endpoint, region="eu-central-1") as profiles:
-        made = Flow(busy, cluster, profiles)
+    with ProfileClient(PROJECT, endpoint_url=aws_endpoint, region="eu-central-1") as profiles:
+        made = Flow(busy, cluster, profiles, registry)
         assert made.evaluate() == {}
         yield made
         assert made.evaluate() == {}
@@ -166,7 +176,7 @@ def test_a_tile_that_changed_after_its_export(flow: Flow) -> None:
 
 def test_a_canary_whose_events_come_to_nothing(flow: Flow) -> None:
     """Its viewer and user are erased, so that the typed events leave them out and all others go on."""
-    for kind, subject in (("viewer", str(CANARY_VIEWER_ID)), ("user", CANARY_USER_ID)):
+    for kind, subject in (("viewer", str(CANARY_NUMBER)), ("shop_user", CANARY_TEXT)):
         flow.world.execute(
             "insert into erased_subjects (subject_kind, subject_id, erased_at) values (%s, %s, 'infinity')",
             [kind, subject],
@@ -178,13 +188,13 @@ def test_a_canary_whose_events_come_to_nothing(flow: Flow) -> None:
     flow.step()
 
 
-def test_two_deployments_on_one_kafka(flow: Flow, world: Any) -> None:
+def test_two_deployments_on_one_kafka(registry: Registry, flow: Flow, world: Any) -> None:
     """Each reads the other's canaries, rejects them without calling anybody, and takes none for its own."""
     other = world.engine
     flow.produce(age=0)
     # Later than any of ours, so that it would show in our items if it were taken for one.
     at = flow.world.now + timedelta(minutes=30)
-    send_canary(other, at, bootstrap=flow.cluster.bootstrap)
+    send_canary(other, REGISTRY, at, bootstrap=flow.cluster.bootstrap)
     flow.step()
     assert flow.evaluate() == {}
     ours = flow.world.execute("select max(last_event_at) from viewer_engagement_rolling where viewer_id = -1")
@@ -195,7 +205,7 @@ def test_two_deployments_on_one_kafka(flow: Flow, world: Any) -> None:
     )
     assert rejected_counts(flow.world.engine, open_only=True) == {"view_events": {"not valid JSON": 1}}
     for topic in world.contract.freshness.topics:
-        ingest_topic(other, flow.cluster.bootstrap, topic)
+        ingest_topic(other, flow.cluster.bootstrap, registry.topics[topic])
     world.refresh()
     assert world.execute("select watched_at from view_events where viewer_id = -1") == [
         (at.replace(microsecond=at.microsecond // 1000 * 1000),)
@@ -209,7 +219,7 @@ def test_a_canary_that_cannot_be_sent(flow: Flow) -> None:
     """The producer's way is gone, the platform's own works: nothing is known, and nothing else is red."""
 
     def refuse(moment: datetime) -> None:
-        send_canary(flow.world.engine, moment, bootstrap="127.0.0.1:1", timeout_seconds=0.3)
+        send_canary(flow.world.engine, REGISTRY, moment, bootstrap="127.0.0.1:1", timeout_seconds=0.3)
 
     working = flow.probe
     flow.probe = replace(working, send=refuse)

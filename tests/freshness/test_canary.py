@@ -7,23 +7,25 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
+from declared import PROJECT
+from shipped import REGISTRY, VIEWER_KEY, WATCH
 
+from dagster_prefs.declarations.reserved import CANARY_TEXT
 from dagster_prefs.errors import PrefsError
-from dagster_prefs.events.canaries import CanaryKey
+from dagster_prefs.events.canaries import CanaryKey, canary_events
 from dagster_prefs.freshness.canary import (
     CanaryState,
     PathState,
     Probe,
-    canary_messages,
+    canary_paths,
+    canary_views,
     percentile,
     read_domains,
-    read_shop,
+    read_views,
     send_canary,
 )
 from dagster_prefs.freshness.levels import Measure
 from dagster_prefs.offline.export import export_day
-from dagster_prefs.offline.tables import WATCH
-from dagster_prefs.online.reserved import CANARY_USER_ID
 from dagster_prefs.serving.profiles import ProfileClient
 
 DOMAINS = {"watch", "interactions", "preferences"}
@@ -37,9 +39,13 @@ class Bench:
         self.state = CanaryState()
         self.stream: Callable[[], None] = self.flow
         self.probe = Probe(
-            send=lambda moment: send_canary(world.engine, moment),
-            readers=[lambda: read_domains(profiles), lambda: read_shop(world.engine)],
-            contract=world.contract,
+            send=lambda moment: send_canary(world.engine, REGISTRY, moment),
+            readers=[
+                lambda: read_domains(profiles, VIEWER_KEY),
+                lambda: read_views(world.engine, REGISTRY, canary_views(REGISTRY)),
+            ],
+            paths=canary_paths(REGISTRY),
+            thresholds=world.contract.freshness.canary,
             clock=lambda: world.now,
             wait=self.wait,
             poll_seconds=1,
@@ -63,18 +69,18 @@ class Bench:
 @pytest.fixture
 def bench(world: Any, aws_endpoint: str) -> Iterator[Bench]:
     world.now = world.now.replace(hour=12)
-    with ProfileClient(endpoint_url=aws_endpoint, region="eu-central-1") as profiles:
+    with ProfileClient(PROJECT, endpoint_url=aws_endpoint, region="eu-central-1") as profiles:
         yield Bench(world, profiles)
 
 
 def test_a_canary_is_timed_on_every_path(bench: Bench) -> None:
     measures = bench.run()
-    assert set(measures) == {*DOMAINS, "shop"}
+    assert set(measures) == {*DOMAINS, "shop_user"}
     assert {m.level for m in measures.values()} == {"ok"}
     assert {m.lag_seconds for m in measures.values()} == {1.0}
     assert measures["watch"].values == {"lost": 0, "window": 1, "p50_seconds": 1.0, "p99_seconds": 1.0}
     bench.world.later(seconds=60)
-    assert bench.run()["shop"].values["window"] == 2
+    assert bench.run()["shop_user"].values["window"] == 2
 
 
 def test_a_publisher_that_stopped_reddens_the_domains_and_not_the_shop(bench: Bench) -> None:
@@ -83,7 +89,7 @@ def test_a_publisher_that_stopped_reddens_the_domains_and_not_the_shop(bench: Be
     bench.world.later(seconds=60)
     stuck = bench.run(patience=6)
     assert {name for name, m in stuck.items() if m.level == "error"} == DOMAINS
-    assert stuck["shop"].level == "ok"
+    assert stuck["shop_user"].level == "ok"
     assert stuck["watch"].lag_seconds == pytest.approx(6)
     bench.stream = bench.flow
     bench.world.publish()
@@ -113,7 +119,12 @@ def test_what_cannot_be_sent_is_unknown(bench: Bench) -> None:
         raise PrefsError("no way out")
 
     bench.probe = Probe(
-        refuse, bench.probe.readers, bench.world.contract, lambda: bench.world.now, bench.wait
+        refuse,
+        bench.probe.readers,
+        bench.probe.paths,
+        bench.probe.thresholds,
+        lambda: bench.world.now,
+        bench.wait,
     )
     measures = bench.run().values()
     assert {m.level for m in measures} == {"unknown"}
@@ -122,25 +133,26 @@ def test_what_cannot_be_sent_is_unknown(bench: Bench) -> None:
 
 def test_what_cannot_be_read_is_never_green(bench: Bench, free_port: Callable[[], int]) -> None:
     with ProfileClient(
-        endpoint_url=f"http://127.0.0.1:{free_port()}", region="eu-central-1", budget_seconds=0.2
+        PROJECT, endpoint_url=f"http://127.0.0.1:{free_port()}", region="eu-central-1", budget_seconds=0.2
     ) as profiles:
         bench.probe = Probe(
             bench.probe.send,
-            [lambda: read_domains(profiles), bench.probe.readers[1]],
-            bench.world.contract,
+            [lambda: read_domains(profiles, VIEWER_KEY), bench.probe.readers[1]],
+            bench.probe.paths,
+            bench.probe.thresholds,
             lambda: bench.world.now,
             bench.wait,
             poll_seconds=1,
         )
         measures = bench.run(patience=2)
     assert {name for name, m in measures.items() if m.level == "unknown"} == DOMAINS
-    assert measures["shop"].level == "ok"
+    assert measures["shop_user"].level == "ok"
 
 
 def test_a_canary_of_another_clock_is_not_taken_for_ours(bench: Bench) -> None:
     """Sent by a machine of this deployment whose clock is an hour ahead: it would make every later one seem read."""
     bench.run()
-    send_canary(bench.world.engine, bench.world.now + timedelta(hours=1))
+    send_canary(bench.world.engine, REGISTRY, bench.world.now + timedelta(hours=1))
     bench.flow()
     bench.stream = lambda: None
     measures = bench.run()
@@ -152,7 +164,7 @@ def test_a_canary_of_another_clock_is_not_taken_for_ours(bench: Bench) -> None:
 def test_the_canary_is_in_no_training_table(bench: Bench) -> None:
     world = bench.world
     moment = world.now - timedelta(days=1)
-    send_canary(world.engine, moment)
+    send_canary(world.engine, REGISTRY, moment)
     world.watch(5, days_ago=1)
     world.refresh()
     assert world.execute("select count(*) from viewer_watch_metrics_1d") == [(2,)]
@@ -161,11 +173,11 @@ def test_the_canary_is_in_no_training_table(bench: Bench) -> None:
 
 
 def test_every_message_is_valid(bench: Bench) -> None:
-    send_canary(bench.world.engine, bench.world.now)
+    send_canary(bench.world.engine, REGISTRY, bench.world.now)
     bench.world.refresh()
     assert bench.world.execute("select topic, reason from rejected_events") == []
-    assert bench.world.execute("select user_id from user_category_profile") == [(CANARY_USER_ID,)]
-    messages = canary_messages(bench.world.now, CanaryKey.random())
+    assert bench.world.execute("select user_id from user_category_profile") == [(CANARY_TEXT,)]
+    messages = canary_events(REGISTRY, CanaryKey.random(), bench.world.now)
     assert set(messages) == set(bench.world.contract.freshness.topics)
 
 
@@ -176,7 +188,7 @@ def test_an_unreadable_cursor_is_a_fresh_start(text: str | None) -> None:
 
 def test_the_cursor_stays_small() -> None:
     path = PathState(1_800_000_000_000, tuple(12.345 for _ in range(200)), 99, True)
-    state = CanaryState(dict.fromkeys(("watch", "interactions", "preferences", "shop"), path))
+    state = CanaryState(dict.fromkeys(("watch", "interactions", "preferences", "shop_user"), path))
     assert CanaryState.loads(state.dumps()) == state
     assert len(state.dumps()) < 8_000
 

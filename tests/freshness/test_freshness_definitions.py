@@ -22,16 +22,17 @@ from dagster._core.scheduler.instigation import (
 )
 from dagster._core.types.loadable_target_origin import LoadableTargetOrigin
 from kafka_cluster import Cluster
+from shipped import REGISTRY
 
+from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.defs import freshness, offline_store
-from dagster_prefs.defs.resources import Platform
 from dagster_prefs.events.kafka import ingest_topic
 from dagster_prefs.freshness import status
 from dagster_prefs.freshness.alerts import AlertError, load_levels
 from dagster_prefs.freshness.canary import CanaryState, PathState, epoch_ms
 from dagster_prefs.freshness.metrics import render_metrics
 from dagster_prefs.freshness.status import Status
-from dagster_prefs.online.contract import load_contract
+from dagster_prefs.platform import Platform
 from dagster_prefs.settings import Settings
 
 
@@ -198,7 +199,7 @@ def test_the_canary_is_off_on_the_embedded_engine_and_works_when_started(
         "online/watch",
         "online/interactions",
         "online/preferences",
-        "user_category_profile",
+        "user_brand_profile",
     }
     assert all(found["canary_window"].value == 1 for found in observed.values())
     assert busy.execute("select count(*) from raw_view_events where source = 'canary'") == [(2,)]
@@ -221,7 +222,7 @@ def test_on_the_streaming_engine_the_canary_and_the_sinks_are_checked(tmp_path: 
     }
     assert ("sink_engagement_watch", "freshness") in checks
     assert ("sink_engagement_watch", "canary") in checks
-    assert ("user_category_profile", "canary") in checks
+    assert ("user_brand_profile", "canary") in checks
     assert ("raw_view_events", "ingestion_lag") in checks
 
 
@@ -312,17 +313,16 @@ def left_by_sensor(
 
 
 def test_the_last_probe_is_told_outside_of_its_sensor(instance: dg.DagsterInstance) -> None:
-    contract = load_contract()
     now = datetime(2026, 3, 1, 12, tzinfo=UTC)
 
     def told() -> dict[str, Any]:
-        return {one.name: one for one in freshness.last_probe(instance, contract, now=now)}
+        return {one.name: one for one in freshness.last_probe(instance, REGISTRY, now=now)}
 
-    paths = {"watch", "interactions", "preferences", "shop"}
+    paths = {"watch", "interactions", "preferences", "shop_user"}
     assert {name: one.level for name, one in told().items()} == dict.fromkeys(paths, "skipped")
     timely = PathState(None, (1.0, 2.0, 1.5))
     late = PathState(epoch_ms(now - timedelta(seconds=70)), (1.0,), 3)
-    state = CanaryState({"watch": timely, "interactions": timely, "preferences": late, "shop": timely})
+    state = CanaryState({"watch": timely, "interactions": timely, "preferences": late, "shop_user": timely})
     left_by_sensor(instance, state, now - timedelta(seconds=60))
     found = told()
     assert {name for name, one in found.items() if one.level == "ok"} == paths - {"preferences"}
@@ -348,7 +348,7 @@ def test_an_instance_that_cannot_be_read_is_unknown(
         raise RuntimeError("no such host")
 
     monkeypatch.setattr(instance, "all_instigator_state", refuse)
-    found = freshness.last_probe(instance, load_contract(), now=datetime.now(UTC))
+    found = freshness.last_probe(instance, REGISTRY, now=datetime.now(UTC))
     assert {one.level for one in found} == {"unknown"}
     assert all("no such host" in one.reason for one in found)
 
@@ -389,6 +389,7 @@ def test_sensors_survive_the_loss_of_everything(
 
 
 def test_the_canary_goes_to_topics_by_their_names_in_kafka(
+    registry: Registry,
     busy: Any,
     cluster: Cluster,
     aws_endpoint: str,
@@ -399,9 +400,14 @@ def test_the_canary_goes_to_topics_by_their_names_in_kafka(
     monkeypatch.setattr(freshness, "CANARY_PATIENCE_SECONDS", 0.0)
     cluster.producer.produce("views.v2", None, partition=0)
     assert cluster.producer.flush(10) == 0
-    names = {"kafka_bootstrap": cluster.bootstrap, "kafka_topic_view_events": "views.v2"}
+    names = {"kafka_bootstrap": cluster.bootstrap, "kafka_topic_names": {"VIEW_EVENTS": "views.v2"}}
     platform = Platform(settings(busy, aws_endpoint, tmp_path, **names))
     tick(definitions(platform), freshness.CANARY_SENSOR, instance, None)
-    assert ingest_topic(busy.engine, cluster.bootstrap, "view_events").accepted == 0
-    assert ingest_topic(busy.engine, cluster.bootstrap, "view_events", kafka_topic="views.v2").accepted == 1
-    assert ingest_topic(busy.engine, cluster.bootstrap, "user.events").accepted == 1
+    assert ingest_topic(busy.engine, cluster.bootstrap, registry.topics["view_events"]).accepted == 0
+    assert (
+        ingest_topic(
+            busy.engine, cluster.bootstrap, registry.topics["view_events"], kafka_topic="views.v2"
+        ).accepted
+        == 1
+    )
+    assert ingest_topic(busy.engine, cluster.bootstrap, registry.topics["user.events"]).accepted == 1

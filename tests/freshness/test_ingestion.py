@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 from kafka_cluster import Cluster
+from shipped import REGISTRY
 
+from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.events.kafka import ingest_topic
 from dagster_prefs.freshness.ingestion import Broker, ingestion_lag
 from dagster_prefs.freshness.levels import Measure
@@ -23,7 +25,7 @@ TOPIC = "view_events"
 def measure(world: Any, cluster: Cluster) -> Callable[..., Measure]:
     def read(**options: Any) -> Measure:
         found = measure_ingestion(
-            world.engine, world.contract, cluster.bootstrap, now=world.now, timeout_seconds=10, **options
+            world.engine, REGISTRY, cluster.bootstrap, now=world.now, timeout_seconds=10, **options
         )
         return {one.name: one for one in found}[TOPIC]
 
@@ -35,11 +37,11 @@ def partitions(measure: Measure) -> dict[int, dict[str, Any]]:
 
 
 def test_lag_grows_while_the_ingester_stands_and_goes_when_it_runs(
-    world: Any, cluster: Cluster, measure: Callable[..., Measure]
+    registry: Registry, world: Any, cluster: Cluster, measure: Callable[..., Measure]
 ) -> None:
     for number in range(6):
         cluster.send(TOPIC, number % 2, world.now - timedelta(seconds=60 - number))
-    ingest_topic(world.engine, cluster.bootstrap, TOPIC)
+    ingest_topic(world.engine, cluster.bootstrap, registry.topics[TOPIC])
     assert measure().level == "ok"
     assert measure().values["messages_behind"] == 0
 
@@ -57,15 +59,17 @@ def test_lag_grows_while_the_ingester_stands_and_goes_when_it_runs(
     world.later(seconds=2)
     assert measure().level == "error"
 
-    ingest_topic(world.engine, cluster.bootstrap, TOPIC)
+    ingest_topic(world.engine, cluster.bootstrap, registry.topics[TOPIC])
     assert measure().level == "ok"
     world.later(hours=1)
     assert measure().level == "ok", "a quiet topic has no lag"
 
 
-def test_tombstones_are_never_owed(world: Any, cluster: Cluster, measure: Callable[..., Measure]) -> None:
+def test_tombstones_are_never_owed(
+    registry: Registry, world: Any, cluster: Cluster, measure: Callable[..., Measure]
+) -> None:
     cluster.send(TOPIC, 2, world.now - timedelta(seconds=60))
-    ingest_topic(world.engine, cluster.bootstrap, TOPIC)
+    ingest_topic(world.engine, cluster.bootstrap, registry.topics[TOPIC])
     cluster.send(TOPIC, 2, world.now - timedelta(seconds=50), None)
     assert measure().level == "ok"
     cluster.send(TOPIC, 2, world.now - timedelta(seconds=40))
@@ -101,7 +105,7 @@ def test_a_topic_that_was_made_anew_with_fewer_partitions_is_an_error(
 
 
 def test_a_message_from_the_future_has_no_age(
-    world: Any, cluster: Cluster, measure: Callable[..., Measure]
+    registry: Registry, world: Any, cluster: Cluster, measure: Callable[..., Measure]
 ) -> None:
     """Its producer's clock is wrong, and would make a reader that stands still look current for as long."""
     cluster.send(TOPIC, 1, world.now + timedelta(hours=1))
@@ -112,7 +116,7 @@ def test_a_message_from_the_future_has_no_age(
     cluster.send(TOPIC, 2, world.now - timedelta(seconds=60))
     assert measure().level == "unknown"
     assert measure().lag_seconds == pytest.approx(60, abs=0.01)
-    ingest_topic(world.engine, cluster.bootstrap, TOPIC)
+    ingest_topic(world.engine, cluster.bootstrap, registry.topics[TOPIC])
     assert measure().level == "ok"
 
 
@@ -142,7 +146,7 @@ def test_messages_that_the_broker_deleted_unread_are_lost(world: Any) -> None:
         " values ('kafka:view_events', 0, 4, '{}')"
     )
     with world.engine.connect() as connection, Expired("127.0.0.1:1") as broker:
-        lag = ingestion_lag(connection, world.engine, broker, TOPIC, now=world.now)
+        lag = ingestion_lag(connection, world.engine, broker, REGISTRY.topic(TOPIC), now=world.now)
     assert lag.in_state("lost") == [0]
     assert lag.messages == 2
 
@@ -150,7 +154,7 @@ def test_messages_that_the_broker_deleted_unread_are_lost(world: Any) -> None:
 def test_a_topic_that_is_missing_hides_no_other(world: Any, cluster: Cluster) -> None:
     found = measure_ingestion(
         world.engine,
-        world.contract,
+        REGISTRY,
         cluster.bootstrap,
         now=world.now,
         kafka_topics={"user.events": "no such topic"},
@@ -162,14 +166,14 @@ def test_a_topic_that_is_missing_hides_no_other(world: Any, cluster: Cluster) ->
 
 def test_brokers_that_are_down_are_unknown(world: Any, free_port: Callable[[], int]) -> None:
     found = measure_ingestion(
-        world.engine, world.contract, f"127.0.0.1:{free_port()}", now=world.now, timeout_seconds=0.3
+        world.engine, REGISTRY, f"127.0.0.1:{free_port()}", now=world.now, timeout_seconds=0.3
     )
     assert {one.level for one in found} == {"unknown"}
     assert all("PREFS_KAFKA_BOOTSTRAP" in one.reason for one in found)
 
 
 def test_no_brokers_are_skipped_and_say_so(world: Any) -> None:
-    found = measure_ingestion(world.engine, world.contract, None, now=world.now)
+    found = measure_ingestion(world.engine, REGISTRY, None, now=world.now)
     assert {one.level for one in found} == {"skipped"}
     assert all("no Kafka is configured" in one.reason for one in found)
 
@@ -178,7 +182,7 @@ def test_an_engine_that_is_down_is_unknown(
     world: Any, cluster: Cluster, free_port: Callable[[], int]
 ) -> None:
     found = measure_ingestion(
-        replace(world.engine, port=free_port()), world.contract, cluster.bootstrap, now=world.now
+        replace(world.engine, port=free_port()), REGISTRY, cluster.bootstrap, now=world.now
     )
     assert {one.level for one in found} == {"unknown"}
     assert all("cannot be reached" in one.reason for one in found)

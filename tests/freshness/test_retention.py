@@ -10,9 +10,9 @@ import pytest
 
 from dagster_prefs.defs import retention
 from dagster_prefs.defs.freshness import JOB
-from dagster_prefs.defs.resources import Platform
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.local.services import LocalServices
+from dagster_prefs.platform import Platform
 from dagster_prefs.settings import Settings
 
 KEY = dg.AssetKey(["online", "watch"])

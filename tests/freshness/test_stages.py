@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError
 from psycopg import sql
+from shipped import REGISTRY
 
+from dagster_prefs.declarations.contract import FreshnessThresholds
+from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.events.progress import waiting_since
 from dagster_prefs.freshness.measures import measure_views
-from dagster_prefs.online.contract import FreshnessThresholds
 from dagster_prefs.online.lease import Lease
 
 READ_OFTEN = ("raw_arrivals", "view_events_parsed", "view_events", "viewer_watch_metrics_1d")
@@ -27,7 +29,7 @@ def test_all_in_step_is_ok_and_stays_ok_when_nothing_arrives(busy: Any) -> None:
     assert busy.bad() == {}, "a quiet topic is not a stale view"
 
 
-def test_every_reading_is_served_by_an_index(busy: Any) -> None:
+def test_every_reading_is_served_by_an_index(registry: Registry, busy: Any) -> None:
     """Else a look would cost more with every viewer: PostgreSQL reads a whole table only where it must."""
     busy.execute(
         sql.SQL("alter database {} set enable_seqscan = off").format(sql.Identifier(busy.engine.database))
@@ -55,7 +57,7 @@ def test_every_reading_is_served_by_an_index(busy: Any) -> None:
     busy.watch(1, age=30)
     assert {measure.level for measure in (*busy.views(), *busy.online())} == {"ok", "error"}
     with busy.engine.connect() as connection:
-        assert set(waiting_since(connection, busy.engine)) == {"view_events"}
+        assert set(waiting_since(connection, busy.engine, registry)) == {"view_events"}
     settle()
     after = scans()
     assert {name for name in after if after[name][0] > before[name][0]} == set()
@@ -123,7 +125,7 @@ def test_what_stands_still_is_not_hidden_by_what_keeps_coming(busy: Any) -> None
 def test_an_erased_subject_is_not_missing(busy: Any) -> None:
     busy.shop("gone", age=30)
     busy.execute(
-        "insert into erased_subjects (subject_kind, subject_id, erased_at) values ('user', 'gone', %s)",
+        "insert into erased_subjects (subject_kind, subject_id, erased_at) values ('shop_user', 'gone', %s)",
         [busy.now],
     )
     busy.refresh()
@@ -181,7 +183,7 @@ def test_missing_and_extra_items_are_told_apart(busy: Any) -> None:
     (watch,) = [measure for measure in busy.online() if measure.name == "watch"]
     assert (watch.values["missing"], watch.values["extra"], watch.values["different"]) == (1, 1, 0)
     assert watch.level == "error"
-    assert watch.notes["viewers"] == "7, 4711"
+    assert watch.notes["ids"] == "7, 4711"
     (followed,) = (one for one in busy.online(publishes=False, follows=True) if one.name == "watch")
     assert "run `prefs publish --full`" in followed.reason
     assert "reconcile" not in followed.reason
@@ -385,7 +387,9 @@ def test_a_threshold_missing_from_the_contract_is_unknown(busy: Any) -> None:
         busy.contract,
         freshness=FreshnessThresholds({}, freshness.views, freshness.export, freshness.canary),
     )
-    levels = {m.name: m for m in measure_views(busy.engine, contract, now=busy.now)}
+    levels = {
+        m.name: m for m in measure_views(busy.engine, replace(REGISTRY, contract=contract), now=busy.now)
+    }
     assert levels["user_events"].level == "unknown"
     assert "no freshness threshold for topic user.events" in levels["user_events"].reason
     assert levels["user_brand_profile"].level == "ok"

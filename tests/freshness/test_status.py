@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from dagster_prefs.declarations.contract import Freshness
 from dagster_prefs.freshness.alerts import AlertError, Webhook, remembered, transitions
 from dagster_prefs.freshness.levels import LEVELS, Measure, judge, worst
 from dagster_prefs.freshness.metrics import MetricsError, MetricsServer, metric_names, render_metrics
 from dagster_prefs.freshness.status import EXIT_CODES, Sources, Status, duration, evaluate, render_status
-from dagster_prefs.online.contract import Freshness
 from dagster_prefs.settings import Settings
 
 ROOT = Path(__file__).parents[2]

@@ -11,12 +11,13 @@ import dagster as dg
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from shipped import GENRE, REGISTRY, WATCH
 
 from dagster_prefs.defs import offline_store, training_data
-from dagster_prefs.defs.resources import Platform
 from dagster_prefs.freshness.canary import send_canary
 from dagster_prefs.offline.export import ForeignRows
-from dagster_prefs.offline.tables import GENRE, WATCH, arrow_schema
+from dagster_prefs.offline.tables import arrow_schema
+from dagster_prefs.platform import Platform
 from dagster_prefs.settings import Settings
 
 TABLES = {
@@ -73,14 +74,14 @@ def test_what_is_published_equals_the_tables(
     busy: Any, platform: Platform, instance: dg.DagsterInstance
 ) -> None:
     # A canary flows through everything but is nobody's training data.
-    send_canary(busy.engine, busy.now - timedelta(seconds=60))
+    send_canary(busy.engine, REGISTRY, busy.now - timedelta(seconds=60))
     busy.refresh()
     busy.publish()
     found = parity(platform, busy, instance)
     assert set(found) == set(TABLES.values())
     for name, check in found.items():
         assert check.passed, (name, check.description)
-        assert check.metadata["viewers"].value == 40
+        assert check.metadata["subjects"].value == 40
         assert check.metadata["unsettled"].value == 0
     rates = {name for name in found["viewer_watch_daily"].metadata if name.endswith("_rate")}
     assert {f"titles_7d_{kind}_rate" for kind in ("mismatch", "missing", "extra")} <= rates
@@ -218,7 +219,7 @@ def test_rows_of_another_writer_fail_the_export_and_are_named_by_the_sensor(
     days = {"partition_key": yesterday.isoformat(), "instance": instance}
     with pytest.raises(ForeignRows, match="were changed by another writer and stay as they are"):
         dg.materialize([exported], **days)
-    config = offline_store.export_config(replace_foreign=True)
+    config = offline_store.export_config(platform, replace_foreign=True)
     told = {"ops": {"training__viewer_watch_daily": config["ops"]["training__viewer_watch_daily"]}}
     assert dg.materialize([exported], run_config=told, **days).success
     found = table.refresh().scan(row_filter=f"watch_date = '{yesterday}'").to_arrow()
