@@ -15,7 +15,7 @@ from dagster_prefs.defs import (
     online_store,
     retention,
 )
-from dagster_prefs.defs.resources import Platform
+from dagster_prefs.platform import Platform
 from dagster_prefs.settings import Settings, load_settings
 
 # One run over a range of days needs a backfill policy, which Dagster still calls beta; its own advice is
@@ -24,7 +24,10 @@ warnings.filterwarnings("ignore", category=dg.BetaWarning)
 
 
 def build_definitions(settings: Settings) -> dg.Definitions:
-    """All assets, checks, jobs, schedules and sensors for these settings."""
+    """All assets, checks, jobs, schedules and sensors for these settings.
+
+    Raises StaleRegistry where the project's files are not those of its registry.
+    """
     platform = Platform(settings)
     return dg.Definitions.merge(
         feature_views.build(platform),

@@ -1,4 +1,4 @@
-"""Commands that bring models, contract and data out: plan, apply, publish, export, cost."""
+"""Commands that bring models and data out: plan, apply, publish, export, cost."""
 
 from __future__ import annotations
 
@@ -15,58 +15,15 @@ from dagster_prefs.settings import load_settings
 
 @cli.group()
 def contract() -> None:
-    """Generate the serving contract, and compare two of them."""
-
-
-@contract.command("build")
-@click.option("--check", is_flag=True, help="Write nothing; exit 1 when the file is out of date.")
-def contract_build(check: bool) -> None:
-    """Generate from the dbt project what the code reads: contract.json, training tables and the views behind them."""
-    import tempfile
-
-    from dagster_prefs.defs.resources import Platform
-    from dagster_prefs.offline.tables import TILES_PATH, render_tiles
-    from dagster_prefs.offline.windows import VIEWS, compile_views
-    from dagster_prefs.online.contract import (
-        CONTRACT_PATH,
-        build_contract,
-        check_version,
-        load_contract,
-        parse_contract,
-        render_contract,
-    )
-
-    dbt = Platform(load_settings()).dbt
-    manifest = dbt.manifest()
-    built = build_contract(manifest)
-    contract = parse_contract(built)
-    check_version(load_contract(), contract)
-    relations = [domain.relation for domain in contract.domains.values()]
-    with tempfile.TemporaryDirectory() as target:
-        views = compile_views(dbt.project_dir, Path(target), relations)
-    wanted = {CONTRACT_PATH: render_contract(built), TILES_PATH: render_tiles(manifest)}
-    wanted |= {VIEWS / f"{relation}.sql": text for relation, text in views.items()}
-    outdated = [path for path, text in wanted.items() if not path.is_file() or path.read_text() != text]
-    gone = [path for path in VIEWS.glob("*.sql") if path not in wanted]
-    for path in outdated + gone:
-        if check:
-            raise PrefsError(f"{path.name} is out of date: run `prefs contract build` and commit it")
-    for path in outdated:
-        path.write_text(wanted[path])
-        console.print(f"wrote {path}")
-    for path in gone:
-        path.unlink()
-        console.print(f"removed {path}, which no domain reads any more")
-    if not outdated and not gone:
-        console.print("contract.json, the training tables and the views behind them are up to date")
+    """Compare serving contracts."""
 
 
 @contract.command("diff")
 @click.argument("old", type=click.Path(path_type=Path))
 @click.argument("new", type=click.Path(path_type=Path))
 def contract_diff(old: Path, new: Path) -> None:
-    """Classify what changed between two contracts; a breaking change needs a new version."""
-    from dagster_prefs.online.contract import check_version, diff_contracts, load_contract
+    """Classify what changed between two registries' contracts; a breaking change needs a new version."""
+    from dagster_prefs.declarations.contract import check_version, diff_contracts, load_contract
 
     before, after = load_contract(old), load_contract(new)
     for change in diff_contracts(before, after):
@@ -94,7 +51,6 @@ def publish(follow: bool, full: bool, as_json: bool) -> None:
     import threading
 
     from dagster_prefs.online.changefeed import process_label, publish_changes
-    from dagster_prefs.online.contract import load_contract
     from dagster_prefs.online.publisher import publish_domain
     from dagster_prefs.online.tables import dynamodb_client, provision
 
@@ -112,15 +68,15 @@ def publish(follow: bool, full: bool, as_json: bool) -> None:
     if settings.follows:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
-    engine, contract = EngineConnection.of(settings), load_contract()
+    engine, contract = EngineConnection.of(settings), settings.registry().contract
     client = dynamodb_client(settings.aws_endpoint, settings.aws_region)
-    table = provision(client, contract, prefix=settings.table_prefix, mode=settings.provisioning)
+    tables = provision(client, contract, prefix=settings.table_prefix, mode=settings.provisioning)
     if settings.follows:
         reports: list[Any] = publish_changes(
             engine,
             client,
             contract,
-            table,
+            tables,
             mode="follow" if follow else "once",
             stop=stop,
             label=process_label(),
@@ -129,7 +85,10 @@ def publish(follow: bool, full: bool, as_json: bool) -> None:
             notify=lambda message: say(message, stderr=True),
         )
     else:
-        reports = [publish_domain(engine, client, contract, domain, table) for domain in contract.domains]
+        reports = [
+            publish_domain(engine, client, contract, domain.key, tables[domain.entity])
+            for domain in contract.domains.values()
+        ]
     if as_json:
         print_json([vars(report) for report in reports])
         return
@@ -146,11 +105,13 @@ def plan(drop_orphans: bool, list_unchanged: bool, as_json: bool) -> int:
 
     Exit 0 when nothing is to do, 2 for changes, 1 for errors.
     """
-    from dagster_prefs.defs.deployment import plan_of
-    from dagster_prefs.defs.resources import Platform
+    from dagster_prefs.declarations.stale import current_registry
+    from dagster_prefs.platform import Platform
 
+    platform = Platform(load_settings())
+    current_registry(platform.dbt.project_dir)
     with console.status("comparing the models with what is deployed"):
-        found = plan_of(Platform(load_settings()), drop_orphans=drop_orphans)
+        found = platform.plan(drop_orphans=drop_orphans)
     if as_json:
         print_json(found.as_dict())
     else:
@@ -167,12 +128,12 @@ def apply_command(drop_orphans: bool) -> None:
 
     Changed views are built beside the old ones and swapped.
     """
-    from dagster_prefs.defs.deployment import apply_to
-    from dagster_prefs.defs.resources import Platform
+    from dagster_prefs.declarations.stale import current_registry
+    from dagster_prefs.platform import Platform
 
-    done = apply_to(
-        Platform(load_settings()), drop_orphans=drop_orphans, on_step=lambda step: say(f"  {step}")
-    )
+    platform = Platform(load_settings())
+    current_registry(platform.dbt.project_dir)
+    done = platform.apply(drop_orphans=drop_orphans, on_step=lambda step: say(f"  {step}"))
     if done.changes:
         console.print("done: what runs is what is written")
     else:
@@ -191,8 +152,8 @@ def export(replace_foreign: bool) -> None:
     Exit 1, naming the files, where another writer changed exported days: they stay as they are.
     """
     from dagster_prefs.defs.offline_store import EXPORT_JOB, export_config, look, range_tags, ranges
-    from dagster_prefs.defs.resources import Platform
     from dagster_prefs.offline.export import ForeignRows
+    from dagster_prefs.platform import Platform
 
     settings = load_settings()
     if replace_foreign and settings.export == "sink":
@@ -200,9 +161,10 @@ def export(replace_foreign: bool) -> None:
             "--replace-foreign is for PREFS_EXPORT=platform: here RisingWave's sinks write every file; drop a sink and "
             "create it again to have its table written anew"
         )
-    found = look(Platform(settings))
+    platform = Platform(settings)
+    found = look(platform)
     days = {day for _, day in (*found.stale, *(found.foreign if replace_foreign else ()))}
-    config = export_config(replace_foreign=True) if replace_foreign else None
+    config = export_config(platform, replace_foreign=True) if replace_foreign else None
     for first, last in ranges(days):
         run_job(settings, EXPORT_JOB, range_tags(first, last), config)
     if days or not found.foreign:
@@ -262,9 +224,8 @@ def cost(
     docs/scale.md says how, and shows the table of --table.
     """
     from dagster_prefs import cost as model
-    from dagster_prefs.online.contract import load_contract
 
-    contract = load_contract()
+    contract = load_settings().registry().contract
     prices = model.Prices(**model.overrides(price, model.Prices))
     capacities = model.Capacities(**model.overrides(capacity, model.Capacities))
     if table:

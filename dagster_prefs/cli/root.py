@@ -18,7 +18,6 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from dagster_prefs import ids
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.printable import printable
 from dagster_prefs.settings import Settings
@@ -64,19 +63,6 @@ class SafeFormatter(logging.Formatter):
 def say(text: object, *, stderr: bool = False) -> None:
     """Print text as it is, on one stream or the other, with control characters escaped."""
     click.echo(printable(text), err=stderr)
-
-
-class ViewerId(click.ParamType[int]):
-    """A viewer's id, read as everywhere."""
-
-    name = "integer"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The viewer, or a usage error."""
-        try:
-            return ids.viewer_id(value)
-        except ids.BadId as error:
-            self.fail(str(error), param, ctx)
 
 
 def main() -> None:

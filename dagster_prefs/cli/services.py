@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,16 @@ if TYPE_CHECKING:
 @cli.command()
 def up() -> None:
     """Start the embedded PostgreSQL and the local AWS server."""
+    from dagster_prefs.declarations.registry import RegistryError, find_project
+    from dagster_prefs.declarations.stale import current_registry
+
     settings = load_settings()
+    # The services serve any project; one that is there must not be stale.
+    project = None
+    with suppress(RegistryError):
+        project = find_project(named=settings.project_dir)
+    if project is not None:
+        current_registry(project)
     status = start_services(settings)
     if status is None:
         console.print(f"PREFS_ENGINE={settings.engine}: there is nothing to start on this machine")
@@ -99,7 +109,8 @@ def demo(
     Load, refresh, publish, export, read back.
     """
     from dagster_prefs.demo import Demo
-    from dagster_prefs.events.simulator import SimulationPlan
+    from dagster_prefs.events.scenario import SimulationPlan
+    from dagster_prefs.events.simulator import fitted
 
     settings = load_settings()
     steps = plain_console(stderr=True)
@@ -116,7 +127,7 @@ def demo(
         end=datetime.now(UTC),
     )
     end = until.replace(tzinfo=UTC) + timedelta(days=1) if until else None
-    summary = Demo(settings, plan, steps.print, end).run()
+    summary = Demo(settings, fitted(settings.registry(), plan), steps.print, end).run()
     if as_json:
         print_json(summary.as_dict())
         return
@@ -130,10 +141,12 @@ def print_summary(summary: Summary) -> None:
     rows = [(t, why, f"{n:,}") for t, reasons in summary.rejected.items() for why, n in reasons.items()]
     console.print(table_of("\nRejected events", ["topic", "reason", "messages"], rows))
     for domain, values in summary.items.items():
-        title = f"\nViewer {summary.viewer_id} in DynamoDB: {domain}"
+        title = f"\n{summary.entity} {summary.id} in DynamoDB: {domain}"
         console.print(table_of(title, ["attribute", "value"], list(values.items())))
     ranking = [(item, title, f"{score:.6f}") for item, title, score in summary.ranking]
-    console.print(table_of(f"\nTop items for user {summary.user_id}", ["item", "title", "score"], ranking))
+    if summary.user_id is not None:
+        title = f"\nTop items for user {summary.user_id}"
+        console.print(table_of(title, ["item", "title", "score"], ranking))
     snapshots = [
         (name, snapshot.snapshot_id, len(snapshot.rows_per_day), f"{sum(snapshot.rows_per_day.values()):,}")
         for name, snapshot in summary.snapshots.items()

@@ -8,10 +8,13 @@ import dagster as dg
 from dagster_dbt import DagsterDbtTranslator, dbt_assets
 from dagster_dbt.asset_utils import get_asset_check_key_for_test
 
+from dagster_prefs.declarations.contract import Contract
+from dagster_prefs.declarations.stale import current_registry
 from dagster_prefs.defs.deployment import DEPLOYMENT_CHECKS
-from dagster_prefs.defs.resources import TABLE_KEY, TRAINING_TABLES_KEY, Platform
+from dagster_prefs.defs.resources import TRAINING_TABLES_KEY, schedule_status, table_key
 from dagster_prefs.engine.catalog import NotDeployed, row_counts
 from dagster_prefs.engine.version import require_version
+from dagster_prefs.platform import Platform
 
 REFRESH_JOB = "refresh"
 EVENT_TABLES_JOB = "event_tables"
@@ -20,9 +23,10 @@ EVENT_TABLES_JOB = "event_tables"
 class ModelTranslator(DagsterDbtTranslator):
     """dbt models in the terms of this platform: grouped by dbt group, kinds by engine, sinks behind their table."""
 
-    def __init__(self, engine_kind: str) -> None:
+    def __init__(self, engine_kind: str, contract: Contract) -> None:
         super().__init__()
         self._engine_kind = engine_kind
+        self._tables = {domain.sink: contract.table_of(domain) for domain in contract.domains.values()}
 
     def get_asset_spec(self, manifest: Mapping[str, Any], unique_id: str, project: Any) -> dg.AssetSpec:
         """The spec of one model; a sink also depends on the DynamoDB or Iceberg table it writes to."""
@@ -34,7 +38,7 @@ class ModelTranslator(DagsterDbtTranslator):
             spec = spec.merge_attributes(deps=[TRAINING_TABLES_KEY])
             kinds.add("iceberg")
         elif props["config"]["materialized"] == "sink":
-            spec = spec.merge_attributes(deps=[TABLE_KEY])
+            spec = spec.merge_attributes(deps=[table_key(self._tables[props["name"]])])
             kinds.add("dynamodb")
         return spec.replace_attributes(kinds=kinds)
 
@@ -44,9 +48,13 @@ class ModelTranslator(DagsterDbtTranslator):
 
 
 def build(platform: Platform) -> dg.Definitions:
-    """The dbt assets, their tests as checks, and the job and schedule that refresh them."""
+    """The dbt assets, their tests as checks, and the job and schedule that refresh them.
+
+    Raises StaleRegistry where the project's files are not those of its registry.
+    """
+    current_registry(platform.dbt.project_dir)
     manifest = platform.dbt.manifest()
-    translator = ModelTranslator(platform.engine.kind)
+    translator = ModelTranslator(platform.engine.kind, platform.contract)
     models = {
         translator.get_asset_key(node): node["name"]
         for node in manifest["nodes"].values()
@@ -168,7 +176,7 @@ def build(platform: Platform) -> dg.Definitions:
                 job=refresh,
                 cron_schedule="0 * * * *",
                 execution_timezone="UTC",
-                default_status=platform.default_schedule_status,
+                default_status=schedule_status(platform),
                 description="Refreshes once an hour even without new events, because windows move with time.",
             )
         ],

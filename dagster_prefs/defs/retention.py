@@ -14,7 +14,8 @@ from dagster._core.storage.event_log.sql_event_log import SqlEventLogStorage
 
 from dagster_prefs.defs.freshness import CHECKS
 from dagster_prefs.defs.freshness import JOB as CHECKS_JOB
-from dagster_prefs.defs.resources import Platform
+from dagster_prefs.defs.resources import schedule_status
+from dagster_prefs.platform import Platform
 
 JOB = "forget_old_readings"
 # Runs deleted between two looks for more, so that a backlog needs no memory.
@@ -44,7 +45,7 @@ def build(platform: Platform, *, clock: Callable[[], datetime] = lambda: datetim
                 job=forget_old_readings,
                 cron_schedule="40 3 * * *",
                 execution_timezone="UTC",
-                default_status=platform.default_schedule_status,
+                default_status=schedule_status(platform),
                 description="Deletes freshness readings that are too old to be plotted.",
             )
         ],

@@ -1,0 +1,268 @@
+"""The composition root: settings → engine, dbt, DynamoDB and Iceberg, and what is done with them together.
+
+It knows no Dagster: commands use it where Dagster is not installed, and Dagster's definitions are declarations over it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
+
+from dagster_prefs.declarations.contract import (
+    Contract,
+    ContractError,
+    Domain,
+    build_contract,
+    check_version,
+    deployed_contract,
+    diff_contracts,
+    parse_contract,
+)
+from dagster_prefs.declarations.registry import Registry
+from dagster_prefs.engine.apply import apply_plan
+from dagster_prefs.engine.dbt import Dbt
+from dagster_prefs.engine.plan import ContractChange, ContractReview, Plan, make_plan
+from dagster_prefs.freshness.reconcile import reconcile_domain
+from dagster_prefs.freshness.status import Sources
+from dagster_prefs.online.access import ItemAccess
+from dagster_prefs.online.changefeed import PublishedElsewhere, process_label, publish_changes
+from dagster_prefs.online.lease import read_lease
+from dagster_prefs.online.publisher import publish_domain
+from dagster_prefs.online.tables import TableReport, dynamodb_client, provision
+from dagster_prefs.settings import Settings, kafka_variable
+
+if TYPE_CHECKING:
+    from pyiceberg.catalog import Catalog
+    from pyiceberg.table import Table
+
+    from dagster_prefs.events.topics import TopicLife
+    from dagster_prefs.offline.tables import TileTable
+
+
+class Platform:
+    """Engine, dbt, DynamoDB and Iceberg as the settings name them; nothing connects before it is used."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.sources = Sources(settings)
+        self.engine = self.sources.engine
+
+    @cached_property
+    def dbt(self) -> Dbt:
+        """dbt for this engine; its artifacts lie under the data directory."""
+        return Dbt(
+            self.engine,
+            self.settings.project,
+            self.settings.data_dir / "dbt" / self.engine.kind,
+            {
+                "PREFS_EXPIRY_SPREAD_SECONDS": str(self.settings.expiry_spread_seconds),
+                "PREFS_TABLE_PREFIX": self.settings.table_prefix,
+                "PREFS_KAFKA_BOOTSTRAP": self.settings.kafka_bootstrap or "",
+                "PREFS_KAFKA_START": self.settings.kafka_start,
+                **{kafka_variable(topic): name for topic, name in self.settings.kafka_topics.items()},
+                "PREFS_SINK_ROLE_ARN": self.settings.sink_role_arn or "",
+                "PREFS_PUBLISH": self.settings.publish,
+                "PREFS_CHANGEFEED_RETENTION_HOURS": str(self.settings.changefeed_retention_hours),
+                "PREFS_EXPORT": self.settings.export,
+                "PREFS_ICEBERG_CATALOG": self.settings.iceberg_catalog,
+                "PREFS_ICEBERG_WAREHOUSE": self.settings.iceberg_warehouse or "",
+                "PREFS_ICEBERG_URI": self.settings.iceberg_uri or "",
+                "PREFS_ICEBERG_NAMESPACE": self.settings.iceberg_namespace,
+                "AWS_REGION": self.settings.aws_region,
+            },
+        )
+
+    @property
+    def registry(self) -> Registry:
+        """What the project declares."""
+        return self.settings.registry()
+
+    @property
+    def contract(self) -> Contract:
+        """The serving contract."""
+        return self.sources.contract
+
+    def dynamodb(self) -> Any:
+        """A DynamoDB client for the endpoint in use."""
+        return dynamodb_client(self.settings.aws_endpoint, self.settings.aws_region)
+
+    def provision(self, client: Any) -> dict[str, TableReport]:
+        """Make or verify the table of each entity, as the settings say who owns them."""
+        return provision(
+            client, self.contract, prefix=self.settings.table_prefix, mode=self.settings.provisioning
+        )
+
+    def kafka_topics(self, *, note: bool = False) -> list[TopicLife]:
+        """Every topic as the engine remembers it beside what the brokers have now; empty without Kafka.
+
+        With `note` the engine remembers what the brokers have from now on, and a topic that was made anew enters
+        its next generation. Raises KafkaUnavailable for brokers that do not answer and a topic they do not have,
+        NotDeployed before the first `dbt run`.
+        """
+        if self.settings.kafka_bootstrap is None:
+            return []
+        from dagster_prefs.events.brokers import client_properties
+        from dagster_prefs.events.contact import KafkaUnavailable
+        from dagster_prefs.events.topics import broker_ids, note_topics, topic_lives
+
+        bootstrap, names = self.settings.kafka_bootstrap, list(self.settings.kafka_topics.values())
+        ids = broker_ids(bootstrap, names, client=client_properties(self.settings))
+        if missing := [name for name in names if name not in ids]:
+            raise KafkaUnavailable(
+                f"Kafka at {bootstrap} has no topic {', '.join(missing)}: create it, or set the name it has there "
+                "with PREFS_KAFKA_TOPIC_…"
+            )
+        with self.engine.connect() as session:
+            if note:
+                note_topics(session, self.engine, ids, now=datetime.now(UTC))
+            return list(topic_lives(session, self.engine, ids).values())
+
+    def catalog(self) -> Catalog:
+        """The Iceberg catalog; raises OfflineError when it does not answer."""
+        return self.sources.catalog()
+
+    @cached_property
+    def training_tables(self) -> dict[str, TileTable]:
+        """Name → training table, one of every tile that the project declares."""
+        from dagster_prefs.offline.tables import tile_tables
+
+        return tile_tables(self.registry)
+
+    def prepare_training_tables(self) -> list[Table]:
+        """Make the training tables ready for RisingWave's sinks; raises OfflineError, or EngineUnavailable."""
+        from dagster_prefs.offline.verify import prepare_for_sink
+
+        catalog, namespace = self.catalog(), self.settings.iceberg_namespace
+        return [
+            prepare_for_sink(self.engine, catalog, spec, namespace=namespace)
+            for spec in self.training_tables.values()
+        ]
+
+    def plan(self, *, drop_orphans: bool = False) -> Plan:
+        """Return what an apply would change now; see `make_plan`."""
+        return make_plan(
+            self.engine, self.dbt, partial(review_contract, self.contract), drop_orphans=drop_orphans
+        )
+
+    def apply(
+        self, *, drop_orphans: bool = False, on_step: Callable[[str], None] = lambda step: None
+    ) -> Plan:
+        """Carry the plan out; see `apply_plan`."""
+        return apply_plan(
+            self.engine,
+            self.dbt,
+            partial(review_contract, self.contract),
+            ProfileStore(self),
+            drop_orphans=drop_orphans,
+            on_step=on_step,
+        )
+
+
+def review_contract(
+    shipped: Contract, fragments: Sequence[Mapping[str, Any]], manifest: Mapping[str, Any]
+) -> ContractReview:
+    """What the models change of the deployed contract, and why it must not go out, if so.
+
+    Refused are a breaking change without a higher version, and a `shipped` contract that is not the models'.
+    """
+    written = parse_contract(build_contract(manifest))
+    if written != shipped:
+        return ContractReview(
+            refusal="the registry's contract is not what the models say: run `prefs generate` and commit what it writes"
+        )
+    deployed = deployed_contract(fragments)
+    if deployed is None:
+        return ContractReview()
+    changes = tuple(
+        ContractChange(change.kind, change.path, change.what) for change in diff_contracts(deployed, written)
+    )
+    try:
+        check_version(deployed, written)
+    except ContractError as error:
+        return ContractReview(changes, str(error))
+    return ContractReview(changes)
+
+
+class ProfileStore:
+    """The DynamoDB tables behind the rolling views, for an apply."""
+
+    def __init__(self, platform: Platform) -> None:
+        self._platform = platform
+
+    @cached_property
+    def _client(self) -> Any:
+        return self._platform.dynamodb()
+
+    @cached_property
+    def _tables(self) -> dict[str, TableReport]:
+        return self._platform.provision(self._client)
+
+    def prepare(self) -> None:
+        """Make or verify the tables, and those in Iceberg where RisingWave's sinks write them."""
+        _ = self._tables
+        if self._platform.settings.export == "sink":
+            self._platform.prepare_training_tables()
+
+    def settle(self, relation: str) -> str:
+        """Bring the domain's items to the rows of its rolling view: published here, reconciled behind a sink.
+
+        Behind a changefeed only the holder of its lease writes: this process, or a follower that is at work.
+        """
+        platform = self._platform
+        domain = next(one for one in platform.contract.domains.values() if one.relation == relation)
+        if platform.settings.publishes:
+            done = publish_domain(
+                platform.engine, self._client, platform.contract, domain.key, self._tables[domain.entity]
+            )
+            return f"{domain.name}: {done.upserts} upserts, {done.deletes} deletes"
+        if platform.settings.follows:
+            told = catch_up(platform, self._client, domain, self._tables[domain.entity])
+            return (
+                told.get("publisher")
+                or f"{domain.name}: {told['upserts']} upserts, {told['deletes']} deletes"
+            )
+        found = reconcile_domain(
+            platform.engine,
+            self._client,
+            platform.contract,
+            domain,
+            self._tables[domain.entity],
+            now=datetime.now(UTC),
+        )
+        return (
+            f"{domain.name}: {found.missing} missing, {found.different} stale, {found.extra} extra repaired"
+        )
+
+
+def catch_up(platform: Platform, client: Any, domain: Domain, table: TableReport) -> dict[str, Any]:
+    """Publish what has changed by now, unless a follower is at work.
+
+    Returns counts of what was published, or `publisher` (who publishes) with `token_at`, the time of its last progress
+    in seconds since 1970, where it is known.
+    """
+    try:
+        (report,) = publish_changes(
+            platform.engine,
+            client,
+            platform.contract,
+            {domain.entity: table},
+            mode="once",
+            stop=threading.Event(),
+            label=process_label(),
+            domains=[domain.key],
+            promise_seconds=platform.settings.changefeed_lease_seconds,
+        )
+    except PublishedElsewhere as error:
+        state = read_lease(ItemAccess(client, platform.contract.table_of(domain), table.name), domain)
+        token = None if state is None or state.token is None else state.token / 1000
+        return {"publisher": str(error)} | ({} if token is None else {"token_at": token})
+    return {
+        "upserts": report.upserts,
+        "deletes": report.deletes,
+        "compared_whole_view": bool(report.resyncs),
+        "retries": report.retries,
+        "seconds": report.seconds,
+    }
