@@ -39,9 +39,9 @@ from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient, NewTopic
 from psycopg import sql
 
+from dagster_prefs.declarations.contract import load_contract
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.engine.dbt import Dbt
-from dagster_prefs.online.contract import load_contract
 from dagster_prefs.online.items import item_bytes
 from dagster_prefs.online.tables import dynamodb_client, provision
 
@@ -117,7 +117,7 @@ class Stream:
 
     def __init__(self, engine: EngineConnection, client: Any, table: str, bootstrap: str, topic: str) -> None:
         self.engine, self.client, self.table, self.topic = engine, client, table, topic
-        self.domain = load_contract().domain(DOMAIN)
+        self.domain = load_contract(PROJECT).domain(DOMAIN)
         self.producer: Any = Producer({"bootstrap.servers": bootstrap, "linger.ms": 0})
         self.sent = 0
 
@@ -222,7 +222,7 @@ def deployed(
         )
     topic = f"{name}_{TOPIC}"
     admin.create_topics([NewTopic(topic, 1, 1)])[topic].result(30)
-    table = provision(client, load_contract(), prefix=f"{name}_")
+    table = provision(client, load_contract(PROJECT), prefix=f"{name}_")["viewer"]
     try:
         with tempfile.TemporaryDirectory(prefix="prefs-bench-") as folder:
             dbt = Dbt(
@@ -238,7 +238,7 @@ def deployed(
                     "AWS_REGION": region,
                 },
             )
-            models = ["+kafka_view_events", f"+{load_contract().domain(DOMAIN).sink}"]
+            models = ["+kafka_view_events", f"+{load_contract(PROJECT).domain(DOMAIN).sink}"]
             if failed := [result for result in dbt.run("run", models) if not result.ok]:
                 raise SystemExit("; ".join(f"{result.name}: {result.message}" for result in failed))
         yield Stream(engine, client, table.name, bootstrap, topic)

@@ -32,14 +32,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from psycopg import sql
 
+from dagster_prefs.declarations.registry import load_registry
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.offline.catalog import open_catalog
 from dagster_prefs.offline.export import export_day
 from dagster_prefs.offline.files import day_files
 from dagster_prefs.offline.publish import ROWS_PER_GROUP
-from dagster_prefs.offline.tables import PARQUET, WATCH
+from dagster_prefs.offline.tables import PARQUET, tile_tables
 from dagster_prefs.settings import load_settings
 
+WATCH = tile_tables(load_registry(Path(__file__).resolve().parents[1] / "dbt_project"))["viewer_watch_daily"]
 SCHEMA = "benchmark_export"
 DAY = date(2026, 3, 10)
 ROUNDS = 3

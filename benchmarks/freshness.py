@@ -38,20 +38,25 @@ from confluent_kafka import Producer
 from psycopg import sql
 from pyiceberg.catalog import Catalog
 
+from dagster_prefs.declarations.contract import Contract, load_contract
+from dagster_prefs.declarations.registry import load_registry
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.freshness.ingestion import Broker, ingestion_lag
 from dagster_prefs.freshness.measures import measure_offline, measure_online, measure_views
-from dagster_prefs.freshness.online import CANDIDATES, find_table, key_hash
-from dagster_prefs.freshness.views import RELATIONS, Typed, View
+from dagster_prefs.freshness.online import CANDIDATES, find_tables, key_hash
+from dagster_prefs.freshness.views import Typed, View, watched_relations
 from dagster_prefs.local.services import LocalServices
 from dagster_prefs.offline.catalog import open_catalog
 from dagster_prefs.offline.publish import DayFiles, publish_day, write_day
-from dagster_prefs.offline.tables import TILE_TABLES, TileTable, arrow_schema, ensure_table
+from dagster_prefs.offline.tables import TileTable, arrow_schema, ensure_table, tile_tables
 from dagster_prefs.offline.tiles import Fingerprint
-from dagster_prefs.online.contract import Contract, load_contract
 from dagster_prefs.online.items import ItemEncoder
 from dagster_prefs.online.tables import dynamodb_client, provision
 
+PROJECT = Path(__file__).resolve().parents[1] / "dbt_project"
+REGISTRY = load_registry(PROJECT)
+TILE_TABLES = tile_tables(REGISTRY)
+RELATIONS = watched_relations(REGISTRY)
 SAMPLE = 64
 NAMESPACE = "training"
 # Type and value, by the number g of a row, of each type of the contract.
@@ -143,14 +148,20 @@ def fill(
                 event = {
                     **dict.fromkeys(("category", "brand", "genre", "user_id"), text),
                     "viewer_id": number,
-                    relation.key: text,
-                    relation.time or "unused": moment,
+                    relation.declared.identity: text,
+                    relation.declared.time or "unused": moment,
                 }
                 include = ("category", "brand", "genre")
-                filler.make(relation.relation, event, [relation.key], relation.time, include)
+                filler.make(
+                    relation.relation,
+                    event,
+                    [relation.declared.identity],
+                    relation.declared.time or "",
+                    include,
+                )
                 parsed = {**message, "reason": ("varchar", "null"), **event}
-                filler.make(relation.parsed, parsed, list(message)[:3], "arrived_at", ["reason"])
-                filler.make(relation.raw, message, list(message)[:3], "arrived_at")
+                filler.make(relation.declared.parsed, parsed, list(message)[:3], "arrived_at", ["reason"])
+                filler.make(relation.declared.raw, message, list(message)[:3], "arrived_at")
             elif domain := domains.get(relation.relation):
                 columns = {
                     "viewer_id": number,
@@ -173,7 +184,7 @@ def fill(
                     relation.time,
                 )
         read: list[Typed | View] = list(RELATIONS)
-        views = [relation for relation in RELATIONS if isinstance(relation, View) and not relation.day]
+        views = [relation for relation in RELATIONS if isinstance(relation, View) and not relation.is_rolling]
         while len(read) < relations:
             original = views[len(read) % len(views)]
             copy = replace(original, relation=f"{original.relation}_{len(read)}")
@@ -212,13 +223,13 @@ def store_sample(
     with engine.connect() as connection:
         if engine.kind == "local":
             connection.execute(
-                "create table online_published (table_id text, domain_key text, viewer_id bigint, fingerprint text,"
-                " primary key (table_id, domain_key, viewer_id))"
+                "create table online_published (table_id text, domain_key text, entity_key text, fingerprint text,"
+                " primary key (table_id, domain_key, entity_key))"
             )
         for domain in contract.domains.values():
             if engine.kind == "local":
                 connection.execute(
-                    "insert into online_published select %s, %s, g, 'x' from"
+                    "insert into online_published select %s, %s, g::text, 'x' from"
                     f" generate_series(1, {viewers}) as g",
                     [table.table_id, domain.key],
                 )
@@ -257,7 +268,9 @@ def partitions_behind(engine: EngineConnection, bootstrap: str, names: list[str]
     """Read every topic's lag as the measures do; the number of partitions that are behind."""
     with engine.connect() as connection, Broker(bootstrap) as broker:
         lags = [
-            ingestion_lag(connection, engine, broker, "view_events", now=now, kafka_topic=name)
+            ingestion_lag(
+                connection, engine, broker, REGISTRY.topics["view_events"], now=now, kafka_topic=name
+            )
             for name in names
         ]
     return sum(len(lag.in_state("behind")) for lag in lags)
@@ -267,10 +280,11 @@ def bare_maxima(engine: EngineConnection, relations: list[Typed | View]) -> None
     """The newest time of every relation and nothing else."""
     with engine.connect() as connection:
         for relation in relations:
-            if relation.time:
+            time = relation.declared.time if isinstance(relation, Typed) else relation.time
+            if time:
                 connection.execute(
                     sql.SQL("select max({}), now() from {}").format(
-                        sql.Identifier(relation.time), sql.Identifier(relation.relation)
+                        sql.Identifier(time), sql.Identifier(relation.relation)
                     )
                 ).fetchone()
 
@@ -314,7 +328,7 @@ def main() -> None:
     parser.add_argument("--risingwave", metavar="URL")
     parser.add_argument("--no-indexes", action="store_true")
     arguments = parser.parse_args()
-    contract = load_contract()
+    contract = load_contract(PROJECT)
     os.environ.update(AWS_ACCESS_KEY_ID="local", AWS_SECRET_ACCESS_KEY="local")
     with tempfile.TemporaryDirectory(prefix="prefs-bench-") as folder:
         Path(folder).chmod(0o755)
@@ -384,21 +398,21 @@ def measure(
     relations = fill(engine, contract, viewers, arguments.relations, days, indexes=not arguments.no_indexes)
     client = dynamodb_client(f"http://127.0.0.1:{services.aws_port}", "eu-central-1")
     prefix = f"bench{viewers}_"
-    table = provision(client, contract, prefix=prefix)
+    table = provision(client, contract, prefix=prefix)["viewer"]
     sampled = store_sample(engine, client, contract, table, viewers)
     producer, bootstrap, names = cluster(arguments.partitions)
     not_ok: list[str] = []
     behind: list[int] = []
 
     def views(now: datetime) -> None:
-        found = measure_views(engine, contract, now=now, relations=relations)
+        found = measure_views(engine, REGISTRY, now=now, relations=relations)
         not_ok.extend(f"{one.key}: {one.reason}" for one in found if one.level != "ok")
 
     def online(now: datetime) -> None:
         found = measure_online(
             engine,
             contract,
-            lambda: (client, find_table(client, contract, prefix)),
+            lambda: (client, find_tables(client, contract, prefix)),
             now=now,
             publishes=True,
             sample=SAMPLE,

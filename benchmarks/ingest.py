@@ -14,21 +14,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from dagster_prefs.engine.connection import EngineConnection
-from dagster_prefs.events.formats import TOPICS
 from dagster_prefs.events.ingest import ingest_file
-from dagster_prefs.events.simulator import SimulationPlan, simulate, simulate_to_files
+from dagster_prefs.events.scenario import SimulationPlan
+from dagster_prefs.events.simulator import simulate_to_files
 from dagster_prefs.settings import load_settings
 
 SCHEMA = "benchmark_ingest"
 
 
 def main(events: int) -> None:
-    engine = replace(EngineConnection.of(load_settings()), schema=SCHEMA)
+    settings = load_settings()
+    engine, registry = replace(EngineConnection.of(settings), schema=SCHEMA), settings.registry()
     plan = SimulationPlan(
         datetime(2026, 1, 31, tzinfo=UTC), view_events=events, shop_events=0, interactions=0, items=1
     )
     started = time.perf_counter()
-    for _ in simulate(plan):
+    for _ in plan.events():
         pass
     print(f"simulate           {events / (time.perf_counter() - started):>10,.0f} events/s")
     with engine.connect() as session, tempfile.TemporaryDirectory() as folder:
@@ -36,7 +37,7 @@ def main(events: int) -> None:
         session.execute(f"create schema {SCHEMA}")
         try:
             session.execute(
-                f"create table {SCHEMA}.{TOPICS['view_events'].raw_table} (source text not null, "
+                f"create table {SCHEMA}.{registry.topics['view_events'].raw} (source text not null, "
                 "source_partition int not null, source_offset bigint not null, data bytea not null, "
                 "kafka_timestamp timestamptz, arrived_at timestamptz not null default clock_timestamp(), "
                 "primary key (source, source_partition, source_offset))"
@@ -57,7 +58,7 @@ def main(events: int) -> None:
             print(f"plain COPY         {limit:>10,.0f} events/s")
             for name, shift in (("ingest_file", False), ("ingest_file, shift", True)):
                 target = path.rename(path.with_name(f"{shift}.jsonl"))
-                report = ingest_file(engine, target, topic="view_events", shift_to_now=shift)
+                report = ingest_file(engine, registry, target, topic="view_events", shift_to_now=shift)
                 path = target
                 speed = report.accepted / report.seconds
                 print(f"{name:<18} {speed:>10,.0f} events/s   {speed / limit:.2f} of plain COPY")

@@ -14,7 +14,7 @@ from datetime import UTC, date, datetime, timedelta
 from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
 
-from dagster_prefs.events.simulator import SimulationPlan, simulate
+from dagster_prefs.events.scenario import SimulationPlan
 
 PLACES = Decimal("0.000001")
 LONG, SHORT = timedelta(days=28), timedelta(days=7)
@@ -151,7 +151,7 @@ def images(days: dict[date, Day], today: date) -> tuple[dict[str, dict[str, Any]
 
 def events(plan: SimulationPlan) -> Iterator[tuple[str, dict[str, Any], datetime]]:
     seen = set()
-    for topic, message, at in simulate(plan):
+    for topic, message, at in plan.events():
         if topic not in ("view_events", "content_interactions"):
             continue
         try:

@@ -32,13 +32,14 @@ from urllib.parse import urlsplit
 
 from psycopg import sql
 
+from dagster_prefs.declarations.contract import load_contract
 from dagster_prefs.engine.connection import EngineConnection
-from dagster_prefs.online.contract import load_contract
 from dagster_prefs.online.items import ItemEncoder
 from dagster_prefs.online.tables import dynamodb_client, provision
 from dagster_prefs.serving import CatalogueRanker, PreferenceClient, ProfileClient
 from dagster_prefs.settings import load_settings
 
+PROJECT = Path(__file__).resolve().parents[1] / "dbt_project"
 REGION = "eu-central-1"
 SCHEMA = "benchmark_serving"
 VIEWERS = 500
@@ -192,9 +193,9 @@ def feast(python: Path | None, endpoint: str, rows: dict[str, list[Any]]) -> Ite
 
 
 def profiles(endpoint: str, feast_python: Path | None) -> dict[str, Any]:
-    contract = load_contract()
+    contract = load_contract(PROJECT)
     admin = dynamodb_client(endpoint, REGION)
-    table = provision(admin, contract, prefix=f"benchmark_{os.getpid()}_").name
+    table = provision(admin, contract, prefix=f"benchmark_{os.getpid()}_")["viewer"].name
     rows: dict[str, list[Any]] = {
         "watch": [Decimal("12.5"), Decimal("40.123456"), 3, 2, 5, AT],
         "interactions": [1, 2, 3, AT],
@@ -209,7 +210,7 @@ def profiles(endpoint: str, feast_python: Path | None) -> dict[str, Any]:
     options: dict[str, Any] = {
         "endpoint_url": endpoint,
         "region": REGION,
-        "table_prefix": table.removesuffix(contract.table.name),
+        "table_prefix": table.removesuffix(contract.tables["viewer"].name),
         "budget_seconds": 30,
         "read_timeout_seconds": 30,
         "pool_size": 32,

@@ -32,14 +32,21 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dagster_prefs.declarations.registry import load_registry
 from dagster_prefs.offline.catalog import open_catalog
 from dagster_prefs.offline.duck import JOINING
 from dagster_prefs.offline.publish import DayFiles, write_day
-from dagster_prefs.offline.tables import GENRE, INTERACTIONS, WATCH, TileTable, arrow_schema, ensure_table
+from dagster_prefs.offline.tables import TileTable, arrow_schema, ensure_table, tile_tables
 from dagster_prefs.offline.training_set import build_training_set
-from dagster_prefs.offline.windows import features_sql, sources
+from dagster_prefs.offline.windows import choose_features
 
 # Ahead of the clock, so that every version is older than the labels that `as known` compares it with.
+REGISTRY = load_registry(Path(__file__).resolve().parents[1] / "dbt_project")
+TABLES = tile_tables(REGISTRY)
+WATCH, GENRE, INTERACTIONS = (
+    TABLES[name] for name in ("viewer_watch_daily", "viewer_genre_daily", "viewer_interactions_daily")
+)
+FEATURES = choose_features(REGISTRY, "viewer")
 LAST_DAY = date(2100, 3, 1)
 GENRES = 12
 
@@ -77,7 +84,7 @@ def prepare(folder: Path, tiles: int, labels: int, days: int) -> None:
     # Half of all viewers watch on a day, in two genres; a fifth interact.
     viewers = round(tiles / days / (0.5 + 2 * 0.5 + 0.2))
     with duckdb.connect() as session:
-        for spec, _ in sources():
+        for spec, _ in FEATURES.sources:
             table = ensure_table(catalog, "training", spec)
             files = []
             for number in range(days):
@@ -116,7 +123,7 @@ def build(folder: Path, *, as_known: bool = False) -> None:
         str(folder / "labels.parquet"),
         folder / "build.parquet",
         now=datetime(2101, 1, 1, tzinfo=UTC),
-        contract_version=1,
+        features=FEATURES,
         as_known=as_known,
     )
 
@@ -130,7 +137,7 @@ def _session(folder: Path) -> duckdb.DuckDBPyConnection:
         "create view points as select label as point, viewer_id, cast(label_time at time zone 'UTC' as date) as day "
         f"from '{folder / 'labels.parquet'}'"
     )
-    for spec, _ in sources():
+    for spec, _ in FEATURES.sources:
         session.execute(
             f"create view {spec.name} as from read_parquet('{_files(folder, spec)}', hive_partitioning = false)"
         )
@@ -144,14 +151,14 @@ def _files(folder: Path, spec: TileTable) -> str:
 def join(folder: Path) -> None:
     with closing(_session(folder)) as session:
         session.execute(
-            f"copy (select * from '{folder / 'labels.parquet'}' as labels join ({features_sql('training')}) as f "
+            f"copy (select * from '{folder / 'labels.parquet'}' as labels join ({FEATURES.sql('training')}) as f "
             f"on f.point = labels.label) to '{folder / 'join.parquet'}' (format parquet, compression zstd)"
         )
 
 
 def limit(folder: Path) -> None:
     with closing(_session(folder)) as session:
-        for spec, columns in sources():
+        for spec, columns in FEATURES.sources:
             sums = ", ".join(
                 f"count({name})" if name == "genre" else f"sum({name})" for name in ("viewer_id", *columns)
             )

@@ -1,5 +1,7 @@
 """What the README says is true: its commands exist, its links lead somewhere, its Python runs."""
 
+import ast
+import inspect
 import os
 import re
 import shlex
@@ -10,11 +12,11 @@ import click
 import pytest
 
 from dagster_prefs.cli import cli
-from dagster_prefs.online.contract import load_contract
+from dagster_prefs.declarations.contract import load_contract
 
 PROJECT = Path(__file__).parents[1]
 README = (PROJECT / "README.md").read_text()
-DOCUMENTS = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
+DOCUMENTS = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / "docs").rglob("*.md"))]
 
 
 def commands(text: str, program: str) -> list[list[str]]:
@@ -61,7 +63,15 @@ def test_the_snippet_names_what_exists() -> None:
 
     for name in re.findall(r"from dagster_prefs.serving import (\w+)", snippet):
         assert hasattr(serving, name)
-    contract = load_contract()
+    (made,) = [
+        node
+        for node in ast.walk(ast.parse(snippet))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "ProfileClient"
+    ]
+    given = {str(word.arg): ast.literal_eval(word.value) for word in made.keywords}
+    inspect.signature(serving.ProfileClient).bind(*map(ast.literal_eval, made.args), **given)
+    assert (PROJECT / ast.literal_eval(made.args[0])).is_file()
+    contract = load_contract(PROJECT / "dbt_project")
     for domain, attribute in re.findall(r"profile\.(\w+)\.(\w+)", snippet):
         assert attribute in contract.domain(domain).attributes
 

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from pydantic import SecretStr
 
-from dagster_prefs.settings import PROJECT_ROOT, Settings, SettingsError, known_variables, load_settings
+from dagster_prefs.declarations.registry import Registry, RegistryError, render_registry
+from dagster_prefs.settings import (
+    PROJECT_ROOT,
+    Settings,
+    SettingsError,
+    kafka_variable,
+    known_variables,
+    load_settings,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -228,6 +237,23 @@ def test_an_empty_value_means_the_default(monkeypatch: pytest.MonkeyPatch) -> No
     assert load_settings() == Settings.model_construct()
 
 
+def test_the_registry_is_that_of_the_project_and_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    example = PROJECT_ROOT / "dbt_project"
+    monkeypatch.setenv("PREFS_PROJECT_DIR", str(example))
+    monkeypatch.chdir(tmp_path)
+    settings = load_settings()
+    assert settings.registry().project == "dagster_prefs"
+    assert settings.registry() is settings.registry()
+    assert settings == load_settings(), "reading it changes no setting"
+    monkeypatch.delenv("PREFS_PROJECT_DIR")
+    with pytest.raises(RegistryError, match=r"no dbt project in .* set PREFS_PROJECT_DIR"):
+        load_settings().registry()
+    monkeypatch.chdir(example / "models")
+    assert load_settings().registry() == settings.registry()
+
+
 def test_the_password_never_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     secret = "hunter2-very-secret"
     monkeypatch.setenv("PREFS_ENGINE_PASSWORD", secret)
@@ -237,12 +263,18 @@ def test_the_password_never_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert secret not in refused(PREFS_ENGINE_PORT="0")
 
 
-def test_the_example_lists_every_setting_with_its_description_and_default() -> None:
+def test_the_example_lists_every_setting_with_its_description_and_default(registry: Registry) -> None:
     lines = (PROJECT_ROOT / ".env.example").read_text().splitlines()
     listed = {
         line[1:].split("=", 1)[0]: number for number, line in enumerate(lines) if re.match(r"#[A-Z_]+=", line)
     }
-    assert set(listed) == set(known_variables())
+    topics = {kafka_variable(topic): topic for topic in registry.topics}
+    assert set(listed) == {*known_variables(), *topics}
+    # Those of the example stand for every project's.
+    for variable, topic in topics.items():
+        assert lines[listed[variable] - 1] == f"# Name of topic {topic} in Kafka."
+        assert lines[listed[variable]] == f"#{variable}={topic}"
+    assert f"# {Settings.model_fields['kafka_topic_names'].description}" in lines
     assert all(line == "" or line.startswith("#") for line in lines), "every value is commented"
     for variable, name in known_variables().items():
         field = Settings.model_fields[name]
@@ -288,6 +320,40 @@ def test_hosts_of_the_ui_are_a_list_of_names(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_name_that_becomes_part_of_a_statement_is_checked(variable: str, value: str) -> None:
     message = refused(**{variable: value})
     assert message.startswith(f"{variable}: {value[:100]!r} is not a")
+
+
+def test_each_topic_of_the_project_may_have_another_name_in_kafka(
+    registry: Registry, courses: Registry, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PREFS_KAFKA_TOPIC_USER_EVENTS", "shop.v2")
+    monkeypatch.setenv("PREFS_KAFKA_TOPIC_ITEMS", "")
+    names = {topic: topic for topic in registry.topics}
+    assert load_settings().kafka_topics == names | {"user.events": "shop.v2"}
+    monkeypatch.setenv("PREFS_KAFKA_TOPIC_VEIW_EVENTS", "views")
+    with pytest.raises(SettingsError, match="did you mean PREFS_KAFKA_TOPIC_VIEW_EVENTS"):
+        load_settings()
+    # The settings of the one project are none of another.
+    (tmp_path / "dbt_project.yml").write_text("name: courses")
+    (tmp_path / "registry.json").write_text(render_registry(courses))
+    monkeypatch.setenv("PREFS_PROJECT_DIR", str(tmp_path))
+    with pytest.raises(SettingsError, match="unknown setting PREFS_KAFKA_TOPIC_USER_EVENTS"):
+        load_settings()
+    monkeypatch.delenv("PREFS_KAFKA_TOPIC_USER_EVENTS")
+    monkeypatch.delenv("PREFS_KAFKA_TOPIC_VEIW_EVENTS")
+    monkeypatch.delenv("PREFS_KAFKA_TOPIC_ITEMS")
+    monkeypatch.setenv("PREFS_KAFKA_TOPIC_LESSON_EVENTS", "lessons")
+    assert load_settings().kafka_topics == {"lesson_events": "lessons"}
+    # A service that has no project cannot tell, and needs no topic.
+    monkeypatch.setenv("PREFS_PROJECT_DIR", str(tmp_path / "none"))
+    assert load_settings().kafka_topic_names == {"LESSON_EVENTS": "lessons"}
+
+
+def test_a_name_in_kafka_that_two_topics_would_take_is_refused(registry: Registry) -> None:
+    settings = Settings(kafka_topic_names={"A_B": "x"})
+    topic = registry.topics["items"]
+    settings.__dict__["_registry"] = replace(registry, topics={"a.b": topic, "a_b": topic})
+    with pytest.raises(SettingsError, match=r"PREFS_KAFKA_TOPIC_A_B means topic a\.b and topic a_b"):
+        _ = settings.kafka_topics
 
 
 REST = {"PREFS_ICEBERG_CATALOG": "rest", "PREFS_ICEBERG_WAREHOUSE": "s3://lake/tables"}

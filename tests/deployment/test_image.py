@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -87,6 +88,23 @@ def test_everything_copied_exists_and_is_in_the_context(image: str) -> None:
     assert [source for source in sorted(copied) if not (ROOT / source).exists()] == []
 
 
+def laid_out(image: str, folder: Path) -> dict[str, str]:
+    """Copy the project's own files into a folder as the image holds them, and return the image's environment there."""
+    text = (FOLDER / f"{image}.Dockerfile").read_text()
+    for source, place in re.findall(r"^COPY ((?!--)\S+) (/app/\S+)$", text, re.M):
+        target = folder / place.strip("/")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / source).is_dir():
+            leave = shutil.ignore_patterns("__pycache__", "target", "logs")
+            shutil.copytree(ROOT / source, target, ignore=leave)
+        else:
+            shutil.copy(ROOT / source, target)
+    declared = dict(re.findall(r"(PREFS_[A-Z_]+|PYTHONPATH)=(\S+)", text))
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFS_")}
+    places = {name: value.replace("/app", str(folder / "app")) for name, value in declared.items()}
+    return {**kept, **places, "PREFS_ENV_FILE": os.devnull}
+
+
 BLOCKED = """
 import importlib.abc, importlib.metadata, json, sys
 kept = set(json.loads(sys.argv[1]))
@@ -115,14 +133,8 @@ def test_definitions_load_from_what_the_image_holds(tmp_path: Path) -> None:
     """Without the embedded services and the development tools, the code location still loads."""
     done = subprocess.run(
         [sys.executable, "-c", BLOCKED + LOAD, json.dumps(sorted(pins(FOLDER / "code-location.lock")))],
-        cwd=ROOT,
-        env={name: value for name, value in os.environ.items() if not name.startswith("PREFS_")}
-        | {
-            "PREFS_ENV_FILE": os.devnull,
-            "PREFS_DATA_DIR": str(tmp_path),
-            "PREFS_ENGINE": "risingwave",
-            "PREFS_PROVISIONING": "verify",
-        },
+        cwd=tmp_path,
+        env=laid_out("code-location", tmp_path) | {"PREFS_DATA_DIR": str(tmp_path / "state")},
         capture_output=True,
         text=True,
     )
@@ -153,15 +165,13 @@ import dagster_prefs.__main__
 """
 
 
-def test_the_feature_server_runs_from_what_its_image_holds() -> None:
+def test_the_feature_server_runs_from_what_its_image_holds(tmp_path: Path) -> None:
     """Its command starts, is alive, and says in one sentence each what it cannot reach."""
     process = subprocess.Popen(
         [sys.executable, "-c", BLOCKED + SERVE, json.dumps(sorted(pins(FOLDER / "feature-server.lock")))],
-        cwd=ROOT,
-        env={name: value for name, value in os.environ.items() if not name.startswith("PREFS_")}
+        cwd=tmp_path,
+        env=laid_out("feature-server", tmp_path)
         | {
-            "PREFS_ENV_FILE": os.devnull,
-            "PREFS_ENGINE": "risingwave",
             "PREFS_ENGINE_PORT": "1",
             "AWS_ENDPOINT_URL": "http://127.0.0.1:1",
             "PYTHONUNBUFFERED": "1",

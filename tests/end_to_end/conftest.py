@@ -56,13 +56,14 @@ def new_place(
 ) -> Iterator[Callable[[], Place]]:
     places = []
 
-    def make() -> Place:
+    def make(**settings: str) -> Place:
         data_dir = tmp_path_factory.mktemp("place") / "state"
         environment = {
             **os.environ,
             "PREFS_DATA_DIR": str(data_dir),
             "PREFS_ENGINE_PORT": str(free_port()),
             "PREFS_LOCAL_AWS_PORT": str(free_port()),
+            **settings,
         }
         places.append(Place(data_dir, environment))
         return places[-1]

@@ -70,10 +70,9 @@ def test_every_served_number_is_what_its_tiles_say(
     settings = load_settings()
     asked = [f"{domain}.{name}" for domain, values in first["items"].items() for name in values]
     assert len(asked) == 16
-    with profile_client(settings) as client:
+    with profile_client(settings, first["entity"]) as client:
         found = [
-            explain_attribute(EngineConnection.of(settings), client, first["viewer_id"], name)
-            for name in asked
+            explain_attribute(EngineConnection.of(settings), client, first["id"], name) for name in asked
         ]
     assert [(one.attribute, one.online, one.recomputed) for one in found if not one.equal] == []
     assert all(one.tiles and one.events for one in found)

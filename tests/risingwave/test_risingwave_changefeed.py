@@ -19,11 +19,11 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from dagster_prefs.declarations.contract import load_contract
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.engine.dbt import Dbt
-from dagster_prefs.online.contract import load_contract
 from dagster_prefs.online.items import ItemDecoder
-from dagster_prefs.online.lease import LEASE_VIEWER
+from dagster_prefs.online.lease import LEASE_IDS
 from dagster_prefs.online.tables import dynamodb_client, provision
 
 URL = os.environ.get("PREFS_RISINGWAVE_URL", "")
@@ -83,7 +83,7 @@ class World:
         """What the rolling views hold, by viewer and domain."""
         found = {}
         with self.engine.connect() as connection:
-            for domain in load_contract().domains.values():
+            for domain in load_contract(PROJECT).domains.values():
                 names = ", ".join(domain.attributes)
                 for viewer, key, *values in connection.execute(
                     f"select viewer_id, domain_key, {names} from {domain.relation}"
@@ -93,12 +93,12 @@ class World:
 
     def items(self) -> dict[tuple[int, str], dict[str, Any]]:
         """What DynamoDB holds, leases aside."""
-        contract, found = load_contract(), {}
+        contract, found = load_contract(PROJECT), {}
         for page in self.client.get_paginator("scan").paginate(TableName=self.table, ConsistentRead=True):
             for item in page["Items"]:
                 viewer, key = int(item["viewer_id"]["N"]), item["domain_key"]["S"]
-                if viewer != LEASE_VIEWER:
-                    found[(viewer, key)] = ItemDecoder(contract.domains[key]).decode(item)
+                if viewer != LEASE_IDS["N"]:
+                    found[(viewer, key)] = ItemDecoder(contract.domains[key]).decode(item)[0]
         return found
 
     def until(self, condition: Callable[[], bool], what: str) -> None:
@@ -159,11 +159,11 @@ def world(shell_environment: Mapping[str, str], tmp_path_factory: pytest.TempPat
         for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
             patch.setenv(variable, aws[variable])
         client = dynamodb_client(endpoint, aws["AWS_REGION"])
-        table = provision(client, load_contract(), prefix=prefix)
+        table = provision(client, load_contract(PROJECT), prefix=prefix)["viewer"]
         there = World(engine, environment, client, table.name, prefix)
         try:
             results = Dbt(engine, PROJECT, tmp_path_factory.mktemp("target"), made).run(
-                "run", ["+" + domain.sink for domain in load_contract().domains.values()]
+                "run", ["+" + domain.sink for domain in load_contract(PROJECT).domains.values()]
             )
             assert [f"{result.name}: {result.message}" for result in results if not result.ok] == []
             yield there
@@ -222,10 +222,10 @@ def test_a_token_that_is_too_old_leaves_no_stale_item(world: World) -> None:
     world.watch({1: 10, 40: 20}, now)
     alien = {"viewer_id": {"N": "41"}, "domain_key": {"S": "engagement#watch"}, "last_event_at": {"N": "1"}}
     world.client.put_item(TableName=world.table, Item=alien)
-    for key in load_contract().domains:
+    for key in load_contract(PROJECT).domains:
         world.client.update_item(
             TableName=world.table,
-            Key={"viewer_id": {"N": str(LEASE_VIEWER)}, "domain_key": {"S": f"publisher#{key}"}},
+            Key={"viewer_id": {"N": str(LEASE_IDS["N"])}, "domain_key": {"S": f"publisher#{key}"}},
             UpdateExpression="set #t = :t",
             ExpressionAttributeNames={"#t": "token"},
             ExpressionAttributeValues={":t": {"N": str(round(now.timestamp() * 1000) - 40 * 86_400_000)}},

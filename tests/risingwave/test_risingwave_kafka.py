@@ -14,14 +14,13 @@ import pytest
 from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient, NewTopic
 from risingwave_server import NO_SERVER, PROJECT, URL, database, refused, rows, run, skipped, until
+from shipped import REGISTRY
 
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.engine.dbt import Dbt
-from dagster_prefs.events.canaries import CanaryKey, canary_key
+from dagster_prefs.events.canaries import CanaryKey, canary_events, canary_key
 from dagster_prefs.events.topics import broker_ids, note_topics
-from dagster_prefs.freshness.canary import canary_messages
 from dagster_prefs.freshness.measures import measure_ingestion
-from dagster_prefs.online.contract import load_contract
 
 pytestmark = pytest.mark.skipif(not URL, reason=NO_SERVER)
 
@@ -145,7 +144,8 @@ def test_the_canary_comes_through_kafka_and_nobody_elses(world: World) -> None:
     """An impostor comes before it, another deployment's beside it, and copies of it behind it."""
     topic, moment = world.topics["view_events"], datetime.now(UTC)
     own, other = (
-        canary_messages(moment, key)["view_events"] for key in (canary_key(world.engine), CanaryKey.random())
+        json.loads(canary_events(REGISTRY, key, moment)["view_events"])
+        for key in (canary_key(world.engine), CanaryKey.random())
     )
     world.send(topic, [view("mine", viewer_id=-1), json.dumps(own | {"viewer_id": 7}).encode()])
     world.send(topic, [json.dumps(body).encode() for body in (other, own, own, own | {"genre": "copied"})])
@@ -179,7 +179,7 @@ def test_a_topic_made_anew_is_told_apart_and_read_from_its_start(world: World) -
     measured = {
         measure.name: measure
         for measure in measure_ingestion(
-            world.engine, load_contract(), world.bootstrap, now=datetime.now(UTC), kafka_topics=names, by_id=True
+            world.engine, REGISTRY, world.bootstrap, now=datetime.now(UTC), kafka_topics=names, by_id=True
         )
     }  # fmt: skip
     assert measured["view_events"].level == "error"

@@ -19,15 +19,15 @@ from confluent_kafka.admin import AdminClient, NewTopic
 from psycopg import sql
 from risingwave_server import PROJECT, URL, server_of
 
-from dagster_prefs.defs.deployment import review_contract
+from dagster_prefs.declarations.contract import Contract, build_contract, parse_contract
 from dagster_prefs.engine.apply import ApplyError, PlanError, apply_plan
 from dagster_prefs.engine.catalog import read_catalog
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.engine.dbt import Dbt
 from dagster_prefs.engine.plan import ContractReview, Plan, make_plan
 from dagster_prefs.freshness.reconcile import reconcile_domain
-from dagster_prefs.online.contract import Contract, build_contract, parse_contract
 from dagster_prefs.online.tables import TableReport, dynamodb_client, provision
+from dagster_prefs.platform import review_contract
 
 pytestmark = pytest.mark.skipif(not URL, reason="PREFS_RISINGWAVE_URL names no RisingWave server")
 
@@ -36,10 +36,12 @@ ROLLING = "viewer_engagement_rolling"
 LAKE_SINK = "sink_training_watch"
 # One domain from its topic to its sink, because every relation of the server takes seconds to make.
 KEPT = (
-    "models/groups.yml", "models/exposures.yml", "models/events/raw_view_events", "models/events/view_events",
+    "models/groups.yml", "models/engagement/groups.yml", "models/generated/events/raw_view_events",
+    "models/generated/events/view_events", "models/engagement/view_events",
     "models/engagement/viewer_watch_metrics_1d", "models/engagement/viewer_engagement_rolling",
-    "models/operations/deployments", "models/operations/erased_subjects", "models/sinks/sink_engagement_watch",
-    "models/events/kafka_view_events", "models/operations/kafka_topics", "models/operations/canary_keys",
+    "models/generated/operations/deployments", "models/generated/operations/erased_subjects",
+    "models/generated/sinks/sink_engagement_watch", "models/generated/events/kafka_view_events",
+    "models/generated/operations/kafka_topics", "models/generated/operations/canary_keys",
 )  # fmt: skip
 MINUTES = {1: Decimal(10), 2: Decimal(20), 3: Decimal(30)}
 
@@ -60,7 +62,7 @@ class Items:
 
     @property
     def table(self) -> TableReport:
-        return provision(self.client, self.contract, prefix=self.prefix)
+        return provision(self.client, self.contract, prefix=self.prefix)["viewer"]
 
     def prepare(self) -> None:
         self.asked.append("prepare")
@@ -149,19 +151,17 @@ def server(
         if not str(file.relative_to(folder)).startswith(KEPT) or file.name.endswith("_tests.yml"):
             file.unlink()
     # In the place of an Iceberg sink, which needs a catalog.
-    (folder / f"models/sinks/{LAKE_SINK}.sql").write_text(
+    (folder / f"models/generated/sinks/{LAKE_SINK}.sql").write_text(
         "{{ config(materialized='sink', meta={'training_table': 'viewer_watch_daily'}) }}\n"
         "create sink {{ this }} from {{ ref('viewer_watch_metrics_1d') }}"
         " with (connector = 'blackhole', type = 'append-only', force_append_only = 'true')\n"
     )
-    exposures = folder / "models/exposures.yml"
-    text = exposures.read_text()
-    head = text.index("      - ref(")
-    tail = text.index("    config:")
-    exposures.write_text(
-        f"{text[:head]}      - ref('sink_engagement_watch')\n{text[tail:].split('  - name:')[0]}"
+    # Who reads the one domain that is kept; the example's own file names all of them.
+    (folder / "models/engagement/exposures.yml").write_text(
+        "exposures:\n  - name: recommendation_service\n    type: application\n"
+        "    owner: { name: Recommendations, email: recommendations@example.com }\n"
+        "    depends_on: [ref('sink_engagement_watch')]\n"
     )
-
     name = f"prefs_{uuid.uuid4().hex[:12]}"
     place = server_of(URL)
     with place.connect() as connection:

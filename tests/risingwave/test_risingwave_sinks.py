@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from risingwave_server import NO_SERVER, PROJECT, URL, database, refused, rows, run, skipped, until
 
+from dagster_prefs.declarations.contract import load_contract
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.engine.dbt import Dbt
-from dagster_prefs.online.contract import load_contract
 from dagster_prefs.online.items import ItemDecoder
 from dagster_prefs.online.tables import TableError, dynamodb_client, provision
 
@@ -59,7 +59,7 @@ class World:
         """What the rolling views hold, by viewer and domain."""
         found = {}
         with self.engine.connect() as connection:
-            for domain in load_contract().domains.values():
+            for domain in load_contract(PROJECT).domains.values():
                 names = ", ".join(domain.attributes)
                 for viewer, key, *values in connection.execute(
                     f"select viewer_id, domain_key, {names} from {domain.relation}"
@@ -69,12 +69,12 @@ class World:
 
     def items(self) -> dict[tuple[int, str], dict[str, Any]]:
         """What DynamoDB holds."""
-        contract, found = load_contract(), {}
+        contract, found = load_contract(PROJECT), {}
         name = f"{self.prefix}viewer_profiles"
         for page in self.client.get_paginator("scan").paginate(TableName=name, ConsistentRead=True):
             for item in page["Items"]:
                 viewer, key = int(item["viewer_id"]["N"]), item["domain_key"]["S"]
-                found[(viewer, key)] = ItemDecoder(contract.domains[key]).decode(item)
+                found[(viewer, key)] = ItemDecoder(contract.domains[key]).decode(item)[0]
         return found
 
 
@@ -95,11 +95,11 @@ def world(shell_environment: Mapping[str, str], tmp_path_factory: pytest.TempPat
         client = dynamodb_client(endpoint, aws["AWS_REGION"])
         prefix = f"{engine.database}_"
         made = World(engine, tmp_path_factory.mktemp("target"), client, prefix, aws)
-        rolling = ["+" + domain.relation for domain in load_contract().domains.values()]
+        rolling = ["+" + domain.relation for domain in load_contract(PROJECT).domains.values()]
         run(made.dbt(), *rolling)
         yield made
         with engine.connect() as connection:
-            for domain in load_contract().domains.values():
+            for domain in load_contract(PROJECT).domains.values():
                 connection.execute(f"drop sink if exists {domain.sink}")
         for table in client.list_tables()["TableNames"]:
             if table.startswith(prefix):
@@ -119,13 +119,13 @@ def test_a_missing_table_and_one_with_another_key_are_refused(world: World) -> N
     )
     # What Dagster and `prefs apply` do before a sink.
     with pytest.raises(TableError, match="viewer_profiles"):
-        provision(world.client, load_contract(), prefix=wrong)
+        provision(world.client, load_contract(PROJECT), prefix=wrong)
     message = refused(world.dbt(PREFS_TABLE_PREFIX=wrong), "sink_engagement_watch")
     assert message.startswith("the DynamoDB table has another key than the contract's")
 
 
 def test_items_equal_the_views_through_the_story(world: World) -> None:
-    provision(world.client, load_contract(), prefix=world.prefix)
+    provision(world.client, load_contract(PROJECT), prefix=world.prefix)
     now = datetime.now(UTC)
     views = [
         {
@@ -145,7 +145,7 @@ def test_items_equal_the_views_through_the_story(world: World) -> None:
     # Some before the sinks are made, which they backfill; the rest, repeated ones among them, after.
     world.insert("view_events", views[:30])
     world.insert("content_interactions", liked[:10])
-    sinks = [domain.sink for domain in load_contract().domains.values()]
+    sinks = [domain.sink for domain in load_contract(PROJECT).domains.values()]
     run(world.dbt(PREFS_RISINGWAVE_SECRETS="on"), *sinks)
     world.insert("view_events", [*views[30:], *views[:5]])
     world.insert("content_interactions", [*liked[10:], {**liked[0], "event_type": "shout"}])

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from batch_plans import Explained, read_whole
 from risingwave_server import NO_SERVER, PROJECT, URL, database
+from shipped import REGISTRY
 
 from dagster_prefs.engine.connection import EngineConnection
 from dagster_prefs.engine.dbt import Dbt
@@ -146,7 +147,6 @@ def test_what_people_and_services_ask_is_answered(risingwave: EngineConnection, 
 
     from dagster_prefs.events.rejected import rejected_counts
     from dagster_prefs.freshness.measures import measure_views
-    from dagster_prefs.online.contract import load_contract
     from dagster_prefs.serving import PreferenceClient
 
     now = datetime.now(UTC)
@@ -159,7 +159,7 @@ def test_what_people_and_services_ask_is_answered(risingwave: EngineConnection, 
     assert ranking
     counted = rejected_counts(risingwave)
     assert rejected == (sum(sum(reasons.values()) for reasons in counted.values()),)
-    measures = measure_views(risingwave, load_contract(), now=now)
+    measures = measure_views(risingwave, REGISTRY, now=now)
     assert [f"{measure.name}: {measure.reason}" for measure in measures if measure.level == "unknown"] == []
 
 
@@ -170,20 +170,20 @@ def test_a_look_at_freshness_reads_no_relation_whole(
     from dataclasses import asdict
     from datetime import UTC, datetime
 
-    from dagster_prefs.freshness.canary import read_shop
+    from dagster_prefs.declarations.contract import load_contract
+    from dagster_prefs.freshness.canary import canary_views, read_views
     from dagster_prefs.freshness.measures import measure_online, measure_views
-    from dagster_prefs.online.contract import load_contract
     from dagster_prefs.online.tables import dynamodb_client, provision
 
-    contract = load_contract()
+    contract = load_contract(PROJECT)
     client = dynamodb_client(aws_endpoint, "eu-central-1")
-    table = provision(client, contract)
+    tables = provision(client, contract)
     engine = Explained(**asdict(risingwave))
     now = datetime.now(UTC)
-    read_shop(engine)
-    measures = measure_views(engine, contract, now=now)
+    read_views(engine, REGISTRY, canary_views(REGISTRY))
+    measures = measure_views(engine, REGISTRY, now=now)
     measures += measure_online(
-        engine, contract, lambda: (client, table), now=now, publishes=False, wait=lambda seconds: None
+        engine, contract, lambda: (client, tables), now=now, publishes=False, wait=lambda seconds: None
     )
     assert {measure.level for measure in measures if measure.level == "unknown"} == set()
     assert len(engine.plans) > 30

@@ -18,12 +18,13 @@ import pyarrow.parquet as pq
 import pytest
 from pyiceberg.catalog.sql import SqlCatalog
 from risingwave_server import NO_SERVER, URL, database, run, until
+from shipped import TILE_TABLES, WATCH
 
 from dagster_prefs.defs import offline_store, training_data
-from dagster_prefs.defs.resources import Platform
 from dagster_prefs.offline.export import SINK_BRANCH, exported_days, stale_days
-from dagster_prefs.offline.tables import TILE_TABLES, WATCH, TileTable
-from dagster_prefs.offline.verify import sink_of, verify_day
+from dagster_prefs.offline.tables import TileTable
+from dagster_prefs.offline.verify import verify_day
+from dagster_prefs.platform import Platform
 from dagster_prefs.settings import load_settings
 
 pytestmark = pytest.mark.skipif(not URL, reason=NO_SERVER)
@@ -174,7 +175,7 @@ class World:
 
     @property
     def dynamodb_table(self) -> str:
-        return self.platform.settings.table_prefix + self.platform.contract.table.name
+        return self.platform.settings.table_prefix + self.platform.contract.tables["viewer"].name
 
     def items(self) -> dict[tuple[int, str], dict[str, Any]]:
         """What DynamoDB holds."""
@@ -187,7 +188,7 @@ class World:
         for page in pages:
             for item in page["Items"]:
                 viewer, key = int(item["viewer_id"]["N"]), item["domain_key"]["S"]
-                found[(viewer, key)] = ItemDecoder(domains[key]).decode(item)
+                found[(viewer, key)] = ItemDecoder(domains[key]).decode(item)[0]
         return found
 
     def views(self) -> dict[tuple[int, str], dict[str, Any]]:
@@ -293,7 +294,7 @@ def test_what_is_served_equals_the_tables_and_a_corruption_is_named(world: World
     world.delivered()
     for name, check in world.parity().items():
         assert check.passed, (name, check.description)
-        assert check.metadata["viewers"].value >= len(VIEWERS)
+        assert check.metadata["subjects"].value >= len(VIEWERS)
     client, key = (
         world.platform.dynamodb(),
         {"viewer_id": {"N": "2"}, "domain_key": {"S": "engagement#watch"}},
@@ -477,7 +478,7 @@ def test_what_risingwaves_own_sink_writes_is_verified(
                 == {}
             )
         finally:
-            connection.execute(f"drop sink if exists {sink_of(WATCH)}")
+            connection.execute(f"drop sink if exists {WATCH.sink}")
         # The next one would write every row a second time beside those of the first.
         platform.prepare_training_tables()
         assert SINK_BRANCH not in table.refresh().refs()

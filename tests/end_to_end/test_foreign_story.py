@@ -1,0 +1,243 @@
+"""A project of other people, from its events to the training set: other topics, a text key, no shop and no viewers."""
+
+from __future__ import annotations
+
+import csv
+import http.client
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+
+from dagster_prefs.offline.parity import ParityReport, check_parity, served_items
+from dagster_prefs.offline.windows import choose_features
+from dagster_prefs.platform import Platform
+from dagster_prefs.serving import ProfileClient
+from dagster_prefs.settings import load_settings
+from tests.end_to_end.conftest import PROJECT, Place
+
+pytestmark = pytest.mark.slow
+
+COURSES = Path("tests") / "projects" / "courses"
+LEARNERS = ("ana", "007", "Zoë / 7")
+TODAY = datetime.now(UTC).date()
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One event as its producer means it."""
+
+    number: int
+    learner: str
+    kind: str
+    subject: str
+    seconds: int
+    day: date
+
+    def message(self) -> str:
+        return json.dumps(
+            {
+                "event_id": f"e{self.number}",
+                "learner_id": self.learner,
+                "event_type": self.kind,
+                "lesson_id": f"l{self.number % 7}",
+                "subject": self.subject,
+                "seconds": self.seconds,
+                "happened_at": f"{self.day}T00:00:01Z",
+            }
+        )
+
+
+LESSONS = [
+    Lesson(number, learner, ("started", "finished")[number % 2], ("math", "art", "music")[number % 3], 17 * number,
+           TODAY - timedelta(days=days))
+    for number, (learner, days) in enumerate(
+        ((learner, days) for learner in LEARNERS for days in (0, 1, 3, 7, 8, 27, 28, 29, 40) for _ in range(2)), 1
+    )
+]  # fmt: skip
+REJECTED = {
+    '{"event_id": "x1", "learner_id": "ana", "event_type": "danced", "happened_at": "%s"}': "unknown event_type",
+    '{"event_id": "x2", "event_type": "started", "happened_at": "%s"}': "missing learner_id",
+    '{"event_id": "x3", "learner_id": "canary:x", "event_type": "started", "happened_at": "%s"}': (
+        "reserved learner_id"
+    ),
+}
+
+
+def expected(learner: str, today: date, days: int = 28, *, with_today: bool = True) -> dict[str, Any]:
+    """A learner's numbers in plain Python; a training value leaves out the label's own day."""
+    own = [lesson for lesson in LESSONS if lesson.learner == learner and (with_today or lesson.day < today)]
+    short = [lesson for lesson in own if lesson.day >= today - timedelta(days=7)]
+    seconds = sum(lesson.seconds for lesson in own if lesson.day >= today - timedelta(days=days))
+    return {
+        "lessons_7d": sum(lesson.kind == "started" for lesson in short),
+        f"minutes_{days}d": round(Decimal(seconds) / 60, 6),
+    }
+
+
+@dataclass
+class World:
+    """The project in a folder of its own, deployed with its events."""
+
+    place: Place
+    project: Path
+    folder: Path
+
+    def client(self) -> ProfileClient:
+        """A client of the project as it is declared now."""
+        endpoint = f"http://127.0.0.1:{self.place.environment['PREFS_LOCAL_AWS_PORT']}"
+        return ProfileClient(self.project, endpoint_url=endpoint, region="eu-central-1")
+
+    def numbers(self, *names: str) -> dict[str, dict[str, Any]]:
+        """What is served of each learner."""
+        with self.client() as client:
+            return {
+                learner: {name: getattr(client.get(learner).progress, name) for name in names}
+                for learner in LEARNERS
+            }
+
+
+@pytest.fixture(scope="module")
+def world(new_place: Callable[..., Place], tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("elsewhere")
+    # The project names the platform's macros by their place beside it.
+    shutil.copytree(PROJECT / "dbt_project" / "macros", folder / "dbt_project" / "macros")
+    project = folder / COURSES
+    shutil.copytree(PROJECT / COURSES, project, ignore=shutil.ignore_patterns("target", "logs"))
+    place = new_place(PREFS_PROJECT_DIR=str(project))
+    file = folder / "lessons.jsonl"
+    bad = [text % datetime.now(UTC).isoformat() for text in REJECTED]
+    file.write_text("\n".join([*(lesson.message() for lesson in LESSONS), LESSONS[0].message(), *bad]) + "\n")
+    place.ok("prefs", "up")
+    place.ok("prefs", "apply")
+    place.ok("prefs", "ingest", str(file))
+    place.ok("prefs", "refresh")
+    return World(place, project, folder)
+
+
+def test_the_story(world: World, free_port: Callable[[], int]) -> None:
+    """One test, because each chapter stands on the one before."""
+    place = world.place
+
+    # What was rejected, with its reason.
+    rejected = json.loads(place.ok("prefs", "rejected", "--json"))
+    assert rejected == {"lesson_events": dict.fromkeys(REJECTED.values(), 1)}
+
+    # Served from DynamoDB, by the command, the client and over HTTP.
+    served = {learner: expected(learner, TODAY) for learner in LEARNERS}
+    assert world.numbers("lessons_7d", "minutes_28d") == served
+    with world.client() as client:
+        assert sorted(client.get(LEARNERS[2]).progress.favorite_subjects) == ["art", "math", "music"]
+        assert client.get("nobody").progress.favorite_subjects is None
+    shown = json.loads(place.ok("prefs", "profile", LEARNERS[0], "--json"))
+    assert shown["domains"]["progress"]["attributes"]["lessons_7d"] == served[LEARNERS[0]]["lessons_7d"]
+    assert over_http(world, free_port(), LEARNERS[2])["progress"]["attributes"]["minutes_28d"] == str(
+        expected(LEARNERS[2], TODAY)["minutes_28d"]
+    )
+
+    # Exported, and joined with labels as it was known on the label's day.
+    place.ok("prefs", "export")
+    labels = world.folder / "labels.csv"
+    rows = [
+        (learner, TODAY - timedelta(days=back)) for learner in (*LEARNERS, "nobody") for back in (0, 5, 30)
+    ]
+    labels.write_text(
+        "learner_id,label_time,bought\n"
+        + "".join(f'"{learner}",{day}T00:00:00Z,1\n' for learner, day in rows)
+    )
+    told = place.run(
+        "prefs", "training-set", "--labels", str(labels), "--output", str(world.folder / "set.csv")
+    )
+    assert told.returncode == 0, told.stderr
+    left_out = (
+        "progress.favorite_subjects is left out: it is computed from lesson_events, which is not exported"
+    )
+    assert left_out in told.stderr
+    with (world.folder / "set.csv").open() as lines:
+        made = [
+            {"lessons_7d": int(row["lessons_7d"]), "minutes_28d": Decimal(row["minutes_28d"])}
+            for row in csv.DictReader(lines)
+        ]
+    assert made == [expected(learner, day, with_today=False) for learner, day in rows]
+
+    # What is served equals what the training tables say.
+    report = parity(place)
+    assert report.subjects == len(LEARNERS)
+    assert {(one.domain, one.attribute, one.compared) for one in report.attributes} >= {
+        ("progress", "lessons_7d", len(LEARNERS)),
+        ("progress", "minutes_28d", len(LEARNERS)),
+    }
+    assert report.passed, report.worst
+
+    # Erased from every store, and no old event brings it back.
+    erased = json.loads(place.ok("prefs", "erase", "learner", "ana", "--json"))
+    assert {one["after"] for one in erased["stores"]} == {0}
+    assert any(one["before"] for one in erased["stores"])
+    (world.folder / "again.jsonl").write_text(LESSONS[0].message().replace('"e1"', '"e1again"') + "\n")
+    place.ok("prefs", "ingest", str(world.folder / "again.jsonl"))
+    place.ok("prefs", "refresh")
+    with world.client() as client:
+        assert client.get("ana").cold_start
+
+    # A changed window: the name follows, the contract takes a new version, and what runs is replaced.
+    edit(world.project / "dbt_project.yml", "long: 28", "long: 30")
+    wrong = place.run("prefs", "generate")
+    assert "rename it to minutes_7d or minutes_30d" in wrong.stderr
+    for suffix in ("sql", "yml"):
+        edit(world.project / "models" / f"learner_progress_rolling.{suffix}", "minutes_28d", "minutes_30d")
+    edit(world.project / "models" / "exposures.yml", "          version: 1\n", "          version: 2\n")
+    place.ok("prefs", "generate")
+    assert "14 unchanged, 1 changed" in place.run("prefs", "plan").stdout
+    place.ok("prefs", "apply")
+    served = {learner: expected(learner, TODAY, 30) for learner in LEARNERS[1:]}
+    found = world.numbers("lessons_7d", "minutes_30d")
+    assert {learner: found[learner] for learner in LEARNERS[1:]} == served
+
+
+def parity(place: Place) -> ParityReport:
+    """Every learner's served values beside the same values recomputed from the training tables."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in place.environment.items():
+            patch.setenv(name, value)
+        platform = Platform(load_settings())
+        features = choose_features(platform.registry, None)
+        table = f"{platform.settings.table_prefix}{features.entity.table}"
+        return check_parity(
+            platform.engine,
+            platform.catalog(),
+            served_items(platform.dynamodb(), platform.contract, table, features),
+            features=features,
+            now=datetime.now(UTC),
+            share=1,
+        )
+
+
+def edit(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+
+
+def over_http(world: World, port: int, learner: str) -> dict[str, Any]:
+    """The learner's domains as the feature server gives them."""
+    server = world.place.start("prefs", "serve", "--port", str(port), "--only", "profiles")
+    try:
+        assert server.stdout is not None
+        assert server.stdout.readline().startswith("serving at")
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        connection.request("GET", f"/v1/profiles/{quote(learner, safe='')}")
+        answer = connection.getresponse()
+        body: dict[str, Any] = json.loads(answer.read())
+        assert answer.status == 200, body
+        domains: dict[str, Any] = body["domains"]
+        return domains
+    finally:
+        server.terminate()
+        server.communicate()
