@@ -54,9 +54,12 @@ def terraform(terraform_binary: str, tmp_path_factory: pytest.TempPathFactory) -
     return terraform
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def applied(terraform_binary: str, session_folder: Path) -> Iterator[Applied]:
-    """The applied environment; destroyed at the end."""
+    """The applied environment, for the one file that looks at it.
+
+    It is destroyed after that file: at the end of the session a minute of it would stand alone.
+    """
     outcome = wait_for_outcome(session_folder)
     if outcome.skip:
         pytest.skip(outcome.skip)
