@@ -109,3 +109,14 @@ def test_every_place_has_arrows() -> None:
         path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()
     }
     assert places - {"__init__", "__pycache__"} <= set(ALLOWED)
+
+
+def test_no_test_imports_from_another_test_file() -> None:
+    """A change of one test must not fail another; what several need lies in a module of its own."""
+    wrong = [
+        f"{path.name}:{node.lineno}: {node.module}"
+        for path in sorted(Path(__file__).parent.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[-1].startswith("test_")
+    ]
+    assert wrong == []

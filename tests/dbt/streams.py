@@ -9,6 +9,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 from oracle import CANARY_KEYS, DAY, HOUR, SECOND, TOPICS, Message, canary_id, micros
+from relations import instant
 
 NOW = micros(datetime(2026, 3, 15, 12, 30, tzinfo=UTC))
 MIDNIGHT = NOW // DAY * DAY
@@ -291,3 +292,30 @@ def messages(draw: st.DrawFn, max_size: int = 50) -> list[Message]:
             )
         )
     return made
+
+
+def canary_at(at: int) -> str:
+    """The event id of this engine's canary of that moment (microseconds)."""
+    ((deployment, secret),) = CANARY_KEYS.items()
+    return canary_id(deployment, secret, at // 1000)
+
+
+def watch(number: int, viewer: int, at: int, seconds: int = 60) -> Message:
+    """A valid view event; that of viewer -1 is a proven canary."""
+    body = {
+        "event_id": canary_at(at) if viewer == -1 else f"w{number}", "viewer_id": viewer,
+        "content_id": f"c{number}", "genre": "drama",
+        "watch_duration_sec": seconds, "completion_pct": 1, "watched_at": instant(at).isoformat(),
+    }  # fmt: skip
+    return Message("view_events", "test", 0, number, json.dumps(body).encode(), None, NOW)
+
+
+def touch(number: int, viewer: int, at: int) -> Message:
+    """A valid interaction; that of viewer -1 is a proven canary."""
+    body = {
+        "event_id": canary_at(at) if viewer == -1 else f"t{number}",
+        "viewer_id": viewer,
+        "event_type": "like",
+        "event_ts": instant(at).isoformat(),
+    }
+    return Message("content_interactions", "test", 0, number, json.dumps(body).encode(), None, NOW)

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 from psycopg import sql
 from relations import insert_events
-from streams import MIDNIGHT
-from test_views_against_oracle import watch
+from streams import MIDNIGHT, watch
 from workshop import PROJECT, Workshop, assert_all_ok
 
 from dagster_prefs.engine.connection import EngineConnection

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from relations import insert_events
-from streams import MIDNIGHT
-from test_views_against_oracle import watch
+from streams import MIDNIGHT, watch
 from workshop import assert_all_ok
 
 from dagster_prefs.engine.connection import EngineConnection

@@ -17,8 +17,7 @@ import psycopg
 import pytest
 from click.testing import CliRunner
 from relations import insert_events
-from streams import MIDNIGHT
-from test_views_against_oracle import watch
+from streams import MIDNIGHT, watch
 from workshop import Workshop
 
 from dagster_prefs.cli import cli

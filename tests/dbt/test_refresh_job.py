@@ -7,8 +7,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 from relations import insert_events
-from streams import MIDNIGHT
-from test_views_against_oracle import watch
+from streams import MIDNIGHT, watch
 
 from dagster_prefs.definitions import build_definitions
 from dagster_prefs.defs.feature_views import REFRESH_JOB

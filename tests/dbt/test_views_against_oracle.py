@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,10 +9,10 @@ import psycopg
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle import CANARY_KEYS, DAY, HOUR, SECOND, Erasure, Message, Oracle, canary_id
+from oracle import DAY, HOUR, SECOND, Erasure, Message, Oracle
 from psycopg import sql
 from relations import differences, insert_events, instant, materialized_views, refresh, replace_events
-from streams import MIDNIGHT, NOW, messages
+from streams import MIDNIGHT, NOW, messages, touch, watch
 from workshop import assert_all_ok
 
 from dagster_prefs.declarations.registry import Registry
@@ -237,30 +236,3 @@ def test_real_shop_events(
     oracle = Oracle(stream, clock)
     assert len(oracle.shop) > 900
     assert differences(session, oracle) == {}
-
-
-def canary_at(at: int) -> str:
-    """The event id of this engine's canary of that moment (microseconds)."""
-    ((deployment, secret),) = CANARY_KEYS.items()
-    return canary_id(deployment, secret, at // 1000)
-
-
-def watch(number: int, viewer: int, at: int, seconds: int = 60) -> Message:
-    """A valid view event; that of viewer -1 is a proven canary."""
-    body = {
-        "event_id": canary_at(at) if viewer == -1 else f"w{number}", "viewer_id": viewer,
-        "content_id": f"c{number}", "genre": "drama",
-        "watch_duration_sec": seconds, "completion_pct": 1, "watched_at": instant(at).isoformat(),
-    }  # fmt: skip
-    return Message("view_events", "test", 0, number, json.dumps(body).encode(), None, NOW)
-
-
-def touch(number: int, viewer: int, at: int) -> Message:
-    """A valid interaction; that of viewer -1 is a proven canary."""
-    body = {
-        "event_id": canary_at(at) if viewer == -1 else f"t{number}",
-        "viewer_id": viewer,
-        "event_type": "like",
-        "event_ts": instant(at).isoformat(),
-    }
-    return Message("content_interactions", "test", 0, number, json.dumps(body).encode(), None, NOW)

@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import date
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,12 @@ USER, USERS = "Zoë/gone", ("Zoë", "Zoë/gone2", "u1")
 # Days before NOW that have events: the oldest two will have left the engine, one of them in part.
 DAYS_AGO = (40, 39, 0)
 ERASED_AT = NOW + 5 * SECOND
+
+TODAY = instant(NOW).date()
+OLD, PARTED, ALONE = (TODAY - timedelta(days=days) for days in (40, 39, 20))
+# The producer's clock that ran ahead decides until when events are suppressed.
+AHEAD = NOW + DAY // 10
+ERASURE = Erasure("viewer", str(VIEWER), AHEAD)
 
 REDACTED = b'{"erased":true}'
 
@@ -289,3 +295,25 @@ class World:
                     if needle in map(str, rows)
                 ]
         return found
+
+
+def without(rows: dict[str, list[tuple[Any, ...]]]) -> dict[str, list[tuple[Any, ...]]]:
+    return {name: [row for row in found if row[0] != VIEWER] for name, found in rows.items()}
+
+
+def expected_rows(world: World, before: dict[str, list[tuple[Any, ...]]], oracle: Oracle) -> None:
+    """Days that left the engine as they were, today as the oracle has it, nowhere the viewer."""
+    relations = oracle.relations()
+    for name, spec in TILE_TABLES.items():
+        days = [column.name for column in spec.columns].index(spec.day)
+        kept = [row for row in without(before)[name] if row[days] != TODAY]
+        tiles = [
+            tuple(
+                instant(row[column.name]) if column.name == "last_event_at" else row[column.name]
+                for column in spec.columns
+            )
+            for row in relations[spec.tile]
+            if row[spec.day] == TODAY and row["viewer_id"] >= 0
+        ]
+        assert tiles
+        assert world.rows(spec) == sorted(kept + tiles)

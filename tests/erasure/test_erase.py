@@ -16,7 +16,25 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from forgotten_world import ERASED_AT, MESSAGES, OWNED, USER, VIEWER, World, like, redacted, view
+from forgotten_world import (
+    AHEAD,
+    ALONE,
+    ERASED_AT,
+    ERASURE,
+    MESSAGES,
+    OLD,
+    OWNED,
+    PARTED,
+    TODAY,
+    USER,
+    VIEWER,
+    World,
+    expected_rows,
+    like,
+    redacted,
+    view,
+    without,
+)
 from oracle import DAY, HOUR, Erasure, Message, Oracle
 from relations import insert_events, instant
 from shipped import FEATURES, REGISTRY, TILE_TABLES, WATCH
@@ -45,35 +63,8 @@ from dagster_prefs.online.publisher import publish_lock
 from dagster_prefs.online.tables import dynamodb_client
 from dagster_prefs.online.withdraw import EntityItems
 
-TODAY = instant(NOW).date()
-OLD, PARTED, ALONE = (TODAY - timedelta(days=days) for days in (40, 39, 20))
-# The producer's clock that ran ahead decides until when events are suppressed.
-AHEAD = NOW + DAY // 10
-ERASURE = Erasure("viewer", str(VIEWER), AHEAD)
 # Spelled so that every way to write the user's name is found.
 USER_TRACES = (re.escape(USER), r"Zo\\+u00eb/gone", r"Zo\\303\\253/gone")
-
-
-def without(rows: dict[str, list[tuple[Any, ...]]]) -> dict[str, list[tuple[Any, ...]]]:
-    return {name: [row for row in found if row[0] != VIEWER] for name, found in rows.items()}
-
-
-def expected_rows(world: World, before: dict[str, list[tuple[Any, ...]]], oracle: Oracle) -> None:
-    """Days that left the engine as they were, today as the oracle has it, nowhere the viewer."""
-    relations = oracle.relations()
-    for name, spec in TILE_TABLES.items():
-        days = [column.name for column in spec.columns].index(spec.day)
-        kept = [row for row in without(before)[name] if row[days] != TODAY]
-        tiles = [
-            tuple(
-                instant(row[column.name]) if column.name == "last_event_at" else row[column.name]
-                for column in spec.columns
-            )
-            for row in relations[spec.tile]
-            if row[spec.day] == TODAY and row["viewer_id"] >= 0
-        ]
-        assert tiles
-        assert world.rows(spec) == sorted(kept + tiles)
 
 
 def in_watch(report: ErasureReport) -> ForgottenTable:

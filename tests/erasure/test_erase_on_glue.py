@@ -8,12 +8,11 @@ from typing import Any
 import boto3
 import pyarrow.parquet as pq
 import pytest
-from forgotten_world import VIEWER, World, redacted
+from forgotten_world import ALONE, ERASURE, OLD, PARTED, TODAY, VIEWER, World, expected_rows, redacted
 from oracle import Oracle
 from pyiceberg.catalog import Catalog
 from shipped import TILE_TABLES, WATCH
 from streams import NOW
-from test_erase import ALONE, ERASURE, OLD, PARTED, TODAY, expected_rows
 
 from dagster_prefs.offline.catalog import open_catalog
 from dagster_prefs.offline.files import day_files

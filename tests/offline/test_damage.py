@@ -20,8 +20,7 @@ from dagster_prefs.offline.tables import ErasedSubject
 from dagster_prefs.offline.verify import verify_day
 
 from .conftest import DAY, Tiles, watch
-from .test_maintenance import KEEP
-from .test_training_set import NOW, at, build, fill, write_labels
+from .training_world import KEEP, NOW, at, build, fill, write_labels
 
 
 def damages(content: bytes) -> Iterator[bytes | None]:

@@ -22,8 +22,7 @@ from dagster_prefs.offline.maintenance import maintain
 from dagster_prefs.offline.training_set import build_training_set
 
 from .conftest import DAY, Tiles, table_rows, watch
-from .test_maintenance import KEEP, later
-from .test_training_set import NOW, at, fill, write_labels
+from .training_world import KEEP, NOW, at, fill, later, write_labels
 
 # More than any of these writes needs.
 PAGES = 60

@@ -11,7 +11,7 @@ from dagster_prefs.offline.export import export_day, exported_days, stale_days
 from dagster_prefs.offline.maintenance import maintain
 
 from .conftest import DAY, Tiles, table_rows, watch
-from .test_maintenance import KEEP, later
+from .training_world import KEEP, later
 
 
 @pytest.fixture

@@ -17,13 +17,7 @@ from dagster_prefs.offline.outputs import replace_rows
 from dagster_prefs.offline.tables import TileTable
 
 from .conftest import DAY, Tiles, some_rows, table_rows, watch
-
-KEEP = timedelta(days=30)
-
-
-def later() -> datetime:
-    """A moment at which everything there is now is old."""
-    return datetime.now(UTC) + timedelta(days=60)
+from .training_world import KEEP, later
 
 
 def files(warehouse: Path) -> set[str]:

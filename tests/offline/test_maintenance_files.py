@@ -20,7 +20,7 @@ from dagster_prefs.offline.maintenance import maintain
 
 from .conftest import DAY, Tiles, table_rows, watch
 from .other_engine import commit_deletes, delete_equal, delete_positions, delete_vector
-from .test_maintenance import KEEP, later
+from .training_world import KEEP, later
 
 NEXT = DAY + timedelta(days=1)
 

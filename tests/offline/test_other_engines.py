@@ -43,8 +43,7 @@ from dagster_prefs.offline.tables import ErasedSubject, arrow_schema
 
 from .conftest import DAY, Tiles, table_rows, watch
 from .other_engine import add_file, commit_deletes, delete_equal, delete_positions, delete_vector
-from .test_maintenance import KEEP, later
-from .test_training_set import NOW, at, build, fill, write_labels
+from .training_world import KEEP, NOW, at, build, fill, later, write_labels
 
 NEXT = DAY + timedelta(days=1)
 ROWS = [watch(viewer, DAY, 60 * viewer) for viewer in range(1, 7)]

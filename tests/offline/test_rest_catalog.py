@@ -23,8 +23,7 @@ from dagster_prefs.settings import Settings
 
 from .conftest import DAY, Tiles, table_rows, watch
 from .rest_catalog import RestServer, rest_server
-from .test_maintenance import KEEP, later
-from .test_training_set import at, build, fill, write_labels
+from .training_world import KEEP, at, build, fill, later, write_labels
 
 CREDENTIAL = "prefs:open sesame"
 

@@ -7,7 +7,6 @@ import os
 import stat
 import tempfile
 import time
-from collections.abc import Sequence
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -35,13 +34,12 @@ from dagster_prefs.offline.export import export_day
 from dagster_prefs.offline.labels import LabelsRefused, read_labels
 from dagster_prefs.offline.maintenance import maintain
 from dagster_prefs.offline.outputs import OutputRefused
-from dagster_prefs.offline.tables import TileTable, arrow_schema, ensure_table
+from dagster_prefs.offline.tables import TileTable, ensure_table
 from dagster_prefs.offline.training_set import (
     CsvOptions,
     NotReproducible,
     SnapshotExpired,
     TagTaken,
-    TrainingSet,
     build_training_set,
     print_training_sql,
     reproduce_training_set,
@@ -50,45 +48,9 @@ from dagster_prefs.offline.windows import Dialect
 
 from . import oracle
 from .conftest import DAY, Tiles, genre, interactions, watch
+from .training_world import NOW, at, build, fill, write_labels
 
-NOW = datetime(2026, 6, 1, tzinfo=UTC)
 NAMES = [feature.name for feature in FEATURES.values]
-
-
-def fill(catalog: Catalog, rows: dict[str, list[tuple[Any, ...]]]) -> None:
-    """Put rows into the training tables without an engine."""
-    for spec in TILE_TABLES.values():
-        table = ensure_table(catalog, "training", spec)
-        names = [column.name for column in spec.columns]
-        values = [dict(zip(names, row, strict=True)) for row in rows.get(spec.name, [])]
-        if values:
-            table.append(pa.Table.from_pylist(values, schema=arrow_schema(table)))
-
-
-def write_labels(folder: Path, rows: Sequence[tuple[int, datetime]]) -> str:
-    path = folder / "labels.parquet"
-    table = pa.table(
-        {
-            "label": pa.array(range(len(rows)), pa.int64()),
-            "viewer_id": pa.array([viewer for viewer, _ in rows], pa.int64()),
-            "label_time": pa.array([when for _, when in rows], pa.timestamp("us", tz="UTC")),
-        }
-    )
-    pq.write_table(table, path)
-    return str(path)
-
-
-def build(
-    catalog: Catalog, labels: str, folder: Path, **options: Any
-) -> tuple[TrainingSet, list[dict[str, Any]]]:
-    made = build_training_set(
-        catalog, labels, folder / "set.parquet", now=options.pop("now", NOW), features=FEATURES, **options
-    )
-    return made, pq.read_table(made.output).to_pylist()
-
-
-def at(day: date, hour: float = 12.0) -> datetime:
-    return datetime(day.year, day.month, day.day, tzinfo=UTC) + timedelta(hours=hour)
 
 
 days = st.integers(0, 40).map(lambda number: DAY + timedelta(days=number))

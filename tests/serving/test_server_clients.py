@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from scripted_dynamodb import Reply, Request, Script, answer
 from scripted_dynamodb import serve as serve_script
-from test_server import NOWHERE, Caller, profile_client, running
+from served import NOWHERE, Caller, profile_client, running
 
 from dagster_prefs.errors import excerpt
 from dagster_prefs.serving import PreferenceClient, server

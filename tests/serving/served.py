@@ -1,0 +1,91 @@
+"""The feature server in a thread, and requests to it over a real socket."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from declared import PROJECT
+
+from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.serving import AsyncProfileClient, PreferenceClient
+from dagster_prefs.serving.connections import ConnectionLimits
+from dagster_prefs.serving.server import Load, make_app, make_server
+
+REGION = "eu-central-1"
+NOWHERE = EngineConnection(host="127.0.0.1", port=1, database="none", user="none")
+
+
+@dataclass
+class Caller:
+    """Requests to a running server."""
+
+    port: int
+
+    def call(
+        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
+    ) -> tuple[int, Any, dict[str, str]]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        try:
+            sent = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+            connection.request(method, path, sent, headers or {})
+            got = connection.getresponse()
+            content = got.read().decode()
+            found = {name.lower(): value for name, value in got.getheaders()}
+            return got.status, json.loads(content) if "json" in found["content-type"] else content, found
+        finally:
+            connection.close()
+
+    def get(self, path: str) -> tuple[int, Any]:
+        return self.call("GET", path)[:2]
+
+    def post(self, body: Any) -> tuple[int, Any]:
+        return self.call("POST", "/v1/profiles", body)[:2]
+
+    def ready(self) -> dict[str, Any]:
+        """The readiness, once every part has had its first chance."""
+        for _ in range(600):
+            status, told = self.get("/readyz")
+            if status == 200:
+                return told  # type: ignore[no-any-return]
+            threading.Event().wait(0.05)
+        raise AssertionError(told)
+
+
+@contextmanager
+def running(
+    profiles: AsyncProfileClient | None, preferences: PreferenceClient | None, **options: Any
+) -> Iterator[Caller]:
+    """The server in a thread of its own."""
+    load = {name: options.pop(name) for name in ("budget_seconds", "max_in_flight") if name in options}
+    limits = options.pop("limits", ConnectionLimits())
+    served = [] if profiles is None else [profiles]
+    app = make_app(served, preferences, load=Load(**{"budget_seconds": 30.0, **load}), **options)
+    server = make_server(app, limits)
+    server.config.port = 0
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            threading.Event().wait(0.01)
+        yield Caller(server.servers[0].sockets[0].getsockname()[1])
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def profile_client(endpoint: str, prefix: str = "", **options: Any) -> AsyncProfileClient:
+    return AsyncProfileClient(
+        PROJECT,
+        endpoint_url=endpoint,
+        region=REGION,
+        table_prefix=prefix,
+        **{"budget_seconds": 30, "read_timeout_seconds": 30, **options},
+    )
