@@ -98,7 +98,8 @@ class World:
             for item in page["Items"]:
                 viewer, key = int(item["viewer_id"]["N"]), item["domain_key"]["S"]
                 if viewer != LEASE_IDS["N"]:
-                    found[(viewer, key)] = ItemDecoder(contract.domains[key]).decode(item)[0]
+                    values, _ = ItemDecoder(contract.domains[key]).decode(item)
+                    found[(viewer, key)] = dict(zip(contract.domains[key].attributes, values, strict=True))
         return found
 
     def until(self, condition: Callable[[], bool], what: str) -> None:

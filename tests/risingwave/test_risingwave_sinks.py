@@ -74,7 +74,8 @@ class World:
         for page in self.client.get_paginator("scan").paginate(TableName=name, ConsistentRead=True):
             for item in page["Items"]:
                 viewer, key = int(item["viewer_id"]["N"]), item["domain_key"]["S"]
-                found[(viewer, key)] = ItemDecoder(contract.domains[key]).decode(item)[0]
+                values, _ = ItemDecoder(contract.domains[key]).decode(item)
+                found[(viewer, key)] = dict(zip(contract.domains[key].attributes, values, strict=True))
         return found
 
 

@@ -188,7 +188,8 @@ class World:
         for page in pages:
             for item in page["Items"]:
                 viewer, key = int(item["viewer_id"]["N"]), item["domain_key"]["S"]
-                found[(viewer, key)] = ItemDecoder(domains[key]).decode(item)[0]
+                values, _ = ItemDecoder(domains[key]).decode(item)
+                found[(viewer, key)] = dict(zip(domains[key].attributes, values, strict=True))
         return found
 
     def views(self) -> dict[tuple[int, str], dict[str, Any]]:
