@@ -137,7 +137,8 @@ class Features:
         for domain in registry.contract.domains.values():
             if entity_of(registry, domain) != entity:
                 continue
-            if instead := self._read_instead_of_tiles(registry, domain):
+            parsed = _parse(domain.relation, registry.query(domain.relation))
+            if instead := self._read_instead_of_tiles(parsed):
                 why = f"it is computed from {instead}, which is not exported"
                 self.left_out |= {
                     f"{domain.name}.{name}": why for name in domain.attributes if name != LAST_EVENT_AT
@@ -148,7 +149,7 @@ class Features:
                 raise ViewNotPortable(
                     f"the domain {domain.name} is called like a relation of the training SQL: rename it"
                 )
-            view, unknown = self._portable(registry, domain)
+            view, unknown = self._portable(domain, parsed)
             self.left_out |= {f"{domain.name}.{name}": why for name, why in unknown.items()}
             self._views[domain.name] = view
             values += [
@@ -284,16 +285,14 @@ class Features:
         """A copy of a domain's view, to be changed."""
         return self._views[domain].copy()
 
-    def _read_instead_of_tiles(self, registry: Registry, domain: Domain) -> str:
+    def _read_instead_of_tiles(self, view: exp.Select) -> str:
         """The relations that a domain's view reads where none of them is a tile; empty where one is."""
-        view = _parse(domain.relation, registry.query(domain.relation))
         ctes = {cte.alias for cte in view.find_all(exp.CTE)}
         read = dict.fromkeys(table.name for table in view.find_all(exp.Table) if table.name not in ctes)
         return "" if self._by_tile.keys() & read.keys() else ", ".join(read)
 
-    def _portable(self, registry: Registry, domain: Domain) -> tuple[exp.Select, dict[str, str]]:
+    def _portable(self, domain: Domain, view: exp.Select) -> tuple[exp.Select, dict[str, str]]:
         """A domain's view without the attributes that are not computed from tiles, and those with the reason."""
-        view = _parse(domain.relation, registry.query(domain.relation))
         unknown = _without_others(view, domain.relation, set(self._by_tile))
         reads = list(self._reads(view, domain.relation))
         for read in reads:
