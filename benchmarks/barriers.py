@@ -40,10 +40,10 @@ from confluent_kafka.admin import AdminClient, NewTopic
 from psycopg import sql
 
 from dagster_prefs.declarations.contract import load_contract
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.dynamodb.items import item_bytes
+from dagster_prefs.dynamodb.tables import dynamodb_client, provision
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
-from dagster_prefs.online.items import item_bytes
-from dagster_prefs.online.tables import dynamodb_client, provision
 
 PROJECT = Path(__file__).resolve().parents[1] / "dbt_project"
 DOMAIN, TOPIC = "watch", "view_events"
@@ -115,7 +115,9 @@ class _Handler(BaseHTTPRequestHandler):
 class Stream:
     """One domain from its topic to its sink, in a database of its own."""
 
-    def __init__(self, engine: EngineConnection, client: Any, table: str, bootstrap: str, topic: str) -> None:
+    def __init__(
+        self, engine: EngineConfiguration, client: Any, table: str, bootstrap: str, topic: str
+    ) -> None:
         self.engine, self.client, self.table, self.topic = engine, client, table, topic
         self.domain = load_contract(PROJECT).domain(DOMAIN)
         self.producer: Any = Producer({"bootstrap.servers": bootstrap, "linger.ms": 0})
@@ -206,7 +208,7 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 @contextmanager
 def deployed(
-    server: EngineConnection, interval_ms: int, bootstrap: str, proxy: CountingProxy
+    server: EngineConfiguration, interval_ms: int, bootstrap: str, proxy: CountingProxy
 ) -> Iterator[Stream]:
     """A database with this interval, a topic and a table, all dropped afterwards."""
     name = f"bench_barriers_{uuid.uuid4().hex[:8]}"
@@ -269,7 +271,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=40, help="events a second")
     arguments = parser.parse_args()
     place = urlsplit(named("PREFS_RISINGWAVE_URL"))
-    server = EngineConnection(
+    server = EngineConfiguration(
         place.hostname or "127.0.0.1",
         place.port or 4566,
         place.path.strip("/") or "dev",

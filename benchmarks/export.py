@@ -33,12 +33,12 @@ import pyarrow.parquet as pq
 from psycopg import sql
 
 from dagster_prefs.declarations.registry import load_registry
-from dagster_prefs.engine.connection import EngineConnection
-from dagster_prefs.offline.catalog import open_catalog
-from dagster_prefs.offline.export import export_day
-from dagster_prefs.offline.files import day_files
-from dagster_prefs.offline.publish import ROWS_PER_GROUP
-from dagster_prefs.offline.tables import PARQUET, tile_tables
+from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.iceberg.catalog import open_catalog
+from dagster_prefs.iceberg.export import export_day
+from dagster_prefs.iceberg.files import day_files
+from dagster_prefs.iceberg.publish import ROWS_PER_GROUP
+from dagster_prefs.iceberg.tables import PARQUET, tile_tables
 from dagster_prefs.settings import load_settings
 
 WATCH = tile_tables(load_registry(Path(__file__).resolve().parents[1] / "dbt_project"))["viewer_watch_daily"]
@@ -65,8 +65,8 @@ analyze viewer_watch_metrics_1d, tile_fingerprints;
 """
 
 
-def engine() -> EngineConnection:
-    return replace(EngineConnection.of(load_settings()), schema=SCHEMA)
+def engine() -> EngineConfiguration:
+    return replace(EngineConfiguration.of(load_settings()), schema=SCHEMA)
 
 
 def exported(folder: Path) -> tuple[int, float]:

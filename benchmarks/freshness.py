@@ -40,18 +40,18 @@ from pyiceberg.catalog import Catalog
 
 from dagster_prefs.declarations.contract import Contract, load_contract
 from dagster_prefs.declarations.registry import load_registry
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.dynamodb.items import ItemEncoder
+from dagster_prefs.dynamodb.tables import dynamodb_client, provision
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.freshness.ingestion import Broker, ingestion_lag
 from dagster_prefs.freshness.measures import measure_offline, measure_online, measure_views
 from dagster_prefs.freshness.online import CANDIDATES, find_tables, key_hash
 from dagster_prefs.freshness.views import Typed, View, watched_relations
+from dagster_prefs.iceberg.catalog import open_catalog
+from dagster_prefs.iceberg.publish import DayFiles, publish_day, write_day
+from dagster_prefs.iceberg.tables import TileTable, arrow_schema, ensure_table, tile_tables
+from dagster_prefs.iceberg.tiles import Fingerprint
 from dagster_prefs.local.services import LocalServices
-from dagster_prefs.offline.catalog import open_catalog
-from dagster_prefs.offline.publish import DayFiles, publish_day, write_day
-from dagster_prefs.offline.tables import TileTable, arrow_schema, ensure_table, tile_tables
-from dagster_prefs.offline.tiles import Fingerprint
-from dagster_prefs.online.items import ItemEncoder
-from dagster_prefs.online.tables import dynamodb_client, provision
 
 PROJECT = Path(__file__).resolve().parents[1] / "dbt_project"
 REGISTRY = load_registry(PROJECT)
@@ -106,7 +106,7 @@ class Filler:
 
 
 def fill(
-    engine: EngineConnection,
+    engine: EngineConfiguration,
     contract: Contract,
     viewers: int,
     relations: int,
@@ -217,7 +217,7 @@ def export(catalog: Catalog, spec: TileTable, days: Sequence[date]) -> None:
 
 
 def store_sample(
-    engine: EngineConnection, client: Any, contract: Contract, table: Any, viewers: int
+    engine: EngineConfiguration, client: Any, contract: Contract, table: Any, viewers: int
 ) -> list[int]:
     """The items of the viewers that are sampled, and the publisher's memory of all; gives those viewers."""
     with engine.connect() as connection:
@@ -264,7 +264,7 @@ def cluster(partitions: int) -> tuple[Producer, str, list[str]]:
     return producer, f"{broker.host}:{broker.port}", names
 
 
-def partitions_behind(engine: EngineConnection, bootstrap: str, names: list[str], now: datetime) -> int:
+def partitions_behind(engine: EngineConfiguration, bootstrap: str, names: list[str], now: datetime) -> int:
     """Read every topic's lag as the measures do; the number of partitions that are behind."""
     with engine.connect() as connection, Broker(bootstrap) as broker:
         lags = [
@@ -276,7 +276,7 @@ def partitions_behind(engine: EngineConnection, bootstrap: str, names: list[str]
     return sum(len(lag.in_state("behind")) for lag in lags)
 
 
-def bare_maxima(engine: EngineConnection, relations: list[Typed | View]) -> None:
+def bare_maxima(engine: EngineConfiguration, relations: list[Typed | View]) -> None:
     """The newest time of every relation and nothing else."""
     with engine.connect() as connection:
         for relation in relations:
@@ -361,12 +361,12 @@ def main() -> None:
 
 
 @contextmanager
-def database(services: LocalServices, viewers: int, risingwave: str | None) -> Iterator[EngineConnection]:
+def database(services: LocalServices, viewers: int, risingwave: str | None) -> Iterator[EngineConfiguration]:
     """An empty database, dropped afterwards."""
-    server = EngineConnection("127.0.0.1", services.postgres_port, "postgres", "prefs")
+    server = EngineConfiguration("127.0.0.1", services.postgres_port, "postgres", "prefs")
     if risingwave:
         place = urlsplit(risingwave)
-        server = EngineConnection(
+        server = EngineConfiguration(
             place.hostname or "127.0.0.1",
             place.port or 4566,
             place.path.strip("/") or "dev",
@@ -388,7 +388,7 @@ def database(services: LocalServices, viewers: int, risingwave: str | None) -> I
 
 def measure(
     services: LocalServices,
-    engine: EngineConnection,
+    engine: EngineConfiguration,
     contract: Contract,
     viewers: int,
     catalog: Catalog,

@@ -13,18 +13,18 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.events.ingest import ingest_file
-from dagster_prefs.events.scenario import SimulationPlan
-from dagster_prefs.events.simulator import simulate_to_files
 from dagster_prefs.settings import load_settings
+from dagster_prefs.tools.scenario import SimulationPlan
+from dagster_prefs.tools.simulator import simulate_to_files
 
 SCHEMA = "benchmark_ingest"
 
 
 def main(events: int) -> None:
     settings = load_settings()
-    engine, registry = replace(EngineConnection.of(settings), schema=SCHEMA), settings.registry()
+    engine, registry = replace(EngineConfiguration.of(settings), schema=SCHEMA), settings.registry()
     plan = SimulationPlan(
         datetime(2026, 1, 31, tzinfo=UTC), view_events=events, shop_events=0, interactions=0, items=1
     )

@@ -14,7 +14,7 @@ from datetime import UTC, date, datetime, timedelta
 from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
 
-from dagster_prefs.events.scenario import SimulationPlan
+from dagster_prefs.tools.scenario import SimulationPlan
 
 PLACES = Decimal("0.000001")
 LONG, SHORT = timedelta(days=28), timedelta(days=7)

@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 
 from psycopg import sql
 
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.settings import load_settings
 
 SCHEMA = "server_load_benchmark"
@@ -57,7 +57,7 @@ analyze;
 
 
 @contextmanager
-def server(engine: EngineConnection) -> Iterator[int]:
+def server(engine: EngineConfiguration) -> Iterator[int]:
     """`prefs serve` on a schema of its own; gives the port."""
     schema = sql.Identifier(SCHEMA)
     with engine.connect() as session:
@@ -167,7 +167,7 @@ def main() -> None:
     if given.watch:
         watch_health(given.watch)
         return
-    with server(EngineConnection.of(load_settings())) as port:
+    with server(EngineConfiguration.of(load_settings())) as port:
         for _ in range(600):
             if ask(port, "/readyz") == 200:
                 break

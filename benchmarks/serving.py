@@ -33,10 +33,10 @@ from urllib.parse import urlsplit
 from psycopg import sql
 
 from dagster_prefs.declarations.contract import load_contract
-from dagster_prefs.engine.connection import EngineConnection
-from dagster_prefs.online.items import ItemEncoder
-from dagster_prefs.online.tables import dynamodb_client, provision
-from dagster_prefs.serving import CatalogueRanker, PreferenceClient, ProfileClient
+from dagster_prefs.dynamodb.items import ItemEncoder
+from dagster_prefs.dynamodb.tables import dynamodb_client, provision
+from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.serving import CatalogueRanker, ProfileClient, ShopClient
 from dagster_prefs.settings import load_settings
 
 PROJECT = Path(__file__).resolve().parents[1] / "dbt_project"
@@ -301,14 +301,14 @@ analyze items, user_category_profile, user_brand_profile, user_price_sensitivity
 
 
 def rankings() -> dict[str, Any]:
-    engine = replace(EngineConnection.of(load_settings()), schema=SCHEMA)
+    engine = replace(EngineConfiguration.of(load_settings()), schema=SCHEMA)
     schema = sql.Identifier(SCHEMA)
     with engine.connect() as session:
         session.execute(sql.SQL("drop schema if exists {} cascade").format(schema))
         session.execute(sql.SQL("create schema {}").format(schema))
         session.execute(CATALOGUE)
     try:
-        with PreferenceClient(engine, statement_timeout_seconds=60) as client:
+        with ShopClient(engine, statement_timeout_seconds=60) as client:
             ranker = CatalogueRanker(client)
             refreshed = ranker.refresh()
             moment = datetime.now(UTC)

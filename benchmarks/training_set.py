@@ -33,12 +33,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dagster_prefs.declarations.registry import load_registry
-from dagster_prefs.offline.catalog import open_catalog
-from dagster_prefs.offline.duck import JOINING
-from dagster_prefs.offline.publish import DayFiles, write_day
-from dagster_prefs.offline.tables import TileTable, arrow_schema, ensure_table, tile_tables
-from dagster_prefs.offline.training_set import build_training_set
-from dagster_prefs.offline.windows import choose_features
+from dagster_prefs.iceberg.catalog import open_catalog
+from dagster_prefs.iceberg.duck import JOINING
+from dagster_prefs.iceberg.publish import DayFiles, write_day
+from dagster_prefs.iceberg.tables import TileTable, arrow_schema, ensure_table, tile_tables
+from dagster_prefs.training.training_set import build_training_set
+from dagster_prefs.training.windows import choose_features
 
 # Ahead of the clock, so that every version is older than the labels that `as known` compares it with.
 REGISTRY = load_registry(Path(__file__).resolve().parents[1] / "dbt_project")

@@ -22,24 +22,24 @@ from dagster_prefs.declarations.contract import (
     parse_contract,
 )
 from dagster_prefs.declarations.registry import Registry
-from dagster_prefs.engine.apply import apply_plan
+from dagster_prefs.deploy.apply import apply_plan
+from dagster_prefs.deploy.plan import ContractChange, ContractReview, Plan, make_plan
+from dagster_prefs.dynamodb.access import ItemAccess
+from dagster_prefs.dynamodb.changefeed import PublishedElsewhere, process_label, publish_changes
+from dagster_prefs.dynamodb.lease import read_lease
+from dagster_prefs.dynamodb.publisher import publish_domain
+from dagster_prefs.dynamodb.tables import TableReport, dynamodb_client, provision
 from dagster_prefs.engine.dbt import Dbt
-from dagster_prefs.engine.plan import ContractChange, ContractReview, Plan, make_plan
 from dagster_prefs.freshness.reconcile import reconcile_domain
 from dagster_prefs.freshness.status import Sources
-from dagster_prefs.online.access import ItemAccess
-from dagster_prefs.online.changefeed import PublishedElsewhere, process_label, publish_changes
-from dagster_prefs.online.lease import read_lease
-from dagster_prefs.online.publisher import publish_domain
-from dagster_prefs.online.tables import TableReport, dynamodb_client, provision
 from dagster_prefs.settings import Settings, kafka_variable
 
 if TYPE_CHECKING:
     from pyiceberg.catalog import Catalog
     from pyiceberg.table import Table
 
-    from dagster_prefs.events.topics import TopicLife
-    from dagster_prefs.offline.tables import TileTable
+    from dagster_prefs.events.topics import TopicGeneration
+    from dagster_prefs.iceberg.tables import TileTable
 
 
 class Platform:
@@ -95,7 +95,7 @@ class Platform:
             client, self.contract, prefix=self.settings.table_prefix, mode=self.settings.provisioning
         )
 
-    def kafka_topics(self, *, note: bool = False) -> list[TopicLife]:
+    def kafka_topics(self, *, note: bool = False) -> list[TopicGeneration]:
         """Every topic as the engine remembers it beside what the brokers have now; empty without Kafka.
 
         With `note` the engine remembers what the brokers have from now on, and a topic that was made anew enters
@@ -106,7 +106,7 @@ class Platform:
             return []
         from dagster_prefs.events.brokers import client_properties
         from dagster_prefs.events.contact import KafkaUnavailable
-        from dagster_prefs.events.topics import broker_ids, note_topics, topic_lives
+        from dagster_prefs.events.topics import broker_ids, note_topics, topic_generations
 
         bootstrap, names = self.settings.kafka_bootstrap, list(self.settings.kafka_topics.values())
         ids = broker_ids(bootstrap, names, client=client_properties(self.settings))
@@ -118,7 +118,7 @@ class Platform:
         with self.engine.connect() as session:
             if note:
                 note_topics(session, self.engine, ids, now=datetime.now(UTC))
-            return list(topic_lives(session, self.engine, ids).values())
+            return list(topic_generations(session, self.engine, ids).values())
 
     def catalog(self) -> Catalog:
         """The Iceberg catalog; raises OfflineError when it does not answer."""
@@ -127,13 +127,13 @@ class Platform:
     @cached_property
     def training_tables(self) -> dict[str, TileTable]:
         """Name → training table, one of every tile that the project declares."""
-        from dagster_prefs.offline.tables import tile_tables
+        from dagster_prefs.iceberg.tables import tile_tables
 
         return tile_tables(self.registry)
 
     def prepare_training_tables(self) -> list[Table]:
         """Make the training tables ready for RisingWave's sinks; raises OfflineError, or EngineUnavailable."""
-        from dagster_prefs.offline.verify import prepare_for_sink
+        from dagster_prefs.iceberg.verify import prepare_for_sink
 
         catalog, namespace = self.catalog(), self.settings.iceberg_namespace
         return [
@@ -253,7 +253,7 @@ def catch_up(platform: Platform, client: Any, domain: Domain, table: TableReport
             stop=threading.Event(),
             label=process_label(),
             domains=[domain.key],
-            promise_seconds=platform.settings.changefeed_lease_seconds,
+            lease_seconds=platform.settings.changefeed_lease_seconds,
         )
     except PublishedElsewhere as error:
         state = read_lease(ItemAccess(client, platform.contract.table_of(domain), table.name), domain)

@@ -19,7 +19,7 @@ import pytest
 from filelock import FileLock
 from psycopg import sql
 
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
 from dagster_prefs.local.services import LocalServices
 
@@ -84,7 +84,7 @@ def built_state(folder: Path) -> BuiltState:
         services = LocalServices(made / "data", free_port(), free_port(), with_aws=False, disposable=True)
         services.up(owner_pid=os.getpid())
         try:
-            server = EngineConnection(
+            server = EngineConfiguration(
                 "127.0.0.1", services.postgres_port, "postgres", "prefs", passfile=str(services.passfile)
             )
             with server.connect() as connection:

@@ -57,7 +57,7 @@ from declared import COURSES, PROJECT  # noqa: E402
 from longest import longest_first  # noqa: E402
 
 from dagster_prefs.declarations.registry import Registry, load_registry  # noqa: E402
-from dagster_prefs.engine.connection import EngineConnection  # noqa: E402
+from dagster_prefs.engine.connection import EngineConfiguration  # noqa: E402
 from dagster_prefs.events.messages import Topic, topics_of  # noqa: E402
 from dagster_prefs.local.services import LocalServices  # noqa: E402
 
@@ -172,19 +172,21 @@ def services(request: pytest.FixtureRequest) -> Iterator[LocalServices]:
 
 
 @pytest.fixture(scope="session")
-def embedded_server(services: LocalServices) -> EngineConnection:
+def embedded_server(services: LocalServices) -> EngineConfiguration:
     """The embedded engine's own database, from which others are made and dropped."""
-    return EngineConnection("127.0.0.1", services.postgres_port, "postgres", "prefs")
+    return EngineConfiguration("127.0.0.1", services.postgres_port, "postgres", "prefs")
 
 
 @pytest.fixture(scope="session")
-def deployed_template(deployed_state: BuiltState, embedded_server: EngineConnection) -> EngineConnection:
+def deployed_template(
+    deployed_state: BuiltState, embedded_server: EngineConfiguration
+) -> EngineConfiguration:
     """The database in which `dbt run` has made every relation, empty of events: to be copied, never changed."""
     return embedded_server.with_database(TEMPLATE)
 
 
 @pytest.fixture(scope="session")
-def copied_database(embedded_server: EngineConnection) -> Callable[..., Any]:
+def copied_database(embedded_server: EngineConfiguration) -> Callable[..., Any]:
     """`with copied_database(name, template, clock=None) as engine`: a copy, dropped afterwards with its sessions.
 
     With `clock` the copy's clock stands there.
@@ -192,8 +194,8 @@ def copied_database(embedded_server: EngineConnection) -> Callable[..., Any]:
 
     @contextmanager
     def copied(
-        name: str, template: EngineConnection, clock: datetime | None = None
-    ) -> Iterator[EngineConnection]:
+        name: str, template: EngineConfiguration, clock: datetime | None = None
+    ) -> Iterator[EngineConfiguration]:
         with embedded_server.connect() as connection:
             _drop_database(connection, name)
             # Nothing waits for the disk here, so that files are copied several times faster than rows are logged.
@@ -233,7 +235,7 @@ def _drop_database(connection: psycopg.Connection[Any], name: str) -> None:
 
 
 @contextmanager
-def _new_database(embedded_server: EngineConnection, kind: str) -> Iterator[EngineConnection]:
+def _new_database(embedded_server: EngineConfiguration, kind: str) -> Iterator[EngineConfiguration]:
     name = f"{kind}_{uuid.uuid4().hex}"
     with embedded_server.connect() as connection:
         connection.execute(sql.SQL("create database {}").format(sql.Identifier(name)))
@@ -243,14 +245,14 @@ def _new_database(embedded_server: EngineConnection, kind: str) -> Iterator[Engi
 
 
 @pytest.fixture
-def engine(embedded_server: EngineConnection) -> Iterator[EngineConnection]:
+def engine(embedded_server: EngineConfiguration) -> Iterator[EngineConfiguration]:
     """A fresh, empty database of the embedded engine, dropped afterwards with all its sessions."""
     with _new_database(embedded_server, "test") as found:
         yield found
 
 
 @pytest.fixture(scope="session")
-def database(embedded_server: EngineConnection) -> Iterator[EngineConnection]:
+def database(embedded_server: EngineConfiguration) -> Iterator[EngineConfiguration]:
     """One database for all tests that make a schema of their own in it, which is far quicker than a database."""
     with _new_database(embedded_server, "shared") as found:
         yield found

@@ -10,7 +10,7 @@ from typing import Any
 from declared import COURSES
 
 from dagster_prefs.declarations.registry import Registry, load_registry
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
 from dagster_prefs.events.raw import RawMessage, RawStore
 
@@ -45,7 +45,7 @@ class School:
     dbt makes them unless they were `made` before, as in a copy of a database.
     """
 
-    def __init__(self, engine: EngineConnection, dbt: Dbt, *, made: bool = False) -> None:
+    def __init__(self, engine: EngineConfiguration, dbt: Dbt, *, made: bool = False) -> None:
         self.engine = engine
         self.dbt = dbt
         if not made:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from dagster_prefs.declarations.registry import load_registry
-from dagster_prefs.offline.tables import tile_tables
-from dagster_prefs.offline.windows import choose_features
+from dagster_prefs.iceberg.tables import tile_tables
+from dagster_prefs.training.windows import choose_features
 
 REGISTRY = load_registry(Path(__file__).resolve().parents[1] / "dbt_project")
 TILE_TABLES = tile_tables(REGISTRY)

@@ -20,7 +20,7 @@ PROJECT = Path(__file__).parents[1]
 # They start the services, parse the dbt project, call make, and keep examples of hypothesis.
 REACHING = (
     "tests/local/test_fixtures.py",
-    "tests/online/test_contract_current.py",
+    "tests/dynamodb/test_contract_current.py",
     "tests/test_readme.py",
     "tests/dbt/test_validity.py",
 )

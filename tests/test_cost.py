@@ -13,7 +13,9 @@ from click.testing import CliRunner
 from declared import PROJECT
 
 from dagster_prefs.cli import cli
-from dagster_prefs.cost import (
+from dagster_prefs.declarations.contract import load_contract
+from dagster_prefs.errors import PrefsError
+from dagster_prefs.tools.cost import (
     Capacities,
     CostError,
     DomainLoad,
@@ -29,8 +31,6 @@ from dagster_prefs.cost import (
     scale_table,
     uniform_domains,
 )
-from dagster_prefs.declarations.contract import load_contract
-from dagster_prefs.errors import PrefsError
 
 SCALE = Path(__file__).parents[1] / "docs" / "scale.md"
 WATCH = DomainLoad("watch", 150.0, (7, 28), "views")
@@ -68,7 +68,7 @@ def test_nobody_does_nothing() -> None:
     found = estimate(
         Workload(10, 0, daily_active_share=0.0),
         contract_domains(load_contract(PROJECT), 10),
-        promise_seconds=5,
+        target_seconds=5,
     )
     assert (found.event_writes_per_day, found.burst_writes, found.items, found.write_units_per_day) == (
         0,
@@ -81,8 +81,8 @@ def test_nobody_does_nothing() -> None:
 
 def test_spreading_lowers_midnight_and_nothing_else() -> None:
     domains = contract_domains(load_contract(PROJECT), PLAIN.viewers)
-    plain = estimate(PLAIN, domains, promise_seconds=5)
-    spread = estimate(replace(PLAIN, spread_seconds=3_600), domains, promise_seconds=5)
+    plain = estimate(PLAIN, domains, target_seconds=5)
+    spread = estimate(replace(PLAIN, spread_seconds=3_600), domains, target_seconds=5)
     assert plain.burst_writes == spread.burst_writes
     assert plain.burst_per_second == pytest.approx(plain.burst_writes / 5, abs=1)
     assert spread.burst_per_second == pytest.approx(plain.burst_writes / 3_600, abs=1)
@@ -94,7 +94,7 @@ def test_spreading_lowers_midnight_and_nothing_else() -> None:
     for seconds, enough in ((needed, True), (needed - 1, False)):
         limit = next(
             limit
-            for limit in estimate(replace(PLAIN, spread_seconds=seconds), domains, promise_seconds=5).limits
+            for limit in estimate(replace(PLAIN, spread_seconds=seconds), domains, target_seconds=5).limits
             if "midnight" in limit.name
         )
         assert (limit.used <= 1) is enough
@@ -113,7 +113,7 @@ def test_units_are_whole_kilobytes() -> None:
     small, large = (uniform_domains(contract, 1_000, 1, attributes) for attributes in (20, 40))
     assert small[0].item_bytes < 1_024 < large[0].item_bytes < 2_048
     reads = Workload(1_000, 1_000, interaction_share=0.0, reads_per_day=1_000)
-    once, twice = (estimate(reads, domains, promise_seconds=5) for domains in (small, large))
+    once, twice = (estimate(reads, domains, target_seconds=5) for domains in (small, large))
     assert twice.write_units_per_day == pytest.approx(2 * once.write_units_per_day, abs=1)
     # Both fit in 4 KiB, and an eventually consistent read is half a unit.
     assert once.read_units_per_day == twice.read_units_per_day == 500
@@ -122,7 +122,7 @@ def test_units_are_whole_kilobytes() -> None:
 def test_a_fenced_writer_pays_twice_for_its_writes_alone() -> None:
     domains = contract_domains(load_contract(PROJECT), PLAIN.viewers)
     plain, fenced = (
-        estimate(replace(PLAIN, fenced=fenced), domains, promise_seconds=5) for fenced in (False, True)
+        estimate(replace(PLAIN, fenced=fenced), domains, target_seconds=5) for fenced in (False, True)
     )
     assert fenced.write_units_per_day == pytest.approx(2 * plain.write_units_per_day, abs=1)
     assert fenced.event_writes_per_day == plain.event_writes_per_day
@@ -131,20 +131,20 @@ def test_a_fenced_writer_pays_twice_for_its_writes_alone() -> None:
 
 def test_dollars_follow_the_prices() -> None:
     domains = contract_domains(load_contract(PROJECT), PLAIN.viewers)
-    found = estimate(PLAIN, domains, promise_seconds=5)
+    found = estimate(PLAIN, domains, target_seconds=5)
     assert found.dollars["writes"] == (
         Decimal(found.write_units_per_day * 30) / 1_000_000 * Decimal("0.625")
     ).quantize(Decimal("0.01"))
     assert found.dollars["total"] == sum(amount for name, amount in found.dollars.items() if name != "total")
     free = Prices(*[Decimal(0)] * 6)
-    assert set(estimate(PLAIN, domains, promise_seconds=5, prices=free).dollars.values()) == {Decimal("0.00")}
+    assert set(estimate(PLAIN, domains, target_seconds=5, prices=free).dollars.values()) == {Decimal("0.00")}
 
 
 def test_a_larger_quota_is_less_used() -> None:
     domains = contract_domains(load_contract(PROJECT), PLAIN.viewers)
     limits = [
         estimate(
-            PLAIN, domains, promise_seconds=5, capacities=Capacities(table_write_units=units)
+            PLAIN, domains, target_seconds=5, capacities=Capacities(table_write_units=units)
         ).breaks_first.used
         for units in (40_000, 80_000)
     ]
@@ -201,7 +201,7 @@ def test_the_command() -> None:
     expected = estimate(
         Workload(1_000, 5_000, spread_seconds=60),
         contract_domains(load_contract(PROJECT), 1_000),
-        promise_seconds=5,
+        target_seconds=5,
     )
     assert told["write_units_per_day"] == expected.write_units_per_day
     assert told["dollars"]["total"] == str(expected.dollars["total"])

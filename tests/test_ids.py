@@ -19,9 +19,9 @@ from dagster_prefs import ids
 from dagster_prefs.cli.serving import id_of
 from dagster_prefs.declarations.registry import FieldDeclaration, Key, KeyType
 from dagster_prefs.declarations.reserved import canary_of, is_reserved, people_only
+from dagster_prefs.erasure.events import Subject, SubjectRefused
 from dagster_prefs.events.fields import cell_text, field_text
 from dagster_prefs.events.messages import Topic
-from dagster_prefs.events.redaction import Subject, SubjectRefused
 from dagster_prefs.events.validity import rejection_reason
 from dagster_prefs.serving.preferences import PreferenceError, checked_user
 from dagster_prefs.serving.wire import RequestError, read_id

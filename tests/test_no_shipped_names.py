@@ -17,9 +17,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "dagster_prefs"
 OF_THE_EXAMPLE = frozenset(
     {
         "cli/services.py",
-        "demo.py",
+        "tools/demo.py",
         "events/rees46.py",
-        "events/scenario.py",
+        "tools/scenario.py",
         "serving/catalogue.py",
         "serving/preferences.py",
     }

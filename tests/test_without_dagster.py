@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.connection import EngineConfiguration
 
 # Every import of a package of Dagster's ends as where it is not installed.
 WITHOUT = """
@@ -28,8 +28,8 @@ main()
 
 
 def test_plan_apply_publish_status_and_erase(
-    copied_database: Callable[..., AbstractContextManager[EngineConnection]],
-    deployed_template: EngineConnection,
+    copied_database: Callable[..., AbstractContextManager[EngineConfiguration]],
+    deployed_template: EngineConfiguration,
     aws_endpoint: str,
     tmp_path: Path,
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from dagster_prefs.cli.root import cli, console, print_json, run_job, say, table_of
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.settings import load_settings
 
@@ -50,9 +50,9 @@ def publish(follow: bool, full: bool, as_json: bool) -> None:
     import signal
     import threading
 
-    from dagster_prefs.online.changefeed import process_label, publish_changes
-    from dagster_prefs.online.publisher import publish_domain
-    from dagster_prefs.online.tables import dynamodb_client, provision
+    from dagster_prefs.dynamodb.changefeed import process_label, publish_changes
+    from dagster_prefs.dynamodb.publisher import publish_domain
+    from dagster_prefs.dynamodb.tables import dynamodb_client, provision
 
     settings = load_settings()
     if not settings.publishes and not settings.follows:
@@ -68,7 +68,7 @@ def publish(follow: bool, full: bool, as_json: bool) -> None:
     if settings.follows:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
-    engine, contract = EngineConnection.of(settings), settings.registry().contract
+    engine, contract = EngineConfiguration.of(settings), settings.registry().contract
     client = dynamodb_client(settings.aws_endpoint, settings.aws_region)
     tables = provision(client, contract, prefix=settings.table_prefix, mode=settings.provisioning)
     if settings.follows:
@@ -80,7 +80,7 @@ def publish(follow: bool, full: bool, as_json: bool) -> None:
             mode="follow" if follow else "once",
             stop=stop,
             label=process_label(),
-            promise_seconds=settings.changefeed_lease_seconds,
+            lease_seconds=settings.changefeed_lease_seconds,
             full=full,
             notify=lambda message: say(message, stderr=True),
         )
@@ -152,7 +152,7 @@ def export(replace_foreign: bool) -> None:
     Exit 1, naming the files, where another writer changed exported days: they stay as they are.
     """
     from dagster_prefs.defs.offline_store import EXPORT_JOB, export_config, look, range_tags, ranges
-    from dagster_prefs.offline.export import ForeignRows
+    from dagster_prefs.iceberg.export import ForeignRows
     from dagster_prefs.platform import Platform
 
     settings = load_settings()
@@ -223,7 +223,7 @@ def cost(
 
     docs/scale.md says how, and shows the table of --table.
     """
-    from dagster_prefs import cost as model
+    from dagster_prefs.tools import cost as model
 
     contract = load_settings().registry().contract
     prices = model.Prices(**model.overrides(price, model.Prices))
@@ -245,7 +245,7 @@ def cost(
         else model.contract_domains(contract, viewers)
     )
     found = model.estimate(
-        workload, loads, promise_seconds=model.promise_of(contract), prices=prices, capacities=capacities
+        workload, loads, target_seconds=model.target_of(contract), prices=prices, capacities=capacities
     )
     if as_json:
         print_json(found.as_dict())

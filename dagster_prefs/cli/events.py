@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from dagster_prefs.cli.root import cli, console, print_json, progress_bar, table_of
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.settings import Settings, load_settings
 
@@ -38,7 +38,7 @@ def ingest(
     for file in files:
         with progress_bar(f"{file.name}") as advance:
             report = ingest_file(
-                EngineConnection.of(settings),
+                EngineConfiguration.of(settings),
                 registry,
                 file,
                 topic=topic,
@@ -136,7 +136,7 @@ def consume(topic: str | None, follow: bool) -> None:
         kafka_topic = names[declared.name]
         with progress_bar(declared.name) as advance:
             report = ingest_topic(
-                EngineConnection.of(settings),
+                EngineConfiguration.of(settings),
                 settings.kafka_bootstrap or "",
                 declared,
                 kafka_topic=kafka_topic,
@@ -181,7 +181,7 @@ def rejected(
     from dagster_prefs.events.rejected import rejected_counts, rejected_events
 
     settings = load_settings()
-    engine = EngineConnection.of(settings)
+    engine = EngineConfiguration.of(settings)
     topic = topic and settings.registry().topic(topic).name
     open_only = not with_replayed
     if topic or reason:
@@ -212,7 +212,7 @@ def rejected_export(file: Path, topic: str | None, reason: str | None) -> None:
 
     settings = load_settings()
     topic = topic and settings.registry().topic(topic).name
-    written = export_rejected(EngineConnection.of(settings), file, topic, reason)
+    written = export_rejected(EngineConfiguration.of(settings), file, topic, reason)
     console.print(f"{file}: {written} messages; correct each payload, then `prefs rejected replay {file}`")
 
 
@@ -233,7 +233,11 @@ def rejected_replay(
     if (file is None) != unchanged or (file is not None and (topic or reason)):
         raise click.UsageError("give either a FILE of corrections, or --unchanged with --topic or --reason")
     settings = load_settings()
-    engine, registry, deliver = EngineConnection.of(settings), settings.registry(), kafka_delivery(settings)
+    engine, registry, deliver = (
+        EngineConfiguration.of(settings),
+        settings.registry(),
+        kafka_delivery(settings),
+    )
     topic = topic and registry.topic(topic).name
     now = datetime.now(UTC)
     if file is None:
@@ -287,9 +291,9 @@ def simulate(
 
     Those of the example behave as people do; messages of other topics are made up from their fields.
     """
-    from dagster_prefs.events import simulator
     from dagster_prefs.events.brokers import client_properties
-    from dagster_prefs.events.scenario import scenario_plan
+    from dagster_prefs.tools import simulator
+    from dagster_prefs.tools.scenario import scenario_plan
 
     settings = load_settings()
     registry = settings.registry()
@@ -309,7 +313,7 @@ def simulate(
         ):
             console.print("Kafka holds events already: nothing was sent")
             return
-    engine = EngineConnection.of(settings)
+    engine = EngineConfiguration.of(settings)
     with progress_bar("events") as advance:
         if follow and target == "engine":
             counts = simulator.follow_to_engine(

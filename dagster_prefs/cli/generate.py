@@ -30,7 +30,7 @@ def generate(context: click.Context, check: bool) -> None:
         say(f"{project}: every generated file is what the declarations say")
         return
     from dagster_prefs.engine.dbt import compile_queries
-    from dagster_prefs.offline.windows import features_by_entity
+    from dagster_prefs.training.windows import features_by_entity
 
     # A view that training sets could not ask about other days is refused where it is being changed.
     changed = generate_files(project, compile_queries, features_by_entity)

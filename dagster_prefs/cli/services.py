@@ -21,7 +21,7 @@ from dagster_prefs.cli.root import (
 from dagster_prefs.settings import PROJECT_ROOT, load_settings
 
 if TYPE_CHECKING:
-    from dagster_prefs.demo import Summary
+    from dagster_prefs.tools.demo import Summary
 
 
 @cli.command()
@@ -108,9 +108,9 @@ def demo(
 
     Load, refresh, publish, export, read back.
     """
-    from dagster_prefs.demo import Demo
-    from dagster_prefs.events.scenario import SimulationPlan
-    from dagster_prefs.events.simulator import fitted
+    from dagster_prefs.tools.demo import Demo
+    from dagster_prefs.tools.scenario import SimulationPlan
+    from dagster_prefs.tools.simulator import fitted
 
     settings = load_settings()
     steps = plain_console(stderr=True)

@@ -9,7 +9,7 @@ import click
 
 from dagster_prefs.cli.root import cli, console, print_json, table_of
 from dagster_prefs.declarations.registry import Entity
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.ids import BadId, read_key
 from dagster_prefs.settings import Settings, load_settings
@@ -81,9 +81,9 @@ def profile(id_: str, entity: str | None, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def rank(user: str, limit: int, session: bool, as_json: bool) -> None:
     """Rank the catalogue for one user."""
-    from dagster_prefs.serving import PreferenceClient
+    from dagster_prefs.serving import ShopClient
 
-    with PreferenceClient(EngineConnection.of(load_settings())) as client:
+    with ShopClient(EngineConfiguration.of(load_settings())) as client:
         ranking = client.rank(user, limit=limit, session=session, now=datetime.now(UTC))
     if as_json:
         print_json([item.as_dict() for item in ranking])
@@ -162,7 +162,7 @@ def serve(
 
     Until Ctrl-C or SIGTERM.
     """
-    from dagster_prefs.serving import AsyncProfileClient, PreferenceClient
+    from dagster_prefs.serving import AsyncProfileClient, ShopClient
     from dagster_prefs.serving.connections import ConnectionLimits
     from dagster_prefs.serving.server import Load, make_app
     from dagster_prefs.serving.server import serve as run_server
@@ -187,8 +187,8 @@ def serve(
             for entity in registry.contract.tables
         ]
     if only != "profiles":
-        preferences = PreferenceClient(
-            EngineConnection.of(settings), pool_size=threads, statement_timeout_seconds=max(5.0, budget)
+        preferences = ShopClient(
+            EngineConfiguration.of(settings), pool_size=threads, statement_timeout_seconds=max(5.0, budget)
         )
     app = make_app(
         profiles,
@@ -222,7 +222,7 @@ def why(id_: str, attribute: str, entity: str | None, as_json: bool) -> None:
     settings = load_settings()
     with profile_client(settings, entity) as client:
         found = explain_attribute(
-            EngineConnection.of(settings),
+            EngineConfiguration.of(settings),
             client,
             id_of(client.entity, id_),
             attribute,

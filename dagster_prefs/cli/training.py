@@ -53,9 +53,9 @@ def training_set(
         return
     if labels is None:
         raise click.UsageError("--labels is missing: name a Parquet or CSV file, or an Iceberg table")
-    from dagster_prefs.offline.training_set import CsvOptions, build_training_set, print_training_sql
-    from dagster_prefs.offline.windows import choose_features
     from dagster_prefs.platform import Platform
+    from dagster_prefs.training.training_set import CsvOptions, build_training_set, print_training_sql
+    from dagster_prefs.training.windows import choose_features
 
     platform = Platform(load_settings())
     features = choose_features(platform.registry, entity)
@@ -109,8 +109,8 @@ def training_set_reproduce(
     manifest: Path, output: str | None, labels: str | None, keep_formulas: bool
 ) -> None:
     """Write the training set of a manifest again and prove that every row is equal."""
-    from dagster_prefs.offline.training_set import reproduce_training_set
     from dagster_prefs.platform import Platform
+    from dagster_prefs.training.training_set import reproduce_training_set
 
     first = manifest.with_name(manifest.name.removesuffix(".manifest.json"))
     platform = Platform(load_settings())
@@ -140,8 +140,9 @@ def erase(subject: tuple[str, ...], drop_tags: bool, training_sets: tuple[Path, 
 
     ENTITY may be left out where only one entity is erasable. Safe to run again after any failure.
     """
-    from dagster_prefs import erasure
-    from dagster_prefs.events.redaction import Subject
+    from dagster_prefs.erasure.erase import Stores, refresh_with
+    from dagster_prefs.erasure.erase import erase as erase_everywhere
+    from dagster_prefs.erasure.events import Subject
     from dagster_prefs.platform import Platform
 
     if len(subject) > 2:
@@ -157,14 +158,14 @@ def erase(subject: tuple[str, ...], drop_tags: bool, training_sets: tuple[Path, 
         )
     kind, name = subject if len(subject) == 2 else (erasable[0], subject[0])
     steps = plain_console(stderr=True)
-    report = erasure.erase(
-        erasure.Stores(
+    report = erase_everywhere(
+        Stores(
             platform.engine,
             platform.registry,
             platform.catalog,
             platform.dynamodb,
             platform.settings.table_prefix,
-            erasure.refresh_with(platform.dbt),
+            refresh_with(platform.dbt),
             platform.settings.iceberg_namespace,
             platform.settings.export == "sink",
         ),

@@ -9,7 +9,7 @@ from dagster_prefs.declarations.read import ModelYaml, as_map
 from dagster_prefs.declarations.registry import Entity, TileColumn, TileDeclaration
 
 LAST_EVENT_AT = "last_event_at"
-# What the training tables have an equal of (ICEBERG_TYPES in offline/tables.py; a test holds the two equal).
+# What the training tables have an equal of (ICEBERG_TYPES in iceberg/tables.py; a test holds the two equal).
 TILE_TYPES = ("bigint", "date", "decimal", "text", "timestamptz")
 TILE_KEYS = ("entity", "day", "table", "metric", "at_most", "sink")
 TILE_META = ("min",)

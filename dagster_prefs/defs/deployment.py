@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import dagster as dg
 
 from dagster_prefs.defs.resources import schedule_status
-from dagster_prefs.engine.plan import DEPLOYMENTS
+from dagster_prefs.deploy.plan import DEPLOYMENTS
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.platform import Platform
 

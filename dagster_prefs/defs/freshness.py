@@ -54,7 +54,7 @@ CHECKS = {
 # A sensor's tick may take a minute; what a canary has not shown by then, the next tick looks for.
 CANARY_PATIENCE_SECONDS = 10.0
 # A sensor that has not ticked for longer is not running, whatever its state says.
-CANARY_SILENCE = timedelta(minutes=10)
+CANARY_INACTIVITY = timedelta(minutes=10)
 
 
 def build(platform: Platform, alert_webhook: str | None = None) -> dg.Definitions:
@@ -195,7 +195,7 @@ def last_probe(instance: dg.DagsterInstance, registry: Registry, *, now: datetim
         return [Measure("canary", name, "skipped", reason) for name in names]
     at, cursor = max(ticks, key=lambda tick: tick[0])
     ticked = datetime.fromtimestamp(at, UTC)
-    if now - ticked > CANARY_SILENCE:
+    if now - ticked > CANARY_INACTIVITY:
         since = f"since {ticked:%Y-%m-%d %H:%M:%S} UTC" if at else "yet"
         reason = f"the sensor {CANARY_SENSOR} has not ticked {since}: see that the Dagster daemon runs"
         return unknown("canary", names, reason)

@@ -12,10 +12,10 @@ from pyiceberg.catalog import Catalog
 from dagster_prefs.defs.resources import TRAINING_TABLES_KEY, sensor_status
 from dagster_prefs.defs.training_data import jobs_of, maintained, parity_check, training_set_asset
 from dagster_prefs.errors import PrefsError
-from dagster_prefs.offline.export import ForeignRows, export_day, exported_days, foreign_days, stale_days
-from dagster_prefs.offline.launches import TableDay, due, dump_launches, load_launches
-from dagster_prefs.offline.tables import TileTable
-from dagster_prefs.offline.verify import verify_day
+from dagster_prefs.iceberg.export import ForeignRows, export_day, exported_days, foreign_days, stale_days
+from dagster_prefs.iceberg.launches import TableDay, due, dump_launches, load_launches
+from dagster_prefs.iceberg.tables import TileTable
+from dagster_prefs.iceberg.verify import verify_day
 from dagster_prefs.platform import Platform
 
 GROUP = "offline_store"

@@ -8,8 +8,8 @@ import dagster as dg
 
 from dagster_prefs.declarations.contract import Domain
 from dagster_prefs.defs.resources import table_key
+from dagster_prefs.dynamodb.publisher import publish_domain
 from dagster_prefs.freshness.online import online_lag
-from dagster_prefs.online.publisher import publish_domain
 from dagster_prefs.platform import Platform, catch_up
 
 GROUP = "online_store"

@@ -10,13 +10,19 @@ from pydantic import Field
 from dagster_prefs.defs.resources import schedule_status
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.files import make_private_folder
-from dagster_prefs.offline.catalog import TableMissing
-from dagster_prefs.offline.maintenance import maintain, maintain_training_sets
-from dagster_prefs.offline.outputs import output_within
-from dagster_prefs.offline.parity import AttributeParity, Difference, ParityReport, check_parity, served_items
-from dagster_prefs.offline.training_set import CsvOptions, build_training_set
-from dagster_prefs.offline.windows import Features, choose_features, features_by_entity
+from dagster_prefs.iceberg.catalog import TableMissing
+from dagster_prefs.iceberg.maintenance import maintain, maintain_training_sets
 from dagster_prefs.platform import Platform
+from dagster_prefs.training.outputs import output_within
+from dagster_prefs.training.parity import (
+    AttributeParity,
+    Difference,
+    ParityReport,
+    check_parity,
+    served_items,
+)
+from dagster_prefs.training.training_set import CsvOptions, build_training_set
+from dagster_prefs.training.windows import Features, choose_features, features_by_entity
 
 MAINTENANCE_JOB = "maintenance"
 PARITY_JOB = "parity"

@@ -10,7 +10,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError
 
 
@@ -60,7 +60,7 @@ class Catalog:
         return frozenset(found)
 
 
-def read_catalog(connection: psycopg.Connection[Any], engine: EngineConnection) -> Catalog:
+def read_catalog(connection: psycopg.Connection[Any], engine: EngineConfiguration) -> Catalog:
     """The objects of the engine's schema and the dependencies on them, indexes left out."""
     if engine.kind == "risingwave":
         objects = connection.execute(
@@ -99,7 +99,7 @@ def read_catalog(connection: psycopg.Connection[Any], engine: EngineConnection) 
 
 
 def row_counts(
-    connection: psycopg.Connection[Any], engine: EngineConnection, names: Sequence[str]
+    connection: psycopg.Connection[Any], engine: EngineConfiguration, names: Sequence[str]
 ) -> dict[str, int]:
     """Rows of each of the named relations that exist, exact on the embedded engine.
 

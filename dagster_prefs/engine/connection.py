@@ -51,7 +51,7 @@ def on_this_machine(host: str) -> bool:
 
 
 @dataclass(frozen=True)
-class EngineConnection:
+class EngineConfiguration:
     """Where the engine is and who we are there; the password never shows in a repr.
 
     `sslmode` is libpq's; empty means TLS is required unless the engine is on this machine. libpq's `allow` and
@@ -78,7 +78,7 @@ class EngineConnection:
             )
 
     @classmethod
-    def of(cls, settings: Settings) -> EngineConnection:
+    def of(cls, settings: Settings) -> EngineConfiguration:
         """The connection that the settings describe."""
         return cls(
             host=settings.engine_host,
@@ -92,7 +92,7 @@ class EngineConnection:
             passfile=str(settings.engine_passfile or ""),
         )
 
-    def with_database(self, database: str) -> EngineConnection:
+    def with_database(self, database: str) -> EngineConfiguration:
         """The same server, another database."""
         return replace(self, database=database)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.explain import failed_statement
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.files import make_private_folder
@@ -65,7 +65,7 @@ class Dbt:
 
     def __init__(
         self,
-        connection: EngineConnection,
+        connection: EngineConfiguration,
         project_dir: Path,
         target_dir: Path,
         environment: Mapping[str, str] | None = None,
@@ -367,7 +367,7 @@ def compile_queries(project_dir: Path, relations: Sequence[str]) -> dict[str, st
     """
     if not relations:
         return {}
-    nowhere = EngineConnection("127.0.0.1", 1, "any", "any", schema="any", kind="risingwave")
+    nowhere = EngineConfiguration("127.0.0.1", 1, "any", "any", schema="any", kind="risingwave")
     with tempfile.TemporaryDirectory() as target:
         # A spread moves a key's day, which whoever asks about other days has done already.
         dbt = Dbt(nowhere, project_dir, Path(target), {"PREFS_EXPIRY_SPREAD_SECONDS": "0"})

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.connection import EngineConfiguration
 
 _CREDENTIALS = re.compile(r"(?i)((?:secret|password|access[._]key|token|jaas)[a-z._]*\s*=\s*)'[^']*'")
 # What dbt and RisingWave put around the reasons, and dbt's call stack.
@@ -52,7 +52,7 @@ def engine_words(message: str) -> str:
 
 
 def failed_statement(
-    message: str, unique_id: str, manifest: Mapping[str, Any], engine: EngineConnection
+    message: str, unique_id: str, manifest: Mapping[str, Any], engine: EngineConfiguration
 ) -> str | None:
     """One sentence about a model or test whose statement the engine refused, its words behind; None for other errors.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import psycopg
 
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
 from dagster_prefs.errors import PrefsError
 
@@ -22,7 +22,7 @@ def server_version(text: str) -> tuple[int, ...]:
     return tuple(map(int, found.groups())) if found else (0, 0, 0)
 
 
-def require_version(connection: psycopg.Connection[Any], engine: EngineConnection, dbt: Dbt) -> None:
+def require_version(connection: psycopg.Connection[Any], engine: EngineConfiguration, dbt: Dbt) -> None:
     """Refuse a RisingWave that is older than the dbt project needs; the embedded engine is never refused.
 
     The macro `require_version` refuses it in the same words where dbt runs alone. Raises EngineTooOld.

@@ -26,8 +26,8 @@ from psycopg import sql
 
 from dagster_prefs.declarations.registry import FieldDeclaration, Registry
 from dagster_prefs.declarations.reserved import PREFIX, canary_of
-from dagster_prefs.engine.connection import EngineConnection
-from dagster_prefs.events.raw import RawStoreError, explained
+from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.events.raw import RawStoreError, translated
 
 RELATION = "canary_keys"
 # Why the typed layer rejects the canaries that other deployments send to the same topics.
@@ -102,12 +102,12 @@ def canary_value(field: FieldDeclaration) -> str | int | bool:
     return field.maximum if field.maximum is not None else max(60, field.minimum or 0)
 
 
-def canary_key(engine: EngineConnection) -> CanaryKey:
+def canary_key(engine: EngineConfiguration) -> CanaryKey:
     """The key that this deployment's canaries are sent with, made when there is none.
 
     Raises EngineUnavailable, or RawStoreError where `canary_keys` was not made yet.
     """
-    with engine.connect() as session, explained(engine, RELATION):
+    with engine.connect() as session, translated(engine, RELATION):
         found = _newest(session, engine)
         if found is None:
             made = CanaryKey.random()
@@ -124,7 +124,7 @@ def canary_key(engine: EngineConnection) -> CanaryKey:
     return found
 
 
-def _newest(session: psycopg.Connection[Any], engine: EngineConnection) -> CanaryKey | None:
+def _newest(session: psycopg.Connection[Any], engine: EngineConfiguration) -> CanaryKey | None:
     row = session.execute(
         sql.SQL("select deployment, secret_hex from {} order by made_at desc, deployment limit 1").format(
             _table(engine)
@@ -133,7 +133,7 @@ def _newest(session: psycopg.Connection[Any], engine: EngineConnection) -> Canar
     return CanaryKey(*row) if row else None
 
 
-def _table(engine: EngineConnection) -> sql.Identifier:
+def _table(engine: EngineConfiguration) -> sql.Identifier:
     return sql.Identifier(engine.schema, RELATION)
 
 

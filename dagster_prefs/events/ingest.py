@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from dagster_prefs.declarations.registry import Registry, TopicDeclaration
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.events.formats import (
     ColumnMapping,
     EventFileError,
@@ -69,7 +69,7 @@ def _as_text(path: Path | str) -> str:
 
 
 def ingest_file(
-    connection: EngineConnection,
+    connection: EngineConfiguration,
     registry: Registry,
     path: Path,
     *,

@@ -25,7 +25,7 @@ from confluent_kafka import (
 )
 
 from dagster_prefs.declarations.registry import TopicDeclaration
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.events.contact import BROKER_TIMEOUT_SECONDS, Contact
 from dagster_prefs.events.contact import KafkaUnavailable as KafkaUnavailable
 from dagster_prefs.events.raw import IngestReport, Progress, ProgressCallback, RawMessage, RawStore
@@ -39,7 +39,7 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def ingest_topic(
-    connection: EngineConnection,
+    connection: EngineConfiguration,
     bootstrap: str,
     topic: TopicDeclaration,
     *,

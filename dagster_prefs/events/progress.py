@@ -15,7 +15,7 @@ from psycopg import sql
 
 from dagster_prefs.declarations.registry import Registry, TopicDeclaration
 from dagster_prefs.engine.catalog import NotDeployed
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.connection import EngineConfiguration
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Waiting:
 
 
 def waiting_since(
-    connection: psycopg.Connection[Any], engine: EngineConnection, registry: Registry
+    connection: psycopg.Connection[Any], engine: EngineConfiguration, registry: Registry
 ) -> dict[str, Waiting]:
     """Topic → what no refresh of the embedded engine has read of it; topics that are read are absent.
 
@@ -52,7 +52,7 @@ def waiting_since(
 
 
 def unread(
-    connection: psycopg.Connection[Any], engine: EngineConnection, topic: TopicDeclaration
+    connection: psycopg.Connection[Any], engine: EngineConfiguration, topic: TopicDeclaration
 ) -> Waiting | None:
     """What no refresh of the embedded engine has read of one topic, None where nothing waits; raises psycopg.Error."""
     query = sql.SQL(

@@ -12,7 +12,7 @@ import psycopg
 from psycopg import sql
 
 from dagster_prefs.declarations.registry import TopicDeclaration
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError
 
 # RisingWave takes no COPY; rows per INSERT, of five parameters each, far below the wire's 65,535.
@@ -97,7 +97,7 @@ class RawStore:
     away, its disk is full, or a table is missing.
     """
 
-    def __init__(self, connection: EngineConnection) -> None:
+    def __init__(self, connection: EngineConfiguration) -> None:
         self.engine = connection
         self._connection = connection.connect(autocommit=True)
         self._staged = False
@@ -119,14 +119,14 @@ class RawStore:
         """
         if not messages:
             return 0
-        with self._explained(topic.raw):
+        with self._translated(topic.raw):
             if self.engine.kind == "risingwave":
                 return self._insert(topic, source, messages)
             return self._copy(topic, source, messages)
 
     def last_offsets(self, topic: TopicDeclaration, source: str) -> dict[int, int]:
         """The highest stored offset of each partition of a source."""
-        with self._explained(topic.raw):
+        with self._translated(topic.raw):
             rows = self._connection.execute(
                 sql.SQL(
                     "select source_partition, max(source_offset) from {} where source = %s "
@@ -143,7 +143,7 @@ class RawStore:
 
     def recall_all(self, prefix: str) -> list[FileRecord]:
         """What is remembered of every source whose name starts with `prefix`, by name."""
-        with self._explained("ingest_files"):
+        with self._translated("ingest_files"):
             rows = self._connection.execute(
                 sql.SQL(
                     "select source, path, topic, lines, shift_seconds, completed_at from {} "
@@ -178,7 +178,7 @@ class RawStore:
         for start in range(0, len(places), ROWS_PER_INSERT):
             batch = places[start : start + ROWS_PER_INSERT]
             values = [value for place in batch for value in (topic.name, *place, at)]
-            with self._explained("replayed_events"):
+            with self._translated("replayed_events"):
                 self._connection.execute(
                     sql.SQL(
                         "insert into {} (topic, source, source_partition, source_offset, replayed_at) values {} {}"
@@ -193,7 +193,7 @@ class RawStore:
     def _remember(self, record: FileRecord, on_conflict: str) -> None:
         # On RisingWave an insert into a keyed table replaces the row of its key.
         ending = on_conflict if self.engine.kind == "local" else ""
-        with self._explained("ingest_files"):
+        with self._translated("ingest_files"):
             self._connection.execute(
                 sql.SQL(
                     "insert into {} (source, path, topic, lines, shift_seconds, completed_at) "
@@ -269,13 +269,13 @@ class RawStore:
         return sql.Identifier(self.engine.schema, name)
 
     @contextmanager
-    def _explained(self, relation: str) -> Iterator[None]:
-        with explained(self.engine, relation):
+    def _translated(self, relation: str) -> Iterator[None]:
+        with translated(self.engine, relation):
             yield
 
 
 @contextmanager
-def explained(engine: EngineConnection, relation: str) -> Iterator[None]:
+def translated(engine: EngineConfiguration, relation: str) -> Iterator[None]:
     """Turn what psycopg raises into a RawStoreError that says what to do about `relation`."""
     try:
         yield
@@ -303,7 +303,7 @@ def explained(engine: EngineConnection, relation: str) -> Iterator[None]:
         raise RawStoreError(f"the engine refused a batch for {relation} ({_first(error)}): {AGAIN}") from None
 
 
-def _missing(engine: EngineConnection, relation: str) -> RawStoreError:
+def _missing(engine: EngineConfiguration, relation: str) -> RawStoreError:
     return RawStoreError(
         f"the engine has no table {relation} in schema {engine.schema}: "
         "make it with `dbt run` in dbt_project/ and run the same command again"

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from psycopg import sql
 
-from dagster_prefs.engine.connection import EngineConnection
-from dagster_prefs.events.raw import explained
+from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.events.raw import translated
 from dagster_prefs.events.validity import CLOSED
 
 RELATION = "rejected_events"
@@ -27,7 +27,7 @@ class RejectedEvent:
     payload: str
 
 
-def rejected_counts(connection: EngineConnection, *, open_only: bool = False) -> dict[str, dict[str, int]]:
+def rejected_counts(connection: EngineConfiguration, *, open_only: bool = False) -> dict[str, dict[str, int]]:
     """Refused messages per topic and kind of reason, most frequent first, as of the last refresh.
 
     The kind leaves the size out of a reason that names one: `genre has too many bytes, at most 1024`.
@@ -40,7 +40,7 @@ def rejected_counts(connection: EngineConnection, *, open_only: bool = False) ->
     ).format(
         _KIND, sql.Identifier(connection.schema, RELATION), _is_open(connection) if open_only else _ALWAYS
     )
-    with connection.connect() as session, explained(connection, RELATION):
+    with connection.connect() as session, translated(connection, RELATION):
         rows = session.execute(query).fetchall()
     counts: dict[str, dict[str, int]] = {}
     for topic, reason, count in rows:
@@ -49,7 +49,7 @@ def rejected_counts(connection: EngineConnection, *, open_only: bool = False) ->
 
 
 def rejected_events(
-    connection: EngineConnection,
+    connection: EngineConfiguration,
     topic: str | None = None,
     reason: str | None = None,
     limit: int = 20,
@@ -64,7 +64,7 @@ def rejected_events(
 
 
 def stream_rejected(
-    connection: EngineConnection,
+    connection: EngineConfiguration,
     topic: str | None = None,
     reason: str | None = None,
     limit: int | None = None,
@@ -87,7 +87,7 @@ def stream_rejected(
         sql.SQL(" and ").join(conditions),
         sql.SQL("") if limit is None else sql.SQL("limit {}").format(sql.Literal(limit)),
     )
-    with connection.connect() as session, explained(connection, RELATION), session.cursor() as cursor:
+    with connection.connect() as session, translated(connection, RELATION), session.cursor() as cursor:
         # Streamed, because RisingWave has no server-side cursors.
         for row in cursor.stream(query, values, size=FETCH_ROWS):
             yield RejectedEvent(*row)
@@ -98,7 +98,7 @@ _ALWAYS = sql.SQL("true")
 _KIND = sql.SQL("regexp_replace(reason, ' has [0-9]+ bytes, at most ', ' has too many bytes, at most ')")
 
 
-def _is_open(connection: EngineConnection) -> sql.Composed:
+def _is_open(connection: EngineConfiguration) -> sql.Composed:
     """The condition that a row of `rejected` waits for a correction."""
     return sql.SQL(
         "rejected.reason not in ({}) and not exists (select 1 from {} as replayed where replayed.topic = rejected.topic"

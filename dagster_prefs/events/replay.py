@@ -20,7 +20,7 @@ from typing import Any
 from psycopg import sql
 
 from dagster_prefs.declarations.registry import Registry
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.events.formats import (
     EventFileError,
@@ -29,7 +29,7 @@ from dagster_prefs.events.formats import (
 )
 from dagster_prefs.events.ingest import Delivery
 from dagster_prefs.events.messages import Topic, topics_of, value_span
-from dagster_prefs.events.raw import Place, RawMessage, RawStore, explained
+from dagster_prefs.events.raw import Place, RawMessage, RawStore, translated
 from dagster_prefs.events.rejected import RELATION, stream_rejected
 from dagster_prefs.events.validity import ERASED, rejection_reason
 from dagster_prefs.files import whole_file
@@ -68,7 +68,7 @@ class _Correction:
 
 
 def export_rejected(
-    connection: EngineConnection, path: Path, topic: str | None = None, reason: str | None = None
+    connection: EngineConfiguration, path: Path, topic: str | None = None, reason: str | None = None
 ) -> int:
     """Write the rejected messages that are open to a new JSON-lines file; returns their number.
 
@@ -97,7 +97,7 @@ def export_rejected(
 
 
 def replay_file(
-    connection: EngineConnection,
+    connection: EngineConfiguration,
     registry: Registry,
     path: Path,
     *,
@@ -144,7 +144,7 @@ def replay_file(
 
 
 def replay_unchanged(
-    connection: EngineConnection,
+    connection: EngineConfiguration,
     registry: Registry,
     topic: str | None = None,
     reason: str | None = None,
@@ -193,7 +193,7 @@ def _send(store: RawStore, batch: list[_Correction], now: datetime, deliver: Del
 
 
 def _judge(
-    connection: EngineConnection, batch: list[_Correction], now: datetime
+    connection: EngineConfiguration, batch: list[_Correction], now: datetime
 ) -> tuple[dict[int, str], set[tuple[str, Place]]]:
     """Line → why it cannot be sent, and which of the batch were replayed before."""
     rejected, replayed = _known(connection, batch)
@@ -217,7 +217,7 @@ def _judge(
 
 
 def _known(
-    connection: EngineConnection, batch: list[_Correction]
+    connection: EngineConfiguration, batch: list[_Correction]
 ) -> tuple[dict[tuple[str, Place], str], set[tuple[str, Place]]]:
     """The reasons of those of the batch that were rejected, and which of it were replayed before."""
     values = [
@@ -231,7 +231,7 @@ def _known(
             sql.Identifier(connection.schema, relation),
             sql.Identifier(offset),
         )
-        with explained(connection, relation):
+        with translated(connection, relation):
             return session.execute(query, values).fetchall()
 
     with connection.connect() as session:

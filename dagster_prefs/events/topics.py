@@ -19,7 +19,7 @@ from confluent_kafka.admin import AdminClient
 from psycopg import sql
 
 from dagster_prefs.engine.catalog import NotDeployed, missing_relation
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.events.contact import BROKER_TIMEOUT_SECONDS, PAUSE_SECONDS, Contact
 
 # What the id reads where brokers are older than topic ids (2.8).
@@ -30,7 +30,7 @@ TopicState = Literal["noted", "unnoted", "recreated", "unknown"]
 
 
 @dataclass(frozen=True)
-class TopicLife:
+class TopicGeneration:
     """A topic as the engine knows it and as the brokers have it now.
 
     `noted_id` is None before the first look, `broker_id` None where the brokers tell no ids.
@@ -102,9 +102,9 @@ def broker_ids(
     return found
 
 
-def topic_lives(
-    session: psycopg.Connection[Any], engine: EngineConnection, ids: Mapping[str, str | None]
-) -> dict[str, TopicLife]:
+def topic_generations(
+    session: psycopg.Connection[Any], engine: EngineConfiguration, ids: Mapping[str, str | None]
+) -> dict[str, TopicGeneration]:
     """Topic → what the engine remembers of it beside the brokers' `ids`.
 
     Raises NotDeployed when `kafka_topics` is not there.
@@ -126,22 +126,22 @@ def topic_lives(
     lives = {}
     for name, identity in ids.items():
         generation, noted = known.get(name, (1, None))
-        lives[name] = TopicLife(name, generation, noted, identity)
+        lives[name] = TopicGeneration(name, generation, noted, identity)
     return lives
 
 
 def note_topics(
     session: psycopg.Connection[Any],
-    engine: EngineConnection,
+    engine: EngineConfiguration,
     ids: Mapping[str, str | None],
     *,
     now: datetime,
-) -> dict[str, TopicLife]:
+) -> dict[str, TopicGeneration]:
     """Remember the brokers' ids; a topic whose id changed enters its next generation.
 
     Returns the lives as they stood before. Raises NotDeployed. A repeated call changes nothing.
     """
-    lives = topic_lives(session, engine, ids)
+    lives = topic_generations(session, engine, ids)
     for life in lives.values():
         if life.state not in ("unnoted", "recreated"):
             continue
@@ -158,5 +158,5 @@ def note_topics(
     return lives
 
 
-def _table(engine: EngineConnection) -> sql.Identifier:
+def _table(engine: EngineConfiguration) -> sql.Identifier:
     return sql.Identifier(engine.schema, "kafka_topics")

@@ -21,7 +21,7 @@ from psycopg import sql
 from dagster_prefs.declarations.contract import LAST_EVENT_AT, Freshness
 from dagster_prefs.declarations.registry import Key, Registry
 from dagster_prefs.declarations.reserved import canary_of
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.events.canaries import canary_events, canary_key
 from dagster_prefs.events.kafka import KafkaWriter
@@ -83,7 +83,7 @@ class CanaryState:
 
 
 def send_canary(
-    engine: EngineConnection,
+    engine: EngineConfiguration,
     registry: Registry,
     moment: datetime,
     *,
@@ -144,7 +144,7 @@ def canary_views(registry: Registry) -> dict[str, View]:
 
 
 def read_views(
-    engine: EngineConnection, registry: Registry, views: Mapping[str, View]
+    engine: EngineConfiguration, registry: Registry, views: Mapping[str, View]
 ) -> dict[str, int | None]:
     """Entity → newest canary event in its view of `canary_views`."""
     newest: dict[str, int | None] = {}

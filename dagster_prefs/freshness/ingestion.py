@@ -13,10 +13,10 @@ from confluent_kafka import TIMESTAMP_NOT_AVAILABLE, Consumer, KafkaError, Kafka
 from psycopg import sql
 
 from dagster_prefs.declarations.registry import TopicDeclaration
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.events.contact import BROKER_TIMEOUT_SECONDS, Contact, KafkaUnavailable
 from dagster_prefs.events.kafka import TopicUnavailable, topic_partitions, watermarks
-from dagster_prefs.events.topics import TopicLife, source_name
+from dagster_prefs.events.topics import TopicGeneration, source_name
 from dagster_prefs.freshness.levels import Unmeasurable, unreadable
 
 State = Literal["current", "behind", "lost", "recreated", "unknown"]
@@ -174,14 +174,14 @@ class Broker:
 
 def ingestion_lag(
     connection: psycopg.Connection[Any],
-    engine: EngineConnection,
+    engine: EngineConfiguration,
     broker: Broker,
     topic: TopicDeclaration,
     *,
     now: datetime,
     kafka_topic: str | None = None,
     start: Literal["earliest", "latest"] = "earliest",
-    life: TopicLife | None = None,
+    life: TopicGeneration | None = None,
 ) -> IngestionLag:
     """How far the engine is behind each partition of one topic; `now` is UTC.
 
@@ -236,7 +236,7 @@ def ingestion_lag(
 
 def _last_offsets(
     connection: psycopg.Connection[Any],
-    engine: EngineConnection,
+    engine: EngineConfiguration,
     topic: TopicDeclaration,
     source: str,
     partitions: list[int],

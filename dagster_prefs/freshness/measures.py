@@ -14,25 +14,25 @@ import psycopg
 
 from dagster_prefs.declarations.contract import Contract, Domain, Freshness
 from dagster_prefs.declarations.registry import Registry
+from dagster_prefs.dynamodb.access import ItemAccess
+from dagster_prefs.dynamodb.lease import LeaseState, read_lease
+from dagster_prefs.dynamodb.tables import TableReport
 from dagster_prefs.engine.catalog import NotDeployed
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.freshness.levels import Level, Measure, Stage, Unmeasurable, judge, worst
 from dagster_prefs.freshness.online import OnlineLag, online_lag
 from dagster_prefs.freshness.views import Typed, View, ViewLag, view_lag, watched_relations
-from dagster_prefs.online.access import ItemAccess
-from dagster_prefs.online.lease import LeaseState, read_lease
-from dagster_prefs.online.tables import TableReport
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
     from pyiceberg.catalog import Catalog
 
     from dagster_prefs.freshness.ingestion import IngestionLag, State
-    from dagster_prefs.offline.tables import TileTable
+    from dagster_prefs.iceberg.tables import TileTable
 
 # A holder that misses so many of its promises does not live.
-SILENCES = 3
+INACTIVE_PROMISES = 3
 # A refresh that takes longer than this excuses nothing.
 REFRESH_PATIENCE_SECONDS = 900
 
@@ -43,7 +43,7 @@ def unknown(stage: Stage, names: Iterable[str], why: Exception | str) -> list[Me
 
 
 def measure_views(
-    engine: EngineConnection,
+    engine: EngineConfiguration,
     registry: Registry,
     *,
     now: datetime,
@@ -128,7 +128,7 @@ def _view_measure(
 
 
 def measure_online(
-    engine: EngineConnection,
+    engine: EngineConfiguration,
     contract: Contract,
     connect: Callable[[], tuple[DynamoDBClient, Mapping[str, TableReport]]],
     *,
@@ -191,13 +191,13 @@ def _with_follower(measure: Measure, state: LeaseState | None, now: datetime) ->
     if state.token is not None:
         values["token_age_seconds"] = max(0.0, now.timestamp() - state.token / 1000)
     level, reasons = measure.level, [measure.reason]
-    if -silent > SILENCES * state.promise_seconds:
+    if -silent > INACTIVE_PROMISES * state.lease_seconds:
         level = worst([level, "unknown"])
         reasons.append(
             f"its publisher {state.label} was last heard {-silent:.0f} s in the future: its clock and this machine's "
             "differ, set them right"
         )
-    elif state.holder and silent > SILENCES * state.promise_seconds:
+    elif state.holder and silent > INACTIVE_PROMISES * state.lease_seconds:
         level = worst([level, "error"])
         reasons.append(
             f"its publisher {state.label} has been silent for {silent:.0f} s: start `prefs publish --follow`"
@@ -263,7 +263,7 @@ def _remedy(lag: OnlineLag, domain: Domain, publishes: bool, follows: bool) -> s
 
 
 def measure_offline(
-    engine: EngineConnection,
+    engine: EngineConfiguration,
     contract: Contract,
     connect: Callable[[], Catalog],
     specs: Sequence[TileTable],
@@ -325,7 +325,7 @@ def measure_offline(
     return measures
 
 
-def refresh_running(connection: psycopg.Connection[Any], engine: EngineConnection) -> bool:
+def refresh_running(connection: psycopg.Connection[Any], engine: EngineConfiguration) -> bool:
     """Whether dbt is at work in the embedded engine right now, so that views differ for a moment.
 
     Always False on RisingWave, whose views need no refresh.
@@ -342,7 +342,7 @@ def refresh_running(connection: psycopg.Connection[Any], engine: EngineConnectio
 
 
 def measure_ingestion(
-    engine: EngineConnection,
+    engine: EngineConfiguration,
     registry: Registry,
     bootstrap: str | None,
     *,
@@ -362,7 +362,7 @@ def measure_ingestion(
     engine that do not answer: those measures are `unknown`.
     """
     from dagster_prefs.events.contact import KafkaUnavailable
-    from dagster_prefs.events.topics import TopicLife, broker_ids, topic_lives
+    from dagster_prefs.events.topics import TopicGeneration, broker_ids, topic_generations
     from dagster_prefs.freshness.ingestion import Broker, BrokersSilent, ingestion_lag
 
     thresholds = registry.contract.freshness.topics
@@ -378,7 +378,7 @@ def measure_ingestion(
             Broker(bootstrap, timeout_seconds=timeout_seconds, client=client) as broker,
         ):
             measures: list[Measure] = []
-            lives: dict[str, TopicLife] = {}
+            lives: dict[str, TopicGeneration] = {}
             if by_id:
                 with suppress(KafkaUnavailable, NotDeployed):
                     ids = broker_ids(
@@ -387,7 +387,7 @@ def measure_ingestion(
                         client=client,
                         timeout_seconds=2,
                     )
-                    lives = topic_lives(connection, engine, ids)
+                    lives = topic_generations(connection, engine, ids)
             for topic in topics:
                 try:
                     lag = ingestion_lag(

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from typing import TYPE_CHECKING
 
-from dagster_prefs.engine.connection import EngineConnection
-from dagster_prefs.offline.export import exported_days, foreign_days, stale_days
-from dagster_prefs.offline.tables import TileTable
+from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.iceberg.export import exported_days, foreign_days, stale_days
+from dagster_prefs.iceberg.tables import TileTable
 
 if TYPE_CHECKING:
     from pyiceberg.catalog import Catalog
@@ -34,7 +34,7 @@ class OfflineLag:
 
 
 def offline_lag(
-    engine: EngineConnection,
+    engine: EngineConfiguration,
     catalog: Catalog,
     spec: TileTable,
     *,

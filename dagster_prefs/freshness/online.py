@@ -14,11 +14,11 @@ import psycopg
 from psycopg import sql
 
 from dagster_prefs.declarations.contract import LAST_EVENT_AT, Contract, Domain, Table
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.dynamodb.access import ItemAccess, StoreUnavailable
+from dagster_prefs.dynamodb.items import plain
+from dagster_prefs.dynamodb.tables import TableReport
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.freshness.levels import Unmeasurable, unreadable
-from dagster_prefs.online.access import ItemAccess, StoreUnavailable
-from dagster_prefs.online.items import plain
-from dagster_prefs.online.tables import TableReport
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
@@ -101,7 +101,7 @@ class OnlineLag:
 
 
 def online_lag(
-    engine: EngineConnection,
+    engine: EngineConfiguration,
     client: DynamoDBClient,
     contract: Contract,
     domain: Domain,
@@ -151,7 +151,7 @@ class Comparison:
     def __init__(
         self,
         connection: psycopg.Connection[Any],
-        engine: EngineConnection,
+        engine: EngineConfiguration,
         client: DynamoDBClient,
         contract: Contract,
         domain: Domain,

@@ -12,13 +12,13 @@ import psycopg
 from psycopg import sql
 
 from dagster_prefs.declarations.contract import LAST_EVENT_AT, Contract, Domain
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.dynamodb.access import StoreUnavailable
+from dagster_prefs.dynamodb.items import ItemEncoder, ItemError
+from dagster_prefs.dynamodb.tables import TableReport
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.freshness.levels import Unmeasurable
 from dagster_prefs.freshness.online import Comparison, Row
-from dagster_prefs.online.access import StoreUnavailable
-from dagster_prefs.online.items import ItemEncoder, ItemError
-from dagster_prefs.online.tables import TableReport
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
@@ -52,7 +52,7 @@ class ReconcileReport:
 
 
 def reconcile_domain(
-    engine: EngineConnection,
+    engine: EngineConfiguration,
     client: DynamoDBClient,
     contract: Contract,
     domain: Domain,

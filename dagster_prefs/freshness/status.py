@@ -14,7 +14,8 @@ from rich.text import Text
 
 from dagster_prefs.declarations.contract import Contract
 from dagster_prefs.declarations.registry import Registry
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.dynamodb.tables import TableReport, dynamodb_client
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.freshness.levels import Level, Measure, worst
 from dagster_prefs.freshness.measures import (
     measure_ingestion,
@@ -23,7 +24,6 @@ from dagster_prefs.freshness.measures import (
     measure_views,
 )
 from dagster_prefs.freshness.online import find_tables
-from dagster_prefs.online.tables import TableReport, dynamodb_client
 from dagster_prefs.settings import Settings
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Sources:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.engine = EngineConnection.of(settings)
+        self.engine = EngineConfiguration.of(settings)
 
     @property
     def registry(self) -> Registry:
@@ -75,7 +75,7 @@ class Sources:
 
     def catalog(self) -> Catalog:
         """The Iceberg catalog; raises OfflineError when it does not answer."""
-        from dagster_prefs.offline.catalog import open_catalog
+        from dagster_prefs.iceberg.catalog import open_catalog
 
         return open_catalog(
             self.settings.iceberg_catalog,
@@ -120,7 +120,7 @@ class Sources:
 
     def offline(self, now: datetime) -> list[Measure]:
         """Tiles against the training tables."""
-        from dagster_prefs.offline.tables import tile_tables
+        from dagster_prefs.iceberg.tables import tile_tables
 
         return measure_offline(
             self.engine,

@@ -14,7 +14,7 @@ from sqlglot import exp
 
 from dagster_prefs.declarations.contract import LAST_EVENT_AT
 from dagster_prefs.declarations.registry import Registry, TopicDeclaration
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.events.progress import unread
 from dagster_prefs.freshness.levels import Unmeasurable, unreadable
 
@@ -201,7 +201,7 @@ class ViewLag:
 
 
 def view_lag(
-    connection: psycopg.Connection[Any], engine: EngineConnection, relation: Typed | View, *, now: datetime
+    connection: psycopg.Connection[Any], engine: EngineConfiguration, relation: Typed | View, *, now: datetime
 ) -> ViewLag:
     """How far a typed relation lags behind the messages that arrived, or a view behind its upstream.
 
@@ -222,7 +222,7 @@ def view_lag(
 
 
 def _typed_lag(
-    connection: psycopg.Connection[Any], engine: EngineConnection, typed: Typed, now: datetime
+    connection: psycopg.Connection[Any], engine: EngineConfiguration, typed: Typed, now: datetime
 ) -> ViewLag:
     parsed = sql.Identifier(engine.schema, typed.declared.parsed)
     newest_event = (
@@ -255,7 +255,7 @@ def _typed_lag(
 
 
 def _unread(
-    connection: psycopg.Connection[Any], engine: EngineConnection, typed: Typed
+    connection: psycopg.Connection[Any], engine: EngineConfiguration, typed: Typed
 ) -> tuple[datetime | None, int]:
     """Arrival of the oldest message that no refresh has read, and how many there are."""
     found = unread(connection, engine, typed.declared)
@@ -263,7 +263,7 @@ def _unread(
 
 
 def _unread_streaming(
-    connection: psycopg.Connection[Any], engine: EngineConnection, typed: Typed
+    connection: psycopg.Connection[Any], engine: EngineConfiguration, typed: Typed
 ) -> tuple[datetime | None, int]:
     """The same on RisingWave, where the newest offset of each partition says how far the parsed relation is."""
     parsed, raw = (
@@ -305,7 +305,7 @@ def _unread_streaming(
 
 
 def _missing_arrival(
-    connection: psycopg.Connection[Any], engine: EngineConnection, typed: Typed
+    connection: psycopg.Connection[Any], engine: EngineConfiguration, typed: Typed
 ) -> datetime | None:
     """Arrival of the oldest write that was parsed and whose last valid message is not among the typed events.
 
@@ -340,7 +340,7 @@ def _missing_arrival(
 
 
 def _missing_since(
-    connection: psycopg.Connection[Any], engine: EngineConnection, typed: Typed
+    connection: psycopg.Connection[Any], engine: EngineConfiguration, typed: Typed
 ) -> datetime | None:
     """Arrival of the oldest valid message found that is not among the typed events, None where the newest one is.
 
@@ -366,7 +366,7 @@ def _missing_since(
 
 
 def _is_accounted_for(
-    connection: psycopg.Connection[Any], engine: EngineConnection, typed: Typed, place: tuple[Any, ...]
+    connection: psycopg.Connection[Any], engine: EngineConfiguration, typed: Typed, place: tuple[Any, ...]
 ) -> bool:
     """Whether the valid message at a source, partition and offset is a typed event or of an erased subject."""
     kind, column = typed.subject or ("", typed.declared.identity)
@@ -401,7 +401,7 @@ def _is_accounted_for(
 
 
 def _view_lag(
-    connection: psycopg.Connection[Any], engine: EngineConnection, view: View, now: datetime
+    connection: psycopg.Connection[Any], engine: EngineConfiguration, view: View, now: datetime
 ) -> ViewLag:
     if view.unclear:
         raise Unmeasurable(f"{view.relation} cannot be watched: {view.unclear}")
@@ -432,7 +432,7 @@ def _view_lag(
 
 def _waiting(
     connection: psycopg.Connection[Any],
-    engine: EngineConnection,
+    engine: EngineConfiguration,
     upstream: Upstream,
     shown: datetime | None,
     now: datetime,

@@ -10,29 +10,29 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dagster_prefs.serving.catalogue import CatalogueRanker
-    from dagster_prefs.serving.preferences import PreferenceClient, Ranking, RankingParameters, UserProfile
+    from dagster_prefs.serving.preferences import Ranking, RankingParameters, ShopClient, ShopUserProfile
     from dagster_prefs.serving.profiles import AsyncProfileClient, Profile, ProfileClient
 
 _HOMES = {
     "AsyncProfileClient": "profiles",
     "CatalogueRanker": "catalogue",
-    "PreferenceClient": "preferences",
+    "ShopClient": "preferences",
     "Profile": "profiles",
     "ProfileClient": "profiles",
     "Ranking": "preferences",
     "RankingParameters": "preferences",
-    "UserProfile": "preferences",
+    "ShopUserProfile": "preferences",
 }
 
 __all__ = [
     "AsyncProfileClient",
     "CatalogueRanker",
-    "PreferenceClient",
     "Profile",
     "ProfileClient",
     "Ranking",
     "RankingParameters",
-    "UserProfile",
+    "ShopClient",
+    "ShopUserProfile",
 ]
 
 

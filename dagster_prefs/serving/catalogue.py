@@ -1,4 +1,4 @@
-"""The ranking of `PreferenceClient.rank` in this process: the catalogue in memory, one read of the user's
+"""The ranking of `ShopClient.rank` in this process: the catalogue in memory, one read of the user's
 rows.
 
 A score is a sum of what the user thinks of an item's category, brand and price tier, so all items of one
@@ -27,10 +27,10 @@ from psycopg import sql
 from dagster_prefs.serving.pool import TURN, Connection
 from dagster_prefs.serving.preferences import (
     Components,
-    PreferenceClient,
     RankedItem,
     Ranking,
     RankingParameters,
+    ShopClient,
     checked_limit,
     checked_now,
     checked_user,
@@ -69,7 +69,7 @@ class CatalogueRanker:
     caller's choice, because it decides how long an item that sold out is still ranked.
     """
 
-    def __init__(self, client: PreferenceClient) -> None:
+    def __init__(self, client: ShopClient) -> None:
         self._client = client
         self._catalogue: _Catalogue | None = None
         self._digests: dict[str, str] = {}
@@ -87,7 +87,7 @@ class CatalogueRanker:
     def refresh(self) -> RefreshReport:
         """Take over what changed in `items`; rankings go on with the old catalogue meanwhile.
 
-        Raises as every read of PreferenceClient.
+        Raises as every read of ShopClient.
         """
         started = time.monotonic()
         with self._refreshing:
@@ -127,7 +127,7 @@ class CatalogueRanker:
         explain: bool = False,
         parameters: RankingParameters | None = None,
     ) -> Ranking:
-        """As `PreferenceClient.rank`, over the catalogue as of the last refresh."""
+        """As `ShopClient.rank`, over the catalogue as of the last refresh."""
         user_id = checked_user(user_id, ranking=True)
         checked_limit(limit)
         moment = checked_now(now)

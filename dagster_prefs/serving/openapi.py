@@ -23,7 +23,7 @@ from dagster_prefs.serving.preferences import (
     MAX_PROFILE_LIMIT,
     PROFILE_LISTS,
     RankedItem,
-    UserProfile,
+    ShopUserProfile,
 )
 from dagster_prefs.serving.profiles import MAX_IDS, Fallback, State
 from dagster_prefs.serving.wire import DEFAULT_LIMIT, ERRORS, MAX_BUDGET_MS, NUMBER_ID, ids_name
@@ -151,7 +151,7 @@ def _user_paths() -> Schema:
     return {
         "/v1/users/{user_id}/profile": {
             "get": _operation(
-                "getUserProfile", "What is known of a user", _ref("UserProfile"), [user, entries, budget]
+                "getUserProfile", "What is known of a user", _ref("ShopUserProfile"), [user, entries, budget]
             )
         },
         "/v1/users/{user_id}/ranking": {
@@ -270,9 +270,9 @@ def _id(key: Key) -> Schema:
 
 def _user_schemas() -> Schema:
     found: Schema = {}
-    schema_of(UserProfile, found)
-    user = found["UserProfile"]["properties"]
-    found["UserProfile"] = _object({**user, "known": PLAIN[bool]})
+    schema_of(ShopUserProfile, found)
+    user = found["ShopUserProfile"]["properties"]
+    found["ShopUserProfile"] = _object({**user, "known": PLAIN[bool]})
     for name in PROFILE_LISTS:
         found[f"{name.title()}Page"] = _object(
             {"user_id": PLAIN[str], "entries": user[name], "next": _nullable(PLAIN[str])}

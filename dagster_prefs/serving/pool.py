@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import psycopg
 from psycopg import sql
 
-from dagster_prefs.engine.connection import EngineConnection, EngineUnavailable
+from dagster_prefs.engine.connection import EngineConfiguration, EngineUnavailable
 from dagster_prefs.engine.durations import timed_out, with_unit
 from dagster_prefs.errors import PrefsError
 
@@ -41,7 +41,7 @@ class ConnectionPool:
     that no engine takes.
     """
 
-    def __init__(self, engine: EngineConnection, size: int, statement_timeout_seconds: float) -> None:
+    def __init__(self, engine: EngineConfiguration, size: int, statement_timeout_seconds: float) -> None:
         self.engine = engine
         self.timeout_seconds = statement_timeout_seconds
         self._statement_timeout = with_unit(statement_timeout_seconds, "statement_timeout_seconds")

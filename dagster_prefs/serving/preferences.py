@@ -16,7 +16,7 @@ import psycopg
 from psycopg import sql
 
 from dagster_prefs.declarations.reserved import PREFIX, is_reserved_text
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError, excerpt
 from dagster_prefs.ids import id_text
 from dagster_prefs.serving.pool import TURN, Connection, ConnectionPool, T
@@ -140,7 +140,7 @@ PROFILE_LISTS: tuple[ProfileList, ...] = get_args(ProfileList)
 
 @dataclass(frozen=True, slots=True)
 class Cursors:
-    """Where each list of a profile goes on, for `PreferenceClient.get_more`; None where it is complete."""
+    """Where each list of a profile goes on, for `ShopClient.get_more`; None where it is complete."""
 
     categories: str | None = None
     brands: str | None = None
@@ -157,7 +157,7 @@ class ProfilePage:
 
 
 @dataclass(frozen=True, slots=True)
-class UserProfile:
+class ShopUserProfile:
     """A shop user's preference profile. All lists are empty for a user without events.
 
     The lists are ordered, strongest first, and complete unless the read had a limit: `next` says where they go on.
@@ -261,7 +261,7 @@ def price_tier(price: Decimal | None) -> str | None:
     raise AssertionError("the last tier has no bound")
 
 
-class PreferenceClient:
+class ShopClient:
     """Reads of the preference views, from many threads, each in one round trip.
 
     Connections are pooled, statements prepared and bounded by `statement_timeout_seconds`; a connection that
@@ -273,7 +273,7 @@ class PreferenceClient:
 
     def __init__(
         self,
-        engine: EngineConnection,
+        engine: EngineConfiguration,
         *,
         pool_size: int = 8,
         statement_timeout_seconds: float = 5.0,
@@ -284,7 +284,7 @@ class PreferenceClient:
         self._pool = ConnectionPool(engine, pool_size, statement_timeout_seconds)
         self._signals = _signals_statement(engine)
 
-    def __enter__(self) -> PreferenceClient:
+    def __enter__(self) -> ShopClient:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -300,7 +300,7 @@ class PreferenceClient:
 
     def get_user_profile(
         self, user_id: str, *, now: datetime | None = None, limit: int | None = None
-    ) -> UserProfile:
+    ) -> ShopUserProfile:
         """Everything known of a user at `now` (UTC; default: the clock).
 
         top_categories: 5 by affinity; preferred_price_tier: the tier with the best conversion rate, a tier
@@ -428,8 +428,8 @@ class PreferenceClient:
             raise PreferencesUnavailable(f"the engine refused the read: {text}") from error
 
 
-def build_profile(user_id: str, rows: Sequence[tuple[Any, ...]]) -> UserProfile:
-    """A profile from the rows of `PreferenceClient.signals`."""
+def build_profile(user_id: str, rows: Sequence[tuple[Any, ...]]) -> ShopUserProfile:
+    """A profile from the rows of `ShopClient.signals`."""
     categories = [CategoryInterest(r[1], r[2], r[3], r[6]) for r in rows if r[0] == "category"]
     brands = [BrandInterest(r[1], r[2], r[3], r[6]) for r in rows if r[0] == "brand"]
     tiers = [TierBehaviour(r[1], r[3], r[4], r[2]) for r in rows if r[0] == "tier"]
@@ -446,7 +446,7 @@ def build_profile(user_id: str, rows: Sequence[tuple[Any, ...]]) -> UserProfile:
             TIER_LEVELS.get(entry.price_tier, len(TIER_LEVELS)),
         )
     )
-    return UserProfile(
+    return ShopUserProfile(
         user_id=user_id,
         top_categories=tuple(entry.category for entry in categories[:TOP_CATEGORIES]),
         preferred_price_tier=tiers[0].price_tier if tiers and tiers[0].conversion_rate is not None else None,
@@ -494,7 +494,7 @@ def _since(parameters: RankingParameters, now: datetime) -> datetime:
     return now - timedelta(microseconds=int(parameters.session_hours * 3_600_000_000))
 
 
-def _relation(engine: EngineConnection, name: str) -> sql.Identifier:
+def _relation(engine: EngineConfiguration, name: str) -> sql.Identifier:
     return sql.Identifier(engine.schema, name)
 
 
@@ -545,7 +545,7 @@ _TIERS = """
     """
 
 
-def _signals_statement(engine: EngineConnection, limit: int | None = None) -> sql.Composed:
+def _signals_statement(engine: EngineConfiguration, limit: int | None = None) -> sql.Composed:
     """The rows behind a profile, those of each list up to `limit`; with it in an order, without in none."""
     if limit is None:
         parts = [_selected(engine, text) for text in (*(text for text, *_ in _LISTS.values()), _TIERS)]
@@ -564,11 +564,13 @@ def _signals_statement(engine: EngineConnection, limit: int | None = None) -> sq
 
 # Putting the statement together takes a third of a read's time, and most callers ask for the same limit.
 @lru_cache(maxsize=64)
-def _first_signals(engine: EngineConnection, limit: int) -> bytes:
+def _first_signals(engine: EngineConfiguration, limit: int) -> bytes:
     return _signals_statement(engine, limit).as_bytes(None)
 
 
-def _list_statement(engine: EngineConnection, name: ProfileList, limit: int, *, after: bool) -> sql.Composed:
+def _list_statement(
+    engine: EngineConfiguration, name: ProfileList, limit: int, *, after: bool
+) -> sql.Composed:
     text, rank, label = _LISTS[name]
     columns = {
         "rank": sql.Identifier(rank),
@@ -584,7 +586,7 @@ def _list_statement(engine: EngineConnection, name: ProfileList, limit: int, *, 
     return _selected(engine, text) + sql.SQL((condition if after else "") + order).format(**columns)
 
 
-def _selected(engine: EngineConnection, text: str) -> sql.Composed:
+def _selected(engine: EngineConfiguration, text: str) -> sql.Composed:
     return sql.SQL(text).format(
         categories=_relation(engine, "user_category_profile"),
         brands=_relation(engine, "user_brand_profile"),
@@ -593,7 +595,7 @@ def _selected(engine: EngineConnection, text: str) -> sql.Composed:
     )
 
 
-def _collation(engine: EngineConnection) -> sql.SQL:
+def _collation(engine: EngineConfiguration) -> sql.SQL:
     # RisingWave orders texts by their bytes and knows no collations.
     return sql.SQL('collate "C"' if engine.kind == "local" else "")
 
@@ -629,7 +631,7 @@ def _read_cursor(name: ProfileList, cursor: str) -> tuple[Decimal, str]:
     )
 
 
-def _ranking_statement(engine: EngineConnection, limit: int) -> sql.Composed:
+def _ranking_statement(engine: EngineConfiguration, limit: int) -> sql.Composed:
     cases = [
         sql.SQL("when price < {} then {}").format(sql.Literal(below), sql.Literal(name))
         for name, below in PRICE_TIERS

@@ -16,11 +16,11 @@ from uuid import UUID
 from dagster_prefs.declarations.contract import PROFILE_NAMES, Contract, Domain
 from dagster_prefs.declarations.registry import Entity, Registry, open_registry
 from dagster_prefs.declarations.reserved import canary_of
+from dagster_prefs.dynamodb.items import ItemDecoder, ItemError
+from dagster_prefs.dynamodb.reader import BATCH_KEYS, Found, ItemReader, Key
+from dagster_prefs.dynamodb.transport import ReadError, make_transport
 from dagster_prefs.errors import PrefsError, excerpt
 from dagster_prefs.ids import BadId, read_key
-from dagster_prefs.online.items import ItemDecoder, ItemError
-from dagster_prefs.online.reader import BATCH_KEYS, Found, ItemReader, Key
-from dagster_prefs.online.transport import ReadError, make_transport
 from dagster_prefs.serving.domains import (
     DomainShape,
     class_name,

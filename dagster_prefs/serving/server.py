@@ -29,9 +29,9 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from dagster_prefs.declarations.reserved import PREFIX, canary_of, spare_of
+from dagster_prefs.dynamodb.reader import BATCH_FROM
+from dagster_prefs.dynamodb.transport import ReadError
 from dagster_prefs.errors import PrefsError
-from dagster_prefs.online.reader import BATCH_FROM
-from dagster_prefs.online.transport import ReadError
 from dagster_prefs.serving.catalogue import CatalogueRanker
 from dagster_prefs.serving.connections import (
     ENDS,
@@ -46,9 +46,9 @@ from dagster_prefs.serving.pool import TURN
 from dagster_prefs.serving.preferences import (
     DEFAULT_PROFILE_LIMIT,
     PROFILE_LISTS,
-    PreferenceClient,
     PreferencesUnavailable,
     ProfileList,
+    ShopClient,
 )
 from dagster_prefs.serving.profiles import AsyncProfileClient, Profile, ReadOptions
 from dagster_prefs.serving.wire import (
@@ -101,7 +101,7 @@ class Load:
 
 def make_app(
     profiles: Sequence[AsyncProfileClient],
-    preferences: PreferenceClient | None,
+    preferences: ShopClient | None,
     *,
     load: Load = Load(),
     catalogue_refresh_seconds: float | None = 30.0,
@@ -359,7 +359,7 @@ class _Users:
 
     def __init__(
         self,
-        client: PreferenceClient,
+        client: ShopClient,
         load: Load,
         refresh_seconds: float | None,
         clock: Callable[[], datetime],

@@ -19,7 +19,7 @@ from psycopg import sql
 
 from dagster_prefs.declarations.contract import Domain
 from dagster_prefs.declarations.registry import Key, Registry, TopicDeclaration
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.serving.preferences import checked_now
 from dagster_prefs.serving.profiles import ProfileClient
@@ -72,7 +72,7 @@ class Explanation:
 
 
 def explain_attribute(
-    engine: EngineConnection,
+    engine: EngineConfiguration,
     profiles: ProfileClient,
     id_: int | str,
     attribute: str,
@@ -225,7 +225,7 @@ class _Look:
     """One id's rows in the engine, over one connection; raises psycopg's errors."""
 
     def __init__(
-        self, connection: psycopg.Connection[Any], engine: EngineConnection, key: Key, id_: int | str
+        self, connection: psycopg.Connection[Any], engine: EngineConfiguration, key: Key, id_: int | str
     ) -> None:
         self.connection = connection
         self.engine = engine

@@ -18,10 +18,10 @@ from starlette.responses import Response
 
 from dagster_prefs.declarations.contract import ContractError
 from dagster_prefs.declarations.registry import Key
+from dagster_prefs.dynamodb.transport import ReadError
 from dagster_prefs.engine.connection import EngineUnavailable
 from dagster_prefs.errors import PrefsError, excerpt
 from dagster_prefs.ids import BadId, read_key
-from dagster_prefs.online.transport import ReadError
 from dagster_prefs.serving.pool import EngineBusy
 from dagster_prefs.serving.preferences import PreferenceError, PreferencesUnavailable
 from dagster_prefs.serving.profiles import MAX_IDS, ProfileError

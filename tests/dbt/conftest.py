@@ -12,7 +12,7 @@ from relations import instant
 from streams import NOW
 from workshop import PROJECT, Workshop
 
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
 
 
@@ -24,8 +24,8 @@ def dbt_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def engine(
-    embedded_server: EngineConnection, copied_database: Callable[..., Any]
-) -> Iterator[EngineConnection]:
+    embedded_server: EngineConfiguration, copied_database: Callable[..., Any]
+) -> Iterator[EngineConfiguration]:
     """An empty database, like everybody's, but of the same name in every test; see `deployed`."""
     with copied_database("undeployed", embedded_server.with_database("template1")) as made:
         yield made
@@ -33,8 +33,8 @@ def engine(
 
 @pytest.fixture
 def deployed(
-    deployed_template: EngineConnection, copied_database: Callable[..., Any]
-) -> Iterator[EngineConnection]:
+    deployed_template: EngineConfiguration, copied_database: Callable[..., Any]
+) -> Iterator[EngineConfiguration]:
     """A database of its own with every relation deployed, no event in it, and its clock at NOW.
 
     The streams of these tests happen around that moment. Its name is the same in every test, because dbt parses the
@@ -72,7 +72,7 @@ def dbt_on(dbt_target: Path) -> Callable[..., Dbt]:
     """`dbt_on(engine, project=PROJECT, environment={})`: the project against a database."""
 
     def make(
-        engine: EngineConnection, project: Path = PROJECT, environment: dict[str, str] | None = None
+        engine: EngineConfiguration, project: Path = PROJECT, environment: dict[str, str] | None = None
     ) -> Dbt:
         target = dbt_target if project == PROJECT else project / "target"
         return Dbt(engine, project, target, environment)

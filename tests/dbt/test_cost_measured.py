@@ -26,7 +26,15 @@ from relations import RAW_TABLES, materialized_views, refresh
 from shipped import TILE_TABLES
 from workshop import PROJECT, assert_all_ok
 
-from dagster_prefs.cost import (
+from dagster_prefs.declarations.contract import Contract, load_contract
+from dagster_prefs.dynamodb.publisher import publish_domain
+from dagster_prefs.dynamodb.tables import dynamodb_client, provision
+from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.engine.dbt import Dbt
+from dagster_prefs.iceberg.catalog import open_catalog
+from dagster_prefs.iceberg.export import export_day
+from dagster_prefs.local.services import LocalServices
+from dagster_prefs.tools.cost import (
     TILE_ROW_BYTES,
     DomainLoad,
     Workload,
@@ -38,15 +46,7 @@ from dagster_prefs.cost import (
     rows_kept,
     tile_rows,
 )
-from dagster_prefs.declarations.contract import Contract, load_contract
-from dagster_prefs.engine.connection import EngineConnection
-from dagster_prefs.engine.dbt import Dbt
-from dagster_prefs.events.scenario import SimulationPlan
-from dagster_prefs.local.services import LocalServices
-from dagster_prefs.offline.catalog import open_catalog
-from dagster_prefs.offline.export import export_day
-from dagster_prefs.online.publisher import publish_domain
-from dagster_prefs.online.tables import dynamodb_client, provision
+from dagster_prefs.tools.scenario import SimulationPlan
 
 LAST_DAY = date(2026, 3, 14)
 MIDNIGHT = datetime(2026, 3, 15, tzinfo=UTC)
@@ -112,7 +112,7 @@ def valid_events() -> Iterator[tuple[str, bytes, dict[str, Any] | None, datetime
 
 @pytest.fixture(scope="module")
 def measured(
-    deployed_template: EngineConnection,
+    deployed_template: EngineConfiguration,
     copied_database: Callable[..., Any],
     services: LocalServices,
     dbt_target: Path,
@@ -143,7 +143,9 @@ def views_behind(manifest: dict[str, Any], names: set[str]) -> list[str]:
     return [name for name in materialized_views(manifest) if name in needed]
 
 
-def _run(engine: EngineConnection, client: Any, dbt_target: Path, contract: Contract, lake: Path) -> Measured:
+def _run(
+    engine: EngineConfiguration, client: Any, dbt_target: Path, contract: Contract, lake: Path
+) -> Measured:
     order = views_behind(
         Dbt(engine, PROJECT, dbt_target).manifest(),
         {"tile_fingerprints", *(domain.relation for domain in contract.domains.values())},
@@ -342,7 +344,7 @@ def test_items_are_as_many_and_as_large(
         items = [item for item in measured.items if item["domain_key"]["S"] == f"engagement#{domain.name}"]
         assert len(items) == pytest.approx(rows_kept(usual, domain), rel=0.15), domain.name
         assert fmean(map(dynamodb_bytes, items)) == pytest.approx(domain.item_bytes, rel=0.1), domain.name
-    found = estimate(usual, domains, promise_seconds=5)
+    found = estimate(usual, domains, target_seconds=5)
     assert len(measured.items) == pytest.approx(found.items, rel=0.1)
     billed = sum(dynamodb_bytes(item) + 100 for item in measured.items)
     assert billed == pytest.approx(found.table_bytes, rel=0.1)
@@ -370,7 +372,7 @@ def test_the_export_writes_as_many_rows_and_files(
         report = measured.export[f"viewer_{name}_daily"]
         assert report.rows == pytest.approx(rows, rel=0.25 if name == "interactions" else 0.01)
     new = measured.objects_after - measured.objects_before
-    found = estimate(replace(saturday, late_days=0), domains, promise_seconds=5)
+    found = estimate(replace(saturday, late_days=0), domains, target_seconds=5)
     assert len([path for path in new if path.suffix == ".parquet"]) == found.lake_files_per_day
     assert len(new) == found.lake_writes_per_day
 

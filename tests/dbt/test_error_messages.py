@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dagster_prefs.engine.connection import EngineConnection, EngineUnavailable
+from dagster_prefs.engine.connection import EngineConfiguration, EngineUnavailable
 from dagster_prefs.engine.dbt import Dbt, one_line
 
 KAFKA = """Database Error in model kafka_items (models/events/kafka_items.sql)
@@ -99,14 +99,14 @@ def test_what_a_server_says_becomes_one_sentence(said: str, meant: str) -> None:
     ],
 )
 def test_a_refused_connection_names_who_and_what(said: str, meant: str) -> None:
-    assert str(EngineConnection("h", 4566, "d", "root", kind="risingwave").refusal(said)) == meant
+    assert str(EngineConfiguration("h", 4566, "d", "root", kind="risingwave").refusal(said)) == meant
 
 
 def test_dbt_without_an_engine_says_so_in_one_sentence(tmp_path_factory: pytest.TempPathFactory) -> None:
     # The folder of the offline compilations, whose parsed project is there already.
     project = Path(__file__).resolve().parents[2] / "dbt_project"
     target = tmp_path_factory.getbasetemp() / "risingwave-offline"
-    nowhere = EngineConnection("127.0.0.1", 9, "dev", "root", kind="risingwave")
+    nowhere = EngineConfiguration("127.0.0.1", 9, "dev", "root", kind="risingwave")
     with pytest.raises(EngineUnavailable) as caught:
         Dbt(nowhere, project, target).run("run", ["raw_items"])
     assert str(caught.value) == (

@@ -9,10 +9,10 @@ from relations import insert_events, instant, materialized_views, refresh
 from streams import NOW
 
 from dagster_prefs.declarations.registry import Registry
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
+from dagster_prefs.erasure.events import RawMessages, Subject, names
 from dagster_prefs.events.messages import Topic
-from dagster_prefs.events.redaction import RawMessages, Subject, names
 
 SPELLED = ["12345", "12345.0", "1.2345e4", '"12345"', '" 12345 "', "12345.000 "]
 OTHERS = ['"12345.0"', '"1.2345e4"', "123450", "12345.5", '"012345"', "[12345]"]
@@ -24,7 +24,7 @@ def event(place: int, user: str, time: str = '"2026-03-15T10:00:00Z"') -> Messag
 
 
 def test_spellings_of_one_number_are_one_user(
-    registry: Registry, deployed: EngineConnection, dbt_on: Callable[..., Dbt]
+    registry: Registry, deployed: EngineConfiguration, dbt_on: Callable[..., Dbt]
 ) -> None:
     stream = [event(place, user) for place, user in enumerate([*SPELLED, *OTHERS])]
     # Rejected, but the user's all the same, as is the list among the others.

@@ -16,7 +16,7 @@ from relations import insert_events
 from streams import MIDNIGHT, watch
 from workshop import PROJECT, Workshop, assert_all_ok
 
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt, NodeResult
 from dagster_prefs.local.services import LocalServices
 
@@ -26,7 +26,7 @@ TILE_CONTRACT = "models/engagement/viewer_watch_metrics_1d.yml"
 ROLLING = "models/engagement/viewer_engagement_rolling.sql"
 
 
-def picture(engine: EngineConnection) -> dict[str, tuple[Any, ...]]:
+def picture(engine: EngineConfiguration) -> dict[str, tuple[Any, ...]]:
     """Relation → kind, definition, number of indexes, comments and who may read it."""
     with engine.connect() as connection:
         rows = connection.execute(
@@ -40,7 +40,7 @@ def picture(engine: EngineConnection) -> dict[str, tuple[Any, ...]]:
     return {row[0]: tuple(row[1:]) for row in rows}
 
 
-def scalar(engine: EngineConnection, query: str) -> Any:
+def scalar(engine: EngineConfiguration, query: str) -> Any:
     with engine.connect() as connection:
         row = connection.execute(query).fetchone()
     assert row is not None
@@ -54,7 +54,7 @@ def failure(results: list[NodeResult], name: str) -> str:
     return failed[name]
 
 
-def test_second_run_replaces_nothing(deployed: EngineConnection, dbt_on: DbtOn) -> None:
+def test_second_run_replaces_nothing(deployed: EngineConfiguration, dbt_on: DbtOn) -> None:
     query = "select array_agg(oid || relname order by oid) from pg_class where relnamespace = 'public'::regnamespace"
     before, pictured = scalar(deployed, query), picture(deployed)
     results = dbt_on(deployed).run("run")
@@ -67,7 +67,7 @@ def test_second_run_replaces_nothing(deployed: EngineConnection, dbt_on: DbtOn) 
 
 
 def test_changed_sql_of_one_model_is_applied_and_its_dependents_stay(
-    deployed: EngineConnection, dbt_on: DbtOn, workshop: Workshop
+    deployed: EngineConfiguration, dbt_on: DbtOn, workshop: Workshop
 ) -> None:
     with deployed.connect() as connection:
         insert_events(connection, [watch(n, n % 2, MIDNIGHT) for n in range(4)])
@@ -97,7 +97,7 @@ def test_changed_sql_of_one_model_is_applied_and_its_dependents_stay(
 
 
 def test_a_change_that_breaks_a_dependent_is_refused(
-    deployed: EngineConnection, dbt_on: DbtOn, workshop: Workshop
+    deployed: EngineConfiguration, dbt_on: DbtOn, workshop: Workshop
 ) -> None:
     before = picture(deployed)
     workshop.change(TILE, "as watch_seconds,", "as seconds_watched,")
@@ -116,7 +116,7 @@ def test_a_change_that_breaks_a_dependent_is_refused(
 
 
 def test_a_renamed_column_goes_through_when_its_readers_change_with_it(
-    deployed: EngineConnection, dbt_on: DbtOn, workshop: Workshop
+    deployed: EngineConfiguration, dbt_on: DbtOn, workshop: Workshop
 ) -> None:
     before = picture(deployed)
     workshop.change(TILE, "as watch_seconds,", "as seconds_watched,")
@@ -142,7 +142,7 @@ def test_a_renamed_column_goes_through_when_its_readers_change_with_it(
     ids=["wrong type", "wrong name", "too many"],
 )  # fmt: skip
 def test_a_broken_contract_is_refused(
-    deployed: EngineConnection, dbt_on: DbtOn, workshop: Workshop, old: str, new: str, found: str
+    deployed: EngineConfiguration, dbt_on: DbtOn, workshop: Workshop, old: str, new: str, found: str
 ) -> None:
     before = picture(deployed)
     workshop.change(TILE, old, new)
@@ -156,7 +156,7 @@ def test_a_broken_contract_is_refused(
 
 
 def test_a_contract_is_also_about_order(
-    deployed: EngineConnection, dbt_on: DbtOn, workshop: Workshop
+    deployed: EngineConfiguration, dbt_on: DbtOn, workshop: Workshop
 ) -> None:
     before = picture(deployed)
     workshop.change(TILE, "    viewer_id,\n", "")
@@ -179,7 +179,7 @@ def test_a_contract_is_also_about_order(
     ],
 )
 def test_relations_of_others_are_refused_and_untouched(
-    engine: EngineConnection, dbt_on: DbtOn, ddl: str
+    engine: EngineConfiguration, dbt_on: DbtOn, ddl: str
 ) -> None:
     with engine.connect() as connection:
         connection.execute(ddl)
@@ -199,7 +199,7 @@ def test_relations_of_others_are_refused_and_untouched(
     assert left == before
 
 
-def test_full_refresh_keeps_what_arrived(deployed: EngineConnection, dbt_on: DbtOn) -> None:
+def test_full_refresh_keeps_what_arrived(deployed: EngineConfiguration, dbt_on: DbtOn) -> None:
     with deployed.connect() as connection:
         insert_events(connection, [watch(n, n, MIDNIGHT) for n in range(5)])
         connection.execute("insert into ingest_files (source, lines) values ('file:x#1', 5)")
@@ -213,7 +213,7 @@ def test_full_refresh_keeps_what_arrived(deployed: EngineConnection, dbt_on: Dbt
     assert scalar(deployed, "select count(*) from online_published") == 1
 
 
-def start_dbt(engine: EngineConnection, target: Path, **environment: str) -> subprocess.Popen[str]:
+def start_dbt(engine: EngineConfiguration, target: Path, **environment: str) -> subprocess.Popen[str]:
     """`dbt run` as a user starts it, in a process of its own."""
     return subprocess.Popen(
         [sys.executable, "-m", "dbt.cli.main", "run", "--project-dir", str(PROJECT), "--profiles-dir", str(PROJECT),
@@ -232,7 +232,7 @@ def start_dbt(engine: EngineConnection, target: Path, **environment: str) -> sub
 
 
 def test_two_runs_at_once_wait_for_each_other(
-    engine: EngineConnection, tmp_path: Path, deployed_template: EngineConnection
+    engine: EngineConfiguration, tmp_path: Path, deployed_template: EngineConfiguration
 ) -> None:
     runs = [start_dbt(engine, tmp_path / f"target{n}") for n in range(2)]
     outputs = [run.communicate(timeout=300)[0] for run in runs]
@@ -241,7 +241,7 @@ def test_two_runs_at_once_wait_for_each_other(
 
 
 def test_a_killed_run_is_completed_by_the_next(
-    engine: EngineConnection, dbt_on: DbtOn, tmp_path: Path, deployed_template: EngineConnection
+    engine: EngineConfiguration, dbt_on: DbtOn, tmp_path: Path, deployed_template: EngineConfiguration
 ) -> None:
     run = start_dbt(engine, tmp_path / "target")
     assert run.stdout is not None
@@ -258,7 +258,7 @@ def test_a_killed_run_is_completed_by_the_next(
 
 
 def test_secrets_are_in_no_file_and_no_record(
-    engine: EngineConnection, services: LocalServices, tmp_path: Path
+    engine: EngineConfiguration, services: LocalServices, tmp_path: Path
 ) -> None:
     secrets = {
         "PREFS_ENGINE_PASSWORD": services.passfile.read_text().rpartition(":")[2].strip(),

@@ -13,7 +13,7 @@ from relations import instant, refresh
 from streams import NOW
 
 from dagster_prefs.declarations.registry import Registry, TopicDeclaration
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.events.ingest import ingest_file
 from dagster_prefs.events.messages import Topic
 from dagster_prefs.events.rejected import rejected_events
@@ -37,7 +37,7 @@ ROWS = {
 AT = instant(NOW)
 
 
-def refreshed(engine: EngineConnection, topic: TopicDeclaration) -> None:
+def refreshed(engine: EngineConfiguration, topic: TopicDeclaration) -> None:
     typed = topic.relation
     with engine.connect() as session:
         refresh(session, [f"{typed}_parsed", typed, "rejected_events"])
@@ -45,7 +45,7 @@ def refreshed(engine: EngineConnection, topic: TopicDeclaration) -> None:
 
 @pytest.mark.parametrize("topic", HEADERS)
 def test_each_fault_is_named_with_its_line(
-    registry: Registry, topics: Mapping[str, Topic], deployed: EngineConnection, tmp_path: Path, topic: str
+    registry: Registry, topics: Mapping[str, Topic], deployed: EngineConfiguration, tmp_path: Path, topic: str
 ) -> None:
     path = tmp_path / "rows.csv"
     bad = dict(ROWS)
@@ -68,7 +68,7 @@ def test_each_fault_is_named_with_its_line(
 
 
 def test_only_a_message_without_identity_is_a_row(
-    registry: Registry, deployed: EngineConnection, tmp_path: Path
+    registry: Registry, deployed: EngineConfiguration, tmp_path: Path
 ) -> None:
     path = tmp_path / "views.jsonl"
     message = {
@@ -86,7 +86,7 @@ def test_only_a_message_without_identity_is_a_row(
 
 
 def test_a_row_is_corrected_and_replayed(
-    registry: Registry, deployed: EngineConnection, tmp_path: Path
+    registry: Registry, deployed: EngineConfiguration, tmp_path: Path
 ) -> None:
     path, out = tmp_path / "views.csv", tmp_path / "rejected.jsonl"
     path.write_bytes(f"{HEADERS['view_events']}\ne1,1,2026-03-14T10:00:00Z,caf".encode() + b"\xe9\n")

@@ -18,14 +18,14 @@ from shipped import TILE_TABLES
 from streams import NOW
 
 from dagster_prefs.declarations.contract import load_contract
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.dynamodb.publisher import publish_domain
+from dagster_prefs.dynamodb.tables import dynamodb_client, provision
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
 from dagster_prefs.events.messages import Topic
 from dagster_prefs.events.validity import rejection_reason
-from dagster_prefs.offline.catalog import open_catalog
-from dagster_prefs.offline.export import export_day, exported_days, stale_days
-from dagster_prefs.online.publisher import publish_domain
-from dagster_prefs.online.tables import dynamodb_client, provision
+from dagster_prefs.iceberg.catalog import open_catalog
+from dagster_prefs.iceberg.export import export_day, exported_days, stale_days
 
 rng = random.Random(20261128)
 # About a gigabyte as text, and 81 KB in a message.
@@ -121,8 +121,8 @@ def messages() -> list[Message]:
 
 @pytest.fixture
 def filled(
-    deployed: EngineConnection, dbt_on: Callable[..., Dbt], messages: list[Message]
-) -> EngineConnection:
+    deployed: EngineConfiguration, dbt_on: Callable[..., Dbt], messages: list[Message]
+) -> EngineConfiguration:
     with deployed.connect() as session:
         session.execute("set synchronous_commit to off")
         insert_events(session, messages)
@@ -146,7 +146,7 @@ def test_every_reason_is_told_before_as_after(topics: Mapping[str, Topic], messa
 
 
 def test_everything_goes_on(
-    filled: EngineConnection, messages: list[Message], aws_endpoint: str, tmp_path: Path
+    filled: EngineConfiguration, messages: list[Message], aws_endpoint: str, tmp_path: Path
 ) -> None:
     with filled.connect() as session:
         assert differences(session, Oracle(messages, NOW)) == {}

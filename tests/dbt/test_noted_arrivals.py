@@ -8,7 +8,7 @@ from relations import insert_events
 from streams import MIDNIGHT, watch
 from workshop import assert_all_ok
 
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
 from dagster_prefs.events.progress import waiting_since
 from dagster_prefs.settings import load_settings
@@ -17,7 +17,7 @@ DbtOn = Callable[..., Dbt]
 READERS = ["view_events_parsed", "view_events"]
 
 
-def waiting(engine: EngineConnection) -> dict[str, int]:
+def waiting(engine: EngineConfiguration) -> dict[str, int]:
     with engine.connect() as connection:
         return {
             topic: found.messages
@@ -25,13 +25,13 @@ def waiting(engine: EngineConnection) -> dict[str, int]:
         }
 
 
-def noted(engine: EngineConnection) -> int:
+def noted(engine: EngineConfiguration) -> int:
     with engine.connect() as connection:
         ((count,),) = connection.execute("select count(*) from raw_arrivals").fetchall()
     return int(count)
 
 
-def test_what_was_read_is_forgotten_and_the_rest_kept(deployed: EngineConnection, dbt_on: DbtOn) -> None:
+def test_what_was_read_is_forgotten_and_the_rest_kept(deployed: EngineConfiguration, dbt_on: DbtOn) -> None:
     with deployed.connect() as connection:
         insert_events(connection, [watch(n, n, MIDNIGHT) for n in range(3)])
     assert (waiting(deployed), noted(deployed)) == ({"view_events": 3}, 3)
@@ -52,7 +52,7 @@ def test_what_was_read_is_forgotten_and_the_rest_kept(deployed: EngineConnection
 
 
 def test_tables_from_before_are_watched_from_the_next_run_on(
-    deployed: EngineConnection, dbt_on: DbtOn
+    deployed: EngineConfiguration, dbt_on: DbtOn
 ) -> None:
     with deployed.connect() as connection:
         insert_events(connection, [watch(n, n, MIDNIGHT) for n in range(3)])

@@ -23,10 +23,10 @@ from workshop import Workshop
 from dagster_prefs.cli import cli
 from dagster_prefs.declarations.contract import build_contract, parse_contract
 from dagster_prefs.defs import deployment as deployment_checks
-from dagster_prefs.engine.apply import ApplyError, apply_plan
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.deploy.apply import ApplyError, apply_plan
+from dagster_prefs.deploy.plan import ContractReview, Plan, PlanError, make_plan
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
-from dagster_prefs.engine.plan import ContractReview, Plan, PlanError, make_plan
 from dagster_prefs.platform import Platform, ProfileStore, review_contract
 from dagster_prefs.settings import load_settings
 
@@ -63,7 +63,7 @@ def review(fragments: Sequence[Mapping[str, Any]], manifest: Mapping[str, Any]) 
 class Deployment:
     """The changed copy of the project against one database."""
 
-    def __init__(self, engine: EngineConnection, dbt: Dbt) -> None:
+    def __init__(self, engine: EngineConfiguration, dbt: Dbt) -> None:
         self.engine, self.dbt, self.store = engine, dbt, Store()
 
     def plan(self, **options: Any) -> Plan:
@@ -83,7 +83,7 @@ class Deployment:
 
 
 @pytest.fixture
-def deployment(deployed: EngineConnection, dbt_on: DbtOn, workshop: Workshop) -> Deployment:
+def deployment(deployed: EngineConfiguration, dbt_on: DbtOn, workshop: Workshop) -> Deployment:
     with deployed.connect() as connection:
         insert_events(connection, [watch(n, n % 2, MIDNIGHT) for n in range(4)])
         for view in WATCHED:
@@ -98,7 +98,7 @@ class Killed(BaseException):
 class Reader(threading.Thread):
     """Reads relations all the time and keeps what it saw; a relation that is missing ends it with the error."""
 
-    def __init__(self, engine: EngineConnection, *queries: str) -> None:
+    def __init__(self, engine: EngineConfiguration, *queries: str) -> None:
         super().__init__(daemon=True)
         self.engine, self.queries, self.stopped = engine, queries, threading.Event()
         self.seen: list[set[Any]] = [set() for _ in queries]
@@ -364,7 +364,7 @@ def test_the_store_publishes_what_the_view_became(
 
 
 def test_the_commands_say_and_do_it(
-    deployed: EngineConnection, dbt_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    deployed: EngineConfiguration, dbt_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # What dbt parsed for the other tests, so that it is not parsed again.
     shutil.copytree(dbt_target, tmp_path / "dbt" / "local")

@@ -11,7 +11,7 @@ from streams import MIDNIGHT, watch
 
 from dagster_prefs.definitions import build_definitions
 from dagster_prefs.defs.feature_views import REFRESH_JOB
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.settings import Settings, load_settings
 
 QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
@@ -25,7 +25,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def settings(
-    deployed: EngineConnection, aws_endpoint: str, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+    deployed: EngineConfiguration, aws_endpoint: str, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Settings:
     for name, value in {
         "PREFS_DATA_DIR": str(data_dir),
@@ -49,7 +49,7 @@ def evaluate(definitions: dg.Definitions, instance: dg.DagsterInstance) -> objec
 
 
 def test_arriving_events_start_one_refresh_that_publishes_them(
-    settings: Settings, deployed: EngineConnection
+    settings: Settings, deployed: EngineConfiguration
 ) -> None:
     definitions = build_definitions(settings)
     with dg.DagsterInstance.ephemeral() as instance:
@@ -91,7 +91,7 @@ def test_arriving_events_start_one_refresh_that_publishes_them(
 
 
 def test_a_missing_service_fails_the_run_with_a_sentence_and_keeps_the_views(
-    settings: Settings, deployed: EngineConnection, free_port: object
+    settings: Settings, deployed: EngineConfiguration, free_port: object
 ) -> None:
     closed = settings.model_copy(update={"aws_endpoint_url": f"http://127.0.0.1:{free_port()}"})  # type: ignore[operator]
     definitions = build_definitions(closed)

@@ -15,7 +15,7 @@ from relations import insert_events, instant, refresh
 from streams import NOW
 
 from dagster_prefs.declarations.registry import Registry, TopicDeclaration
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.events.raw import RawMessage, RawStore, RawStoreError
 from dagster_prefs.events.rejected import rejected_counts, rejected_events
 from dagster_prefs.events.replay import (
@@ -45,7 +45,7 @@ BODIES = [
 class Stream:
     """The view events of one test, with what stands on them."""
 
-    def __init__(self, engine: EngineConnection) -> None:
+    def __init__(self, engine: EngineConfiguration) -> None:
         self.engine = engine
 
     def refresh(self) -> None:
@@ -74,7 +74,7 @@ class Stream:
 
 
 @pytest.fixture
-def stream(deployed: EngineConnection) -> Stream:
+def stream(deployed: EngineConfiguration) -> Stream:
     with deployed.connect() as session:
         insert_events(
             session,
@@ -302,7 +302,7 @@ def test_the_command_says_what_stands_in_the_way(
     assert json.loads(prefs("--all", "--json").stdout)["view_events"]["not valid JSON"] == 2
 
 
-def test_a_database_without_the_note_is_named(engine: EngineConnection, tmp_path: Path) -> None:
+def test_a_database_without_the_note_is_named(engine: EngineConfiguration, tmp_path: Path) -> None:
     with engine.connect() as session:
         session.execute(
             'create table rejected_events (topic text, source text, "partition" int, "offset" bigint,'

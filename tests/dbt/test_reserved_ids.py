@@ -17,7 +17,7 @@ from shipped import REGISTRY
 from streams import NOW
 
 from dagster_prefs.declarations.registry import Registry
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
 from dagster_prefs.events.canaries import CanaryKey, canary_events, canary_key
 from dagster_prefs.events.raw import RawStoreError
@@ -38,7 +38,7 @@ DbtOn = Callable[..., Dbt]
 class Bench:
     """A deployed database; messages go in one after the other, each a millisecond after the one before."""
 
-    def __init__(self, engine: EngineConnection, session: psycopg.Connection, order: list[str]) -> None:
+    def __init__(self, engine: EngineConfiguration, session: psycopg.Connection, order: list[str]) -> None:
         self.engine = engine
         self.session = session
         self.order = order
@@ -65,7 +65,7 @@ class Bench:
 
 
 @pytest.fixture
-def bench(deployed: EngineConnection, dbt_on: DbtOn) -> Iterator[Bench]:
+def bench(deployed: EngineConfiguration, dbt_on: DbtOn) -> Iterator[Bench]:
     with deployed.connect() as session:
         session.execute("select set_config('prefs.clock', %s, false)", (instant(NOW).isoformat(),))
         yield Bench(deployed, session, materialized_views(dbt_on(deployed).manifest()))
@@ -198,7 +198,7 @@ def test_a_deployment_has_one_key_until_it_is_deleted(bench: Bench) -> None:
     assert canary_key(bench.engine).deployment not in (key.deployment, later.deployment)
 
 
-def test_a_database_without_the_table_is_told_what_to_run(engine: EngineConnection) -> None:
+def test_a_database_without_the_table_is_told_what_to_run(engine: EngineConfiguration) -> None:
     with pytest.raises(RawStoreError, match=r"no table canary_keys .* make it with `dbt run`"):
         send_canary(engine, REGISTRY, instant(AT))
 

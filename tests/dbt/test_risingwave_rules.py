@@ -20,9 +20,9 @@ from sqlglot import exp
 from sqlglot.errors import SqlglotError
 from workshop import PROJECT
 
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.deploy.plan import catalog_kind
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
-from dagster_prefs.engine.plan import catalog_kind
 
 Rule = Callable[[str], list[str]]
 KEYS = ["viewer_id", "domain_key"]
@@ -548,7 +548,7 @@ def compiled(factory: pytest.TempPathFactory, environment: dict[str, str]) -> di
     key = json.dumps(environment, sort_keys=True)
     if key not in _COMPILED:
         target: Path = factory.getbasetemp() / "risingwave-offline"
-        nowhere = EngineConnection("127.0.0.1", 9, "dev", "root", kind="risingwave")
+        nowhere = EngineConfiguration("127.0.0.1", 9, "dev", "root", kind="risingwave")
         clean = {name: os.environ.get(name, "") for name in ("PREFS_KAFKA_BOOTSTRAP", "AWS_ENDPOINT_URL")}
         results = Dbt(nowhere, PROJECT, target, {**clean, **environment}).run(
             "compile", arguments=["--no-introspect", "--no-populate-cache"]

@@ -16,7 +16,7 @@ from streams import MIDNIGHT, NOW, messages, touch, watch
 from workshop import assert_all_ok
 
 from dagster_prefs.declarations.registry import Registry
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
 
 SAMPLE = Path(__file__).resolve().parents[3] / "shared" / "data" / "rees46-2019-10-sample.csv"
@@ -37,7 +37,7 @@ quick = settings(
 
 
 @pytest.fixture
-def session(deployed: EngineConnection) -> Iterator[psycopg.Connection]:
+def session(deployed: EngineConfiguration) -> Iterator[psycopg.Connection]:
     with deployed.connect() as connection:
         # Nothing here must survive a crash of the machine.
         connection.execute("set synchronous_commit to off")
@@ -45,7 +45,7 @@ def session(deployed: EngineConnection) -> Iterator[psycopg.Connection]:
 
 
 @pytest.fixture
-def order(deployed: EngineConnection, dbt_on: DbtOn) -> list[str]:
+def order(deployed: EngineConfiguration, dbt_on: DbtOn) -> list[str]:
     return materialized_views(dbt_on(deployed).manifest())
 
 
@@ -140,7 +140,7 @@ def test_parallel_plans_read_the_same(session: psycopg.Connection, order: list[s
     assert differences(session, Oracle(stream, NOW)) == {}
 
 
-def test_spread_rolls_viewers_over_one_after_another(deployed: EngineConnection, dbt_on: DbtOn) -> None:
+def test_spread_rolls_viewers_over_one_after_another(deployed: EngineConfiguration, dbt_on: DbtOn) -> None:
     """With a spread, each viewer's day begins abs(viewer_id) mod spread seconds after midnight."""
     spread = dbt_on(deployed, environment={"PREFS_EXPIRY_SPREAD_SECONDS": str(SPREAD)})
     # Of the viewers below 0 there is only the canary.
@@ -166,7 +166,7 @@ def test_spread_rolls_viewers_over_one_after_another(deployed: EngineConnection,
     assert len(set(sizes)) > 4
 
 
-def test_the_clock_of_the_database_moves_a_dbt_run(deployed: EngineConnection, dbt_on: DbtOn) -> None:
+def test_the_clock_of_the_database_moves_a_dbt_run(deployed: EngineConfiguration, dbt_on: DbtOn) -> None:
     """What `dbt run` refreshes is as of the clock: values fall and rows leave with no new event."""
     stream = [watch(1, 7, MIDNIGHT - 8 * DAY), watch(2, 7, MIDNIGHT), watch(3, 8, MIDNIGHT - 28 * DAY)]
     with deployed.connect() as connection:
@@ -219,7 +219,7 @@ def test_fingerprint_sees_any_change_and_no_order(session: psycopg.Connection, o
 
 @pytest.mark.skipif(not SAMPLE.exists(), reason=f"the REES46 sample is not at {SAMPLE.name} in shared/data")
 def test_real_shop_events(
-    registry: Registry, session: psycopg.Connection, deployed: EngineConnection, order: list[str]
+    registry: Registry, session: psycopg.Connection, deployed: EngineConfiguration, order: list[str]
 ) -> None:
     """The public sample, through the product's own reader of files."""
     ingest = pytest.importorskip("dagster_prefs.events.ingest")

@@ -21,8 +21,8 @@ from dagster_prefs.declarations.read import DeclarationError
 from dagster_prefs.declarations.registry import load_registry, parse_registry, registry_dict
 from dagster_prefs.declarations.stale import StaleRegistry, current_registry
 from dagster_prefs.errors import PrefsError
-from dagster_prefs.offline.tables import ICEBERG_TYPES
-from dagster_prefs.offline.windows import ViewNotPortable, features_by_entity
+from dagster_prefs.iceberg.tables import ICEBERG_TYPES
+from dagster_prefs.training.windows import ViewNotPortable, features_by_entity
 
 
 def generate(copy: Copy) -> list[str]:

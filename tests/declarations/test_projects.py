@@ -14,13 +14,13 @@ from project_copies import EXAMPLE, FOREIGN, Copy
 from dagster_prefs.declarations.contract import deployed_contract
 from dagster_prefs.declarations.generate import generate_files
 from dagster_prefs.declarations.registry import load_registry
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt, DbtError, compile_queries
 
 pytestmark = pytest.mark.slow
 
 NOWHERE = {
-    kind: EngineConnection("127.0.0.1", 1, "any", "any", schema="public", kind=kind)  # type: ignore[arg-type]
+    kind: EngineConfiguration("127.0.0.1", 1, "any", "any", schema="public", kind=kind)  # type: ignore[arg-type]
     for kind in ("local", "risingwave")
 }
 
@@ -199,7 +199,7 @@ def event(number: int, **changes: Any) -> bytes:
     return json.dumps(body | changes).encode()
 
 
-def test_a_uuid_is_one_word_and_runs(courses_copy: Copy, engine: EngineConnection) -> None:
+def test_a_uuid_is_one_word_and_runs(courses_copy: Copy, engine: EngineConfiguration) -> None:
     courses_copy.change("dbt_project.yml", "learner_id: text", "learner_id: uuid")
     generate_files(courses_copy.folder, courses_copy.compiled)
     dbt = Dbt(engine, courses_copy.folder, courses_copy.folder / "target")

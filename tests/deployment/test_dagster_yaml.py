@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.local.services import LocalServices
 
 CONFIG = Path(__file__).resolve().parents[2] / "infra" / "dagster" / "dagster.yaml"
@@ -35,7 +35,7 @@ with DagsterInstance.from_config(sys.argv[1]) as instance:
 
 
 def test_instance_loads_on_postgresql(
-    engine: EngineConnection, services: LocalServices, tmp_path: Path
+    engine: EngineConfiguration, services: LocalServices, tmp_path: Path
 ) -> None:
     shutil.copy(CONFIG, tmp_path)
     done = subprocess.run(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dagster_prefs.cli.serving import profile_client
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.serving.why import explain_attribute
 from dagster_prefs.settings import load_settings
 from tests.end_to_end.conftest import Place
@@ -72,7 +72,7 @@ def test_every_served_number_is_what_its_tiles_say(
     assert len(asked) == 16
     with profile_client(settings, first["entity"]) as client:
         found = [
-            explain_attribute(EngineConnection.of(settings), client, first["id"], name) for name in asked
+            explain_attribute(EngineConfiguration.of(settings), client, first["id"], name) for name in asked
         ]
     assert [(one.attribute, one.online, one.recomputed) for one in found if not one.equal] == []
     assert all(one.tiles and one.events for one in found)

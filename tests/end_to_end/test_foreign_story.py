@@ -16,11 +16,11 @@ from urllib.parse import quote
 
 import pytest
 
-from dagster_prefs.offline.parity import ParityReport, check_parity, served_items
-from dagster_prefs.offline.windows import choose_features
 from dagster_prefs.platform import Platform
 from dagster_prefs.serving import ProfileClient
 from dagster_prefs.settings import load_settings
+from dagster_prefs.training.parity import ParityReport, check_parity, served_items
+from dagster_prefs.training.windows import choose_features
 from tests.end_to_end.conftest import PROJECT, Place
 
 pytestmark = pytest.mark.slow

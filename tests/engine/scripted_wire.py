@@ -14,7 +14,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.connection import EngineConfiguration
 
 SSL_REQUEST, CANCEL_REQUEST = 80877103, 80877102
 UNITS = {"ms": 1, "s": 1000, "min": 60_000, "h": 3_600_000, "d": 86_400_000}
@@ -41,7 +41,7 @@ class RisingWaveWire:
         self.read_milliseconds = 0
         self.statements: list[str] = []
         self._socket = socket.create_server(("127.0.0.1", 0))
-        self.engine = EngineConnection(
+        self.engine = EngineConfiguration(
             "127.0.0.1", self._socket.getsockname()[1], "dev", "root", kind="risingwave", sslmode="disable"
         )
 

@@ -16,7 +16,7 @@ from scripted_wire import RisingWaveWire
 
 from dagster_prefs.cli import cli
 from dagster_prefs.defs import deployment, feature_views
-from dagster_prefs.engine.connection import EngineConnection, EngineUnavailable
+from dagster_prefs.engine.connection import EngineConfiguration, EngineUnavailable
 from dagster_prefs.engine.dbt import Dbt, DbtError
 from dagster_prefs.engine.version import EngineTooOld, require_version, server_version
 from dagster_prefs.platform import Platform
@@ -115,12 +115,12 @@ def test_versions_are_compared_as_numbers(wire: RisingWaveWire, version: str, ta
                 require_version(connection, platform.engine, platform.dbt)
 
 
-def test_the_embedded_engine_is_never_refused(engine: EngineConnection, tmp_path: Path) -> None:
+def test_the_embedded_engine_is_never_refused(engine: EngineConfiguration, tmp_path: Path) -> None:
     with engine.connect() as connection:
         require_version(connection, engine, Dbt(engine, PROJECT, tmp_path))
 
 
-def test_what_is_no_risingwave_says_so(engine: EngineConnection) -> None:
+def test_what_is_no_risingwave_says_so(engine: EngineConfiguration) -> None:
     assert server_version("PostgreSQL 18.6 on x86_64") == (0, 0, 0)
     with pytest.raises(
         EngineUnavailable, match=r"is no RisingWave: check PREFS_ENGINE_HOST and PREFS_ENGINE_PORT"

@@ -8,9 +8,7 @@ from typing import Any, Literal
 
 import pytest
 
-from dagster_prefs.engine.catalog import Catalog, CatalogObject
-from dagster_prefs.engine.explain import redacted
-from dagster_prefs.engine.plan import (
+from dagster_prefs.deploy.plan import (
     ContractChange,
     ContractReview,
     Model,
@@ -20,6 +18,8 @@ from dagster_prefs.engine.plan import (
     added_columns,
     compare,
 )
+from dagster_prefs.engine.catalog import Catalog, CatalogObject
+from dagster_prefs.engine.explain import redacted
 
 KINDS = {
     "table_with_connector": "table", "materialized_view": "materialized view", "view": "view", "sink": "sink",

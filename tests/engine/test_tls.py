@@ -17,7 +17,7 @@ import pytest
 import yaml
 from psycopg import pq
 
-from dagster_prefs.engine.connection import EngineConnection, EngineUnavailable, on_this_machine
+from dagster_prefs.engine.connection import EngineConfiguration, EngineUnavailable, on_this_machine
 from dagster_prefs.engine.dbt import Dbt
 from dagster_prefs.settings import Settings
 
@@ -79,8 +79,8 @@ def fake(*, asks: bool = True) -> Iterator[FakeEngine]:
         made.close()
 
 
-def connection(engine: FakeEngine, host: str = ELSEWHERE, sslmode: str = "") -> EngineConnection:
-    return EngineConnection(host, engine.port, "dev", "root", SECRET, sslmode, kind="risingwave")
+def connection(engine: FakeEngine, host: str = ELSEWHERE, sslmode: str = "") -> EngineConfiguration:
+    return EngineConfiguration(host, engine.port, "dev", "root", SECRET, sslmode, kind="risingwave")
 
 
 def test_an_engine_that_has_no_tls_gets_nothing() -> None:
@@ -166,7 +166,7 @@ def test_dbt_alone_gets_no_further_than_an_engine_without_tls(tmp_path: Path) ->
 )  # fmt: skip
 def test_what_is_on_this_machine(host: str, here: bool) -> None:
     assert on_this_machine(host) is here
-    found = EngineConnection(host, 1, "d", "u", SECRET)
+    found = EngineConfiguration(host, 1, "d", "u", SECRET)
     assert found.parameters()["sslmode"] == ("prefer" if here else "require")
     assert (found.require_auth is None) is here
 
@@ -174,13 +174,13 @@ def test_what_is_on_this_machine(host: str, here: bool) -> None:
 @pytest.mark.parametrize("sslmode", ["allow", "prefer"])
 def test_a_mode_that_falls_back_to_clear_is_refused_off_this_machine(sslmode: str) -> None:
     with pytest.raises(EngineUnavailable, match=f"sslmode {sslmode} sends the password in clear"):
-        EngineConnection("db.example", 1, "d", "u", sslmode=sslmode)
-    assert EngineConnection("127.0.0.1", 1, "d", "u", sslmode=sslmode).parameters()["sslmode"] == sslmode
+        EngineConfiguration("db.example", 1, "d", "u", sslmode=sslmode)
+    assert EngineConfiguration("127.0.0.1", 1, "d", "u", sslmode=sslmode).parameters()["sslmode"] == sslmode
 
 
 def test_only_a_checked_certificate_gets_a_password_in_clear() -> None:
     found = {
-        mode: EngineConnection("db.example", 1, "d", "u", SECRET, mode).require_auth
+        mode: EngineConfiguration("db.example", 1, "d", "u", SECRET, mode).require_auth
         for mode in ("disable", "require", "verify-ca", "verify-full")
     }
     assert found == {
@@ -189,7 +189,7 @@ def test_only_a_checked_certificate_gets_a_password_in_clear() -> None:
         "verify-ca": "scram-sha-256,md5,password",
         "verify-full": "scram-sha-256,md5,password",
     }
-    assert EngineConnection("db.example", 1, "d", "u").require_auth is None
+    assert EngineConfiguration("db.example", 1, "d", "u").require_auth is None
 
 
 def test_both_drivers_know_the_parameter() -> None:

@@ -17,23 +17,23 @@ from shipped import TILE_TABLES
 from streams import NOW
 
 from dagster_prefs.declarations.contract import load_contract
-from dagster_prefs.engine.connection import EngineConnection
-from dagster_prefs.offline.catalog import open_catalog
-from dagster_prefs.offline.export import export_day, exported_days, stale_days
-from dagster_prefs.online.tables import dynamodb_client, provision
+from dagster_prefs.dynamodb.tables import dynamodb_client, provision
+from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.iceberg.catalog import open_catalog
+from dagster_prefs.iceberg.export import export_day, exported_days, stale_days
 
 
 @dataclass(frozen=True)
 class Template:
     """A database to copy, and its views in the order of refresh."""
 
-    engine: EngineConnection
+    engine: EngineConfiguration
     order: Sequence[str]
 
 
 @pytest.fixture(scope="session")
 def template(
-    deployed_state: BuiltState, deployed_template: EngineConnection, copied_database: Callable[..., Any]
+    deployed_state: BuiltState, deployed_template: EngineConfiguration, copied_database: Callable[..., Any]
 ) -> Iterator[Template]:
     """The whole dbt project with every message read."""
     with copied_database("erasure_template", deployed_template, instant(NOW)) as engine:

@@ -24,13 +24,13 @@ from shipped import REGISTRY, TILE_TABLES
 from streams import NOW
 
 from dagster_prefs.declarations.contract import load_contract
-from dagster_prefs.engine.connection import EngineConnection
-from dagster_prefs.erasure import ErasureReport, Stores, erase
-from dagster_prefs.events.redaction import Subject
-from dagster_prefs.offline.catalog import open_catalog
-from dagster_prefs.offline.export import export_day, exported_days, stale_days
-from dagster_prefs.offline.tables import TileTable
-from dagster_prefs.online.publisher import publish_domain
+from dagster_prefs.dynamodb.publisher import publish_domain
+from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.erasure.erase import ErasureReport, Stores, erase
+from dagster_prefs.erasure.events import Subject
+from dagster_prefs.iceberg.catalog import open_catalog
+from dagster_prefs.iceberg.export import export_day, exported_days, stale_days
+from dagster_prefs.iceberg.tables import TileTable
 
 # Ids that stand in nothing else, so that any trace of them is a trace of them; the other viewers' ids
 # begin, end or continue them.
@@ -176,7 +176,7 @@ def redacted(owned: Iterable[tuple[Message, str]], *gone: str) -> list[Message]:
 class World:
     """Every store of one test."""
 
-    engine: EngineConnection
+    engine: EngineConfiguration
     connection: Any
     order: Sequence[str]
     client: Any

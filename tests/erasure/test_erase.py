@@ -41,27 +41,27 @@ from shipped import FEATURES, REGISTRY, TILE_TABLES, WATCH
 from streams import NOW
 
 from dagster_prefs.declarations.registry import Registry
-from dagster_prefs.erasure import ErasureIncomplete, ErasureReport
+from dagster_prefs.dynamodb.publisher import publish_lock
+from dagster_prefs.dynamodb.tables import dynamodb_client
+from dagster_prefs.erasure import training as forget_module
+from dagster_prefs.erasure.erase import ErasureIncomplete, ErasureReport
+from dagster_prefs.erasure.events import Subject, SubjectRefused
+from dagster_prefs.erasure.items import EntityItems
+from dagster_prefs.erasure.training import ForgottenTable, SubjectInTable, SubjectInTiles, files_holding
 from dagster_prefs.events.ingest import ingest_file
-from dagster_prefs.events.redaction import Subject, SubjectRefused
-from dagster_prefs.offline import export as export_module
-from dagster_prefs.offline import forget as forget_module
-from dagster_prefs.offline.catalog import CatalogUnavailable, OfflineError
-from dagster_prefs.offline.export import SINK_BRANCH, export_day
-from dagster_prefs.offline.files import day_files, parts_of, read_rows
-from dagster_prefs.offline.forget import ForgottenTable, SubjectInTable, SubjectInTiles, files_holding
-from dagster_prefs.offline.publish import DayFiles, publish_day, write_day
-from dagster_prefs.offline.tables import ErasedSubject, arrow_schema
-from dagster_prefs.offline.tiles import TilesUnreadable
-from dagster_prefs.offline.training_set import (
+from dagster_prefs.iceberg import export as export_module
+from dagster_prefs.iceberg.catalog import CatalogUnavailable, OfflineError
+from dagster_prefs.iceberg.export import SINK_BRANCH, export_day
+from dagster_prefs.iceberg.files import day_files, parts_of, read_rows
+from dagster_prefs.iceberg.publish import DayFiles, publish_day, write_day
+from dagster_prefs.iceberg.tables import ErasedSubject, arrow_schema
+from dagster_prefs.iceberg.tiles import TilesUnreadable
+from dagster_prefs.training.training_set import (
     SnapshotExpired,
     TrainingSet,
     build_training_set,
     reproduce_training_set,
 )
-from dagster_prefs.online.publisher import publish_lock
-from dagster_prefs.online.tables import dynamodb_client
-from dagster_prefs.online.withdraw import EntityItems
 
 # Spelled so that every way to write the user's name is found.
 USER_TRACES = (re.escape(USER), r"Zo\\+u00eb/gone", r"Zo\\303\\253/gone")

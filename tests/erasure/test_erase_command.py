@@ -14,7 +14,7 @@ from forgotten_world import OWNED, USER, VIEWER, World, redacted
 from oracle import Erasure
 
 from dagster_prefs.cli import cli
-from dagster_prefs.events.redaction import SubjectRefused
+from dagster_prefs.erasure.events import SubjectRefused
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "operations.md"
 

@@ -13,17 +13,17 @@ from declared import COURSES
 from foreign import REGISTRY, TODAY, School, lesson
 
 from dagster_prefs.declarations.registry import Registry
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.dynamodb.publisher import publish_domain
+from dagster_prefs.dynamodb.tables import dynamodb_client, provision
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
-from dagster_prefs.erasure import ErasureReport, Stores, erase
-from dagster_prefs.events.redaction import REDACTED, Subject, SubjectRefused
-from dagster_prefs.offline.catalog import open_catalog
-from dagster_prefs.offline.export import export_day, exported_days, stale_days
-from dagster_prefs.offline.tables import tile_tables
-from dagster_prefs.offline.training_set import build_training_set
-from dagster_prefs.offline.windows import choose_features
-from dagster_prefs.online.publisher import publish_domain
-from dagster_prefs.online.tables import dynamodb_client, provision
+from dagster_prefs.erasure.erase import ErasureReport, Stores, erase
+from dagster_prefs.erasure.events import REDACTED, Subject, SubjectRefused
+from dagster_prefs.iceberg.catalog import open_catalog
+from dagster_prefs.iceberg.export import export_day, exported_days, stale_days
+from dagster_prefs.iceberg.tables import tile_tables
+from dagster_prefs.training.training_set import build_training_set
+from dagster_prefs.training.windows import choose_features
 
 (SPEC,) = tile_tables(REGISTRY).values()
 NOW = datetime.now(UTC)
@@ -32,7 +32,7 @@ LEARNERS = ("007", "7", "0070", "a/007")
 
 
 def test_a_learner_is_erased_and_nobody_else(
-    engine: EngineConnection, aws_endpoint: str, tmp_path: Path
+    engine: EngineConfiguration, aws_endpoint: str, tmp_path: Path
 ) -> None:
     school = School(engine, Dbt(engine, COURSES, tmp_path / "target", {}))
     school.send(lesson(learner, days) for learner in LEARNERS for days in (1, 3))

@@ -14,8 +14,8 @@ from pyiceberg.catalog import Catalog
 from shipped import TILE_TABLES, WATCH
 from streams import NOW
 
-from dagster_prefs.offline.catalog import open_catalog
-from dagster_prefs.offline.files import day_files
+from dagster_prefs.iceberg.catalog import open_catalog
+from dagster_prefs.iceberg.files import day_files
 
 BUCKET, REGION = "erased-lake", "eu-central-1"
 

@@ -9,12 +9,12 @@ import pytest
 from confluent_kafka import Producer
 
 from dagster_prefs.declarations.registry import Registry
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.events.kafka import KafkaWriter
 
 
 @pytest.fixture
-def store(engine: EngineConnection, registry: Registry) -> EngineConnection:
+def store(engine: EngineConfiguration, registry: Registry) -> EngineConfiguration:
     """The engine with empty raw tables and `ingest_files`."""
     with engine.connect() as session:
         for topic in registry.topics.values():
@@ -34,7 +34,7 @@ def store(engine: EngineConnection, registry: Registry) -> EngineConnection:
     return engine
 
 
-def rows(engine: EngineConnection, query: str) -> list[tuple[Any, ...]]:
+def rows(engine: EngineConfiguration, query: str) -> list[tuple[Any, ...]]:
     with engine.connect() as session:
         return session.execute(query).fetchall()
 

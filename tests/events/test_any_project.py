@@ -27,16 +27,16 @@ from dagster_prefs.declarations.registry import (
     RegistryError,
     TopicDeclaration,
 )
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.events.canaries import CanaryKey, canary_events
 from dagster_prefs.events.formats import EventFileError, LineReader, detect, read_records
-from dagster_prefs.events.generator import GeneratedPlan
 from dagster_prefs.events.ingest import ingest_file
 from dagster_prefs.events.messages import Topic, shift_message, topic_of, topics_of
-from dagster_prefs.events.scenario import SimulationPlan, scenario_plan
-from dagster_prefs.events.simulation import Plan
-from dagster_prefs.events.simulator import CombinedPlan, fitted, follow_to_engine, simulate_to_engine
 from dagster_prefs.events.validity import rejection_reason
+from dagster_prefs.tools.generator import GeneratedPlan
+from dagster_prefs.tools.scenario import SimulationPlan, scenario_plan
+from dagster_prefs.tools.simulation import Plan
+from dagster_prefs.tools.simulator import CombinedPlan, fitted, follow_to_engine, simulate_to_engine
 
 NOW = datetime(2026, 3, 15, 12, tzinfo=UTC)
 KEY = CanaryKey("00c0ffee00c0ffee", "5e" * 32)
@@ -499,7 +499,7 @@ def test_the_scenario_plays_with_the_topics_that_are_there(registry: Registry, c
 
 
 @pytest.fixture
-def learned(engine: EngineConnection, courses: Registry) -> EngineConnection:
+def learned(engine: EngineConfiguration, courses: Registry) -> EngineConfiguration:
     """An engine with the foreign project's raw table and `ingest_files`."""
     with engine.connect() as session:
         session.execute(
@@ -515,7 +515,7 @@ def learned(engine: EngineConnection, courses: Registry) -> EngineConnection:
 
 
 def test_the_engine_takes_the_events_of_a_foreign_project(
-    learned: EngineConnection, courses: Registry, tmp_path: Path
+    learned: EngineConfiguration, courses: Registry, tmp_path: Path
 ) -> None:
     plan = planned(courses)
     (report,) = simulate_to_engine(learned, courses, plan)

@@ -17,10 +17,10 @@ from pydantic import SecretStr
 
 from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.engine.catalog import NotDeployed
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.events.brokers import client_properties, msk_token
 from dagster_prefs.events.kafka import ingest_topic
-from dagster_prefs.events.topics import note_topics, source_name, topic_lives
+from dagster_prefs.events.topics import note_topics, source_name, topic_generations
 from dagster_prefs.settings import Settings
 from tests.events.conftest import produce
 
@@ -127,7 +127,7 @@ def test_missing_aws_credentials_fail_the_connection(monkeypatch: pytest.MonkeyP
 
 
 @pytest.fixture
-def noted(store: EngineConnection) -> EngineConnection:
+def noted(store: EngineConfiguration) -> EngineConfiguration:
     with store.connect() as session:
         session.execute(
             "create table kafka_topics (kafka_topic text primary key, topic_id text, generation int,"
@@ -136,7 +136,7 @@ def noted(store: EngineConnection) -> EngineConnection:
     return store
 
 
-def test_a_topic_enters_its_next_generation_when_its_id_changes(noted: EngineConnection) -> None:
+def test_a_topic_enters_its_next_generation_when_its_id_changes(noted: EngineConfiguration) -> None:
     with noted.connect() as session:
         look = lambda identity: note_topics(session, noted, {"t": identity}, now=NOW)["t"]  # noqa: E731
         assert (look("a").state, look("a").state) == ("unnoted", "noted")
@@ -144,18 +144,18 @@ def test_a_topic_enters_its_next_generation_when_its_id_changes(noted: EngineCon
         # Brokers that tell no ids change nothing.
         assert look(None).state == "unknown"
         assert look("b").state == "recreated"
-        life = topic_lives(session, noted, {"t": "b"})["t"]
+        life = topic_generations(session, noted, {"t": "b"})["t"]
         assert (life.state, life.generation, life.source) == ("noted", 2, "kafka:t#2")
         assert session.execute("select * from kafka_topics").fetchall() == [("t", "b", 2, NOW)]
 
 
-def test_the_table_is_missing_before_the_first_run(store: EngineConnection) -> None:
+def test_the_table_is_missing_before_the_first_run(store: EngineConfiguration) -> None:
     with store.connect() as session, pytest.raises(NotDeployed, match="run `dbt run` in dbt_project/"):
-        topic_lives(session, store, {"t": "a"})
+        topic_generations(session, store, {"t": "a"})
 
 
 def test_a_later_generation_is_read_from_its_start_beside_the_first(
-    registry: Registry, store: EngineConnection, broker: tuple[str, Any]
+    registry: Registry, store: EngineConfiguration, broker: tuple[str, Any]
 ) -> None:
     address, _ = broker
     produce(address, "view_events", [b"a", b"b"])

@@ -21,7 +21,7 @@ from pydantic import SecretStr
 from shipped import REGISTRY
 
 from dagster_prefs.declarations.contract import load_contract
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.events.brokers import client_properties
 from dagster_prefs.events.contact import Contact, KafkaUnavailable
@@ -137,7 +137,7 @@ def check(said: str, fault: Fault) -> None:
     assert PASSWORD not in said
 
 
-def consume(store: EngineConnection, fault: Fault) -> Any:
+def consume(store: EngineConfiguration, fault: Fault) -> Any:
     return ingest_topic(
         store,
         fault.bootstrap,
@@ -147,7 +147,7 @@ def consume(store: EngineConnection, fault: Fault) -> Any:
     )
 
 
-def consume_for_ever(store: EngineConnection, fault: Fault) -> Any:
+def consume_for_ever(store: EngineConfiguration, fault: Fault) -> Any:
     return ingest_topic(
         store,
         fault.bootstrap,
@@ -158,20 +158,20 @@ def consume_for_ever(store: EngineConnection, fault: Fault) -> Any:
     )
 
 
-def look_for_messages(_: EngineConnection, fault: Fault) -> Any:
+def look_for_messages(_: EngineConfiguration, fault: Fault) -> Any:
     return holds_messages(fault.bootstrap, TOPIC, client=fault.client, timeout_seconds=PATIENCE)
 
 
-def lag(_: EngineConnection, fault: Fault) -> Any:
+def lag(_: EngineConfiguration, fault: Fault) -> Any:
     with Broker(fault.bootstrap, client=fault.client, timeout_seconds=PATIENCE) as broker:
         return broker.watermarks(TOPIC)
 
 
-def produce(_: EngineConnection, fault: Fault) -> Any:
+def produce(_: EngineConfiguration, fault: Fault) -> Any:
     KafkaWriter(fault.bootstrap, client=fault.client, timeout_seconds=PATIENCE).check(TOPIC)
 
 
-def canary(store: EngineConnection, fault: Fault) -> Any:
+def canary(store: EngineConfiguration, fault: Fault) -> Any:
     moment = datetime(2026, 3, 10, tzinfo=UTC)
     send_canary(
         store, REGISTRY, moment, bootstrap=fault.bootstrap, client=fault.client, timeout_seconds=PATIENCE,
@@ -183,14 +183,14 @@ def canary(store: EngineConnection, fault: Fault) -> Any:
     "use", [consume, consume_for_ever, look_for_messages, lag, produce, canary], ids=lambda use: use.__name__
 )
 def test_the_reason_and_the_setting_are_in_the_message(
-    store: EngineConnection, fault: Fault, use: Callable[[EngineConnection, Fault], Any]
+    store: EngineConfiguration, fault: Fault, use: Callable[[EngineConfiguration, Fault], Any]
 ) -> None:
     with pytest.raises(PrefsError) as caught:
         use(store, fault)
     check(str(caught.value), fault)
 
 
-def test_topics_are_not_told(store: EngineConnection, fault: Fault) -> None:
+def test_topics_are_not_told(store: EngineConfiguration, fault: Fault) -> None:
     with pytest.raises(KafkaUnavailable) as caught:
         broker_ids(fault.bootstrap, [TOPIC], client=fault.client, timeout_seconds=PATIENCE)
     check(str(caught.value), fault)
@@ -205,7 +205,7 @@ def test_prefs_topics_and_the_feeds_say_why() -> None:
     check(str(caught.value), fault)
 
 
-def test_freshness_says_it_of_every_topic(store: EngineConnection, fault: Fault) -> None:
+def test_freshness_says_it_of_every_topic(store: EngineConfiguration, fault: Fault) -> None:
     """`prefs status`, `/metrics` and the sensor."""
     measures = measure_ingestion(
         store,
@@ -223,7 +223,7 @@ def test_freshness_says_it_of_every_topic(store: EngineConnection, fault: Fault)
         check(found.reason, fault)
 
 
-def test_messages_that_are_not_taken_say_why(store: EngineConnection, tmp_path: Path) -> None:
+def test_messages_that_are_not_taken_say_why(store: EngineConfiguration, tmp_path: Path) -> None:
     """Without a check before: the producer alone knows."""
     with running(FaultyBroker()) as broker:
         fault = Fault(sasl(broker.address), "Invalid username or password", ("PREFS_KAFKA_SASL_PASSWORD",))
@@ -326,7 +326,7 @@ def test_an_msk_identity_has_other_settings() -> None:
 
 
 def test_missing_aws_credentials_are_told_at_once(
-    store: EngineConnection, monkeypatch: pytest.MonkeyPatch
+    store: EngineConfiguration, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("botocore.session.Session.get_credentials", lambda _: None)
     settings = Settings(

@@ -10,16 +10,16 @@ from pathlib import Path
 from psycopg import sql
 
 from dagster_prefs.declarations.registry import Registry
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
 from dagster_prefs.events.canaries import CanaryKey, canary_events, canary_key
-from dagster_prefs.events.generator import GeneratedPlan
 from dagster_prefs.events.messages import topic_of
 from dagster_prefs.events.raw import RawMessage, RawStore
 from dagster_prefs.events.rejected import rejected_counts
 from dagster_prefs.events.replay import export_rejected, replay_file
-from dagster_prefs.events.simulator import simulate_to_engine
 from dagster_prefs.events.validity import rejection_reason
+from dagster_prefs.tools.generator import GeneratedPlan
+from dagster_prefs.tools.simulator import simulate_to_engine
 from tests.declared import COURSES
 
 NOW = datetime(2026, 3, 15, 12, tzinfo=UTC)
@@ -37,7 +37,7 @@ def canaries(registry: Registry, key: CanaryKey) -> list[bytes]:
 
 
 def test_models_and_commands_reject_alike(
-    courses: Registry, engine: EngineConnection, tmp_path: Path
+    courses: Registry, engine: EngineConfiguration, tmp_path: Path
 ) -> None:
     topic = topic_of(courses, "lesson_events")
     plan = GeneratedPlan(

@@ -20,10 +20,10 @@ import psycopg
 import pytest
 
 from dagster_prefs.declarations.registry import Registry
-from dagster_prefs.engine.connection import EngineConnection, EngineUnavailable
+from dagster_prefs.engine.connection import EngineConfiguration, EngineUnavailable
 from dagster_prefs.events.formats import EventFileError
 from dagster_prefs.events.ingest import file_source, ingest_file
-from dagster_prefs.events.raw import Progress, RawStoreError, explained
+from dagster_prefs.events.raw import Progress, RawStoreError, translated
 from dagster_prefs.events.rejected import RejectedEvent, rejected_counts, rejected_events
 from tests.events.conftest import rows
 
@@ -41,12 +41,12 @@ def write_views(path: Path, count: int) -> Path:
     return path
 
 
-def stored(engine: EngineConnection, table: str = "raw_view_events") -> list[tuple[int, bytes]]:
+def stored(engine: EngineConfiguration, table: str = "raw_view_events") -> list[tuple[int, bytes]]:
     return rows(engine, f"select source_offset, data from {table} order by source, source_offset")  # type: ignore[return-value]
 
 
 def test_every_line_is_stored_once_with_its_number(
-    registry: Registry, store: EngineConnection, tmp_path: Path
+    registry: Registry, store: EngineConfiguration, tmp_path: Path
 ) -> None:
     path = tmp_path / "views.jsonl"
     path.write_bytes(b'{"event_id":"a","viewer_id":1,"watched_at":1}\n\n{broken\n\xff\xfe\r\n')
@@ -66,7 +66,7 @@ def test_every_line_is_stored_once_with_its_number(
 
 
 def test_an_interrupted_file_is_completed(
-    registry: Registry, store: EngineConnection, tmp_path: Path
+    registry: Registry, store: EngineConfiguration, tmp_path: Path
 ) -> None:
     path = write_views(tmp_path / "views.jsonl", 500)
 
@@ -83,15 +83,15 @@ def test_an_interrupted_file_is_completed(
 
 
 def test_a_killed_ingest_is_completed_exactly(
-    registry: Registry, store: EngineConnection, tmp_path: Path
+    registry: Registry, store: EngineConfiguration, tmp_path: Path
 ) -> None:
     path = write_views(tmp_path / "views.jsonl", 30_000)
     script = (
         "import sys; from pathlib import Path;"
-        "from dagster_prefs.engine.connection import EngineConnection;"
+        "from dagster_prefs.engine.connection import EngineConfiguration;"
         "from dagster_prefs.events.ingest import ingest_file;"
         "from dagster_prefs.settings import load_settings;"
-        "engine = EngineConnection('127.0.0.1', int(sys.argv[1]), sys.argv[2], 'prefs');"
+        "engine = EngineConfiguration('127.0.0.1', int(sys.argv[1]), sys.argv[2], 'prefs');"
         "ingest_file(engine, load_settings().registry(), Path(sys.argv[3]),"
         " batch_size=50)"
     )
@@ -113,7 +113,7 @@ def test_a_killed_ingest_is_completed_exactly(
 
 
 def test_a_truncated_gzip_keeps_what_came_before(
-    registry: Registry, store: EngineConnection, tmp_path: Path
+    registry: Registry, store: EngineConfiguration, tmp_path: Path
 ) -> None:
     draw = random.Random(3)
     lines = [
@@ -134,7 +134,9 @@ def test_a_truncated_gzip_keeps_what_came_before(
     assert ingest_file(store, registry, path).accepted == 20_000
 
 
-def test_damage_inside_a_gzip_is_named(registry: Registry, store: EngineConnection, tmp_path: Path) -> None:
+def test_damage_inside_a_gzip_is_named(
+    registry: Registry, store: EngineConfiguration, tmp_path: Path
+) -> None:
     content = bytearray(gzip.compress(b'{"event_id":1,"viewer_id":1,"watched_at":1}\n' * 100))
     content[-6] ^= 0xFF
     path = tmp_path / "views.gz"
@@ -145,7 +147,7 @@ def test_damage_inside_a_gzip_is_named(registry: Registry, store: EngineConnecti
 
 
 def test_a_shift_ends_now_and_is_remembered(
-    registry: Registry, store: EngineConnection, tmp_path: Path
+    registry: Registry, store: EngineConfiguration, tmp_path: Path
 ) -> None:
     path = tmp_path / "views.jsonl"
     path.write_text(
@@ -176,7 +178,7 @@ def test_a_shift_ends_now_and_is_remembered(
 
 
 def test_a_file_first_taken_as_it_is_stays_so(
-    registry: Registry, store: EngineConnection, tmp_path: Path
+    registry: Registry, store: EngineConfiguration, tmp_path: Path
 ) -> None:
     path = write_views(tmp_path / "views.jsonl", 3)
     ingest_file(store, registry, path)
@@ -186,7 +188,7 @@ def test_a_file_first_taken_as_it_is_stays_so(
 
 
 @pytest.mark.skipif(not SAMPLE.is_file(), reason="the REES46 sample is not beside the repository")
-def test_the_rees46_sample_is_stored_row_by_row(registry: Registry, store: EngineConnection) -> None:
+def test_the_rees46_sample_is_stored_row_by_row(registry: Registry, store: EngineConfiguration) -> None:
     report = ingest_file(store, registry, SAMPLE, shift_to_now=True, now=NOW)
     assert (report.topic, report.lines, report.accepted) == ("user.events", 1000, 1000)
     with SAMPLE.open(newline="") as file:
@@ -209,7 +211,7 @@ def test_the_rees46_sample_is_stored_row_by_row(registry: Registry, store: Engin
 
 @pytest.mark.skipif(not SAMPLE.is_file(), reason="the REES46 sample is not beside the repository")
 def test_the_rees46_sample_saved_again_by_pandas_counts_once(
-    registry: Registry, store: EngineConnection, tmp_path: Path
+    registry: Registry, store: EngineConfiguration, tmp_path: Path
 ) -> None:
     """An index column in front, another order, floats where a column had gaps, shorter prices, NaN for gaps."""
     with SAMPLE.open(newline="") as file:
@@ -234,7 +236,7 @@ def test_the_rees46_sample_saved_again_by_pandas_counts_once(
 
 
 def test_rows_that_cannot_be_read_are_named_with_their_lines(
-    registry: Registry, store: EngineConnection, tmp_path: Path
+    registry: Registry, store: EngineConfiguration, tmp_path: Path
 ) -> None:
     path = tmp_path / "items.csv"
     path.write_bytes(b"item_id,title\n1,good\n2\n3,caf\xe9\n" + b"4,a,b\n" * 6)
@@ -250,7 +252,9 @@ def test_rows_that_cannot_be_read_are_named_with_their_lines(
     assert base64.b64decode(held[2]["row_base64"]) == b"3,caf\xe9"
 
 
-def test_a_file_whose_name_is_not_utf8(registry: Registry, store: EngineConnection, tmp_path: Path) -> None:
+def test_a_file_whose_name_is_not_utf8(
+    registry: Registry, store: EngineConfiguration, tmp_path: Path
+) -> None:
     path = tmp_path / os.fsdecode(b"caf\xe9.jsonl")
     path.write_bytes(b'{"event_id":"a","viewer_id":1,"watched_at":1}\n')
     report = ingest_file(store, registry, path)
@@ -261,14 +265,16 @@ def test_a_file_whose_name_is_not_utf8(registry: Registry, store: EngineConnecti
     assert ingest_file(store, registry, path).already_present == 1
 
 
-def test_a_header_alone_is_an_empty_file(registry: Registry, store: EngineConnection, tmp_path: Path) -> None:
+def test_a_header_alone_is_an_empty_file(
+    registry: Registry, store: EngineConfiguration, tmp_path: Path
+) -> None:
     path = tmp_path / "items.csv"
     path.write_text("item_id,title\n")
     with pytest.raises(EventFileError, match="header and no rows"):
         ingest_file(store, registry, path)
 
 
-def test_an_unreadable_file_is_named(registry: Registry, store: EngineConnection, tmp_path: Path) -> None:
+def test_an_unreadable_file_is_named(registry: Registry, store: EngineConfiguration, tmp_path: Path) -> None:
     if os.geteuid() == 0:
         pytest.skip("root reads every file")
     path = write_views(tmp_path / "views.jsonl", 1)
@@ -277,20 +283,22 @@ def test_an_unreadable_file_is_named(registry: Registry, store: EngineConnection
         ingest_file(store, registry, path)
 
 
-def test_one_content_is_one_topic(registry: Registry, store: EngineConnection, tmp_path: Path) -> None:
+def test_one_content_is_one_topic(registry: Registry, store: EngineConfiguration, tmp_path: Path) -> None:
     path = write_views(tmp_path / "views.jsonl", 1)
     ingest_file(store, registry, path)
     with pytest.raises(EventFileError, match="was ingested as view_events before"):
         ingest_file(store, registry, path, topic="items")
 
 
-def test_missing_tables_name_the_remedy(registry: Registry, engine: EngineConnection, tmp_path: Path) -> None:
+def test_missing_tables_name_the_remedy(
+    registry: Registry, engine: EngineConfiguration, tmp_path: Path
+) -> None:
     with pytest.raises(RawStoreError, match=r"no table ingest_files .* `dbt run`"):
         ingest_file(engine, registry, write_views(tmp_path / "views.jsonl", 1))
 
 
 def test_a_foreign_table_of_the_same_name_is_left_alone(
-    registry: Registry, store: EngineConnection, tmp_path: Path
+    registry: Registry, store: EngineConfiguration, tmp_path: Path
 ) -> None:
     with store.connect() as session:
         session.execute("drop table raw_view_events; create table raw_view_events (mine int)")
@@ -299,13 +307,13 @@ def test_a_foreign_table_of_the_same_name_is_left_alone(
 
 
 def test_no_engine(registry: Registry, tmp_path: Path, free_port: Callable[[], int]) -> None:
-    nowhere = EngineConnection("127.0.0.1", free_port(), "prefs", "prefs")
+    nowhere = EngineConfiguration("127.0.0.1", free_port(), "prefs", "prefs")
     with pytest.raises(EngineUnavailable, match="prefs up"):
         ingest_file(nowhere, registry, write_views(tmp_path / "views.jsonl", 1))
 
 
 def test_an_engine_that_goes_away_keeps_what_it_took(
-    registry: Registry, store: EngineConnection, tmp_path: Path
+    registry: Registry, store: EngineConfiguration, tmp_path: Path
 ) -> None:
     path = write_views(tmp_path / "views.jsonl", 300)
 
@@ -324,14 +332,14 @@ def test_an_engine_that_goes_away_keeps_what_it_took(
     assert (report.accepted, report.already_present) == (200, 100)
 
 
-def test_a_full_disk_is_named(engine: EngineConnection) -> None:
+def test_a_full_disk_is_named(engine: EngineConfiguration) -> None:
     # The server cannot be made to run out of disk here; the error it would raise is raised at the edge.
-    with pytest.raises(RawStoreError, match=r"disk is full .* free space"), explained(engine, "raw_items"):
+    with pytest.raises(RawStoreError, match=r"disk is full .* free space"), translated(engine, "raw_items"):
         raise psycopg.errors.DiskFull("could not extend file: No space left on device")
 
 
 def test_the_insert_path_without_copy_counts_the_same(
-    registry: Registry, store: EngineConnection, tmp_path: Path
+    registry: Registry, store: EngineConfiguration, tmp_path: Path
 ) -> None:
     path = write_views(tmp_path / "views.jsonl", 2500)
     with store.connect() as session:
@@ -353,7 +361,7 @@ def test_the_insert_path_without_copy_counts_the_same(
     assert stored(store) == expected
 
 
-def test_rejected_events_are_read_by_topic_and_reason(engine: EngineConnection) -> None:
+def test_rejected_events_are_read_by_topic_and_reason(engine: EngineConfiguration) -> None:
     with pytest.raises(RawStoreError, match="rejected_events"):
         rejected_counts(engine)
     with engine.connect() as session:

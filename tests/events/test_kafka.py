@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dagster_prefs.declarations.registry import Registry
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.events.ingest import ingest_file
 from dagster_prefs.events.kafka import (
     GATHER_SECONDS,
@@ -26,7 +26,7 @@ VALUES = "select data from raw_view_events order by source_partition, source_off
 
 
 def test_a_topic_is_read_once_across_runs(
-    registry: Registry, store: EngineConnection, broker: Broker
+    registry: Registry, store: EngineConfiguration, broker: Broker
 ) -> None:
     address, producer = broker
     produce(address, "view_events", [b"a", b"\xff"])
@@ -60,7 +60,7 @@ def test_a_short_topic_is_not_waited_for_as_if_it_were_long() -> None:
 
 
 def test_a_reading_that_was_cut_goes_on_where_the_engine_is(
-    registry: Registry, store: EngineConnection, broker: Broker
+    registry: Registry, store: EngineConfiguration, broker: Broker
 ) -> None:
     address, _ = broker
     produce(address, "view_events", [b"%d" % n for n in range(1000)])
@@ -78,7 +78,7 @@ def test_a_reading_that_was_cut_goes_on_where_the_engine_is(
 
 
 def test_a_reading_stops_when_told_and_at_its_limit(
-    registry: Registry, store: EngineConnection, broker: Broker
+    registry: Registry, store: EngineConfiguration, broker: Broker
 ) -> None:
     address, _ = broker
     produce(address, "view_events", [b"x"] * 50)
@@ -99,7 +99,7 @@ def test_a_reading_stops_when_told_and_at_its_limit(
 
 
 def test_a_file_goes_through_kafka_where_the_connector_fills_the_raw_tables(
-    registry: Registry, store: EngineConnection, broker: Broker, tmp_path: Path
+    registry: Registry, store: EngineConfiguration, broker: Broker, tmp_path: Path
 ) -> None:
     address, _ = broker
     produce(address, "prod.views", [])
@@ -116,7 +116,7 @@ def test_a_file_goes_through_kafka_where_the_connector_fills_the_raw_tables(
     assert sorted(value for (value,) in rows(store, VALUES)) == sorted([*messages, b"not JSON"])
 
 
-def test_another_name_in_kafka(registry: Registry, store: EngineConnection, broker: Broker) -> None:
+def test_another_name_in_kafka(registry: Registry, store: EngineConfiguration, broker: Broker) -> None:
     address, _ = broker
     produce(address, "prod.views", [b"x"])
     assert (
@@ -125,7 +125,7 @@ def test_another_name_in_kafka(registry: Registry, store: EngineConnection, brok
     )
 
 
-def test_a_topic_made_anew_is_refused(registry: Registry, store: EngineConnection, broker: Broker) -> None:
+def test_a_topic_made_anew_is_refused(registry: Registry, store: EngineConfiguration, broker: Broker) -> None:
     address, _ = broker
     produce(address, "view_events", [b"x"])
     ingest_topic(store, address, registry.topics["view_events"])
@@ -136,7 +136,7 @@ def test_a_topic_made_anew_is_refused(registry: Registry, store: EngineConnectio
 
 
 def test_no_such_topic_and_no_broker(
-    registry: Registry, store: EngineConnection, broker: Broker, free_port: Callable[[], int]
+    registry: Registry, store: EngineConfiguration, broker: Broker, free_port: Callable[[], int]
 ) -> None:
     with pytest.raises(KafkaUnavailable, match="has no topic items"):
         ingest_topic(store, broker[0], registry.topics["items"], timeout_seconds=3)

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 from dagster_prefs.declarations.registry import Registry
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.events.ingest import ingest_file
 from dagster_prefs.events.kafka import holds_messages
 from dagster_prefs.events.messages import Topic, event_time
 from dagster_prefs.events.raw import Progress
-from dagster_prefs.events.scenario import SimulationPlan
-from dagster_prefs.events.simulation import SimulatedEvent, SimulationError
-from dagster_prefs.events.simulator import (
+from dagster_prefs.tools.scenario import SimulationPlan
+from dagster_prefs.tools.simulation import SimulatedEvent, SimulationError
+from dagster_prefs.tools.simulator import (
     follow_to_engine,
     remembered_end,
     simulate_to_engine,
@@ -172,7 +172,7 @@ def test_the_shape_is_that_of_people(events: list[SimulatedEvent]) -> None:
 
 
 def test_the_engine_takes_a_plan_once(
-    registry: Registry, topics: Mapping[str, Topic], store: EngineConnection, events: list[SimulatedEvent]
+    registry: Registry, topics: Mapping[str, Topic], store: EngineConfiguration, events: list[SimulatedEvent]
 ) -> None:
     def cut(progress: Progress) -> None:
         if progress.messages > 2000:
@@ -196,7 +196,11 @@ def test_the_engine_takes_a_plan_once(
 
 @pytest.mark.parametrize("compress", [False, True])
 def test_files_can_be_ingested(
-    registry: Registry, store: EngineConnection, tmp_path: Path, events: list[SimulatedEvent], compress: bool
+    registry: Registry,
+    store: EngineConfiguration,
+    tmp_path: Path,
+    events: list[SimulatedEvent],
+    compress: bool,
 ) -> None:
     paths = simulate_to_files(tmp_path / "out", PLAN, compress=compress)
     for topic, path in paths.items():
@@ -224,7 +228,7 @@ def test_topics_may_have_other_names_in_kafka(broker: tuple[str, Any]) -> None:
 
 
 def test_a_live_trickle_happens_now(
-    registry: Registry, topics: Mapping[str, Topic], store: EngineConnection
+    registry: Registry, topics: Mapping[str, Topic], store: EngineConfiguration
 ) -> None:
     before = datetime.now(UTC) - timedelta(seconds=1)
     counts = follow_to_engine(store, registry, PLAN, rate=200, seconds=0.3)

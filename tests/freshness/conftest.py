@@ -19,13 +19,13 @@ from psycopg import sql
 from shipped import REGISTRY, TILE_TABLES
 
 from dagster_prefs.declarations.contract import Contract, load_contract
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.dynamodb.publisher import publish_domain
+from dagster_prefs.dynamodb.tables import dynamodb_client, provision
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.freshness.levels import Measure
 from dagster_prefs.freshness.measures import measure_offline, measure_online, measure_views
-from dagster_prefs.offline.catalog import open_catalog
-from dagster_prefs.offline.export import export_day, exported_days, stale_days
-from dagster_prefs.online.publisher import publish_domain
-from dagster_prefs.online.tables import dynamodb_client, provision
+from dagster_prefs.iceberg.catalog import open_catalog
+from dagster_prefs.iceberg.export import export_day, exported_days, stale_days
 
 NAMESPACE = "training"
 
@@ -41,7 +41,7 @@ RAW = {
 class World:
     """Everything that freshness looks at; `now` is the clock that the measures are given."""
 
-    engine: EngineConnection
+    engine: EngineConfiguration
     connection: Any
     now: datetime
     order: Sequence[str]
@@ -185,7 +185,7 @@ class World:
 class Template:
     """A database to copy: its views in the order of refresh, the moment it was filled for, its offsets."""
 
-    engine: EngineConnection
+    engine: EngineConfiguration
     order: Sequence[str]
     now: datetime
     offsets: dict[str, int]
@@ -195,7 +195,7 @@ Copied = Callable[..., Any]
 
 
 @pytest.fixture(scope="session")
-def empty_template(deployed_state: BuiltState, deployed_template: EngineConnection) -> Template:
+def empty_template(deployed_state: BuiltState, deployed_template: EngineConfiguration) -> Template:
     """The whole dbt project without events."""
     now = datetime.now(UTC)
     if (now.hour, now.minute // 10) == (0, 0):

@@ -21,6 +21,7 @@ from shipped import REGISTRY, VIEWER_KEY
 
 from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.declarations.reserved import CANARY_NUMBER, CANARY_TEXT
+from dagster_prefs.dynamodb.publisher import PublishError
 from dagster_prefs.events.canaries import OF_ANOTHER_DEPLOYMENT
 from dagster_prefs.events.kafka import ingest_topic
 from dagster_prefs.events.rejected import rejected_counts
@@ -35,7 +36,6 @@ from dagster_prefs.freshness.canary import (
     send_canary,
 )
 from dagster_prefs.freshness.measures import measure_ingestion
-from dagster_prefs.online.publisher import PublishError
 from dagster_prefs.serving.profiles import ProfileClient
 
 DOMAINS = ("watch", "interactions", "preferences")

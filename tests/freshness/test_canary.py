@@ -25,7 +25,7 @@ from dagster_prefs.freshness.canary import (
     send_canary,
 )
 from dagster_prefs.freshness.levels import Measure
-from dagster_prefs.offline.export import export_day
+from dagster_prefs.iceberg.export import export_day
 from dagster_prefs.serving.profiles import ProfileClient
 
 DOMAINS = {"watch", "interactions", "preferences"}

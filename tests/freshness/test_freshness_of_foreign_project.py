@@ -9,7 +9,9 @@ from pathlib import Path
 from declared import COURSES
 from foreign import REGISTRY, TODAY, School, lesson
 
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.dynamodb.publisher import publish_domain
+from dagster_prefs.dynamodb.tables import dynamodb_client, provision
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
 from dagster_prefs.freshness.canary import (
     CanaryState,
@@ -21,10 +23,8 @@ from dagster_prefs.freshness.canary import (
 )
 from dagster_prefs.freshness.measures import measure_ingestion, measure_offline, measure_online, measure_views
 from dagster_prefs.freshness.views import View, watched_relations
-from dagster_prefs.offline.catalog import open_catalog
-from dagster_prefs.offline.tables import tile_tables
-from dagster_prefs.online.publisher import publish_domain
-from dagster_prefs.online.tables import dynamodb_client, provision
+from dagster_prefs.iceberg.catalog import open_catalog
+from dagster_prefs.iceberg.tables import tile_tables
 from dagster_prefs.serving import ProfileClient
 
 
@@ -60,7 +60,7 @@ def test_what_is_watched_follows_from_the_queries() -> None:
 
 
 def test_every_stage_is_measured_and_a_canary_reaches_its_profiles(
-    engine: EngineConnection, aws_endpoint: str, tmp_path: Path
+    engine: EngineConfiguration, aws_endpoint: str, tmp_path: Path
 ) -> None:
     school = School(engine, Dbt(engine, COURSES, tmp_path / "target", {}))
     client = dynamodb_client(aws_endpoint, "eu-central-1")

@@ -6,7 +6,7 @@ from datetime import UTC, date, datetime, timedelta
 
 import pytest
 
-from dagster_prefs.offline.launches import Launch, TableDay, due, dump_launches, load_launches
+from dagster_prefs.iceberg.launches import Launch, TableDay, due, dump_launches, load_launches
 
 DAY = ("viewer_watch_daily", date(2026, 3, 1))
 OTHER = ("viewer_genre_daily", date(2026, 3, 1))

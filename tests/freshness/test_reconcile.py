@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from dagster_prefs.dynamodb.publisher import publish_domain
 from dagster_prefs.freshness.online import online_lag
 from dagster_prefs.freshness.reconcile import ReconcileError, reconcile_domain
-from dagster_prefs.online.publisher import publish_domain
 
 KEY = "engagement#watch"
 

@@ -10,7 +10,7 @@ import pytest
 
 from dagster_prefs.defs import retention
 from dagster_prefs.defs.freshness import JOB
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.local.services import LocalServices
 from dagster_prefs.platform import Platform
 from dagster_prefs.settings import Settings
@@ -27,7 +27,7 @@ def instance(
         with dg.DagsterInstance.local_temp(str(tmp_path)) as made:
             yield made
         return
-    engine: EngineConnection = request.getfixturevalue("engine")
+    engine: EngineConfiguration = request.getfixturevalue("engine")
     services: LocalServices = request.getfixturevalue("services")
     for name, value in {
         "HOST": engine.host,

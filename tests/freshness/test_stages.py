@@ -15,9 +15,9 @@ from shipped import REGISTRY
 
 from dagster_prefs.declarations.contract import FreshnessThresholds
 from dagster_prefs.declarations.registry import Registry
+from dagster_prefs.dynamodb.lease import Lease
 from dagster_prefs.events.progress import waiting_since
 from dagster_prefs.freshness.measures import measure_views
-from dagster_prefs.online.lease import Lease
 
 READ_OFTEN = ("raw_arrivals", "view_events_parsed", "view_events", "viewer_watch_metrics_1d")
 ENGAGEMENT = {"online/watch", "online/interactions", "online/preferences"}
@@ -257,7 +257,7 @@ def test_a_follower_that_does_not_run_is_seen_before_anything_lags(busy: Any) ->
         busy.table.name,
         label="host:1",
         mode="follow",
-        promise_seconds=10,
+        lease_seconds=10,
         wall=lambda: busy.now.timestamp(),
     )
     assert lease.acquire(threading.Event())

@@ -15,8 +15,8 @@ from shipped import GENRE, REGISTRY, WATCH
 
 from dagster_prefs.defs import offline_store, training_data
 from dagster_prefs.freshness.canary import send_canary
-from dagster_prefs.offline.export import ForeignRows
-from dagster_prefs.offline.tables import arrow_schema
+from dagster_prefs.iceberg.export import ForeignRows
+from dagster_prefs.iceberg.tables import arrow_schema
 from dagster_prefs.platform import Platform
 from dagster_prefs.settings import Settings
 

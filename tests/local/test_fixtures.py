@@ -11,12 +11,12 @@ import boto3
 import longest
 import pytest
 
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.local.services import LocalServices
 
 
 @pytest.mark.parametrize("round_", [1, 2])
-def test_every_test_gets_an_empty_database_in_utc_and_utf8(engine: EngineConnection, round_: int) -> None:
+def test_every_test_gets_an_empty_database_in_utc_and_utf8(engine: EngineConfiguration, round_: int) -> None:
     with engine.connect() as connection:
         connection.execute("create table seen (word text)")
         connection.execute("insert into seen values ('žluťoučký 🐎')")

@@ -9,7 +9,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.connection import EngineConfiguration
 
 SCAN = re.compile(r"BatchScan \{ table: (\w+)")
 LOOKUP = re.compile(r"lookup table: (\w+)")
@@ -37,7 +37,7 @@ def read_whole(plan: list[str]) -> set[str]:
 
 
 @dataclass(frozen=True)
-class Explained(EngineConnection):
+class Explained(EngineConfiguration):
     """An engine whose queries are explained before they run; `plans` is query → plan."""
 
     plans: dict[str, list[str]] = field(default_factory=dict, compare=False)

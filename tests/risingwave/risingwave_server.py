@@ -17,7 +17,7 @@ import pytest
 import yaml
 from psycopg import sql
 
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt, NodeResult
 from dagster_prefs.engine.version import server_version
 
@@ -29,10 +29,10 @@ PATIENCE = timedelta(minutes=3)
 KINDS = ("sink", "subscription", "view", "materialized view", "table", "source")
 
 
-def server_of(url: str) -> EngineConnection:
+def server_of(url: str) -> EngineConfiguration:
     """The server that PREFS_RISINGWAVE_URL names, at its own database."""
     parts = urlsplit(url)
-    return EngineConnection(
+    return EngineConfiguration(
         host=parts.hostname or "127.0.0.1",
         port=parts.port or 4566,
         database=parts.path.strip("/") or "dev",
@@ -53,7 +53,7 @@ def refuse_old_server(url: str) -> None:
 
 
 @contextmanager
-def database() -> Iterator[EngineConnection]:
+def database() -> Iterator[EngineConfiguration]:
     """An empty database, dropped with all that is in it afterwards."""
     server = server_of(URL)
     name = f"prefs_{uuid.uuid4().hex[:12]}"
@@ -113,6 +113,6 @@ def until(condition: Callable[[], bool], what: Callable[[], Any]) -> None:
         pause.wait(0.5)
 
 
-def rows(engine: EngineConnection, query: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+def rows(engine: EngineConfiguration, query: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
     with engine.connect() as connection:
         return connection.execute(query, parameters or None).fetchall()

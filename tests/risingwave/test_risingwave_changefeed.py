@@ -20,11 +20,11 @@ from urllib.parse import urlsplit
 import pytest
 
 from dagster_prefs.declarations.contract import load_contract
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.dynamodb.items import ItemDecoder
+from dagster_prefs.dynamodb.lease import LEASE_IDS
+from dagster_prefs.dynamodb.tables import dynamodb_client, provision
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
-from dagster_prefs.online.items import ItemDecoder
-from dagster_prefs.online.lease import LEASE_IDS
-from dagster_prefs.online.tables import dynamodb_client, provision
 
 URL = os.environ.get("PREFS_RISINGWAVE_URL", "")
 PROJECT = Path(__file__).resolve().parents[2] / "dbt_project"
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.skipif(not URL, reason="PREFS_RISINGWAVE_URL names no R
 class World:
     """A deployed database, an empty table, and the environment of the commands."""
 
-    engine: EngineConnection
+    engine: EngineConfiguration
     environment: Mapping[str, str]
     client: Any
     table: str
@@ -119,7 +119,7 @@ def world(shell_environment: Mapping[str, str], tmp_path_factory: pytest.TempPat
     if not endpoint:
         pytest.skip("AWS_ENDPOINT_URL names no DynamoDB")
     parts = urlsplit(URL)
-    server = EngineConnection(
+    server = EngineConfiguration(
         host=parts.hostname or "127.0.0.1",
         port=parts.port or 4566,
         database=parts.path.strip("/") or "dev",

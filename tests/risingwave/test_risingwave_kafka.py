@@ -16,7 +16,7 @@ from confluent_kafka.admin import AdminClient, NewTopic
 from risingwave_server import NO_SERVER, PROJECT, URL, database, refused, rows, run, skipped, until
 from shipped import REGISTRY
 
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
 from dagster_prefs.events.canaries import CanaryKey, canary_events, canary_key
 from dagster_prefs.events.topics import broker_ids, note_topics
@@ -38,7 +38,7 @@ COUNTS = """
 class World:
     """A deployed database and topics of its own."""
 
-    engine: EngineConnection
+    engine: EngineConfiguration
     folder: Path
     bootstrap: str
     topics: dict[str, str]

@@ -20,13 +20,13 @@ from psycopg import sql
 from risingwave_server import PROJECT, URL, server_of
 
 from dagster_prefs.declarations.contract import Contract, build_contract, parse_contract
-from dagster_prefs.engine.apply import ApplyError, PlanError, apply_plan
+from dagster_prefs.deploy.apply import ApplyError, PlanError, apply_plan
+from dagster_prefs.deploy.plan import ContractReview, Plan, make_plan
+from dagster_prefs.dynamodb.tables import TableReport, dynamodb_client, provision
 from dagster_prefs.engine.catalog import read_catalog
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
-from dagster_prefs.engine.plan import ContractReview, Plan, make_plan
 from dagster_prefs.freshness.reconcile import reconcile_domain
-from dagster_prefs.online.tables import TableReport, dynamodb_client, provision
 from dagster_prefs.platform import review_contract
 
 pytestmark = pytest.mark.skipif(not URL, reason="PREFS_RISINGWAVE_URL names no RisingWave server")
@@ -54,7 +54,7 @@ def review(fragments: Sequence[Mapping[str, Any]], manifest: Mapping[str, Any]) 
 class Items:
     """The DynamoDB table of the tests, or only a memory of what was asked where there is none."""
 
-    engine: EngineConnection
+    engine: EngineConfiguration
     contract: Contract
     client: Any
     prefix: str
@@ -94,7 +94,7 @@ class Items:
 class Server:
     """The reduced project on a database of its own."""
 
-    engine: EngineConnection
+    engine: EngineConfiguration
     dbt: Dbt
     items: Items
     folder: Path

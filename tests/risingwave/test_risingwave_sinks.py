@@ -13,10 +13,10 @@ import pytest
 from risingwave_server import NO_SERVER, PROJECT, URL, database, refused, rows, run, skipped, until
 
 from dagster_prefs.declarations.contract import load_contract
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.dynamodb.items import ItemDecoder
+from dagster_prefs.dynamodb.tables import TableError, dynamodb_client, provision
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
-from dagster_prefs.online.items import ItemDecoder
-from dagster_prefs.online.tables import TableError, dynamodb_client, provision
 
 pytestmark = pytest.mark.skipif(not URL, reason=NO_SERVER)
 
@@ -27,7 +27,7 @@ SECRET = "a-secret-key-of-the-suite"
 class World:
     """A deployed database and a table of its own."""
 
-    engine: EngineConnection
+    engine: EngineConfiguration
     folder: Path
     client: Any
     prefix: str

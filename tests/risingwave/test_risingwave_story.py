@@ -12,21 +12,21 @@ from batch_plans import Explained, read_whole
 from risingwave_server import NO_SERVER, PROJECT, URL, database
 from shipped import REGISTRY
 
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
 
 pytestmark = pytest.mark.skipif(not URL, reason=NO_SERVER)
 
 
 @pytest.fixture(scope="module")
-def risingwave() -> Iterator[EngineConnection]:
+def risingwave() -> Iterator[EngineConfiguration]:
     """An empty database of the server, dropped afterwards."""
     with database() as engine:
         yield engine
 
 
 @pytest.fixture(scope="module")
-def deployed(risingwave: EngineConnection, tmp_path_factory: pytest.TempPathFactory) -> Dbt:
+def deployed(risingwave: EngineConfiguration, tmp_path_factory: pytest.TempPathFactory) -> Dbt:
     """The project, deployed; what reads the rolling views for DynamoDB is the publisher."""
     environment = {"PREFS_PUBLISH": "publisher", "PREFS_KAFKA_BOOTSTRAP": ""}
     dbt = Dbt(risingwave, PROJECT, tmp_path_factory.mktemp("target"), environment)
@@ -99,7 +99,7 @@ def canaries(now: int) -> list[Any]:
 
 
 def test_events_come_out_as_the_oracle_says_and_a_second_run_is_a_no_op(
-    risingwave: EngineConnection, deployed: Dbt
+    risingwave: EngineConfiguration, deployed: Dbt
 ) -> None:
     from oracle import Oracle, micros
     from relations import differences, insert_canary_keys, insert_events
@@ -141,16 +141,16 @@ def test_events_come_out_as_the_oracle_says_and_a_second_run_is_a_no_op(
     assert after == before
 
 
-def test_what_people_and_services_ask_is_answered(risingwave: EngineConnection, deployed: Dbt) -> None:
+def test_what_people_and_services_ask_is_answered(risingwave: EngineConfiguration, deployed: Dbt) -> None:
     """The statements of freshness, ranking and rejected messages, which RisingWave reads in its own way."""
     from datetime import UTC, datetime
 
     from dagster_prefs.events.rejected import rejected_counts
     from dagster_prefs.freshness.measures import measure_views
-    from dagster_prefs.serving import PreferenceClient
+    from dagster_prefs.serving import ShopClient
 
     now = datetime.now(UTC)
-    with PreferenceClient(risingwave) as client:
+    with ShopClient(risingwave) as client:
         ranking = client.rank("u1", limit=5, session=True, now=now)
     with risingwave.connect() as connection:
         items = connection.execute("select item_id from items").fetchall()
@@ -164,16 +164,16 @@ def test_what_people_and_services_ask_is_answered(risingwave: EngineConnection, 
 
 
 def test_a_look_at_freshness_reads_no_relation_whole(
-    risingwave: EngineConnection, deployed: Dbt, aws_endpoint: str
+    risingwave: EngineConfiguration, deployed: Dbt, aws_endpoint: str
 ) -> None:
     """Else it would cost more with every viewer; what is kept is what the server itself plans for each query."""
     from dataclasses import asdict
     from datetime import UTC, datetime
 
     from dagster_prefs.declarations.contract import load_contract
+    from dagster_prefs.dynamodb.tables import dynamodb_client, provision
     from dagster_prefs.freshness.canary import canary_views, read_views
     from dagster_prefs.freshness.measures import measure_online, measure_views
-    from dagster_prefs.online.tables import dynamodb_client, provision
 
     contract = load_contract(PROJECT)
     client = dynamodb_client(aws_endpoint, "eu-central-1")

@@ -21,9 +21,9 @@ from risingwave_server import NO_SERVER, URL, database, run, until
 from shipped import TILE_TABLES, WATCH
 
 from dagster_prefs.defs import offline_store, training_data
-from dagster_prefs.offline.export import SINK_BRANCH, exported_days, stale_days
-from dagster_prefs.offline.tables import TileTable
-from dagster_prefs.offline.verify import verify_day
+from dagster_prefs.iceberg.export import SINK_BRANCH, exported_days, stale_days
+from dagster_prefs.iceberg.tables import TileTable
+from dagster_prefs.iceberg.verify import verify_day
 from dagster_prefs.platform import Platform
 from dagster_prefs.settings import load_settings
 
@@ -179,7 +179,7 @@ class World:
 
     def items(self) -> dict[tuple[int, str], dict[str, Any]]:
         """What DynamoDB holds."""
-        from dagster_prefs.online.items import ItemDecoder
+        from dagster_prefs.dynamodb.items import ItemDecoder
 
         domains, found = self.platform.contract.domains, {}
         pages = self.platform.dynamodb().get_paginator("scan").paginate(
@@ -408,7 +408,7 @@ def test_what_risingwaves_own_sink_writes_is_verified(
 ) -> None:
     """Through RisingWave's native REST client, because few builds have the Java libraries of the other; and without its
     compactor, which brings a sink's branch to main."""
-    from offline.rest_catalog import rest_server
+    from offline_store.rest_catalog import rest_server
 
     boto3.client("s3", endpoint_url=aws_endpoint).create_bucket(
         Bucket="lake", CreateBucketConfiguration={"LocationConstraint": "eu-central-1"}

@@ -12,11 +12,11 @@ from declared import PROJECT
 from psycopg import sql
 
 from dagster_prefs.declarations.contract import load_contract
-from dagster_prefs.engine.connection import EngineConnection
-from dagster_prefs.online.items import ItemEncoder
-from dagster_prefs.online.tables import dynamodb_client, provision
+from dagster_prefs.dynamodb.items import ItemEncoder
+from dagster_prefs.dynamodb.tables import dynamodb_client, provision
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.serving import ProfileClient
-from dagster_prefs.serving.preferences import PreferenceClient
+from dagster_prefs.serving.preferences import ShopClient
 
 REGION = "eu-central-1"
 
@@ -43,8 +43,8 @@ create table items (item_id text, title text, category text, brand text, price n
 class Shop:
     """The preference relations of one test."""
 
-    engine: EngineConnection
-    client: PreferenceClient
+    engine: EngineConfiguration
+    client: ShopClient
 
     def execute(self, statement: Any, parameters: Sequence[Any] | None = None) -> list[tuple[Any, ...]]:
         with self.engine.connect() as connection:
@@ -68,14 +68,14 @@ class Shop:
 
 
 @pytest.fixture
-def shop(database: EngineConnection) -> Iterator[Shop]:
+def shop(database: EngineConfiguration) -> Iterator[Shop]:
     schema = f"serving_{uuid.uuid4().hex[:12]}"
     with database.connect() as connection:
         connection.execute(sql.SQL("create schema {}").format(sql.Identifier(schema)))
     inside = replace(database, schema=schema)
     with inside.connect() as connection:
         connection.execute(DDL)
-    with PreferenceClient(inside) as client:
+    with ShopClient(inside) as client:
         yield Shop(inside, client)
     with database.connect() as connection:
         connection.execute(sql.SQL("drop schema {} cascade").format(sql.Identifier(schema)))

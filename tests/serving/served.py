@@ -12,13 +12,13 @@ from typing import Any
 
 from declared import PROJECT
 
-from dagster_prefs.engine.connection import EngineConnection
-from dagster_prefs.serving import AsyncProfileClient, PreferenceClient
+from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.serving import AsyncProfileClient, ShopClient
 from dagster_prefs.serving.connections import ConnectionLimits
 from dagster_prefs.serving.server import Load, make_app, make_server
 
 REGION = "eu-central-1"
-NOWHERE = EngineConnection(host="127.0.0.1", port=1, database="none", user="none")
+NOWHERE = EngineConfiguration(host="127.0.0.1", port=1, database="none", user="none")
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Caller:
 
 @contextmanager
 def running(
-    profiles: AsyncProfileClient | None, preferences: PreferenceClient | None, **options: Any
+    profiles: AsyncProfileClient | None, preferences: ShopClient | None, **options: Any
 ) -> Iterator[Caller]:
     """The server in a thread of its own."""
     load = {name: options.pop(name) for name in ("budget_seconds", "max_in_flight") if name in options}

@@ -27,14 +27,14 @@ from psycopg import sql
 
 from dagster_prefs.cli import cli
 from dagster_prefs.declarations.registry import Registry, parse_registry, registry_dict
-from dagster_prefs.engine.connection import EngineConnection
+from dagster_prefs.dynamodb.items import ItemEncoder
+from dagster_prefs.dynamodb.lease import LEASE_IDS
+from dagster_prefs.dynamodb.publisher import PublishError, PublishReport, publish_domain
+from dagster_prefs.dynamodb.tables import TableReport, dynamodb_client, provision
+from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.erasure.items import EntityItems
 from dagster_prefs.freshness.online import online_lag, text_between
 from dagster_prefs.freshness.reconcile import reconcile_domain
-from dagster_prefs.online.items import ItemEncoder
-from dagster_prefs.online.lease import LEASE_IDS
-from dagster_prefs.online.publisher import PublishError, PublishReport, publish_domain
-from dagster_prefs.online.tables import TableReport, dynamodb_client, provision
-from dagster_prefs.online.withdraw import EntityItems
 from dagster_prefs.serving import AsyncProfileClient, ProfileClient
 from dagster_prefs.serving.connections import ConnectionLimits
 from dagster_prefs.serving.generate import render_client
@@ -51,7 +51,7 @@ KEY = "learning#progress"
 class School:
     """The sink view of the project's one domain as a plain table, and its DynamoDB table."""
 
-    engine: EngineConnection
+    engine: EngineConfiguration
     client: Any
     endpoint: str
     registry: Registry
@@ -97,7 +97,7 @@ class School:
 
 
 @pytest.fixture
-def school(database: EngineConnection, dynamodb_endpoint: str, courses: Registry) -> Iterator[School]:
+def school(database: EngineConfiguration, dynamodb_endpoint: str, courses: Registry) -> Iterator[School]:
     schema = f"courses_{uuid.uuid4().hex[:12]}"
     with database.connect() as connection:
         connection.execute(sql.SQL("create schema {}").format(sql.Identifier(schema)))
@@ -232,7 +232,7 @@ def test_ids_of_another_type_are_named(school: School) -> None:
 
 def test_a_lease_lies_where_no_learner_is(school: School, courses: Registry) -> None:
     from dagster_prefs.declarations.reserved import is_reserved
-    from dagster_prefs.online.lease import Lease
+    from dagster_prefs.dynamodb.lease import Lease
 
     lease = Lease(
         school.client,
@@ -241,7 +241,7 @@ def test_a_lease_lies_where_no_learner_is(school: School, courses: Registry) -> 
         school.table.name,
         label="test",
         mode="once",
-        promise_seconds=5,
+        target_seconds=5,
     )
     assert lease.acquire(threading.Event(), 0.0)
     lease.release()

@@ -10,7 +10,7 @@ import pytest
 IMPORTS = {
     "dagster_prefs.serving": "import dagster_prefs.serving",
     "ProfileClient": "from dagster_prefs.serving import ProfileClient",
-    "PreferenceClient": "from dagster_prefs.serving import PreferenceClient, CatalogueRanker",
+    "ShopClient": "from dagster_prefs.serving import ShopClient, CatalogueRanker",
 }
 
 
@@ -27,7 +27,7 @@ def test_platform_packages_are_not_imported(name: str) -> None:
     )
     # botocore comes with the first client, psycopg with the ranking: nobody pays for what is not used.
     assert "botocore" not in tops
-    if name != "PreferenceClient":
+    if name != "ShopClient":
         assert "psycopg" not in tops
 
 

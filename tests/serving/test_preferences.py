@@ -15,15 +15,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serving_oracle import World, hour, oracle_ranking, worlds
 
-from dagster_prefs.engine.connection import EngineConnection, EngineUnavailable
+from dagster_prefs.engine.connection import EngineConfiguration, EngineUnavailable
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.serving.pool import EngineBusy
 from dagster_prefs.serving.preferences import (
     PROFILE_LISTS,
     Cursors,
-    PreferenceClient,
     PreferenceError,
     RankingParameters,
+    ShopClient,
     _list_statement,
     _ranking_statement,
     _signals_statement,
@@ -269,7 +269,7 @@ def test_missing_relations_are_one_sentence(shop: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["local", "risingwave"])
 def test_statements_are_in_the_dialect_of_the_engine(kind: str) -> None:
-    engine = EngineConnection("127.0.0.1", 1, "dev", "root", schema="shop", kind=kind)  # type: ignore[arg-type]
+    engine = EngineConfiguration("127.0.0.1", 1, "dev", "root", schema="shop", kind=kind)  # type: ignore[arg-type]
     dialect = "risingwave" if kind == "risingwave" else "postgres"
     for statement in (
         _ranking_statement(engine, 50),
@@ -336,7 +336,7 @@ def test_pages_are_the_profile(shop: Any, limit: int) -> None:
     "cursor", ["", "x", "é", "W10", "bnVsbA", "WyJicmFuZHMiLCIxZTk5OSIsIngiXQ", "=" * 9, "W" * 9999]
 )
 def test_a_cursor_that_nobody_gave_is_refused(cursor: str) -> None:
-    with PreferenceClient(EngineConnection("127.0.0.1", 1, "d", "u")) as client:
+    with ShopClient(EngineConfiguration("127.0.0.1", 1, "d", "u")) as client:
         with pytest.raises(PreferenceError, match="which no page of brands named: give `next`") as caught:
             client.get_more("u", "brands", cursor)
         assert len(str(caught.value)) < 250
@@ -371,7 +371,7 @@ def test_a_rebuilt_relation_does_not_break_prepared_statements(shop: Any) -> Non
 def test_a_slow_statement_is_stopped(shop: Any) -> None:
     World(items=ITEMS).load(shop)
     with (
-        PreferenceClient(shop.engine, statement_timeout_seconds=0.05) as hasty,
+        ShopClient(shop.engine, statement_timeout_seconds=0.05) as hasty,
         shop.engine.connect(autocommit=False) as blocker,
     ):
         blocker.execute("lock table items in access exclusive mode")
@@ -383,7 +383,7 @@ def test_a_slow_statement_is_stopped(shop: Any) -> None:
 
 def test_an_engine_that_is_away_is_one_sentence(shop: Any) -> None:
     with (
-        PreferenceClient(replace(shop.engine, port=1)) as client,
+        ShopClient(replace(shop.engine, port=1)) as client,
         pytest.raises(EngineUnavailable, match="cannot be reached"),
     ):
         client.rank("u")

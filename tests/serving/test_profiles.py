@@ -25,9 +25,9 @@ from scripted_dynamodb import Request, Script, answer, failure, http, serve
 
 from dagster_prefs.declarations.contract import ContractError, contract_dict, load_contract, parse_contract
 from dagster_prefs.declarations.registry import RegistryError, load_registry, parse_registry, registry_dict
+from dagster_prefs.dynamodb.items import ItemEncoder, ItemError
+from dagster_prefs.dynamodb.transport import ReadError
 from dagster_prefs.errors import PrefsError
-from dagster_prefs.online.items import ItemEncoder, ItemError
-from dagster_prefs.online.transport import ReadError
 from dagster_prefs.serving import AsyncProfileClient, ProfileClient
 from dagster_prefs.serving.domains import domain_class
 from dagster_prefs.serving.generate import render_client
@@ -622,7 +622,7 @@ def test_missing_credentials_are_named(
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
     monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setattr("dagster_prefs.online.transport.is_loopback", lambda endpoint: False)
+    monkeypatch.setattr("dagster_prefs.dynamodb.transport.is_loopback", lambda endpoint: False)
     with (
         scripted(script, transport) as client,
         pytest.raises(ReadError, match="no AWS credentials were found"),

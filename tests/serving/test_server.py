@@ -27,7 +27,7 @@ from served import NOWHERE, REGION, Caller, profile_client, running
 from starlette.routing import Route
 
 from dagster_prefs.declarations.registry import load_registry
-from dagster_prefs.serving import PreferenceClient
+from dagster_prefs.serving import ShopClient
 from dagster_prefs.serving.openapi import openapi
 from dagster_prefs.serving.server import make_app
 
@@ -52,7 +52,7 @@ def caller(online: Any, shop: Any) -> Iterator[Caller]:
         ("b", "Cap", "hats", None, Decimal("30"), True),
         ("c", "Gone", "hats", None, Decimal("1"), False),
     )
-    preferences = PreferenceClient(shop.engine)
+    preferences = ShopClient(shop.engine)
     with running(profile_client(online.endpoint, online.prefix), preferences, clock=lambda: NOW) as made:
         made.ready()
         yield made
@@ -106,7 +106,7 @@ def test_user_profile(caller: Caller) -> None:
 def test_ranking_is_that_of_the_client(caller: Caller, shop: Any, ranker: str) -> None:
     with running(
         None,
-        PreferenceClient(shop.engine),
+        ShopClient(shop.engine),
         clock=lambda: NOW,
         catalogue_refresh_seconds=30.0 if ranker == "memory" else None,
     ) as other:
@@ -179,7 +179,7 @@ def bad_caller() -> Iterator[Caller]:
         patch.setenv("AWS_ACCESS_KEY_ID", "test")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
         with running(
-            profile_client(script.endpoint), PreferenceClient(NOWHERE), catalogue_refresh_seconds=None
+            profile_client(script.endpoint), ShopClient(NOWHERE), catalogue_refresh_seconds=None
         ) as made:
             yield made
     stop()
@@ -198,7 +198,7 @@ def test_the_description_is_true(caller: Caller) -> None:
     openapi_spec_validator.validate(document)
     routes = {
         (re.sub(r":path", "", route.path), method.lower())
-        for route in make_app([profile_client("http://127.0.0.1:1")], PreferenceClient(NOWHERE)).routes
+        for route in make_app([profile_client("http://127.0.0.1:1")], ShopClient(NOWHERE)).routes
         if isinstance(route, Route) and route.path != "/openapi.json"
         for method in (route.methods or set()) - {"HEAD"}
     }
@@ -462,7 +462,7 @@ def test_too_many_at_a_time_are_refused_at_once(script: Script) -> None:
 
 
 def test_an_engine_that_is_away_leaves_profiles_served(online: Any, shop: Any) -> None:
-    away = PreferenceClient(replace(shop.engine, port=1))
+    away = ShopClient(replace(shop.engine, port=1))
     with running(profile_client(online.endpoint, online.prefix), away) as caller:
         assert caller.get("/v1/profiles/1")[0] == 200
         status, content = caller.get("/v1/users/u1/profile")
@@ -481,7 +481,7 @@ ITEMS = "create table items (item_id text, title text, category text, brand text
 
 def test_relations_that_are_missing_are_no_fault_of_the_caller(shop: Any) -> None:
     shop.execute("drop table user_brand_profile, items")
-    with running(None, PreferenceClient(shop.engine), catalogue_refresh_seconds=0.05) as caller:
+    with running(None, ShopClient(shop.engine), catalogue_refresh_seconds=0.05) as caller:
         status, content = caller.get("/v1/users/u1/profile")
         assert (status, content["error"]["code"]) == (503, "unavailable")
         assert "user_brand_profile" in content["error"]["message"]
@@ -501,7 +501,7 @@ def test_relations_that_are_missing_are_no_fault_of_the_caller(shop: Any) -> Non
 
 def test_a_ranking_in_sql_is_ready_when_its_items_are(shop: Any) -> None:
     shop.execute("drop table items")
-    with running(None, PreferenceClient(shop.engine), catalogue_refresh_seconds=None) as caller:
+    with running(None, ShopClient(shop.engine), catalogue_refresh_seconds=None) as caller:
         assert caller.get("/v1/users/u1/profile")[0] == 200
         assert caller.get("/v1/users/u1/ranking")[0] == 503
         status, told = caller.get("/readyz")
@@ -526,7 +526,7 @@ def test_either_way_of_reading_dynamodb_has_to_work(script: Script, forbidden: s
 
 
 def test_a_slow_engine_ends_with_the_budget(shop: Any) -> None:
-    with running(None, PreferenceClient(shop.engine), catalogue_refresh_seconds=None) as caller:
+    with running(None, ShopClient(shop.engine), catalogue_refresh_seconds=None) as caller:
         caller.ready()
         with shop.engine.connect(autocommit=False) as lock:
             lock.execute("lock table user_brand_profile in access exclusive mode")

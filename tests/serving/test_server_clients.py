@@ -22,7 +22,7 @@ from scripted_dynamodb import serve as serve_script
 from served import NOWHERE, Caller, profile_client, running
 
 from dagster_prefs.errors import excerpt
-from dagster_prefs.serving import PreferenceClient, server
+from dagster_prefs.serving import ShopClient, server
 from dagster_prefs.serving.connections import ConnectionLimits, raise_file_limit
 from dagster_prefs.serving.gate import MAX_TARGET_BYTES, Hosts
 from dagster_prefs.serving.preferences import DEFAULT_PROFILE_LIMIT, MAX_PROFILE_LIMIT
@@ -265,7 +265,7 @@ def named() -> Iterator[Caller]:
         patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
         with running(
             profile_client(made.endpoint),
-            PreferenceClient(NOWHERE),
+            ShopClient(NOWHERE),
             catalogue_refresh_seconds=None,
             allowed_hosts=["features.example.com"],
         ) as caller:
@@ -484,9 +484,7 @@ def many(shop: Any) -> Any:
 
 def test_the_size_of_a_profile_is_bounded_and_the_rest_can_be_had(many: Any) -> None:
     whole = many.client.get_user_profile("u", now=NOW)
-    with running(
-        None, PreferenceClient(many.engine), clock=lambda: NOW, catalogue_refresh_seconds=None
-    ) as caller:
+    with running(None, ShopClient(many.engine), clock=lambda: NOW, catalogue_refresh_seconds=None) as caller:
         status, profile = caller.get("/v1/users/u/profile")
         assert status == 200
         assert [len(profile[name]) for name in ("categories", "brands", "recent")] == [
@@ -520,7 +518,7 @@ def test_answers_are_encoded_beside_the_loop(online: Any, many: Any, monkeypatch
         encoded.append(threading.current_thread().name)
         return encode(content)
 
-    profiles, preferences = profile_client(online.endpoint, online.prefix), PreferenceClient(many.engine)
+    profiles, preferences = profile_client(online.endpoint, online.prefix), ShopClient(many.engine)
     with running(profiles, preferences, clock=lambda: NOW) as caller:
         caller.ready()
         monkeypatch.setattr(server, "encode", noted)
@@ -537,7 +535,7 @@ def test_the_budget_covers_the_encoding(online: Any, many: Any, monkeypatch: pyt
         held.wait(60)
         return b"{}"
 
-    profiles, preferences = profile_client(online.endpoint, online.prefix), PreferenceClient(many.engine)
+    profiles, preferences = profile_client(online.endpoint, online.prefix), ShopClient(many.engine)
     with running(profiles, preferences, clock=lambda: NOW) as caller:
         caller.ready()
         monkeypatch.setattr(server, "encode", slow)

@@ -14,8 +14,8 @@ import pytest
 from declared import COURSES, PROJECT
 
 from dagster_prefs.declarations.registry import Registry, load_registry
-from dagster_prefs.online.items import ItemEncoder
-from dagster_prefs.online.tables import dynamodb_client, provision
+from dagster_prefs.dynamodb.items import ItemEncoder
+from dagster_prefs.dynamodb.tables import dynamodb_client, provision
 from dagster_prefs.serving import ProfileClient
 from dagster_prefs.serving.why import WhyError, _Query, explain_attribute
 

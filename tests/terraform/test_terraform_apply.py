@@ -26,12 +26,12 @@ from shipped import GENRE, INTERACTIONS, WATCH
 from terraform_harness import CREDENTIALS, REGISTRY, ROOT, Applied, clean_environment, recorded_requests
 
 from dagster_prefs.declarations.contract import load_contract
-from dagster_prefs.engine.connection import EngineConnection
-from dagster_prefs.offline.catalog import open_catalog
-from dagster_prefs.offline.tables import arrow_schema, ensure_table
-from dagster_prefs.online.access import ItemAccess
-from dagster_prefs.online.tables import TableError, TableReport, dynamodb_client, provision
-from dagster_prefs.online.withdraw import EntityItems
+from dagster_prefs.dynamodb.access import ItemAccess
+from dagster_prefs.dynamodb.tables import TableError, TableReport, dynamodb_client, provision
+from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.erasure.items import EntityItems
+from dagster_prefs.iceberg.catalog import open_catalog
+from dagster_prefs.iceberg.tables import arrow_schema, ensure_table
 from dagster_prefs.serving.profiles import ProfileClient
 from dagster_prefs.settings import known_variables
 
@@ -470,7 +470,7 @@ def withdraw_items(applied: Applied) -> None:
         dynamodb_client(applied.endpoint, REGION), load_contract(ROOT / REGISTRY),
         "viewer", applied.outputs["table_names"]["viewer"], -8, datetime.now(UTC),
     )  # fmt: skip
-    with_sinks = EngineConnection("127.0.0.1", 1, "dev", "root", kind="risingwave")
+    with_sinks = EngineConfiguration("127.0.0.1", 1, "dev", "root", kind="risingwave")
     assert items.withdraw(with_sinks, sink_seconds=0) == 1
     assert items.keys() == []
 

@@ -1,0 +1,1 @@
+"""From what is declared to what runs: the plan, and its application."""

@@ -1,0 +1,527 @@
+"""Carry a plan out: build beside what runs, swap, and let the old go last, so that every moment can be the last."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol
+
+import psycopg
+from filelock import FileLock, Timeout
+from psycopg import sql
+
+from dagster_prefs.deploy.plan import (
+    CONTRACT_KIND,
+    DEPLOYMENTS,
+    FEED_KIND,
+    JOURNAL_KIND,
+    PENDING_KIND,
+    Plan,
+    PlanError,
+    ReviewContract,
+    feed_sink,
+    feed_to_come,
+    make_plan,
+    read_records,
+)
+from dagster_prefs.engine.catalog import Catalog, read_catalog
+from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.engine.dbt import Dbt
+from dagster_prefs.engine.explain import engine_words, redacted
+from dagster_prefs.engine.version import require_version
+from dagster_prefs.errors import PrefsError
+from dagster_prefs.files import make_private_folder
+
+BUILDING, GOING_LIVE = "building", "going live"
+# What has no readers inside the engine: it is dropped and its name taken over, where a view is swapped.
+_WRITERS = ("sink", "subscription")
+_POLL_SECONDS = 0.5
+
+
+class ApplyError(PrefsError):
+    """A plan could not be carried out to its end; the message says what still serves and what to do."""
+
+
+class OnlineStore(Protocol):
+    """The stores behind the sinks, which this room does not know."""
+
+    def prepare(self) -> None:
+        """Make or verify the tables, before a sink into one is created."""
+
+    def settle(self, relation: str) -> str:
+        """Bring the items of a rolling view's domain to the view's rows, departed keys included; say what was done."""
+
+
+@dataclass(frozen=True)
+class _Journal:
+    """What an apply is about to do, kept in the engine until it is done."""
+
+    id: str
+    state: str
+    closure: tuple[tuple[str, str], ...]
+    settle: tuple[str, ...]
+    drop: tuple[str, ...]
+
+    @property
+    def suffix(self) -> str:
+        return f"__next_{self.id}"
+
+    def beside(self, name: str) -> str:
+        return name + self.suffix
+
+
+def apply_plan(
+    engine: EngineConfiguration,
+    dbt: Dbt,
+    review: ReviewContract,
+    online: OnlineStore,
+    *,
+    drop_orphans: bool = False,
+    on_step: Callable[[str], None] = lambda step: None,
+) -> Plan:
+    """Make the engine what the models say, and return the plan that was carried out.
+
+    What an interrupted apply left is finished or cleared first. `on_step` is told each step before it is done; an
+    error that it raises stops the apply there, as a crash would. Safe to repeat at any time: the next call goes on
+    where this one ended, and one that finds nothing to do changes nothing.
+
+    Raises PlanError, before anything is changed, when the plan must not be carried out or another apply runs from
+    the same state folder; EngineTooOld likewise; ApplyError when a step failed; DbtError; EngineUnavailable; what
+    `online` raises.
+    """
+    make_private_folder(dbt.target_dir)
+    lock = FileLock(dbt.target_dir / "apply.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise PlanError(
+            "another `prefs apply` is running with the same PREFS_DATA_DIR: wait until it is done"
+        ) from None
+    step = "look at what is deployed"
+
+    def told(next_step: str) -> None:
+        nonlocal step
+        step = next_step
+        on_step(next_step)
+
+    try:
+        with engine.connect() as connection:
+            require_version(connection, engine, dbt)
+            return _Apply(connection, engine, dbt, online, told).run(
+                partial(make_plan, engine, dbt, review, drop_orphans=drop_orphans)
+            )
+    except psycopg.Error as error:
+        raise ApplyError(
+            f"the engine at {engine.host}:{engine.port} refused a statement of the step “{step}”: remove the cause "
+            f"and run `prefs apply` again, which goes on from there. It says: {engine_words(str(error))}"
+        ) from error
+    finally:
+        lock.release()
+
+
+class _Apply:
+    """One apply over one connection."""
+
+    def __init__(
+        self,
+        connection: psycopg.Connection[Any],
+        engine: EngineConfiguration,
+        dbt: Dbt,
+        online: OnlineStore,
+        on_step: Callable[[str], None],
+    ) -> None:
+        self.connection = connection
+        self.engine = engine
+        self.dbt = dbt
+        self.online = online
+        self.on_step = on_step
+        self.streaming = engine.kind == "risingwave"
+
+    def run(self, plan_now: Callable[[], Plan]) -> Plan:
+        for journal in self._journals():
+            if journal.state == GOING_LIVE:
+                self._go_live(journal)
+        plan = plan_now()
+        if plan.refusals:
+            raise PlanError("; ".join(plan.refusals))
+        for journal in self._journals():
+            if journal.id != plan.id:
+                self._abandon(journal)
+        if feeds := [name for name, model in plan.models.items() if model.kind == FEED_KIND]:
+            self._drop_all([feed_to_come(name) for name in feeds], "the unfinished source")
+        if plan.changes:
+            self._carry_out(plan)
+        return plan
+
+    # --- the whole way ---
+
+    def _carry_out(self, plan: Plan) -> None:
+        models = plan.models
+        differing = {relation.name for relation in plan.of("create", "changed")}
+        journal = _Journal(
+            id=plan.id,
+            state=BUILDING,
+            closure=tuple((name, models[name].kind) for name in plan.closure),
+            settle=tuple(
+                name
+                for name in models
+                if models[name].domain
+                and (name in plan.closure if self.streaming else self._affects(plan, differing, name))
+            ),
+            # A feed's sink has no record of its own, and the feed cannot go before it.
+            drop=tuple(
+                name
+                for relation in plan.to_drop
+                for name in (
+                    [feed_sink(relation.name), relation.name]
+                    if relation.kind == FEED_KIND
+                    else [relation.name]
+                )
+            ),
+        )
+        self._write(journal)
+        if not self.streaming:
+            self._drop_orphans(journal)
+        for relation in plan.of("changed"):
+            if relation.add_columns:
+                self.on_step(f"add columns to {relation.name}")
+                self._add_columns(relation.name, relation.add_columns)
+            if relation.add_columns or relation.how == "kept":
+                self._record(plan, relation.name)
+        kept = {relation.name for relation in plan.of("changed") if relation.how == "kept"}
+        beside = {name: journal.beside(name) for name in plan.closure}
+        sinks = [name for name in plan.closure if models[name].kind in _WRITERS]
+        if any(models[name].kind == "sink" for name in (*differing, *plan.closure)) or journal.settle:
+            self.on_step("prepare the online store")
+            self.online.prepare()
+        in_place = [
+            name
+            for name in models
+            if name not in plan.closure
+            and ((name in differing and name not in kept) or (models[name].domain and plan.contract.changes))
+        ]
+        if beside:
+            self._drop_unrecorded(journal)
+        first = [*in_place, *(name for name in plan.closure if name not in sinks)]
+        if not self.streaming and plan.of("changed"):
+            self._announce(plan)
+        if first:
+            self.on_step(f"build {', '.join(first)}")
+            self._build(first, beside)
+        if beside:
+            try:
+                if into_lake := [name for name in sinks if models[name].training_table]:
+                    self._drop_lake_sinks(journal, into_lake)
+                if sinks:
+                    self.on_step(f"build {', '.join(sinks)} beside the old ones")
+                    self._build(sinks, beside)
+                self._wait_until_created(journal)
+            except (Exception, KeyboardInterrupt) as error:
+                self._silence(journal, error)
+                raise
+        if beside:
+            self.on_step("go live")
+            self._go_live(self._write(replace(journal, state=GOING_LIVE)))
+            return
+        self._settle(journal)
+        if self.streaming:
+            self._drop_orphans(journal)
+        self._forget(journal)
+
+    def _affects(self, plan: Plan, differing: set[str], domain: str) -> bool:
+        return domain in differing or any(
+            domain in relation.views for relation in plan.of("changed") if relation.how != "kept"
+        )
+
+    def _build(self, names: Sequence[str], beside: dict[str, str]) -> None:
+        failed = [result for result in self.dbt.run("run", names, aliases=beside) if not result.ok]
+        if failed:
+            causes = [result for result in failed if result.status != "skipped"] or failed
+            what = "; ".join(f"{result.name}: {result.message}" for result in causes)
+            raise ApplyError(
+                f"{what}. What ran before still serves: correct the model or the cause, then run `prefs apply` again"
+            )
+
+    def _go_live(self, journal: _Journal) -> None:
+        """From the first swap to the last drop; every step looks first whether it was done already."""
+        for name, kind in journal.closure:
+            if kind not in _WRITERS:
+                self._take_over(journal, name, drop=False)
+        # A new subscription has written nothing yet, and the live one still reads the view that was swapped away.
+        if any(kind == "sink" for _, kind in journal.closure):
+            self._settle(journal)
+        for name, kind in journal.closure:
+            if kind in _WRITERS:
+                self._take_over(journal, name, drop=True)
+        self.on_step("record what is deployed")
+        self._promote_records(journal)
+        # What the old sinks wrote until they were dropped.
+        self._settle(journal)
+        self._drop_orphans(journal)
+        for name, _ in reversed(journal.closure):
+            self._drop(journal.beside(name), "the old relation")
+        self._promote_indexes(journal)
+        self._forget(journal)
+
+    # --- steps ---
+
+    def _take_over(self, journal: _Journal, name: str, *, drop: bool) -> None:
+        objects = self._catalog().objects
+        new, old = objects.get(journal.beside(name)), objects.get(name)
+        if new is None or (old is not None and old.id > new.id):
+            return
+        if old is not None and (drop or old.kind in _WRITERS):
+            self._drop(name, f"the old {old.kind}")
+            old = None
+        kind = sql.SQL(new.kind)
+        if old is not None:
+            self.on_step(f"swap {name}")
+            self._execute("alter {} {} swap with {}", kind, self._at(name), self._at(new.name))
+        else:
+            self.on_step(f"name the new {name}")
+            self._execute("alter {} {} rename to {}", kind, self._at(new.name), sql.Identifier(name))
+
+    def _drop_lake_sinks(self, journal: _Journal, names: Sequence[str]) -> None:
+        # Items are written over, but rows of a training table are added: beside the old sink, or after what an
+        # interrupted apply built, a new one would write each a second time. Nobody is served from there meanwhile.
+        for name in names:
+            self._drop(name, "the old sink")
+            self._drop(journal.beside(name), "the unfinished sink")
+        self.on_step("prepare the training tables")
+        self.online.prepare()
+
+    def _settle(self, journal: _Journal) -> None:
+        for relation in journal.settle:
+            self.on_step(f"reconcile {relation} with the online store")
+            self.on_step(self.online.settle(relation))
+
+    def _silence(self, journal: _Journal, cause: BaseException) -> None:
+        # Two sinks of one domain overwrite each other: the new ones go, and what they wrote is put right.
+        try:
+            for name, kind in journal.closure:
+                if kind in _WRITERS:
+                    self._drop(journal.beside(name), "the unfinished sink")
+            self._settle(journal)
+        except (PrefsError, psycopg.Error) as error:
+            raise ApplyError(
+                f"{cause}; the sinks built so far could not be taken back either ({error}): run `prefs apply` again"
+            ) from cause
+
+    def _abandon(self, journal: _Journal) -> None:
+        """Clear what an apply of other models built and never swapped in."""
+        if self.streaming:
+            self._wait_until_created(journal)
+            left = [name for name in self._catalog().objects if name.endswith(journal.suffix)]
+            self._drop_all(left, "the unfinished relation")
+        self._settle(journal)
+        self._forget(journal)
+
+    def _drop_unrecorded(self, journal: _Journal) -> None:
+        # Cut off between making and recording: nobody knows whether it is whole, so it is made again.
+        self._wait_until_created(journal)
+        catalog = self._catalog()
+        records, _ = read_records(self.connection, self.engine, catalog)
+        unrecorded = [
+            name
+            for name in map(journal.beside, dict(journal.closure))
+            if name in catalog.objects and (name not in records or records[name].state != "deployed")
+        ]
+        self._drop_all([*unrecorded, *catalog.readers(unrecorded)], "the unfinished relation")
+
+    def _drop_orphans(self, journal: _Journal) -> None:
+        if journal.drop:
+            with self._one_change():
+                self._drop_all(journal.drop, "the orphaned relation")
+                for name in journal.drop:
+                    self._forget_record(name)
+
+    def _drop_all(self, names: Sequence[str], what: str) -> None:
+        """Drop relations, those that stand on others of them first."""
+        catalog = self._catalog()
+        left = set(names)
+        while left:
+            free = sorted(name for name in left if not catalog.readers([name]) & left)
+            for name in free:
+                self._drop(name, what)
+            left -= set(free)
+
+    def _drop(self, name: str, what: str) -> None:
+        there = self._catalog().objects.get(name)
+        if there is None:
+            return
+        self.on_step(f"drop {what} {name}")
+        try:
+            self._execute("drop {} {}", sql.SQL(there.kind), self._at(name))
+        except psycopg.Error as error:
+            raise ApplyError(
+                f"{what} {name} cannot be dropped ({engine_words(str(error))}): drop what stands on it if it is "
+                "not this project's, then run `prefs apply` again"
+            ) from error
+
+    def _add_columns(self, name: str, columns: Sequence[str]) -> None:
+        there = {
+            column
+            for (column,) in self.connection.execute(
+                "select column_name from information_schema.columns where table_schema = %s and table_name = %s",
+                (self.engine.schema, name),
+            )
+        }
+        with self._one_change():
+            for column in columns:
+                if column.split()[0].strip('"') not in there:
+                    # The model's own text, which dbt would run as it is too.
+                    self._execute("alter table {} add column {}", self._at(name), sql.SQL(column))
+
+    @contextmanager
+    def _one_change(self) -> Iterator[None]:
+        """One transaction behind the lock that dbt's runs take, where the engine has transactions."""
+        if self.streaming:
+            yield
+            return
+        with self.connection.transaction():
+            self.connection.execute(
+                "select pg_advisory_xact_lock(hashtext('dagster-prefs'), hashtext(%s))", [self.engine.schema]
+            )
+            yield
+
+    def _wait_until_created(self, journal: _Journal) -> None:
+        """A job outlives the session that ordered it, and until it is done it can be neither read nor dropped."""
+        if not self.streaming:
+            return
+        self.connection.execute("flush")
+        told = False
+        while waiting := self.connection.execute(
+            "select j.name from rw_catalog.rw_streaming_jobs as j"
+            " join rw_catalog.rw_databases as d on d.id = j.database_id"
+            " where d.name = %s and j.status <> 'CREATED' and strpos(j.name, %s) > 0",
+            (self.engine.database, journal.suffix),
+        ).fetchall():
+            if not told:
+                self.on_step(f"wait until {', '.join(sorted(name for (name,) in waiting))} is created")
+                told = True
+            time.sleep(_POLL_SECONDS)
+
+    # --- the record in the engine ---
+
+    def _journals(self) -> list[_Journal]:
+        records, _ = read_records(self.connection, self.engine, self._catalog())
+        found = []
+        for name, record in sorted(records.items()):
+            if record.kind == JOURNAL_KIND:
+                kept = json.loads(record.definition or "{}")
+                found.append(
+                    _Journal(
+                        id=name.split(":")[1],
+                        state=record.state,
+                        closure=tuple((one, kind) for one, kind in kept["closure"]),
+                        settle=tuple(kept["settle"]),
+                        drop=tuple(kept["drop"]),
+                    )
+                )
+        return found
+
+    def _write(self, journal: _Journal) -> _Journal:
+        if DEPLOYMENTS not in self._catalog().objects:
+            # An empty database: dbt makes everything, and the next apply sees what is missing.
+            return journal
+        kept = {"closure": journal.closure, "settle": journal.settle, "drop": journal.drop}
+        values = (f"plan:{journal.id}", JOURNAL_KIND, json.dumps(kept), journal.state, "prefs apply")
+        conflict = (
+            sql.SQL("")
+            if self.streaming
+            else sql.SQL(
+                " on conflict (relation) do update set state = excluded.state, definition = excluded.definition"
+            )
+        )
+        self._execute(
+            "insert into {} (relation, kind, definition, state, deployed_at, invocation_id)"
+            " values (%s, %s, %s, %s, now(), %s){}",
+            self._records,
+            conflict,
+            values=values,
+        )
+        return journal
+
+    def _announce(self, plan: Plan) -> None:
+        """Leave the definitions to come, and those of what stands on them, where the materializations look."""
+        self._execute("delete from {} where kind = %s", self._records, values=(PENDING_KIND,))
+        changed = [relation for relation in plan.of("changed") if relation.how != "kept"]
+        for name in {
+            one for relation in changed for one in (relation.name, *relation.views, *relation.sinks)
+        }:
+            if not plan.models[name].holds_data:
+                self._execute(
+                    "insert into {} (relation, kind, definition, state) values (%s, %s, %s, %s)",
+                    self._records,
+                    values=(f"pending:{name}", PENDING_KIND, plan.models[name].sql, BUILDING),
+                )
+
+    def _record(self, plan: Plan, name: str) -> None:
+        model = plan.models[name]
+        self._execute(
+            "update {} set checksum = %s, source_checksum = %s, definition = %s, state = 'deployed',"
+            " deployed_at = now() where relation = %s",
+            self._records,
+            values=(model.checksum, model.source_checksum, redacted(model.sql), name),
+        )
+
+    def _promote_records(self, journal: _Journal) -> None:
+        # One statement, so that a crash leaves all records old or all new.
+        columns = "kind, checksum, source_checksum, definition, state, deployed_at, invocation_id"
+        self._execute(
+            f"insert into {{}} (relation, {columns}) select replace(relation, %s, ''), {columns} from {{}}"
+            " where right(relation, %s) = %s",
+            self._records,
+            self._records,
+            values=(journal.suffix, len(journal.suffix), journal.suffix),
+        )
+
+    def _promote_indexes(self, journal: _Journal) -> None:
+        rows = self.connection.execute(
+            "select i.name from rw_catalog.rw_indexes i join rw_catalog.rw_schemas n on n.id = i.schema_id"
+            " where n.name = %s and strpos(i.name, %s) > 0",
+            (self.engine.schema, journal.suffix),
+        ).fetchall()
+        for (name,) in rows:
+            to = sql.Identifier(name.replace(journal.suffix, ""))
+            self._execute("alter index {} rename to {}", self._at(name), to)
+
+    def _forget(self, journal: _Journal) -> None:
+        if DEPLOYMENTS not in self._catalog().objects:
+            return
+        self._execute(
+            "delete from {} where right(relation, %s) = %s",
+            self._records,
+            values=(len(journal.suffix), journal.suffix),
+        )
+        self._execute(
+            "delete from {} where relation = %s or kind = %s",
+            self._records,
+            values=(f"plan:{journal.id}", PENDING_KIND),
+        )
+
+    def _forget_record(self, name: str) -> None:
+        self._execute(
+            "delete from {} where relation in (%s, %s)",
+            self._records,
+            values=(name, f"{CONTRACT_KIND}:{name}"),
+        )
+
+    # --- the engine ---
+
+    @property
+    def _records(self) -> sql.Identifier:
+        return self._at(DEPLOYMENTS)
+
+    def _catalog(self) -> Catalog:
+        return read_catalog(self.connection, self.engine)
+
+    def _at(self, name: str) -> sql.Identifier:
+        return sql.Identifier(self.engine.schema, name)
+
+    def _execute(self, statement: str, *parts: sql.Composable, values: Sequence[Any] | None = None) -> None:
+        self.connection.execute(sql.SQL(statement).format(*parts), values)

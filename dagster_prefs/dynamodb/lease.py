@@ -1,0 +1,328 @@
+"""One fenced writer per domain: a lease that DynamoDB itself checks with every write.
+
+A lock that a writer only asks for before it writes does not fence. A process that is paused after its check (a
+stopped container, a frozen virtual machine) wakes up, believes what it knew, and its request overwrites what the
+next holder has written since. No length of a lease helps, and neither does a lock in the engine: DynamoDB knows
+nothing of it. So the lease is an item of the profile table, and every change is written by a transaction that
+also replaces the lease under the condition that holder and sequence are still those that the writer knows.
+DynamoDB does all of it or nothing: a writer that lost its lease cannot write any more, however late it wakes up.
+The same condition keeps a writer's own requests in order, when one that timed out arrives after all, and it moves
+the progress token in the same moment as the items, so that no crash can come between the two.
+
+The price is that of transactions, two write units instead of one for each item. A `BatchWriteItem` takes no
+condition, and a condition on the items would need a version in each of them and tombstones for deleted ones.
+
+Holders are told apart by a name of their own and compare no clocks: whoever wants a lease watches its sequence, and
+takes it when it has not moved for as long as its holder promised to move it.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from dagster_prefs.declarations.contract import Contract, Domain
+from dagster_prefs.declarations.reserved import PREFIX
+from dagster_prefs.dynamodb.access import ItemAccess, StoreUnavailable
+from dagster_prefs.dynamodb.publisher import RETRYABLE
+from dagster_prefs.errors import PrefsError
+
+if TYPE_CHECKING:
+    from mypy_boto3_dynamodb import DynamoDBClient
+
+# Reserved ids that the probe never sends events with, so that no reader ever meets a lease.
+LEASE_IDS: Mapping[str, int | str] = {"N": -(2**63), "S": f"{PREFIX}publisher"}
+# DynamoDB allows 100 actions in a transaction, and the lease is one of them; and 4 MB, names included.
+TRANSACTION_ITEMS = 99
+TRANSACTION_BYTES = 3_500_000
+
+_BUSY = {"TransactionConflict", "ProvisionedThroughputExceeded", "ThrottlingError", "RequestLimitExceeded"}
+
+
+class Fenced(PrefsError):
+    """Another writer holds the lease; nothing of the refused request was written."""
+
+
+class ItemRefused(PrefsError):
+    """DynamoDB calls a write invalid; `places` are the invalid ones among the writes, empty where not told."""
+
+    def __init__(self, message: str, places: Sequence[int]) -> None:
+        super().__init__(message)
+        self.places = places
+
+
+@dataclass(frozen=True)
+class LeaseState:
+    """What the lease of one domain says.
+
+    `holder` is empty after an orderly end. `label` names host and process of the last holder, `mode` what it was
+    started for. `sequence` grows with every write. `feed` identifies the subscription that `token` belongs to,
+    milliseconds since 1970: every change before it is in DynamoDB; None means that none is recorded.
+    `lease_seconds` is how long the holder may leave the lease unmoved, `renewed_ms` when it last moved it by the
+    holder's own clock. `refused` counts keys whose row is not in DynamoDB because it cannot become an item.
+    """
+
+    holder: str = ""
+    label: str = ""
+    mode: Literal["follow", "once"] = "follow"
+    sequence: int = 0
+    feed: str = ""
+    token: int | None = None
+    lease_seconds: float = 10.0
+    renewed_ms: int = 0
+    refused: int = 0
+
+
+def read_lease(items: ItemAccess, domain: Domain) -> LeaseState | None:
+    """The lease of a domain as it stands, None where nobody ever followed it; strongly consistent.
+
+    Raises StoreUnavailable when DynamoDB refuses or does not answer, or an older version wrote the lease.
+    """
+    lease_id = LEASE_IDS[items.keys.partition_key.type]
+    item = items.get(_lease_key(domain), [lease_id]).get(lease_id)
+    if item is None:
+        return None
+    if "lease_seconds" not in item:
+        raise StoreUnavailable(
+            f"the lease {_lease_key(domain)} in table {items.table} was written by an older version: stop every "
+            "`prefs publish --follow`, delete that item, and start again"
+        )
+    return LeaseState(
+        holder=item["holder"]["S"],
+        label=item["label"]["S"],
+        mode=item["mode"]["S"],
+        sequence=int(item["sequence"]["N"]),
+        feed=item["feed"]["S"],
+        token=int(item["token"]["N"]) if "token" in item else None,
+        lease_seconds=float(item["lease_seconds"]["N"]),
+        renewed_ms=int(item["renewed_ms"]["N"]),
+        refused=int(item["refused"]["N"]),
+    )
+
+
+def _lease_key(domain: Domain) -> str:
+    return f"publisher#{domain.key}"
+
+
+class Lease:
+    """The lease of one domain in the hands of one writer, and the only way in which it writes."""
+
+    def __init__(
+        self,
+        client: DynamoDBClient,
+        contract: Contract,
+        domain: Domain,
+        table: str,
+        *,
+        label: str,
+        mode: Literal["follow", "once"],
+        lease_seconds: float,
+        max_attempts: int = 8,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self.items = ItemAccess(client, contract.table_of(domain), table)
+        self.domain = domain
+        self.table = table
+        self.client: Any = client
+        self.max_attempts = max_attempts
+        self.retries = 0
+        self._mine = LeaseState(holder=uuid.uuid4().hex, label=label, mode=mode, lease_seconds=lease_seconds)
+        self._clock = clock
+        self._wall = wall
+        self._moved_at = 0.0
+        self.state = self._mine
+
+    def acquire(self, stop: threading.Event, patience_seconds: float | None = None) -> bool:
+        """Take the lease as soon as it is free or its holder has not moved it for as long as it promised.
+
+        Waits for as long as another holder is alive: at most `patience_seconds`, for ever without. False when
+        `stop` was set before. Raises Fenced naming the holder when patience ends, StoreUnavailable.
+        """
+        started = seen_at = self._clock()
+        seen: LeaseState | None = None
+        alive = False
+        while not stop.is_set():
+            found = read_lease(self.items, self.domain) or LeaseState()
+            if seen is None or (found.sequence, found.holder) != (seen.sequence, seen.holder):
+                alive = seen is not None
+                seen, seen_at = found, self._clock()
+            if not found.holder or self._clock() - seen_at > found.lease_seconds:
+                if self._take(found):
+                    return True
+                continue
+            if patience_seconds is not None and alive and self._clock() - started > patience_seconds:
+                raise Fenced(
+                    f"domain {self.domain.name}: {found.label} publishes it already: "
+                    "leave it to that one, or stop it and run again"
+                )
+            stop.wait(min(1.0, found.lease_seconds / 4))
+        return False
+
+    def _take(self, found: LeaseState) -> bool:
+        after = replace(
+            self._mine,
+            sequence=found.sequence + 1,
+            feed=found.feed,
+            token=found.token,
+            refused=found.refused,
+        )
+        try:
+            self._put(after, "attribute_not_exists(#s) or #s = :seen", {":seen": {"N": str(found.sequence)}})
+        except Fenced:
+            return False
+        self._moved(after)
+        return True
+
+    def renew(self) -> None:
+        """Move the lease when a third of what was promised has passed.
+
+        Raises Fenced when another writer took it, StoreUnavailable.
+        """
+        if self._clock() - self._moved_at > self.state.lease_seconds / 3:
+            self._advance(self.state)
+
+    def record(self, feed: str, token: int | None, refused: int) -> None:
+        """Move the lease and keep a progress token and the number of refused keys; raises as `renew`."""
+        self._advance(replace(self.state, feed=feed, token=token, refused=refused))
+
+    def release(self) -> None:
+        """Give the lease back, so that the next writer need not wait; one that is lost already is left alone."""
+        try:
+            self._advance(replace(self.state, holder=""))
+        except Fenced:
+            return
+
+    def _advance(self, state: LeaseState) -> None:
+        after = replace(state, sequence=self.state.sequence + 1)
+        self._put(after, *self._condition())
+        self._moved(after)
+
+    def _put(self, state: LeaseState, condition: str, values: Mapping[str, Any]) -> None:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        request = self._lease_put(state, condition, values)
+        for attempt in range(1, self.max_attempts + 1):
+            try:
+                self.client.put_item(**request)
+                return
+            except ClientError as error:
+                code, message = _answer(error)
+                if code == "ConditionalCheckFailedException":
+                    self._refuse_unless_mine()
+                    return
+                if code not in RETRYABLE | {"TransactionConflictException"} or attempt == self.max_attempts:
+                    raise self._refusal(code, message) from None
+            except BotoCoreError as error:
+                if attempt == self.max_attempts:
+                    raise self._unreachable(error) from None
+            self._back_off(attempt)
+
+    def write(self, requests: Sequence[Mapping[str, Any]], token: int | None, refused: int) -> None:
+        """Write up to 99 puts and deletes of distinct keys, and what `record` keeps, all or nothing.
+
+        `requests` are `{"Put": {"Item": …}}` and `{"Delete": {"Key": …}}` in DynamoDB's typed JSON.
+
+        Raises Fenced when another writer took the lease, ItemRefused when DynamoDB calls an item invalid,
+        StoreUnavailable when it stays throttled or unreachable; nothing was written then, except that an
+        unreachable DynamoDB may have done all of it, which writing it again does not change.
+        """
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        after = replace(self.state, sequence=self.state.sequence + 1, token=token, refused=refused)
+        condition, values = self._condition()
+        lease = {"Put": self._lease_put(after, condition, values)}
+        actions = [
+            {kind: {"TableName": self.table, **arguments}}
+            for request in requests
+            for kind, arguments in request.items()
+        ]
+        # The same token for every attempt: one that was done although its answer got lost is not done twice.
+        identity = uuid.uuid4().hex
+        for attempt in range(1, self.max_attempts + 1):
+            try:
+                self.client.transact_write_items(TransactItems=[lease, *actions], ClientRequestToken=identity)
+                break
+            except ClientError as error:
+                code, message = _answer(error)
+                reasons = [
+                    (str(reason.get("Code", "None")), str(reason.get("Message", "")))
+                    for reason in error.response.get("CancellationReasons", [])
+                ]
+                codes = {name for name, _ in reasons}
+                if reasons and reasons[0][0] == "ConditionalCheckFailed":
+                    self._refuse_unless_mine()
+                    break
+                if invalid := [place for place, (name, _) in enumerate(reasons) if name == "ValidationError"]:
+                    raise ItemRefused(reasons[invalid[0]][1], [place - 1 for place in invalid]) from None
+                if code == "ValidationException":
+                    raise ItemRefused(message, []) from None
+                busy = bool(codes & _BUSY) or code in RETRYABLE or code == "TransactionInProgressException"
+                if not busy or attempt == self.max_attempts:
+                    raise self._refusal(code, "; ".join(sorted(codes - {"None"})) or message) from None
+            except BotoCoreError as error:
+                if attempt == self.max_attempts:
+                    raise self._unreachable(error) from None
+            self._back_off(attempt)
+        self._moved(after)
+
+    def _condition(self) -> tuple[str, dict[str, Any]]:
+        return "#h = :mine and #s = :seen", {
+            ":mine": {"S": self._mine.holder},
+            ":seen": {"N": str(self.state.sequence)},
+        }
+
+    def _lease_put(self, state: LeaseState, condition: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        self._stamped = replace(state, renewed_ms=round(self._wall() * 1000))
+        names = {"#s": "sequence"} | ({"#h": "holder"} if "#h" in condition else {})
+        return {
+            "TableName": self.table,
+            "Item": {
+                **self.items.key(_lease_key(self.domain), LEASE_IDS[self.items.keys.partition_key.type]),
+                "holder": {"S": state.holder},
+                "label": {"S": state.label},
+                "mode": {"S": state.mode},
+                "sequence": {"N": str(state.sequence)},
+                "feed": {"S": state.feed},
+                **({} if state.token is None else {"token": {"N": str(state.token)}}),
+                "lease_seconds": {"N": str(state.lease_seconds)},
+                "renewed_ms": {"N": str(self._stamped.renewed_ms)},
+                "refused": {"N": str(state.refused)},
+            },
+            "ConditionExpression": condition,
+            "ExpressionAttributeNames": names,
+            "ExpressionAttributeValues": values,
+        }
+
+    def _moved(self, state: LeaseState) -> None:
+        self.state = state
+        self._moved_at = self._clock()
+
+    def _back_off(self, attempt: int) -> None:
+        self.retries += 1
+        time.sleep(random.uniform(0, min(5.0, 0.05 * 2**attempt)))  # noqa: S311 - jitter, not a secret
+
+    def _refuse_unless_mine(self) -> None:
+        # An attempt whose answer got lost has moved the lease to exactly what this one wanted to write.
+        if read_lease(self.items, self.domain) != self._stamped:
+            raise Fenced(f"domain {self.domain.name}: another publisher has taken over")
+
+    def _refusal(self, code: str, message: str) -> StoreUnavailable:
+        return StoreUnavailable(
+            f"domain {self.domain.name}: DynamoDB did not accept writes to table {self.table} ({code}): {message}"
+        )
+
+    def _unreachable(self, error: Exception) -> StoreUnavailable:
+        return StoreUnavailable(
+            f"domain {self.domain.name}: DynamoDB cannot be reached for table {self.table}: {error}"
+        )
+
+
+def _answer(error: Any) -> tuple[str, str]:
+    answer = error.response.get("Error", {})
+    return str(answer.get("Code", "unknown")), str(answer.get("Message", ""))

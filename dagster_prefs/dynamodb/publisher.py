@@ -1,0 +1,515 @@
+"""Write what changed in a rolling view to DynamoDB, on the engine that has no sinks of its own.
+
+`online_published` remembers, per table id, what DynamoDB holds. A fingerprint is emptied *before* its item is
+written and set *after* DynamoDB accepted it. So after a crash anywhere in between, the next run writes that
+key again, even when the values went back to what they were, or the key left the window.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+from psycopg import sql
+
+from dagster_prefs.declarations.contract import Contract, Domain
+from dagster_prefs.dynamodb.items import ItemEncoder, ItemError
+from dagster_prefs.dynamodb.tables import TableReport
+from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.engine.durations import with_unit
+from dagster_prefs.errors import PrefsError
+
+if TYPE_CHECKING:
+    from mypy_boto3_dynamodb import DynamoDBClient
+
+# DynamoDB's limit for one BatchWriteItem.
+BATCH_ITEMS = 25
+# After this many refused keys something general is wrong, and going on only repeats it.
+MAX_REFUSED = 100
+
+RETRYABLE = frozenset(
+    {
+        "InternalServerError",
+        "LimitExceededException",
+        "ProvisionedThroughputExceededException",
+        "RequestLimitExceeded",
+        "ServiceUnavailable",
+        "Throttling",
+        "ThrottlingException",
+    }
+)
+
+# What the engine may call a column of each contract type (PostgreSQL's format_type).
+COLUMN_TYPES = {
+    "integer": ("bigint", "integer", "smallint"),
+    "decimal": ("numeric",),
+    "float": ("double precision", "real"),
+    "string": ("text", "character varying"),
+    "list<string>": ("text[]", "character varying[]"),
+    "list<decimal>": ("numeric[]",),
+}
+
+
+@dataclass(frozen=True)
+class PublishReport:
+    """What one publish did to one domain; `upserts` and `deletes` count what DynamoDB accepted."""
+
+    domain_key: str
+    table: str
+    upserts: int
+    deletes: int
+    unchanged: int
+    retries: int
+    seconds: float
+
+
+class PublishError(PrefsError):
+    """A domain could not be published, or not completely; `report` of the publisher or changefeed says what was."""
+
+    def __init__(self, message: str, report: Any = None) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """One write request; a delete has no fingerprint."""
+
+    id: int | str
+    request: Any
+    fingerprint: str | None
+
+
+@dataclass
+class _Outcome:
+    """What became of one batch."""
+
+    accepted: list[_Change] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+    retries: int = 0
+    fatal: str | None = None
+
+
+def publish_domain(
+    engine: EngineConfiguration,
+    client: DynamoDBClient,
+    contract: Contract,
+    domain: str,
+    table: TableReport,
+    *,
+    threads: int = 8,
+    max_attempts: int = 8,
+    lock_timeout_seconds: float = 900.0,
+    progress: Callable[[int], None] | None = None,
+) -> PublishReport:
+    """Bring DynamoDB to the state of one domain's sink view; write only what changed, and deletes.
+
+    `domain` is a name or key of the contract; `table` is what `provision` returned for its entity. One
+    publisher per domain works at a time, a second waits up to `lock_timeout_seconds`. `progress` gets the number
+    of accepted writes so far. Safe to repeat after any failure: what DynamoDB accepted stays recorded.
+
+    Raises PublishError (with `.report` of what was written) for a sink view that is missing or unlike the
+    contract, a key whose item the contract or DynamoDB refuses (all others are still published), and a
+    DynamoDB that stays throttled or unreachable after `max_attempts`; EngineUnavailable for the engine.
+    """
+    if engine.kind != "local":
+        raise PublishError(
+            "the publisher works on the local engine only; RisingWave writes DynamoDB by its own sinks: "
+            "set PREFS_PUBLISH=sink"
+        )
+    described = contract.domain(domain)
+    if described.entity != table.entity:
+        raise PublishError(
+            f"domain {described.name} is of entity {described.entity}, and table {table.name} of {table.entity}: "
+            "pass the table of the domain's entity"
+        )
+    with engine.connect() as control:
+        try:
+            return _Publication(
+                engine, client, contract, described, table, threads, max_attempts, control, progress
+            ).run(lock_timeout_seconds)
+        except psycopg.errors.LockNotAvailable:
+            raise PublishError(
+                f"domain {described.name}: another publisher has held it for {lock_timeout_seconds:g} s: "
+                "let it finish, or stop it, and run again"
+            ) from None
+        except psycopg.errors.UndefinedTable as error:
+            raise PublishError(
+                f"domain {described.name}: {error.diag.message_primary}: run `dbt build` first"
+            ) from None
+        except psycopg.Error as error:
+            reason = " ".join(str(error).split())
+            raise PublishError(
+                f"domain {described.name}: the engine failed while publishing ({reason}): run again, "
+                "what DynamoDB accepted is not lost"
+            ) from error
+
+
+def publish_lock(engine: EngineConfiguration, domain_key: str) -> str:
+    """The name whose advisory lock a publisher of the domain holds."""
+    return f"dagster-prefs publish {engine.schema} {domain_key}"
+
+
+def column_problems(columns: Mapping[str, str], contract: Contract, domain: Domain) -> list[str]:
+    """How a relation's columns (name → type as the engine spells it) are unlike a domain's keys and attributes."""
+    table = contract.table_of(domain)
+    keys = {
+        key.name: "integer" if key.type == "N" else "string" for key in (table.partition_key, table.sort_key)
+    }
+    expected = keys | {name: attribute.type for name, attribute in domain.attributes.items()}
+    problems = [f"{name} is missing" for name in expected if name not in columns]
+    problems += [f"{name} is not in the contract" for name in columns if name not in expected]
+    problems += [
+        f"{name} is {columns[name]} and the contract says {kind}"
+        for name, kind in expected.items()
+        if name in columns and columns[name] not in COLUMN_TYPES[kind]
+    ]
+    return problems
+
+
+class _Publication:
+    """One run over one domain."""
+
+    def __init__(
+        self,
+        engine: EngineConfiguration,
+        client: DynamoDBClient,
+        contract: Contract,
+        domain: Domain,
+        table: TableReport,
+        threads: int,
+        max_attempts: int,
+        control: psycopg.Connection[Any],
+        progress: Callable[[int], None] | None,
+    ) -> None:
+        self.engine = engine
+        self.client = client
+        self.domain = domain
+        self.table = table
+        self.threads = threads
+        self.max_attempts = max_attempts
+        self.control = control
+        self.progress = progress
+        self.contract = contract
+        self.keys = contract.table_of(domain)
+        self.key = sql.Identifier("s", self.keys.partition_key.name)
+        # On the side of what was published, so that the engine can use an index of the view.
+        self.published_key = sql.SQL("p.entity_key::{}").format(sql.SQL(self.keys.partition_key.sql_type))
+        self.encoder = ItemEncoder(contract, domain)
+        self.sink = sql.Identifier(domain.sink)
+        self.attributes = list(domain.attributes)
+        self.upserts = self.deletes = self.retries = 0
+        self.refused: list[str] = []
+        self.fatal: str | None = None
+
+    @property
+    def _parameters(self) -> dict[str, Any]:
+        # Names and types are part of the fingerprint: a renamed attribute with the same values is a change.
+        layout = json.dumps([[name, attribute.type] for name, attribute in self.domain.attributes.items()])
+        return {"table_id": self.table.table_id, "domain_key": self.domain.key, "layout": layout}
+
+    def run(self, lock_timeout_seconds: float) -> PublishReport:
+        started = time.monotonic()
+        self._lock(lock_timeout_seconds)
+        self._check_columns()
+        self._mark()
+        with self.engine.connect(autocommit=False) as reading:
+            reading.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+            reading.read_only = True
+            total = self._count(reading)
+            # Losing the last of these records in a crash of the engine only means writing them again.
+            self.control.execute("set synchronous_commit to off")
+            self._write(chain(self._changed(reading), self._gone(reading)))
+        report = PublishReport(
+            domain_key=self.domain.key,
+            table=self.table.name,
+            upserts=self.upserts,
+            deletes=self.deletes,
+            unchanged=total - self.pending,
+            retries=self.retries,
+            seconds=time.monotonic() - started,
+        )
+        self._raise_for_failures(report)
+        self.control.execute(
+            "delete from online_published where domain_key = %(domain_key)s and table_id <> %(table_id)s",
+            self._parameters,
+        )
+        return report
+
+    def _lock(self, timeout_seconds: float) -> None:
+        self.control.execute(
+            "select set_config('lock_timeout', %s, false)",
+            [with_unit(timeout_seconds, "lock_timeout_seconds")],
+        )
+        self.control.execute(
+            "select pg_advisory_lock(hashtextextended(%s, 0))",
+            [publish_lock(self.engine, self.domain.key)],
+        )
+
+    def _check_columns(self) -> None:
+        columns: dict[str, str] = dict(
+            self.control.execute(
+                "select a.attname::text, format_type(a.atttypid, null) from pg_attribute a "
+                "where a.attrelid = %s::regclass and a.attnum > 0 and not a.attisdropped",
+                [f'"{self.engine.schema}"."{self.domain.sink}"'],
+            ).fetchall()
+        )
+        if problems := column_problems(columns, self.contract, self.domain):
+            raise PublishError(
+                f"domain {self.domain.name}: {self.domain.sink} is not as the contract says: "
+                f"{'; '.join(problems)}: run `dbt build` and `prefs generate`"
+            )
+
+    def _row_fingerprint(self) -> sql.Composed:
+        columns = [self.keys.partition_key.name, self.keys.sort_key.name, *self.attributes]
+        return sql.SQL("md5(%(layout)s || row({})::text)").format(
+            sql.SQL(", ").join(sql.Identifier("s", column) for column in columns)
+        )
+
+    def _mark(self) -> None:
+        self.control.execute(
+            sql.SQL(
+                """
+                insert into online_published as p (table_id, domain_key, entity_key, fingerprint)
+                select %(table_id)s, %(domain_key)s, {key}::text, ''
+                from {sink} as s
+                left join online_published as o
+                    on o.table_id = %(table_id)s
+                    and o.domain_key = %(domain_key)s
+                    and o.entity_key = {key}::text
+                where {key} is not null
+                    and o.fingerprint is distinct from '' and o.fingerprint is distinct from {fingerprint}
+                group by {key}
+                on conflict (table_id, domain_key, entity_key) do update set fingerprint = ''
+                """
+            ).format(sink=self.sink, key=self.key, fingerprint=self._row_fingerprint()),
+            self._parameters,
+        )
+        self.control.execute(
+            sql.SQL(
+                """
+                update online_published as p set fingerprint = ''
+                where p.table_id = %(table_id)s and p.domain_key = %(domain_key)s and p.fingerprint <> ''
+                    and not exists (select from {sink} as s where {key} = {published})
+                """
+            ).format(sink=self.sink, key=self.key, published=self.published_key),
+            self._parameters,
+        )
+
+    def _count(self, reading: psycopg.Connection[Any]) -> int:
+        total, distinct, without_key, foreign, pending = reading.execute(
+            sql.SQL(
+                """
+                select count(*), count(distinct {key}),
+                    count(*) filter (where {key} is null),
+                    count(*) filter (where {sort_key} is distinct from %(domain_key)s),
+                    count(*) filter (where p.fingerprint = '')
+                from {sink} as s
+                left join online_published as p
+                    on p.table_id = %(table_id)s
+                    and p.domain_key = %(domain_key)s
+                    and p.entity_key = {key}::text
+                """
+            ).format(sink=self.sink, key=self.key, sort_key=sql.Identifier("s", self.keys.sort_key.name)),
+            self._parameters,
+        ).fetchone() or (0, 0, 0, 0, 0)
+        if without_key:
+            problem = f"{without_key} rows without {self.keys.partition_key.name}"
+        elif foreign:
+            problem = f"{foreign} rows whose {self.keys.sort_key.name} is not {self.domain.key}"
+        elif distinct != total:
+            problem = f"{total - distinct} {self.domain.entity}s more than once"
+        else:
+            self.pending = pending
+            return int(total)
+        raise PublishError(
+            f"domain {self.domain.name}: {self.domain.sink} has {problem}, but it must have one row per "
+            f"{self.domain.entity} of this domain: correct {self.domain.relation}"
+        )
+
+    def _changed(self, reading: psycopg.Connection[Any]) -> Iterator[_Change]:
+        statement = sql.SQL(
+            """
+            select {key}, {fingerprint}, {attributes}
+            from {sink} as s
+            join online_published as p on p.entity_key = {key}::text
+            where p.table_id = %(table_id)s and p.domain_key = %(domain_key)s and p.fingerprint = ''
+            """
+        ).format(
+            key=self.key,
+            fingerprint=self._row_fingerprint(),
+            attributes=sql.SQL(", ").join(sql.Identifier("s", name) for name in self.attributes),
+            sink=self.sink,
+        )
+        with reading.cursor(name="changed") as cursor:
+            cursor.itersize = 2000
+            cursor.execute(statement, self._parameters)
+            for id_, fingerprint, *values in cursor:
+                try:
+                    item = self.encoder.encode(id_, values)
+                except ItemError as error:
+                    self.refused.append(str(error))
+                    continue
+                yield _Change(id_, {"PutRequest": {"Item": item}}, fingerprint)
+
+    def _gone(self, reading: psycopg.Connection[Any]) -> Iterator[_Change]:
+        statement = sql.SQL(
+            """
+            select {published} from online_published as p
+            where p.table_id = %(table_id)s and p.domain_key = %(domain_key)s and p.fingerprint = ''
+                and not exists (select from {sink} as s where {key} = {published})
+            """
+        ).format(sink=self.sink, key=self.key, published=self.published_key)
+        with reading.cursor(name="gone") as cursor:
+            cursor.itersize = 2000
+            cursor.execute(statement, self._parameters)
+            for (id_,) in cursor:
+                yield _Change(id_, {"DeleteRequest": {"Key": self.encoder.key(id_)}}, None)
+
+    def _write(self, changes: Iterator[_Change]) -> None:
+        writer = BatchWriter(self.client, self.table.name, self.encoder, self.max_attempts)
+        running: set[Future[_Outcome]] = set()
+        with ThreadPoolExecutor(self.threads, thread_name_prefix="publish") as pool:
+            while not self.fatal and len(self.refused) <= MAX_REFUSED:
+                batch = list(islice(changes, BATCH_ITEMS))
+                if not batch:
+                    break
+                running.add(pool.submit(writer.write, batch))
+                if len(running) >= 2 * self.threads:
+                    done, running = wait(running, return_when=FIRST_COMPLETED)
+                    self._settle(done)
+            self._settle(wait(running).done)
+
+    def _settle(self, done: set[Future[_Outcome]]) -> None:
+        outcomes = [future.result() for future in done]
+        accepted = [change for outcome in outcomes for change in outcome.accepted]
+        written = [change for change in accepted if change.fingerprint is not None]
+        deleted = [str(change.id) for change in accepted if change.fingerprint is None]
+        if written:
+            self.control.execute(
+                """
+                update online_published as p set fingerprint = c.fingerprint
+                from unnest(%(ids)s::text[], %(fingerprints)s::text[]) as c (entity_key, fingerprint)
+                where p.table_id = %(table_id)s
+                    and p.domain_key = %(domain_key)s
+                    and p.entity_key = c.entity_key
+                """,
+                self._parameters
+                | {
+                    "ids": [str(change.id) for change in written],
+                    "fingerprints": [change.fingerprint for change in written],
+                },
+            )
+        if deleted:
+            self.control.execute(
+                "delete from online_published where table_id = %(table_id)s and domain_key = %(domain_key)s "
+                "and entity_key = any(%(ids)s::text[])",
+                self._parameters | {"ids": deleted},
+            )
+        self.upserts += len(written)
+        self.deletes += len(deleted)
+        for outcome in outcomes:
+            self.retries += outcome.retries
+            self.refused += outcome.refused
+            self.fatal = self.fatal or outcome.fatal
+        if self.progress and accepted:
+            self.progress(self.upserts + self.deletes)
+
+    def _raise_for_failures(self, report: PublishReport) -> None:
+        done = f"{report.upserts} upserts and {report.deletes} deletes were accepted and stay recorded"
+        if self.fatal:
+            raise PublishError(f"domain {self.domain.name}: {self.fatal}; {done}: run again", report)
+        if self.refused:
+            more = f" (and {len(self.refused) - 1} more)" if len(self.refused) > 1 else ""
+            raise PublishError(f"domain {self.domain.name}: {self.refused[0]}{more}; {done}", report)
+
+
+class BatchWriter:
+    """BatchWriteItem with bounded retries of what DynamoDB left unprocessed; safe for threads."""
+
+    def __init__(self, client: DynamoDBClient, table: str, encoder: ItemEncoder, max_attempts: int) -> None:
+        self.client = client
+        self.table = table
+        self.encoder = encoder
+        self.max_attempts = max_attempts
+
+    def write(self, batch: Sequence[_Change]) -> _Outcome:
+        """Write up to 25 changes of distinct keys; never raises for what DynamoDB answers."""
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        outcome = _Outcome()
+        pending = {change.id: change for change in batch}
+        attempts = 0
+        reason = ""
+        while pending:
+            try:
+                answer: Any = self.client.batch_write_item(
+                    RequestItems={self.table: [change.request for change in pending.values()]}
+                )
+            except ClientError as error:
+                code = str(error.response.get("Error", {}).get("Code", "unknown"))
+                message = str(error.response.get("Error", {}).get("Message", ""))
+                if code == "ValidationException":
+                    self._isolate(list(pending.values()), message, outcome)
+                    return outcome
+                if code == "AccessDeniedException":
+                    outcome.fatal = (
+                        f"DynamoDB refused to write to table {self.table}: allow dynamodb:BatchWriteItem on it "
+                        f"({message})"
+                    )
+                    return outcome
+                if code not in RETRYABLE:
+                    outcome.fatal = f"DynamoDB refused to write to table {self.table} ({code}): {message}"
+                    return outcome
+                left = set(pending)
+                reason = code
+            except BotoCoreError as error:
+                outcome.fatal = f"DynamoDB cannot be reached for table {self.table}: {error}"
+                return outcome
+            else:
+                left = {
+                    self._id(request) for request in answer.get("UnprocessedItems", {}).get(self.table, [])
+                }
+                reason = "writes stay unprocessed, as when the table is throttled"
+            accepted = [change for id_, change in pending.items() if id_ not in left]
+            outcome.accepted += accepted
+            pending = {id_: pending[id_] for id_ in pending if id_ in left}
+            if not pending:
+                break
+            # As long as something is accepted the table makes progress, and patience is right.
+            attempts = 0 if accepted else attempts + 1
+            if attempts >= self.max_attempts:
+                outcome.fatal = (
+                    f"table {self.table} did not accept {len(pending)} writes "
+                    f"after {attempts} attempts ({reason})"
+                )
+                break
+            outcome.retries += 1
+            time.sleep(random.uniform(0, min(5.0, 0.05 * 2**attempts)))  # noqa: S311 - jitter, not a secret
+        return outcome
+
+    def _isolate(self, changes: list[_Change], message: str, outcome: _Outcome) -> None:
+        # One invalid item makes DynamoDB refuse its whole batch; halving finds it and keeps the others.
+        if len(changes) == 1:
+            outcome.refused.append(
+                f"{self.encoder.named(changes[0].id)}: DynamoDB refused the item: {message}"
+            )
+            return
+        middle = len(changes) // 2
+        for half in (changes[:middle], changes[middle:]):
+            part = self.write(half)
+            outcome.accepted += part.accepted
+            outcome.refused += part.refused
+            outcome.retries += part.retries
+            outcome.fatal = outcome.fatal or part.fatal
+
+    def _id(self, request: Any) -> int | str:
+        item = request["PutRequest"]["Item"] if "PutRequest" in request else request["DeleteRequest"]["Key"]
+        return self.encoder.id_of(item)

@@ -1,0 +1,149 @@
+"""Read items by key from DynamoDB within a latency budget, with bounded retries."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from dagster_prefs.declarations.contract import Table
+from dagster_prefs.dynamodb.transport import Answer, Call, ReadError, Transport
+
+Key = tuple[int | str, str]
+Item = dict[str, dict[str, Any]]
+Found = Item | None | ReadError
+
+# DynamoDB's limit for one BatchGetItem.
+BATCH_KEYS = 100
+# From this many keys on, one BatchGetItem beats as many GetItems side by side.
+BATCH_FROM = 3
+
+
+class ItemReader:
+    """Items of one entity's table by (id, domain key)."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        keys: Table,
+        table: str,
+        *,
+        read_timeout_seconds: float,
+        max_attempts: int,
+        side_by_side: int,
+    ) -> None:
+        self._transport = transport
+        self._table = table
+        self._partition = keys.partition_key
+        self._sort = keys.sort_key.name
+        self._is_number = keys.partition_key.type == "N"
+        self._read_timeout = read_timeout_seconds
+        self._max_attempts = max_attempts
+        self._side_by_side = side_by_side
+        self._partition_json = f'{{"{keys.partition_key.name}":{{"{keys.partition_key.type}":'
+        self._get_head = {
+            consistent: f'{{"TableName":{json.dumps(table)},"ConsistentRead":{json.dumps(consistent)},"Key":'
+            for consistent in (False, True)
+        }
+        self._batch_head = {
+            consistent: f'{{"RequestItems":{{{json.dumps(table)}:'
+            f'{{"ConsistentRead":{json.dumps(consistent)},"Keys":['
+            for consistent in (False, True)
+        }
+
+    def read(
+        self, keys: Sequence[Key], *, consistent: bool, deadline: float, canaries: Sequence[Key] = ()
+    ) -> dict[Key, Found]:
+        """The item of each key, None where there is none, or the error that kept it from arriving.
+
+        Up to two keys are GetItems side by side, more are BatchGetItems of 100 keys side by side. `canaries`
+        are read beside them in a request of their own and once only: nothing waits for a second attempt at
+        them. `deadline` is on the clock of time.monotonic(); what has not arrived by then has a `timeout`.
+        """
+        found: dict[Key, Found] = {}
+        pending = self._plan(list(dict.fromkeys(keys)), consistent)
+        optional = self._plan(list(dict.fromkeys(canaries)), consistent=False)
+        last: dict[Key, ReadError] = {}
+        for attempt in range(self._max_attempts):
+            wanted = pending + optional
+            rounds = -(-len(wanted) // self._side_by_side)
+            attempt_deadline = min(deadline, time.monotonic() + self._read_timeout * rounds)
+            answers = self._transport.send([call for call, _ in wanted], attempt_deadline)
+            again: list[tuple[Call, list[Key]]] = []
+            for position, ((call, asked), answer) in enumerate(zip(wanted, answers, strict=True)):
+                left = self._settle(call, asked, answer, found, last)
+                if left and position < len(pending):
+                    again.append((call, asked) if left == asked else (self._batch(left, consistent), left))
+            pending, optional = again, []
+            if not pending:
+                break
+            pause = random.uniform(0, min(0.2, 0.02 * 2**attempt))  # noqa: S311 - jitter, not a secret
+            if attempt + 1 == self._max_attempts or time.monotonic() + pause >= deadline:
+                break
+            time.sleep(pause)
+        for _, asked in pending:
+            for key in asked:
+                found[key] = last[key]
+        return found
+
+    def warm(self, connections: int) -> None:
+        """Open connections ahead of the first read."""
+        self._transport.warm(connections)
+
+    def close(self) -> None:
+        """Close the transport."""
+        self._transport.close()
+
+    def _plan(self, keys: list[Key], consistent: bool) -> list[tuple[Call, list[Key]]]:
+        if len(keys) < BATCH_FROM:
+            return [(self._get(key, consistent), [key]) for key in keys]
+        chunks = [keys[start : start + BATCH_KEYS] for start in range(0, len(keys), BATCH_KEYS)]
+        return [(self._batch(chunk, consistent), chunk) for chunk in chunks]
+
+    def _key(self, key: Key) -> str:
+        value = f'"{key[0]}"' if self._is_number else json.dumps(key[0])
+        return f'{self._partition_json}{value}}},"{self._sort}":{{"S":"{key[1]}"}}}}'
+
+    def _get(self, key: Key, consistent: bool) -> Call:
+        return Call("GetItem", f"{self._get_head[consistent]}{self._key(key)}}}".encode())
+
+    def _batch(self, keys: Iterable[Key], consistent: bool) -> Call:
+        listed = ",".join(map(self._key, keys))
+        return Call("BatchGetItem", f"{self._batch_head[consistent]}{listed}]}}}}}}".encode())
+
+    def _settle(
+        self,
+        call: Call,
+        asked: list[Key],
+        answer: Answer,
+        found: dict[Key, Found],
+        last: dict[Key, ReadError],
+    ) -> list[Key]:
+        """Enter what an answer says into `found`; return the keys to ask for again."""
+        if isinstance(answer, ReadError):
+            target: dict[Key, Any] = last if answer.transient else found
+            target.update(dict.fromkeys(asked, answer))
+            return asked if answer.transient else []
+        try:
+            if call.operation == "GetItem":
+                found[asked[0]] = answer.get("Item")
+                return []
+            items = {self._identity(item): item for item in answer["Responses"].get(self._table, [])}
+            unprocessed = answer.get("UnprocessedKeys", {}).get(self._table, {}).get("Keys", [])
+            left = [self._identity(key) for key in unprocessed]
+        except (KeyError, TypeError, ValueError, AttributeError):
+            damaged = ReadError("DynamoDB's answer has not the form of its API: try again", "corrupt")
+            last.update(dict.fromkeys(asked, damaged))
+            return asked
+        if left:
+            throttled = ReadError("DynamoDB left keys unprocessed, as when throttled: try again", "throttled")
+            last.update(dict.fromkeys(left, throttled))
+        for key in asked:
+            if key not in left:
+                found[key] = items.get(key)
+        return left
+
+    def _identity(self, item: Item) -> Key:
+        return self._partition.value_of(item), item[self._sort]["S"]

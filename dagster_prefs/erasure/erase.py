@@ -1,0 +1,511 @@
+"""Forgetting one subject everywhere, and proving it by reading every store back.
+
+The order is what makes it safe to stop anywhere and start again: the subject is suppressed first, so that
+nothing derives its values anew; then go the messages, the views, the items, the training tables. Each step
+looks at what is there, not at what an earlier run says it did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from time import monotonic, sleep
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+from psycopg import sql
+
+from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.erasure.events import AppendOnly, RawMessages, Subject
+from dagster_prefs.erasure.items import EntityItems
+from dagster_prefs.erasure.training import (
+    ForgottenTable,
+    SubjectInTable,
+    SubjectInTiles,
+    SubjectInTrainingSet,
+    files_holding,
+    search_catalog,
+)
+from dagster_prefs.errors import PrefsError
+from dagster_prefs.events.progress import waiting_since
+from dagster_prefs.events.raw import translated
+from dagster_prefs.iceberg.export import DEFAULT_NAMESPACE
+from dagster_prefs.iceberg.tables import ErasedSubject, TileTable, tile_tables
+
+if TYPE_CHECKING:
+    from pyiceberg.catalog import Catalog
+
+    from dagster_prefs.declarations.registry import Registry
+    from dagster_prefs.engine.dbt import Dbt
+
+ERASED = "erased_subjects"
+# Streaming views follow within a barrier or two; this long they may take under load.
+STREAM_SECONDS = 120.0
+# Messages that committed late, although they had arrived before the erasure began, take another round.
+ROUNDS = 5
+
+
+class ErasureIncomplete(PrefsError):
+    """The erasure stopped, or something is still held; running it again goes on from there."""
+
+
+@dataclass(frozen=True)
+class Stores:
+    """Where a subject may be held. `catalog` and `dynamodb` open what they name when it is their turn;
+    `table_prefix` begins the names of the tables there. `refresh` brings the embedded engine's views up to date and is
+    not called on RisingWave. `tables_by_sink` says that RisingWave's sinks write the training tables."""
+
+    engine: EngineConfiguration
+    registry: Registry
+    catalog: Callable[[], Catalog]
+    dynamodb: Callable[[], Any]
+    table_prefix: str
+    refresh: Callable[[], None]
+    namespace: str = DEFAULT_NAMESPACE
+    tables_by_sink: bool = False
+
+
+@dataclass(frozen=True)
+class Holding:
+    """How much of the subject one place held when the run began, and holds now."""
+
+    store: str
+    place: str
+    unit: str
+    before: int
+    after: int
+
+
+@dataclass
+class ErasureReport:
+    """What an erasure found and left, without any content.
+
+    `erased_at` (UTC): events up to it stay suppressed, whenever they arrive. `newer_events` of the subject
+    happened after it and count again. `kept_by` names tags and branches (table → names) that still keep a
+    snapshot with the subject, `training_sets` files outside, and tables of labels that others wrote, that hold it,
+    `unread` why a table or namespace of the catalog was not searched, `unfinished` what only time removes (what →
+    until when).
+    """
+
+    subject: Subject
+    erased_at: datetime
+    first_erased: bool
+    holdings: list[Holding] = field(default_factory=list)
+    newer_events: int = 0
+    tables: list[ForgottenTable] = field(default_factory=list)
+    kept_by: dict[str, list[str]] = field(default_factory=dict)
+    training_sets: list[str] = field(default_factory=list)
+    unread: dict[str, str] = field(default_factory=dict)
+    unfinished: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def held(self) -> bool:
+        """Whether anything of the subject was found."""
+        return any(holding.before for holding in self.holdings)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as JSON holds it."""
+        return {
+            "subject_kind": self.subject.kind,
+            "subject_id": self.subject.id,
+            "erased_at": self.erased_at.isoformat(),
+            "first_erased": self.first_erased,
+            "held": self.held,
+            "newer_events": self.newer_events,
+            "stores": [vars(holding) for holding in self.holdings],
+            "tables": [
+                {
+                    "table": table.table,
+                    "days_from_engine": [day.isoformat() for day in table.days_from_engine],
+                    "days_rewritten": [day.isoformat() for day in table.days_rewritten],
+                    "refs_removed": list(table.refs_removed),
+                    "snapshots_expired": table.snapshots_expired,
+                    "files_removed": table.files_removed,
+                }
+                for table in self.tables
+            ],
+            "kept_by": self.kept_by,
+            "training_sets": self.training_sets,
+            "unread": self.unread,
+            "unfinished": self.unfinished,
+            "seconds": self.seconds,
+        }
+
+
+def refresh_with(dbt: Dbt) -> Callable[[], None]:
+    """A refresh of every view by dbt; raises ErasureIncomplete naming the models that failed."""
+
+    def refresh() -> None:
+        failed = [result for result in dbt.run("run") if not result.ok]
+        if failed:
+            reasons = "; ".join(f"{result.name}: {result.message}" for result in failed)
+            raise ErasureIncomplete(f"the views could not be refreshed ({reasons})")
+
+    return refresh
+
+
+def erase(
+    stores: Stores,
+    subject: Subject,
+    *,
+    now: datetime,
+    drop_tags: bool = False,
+    training_sets: Sequence[Path] = (),
+    step: Callable[[str], None] = lambda _: None,
+) -> ErasureReport:
+    """Forget one subject everywhere and read every store back.
+
+    `now` (UTC) is the erasure's time, from which on new events count again; where the subject was erased
+    before and nothing newer is held, the earlier time stands. Messages that arrive while it runs are left
+    alone: what they tell of the time before is suppressed. `drop_tags` also removes the tags and branches of
+    the training tables that keep a snapshot with the subject; without it they are named. `training_sets` are
+    folders whose files of training sets and labels are searched. `step` hears of each step before it begins.
+
+    Safe to repeat after any failure. Raises ErasureIncomplete naming the step that failed and why, or the
+    places that still hold something.
+    """
+    run = _Erasure(stores, subject, now, drop_tags, training_sets, step)
+    return run.run()
+
+
+class _Erasure:
+    def __init__(
+        self,
+        stores: Stores,
+        subject: Subject,
+        now: datetime,
+        drop_tags: bool,
+        training_sets: Sequence[Path],
+        announce: Callable[[str], None],
+    ) -> None:
+        self.stores = stores
+        self.engine = stores.engine
+        self.subject = subject
+        self.now = now
+        self.drop_tags = drop_tags
+        self.training_sets = training_sets
+        self.announce = announce
+        self.refused: dict[str, str] = {}
+
+    def run(self) -> ErasureReport:
+        started = monotonic()
+        with self._step("suppress the subject"), self.engine.connect() as connection:
+            self.until = connection.execute("select now()").fetchall()[0][0]
+            # Counted before, because RisingWave's views and sinks let go of a suppressed subject within a second.
+            before = self._engine_counts(connection)
+            items = self._items_there()
+            first = self._suppress(connection)
+        with self._step("read what has arrived"), self.engine.connect() as connection:
+            if self.engine.kind == "local" and waiting_since(connection, self.engine, self.stores.registry):
+                self.stores.refresh()
+        with self._step("redact the messages"), self.engine.connect() as connection:
+            self.erased_at = self._extend(connection)
+            redacted = self._redact(connection)
+        with self._step("refresh the views"):
+            self._follow(any(redacted.values()) or any(before.values()))
+        report = ErasureReport(self.subject, self.erased_at, first)
+        self._delete_items(report, items)
+        self._forget_in_tables(report)
+        with self._step("read the engine back"), self.engine.connect() as connection:
+            after = self._engine_counts(connection)
+            report.newer_events = self._newer_events(connection)
+        report.holdings[:0] = [
+            Holding(
+                "engine",
+                place,
+                "messages" if place in redacted else "rows",
+                # What no refresh had read yet shows only when it is redacted.
+                max(before[place], redacted.get(place, 0)),
+                count,
+            )
+            for place, count in after.items()
+        ]
+        report.unfinished = self._unfinished(report)
+        report.seconds = monotonic() - started
+        self._judge(report)
+        return report
+
+    @contextmanager
+    def _step(self, name: str) -> Iterator[None]:
+        self.announce(name)
+        try:
+            yield
+        except PrefsError as error:
+            raise ErasureIncomplete(
+                f"erasing {self.subject} stopped at: {name} ({error}); what was done before stays done, "
+                "run the same command again"
+            ) from error
+        except psycopg.Error as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ErasureIncomplete(
+                f"erasing {self.subject} stopped at: {name}, because the engine failed ({reason}); what was "
+                "done before stays done, run the same command again"
+            ) from error
+
+    # the engine
+
+    def _suppress(self, connection: psycopg.Connection[Any]) -> bool:
+        """Record the erasure; an earlier one of the subject stands. Returns whether there was none."""
+        if self._recorded(connection) is not None:
+            return False
+        self._record(connection, self.now)
+        return True
+
+    def _recorded(self, connection: psycopg.Connection[Any]) -> datetime | None:
+        with translated(self.engine, ERASED):
+            row = connection.execute(
+                sql.SQL("select erased_at from {} where subject_kind = {} and subject_id = {}").format(
+                    self._relation(ERASED), sql.Literal(self.subject.kind), sql.Literal(self.subject.id)
+                )
+            ).fetchone()
+        return row[0] if row else None
+
+    def _record(self, connection: psycopg.Connection[Any], erased_at: datetime) -> None:
+        # On RisingWave an insert into a keyed table replaces the row of its key.
+        conflict = (
+            "on conflict (subject_kind, subject_id) do update"
+            " set erased_at = greatest({0}.erased_at, excluded.erased_at)"
+            if self.engine.kind == "local"
+            else ""
+        )
+        with translated(self.engine, ERASED):
+            connection.execute(
+                sql.SQL(
+                    "insert into {0} (subject_kind, subject_id, erased_at) values (%s, %s, %s) " + conflict
+                ).format(self._relation(ERASED)),
+                (self.subject.kind, self.subject.id, erased_at),
+            )
+
+    def _extend(self, connection: psycopg.Connection[Any]) -> datetime:
+        """Let the erasure reach over every event that is held: one whose producer's clock runs ahead, or one
+        that came after an earlier erasure."""
+        recorded = self._recorded(connection)
+        newest = self._messages(connection).newest_event()
+        if recorded is None:
+            raise ErasureIncomplete(f"{self.subject} is not in {ERASED} any more, somebody removed it")
+        if newest is None or newest <= recorded:
+            return recorded.astimezone(UTC)
+        reached = max(self.now, newest)
+        self._record(connection, reached)
+        return reached.astimezone(UTC)
+
+    def _messages(self, connection: psycopg.Connection[Any]) -> RawMessages:
+        return RawMessages(
+            connection, self.engine, self.stores.registry.topics.values(), self.subject, self.until
+        )
+
+    def _redact(self, connection: psycopg.Connection[Any]) -> dict[str, int]:
+        """Raw table → messages that were redacted."""
+        messages = self._messages(connection)
+        done = dict.fromkeys(messages.count(), 0)
+        for _ in range(ROUNDS):
+            found = messages.find()
+            for raw_table, positions in found.items():
+                try:
+                    done[raw_table] += messages.redact(raw_table, positions)
+                except AppendOnly as error:
+                    # The other stores are forgotten all the same; in the end this one is named.
+                    self.refused[raw_table] = str(error)
+            # The embedded engine's parsed relations stand still until the refresh, so one look tells it all.
+            if not found.keys() - self.refused.keys() or self.engine.kind == "local":
+                break
+        return done
+
+    def _follow(self, changed: bool) -> None:
+        """Wait until the views know of it, or refresh them."""
+        if self.engine.kind == "local":
+            if changed:
+                self.stores.refresh()
+            return
+        deadline = monotonic() + STREAM_SECONDS
+        with self.engine.connect() as connection:
+            connection.execute("flush")
+            while any(self._engine_counts(connection).values()) and monotonic() < deadline:
+                if self._newer_events(connection) or self.refused:
+                    break
+                sleep(1.0)
+
+    def _engine_counts(self, connection: psycopg.Connection[Any]) -> dict[str, int]:
+        """Raw table → messages, and every relation with the subject's key → rows."""
+        counts = self._messages(connection).count()
+        relations = connection.execute(
+            "select c.relname, t.typname from pg_catalog.pg_attribute a"
+            " join pg_catalog.pg_class c on c.oid = a.attrelid"
+            " join pg_catalog.pg_namespace n on n.oid = c.relnamespace"
+            " join pg_catalog.pg_type t on t.oid = a.atttypid"
+            " where n.nspname = %s and a.attname = %s and c.relkind in ('r', 'm', 'v') order by c.relname",
+            (self.engine.schema, self.subject.key),
+        ).fetchall()
+        for name, kind in relations:
+            value = self.subject.value if kind in ("int8", "int4") else self.subject.id
+            with translated(self.engine, name):
+                row = connection.execute(
+                    sql.SQL("select count(*) from {} where {} = {}").format(
+                        self._relation(name), sql.Identifier(self.subject.key), sql.Literal(value)
+                    )
+                ).fetchone()
+            counts[name] = int(row[0]) if row else 0
+        return counts
+
+    def _newer_events(self, connection: psycopg.Connection[Any]) -> int:
+        topics = self.stores.registry.topics.values()
+        typed = [topic.relation for topic in topics if topic.entity == self.subject.kind]
+        found = 0
+        for name in typed:
+            with translated(self.engine, name):
+                row = connection.execute(
+                    sql.SQL("select count(*) from {} where {} = {}").format(
+                        self._relation(name),
+                        sql.Identifier(self.subject.key),
+                        sql.Literal(self.subject.value),
+                    )
+                ).fetchone()
+            found += int(row[0]) if row else 0
+        return found
+
+    def _relation(self, name: str) -> sql.Identifier:
+        return sql.Identifier(self.engine.schema, name)
+
+    # DynamoDB, Iceberg, files
+
+    @property
+    def _table(self) -> str:
+        return f"{self.stores.table_prefix}{self.subject.entity.table}"
+
+    @property
+    def _is_served(self) -> bool:
+        return self.subject.entity.table is not None
+
+    def _items(self, until: datetime) -> EntityItems:
+        stores, subject = self.stores, self.subject
+        return EntityItems(
+            stores.dynamodb(), stores.registry.contract, subject.kind, self._table, subject.value, until
+        )
+
+    def _items_there(self) -> int:
+        if not self._is_served:
+            return 0
+        # A store that does not answer now is asked again in its turn, which tells why.
+        with suppress(PrefsError):
+            return len(self._items(datetime.max.replace(tzinfo=UTC)).keys())
+        return 0
+
+    def _delete_items(self, report: ErasureReport, items_before: int) -> None:
+        if not self._is_served:
+            return
+        with self._step("delete the items in DynamoDB"):
+            items = self._items(self.erased_at)
+            before = max(items_before, items.withdraw(self.engine))
+            report.holdings.append(Holding("dynamodb", self._table, "items", before, len(items.keys())))
+
+    def _forget_in_tables(self, report: ErasureReport) -> None:
+        specs = self._training_tables()
+        if not specs:
+            return
+        erased = ErasedSubject(self.subject.entity.key, self.subject.value, self.erased_at)
+        with self._step("open the Iceberg catalog"):
+            catalog = self.stores.catalog()
+        namespace, by_sink = self.stores.namespace, self.stores.tables_by_sink
+        for spec in specs:
+            self._forget_in(
+                report,
+                partial(
+                    SubjectInTiles, catalog, spec, erased, self.engine, namespace=namespace, by_sink=by_sink
+                ),
+            )
+        with self._step("search the Iceberg catalog for training sets"):
+            others = search_catalog(catalog, erased)
+        for name in others.training_sets:
+            self._forget_in(report, partial(SubjectInTrainingSet, catalog, name, erased))
+        report.training_sets += others.holding
+        report.unread = dict(others.unread)
+        if self.training_sets:
+            with self._step("search the training sets"):
+                found = files_holding(erased, self.training_sets)
+                report.training_sets += [str(path) for path in found]
+
+    def _training_tables(self) -> list[TileTable]:
+        """The training tables about the subject's entity."""
+        specs = tile_tables(self.stores.registry).values()
+        return [spec for spec in specs if spec.entity == self.subject.entity]
+
+    def _forget_in(self, report: ErasureReport, in_table: Callable[[], SubjectInTable]) -> None:
+        table = in_table()
+        with self._step(f"remove the subject from {table.name}"):
+            held = table.holding()
+            report.tables.append(table.forget(drop_tags=self.drop_tags))
+        with self._step(f"read {table.name} back"):
+            # A fresh look, which believes nothing that was read before.
+            left = in_table().holding()
+        report.holdings += [
+            Holding("iceberg", left.table, "rows", held.rows, left.rows),
+            Holding("iceberg", left.table, "snapshots", held.snapshots, left.snapshots),
+            Holding("iceberg", left.table, "files", held.files, left.files),
+        ]
+        if left.kept_by:
+            report.kept_by[left.table] = list(left.kept_by)
+
+    # the outcome
+
+    def _judge(self, report: ErasureReport) -> None:
+        left = [
+            f"{holding.place}: {holding.after} {holding.unit}"
+            for holding in report.holdings
+            if holding.after
+            # What happened after the erasure is in the engine's views by right.
+            and not (holding.store == "engine" and holding.unit == "rows" and report.newer_events)
+            and not (holding.unit in ("snapshots", "files") and holding.place in report.kept_by)
+        ]
+        if left:
+            raise ErasureIncomplete(
+                f"{self.subject} is still held after its erasure ({'; '.join(left)}): "
+                + ("; ".join(self.refused.values()) or self._writer())
+                + ", and run the same command again"
+            )
+
+    def _writer(self) -> str:
+        if self.stores.tables_by_sink:
+            return "RisingWave's sinks take rows out of the training tables, wait for their next commits"
+        return "see what writes there"
+
+    def _unfinished(self, report: ErasureReport) -> dict[str, str]:
+        engine = (
+            "PostgreSQL: old row versions, until vacuum has run and its space was used again; its write-ahead log"
+            " and backups, until they are removed"
+            if self.engine.kind == "local"
+            else "RisingWave: old versions in its state store, until compaction; its backups, until they are removed"
+        )
+        where, _, until = engine.partition(": ")
+        rest = {
+            f"the id itself in {ERASED}": "for good: it is what keeps replayed events out",
+            "Kafka topics": "the topics' retention ends, or compaction where the key is the subject's; until then "
+            "replays stay suppressed",
+            "files that were ingested, and rejected messages that were exported": "you delete them; ingested again, "
+            "they stay suppressed",
+            where: until,
+        }
+        if self._is_served:
+            rest["DynamoDB point-in-time recovery"] = (
+                "35 days from now; a restored table needs this command again"
+            )
+        if self._training_tables():
+            rest |= {
+                "noncurrent object versions in the lake (S3)": "the lifecycle rule `lake_noncurrent_days` has "
+                "removed them",
+                f"{self.subject.kind} ids as lowest or highest value in the statistics of manifests": "the table's "
+                "maintenance has removed the manifests of expired snapshots",
+                "examples in Dagster's event log (parity, publishing)": "the runs are deleted",
+                "files of training sets and labels, which this platform does not know": "you have searched their "
+                "folders (--training-sets) and removed or rebuilt what holds the subject; a set that used an expired "
+                "snapshot can no longer be reproduced",
+            }
+            for table, names in report.kept_by.items():
+                rest[f"{table}, kept by {', '.join(names)}"] = (
+                    "the tag or branch is dropped: remove it and run the command again, or run it with --drop-tags"
+                )
+        return rest

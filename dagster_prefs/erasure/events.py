@@ -1,0 +1,374 @@
+"""What the raw tables hold of one subject: found, counted, and redacted in place.
+
+A redacted message keeps its place in its source, so counts and positions stay as they were and neither a file
+nor a Kafka partition is read again; of its content nothing is left.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from decimal import Decimal, InvalidOperation
+from typing import Any, NamedTuple
+
+import psycopg
+from psycopg import sql
+
+from dagster_prefs import ids
+from dagster_prefs.declarations.registry import Entity, Registry, TopicDeclaration
+from dagster_prefs.declarations.reserved import is_reserved, reserved_range
+from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.errors import PrefsError, excerpt
+from dagster_prefs.events.raw import RawStoreError, translated
+
+REDACTED = b'{"erased":true}'
+"""What is left of a message; the typed layer rejects it with the reason `erased`."""
+
+BATCH_ROWS = 500
+
+
+class SubjectRefused(PrefsError):
+    """What was named is no subject that can be erased."""
+
+
+class AppendOnly(RawStoreError):
+    """The engine does not change the rows of this raw table."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Whose data it is: an erasable entity, and the id in its first key column, as the typed events spell it."""
+
+    entity: Entity
+    id: str
+
+    @classmethod
+    def named(cls, registry: Registry, kind: str, given: str) -> Subject:
+        """The subject with the id `given` of the entity called `kind`.
+
+        Raises SubjectRefused for what is no erasable entity, for an id that no event can have, and for a canary.
+        """
+        erasable = [entity.name for entity in registry.entities.values() if entity.erasable]
+        entity = registry.entities.get(kind)
+        if entity is None or not entity.erasable:
+            why = "is not erasable" if entity else "is not an entity of this project"
+            kinds = " or ".join(f"`prefs erase {name} ID`" for name in erasable)
+            raise SubjectRefused(
+                f"{excerpt(kind)} {why}: {f'use {kinds}' if kinds else 'the project declares no erasable entity'}"
+            )
+        key = entity.key
+        try:
+            value = ids.read_key(key, given)
+        except ids.BadId as error:
+            others = " or ".join(f"`prefs erase {name} ID`" for name in erasable if name != kind)
+            remedy = f"correct it{f', or use {others}' if others else ''}"
+            raise SubjectRefused(f"{excerpt(given)} is not a {kind} ({error}): {remedy}") from None
+        if is_reserved(key, value):
+            raise SubjectRefused(
+                f"{kind} {value} is a canary: ids {reserved_range(key)} are no person's, and probes need theirs; "
+                f"name another {kind}"
+            )
+        return cls(entity, ids.key_text(key, value))
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.id}"
+
+    @property
+    def kind(self) -> str:
+        """The entity's name."""
+        return self.entity.name
+
+    @property
+    def key(self) -> str:
+        """The field of a message, and the column of a relation, that holds the id."""
+        return self.entity.key.name
+
+    @property
+    def is_number(self) -> bool:
+        """Whether the id is a number."""
+        return self.entity.key.type == "bigint"
+
+    @property
+    def value(self) -> int | str:
+        """The id as the relations have it."""
+        return int(self.id) if self.is_number else self.id
+
+    def is_key_of(self, topic: TopicDeclaration) -> bool:
+        """Whether the topic's messages carry this kind of subject."""
+        return self.key in topic.by_name
+
+
+class Position(NamedTuple):
+    """Where a message is in the raw table of its topic."""
+
+    source: str
+    partition: int
+    offset: int
+
+
+class RawMessages:
+    """The raw messages of one subject in these topics, up to `until` by the engine's clock, over one connection.
+
+    Rejected messages count when they name the subject, readable or not: a value that is the id, under a field
+    of its name anywhere, or under a field that the topic does not know. All methods raise RawStoreError.
+    """
+
+    def __init__(
+        self,
+        connection: psycopg.Connection[Any],
+        engine: EngineConfiguration,
+        topics: Iterable[TopicDeclaration],
+        subject: Subject,
+        until: datetime,
+    ) -> None:
+        self._connection = connection
+        self._topics = list(topics)
+        self._engine = engine
+        self._subject = subject
+        self._until = until
+
+    def newest_event(self) -> datetime | None:
+        """The latest time of a valid event of the subject, UTC."""
+        newest: datetime | None = None
+        for topic in self._topics:
+            if not self._subject.is_key_of(topic) or topic.time is None:
+                continue
+            row = self._ask(
+                topic.parsed,
+                "select max({time}) from {relation} where {key} = {id} and reason is null"
+                " and arrived_at <= {until}",
+                time=sql.Identifier(topic.time),
+            )[0]
+            newest = max((found for found in (newest, row[0]) if found is not None), default=None)
+        return newest
+
+    def find(self) -> dict[str, list[Position]]:
+        """Raw table → positions of the subject's messages, as the parsed relations and the raw bytes tell them."""
+        found: dict[str, list[Position]] = {}
+        for topic in self._topics:
+            own: list[tuple[Any, ...]] = []
+            if self._subject.is_key_of(topic):
+                own = self._ask(
+                    topic.parsed,
+                    "select source, source_partition, source_offset from {relation}"
+                    " where {key} = {id} and arrived_at <= {until}",
+                )
+            positions = {Position(*row) for row in own} | self._seen(topic)
+            if positions:
+                found[topic.raw] = sorted(positions)
+        return found
+
+    def count(self) -> dict[str, int]:
+        """Raw table → messages of the subject, read from the raw bytes and the rejected payloads."""
+        return {topic.raw: len(self._seen(topic)) for topic in self._topics}
+
+    def redact(self, raw_table: str, positions: Sequence[Position]) -> int:
+        """Replace the content of these messages; returns how many there were. Safe to repeat.
+
+        Raises AppendOnly where the engine keeps the raw table's rows for a time and changes none.
+        """
+        partitions: dict[tuple[str, int], list[int]] = {}
+        for source, partition, offset in positions:
+            partitions.setdefault((source, partition), []).append(offset)
+        done = 0
+        for (source, partition), offsets in partitions.items():
+            for start in range(0, len(offsets), BATCH_ROWS):
+                done += self._redact(raw_table, source, partition, offsets[start : start + BATCH_ROWS])
+        return done
+
+    def _redact(self, raw_table: str, source: str, partition: int, offsets: Sequence[int]) -> int:
+        # RisingWave looks rows up by a list of keys, and takes `data` for a word of its own unless quoted.
+        change = sql.SQL(
+            'update {} set "data" = %s where source = %s and source_partition = %s and source_offset in ({})'
+        ).format(self._relation(raw_table), sql.SQL(", ").join(map(sql.Literal, offsets)))
+        with translated(self._engine, raw_table):
+            try:
+                return self._connection.execute(change, (REDACTED, source, partition)).rowcount
+            except psycopg.Error as error:
+                if "append-only" not in str(error):
+                    raise
+        raise AppendOnly(
+            f"{raw_table} and what is parsed from it keep the subject's messages, because RisingWave changes no "
+            "row of a table with PREFS_RAW_RETENTION_SECONDS: rebuild them without it"
+        )
+
+    def _seen(self, topic: TopicDeclaration) -> set[Position]:
+        """Messages that carry the id under its own name, and rejected ones that name it otherwise."""
+        found = set(self._rejected(topic))
+        if self._subject.is_key_of(topic):
+            rows = self._ask(
+                topic.raw,
+                # Looking for the bytes first is ten times as quick as the pattern alone.
+                "select source, source_partition, source_offset, data from {relation} where arrived_at <= {until}"
+                " and ({hints}) and encode(data, 'escape') ~ {pattern}",
+                hints=sql.SQL(" or ").join(
+                    sql.SQL("position({}::bytea in data) > 0").format(sql.Literal(form.encode()))
+                    for form in _in_json(self._subject)
+                ),
+                pattern=sql.Literal(self._pattern()),
+            )
+            found |= {
+                Position(source, partition, offset)
+                for source, partition, offset, data in rows
+                if not _of_another(self._subject, data)
+            }
+        return found
+
+    def _rejected(self, topic: TopicDeclaration) -> Iterator[Position]:
+        """Rejected messages that name the subject although they could not be read as one of its events."""
+        native = self._subject.is_key_of(topic)
+        rows = self._ask(
+            topic.parsed,
+            "select source, source_partition, source_offset, payload from {relation}"
+            " where reason is not null and reason <> 'erased' and arrived_at <= {until} and {keyless}"
+            " and ({hints})",
+            keyless=sql.SQL("{} is null").format(sql.Identifier(self._subject.key))
+            if native
+            else sql.SQL("true"),
+            hints=sql.SQL(" or ").join(
+                sql.SQL("strpos(payload, {}) > 0").format(sql.Literal(text))
+                for text in spellings(self._subject)
+            ),
+        )
+        for *position, payload in rows:
+            if names(self._subject, payload, topic):
+                yield Position(*position)
+
+    def _pattern(self) -> str:
+        # As encode(…, 'escape') shows bytes: everything beyond ASCII in octal, a backslash twice.
+        forms = sorted({_escaped(text.encode()) for text in _in_json(self._subject)})
+        either = "|".join(re.escape(form).replace("\\ ", " ") for form in forms)
+        # A number is one even as text; of a text only what JSON writes as a number is.
+        zeros, tail = ("0*", "([.]0+)?") if self._subject.is_number else ("", "")
+        blank = r"([ \t\r\n]|\\\\[trn])*"
+        return (
+            rf'"{self._subject.key}"[ \t\r\n]*:[ \t\r\n]*("{blank}{zeros}({either}){tail}{blank}"'
+            rf"|{zeros}({either})([.]0+)?[ \t\r\n]*[,}}])"
+        )
+
+    def _ask(self, relation: str, query: str, **parts: sql.Composable) -> list[tuple[Any, ...]]:
+        with translated(self._engine, relation):
+            return self._connection.execute(
+                sql.SQL(query).format(
+                    relation=self._relation(relation),
+                    key=sql.Identifier(self._subject.key),
+                    id=sql.Literal(self._subject.value),
+                    until=sql.SQL("{}::timestamptz").format(sql.Literal(self._until.isoformat())),
+                    **parts,
+                )
+            ).fetchall()
+
+    def _relation(self, name: str) -> sql.Identifier:
+        return sql.Identifier(self._engine.schema, name)
+
+
+def spellings(subject: Subject) -> list[str]:
+    """How a payload may show the id: plain, as JSON escapes it, and as the engine shows bytes that are no text."""
+    forms = _in_json(subject)
+    return list(dict.fromkeys([*forms, *(_escaped(form.encode()) for form in forms)]))
+
+
+def _in_json(subject: Subject) -> list[str]:
+    escaped = json.dumps(subject.id)[1:-1]
+    forms = [subject.id, escaped, escaped.replace("/", "\\/")]
+    if subject.entity.key.type == "uuid":
+        forms.append(subject.id.upper())
+    return list(dict.fromkeys(forms))
+
+
+def _of_another(subject: Subject, message: bytes) -> bool:
+    """Whether the message is another subject's own, and names this one only beside."""
+    try:
+        document = json.loads(message, parse_float=Decimal, parse_int=Decimal)
+    except (ValueError, RecursionError):
+        return False
+    value = document.get(subject.key) if isinstance(document, dict) else None
+    text = ids.id_text(value)
+    return text is not None and not _same(subject, text)
+
+
+def names(subject: Subject, payload: str, topic: TopicDeclaration) -> bool:
+    """Whether a rejected payload names the subject.
+
+    Where it is JSON, by the value of a field called like the key, at any depth; in a topic of this kind of
+    subject also by any value outside the topic's own fields. Where it is not, by what follows the name of the
+    key, or, in a topic of this kind without one, by the id standing alone anywhere.
+    """
+    native = subject.is_key_of(topic)
+    try:
+        document = json.loads(payload, parse_float=Decimal, parse_int=Decimal)
+    except (ValueError, RecursionError):
+        return _text_names(subject, payload, native)
+    own = set(topic.by_name) - {subject.key} if native else set()
+    return _value_names(subject, document, own, anywhere=native)
+
+
+def _value_names(subject: Subject, value: Any, skipped: set[str], *, anywhere: bool) -> bool:
+    if isinstance(value, dict):
+        return any(
+            _value_names(subject, part, set(), anywhere=anywhere or _is_key(subject, name))
+            for name, part in value.items()
+            if name not in skipped
+        )
+    if isinstance(value, list):
+        return any(_value_names(subject, part, set(), anywhere=anywhere) for part in value)
+    if not anywhere or value is None or isinstance(value, bool):
+        return False
+    if isinstance(value, Decimal):
+        return _same(subject, ids.id_text(value) or "")
+    return _same(subject, value) or _alone(subject).search(value) is not None
+
+
+def _text_names(subject: Subject, payload: str, native: bool) -> bool:
+    payload = _text_of(payload)
+    key = subject.key.replace("_", "[_ -]?")
+    given = re.findall(rf"(?i){key}\\*[\"']?\s*[:=]\s*\\*[\"']?([^\s\"',}}\ufffd]*)", payload)
+    if any(_same(subject, value) for value in given):
+        return True
+    if given and all(given):
+        return False
+    if given or native:
+        return _alone(subject).search(payload) is not None
+    return False
+
+
+def _alone(subject: Subject) -> re.Pattern[str]:
+    forms = "|".join(re.escape(form) for form in spellings(subject))
+    return re.compile(rf"(?<![\w.-])(?:{forms})(?:\.0+)?(?![\w-]|\.\d)")
+
+
+def _is_key(subject: Subject, name: str) -> bool:
+    own = (subject.key, subject.key.removesuffix("_id"), subject.kind)
+    return _letters(name) in map(_letters, own)
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[^a-z]", "", name.lower())
+
+
+def _same(subject: Subject, text: str) -> bool:
+    text = text.strip(" \t\r\n")
+    if not subject.is_number:
+        return (text.lower() if subject.entity.key.type == "uuid" else text) in spellings(subject)
+    try:
+        return Decimal(text) == int(subject.id)
+    except InvalidOperation:
+        return False
+
+
+def _text_of(payload: str) -> str:
+    """A payload that the engine shows as escaped bytes, as far as these are text."""
+    octal = re.compile(r"(?:\\[0-3][0-7]{2})+")
+    return octal.sub(
+        lambda found: bytes(int(digits, 8) for digits in found[0][1:].split("\\")).decode(errors="replace"),
+        payload,
+    )
+
+
+def _escaped(data: bytes) -> str:
+    return "".join(
+        f"\\{byte:03o}" if byte == 0 or byte > 127 else "\\\\" if byte == 0x5C else chr(byte) for byte in data
+    )

@@ -1,0 +1,146 @@
+"""One key's items out of DynamoDB, whatever wrote them, and out of what the publisher remembers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+
+from dagster_prefs.declarations.contract import LAST_EVENT_AT, Contract
+from dagster_prefs.dynamodb.publisher import PublishError, publish_lock
+from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.engine.durations import with_unit
+
+if TYPE_CHECKING:
+    from mypy_boto3_dynamodb import DynamoDBClient
+
+POLL_SECONDS = 0.5
+
+
+class EntityItems:
+    """The items of one id of an entity whose newest event is not after `until` (UTC), in the table of that name.
+
+    An item without a newest event counts too. Every method raises PublishError for a DynamoDB that refuses or
+    cannot be reached.
+    """
+
+    def __init__(
+        self,
+        client: DynamoDBClient,
+        contract: Contract,
+        entity: str,
+        table: str,
+        id_: int | str,
+        until: datetime,
+    ) -> None:
+        self._client = client
+        self._domains = contract.domains_of(entity)
+        # What is remembered of a domain that the contract has no more goes as well.
+        self._others = [domain.key for domain in contract.domains.values() if domain.entity != entity]
+        self._keys = contract.tables[entity]
+        self._table = table
+        self._id = id_
+        self._until_ms = int(until.timestamp() * 1000)
+
+    def keys(self) -> list[str]:
+        """The sort keys of the items, of every domain, known to the contract or not; read consistently."""
+        partition, sort = self._keys.partition_key, self._keys.sort_key.name
+        found = []
+        with self._translated("dynamodb:Query"):
+            pages = self._client.get_paginator("query").paginate(
+                TableName=self._table,
+                KeyConditionExpression="#id = :id",
+                ProjectionExpression="#sort, #last",
+                ExpressionAttributeNames={"#id": partition.name, "#sort": sort, "#last": LAST_EVENT_AT},
+                ExpressionAttributeValues={":id": partition.typed(self._id)},
+                ConsistentRead=True,
+            )
+            for page in pages:
+                for item in page["Items"]:
+                    newest = item.get(LAST_EVENT_AT, {}).get("N")
+                    if newest is None or int(float(newest)) <= self._until_ms:
+                        found.append(item[sort]["S"])
+        return sorted(found)
+
+    def withdraw(
+        self, engine: EngineConfiguration, *, lock_timeout_seconds: float = 900.0, sink_seconds: float = 60.0
+    ) -> int:
+        """Delete the items and what `online_published` remembers of them; returns how many items went.
+
+        The views must have forgotten the id before. On the embedded engine no publisher runs meanwhile;
+        on RisingWave the sinks get `sink_seconds` to delete by themselves, because an item that a sink has
+        still to write would come back.
+        """
+        if engine.kind == "local":
+            return self._withdraw_published(engine, lock_timeout_seconds)
+        deadline = time.monotonic() + sink_seconds
+        there = len(self.keys())
+        while self.keys() and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+        self._delete(self.keys())
+        return there
+
+    def _withdraw_published(self, engine: EngineConfiguration, lock_timeout_seconds: float) -> int:
+        with engine.connect() as control:
+            control.execute(
+                "select set_config('lock_timeout', %s, false)",
+                [with_unit(lock_timeout_seconds, "lock_timeout_seconds")],
+            )
+            try:
+                for domain in sorted(self._domains, key=lambda domain: domain.key):
+                    control.execute(
+                        "select pg_advisory_lock(hashtextextended(%s, 0))", [publish_lock(engine, domain.key)]
+                    )
+            except psycopg.errors.LockNotAvailable:
+                raise PublishError(
+                    f"another publisher has held its domain for {lock_timeout_seconds:g} s: "
+                    "let it finish, or stop it, and run again"
+                ) from None
+            keys = self.keys()
+            # Emptied before the item goes: after a crash in between the publisher does not take it for written.
+            mine = [str(self._id), self._others]
+            control.execute(
+                "update online_published set fingerprint = '' where entity_key = %s and domain_key <> all(%s::text[])",
+                mine,
+            )
+            self._delete(keys)
+            control.execute(
+                "delete from online_published where entity_key = %s and domain_key <> all(%s::text[])", mine
+            )
+        return len(keys)
+
+    def _delete(self, keys: list[str]) -> None:
+        partition, sort = self._keys.partition_key, self._keys.sort_key
+        with self._translated("dynamodb:DeleteItem"):
+            for key in keys:
+                self._client.delete_item(
+                    TableName=self._table,
+                    Key={partition.name: partition.typed(self._id), sort.name: sort.typed(key)},
+                )
+
+    @contextmanager
+    def _translated(self, permission: str) -> Iterator[None]:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            yield
+        except ClientError as error:
+            answer: Any = error.response.get("Error", {})
+            if answer.get("Code") == "ResourceNotFoundException":
+                raise PublishError(
+                    f"there is no table {self._table} here, so nothing is known about its items: check "
+                    "PREFS_TABLE_PREFIX and AWS_REGION, or make the table with `prefs refresh`"
+                ) from None
+            raise PublishError(
+                f"DynamoDB refused to work on table {self._table} ({answer.get('Code')}: {answer.get('Message')}):"
+                f" allow {permission} on it, and run again"
+            ) from None
+        except BotoCoreError as error:
+            raise PublishError(
+                f"DynamoDB cannot be reached for table {self._table}: {error}: check endpoint, region and "
+                "credentials, and run again"
+            ) from None

@@ -1,0 +1,517 @@
+"""Taking one subject out of the training tables and sets: the current state, the history, and the files.
+
+Every day that holds the subject is replaced through the same write, audit and publish as an export, and a training
+set by its other rows; then go the branches and snapshots that still hold the rows, then the files that nothing names
+any more. A tag is somebody's promise to keep a snapshot: it stays, and is named, unless told otherwise.
+"""
+
+from __future__ import annotations
+
+import csv
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+from pyiceberg.catalog import Catalog
+from pyiceberg.conversions import from_bytes
+from pyiceberg.exceptions import CommitFailedException, NoSuchTableError
+from pyiceberg.expressions import EqualTo
+from pyiceberg.manifest import DataFile, ManifestContent
+from pyiceberg.table import Table
+from pyiceberg.table.refs import MAIN_BRANCH, SnapshotRefType
+from pyiceberg.table.snapshots import Snapshot
+from pyiceberg.types import LongType, StringType
+
+from dagster_prefs.declarations.contract import LAST_EVENT_AT
+from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.iceberg.audit import AuditFailed
+from dagster_prefs.iceberg.catalog import OfflineError, translated
+from dagster_prefs.iceberg.export import (
+    DEFAULT_NAMESPACE,
+    SINK_BRANCH,
+    VERIFIED_PREFIX,
+    ExportConflict,
+    export_day,
+    foreign_of,
+)
+from dagster_prefs.iceberg.files import (
+    check_readable,
+    day_files,
+    live_files,
+    parts_of,
+    read_rows,
+    scan_rows,
+    tile_files,
+)
+from dagster_prefs.iceberg.maintenance import expire, unreferenced_files
+from dagster_prefs.iceberg.publish import (
+    ATTEMPTS,
+    BRANCH_PREFIX,
+    DayFiles,
+    discard,
+    publish_day,
+    write_day,
+)
+from dagster_prefs.iceberg.tables import (
+    ErasedSubject,
+    TileTable,
+    arrow_schema,
+    counted_sums,
+    is_training_set,
+)
+from dagster_prefs.iceberg.tiles import TilesUnreadable
+from dagster_prefs.ids import BLANKS
+from dagster_prefs.training.labels import TIME, LabelsRefused, key_values
+from dagster_prefs.training.outputs import replace_rows
+
+
+@dataclass(frozen=True)
+class TableHolding:
+    """What of a subject a table holds: rows of the current state, snapshots that hold a row, the names of tags
+    (and of branches that are not an export's) that keep one, and Parquet files with a row, whether a snapshot
+    names them or not."""
+
+    table: str
+    rows: int
+    snapshots: int
+    kept_by: tuple[str, ...]
+    files: int
+
+
+@dataclass(frozen=True)
+class ForgottenTable:
+    """What was done to one table; `days_from_engine` were exported again, `days_rewritten` are the table's own
+    rows without the subject's, because the engine no longer holds the whole day. A training set has no days."""
+
+    table: str
+    days_from_engine: tuple[date, ...] = ()
+    days_rewritten: tuple[date, ...] = ()
+    refs_removed: tuple[str, ...] = ()
+    snapshots_expired: int = 0
+    files_removed: int = 0
+
+
+@dataclass(frozen=True)
+class CatalogSearch:
+    """What a catalog has besides the training tables: `training_sets` are tables of this platform, `holding` other
+    tables of labels whose current state holds the subject, `unread` says why a namespace or table was not searched."""
+
+    training_sets: tuple[str, ...]
+    holding: tuple[str, ...]
+    unread: Mapping[str, str]
+
+
+class SubjectInTable(ABC):
+    """One subject's rows in one table; files are read once, however many snapshots name them.
+
+    `time` is the column that says until when a row is the erased subject's. Every method raises OfflineError, and
+    does nothing where there is no such table.
+    """
+
+    def __init__(self, catalog: Catalog, name: str, erased: ErasedSubject, time: str) -> None:
+        self.name = name
+        self._catalog = catalog
+        self._erased = erased
+        self._key = erased.key.name
+        self._time = time
+        self._rows: dict[str, int] = {}
+        self._manifests: dict[str, list[DataFile]] = {}
+
+    def holding(self) -> TableHolding:
+        """Read the table, its history and its folder."""
+        with translated(f"the table {self.name}"):
+            table = self._load()
+            if table is None:
+                return TableHolding(self.name, 0, 0, (), 0)
+            snapshots = self._snapshots(table)
+            refs = table.refs()
+            kept = [name for name in self._optional_refs(table) if refs[name].snapshot_id in snapshots]
+            files = {path for path, rows in self._rows.items() if rows} | set(self._unreferenced(table))
+            return TableHolding(
+                self.name,
+                sum(self._rows_in(table, file.data) for file in live_files(table)),
+                len(snapshots),
+                tuple(sorted(name for name in kept if not self._expendable(table, name))),
+                sum(table.io.new_input(path).exists() for path in files),
+            )
+
+    def forget(self, *, drop_tags: bool = False) -> ForgottenTable:
+        """Remove the subject; safe to repeat after a crash anywhere, and beside running exports.
+
+        With `drop_tags` the tags and branches that keep a snapshot with the subject go as well.
+        """
+        with translated(f"the table {self.name}"):
+            if self._load() is None:
+                return ForgottenTable(self.name)
+            exported, rewritten = self._forget_rows()
+            removed = self._remove_refs(drop_tags)
+            expired = self._expire()
+            files = self._remove_files()
+        return ForgottenTable(self.name, exported, rewritten, removed, expired, files)
+
+    @abstractmethod
+    def _forget_rows(self) -> tuple[tuple[date, ...], tuple[date, ...]]:
+        """Remove the subject of the current state; returns the days that were exported again and rewritten."""
+
+    def _load(self) -> Table | None:
+        try:
+            return self._catalog.load_table(self.name)
+        except NoSuchTableError:
+            return None
+
+    def _table(self) -> Table:
+        return self._catalog.load_table(self.name)
+
+    def _snapshots(self, table: Table) -> set[int]:
+        """The snapshots of the whole history that hold a row of the subject."""
+        return {
+            snapshot.snapshot_id
+            for snapshot in table.snapshots()
+            # Every file is read, so that the count of files is one of all files.
+            if sum(self._rows_in(table, file) for file in self._files(table, snapshot))
+        }
+
+    def _files(self, table: Table, snapshot: Snapshot) -> Iterator[DataFile]:
+        for manifest in snapshot.manifests(table.io):
+            if manifest.content != ManifestContent.DATA:
+                continue
+            path = manifest.manifest_path
+            if path not in self._manifests:
+                entries = manifest.fetch_manifest_entry(table.io, discard_deleted=True)
+                self._manifests[path] = [entry.data_file for entry in entries]
+            yield from self._manifests[path]
+
+    def _optional_refs(self, table: Table) -> list[str]:
+        """The tags and branches that somebody chose to make, and may drop."""
+        return [name for name in table.refs() if name != MAIN_BRANCH]
+
+    def _expendable(self, table: Table, name: str) -> bool:
+        """Whether a ref goes without being asked for: an export's branch, or a tag that says a day was verified."""
+        is_tag = table.refs()[name].snapshot_ref_type == SnapshotRefType.TAG
+        return name.startswith(VERIFIED_PREFIX if is_tag else BRANCH_PREFIX)
+
+    def _remove_refs(self, drop_tags: bool) -> tuple[str, ...]:
+        removed: list[str] = []
+        for _ in range(ATTEMPTS):
+            table = self._table()
+            holding = self._snapshots(table)
+            going = [
+                (name, table.refs()[name])
+                for name in self._optional_refs(table)
+                if table.refs()[name].snapshot_id in holding and (drop_tags or self._expendable(table, name))
+            ]
+            if not going:
+                break
+            change = table.manage_snapshots()
+            for name, ref in going:
+                if ref.snapshot_ref_type == SnapshotRefType.TAG:
+                    change = change.remove_tag(name)
+                else:
+                    change = change.remove_branch(name)
+            try:
+                change.commit()
+                removed += [name for name, _ in going]
+            except CommitFailedException:
+                # Somebody else changed the table; it is read again.
+                continue
+        return tuple(removed)
+
+    def _expire(self) -> int:
+        return expire(self._table(), self._snapshots)
+
+    def _remove_files(self) -> int:
+        # However young: a running export that wrote one read the engine before the erasure and cannot publish.
+        table = self._table()
+        going = [path for path in self._unreferenced(table) if self._removable(path)]
+        for path in going:
+            table.io.delete(path)
+        return len(going)
+
+    def _removable(self, path: str) -> bool:
+        """Whether a file that nothing names may go."""
+        return True
+
+    def _was_named(self, path: str) -> bool:
+        """Whether a snapshot that was read named the file, expired by now or not."""
+        return path in {file.file_path for files in self._manifests.values() for file in files}
+
+    def _unreferenced(self, table: Table) -> list[str]:
+        """Parquet files in the table's folder that hold the subject and that nothing names."""
+        return [
+            file.location
+            for file in unreferenced_files(table)
+            if file.location.endswith(".parquet") and self._rows_at(table, file.location)
+        ]
+
+    def _rows_in(self, table: Table, file: DataFile) -> int:
+        """Rows of the subject in a data file; its bounds may spare reading it."""
+        field = table.schema().find_field(self._key).field_id
+        low, high = file.lower_bounds.get(field), file.upper_bounds.get(field)
+        if low is not None and high is not None:
+            kind = LongType() if isinstance(self._erased.value, int) else StringType()
+            # Those of a text may be cut short, and then lie below the lowest and above the highest.
+            first: Any = from_bytes(kind, low)
+            last: Any = from_bytes(kind, high)
+            if not first <= self._erased.value <= last:
+                return 0
+        return self._rows_at(table, file.file_path)
+
+    def _rows_at(self, table: Table, path: str) -> int:
+        if path not in self._rows:
+            try:
+                with table.io.new_input(path).open() as source, pq.ParquetFile(source) as parquet:
+                    if not {self._key, self._time} <= set(parquet.schema_arrow.names):
+                        # A delete file of another engine: positions, or keys, and no row.
+                        self._rows[path] = 0
+                        return 0
+                    batches = parquet.iter_batches(
+                        row_groups=self._groups(parquet), columns=[self._key, self._time]
+                    )
+                    self._rows[path] = sum(
+                        int(pc.sum(self._erased.rows_of(batch, self._time)).as_py() or 0) for batch in batches
+                    )
+            except FileNotFoundError:
+                # What an export that was overtaken had staged is gone, but a snapshot may still name it.
+                return 0
+            except pa.ArrowInvalid:
+                if self._was_named(path):
+                    raise
+                # Half written: nothing names it, and maintenance removes it.
+                return 0
+        return self._rows[path]
+
+    def _groups(self, parquet: pq.ParquetFile) -> list[int]:
+        """The row groups of a file that may hold the subject."""
+        place = parquet.schema_arrow.get_field_index(self._key)
+        found = []
+        for group in range(parquet.num_row_groups):
+            bounds = parquet.metadata.row_group(group).column(place).statistics
+            if bounds is not None and bounds.has_min_max:
+                low: Any = bounds.min
+                high: Any = bounds.max
+                if not low <= self._erased.value <= high:
+                    continue
+            found.append(group)
+        return found
+
+
+class SubjectInTiles(SubjectInTable):
+    """One subject's rows in one training table.
+
+    Where RisingWave's sinks write the table (`by_sink`), the current state and the branch they write to are theirs to
+    change, and only the history goes.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        spec: TileTable,
+        erased: ErasedSubject,
+        engine: EngineConfiguration,
+        *,
+        namespace: str = DEFAULT_NAMESPACE,
+        by_sink: bool = False,
+    ) -> None:
+        super().__init__(catalog, f"{namespace}.{spec.name}", erased, LAST_EVENT_AT)
+        self._spec = spec
+        self._engine = engine
+        self._namespace = namespace
+        self._by_sink = by_sink
+
+    def _optional_refs(self, table: Table) -> list[str]:
+        # Without its branch a sink starts an empty one, and the next compaction makes that the whole table.
+        return [name for name in super()._optional_refs(table) if not (self._by_sink and name == SINK_BRANCH)]
+
+    def _removable(self, path: str) -> bool:
+        # A sink has files, with everybody's rows, for minutes before it commits them.
+        return not self._by_sink or self._was_named(path)
+
+    def _days(self, table: Table) -> dict[date, int]:
+        days: dict[date, int] = {}
+        for day, files in tile_files(table, self._spec).items():
+            if rows := sum(self._rows_in(table, file.data) for file in files):
+                days[day] = rows
+        return days
+
+    def _forget_rows(self) -> tuple[tuple[date, ...], tuple[date, ...]]:
+        if self._by_sink:
+            return (), ()
+        exported: list[date] = []
+        rewritten: list[date] = []
+        for _ in range(ATTEMPTS):
+            days = sorted(self._days(self._table()))
+            if not days:
+                return tuple(exported), tuple(rewritten)
+            for day in days:
+                if self._export(day):
+                    exported.append(day)
+                elif self._rewrite(day):
+                    rewritten.append(day)
+        raise ExportConflict(
+            f"{self.name} was replaced by others {ATTEMPTS} times while a subject was removed from it: "
+            "see which exports or maintenance run, and run it again"
+        )
+
+    def _export(self, day: date) -> bool:
+        """Replace a day by what the engine holds of it, where that is all of it."""
+        try:
+            report = export_day(
+                self._engine,
+                self._catalog,
+                self._spec,
+                day,
+                namespace=self._namespace,
+                forgetting=self._erased,
+            )
+        except (AuditFailed, TilesUnreadable):
+            # What is wrong with other subjects' tiles must not keep this one; the next export tells of it.
+            return False
+        return report.status == "written"
+
+    def _rewrite(self, day: date) -> bool:
+        """Replace a day by its own rows without the subject's; False where another writer was faster."""
+        table = self._table()
+        head = table.current_snapshot()
+        if head is None:
+            return False
+        held = day_files(table, self._spec, day, head.snapshot_id)
+        check_readable(table, held)
+        schema = arrow_schema(table)
+
+        def remaining() -> Iterator[pa.RecordBatch]:
+            for file in held:
+                for batch in read_rows(table, file, schema.names):
+                    yield batch.filter(pc.invert(self._erased.rows_of(batch))).cast(schema)
+
+        rows, totals = counted_sums(remaining(), self._spec.totals)
+        written = DayFiles(
+            # A name of its own: the day is no longer what the engine once gave. What another writer did to the day
+            # stays his, under a name that is none of ours.
+            token=f"foreign-{uuid.uuid4().hex[:8]}" if foreign_of(table, held) else uuid.uuid4().hex[:16],
+            rows=rows,
+            totals=totals,
+            properties={"prefs.operation": "erase"},
+        )
+        write_day(table, self._spec, day, written, remaining())
+        if publish_day(table, self._spec, day, written, parts_of(held)) is None:
+            discard(table, written)
+            return False
+        return True
+
+
+class SubjectInTrainingSet(SubjectInTable):
+    """One subject's rows in a training set that lies in an Iceberg table; the other rows keep their order."""
+
+    def __init__(self, catalog: Catalog, name: str, erased: ErasedSubject) -> None:
+        super().__init__(catalog, name, erased, TIME)
+
+    def _forget_rows(self) -> tuple[tuple[date, ...], tuple[date, ...]]:
+        table = self._table()
+        if any(self._rows_in(table, file.data) for file in live_files(table)):
+            others = scan_rows(table, row_filter=self._erased.others(TIME))
+            replace_rows(table, others, {"prefs.operation": "erase"})
+        return (), ()
+
+
+def search_catalog(catalog: Catalog, erased: ErasedSubject) -> CatalogSearch:
+    """Search every namespace for tables of training sets, and for tables of labels that hold the subject.
+
+    What this role may not read is part of the answer, because a catalog may be that of a whole account. Raises
+    OfflineError where the namespaces cannot be listed.
+    """
+    key = erased.key.name
+    training_sets: list[str] = []
+    holding: list[str] = []
+    unread: dict[str, str] = {}
+    with translated("the Iceberg catalog"):
+        namespaces = sorted(catalog.list_namespaces())
+    names: list[str] = []
+    for namespace in namespaces:
+        try:
+            with translated(f"the Iceberg namespace {'.'.join(namespace)}"):
+                names += sorted(".".join(found) for found in catalog.list_tables(namespace))
+        except (OfflineError, NotImplementedError) as error:
+            # Not every REST catalog lists tables.
+            unread[".".join(namespace)] = str(error)
+    for name in names:
+        try:
+            with translated(f"the table {name}"):
+                table = catalog.load_table(name)
+                if not {key, TIME} <= set(table.schema().column_names):
+                    continue
+                if is_training_set(table):
+                    training_sets.append(name)
+                # As text, which fits an id of any type.
+                elif any(
+                    b.num_rows for b in scan_rows(table, [key], EqualTo(term=key, value=str(erased.value)))
+                ):
+                    holding.append(name)
+        except OfflineError as error:
+            unread[name] = str(error)
+        except ValueError as error:
+            # A column of a type that no such id can be written in.
+            unread[name] = f"its column {key} cannot be compared with the id: {str(error).splitlines()[0]}"
+    return CatalogSearch(tuple(training_sets), tuple(holding), unread)
+
+
+def files_holding(erased: ErasedSubject, folders: Sequence[Path]) -> list[Path]:
+    """The Parquet and CSV files of training sets and labels below the folders that hold the subject.
+
+    Those are the files with the entity's key and `label_time` as columns. Raises OfflineError for a folder that does
+    not exist or a file that cannot be read.
+    """
+    found = []
+    for folder in folders:
+        if not folder.is_dir():
+            raise OfflineError(f"{folder} is no folder of training sets: name one that exists")
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and path.suffix.lower() in (".parquet", ".csv") and _holds(path, erased):
+                found.append(path)
+    return found
+
+
+def _holds(path: Path, erased: ErasedSubject) -> bool:
+    key = erased.key.name
+    try:
+        if path.suffix.lower() == ".csv":
+            with path.open(encoding="utf-8-sig", newline="") as lines:
+                names = next(csv.reader(lines), [])
+            if not {key, TIME} <= set(names):
+                return False
+            only = pa.csv.ConvertOptions(
+                include_columns=[key],
+                column_types={key: pa.string()},
+                null_values=[""],
+                strings_can_be_null=True,
+            )
+            quoted = pa.csv.ParseOptions(newlines_in_values=True)
+            with pa.csv.open_csv(path, parse_options=quoted, convert_options=only) as batches:
+                return any(_is_in(batch.column(0), erased, path) for batch in batches)
+        with pq.ParquetFile(path) as parquet:
+            if not {key, TIME} <= set(parquet.schema_arrow.names):
+                return False
+            return any(_is_in(batch.column(0), erased, path) for batch in parquet.iter_batches(columns=[key]))
+    except (pa.ArrowException, OSError, UnicodeDecodeError, LabelsRefused) as error:
+        raise OfflineError(
+            f"{path} cannot be searched ({str(error).splitlines()[0]}): mend or remove it, or name other folders"
+        ) from error
+
+
+def _is_in(ids: pa.Array, erased: ErasedSubject, path: Path) -> bool:
+    """Whether one of the ids, as labels may write them, is the subject's."""
+    if erased.key.type == "bigint":
+        if pa.types.is_string(ids.type):
+            ids = key_values(pa.chunked_array([ids]).drop_null(), erased.key, str(path))
+        return bool(pc.any(pc.equal(ids, erased.value)).as_py())
+    texts = pc.utf8_trim(ids.cast(pa.string()), BLANKS)
+    if erased.key.type == "uuid":
+        texts = pc.utf8_lower(texts)
+    return bool(pc.any(pc.equal(texts, erased.value)).as_py())

@@ -1,0 +1,173 @@
+"""The audit of an exported day, between writing it to a branch and publishing it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pyiceberg.manifest import DataFile
+from pyiceberg.table import Table
+from pyiceberg.types import TimestamptzType
+
+from dagster_prefs.declarations.reserved import PREFIX, UUID_PREFIX
+from dagster_prefs.iceberg.catalog import OfflineError
+from dagster_prefs.iceberg.files import day_files, parts_of
+from dagster_prefs.iceberg.tables import TileTable
+
+BATCH_ROWS = 131_072
+
+
+class AuditFailed(OfflineError):
+    """What was written is not what the engine holds; `branch` keeps it, readers never see it."""
+
+    def __init__(self, message: str, branch: str) -> None:
+        super().__init__(message)
+        self.branch = branch
+
+
+def audit_day(
+    table: Table,
+    spec: TileTable,
+    day: date,
+    *,
+    snapshot_id: int,
+    branch: str,
+    rows: int,
+    totals: Mapping[str, Decimal],
+    paths: Sequence[str],
+    replaced: Sequence[DataFile],
+) -> None:
+    """Read the staged day back and compare it with what the engine said it holds.
+
+    `rows` and `totals` (column → sum) come from the engine; `paths` are the files that must make up the day,
+    `replaced` those that they replace. Memory is bounded by a batch. Checks counts, keys unique and sorted,
+    nulls, ranges, totals, and that no other day lost or gained a row. Raises AuditFailed with every finding.
+    """
+    findings = _file_findings(table, spec, day, snapshot_id, paths, rows, replaced)
+    if not findings:
+        findings = row_findings(_batches(table, paths), table, spec, day, rows, totals)
+    if findings:
+        raise AuditFailed(
+            f"the audit of {'.'.join(table.name())} of {day} failed ({'; '.join(findings)}): readers see what they "
+            f"saw before; look at branch {branch}, mend the tile, and run the export again",
+            branch,
+        )
+
+
+def _file_findings(
+    table: Table,
+    spec: TileTable,
+    day: date,
+    snapshot_id: int,
+    paths: Sequence[str],
+    rows: int,
+    replaced: Sequence[DataFile],
+) -> list[str]:
+    found = parts_of(day_files(table, spec, day, snapshot_id))
+    if found != set(paths):
+        return [f"the branch has {len(found)} files of the day, {len(paths)} were written"]
+    snapshot = table.snapshot_by_id(snapshot_id)
+    parent = (
+        table.snapshot_by_id(snapshot.parent_snapshot_id)
+        if snapshot and snapshot.parent_snapshot_id
+        else None
+    )
+    before = int(_summary(parent, "total-records"))
+    after = int(_summary(snapshot, "total-records"))
+    expected = before - sum(file.record_count for file in replaced) + rows
+    return [] if after == expected else [f"the branch has {after} rows in all days, {expected} were due"]
+
+
+def _summary(snapshot: Any, name: str) -> str:
+    return (snapshot.summary[name] if snapshot is not None and snapshot.summary is not None else None) or "0"
+
+
+def _batches(table: Table, paths: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    for path in paths:
+        with table.io.new_input(path).open() as source, pq.ParquetFile(source) as parquet:
+            yield from parquet.iter_batches(batch_size=BATCH_ROWS)
+
+
+def row_findings(
+    batches: Iterable[pa.RecordBatch],
+    table: Table,
+    spec: TileTable,
+    day: date,
+    rows: int,
+    totals: Mapping[str, Decimal],
+    *,
+    ordered: bool = True,
+) -> list[str]:
+    """What is wrong with a day's rows, one finding a rule; empty where they are as the engine said.
+
+    `ordered` rows are sorted by key, and then order and repeated keys are checked too.
+    """
+    required = [field.name for field in table.schema().fields if field.required]
+    midnight = datetime(day.year, day.month, day.day, tzinfo=UTC)
+    wrong: dict[str, int] = {}
+    sums = dict.fromkeys(totals, Decimal(0))
+    count = 0
+    last: list[pa.RecordBatch] = []
+
+    def note(finding: str, number: Any) -> None:
+        if number:
+            wrong[finding] = wrong.get(finding, 0) + int(number)
+
+    for batch in batches:
+        count += batch.num_rows
+        for name in required:
+            note(f"{name} is null", batch.column(name).null_count)
+        note("another day", _count(pc.not_equal(batch.column(spec.day), pa.scalar(day, pa.date32()))))
+        for column in spec.columns:
+            values = batch.column(column.name)
+            if column.minimum is not None:
+                note(f"{column.name} below {column.minimum}", _count(pc.less(values, column.minimum)))
+            if isinstance(column.type, TimestamptzType):
+                outside = pc.or_(
+                    pc.less(values, pa.scalar(midnight, values.type)),
+                    pc.greater_equal(values, pa.scalar(midnight + timedelta(days=1), values.type)),
+                )
+                note(f"{column.name} outside the day", _count(outside))
+        if spec.entity.key.type != "bigint":
+            prefix = UUID_PREFIX if spec.entity.key.type == "uuid" else PREFIX
+            note(f"{spec.subject} of a canary", _count(pc.starts_with(batch.column(spec.subject), prefix)))
+        for smaller, larger in spec.at_most:
+            note(f"{smaller} above {larger}", _count(pc.greater(batch.column(smaller), batch.column(larger))))
+        for name in sums:
+            sums[name] += Decimal(pc.sum(batch.column(name)).as_py() or 0)
+        if not ordered:
+            continue
+        keys = batch.select(list(spec.key))
+        descending, repeated = _steps(pa.Table.from_batches([*last, keys]))
+        note("keys out of order", descending)
+        note("keys repeated", repeated)
+        # The next batch may go on with the same key.
+        last = [keys.slice(keys.num_rows - 1)]
+    findings = [f"{finding}: {number} rows" for finding, number in wrong.items()]
+    if count != rows:
+        findings.append(f"{count} rows, the engine has {rows}")
+    findings += [
+        f"sum of {name} is {sums[name]}, the engine has {total}"
+        for name, total in totals.items()
+        if sums[name] != total
+    ]
+    return findings
+
+
+def _count(mask: pa.Array) -> int:
+    return pc.sum(mask).as_py() or 0
+
+
+def _steps(keys: pa.Table) -> tuple[int, int]:
+    """How many rows have a smaller key than the row before them, and how many the same."""
+    descending, same = pa.scalar(False), pa.scalar(True)
+    for column in keys.combine_chunks().columns:
+        before, after = column.slice(0, max(len(column) - 1, 0)), column.slice(1)
+        descending = pc.or_(descending, pc.and_(same, pc.greater(before, after)))
+        same = pc.and_(same, pc.equal(before, after))
+    return _count(descending), _count(same)

@@ -1,0 +1,259 @@
+"""The Iceberg catalog: SQLite beside local files, Glue, or REST, opened by the same call.
+
+Failures of the catalog and of the storage under it end in one family of errors, because a scheduled export
+meets them all and each has another remedy.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from traceback import walk_tb
+from typing import Literal
+from urllib.parse import unquote, urlparse
+
+import boto3
+import pyarrow as pa
+import pydantic
+import requests
+import sqlalchemy.exc
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+from pyiceberg.catalog import Catalog
+from pyiceberg.catalog.glue import GlueCatalog
+from pyiceberg.catalog.rest import RestCatalog
+from pyiceberg.catalog.sql import SqlCatalog
+from pyiceberg.exceptions import (
+    CommitStateUnknownException,
+    NamespaceAlreadyExistsError,
+    NoSuchTableError,
+    RESTError,
+    ValidationError,
+)
+
+from dagster_prefs.errors import PrefsError
+from dagster_prefs.files import make_private_folder
+
+CatalogKind = Literal["sqlite", "glue", "rest"]
+
+CATALOG_NAME = "prefs"
+CATALOG_FILE = "catalog.db"
+
+# Commits hold SQLite's lock for milliseconds; a waiting export must outlast many of them.
+SQLITE_LOCK_SECONDS = 60
+
+# Up to the last @ before the path: a password may hold one.
+_USERINFO = re.compile(r"(\b[A-Za-z][A-Za-z0-9+.-]*://)[^/\s]*@")
+
+
+class OfflineError(PrefsError):
+    """Base of the failures of the offline store."""
+
+
+class CatalogUnavailable(OfflineError):
+    """The catalog, or the storage of its tables, cannot be reached or refuses us."""
+
+
+class CatalogCorrupted(OfflineError):
+    """The catalog or a table's metadata is there but cannot be read."""
+
+
+class StorageFull(OfflineError):
+    """No space left where files are written; what readers see is unchanged."""
+
+
+class TableMissing(OfflineError):
+    """A training table that must exist does not."""
+
+
+def open_catalog(
+    kind: CatalogKind,
+    warehouse: str,
+    *,
+    uri: str | None = None,
+    credential: str | None = None,
+    region: str | None = None,
+    endpoint_url: str | None = None,
+) -> Catalog:
+    """Open the catalog and prove that it answers.
+
+    `warehouse` is a URI (`file:///…`, `s3://bucket/prefix`) or a local path. With `sqlite` it must be local:
+    the catalog is the file `catalog.db` inside it, created with the folder where missing. `uri` is the
+    address of a REST catalog, `credential` its `client id:secret`; `region` and `endpoint_url` are of AWS
+    (Glue and S3), None leaving them to AWS's own chain.
+
+    Raises CatalogUnavailable or CatalogCorrupted, one sentence with the remedy.
+    """
+    where = _describe(kind, warehouse, uri)
+    storage = {"warehouse": warehouse.rstrip("/")}
+    if region:
+        storage |= {"s3.region": region, "glue.region": region}
+    if endpoint_url:
+        storage |= {"s3.endpoint": endpoint_url, "glue.endpoint": endpoint_url}
+    with translated(where):
+        catalog: Catalog
+        if kind == "sqlite":
+            catalog = _open_sqlite(warehouse)
+        elif kind == "glue":
+            # pyiceberg's own client would try a dead endpoint ten times.
+            config = Config(retries={"mode": "standard", "total_max_attempts": 4})
+            client = boto3.client("glue", region_name=region, endpoint_url=endpoint_url, config=config)
+            catalog = GlueCatalog(CATALOG_NAME, client=client, **storage)
+        else:
+            if uri is None:
+                raise CatalogUnavailable("the REST catalog has no address: set PREFS_ICEBERG_URI")
+            # Named, because pyiceberg will not guess it any more one day.
+            tokens = f"{uri.rstrip('/')}/v1/oauth/tokens"
+            secret = {"credential": credential, "oauth2-server-uri": tokens} if credential else {}
+            catalog = RestCatalog(CATALOG_NAME, uri=uri, **secret, **storage)
+        catalog.list_namespaces()
+    return catalog
+
+
+def ensure_namespace(catalog: Catalog, namespace: str) -> None:
+    """Create the namespace unless it exists; two at once is fine."""
+    with translated(f"the Iceberg namespace {namespace}"):
+        if not catalog.namespace_exists(namespace):
+            try:
+                catalog.create_namespace(namespace)
+            except (NamespaceAlreadyExistsError, sqlalchemy.exc.IntegrityError):
+                return
+
+
+def local_folder(warehouse: str) -> Path | None:
+    """The folder of a local warehouse; None for one on an object store."""
+    parsed = urlparse(warehouse)
+    if parsed.scheme == "file":
+        return Path(unquote(parsed.path))
+    return None if parsed.scheme else Path(warehouse)
+
+
+def _open_sqlite(warehouse: str) -> SqlCatalog:
+    folder = local_folder(warehouse)
+    if folder is None:
+        raise CatalogUnavailable(
+            f"a SQLite catalog needs a local warehouse, not {warehouse}: set PREFS_ICEBERG_WAREHOUSE to a folder, "
+            "or PREFS_ICEBERG_CATALOG to glue or rest"
+        )
+    folder = folder.absolute()
+    try:
+        make_private_folder(folder)
+    except OSError as error:
+        raise CatalogUnavailable(
+            f"the folder {folder} of the Iceberg warehouse cannot be made ({error.strerror}): "
+            "set PREFS_ICEBERG_WAREHOUSE to a folder that can be written"
+        ) from error
+    address = sqlalchemy.URL.create(
+        "sqlite", database=str(folder / CATALOG_FILE), query={"timeout": str(SQLITE_LOCK_SECONDS)}
+    )
+    # Not percent-encoded: pyiceberg takes the path of a location as it stands.
+    given = {"uri": address.render_as_string(), "warehouse": f"file://{folder}"}
+    try:
+        return SqlCatalog(CATALOG_NAME, **given)
+    except sqlalchemy.exc.OperationalError as error:
+        # Two processes that open a new catalog both create its tables; the second finds them there.
+        if "already exists" not in str(error):
+            raise
+        return SqlCatalog(CATALOG_NAME, **given)
+
+
+def _describe(kind: CatalogKind, warehouse: str, uri: str | None) -> str:
+    if kind == "sqlite":
+        folder = local_folder(warehouse)
+        return f"the Iceberg catalog {folder / CATALOG_FILE if folder else warehouse}"
+    return (
+        f"the Iceberg catalog {redacted(uri or '')}" if kind == "rest" else f"the Glue catalog of {warehouse}"
+    )
+
+
+def redacted(text: str) -> str:
+    """The text without the user and password of any URI in it."""
+    return _USERINFO.sub(r"\1***@", text)
+
+
+@contextmanager
+def translated(what: str) -> Iterator[None]:
+    """Turn failures of catalog and storage inside the block into OfflineErrors that name `what`.
+
+    Conflicts between commits pass through: the caller decides whether to try again.
+    """
+    try:
+        yield
+    except NoSuchTableError as error:
+        raise TableMissing(
+            f"{what} does not exist: materialize its export first ({_reason(error)})"
+        ) from error
+    except CommitStateUnknownException as error:
+        raise CatalogUnavailable(
+            f"{what} did not say whether a commit took place ({_reason(error)}): run it again, which is safe"
+        ) from error
+    except sqlalchemy.exc.DBAPIError as error:
+        raise _explain_sqlite(what, error) from error
+    except (
+        pydantic.ValidationError,
+        ValidationError,
+        json.JSONDecodeError,
+        UnicodeDecodeError,
+        pa.ArrowInvalid,
+    ) as error:
+        raise _damaged(what, error) from error
+    except (requests.RequestException, RESTError, BotoCoreError, ClientError) as error:
+        raise CatalogUnavailable(
+            f"{what} cannot be reached or refuses us ({_reason(error)}): check its address, region and credentials"
+        ) from error
+    except FileNotFoundError as error:
+        raise CatalogCorrupted(
+            f"{what} names a file that is gone ({_reason(error)}): restore it from a copy, or drop the table and "
+            "export its days again"
+        ) from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _full(what) from error
+        raise CatalogUnavailable(
+            f"{what} cannot be read or written ({_reason(error)}): check the storage"
+        ) from error
+    except Exception as error:
+        # In a damaged manifest the decoder fails where it happens to stand: EOFError, ValueError, SystemError, …
+        if any(
+            frame.f_globals["__name__"].startswith("pyiceberg.avro")
+            for frame, _ in walk_tb(error.__traceback__)
+        ):
+            raise _damaged(what, error) from error
+        raise
+
+
+def _explain_sqlite(what: str, error: sqlalchemy.exc.DBAPIError) -> OfflineError:
+    text = str(error.orig)
+    if "full" in text:
+        return _full(what)
+    if isinstance(error.orig, sqlite3.DatabaseError) and ("not a database" in text or "malformed" in text):
+        return CatalogCorrupted(
+            f"{what} is damaged ({text}): restore it from a copy, or remove it and export every day again"
+        )
+    return CatalogUnavailable(
+        f"{what} cannot be opened or written ({text}): check its folder and permissions"
+    )
+
+
+def _damaged(what: str, error: Exception) -> CatalogCorrupted:
+    return CatalogCorrupted(
+        f"{what} cannot be read, its metadata or a file of it is damaged ({_reason(error)}): restore it from a copy, "
+        "or drop the table and export its days again"
+    )
+
+
+def _full(what: str) -> StorageFull:
+    return StorageFull(
+        f"no space left while writing {what}: free some and run it again; what readers see is unchanged"
+    )
+
+
+def _reason(error: BaseException) -> str:
+    # A client's own error may repeat the whole address.
+    lines = [line.strip() for line in redacted(str(error)).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__

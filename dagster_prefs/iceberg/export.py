@@ -1,0 +1,445 @@
+"""Export of tiles to Iceberg, one day at a time: write, audit, publish.
+
+The day's rows are written to files, committed to a branch of their own, audited there against the engine, and
+only then become the table's current state, in one commit that names the state it replaces. Readers therefore
+see the old day or the new one, whole, whatever fails in between; what a crash leaves behind is an unused
+branch and unreferenced files, which `maintenance` removes.
+
+The fingerprint of a day is part of its files' names. Snapshot properties carry it too, for people, but they
+go when a snapshot expires and would lie after a rollback; the names of the current files are always the
+truth. They also tell what another writer did to a day (`files.foreign_in`): such a day is never touched until
+somebody says so with `replace_foreign`.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import date
+from decimal import Decimal
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyiceberg.catalog import Catalog
+from pyiceberg.exceptions import NoSuchTableError
+from pyiceberg.manifest import DataFile
+from pyiceberg.table import Table
+
+from dagster_prefs.declarations.contract import LAST_EVENT_AT
+from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.iceberg.catalog import OfflineError, translated
+from dagster_prefs.iceberg.files import (
+    UNTOUCHED,
+    Foreign,
+    LiveFile,
+    RemovedDay,
+    count_rows,
+    day_files,
+    foreign_in,
+    only_token,
+    own_files,
+    parts_of,
+    read_file,
+    removed_days,
+    tile_files,
+    token_of,
+)
+from dagster_prefs.iceberg.publish import ATTEMPTS, DayFiles, discard, publish_day, write_day
+from dagster_prefs.iceberg.tables import (
+    ErasedSubject,
+    TileTable,
+    arrow_schema,
+    counted_sums,
+    ensure_table,
+    exact_sums,
+)
+from dagster_prefs.iceberg.tiles import Fingerprint, TileSnapshot, TilesUnreadable, tile_snapshot
+
+DEFAULT_NAMESPACE = "training"
+
+VERIFIED_PREFIX = "verified-"
+
+SINK_BRANCH = "ingestion"
+"""Where a copy-on-write sink commits, with deletes as files of their own; RisingWave's name for it."""
+
+Status = Literal["written", "unchanged", "empty", "retained", "foreign", "restored"]
+
+
+class ExportConflict(OfflineError):
+    """Other writers kept replacing the table; nothing of ours is visible."""
+
+
+class ForeignRows(OfflineError):
+    """Days that another writer changed stay as they are; the message names them, the files and the remedy."""
+
+    def __init__(self, days: Mapping[tuple[str, date], str]) -> None:
+        named = [f"{table} of {day}: {what}" for (table, day), what in sorted(days.items())]
+        more = f"; and {len(named) - 3} more" if len(named) > 3 else ""
+        super().__init__(
+            f"{len(named)} exported days were changed by another writer and stay as they are ({'; '.join(named[:3])}"
+            f"{more}): find out who writes to these tables, then run `prefs export --replace-foreign`, which makes the "
+            "days what this platform exports again"
+        )
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What became of one day.
+
+    `status`: `written` (the day was replaced), `unchanged` (it already held exactly this), `empty` (the
+    engine has nothing of it and neither has the table), `retained` (the engine holds less than the table, so
+    the table keeps what it has; `reason` says what is less), `foreign` (another writer changed the day, which
+    stays as it is; `reason` names the files), `restored` (another writer's changes were taken back; the engine no
+    longer holds all of the day). `rows` (None where deletes of another engine cannot be read) and `bytes` are of
+    the day as the table now holds it; `snapshot_id` is the table's current snapshot, None for a table without one;
+    `seconds` is wall time.
+    """
+
+    table: str
+    day: date
+    status: Status
+    rows: int | None
+    bytes: int
+    files: int
+    snapshot_id: int | None
+    fingerprint: str | None
+    seconds: float
+    attempts: int = 1
+    reason: str = ""
+
+
+def export_day(
+    engine: EngineConfiguration,
+    catalog: Catalog,
+    spec: TileTable,
+    day: date,
+    *,
+    namespace: str = DEFAULT_NAMESPACE,
+    allow_loss: bool = False,
+    replace_foreign: bool = False,
+    forgetting: ErasedSubject | None = None,
+) -> ExportReport:
+    """Make the table hold exactly the engine's tiles of `day` (UTC), canaries left out.
+
+    A day of which the engine holds fewer rows or a smaller total than the table has left its retention, because
+    late events only ever add: what the table holds of it stays. `allow_loss=True` exports it all the same, for
+    someone who knows why it shrank. Rows of the subject that is `forgetting` are no loss. Rows of an erased subject
+    are never exported: neither from views that do not know of the erasure yet, nor by an export that had read
+    them before it.
+
+    A day to which another writer added rows, or of which it deleted or replaced some, stays as it is and is reported
+    as `foreign`. `replace_foreign=True` takes that writer's changes back: the day becomes what the engine holds, or,
+    where that is less than our own last export of the day, that export again.
+
+    Safe to run again, and several times at once. Raises AuditFailed (naming the branch that keeps the data),
+    TilesUnreadable, EngineUnavailable, ExportConflict, or another OfflineError; readers then see what they
+    saw.
+    """
+    started = time.monotonic()
+    name = f"{namespace}.{spec.name}"
+    for attempt in range(1, ATTEMPTS + 1):
+        table = ensure_table(catalog, namespace, spec)
+        with translated(f"the table {name}"):
+            outcome = _Attempt(engine, table, spec, day, forgetting).run(
+                allow_loss=allow_loss, replace_foreign=replace_foreign
+            )
+        if outcome is None:
+            continue
+        status, table, fingerprint, reason = outcome
+        with translated(f"the table {name}"):
+            held = day_files(table, spec, day)
+            unread = any(file.equality_deletes for file in held)
+            rows = None if unread else count_rows(table, held)
+        snapshot = table.current_snapshot()
+        return ExportReport(
+            table=name,
+            day=day,
+            status=status,
+            rows=rows,
+            bytes=sum(file.data.file_size_in_bytes for file in held),
+            files=len(held),
+            snapshot_id=snapshot.snapshot_id if snapshot else None,
+            fingerprint=fingerprint,
+            seconds=time.monotonic() - started,
+            attempts=attempt,
+            reason=reason,
+        )
+    raise ExportConflict(
+        f"{name} of {day} was replaced by others {ATTEMPTS} times while it was exported: "
+        "see which other exports or maintenance run, and run it again"
+    )
+
+
+@dataclass(frozen=True)
+class ExportedDay:
+    """What a table holds of one day: `rows`, and the `token` of their fingerprint, None where nothing tells it.
+
+    `foreign` says what another writer did to the day; its token is None then, and `rows` are those of its data files,
+    deleted ones included. A day that such a writer `removed` is told with the rows that it had.
+    """
+
+    token: str | None
+    rows: int
+    foreign: Foreign | RemovedDay = UNTOUCHED
+
+    @property
+    def removed(self) -> bool:
+        """Whether the table holds nothing of the day any more."""
+        return isinstance(self.foreign, RemovedDay)
+
+
+def exported_days(
+    catalog: Catalog, spec: TileTable, *, namespace: str = DEFAULT_NAMESPACE
+) -> dict[date, ExportedDay]:
+    """Every day that the table holds, and those that another writer removed; none where there is no table.
+
+    Files of our own carry the token in their names; days that a sink wrote carry it in the tag of their verification.
+    """
+    with translated(f"the table {namespace}.{spec.name}"):
+        try:
+            table = catalog.load_table(spec.identifier(namespace))
+        except NoSuchTableError:
+            return {}
+        tags = [
+            name.removeprefix(VERIFIED_PREFIX) for name in table.refs() if name.startswith(VERIFIED_PREFIX)
+        ]
+        verified = {date.fromisoformat(tag[:10]): tag[11:] for tag in tags}
+        days: dict[date, ExportedDay] = {}
+        for day, files in tile_files(table, spec).items():
+            foreign = foreign_of(table, files)
+            if foreign:
+                days[day] = ExportedDay(None, sum(file.data.record_count for file in files), foreign)
+            else:
+                days[day] = ExportedDay(only_token(files) or verified.get(day), count_rows(table, files))
+        for day, removed in removed_days(table, spec, days).items():
+            days[day] = ExportedDay(None, removed.rows, removed)
+    return days
+
+
+def foreign_days(
+    exported: Mapping[date, ExportedDay], stale: Mapping[date, str]
+) -> dict[date, Foreign | RemovedDay]:
+    """Days, oldest first, that need `replace_foreign`: another writer changed them, and an export leaves them alone.
+
+    A day that was removed and of which the engine still holds all (so that it is `stale`) is exported again instead.
+    """
+    return {
+        day: exported[day].foreign
+        for day in sorted(exported)
+        if exported[day].foreign and not (exported[day].removed and day in stale)
+    }
+
+
+def foreign_of(table: Table, files: list[LiveFile]) -> Foreign:
+    """What another writer did to a day. Files of RisingWave's sinks, which have written to the table, are none."""
+    by_sink = SINK_BRANCH in table.refs() or any(name.startswith(VERIFIED_PREFIX) for name in table.refs())
+    if by_sink and not any(token_of(file.data) for file in files):
+        return UNTOUCHED
+    return foreign_in(files)
+
+
+def stale_days(
+    engine: EngineConfiguration,
+    spec: TileTable,
+    exported: Mapping[date, ExportedDay],
+    *,
+    until: date | None = None,
+    by_sink: bool = False,
+) -> dict[date, str]:
+    """Day → fingerprint token in the engine, of days that `exported` lacks or has in another version.
+
+    Oldest first. Days from `until` on are left out, and so are days of which the engine holds fewer rows than
+    the table, because they are leaving its retention. Where a sink writes the table (`by_sink`), such a surplus
+    is its mistake and stale, even after the day was verified; a day that was never verified and that the engine
+    has nothing of has the token "".
+    """
+    with tile_snapshot(engine, spec) as tiles:
+        wanted = tiles.fingerprints()
+    nothing = ExportedDay(None, 0)
+    stale = {day for day, found in wanted.items() if exported.get(day, nothing).token != found.token}
+    surplus = {day for day, found in wanted.items() if exported.get(day, nothing).rows > found.row_count}
+    if by_sink:
+        stale |= surplus | {day for day, held in exported.items() if held.token is None and day not in wanted}
+    else:
+        stale -= surplus
+    return {
+        day: wanted[day].token if day in wanted else ""
+        for day in sorted(stale)
+        if until is None or day < until
+    }
+
+
+def verified_tag(day: date, token: str) -> str:
+    """Name of the tag that says: in this snapshot the day was exactly what this fingerprint stands for."""
+    return f"{VERIFIED_PREFIX}{day.isoformat()}-{token}"
+
+
+_Outcome = tuple[Status, Table, str | None, str]
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """One try to export a day to a freshly loaded table."""
+
+    engine: EngineConfiguration
+    table: Table
+    spec: TileTable
+    day: date
+    forgetting: ErasedSubject | None
+
+    def run(self, *, allow_loss: bool, replace_foreign: bool) -> _Outcome | None:
+        """Returns status, table, token and reason; None means that another writer changed the day meanwhile."""
+        table, spec, day = self.table, self.spec, self.day
+        held = day_files(table, spec, day)
+        foreign: Foreign | RemovedDay | None = (
+            foreign_of(table, held) if held else removed_days(table, spec, ()).get(day)
+        )
+        if isinstance(foreign, Foreign) and foreign and not replace_foreign:
+            return "foreign", table, None, str(foreign)
+        token = None if foreign else only_token(held)
+        own = own_files(table, spec, day) if foreign else []
+        # What the table must not lose: without another writer's changes as far as our own files are there.
+        due = own or [file.data for file in held]
+        with tile_snapshot(self.engine, spec) as tiles:
+            fingerprint = tiles.fingerprint(day)
+            if fingerprint is None and not due and not foreign:
+                return "empty", table, None, ""
+            if fingerprint is not None and fingerprint.token == token:
+                return "unchanged", table, token, ""
+            removed_rows = foreign.rows if isinstance(foreign, RemovedDay) else 0
+            less = self._less(due, removed_rows, fingerprint, allow_loss=allow_loss)
+            if foreign and less and not replace_foreign:
+                return "foreign", table, None, f"{foreign}; {less}"
+            if foreign and less and not own:
+                remedy = (
+                    "export it with allow_loss" if fingerprint else "remove it with the engine that wrote it"
+                )
+                reason = f"{foreign}; {less}, and no snapshot holds its own export any more: {remedy}"
+                return "foreign", table, None, reason
+            if not foreign and less:
+                return "retained", table, token, less
+            erasures = tiles.erasures()
+            written = (
+                self._restore(tiles, own) if less or not fingerprint else self._export(tiles, fingerprint)
+            )
+
+        def no_erasure_since() -> bool:
+            with tile_snapshot(self.engine, spec) as now:
+                return now.erasures() == erasures
+
+        published = publish_day(table, spec, day, written, parts_of(held), still_valid=no_erasure_since)
+        if published is None:
+            discard(table, written)
+            return None
+        return (
+            "restored" if less else "written",
+            published,
+            written.token,
+            f"{foreign}; {less}" if less else "",
+        )
+
+    def _export(self, tiles: TileSnapshot, fingerprint: Fingerprint) -> DayFiles:
+        """Write what the engine holds of the day."""
+        forgotten = tiles.erased_rows(self.day)
+        if forgotten:
+            raise TilesUnreadable(
+                f"{self.spec.tile} of {self.day} still has {forgotten} rows of erased subjects: the views have not "
+                "read the erasure; run `prefs refresh`, then export again"
+            )
+        return _write(tiles, self.table, self.spec, self.day, fingerprint)
+
+    def _restore(self, tiles: TileSnapshot, own: list[DataFile]) -> DayFiles:
+        """Write the rows of our own last export of the day again, without subjects that were erased since."""
+        erased = tiles.erased_subjects()
+        schema = arrow_schema(self.table)
+
+        def rows() -> Iterator[pa.RecordBatch]:
+            for file in own:
+                for batch in read_file(self.table, file, schema.names):
+                    for subject in erased:
+                        batch = batch.filter(pc.invert(subject.rows_of(batch)))
+                    yield batch.cast(schema)
+
+        count, totals = counted_sums(rows(), self.spec.totals)
+        complete = count == sum(file.record_count for file in own)
+        written = DayFiles(
+            # Without an erased subject's rows the day is no longer what the engine once gave.
+            token=(token_of(own[0]) if complete else None) or uuid.uuid4().hex[:16],
+            rows=count,
+            totals=totals,
+            properties={"prefs.operation": "restore"},
+        )
+        write_day(self.table, self.spec, self.day, written, rows())
+        return written
+
+    def _less(
+        self, due: list[DataFile], removed_rows: int, fingerprint: Fingerprint | None, *, allow_loss: bool
+    ) -> str:
+        """What the engine has less of than the table had of the day: the files that are `due`, or, where none is left,
+        the `removed_rows`. Empty where it has all, or where a loss is allowed."""
+        if fingerprint is None:
+            return "the engine holds nothing of this day any more"
+        if allow_loss:
+            return ""
+        if due:
+            return self._loss(due, fingerprint)
+        lost = fingerprint.row_count < removed_rows
+        return f"the engine holds {fingerprint.row_count} rows of this day" if lost else ""
+
+    def _loss(self, due: list[DataFile], fingerprint: Fingerprint) -> str:
+        rows = sum(file.record_count for file in due)
+        metric = list(self.spec.metric)
+        erased = Decimal(0)
+        if self.forgetting is not None:
+            for file in due:
+                for batch in read_file(self.table, file, [self.spec.subject, LAST_EVENT_AT, *metric]):
+                    going = batch.filter(self.forgetting.rows_of(batch))
+                    rows -= going.num_rows
+                    erased += sum(exact_sums([going], metric).values())
+        if fingerprint.row_count < rows:
+            return f"the engine holds {fingerprint.row_count} rows of this day, the table {rows}"
+        sums = exact_sums((batch for file in due for batch in read_file(self.table, file, metric)), metric)
+        total = sum(sums.values()) - erased
+        if fingerprint.metric_total < total:
+            name = " + ".join(metric)
+            return (
+                f"the engine's total of {name} of this day is {fingerprint.metric_total}, the table's {total}"
+            )
+        return ""
+
+
+def _write(
+    tiles: TileSnapshot, table: Table, spec: TileTable, day: date, fingerprint: Fingerprint
+) -> DayFiles:
+    written = DayFiles(
+        token=fingerprint.token,
+        rows=fingerprint.row_count,
+        totals={},
+        properties={"prefs.operation": "export", **fingerprint.properties()},
+    )
+    with ThreadPoolExecutor(1, "totals") as beside, closing(tiles.rows(day, arrow_schema(table))) as batches:
+        adding: list[Future[tuple[int, Mapping[str, Decimal]]]] = []
+
+        def all_rows() -> Iterator[pa.RecordBatch]:
+            yield from batches
+            # The engine adds up while the rows are sorted and encoded here.
+            adding.append(beside.submit(tiles.totals, day))
+
+        write_day(table, spec, day, written, all_rows())
+    try:
+        rows, written.totals = adding[0].result()
+        metric = sum((written.totals[name] for name in spec.metric), Decimal(0))
+        if rows != fingerprint.row_count or metric != fingerprint.metric_total:
+            raise TilesUnreadable(
+                f"tile_fingerprints does not describe {spec.tile} of {day} ({fingerprint.row_count} rows against "
+                f"{rows}): the views are being refreshed or were refreshed apart; run `dbt build`, then export again"
+            )
+    except BaseException:
+        discard(table, written)
+        raise
+    return written

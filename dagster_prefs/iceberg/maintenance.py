@@ -1,0 +1,258 @@
+"""Upkeep of the training tables and sets: abandoned branches, small files, old snapshots, unreferenced files.
+
+Nothing that a tag or the current state needs is touched, and everything may be run again at any time, beside
+running exports too: what is younger than `grace` may belong to one of them and stays.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import date, datetime, timedelta
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs
+from pyiceberg.catalog import Catalog
+from pyiceberg.exceptions import CommitFailedException
+from pyiceberg.io.pyarrow import PyArrowFileIO
+from pyiceberg.serializers import Compressor
+from pyiceberg.table import Table
+
+from dagster_prefs.iceberg.catalog import translated
+from dagster_prefs.iceberg.export import DEFAULT_NAMESPACE, ExportConflict, foreign_of
+from dagster_prefs.iceberg.files import LiveFile, only_token, parts_of, read_rows, tile_files
+from dagster_prefs.iceberg.publish import (
+    ATTEMPTS,
+    BRANCH_PREFIX,
+    FILE_BYTES,
+    DayFiles,
+    publish_day,
+    write_day,
+)
+from dagster_prefs.iceberg.tables import TileTable, arrow_schema, counted_sums, is_training_set
+
+
+@dataclass(frozen=True)
+class MaintenanceReport:
+    """What was done to one table; `bytes_freed` is the size of the removed files.
+
+    `days_foreign` were not compacted, because another writer changed them (see `export_day`)."""
+
+    table: str
+    branches_removed: tuple[str, ...]
+    days_compacted: tuple[date, ...]
+    days_foreign: tuple[date, ...]
+    snapshots_expired: int
+    files_removed: int
+    bytes_freed: int
+
+
+def maintain(
+    catalog: Catalog,
+    spec: TileTable,
+    *,
+    now: datetime,
+    keep_snapshots: timedelta,
+    grace: timedelta = timedelta(days=1),
+    namespace: str = DEFAULT_NAMESPACE,
+    compact: bool = True,
+) -> MaintenanceReport:
+    """Tidy one table.
+
+    Branches of exports that ended `keep_snapshots` before `now` go; days in several small files become one
+    file; snapshots older than `keep_snapshots` expire unless a branch or tag points at them or they are
+    current; files that no remaining snapshot names go once they are older than `grace`, which must exceed the
+    longest export. Days that RisingWave's sinks write are compacted by RisingWave (`compact=False`).
+
+    Raises TableMissing where there is no such table, ExportConflict, or another OfflineError.
+    """
+    name = f"{namespace}.{spec.name}"
+    with translated(f"the table {name}"):
+        table = catalog.load_table(spec.identifier(namespace))
+        branches = _remove_branches(table, now - keep_snapshots)
+        compacted, foreign = _compact(table, spec) if compact else ((), ())
+        report = _without_history(table, now, keep_snapshots, grace)
+        return replace(report, branches_removed=branches, days_compacted=compacted, days_foreign=foreign)
+
+
+def maintain_training_sets(
+    catalog: Catalog,
+    *,
+    now: datetime,
+    keep_snapshots: timedelta,
+    grace: timedelta = timedelta(days=1),
+    namespace: str = DEFAULT_NAMESPACE,
+) -> list[MaintenanceReport]:
+    """Tidy the tables of training sets in the namespace: old snapshots and unreferenced files go, as in `maintain`.
+
+    Raises ExportConflict, or another OfflineError, for the first table that cannot be tidied.
+    """
+    with translated(f"the Iceberg namespace {namespace}"):
+        names = sorted(catalog.list_tables(namespace)) if catalog.namespace_exists(namespace) else []
+    reports = []
+    for identifier in names:
+        with translated(f"the table {'.'.join(identifier)}"):
+            table = catalog.load_table(identifier)
+            if is_training_set(table):
+                reports.append(_without_history(table, now, keep_snapshots, grace))
+    return reports
+
+
+def _without_history(
+    table: Table,
+    now: datetime,
+    keep_snapshots: timedelta,
+    grace: timedelta,
+) -> MaintenanceReport:
+    expired = expire(table, partial(_older, before=now - keep_snapshots))
+    files, size = _remove_orphans(table, now - grace)
+    return MaintenanceReport(".".join(table.name()), (), (), (), expired, files, size)
+
+
+def _remove_branches(table: Table, before: datetime) -> tuple[str, ...]:
+    removed = []
+    for name, ref in table.refs().items():
+        snapshot = table.snapshot_by_id(ref.snapshot_id)
+        if name.startswith(BRANCH_PREFIX) and snapshot and snapshot.timestamp_ms < _milliseconds(before):
+            try:
+                table.manage_snapshots().remove_branch(name).commit()
+                removed.append(name)
+            except CommitFailedException:
+                # Somebody else is at work on this branch, so it is not abandoned after all.
+                table.refresh()
+    return tuple(removed)
+
+
+def _compact(table: Table, spec: TileTable) -> tuple[tuple[date, ...], tuple[date, ...]]:
+    """Make one file of each day in several small ones; returns those days, and those that another writer changed."""
+    done, foreign = [], []
+    for day, files in tile_files(table, spec).items():
+        if foreign_of(table, files):
+            # Under a name of ours, whatever another writer added or left would pass for an export.
+            foreign.append(day)
+            continue
+        if len(files) < 2 or sum(file.data.file_size_in_bytes for file in files) > FILE_BYTES:
+            continue
+        token = only_token(files)
+        rows, totals = counted_sums(_rows(table, spec.totals, files), spec.totals)
+        # A name without the day's fingerprint would make the next export write the day again, which is right
+        # where the files did not agree on one.
+        merged = DayFiles(
+            token=token or uuid.uuid4().hex[:16],
+            rows=rows,
+            totals=totals,
+            properties={"prefs.operation": "compact", "prefs.fingerprint": token or ""},
+        )
+        schema = arrow_schema(table)
+        batches = (batch.cast(schema) for batch in _rows(table, schema.names, files))
+        write_day(table, spec, day, merged, batches)
+        if publish_day(table, spec, day, merged, parts_of(files)) is not None:
+            done.append(day)
+    return tuple(done), tuple(foreign)
+
+
+def _rows(table: Table, columns: Sequence[str], files: list[LiveFile]) -> Iterator[pa.RecordBatch]:
+    return (batch for file in files for batch in read_rows(table, file, list(columns)))
+
+
+def expire(table: Table, condemned: Callable[[Table], Iterable[int]]) -> int:
+    """Expire those of the `condemned` snapshots that no branch or tag points at; returns how many went.
+
+    `condemned` is asked again where somebody else changed the table meanwhile. Raises ExportConflict where others
+    never stop.
+    """
+    for _ in range(ATTEMPTS):
+        table.refresh()
+        kept = {ref.snapshot_id for ref in table.refs().values()}
+        going = sorted(set(condemned(table)) - kept)
+        if not going:
+            return 0
+        with suppress(CommitFailedException):
+            table.maintenance.expire_snapshots().by_ids(going).commit()
+            return len(going)
+    raise ExportConflict(
+        f"{'.'.join(table.name())} was changed by others {ATTEMPTS} times while its snapshots were expired: "
+        "see which exports or maintenance run, and run it again"
+    )
+
+
+def _older(table: Table, before: datetime) -> list[int]:
+    return [
+        snapshot.snapshot_id
+        for snapshot in table.snapshots()
+        if snapshot.timestamp_ms < _milliseconds(before)
+    ]
+
+
+def _remove_orphans(table: Table, before: datetime) -> tuple[int, int]:
+    orphans = [file for file in unreferenced_files(table) if file.written_at < before]
+    for file in orphans:
+        table.io.delete(file.location)
+    return len(orphans), sum(file.size for file in orphans)
+
+
+@dataclass(frozen=True)
+class UnreferencedFile:
+    """A file in a table's folder that the table does not name; `size` is in bytes, `written_at` UTC."""
+
+    location: str
+    size: int
+    written_at: datetime
+
+
+def unreferenced_files(table: Table) -> list[UnreferencedFile]:
+    """Every file in the table's folder that neither the table nor a snapshot of it names."""
+    if not isinstance(table.io, PyArrowFileIO):
+        return []
+    scheme, host, root = table.io.parse_location(table.location(), table.io.properties)
+    storage = table.io.fs_by_scheme(scheme, host)
+    found = storage.get_file_info(pyarrow.fs.FileSelector(root, recursive=True, allow_not_found=True))
+    # Read after the listing: a file that was committed in between is then known to be in use.
+    table.refresh()
+    used = {
+        table.io.parse_location(name, table.io.properties)[2] for name in _referenced(table) if root in name
+    }
+    prefix = table.location().removesuffix(root)
+    return [
+        UnreferencedFile(prefix + file.path, file.size, file.mtime)
+        for file in found
+        if file.type == pyarrow.fs.FileType.File and file.path not in used
+    ]
+
+
+def _referenced(table: Table) -> Iterator[str]:
+    """Location of every file, metadata included, that the table or a snapshot of it names."""
+    yield table.metadata_location
+    # Every text of the metadata file rather than the fields that this version of pyiceberg knows of: a statistics file
+    # of a kind that a newer engine writes stays, too.
+    metadata = table.io.new_input(table.metadata_location)
+    with metadata.open() as source:
+        content = Compressor.get_compressor(table.metadata_location).stream_decompressor(source).read()
+    yield from _texts(json.loads(content))
+    seen: set[str] = set()
+    for snapshot in table.snapshots():
+        for manifest in snapshot.manifests(table.io):
+            if manifest.manifest_path in seen:
+                continue
+            seen.add(manifest.manifest_path)
+            yield manifest.manifest_path
+            for item in manifest.fetch_manifest_entry(table.io, discard_deleted=True):
+                yield item.data_file.file_path
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from (text for found in value.values() for text in _texts(found))
+    elif isinstance(value, list):
+        yield from (text for found in value for text in _texts(found))
+
+
+def _milliseconds(moment: datetime) -> int:
+    return int(moment.timestamp() * 1000)

@@ -1,0 +1,290 @@
+"""How a day of a training table is replaced: files, a branch, an audit there, and one publishing commit."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from datetime import date
+from decimal import Decimal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyiceberg.exceptions import CommitFailedException
+from pyiceberg.io.pyarrow import parquet_file_to_data_file
+from pyiceberg.manifest import DataFile
+from pyiceberg.partitioning import PartitionFieldValue, PartitionKey
+from pyiceberg.table import Table
+from pyiceberg.table.snapshots import Snapshot, ancestors_of
+
+from dagster_prefs.iceberg.audit import AuditFailed, audit_day
+from dagster_prefs.iceberg.catalog import CatalogUnavailable
+from dagster_prefs.iceberg.duck import sort_batches
+from dagster_prefs.iceberg.files import check_writable, day_files, file_name, parts_of
+from dagster_prefs.iceberg.tables import PARQUET, TileTable, arrow_schema
+
+# A row group is what a reader decodes at once, and as many rows as DuckDB gives at once; a file is what an object
+# store serves at once.
+ROWS_PER_GROUP = 122_880
+FILE_BYTES = 256 * 1024 * 1024
+
+# How often a commit is tried again because others commit in between.
+ATTEMPTS = 8
+
+BRANCH_PREFIX = "export-"
+
+
+@dataclass
+class DayFiles:
+    """Files of a day that readers do not see yet.
+
+    `token` is the day's fingerprint and begins every file's name, followed by `rows`; `rows` and `totals` (column →
+    sum) are what the audit must find in them; `properties` go to the snapshot.
+    """
+
+    token: str
+    rows: int
+    totals: Mapping[str, Decimal]
+    properties: Mapping[str, str]
+    paths: list[str] = field(default_factory=list)
+    files: list[DataFile] = field(default_factory=list)
+
+
+def write_day(
+    table: Table, spec: TileTable, day: date, files: DayFiles, batches: Iterable[pa.RecordBatch]
+) -> None:
+    """Write the batches (in any order, in the table's Arrow schema) to new files sorted by key, noted in `files`.
+
+    Whatever was written is removed again when anything fails. Raises LayoutForeign for a table that another engine
+    laid out anew.
+    """
+    check_writable(table, spec)
+    try:
+        with (
+            closing(_FileWriter(table, day, files)) as writer,
+            closing(sort_batches(batches, writer.schema, spec.key, ROWS_PER_GROUP)) as groups,
+        ):
+            for group in groups:
+                writer.write(group)
+        files.files = [
+            parquet_file_to_data_file(io=table.io, table_metadata=table.metadata, file_path=path)
+            for path in files.paths
+        ]
+    except BaseException:
+        discard(table, files)
+        raise
+
+
+class _FileWriter:
+    """Parquet files of one day, rolled by size; encoding runs beside the reading of the next rows."""
+
+    def __init__(self, table: Table, day: date, files: DayFiles) -> None:
+        self.schema = arrow_schema(table)
+        self._table = table
+        self._files = files
+        spec_ = table.spec()
+        self._partition = PartitionKey(
+            field_values=[PartitionFieldValue(field=spec_.fields[0], value=day)],
+            partition_spec=spec_,
+            schema=table.schema(),
+        )
+        self._write = str(uuid.uuid4())
+        self._encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="parquet")
+        self._pending: Future[None] | None = None
+        self._sink: pa.NativeFile | None = None
+        self._parquet: pq.ParquetWriter | None = None
+
+    def write(self, group: pa.RecordBatch) -> None:
+        """Write a row group, as soon as the one before it is written."""
+        self._wait()
+        self._pending = self._encoder.submit(self._encode, group)
+
+    def close(self) -> None:
+        try:
+            self._wait()
+            self._finish_file()
+        finally:
+            self._encoder.shutdown()
+            if self._parquet is not None:
+                # After a failure the footer cannot be written either; the file is thrown away.
+                with suppress(Exception):
+                    self._parquet.close()
+            if self._sink is not None and not self._sink.closed:
+                with suppress(Exception):
+                    self._sink.close()
+
+    def _wait(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _encode(self, group: pa.RecordBatch) -> None:
+        if self._parquet is None:
+            path = self._table.location_provider().new_data_location(
+                file_name(self._files.token, self._write, self._files.rows, len(self._files.paths)),
+                self._partition,
+            )
+            self._files.paths.append(path)
+            self._sink = self._table.io.new_output(path).create(overwrite=False)
+            self._parquet = pq.ParquetWriter(self._sink, self.schema, store_schema=False, **PARQUET)
+        self._parquet.write_batch(group)
+        if self._sink is not None and self._sink.tell() >= FILE_BYTES:
+            self._finish_file()
+
+    def _finish_file(self) -> None:
+        if self._parquet is not None and self._sink is not None:
+            self._parquet.close()
+            self._sink.close()
+            self._parquet, self._sink = None, None
+
+
+def publish_day(
+    table: Table,
+    spec: TileTable,
+    day: date,
+    written: DayFiles,
+    replaced: set[str],
+    *,
+    still_valid: Callable[[], bool] = lambda: True,
+) -> Table | None:
+    """Stage on a branch, audit it, make it current; None if another writer changed this very day.
+
+    `replaced` are the locations of the data and delete files (`parts_of`) that the day was made of when it was read.
+    `still_valid` is asked last of all: False, too, gives None, because what was written has been overtaken.
+
+    A commit by another writer to another day moves the table's head: the same files are then staged again on
+    top of it, since publishing what was staged before would undo the other day.
+    """
+    for _ in range(ATTEMPTS):
+        branch = f"{BRANCH_PREFIX}{day.isoformat()}-{uuid.uuid4().hex[:12]}"
+        try:
+            table.refresh()
+            head = _head(table)
+            live = day_files(table, spec, day, head.snapshot_id)
+            if parts_of(live) != replaced:
+                return None
+            held = [file.data for file in live]
+            staged = _stage(table, head, branch, day, written, held)
+            audit_day(
+                table,
+                spec,
+                day,
+                snapshot_id=staged,
+                branch=branch,
+                rows=written.rows,
+                totals=written.totals,
+                paths=written.paths,
+                replaced=held,
+            )
+        except AuditFailed:
+            # The branch keeps the data for people to look at.
+            raise
+        except CommitFailedException:
+            _drop_branch(table, branch)
+            continue
+        except Exception:
+            _drop_branch(table, branch)
+            discard(table, written)
+            raise
+        if not still_valid():
+            _drop_branch(table, branch)
+            return None
+        # From here on a commit whose reply is lost may still take place, so the files stay.
+        if _make_current(table, head, staged, branch):
+            return table
+        _drop_branch(table, branch)
+    return None
+
+
+def _head(table: Table) -> Snapshot:
+    """The table's current snapshot, an empty one where it has none: a branch has to start somewhere."""
+    if table.current_snapshot() is None:
+        with table.transaction() as transaction:
+            transaction.update_snapshot().fast_append().commit()
+    head = table.current_snapshot()
+    if head is None:
+        raise CatalogUnavailable("the catalog lost a first, empty commit: run it again, which is safe")
+    return head
+
+
+def _stage(
+    table: Table, head: Snapshot, branch: str, day: date, written: DayFiles, held: list[DataFile]
+) -> int:
+    """Commit the day to a branch that starts at `head`, which holds `held`; returns the new snapshot's id."""
+    # A commit of its own: a retried transaction would forget where the branch was to start.
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            table.manage_snapshots().create_branch(head.snapshot_id, branch).commit()
+            break
+        except CommitFailedException:
+            if attempt == ATTEMPTS:
+                raise
+            table.refresh()
+    properties = {
+        "prefs.day": day.isoformat(),
+        "prefs.code-version": importlib.metadata.version("dagster-prefs"),
+        **written.properties,
+    }
+    transaction = table.transaction()
+    snapshot = transaction.update_snapshot(snapshot_properties=properties, branch=branch).overwrite()
+    for file in held:
+        snapshot.delete_data_file(file)
+    for file in written.files:
+        snapshot.append_data_file(file)
+    snapshot.commit()
+    try:
+        transaction.commit_transaction()
+    except ValueError as error:
+        # Sequence numbers count the commits of all branches, but pyiceberg retries conflicts in one only.
+        if "sequence number" not in str(error):
+            raise
+        raise CommitFailedException(str(error)) from error
+    staged = table.snapshot_by_name(branch)
+    if staged is None:
+        raise CatalogUnavailable(f"the catalog lost the branch {branch}: run the export again, which is safe")
+    return staged.snapshot_id
+
+
+def _make_current(table: Table, head: Snapshot, staged: int, branch: str) -> bool:
+    """Publish a staged snapshot if the table's current one is still `head`, on which it was staged."""
+    current = table.current_snapshot()
+    if current is None or current.snapshot_id != head.snapshot_id:
+        return False
+    try:
+        # The commit requires that the current snapshot is the one just compared.
+        table.manage_snapshots().set_current_snapshot(snapshot_id=staged).remove_branch(branch).commit()
+        return True
+    except CommitFailedException:
+        table.refresh()
+        return _is_published(table, staged)
+    except Exception:
+        # The reply may be what was lost, not the commit.
+        table.refresh()
+        if _is_published(table, staged):
+            return True
+        raise
+
+
+def _is_published(table: Table, snapshot_id: int) -> bool:
+    return any(
+        ancestor.snapshot_id == snapshot_id
+        for ancestor in ancestors_of(table.current_snapshot(), table.metadata)
+    )
+
+
+def _drop_branch(table: Table, branch: str) -> None:
+    # Best effort: a branch that stays is harmless, and maintenance removes it.
+    with suppress(Exception):
+        table.refresh()
+        if branch in table.refs():
+            table.manage_snapshots().remove_branch(branch).commit()
+
+
+def discard(table: Table, written: DayFiles) -> None:
+    # Best effort: a file that stays is harmless, and maintenance removes it.
+    for path in written.paths:
+        with suppress(Exception):
+            table.io.delete(path)

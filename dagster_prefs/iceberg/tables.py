@@ -1,0 +1,346 @@
+"""The training tables: what each holds, how it is laid out, and how its schema may change.
+
+Every tile that a project declares is exported to one; columns with their order, types, descriptions and minimums are
+those of the declaration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from decimal import Decimal
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyiceberg.catalog import Catalog
+from pyiceberg.exceptions import CommitFailedException, TableAlreadyExistsError
+from pyiceberg.expressions import BooleanExpression, GreaterThan, NotEqualTo, Or
+from pyiceberg.io.pyarrow import schema_to_pyarrow
+from pyiceberg.partitioning import PartitionField, PartitionSpec
+from pyiceberg.schema import Schema
+from pyiceberg.table import Table
+from pyiceberg.table.sorting import SortField, SortOrder
+from pyiceberg.transforms import IdentityTransform
+from pyiceberg.types import (
+    DateType,
+    DecimalType,
+    IcebergType,
+    LongType,
+    NestedField,
+    StringType,
+    TimestamptzType,
+)
+
+from dagster_prefs.declarations.contract import LAST_EVENT_AT
+from dagster_prefs.declarations.registry import Entity, Key, Registry, TileDeclaration
+from dagster_prefs.iceberg.catalog import OfflineError, ensure_namespace, translated
+
+# SQL type of a tile → type of its column; decimals are wide enough for the minutes of any bigint of seconds.
+ICEBERG_TYPES: Mapping[str, IcebergType] = {
+    "bigint": LongType(),
+    "date": DateType(),
+    "decimal": DecimalType(28, 6),
+    "text": StringType(),
+    "timestamptz": TimestamptzType(),
+}
+
+# Ids, times and minutes seldom repeat within a row group, and a dictionary of them costs more time and bytes than they
+# do: a column whose dictionary grows beyond this goes on without one.
+DICTIONARY_BYTES = 128 * 1024
+
+PARQUET: Mapping[str, Any] = {
+    "compression": "zstd",
+    "dictionary_pagesize_limit": DICTIONARY_BYTES,
+}
+
+# The same for whoever else writes to a table.
+TABLE_PROPERTIES = {
+    "format-version": "2",
+    "write.parquet.compression-codec": "zstd",
+    "write.parquet.dict-size-bytes": str(DICTIONARY_BYTES),
+    "write.metadata.delete-after-commit.enabled": "true",
+    "write.metadata.previous-versions-max": "20",
+}
+
+# The property by which maintenance and an erasure find the tables of training sets.
+KIND, TRAINING_SET = "prefs.kind", "training-set"
+
+
+class DeclarationRefused(OfflineError):
+    """A declared tile cannot become a training table."""
+
+
+class SchemaChangeRefused(OfflineError):
+    """A column of a training table would be removed or retyped."""
+
+
+def is_training_set(table: Table) -> bool:
+    """Whether a table is one that training sets are written to."""
+    return table.properties.get(KIND) == TRAINING_SET
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of tile and table; `minimum` is the least value that the audit accepts."""
+
+    name: str
+    type: IcebergType
+    doc: str
+    minimum: int | None = None
+
+
+@dataclass(frozen=True)
+class TileTable:
+    """A training table and the tile relation of the engine that fills it.
+
+    `entity` is what its rows are about. `metric` names the columns whose total is `metric_total` in
+    `tile_fingerprints`; `key` makes a row of a day unique; `at_most` lists (smaller, larger) pairs of columns that
+    every row must respect; `sink` is RisingWave's that writes the table, where sinks export.
+    """
+
+    name: str
+    tile: str
+    doc: str
+    entity: Entity
+    day: str
+    key: tuple[str, ...]
+    columns: tuple[Column, ...]
+    metric: tuple[str, ...]
+    at_most: tuple[tuple[str, str], ...] = ()
+    sink: str = ""
+
+    def identifier(self, namespace: str) -> tuple[str, str]:
+        """The table's name in a catalog."""
+        return namespace, self.name
+
+    @property
+    def subject(self) -> str:
+        """The column of the entity's id, by which rows are reserved for canaries and erased."""
+        return self.entity.key.name
+
+    @cached_property
+    def by_name(self) -> Mapping[str, Column]:
+        """Column by name."""
+        return {column.name: column for column in self.columns}
+
+    @cached_property
+    def schema(self) -> Schema:
+        """The schema of a new table; every column is required."""
+        return Schema(
+            *(
+                NestedField(
+                    field_id=number, name=column.name, field_type=column.type, required=True, doc=column.doc
+                )
+                for number, column in enumerate(self.columns, start=1)
+            )
+        )
+
+    @cached_property
+    def arrow_schema(self) -> pa.Schema:
+        """The Arrow schema of the tile's rows."""
+        return schema_to_pyarrow(self.schema, include_field_ids=False)
+
+    @cached_property
+    def totals(self) -> tuple[str, ...]:
+        """The columns that can be summed exactly."""
+        return tuple(
+            column.name
+            for column in self.columns
+            if isinstance(column.type, LongType | DecimalType) and column.name not in self.key
+        )
+
+
+def tile_tables(registry: Registry) -> dict[str, TileTable]:
+    """Name of a training table → what a project declares of it, in the registry's order.
+
+    Raises DeclarationRefused naming the tile and the column for what no training table can hold.
+    """
+    return {tile.table: tile_table(registry, tile) for tile in registry.tiles.values()}
+
+
+def tile_table(registry: Registry, tile: TileDeclaration) -> TileTable:
+    """The training table of one declared tile. Raises like `tile_tables`."""
+    entity = registry.entity(tile.entity)
+    for name, column in tile.columns.items():
+        if column.type not in ICEBERG_TYPES:
+            raise DeclarationRefused(
+                f"{tile.relation}.{name} is {column.type}, which training tables have no equal of: use one "
+                f"of {', '.join(ICEBERG_TYPES)}"
+            )
+        if column.minimum is not None and column.type not in ("bigint", "decimal"):
+            raise DeclarationRefused(
+                f"{tile.relation}.{name} is {column.type} and has the minimum {column.minimum}, which only numbers "
+                "have: remove it"
+            )
+    for name, why, kind in (
+        (entity.key.name, f"the key of {entity.name}", "bigint" if entity.key.type == "bigint" else "text"),
+        (tile.day, "its day", "date"),
+        (LAST_EVENT_AT, "the time of a row's newest event, which erasure compares", "timestamptz"),
+    ):
+        found = tile.columns[name].type if name in tile.columns else "missing"
+        if found != kind:
+            raise DeclarationRefused(
+                f"{tile.relation}.{name} is {found}, and it is {why}: give the tile a column {name} of type {kind}"
+            )
+    mentioned = [*tile.key, *tile.metric, *(name for pair in tile.at_most for name in pair)]
+    if unknown := [name for name in mentioned if name not in tile.columns]:
+        raise DeclarationRefused(
+            f"{tile.relation} declares {unknown[0]} in its key, metric or at_most, and has no such column "
+            f"(it has {', '.join(tile.columns)}): correct the name"
+        )
+    if entity.key.name not in tile.key:
+        raise DeclarationRefused(
+            f"{tile.relation} has the key ({', '.join(tile.key)}) without {entity.key.name}, which names its "
+            f"{entity.name}: add it"
+        )
+    return TileTable(
+        name=tile.table,
+        tile=tile.relation,
+        doc=tile.description,
+        entity=entity,
+        day=tile.day,
+        key=tile.key,
+        columns=tuple(
+            Column(name, ICEBERG_TYPES[column.type], column.description, column.minimum)
+            for name, column in tile.columns.items()
+        ),
+        metric=tile.metric,
+        at_most=tile.at_most,
+        sink=tile.sink,
+    )
+
+
+@dataclass(frozen=True)
+class ErasedSubject:
+    """A subject whose rows are deleted, as far as their time is not after `until` (UTC).
+
+    `key` is the first key column of its entity, `value` the subject's id in it.
+    """
+
+    key: Key
+    value: int | str
+    until: datetime
+
+    def rows_of(self, batch: pa.RecordBatch | pa.Table, time: str = LAST_EVENT_AT) -> pa.Array:
+        """A mask of the rows to delete; `batch` has the key and `time`, the column that `until` is compared with."""
+        times = batch.column(time)
+        ids = batch.column(self.key.name)
+        return pc.and_(
+            pc.equal(ids, pa.scalar(self.value, ids.type)),
+            pc.less_equal(times, pa.scalar(self.until, times.type)),
+        )
+
+    def others(self, time: str = LAST_EVENT_AT) -> BooleanExpression:
+        """A row filter of the rows that stay."""
+        return Or(
+            NotEqualTo(term=self.key.name, value=self.value),
+            GreaterThan(term=time, value=self.until.isoformat()),
+        )
+
+
+def exact_sums(batches: Iterable[pa.RecordBatch], columns: Iterable[str]) -> dict[str, Decimal]:
+    """The sum of each of the columns, which are integers or decimals; NULL counts nothing."""
+    sums = dict.fromkeys(columns, Decimal(0))
+    for batch in batches:
+        for name in sums:
+            sums[name] += Decimal(pc.sum(batch.column(name)).as_py() or 0)
+    return sums
+
+
+def counted_sums(batches: Iterable[pa.RecordBatch], columns: Iterable[str]) -> tuple[int, dict[str, Decimal]]:
+    """The number of rows and the sum of each of the columns, in one reading."""
+    rows = 0
+
+    def counted() -> Iterator[pa.RecordBatch]:
+        nonlocal rows
+        for batch in batches:
+            rows += batch.num_rows
+            yield batch
+
+    sums = exact_sums(counted(), columns)
+    return rows, sums
+
+
+def ensure_table(catalog: Catalog, namespace: str, spec: TileTable) -> Table:
+    """The table of `spec`, created where missing and extended by what the contract gained.
+
+    Descriptions follow the contract. A new column is optional, so that old days read as NULL. Safe to call from
+    several processes at once.
+
+    Raises SchemaChangeRefused for a removed or retyped column, OfflineError for a failing catalog.
+    """
+    identifier = spec.identifier(namespace)
+    with translated(f"the table {namespace}.{spec.name}"):
+        if not catalog.table_exists(identifier):
+            ensure_namespace(catalog, namespace)
+            try:
+                return catalog.create_table(
+                    identifier,
+                    schema=spec.schema,
+                    partition_spec=PartitionSpec(
+                        PartitionField(
+                            source_id=spec.schema.find_field(spec.day).field_id,
+                            field_id=1000,
+                            transform=IdentityTransform(),
+                            name=spec.day,
+                        )
+                    ),
+                    sort_order=SortOrder(
+                        *(
+                            SortField(
+                                source_id=spec.schema.find_field(name).field_id, transform=IdentityTransform()
+                            )
+                            for name in spec.key
+                        )
+                    ),
+                    properties={**TABLE_PROPERTIES, "comment": spec.doc},
+                )
+            except TableAlreadyExistsError:
+                pass
+        table = catalog.load_table(identifier)
+        for _ in range(5):
+            missing = _missing_columns(table, namespace, spec)
+            redescribed = [
+                column
+                for column in spec.columns
+                if column not in missing and table.schema().find_field(column.name).doc != column.doc
+            ]
+            if not missing and not redescribed:
+                break
+            try:
+                with table.update_schema() as update:
+                    for column in missing:
+                        update.add_column(column.name, column.type, doc=column.doc)
+                    for column in redescribed:
+                        update.update_column(column.name, doc=column.doc)
+            except CommitFailedException:
+                # Another process changed the schema, most likely by the very same column.
+                pass
+            table = catalog.load_table(identifier)
+        return table
+
+
+def _missing_columns(table: Table, namespace: str, spec: TileTable) -> list[Column]:
+    found = {field.name: field for field in table.schema().fields}
+    wanted = {column.name: column for column in spec.columns}
+    for name, field in found.items():
+        if name not in wanted:
+            raise SchemaChangeRefused(
+                f"{namespace}.{spec.name} has the column {name}, which the contract of {spec.tile} no longer has: "
+                "removing a column is a breaking change; put it back, or give the changed table a new name"
+            )
+        if wanted[name].type != field.field_type:
+            raise SchemaChangeRefused(
+                f"{namespace}.{spec.name}.{name} is {field.field_type}, the contract of {spec.tile} says "
+                f"{wanted[name].type}: retyping a column is a breaking change; put the type back, or give the "
+                "changed column a new name"
+            )
+    return [column for name, column in wanted.items() if name not in found]
+
+
+def arrow_schema(table: Table) -> pa.Schema:
+    """The Arrow schema of the table's files, field ids included."""
+    return schema_to_pyarrow(table.schema())

@@ -1,0 +1,333 @@
+"""Tiles as the engine holds them: fingerprints, totals, and a day's rows as a stream of Arrow batches."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+from collections.abc import Generator, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from datetime import date, datetime
+from decimal import Decimal
+from typing import Any, cast
+
+import psycopg
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+from psycopg import sql
+from psycopg.rows import scalar_row
+
+from dagster_prefs.declarations.reserved import people_only
+from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.iceberg.catalog import OfflineError
+from dagster_prefs.iceberg.tables import ErasedSubject, TileTable
+
+LINES_FETCHED = 10_000
+# Enough for the parser to be busy with rows rather than with calls.
+LINES_PARSED = 40_000
+
+FINGERPRINTS = "tile_fingerprints"
+ERASED = "erased_subjects"
+
+NULL = sql.Literal("\\N")
+# The backslash first, or it would escape the others' own.
+ESCAPES = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
+_ESCAPED = {escape: character for character, escape in ESCAPES.items()}
+# How Arrow begins: the number of the column and that of the row in what it was given.
+_CONVERSION = re.compile(r"In CSV column #(\d+): (?:Row #\d+: )?(.*)")
+_ESCAPE = re.compile(r"\\.")
+
+
+class TilesUnreadable(OfflineError):
+    """The engine cannot deliver the tiles of a day."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What the engine says a day of a tile holds; `content_hash` changes whenever a row does."""
+
+    row_count: int
+    metric_total: Decimal
+    content_hash: Decimal
+    last_event_at: datetime | None
+
+    @property
+    def token(self) -> str:
+        """16 hexadecimal digits that differ where the day's content differs."""
+        content = f"{self.row_count}|{_plain(self.metric_total)}|{_plain(self.content_hash)}"
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def properties(self) -> dict[str, str]:
+        """The fingerprint as snapshot properties."""
+        return {
+            "prefs.fingerprint": self.token,
+            "prefs.row-count": str(self.row_count),
+            "prefs.metric-total": _plain(self.metric_total),
+            "prefs.content-hash": _plain(self.content_hash),
+            "prefs.last-event-at": self.last_event_at.isoformat() if self.last_event_at else "",
+        }
+
+
+class TileSnapshot:
+    """One consistent reading of the engine: fingerprint, totals and rows of a day belong together."""
+
+    def __init__(self, connection: psycopg.Connection[tuple[Any, ...]], schema: str, spec: TileTable) -> None:
+        self._connection = connection
+        self._schema = schema
+        self._spec = spec
+
+    def fingerprints(self) -> dict[date, Fingerprint]:
+        """Fingerprint of every day that the engine holds.
+
+        Raises TilesUnreadable where the fingerprints leave the tile out: nothing of it would ever be exported.
+        """
+        query = sql.SQL(
+            "select tile_date, row_count, metric_total, content_hash, last_event_at from {} where tile = %s"
+        ).format(self._relation(FINGERPRINTS))
+        rows = self._connection.execute(query, [self._spec.tile]).fetchall()
+        if not rows and self._has_rows():
+            raise TilesUnreadable(
+                f"{FINGERPRINTS} says nothing of {self._spec.tile}, which has rows: its model leaves the tile out, or "
+                "is being refreshed; run `prefs generate` and `prefs apply`, then export again"
+            )
+        return {
+            day: Fingerprint(int(count), Decimal(metric), Decimal(content), last)
+            for day, count, metric, content, last in rows
+            if count
+        }
+
+    def fingerprint(self, day: date) -> Fingerprint | None:
+        """Fingerprint of one day; None where the engine holds nothing of it."""
+        query = sql.SQL(
+            "select row_count, metric_total, content_hash, last_event_at from {} where tile = %s and "
+            "tile_date = %s"
+        ).format(self._relation(FINGERPRINTS))
+        row = self._connection.execute(query, [self._spec.tile, day]).fetchone()
+        if row is None or not row[0]:
+            return None
+        return Fingerprint(int(row[0]), Decimal(row[1]), Decimal(row[2]), row[3])
+
+    def _has_rows(self) -> bool:
+        query = sql.SQL("select 1 from {tile} where {people} limit 1").format(
+            people=people_only(self._spec.entity.key), tile=self._relation(self._spec.tile)
+        )
+        return self._connection.execute(query).fetchone() is not None
+
+    def totals(self, day: date) -> tuple[int, Mapping[str, Decimal]]:
+        """Rows of the day, and the sum of every column that has an exact one, as the engine computes them."""
+        query = sql.SQL("select count(*), {sums} from {tile} where {day} = %s and {people}").format(
+            people=people_only(self._spec.entity.key),
+            sums=sql.SQL(", ").join(
+                sql.SQL("coalesce(sum({}), 0)").format(sql.Identifier(name)) for name in self._spec.totals
+            ),
+            tile=self._relation(self._spec.tile),
+            day=sql.Identifier(self._spec.day),
+        )
+        row = self._connection.execute(query, [day]).fetchone()
+        if row is None:
+            raise TilesUnreadable(f"the engine gave no answer about {self._spec.tile} of {day}: run it again")
+        return int(row[0]), {
+            name: Decimal(value) for name, value in zip(self._spec.totals, row[1:], strict=True)
+        }
+
+    def erasures(self) -> tuple[int, datetime | None]:
+        """How many of the tile's subjects were erased and until when; another answer means another erasure."""
+        row = self._connection.execute(
+            sql.SQL("select count(*), max(erased_at) from {} where subject_kind = %s").format(
+                self._relation(ERASED)
+            ),
+            [self._spec.entity.name],
+        ).fetchone()
+        return (int(row[0]), row[1]) if row else (0, None)
+
+    def erased_rows(self, day: date) -> int:
+        """Rows of the day of erased subjects, which the next refresh of the views removes."""
+        query = sql.SQL(
+            "select count(*) from {tile} as t join ({erased}) as e on e.subject = t.{key}"
+            " where t.{day} = %s and t.last_event_at <= e.erased_at"
+        ).format(
+            tile=self._relation(self._spec.tile),
+            erased=self._erased(),
+            key=sql.Identifier(self._spec.subject),
+            day=sql.Identifier(self._spec.day),
+        )
+        row = self._connection.execute(query, [day]).fetchone()
+        return int(row[0]) if row else 0
+
+    def erased_subjects(self) -> list[ErasedSubject]:
+        """Every erased subject of the tile's entity, with the time until which rows are theirs."""
+        rows = self._connection.execute(self._erased()).fetchall()
+        key = self._spec.entity.key
+        return [ErasedSubject(key, value, until) for value, until in rows if value is not None]
+
+    def _erased(self) -> sql.Composed:
+        """Ids, as the tile has them, and times of the erased subjects of the tile's entity."""
+        subject = (
+            "case when subject_id ~ '^-?[0-9]{{1,19}}$' then subject_id::bigint end"
+            if self._spec.entity.key.type == "bigint"
+            else "subject_id"
+        )
+        return sql.SQL("select " + subject + " as subject, erased_at from {} where subject_kind = {}").format(
+            self._relation(ERASED), sql.Literal(self._spec.entity.name)
+        )
+
+    def rows(self, day: date, schema: pa.Schema) -> Generator[pa.RecordBatch]:
+        """The day's rows without canaries, in no order, in batches of some megabytes with that Arrow schema.
+
+        Each row travels as one line of text, which Arrow parses: one value a row costs the client a third of what one
+        per column does, and RisingWave knows COPY from 2.7 on only, where it makes NULL and an empty string the same.
+        The engine does not sort: it would hold the day in memory, beside the streams that it serves.
+        """
+        fields = [schema.field(column.name) for column in self._spec.columns if column.name != self._spec.day]
+        query = sql.SQL(
+            "select concat_ws({tab}, {columns}) from {tile} where {day} = {value} and {people}"
+        ).format(
+            people=people_only(self._spec.entity.key),
+            tab=sql.Literal("\t"),
+            columns=sql.SQL(", ").join(map(_as_text, fields)),
+            tile=self._relation(self._spec.tile),
+            day=sql.Identifier(self._spec.day),
+            value=sql.Literal(day),
+        )
+        try:
+            # Parsing, which needs no interpreter, runs beside the reading of the next lines.
+            with (
+                self._connection.cursor(row_factory=scalar_row) as cursor,
+                closing(cast("Generator[str]", cursor.stream(query, size=LINES_FETCHED))) as lines,
+                ThreadPoolExecutor(1, "tiles") as parser,
+            ):
+                ahead: Future[pa.RecordBatch] | None = None
+                while text := "\n".join(itertools.islice(lines, LINES_PARSED)):
+                    parsed, ahead = ahead, parser.submit(self._parse, text.encode(), fields, day, schema)
+                    if parsed:
+                        yield parsed.result()
+                if ahead:
+                    yield ahead.result()
+        except pa.ArrowInvalid as error:
+            # Not as its cause: its text may be a person's row.
+            raise TilesUnreadable(self._defect(day, fields, error)) from None
+
+    def _defect(self, day: date, fields: list[pa.Field], error: pa.ArrowInvalid) -> str:
+        """What is wrong with a day's rows that did not parse; ends the snapshot."""
+        required = [field.name for field in fields if not field.nullable]
+        self._connection.execute("rollback")
+        counts = self._connection.execute(
+            sql.SQL("select {missing} from {tile} where {day} = %s and {people}").format(
+                people=people_only(self._spec.entity.key),
+                missing=sql.SQL(", ").join(
+                    sql.SQL("count(*) - count({})").format(sql.Identifier(name)) for name in required
+                ),
+                tile=self._relation(self._spec.tile),
+                day=sql.Identifier(self._spec.day),
+            ),
+            [day],
+        ).fetchone()
+        missing = {name: count for name, count in zip(required, counts or (), strict=True) if count}
+        if missing:
+            what = ", ".join(f"{count} rows without {name}" for name, count in missing.items())
+            what += ", which the contract requires"
+        else:
+            found = _CONVERSION.match(_first_line(error))
+            where, reason = (
+                (fields[int(found[1])].name, found[2]) if found else ("a column", _first_line(error))
+            )
+            what = f"a value of {where} that its training table cannot hold ({reason})"
+        return f"{self._spec.tile} of {day} has {what}: mend the model, then export again"
+
+    def _relation(self, name: str) -> sql.Identifier:
+        return sql.Identifier(self._schema, name)
+
+    def _parse(self, lines: bytes, fields: list[pa.Field], day: date, schema: pa.Schema) -> pa.RecordBatch:
+        parsed = pa.csv.read_csv(
+            pa.BufferReader(lines),
+            read_options=pa.csv.ReadOptions(
+                column_names=[field.name for field in fields], block_size=len(lines) + 1, use_threads=False
+            ),
+            parse_options=pa.csv.ParseOptions(delimiter="\t", quote_char=False, escape_char=False),
+            convert_options=pa.csv.ConvertOptions(
+                column_types={field.name: field.type for field in fields},
+                null_values=["\\N"],
+                strings_can_be_null=True,
+            ),
+        ).combine_chunks()
+        arrays = []
+        for field in schema:
+            if field.name == self._spec.day:
+                arrays.append(pa.repeat(pa.scalar(day, pa.date32()), parsed.num_rows))
+                continue
+            values = parsed.column(field.name).chunk(0)
+            arrays.append(_unescape(values) if pa.types.is_large_string(field.type) else values)
+        return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+@contextmanager
+def tile_snapshot(engine: EngineConfiguration, spec: TileTable) -> Iterator[TileSnapshot]:
+    """Open one consistent, read-only reading of the engine.
+
+    Raises TilesUnreadable where a relation is missing or the connection breaks, EngineUnavailable where there
+    is none.
+    """
+    start = (
+        "start transaction isolation level repeatable read read only"
+        if engine.kind == "local"
+        # RisingWave's read-only transaction is a fixed snapshot by itself.
+        else "start transaction read only"
+    )
+    with engine.connect() as connection:
+        try:
+            connection.execute(start)
+            yield TileSnapshot(connection, engine.schema, spec)
+            connection.execute("commit")
+        except psycopg.errors.UndefinedTable as error:
+            raise TilesUnreadable(_missing(spec, error)) from error
+        except psycopg.OperationalError as error:
+            raise TilesUnreadable(
+                f"the engine broke off while {spec.tile} was read ({_first_line(error)}): see that it runs, then run "
+                "it again"
+            ) from error
+        except psycopg.Error as error:
+            if "not found" in str(error):
+                raise TilesUnreadable(_missing(spec, error)) from error
+            raise TilesUnreadable(
+                f"the engine refuses to read {spec.tile} ({_first_line(error)}): apply the models with `dbt build`"
+            ) from error
+
+
+def _missing(spec: TileTable, error: psycopg.Error) -> str:
+    reason = _first_line(error)
+    return (
+        f"the engine lacks {spec.tile}, {FINGERPRINTS} or {ERASED} ({reason}): "
+        "create the models with `dbt build` first"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _plain(value: Decimal) -> str:
+    # The engines write the same number with different trailing zeros.
+    return f"{value.normalize():f}"
+
+
+def _as_text(field: pa.Field) -> sql.Composable:
+    value: sql.Composable = sql.Identifier(field.name)
+    if pa.types.is_large_string(field.type):
+        for character, escape in ESCAPES.items():
+            value = sql.SQL("replace({}, {}, {})").format(value, sql.Literal(character), sql.Literal(escape))
+    # A row without a required value becomes a line of too few fields, which does not parse. Casts would be a fifth of
+    # the engine's work, so only where coalesce needs one.
+    return sql.SQL("coalesce({}::text, {})").format(value, NULL) if field.nullable else value
+
+
+def _unescape(values: pa.Array) -> pa.Array:
+    if not pc.any(pc.match_substring(values, "\\")).as_py():
+        return values
+    return pa.array(
+        [value and _ESCAPE.sub(lambda found: _ESCAPED[found[0]], value) for value in values.to_pylist()],
+        values.type,
+    )

@@ -1,0 +1,190 @@
+"""The whole flow on one machine: services, events, every asset through Dagster, and what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, date, datetime
+from decimal import Decimal
+from time import monotonic
+from typing import Any
+
+from psycopg import sql
+
+from dagster_prefs.declarations.registry import Entity, Key
+from dagster_prefs.declarations.reserved import people_only
+from dagster_prefs.defs.feature_views import EVENT_TABLES_JOB, REFRESH_JOB
+from dagster_prefs.defs.offline_store import EXPORT_JOB, days_that_need_export, range_tags, ranges
+from dagster_prefs.engine.catalog import row_counts
+from dagster_prefs.events.rejected import rejected_counts
+from dagster_prefs.platform import Platform
+from dagster_prefs.runs import JobRunner
+from dagster_prefs.serving import ProfileClient, ShopClient
+from dagster_prefs.settings import Settings
+from dagster_prefs.tools.simulation import Plan
+from dagster_prefs.tools.simulator import remembered_end, simulate_to_engine
+
+# Whom the example's shop ranks for.
+RANKED = "user_category_profile"
+SHOP_USER = Key("user_id", "text")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The current state of a training table."""
+
+    snapshot_id: int
+    rows_per_day: dict[date, int]
+
+
+@dataclass
+class Summary:
+    """What the demo shows at its end; counts are exact, times in seconds."""
+
+    rows: dict[str, int] = field(default_factory=dict)
+    rejected: dict[str, dict[str, int]] = field(default_factory=dict)
+    entity: str | None = None
+    id: int | str | None = None
+    items: dict[str, dict[str, Any]] = field(default_factory=dict)
+    user_id: str | None = None
+    ranking: list[tuple[str, str, Decimal]] = field(default_factory=list)
+    snapshots: dict[str, Snapshot] = field(default_factory=dict)
+    freshness: list[tuple[str, str, str]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The summary as JSON holds it: dates as ISO text, decimals as digits."""
+        content = asdict(self)
+        for snapshot in content["snapshots"].values():
+            snapshot["rows_per_day"] = {day.isoformat(): n for day, n in snapshot["rows_per_day"].items()}
+        return content
+
+
+class Demo:
+    """One demo over the state of `settings`; running it again adds nothing that is there already.
+
+    Events end at `end` (UTC) where given, else where those of an earlier demo of the same plan ended, else at
+    the plan's own end.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        plan: Plan,
+        say: Callable[[str], None],
+        end: datetime | None = None,
+    ) -> None:
+        self.settings = settings
+        self.plan = plan
+        self.end = end
+        self.say = say
+        self.summary = Summary()
+        self.platform = Platform(settings)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Announce a step and record how long it took."""
+        self.say(name)
+        started = monotonic()
+        yield
+        self.summary.seconds[name] = monotonic() - started
+
+    def run(self) -> Summary:
+        """Make the event tables, load events, refresh, publish, export, and look at the outcome.
+
+        Raises PrefsError with the failing step and its reason; what earlier steps did is kept.
+        """
+        with self.step("load the definitions"):
+            runner = JobRunner(self.settings)
+        with runner:
+            with self.step("make the event tables"):
+                runner.run(EVENT_TABLES_JOB)
+            with self.step("load events"):
+                # A second demo generates the events of the first, finds them all there, and is quick.
+                end = self.end or remembered_end(self.platform.engine, self.plan) or self.plan.end
+                simulate_to_engine(self.platform.engine, self.platform.registry, replace(self.plan, end=end))
+            with self.step("refresh every view and publish to DynamoDB"):
+                runner.run(REFRESH_JOB)
+            with self.step("export the daily tiles to Iceberg"):
+                for first, last in ranges(days_that_need_export(self.platform)):
+                    runner.run(EXPORT_JOB, range_tags(first, last))
+        with self.step("read it all back"):
+            self._look()
+        return self.summary
+
+    def _look(self) -> None:
+        summary, platform = self.summary, self.platform
+        names = [
+            node["name"]
+            for node in platform.dbt.manifest()["nodes"].values()
+            if node["resource_type"] == "model" and node["config"]["materialized"] != "sink"
+        ]
+        with platform.engine.connect() as connection:
+            summary.rows = row_counts(connection, platform.engine, sorted(names))
+            schema = platform.engine.schema
+            profiles = self._profiles()
+            somebody = connection.execute(profiles[1]).fetchone() if profiles else None
+            # The ranking is the example's shop's.
+            user = (
+                connection.execute(
+                    sql.SQL(
+                        "select user_id from {} where {}"
+                        " group by user_id order by max(last_engaged_at) desc, user_id limit 1"
+                    ).format(sql.Identifier(schema, RANKED), people_only(SHOP_USER))
+                ).fetchone()
+                if RANKED in names
+                else None
+            )
+        summary.rejected = rejected_counts(platform.engine)
+        if profiles and somebody:
+            summary.entity, summary.id = profiles[0].name, somebody[0]
+            with ProfileClient(
+                platform.registry,
+                entity=profiles[0].name,
+                endpoint_url=self.settings.aws_endpoint,
+                region=self.settings.aws_region,
+                table_prefix=self.settings.table_prefix,
+                # The local AWS server takes its time; this is a look, not a request of a service.
+                budget_seconds=30.0,
+                read_timeout_seconds=30.0,
+            ) as client:
+                profile = client.get(somebody[0])
+            summary.items = {name: read["attributes"] for name, read in profile.as_dict()["domains"].items()}
+        if user:
+            summary.user_id = user[0]
+            with ShopClient(platform.engine) as preferences:
+                summary.ranking = [
+                    (item.item_id, item.title or "", item.score)
+                    for item in preferences.rank(user[0], limit=5, now=datetime.now(UTC))
+                ]
+        catalog = platform.catalog()
+        for spec in platform.training_tables.values():
+            table = catalog.load_table(spec.identifier(self.settings.iceberg_namespace))
+            snapshot = table.current_snapshot()
+            if snapshot is not None:
+                partitions = table.inspect.partitions().select(["partition", "record_count"]).to_pylist()
+                days = {row["partition"][spec.day]: row["record_count"] for row in partitions}
+                summary.snapshots[spec.name] = Snapshot(snapshot.snapshot_id, dict(sorted(days.items())))
+        measures = platform.sources.online(datetime.now(UTC))
+        summary.freshness = [(measure.name, measure.level, measure.reason) for measure in measures]
+
+    def _profiles(self) -> tuple[Entity, sql.Composed] | None:
+        """The first entity with a domain, and the query of the one with something in every domain, newest first."""
+        registry, schema = self.platform.registry, self.platform.engine.schema
+        domains = registry.contract.domains.values()
+        entity = next((registry.entity(domain.entity) for domain in domains), None)
+        if entity is None:
+            return None
+        first, *others = (
+            sql.Identifier(schema, domain.relation) for domain in domains if domain.entity == entity.name
+        )
+        key = sql.Identifier(entity.key.name)
+        joins = [
+            sql.SQL(" join {} as {} using ({})").format(other, sql.Identifier(f"other_{number}"), key)
+            for number, other in enumerate(others)
+        ]
+        return entity, sql.SQL(
+            "select {key} from {first} as newest{joins} where {people}"
+            " order by newest.last_event_at desc, {key} limit 1"
+        ).format(key=key, first=first, joins=sql.Composed(joins), people=people_only(entity.key))

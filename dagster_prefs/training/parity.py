@@ -1,0 +1,289 @@
+"""Parity: whether what is served equals what the training tables say, attribute by attribute.
+
+A sample of an entity's ids is recomputed by the definition that training sets use, from the tables plus those days
+that only the engine holds in their newest version, and compared with the items of the online store.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+from pyiceberg.catalog import Catalog
+from pyiceberg.exceptions import NoSuchTableError
+from pyiceberg.table import Table
+
+from dagster_prefs.declarations.contract import LAST_EVENT_AT, Contract
+from dagster_prefs.dynamodb.access import ItemAccess
+from dagster_prefs.dynamodb.items import plain
+from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.iceberg.catalog import translated
+from dagster_prefs.iceberg.duck import JOINING, duck_session
+from dagster_prefs.iceberg.export import DEFAULT_NAMESPACE, exported_days
+from dagster_prefs.iceberg.files import read_rows, tile_files
+from dagster_prefs.iceberg.tables import TileTable
+from dagster_prefs.iceberg.tiles import tile_snapshot
+from dagster_prefs.training.windows import Features, load_tiles
+
+Items = Mapping[int | str, Mapping[str, Mapping[str, Any]]]
+"""Id → domain name → attributes, as served; an id or domain without item is absent."""
+
+# How long after a subject's last tile an item that ought to be gone is still looked for.
+EXTRA_DAYS = 30
+COMPARED, MISMATCHED, MISSING, EXTRA = range(4)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One value that is served and one that was due; None stands for NULL, `distance` orders examples."""
+
+    subject: int | str
+    domain: str
+    attribute: str
+    served: Any
+    due: Any
+    distance: float
+
+
+@dataclass(frozen=True)
+class AttributeParity:
+    """Counts of one attribute: values compared, those of them that differ, values due that are not served, and
+    values served that are not due. Each rate is 0…1, of all values that could have been such a case."""
+
+    domain: str
+    attribute: str
+    compared: int
+    mismatched: int
+    missing: int
+    extra: int
+
+    @property
+    def mismatch_rate(self) -> float:
+        return self.mismatched / self.compared if self.compared else 0.0
+
+    @property
+    def missing_rate(self) -> float:
+        return self.missing / (self.compared + self.missing) if self.missing else 0.0
+
+    @property
+    def extra_rate(self) -> float:
+        return self.extra / (self.compared + self.extra) if self.extra else 0.0
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """Result of one comparison.
+
+    `subjects` is how many ids were compared; `missing` and `extra` count, by domain, items that ought to be there and
+    are not, and the reverse; `left_out` names the attributes that no tile has, with the reason;
+    `unsettled` counts items left out because an event younger than the settling time may still be on its way;
+    `engine_days` are the days that were read from the engine, by table; `worst` are the largest differences.
+    """
+
+    subjects: int
+    attributes: tuple[AttributeParity, ...]
+    missing: Mapping[str, int]
+    extra: Mapping[str, int]
+    unsettled: int
+    engine_days: Mapping[str, tuple[date, ...]]
+    worst: tuple[Difference, ...]
+    left_out: Mapping[str, str]
+
+    @property
+    def passed(self) -> bool:
+        return not any(found.mismatched or found.missing or found.extra for found in self.attributes)
+
+    def of(self, domain: str) -> tuple[AttributeParity, ...]:
+        """The attributes of one domain."""
+        return tuple(found for found in self.attributes if found.domain == domain)
+
+
+def served_items(
+    client: Any, contract: Contract, table: str, features: Features
+) -> Callable[[Sequence[int | str]], Items]:
+    """What `check_parity` reads the items of one entity with: strongly consistent reads of its DynamoDB table.
+
+    Values come as they lie in the table, whatever the contract says, so that a wrong type is a mismatch of its
+    attribute. Raises StoreUnavailable when it is called and DynamoDB refuses or does not answer.
+    """
+    access = ItemAccess(client, contract.tables[features.entity.name], table)
+    keys = (access.partition_key, access.sort_key)
+
+    def read(subjects: Sequence[int | str]) -> Items:
+        found: dict[int | str, dict[str, dict[str, Any]]] = {}
+        for domain in contract.domains.values():
+            if domain.name not in features.domains:
+                continue
+            for subject, item in access.get(domain.key, subjects).items():
+                values = {name: plain(typed) for name, typed in item.items() if name not in keys}
+                found.setdefault(subject, {})[domain.name] = values
+        return found
+
+    return read
+
+
+def check_parity(
+    engine: EngineConfiguration,
+    catalog: Catalog,
+    read_items: Callable[[Sequence[int | str]], Items],
+    *,
+    features: Features,
+    now: datetime,
+    share: float = 0.01,
+    spread_seconds: int = 0,
+    settle: timedelta = timedelta(seconds=60),
+    namespace: str = DEFAULT_NAMESPACE,
+    examples: int = 20,
+) -> ParityReport:
+    """Compare a sample of an entity's ids, chosen by a hash, with what `read_items` returns for them.
+
+    `share` is the part of all ids to look at (0…1), always the same ones; `spread_seconds` is the setting
+    that moves each subject's day boundary. Values are compared exactly. Raises OfflineError,
+    EngineUnavailable.
+    """
+    today = now.astimezone(UTC).date()
+    oldest = features.first_day(today) - timedelta(days=EXTRA_DAYS + 1)
+    threshold = round(share * 0xFFFFFFF)
+    engine_days: dict[str, tuple[date, ...]] = {}
+    with duck_session(*JOINING) as session:
+        for spec, columns in features.sources:
+            engine_days[spec.name] = _load(
+                session, engine, catalog, namespace, spec, (*columns, LAST_EVENT_AT), oldest, threshold
+            )
+        boundary = now.timestamp()
+        key = features.key.name
+        session.execute(
+            f"create table points as select row_number() over (order by {key}) as point, {key}, "
+            "date '1970-01-01' + cast(floor(($boundary - case when $spread = 0 then 0 "
+            f"else {_spread_part(features)} end) / 86400.0) as integer) as day "
+            f"from ({' union '.join(f'select distinct {key} from {spec.name}' for spec, _ in features.sources)})",
+            {"boundary": boundary, "spread": spread_seconds},
+        )
+        query = features.sql("serving", last_events=True)
+        due = session.execute(
+            f"select points.{key}, due.* exclude (point) from ({query}) as due join points using (point)"
+        )
+        names = [column[0] for column in due.description or []]
+        rows = [dict(zip(names, row, strict=True)) for row in due.fetchall()]
+    served = read_items([row[key] for row in rows])
+    return _compare(features, rows, served, int((now - settle).timestamp() * 1000), engine_days, examples)
+
+
+def _spread_part(features: Features) -> str:
+    """The seconds by which a subject's day begins later, in SQL: as the macro `within_window` spreads them."""
+    key = features.key
+    # Of other than integer keys it takes the macro row_hash, which is this.
+    number = key.name if key.type == "bigint" else f"cast('0x' || left(md5({key.name}), 15) as bigint)"
+    return f"abs({number} % $spread)"
+
+
+def _load(
+    session: duckdb.DuckDBPyConnection,
+    engine: EngineConfiguration,
+    catalog: Catalog,
+    namespace: str,
+    spec: TileTable,
+    columns: tuple[str, ...],
+    oldest: date,
+    threshold: int,
+) -> tuple[date, ...]:
+    """Make the table of one tile for the sampled ids; returns the days that came from the engine."""
+    exported = exported_days(catalog, spec, namespace=namespace)
+    held = {day: found.token for day, found in exported.items()}
+    with translated(f"the table {namespace}.{spec.name}"), tile_snapshot(engine, spec) as tiles:
+        current = tiles.fingerprints()
+        stale = tuple(
+            sorted(day for day, found in current.items() if day >= oldest and held.get(day) != found.token)
+        )
+        try:
+            table: Table | None = catalog.load_table(spec.identifier(namespace))
+        except NoSuchTableError:
+            table = None
+        names = [spec.subject, spec.day, *columns]
+
+        def batches() -> Iterator[pa.RecordBatch]:
+            if table is not None:
+                for day, files in tile_files(table, spec, first=oldest).items():
+                    if day not in stale:
+                        for file in files:
+                            yield from read_rows(table, file, names)
+            for day in stale:
+                yield from tiles.rows(day, spec.arrow_schema)
+
+        sampled = f"cast('0x' || left(md5(cast({spec.subject} as varchar)), 7) as bigint) <= {threshold}"
+        load_tiles(session, spec, columns, batches(), where=sampled)
+    return stale
+
+
+def _compare(
+    features: Features,
+    rows: Sequence[Mapping[str, Any]],
+    served: Items,
+    settled_before: int,
+    engine_days: Mapping[str, tuple[date, ...]],
+    examples: int,
+) -> ParityReport:
+    # Of each attribute: compared, mismatched, missing, extra.
+    counts: dict[tuple[str, str], list[int]] = {
+        (domain, name): [0, 0, 0, 0]
+        for domain in features.domains
+        for name in [*(value.name for value in features.values if value.domain == domain), LAST_EVENT_AT]
+    }
+    missing = dict.fromkeys(features.domains, 0)
+    extra = dict.fromkeys(features.domains, 0)
+    unsettled = 0
+    differences: list[Difference] = []
+    for row in rows:
+        subject = row[features.key.name]
+        for domain in features.domains:
+            item = served.get(subject, {}).get(domain)
+            newest = row[f"{domain}_last_event_at"]
+            if newest is not None and newest >= settled_before:
+                unsettled += 1
+                continue
+            if newest is None and item is None:
+                continue
+            missing[domain] += item is None
+            extra[domain] += newest is None
+            for (of, name), count in counts.items():
+                if of != domain:
+                    continue
+                due = newest if name == LAST_EVENT_AT else row[name]
+                value = None if item is None else item.get(name)
+                if newest is None:
+                    kind, due = EXTRA, None
+                elif item is None or name not in item:
+                    kind = MISSING
+                else:
+                    count[COMPARED] += 1
+                    if value == due:
+                        continue
+                    kind = MISMATCHED
+                count[kind] += 1
+                # Of an item that is there or not as a whole, one attribute is example enough.
+                if kind == MISMATCHED or name == LAST_EVENT_AT or (kind == MISSING and item is not None):
+                    differences.append(Difference(subject, domain, name, value, due, _distance(value, due)))
+    differences.sort(key=lambda found: (-found.distance, found.subject, found.attribute))
+    return ParityReport(
+        subjects=len(rows),
+        attributes=tuple(AttributeParity(*key, *count) for key, count in counts.items()),
+        missing=missing,
+        extra=extra,
+        unsettled=unsettled,
+        engine_days=engine_days,
+        worst=tuple(differences[:examples]),
+        left_out=features.left_out,
+    )
+
+
+def _distance(served: Any, due: Any) -> float:
+    """Relative difference of two numbers; infinite where they are no numbers."""
+    try:
+        return abs(float(served) - float(due)) / max(abs(float(due)), 1.0)
+    except (TypeError, ValueError):
+        return math.inf

@@ -1,0 +1,530 @@
+"""Point-in-time correct training sets: labels joined with features as they were known at the label's time.
+
+A label sees the days before its own (UTC), never its own day or a later one. `as_known` goes further: it sees
+each day in the version that the table held at the label's time, so that a late event or a correction that
+came afterwards changes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+from pyiceberg.catalog import Catalog
+from pyiceberg.exceptions import CommitFailedException
+from pyiceberg.manifest import DataFile, ManifestContent
+from pyiceberg.table import Table
+from pyiceberg.table.refs import SnapshotRefType
+from pyiceberg.table.snapshots import Snapshot
+from pyiceberg.types import TimestamptzType
+
+from dagster_prefs.declarations.registry import Registry
+from dagster_prefs.files import whole_file
+from dagster_prefs.iceberg.catalog import OfflineError, translated
+from dagster_prefs.iceberg.duck import JOINING, duck_session
+from dagster_prefs.iceberg.export import DEFAULT_NAMESPACE
+from dagster_prefs.iceberg.files import LiveFile, day_of, live_files, read_rows, tile_files
+from dagster_prefs.iceberg.publish import ATTEMPTS
+from dagster_prefs.iceberg.tables import TileTable
+from dagster_prefs.training.labels import POINT, TIME, LabelsRefused, check_columns, is_csv, read_labels
+from dagster_prefs.training.outputs import OutputRefused, check_output, write_output
+from dagster_prefs.training.windows import Dialect, Features, choose_features, load_tiles
+
+MANIFEST_VERSION = 1
+FOREVER = 2**62
+
+
+class SnapshotExpired(OfflineError):
+    """A version of the tiles that is needed is no longer kept."""
+
+
+class TagTaken(OfflineError):
+    """The name for the tile snapshots of a training set is that of others."""
+
+
+class NotReproducible(OfflineError):
+    """Labels, tiles or code are not what the manifest says they were."""
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """What was written: `rows` labels with their features to `output`, how to get them again to `manifest`."""
+
+    output: str
+    manifest: Path
+    rows: int
+    cold_start_rows: int
+    content_hash: str
+    snapshots: Mapping[str, int | None]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class CsvOptions:
+    """How CSV is read and written: the type of each column of the labels that is not to be text, as `labels.TYPES`
+    names it, and whether texts that a spreadsheet would compute are written as they stand."""
+
+    types: Mapping[str, str] = field(default_factory=dict)
+    keep_formulas: bool = False
+
+
+@dataclass(frozen=True)
+class _Version:
+    """A data file, with what was deleted of it, and the time in which it was current: milliseconds since 1970, the end
+    excluded."""
+
+    file: LiveFile
+    known_from: int
+    known_to: int
+
+
+_AS_TEXT = CsvOptions()
+
+
+def build_training_set(
+    catalog: Catalog,
+    labels: str,
+    output: Path | str,
+    *,
+    features: Features,
+    now: datetime,
+    timezone: str | None = None,
+    as_known: bool = False,
+    manifest: Path | None = None,
+    tag: str | None = None,
+    namespace: str = DEFAULT_NAMESPACE,
+    csv: CsvOptions = _AS_TEXT,
+) -> TrainingSet:
+    """Write `output`: every label, in its order, duplicates included, with every feature beside it.
+
+    `features` are those of one entity; `labels` is a Parquet or CSV file or an Iceberg table with the entity's key,
+    `label_time` and any other columns (see `read_labels`); `output` is a `.parquet` or `.csv` file or an
+    Iceberg table `namespace.table`. `manifest`
+    (`<output>.manifest.json` by default) gets tile snapshots, versions of contract and code, and fingerprints, from
+    which `reproduce_training_set` gets the same rows; `tag` is set on the tile snapshots, which upkeep then keeps.
+    `csv` says what cells of CSV labels are that are not text. The join spills to disk beyond a gigabyte. A subject
+    without history gets cold-start values: zero counts, empty lists, NULL rates.
+
+    Raises LabelsRefused, OutputRefused, TagTaken, TableMissing, SnapshotExpired (`as_known` before the kept
+    history), or another OfflineError; an existing output is replaced only in the end.
+    """
+    manifest = manifest or Path(f"{output}.manifest.json")
+    check_output(catalog, str(output))
+    if not manifest.absolute().parent.is_dir():
+        raise OutputRefused(f"the folder {manifest.parent} of the manifest does not exist: create it")
+    snapshots: dict[str, int | None] = {}
+    for spec, _ in features.sources:
+        with translated(f"the table {namespace}.{spec.name}"):
+            table = catalog.load_table(spec.identifier(namespace))
+            current = table.current_snapshot()
+            if tag and current:
+                _set_tag(table, tag, current.snapshot_id)
+        snapshots[spec.name] = current.snapshot_id if current else None
+    with translated(f"the manifest {manifest}"), ExitStack() as written:
+
+        def describe(made: _Made) -> None:
+            content = {
+                "manifest_version": MANIFEST_VERSION,
+                "created_at": now.astimezone(UTC).isoformat(),
+                "code_version": importlib.metadata.version("dagster-prefs"),
+                "contract_version": features.contract_version,
+                "definition": _definition(features),
+                "entity": features.entity.name,
+                "labels": {
+                    "source": labels,
+                    "rows": made.rows,
+                    "fingerprint": made.labels_hash,
+                    "timezone": timezone,
+                    "types": dict(csv.types),
+                },
+                "as_known": as_known,
+                "namespace": namespace,
+                "snapshots": snapshots,
+                "days": {"first": made.first_day.isoformat(), "last": made.last_day.isoformat()},
+                "output": {
+                    "path": str(output),
+                    "rows": made.rows,
+                    "cold_start_rows": made.cold_start_rows,
+                    "fingerprint": made.content_hash,
+                    "features": [asdict(feature) for feature in features.values],
+                    "left_out": features.left_out,
+                },
+            }
+            partial = written.enter_context(whole_file(manifest))
+            partial.write(json.dumps(content, indent=2).encode() + b"\n")
+            # Before the rows take their place: a disk that is full must show now.
+            partial.flush()
+
+        made = _build(
+            catalog,
+            labels,
+            str(output),
+            features=features,
+            snapshots=snapshots,
+            now=now,
+            timezone=timezone,
+            as_known=as_known,
+            namespace=namespace,
+            csv=csv,
+            describe=describe,
+        )
+    return TrainingSet(
+        str(output), manifest, made.rows, made.cold_start_rows, made.content_hash, snapshots, made.seconds
+    )
+
+
+def reproduce_training_set(
+    catalog: Catalog,
+    manifest: Path,
+    output: Path | str,
+    *,
+    registry: Registry,
+    labels: str | None = None,
+    keep_formulas: bool = False,
+) -> TrainingSet:
+    """Write the training set of a manifest again to `output`; every row is proven equal before that.
+
+    `labels` says where the labels are now, if they moved; `keep_formulas` is that of `CsvOptions`. Raises
+    SnapshotExpired where a tile snapshot is gone, NotReproducible where labels, definition or result differ from the
+    manifest.
+    """
+    try:
+        known = json.loads(manifest.read_text())
+        version = known["manifest_version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise NotReproducible(
+            f"{manifest} is not the manifest of a training set ({error}): name another"
+        ) from error
+    if version != MANIFEST_VERSION:
+        raise NotReproducible(
+            f"{manifest} has version {version}, this code reads {MANIFEST_VERSION}: upgrade it"
+        )
+    features = choose_features(registry, known.get("entity"))
+    if known["definition"] != _definition(features):
+        raise NotReproducible(
+            f"{manifest} was made by code {known['code_version']} with another definition of the features: "
+            "install that version"
+        )
+    check_output(catalog, str(output))
+    source = labels or known["labels"]["source"]
+    if is_csv(source) and "types" not in known["labels"]:
+        raise NotReproducible(
+            f"{manifest} was made by code {known['code_version']}, which guessed what the cells of {source} are: "
+            "install that version, or make the training set again and give the types"
+        )
+    made = _build(
+        catalog,
+        source,
+        str(output),
+        features=features,
+        snapshots=known["snapshots"],
+        now=datetime.fromisoformat(known["created_at"]),
+        timezone=known["labels"]["timezone"],
+        as_known=known["as_known"],
+        namespace=known["namespace"],
+        csv=CsvOptions(known["labels"].get("types", {}), keep_formulas),
+        expect=(known["labels"]["fingerprint"], known["output"]["fingerprint"]),
+    )
+    return TrainingSet(
+        str(output),
+        manifest,
+        made.rows,
+        made.cold_start_rows,
+        made.content_hash,
+        known["snapshots"],
+        made.seconds,
+    )
+
+
+def print_training_sql(
+    catalog: Catalog,
+    labels: str,
+    dialect: Dialect,
+    *,
+    features: Features,
+    as_known: bool = False,
+    namespace: str = DEFAULT_NAMESPACE,
+) -> str:
+    """The same join in the SQL of a distributed engine over the same tables, for labels beyond one machine.
+
+    `labels` must be an Iceberg table (`namespace.table`) with the entity's key and `label_time`, a
+    timestamp with a zone.
+    Raises LabelsRefused where it is not, or a column is named like a feature; TableMissing where it does not exist.
+    """
+    if as_known:
+        raise LabelsRefused(
+            f"--as-known needs the history of the tables, which {dialect} does not see: leave it out, or build the "
+            "training set here"
+        )
+    if Path(labels).suffix.lower() in (".parquet", ".csv") or labels.count(".") != 1:
+        raise LabelsRefused(
+            f"{labels} is no Iceberg table, and {dialect} reads no file of this machine: load the labels into a table "
+            "(namespace.table) first"
+        )
+    with translated(f"the table {labels}"):
+        fields = {field.name: field.field_type for field in catalog.load_table(labels).schema().fields}
+    check_columns(labels, list(fields), features)
+    if not isinstance(fields[TIME], TimestamptzType):
+        raise LabelsRefused(
+            f"{labels}.{TIME} is {fields[TIME]}: {dialect} needs a timestamp with a zone; write the table again"
+        )
+    return features.training_sql(dialect, labels, list(fields), namespace=namespace)
+
+
+@dataclass(frozen=True)
+class _Made:
+    rows: int
+    cold_start_rows: int
+    labels_hash: str
+    content_hash: str
+    first_day: date
+    last_day: date
+    seconds: float = 0.0
+
+
+def _build(
+    catalog: Catalog,
+    labels: str,
+    output: str,
+    *,
+    features: Features,
+    snapshots: Mapping[str, int | None],
+    now: datetime,
+    timezone: str | None,
+    as_known: bool,
+    namespace: str,
+    csv: CsvOptions,
+    expect: tuple[str, str] | None = None,
+    describe: Callable[[_Made], None] | None = None,
+) -> _Made:
+    started = time.monotonic()
+    table = read_labels(catalog, labels, features=features, now=now, timezone=timezone, types=csv.types)
+    with translated(f"the training set {output}"), duck_session(*JOINING) as session:
+        first, last = _load_points(session, table, features)
+        labels_hash = _fingerprint(session, "labels")
+        if expect and labels_hash != expect[0]:
+            raise NotReproducible(
+                f"{labels} does not hold the labels of the manifest any more: name the original"
+            )
+        oldest = _oldest_label(session)
+        for spec, columns in features.sources:
+            with translated(f"the table {namespace}.{spec.name}"):
+                tiles = catalog.load_table(spec.identifier(namespace))
+                snapshot = _snapshot(tiles, snapshots[spec.name])
+                if as_known:
+                    batches = _versions(tiles, spec, snapshot, columns, first, last, oldest)
+                else:
+                    batches = _current(tiles, spec, snapshot, columns, first, last)
+                known = f"{features.key.name} in (select {features.key.name} from points)"
+                load_tiles(session, spec, columns, batches, where=known, versions=as_known)
+        session.execute(f"create table features as {features.sql('training', versions=as_known)}")
+        session.execute(
+            "create view result as select labels.*, features.* exclude (point) "
+            "from labels join features on features.point = labels.point"
+        )
+        content = _fingerprint(session, "result")
+        if expect and content != expect[1]:
+            raise NotReproducible(
+                f"the rows differ from those of the manifest although labels and tiles are the same: {output} was "
+                "not written; look for a changed version of DuckDB or Arrow"
+            )
+        made = _Made(table.num_rows, _count_cold_start(session, features), labels_hash, content, first, last)
+        if describe:
+            describe(made)
+        kinds = {row[0]: row[1] for row in session.execute("describe result").fetchall()}
+        kinds.pop(POINT)
+        fingerprint = {"prefs.fingerprint": content}
+        write_output(session, kinds, catalog, output, fingerprint, keep_formulas=csv.keep_formulas)
+    return replace(made, seconds=time.monotonic() - started)
+
+
+def _load_points(
+    session: duckdb.DuckDBPyConnection, table: pa.Table, features: Features
+) -> tuple[date, date]:
+    """Make `labels` and `points`; returns the earliest and latest day whose tiles any label needs."""
+    number = pa.array(range(table.num_rows), pa.int64())
+    names = table.column_names
+    # Instants travel as integers: without an extension DuckDB cannot take a date of one.
+    source = table.append_column("point", number)
+    place = source.schema.get_field_index(TIME)
+    source = source.set_column(place, TIME, source[TIME].cast(pa.int64()))
+    session.register("source", source)
+    others = ", ".join(f'"{name.replace(chr(34), chr(34) * 2)}"' for name in names)
+    session.execute(f"create table labels as select point, {others} from source")
+    session.unregister("source")
+    session.execute(
+        f"""
+        create table points as
+        select point, {features.key.name}, date '1970-01-01' + cast(floor({TIME} / 86400000000.0) as integer) as day,
+          {TIME} // 1000 as known_at
+        from labels
+        """
+    )
+    earliest, latest = _one(session, "select min(day), max(day) from points")
+    return features.first_day(earliest), latest - timedelta(days=1)
+
+
+def _oldest_label(session: duckdb.DuckDBPyConnection) -> int:
+    return int(_one(session, "select min(known_at) from points")[0])
+
+
+def _set_tag(table: Table, tag: str, snapshot_id: int) -> None:
+    """Tag a snapshot; again is fine. Raises TagTaken where the name is a branch or that of another snapshot."""
+    for _ in range(ATTEMPTS):
+        held = table.refs().get(tag)
+        if held is not None:
+            if held.snapshot_id == snapshot_id and held.snapshot_ref_type == SnapshotRefType.TAG:
+                return
+            raise TagTaken(
+                f"{'.'.join(table.name())} has {tag} for snapshot {held.snapshot_id} already: choose another name"
+            )
+        # Others commit to the table all day; a tag disturbs none of them.
+        with suppress(CommitFailedException):
+            table.manage_snapshots().create_tag(snapshot_id, tag).commit()
+        table.refresh()
+    raise TagTaken(f"{'.'.join(table.name())} changed while it was tagged {ATTEMPTS} times: run it again")
+
+
+def _snapshot(table: Table, snapshot_id: int | None) -> Snapshot | None:
+    if snapshot_id is None:
+        return None
+    snapshot = table.snapshot_by_id(snapshot_id)
+    if snapshot is None:
+        raise SnapshotExpired(
+            f"snapshot {snapshot_id} of {'.'.join(table.name())} has expired, by age or because it held an erased "
+            "subject, and this training set cannot be had again: keep snapshots longer or tag those of training sets"
+        )
+    return snapshot
+
+
+def _current(
+    table: Table,
+    spec: TileTable,
+    snapshot: Snapshot | None,
+    columns: tuple[str, ...],
+    first: date,
+    last: date,
+) -> Iterator[pa.RecordBatch]:
+    if snapshot is None:
+        return
+    for files in tile_files(table, spec, first=first, last=last, snapshot_id=snapshot.snapshot_id).values():
+        for file in files:
+            yield from read_rows(table, file, [spec.subject, spec.day, *columns])
+
+
+def _versions(
+    table: Table,
+    spec: TileTable,
+    snapshot: Snapshot | None,
+    columns: tuple[str, ...],
+    first: date,
+    last: date,
+    oldest_label: int,
+) -> Iterator[pa.RecordBatch]:
+    if snapshot is None:
+        return
+    for version in _history(table, snapshot, oldest_label):
+        if first <= day_of(table, spec, version.file.data) <= last:
+            for batch in read_rows(table, version.file, [spec.subject, spec.day, *columns]):
+                yield batch.append_column(
+                    "known_from", pa.repeat(version.known_from, batch.num_rows)
+                ).append_column("known_to", pa.repeat(version.known_to, batch.num_rows))
+
+
+def _history(table: Table, last: Snapshot, oldest_label: int) -> list[_Version]:
+    """Every data file with the times in which readers saw it, up to the publication of `last`."""
+    log = [(entry.snapshot_id, entry.timestamp_ms) for entry in table.history()]
+    ends = [place for place, (snapshot_id, _) in enumerate(log) if snapshot_id == last.snapshot_id]
+    if not ends:
+        raise SnapshotExpired(
+            f"the history of {'.'.join(table.name())} does not show when snapshot {last.snapshot_id} was "
+            "published: build it without as_known"
+        )
+    log = log[: ends[-1] + 1]
+    start = _unbroken_from(table, log)
+    first = table.snapshot_by_id(log[start][0])
+    # A table's first commit has sequence number 1; any other has predecessors, which have expired.
+    complete = start == 0 and first is not None and first.sequence_number == 1
+    if not complete and log[start][1] > oldest_label:
+        when = datetime.fromtimestamp(log[start][1] / 1000, UTC).isoformat()
+        raise SnapshotExpired(
+            f"the history of {'.'.join(table.name())} is kept from {when} on, older snapshots have expired: drop "
+            "labels before that time, or build without as_known"
+        )
+    manifests: dict[str, list[DataFile]] = {}
+    current: dict[frozenset[str], tuple[LiveFile, int]] = {}
+    versions: list[_Version] = []
+    for snapshot_id, published in log[start:]:
+        snapshot = table.snapshot_by_id(snapshot_id)
+        # What is deleted of a file later makes another version of it.
+        held = {file.parts: file for file in _files_of(table, snapshot, manifests)} if snapshot else {}
+        for parts in current.keys() - held.keys():
+            file, since = current.pop(parts)
+            versions.append(_Version(file, since, published))
+        for parts in held.keys() - current.keys():
+            current[parts] = (held[parts], published)
+    return versions + [_Version(file, since, FOREVER) for file, since in current.values()]
+
+
+def _files_of(table: Table, snapshot: Snapshot, manifests: dict[str, list[DataFile]]) -> list[LiveFile]:
+    """The files of a snapshot; `manifests` keeps what was read for the next, as most are those of the one before."""
+    listed = snapshot.manifests(table.io)
+    if any(manifest.content == ManifestContent.DELETES for manifest in listed):
+        return live_files(table, snapshot_id=snapshot.snapshot_id)
+    for manifest in listed:
+        if manifest.manifest_path not in manifests:
+            manifests[manifest.manifest_path] = [
+                entry.data_file for entry in manifest.fetch_manifest_entry(table.io, discard_deleted=True)
+            ]
+    return [
+        LiveFile(file, snapshot.snapshot_id)
+        for manifest in listed
+        for file in manifests[manifest.manifest_path]
+    ]
+
+
+def _unbroken_from(table: Table, log: list[tuple[int, int]]) -> int:
+    """The first place of the log from which on every published snapshot is still there."""
+    earlier = [{snapshot_id for snapshot_id, _ in log[:place]} for place in range(len(log))]
+    for place in range(len(log) - 1, 0, -1):
+        snapshot = table.snapshot_by_id(log[place][0])
+        # A rollback publishes a snapshot again; any other follows the one before it.
+        rolled_back = log[place][0] in earlier[place]
+        if snapshot is None or (not rolled_back and snapshot.parent_snapshot_id != log[place - 1][0]):
+            return place
+    return 0
+
+
+def _fingerprint(session: duckdb.DuckDBPyConnection, relation: str) -> str:
+    """A hash of all rows with their places: equal exactly where the content is, row by row."""
+    row_hash = "cast('0x' || left(md5(cast(r as varchar)), 15) as bigint)"
+    found = _one(session, f"select count(*), sum({row_hash}) from {relation} as r")
+    return hashlib.sha256(repr(found).encode()).hexdigest()
+
+
+def _one(session: duckdb.DuckDBPyConnection, query: str) -> tuple[Any, ...]:
+    # Fetched whole: a session with a result half read accepts no further statement.
+    row: tuple[Any, ...] = session.execute(query).fetchall()[0]
+    return row
+
+
+def _definition(features: Features) -> str:
+    """A hash of what the features are."""
+    text = json.dumps([asdict(value) for value in features.values]) + features.sql("training", versions=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _count_cold_start(session: duckdb.DuckDBPyConnection, features: Features) -> int:
+    """Labels none of whose features is anything but its cold-start value."""
+    same = " and ".join(f"{value.name} is not distinct from {value.cold_start}" for value in features.values)
+    return int(_one(session, f"select count(*) from features where {same}")[0])

@@ -1,0 +1,593 @@
+"""What a rolling feature is, taken from the rolling views themselves: the SQL behind training sets and parity.
+
+The registry holds every domain's rolling view as dbt compiles it for the engine, so windows, sums and rankings are
+written once, in the models. Here the same queries are asked about other moments than now: `now()` becomes the day of a
+*point*, a subject and a day that features are wanted for, and a tile is read from its training table.
+
+An N-day window of a day D is the tiles with day ≥ D - N. Serving leaves it open, so it holds what is known of
+D itself; training ends it before D, because D is not over when its label is taken.
+
+The local SQL reads the relations `points` (`point`, the entity's key, `day`, and `known_at` where versions count) and
+the training tables by their names, in which instants are integers: microseconds since 1970.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date, timedelta
+from functools import cached_property
+from typing import Literal
+
+import duckdb
+import pyarrow as pa
+import sqlglot
+from pyiceberg.types import DateType, DecimalType, IcebergType, StringType
+from sqlglot import exp
+
+from dagster_prefs.declarations.contract import LAST_EVENT_AT, Attribute, Domain
+from dagster_prefs.declarations.registry import Entity, Key, Registry
+from dagster_prefs.iceberg.catalog import OfflineError
+from dagster_prefs.iceberg.duck import registered
+from dagster_prefs.iceberg.tables import TileTable, tile_tables
+
+Mode = Literal["training", "serving"]
+Dialect = Literal["duckdb", "trino", "spark", "athena"]
+
+# Names that the training SQL uses itself.
+_TAKEN = frozenset({"points", "labels", "p", "t", "l"})
+_NUMBERS = "decimal(28, 6)"
+_TYPES = {
+    "integer": "bigint",
+    "decimal": _NUMBERS,
+    "string": "varchar",
+    "list<string>": "varchar[]",
+    "list<decimal>": f"{_NUMBERS}[]",
+}
+
+
+class ViewNotPortable(OfflineError):
+    """A rolling view says something that can be asked about now only."""
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One value of a domain of the contract.
+
+    `type` and `cold_start`, what a subject without history gets, are SQL of DuckDB.
+    """
+
+    name: str
+    domain: str
+    type: str
+    cold_start: str
+
+
+def _feature(domain: str, name: str, attribute: Attribute) -> Feature:
+    if attribute.type not in _TYPES:
+        raise ViewNotPortable(
+            f"{domain}.{name} is a {attribute.type}, which has no exact equal in training data: make it a decimal"
+        )
+    empty = "null" if attribute.nullable else "[]" if attribute.type.startswith("list") else "0"
+    return Feature(name, domain, _TYPES[attribute.type], f"cast({empty} as {_TYPES[attribute.type]})")
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A select of a view that reads a tile in a window of so many days."""
+
+    select: exp.Select
+    spec: TileTable
+    days: int
+
+
+def features_by_entity(registry: Registry) -> dict[str, Features]:
+    """Name of an entity → its features, for every entity with a domain that reads tiles, in the registry's order."""
+    served = {entity_of(registry, domain).name for domain in registry.contract.domains.values()}
+    found = {name: Features(registry, entity) for name, entity in registry.entities.items() if name in served}
+    return {name: features for name, features in found.items() if features.domains}
+
+
+def entity_of(registry: Registry, domain: Domain) -> Entity:
+    """The entity that a domain's items are about."""
+    return registry.entity(domain.entity)
+
+
+def choose_features(registry: Registry, entity: str | None) -> Features:
+    """The features of the entity of this name, or of the only one with a domain.
+
+    Raises OfflineError where there is no such entity, or several and none is named.
+    """
+    found = features_by_entity(registry)
+    if entity is None and len(found) == 1:
+        return next(iter(found.values()))
+    if entity not in found:
+        what = "which entity is meant is not said" if entity is None else f"{entity} has no features"
+        raise OfflineError(f"{what}: name one of {', '.join(found) or '(no entity has a domain)'}")
+    return found[entity]
+
+
+class Features:
+    """The served values of one entity, and the SQL that computes them from the training tables.
+
+    `domains` are the names of its domains that read tiles, and `values` their attributes but `last_event_at`, in the
+    contract's order. `left_out` names the attributes (`domain.attribute`) that training sets and parity cannot know,
+    each with the reason: they are computed from relations that are not exported.
+
+    Raises ViewNotPortable for a view that can be asked about now only, and for names that would be ambiguous.
+    """
+
+    def __init__(self, registry: Registry, entity: Entity) -> None:
+        if len(entity.keys) > 1:
+            names = ", ".join(key.name for key in entity.keys)
+            raise ViewNotPortable(
+                f"{entity.name} has the composite key ({names}), and training sets join labels by one key column: "
+                "give them an entity with a key of one column"
+            )
+        self.entity = entity
+        self.key: Key = entity.key
+        self.contract_version = registry.contract.version
+        self._tables = tile_tables(registry)
+        self._by_tile = {spec.tile: spec for spec in self._tables.values()}
+        self._windows: Mapping[str, int] = registry.variables.get("windows", {})
+        self._domains: list[Domain] = []
+        self.left_out: dict[str, str] = {}
+        self._views: dict[str, exp.Select] = {}
+        values: list[Feature] = []
+        for domain in registry.contract.domains.values():
+            if entity_of(registry, domain) != entity:
+                continue
+            parsed = _parse(domain.relation, registry.query(domain.relation))
+            if instead := self._read_instead_of_tiles(parsed):
+                why = f"it is computed from {instead}, which is not exported"
+                self.left_out |= {
+                    f"{domain.name}.{name}": why for name in domain.attributes if name != LAST_EVENT_AT
+                }
+                continue
+            self._domains.append(domain)
+            if domain.name in _TAKEN or domain.name in self._tables:
+                raise ViewNotPortable(
+                    f"the domain {domain.name} is called like a relation of the training SQL: rename it"
+                )
+            view, unknown = self._portable(domain, parsed)
+            self.left_out |= {f"{domain.name}.{name}": why for name, why in unknown.items()}
+            self._views[domain.name] = view
+            values += [
+                _feature(domain.name, name, attribute)
+                for name, attribute in domain.attributes.items()
+                if name != LAST_EVENT_AT and name not in unknown
+            ]
+        self.domains = tuple(domain.name for domain in self._domains)
+        self.values = tuple(values)
+        named = [value.name for value in self.values]
+        if twice := [name for name in named if named.count(name) > 1]:
+            raise ViewNotPortable(
+                f"two domains of {entity.name} have the attribute {twice[0]}, and a training set has one column of a "
+                "name: rename one"
+            )
+        if self._domains:
+            # Whatever could not be asked about other days is refused here.
+            self._query("training", "duckdb")
+
+    @cached_property
+    def sources(self) -> tuple[tuple[TileTable, tuple[str, ...]], ...]:
+        """The training tables that features are made of, with the columns of each besides key, day and newest event."""
+        found: dict[str, dict[str, None]] = {}
+        for domain in self._domains:
+            for read in self._reads(self._view(domain.name), domain.relation):
+                columns = found.setdefault(read.spec.name, {})
+                for column in read.select.find_all(exp.Column):
+                    if column.name not in (self.key.name, read.spec.day, LAST_EVENT_AT):
+                        columns[column.name] = None
+        return tuple((spec, tuple(found[name])) for name, spec in self._tables.items() if name in found)
+
+    def table_of(self, domain: str) -> TileTable:
+        """The training table that a domain's features come from; of several, the one that is read first."""
+        relation = next(found.relation for found in self._domains if found.name == domain)
+        return next(self._reads(self._view(domain), relation)).spec
+
+    @cached_property
+    def longest_window(self) -> int:
+        """Days of the longest window of any feature."""
+        return max(
+            read.days
+            for domain in self._domains
+            for read in self._reads(self._view(domain.name), domain.relation)
+        )
+
+    def first_day(self, day: date) -> date:
+        """The earliest day that any window of `day` holds."""
+        longest = timedelta(days=self.longest_window)
+        return max(day, date.min + longest) - longest
+
+    def sql(self, mode: Mode, *, versions: bool = False, last_events: bool = False) -> str:
+        """A query of DuckDB that returns one row per point: `point`, then every feature in the order of `values`.
+
+        With `last_events`, `<domain>_last_event_at` follows for every domain: the newest event in its longest window
+        in milliseconds since 1970, NULL where the window is empty and the domain has no item.
+
+        With `versions`, tiles carry `known_from` and `known_to` (epoch milliseconds), and a point sees only the
+        version that was current at its `known_at`.
+        """
+        return self._query(mode, "duckdb", versions=versions, last_events=last_events).sql(dialect="duckdb")
+
+    def training_sql(self, dialect: Dialect, labels: str, columns: Sequence[str], *, namespace: str) -> str:
+        """The point-in-time join in another engine's SQL: every column of the table `labels`, then every feature.
+
+        `labels` is `namespace.table` with `columns`, among them the entity's key and `label_time`, an instant. A label
+        of one UTC day sees the days before it, in the newest version of every tile.
+        """
+        key = self.key.name
+        # As whole days since 1970, because engines disagree about whose midnight a date of an instant means.
+        seconds = (exp.UnixSeconds if dialect == "spark" else exp.TimeToUnix)(
+            this=exp.column("label_time", "l")
+        )
+        number = exp.cast(exp.Floor(this=exp.Div(this=seconds, expression=exp.Literal.number(86_400))), "int")
+        epoch = exp.cast(exp.Literal.string("1970-01-01"), "date")
+        day = exp.cast(exp.DateAdd(this=epoch, expression=number, unit=exp.var("DAY")), "date")
+        # Labels of one subject and day see the same; numbering them instead would sort all of them in one place.
+        point = exp.Concat(
+            expressions=[
+                exp.cast(exp.column(key, "l"), "varchar"),
+                exp.Literal.string(" "),
+                exp.cast(day, "varchar"),
+            ],
+            safe=True,
+            coalesce=False,
+        )
+        source = exp.to_table(labels)
+        source.set("alias", exp.TableAlias(this=exp.to_identifier("l")))
+        numbered = exp.select("l.*", exp.alias_(point, "point")).from_(source)
+        points = exp.select("l.point", f"l.{key}", exp.alias_(day.copy(), "day")).distinct()
+        query = self._query("training", dialect, namespace=namespace)
+        ctes = query.args["with_"]
+        ctes.set(
+            "expressions",
+            [_cte("labels", numbered), _cte("points", points.from_("labels as l")), *ctes.expressions],
+        )
+        query = query.join("labels", on="labels.point = p.point")
+        names = [exp.column(name, "labels", quoted=True) for name in columns]
+        # Without the point, which is only how the rows find each other.
+        query.set("expressions", [*names, *query.expressions[1:]])
+        return query.sql(dialect=dialect, pretty=True)
+
+    def _query(
+        self,
+        mode: Mode,
+        dialect: Dialect,
+        *,
+        versions: bool = False,
+        last_events: bool = False,
+        namespace: str | None = None,
+    ) -> exp.Select:
+        columns: list[exp.Expr] = [exp.column("point", "p")]
+        for value in self.values:
+            served = sqlglot.parse_one(
+                f"coalesce(cast({value.domain}.{value.name} as {value.type}), {value.cold_start})",
+                dialect="duckdb",
+            )
+            columns.append(exp.alias_(served, value.name))
+        if last_events:
+            columns += [
+                exp.alias_(exp.column(LAST_EVENT_AT, name), f"{name}_{LAST_EVENT_AT}")
+                for name in self.domains
+            ]
+        query = exp.select(*columns).from_("points as p")
+        for domain in self._domains:
+            view, name = self._view(domain.name), domain.name
+            self._at_points(view, domain.relation, mode, dialect, versions, namespace)
+            _drop(view, {"domain_key"} if last_events else {"domain_key", LAST_EVENT_AT})
+            _rename(view, name)
+            query = query.with_(name, as_=view).join(name, on=f"{name}.point = p.point", join_type="left")
+        return query
+
+    def _view(self, domain: str) -> exp.Select:
+        """A copy of a domain's view, to be changed."""
+        return self._views[domain].copy()
+
+    def _read_instead_of_tiles(self, view: exp.Select) -> str:
+        """The relations that a domain's view reads where none of them is a tile; empty where one is."""
+        ctes = {cte.alias for cte in view.find_all(exp.CTE)}
+        read = dict.fromkeys(table.name for table in view.find_all(exp.Table) if table.name not in ctes)
+        return "" if self._by_tile.keys() & read.keys() else ", ".join(read)
+
+    def _portable(self, domain: Domain, view: exp.Select) -> tuple[exp.Select, dict[str, str]]:
+        """A domain's view without the attributes that are not computed from tiles, and those with the reason."""
+        unknown = _without_others(view, domain.relation, set(self._by_tile))
+        reads = list(self._reads(view, domain.relation))
+        for read in reads:
+            if read.spec.entity != self.entity:
+                raise ViewNotPortable(
+                    f"{domain.relation} is about {self.entity.name} and reads {read.spec.tile}, whose rows are about "
+                    f"{read.spec.entity.name}: read a tile of {self.entity.name}"
+                )
+            if self._windows and read.days not in self._windows.values():
+                windows = ", ".join(f"{name}={days}" for name, days in self._windows.items())
+                raise ViewNotPortable(
+                    f"{domain.relation} reads {read.spec.tile} in a window of {read.days} days, and the project's "
+                    f"windows are {windows}: run `prefs generate`, or name this window there"
+                )
+            decimals = [
+                column.name
+                for column in read.select.find_all(exp.Column)
+                if isinstance(getattr(read.spec.by_name.get(column.name), "type", None), DecimalType)
+            ]
+            if decimals and view.find(exp.Round):
+                raise ViewNotPortable(
+                    f"{domain.relation} rounds, and reads {read.spec.tile}.{decimals[0]}, a decimal: training sets "
+                    "compute quotients of whole numbers only; read a bigint column instead, e.g. seconds for minutes"
+                )
+        return view, unknown
+
+    def _reads(self, query: exp.Select, relation: str) -> Iterator[_Read]:
+        """The selects of a view that read a tile, with the window that each is filtered by."""
+        specs = self._by_tile
+        found = 0
+        for select in query.find_all(exp.Select):
+            tables = [table.name for table in select.find_all(exp.Table) if table.name in specs]
+            source = select.args.get("from_")
+            if (
+                not tables
+                or source is None
+                or not isinstance(source.this, exp.Table)
+                or source.this.name not in specs
+            ):
+                continue
+            spec = specs[source.this.name]
+            where = select.args.get("where")
+            condition = where.this if where else None
+            intervals = list(condition.find_all(exp.Interval)) if condition else []
+            if (
+                select.args.get("joins")
+                or not isinstance(condition, exp.GT)
+                or {column.name for column in condition.find_all(exp.Column)} != {spec.day}
+                or list(condition.expression.find_all(exp.Column))
+                or len(intervals) != 1
+                or str(intervals[0].args.get("unit")).upper() not in ("DAY", "DAYS")
+            ):
+                raise ViewNotPortable(
+                    f"{relation} reads {spec.tile} with another condition than within_window(…): training sets and "
+                    "parity cannot ask that about other days; read the tile in a CTE of its own with that macro alone"
+                )
+            found += 1
+            # The filter is day + (N + 1) days > now, so that N whole days and today are left.
+            days = int(intervals[0].this.name) - 1
+            if days < 1:
+                raise ViewNotPortable(
+                    f"{relation} reads {spec.tile} in a window of {days} days: a window has at least 1 day"
+                )
+            if unknown := [c.name for c in select.find_all(exp.Column) if c.name not in spec.by_name]:
+                raise ViewNotPortable(
+                    f"{relation} reads {spec.tile}.{unknown[0]}, which the tile does not declare (it has "
+                    f"{', '.join(spec.by_name)}): declare it, so that it is exported"
+                )
+            yield _Read(select, spec, days)
+        if not found:
+            raise ViewNotPortable(
+                f"{relation} reads no tile by itself: read one of {', '.join(specs)} in a CTE of its own, from the "
+                "tile alone and with within_window(…)"
+            )
+
+    def _at_points(
+        self,
+        view: exp.Select,
+        relation: str,
+        mode: Mode,
+        dialect: Dialect,
+        versions: bool,
+        namespace: str | None,
+    ) -> None:
+        """Turn a view of now into one of points, in place: the key becomes `point` throughout."""
+        key = self.key.name
+        for read in list(self._reads(view, relation)):
+            select, spec = read.select, read.spec
+            select.set("where", None)
+            for column in list(select.find_all(exp.Column)):
+                column.set("table", exp.to_identifier("p" if column.name == key else "t"))
+            since = exp.DateSub(
+                this=exp.column("day"), expression=exp.Literal.number(read.days), unit=exp.var("DAY")
+            )
+            # Next to the point rather than in the condition, which is asked for every pair.
+            points = (
+                exp.select("*", exp.alias_(exp.cast(since, "date"), "since")).from_("points").subquery("p")
+            )
+            conditions = [f"t.{key} = p.{key}", f"t.{spec.day} >= p.since"]
+            if mode == "training":
+                conditions.append(f"t.{spec.day} < p.day")
+            if versions:
+                conditions += ["t.known_from <= p.known_at", "p.known_at < t.known_to"]
+            tile = exp.table_(spec.name, db=namespace, alias="t")
+            select.set("from_", exp.From(this=points))
+            select.set("joins", [exp.Join(this=tile, on=exp.and_(*conditions))])
+        for column in view.find_all(exp.Column):
+            if column.name == key and not _inside_join(column):
+                column.set("this", exp.to_identifier("point"))
+        _in_dialect(view, relation, dialect)
+
+
+def load_tiles(
+    session: duckdb.DuckDBPyConnection,
+    spec: TileTable,
+    columns: Sequence[str],
+    batches: Iterable[pa.RecordBatch],
+    *,
+    where: str,
+    versions: bool = False,
+) -> None:
+    """Make the relation of a training table that the local SQL reads, of those rows for which `where` holds.
+
+    `batches` have the entity's key, the day and `columns`, with `versions` also `known_from` and `known_to`.
+    What reading them raises, this raises.
+    """
+    names = (spec.subject, spec.day, *columns)
+    fields = [pa.field(name, _loaded(spec.by_name[name].type)) for name in names]
+    if versions:
+        fields += [pa.field("known_from", pa.int64()), pa.field("known_to", pa.int64())]
+    schema = pa.schema(fields)
+    shaped = (
+        pa.RecordBatch.from_arrays(
+            [batch.column(field.name).cast(field.type) for field in schema], schema=schema
+        )
+        for batch in batches
+    )
+    with registered(session, "incoming", schema, shaped):
+        session.execute(f"create table {spec.name} as from incoming where {where}")
+
+
+def _cte(name: str, query: exp.Select) -> exp.CTE:
+    return exp.CTE(this=query, alias=exp.TableAlias(this=exp.to_identifier(name)))
+
+
+def _parse(relation: str, text: str) -> exp.Select:
+    query = sqlglot.parse_one(text, dialect="risingwave")
+    if not isinstance(query, exp.Select):
+        raise ViewNotPortable(f"{relation} is no query: write it as one select")
+    return query
+
+
+def _in_dialect(view: exp.Select, relation: str, dialect: Dialect) -> None:
+    """Write quotients, instants and ordered lists as the engine of the dialect computes them exactly."""
+    for quotient in list(view.find_all(exp.Round)):
+        quotient.replace(_exact(quotient, relation, dialect))
+    for cast in list(view.find_all(exp.Cast)):
+        moment = cast.this.find(exp.Extract)
+        if moment is not None:
+            # Microseconds → milliseconds, half up as the engine rounds.
+            cast.replace(sqlglot.parse_one(f"({moment.expression.sql()} + 500) // 1000", dialect="duckdb"))
+    if dialect == "spark":
+        for aggregate in list(view.find_all(exp.ArrayAgg)):
+            order = aggregate.this
+            if isinstance(order, exp.Order):
+                aggregate.replace(_collected(order))
+
+
+def _rename(view: exp.Select, domain: str) -> None:
+    """Give the CTEs of a view names of its own: engines without nested ones see those of all views at once."""
+    names = {cte.alias for cte in view.ctes}
+    for cte in view.ctes:
+        cte.set("alias", exp.TableAlias(this=exp.to_identifier(f"{domain}_{cte.alias}")))
+    for table in view.find_all(exp.Table):
+        if table.name in names:
+            table.set("alias", exp.TableAlias(this=exp.to_identifier(table.alias_or_name)))
+            table.set("this", exp.to_identifier(f"{domain}_{table.name}"))
+
+
+def _inside_join(column: exp.Column) -> bool:
+    join = column.find_ancestor(exp.Join, exp.Select)
+    return isinstance(join, exp.Join) and column.table in ("t", "p")
+
+
+def _exact(node: exp.Round, relation: str, dialect: Dialect) -> exp.Expr:
+    """The quotient of two integers, rounded half up to 6 places exactly; NULL where the denominator is 0.
+
+    In integers, because a division of decimals is one of floats in DuckDB and rounds as it likes elsewhere.
+    """
+    quotient = node.this
+    if not isinstance(quotient, exp.Div) or node.args["decimals"].name != "6":
+        raise ViewNotPortable(f"{relation} rounds {quotient.sql()}: use the macros minutes or ratio")
+    top, bottom = (_integer(side) for side in (quotient.this, quotient.expression))
+    if dialect == "duckdb":
+        whole = f"(2000000 * cast({top} as hugeint) + {bottom}) // nullif(2 * cast({bottom} as hugeint), 0)"
+    else:
+        # A difference that divides without rest: exact whether the engine divides integers, decimals or doubles.
+        over, under = f"(2000000 * {top} + {bottom})", f"(2 * {bottom})"
+        whole = f"({over} - {over} % nullif({under}, 0)) / nullif({under}, 0)"
+    return sqlglot.parse_one(
+        f"cast(cast({whole} as decimal(28, 0)) * 0.000001 as {_NUMBERS})", dialect="duckdb"
+    )
+
+
+def _integer(side: exp.Expr) -> str:
+    """A side of a quotient without what makes the engine divide decimals."""
+    while isinstance(side, exp.Paren | exp.Cast):
+        side = side.this
+    if isinstance(side, exp.Literal):
+        return str(int(float(side.name)))
+    return f"({side.sql(dialect='duckdb')})"
+
+
+def _collected(order: exp.Order) -> exp.Expr:
+    """Spark's aggregate of a list knows no order: pairs are sorted and taken apart again."""
+    place = order.expressions[0].this.sql(dialect="spark")
+    pairs = f"collect_list(struct({place} as place, {order.this.sql(dialect='spark')} as value))"
+    return sqlglot.parse_one(f"transform(array_sort({pairs}), x -> x.value)", dialect="spark")
+
+
+def _loaded(kind: IcebergType) -> pa.DataType:
+    """The type in which a column of a tile is joined: text stays text, instants are microseconds since 1970."""
+    if isinstance(kind, StringType):
+        return pa.string()
+    if isinstance(kind, DateType):
+        return pa.date32()
+    return pa.decimal128(kind.precision, kind.scale) if isinstance(kind, DecimalType) else pa.int64()
+
+
+def _without_others(view: exp.Select, relation: str, tiles: set[str]) -> dict[str, str]:
+    """Remove from a view, in place, what it joins to tiles from other relations; attribute → why it is removed.
+
+    Only a left join can be removed without changing which rows there are.
+    """
+    names = {cte.alias for cte in view.ctes}
+    final = _final(view)
+    others: dict[str, str] = {}
+    for cte in view.ctes:
+        if cte.this is final:
+            continue
+        for table in cte.this.find_all(exp.Table):
+            other = others.get(table.name) if table.name in names else table.name
+            if other is not None and other not in tiles:
+                others[cte.alias] = other
+    removed: dict[str, str] = {}
+    joins = []
+    for join in final.args.get("joins") or ():
+        name = join.this.name
+        other = others.get(name) if name in names else None if name in tiles else name
+        if other is None:
+            joins.append(join)
+        elif join.side.upper() != "LEFT":
+            raise ViewNotPortable(
+                f"{relation} has rows only where {other} has some, which is not exported: training sets and parity "
+                f"cannot know them; join it with a left join, or export a tile that has what is read of {other}"
+            )
+        else:
+            removed[join.this.alias_or_name] = other
+    if not removed:
+        return {}
+    final.set("joins", joins)
+    view.args["with_"].set("expressions", [cte for cte in view.ctes if cte.alias not in others])
+    unknown: dict[str, str] = {}
+    for column in list(final.expressions):
+        found = [removed[part.table] for part in column.find_all(exp.Column) if part.table in removed]
+        if found:
+            unknown[column.alias_or_name] = f"it is computed from {found[0]}, which is not exported"
+    final.set("expressions", [column for column in final.expressions if column.alias_or_name not in unknown])
+    # Not those of its CTEs, where it is the view itself.
+    own = [column for column in final.find_all(exp.Column) if column.find_ancestor(exp.Select) is final]
+    left = [column.table for column in own if column.table in removed]
+    bare = [column.name for column in own if not column.table]
+    if left or bare or LAST_EVENT_AT in unknown:
+        what = removed[left[0]] if left else next(iter(removed.values()))
+        raise ViewNotPortable(
+            f"{relation} joins {what}, which is not exported, and its rows or its {LAST_EVENT_AT} depend on it, or a "
+            "column is written without its table: read what the other attributes need from tiles alone"
+        )
+    return unknown
+
+
+def _final(view: exp.Select) -> exp.Select:
+    """The select that makes a view's columns: `select * from` a CTE is that CTE."""
+    selects = {cte.alias: cte.this for cte in view.ctes}
+    found = view
+    while (
+        [type(column) for column in found.expressions] == [exp.Star]
+        and isinstance(found.args["from_"].this, exp.Table)
+        and isinstance(selects.get(found.args["from_"].this.name), exp.Select)
+    ):
+        found = selects[found.args["from_"].this.name]
+    return found
+
+
+def _drop(view: exp.Select, names: set[str]) -> None:
+    for select in view.find_all(exp.Select):
+        kept = [column for column in select.expressions if column.alias_or_name not in names]
+        select.set("expressions", kept)
