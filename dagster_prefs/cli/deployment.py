@@ -174,17 +174,27 @@ def export(replace_foreign: bool) -> None:
 
 
 @cli.command()
+@click.option("--entity", help="Whose profiles; not needed where only one entity has domains.")
 @click.option(
-    "--viewers", default=1_000_000, show_default=True, type=click.IntRange(1), help="Seen within 28 days."
+    "--entities",
+    default=1_000_000,
+    show_default=True,
+    type=click.IntRange(1),
+    help="How many of them are seen within the longest window.",
+)
+@click.option("--events-per-day", type=click.IntRange(0), help="Events about them; 2 each by default.")
+@click.option(
+    "--share",
+    "shares",
+    multiple=True,
+    metavar="TOPIC=SHARE",
+    help="A topic's share of the events, e.g. purchases=0.9; the project's `workload` by default.",
 )
 @click.option(
-    "--events-per-day", type=click.IntRange(0), help="View events and interactions; 2 a viewer by default."
-)
-@click.option(
-    "--interaction-share", default=0.1, show_default=True, help="Likes, shares, searches among them."
-)
-@click.option(
-    "--daily-active-share", default=0.25, show_default=True, help="Viewers who watch on a given day."
+    "--daily-active-share",
+    default=0.25,
+    show_default=True,
+    help="Share of the entities with an event of the busiest topic on a given day.",
 )
 @click.option("--domains", type=click.IntRange(1), help="Domains of one size, in place of the contract's.")
 @click.option("--attributes", type=click.IntRange(1), help="Attributes of each of --domains; 5 by default.")
@@ -205,19 +215,16 @@ def export(replace_foreign: bool) -> None:
 @click.option(
     "--capacity", multiple=True, metavar="NAME=N", help="What yours bears, e.g. table_write_units=80000."
 )
-@click.option("--table", is_flag=True, help="The table of docs/scale.md, 1 million to 1 billion viewers.")
+@click.option("--table", is_flag=True, help="The table of docs/scale.md, 1 million to 1 billion entities.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def cost(
-    viewers: int,
+    entity: str | None,
+    entities: int,
     events_per_day: int | None,
-    domains: int | None,
-    attributes: int | None,
-    spread_seconds: int | None,
-    price: tuple[str, ...],
-    capacity: tuple[str, ...],
+    shares: tuple[str, ...],
     table: bool,
     as_json: bool,
-    **shape: Any,
+    **given: Any,
 ) -> None:
     """Estimate writes, dollars and what breaks first.
 
@@ -225,27 +232,31 @@ def cost(
     """
     from dagster_prefs.tools import cost as model
 
-    contract = load_settings().registry().contract
-    prices = model.Prices(**model.overrides(price, model.Prices))
-    capacities = model.Capacities(**model.overrides(capacity, model.Capacities))
+    settings = load_settings()
+    registry = settings.registry()
+    served = model.served_entity(registry, entity)
+    prices = model.Prices(**model.overrides(given.pop("price"), model.Prices))
+    capacities = model.Capacities(**model.overrides(given.pop("capacity"), model.Capacities))
     if table:
-        say(model.scale_table(contract, prices=prices, capacities=capacities))
+        say(model.scale_table(registry, served, prices=prices, capacities=capacities))
         return
+    domains, attributes = given.pop("domains"), given.pop("attributes")
     if attributes and not domains:
         raise PrefsError("--attributes says how large each of --domains is: give --domains too")
+    spread_seconds = given.pop("spread_seconds")
     workload = model.Workload(
-        viewers=viewers,
-        events_per_day=2 * viewers if events_per_day is None else events_per_day,
-        spread_seconds=load_settings().expiry_spread_seconds if spread_seconds is None else spread_seconds,
-        **shape,
+        entities=entities,
+        events_per_day=2 * entities if events_per_day is None else events_per_day,
+        shares=model.topic_shares(registry, served, model.share_overrides(shares) if shares else None),
+        spread_seconds=settings.expiry_spread_seconds if spread_seconds is None else spread_seconds,
+        **given,
     )
-    loads = (
-        model.uniform_domains(contract, viewers, domains, attributes or 5)
-        if domains
-        else model.contract_domains(contract, viewers)
-    )
+    shape = model.project_shape(registry, served, entities)
+    if domains:
+        shape = model.uniform_shape(shape, domains, attributes or 5)
+    target_seconds = model.target_of(registry.contract, served)
     found = model.estimate(
-        workload, loads, target_seconds=model.target_of(contract), prices=prices, capacities=capacities
+        workload, shape, target_seconds=target_seconds, prices=prices, capacities=capacities
     )
     if as_json:
         print_json(found.as_dict())

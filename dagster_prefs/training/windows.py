@@ -186,6 +186,19 @@ class Features:
         relation = next(found.relation for found in self._domains if found.name == domain)
         return next(self._reads(self._view(domain), relation)).spec
 
+    def windows_of(self, domain: str) -> tuple[int, ...]:
+        """Days of each window in which a domain reads tiles, ascending; empty where it reads none."""
+        return tuple(
+            sorted(
+                {
+                    read.days
+                    for found in self._domains
+                    if found.name == domain
+                    for read in self._reads(self._view(domain), found.relation)
+                }
+            )
+        )
+
     @cached_property
     def longest_window(self) -> int:
         """Days of the longest window of any feature."""
