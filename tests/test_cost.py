@@ -34,6 +34,7 @@ from dagster_prefs.tools.cost import (
     served_entity,
     tile_rows,
     topic_shares,
+    uniform_shape,
 )
 
 SCALE = Path(__file__).parents[1] / "docs" / "scale.md"
