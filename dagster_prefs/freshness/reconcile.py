@@ -1,4 +1,4 @@
-"""Repair DynamoDB where it differs from the rolling views, whoever writes it."""
+"""Repair DynamoDB items that differ from the rolling views, whichever process writes them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CHUNK = 1000
 
 
 class ReconcileError(PrefsError):
-    """A domain could not be reconciled completely; `report` says what was done."""
+    """A domain could not be reconciled completely; `report` counts what was done."""
 
     def __init__(self, message: str, report: ReconcileReport) -> None:
         super().__init__(message)
@@ -36,10 +36,10 @@ class ReconcileError(PrefsError):
 
 @dataclass(frozen=True)
 class ReconcileReport:
-    """What was found, and repaired unless it was a dry run.
+    """The differences that were found, and repaired unless it was a dry run.
 
-    `compared` rows and items were looked at; `overtaken` were changed by somebody else in the meantime and
-    left alone.
+    `compared` counts rows and items; `overtaken` counts those that another writer changed in the meantime and
+    that were therefore not written.
     """
 
     domain: str
@@ -66,10 +66,10 @@ def reconcile_domain(
 ) -> ReconcileReport:
     """Compare every id of one domain with DynamoDB; write what is stale or missing, delete what is extra.
 
-    Reads the whole view and the whole table once, in constant memory. What differs is looked at again after
-    `grace_seconds` (by default the domain's error threshold where a sink writes, else none), so that changes
-    under way are left to their writer; and no write replaces an item that is newer than the row. `dry_run`
-    only counts. `progress` gets the number of rows and items compared so far. Safe to repeat.
+    Reads the whole view and the whole table once, in constant memory. Compares differing ids again after
+    `grace_seconds` (by default the domain's error threshold where a sink writes, else none), to leave changes
+    in flight to their writer; no write replaces an item that is newer than the row. `dry_run` only counts.
+    `progress` receives the number of rows and items compared so far. Safe to repeat.
 
     Raises ReconcileError (with `.report`) naming the first id whose row cannot become an item, after all
     others were repaired; Unmeasurable when view or table cannot be read or written; EngineUnavailable.
@@ -127,7 +127,7 @@ class _Reconciliation:
         return report
 
     def _keep_publishers_out(self) -> None:
-        # The publisher holds the same lock, so neither writes what the other is about to judge.
+        # The publisher takes the same lock, so neither writes an item while the other compares it.
         if self.sides.engine.kind == "local":
             self.sides.connection.execute(
                 "select pg_advisory_lock(hashtextextended(%s, 0))",
@@ -135,11 +135,11 @@ class _Reconciliation:
             )
 
     def _view(self) -> Iterator[list[int | str]]:
-        # A row without a key is never an item.
+        # A row without a key never becomes an item.
         beyond: sql.Composable = sql.SQL("is not null")
         while True:
             rows = self.sides.connection.execute(
-                # RisingWave takes no parameters here, or reads the whole view for each chunk.
+                # RisingWave does not accept parameters here, or reads the whole view for each chunk.
                 sql.SQL(
                     "select {key} from {relation} where {key} {beyond} order by {key} limit {chunk}"
                 ).format(
@@ -184,7 +184,8 @@ class _Reconciliation:
         }
 
     def _forget_published(self, ids: Iterable[int | str]) -> None:
-        # What is written here is not what the publisher remembers; emptied, it looks again.
+        # The publisher's fingerprints do not cover these writes. An empty fingerprint makes it compare the
+        # item again.
         if self.sides.engine.kind == "local":
             self.sides.connection.execute(
                 sql.SQL(

@@ -1,4 +1,4 @@
-"""All readings at once, on one screen or as JSON, and the exit code that sums them up."""
+"""Readings of all stages for one screen or as JSON, and the exit code that summarizes them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _TITLES = {
 
 
 class Sources:
-    """Where the readings come from, as the settings say; nothing connects before it is read."""
+    """The systems to measure, configured by the settings. Connects only when a reading is taken."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -57,16 +57,16 @@ class Sources:
 
     @property
     def registry(self) -> Registry:
-        """What the project declares."""
+        """The project's declarations."""
         return self.settings.registry()
 
     @property
     def contract(self) -> Contract:
-        """The serving contract, which has the thresholds."""
+        """The serving contract, which holds the freshness targets."""
         return self.settings.registry().contract
 
     def dynamodb(self) -> tuple[DynamoDBClient, dict[str, TableReport]]:
-        """A client and the table of each entity as it is; none is ever made.
+        """Return a client and the existing table of each entity; never creates a table.
 
         Raises Unmeasurable when one is missing, or DynamoDB does not answer.
         """
@@ -74,7 +74,7 @@ class Sources:
         return client, find_tables(client, self.contract, self.settings.table_prefix)
 
     def catalog(self) -> Catalog:
-        """The Iceberg catalog; raises OfflineError when it does not answer."""
+        """Open the Iceberg catalog. Raises OfflineError when it does not answer."""
         from dagster_prefs.iceberg.catalog import open_catalog
 
         return open_catalog(
@@ -89,7 +89,7 @@ class Sources:
         )
 
     def ingestion(self, now: datetime) -> list[Measure]:
-        """Kafka against the raw tables."""
+        """Compare Kafka with the raw tables."""
         from dagster_prefs.events.brokers import client_properties
 
         return measure_ingestion(
@@ -104,11 +104,11 @@ class Sources:
         )
 
     def views(self, now: datetime) -> list[Measure]:
-        """Raw tables against typed events, and each view against its upstream."""
+        """Compare raw tables with typed events, and each view with its upstream."""
         return measure_views(self.engine, self.registry, now=now)
 
     def online(self, now: datetime) -> list[Measure]:
-        """Rolling views against DynamoDB."""
+        """Compare rolling views with DynamoDB."""
         return measure_online(
             self.engine,
             self.contract,
@@ -119,7 +119,7 @@ class Sources:
         )
 
     def offline(self, now: datetime) -> list[Measure]:
-        """Tiles against the training tables."""
+        """Compare tiles with the training tables."""
         from dagster_prefs.iceberg.tables import tile_tables
 
         return measure_offline(
@@ -136,7 +136,7 @@ class Sources:
 
 @dataclass(frozen=True)
 class Status:
-    """Every measure of one evaluation; `read_at` is UTC, `seconds` what the evaluation took."""
+    """All measures of one evaluation. `read_at` is UTC, `seconds` is the duration of the evaluation."""
 
     read_at: datetime
     seconds: float
@@ -144,16 +144,16 @@ class Status:
 
     @property
     def level(self) -> Level:
-        """The worst level of what was read; stages that are not set up do not count."""
+        """The worst level of all measures; stages that are not configured do not count."""
         return worst(measure.level for measure in self.measures if measure.level != "skipped")
 
     @property
     def exit_code(self) -> int:
-        """0 for ok, 1 for warn, 2 for error and for what could not be read."""
+        """0 for ok, 1 for warn, 2 for error and unknown."""
         return EXIT_CODES[self.level]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return the status as plain values, for JSON."""
         return {
             "read_at": self.read_at.isoformat(),
             "seconds": round(self.seconds, 3),
@@ -163,10 +163,10 @@ class Status:
 
 
 def evaluate(sources: Sources, *, now: Callable[[], datetime], extra: Sequence[Measure] = ()) -> Status:
-    """Read and judge every stage; the stages are read side by side.
+    """Measure and judge every stage; the stages are read concurrently.
 
-    `now` gives the time in UTC; `extra` are measures that are kept elsewhere, as the canary's. Never raises
-    for what cannot be read: those measures are `unknown`.
+    `now` returns the time in UTC; `extra` are measures from elsewhere, such as the canary's. Never raises for
+    a stage that cannot be read: those measures are `unknown`.
     """
     started = now()
     stages = (sources.ingestion, sources.views, sources.online, sources.offline)
@@ -176,7 +176,7 @@ def evaluate(sources: Sources, *, now: Callable[[], datetime], extra: Sequence[M
 
 
 def render_status(status: Status) -> Group:
-    """The status as one screen for a rich console."""
+    """Render the status as one screen for a rich console."""
     parts: list[Any] = []
     for stage, title in _TITLES.items():
         measures = [measure for measure in status.measures if measure.stage == stage]
@@ -206,7 +206,7 @@ def render_status(status: Status) -> Group:
 
 
 def duration(seconds: float | None) -> str:
-    """A lag for people: `0.4 s`, `3 min`, `2.5 h`, `4.0 d`; empty where there is none."""
+    """Format a lag for display: `0.4 s`, `3 min`, `2.5 h`, `4.0 d`; empty for None."""
     if seconds is None:
         return ""
     for size, unit in ((86_400, "d"), (3_600, "h")):
