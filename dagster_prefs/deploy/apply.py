@@ -1,4 +1,4 @@
-"""Carry a plan out: build beside what runs, swap, and let the old go last, so that every moment can be the last."""
+"""Apply a plan: build shadow relations, swap them in, drop the old ones last. A crash at any step is safe."""
 
 from __future__ import annotations
 
@@ -37,28 +37,28 @@ from dagster_prefs.errors import PrefsError
 from dagster_prefs.files import make_private_folder
 
 BUILDING, GOING_LIVE = "building", "going live"
-# What has no readers inside the engine: it is dropped and its name taken over, where a view is swapped.
+# These have no readers inside the engine: instead of a swap, the old one is dropped and the new one renamed.
 _WRITERS = ("sink", "subscription")
 _POLL_SECONDS = 0.5
 
 
 class ApplyError(PrefsError):
-    """A plan could not be carried out to its end; the message says what still serves and what to do."""
+    """A plan could not be applied completely; the message says what still serves, and the remedy."""
 
 
 class OnlineStore(Protocol):
-    """The stores behind the sinks, which this room does not know."""
+    """The stores behind the sinks, which this package does not depend on."""
 
     def prepare(self) -> None:
-        """Make or verify the tables, before a sink into one is created."""
+        """Create or verify the tables, before a sink into one is created."""
 
     def settle(self, relation: str) -> str:
-        """Bring the items of a rolling view's domain to the view's rows, departed keys included; say what was done."""
+        """Reconcile a rolling view's domain with its rows, deleted keys included; return a summary."""
 
 
 @dataclass(frozen=True)
 class _Journal:
-    """What an apply is about to do, kept in the engine until it is done."""
+    """The intended steps of an apply, stored in the engine until it is complete."""
 
     id: str
     state: str
@@ -83,14 +83,14 @@ def apply_plan(
     drop_orphans: bool = False,
     on_step: Callable[[str], None] = lambda step: None,
 ) -> Plan:
-    """Make the engine what the models say, and return the plan that was carried out.
+    """Change the engine to match the models, and return the plan that was applied.
 
-    What an interrupted apply left is finished or cleared first. `on_step` is told each step before it is done; an
-    error that it raises stops the apply there, as a crash would. Safe to repeat at any time: the next call goes on
-    where this one ended, and one that finds nothing to do changes nothing.
+    Finishes or reverts first what an interrupted apply left. Calls `on_step` before each step; an error that
+    it raises stops the apply there, as a crash would. Safe to repeat at any time: the next call continues
+    where this one ended, and changes nothing if nothing differs.
 
-    Raises PlanError, before anything is changed, when the plan must not be carried out or another apply runs from
-    the same state folder; EngineTooOld likewise; ApplyError when a step failed; DbtError; EngineUnavailable; what
+    Raises PlanError, before any change, when the plan must not be applied or another apply runs from the same
+    state folder; EngineTooOld likewise; ApplyError when a step failed; DbtError; EngineUnavailable; what
     `online` raises.
     """
     make_private_folder(dbt.target_dir)
@@ -172,7 +172,7 @@ class _Apply:
                 if models[name].domain
                 and (name in plan.closure if self.streaming else self._affects(plan, differing, name))
             ),
-            # A feed's sink has no record of its own, and the feed cannot go before it.
+            # A feed's sink has no record of its own, and must be dropped before the feed.
             drop=tuple(
                 name
                 for relation in plan.to_drop
@@ -247,11 +247,12 @@ class _Apply:
             )
 
     def _go_live(self, journal: _Journal) -> None:
-        """From the first swap to the last drop; every step looks first whether it was done already."""
+        """Run every step from the first swap to the last drop; each first checks whether it is done."""
         for name, kind in journal.closure:
             if kind not in _WRITERS:
                 self._take_over(journal, name, drop=False)
-        # A new subscription has written nothing yet, and the live one still reads the view that was swapped away.
+        # Only for sinks: a new subscription has written nothing yet, and the live one still reads the view
+        # that was swapped away.
         if any(kind == "sink" for _, kind in journal.closure):
             self._settle(journal)
         for name, kind in journal.closure:
@@ -259,7 +260,7 @@ class _Apply:
                 self._take_over(journal, name, drop=True)
         self.on_step("record what is deployed")
         self._promote_records(journal)
-        # What the old sinks wrote until they were dropped.
+        # The old sinks wrote until they were dropped.
         self._settle(journal)
         self._drop_orphans(journal)
         for name, _ in reversed(journal.closure):
@@ -286,8 +287,9 @@ class _Apply:
             self._execute("alter {} {} rename to {}", kind, self._at(new.name), sql.Identifier(name))
 
     def _drop_lake_sinks(self, journal: _Journal, names: Sequence[str]) -> None:
-        # Items are written over, but rows of a training table are added: beside the old sink, or after what an
-        # interrupted apply built, a new one would write each a second time. Nobody is served from there meanwhile.
+        # A sink overwrites items, but adds rows to a training table: if the old sink or the one of an
+        # interrupted apply still existed, each row would be written twice. Nothing is served from training
+        # tables in the meantime.
         for name in names:
             self._drop(name, "the old sink")
             self._drop(journal.beside(name), "the unfinished sink")
@@ -300,7 +302,7 @@ class _Apply:
             self.on_step(self.online.settle(relation))
 
     def _silence(self, journal: _Journal, cause: BaseException) -> None:
-        # Two sinks of one domain overwrite each other: the new ones go, and what they wrote is put right.
+        # Two sinks of one domain overwrite each other, so drop the new ones and reconcile what they wrote.
         try:
             for name, kind in journal.closure:
                 if kind in _WRITERS:
@@ -312,7 +314,7 @@ class _Apply:
             ) from cause
 
     def _abandon(self, journal: _Journal) -> None:
-        """Clear what an apply of other models built and never swapped in."""
+        """Remove the shadow relations that an apply of other models built and never swapped in."""
         if self.streaming:
             self._wait_until_created(journal)
             left = [name for name in self._catalog().objects if name.endswith(journal.suffix)]
@@ -321,7 +323,8 @@ class _Apply:
         self._forget(journal)
 
     def _drop_unrecorded(self, journal: _Journal) -> None:
-        # Cut off between making and recording: nobody knows whether it is whole, so it is made again.
+        # The apply was interrupted between building and recording these, so they may be incomplete and are
+        # built again.
         self._wait_until_created(journal)
         catalog = self._catalog()
         records, _ = read_records(self.connection, self.engine, catalog)
@@ -340,7 +343,7 @@ class _Apply:
                     self._forget_record(name)
 
     def _drop_all(self, names: Sequence[str], what: str) -> None:
-        """Drop relations, those that stand on others of them first."""
+        """Drop relations, readers before the relations that they read."""
         catalog = self._catalog()
         left = set(names)
         while left:
@@ -373,12 +376,13 @@ class _Apply:
         with self._one_change():
             for column in columns:
                 if column.split()[0].strip('"') not in there:
-                    # The model's own text, which dbt would run as it is too.
+                    # The column definition comes from the model's own SQL, which dbt would run unchanged as
+                    # well.
                     self._execute("alter table {} add column {}", self._at(name), sql.SQL(column))
 
     @contextmanager
     def _one_change(self) -> Iterator[None]:
-        """One transaction behind the lock that dbt's runs take, where the engine has transactions."""
+        """Open a transaction that holds the lock of dbt's runs, on engines with transactions."""
         if self.streaming:
             yield
             return
@@ -389,7 +393,7 @@ class _Apply:
             yield
 
     def _wait_until_created(self, journal: _Journal) -> None:
-        """A job outlives the session that ordered it, and until it is done it can be neither read nor dropped."""
+        """Wait until all jobs are created: one outlives its session, and cannot be read or dropped before."""
         if not self.streaming:
             return
         self.connection.execute("flush")
@@ -426,7 +430,7 @@ class _Apply:
 
     def _write(self, journal: _Journal) -> _Journal:
         if DEPLOYMENTS not in self._catalog().objects:
-            # An empty database: dbt makes everything, and the next apply sees what is missing.
+            # The database is empty: dbt creates everything, and the next apply sees what is missing.
             return journal
         kept = {"closure": journal.closure, "settle": journal.settle, "drop": journal.drop}
         values = (f"plan:{journal.id}", JOURNAL_KIND, json.dumps(kept), journal.state, "prefs apply")
@@ -447,7 +451,7 @@ class _Apply:
         return journal
 
     def _announce(self, plan: Plan) -> None:
-        """Leave the definitions to come, and those of what stands on them, where the materializations look."""
+        """Store the new definitions, also those of dependents, where the materializations look them up."""
         self._execute("delete from {} where kind = %s", self._records, values=(PENDING_KIND,))
         changed = [relation for relation in plan.of("changed") if relation.how != "kept"]
         for name in {
@@ -470,7 +474,7 @@ class _Apply:
         )
 
     def _promote_records(self, journal: _Journal) -> None:
-        # One statement, so that a crash leaves all records old or all new.
+        # One statement, so that after a crash either all records are old or all are new.
         columns = "kind, checksum, source_checksum, definition, state, deployed_at, invocation_id"
         self._execute(
             f"insert into {{}} (relation, {columns}) select replace(relation, %s, ''), {columns} from {{}}"
