@@ -1,4 +1,4 @@
-"""One key's items out of DynamoDB, whatever wrote them, and out of what the publisher remembers."""
+"""One key's items: erased from DynamoDB, whichever process wrote them, and from the publisher's records."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ POLL_SECONDS = 0.5
 
 
 class EntityItems:
-    """The items of one id of an entity whose newest event is not after `until` (UTC), in the table of that name.
+    """The items of one id of an entity whose newest event is not after `until` (UTC), in its table.
 
-    An item without a newest event counts too. Every method raises PublishError for a DynamoDB that refuses or
+    Includes items without a newest event. Every method raises PublishError if DynamoDB rejects the request or
     cannot be reached.
     """
 
@@ -39,7 +39,7 @@ class EntityItems:
     ) -> None:
         self._client = client
         self._domains = contract.domains_of(entity)
-        # What is remembered of a domain that the contract has no more goes as well.
+        # Also erases records of domains that the contract no longer has.
         self._others = [domain.key for domain in contract.domains.values() if domain.entity != entity]
         self._keys = contract.tables[entity]
         self._table = table
@@ -47,7 +47,7 @@ class EntityItems:
         self._until_ms = int(until.timestamp() * 1000)
 
     def keys(self) -> list[str]:
-        """The sort keys of the items, of every domain, known to the contract or not; read consistently."""
+        """Return the sort keys of the id's items, in or outside the contract; a consistent read."""
         partition, sort = self._keys.partition_key, self._keys.sort_key.name
         found = []
         with self._translated("dynamodb:Query"):
@@ -69,11 +69,11 @@ class EntityItems:
     def withdraw(
         self, engine: EngineConfiguration, *, lock_timeout_seconds: float = 900.0, sink_seconds: float = 60.0
     ) -> int:
-        """Delete the items and what `online_published` remembers of them; returns how many items went.
+        """Delete the items and their records in `online_published`. Returns the number of deleted items.
 
-        The views must have forgotten the id before. On the embedded engine no publisher runs meanwhile;
-        on RisingWave the sinks get `sink_seconds` to delete by themselves, because an item that a sink has
-        still to write would come back.
+        The views must no longer contain the id. On the embedded engine no publisher runs meanwhile; on
+        RisingWave the sinks get `sink_seconds` to delete the items themselves, because an item that a sink
+        has still to write would reappear.
         """
         if engine.kind == "local":
             return self._withdraw_published(engine, lock_timeout_seconds)
@@ -101,7 +101,8 @@ class EntityItems:
                     "let it finish, or stop it, and run again"
                 ) from None
             keys = self.keys()
-            # Emptied before the item goes: after a crash in between the publisher does not take it for written.
+            # Emptied before the item is deleted, so that after a crash in between the publisher does not
+            # consider it published.
             mine = [str(self._id), self._others]
             control.execute(
                 "update online_published set fingerprint = '' where entity_key = %s and domain_key <> all(%s::text[])",
