@@ -1,4 +1,4 @@
-"""Commands that bring models and data out: plan, apply, publish, export, cost."""
+"""Commands that deploy models and deliver data: plan, apply, publish, export, cost."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ def contract() -> None:
 @click.argument("old", type=click.Path(path_type=Path))
 @click.argument("new", type=click.Path(path_type=Path))
 def contract_diff(old: Path, new: Path) -> None:
-    """Classify what changed between two registries' contracts; a breaking change needs a new version."""
+    """Classify the differences between two registries' contracts.
+
+    A breaking change needs a new version.
+    """
     from dagster_prefs.declarations.contract import check_version, diff_contracts, load_contract
 
     before, after = load_contract(old), load_contract(new)
@@ -33,7 +36,7 @@ def contract_diff(old: Path, new: Path) -> None:
 
 @cli.command()
 def refresh() -> None:
-    """Bring every view up to date and publish, as one Dagster run."""
+    """Refresh every view and publish, as one Dagster run."""
     from dagster_prefs.defs.feature_views import REFRESH_JOB
 
     settings = load_settings()
@@ -46,7 +49,7 @@ def refresh() -> None:
 @click.option("--full", is_flag=True, help="Compare whole views first, whatever was published (RisingWave).")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def publish(follow: bool, full: bool, as_json: bool) -> None:
-    """Publish what changed in the rolling views to DynamoDB."""
+    """Publish the changes of the rolling views to DynamoDB."""
     import signal
     import threading
 
@@ -103,7 +106,7 @@ def publish(follow: bool, full: bool, as_json: bool) -> None:
 def plan(drop_orphans: bool, list_unchanged: bool, as_json: bool) -> int:
     """Compare the models with what is deployed.
 
-    Exit 0 when nothing is to do, 2 for changes, 1 for errors.
+    Exit code 0 if there is nothing to do, 2 for changes, 1 for errors.
     """
     from dagster_prefs.declarations.stale import current_registry
     from dagster_prefs.platform import Platform
@@ -124,9 +127,9 @@ def plan(drop_orphans: bool, list_unchanged: bool, as_json: bool) -> int:
 @cli.command("apply")
 @click.option("--drop-orphans", is_flag=True, help="Also drop relations that have no model any more.")
 def apply_command(drop_orphans: bool) -> None:
-    """Carry out what `prefs plan` shows.
+    """Apply the changes that `prefs plan` shows.
 
-    Changed views are built beside the old ones and swapped.
+    Changed views are built as shadow relations and swapped in.
     """
     from dagster_prefs.declarations.stale import current_registry
     from dagster_prefs.platform import Platform
@@ -147,9 +150,10 @@ def apply_command(drop_orphans: bool) -> None:
     help="Also take back what another writer did to exported days: rows added, deleted or replaced.",
 )
 def export(replace_foreign: bool) -> None:
-    """Export the days of tiles that Iceberg lacks or holds stale.
+    """Export the days of tiles that Iceberg lacks or holds in an older state.
 
-    Exit 1, naming the files, where another writer changed exported days: they stay as they are.
+    Days that another writer changed are left unchanged; the exit code is then 1, and the message names their
+    files.
     """
     from dagster_prefs.defs.offline_store import EXPORT_JOB, export_config, look, range_tags, ranges
     from dagster_prefs.iceberg.export import ForeignRows
@@ -226,9 +230,9 @@ def cost(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Estimate writes, dollars and what breaks first.
+    """Estimate writes, cost and the first limit that a workload reaches.
 
-    docs/scale.md says how, and shows the table of --table.
+    docs/scale.md explains the formulas, and contains the table of --table.
     """
     from dagster_prefs.tools import cost as model
 

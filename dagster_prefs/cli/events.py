@@ -1,4 +1,4 @@
-"""Commands that bring events in, and mend those that were rejected."""
+"""Commands that load events, and correct rejected ones."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def ingest(
 ) -> None:
     """Load events from JSON lines or CSV files, gzipped or not.
 
-    A re-run adds only what is missing.
+    A repeated run only adds what is missing.
     """
     from dagster_prefs.events.ingest import ingest_file
 
@@ -62,7 +62,7 @@ def ingest(
 
 
 def kafka_delivery(settings: Settings) -> Delivery | None:
-    """Where messages go whose raw tables a Kafka connector fills; None where this platform writes them."""
+    """Return the delivery to Kafka if a connector fills the raw tables; None if this platform writes them."""
     if settings.engine != "risingwave" or not settings.kafka_bootstrap:
         return None
     from dagster_prefs.events.brokers import client_properties
@@ -78,7 +78,7 @@ def kafka_delivery(settings: Settings) -> Delivery | None:
 def topics(context: click.Context, as_json: bool) -> None:
     """Show the Kafka topics.
 
-    A topic that was deleted and made anew is not the one whose messages were read.
+    A recreated topic is not the one whose messages were read.
     """
     if context.invoked_subcommand is not None:
         return
@@ -94,7 +94,10 @@ def topics(context: click.Context, as_json: bool) -> None:
 
 @topics.command("renew")
 def topics_renew() -> None:
-    """Read topics that were deleted and made anew from their start, beside the messages of the old ones."""
+    """Read recreated topics from their start.
+
+    The messages of the old topics are kept.
+    """
     from dagster_prefs.platform import Platform
 
     settings = kafka_settings()
@@ -117,7 +120,7 @@ def topics_renew() -> None:
 def consume(topic: str | None, follow: bool) -> None:
     """Read Kafka topics into the embedded engine.
 
-    A run goes on where the last one ended.
+    A run continues where the last one ended.
     """
     from dagster_prefs.events.brokers import client_properties
     from dagster_prefs.events.kafka import ingest_topic
@@ -153,7 +156,7 @@ def consume(topic: str | None, follow: bool) -> None:
 
 
 def kafka_settings() -> Settings:
-    """The settings, which must name brokers."""
+    """Load the settings, which must name Kafka brokers."""
     settings = load_settings()
     if not settings.kafka_bootstrap:
         raise PrefsError("PREFS_KAFKA_BOOTSTRAP names no brokers: set it to their host:port list")
@@ -227,7 +230,10 @@ def rejected_export(file: Path, topic: str | None, reason: str | None) -> None:
 def rejected_replay(
     file: Path | None, skip_invalid: bool, unchanged: bool, topic: str | None, reason: str | None
 ) -> None:
-    """Send corrected messages of an exported file again; what was replayed before is left out."""
+    """Send the corrected messages of an exported file.
+
+    Messages that were replayed before are skipped.
+    """
     from dagster_prefs.events.replay import ReplayError, replay_file, replay_unchanged
 
     if (file is None) != unchanged or (file is not None and (topic or reason)):
@@ -289,7 +295,8 @@ def simulate(
 ) -> None:
     """Generate events into the engine, Kafka, or files.
 
-    Those of the example behave as people do; messages of other topics are made up from their fields.
+    Events of the example's topics follow a scenario; messages of other topics are generated from their
+    fields.
     """
     from dagster_prefs.events.brokers import client_properties
     from dagster_prefs.tools import simulator

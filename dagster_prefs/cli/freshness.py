@@ -1,4 +1,4 @@
-"""Commands that show how fresh everything is, and repair what is not."""
+"""Commands that show freshness, and repair differences."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def status(watch: bool, interval: float, as_json: bool) -> int:
     """Show services, lag and freshness.
 
-    Exit 0 for ok, 1 for warnings, 2 for errors.
+    Exit code 0 for ok, 1 for warnings, 2 for errors.
     """
     from dagster_prefs.freshness.status import render_status
 
@@ -55,7 +55,7 @@ def status(watch: bool, interval: float, as_json: bool) -> int:
 
 @contextmanager
 def readings(settings: Settings) -> Iterator[Callable[[], Status]]:
-    """What takes all readings: of the stages themselves, and of the canary where its sensor left them."""
+    """Yield a function that reads all measures, the canary's from the state that its sensor stored."""
     from dagster_prefs.freshness.canary import canary_paths
     from dagster_prefs.freshness.levels import Measure
     from dagster_prefs.freshness.status import Sources, evaluate
@@ -81,7 +81,7 @@ def readings(settings: Settings) -> Iterator[Callable[[], Status]]:
 @cli.command()
 @click.option("--port", default=9475, show_default=True, type=click.IntRange(1, 65535))
 def metrics(port: int) -> None:
-    """Serve the readings of `prefs status` to Prometheus.
+    """Serve the measures of `prefs status` to Prometheus.
 
     At /metrics, on loopback.
     """
@@ -95,9 +95,9 @@ def metrics(port: int) -> None:
 @cli.command()
 @click.option("--dry-run", is_flag=True, help="Only count what differs.")
 def reconcile(dry_run: bool) -> None:
-    """Compare every row with DynamoDB and repair what differs.
+    """Compare every row with DynamoDB and repair the differences.
 
-    Stale and missing items are written, extra ones deleted.
+    Writes stale and missing items, deletes extra ones.
     """
     from dagster_prefs.events.raw import Progress
     from dagster_prefs.freshness.reconcile import reconcile_domain
@@ -131,12 +131,12 @@ def reconcile(dry_run: bool) -> None:
 
 @cli.group()
 def alerts() -> None:
-    """Alerts of freshness."""
+    """Freshness alerts."""
 
 
 @alerts.command("test")
 def alerts_test() -> None:
-    """Send a message to PREFS_ALERT_WEBHOOK."""
+    """Send a test message to PREFS_ALERT_WEBHOOK."""
     from dagster_prefs.freshness.alerts import Webhook
 
     settings = load_settings()

@@ -1,4 +1,4 @@
-"""Commands that read and serve what is online."""
+"""Commands that read and serve the online data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def profile_client(settings: Settings, entity: str | None) -> ProfileClient:
-    """A client for people, who rather wait for the local AWS server than see half a profile."""
+    """Return a client for interactive use, which waits for the local AWS server rather than time out."""
     from dagster_prefs.serving import ProfileClient
 
     return ProfileClient(
@@ -37,14 +37,14 @@ ENTITY = click.option("--entity", help="Whose id it is; the first entity with pr
 
 
 def id_of(entity: Entity, given: str) -> int | str:
-    """The id that was typed, or a usage error."""
+    """Parse the given id. Raises a usage error if it is invalid."""
     try:
         return read_key(entity.key, given)
     except BadId as error:
         raise click.BadParameter(str(error), param_hint="ID") from None
 
 
-# An id below 0, the canary, must not be taken for an option.
+# An id below 0, as the canary's, must not be taken for an option.
 @cli.command(context_settings={"ignore_unknown_options": True})
 @click.argument("id_", metavar="ID")
 @ENTITY
@@ -213,7 +213,7 @@ def serve(
 @ENTITY
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def why(id_: str, attribute: str, entity: str | None, as_json: bool) -> None:
-    """Set a served number beside what its tiles say.
+    """Compare a served value with the one computed from its tiles.
 
     Also shows these tiles, and the latest events.
     """
