@@ -1,4 +1,4 @@
-"""Freshness and lag as asset checks, observations and alerts, judged by the time in the data."""
+"""Freshness and lag as asset checks, observations and alerts, measured by the times in the data."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -51,16 +51,16 @@ CHECKS = {
     "canary": ("canary", "A synthetic event became readable within the promised time."),
 }
 
-# A sensor's tick may take a minute; what a canary has not shown by then, the next tick looks for.
+# A sensor's tick may take a minute; a canary that is not readable within this time is read by the next tick.
 CANARY_PATIENCE_SECONDS = 10.0
-# A sensor that has not ticked for longer is not running, whatever its state says.
+# A sensor without a tick for longer than this is not running, whatever its state says.
 CANARY_INACTIVITY = timedelta(minutes=10)
 
 
 def build(platform: Platform, alert_webhook: str | None = None) -> dg.Definitions:
-    """Checks of every stage with their job and schedule, and the sensors for the state that is outside.
+    """Return the checks of every stage with their job and schedule, and the sensors for external state.
 
-    `alert_webhook` is the URL that level transitions are told to; None only logs them.
+    `alert_webhook` is the URL that receives level transitions; None only logs them.
 
     Raises AlertError for a webhook that is no https URL.
     """
@@ -102,7 +102,8 @@ def build(platform: Platform, alert_webhook: str | None = None) -> dg.Definition
             try:
                 webhook.tell(changed, at=status.read_at)
             except AlertError as error:
-                # The levels stay as they were, so that the next evaluation tells the same again.
+                # The stored levels do not change, so that the next evaluation sends the same transitions
+                # again.
                 context.log.error(str(error))
                 changed = []
         outside = [
@@ -148,7 +149,7 @@ def build(platform: Platform, alert_webhook: str | None = None) -> dg.Definition
 
 
 def asset_keys(platform: Platform) -> dict[str, dict[str, dg.AssetKey]]:
-    """Stage → name of a measure → the asset that it speaks of."""
+    """Return the asset of each measure, by stage and name."""
     registry, settings = platform.registry, platform.settings
     domains = {
         domain.name: dg.AssetKey(
@@ -173,15 +174,15 @@ def asset_keys(platform: Platform) -> dict[str, dict[str, dg.AssetKey]]:
 
 
 def last_probe(instance: dg.DagsterInstance, registry: Registry, *, now: datetime) -> list[Measure]:
-    """The canary as its sensor left it on this instance: one measure per path; `now` is UTC.
+    """Return the canary's measures from the state that its sensor stored on this instance; `now` is UTC.
 
-    They are `skipped` where the sensor is off, and `unknown` where it is on and does not tick.
+    They are `skipped` if the sensor is off, and `unknown` if it is on and does not tick.
     """
     names = canary_paths(registry)
     try:
         states = instance.all_instigator_state(instigator_type=InstigatorType.SENSOR)
     except Exception as error:
-        # Each store has errors of its own, and none may stop the other readings.
+        # Each kind of store raises errors of its own, and none may prevent the other measures.
         return unknown("canary", names, f"Dagster's instance cannot be read: {error}")
     ticks = [
         (data.last_tick_timestamp or 0.0, data.cursor)
@@ -203,7 +204,7 @@ def last_probe(instance: dg.DagsterInstance, registry: Registry, *, now: datetim
 
 
 def metadata(measure: Measure) -> dict[str, dg.MetadataValue | float | int | str]:
-    """A measure's numbers and texts, numbers as numbers so that Dagster plots them."""
+    """Convert a measure's values to metadata, numbers as numbers so that Dagster plots them."""
     found: dict[str, dg.MetadataValue | float | int | str] = {
         "level": measure.level,
         "reason": measure.reason,
@@ -216,7 +217,7 @@ def metadata(measure: Measure) -> dict[str, dg.MetadataValue | float | int | str
     for name, value in measure.values.items():
         found[name] = dg.MetadataValue.timestamp(value) if name.endswith("_at") else value
     found |= measure.notes
-    # The canary shares its assets with other measures, whose plots it must not mix with.
+    # The prefix keeps the canary's plots apart from those of other measures on the same assets.
     return {f"canary_{name}": value for name, value in found.items()} if measure.stage == "canary" else found
 
 
