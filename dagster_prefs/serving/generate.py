@@ -1,4 +1,4 @@
-"""Source of typed clients: what `prefs generate client` writes for a service that wants its editor to know profiles."""
+"""Source code of typed clients, written by `prefs generate client` for services that want types."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dagster_prefs.declarations.contract import PROFILE_NAMES, Contract, Domain
 from dagster_prefs.serving.domains import PYTHON_TYPES, class_name, may_be_none
 
-# How the file was written, for its head and for whoever finds it out of date.
+# The command that wrote the file, for its head and for messages about outdated files.
 COMMAND = "prefs generate client"
 
 _HEAD = '''"""Typed profiles of version {version} of the serving contract. Written by `{command}`; do not edit.
@@ -47,7 +47,7 @@ class {client}({base}):
 
 
 def render_client(contract: Contract) -> str:
-    """Return a Python module with the frozen classes of each entity's profiles, and clients that answer with them."""
+    """Return a Python module with the frozen classes of each entity's profiles, and their clients."""
     entities = [(entity, contract.domains_of(entity)) for entity in contract.tables]
     clients = [class_name(entity).removesuffix("Profile") for entity, _ in entities]
     body = "".join(part for entity, domains in entities for part in _entity(contract, entity, domains))
@@ -98,7 +98,7 @@ def _entity(contract: Contract, entity: str, domains: tuple[Domain, ...]) -> Ite
 
 
 def _profile_name(entity: str, domains: tuple[Domain, ...]) -> str:
-    """The class of the profiles; a domain may have the entity's name."""
+    """Return the class name of the profiles; a domain may have the entity's name."""
     name = class_name(entity)
     return f"{name}s" if name in {class_name(domain.name) for domain in domains} else name
 
@@ -135,5 +135,5 @@ def _line(domain: Domain) -> str:
 
 
 def _escaped(text: str) -> str:
-    """A text as it may stand between triple quotes."""
+    """Escape a text for use between triple quotes."""
     return " ".join(text.split()).replace("\\", "\\\\").replace('"', '\\"')

@@ -1,8 +1,8 @@
-"""Why a served number is what it is: the tiles and latest events behind it, and the number computed from them again.
+"""The explanation of a served value: its tiles and latest events, and the value recomputed from them.
 
-Computed again means the rolling view's own query, as the registry has it, over the engine's tiles of that one key as
-they are now: a view, a publisher or a table that has fallen behind or was written by somebody else shows. Whether the
-query says what it should is for the tests of the models.
+The recomputation runs the rolling view's own query from the registry over the current tiles of that one key
+in the engine, so it reveals a view, publisher or table that lags behind or was written by another process.
+Whether the query itself is right is checked by the tests of the models.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from dagster_prefs.serving.profiles import ProfileClient
 if TYPE_CHECKING:
     from sqlglot import exp
 
-# Per topic.
+# The number of events per topic.
 LATEST_EVENTS = 10
-# Of a tile that no window ends; a window's tiles are all shown.
+# The limit for a tile without a window; all tiles of a window are shown.
 MAX_TILES = 1_000
 
 Rows = tuple[dict[str, Any], ...]
@@ -38,17 +38,17 @@ _DAYS = re.compile(r"([0-9]+) days?", re.IGNORECASE)
 
 
 class WhyError(PrefsError):
-    """The attribute is unknown, or what is behind it cannot be read."""
+    """The attribute is unknown, or its data cannot be read."""
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """One attribute of one id, as served and as computed again from its tiles.
+    """One attribute of one id, as served and as recomputed from its tiles.
 
-    `online` is the served value, None where there is no item or the value is NULL; `online_error` says why it could
-    not be read. `in_view` says whether the id is in the window at all: if not, no item should exist. `window_days` and
-    `window_start` are None for an attribute without a window. `tiles` and `events` have the rows behind it by
-    relation, newest first.
+    `online` is the served value, None if there is no item or the value is NULL; `online_error` says why it
+    could not be read. `in_view` says whether the rolling view has a row for the id: if not, no item should
+    exist. `window_days` and `window_start` are None for an attribute without a window. `tiles` and `events`
+    hold the source rows by relation, newest first.
     """
 
     entity: str
@@ -67,7 +67,7 @@ class Explanation:
     events: Mapping[str, Rows]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return the explanation as plain values, for JSON."""
         return dict(self.__dict__)
 
 
@@ -80,13 +80,13 @@ def explain_attribute(
     now: datetime | None = None,
     expiry_spread_seconds: int = 0,
 ) -> Explanation:
-    """Set a served attribute beside the same number computed from the engine's tiles at `now` (UTC).
+    """Compare a served attribute with its value recomputed from the engine's tiles at `now` (UTC).
 
     `attribute` is a name of the contract (`lessons_7d`); one that several domains have needs its domain
     (`progress.last_event_at`). `expiry_spread_seconds` is the platform's setting.
 
-    Raises WhyError for an unknown or ambiguous attribute, a registry without the view's query and relations that are
-    missing; the errors of ProfileClient for an id that is none or a table that cannot be read.
+    Raises WhyError for an unknown or ambiguous attribute, a registry without the view's query and relations
+    that are missing; the errors of ProfileClient for an invalid id or a table that cannot be read.
     """
     moment = checked_now(now)
     domain, name = _resolve(profiles, attribute)
@@ -120,7 +120,7 @@ def explain_attribute(
         online_error=None if read.error is None else str(read.error),
         recomputed=recomputed,
         in_view=in_view,
-        # An item exists exactly while the view has a row, whatever the attribute's own window.
+        # An item exists if and only if the view has a row, whatever the attribute's own window.
         equal=online == recomputed and (read.state == "found") == in_view,
         tiles=tiles,
         events=events,
@@ -143,7 +143,7 @@ def _resolve(profiles: ProfileClient, attribute: str) -> tuple[Domain, str]:
 
 
 class _Query:
-    """The query of a domain's rolling view, and what it reads."""
+    """The query of a domain's rolling view, and the relations that it reads."""
 
     def __init__(self, registry: Registry, domain: Domain) -> None:
         import sqlglot
@@ -158,7 +158,8 @@ class _Query:
         self.tree: exp.Expr = sqlglot.parse_one(text, dialect="risingwave")
         read = {table.name for table in self.tree.find_all(exp.Table)}
         self.tiles = [name for name in registry.tiles if name in read]
-        # Which topics a tile counts is nowhere declared: those of the entity, and what the view reads itself.
+        # No declaration says which topics a tile counts: use those of the entity, and those that the view
+        # reads directly.
         self.topics = [
             topic
             for topic in registry.topics.values()
@@ -167,12 +168,12 @@ class _Query:
         ]
 
     def has_key(self, relation: str) -> bool:
-        """Whether a relation that the query reads has the entity's key column."""
+        """Return whether a relation of the query has the entity's key column."""
         tile = self.registry.tiles.get(relation)
         return self.key.name in tile.key if tile else relation in {topic.relation for topic in self.topics}
 
     def window_days(self, attribute: str) -> int | None:
-        """The days of the window that an attribute is computed over; the longest of several, None without one."""
+        """Return the days of the attribute's window, the longest one of several, None if it has none."""
         from sqlglot import exp
         from sqlglot.lineage import lineage
 
@@ -181,7 +182,7 @@ class _Query:
             topic.relation: dict.fromkeys(topic.by_name, "text") for topic in self.registry.topics.values()
         }
         days = [
-            # A tile is in the window until the day after its last one has ended.
+            # A tile stays in the window until the end of the day after its last one.
             int(found[1]) - 1
             for node in lineage(attribute, self.tree.copy(), schema=schema, dialect="risingwave").walk()
             if isinstance(node.source, exp.Select) and (where := node.source.args.get("where")) is not None
@@ -191,7 +192,7 @@ class _Query:
         return max(days, default=None)
 
     def of(self, id_: int | str, attribute: str, schema: str, clock: datetime, dialect: str) -> str:
-        """The attribute of one id, asked at another time than now and of that id's rows only."""
+        """Return SQL for the attribute of one id at the time `clock`, reading only that id's rows."""
         from sqlglot import exp
 
         wanted = exp.Literal.string(id_) if isinstance(id_, str) else exp.convert(id_)
@@ -222,7 +223,7 @@ class _Query:
 
 
 class _Look:
-    """One id's rows in the engine, over one connection; raises psycopg's errors."""
+    """The rows of one id in the engine, read over one connection. Raises psycopg's errors."""
 
     def __init__(
         self, connection: psycopg.Connection[Any], engine: EngineConfiguration, key: Key, id_: int | str
@@ -233,23 +234,23 @@ class _Look:
         self.id = id_
 
     def spread(self, seconds: int) -> int:
-        """How much later than midnight the id's day begins, in seconds; macro `expiry_spread` is the same rule."""
+        """Return the seconds after midnight at which the id's day begins, like the macro `expiry_spread`."""
         if not seconds:
             return 0
         if isinstance(self.id, int):
             return abs(self.id) % seconds
-        # Macro `row_hash`.
+        # The same as the macro `row_hash`.
         digits = hashlib.md5(self.id.encode(), usedforsecurity=False).hexdigest()[:15]
         return int(digits, 16) % seconds
 
     def row(self, query: _Query, attribute: str, clock: datetime) -> list[tuple[Any, ...]]:
-        """The attribute in the one row that the rolling view has at that time; nothing where it has none."""
+        """Return the attribute of the id's row in the rolling view at that time; empty if it has none."""
         dialect = "postgres" if self.engine.kind == "local" else "risingwave"
         text = query.of(self.id, attribute, self.engine.schema, clock, dialect)
         return self.connection.execute(text.encode(), prepare=False).fetchall()
 
     def tiles(self, query: _Query, relation: str, start: date | None) -> Rows:
-        """The rows of a tile from a day on, newest first."""
+        """Return the rows of a tile from a day on, newest first."""
         tile = query.registry.tiles[relation]
         if not query.has_key(relation):
             return ()
@@ -260,7 +261,7 @@ class _Look:
         return self._rows(relation, columns, where, tile.day, MAX_TILES)
 
     def events(self, topic: TopicDeclaration) -> Rows:
-        """The latest events of a topic."""
+        """Return the latest events of a topic."""
         time = topic.time or topic.identity
         where = [sql.SQL("{} = {}").format(self.key, sql.Literal(self.id))]
         return self._rows(topic.relation, list(topic.by_name), where, time, LATEST_EVENTS)
