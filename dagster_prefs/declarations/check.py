@@ -1,4 +1,4 @@
-"""Check what a project declares, and say every error as one sentence with its place and an example of what is right."""
+"""Check a project's declarations; report each error with its position and a correct example."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _TABLE = re.compile(r"[A-Za-z0-9_.-]{3,255}")
 
 @dataclass(frozen=True)
 class Declarations:
-    """All that a project declares, checked; `contract` is the serving contract's JSON."""
+    """The checked declarations of a project; `contract` is the serving contract's JSON."""
 
     project: str
     entities: Mapping[str, Entity]
@@ -40,7 +40,7 @@ class Declarations:
 
 
 def check_project(project: ProjectYaml) -> Declarations:
-    """Everything that the project declares.
+    """Check and return everything that the project declares.
 
     Raises DeclarationError with a sentence for every problem, each with its file and line.
     """
@@ -49,13 +49,13 @@ def check_project(project: ProjectYaml) -> Declarations:
     findings.entities = _entities(findings)
     _windows(findings)
     if not findings.entities or findings.problems:
-        # Whatever else is wrong may follow from these.
+        # Other problems may be consequences of these.
         raise DeclarationError(findings.problems)
     for model in project.models:
         findings.claim(model.name, f"{model.file}:{model.line}")
         _model(findings, model)
     topics = [topic for model in findings.declaring("topic") if (topic := check_topic(findings, model))]
-    # Reference data last, each kind by its place.
+    # Topics of events before reference data, each in order of declaration.
     topics.sort(key=lambda topic: topic.declared.keep == "last")
     tiles = [tile for model in findings.declaring("tile") if (tile := check_tile(findings, model))]
     if not topics and not findings.problems:

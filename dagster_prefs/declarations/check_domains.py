@@ -1,4 +1,4 @@
-"""Check the domains that a project declares, and make the serving contract of them."""
+"""Check the domains of a project, and build the serving contract from them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _WINDOW_VARIABLE = re.compile(r"""var\(\s*["'](\w+)["']\s*\)(?:\.(\w+)|\[\s*["']
 
 @dataclass(frozen=True)
 class Domain:
-    """A domain; `resolved` is its `meta.domain` with all that may be left out, `columns` are those of its view."""
+    """A domain; `resolved` is its `meta.domain` with defaults filled in, `columns` are its view's."""
 
     key: str
     relation: str
@@ -47,14 +47,14 @@ class Domain:
 
 @dataclass(frozen=True)
 class Head:
-    """What an exposure says of the whole contract, and the file that says it."""
+    """The contract's head from an exposure: what applies to the whole contract, and the declaring file."""
 
     file: str
     content: Map
 
 
 def contract_head(findings: Findings) -> Head:
-    """The contract's head; an empty one where no exposure declares it."""
+    """Return the contract's head, an empty one if no exposure declares it."""
     found = [
         (one.file, one.meta["contract"], one.meta.at("contract"))
         for one in findings.project.exposures
@@ -74,7 +74,7 @@ def contract_head(findings: Findings) -> Head:
 
 
 def check_domain(findings: Findings, model: ModelYaml, head: Head) -> Domain | None:
-    """The domain that a model's YAML declares; None, with its problems noted, where it is wrong."""
+    """Return the domain that a model's YAML declares; None, with its problems noted, if it is invalid."""
     given, example = as_map(model.meta["domain"], model.line), EXAMPLES["domain"]
     before = len(findings.problems)
     findings.known(model.file, given, DOMAIN_KEYS, f"{model.name}: meta.domain", example)
@@ -182,7 +182,7 @@ def check_domain(findings: Findings, model: ModelYaml, head: Head) -> Domain | N
 
 
 def _domain_entity(findings: Findings, model: ModelYaml, given: Map) -> Entity | None:
-    """The entity that a domain names, else the one whose keys are its unique index."""
+    """Return the entity that a domain names, or else the one whose keys are its unique index."""
     if "entity" in given:
         return findings.entity(model, given, "domain")
     found = [
@@ -203,7 +203,7 @@ def _domain_entity(findings: Findings, model: ModelYaml, given: Map) -> Entity |
 
 
 def _named_days(findings: Findings, model: ModelYaml) -> None:
-    """Attributes whose name says other days than a window of the view, and windows that are none."""
+    """Note attributes whose names contain other days than the view's windows, and invalid windows."""
     sql = findings.project.sql(model.name) or ""
     file = findings.project.sql_file(model.name)
     days: set[int] = set()
@@ -224,7 +224,7 @@ def _named_days(findings: Findings, model: ModelYaml) -> None:
                     'within_window("watch_date", "viewer_id", var("windows").long)',
                 )
         if not is_whole(value):
-            # Computed in SQL: what it comes to is seen only where it is compiled.
+            # The number of days is computed in SQL, so it is only known after compilation.
             return
         if value < 1:
             findings.say(
@@ -249,7 +249,7 @@ def _named_days(findings: Findings, model: ModelYaml) -> None:
 def contract_of(
     findings: Findings, head: Head, domains: Sequence[Domain], topics: Sequence[Topic]
 ) -> Mapping[str, Any] | None:
-    """The serving contract's JSON; None, with its problems noted, where it is wrong."""
+    """Return the serving contract's JSON; None, with its problems noted, if it is invalid."""
     targets = plain(as_map(head.content.get("freshness"), head.content.line))
     of_topics = {
         topic.declared.name: targets.get("topics", {}).get(topic.declared.name, topic.freshness)
@@ -290,7 +290,7 @@ def contract_of(
             "canary": targets.get("canary", LIVE),
         },
     }
-    # As dbt's manifest has it, which is what the engine's records are made from.
+    # In the format of dbt's manifest, from which the engine's records are made.
     nodes = {
         domain.relation: {
             "name": domain.relation,

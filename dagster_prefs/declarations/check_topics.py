@@ -1,4 +1,4 @@
-"""Check the topics that a project declares."""
+"""Check the topics of a project."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FIELD_META = (
     "prose",
     "pii",
 )
-# In every parsed relation, and what its SQL calls its own.
+# Columns of every parsed relation, and names that its SQL uses.
 RESERVED_FIELDS = frozenset(
     {
         "source",
@@ -50,11 +50,11 @@ _KAFKA_TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
 
 @dataclass(frozen=True)
 class Topic:
-    """A topic with what only its SQL needs: where it is declared, and of some fields more than a reader must know.
+    """A topic with the parts that only its SQL needs: its file, and details of some fields.
 
-    `accepted_from` maps a field to the variable whose names it accepts, `defaults` a field to the SQL that the typed
-    relation has where a message leaves it out. `uuids` are fields
-    whose text is a UUID. `writes_indexes` is False where the YAML declares indexes itself.
+    `accepted_from` maps a field to the variable whose names it accepts, `defaults` a field to the SQL that
+    the typed relation uses if a message omits it. `uuids` are fields whose text is a UUID. `writes_indexes`
+    is False if the YAML declares indexes itself.
     """
 
     declared: TopicDeclaration
@@ -67,7 +67,7 @@ class Topic:
 
 
 def check_topic(findings: Findings, model: ModelYaml) -> Topic | None:
-    """The topic that a model's YAML declares; None, with its problems noted, where it is wrong."""
+    """Return the topic that a model's YAML declares; None, with its problems noted, if it is invalid."""
     given, example = as_map(model.meta["topic"], model.line), EXAMPLES["topic"]
     before = len(findings.problems)
     findings.known(model.file, given, TOPIC_KEYS, f"{model.name}: meta.topic", example)
@@ -297,7 +297,7 @@ def _accepted(findings: Findings, model: ModelYaml, column: ColumnYaml) -> tuple
 
 
 def _literal(value: object) -> str:
-    """The SQL literal of a default."""
+    """Return the SQL literal of a default."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int | float):

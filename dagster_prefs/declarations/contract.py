@@ -1,6 +1,6 @@
-"""The serving contract: what a service may rely on, as the project's registry holds it.
+"""The serving contract: what services may rely on, stored in the project's registry.
 
-The contract is declared beside the rolling views in dbt YAML and generated from dbt's manifest into `registry.json`;
+It is declared with the rolling views in dbt YAML and generated from dbt's manifest into `registry.json`;
 Terraform, provisioning, publisher, reader and checks all read that file.
 """
 
@@ -60,10 +60,10 @@ _COLD_STARTS: Mapping[AttributeType, Callable[[], Any]] = MappingProxyType(
     }
 )
 
-# DynamoDB's own ceiling for one item.
+# DynamoDB's limit for one item.
 DYNAMODB_ITEM_BYTES = 409_600
 
-# What a profile has by itself, so that `profile.<domain>` would be ambiguous.
+# Names of a profile's own attributes, with which `profile.<domain>` would be ambiguous.
 PROFILE_NAMES = frozenset(
     {
         "as_dict",
@@ -82,12 +82,12 @@ PROFILE_NAMES = frozenset(
 
 
 class ContractError(PrefsError):
-    """The contract is malformed, or a change of it is not allowed."""
+    """The contract is malformed, or a change to it is not allowed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Freshness:
-    """Staleness in seconds from which to warn, and from which the promise is broken."""
+    """A freshness target, in seconds of staleness: when to warn, and when the target is missed."""
 
     warn_seconds: float
     error_seconds: float
@@ -110,7 +110,7 @@ class KeyAttribute:
     type: KeyType
 
     def typed(self, value: int | str) -> dict[str, str]:
-        """The value in DynamoDB's typed JSON."""
+        """Return the value in DynamoDB's typed JSON."""
         return {self.type: str(value)}
 
     @property
@@ -119,14 +119,17 @@ class KeyAttribute:
         return "bigint" if self.type == "N" else "varchar"
 
     def value_of(self, item: Mapping[str, Mapping[str, Any]]) -> int | str:
-        """The value in an item or key in DynamoDB's typed JSON; raises KeyError or ValueError where it has none."""
+        """Return the value from an item or key in DynamoDB's typed JSON.
+
+        Raises KeyError or ValueError if it has none.
+        """
         text: str = item[self.name][self.type]
         return int(text) if self.type == "N" else text
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """The DynamoDB table of one entity; `name` is without the environment's prefix."""
+    """The DynamoDB table of one entity; `name` excludes the environment's prefix."""
 
     name: str
     partition_key: KeyAttribute
@@ -137,7 +140,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Domain:
-    """One item per entity's key: `key` is its sort key, `name` what Python calls it."""
+    """A domain: one item per key of an entity. `key` is its sort key, `name` its name in Python."""
 
     key: str
     name: str
@@ -152,7 +155,7 @@ class Domain:
 
 @dataclass(frozen=True, slots=True)
 class FreshnessThresholds:
-    """Thresholds outside the domains: per topic, for every view, for the export and for the canary."""
+    """Freshness targets outside the domains: per topic, for every view, for the export and for the canary."""
 
     topics: Mapping[str, Freshness]
     views: Freshness
@@ -164,8 +167,8 @@ class FreshnessThresholds:
 class Contract:
     """The whole serving contract.
 
-    `tables` maps entities to tables, `domains` maps domain keys (`learning#progress`) to domains; both are empty in a
-    project that serves no profiles.
+    `tables` maps entities to tables, `domains` maps domain keys (`learning#progress`) to domains; both are
+    empty in a project that serves no profiles.
     """
 
     version: int
@@ -180,7 +183,7 @@ class Contract:
         object.__setattr__(self, "_names", names)
 
     def domain(self, name_or_key: str) -> Domain:
-        """The domain of that key (`learning#progress`) or name (`progress`).
+        """Return the domain of that key (`learning#progress`) or name (`progress`).
 
         Raises ContractError naming the known domains.
         """
@@ -191,18 +194,18 @@ class Contract:
         return found
 
     def table_of(self, domain: Domain) -> Table:
-        """The table that holds a domain's items."""
+        """Return the table that holds a domain's items."""
         return self.tables[domain.entity]
 
     def domains_of(self, entity: str) -> tuple[Domain, ...]:
-        """The domains of one entity, in the contract's order."""
+        """Return the domains of one entity, in the contract's order."""
         return tuple(domain for domain in self.domains.values() if domain.entity == entity)
 
 
 def cold_start(name: str, attribute: Attribute) -> Any:
-    """What is served for an attribute while nothing is known: NULL where it may be, else the type's zero or nothing.
+    """Return an attribute's value for an id without data: None if nullable, else zero or empty.
 
-    Nothing is known of a newest event either.
+    The newest event's time is None, too.
     """
     if attribute.nullable or name == LAST_EVENT_AT:
         return None
@@ -212,7 +215,7 @@ def cold_start(name: str, attribute: Attribute) -> Any:
 def load_contract(path: Path) -> Contract:
     """Read and validate the contract of a registry file, or of the registry in a project's folder.
 
-    Raises ContractError naming the file, the place in it and the rule.
+    Raises ContractError naming the file, the position in it and the rule.
     """
     path = path if path.suffix == ".json" else path / REGISTRY
     try:
@@ -235,7 +238,7 @@ def load_contract(path: Path) -> Contract:
 def parse_contract(content: object) -> Contract:
     """Validate the decoded JSON of a contract.
 
-    Raises ContractError naming the first place that breaks a rule, and the rule.
+    Raises ContractError naming the first value that breaks a rule, and the rule.
     """
     root = _object(content, "the contract", {"version", "owner", "tables", "domains", "freshness"})
     version = _integer(root["version"], "version", minimum=1)
@@ -271,13 +274,13 @@ def parse_contract(content: object) -> Contract:
 
 
 def render_contract(contract: Contract | Mapping[str, Any]) -> str:
-    """The contract as stable JSON: domains by key, attributes as declared, one trailing newline."""
+    """Render the contract as stable JSON: domains by key, attributes as declared, one trailing newline."""
     content = contract_dict(contract) if isinstance(contract, Contract) else contract
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def contract_dict(contract: Contract) -> dict[str, Any]:
-    """The JSON form of a contract; `parse_contract` reads it back equal."""
+    """Return the JSON form of a contract, from which `parse_contract` reads an equal one."""
     return {
         "version": contract.version,
         "owner": contract.owner,
@@ -325,10 +328,10 @@ def contract_dict(contract: Contract) -> dict[str, Any]:
 def build_contract(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Build the contract from dbt's `manifest.json`.
 
-    A model with `config.meta.domain` = {key, name, entity, sink, owner, description, freshness} is a domain, and
-    its columns (data_type, description, a `not_null` test or constraint) are the attributes; `entity` may be left
-    out where there is one table. The one exposure with `config.meta.contract` = {version, owner, tables, freshness}
-    gives the rest.
+    A model with `config.meta.domain` = {key, name, entity, sink, owner, description, freshness} is a domain,
+    and its columns (data_type, description, a `not_null` test or constraint) are the attributes; `entity` may
+    be omitted if there is only one table. The one exposure with `config.meta.contract` = {version, owner,
+    tables, freshness} gives the rest.
 
     Raises ContractError naming the model or exposure, the rule and the remedy.
     """
@@ -388,9 +391,10 @@ def build_contract(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _resolved(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A manifest in which `prefs generate` has filled in what declarations leave out; others as they are.
+    """Fill in the defaults of declarations in a manifest of `prefs generate`; return others unchanged.
 
-    The generated model `deployments` has the contract's head in its meta, and each sink what it `publishes`.
+    The generated model `deployments` has the contract's head in its meta, and each sink what it
+    `publishes`.
     """
     nodes = dict(manifest.get("nodes", {}))
     heads = {
@@ -410,9 +414,10 @@ def _resolved(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def deployed_contract(fragments: Sequence[Mapping[str, Any]]) -> Contract | None:
-    """The contract that the engine's records hold, one fragment of dbt's manifest a domain; None without any.
+    """Return the contract in the engine's records, None without any.
 
-    A domain that did not change keeps the fragment of an older version, so the highest version counts.
+    `fragments` are the parts of dbt's manifests that deployments recorded, one per domain. A domain that did
+    not change keeps the fragment of an older version, so the highest version counts.
 
     Raises ContractError when the fragments contradict each other.
     """
@@ -426,7 +431,7 @@ def deployed_contract(fragments: Sequence[Mapping[str, Any]]) -> Contract | None
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One difference between two contracts; `path` is where, `what` a sentence."""
+    """One difference between two contracts; `path` is its position, `what` a sentence."""
 
     kind: Literal["additive", "breaking"]
     path: str
@@ -434,11 +439,11 @@ class Change:
 
 
 def diff_contracts(old: Contract, new: Contract) -> tuple[Change, ...]:
-    """Classify what differs, breaking changes first.
+    """Return the differences between two contracts, breaking changes first.
 
-    Breaking is what an existing reader does not survive: another table or key, a domain or attribute that is
-    gone, renamed or retyped, an attribute that may now be NULL, a weaker freshness promise. All else is
-    additive.
+    A change is breaking if existing readers fail on it: another table or key, a domain or attribute that was
+    removed, renamed or retyped, an attribute that became nullable, a weaker freshness target. All other
+    changes are additive.
     """
     changes = [change for entity in old.tables for change in _entity_changes(entity, old, new)]
     changes.extend(
@@ -462,7 +467,7 @@ def diff_contracts(old: Contract, new: Contract) -> tuple[Change, ...]:
 
 
 def check_version(old: Contract, new: Contract) -> tuple[Change, ...]:
-    """Refuse a breaking change without a higher version; return all changes.
+    """Return all changes; refuse breaking ones without a higher version.
 
     Raises ContractError naming the breaking changes and the version to use.
     """
@@ -472,7 +477,7 @@ def check_version(old: Contract, new: Contract) -> tuple[Change, ...]:
             f"version {new.version} is lower than {old.version}: a contract's version never goes back"
         )
     breaking = [f"{change.path}: {change.what}" for change in changes if change.kind == "breaking"]
-    # A project that serves no profiles any more has no place left that could declare a version.
+    # A project that no longer serves profiles has no declaration that could state a version.
     if breaking and new.domains and new.version == old.version:
         raise ContractError(
             f"breaking change without a new version ({'; '.join(breaking)}): "
@@ -705,7 +710,7 @@ def _domain(key: str, value: object, tables: Mapping[str, Table]) -> Domain:
 
 
 def _is_name(text: str) -> bool:
-    """Whether a typed class can have a field of this name."""
+    """Return whether a typed class can have a field of this name."""
     return text.isidentifier() and not keyword.iskeyword(text) and not text.startswith("_")
 
 

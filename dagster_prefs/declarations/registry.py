@@ -1,7 +1,7 @@
-"""What a project declares, as everything outside dbt reads it: entities, topics, tiles, domains, variables.
+"""A project's declarations for everything outside dbt: entities, topics, tiles, domains, variables.
 
-`prefs generate` writes it to `registry.json` in the project's folder, from the YAML of the dbt project. No other part
-of the platform knows a topic, a tile, a domain or an attribute by name.
+`prefs generate` writes them to `registry.json` in the project's folder, from the YAML of the dbt project. No
+other part of the platform knows a topic, a tile, a domain or an attribute by name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dagster_prefs.declarations.contract import REGISTRY as REGISTRY
 from dagster_prefs.declarations.contract import Contract, contract_dict, parse_contract
 from dagster_prefs.errors import PrefsError, excerpt
 
-# Raised when an older reader would misunderstand the file.
+# Incremented when an older reader would misinterpret the file.
 FORMAT = 1
 
 FieldType = Literal["text", "bigint", "int", "decimal", "boolean", "timestamptz"]
@@ -29,12 +29,12 @@ KeyType = Literal["bigint", "text", "uuid"]
 
 
 class RegistryError(PrefsError):
-    """A project's registry is missing or cannot be read, or it lacks what was asked for."""
+    """A project's registry is missing or unreadable, or lacks a requested name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One key column of an entity; a `uuid` is held as text in lower case."""
+    """One key column of an entity; a `uuid` is stored as text in lower case."""
 
     name: str
     type: KeyType
@@ -42,10 +42,10 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class Entity:
-    """Whom or what rows are about; its first key is the one that ids are reserved in and events name.
+    """The kind of thing that rows are about. Its first key contains the reserved ids and occurs in events.
 
-    `table` is its DynamoDB table without the environment's prefix, None where it has no domain. An `erasable` entity
-    is a person: `prefs erase` takes it.
+    `table` is its DynamoDB table without the environment's prefix, None if it has no domain. An `erasable`
+    entity is a person, whom `prefs erase` can erase.
     """
 
     name: str
@@ -63,9 +63,9 @@ class Entity:
 class FieldDeclaration:
     """One field of a topic's messages.
 
-    A text is at most `max_bytes` long in UTF-8; a decimal is rounded to `scale` places; a number is from `minimum` to
-    `maximum`; `accepted` are the only values, if there are any. A message may leave an `optional` field out. `prose` is
-    text for people, in which a number stands as it was written.
+    A text has at most `max_bytes` in UTF-8; a decimal is rounded to `scale` places; a number is from
+    `minimum` to `maximum`; `accepted` lists the only permitted values, if there are any. A message may omit
+    an `optional` field. `prose` is text for people, in which numbers keep their spelling.
     """
 
     name: str
@@ -82,10 +82,10 @@ class FieldDeclaration:
 
 @dataclass(frozen=True)
 class TopicDeclaration:
-    """One kind of message: `relation` holds its typed events, `raw` its messages as they came.
+    """One kind of message: `relation` holds its typed events, `raw` its raw messages.
 
-    Of several deliveries of one `identity` the first counts, or with `keep` = last the last (reference data).
-    `entity` and `time` (the field that says when) are None for reference data.
+    Among several deliveries of one `identity` the first counts, or with `keep` = last the last (reference
+    data). `entity` and `time` (the field of the event time) are None for reference data.
     """
 
     name: str
@@ -100,7 +100,7 @@ class TopicDeclaration:
 
     @cached_property
     def by_name(self) -> Mapping[str, FieldDeclaration]:
-        """Field by name."""
+        """The fields by name."""
         return MappingProxyType({field.name: field for field in self.fields})
 
 
@@ -117,8 +117,9 @@ class TileColumn:
 class TileDeclaration:
     """One row per entity and UTC `day` (and the rest of `key`), exported to the training table `table`.
 
-    `metric` names the columns whose total is `metric_total` among the fingerprints; `at_most` lists (smaller, larger)
-    pairs of columns that every row respects; `sink` is RisingWave's that writes the table, where sinks export.
+    `metric` names the columns whose total is `metric_total` among the fingerprints; `at_most` lists (smaller,
+    larger) pairs of columns that every row respects; `sink` is the RisingWave sink that writes the table,
+    where sinks export.
     """
 
     relation: str
@@ -135,11 +136,13 @@ class TileDeclaration:
 
 @dataclass(frozen=True)
 class Registry:
-    """All that a project declares; `variables` are the dbt project's own (weights, windows, tiers, thresholds).
+    """All declarations of a project.
 
-    `hashes` maps each file that matters to its SHA-256, relative to the project's folder. `queries` maps every tile,
-    domain's rolling view, and other view with a time, to its SQL as RisingWave gets it, without the names of database
-    and schema, and without a spread: windows, upstreams and what training sets compute are taken from it.
+    `variables` are the dbt project's own (weights, windows, tiers, thresholds). `hashes` maps each file that
+    affects a deployment to its SHA-256, relative to the project's folder. `queries` maps every tile, every
+    domain's rolling view, and every other view with a time, to its SQL as RisingWave gets it, without the
+    names of database and schema, and without a spread: windows, upstreams and the features of training sets
+    are derived from it.
     """
 
     project: str
@@ -152,19 +155,19 @@ class Registry:
     queries: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def query(self, relation: str) -> str:
-        """The compiled SQL of a relation. Raises RegistryError where the registry holds none."""
+        """Return the compiled SQL of a relation. Raises RegistryError if the registry holds none."""
         if relation not in self.queries:
             raise RegistryError(f"the registry holds no query of {relation}: run `prefs generate`")
         return self.queries[relation]
 
     def entity(self, name: str) -> Entity:
-        """The entity of this name. Raises RegistryError naming those there are."""
+        """Return the entity of this name. Raises RegistryError naming the existing ones."""
         if name not in self.entities:
             raise RegistryError(f"unknown entity {excerpt(name)}: there are {', '.join(self.entities)}")
         return self.entities[name]
 
     def topic(self, name: str) -> TopicDeclaration:
-        """The topic of this name. Raises RegistryError naming those there are."""
+        """Return the topic of this name. Raises RegistryError naming the existing ones."""
         if name not in self.topics:
             near = difflib.get_close_matches(name, self.topics, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
@@ -173,9 +176,9 @@ class Registry:
 
 
 def parse_registry(content: Mapping[str, Any]) -> Registry:
-    """The registry of decoded JSON.
+    """Parse the decoded JSON of a registry.
 
-    Raises RegistryError where it is of another format, or was not written by `prefs generate`.
+    Raises RegistryError if it has another format, or was not written by `prefs generate`.
     """
     if content.get("format") != FORMAT:
         raise RegistryError(
@@ -231,7 +234,7 @@ def parse_registry(content: Mapping[str, Any]) -> Registry:
 
 
 def _check_tables(registry: Registry) -> None:
-    """Raise RegistryError where a table of the contract is not that of its entity."""
+    """Raise RegistryError if a table of the contract is not that of its entity."""
     for name, table in registry.contract.tables.items():
         entity = registry.entity(name)
         if len(entity.keys) > 1:
@@ -249,7 +252,7 @@ def _check_tables(registry: Registry) -> None:
 
 
 def registry_dict(registry: Registry) -> dict[str, Any]:
-    """The JSON form of a registry; `parse_registry` reads it back equal."""
+    """Return the JSON form of a registry, from which `parse_registry` reads an equal one."""
     return {
         "format": FORMAT,
         "project": registry.project,
@@ -296,17 +299,18 @@ def registry_dict(registry: Registry) -> dict[str, Any]:
 
 
 def render_registry(registry: Registry) -> str:
-    """The registry as stable JSON text."""
+    """Render the registry as stable JSON text."""
     return json.dumps(registry_dict(registry), indent=2, ensure_ascii=False) + "\n"
 
 
 def find_project(start: Path | None = None, *, named: Path | None = None) -> Path:
-    """The folder of the dbt project: `named` (PREFS_PROJECT_DIR), else from `start` (the working folder) upwards.
+    """Find the folder of the dbt project.
 
-    A folder counts that holds `dbt_project.yml`, or has such a folder named `dbt_project`. The named one may hold the
-    registry alone, as where a service only reads.
+    It is `named` (PREFS_PROJECT_DIR), or else searched from `start` (the working folder) upwards. A folder
+    counts if it contains `dbt_project.yml`, or such a folder named `dbt_project`. The named one may contain
+    only the registry, for a service that only reads.
 
-    Raises RegistryError naming where it was looked for.
+    Raises RegistryError naming the searched folders.
     """
     if named is not None:
         if not any((named / file).is_file() for file in ("dbt_project.yml", REGISTRY)):
@@ -326,7 +330,7 @@ def find_project(start: Path | None = None, *, named: Path | None = None) -> Pat
 
 
 def open_registry(given: Registry | Mapping[str, Any] | Path | str) -> Registry:
-    """The registry that a service was given: itself, its decoded JSON, its file or its project's folder.
+    """Return the registry from any of its forms: itself, decoded JSON, its file or its project's folder.
 
     Raises RegistryError naming what is wrong and the remedy.
     """
@@ -342,7 +346,7 @@ def open_registry(given: Registry | Mapping[str, Any] | Path | str) -> Registry:
 
 
 def load_registry(project: Path) -> Registry:
-    """The registry of the project in this folder, or in this file.
+    """Load the registry of the project in this folder, or in this file.
 
     Raises RegistryError naming the file, what is wrong and the remedy.
     """
