@@ -1,9 +1,9 @@
-"""What a workload writes, reads, keeps and costs: the formulas behind `prefs cost` and docs/scale.md.
+"""The cost model: writes, reads, storage and dollars of a workload, for `prefs cost` and docs/scale.md.
 
-Every figure follows from a `Workload` and the `Shape` of an entity's tiles and domains, which a project's registry
-gives, by one of the small functions below, each with its formula in its docstring. They are expectations, so they
-are floats inside and rounded to whole rows, items and units at the end; money is exact on top of those. A test
-holds them against what a simulated run really wrote.
+Every figure follows from a `Workload` and the `Shape` of an entity's tiles and domains, which a project's
+registry gives, by one of the small functions below, each with its formula in its docstring. The figures are
+expected values, computed as floats and rounded to whole rows, items and units at the end; dollars are
+computed exactly from those. A test compares them with the writes of a simulated run.
 """
 
 from __future__ import annotations
@@ -27,18 +27,21 @@ DAY_SECONDS = 86_400
 MONTH_DAYS = 30
 GIB = 1024**3
 
-# --- DynamoDB, as its developer guide has it ------------------------------------------------------------------
+# --- DynamoDB, from its developer guide
+# -----------------------------------------------------------------------
 
 WRITE_UNIT_BYTES = 1024
 READ_UNIT_BYTES = 4096
-# Beside an item's own bytes, storage is billed for its index entry.
+# Added to an item's own bytes, because storage is also billed for its index entry.
 ITEM_OVERHEAD_BYTES = 100
-# Default quota of a table on demand, and what a new one bears at once; it doubles from its former peak.
+# Default quota of an on-demand table, and the initial throughput of a new one; a table allows twice its
+# former peak.
 TABLE_WRITE_UNITS = 40_000
 NEW_TABLE_WRITE_UNITS = 4_000
 
-# Values of the contract's types as the views produce them: N is 1 byte and 1 more for each two digits. Milliseconds
-# have 13 digits, a count of some weeks 2, a rounded minute or ratio 8; a list 3 bytes, and 1 for each element.
+# Bytes of the contract's types, with values as the views produce them: a number (N) takes 1 byte and 1 more
+# per two digits. Milliseconds have 13 digits, a count of some weeks 2, a rounded minute or ratio 8; a list
+# takes 3 bytes, and 1 more per element.
 _VALUE_BYTES = {
     "integer": 2.0,
     "decimal": 5.0,
@@ -48,28 +51,31 @@ _VALUE_BYTES = {
     "list<decimal>": 3 + 4.0 * (1 + 4),
 }
 _EPOCH_MS_BYTES = 8.0
-# Of a key in DynamoDB; a bigint has half a byte a digit. A text is taken to be as long as a short name.
+# Bytes of a key in DynamoDB; a bigint takes half a byte per digit. A text is assumed to be as long as a short
+# name.
 _KEY_BYTES = {"text": 16, "uuid": 36}
 
-# --- what the offline store writes ----------------------------------------------------------------------------
+# --- the offline store
+# ----------------------------------------------------------------------------------------
 
-# Parquet bytes of a value by its type, zstd, in files of thousands of rows sorted by key, in which the day is the same
-# everywhere and most counts are small.
+# Parquet bytes (zstd) of a value by its type, in files of thousands of rows sorted by key, in which all rows
+# have the same day and most counts are small.
 _PARQUET_BYTES = {"bigint": 1.6, "date": 0.0, "decimal": 4.0, "text": 2.0, "timestamptz": 6.0}
 _PARQUET_KEY_BYTES = {"bigint": 1.6, "text": 8.0, "uuid": 16.0}
-# A day is staged on a branch and published from there: three metadata files, a manifest list and a manifest.
+# A day is staged on a branch and then published: three metadata files, a manifest list and a manifest.
 METADATA_FILES_PER_COMMIT = 5
 
-# Of what a project does not say in the variable `workload`: rows of a tile for an entity and day, by key column beyond
-# the entity's, and distinct values for each `count(distinct …)`.
+# Defaults for what a project does not declare in the variable `workload`: rows of a tile per entity and day,
+# for each key column beyond the entity's, and distinct values for each `count(distinct …)`.
 ROWS_PER_FURTHER_KEY = 1.5
 VALUES_PER_DISTINCT_COUNT = 3.0
 
-# --- what the engine keeps ------------------------------------------------------------------------------------
+# --- the engine's state
+# ---------------------------------------------------------------------------------------
 
-# Bytes of one row in the engine's state, keys, indexes and operators' copies included, before compression: measured
-# on RisingWave 2.6.3 with simulated events (rw_catalog.rw_table_stats); those of windows and rolling views, which
-# are a small part, are taken from the tiles'.
+# Bytes of one row in the engine's state, including keys, indexes and operators' copies, before compression.
+# Measured on RisingWave 2.6.3 with simulated events (rw_catalog.rw_table_stats), except for windows and
+# rolling views: they are a small part, and use the tiles' values.
 STATE_ROW_BYTES: Mapping[str, float] = {
     "raw events": 280.0,
     "typed events": 1_150.0,
@@ -81,15 +87,16 @@ STATE_ROW_BYTES: Mapping[str, float] = {
 
 
 class CostError(PrefsError):
-    """A workload that cannot be, or a price that is none."""
+    """A workload or a price is invalid."""
 
 
 @dataclass(frozen=True)
 class Prices:
-    """List prices in US dollars, to be replaced by one's own.
+    """List prices in US dollars, which can be overridden.
 
-    The defaults are AWS's public list prices for us-east-1 as of 2025-07-01 (DynamoDB on demand, standard table
-    class, after the reduction of 2024-11-01; S3 Standard, first tier), without free tier, discount or tax.
+    The defaults are AWS's public list prices for us-east-1 as of 2025-07-01 (DynamoDB on demand, standard
+    table class, after the reduction of 2024-11-01; S3 Standard, first tier), without free tier, discount or
+    tax.
     """
 
     million_write_units: Decimal = Decimal("0.625")
@@ -110,9 +117,9 @@ PRICES_FROM = "AWS list prices, us-east-1, on demand, as of 2025-07-01"
 
 
 def overrides(given: Sequence[str], of: type[Prices] | type[Capacities]) -> dict[str, Any]:
-    """NAME=VALUE texts as arguments of `of`.
+    """Parse NAME=VALUE texts into arguments of `of`.
 
-    Raises CostError for a text of another form, an unknown name or a value that is no number.
+    Raises CostError for a text of another form, an unknown name or a value that is not a number.
     """
     known = {entry.name: Decimal if of is Prices else int for entry in fields(of)}
     found = {}
@@ -130,7 +137,7 @@ def overrides(given: Sequence[str], of: type[Prices] | type[Capacities]) -> dict
 
 
 def share_overrides(given: Sequence[str]) -> dict[str, float]:
-    """TOPIC=SHARE texts as shares by topic. Raises CostError for a text of another form."""
+    """Parse TOPIC=SHARE texts into shares by topic. Raises CostError for a text of another form."""
     found = {}
     for text in given:
         name, _, value = text.partition("=")
@@ -143,17 +150,19 @@ def share_overrides(given: Sequence[str]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Workload:
-    """How many entities of one kind do how much.
+    """The number of entities of one kind, and their activity.
 
-    `entities` were seen within the longest window; `events_per_day` are valid events of all topics about them, and
-    `shares` says which part of them each topic's typed relation gets (together 1). `daily_active_share` of the entities
-    have an event of the topic with the largest share on a given day; events of the other topics fall on entities at
-    random. `reads_per_day` are calls of the profile client for all domains, eventually consistent. `refresh_seconds`
-    is how often changes are written: RisingWave's barrier, or the pause between refreshes on the embedded engine.
-    `spread_seconds` is PREFS_EXPIRY_SPREAD_SECONDS. `peak_factor` is the busiest second over the mean. `late_days`
-    are days before the newest one that each day's export finds changed; `history_days` are days of events that the
-    engine keeps, `raw_days` days of raw messages (PREFS_RAW_RETENTION_SECONDS), None meaning as many. `fenced` is
-    whether items are written in transactions, as PREFS_PUBLISH=changefeed does, which costs twice the units.
+    `entities` have an event within the longest window; `events_per_day` are valid events of all topics about
+    them, and `shares` is the part of them that each topic's typed relation gets (together 1).
+    `daily_active_share` of the entities have an event of the topic with the largest share on a given day;
+    events of the other topics fall on entities at random. `reads_per_day` are calls of the profile client for
+    all domains, eventually consistent. `refresh_seconds` is the interval at which changes are written:
+    RisingWave's barrier, or the pause between refreshes on the embedded engine. `spread_seconds` is
+    PREFS_EXPIRY_SPREAD_SECONDS. `peak_factor` is the load of the busiest second over the mean. `late_days`
+    are days before the newest one that each day's export finds changed; `history_days` are days of events
+    that the engine keeps, `raw_days` days of raw messages (PREFS_RAW_RETENTION_SECONDS), None for as many.
+    `fenced` says that items are written in transactions, as PREFS_PUBLISH=changefeed does, at twice the write
+    units.
 
     Raises CostError naming the number, its rule and a remedy.
     """
@@ -205,13 +214,14 @@ class Workload:
         return max(self.shares, key=lambda topic: self.shares[topic])
 
     def events_of(self, topics: Collection[str]) -> float:
-        """Events a day of these topics."""
+        """Return the events per day of these topics."""
         return self.events_per_day * sum(self.shares[topic] for topic in topics)
 
     def active_in(self, topics: Collection[str]) -> float:
-        """Entities a day with an event of any of these topics: V · (1 - Π (1 - p)) over the topics.
+        """Return the entities per day with an event of any of these topics: V · (1 - Π (1 - p)).
 
-        p is `daily_active_share` for the topic with the largest share, else 1 - e^(-events / V): events at random.
+        The product is over the topics. p is `daily_active_share` for the topic with the largest share, else 1
+        - e^(-events / V), for random events.
         """
         idle = 1.0
         for topic in topics:
@@ -226,9 +236,11 @@ class Workload:
 
 @dataclass(frozen=True)
 class TileLoad:
-    """What matters of a tile here: the topics it counts, bytes of an exported row, and rows of an active entity's day.
+    """The properties of a tile that determine its load.
 
-    `distinct_per_active_day` are the distinct values that the engine remembers of an active entity's day.
+    The topics it counts, bytes of an exported row, and rows of an active entity's day.
+    `distinct_per_active_day` is the number of distinct values that the engine stores for an active entity's
+    day.
     """
 
     name: str
@@ -240,9 +252,9 @@ class TileLoad:
 
 @dataclass(frozen=True)
 class DomainLoad:
-    """What matters of a domain here: bytes of its item, its windows in days, and the topics that change it.
+    """The properties of a domain that determine its load: bytes of its item, windows in days, and topics.
 
-    A domain without windows is made of all of history: nothing of it expires.
+    A domain without windows is computed from all of history: its rows never expire.
     """
 
     name: str
@@ -251,11 +263,11 @@ class DomainLoad:
     topics: frozenset[str]
 
     def events(self, workload: Workload) -> float:
-        """Events a day that change a row of this domain."""
+        """Return the events per day that change a row of this domain."""
         return workload.events_of(self.topics)
 
     def active(self, workload: Workload) -> float:
-        """Entities a day whose row in this domain an event changes."""
+        """Return the number of entities per day whose row in this domain an event changes."""
         return workload.active_in(self.topics)
 
 
@@ -268,14 +280,14 @@ class Shape:
 
     @property
     def longest_window(self) -> int:
-        """Days of the longest window of any domain; 0 where none has one."""
+        """Days of the longest window of any domain; 0 if none has a window."""
         return max((days for domain in self.domains for days in domain.windows), default=0)
 
 
 def served_entity(registry: Registry, named: str | None) -> Entity:
-    """The entity of this name, or the only one with a domain.
+    """Return the entity of this name, or the only one with a domain.
 
-    Raises CostError where it has no domain, or several have and none is named.
+    Raises CostError if it has no domain, or if several have one and `named` is None.
     """
     served = dict.fromkeys(domain.entity for domain in registry.contract.domains.values())
     if named is None and len(served) == 1:
@@ -291,10 +303,10 @@ def served_entity(registry: Registry, named: str | None) -> Entity:
 def topic_shares(
     registry: Registry, entity: Entity, given: Mapping[str, float] | None = None
 ) -> dict[str, float]:
-    """The share of the events that each typed relation about an entity gets.
+    """Return the share of the events that each typed relation about an entity gets.
 
-    `given` wins over the project's variable `workload`; what both leave out gets equal parts of the rest. Raises
-    CostError for a name that is no topic of the entity.
+    `given` takes precedence over the project's variable `workload`; topics without a value share the rest
+    equally. Raises CostError for a name that is no topic of the entity.
     """
     topics = [topic.relation for topic in registry.topics.values() if topic.entity == entity.name]
     said = _assumed(registry, "shares", topics) if given is None else dict(given)
@@ -308,7 +320,7 @@ def topic_shares(
 
 
 def project_shape(registry: Registry, entity: Entity, entities: int) -> Shape:
-    """The tiles and domains that a project declares of an entity of which there are so many.
+    """Return the declared tiles and domains of an entity, for this number of entities.
 
     Raises CostError for a variable `workload` that names what the project does not declare.
     """
@@ -350,10 +362,10 @@ def project_shape(registry: Registry, entity: Entity, entities: int) -> Shape:
 
 
 def uniform_shape(shape: Shape, domains: int, attributes: int) -> Shape:
-    """The tiles of a shape, and in place of its domains so many of so many attributes.
+    """Return the tiles of a shape with `domains` identical domains of `attributes` attributes each.
 
-    They are decimals with long names in all of the shape's windows, changed by every event. Raises CostError unless
-    there is at least one domain with one attribute.
+    The attributes are decimals with long names in all of the shape's windows, changed by every event. Raises
+    CostError unless there is at least one domain with one attribute.
     """
     if domains < 1 or attributes < 1:
         raise CostError(
@@ -374,21 +386,21 @@ def uniform_shape(shape: Shape, domains: int, attributes: int) -> Shape:
 def item_bytes(
     contract: Contract, entity: Entity, domain: Domain, entities: int, attributes: Sequence[tuple[str, float]]
 ) -> float:
-    """Bytes of one item: names and values of both keys and of every attribute, as DynamoDB counts them.
+    """Return the bytes of one item as DynamoDB counts them: names and values of all keys and attributes.
 
-    A number is 1 byte and 1 more for each two of its digits, a text its UTF-8 bytes.
+    A number takes 1 byte and 1 more per two of its digits, a text its UTF-8 bytes.
     """
     table, digits = contract.table_of(domain), len(str(entities))
     first, *rest = entity.keys
     key = _KEY_BYTES[first.type] if first.type in _KEY_BYTES else 1 + math.ceil(digits / 2)
-    # The sort key holds further key columns as text, each after a separator.
+    # The sort key contains further key columns as text, each after a separator.
     further = sum(1 + _KEY_BYTES.get(column.type, digits) for column in rest)
     keys = len(table.partition_key.name) + key + len(table.sort_key.name) + len(domain.key) + further
     return keys + sum(len(name) + value for name, value in attributes)
 
 
 def _assumed(registry: Registry, what: str, known: Collection[str]) -> dict[str, float]:
-    """One part of the project's variable `workload`."""
+    """Return one part of the project's variable `workload`."""
     given = registry.variables.get("workload", {}).get(what, {})
     if wrong := sorted(set(given) - set(known)):
         raise CostError(
@@ -398,14 +410,14 @@ def _assumed(registry: Registry, what: str, known: Collection[str]) -> dict[str,
 
 
 def _tables(registry: Registry, relation: str) -> set[str]:
-    """The relations that a view's compiled query reads."""
+    """Return the relations that a view's compiled query reads."""
     query = sqlglot.parse_one(registry.query(relation), dialect="postgres")
     inside = {cte.alias for cte in query.find_all(exp.CTE)}
     return {table.name for table in query.find_all(exp.Table)} - inside
 
 
 def _topics_behind(registry: Registry, entity: Entity, relation: str) -> frozenset[str]:
-    """The typed relations about an entity that a view is made from; all of them where its query does not tell."""
+    """Return the typed relations about an entity behind a view, or all of them if its query names none."""
     topics = {topic.relation for topic in registry.topics.values() if topic.entity == entity.name}
     found: set[str] = set()
     seen, left = set(), {relation}
@@ -420,22 +432,22 @@ def _topics_behind(registry: Registry, entity: Entity, relation: str) -> frozens
 
 
 def _distinct_counts(registry: Registry, tile: str) -> int:
-    """How many distinct counts a tile keeps."""
+    """Count the distinct counts in a tile."""
     query = sqlglot.parse_one(registry.query(tile), dialect="postgres")
     return sum(isinstance(count.this, exp.Distinct) for count in query.find_all(exp.Count))
 
 
 def _row_bytes(entity: Entity, tile: TileDeclaration) -> float:
-    """Bytes of one exported row in Parquet, from the types of its columns."""
+    """Return the bytes of one exported row in Parquet, from the types of its columns."""
     keys = {key.name: _PARQUET_KEY_BYTES[key.type] for key in entity.keys}
     return sum(keys.get(name, _PARQUET_BYTES[column.type]) for name, column in tile.columns.items())
 
 
 def rows_kept(workload: Workload, domain: DomainLoad) -> float:
-    """Rows of a rolling view: entities with an event in its longest window or on the running day.
+    """Return the rows of a rolling view: entities with an event in its longest window or on the current day.
 
-    V · (1 - (1 - p)^(N + 1)), where p = active / V is the chance that an entity is active on a day; V where the domain
-    has no window.
+    V · (1 - (1 - p)^(N + 1)), where p = active / V is the probability that an entity is active on a day; V if
+    the domain has no window.
     """
     if not domain.windows:
         return workload.entities
@@ -445,11 +457,11 @@ def rows_kept(workload: Workload, domain: DomainLoad) -> float:
 
 
 def event_writes(workload: Workload, domain: DomainLoad) -> float:
-    """Items put a day because of events. An event changes its entity's row: one put, whatever the row holds.
+    """Return the items put per day because of events. An event changes its entity's row, which is one put.
 
-    Changes of one row within a refresh are one put. With A entities active a day, k = events / A for each, and a
-    refresh every f of a day: A · (1 - (1 - f)^k) / f. For short refreshes that is the number of events, for one
-    refresh a day the number of active entities.
+    Changes of one row within a refresh are one put. With A entities active a day, k = events / A for each,
+    and a refresh every f of a day: A · (1 - (1 - f)^k) / f. For short refreshes that is the number of events,
+    for one refresh a day the number of active entities.
     """
     active = domain.active(workload)
     if not active:
@@ -459,10 +471,10 @@ def event_writes(workload: Workload, domain: DomainLoad) -> float:
 
 
 def expiry_writes(workload: Workload, domain: DomainLoad) -> float:
-    """Items put or deleted when windows move on at midnight UTC.
+    """Return the items put or deleted when windows move at midnight UTC.
 
-    A row changes when a day with its entity's events leaves one of its w windows: V · (1 - (1 - p)^w). A row that
-    this empties is deleted, which costs what a put costs.
+    A row changes when a day with its entity's events leaves one of its w windows: V · (1 - (1 - p)^w). A row
+    that becomes empty is deleted, which costs as much as a put.
     """
     return workload.entities * _at_least_once(
         domain.active(workload) / workload.entities, len(domain.windows)
@@ -470,20 +482,20 @@ def expiry_writes(workload: Workload, domain: DomainLoad) -> float:
 
 
 def _at_least_once(chance: float, times: float) -> float:
-    """1 - (1 - chance)^times, exact for tiny chances too."""
+    """Compute 1 - (1 - chance)^times, exact for tiny chances too."""
     if chance >= 1:
         return 1.0 if times > 0 else 0.0
     return -math.expm1(times * math.log1p(-chance))
 
 
 def tile_rows(workload: Workload, shape: Shape) -> dict[str, float]:
-    """Rows a day of each tile: the active entities times the rows of an active day."""
+    """Return the rows per day of each tile: the active entities times the rows of an active day."""
     return {tile.name: workload.active_in(tile.topics) * tile.rows_per_active_day for tile in shape.tiles}
 
 
 @dataclass(frozen=True)
 class Limit:
-    """Something that a workload runs into: what it asks for over what there is, and what helps."""
+    """A limit that a workload may reach: the load, the capacity, and a remedy."""
 
     name: str
     load: float
@@ -492,17 +504,17 @@ class Limit:
 
     @property
     def used(self) -> float:
-        """Load over capacity; above 1 it breaks."""
+        """Load over capacity; above 1 the limit is exceeded."""
         return self.load / self.capacity
 
 
 @dataclass(frozen=True)
 class Capacities:
-    """What the places bear that have no published limit; replace them by what yours were seen to do.
+    """Capacities without a published limit, which can be overridden by measured values.
 
-    `engine_events_per_second` and `engine_state_gib` are of the whole RisingWave cluster,
-    `export_rows_per_second` is of one exporting process (benchmarks/export.py prints it), `export_seconds` how
-    long a day's export may take. `table_write_units` is the table's quota.
+    `engine_events_per_second` and `engine_state_gib` are those of the whole RisingWave cluster,
+    `export_rows_per_second` of one exporting process (benchmarks/export.py prints it), `export_seconds` the
+    permitted duration of a day's export. `table_write_units` is the table's quota.
     """
 
     table_write_units: int = TABLE_WRITE_UNITS
@@ -519,12 +531,12 @@ class Capacities:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a workload comes to. Rows, items, units and files are whole; bytes are bytes; dollars are of 30 days.
+    """The estimate for a workload. Rows, items, units and files are whole numbers; dollars are for 30 days.
 
-    `burst_writes` are due at midnight; `burst_per_second` is how fast they must go to be written within the spread,
-    or within the promised freshness where there is none. `peak_write_units` is the busiest second of the day.
-    `needed_spread_seconds` is the least spread that keeps the burst within the table's quota beside the mean
-    load, None where no spread does.
+    `burst_writes` are due at midnight; `burst_per_second` is the rate that writes them within the spread, or
+    within the freshness target without a spread. `peak_write_units` is the busiest second of the day.
+    `needed_spread_seconds` is the smallest spread that keeps the burst, together with the mean load, within
+    the table's quota, None if no spread does.
     """
 
     workload: Workload
@@ -551,11 +563,11 @@ class Estimate:
 
     @property
     def breaks_first(self) -> Limit:
-        """The limit that this workload uses most of."""
+        """The limit of which this workload uses the largest share."""
         return max(self.limits, key=lambda limit: limit.used)
 
     def as_dict(self) -> dict[str, Any]:
-        """The estimate as JSON holds it."""
+        """Return the estimate as plain values, for JSON."""
         content = {name: getattr(self, name) for name in self.__dataclass_fields__}
         content["workload"] = asdict(self.workload)
         content["limits"] = [asdict(limit) | {"used": limit.used} for limit in self.limits]
@@ -570,7 +582,7 @@ def estimate(
     prices: Prices | None = None,
     capacities: Capacities | None = None,
 ) -> Estimate:
-    """Add it all up. `target_seconds` is the freshness that the contract promises (its `error_seconds`)."""
+    """Compute the estimate. `target_seconds` is the contract's freshness target (its `error_seconds`)."""
     prices, capacities = prices or Prices(), capacities or Capacities()
     domains = shape.domains
     units = {
@@ -584,7 +596,8 @@ def estimate(
     mean_units = sum(puts[name] * units[name] for name in units) / DAY_SECONDS
     burst_units = sum(expiring[name] * units[name] for name in units)
     burst_rate = burst_units / max(workload.spread_seconds, target_seconds)
-    # The busiest second and midnight are hours apart wherever the entities live in a few time zones.
+    # If the entities live in a few time zones, the busiest second and midnight are hours apart, so they do
+    # not add up.
     peak = max(mean_units * workload.peak_factor, mean_units + burst_rate)
     room = capacities.table_write_units - mean_units
     needed = math.ceil(burst_units / room) if room > 0 else DAY_SECONDS
@@ -666,12 +679,12 @@ def estimate(
 
 
 def engine_rows(workload: Workload, shape: Shape) -> dict[str, float]:
-    """Rows that the engine keeps, by kind, with H days of history and E events a day.
+    """Return the rows that the engine keeps, by kind, with H days of history and E events a day.
 
-    Typed events: E · H, because the first delivery of an event wins for ever; raw ones for the days that they
-    are kept. Tiles: a day's tile rows · H. Tile aggregates: every event once for each tile it is in (the newest
-    event's time must be found again when events go), and the distinct values of an entity's day. Windows: the tiles
-    of the longest window and the running day. Rolling views: their rows.
+    Typed events: E · H, because the first delivery of an event wins forever; raw ones for the days that they
+    are kept. Tiles: a day's tile rows · H. Tile aggregates: every event once for each tile it is in (the
+    newest event's time must be found again when events are deleted), and the distinct values of an entity's
+    day. Windows: the tiles of the longest window and the current day. Rolling views: their rows.
     """
     history = workload.history_days
     tiles = sum(tile_rows(workload, shape).values())
@@ -696,7 +709,7 @@ def _rounded(value: float) -> Decimal:
 def _dollars(
     prices: Prices, write_units: int, read_units: int, table_bytes: int, lake_bytes: int, lake_writes: int
 ) -> dict[str, Decimal]:
-    """Dollars of a month of 30 days, by what they are for; the lake after its first year."""
+    """Return the dollars of a month of 30 days, by purpose; for the lake after its first year."""
     million, cent = Decimal(1_000_000), Decimal("0.01")
     table_gib, lake_gib = Decimal(table_bytes) / GIB, Decimal(lake_bytes) / GIB
     dollars = {
@@ -712,7 +725,7 @@ def _dollars(
 
 
 STEPS = (1_000_000, 10_000_000, 100_000_000, 1_000_000_000)
-# Of the scale table: an entity's events a day, and the spread that it compares with none.
+# For the scale table: an entity's events per day, and the spread that it compares with no spread.
 EVENTS_PER_ENTITY = 2
 SPREAD_SECONDS = 3_600
 
@@ -720,7 +733,7 @@ SPREAD_SECONDS = 3_600
 def scale_table(
     registry: Registry, entity: Entity, *, prices: Prices | None = None, capacities: Capacities | None = None
 ) -> str:
-    """The table of docs/scale.md in Markdown: what grows with the entities, and what breaks first at each step."""
+    """Return the table of docs/scale.md in Markdown: figures per number of entities, and the first limit."""
     head = (
         f"{entity.name}s", "events/s", "items put/day by events", "at midnight", "per second, not spread",
         "needed spread, s", "peak write units/s", "table, GiB", "lake files/day", "lake, GiB/year", "engine rows/year",
@@ -755,14 +768,14 @@ def scale_table(
 
 
 def target_of(contract: Contract, entity: Entity) -> float:
-    """The freshness that the contract promises for the strictest domain of an entity, in seconds."""
+    """Return the strictest freshness target of an entity's domains, in seconds."""
     return min(
         domain.freshness.error_seconds for domain in contract.domains.values() if domain.entity == entity.name
     )
 
 
 def shown(limit: Limit) -> str:
-    """A limit in one cell: its name and how many times what there is the workload asks for."""
+    """Format a limit for one cell: its name, and load over capacity."""
     return (
         f"{limit.name}: {limit.used:,.2g} times"
         if limit.used < 10
@@ -771,7 +784,7 @@ def shown(limit: Limit) -> str:
 
 
 def short(number: float) -> str:
-    """A number with three digits and a unit: 1.25 M, 730 G."""
+    """Format a number with three digits and a unit: 1.25 M, 730 G."""
     for size, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
         if number >= size:
             return f"{number / size:.3g}{unit}"
