@@ -1,4 +1,4 @@
-"""Every knob of the platform, typed, from the environment or `.env`."""
+"""All settings of the platform, typed, from the environment or `.env`."""
 
 from __future__ import annotations
 
@@ -31,14 +31,15 @@ from dagster_prefs.errors import PrefsError
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 PREFIX = "PREFS_"
-# Not a setting itself, because it says where settings are read from: one file per environment.
+# Not a setting itself, because it names the file that settings are read from: one per environment.
 ENV_FILE = "PREFS_ENV_FILE"
 
 
-# Without the value, which may be a secret.
+# Omits the value, which may be a secret.
 _BLANK = "the value begins or ends with a blank: remove it"
 
-# Part of a setting's name → what its values look like, and the rule in words. They become parts of statements.
+# Part of a setting's name → the pattern of its values, and the rule in words. The values become parts of
+# statements.
 _NAMES = {
     "_region": (r"[a-z0-9-]{1,64}", "an AWS region, e.g. eu-central-1"),
     "_role_arn": (
@@ -49,7 +50,8 @@ _NAMES = {
     "iceberg_namespace": (r"[A-Za-z0-9_]{1,255}", "an Iceberg namespace: letters, digits and `_`"),
 }
 
-# What names a topic in Kafka: this, and the topic's own name in capitals (`kafka_variable`).
+# The prefix of variables that name topics in Kafka; the topic's own name follows in capitals
+# (`kafka_variable`).
 KAFKA_TOPIC = "PREFS_KAFKA_TOPIC_"
 
 
@@ -77,22 +79,23 @@ def _kafka_names() -> dict[str, str]:
 
 
 def kafka_variable(topic: str) -> str:
-    """The environment variable that names this topic of the project in Kafka, as dbt spells it too."""
+    """Return the environment variable with this topic's name in Kafka; dbt spells it the same way."""
     return KAFKA_TOPIC + re.sub("[.-]", "_", topic).upper()
 
 
 class Settings(BaseSettings):
     """All settings; the defaults run everything on one machine.
 
-    Each field is read from `PREFS_<FIELD>` unless its alias says otherwise. Every field must be
-    documented in `.env.example`, which a test compares with this class.
+    Each field is read from `PREFS_<FIELD>` unless its alias says otherwise. Every field must be documented in
+    `.env.example`, which a test compares with this class.
     """
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
         extra="ignore",
         populate_by_name=True,
-        # `NAME=` in .env, and an unset variable that a shell or compose file passes on, mean the default.
+        # `NAME=` in .env, and an unset variable that a shell or compose file passes on as empty, mean the
+        # default.
         env_ignore_empty=True,
     )
 
@@ -243,7 +246,7 @@ class Settings(BaseSettings):
     kafka_topic_names: Annotated[dict[str, Annotated[str, AfterValidator(_kafka_name)]], NoDecode] = Field(
         default_factory=_kafka_names,
         validate_default=True,
-        # No variable of its own: each topic of the project has one, which the factory reads.
+        # No variable of its own: each topic of the project has one, which `_kafka_names` reads.
         alias=KAFKA_TOPIC,
         description="Name of a topic in Kafka, where it is another there: PREFS_KAFKA_TOPIC_ and the topic's name in "
         "capitals, with `_` for `.` and `-`. Each topic of the project has such a setting.",
@@ -331,8 +334,9 @@ class Settings(BaseSettings):
     @field_validator("*", mode="before")
     @classmethod
     def _without_blanks(cls, value: Any, info: ValidationInfo) -> Any:
-        # A file that docker reads, or a line of YAML, keeps the blank that a shell and dotenv would drop, and a
-        # name with one is another name. Only a password or a PEM text may well end in one.
+        # A file that docker reads, or a line of YAML, keeps a trailing blank that a shell and dotenv would
+        # drop, and a name with a blank is another name. Only a password or a PEM text may legitimately end in
+        # one.
         kept = str(info.field_name).endswith(("_password", "_pem"))
         if isinstance(value, str) and value != value.strip() and not kept:
             raise ValueError(_BLANK)
@@ -407,7 +411,7 @@ class Settings(BaseSettings):
         return self
 
     def _check_iceberg_uri(self, uri: str) -> None:
-        # Without the address, which may hold a password.
+        # Omits the address, which may contain a password.
         try:
             address = urlsplit(uri)
             host = address.hostname or ""
@@ -511,11 +515,11 @@ class Settings(BaseSettings):
 
     @cached_property
     def project(self) -> Path:
-        """The folder of the dbt project. Raises RegistryError naming where it was looked for."""
+        """The folder of the dbt project. Raises RegistryError naming the searched folders."""
         return find_project(named=self.project_dir)
 
     def registry(self) -> Registry:
-        """What the project declares, read once. Raises RegistryError naming the file and the remedy."""
+        """The project's declarations, read once. Raises RegistryError naming the file and the remedy."""
         return self._registry
 
     @cached_property
@@ -524,34 +528,34 @@ class Settings(BaseSettings):
 
     @property
     def port(self) -> int:
-        """The engine's port, with the default of the chosen engine."""
+        """The engine's port, by default that of the chosen engine."""
         return self.engine_port or (54329 if self.engine == "local" else 4566)
 
     @property
     def database(self) -> str:
-        """The engine's database, with the default of the chosen engine."""
+        """The engine's database, by default that of the chosen engine."""
         return self.engine_database or ("prefs" if self.engine == "local" else "dev")
 
     @property
     def user(self) -> str:
-        """The engine's user, with the default of the chosen engine."""
+        """The engine's user, by default that of the chosen engine."""
         return self.engine_user or ("prefs" if self.engine == "local" else "root")
 
     @property
     def engine_passfile(self) -> Path | None:
-        """The password file of the embedded engine; None where a password is set, or for another engine."""
+        """The password file of the embedded engine; None if a password is set, or for another engine."""
         if self.engine != "local" or self.engine_password.get_secret_value():
             return None
         return self.data_dir / "pgpass"
 
     @property
     def training_folder(self) -> Path:
-        """Where runs started in Dagster may write training sets."""
+        """The folder to which runs started in Dagster may write training sets."""
         return self.training_dir or self.data_dir / "training-sets"
 
     @property
     def kafka_topics(self) -> dict[str, str]:
-        """Topic of the project → its name in Kafka.
+        """Return the names in Kafka of the project's topics.
 
         Raises RegistryError, and SettingsError for a variable that names no topic of the project, or two.
         """
@@ -580,14 +584,14 @@ class Settings(BaseSettings):
 
     @property
     def aws_endpoint(self) -> str | None:
-        """The endpoint every AWS client uses; None means AWS itself."""
+        """The endpoint of every AWS client; None means AWS itself."""
         if self.aws_endpoint_url or self.engine != "local":
             return self.aws_endpoint_url
         return f"http://127.0.0.1:{self.local_aws_port}"
 
     @property
     def uses_local_aws(self) -> bool:
-        """Whether the local AWS server is the one in use (and so must be started)."""
+        """Whether the local AWS server is in use, and so must be started."""
         return self.engine == "local" and self.aws_endpoint_url is None
 
     @property
@@ -597,7 +601,7 @@ class Settings(BaseSettings):
 
 
 def known_variables() -> dict[str, str]:
-    """Environment variable → field name, for every setting but the names of the project's topics in Kafka."""
+    """Return the field name of every environment variable, except the topics' names in Kafka."""
     named = {field.alias or PREFIX + name.upper(): name for name, field in Settings.model_fields.items()}
     return {variable: name for variable, name in named.items() if variable != KAFKA_TOPIC}
 
@@ -609,14 +613,14 @@ def _unknown_setting(name: str, known: Iterable[str], remedy: str) -> SettingsEr
 
 
 def load_settings(env_file: Path | None = None) -> Settings:
-    """Read the environment over `.env` and return validated settings.
+    """Return validated settings from the environment and `.env`; the environment takes precedence.
 
-    `env_file` defaults to the file that PREFS_ENV_FILE names, else to `.env` beside the project. Its
-    variables are exported into this process's environment where unset, because dbt and botocore read
-    them there.
+    `env_file` defaults to the file that PREFS_ENV_FILE names, else to `.env` next to the package. Its
+    variables are exported into this process's environment if unset there, because dbt and botocore read them
+    from it.
 
-    Raises SettingsError naming the variable, the rule and the remedy: for a `PREFS_*` name that no
-    setting has, a value out of its domain, or settings that contradict each other.
+    Raises SettingsError naming the variable, the rule and the remedy: for a `PREFS_*` name that no setting
+    has, an invalid value, or settings that contradict each other.
     """
     env_file = env_file or Path(os.environ.get(ENV_FILE) or PROJECT_ROOT / ".env")
     if env_file.is_file():
@@ -624,7 +628,7 @@ def load_settings(env_file: Path | None = None) -> Settings:
             if value is not None:
                 os.environ.setdefault(name, value)
     known = known_variables()
-    # These belong to the test suites that reach a server, not to the product's settings.
+    # These configure test suites that use a server; they are no settings of the product.
     suite = {ENV_FILE, "PREFS_RISINGWAVE_URL", "PREFS_BENCH_SCALE"}
     for name in sorted(os.environ):
         listed = name in known or name in suite or name.startswith(KAFKA_TOPIC)
