@@ -150,7 +150,7 @@ def apply_command(drop_orphans: bool) -> None:
     help="Also take back what another writer did to exported days: rows added, deleted or replaced.",
 )
 def export(replace_foreign: bool) -> None:
-    """Export the days of tiles that Iceberg lacks or holds in an older state.
+    """Export the days that Iceberg lacks or holds outdated.
 
     Days that another writer changed are left unchanged; the exit code is then 1, and the message names their
     files.
@@ -230,7 +230,7 @@ def cost(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Estimate writes, cost and the first limit that a workload reaches.
+    """Estimate writes, cost and the first limit reached.
 
     docs/scale.md explains the formulas, and contains the table of --table.
     """

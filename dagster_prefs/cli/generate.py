@@ -15,7 +15,7 @@ from dagster_prefs.settings import load_settings
 @click.option("--check", is_flag=True, help="Write nothing; exit 1 naming the files that are out of date.")
 @click.pass_context
 def generate(context: click.Context, check: bool) -> None:
-    """Generate the models and the registry from the project's YAML.
+    """Generate models and registry from the project's YAML.
 
     The project is that of PREFS_PROJECT_DIR, or of the working folder.
     """
