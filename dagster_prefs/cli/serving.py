@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def profile_client(settings: Settings, entity: str | None) -> ProfileClient:
-    """Return a client for interactive use, which waits for the local AWS server rather than time out."""
+    """Return a client for interactive use, whose budget lets the slow local AWS server answer."""
     from dagster_prefs.serving import ProfileClient
 
     return ProfileClient(

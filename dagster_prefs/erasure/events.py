@@ -244,7 +244,8 @@ class RawMessages:
         # The spelling of encode(…, 'escape'): octal for everything beyond ASCII, a doubled backslash.
         forms = sorted({_escaped(text.encode()) for text in _in_json(self._subject)})
         either = "|".join(re.escape(form).replace("\\ ", " ") for form in forms)
-        # A number counts in any spelling, also as a text; a text only if JSON would write it as a number.
+        # If the id is a number, a quoted value may have leading zeros and a fraction of zeros, too. If it is a
+        # text, only an unquoted number may have that fraction.
         zeros, tail = ("0*", "([.]0+)?") if self._subject.is_number else ("", "")
         blank = r"([ \t\r\n]|\\\\[trn])*"
         return (
