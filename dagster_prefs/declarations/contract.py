@@ -140,7 +140,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Domain:
-    """A domain: one item per key of an entity. `key` is its sort key, `name` its name in Python."""
+    """One item per entity's key: `key` is its sort key, `name` what Python calls it."""
 
     key: str
     name: str
@@ -441,9 +441,9 @@ class Change:
 def diff_contracts(old: Contract, new: Contract) -> tuple[Change, ...]:
     """Return the differences between two contracts, breaking changes first.
 
-    A change is breaking if existing readers fail on it: another table or key, a domain or attribute that was
-    removed, renamed or retyped, an attribute that became nullable, a weaker freshness target. All other
-    changes are additive.
+    Breaking is what an existing reader does not survive: another table or key, a domain or attribute that is
+    gone, renamed or retyped, an attribute that may now be NULL, a weaker freshness promise. All else is
+    additive.
     """
     changes = [change for entity in old.tables for change in _entity_changes(entity, old, new)]
     changes.extend(

@@ -17,7 +17,7 @@ import yaml
 from dagster_prefs.errors import PrefsError
 
 PROJECT_FILE = "dbt_project.yml"
-# The folder of the files of `prefs generate`, below the first model path.
+# Below the first model path: what `prefs generate` writes.
 GENERATED = "generated"
 _YAML = (".yml", ".yaml")
 
@@ -268,7 +268,7 @@ def model_paths(content: Map) -> list[str]:
 
 
 def project_files(folder: Path) -> list[Path]:
-    """Return every file that affects a deployment: project file, SQL and YAML of models and macros."""
+    """Every file that decides what a deployment does: the project's own file, and SQL and YAML of models and macros."""
     content = _load(folder, folder / PROJECT_FILE)
     roots = [*model_paths(content), *(str(path) for path in content.get("macro-paths") or ["macros"])]
     found = [
