@@ -118,7 +118,7 @@ class Settings(BaseSettings):
     engine_password: SecretStr = Field(SecretStr(""), description="Password of the engine.")
     engine_sslmode: Literal["disable", "require", "verify-ca", "verify-full"] | None = Field(
         None,
-        description="TLS to the engine, as libpq spells it; empty means `require`, or whatever there is on loopback.",
+        description="TLS to the engine, in libpq's terms; empty means `require`, or on loopback TLS if offered.",
     )
     engine_schema: str = Field("public", description="Schema that holds every relation.")
 
@@ -132,23 +132,22 @@ class Settings(BaseSettings):
         PROJECT_ROOT / ".prefs",
         description=(
             "Folder for all local state: embedded services, Dagster home, Iceberg files. "
-            "Empty means .prefs beside the project."
+            "Empty means .prefs next to the project."
         ),
     )
     local_users: Literal["own", "any"] = Field(
         "own",
-        description="Whose programs on this machine the UI and the feature server answer over loopback: `own` (this "
-        "user's and root's) or `any`.",
+        description="Users of this machine whose programs may reach the UI and the feature server over loopback: "
+        "`own` (this user and root) or `any`.",
     )
     ui_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
-        description="Names, with ports where not 80 or 443, under which the Dagster UI is reached beside loopback's, "
+        description="Host names of the Dagster UI in addition to loopback's, with a port unless it is 80 or 443, "
         "separated by commas; requests with another Host are refused.",
     )
     training_dir: Path | None = Field(
         None,
-        description="Folder that training sets of runs started in Dagster are written to; empty means "
-        "<data dir>/training-sets.",
+        description="Folder for the training sets of runs started in Dagster; empty means <data dir>/training-sets.",
     )
     local_aws_port: int = Field(54330, ge=1, le=65535, description="Port of the local AWS server.")
 
@@ -161,8 +160,7 @@ class Settings(BaseSettings):
     aws_region: str = Field("eu-central-1", alias="AWS_REGION", description="AWS region.")
     provisioning: Literal["create", "verify"] = Field(
         "create",
-        description="`create` makes missing DynamoDB tables, `verify` only checks them (Terraform "
-        "owns them).",
+        description="`create` creates missing DynamoDB tables, `verify` only checks them (Terraform owns them).",
     )
     table_prefix: str = Field(
         "",
@@ -173,7 +171,7 @@ class Settings(BaseSettings):
         "auto",
         description="Who writes DynamoDB: `publisher` (this platform, local engine), `sink` (RisingWave's own, "
         "licensed), `changefeed` (`prefs publish --follow`, from RisingWave's subscriptions); auto is publisher or "
-        "sink, by engine.",
+        "sink, depending on the engine.",
     )
     changefeed_retention_hours: int = Field(
         24,
@@ -186,7 +184,7 @@ class Settings(BaseSettings):
         10.0,
         ge=1,
         le=600,
-        description="Seconds without a sign of life after which another `prefs publish --follow` takes over.",
+        description="Seconds without a renewed lease after which another `prefs publish --follow` takes over.",
     )
 
     kafka_bootstrap: str | None = Field(
@@ -196,11 +194,11 @@ class Settings(BaseSettings):
         "earliest", description="Where a new Kafka reader starts; `earliest` loses no event."
     )
     kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
-        "PLAINTEXT", description="How the brokers are spoken to: TLS, SASL, both or neither."
+        "PLAINTEXT", description="Protocol of the brokers: TLS, SASL, both or neither."
     )
     kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "AWS_MSK_IAM"] | None = Field(
         None,
-        description="How SASL authenticates; AWS_MSK_IAM signs with AWS credentials, needs no password and "
+        description="SASL mechanism; AWS_MSK_IAM signs with AWS credentials, needs no password and "
         "trusts the system's certificate authorities.",
     )
     kafka_sasl_username: str | None = Field(None, description="User of PLAIN or SCRAM.")
@@ -227,7 +225,7 @@ class Settings(BaseSettings):
         None, description="Region of the MSK cluster; empty means AWS_REGION."
     )
     kafka_msk_role_arn: str | None = Field(
-        None, description="IAM role assumed for AWS_MSK_IAM; empty means the own identity."
+        None, description="IAM role assumed for AWS_MSK_IAM; empty means the process's own identity."
     )
     kafka_lateness_seconds: int | None = Field(
         None,
@@ -239,8 +237,8 @@ class Settings(BaseSettings):
         None,
         ge=3600,
         lt=2**32,
-        description="Age at which RisingWave forgets raw messages; views keep what they counted, but can then "
-        "not be built from the start again. Empty keeps all.",
+        description="Age at which RisingWave deletes raw messages; views keep what they counted, but can then not be "
+        "rebuilt from the start. Empty keeps all.",
     )
 
     kafka_topic_names: Annotated[dict[str, Annotated[str, AfterValidator(_kafka_name)]], NoDecode] = Field(
@@ -248,7 +246,7 @@ class Settings(BaseSettings):
         validate_default=True,
         # No variable of its own: each topic of the project has one, which `_kafka_names` reads.
         alias=KAFKA_TOPIC,
-        description="Name of a topic in Kafka, where it is another there: PREFS_KAFKA_TOPIC_ and the topic's name in "
+        description="Name of a topic in Kafka, if it differs there: PREFS_KAFKA_TOPIC_ and the topic's name in "
         "capitals, with `_` for `.` and `-`. Each topic of the project has such a setting.",
     )
     sink_role_arn: str | None = Field(
@@ -259,24 +257,24 @@ class Settings(BaseSettings):
         None, ge=1, le=25, description="Items per request of a DynamoDB sink; empty means RisingWave's 25."
     )
     sink_parallel_requests: int | None = Field(
-        None, ge=1, description="Requests of a DynamoDB sink under way at once; empty means RisingWave's 256."
+        None, ge=1, description="Concurrent requests of a DynamoDB sink; empty means RisingWave's 256."
     )
     sink_retries: int | None = Field(
         None,
         ge=0,
-        description="Times that a sink sends again what DynamoDB throttled; empty: RisingWave's own.",
+        description="Retries of a sink after DynamoDB throttles it; empty means RisingWave's own.",
     )
     sink_retry_backoff_ms: int | None = Field(
-        None, ge=1, description="Milliseconds before the first of them; empty means RisingWave's own."
+        None, ge=1, description="Milliseconds before the first retry; empty means RisingWave's own."
     )
     risingwave_secrets: Literal["off", "on"] = Field(
         "off",
-        description="`on` keeps credentials as RisingWave secrets (licensed) and lets options refer to them; "
-        "`off` gives plain values, which anyone who may read RisingWave's catalog sees.",
+        description="`on` stores credentials as RisingWave secrets (licensed), to which options refer; `off` passes "
+        "plain values, which anyone who may read RisingWave's catalog sees.",
     )
     alert_webhook: SecretStr | None = Field(
         None,
-        description="Slack-compatible webhook (https) that freshness alerts go to; empty means they are logged.",
+        description="Slack-compatible webhook (https) for freshness alerts; empty means that they are logged.",
     )
 
     iceberg_catalog: Literal["sqlite", "glue", "rest"] = Field("sqlite", description="Iceberg catalog kind.")
@@ -286,7 +284,7 @@ class Settings(BaseSettings):
     iceberg_uri: str | None = Field(
         None,
         repr=False,
-        description="URI of the REST catalog; https where a credential goes to another machine.",
+        description="URI of the REST catalog; https if a credential is sent to another machine.",
     )
     iceberg_credential: SecretStr | None = Field(
         None, description="Client id and secret of the REST catalog (OAuth2), as id:secret; empty means none."
@@ -313,7 +311,7 @@ class Settings(BaseSettings):
         0.01,
         gt=0,
         le=1,
-        description="Part of all viewers (0…1) whose items the parity check recomputes from Iceberg.",
+        description="Share of all viewers (0…1) whose items the parity check recomputes from Iceberg.",
     )
 
     expiry_spread_seconds: int = Field(
@@ -323,7 +321,7 @@ class Settings(BaseSettings):
         description="Seconds after midnight UTC over which windows roll over, per viewer; 0 is the "
         "exact day boundary.",
     )
-    refresh_poll_seconds: int = Field(30, ge=5, description="Seconds between looks for new events (sensor).")
+    refresh_poll_seconds: int = Field(30, ge=5, description="Seconds between checks for new events (sensor).")
     readings_kept_days: int = Field(
         14, ge=1, description="Days that Dagster's event log keeps freshness readings."
     )
