@@ -294,6 +294,8 @@ class Features:
     def _portable(self, domain: Domain, view: exp.Select) -> tuple[exp.Select, dict[str, str]]:
         """A domain's view without the attributes that are not computed from tiles, and those with the reason."""
         unknown = _without_others(view, domain.relation, set(self._by_tile))
+        if len(self.keys) > 1:
+            _check_whole_keys(view, domain.relation, self.key_names)
         reads = list(self._reads(view, domain.relation))
         for read in reads:
             if read.spec.entity != self.entity:
@@ -574,6 +576,34 @@ def _without_others(view: exp.Select, relation: str, tiles: set[str]) -> dict[st
             "column is written without its table: read what the other attributes need from tiles alone"
         )
     return unknown
+
+
+def _check_whole_keys(view: exp.Select, relation: str, keys: tuple[str, ...]) -> None:
+    """Refuse a view that groups, ranks or joins by a part of a composite key.
+
+    A point is one whole key, so that a total over the other parts would be one over this part alone.
+    """
+    for select in view.find_all(exp.Select):
+        group = select.args.get("group")
+        aggregates = any(
+            found.find_ancestor(exp.Select) is select and not isinstance(found.parent, exp.Window)
+            for found in select.find_all(exp.AggFunc)
+        )
+        places: list[tuple[str, list[exp.Expr]]] = (
+            [("groups", [group] if group else [])] if aggregates else []
+        )
+        places += [("ranks", window.args.get("partition_by") or []) for window in select.find_all(exp.Window)]
+        places += [
+            ("joins", [join.args["on"]] if join.args.get("on") else list(join.args.get("using") or ()))
+            for join in select.args.get("joins") or ()
+        ]
+        for what, found in places:
+            named = {part.name for one in found for part in one.find_all(exp.Column, exp.Identifier)}
+            if missing := [key for key in keys if key not in named]:
+                raise ViewNotPortable(
+                    f"{relation} {what} without {missing[0]}, a part of the key ({', '.join(keys)}): training sets "
+                    "know each whole key alone; use all parts, or make it a domain of another entity"
+                )
 
 
 def _final(view: exp.Select) -> exp.Select:
