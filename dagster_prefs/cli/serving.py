@@ -36,7 +36,7 @@ def profile_client(settings: Settings, entity: str | None) -> ProfileClient:
 ENTITY = click.option("--entity", help="Whose id it is; the first entity with profiles by default.")
 
 
-def id_of(entity: Entity, given: tuple[str, ...]) -> Id:
+def id_of(entity: Entity, *given: str) -> Id:
     """The id that was typed, as many words as the entity has key columns, or a usage error."""
     if len(given) != len(entity.keys):
         names = " ".join(entity.key_names)
@@ -61,7 +61,7 @@ def profile(id_: tuple[str, ...], entity: str | None, as_json: bool) -> None:
     """
     settings = load_settings()
     with profile_client(settings, entity) as client:
-        found = client.get(id_of(client.entity, id_))
+        found = client.get(id_of(client.entity, *id_))
     if as_json:
         print_json(found.as_dict())
     else:
@@ -234,7 +234,7 @@ def why(id_: tuple[str, ...], attribute: str, entity: str | None, as_json: bool)
         found = explain_attribute(
             EngineConfiguration.of(settings),
             client,
-            id_of(client.entity, id_),
+            id_of(client.entity, *id_),
             attribute,
             expiry_spread_seconds=settings.expiry_spread_seconds,
         )

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from dagster_prefs.declarations.contract import LAST_EVENT_AT, Contract, Table
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.iceberg.publish import FILE_BYTES
+from dagster_prefs.ids import SEPARATOR
 
 DAY_SECONDS = 86_400
 MONTH_DAYS = 30
@@ -43,6 +44,8 @@ _VALUE_BYTES = {
     "list<decimal>": 3 + 4.0 * (1 + 4),
 }
 _EPOCH_MS_BYTES = 8.0
+# Of a part of a composite key in the sort key: the name of a category, or a number's digits.
+_KEY_PART_BYTES = 12
 # Of a domain none of whose attributes has days in its name.
 DEFAULT_WINDOW_DAYS = 28
 _WINDOW = re.compile(r"_(\d+)d$")
@@ -259,6 +262,7 @@ def item_bytes(table: Table, viewers: int, domain_key: str, attributes: Sequence
     """
     viewer_bytes = 1 + math.ceil(len(str(viewers)) / 2)
     keys = len(table.partition_key.name) + viewer_bytes + len(table.sort_key.name) + len(domain_key)
+    keys += len(table.rest_keys) * (len(SEPARATOR) + _KEY_PART_BYTES)
     return keys + sum(len(name) + value for name, value in attributes)
 
 
