@@ -11,6 +11,7 @@ import math
 import operator
 import re
 import uuid
+from collections.abc import Sequence
 from decimal import Decimal
 from typing import TYPE_CHECKING
 
@@ -27,8 +28,14 @@ LEAST_NUMBER, LARGEST_NUMBER = Decimal(-INT64), Decimal(2 * INT64 - 1)
 # From here on a float represents several integers.
 EXACT_FLOAT = 2**53
 
-# DynamoDB's limit for a partition key, in UTF-8 bytes.
+# DynamoDB's limits for a partition key and for a sort key, in UTF-8.
 MAX_KEY_BYTES = 2048
+MAX_SORT_KEY_BYTES = 1024
+
+# An id of an entity with several key columns is a tuple of their values, in the order of the entity's keys.
+Id = int | str | tuple[int | str, ...]
+# Between the parts of a composite key; `encode_part` leaves none in a part.
+SEPARATOR = "#"
 
 _WHOLE = re.compile(r"(-?[0-9]{1,19})([.]0+)?")
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
@@ -89,6 +96,47 @@ def read_key(key: Key, given: object) -> int | str:
             f"not {excerpt(given)}"
         )
     return text
+
+
+def read_id(keys: Sequence[Key], given: object) -> Id:
+    """The id of an entity with these key columns: as `read_key` for one column, else a tuple of one value each.
+
+    Raises BadId naming the columns, what was given and the rule.
+    """
+    if len(keys) == 1:
+        return read_key(keys[0], given)
+    if not isinstance(given, tuple | list) or len(given) != len(keys):
+        names = ", ".join(key.name for key in keys)
+        raise BadId(f"an id is a tuple of {len(keys)} values ({names}), not {excerpt(given)}")
+    return tuple(read_key(key, part) for key, part in zip(keys, given, strict=True))
+
+
+def encode_part(part: int | str) -> str:
+    """A part of a composite key as it stands between separators: `%` is `%25`, `#` is `%23`, the rest is itself.
+
+    The macro `key_part` of the dbt project is the same rule.
+    """
+    return str(part).replace("%", "%25").replace(SEPARATOR, "%23")
+
+
+def decode_part(text: str) -> str:
+    """What `encode_part` made a text of."""
+    return text.replace("%23", SEPARATOR).replace("%25", "%")
+
+
+def join_parts(parts: Sequence[int | str]) -> str:
+    """The encoded parts with separators between them."""
+    return SEPARATOR.join(map(encode_part, parts))
+
+
+def id_parts(id_: Id) -> tuple[int | str, ...]:
+    """The values of the key columns in an id."""
+    return id_ if isinstance(id_, tuple) else (id_,)
+
+
+def id_label(id_: Id | None) -> str:
+    """An id for people: the parts of a composite one with a comma between them."""
+    return ", ".join(map(str, id_)) if isinstance(id_, tuple) else str(id_)
 
 
 def key_text(key: Key, value: int | str) -> str:

@@ -18,6 +18,7 @@ from dagster_prefs.cli.root import (
     start_services,
     table_of,
 )
+from dagster_prefs.ids import id_label
 from dagster_prefs.settings import PROJECT_ROOT, load_settings
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ def print_summary(summary: Summary) -> None:
     rows = [(t, why, f"{n:,}") for t, reasons in summary.rejected.items() for why, n in reasons.items()]
     console.print(table_of("\nRejected events", ["topic", "reason", "messages"], rows))
     for domain, values in summary.items.items():
-        title = f"\n{summary.entity} {summary.id} in DynamoDB: {domain}"
+        title = f"\n{summary.entity} {id_label(summary.id)} in DynamoDB: {domain}"
         console.print(table_of(title, ["attribute", "value"], list(values.items())))
     ranking = [(item, title, f"{score:.6f}") for item, title, score in summary.ranking]
     if summary.user_id is not None:

@@ -138,17 +138,18 @@ def training_set_reproduce(
 def erase(subject: tuple[str, ...], drop_tags: bool, training_sets: tuple[Path, ...], as_json: bool) -> None:
     """Erase one id of an entity from every store, and verify it.
 
-    ENTITY may be omitted if only one entity is erasable. Safe to run again after any failure.
+    ENTITY may be left out where only one entity is erasable. Of a composite key ID is the first part, and everything
+    with it goes: what other entities have with that key column too. Safe to run again after any failure.
     """
     from dagster_prefs.erasure.erase import Stores, refresh_with
     from dagster_prefs.erasure.erase import erase as erase_everywhere
-    from dagster_prefs.erasure.events import Subject
+    from dagster_prefs.erasure.events import Subject, erasable_kinds
     from dagster_prefs.platform import Platform
 
     if len(subject) > 2:
         raise click.UsageError(f"one subject at a time, as ENTITY ID, not {' '.join(subject)}")
     platform = Platform(load_settings())
-    erasable = [entity.name for entity in platform.registry.entities.values() if entity.erasable]
+    erasable = erasable_kinds(platform.registry)
     if len(subject) == 1 and len(erasable) != 1:
         named = " or ".join(f"`prefs erase {name} {subject[0]}`" for name in erasable)
         raise click.UsageError(

@@ -7,7 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from dagster_prefs.declarations.check_domains import Domain, check_domain, contract_head, contract_of
+from dagster_prefs.declarations.check_domains import (
+    Domain,
+    check_domain,
+    check_key_bytes,
+    contract_head,
+    contract_of,
+)
 from dagster_prefs.declarations.check_tiles import Tile, check_tile
 from dagster_prefs.declarations.check_topics import Topic, check_topic
 from dagster_prefs.declarations.findings import EXAMPLES, NAME, Findings, did_you_mean, is_whole, plain
@@ -65,6 +71,8 @@ def check_project(project: ProjectYaml) -> Declarations:
         domain for model in findings.declaring("domain") if (domain := check_domain(findings, model, head))
     ]
     _twice(findings, topics, tiles)
+    if not findings.problems:
+        check_key_bytes(findings, domains, topics)
     contract = None if findings.problems else contract_of(findings, head, domains, topics)
     if contract is None or findings.problems:
         raise DeclarationError(findings.problems)
@@ -194,12 +202,24 @@ def _entities(findings: Findings) -> dict[str, Entity]:
                 f"entity {name}: erasable is {value['erasable']!r}",
                 "erasable: true",
             )
-        found[str(name)] = Entity(
+        made = Entity(
             name=str(name),
             keys=tuple(Key(str(key), kind) for key, kind in keys.items()),
             erasable=value.get("erasable", False) is True,
             table=None if table is None else str(table),
         )
+        if other_kind := next(
+            (one.name for one in found.values() if one.key == made.key and one.erasable != made.erasable),
+            None,
+        ):
+            findings.say(
+                PROJECT_FILE,
+                value.at("erasable"),
+                f"entity {name} and entity {other_kind} have the first key {made.key.name}, and one of them is "
+                "erasable: an erasure takes everything with that key",
+                f"erasable: {str(not made.erasable).lower()}",
+            )
+        found[made.name] = made
     return found
 
 

@@ -19,7 +19,8 @@ from dagster_prefs.declarations.findings import (
     plain,
 )
 from dagster_prefs.declarations.read import PROJECT_FILE, Map, ModelYaml, as_map
-from dagster_prefs.declarations.registry import Entity
+from dagster_prefs.declarations.registry import Entity, FieldDeclaration, Key, family_of
+from dagster_prefs.ids import INT64, MAX_SORT_KEY_BYTES, SEPARATOR, encode_part
 
 DOMAIN_KEY, LAST_EVENT_AT = "domain_key", "last_event_at"
 DOMAIN_KEYS = ("key", "name", "entity", "sink", "owner", "description", "freshness")
@@ -28,7 +29,7 @@ DAILY: Mapping[str, Any] = {"warn_seconds": 93_600, "error_seconds": 180_000}
 
 _DOMAIN = re.compile(r"([a-z][a-z0-9_]*)#([a-z][a-z0-9_]*)")
 _DAYS = re.compile(r"_([0-9]+)d$")
-_WINDOW = re.compile(r"within_window\(\s*[^,()]+,\s*[^,()]+,\s*((?:[^()]|\([^()]*\))+?)\s*\)")
+_WINDOW = re.compile(r"within_window\(\s*[^,()]+,\s*([^,()]+?)\s*,\s*((?:[^()]|\([^()]*\))+?)\s*\)")
 _WINDOW_VARIABLE = re.compile(r"""var\(\s*["'](\w+)["']\s*\)(?:\.(\w+)|\[\s*["'](\w+)["']\s*\])?""")
 
 
@@ -106,14 +107,6 @@ def check_domain(findings: Findings, model: ModelYaml, head: Head) -> Domain | N
             f"entity {entity.name} has the domain {key} ({model.file}:{given.at('key')}) and no table",
             f"table: {entity.name}_profiles",
         )
-    if entity and len(entity.keys) > 1:
-        findings.say(
-            model.file,
-            given.at("entity"),
-            f"{model.name}: entity {entity.name} has {len(entity.keys)} key columns, and an item is found by one: "
-            "several rows would be one item",
-            "entities: { viewer: { keys: { viewer_id: bigint } } }",
-        )
     if entity:
         findings.keys(model, entity, entity.keys)
     for name, kind in [
@@ -138,7 +131,7 @@ def check_domain(findings: Findings, model: ModelYaml, head: Head) -> Domain | N
                 "cannot hold: use one of bigint, numeric, double precision, text, text[], numeric[]",
                 f"- {{ name: {column.name}, data_type: bigint }}",
             )
-    _named_days(findings, model)
+    _named_days(findings, model, entity)
     freshness = findings.freshness(model, given, example)
     owner = given.get("owner", head.content.get("owner"))
     if not owner:
@@ -202,14 +195,22 @@ def _domain_entity(findings: Findings, model: ModelYaml, given: Map) -> Entity |
     return None
 
 
-def _named_days(findings: Findings, model: ModelYaml) -> None:
-    """Note attributes whose names contain other days than the view's windows, and invalid windows."""
+def _named_days(findings: Findings, model: ModelYaml, entity: Entity | None) -> None:
+    """Attributes whose name says other days than a window of the view, and windows that are none."""
     sql = findings.project.sql(model.name) or ""
     file = findings.project.sql_file(model.name)
     days: set[int] = set()
     for found in _WINDOW.finditer(sql):
         line = sql.count("\n", 0, found.start()) + 1
-        text = found[1].strip()
+        key, text = found[1].strip("\"'").rpartition(".")[2], found[2].strip()
+        if entity and found[1][0] in "\"'" and key != entity.key.name:
+            findings.say(
+                str(file),
+                line,
+                f"{model.name}: a window by {key}: the day of {entity.name} begins by its first key, "
+                f"{entity.key.name}, for training sets and parity too",
+                f'within_window("watch_date", "{entity.key.name}", var("windows").long)',
+            )
         value: Any = int(text) if re.fullmatch(r"-?[0-9]+", text) else None
         if value is None and (variable := _WINDOW_VARIABLE.fullmatch(text)):
             inner = variable[2] or variable[3]
@@ -313,11 +314,60 @@ def contract_of(
         return None
 
 
+def check_key_bytes(findings: Findings, domains: Sequence[Domain], topics: Sequence[Topic]) -> None:
+    """Note the domains of composite keys whose sort key may be too long for DynamoDB, or has no limit."""
+    place = as_map(findings.project.variables.get("entities"), 1)
+    for domain in domains:
+        entity = findings.entities[domain.entity]
+        family = {one.name for one in family_of(findings.entities, entity)}
+        longest = len(domain.key)
+        for key in entity.keys[1:]:
+            fields = [
+                field
+                for topic in topics
+                if topic.declared.entity in family
+                for field in topic.declared.fields
+                if field.name == key.name
+            ]
+            if not fields:
+                findings.say(
+                    PROJECT_FILE,
+                    place.at(entity.name),
+                    f"entity {entity.name}: its key {key.name} is a field of no topic about its {entity.key.name}, so "
+                    "that nothing limits the key's length and no canary has one",
+                    f"- {{ name: {key.name}, data_type: {KEY_SQL_TYPES[key.type]} }} in the topic's columns",
+                )
+            longest += len(SEPARATOR) + max((_encoded_bytes(key, field) for field in fields), default=0)
+        if longest > MAX_SORT_KEY_BYTES:
+            texts = [key.name for key in entity.keys[1:] if key.type == "text"]
+            most = (MAX_SORT_KEY_BYTES - len(domain.key) - 64 * len(entity.keys)) // (3 * max(1, len(texts)))
+            findings.say(
+                domain.file,
+                1,
+                f"{domain.relation}: the sort key of its items may have {longest:,} bytes, and DynamoDB takes "
+                f"{MAX_SORT_KEY_BYTES:,}: it holds {domain.key} and {', '.join(texts)}, whose `#` and `%` take three "
+                "bytes each; limit them in their topic",
+                f"config: {{ meta: {{ max_bytes: {most} }} }}",
+            )
+
+
+def _encoded_bytes(key: Key, field: FieldDeclaration) -> int:
+    """The most bytes that a part of a sort key takes."""
+    if key.type == "bigint":
+        return len(str(-INT64))
+    if key.type == "uuid":
+        return 36
+    if field.accepted:
+        return max(len(encode_part(value).encode()) for value in field.accepted)
+    return len(encode_part(SEPARATOR)) * (field.max_bytes or 0)
+
+
 def _table_of(entity: Entity) -> dict[str, Any]:
+    attributes = [{"name": key.name, "type": "N" if key.type == "bigint" else "S"} for key in entity.keys]
     return {
         "name": entity.table,
-        "partition_key": {"name": entity.key.name, "type": "N" if entity.key.type == "bigint" else "S"},
+        "partition_key": attributes[0],
         "sort_key": {"name": DOMAIN_KEY, "type": "S"},
         "max_item_bytes": DYNAMODB_ITEM_BYTES,
         "ttl_attribute": None,
-    }
+    } | ({"rest_keys": attributes[1:]} if attributes[1:] else {})

@@ -9,7 +9,13 @@ from typing import Any, cast, get_args
 
 from dagster_prefs.declarations.findings import EXAMPLES, NAME, Findings, did_you_mean, is_whole, plain
 from dagster_prefs.declarations.read import ColumnYaml, ModelYaml, as_map
-from dagster_prefs.declarations.registry import Entity, FieldDeclaration, FieldType, TopicDeclaration
+from dagster_prefs.declarations.registry import (
+    Entity,
+    FieldDeclaration,
+    FieldType,
+    TopicDeclaration,
+    uuid_keys,
+)
 
 TOPIC_KEYS = ("kafka_topic", "identity", "keep", "entity", "time", "freshness")
 FIELD_META = (
@@ -114,11 +120,13 @@ def check_topic(findings: Findings, model: ModelYaml) -> Topic | None:
         entity = findings.entity(model, given, "topic")
         time = findings.column(model, given, "time", ("timestamptz",), example)
         if entity:
-            findings.keys(model, entity, entity.keys[:1])
+            findings.keys(model, entity, entity.keys)
     freshness = findings.freshness(model, given, example)
-    key = entity.key.name if entity else None
-    required = {name for name in (identity, time, key) if name}
-    fields = [_field(findings, model, column, required, {identity, key}) for column in model.columns.values()]
+    keys = set(entity.key_names if entity else ())
+    required = {name for name in (identity, time, *keys) if name}
+    fields = [
+        _field(findings, model, column, required, {identity, *keys}) for column in model.columns.values()
+    ]
     if len(findings.problems) > before:
         return None
     return Topic(
@@ -144,7 +152,7 @@ def check_topic(findings: Findings, model: ModelYaml) -> Topic | None:
             for column in model.columns.values()
             if "default" in column.meta
         },
-        uuids=frozenset({key} if entity and entity.key.type == "uuid" and key else ()),
+        uuids=frozenset(uuid_keys(findings.entities, entity) & model.columns.keys()),
         writes_indexes="indexes" not in model.config,
         freshness=freshness,
     )

@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import Any, Literal, cast, get_args
 
 from dagster_prefs.errors import PrefsError, excerpt
+from dagster_prefs.ids import SEPARATOR, Id, decode_part, id_parts, join_parts
 
 REGISTRY = "registry.json"
 
@@ -118,6 +119,11 @@ class KeyAttribute:
         """The type of its column on either engine."""
         return "bigint" if self.type == "N" else "varchar"
 
+    @property
+    def contract_type(self) -> AttributeType:
+        """The type of its column as an attribute would have it."""
+        return "integer" if self.type == "N" else "string"
+
     def value_of(self, item: Mapping[str, Mapping[str, Any]]) -> int | str:
         """Return the value from an item or key in DynamoDB's typed JSON.
 
@@ -129,13 +135,65 @@ class KeyAttribute:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """The DynamoDB table of one entity; `name` excludes the environment's prefix."""
+    """The DynamoDB table of one entity; `name` is without the environment's prefix.
+
+    The partition key is the entity's first key column. `rest_keys` are the others of a composite key: they are part of
+    the sort key, which is the domain's key, and behind it each of them encoded, with `#` in between.
+    """
 
     name: str
     partition_key: KeyAttribute
     sort_key: KeyAttribute
     max_item_bytes: int
     ttl_attribute: str | None
+    rest_keys: tuple[KeyAttribute, ...] = ()
+
+    @property
+    def columns(self) -> tuple[KeyAttribute, ...]:
+        """The entity's key columns, in their order."""
+        return (self.partition_key, *self.rest_keys)
+
+    def sort_text(self, domain_key: str, id_: Id) -> str:
+        """The sort key of the item of a domain and an id."""
+        if isinstance(id_, tuple):
+            return f"{domain_key}{SEPARATOR}{join_parts(id_[1:])}"
+        return domain_key
+
+    def typed_key(self, domain_key: str, id_: Id) -> dict[str, dict[str, str]]:
+        """The key of the item of a domain and an id, in DynamoDB's typed JSON."""
+        return {
+            self.partition_key.name: self.partition_key.typed(id_parts(id_)[0]),
+            self.sort_key.name: self.sort_key.typed(self.sort_text(domain_key, id_)),
+        }
+
+    def split_key(self, item: Mapping[str, Mapping[str, Any]]) -> tuple[Id, str]:
+        """The id and the domain's key of an item or key in DynamoDB's typed JSON.
+
+        An item whose sort key has no encoded rest, as that of a lease, has the value of its partition key for an id.
+        Raises KeyError or ValueError where the keys are not as the contract says.
+        """
+        first, sort = self.partition_key.value_of(item), str(self.sort_key.value_of(item))
+        if not self.rest_keys:
+            return first, sort
+        domain, *parts = sort.rsplit(SEPARATOR, len(self.rest_keys))
+        if domain.count(SEPARATOR) != 1:
+            return first, sort
+        rest = (
+            int(part) if key.type == "N" else decode_part(part)
+            for key, part in zip(self.rest_keys, parts, strict=True)
+        )
+        return (first, *rest), domain
+
+    def key_text(self, id_: Id) -> str:
+        """The whole key as one text, which `parse_key` reads."""
+        return join_parts(id_) if isinstance(id_, tuple) else str(id_)
+
+    def parse_key(self, text: str) -> Id:
+        """The id of a text of `key_text`."""
+        if not self.rest_keys:
+            return int(text) if self.partition_key.type == "N" else text
+        parts = zip(self.columns, text.split(SEPARATOR), strict=True)
+        return tuple(int(part) if key.type == "N" else decode_part(part) for key, part in parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,6 +350,11 @@ def contract_dict(contract: Contract) -> dict[str, Any]:
                 "max_item_bytes": table.max_item_bytes,
                 "ttl_attribute": table.ttl_attribute,
             }
+            | (
+                {"rest_keys": [{"name": key.name, "type": key.type} for key in table.rest_keys]}
+                if table.rest_keys
+                else {}
+            )
             for entity, table in contract.tables.items()
         },
         "domains": {
@@ -494,6 +557,11 @@ def _entity_changes(entity: str, old: Contract, new: Contract) -> Iterator[Chang
 
 
 def _table_changes(place: str, old: Table, new: Table) -> Iterator[Change]:
+    if old.rest_keys != new.rest_keys:
+        before_names, after_names = (
+            ", ".join(f"{key.name} ({key.type})" for key in table.rest_keys) or "none" for table in (old, new)
+        )
+        yield Change("breaking", f"{place}.rest_keys", f"{before_names} becomes {after_names}")
     for name in ("name", "partition_key", "sort_key"):
         before, after = getattr(old, name), getattr(new, name)
         if before != after:
@@ -561,9 +629,7 @@ def _declared_domain(
     domain = _object(given, place, {"key", "name", "entity", "sink", "owner", "description", "freshness"})
     table = _entity_table(domain["entity"], place, tables)
     attributes: dict[str, Any] = {}
-    expected_keys: dict[str, AttributeType] = {
-        key.name: "integer" if key.type == "N" else "string" for key in (table.partition_key, table.sort_key)
-    }
+    expected_keys = {key.name: key.contract_type for key in (*table.columns, table.sort_key)}
     seen_keys: set[str] = set()
     for name, column in node.get("columns", {}).items():
         sql_type = re.sub(r"\(.*?\)", "", str(column.get("data_type") or "")).strip().lower()
@@ -620,7 +686,13 @@ def _entity_table(entity: object, place: str, tables: Mapping[str, Table]) -> Ta
 
 def _table(entity: str, value: object) -> Table:
     place = f"tables.{entity}"
-    table = _object(value, place, {"name", "partition_key", "sort_key", "max_item_bytes", "ttl_attribute"})
+    table = _object(
+        {"rest_keys": [], **_mapping(value, place)},
+        place,
+        {"name", "partition_key", "sort_key", "max_item_bytes", "ttl_attribute", "rest_keys"},
+    )
+    if not isinstance(table["rest_keys"], list):
+        raise ContractError(f"{place}.rest_keys: a list of keys is needed, not {table['rest_keys']!r}")
     name = _text(table["name"], f"{place}.name")
     if not re.fullmatch(r"[A-Za-z0-9_.-]{3,255}", name):
         raise ContractError(
@@ -643,6 +715,7 @@ def _table(entity: str, value: object) -> Table:
         sort_key=sort_key,
         max_item_bytes=size,
         ttl_attribute=ttl,
+        rest_keys=tuple(_key(key, f"{place}.rest_keys") for key in table["rest_keys"]),
     )
 
 
@@ -668,7 +741,7 @@ def _domain(key: str, value: object, tables: Mapping[str, Table]) -> Domain:
     name = _text(domain["name"], f"{place}.name")
     if not _is_name(name):
         raise ContractError(f"{place}.name: {name!r} is not a Python identifier without a leading underscore")
-    if name in PROFILE_NAMES or name == table.partition_key.name:
+    if name in PROFILE_NAMES or name in {key.name for key in table.columns}:
         raise ContractError(f"{place}.name: {name!r} is what every profile has: choose another name")
     attributes: dict[str, Attribute] = {}
     for attribute, declared in _mapping(domain["attributes"], f"{place}.attributes").items():
@@ -680,7 +753,7 @@ def _domain(key: str, value: object, tables: Mapping[str, Table]) -> Domain:
             )
         if not isinstance(parts["nullable"], bool):
             raise ContractError(f"{where}.nullable: {parts['nullable']!r} is not true or false")
-        if attribute in (table.partition_key.name, table.sort_key.name):
+        if attribute in {key.name for key in (*table.columns, table.sort_key)}:
             raise ContractError(f"{where}: a key of the table cannot be an attribute too")
         if not _is_name(attribute):
             raise ContractError(

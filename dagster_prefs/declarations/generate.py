@@ -17,6 +17,7 @@ from pathlib import Path
 from string import Template
 
 from dagster_prefs.declarations.check import Declarations, check_project
+from dagster_prefs.declarations.check_domains import DOMAIN_KEY
 from dagster_prefs.declarations.check_tiles import Tile
 from dagster_prefs.declarations.check_topics import Topic
 from dagster_prefs.declarations.contract import REGISTRY, check_version, parse_contract
@@ -217,10 +218,14 @@ def _models(project: ProjectYaml, declared: Declarations) -> Iterator[tuple[str,
             sql = entry.read_text(encoding="utf-8")
             yield from files_of("operations", name, "what every project has", sql, yaml)
     for domain in declared.domains:
+        keys = declared.entities[domain.entity].key_names
+        attributes = [name for name in domain.columns if name not in (*keys, DOMAIN_KEY)]
         values = {
             "sink": domain.sink,
             "relation": domain.relation,
             "entity": domain.entity,
+            # A composite key makes the sort key of several columns.
+            "attributes": f", {_json(attributes)}" if len(keys) > 1 else "",
             "resolved": _json(domain.resolved),
         }
         sql, yaml = _fill("domain_sink.sql", values), _fill("domain_sink.yml", values)

@@ -42,7 +42,7 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class Entity:
-    """The kind of thing that rows are about. Its first key contains the reserved ids and occurs in events.
+    """Whom or what rows are about; its first key is the one that ids are reserved in, events name, and erasures name.
 
     `table` is its DynamoDB table without the environment's prefix, None if it has no domain. An `erasable`
     entity is a person, whom `prefs erase` can erase.
@@ -57,6 +57,11 @@ class Entity:
     def key(self) -> Key:
         """The first key column."""
         return self.keys[0]
+
+    @property
+    def key_names(self) -> tuple[str, ...]:
+        """The names of the key columns, in their order."""
+        return tuple(key.name for key in self.keys)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +171,13 @@ class Registry:
             raise RegistryError(f"unknown entity {excerpt(name)}: there are {', '.join(self.entities)}")
         return self.entities[name]
 
+    def family(self, name: str) -> tuple[Entity, ...]:
+        """The entities with the first key column of the entity of this name, as declared: an erasure is of all of them.
+
+        The first of them is whose name an erasure is recorded under.
+        """
+        return family_of(self.entities, self.entity(name))
+
     def topic(self, name: str) -> TopicDeclaration:
         """Return the topic of this name. Raises RegistryError naming the existing ones."""
         if name not in self.topics:
@@ -173,6 +185,17 @@ class Registry:
             hint = f"did you mean {near[0]}? " if near else ""
             raise RegistryError(f"unknown topic {excerpt(name)}: {hint}topics are {', '.join(self.topics)}")
         return self.topics[name]
+
+
+def family_of(entities: Mapping[str, Entity], entity: Entity) -> tuple[Entity, ...]:
+    """The entities with the first key column of this one, in the order in which they are declared."""
+    return tuple(one for one in entities.values() if one.key == entity.key)
+
+
+def uuid_keys(entities: Mapping[str, Entity], entity: Entity | None) -> set[str]:
+    """The fields that hold UUIDs in a topic about an entity: keys of it and of those that have its first key."""
+    family = family_of(entities, entity) if entity else ()
+    return {key.name for one in family for key in one.keys if key.type == "uuid"}
 
 
 def parse_registry(content: Mapping[str, Any]) -> Registry:
@@ -237,17 +260,14 @@ def _check_tables(registry: Registry) -> None:
     """Raise RegistryError if a table of the contract is not that of its entity."""
     for name, table in registry.contract.tables.items():
         entity = registry.entity(name)
-        if len(entity.keys) > 1:
-            raise RegistryError(
-                f"entity {name} has the keys {', '.join(key.name for key in entity.keys)}: items are kept by one "
-                "key column only, so give it one, or make its domains part of another entity"
-            )
-        wanted = (entity.table, entity.key.name, "N" if entity.key.type == "bigint" else "S")
-        found = (table.name, table.partition_key.name, table.partition_key.type)
+        wanted = f"{entity.table} by " + ", ".join(
+            f"{key.name} ({'N' if key.type == 'bigint' else 'S'})" for key in entity.keys
+        )
+        found = f"{table.name} by " + ", ".join(f"{key.name} ({key.type})" for key in table.columns)
         if found != wanted:
             raise RegistryError(
-                f"the contract's table of entity {name} is {found[0]} by {found[1]} ({found[2]}), and the entity "
-                f"says {wanted[0]} by {wanted[1]} ({wanted[2]}): run `prefs generate`"
+                f"the contract's table of entity {name} is {found}, and the entity says {wanted}: "
+                "run `prefs generate`"
             )
 
 

@@ -1,23 +1,26 @@
 """The rule that reserves ids for canaries.
 
-In the first key column of each entity, these ids are reserved for the freshness probe: below 0 for a bigint,
-those that start with `canary:` for a text, those that start with `00000000-0000-0000-0000-` for a UUID; also
-event ids that start with `canary:`. Only the probe sends events with them: every other message with one is
-rejected. The data of canaries flows through everything like any event, and is excluded from exports, training
-sets, rankings, and counts across entities. A canary is not a person's data, so it can be neither labelled nor
-erased. Its profile can be read like any other.
+Of each entity, the ids of its first key column are reserved that the freshness probe uses (of a composite key too: the
+first column decides): below 0 of a bigint, those
+that start with `canary:` of a text, those that start with `00000000-0000-0000-0000-` of a UUID; also event ids that
+start with `canary:`. Only the probe sends events with them: every other message that has one is rejected. What a canary
+leaves behind flows through everything like any event, and is left out of exports, training sets, rankings, and counts
+across entities. A canary is nobody's data, so that none can be labelled or erased. Its profile can be read like any
+other.
 
 `dbt_project/macros/reserved.sql` is the same rule in SQL.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from psycopg import sql
 
-    from dagster_prefs.declarations.registry import Key
+    from dagster_prefs.declarations.registry import Entity, FieldDeclaration, Key, Registry
+    from dagster_prefs.ids import Id
 
 PREFIX = "canary:"
 UUID_PREFIX = "00000000-0000-0000-0000-"
@@ -45,6 +48,53 @@ def canary_of(key: Key) -> int | str:
     if key.type == "bigint":
         return CANARY_NUMBER
     return CANARY_UUID if key.type == "uuid" else CANARY_TEXT
+
+
+def canary_value(field: FieldDeclaration) -> str | int | bool:
+    """A value that the field accepts: the last of those that are listed, else one within its bounds.
+
+    A number is the field's maximum, or 60 or its minimum, whichever is larger; a time is the first of 2026.
+    """
+    if field.accepted:
+        return field.accepted[-1]
+    if field.type == "boolean":
+        return True
+    if field.type == "timestamptz":
+        return "2026-01-01T00:00:00Z"
+    if field.type == "text":
+        return "canary"[: field.max_bytes]
+    return field.maximum if field.maximum is not None else max(60, field.minimum or 0)
+
+
+def canary_parts(registry: Registry, entity: Entity) -> dict[str, int | str]:
+    """Key column after the first → the value that every canary of the entity has in it.
+
+    It is one that each topic about the entity's first key takes which has the field.
+    """
+    family = {one.name for one in registry.family(entity.name)}
+    parts: dict[str, int | str] = {}
+    for key in entity.keys[1:]:
+        fields = [
+            topic.by_name[key.name]
+            for topic in registry.topics.values()
+            if topic.entity in family and key.name in topic.by_name
+        ]
+        if key.type == "uuid":
+            parts[key.name] = CANARY_UUID
+        elif fields:
+            parts[key.name] = canary_value(min(fields, key=_room))
+    return parts
+
+
+def _room(field: FieldDeclaration) -> tuple[bool, int]:
+    limit = field.maximum if field.type != "text" else field.max_bytes
+    return not field.accepted, sys.maxsize if limit is None else limit
+
+
+def canary_id(registry: Registry, entity: Entity, first: int | str | None = None) -> Id:
+    """The id with which the probe's events of this entity arrive; `first` is another value for its first key column."""
+    first = canary_of(entity.key) if first is None else first
+    return (first, *canary_parts(registry, entity).values()) if len(entity.keys) > 1 else first
 
 
 def spare_of(key: Key, number: int) -> int | str:

@@ -9,6 +9,7 @@ import dagster as dg
 from dagster._core.scheduler.instigation import InstigatorStatus, InstigatorType, SensorInstigatorData
 
 from dagster_prefs.declarations.registry import Registry
+from dagster_prefs.declarations.reserved import canary_id
 from dagster_prefs.defs.offline_store import asset_key as training_key
 from dagster_prefs.defs.resources import schedule_status, sensor_status
 from dagster_prefs.errors import PrefsError
@@ -297,7 +298,7 @@ def _probe(platform: Platform, state: CanaryState) -> tuple[CanaryState, list[Me
                         table_prefix=settings.table_prefix,
                     )
                 )
-                readers.append(partial(read_domains, profiles, entity.key))
+                readers.append(partial(read_domains, profiles, canary_id(registry, entity)))
         except PrefsError as error:
             return state, unknown("canary", asset_keys(platform)["canary"], error)
         views = canary_views(registry)

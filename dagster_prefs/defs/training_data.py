@@ -12,6 +12,7 @@ from dagster_prefs.errors import PrefsError
 from dagster_prefs.files import make_private_folder
 from dagster_prefs.iceberg.catalog import TableMissing
 from dagster_prefs.iceberg.maintenance import maintain, maintain_training_sets
+from dagster_prefs.ids import id_label, id_parts
 from dagster_prefs.platform import Platform
 from dagster_prefs.training.outputs import output_within
 from dagster_prefs.training.parity import (
@@ -280,7 +281,8 @@ def _sentence(features: Features, domain: str, examples: list[Difference], repor
         return f"every value of {report.subjects} ids of {entity} is served as the tables say{rest}"
     first = examples[0] if examples else None
     worst = (
-        f"; the worst is {first.attribute} of {entity} {first.subject}: {first.served} is served, {first.due} is due"
+        f"; the worst is {first.attribute} of {entity} {id_label(first.subject)}: {first.served} is served, "
+        f"{first.due} is due"
         if first
         else ""
     )
@@ -288,12 +290,12 @@ def _sentence(features: Features, domain: str, examples: list[Difference], repor
 
 
 def _table(features: Features, examples: list[Difference]) -> dg.TableMetadataValue:
-    key = features.key
+    keys = features.keys
     return dg.MetadataValue.table(
         records=[
             dg.TableRecord(
                 {
-                    key.name: one.subject,
+                    **dict(zip(features.key_names, id_parts(one.subject), strict=True)),
                     "attribute": one.attribute,
                     "served": str(one.served),
                     "due": str(one.due),
@@ -303,7 +305,7 @@ def _table(features: Features, examples: list[Difference]) -> dg.TableMetadataVa
         ],
         schema=dg.TableSchema(
             columns=[
-                dg.TableColumn(key.name, "int" if key.type == "bigint" else "string"),
+                *[dg.TableColumn(key.name, "int" if key.type == "bigint" else "string") for key in keys],
                 *[dg.TableColumn(name, "string") for name in ("attribute", "served", "due")],
             ]
         ),

@@ -10,8 +10,9 @@ from typing import Any
 
 from dagster_prefs.declarations.contract import Table
 from dagster_prefs.dynamodb.transport import Answer, Call, ReadError, Transport
+from dagster_prefs.ids import Id
 
-Key = tuple[int | str, str]
+Key = tuple[Id, str]
 Item = dict[str, dict[str, Any]]
 Found = Item | None | ReadError
 
@@ -36,7 +37,7 @@ class ItemReader:
     ) -> None:
         self._transport = transport
         self._table = table
-        self._partition = keys.partition_key
+        self._keys = keys
         self._sort = keys.sort_key.name
         self._is_number = keys.partition_key.type == "N"
         self._read_timeout = read_timeout_seconds
@@ -103,8 +104,13 @@ class ItemReader:
         return [(self._batch(chunk, consistent), chunk) for chunk in chunks]
 
     def _key(self, key: Key) -> str:
-        value = f'"{key[0]}"' if self._is_number else json.dumps(key[0])
-        return f'{self._partition_json}{value}}},"{self._sort}":{{"S":"{key[1]}"}}}}'
+        id_, domain = key
+        sort = f'"{domain}"'
+        if isinstance(id_, tuple):
+            sort = json.dumps(self._keys.sort_text(domain, id_))
+            id_ = id_[0]
+        value = f'"{id_}"' if self._is_number else json.dumps(id_)
+        return f'{self._partition_json}{value}}},"{self._sort}":{{"S":{sort}}}}}'
 
     def _get(self, key: Key, consistent: bool) -> Call:
         return Call("GetItem", f"{self._get_head[consistent]}{self._key(key)}}}".encode())
@@ -146,4 +152,4 @@ class ItemReader:
         return left
 
     def _identity(self, item: Item) -> Key:
-        return self._partition.value_of(item), item[self._sort]["S"]
+        return self._keys.split_key(item)

@@ -7,11 +7,11 @@ reads the current state of its store, not the report of an earlier run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,7 @@ from dagster_prefs.iceberg.tables import ErasedSubject, TileTable, tile_tables
 if TYPE_CHECKING:
     from pyiceberg.catalog import Catalog
 
-    from dagster_prefs.declarations.registry import Registry
+    from dagster_prefs.declarations.registry import Entity, Registry
     from dagster_prefs.engine.dbt import Dbt
 
 ERASED = "erased_subjects"
@@ -362,7 +362,8 @@ class _Erasure:
 
     def _newer_events(self, connection: psycopg.Connection[Any]) -> int:
         topics = self.stores.registry.topics.values()
-        typed = [topic.relation for topic in topics if topic.entity == self.subject.kind]
+        family = {entity.name for entity in self._family}
+        typed = [topic.relation for topic in topics if topic.entity in family]
         found = 0
         for name in typed:
             with translated(self.engine, name):
@@ -381,35 +382,36 @@ class _Erasure:
 
     # DynamoDB, Iceberg, files
 
-    @property
-    def _table(self) -> str:
-        return f"{self.stores.table_prefix}{self.subject.entity.table}"
+    @cached_property
+    def _family(self) -> tuple[Entity, ...]:
+        """The entities whose first key column is the subject's."""
+        return self.stores.registry.family(self.subject.kind)
 
     @property
-    def _is_served(self) -> bool:
-        return self.subject.entity.table is not None
+    def _served(self) -> list[Entity]:
+        return [entity for entity in self._family if entity.name in self.stores.registry.contract.tables]
 
-    def _items(self, until: datetime) -> EntityItems:
-        stores, subject = self.stores, self.subject
+    def _items(self, entity: Entity, until: datetime) -> EntityItems:
+        stores, table = self.stores, f"{self.stores.table_prefix}{entity.table}"
         return EntityItems(
-            stores.dynamodb(), stores.registry.contract, subject.kind, self._table, subject.value, until
+            stores.dynamodb(), stores.registry.contract, entity.name, table, self.subject.value, until
         )
 
-    def _items_there(self) -> int:
-        if not self._is_served:
-            return 0
-        # A store that does not answer now is asked again in its own step, which reports the reason.
-        with suppress(PrefsError):
-            return len(self._items(datetime.max.replace(tzinfo=UTC)).keys())
-        return 0
+    def _items_there(self) -> dict[str, int]:
+        """Entity → items; without those of a store that does not answer now: it is asked again, which tells why."""
+        found: dict[str, int] = {}
+        for entity in self._served:
+            with suppress(PrefsError):
+                found[entity.name] = len(self._items(entity, datetime.max.replace(tzinfo=UTC)).keys())
+        return found
 
-    def _delete_items(self, report: ErasureReport, items_before: int) -> None:
-        if not self._is_served:
-            return
-        with self._step("delete the items in DynamoDB"):
-            items = self._items(self.erased_at)
-            before = max(items_before, items.withdraw(self.engine))
-            report.holdings.append(Holding("dynamodb", self._table, "items", before, len(items.keys())))
+    def _delete_items(self, report: ErasureReport, items_before: Mapping[str, int]) -> None:
+        for entity in self._served:
+            with self._step("delete the items in DynamoDB"):
+                items = self._items(entity, self.erased_at)
+                before = max(items_before.get(entity.name, 0), items.withdraw(self.engine))
+                table = f"{self.stores.table_prefix}{entity.table}"
+                report.holdings.append(Holding("dynamodb", table, "items", before, len(items.keys())))
 
     def _forget_in_tables(self, report: ErasureReport) -> None:
         specs = self._training_tables()
@@ -440,7 +442,7 @@ class _Erasure:
     def _training_tables(self) -> list[TileTable]:
         """Return the training tables of the subject's entity."""
         specs = tile_tables(self.stores.registry).values()
-        return [spec for spec in specs if spec.entity == self.subject.entity]
+        return [spec for spec in specs if spec.entity in self._family]
 
     def _forget_in(self, report: ErasureReport, in_table: Callable[[], SubjectInTable]) -> None:
         table = in_table()
@@ -497,7 +499,7 @@ class _Erasure:
             "they stay suppressed",
             where: until,
         }
-        if self._is_served:
+        if self._served:
             rest["DynamoDB point-in-time recovery"] = (
                 "35 days from now; a restored table needs this command again"
             )

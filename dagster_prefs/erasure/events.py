@@ -40,7 +40,10 @@ class AppendOnly(RawStoreError):
 
 @dataclass(frozen=True)
 class Subject:
-    """A data subject: an erasable entity, and the id in its first key column as typed events spell it."""
+    """Whose data it is: an erasable entity, and the id in its first key column, as the typed events spell it.
+
+    Of the entities with that first key column it is the first one: an erasure is of all of them.
+    """
 
     entity: Entity
     id: str
@@ -52,7 +55,7 @@ class Subject:
         Raises SubjectRefused for an entity that is unknown or not erasable, an id that no event can have, and
         a canary.
         """
-        erasable = [entity.name for entity in registry.entities.values() if entity.erasable]
+        erasable = erasable_kinds(registry)
         entity = registry.entities.get(kind)
         if entity is None or not entity.erasable:
             why = "is not erasable" if entity else "is not an entity of this project"
@@ -72,7 +75,7 @@ class Subject:
                 f"{kind} {value} is a canary: ids {reserved_range(key)} are no person's, and probes need theirs; "
                 f"name another {kind}"
             )
-        return cls(entity, ids.key_text(key, value))
+        return cls(registry.family(kind)[0], ids.key_text(key, value))
 
     def __str__(self) -> str:
         return f"{self.kind} {self.id}"
@@ -100,6 +103,15 @@ class Subject:
     def is_key_of(self, topic: TopicDeclaration) -> bool:
         """Return whether the topic's messages are about this kind of subject."""
         return self.key in topic.by_name
+
+
+def erasable_kinds(registry: Registry) -> list[str]:
+    """What subjects may be named by: of the erasable entities with one first key column, the first."""
+    return list(
+        dict.fromkeys(
+            registry.family(entity.name)[0].name for entity in registry.entities.values() if entity.erasable
+        )
+    )
 
 
 class Position(NamedTuple):

@@ -14,6 +14,7 @@ from dagster_prefs.declarations.contract import LAST_EVENT_AT, Contract
 from dagster_prefs.dynamodb.publisher import PublishError, publish_lock
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.durations import with_unit
+from dagster_prefs.ids import encode_part
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
@@ -24,7 +25,8 @@ POLL_SECONDS = 0.5
 class EntityItems:
     """The items of one id of an entity whose newest event is not after `until` (UTC), in its table.
 
-    Includes items without a newest event. Every method raises PublishError if DynamoDB rejects the request or
+    Of a composite key the id is one of the first column, and the items are all of its partition.
+    An item without a newest event counts too. Every method raises PublishError for a DynamoDB that refuses or
     cannot be reached.
     """
 
@@ -101,17 +103,14 @@ class EntityItems:
                     "let it finish, or stop it, and run again"
                 ) from None
             keys = self.keys()
-            # Emptied before the item is deleted, so that after a crash in between the publisher does not
-            # consider it published.
-            mine = [str(self._id), self._others]
-            control.execute(
-                "update online_published set fingerprint = '' where entity_key = %s and domain_key <> all(%s::text[])",
-                mine,
-            )
+            # Emptied before the item goes: after a crash in between the publisher does not take it for written.
+            composite = bool(self._keys.rest_keys)
+            mine = [encode_part(self._id) if composite else str(self._id), self._others]
+            first = "split_part(entity_key, '#', 1)" if composite else "entity_key"
+            where = f"where {first} = %s and domain_key <> all(%s::text[])"
+            control.execute(f"update online_published set fingerprint = '' {where}".encode(), mine)
             self._delete(keys)
-            control.execute(
-                "delete from online_published where entity_key = %s and domain_key <> all(%s::text[])", mine
-            )
+            control.execute(f"delete from online_published {where}".encode(), mine)
         return len(keys)
 
     def _delete(self, keys: list[str]) -> None:

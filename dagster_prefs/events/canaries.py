@@ -24,8 +24,8 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from dagster_prefs.declarations.registry import FieldDeclaration, Registry
-from dagster_prefs.declarations.reserved import PREFIX, canary_of
+from dagster_prefs.declarations.registry import Registry
+from dagster_prefs.declarations.reserved import PREFIX, canary_of, canary_parts, canary_value
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.events.raw import RawStoreError, translated
 
@@ -80,27 +80,13 @@ def canary_events(registry: Registry, key: CanaryKey, moment: datetime) -> dict[
         if topic.entity is None or topic.time is None:
             continue
         subject = registry.entity(topic.entity).key
-        own = {topic.identity: identity, subject.name: canary_of(subject), topic.time: at}
+        # Every entity of this first key is probed by the same message.
+        parts = [canary_parts(registry, entity) for entity in registry.family(topic.entity)]
+        own = {name: value for one in parts for name, value in one.items()}
+        own |= {topic.identity: identity, subject.name: canary_of(subject), topic.time: at}
         fields = {field.name: own.get(field.name, canary_value(field)) for field in topic.fields}
         messages[topic.name] = json.dumps(fields, separators=(",", ":")).encode()
     return messages
-
-
-def canary_value(field: FieldDeclaration) -> str | int | bool:
-    """Return a value that the field accepts: the last listed one, else one within its bounds.
-
-    A number is the field's maximum if it has one, else the larger of 60 and its minimum; a time is the first
-    of 2026.
-    """
-    if field.accepted:
-        return field.accepted[-1]
-    if field.type == "boolean":
-        return True
-    if field.type == "timestamptz":
-        return "2026-01-01T00:00:00Z"
-    if field.type == "text":
-        return "canary"[: field.max_bytes]
-    return field.maximum if field.maximum is not None else max(60, field.minimum or 0)
 
 
 def canary_key(engine: EngineConfiguration) -> CanaryKey:

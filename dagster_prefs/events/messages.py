@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from functools import cached_property
 
-from dagster_prefs.declarations.registry import Key, Registry, RegistryError, TopicDeclaration
+from dagster_prefs.declarations.registry import Key, Registry, RegistryError, TopicDeclaration, uuid_keys
 from dagster_prefs.events.fields import Years, field_text
 
 
@@ -46,12 +46,13 @@ class Limits:
 
 @dataclass(frozen=True)
 class Topic(TopicDeclaration):
-    """A declared topic with the further rules for its messages: its entity's `key`, and the project's limits.
+    """A declared topic, with what else its messages are judged by: its entity's first `key`, and the project's limits.
 
-    `key` is None for reference data, which has no entity.
+    `key` is None for reference data, which is about no entity. `uuids` are the fields that must hold a UUID.
     """
 
     key: Key | None
+    uuids: frozenset[str]
     limits: Limits
 
     @cached_property
@@ -94,8 +95,9 @@ def topic_of(registry: Registry, name: str) -> Topic:
 
 def _bind(registry: Registry, declared: TopicDeclaration, limits: Limits) -> Topic:
     values = {field.name: getattr(declared, field.name) for field in dataclasses.fields(TopicDeclaration)}
-    key = None if declared.entity is None else registry.entity(declared.entity).key
-    return Topic(**values, key=key, limits=limits)
+    entity = None if declared.entity is None else registry.entity(declared.entity)
+    uuids = frozenset(uuid_keys(registry.entities, entity))
+    return Topic(**values, key=entity.key if entity else None, uuids=uuids, limits=limits)
 
 
 def event_time(message: bytes, topic: Topic) -> datetime | None:

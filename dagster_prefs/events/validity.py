@@ -117,17 +117,15 @@ def _optional_fault(topic: Topic, field: FieldDeclaration, document: dict[str, A
 
 
 def _fault(topic: Topic, field: FieldDeclaration, text: str) -> str | None:
-    if topic.key is not None and field.name == topic.key.name and not _is_uuid_where_due(topic.key, text):
+    if field.name in topic.uuids and not _is_uuid(field.name, text):
         return f"bad {field.name}"
     return field_fault(field, text, topic.limits.years)
 
 
-def _is_uuid_where_due(key: Key, text: str) -> bool:
-    """Return whether a key that must be a UUID is one; its field is declared as text."""
-    if key.type != "uuid":
-        return True
+def _is_uuid(name: str, text: str) -> bool:
+    """Whether the text of a field is a UUID, where it must be one; the field is declared as a text."""
     try:
-        read_key(key, text)
+        read_key(Key(name, "uuid"), text)
     except BadId:
         return False
     return True

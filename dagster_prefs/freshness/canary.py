@@ -20,7 +20,7 @@ import psycopg
 from psycopg import sql
 
 from dagster_prefs.declarations.contract import LAST_EVENT_AT, Freshness
-from dagster_prefs.declarations.registry import Key, Registry
+from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.declarations.reserved import canary_of
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError
@@ -29,6 +29,7 @@ from dagster_prefs.events.kafka import KafkaWriter
 from dagster_prefs.events.raw import RawMessage, RawStore
 from dagster_prefs.freshness.levels import Level, Measure, judge
 from dagster_prefs.freshness.views import View, watched_relations
+from dagster_prefs.ids import Id
 from dagster_prefs.serving.profiles import CANARY_AHEAD_SECONDS
 
 SOURCE = "canary"
@@ -114,12 +115,12 @@ def send_canary(
             store.write(registry.topic(topic), SOURCE, [RawMessage(0, epoch_ms(moment), data)])
 
 
-def read_domains(profiles: Any, key: Key) -> dict[str, int | None]:
-    """Read the newest canary event of each domain with this key column through a `ProfileClient`.
+def read_domains(profiles: Any, canary: Id) -> dict[str, int | None]:
+    """Domain → newest event that a `ProfileClient` reads of the canary of its entity.
 
     Raises PrefsError if a domain fails.
     """
-    profile = profiles.get(canary_of(key), consistent=True)
+    profile = profiles.get(canary, consistent=True)
     for read in profile.reads.values():
         if read.error is not None:
             raise read.error

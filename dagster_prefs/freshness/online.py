@@ -16,9 +16,11 @@ from psycopg import sql
 from dagster_prefs.declarations.contract import LAST_EVENT_AT, Contract, Domain, Table
 from dagster_prefs.dynamodb.access import ItemAccess, StoreUnavailable
 from dagster_prefs.dynamodb.items import plain
+from dagster_prefs.dynamodb.publisher import KeySql
 from dagster_prefs.dynamodb.tables import TableReport
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.freshness.levels import Unmeasurable, unreadable
+from dagster_prefs.ids import Id, id_parts
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
@@ -37,7 +39,7 @@ class Difference:
     the engine reports that the row became visible in the future of this machine's clock.
     """
 
-    id: int | str
+    id: Id
     kind: Literal["missing", "extra", "different"]
     attributes: tuple[str, ...]
     age_seconds: float
@@ -162,8 +164,9 @@ class Comparison:
         self.connection = connection
         self.engine = engine
         self.items = ItemAccess(client, contract.table_of(domain), table.name)
-        self.key = sql.Identifier(self.items.partition_key)
-        self.key_type = sql.SQL(self.items.keys.partition_key.sql_type)
+        self.keys = self.items.keys
+        self.key = KeySql(self.keys, None)
+        self.key_columns = [sql.Identifier(key.name) for key in self.keys.columns]
         self.domain = domain
         self.table = table
         self.now = now
@@ -171,8 +174,8 @@ class Comparison:
         self.published = sql.Identifier(engine.schema, "online_published")
 
     def run(self, sample: int, count_rows: bool, wait: Callable[[float], None]) -> OnlineLag:
-        """Compare one sample, as `online_lag` describes it."""
-        ids: set[int | str] = {*self._recent(sample), *self._left_behind(sample, everywhere=count_rows)}
+        """One look, as `online_lag` describes it."""
+        ids: set[Id] = {*self._recent(sample), *self._left_behind(sample, everywhere=count_rows)}
         ids |= self.items.page(self.domain.key, 4 * sample, _place(self.now))
         before = self.rows(ids)
         items = self.items.get(self.domain.key, ids)
@@ -212,24 +215,33 @@ class Comparison:
             published_rows=self._count_published() if count_rows and self.engine.kind == "local" else None,
         )
 
-    def _recent(self, sample: int) -> list[int]:
+    def _recent(self, sample: int) -> list[Id]:
         rows = self.connection.execute(
             sql.SQL(
-                "select {key} from {relation} where {key} is not null"
+                "select {key} from {relation} where {complete}"
                 " order by last_event_at desc, {key} limit {limit}"
-                # RisingWave does not accept a parameter here.
-            ).format(key=self.key, relation=self.relation, limit=sql.Literal(CANDIDATES * sample))
+                # RisingWave takes no parameter here.
+            ).format(
+                key=self.key.columns,
+                complete=self.complete,
+                relation=self.relation,
+                limit=sql.Literal(CANDIDATES * sample),
+            )
         ).fetchall()
-        return sorted((id_ for (id_,) in rows), key=key_hash)[:sample]
+        return sorted(map(self.key.id_of, rows), key=key_hash)[:sample]
 
-    def _left_behind(self, sample: int, everywhere: bool) -> list[int]:
-        # RisingWave's sinks do not record what they published; leftovers are found in the page of the table
-        # instead.
+    @property
+    def complete(self) -> sql.Composable:
+        """That no key column is NULL."""
+        return sql.SQL(" and ").join(sql.SQL("{} is not null").format(column) for column in self.key_columns)
+
+    def _left_behind(self, sample: int, everywhere: bool) -> list[Id]:
+        # RisingWave's sinks keep no such memory; there, leftovers are found through the table's page.
         if self.engine.kind != "local":
             return []
         gone = sql.SQL(
-            "select p.entity_key::{type} from {published} as p where not exists"
-            " (select from {relation} as v where v.{key} = p.entity_key::{type}) limit %(sample)s"
+            "select {remembered} from {published} as p where not exists"
+            " (select from {relation} as v where {key} = {remembered}) limit %(sample)s"
         )
         remembered = sql.SQL(
             "select entity_key from {published} where table_id = %(table)s and domain_key = %(domain)s"
@@ -246,12 +258,12 @@ class Comparison:
             gone.format(
                 published=sql.SQL("({})").format(published),
                 relation=self.relation,
-                key=self.key,
-                type=self.key_type,
+                key=KeySql(self.keys, "v").whole,
+                remembered=self.key.remembered,
             ),
             parameters,
         ).fetchall()
-        return [id_ for (id_,) in rows]
+        return [self.key.remembered_id(remembered) for (remembered,) in rows]
 
     def _bounds(self) -> tuple[str, str]:
         row = self.connection.execute(
@@ -263,11 +275,12 @@ class Comparison:
         low, high = row or (None, None)
         return low or "", high or ""
 
-    def rows(self, ids: Iterable[int | str]) -> dict[int | str, Row]:
-        """Return the rows of those ids that have one."""
-        wanted = sorted(ids)
+    def rows(self, ids: Iterable[Id]) -> dict[Id, Row]:
+        """The rows of those of the ids that have one."""
+        wanted = set(ids)
         if not wanted:
             return {}
+        first = {id_parts(id_)[0] for id_ in wanted}
         names = list(self.domain.attributes)
         # A batch view only records its refresh, a streaming view the time at which each row changed.
         since = (
@@ -278,18 +291,21 @@ class Comparison:
             )
         )
         rows = self.connection.execute(
-            sql.SQL("select {key}, {since}, {names} from {relation} where {key} in ({wanted})").format(
-                key=self.key,
+            sql.SQL("select {key}, {since}, {names} from {relation} where {first} in ({wanted})").format(
+                key=self.key.columns,
+                first=self.key_columns[0],
                 since=since,
                 names=sql.SQL(", ").join(map(sql.Identifier, names)),
                 relation=self.relation,
-                # RisingWave would read the whole view for an array parameter.
-                wanted=sql.SQL(", ").join(map(sql.Literal, wanted)),
+                # RisingWave reads the whole view for an array.
+                wanted=sql.SQL(", ").join(map(sql.Literal, sorted(first))),
             )
         ).fetchall()
+        width = len(self.key_columns)
         return {
-            id_: Row(dict(zip(names, values, strict=True)), visible_since)
-            for id_, visible_since, *values in rows
+            id_: Row(dict(zip(names, row[width + 1 :], strict=True)), row[width])
+            for row in rows
+            if (id_ := self.key.id_of(row[:width])) in wanted
         }
 
     def differs(self, row: Row | None, item: Mapping[str, Any] | None) -> tuple[str, ...]:
@@ -362,7 +378,7 @@ def _find_table(client: DynamoDBClient, entity: str, keys: Table, prefix: str) -
 
 
 def _difference(
-    id_: int | str,
+    id_: Id,
     row: Row | None,
     item: Mapping[str, Any] | None,
     attributes: tuple[str, ...],
@@ -381,8 +397,8 @@ def _all_before(arrived: Iterable[datetime | None], late: Iterable[datetime | No
     return oldest is not None and (newest is None or newest < oldest)
 
 
-def key_hash(id_: int | str) -> str:
-    """Return the hash that chooses the sampled ids. It never changes, on any machine."""
+def key_hash(id_: Id) -> str:
+    """The hash that chooses which ids are followed; the same everywhere and for ever."""
     return hashlib.sha256(str(id_).encode()).hexdigest()
 
 

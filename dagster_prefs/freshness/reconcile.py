@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.freshness.levels import Unmeasurable
 from dagster_prefs.freshness.online import Comparison, Row
+from dagster_prefs.ids import Id
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
@@ -134,16 +135,14 @@ class _Reconciliation:
                 [f"dagster-prefs publish {self.sides.engine.schema} {self.sides.domain.key}"],
             )
 
-    def _view(self) -> Iterator[list[int | str]]:
-        # A row without a key never becomes an item.
-        beyond: sql.Composable = sql.SQL("is not null")
+    def _view(self) -> Iterator[list[Id]]:
+        # A row without a key is never an item.
+        beyond: sql.Composable = self.sides.complete
         while True:
             rows = self.sides.connection.execute(
-                # RisingWave does not accept parameters here, or reads the whole view for each chunk.
-                sql.SQL(
-                    "select {key} from {relation} where {key} {beyond} order by {key} limit {chunk}"
-                ).format(
-                    key=self.sides.key,
+                # RisingWave takes no parameters here, or reads the whole view for each chunk.
+                sql.SQL("select {key} from {relation} where {beyond} order by {key} limit {chunk}").format(
+                    key=self.sides.key.columns,
                     relation=self.sides.relation,
                     beyond=beyond,
                     chunk=sql.Literal(CHUNK),
@@ -151,10 +150,10 @@ class _Reconciliation:
             ).fetchall()
             if not rows:
                 return
-            yield [id_ for (id_,) in rows]
-            beyond = sql.SQL("> {}").format(sql.Literal(rows[-1][0]))
+            yield [self.sides.key.id_of(row) for row in rows]
+            beyond = _after(self.sides.key_columns, rows[-1])
 
-    def _settle(self, ids: list[int | str]) -> None:
+    def _settle(self, ids: list[Id]) -> None:
         self.counts["compared"] += len(ids)
         if suspects := self._differing(ids):
             self.grace()
@@ -171,9 +170,7 @@ class _Reconciliation:
             self.counts[kind if repaired else "overtaken"] += 1
         self.progress(self.counts["compared"])
 
-    def _differing(
-        self, ids: Iterable[int | str]
-    ) -> dict[int | str, tuple[Row | None, Mapping[str, Any] | None]]:
+    def _differing(self, ids: Iterable[Id]) -> dict[Id, tuple[Row | None, Mapping[str, Any] | None]]:
         wanted = list(ids)
         items = self.sides.items.get(self.sides.domain.key, wanted)
         rows = self.sides.rows(wanted)
@@ -183,9 +180,8 @@ class _Reconciliation:
             if self.sides.differs(rows.get(id_), items.get(id_))
         }
 
-    def _forget_published(self, ids: Iterable[int | str]) -> None:
-        # The publisher's fingerprints do not cover these writes. An empty fingerprint makes it compare the
-        # item again.
+    def _forget_published(self, ids: Iterable[Id]) -> None:
+        # What is written here is not what the publisher remembers; emptied, it looks again.
         if self.sides.engine.kind == "local":
             self.sides.connection.execute(
                 sql.SQL(
@@ -193,12 +189,31 @@ class _Reconciliation:
                     " select %s, %s, id, '' from unnest(%s::text[]) as id"
                     " on conflict (table_id, domain_key, entity_key) do update set fingerprint = ''"
                 ).format(self.sides.published),
-                [self.sides.table.table_id, self.sides.domain.key, [str(id_) for id_ in ids]],
+                [
+                    self.sides.table.table_id,
+                    self.sides.domain.key,
+                    [self.encoder.key_text(id_) for id_ in ids],
+                ],
             )
 
-    def _repair(self, id_: int | str, row: Row | None, item: Mapping[str, Any] | None) -> bool:
+    def _repair(self, id_: Id, row: Row | None, item: Mapping[str, Any] | None) -> bool:
         if row is None:
             seen = {} if item is None else item
             return self.sides.items.delete(self.encoder.key(id_), LAST_EVENT_AT, seen.get(LAST_EVENT_AT))
         values = [row.values[name] for name in self.sides.domain.attributes]
         return self.sides.items.put(self.encoder.encode(id_, values), LAST_EVENT_AT)
+
+
+def _after(columns: Sequence[sql.Identifier], values: Sequence[Any]) -> sql.Composed:
+    """The condition of SQL that a key comes after the one with these values."""
+    arms = [
+        sql.SQL(" and ").join(
+            [
+                *(sql.SQL("{} = {}").format(column, sql.Literal(value)) for column, value in equal),
+                sql.SQL("{} > {}").format(columns[place], sql.Literal(values[place])),
+            ]
+        )
+        for place in range(len(columns))
+        for equal in [list(zip(columns[:place], values[:place], strict=True))]
+    ]
+    return sql.SQL("({})").format(sql.SQL(" or ").join(arms))

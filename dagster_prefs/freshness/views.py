@@ -25,7 +25,9 @@ _BEFORE_ALL = datetime.min.replace(tzinfo=UTC)
 
 @dataclass(frozen=True)
 class Typed:
-    """The typed relation of a topic; `subject` is its entity's name and key column, None for reference data."""
+    """The typed relation of a topic; `subject` is the kind that erasures of its subjects are recorded under, and their
+    key column, None for reference data.
+    """
 
     declared: TopicDeclaration
     subject: tuple[str, str] | None
@@ -102,7 +104,12 @@ def watched_relations(registry: Registry) -> tuple[Typed | View, ...]:
 def typed_relations(registry: Registry) -> tuple[Typed, ...]:
     """Return the typed relation of every topic."""
     return tuple(
-        Typed(topic, (topic.entity, registry.entity(topic.entity).key.name) if topic.entity else None)
+        Typed(
+            topic,
+            (registry.family(topic.entity)[0].name, registry.entity(topic.entity).key.name)
+            if topic.entity
+            else None,
+        )
         for topic in registry.topics.values()
     )
 

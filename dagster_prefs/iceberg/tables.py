@@ -96,16 +96,17 @@ class Column:
 class TileTable:
     """A training table and the tile relation of the engine that fills it.
 
-    `entity` is the entity of its rows. `metric` names the columns whose total is `metric_total` in
-    `tile_fingerprints`; `key` is unique for the rows of a day; `at_most` lists (smaller, larger) pairs of
-    columns that every row must respect; `sink` is the RisingWave sink that writes the table, where sinks
-    export.
+    `entity` is what its rows are about. `metric` names the columns whose total is `metric_total` in
+    `tile_fingerprints`; `key` makes a row of a day unique; `at_most` lists (smaller, larger) pairs of columns that
+    every row must respect; `sink` is RisingWave's that writes the table, where sinks export. `subject_kind` is what
+    erasures of its subjects are recorded under.
     """
 
     name: str
     tile: str
     doc: str
     entity: Entity
+    subject_kind: str
     day: str
     key: tuple[str, ...]
     columns: tuple[Column, ...]
@@ -119,7 +120,7 @@ class TileTable:
 
     @property
     def subject(self) -> str:
-        """The column of the entity's id, by which canaries are excluded and subjects erased."""
+        """The entity's first key column, by which rows are reserved for canaries and erased."""
         return self.entity.key.name
 
     @cached_property
@@ -177,7 +178,14 @@ def tile_table(registry: Registry, tile: TileDeclaration) -> TileTable:
                 "have: remove it"
             )
     for name, why, kind in (
-        (entity.key.name, f"the key of {entity.name}", "bigint" if entity.key.type == "bigint" else "text"),
+        *(
+            (
+                key.name,
+                f"{'the' if len(entity.keys) == 1 else 'a'} key of {entity.name}",
+                "bigint" if key.type == "bigint" else "text",
+            )
+            for key in entity.keys
+        ),
         (tile.day, "its day", "date"),
         (LAST_EVENT_AT, "the time of a row's newest event, which erasure compares", "timestamptz"),
     ):
@@ -192,9 +200,9 @@ def tile_table(registry: Registry, tile: TileDeclaration) -> TileTable:
             f"{tile.relation} declares {unknown[0]} in its key, metric or at_most, and has no such column "
             f"(it has {', '.join(tile.columns)}): correct the name"
         )
-    if entity.key.name not in tile.key:
+    if absent := [name for name in entity.key_names if name not in tile.key]:
         raise DeclarationRefused(
-            f"{tile.relation} has the key ({', '.join(tile.key)}) without {entity.key.name}, which names its "
+            f"{tile.relation} has the key ({', '.join(tile.key)}) without {absent[0]}, which names its "
             f"{entity.name}: add it"
         )
     return TileTable(
@@ -202,6 +210,7 @@ def tile_table(registry: Registry, tile: TileDeclaration) -> TileTable:
         tile=tile.relation,
         doc=tile.description,
         entity=entity,
+        subject_kind=registry.family(entity.name)[0].name,
         day=tile.day,
         key=tile.key,
         columns=tuple(

@@ -140,7 +140,7 @@ class TileSnapshot:
             sql.SQL("select count(*), max(erased_at) from {} where subject_kind = %s").format(
                 self._relation(ERASED)
             ),
-            [self._spec.entity.name],
+            [self._spec.subject_kind],
         ).fetchone()
         return (int(row[0]), row[1]) if row else (0, None)
 
@@ -172,7 +172,7 @@ class TileSnapshot:
             else "subject_id"
         )
         return sql.SQL("select " + subject + " as subject, erased_at from {} where subject_kind = {}").format(
-            self._relation(ERASED), sql.Literal(self._spec.entity.name)
+            self._relation(ERASED), sql.Literal(self._spec.subject_kind)
         )
 
     def rows(self, day: date, schema: pa.Schema) -> Generator[pa.RecordBatch]:

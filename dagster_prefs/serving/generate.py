@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
-from dagster_prefs.declarations.contract import PROFILE_NAMES, Contract, Domain
+from dagster_prefs.declarations.contract import Contract, Domain
 from dagster_prefs.serving.domains import PYTHON_TYPES, class_name, may_be_none
+from dagster_prefs.serving.profiles import key_places
 
 # The command that wrote the file, for its head and for messages about outdated files.
 COMMAND = "prefs generate client"
@@ -66,8 +68,10 @@ def render_client(contract: Contract) -> str:
 def _entity(contract: Contract, entity: str, domains: tuple[Domain, ...]) -> Iterator[str]:
     for domain in domains:
         yield _domain(domain)
-    key = contract.tables[entity].partition_key
-    id_ = "int" if key.type == "N" else "str"
+    columns = contract.tables[entity].columns
+    kinds = ["int" if key.type == "N" else "str" for key in columns]
+    names = tuple(key.name for key in columns)
+    key, id_ = (names[0], kinds[0]) if len(names) == 1 else (names, f"tuple[{', '.join(kinds)}]")
     profile = _profile_name(entity, domains)
     made = "".join(f'        "{domain.name}": {class_name(domain.name)},\n' for domain in domains)
     yield (
@@ -75,11 +79,12 @@ def _entity(contract: Contract, entity: str, domains: tuple[Domain, ...]) -> Ite
         f'    """One {entity}\'s domains."""\n\n'
         "    __slots__ = ()\n"
         f'    entity = "{entity}"\n'
-        f'    key = "{key.name}"\n'
+        f"    key = {json.dumps(key) if isinstance(key, str) else '(' + json.dumps(key)[1:-1] + ')'}\n"
         f"    classes = {{  # noqa: RUF012\n{made}    }}\n"
     )
-    if key.name not in PROFILE_NAMES:
-        yield _property(key.name, id_, "self.id", "Whose profile it is.")
+    for name, place in key_places(key):
+        value = "self.id" if place is None else f"self.id[{place}]"
+        yield _property(name, kinds[place or 0], value, "Whose profile it is.")
     for domain in domains:
         yield _property(domain.name, class_name(domain.name), f'self.domain("{domain.name}")', _line(domain))
     name = class_name(entity).removesuffix("Profile")

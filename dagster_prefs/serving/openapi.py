@@ -108,12 +108,12 @@ def _profile_paths(entity: Entity, domains: Sequence[Domain], name: str, path: s
         _query("domains", {"type": "string", "description": "Names separated by commas; all by default."})
     )
     return {
-        f"{path}/{{{entity.key.name}}}": {
+        "/".join([path, *(f"{{{name}}}" for name in entity.key_names)]): {
             "get": _operation(
                 f"get{name}Profile",
                 f"The profile of one {entity.name}",
                 _ref(f"{name}Profile"),
-                [_path(entity.key.name, _id(entity.key)), *query],
+                [*(_path(key.name, _id(key)) for key in entity.keys), *query],
             )
         },
         path: {
@@ -214,8 +214,7 @@ def _common_schemas() -> Schema:
 
 
 def _profile_schemas(entity: Entity, domains: Sequence[Domain], name: str) -> Schema:
-    """Return the schemas of one entity's profiles; domain names are unique in the contract."""
-    key = entity.key
+    """The schemas of one entity's profiles; domains have names of their own across the contract."""
     found: Schema = {}
     references = {}
     for domain in domains:
@@ -225,18 +224,19 @@ def _profile_schemas(entity: Entity, domains: Sequence[Domain], name: str) -> Sc
     found[f"{name}ProfileDomains"] = _object(references, required=[])
     found[f"{name}Profile"] = _object(
         {
-            key.name: _id(key),
+            **{key.name: _id(key) for key in entity.keys},
             "partial": {"type": "boolean", "description": "Whether a domain did not arrive."},
             "domains": _ref(f"{name}ProfileDomains"),
         }
     )
     found[f"{name}Profiles"] = _object({"partial": PLAIN[bool], "profiles": _array(_ref(f"{name}Profile"))})
-    # A number may also be a text, for languages without 64-bit integers.
-    given = {"anyOf": [INTEGER, {"type": "string", "pattern": f"^{NUMBER_ID}$"}]}
-    ids = {**_array(given if key.type == "bigint" else _id(key)), "minItems": 1, "maxItems": MAX_IDS}
-    found[f"{name}ProfilesRequest"] = _object(
-        {ids_name(key): ids, **_read_options(domains)}, required=[ids_name(key)]
-    )
+    # A number may come as text, for languages that cannot hold 64 bits.
+    number = {"anyOf": [INTEGER, {"type": "string", "pattern": f"^{NUMBER_ID}$"}]}
+    given = {key.name: number if key.type == "bigint" else _id(key) for key in entity.keys}
+    one = _object(given) if len(given) > 1 else given[entity.key.name]
+    ids = {**_array(one), "minItems": 1, "maxItems": MAX_IDS}
+    listed = ids_name(entity.keys)
+    found[f"{name}ProfilesRequest"] = _object({listed: ids, **_read_options(domains)}, required=[listed])
     return found
 
 

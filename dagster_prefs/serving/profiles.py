@@ -15,12 +15,12 @@ from uuid import UUID
 
 from dagster_prefs.declarations.contract import PROFILE_NAMES, Contract, Domain
 from dagster_prefs.declarations.registry import Entity, Registry, open_registry
-from dagster_prefs.declarations.reserved import canary_of
+from dagster_prefs.declarations.reserved import canary_id
 from dagster_prefs.dynamodb.items import ItemDecoder, ItemError
 from dagster_prefs.dynamodb.reader import BATCH_KEYS, Found, ItemReader, Key
 from dagster_prefs.dynamodb.transport import ReadError, make_transport
 from dagster_prefs.errors import PrefsError, excerpt
-from dagster_prefs.ids import BadId, read_key
+from dagster_prefs.ids import BadId, Id, read_id
 from dagster_prefs.serving.domains import (
     DomainShape,
     class_name,
@@ -70,14 +70,15 @@ class DomainRead:
 class Profile:
     """The domains of one id, by the names of the contract.
 
-    A domain is read as `profile.progress.lessons_7d`, which raises like `domain`; the outcome of its read is
-    `profile.reads["progress"]`. The id is `profile.id`, and also available under the name of the entity's key
-    (`profile.learner_id`).
+    A domain is used as `profile.progress.lessons_7d`, and raises as `domain` does; how it was answered is in
+    `profile.reads["progress"]`. The id is `profile.id`, and also has the name of the entity's
+    key (`profile.learner_id`); of a composite key it is a tuple, and each part has the name of its column.
     """
 
     entity: ClassVar[str] = ""
-    key: ClassVar[str] = "id"
-    # The classes of the domains, from a generated client or created from the contract.
+    # The name of the key column, of a composite key those of all its columns.
+    key: ClassVar[str | tuple[str, ...]] = "id"
+    # Classes of the domains; those of a generated client, or made from the contract.
     classes: ClassVar[Mapping[str, type[Any]]] = {}
 
     id: Any
@@ -132,7 +133,8 @@ class Profile:
                 "error": None if read.error is None else str(read.error),
                 "unknown": list(read.unknown),
             }
-        return {self.key: self.id, "partial": self.partial, "domains": answer}
+        ids = {self.key: self.id} if isinstance(self.key, str) else dict(zip(self.key, self.id, strict=True))
+        return {**ids, "partial": self.partial, "domains": answer}
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +188,7 @@ class ProfileClient:
         self.contract = self.registry.contract
         generated = self.profile_class
         self.entity = served_entity(self.registry, entity or (generated.entity if generated else None))
-        self._key = self.entity.key
+        self._keys = self.entity.keys
         self.domains = self.contract.domains_of(self.entity.name)
         self._make = generated or _profile_class(self.entity, self.domains)
         if generated is not None:
@@ -196,7 +198,7 @@ class ProfileClient:
             for domain in self.domains
         }
         table = self.contract.tables[self.entity.name]
-        self._canary = canary_of(self._key)
+        self._canary = canary_id(self.registry, self.entity)
         self._all = tuple(self._served)
         self._given = {given: domain.name for domain in self.domains for given in (domain.name, domain.key)}
         self._consistent = consistent
@@ -251,9 +253,11 @@ class ProfileClient:
     ) -> Profile:
         """Read the profile of one id; `domains` are names or keys of the contract, all by default.
 
-        `max_staleness_seconds` tightens the contract's freshness target for `fresh`; it never loosens it. A
-        domain without an item for the id has its cold-start values. The budget runs from `started_at` (of
-        time.monotonic()), for a caller who waited before this call; from now if it is None.
+        The id of an entity with a composite key is a tuple of its parts: `client.get((learner, course))`.
+
+        `max_staleness_seconds` tightens the contract's promise for `fresh`; it never loosens it. An id
+        without an item gets that domain's cold-start values. The budget runs from `started_at` (of
+        time.monotonic()), for a caller who waited before this call; from now where None.
 
         Raises ProfileError or ContractError for invalid arguments, ReadError as described for the class.
         """
@@ -298,7 +302,7 @@ class ProfileClient:
 
     def _read(
         self,
-        ids: list[int | str],
+        ids: list[Id],
         domains: Sequence[str] | None,
         consistent: bool | None,
         deadline: float,
@@ -330,7 +334,7 @@ class ProfileClient:
 
     def _profile(
         self,
-        id_: int | str,
+        id_: Id,
         served: list[_Served],
         found: dict[Key, Found],
         limits: dict[str, float],
@@ -373,16 +377,17 @@ class ProfileClient:
             )
         return self._make(id_, values, reads)
 
-    def _id(self, given: object) -> int | str:
-        # The id must have the key's Python type, so that the keys of the result are exactly the requested
-        # ids.
-        if isinstance(given, str) == (self._key.type == "bigint") and not isinstance(given, UUID):
-            raise ProfileError(
-                f"{self._key.name} must be a {'64-bit integer' if self._key.type == 'bigint' else 'text'}, "
-                f"not {excerpt(given)}"
-            )
+    def _id(self, given: Any) -> Id:
+        parts = (given,) if len(self._keys) == 1 else given if isinstance(given, tuple) else ()
+        # In Python an id has its type, so that no key of an answer is another than was asked for.
+        for key, part in zip(self._keys, parts, strict=False):
+            if isinstance(part, str) == (key.type == "bigint") and not isinstance(part, UUID):
+                raise ProfileError(
+                    f"{key.name} must be a {'64-bit integer' if key.type == 'bigint' else 'text'}, "
+                    f"not {excerpt(part)}"
+                )
         try:
-            return read_key(self._key, given)
+            return read_id(self._keys, given)
         except BadId as error:
             raise ProfileError(str(error)) from None
 
@@ -479,6 +484,11 @@ class AsyncProfileClient:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="profile-client")
 
     @property
+    def registry(self) -> Registry:
+        """What the project declares."""
+        return self._client.registry
+
+    @property
     def contract(self) -> Contract:
         """The contract by which items are interpreted."""
         return self._client.contract
@@ -548,15 +558,22 @@ def served_entity(registry: Registry, name: str | None) -> Entity:
 
 
 def _profile_class(entity: Entity, domains: Sequence[Domain]) -> type[Profile]:
-    return _made_profile_class(entity.name, entity.key.name, tuple(map(domain_shape, domains)))
+    return _made_profile_class(entity.name, profile_key(entity), tuple(map(domain_shape, domains)))
+
+
+def profile_key(entity: Entity) -> str | tuple[str, ...]:
+    """What `Profile.key` is for an entity."""
+    return entity.key.name if len(entity.keys) == 1 else entity.key_names
 
 
 @cache
-def _made_profile_class(entity: str, key: str, shapes: tuple[DomainShape, ...]) -> type[Profile]:
-    """Return one class per entity and domains, so that profiles of two clients compare equal."""
+def _made_profile_class(
+    entity: str, key: str | tuple[str, ...], shapes: tuple[DomainShape, ...]
+) -> type[Profile]:
+    """One class for the same entity and domains, so that profiles of two clients compare equal."""
     domains = {shape.name: property(_reader(shape.name)) for shape in shapes}
-    # A key column whose name a profile already has, e.g. `id`, gets no second name.
-    alias = {} if key in PROFILE_NAMES else {key: property(lambda self: self.id)}
+    # A key column of such a name, e.g. `id`, has no second name in a profile.
+    alias = {name: property(_part_of_id(place)) for name, place in key_places(key)}
     return type(
         class_name(entity),
         (Profile,),
@@ -574,7 +591,19 @@ def _made_profile_class(entity: str, key: str, shapes: tuple[DomainShape, ...]) 
     )
 
 
-def _unpickled(entity: str, key: str, shapes: tuple[DomainShape, ...], *held: Any) -> Profile:
+def key_places(key: str | tuple[str, ...]) -> list[tuple[str, int | None]]:
+    """The key columns that a profile has as properties, and the place of each in a composite id."""
+    places = [(key, None)] if isinstance(key, str) else [(name, place) for place, name in enumerate(key)]
+    return [(name, place) for name, place in places if name not in PROFILE_NAMES]
+
+
+def _part_of_id(place: int | None) -> Callable[[Profile], Any]:
+    return lambda profile: profile.id if place is None else profile.id[place]
+
+
+def _unpickled(
+    entity: str, key: str | tuple[str, ...], shapes: tuple[DomainShape, ...], *held: Any
+) -> Profile:
     return _made_profile_class(entity, key, shapes)(*held)
 
 
@@ -586,7 +615,7 @@ def _check_generated(made: type[Profile], entity: Entity, domains: Sequence[Doma
     """Raise ProfileError if a generated class does not match this registry."""
     names = [domain.name for domain in domains]
     if (
-        (made.entity, made.key) != (entity.name, entity.key.name)
+        (made.entity, made.key) != (entity.name, profile_key(entity))
         or list(made.classes) != names
         or not all(same_attributes(made.classes[domain.name], domain) for domain in domains)
     ):

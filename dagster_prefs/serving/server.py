@@ -19,6 +19,7 @@ from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Protocol
+from urllib.parse import unquote
 
 import uvicorn
 from starlette.applications import Starlette
@@ -28,10 +29,11 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from dagster_prefs.declarations.reserved import PREFIX, canary_of, spare_of
+from dagster_prefs.declarations.reserved import PREFIX, canary_id, spare_of
 from dagster_prefs.dynamodb.reader import BATCH_FROM
 from dagster_prefs.dynamodb.transport import ReadError
 from dagster_prefs.errors import PrefsError
+from dagster_prefs.ids import Id
 from dagster_prefs.serving.catalogue import CatalogueRanker
 from dagster_prefs.serving.connections import (
     ENDS,
@@ -56,13 +58,14 @@ from dagster_prefs.serving.wire import (
     Arguments,
     BudgetSpent,
     Metrics,
+    RequestError,
     answer_error,
     answer_fault,
     answer_http_error,
     encode,
     ids_name,
     json_answer,
-    read_id,
+    wire_id,
 )
 
 # A function that returns what is to be encoded.
@@ -267,19 +270,33 @@ class _Profiles:
     def __init__(self, client: AsyncProfileClient, metrics: Metrics, entity: str) -> None:
         self.name = f"{entity} profiles" if entity else "profiles"
         self._path = profiles_path(entity)
-        self._key = client.entity.key
+        self._entity = client.entity
+        self._keys = client.entity.keys
         self._client = client
-        # By domain: ids whose item could not be read, since the last successful read.
-        self._unreadable: dict[str, dict[int | str, None]] = {}
+        # By domain, ids whose item could not be read, since the last one that could.
+        self._unreadable: dict[str, dict[Id, None]] = {}
         self._metrics = metrics
         self._encoders = ThreadPoolExecutor(2, thread_name_prefix="encode")
 
     def routes(self) -> list[Route]:
         return [
             Route(self._path, self._many, methods=["POST"]),
-            # A text may contain a slash.
-            Route(f"{self._path}/{{{self._key.name}:path}}", self._one),
+            # A text may hold a slash.
+            Route(f"{self._path}/{{{'__'.join(self._entity.key_names)}:path}}", self._one),
         ]
+
+    def _asked_id(self, request: Request) -> Id:
+        if len(self._keys) == 1:
+            return wire_id(self._keys, request.path_params[self._keys[0].name])
+        # As it was sent, because a slash within a part is escaped, and one between parts is not.
+        sent = request.scope["raw_path"].decode("ascii", "replace")
+        parts = [unquote(part) for part in sent.partition(f"{self._path}/")[2].split("/")]
+        if len(parts) != len(self._keys):
+            raise RequestError(
+                f"a key has {len(self._keys)} parts, {'/'.join(self._entity.key_names)}, and the path has "
+                f"{len(parts)}: give each, with %2F for a slash within one"
+            )
+        return wire_id(self._keys, parts)
 
     async def start(self, stack: AsyncExitStack) -> None:
         stack.push_async_callback(self._client.close)
@@ -291,8 +308,11 @@ class _Profiles:
 
         Damaged items of one id do not make the server unready; those of several ids in a row do.
         """
-        canary, one = canary_of(self._key), [self._client.domains[0].name]
-        spares = [spare_of(self._key, number) for number in range(1, BATCH_FROM)]
+        registry, entity, one = self._client.registry, self._entity, [self._client.domains[0].name]
+        canary = canary_id(registry, entity)
+        spares = [
+            canary_id(registry, entity, spare_of(entity.key, number)) for number in range(1, BATCH_FROM)
+        ]
         many, single = await asyncio.gather(
             self._client.get_many([canary, *spares]), self._client.get(canary, one)
         )
@@ -323,7 +343,7 @@ class _Profiles:
 
     async def _one(self, request: Request) -> Response:
         asked = Arguments.of_query(request, *READ_ARGUMENTS)
-        id_ = read_id(self._key, request.path_params[self._key.name])
+        id_ = self._asked_id(request)
         options = _read_options(asked, request.scope[ARRIVED])
         found = await self._client.get(id_, asked.domains(), **options)
         self._note(found)
@@ -334,8 +354,8 @@ class _Profiles:
 
     async def _many(self, request: Request) -> Response:
         started = request.scope[ARRIVED]
-        asked = await Arguments.of_body(request, ids_name(self._key), *READ_ARGUMENTS)
-        ids, domains, options = asked.ids(self._key), asked.domains(), _read_options(asked, started)
+        asked = await Arguments.of_body(request, ids_name(self._keys), *READ_ARGUMENTS)
+        ids, domains, options = asked.ids(self._keys), asked.domains(), _read_options(asked, started)
         budget = options["budget_seconds"] or self._client.default_budget_seconds(len(ids), domains)
         encoding = min(budget * ENCODE_SHARE, len(ids) * ENCODE_SECONDS_PER_PROFILE)
         options["budget_seconds"] = budget - encoding

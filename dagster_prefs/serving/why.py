@@ -18,9 +18,10 @@ import psycopg
 from psycopg import sql
 
 from dagster_prefs.declarations.contract import Domain
-from dagster_prefs.declarations.registry import Key, Registry, TopicDeclaration
+from dagster_prefs.declarations.registry import Registry, TopicDeclaration
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError
+from dagster_prefs.ids import Id, id_parts
 from dagster_prefs.serving.preferences import checked_now
 from dagster_prefs.serving.profiles import ProfileClient
 
@@ -52,7 +53,7 @@ class Explanation:
     """
 
     entity: str
-    id: int | str
+    id: Id
     domain: str
     attribute: str
     window_start: date | None
@@ -74,7 +75,7 @@ class Explanation:
 def explain_attribute(
     engine: EngineConfiguration,
     profiles: ProfileClient,
-    id_: int | str,
+    id_: Id,
     attribute: str,
     *,
     now: datetime | None = None,
@@ -96,7 +97,7 @@ def explain_attribute(
     online = getattr(profile.domain(domain.name), name) if read.state == "found" else None
     days = query.window_days(name)
     with engine.connect() as connection:
-        look = _Look(connection, engine, query.key, profile.id)
+        look = _Look(connection, engine, query.parts(profile.id))
         try:
             clock = moment - timedelta(seconds=look.spread(expiry_spread_seconds))
             start = None if days is None else clock.astimezone(UTC).date() - timedelta(days=days)
@@ -154,23 +155,30 @@ class _Query:
             raise WhyError(f"the registry has no query of {domain.relation}: run `prefs generate`")
         entity = registry.entity(domain.entity)
         self.registry = registry
-        self.key = entity.key
+        self.keys = entity.keys
         self.tree: exp.Expr = sqlglot.parse_one(text, dialect="risingwave")
         read = {table.name for table in self.tree.find_all(exp.Table)}
         self.tiles = [name for name in registry.tiles if name in read]
-        # No declaration says which topics a tile counts: use those of the entity, and those that the view
-        # reads directly.
+        # Which topics a tile counts is nowhere declared: those of the first key, and what the view reads itself.
+        family = {one.name for one in registry.family(entity.name)}
         self.topics = [
             topic
             for topic in registry.topics.values()
-            if topic.time is not None and (topic.entity == entity.name or topic.relation in read)
-            if self.key.name in topic.by_name
+            if topic.time is not None and (topic.entity in family or topic.relation in read)
+            if entity.key.name in topic.by_name
         ]
 
-    def has_key(self, relation: str) -> bool:
-        """Return whether a relation of the query has the entity's key column."""
+    def parts(self, id_: Id) -> dict[str, int | str]:
+        """Key column → its value in an id."""
+        return {key.name: value for key, value in zip(self.keys, id_parts(id_), strict=True)}
+
+    def keys_of(self, relation: str) -> list[str]:
+        """The entity's key columns that a relation has which the query reads."""
         tile = self.registry.tiles.get(relation)
-        return self.key.name in tile.key if tile else relation in {topic.relation for topic in self.topics}
+        columns = [*tile.key] if tile else []
+        for topic in self.topics:
+            columns += topic.by_name if topic.relation == relation else ()
+        return [key.name for key in self.keys if key.name in columns]
 
     def window_days(self, attribute: str) -> int | None:
         """Return the days of the attribute's window, the longest one of several, None if it has none."""
@@ -191,79 +199,87 @@ class _Query:
         ]
         return max(days, default=None)
 
-    def of(self, id_: int | str, attribute: str, schema: str, clock: datetime, dialect: str) -> str:
-        """Return SQL for the attribute of one id at the time `clock`, reading only that id's rows."""
+    def of(
+        self, parts: Mapping[str, int | str], attribute: str, schema: str, clock: datetime, dialect: str
+    ) -> str:
+        """The attribute of one id, asked at another time than now and of that id's rows only."""
         from sqlglot import exp
 
-        wanted = exp.Literal.string(id_) if isinstance(id_, str) else exp.convert(id_)
+        wanted = {
+            name: exp.Literal.string(value) if isinstance(value, str) else exp.convert(value)
+            for name, value in parts.items()
+        }
         names = {entry.alias for entry in self.tree.find_all(exp.CTE)}
+
+        def those(query: exp.Select, columns: Sequence[str]) -> exp.Select:
+            conditions = [exp.column(name, quoted=True).eq(wanted[name].copy()) for name in columns]
+            return query.where(*conditions)
 
         def ask(node: exp.Expr) -> exp.Expr:
             if isinstance(node, exp.CurrentTimestamp):
                 return exp.cast(exp.Literal.string(clock.isoformat()), "timestamptz")
             if isinstance(node, exp.Table) and node.name not in names:
                 place = exp.table_(node.name, db=schema, quoted=True)
-                if not self.has_key(node.name):
+                columns = self.keys_of(node.name)
+                if not columns:
                     return exp.alias_(place, node.alias_or_name, table=True)
-                rows = (
-                    exp.select("*")
-                    .from_(place)
-                    .where(exp.column(self.key.name, quoted=True).eq(wanted.copy()))
-                )
-                return rows.subquery(node.alias_or_name)
+                return those(exp.select("*").from_(place), columns).subquery(node.alias_or_name)
             return node
 
         asked = self.tree.copy().transform(ask)
-        row = (
-            exp.select(exp.column(attribute, quoted=True))
-            .from_(exp.Subquery(this=asked, alias=exp.to_identifier("v")))
-            .where(exp.column(self.key.name, quoted=True).eq(wanted))
+        row = exp.select(exp.column(attribute, quoted=True)).from_(
+            exp.Subquery(this=asked, alias=exp.to_identifier("v"))
         )
-        return row.sql(dialect)
+        return those(row, list(wanted)).sql(dialect)
 
 
 class _Look:
     """The rows of one id in the engine, read over one connection. Raises psycopg's errors."""
 
     def __init__(
-        self, connection: psycopg.Connection[Any], engine: EngineConfiguration, key: Key, id_: int | str
+        self, connection: psycopg.Connection[Any], engine: EngineConfiguration, parts: Mapping[str, int | str]
     ) -> None:
         self.connection = connection
         self.engine = engine
-        self.key = sql.Identifier(key.name)
-        self.id = id_
+        self.parts = parts
 
     def spread(self, seconds: int) -> int:
         """Return the seconds after midnight at which the id's day begins, like the macro `expiry_spread`."""
         if not seconds:
             return 0
-        if isinstance(self.id, int):
-            return abs(self.id) % seconds
-        # The same as the macro `row_hash`.
-        digits = hashlib.md5(self.id.encode(), usedforsecurity=False).hexdigest()[:15]
+        first = next(iter(self.parts.values()))
+        if isinstance(first, int):
+            return abs(first) % seconds
+        # Macro `row_hash`.
+        digits = hashlib.md5(first.encode(), usedforsecurity=False).hexdigest()[:15]
         return int(digits, 16) % seconds
 
     def row(self, query: _Query, attribute: str, clock: datetime) -> list[tuple[Any, ...]]:
         """Return the attribute of the id's row in the rolling view at that time; empty if it has none."""
         dialect = "postgres" if self.engine.kind == "local" else "risingwave"
-        text = query.of(self.id, attribute, self.engine.schema, clock, dialect)
+        text = query.of(self.parts, attribute, self.engine.schema, clock, dialect)
         return self.connection.execute(text.encode(), prepare=False).fetchall()
 
     def tiles(self, query: _Query, relation: str, start: date | None) -> Rows:
         """Return the rows of a tile from a day on, newest first."""
         tile = query.registry.tiles[relation]
-        if not query.has_key(relation):
+        if not (keys := query.keys_of(relation)):
             return ()
-        columns = [name for name in tile.columns if name != query.key.name]
-        where = [sql.SQL("{} = {}").format(self.key, sql.Literal(self.id))]
+        columns = [name for name in tile.columns if name not in keys]
+        where = self._where(keys)
         if start is not None:
             where.append(sql.SQL("{} >= {}").format(sql.Identifier(tile.day), sql.Literal(start)))
         return self._rows(relation, columns, where, tile.day, MAX_TILES)
 
+    def _where(self, keys: Sequence[str]) -> list[sql.Composed]:
+        return [
+            sql.SQL("{} = {}").format(sql.Identifier(name), sql.Literal(self.parts[name])) for name in keys
+        ]
+
     def events(self, topic: TopicDeclaration) -> Rows:
         """Return the latest events of a topic."""
         time = topic.time or topic.identity
-        where = [sql.SQL("{} = {}").format(self.key, sql.Literal(self.id))]
+        where = self._where([name for name in self.parts if name in topic.by_name])
         return self._rows(topic.relation, list(topic.by_name), where, time, LATEST_EVENTS)
 
     def _rows(

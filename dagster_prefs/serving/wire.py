@@ -21,7 +21,7 @@ from dagster_prefs.declarations.registry import Key
 from dagster_prefs.dynamodb.transport import ReadError
 from dagster_prefs.engine.connection import EngineUnavailable
 from dagster_prefs.errors import PrefsError, excerpt
-from dagster_prefs.ids import BadId, read_key
+from dagster_prefs.ids import BadId, Id, read_id
 from dagster_prefs.serving.pool import EngineBusy
 from dagster_prefs.serving.preferences import PreferenceError, PreferencesUnavailable
 from dagster_prefs.serving.profiles import MAX_IDS, ProfileError
@@ -100,15 +100,15 @@ class Arguments:
             raise RequestError(f"budget_ms is {given:g}: give milliseconds above 0, at most {MAX_BUDGET_MS}")
         return None if given is None else given / 1000
 
-    def ids(self, key: Key) -> list[int | str]:
-        """Return the list of ids; its name is the plural of the key's name."""
-        name = ids_name(key)
+    def ids(self, keys: Sequence[Key]) -> list[Id]:
+        """The list of ids, which has the key's name in the plural; of a composite key it is `keys`, of objects."""
+        name = ids_name(keys)
         given = self._given.get(name)
         if not isinstance(given, list):
             raise RequestError(f"{name} is missing or no list: give a list of {name}")
         if len(given) > MAX_IDS:
             raise RequestError(f"{len(given)} {name} are more than {MAX_IDS} in one call: split them")
-        return [read_id(key, value) for value in given]
+        return [wire_id(keys, value) for value in given]
 
     def text(self, name: str) -> str | None:
         value = self._given.get(name)
@@ -296,14 +296,22 @@ def _check_names(given: Mapping[str, Any], known: Sequence[str], what: str) -> N
             raise RequestError(f"unknown {what} {excerpt(name)}: {hint}")
 
 
-def ids_name(key: Key) -> str:
-    """Return the name of the list of ids in a request for many: `learner_ids` for `learner_id`."""
-    return f"{key.name}s"
+def ids_name(keys: Sequence[Key]) -> str:
+    """What a request for many calls its list of ids: `learner_ids` for `learner_id`, `keys` for a composite key."""
+    return f"{keys[0].name}s" if len(keys) == 1 else "keys"
 
 
-def read_id(key: Key, given: Any) -> int | str:
-    """Parse an id. A number may be a text, because many languages lack 64-bit numbers in JSON."""
+def wire_id(keys: Sequence[Key], given: Any) -> Id:
+    """An id, a number also as text: many languages cannot hold 64 bits in a JSON number.
+
+    An id of a composite key is an object of its parts by column, or their list.
+    """
+    if len(keys) > 1 and isinstance(given, dict):
+        names = [key.name for key in keys]
+        if given.keys() != set(names):
+            raise RequestError(f"a key is an object with {', '.join(names)}, not {excerpt(given)}")
+        given = [given[name] for name in names]
     try:
-        return read_key(key, given)
+        return read_id(keys, given)
     except BadId as error:
         raise RequestError(str(error)) from None

@@ -18,6 +18,7 @@ from dagster_prefs.defs.feature_views import EVENT_TABLES_JOB, REFRESH_JOB
 from dagster_prefs.defs.offline_store import EXPORT_JOB, days_that_need_export, range_tags, ranges
 from dagster_prefs.engine.catalog import row_counts
 from dagster_prefs.events.rejected import rejected_counts
+from dagster_prefs.ids import Id
 from dagster_prefs.platform import Platform
 from dagster_prefs.runs import JobRunner
 from dagster_prefs.serving import ProfileClient, ShopClient
@@ -45,7 +46,7 @@ class Summary:
     rows: dict[str, int] = field(default_factory=dict)
     rejected: dict[str, dict[str, int]] = field(default_factory=dict)
     entity: str | None = None
-    id: int | str | None = None
+    id: Id | None = None
     items: dict[str, dict[str, Any]] = field(default_factory=dict)
     user_id: str | None = None
     ranking: list[tuple[str, str, Decimal]] = field(default_factory=list)
@@ -139,7 +140,8 @@ class Demo:
             )
         summary.rejected = rejected_counts(platform.engine)
         if profiles and somebody:
-            summary.entity, summary.id = profiles[0].name, somebody[0]
+            summary.entity = profiles[0].name
+            summary.id = somebody[0] if len(somebody) == 1 else tuple(somebody)
             with ProfileClient(
                 platform.registry,
                 entity=profiles[0].name,
@@ -180,7 +182,7 @@ class Demo:
         first, *others = (
             sql.Identifier(schema, domain.relation) for domain in domains if domain.entity == entity.name
         )
-        key = sql.Identifier(entity.key.name)
+        key = sql.SQL(", ").join(map(sql.Identifier, entity.key_names))
         joins = [
             sql.SQL(" join {} as {} using ({})").format(other, sql.Identifier(f"other_{number}"), key)
             for number, other in enumerate(others)
