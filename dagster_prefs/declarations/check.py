@@ -8,16 +8,19 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from dagster_prefs.declarations.check_domains import Domain, check_domain, contract_head, contract_of
+from dagster_prefs.declarations.check_indexes import check_indexes
 from dagster_prefs.declarations.check_tiles import Tile, check_tile
 from dagster_prefs.declarations.check_topics import Topic, check_topic
 from dagster_prefs.declarations.findings import EXAMPLES, NAME, Findings, did_you_mean, is_whole, plain
 from dagster_prefs.declarations.read import (
+    GENERATED,
     PROJECT_FILE,
     DeclarationError,
     Map,
     ModelYaml,
     ProjectYaml,
     as_map,
+    macro_paths,
 )
 from dagster_prefs.declarations.registry import Entity, Key, KeyType
 
@@ -48,6 +51,14 @@ def check_project(project: ProjectYaml) -> Declarations:
     findings = Findings(project, variables)
     findings.entities = _entities(findings)
     _windows(findings)
+    paths = macro_paths(project.content)
+    if GENERATED not in paths:
+        findings.say(
+            PROJECT_FILE,
+            project.content.at("macro-paths"),
+            f"macro-paths lacks {GENERATED}, where the hashes stand by which dbt refuses what is stale",
+            f"macro-paths: [{', '.join([*paths, GENERATED])}]",
+        )
     if not findings.entities or findings.problems:
         # Whatever else is wrong may follow from these.
         raise DeclarationError(findings.problems)
@@ -65,6 +76,7 @@ def check_project(project: ProjectYaml) -> Declarations:
         domain for model in findings.declaring("domain") if (domain := check_domain(findings, model, head))
     ]
     _twice(findings, topics, tiles)
+    check_indexes(findings, topics)
     contract = None if findings.problems else contract_of(findings, head, domains, topics)
     if contract is None or findings.problems:
         raise DeclarationError(findings.problems)

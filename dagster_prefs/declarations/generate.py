@@ -19,6 +19,7 @@ from dagster_prefs.declarations.check import Declarations, check_project
 from dagster_prefs.declarations.check_tiles import Tile
 from dagster_prefs.declarations.check_topics import Topic
 from dagster_prefs.declarations.contract import REGISTRY, check_version, parse_contract
+from dagster_prefs.declarations.declared import DECLARED, declared_macro
 from dagster_prefs.declarations.read import (
     GENERATED,
     DeclarationError,
@@ -87,6 +88,8 @@ def check_current(folder: Path) -> Registry:
     stale = [name for name, text in found.models.items() if _text(folder / name) != text] + list(
         found.orphans
     )
+    if not stale and _text(folder / DECLARED) != declared_macro(folder):
+        stale.append(DECLARED)
     if stale:
         more = f" and {len(stale) - 3} more" if len(stale) > 3 else ""
         raise StaleRegistry(
@@ -121,6 +124,10 @@ def generate_files(
     for name in found.orphans:
         (folder / name).unlink()
         changed.append(name)
+    macro = declared_macro(folder)
+    if _text(folder / DECLARED) != macro:
+        _write(folder / DECLARED, macro)
+        changed.append(DECLARED)
     hashes, relations = hashes_of(folder), _queried(read_project(folder), declared)
     if before is not None and before.hashes == hashes and before.queries.keys() == set(relations):
         queries = before.queries

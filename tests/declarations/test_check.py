@@ -79,6 +79,7 @@ def problems(copy: Copy) -> list[str]:
         (PROJECT, KEY, "{ learner_id: integer }", "key learner_id is a 'integer', and a key is one of bigint, text, uuid", "text"),
         (PROJECT, "table: learner_profiles, ", "", "entity learner has the domain learning#progress .* and no table", "table: learner_profiles"),
         (PROJECT, "erasable: true", "eraseable: true", r"entity learner has no key 'eraseable' \(did you mean 'erasable'\?\)", ""),
+        (PROJECT, 'macro-paths: ["macros", "generated"]', 'macro-paths: ["macros"]', "macro-paths lacks generated, where the hashes stand by which dbt refuses", "macro-paths: [macros, generated]"),
         (PROJECT, "  entities:\n", "  entity:\n", "vars has no entities", "entities: { viewer"),
         ("models/exposures.yml", "owner: learning@example.com", "owners: learning@example.com", r"meta.contract has no key 'owners' \(did you mean 'owner'\?\)", "version: 1"),
     ],
@@ -170,3 +171,38 @@ def test_typed_sql_by_hand_is_in_the_way(courses_copy: Copy) -> None:
     courses_copy.write("models/lesson_events.sql", "select 1 as one")
     (problem,) = problems(courses_copy)
     assert "models/lesson_events.sql is written by hand: remove it" in problem
+
+
+def test_an_index_whose_longest_row_does_not_fit_is_refused(courses_copy: Copy) -> None:
+    """Of any view: by the fields of the topics that it reads, however far up, or by what its own YAML says."""
+    courses_copy.write(
+        "models/subjects.sql", 'select learner_id, subject, best from {{ ref("learner_lessons_1d") }}'
+    )
+    courses_copy.write(
+        "models/subjects.yml",
+        """\
+models:
+  - name: subjects
+    description: Subjects of a learner.
+    config:
+      indexes: [{ columns: [best] }, { columns: [learner_id, subject, best], unique: true }]
+    columns:
+      - { name: learner_id, data_type: text, description: Who. }
+      - { name: subject, data_type: text, description: What. }
+      - { name: best, data_type: text, description: Computed. }
+""",
+    )
+    plan_files(courses_copy.folder)
+    subject = "max_bytes: 256 } } }\n      - { name: seconds"
+    courses_copy.change(TOPIC, subject, subject.replace("256", "1400"))
+    (problem,) = problems(courses_copy)
+    assert problem.startswith(
+        "models/subjects.yml:5: subjects: a row of the index on learner_id, subject, best may have 2712 bytes (texts "
+        "of up to learner_id 256, subject 1400, best 1024), and an index of PostgreSQL takes 2704: lower max_bytes"
+    )
+    courses_copy.change(
+        "models/subjects.yml",
+        "description: Computed. }",
+        "description: Computed., config: { meta: { max_bytes: 999 } } }",
+    )
+    plan_files(courses_copy.folder)

@@ -99,6 +99,7 @@ def test_the_registry_is_written_last(courses_copy: Copy) -> None:
         ("models/generated/events/lesson_events.sql", 'moment="happened_at"', 'moment="now"'),
         ("macros/windows.sql", "'{{ days + 1 }} days'", "'{{ days + 2 }} days'"),
         ("dbt_project.yml", "long: 28", "long: 29"),
+        ("generated/declared.sql", "Hashes that dbt", "What dbt"),
     ],
 )
 def test_a_change_of_any_file_makes_the_registry_stale(

@@ -243,6 +243,20 @@ def test_a_uuid_is_one_word_and_runs(courses_copy: Copy, engine: EngineConfigura
     # What the engine records of the contract is what the registry says, with all that the YAML leaves out.
     assert deployed_contract([json.loads(record[0])]) == load_registry(courses_copy.folder).contract
 
+    # dbt by itself refuses what was not generated from: a model's SQL, its YAML, and a variable of the command line.
+    courses_copy.change(
+        "models/learner_lessons_1d.sql", "coalesce(sum(seconds), 0)", "coalesce(sum(seconds), 1)"
+    )
+    courses_copy.change(
+        "models/lesson_events.yml", "optional: true, min: 0", "optional: true, min: 0, max: 9"
+    )
+    message = (
+        r"the project is not what registry\.json was generated from: models/learner_lessons_1d\.sql \(changed\), "
+        r"models/lesson_events\.yml \(changed\), the variable windows \(changed\): undo it, or run `prefs generate`"
+    )
+    with pytest.raises(DbtError, match=message):
+        dbt.run("run", arguments=["--vars", "{windows: {short: 7, long: 29}}"])
+
 
 def test_dbt_refuses_a_window_of_no_days_that_only_compiling_shows(courses_copy: Copy) -> None:
     courses_copy.change(

@@ -25,6 +25,7 @@
 
 {% macro prepare_engine() -%}
   {%- if execute and flags.WHICH in ("run", "build", "test") -%}
+    {% do refuse_stale() %}
     {% do adapter.dispatch("require_version")() %}
     {% do refuse_impostors() %}
     {% do adapter.dispatch("prepare_engine")() %}
