@@ -77,6 +77,7 @@ def check_project(project: ProjectYaml) -> Declarations:
     ]
     _twice(findings, topics, tiles)
     check_indexes(findings, topics)
+    _exposed_sinks(findings)
     contract = None if findings.problems else contract_of(findings, head, domains, topics)
     if contract is None or findings.problems:
         raise DeclarationError(findings.problems)
@@ -225,6 +226,21 @@ def _windows(findings: Findings) -> None:
                 f"the window {name} is {days!r}: it is a whole number of days from 1 on",
                 f"{name}: 7",
             )
+
+
+def _exposed_sinks(findings: Findings) -> None:
+    """Exposures that read a sink which is not there, as after a domain was renamed."""
+    for exposure in findings.project.exposures:
+        for reference in exposure.content.get("depends_on") or []:
+            found = re.fullmatch(r"""ref\(\s*["'](sink_\w+)["']\s*\)""", str(reference).strip())
+            if found and found[1] not in findings.relations and findings.project.sql(found[1]) is None:
+                near = did_you_mean(found[1], findings.relations)
+                findings.say(
+                    exposure.file,
+                    exposure.content.at("depends_on"),
+                    f"{exposure.name} depends on {found[1]}, which is the sink of no domain and of no tile{near}",
+                    f"- ref('{next((name for name in findings.relations if name.startswith('sink_')), 'sink_…')}')",
+                )
 
 
 def _twice(findings: Findings, topics: list[Topic], tiles: list[Tile]) -> None:

@@ -56,7 +56,7 @@ def _say(findings: Findings, model: ModelYaml, index: Map, texts: dict[str, int]
         f"{model.name}: a row of the index on {', '.join(map(str, index['columns']))} may have {size} bytes "
         f"(texts of up to {longest}), and an index of PostgreSQL takes {INDEX_BYTES}: lower max_bytes of a field in "
         "its topic, or of the column here where the view computes it",
-        f"- {{ name: {max(texts, key=texts.__getitem__)}, data_type: text, config: {{ meta: {{ max_bytes: {ID_BYTES} }} }} }}",
+        f"- {{ name: {max(texts, key=texts.__getitem__)}, …, config: {{ meta: {{ max_bytes: {ID_BYTES} }} }} }}",
     )
 
 

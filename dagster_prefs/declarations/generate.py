@@ -223,6 +223,7 @@ def _models(project: ProjectYaml, declared: Declarations) -> Iterator[tuple[str,
             "relation": domain.relation,
             "entity": domain.entity,
             "resolved": _json(domain.resolved),
+            "columns": f", {_json(domain.items)}" if domain.items else "",
         }
         sql, yaml = _fill("domain_sink.sql", values), _fill("domain_sink.yml", values)
         yield from files_of("sinks", domain.sink, domain.file, sql, yaml)

@@ -79,6 +79,8 @@ def problems(copy: Copy) -> list[str]:
         (PROJECT, KEY, "{ learner_id: integer }", "key learner_id is a 'integer', and a key is one of bigint, text, uuid", "text"),
         (PROJECT, "table: learner_profiles, ", "", "entity learner has the domain learning#progress .* and no table", "table: learner_profiles"),
         (PROJECT, "erasable: true", "eraseable: true", r"entity learner has no key 'eraseable' \(did you mean 'erasable'\?\)", ""),
+        (VIEW, "description: The learner., data_tests: [not_null, unique]", "description: The learner., data_tests: [not_null, unique], config: { meta: { retired: true } }", "learner_id: every item has it, so it cannot be retired", "retired: true"),
+        (VIEW, "description: Minutes spent in the 28-day window., data_tests: [not_null]", "description: Minutes spent., data_tests: [not_null], config: { meta: { retired: soon } }", "retired is 'soon': it is true or false", "retired: true"),
         (PROJECT, 'macro-paths: ["macros", "generated"]', 'macro-paths: ["macros"]', "macro-paths lacks generated, where the hashes stand by which dbt refuses", "macro-paths: [macros, generated]"),
         (PROJECT, "  entities:\n", "  entity:\n", "vars has no entities", "entities: { viewer"),
         ("models/exposures.yml", "owner: learning@example.com", "owners: learning@example.com", r"meta.contract has no key 'owners' \(did you mean 'owner'\?\)", "version: 1"),

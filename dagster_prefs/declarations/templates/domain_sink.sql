@@ -1,1 +1,1 @@
-{{ dynamodb_sink(ref("$relation"), "$entity") }}
+{{ dynamodb_sink(ref("$relation"), "$entity"$columns) }}

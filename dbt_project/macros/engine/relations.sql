@@ -102,23 +102,24 @@ create table {{ this }} (
   {{ return(none) }}
 {%- endmacro %}
 
-{# The sink of one domain of an entity: DDL on RisingWave (a sink, or what the changefeed reads), on the embedded engine a view. #}
-{% macro dynamodb_sink(relation, entity) -%}
-  {{ return(adapter.dispatch("dynamodb_sink")(relation, entity)) }}
+{# The sink of one domain of an entity: DDL on RisingWave (a sink, or what the changefeed reads), on the embedded engine a view.
+  `columns` are those of the items, where the relation has retired ones besides; publishers leave these out themselves. #}
+{% macro dynamodb_sink(relation, entity, columns=none) -%}
+  {{ return(adapter.dispatch("dynamodb_sink")(relation, entity, columns)) }}
 {%- endmacro %}
 
-{% macro postgres__dynamodb_sink(relation, entity) -%}
+{% macro postgres__dynamodb_sink(relation, entity, columns) -%}
 select * from {{ relation }}
 {%- endmacro %}
 
-{% macro risingwave__dynamodb_sink(relation, entity) -%}
+{% macro risingwave__dynamodb_sink(relation, entity, columns) -%}
 {%- if env_var("PREFS_PUBLISH", "auto") == "publisher" -%}
 select * from {{ relation }}
 {%- elif env_var("PREFS_PUBLISH", "auto") == "changefeed" -%}
 create subscription {{ this }} from {{ relation }}
 with (retention = '{{ (env_var("PREFS_CHANGEFEED_RETENTION_HOURS", "24") or "24") | int }} hours')
 {%- else -%}
-create sink {{ this }} from {{ relation }}
+create sink {{ this }} {{ "as select " ~ columns | join(", ") ~ " " if columns }}from {{ relation }}
 with (
   connector = 'dynamodb',
   table = {{ text_literal(env_var("PREFS_TABLE_PREFIX", "") ~ entity_of(entity).table) }},
