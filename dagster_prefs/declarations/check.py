@@ -11,6 +11,7 @@ from dagster_prefs.declarations.check_domains import Domain, check_domain, contr
 from dagster_prefs.declarations.check_indexes import check_indexes
 from dagster_prefs.declarations.check_tiles import Tile, check_tile
 from dagster_prefs.declarations.check_topics import Topic, check_topic
+from dagster_prefs.declarations.check_views import check_kept, check_preference
 from dagster_prefs.declarations.findings import EXAMPLES, NAME, Findings, did_you_mean, is_whole, plain
 from dagster_prefs.declarations.read import (
     GENERATED,
@@ -22,7 +23,7 @@ from dagster_prefs.declarations.read import (
     as_map,
     macro_paths,
 )
-from dagster_prefs.declarations.registry import Entity, Key, KeyType
+from dagster_prefs.declarations.registry import Entity, Key, KeptView, KeyType, PreferenceView
 
 ENTITY_KEYS = ("keys", "table", "erasable")
 MODEL_META = ("topic", "tile", "domain", "preference", "keep", "time", "time_include")
@@ -40,6 +41,8 @@ class Declarations:
     domains: tuple[Domain, ...]
     contract: Mapping[str, Any]
     variables: Mapping[str, Any]
+    preferences: tuple[PreferenceView, ...]
+    kept: tuple[KeptView, ...]
 
 
 def check_project(project: ProjectYaml) -> Declarations:
@@ -75,6 +78,10 @@ def check_project(project: ProjectYaml) -> Declarations:
     domains = [
         domain for model in findings.declaring("domain") if (domain := check_domain(findings, model, head))
     ]
+    preferences = [
+        view for model in findings.declaring("preference") if (view := check_preference(findings, model))
+    ]
+    kept = [view for model in project.models if (view := check_kept(findings, model, topics))]
     _twice(findings, topics, tiles)
     check_indexes(findings, topics)
     _exposed_sinks(findings)
@@ -89,11 +96,13 @@ def check_project(project: ProjectYaml) -> Declarations:
         domains=tuple(domains),
         contract=contract,
         variables=variables,
+        preferences=tuple(preferences),
+        kept=tuple(kept),
     )
 
 
 def _model(findings: Findings, model: ModelYaml) -> None:
-    for kind in ("topic", "tile", "domain"):
+    for kind in ("topic", "tile", "domain", "preference"):
         if isinstance(model.content.get("meta"), Map) and kind in model.content["meta"]:
             findings.say(
                 model.file,
@@ -116,7 +125,7 @@ def _model(findings: Findings, model: ModelYaml) -> None:
                 f"{model.name}: meta has no key {name!r}{hint}",
                 EXAMPLES["topic"],
             )
-    declared = [kind for kind in ("topic", "tile", "domain") if kind in model.meta]
+    declared = [kind for kind in ("topic", "tile", "domain", "preference") if kind in model.meta]
     if len(declared) > 1:
         findings.say(
             model.file,

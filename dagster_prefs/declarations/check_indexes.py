@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from dagster_prefs.declarations.check_topics import ID_BYTES, INDEX_BYTES, NAME_BYTES, Topic
+from dagster_prefs.declarations.check_views import references
 from dagster_prefs.declarations.findings import Findings, is_whole
 from dagster_prefs.declarations.read import ColumnYaml, Map, ModelYaml
 
@@ -16,7 +17,6 @@ _WIDTHS = {
 }  # fmt: skip
 # Of a row, and of each of its texts; a value begins at a multiple of 8 at worst.
 _ROW_HEADER, _TEXT_HEADER, _ALIGNMENT = 8, 4, 8
-_REFERENCE = re.compile(r"""ref\(\s*["'](\w+)["']\s*\)""")
 
 
 def check_indexes(findings: Findings, topics: Sequence[Topic]) -> None:
@@ -77,7 +77,7 @@ def _upstream(findings: Findings, model: str) -> set[str]:
     """The relations that a model reads, itself included, by the references in the SQL that is written by hand."""
     found, todo = {model}, [model]
     while todo:
-        read = set(_REFERENCE.findall(findings.project.sql(todo.pop()) or "")) - found
+        read = set(references(findings.project.sql(todo.pop()) or "")) - found
         found |= read
         todo += read
     return found

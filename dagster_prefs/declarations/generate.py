@@ -142,6 +142,8 @@ def generate_files(
         variables=declared.variables,
         hashes=hashes,
         queries=dict(queries),
+        preferences={view.relation: view for view in declared.preferences},
+        kept={view.relation: view for view in declared.kept},
     )
     judge(registry)
     text = render_registry(registry)
