@@ -23,7 +23,7 @@ from dagster_prefs.declarations.read import (
     as_map,
     macro_paths,
 )
-from dagster_prefs.declarations.registry import Entity, Key, KeptView, KeyType, PreferenceView
+from dagster_prefs.declarations.registry import Entity, KeptView, Key, KeyType, PreferenceView
 
 ENTITY_KEYS = ("keys", "table", "erasable")
 MODEL_META = ("topic", "tile", "domain", "preference", "keep", "time", "time_include")

@@ -78,8 +78,8 @@ def check_kept(findings: Findings, model: ModelYaml, topics: Sequence[Topic]) ->
         findings.say(
             model.file,
             model.line,
-            f"{model.name}: how it is kept current does not follow from its YAML: no unique index of it has the keys of "
-            f"an entity which all that it reads has too ({', '.join(inputs) or 'nothing'}): declare meta.keep",
+            f"{model.name}: how it is kept current does not follow from its YAML: no unique index of it has the "
+            f"keys of an entity which all that it reads has too ({', '.join(inputs) or 'nothing'}): declare meta.keep",
             _EXAMPLE,
         )
     elif by in ("key", "merging") and not (key or unique):
@@ -87,7 +87,7 @@ def check_kept(findings: Findings, model: ModelYaml, topics: Sequence[Topic]) ->
             model.file,
             model.meta.at("keep"),
             f"{model.name}: it is kept by {by}, and has no unique index that says the key",
-            "indexes: [{ columns: [viewer_id], unique: true }]",
+            "indexes: [{ columns: [learner_id], unique: true }]",
         )
     if len(findings.problems) > before:
         return None
@@ -124,8 +124,8 @@ def _check_given(findings: Findings, model: ModelYaml, inputs: Collection[str]) 
         findings.say(
             model.file,
             given.at("every_seconds"),
-            f"{model.name}: every_seconds is {every!r}: it is a whole number of seconds from 1 on, of a view that is kept "
-            "by rebuilt, and of no other",
+            f"{model.name}: every_seconds is {every!r}: it is a whole number of seconds from 1 on, of a view that is "
+            "kept by rebuilt, and of no other",
             _EXAMPLE,
         )
     if not isinstance(whole, list) or (unknown := [name for name in whole if name not in inputs]):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -124,12 +124,14 @@ def generate_files(
     for name in found.orphans:
         (folder / name).unlink()
         changed.append(name)
-    macro = declared_macro(folder)
-    if _text(folder / DECLARED) != macro:
-        _write(folder / DECLARED, macro)
-        changed.append(DECLARED)
-    hashes, relations = hashes_of(folder), _queried(read_project(folder), declared)
-    if before is not None and before.hashes == hashes and before.queries.keys() == set(relations):
+    macro, relations = declared_macro(folder), _queried(read_project(folder), declared)
+    accepted = _text(folder / DECLARED) == macro
+    if (
+        accepted
+        and before is not None
+        and before.hashes == hashes_of(folder)
+        and before.queries.keys() == set(relations)
+    ):
         queries = before.queries
     else:
         queries = compile_queries(folder, relations)
@@ -140,12 +142,17 @@ def generate_files(
         tiles={tile.declared.relation: tile.declared for tile in declared.tiles},
         contract=contract,
         variables=declared.variables,
-        hashes=hashes,
+        hashes={},
         queries=dict(queries),
         preferences={view.relation: view for view in declared.preferences},
         kept={view.relation: view for view in declared.kept},
     )
     judge(registry)
+    # Not before: dbt by itself runs what this macro names.
+    if not accepted:
+        _write(folder / DECLARED, macro)
+        changed.append(DECLARED)
+    registry = replace(registry, hashes=hashes_of(folder))
     text = render_registry(registry)
     if _text(folder / REGISTRY) != text:
         _write(folder / REGISTRY, text)

@@ -290,6 +290,7 @@ def test_dagster_and_the_plan_refuse_what_is_stale(
 
 def test_a_view_that_training_could_not_ask_about_other_days_is_refused(courses_copy: Copy) -> None:
     generate(courses_copy)
+    accepted = (courses_copy.folder / "generated/declared.sql").read_bytes()
     before = (courses_copy.folder / "registry.json").read_bytes()
     courses_copy.change(
         "models/learner_progress_rolling.sql",
@@ -306,3 +307,4 @@ def test_a_view_that_training_could_not_ask_about_other_days_is_refused(courses_
     with pytest.raises(ViewNotPortable, match="learner_progress_rolling"):
         generate_files(courses_copy.folder, compiled, features_by_entity)
     assert (courses_copy.folder / "registry.json").read_bytes() == before
+    assert (courses_copy.folder / "generated/declared.sql").read_bytes() == accepted
