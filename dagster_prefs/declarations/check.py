@@ -14,18 +14,22 @@ from dagster_prefs.declarations.check_domains import (
     contract_head,
     contract_of,
 )
+from dagster_prefs.declarations.check_indexes import check_indexes
 from dagster_prefs.declarations.check_tiles import Tile, check_tile
 from dagster_prefs.declarations.check_topics import Topic, check_topic
+from dagster_prefs.declarations.check_views import check_kept, check_preference
 from dagster_prefs.declarations.findings import EXAMPLES, NAME, Findings, did_you_mean, is_whole, plain
 from dagster_prefs.declarations.read import (
+    GENERATED,
     PROJECT_FILE,
     DeclarationError,
     Map,
     ModelYaml,
     ProjectYaml,
     as_map,
+    macro_paths,
 )
-from dagster_prefs.declarations.registry import Entity, Key, KeyType
+from dagster_prefs.declarations.registry import Entity, KeptView, Key, KeyType, PreferenceView
 
 ENTITY_KEYS = ("keys", "table", "erasable")
 MODEL_META = ("topic", "tile", "domain", "preference", "keep", "time", "time_include")
@@ -43,6 +47,8 @@ class Declarations:
     domains: tuple[Domain, ...]
     contract: Mapping[str, Any]
     variables: Mapping[str, Any]
+    preferences: tuple[PreferenceView, ...]
+    kept: tuple[KeptView, ...]
 
 
 def check_project(project: ProjectYaml) -> Declarations:
@@ -54,6 +60,14 @@ def check_project(project: ProjectYaml) -> Declarations:
     findings = Findings(project, variables)
     findings.entities = _entities(findings)
     _windows(findings)
+    paths = macro_paths(project.content)
+    if GENERATED not in paths:
+        findings.say(
+            PROJECT_FILE,
+            project.content.at("macro-paths"),
+            f"macro-paths lacks {GENERATED}, where the hashes stand by which dbt refuses what is stale",
+            f"macro-paths: [{', '.join([*paths, GENERATED])}]",
+        )
     if not findings.entities or findings.problems:
         # Other problems may be consequences of these.
         raise DeclarationError(findings.problems)
@@ -70,9 +84,15 @@ def check_project(project: ProjectYaml) -> Declarations:
     domains = [
         domain for model in findings.declaring("domain") if (domain := check_domain(findings, model, head))
     ]
+    preferences = [
+        view for model in findings.declaring("preference") if (view := check_preference(findings, model))
+    ]
+    kept = [found for model in project.models if (found := check_kept(findings, model, topics))]
     _twice(findings, topics, tiles)
     if not findings.problems:
         check_key_bytes(findings, domains, topics)
+    check_indexes(findings, topics)
+    _exposed_sinks(findings)
     contract = None if findings.problems else contract_of(findings, head, domains, topics)
     if contract is None or findings.problems:
         raise DeclarationError(findings.problems)
@@ -84,11 +104,13 @@ def check_project(project: ProjectYaml) -> Declarations:
         domains=tuple(domains),
         contract=contract,
         variables=variables,
+        preferences=tuple(preferences),
+        kept=tuple(kept),
     )
 
 
 def _model(findings: Findings, model: ModelYaml) -> None:
-    for kind in ("topic", "tile", "domain"):
+    for kind in ("topic", "tile", "domain", "preference"):
         if isinstance(model.content.get("meta"), Map) and kind in model.content["meta"]:
             findings.say(
                 model.file,
@@ -111,7 +133,7 @@ def _model(findings: Findings, model: ModelYaml) -> None:
                 f"{model.name}: meta has no key {name!r}{hint}",
                 EXAMPLES["topic"],
             )
-    declared = [kind for kind in ("topic", "tile", "domain") if kind in model.meta]
+    declared = [kind for kind in ("topic", "tile", "domain", "preference") if kind in model.meta]
     if len(declared) > 1:
         findings.say(
             model.file,
@@ -233,6 +255,21 @@ def _windows(findings: Findings) -> None:
                 f"the window {name} is {days!r}: it is a whole number of days from 1 on",
                 f"{name}: 7",
             )
+
+
+def _exposed_sinks(findings: Findings) -> None:
+    """Exposures that read a sink which is not there, as after a domain was renamed."""
+    for exposure in findings.project.exposures:
+        for reference in exposure.content.get("depends_on") or []:
+            found = re.fullmatch(r"""ref\(\s*["'](sink_\w+)["']\s*\)""", str(reference).strip())
+            if found and found[1] not in findings.relations and findings.project.sql(found[1]) is None:
+                near = did_you_mean(found[1], findings.relations)
+                findings.say(
+                    exposure.file,
+                    exposure.content.at("depends_on"),
+                    f"{exposure.name} depends on {found[1]}, which is the sink of no domain and of no tile{near}",
+                    f"- ref('{next((name for name in findings.relations if name.startswith('sink_')), 'sink_…')}')",
+                )
 
 
 def _twice(findings: Findings, topics: list[Topic], tiles: list[Tile]) -> None:

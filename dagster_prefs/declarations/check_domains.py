@@ -45,6 +45,12 @@ class Domain:
     resolved: Mapping[str, Any]
     columns: Mapping[str, Mapping[str, Any]]
 
+    @property
+    def items(self) -> tuple[str, ...] | None:
+        """The columns that its items have, where the view has retired ones besides."""
+        kept = tuple(name for name, column in self.columns.items() if not column["config"]["meta"]["retired"])
+        return None if len(kept) == len(self.columns) else kept
+
 
 @dataclass(frozen=True)
 class Head:
@@ -131,6 +137,7 @@ def check_domain(findings: Findings, model: ModelYaml, head: Head) -> Domain | N
                 "cannot hold: use one of bigint, numeric, double precision, text, text[], numeric[]",
                 f"- {{ name: {column.name}, data_type: bigint }}",
             )
+    _retired(findings, model, [key.name for key in entity.keys] if entity else [])
     _named_days(findings, model, entity)
     freshness = findings.freshness(model, given, example)
     owner = given.get("owner", head.content.get("owner"))
@@ -168,10 +175,34 @@ def check_domain(findings: Findings, model: ModelYaml, head: Head) -> Domain | N
                 "data_type": column.type,
                 "description": column.description,
                 "constraints": [{"type": "not_null"}] if column.is_not_null else [],
+                "config": {"meta": {"retired": column.meta.get("retired", False)}},
             }
             for column in model.columns.values()
         },
     )
+
+
+def _retired(findings: Findings, model: ModelYaml, keys: Sequence[str]) -> None:
+    """Columns that are retired and cannot be, and values that say neither."""
+    for column in model.columns.values():
+        if "retired" not in column.meta:
+            continue
+        given, example = column.meta["retired"], "config: { meta: { retired: true } }"
+        if not isinstance(given, bool):
+            findings.say(
+                model.file,
+                column.meta.at("retired"),
+                f"{model.name}.{column.name}: retired is {plain(given)!r}: it is true or false",
+                example,
+            )
+        elif given and column.name in (*keys, DOMAIN_KEY, LAST_EVENT_AT):
+            findings.say(
+                model.file,
+                column.meta.at("retired"),
+                f"{model.name}.{column.name}: every item has it, so it cannot be retired: retire an attribute, or "
+                "remove the domain",
+                example,
+            )
 
 
 def _domain_entity(findings: Findings, model: ModelYaml, given: Map) -> Entity | None:
@@ -235,7 +266,8 @@ def _named_days(findings: Findings, model: ModelYaml, entity: Entity | None) -> 
                 'within_window("watch_date", "viewer_id", var("windows").long)',
             )
         days.add(value)
-    for column in model.columns.values():
+    served = [column for column in model.columns.values() if column.meta.get("retired") is not True]
+    for column in served:
         if days and (said := _DAYS.search(column.name)) and int(said[1]) not in days:
             right = " or ".join(f"{column.name[: said.start()]}_{one}d" for one in sorted(days))
             findings.say(

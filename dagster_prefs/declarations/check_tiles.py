@@ -12,7 +12,7 @@ LAST_EVENT_AT = "last_event_at"
 # Types that training tables support (ICEBERG_TYPES in iceberg/tables.py; a test compares the two).
 TILE_TYPES = ("bigint", "date", "decimal", "text", "timestamptz")
 TILE_KEYS = ("entity", "day", "table", "metric", "at_most", "sink")
-TILE_META = ("min",)
+TILE_META = ("min", "max_bytes")
 
 
 @dataclass(frozen=True)

@@ -198,7 +198,10 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Domain:
-    """One item per entity's key: `key` is its sort key, `name` what Python calls it."""
+    """One item per entity's key: `key` is its sort key, `name` what Python calls it.
+
+    `retired` are columns of its view that are not in its items any more.
+    """
 
     key: str
     name: str
@@ -209,6 +212,7 @@ class Domain:
     description: str
     freshness: Freshness
     attributes: Mapping[str, Attribute]
+    retired: Mapping[str, Attribute] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,14 +370,8 @@ def contract_dict(contract: Contract) -> dict[str, Any]:
                 "owner": domain.owner,
                 "description": domain.description,
                 "freshness": _freshness_dict(domain.freshness),
-                "attributes": {
-                    name: {
-                        "type": attribute.type,
-                        "nullable": attribute.nullable,
-                        "description": attribute.description,
-                    }
-                    for name, attribute in domain.attributes.items()
-                },
+                "attributes": _attributes_dict(domain.attributes),
+                **({"retired": _attributes_dict(domain.retired)} if domain.retired else {}),
             }
             for key, domain in sorted(contract.domains.items())
         },
@@ -385,6 +383,17 @@ def contract_dict(contract: Contract) -> dict[str, Any]:
             "export": _freshness_dict(contract.freshness.export),
             "canary": _freshness_dict(contract.freshness.canary),
         },
+    }
+
+
+def _attributes_dict(attributes: Mapping[str, Attribute]) -> dict[str, Any]:
+    return {
+        name: {
+            "type": attribute.type,
+            "nullable": attribute.nullable,
+            "description": attribute.description,
+        }
+        for name, attribute in attributes.items()
     }
 
 
@@ -506,7 +515,7 @@ def diff_contracts(old: Contract, new: Contract) -> tuple[Change, ...]:
 
     Breaking is what an existing reader does not survive: another table or key, a domain or attribute that is
     gone, renamed or retyped, an attribute that may now be NULL, a weaker freshness promise. All else is
-    additive.
+    additive, retiring too: an existing reader serves the attribute's cold-start value.
     """
     changes = [change for entity in old.tables for change in _entity_changes(entity, old, new)]
     changes.extend(
@@ -516,14 +525,28 @@ def diff_contracts(old: Contract, new: Contract) -> tuple[Change, ...]:
     )
     if old.owner != new.owner:
         changes.append(Change("additive", "owner", f"{old.owner!r} becomes {new.owner!r}"))
+    added = {domain.relation: domain for key, domain in new.domains.items() if key not in old.domains}
     for key, domain in old.domains.items():
-        if key not in new.domains:
-            changes.append(Change("breaking", key, "the domain is removed"))
-        else:
+        if key in new.domains:
             changes.extend(_domain_changes(domain, new.domains[key]))
-    changes.extend(
-        Change("additive", key, "the domain is new") for key in new.domains if key not in old.domains
-    )
+            continue
+        stay = (
+            f"its items stay in {old.table_of(domain).name} as they were last written, and a reader of version "
+            f"{old.version} serves them until they are deleted"
+        )
+        if renamed := added.pop(domain.relation, None):
+            changes.append(
+                Change(
+                    "breaking",
+                    key,
+                    f"the domain is renamed to {renamed.key}, under which every row of {domain.relation} is written "
+                    f"by the next apply; {stay}",
+                )
+            )
+            changes.extend(_domain_changes(domain, renamed))
+        else:
+            changes.append(Change("breaking", key, f"the domain is removed: {stay}"))
+    changes.extend(Change("additive", domain.key, "the domain is new") for domain in added.values())
     if old.freshness != new.freshness:
         changes.append(Change("additive", "freshness", "thresholds of the pipeline differ"))
     return tuple(sorted(changes, key=lambda change: change.kind != "breaking"))
@@ -595,6 +618,9 @@ def _domain_changes(old: Domain, new: Domain) -> Iterator[Change]:
     for name, before in old.attributes.items():
         path = f"{old.key}.{name}"
         after = new.attributes.get(name)
+        if after is None and name in new.retired:
+            yield Change("additive", path, _retirement(new))
+            continue
         if after is None:
             yield Change("breaking", path, "the attribute is removed")
             continue
@@ -608,9 +634,24 @@ def _domain_changes(old: Domain, new: Domain) -> Iterator[Change]:
             )
         if before.description != after.description:
             yield Change("additive", path, "the description is changed")
-    for name in new.attributes:
-        if name not in old.attributes:
-            yield Change("additive", f"{old.key}.{name}", "the attribute is new")
+    for name, after in new.attributes.items():
+        path = f"{old.key}.{name}"
+        if (retired := old.retired.get(name)) and retired.type != after.type:
+            yield Change("breaking", path, f"{retired.type}, which was retired, comes back as {after.type}")
+        elif name not in old.attributes:
+            what = "the attribute was retired and is served again" if retired else "the attribute is new"
+            yield Change("additive", path, what)
+    for name in old.retired:
+        if name not in new.retired and name not in new.attributes:
+            yield Change("additive", f"{old.key}.{name}", "the retired attribute is removed from its view")
+
+
+def _retirement(domain: Domain) -> str:
+    return (
+        "the attribute is retired: items lose it when they are written next, as every item is after an apply; "
+        f"{domain.relation} keeps the column and the training tables what they hold, but training sets leave it out; "
+        "readers of another version serve its cold-start value and name it as unknown"
+    )
 
 
 def _meta(node: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -629,6 +670,7 @@ def _declared_domain(
     domain = _object(given, place, {"key", "name", "entity", "sink", "owner", "description", "freshness"})
     table = _entity_table(domain["entity"], place, tables)
     attributes: dict[str, Any] = {}
+    retired: dict[str, Any] = {}
     expected_keys = {key.name: key.contract_type for key in (*table.columns, table.sort_key)}
     seen_keys: set[str] = set()
     for name, column in node.get("columns", {}).items():
@@ -647,7 +689,7 @@ def _declared_domain(
                 )
             seen_keys.add(name)
             continue
-        attributes[name] = {
+        (retired if _meta(column).get("retired") else attributes)[name] = {
             "type": contract_type,
             "nullable": name not in not_null,
             "description": " ".join(str(column.get("description") or "").split()),
@@ -664,6 +706,7 @@ def _declared_domain(
         "description": domain["description"],
         "freshness": domain["freshness"],
         "attributes": attributes,
+        **({"retired": retired} if retired else {}),
     }
 
 
@@ -732,8 +775,10 @@ def _domain(key: str, value: object, tables: Mapping[str, Table]) -> Domain:
         raise ContractError(
             f"{place}: a domain key is <product>#<domain> in lower case, like learning#progress"
         )
+    given = _mapping(value, place)
+    declared_retired = given.pop("retired", {})
     domain = _object(
-        value,
+        given,
         place,
         {"name", "entity", "relation", "sink", "owner", "description", "freshness", "attributes"},
     )
@@ -743,9 +788,33 @@ def _domain(key: str, value: object, tables: Mapping[str, Table]) -> Domain:
         raise ContractError(f"{place}.name: {name!r} is not a Python identifier without a leading underscore")
     if name in PROFILE_NAMES or name in {key.name for key in table.columns}:
         raise ContractError(f"{place}.name: {name!r} is what every profile has: choose another name")
+    attributes = _attributes(domain["attributes"], f"{place}.attributes", table)
+    retired = _attributes(declared_retired, f"{place}.retired", table)
+    if both := sorted(attributes.keys() & retired.keys()):
+        raise ContractError(f"{place}.retired: {both[0]} is an attribute too: it is one or the other")
+    last = attributes.get(LAST_EVENT_AT)
+    if last is None or last.type != "integer" or last.nullable:
+        raise ContractError(
+            f"{place}.attributes: {LAST_EVENT_AT} (integer, not nullable, epoch milliseconds) is needed"
+        )
+    return Domain(
+        key=key,
+        name=name,
+        entity=domain["entity"],
+        relation=_text(domain["relation"], f"{place}.relation"),
+        sink=_text(domain["sink"], f"{place}.sink"),
+        owner=_text(domain["owner"], f"{place}.owner"),
+        description=_text(domain["description"], f"{place}.description", empty=True),
+        freshness=_freshness(domain["freshness"], f"{place}.freshness"),
+        attributes=MappingProxyType(attributes),
+        retired=MappingProxyType(retired),
+    )
+
+
+def _attributes(value: object, place: str, table: Table) -> dict[str, Attribute]:
     attributes: dict[str, Attribute] = {}
-    for attribute, declared in _mapping(domain["attributes"], f"{place}.attributes").items():
-        where = f"{place}.attributes.{attribute}"
+    for attribute, declared in _mapping(value, place).items():
+        where = f"{place}.{attribute}"
         parts = _object(declared, where, {"type", "nullable", "description"})
         if parts["type"] not in get_args(AttributeType):
             raise ContractError(
@@ -764,22 +833,7 @@ def _domain(key: str, value: object, tables: Mapping[str, Table]) -> Domain:
             nullable=parts["nullable"],
             description=_text(parts["description"], f"{where}.description", empty=True),
         )
-    last = attributes.get(LAST_EVENT_AT)
-    if last is None or last.type != "integer" or last.nullable:
-        raise ContractError(
-            f"{place}.attributes: {LAST_EVENT_AT} (integer, not nullable, epoch milliseconds) is needed"
-        )
-    return Domain(
-        key=key,
-        name=name,
-        entity=domain["entity"],
-        relation=_text(domain["relation"], f"{place}.relation"),
-        sink=_text(domain["sink"], f"{place}.sink"),
-        owner=_text(domain["owner"], f"{place}.owner"),
-        description=_text(domain["description"], f"{place}.description", empty=True),
-        freshness=_freshness(domain["freshness"], f"{place}.freshness"),
-        attributes=MappingProxyType(attributes),
-    )
+    return attributes
 
 
 def _is_name(text: str) -> bool:

@@ -25,6 +25,7 @@ LIVE: Mapping[str, Any] = {"warn_seconds": 3, "error_seconds": 5}
 EXAMPLES: Mapping[str, str] = {
     "topic": "topic: { kafka_topic: search_events, identity: event_id, entity: viewer, time: searched_at }",
     "tile": "tile: { entity: viewer, day: search_date }",
+    "preference": "preference: { entity: shop_user, reads: [category, score] }",
     "domain": 'domain: { key: "engagement#search", owner: search@example.com }',
 }
 

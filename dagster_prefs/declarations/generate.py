@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -21,6 +21,7 @@ from dagster_prefs.declarations.check_domains import DOMAIN_KEY
 from dagster_prefs.declarations.check_tiles import Tile
 from dagster_prefs.declarations.check_topics import Topic
 from dagster_prefs.declarations.contract import REGISTRY, check_version, parse_contract
+from dagster_prefs.declarations.declared import DECLARED, declared_macro
 from dagster_prefs.declarations.read import (
     GENERATED,
     DeclarationError,
@@ -92,6 +93,8 @@ def check_current(folder: Path) -> Registry:
     stale = [name for name, text in found.models.items() if _text(folder / name) != text] + list(
         found.orphans
     )
+    if not stale and _text(folder / DECLARED) != declared_macro(folder):
+        stale.append(DECLARED)
     if stale:
         more = f" and {len(stale) - 3} more" if len(stale) > 3 else ""
         raise StaleRegistry(
@@ -127,8 +130,14 @@ def generate_files(
     for name in found.orphans:
         (folder / name).unlink()
         changed.append(name)
-    hashes, relations = hashes_of(folder), _queried(read_project(folder), declared)
-    if before is not None and before.hashes == hashes and before.queries.keys() == set(relations):
+    macro, relations = declared_macro(folder), _queried(read_project(folder), declared)
+    accepted = _text(folder / DECLARED) == macro
+    if (
+        accepted
+        and before is not None
+        and before.hashes == hashes_of(folder)
+        and before.queries.keys() == set(relations)
+    ):
         queries = before.queries
     else:
         queries = compile_queries(folder, relations)
@@ -139,10 +148,17 @@ def generate_files(
         tiles={tile.declared.relation: tile.declared for tile in declared.tiles},
         contract=contract,
         variables=declared.variables,
-        hashes=hashes,
+        hashes={},
         queries=dict(queries),
+        preferences={view.relation: view for view in declared.preferences},
+        kept={view.relation: view for view in declared.kept},
     )
     judge(registry)
+    # Not before: dbt by itself runs what this macro names.
+    if not accepted:
+        _write(folder / DECLARED, macro)
+        changed.append(DECLARED)
+    registry = replace(registry, hashes=hashes_of(folder))
     text = render_registry(registry)
     if _text(folder / REGISTRY) != text:
         _write(folder / REGISTRY, text)
@@ -219,13 +235,13 @@ def _models(project: ProjectYaml, declared: Declarations) -> Iterator[tuple[str,
             yield from files_of("operations", name, "what every project has", sql, yaml)
     for domain in declared.domains:
         keys = declared.entities[domain.entity].key_names
-        attributes = [name for name in domain.columns if name not in (*keys, DOMAIN_KEY)]
+        attributes = [name for name in domain.items or domain.columns if name not in (*keys, DOMAIN_KEY)]
         values = {
             "sink": domain.sink,
             "relation": domain.relation,
             "entity": domain.entity,
             # A composite key makes the sort key of several columns.
-            "attributes": f", {_json(attributes)}" if len(keys) > 1 else "",
+            "attributes": f", {_json(attributes)}" if domain.items or len(keys) > 1 else "",
             "resolved": _json(domain.resolved),
         }
         sql, yaml = _fill("domain_sink.sql", values), _fill("domain_sink.yml", values)

@@ -17,9 +17,9 @@ import yaml
 from dagster_prefs.errors import PrefsError
 
 PROJECT_FILE = "dbt_project.yml"
-# Below the first model path: what `prefs generate` writes.
+# Below the first model path, the models that `prefs generate` writes; in the project's folder, its macro.
 GENERATED = "generated"
-_YAML = (".yml", ".yaml")
+YAML_SUFFIXES = (".yml", ".yaml")
 
 
 class DeclarationError(PrefsError):
@@ -235,12 +235,12 @@ def read_project(folder: Path) -> ProjectYaml:
 
     Raises DeclarationError naming file and line if a file is missing or is no YAML.
     """
-    content = _load(folder, folder / PROJECT_FILE)
+    content = project_content(folder)
     project = ProjectYaml(folder, content)
     problems: list[str] = []
     for root in model_paths(content):
         for path in sorted((folder / root).rglob("*")):
-            if path.suffix not in _YAML or path.is_relative_to(project.generated):
+            if path.suffix not in YAML_SUFFIXES or path.is_relative_to(project.generated):
                 continue
             file = path.relative_to(folder).as_posix()
             try:
@@ -267,15 +267,25 @@ def model_paths(content: Map) -> list[str]:
     return [str(path) for path in content.get("model-paths") or ["models"]]
 
 
+def macro_paths(content: Map) -> list[str]:
+    """The folders of the project's macros."""
+    return [str(path) for path in content.get("macro-paths") or ["macros"]]
+
+
+def project_content(folder: Path) -> Map:
+    """The content of a project's dbt_project.yml. Raises DeclarationError where there is none."""
+    return _load(folder, folder / PROJECT_FILE)
+
+
 def project_files(folder: Path) -> list[Path]:
     """Every file that decides what a deployment does: the project's own file, and SQL and YAML of models and macros."""
-    content = _load(folder, folder / PROJECT_FILE)
-    roots = [*model_paths(content), *(str(path) for path in content.get("macro-paths") or ["macros"])]
+    content = project_content(folder)
+    roots = [*model_paths(content), *macro_paths(content)]
     found = [
         path
         for root in roots
         for path in (folder / root).rglob("*")
-        if path.suffix in (".sql", *_YAML) and path.is_file()
+        if path.suffix in (".sql", *YAML_SUFFIXES) and path.is_file()
     ]
     return [folder / PROJECT_FILE, *sorted(found)]
 

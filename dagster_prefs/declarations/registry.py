@@ -26,6 +26,8 @@ FORMAT = 1
 
 FieldType = Literal["text", "bigint", "int", "decimal", "boolean", "timestamptz"]
 KeyType = Literal["bigint", "text", "uuid"]
+# How a view is kept current on the embedded engine.
+Keeping = Literal["rows", "identity", "key", "merging", "rebuilt"]
 
 
 class RegistryError(PrefsError):
@@ -139,6 +141,30 @@ class TileDeclaration:
     sink: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class PreferenceView:
+    """A view that is read over the Postgres wire for one key of an entity: the columns `reads`."""
+
+    relation: str
+    entity: str
+    reads: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KeptView:
+    """How a view is kept current: `by` rows, by identity, by `key`, by merging, or rebuilt `every_seconds`.
+
+    `inputs` are the relations that it reads; those in `whole` are read whole, whatever changed.
+    """
+
+    relation: str
+    by: Keeping
+    key: tuple[str, ...]
+    inputs: tuple[str, ...]
+    whole: tuple[str, ...] = ()
+    every_seconds: int | None = None
+
+
 @dataclass(frozen=True)
 class Registry:
     """All declarations of a project.
@@ -158,6 +184,8 @@ class Registry:
     variables: Mapping[str, Any]
     hashes: Mapping[str, str]
     queries: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    preferences: Mapping[str, PreferenceView] = dataclasses.field(default_factory=dict)
+    kept: Mapping[str, KeptView] = dataclasses.field(default_factory=dict)
 
     def query(self, relation: str) -> str:
         """Return the compiled SQL of a relation. Raises RegistryError if the registry holds none."""
@@ -245,6 +273,21 @@ def parse_registry(content: Mapping[str, Any]) -> Registry:
                     }
                 ),
             ),
+            preferences=_each(
+                content.get("preferences", {}),
+                lambda name, value: PreferenceView(name, value["entity"], tuple(value["reads"])),
+            ),
+            kept=_each(
+                content.get("kept", {}),
+                lambda name, value: KeptView(
+                    name,
+                    value["by"],
+                    tuple(value["key"]),
+                    tuple(value["inputs"]),
+                    tuple(value["whole"]),
+                    value["every_seconds"],
+                ),
+            ),
             contract=parse_contract(content["contract"]),
             variables=MappingProxyType(dict(content["variables"])),
             hashes=MappingProxyType(dict(content["hashes"])),
@@ -310,6 +353,20 @@ def registry_dict(registry: Registry) -> dict[str, Any]:
                 "columns": {name: _without_defaults(column) for name, column in tile.columns.items()},
             }
             for tile in registry.tiles.values()
+        },
+        "preferences": {
+            view.relation: {"entity": view.entity, "reads": list(view.reads)}
+            for view in registry.preferences.values()
+        },
+        "kept": {
+            view.relation: {
+                "by": view.by,
+                "key": list(view.key),
+                "inputs": list(view.inputs),
+                "whole": list(view.whole),
+                "every_seconds": view.every_seconds,
+            }
+            for view in registry.kept.values()
         },
         "contract": contract_dict(registry.contract),
         "variables": dict(registry.variables),

@@ -164,7 +164,8 @@ def column_problems(columns: Mapping[str, str], contract: Contract, domain: Doma
     keys = {key.name: key.contract_type for key in (*table.columns, table.sort_key)}
     expected = keys | {name: attribute.type for name, attribute in domain.attributes.items()}
     problems = [f"{name} is missing" for name in expected if name not in columns]
-    problems += [f"{name} is not in the contract" for name in columns if name not in expected]
+    known = {*expected, *domain.retired}
+    problems += [f"{name} is not in the contract" for name in columns if name not in known]
     problems += [
         f"{name} is {columns[name]} and the contract says {kind}"
         for name, kind in expected.items()

@@ -129,19 +129,18 @@ def read_domains(profiles: Any, canary: Id) -> dict[str, int | None]:
 
 def canary_views(registry: Registry) -> dict[str, View]:
     """Map each entity without a domain to the preference view from which its canary is read."""
-    served = {domain.relation for domain in registry.contract.domains.values()}
     found: dict[str, View] = {}
     for view in watched_relations(registry):
-        if not isinstance(view, View) or view.unclear or view.relation in {*served, *registry.tiles}:
+        declared = registry.preferences.get(view.relation)
+        if declared is None or not isinstance(view, View) or view.unclear:
             continue
-        topic = registry.topic(view.topic)
-        entity = registry.entity(topic.entity) if topic.entity else None
-        if entity is None or entity.table is not None or entity.name in found:
+        entity = registry.entity(declared.entity)
+        if entity.table is not None or entity.name in found:
             continue
         # A view that filters events by kind may exclude the canary's kind.
-        kinds = [field.name for field in topic.fields if field.accepted]
+        kinds = [field.name for field in registry.topic(view.topic).fields if field.accepted]
         shown = " ".join(upstream.only for upstream in view.upstreams)
-        if entity.key.name in view.columns and not any(re.search(rf"\b{kind}\b", shown) for kind in kinds):
+        if not any(re.search(rf"\b{kind}\b", shown) for kind in kinds):
             found[entity.name] = view
     return found
 

@@ -19,6 +19,7 @@ TOPIC, TILE, VIEW = (
 )
 VIEW_SQL, PROJECT = "models/learner_progress_rolling.sql", "dbt_project.yml"
 KEY = "{ learner_id: text }"
+KEEP = "        time: last_event_at\n"
 
 
 def problems(copy: Copy) -> list[str]:
@@ -80,6 +81,16 @@ def problems(copy: Copy) -> list[str]:
         (PROJECT, KEY, "{ learner_id: integer }", "key learner_id is a 'integer', and a key is one of bigint, text, uuid", "text"),
         (PROJECT, "table: learner_profiles, ", "", "entity learner has the domain learning#progress .* and no table", "table: learner_profiles"),
         (PROJECT, "erasable: true", "eraseable: true", r"entity learner has no key 'eraseable' \(did you mean 'erasable'\?\)", ""),
+        (VIEW, "description: The learner., data_tests: [not_null, unique]", "description: The learner., data_tests: [not_null, unique], config: { meta: { retired: true } }", "learner_id: every item has it, so it cannot be retired", "retired: true"),
+        (VIEW, "description: Minutes spent in the 28-day window., data_tests: [not_null]", "description: Minutes spent., data_tests: [not_null], config: { meta: { retired: soon } }", "retired is 'soon': it is true or false", "retired: true"),
+        # How views are kept current.
+        (TILE, KEEP, f"{KEEP}        keep: {{ by: magic }}\n", "keep by 'magic': it is one of rows, identity, key, merging, rebuilt", "by: rebuilt"),
+        (TILE, KEEP, f"{KEEP}        keep: {{ by: rebuilt }}\n", "every_seconds is None: it is a whole number of seconds from 1 on", "every_seconds: 300"),
+        (TILE, KEEP, f"{KEEP}        keep: {{ by: key, every_seconds: 5 }}\n", "every_seconds is 5: .* of a view that is kept by rebuilt, and of no other", ""),
+        (TILE, KEEP, f"{KEEP}        keep: {{ whole: [lesson_event] }}\n", r"whole is \['lesson_event'\]: .* which are lesson_events \(did you mean 'lesson_events'\?\)", "whole: [items]"),
+        (TILE, KEEP, f"{KEEP}        keep: {{ rows: true }}\n", "meta.keep has no key 'rows': known are by, whole, every_seconds", ""),
+        (TOPIC, "        topic:\n", "        keep: { by: rows }\n        topic:\n", "meta.keep is for materialized views that are written by hand, and this is the typed events of a topic", ""),
+        (PROJECT, 'macro-paths: ["macros", "generated"]', 'macro-paths: ["macros"]', "macro-paths lacks generated, where the hashes stand by which dbt refuses", "macro-paths: [macros, generated]"),
         (PROJECT, "  entities:\n", "  entity:\n", "vars has no entities", "entities: { viewer"),
         ("models/exposures.yml", "owner: learning@example.com", "owners: learning@example.com", r"meta.contract has no key 'owners' \(did you mean 'owner'\?\)", "version: 1"),
     ],
@@ -200,3 +211,99 @@ def test_typed_sql_by_hand_is_in_the_way(courses_copy: Copy) -> None:
     courses_copy.write("models/lesson_events.sql", "select 1 as one")
     (problem,) = problems(courses_copy)
     assert "models/lesson_events.sql is written by hand: remove it" in problem
+
+
+def test_an_index_whose_longest_row_does_not_fit_is_refused(courses_copy: Copy) -> None:
+    """Of any view: by the fields of the topics that it reads, however far up, or by what its own YAML says."""
+    courses_copy.write(
+        "models/subjects.sql", 'select learner_id, subject, best from {{ ref("learner_lessons_1d") }}'
+    )
+    courses_copy.write(
+        "models/subjects.yml",
+        """\
+models:
+  - name: subjects
+    description: Subjects of a learner.
+    config:
+      indexes: [{ columns: [best] }, { columns: [learner_id, subject, best], unique: true }]
+    columns:
+      - { name: learner_id, data_type: text, description: Who. }
+      - { name: subject, data_type: text, description: What. }
+      - { name: best, data_type: text, description: Computed. }
+""",
+    )
+    plan_files(courses_copy.folder)
+    subject = "max_bytes: 256 } } }\n      - { name: seconds"
+    courses_copy.change(TOPIC, subject, subject.replace("256", "1400"))
+    (problem,) = problems(courses_copy)
+    assert problem.startswith(
+        "models/subjects.yml:5: subjects: a row of the index on learner_id, subject, best may have 2712 bytes (texts "
+        "of up to learner_id 256, subject 1400, best 1024), and an index of PostgreSQL takes 2704: lower max_bytes"
+    )
+    courses_copy.change(
+        "models/subjects.yml",
+        "description: Computed. }",
+        "description: Computed., config: { meta: { max_bytes: 999 } } }",
+    )
+    plan_files(courses_copy.folder)
+
+
+PREFERENCE = """\
+models:
+  - name: subjects
+    description: Subjects of a learner.
+    config:
+      indexes: [{ columns: [learner_id, subject], unique: true }]
+      meta: { preference: { entity: learner } }
+    columns:
+      - { name: learner_id, data_type: text, description: Who. }
+      - { name: subject, data_type: text, description: What. }
+      - { name: lessons, data_type: bigint, description: How many. }
+"""
+
+
+def test_a_preference_view_and_how_views_are_kept(courses_copy: Copy) -> None:
+    sql = 'select learner_id, subject, count(*) as lessons from {{ ref("lesson_events") }} group by 1, 2'
+    courses_copy.write("models/subjects.sql", sql)
+    courses_copy.write("models/subjects.yml", PREFERENCE)
+    found = plan_files(courses_copy.folder).declarations
+    (view,) = found.preferences
+    assert (view.relation, view.entity, view.reads) == ("subjects", "learner", ("subject", "lessons"))
+    kept = {one.relation: one for one in found.kept}
+    assert set(kept) == {"learner_lessons_1d", "learner_progress_rolling", "subjects"}
+    assert (kept["subjects"].by, kept["subjects"].key, kept["subjects"].inputs) == (
+        "key", ("learner_id",), ("lesson_events",),
+    )  # fmt: skip
+
+    for old, new, said in (
+        ("entity: learner }", "entity: lerner }", "no entity 'lerner'"),
+        (
+            "learner }",
+            "learner, reads: [lesson] }",
+            r"reads is \['lesson'\]: .* \(did you mean 'lessons'\?\)",
+        ),
+        (
+            "data_type: text, description: Who.",
+            "data_type: bigint, description: Who.",
+            "learner_id is bigint",
+        ),
+        ("preference: {", "tile: { entity: learner, day: lessons }, preference: {", "a preference on a tile"),
+        # Rows by subject alone follow from those of every learner.
+        (
+            "[learner_id, subject]",
+            "[subject]",
+            "how it is kept current does not follow from its YAML.*declare meta.keep",
+        ),
+    ):
+        courses_copy.write("models/subjects.yml", PREFERENCE.replace(old, new))
+        assert any(re.search(said, one) for one in problems(courses_copy)), said
+    rebuilt = PREFERENCE.replace("[learner_id, subject]", "[subject]").replace(
+        "meta: {", "meta: { keep: { by: rebuilt, every_seconds: 60 },"
+    )
+    courses_copy.write("models/subjects.yml", rebuilt)
+    kept = {one.relation: one for one in plan_files(courses_copy.folder).declarations.kept}
+    assert (kept["subjects"].by, kept["subjects"].every_seconds) == ("rebuilt", 60)
+    # A plain view is computed when it is read.
+    courses_copy.write("models/subjects.sql", '{{ config(materialized="view") }}\n' + sql)
+    courses_copy.write("models/subjects.yml", PREFERENCE)
+    assert "subjects" not in {one.relation for one in plan_files(courses_copy.folder).declarations.kept}

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -15,14 +16,16 @@ from project_copies import EXAMPLE, FOREIGN, Copy
 
 from dagster_prefs.cli import cli
 from dagster_prefs.declarations.check_tiles import TILE_TYPES
-from dagster_prefs.declarations.contract import ContractError
+from dagster_prefs.declarations.contract import ContractError, diff_contracts
 from dagster_prefs.declarations.generate import check_current, generate_files, is_generated, plan_files
 from dagster_prefs.declarations.read import DeclarationError
 from dagster_prefs.declarations.registry import load_registry, parse_registry, registry_dict
 from dagster_prefs.declarations.stale import StaleRegistry, current_registry
+from dagster_prefs.dynamodb.items import ItemDecoder, ItemEncoder
+from dagster_prefs.dynamodb.publisher import column_problems
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.iceberg.tables import ICEBERG_TYPES
-from dagster_prefs.training.windows import ViewNotPortable, features_by_entity
+from dagster_prefs.training.windows import ViewNotPortable, choose_features, features_by_entity
 
 
 def generate(copy: Copy) -> list[str]:
@@ -99,6 +102,7 @@ def test_the_registry_is_written_last(courses_copy: Copy) -> None:
         ("models/generated/events/lesson_events.sql", 'moment="happened_at"', 'moment="now"'),
         ("macros/windows.sql", "'{{ days + 1 }} days'", "'{{ days + 2 }} days'"),
         ("dbt_project.yml", "long: 28", "long: 29"),
+        ("generated/declared.sql", "Hashes that dbt", "What dbt"),
     ],
 )
 def test_a_change_of_any_file_makes_the_registry_stale(
@@ -142,6 +146,87 @@ def test_a_breaking_change_needs_a_version_and_writes_nothing_without(courses_co
     courses_copy.change("models/exposures.yml", "version: 1\n", "version: 2\n")
     generate(courses_copy)
     assert load_registry(courses_copy.folder).contract.version == 2
+
+
+VIEW = "models/learner_progress_rolling"
+MINUTES = "description: Minutes spent in the 28-day window., data_tests: [not_null]"
+
+
+def test_an_attribute_is_retired_by_one_line_and_removed_later(courses_copy: Copy) -> None:
+    generate(courses_copy)
+    before = load_registry(courses_copy.folder)
+    courses_copy.change(f"{VIEW}.yml", MINUTES, f"{MINUTES}, config: {{ meta: {{ retired: true }} }}")
+    assert generate(courses_copy) == [
+        "models/generated/sinks/sink_learning_progress.sql", "generated/declared.sql", "registry.json",
+    ]  # fmt: skip
+    after = load_registry(courses_copy.folder)
+    old, new = (one.contract.domains["learning#progress"] for one in (before, after))
+    assert after.contract.version == before.contract.version
+    assert [*new.attributes, *new.retired] == [
+        "lessons_7d", "favorite_subjects", "last_event_at", "minutes_28d",
+    ]  # fmt: skip
+    (change,) = diff_contracts(before.contract, after.contract)
+    assert (change.kind, change.path) == ("additive", "learning#progress.minutes_28d")
+    for part in ("items lose it", "training sets leave it out", "readers of another version serve its cold"):
+        assert part in change.what
+    # Written by nobody, read as cold by who still knows it, and in no training set.
+    columns = dict.fromkeys(("learner_id", "domain_key"), "text")
+    columns |= {"lessons_7d": "bigint", "favorite_subjects": "text[]", "last_event_at": "bigint"}
+    assert column_problems(columns | {"minutes_28d": "numeric"}, after.contract, new) == []
+    item = ItemEncoder(after.contract, new).encode("ada", [3, ["sums"], 1])
+    assert ItemDecoder(old).decode(item) == ([3, Decimal(0), ["sums"], 1], ("minutes_28d",))
+    trained = [{value.name for value in choose_features(one, "learner").values} for one in (before, after)]
+    assert trained[0] - trained[1] == {"minutes_28d"}
+
+    # Nobody is served it, so it may go; it may not come back as something else.
+    (line,) = [
+        line
+        for line in (courses_copy.folder / f"{VIEW}.yml").read_text().splitlines(keepends=True)
+        if "retired" in line
+    ]
+    retyped = line.replace("data_type: decimal", "data_type: bigint").replace(
+        "retired: true", "retired: false"
+    )
+    courses_copy.change(f"{VIEW}.yml", line, retyped)
+    with pytest.raises(ContractError, match="decimal, which was retired, comes back as integer"):
+        generate(courses_copy)
+    courses_copy.change(f"{VIEW}.yml", retyped, "")
+    generate(courses_copy)
+    (gone,) = diff_contracts(after.contract, load_registry(courses_copy.folder).contract)
+    assert (gone.kind, gone.what) == ("additive", "the retired attribute is removed from its view")
+
+
+def test_a_domain_is_renamed_by_its_key(courses_copy: Copy) -> None:
+    generate(courses_copy)
+    before = load_registry(courses_copy.folder).contract
+    sql = (courses_copy.folder / f"{VIEW}.sql").read_bytes()
+    courses_copy.change(f"{VIEW}.yml", 'key: "learning#progress"', 'key: "learning#studies"')
+    with pytest.raises(
+        DeclarationError,
+        match=r"exposures\.yml:9: course_pages depends on sink_learning_progress, which is the sink of no domain .*",
+    ):
+        generate(courses_copy)
+    courses_copy.change("models/exposures.yml", "sink_learning_progress", "sink_learning_studies")
+    # Whoever reads the old key would be served what nobody writes any more.
+    with pytest.raises(ContractError, match=r"renamed to learning#studies.*\): set version to 2"):
+        generate(courses_copy)
+    courses_copy.change("models/exposures.yml", "version: 1\n", "version: 2\n")
+    changed = set(generate(courses_copy))
+    sinks = {f"models/generated/sinks/sink_learning_{name}" for name in ("progress", "studies")}
+    assert {f"{sink}.{kind}" for sink in sinks for kind in ("sql", "yml")} < changed
+    assert (courses_copy.folder / f"{VIEW}.sql").read_bytes() == sql
+    after = load_registry(courses_copy.folder).contract
+    domain = after.domain("studies")
+    assert (domain.key, domain.relation, domain.sink) == (
+        "learning#studies", "learner_progress_rolling", "sink_learning_studies",
+    )  # fmt: skip
+    (change,) = [one for one in diff_contracts(before, after) if one.path == "learning#progress"]
+    assert change.kind == "breaking"
+    for part in (
+        "every row of learner_progress_rolling is written by the next apply",
+        "its items stay in learner_profiles as they were last written, and a reader of version 1 serves them",
+    ):
+        assert part in change.what
 
 
 def test_the_command_checks_and_plans_refuse(courses_copy: Copy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,6 +290,7 @@ def test_dagster_and_the_plan_refuse_what_is_stale(
 
 def test_a_view_that_training_could_not_ask_about_other_days_is_refused(courses_copy: Copy) -> None:
     generate(courses_copy)
+    accepted = (courses_copy.folder / "generated/declared.sql").read_bytes()
     before = (courses_copy.folder / "registry.json").read_bytes()
     courses_copy.change(
         "models/learner_progress_rolling.sql",
@@ -221,3 +307,4 @@ def test_a_view_that_training_could_not_ask_about_other_days_is_refused(courses_
     with pytest.raises(ViewNotPortable, match="learner_progress_rolling"):
         generate_files(courses_copy.folder, compiled, features_by_entity)
     assert (courses_copy.folder / "registry.json").read_bytes() == before
+    assert (courses_copy.folder / "generated/declared.sql").read_bytes() == accepted

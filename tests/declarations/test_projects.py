@@ -84,6 +84,7 @@ select
   viewer_id,
   {{ domain_key() }} as domain_key,
   sum(fruitless)::bigint as fruitless_28d,
+  count(*) as days_28d,
   {{ epoch_ms("max(last_event_at)") }} as last_event_at
 from {{ ref("viewer_searches_1d") }}
 where {{ within_window("search_date", "viewer_id", var("windows").long) }}
@@ -100,6 +101,7 @@ models:
       - { name: viewer_id, data_type: bigint, description: The viewer., data_tests: [not_null] }
       - { name: domain_key, data_type: text, description: The domain., data_tests: [not_null] }
       - { name: fruitless_28d, data_type: bigint, description: Searches that found nothing., data_tests: [not_null] }
+      - { name: days_28d, data_type: bigint, description: Days., config: { meta: { retired: true } } }
       - { name: last_event_at, data_type: bigint, description: Newest event., data_tests: [not_null] }
 """,
 }
@@ -144,6 +146,8 @@ def test_a_topic_with_a_tile_and_a_domain_is_five_files(
         assert "'viewer_searches_1d' as tile" in sql["tile_fingerprints"]
     # Of the last engine, RisingWave.
     assert "table = 'viewer_profiles'" in sql["sink_engagement_search"]
+    items = "as select viewer_id, domain_key, fruitless_28d, last_event_at from"
+    assert items in sql["sink_engagement_search"]
     assert "primary_key = 'viewer_id,search_date'" in sql["sink_training_searches"]
 
 
@@ -204,6 +208,12 @@ def test_a_uuid_is_one_word_and_runs(courses_copy: Copy, engine: EngineConfigura
     generate_files(courses_copy.folder, courses_copy.compiled)
     dbt = Dbt(engine, courses_copy.folder, courses_copy.folder / "target")
     assert all(result.ok for result in dbt.run("run"))
+    # An attribute that is retired stays in the view, which is not made again, and leaves the recorded contract.
+    minutes = "description: Minutes spent in the 28-day window., data_tests: [not_null]"
+    courses_copy.change(
+        "models/learner_progress_rolling.yml", minutes, f"{minutes}, config: {{ meta: {{ retired: true }} }}"
+    )
+    generate_files(courses_copy.folder, courses_copy.compiled)
     messages = [
         event(1),
         event(2, learner_id=LEARNER.upper(), event_type="finished"),
@@ -239,9 +249,26 @@ def test_a_uuid_is_one_word_and_runs(courses_copy: Copy, engine: EngineConfigura
         assert rows("select tile, row_count, metric_total::int from tile_fingerprints") == [
             ("learner_lessons_1d", 1, 120)
         ]
+        assert rows("select minutes_28d is not null from learner_progress_rolling") == [(True,)]
         (record,) = rows("select definition from deployments where kind = 'contract'")
     # What the engine records of the contract is what the registry says, with all that the YAML leaves out.
-    assert deployed_contract([json.loads(record[0])]) == load_registry(courses_copy.folder).contract
+    contract = load_registry(courses_copy.folder).contract
+    assert deployed_contract([json.loads(record[0])]) == contract
+    assert list(contract.domains["learning#progress"].retired) == ["minutes_28d"]
+
+    # dbt by itself refuses what was not generated from: a model's SQL, its YAML, and a variable of the command line.
+    courses_copy.change(
+        "models/learner_lessons_1d.sql", "coalesce(sum(seconds), 0)", "coalesce(sum(seconds), 1)"
+    )
+    courses_copy.change(
+        "models/lesson_events.yml", "optional: true, min: 0", "optional: true, min: 0, max: 9"
+    )
+    message = (
+        r"the project is not what registry\.json was generated from: models/learner_lessons_1d\.sql \(changed\), "
+        r"models/lesson_events\.yml \(changed\), the variable windows \(changed\): undo it, or run `prefs generate`"
+    )
+    with pytest.raises(DbtError, match=message):
+        dbt.run("run", arguments=["--vars", "{windows: {short: 7, long: 29}}"])
 
 
 def test_dbt_refuses_a_window_of_no_days_that_only_compiling_shows(courses_copy: Copy) -> None:

@@ -18,6 +18,7 @@ from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient, NewTopic
 from psycopg import sql
 from risingwave_server import PROJECT, URL, server_of
+from workshop import accept
 
 from dagster_prefs.declarations.contract import Contract, build_contract, parse_contract
 from dagster_prefs.deploy.apply import ApplyError, PlanError, apply_plan
@@ -136,6 +137,7 @@ class Server:
         text = file.read_text()
         assert old in text
         file.write_text(text.replace(old, new))
+        accept(self.folder)
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +164,7 @@ def server(
         "    owner: { name: Recommendations, email: recommendations@example.com }\n"
         "    depends_on: [ref('sink_engagement_watch')]\n"
     )
+    accept(folder)
     name = f"prefs_{uuid.uuid4().hex[:12]}"
     place = server_of(URL)
     with place.connect() as connection:

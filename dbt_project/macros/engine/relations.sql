@@ -102,7 +102,8 @@ create table {{ this }} (
   {{ return(none) }}
 {%- endmacro %}
 
-{# The sink of one domain of an entity: DDL on RisingWave (a sink, or what the changefeed reads), on the embedded engine a view. #}
+{# The sink of one domain of an entity: DDL on RisingWave (a sink, or what the changefeed reads), on the embedded engine a view.
+  `attributes` are those of the items, where the relation's columns are not: it has retired ones, or the key is composite. #}
 {% macro dynamodb_sink(relation, entity, attributes=[]) -%}
   {{ return(adapter.dispatch("dynamodb_sink")(relation, entity, attributes)) }}
 {%- endmacro %}
@@ -119,7 +120,7 @@ create subscription {{ this }} from {{ relation }}
 with (retention = '{{ (env_var("PREFS_CHANGEFEED_RETENTION_HOURS", "24") or "24") | int }} hours')
 {%- else -%}
 create sink {{ this }}
-{%- if entity_of(entity)["keys"] | length > 1 %} as
+{%- if attributes %} as
 select {{ first_key(entity) }}, {{ sort_key(entity) }} as domain_key, {{ attributes | join(", ") }} from {{ relation }}
 {%- else %} from {{ relation }}
 {%- endif %}

@@ -1,0 +1,153 @@
+"""Check what a project declares about views that are read for one key, and how every view is kept current."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from typing import cast, get_args
+
+from dagster_prefs.declarations.check_topics import Topic
+from dagster_prefs.declarations.findings import EXAMPLES, Findings, did_you_mean, is_whole, plain
+from dagster_prefs.declarations.read import Map, ModelYaml, as_map
+from dagster_prefs.declarations.registry import Keeping, KeptView, PreferenceView
+
+PREFERENCE_KEYS = ("entity", "reads")
+KEEP_KEYS = ("by", "whole", "every_seconds")
+_EXAMPLE = "keep: { by: rebuilt, every_seconds: 300 }"
+_REFERENCE = re.compile(r"""ref\(\s*["'](\w+)["']\s*\)""")
+_PLAIN_VIEW = re.compile(r"""materialized\s*=\s*["'](?:view|ephemeral)["']""")
+
+
+def references(sql: str) -> tuple[str, ...]:
+    """The models that a model's SQL refers to, in their order."""
+    return tuple(dict.fromkeys(_REFERENCE.findall(sql)))
+
+
+def check_preference(findings: Findings, model: ModelYaml) -> PreferenceView | None:
+    """The preference view that a model's YAML declares; None, with its problems noted, where it is wrong."""
+    given, example = as_map(model.meta["preference"], model.line), EXAMPLES["preference"]
+    before = len(findings.problems)
+    findings.known(model.file, given, PREFERENCE_KEYS, f"{model.name}: meta.preference", example)
+    findings.needs_sql(model, "preference view")
+    entity = findings.entity(model, given, "preference")
+    if entity:
+        findings.keys(model, entity, entity.keys)
+    keys = [key.name for key in entity.keys] if entity else []
+    reads = given.get("reads", [name for name in model.columns if name not in keys])
+    unknown = [name for name in reads if name not in model.columns] if isinstance(reads, list) else []
+    if not isinstance(reads, list) or not reads or unknown:
+        findings.say(
+            model.file,
+            given.at("reads"),
+            f"{model.name}: reads is {plain(reads)!r}: it lists columns of the view, what is read for one key"
+            f"{did_you_mean(unknown[0], model.columns) if unknown else ''}",
+            example,
+        )
+    if len(findings.problems) > before or not entity:
+        return None
+    return PreferenceView(model.name, entity.name, tuple(map(str, reads)))
+
+
+def check_kept(findings: Findings, model: ModelYaml, topics: Sequence[Topic]) -> KeptView | None:
+    """How a view that is written by hand is kept current; None where it is no such view, or wrong."""
+    sql = findings.project.sql(model.name)
+    materialized = str(model.config.get("materialized", "materialized_view"))
+    if sql is None or "topic" in model.meta or _PLAIN_VIEW.search(sql) or materialized != "materialized_view":
+        if "keep" in model.meta:
+            what = "the typed events of a topic" if "topic" in model.meta else "no materialized view"
+            findings.say(
+                model.file,
+                model.meta.at("keep"),
+                f"{model.name}: meta.keep is for materialized views that are written by hand, and this is {what}: "
+                "remove it",
+                _EXAMPLE,
+            )
+        return None
+    before = len(findings.problems)
+    inputs = references(sql)
+    given = as_map(model.meta.get("keep"), model.line)
+    if "keep" in model.meta:
+        _check_given(findings, model, inputs)
+    reference_data = {topic.declared.relation for topic in topics if topic.declared.keep == "last"}
+    whole = [str(name) for name in given.get("whole") or [] if name in inputs]
+    whole += [name for name in inputs if name in reference_data and name not in whole]
+    unique = next(iter(model.unique_keys), [])
+    key = _entity_key(findings, model, [name for name in inputs if name not in whole])
+    by = given.get("by") or ("key" if key else None)
+    if by is None:
+        findings.say(
+            model.file,
+            model.line,
+            f"{model.name}: how it is kept current does not follow from its YAML: no unique index of it has the "
+            f"keys of an entity which all that it reads has too ({', '.join(inputs) or 'nothing'}): declare meta.keep",
+            _EXAMPLE,
+        )
+    elif by in ("key", "merging") and not (key or unique):
+        findings.say(
+            model.file,
+            model.meta.at("keep"),
+            f"{model.name}: it is kept by {by}, and has no unique index that says the key",
+            "indexes: [{ columns: [learner_id], unique: true }]",
+        )
+    if len(findings.problems) > before:
+        return None
+    return KeptView(
+        relation=model.name,
+        by=cast(Keeping, by),
+        key=tuple(key or unique) if by == "key" else tuple(unique),
+        inputs=inputs,
+        whole=tuple(whole),
+        every_seconds=given.get("every_seconds"),
+    )
+
+
+def _check_given(findings: Findings, model: ModelYaml, inputs: Collection[str]) -> None:
+    given = model.meta["keep"]
+    if not isinstance(given, Map):
+        findings.say(
+            model.file,
+            model.meta.at("keep"),
+            f"{model.name}: meta.keep is {given!r}: it is a mapping",
+            _EXAMPLE,
+        )
+        return
+    findings.known(model.file, given, KEEP_KEYS, f"{model.name}: meta.keep", _EXAMPLE)
+    by, every, whole = given.get("by"), given.get("every_seconds"), given.get("whole", [])
+    if by is not None and by not in get_args(Keeping):
+        findings.say(
+            model.file,
+            given.at("by"),
+            f"{model.name}: keep by {by!r}: it is one of {', '.join(get_args(Keeping))}",
+            _EXAMPLE,
+        )
+    if (by == "rebuilt") != (every is not None) or (every is not None and (not is_whole(every) or every < 1)):
+        findings.say(
+            model.file,
+            given.at("every_seconds"),
+            f"{model.name}: every_seconds is {every!r}: it is a whole number of seconds from 1 on, of a view that is "
+            "kept by rebuilt, and of no other",
+            _EXAMPLE,
+        )
+    if not isinstance(whole, list) or (unknown := [name for name in whole if name not in inputs]):
+        near = did_you_mean(unknown[0], inputs) if isinstance(whole, list) else ""
+        findings.say(
+            model.file,
+            given.at("whole"),
+            f"{model.name}: whole is {plain(whole)!r}: it lists relations that the view reads, which are "
+            f"{', '.join(inputs) or 'none'}{near}",
+            "whole: [items]",
+        )
+
+
+def _entity_key(findings: Findings, model: ModelYaml, inputs: Collection[str]) -> list[str]:
+    """The keys of an entity in the view's unique index, where all that it reads by key has them too."""
+    columns = {one.name: one.columns for one in findings.project.models}
+    for entity in findings.entities.values():
+        names = [key.name for key in entity.keys]
+        if (
+            inputs
+            and any(set(names) <= set(unique) for unique in model.unique_keys)
+            and all(set(names) <= columns.get(name, {}).keys() for name in inputs)
+        ):
+            return names
+    return []
