@@ -145,3 +145,22 @@ def test_no_test_imports_from_another_test_file() -> None:
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[-1].startswith("test_")
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_no_module_changes_this_process_environment() -> None:
+    """Settings reach dbt as the environment of a child process; `.env` is read once, before anything runs."""
+    changing = ("update", "setdefault", "pop", "popitem", "clear", "putenv", "unsetenv")
+    wrong = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        inside = path.relative_to(PACKAGE).as_posix()
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case ast.Attribute(value=ast.Attribute(attr="environ") | ast.Name(id="os" | "environ")):
+                    changed = node.attr in changing
+                case ast.Subscript(value=ast.Attribute(attr="environ") | ast.Name(id="environ")):
+                    changed = not isinstance(node.ctx, ast.Load)
+                case _:
+                    changed = False
+            if changed and inside not in ("settings.py", "engine/dbt_child.py"):
+                wrong.append(f"{inside}:{node.lineno}")
+    assert not wrong, "\n".join(wrong)
