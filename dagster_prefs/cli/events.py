@@ -65,11 +65,11 @@ def kafka_delivery(settings: Settings) -> Delivery | None:
     """Where messages go whose raw tables a Kafka connector fills; None where this platform writes them."""
     if settings.engine != "risingwave" or not settings.kafka_bootstrap:
         return None
-    from dagster_prefs.events.brokers import client_properties
     from dagster_prefs.events.kafka import KafkaWriter
+    from dagster_prefs.platform import Platform
 
-    writer = KafkaWriter(settings.kafka_bootstrap, client=client_properties(settings))
-    return writer.delivery(settings.kafka_topics)
+    kafka = Platform(settings).kafka
+    return KafkaWriter(settings.kafka_bootstrap, client=kafka.client).delivery(kafka.topics)
 
 
 @cli.group(invoke_without_command=True)
@@ -119,7 +119,6 @@ def consume(topic: str | None, follow: bool) -> None:
 
     A run goes on where the last one ended.
     """
-    from dagster_prefs.events.brokers import client_properties
     from dagster_prefs.events.kafka import ingest_topic
     from dagster_prefs.platform import Platform
 
@@ -130,10 +129,10 @@ def consume(topic: str | None, follow: bool) -> None:
         raise PrefsError("--follow reads one topic at a time: name it with --topic")
     registry = settings.registry()
     topics = [registry.topic(topic)] if topic else list(registry.topics.values())
-    lives = {life.kafka_topic: life for life in Platform(settings).kafka_topics(note=True)}
-    names = settings.kafka_topics
+    platform = Platform(settings)
+    lives, kafka = {life.kafka_topic: life for life in platform.kafka_topics(note=True)}, platform.kafka
     for declared in topics:
-        kafka_topic = names[declared.name]
+        kafka_topic = kafka.topics[declared.name]
         with progress_bar(declared.name) as advance:
             report = ingest_topic(
                 EngineConfiguration.of(settings),
@@ -143,7 +142,7 @@ def consume(topic: str | None, follow: bool) -> None:
                 generation=lives[kafka_topic].generation,
                 start=settings.kafka_start,
                 until=None if follow else "end",
-                client=client_properties(settings),
+                client=kafka.client,
                 progress=advance,
             )
         console.print(
@@ -291,12 +290,12 @@ def simulate(
 
     Those of the example behave as people do; messages of other topics are made up from their fields.
     """
-    from dagster_prefs.events.brokers import client_properties
+    from dagster_prefs.platform import Platform
     from dagster_prefs.tools import simulator
     from dagster_prefs.tools.scenario import scenario_plan
 
     settings = load_settings()
-    registry = settings.registry()
+    registry, kafka = settings.registry(), Platform(settings).kafka
     plan = simulator.fitted(
         registry, scenario_plan(datetime.now(UTC), seed=seed, days=days, entities=entities, events=events)
     )
@@ -308,8 +307,8 @@ def simulate(
         if target != "kafka":
             raise PrefsError("--once is for --to kafka: the engine and files tell a repetition by themselves")
         if any(
-            holds_messages(settings.kafka_bootstrap or "", name, client=client_properties(settings))
-            for name in settings.kafka_topics.values()
+            holds_messages(settings.kafka_bootstrap or "", name, client=kafka.client)
+            for name in kafka.topics.values()
         ):
             console.print("Kafka holds events already: nothing was sent")
             return
@@ -321,9 +320,7 @@ def simulate(
             )
         elif follow and target == "kafka":
             counts = simulator.follow(
-                simulator.KafkaSink(
-                    settings.kafka_bootstrap or "", settings.kafka_topics, client_properties(settings)
-                ),
+                simulator.KafkaSink(settings.kafka_bootstrap or "", kafka.topics, kafka.client),
                 plan,
                 rate=rate or 20.0,
                 seconds=seconds,
@@ -338,8 +335,8 @@ def simulate(
             counts = simulator.simulate_to_kafka(
                 settings.kafka_bootstrap or "",
                 plan,
-                names=settings.kafka_topics,
-                client=client_properties(settings),
+                names=kafka.topics,
+                client=kafka.client,
                 rate=rate,
                 progress=advance,
             )
