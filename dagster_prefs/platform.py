@@ -276,7 +276,7 @@ class ProfileStore:
         if self._platform.settings.export == "sink":
             self._platform.prepare_training_tables()
 
-    def settle(self, relation: str) -> str:
+    def reconcile(self, relation: str) -> str:
         """Bring the domain's items to the rows of its rolling view: published here, reconciled behind a sink.
 
         Behind a changefeed only the holder of its lease writes: this process, or a follower that is at work.
