@@ -72,6 +72,7 @@ RESERVED = {
     "uvicorn": {"serving", "defs"},
     "pyiceberg": {"iceberg", "training", "defs", "erasure", "freshness"},
     "moto": {"local"},
+    "prometheus_client": {"freshness", "serving"},
     "pydantic_settings": {"settings"},
 }
 MOST_PARAMETERS = 7
