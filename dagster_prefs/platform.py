@@ -30,15 +30,18 @@ from dagster_prefs.dynamodb.changefeed import PublishedElsewhere, process_label,
 from dagster_prefs.dynamodb.lease import read_lease
 from dagster_prefs.dynamodb.publisher import publish_domain
 from dagster_prefs.dynamodb.tables import TableReport, dynamodb_client, provision
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
 from dagster_prefs.freshness.reconcile import reconcile_domain
 from dagster_prefs.freshness.status import Sources
 from dagster_prefs.settings import Settings, kafka_variable
 
 if TYPE_CHECKING:
+    from pydantic import SecretStr
     from pyiceberg.catalog import Catalog
     from pyiceberg.table import Table
 
+    from dagster_prefs.events.brokers import KafkaSecurity, KafkaSource
     from dagster_prefs.events.topics import TopicGeneration
     from dagster_prefs.iceberg.tables import TileTable
 
@@ -48,8 +51,38 @@ class Platform:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.sources = Sources(settings)
-        self.engine = self.sources.engine
+        self.engine = EngineConfiguration.of(settings)
+
+    @property
+    def sources(self) -> Sources:
+        """Where the freshness and lag readings come from."""
+        settings = self.settings
+        return Sources(
+            engine=self.engine,
+            declared=settings.registry,
+            kafka=lambda: self.kafka,
+            connect=self.dynamodb,
+            catalog=self.catalog,
+            table_prefix=settings.table_prefix,
+            namespace=settings.iceberg_namespace,
+            export_start=settings.export_start_date,
+            publishes=settings.publishes,
+            follows=settings.follows,
+            by_sink=settings.export == "sink",
+        )
+
+    @property
+    def kafka(self) -> KafkaSource:
+        """Where events come from; it holds no brokers where none are set."""
+        from dagster_prefs.events.brokers import KafkaSource, client_properties
+
+        settings = self.settings
+        return KafkaSource(
+            bootstrap=settings.kafka_bootstrap,
+            topics=settings.kafka_topics,
+            start=settings.kafka_start,
+            client=client_properties(kafka_security(settings)),
+        )
 
     @cached_property
     def dbt(self) -> Dbt:
@@ -84,7 +117,7 @@ class Platform:
     @property
     def contract(self) -> Contract:
         """The serving contract."""
-        return self.sources.contract
+        return self.registry.contract
 
     def dynamodb(self) -> Any:
         """Return a DynamoDB client for the configured endpoint."""
@@ -105,12 +138,12 @@ class Platform:
         """
         if self.settings.kafka_bootstrap is None:
             return []
-        from dagster_prefs.events.brokers import client_properties
         from dagster_prefs.events.contact import KafkaUnavailable
         from dagster_prefs.events.topics import broker_ids, note_topics, topic_generations
 
-        bootstrap, names = self.settings.kafka_bootstrap, list(self.settings.kafka_topics.values())
-        ids = broker_ids(bootstrap, names, client=client_properties(self.settings))
+        kafka, bootstrap = self.kafka, self.settings.kafka_bootstrap
+        names = list(kafka.topics.values())
+        ids = broker_ids(bootstrap, names, client=kafka.client)
         if missing := [name for name in names if name not in ids]:
             raise KafkaUnavailable(
                 f"Kafka at {bootstrap} has no topic {', '.join(missing)}: create it, or set the name it has there "
@@ -122,8 +155,18 @@ class Platform:
             return list(topic_generations(session, self.engine, ids).values())
 
     def catalog(self) -> Catalog:
-        """Open the Iceberg catalog. Raises OfflineError when it does not answer."""
-        return self.sources.catalog()
+        """The Iceberg catalog; raises OfflineError when it does not answer."""
+        from dagster_prefs.iceberg.catalog import open_catalog
+
+        settings = self.settings
+        return open_catalog(
+            settings.iceberg_catalog,
+            settings.warehouse,
+            uri=settings.iceberg_uri,
+            credential=_secret(settings.iceberg_credential),
+            region=settings.aws_region,
+            endpoint_url=settings.aws_endpoint_url,
+        )
 
     @cached_property
     def training_tables(self) -> dict[str, TileTable]:
@@ -160,6 +203,33 @@ class Platform:
             drop_orphans=drop_orphans,
             on_step=on_step,
         )
+
+
+def kafka_security(settings: Settings) -> KafkaSecurity:
+    """How the settings say that brokers let our clients in."""
+    from dagster_prefs.events.brokers import KafkaSecurity
+
+    return KafkaSecurity(
+        protocol=settings.kafka_security_protocol,
+        mechanism=settings.kafka_sasl_mechanism,
+        username=settings.kafka_sasl_username,
+        password=_secret(settings.kafka_sasl_password),
+        tls={
+            "ssl.ca.location": settings.kafka_ssl_ca_location,
+            "ssl.ca.pem": settings.kafka_ssl_ca_pem,
+            "ssl.certificate.location": settings.kafka_ssl_certificate_location,
+            "ssl.certificate.pem": settings.kafka_ssl_certificate_pem,
+            "ssl.key.location": settings.kafka_ssl_key_location,
+            "ssl.key.pem": _secret(settings.kafka_ssl_key_pem),
+            "ssl.key.password": _secret(settings.kafka_ssl_key_password),
+        },
+        msk_region=settings.kafka_msk_region or settings.aws_region,
+        msk_role_arn=settings.kafka_msk_role_arn,
+    )
+
+
+def _secret(given: SecretStr | None) -> str | None:
+    return None if given is None else given.get_secret_value()
 
 
 def review_contract(
@@ -208,8 +278,8 @@ class ProfileStore:
         if self._platform.settings.export == "sink":
             self._platform.prepare_training_tables()
 
-    def settle(self, relation: str) -> str:
-        """Bring the domain's items to the rows of its rolling view: publish here, or reconcile behind a sink.
+    def reconcile(self, relation: str) -> str:
+        """Bring the domain's items to the rows of its rolling view: published here, reconciled behind a sink.
 
         With a changefeed only the holder of its lease writes: this process, or a running follower.
         """

@@ -65,11 +65,11 @@ def kafka_delivery(settings: Settings) -> Delivery | None:
     """Return the delivery to Kafka if a connector fills the raw tables; None if this platform writes them."""
     if settings.engine != "risingwave" or not settings.kafka_bootstrap:
         return None
-    from dagster_prefs.events.brokers import client_properties
     from dagster_prefs.events.kafka import KafkaWriter
+    from dagster_prefs.platform import Platform
 
-    writer = KafkaWriter(settings.kafka_bootstrap, client=client_properties(settings))
-    return writer.delivery(settings.kafka_topics)
+    kafka = Platform(settings).kafka
+    return KafkaWriter(settings.kafka_bootstrap, client=kafka.client).delivery(kafka.topics)
 
 
 @cli.group(invoke_without_command=True)
@@ -122,7 +122,6 @@ def consume(topic: str | None, follow: bool) -> None:
 
     A run continues where the last one ended.
     """
-    from dagster_prefs.events.brokers import client_properties
     from dagster_prefs.events.kafka import ingest_topic
     from dagster_prefs.platform import Platform
 
@@ -133,10 +132,10 @@ def consume(topic: str | None, follow: bool) -> None:
         raise PrefsError("--follow reads one topic at a time: name it with --topic")
     registry = settings.registry()
     topics = [registry.topic(topic)] if topic else list(registry.topics.values())
-    lives = {life.kafka_topic: life for life in Platform(settings).kafka_topics(note=True)}
-    names = settings.kafka_topics
+    platform = Platform(settings)
+    lives, kafka = {life.kafka_topic: life for life in platform.kafka_topics(note=True)}, platform.kafka
     for declared in topics:
-        kafka_topic = names[declared.name]
+        kafka_topic = kafka.topics[declared.name]
         with progress_bar(declared.name) as advance:
             report = ingest_topic(
                 EngineConfiguration.of(settings),
@@ -146,7 +145,7 @@ def consume(topic: str | None, follow: bool) -> None:
                 generation=lives[kafka_topic].generation,
                 start=settings.kafka_start,
                 until=None if follow else "end",
-                client=client_properties(settings),
+                client=kafka.client,
                 progress=advance,
             )
         console.print(
@@ -298,12 +297,12 @@ def simulate(
     Events of the example's topics follow a scenario; messages of other topics are generated from their
     fields.
     """
-    from dagster_prefs.events.brokers import client_properties
+    from dagster_prefs.platform import Platform
     from dagster_prefs.tools import simulator
     from dagster_prefs.tools.scenario import scenario_plan
 
     settings = load_settings()
-    registry = settings.registry()
+    registry, kafka = settings.registry(), Platform(settings).kafka
     plan = simulator.fitted(
         registry, scenario_plan(datetime.now(UTC), seed=seed, days=days, entities=entities, events=events)
     )
@@ -315,8 +314,8 @@ def simulate(
         if target != "kafka":
             raise PrefsError("--once is for --to kafka: the engine and files tell a repetition by themselves")
         if any(
-            holds_messages(settings.kafka_bootstrap or "", name, client=client_properties(settings))
-            for name in settings.kafka_topics.values()
+            holds_messages(settings.kafka_bootstrap or "", name, client=kafka.client)
+            for name in kafka.topics.values()
         ):
             console.print("Kafka holds events already: nothing was sent")
             return
@@ -328,9 +327,7 @@ def simulate(
             )
         elif follow and target == "kafka":
             counts = simulator.follow(
-                simulator.KafkaSink(
-                    settings.kafka_bootstrap or "", settings.kafka_topics, client_properties(settings)
-                ),
+                simulator.KafkaSink(settings.kafka_bootstrap or "", kafka.topics, kafka.client),
                 plan,
                 rate=rate or 20.0,
                 seconds=seconds,
@@ -345,8 +342,8 @@ def simulate(
             counts = simulator.simulate_to_kafka(
                 settings.kafka_bootstrap or "",
                 plan,
-                names=settings.kafka_topics,
-                client=client_properties(settings),
+                names=kafka.topics,
+                client=kafka.client,
                 rate=rate,
                 progress=advance,
             )

@@ -58,9 +58,10 @@ def readings(settings: Settings) -> Iterator[Callable[[], Status]]:
     """Yield a function that reads all measures, the canary's from the state that its sensor stored."""
     from dagster_prefs.freshness.canary import canary_paths
     from dagster_prefs.freshness.levels import Measure
-    from dagster_prefs.freshness.status import Sources, evaluate
+    from dagster_prefs.freshness.status import evaluate
+    from dagster_prefs.platform import Platform
 
-    sources = Sources(settings)
+    sources = Platform(settings).sources
     try:
         from dagster_prefs.defs.freshness import last_probe
         from dagster_prefs.defs.instance import open_instance
@@ -101,7 +102,7 @@ def reconcile(dry_run: bool) -> None:
     """
     from dagster_prefs.events.raw import Progress
     from dagster_prefs.freshness.reconcile import reconcile_domain
-    from dagster_prefs.freshness.status import Sources
+    from dagster_prefs.platform import Platform
 
     settings = load_settings()
     if settings.follows and not dry_run:
@@ -109,7 +110,7 @@ def reconcile(dry_run: bool) -> None:
             "with PREFS_PUBLISH=changefeed only the holder of a domain's lease writes it: run `prefs publish --full`, "
             "which compares whole views and repairs; `prefs reconcile --dry-run` counts what differs"
         )
-    sources = Sources(settings)
+    sources = Platform(settings).sources
     client, tables = sources.dynamodb()
     for domain in sources.contract.domains.values():
         with progress_bar(domain.name) as advance:

@@ -4,16 +4,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from typing import Any
 
 import dagster as dg
-from dagster._core.scheduler.instigation import InstigatorStatus, InstigatorType, SensorInstigatorData
 
 from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.declarations.reserved import canary_id
 from dagster_prefs.defs.offline_store import asset_key as training_key
 from dagster_prefs.defs.resources import schedule_status, sensor_status
 from dagster_prefs.errors import PrefsError
-from dagster_prefs.events.brokers import client_properties
 from dagster_prefs.freshness.alerts import (
     AlertError,
     Webhook,
@@ -181,16 +180,16 @@ def last_probe(instance: dg.DagsterInstance, registry: Registry, *, now: datetim
     """
     names = canary_paths(registry)
     try:
-        states = instance.all_instigator_state(instigator_type=InstigatorType.SENSOR)
+        states: Sequence[Any] = instance.all_instigator_state()
     except Exception as error:
         # Each kind of store raises errors of its own, and none may prevent the other measures.
         return unknown("canary", names, f"Dagster's instance cannot be read: {error}")
     ticks = [
         (data.last_tick_timestamp or 0.0, data.cursor)
         for state in states
-        if state.instigator_name == CANARY_SENSOR
-        and isinstance(data := state.instigator_data, SensorInstigatorData)
-        and state.status != InstigatorStatus.STOPPED
+        if (state.instigator_type.value, state.instigator_name) == ("SENSOR", CANARY_SENSOR)
+        and (data := state.instigator_data) is not None
+        and state.status.value != "STOPPED"
     ]
     if not ticks:
         reason = f"the canary is off: start the sensor {CANARY_SENSOR} in Dagster to measure it"
@@ -309,7 +308,7 @@ def _probe(platform: Platform, state: CanaryState) -> tuple[CanaryState, list[Me
                 moment,
                 bootstrap=settings.kafka_bootstrap,
                 kafka_topics=settings.kafka_topics,
-                client=client_properties(settings),
+                client=platform.kafka.client,
             ),
             readers=[*readers, lambda: read_views(platform.engine, registry, views)],
             paths=canary_paths(registry),

@@ -1,4 +1,4 @@
-"""Apply a plan: build shadow relations, swap them in, drop the old ones last. A crash at any step is safe."""
+"""Carry a plan out: build shadow relations, swap them in, drop the old ones last; it may stop at any moment."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class OnlineStore(Protocol):
     def prepare(self) -> None:
         """Create or verify the tables, before a sink into one is created."""
 
-    def settle(self, relation: str) -> str:
-        """Reconcile a rolling view's domain with its rows, deleted keys included; return a summary."""
+    def reconcile(self, relation: str) -> str:
+        """Bring the items of a rolling view's domain to the view's rows, departed keys included; say what was done."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,14 @@ class _Journal:
     id: str
     state: str
     closure: tuple[tuple[str, str], ...]
-    settle: tuple[str, ...]
+    reconcile: tuple[str, ...]
     drop: tuple[str, ...]
 
     @property
     def suffix(self) -> str:
         return f"__next_{self.id}"
 
-    def beside(self, name: str) -> str:
+    def shadow(self, name: str) -> str:
         return name + self.suffix
 
 
@@ -166,7 +166,7 @@ class _Apply:
             id=plan.id,
             state=BUILDING,
             closure=tuple((name, models[name].kind) for name in plan.closure),
-            settle=tuple(
+            reconcile=tuple(
                 name
                 for name in models
                 if models[name].domain
@@ -193,9 +193,9 @@ class _Apply:
             if relation.add_columns or relation.how == "kept":
                 self._record(plan, relation.name)
         kept = {relation.name for relation in plan.of("changed") if relation.how == "kept"}
-        beside = {name: journal.beside(name) for name in plan.closure}
+        shadows = {name: journal.shadow(name) for name in plan.closure}
         sinks = [name for name in plan.closure if models[name].kind in _WRITERS]
-        if any(models[name].kind == "sink" for name in (*differing, *plan.closure)) or journal.settle:
+        if any(models[name].kind == "sink" for name in (*differing, *plan.closure)) or journal.reconcile:
             self.on_step("prepare the online store")
             self.online.prepare()
         in_place = [
@@ -204,41 +204,41 @@ class _Apply:
             if name not in plan.closure
             and ((name in differing and name not in kept) or (models[name].domain and plan.contract.changes))
         ]
-        if beside:
+        if shadows:
             self._drop_unrecorded(journal)
         first = [*in_place, *(name for name in plan.closure if name not in sinks)]
         if not self.streaming and plan.of("changed"):
             self._announce(plan)
         if first:
             self.on_step(f"build {', '.join(first)}")
-            self._build(first, beside)
-        if beside:
+            self._build(first, shadows)
+        if shadows:
             try:
                 if into_lake := [name for name in sinks if models[name].training_table]:
                     self._drop_lake_sinks(journal, into_lake)
                 if sinks:
-                    self.on_step(f"build {', '.join(sinks)} beside the old ones")
-                    self._build(sinks, beside)
+                    self.on_step(f"build {', '.join(sinks)} as shadow relations")
+                    self._build(sinks, shadows)
                 self._wait_until_created(journal)
             except (Exception, KeyboardInterrupt) as error:
-                self._silence(journal, error)
+                self._withdraw_sinks(journal, error)
                 raise
-        if beside:
+        if shadows:
             self.on_step("go live")
             self._go_live(self._write(replace(journal, state=GOING_LIVE)))
             return
-        self._settle(journal)
+        self._reconcile(journal)
         if self.streaming:
             self._drop_orphans(journal)
-        self._forget(journal)
+        self._end(journal)
 
     def _affects(self, plan: Plan, differing: set[str], domain: str) -> bool:
         return domain in differing or any(
             domain in relation.views for relation in plan.of("changed") if relation.how != "kept"
         )
 
-    def _build(self, names: Sequence[str], beside: dict[str, str]) -> None:
-        failed = [result for result in self.dbt.run("run", names, aliases=beside) if not result.ok]
+    def _build(self, names: Sequence[str], shadows: dict[str, str]) -> None:
+        failed = [result for result in self.dbt.run("run", names, aliases=shadows) if not result.ok]
         if failed:
             causes = [result for result in failed if result.status != "skipped"] or failed
             what = "; ".join(f"{result.name}: {result.message}" for result in causes)
@@ -254,25 +254,25 @@ class _Apply:
         # Only for sinks: a new subscription has written nothing yet, and the live one still reads the view
         # that was swapped away.
         if any(kind == "sink" for _, kind in journal.closure):
-            self._settle(journal)
+            self._reconcile(journal)
         for name, kind in journal.closure:
             if kind in _WRITERS:
                 self._take_over(journal, name, drop=True)
         self.on_step("record what is deployed")
         self._promote_records(journal)
-        # The old sinks wrote until they were dropped.
-        self._settle(journal)
+        # What the old sinks wrote until they were dropped.
+        self._reconcile(journal)
         self._drop_orphans(journal)
         for name, _ in reversed(journal.closure):
-            self._drop(journal.beside(name), "the old relation")
+            self._drop(journal.shadow(name), "the old relation")
         self._promote_indexes(journal)
-        self._forget(journal)
+        self._end(journal)
 
     # --- steps ---
 
     def _take_over(self, journal: _Journal, name: str, *, drop: bool) -> None:
         objects = self._catalog().objects
-        new, old = objects.get(journal.beside(name)), objects.get(name)
+        new, old = objects.get(journal.shadow(name)), objects.get(name)
         if new is None or (old is not None and old.id > new.id):
             return
         if old is not None and (drop or old.kind in _WRITERS):
@@ -287,27 +287,26 @@ class _Apply:
             self._execute("alter {} {} rename to {}", kind, self._at(new.name), sql.Identifier(name))
 
     def _drop_lake_sinks(self, journal: _Journal, names: Sequence[str]) -> None:
-        # A sink overwrites items, but adds rows to a training table: if the old sink or the one of an
-        # interrupted apply still existed, each row would be written twice. Nothing is served from training
-        # tables in the meantime.
+        # Items are written over, but rows of a training table are added: next to the old sink, or after what an
+        # interrupted apply built, a new one would write each a second time. Nobody is served from there meanwhile.
         for name in names:
             self._drop(name, "the old sink")
-            self._drop(journal.beside(name), "the unfinished sink")
+            self._drop(journal.shadow(name), "the unfinished sink")
         self.on_step("prepare the training tables")
         self.online.prepare()
 
-    def _settle(self, journal: _Journal) -> None:
-        for relation in journal.settle:
+    def _reconcile(self, journal: _Journal) -> None:
+        for relation in journal.reconcile:
             self.on_step(f"reconcile {relation} with the online store")
-            self.on_step(self.online.settle(relation))
+            self.on_step(self.online.reconcile(relation))
 
-    def _silence(self, journal: _Journal, cause: BaseException) -> None:
-        # Two sinks of one domain overwrite each other, so drop the new ones and reconcile what they wrote.
+    def _withdraw_sinks(self, journal: _Journal, cause: BaseException) -> None:
+        # Two sinks of one domain overwrite each other: the new ones go, and what they wrote is put right.
         try:
             for name, kind in journal.closure:
                 if kind in _WRITERS:
-                    self._drop(journal.beside(name), "the unfinished sink")
-            self._settle(journal)
+                    self._drop(journal.shadow(name), "the unfinished sink")
+            self._reconcile(journal)
         except (PrefsError, psycopg.Error) as error:
             raise ApplyError(
                 f"{cause}; the sinks built so far could not be taken back either ({error}): run `prefs apply` again"
@@ -319,8 +318,8 @@ class _Apply:
             self._wait_until_created(journal)
             left = [name for name in self._catalog().objects if name.endswith(journal.suffix)]
             self._drop_all(left, "the unfinished relation")
-        self._settle(journal)
-        self._forget(journal)
+        self._reconcile(journal)
+        self._end(journal)
 
     def _drop_unrecorded(self, journal: _Journal) -> None:
         # The apply was interrupted between building and recording these, so they may be incomplete and are
@@ -330,7 +329,7 @@ class _Apply:
         records, _ = read_records(self.connection, self.engine, catalog)
         unrecorded = [
             name
-            for name in map(journal.beside, dict(journal.closure))
+            for name in map(journal.shadow, dict(journal.closure))
             if name in catalog.objects and (name not in records or records[name].state != "deployed")
         ]
         self._drop_all([*unrecorded, *catalog.readers(unrecorded)], "the unfinished relation")
@@ -340,7 +339,7 @@ class _Apply:
             with self._one_change():
                 self._drop_all(journal.drop, "the orphaned relation")
                 for name in journal.drop:
-                    self._forget_record(name)
+                    self._delete_record(name)
 
     def _drop_all(self, names: Sequence[str], what: str) -> None:
         """Drop relations, readers before the relations that they read."""
@@ -422,7 +421,7 @@ class _Apply:
                         id=name.split(":")[1],
                         state=record.state,
                         closure=tuple((one, kind) for one, kind in kept["closure"]),
-                        settle=tuple(kept["settle"]),
+                        reconcile=tuple(kept["settle"]),
                         drop=tuple(kept["drop"]),
                     )
                 )
@@ -432,7 +431,8 @@ class _Apply:
         if DEPLOYMENTS not in self._catalog().objects:
             # The database is empty: dbt creates everything, and the next apply sees what is missing.
             return journal
-        kept = {"closure": journal.closure, "settle": journal.settle, "drop": journal.drop}
+        # The keys are those of earlier versions, so that an apply that one of them began can be finished.
+        kept = {"closure": journal.closure, "settle": journal.reconcile, "drop": journal.drop}
         values = (f"plan:{journal.id}", JOURNAL_KIND, json.dumps(kept), journal.state, "prefs apply")
         conflict = (
             sql.SQL("")
@@ -494,7 +494,7 @@ class _Apply:
             to = sql.Identifier(name.replace(journal.suffix, ""))
             self._execute("alter index {} rename to {}", self._at(name), to)
 
-    def _forget(self, journal: _Journal) -> None:
+    def _end(self, journal: _Journal) -> None:
         if DEPLOYMENTS not in self._catalog().objects:
             return
         self._execute(
@@ -508,7 +508,7 @@ class _Apply:
             values=(f"plan:{journal.id}", PENDING_KIND),
         )
 
-    def _forget_record(self, name: str) -> None:
+    def _delete_record(self, name: str) -> None:
         self._execute(
             "delete from {} where relation in (%s, %s)",
             self._records,

@@ -25,9 +25,9 @@ from dagster_prefs.errors import PrefsError
 
 DEPLOYMENTS = "deployments"
 
-# A shadow relation carries the plan's id as a suffix of its name until the swap.
-BESIDE = re.compile(r"__next_([0-9a-f]{8})$")
-# The temporary relations of dbt-risingwave's own zero-downtime mode.
+# A shadow relation, built next to the old one, carries the plan's id behind its name until it takes the name over.
+SHADOW = re.compile(r"__next_([0-9a-f]{8})$")
+# What dbt-risingwave's own zero-downtime mode leaves.
 DBT_LEFTOVER = re.compile(r"_dbt_zero_down_tmp_")
 
 # A Kafka feed: a source with the model's name, and a sink from it into the topic's raw table (macro
@@ -86,7 +86,7 @@ class Model:
 
     @property
     def replaces_itself(self) -> bool:
-        """Whether a run of its model replaces what runs: dbt alone builds a new feed next to the old one."""
+        """Whether a run of its model replaces what runs: dbt alone makes a second feed next to the old one."""
         return self.kind == FEED_KIND
 
 
@@ -349,7 +349,7 @@ def read_records(
     fragments = [
         json.loads(definition)
         for name, kind, _, definition, _ in rows
-        if kind == CONTRACT_KIND and not BESIDE.search(name)
+        if kind == CONTRACT_KIND and not SHADOW.search(name)
     ]
     return {name: Record(*values) for name, *values in rows}, fragments
 
@@ -368,7 +368,7 @@ def compare(
     relations_of = {
         name: record
         for name, record in records.items()
-        if record.kind not in (CONTRACT_KIND, JOURNAL_KIND, PENDING_KIND) and not BESIDE.search(name)
+        if record.kind not in (CONTRACT_KIND, JOURNAL_KIND, PENDING_KIND) and not SHADOW.search(name)
     }
     stranded = _stranded(models, relations_of, catalog) if engine == "risingwave" else {}
     found: dict[str, RelationPlan] = {}
@@ -398,7 +398,7 @@ def compare(
     }
     for name in closure:
         foreign: set[str] = set(catalog.readers([name])) - set(models) - set(orphans if drop_orphans else ())
-        foreign = {reader for reader in foreign if not BESIDE.search(reader)}
+        foreign = {reader for reader in foreign if not SHADOW.search(reader)}
         if foreign:
             diff = found[name].diff if name in found else ""
             why = _foreign_reader(sorted(foreign), orphans)
@@ -420,7 +420,7 @@ def compare(
             sorted(
                 name
                 for name in catalog.objects
-                if BESIDE.search(name) or DBT_LEFTOVER.search(name) or name in unfinished_feeds
+                if SHADOW.search(name) or DBT_LEFTOVER.search(name) or name in unfinished_feeds
             )
         ),
         unfinished=tuple(
@@ -582,7 +582,7 @@ def _stranded(models: Mapping[str, Model], records: Mapping[str, Record], catalo
     for name in models:
         if name not in records or name not in catalog.objects:
             continue
-        read = {one for one in catalog.reads.get(name, ()) if BESIDE.search(one) or DBT_LEFTOVER.search(one)}
+        read = {one for one in catalog.reads.get(name, ()) if SHADOW.search(one) or DBT_LEFTOVER.search(one)}
         if wrong := sorted(read - _ancestors(models, name)):
             found[name] = f"it reads {', '.join(wrong)}, which was swapped away"
     return found

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import random
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dagster_prefs.declarations.contract import Table
+from dagster_prefs.dynamodb.backoff import Backoff
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.ids import SEPARATOR, Id
 
@@ -52,10 +51,9 @@ class ItemAccess:
         found: dict[Id, Mapping[str, Any]] = {}
         wanted = sorted(ids)
         for start in range(0, len(wanted), BATCH_KEYS):
-            chunk = wanted[start : start + BATCH_KEYS]
-            keys: Sequence[Any] = [self.key(domain_key, id_) for id_ in chunk]
-            asked = dict(zip(map(self._place, keys), chunk, strict=True))
-            for attempt in range(MAX_ATTEMPTS):
+            keys: Sequence[Any] = [self.key(domain_key, id_) for id_ in wanted[start : start + BATCH_KEYS]]
+            backoff = Backoff(MAX_ATTEMPTS, longest_seconds=2.0)
+            while True:
                 answer = self._call(
                     "batch_get_item", RequestItems={self.table: {"Keys": keys, "ConsistentRead": True}}
                 )
@@ -64,12 +62,11 @@ class ItemAccess:
                 keys = answer.get("UnprocessedKeys", {}).get(self.table, {}).get("Keys", [])
                 if not keys:
                     break
-                time.sleep(random.uniform(0, min(2.0, 0.05 * 2**attempt)))  # noqa: S311 - jitter
-            if keys:
-                raise StoreUnavailable(
-                    f"table {self.table} left {len(keys)} reads unprocessed after {MAX_ATTEMPTS} attempts, "
-                    "as when it is throttled: raise its read capacity or wait"
-                )
+                if not backoff.again():
+                    raise StoreUnavailable(
+                        f"table {self.table} left {len(keys)} reads unprocessed after {MAX_ATTEMPTS} attempts, "
+                        "as when it is throttled: raise its read capacity or wait"
+                    )
         return found
 
     def _place(self, item: Mapping[str, Any]) -> tuple[int | str, int | str]:

@@ -8,7 +8,6 @@ key again, even when the values went back to what they were, or the key left the
 from __future__ import annotations
 
 import json
-import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -19,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from psycopg import sql
 
-from dagster_prefs.declarations.contract import Contract, Domain, Table
+from dagster_prefs.declarations.contract import Contract, Domain
+from dagster_prefs.dynamodb.backoff import Backoff
 from dagster_prefs.dynamodb.items import ItemEncoder, ItemError
 from dagster_prefs.dynamodb.tables import TableReport
 from dagster_prefs.engine.connection import EngineConfiguration
@@ -493,7 +493,7 @@ class BatchWriter:
 
         outcome = _Outcome()
         pending = {change.id: change for change in batch}
-        attempts = 0
+        backoff = Backoff(self.max_attempts)
         reason = ""
         while pending:
             try:
@@ -531,15 +531,15 @@ class BatchWriter:
             if not pending:
                 break
             # As long as something is accepted the table makes progress, and patience is right.
-            attempts = 0 if accepted else attempts + 1
-            if attempts >= self.max_attempts:
+            if accepted:
+                backoff.progressed()
+            if not backoff.again():
                 outcome.fatal = (
                     f"table {self.table} did not accept {len(pending)} writes "
-                    f"after {attempts} attempts ({reason})"
+                    f"after {self.max_attempts} attempts ({reason})"
                 )
                 break
             outcome.retries += 1
-            time.sleep(random.uniform(0, min(5.0, 0.05 * 2**attempts)))  # noqa: S311 - jitter, not a secret
         return outcome
 
     def _isolate(self, changes: list[_Change], message: str, outcome: _Outcome) -> None:

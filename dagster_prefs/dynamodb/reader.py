@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import random
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dagster_prefs.declarations.contract import Table
+from dagster_prefs.dynamodb.backoff import Backoff
 from dagster_prefs.dynamodb.transport import Answer, Call, ReadError, Transport
 from dagster_prefs.ids import Id
 
@@ -67,7 +67,8 @@ class ItemReader:
         pending = self._plan(list(dict.fromkeys(keys)), consistent)
         optional = self._plan(list(dict.fromkeys(canaries)), consistent=False)
         last: dict[Key, ReadError] = {}
-        for attempt in range(self._max_attempts):
+        backoff = Backoff(self._max_attempts, first_seconds=0.02, longest_seconds=0.2, deadline=deadline)
+        while True:
             wanted = pending + optional
             rounds = -(-len(wanted) // self._side_by_side)
             attempt_deadline = min(deadline, time.monotonic() + self._read_timeout * rounds)
@@ -78,12 +79,8 @@ class ItemReader:
                 if left and position < len(pending):
                     again.append((call, asked) if left == asked else (self._batch(left, consistent), left))
             pending, optional = again, []
-            if not pending:
+            if not pending or not backoff.again():
                 break
-            pause = random.uniform(0, min(0.2, 0.02 * 2**attempt))  # noqa: S311 - jitter, not a secret
-            if attempt + 1 == self._max_attempts or time.monotonic() + pause >= deadline:
-                break
-            time.sleep(pause)
         for _, asked in pending:
             for key in asked:
                 found[key] = last[key]

@@ -20,6 +20,8 @@ _FAILED_STATEMENT = re.compile(r"\s*(Database|Runtime) Error in (model|test|snap
 # training tables and of domains differ by their destination.
 _ICEBERG, _DYNAMODB = "sink into Iceberg", "sink into DynamoDB"
 _LOOK_AT: Mapping[str, tuple[str, str]] = {
+    # dbt-risingwave's name for a table, with a connector or without; ours have none.
+    "table_with_connector": ("event table", ""),
     _DYNAMODB: (
         "DynamoDB sink",
         "the table's key and state in DynamoDB, PREFS_TABLE_PREFIX, AWS_REGION, AWS_ENDPOINT_URL, and "

@@ -1,8 +1,8 @@
-"""Erase one subject from every store, and prove it by reading every store back.
+"""Erase one subject everywhere, and prove it by reading every store back.
 
-The order of the steps makes it safe to stop anywhere and start again: the subject is suppressed first, so
-that nothing derives its values again; then messages, views, items and training tables are erased. Each step
-reads the current state of its store, not the report of an earlier run.
+The order is what makes it safe to stop anywhere and start again: the subject is suppressed first, so that
+nothing derives its values again; then go the messages, the views, the items, the training tables. Each step
+looks at what is there, not at what an earlier run says it did.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.erasure.events import AppendOnly, RawMessages, Subject
 from dagster_prefs.erasure.items import EntityItems
 from dagster_prefs.erasure.training import (
-    ForgottenTable,
+    ErasedTable,
     SubjectInTable,
     SubjectInTiles,
     SubjectInTrainingSet,
@@ -99,7 +99,7 @@ class ErasureReport:
     first_erased: bool
     holdings: list[Holding] = field(default_factory=list)
     newer_events: int = 0
-    tables: list[ForgottenTable] = field(default_factory=list)
+    tables: list[ErasedTable] = field(default_factory=list)
     kept_by: dict[str, list[str]] = field(default_factory=dict)
     training_sets: list[str] = field(default_factory=list)
     unread: dict[str, str] = field(default_factory=dict)
@@ -161,7 +161,7 @@ def erase(
     training_sets: Sequence[Path] = (),
     step: Callable[[str], None] = lambda _: None,
 ) -> ErasureReport:
-    """Erase one subject from every store, and read every store back.
+    """Erase one subject everywhere and read every store back.
 
     `now` (UTC) is the erasure's time, after which new events count again; if the subject was erased before
     and the stores hold nothing newer, the earlier time stays. Messages that arrive during the run are not
@@ -215,7 +215,7 @@ class _Erasure:
             self._follow(any(redacted.values()) or any(before.values()))
         report = ErasureReport(self.subject, self.erased_at, first)
         self._delete_items(report, items)
-        self._forget_in_tables(report)
+        self._erase_in_tables(report)
         with self._step("read the engine back"), self.engine.connect() as connection:
             after = self._engine_counts(connection)
             report.newer_events = self._newer_events(connection)
@@ -413,7 +413,7 @@ class _Erasure:
                 table = f"{self.stores.table_prefix}{entity.table}"
                 report.holdings.append(Holding("dynamodb", table, "items", before, len(items.keys())))
 
-    def _forget_in_tables(self, report: ErasureReport) -> None:
+    def _erase_in_tables(self, report: ErasureReport) -> None:
         specs = self._training_tables()
         if not specs:
             return
@@ -422,7 +422,7 @@ class _Erasure:
             catalog = self.stores.catalog()
         namespace, by_sink = self.stores.namespace, self.stores.tables_by_sink
         for spec in specs:
-            self._forget_in(
+            self._erase_in(
                 report,
                 partial(
                     SubjectInTiles, catalog, spec, erased, self.engine, namespace=namespace, by_sink=by_sink
@@ -431,7 +431,7 @@ class _Erasure:
         with self._step("search the Iceberg catalog for training sets"):
             others = search_catalog(catalog, erased)
         for name in others.training_sets:
-            self._forget_in(report, partial(SubjectInTrainingSet, catalog, name, erased))
+            self._erase_in(report, partial(SubjectInTrainingSet, catalog, name, erased))
         report.training_sets += others.holding
         report.unread = dict(others.unread)
         if self.training_sets:
@@ -444,11 +444,11 @@ class _Erasure:
         specs = tile_tables(self.stores.registry).values()
         return [spec for spec in specs if spec.entity in self._family]
 
-    def _forget_in(self, report: ErasureReport, in_table: Callable[[], SubjectInTable]) -> None:
+    def _erase_in(self, report: ErasureReport, in_table: Callable[[], SubjectInTable]) -> None:
         table = in_table()
         with self._step(f"remove the subject from {table.name}"):
             held = table.holding()
-            report.tables.append(table.forget(drop_tags=self.drop_tags))
+            report.tables.append(table.erase(drop_tags=self.drop_tags))
         with self._step(f"read {table.name} back"):
             # A new object, so that nothing cached from earlier reads is used.
             left = in_table().holding()

@@ -90,12 +90,9 @@ class TableHolding:
 
 
 @dataclass(frozen=True)
-class ForgottenTable:
-    """What was done to one table.
-
-    `days_from_engine` were exported again; `days_rewritten` are the table's own rows without the subject's,
-    because the engine no longer holds the whole day. A training set has no days.
-    """
+class ErasedTable:
+    """What was done to one table; `days_from_engine` were exported again, `days_rewritten` are the table's own
+    rows without the subject's, because the engine no longer holds the whole day. A training set has no days."""
 
     table: str
     days_from_engine: tuple[date, ...] = ()
@@ -152,23 +149,23 @@ class SubjectInTable(ABC):
                 sum(table.io.new_input(path).exists() for path in files),
             )
 
-    def forget(self, *, drop_tags: bool = False) -> ForgottenTable:
-        """Erase the subject. Safe to repeat after a crash at any point, and during running exports.
+    def erase(self, *, drop_tags: bool = False) -> ErasedTable:
+        """Remove the subject; safe to repeat after a crash anywhere, and while exports run.
 
         `drop_tags` also removes the tags and branches that keep a snapshot with the subject.
         """
         with translated(f"the table {self.name}"):
             if self._load() is None:
-                return ForgottenTable(self.name)
-            exported, rewritten = self._forget_rows()
+                return ErasedTable(self.name)
+            exported, rewritten = self._erase_rows()
             removed = self._remove_refs(drop_tags)
             expired = self._expire()
             files = self._remove_files()
-        return ForgottenTable(self.name, exported, rewritten, removed, expired, files)
+        return ErasedTable(self.name, exported, rewritten, removed, expired, files)
 
     @abstractmethod
-    def _forget_rows(self) -> tuple[tuple[date, ...], tuple[date, ...]]:
-        """Erase the subject from the current state. Returns the days exported again and those rewritten."""
+    def _erase_rows(self) -> tuple[tuple[date, ...], tuple[date, ...]]:
+        """Remove the subject of the current state; returns the days that were exported again and rewritten."""
 
     def _load(self) -> Table | None:
         try:
@@ -352,7 +349,7 @@ class SubjectInTiles(SubjectInTable):
                 days[day] = rows
         return days
 
-    def _forget_rows(self) -> tuple[tuple[date, ...], tuple[date, ...]]:
+    def _erase_rows(self) -> tuple[tuple[date, ...], tuple[date, ...]]:
         if self._by_sink:
             return (), ()
         exported: list[date] = []
@@ -380,7 +377,7 @@ class SubjectInTiles(SubjectInTable):
                 self._spec,
                 day,
                 namespace=self._namespace,
-                forgetting=self._erased,
+                erasing=self._erased,
             )
         except (AuditFailed, TilesUnreadable):
             # A problem with other subjects' tiles must not block this erasure; the next export reports it.
@@ -424,7 +421,7 @@ class SubjectInTrainingSet(SubjectInTable):
     def __init__(self, catalog: Catalog, name: str, erased: ErasedSubject) -> None:
         super().__init__(catalog, name, erased, TIME)
 
-    def _forget_rows(self) -> tuple[tuple[date, ...], tuple[date, ...]]:
+    def _erase_rows(self) -> tuple[tuple[date, ...], tuple[date, ...]]:
         table = self._table()
         if any(self._rows_in(table, file.data) for file in live_files(table)):
             others = scan_rows(table, row_filter=self._erased.others(TIME))

@@ -14,6 +14,7 @@ from psycopg import sql
 
 from dagster_prefs.declarations.registry import TopicDeclaration
 from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.events.brokers import KafkaSource
 from dagster_prefs.events.contact import BROKER_TIMEOUT_SECONDS, Contact, KafkaUnavailable
 from dagster_prefs.events.kafka import TopicUnavailable, topic_partitions, watermarks
 from dagster_prefs.events.topics import TopicGeneration, source_name
@@ -183,19 +184,18 @@ def ingestion_lag(
     topic: TopicDeclaration,
     *,
     now: datetime,
-    kafka_topic: str | None = None,
-    start: Literal["earliest", "latest"] = "earliest",
+    kafka: KafkaSource = KafkaSource(),  # noqa: B008 (it is frozen)
     life: TopicGeneration | None = None,
 ) -> IngestionLag:
     """Measure how far the engine is behind each partition of one topic. `now` is UTC.
 
-    `kafka_topic` is the topic's name in Kafka where it differs; `start` is where the engine was configured to
-    begin, which decides the lag of a partition that it never read. `life` identifies the topic generation
-    that the engine reads; without it, a recreated topic is only detected if a partition has become shorter.
+    `kafka` has the topic's name in Kafka where it differs, and where the engine was told to start, which decides
+    what a partition it never read still owes. `life` says which topic of that name is
+    read; without it one that was made anew is known by its shorter partitions only.
 
     Raises Unmeasurable when brokers or engine do not answer, or the topic or the raw table does not exist.
     """
-    name = kafka_topic or topic.name
+    name = kafka.topics.get(topic.name, topic.name)
     marks = broker.watermarks(name)
     source = life.source if life else source_name(name, 1)
     read = _last_offsets(connection, engine, topic, source, list(marks))
@@ -208,7 +208,7 @@ def ingestion_lag(
         states[partition] = "current"
         if (life and life.state == "recreated") or (last is not None and last >= high):
             states[partition] = "recreated"
-        elif last is None and start == "latest":
+        elif last is None and kafka.start == "latest":
             states[partition] = "unknown" if high > low else "current"
         elif last is not None and last + 1 < low:
             states[partition] = "lost"

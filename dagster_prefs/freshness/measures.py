@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import date, datetime
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
     from pyiceberg.catalog import Catalog
 
+    from dagster_prefs.events.brokers import KafkaSource
     from dagster_prefs.freshness.ingestion import IngestionLag, State
     from dagster_prefs.iceberg.tables import TileTable
 
@@ -141,10 +142,9 @@ def measure_online(
 ) -> list[Measure]:
     """Measure the online lag of each domain.
 
-    `connect` returns the client and the tables by entity, and is called once. `publishes` says whether this
-    platform writes DynamoDB, rather than a RisingWave sink; `follows` whether `prefs publish --follow` does,
-    in which case the measures also report the inactivity, stop and rejected rows that its lease records.
-    Never raises for an engine or DynamoDB that does not answer: those measures are `unknown`.
+    `publishes` says whether this platform writes DynamoDB, rather than a RisingWave sink; `follows` that
+    `prefs publish --follow` does, whose inactivity, stop and rejected rows are reported too. Never raises for an
+    engine or DynamoDB that does not answer: those measures are `unknown`.
     """
     from botocore.exceptions import BotoCoreError
 
@@ -347,21 +347,18 @@ def refresh_running(connection: psycopg.Connection[Any], engine: EngineConfigura
 def measure_ingestion(
     engine: EngineConfiguration,
     registry: Registry,
-    bootstrap: str | None,
+    kafka: KafkaSource,
     *,
     now: datetime,
-    start: Literal["earliest", "latest"] = "earliest",
-    kafka_topics: Mapping[str, str] | None = None,
     timeout_seconds: float = 7.0,
-    client: Mapping[str, Any] | None = None,
     by_id: bool = False,
 ) -> list[Measure]:
-    """Measure the ingestion lag of each topic of events. `kafka_topics` holds names that differ in Kafka.
+    """Ingestion lag of each topic of events.
 
     With `by_id`, a recreated topic is detected by the brokers' topic ids; a failure to get them does not stop
     the other measures.
 
-    Without brokers (`bootstrap` None) every measure is `skipped` and says so. Never raises for brokers or an
+    Without brokers (no `kafka.bootstrap`) every measure is `skipped` and says so. Never raises for brokers or an
     engine that do not answer: those measures are `unknown`.
     """
     from dagster_prefs.events.contact import KafkaUnavailable
@@ -371,23 +368,23 @@ def measure_ingestion(
     thresholds = registry.contract.freshness.topics
     # Reference data is only measured if the contract has a freshness target for it.
     topics = [topic.name for topic in registry.topics.values() if topic.entity or topic.name in thresholds]
-    if bootstrap is None:
+    if kafka.bootstrap is None:
         reason = "no Kafka is configured: set PREFS_KAFKA_BOOTSTRAP to measure ingestion lag"
         return [Measure("ingestion", topic, "skipped", reason) for topic in topics]
-    names = kafka_topics or {}
+    names = kafka.topics
     try:
         with (
             engine.connect() as connection,
-            Broker(bootstrap, timeout_seconds=timeout_seconds, client=client) as broker,
+            Broker(kafka.bootstrap, timeout_seconds=timeout_seconds, client=kafka.client) as broker,
         ):
             measures: list[Measure] = []
             lives: dict[str, TopicGeneration] = {}
             if by_id:
                 with suppress(KafkaUnavailable, NotDeployed):
                     ids = broker_ids(
-                        bootstrap,
+                        kafka.bootstrap,
                         [names.get(topic, topic) for topic in topics],
-                        client=client,
+                        client=kafka.client,
                         timeout_seconds=2,
                     )
                     lives = topic_generations(connection, engine, ids)
@@ -399,8 +396,7 @@ def measure_ingestion(
                         broker,
                         registry.topic(topic),
                         now=now,
-                        kafka_topic=names.get(topic),
-                        start=start,
+                        kafka=kafka,
                         life=lives.get(names.get(topic, topic)),
                     )
                 except BrokersSilent as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from datetime import datetime
+from datetime import date, datetime
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
@@ -14,7 +14,7 @@ from rich.text import Text
 
 from dagster_prefs.declarations.contract import Contract
 from dagster_prefs.declarations.registry import Registry
-from dagster_prefs.dynamodb.tables import TableReport, dynamodb_client
+from dagster_prefs.dynamodb.tables import TableReport
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.freshness.levels import Level, Measure, worst
 from dagster_prefs.freshness.measures import (
@@ -24,11 +24,12 @@ from dagster_prefs.freshness.measures import (
     measure_views,
 )
 from dagster_prefs.freshness.online import find_tables
-from dagster_prefs.settings import Settings
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
     from pyiceberg.catalog import Catalog
+
+    from dagster_prefs.events.brokers import KafkaSource
 
 EXIT_CODES: dict[Level, int] = {"ok": 0, "skipped": 0, "warn": 1, "error": 2, "unknown": 2}
 
@@ -48,60 +49,47 @@ _TITLES = {
 }
 
 
+@dataclass(frozen=True)
 class Sources:
-    """The systems to measure, configured by the settings. Connects only when a reading is taken."""
+    """Where the readings come from; nothing connects before it is read.
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.engine = EngineConfiguration.of(settings)
+    `publishes` and `follows` are as for `measure_online`, `by_sink` as for `offline_lag`. `kafka` and `declared` are
+    asked at each reading, because they need the project.
+    """
+
+    engine: EngineConfiguration
+    declared: Callable[[], Registry]
+    kafka: Callable[[], KafkaSource]
+    connect: Callable[[], DynamoDBClient]
+    catalog: Callable[[], Catalog]
+    table_prefix: str
+    namespace: str
+    export_start: date
+    publishes: bool
+    follows: bool
+    by_sink: bool
 
     @property
     def registry(self) -> Registry:
-        """The project's declarations."""
-        return self.settings.registry()
+        """What the project declares."""
+        return self.declared()
 
     @property
     def contract(self) -> Contract:
-        """The serving contract, which holds the freshness targets."""
-        return self.settings.registry().contract
+        """The serving contract, which has the thresholds."""
+        return self.registry.contract
 
     def dynamodb(self) -> tuple[DynamoDBClient, dict[str, TableReport]]:
         """Return a client and the existing table of each entity; never creates a table.
 
         Raises Unmeasurable when one is missing, or DynamoDB does not answer.
         """
-        client = dynamodb_client(self.settings.aws_endpoint, self.settings.aws_region)
-        return client, find_tables(client, self.contract, self.settings.table_prefix)
-
-    def catalog(self) -> Catalog:
-        """Open the Iceberg catalog. Raises OfflineError when it does not answer."""
-        from dagster_prefs.iceberg.catalog import open_catalog
-
-        return open_catalog(
-            self.settings.iceberg_catalog,
-            self.settings.warehouse,
-            uri=self.settings.iceberg_uri,
-            credential=self.settings.iceberg_credential.get_secret_value()
-            if self.settings.iceberg_credential
-            else None,
-            region=self.settings.aws_region,
-            endpoint_url=self.settings.aws_endpoint_url,
-        )
+        client = self.connect()
+        return client, find_tables(client, self.contract, self.table_prefix)
 
     def ingestion(self, now: datetime) -> list[Measure]:
-        """Compare Kafka with the raw tables."""
-        from dagster_prefs.events.brokers import client_properties
-
-        return measure_ingestion(
-            self.engine,
-            self.registry,
-            self.settings.kafka_bootstrap,
-            now=now,
-            start=self.settings.kafka_start,
-            kafka_topics=self.settings.kafka_topics,
-            client=client_properties(self.settings),
-            by_id=True,
-        )
+        """Kafka against the raw tables."""
+        return measure_ingestion(self.engine, self.registry, self.kafka(), now=now, by_id=True)
 
     def views(self, now: datetime) -> list[Measure]:
         """Compare raw tables with typed events, and each view with its upstream."""
@@ -114,8 +102,8 @@ class Sources:
             self.contract,
             self.dynamodb,
             now=now,
-            publishes=self.settings.publishes,
-            follows=self.settings.follows,
+            publishes=self.publishes,
+            follows=self.follows,
         )
 
     def offline(self, now: datetime) -> list[Measure]:
@@ -127,10 +115,10 @@ class Sources:
             self.contract,
             self.catalog,
             list(tile_tables(self.registry).values()),
-            namespace=self.settings.iceberg_namespace,
-            start=self.settings.export_start_date,
+            namespace=self.namespace,
+            start=self.export_start,
             now=now,
-            by_sink=self.settings.export == "sink",
+            by_sink=self.by_sink,
         )
 
 

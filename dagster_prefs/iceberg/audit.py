@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -30,33 +31,39 @@ class AuditFailed(OfflineError):
         self.branch = branch
 
 
+@dataclass(frozen=True)
+class StagedDay:
+    """What an export has put on a branch: its snapshot, the day's new files, and those that they replace."""
+
+    snapshot_id: int
+    branch: str
+    paths: Sequence[str]
+    replaced: Sequence[DataFile]
+
+
 def audit_day(
     table: Table,
     spec: TileTable,
     day: date,
+    staged: StagedDay,
     *,
-    snapshot_id: int,
-    branch: str,
     rows: int,
     totals: Mapping[str, Decimal],
-    paths: Sequence[str],
-    replaced: Sequence[DataFile],
 ) -> None:
     """Read the staged day back and compare it with the engine's counts and sums.
 
-    `rows` and `totals` (column → sum) come from the engine; `paths` are the files that must make up the day,
-    `replaced` those that they replace. Memory is bounded by a batch. Checks row counts, unique and sorted
-    keys, nulls, ranges, totals, and that no other day lost or gained a row. Raises AuditFailed with every
+    `rows` and `totals` (column → sum) come from the engine. Memory is bounded by a batch. Checks counts, keys unique
+    and sorted, nulls, ranges, totals, and that no other day lost or gained a row. Raises AuditFailed with every
     finding.
     """
-    findings = _file_findings(table, spec, day, snapshot_id, paths, rows, replaced)
+    findings = _file_findings(table, spec, day, staged, rows)
     if not findings:
-        findings = row_findings(_batches(table, paths), table, spec, day, rows, totals)
+        findings = row_findings(_batches(table, staged.paths), table, spec, day, rows, totals)
     if findings:
         raise AuditFailed(
             f"the audit of {'.'.join(table.name())} of {day} failed ({'; '.join(findings)}): readers see what they "
-            f"saw before; look at branch {branch}, mend the tile, and run the export again",
-            branch,
+            f"saw before; look at branch {staged.branch}, mend the tile, and run the export again",
+            staged.branch,
         )
 
 
@@ -64,11 +71,10 @@ def _file_findings(
     table: Table,
     spec: TileTable,
     day: date,
-    snapshot_id: int,
-    paths: Sequence[str],
+    staged: StagedDay,
     rows: int,
-    replaced: Sequence[DataFile],
 ) -> list[str]:
+    snapshot_id, paths, replaced = staged.snapshot_id, staged.paths, staged.replaced
     found = parts_of(day_files(table, spec, day, snapshot_id))
     if found != set(paths):
         return [f"the branch has {len(found)} files of the day, {len(paths)} were written"]

@@ -122,15 +122,15 @@ def export_day(
     namespace: str = DEFAULT_NAMESPACE,
     allow_loss: bool = False,
     replace_foreign: bool = False,
-    forgetting: ErasedSubject | None = None,
+    erasing: ErasedSubject | None = None,
 ) -> ExportReport:
     """Make the table hold exactly the engine's tiles of `day` (UTC), without canaries.
 
-    If the engine holds fewer rows of a day, or a smaller total, than the table, the day has left the engine's
-    retention, because late events only ever add: the table keeps its rows. `allow_loss=True` exports such a
-    day nevertheless, for an operator who knows why it shrank. Rows of the subject that is `forgetting` do not
-    count as a loss. Rows of an erased subject are never exported: neither from views that have not read the
-    erasure yet, nor by an export that had read them before it.
+    A day of which the engine holds fewer rows or a smaller total than the table has left its retention, because
+    late events only ever add: what the table holds of it stays. `allow_loss=True` exports it all the same, for
+    someone who knows why it shrank. The rows of `erasing`, whom an erasure removes, are no loss. Rows of an erased
+    subject are never exported: neither from views that do not know of the erasure yet, nor by an export that had read
+    them before it.
 
     A day to which another writer added rows, or of which it deleted or replaced some, is left unchanged and
     reported as `foreign`. `replace_foreign=True` reverts that writer's changes: the day becomes what the
@@ -145,7 +145,7 @@ def export_day(
     for attempt in range(1, ATTEMPTS + 1):
         table = ensure_table(catalog, namespace, spec)
         with translated(f"the table {name}"):
-            outcome = _Attempt(engine, table, spec, day, forgetting).run(
+            outcome = _Attempt(engine, table, spec, day, erasing).run(
                 allow_loss=allow_loss, replace_foreign=replace_foreign
             )
         if outcome is None:
@@ -293,7 +293,7 @@ class _Attempt:
     table: Table
     spec: TileTable
     day: date
-    forgetting: ErasedSubject | None
+    erasing: ErasedSubject | None
 
     def run(self, *, allow_loss: bool, replace_foreign: bool) -> _Outcome | None:
         """Return status, table, token and reason; None if another writer changed the day in the meantime."""
@@ -402,10 +402,10 @@ class _Attempt:
         rows = sum(file.record_count for file in due)
         metric = list(self.spec.metric)
         erased = Decimal(0)
-        if self.forgetting is not None:
+        if self.erasing is not None:
             for file in due:
                 for batch in read_file(self.table, file, [self.spec.subject, LAST_EVENT_AT, *metric]):
-                    going = batch.filter(self.forgetting.rows_of(batch))
+                    going = batch.filter(self.erasing.rows_of(batch))
                     rows -= going.num_rows
                     erased += sum(exact_sums([going], metric).values())
         if fingerprint.row_count < rows:

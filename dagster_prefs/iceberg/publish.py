@@ -20,7 +20,7 @@ from pyiceberg.partitioning import PartitionFieldValue, PartitionKey
 from pyiceberg.table import Table
 from pyiceberg.table.snapshots import Snapshot, ancestors_of
 
-from dagster_prefs.iceberg.audit import AuditFailed, audit_day
+from dagster_prefs.iceberg.audit import AuditFailed, StagedDay, audit_day
 from dagster_prefs.iceberg.catalog import CatalogUnavailable
 from dagster_prefs.iceberg.duck import sort_batches
 from dagster_prefs.iceberg.files import check_writable, day_files, file_name, parts_of
@@ -173,12 +173,9 @@ def publish_day(
                 table,
                 spec,
                 day,
-                snapshot_id=staged,
-                branch=branch,
+                StagedDay(staged, branch, written.paths, held),
                 rows=written.rows,
                 totals=written.totals,
-                paths=written.paths,
-                replaced=held,
             )
         except AuditFailed:
             # The branch keeps the data for inspection.

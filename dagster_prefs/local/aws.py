@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 import socket
 import threading
 from collections.abc import Callable, Iterable
@@ -68,9 +67,11 @@ def serve_aws(listener: socket.socket, *, test_hooks: bool = False) -> Callable[
 
     `test_hooks` also serves moto's own pages, which test suites need to empty the server.
     """
-    # moto reads this variable at import. Without it, every response permits every website to read it (CORS).
-    os.environ["MOTO_DISABLE_GLOBAL_CORS"] = "true"
-    # Imported here, because the import takes more than a second.
+    # Imported here: it takes more than a second, which nobody needs to wait for.
+    from moto import settings
+
+    # The server's module copies it when it is imported: without it, every answer allows every website to read it.
+    settings.DISABLE_GLOBAL_CORS = True
     from moto.moto_server.werkzeug_app import (
         DomainDispatcherApplication,
         MotoRequestHandler,

@@ -157,8 +157,7 @@ def make_app(
                 (f"connections_{end}_total", "counter", f"Connections that {told}.", connections.ended[end])
                 for end, told in ENDS.items()
             ]
-        text = "".join(f"{line}\n" for line in metrics.lines(gauges))
-        return PlainTextResponse(text, headers={"content-type": METRICS_TYPE})
+        return PlainTextResponse(metrics.text(gauges), headers={"content-type": METRICS_TYPE})
 
     @asynccontextmanager
     async def life(_: Starlette) -> AsyncIterator[None]:

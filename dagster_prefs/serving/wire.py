@@ -12,6 +12,9 @@ from decimal import Decimal
 from typing import Any, TypeVar
 
 import orjson
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -27,6 +30,8 @@ from dagster_prefs.serving.preferences import PreferenceError, PreferencesUnavai
 from dagster_prefs.serving.profiles import MAX_IDS, ProfileError
 
 T = TypeVar("T")
+# Name, kind (gauge or counter), help and value of a metric.
+Gauge = tuple[str, str, str, float]
 
 logger = logging.getLogger(__name__)
 
@@ -177,30 +182,43 @@ class Metrics:
             buckets[number] += seconds <= bound
         self._seconds[route] += seconds  # type: ignore[assignment] # a Counter adds floats as well
 
-    def lines(self, more: Sequence[tuple[str, str, str, float]]) -> Iterator[str]:
-        """Yield the metrics in Prometheus' text format."""
-        yield from _head("requests_total", "counter", "Answers by route and status.")
+    def text(self, more: Sequence[Gauge]) -> str:
+        """Prometheus' text format of these counts, and of `more`."""
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(_Families(self._families(more)))
+        return generate_latest(registry).decode()
+
+    def _families(self, more: Sequence[Gauge]) -> Iterator[Metric]:
+        answers = CounterMetricFamily(
+            "prefs_server_requests_total", "Answers by route and status.", labels=("route", "status")
+        )
         for (route, status), count in sorted(self._answers.items()):
-            yield f'prefs_server_requests_total{{route="{route}",status="{status}"}} {count}'
-        yield from _head("request_seconds", "histogram", "Time to the answer by route.")
+            answers.add_metric((route, str(status)), count)
+        yield answers
+        times = HistogramMetricFamily(
+            "prefs_server_request_seconds", "Time to the answer by route.", labels=("route",)
+        )
         for route, buckets in sorted(self._buckets.items()):
-            for bound, count in zip((*map(str, LATENCY_BUCKETS), "+Inf"), buckets, strict=True):
-                yield f'prefs_server_request_seconds_bucket{{route="{route}",le="{bound}"}} {count}'
-            yield f'prefs_server_request_seconds_sum{{route="{route}"}} {self._seconds[route]:.6f}'
-            yield f'prefs_server_request_seconds_count{{route="{route}"}} {buckets[-1]}'
-        own = (
+            bounds = zip((*map(str, LATENCY_BUCKETS), "+Inf"), buckets, strict=True)
+            times.add_metric((route,), list(bounds), self._seconds[route])
+        yield times
+        own: tuple[Gauge, ...] = (
             ("in_flight", "gauge", "Requests that are being answered.", self.in_flight),
             ("refused_total", "counter", "Requests that were refused because too many ran.", self.refused),
             ("partial_profiles_total", "counter", "Profiles that lacked a domain.", self.partial),
         )
-        for name, kind, told, value in (*own, *more):
-            yield from _head(name, kind, told)
-            yield f"prefs_server_{name} {value}"
+        for name, kind, help_, value in (*own, *more):
+            family = CounterMetricFamily if kind == "counter" else GaugeMetricFamily
+            yield family(f"prefs_server_{name}", help_, value)
 
 
-def _head(name: str, kind: str, told: str) -> Iterator[str]:
-    yield f"# HELP prefs_server_{name} {told}"
-    yield f"# TYPE prefs_server_{name} {kind}"
+class _Families(Collector):
+    def __init__(self, families: Iterator[Metric]) -> None:
+        self._found = families
+
+    def collect(self) -> Iterator[Metric]:
+        """The families, once."""
+        return self._found
 
 
 def encode(content: Any) -> bytes:

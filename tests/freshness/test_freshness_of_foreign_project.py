@@ -14,6 +14,7 @@ from dagster_prefs.dynamodb.publisher import publish_domain
 from dagster_prefs.dynamodb.tables import dynamodb_client, provision
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
+from dagster_prefs.events.brokers import KafkaSource
 from dagster_prefs.freshness.canary import (
     CanaryState,
     Probe,
@@ -93,7 +94,7 @@ def test_every_stage_is_measured_and_a_canary_reaches_its_profiles(
                 start=TODAY,
                 now=now,
             ),
-            *measure_ingestion(engine, REGISTRY, None, now=now),
+            *measure_ingestion(engine, REGISTRY, KafkaSource(), now=now),
         ]
         return {measure.key: measure.level for measure in measures}
 
