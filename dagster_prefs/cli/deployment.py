@@ -129,7 +129,7 @@ def plan(drop_orphans: bool, list_unchanged: bool, as_json: bool) -> int:
 def apply_command(drop_orphans: bool) -> None:
     """Apply the changes that `prefs plan` shows.
 
-    Changed views are built as shadow relations, then swapped in.
+    Changed views are built as shadow relations and swapped in.
     """
     from dagster_prefs.declarations.stale import current_registry
     from dagster_prefs.platform import Platform

@@ -51,7 +51,9 @@ class ItemAccess:
         found: dict[Id, Mapping[str, Any]] = {}
         wanted = sorted(ids)
         for start in range(0, len(wanted), BATCH_KEYS):
-            keys: Sequence[Any] = [self.key(domain_key, id_) for id_ in wanted[start : start + BATCH_KEYS]]
+            chunk = wanted[start : start + BATCH_KEYS]
+            keys: Sequence[Any] = [self.key(domain_key, id_) for id_ in chunk]
+            asked = dict(zip(map(self._place, keys), chunk, strict=True))
             backoff = Backoff(MAX_ATTEMPTS, longest_seconds=2.0)
             while True:
                 answer = self._call(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from psycopg import sql
 
-from dagster_prefs.declarations.contract import Contract, Domain
+from dagster_prefs.declarations.contract import Contract, Domain, Table
 from dagster_prefs.dynamodb.backoff import Backoff
 from dagster_prefs.dynamodb.items import ItemEncoder, ItemError
 from dagster_prefs.dynamodb.tables import TableReport

@@ -1,8 +1,8 @@
-"""Erase one subject everywhere, and prove it by reading every store back.
+"""Erase one subject from every store, and prove it by reading every store back.
 
-The order is what makes it safe to stop anywhere and start again: the subject is suppressed first, so that
-nothing derives its values again; then go the messages, the views, the items, the training tables. Each step
-looks at what is there, not at what an earlier run says it did.
+The order of the steps makes it safe to stop anywhere and start again: the subject is suppressed first, so
+that nothing derives its values again; then messages, views, items and training tables are erased. Each step
+reads the current state of its store, not the report of an earlier run.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def erase(
     training_sets: Sequence[Path] = (),
     step: Callable[[str], None] = lambda _: None,
 ) -> ErasureReport:
-    """Erase one subject everywhere and read every store back.
+    """Erase one subject from every store, and read every store back.
 
     `now` (UTC) is the erasure's time, after which new events count again; if the subject was erased before
     and the stores hold nothing newer, the earlier time stays. Messages that arrive during the run are not
