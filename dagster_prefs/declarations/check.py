@@ -81,7 +81,7 @@ def check_project(project: ProjectYaml) -> Declarations:
     preferences = [
         view for model in findings.declaring("preference") if (view := check_preference(findings, model))
     ]
-    kept = [view for model in project.models if (view := check_kept(findings, model, topics))]
+    kept = [one for model in project.models if (one := check_kept(findings, model, topics))]
     _twice(findings, topics, tiles)
     check_indexes(findings, topics)
     _exposed_sinks(findings)

@@ -563,10 +563,11 @@ def _domain_changes(old: Domain, new: Domain) -> Iterator[Change]:
             yield Change("additive", path, "the description is changed")
     for name, after in new.attributes.items():
         path = f"{old.key}.{name}"
-        if (before := old.retired.get(name)) and before.type != after.type:
-            yield Change("breaking", path, f"{before.type}, which was retired, comes back as {after.type}")
+        retired = old.retired.get(name)
+        if retired is not None and retired.type != after.type:
+            yield Change("breaking", path, f"{retired.type}, which was retired, comes back as {after.type}")
         elif name not in old.attributes:
-            what = "the attribute was retired and is served again" if before else "the attribute is new"
+            what = "the attribute was retired and is served again" if retired else "the attribute is new"
             yield Change("additive", path, what)
     for name in old.retired:
         if name not in new.retired and name not in new.attributes:
