@@ -43,6 +43,7 @@ from dagster_prefs.declarations.registry import load_registry
 from dagster_prefs.dynamodb.items import ItemEncoder
 from dagster_prefs.dynamodb.tables import dynamodb_client, provision
 from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.events.brokers import KafkaSource
 from dagster_prefs.freshness.ingestion import Broker, ingestion_lag
 from dagster_prefs.freshness.measures import measure_offline, measure_online, measure_views
 from dagster_prefs.freshness.online import CANDIDATES, find_tables, key_hash
@@ -269,7 +270,12 @@ def partitions_behind(engine: EngineConfiguration, bootstrap: str, names: list[s
     with engine.connect() as connection, Broker(bootstrap) as broker:
         lags = [
             ingestion_lag(
-                connection, engine, broker, REGISTRY.topics["view_events"], now=now, kafka_topic=name
+                connection,
+                engine,
+                broker,
+                REGISTRY.topics["view_events"],
+                now=now,
+                kafka=KafkaSource(topics={"view_events": name}),
             )
             for name in names
         ]

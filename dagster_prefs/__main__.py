@@ -1,4 +1,4 @@
-"""`python -m dagster_prefs` is `prefs`, for images that hold the code without installing it."""
+"""Run `prefs` as `python -m dagster_prefs`, for images that contain the code without installing it."""
 
 from dagster_prefs.cli import main
 

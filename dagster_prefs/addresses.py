@@ -1,4 +1,4 @@
-"""What an address says about where it leads."""
+"""Classify addresses: does one lead to this machine?"""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 
 def is_loopback_host(name: str) -> bool:
-    """Whether a host name or an IP address stays on this machine."""
+    """Return whether a host name or an IP address is on this machine."""
     if name == "localhost":
         return True
     try:
@@ -18,7 +18,7 @@ def is_loopback_host(name: str) -> bool:
 
 
 def is_loopback(url: str | None) -> bool:
-    """Whether the address is on this machine, as that of a local AWS server is."""
+    """Return whether the URL is on this machine, as that of a local AWS server is."""
     host = urlsplit(url).hostname or "" if url else ""
-    # A client that is told 0.0.0.0 reaches this machine.
+    # A client that connects to 0.0.0.0 reaches this machine.
     return is_loopback_host(host) or host == "0.0.0.0"  # noqa: S104 - compared with, never bound

@@ -1,4 +1,4 @@
-"""What Dagster loads; it assembles `defs/` and does nothing else."""
+"""Dagster's entry point, which only assembles `defs/`."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from dagster_prefs.defs import (
 from dagster_prefs.platform import Platform
 from dagster_prefs.settings import Settings, load_settings
 
-# One run over a range of days needs a backfill policy, which Dagster still calls beta; its own advice is
-# to pin the version, as pyproject.toml does.
+# One run over a range of days needs a backfill policy, a beta feature of Dagster, whose advice is to pin the
+# version, as pyproject.toml does.
 warnings.filterwarnings("ignore", category=dg.BetaWarning)
 
 
 def build_definitions(settings: Settings) -> dg.Definitions:
-    """All assets, checks, jobs, schedules and sensors for these settings.
+    """Return all assets, checks, jobs, schedules and sensors for these settings.
 
-    Raises StaleRegistry where the project's files are not those of its registry.
+    Raises StaleRegistry if the project's files differ from those of its registry.
     """
     platform = Platform(settings)
     return dg.Definitions.merge(
@@ -39,7 +39,8 @@ def build_definitions(settings: Settings) -> dg.Definitions:
             platform, settings.alert_webhook.get_secret_value() if settings.alert_webhook else None
         ),
         retention.build(platform),
-        # One process a run: the steps are short and share dbt, so a process each would only add start-up time.
+        # One process per run: the steps are short and share dbt, so a process per step would only add
+        # start-up time.
         dg.Definitions(executor=dg.in_process_executor),
     )
 

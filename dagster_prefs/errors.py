@@ -1,4 +1,4 @@
-"""The one family of errors that a user is meant to read."""
+"""The base class of errors whose messages are written for users."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class PrefsError(Exception):
-    """Base of every expected failure: one sentence that names the input, the rule and the remedy.
+    """Base class of expected failures: one sentence that names the input, the rule and the remedy.
 
     The `prefs` command prints it without a traceback and exits with `exit_code`.
     """
@@ -24,7 +24,7 @@ class _Excerpt(reprlib.Repr):
         self.maxlist = self.maxtuple = 3
 
     def repr_dict(self, given: dict[Any, Any], level: int) -> str:
-        # The standard one sorts all the keys first.
+        # The standard implementation sorts all keys first.
         return "{…}" if given else "{}"
 
 
@@ -32,5 +32,5 @@ _EXCERPT = _Excerpt()
 
 
 def excerpt(value: Any) -> str:
-    """Return the repr of an input for a message, cut to some hundred characters whatever its size or depth."""
+    """Return the repr of an input for a message, cut to some hundred characters at any size or depth."""
     return _EXCERPT.repr(value)

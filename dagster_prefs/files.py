@@ -1,4 +1,4 @@
-"""Files and folders that only their owner may read: state, exports and what messages held."""
+"""Files and folders that only their owner may read: state, exports and contents of messages."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import IO, BinaryIO
 
 
 def make_private_folder(folder: Path) -> None:
-    """Make a folder and its missing parents with mode 0700; what exists keeps its mode.
+    """Create a folder and its missing parents with mode 0700; existing ones keep their mode.
 
-    Raises OSError where a folder cannot be made.
+    Raises OSError if a folder cannot be created.
     """
     missing = [part for part in (folder, *folder.parents) if not part.exists()]
     for part in reversed(missing):
@@ -28,9 +28,9 @@ def open_private_log(path: Path) -> BinaryIO:
 
 
 def write_private(path: Path, content: str) -> None:
-    """Replace a file in one step by one with mode 0600; a reader never sees half of it.
+    """Replace a file atomically with one of mode 0600, so that readers never see half of it.
 
-    Raises OSError where it cannot be written; the old file then stays.
+    Raises OSError if it cannot be written; the old file then stays.
     """
     with whole_file(path) as file:
         file.write(content.encode())
@@ -38,13 +38,13 @@ def write_private(path: Path, content: str) -> None:
 
 @contextmanager
 def whole_file(path: Path, *, replace: bool = True) -> Iterator[IO[bytes]]:
-    """A new file to write to, which takes the name `path` where the block ends well, and goes where it does not.
+    """Open a new file that is renamed to `path` when the block succeeds, and deleted when it fails.
 
-    It is readable by its owner only, under a name that nobody can guess, and never an existing file or the target of
-    a link. With `replace` it takes the place of what `path` was, a link itself and not its target; without, it raises
-    FileExistsError where there is anything by that name. Raises OSError.
+    Until then it has a random name, is readable by its owner only, and is never an existing file or the
+    target of a link. With `replace` it replaces an existing `path` (a link itself, not its target); without,
+    it raises FileExistsError if the name exists. Raises OSError.
     """
-    # The longest name that a file may have leaves no room for more.
+    # The temporary name does not extend the final one, which may already have the maximum length.
     part = path.with_name(f".{secrets.token_hex(16)}.part")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
@@ -52,7 +52,7 @@ def whole_file(path: Path, *, replace: bool = True) -> Iterator[IO[bytes]]:
         try:
             yield file
         except BaseException:
-            # Closing writes what is left, and where that fails hides why the block did.
+            # Closing flushes the rest; an error of that would hide the block's own error.
             with suppress(OSError):
                 file.close()
             raise
@@ -60,7 +60,8 @@ def whole_file(path: Path, *, replace: bool = True) -> Iterator[IO[bytes]]:
         if replace:
             os.replace(part, path)
             return
-        # Whoever makes this name first has it; a rename alone would take it from them.
+        # Created exclusively first: a rename alone would replace a file that another process created under
+        # this name.
         os.close(os.open(path, flags, 0o600))
         try:
             os.replace(part, path)

@@ -1,7 +1,8 @@
-"""How an id is read, by whatever door it comes: a message, a request, a command, a label.
+"""The rules for reading an id from any input: a message, a request, a command, a label.
 
-A text is taken as it stands, trimmed: `1e3` is not 1000, and 007 is not 7. A number is made canonical: 12345.0 and
-1.2345e4 are 12345, also where the id is a text. Whatever could be another id than was meant is none.
+A text is taken literally, without surrounding blanks: `1e3` is not 1000, and 007 is not 7. A number becomes
+canonical: 12345.0 and 1.2345e4 are 12345, also if the id is a text. An input that could mean another id is
+invalid.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 import operator
 import re
 import uuid
+from collections.abc import Sequence
 from decimal import Decimal
 from typing import TYPE_CHECKING
 
@@ -18,27 +20,33 @@ from dagster_prefs.errors import PrefsError, excerpt
 if TYPE_CHECKING:
     from dagster_prefs.declarations.registry import Key
 
-# What is cut off around a text.
+# The characters stripped from both ends of a text.
 BLANKS = " \t\r\n"
 INT64 = 1 << 63
-# A number that names something must be a whole or broken one within 64 bits, signed or not.
+# A number as an identifier must lie within 64 bits, signed or unsigned; it may have decimals.
 LEAST_NUMBER, LARGEST_NUMBER = Decimal(-INT64), Decimal(2 * INT64 - 1)
-# From here on a float stands for several whole numbers.
+# From here on a float represents several integers.
 EXACT_FLOAT = 2**53
 
-# DynamoDB's limit for a partition key, in UTF-8.
+# DynamoDB's limits for a partition key and for a sort key, in UTF-8.
 MAX_KEY_BYTES = 2048
+MAX_SORT_KEY_BYTES = 1024
+
+# An id of an entity with several key columns is a tuple of their values, in the order of the entity's keys.
+Id = int | str | tuple[int | str, ...]
+# Between the parts of a composite key; `encode_part` leaves none in a part.
+SEPARATOR = "#"
 
 _WHOLE = re.compile(r"(-?[0-9]{1,19})([.]0+)?")
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 
 
 class BadId(PrefsError):
-    """What was given cannot be an id."""
+    """The input cannot be an id."""
 
 
 def number_text(number: Decimal) -> str:
-    """A finite number without exponent and without needless zeros; 0 has no sign."""
+    """Format a finite number without exponent and redundant zeros; 0 has no sign."""
     if number == 0:
         return "0"
     text = format(number, "f")
@@ -46,7 +54,7 @@ def number_text(number: Decimal) -> str:
 
 
 def id_text(given: object) -> str | None:
-    """The id that a text or a number means, as the typed events spell it; None where it means none."""
+    """Return the id in a text or a number, as the typed events spell it; None if it is invalid."""
     if isinstance(given, str):
         return given.strip(BLANKS) or None
     number = _number(given)
@@ -56,16 +64,16 @@ def id_text(given: object) -> str | None:
 
 
 def whole_number(text: str, bits: int) -> int | None:
-    """A signed whole number of that many bits, also one written as 12.0; None for any other text."""
+    """Parse a signed integer of that many bits, also if written as 12.0; None for any other text."""
     found = _WHOLE.fullmatch(text)
     limit = 1 << (bits - 1)
     return int(found[1]) if found and -limit <= int(found[1]) < limit else None
 
 
 def read_key(key: Key, given: object) -> int | str:
-    """The id of a key column that a number, a text or a UUID means: an int for a bigint, else a text.
+    """Return the id that a number, a text or a UUID means for a key column: an int for a bigint, else a text.
 
-    A UUID becomes lower case. Raises BadId naming the column, what was given and the rule.
+    A UUID becomes lower case. Raises BadId naming the column, the input and the rule.
     """
     if key.type == "uuid" and isinstance(given, uuid.UUID):
         return str(given)
@@ -90,13 +98,54 @@ def read_key(key: Key, given: object) -> int | str:
     return text
 
 
+def read_id(keys: Sequence[Key], given: object) -> Id:
+    """The id of an entity with these key columns: as `read_key` for one column, else a tuple of one value each.
+
+    Raises BadId naming the columns, what was given and the rule.
+    """
+    if len(keys) == 1:
+        return read_key(keys[0], given)
+    if not isinstance(given, tuple | list) or len(given) != len(keys):
+        names = ", ".join(key.name for key in keys)
+        raise BadId(f"an id is a tuple of {len(keys)} values ({names}), not {excerpt(given)}")
+    return tuple(read_key(key, part) for key, part in zip(keys, given, strict=True))
+
+
+def encode_part(part: int | str) -> str:
+    """A part of a composite key as it stands between separators: `%` is `%25`, `#` is `%23`, the rest is itself.
+
+    The macro `key_part` of the dbt project is the same rule.
+    """
+    return str(part).replace("%", "%25").replace(SEPARATOR, "%23")
+
+
+def decode_part(text: str) -> str:
+    """What `encode_part` made a text of."""
+    return text.replace("%23", SEPARATOR).replace("%25", "%")
+
+
+def join_parts(parts: Sequence[int | str]) -> str:
+    """The encoded parts with separators between them."""
+    return SEPARATOR.join(map(encode_part, parts))
+
+
+def id_parts(id_: Id) -> tuple[int | str, ...]:
+    """The values of the key columns in an id."""
+    return id_ if isinstance(id_, tuple) else (id_,)
+
+
+def id_label(id_: Id | None) -> str:
+    """An id for people: the parts of a composite one with a comma between them."""
+    return ", ".join(map(str, id_)) if isinstance(id_, tuple) else str(id_)
+
+
 def key_text(key: Key, value: int | str) -> str:
-    """The text of an id as `read_key` reads it: what DynamoDB, JSON and SQL casts to text write for it."""
+    """Return the text of an id from `read_key`, as DynamoDB, JSON and SQL casts to text spell it."""
     return str(read_key(key, value))
 
 
 def _utf8_bytes(text: str) -> int:
-    """Return the length of a text in UTF-8; 0 for one with half a character, which UTF-8 cannot hold."""
+    """Return the length of a text in UTF-8; 0 if it has half of a surrogate pair (not encodable)."""
     try:
         return len(text.encode())
     except UnicodeEncodeError:
@@ -111,7 +160,7 @@ def _number(given: object) -> Decimal | None:
     if isinstance(given, float):
         return Decimal(repr(given)) if math.isfinite(given) and abs(given) < EXACT_FLOAT else None
     try:
-        # numpy's integers too.
+        # Accepts numpy's integers too.
         return Decimal(operator.index(given))  # type: ignore[arg-type]
     except TypeError:
         return None

@@ -1,11 +1,11 @@
-"""Who may speak to a server that the platform opens on loopback.
+"""Access control for the servers that the platform opens on loopback.
 
-Loopback is no boundary: every user of the machine reaches it, and so does every website that the owner's
-browser shows. A browser says where a request comes from in `Host`, `Origin` and `Sec-Fetch-Site`, which a page
-cannot forge; a foreign `Host` is how DNS rebinding shows (https://owasp.org/www-community/attacks/DNS_Rebinding).
-For other users, Linux tells which uid owns the other end of a connection on the same machine.
+Loopback alone protects nothing: every user of the machine can reach it, and so can every website in the
+owner's browser. A browser sends a request's origin in `Host`, `Origin` and `Sec-Fetch-Site`, which a page
+cannot forge; a foreign `Host` reveals DNS rebinding (https://owasp.org/www-community/attacks/DNS_Rebinding).
+For other users, Linux reports which uid owns the other end of a connection on the same machine.
 
-Nothing but the standard library is imported here, because every server uses it.
+Imports only the standard library, because every server uses it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
-# Of a socket's states in /proc/net/tcp those in which its owner still holds it; later ones are listed as root's.
+# States in /proc/net/tcp in which the owner still holds the socket; sockets in later states are listed as
+# root's.
 _HELD = {"01", "08"}
 
 Scope = MutableMapping[str, Any]
@@ -29,17 +30,17 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 def loopback_hosts(port: int) -> frozenset[str]:
-    """The values of `Host` with which a client on this machine names a server on `port`."""
+    """Return the values of `Host` with which a client on this machine names a server on `port`."""
     return frozenset(f"{name}:{port}" for name in LOOPBACK_NAMES) | (
         frozenset(LOOPBACK_NAMES) if port == 80 else frozenset()
     )
 
 
 def foreign_request(headers: Mapping[str, str], hosts: frozenset[str], *, method: str = "GET") -> str | None:
-    """Why a request does not come from this server's own pages or from a program; None where it does.
+    """Return why a request comes from a foreign page, None if from this server's pages or a program.
 
     `headers` has lower-case names. `hosts` are the names, with ports, under which the server is meant to be
-    reached. A link to the server that the user follows (a top-level navigation) is no foreign request.
+    reached. A link to the server that the user follows (a top-level navigation) is not foreign.
     """
     host = headers.get("host", "").lower()
     if host not in hosts:
@@ -63,9 +64,9 @@ def _short(text: str) -> str:
 
 
 def peer_uid(client: tuple[Any, ...], server: tuple[Any, ...]) -> int | None:
-    """The user id that owns the client's end of a TCP connection on this machine; None where nobody holds it.
+    """Return the uid that owns the client's end of a TCP connection on this machine.
 
-    Raises OSError where the system has no such table (it is Linux's).
+    Returns None if no process holds it. Raises OSError if the system has no such table (it is Linux's).
     """
     for table, as_listed in (("/proc/net/tcp", _ipv4), ("/proc/net/tcp6", _mapped)):
         try:
@@ -83,9 +84,10 @@ def peer_uid(client: tuple[Any, ...], server: tuple[Any, ...]) -> int | None:
 
 
 def is_stranger(client: tuple[Any, ...] | None, server: tuple[Any, ...] | None) -> bool:
-    """Whether a connection comes from another user of this machine than this process's and root.
+    """Return whether a connection comes from a user of this machine other than this process's and root.
 
-    False where it cannot be told: not on Linux, and not over loopback, where the network decides who gets in.
+    False if that is unknown: on other systems than Linux, and beyond loopback, where the network controls
+    access.
     """
     if client is None or server is None or not sys.platform.startswith("linux"):
         return False
@@ -99,7 +101,7 @@ def _ipv4(address: str) -> str:
 
 
 def _mapped(address: str) -> str:
-    # Java and others reach IPv4 through IPv6 sockets, which are in the other table.
+    # Java and others reach IPv4 addresses through IPv6 sockets, which are in the other table.
     return "0000000000000000" + f"{struct.unpack('=I', bytes([0, 0, 255, 255]))[0]:08X}" + _ipv4(address)
 
 
@@ -108,10 +110,10 @@ def _listed(end: tuple[Any, ...], as_listed: Callable[[str], str]) -> str:
 
 
 class LoopbackGuard:
-    """ASGI middleware that lets in programs of this user and the server's own pages, WebSockets included.
+    """ASGI middleware that admits programs of this user and the server's own pages, also for WebSockets.
 
-    `hosts` are the names, with ports, under which the server is reached; `own_user_only` refuses other users
-    of the machine; `log` is told the reason of each refusal.
+    `hosts` are the names, with ports, under which the server is reached; `own_user_only` rejects other users
+    of the machine; `log` is called with the reason of each rejection.
     """
 
     def __init__(
@@ -128,7 +130,7 @@ class LoopbackGuard:
         self._log = log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, or answer 403; a WebSocket is refused before it is accepted."""
+        """Pass the request on, or answer 403; a WebSocket is rejected before it is accepted."""
         reason = self._refusal(scope) if scope["type"] in ("http", "websocket") else None
         if reason is None:
             await self._app(scope, receive, send)
@@ -153,7 +155,7 @@ class LoopbackGuard:
 
 
 async def refuse(send: Send, status: int, reason: str) -> None:
-    """Answer an ASGI request with the reason why it is refused, as plain text."""
+    """Respond to an ASGI request with the reason for its rejection, as plain text."""
     body = f"refused: {reason}\n".encode()
     head = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": head})

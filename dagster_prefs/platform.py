@@ -1,6 +1,7 @@
-"""The composition root: settings → engine, dbt, DynamoDB and Iceberg, and what is done with them together.
+"""The composition root: settings → engine, dbt, DynamoDB and Iceberg, and the operations on all of them.
 
-It knows no Dagster: commands use it where Dagster is not installed, and Dagster's definitions are declarations over it.
+It does not depend on Dagster: commands use it where Dagster is not installed, and Dagster's definitions are
+thin declarations over it.
 """
 
 from __future__ import annotations
@@ -29,30 +30,63 @@ from dagster_prefs.dynamodb.changefeed import PublishedElsewhere, process_label,
 from dagster_prefs.dynamodb.lease import read_lease
 from dagster_prefs.dynamodb.publisher import publish_domain
 from dagster_prefs.dynamodb.tables import TableReport, dynamodb_client, provision
+from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
 from dagster_prefs.freshness.reconcile import reconcile_domain
 from dagster_prefs.freshness.status import Sources
 from dagster_prefs.settings import Settings, kafka_variable
 
 if TYPE_CHECKING:
+    from pydantic import SecretStr
     from pyiceberg.catalog import Catalog
     from pyiceberg.table import Table
 
+    from dagster_prefs.events.brokers import KafkaSecurity, KafkaSource
     from dagster_prefs.events.topics import TopicGeneration
     from dagster_prefs.iceberg.tables import TileTable
 
 
 class Platform:
-    """Engine, dbt, DynamoDB and Iceberg as the settings name them; nothing connects before it is used."""
+    """Engine, dbt, DynamoDB and Iceberg for these settings; each connects on first use."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.sources = Sources(settings)
-        self.engine = self.sources.engine
+        self.engine = EngineConfiguration.of(settings)
+
+    @property
+    def sources(self) -> Sources:
+        """Where the freshness and lag readings come from."""
+        settings = self.settings
+        return Sources(
+            engine=self.engine,
+            declared=settings.registry,
+            kafka=lambda: self.kafka,
+            connect=self.dynamodb,
+            catalog=self.catalog,
+            table_prefix=settings.table_prefix,
+            namespace=settings.iceberg_namespace,
+            export_start=settings.export_start_date,
+            publishes=settings.publishes,
+            follows=settings.follows,
+            by_sink=settings.export == "sink",
+        )
+
+    @property
+    def kafka(self) -> KafkaSource:
+        """Where events come from; it holds no brokers where none are set."""
+        from dagster_prefs.events.brokers import KafkaSource, client_properties
+
+        settings = self.settings
+        return KafkaSource(
+            bootstrap=settings.kafka_bootstrap,
+            topics=settings.kafka_topics,
+            start=settings.kafka_start,
+            client=client_properties(kafka_security(settings)),
+        )
 
     @cached_property
     def dbt(self) -> Dbt:
-        """dbt for this engine; its artifacts lie under the data directory."""
+        """dbt for this engine; its artifacts are in the data directory."""
         return Dbt(
             self.engine,
             self.settings.project,
@@ -77,39 +111,39 @@ class Platform:
 
     @property
     def registry(self) -> Registry:
-        """What the project declares."""
+        """The project's declarations."""
         return self.settings.registry()
 
     @property
     def contract(self) -> Contract:
         """The serving contract."""
-        return self.sources.contract
+        return self.registry.contract
 
     def dynamodb(self) -> Any:
-        """A DynamoDB client for the endpoint in use."""
+        """Return a DynamoDB client for the configured endpoint."""
         return dynamodb_client(self.settings.aws_endpoint, self.settings.aws_region)
 
     def provision(self, client: Any) -> dict[str, TableReport]:
-        """Make or verify the table of each entity, as the settings say who owns them."""
+        """Create or verify the table of each entity, depending on the owner of the tables in the settings."""
         return provision(
             client, self.contract, prefix=self.settings.table_prefix, mode=self.settings.provisioning
         )
 
     def kafka_topics(self, *, note: bool = False) -> list[TopicGeneration]:
-        """Every topic as the engine remembers it beside what the brokers have now; empty without Kafka.
+        """Return the stored and the current generation of every topic; empty without Kafka.
 
-        With `note` the engine remembers what the brokers have from now on, and a topic that was made anew enters
-        its next generation. Raises KafkaUnavailable for brokers that do not answer and a topic they do not have,
-        NotDeployed before the first `dbt run`.
+        `note` stores the brokers' topic ids, and a recreated topic enters its next generation. Raises
+        KafkaUnavailable for brokers that do not answer and a topic that they do not have, NotDeployed before
+        the first `dbt run`.
         """
         if self.settings.kafka_bootstrap is None:
             return []
-        from dagster_prefs.events.brokers import client_properties
         from dagster_prefs.events.contact import KafkaUnavailable
         from dagster_prefs.events.topics import broker_ids, note_topics, topic_generations
 
-        bootstrap, names = self.settings.kafka_bootstrap, list(self.settings.kafka_topics.values())
-        ids = broker_ids(bootstrap, names, client=client_properties(self.settings))
+        kafka, bootstrap = self.kafka, self.settings.kafka_bootstrap
+        names = list(kafka.topics.values())
+        ids = broker_ids(bootstrap, names, client=kafka.client)
         if missing := [name for name in names if name not in ids]:
             raise KafkaUnavailable(
                 f"Kafka at {bootstrap} has no topic {', '.join(missing)}: create it, or set the name it has there "
@@ -122,17 +156,27 @@ class Platform:
 
     def catalog(self) -> Catalog:
         """The Iceberg catalog; raises OfflineError when it does not answer."""
-        return self.sources.catalog()
+        from dagster_prefs.iceberg.catalog import open_catalog
+
+        settings = self.settings
+        return open_catalog(
+            settings.iceberg_catalog,
+            settings.warehouse,
+            uri=settings.iceberg_uri,
+            credential=_secret(settings.iceberg_credential),
+            region=settings.aws_region,
+            endpoint_url=settings.aws_endpoint_url,
+        )
 
     @cached_property
     def training_tables(self) -> dict[str, TileTable]:
-        """Name → training table, one of every tile that the project declares."""
+        """The training tables by name, one for every declared tile."""
         from dagster_prefs.iceberg.tables import tile_tables
 
         return tile_tables(self.registry)
 
     def prepare_training_tables(self) -> list[Table]:
-        """Make the training tables ready for RisingWave's sinks; raises OfflineError, or EngineUnavailable."""
+        """Prepare the training tables for RisingWave's sinks. Raises OfflineError or EngineUnavailable."""
         from dagster_prefs.iceberg.verify import prepare_for_sink
 
         catalog, namespace = self.catalog(), self.settings.iceberg_namespace
@@ -142,7 +186,7 @@ class Platform:
         ]
 
     def plan(self, *, drop_orphans: bool = False) -> Plan:
-        """Return what an apply would change now; see `make_plan`."""
+        """Return the changes that an apply would make now; see `make_plan`."""
         return make_plan(
             self.engine, self.dbt, partial(review_contract, self.contract), drop_orphans=drop_orphans
         )
@@ -150,7 +194,7 @@ class Platform:
     def apply(
         self, *, drop_orphans: bool = False, on_step: Callable[[str], None] = lambda step: None
     ) -> Plan:
-        """Carry the plan out; see `apply_plan`."""
+        """Apply the plan; see `apply_plan`."""
         return apply_plan(
             self.engine,
             self.dbt,
@@ -161,12 +205,40 @@ class Platform:
         )
 
 
+def kafka_security(settings: Settings) -> KafkaSecurity:
+    """How the settings say that brokers let our clients in."""
+    from dagster_prefs.events.brokers import KafkaSecurity
+
+    return KafkaSecurity(
+        protocol=settings.kafka_security_protocol,
+        mechanism=settings.kafka_sasl_mechanism,
+        username=settings.kafka_sasl_username,
+        password=_secret(settings.kafka_sasl_password),
+        tls={
+            "ssl.ca.location": settings.kafka_ssl_ca_location,
+            "ssl.ca.pem": settings.kafka_ssl_ca_pem,
+            "ssl.certificate.location": settings.kafka_ssl_certificate_location,
+            "ssl.certificate.pem": settings.kafka_ssl_certificate_pem,
+            "ssl.key.location": settings.kafka_ssl_key_location,
+            "ssl.key.pem": _secret(settings.kafka_ssl_key_pem),
+            "ssl.key.password": _secret(settings.kafka_ssl_key_password),
+        },
+        msk_region=settings.kafka_msk_region or settings.aws_region,
+        msk_role_arn=settings.kafka_msk_role_arn,
+    )
+
+
+def _secret(given: SecretStr | None) -> str | None:
+    return None if given is None else given.get_secret_value()
+
+
 def review_contract(
     shipped: Contract, fragments: Sequence[Mapping[str, Any]], manifest: Mapping[str, Any]
 ) -> ContractReview:
-    """What the models change of the deployed contract, and why it must not go out, if so.
+    """Return the models' changes to the deployed contract, and the reason to refuse them, if there is one.
 
-    Refused are a breaking change without a higher version, and a `shipped` contract that is not the models'.
+    A breaking change without a higher version is refused, and a `shipped` contract that differs from the
+    models'.
     """
     written = parse_contract(build_contract(manifest))
     if written != shipped:
@@ -201,15 +273,15 @@ class ProfileStore:
         return self._platform.provision(self._client)
 
     def prepare(self) -> None:
-        """Make or verify the tables, and those in Iceberg where RisingWave's sinks write them."""
+        """Create or verify the tables, also those in Iceberg if RisingWave's sinks write them."""
         _ = self._tables
         if self._platform.settings.export == "sink":
             self._platform.prepare_training_tables()
 
-    def settle(self, relation: str) -> str:
+    def reconcile(self, relation: str) -> str:
         """Bring the domain's items to the rows of its rolling view: published here, reconciled behind a sink.
 
-        Behind a changefeed only the holder of its lease writes: this process, or a follower that is at work.
+        With a changefeed only the holder of its lease writes: this process, or a running follower.
         """
         platform = self._platform
         domain = next(one for one in platform.contract.domains.values() if one.relation == relation)
@@ -238,10 +310,10 @@ class ProfileStore:
 
 
 def catch_up(platform: Platform, client: Any, domain: Domain, table: TableReport) -> dict[str, Any]:
-    """Publish what has changed by now, unless a follower is at work.
+    """Publish the pending changes, unless a follower is running.
 
-    Returns counts of what was published, or `publisher` (who publishes) with `token_at`, the time of its last progress
-    in seconds since 1970, where it is known.
+    Returns counts of what was published, or `publisher` (the follower) with `token_at`, the time of its last
+    progress in seconds since 1970, if that is known.
     """
     try:
         (report,) = publish_changes(

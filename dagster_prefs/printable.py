@@ -1,12 +1,12 @@
-"""Text of others made safe to show: what a terminal would obey, or could not print, is shown escaped."""
+"""Make foreign text safe to print: escape what a terminal would execute or cannot print."""
 
 from __future__ import annotations
 
 import unicodedata
 
-# Control and format characters, line and paragraph separators, and the bytes of a file name that are no UTF-8.
+# Control and format characters, line and paragraph separators, and non-UTF-8 bytes of file names.
 _ESCAPED = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
-# Scripts and emoji are spelled with the joiners.
+# Scripts and emoji need the joiners for their spelling.
 _KEPT = frozenset("\n\t\u200c\u200d")
 
 

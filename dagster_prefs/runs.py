@@ -1,4 +1,4 @@
-"""Dagster jobs run in this process, on the instance that the UI shows."""
+"""Run Dagster jobs in this process, on the instance that the UI shows."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class RunFailed(PrefsError):
 
 
 class JobRunner:
-    """Runs jobs of the platform's definitions; use it as a context manager.
+    """Runs jobs of the platform's definitions; a context manager.
 
-    Definitions are built and dbt is loaded once, however many jobs follow.
+    Builds definitions and loads dbt once for any number of jobs.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -42,7 +42,7 @@ class JobRunner:
     ) -> None:
         """Run one job to its end; `config` is the run configuration of its steps.
 
-        Raises RunFailed when a step failed; what other steps did is kept.
+        Raises RunFailed when a step failed; the work of other steps is kept.
         """
         result = self._definitions.resolve_job_def(job).execute_in_process(
             instance=self._instance,
@@ -62,10 +62,10 @@ class JobRunner:
 
 
 def _root_cause(error: object) -> str:
-    """The innermost message of a step's error, without Dagster's wrapping or a stack."""
+    """Return the innermost message of a step's error, without Dagster's wrapping or a stack."""
     while getattr(error, "cause", None) is not None:
         error = error.cause  # type: ignore[attr-defined]
     message = str(getattr(error, "message", error)).strip()
-    # Dagster prefixes the class; the sentence after it is what a user can act on.
+    # Dagster prefixes the class; only the sentence after it helps a user.
     name, _, sentence = message.partition(": ")
     return sentence if sentence and " " not in name else message

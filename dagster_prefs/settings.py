@@ -1,4 +1,4 @@
-"""Every knob of the platform, typed, from the environment or `.env`."""
+"""All settings of the platform, typed, from the environment or `.env`."""
 
 from __future__ import annotations
 
@@ -31,14 +31,15 @@ from dagster_prefs.errors import PrefsError
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 PREFIX = "PREFS_"
-# Not a setting itself, because it says where settings are read from: one file per environment.
+# Not a setting itself, because it names the file that settings are read from: one per environment.
 ENV_FILE = "PREFS_ENV_FILE"
 
 
-# Without the value, which may be a secret.
+# Omits the value, which may be a secret.
 _BLANK = "the value begins or ends with a blank: remove it"
 
-# Part of a setting's name → what its values look like, and the rule in words. They become parts of statements.
+# Part of a setting's name → the pattern of its values, and the rule in words. The values become parts of
+# statements.
 _NAMES = {
     "_region": (r"[a-z0-9-]{1,64}", "an AWS region, e.g. eu-central-1"),
     "_role_arn": (
@@ -49,7 +50,8 @@ _NAMES = {
     "iceberg_namespace": (r"[A-Za-z0-9_]{1,255}", "an Iceberg namespace: letters, digits and `_`"),
 }
 
-# What names a topic in Kafka: this, and the topic's own name in capitals (`kafka_variable`).
+# The prefix of variables that name topics in Kafka; the topic's own name follows in capitals
+# (`kafka_variable`).
 KAFKA_TOPIC = "PREFS_KAFKA_TOPIC_"
 
 
@@ -77,22 +79,23 @@ def _kafka_names() -> dict[str, str]:
 
 
 def kafka_variable(topic: str) -> str:
-    """The environment variable that names this topic of the project in Kafka, as dbt spells it too."""
+    """Return the environment variable with this topic's name in Kafka; dbt spells it the same way."""
     return KAFKA_TOPIC + re.sub("[.-]", "_", topic).upper()
 
 
 class Settings(BaseSettings):
     """All settings; the defaults run everything on one machine.
 
-    Each field is read from `PREFS_<FIELD>` unless its alias says otherwise. Every field must be
-    documented in `.env.example`, which a test compares with this class.
+    Each field is read from `PREFS_<FIELD>` unless its alias says otherwise. Every field must be documented in
+    `.env.example`, which a test compares with this class.
     """
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
         extra="ignore",
         populate_by_name=True,
-        # `NAME=` in .env, and an unset variable that a shell or compose file passes on, mean the default.
+        # `NAME=` in .env, and an unset variable that a shell or compose file passes on as empty, mean the
+        # default.
         env_ignore_empty=True,
     )
 
@@ -115,7 +118,7 @@ class Settings(BaseSettings):
     engine_password: SecretStr = Field(SecretStr(""), description="Password of the engine.")
     engine_sslmode: Literal["disable", "require", "verify-ca", "verify-full"] | None = Field(
         None,
-        description="TLS to the engine, as libpq spells it; empty means `require`, or whatever there is on loopback.",
+        description="TLS to the engine, in libpq's terms; empty means `require`, or on loopback TLS if offered.",
     )
     engine_schema: str = Field("public", description="Schema that holds every relation.")
 
@@ -129,23 +132,22 @@ class Settings(BaseSettings):
         PROJECT_ROOT / ".prefs",
         description=(
             "Folder for all local state: embedded services, Dagster home, Iceberg files. "
-            "Empty means .prefs beside the project."
+            "Empty means .prefs next to the project."
         ),
     )
     local_users: Literal["own", "any"] = Field(
         "own",
-        description="Whose programs on this machine the UI and the feature server answer over loopback: `own` (this "
-        "user's and root's) or `any`.",
+        description="Users of this machine whose programs may reach the UI and the feature server over loopback: "
+        "`own` (this user and root) or `any`.",
     )
     ui_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
-        description="Names, with ports where not 80 or 443, under which the Dagster UI is reached beside loopback's, "
+        description="Host names of the Dagster UI in addition to loopback's, with a port unless it is 80 or 443, "
         "separated by commas; requests with another Host are refused.",
     )
     training_dir: Path | None = Field(
         None,
-        description="Folder that training sets of runs started in Dagster are written to; empty means "
-        "<data dir>/training-sets.",
+        description="Folder for the training sets of runs started in Dagster; empty means <data dir>/training-sets.",
     )
     local_aws_port: int = Field(54330, ge=1, le=65535, description="Port of the local AWS server.")
 
@@ -158,8 +160,7 @@ class Settings(BaseSettings):
     aws_region: str = Field("eu-central-1", alias="AWS_REGION", description="AWS region.")
     provisioning: Literal["create", "verify"] = Field(
         "create",
-        description="`create` makes missing DynamoDB tables, `verify` only checks them (Terraform "
-        "owns them).",
+        description="`create` creates missing DynamoDB tables, `verify` only checks them (Terraform owns them).",
     )
     table_prefix: str = Field(
         "",
@@ -170,7 +171,7 @@ class Settings(BaseSettings):
         "auto",
         description="Who writes DynamoDB: `publisher` (this platform, local engine), `sink` (RisingWave's own, "
         "licensed), `changefeed` (`prefs publish --follow`, from RisingWave's subscriptions); auto is publisher or "
-        "sink, by engine.",
+        "sink, depending on the engine.",
     )
     changefeed_retention_hours: int = Field(
         24,
@@ -183,7 +184,7 @@ class Settings(BaseSettings):
         10.0,
         ge=1,
         le=600,
-        description="Seconds without a sign of life after which another `prefs publish --follow` takes over.",
+        description="Seconds without a renewed lease after which another `prefs publish --follow` takes over.",
     )
 
     kafka_bootstrap: str | None = Field(
@@ -193,11 +194,11 @@ class Settings(BaseSettings):
         "earliest", description="Where a new Kafka reader starts; `earliest` loses no event."
     )
     kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
-        "PLAINTEXT", description="How the brokers are spoken to: TLS, SASL, both or neither."
+        "PLAINTEXT", description="Protocol of the brokers: TLS, SASL, both or neither."
     )
     kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "AWS_MSK_IAM"] | None = Field(
         None,
-        description="How SASL authenticates; AWS_MSK_IAM signs with AWS credentials, needs no password and "
+        description="SASL mechanism; AWS_MSK_IAM signs with AWS credentials, needs no password and "
         "trusts the system's certificate authorities.",
     )
     kafka_sasl_username: str | None = Field(None, description="User of PLAIN or SCRAM.")
@@ -224,7 +225,7 @@ class Settings(BaseSettings):
         None, description="Region of the MSK cluster; empty means AWS_REGION."
     )
     kafka_msk_role_arn: str | None = Field(
-        None, description="IAM role assumed for AWS_MSK_IAM; empty means the own identity."
+        None, description="IAM role assumed for AWS_MSK_IAM; empty means the process's own identity."
     )
     kafka_lateness_seconds: int | None = Field(
         None,
@@ -236,16 +237,16 @@ class Settings(BaseSettings):
         None,
         ge=3600,
         lt=2**32,
-        description="Age at which RisingWave forgets raw messages; views keep what they counted, but can then "
-        "not be built from the start again. Empty keeps all.",
+        description="Age at which RisingWave deletes raw messages; views keep what they counted, but can then not be "
+        "rebuilt from the start. Empty keeps all.",
     )
 
     kafka_topic_names: Annotated[dict[str, Annotated[str, AfterValidator(_kafka_name)]], NoDecode] = Field(
         default_factory=_kafka_names,
         validate_default=True,
-        # No variable of its own: each topic of the project has one, which the factory reads.
+        # No variable of its own: each topic of the project has one, which `_kafka_names` reads.
         alias=KAFKA_TOPIC,
-        description="Name of a topic in Kafka, where it is another there: PREFS_KAFKA_TOPIC_ and the topic's name in "
+        description="Name of a topic in Kafka, if it differs there: PREFS_KAFKA_TOPIC_ and the topic's name in "
         "capitals, with `_` for `.` and `-`. Each topic of the project has such a setting.",
     )
     sink_role_arn: str | None = Field(
@@ -256,24 +257,24 @@ class Settings(BaseSettings):
         None, ge=1, le=25, description="Items per request of a DynamoDB sink; empty means RisingWave's 25."
     )
     sink_parallel_requests: int | None = Field(
-        None, ge=1, description="Requests of a DynamoDB sink under way at once; empty means RisingWave's 256."
+        None, ge=1, description="Concurrent requests of a DynamoDB sink; empty means RisingWave's 256."
     )
     sink_retries: int | None = Field(
         None,
         ge=0,
-        description="Times that a sink sends again what DynamoDB throttled; empty: RisingWave's own.",
+        description="Retries of a sink after DynamoDB throttles it; empty means RisingWave's own.",
     )
     sink_retry_backoff_ms: int | None = Field(
-        None, ge=1, description="Milliseconds before the first of them; empty means RisingWave's own."
+        None, ge=1, description="Milliseconds before the first retry; empty means RisingWave's own."
     )
     risingwave_secrets: Literal["off", "on"] = Field(
         "off",
-        description="`on` keeps credentials as RisingWave secrets (licensed) and lets options refer to them; "
-        "`off` gives plain values, which anyone who may read RisingWave's catalog sees.",
+        description="`on` stores credentials as RisingWave secrets (licensed), to which options refer; `off` passes "
+        "plain values, which anyone who may read RisingWave's catalog sees.",
     )
     alert_webhook: SecretStr | None = Field(
         None,
-        description="Slack-compatible webhook (https) that freshness alerts go to; empty means they are logged.",
+        description="Slack-compatible webhook (https) for freshness alerts; empty means that they are logged.",
     )
 
     iceberg_catalog: Literal["sqlite", "glue", "rest"] = Field("sqlite", description="Iceberg catalog kind.")
@@ -283,7 +284,7 @@ class Settings(BaseSettings):
     iceberg_uri: str | None = Field(
         None,
         repr=False,
-        description="URI of the REST catalog; https where a credential goes to another machine.",
+        description="URI of the REST catalog; https if a credential is sent to another machine.",
     )
     iceberg_credential: SecretStr | None = Field(
         None, description="Client id and secret of the REST catalog (OAuth2), as id:secret; empty means none."
@@ -310,7 +311,7 @@ class Settings(BaseSettings):
         0.01,
         gt=0,
         le=1,
-        description="Part of all viewers (0…1) whose items the parity check recomputes from Iceberg.",
+        description="Share of all viewers (0…1) whose items the parity check recomputes from Iceberg.",
     )
 
     expiry_spread_seconds: int = Field(
@@ -320,7 +321,7 @@ class Settings(BaseSettings):
         description="Seconds after midnight UTC over which windows roll over, per viewer; 0 is the "
         "exact day boundary.",
     )
-    refresh_poll_seconds: int = Field(30, ge=5, description="Seconds between looks for new events (sensor).")
+    refresh_poll_seconds: int = Field(30, ge=5, description="Seconds between checks for new events (sensor).")
     readings_kept_days: int = Field(
         14, ge=1, description="Days that Dagster's event log keeps freshness readings."
     )
@@ -331,8 +332,9 @@ class Settings(BaseSettings):
     @field_validator("*", mode="before")
     @classmethod
     def _without_blanks(cls, value: Any, info: ValidationInfo) -> Any:
-        # A file that docker reads, or a line of YAML, keeps the blank that a shell and dotenv would drop, and a
-        # name with one is another name. Only a password or a PEM text may well end in one.
+        # A file that docker reads, or a line of YAML, keeps a trailing blank that a shell and dotenv would
+        # drop, and a name with a blank is another name. Only a password or a PEM text may legitimately end in
+        # one.
         kept = str(info.field_name).endswith(("_password", "_pem"))
         if isinstance(value, str) and value != value.strip() and not kept:
             raise ValueError(_BLANK)
@@ -407,7 +409,7 @@ class Settings(BaseSettings):
         return self
 
     def _check_iceberg_uri(self, uri: str) -> None:
-        # Without the address, which may hold a password.
+        # Omits the address, which may contain a password.
         try:
             address = urlsplit(uri)
             host = address.hostname or ""
@@ -511,11 +513,11 @@ class Settings(BaseSettings):
 
     @cached_property
     def project(self) -> Path:
-        """The folder of the dbt project. Raises RegistryError naming where it was looked for."""
+        """The folder of the dbt project. Raises RegistryError naming the searched folders."""
         return find_project(named=self.project_dir)
 
     def registry(self) -> Registry:
-        """What the project declares, read once. Raises RegistryError naming the file and the remedy."""
+        """The project's declarations, read once. Raises RegistryError naming the file and the remedy."""
         return self._registry
 
     @cached_property
@@ -524,34 +526,34 @@ class Settings(BaseSettings):
 
     @property
     def port(self) -> int:
-        """The engine's port, with the default of the chosen engine."""
+        """The engine's port, by default that of the chosen engine."""
         return self.engine_port or (54329 if self.engine == "local" else 4566)
 
     @property
     def database(self) -> str:
-        """The engine's database, with the default of the chosen engine."""
+        """The engine's database, by default that of the chosen engine."""
         return self.engine_database or ("prefs" if self.engine == "local" else "dev")
 
     @property
     def user(self) -> str:
-        """The engine's user, with the default of the chosen engine."""
+        """The engine's user, by default that of the chosen engine."""
         return self.engine_user or ("prefs" if self.engine == "local" else "root")
 
     @property
     def engine_passfile(self) -> Path | None:
-        """The password file of the embedded engine; None where a password is set, or for another engine."""
+        """The password file of the embedded engine; None if a password is set, or for another engine."""
         if self.engine != "local" or self.engine_password.get_secret_value():
             return None
         return self.data_dir / "pgpass"
 
     @property
     def training_folder(self) -> Path:
-        """Where runs started in Dagster may write training sets."""
+        """The folder to which runs started in Dagster may write training sets."""
         return self.training_dir or self.data_dir / "training-sets"
 
     @property
     def kafka_topics(self) -> dict[str, str]:
-        """Topic of the project → its name in Kafka.
+        """Return the names in Kafka of the project's topics.
 
         Raises RegistryError, and SettingsError for a variable that names no topic of the project, or two.
         """
@@ -580,14 +582,14 @@ class Settings(BaseSettings):
 
     @property
     def aws_endpoint(self) -> str | None:
-        """The endpoint every AWS client uses; None means AWS itself."""
+        """The endpoint of every AWS client; None means AWS itself."""
         if self.aws_endpoint_url or self.engine != "local":
             return self.aws_endpoint_url
         return f"http://127.0.0.1:{self.local_aws_port}"
 
     @property
     def uses_local_aws(self) -> bool:
-        """Whether the local AWS server is the one in use (and so must be started)."""
+        """Whether the local AWS server is in use, and so must be started."""
         return self.engine == "local" and self.aws_endpoint_url is None
 
     @property
@@ -597,7 +599,7 @@ class Settings(BaseSettings):
 
 
 def known_variables() -> dict[str, str]:
-    """Environment variable → field name, for every setting but the names of the project's topics in Kafka."""
+    """Return the field name of every environment variable, except the topics' names in Kafka."""
     named = {field.alias or PREFIX + name.upper(): name for name, field in Settings.model_fields.items()}
     return {variable: name for variable, name in named.items() if variable != KAFKA_TOPIC}
 
@@ -609,14 +611,14 @@ def _unknown_setting(name: str, known: Iterable[str], remedy: str) -> SettingsEr
 
 
 def load_settings(env_file: Path | None = None) -> Settings:
-    """Read the environment over `.env` and return validated settings.
+    """Return validated settings from the environment and `.env`; the environment takes precedence.
 
-    `env_file` defaults to the file that PREFS_ENV_FILE names, else to `.env` beside the project. Its
-    variables are exported into this process's environment where unset, because dbt and botocore read
-    them there.
+    `env_file` defaults to the file that PREFS_ENV_FILE names, else to `.env` next to the package. Its
+    variables are exported into this process's environment if unset there, because dbt and botocore read them
+    from it.
 
-    Raises SettingsError naming the variable, the rule and the remedy: for a `PREFS_*` name that no
-    setting has, a value out of its domain, or settings that contradict each other.
+    Raises SettingsError naming the variable, the rule and the remedy: for a `PREFS_*` name that no setting
+    has, an invalid value, or settings that contradict each other.
     """
     env_file = env_file or Path(os.environ.get(ENV_FILE) or PROJECT_ROOT / ".env")
     if env_file.is_file():
@@ -624,7 +626,7 @@ def load_settings(env_file: Path | None = None) -> Settings:
             if value is not None:
                 os.environ.setdefault(name, value)
     known = known_variables()
-    # These belong to the test suites that reach a server, not to the product's settings.
+    # These configure test suites that use a server; they are no settings of the product.
     suite = {ENV_FILE, "PREFS_RISINGWAVE_URL", "PREFS_BENCH_SCALE"}
     for name in sorted(os.environ):
         listed = name in known or name in suite or name.startswith(KAFKA_TOPIC)

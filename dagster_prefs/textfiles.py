@@ -1,6 +1,7 @@
-"""Lines and CSV rows of files that others wrote, in memory that their content cannot grow.
+"""Lines and CSV rows of foreign files, read in bounded memory.
 
-Every limit is in bytes, because a line, a row, a cell or a gzip file may be of any size whatever the size of the file.
+Every limit is in bytes, because a line, a row, a cell or a gzip file may be of any size whatever the size of
+the file.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from dagster_prefs.errors import PrefsError
 KIB = 1024
 MIB = 1024 * KIB
 
-# Longer than any event or label, shorter than what would hurt a process of 1 GB.
+# Longer than any event or label, but harmless for a process with 1 GB.
 MAX_LINE_BYTES = 8 * MIB
-# A stray quote must not swallow the rest of a file into one cell.
+# Prevents a stray quote from swallowing the rest of a file into one cell.
 MAX_ROW_LINES = 100
 MAX_ROW_BYTES = 1 * MIB
 MAX_CELL_BYTES = 128 * KIB
-# Blank lines are not stored, so nothing else bounds what they cost.
+# Blank lines are not stored, so nothing else limits their cost.
 MAX_BLANK_LINES = 1_000_000
-# Events shrink to a tenth or a twentieth; what is packed to make harm, to a thousandth.
+# Events compress to a tenth or a twentieth of their size; a decompression bomb to a thousandth.
 MAX_EXPANSION = 100
 EXPANSION_FREE_BYTES = 64 * MIB
 
@@ -46,7 +47,7 @@ FOREIGN_MAGIC = {
 
 RowFault = Literal["cells", "encoding", "nul", "quotes", "size"]
 
-# What a row is called that cannot be read; the typed layer's macro malformed_row_reasons says the same.
+# The reasons for rows that cannot be read; the typed layer's macro malformed_row_reasons has the same ones.
 ROW_FAULTS: Mapping[RowFault, str] = {
     "cells": "CSV row with another number of cells than its header",
     "encoding": "CSV row that is not UTF-8",
@@ -59,8 +60,9 @@ ROW_FAULTS: Mapping[RowFault, str] = {
 class LineReader:
     """The physical lines of a plain or gzip file, with their terminators, in constant memory.
 
-    Iterating raises the class's `refusal` at damage and beyond a limit, after every whole line before it was given;
-    `bytes_read` is the position in the file on disk, for progress. A subclass says what its files are.
+    Iterating raises the class's `refusal` at damage and beyond a limit, after yielding every complete line
+    before it; `bytes_read` is the position in the file on disk, for progress. A subclass sets the error class
+    and its texts.
     """
 
     refusal: ClassVar[type[PrefsError]] = PrefsError
@@ -80,12 +82,13 @@ class LineReader:
                 raise self.refusal(f"{path} is {name}: give {self.formats}")
         if head.startswith(GZIP_MAGIC):
             self._packed = True
-            # Its own buffer hands out what it has before it reports damage; one more around it would not.
+            # GzipFile's own buffer returns its content before it reports damage; another buffer around it
+            # would not.
             self._stream = cast(IO[bytes], gzip.GzipFile(fileobj=self._file))
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of the file on disk that were consumed so far."""
+        """Number of bytes of the file on disk that were read so far."""
         return self._file.tell()
 
     def close(self) -> None:
@@ -148,10 +151,11 @@ class LineReader:
 
 @dataclass(frozen=True)
 class CsvRow:
-    """One row of a CSV file: its first physical line (1-based), its bytes without the last terminator, its cells.
+    """One row of a CSV file: first physical line (1-based), bytes without the last terminator, cells.
 
-    `fault` says why there are no cells: the row is not UTF-8, holds U+0000, has a quote that is never closed or
-    stands inside a cell, or a cell or the whole is too large. A blank line is a row without cells and without fault.
+    `fault` gives the reason if there are no cells: the row is not UTF-8, contains U+0000, has a quote that is
+    never closed or stands inside a cell, or a cell or the whole row is too large. A blank line is a row
+    without cells and without fault.
     """
 
     line: int
@@ -161,13 +165,14 @@ class CsvRow:
 
 
 class _Runaway(Exception):
-    """A quoted cell goes on for more lines or bytes than any real one."""
+    """A quoted cell spans more lines or bytes than any real one."""
 
 
 def csv_rows(lines: Iterator[tuple[int, bytes]]) -> Iterator[CsvRow]:
-    """The rows of a CSV file in order, the header and blank lines among them.
+    """Yield the rows of a CSV file in order, including the header and blank lines.
 
-    A row with a fault ends at its first line: reading goes on with the next one, so that a stray quote costs one row.
+    A row with a fault ends at its first line: reading continues with the next one, so that a stray quote
+    costs one row.
     """
     again: deque[tuple[int, bytes]] = deque()
     taken: list[tuple[int, bytes]] = []
@@ -201,7 +206,8 @@ def csv_rows(lines: Iterator[tuple[int, bytes]]) -> Iterator[CsvRow]:
             (number, raw), *later = taken
             again.extendleft(reversed(later))
             taken.clear()
-            # The csv module has a limit for a cell, and tells it from other errors by its words only.
+            # The csv module has its own limit for a cell, and distinguishes this error from others only by
+            # its message.
             large = not later and (
                 isinstance(error, _Runaway) or "field larger than field limit" in str(error)
             )
@@ -225,5 +231,5 @@ def _fault(cells: list[str]) -> RowFault | None:
 
 
 def without_terminator(line: bytes) -> bytes:
-    """The line without its line feed, or carriage return and line feed."""
+    """Return the line without its line feed, or carriage return and line feed."""
     return line.removesuffix(b"\n").removesuffix(b"\r")

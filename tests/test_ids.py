@@ -24,7 +24,7 @@ from dagster_prefs.events.fields import cell_text, field_text
 from dagster_prefs.events.messages import Topic
 from dagster_prefs.events.validity import rejection_reason
 from dagster_prefs.serving.preferences import PreferenceError, checked_user
-from dagster_prefs.serving.wire import RequestError, read_id
+from dagster_prefs.serving.wire import RequestError, wire_id
 
 VIEWER = REGISTRY.entity("viewer")
 NOW = datetime(2026, 3, 15, tzinfo=UTC)
@@ -85,9 +85,9 @@ def test_a_viewer_is_the_same_at_every_door(
         with pytest.raises(ids.BadId, match="viewer_id must be a 64-bit integer, not "):
             ids.read_key(VIEWER.key, given)
         with pytest.raises(RequestError):
-            read_id(VIEWER.key, given)
+            wire_id(VIEWER.keys, given)
     else:
-        assert ids.read_key(VIEWER.key, given) == read_id(VIEWER.key, given) == viewer
+        assert ids.read_key(VIEWER.key, given) == wire_id(VIEWER.keys, given) == viewer
     if isinstance(given, str):
         event = {
             "event_id": "e",

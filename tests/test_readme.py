@@ -16,7 +16,14 @@ from dagster_prefs.declarations.contract import load_contract
 
 PROJECT = Path(__file__).parents[1]
 README = (PROJECT / "README.md").read_text()
-DOCUMENTS = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / "docs").rglob("*.md"))]
+DOCUMENTS = [
+    PROJECT / "README.md",
+    PROJECT / "CONTRIBUTING.md",
+    PROJECT / "infra" / "terraform" / "README.md",
+    *sorted((PROJECT / "docs").rglob("*.md")),
+]
+# Folders that the text of a page may leave out of a path.
+ROOTS = (PROJECT, PROJECT / "dagster_prefs", PROJECT / "dbt_project")
 
 
 def commands(text: str, program: str) -> list[list[str]]:
@@ -28,9 +35,24 @@ def commands(text: str, program: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_somewhere(document: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)", document.read_text()):
-        if not target.startswith("http"):
-            assert (document.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", document.read_text()):
+        if target.startswith("http"):
+            continue
+        page = document.parent / target if target else document
+        assert page.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+            anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in anchors, f"{target}#{anchor}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_paths_of_the_repository_exist(document: Path) -> None:
+    """Checks code spans that name a folder (`x/`), or a file below a folder of the repository."""
+    text = re.sub(r"```.*?```", "", document.read_text(), flags=re.S)
+    for path in re.findall(r"`([\w-]+/(?:[\w.-]+/)*(?:[\w.-]*\.[a-zA-Z]+)?)`", text):
+        if any((root / path.split("/")[0]).is_dir() for root in ROOTS):
+            assert any((root / path).exists() for root in ROOTS), path
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -1,4 +1,4 @@
-"""The `prefs` command. Each command parses, calls the room that does the work, and prints."""
+"""The `prefs` command. Each command parses its arguments, calls another package, and prints."""
 
 # Importing a module registers its commands.
 from dagster_prefs.cli import deployment, events, freshness, generate, services, serving, training

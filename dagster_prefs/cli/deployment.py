@@ -1,4 +1,4 @@
-"""Commands that bring models and data out: plan, apply, publish, export, cost."""
+"""Commands that deploy models and deliver data: plan, apply, publish, export, cost."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ def contract() -> None:
 @click.argument("old", type=click.Path(path_type=Path))
 @click.argument("new", type=click.Path(path_type=Path))
 def contract_diff(old: Path, new: Path) -> None:
-    """Classify what changed between two registries' contracts; a breaking change needs a new version."""
+    """Classify the differences between two registries' contracts.
+
+    A breaking change needs a new version.
+    """
     from dagster_prefs.declarations.contract import check_version, diff_contracts, load_contract
 
     before, after = load_contract(old), load_contract(new)
@@ -33,7 +36,7 @@ def contract_diff(old: Path, new: Path) -> None:
 
 @cli.command()
 def refresh() -> None:
-    """Bring every view up to date and publish, as one Dagster run."""
+    """Refresh every view and publish, as one Dagster run."""
     from dagster_prefs.defs.feature_views import REFRESH_JOB
 
     settings = load_settings()
@@ -46,7 +49,7 @@ def refresh() -> None:
 @click.option("--full", is_flag=True, help="Compare whole views first, whatever was published (RisingWave).")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def publish(follow: bool, full: bool, as_json: bool) -> None:
-    """Publish what changed in the rolling views to DynamoDB."""
+    """Publish the changes of the rolling views to DynamoDB."""
     import signal
     import threading
 
@@ -103,7 +106,7 @@ def publish(follow: bool, full: bool, as_json: bool) -> None:
 def plan(drop_orphans: bool, list_unchanged: bool, as_json: bool) -> int:
     """Compare the models with what is deployed.
 
-    Exit 0 when nothing is to do, 2 for changes, 1 for errors.
+    Exit code 0 if there is nothing to do, 2 for changes, 1 for errors.
     """
     from dagster_prefs.declarations.stale import current_registry
     from dagster_prefs.platform import Platform
@@ -124,9 +127,9 @@ def plan(drop_orphans: bool, list_unchanged: bool, as_json: bool) -> int:
 @cli.command("apply")
 @click.option("--drop-orphans", is_flag=True, help="Also drop relations that have no model any more.")
 def apply_command(drop_orphans: bool) -> None:
-    """Carry out what `prefs plan` shows.
+    """Apply the changes that `prefs plan` shows.
 
-    Changed views are built beside the old ones and swapped.
+    Changed views are built as shadow relations, then swapped in.
     """
     from dagster_prefs.declarations.stale import current_registry
     from dagster_prefs.platform import Platform
@@ -147,9 +150,10 @@ def apply_command(drop_orphans: bool) -> None:
     help="Also take back what another writer did to exported days: rows added, deleted or replaced.",
 )
 def export(replace_foreign: bool) -> None:
-    """Export the days of tiles that Iceberg lacks or holds stale.
+    """Export the days that Iceberg lacks or holds outdated.
 
-    Exit 1, naming the files, where another writer changed exported days: they stay as they are.
+    Days that another writer changed are left unchanged; the exit code is then 1, and the message names their
+    files.
     """
     from dagster_prefs.defs.offline_store import EXPORT_JOB, export_config, look, range_tags, ranges
     from dagster_prefs.iceberg.export import ForeignRows
@@ -174,17 +178,27 @@ def export(replace_foreign: bool) -> None:
 
 
 @cli.command()
+@click.option("--entity", help="Whose profiles; not needed where only one entity has domains.")
 @click.option(
-    "--viewers", default=1_000_000, show_default=True, type=click.IntRange(1), help="Seen within 28 days."
+    "--entities",
+    default=1_000_000,
+    show_default=True,
+    type=click.IntRange(1),
+    help="How many of them are seen within the longest window.",
+)
+@click.option("--events-per-day", type=click.IntRange(0), help="Events about them; 2 each by default.")
+@click.option(
+    "--share",
+    "shares",
+    multiple=True,
+    metavar="TOPIC=SHARE",
+    help="A topic's share of the events, e.g. purchases=0.9; the project's `workload` by default.",
 )
 @click.option(
-    "--events-per-day", type=click.IntRange(0), help="View events and interactions; 2 a viewer by default."
-)
-@click.option(
-    "--interaction-share", default=0.1, show_default=True, help="Likes, shares, searches among them."
-)
-@click.option(
-    "--daily-active-share", default=0.25, show_default=True, help="Viewers who watch on a given day."
+    "--daily-active-share",
+    default=0.25,
+    show_default=True,
+    help="Share of the entities with an event of the busiest topic on a given day.",
 )
 @click.option("--domains", type=click.IntRange(1), help="Domains of one size, in place of the contract's.")
 @click.option("--attributes", type=click.IntRange(1), help="Attributes of each of --domains; 5 by default.")
@@ -205,47 +219,48 @@ def export(replace_foreign: bool) -> None:
 @click.option(
     "--capacity", multiple=True, metavar="NAME=N", help="What yours bears, e.g. table_write_units=80000."
 )
-@click.option("--table", is_flag=True, help="The table of docs/scale.md, 1 million to 1 billion viewers.")
+@click.option("--table", is_flag=True, help="The table of docs/scale.md, 1 million to 1 billion entities.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def cost(
-    viewers: int,
+    entity: str | None,
+    entities: int,
     events_per_day: int | None,
-    domains: int | None,
-    attributes: int | None,
-    spread_seconds: int | None,
-    price: tuple[str, ...],
-    capacity: tuple[str, ...],
+    shares: tuple[str, ...],
     table: bool,
     as_json: bool,
-    **shape: Any,
+    **given: Any,
 ) -> None:
-    """Estimate writes, dollars and what breaks first.
+    """Estimate writes, cost and the first limit reached.
 
-    docs/scale.md says how, and shows the table of --table.
+    docs/scale.md explains the formulas, and contains the table of --table.
     """
     from dagster_prefs.tools import cost as model
 
-    contract = load_settings().registry().contract
-    prices = model.Prices(**model.overrides(price, model.Prices))
-    capacities = model.Capacities(**model.overrides(capacity, model.Capacities))
+    settings = load_settings()
+    registry = settings.registry()
+    served = model.served_entity(registry, entity)
+    prices = model.Prices(**model.overrides(given.pop("price"), model.Prices))
+    capacities = model.Capacities(**model.overrides(given.pop("capacity"), model.Capacities))
     if table:
-        say(model.scale_table(contract, prices=prices, capacities=capacities))
+        say(model.scale_table(registry, served, prices=prices, capacities=capacities))
         return
+    domains, attributes = given.pop("domains"), given.pop("attributes")
     if attributes and not domains:
         raise PrefsError("--attributes says how large each of --domains is: give --domains too")
+    spread_seconds = given.pop("spread_seconds")
     workload = model.Workload(
-        viewers=viewers,
-        events_per_day=2 * viewers if events_per_day is None else events_per_day,
-        spread_seconds=load_settings().expiry_spread_seconds if spread_seconds is None else spread_seconds,
-        **shape,
+        entities=entities,
+        events_per_day=2 * entities if events_per_day is None else events_per_day,
+        shares=model.topic_shares(registry, served, model.share_overrides(shares) if shares else None),
+        spread_seconds=settings.expiry_spread_seconds if spread_seconds is None else spread_seconds,
+        **given,
     )
-    loads = (
-        model.uniform_domains(contract, viewers, domains, attributes or 5)
-        if domains
-        else model.contract_domains(contract, viewers)
-    )
+    shape = model.project_shape(registry, served, entities)
+    if domains:
+        shape = model.uniform_shape(shape, domains, attributes or 5)
+    target_seconds = model.target_of(registry.contract, served)
     found = model.estimate(
-        workload, loads, target_seconds=model.target_of(contract), prices=prices, capacities=capacities
+        workload, shape, target_seconds=target_seconds, prices=prices, capacities=capacities
     )
     if as_json:
         print_json(found.as_dict())

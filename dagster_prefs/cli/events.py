@@ -1,4 +1,4 @@
-"""Commands that bring events in, and mend those that were rejected."""
+"""Commands that load events, and correct rejected ones."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def ingest(
 ) -> None:
     """Load events from JSON lines or CSV files, gzipped or not.
 
-    A re-run adds only what is missing.
+    A repeated run only adds what is missing.
     """
     from dagster_prefs.events.ingest import ingest_file
 
@@ -62,14 +62,14 @@ def ingest(
 
 
 def kafka_delivery(settings: Settings) -> Delivery | None:
-    """Where messages go whose raw tables a Kafka connector fills; None where this platform writes them."""
+    """Return the delivery to Kafka if a connector fills the raw tables; None if this platform writes them."""
     if settings.engine != "risingwave" or not settings.kafka_bootstrap:
         return None
-    from dagster_prefs.events.brokers import client_properties
     from dagster_prefs.events.kafka import KafkaWriter
+    from dagster_prefs.platform import Platform
 
-    writer = KafkaWriter(settings.kafka_bootstrap, client=client_properties(settings))
-    return writer.delivery(settings.kafka_topics)
+    kafka = Platform(settings).kafka
+    return KafkaWriter(settings.kafka_bootstrap, client=kafka.client).delivery(kafka.topics)
 
 
 @cli.group(invoke_without_command=True)
@@ -78,7 +78,7 @@ def kafka_delivery(settings: Settings) -> Delivery | None:
 def topics(context: click.Context, as_json: bool) -> None:
     """Show the Kafka topics.
 
-    A topic that was deleted and made anew is not the one whose messages were read.
+    A recreated topic is not the one whose messages were read.
     """
     if context.invoked_subcommand is not None:
         return
@@ -94,7 +94,10 @@ def topics(context: click.Context, as_json: bool) -> None:
 
 @topics.command("renew")
 def topics_renew() -> None:
-    """Read topics that were deleted and made anew from their start, beside the messages of the old ones."""
+    """Read recreated topics from their start.
+
+    The messages of the old topics are kept.
+    """
     from dagster_prefs.platform import Platform
 
     settings = kafka_settings()
@@ -117,9 +120,8 @@ def topics_renew() -> None:
 def consume(topic: str | None, follow: bool) -> None:
     """Read Kafka topics into the embedded engine.
 
-    A run goes on where the last one ended.
+    A run continues where the last one ended.
     """
-    from dagster_prefs.events.brokers import client_properties
     from dagster_prefs.events.kafka import ingest_topic
     from dagster_prefs.platform import Platform
 
@@ -130,10 +132,10 @@ def consume(topic: str | None, follow: bool) -> None:
         raise PrefsError("--follow reads one topic at a time: name it with --topic")
     registry = settings.registry()
     topics = [registry.topic(topic)] if topic else list(registry.topics.values())
-    lives = {life.kafka_topic: life for life in Platform(settings).kafka_topics(note=True)}
-    names = settings.kafka_topics
+    platform = Platform(settings)
+    lives, kafka = {life.kafka_topic: life for life in platform.kafka_topics(note=True)}, platform.kafka
     for declared in topics:
-        kafka_topic = names[declared.name]
+        kafka_topic = kafka.topics[declared.name]
         with progress_bar(declared.name) as advance:
             report = ingest_topic(
                 EngineConfiguration.of(settings),
@@ -143,7 +145,7 @@ def consume(topic: str | None, follow: bool) -> None:
                 generation=lives[kafka_topic].generation,
                 start=settings.kafka_start,
                 until=None if follow else "end",
-                client=client_properties(settings),
+                client=kafka.client,
                 progress=advance,
             )
         console.print(
@@ -153,7 +155,7 @@ def consume(topic: str | None, follow: bool) -> None:
 
 
 def kafka_settings() -> Settings:
-    """The settings, which must name brokers."""
+    """Load the settings, which must name Kafka brokers."""
     settings = load_settings()
     if not settings.kafka_bootstrap:
         raise PrefsError("PREFS_KAFKA_BOOTSTRAP names no brokers: set it to their host:port list")
@@ -227,7 +229,10 @@ def rejected_export(file: Path, topic: str | None, reason: str | None) -> None:
 def rejected_replay(
     file: Path | None, skip_invalid: bool, unchanged: bool, topic: str | None, reason: str | None
 ) -> None:
-    """Send corrected messages of an exported file again; what was replayed before is left out."""
+    """Send the corrected messages of an exported file.
+
+    Messages that were replayed before are skipped.
+    """
     from dagster_prefs.events.replay import ReplayError, replay_file, replay_unchanged
 
     if (file is None) != unchanged or (file is not None and (topic or reason)):
@@ -289,14 +294,15 @@ def simulate(
 ) -> None:
     """Generate events into the engine, Kafka, or files.
 
-    Those of the example behave as people do; messages of other topics are made up from their fields.
+    Events of the example's topics follow a scenario; messages of other topics are generated from their
+    fields.
     """
-    from dagster_prefs.events.brokers import client_properties
+    from dagster_prefs.platform import Platform
     from dagster_prefs.tools import simulator
     from dagster_prefs.tools.scenario import scenario_plan
 
     settings = load_settings()
-    registry = settings.registry()
+    registry, kafka = settings.registry(), Platform(settings).kafka
     plan = simulator.fitted(
         registry, scenario_plan(datetime.now(UTC), seed=seed, days=days, entities=entities, events=events)
     )
@@ -308,8 +314,8 @@ def simulate(
         if target != "kafka":
             raise PrefsError("--once is for --to kafka: the engine and files tell a repetition by themselves")
         if any(
-            holds_messages(settings.kafka_bootstrap or "", name, client=client_properties(settings))
-            for name in settings.kafka_topics.values()
+            holds_messages(settings.kafka_bootstrap or "", name, client=kafka.client)
+            for name in kafka.topics.values()
         ):
             console.print("Kafka holds events already: nothing was sent")
             return
@@ -321,9 +327,7 @@ def simulate(
             )
         elif follow and target == "kafka":
             counts = simulator.follow(
-                simulator.KafkaSink(
-                    settings.kafka_bootstrap or "", settings.kafka_topics, client_properties(settings)
-                ),
+                simulator.KafkaSink(settings.kafka_bootstrap or "", kafka.topics, kafka.client),
                 plan,
                 rate=rate or 20.0,
                 seconds=seconds,
@@ -338,8 +342,8 @@ def simulate(
             counts = simulator.simulate_to_kafka(
                 settings.kafka_bootstrap or "",
                 plan,
-                names=settings.kafka_topics,
-                client=client_properties(settings),
+                names=kafka.topics,
+                client=kafka.client,
                 rate=rate,
                 progress=advance,
             )

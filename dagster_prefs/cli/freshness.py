@@ -1,4 +1,4 @@
-"""Commands that show how fresh everything is, and repair what is not."""
+"""Commands that show freshness, and repair differences."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def status(watch: bool, interval: float, as_json: bool) -> int:
     """Show services, lag and freshness.
 
-    Exit 0 for ok, 1 for warnings, 2 for errors.
+    Exit code 0 for ok, 1 for warnings, 2 for errors.
     """
     from dagster_prefs.freshness.status import render_status
 
@@ -55,12 +55,13 @@ def status(watch: bool, interval: float, as_json: bool) -> int:
 
 @contextmanager
 def readings(settings: Settings) -> Iterator[Callable[[], Status]]:
-    """What takes all readings: of the stages themselves, and of the canary where its sensor left them."""
+    """Yield a function that reads all measures, the canary's from the state that its sensor stored."""
     from dagster_prefs.freshness.canary import canary_paths
     from dagster_prefs.freshness.levels import Measure
-    from dagster_prefs.freshness.status import Sources, evaluate
+    from dagster_prefs.freshness.status import evaluate
+    from dagster_prefs.platform import Platform
 
-    sources = Sources(settings)
+    sources = Platform(settings).sources
     try:
         from dagster_prefs.defs.freshness import last_probe
         from dagster_prefs.defs.instance import open_instance
@@ -81,7 +82,7 @@ def readings(settings: Settings) -> Iterator[Callable[[], Status]]:
 @cli.command()
 @click.option("--port", default=9475, show_default=True, type=click.IntRange(1, 65535))
 def metrics(port: int) -> None:
-    """Serve the readings of `prefs status` to Prometheus.
+    """Serve the measures of `prefs status` to Prometheus.
 
     At /metrics, on loopback.
     """
@@ -95,13 +96,13 @@ def metrics(port: int) -> None:
 @cli.command()
 @click.option("--dry-run", is_flag=True, help="Only count what differs.")
 def reconcile(dry_run: bool) -> None:
-    """Compare every row with DynamoDB and repair what differs.
+    """Compare every row with DynamoDB and repair the differences.
 
-    Stale and missing items are written, extra ones deleted.
+    Writes stale and missing items, deletes extra ones.
     """
     from dagster_prefs.events.raw import Progress
     from dagster_prefs.freshness.reconcile import reconcile_domain
-    from dagster_prefs.freshness.status import Sources
+    from dagster_prefs.platform import Platform
 
     settings = load_settings()
     if settings.follows and not dry_run:
@@ -109,7 +110,7 @@ def reconcile(dry_run: bool) -> None:
             "with PREFS_PUBLISH=changefeed only the holder of a domain's lease writes it: run `prefs publish --full`, "
             "which compares whole views and repairs; `prefs reconcile --dry-run` counts what differs"
         )
-    sources = Sources(settings)
+    sources = Platform(settings).sources
     client, tables = sources.dynamodb()
     for domain in sources.contract.domains.values():
         with progress_bar(domain.name) as advance:
@@ -131,12 +132,12 @@ def reconcile(dry_run: bool) -> None:
 
 @cli.group()
 def alerts() -> None:
-    """Alerts of freshness."""
+    """Freshness alerts."""
 
 
 @alerts.command("test")
 def alerts_test() -> None:
-    """Send a message to PREFS_ALERT_WEBHOOK."""
+    """Send a test message to PREFS_ALERT_WEBHOOK."""
     from dagster_prefs.freshness.alerts import Webhook
 
     settings = load_settings()

@@ -1,4 +1,4 @@
-"""The command that writes what follows from a project's declarations."""
+"""The command that generates models and registry from a project's declarations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dagster_prefs.settings import load_settings
 @click.option("--check", is_flag=True, help="Write nothing; exit 1 naming the files that are out of date.")
 @click.pass_context
 def generate(context: click.Context, check: bool) -> None:
-    """Write the models and the registry from the project's YAML.
+    """Generate models and registry from the project's YAML.
 
     The project is that of PREFS_PROJECT_DIR, or of the working folder.
     """
@@ -32,7 +32,8 @@ def generate(context: click.Context, check: bool) -> None:
     from dagster_prefs.engine.dbt import compile_queries
     from dagster_prefs.training.windows import features_by_entity
 
-    # A view that training sets could not ask about other days is refused where it is being changed.
+    # A view whose features training sets cannot compute for past days is refused here, at the time of its
+    # change.
     changed = generate_files(project, compile_queries, features_by_entity)
     for name in changed:
         say(f"{'wrote' if (project / name).exists() else 'removed'} {name}")
@@ -44,7 +45,10 @@ def generate(context: click.Context, check: bool) -> None:
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--check", is_flag=True, help="Write nothing; exit 1 when the file is out of date.")
 def generate_client(file: Path, check: bool) -> None:
-    """Write typed dataclasses of every entity's profiles, and clients that answer with them, to a Python FILE."""
+    """Generate typed clients in a Python FILE.
+
+    It contains the dataclasses of every entity's profiles, and clients that return them.
+    """
     from dagster_prefs.serving.generate import COMMAND, render_client
 
     wanted = render_client(load_settings().registry().contract)

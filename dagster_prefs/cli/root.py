@@ -1,4 +1,4 @@
-"""The `prefs` command itself, and what its commands share."""
+"""The `prefs` command group, and the functions that its commands share."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 
 class SafeConsole(Console):
-    """A console that shows control characters of what it prints escaped: a genre or a title may hold any."""
+    """A console that escapes control characters in all it prints: a genre or a title may contain any."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Render as rich does, with every text made printable first, wherever in a table it stands."""
+        """Render like rich, after making every text printable, also inside tables."""
         if isinstance(renderable, Text) and (shown := printable(renderable.plain)) != renderable.plain:
             escaped = renderable.copy()
             escaped.plain = shown
@@ -39,13 +39,16 @@ class SafeConsole(Console):
         return super().render(renderable, options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Make text of a string as rich does, which would drop some control characters without a word."""
+        """Convert a string to Text like rich, which would silently drop some control characters."""
         return super().render_str(printable(text), **options)
 
 
 def plain_console(*, stderr: bool = False) -> Console:
-    """A console that prints text as it is: messages and file names may hold `[/b]` or `:smile:`, and a line that
-    was broken to fit the screen is no path to copy."""
+    """Return a console that prints text unchanged.
+
+    Messages and file names may contain `[/b]` or `:smile:`, and a path that is wrapped at the screen's width
+    cannot be copied.
+    """
     return SafeConsole(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
@@ -53,30 +56,30 @@ console = plain_console()
 
 
 class SafeFormatter(logging.Formatter):
-    """Formats a log record with control characters escaped, those of a traceback too."""
+    """A log formatter that escapes control characters, also in tracebacks."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record as one text."""
+        """Format the record as one text."""
         return printable(super().format(record))
 
 
 def say(text: object, *, stderr: bool = False) -> None:
-    """Print text as it is, on one stream or the other, with control characters escaped."""
+    """Print text unchanged to stdout or stderr, with control characters escaped."""
     click.echo(printable(text), err=stderr)
 
 
 def main() -> None:
-    """Run the command; an expected failure is one line on stderr and its exit code.
+    """Run the command. An expected failure prints one line to stderr and sets the exit code.
 
-    Files that a command writes, and those of the processes that it starts, are for this user alone: state,
-    exports and rejected messages hold personal data.
+    Only this user may read files that a command and its child processes write: state, exports and rejected
+    messages contain personal data.
     """
     os.umask(0o077)
     if logging.lastResort is not None:
-        # What is logged where a command has set up no logging, as everywhere here.
+        # Used for log records, because no command configures logging.
         logging.lastResort.setFormatter(SafeFormatter())
     try:
-        # click's own handling of usage errors stays; ours covers what the platform raises.
+        # click keeps handling usage errors; this code handles the errors that the platform raises.
         sys.exit(cli.main(standalone_mode=False) or 0)
     except click.ClickException as error:
         error.show()
@@ -97,8 +100,8 @@ def cli() -> None:
 
 
 def services_of(settings: Settings) -> LocalServices:
-    """The embedded services that these settings ask for."""
-    # Where the commands run without them, their packages are not installed.
+    """Return the embedded services that the settings configure."""
+    # Their packages are not installed where only commands without embedded services run.
     from dagster_prefs.local.services import LocalServices
 
     return LocalServices(
@@ -112,7 +115,7 @@ def services_of(settings: Settings) -> LocalServices:
 
 
 def start_services(settings: Settings) -> ServiceStatus | None:
-    """Start the embedded services where the engine is the embedded one; None where it is not."""
+    """Start the embedded services if the engine is the embedded one, else return None."""
     if settings.engine != "local":
         return None
     return services_of(settings).up(progress=lambda step: console.print(f"  {step}", style="dim"))
@@ -120,10 +123,11 @@ def start_services(settings: Settings) -> ServiceStatus | None:
 
 @contextmanager
 def progress_bar(what: str) -> Iterator[ProgressCallback]:
-    """A counter on a terminal; silent elsewhere."""
+    """Show a counter on a terminal; silent elsewhere."""
     columns = (
         SpinnerColumn(),
-        # As a value and not as the pattern: a file name may hold braces.
+        # The description is passed as a value instead of in the pattern, because a file name may contain
+        # braces.
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.completed:,.0f}"),
@@ -136,8 +140,10 @@ def progress_bar(what: str) -> Iterator[ProgressCallback]:
 def run_job(
     settings: Settings, job: str, tags: dict[str, str] | None = None, config: dict[str, Any] | None = None
 ) -> None:
-    """Run one Dagster job in this process, recorded on the same instance as the UI's runs; `config` is its run
-    configuration."""
+    """Run one Dagster job in this process, recorded on the same instance as the UI's runs.
+
+    `config` is its run configuration.
+    """
     from dagster_prefs.runs import JobRunner
 
     with console.status(f"running the Dagster job {job}"), JobRunner(settings) as runner:
@@ -145,19 +151,19 @@ def run_job(
 
 
 def print_json(value: Any) -> None:
-    """Machine-readable output, exact numbers as strings of digits."""
-    # Of the control characters JSON lets this one stand.
+    """Print JSON with exact numbers as strings of digits."""
+    # The only control character that JSON leaves unescaped.
     click.echo(json.dumps(value, default=str, indent=2).replace("\x7f", "\\u007f"))
 
 
 def table_of(title: str, columns: list[str], rows: list[tuple[Any, ...]]) -> Group:
-    """A small table for people; nothing is cut off, however narrow the screen."""
+    """Render a small table that cuts nothing off, however narrow the screen."""
     table = Table(show_edge=False, pad_edge=False)
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*map(_cell, row))
-    # A title of the table's own would be broken to the table's width.
+    # rich would wrap the table's own title at the table's width.
     return Group(Text(printable(title)), table) if title else Group(table)
 
 

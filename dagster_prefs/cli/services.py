@@ -1,4 +1,4 @@
-"""Commands that start and stop what runs on this machine, and show it."""
+"""Commands that start, stop and show the services of this machine."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from dagster_prefs.cli.root import (
     start_services,
     table_of,
 )
+from dagster_prefs.ids import id_label
 from dagster_prefs.settings import PROJECT_ROOT, load_settings
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def up() -> None:
     from dagster_prefs.declarations.stale import current_registry
 
     settings = load_settings()
-    # The services serve any project; one that is there must not be stale.
+    # The services do not depend on a project; but if there is one, its registry must not be stale.
     project = None
     with suppress(RegistryError):
         project = find_project(named=settings.project_dir)
@@ -52,7 +53,7 @@ def up() -> None:
 def down(delete_state: bool) -> None:
     """Stop the embedded services.
 
-    The data folder stays unless told otherwise.
+    Keeps the data folder unless an option deletes it.
     """
     settings = load_settings()
     services = services_of(settings)
@@ -76,7 +77,7 @@ def ui(port: int) -> None:
     from dagster_prefs.local.state import require_free_port
 
     settings = load_settings()
-    # Dagster would go to another port without a word.
+    # Dagster would silently choose another port.
     require_free_port(port, "--port")
     start_services(settings)
     home = ensure_dagster_home(settings.data_dir)
@@ -135,13 +136,13 @@ def demo(
 
 
 def print_summary(summary: Summary) -> None:
-    """The outcome of a demo for people."""
+    """Print the summary of a demo."""
     console.print()
     console.print(table_of("Rows", ["relation", "rows"], [(n, f"{c:,}") for n, c in summary.rows.items()]))
     rows = [(t, why, f"{n:,}") for t, reasons in summary.rejected.items() for why, n in reasons.items()]
     console.print(table_of("\nRejected events", ["topic", "reason", "messages"], rows))
     for domain, values in summary.items.items():
-        title = f"\n{summary.entity} {summary.id} in DynamoDB: {domain}"
+        title = f"\n{summary.entity} {id_label(summary.id)} in DynamoDB: {domain}"
         console.print(table_of(title, ["attribute", "value"], list(values.items())))
     ranking = [(item, title, f"{score:.6f}") for item, title, score in summary.ranking]
     if summary.user_id is not None:

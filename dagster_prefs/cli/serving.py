@@ -1,4 +1,4 @@
-"""Commands that read and serve what is online."""
+"""Commands that read and serve the online data."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import click
 from dagster_prefs.cli.root import cli, console, print_json, table_of
 from dagster_prefs.declarations.registry import Entity
 from dagster_prefs.engine.connection import EngineConfiguration
-from dagster_prefs.errors import PrefsError
-from dagster_prefs.ids import BadId, read_key
+from dagster_prefs.errors import PrefsError, excerpt
+from dagster_prefs.ids import BadId, Id, id_label, read_id
 from dagster_prefs.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def profile_client(settings: Settings, entity: str | None) -> ProfileClient:
-    """A client for people, who rather wait for the local AWS server than see half a profile."""
+    """Return a client for interactive use, whose budget lets the slow local AWS server answer."""
     from dagster_prefs.serving import ProfileClient
 
     return ProfileClient(
@@ -36,24 +36,32 @@ def profile_client(settings: Settings, entity: str | None) -> ProfileClient:
 ENTITY = click.option("--entity", help="Whose id it is; the first entity with profiles by default.")
 
 
-def id_of(entity: Entity, given: str) -> int | str:
-    """The id that was typed, or a usage error."""
+def id_of(entity: Entity, *given: str) -> Id:
+    """The id that was typed, as many words as the entity has key columns, or a usage error."""
+    if len(given) != len(entity.keys):
+        names = " ".join(entity.key_names)
+        raise click.BadParameter(
+            f"a {entity.name} is named by {names}, not {excerpt(' '.join(given))}", param_hint="ID"
+        )
     try:
-        return read_key(entity.key, given)
+        return read_id(entity.keys, given if len(given) > 1 else given[0])
     except BadId as error:
         raise click.BadParameter(str(error), param_hint="ID") from None
 
 
-# An id below 0, the canary, must not be taken for an option.
+# An id below 0, as the canary's, must not be taken for an option.
 @cli.command(context_settings={"ignore_unknown_options": True})
-@click.argument("id_", metavar="ID")
+@click.argument("id_", metavar="ID...", nargs=-1, required=True)
 @ENTITY
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
-def profile(id_: str, entity: str | None, as_json: bool) -> None:
-    """Read the items of one id from DynamoDB, as a service would."""
+def profile(id_: tuple[str, ...], entity: str | None, as_json: bool) -> None:
+    """Read the items of one id from DynamoDB, as a service would.
+
+    A composite key is as many words as it has columns.
+    """
     settings = load_settings()
     with profile_client(settings, entity) as client:
-        found = client.get(id_of(client.entity, id_))
+        found = client.get(id_of(client.entity, *id_))
     if as_json:
         print_json(found.as_dict())
     else:
@@ -66,7 +74,9 @@ def profile(id_: str, entity: str | None, as_json: bool) -> None:
                 )
                 rows = list(read["attributes"].items())
                 console.print(
-                    table_of(f"{found.entity} {found.id}: {name}{unknown}", ["attribute", "value"], rows)
+                    table_of(
+                        f"{found.entity} {id_label(found.id)}: {name}{unknown}", ["attribute", "value"], rows
+                    )
                 )
     if found.partial:
         reasons = "; ".join(dict.fromkeys(str(read.error) for read in found.reads.values() if read.error))
@@ -208,11 +218,11 @@ def serve(
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})
-@click.argument("id_", metavar="ID")
+@click.argument("id_", metavar="ID...", nargs=-1, required=True)
 @click.argument("attribute")
 @ENTITY
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
-def why(id_: str, attribute: str, entity: str | None, as_json: bool) -> None:
+def why(id_: tuple[str, ...], attribute: str, entity: str | None, as_json: bool) -> None:
     """Set a served number beside what its tiles say.
 
     Also shows these tiles, and the latest events.
@@ -224,7 +234,7 @@ def why(id_: str, attribute: str, entity: str | None, as_json: bool) -> None:
         found = explain_attribute(
             EngineConfiguration.of(settings),
             client,
-            id_of(client.entity, id_),
+            id_of(client.entity, *id_),
             attribute,
             expiry_spread_seconds=settings.expiry_spread_seconds,
         )
@@ -234,7 +244,7 @@ def why(id_: str, attribute: str, entity: str | None, as_json: bool) -> None:
     window = (
         "no window" if found.window_days is None else f"{found.window_days} days from {found.window_start}"
     )
-    console.print(f"{found.entity} {found.id}, {found.domain}.{found.attribute}, {window}")
+    console.print(f"{found.entity} {id_label(found.id)}, {found.domain}.{found.attribute}, {window}")
     served = {"cold_start": "no item", "failed": found.online_error}.get(found.online_state, found.online)
     console.print(f"  served      {served}")
     absent = f"no item: the {found.entity} has no tile in the window"

@@ -1,4 +1,4 @@
-"""Commands around training data, and the erasure of a subject."""
+"""Commands for training data, and for the erasure of a subject."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def training_set(
 ) -> None:
     """Join every label with the features known at its time.
 
-    A manifest tells how to do so again.
+    Writes a manifest, from which the set can be reproduced.
     """
     if context.invoked_subcommand is not None:
         return
@@ -87,7 +87,7 @@ def training_set(
 
 
 def column_types(text: str | None) -> dict[str, str]:
-    """What `--types` says: column=type, by commas; those of decimal(18,2) part nothing. Raises UsageError."""
+    """Parse `--types`: column=type, separated by commas outside parentheses. Raises UsageError."""
     types = {}
     for part in re.split(r",(?![^()]*\))", text) if text else ():
         name, equals, kind = part.rpartition("=")
@@ -108,7 +108,7 @@ def column_types(text: str | None) -> dict[str, str]:
 def training_set_reproduce(
     manifest: Path, output: str | None, labels: str | None, keep_formulas: bool
 ) -> None:
-    """Write the training set of a manifest again and prove that every row is equal."""
+    """Write the training set of a manifest again and verify that every row is equal."""
     from dagster_prefs.platform import Platform
     from dagster_prefs.training.training_set import reproduce_training_set
 
@@ -136,19 +136,20 @@ def training_set_reproduce(
 )
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def erase(subject: tuple[str, ...], drop_tags: bool, training_sets: tuple[Path, ...], as_json: bool) -> None:
-    """Erase one id of an entity everywhere, and prove it.
+    """Erase one id of an entity from every store, and verify it.
 
-    ENTITY may be left out where only one entity is erasable. Safe to run again after any failure.
+    ENTITY may be left out where only one entity is erasable. Of a composite key ID is the first part, and everything
+    with it goes: what other entities have with that key column too. Safe to run again after any failure.
     """
     from dagster_prefs.erasure.erase import Stores, refresh_with
     from dagster_prefs.erasure.erase import erase as erase_everywhere
-    from dagster_prefs.erasure.events import Subject
+    from dagster_prefs.erasure.events import Subject, erasable_kinds
     from dagster_prefs.platform import Platform
 
     if len(subject) > 2:
         raise click.UsageError(f"one subject at a time, as ENTITY ID, not {' '.join(subject)}")
     platform = Platform(load_settings())
-    erasable = [entity.name for entity in platform.registry.entities.values() if entity.erasable]
+    erasable = erasable_kinds(platform.registry)
     if len(subject) == 1 and len(erasable) != 1:
         named = " or ".join(f"`prefs erase {name} {subject[0]}`" for name in erasable)
         raise click.UsageError(

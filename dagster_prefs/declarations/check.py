@@ -1,4 +1,4 @@
-"""Check what a project declares, and say every error as one sentence with its place and an example of what is right."""
+"""Check a project's declarations; report each error with its position and a correct example."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from dagster_prefs.declarations.check_domains import Domain, check_domain, contract_head, contract_of
+from dagster_prefs.declarations.check_domains import (
+    Domain,
+    check_domain,
+    check_key_bytes,
+    contract_head,
+    contract_of,
+)
 from dagster_prefs.declarations.check_indexes import check_indexes
 from dagster_prefs.declarations.check_tiles import Tile, check_tile
 from dagster_prefs.declarations.check_topics import Topic, check_topic
@@ -32,7 +38,7 @@ _TABLE = re.compile(r"[A-Za-z0-9_.-]{3,255}")
 
 @dataclass(frozen=True)
 class Declarations:
-    """All that a project declares, checked; `contract` is the serving contract's JSON."""
+    """The checked declarations of a project; `contract` is the serving contract's JSON."""
 
     project: str
     entities: Mapping[str, Entity]
@@ -46,7 +52,7 @@ class Declarations:
 
 
 def check_project(project: ProjectYaml) -> Declarations:
-    """Everything that the project declares.
+    """Check and return everything that the project declares.
 
     Raises DeclarationError with a sentence for every problem, each with its file and line.
     """
@@ -63,13 +69,13 @@ def check_project(project: ProjectYaml) -> Declarations:
             f"macro-paths: [{', '.join([*paths, GENERATED])}]",
         )
     if not findings.entities or findings.problems:
-        # Whatever else is wrong may follow from these.
+        # Other problems may be consequences of these.
         raise DeclarationError(findings.problems)
     for model in project.models:
         findings.claim(model.name, f"{model.file}:{model.line}")
         _model(findings, model)
     topics = [topic for model in findings.declaring("topic") if (topic := check_topic(findings, model))]
-    # Reference data last, each kind by its place.
+    # Topics of events before reference data, each in order of declaration.
     topics.sort(key=lambda topic: topic.declared.keep == "last")
     tiles = [tile for model in findings.declaring("tile") if (tile := check_tile(findings, model))]
     if not topics and not findings.problems:
@@ -81,8 +87,10 @@ def check_project(project: ProjectYaml) -> Declarations:
     preferences = [
         view for model in findings.declaring("preference") if (view := check_preference(findings, model))
     ]
-    kept = [one for model in project.models if (one := check_kept(findings, model, topics))]
+    kept = [found for model in project.models if (found := check_kept(findings, model, topics))]
     _twice(findings, topics, tiles)
+    if not findings.problems:
+        check_key_bytes(findings, domains, topics)
     check_indexes(findings, topics)
     _exposed_sinks(findings)
     contract = None if findings.problems else contract_of(findings, head, domains, topics)
@@ -216,12 +224,24 @@ def _entities(findings: Findings) -> dict[str, Entity]:
                 f"entity {name}: erasable is {value['erasable']!r}",
                 "erasable: true",
             )
-        found[str(name)] = Entity(
+        made = Entity(
             name=str(name),
             keys=tuple(Key(str(key), kind) for key, kind in keys.items()),
             erasable=value.get("erasable", False) is True,
             table=None if table is None else str(table),
         )
+        if other_kind := next(
+            (one.name for one in found.values() if one.key == made.key and one.erasable != made.erasable),
+            None,
+        ):
+            findings.say(
+                PROJECT_FILE,
+                value.at("erasable"),
+                f"entity {name} and entity {other_kind} have the first key {made.key.name}, and one of them is "
+                "erasable: an erasure takes everything with that key",
+                f"erasable: {str(not made.erasable).lower()}",
+            )
+        found[made.name] = made
     return found
 
 

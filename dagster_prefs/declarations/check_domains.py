@@ -1,4 +1,4 @@
-"""Check the domains that a project declares, and make the serving contract of them."""
+"""Check the domains of a project, and build the serving contract from them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from dagster_prefs.declarations.findings import (
     plain,
 )
 from dagster_prefs.declarations.read import PROJECT_FILE, Map, ModelYaml, as_map
-from dagster_prefs.declarations.registry import Entity
+from dagster_prefs.declarations.registry import Entity, FieldDeclaration, Key, family_of
+from dagster_prefs.ids import INT64, MAX_SORT_KEY_BYTES, SEPARATOR, encode_part
 
 DOMAIN_KEY, LAST_EVENT_AT = "domain_key", "last_event_at"
 DOMAIN_KEYS = ("key", "name", "entity", "sink", "owner", "description", "freshness")
@@ -28,13 +29,13 @@ DAILY: Mapping[str, Any] = {"warn_seconds": 93_600, "error_seconds": 180_000}
 
 _DOMAIN = re.compile(r"([a-z][a-z0-9_]*)#([a-z][a-z0-9_]*)")
 _DAYS = re.compile(r"_([0-9]+)d$")
-_WINDOW = re.compile(r"within_window\(\s*[^,()]+,\s*[^,()]+,\s*((?:[^()]|\([^()]*\))+?)\s*\)")
+_WINDOW = re.compile(r"within_window\(\s*[^,()]+,\s*([^,()]+?)\s*,\s*((?:[^()]|\([^()]*\))+?)\s*\)")
 _WINDOW_VARIABLE = re.compile(r"""var\(\s*["'](\w+)["']\s*\)(?:\.(\w+)|\[\s*["'](\w+)["']\s*\])?""")
 
 
 @dataclass(frozen=True)
 class Domain:
-    """A domain; `resolved` is its `meta.domain` with all that may be left out, `columns` are those of its view."""
+    """A domain; `resolved` is its `meta.domain` with defaults filled in, `columns` are its view's."""
 
     key: str
     relation: str
@@ -53,14 +54,14 @@ class Domain:
 
 @dataclass(frozen=True)
 class Head:
-    """What an exposure says of the whole contract, and the file that says it."""
+    """The contract's head from an exposure: what applies to the whole contract, and the declaring file."""
 
     file: str
     content: Map
 
 
 def contract_head(findings: Findings) -> Head:
-    """The contract's head; an empty one where no exposure declares it."""
+    """Return the contract's head, an empty one if no exposure declares it."""
     found = [
         (one.file, one.meta["contract"], one.meta.at("contract"))
         for one in findings.project.exposures
@@ -80,7 +81,7 @@ def contract_head(findings: Findings) -> Head:
 
 
 def check_domain(findings: Findings, model: ModelYaml, head: Head) -> Domain | None:
-    """The domain that a model's YAML declares; None, with its problems noted, where it is wrong."""
+    """Return the domain that a model's YAML declares; None, with its problems noted, if it is invalid."""
     given, example = as_map(model.meta["domain"], model.line), EXAMPLES["domain"]
     before = len(findings.problems)
     findings.known(model.file, given, DOMAIN_KEYS, f"{model.name}: meta.domain", example)
@@ -112,14 +113,6 @@ def check_domain(findings: Findings, model: ModelYaml, head: Head) -> Domain | N
             f"entity {entity.name} has the domain {key} ({model.file}:{given.at('key')}) and no table",
             f"table: {entity.name}_profiles",
         )
-    if entity and len(entity.keys) > 1:
-        findings.say(
-            model.file,
-            given.at("entity"),
-            f"{model.name}: entity {entity.name} has {len(entity.keys)} key columns, and an item is found by one: "
-            "several rows would be one item",
-            "entities: { viewer: { keys: { viewer_id: bigint } } }",
-        )
     if entity:
         findings.keys(model, entity, entity.keys)
     for name, kind in [
@@ -145,7 +138,7 @@ def check_domain(findings: Findings, model: ModelYaml, head: Head) -> Domain | N
                 f"- {{ name: {column.name}, data_type: bigint }}",
             )
     _retired(findings, model, [key.name for key in entity.keys] if entity else [])
-    _named_days(findings, model)
+    _named_days(findings, model, entity)
     freshness = findings.freshness(model, given, example)
     owner = given.get("owner", head.content.get("owner"))
     if not owner:
@@ -213,7 +206,7 @@ def _retired(findings: Findings, model: ModelYaml, keys: Sequence[str]) -> None:
 
 
 def _domain_entity(findings: Findings, model: ModelYaml, given: Map) -> Entity | None:
-    """The entity that a domain names, else the one whose keys are its unique index."""
+    """Return the entity that a domain names, or else the one whose keys are its unique index."""
     if "entity" in given:
         return findings.entity(model, given, "domain")
     found = [
@@ -233,14 +226,22 @@ def _domain_entity(findings: Findings, model: ModelYaml, given: Map) -> Entity |
     return None
 
 
-def _named_days(findings: Findings, model: ModelYaml) -> None:
+def _named_days(findings: Findings, model: ModelYaml, entity: Entity | None) -> None:
     """Attributes whose name says other days than a window of the view, and windows that are none."""
     sql = findings.project.sql(model.name) or ""
     file = findings.project.sql_file(model.name)
     days: set[int] = set()
     for found in _WINDOW.finditer(sql):
         line = sql.count("\n", 0, found.start()) + 1
-        text = found[1].strip()
+        key, text = found[1].strip("\"'").rpartition(".")[2], found[2].strip()
+        if entity and found[1][0] in "\"'" and key != entity.key.name:
+            findings.say(
+                str(file),
+                line,
+                f"{model.name}: a window by {key}: the day of {entity.name} begins by its first key, "
+                f"{entity.key.name}, for training sets and parity too",
+                f'within_window("watch_date", "{entity.key.name}", var("windows").long)',
+            )
         value: Any = int(text) if re.fullmatch(r"-?[0-9]+", text) else None
         if value is None and (variable := _WINDOW_VARIABLE.fullmatch(text)):
             inner = variable[2] or variable[3]
@@ -255,7 +256,7 @@ def _named_days(findings: Findings, model: ModelYaml) -> None:
                     'within_window("watch_date", "viewer_id", var("windows").long)',
                 )
         if not is_whole(value):
-            # Computed in SQL: what it comes to is seen only where it is compiled.
+            # The number of days is computed in SQL, so it is only known after compilation.
             return
         if value < 1:
             findings.say(
@@ -281,7 +282,7 @@ def _named_days(findings: Findings, model: ModelYaml) -> None:
 def contract_of(
     findings: Findings, head: Head, domains: Sequence[Domain], topics: Sequence[Topic]
 ) -> Mapping[str, Any] | None:
-    """The serving contract's JSON; None, with its problems noted, where it is wrong."""
+    """Return the serving contract's JSON; None, with its problems noted, if it is invalid."""
     targets = plain(as_map(head.content.get("freshness"), head.content.line))
     of_topics = {
         topic.declared.name: targets.get("topics", {}).get(topic.declared.name, topic.freshness)
@@ -322,7 +323,7 @@ def contract_of(
             "canary": targets.get("canary", LIVE),
         },
     }
-    # As dbt's manifest has it, which is what the engine's records are made from.
+    # In the format of dbt's manifest, from which the engine's records are made.
     nodes = {
         domain.relation: {
             "name": domain.relation,
@@ -345,11 +346,60 @@ def contract_of(
         return None
 
 
+def check_key_bytes(findings: Findings, domains: Sequence[Domain], topics: Sequence[Topic]) -> None:
+    """Note the domains of composite keys whose sort key may be too long for DynamoDB, or has no limit."""
+    place = as_map(findings.project.variables.get("entities"), 1)
+    for domain in domains:
+        entity = findings.entities[domain.entity]
+        family = {one.name for one in family_of(findings.entities, entity)}
+        longest = len(domain.key)
+        for key in entity.keys[1:]:
+            fields = [
+                field
+                for topic in topics
+                if topic.declared.entity in family
+                for field in topic.declared.fields
+                if field.name == key.name
+            ]
+            if not fields:
+                findings.say(
+                    PROJECT_FILE,
+                    place.at(entity.name),
+                    f"entity {entity.name}: its key {key.name} is a field of no topic about its {entity.key.name}, so "
+                    "that nothing limits the key's length and no canary has one",
+                    f"- {{ name: {key.name}, data_type: {KEY_SQL_TYPES[key.type]} }} in the topic's columns",
+                )
+            longest += len(SEPARATOR) + max((_encoded_bytes(key, field) for field in fields), default=0)
+        if longest > MAX_SORT_KEY_BYTES:
+            texts = [key.name for key in entity.keys[1:] if key.type == "text"]
+            most = (MAX_SORT_KEY_BYTES - len(domain.key) - 64 * len(entity.keys)) // (3 * max(1, len(texts)))
+            findings.say(
+                domain.file,
+                1,
+                f"{domain.relation}: the sort key of its items may have {longest:,} bytes, and DynamoDB takes "
+                f"{MAX_SORT_KEY_BYTES:,}: it holds {domain.key} and {', '.join(texts)}, whose `#` and `%` take three "
+                "bytes each; limit them in their topic",
+                f"config: {{ meta: {{ max_bytes: {most} }} }}",
+            )
+
+
+def _encoded_bytes(key: Key, field: FieldDeclaration) -> int:
+    """The most bytes that a part of a sort key takes."""
+    if key.type == "bigint":
+        return len(str(-INT64))
+    if key.type == "uuid":
+        return 36
+    if field.accepted:
+        return max(len(encode_part(value).encode()) for value in field.accepted)
+    return len(encode_part(SEPARATOR)) * (field.max_bytes or 0)
+
+
 def _table_of(entity: Entity) -> dict[str, Any]:
+    attributes = [{"name": key.name, "type": "N" if key.type == "bigint" else "S"} for key in entity.keys]
     return {
         "name": entity.table,
-        "partition_key": {"name": entity.key.name, "type": "N" if entity.key.type == "bigint" else "S"},
+        "partition_key": attributes[0],
         "sort_key": {"name": DOMAIN_KEY, "type": "S"},
         "max_item_bytes": DYNAMODB_ITEM_BYTES,
         "ttl_attribute": None,
-    }
+    } | ({"rest_keys": attributes[1:]} if attributes[1:] else {})

@@ -1,4 +1,4 @@
-"""Check the tiles that a project declares."""
+"""Check the tiles of a project."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dagster_prefs.declarations.read import ModelYaml, as_map
 from dagster_prefs.declarations.registry import Entity, TileColumn, TileDeclaration
 
 LAST_EVENT_AT = "last_event_at"
-# What the training tables have an equal of (ICEBERG_TYPES in iceberg/tables.py; a test holds the two equal).
+# Types that training tables support (ICEBERG_TYPES in iceberg/tables.py; a test compares the two).
 TILE_TYPES = ("bigint", "date", "decimal", "text", "timestamptz")
 TILE_KEYS = ("entity", "day", "table", "metric", "at_most", "sink")
 TILE_META = ("min", "max_bytes")
@@ -17,7 +17,7 @@ TILE_META = ("min", "max_bytes")
 
 @dataclass(frozen=True)
 class Tile:
-    """A tile with what only its SQL needs: `unique` are the columns of its unique index in their order."""
+    """A tile with the parts that only its SQL needs: `unique` are its unique index's columns in order."""
 
     declared: TileDeclaration
     file: str
@@ -25,7 +25,7 @@ class Tile:
 
 
 def check_tile(findings: Findings, model: ModelYaml) -> Tile | None:
-    """The tile that a model's YAML declares; None, with its problems noted, where it is wrong."""
+    """Return the tile that a model's YAML declares; None, with its problems noted, if it is invalid."""
     given, example = as_map(model.meta["tile"], model.line), EXAMPLES["tile"]
     before = len(findings.problems)
     findings.known(model.file, given, TILE_KEYS, f"{model.name}: meta.tile", example)
@@ -142,7 +142,8 @@ def check_tile(findings: Findings, model: ModelYaml) -> Tile | None:
                 column.name: TileColumn(
                     column.type,
                     column.description,
-                    # Ids below 0 are canaries', which are not exported.
+                    # The exported ids are never below 0, because those are reserved for canaries, which are
+                    # not exported.
                     column.meta.get(
                         "min", 0 if column.name in keys and keys[column.name].type == "bigint" else None
                     ),

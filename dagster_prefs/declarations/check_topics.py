@@ -1,4 +1,4 @@
-"""Check the topics that a project declares."""
+"""Check the topics of a project."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from typing import Any, cast, get_args
 
 from dagster_prefs.declarations.findings import EXAMPLES, NAME, Findings, did_you_mean, is_whole, plain
 from dagster_prefs.declarations.read import ColumnYaml, ModelYaml, as_map
-from dagster_prefs.declarations.registry import Entity, FieldDeclaration, FieldType, TopicDeclaration
+from dagster_prefs.declarations.registry import (
+    Entity,
+    FieldDeclaration,
+    FieldType,
+    TopicDeclaration,
+    uuid_keys,
+)
 
 TOPIC_KEYS = ("kafka_topic", "identity", "keep", "entity", "time", "freshness")
 FIELD_META = (
@@ -24,7 +30,7 @@ FIELD_META = (
     "prose",
     "pii",
 )
-# In every parsed relation, and what its SQL calls its own.
+# Columns of every parsed relation, and names that its SQL uses.
 RESERVED_FIELDS = frozenset(
     {
         "source",
@@ -50,11 +56,11 @@ _KAFKA_TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
 
 @dataclass(frozen=True)
 class Topic:
-    """A topic with what only its SQL needs: where it is declared, and of some fields more than a reader must know.
+    """A topic with the parts that only its SQL needs: its file, and details of some fields.
 
-    `accepted_from` maps a field to the variable whose names it accepts, `defaults` a field to the SQL that the typed
-    relation has where a message leaves it out. `uuids` are fields
-    whose text is a UUID. `writes_indexes` is False where the YAML declares indexes itself.
+    `accepted_from` maps a field to the variable whose names it accepts, `defaults` a field to the SQL that
+    the typed relation uses if a message omits it. `uuids` are fields whose text is a UUID. `writes_indexes`
+    is False if the YAML declares indexes itself.
     """
 
     declared: TopicDeclaration
@@ -67,7 +73,7 @@ class Topic:
 
 
 def check_topic(findings: Findings, model: ModelYaml) -> Topic | None:
-    """The topic that a model's YAML declares; None, with its problems noted, where it is wrong."""
+    """Return the topic that a model's YAML declares; None, with its problems noted, if it is invalid."""
     given, example = as_map(model.meta["topic"], model.line), EXAMPLES["topic"]
     before = len(findings.problems)
     findings.known(model.file, given, TOPIC_KEYS, f"{model.name}: meta.topic", example)
@@ -114,11 +120,13 @@ def check_topic(findings: Findings, model: ModelYaml) -> Topic | None:
         entity = findings.entity(model, given, "topic")
         time = findings.column(model, given, "time", ("timestamptz",), example)
         if entity:
-            findings.keys(model, entity, entity.keys[:1])
+            findings.keys(model, entity, entity.keys)
     freshness = findings.freshness(model, given, example)
-    key = entity.key.name if entity else None
-    required = {name for name in (identity, time, key) if name}
-    fields = [_field(findings, model, column, required, {identity, key}) for column in model.columns.values()]
+    keys = set(entity.key_names if entity else ())
+    required = {name for name in (identity, time, *keys) if name}
+    fields = [
+        _field(findings, model, column, required, {identity, *keys}) for column in model.columns.values()
+    ]
     if len(findings.problems) > before:
         return None
     return Topic(
@@ -144,7 +152,7 @@ def check_topic(findings: Findings, model: ModelYaml) -> Topic | None:
             for column in model.columns.values()
             if "default" in column.meta
         },
-        uuids=frozenset({key} if entity and entity.key.type == "uuid" and key else ()),
+        uuids=frozenset(uuid_keys(findings.entities, entity) & model.columns.keys()),
         writes_indexes="indexes" not in model.config,
         freshness=freshness,
     )
@@ -297,7 +305,7 @@ def _accepted(findings: Findings, model: ModelYaml, column: ColumnYaml) -> tuple
 
 
 def _literal(value: object) -> str:
-    """The SQL literal of a default."""
+    """Return the SQL literal of a default."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int | float):

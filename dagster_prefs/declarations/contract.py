@@ -1,6 +1,6 @@
-"""The serving contract: what a service may rely on, as the project's registry holds it.
+"""The serving contract: what services may rely on, stored in the project's registry.
 
-The contract is declared beside the rolling views in dbt YAML and generated from dbt's manifest into `registry.json`;
+It is declared with the rolling views in dbt YAML and generated from dbt's manifest into `registry.json`;
 Terraform, provisioning, publisher, reader and checks all read that file.
 """
 
@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import Any, Literal, cast, get_args
 
 from dagster_prefs.errors import PrefsError, excerpt
+from dagster_prefs.ids import SEPARATOR, Id, decode_part, id_parts, join_parts
 
 REGISTRY = "registry.json"
 
@@ -60,10 +61,10 @@ _COLD_STARTS: Mapping[AttributeType, Callable[[], Any]] = MappingProxyType(
     }
 )
 
-# DynamoDB's own ceiling for one item.
+# DynamoDB's limit for one item.
 DYNAMODB_ITEM_BYTES = 409_600
 
-# What a profile has by itself, so that `profile.<domain>` would be ambiguous.
+# Names of a profile's own attributes, with which `profile.<domain>` would be ambiguous.
 PROFILE_NAMES = frozenset(
     {
         "as_dict",
@@ -82,12 +83,12 @@ PROFILE_NAMES = frozenset(
 
 
 class ContractError(PrefsError):
-    """The contract is malformed, or a change of it is not allowed."""
+    """The contract is malformed, or a change to it is not allowed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Freshness:
-    """Staleness in seconds from which to warn, and from which the promise is broken."""
+    """A freshness target, in seconds of staleness: when to warn, and when the target is missed."""
 
     warn_seconds: float
     error_seconds: float
@@ -110,7 +111,7 @@ class KeyAttribute:
     type: KeyType
 
     def typed(self, value: int | str) -> dict[str, str]:
-        """The value in DynamoDB's typed JSON."""
+        """Return the value in DynamoDB's typed JSON."""
         return {self.type: str(value)}
 
     @property
@@ -118,21 +119,81 @@ class KeyAttribute:
         """The type of its column on either engine."""
         return "bigint" if self.type == "N" else "varchar"
 
+    @property
+    def contract_type(self) -> AttributeType:
+        """The type of its column as an attribute would have it."""
+        return "integer" if self.type == "N" else "string"
+
     def value_of(self, item: Mapping[str, Mapping[str, Any]]) -> int | str:
-        """The value in an item or key in DynamoDB's typed JSON; raises KeyError or ValueError where it has none."""
+        """Return the value from an item or key in DynamoDB's typed JSON.
+
+        Raises KeyError or ValueError if it has none.
+        """
         text: str = item[self.name][self.type]
         return int(text) if self.type == "N" else text
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """The DynamoDB table of one entity; `name` is without the environment's prefix."""
+    """The DynamoDB table of one entity; `name` is without the environment's prefix.
+
+    The partition key is the entity's first key column. `rest_keys` are the others of a composite key: they are part of
+    the sort key, which is the domain's key, and behind it each of them encoded, with `#` in between.
+    """
 
     name: str
     partition_key: KeyAttribute
     sort_key: KeyAttribute
     max_item_bytes: int
     ttl_attribute: str | None
+    rest_keys: tuple[KeyAttribute, ...] = ()
+
+    @property
+    def columns(self) -> tuple[KeyAttribute, ...]:
+        """The entity's key columns, in their order."""
+        return (self.partition_key, *self.rest_keys)
+
+    def sort_text(self, domain_key: str, id_: Id) -> str:
+        """The sort key of the item of a domain and an id."""
+        if isinstance(id_, tuple):
+            return f"{domain_key}{SEPARATOR}{join_parts(id_[1:])}"
+        return domain_key
+
+    def typed_key(self, domain_key: str, id_: Id) -> dict[str, dict[str, str]]:
+        """The key of the item of a domain and an id, in DynamoDB's typed JSON."""
+        return {
+            self.partition_key.name: self.partition_key.typed(id_parts(id_)[0]),
+            self.sort_key.name: self.sort_key.typed(self.sort_text(domain_key, id_)),
+        }
+
+    def split_key(self, item: Mapping[str, Mapping[str, Any]]) -> tuple[Id, str]:
+        """The id and the domain's key of an item or key in DynamoDB's typed JSON.
+
+        An item whose sort key has no encoded rest, as that of a lease, has the value of its partition key for an id.
+        Raises KeyError or ValueError where the keys are not as the contract says.
+        """
+        first, sort = self.partition_key.value_of(item), str(self.sort_key.value_of(item))
+        if not self.rest_keys:
+            return first, sort
+        domain, *parts = sort.rsplit(SEPARATOR, len(self.rest_keys))
+        if domain.count(SEPARATOR) != 1:
+            return first, sort
+        rest = (
+            int(part) if key.type == "N" else decode_part(part)
+            for key, part in zip(self.rest_keys, parts, strict=True)
+        )
+        return (first, *rest), domain
+
+    def key_text(self, id_: Id) -> str:
+        """The whole key as one text, which `parse_key` reads."""
+        return join_parts(id_) if isinstance(id_, tuple) else str(id_)
+
+    def parse_key(self, text: str) -> Id:
+        """The id of a text of `key_text`."""
+        if not self.rest_keys:
+            return int(text) if self.partition_key.type == "N" else text
+        parts = zip(self.columns, text.split(SEPARATOR), strict=True)
+        return tuple(int(part) if key.type == "N" else decode_part(part) for key, part in parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +217,7 @@ class Domain:
 
 @dataclass(frozen=True, slots=True)
 class FreshnessThresholds:
-    """Thresholds outside the domains: per topic, for every view, for the export and for the canary."""
+    """Freshness targets outside the domains: per topic, for every view, for the export and for the canary."""
 
     topics: Mapping[str, Freshness]
     views: Freshness
@@ -168,8 +229,8 @@ class FreshnessThresholds:
 class Contract:
     """The whole serving contract.
 
-    `tables` maps entities to tables, `domains` maps domain keys (`learning#progress`) to domains; both are empty in a
-    project that serves no profiles.
+    `tables` maps entities to tables, `domains` maps domain keys (`learning#progress`) to domains; both are
+    empty in a project that serves no profiles.
     """
 
     version: int
@@ -184,7 +245,7 @@ class Contract:
         object.__setattr__(self, "_names", names)
 
     def domain(self, name_or_key: str) -> Domain:
-        """The domain of that key (`learning#progress`) or name (`progress`).
+        """Return the domain of that key (`learning#progress`) or name (`progress`).
 
         Raises ContractError naming the known domains.
         """
@@ -195,18 +256,18 @@ class Contract:
         return found
 
     def table_of(self, domain: Domain) -> Table:
-        """The table that holds a domain's items."""
+        """Return the table that holds a domain's items."""
         return self.tables[domain.entity]
 
     def domains_of(self, entity: str) -> tuple[Domain, ...]:
-        """The domains of one entity, in the contract's order."""
+        """Return the domains of one entity, in the contract's order."""
         return tuple(domain for domain in self.domains.values() if domain.entity == entity)
 
 
 def cold_start(name: str, attribute: Attribute) -> Any:
-    """What is served for an attribute while nothing is known: NULL where it may be, else the type's zero or nothing.
+    """Return an attribute's value for an id without data: None if nullable, else zero or empty.
 
-    Nothing is known of a newest event either.
+    The newest event's time is None, too.
     """
     if attribute.nullable or name == LAST_EVENT_AT:
         return None
@@ -216,7 +277,7 @@ def cold_start(name: str, attribute: Attribute) -> Any:
 def load_contract(path: Path) -> Contract:
     """Read and validate the contract of a registry file, or of the registry in a project's folder.
 
-    Raises ContractError naming the file, the place in it and the rule.
+    Raises ContractError naming the file, the position in it and the rule.
     """
     path = path if path.suffix == ".json" else path / REGISTRY
     try:
@@ -239,7 +300,7 @@ def load_contract(path: Path) -> Contract:
 def parse_contract(content: object) -> Contract:
     """Validate the decoded JSON of a contract.
 
-    Raises ContractError naming the first place that breaks a rule, and the rule.
+    Raises ContractError naming the first value that breaks a rule, and the rule.
     """
     root = _object(content, "the contract", {"version", "owner", "tables", "domains", "freshness"})
     version = _integer(root["version"], "version", minimum=1)
@@ -275,13 +336,13 @@ def parse_contract(content: object) -> Contract:
 
 
 def render_contract(contract: Contract | Mapping[str, Any]) -> str:
-    """The contract as stable JSON: domains by key, attributes as declared, one trailing newline."""
+    """Render the contract as stable JSON: domains by key, attributes as declared, one trailing newline."""
     content = contract_dict(contract) if isinstance(contract, Contract) else contract
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def contract_dict(contract: Contract) -> dict[str, Any]:
-    """The JSON form of a contract; `parse_contract` reads it back equal."""
+    """Return the JSON form of a contract, from which `parse_contract` reads an equal one."""
     return {
         "version": contract.version,
         "owner": contract.owner,
@@ -293,6 +354,11 @@ def contract_dict(contract: Contract) -> dict[str, Any]:
                 "max_item_bytes": table.max_item_bytes,
                 "ttl_attribute": table.ttl_attribute,
             }
+            | (
+                {"rest_keys": [{"name": key.name, "type": key.type} for key in table.rest_keys]}
+                if table.rest_keys
+                else {}
+            )
             for entity, table in contract.tables.items()
         },
         "domains": {
@@ -334,10 +400,10 @@ def _attributes_dict(attributes: Mapping[str, Attribute]) -> dict[str, Any]:
 def build_contract(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Build the contract from dbt's `manifest.json`.
 
-    A model with `config.meta.domain` = {key, name, entity, sink, owner, description, freshness} is a domain, and
-    its columns (data_type, description, a `not_null` test or constraint) are the attributes; `entity` may be left
-    out where there is one table. The one exposure with `config.meta.contract` = {version, owner, tables, freshness}
-    gives the rest.
+    A model with `config.meta.domain` = {key, name, entity, sink, owner, description, freshness} is a domain,
+    and its columns (data_type, description, a `not_null` test or constraint) are the attributes; `entity` may
+    be omitted if there is only one table. The one exposure with `config.meta.contract` = {version, owner,
+    tables, freshness} gives the rest.
 
     Raises ContractError naming the model or exposure, the rule and the remedy.
     """
@@ -397,9 +463,10 @@ def build_contract(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _resolved(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A manifest in which `prefs generate` has filled in what declarations leave out; others as they are.
+    """Fill in the defaults of declarations in a manifest of `prefs generate`; return others unchanged.
 
-    The generated model `deployments` has the contract's head in its meta, and each sink what it `publishes`.
+    The generated model `deployments` has the contract's head in its meta, and each sink what it
+    `publishes`.
     """
     nodes = dict(manifest.get("nodes", {}))
     heads = {
@@ -419,9 +486,10 @@ def _resolved(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def deployed_contract(fragments: Sequence[Mapping[str, Any]]) -> Contract | None:
-    """The contract that the engine's records hold, one fragment of dbt's manifest a domain; None without any.
+    """Return the contract in the engine's records, None without any.
 
-    A domain that did not change keeps the fragment of an older version, so the highest version counts.
+    `fragments` are the parts of dbt's manifests that deployments recorded, one per domain. A domain that did
+    not change keeps the fragment of an older version, so the highest version counts.
 
     Raises ContractError when the fragments contradict each other.
     """
@@ -435,7 +503,7 @@ def deployed_contract(fragments: Sequence[Mapping[str, Any]]) -> Contract | None
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One difference between two contracts; `path` is where, `what` a sentence."""
+    """One difference between two contracts; `path` is its position, `what` a sentence."""
 
     kind: Literal["additive", "breaking"]
     path: str
@@ -443,7 +511,7 @@ class Change:
 
 
 def diff_contracts(old: Contract, new: Contract) -> tuple[Change, ...]:
-    """Classify what differs, breaking changes first.
+    """Return the differences between two contracts, breaking changes first.
 
     Breaking is what an existing reader does not survive: another table or key, a domain or attribute that is
     gone, renamed or retyped, an attribute that may now be NULL, a weaker freshness promise. All else is
@@ -485,7 +553,7 @@ def diff_contracts(old: Contract, new: Contract) -> tuple[Change, ...]:
 
 
 def check_version(old: Contract, new: Contract) -> tuple[Change, ...]:
-    """Refuse a breaking change without a higher version; return all changes.
+    """Return all changes; refuse breaking ones without a higher version.
 
     Raises ContractError naming the breaking changes and the version to use.
     """
@@ -495,7 +563,7 @@ def check_version(old: Contract, new: Contract) -> tuple[Change, ...]:
             f"version {new.version} is lower than {old.version}: a contract's version never goes back"
         )
     breaking = [f"{change.path}: {change.what}" for change in changes if change.kind == "breaking"]
-    # A project that serves no profiles any more has no place left that could declare a version.
+    # A project that no longer serves profiles has no declaration that could state a version.
     if breaking and new.domains and new.version == old.version:
         raise ContractError(
             f"breaking change without a new version ({'; '.join(breaking)}): "
@@ -512,6 +580,11 @@ def _entity_changes(entity: str, old: Contract, new: Contract) -> Iterator[Chang
 
 
 def _table_changes(place: str, old: Table, new: Table) -> Iterator[Change]:
+    if old.rest_keys != new.rest_keys:
+        before_names, after_names = (
+            ", ".join(f"{key.name} ({key.type})" for key in table.rest_keys) or "none" for table in (old, new)
+        )
+        yield Change("breaking", f"{place}.rest_keys", f"{before_names} becomes {after_names}")
     for name in ("name", "partition_key", "sort_key"):
         before, after = getattr(old, name), getattr(new, name)
         if before != after:
@@ -563,8 +636,7 @@ def _domain_changes(old: Domain, new: Domain) -> Iterator[Change]:
             yield Change("additive", path, "the description is changed")
     for name, after in new.attributes.items():
         path = f"{old.key}.{name}"
-        retired = old.retired.get(name)
-        if retired is not None and retired.type != after.type:
+        if (retired := old.retired.get(name)) and retired.type != after.type:
             yield Change("breaking", path, f"{retired.type}, which was retired, comes back as {after.type}")
         elif name not in old.attributes:
             what = "the attribute was retired and is served again" if retired else "the attribute is new"
@@ -599,9 +671,7 @@ def _declared_domain(
     table = _entity_table(domain["entity"], place, tables)
     attributes: dict[str, Any] = {}
     retired: dict[str, Any] = {}
-    expected_keys: dict[str, AttributeType] = {
-        key.name: "integer" if key.type == "N" else "string" for key in (table.partition_key, table.sort_key)
-    }
+    expected_keys = {key.name: key.contract_type for key in (*table.columns, table.sort_key)}
     seen_keys: set[str] = set()
     for name, column in node.get("columns", {}).items():
         sql_type = re.sub(r"\(.*?\)", "", str(column.get("data_type") or "")).strip().lower()
@@ -659,7 +729,13 @@ def _entity_table(entity: object, place: str, tables: Mapping[str, Table]) -> Ta
 
 def _table(entity: str, value: object) -> Table:
     place = f"tables.{entity}"
-    table = _object(value, place, {"name", "partition_key", "sort_key", "max_item_bytes", "ttl_attribute"})
+    table = _object(
+        {"rest_keys": [], **_mapping(value, place)},
+        place,
+        {"name", "partition_key", "sort_key", "max_item_bytes", "ttl_attribute", "rest_keys"},
+    )
+    if not isinstance(table["rest_keys"], list):
+        raise ContractError(f"{place}.rest_keys: a list of keys is needed, not {table['rest_keys']!r}")
     name = _text(table["name"], f"{place}.name")
     if not re.fullmatch(r"[A-Za-z0-9_.-]{3,255}", name):
         raise ContractError(
@@ -682,6 +758,7 @@ def _table(entity: str, value: object) -> Table:
         sort_key=sort_key,
         max_item_bytes=size,
         ttl_attribute=ttl,
+        rest_keys=tuple(_key(key, f"{place}.rest_keys") for key in table["rest_keys"]),
     )
 
 
@@ -709,7 +786,7 @@ def _domain(key: str, value: object, tables: Mapping[str, Table]) -> Domain:
     name = _text(domain["name"], f"{place}.name")
     if not _is_name(name):
         raise ContractError(f"{place}.name: {name!r} is not a Python identifier without a leading underscore")
-    if name in PROFILE_NAMES or name == table.partition_key.name:
+    if name in PROFILE_NAMES or name in {key.name for key in table.columns}:
         raise ContractError(f"{place}.name: {name!r} is what every profile has: choose another name")
     attributes = _attributes(domain["attributes"], f"{place}.attributes", table)
     retired = _attributes(declared_retired, f"{place}.retired", table)
@@ -745,7 +822,7 @@ def _attributes(value: object, place: str, table: Table) -> dict[str, Attribute]
             )
         if not isinstance(parts["nullable"], bool):
             raise ContractError(f"{where}.nullable: {parts['nullable']!r} is not true or false")
-        if attribute in (table.partition_key.name, table.sort_key.name):
+        if attribute in {key.name for key in (*table.columns, table.sort_key)}:
             raise ContractError(f"{where}: a key of the table cannot be an attribute too")
         if not _is_name(attribute):
             raise ContractError(
@@ -760,7 +837,7 @@ def _attributes(value: object, place: str, table: Table) -> dict[str, Attribute]
 
 
 def _is_name(text: str) -> bool:
-    """Whether a typed class can have a field of this name."""
+    """Return whether a typed class can have a field of this name."""
     return text.isidentifier() and not keyword.iskeyword(text) and not text.startswith("_")
 
 

@@ -1,4 +1,4 @@
-"""What checking has found so far, and what every check asks."""
+"""The problems found by the checks of declarations, and the lookups that the checks share."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from dagster_prefs.declarations.read import Map, ModelYaml, ProjectYaml
 from dagster_prefs.declarations.registry import Entity, Key
 
 NAME = re.compile(r"[a-z][a-z0-9_]*")
-# The SQL type of a key column by the type that the entity declares.
+# The SQL type of a key column, by the type that the entity declares.
 KEY_SQL_TYPES: Mapping[str, str] = {"bigint": "bigint", "text": "text", "uuid": "text"}
 # Relations of the platform itself.
 PLATFORM_RELATIONS = (
     "rejected_events", "ingest_progress", "tile_fingerprints", "canary_keys", "deployments", "erased_subjects",
     "ingest_files", "kafka_topics", "replayed_events", "online_published", "raw_arrivals",
 )  # fmt: skip
-# Seconds. Five from event to DynamoDB is the target unless a declaration says another.
+# Seconds: the default target, five from event to DynamoDB, for declarations without their own.
 LIVE: Mapping[str, Any] = {"warn_seconds": 3, "error_seconds": 5}
 
 EXAMPLES: Mapping[str, str] = {
@@ -32,7 +32,7 @@ EXAMPLES: Mapping[str, str] = {
 
 @dataclass
 class Findings:
-    """A project's entities and variables, the problems found in its declarations, and who claims which relation."""
+    """A project's entities and variables, its declarations' problems, and who declares each relation."""
 
     project: ProjectYaml
     variables: Mapping[str, Any]
@@ -42,18 +42,18 @@ class Findings:
     domain_keys: dict[str, str] = field(default_factory=dict)
 
     def say(self, file: str, line: int, what: str, example: str) -> None:
-        """Note a problem: what is wrong at this place, and an example of what is right."""
+        """Note a problem: what is wrong at this position, and a correct example."""
         self.problems.append(f"{file}:{line}: {what} (example: `{example}`)")
 
     def known(self, file: str, given: Map, known: Collection[str], where: str, example: str) -> None:
-        """Note every key of a declaration that is not known."""
+        """Note every unknown key of a declaration."""
         for name in given:
             if name not in known:
                 hint = did_you_mean(name, known) or f": known are {', '.join(known)}"
                 self.say(file, given.at(name), f"{where} has no key {name!r}{hint}", example)
 
     def claim(self, relation: str, place: str) -> None:
-        """A relation's name for this place; an error where it is another's."""
+        """Reserve a relation's name for a declaration; note a problem if another one has reserved it."""
         if relation in PLATFORM_RELATIONS:
             file, _, line = place.rpartition(":")
             self.say(
@@ -74,11 +74,11 @@ class Findings:
             self.relations[relation] = place
 
     def declaring(self, key: str) -> list[ModelYaml]:
-        """The models whose meta has this key."""
+        """Return the models whose meta has this key."""
         return [model for model in self.project.models if key in model.meta]
 
     def needs_sql(self, model: ModelYaml, kind: str) -> None:
-        """Note that the SQL is missing which is written by hand."""
+        """Note a problem if the hand-written SQL of a model is missing."""
         if self.project.sql(model.name) is None:
             self.say(
                 model.file,
@@ -88,7 +88,7 @@ class Findings:
             )
 
     def entity(self, model: ModelYaml, given: Map, kind: str) -> Entity | None:
-        """The entity that a declaration names; None, with a problem, where there is none."""
+        """Return the entity that a declaration names; None, with a problem noted, if there is none."""
         name = given.get("entity")
         if found := self.entities.get(str(name)):
             return found
@@ -109,7 +109,10 @@ class Findings:
     def column(
         self, model: ModelYaml, given: Map, key: str, types: Collection[str], example: str
     ) -> str | None:
-        """The column that `key` of a declaration names; None, with an error, where it is none of these types."""
+        """Return the column that `key` of a declaration names.
+
+        Returns None, with a problem noted, if there is no such column of one of the types.
+        """
         name = given.get(key)
         if name is None:
             self.say(model.file, given.line, f"{model.name}: {key} is missing", example)
@@ -136,7 +139,7 @@ class Findings:
         return str(name)
 
     def keys(self, model: ModelYaml, entity: Entity, keys: Iterable[Key]) -> None:
-        """Note the keys that the model lacks as columns, or has of another type."""
+        """Note the keys that the model lacks as columns, or has with another type."""
         for key in keys:
             wanted, column = KEY_SQL_TYPES[key.type], model.columns.get(key.name)
             example = f"- {{ name: {key.name}, data_type: {wanted} }}"
@@ -158,7 +161,7 @@ class Findings:
                 )
 
     def freshness(self, model: ModelYaml, given: Map, example: str) -> Mapping[str, Any]:
-        """The freshness target of a declaration, or the platform's."""
+        """Return the freshness target of a declaration, or the platform's default."""
         value = given.get("freshness")
         if value is None:
             return LIVE
@@ -185,18 +188,18 @@ class Findings:
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` for the closest of the known names, or nothing."""
+    """Return ` (did you mean 'x'?)` for the closest of the known names, or an empty text."""
     close = difflib.get_close_matches(str(name), list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def is_whole(value: object) -> TypeGuard[int]:
-    """Whether a value of YAML is a whole number."""
+    """Return whether a YAML value is an integer."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def plain(value: Any) -> Any:
-    """YAML's content as JSON has it; a date is its text."""
+    """Convert YAML content to JSON's types; a date becomes its text."""
     if isinstance(value, dict):
         return {str(key): plain(one) for key, one in value.items()}
     if isinstance(value, list):

@@ -1,7 +1,7 @@
-"""Read what a dbt project declares: its YAML with the line of every key, without dbt.
+"""Read the declarations of a dbt project, without dbt: its YAML with the line of every key.
 
-dbt cannot parse a project at the moment at which generating is needed: a tile refers to a typed model whose SQL is
-not written yet, or a removed folder leaves references behind.
+dbt cannot parse a project when generating is needed: a tile refers to a typed model whose SQL is not written
+yet, or a removed folder leaves references.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ YAML_SUFFIXES = (".yml", ".yaml")
 
 
 class DeclarationError(PrefsError):
-    """What a project declares is wrong: one sentence a problem, each with file and line."""
+    """Declarations of a project are invalid; one sentence per problem, each with file and line."""
 
     def __init__(self, problems: list[str]) -> None:
         super().__init__("\n".join(problems))
@@ -31,18 +31,18 @@ class DeclarationError(PrefsError):
 
 
 class Map(dict[Any, Any]):
-    """A YAML mapping; `line` is where it begins, `lines` where each of its keys stands, counted from 1."""
+    """A YAML mapping; `line` is its first line, `lines` the line of each key, counted from 1."""
 
     line: int
     lines: dict[Any, int]
 
     def at(self, key: str) -> int:
-        """The line of a key, or of the mapping where it has no such key."""
+        """Return the line of a key, or of the mapping if it has no such key."""
         return self.lines.get(key, self.line)
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """YAML as dbt reads it, with lines, and without keys that silently override each other."""
+    """A YAML loader like dbt's, with line numbers, that rejects duplicate keys."""
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> Iterator[Map]:
@@ -78,7 +78,7 @@ class ModelYaml:
 
     @property
     def line(self) -> int:
-        """Where the model begins."""
+        """The line where the model begins."""
         return self.content.line
 
     @property
@@ -126,7 +126,7 @@ class ColumnYaml:
 
     @property
     def line(self) -> int:
-        """Where the column begins."""
+        """The line where the column begins."""
         return self.content.line
 
     @property
@@ -147,7 +147,7 @@ class ColumnYaml:
 
     @property
     def is_not_null(self) -> bool:
-        """Whether a test or a constraint holds it to be never NULL."""
+        """Whether a test or a constraint ensures that it is never NULL."""
         tests = [*(self.content.get("data_tests") or []), *(self.content.get("tests") or [])]
         constraints = self.content.get("constraints") or []
         return any(
@@ -176,9 +176,9 @@ class ExposureYaml:
 
 @dataclass(frozen=True)
 class ProjectYaml:
-    """A dbt project as it is written by hand: what is generated is left out.
+    """A dbt project as it is written by hand, without generated models.
 
-    `files` are all that matter to a deployment, generated ones included, relative to `folder` in order.
+    `files` are all files that affect a deployment, generated ones included, relative to `folder` in order.
     """
 
     folder: Path
@@ -202,12 +202,12 @@ class ProjectYaml:
         return self.folder / model_paths(self.content)[0] / GENERATED
 
     def sql(self, model: str) -> str | None:
-        """The SQL of a model that is written by hand; None without any."""
+        """Return the SQL of a hand-written model, None if it has none."""
         path = self._sql.get(model)
         return None if path is None else path.read_text(encoding="utf-8")
 
     def sql_file(self, model: str) -> str | None:
-        """The file of a model that is written by hand, relative to the project's folder."""
+        """Return the SQL file of a hand-written model, relative to the project's folder."""
         path = self._sql.get(model)
         return None if path is None else path.relative_to(self.folder).as_posix()
 
@@ -222,7 +222,7 @@ class ProjectYaml:
 
 
 def as_map(value: Any, line: int) -> Map:
-    """The value where it is a mapping, else an empty one that stands in this line."""
+    """Return the value if it is a mapping, else an empty mapping at this line."""
     if isinstance(value, Map):
         return value
     empty = Map()
@@ -233,7 +233,7 @@ def as_map(value: Any, line: int) -> Map:
 def read_project(folder: Path) -> ProjectYaml:
     """Read a project's YAML.
 
-    Raises DeclarationError naming file and line where a file is missing or is no YAML.
+    Raises DeclarationError naming file and line if a file is missing or is no YAML.
     """
     content = project_content(folder)
     project = ProjectYaml(folder, content)
@@ -263,7 +263,7 @@ def read_project(folder: Path) -> ProjectYaml:
 
 
 def model_paths(content: Map) -> list[str]:
-    """The folders of the project's models."""
+    """Return the folders of the project's models."""
     return [str(path) for path in content.get("model-paths") or ["models"]]
 
 

@@ -1,7 +1,7 @@
-"""What a project declares, as everything outside dbt reads it: entities, topics, tiles, domains, variables.
+"""A project's declarations for everything outside dbt: entities, topics, tiles, domains, variables.
 
-`prefs generate` writes it to `registry.json` in the project's folder, from the YAML of the dbt project. No other part
-of the platform knows a topic, a tile, a domain or an attribute by name.
+`prefs generate` writes them to `registry.json` in the project's folder, from the YAML of the dbt project. No
+other part of the platform knows a topic, a tile, a domain or an attribute by name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dagster_prefs.declarations.contract import REGISTRY as REGISTRY
 from dagster_prefs.declarations.contract import Contract, contract_dict, parse_contract
 from dagster_prefs.errors import PrefsError, excerpt
 
-# Raised when an older reader would misunderstand the file.
+# Incremented when an older reader would misinterpret the file.
 FORMAT = 1
 
 FieldType = Literal["text", "bigint", "int", "decimal", "boolean", "timestamptz"]
@@ -31,12 +31,12 @@ Keeping = Literal["rows", "identity", "key", "merging", "rebuilt"]
 
 
 class RegistryError(PrefsError):
-    """A project's registry is missing or cannot be read, or it lacks what was asked for."""
+    """A project's registry is missing or unreadable, or lacks a requested name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One key column of an entity; a `uuid` is held as text in lower case."""
+    """One key column of an entity; a `uuid` is stored as text in lower case."""
 
     name: str
     type: KeyType
@@ -44,10 +44,10 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class Entity:
-    """Whom or what rows are about; its first key is the one that ids are reserved in and events name.
+    """Whom or what rows are about; its first key is the one that ids are reserved in, events name, and erasures name.
 
-    `table` is its DynamoDB table without the environment's prefix, None where it has no domain. An `erasable` entity
-    is a person: `prefs erase` takes it.
+    `table` is its DynamoDB table without the environment's prefix, None if it has no domain. An `erasable`
+    entity is a person, whom `prefs erase` can erase.
     """
 
     name: str
@@ -60,14 +60,19 @@ class Entity:
         """The first key column."""
         return self.keys[0]
 
+    @property
+    def key_names(self) -> tuple[str, ...]:
+        """The names of the key columns, in their order."""
+        return tuple(key.name for key in self.keys)
+
 
 @dataclass(frozen=True, slots=True)
 class FieldDeclaration:
     """One field of a topic's messages.
 
-    A text is at most `max_bytes` long in UTF-8; a decimal is rounded to `scale` places; a number is from `minimum` to
-    `maximum`; `accepted` are the only values, if there are any. A message may leave an `optional` field out. `prose` is
-    text for people, in which a number stands as it was written.
+    A text has at most `max_bytes` in UTF-8; a decimal is rounded to `scale` places; a number is from
+    `minimum` to `maximum`; `accepted` lists the only permitted values, if there are any. A message may omit
+    an `optional` field. `prose` is text for people, in which numbers keep their spelling.
     """
 
     name: str
@@ -84,10 +89,10 @@ class FieldDeclaration:
 
 @dataclass(frozen=True)
 class TopicDeclaration:
-    """One kind of message: `relation` holds its typed events, `raw` its messages as they came.
+    """One kind of message: `relation` holds its typed events, `raw` its raw messages.
 
-    Of several deliveries of one `identity` the first counts, or with `keep` = last the last (reference data).
-    `entity` and `time` (the field that says when) are None for reference data.
+    Among several deliveries of one `identity` the first counts, or with `keep` = last the last (reference
+    data). `entity` and `time` (the field of the event time) are None for reference data.
     """
 
     name: str
@@ -102,7 +107,7 @@ class TopicDeclaration:
 
     @cached_property
     def by_name(self) -> Mapping[str, FieldDeclaration]:
-        """Field by name."""
+        """The fields by name."""
         return MappingProxyType({field.name: field for field in self.fields})
 
 
@@ -119,8 +124,9 @@ class TileColumn:
 class TileDeclaration:
     """One row per entity and UTC `day` (and the rest of `key`), exported to the training table `table`.
 
-    `metric` names the columns whose total is `metric_total` among the fingerprints; `at_most` lists (smaller, larger)
-    pairs of columns that every row respects; `sink` is RisingWave's that writes the table, where sinks export.
+    `metric` names the columns whose total is `metric_total` among the fingerprints; `at_most` lists (smaller,
+    larger) pairs of columns that every row respects; `sink` is the RisingWave sink that writes the table,
+    where sinks export.
     """
 
     relation: str
@@ -161,11 +167,13 @@ class KeptView:
 
 @dataclass(frozen=True)
 class Registry:
-    """All that a project declares; `variables` are the dbt project's own (weights, windows, tiers, thresholds).
+    """All declarations of a project.
 
-    `hashes` maps each file that matters to its SHA-256, relative to the project's folder. `queries` maps every tile,
-    domain's rolling view, and other view with a time, to its SQL as RisingWave gets it, without the names of database
-    and schema, and without a spread: windows, upstreams and what training sets compute are taken from it.
+    `variables` are the dbt project's own (weights, windows, tiers, thresholds). `hashes` maps each file that
+    affects a deployment to its SHA-256, relative to the project's folder. `queries` maps every tile, every
+    domain's rolling view, and every other view with a time, to its SQL as RisingWave gets it, without the
+    names of database and schema, and without a spread: windows, upstreams and the features of training sets
+    are derived from it.
     """
 
     project: str
@@ -180,19 +188,26 @@ class Registry:
     kept: Mapping[str, KeptView] = dataclasses.field(default_factory=dict)
 
     def query(self, relation: str) -> str:
-        """The compiled SQL of a relation. Raises RegistryError where the registry holds none."""
+        """Return the compiled SQL of a relation. Raises RegistryError if the registry holds none."""
         if relation not in self.queries:
             raise RegistryError(f"the registry holds no query of {relation}: run `prefs generate`")
         return self.queries[relation]
 
     def entity(self, name: str) -> Entity:
-        """The entity of this name. Raises RegistryError naming those there are."""
+        """Return the entity of this name. Raises RegistryError naming the existing ones."""
         if name not in self.entities:
             raise RegistryError(f"unknown entity {excerpt(name)}: there are {', '.join(self.entities)}")
         return self.entities[name]
 
+    def family(self, name: str) -> tuple[Entity, ...]:
+        """The entities with the first key column of the entity of this name, as declared: an erasure is of all of them.
+
+        The first of them is whose name an erasure is recorded under.
+        """
+        return family_of(self.entities, self.entity(name))
+
     def topic(self, name: str) -> TopicDeclaration:
-        """The topic of this name. Raises RegistryError naming those there are."""
+        """Return the topic of this name. Raises RegistryError naming the existing ones."""
         if name not in self.topics:
             near = difflib.get_close_matches(name, self.topics, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
@@ -200,10 +215,21 @@ class Registry:
         return self.topics[name]
 
 
-def parse_registry(content: Mapping[str, Any]) -> Registry:
-    """The registry of decoded JSON.
+def family_of(entities: Mapping[str, Entity], entity: Entity) -> tuple[Entity, ...]:
+    """The entities with the first key column of this one, in the order in which they are declared."""
+    return tuple(one for one in entities.values() if one.key == entity.key)
 
-    Raises RegistryError where it is of another format, or was not written by `prefs generate`.
+
+def uuid_keys(entities: Mapping[str, Entity], entity: Entity | None) -> set[str]:
+    """The fields that hold UUIDs in a topic about an entity: keys of it and of those that have its first key."""
+    family = family_of(entities, entity) if entity else ()
+    return {key.name for one in family for key in one.keys if key.type == "uuid"}
+
+
+def parse_registry(content: Mapping[str, Any]) -> Registry:
+    """Parse the decoded JSON of a registry.
+
+    Raises RegistryError if it has another format, or was not written by `prefs generate`.
     """
     if content.get("format") != FORMAT:
         raise RegistryError(
@@ -274,25 +300,22 @@ def parse_registry(content: Mapping[str, Any]) -> Registry:
 
 
 def _check_tables(registry: Registry) -> None:
-    """Raise RegistryError where a table of the contract is not that of its entity."""
+    """Raise RegistryError if a table of the contract is not that of its entity."""
     for name, table in registry.contract.tables.items():
         entity = registry.entity(name)
-        if len(entity.keys) > 1:
-            raise RegistryError(
-                f"entity {name} has the keys {', '.join(key.name for key in entity.keys)}: items are kept by one "
-                "key column only, so give it one, or make its domains part of another entity"
-            )
-        wanted = (entity.table, entity.key.name, "N" if entity.key.type == "bigint" else "S")
-        found = (table.name, table.partition_key.name, table.partition_key.type)
+        wanted = f"{entity.table} by " + ", ".join(
+            f"{key.name} ({'N' if key.type == 'bigint' else 'S'})" for key in entity.keys
+        )
+        found = f"{table.name} by " + ", ".join(f"{key.name} ({key.type})" for key in table.columns)
         if found != wanted:
             raise RegistryError(
-                f"the contract's table of entity {name} is {found[0]} by {found[1]} ({found[2]}), and the entity "
-                f"says {wanted[0]} by {wanted[1]} ({wanted[2]}): run `prefs generate`"
+                f"the contract's table of entity {name} is {found}, and the entity says {wanted}: "
+                "run `prefs generate`"
             )
 
 
 def registry_dict(registry: Registry) -> dict[str, Any]:
-    """The JSON form of a registry; `parse_registry` reads it back equal."""
+    """Return the JSON form of a registry, from which `parse_registry` reads an equal one."""
     return {
         "format": FORMAT,
         "project": registry.project,
@@ -353,17 +376,18 @@ def registry_dict(registry: Registry) -> dict[str, Any]:
 
 
 def render_registry(registry: Registry) -> str:
-    """The registry as stable JSON text."""
+    """Render the registry as stable JSON text."""
     return json.dumps(registry_dict(registry), indent=2, ensure_ascii=False) + "\n"
 
 
 def find_project(start: Path | None = None, *, named: Path | None = None) -> Path:
-    """The folder of the dbt project: `named` (PREFS_PROJECT_DIR), else from `start` (the working folder) upwards.
+    """Find the folder of the dbt project.
 
-    A folder counts that holds `dbt_project.yml`, or has such a folder named `dbt_project`. The named one may hold the
-    registry alone, as where a service only reads.
+    It is `named` (PREFS_PROJECT_DIR), or else searched from `start` (the working folder) upwards. A folder
+    counts if it contains `dbt_project.yml`, or such a folder named `dbt_project`. The named one may contain
+    only the registry, for a service that only reads.
 
-    Raises RegistryError naming where it was looked for.
+    Raises RegistryError naming the searched folders.
     """
     if named is not None:
         if not any((named / file).is_file() for file in ("dbt_project.yml", REGISTRY)):
@@ -383,7 +407,7 @@ def find_project(start: Path | None = None, *, named: Path | None = None) -> Pat
 
 
 def open_registry(given: Registry | Mapping[str, Any] | Path | str) -> Registry:
-    """The registry that a service was given: itself, its decoded JSON, its file or its project's folder.
+    """Return the registry from any of its forms: itself, decoded JSON, its file or its project's folder.
 
     Raises RegistryError naming what is wrong and the remedy.
     """
@@ -399,7 +423,7 @@ def open_registry(given: Registry | Mapping[str, Any] | Path | str) -> Registry:
 
 
 def load_registry(project: Path) -> Registry:
-    """The registry of the project in this folder, or in this file.
+    """Load the registry of the project in this folder, or in this file.
 
     Raises RegistryError naming the file, what is wrong and the remedy.
     """

@@ -1,6 +1,7 @@
-"""The ids that are reserved for canaries: the one rule about them.
+"""The rule that reserves ids for canaries.
 
-Of each entity, the ids of its first key column are reserved that the freshness probe uses: below 0 of a bigint, those
+Of each entity, the ids of its first key column are reserved that the freshness probe uses (of a composite key too: the
+first column decides): below 0 of a bigint, those
 that start with `canary:` of a text, those that start with `00000000-0000-0000-0000-` of a UUID; also event ids that
 start with `canary:`. Only the probe sends events with them: every other message that has one is rejected. What a canary
 leaves behind flows through everything like any event, and is left out of exports, training sets, rankings, and counts
@@ -12,51 +13,100 @@ other.
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from psycopg import sql
 
-    from dagster_prefs.declarations.registry import Key
+    from dagster_prefs.declarations.registry import Entity, FieldDeclaration, Key, Registry
+    from dagster_prefs.ids import Id
 
 PREFIX = "canary:"
 UUID_PREFIX = "00000000-0000-0000-0000-"
 
-# Whose events the probe sends; no other reserved id has events.
+# The ids of the probe's events; no other reserved id has events.
 CANARY_NUMBER = -1
 CANARY_TEXT = f"{PREFIX}prefs"
 CANARY_UUID = f"{UUID_PREFIX}000000000000"
 
 
 def is_reserved(key: Key, value: int | str) -> bool:
-    """Whether an id of this key column, as `ids.read_key` reads it, is reserved for canaries."""
+    """Return whether an id of this key column, as returned by `ids.read_key`, is reserved for canaries."""
     if key.type == "bigint":
         return int(value) < 0
     return str(value).startswith(UUID_PREFIX if key.type == "uuid" else PREFIX)
 
 
 def reserved_range(key: Key) -> str:
-    """The reserved ids of this key column, for people."""
+    """Describe the reserved ids of this key column, for messages."""
     return "below 0" if key.type == "bigint" else f"from {UUID_PREFIX if key.type == 'uuid' else PREFIX} on"
 
 
 def canary_of(key: Key) -> int | str:
-    """The id of this key column with which the probe sends events."""
+    """Return the id of this key column with which the probe sends events."""
     if key.type == "bigint":
         return CANARY_NUMBER
     return CANARY_UUID if key.type == "uuid" else CANARY_TEXT
 
 
+def canary_value(field: FieldDeclaration) -> str | int | bool:
+    """A value that the field accepts: the last of those that are listed, else one within its bounds.
+
+    A number is the field's maximum, or 60 or its minimum, whichever is larger; a time is the first of 2026.
+    """
+    if field.accepted:
+        return field.accepted[-1]
+    if field.type == "boolean":
+        return True
+    if field.type == "timestamptz":
+        return "2026-01-01T00:00:00Z"
+    if field.type == "text":
+        return "canary"[: field.max_bytes]
+    return field.maximum if field.maximum is not None else max(60, field.minimum or 0)
+
+
+def canary_parts(registry: Registry, entity: Entity) -> dict[str, int | str]:
+    """Key column after the first → the value that every canary of the entity has in it.
+
+    It is one that each topic about the entity's first key takes which has the field.
+    """
+    family = {one.name for one in registry.family(entity.name)}
+    parts: dict[str, int | str] = {}
+    for key in entity.keys[1:]:
+        fields = [
+            topic.by_name[key.name]
+            for topic in registry.topics.values()
+            if topic.entity in family and key.name in topic.by_name
+        ]
+        if key.type == "uuid":
+            parts[key.name] = CANARY_UUID
+        elif fields:
+            parts[key.name] = canary_value(min(fields, key=_room))
+    return parts
+
+
+def _room(field: FieldDeclaration) -> tuple[bool, int]:
+    limit = field.maximum if field.type != "text" else field.max_bytes
+    return not field.accepted, sys.maxsize if limit is None else limit
+
+
+def canary_id(registry: Registry, entity: Entity, first: int | str | None = None) -> Id:
+    """The id with which the probe's events of this entity arrive; `first` is another value for its first key column."""
+    first = canary_of(entity.key) if first is None else first
+    return (first, *canary_parts(registry, entity).values()) if len(entity.keys) > 1 else first
+
+
 def spare_of(key: Key, number: int) -> int | str:
-    """A reserved id of this key column with which nobody sends events, and so without an item; `number` from 1 on."""
+    """Return a reserved id of this key column that has no events and so no item; `number` from 1 on."""
     if key.type == "bigint":
         return CANARY_NUMBER - number
     return f"{UUID_PREFIX}{number:012x}" if key.type == "uuid" else f"{PREFIX}spare-{number}"
 
 
 def people_only(key: Key) -> sql.Composed:
-    """The condition of SQL that a row with this key column is not a canary's."""
-    # A service that only reads DynamoDB has no psycopg.
+    """Return the SQL condition that excludes rows of canaries by this key column."""
+    # Imported here, because a service that only reads DynamoDB has no psycopg.
     from psycopg import sql
 
     column = sql.Identifier(key.name)
@@ -67,5 +117,5 @@ def people_only(key: Key) -> sql.Composed:
 
 
 def is_reserved_text(identity: str) -> bool:
-    """Whether a text that names something, as an event's id, is reserved for canaries."""
+    """Return whether a text identifier, such as an event's id, is reserved for canaries."""
     return identity.startswith(PREFIX)

@@ -1,6 +1,7 @@
-"""Tell whether a project's registry is of the files that are there: by their hashes, without dbt.
+"""Detect whether a project's registry matches its files: by their hashes, without dbt.
 
-Nothing runs on a stale registry: what is served, exported and trained on would silently differ from what the models do.
+Nothing runs with a stale registry, because serving, export and training would silently differ from the
+models.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from dagster_prefs.errors import PrefsError
 
 
 class StaleRegistry(PrefsError):
-    """A project's files are not those that its registry was generated from."""
+    """A project's files differ from those from which its registry was generated."""
 
 
 def hashes_of(folder: Path) -> dict[str, str]:
-    """File that decides what a deployment does → SHA-256 of its content; paths are relative to the project's folder."""
+    """Return the SHA-256 of each file that affects a deployment, by path in the project's folder."""
     return {
         Path(os.path.relpath(path, folder)).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in project_files(folder)
@@ -29,7 +30,7 @@ def hashes_of(folder: Path) -> dict[str, str]:
 
 
 def changed_files(folder: Path, hashes: Mapping[str, str]) -> list[str]:
-    """The files that are new, changed or gone since these hashes were taken, each with what happened to it."""
+    """Return the files that are new, changed or missing since these hashes, each with its change."""
     now = hashes_of(folder)
     return [
         f"{name} ({'new' if name not in hashes else 'gone' if name not in now else 'changed'})"
@@ -39,9 +40,9 @@ def changed_files(folder: Path, hashes: Mapping[str, str]) -> list[str]:
 
 
 def current_registry(folder: Path) -> Registry:
-    """The registry of a project.
+    """Return the registry of a project.
 
-    Raises StaleRegistry naming the files that differ, with the remedy; RegistryError where there is none.
+    Raises StaleRegistry naming the files that differ, with the remedy; RegistryError if there is none.
     """
     registry = load_registry(folder)
     if changed := changed_files(folder, registry.hashes):

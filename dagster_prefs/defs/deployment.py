@@ -1,4 +1,4 @@
-"""What runs beside what is written: the plan over this platform's parts, and the check that reports drift."""
+"""The deployment as Dagster checks: they report drift between the deployed relations and the models."""
 
 from collections.abc import Iterator
 
@@ -16,7 +16,7 @@ DEPLOYMENT_CHECKS = [dg.AssetCheckKey(KEY, name) for name in (DRIFT, STRANDED, L
 
 
 def build(platform: Platform) -> dg.Definitions:
-    """The checks of the `deployments` asset, and the job and schedule that evaluate them."""
+    """Return the checks of the `deployments` asset, and the job and schedule that evaluate them."""
 
     @dg.multi_asset_check(
         name="deployment_checks",

@@ -1,4 +1,4 @@
-"""Work that starts because events arrived."""
+"""Refreshes triggered by new events."""
 
 import dagster as dg
 
@@ -10,7 +10,7 @@ from dagster_prefs.platform import Platform
 
 
 def build(platform: Platform) -> dg.Definitions:
-    """The sensor that refreshes the embedded engine's views; RisingWave keeps its own current."""
+    """Return the sensor that refreshes the embedded engine's views; RisingWave's need no refresh."""
     if platform.engine.kind == "risingwave":
         return dg.Definitions()
 
@@ -29,7 +29,8 @@ def build(platform: Platform) -> dg.Definitions:
             return dg.SkipReason(str(error))
         if not waiting:
             return dg.SkipReason("nothing arrived since the last refresh")
-        # The key is what waits, so that a refresh that fails is not started again and again for the same messages.
+        # The key identifies the waiting messages, so that a failing refresh is not started repeatedly for the
+        # same ones.
         key = ",".join(f"{topic}@{found.mark}" for topic, found in sorted(waiting.items()))
         return dg.RunRequest(run_key=key)
 

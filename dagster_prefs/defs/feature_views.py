@@ -21,7 +21,7 @@ EVENT_TABLES_JOB = "event_tables"
 
 
 class ModelTranslator(DagsterDbtTranslator):
-    """dbt models in the terms of this platform: grouped by dbt group, kinds by engine, sinks behind their table."""
+    """Translates dbt models: groups from dbt groups, kinds by engine, sinks downstream of their table."""
 
     def __init__(self, engine_kind: str, contract: Contract) -> None:
         super().__init__()
@@ -29,7 +29,8 @@ class ModelTranslator(DagsterDbtTranslator):
         self._tables = {domain.sink: contract.table_of(domain) for domain in contract.domains.values()}
 
     def get_asset_spec(self, manifest: Mapping[str, Any], unique_id: str, project: Any) -> dg.AssetSpec:
-        """The spec of one model; a sink also depends on the DynamoDB or Iceberg table it writes to."""
+        """Return the spec of one model; a sink also depends on the table (DynamoDB, Iceberg) that it
+        writes."""
         spec = super().get_asset_spec(manifest, unique_id, project)
         props = self.get_resource_props(manifest, unique_id)
         engine = "postgres" if self._engine_kind == "local" else "risingwave"
@@ -43,14 +44,14 @@ class ModelTranslator(DagsterDbtTranslator):
         return spec.replace_attributes(kinds=kinds)
 
     def get_asset_key(self, dbt_resource_props: Mapping[str, Any]) -> dg.AssetKey:
-        """The relation's name: it is what users query."""
+        """Return the relation's name as the asset key, because users query it under that name."""
         return dg.AssetKey(dbt_resource_props["name"])
 
 
 def build(platform: Platform) -> dg.Definitions:
-    """The dbt assets, their tests as checks, and the job and schedule that refresh them.
+    """Return the dbt assets, their tests as checks, and the job and schedule that refresh them.
 
-    Raises StaleRegistry where the project's files are not those of its registry.
+    Raises StaleRegistry if the project's files differ from those of its registry.
     """
     current_registry(platform.dbt.project_dir)
     manifest = platform.dbt.manifest()
@@ -88,21 +89,22 @@ def build(platform: Platform) -> dg.Definitions:
         def log(result: Any) -> None:
             context.log.info(f"{result.name}: {result.status} {result.message} ({result.seconds:.2f} s)")
 
-        # Before the topics are noted or the table is made; dbt would refuse such a server only afterwards.
+        # Checked before the topics are recorded or the table is created; dbt would refuse such a server only
+        # later.
         with platform.engine.connect() as connection:
             require_version(connection, platform.engine, platform.dbt)
 
         feeds = [name for name in selected if kinds_of.get(name) == "kafka_feed"]
         if feeds:
-            # Before the feeds are made, so that one whose topic was made anew reads the new one from its start.
+            # Before the feeds are created, so that the feed of a recreated topic reads it from its start.
             with suppress(NotDeployed):
                 platform.kafka_topics(note=True)
 
         if platform.engine.kind == "risingwave" and any(kinds_of.get(name) == "sink" for name in selected):
-            # A table that is missing or has another key is named here with the remedy, before a sink is tried.
+            # Reports a missing table, or one with another key, with the remedy, before a sink is created.
             platform.provision(platform.dynamodb())
 
-        # A run of everything needs no selection, and dbt resolves none faster than one of eighty names.
+        # A run of all models needs no selection: dbt resolves none faster than one of eighty names.
         everything = len(selected) == len(models) + len(checks)
         results = platform.dbt.run(
             "build",
@@ -145,8 +147,8 @@ def build(platform: Platform) -> dg.Definitions:
                 metadata={"failed": [result.name for result in failed]},
             )
 
-    # What has to follow each other is one job: views first, then what is published from them.
-    # Comparing with the models compiles all of them, which tells a run that has just made them nothing.
+    # One job for steps that follow each other: views first, then publishing from them. The drift checks are
+    # excluded, because they compile all models, which reveals nothing right after they were built.
     compared = dg.AssetSelection.checks(*DEPLOYMENT_CHECKS)
     selection = dg.AssetSelection.assets(dbt_models) | dg.AssetSelection.groups("online_store")
     refresh = dg.define_asset_job(

@@ -1,18 +1,18 @@
-"""Freshness and lag as asset checks, observations and alerts, judged by the time in the data."""
+"""Freshness and lag as asset checks, observations and alerts, measured by the times in the data."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from typing import Any
 
 import dagster as dg
-from dagster._core.scheduler.instigation import InstigatorStatus, InstigatorType, SensorInstigatorData
 
 from dagster_prefs.declarations.registry import Registry
+from dagster_prefs.declarations.reserved import canary_id
 from dagster_prefs.defs.offline_store import asset_key as training_key
 from dagster_prefs.defs.resources import schedule_status, sensor_status
 from dagster_prefs.errors import PrefsError
-from dagster_prefs.events.brokers import client_properties
 from dagster_prefs.freshness.alerts import (
     AlertError,
     Webhook,
@@ -51,16 +51,16 @@ CHECKS = {
     "canary": ("canary", "A synthetic event became readable within the promised time."),
 }
 
-# A sensor's tick may take a minute; what a canary has not shown by then, the next tick looks for.
+# A sensor's tick may take a minute; a canary that is not readable within this time is read by the next tick.
 CANARY_PATIENCE_SECONDS = 10.0
-# A sensor that has not ticked for longer is not running, whatever its state says.
+# A sensor without a tick for longer than this is not running, whatever its state says.
 CANARY_INACTIVITY = timedelta(minutes=10)
 
 
 def build(platform: Platform, alert_webhook: str | None = None) -> dg.Definitions:
-    """Checks of every stage with their job and schedule, and the sensors for the state that is outside.
+    """Return the checks of every stage with their job and schedule, and the sensors for external state.
 
-    `alert_webhook` is the URL that level transitions are told to; None only logs them.
+    `alert_webhook` is the URL that receives level transitions; None only logs them.
 
     Raises AlertError for a webhook that is no https URL.
     """
@@ -102,7 +102,8 @@ def build(platform: Platform, alert_webhook: str | None = None) -> dg.Definition
             try:
                 webhook.tell(changed, at=status.read_at)
             except AlertError as error:
-                # The levels stay as they were, so that the next evaluation tells the same again.
+                # The stored levels do not change, so that the next evaluation sends the same transitions
+                # again.
                 context.log.error(str(error))
                 changed = []
         outside = [
@@ -148,7 +149,7 @@ def build(platform: Platform, alert_webhook: str | None = None) -> dg.Definition
 
 
 def asset_keys(platform: Platform) -> dict[str, dict[str, dg.AssetKey]]:
-    """Stage → name of a measure → the asset that it speaks of."""
+    """Return the asset of each measure, by stage and name."""
     registry, settings = platform.registry, platform.settings
     domains = {
         domain.name: dg.AssetKey(
@@ -173,22 +174,22 @@ def asset_keys(platform: Platform) -> dict[str, dict[str, dg.AssetKey]]:
 
 
 def last_probe(instance: dg.DagsterInstance, registry: Registry, *, now: datetime) -> list[Measure]:
-    """The canary as its sensor left it on this instance: one measure per path; `now` is UTC.
+    """Return the canary's measures from the state that its sensor stored on this instance; `now` is UTC.
 
-    They are `skipped` where the sensor is off, and `unknown` where it is on and does not tick.
+    They are `skipped` if the sensor is off, and `unknown` if it is on and does not tick.
     """
     names = canary_paths(registry)
     try:
-        states = instance.all_instigator_state(instigator_type=InstigatorType.SENSOR)
+        states: Sequence[Any] = instance.all_instigator_state()
     except Exception as error:
-        # Each store has errors of its own, and none may stop the other readings.
+        # Each kind of store raises errors of its own, and none may prevent the other measures.
         return unknown("canary", names, f"Dagster's instance cannot be read: {error}")
     ticks = [
         (data.last_tick_timestamp or 0.0, data.cursor)
         for state in states
-        if state.instigator_name == CANARY_SENSOR
-        and isinstance(data := state.instigator_data, SensorInstigatorData)
-        and state.status != InstigatorStatus.STOPPED
+        if (state.instigator_type.value, state.instigator_name) == ("SENSOR", CANARY_SENSOR)
+        and (data := state.instigator_data) is not None
+        and state.status.value != "STOPPED"
     ]
     if not ticks:
         reason = f"the canary is off: start the sensor {CANARY_SENSOR} in Dagster to measure it"
@@ -203,7 +204,7 @@ def last_probe(instance: dg.DagsterInstance, registry: Registry, *, now: datetim
 
 
 def metadata(measure: Measure) -> dict[str, dg.MetadataValue | float | int | str]:
-    """A measure's numbers and texts, numbers as numbers so that Dagster plots them."""
+    """Convert a measure's values to metadata, numbers as numbers so that Dagster plots them."""
     found: dict[str, dg.MetadataValue | float | int | str] = {
         "level": measure.level,
         "reason": measure.reason,
@@ -216,7 +217,7 @@ def metadata(measure: Measure) -> dict[str, dg.MetadataValue | float | int | str
     for name, value in measure.values.items():
         found[name] = dg.MetadataValue.timestamp(value) if name.endswith("_at") else value
     found |= measure.notes
-    # The canary shares its assets with other measures, whose plots it must not mix with.
+    # The prefix keeps the canary's plots apart from those of other measures on the same assets.
     return {f"canary_{name}": value for name, value in found.items()} if measure.stage == "canary" else found
 
 
@@ -296,7 +297,7 @@ def _probe(platform: Platform, state: CanaryState) -> tuple[CanaryState, list[Me
                         table_prefix=settings.table_prefix,
                     )
                 )
-                readers.append(partial(read_domains, profiles, entity.key))
+                readers.append(partial(read_domains, profiles, canary_id(registry, entity)))
         except PrefsError as error:
             return state, unknown("canary", asset_keys(platform)["canary"], error)
         views = canary_views(registry)
@@ -307,7 +308,7 @@ def _probe(platform: Platform, state: CanaryState) -> tuple[CanaryState, list[Me
                 moment,
                 bootstrap=settings.kafka_bootstrap,
                 kafka_topics=settings.kafka_topics,
-                client=client_properties(settings),
+                client=platform.kafka.client,
             ),
             readers=[*readers, lambda: read_views(platform.engine, registry, views)],
             paths=canary_paths(registry),

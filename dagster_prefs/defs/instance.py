@@ -1,4 +1,4 @@
-"""Where Dagster keeps its runs and events on this machine."""
+"""The Dagster instance of this machine, which stores runs and events."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ retention:
 
 
 def ensure_dagster_home(data_dir: Path) -> Path:
-    """Return `<data_dir>/dagster`, made with a `dagster.yaml` on first use.
+    """Return `<data_dir>/dagster`; create it with a `dagster.yaml` on first use.
 
-    Runs, events and schedules of the command, the UI and the daemon all live there (SQLite).
+    It stores the runs, events and schedules of the command, the UI and the daemon (SQLite).
     """
     home = data_dir / "dagster"
     make_private_folder(home)
@@ -41,7 +41,7 @@ def ensure_dagster_home(data_dir: Path) -> Path:
 
 @contextmanager
 def open_instance(data_dir: Path) -> Iterator[dg.DagsterInstance]:
-    """The instance that the daemon writes to: that of DAGSTER_HOME, else of the data directory."""
+    """Open the instance that the daemon writes to: that of DAGSTER_HOME, else of the data directory."""
     home = os.environ.get("DAGSTER_HOME") or str(ensure_dagster_home(data_dir))
     with dg.DagsterInstance.from_config(home) as instance:
         yield instance

@@ -24,7 +24,7 @@ RANGE_START_TAG = "dagster/asset_partition_range_start"
 RANGE_END_TAG = "dagster/asset_partition_range_end"
 EXPORT_JOB = "export"
 EXPORT_SENSOR = "stale_tiles"
-# A run that is older has lost its process; the instance's run monitoring ends it.
+# An older run has lost its process; the instance's run monitoring ends it.
 LONGEST_RUN = timedelta(hours=4)
 UNFINISHED = [
     dg.DagsterRunStatus.QUEUED,
@@ -36,10 +36,11 @@ UNFINISHED = [
 
 
 class ExportConfig(dg.Config):
-    """What may be told to one run of an export.
+    """The options of one export run.
 
-    With `allow_loss` the platform replaces days of which the engine holds fewer rows or a smaller total than the table,
-    which otherwise stay. With `replace_foreign` it takes back what another writer did to a day, which otherwise fails.
+    `allow_loss` replaces days of which the engine holds fewer rows or a smaller total than the table;
+    otherwise the table keeps them. `replace_foreign` reverts what another writer did to a day; otherwise such
+    a day fails.
     """
 
     allow_loss: bool = False
@@ -47,19 +48,19 @@ class ExportConfig(dg.Config):
 
 
 def export_config(platform: Platform, *, replace_foreign: bool) -> dict[str, Any]:
-    """The configuration of a run of the export: the same for every training table."""
+    """Return the run configuration of an export, the same for every training table."""
     told = ExportConfig(replace_foreign=replace_foreign).model_dump()
     specs = platform.training_tables.values()
     return {"ops": {"__".join(asset_key(spec).path): {"config": told} for spec in specs}}
 
 
 def asset_key(spec: TileTable) -> dg.AssetKey:
-    """The asset of a training table."""
+    """Return the asset of a training table."""
     return dg.AssetKey(["training", spec.name])
 
 
 def ranges(days: Iterable[date]) -> list[tuple[date, date]]:
-    """The days as runs of consecutive ones, (first, last) each, in order."""
+    """Group days into ranges of consecutive ones, (first, last) each, in order."""
     found: list[tuple[date, date]] = []
     for day in sorted(set(days)):
         if found and found[-1][1] + timedelta(days=1) == day:
@@ -70,26 +71,32 @@ def ranges(days: Iterable[date]) -> list[tuple[date, date]]:
 
 
 def range_tags(first: date, last: date) -> dict[str, str]:
-    """Tags that make one run cover a range of days."""
+    """Return the tags that make one run cover a range of days."""
     return {RANGE_START_TAG: first.isoformat(), RANGE_END_TAG: last.isoformat()}
 
 
 def days_that_need_export(platform: Platform) -> list[date]:
-    """Complete days, oldest first, that one of the training tables lacks or holds in an older state."""
+    """Return the complete days, oldest first, that a training table lacks or holds in an older state."""
     return sorted({day for _, day in look(platform).stale})
 
 
 @dataclass(frozen=True)
 class Exports:
-    """What the training tables need: `stale` days an export, with the fingerprint that the engine has; `foreign` days a
-    decision of a person, because another writer did to them what is said there."""
+    """The days of the training tables that need attention.
+
+    `stale` days need an export, with the engine's fingerprint; `foreign` days need an operator's decision,
+    because another writer changed them as described.
+    """
 
     stale: Mapping[TableDay, str]
     foreign: Mapping[TableDay, str]
 
 
 def look(platform: Platform) -> Exports:
-    """Compare every complete day of the training tables with the engine. Raises OfflineError, EngineUnavailable."""
+    """Compare every complete day of the training tables with the engine.
+
+    Raises OfflineError, EngineUnavailable.
+    """
     catalog = platform.catalog()
     by_sink = platform.settings.export == "sink"
     partitions = set(_partitions(platform).get_partition_keys())
@@ -98,7 +105,7 @@ def look(platform: Platform) -> Exports:
     for spec in platform.training_tables.values():
         exported = exported_days(catalog, spec, namespace=platform.settings.iceberg_namespace)
         found = stale_days(platform.engine, spec, exported, by_sink=by_sink)
-        # In a table that a sink writes, every file has a name of RisingWave's.
+        # RisingWave's sink names every file of its table, so none of them is foreign.
         others = {} if by_sink else foreign_days(exported, found)
         foreign |= {
             (spec.name, day): str(what) for day, what in others.items() if day.isoformat() in partitions
@@ -112,12 +119,13 @@ def look(platform: Platform) -> Exports:
 
 
 def build(platform: Platform, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> dg.Definitions:
-    """The export assets with what is made of them, their jobs, and the sensor that exports the days that need it.
+    """Return the export assets with their downstream assets, jobs, and the sensor that exports stale days.
 
-    Where RisingWave's sinks write the tables, the same assets verify, audit and tag. `clock` gives the time in UTC.
+    Where RisingWave's sinks write the tables, the same assets verify, audit and tag. `clock` returns the time
+    in UTC.
     """
     if not platform.training_tables:
-        # A project without tiles has nothing to export, to train on, or to keep up.
+        # Without tiles there is nothing to export, train on, or maintain.
         return dg.Definitions()
     by_sink = platform.settings.export == "sink"
     assets = [_exported(platform, spec, by_sink=by_sink) for spec in platform.training_tables.values()]
@@ -127,7 +135,7 @@ def build(platform: Platform, *, clock: Callable[[], datetime] = lambda: datetim
     jobs, schedules = jobs_of(platform, maintenance, parity)
     job = dg.define_asset_job(
         EXPORT_JOB,
-        # Parity reads weeks of tiles, which is too much after every export.
+        # Parity reads weeks of tiles, which is too expensive after every export.
         dg.AssetSelection.assets(*assets) - dg.AssetSelection.checks(parity),
         description="Export days of tiles to Iceberg; a day that did not change commits nothing.",
     )
@@ -153,7 +161,8 @@ def build(platform: Platform, *, clock: Callable[[], datetime] = lambda: datetim
         starts, launches = due(stale, load_launches(context.cursor), now=now)
         requests = []
         for first, last in ranges(day for _, day in starts):
-            # The key keeps a daemon that dies before it has stored the cursor from starting the same again.
+            # With this key, a daemon that dies before it has stored the cursor does not start the same run
+            # again.
             attempts = [
                 f"{table} {day} {start.fingerprint} {start.attempts}"
                 for (table, day), start in sorted(starts.items())
@@ -269,7 +278,7 @@ def _exported(platform: Platform, spec: TileTable, *, by_sink: bool) -> dg.Asset
             rows += found
             changed += status in ("written", "restored", "verified")
         if foreign:
-            # The other days are exported all the same.
+            # Raised last, so that the other days are exported nevertheless.
             raise ForeignRows(foreign)
         return dg.MaterializeResult(
             metadata={

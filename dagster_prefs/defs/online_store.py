@@ -1,4 +1,4 @@
-"""The DynamoDB tables and what is published into it."""
+"""The DynamoDB tables, and the domains published to them, as assets."""
 
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -16,7 +16,7 @@ GROUP = "online_store"
 
 
 def build(platform: Platform) -> dg.Definitions:
-    """The table assets and, where this platform publishes, one asset per domain with its checks."""
+    """Return the table assets and, if this platform publishes, one asset per domain with its checks."""
     contract = platform.contract
     assets = [_table(platform, entity) for entity in contract.tables]
     if platform.settings.publishes or platform.settings.follows:
@@ -61,7 +61,8 @@ def _published(platform: Platform, domain: Domain) -> dg.AssetsDefinition:
 
     @dg.asset(
         key=key,
-        # A view for the publisher waits for the table as a sink does; a subscription knows nothing of DynamoDB.
+        # Unlike a sink or a view for the publisher, a subscription does not itself depend on the DynamoDB
+        # table.
         deps=[
             dg.AssetKey(domain.sink),
             *([table_key(platform.contract.table_of(domain))] if platform.settings.follows else []),
@@ -94,7 +95,8 @@ def _published(platform: Platform, domain: Domain) -> dg.AssetsDefinition:
         context.log.info(f"{domain.key}: {metadata}")
         yield dg.MaterializeResult(asset_key=key, metadata=metadata)
         lag = online_lag(platform.engine, client, platform.contract, domain, table, now=datetime.now(UTC))
-        # Nothing counts what a changefeed published, and beside a follower the newest changes are under way.
+        # No count exists of what a changefeed published, and while a follower runs, the newest changes are in
+        # flight.
         passed = (
             max(lag.oldest_seconds, lag.ahead_seconds) < domain.freshness.error_seconds
             if platform.settings.follows

@@ -1,4 +1,4 @@
-"""What several definitions share: keys of assets, and whether schedules and sensors start by themselves."""
+"""What the definitions share: asset keys, and whether schedules and sensors start automatically."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ TRAINING_TABLES_KEY = dg.AssetKey(["training", "tables"])
 
 
 def table_key(table: Table) -> dg.AssetKey:
-    """The asset of a DynamoDB table."""
+    """Return the asset of a DynamoDB table."""
     return dg.AssetKey(["dynamodb", table.name])
 
 
 def schedule_status(platform: Platform) -> dg.DefaultScheduleStatus:
-    """Schedules start by themselves only where the environment asks for it."""
+    """Return the default status of schedules: running only if the environment requests it."""
     on = platform.settings.schedules == "on"
     return dg.DefaultScheduleStatus.RUNNING if on else dg.DefaultScheduleStatus.STOPPED
 
 
 def sensor_status(platform: Platform) -> dg.DefaultSensorStatus:
-    """The same for sensors."""
+    """Return the default status of sensors, by the same rule."""
     on = platform.settings.schedules == "on"
     return dg.DefaultSensorStatus.RUNNING if on else dg.DefaultSensorStatus.STOPPED

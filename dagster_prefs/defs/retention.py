@@ -1,4 +1,4 @@
-"""How long readings are kept: Dagster's own retention covers ticks only, and a reading a minute adds up."""
+"""Retention of readings: Dagster's own retention covers only ticks, and one reading per minute adds up."""
 
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -18,14 +18,14 @@ from dagster_prefs.defs.resources import schedule_status
 from dagster_prefs.platform import Platform
 
 JOB = "forget_old_readings"
-# Runs deleted between two looks for more, so that a backlog needs no memory.
+# Number of runs to delete per query, so that a backlog does not need more memory.
 BATCH = 500
-# What a sensor reports belongs to no run; Dagster files it under this id.
+# Dagster stores events that belong to no run, such as a sensor's, under this run id.
 NO_RUN = ""
 
 
 def build(platform: Platform, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> dg.Definitions:
-    """The job that forgets old readings, and its daily schedule; `clock` gives the time in UTC."""
+    """Return the job that deletes old readings, and its daily schedule. `clock` returns the time in UTC."""
     days = platform.settings.readings_kept_days
 
     @dg.op(description=f"Delete freshness readings older than {days} days (PREFS_READINGS_KEPT_DAYS).")
@@ -53,11 +53,11 @@ def build(platform: Platform, *, clock: Callable[[], datetime] = lambda: datetim
 
 
 def forget(instance: dg.DagsterInstance, before: datetime) -> tuple[int, int]:
-    """Delete readings from before a moment (UTC); returns the numbers of runs and of events without a run.
+    """Delete readings older than `before` (UTC). Returns the numbers of runs and of events without a run.
 
-    Those are the finished runs of the freshness job with their events, what sensors observed and evaluated, and
-    the history of the freshness checks except the last evaluation of each. Other runs and events stay. Safe to
-    repeat.
+    These are the finished runs of the freshness job with their events, what sensors observed and evaluated,
+    and the history of the freshness checks except the last evaluation of each. Other runs and events stay.
+    Safe to repeat.
     """
     old = dg.RunsFilter(
         job_name=CHECKS_JOB,
@@ -95,7 +95,7 @@ def forget(instance: dg.DagsterInstance, before: datetime) -> tuple[int, int]:
                 checks.id.not_in(last),
             )
         )
-    # SQLite keeps a second copy of what has no run; on one database this finds nothing any more.
+    # SQLite stores a second copy of events without a run; on a single database this finds nothing.
     with storage.run_connection(NO_RUN) as connection:
         connection.execute(SqlEventLogStorageTable.delete().where(readings))
     return runs, events

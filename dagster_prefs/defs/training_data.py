@@ -1,4 +1,4 @@
-"""What is made of the training tables, and what keeps them right: training sets, parity, upkeep."""
+"""Assets and checks downstream of the training tables: training sets, parity, maintenance."""
 
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timedelta
@@ -12,6 +12,7 @@ from dagster_prefs.errors import PrefsError
 from dagster_prefs.files import make_private_folder
 from dagster_prefs.iceberg.catalog import TableMissing
 from dagster_prefs.iceberg.maintenance import maintain, maintain_training_sets
+from dagster_prefs.ids import id_label, id_parts
 from dagster_prefs.platform import Platform
 from dagster_prefs.training.outputs import output_within
 from dagster_prefs.training.parity import (
@@ -32,10 +33,10 @@ Clock = Callable[[], datetime]
 
 
 class TrainingSetConfig(dg.Config):
-    """What a training set is made of, as the options of `prefs training-set` say.
+    """The inputs of a training set, as in the options of `prefs training-set`.
 
-    `output` is an Iceberg table, or a file below the folder of PREFS_TRAINING_DIR. `entity` is what the labels are
-    about, and may be left out where only one entity has features.
+    `output` is an Iceberg table, or a file below the folder of PREFS_TRAINING_DIR. `entity` is the entity of
+    the labels, and may be omitted if only one entity has features.
     """
 
     labels: str
@@ -51,7 +52,10 @@ class TrainingSetConfig(dg.Config):
 def parity_check(
     platform: Platform, tables: Mapping[str, dg.AssetKey], clock: Clock
 ) -> dg.AssetChecksDefinition:
-    """The check that what is served equals what the training tables say; `tables` are their assets by name."""
+    """Return the check that served values equal those of the training tables.
+
+    `tables` are the tables' assets by name.
+    """
     entities = features_by_entity(platform.registry)
     keys = {
         domain: tables[features.table_of(domain).name]
@@ -59,7 +63,7 @@ def parity_check(
         for domain in features.domains
     }
     checks = {
-        # Domains of one tile each have a check of their own on its asset.
+        # Several domains on one tile each get a check of their own on its asset.
         domain: PARITY_CHECK if list(keys.values()).count(key) == 1 else f"{PARITY_CHECK}_{domain}"
         for domain, key in keys.items()
     }
@@ -97,7 +101,7 @@ def parity_check(
                 continue
             for domain in wanted:
                 rates = _rates(report.of(domain))
-                # Dagster draws the numbers of observations over time, not those of checks.
+                # Dagster plots the numbers of observations over time, but not those of checks.
                 context.op_execution_context.log_event(
                     dg.AssetObservation(
                         asset_key=keys[domain],
@@ -146,7 +150,7 @@ def _result(
 
 
 def maintained(platform: Platform, tables: Mapping[str, dg.AssetKey], clock: Clock) -> dg.AssetsDefinition:
-    """The asset that keeps the training tables small and their history bounded."""
+    """Return the asset that compacts the training tables and bounds their history."""
     days = platform.settings.snapshots_kept_days
 
     @dg.asset(
@@ -176,7 +180,7 @@ def maintained(platform: Platform, tables: Mapping[str, dg.AssetKey], clock: Clo
         try:
             reports += maintain_training_sets(catalog, **told)
         except NotImplementedError as error:
-            # Not every REST catalog lists tables.
+            # Some REST catalogs do not list tables.
             context.log.warning(f"tables of training sets keep their snapshots: {error}")
         numbers = dict.fromkeys(("snapshots_expired", "days_compacted", "files_removed", "bytes_freed"), 0)
         for report in reports:
@@ -202,7 +206,7 @@ def maintained(platform: Platform, tables: Mapping[str, dg.AssetKey], clock: Clo
 def training_set_asset(
     platform: Platform, tables: Mapping[str, dg.AssetKey], clock: Clock
 ) -> dg.AssetsDefinition:
-    """The asset of a training set; its configuration says which labels and where to."""
+    """Return the asset of a training set; its run configuration names labels and output."""
 
     @dg.asset(
         key="training_set",
@@ -217,7 +221,7 @@ def training_set_asset(
         context: dg.AssetExecutionContext, config: TrainingSetConfig
     ) -> dg.MaterializeResult[Any]:
         settings = platform.settings
-        # Whoever may start a run chooses the output: it must not reach a file outside this folder.
+        # Everyone who may start a run chooses the output, so it must not reach a file outside this folder.
         make_private_folder(settings.training_folder)
         made = build_training_set(
             platform.catalog(),
@@ -277,7 +281,8 @@ def _sentence(features: Features, domain: str, examples: list[Difference], repor
         return f"every value of {report.subjects} ids of {entity} is served as the tables say{rest}"
     first = examples[0] if examples else None
     worst = (
-        f"; the worst is {first.attribute} of {entity} {first.subject}: {first.served} is served, {first.due} is due"
+        f"; the worst is {first.attribute} of {entity} {id_label(first.subject)}: {first.served} is served, "
+        f"{first.due} is due"
         if first
         else ""
     )
@@ -285,12 +290,12 @@ def _sentence(features: Features, domain: str, examples: list[Difference], repor
 
 
 def _table(features: Features, examples: list[Difference]) -> dg.TableMetadataValue:
-    key = features.key
+    keys = features.keys
     return dg.MetadataValue.table(
         records=[
             dg.TableRecord(
                 {
-                    key.name: one.subject,
+                    **dict(zip(features.key_names, id_parts(one.subject), strict=True)),
                     "attribute": one.attribute,
                     "served": str(one.served),
                     "due": str(one.due),
@@ -300,7 +305,7 @@ def _table(features: Features, examples: list[Difference]) -> dg.TableMetadataVa
         ],
         schema=dg.TableSchema(
             columns=[
-                dg.TableColumn(key.name, "int" if key.type == "bigint" else "string"),
+                *[dg.TableColumn(key.name, "int" if key.type == "bigint" else "string") for key in keys],
                 *[dg.TableColumn(name, "string") for name in ("attribute", "served", "due")],
             ]
         ),
@@ -310,7 +315,7 @@ def _table(features: Features, examples: list[Difference]) -> dg.TableMetadataVa
 def jobs_of(
     platform: Platform, maintenance: dg.AssetsDefinition, parity: dg.AssetChecksDefinition
 ) -> tuple[list[Any], list[dg.ScheduleDefinition]]:
-    """The jobs of upkeep and parity with their daily schedules, at hours when little else runs."""
+    """Return the jobs of maintenance and parity with their daily schedules, at hours of little load."""
     upkeep = dg.define_asset_job(
         MAINTENANCE_JOB,
         dg.AssetSelection.assets(maintenance),

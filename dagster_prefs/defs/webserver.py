@@ -1,7 +1,8 @@
-"""The Dagster UI for its own pages and this user's programs only: `python -m dagster_prefs.defs.webserver`.
+"""The Dagster UI, for its own pages and this user's programs only: `python -m dagster_prefs.defs.webserver`.
 
-Dagster asks neither who sends a request nor from which page, and takes mutations over GET as well, so any website
-that the owner of the machine visits could launch runs and start schedules. Options are those of dagster-webserver.
+Dagster checks neither the sender of a request nor the page it comes from, and accepts mutations over GET, so
+any website that the owner of the machine visits could launch runs and start schedules. Options are those of
+dagster-webserver.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ STOP_SECONDS = 30
 
 
 class NoQueriesOverGet:
-    """ASGI middleware that refuses GraphQL over GET, which an image of a foreign page would need no Origin for."""
+    """ASGI middleware that rejects GraphQL over GET: a foreign page's image can send it without Origin."""
 
     def __init__(self, app: App) -> None:
         self._app = app
@@ -61,16 +62,16 @@ def main(arguments: Sequence[str]) -> None:
         def build_middleware(self) -> list[Middleware]:
             return [guard, Middleware(NoQueriesOverGet), *super().build_middleware()]
 
-    # dagster-webserver has no option for middleware; its server class has a method for it.
+    # dagster-webserver has no option for middleware, but its server class has a method to override.
     dagster_webserver.app.DagsterWebserver = GuardedWebserver  # type: ignore[attr-defined]
     sys.argv = ["dagster-webserver", *arguments]
     dagster_webserver.cli.main()  # type: ignore[no-untyped-call]
 
 
 def serve_ui(workspace: Path, port: int, environment: Mapping[str, str]) -> int:
-    """Run the guarded UI on loopback and the daemon until one of them ends or a signal comes; the exit code.
+    """Run the guarded UI on loopback and the daemon until one ends or a signal arrives.
 
-    `dagster dev` would start its own webserver, which nothing guards.
+    Returns the exit code. `dagster dev` would start its own webserver, without the guard.
     """
     options = ["-w", str(workspace)]
     commands = [
@@ -80,7 +81,7 @@ def serve_ui(workspace: Path, port: int, environment: Mapping[str, str]) -> int:
     stop = threading.Event()
     for order in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(order, lambda *_: stop.set())
-    # Sessions of their own: a terminal's Ctrl-C would reach their code servers before them.
+    # In sessions of their own, because a terminal's Ctrl-C would reach their code servers first.
     children = [
         subprocess.Popen(command, env=dict(environment), start_new_session=True) for command in commands
     ]

@@ -1,1 +1,1 @@
-"""From what is declared to what runs: the plan, and its application."""
+"""Deployment of the declared models: the plan, and its application."""

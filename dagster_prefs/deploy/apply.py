@@ -1,4 +1,4 @@
-"""Carry a plan out: build beside what runs, swap, and let the old go last, so that every moment can be the last."""
+"""Carry a plan out: build shadow relations, swap them in, drop the old ones last; it may stop at any moment."""
 
 from __future__ import annotations
 
@@ -37,40 +37,40 @@ from dagster_prefs.errors import PrefsError
 from dagster_prefs.files import make_private_folder
 
 BUILDING, GOING_LIVE = "building", "going live"
-# What has no readers inside the engine: it is dropped and its name taken over, where a view is swapped.
+# These have no readers inside the engine: instead of a swap, the old one is dropped and the new one renamed.
 _WRITERS = ("sink", "subscription")
 _POLL_SECONDS = 0.5
 
 
 class ApplyError(PrefsError):
-    """A plan could not be carried out to its end; the message says what still serves and what to do."""
+    """A plan could not be applied completely; the message says what still serves, and the remedy."""
 
 
 class OnlineStore(Protocol):
-    """The stores behind the sinks, which this room does not know."""
+    """The stores behind the sinks, which this package does not depend on."""
 
     def prepare(self) -> None:
-        """Make or verify the tables, before a sink into one is created."""
+        """Create or verify the tables, before a sink into one is created."""
 
-    def settle(self, relation: str) -> str:
+    def reconcile(self, relation: str) -> str:
         """Bring the items of a rolling view's domain to the view's rows, departed keys included; say what was done."""
 
 
 @dataclass(frozen=True)
 class _Journal:
-    """What an apply is about to do, kept in the engine until it is done."""
+    """The intended steps of an apply, stored in the engine until it is complete."""
 
     id: str
     state: str
     closure: tuple[tuple[str, str], ...]
-    settle: tuple[str, ...]
+    reconcile: tuple[str, ...]
     drop: tuple[str, ...]
 
     @property
     def suffix(self) -> str:
         return f"__next_{self.id}"
 
-    def beside(self, name: str) -> str:
+    def shadow(self, name: str) -> str:
         return name + self.suffix
 
 
@@ -83,14 +83,14 @@ def apply_plan(
     drop_orphans: bool = False,
     on_step: Callable[[str], None] = lambda step: None,
 ) -> Plan:
-    """Make the engine what the models say, and return the plan that was carried out.
+    """Change the engine to match the models, and return the plan that was applied.
 
-    What an interrupted apply left is finished or cleared first. `on_step` is told each step before it is done; an
-    error that it raises stops the apply there, as a crash would. Safe to repeat at any time: the next call goes on
-    where this one ended, and one that finds nothing to do changes nothing.
+    Finishes or reverts first what an interrupted apply left. Calls `on_step` before each step; an error that
+    it raises stops the apply there, as a crash would. Safe to repeat at any time: the next call continues
+    where this one ended, and changes nothing if nothing differs.
 
-    Raises PlanError, before anything is changed, when the plan must not be carried out or another apply runs from
-    the same state folder; EngineTooOld likewise; ApplyError when a step failed; DbtError; EngineUnavailable; what
+    Raises PlanError, before any change, when the plan must not be applied or another apply runs from the same
+    state folder; EngineTooOld likewise; ApplyError when a step failed; DbtError; EngineUnavailable; what
     `online` raises.
     """
     make_private_folder(dbt.target_dir)
@@ -166,13 +166,13 @@ class _Apply:
             id=plan.id,
             state=BUILDING,
             closure=tuple((name, models[name].kind) for name in plan.closure),
-            settle=tuple(
+            reconcile=tuple(
                 name
                 for name in models
                 if models[name].domain
                 and (name in plan.closure if self.streaming else self._affects(plan, differing, name))
             ),
-            # A feed's sink has no record of its own, and the feed cannot go before it.
+            # A feed's sink has no record of its own, and must be dropped before the feed.
             drop=tuple(
                 name
                 for relation in plan.to_drop
@@ -193,9 +193,9 @@ class _Apply:
             if relation.add_columns or relation.how == "kept":
                 self._record(plan, relation.name)
         kept = {relation.name for relation in plan.of("changed") if relation.how == "kept"}
-        beside = {name: journal.beside(name) for name in plan.closure}
+        shadows = {name: journal.shadow(name) for name in plan.closure}
         sinks = [name for name in plan.closure if models[name].kind in _WRITERS]
-        if any(models[name].kind == "sink" for name in (*differing, *plan.closure)) or journal.settle:
+        if any(models[name].kind == "sink" for name in (*differing, *plan.closure)) or journal.reconcile:
             self.on_step("prepare the online store")
             self.online.prepare()
         in_place = [
@@ -204,41 +204,41 @@ class _Apply:
             if name not in plan.closure
             and ((name in differing and name not in kept) or (models[name].domain and plan.contract.changes))
         ]
-        if beside:
+        if shadows:
             self._drop_unrecorded(journal)
         first = [*in_place, *(name for name in plan.closure if name not in sinks)]
         if not self.streaming and plan.of("changed"):
             self._announce(plan)
         if first:
             self.on_step(f"build {', '.join(first)}")
-            self._build(first, beside)
-        if beside:
+            self._build(first, shadows)
+        if shadows:
             try:
                 if into_lake := [name for name in sinks if models[name].training_table]:
                     self._drop_lake_sinks(journal, into_lake)
                 if sinks:
-                    self.on_step(f"build {', '.join(sinks)} beside the old ones")
-                    self._build(sinks, beside)
+                    self.on_step(f"build {', '.join(sinks)} as shadow relations")
+                    self._build(sinks, shadows)
                 self._wait_until_created(journal)
             except (Exception, KeyboardInterrupt) as error:
-                self._silence(journal, error)
+                self._withdraw_sinks(journal, error)
                 raise
-        if beside:
+        if shadows:
             self.on_step("go live")
             self._go_live(self._write(replace(journal, state=GOING_LIVE)))
             return
-        self._settle(journal)
+        self._reconcile(journal)
         if self.streaming:
             self._drop_orphans(journal)
-        self._forget(journal)
+        self._end(journal)
 
     def _affects(self, plan: Plan, differing: set[str], domain: str) -> bool:
         return domain in differing or any(
             domain in relation.views for relation in plan.of("changed") if relation.how != "kept"
         )
 
-    def _build(self, names: Sequence[str], beside: dict[str, str]) -> None:
-        failed = [result for result in self.dbt.run("run", names, aliases=beside) if not result.ok]
+    def _build(self, names: Sequence[str], shadows: dict[str, str]) -> None:
+        failed = [result for result in self.dbt.run("run", names, aliases=shadows) if not result.ok]
         if failed:
             causes = [result for result in failed if result.status != "skipped"] or failed
             what = "; ".join(f"{result.name}: {result.message}" for result in causes)
@@ -247,31 +247,32 @@ class _Apply:
             )
 
     def _go_live(self, journal: _Journal) -> None:
-        """From the first swap to the last drop; every step looks first whether it was done already."""
+        """Run every step from the first swap to the last drop; each first checks whether it is done."""
         for name, kind in journal.closure:
             if kind not in _WRITERS:
                 self._take_over(journal, name, drop=False)
-        # A new subscription has written nothing yet, and the live one still reads the view that was swapped away.
+        # Only for sinks: a new subscription has written nothing yet, and the live one still reads the view
+        # that was swapped away.
         if any(kind == "sink" for _, kind in journal.closure):
-            self._settle(journal)
+            self._reconcile(journal)
         for name, kind in journal.closure:
             if kind in _WRITERS:
                 self._take_over(journal, name, drop=True)
         self.on_step("record what is deployed")
         self._promote_records(journal)
         # What the old sinks wrote until they were dropped.
-        self._settle(journal)
+        self._reconcile(journal)
         self._drop_orphans(journal)
         for name, _ in reversed(journal.closure):
-            self._drop(journal.beside(name), "the old relation")
+            self._drop(journal.shadow(name), "the old relation")
         self._promote_indexes(journal)
-        self._forget(journal)
+        self._end(journal)
 
     # --- steps ---
 
     def _take_over(self, journal: _Journal, name: str, *, drop: bool) -> None:
         objects = self._catalog().objects
-        new, old = objects.get(journal.beside(name)), objects.get(name)
+        new, old = objects.get(journal.shadow(name)), objects.get(name)
         if new is None or (old is not None and old.id > new.id):
             return
         if old is not None and (drop or old.kind in _WRITERS):
@@ -286,48 +287,49 @@ class _Apply:
             self._execute("alter {} {} rename to {}", kind, self._at(new.name), sql.Identifier(name))
 
     def _drop_lake_sinks(self, journal: _Journal, names: Sequence[str]) -> None:
-        # Items are written over, but rows of a training table are added: beside the old sink, or after what an
+        # Items are written over, but rows of a training table are added: next to the old sink, or after what an
         # interrupted apply built, a new one would write each a second time. Nobody is served from there meanwhile.
         for name in names:
             self._drop(name, "the old sink")
-            self._drop(journal.beside(name), "the unfinished sink")
+            self._drop(journal.shadow(name), "the unfinished sink")
         self.on_step("prepare the training tables")
         self.online.prepare()
 
-    def _settle(self, journal: _Journal) -> None:
-        for relation in journal.settle:
+    def _reconcile(self, journal: _Journal) -> None:
+        for relation in journal.reconcile:
             self.on_step(f"reconcile {relation} with the online store")
-            self.on_step(self.online.settle(relation))
+            self.on_step(self.online.reconcile(relation))
 
-    def _silence(self, journal: _Journal, cause: BaseException) -> None:
+    def _withdraw_sinks(self, journal: _Journal, cause: BaseException) -> None:
         # Two sinks of one domain overwrite each other: the new ones go, and what they wrote is put right.
         try:
             for name, kind in journal.closure:
                 if kind in _WRITERS:
-                    self._drop(journal.beside(name), "the unfinished sink")
-            self._settle(journal)
+                    self._drop(journal.shadow(name), "the unfinished sink")
+            self._reconcile(journal)
         except (PrefsError, psycopg.Error) as error:
             raise ApplyError(
                 f"{cause}; the sinks built so far could not be taken back either ({error}): run `prefs apply` again"
             ) from cause
 
     def _abandon(self, journal: _Journal) -> None:
-        """Clear what an apply of other models built and never swapped in."""
+        """Remove the shadow relations that an apply of other models built and never swapped in."""
         if self.streaming:
             self._wait_until_created(journal)
             left = [name for name in self._catalog().objects if name.endswith(journal.suffix)]
             self._drop_all(left, "the unfinished relation")
-        self._settle(journal)
-        self._forget(journal)
+        self._reconcile(journal)
+        self._end(journal)
 
     def _drop_unrecorded(self, journal: _Journal) -> None:
-        # Cut off between making and recording: nobody knows whether it is whole, so it is made again.
+        # The apply was interrupted between building and recording these, so they may be incomplete and are
+        # built again.
         self._wait_until_created(journal)
         catalog = self._catalog()
         records, _ = read_records(self.connection, self.engine, catalog)
         unrecorded = [
             name
-            for name in map(journal.beside, dict(journal.closure))
+            for name in map(journal.shadow, dict(journal.closure))
             if name in catalog.objects and (name not in records or records[name].state != "deployed")
         ]
         self._drop_all([*unrecorded, *catalog.readers(unrecorded)], "the unfinished relation")
@@ -337,10 +339,10 @@ class _Apply:
             with self._one_change():
                 self._drop_all(journal.drop, "the orphaned relation")
                 for name in journal.drop:
-                    self._forget_record(name)
+                    self._delete_record(name)
 
     def _drop_all(self, names: Sequence[str], what: str) -> None:
-        """Drop relations, those that stand on others of them first."""
+        """Drop relations, readers before the relations that they read."""
         catalog = self._catalog()
         left = set(names)
         while left:
@@ -373,12 +375,13 @@ class _Apply:
         with self._one_change():
             for column in columns:
                 if column.split()[0].strip('"') not in there:
-                    # The model's own text, which dbt would run as it is too.
+                    # The column definition comes from the model's own SQL, which dbt would run unchanged as
+                    # well.
                     self._execute("alter table {} add column {}", self._at(name), sql.SQL(column))
 
     @contextmanager
     def _one_change(self) -> Iterator[None]:
-        """One transaction behind the lock that dbt's runs take, where the engine has transactions."""
+        """Open a transaction that holds the lock of dbt's runs, on engines with transactions."""
         if self.streaming:
             yield
             return
@@ -389,7 +392,7 @@ class _Apply:
             yield
 
     def _wait_until_created(self, journal: _Journal) -> None:
-        """A job outlives the session that ordered it, and until it is done it can be neither read nor dropped."""
+        """Wait until all jobs are created: one outlives its session, and cannot be read or dropped before."""
         if not self.streaming:
             return
         self.connection.execute("flush")
@@ -418,7 +421,7 @@ class _Apply:
                         id=name.split(":")[1],
                         state=record.state,
                         closure=tuple((one, kind) for one, kind in kept["closure"]),
-                        settle=tuple(kept["settle"]),
+                        reconcile=tuple(kept["settle"]),
                         drop=tuple(kept["drop"]),
                     )
                 )
@@ -426,9 +429,10 @@ class _Apply:
 
     def _write(self, journal: _Journal) -> _Journal:
         if DEPLOYMENTS not in self._catalog().objects:
-            # An empty database: dbt makes everything, and the next apply sees what is missing.
+            # The database is empty: dbt creates everything, and the next apply sees what is missing.
             return journal
-        kept = {"closure": journal.closure, "settle": journal.settle, "drop": journal.drop}
+        # The keys are those of earlier versions, so that an apply that one of them began can be finished.
+        kept = {"closure": journal.closure, "settle": journal.reconcile, "drop": journal.drop}
         values = (f"plan:{journal.id}", JOURNAL_KIND, json.dumps(kept), journal.state, "prefs apply")
         conflict = (
             sql.SQL("")
@@ -447,7 +451,7 @@ class _Apply:
         return journal
 
     def _announce(self, plan: Plan) -> None:
-        """Leave the definitions to come, and those of what stands on them, where the materializations look."""
+        """Store the new definitions, also those of dependents, where the materializations look them up."""
         self._execute("delete from {} where kind = %s", self._records, values=(PENDING_KIND,))
         changed = [relation for relation in plan.of("changed") if relation.how != "kept"]
         for name in {
@@ -470,7 +474,7 @@ class _Apply:
         )
 
     def _promote_records(self, journal: _Journal) -> None:
-        # One statement, so that a crash leaves all records old or all new.
+        # One statement, so that after a crash either all records are old or all are new.
         columns = "kind, checksum, source_checksum, definition, state, deployed_at, invocation_id"
         self._execute(
             f"insert into {{}} (relation, {columns}) select replace(relation, %s, ''), {columns} from {{}}"
@@ -490,7 +494,7 @@ class _Apply:
             to = sql.Identifier(name.replace(journal.suffix, ""))
             self._execute("alter index {} rename to {}", self._at(name), to)
 
-    def _forget(self, journal: _Journal) -> None:
+    def _end(self, journal: _Journal) -> None:
         if DEPLOYMENTS not in self._catalog().objects:
             return
         self._execute(
@@ -504,7 +508,7 @@ class _Apply:
             values=(f"plan:{journal.id}", PENDING_KIND),
         )
 
-    def _forget_record(self, name: str) -> None:
+    def _delete_record(self, name: str) -> None:
         self._execute(
             "delete from {} where relation in (%s, %s)",
             self._records,

@@ -1,4 +1,4 @@
-"""What a deployment would change: the compiled models beside what the engine says is deployed."""
+"""The plan of a deployment: how the compiled models differ from what is deployed."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ from dagster_prefs.errors import PrefsError
 
 DEPLOYMENTS = "deployments"
 
-# What is built beside the old relations carries the plan's id behind its name until it takes the name over.
-BESIDE = re.compile(r"__next_([0-9a-f]{8})$")
+# A shadow relation, built next to the old one, carries the plan's id behind its name until it takes the name over.
+SHADOW = re.compile(r"__next_([0-9a-f]{8})$")
 # What dbt-risingwave's own zero-downtime mode leaves.
 DBT_LEFTOVER = re.compile(r"_dbt_zero_down_tmp_")
 
-# A Kafka feed: a source under the model's name, and a sink of it into the topic's raw table (macro `kafka_feed`).
+# A Kafka feed: a source with the model's name, and a sink from it into the topic's raw table (macro
+# `kafka_feed`).
 FEED_KIND = "kafka_feed"
 
 # Records of `deployments` that are no relations.
@@ -52,13 +53,16 @@ _CATALOG_KINDS: Mapping[str, Mapping[str, str]] = {
 
 
 class PlanError(PrefsError):
-    """A plan cannot be made, or must not be carried out; the message says why and what to do."""
+    """A plan cannot be made or must not be applied; the message gives reason and remedy."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """One dbt model, compiled. `kind` is dbt's materialization; `upstream` are the models that it reads; a sink into
-    the lake has a `training_table`."""
+    """A compiled dbt model.
+
+    `kind` is dbt's materialization; `upstream` are the models that it reads; a sink into the lake has a
+    `training_table`.
+    """
 
     name: str
     kind: str
@@ -72,23 +76,23 @@ class Model:
 
     @property
     def checksum(self) -> str:
-        """What dbt's hooks record as the definition's checksum (macro `definition_checksum`)."""
+        """The definition's checksum, as dbt's hooks record it (macro `definition_checksum`)."""
         return definition_checksum(self.sql, self.indexes)
 
     @property
     def holds_data(self) -> bool:
-        """Whether it is a table that keeps what arrived, which nothing could make again."""
+        """Whether it is a table that stores events, which no run could restore."""
         return self.kind == "table_with_connector"
 
     @property
     def replaces_itself(self) -> bool:
-        """Whether a run of its model replaces what runs: a feed is made anew beside the old one by dbt alone."""
+        """Whether a run of its model replaces what runs: dbt alone makes a second feed next to the old one."""
         return self.kind == FEED_KIND
 
 
 @dataclass(frozen=True)
 class Record:
-    """A row of `deployments`: what runs under this name, as the run that made it recorded it."""
+    """A row of `deployments`: the deployed relation of this name, as the run that created it recorded it."""
 
     kind: str
     checksum: str | None
@@ -113,16 +117,17 @@ class ContractReview:
     refusal: str = ""
 
 
-# Deployed fragments and dbt's manifest → the review. The contract is not this room's, so it comes from outside.
+# Deployed fragments and dbt's manifest → the review. Passed in, because this package does not know the
+# contract.
 ReviewContract = Callable[[Sequence[Mapping[str, Any]], Mapping[str, Any]], ContractReview]
 
 
 @dataclass(frozen=True)
 class RelationPlan:
-    """What happens to one relation, and what stands on it.
+    """The action for one relation, and its dependents.
 
-    `views` are the relations on it that are made again, `sinks` those that would be stranded on the old one;
-    `attributes` are the contract's (domain.name) whose values come from it.
+    `views` are the dependents that are rebuilt, `sinks` those that would otherwise keep reading the old
+    relation; `attributes` are the contract's (domain.name) whose values come from it.
     """
 
     name: str
@@ -140,11 +145,11 @@ class RelationPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The difference between models and engine, and the order in which to remove it.
+    """The difference between models and engine, and the order of the steps that remove it.
 
-    `relations` are those that differ, in the order of their dependencies; `closure` is what is built beside the
-    old and swapped (RisingWave only). `stranded` says which reader reads what it should not, `leftovers` are
-    temporary objects, `unfinished` the ids of plans that an interrupted apply began.
+    `relations` are those that differ, in the order of their dependencies; `closure` is what is built as
+    shadow relations and swapped (RisingWave only). `stranded` maps readers to relations that they should not
+    read, `leftovers` are temporary objects, `unfinished` the ids of plans whose apply was interrupted.
     """
 
     engine: Literal["local", "risingwave"]
@@ -159,30 +164,30 @@ class Plan:
     models: Mapping[str, Model]
 
     def of(self, *actions: Action) -> tuple[RelationPlan, ...]:
-        """The relations of these actions."""
+        """Return the relations with one of these actions."""
         return tuple(relation for relation in self.relations if relation.action in actions)
 
     @cached_property
     def id(self) -> str:
-        """Eight hex digits that name what would be built: the same models give the same id."""
+        """Eight hex digits that identify what would be built: the same models give the same id."""
         names = self.closure or [relation.name for relation in self.of("create", "changed")]
         text = json.dumps([(name, self.models[name].checksum) for name in sorted(names)])
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     @property
     def to_drop(self) -> tuple[RelationPlan, ...]:
-        """Orphans that this plan drops."""
+        """The orphans that this plan drops."""
         return tuple(relation for relation in self.of("orphaned") if relation.how == "drop")
 
     @property
     def refusals(self) -> tuple[str, ...]:
-        """Why the plan must not be carried out; empty when it may be."""
+        """The reasons why the plan must not be applied; empty if there are none."""
         found = [f"{relation.name}: {relation.why}" for relation in self.of("refused")]
         return (*found, *([self.contract.refusal] if self.contract.refusal else []))
 
     @property
     def changes(self) -> bool:
-        """Whether carrying it out would change anything."""
+        """Whether applying it would change anything."""
         return bool(
             self.of("create", "changed", "refused")
             or self.to_drop
@@ -192,7 +197,7 @@ class Plan:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """The plan for machines."""
+        """Return the plan as plain values, for JSON."""
         return {
             "id": self.id,
             "engine": self.engine,
@@ -208,7 +213,7 @@ class Plan:
         }
 
     def text(self, *, list_unchanged: bool = False) -> str:
-        """The plan for people."""
+        """Render the plan for display."""
         lines = []
         for relation in self.relations:
             how = f" ({relation.how})" if relation.how and relation.how != relation.action else ""
@@ -247,22 +252,22 @@ class Plan:
 
 
 def catalog_kind(engine: Literal["local", "risingwave"], materialization: str) -> str:
-    """What the engine's catalog calls a relation that dbt made by this materialization."""
+    """Return the kind in the engine's catalog of a relation that dbt created by this materialization."""
     return _CATALOG_KINDS[engine].get(materialization, materialization)
 
 
 def feed_sink(feed: str) -> str:
-    """The sink that carries a feed's messages into the raw table."""
+    """Return the name of the sink that carries a feed's messages into the raw table."""
     return f"{feed}_feed"
 
 
 def feed_to_come(feed: str) -> str:
-    """The source that a feed is replaced by, until it takes the name over."""
+    """Return the temporary name of the source that will replace a feed."""
     return f"{feed}_next"
 
 
 def definition_checksum(definition: str, indexes: str) -> str:
-    """MD5 of a definition without the database's name, and its indexes as JSON, as dbt's hooks compute it."""
+    """Return MD5 of definition (without database name) and indexes (JSON), as dbt's hooks compute it."""
     return hashlib.md5(f"{definition}\n{indexes}".encode(), usedforsecurity=False).hexdigest()
 
 
@@ -271,8 +276,8 @@ def make_plan(
 ) -> Plan:
     """Compile the models and compare them with the engine; changes nothing.
 
-    Raises PlanError when `deployments` is not ours; DbtError when a model does not compile; EngineTooOld;
-    EngineUnavailable.
+    Raises PlanError when `deployments` has an unknown shape; DbtError when a model does not compile;
+    EngineTooOld; EngineUnavailable.
     """
     with engine.connect() as connection:
         require_version(connection, engine, dbt)
@@ -292,12 +297,12 @@ def make_plan(
 
 
 def model_names(node: Mapping[str, Any]) -> tuple[str, ...]:
-    """The models that a node of the manifest depends on."""
+    """Return the models on which a node of the manifest depends."""
     return tuple(id_.split(".")[-1] for id_ in node["depends_on"]["nodes"] if id_.startswith("model."))
 
 
 def compiled_models(manifest: Mapping[str, Any], database: str) -> dict[str, Model]:
-    """Every model of a compiled manifest by name, parents before children; without the database's name."""
+    """Return every model of a compiled manifest by name, parents first, without the database's name."""
     nodes = {node["name"]: node for node in manifest["nodes"].values() if node["resource_type"] == "model"}
     found: dict[str, Model] = {}
 
@@ -327,7 +332,7 @@ def compiled_models(manifest: Mapping[str, Any], database: str) -> dict[str, Mod
 def read_records(
     connection: psycopg.Connection[Any], engine: EngineConfiguration, catalog: Catalog
 ) -> tuple[dict[str, Record], list[Mapping[str, Any]]]:
-    """The rows of `deployments` by relation, and the contract fragments among them, decoded."""
+    """Return the rows of `deployments` by relation, and the contract fragments among them, decoded."""
     if DEPLOYMENTS not in catalog.objects:
         return {}, []
     try:
@@ -344,7 +349,7 @@ def read_records(
     fragments = [
         json.loads(definition)
         for name, kind, _, definition, _ in rows
-        if kind == CONTRACT_KIND and not BESIDE.search(name)
+        if kind == CONTRACT_KIND and not SHADOW.search(name)
     ]
     return {name: Record(*values) for name, *values in rows}, fragments
 
@@ -359,11 +364,11 @@ def compare(
     *,
     drop_orphans: bool = False,
 ) -> Plan:
-    """The plan for compiled `models` (parents first), given what `records` and `catalog` say is there."""
+    """Compare compiled `models` (parents first) with `records` and `catalog`, and return the plan."""
     relations_of = {
         name: record
         for name, record in records.items()
-        if record.kind not in (CONTRACT_KIND, JOURNAL_KIND, PENDING_KIND) and not BESIDE.search(name)
+        if record.kind not in (CONTRACT_KIND, JOURNAL_KIND, PENDING_KIND) and not SHADOW.search(name)
     }
     stranded = _stranded(models, relations_of, catalog) if engine == "risingwave" else {}
     found: dict[str, RelationPlan] = {}
@@ -393,7 +398,7 @@ def compare(
     }
     for name in closure:
         foreign: set[str] = set(catalog.readers([name])) - set(models) - set(orphans if drop_orphans else ())
-        foreign = {reader for reader in foreign if not BESIDE.search(reader)}
+        foreign = {reader for reader in foreign if not SHADOW.search(reader)}
         if foreign:
             diff = found[name].diff if name in found else ""
             why = _foreign_reader(sorted(foreign), orphans)
@@ -415,7 +420,7 @@ def compare(
             sorted(
                 name
                 for name in catalog.objects
-                if BESIDE.search(name) or DBT_LEFTOVER.search(name) or name in unfinished_feeds
+                if SHADOW.search(name) or DBT_LEFTOVER.search(name) or name in unfinished_feeds
             )
         ),
         unfinished=tuple(
@@ -484,7 +489,7 @@ def _difference(
     if record.state == "deployed" and record.checksum == model.checksum:
         return differs("changed", "in place" if in_place else "rebuild", broken) if broken else None
     if record.definition is None:
-        # Its run was cut off between making and recording it. A table cannot be another than what was asked for.
+        # The run was interrupted between building and recording. A table can only be the requested one.
         if model.holds_data:
             return differs("changed", "kept", "the run that made it did not record it")
         how: How = "in place" if in_place else "swap"
@@ -492,7 +497,8 @@ def _difference(
     if model.holds_data:
         return _table_difference(model, record.definition, differs, diff)
     if not diff and not broken:
-        # The record's definition lacks credentials, so that its checksum tells nothing of what may hold them.
+        # The recorded definition lacks credentials, so the checksum of a definition that may contain some
+        # proves nothing.
         indexed = model.kind not in (FEED_KIND, "sink", "subscription")
         if not indexed or definition_checksum(record.definition, model.indexes) == record.checksum:
             return differs(
@@ -571,19 +577,19 @@ def _ancestors(models: Mapping[str, Model], name: str) -> set[str]:
 
 
 def _stranded(models: Mapping[str, Model], records: Mapping[str, Record], catalog: Catalog) -> dict[str, str]:
-    """Relation → what it reads although no model says so: the old object of a swap that nobody finished."""
+    """Map each relation to what it reads against its model: the old object of an unfinished swap."""
     found = {}
     for name in models:
         if name not in records or name not in catalog.objects:
             continue
-        read = {one for one in catalog.reads.get(name, ()) if BESIDE.search(one) or DBT_LEFTOVER.search(one)}
+        read = {one for one in catalog.reads.get(name, ()) if SHADOW.search(one) or DBT_LEFTOVER.search(one)}
         if wrong := sorted(read - _ancestors(models, name)):
             found[name] = f"it reads {', '.join(wrong)}, which was swapped away"
     return found
 
 
 def readable_diff(engine: Literal["local", "risingwave"], model: Model, deployed: str) -> str:
-    """Unified diff of the two definitions, formatted alike where they are queries; empty when only layout differs."""
+    """Return a unified diff of two definitions; queries are formatted first, so layout does not count."""
     before, after = (_formatted(engine, text) for text in (deployed, redacted(model.sql)))
     lines = difflib.unified_diff(before, after, "deployed", "compiled", lineterm="", n=2)
     return "\n".join(lines)
@@ -604,10 +610,10 @@ def _formatted(engine: Literal["local", "risingwave"], text: str) -> list[str]:
 
 
 def added_columns(deployed: str, compiled: str) -> list[str] | None:
-    """The column definitions that `compiled` adds to the table that `deployed` made; None if it changes more.
+    """Return the column definitions that `compiled` adds to `deployed`; None if it changes anything else.
 
-    Both are `create table` statements. Everything outside the list of columns, and every definition in it, must be
-    as it was, added columns anywhere aside.
+    Both are `create table` statements. Columns may be added anywhere; everything outside the list of columns,
+    and every existing definition in it, must be unchanged.
     """
     before, after = list(_table_parts(deployed)), list(_table_parts(compiled))
     added = []
@@ -624,7 +630,7 @@ def added_columns(deployed: str, compiled: str) -> list[str] | None:
 
 
 def _table_parts(statement: str) -> Iterator[str]:
-    """The statement's head, each entry of its first list, and its tail, with blanks made even."""
+    """Yield the statement's head, each entry of its first list, and its tail, with normalized blanks."""
     depth, start, listed = 0, 0, False
     for place, char in _outside_quotes(statement):
         if char == "(" and not listed:
@@ -641,7 +647,7 @@ def _table_parts(statement: str) -> Iterator[str]:
             depth -= listed
         elif char == ")":
             depth -= 1
-    # The tail differs from every column by its first character.
+    # The tail's first character distinguishes it from every column.
     yield "| " + _even(statement[start:])
 
 

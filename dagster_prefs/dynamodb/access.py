@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import random
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dagster_prefs.declarations.contract import Table
+from dagster_prefs.dynamodb.backoff import Backoff
 from dagster_prefs.errors import PrefsError
+from dagster_prefs.ids import SEPARATOR, Id
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
@@ -39,38 +39,40 @@ class ItemAccess:
         self.sort_key = keys.sort_key.name
         self.table = table
 
-    def key(self, domain_key: str, id_: int | str) -> dict[str, Any]:
+    def key(self, domain_key: str, id_: Id) -> dict[str, Any]:
         """The key of an item in DynamoDB's typed JSON."""
-        partition, sort = self.keys.partition_key, self.keys.sort_key
-        return {partition.name: partition.typed(id_), sort.name: sort.typed(domain_key)}
+        return self.keys.typed_key(domain_key, id_)
 
-    def get(self, domain_key: str, ids: Iterable[int | str]) -> dict[int | str, Mapping[str, Any]]:
+    def get(self, domain_key: str, ids: Iterable[Id]) -> dict[Id, Mapping[str, Any]]:
         """Id → item in DynamoDB's typed JSON, for those that have one.
 
         Raises StoreUnavailable when DynamoDB refuses, cannot be reached, or stays throttled.
         """
-        found: dict[int | str, Mapping[str, Any]] = {}
+        found: dict[Id, Mapping[str, Any]] = {}
         wanted = sorted(ids)
         for start in range(0, len(wanted), BATCH_KEYS):
             keys: Sequence[Any] = [self.key(domain_key, id_) for id_ in wanted[start : start + BATCH_KEYS]]
-            for attempt in range(MAX_ATTEMPTS):
+            backoff = Backoff(MAX_ATTEMPTS, longest_seconds=2.0)
+            while True:
                 answer = self._call(
                     "batch_get_item", RequestItems={self.table: {"Keys": keys, "ConsistentRead": True}}
                 )
                 for item in answer.get("Responses", {}).get(self.table, []):
-                    found[self.keys.partition_key.value_of(item)] = item
+                    found[asked[self._place(item)]] = item
                 keys = answer.get("UnprocessedKeys", {}).get(self.table, {}).get("Keys", [])
                 if not keys:
                     break
-                time.sleep(random.uniform(0, min(2.0, 0.05 * 2**attempt)))  # noqa: S311 - jitter
-            if keys:
-                raise StoreUnavailable(
-                    f"table {self.table} left {len(keys)} reads unprocessed after {MAX_ATTEMPTS} attempts, "
-                    "as when it is throttled: raise its read capacity or wait"
-                )
+                if not backoff.again():
+                    raise StoreUnavailable(
+                        f"table {self.table} left {len(keys)} reads unprocessed after {MAX_ATTEMPTS} attempts, "
+                        "as when it is throttled: raise its read capacity or wait"
+                    )
         return found
 
-    def page(self, domain_key: str, limit: int, place: int) -> set[int | str]:
+    def _place(self, item: Mapping[str, Any]) -> tuple[int | str, int | str]:
+        return self.keys.partition_key.value_of(item), self.keys.sort_key.value_of(item)
+
+    def page(self, domain_key: str, limit: int, place: int) -> set[Id]:
         """Ids with an item of one domain among `limit` items from where the hash of id `place` lies."""
         # A start key need not exist: DynamoDB goes on from where its hash lies.
         start: Any = self.key(domain_key, place)
@@ -87,28 +89,30 @@ class ItemAccess:
             items += answer["Items"]
             if len(items) >= limit:
                 break
-        return {
-            self.keys.partition_key.value_of(item)
-            for item in items
-            if self.keys.sort_key.value_of(item) == domain_key
-        }
+        return {id_ for id_, domain in map(self.keys.split_key, items) if domain == domain_key}
 
-    def pages(self, domain_key: str) -> Iterator[list[int | str]]:
+    def pages(self, domain_key: str) -> Iterator[list[Id]]:
         """Every id that has an item of the domain, page by page, each page sorted."""
         start: dict[str, Any] = {}
+        # Behind the domain's key stands the rest of a composite one.
+        prefix = f"{domain_key}{SEPARATOR}" if self.keys.rest_keys else domain_key
+        condition = "begins_with(#s, :domain)" if self.keys.rest_keys else "#s = :domain"
         while True:
             answer = self._call(
                 "scan",
                 TableName=self.table,
                 ConsistentRead=True,
                 ProjectionExpression="#p, #s",
-                FilterExpression="#s = :domain",
+                FilterExpression=condition,
                 ExpressionAttributeNames=self._key_names(),
-                ExpressionAttributeValues={":domain": {"S": domain_key}},
+                ExpressionAttributeValues={":domain": {"S": prefix}},
                 **start,
             )
             if answer["Items"]:
-                yield sorted(map(self.keys.partition_key.value_of, answer["Items"]))
+                found = [
+                    id_ for id_, domain in map(self.keys.split_key, answer["Items"]) if domain == domain_key
+                ]
+                yield sorted(found)
             if "LastEvaluatedKey" not in answer:
                 return
             start = {"ExclusiveStartKey": answer["LastEvaluatedKey"]}

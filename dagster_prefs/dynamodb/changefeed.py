@@ -34,6 +34,7 @@ from dagster_prefs.dynamodb.publisher import MAX_REFUSED, PublishError
 from dagster_prefs.dynamodb.tables import TableReport
 from dagster_prefs.engine.connection import EngineConfiguration, EngineUnavailable
 from dagster_prefs.errors import PrefsError
+from dagster_prefs.ids import Id
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
@@ -143,7 +144,7 @@ class _Stopped(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Write:
-    id: int | str
+    id: Id
     request: Mapping[str, Any]
     size: int
 
@@ -179,7 +180,7 @@ class _Publisher:
             client, contract, domain, table.name, label=label, mode=mode, lease_seconds=lease_seconds
         )
         self.upserts = self.deletes = self.unchanged = self.resyncs = 0
-        self.refused: dict[int | str | None, str] = {}
+        self.refused: dict[Id | None, str] = {}
         self.sessions = 0
         self._forget()
 
@@ -267,9 +268,9 @@ class _Publisher:
     def _forget(self) -> None:
         # What was read and not written is read again from the token.
         self.moment: int | None = None
-        self.kept: set[int | str] = set()
-        self.removed: set[int | str] = set()
-        self.pending: dict[int | str, _Write] = {}
+        self.kept: set[Id] = set()
+        self.removed: set[Id] = set()
+        self.pending: dict[Id, _Write] = {}
         self.pending_bytes = 0
 
     def _session(self, feed: SubscriptionFeed) -> None:
@@ -339,22 +340,22 @@ class _Publisher:
         for id_ in removed:
             self._remove(id_)
 
-    def _item(self, id_: int | str, values: Sequence[Any]) -> dict[str, Any] | None:
+    def _item(self, id_: Id, values: Sequence[Any]) -> dict[str, Any] | None:
         try:
             return self.encoder.encode(id_, values)
         except ItemError as error:
             self._refuse(id_, str(error))
             return None
 
-    def _remove(self, id_: int | str) -> None:
+    def _remove(self, id_: Id) -> None:
         key = self.encoder.key(id_)
         self._add(id_, {"Delete": {"Key": key}}, key)
 
-    def _drop(self, id_: int | str) -> None:
+    def _drop(self, id_: Id) -> None:
         if (write := self.pending.pop(id_, None)) is not None:
             self.pending_bytes -= write.size
 
-    def _add(self, id_: int | str, request: Mapping[str, Any], item: Mapping[str, Any]) -> None:
+    def _add(self, id_: Id, request: Mapping[str, Any], item: Mapping[str, Any]) -> None:
         self._drop(id_)
         write = _Write(id_, request, item_bytes(item))
         self.pending_bytes += write.size
@@ -395,7 +396,7 @@ class _Publisher:
             else:
                 self.deletes += 1
 
-    def _refuse(self, id_: int | str | None, message: str) -> None:
+    def _refuse(self, id_: Id | None, message: str) -> None:
         if id_ not in self.refused:
             self.notify(f"domain {self.domain.name}: {message}")
         self.refused[id_] = message
@@ -442,7 +443,7 @@ class _Publisher:
         self.lease.renew()
 
     def _write_different(self, rows: Sequence[Change]) -> None:
-        items: dict[int | str, dict[str, Any]] = {}
+        items: dict[Id, dict[str, Any]] = {}
         for row in rows:
             if row.id is None or row.domain_key != self.domain.key or row.values is None:
                 self._refuse(row.id, f"{self.encoder.named(row.id)}: a row of domain {row.domain_key}")

@@ -22,6 +22,7 @@ from dagster_prefs.dynamodb.publisher import PublishError, column_problems
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.durations import with_unit
 from dagster_prefs.errors import PrefsError
+from dagster_prefs.ids import Id, id_parts
 
 _CURSOR = sql.Identifier("prefs_changefeed")
 # An epoch is a time in milliseconds since this one, and 16 bits below it (src/common/src/util/epoch.rs).
@@ -45,7 +46,7 @@ class Change:
     row was there before under the same key.
     """
 
-    id: int | str | None
+    id: Id | None
     domain_key: str | None
     values: Sequence[Any] | None
     timestamp: int | None
@@ -144,20 +145,26 @@ class SubscriptionFeed:
             raise self._broken(error) from None
         return int(found[0][0])
 
-    def present(self, ids: Iterable[int | str]) -> set[int | str]:
+    def present(self, ids: Iterable[Id]) -> set[Id]:
         """Those of the ids that have a row now."""
-        key = self.keys.partition_key
-        return {
-            id_
-            for (id_,) in self._rows(
-                sql.SQL("select {key} from {relation} where {key} = any({ids}::{type}[])").format(
-                    key=sql.Identifier(key.name),
-                    relation=self.relation,
-                    ids=sql.Literal(sorted(ids)),
-                    type=sql.SQL(key.sql_type),
-                )
+        key, wanted = self.keys.partition_key, set(ids)
+        first = sorted({id_parts(id_)[0] for id_ in wanted})
+        rows = self._rows(
+            sql.SQL("select {columns} from {relation} where {key} = any({ids}::{type}[])").format(
+                columns=sql.SQL(", ").join(sql.Identifier(one.name) for one in self.keys.columns),
+                key=sql.Identifier(key.name),
+                relation=self.relation,
+                ids=sql.Literal(first),
+                type=sql.SQL(key.sql_type),
             )
-        }
+        )
+        return {id_ for row in rows if (id_ := self._id(row)) in wanted}
+
+    def _id(self, values: Sequence[Any]) -> Any:
+        """The id of the values of the key columns; None where one of them is NULL."""
+        if not self.keys.rest_keys:
+            return values[0]
+        return None if None in values else tuple(values)
 
     def open(self, since: int | None) -> None:
         """Begin with the changes of the moment `since` (milliseconds), or with the whole view where it is None.
@@ -205,7 +212,7 @@ class SubscriptionFeed:
         operation: Literal["Insert", "Delete", "UpdateInsert", "UpdateDelete"] = row[places["op"]]
         removed = operation in ("Delete", "UpdateDelete")
         return Change(
-            id=row[places[self.keys.partition_key.name]],
+            id=self._id([row[places[key.name]] for key in self.keys.columns]),
             domain_key=row[places[self.keys.sort_key.name]],
             values=None if removed else [row[places[name]] for name in self.attributes],
             timestamp=row[places["rw_timestamp"]],

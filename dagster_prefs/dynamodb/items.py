@@ -8,7 +8,7 @@ from typing import Any
 
 from dagster_prefs.declarations.contract import Attribute, Contract, Domain, cold_start
 from dagster_prefs.errors import PrefsError, excerpt
-from dagster_prefs.ids import MAX_KEY_BYTES
+from dagster_prefs.ids import MAX_KEY_BYTES, MAX_SORT_KEY_BYTES, Id, id_label, id_parts
 
 # DynamoDB keeps this many significant digits of a number, and magnitudes from 1E-130 to 9.99…E+125.
 NUMBER_DIGITS = 38
@@ -29,40 +29,49 @@ class ItemEncoder:
         table = contract.table_of(domain)
         self.domain = domain
         self.max_bytes = table.max_item_bytes
-        self._partition_key = table.partition_key
-        self._sort_key = {table.sort_key.name: table.sort_key.typed(domain.key)}
+        self._table = table
         self._attributes = [
             (name, attribute.nullable, _ENCODERS[attribute.type], len(name.encode()))
             for name, attribute in domain.attributes.items()
         ]
         self._key_bytes = sum(len(name.encode()) for name in (table.partition_key.name, table.sort_key.name))
-        self._key_bytes += len(domain.key.encode())
 
-    def key(self, id_: int | str) -> dict[str, Any]:
+    def key(self, id_: Id) -> dict[str, Any]:
         """The item's key, in DynamoDB's typed JSON."""
-        return {self._partition_key.name: self._partition_key.typed(id_), **self._sort_key}
+        return self._table.typed_key(self.domain.key, id_)
 
-    def id_of(self, item: Mapping[str, Any]) -> int | str:
+    def key_text(self, id_: Id) -> str:
+        """The whole key as one text, as the publisher remembers it."""
+        return self._table.key_text(id_)
+
+    def id_of(self, item: Mapping[str, Any]) -> Id:
         """Whose item or key it is."""
-        return self._partition_key.value_of(item)
+        return self._table.split_key(item)[0]
 
-    def named(self, id_: int | str | None) -> str:
+    def named(self, id_: Id | None) -> str:
         """Whose item it is, for a message."""
-        return f"{self.domain.entity} {id_}"
+        return f"{self.domain.entity} {id_label(id_)}"
 
-    def encode(self, id_: int | str, values: Sequence[Any]) -> dict[str, Any]:
+    def encode(self, id_: Id, values: Sequence[Any]) -> dict[str, Any]:
         """The item of one id; `values` are in the order of the contract's attributes.
 
         Raises ItemError naming id and attribute: a key that DynamoDB does not take, NULL where the contract
         allows none, a number that DynamoDB cannot keep exactly, an item over the contract's max_item_bytes.
         """
-        id_bytes = _number_bytes(id_) if isinstance(id_, int) else len(id_.encode())
-        if isinstance(id_, str) and not 0 < id_bytes <= MAX_KEY_BYTES:
+        first = id_parts(id_)[0]
+        id_bytes = _number_bytes(first) if isinstance(first, int) else len(first.encode())
+        if isinstance(first, str) and not 0 < id_bytes <= MAX_KEY_BYTES:
             raise ItemError(
-                f"{self.named(excerpt(id_))}: its key has {id_bytes} bytes, and DynamoDB takes 1 to {MAX_KEY_BYTES}"
+                f"{self.named(excerpt(first))}: its key has {id_bytes} bytes, and DynamoDB takes 1 to {MAX_KEY_BYTES}"
+            )
+        sort_bytes = len(self._table.sort_text(self.domain.key, id_).encode())
+        if sort_bytes > MAX_SORT_KEY_BYTES:
+            raise ItemError(
+                f"{self.named(excerpt(first))}: its sort key has {sort_bytes} bytes, and DynamoDB takes "
+                f"{MAX_SORT_KEY_BYTES}"
             )
         item = self.key(id_)
-        size = self._key_bytes + id_bytes
+        size = self._key_bytes + id_bytes + sort_bytes
         for (name, nullable, encode, name_bytes), value in zip(self._attributes, values, strict=True):
             if value is None:
                 if not nullable:

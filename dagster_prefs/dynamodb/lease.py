@@ -18,7 +18,6 @@ takes it when it has not moved for as long as its holder promised to move it.
 
 from __future__ import annotations
 
-import random
 import threading
 import time
 import uuid
@@ -29,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from dagster_prefs.declarations.contract import Contract, Domain
 from dagster_prefs.declarations.reserved import PREFIX
 from dagster_prefs.dynamodb.access import ItemAccess, StoreUnavailable
+from dagster_prefs.dynamodb.backoff import Backoff
 from dagster_prefs.dynamodb.publisher import RETRYABLE
 from dagster_prefs.errors import PrefsError
 
@@ -207,7 +207,8 @@ class Lease:
         from botocore.exceptions import BotoCoreError, ClientError
 
         request = self._lease_put(state, condition, values)
-        for attempt in range(1, self.max_attempts + 1):
+        backoff = Backoff(self.max_attempts)
+        while True:
             try:
                 self.client.put_item(**request)
                 return
@@ -216,12 +217,11 @@ class Lease:
                 if code == "ConditionalCheckFailedException":
                     self._refuse_unless_mine()
                     return
-                if code not in RETRYABLE | {"TransactionConflictException"} or attempt == self.max_attempts:
+                if code not in RETRYABLE | {"TransactionConflictException"} or not self._again(backoff):
                     raise self._refusal(code, message) from None
             except BotoCoreError as error:
-                if attempt == self.max_attempts:
+                if not self._again(backoff):
                     raise self._unreachable(error) from None
-            self._back_off(attempt)
 
     def write(self, requests: Sequence[Mapping[str, Any]], token: int | None, refused: int) -> None:
         """Write up to 99 puts and deletes of distinct keys, and what `record` keeps, all or nothing.
@@ -243,8 +243,8 @@ class Lease:
             for kind, arguments in request.items()
         ]
         # The same token for every attempt: one that was done although its answer got lost is not done twice.
-        identity = uuid.uuid4().hex
-        for attempt in range(1, self.max_attempts + 1):
+        identity, backoff = uuid.uuid4().hex, Backoff(self.max_attempts)
+        while True:
             try:
                 self.client.transact_write_items(TransactItems=[lease, *actions], ClientRequestToken=identity)
                 break
@@ -263,12 +263,11 @@ class Lease:
                 if code == "ValidationException":
                     raise ItemRefused(message, []) from None
                 busy = bool(codes & _BUSY) or code in RETRYABLE or code == "TransactionInProgressException"
-                if not busy or attempt == self.max_attempts:
+                if not busy or not self._again(backoff):
                     raise self._refusal(code, "; ".join(sorted(codes - {"None"})) or message) from None
             except BotoCoreError as error:
-                if attempt == self.max_attempts:
+                if not self._again(backoff):
                     raise self._unreachable(error) from None
-            self._back_off(attempt)
         self._moved(after)
 
     def _condition(self) -> tuple[str, dict[str, Any]]:
@@ -303,9 +302,10 @@ class Lease:
         self.state = state
         self._moved_at = self._clock()
 
-    def _back_off(self, attempt: int) -> None:
-        self.retries += 1
-        time.sleep(random.uniform(0, min(5.0, 0.05 * 2**attempt)))  # noqa: S311 - jitter, not a secret
+    def _again(self, backoff: Backoff) -> bool:
+        again = backoff.again()
+        self.retries += again
+        return again
 
     def _refuse_unless_mine(self) -> None:
         # An attempt whose answer got lost has moved the lease to exactly what this one wanted to write.

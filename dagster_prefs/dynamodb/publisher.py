@@ -8,7 +8,6 @@ key again, even when the values went back to what they were, or the key left the
 from __future__ import annotations
 
 import json
-import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -20,11 +19,13 @@ import psycopg
 from psycopg import sql
 
 from dagster_prefs.declarations.contract import Contract, Domain
+from dagster_prefs.dynamodb.backoff import Backoff
 from dagster_prefs.dynamodb.items import ItemEncoder, ItemError
 from dagster_prefs.dynamodb.tables import TableReport
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.durations import with_unit
 from dagster_prefs.errors import PrefsError
+from dagster_prefs.ids import Id
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
@@ -82,7 +83,7 @@ class PublishError(PrefsError):
 class _Change:
     """One write request; a delete has no fingerprint."""
 
-    id: int | str
+    id: Id
     request: Any
     fingerprint: str | None
 
@@ -160,9 +161,7 @@ def publish_lock(engine: EngineConfiguration, domain_key: str) -> str:
 def column_problems(columns: Mapping[str, str], contract: Contract, domain: Domain) -> list[str]:
     """How a relation's columns (name → type as the engine spells it) are unlike a domain's keys and attributes."""
     table = contract.table_of(domain)
-    keys = {
-        key.name: "integer" if key.type == "N" else "string" for key in (table.partition_key, table.sort_key)
-    }
+    keys = {key.name: key.contract_type for key in (*table.columns, table.sort_key)}
     expected = keys | {name: attribute.type for name, attribute in domain.attributes.items()}
     problems = [f"{name} is missing" for name in expected if name not in columns]
     known = {*expected, *domain.retired}
@@ -173,6 +172,43 @@ def column_problems(columns: Mapping[str, str], contract: Contract, domain: Doma
         if name in columns and columns[name] not in COLUMN_TYPES[kind]
     ]
     return problems
+
+
+class KeySql:
+    """The key columns of one entity in PostgreSQL's SQL, of a relation that has the alias `s`, if any.
+
+    `columns` select an id, which `id_of` reads. `whole` is one expression of the whole key: the column itself, or of a
+    composite key the text of `Table.key_text`; `text` is that text in either case. `remembered` is an `entity_key` of
+    `online_published`, as p, in the form of `whole`.
+    """
+
+    def __init__(self, table: Table, alias: str | None = "s") -> None:
+        self._table = table
+        columns = [sql.Identifier(*([alias] if alias else []), key.name) for key in table.columns]
+        self.columns: sql.Composable = sql.SQL(", ").join(columns)
+        self.names = " and ".join(key.name for key in table.columns)
+        self.remembered: sql.Composable
+        if table.rest_keys:
+            # As `encode_part` does; the character is written by its number, because psycopg reads `%` as a placeholder.
+            part = sql.SQL("replace(replace({}::text, chr(37), chr(37) || '25'), '#', chr(37) || '23')")
+            self.whole: sql.Composable = sql.SQL("({})").format(
+                sql.SQL(" || '#' || ").join(part.format(column) for column in columns)
+            )
+            self.text = self.whole
+            self.remembered = sql.SQL("p.entity_key")
+        else:
+            self.whole = columns[0]
+            self.text = sql.SQL("{}::text").format(columns[0])
+            # On the side of what was published, so that the engine can use an index of the view.
+            self.remembered = sql.SQL("p.entity_key::{}").format(sql.SQL(table.partition_key.sql_type))
+
+    def id_of(self, values: Sequence[Any]) -> Id:
+        """The id in the values of `columns`."""
+        return tuple(values) if self._table.rest_keys else values[0]
+
+    def remembered_id(self, value: Any) -> Id:
+        """The id in a value of `remembered`."""
+        return self._table.parse_key(value) if self._table.rest_keys else value
 
 
 class _Publication:
@@ -200,9 +236,7 @@ class _Publication:
         self.progress = progress
         self.contract = contract
         self.keys = contract.table_of(domain)
-        self.key = sql.Identifier("s", self.keys.partition_key.name)
-        # On the side of what was published, so that the engine can use an index of the view.
-        self.published_key = sql.SQL("p.entity_key::{}").format(sql.SQL(self.keys.partition_key.sql_type))
+        self.key = KeySql(self.keys)
         self.encoder = ItemEncoder(contract, domain)
         self.sink = sql.Identifier(domain.sink)
         self.attributes = list(domain.attributes)
@@ -269,7 +303,8 @@ class _Publication:
             )
 
     def _row_fingerprint(self) -> sql.Composed:
-        columns = [self.keys.partition_key.name, self.keys.sort_key.name, *self.attributes]
+        keys = [key.name for key in (*self.keys.columns, self.keys.sort_key)]
+        columns = [*keys, *self.attributes]
         return sql.SQL("md5(%(layout)s || row({})::text)").format(
             sql.SQL(", ").join(sql.Identifier("s", column) for column in columns)
         )
@@ -279,18 +314,20 @@ class _Publication:
             sql.SQL(
                 """
                 insert into online_published as p (table_id, domain_key, entity_key, fingerprint)
-                select %(table_id)s, %(domain_key)s, {key}::text, ''
+                select %(table_id)s, %(domain_key)s, {text}, ''
                 from {sink} as s
                 left join online_published as o
                     on o.table_id = %(table_id)s
                     and o.domain_key = %(domain_key)s
-                    and o.entity_key = {key}::text
+                    and o.entity_key = {text}
                 where {key} is not null
                     and o.fingerprint is distinct from '' and o.fingerprint is distinct from {fingerprint}
                 group by {key}
                 on conflict (table_id, domain_key, entity_key) do update set fingerprint = ''
                 """
-            ).format(sink=self.sink, key=self.key, fingerprint=self._row_fingerprint()),
+            ).format(
+                sink=self.sink, key=self.key.whole, text=self.key.text, fingerprint=self._row_fingerprint()
+            ),
             self._parameters,
         )
         self.control.execute(
@@ -300,7 +337,7 @@ class _Publication:
                 where p.table_id = %(table_id)s and p.domain_key = %(domain_key)s and p.fingerprint <> ''
                     and not exists (select from {sink} as s where {key} = {published})
                 """
-            ).format(sink=self.sink, key=self.key, published=self.published_key),
+            ).format(sink=self.sink, key=self.key.whole, published=self.key.remembered),
             self._parameters,
         )
 
@@ -316,13 +353,18 @@ class _Publication:
                 left join online_published as p
                     on p.table_id = %(table_id)s
                     and p.domain_key = %(domain_key)s
-                    and p.entity_key = {key}::text
+                    and p.entity_key = {text}
                 """
-            ).format(sink=self.sink, key=self.key, sort_key=sql.Identifier("s", self.keys.sort_key.name)),
+            ).format(
+                sink=self.sink,
+                key=self.key.whole,
+                text=self.key.text,
+                sort_key=sql.Identifier("s", self.keys.sort_key.name),
+            ),
             self._parameters,
         ).fetchone() or (0, 0, 0, 0, 0)
         if without_key:
-            problem = f"{without_key} rows without {self.keys.partition_key.name}"
+            problem = f"{without_key} rows without {self.key.names}"
         elif foreign:
             problem = f"{foreign} rows whose {self.keys.sort_key.name} is not {self.domain.key}"
         elif distinct != total:
@@ -340,11 +382,12 @@ class _Publication:
             """
             select {key}, {fingerprint}, {attributes}
             from {sink} as s
-            join online_published as p on p.entity_key = {key}::text
+            join online_published as p on p.entity_key = {text}
             where p.table_id = %(table_id)s and p.domain_key = %(domain_key)s and p.fingerprint = ''
             """
         ).format(
-            key=self.key,
+            key=self.key.columns,
+            text=self.key.text,
             fingerprint=self._row_fingerprint(),
             attributes=sql.SQL(", ").join(sql.Identifier("s", name) for name in self.attributes),
             sink=self.sink,
@@ -352,7 +395,9 @@ class _Publication:
         with reading.cursor(name="changed") as cursor:
             cursor.itersize = 2000
             cursor.execute(statement, self._parameters)
-            for id_, fingerprint, *values in cursor:
+            width = len(self.keys.columns)
+            for row in cursor:
+                id_, fingerprint, values = self.key.id_of(row[:width]), row[width], row[width + 1 :]
                 try:
                     item = self.encoder.encode(id_, values)
                 except ItemError as error:
@@ -367,11 +412,12 @@ class _Publication:
             where p.table_id = %(table_id)s and p.domain_key = %(domain_key)s and p.fingerprint = ''
                 and not exists (select from {sink} as s where {key} = {published})
             """
-        ).format(sink=self.sink, key=self.key, published=self.published_key)
+        ).format(sink=self.sink, key=self.key.whole, published=self.key.remembered)
         with reading.cursor(name="gone") as cursor:
             cursor.itersize = 2000
             cursor.execute(statement, self._parameters)
-            for (id_,) in cursor:
+            for (remembered,) in cursor:
+                id_ = self.key.remembered_id(remembered)
                 yield _Change(id_, {"DeleteRequest": {"Key": self.encoder.key(id_)}}, None)
 
     def _write(self, changes: Iterator[_Change]) -> None:
@@ -392,7 +438,7 @@ class _Publication:
         outcomes = [future.result() for future in done]
         accepted = [change for outcome in outcomes for change in outcome.accepted]
         written = [change for change in accepted if change.fingerprint is not None]
-        deleted = [str(change.id) for change in accepted if change.fingerprint is None]
+        deleted = [self.encoder.key_text(change.id) for change in accepted if change.fingerprint is None]
         if written:
             self.control.execute(
                 """
@@ -404,7 +450,7 @@ class _Publication:
                 """,
                 self._parameters
                 | {
-                    "ids": [str(change.id) for change in written],
+                    "ids": [self.encoder.key_text(change.id) for change in written],
                     "fingerprints": [change.fingerprint for change in written],
                 },
             )
@@ -447,7 +493,7 @@ class BatchWriter:
 
         outcome = _Outcome()
         pending = {change.id: change for change in batch}
-        attempts = 0
+        backoff = Backoff(self.max_attempts)
         reason = ""
         while pending:
             try:
@@ -485,15 +531,15 @@ class BatchWriter:
             if not pending:
                 break
             # As long as something is accepted the table makes progress, and patience is right.
-            attempts = 0 if accepted else attempts + 1
-            if attempts >= self.max_attempts:
+            if accepted:
+                backoff.progressed()
+            if not backoff.again():
                 outcome.fatal = (
                     f"table {self.table} did not accept {len(pending)} writes "
-                    f"after {attempts} attempts ({reason})"
+                    f"after {self.max_attempts} attempts ({reason})"
                 )
                 break
             outcome.retries += 1
-            time.sleep(random.uniform(0, min(5.0, 0.05 * 2**attempts)))  # noqa: S311 - jitter, not a secret
         return outcome
 
     def _isolate(self, changes: list[_Change], message: str, outcome: _Outcome) -> None:
@@ -511,6 +557,6 @@ class BatchWriter:
             outcome.retries += part.retries
             outcome.fatal = outcome.fatal or part.fatal
 
-    def _id(self, request: Any) -> int | str:
+    def _id(self, request: Any) -> Id:
         item = request["PutRequest"]["Item"] if "PutRequest" in request else request["DeleteRequest"]["Key"]
         return self.encoder.id_of(item)

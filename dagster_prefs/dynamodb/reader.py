@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import random
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dagster_prefs.declarations.contract import Table
+from dagster_prefs.dynamodb.backoff import Backoff
 from dagster_prefs.dynamodb.transport import Answer, Call, ReadError, Transport
+from dagster_prefs.ids import Id
 
-Key = tuple[int | str, str]
+Key = tuple[Id, str]
 Item = dict[str, dict[str, Any]]
 Found = Item | None | ReadError
 
@@ -36,7 +37,7 @@ class ItemReader:
     ) -> None:
         self._transport = transport
         self._table = table
-        self._partition = keys.partition_key
+        self._keys = keys
         self._sort = keys.sort_key.name
         self._is_number = keys.partition_key.type == "N"
         self._read_timeout = read_timeout_seconds
@@ -66,7 +67,8 @@ class ItemReader:
         pending = self._plan(list(dict.fromkeys(keys)), consistent)
         optional = self._plan(list(dict.fromkeys(canaries)), consistent=False)
         last: dict[Key, ReadError] = {}
-        for attempt in range(self._max_attempts):
+        backoff = Backoff(self._max_attempts, first_seconds=0.02, longest_seconds=0.2, deadline=deadline)
+        while True:
             wanted = pending + optional
             rounds = -(-len(wanted) // self._side_by_side)
             attempt_deadline = min(deadline, time.monotonic() + self._read_timeout * rounds)
@@ -77,12 +79,8 @@ class ItemReader:
                 if left and position < len(pending):
                     again.append((call, asked) if left == asked else (self._batch(left, consistent), left))
             pending, optional = again, []
-            if not pending:
+            if not pending or not backoff.again():
                 break
-            pause = random.uniform(0, min(0.2, 0.02 * 2**attempt))  # noqa: S311 - jitter, not a secret
-            if attempt + 1 == self._max_attempts or time.monotonic() + pause >= deadline:
-                break
-            time.sleep(pause)
         for _, asked in pending:
             for key in asked:
                 found[key] = last[key]
@@ -103,8 +101,13 @@ class ItemReader:
         return [(self._batch(chunk, consistent), chunk) for chunk in chunks]
 
     def _key(self, key: Key) -> str:
-        value = f'"{key[0]}"' if self._is_number else json.dumps(key[0])
-        return f'{self._partition_json}{value}}},"{self._sort}":{{"S":"{key[1]}"}}}}'
+        id_, domain = key
+        sort = f'"{domain}"'
+        if isinstance(id_, tuple):
+            sort = json.dumps(self._keys.sort_text(domain, id_))
+            id_ = id_[0]
+        value = f'"{id_}"' if self._is_number else json.dumps(id_)
+        return f'{self._partition_json}{value}}},"{self._sort}":{{"S":{sort}}}}}'
 
     def _get(self, key: Key, consistent: bool) -> Call:
         return Call("GetItem", f"{self._get_head[consistent]}{self._key(key)}}}".encode())
@@ -146,4 +149,4 @@ class ItemReader:
         return left
 
     def _identity(self, item: Item) -> Key:
-        return self._partition.value_of(item), item[self._sort]["S"]
+        return self._keys.split_key(item)

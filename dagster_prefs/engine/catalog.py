@@ -1,4 +1,4 @@
-"""What the engine holds: relations, their size, and what arrived but is not visible yet."""
+"""The relations of the engine: what exists, who reads it, and how many rows it has."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from dagster_prefs.errors import PrefsError
 
 
 class NotDeployed(PrefsError):
-    """A relation that should be there is not."""
+    """A required relation does not exist."""
 
 
 def missing_relation(error: psycopg.Error) -> str | None:
-    """What an engine says is missing, when that is what its error means; None for every other error."""
+    """Return what an engine reports as missing; None if the error has another cause."""
     if isinstance(error, psycopg.errors.UndefinedTable):
         return error.diag.message_primary
-    # RisingWave has one error code for all that its binder does not find.
+    # RisingWave has one error code for everything that its binder cannot resolve.
     found = re.search(r"table or source not found: \S+", str(error))
     return found.group(0) if found else None
 
 
 @dataclass(frozen=True)
 class CatalogObject:
-    """A relation, sink or subscription; of two of them the one made later has the higher id.
+    """A relation, sink or subscription; a later created one has a higher id.
 
     `kind` is one of table, view, materialized view, sink, subscription, source.
     """
@@ -41,17 +41,17 @@ class CatalogObject:
 
 @dataclass(frozen=True)
 class Catalog:
-    """What stands in the engine's schema by name, and what each of its readers reads.
+    """The objects of the engine's schema by name, and what each of their readers reads.
 
-    `reads` also has readers outside the schema, as `schema.name`; on RisingWave a reader of a plain view reads
-    what stands below the view too.
+    `reads` also lists readers outside the schema, as `schema.name`; on RisingWave a reader of a plain view
+    also reads the relations below the view.
     """
 
     objects: Mapping[str, CatalogObject]
     reads: Mapping[str, frozenset[str]]
 
     def readers(self, names: Sequence[str]) -> frozenset[str]:
-        """All that stands on one of `names`, direct or not, without `names` themselves."""
+        """Return all direct and indirect readers of `names`, without `names` themselves."""
         found: set[str] = set()
         below = set(names)
         while below:
@@ -61,7 +61,7 @@ class Catalog:
 
 
 def read_catalog(connection: psycopg.Connection[Any], engine: EngineConfiguration) -> Catalog:
-    """The objects of the engine's schema and the dependencies on them, indexes left out."""
+    """Read the objects of the engine's schema and their dependencies, without indexes."""
     if engine.kind == "risingwave":
         objects = connection.execute(
             "select r.id, n.name, r.name, r.relation_type from rw_catalog.rw_relations r"
@@ -101,7 +101,7 @@ def read_catalog(connection: psycopg.Connection[Any], engine: EngineConfiguratio
 def row_counts(
     connection: psycopg.Connection[Any], engine: EngineConfiguration, names: Sequence[str]
 ) -> dict[str, int]:
-    """Rows of each of the named relations that exist, exact on the embedded engine.
+    """Count the rows of each named relation that exists; exact on the embedded engine.
 
     On RisingWave, where a count reads the whole relation, it is the storage's own key count.
     """

@@ -1,4 +1,4 @@
-"""One way to reach the engine, RisingWave or the embedded one, over the Postgres wire."""
+"""Connections to the engine, RisingWave or the embedded one, over the Postgres wire."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ class EngineUnavailable(PrefsError):
     """The engine cannot be reached or refuses the connection."""
 
 
-# What libpq says of a connection that is not safe, in lower case, and what it means to who configures it.
+# libpq's messages about connections that are not secure, in lower case, and what an operator should do about
+# them.
 _TRANSPORT = (
     (
         "does not support ssl",
@@ -45,19 +46,19 @@ _TRANSPORT = (
 
 
 def on_this_machine(host: str) -> bool:
-    """Whether libpq's `host` stays on this machine: loopback, or the folder of a unix socket."""
+    """Return whether libpq's `host` is on this machine: loopback, or the folder of a unix socket."""
     names = [name.strip() for name in host.split(",")]
     return all(name == "" or name[0] in "/@" or is_loopback_host(name) for name in names)
 
 
 @dataclass(frozen=True)
 class EngineConfiguration:
-    """Where the engine is and who we are there; the password never shows in a repr.
+    """The engine's address and the platform's login; its repr never shows the password.
 
-    `sslmode` is libpq's; empty means TLS is required unless the engine is on this machine. libpq's `allow` and
-    `prefer` go on in clear when the server, or somebody in between, says that it has no TLS: they are refused
-    off this machine.
-    `passfile` is a password file of libpq, read where `password` is empty; empty means libpq's own default.
+    `sslmode` is libpq's; empty means TLS is required unless the engine is on this machine. libpq's `allow`
+    and `prefer` continue without encryption when the server, or an attacker in between, claims to have no
+    TLS: they are rejected for other machines. `passfile` is a libpq password file, read if `password` is
+    empty; empty means libpq's default.
     """
 
     host: str
@@ -79,7 +80,7 @@ class EngineConfiguration:
 
     @classmethod
     def of(cls, settings: Settings) -> EngineConfiguration:
-        """The connection that the settings describe."""
+        """Build the configuration from the settings."""
         return cls(
             host=settings.engine_host,
             port=settings.port,
@@ -93,24 +94,25 @@ class EngineConfiguration:
         )
 
     def with_database(self, database: str) -> EngineConfiguration:
-        """The same server, another database."""
+        """Return the configuration for another database on the same server."""
         return replace(self, database=database)
 
     @property
     def password_file(self) -> str | None:
-        """`passfile` once it is there, else libpq's own default, which PGPASSFILE may name.
+        """`passfile` if the file exists, else libpq's default, which PGPASSFILE may name.
 
-        The file is made when the embedded engine first starts, which may be after this value was.
+        The first start of the embedded engine creates the file, possibly after this object was created.
         """
         return self.passfile if self.passfile and Path(self.passfile).exists() else None
 
     @property
     def require_auth(self) -> str | None:
-        """How the server may ask for the password, as libpq spells it; None where any way will do.
+        """libpq's `require_auth`: the permitted ways for the server to request the password, None for any.
 
-        RisingWave asks for ordinary passwords by md5, and in clear for those of OAuth and LDAP. In clear it goes
-        only to a server whose certificate is checked: with `require` anybody in between can pose as the server.
-        One that asks for nothing is not the server that the password belongs to.
+        RisingWave requests ordinary passwords by md5, and those of OAuth and LDAP in clear text. A clear text
+        password is only sent to a server whose certificate is verified: with `require`, an attacker in
+        between can pose as the server. A server that requests no password is not the one that the password
+        belongs to.
         """
         if not self.password or on_this_machine(self.host):
             return None
@@ -133,16 +135,16 @@ class EngineConfiguration:
         }
 
     def connect(self, *, autocommit: bool = True) -> psycopg.Connection[tuple[Any, ...]]:
-        """Open a connection, with the session in UTC; the caller closes it.
+        """Open a connection with the session in UTC; the caller closes it.
 
-        Raises EngineUnavailable naming host, port and what to do.
+        Raises EngineUnavailable naming host, port and the remedy.
         """
         given = {name: value for name, value in self.parameters().items() if value is not None}
         try:
             connection = psycopg.connect(
                 autocommit=autocommit,
-                # RisingWave binds a prepared statement to the relation of then: it would read the old one after a
-                # swap, and fail once that is dropped.
+                # RisingWave resolves a prepared statement's relations at prepare time, so it would keep
+                # reading the old relation after a swap, and fail once that is dropped.
                 prepare_threshold=None if self.kind == "risingwave" else 5,
                 **given,
             )
@@ -164,10 +166,10 @@ class EngineConfiguration:
         return connection
 
     def refusal(self, text: str) -> EngineUnavailable:
-        """What a driver's message about a failed connection means: who refused what, and what to do."""
+        """Translate a driver's message about a failed connection: what failed and the remedy."""
         where = f"{self.host}:{self.port}"
         lowered = text.lower()
-        # libpq's last line asks whether the server runs, which the remedy says.
+        # libpq's last line asks whether the server is running, which the remedy already says.
         lines = [line.strip() for line in text.splitlines() if line.strip() and "Is the server" not in line]
         reason = lines[-1].rpartition("failed: ")[2] if lines else "no answer"
         for said, meant in _TRANSPORT:

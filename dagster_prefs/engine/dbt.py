@@ -1,30 +1,34 @@
-"""dbt in this process: the manifest when it is out of date, and runs whose results are data."""
+"""dbt in a child process: the manifest when it is out of date, and runs whose results are data."""
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import os
 import re
+import signal
+import subprocess
+import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from filelock import FileLock
 
+import dagster_prefs
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.explain import failed_statement
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.files import make_private_folder
 
-# dbt keeps its configuration in process-wide state, so one invocation at a time.
-_ONE_INVOCATION = threading.Lock()
+_END_SECONDS = 10.0
 _OFFLINE = ("--no-introspect", "--no-populate-cache")
 
 
@@ -59,8 +63,9 @@ class NodeResult:
 class Dbt:
     """The dbt project against one engine.
 
-    dbt reads the connection from `PREFS_ENGINE_*` (see `profiles.yml`), so each invocation runs with
-    these variables set from `connection`; everything it writes goes to `target_dir`.
+    dbt reads the connection from `PREFS_ENGINE_*` (see `profiles.yml`): each invocation runs in the child process,
+    whose environment is this one's with these variables set from `connection`. Everything that dbt writes goes to
+    `target_dir`. `process` defaults to one that all of this process share.
     """
 
     def __init__(
@@ -69,8 +74,11 @@ class Dbt:
         project_dir: Path,
         target_dir: Path,
         environment: Mapping[str, str] | None = None,
+        *,
+        process: DbtProcess | None = None,
     ) -> None:
         self.connection = connection
+        self._process = process or _SHARED
         self.project_dir = project_dir
         self.target_dir = target_dir
         self._environment = {
@@ -144,78 +152,63 @@ class Dbt:
 
         described = _Described(self)
 
-        def heard(event: Any) -> None:
-            if on_result and event.info.name == "NodeFinished":
-                info = event.data.node_info
-                on_result(
-                    NodeResult(
-                        unique_id=info.unique_id,
-                        status=str(event.data.run_result.status),
-                        message=described.message(info.unique_id, event.data.run_result.message),
-                        seconds=event.data.run_result.execution_time,
-                        failures=None,
-                    )
-                )
+        def node_result(told: Mapping[str, Any]) -> NodeResult:
+            fields = {name: told[name] for name in ("unique_id", "status", "seconds", "failures")}
+            return NodeResult(message=described.message(told["unique_id"], told["message"]), **fields)
 
-        manifest = None
+        def heard(told: Mapping[str, Any]) -> None:
+            if on_result:
+                on_result(node_result(told))
+
         if aliases:
-            manifest = self._invoke(["parse"])
-            for node in manifest.nodes.values():
-                if node.resource_type == "model" and node.name in aliases:
-                    node.relation_name = node.relation_name.replace(
-                        f'"{node.alias}"', f'"{aliases[node.name]}"'
-                    )
-                    node.alias = aliases[node.name]
             # These names are this run's own: others read the manifest that is on disk.
             args.append("--no-write-json")
-        outcome = self._invoke(args, heard, manifest)
-        return [
-            NodeResult(
-                unique_id=result.node.unique_id,
-                status=str(result.status),
-                message=described.message(result.node.unique_id, result.message or ""),
-                seconds=float(result.execution_time),
-                failures=result.failures,
-            )
-            for result in getattr(outcome, "results", [])
-        ]
+        return [node_result(told) for told in self._invoke(args, heard, aliases)]
 
     def compiled(self, models: Sequence[str]) -> dict[str, str]:
         """Model → its SQL as the engine would get it; asks no engine, so that none need run.
 
         Raises DbtError where a model does not compile.
         """
-        outcome = self._invoke(["compile", *_OFFLINE, "--select", " ".join(models)])
-        return {
-            result.node.name: result.node.compiled_code.strip()
-            for result in outcome.results
-            if result.node.name in models
-        }
+        results = self._invoke(["compile", *_OFFLINE, "--select", " ".join(models)])
+        names = [(result["unique_id"].split(".")[2], result["compiled"]) for result in results]
+        return {name: compiled.strip() for name, compiled in names if name in models}
 
     def _invoke(
-        self, args: list[str], heard: Callable[[Any], None] | None = None, manifest: Any = None
-    ) -> Any:
-        from dbt.cli.main import dbtRunner
-
+        self,
+        args: list[str],
+        heard: Callable[[Mapping[str, Any]], None] = lambda told: None,
+        aliases: Mapping[str, str] | None = None,
+    ) -> list[dict[str, Any]]:
         common = [
-            "--project-dir", str(self.project_dir),
-            "--profiles-dir", str(self.project_dir),
+            "--project-dir", str(self.project_dir.absolute()),
+            "--profiles-dir", str(self.project_dir.absolute()),
             "--target", self.connection.kind,
-            "--target-path", str(self.target_dir),
-            "--log-path", str(self.target_dir / "logs"),
+            "--target-path", str(self.target_dir.absolute()),
+            "--log-path", str(self.target_dir.absolute() / "logs"),
         ]  # fmt: skip
         quiet = ["--log-level", "none", "--log-level-file", "info", "--no-use-colors-file"]
-        # Where the password lies is no part of the parsed project, and so not of its fingerprint.
-        passfile = self.connection.password_file
-        environment = self._environment | ({"PGPASSFILE": passfile} if passfile else {})
-        with _ONE_INVOCATION, _environment(environment), _require_auth(self.connection.require_auth):
-            runner = dbtRunner(manifest=manifest, callbacks=[heard] if heard else [])
-            outcome = runner.invoke([*quiet, *args, *common])
-        if outcome.exception is not None:
-            if re.search("connection to server at|could not translate host name", str(outcome.exception)):
-                raise self.connection.refusal(str(outcome.exception))
-            raise DbtError(f"dbt {args[0]} failed: {one_line(str(outcome.exception))}")
-        return outcome.result
+        # How to prove who we are is no part of the parsed project, and so not of its fingerprint. dbt's profiles have
+        # no option for the methods, and this process's own variable would reach Dagster's storage.
+        proof = {"PGPASSFILE": self.connection.password_file, "PGREQUIREAUTH": self.connection.require_auth}
+        request = {
+            "before": quiet,
+            "arguments": args,
+            "after": common,
+            "aliases": dict(aliases or {}),
+            "environment": {
+                **os.environ,
+                **self._environment,
+                **{name: value for name, value in proof.items() if value is not None},
+            },
+        }
+        answer = self._process.ask(request, heard)
+        if (error := answer.get("error")) is not None:
+            if re.search("connection to server at|could not translate host name", error):
+                raise self.connection.refusal(error)
+            raise DbtError(f"dbt {args[0]} failed: {one_line(error)}")
+        results: list[dict[str, Any]] = answer["results"]
+        return results
 
     def _fingerprint(self) -> str:
         digest = hashlib.sha256()
@@ -228,6 +221,79 @@ class Dbt:
         # Values of the environment are part of the parsed project; only their hash is kept.
         digest.update(json.dumps(self._environment, sort_keys=True).encode())
         return digest.hexdigest()
+
+
+class DbtProcess:
+    """The process that runs dbt for this one; it serves every `Dbt`, one invocation after the other."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def ask(self, request: Mapping[str, Any], heard: Callable[[Mapping[str, Any]], None]) -> dict[str, Any]:
+        """Send a request, pass on each node's result, and return the last answer.
+
+        Raises DbtError when the process ends instead of answering. Whatever ends the wait, Ctrl-C included, ends the
+        invocation with it.
+        """
+        with self._lock:
+            process = self._running()
+            requests, answers = cast(IO[bytes], process.stdin), cast(IO[bytes], process.stdout)
+            try:
+                requests.write(json.dumps(request).encode() + b"\n")
+                requests.flush()
+                for line in answers:
+                    answer: dict[str, Any] = json.loads(line)
+                    if "node" not in answer:
+                        return answer
+                    heard(answer["node"])
+            except BrokenPipeError:
+                pass
+            except BaseException:
+                # dbt answers an interrupt by ending its sessions in the engine.
+                process.send_signal(signal.SIGINT)
+                self._reap(process)
+                raise
+            raise DbtError(
+                f"the process that runs dbt ended in the middle of `dbt {request['arguments'][0]}` (exit code "
+                f"{process.wait()}): run it again; if it was killed, this machine may be short of memory"
+            )
+
+    def end(self) -> None:
+        """End the process, if it runs; the next request starts another."""
+        if (process := self._process) is not None:
+            with suppress(BrokenPipeError):
+                cast(IO[bytes], process.stdin).close()
+            self._reap(process)
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._process is None or self._process.poll() is not None:
+            package_root = str(Path(dagster_prefs.__file__).parents[1])
+            path = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
+            self._process = subprocess.Popen(
+                # Without the working folder on its path, where files may be named like modules.
+                [sys.executable, "-P", "-m", "dagster_prefs.engine.dbt_child"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+                # Ctrl-C of the terminal reaches this process only, which then ends the invocation in order.
+                start_new_session=True,
+            )
+        return self._process
+
+    def _reap(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = None
+        try:
+            process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            process.kill()
+            process.wait()
+
+
+_SHARED = DbtProcess()
+atexit.register(_SHARED.end)
 
 
 class _Described:
@@ -312,52 +378,6 @@ def one_line(message: str) -> str:
         if text:
             kept.append(text)
     return " ".join(kept)
-
-
-class _Driver:
-    """psycopg2 as dbt's adapters use it, with `require_auth` in every connection."""
-
-    def __init__(self, driver: Any, require_auth: str) -> None:
-        self._driver = driver
-        self._require_auth = require_auth
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._driver, name)
-
-    def connect(self, **parameters: Any) -> Any:
-        return self._driver.connect(**parameters, require_auth=self._require_auth)
-
-
-@contextmanager
-def _require_auth(methods: str | None) -> Iterator[None]:
-    """Let dbt's connections demand these methods. Its profiles have no such option, and libpq's variable
-    PGREQUIREAUTH would reach Dagster's own storage, which this process connects to while dbt runs."""
-    from dbt.adapters.postgres import connections as postgres
-    from dbt.adapters.risingwave import connections as risingwave
-
-    adapters: Sequence[Any] = (postgres, risingwave) if methods is not None else ()
-    before = [adapter.psycopg2 for adapter in adapters]
-    for adapter in adapters:
-        adapter.psycopg2 = _Driver(adapter.psycopg2, str(methods))
-    try:
-        yield
-    finally:
-        for adapter, driver in zip(adapters, before, strict=True):
-            adapter.psycopg2 = driver
-
-
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def compile_queries(project_dir: Path, relations: Sequence[str]) -> dict[str, str]:

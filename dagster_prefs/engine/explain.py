@@ -1,4 +1,4 @@
-"""What an engine says of a statement of ours, told with what was being made, for whom, and where to look."""
+"""Translate an engine's error about a statement: which model, whom it serves, and where to look."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from typing import Any
 from dagster_prefs.engine.connection import EngineConfiguration
 
 _CREDENTIALS = re.compile(r"(?i)((?:secret|password|access[._]key|token|jaas)[a-z._]*\s*=\s*)'[^']*'")
-# What dbt and RisingWave put around the reasons, and dbt's call stack.
+# The headings that dbt and RisingWave put around the reasons, and dbt's call stack.
 _HEADINGS = re.compile(
     r"(Database|Runtime) Error( in .*)?|Failed to run the query|Caused by( these errors \(.*\))?:"
     r"|>.*|compiled code at.*"
 )
 _FAILED_STATEMENT = re.compile(r"\s*(Database|Runtime) Error in (model|test|snapshot)\b")
 
-# Materialization on RisingWave → what it is called, and what to look at beside its model. A training table's sink and
-# a domain's differ by where they write.
+# Materialization on RisingWave → its name in messages, and what to check besides its model. The sinks of
+# training tables and of domains differ by their destination.
 _ICEBERG, _DYNAMODB = "sink into Iceberg", "sink into DynamoDB"
 _LOOK_AT: Mapping[str, tuple[str, str]] = {
+    # dbt-risingwave's name for a table, with a connector or without; ours have none.
+    "table_with_connector": ("event table", ""),
     _DYNAMODB: (
         "DynamoDB sink",
         "the table's key and state in DynamoDB, PREFS_TABLE_PREFIX, AWS_REGION, AWS_ENDPOINT_URL, and "
@@ -40,12 +42,12 @@ _SECRET = "secret_store_private_key of the server, and PREFS_RISINGWAVE_SECRETS,
 
 
 def redacted(definition: str) -> str:
-    """A definition without the values of options that hold credentials, as the engine's record has it."""
+    """Remove the values of options that hold credentials, as the engine's record does."""
     return _CREDENTIALS.sub(r"\1'***'", definition)
 
 
 def engine_words(message: str) -> str:
-    """The reasons in an engine's message, the outermost first, on one line and without credentials."""
+    """Return the reasons in an engine's message, outermost first, on one line and without credentials."""
     reasons = [re.sub(r"^\d+: ", "", line.strip()) for line in message.splitlines()]
     kept = [reason for reason in reasons if reason and not _HEADINGS.fullmatch(reason)]
     return redacted(": ".join(reason.rstrip(":") for reason in kept)) or "nothing"
@@ -54,9 +56,10 @@ def engine_words(message: str) -> str:
 def failed_statement(
     message: str, unique_id: str, manifest: Mapping[str, Any], engine: EngineConfiguration
 ) -> str | None:
-    """One sentence about a model or test whose statement the engine refused, its words behind; None for other errors.
+    """Translate the engine's error about a model or test into one sentence; None for other errors.
 
-    `message` is dbt's, of the node `unique_id` of the manifest.
+    `message` is dbt's, of the node `unique_id` of the manifest. The sentence ends with the engine's own
+    words.
     """
     node = manifest["nodes"].get(unique_id)
     if node is None or not _FAILED_STATEMENT.match(message):
@@ -81,7 +84,7 @@ def failed_statement(
 
 
 def for_whom(node: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
-    """Whom a model serves: its domain, topic or training table, and the exposures that read it; empty for nobody."""
+    """Describe what a model serves: its domain, topic or training table, and its exposures; else empty."""
     meta, upstream = node["config"]["meta"], node["depends_on"]["nodes"]
     read = [manifest["nodes"][id_]["config"]["meta"] for id_ in upstream if id_ in manifest["nodes"]]
     domains = [one["domain"]["key"] for one in (meta, *read) if one.get("domain")]

@@ -1,4 +1,4 @@
-"""The RisingWave that the project needs, as `requires_risingwave` of its dbt_project.yml says."""
+"""The RisingWave version that a project requires, from `requires_risingwave` in its dbt_project.yml."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from dagster_prefs.errors import PrefsError
 
 
 class EngineTooOld(PrefsError):
-    """RisingWave is older than the project needs."""
+    """RisingWave is older than the project requires."""
 
 
 def server_version(text: str) -> tuple[int, ...]:
-    """Major, minor and patch of what `select version()` says; all zero where that is no RisingWave."""
+    """Parse the result of `select version()` into major, minor and patch; zeros if it is not RisingWave."""
     found = re.search(r"RisingWave-(\d+)\.(\d+)\.(\d+)", text)
     return tuple(map(int, found.groups())) if found else (0, 0, 0)
 
 
 def require_version(connection: psycopg.Connection[Any], engine: EngineConfiguration, dbt: Dbt) -> None:
-    """Refuse a RisingWave that is older than the dbt project needs; the embedded engine is never refused.
+    """Raise EngineTooOld if RisingWave is older than the dbt project requires; never for the embedded engine.
 
-    The macro `require_version` refuses it in the same words where dbt runs alone. Raises EngineTooOld.
+    The macro `require_version` reports the same error in the same words when dbt runs alone.
     """
     if engine.kind != "risingwave":
         return

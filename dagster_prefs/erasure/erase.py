@@ -1,17 +1,17 @@
-"""Forgetting one subject everywhere, and proving it by reading every store back.
+"""Erase one subject everywhere, and prove it by reading every store back.
 
 The order is what makes it safe to stop anywhere and start again: the subject is suppressed first, so that
-nothing derives its values anew; then go the messages, the views, the items, the training tables. Each step
+nothing derives its values again; then go the messages, the views, the items, the training tables. Each step
 looks at what is there, not at what an earlier run says it did.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.erasure.events import AppendOnly, RawMessages, Subject
 from dagster_prefs.erasure.items import EntityItems
 from dagster_prefs.erasure.training import (
-    ForgottenTable,
+    ErasedTable,
     SubjectInTable,
     SubjectInTiles,
     SubjectInTrainingSet,
@@ -39,25 +39,28 @@ from dagster_prefs.iceberg.tables import ErasedSubject, TileTable, tile_tables
 if TYPE_CHECKING:
     from pyiceberg.catalog import Catalog
 
-    from dagster_prefs.declarations.registry import Registry
+    from dagster_prefs.declarations.registry import Entity, Registry
     from dagster_prefs.engine.dbt import Dbt
 
 ERASED = "erased_subjects"
-# Streaming views follow within a barrier or two; this long they may take under load.
+# Streaming views follow within a barrier or two; this is the limit under load.
 STREAM_SECONDS = 120.0
-# Messages that committed late, although they had arrived before the erasure began, take another round.
+# Messages that arrived before the erasure began may commit late, which takes another round.
 ROUNDS = 5
 
 
 class ErasureIncomplete(PrefsError):
-    """The erasure stopped, or something is still held; running it again goes on from there."""
+    """The erasure stopped, or a store still holds data of the subject; the next run continues."""
 
 
 @dataclass(frozen=True)
 class Stores:
-    """Where a subject may be held. `catalog` and `dynamodb` open what they name when it is their turn;
-    `table_prefix` begins the names of the tables there. `refresh` brings the embedded engine's views up to date and is
-    not called on RisingWave. `tables_by_sink` says that RisingWave's sinks write the training tables."""
+    """The stores that may hold a subject.
+
+    `catalog` and `dynamodb` open their stores when first needed; `table_prefix` is the prefix of the DynamoDB
+    tables. `refresh` refreshes the embedded engine's views and is not called on RisingWave. `tables_by_sink`
+    says that RisingWave's sinks write the training tables.
+    """
 
     engine: EngineConfiguration
     registry: Registry
@@ -71,7 +74,7 @@ class Stores:
 
 @dataclass(frozen=True)
 class Holding:
-    """How much of the subject one place held when the run began, and holds now."""
+    """The amount of the subject's data that one place held when the run began, and holds now."""
 
     store: str
     place: str
@@ -82,13 +85,13 @@ class Holding:
 
 @dataclass
 class ErasureReport:
-    """What an erasure found and left, without any content.
+    """The findings and the outcome of an erasure, without any content.
 
-    `erased_at` (UTC): events up to it stay suppressed, whenever they arrive. `newer_events` of the subject
+    Events up to `erased_at` (UTC) stay suppressed, whenever they arrive. `newer_events` of the subject
     happened after it and count again. `kept_by` names tags and branches (table → names) that still keep a
-    snapshot with the subject, `training_sets` files outside, and tables of labels that others wrote, that hold it,
-    `unread` why a table or namespace of the catalog was not searched, `unfinished` what only time removes (what →
-    until when).
+    snapshot with the subject; `training_sets` external files and other writers' tables of labels that hold
+    it; `unread` the reason why a table or namespace of the catalog was not searched; `unfinished` what only
+    expires with time (what → until when).
     """
 
     subject: Subject
@@ -96,7 +99,7 @@ class ErasureReport:
     first_erased: bool
     holdings: list[Holding] = field(default_factory=list)
     newer_events: int = 0
-    tables: list[ForgottenTable] = field(default_factory=list)
+    tables: list[ErasedTable] = field(default_factory=list)
     kept_by: dict[str, list[str]] = field(default_factory=dict)
     training_sets: list[str] = field(default_factory=list)
     unread: dict[str, str] = field(default_factory=dict)
@@ -105,11 +108,11 @@ class ErasureReport:
 
     @property
     def held(self) -> bool:
-        """Whether anything of the subject was found."""
+        """Whether any data of the subject was found."""
         return any(holding.before for holding in self.holdings)
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as JSON holds it."""
+        """Return the report as plain values, for JSON."""
         return {
             "subject_kind": self.subject.kind,
             "subject_id": self.subject.id,
@@ -138,7 +141,7 @@ class ErasureReport:
 
 
 def refresh_with(dbt: Dbt) -> Callable[[], None]:
-    """A refresh of every view by dbt; raises ErasureIncomplete naming the models that failed."""
+    """Return a function that refreshes all views by dbt. It raises ErasureIncomplete for failed models."""
 
     def refresh() -> None:
         failed = [result for result in dbt.run("run") if not result.ok]
@@ -158,16 +161,17 @@ def erase(
     training_sets: Sequence[Path] = (),
     step: Callable[[str], None] = lambda _: None,
 ) -> ErasureReport:
-    """Forget one subject everywhere and read every store back.
+    """Erase one subject everywhere and read every store back.
 
-    `now` (UTC) is the erasure's time, from which on new events count again; where the subject was erased
-    before and nothing newer is held, the earlier time stands. Messages that arrive while it runs are left
-    alone: what they tell of the time before is suppressed. `drop_tags` also removes the tags and branches of
-    the training tables that keep a snapshot with the subject; without it they are named. `training_sets` are
-    folders whose files of training sets and labels are searched. `step` hears of each step before it begins.
+    `now` (UTC) is the erasure's time, after which new events count again; if the subject was erased before
+    and the stores hold nothing newer, the earlier time stays. Messages that arrive during the run are not
+    touched: their events before that time are suppressed. `drop_tags` also removes the tags and branches of
+    the training tables that keep a snapshot with the subject; without it the report names them.
+    `training_sets` are folders whose files of training sets and labels are searched. `step` is called with
+    each step before it begins.
 
     Safe to repeat after any failure. Raises ErasureIncomplete naming the step that failed and why, or the
-    places that still hold something.
+    places that still hold data of the subject.
     """
     run = _Erasure(stores, subject, now, drop_tags, training_sets, step)
     return run.run()
@@ -196,7 +200,8 @@ class _Erasure:
         started = monotonic()
         with self._step("suppress the subject"), self.engine.connect() as connection:
             self.until = connection.execute("select now()").fetchall()[0][0]
-            # Counted before, because RisingWave's views and sinks let go of a suppressed subject within a second.
+            # Counted before the erasure, because RisingWave's views and sinks drop a suppressed subject
+            # within a second.
             before = self._engine_counts(connection)
             items = self._items_there()
             first = self._suppress(connection)
@@ -210,7 +215,7 @@ class _Erasure:
             self._follow(any(redacted.values()) or any(before.values()))
         report = ErasureReport(self.subject, self.erased_at, first)
         self._delete_items(report, items)
-        self._forget_in_tables(report)
+        self._erase_in_tables(report)
         with self._step("read the engine back"), self.engine.connect() as connection:
             after = self._engine_counts(connection)
             report.newer_events = self._newer_events(connection)
@@ -219,7 +224,7 @@ class _Erasure:
                 "engine",
                 place,
                 "messages" if place in redacted else "rows",
-                # What no refresh had read yet shows only when it is redacted.
+                # Rows that no refresh has read yet become visible here only after redaction.
                 max(before[place], redacted.get(place, 0)),
                 count,
             )
@@ -250,7 +255,7 @@ class _Erasure:
     # the engine
 
     def _suppress(self, connection: psycopg.Connection[Any]) -> bool:
-        """Record the erasure; an earlier one of the subject stands. Returns whether there was none."""
+        """Record the erasure unless the subject already has one. Returns whether it was recorded."""
         if self._recorded(connection) is not None:
             return False
         self._record(connection, self.now)
@@ -282,8 +287,10 @@ class _Erasure:
             )
 
     def _extend(self, connection: psycopg.Connection[Any]) -> datetime:
-        """Let the erasure reach over every event that is held: one whose producer's clock runs ahead, or one
-        that came after an earlier erasure."""
+        """Move the erasure's time forward to cover every event that is held, and return it.
+
+        Such events have a producer whose clock runs ahead, or came after an earlier erasure.
+        """
         recorded = self._recorded(connection)
         newest = self._messages(connection).newest_event()
         if recorded is None:
@@ -300,7 +307,7 @@ class _Erasure:
         )
 
     def _redact(self, connection: psycopg.Connection[Any]) -> dict[str, int]:
-        """Raw table → messages that were redacted."""
+        """Redact the subject's messages, and return their number by raw table."""
         messages = self._messages(connection)
         done = dict.fromkeys(messages.count(), 0)
         for _ in range(ROUNDS):
@@ -309,15 +316,16 @@ class _Erasure:
                 try:
                     done[raw_table] += messages.redact(raw_table, positions)
                 except AppendOnly as error:
-                    # The other stores are forgotten all the same; in the end this one is named.
+                    # The other stores are erased nevertheless; the outcome then names this raw table.
                     self.refused[raw_table] = str(error)
-            # The embedded engine's parsed relations stand still until the refresh, so one look tells it all.
+            # The embedded engine's parsed relations do not change before the refresh, so one round finds
+            # everything.
             if not found.keys() - self.refused.keys() or self.engine.kind == "local":
                 break
         return done
 
     def _follow(self, changed: bool) -> None:
-        """Wait until the views know of it, or refresh them."""
+        """Wait until the views have applied the erasure, or refresh them."""
         if self.engine.kind == "local":
             if changed:
                 self.stores.refresh()
@@ -331,7 +339,7 @@ class _Erasure:
                 sleep(1.0)
 
     def _engine_counts(self, connection: psycopg.Connection[Any]) -> dict[str, int]:
-        """Raw table → messages, and every relation with the subject's key → rows."""
+        """Count the subject's messages in each raw table, and its rows in every relation with its key."""
         counts = self._messages(connection).count()
         relations = connection.execute(
             "select c.relname, t.typname from pg_catalog.pg_attribute a"
@@ -354,7 +362,8 @@ class _Erasure:
 
     def _newer_events(self, connection: psycopg.Connection[Any]) -> int:
         topics = self.stores.registry.topics.values()
-        typed = [topic.relation for topic in topics if topic.entity == self.subject.kind]
+        family = {entity.name for entity in self._family}
+        typed = [topic.relation for topic in topics if topic.entity in family]
         found = 0
         for name in typed:
             with translated(self.engine, name):
@@ -373,37 +382,38 @@ class _Erasure:
 
     # DynamoDB, Iceberg, files
 
-    @property
-    def _table(self) -> str:
-        return f"{self.stores.table_prefix}{self.subject.entity.table}"
+    @cached_property
+    def _family(self) -> tuple[Entity, ...]:
+        """The entities whose first key column is the subject's."""
+        return self.stores.registry.family(self.subject.kind)
 
     @property
-    def _is_served(self) -> bool:
-        return self.subject.entity.table is not None
+    def _served(self) -> list[Entity]:
+        return [entity for entity in self._family if entity.name in self.stores.registry.contract.tables]
 
-    def _items(self, until: datetime) -> EntityItems:
-        stores, subject = self.stores, self.subject
+    def _items(self, entity: Entity, until: datetime) -> EntityItems:
+        stores, table = self.stores, f"{self.stores.table_prefix}{entity.table}"
         return EntityItems(
-            stores.dynamodb(), stores.registry.contract, subject.kind, self._table, subject.value, until
+            stores.dynamodb(), stores.registry.contract, entity.name, table, self.subject.value, until
         )
 
-    def _items_there(self) -> int:
-        if not self._is_served:
-            return 0
-        # A store that does not answer now is asked again in its turn, which tells why.
-        with suppress(PrefsError):
-            return len(self._items(datetime.max.replace(tzinfo=UTC)).keys())
-        return 0
+    def _items_there(self) -> dict[str, int]:
+        """Entity → items; without those of a store that does not answer now: it is asked again, which tells why."""
+        found: dict[str, int] = {}
+        for entity in self._served:
+            with suppress(PrefsError):
+                found[entity.name] = len(self._items(entity, datetime.max.replace(tzinfo=UTC)).keys())
+        return found
 
-    def _delete_items(self, report: ErasureReport, items_before: int) -> None:
-        if not self._is_served:
-            return
-        with self._step("delete the items in DynamoDB"):
-            items = self._items(self.erased_at)
-            before = max(items_before, items.withdraw(self.engine))
-            report.holdings.append(Holding("dynamodb", self._table, "items", before, len(items.keys())))
+    def _delete_items(self, report: ErasureReport, items_before: Mapping[str, int]) -> None:
+        for entity in self._served:
+            with self._step("delete the items in DynamoDB"):
+                items = self._items(entity, self.erased_at)
+                before = max(items_before.get(entity.name, 0), items.withdraw(self.engine))
+                table = f"{self.stores.table_prefix}{entity.table}"
+                report.holdings.append(Holding("dynamodb", table, "items", before, len(items.keys())))
 
-    def _forget_in_tables(self, report: ErasureReport) -> None:
+    def _erase_in_tables(self, report: ErasureReport) -> None:
         specs = self._training_tables()
         if not specs:
             return
@@ -412,7 +422,7 @@ class _Erasure:
             catalog = self.stores.catalog()
         namespace, by_sink = self.stores.namespace, self.stores.tables_by_sink
         for spec in specs:
-            self._forget_in(
+            self._erase_in(
                 report,
                 partial(
                     SubjectInTiles, catalog, spec, erased, self.engine, namespace=namespace, by_sink=by_sink
@@ -421,7 +431,7 @@ class _Erasure:
         with self._step("search the Iceberg catalog for training sets"):
             others = search_catalog(catalog, erased)
         for name in others.training_sets:
-            self._forget_in(report, partial(SubjectInTrainingSet, catalog, name, erased))
+            self._erase_in(report, partial(SubjectInTrainingSet, catalog, name, erased))
         report.training_sets += others.holding
         report.unread = dict(others.unread)
         if self.training_sets:
@@ -430,17 +440,17 @@ class _Erasure:
                 report.training_sets += [str(path) for path in found]
 
     def _training_tables(self) -> list[TileTable]:
-        """The training tables about the subject's entity."""
+        """Return the training tables of the subject's entity."""
         specs = tile_tables(self.stores.registry).values()
-        return [spec for spec in specs if spec.entity == self.subject.entity]
+        return [spec for spec in specs if spec.entity in self._family]
 
-    def _forget_in(self, report: ErasureReport, in_table: Callable[[], SubjectInTable]) -> None:
+    def _erase_in(self, report: ErasureReport, in_table: Callable[[], SubjectInTable]) -> None:
         table = in_table()
         with self._step(f"remove the subject from {table.name}"):
             held = table.holding()
-            report.tables.append(table.forget(drop_tags=self.drop_tags))
+            report.tables.append(table.erase(drop_tags=self.drop_tags))
         with self._step(f"read {table.name} back"):
-            # A fresh look, which believes nothing that was read before.
+            # A new object, so that nothing cached from earlier reads is used.
             left = in_table().holding()
         report.holdings += [
             Holding("iceberg", left.table, "rows", held.rows, left.rows),
@@ -457,7 +467,7 @@ class _Erasure:
             f"{holding.place}: {holding.after} {holding.unit}"
             for holding in report.holdings
             if holding.after
-            # What happened after the erasure is in the engine's views by right.
+            # The engine's views rightly hold rows of events after the erasure.
             and not (holding.store == "engine" and holding.unit == "rows" and report.newer_events)
             and not (holding.unit in ("snapshots", "files") and holding.place in report.kept_by)
         ]
@@ -489,7 +499,7 @@ class _Erasure:
             "they stay suppressed",
             where: until,
         }
-        if self._is_served:
+        if self._served:
             rest["DynamoDB point-in-time recovery"] = (
                 "35 days from now; a restored table needs this command again"
             )

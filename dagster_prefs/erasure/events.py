@@ -1,7 +1,7 @@
-"""What the raw tables hold of one subject: found, counted, and redacted in place.
+"""One subject's messages in the raw tables: find, count and redact them.
 
-A redacted message keeps its place in its source, so counts and positions stay as they were and neither a file
-nor a Kafka partition is read again; of its content nothing is left.
+A redacted message keeps its place in its source, so that counts and positions do not change and neither a
+file nor a Kafka partition is read again; none of its content remains.
 """
 
 from __future__ import annotations
@@ -31,27 +31,31 @@ BATCH_ROWS = 500
 
 
 class SubjectRefused(PrefsError):
-    """What was named is no subject that can be erased."""
+    """The given subject is not one that can be erased."""
 
 
 class AppendOnly(RawStoreError):
-    """The engine does not change the rows of this raw table."""
+    """The engine does not change rows of this raw table."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """Whose data it is: an erasable entity, and the id in its first key column, as the typed events spell it."""
+    """Whose data it is: an erasable entity, and the id in its first key column, as the typed events spell it.
+
+    Of the entities with that first key column it is the first one: an erasure is of all of them.
+    """
 
     entity: Entity
     id: str
 
     @classmethod
     def named(cls, registry: Registry, kind: str, given: str) -> Subject:
-        """The subject with the id `given` of the entity called `kind`.
+        """Return the subject with the id `given` of the entity called `kind`.
 
-        Raises SubjectRefused for what is no erasable entity, for an id that no event can have, and for a canary.
+        Raises SubjectRefused for an entity that is unknown or not erasable, an id that no event can have, and
+        a canary.
         """
-        erasable = [entity.name for entity in registry.entities.values() if entity.erasable]
+        erasable = erasable_kinds(registry)
         entity = registry.entities.get(kind)
         if entity is None or not entity.erasable:
             why = "is not erasable" if entity else "is not an entity of this project"
@@ -71,7 +75,7 @@ class Subject:
                 f"{kind} {value} is a canary: ids {reserved_range(key)} are no person's, and probes need theirs; "
                 f"name another {kind}"
             )
-        return cls(entity, ids.key_text(key, value))
+        return cls(registry.family(kind)[0], ids.key_text(key, value))
 
     def __str__(self) -> str:
         return f"{self.kind} {self.id}"
@@ -83,7 +87,7 @@ class Subject:
 
     @property
     def key(self) -> str:
-        """The field of a message, and the column of a relation, that holds the id."""
+        """The name of the field of a message, and of the column of a relation, that holds the id."""
         return self.entity.key.name
 
     @property
@@ -93,16 +97,25 @@ class Subject:
 
     @property
     def value(self) -> int | str:
-        """The id as the relations have it."""
+        """The id in the type of the relations."""
         return int(self.id) if self.is_number else self.id
 
     def is_key_of(self, topic: TopicDeclaration) -> bool:
-        """Whether the topic's messages carry this kind of subject."""
+        """Return whether the topic's messages are about this kind of subject."""
         return self.key in topic.by_name
 
 
+def erasable_kinds(registry: Registry) -> list[str]:
+    """What subjects may be named by: of the erasable entities with one first key column, the first."""
+    return list(
+        dict.fromkeys(
+            registry.family(entity.name)[0].name for entity in registry.entities.values() if entity.erasable
+        )
+    )
+
+
 class Position(NamedTuple):
-    """Where a message is in the raw table of its topic."""
+    """The position of a message in the raw table of its topic."""
 
     source: str
     partition: int
@@ -110,10 +123,11 @@ class Position(NamedTuple):
 
 
 class RawMessages:
-    """The raw messages of one subject in these topics, up to `until` by the engine's clock, over one connection.
+    """The raw messages of one subject in these topics, up to `until` by the engine's clock.
 
-    Rejected messages count when they name the subject, readable or not: a value that is the id, under a field
-    of its name anywhere, or under a field that the topic does not know. All methods raise RawStoreError.
+    Reads over one connection. Rejected messages count if they name the subject, even if unreadable: a value
+    equal to the id, under the key's field name anywhere, or under a field that the topic does not declare.
+    All methods raise RawStoreError.
     """
 
     def __init__(
@@ -131,7 +145,7 @@ class RawMessages:
         self._until = until
 
     def newest_event(self) -> datetime | None:
-        """The latest time of a valid event of the subject, UTC."""
+        """Return the latest time of a valid event of the subject, UTC."""
         newest: datetime | None = None
         for topic in self._topics:
             if not self._subject.is_key_of(topic) or topic.time is None:
@@ -146,7 +160,7 @@ class RawMessages:
         return newest
 
     def find(self) -> dict[str, list[Position]]:
-        """Raw table → positions of the subject's messages, as the parsed relations and the raw bytes tell them."""
+        """Find the subject's messages through parsed relations and raw bytes. Returns positions by table."""
         found: dict[str, list[Position]] = {}
         for topic in self._topics:
             own: list[tuple[Any, ...]] = []
@@ -162,13 +176,14 @@ class RawMessages:
         return found
 
     def count(self) -> dict[str, int]:
-        """Raw table → messages of the subject, read from the raw bytes and the rejected payloads."""
+        """Count the subject's messages by raw table, from the raw bytes and the rejected payloads."""
         return {topic.raw: len(self._seen(topic)) for topic in self._topics}
 
     def redact(self, raw_table: str, positions: Sequence[Position]) -> int:
-        """Replace the content of these messages; returns how many there were. Safe to repeat.
+        """Replace the content of these messages, and return their number. Safe to repeat.
 
-        Raises AppendOnly where the engine keeps the raw table's rows for a time and changes none.
+        Raises AppendOnly if the engine does not change rows of the raw table and only drops them after a
+        retention time.
         """
         partitions: dict[tuple[str, int], list[int]] = {}
         for source, partition, offset in positions:
@@ -180,7 +195,7 @@ class RawMessages:
         return done
 
     def _redact(self, raw_table: str, source: str, partition: int, offsets: Sequence[int]) -> int:
-        # RisingWave looks rows up by a list of keys, and takes `data` for a word of its own unless quoted.
+        # RisingWave looks rows up by a list of keys, and treats an unquoted `data` as a keyword.
         change = sql.SQL(
             'update {} set "data" = %s where source = %s and source_partition = %s and source_offset in ({})'
         ).format(self._relation(raw_table), sql.SQL(", ").join(map(sql.Literal, offsets)))
@@ -196,12 +211,12 @@ class RawMessages:
         )
 
     def _seen(self, topic: TopicDeclaration) -> set[Position]:
-        """Messages that carry the id under its own name, and rejected ones that name it otherwise."""
+        """Return the messages with the id in its own field, and rejected ones that name it elsewhere."""
         found = set(self._rejected(topic))
         if self._subject.is_key_of(topic):
             rows = self._ask(
                 topic.raw,
-                # Looking for the bytes first is ten times as quick as the pattern alone.
+                # Filtering by the bytes first is ten times as fast as the pattern alone.
                 "select source, source_partition, source_offset, data from {relation} where arrived_at <= {until}"
                 " and ({hints}) and encode(data, 'escape') ~ {pattern}",
                 hints=sql.SQL(" or ").join(
@@ -218,7 +233,7 @@ class RawMessages:
         return found
 
     def _rejected(self, topic: TopicDeclaration) -> Iterator[Position]:
-        """Rejected messages that name the subject although they could not be read as one of its events."""
+        """Yield rejected messages that name the subject but could not be parsed as its events."""
         native = self._subject.is_key_of(topic)
         rows = self._ask(
             topic.parsed,
@@ -238,10 +253,11 @@ class RawMessages:
                 yield Position(*position)
 
     def _pattern(self) -> str:
-        # As encode(…, 'escape') shows bytes: everything beyond ASCII in octal, a backslash twice.
+        # The spelling of encode(…, 'escape'): octal for everything beyond ASCII, a doubled backslash.
         forms = sorted({_escaped(text.encode()) for text in _in_json(self._subject)})
         either = "|".join(re.escape(form).replace("\\ ", " ") for form in forms)
-        # A number is one even as text; of a text only what JSON writes as a number is.
+        # If the id is a number, a quoted value may have leading zeros and a fraction of zeros, too. If it is a
+        # text, only an unquoted number may have that fraction.
         zeros, tail = ("0*", "([.]0+)?") if self._subject.is_number else ("", "")
         blank = r"([ \t\r\n]|\\\\[trn])*"
         return (
@@ -266,7 +282,7 @@ class RawMessages:
 
 
 def spellings(subject: Subject) -> list[str]:
-    """How a payload may show the id: plain, as JSON escapes it, and as the engine shows bytes that are no text."""
+    """Return the spellings of the id in a payload: plain, JSON-escaped, and as escaped non-text bytes."""
     forms = _in_json(subject)
     return list(dict.fromkeys([*forms, *(_escaped(form.encode()) for form in forms)]))
 
@@ -280,7 +296,7 @@ def _in_json(subject: Subject) -> list[str]:
 
 
 def _of_another(subject: Subject, message: bytes) -> bool:
-    """Whether the message is another subject's own, and names this one only beside."""
+    """Return whether the message belongs to another subject, and only mentions this one."""
     try:
         document = json.loads(message, parse_float=Decimal, parse_int=Decimal)
     except (ValueError, RecursionError):
@@ -291,11 +307,12 @@ def _of_another(subject: Subject, message: bytes) -> bool:
 
 
 def names(subject: Subject, payload: str, topic: TopicDeclaration) -> bool:
-    """Whether a rejected payload names the subject.
+    """Return whether a rejected payload names the subject.
 
-    Where it is JSON, by the value of a field called like the key, at any depth; in a topic of this kind of
-    subject also by any value outside the topic's own fields. Where it is not, by what follows the name of the
-    key, or, in a topic of this kind without one, by the id standing alone anywhere.
+    A JSON payload does if a field called like the key has the id as its value, at any depth, or, in a topic
+    of this kind of subject, any value outside the topic's own fields. Any other payload does if the id
+    follows the name of the key, or, in a topic of this kind and without that name, if the id stands alone
+    anywhere.
     """
     native = subject.is_key_of(topic)
     try:
@@ -360,7 +377,7 @@ def _same(subject: Subject, text: str) -> bool:
 
 
 def _text_of(payload: str) -> str:
-    """A payload that the engine shows as escaped bytes, as far as these are text."""
+    """Decode a payload that the engine shows as escaped bytes, as far as these are text."""
     octal = re.compile(r"(?:\\[0-3][0-7]{2})+")
     return octal.sub(
         lambda found: bytes(int(digits, 8) for digits in found[0][1:].split("\\")).decode(errors="replace"),

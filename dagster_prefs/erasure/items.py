@@ -1,4 +1,4 @@
-"""One key's items out of DynamoDB, whatever wrote them, and out of what the publisher remembers."""
+"""One key's items: erased from DynamoDB, whichever process wrote them, and from the publisher's records."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from dagster_prefs.declarations.contract import LAST_EVENT_AT, Contract
 from dagster_prefs.dynamodb.publisher import PublishError, publish_lock
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.durations import with_unit
+from dagster_prefs.ids import encode_part
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
@@ -22,8 +23,9 @@ POLL_SECONDS = 0.5
 
 
 class EntityItems:
-    """The items of one id of an entity whose newest event is not after `until` (UTC), in the table of that name.
+    """The items of one id of an entity whose newest event is not after `until` (UTC), in its table.
 
+    Of a composite key the id is one of the first column, and the items are all of its partition.
     An item without a newest event counts too. Every method raises PublishError for a DynamoDB that refuses or
     cannot be reached.
     """
@@ -39,7 +41,7 @@ class EntityItems:
     ) -> None:
         self._client = client
         self._domains = contract.domains_of(entity)
-        # What is remembered of a domain that the contract has no more goes as well.
+        # Also erases records of domains that the contract no longer has.
         self._others = [domain.key for domain in contract.domains.values() if domain.entity != entity]
         self._keys = contract.tables[entity]
         self._table = table
@@ -47,7 +49,7 @@ class EntityItems:
         self._until_ms = int(until.timestamp() * 1000)
 
     def keys(self) -> list[str]:
-        """The sort keys of the items, of every domain, known to the contract or not; read consistently."""
+        """Return the sort keys of the id's items, in or outside the contract; a consistent read."""
         partition, sort = self._keys.partition_key, self._keys.sort_key.name
         found = []
         with self._translated("dynamodb:Query"):
@@ -69,11 +71,11 @@ class EntityItems:
     def withdraw(
         self, engine: EngineConfiguration, *, lock_timeout_seconds: float = 900.0, sink_seconds: float = 60.0
     ) -> int:
-        """Delete the items and what `online_published` remembers of them; returns how many items went.
+        """Delete the items and their records in `online_published`. Returns the number of deleted items.
 
-        The views must have forgotten the id before. On the embedded engine no publisher runs meanwhile;
-        on RisingWave the sinks get `sink_seconds` to delete by themselves, because an item that a sink has
-        still to write would come back.
+        The views must no longer contain the id. On the embedded engine no publisher runs meanwhile; on
+        RisingWave the sinks get `sink_seconds` to delete the items themselves, because an item that a sink
+        has still to write would reappear.
         """
         if engine.kind == "local":
             return self._withdraw_published(engine, lock_timeout_seconds)
@@ -102,15 +104,13 @@ class EntityItems:
                 ) from None
             keys = self.keys()
             # Emptied before the item goes: after a crash in between the publisher does not take it for written.
-            mine = [str(self._id), self._others]
-            control.execute(
-                "update online_published set fingerprint = '' where entity_key = %s and domain_key <> all(%s::text[])",
-                mine,
-            )
+            composite = bool(self._keys.rest_keys)
+            mine = [encode_part(self._id) if composite else str(self._id), self._others]
+            first = "split_part(entity_key, '#', 1)" if composite else "entity_key"
+            where = f"where {first} = %s and domain_key <> all(%s::text[])"
+            control.execute(f"update online_published set fingerprint = '' {where}".encode(), mine)
             self._delete(keys)
-            control.execute(
-                "delete from online_published where entity_key = %s and domain_key <> all(%s::text[])", mine
-            )
+            control.execute(f"delete from online_published {where}".encode(), mine)
         return len(keys)
 
     def _delete(self, keys: list[str]) -> None:

@@ -1,8 +1,9 @@
-"""Taking one subject out of the training tables and sets: the current state, the history, and the files.
+"""Erase one subject from the training tables and sets: current state, history, and files.
 
-Every day that holds the subject is replaced through the same write, audit and publish as an export, and a training
-set by its other rows; then go the branches and snapshots that still hold the rows, then the files that nothing names
-any more. A tag is somebody's promise to keep a snapshot: it stays, and is named, unless told otherwise.
+Every day that holds the subject is replaced by the write, audit and publish of an export, and a training
+set by its other rows; then the branches and snapshots that still hold the rows are removed, then
+unreferenced files. A tag is a deliberate decision to keep a snapshot: it stays and is reported, unless
+`drop_tags` is set.
 """
 
 from __future__ import annotations
@@ -75,9 +76,11 @@ from dagster_prefs.training.outputs import replace_rows
 
 @dataclass(frozen=True)
 class TableHolding:
-    """What of a subject a table holds: rows of the current state, snapshots that hold a row, the names of tags
-    (and of branches that are not an export's) that keep one, and Parquet files with a row, whether a snapshot
-    names them or not."""
+    """A subject's data in one table.
+
+    Rows of the current state, snapshots that hold a row, the names of tags (and of branches that are not an
+    export's) that keep one, and Parquet files with a row, whether a snapshot references them or not.
+    """
 
     table: str
     rows: int
@@ -87,7 +90,7 @@ class TableHolding:
 
 
 @dataclass(frozen=True)
-class ForgottenTable:
+class ErasedTable:
     """What was done to one table; `days_from_engine` were exported again, `days_rewritten` are the table's own
     rows without the subject's, because the engine no longer holds the whole day. A training set has no days."""
 
@@ -101,8 +104,11 @@ class ForgottenTable:
 
 @dataclass(frozen=True)
 class CatalogSearch:
-    """What a catalog has besides the training tables: `training_sets` are tables of this platform, `holding` other
-    tables of labels whose current state holds the subject, `unread` says why a namespace or table was not searched."""
+    """The tables of a catalog besides the training tables.
+
+    `training_sets` are tables of this platform; `holding` are other tables of labels whose current state
+    holds the subject; `unread` gives the reason why a namespace or table was not searched.
+    """
 
     training_sets: tuple[str, ...]
     holding: tuple[str, ...]
@@ -110,10 +116,10 @@ class CatalogSearch:
 
 
 class SubjectInTable(ABC):
-    """One subject's rows in one table; files are read once, however many snapshots name them.
+    """One subject's rows in one table. Reads each file once, however many snapshots reference it.
 
-    `time` is the column that says until when a row is the erased subject's. Every method raises OfflineError, and
-    does nothing where there is no such table.
+    `time` is the column that decides up to when rows belong to the erased subject. Every method raises
+    OfflineError, and does nothing if the table does not exist.
     """
 
     def __init__(self, catalog: Catalog, name: str, erased: ErasedSubject, time: str) -> None:
@@ -126,7 +132,7 @@ class SubjectInTable(ABC):
         self._manifests: dict[str, list[DataFile]] = {}
 
     def holding(self) -> TableHolding:
-        """Read the table, its history and its folder."""
+        """Search the table's current state, its history and its folder."""
         with translated(f"the table {self.name}"):
             table = self._load()
             if table is None:
@@ -143,22 +149,22 @@ class SubjectInTable(ABC):
                 sum(table.io.new_input(path).exists() for path in files),
             )
 
-    def forget(self, *, drop_tags: bool = False) -> ForgottenTable:
-        """Remove the subject; safe to repeat after a crash anywhere, and beside running exports.
+    def erase(self, *, drop_tags: bool = False) -> ErasedTable:
+        """Remove the subject; safe to repeat after a crash anywhere, and while exports run.
 
-        With `drop_tags` the tags and branches that keep a snapshot with the subject go as well.
+        `drop_tags` also removes the tags and branches that keep a snapshot with the subject.
         """
         with translated(f"the table {self.name}"):
             if self._load() is None:
-                return ForgottenTable(self.name)
-            exported, rewritten = self._forget_rows()
+                return ErasedTable(self.name)
+            exported, rewritten = self._erase_rows()
             removed = self._remove_refs(drop_tags)
             expired = self._expire()
             files = self._remove_files()
-        return ForgottenTable(self.name, exported, rewritten, removed, expired, files)
+        return ErasedTable(self.name, exported, rewritten, removed, expired, files)
 
     @abstractmethod
-    def _forget_rows(self) -> tuple[tuple[date, ...], tuple[date, ...]]:
+    def _erase_rows(self) -> tuple[tuple[date, ...], tuple[date, ...]]:
         """Remove the subject of the current state; returns the days that were exported again and rewritten."""
 
     def _load(self) -> Table | None:
@@ -171,11 +177,11 @@ class SubjectInTable(ABC):
         return self._catalog.load_table(self.name)
 
     def _snapshots(self, table: Table) -> set[int]:
-        """The snapshots of the whole history that hold a row of the subject."""
+        """Return the snapshots of the whole history that hold a row of the subject."""
         return {
             snapshot.snapshot_id
             for snapshot in table.snapshots()
-            # Every file is read, so that the count of files is one of all files.
+            # Reads every file, because the report counts files.
             if sum(self._rows_in(table, file) for file in self._files(table, snapshot))
         }
 
@@ -190,11 +196,11 @@ class SubjectInTable(ABC):
             yield from self._manifests[path]
 
     def _optional_refs(self, table: Table) -> list[str]:
-        """The tags and branches that somebody chose to make, and may drop."""
+        """Return the tags and branches that someone created on purpose and may drop."""
         return [name for name in table.refs() if name != MAIN_BRANCH]
 
     def _expendable(self, table: Table, name: str) -> bool:
-        """Whether a ref goes without being asked for: an export's branch, or a tag that says a day was verified."""
+        """Return whether a ref can be removed unasked: an export's branch, or the tag of a verified day."""
         is_tag = table.refs()[name].snapshot_ref_type == SnapshotRefType.TAG
         return name.startswith(VERIFIED_PREFIX if is_tag else BRANCH_PREFIX)
 
@@ -220,7 +226,7 @@ class SubjectInTable(ABC):
                 change.commit()
                 removed += [name for name, _ in going]
             except CommitFailedException:
-                # Somebody else changed the table; it is read again.
+                # Another process changed the table; read it again.
                 continue
         return tuple(removed)
 
@@ -228,7 +234,8 @@ class SubjectInTable(ABC):
         return expire(self._table(), self._snapshots)
 
     def _remove_files(self) -> int:
-        # However young: a running export that wrote one read the engine before the erasure and cannot publish.
+        # Of any age: a running export that wrote the branch read the engine before the erasure and cannot
+        # publish any more.
         table = self._table()
         going = [path for path in self._unreferenced(table) if self._removable(path)]
         for path in going:
@@ -236,15 +243,15 @@ class SubjectInTable(ABC):
         return len(going)
 
     def _removable(self, path: str) -> bool:
-        """Whether a file that nothing names may go."""
+        """Return whether an unreferenced file may be removed."""
         return True
 
     def _was_named(self, path: str) -> bool:
-        """Whether a snapshot that was read named the file, expired by now or not."""
+        """Return whether a snapshot that was read, possibly expired by now, referenced the file."""
         return path in {file.file_path for files in self._manifests.values() for file in files}
 
     def _unreferenced(self, table: Table) -> list[str]:
-        """Parquet files in the table's folder that hold the subject and that nothing names."""
+        """Return the unreferenced Parquet files in the table's folder that hold the subject."""
         return [
             file.location
             for file in unreferenced_files(table)
@@ -252,12 +259,12 @@ class SubjectInTable(ABC):
         ]
 
     def _rows_in(self, table: Table, file: DataFile) -> int:
-        """Rows of the subject in a data file; its bounds may spare reading it."""
+        """Count the subject's rows in a data file; the file's bounds may make reading it unnecessary."""
         field = table.schema().find_field(self._key).field_id
         low, high = file.lower_bounds.get(field), file.upper_bounds.get(field)
         if low is not None and high is not None:
             kind = LongType() if isinstance(self._erased.value, int) else StringType()
-            # Those of a text may be cut short, and then lie below the lowest and above the highest.
+            # Bounds of texts may be truncated, and then lie below the lowest and above the highest value.
             first: Any = from_bytes(kind, low)
             last: Any = from_bytes(kind, high)
             if not first <= self._erased.value <= last:
@@ -269,7 +276,7 @@ class SubjectInTable(ABC):
             try:
                 with table.io.new_input(path).open() as source, pq.ParquetFile(source) as parquet:
                     if not {self._key, self._time} <= set(parquet.schema_arrow.names):
-                        # A delete file of another engine: positions, or keys, and no row.
+                        # A delete file of another engine contains positions or keys, but no rows.
                         self._rows[path] = 0
                         return 0
                     batches = parquet.iter_batches(
@@ -279,17 +286,18 @@ class SubjectInTable(ABC):
                         int(pc.sum(self._erased.rows_of(batch, self._time)).as_py() or 0) for batch in batches
                     )
             except FileNotFoundError:
-                # What an export that was overtaken had staged is gone, but a snapshot may still name it.
+                # The files that an outdated export had staged are deleted, but a snapshot may still reference
+                # them.
                 return 0
             except pa.ArrowInvalid:
                 if self._was_named(path):
                     raise
-                # Half written: nothing names it, and maintenance removes it.
+                # An incomplete file is unreferenced, and maintenance removes it.
                 return 0
         return self._rows[path]
 
     def _groups(self, parquet: pq.ParquetFile) -> list[int]:
-        """The row groups of a file that may hold the subject."""
+        """Return the row groups of a file that may hold the subject."""
         place = parquet.schema_arrow.get_field_index(self._key)
         found = []
         for group in range(parquet.num_row_groups):
@@ -306,8 +314,8 @@ class SubjectInTable(ABC):
 class SubjectInTiles(SubjectInTable):
     """One subject's rows in one training table.
 
-    Where RisingWave's sinks write the table (`by_sink`), the current state and the branch they write to are theirs to
-    change, and only the history goes.
+    If RisingWave's sinks write the table (`by_sink`), only they change the current state and their branch;
+    this class only erases the history.
     """
 
     def __init__(
@@ -327,11 +335,11 @@ class SubjectInTiles(SubjectInTable):
         self._by_sink = by_sink
 
     def _optional_refs(self, table: Table) -> list[str]:
-        # Without its branch a sink starts an empty one, and the next compaction makes that the whole table.
+        # A sink whose branch is missing starts an empty one, which the next compaction makes the whole table.
         return [name for name in super()._optional_refs(table) if not (self._by_sink and name == SINK_BRANCH)]
 
     def _removable(self, path: str) -> bool:
-        # A sink has files, with everybody's rows, for minutes before it commits them.
+        # A sink's files, with rows of all subjects, exist for minutes before it commits them.
         return not self._by_sink or self._was_named(path)
 
     def _days(self, table: Table) -> dict[date, int]:
@@ -341,7 +349,7 @@ class SubjectInTiles(SubjectInTable):
                 days[day] = rows
         return days
 
-    def _forget_rows(self) -> tuple[tuple[date, ...], tuple[date, ...]]:
+    def _erase_rows(self) -> tuple[tuple[date, ...], tuple[date, ...]]:
         if self._by_sink:
             return (), ()
         exported: list[date] = []
@@ -361,7 +369,7 @@ class SubjectInTiles(SubjectInTable):
         )
 
     def _export(self, day: date) -> bool:
-        """Replace a day by what the engine holds of it, where that is all of it."""
+        """Replace a day by the engine's rows, if the engine still holds all of it."""
         try:
             report = export_day(
                 self._engine,
@@ -369,15 +377,15 @@ class SubjectInTiles(SubjectInTable):
                 self._spec,
                 day,
                 namespace=self._namespace,
-                forgetting=self._erased,
+                erasing=self._erased,
             )
         except (AuditFailed, TilesUnreadable):
-            # What is wrong with other subjects' tiles must not keep this one; the next export tells of it.
+            # A problem with other subjects' tiles must not block this erasure; the next export reports it.
             return False
         return report.status == "written"
 
     def _rewrite(self, day: date) -> bool:
-        """Replace a day by its own rows without the subject's; False where another writer was faster."""
+        """Replace a day by its own rows without the subject's. Returns False if another writer was faster."""
         table = self._table()
         head = table.current_snapshot()
         if head is None:
@@ -393,8 +401,8 @@ class SubjectInTiles(SubjectInTable):
 
         rows, totals = counted_sums(remaining(), self._spec.totals)
         written = DayFiles(
-            # A name of its own: the day is no longer what the engine once gave. What another writer did to the day
-            # stays his, under a name that is none of ours.
+            # A new token, because the day no longer matches the engine's fingerprint. A day that another
+            # writer changed gets a name that does not count as an own export.
             token=f"foreign-{uuid.uuid4().hex[:8]}" if foreign_of(table, held) else uuid.uuid4().hex[:16],
             rows=rows,
             totals=totals,
@@ -408,12 +416,12 @@ class SubjectInTiles(SubjectInTable):
 
 
 class SubjectInTrainingSet(SubjectInTable):
-    """One subject's rows in a training set that lies in an Iceberg table; the other rows keep their order."""
+    """One subject's rows in a training set stored as an Iceberg table; the other rows keep their order."""
 
     def __init__(self, catalog: Catalog, name: str, erased: ErasedSubject) -> None:
         super().__init__(catalog, name, erased, TIME)
 
-    def _forget_rows(self) -> tuple[tuple[date, ...], tuple[date, ...]]:
+    def _erase_rows(self) -> tuple[tuple[date, ...], tuple[date, ...]]:
         table = self._table()
         if any(self._rows_in(table, file.data) for file in live_files(table)):
             others = scan_rows(table, row_filter=self._erased.others(TIME))
@@ -422,10 +430,10 @@ class SubjectInTrainingSet(SubjectInTable):
 
 
 def search_catalog(catalog: Catalog, erased: ErasedSubject) -> CatalogSearch:
-    """Search every namespace for tables of training sets, and for tables of labels that hold the subject.
+    """Search all namespaces for tables of training sets, and tables of labels that hold the subject.
 
-    What this role may not read is part of the answer, because a catalog may be that of a whole account. Raises
-    OfflineError where the namespaces cannot be listed.
+    Tables that this role may not read are part of the result, because a catalog may cover a whole account.
+    Raises OfflineError if the namespaces cannot be listed.
     """
     key = erased.key.name
     training_sets: list[str] = []
@@ -439,7 +447,7 @@ def search_catalog(catalog: Catalog, erased: ErasedSubject) -> CatalogSearch:
             with translated(f"the Iceberg namespace {'.'.join(namespace)}"):
                 names += sorted(".".join(found) for found in catalog.list_tables(namespace))
         except (OfflineError, NotImplementedError) as error:
-            # Not every REST catalog lists tables.
+            # Some REST catalogs do not list tables.
             unread[".".join(namespace)] = str(error)
     for name in names:
         try:
@@ -449,7 +457,7 @@ def search_catalog(catalog: Catalog, erased: ErasedSubject) -> CatalogSearch:
                     continue
                 if is_training_set(table):
                     training_sets.append(name)
-                # As text, which fits an id of any type.
+                # Compared as text, which fits an id of any type.
                 elif any(
                     b.num_rows for b in scan_rows(table, [key], EqualTo(term=key, value=str(erased.value)))
                 ):
@@ -457,15 +465,15 @@ def search_catalog(catalog: Catalog, erased: ErasedSubject) -> CatalogSearch:
         except OfflineError as error:
             unread[name] = str(error)
         except ValueError as error:
-            # A column of a type that no such id can be written in.
+            # The column's type cannot represent such an id.
             unread[name] = f"its column {key} cannot be compared with the id: {str(error).splitlines()[0]}"
     return CatalogSearch(tuple(training_sets), tuple(holding), unread)
 
 
 def files_holding(erased: ErasedSubject, folders: Sequence[Path]) -> list[Path]:
-    """The Parquet and CSV files of training sets and labels below the folders that hold the subject.
+    """Find the Parquet and CSV files of training sets and labels below the folders that hold the subject.
 
-    Those are the files with the entity's key and `label_time` as columns. Raises OfflineError for a folder that does
+    Those files have the entity's key and `label_time` as columns. Raises OfflineError for a folder that does
     not exist or a file that cannot be read.
     """
     found = []
@@ -506,7 +514,7 @@ def _holds(path: Path, erased: ErasedSubject) -> bool:
 
 
 def _is_in(ids: pa.Array, erased: ErasedSubject, path: Path) -> bool:
-    """Whether one of the ids, as labels may write them, is the subject's."""
+    """Return whether one of the ids, in any spelling that labels may use, is the subject's."""
     if erased.key.type == "bigint":
         if pa.types.is_string(ids.type):
             ids = key_values(pa.chunked_array([ids]).drop_null(), erased.key, str(path))

@@ -1,11 +1,12 @@
-"""How our own Kafka clients are let in: TLS, SASL and MSK's IAM, as the settings say."""
+"""How our own Kafka clients are let in: TLS, SASL and MSK's IAM."""
 
 from __future__ import annotations
 
 import base64
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 from urllib.parse import parse_qs, urlsplit
 
 import botocore.session
@@ -15,42 +16,56 @@ from botocore.credentials import ReadOnlyCredentials
 from botocore.exceptions import BotoCoreError, ClientError
 from confluent_kafka import KafkaException
 
-from dagster_prefs.settings import Settings
-
 TOKEN_SECONDS = 900
 
 
-def client_properties(settings: Settings) -> dict[str, Any]:
-    """The librdkafka properties that these settings ask for, beside the addresses; empty for plain text.
+@dataclass(frozen=True)
+class KafkaSecurity:
+    """How brokers let a client in. `tls` holds librdkafka's `ssl.…` properties and never shows in a repr."""
+
+    protocol: str
+    mechanism: str | None = None
+    username: str | None = None
+    password: str | None = field(default=None, repr=False)
+    tls: Mapping[str, str | None] = field(default_factory=dict, repr=False)
+    msk_region: str = ""
+    msk_role_arn: str | None = None
+
+
+@dataclass(frozen=True)
+class KafkaSource:
+    """Where events come from: brokers, the topics' names there, where a new consumer starts, and its properties.
+
+    `bootstrap` is None without Kafka. `client` holds secrets and never shows in a repr.
+    """
+
+    bootstrap: str | None = None
+    topics: Mapping[str, str] = field(default_factory=dict)
+    start: Literal["earliest", "latest"] = "earliest"
+    client: Mapping[str, Any] | None = field(default=None, repr=False)
+
+
+def client_properties(security: KafkaSecurity) -> dict[str, Any]:
+    """The librdkafka properties that get a client in, beside the addresses; empty for plain text.
 
     The values hold secrets: they are for a client only, never for a log or an error.
     """
-    given: dict[str, Any] = {}
-    protocol, mechanism = settings.kafka_security_protocol, settings.kafka_sasl_mechanism
-    if protocol == "PLAINTEXT":
-        return given
-    given["security.protocol"] = protocol
-    if mechanism == "AWS_MSK_IAM":
-        given["sasl.mechanism"] = "OAUTHBEARER"
-        given["oauth_cb"] = msk_token(
-            settings.kafka_msk_region or settings.aws_region, settings.kafka_msk_role_arn
-        )
-        return given
-    password = settings.kafka_sasl_password
-    key, passphrase = settings.kafka_ssl_key_pem, settings.kafka_ssl_key_password
+    if security.protocol == "PLAINTEXT":
+        return {}
+    if security.mechanism == "AWS_MSK_IAM":
+        return {
+            "security.protocol": security.protocol,
+            "sasl.mechanism": "OAUTHBEARER",
+            "oauth_cb": msk_token(security.msk_region, security.msk_role_arn),
+        }
     values = {
-        "sasl.mechanism": mechanism,
-        "sasl.username": settings.kafka_sasl_username,
-        "sasl.password": password and password.get_secret_value(),
-        "ssl.ca.location": settings.kafka_ssl_ca_location,
-        "ssl.ca.pem": settings.kafka_ssl_ca_pem,
-        "ssl.certificate.location": settings.kafka_ssl_certificate_location,
-        "ssl.certificate.pem": settings.kafka_ssl_certificate_pem,
-        "ssl.key.location": settings.kafka_ssl_key_location,
-        "ssl.key.pem": key and key.get_secret_value(),
-        "ssl.key.password": passphrase and passphrase.get_secret_value(),
+        "security.protocol": security.protocol,
+        "sasl.mechanism": security.mechanism,
+        "sasl.username": security.username,
+        "sasl.password": security.password,
+        **security.tls,
     }
-    return given | {name: value for name, value in values.items() if value}
+    return {name: value for name, value in values.items() if value}
 
 
 def msk_token(region: str, role_arn: str | None = None) -> Callable[[str], tuple[str, float]]:

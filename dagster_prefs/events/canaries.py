@@ -1,13 +1,13 @@
-"""What proves that a message is a canary of this deployment.
+"""Authentication of canaries: how a message proves that it is a canary of this deployment.
 
-Each deployment has a key in the engine's table `canary_keys`. The event id of a canary names the deployment and the
-event's time in milliseconds, and ends in a keyed digest of that time:
+Each deployment has a key in the engine's table `canary_keys`. The event id of a canary contains the
+deployment's name and the event's time in milliseconds, and ends in a keyed digest of that time:
 
     canary:<deployment>:<milliseconds>:<digest>
 
-A producer that does not know the key cannot make the digest. One that copies the id of a canary that it has read can
-send it for the same entity and the same time only, and that is a duplicate. The models check the same in SQL
-(`dbt_project/macros/reserved.sql`).
+A producer that does not know the key cannot compute the digest. One that copies the id of a canary that it
+has read can only send it for the same entity and the same time, which makes it a duplicate. The models check
+the same in SQL (`dbt_project/macros/reserved.sql`).
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from dagster_prefs.declarations.registry import FieldDeclaration, Registry
-from dagster_prefs.declarations.reserved import PREFIX, canary_of
+from dagster_prefs.declarations.registry import Registry
+from dagster_prefs.declarations.reserved import PREFIX, canary_of, canary_parts, canary_value
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.events.raw import RawStoreError, translated
 
 RELATION = "canary_keys"
-# Why the typed layer rejects the canaries that other deployments send to the same topics.
+# The reason with which the typed layer rejects canaries that other deployments send to the same topics.
 OF_ANOTHER_DEPLOYMENT = "canary of another deployment"
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -39,38 +39,38 @@ _IDENTITY = re.compile(PREFIX + r"([0-9a-f]{16}):[0-9]{1,19}:[0-9a-f]{32}")
 
 @dataclass(frozen=True)
 class CanaryKey:
-    """The name of a deployment, 16 hex digits, and its secret, 64 hex digits, which no repr shows."""
+    """The name of a deployment (16 hex digits) and its secret (64 hex digits), which no repr shows."""
 
     deployment: str
     secret: str = field(repr=False)
 
     @classmethod
     def random(cls) -> CanaryKey:
-        """A new key, of a deployment with a new name."""
+        """Return a new key, for a deployment with a new random name."""
         return cls(secrets.token_hex(8), secrets.token_hex(32))
 
     def event_id(self, milliseconds: int) -> str:
-        """The id of the deployment's canary with this event time (epoch milliseconds)."""
-        # Twice, because a plain digest of secret and time could be extended without the secret.
+        """Return the id of the deployment's canary with this event time (epoch milliseconds)."""
+        # Hashed twice, because a plain digest of secret and time could be extended without the secret.
         digest = _sha256(self.secret + _sha256(f"{self.secret}{milliseconds}"))[:32]
         return f"{PREFIX}{self.deployment}:{milliseconds}:{digest}"
 
 
 def deployment_of(event_id: str) -> str | None:
-    """The deployment whose canary an event id claims to be, proven or not; None for every other id."""
+    """Return the deployment that a canary's event id names, proven or not; None for every other id."""
     found = _IDENTITY.fullmatch(event_id)
     return found[1] if found else None
 
 
 def is_proven(event_id: str, milliseconds: int, keys: Collection[CanaryKey]) -> bool:
-    """Whether one of these keys made this id for this event time (epoch milliseconds)."""
+    """Return whether one of these keys produces this id for this event time (epoch milliseconds)."""
     return any(secrets.compare_digest(event_id, key.event_id(milliseconds)) for key in keys)
 
 
 def canary_events(registry: Registry, key: CanaryKey, moment: datetime) -> dict[str, bytes]:
-    """Topic → the canary's message of that moment (UTC, whole milliseconds count), proven with `key`.
+    """Build the canary's message for each topic at `moment` (UTC, in whole milliseconds), signed with `key`.
 
-    Every topic has one whose events are about an entity at a time, each with a value in every field.
+    Covers every topic whose events have an entity and a time. Each message has a value in every field.
     """
     milliseconds = (moment - _EPOCH) // timedelta(milliseconds=1)
     identity = key.event_id(milliseconds)
@@ -80,32 +80,19 @@ def canary_events(registry: Registry, key: CanaryKey, moment: datetime) -> dict[
         if topic.entity is None or topic.time is None:
             continue
         subject = registry.entity(topic.entity).key
-        own = {topic.identity: identity, subject.name: canary_of(subject), topic.time: at}
+        # Every entity of this first key is probed by the same message.
+        parts = [canary_parts(registry, entity) for entity in registry.family(topic.entity)]
+        own = {name: value for one in parts for name, value in one.items()}
+        own |= {topic.identity: identity, subject.name: canary_of(subject), topic.time: at}
         fields = {field.name: own.get(field.name, canary_value(field)) for field in topic.fields}
         messages[topic.name] = json.dumps(fields, separators=(",", ":")).encode()
     return messages
 
 
-def canary_value(field: FieldDeclaration) -> str | int | bool:
-    """A value that the field accepts: the last of those that are listed, else one within its bounds.
-
-    A number is the field's maximum, or 60 or its minimum, whichever is larger; a time is the first of 2026.
-    """
-    if field.accepted:
-        return field.accepted[-1]
-    if field.type == "boolean":
-        return True
-    if field.type == "timestamptz":
-        return "2026-01-01T00:00:00Z"
-    if field.type == "text":
-        return "canary"[: field.max_bytes]
-    return field.maximum if field.maximum is not None else max(60, field.minimum or 0)
-
-
 def canary_key(engine: EngineConfiguration) -> CanaryKey:
-    """The key that this deployment's canaries are sent with, made when there is none.
+    """Return the key that signs this deployment's canaries; create it if there is none.
 
-    Raises EngineUnavailable, or RawStoreError where `canary_keys` was not made yet.
+    Raises EngineUnavailable, or RawStoreError if `canary_keys` does not exist yet.
     """
     with engine.connect() as session, translated(engine, RELATION):
         found = _newest(session, engine)
@@ -117,7 +104,7 @@ def canary_key(engine: EngineConfiguration) -> CanaryKey:
                 ),
                 (made.deployment, made.secret, datetime.now(UTC)),
             )
-            # Of two probes that start at once each makes a key, and both keys stay valid.
+            # Two probes that start at once each create a key, and both keys stay valid.
             found = _newest(session, engine)
     if found is None:
         raise RawStoreError(f"the engine did not store a key in {RELATION}: send the canary again")

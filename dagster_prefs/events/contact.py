@@ -1,7 +1,7 @@
-"""Kafka clients that say why the brokers do not let them in.
+"""Kafka clients that report why the brokers reject them.
 
-librdkafka tries again for ever and reports what failed only to its callbacks: to the caller of an operation it says
-that the time is over. A `Contact` collects the reasons, ends a wait that is in vain, and names the setting to correct.
+librdkafka retries forever and reports failures only to its callbacks; the caller of an operation only gets a
+time-out. A `Contact` collects the reasons, ends a hopeless wait, and names the setting to correct.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from confluent_kafka import KafkaError, KafkaException
 
 from dagster_prefs.errors import PrefsError
 
-# The first contact ends within ten seconds, with what the caller does around it.
+# With the work around it, the first contact ends within ten seconds.
 BROKER_TIMEOUT_SECONDS = 8.0
 FIRST_TRY_SECONDS = 0.5
 PAUSE_SECONDS = 0.1
-# So often does a listener of another protocol close the connection within two seconds.
+# A listener of another protocol closes the connection this many times within two seconds.
 CLOSED_TIMES = 5
 
 Result = TypeVar("Result")
 
-# What no further attempt changes, the most telling first.
+# Errors that no retry resolves, the most informative first.
 _REFUSED = (KafkaError._AUTHENTICATION, KafkaError.SASL_AUTHENTICATION_FAILED, KafkaError._SSL)
-# A name server may only be restarting, so this ends a first contact, not a reading under way.
+# The name server may only be restarting, so this ends a first contact, but not a running read.
 _UNKNOWN_HOST = (KafkaError._RESOLVE,)
-# The brokers may answer a second later.
+# Errors that may disappear within seconds.
 _WAITS = (
     KafkaError._TRANSPORT,
     KafkaError._TIMED_OUT,
@@ -45,14 +45,15 @@ _PROPERTY = re.compile(r"\b(?:ssl|sasl)(?:\.[a-z]+)+\b")
 
 
 class KafkaUnavailable(PrefsError):
-    """The brokers cannot be reached, or a topic is not there or not as the engine remembers it."""
+    """The brokers cannot be reached, or a topic is missing or was recreated."""
 
 
 class Contact:
-    """A Kafka client, what librdkafka said about its brokers, and waits that end early when they are in vain.
+    """A Kafka client that knows what librdkafka reports about its brokers, and ends hopeless waits early.
 
-    `make` is Consumer, Producer or AdminClient; `client` adds librdkafka properties (see `client_properties`), which
-    the client's own `properties` win over. Raises KafkaUnavailable where librdkafka does not take the properties.
+    `make` is Consumer, Producer or AdminClient; `client` adds librdkafka properties (see
+    `client_properties`), over which the client's own `properties` take precedence. Raises KafkaUnavailable if
+    librdkafka does not accept the properties.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class Contact:
         self._signs_in_to_aws = sign is not None
         self._timeout = timeout_seconds
         self._reports = _Reports()
-        # Not one of the process's loggers: what it says goes into our own messages.
+        # Not registered with the logging module, because its records go into this class's messages.
         logger = logging.Logger("librdkafka")
         logger.addHandler(self._reports)
         tokens = {"oauth_cb": _first_at_once(sign)} if sign else {}
@@ -94,13 +95,13 @@ class Contact:
             ) from None
 
     def wait(self, call: Callable[[float], Result], what: str = "does not answer") -> Result:
-        """Return what `call`, given seconds to wait, returns; ask it again until the time-out.
+        """Call `call` with a number of seconds to wait, repeatedly until the time-out, and return its result.
 
-        Raises KafkaUnavailable with Kafka's own reason, as soon as the brokers refuse this client for good. `what` is
-        the predicate of its message.
+        Raises KafkaUnavailable with Kafka's own reason, as soon as the brokers permanently reject this
+        client. `what` is the predicate of its message.
         """
         deadline = time.monotonic() + self._timeout
-        # A client serves its callbacks between two operations only, so the first ones are short.
+        # A client only runs its callbacks between two operations, so the first ones are short.
         patience = FIRST_TRY_SECONDS
         while True:
             try:
@@ -119,14 +120,14 @@ class Contact:
             patience *= 2
 
     def heard(self) -> None:
-        """Forget what failed before the brokers answered."""
+        """Discard the failures from before the brokers answered."""
         self._reports.clear()
 
     def check(self, what: str = "does not answer", *, first: bool = False) -> None:
-        """Raise KafkaUnavailable if every broker is out of reach and one of them refused this client.
+        """Raise KafkaUnavailable if every broker is out of reach and one of them rejected this client.
 
-        At the `first` contact a host name that nobody knows is such a refusal, and so is a listener that closes every
-        connection, which speaks another protocol.
+        At the `first` contact an unknown host name counts as a rejection, and so does a listener that closes
+        every connection, because it speaks another protocol.
         """
         final = (*_REFUSED, *_UNKNOWN_HOST) if first else _REFUSED
         refused = any(code in self._reports.errors for code in final)
@@ -134,10 +135,10 @@ class Contact:
             raise self.unavailable(what)
 
     def unavailable(self, what: str, error: Any = None, topic: str | None = None) -> KafkaUnavailable:
-        """The error that says what the brokers (`what` is its predicate) do not do, why, and what to correct.
+        """Return the error that says what the brokers fail to do, why, and the remedy.
 
-        `error` is the KafkaError that an operation ended with; where it is only that the time is over, the reason is
-        what librdkafka reported meanwhile.
+        `what` is its predicate. `error` is the KafkaError that ended an operation; if it is only a time-out,
+        the reason is what librdkafka reported in the meantime.
         """
         code = error.code() if error is not None else KafkaError._TIMED_OUT
         text = error.str() if error is not None else ""
@@ -197,10 +198,10 @@ class Contact:
 
 
 class _Reports(logging.Handler):
-    """What librdkafka said: the last text of each error, whether every broker is out of reach, and what it logged.
+    """The reports of librdkafka: the last text of each error, whether all brokers are down, and its log.
 
-    It knows nothing of the client: with a cycle a client would be destroyed at the end of the interpreter, when its
-    callbacks can no longer be called, which ended in a segmentation fault.
+    Holds no reference to the client: in a reference cycle, a client would be destroyed when the interpreter
+    ends and its callbacks can no longer be called, which led to a segmentation fault.
     """
 
     def __init__(self) -> None:
@@ -221,7 +222,8 @@ class _Reports(logging.Handler):
             self.errors[error.code()] = error.str()
 
     def emit(self, record: logging.LogRecord) -> None:
-        # "FAIL [client] [thread]: broker: what": a listener of another protocol shows in the log alone.
+        # The format is "FAIL [client] [thread]: broker: what". A listener of another protocol only appears in
+        # the log.
         text = record.getMessage()
         if text.startswith("FAIL "):
             self.logged = text.partition("]: ")[2] or text
@@ -229,10 +231,10 @@ class _Reports(logging.Handler):
 
 
 def _first_at_once(sign: Callable[[str], tuple[str, float]]) -> Callable[[str], tuple[str, float]]:
-    """A callback that gives the token of now, then what `sign` gives.
+    """Return a callback that first returns a token obtained right now, then the results of `sign`.
 
-    librdkafka waits ten seconds for a token and does not say why there is none. Raises KafkaUnavailable where there
-    are no credentials to sign with.
+    librdkafka waits ten seconds for a token and does not report why there is none. Raises KafkaUnavailable if
+    there are no credentials to sign with.
     """
     try:
         waiting = [sign("")]
@@ -245,5 +247,5 @@ def _first_at_once(sign: Callable[[str], tuple[str, float]]) -> Callable[[str], 
 
 
 def _setting(name: str) -> str:
-    """The setting behind a librdkafka property."""
+    """Return the name of the setting behind a librdkafka property."""
     return f"PREFS_KAFKA_{name.upper().replace('.', '_')}"

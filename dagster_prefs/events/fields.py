@@ -1,7 +1,7 @@
-"""How one field of a message is read: the typed layer's rules in Python.
+"""The typed layer's rules for reading one field of a message, in Python.
 
-`dbt_project/macros/messages.sql` holds the same rules in SQL, and a test holds the two equal on random messages. What
-a topic declares of its fields is in the project's registry.
+`dbt_project/macros/messages.sql` contains the same rules in SQL, and a test compares the two on random
+messages. The project's registry holds the declarations of the fields.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dagster_prefs.ids import BLANKS, id_text, number_text, whole_number
 
 TimeFault = Literal["bad", "implausible"]
 
-# What both engines hold exactly.
+# The number of digits that both engines store exactly.
 DIGITS = 28
 
 _EXACT = Context(prec=400, rounding=ROUND_HALF_UP)
@@ -34,20 +34,20 @@ _ISO = re.compile(
 )
 _BOOLEANS = frozenset({"true", "1", "false", "0"})
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-# How many of a number's unit are in a second: its magnitude says which unit it is.
+# Units of a number per second (seconds to nanoseconds); the number's magnitude determines its unit.
 _PER_SECOND = (1, 10**3, 10**6, 10**9)
 
 
 @dataclass(frozen=True)
 class Years:
-    """The years in UTC, from `first` to `last`, in which an event may have happened; how times are read."""
+    """The years in UTC, `first` to `last`, that are plausible for an event, and the parser of times."""
 
     first: int
     last: int
 
     @cached_property
     def _bounds(self) -> tuple[datetime, datetime]:
-        """The first moment, and the one after the last."""
+        """The first plausible moment, and the one after the last."""
         return datetime(self.first, 1, 1, tzinfo=UTC), datetime(self.last + 1, 1, 1, tzinfo=UTC)
 
     @cached_property
@@ -56,24 +56,24 @@ class Years:
         return first, end
 
     def parse(self, text: str) -> datetime | None:
-        """A message's time as the typed layer reads it, in UTC; None where it reads none or an implausible one.
+        """Parse a message's time to UTC as the typed layer does. Returns None if invalid or implausible.
 
-        ISO 8601 with `T` or blank, with `Z`, an offset, ` UTC` or nothing (UTC), letters in any case; or a number
-        since 1970, whose magnitude says whether it counts seconds, milliseconds, microseconds or nanoseconds. What is
-        finer than microseconds is cut off.
+        ISO 8601 with `T` or blank, with `Z`, an offset, ` UTC` or nothing (UTC), letters in any case; or a
+        number since 1970, whose magnitude determines whether it counts seconds, milliseconds, microseconds or
+        nanoseconds. Digits beyond microseconds are cut off.
         """
         found = self._read(text)
         return found if isinstance(found, datetime) else None
 
     def fault(self, text: str) -> TimeFault | None:
-        """What is wrong with a text as a time: `bad` where it is none, `implausible` where no event can have it."""
+        """Return `bad` if a text is no time, `implausible` if no event can have it, else None."""
         found = self._read(text)
         return None if isinstance(found, datetime) else found
 
     def shift(self, text: str, seconds: int) -> str | None:
-        """A time moved by whole seconds: text becomes ISO 8601 with `Z`, a number stays a number of its unit.
+        """Shift a time by whole seconds: text becomes ISO 8601 with `Z`, a number keeps its unit.
 
-        None where it cannot be read, before or after the move.
+        Returns None if it is unreadable before or after the shift.
         """
         moment = self.parse(text)
         if moment is None:
@@ -114,13 +114,13 @@ class Years:
         return at if first <= at < end else "implausible"
 
     def _unit_of(self, number: Decimal) -> int | None:
-        """How many of the number's unit are in a second; None where it is no time of these years."""
+        """Return the number of the number's units per second, None if it is no time in these years."""
         first, end = self._seconds
         return next((unit for unit in _PER_SECOND if first * unit <= number < end * unit), None)
 
 
 def field_text(field: FieldDeclaration, value: Any) -> str | None:
-    """A JSON value (numbers as Decimal) as the text that is read; None where it is empty or of a wrong type."""
+    """Return a JSON value (numbers as Decimal) as the text to parse; None if empty or of a wrong type."""
     if isinstance(value, bool):
         return str(value).lower() if field.type == "boolean" else None
     if isinstance(value, str):
@@ -133,7 +133,7 @@ def field_text(field: FieldDeclaration, value: Any) -> str | None:
 
 
 def field_fault(field: FieldDeclaration, text: str, years: Years) -> str | None:
-    """Why the typed layer rejects this text in this field; None where it takes it."""
+    """Return the reason why the typed layer rejects this text in this field, None if it accepts it."""
     if field.accepted:
         return None if text in field.accepted else f"unknown {field.name}"
     if field.type == "text":
@@ -162,10 +162,11 @@ def _out_of_range(field: FieldDeclaration, number: Decimal | int) -> str | None:
 
 
 def cell_text(cell: str) -> str:
-    """A cell of a CSV file that is read as text.
+    """Normalize a cell of a CSV file that is read as text.
 
-    A number is made canonical as in JSON: whoever writes a column of whole numbers with a gap in it by way of floats
-    turns 12345 into 12345.0. Only digits, `e` and digits stay: an identifier in hexadecimal may look like that.
+    A number becomes canonical as in JSON, because tools that store a column of whole numbers with gaps as
+    floats turn 12345 into 12345.0. Digits, `e` and digits alone stay unchanged, because a hexadecimal
+    identifier may look like that.
     """
     number = cell.strip(BLANKS)
     if not _JSON_NUMBER.fullmatch(number) or _HEXADECIMAL.fullmatch(number):
@@ -174,15 +175,18 @@ def cell_text(cell: str) -> str:
 
 
 def too_many_bytes(what: str, size: int, limit: int) -> str:
-    """The reason of something that is longer than allowed."""
+    """Return the reason for rejecting something that is longer than allowed."""
     return f"{what} has {size} bytes, at most {limit}"
 
 
 def read_decimal(text: str, scale: int) -> Decimal | None:
-    """A number rounded to `scale` places, half away from zero; None where it is none or has more than 28 digits."""
+    """Parse a number and round it to `scale` places, half away from zero.
+
+    Returns None if it is no number or has more than 28 digits.
+    """
     if not _DECIMAL.fullmatch(text):
         return None
-    # No digit further on can change what is rounded.
+    # Further digits cannot change the rounded value.
     number = Decimal(text[:60] if _NUMBER.fullmatch(text) else text)
     if abs(number) >= 10 ** (DIGITS - scale):
         return None

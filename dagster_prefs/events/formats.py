@@ -1,8 +1,8 @@
-"""What an event message is, and how messages are read out of files.
+"""Event messages, and the file formats from which they are read.
 
-A message is the bytes that go into a raw table. A JSON line is its own message, byte for byte, valid or
-not: judging it is the typed layer's work, which says why it refused a line. A CSV row becomes a JSON
-object whose values are the cells' text, so that no digit of a price is lost on the way.
+A message is the bytes that go into a raw table. A JSON line is its own message, byte for byte, valid or not:
+the typed layer judges it and reports why it rejected a line. A CSV row becomes a JSON object whose values are
+the cells' text, so that no digit of a price is lost.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from dagster_prefs.textfiles import ROW_FAULTS, RowFault, csv_rows, without_term
 ColumnMapping = Literal["auto", "rees46"]
 Topics = Mapping[str, Topic]
 
-# How far to look for a record that tells its topic before giving up.
+# The number of lines to search for a record that identifies its topic.
 SAMPLE_LINES = 1000
 SAMPLE_BYTES = 4 * textfiles.MIB
 
 
 class EventFileError(PrefsError):
-    """A file cannot be read as events: it is missing, empty, damaged, or of an unknown shape."""
+    """A file cannot be read as events: it is missing, empty, damaged, or of an unknown format."""
 
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
@@ -44,7 +44,7 @@ _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 @dataclass(frozen=True)
 class FileFormat:
-    """How a file is read: its topic, and for CSV its columns and mapping."""
+    """How to read a file: its topic, and for CSV its columns and mapping."""
 
     topic: Topic
     kind: Literal["json-lines", "csv"]
@@ -54,9 +54,9 @@ class FileFormat:
 
 @dataclass(frozen=True)
 class Record:
-    """One record of a file: its first physical line (1-based) and its message, None where it is blank.
+    """One record of a file: its first physical line (1-based) and its message, None for a blank line.
 
-    `fault` says why a CSV row could not be read; its message then holds the row as it came.
+    `fault` gives the reason if a CSV row could not be read; its message then contains the original row.
     """
 
     line: int
@@ -65,7 +65,7 @@ class Record:
 
 
 def check_file(path: Path) -> os.stat_result:
-    """Size and times of a regular, readable, non-empty file; raises EventFileError for anything else."""
+    """Return size and times of a readable, non-empty regular file. Raises EventFileError otherwise."""
     try:
         found = path.stat()
         if stat.S_ISDIR(found.st_mode):
@@ -84,7 +84,7 @@ def check_file(path: Path) -> os.stat_result:
 
 
 def content_hash(path: Path) -> str:
-    """SHA-256 of the file's bytes as stored, in hex; raises EventFileError if it cannot be read."""
+    """Return the SHA-256 of the file's stored bytes, in hex. Raises EventFileError if it cannot be read."""
     try:
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -93,7 +93,7 @@ def content_hash(path: Path) -> str:
 
 
 class LineReader(textfiles.LineReader):
-    """The physical lines of a file of events; iterating raises EventFileError."""
+    """The physical lines of a file of events. Iterating raises EventFileError."""
 
     refusal = EventFileError
     formats = "JSON lines or CSV in UTF-8, plain or gzip"
@@ -103,10 +103,10 @@ class LineReader(textfiles.LineReader):
 def detect(
     path: Path, registry: Registry, topic: str | None = None, mapping: ColumnMapping | None = "auto"
 ) -> FileFormat:
-    """How to read `path` for this project, from its content; its name only decides where the content does not.
+    """Detect how to read `path` for this project, from its content, or else from its name.
 
-    `mapping` is `auto` (a known foreign CSV format is recognised by its columns), `rees46` (the file
-    must have these columns) or None (only our own column names).
+    `mapping` is `auto` (a known foreign CSV format is recognised by its columns), `rees46` (the file must
+    have these columns) or None (only the platform's own column names).
 
     Raises EventFileError or RegistryError naming what was found and what was expected.
     """
@@ -124,7 +124,7 @@ def detect(
                 if len(head) == SAMPLE_LINES or size >= SAMPLE_BYTES:
                     break
         except EventFileError:
-            # Whole lines before the damage are still events; reading them will report it again.
+            # Complete lines before the damage are still events; reading the file reports the damage again.
             if not head:
                 raise
     if not head:
@@ -143,10 +143,10 @@ def detect(
 
 
 def read_records(reader: LineReader, file_format: FileFormat) -> Iterator[Record]:
-    """The records of an open file in order, blank lines included, a CSV header left out.
+    """Yield the records of an open file in order, including blank lines, excluding a CSV header.
 
-    A CSV row that does not fit its columns, or is not UTF-8, is its own message: the original bytes.
-    Raises EventFileError at damage, as LineReader does.
+    A CSV row that does not fit its columns, or is not UTF-8, becomes a message of its original bytes. Raises
+    EventFileError at damage, as LineReader does.
     """
     if file_format.kind == "csv":
         return _csv_records(iter(reader), file_format)
@@ -183,7 +183,7 @@ def _csv_records(lines: Iterator[tuple[int, bytes]], file_format: FileFormat) ->
 
 
 def _faulty_message(raw: bytes, fault: RowFault) -> bytes:
-    """A row that is no message, as one that says so: the row as text, and byte for byte where text cannot hold it."""
+    """Wrap an unreadable row in a message that names its fault; in base64 too if it is no clean text."""
     text = raw.decode("utf-8", "backslashreplace").replace("\0", "\\x00")
     message = {"malformed_row": fault, "row": text}
     if text.encode() != raw:
@@ -192,7 +192,7 @@ def _faulty_message(raw: bytes, fault: RowFault) -> bytes:
 
 
 def row_fault(document: dict[str, object]) -> str | None:
-    """Why a message is a CSV row that could not be read, None where it is none."""
+    """Return why a message is a CSV row that could not be read, None for every other message."""
     fault = document.get("malformed_row")
     return ROW_FAULTS.get(fault) if isinstance(fault, str) else None  # type: ignore[call-overload]
 
@@ -260,12 +260,14 @@ def _csv_format(
 
 
 def _matching(names: AbstractSet[str], topics: Topics) -> list[Topic]:
-    """The topics that a record with these keys is surely of one of, the most specific first and alone where it is.
+    """Return the topics that a record with these keys must belong to, the most specific first.
 
-    A record has all keys that its topic requires. Of topics that fit, one gives way to another that requires all its
-    keys and more, and then to another that knows more of the record's.
+    A record has all keys that its topic requires. Among the topics that fit, one is dropped in favour of
+    another that requires all its keys and more, or else of another that knows more of the record's keys. A
+    single topic in the result is certain.
     """
-    # An item has no event's key: a shop event without its id must not pass for an item.
+    # An item has none of the keys that only events require; otherwise a shop event without its id would pass
+    # for an item.
     of_events = {name for topic in topics.values() if topic.time for name in topic.required}
     fitting = [
         topic
@@ -289,14 +291,14 @@ def _ambiguous(path: Path, what: str, found: str, candidates: Sequence[Topic]) -
 
 
 def _refuse_json_over_lines(path: Path, head: Sequence[bytes]) -> None:
-    """Refuse a JSON array, and objects that go over several lines, whose lines would be rejected one by one.
+    """Raise EventFileError for a JSON array, or objects that span lines: each line would be rejected.
 
-    Raises EventFileError with a command that writes one object on each line.
+    The message contains a command that writes one object per line.
     """
     first = head[0].strip()
     if not first.startswith((b"{", b"[")):
         return
-    # A file with objects on lines of their own is JSON lines, whatever else is in it.
+    # A file with complete objects on single lines is JSON lines, whatever else it contains.
     objects = any(isinstance(_json_value(line), dict) for line in head)
     alone = _json_value(first)
     if isinstance(alone, list):
@@ -330,7 +332,7 @@ def _starts_with_json(text: bytes) -> bool:
 
 
 def _json_value(line: bytes) -> object:
-    """The JSON value on a line, None where there is none."""
+    """Return the JSON value on a line, None if there is none."""
     try:
         return json.loads(line)
     except (ValueError, RecursionError):

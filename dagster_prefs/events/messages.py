@@ -11,16 +11,16 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from functools import cached_property
 
-from dagster_prefs.declarations.registry import Key, Registry, RegistryError, TopicDeclaration
+from dagster_prefs.declarations.registry import Key, Registry, RegistryError, TopicDeclaration, uuid_keys
 from dagster_prefs.events.fields import Years, field_text
 
 
 @dataclass(frozen=True)
 class Limits:
-    """A project's bounds of every message.
+    """A project's bounds for every message.
 
-    One of more than `max_bytes` is rejected before it is parsed. An event happens in `years`, and not later than
-    `future_tolerance` after its arrival.
+    A message of more than `max_bytes` is rejected before it is parsed. The time of an event lies in `years`,
+    and at most `future_tolerance` after its arrival.
     """
 
     max_bytes: int
@@ -29,7 +29,7 @@ class Limits:
 
     @classmethod
     def of(cls, registry: Registry) -> Limits:
-        """The bounds among the project's variables. Raises RegistryError naming the one that is missing."""
+        """Read the bounds from the project's variables. Raises RegistryError naming one that is missing."""
         variables = registry.variables
         try:
             years = variables["plausible_years"]
@@ -46,12 +46,13 @@ class Limits:
 
 @dataclass(frozen=True)
 class Topic(TopicDeclaration):
-    """A declared topic, with what else its messages are judged by: its entity's `key`, and the project's limits.
+    """A declared topic, with what else its messages are judged by: its entity's first `key`, and the project's limits.
 
-    `key` is None for reference data, which is about no entity.
+    `key` is None for reference data, which is about no entity. `uuids` are the fields that must hold a UUID.
     """
 
     key: Key | None
+    uuids: frozenset[str]
     limits: Limits
 
     @cached_property
@@ -61,53 +62,55 @@ class Topic(TopicDeclaration):
 
     @cached_property
     def required(self) -> frozenset[str]:
-        """The keys without which no message of the topic is valid."""
+        """The keys that every valid message of the topic has."""
         return frozenset(field.name for field in self.fields if not field.optional)
 
     @cached_property
     def plain_time(self) -> re.Pattern[bytes] | None:
-        """The time's key and value where the value needs no parsing: digits, or a text without escapes."""
+        """A pattern of the time's key and value where they need no parsing: digits, or text without
+        escapes."""
         if self.time is None:
             return None
         return re.compile(rb'"%s"\s*:\s*("[^"\\]*"|[0-9]+)(?=[\s,}])' % re.escape(self.time.encode()))
 
     def text(self, document: Mapping[str, object], name: str | None) -> str | None:
-        """A field's value as the text that is read; None where it is empty, of a wrong type, or no field is named."""
+        """Return a field's value as the text to parse; None if empty, of a wrong type, or `name` is None."""
         return None if name is None else field_text(self.by_name[name], document.get(name))
 
     def moment(self, document: Mapping[str, object]) -> datetime | None:
-        """When the event of a parsed message happened, in UTC; None where the message does not say."""
+        """Return the event time of a parsed message, in UTC; None if it has none."""
         return self.limits.years.parse(self.text(document, self.time) or "")
 
 
 def topics_of(registry: Registry) -> dict[str, Topic]:
-    """Name → topic of a project. Raises RegistryError where the project does not bound its messages."""
+    """Return the topics of a project by name. Raises RegistryError if the project declares no limits."""
     limits = Limits.of(registry)
     return {name: _bind(registry, declared, limits) for name, declared in registry.topics.items()}
 
 
 def topic_of(registry: Registry, name: str) -> Topic:
-    """The project's topic of this name. Raises RegistryError naming those there are."""
+    """Return the project's topic of this name. Raises RegistryError naming the existing topics."""
     return _bind(registry, registry.topic(name), Limits.of(registry))
 
 
 def _bind(registry: Registry, declared: TopicDeclaration, limits: Limits) -> Topic:
     values = {field.name: getattr(declared, field.name) for field in dataclasses.fields(TopicDeclaration)}
-    key = None if declared.entity is None else registry.entity(declared.entity).key
-    return Topic(**values, key=key, limits=limits)
+    entity = None if declared.entity is None else registry.entity(declared.entity)
+    uuids = frozenset(uuid_keys(registry.entities, entity))
+    return Topic(**values, key=entity.key if entity else None, uuids=uuids, limits=limits)
 
 
 def event_time(message: bytes, topic: Topic) -> datetime | None:
-    """The event time in a message, in UTC; None where the topic has none or it cannot be read."""
+    """Return the event time in a message, in UTC; None if the topic has none or it is unreadable."""
     found = _time_text(message, topic)
     return topic.limits.years.parse(found) if found is not None else None
 
 
 def shift_message(message: bytes, topic: Topic, seconds: int) -> bytes:
-    """The message with its event time moved by whole seconds, every other byte as it was.
+    """Shift the event time of a message by whole seconds, leaving every other byte unchanged.
 
-    Text becomes ISO 8601 with `Z`, a number stays one of its unit. A message whose time cannot be read, before or
-    after the move, comes back unchanged.
+    Text becomes ISO 8601 with `Z`, a number keeps its unit. A message whose time is unreadable before or
+    after the shift is returned unchanged.
     """
     text = _time_text(message, topic)
     moved = topic.limits.years.shift(text, seconds) if text is not None else None
@@ -132,9 +135,10 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def value_span(message: bytes, field: str, plain: re.Pattern[bytes] | None = None) -> tuple[int, int]:
-    """Where the value of a top-level key lies in a valid JSON object; the last one where it is repeated.
+    """Return where the value of a top-level key lies in a valid JSON object; the last one if it is repeated.
 
-    `plain` finds key and value (its first group) in an object without nested ones, which spares parsing it.
+    `plain` matches key and value (its first group) in an object without nested ones, which avoids parsing
+    it.
     """
     if plain and message.count(b"{") == 1 and message.count(b'"%s"' % field.encode()) == 1:
         simple = plain.search(message)

@@ -1,7 +1,8 @@
-"""Which topics hold messages that the views have not read yet, told without a clock.
+"""Topics with messages that the views have not read yet, determined without a clock.
 
-On the embedded engine `raw_arrivals` has a row for each write, made by a trigger of the raw tables in the writer's own
-transaction (macros/engine/arrivals.sql). When a message arrived is a reading for people only: a clock may step back.
+On the embedded engine `raw_arrivals` has a row for each write, inserted by a trigger of the raw tables in the
+writer's own transaction (macros/engine/arrivals.sql). The arrival time is informational only, because a clock
+may step back.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from dagster_prefs.engine.connection import EngineConfiguration
 
 @dataclass(frozen=True)
 class Waiting:
-    """What no refresh has read of a topic: how many messages, when the oldest arrived (UTC), and which they are.
+    """The messages of a topic that no refresh has read: number, oldest arrival (UTC), and identity.
 
-    `mark` is equal exactly where the same messages wait.
+    `mark` is equal if and only if the same messages wait.
     """
 
     messages: int
@@ -33,7 +34,7 @@ class Waiting:
 def waiting_since(
     connection: psycopg.Connection[Any], engine: EngineConfiguration, registry: Registry
 ) -> dict[str, Waiting]:
-    """Topic → what no refresh of the embedded engine has read of it; topics that are read are absent.
+    """Return the unread messages of each topic on the embedded engine; topics without any are absent.
 
     Raises NotDeployed when the event tables do not exist yet.
     """
@@ -54,7 +55,10 @@ def waiting_since(
 def unread(
     connection: psycopg.Connection[Any], engine: EngineConfiguration, topic: TopicDeclaration
 ) -> Waiting | None:
-    """What no refresh of the embedded engine has read of one topic, None where nothing waits; raises psycopg.Error."""
+    """Return the unread messages of one topic on the embedded engine, None if there are none.
+
+    Raises psycopg.Error.
+    """
     query = sql.SQL(
         "select sum(messages)::bigint, min(arrived_at),"
         " md5(string_agg(concat_ws('/', source, source_partition, first_offset, last_offset), ','"
@@ -62,7 +66,7 @@ def unread(
         " from {arrivals} as arrival where relation = %s and not exists (select from {parsed} as parsed"
         " where parsed.source = arrival.source and parsed.source_partition = arrival.source_partition"
         " and parsed.source_offset = arrival.first_offset)"
-        # Of a write whose messages were deleted meanwhile nothing waits.
+        # A write whose messages were deleted in the meantime does not wait.
         " and exists (select from {raw} as raw where raw.source = arrival.source"
         " and raw.source_partition = arrival.source_partition"
         " and raw.source_offset between arrival.first_offset and arrival.last_offset"

@@ -1,4 +1,4 @@
-"""Writing messages into the raw tables: each at most once, whatever is repeated or interrupted."""
+"""Writing messages into the raw tables, each at most once, also after repetitions and interruptions."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from dagster_prefs.declarations.registry import TopicDeclaration
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError
 
-# RisingWave takes no COPY; rows per INSERT, of five parameters each, far below the wire's 65,535.
+# Rows per INSERT, as RisingWave has no COPY. With five parameters each, far below the wire's limit of 65,535.
 ROWS_PER_INSERT = 1000
 
 AGAIN = "everything accepted so far is kept; run the same command again to complete it"
 
 
 class RawStoreError(PrefsError):
-    """The engine did not take a batch of messages; what it took before is kept."""
+    """The engine did not accept a batch of messages; earlier batches are stored."""
 
 
 class RawMessage(NamedTuple):
-    """A message with its place in its source; `kafka_timestamp` is None where it has none."""
+    """A message with its position in its source; `kafka_timestamp` is None for other sources."""
 
     partition: int
     offset: int
@@ -35,7 +35,7 @@ class RawMessage(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a message lies within its topic."""
+    """The position of a message within its topic."""
 
     source: str
     partition: int
@@ -44,7 +44,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Progress:
-    """How far an ingestion has come: `done` of `total` `unit`s; `total` is None where no end is known."""
+    """The progress of an ingestion: `done` of `total` `unit`s; `total` is None if no end is known."""
 
     messages: int
     done: int
@@ -57,12 +57,13 @@ ProgressCallback = Callable[[Progress], None]
 
 @dataclass(frozen=True)
 class IngestReport:
-    """What one ingestion did.
+    """The outcome of one ingestion.
 
-    `lines` messages were read (blank lines and tombstones, counted in `blank`, left out): `accepted` of
-    them are new in the raw table, `already_present` were there. `shift_seconds` was added to every event
-    time. `note` is a sentence for the user, or None. `seconds` is wall time. `malformed` counts rows of a CSV file that
-    could not be read, which are stored as they came and rejected; `examples` are (line, why) of the first of them.
+    `lines` messages were read (without blank lines and tombstones, which `blank` counts): `accepted` of them
+    are new in the raw table, `already_present` were stored before. `shift_seconds` was added to every event
+    time. `note` is a sentence for the user, or None. `seconds` is wall time. `malformed` counts rows of a CSV
+    file that could not be read, which are stored unchanged and rejected; `examples` are (line, reason) of the
+    first of them.
     """
 
     source: str
@@ -80,7 +81,7 @@ class IngestReport:
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What `ingest_files` remembers of a source; `completed_at` is None until it is complete."""
+    """The stored state of a source; `completed_at` is None until it is complete."""
 
     source: str
     path: str
@@ -91,10 +92,10 @@ class FileRecord:
 
 
 class RawStore:
-    """One connection to the engine for writing into raw tables and `ingest_files`; a context manager.
+    """A connection to the engine that writes raw tables and `ingest_files`; a context manager.
 
-    Opening raises EngineUnavailable; every method raises RawStoreError with the remedy: the engine went
-    away, its disk is full, or a table is missing.
+    Opening raises EngineUnavailable. Every method raises RawStoreError with the remedy: the connection was
+    lost, the engine's disk is full, or a table is missing.
     """
 
     def __init__(self, connection: EngineConfiguration) -> None:
@@ -113,9 +114,9 @@ class RawStore:
         self.close()
 
     def write(self, topic: TopicDeclaration, source: str, messages: Sequence[RawMessage]) -> int:
-        """Store a batch in one transaction and return how many of its messages are new.
+        """Store a batch in one transaction, and return how many of its messages are new.
 
-        A message whose source, partition and offset are stored already is left as it was first stored.
+        A message whose source, partition and offset are already stored keeps its first content.
         """
         if not messages:
             return 0
@@ -125,7 +126,7 @@ class RawStore:
             return self._copy(topic, source, messages)
 
     def last_offsets(self, topic: TopicDeclaration, source: str) -> dict[int, int]:
-        """The highest stored offset of each partition of a source."""
+        """Return the highest stored offset of each partition of a source."""
         with self._translated(topic.raw):
             rows = self._connection.execute(
                 sql.SQL(
@@ -137,12 +138,12 @@ class RawStore:
         return {int(partition): int(offset) for partition, offset in rows}
 
     def recall(self, source: str) -> FileRecord | None:
-        """What is remembered of a source."""
+        """Return the stored state of a source, None if there is none."""
         found = self.recall_all(source)
         return found[0] if found else None
 
     def recall_all(self, prefix: str) -> list[FileRecord]:
-        """What is remembered of every source whose name starts with `prefix`, by name."""
+        """Return the stored state of every source whose name starts with `prefix`, by name."""
         with self._translated("ingest_files"):
             rows = self._connection.execute(
                 sql.SQL(
@@ -154,7 +155,7 @@ class RawStore:
         return [FileRecord(*row) for row in rows]
 
     def remember_start(self, record: FileRecord) -> FileRecord:
-        """Remember a source at its first ingestion; returns what is remembered, the first word standing."""
+        """Record the start of a source's first ingestion, once. Returns the stored state."""
         known = self.recall(record.source)
         if known is None:
             self._remember(record, "on conflict (source) do nothing")
@@ -164,7 +165,7 @@ class RawStore:
         return known
 
     def remember_end(self, record: FileRecord) -> None:
-        """Remember that a source is complete; its shift stays as it was first remembered."""
+        """Record that a source is complete; its first recorded shift stays."""
         self._remember(
             record,
             "on conflict (source) do update set path = excluded.path, topic = excluded.topic, "
@@ -172,7 +173,7 @@ class RawStore:
         )
 
     def remember_replayed(self, topic: TopicDeclaration, places: Sequence[Place], at: datetime) -> None:
-        """Remember that the rejected messages at these places were sent again at `at` (UTC)."""
+        """Record that the rejected messages at these positions were sent again at `at` (UTC)."""
         # On RisingWave an insert into a keyed table replaces the row of its key.
         ending = "on conflict do nothing" if self.engine.kind == "local" else ""
         for start in range(0, len(places), ROWS_PER_INSERT):
@@ -276,7 +277,7 @@ class RawStore:
 
 @contextmanager
 def translated(engine: EngineConfiguration, relation: str) -> Iterator[None]:
-    """Turn what psycopg raises into a RawStoreError that says what to do about `relation`."""
+    """Translate psycopg's errors about `relation` into RawStoreErrors with the remedy."""
     try:
         yield
     except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
@@ -297,7 +298,7 @@ def translated(engine: EngineConfiguration, relation: str) -> Iterator[None]:
             f"({_first(error)}): {remedy}; {AGAIN}"
         ) from None
     except psycopg.Error as error:
-        # RisingWave reports a missing relation as an internal error, with the reason further down its text.
+        # RisingWave reports a missing relation as an internal error, with the reason later in its text.
         if "table or source not found" in str(error):
             raise _missing(engine, relation) from None
         raise RawStoreError(f"the engine refused a batch for {relation} ({_first(error)}): {AGAIN}") from None

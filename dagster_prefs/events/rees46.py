@@ -1,6 +1,7 @@
-"""The REES46 format of shop events in CSV files: what the example's shop can be fed with.
+"""The REES46 format of shop events in CSV files, a data source for the example's shop.
 
-The mapping makes messages of one topic of the example. A project without it is not offered the mapping.
+The mapping produces messages of one topic of the example. Projects without that topic are not offered the
+mapping.
 """
 
 from __future__ import annotations
@@ -18,25 +19,25 @@ COLUMNS = (
     "user_session",
 )  # fmt: skip
 NAMES = {"product_id": "item_id", "category_code": "category", "user_session": "session_id"}
-# What identifies a row, in the order in which it is hashed. Not the topic's own order: event ids must outlive a change
-# of its declaration, or a file that is ingested again would count twice.
+# The columns that identify a row, in the order of hashing. Not the topic's own order: event ids must not
+# change with its declaration, or a file that is ingested again would count twice.
 _IDENTIFYING = (
     "event_id", "user_id", "item_id", "event_type", "category", "brand", "price", "session_id", "event_time",
 )  # fmt: skip
-# An empty cell, and how pandas writes one where it is told to.
+# Empty cells, also in the spellings that pandas writes.
 _MISSING = frozenset({"", "NaN", "<NA>", "NaT"})
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def target(topics: Mapping[str, Topic]) -> Topic | None:
-    """The topic that the mapping makes messages of, where the project declares it with all of its fields."""
+    """Return the topic of the mapping, if the project declares it with all of its fields."""
     topic = topics.get(TOPIC)
     return topic if topic is not None and set(_IDENTIFYING) <= set(topic.names) else None
 
 
 def message(columns: Iterable[str], cells: Sequence[str], topic: Topic) -> bytes:
-    """A row as a message of the topic, whose event id is a hash of its content."""
+    """Convert a row to a message of the topic, whose event id is a hash of its content."""
     found = {
         NAMES.get(name, name): cell
         for name, cell in zip(columns, cells, strict=True)
@@ -48,13 +49,13 @@ def message(columns: Iterable[str], cells: Sequence[str], topic: Topic) -> bytes
 
 
 def _content_hash(found: Mapping[str, str], topic: Topic) -> str:
-    """A hash of what identifies a row, and of nothing else that a tool adds, reorders or formats in its own way."""
+    """Hash what identifies a row, and nothing that tools add, reorder or format in their own way."""
     values = [_canonical(found.get(name, ""), topic, name) for name in _IDENTIFYING]
     return hashlib.sha256(_encode(values).encode()).hexdigest()
 
 
 def _canonical(cell: str, topic: Topic, name: str) -> str:
-    """The one spelling of a value: 541312140.0 is 541312140, 33.20 is 33.2, a moment has one zone."""
+    """Return the canonical spelling of a value: 541312140 for 541312140.0, 33.2 for 33.20, times in UTC."""
     text = cell.strip()
     if name != topic.time:
         return cell_text(text)

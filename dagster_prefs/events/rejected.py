@@ -1,4 +1,4 @@
-"""What the typed layer refused, and why."""
+"""Rejected messages, with the typed layer's reasons."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FETCH_ROWS = 5_000
 
 @dataclass(frozen=True)
 class RejectedEvent:
-    """A refused message: where it came from (a file's offset is its line), why, and its text."""
+    """A rejected message: its position (a file's offset is its line), the reason, and its text."""
 
     topic: str
     source: str
@@ -28,11 +28,11 @@ class RejectedEvent:
 
 
 def rejected_counts(connection: EngineConfiguration, *, open_only: bool = False) -> dict[str, dict[str, int]]:
-    """Refused messages per topic and kind of reason, most frequent first, as of the last refresh.
+    """Count rejected messages per topic and kind of reason, most frequent first, as of the last refresh.
 
-    The kind leaves the size out of a reason that names one: `genre has too many bytes, at most 1024`.
-    `open_only` leaves out those that were replayed, and those that wait for no correction (`validity.CLOSED`).
-    Raises EngineUnavailable, or RawStoreError where a relation was not made yet.
+    The kind omits the size from a reason that contains one: `genre has too many bytes, at most 1024`.
+    `open_only` excludes those that were replayed, and those that need no correction (`validity.CLOSED`).
+    Raises EngineUnavailable, or RawStoreError if a relation does not exist yet.
     """
     query = sql.SQL(
         "with kinds as (select topic, {} as kind from {} as rejected where {}) "
@@ -56,9 +56,10 @@ def rejected_events(
     *,
     open_only: bool = False,
 ) -> list[RejectedEvent]:
-    """Up to `limit` refused messages by topic, source and offset, of one topic, reason or kind of reason where given.
+    """Return up to `limit` rejected messages by topic, source and offset.
 
-    Raises EngineUnavailable, or RawStoreError where a relation was not made yet.
+    `topic` and `reason` (a reason or kind of reason) select among them. Raises EngineUnavailable, or
+    RawStoreError if a relation does not exist yet.
     """
     return list(stream_rejected(connection, topic, reason, limit, open_only=open_only))
 
@@ -71,7 +72,7 @@ def stream_rejected(
     *,
     open_only: bool = True,
 ) -> Iterator[RejectedEvent]:
-    """As `rejected_events`, one by one, in memory that does not grow with their number."""
+    """Yield the messages of `rejected_events` one by one, in constant memory."""
     conditions, values = [_is_open(connection) if open_only else _ALWAYS], []
     if topic is not None:
         conditions.append(sql.SQL("topic = %s"))
@@ -88,18 +89,18 @@ def stream_rejected(
         sql.SQL("") if limit is None else sql.SQL("limit {}").format(sql.Literal(limit)),
     )
     with connection.connect() as session, translated(connection, RELATION), session.cursor() as cursor:
-        # Streamed, because RisingWave has no server-side cursors.
+        # Streamed in batches, because RisingWave has no server-side cursors.
         for row in cursor.stream(query, values, size=FETCH_ROWS):
             yield RejectedEvent(*row)
 
 
 _ALWAYS = sql.SQL("true")
-# Each size would be a reason of its own; the macro `too_many_bytes` writes them.
+# Otherwise each size would be a reason of its own; the macro `too_many_bytes` writes these reasons.
 _KIND = sql.SQL("regexp_replace(reason, ' has [0-9]+ bytes, at most ', ' has too many bytes, at most ')")
 
 
 def _is_open(connection: EngineConfiguration) -> sql.Composed:
-    """The condition that a row of `rejected` waits for a correction."""
+    """Return the condition that a row of `rejected` needs a correction."""
     return sql.SQL(
         "rejected.reason not in ({}) and not exists (select 1 from {} as replayed where replayed.topic = rejected.topic"
         ' and replayed.source = rejected.source and replayed.source_partition = rejected."partition"'

@@ -1,8 +1,8 @@
-"""Rejected messages out to a file, and corrected ones in again.
+"""Export of rejected messages to a file, and replay of corrected ones.
 
-A rejected message is never changed: its correction is a new message, and `replayed_events` remembers that
-it was sent. Where this platform writes the raw tables, the new message stands at the same partition and
-offset of the source `replay:<source>`, so that no interruption and no repetition can store it twice.
+A rejected message never changes: its correction is a new message, and `replayed_events` records that it was
+sent. Where this platform writes the raw tables, the new message has the same partition and offset in the
+source `replay:<source>`, so that no interruption or repetition can store it twice.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ KEYS = ("topic", "source", "partition", "offset", "payload")
 class ReplayError(PrefsError):
     """A file of corrections cannot be sent, or rejected messages cannot be written to a file.
 
-    `problems` are (line, why) of every line that stands in the way.
+    `problems` are (line, reason) of every line that prevents it.
     """
 
     def __init__(self, message: str, problems: Sequence[tuple[int, str]] = ()) -> None:
@@ -52,7 +52,7 @@ class ReplayError(PrefsError):
 
 @dataclass(frozen=True)
 class ReplayReport:
-    """What a replay did: messages sent, those sent by an earlier one, and those left out with the reason."""
+    """The outcome of a replay: messages sent, sent by an earlier replay, and skipped with the reason."""
 
     sent: int
     already_replayed: int
@@ -70,12 +70,12 @@ class _Correction:
 def export_rejected(
     connection: EngineConfiguration, path: Path, topic: str | None = None, reason: str | None = None
 ) -> int:
-    """Write the rejected messages that are open to a new JSON-lines file; returns their number.
+    """Write the open rejected messages to a new JSON-lines file, and return their number.
 
     Each line has topic, source, partition, offset, reason and payload. The payload is the message itself,
-    character for character, where that is a JSON object on one line, else its text as a JSON string. Only the
-    owner may read the file.
-    Raises ReplayError where the file exists or cannot be written, else as `stream_rejected`.
+    character for character, if that is a JSON object on one line, else its text as a JSON string. Only the
+    owner may read the file. Raises ReplayError if the file exists or cannot be written, else as
+    `stream_rejected`.
     """
     taken = ReplayError(f"{path} exists, and may hold corrections: name another file")
     if os.path.lexists(path):
@@ -107,12 +107,12 @@ def replay_file(
 ) -> ReplayReport:
     """Send the corrected payloads of an exported file as new messages of their topics.
 
-    Every line is judged as if it arrived `now` (UTC) before the first is sent. Lines that were replayed
-    before are left out, so that the same file can be sent again after an interruption. `deliver` sends to
+    Every line is judged as if it arrived `now` (UTC) before the first one is sent. Lines that were replayed
+    before are skipped, so that the same file can be sent again after an interruption. `deliver` sends to
     Kafka, as in `ingest_file`.
 
-    Raises ReplayError with every line that is still invalid or is no rejected message, and sends nothing
-    then; with `skip_invalid` those lines are left out. Raises EventFileError, EngineUnavailable,
+    Raises ReplayError with every line that is still invalid or is no rejected message, without sending
+    anything; with `skip_invalid` those lines are skipped instead. Raises EventFileError, EngineUnavailable,
     RawStoreError.
     """
     before = check_file(path)
@@ -152,7 +152,7 @@ def replay_unchanged(
     now: datetime,
     deliver: Delivery | None = None,
 ) -> ReplayReport:
-    """Send again, as they are, the open rejected messages that are valid if they arrive `now` (UTC).
+    """Send unchanged the open rejected messages that are valid if they arrive `now` (UTC).
 
     Raises as `stream_rejected` and `replay_file`.
     """
@@ -179,7 +179,7 @@ def replay_unchanged(
 
 
 def _send(store: RawStore, batch: list[_Correction], now: datetime, deliver: Delivery | None) -> None:
-    """Send a batch, then remember it: an interruption between the two repeats, and loses nothing."""
+    """Send a batch, then record it: an interruption in between repeats messages, but loses none."""
     ordered = sorted(batch, key=lambda correction: (correction.topic.name, correction.place))
     for (_, source), group in groupby(ordered, key=lambda c: (c.topic.name, c.place.source)):
         corrections = list(group)
@@ -195,7 +195,7 @@ def _send(store: RawStore, batch: list[_Correction], now: datetime, deliver: Del
 def _judge(
     connection: EngineConfiguration, batch: list[_Correction], now: datetime
 ) -> tuple[dict[int, str], set[tuple[str, Place]]]:
-    """Line → why it cannot be sent, and which of the batch were replayed before."""
+    """Return why lines cannot be sent (line → reason), and which of the batch were replayed before."""
     rejected, replayed = _known(connection, batch)
     problems = {}
     for correction in batch:
@@ -219,7 +219,7 @@ def _judge(
 def _known(
     connection: EngineConfiguration, batch: list[_Correction]
 ) -> tuple[dict[tuple[str, Place], str], set[tuple[str, Place]]]:
-    """The reasons of those of the batch that were rejected, and which of it were replayed before."""
+    """Return the reasons with which messages of the batch were rejected, and which were replayed before."""
     values = [
         sorted({correction.place.source for correction in batch}),
         sorted({correction.place.offset for correction in batch}),
@@ -246,7 +246,7 @@ def _known(
 
 
 def _batches(path: Path, registry: Registry) -> Iterator[tuple[list[_Correction], list[tuple[int, str]]]]:
-    """The corrections of a file in order, and beside them the lines that are none with the reason."""
+    """Yield the corrections of a file in order, with the invalid lines and their reasons."""
     seen: dict[tuple[str, Place], int] = {}
     batch: list[_Correction] = []
     broken: list[tuple[int, str]] = []
@@ -271,7 +271,7 @@ def _batches(path: Path, registry: Registry) -> Iterator[tuple[list[_Correction]
 
 
 def _read(number: int, line: bytes, registry: Registry, topics: Mapping[str, Topic]) -> _Correction | str:
-    """The correction on a line, or why there is none."""
+    """Return the correction on a line, or the reason why there is none."""
     try:
         value: Any = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -290,7 +290,7 @@ def _read(number: int, line: bytes, registry: Registry, topics: Mapping[str, Top
         return str(error)
     payload = value["payload"]
     if isinstance(payload, str):
-        # Half of a surrogate pair is kept, so that the judgement is about the message and not this code.
+        # Half of a surrogate pair is kept, so that the typed layer's rules judge the message.
         message = payload.encode("utf-8", "surrogatepass")
     else:
         start, end = value_span(line, "payload")
@@ -299,7 +299,7 @@ def _read(number: int, line: bytes, registry: Registry, topics: Mapping[str, Top
 
 
 def _embedded(payload: str) -> str:
-    """The message as a JSON value that reads back as exactly this text."""
+    """Return the message as a JSON value that parses back to exactly this text."""
     try:
         if payload.startswith("{") and not set(payload) & {"\n", "\r"} and payload.endswith("}"):
             json.loads(payload)

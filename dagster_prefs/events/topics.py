@@ -1,8 +1,8 @@
-"""Which life of a Kafka topic is read: a topic that was deleted and made anew is another one of the same name.
+"""Generations of a Kafka topic: a recreated topic is another topic of the same name.
 
-Its offsets start at 0 again. Read under the old name, its first messages would be taken for those that are there
-already, and a reader that goes on at its old offset leaves them out without a word. The brokers give each topic an id
-when it is made; the engine remembers the last one it saw, in `kafka_topics`.
+Its offsets start at 0 again. Under the old source name, its first messages would be taken for those that are
+already stored, and a reader that continues at its old offset would skip them silently. The brokers give each
+topic an id on creation; the engine stores the last one it saw in `kafka_topics`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dagster_prefs.engine.catalog import NotDeployed, missing_relation
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.events.contact import BROKER_TIMEOUT_SECONDS, PAUSE_SECONDS, Contact
 
-# What the id reads where brokers are older than topic ids (2.8).
+# The id that brokers older than topic ids (2.8) report.
 _NO_ID = "AAAAAAAAAAAAAAAAAAAAAA"
 _UNSUPPORTED = (KafkaError.UNSUPPORTED_VERSION, KafkaError._UNSUPPORTED_FEATURE)
 
@@ -31,9 +31,9 @@ TopicState = Literal["noted", "unnoted", "recreated", "unknown"]
 
 @dataclass(frozen=True)
 class TopicGeneration:
-    """A topic as the engine knows it and as the brokers have it now.
+    """A topic with the id that the engine stored, and the one that the brokers report now.
 
-    `noted_id` is None before the first look, `broker_id` None where the brokers tell no ids.
+    `noted_id` is None before the first check, `broker_id` None if the brokers report no ids.
     """
 
     kafka_topic: str
@@ -43,7 +43,7 @@ class TopicGeneration:
 
     @property
     def state(self) -> TopicState:
-        """`recreated` when the brokers' topic is not the one whose messages were read."""
+        """`recreated` if the brokers' topic is not the one whose messages were read."""
         if self.broker_id is None:
             return "unknown"
         if self.noted_id is None:
@@ -57,7 +57,7 @@ class TopicGeneration:
 
 
 def source_name(kafka_topic: str, generation: int) -> str:
-    """The source of a topic's messages: its name, and from its second life on the number of it."""
+    """Return the source of a topic's messages: its name and, from the second generation on, its number."""
     return f"kafka:{kafka_topic}" + (f"#{generation}" if generation > 1 else "")
 
 
@@ -68,10 +68,10 @@ def broker_ids(
     client: Mapping[str, Any] | None = None,
     timeout_seconds: float = BROKER_TIMEOUT_SECONDS,
 ) -> dict[str, str | None]:
-    """Topic → the id that the brokers gave it; None where they tell none. A missing topic is left out.
+    """Return the brokers' id of each topic, None if they report no ids. Omits missing topics.
 
-    Raises KafkaUnavailable, with Kafka's own reason, when the brokers refuse this client, do not answer within
-    `timeout_seconds`, or do not let it see a topic.
+    Raises KafkaUnavailable, with Kafka's own reason, when the brokers reject this client, do not answer
+    within `timeout_seconds`, or do not let it see a topic.
     """
     names = list(kafka_topics)
     contact = Contact(AdminClient, bootstrap, client, timeout_seconds=timeout_seconds)
@@ -83,7 +83,7 @@ def broker_ids(
     untold = "does not tell its topics"
     deadline = time.monotonic() + timeout_seconds
     while not all(future.done() for future in asked.values()) and time.monotonic() < deadline:
-        # librdkafka reports what fails, and asks for a token of MSK's, when it is polled.
+        # librdkafka reports failures, and requests a token of MSK's, when it is polled.
         admin.poll(PAUSE_SECONDS)
         contact.check(untold, first=True)
     for name, future in asked.items():
@@ -105,9 +105,9 @@ def broker_ids(
 def topic_generations(
     session: psycopg.Connection[Any], engine: EngineConfiguration, ids: Mapping[str, str | None]
 ) -> dict[str, TopicGeneration]:
-    """Topic → what the engine remembers of it beside the brokers' `ids`.
+    """Return the stored generation of each topic next to the brokers' `ids`.
 
-    Raises NotDeployed when `kafka_topics` is not there.
+    Raises NotDeployed if `kafka_topics` does not exist.
     """
     try:
         rows = session.execute(
@@ -137,9 +137,9 @@ def note_topics(
     *,
     now: datetime,
 ) -> dict[str, TopicGeneration]:
-    """Remember the brokers' ids; a topic whose id changed enters its next generation.
+    """Store the brokers' ids; a topic whose id changed enters its next generation.
 
-    Returns the lives as they stood before. Raises NotDeployed. A repeated call changes nothing.
+    Returns the generations as they were before. Raises NotDeployed. A repeated call changes nothing.
     """
     lives = topic_generations(session, engine, ids)
     for life in lives.values():

@@ -1,6 +1,6 @@
-"""Why the typed layer would refuse a message, told before it is sent.
+"""The typed layer's reasons for rejecting a message, determined before it is sent.
 
-The same rules as the parsed models, reason by reason; a test holds the two equal on random messages.
+The same rules as in the parsed models, reason by reason; a test compares the two on random messages.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from dagster_prefs.events.formats import row_fault
 from dagster_prefs.events.messages import Topic
 from dagster_prefs.ids import BadId, read_key
 
-# The reason of what an erasure left: nothing is wrong with it, and nothing of it comes back.
+# The reason of erased messages: nothing is wrong with them, and their content cannot be restored.
 ERASED = "erased"
-# Reasons of messages that wait for no correction.
+# Reasons of messages that need no correction.
 CLOSED = (ERASED, OF_ANOTHER_DEPLOYMENT)
 
-# Beyond these PostgreSQL holds no number, so its JSON does not parse there.
+# PostgreSQL stores no number beyond these, so its JSON does not parse there.
 MAX_DIGITS_BEFORE_POINT = 131_072
 MAX_DIGITS_AFTER_POINT = 16_383
 
@@ -34,9 +34,10 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 def rejection_reason(
     message: bytes, topic: Topic, arrived_at: datetime, canary_keys: Collection[CanaryKey] = ()
 ) -> str | None:
-    """Why `rejected_events` would hold this message if it arrived at `arrived_at` (UTC); None if it is valid.
+    """Return why a message that arrives at `arrived_at` (UTC) would be rejected, None if it is valid.
 
-    `canary_keys` are those of the engine. Without them, as for everybody but the probe, no canary is valid.
+    `canary_keys` are those of the engine. Without them, as for every producer but the probe, no canary is
+    valid.
     """
     if len(message) > topic.limits.max_bytes:
         return too_many_bytes("message", len(message), topic.limits.max_bytes)
@@ -70,7 +71,7 @@ def rejection_reason(
 
 
 def _reserved(document: dict[str, Any], topic: Topic, keys: Collection[CanaryKey]) -> str | None:
-    """Why a message with a reserved id is rejected; None where it has none, or is a proven canary."""
+    """Return why a message with a reserved id is rejected; None if it has none, or is a proven canary."""
     if topic.key is None:
         return None
     identity = topic.text(document, topic.identity) or ""
@@ -90,7 +91,7 @@ def _reserved(document: dict[str, Any], topic: Topic, keys: Collection[CanaryKey
 
 
 def _milliseconds(moment: datetime) -> int:
-    """Milliseconds since 1970, rounded as the engine rounds them."""
+    """Return milliseconds since 1970, rounded as the engine rounds them."""
     microseconds = (moment - _EPOCH) // timedelta(microseconds=1)
     return int(Decimal(microseconds).scaleb(-3).to_integral(ROUND_HALF_UP))
 
@@ -110,23 +111,21 @@ def _optional_fault(topic: Topic, field: FieldDeclaration, document: dict[str, A
     text = field_text(field, value)
     if text is not None:
         return _fault(topic, field, text)
-    # A text of blanks alone is an empty one, but it is no number.
+    # A text field with only blanks counts as empty; a number field with a text of blanks is invalid.
     empty = isinstance(value, str) if field.type == "text" else not _given(value)
     return None if value is None or empty else f"bad {field.name}"
 
 
 def _fault(topic: Topic, field: FieldDeclaration, text: str) -> str | None:
-    if topic.key is not None and field.name == topic.key.name and not _is_uuid_where_due(topic.key, text):
+    if field.name in topic.uuids and not _is_uuid(field.name, text):
         return f"bad {field.name}"
     return field_fault(field, text, topic.limits.years)
 
 
-def _is_uuid_where_due(key: Key, text: str) -> bool:
-    """Whether the text is a UUID, where the key must be one; its field is declared as a text."""
-    if key.type != "uuid":
-        return True
+def _is_uuid(name: str, text: str) -> bool:
+    """Whether the text of a field is a UUID, where it must be one; the field is declared as a text."""
     try:
-        read_key(key, text)
+        read_key(Key(name, "uuid"), text)
     except BadId:
         return False
     return True
@@ -151,7 +150,7 @@ def _no_number(text: str) -> Any:
 
 
 def _check_texts(document: Any) -> None:
-    """Raises ValueError for a text that no engine can store: U+0000, or half of a surrogate pair."""
+    """Raise ValueError for a text that no engine can store: U+0000, or half of a surrogate pair."""
     waiting = [document]
     while waiting:
         value = waiting.pop()

@@ -1,4 +1,4 @@
-"""One message when a measure changes its level, to a webhook."""
+"""Webhook alerts: one message for all measures that changed their alarm level."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from dagster_prefs.freshness.levels import Level, Measure
 
 Alarm = Literal["ok", "warn", "error"]
 
-# What cannot be read alarms like what is broken; what is not configured does not alarm.
+# "unknown" alarms like "error", because an unreadable stage can hide a failure. "skipped" (not configured)
+# never alarms.
 ALARMS: Mapping[Level, Alarm] = {
     "ok": "ok",
     "skipped": "ok",
@@ -33,7 +34,7 @@ TIMEOUT_SECONDS = 5.0
 
 
 class AlertError(PrefsError):
-    """The webhook is not usable, or did not take a message."""
+    """The webhook is misconfigured or did not accept a message."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,15 @@ class Transition:
 
     @property
     def text(self) -> str:
-        """One line for people."""
+        """The transition as one line of text."""
         return f"{_SIGNS[self.after]} {self.key}: {self.before} → {self.after}: {self.reason}"
 
 
 def transitions(before: Mapping[str, Alarm], measures: Iterable[Measure]) -> list[Transition]:
-    """What changed since `before` (measure key → alarm level); a measure not seen before was ok.
+    """Return the measures whose alarm level differs from `before` (measure key → alarm level), worst first.
 
-    Worst first, so that the line that matters leads the message.
+    A measure that is not in `before` counts as ok. Worst first, so that the most important line starts the
+    message.
     """
     changed = [
         Transition(measure.key, known, ALARMS[measure.level], measure.reason)
@@ -65,7 +67,7 @@ def transitions(before: Mapping[str, Alarm], measures: Iterable[Measure]) -> lis
 
 
 def remembered(before: Mapping[str, Alarm], told: Iterable[Transition]) -> dict[str, Alarm]:
-    """`before` with the transitions that were told. Those that were not are found again next time."""
+    """Apply the delivered transitions to `before`. The next evaluation finds undelivered ones again."""
     levels = dict(before)
     for transition in told:
         levels[transition.key] = transition.after
@@ -73,12 +75,12 @@ def remembered(before: Mapping[str, Alarm], told: Iterable[Transition]) -> dict[
 
 
 def dump_levels(levels: Mapping[str, Alarm]) -> str:
-    """The levels as JSON, for a sensor's cursor."""
+    """Serialize alarm levels to JSON, for a sensor's cursor."""
     return json.dumps(levels, separators=(",", ":"))
 
 
 def load_levels(text: str | None) -> dict[str, Alarm]:
-    """The levels of `dump_levels`; a missing or unreadable text means that nothing was told yet."""
+    """Parse the output of `dump_levels`. A missing or unreadable text means that no alarm was sent yet."""
     try:
         levels = json.loads(text or "{}")
     except ValueError:
@@ -89,7 +91,7 @@ def load_levels(text: str | None) -> dict[str, Alarm]:
 
 
 class Webhook:
-    """A Slack-compatible webhook: `{"text": …}` by POST, a few attempts within seconds.
+    """A Slack-compatible webhook: posts `{"text": …}`, with a few attempts within seconds.
 
     The URL is a secret and appears in no message. Raises AlertError unless it is https, or http on this
     machine.
@@ -117,7 +119,7 @@ class Webhook:
         self._wait = wait
 
     def tell(self, changed: Sequence[Transition], *, at: datetime) -> None:
-        """Send one message with all of them; nothing for none. `at` is UTC.
+        """Send all transitions in one message. Sends nothing if there are none. `at` is UTC.
 
         Raises AlertError, naming the host, after the last attempt.
         """
@@ -126,8 +128,8 @@ class Webhook:
             self.send("\n".join(lines))
 
     def send(self, text: str) -> None:
-        """Send any text; raises AlertError, naming the host, after the last attempt."""
-        # The scheme was checked when the object was made.
+        """Send a text. Raises AlertError, naming the host, after the last attempt."""
+        # The constructor checked the URL's scheme.
         request = urllib.request.Request(  # noqa: S310
             self._url,
             data=json.dumps({"text": text}).encode(),

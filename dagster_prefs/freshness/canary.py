@@ -1,7 +1,8 @@
-"""A synthetic event at an interval, timed until a reader sees it: the true event-to-readable latency.
+"""Canaries: synthetic events that are timed until a reader sees them (event-to-readable latency).
 
-Each entity has a reserved id for it. It is never exported and never ranked, and the client reports the age of its items
-as the freshness of every profile. Where an entity has no domain, its canary is read in one of its preference views.
+Each entity reserves an id for its canary. Canaries are never exported and never ranked; the client reports
+the age of its items as the freshness of every profile. The canary of an entity without a domain is read from
+one of the entity's preference views.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import psycopg
 from psycopg import sql
 
 from dagster_prefs.declarations.contract import LAST_EVENT_AT, Freshness
-from dagster_prefs.declarations.registry import Key, Registry
+from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.declarations.reserved import canary_of
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError
@@ -28,21 +29,22 @@ from dagster_prefs.events.kafka import KafkaWriter
 from dagster_prefs.events.raw import RawMessage, RawStore
 from dagster_prefs.freshness.levels import Level, Measure, judge
 from dagster_prefs.freshness.views import View, watched_relations
+from dagster_prefs.ids import Id
 from dagster_prefs.serving.profiles import CANARY_AHEAD_SECONDS
 
 SOURCE = "canary"
 
-# Latencies kept per path: p99 needs a hundred.
+# Number of latencies kept per path. p99 needs at least a hundred.
 WINDOW = 200
-# A canary is lost when it is not readable after this many times the error threshold.
+# A canary counts as lost when it is not readable after this multiple of the error threshold.
 LOST_AFTER = 60
 
 
 @dataclass(frozen=True)
 class PathState:
-    """One path's memory: the canary under way, and the latencies (seconds) and losses of earlier ones.
+    """The state of one path: the canary in flight, and the latencies (seconds) and losses of earlier ones.
 
-    `sent_ms` is the event time of the canary under way in epoch milliseconds, None when none is.
+    `sent_ms` is the event time of the canary in flight in epoch milliseconds, None when there is none.
     """
 
     sent_ms: int | None = None
@@ -53,12 +55,12 @@ class PathState:
 
 @dataclass(frozen=True)
 class CanaryState:
-    """Everything that is remembered from one probe to the next; small enough for a sensor's cursor."""
+    """The state that one probe hands to the next; small enough for a sensor's cursor."""
 
     paths: Mapping[str, PathState] = field(default_factory=dict)
 
     def dumps(self) -> str:
-        """The state as JSON."""
+        """Serialize the state to JSON."""
         return json.dumps(
             {
                 name: [path.sent_ms, [round(value, 3) for value in path.latencies], path.lost, path.last_lost]
@@ -69,7 +71,8 @@ class CanaryState:
 
     @classmethod
     def loads(cls, text: str | None) -> CanaryState:
-        """The state of `dumps`; a missing or unreadable one is a fresh start, as it only costs the window."""
+        """Parse the output of `dumps`. An unreadable text gives an empty state: only past latencies are
+        lost."""
         try:
             content = json.loads(text or "{}")
             return cls(
@@ -92,10 +95,10 @@ def send_canary(
     client: Mapping[str, Any] | None = None,
     timeout_seconds: float = 5.0,
 ) -> None:
-    """Send one event per topic with the event time `moment`: through Kafka, else into the raw tables.
+    """Send one event per topic with the event time `moment`, through Kafka or else into the raw tables.
 
-    The engine holds the key that proves them, and is asked for it first. Raises KafkaUnavailable, RawStoreError or
-    EngineUnavailable when they cannot be sent.
+    Asks the engine first for the key that authenticates canary events. Raises KafkaUnavailable, RawStoreError
+    or EngineUnavailable if the events cannot be sent.
     """
     messages = canary_events(registry, canary_key(engine), moment)
     if bootstrap is not None:
@@ -112,12 +115,12 @@ def send_canary(
             store.write(registry.topic(topic), SOURCE, [RawMessage(0, epoch_ms(moment), data)])
 
 
-def read_domains(profiles: Any, key: Key) -> dict[str, int | None]:
-    """Domain → newest canary event that a `ProfileClient` reads, whose profiles have this key column.
+def read_domains(profiles: Any, canary: Id) -> dict[str, int | None]:
+    """Domain → newest event that a `ProfileClient` reads of the canary of its entity.
 
-    Raises PrefsError when a domain fails.
+    Raises PrefsError if a domain fails.
     """
-    profile = profiles.get(canary_of(key), consistent=True)
+    profile = profiles.get(canary, consistent=True)
     for read in profile.reads.values():
         if read.error is not None:
             raise read.error
@@ -125,7 +128,7 @@ def read_domains(profiles: Any, key: Key) -> dict[str, int | None]:
 
 
 def canary_views(registry: Registry) -> dict[str, View]:
-    """Entity without a domain → the preference view in which its canary is looked for, over the Postgres wire."""
+    """Map each entity without a domain to the preference view from which its canary is read."""
     found: dict[str, View] = {}
     for view in watched_relations(registry):
         declared = registry.preferences.get(view.relation)
@@ -134,7 +137,7 @@ def canary_views(registry: Registry) -> dict[str, View]:
         entity = registry.entity(declared.entity)
         if entity.table is not None or entity.name in found:
             continue
-        # A view of some kinds of events only may leave out the canary's kind.
+        # A view that filters events by kind may exclude the canary's kind.
         kinds = [field.name for field in registry.topic(view.topic).fields if field.accepted]
         shown = " ".join(upstream.only for upstream in view.upstreams)
         if not any(re.search(rf"\b{kind}\b", shown) for kind in kinds):
@@ -145,7 +148,7 @@ def canary_views(registry: Registry) -> dict[str, View]:
 def read_views(
     engine: EngineConfiguration, registry: Registry, views: Mapping[str, View]
 ) -> dict[str, int | None]:
-    """Entity → newest canary event in its view of `canary_views`."""
+    """Read the newest canary event of each entity from its view in `canary_views`."""
     newest: dict[str, int | None] = {}
     for name, view in views.items():
         key = registry.entity(name).key
@@ -169,15 +172,15 @@ def read_views(
 
 
 class CanaryError(PrefsError):
-    """The canary could not be sent or read."""
+    """A canary could not be sent or read."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """The canary's paths, as functions: how an event is sent, and how what is readable is read.
+    """The paths of the canaries, with functions that send an event and read the newest readable one.
 
-    `paths` are those of `canary_paths`, `thresholds` the contract's for a canary;
-    `clock` gives the time in UTC, `wait` pauses for seconds.
+    `paths` are those of `canary_paths`, `thresholds` the contract's for canaries; `clock` returns the time in
+    UTC, `wait` sleeps for a number of seconds.
     """
 
     send: Callable[[datetime], None]
@@ -189,11 +192,11 @@ class Probe:
     poll_seconds: float = 0.25
 
     def run(self, state: CanaryState, *, patience_seconds: float) -> tuple[CanaryState, list[Measure]]:
-        """Settle the canaries under way, send one where none is, and watch for `patience_seconds`.
+        """Read the canaries in flight, send one on each idle path, and poll for up to `patience_seconds`.
 
-        A canary that is not readable by then is looked for again by the next run; one that is older than
-        the path's patience (60 times the error threshold) is lost. Returns the state for the next run and
-        one measure per path. Never raises for what cannot be sent or read: that is in the measures.
+        The next run looks again for a canary that is not readable by then; a canary older than 60 times the
+        error threshold counts as lost. Returns the state for the next run and one measure per path. Never
+        raises if an event cannot be sent or read: the measures report it.
         """
         paths, unread = self._look({name: state.paths.get(name, PathState()) for name in self.paths})
         paths = {name: self._lose(path) for name, path in paths.items()}
@@ -251,14 +254,14 @@ class Probe:
 
 
 def canary_paths(registry: Registry) -> list[str]:
-    """The names of the paths that a canary is timed on: each domain, and each entity that has a view only."""
+    """Return the names of the timed paths: each domain, and each entity that has a preference view only."""
     return [*(domain.name for domain in registry.contract.domains.values()), *canary_views(registry)]
 
 
 def judge_state(
     state: CanaryState, paths: Sequence[str], thresholds: Freshness, *, now: datetime
 ) -> list[Measure]:
-    """One measure per path of a state that a probe left; `now` is UTC."""
+    """Return one measure per path from the state that a probe stored. `now` is UTC."""
     return [_path_measure(name, state.paths.get(name, PathState()), thresholds, now) for name in paths]
 
 
@@ -281,7 +284,7 @@ def _path_measure(
         lag = (epoch_ms(now) - path.sent_ms) / 1000
         level = judge(lag, thresholds)
         reason = f"a canary is not readable after {lag:.1f} s"
-        # What is under way for less than the threshold is no news, unless the one before was lost.
+        # A canary in flight for less than the threshold does not alarm, unless the previous one was lost.
         if path.last_lost:
             level, reason = "error", f"{reason}, and the one before was lost"
     elif path.last_lost:
@@ -299,11 +302,11 @@ def _path_measure(
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least `share` of the values do not exceed (nearest rank)."""
+    """Return the smallest value that at least `share` of the values do not exceed (nearest rank)."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
 def epoch_ms(moment: datetime) -> int:
-    """Whole milliseconds since 1970 of a moment."""
+    """Convert a moment to whole milliseconds since 1970."""
     return (moment - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(milliseconds=1)

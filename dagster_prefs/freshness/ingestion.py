@@ -1,4 +1,4 @@
-"""How far the engine has read each Kafka partition, against what the brokers hold."""
+"""Ingestion lag: the engine's read position in each Kafka partition, compared with the brokers' offsets."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from psycopg import sql
 
 from dagster_prefs.declarations.registry import TopicDeclaration
 from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.events.brokers import KafkaSource
 from dagster_prefs.events.contact import BROKER_TIMEOUT_SECONDS, Contact, KafkaUnavailable
 from dagster_prefs.events.kafka import TopicUnavailable, topic_partitions, watermarks
 from dagster_prefs.events.topics import TopicGeneration, source_name
@@ -23,18 +24,19 @@ State = Literal["current", "behind", "lost", "recreated", "unknown"]
 
 
 class BrokersSilent(Unmeasurable):
-    """The brokers do not answer at all, so that asking for the next topic is in vain."""
+    """No broker answers, so measuring the next topic would fail as well."""
 
 
 @dataclass(frozen=True)
 class PartitionLag:
-    """One partition: the broker holds offsets `low` to below `high`, the engine has read up to `last_offset`.
+    """The lag of one partition: it holds offsets `low` to below `high`, the engine read up to `last_offset`.
 
-    `messages` are those the engine has not read yet, `lag_seconds` the age of the first of them by its Kafka
-    timestamp (0 when there is none, None where it has no timestamp, negative for one from the future). `state`:
-    `lost` when the broker deleted messages before the engine read them, `recreated` when the engine is ahead of
-    the topic, has read a partition that is no more (then `low` and `high` are 0), or has read another topic of
-    that name by the brokers' ids, `unknown` when the engine was told to start at the end and has read nothing.
+    `messages` counts those the engine has not read yet; `lag_seconds` is the age of the first of them by its
+    Kafka timestamp (0 when there is none, None where it has no timestamp, negative for one from the future).
+    `state`: `lost` when the broker deleted messages before the engine read them; `recreated` when the
+    engine's offset exceeds the topic's, the engine has read a partition that no longer exists (then `low` and
+    `high` are 0), or the topic ids show that it has read another topic of that name; `unknown` when the
+    engine was configured to start at the end and has read nothing yet.
     """
 
     partition: int
@@ -48,7 +50,7 @@ class PartitionLag:
 
 @dataclass(frozen=True)
 class IngestionLag:
-    """All partitions of one topic, in order."""
+    """The lag of all partitions of one topic, in order."""
 
     topic: str
     kafka_topic: str
@@ -56,12 +58,13 @@ class IngestionLag:
 
     @property
     def messages(self) -> int:
-        """Messages that the engine has not read yet."""
+        """Number of messages that the engine has not read yet."""
         return sum(partition.messages for partition in self.partitions)
 
     @property
     def lag_seconds(self) -> float | None:
-        """Age of the oldest of them; 0 for none, None where no age is known, negative where all are from the future."""
+        """Age of the oldest unread message: 0 for none, None if unknown, negative if all are from the
+        future."""
         if not self.messages:
             return 0.0
         ages = [partition.lag_seconds for partition in self.partitions if partition.messages]
@@ -69,16 +72,16 @@ class IngestionLag:
         return max(known) if known else None
 
     def in_state(self, state: State) -> list[int]:
-        """The partitions in that state."""
+        """Return the numbers of the partitions in that state."""
         return [partition.partition for partition in self.partitions if partition.state == state]
 
 
 class Broker:
-    """Reads positions and single messages from Kafka, in no consumer group's name; a context manager.
+    """A context manager that reads offsets and single messages from Kafka without joining a consumer group.
 
-    `client` adds librdkafka properties, e.g. for TLS; raises KafkaUnavailable where librdkafka does not take them.
-    Every method raises Unmeasurable, with Kafka's own reason, when the brokers refuse this client or do not answer
-    within `timeout_seconds`; `watermarks` the BrokersSilent kind of it.
+    `client` adds librdkafka properties, e.g. for TLS. Raises KafkaUnavailable if librdkafka does not accept
+    them. Every method raises Unmeasurable, with Kafka's own reason, when the brokers reject this client or do
+    not answer within `timeout_seconds`; in the latter case `watermarks` raises its subclass BrokersSilent.
     """
 
     def __init__(
@@ -96,11 +99,12 @@ class Broker:
             client,
             timeout_seconds=timeout_seconds,
             properties={
-                # librdkafka wants a group; nothing is ever committed to it.
+                # librdkafka requires a group id; this client never commits an offset to it.
                 "group.id": "dagster-prefs-freshness",
                 "enable.auto.commit": False,
                 "enable.partition.eof": True,
-                # A broker answers one connection in order, so a fetch that waits holds up the next question.
+                # A broker answers the requests of a connection in order, so a waiting fetch would delay the
+                # next request.
                 "fetch.wait.max.ms": 10,
                 "allow.auto.create.topics": False,
             },
@@ -114,7 +118,7 @@ class Broker:
         self._consumer.close()
 
     def watermarks(self, kafka_topic: str) -> dict[int, tuple[int, int]]:
-        """Partition → its first offset and the one after its last."""
+        """Return the first offset and the one after the last, by partition."""
         try:
             found = topic_partitions(self._contact, self._bootstrap, kafka_topic)
         except TopicUnavailable as error:
@@ -127,9 +131,10 @@ class Broker:
             raise Unmeasurable(str(error)) from None
 
     def first_messages(self, kafka_topic: str, positions: Mapping[int, int]) -> dict[int, datetime | None]:
-        """Partition → Kafka time of its first message with a value from a position on; absent where none is.
+        """Return the Kafka time of the first message with a value at or after each position, by partition.
 
-        A position may be followed only by tombstones or control records, which no raw table ever holds.
+        A partition without such a message is absent: its position may be followed only by tombstones or
+        control records, which no raw table ever holds.
         """
         found: dict[int, datetime | None] = {}
         if not positions:
@@ -179,19 +184,18 @@ def ingestion_lag(
     topic: TopicDeclaration,
     *,
     now: datetime,
-    kafka_topic: str | None = None,
-    start: Literal["earliest", "latest"] = "earliest",
+    kafka: KafkaSource = KafkaSource(),  # noqa: B008 (it is frozen)
     life: TopicGeneration | None = None,
 ) -> IngestionLag:
-    """How far the engine is behind each partition of one topic; `now` is UTC.
+    """Measure how far the engine is behind each partition of one topic. `now` is UTC.
 
-    `kafka_topic` is the topic's name in Kafka where it differs; `start` is where the engine was told to
-    begin, which decides what a partition it never read still owes. `life` says which topic of that name is
+    `kafka` has the topic's name in Kafka where it differs, and where the engine was told to start, which decides
+    what a partition it never read still owes. `life` says which topic of that name is
     read; without it one that was made anew is known by its shorter partitions only.
 
     Raises Unmeasurable when brokers or engine do not answer, or the topic or the raw table does not exist.
     """
-    name = kafka_topic or topic.name
+    name = kafka.topics.get(topic.name, topic.name)
     marks = broker.watermarks(name)
     source = life.source if life else source_name(name, 1)
     read = _last_offsets(connection, engine, topic, source, list(marks))
@@ -204,7 +208,7 @@ def ingestion_lag(
         states[partition] = "current"
         if (life and life.state == "recreated") or (last is not None and last >= high):
             states[partition] = "recreated"
-        elif last is None and start == "latest":
+        elif last is None and kafka.start == "latest":
             states[partition] = "unknown" if high > low else "current"
         elif last is not None and last + 1 < low:
             states[partition] = "lost"
@@ -250,7 +254,8 @@ def _last_offsets(
                 [topic.name, source],
             ).fetchall()
         else:
-            # `ingest_progress` is as old as the last refresh; the raw table's key tells each end at once.
+            # `ingest_progress` is only as current as the last refresh; the raw table's primary key gives each
+            # partition's newest offset without one.
             rows = connection.execute(
                 sql.SQL(
                     "select p, (select max(source_offset) from {raw}"

@@ -1,4 +1,4 @@
-"""What a reading means: levels, the thresholds they come from, and readings in one shape."""
+"""Measures and their levels: the one shape of every reading, and the thresholds that judge it."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from dagster_prefs.errors import PrefsError
 
 Level = Literal["ok", "skipped", "warn", "error", "unknown"]
 
-# From best to worst. What could not be read is worst: it may hide anything.
+# Ordered from best to worst. "unknown" is worst, because it can hide any state.
 LEVELS: tuple[Level, ...] = ("ok", "skipped", "warn", "error", "unknown")
 
 Stage = Literal["ingestion", "views", "online", "offline", "canary"]
 
 
 class Unmeasurable(PrefsError):
-    """A reading could not be taken; the message says why and what to do."""
+    """A reading could not be taken; the message gives the reason and the remedy."""
 
 
 def unreadable(what: str, error: psycopg.Error) -> Unmeasurable:
-    """Why the engine did not answer about `what`: it lacks a relation or column, or it failed."""
+    """Translate an engine's error about `what`: a relation or column is missing, or the statement failed."""
     missing = missing_relation(error)
     if isinstance(error, psycopg.errors.UndefinedColumn):
         missing = error.diag.message_primary
@@ -38,9 +38,9 @@ def unreadable(what: str, error: psycopg.Error) -> Unmeasurable:
 
 @dataclass(frozen=True)
 class Measure:
-    """One reading of one stage, judged.
+    """One reading of one stage, with its level.
 
-    `name` is the topic, relation, domain or training table. `lag_seconds` is what the thresholds judge,
+    `name` is the topic, relation, domain or training table. `lag_seconds` is compared with the thresholds;
     None where it has no meaning or is not known. `values` are further numbers to plot, `notes` texts.
     """
 
@@ -55,17 +55,17 @@ class Measure:
 
     @property
     def key(self) -> str:
-        """`<stage>/<name>`, what alerts and cursors remember a measure by."""
+        """`<stage>/<name>`, under which alerts and cursors store a measure."""
         return f"{self.stage}/{self.name}"
 
 
 def judge(lag_seconds: float, thresholds: Freshness) -> Level:
-    """The level of a lag: `warn` and `error` begin at their thresholds, in seconds."""
+    """Return the level of a lag; `warn` and `error` begin at their thresholds, in seconds."""
     if lag_seconds >= thresholds.error_seconds:
         return "error"
     return "warn" if lag_seconds >= thresholds.warn_seconds else "ok"
 
 
 def worst(levels: Iterable[Level]) -> Level:
-    """The worst of some levels; `ok` for none."""
+    """Return the worst of some levels, `ok` for none."""
     return max(levels, key=LEVELS.index, default="ok")

@@ -1,4 +1,4 @@
-"""Every reading in one shape, judged by the contract; one that fails is `unknown`, never green."""
+"""The readings of every stage, judged by the contract. A reading that fails is `unknown`, never ok."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import date, datetime
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 
@@ -28,17 +28,18 @@ if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
     from pyiceberg.catalog import Catalog
 
+    from dagster_prefs.events.brokers import KafkaSource
     from dagster_prefs.freshness.ingestion import IngestionLag, State
     from dagster_prefs.iceberg.tables import TileTable
 
-# A holder that misses so many of its promises does not live.
+# A lease holder that has not renewed for this many lease periods counts as dead.
 INACTIVE_PROMISES = 3
-# A refresh that takes longer than this excuses nothing.
+# A refresh that runs for longer than this no longer excuses a lag.
 REFRESH_PATIENCE_SECONDS = 900
 
 
 def unknown(stage: Stage, names: Iterable[str], why: Exception | str) -> list[Measure]:
-    """One `unknown` measure per name, with the reason."""
+    """Return one `unknown` measure per name, with the reason."""
     return [Measure(stage, name, "unknown", " ".join(str(why).split())) for name in names]
 
 
@@ -49,7 +50,7 @@ def measure_views(
     now: datetime,
     relations: Sequence[Typed | View] | None = None,
 ) -> list[Measure]:
-    """Freshness of each typed relation and view, all by default; `now` is UTC.
+    """Measure the freshness of each typed relation and view, all by default. `now` is UTC.
 
     Never raises for an engine that is down or a relation that is missing: those measures are `unknown`.
     """
@@ -69,7 +70,7 @@ def measure_views(
                     continue
                 if isinstance(relation, Typed):
                     arrivals[relation.topic] = lag.newest_arrival
-                # Reference data has no topic of its own in the contract.
+                # Reference data is judged by the freshness target for views.
                 promised = isinstance(relation, Typed) and relation.subject is not None
                 thresholds = freshness.topics.get(relation.topic) if promised else freshness.views
                 measures.append(_view_measure(lag, arrivals.get(lag.topic), thresholds, refreshing))
@@ -139,10 +140,10 @@ def measure_online(
     sample: int = 64,
     wait: Callable[[float], None] = time.sleep,
 ) -> list[Measure]:
-    """Online lag of each domain; `connect` gives the client and the tables by entity, and is called once.
+    """Measure the online lag of each domain.
 
     `publishes` says whether this platform writes DynamoDB, rather than a RisingWave sink; `follows` that
-    `prefs publish --follow` does, of whose lease silence, stop and refused rows are told too. Never raises for an
+    `prefs publish --follow` does, whose inactivity, stop and rejected rows are reported too. Never raises for an
     engine or DynamoDB that does not answer: those measures are `unknown`.
     """
     from botocore.exceptions import BotoCoreError
@@ -178,7 +179,7 @@ def measure_online(
 
 
 def _with_follower(measure: Measure, state: LeaseState | None, now: datetime) -> Measure:
-    """The measure with what the lease says of whoever publishes; a lag appears only when something changes."""
+    """Add the publisher's lease state to a measure: a stopped publisher lags only after the next change."""
     if state is None:
         reason = f"nobody has published it yet: run `prefs publish --follow`; {measure.reason}"
         return replace(measure, level=worst([measure.level, "warn"]), reason=reason)
@@ -254,7 +255,7 @@ def _remedy(lag: OnlineLag, domain: Domain, publishes: bool, follows: bool) -> s
     if publishes:
         return f"materialize online/{domain.name}, which publishes what changed, or run `prefs reconcile`"
     if lag.standing:
-        # One item that DynamoDB refuses stops a sink for every id, and only a new sink goes on.
+        # One item that DynamoDB rejects stops a sink for every id, and only a recreated sink continues.
         return (
             f"the sink {domain.sink} is stuck: drop it, rebuild it with `dbt run --select {domain.sink}`, "
             "which backfills, and look for a NULL key upstream"
@@ -273,9 +274,10 @@ def measure_offline(
     now: datetime,
     by_sink: bool = False,
 ) -> list[Measure]:
-    """Lag of each training table; `connect` opens the catalog once, `by_sink` is as for `offline_lag`.
+    """Measure the lag of each training table.
 
-    Never raises for an engine or catalog that does not answer: those measures are `unknown`.
+    `connect` opens the catalog once; `by_sink` is as for `offline_lag`. Never raises for an engine or catalog
+    that does not answer: those measures are `unknown`.
     """
     from dagster_prefs.freshness.offline import offline_lag
 
@@ -305,7 +307,8 @@ def measure_offline(
         if parts:
             reasons.append(" and ".join(parts) + f": materialize these days of training/{spec.name}")
         if lag.foreign:
-            # Rows that nobody here vouches for are wrong, however fresh the day.
+            # Rows of another writer were never audited against the engine, so they are an error however fresh
+            # the day is.
             level = "error"
             oldest = next(iter(lag.foreign))
             reasons.append(
@@ -326,7 +329,7 @@ def measure_offline(
 
 
 def refresh_running(connection: psycopg.Connection[Any], engine: EngineConfiguration) -> bool:
-    """Whether dbt is at work in the embedded engine right now, so that views differ for a moment.
+    """Return whether dbt is refreshing the embedded engine at the moment, so that views differ for a while.
 
     Always False on RisingWave, whose views need no refresh.
     """
@@ -344,21 +347,18 @@ def refresh_running(connection: psycopg.Connection[Any], engine: EngineConfigura
 def measure_ingestion(
     engine: EngineConfiguration,
     registry: Registry,
-    bootstrap: str | None,
+    kafka: KafkaSource,
     *,
     now: datetime,
-    start: Literal["earliest", "latest"] = "earliest",
-    kafka_topics: Mapping[str, str] | None = None,
     timeout_seconds: float = 7.0,
-    client: Mapping[str, Any] | None = None,
     by_id: bool = False,
 ) -> list[Measure]:
-    """Ingestion lag of each topic of events; `kafka_topics` gives names in Kafka that differ.
+    """Ingestion lag of each topic of events.
 
-    With `by_id` the brokers are asked for the topics' ids, which tell a topic that was made anew from the one
-    that was read; brokers that tell none do not stop the rest.
+    With `by_id`, a recreated topic is detected by the brokers' topic ids; a failure to get them does not stop
+    the other measures.
 
-    Without brokers (`bootstrap` None) every measure is `skipped` and says so. Never raises for brokers or an
+    Without brokers (no `kafka.bootstrap`) every measure is `skipped` and says so. Never raises for brokers or an
     engine that do not answer: those measures are `unknown`.
     """
     from dagster_prefs.events.contact import KafkaUnavailable
@@ -366,25 +366,25 @@ def measure_ingestion(
     from dagster_prefs.freshness.ingestion import Broker, BrokersSilent, ingestion_lag
 
     thresholds = registry.contract.freshness.topics
-    # Reference data is measured where the contract promises something of it.
+    # Reference data is only measured if the contract has a freshness target for it.
     topics = [topic.name for topic in registry.topics.values() if topic.entity or topic.name in thresholds]
-    if bootstrap is None:
+    if kafka.bootstrap is None:
         reason = "no Kafka is configured: set PREFS_KAFKA_BOOTSTRAP to measure ingestion lag"
         return [Measure("ingestion", topic, "skipped", reason) for topic in topics]
-    names = kafka_topics or {}
+    names = kafka.topics
     try:
         with (
             engine.connect() as connection,
-            Broker(bootstrap, timeout_seconds=timeout_seconds, client=client) as broker,
+            Broker(kafka.bootstrap, timeout_seconds=timeout_seconds, client=kafka.client) as broker,
         ):
             measures: list[Measure] = []
             lives: dict[str, TopicGeneration] = {}
             if by_id:
                 with suppress(KafkaUnavailable, NotDeployed):
                     ids = broker_ids(
-                        bootstrap,
+                        kafka.bootstrap,
                         [names.get(topic, topic) for topic in topics],
-                        client=client,
+                        client=kafka.client,
                         timeout_seconds=2,
                     )
                     lives = topic_generations(connection, engine, ids)
@@ -396,12 +396,11 @@ def measure_ingestion(
                         broker,
                         registry.topic(topic),
                         now=now,
-                        kafka_topic=names.get(topic),
-                        start=start,
+                        kafka=kafka,
                         life=lives.get(names.get(topic, topic)),
                     )
                 except BrokersSilent as error:
-                    # Each topic would wait for the same brokers, longer than a sensor may take.
+                    # Every further topic would wait for the same brokers and exceed a sensor's time limit.
                     return measures + unknown("ingestion", topics[len(measures) :], error)
                 except Unmeasurable as error:
                     measures += unknown("ingestion", [topic], error)

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import Metric as PrometheusMetric
+from prometheus_client.registry import Collector
 
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.freshness.levels import LEVELS, Measure
@@ -65,7 +70,9 @@ def metric_names() -> list[str]:
 
 def render_metrics(status: Status) -> str:
     """The status in Prometheus' text format, labelled with `stage` and `name`."""
-    return "".join(f"{line}\n" for line in _lines(status))
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Readings(status))
+    return generate_latest(registry).decode()
 
 
 class MetricsServer(ThreadingHTTPServer):
@@ -126,48 +133,40 @@ class _Handler(BaseHTTPRequestHandler):
         """Scrapes are not worth a line each."""
 
 
-def _lines(status: Status) -> Iterator[str]:
-    for metric in METRICS:
-        yield from _metric(metric, status.measures)
-    yield from _head(LEVEL_METRIC)
-    for measure in status.measures:
-        for level in LEVELS:
-            labels = _labels(measure) | {"level": level}
-            yield _sample(LEVEL_METRIC.name, labels, int(measure.level == level))
-    for metric, value in zip(STATUS_METRICS, (status.read_at.timestamp(), status.seconds), strict=True):
-        yield from _head(metric)
-        yield _sample(metric.name, {}, value)
+class _Readings(Collector):
+    """One status, as prometheus_client collects it."""
+
+    def __init__(self, status: Status) -> None:
+        self._status = status
+
+    def collect(self) -> Iterator[PrometheusMetric]:
+        """A family per metric that has samples."""
+        status = self._status
+        for metric in METRICS:
+            # A reading that was not taken has no sample: a 0 would look like a good one.
+            values = [(measure, _value(metric, measure)) for measure in status.measures]
+            if samples := [(measure, value) for measure, value in values if value is not None]:
+                family = _family(metric, ("stage", "name"))
+                for measure, value in samples:
+                    family.add_metric((measure.stage, measure.name), value)
+                yield family
+        levels = _family(LEVEL_METRIC, ("stage", "name", "level"))
+        for measure in status.measures:
+            for level in LEVELS:
+                levels.add_metric((measure.stage, measure.name, level), measure.level == level)
+        yield levels
+        for metric, value in zip(STATUS_METRICS, (status.read_at.timestamp(), status.seconds), strict=True):
+            yield GaugeMetricFamily(metric.name, metric.help, value)
 
 
-def _metric(metric: Metric, measures: Sequence[Measure]) -> Iterator[str]:
-    samples = []
-    for measure in measures:
-        own: dict[str, int | float | None] = {"lag_seconds": measure.lag_seconds, **measure.values}
-        if measure.thresholds is not None:
-            own["warn_seconds"] = measure.thresholds.warn_seconds
-            own["error_seconds"] = measure.thresholds.error_seconds
-        value = own.get(metric.value)
-        # A reading that was not taken has no sample: a 0 would look like a good one.
-        if value is not None:
-            samples.append(_sample(metric.name, _labels(measure), value))
-    if samples:
-        yield from _head(metric)
-        yield from samples
+def _family(metric: Metric, labels: Sequence[str]) -> GaugeMetricFamily | CounterMetricFamily:
+    family = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
+    return family(metric.name, metric.help, labels=labels)
 
 
-def _head(metric: Metric) -> Iterator[str]:
-    yield f"# HELP {metric.name} {metric.help}"
-    yield f"# TYPE {metric.name} {metric.kind}"
-
-
-def _labels(measure: Measure) -> dict[str, str]:
-    return {"stage": measure.stage, "name": measure.name}
-
-
-def _sample(name: str, labels: Mapping[str, str], value: int | float) -> str:
-    written = ",".join(f'{label}="{_escaped(text)}"' for label, text in labels.items())
-    return f"{name}{{{written}}} {value!r}" if labels else f"{name} {value!r}"
-
-
-def _escaped(text: str) -> str:
-    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+def _value(metric: Metric, measure: Measure) -> int | float | None:
+    own: dict[str, int | float | None] = {"lag_seconds": measure.lag_seconds, **measure.values}
+    if measure.thresholds is not None:
+        own["warn_seconds"] = measure.thresholds.warn_seconds
+        own["error_seconds"] = measure.thresholds.error_seconds
+    return own.get(metric.value)

@@ -1,4 +1,4 @@
-"""How far the training tables lag behind the tiles they are exported from."""
+"""Offline lag: how far the training tables are behind the tiles from which they are exported."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OfflineLag:
-    """How far one training table is behind; days are UTC.
+    """The lag of one training table; days are UTC.
 
     `missing` are complete days that the engine holds and the table does not, `changed` those whose tiles
-    changed after their export (late events), `foreign` those that another writer changed, with what it did: an
-    export leaves them alone. `lag_seconds` is how long the oldest missing day has been complete: 0 when none is
-    missing.
+    changed after their export (late events), `foreign` those that another writer changed, with a description
+    of the change: an export does not touch them. `lag_seconds` is the time since the oldest missing day was
+    complete, 0 when none is missing.
     """
 
     table: str
@@ -45,15 +45,16 @@ def offline_lag(
 ) -> OfflineLag:
     """Compare one training table with the tiles of the engine, for the days from `start` to yesterday.
 
-    `now` is UTC; its day is not complete and never missing. `by_sink` says that a sink of RisingWave writes the
-    table, so that rows which the engine does not have are its mistake and not what retention left behind.
+    `now` is UTC; its day is not complete and never missing. `by_sink` says that a RisingWave sink writes the
+    table, so that rows which the engine does not have are an error of the sink and not the result of
+    retention.
 
-    Raises OfflineError for the catalog or tiles that cannot be read, EngineUnavailable for the engine.
+    Raises OfflineError if catalog or tiles cannot be read, EngineUnavailable for the engine.
     """
     today = now.astimezone(UTC).date()
     exported = exported_days(catalog, spec, namespace=namespace)
     stale = stale_days(engine, spec, exported, until=today, by_sink=by_sink)
-    # In a table that a sink writes, every file has a name of RisingWave's.
+    # RisingWave's sink names every file of its table, so none of them is foreign.
     others = {} if by_sink else foreign_days(exported, stale)
     foreign = {day: str(found) for day, found in others.items() if day >= start}
     needed = [day for day in stale if day >= start and day not in others]

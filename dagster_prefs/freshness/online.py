@@ -1,4 +1,4 @@
-"""Whether DynamoDB holds what the rolling views hold, read from a sample that follows whole keys."""
+"""Online lag: whether DynamoDB holds what the rolling views hold, measured on a sample of ids."""
 
 from __future__ import annotations
 
@@ -16,27 +16,30 @@ from psycopg import sql
 from dagster_prefs.declarations.contract import LAST_EVENT_AT, Contract, Domain, Table
 from dagster_prefs.dynamodb.access import ItemAccess, StoreUnavailable
 from dagster_prefs.dynamodb.items import plain
+from dagster_prefs.dynamodb.publisher import KeySql
 from dagster_prefs.dynamodb.tables import TableReport
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.freshness.levels import Unmeasurable, unreadable
+from dagster_prefs.ids import Id, id_parts
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
 
-# Recent ids among which the key hash chooses, as a multiple of the sample.
+# The key hash chooses the sample among the most recently changed ids; this is their number as a multiple of
+# the sample.
 CANDIDATES = 8
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One id whose item is not as the view has it.
+    """One id whose item differs from its row in the view.
 
     `kind` is missing (no item), extra (no row) or different; `attributes` are the names that differ.
-    `age_seconds` is how long the view has been ahead of the item, at least; negative where the engine says that
-    the row became visible in the future of this machine's clock.
+    `age_seconds` is a lower bound of the time for which the view has been ahead of the item; negative where
+    the engine reports that the row became visible in the future of this machine's clock.
     """
 
-    id: int | str
+    id: Id
     kind: Literal["missing", "extra", "different"]
     attributes: tuple[str, ...]
     age_seconds: float
@@ -44,12 +47,12 @@ class Difference:
 
 @dataclass(frozen=True)
 class OnlineLag:
-    """What a sample of one domain says about DynamoDB.
+    """The comparison of one domain's sample with DynamoDB.
 
-    `sampled` ids were looked at: those of the view, and those of which DynamoDB or the publisher's memory
-    holds an item. `view_rows` and `published_rows` are exact counts, None where they were not asked for or
-    nothing remembers what was published (RisingWave's own sinks). `standing` says that nothing which changed
-    since the oldest difference has arrived: whoever writes the table stands still.
+    `sampled` is the number of ids compared: those of the view, and those of which DynamoDB or the publisher's
+    table of published items holds an item. `view_rows` and `published_rows` are exact counts, None where they
+    were not requested or no table records what was published (RisingWave's own sinks). `standing` says that
+    no change since the oldest difference has arrived: the writer of the table has stopped.
     """
 
     domain: str
@@ -60,22 +63,22 @@ class OnlineLag:
     published_rows: int | None
 
     def count(self, kind: str) -> int:
-        """How many sampled ids are `missing`, `extra` or `different`."""
+        """Return how many sampled ids are `missing`, `extra` or `different`."""
         return sum(difference.kind == kind for difference in self.differences)
 
     @property
     def missing(self) -> int:
-        """Sampled ids with a row and no item."""
+        """Number of sampled ids with a row and no item."""
         return self.count("missing")
 
     @property
     def extra(self) -> int:
-        """Sampled ids with an item and no row."""
+        """Number of sampled ids with an item and no row."""
         return self.count("extra")
 
     @property
     def different(self) -> int:
-        """Sampled ids whose item has other values than their row."""
+        """Number of sampled ids whose item has other values than their row."""
         return self.count("different")
 
     @property
@@ -85,17 +88,17 @@ class OnlineLag:
 
     @property
     def oldest_seconds(self) -> float:
-        """Age of the oldest difference; 0 where nothing differs or all of it is from the future."""
+        """Age of the oldest difference; 0 where nothing differs or all differences are from the future."""
         return max((0.0, *(difference.age_seconds for difference in self.differences)))
 
     @property
     def ahead_seconds(self) -> float:
-        """How far in the future the newest difference is stamped, so that its age is not known; 0 where none is."""
+        """Seconds by which the newest difference is dated in the future (its age is then unknown), else 0."""
         return -min((0.0, *(difference.age_seconds for difference in self.differences)))
 
     @property
     def in_step(self) -> bool:
-        """Whether nothing differs, in the sample and in the counts."""
+        """Whether nothing differs, neither in the sample nor in the counts."""
         counted = self.published_rows is not None
         return not self.differences and (not counted or self.published_rows == self.view_rows)
 
@@ -114,17 +117,17 @@ def online_lag(
 ) -> OnlineLag:
     """Compare a sample of one domain's ids between its rolling view and DynamoDB.
 
-    The sample are `sample` ids with rows, chosen by the hash of their key among the most recently changed
-    ones, so that the same ids are followed through every domain and from one look to the next; as many
-    that were published and have no row; and one page of the table from a place that moves with `now` (UTC).
-    Its cost does not depend on the number of ids, except for `count_rows`, which reads the whole view.
+    The sample consists of `sample` ids with rows, chosen by the hash of their key among the most recently
+    changed ones, so that the same ids are followed through every domain and from one measurement to the next;
+    as many published ids without a row; and one page of the table from a position that moves with `now`
+    (UTC). The cost does not depend on the number of ids, except for `count_rows`, which reads the whole view.
 
-    A row that changes between the two reads is no difference: an item counts as different only when it is
-    neither what the view had before nor what it has after. A difference of which the engine cannot tell the
-    age is looked at again after the domain's error threshold, for which `wait` pauses.
+    A row that changes between the two reads is no difference: an item counts as different only when it
+    matches neither the view's row before nor the one after. If the engine cannot tell the age of a
+    difference, the id is compared again after the domain's error threshold, for which `wait` sleeps.
 
-    Raises Unmeasurable when the view is missing or DynamoDB refuses or does not answer, EngineUnavailable
-    for the engine.
+    Raises Unmeasurable when the view is missing or DynamoDB rejects the request or does not answer,
+    EngineUnavailable for the engine.
     """
     with engine.connect() as connection:
         try:
@@ -139,14 +142,14 @@ def online_lag(
 
 @dataclass(frozen=True)
 class Row:
-    """One row: the contract's attributes, and since when it is visible (None where unknown)."""
+    """One row: the contract's attributes, and the time since which it is visible (None where unknown)."""
 
     values: Mapping[str, Any]
     visible_since: datetime | None
 
 
 class Comparison:
-    """One domain's rolling view and items, side by side; `now` is UTC."""
+    """Compares one domain's rolling view with its items. `now` is UTC."""
 
     def __init__(
         self,
@@ -161,8 +164,9 @@ class Comparison:
         self.connection = connection
         self.engine = engine
         self.items = ItemAccess(client, contract.table_of(domain), table.name)
-        self.key = sql.Identifier(self.items.partition_key)
-        self.key_type = sql.SQL(self.items.keys.partition_key.sql_type)
+        self.keys = self.items.keys
+        self.key = KeySql(self.keys, None)
+        self.key_columns = [sql.Identifier(key.name) for key in self.keys.columns]
         self.domain = domain
         self.table = table
         self.now = now
@@ -171,7 +175,7 @@ class Comparison:
 
     def run(self, sample: int, count_rows: bool, wait: Callable[[float], None]) -> OnlineLag:
         """One look, as `online_lag` describes it."""
-        ids: set[int | str] = {*self._recent(sample), *self._left_behind(sample, everywhere=count_rows)}
+        ids: set[Id] = {*self._recent(sample), *self._left_behind(sample, everywhere=count_rows)}
         ids |= self.items.page(self.domain.key, 4 * sample, _place(self.now))
         before = self.rows(ids)
         items = self.items.get(self.domain.key, ids)
@@ -183,7 +187,8 @@ class Comparison:
             id_: (self.now - moment).total_seconds() for id_, moment in since.items() if moment is not None
         }
         if ageless := [id_ for id_ in late if id_ not in ages]:
-            # Watching it for as long as the threshold is the one way to learn that it is that old.
+            # A difference that persists for the whole threshold is at least that old; there is no other
+            # source for its age.
             patience = self.domain.freshness.error_seconds
             wait(patience)
             rows, items_now = self.rows(ageless), self.items.get(self.domain.key, ageless)
@@ -210,23 +215,33 @@ class Comparison:
             published_rows=self._count_published() if count_rows and self.engine.kind == "local" else None,
         )
 
-    def _recent(self, sample: int) -> list[int]:
+    def _recent(self, sample: int) -> list[Id]:
         rows = self.connection.execute(
             sql.SQL(
-                "select {key} from {relation} where {key} is not null"
+                "select {key} from {relation} where {complete}"
                 " order by last_event_at desc, {key} limit {limit}"
                 # RisingWave takes no parameter here.
-            ).format(key=self.key, relation=self.relation, limit=sql.Literal(CANDIDATES * sample))
+            ).format(
+                key=self.key.columns,
+                complete=self.complete,
+                relation=self.relation,
+                limit=sql.Literal(CANDIDATES * sample),
+            )
         ).fetchall()
-        return sorted((id_ for (id_,) in rows), key=key_hash)[:sample]
+        return sorted(map(self.key.id_of, rows), key=key_hash)[:sample]
 
-    def _left_behind(self, sample: int, everywhere: bool) -> list[int]:
+    @property
+    def complete(self) -> sql.Composable:
+        """That no key column is NULL."""
+        return sql.SQL(" and ").join(sql.SQL("{} is not null").format(column) for column in self.key_columns)
+
+    def _left_behind(self, sample: int, everywhere: bool) -> list[Id]:
         # RisingWave's sinks keep no such memory; there, leftovers are found through the table's page.
         if self.engine.kind != "local":
             return []
         gone = sql.SQL(
-            "select p.entity_key::{type} from {published} as p where not exists"
-            " (select from {relation} as v where v.{key} = p.entity_key::{type}) limit %(sample)s"
+            "select {remembered} from {published} as p where not exists"
+            " (select from {relation} as v where {key} = {remembered}) limit %(sample)s"
         )
         remembered = sql.SQL(
             "select entity_key from {published} where table_id = %(table)s and domain_key = %(domain)s"
@@ -234,7 +249,7 @@ class Comparison:
         parameters = {"sample": sample, "table": self.table.table_id, "domain": self.domain.key}
         published: sql.Composable = remembered.format(published=self.published)
         if not everywhere:
-            # A stretch of the key that moves with the time costs the same however many ids there are.
+            # Reading one range of the key, which moves with the time, costs the same for any number of ids.
             parameters["place"] = text_between(*self._bounds(), _place(self.now) / 2**32)
             published = sql.SQL("{} and entity_key >= %(place)s order by entity_key limit {}").format(
                 published, CANDIDATES * sample
@@ -243,12 +258,12 @@ class Comparison:
             gone.format(
                 published=sql.SQL("({})").format(published),
                 relation=self.relation,
-                key=self.key,
-                type=self.key_type,
+                key=KeySql(self.keys, "v").whole,
+                remembered=self.key.remembered,
             ),
             parameters,
         ).fetchall()
-        return [id_ for (id_,) in rows]
+        return [self.key.remembered_id(remembered) for (remembered,) in rows]
 
     def _bounds(self) -> tuple[str, str]:
         row = self.connection.execute(
@@ -260,13 +275,14 @@ class Comparison:
         low, high = row or (None, None)
         return low or "", high or ""
 
-    def rows(self, ids: Iterable[int | str]) -> dict[int | str, Row]:
+    def rows(self, ids: Iterable[Id]) -> dict[Id, Row]:
         """The rows of those of the ids that have one."""
-        wanted = sorted(ids)
+        wanted = set(ids)
         if not wanted:
             return {}
+        first = {id_parts(id_)[0] for id_ in wanted}
         names = list(self.domain.attributes)
-        # A batch view knows only when it was refreshed, a streaming one when each row changed.
+        # A batch view only records its refresh, a streaming view the time at which each row changed.
         since = (
             sql.SQL("_rw_timestamp")
             if self.engine.kind == "risingwave"
@@ -275,22 +291,25 @@ class Comparison:
             )
         )
         rows = self.connection.execute(
-            sql.SQL("select {key}, {since}, {names} from {relation} where {key} in ({wanted})").format(
-                key=self.key,
+            sql.SQL("select {key}, {since}, {names} from {relation} where {first} in ({wanted})").format(
+                key=self.key.columns,
+                first=self.key_columns[0],
                 since=since,
                 names=sql.SQL(", ").join(map(sql.Identifier, names)),
                 relation=self.relation,
                 # RisingWave reads the whole view for an array.
-                wanted=sql.SQL(", ").join(map(sql.Literal, wanted)),
+                wanted=sql.SQL(", ").join(map(sql.Literal, sorted(first))),
             )
         ).fetchall()
+        width = len(self.key_columns)
         return {
-            id_: Row(dict(zip(names, values, strict=True)), visible_since)
-            for id_, visible_since, *values in rows
+            id_: Row(dict(zip(names, row[width + 1 :], strict=True)), row[width])
+            for row in rows
+            if (id_ := self.key.id_of(row[:width])) in wanted
         }
 
     def differs(self, row: Row | None, item: Mapping[str, Any] | None) -> tuple[str, ...]:
-        """Names of the attributes in which row and item differ; all of them where only one is there."""
+        """Return the names of the attributes that differ between row and item, all if one side is absent."""
         if row is None or item is None:
             return () if row is None and item is None else tuple(self.domain.attributes)
         return tuple(
@@ -331,9 +350,9 @@ class Comparison:
 
 
 def find_tables(client: DynamoDBClient, contract: Contract, prefix: str = "") -> dict[str, TableReport]:
-    """The table of each entity as it stands; unlike `provision` it makes and checks nothing.
+    """Return the existing table of each entity. Unlike `provision`, creates and checks nothing.
 
-    Raises Unmeasurable when one is missing, or DynamoDB refuses or does not answer.
+    Raises Unmeasurable when one is missing, or DynamoDB rejects the request or does not answer.
     """
     return {entity: _find_table(client, entity, keys, prefix) for entity, keys in contract.tables.items()}
 
@@ -359,7 +378,7 @@ def _find_table(client: DynamoDBClient, entity: str, keys: Table, prefix: str) -
 
 
 def _difference(
-    id_: int | str,
+    id_: Id,
     row: Row | None,
     item: Mapping[str, Any] | None,
     attributes: tuple[str, ...],
@@ -378,13 +397,13 @@ def _all_before(arrived: Iterable[datetime | None], late: Iterable[datetime | No
     return oldest is not None and (newest is None or newest < oldest)
 
 
-def key_hash(id_: int | str) -> str:
+def key_hash(id_: Id) -> str:
     """The hash that chooses which ids are followed; the same everywhere and for ever."""
     return hashlib.sha256(str(id_).encode()).hexdigest()
 
 
 def text_between(low: str, high: str, share: float) -> str:
-    """A text that lies about so far (0 to 1) from one text to another, in the order of their characters."""
+    """Return a text at about the fraction `share` (0 to 1) from `low` to `high`, in code point order."""
     differ = (place for place, pair in enumerate(zip(low, high, strict=False)) if pair[0] != pair[1])
     same = low[: next(differ, min(len(low), len(high)))]
     numbers = []
@@ -395,7 +414,7 @@ def text_between(low: str, high: str, share: float) -> str:
         numbers.append(number)
     place = numbers[0] + round((numbers[1] - numbers[0]) * share)
     found = [place >> shift & 0x1FFFFF for shift in (42, 21, 0)]
-    # PostgreSQL takes no NUL, and UTF-8 has no surrogates and nothing beyond its last character.
+    # PostgreSQL rejects NUL; UTF-8 encodes no surrogates and nothing beyond U+10FFFF.
     return same + "".join(
         chr(0xD7FF if 0xD800 <= code <= 0xDFFF else min(code, 0x10FFFF)) for code in found if code
     )

@@ -1,9 +1,9 @@
-"""Repair DynamoDB where it differs from the rolling views, whoever writes it."""
+"""Repair DynamoDB items that differ from the rolling views, whichever process writes them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.freshness.levels import Unmeasurable
 from dagster_prefs.freshness.online import Comparison, Row
+from dagster_prefs.ids import Id
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
@@ -27,7 +28,7 @@ CHUNK = 1000
 
 
 class ReconcileError(PrefsError):
-    """A domain could not be reconciled completely; `report` says what was done."""
+    """A domain could not be reconciled completely; `report` counts what was done."""
 
     def __init__(self, message: str, report: ReconcileReport) -> None:
         super().__init__(message)
@@ -36,10 +37,10 @@ class ReconcileError(PrefsError):
 
 @dataclass(frozen=True)
 class ReconcileReport:
-    """What was found, and repaired unless it was a dry run.
+    """The differences that were found, and repaired unless it was a dry run.
 
-    `compared` rows and items were looked at; `overtaken` were changed by somebody else in the meantime and
-    left alone.
+    `compared` counts rows and items; `overtaken` counts those that another writer changed in the meantime and
+    that were therefore not written.
     """
 
     domain: str
@@ -66,10 +67,10 @@ def reconcile_domain(
 ) -> ReconcileReport:
     """Compare every id of one domain with DynamoDB; write what is stale or missing, delete what is extra.
 
-    Reads the whole view and the whole table once, in constant memory. What differs is looked at again after
-    `grace_seconds` (by default the domain's error threshold where a sink writes, else none), so that changes
-    under way are left to their writer; and no write replaces an item that is newer than the row. `dry_run`
-    only counts. `progress` gets the number of rows and items compared so far. Safe to repeat.
+    Reads the whole view and the whole table once, in constant memory. Compares differing ids again after
+    `grace_seconds` (by default the domain's error threshold where a sink writes, else none), to leave changes
+    in flight to their writer; no write replaces an item that is newer than the row. `dry_run` only counts.
+    `progress` receives the number of rows and items compared so far. Safe to repeat.
 
     Raises ReconcileError (with `.report`) naming the first id whose row cannot become an item, after all
     others were repaired; Unmeasurable when view or table cannot be read or written; EngineUnavailable.
@@ -127,23 +128,21 @@ class _Reconciliation:
         return report
 
     def _keep_publishers_out(self) -> None:
-        # The publisher holds the same lock, so neither writes what the other is about to judge.
+        # The publisher takes the same lock, so neither writes an item while the other compares it.
         if self.sides.engine.kind == "local":
             self.sides.connection.execute(
                 "select pg_advisory_lock(hashtextextended(%s, 0))",
                 [f"dagster-prefs publish {self.sides.engine.schema} {self.sides.domain.key}"],
             )
 
-    def _view(self) -> Iterator[list[int | str]]:
+    def _view(self) -> Iterator[list[Id]]:
         # A row without a key is never an item.
-        beyond: sql.Composable = sql.SQL("is not null")
+        beyond: sql.Composable = self.sides.complete
         while True:
             rows = self.sides.connection.execute(
                 # RisingWave takes no parameters here, or reads the whole view for each chunk.
-                sql.SQL(
-                    "select {key} from {relation} where {key} {beyond} order by {key} limit {chunk}"
-                ).format(
-                    key=self.sides.key,
+                sql.SQL("select {key} from {relation} where {beyond} order by {key} limit {chunk}").format(
+                    key=self.sides.key.columns,
                     relation=self.sides.relation,
                     beyond=beyond,
                     chunk=sql.Literal(CHUNK),
@@ -151,10 +150,10 @@ class _Reconciliation:
             ).fetchall()
             if not rows:
                 return
-            yield [id_ for (id_,) in rows]
-            beyond = sql.SQL("> {}").format(sql.Literal(rows[-1][0]))
+            yield [self.sides.key.id_of(row) for row in rows]
+            beyond = _after(self.sides.key_columns, rows[-1])
 
-    def _settle(self, ids: list[int | str]) -> None:
+    def _settle(self, ids: list[Id]) -> None:
         self.counts["compared"] += len(ids)
         if suspects := self._differing(ids):
             self.grace()
@@ -171,9 +170,7 @@ class _Reconciliation:
             self.counts[kind if repaired else "overtaken"] += 1
         self.progress(self.counts["compared"])
 
-    def _differing(
-        self, ids: Iterable[int | str]
-    ) -> dict[int | str, tuple[Row | None, Mapping[str, Any] | None]]:
+    def _differing(self, ids: Iterable[Id]) -> dict[Id, tuple[Row | None, Mapping[str, Any] | None]]:
         wanted = list(ids)
         items = self.sides.items.get(self.sides.domain.key, wanted)
         rows = self.sides.rows(wanted)
@@ -183,7 +180,7 @@ class _Reconciliation:
             if self.sides.differs(rows.get(id_), items.get(id_))
         }
 
-    def _forget_published(self, ids: Iterable[int | str]) -> None:
+    def _forget_published(self, ids: Iterable[Id]) -> None:
         # What is written here is not what the publisher remembers; emptied, it looks again.
         if self.sides.engine.kind == "local":
             self.sides.connection.execute(
@@ -192,12 +189,31 @@ class _Reconciliation:
                     " select %s, %s, id, '' from unnest(%s::text[]) as id"
                     " on conflict (table_id, domain_key, entity_key) do update set fingerprint = ''"
                 ).format(self.sides.published),
-                [self.sides.table.table_id, self.sides.domain.key, [str(id_) for id_ in ids]],
+                [
+                    self.sides.table.table_id,
+                    self.sides.domain.key,
+                    [self.encoder.key_text(id_) for id_ in ids],
+                ],
             )
 
-    def _repair(self, id_: int | str, row: Row | None, item: Mapping[str, Any] | None) -> bool:
+    def _repair(self, id_: Id, row: Row | None, item: Mapping[str, Any] | None) -> bool:
         if row is None:
             seen = {} if item is None else item
             return self.sides.items.delete(self.encoder.key(id_), LAST_EVENT_AT, seen.get(LAST_EVENT_AT))
         values = [row.values[name] for name in self.sides.domain.attributes]
         return self.sides.items.put(self.encoder.encode(id_, values), LAST_EVENT_AT)
+
+
+def _after(columns: Sequence[sql.Identifier], values: Sequence[Any]) -> sql.Composed:
+    """The condition of SQL that a key comes after the one with these values."""
+    arms = [
+        sql.SQL(" and ").join(
+            [
+                *(sql.SQL("{} = {}").format(column, sql.Literal(value)) for column, value in equal),
+                sql.SQL("{} > {}").format(columns[place], sql.Literal(values[place])),
+            ]
+        )
+        for place in range(len(columns))
+        for equal in [list(zip(columns[:place], values[:place], strict=True))]
+    ]
+    return sql.SQL("({})").format(sql.SQL(" or ").join(arms))

@@ -1,11 +1,11 @@
-"""All readings at once, on one screen or as JSON, and the exit code that sums them up."""
+"""Readings of all stages for one screen or as JSON, and the exit code that summarizes them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from datetime import datetime
+from datetime import date, datetime
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
@@ -14,7 +14,7 @@ from rich.text import Text
 
 from dagster_prefs.declarations.contract import Contract
 from dagster_prefs.declarations.registry import Registry
-from dagster_prefs.dynamodb.tables import TableReport, dynamodb_client
+from dagster_prefs.dynamodb.tables import TableReport
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.freshness.levels import Level, Measure, worst
 from dagster_prefs.freshness.measures import (
@@ -24,11 +24,12 @@ from dagster_prefs.freshness.measures import (
     measure_views,
 )
 from dagster_prefs.freshness.online import find_tables
-from dagster_prefs.settings import Settings
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
     from pyiceberg.catalog import Catalog
+
+    from dagster_prefs.events.brokers import KafkaSource
 
 EXIT_CODES: dict[Level, int] = {"ok": 0, "skipped": 0, "warn": 1, "error": 2, "unknown": 2}
 
@@ -48,78 +49,65 @@ _TITLES = {
 }
 
 
+@dataclass(frozen=True)
 class Sources:
-    """Where the readings come from, as the settings say; nothing connects before it is read."""
+    """Where the readings come from; nothing connects before it is read.
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.engine = EngineConfiguration.of(settings)
+    `publishes` and `follows` are as for `measure_online`, `by_sink` as for `offline_lag`. `kafka` and `declared` are
+    asked at each reading, because they need the project.
+    """
+
+    engine: EngineConfiguration
+    declared: Callable[[], Registry]
+    kafka: Callable[[], KafkaSource]
+    connect: Callable[[], DynamoDBClient]
+    catalog: Callable[[], Catalog]
+    table_prefix: str
+    namespace: str
+    export_start: date
+    publishes: bool
+    follows: bool
+    by_sink: bool
 
     @property
     def registry(self) -> Registry:
         """What the project declares."""
-        return self.settings.registry()
+        return self.declared()
 
     @property
     def contract(self) -> Contract:
         """The serving contract, which has the thresholds."""
-        return self.settings.registry().contract
+        return self.registry.contract
 
     def dynamodb(self) -> tuple[DynamoDBClient, dict[str, TableReport]]:
-        """A client and the table of each entity as it is; none is ever made.
+        """Return a client and the existing table of each entity; never creates a table.
 
         Raises Unmeasurable when one is missing, or DynamoDB does not answer.
         """
-        client = dynamodb_client(self.settings.aws_endpoint, self.settings.aws_region)
-        return client, find_tables(client, self.contract, self.settings.table_prefix)
-
-    def catalog(self) -> Catalog:
-        """The Iceberg catalog; raises OfflineError when it does not answer."""
-        from dagster_prefs.iceberg.catalog import open_catalog
-
-        return open_catalog(
-            self.settings.iceberg_catalog,
-            self.settings.warehouse,
-            uri=self.settings.iceberg_uri,
-            credential=self.settings.iceberg_credential.get_secret_value()
-            if self.settings.iceberg_credential
-            else None,
-            region=self.settings.aws_region,
-            endpoint_url=self.settings.aws_endpoint_url,
-        )
+        client = self.connect()
+        return client, find_tables(client, self.contract, self.table_prefix)
 
     def ingestion(self, now: datetime) -> list[Measure]:
         """Kafka against the raw tables."""
-        from dagster_prefs.events.brokers import client_properties
-
-        return measure_ingestion(
-            self.engine,
-            self.registry,
-            self.settings.kafka_bootstrap,
-            now=now,
-            start=self.settings.kafka_start,
-            kafka_topics=self.settings.kafka_topics,
-            client=client_properties(self.settings),
-            by_id=True,
-        )
+        return measure_ingestion(self.engine, self.registry, self.kafka(), now=now, by_id=True)
 
     def views(self, now: datetime) -> list[Measure]:
-        """Raw tables against typed events, and each view against its upstream."""
+        """Compare raw tables with typed events, and each view with its upstream."""
         return measure_views(self.engine, self.registry, now=now)
 
     def online(self, now: datetime) -> list[Measure]:
-        """Rolling views against DynamoDB."""
+        """Compare rolling views with DynamoDB."""
         return measure_online(
             self.engine,
             self.contract,
             self.dynamodb,
             now=now,
-            publishes=self.settings.publishes,
-            follows=self.settings.follows,
+            publishes=self.publishes,
+            follows=self.follows,
         )
 
     def offline(self, now: datetime) -> list[Measure]:
-        """Tiles against the training tables."""
+        """Compare tiles with the training tables."""
         from dagster_prefs.iceberg.tables import tile_tables
 
         return measure_offline(
@@ -127,16 +115,16 @@ class Sources:
             self.contract,
             self.catalog,
             list(tile_tables(self.registry).values()),
-            namespace=self.settings.iceberg_namespace,
-            start=self.settings.export_start_date,
+            namespace=self.namespace,
+            start=self.export_start,
             now=now,
-            by_sink=self.settings.export == "sink",
+            by_sink=self.by_sink,
         )
 
 
 @dataclass(frozen=True)
 class Status:
-    """Every measure of one evaluation; `read_at` is UTC, `seconds` what the evaluation took."""
+    """All measures of one evaluation. `read_at` is UTC, `seconds` is the duration of the evaluation."""
 
     read_at: datetime
     seconds: float
@@ -144,16 +132,16 @@ class Status:
 
     @property
     def level(self) -> Level:
-        """The worst level of what was read; stages that are not set up do not count."""
+        """The worst level of all measures; stages that are not configured do not count."""
         return worst(measure.level for measure in self.measures if measure.level != "skipped")
 
     @property
     def exit_code(self) -> int:
-        """0 for ok, 1 for warn, 2 for error and for what could not be read."""
+        """0 for ok, 1 for warn, 2 for error and unknown."""
         return EXIT_CODES[self.level]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return the status as plain values, for JSON."""
         return {
             "read_at": self.read_at.isoformat(),
             "seconds": round(self.seconds, 3),
@@ -163,10 +151,10 @@ class Status:
 
 
 def evaluate(sources: Sources, *, now: Callable[[], datetime], extra: Sequence[Measure] = ()) -> Status:
-    """Read and judge every stage; the stages are read side by side.
+    """Measure and judge every stage; the stages are read concurrently.
 
-    `now` gives the time in UTC; `extra` are measures that are kept elsewhere, as the canary's. Never raises
-    for what cannot be read: those measures are `unknown`.
+    `now` returns the time in UTC; `extra` are measures from elsewhere, such as the canary's. Never raises for
+    a stage that cannot be read: those measures are `unknown`.
     """
     started = now()
     stages = (sources.ingestion, sources.views, sources.online, sources.offline)
@@ -176,7 +164,7 @@ def evaluate(sources: Sources, *, now: Callable[[], datetime], extra: Sequence[M
 
 
 def render_status(status: Status) -> Group:
-    """The status as one screen for a rich console."""
+    """Render the status as one screen for a rich console."""
     parts: list[Any] = []
     for stage, title in _TITLES.items():
         measures = [measure for measure in status.measures if measure.stage == stage]
@@ -206,7 +194,7 @@ def render_status(status: Status) -> Group:
 
 
 def duration(seconds: float | None) -> str:
-    """A lag for people: `0.4 s`, `3 min`, `2.5 h`, `4.0 d`; empty where there is none."""
+    """Format a lag for display: `0.4 s`, `3 min`, `2.5 h`, `4.0 d`; empty for None."""
     if seconds is None:
         return ""
     for size, unit in ((86_400, "d"), (3_600, "h")):

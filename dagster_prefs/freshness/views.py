@@ -1,4 +1,4 @@
-"""How current the typed events and the views are, judged by the time in the data."""
+"""Freshness of typed events and views, measured by the times in the data."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.events.progress import unread
 from dagster_prefs.freshness.levels import Unmeasurable, unreadable
 
-# A refresh that fails for days must not make a look at it slow.
+# Bounds the cost of a measurement after refreshes have failed for days.
 ARRIVALS_LOOKED_AT = 1_000
 _BEFORE_ALL = datetime.min.replace(tzinfo=UTC)
 
 
 @dataclass(frozen=True)
 class Typed:
-    """The typed relation of a topic; `subject` is its entity's name and key column, None for reference data."""
+    """The typed relation of a topic; `subject` is the kind that erasures of its subjects are recorded under, and their
+    key column, None for reference data.
+    """
 
     declared: TopicDeclaration
     subject: tuple[str, str] | None
@@ -43,10 +45,10 @@ class Typed:
 
 @dataclass(frozen=True)
 class Upstream:
-    """A relation that a view is made from, with its `time` column.
+    """A relation from which a view is computed, with its `time` column.
 
-    `only` is the condition on its rows that the view shows; a rolling view shows those whose `day` is one of the last
-    `days` (UTC).
+    `only` is the condition on the rows that the view shows; a rolling view shows those whose `day` is one of
+    the last `days` (UTC).
     """
 
     relation: str
@@ -58,10 +60,10 @@ class Upstream:
 
 @dataclass(frozen=True)
 class View:
-    """A view with a time column, and what its newest time is computed from; a rolling view's is in epoch milliseconds.
+    """A view with a time column, and the relations from which its newest time is computed.
 
-    `columns` are the names of its columns; `unclear` says why the age of what is missing in it cannot be known, where
-    that is so.
+    The time of a rolling view is in epoch milliseconds. `columns` are the names of the view's columns;
+    `unclear` gives the reason why the age of missing rows cannot be determined, where that is so.
     """
 
     topic: str
@@ -73,14 +75,14 @@ class View:
 
     @property
     def is_rolling(self) -> bool:
-        """Whether it is a window over tiles."""
+        """Whether the view is a window over tiles."""
         return any(upstream.day for upstream in self.upstreams)
 
 
 def watched_relations(registry: Registry) -> tuple[Typed | View, ...]:
-    """Every typed relation, tile and rolling view of a project, and its preference views that have a newest time.
+    """Return every typed relation, tile and rolling view, and the preference views that have a newest time.
 
-    What a view is made from and under which condition is taken from its query.
+    A view's upstream relations and their conditions are derived from its query.
     """
     typed = typed_relations(registry)
     times: dict[str, tuple[str, str]] = {
@@ -100,15 +102,20 @@ def watched_relations(registry: Registry) -> tuple[Typed | View, ...]:
 
 
 def typed_relations(registry: Registry) -> tuple[Typed, ...]:
-    """The typed relation of every topic."""
+    """Return the typed relation of every topic."""
     return tuple(
-        Typed(topic, (topic.entity, registry.entity(topic.entity).key.name) if topic.entity else None)
+        Typed(
+            topic,
+            (registry.family(topic.entity)[0].name, registry.entity(topic.entity).key.name)
+            if topic.entity
+            else None,
+        )
         for topic in registry.topics.values()
     )
 
 
 def _view(registry: Registry, relation: str, times: Mapping[str, tuple[str, str]]) -> View:
-    """A view by its query; `times` maps the relations that it may be made from to their topic and time column."""
+    """Derive a view's upstreams from its query. `times`: possible upstream → its topic and time column."""
     query = sqlglot.parse_one(registry.query(relation), dialect="risingwave")
     selects = {cte.alias: cte.this for cte in query.find_all(exp.CTE)}
     final = query
@@ -143,8 +150,11 @@ def _sources(
     selects: Mapping[str, exp.Query],
     is_newest: bool = False,
 ) -> Iterator[tuple[exp.Expr, str, str, bool]]:
-    """The columns of relations that an expression is computed from: the select that reads each, relation, column, and
-    whether its newest value is taken."""
+    """Yield the columns from which an expression is computed.
+
+    Each with the select that reads it, its relation, its name, and whether the expression takes its newest
+    value.
+    """
     if isinstance(select, exp.SetOperation):
         place = select.named_selects.index(expression.alias_or_name)
         for side in (select.left, select.right):
@@ -165,7 +175,7 @@ def _sources(
 
 
 def _upstream(registry: Registry, select: exp.Expr, relation: str, time: str) -> Upstream | None:
-    """What a select shows of the relation that it reads; None where that cannot be known."""
+    """Return what a select shows of the relation that it reads, None if that cannot be determined."""
     if select.args.get("joins"):
         return None
     where = select.args.get("where")
@@ -175,18 +185,18 @@ def _upstream(registry: Registry, select: exp.Expr, relation: str, time: str) ->
     interval = where.find(exp.Interval) if where else None
     if where is None or interval is None or tile.day not in {c.name for c in where.find_all(exp.Column)}:
         return None
-    # The filter is day + (N + 1) days > now.
+    # The query's filter is day + (N + 1) days > now.
     return Upstream(relation, time, day=tile.day, days=int(interval.this.name) - 1)
 
 
 @dataclass(frozen=True)
 class ViewLag:
-    """How current one relation is; times are UTC, None where there is no row or no time.
+    """The freshness of one relation; times are UTC, None where there is no row or no time.
 
-    `newest_arrival` is that of the newest message that typed events are made from, and None for a view.
-    `waiting` counts what arrived upstream and is not visible here (for a view: 1 when anything does), and
-    `lag_seconds` is the age of the oldest of it: since it arrived, for a view since it happened. It is 0 when
-    nothing waits, however long ago the last event was, and negative for one from the future of `now`.
+    `newest_arrival` is that of the newest message that was parsed into typed events, and None for a view.
+    `waiting` counts what arrived upstream and is not visible here (for a view: 1 if anything did), and
+    `lag_seconds` is the age of the oldest of it: since its arrival, for a view since its event time. It is 0
+    when nothing waits, however long ago the last event was, and negative for one from the future of `now`.
     `ahead_seconds` is how far the newest event lies in that future.
     """
 
@@ -203,11 +213,11 @@ class ViewLag:
 def view_lag(
     connection: psycopg.Connection[Any], engine: EngineConfiguration, relation: Typed | View, *, now: datetime
 ) -> ViewLag:
-    """How far a typed relation lags behind the messages that arrived, or a view behind its upstream.
+    """Measure how far a typed relation lags behind the messages that arrived, or a view behind its upstream.
 
-    A quiet topic is not stale: only what arrived and is not visible makes a lag. Both sides are read at the
-    same moment, and a look costs the same however many rows there are (`index_time` of the dbt project).
-    `now` is UTC; the connection must be in autocommit.
+    A topic without new events is not stale: only messages that arrived and are not visible make a lag. Both
+    sides are read at the same moment, and the cost does not depend on the number of rows (`index_time` of the
+    dbt project). `now` is UTC; the connection must be in autocommit.
 
     Raises Unmeasurable naming the relation that is missing or cannot be read.
     """
@@ -257,7 +267,7 @@ def _typed_lag(
 def _unread(
     connection: psycopg.Connection[Any], engine: EngineConfiguration, typed: Typed
 ) -> tuple[datetime | None, int]:
-    """Arrival of the oldest message that no refresh has read, and how many there are."""
+    """Return the arrival of the oldest message that no refresh has read, and the number of such messages."""
     found = unread(connection, engine, typed.declared)
     return (found.since, found.messages) if found else (None, 0)
 
@@ -265,7 +275,7 @@ def _unread(
 def _unread_streaming(
     connection: psycopg.Connection[Any], engine: EngineConfiguration, typed: Typed
 ) -> tuple[datetime | None, int]:
-    """The same on RisingWave, where the newest offset of each partition says how far the parsed relation is."""
+    """The same on RisingWave, judged by the newest offset of each partition in the parsed relation."""
     parsed, raw = (
         sql.Identifier(engine.schema, name) for name in (typed.declared.parsed, typed.declared.raw)
     )
@@ -277,7 +287,7 @@ def _unread_streaming(
     oldest: list[datetime] = []
     waiting = 0
     for source, partition, last in progress:
-        # By literals and not by a join or a subquery, for which RisingWave would read the whole relation.
+        # Literals, because RisingWave would read the whole relation for a join or a subquery.
         of_partition = sql.SQL("source = {} and source_partition = {}").format(
             sql.Literal(source), sql.Literal(partition)
         )
@@ -307,10 +317,10 @@ def _unread_streaming(
 def _missing_arrival(
     connection: psycopg.Connection[Any], engine: EngineConfiguration, typed: Typed
 ) -> datetime | None:
-    """Arrival of the oldest write that was parsed and whose last valid message is not among the typed events.
+    """Return the arrival of the oldest parsed write whose last valid message is not among the typed events.
 
-    Only what no refresh of the typed events has covered is looked at, so that a message is missed neither where its
-    arrival lies before those that were read, nor where many others came since.
+    Only reads writes that no refresh of the typed events has covered, so that a message is found even if it
+    arrived before those that were read, or many others arrived since.
     """
     kind, column = typed.subject or ("", typed.declared.identity)
     (since,) = _read(
@@ -342,17 +352,17 @@ def _missing_arrival(
 def _missing_since(
     connection: psycopg.Connection[Any], engine: EngineConfiguration, typed: Typed
 ) -> datetime | None:
-    """Arrival of the oldest valid message found that is not among the typed events, None where the newest one is.
+    """Return the arrival of the oldest valid message that is not a typed event, None if the newest one is.
 
-    Looks back in steps that double, so that what has been missing for long is told from what came just now,
-    and for at least half as long as it has.
+    Looks back in steps that double, so that a message which has been missing for long is distinguished from
+    one that just arrived, and the age found is at least half of the real one.
     """
     parsed = sql.Identifier(engine.schema, typed.declared.parsed)
     since = None
     before = datetime.max.replace(tzinfo=UTC)
     step = timedelta(seconds=1)
     while True:
-        # One key at a time: joined, RisingWave looks keys up in whatever index has the column.
+        # One key per query: in a join, RisingWave may look keys up in any index that contains the column.
         found = connection.execute(
             sql.SQL(
                 "select source, source_partition, source_offset, arrived_at from {}"
@@ -368,7 +378,7 @@ def _missing_since(
 def _is_accounted_for(
     connection: psycopg.Connection[Any], engine: EngineConfiguration, typed: Typed, place: tuple[Any, ...]
 ) -> bool:
-    """Whether the valid message at a source, partition and offset is a typed event or of an erased subject."""
+    """Return whether the valid message at `place` is a typed event or belongs to an erased subject."""
     kind, column = typed.subject or ("", typed.declared.identity)
     key, subject = _read(
         connection,
@@ -414,7 +424,7 @@ def _view_lag(
     shown = newest
     if view.is_rolling:
         newest = None if newest is None else datetime.fromtimestamp(newest / 1000, UTC)
-        # The item's time has milliseconds, its tile's microseconds.
+        # An item's time has milliseconds, its tile's microseconds.
         shown = None if newest is None else newest + timedelta(milliseconds=1)
     waiting = [_waiting(connection, engine, upstream, shown, now) for upstream in view.upstreams]
     since = min((moment for moment in waiting if moment is not None), default=None)
@@ -437,7 +447,7 @@ def _waiting(
     shown: datetime | None,
     now: datetime,
 ) -> datetime | None:
-    """The oldest time in a relation that is newer than what a view shows."""
+    """Return the oldest time in a relation that is newer than what a view shows."""
     only: sql.Composable = sql.SQL(upstream.only)
     if upstream.day:
         first = (now - timedelta(days=upstream.days)).astimezone(UTC).date()
@@ -455,7 +465,7 @@ def _waiting(
 
 
 def _read(connection: psycopg.Connection[Any], statement: sql.Composed) -> tuple[Any, ...]:
-    """The one row of a statement that gives one."""
+    """Return the only row of a statement's result."""
     (row,) = connection.execute(statement).fetchall()
     return tuple(row)
 

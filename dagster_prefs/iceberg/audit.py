@@ -1,8 +1,9 @@
-"""The audit of an exported day, between writing it to a branch and publishing it."""
+"""The audit of an exported day, after it was written to a branch and before it is published."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -23,39 +24,46 @@ BATCH_ROWS = 131_072
 
 
 class AuditFailed(OfflineError):
-    """What was written is not what the engine holds; `branch` keeps it, readers never see it."""
+    """The written day differs from the engine's; `branch` keeps it, readers never see it."""
 
     def __init__(self, message: str, branch: str) -> None:
         super().__init__(message)
         self.branch = branch
 
 
+@dataclass(frozen=True)
+class StagedDay:
+    """What an export has put on a branch: its snapshot, the day's new files, and those that they replace."""
+
+    snapshot_id: int
+    branch: str
+    paths: Sequence[str]
+    replaced: Sequence[DataFile]
+
+
 def audit_day(
     table: Table,
     spec: TileTable,
     day: date,
+    staged: StagedDay,
     *,
-    snapshot_id: int,
-    branch: str,
     rows: int,
     totals: Mapping[str, Decimal],
-    paths: Sequence[str],
-    replaced: Sequence[DataFile],
 ) -> None:
-    """Read the staged day back and compare it with what the engine said it holds.
+    """Read the staged day back and compare it with the engine's counts and sums.
 
-    `rows` and `totals` (column → sum) come from the engine; `paths` are the files that must make up the day,
-    `replaced` those that they replace. Memory is bounded by a batch. Checks counts, keys unique and sorted,
-    nulls, ranges, totals, and that no other day lost or gained a row. Raises AuditFailed with every finding.
+    `rows` and `totals` (column → sum) come from the engine. Memory is bounded by a batch. Checks counts, keys unique
+    and sorted, nulls, ranges, totals, and that no other day lost or gained a row. Raises AuditFailed with every
+    finding.
     """
-    findings = _file_findings(table, spec, day, snapshot_id, paths, rows, replaced)
+    findings = _file_findings(table, spec, day, staged, rows)
     if not findings:
-        findings = row_findings(_batches(table, paths), table, spec, day, rows, totals)
+        findings = row_findings(_batches(table, staged.paths), table, spec, day, rows, totals)
     if findings:
         raise AuditFailed(
             f"the audit of {'.'.join(table.name())} of {day} failed ({'; '.join(findings)}): readers see what they "
-            f"saw before; look at branch {branch}, mend the tile, and run the export again",
-            branch,
+            f"saw before; look at branch {staged.branch}, mend the tile, and run the export again",
+            staged.branch,
         )
 
 
@@ -63,11 +71,10 @@ def _file_findings(
     table: Table,
     spec: TileTable,
     day: date,
-    snapshot_id: int,
-    paths: Sequence[str],
+    staged: StagedDay,
     rows: int,
-    replaced: Sequence[DataFile],
 ) -> list[str]:
+    snapshot_id, paths, replaced = staged.snapshot_id, staged.paths, staged.replaced
     found = parts_of(day_files(table, spec, day, snapshot_id))
     if found != set(paths):
         return [f"the branch has {len(found)} files of the day, {len(paths)} were written"]
@@ -103,9 +110,9 @@ def row_findings(
     *,
     ordered: bool = True,
 ) -> list[str]:
-    """What is wrong with a day's rows, one finding a rule; empty where they are as the engine said.
+    """Return one finding per violated rule of a day's rows; empty if they match the engine's counts.
 
-    `ordered` rows are sorted by key, and then order and repeated keys are checked too.
+    `ordered` rows must be sorted by key; then order and repeated keys are checked too.
     """
     required = [field.name for field in table.schema().fields if field.required]
     midnight = datetime(day.year, day.month, day.day, tzinfo=UTC)
@@ -146,7 +153,7 @@ def row_findings(
         descending, repeated = _steps(pa.Table.from_batches([*last, keys]))
         note("keys out of order", descending)
         note("keys repeated", repeated)
-        # The next batch may go on with the same key.
+        # The next batch may start with the same key.
         last = [keys.slice(keys.num_rows - 1)]
     findings = [f"{finding}: {number} rows" for finding, number in wrong.items()]
     if count != rows:
@@ -164,7 +171,7 @@ def _count(mask: pa.Array) -> int:
 
 
 def _steps(keys: pa.Table) -> tuple[int, int]:
-    """How many rows have a smaller key than the row before them, and how many the same."""
+    """Return how many rows have a smaller key than the row before them, and how many the same key."""
     descending, same = pa.scalar(False), pa.scalar(True)
     for column in keys.combine_chunks().columns:
         before, after = column.slice(0, max(len(column) - 1, 0)), column.slice(1)

@@ -1,7 +1,7 @@
-"""The Iceberg catalog: SQLite beside local files, Glue, or REST, opened by the same call.
+"""The Iceberg catalog (SQLite next to local files, Glue, or REST), opened by one function.
 
-Failures of the catalog and of the storage under it end in one family of errors, because a scheduled export
-meets them all and each has another remedy.
+Errors of the catalog and of its storage are translated into one family of exceptions: a scheduled export can
+meet all of them, and each has another remedy.
 """
 
 from __future__ import annotations
@@ -44,31 +44,31 @@ CatalogKind = Literal["sqlite", "glue", "rest"]
 CATALOG_NAME = "prefs"
 CATALOG_FILE = "catalog.db"
 
-# Commits hold SQLite's lock for milliseconds; a waiting export must outlast many of them.
+# Commits hold SQLite's lock for milliseconds; this outlasts the queue of many concurrent exports.
 SQLITE_LOCK_SECONDS = 60
 
-# Up to the last @ before the path: a password may hold one.
+# Matches up to the last @ before the path, because a password may contain one.
 _USERINFO = re.compile(r"(\b[A-Za-z][A-Za-z0-9+.-]*://)[^/\s]*@")
 
 
 class OfflineError(PrefsError):
-    """Base of the failures of the offline store."""
+    """Base class of the offline store's errors."""
 
 
 class CatalogUnavailable(OfflineError):
-    """The catalog, or the storage of its tables, cannot be reached or refuses us."""
+    """The catalog, or the storage of its tables, cannot be reached or denies access."""
 
 
 class CatalogCorrupted(OfflineError):
-    """The catalog or a table's metadata is there but cannot be read."""
+    """The catalog or a table's metadata exists but cannot be read."""
 
 
 class StorageFull(OfflineError):
-    """No space left where files are written; what readers see is unchanged."""
+    """The storage has no space left; what readers see is unchanged."""
 
 
 class TableMissing(OfflineError):
-    """A training table that must exist does not."""
+    """A required training table does not exist."""
 
 
 def open_catalog(
@@ -80,14 +80,14 @@ def open_catalog(
     region: str | None = None,
     endpoint_url: str | None = None,
 ) -> Catalog:
-    """Open the catalog and prove that it answers.
+    """Open the catalog and verify that it answers.
 
     `warehouse` is a URI (`file:///…`, `s3://bucket/prefix`) or a local path. With `sqlite` it must be local:
-    the catalog is the file `catalog.db` inside it, created with the folder where missing. `uri` is the
-    address of a REST catalog, `credential` its `client id:secret`; `region` and `endpoint_url` are of AWS
-    (Glue and S3), None leaving them to AWS's own chain.
+    the catalog is the file `catalog.db` inside it; file and folder are created if missing. `uri` is the
+    address of a REST catalog, `credential` its `client id:secret`; `region` and `endpoint_url` are AWS's
+    (Glue and S3), None leaving them to AWS's own configuration chain.
 
-    Raises CatalogUnavailable or CatalogCorrupted, one sentence with the remedy.
+    Raises CatalogUnavailable or CatalogCorrupted, with the remedy in one sentence.
     """
     where = _describe(kind, warehouse, uri)
     storage = {"warehouse": warehouse.rstrip("/")}
@@ -100,14 +100,14 @@ def open_catalog(
         if kind == "sqlite":
             catalog = _open_sqlite(warehouse)
         elif kind == "glue":
-            # pyiceberg's own client would try a dead endpoint ten times.
+            # pyiceberg's default client would try a dead endpoint ten times.
             config = Config(retries={"mode": "standard", "total_max_attempts": 4})
             client = boto3.client("glue", region_name=region, endpoint_url=endpoint_url, config=config)
             catalog = GlueCatalog(CATALOG_NAME, client=client, **storage)
         else:
             if uri is None:
                 raise CatalogUnavailable("the REST catalog has no address: set PREFS_ICEBERG_URI")
-            # Named, because pyiceberg will not guess it any more one day.
+            # Set explicitly: pyiceberg deprecates its default for this URL.
             tokens = f"{uri.rstrip('/')}/v1/oauth/tokens"
             secret = {"credential": credential, "oauth2-server-uri": tokens} if credential else {}
             catalog = RestCatalog(CATALOG_NAME, uri=uri, **secret, **storage)
@@ -116,7 +116,7 @@ def open_catalog(
 
 
 def ensure_namespace(catalog: Catalog, namespace: str) -> None:
-    """Create the namespace unless it exists; two at once is fine."""
+    """Create the namespace unless it exists. Safe when several processes do so at once."""
     with translated(f"the Iceberg namespace {namespace}"):
         if not catalog.namespace_exists(namespace):
             try:
@@ -126,7 +126,7 @@ def ensure_namespace(catalog: Catalog, namespace: str) -> None:
 
 
 def local_folder(warehouse: str) -> Path | None:
-    """The folder of a local warehouse; None for one on an object store."""
+    """Return the folder of a local warehouse, None for one on an object store."""
     parsed = urlparse(warehouse)
     if parsed.scheme == "file":
         return Path(unquote(parsed.path))
@@ -151,12 +151,12 @@ def _open_sqlite(warehouse: str) -> SqlCatalog:
     address = sqlalchemy.URL.create(
         "sqlite", database=str(folder / CATALOG_FILE), query={"timeout": str(SQLITE_LOCK_SECONDS)}
     )
-    # Not percent-encoded: pyiceberg takes the path of a location as it stands.
+    # Not percent-encoded, because pyiceberg takes the path of a location literally.
     given = {"uri": address.render_as_string(), "warehouse": f"file://{folder}"}
     try:
         return SqlCatalog(CATALOG_NAME, **given)
     except sqlalchemy.exc.OperationalError as error:
-        # Two processes that open a new catalog both create its tables; the second finds them there.
+        # When two processes open a new catalog, both create its tables; the second one gets this error.
         if "already exists" not in str(error):
             raise
         return SqlCatalog(CATALOG_NAME, **given)
@@ -172,15 +172,15 @@ def _describe(kind: CatalogKind, warehouse: str, uri: str | None) -> str:
 
 
 def redacted(text: str) -> str:
-    """The text without the user and password of any URI in it."""
+    """Remove the user and password of every URI in a text."""
     return _USERINFO.sub(r"\1***@", text)
 
 
 @contextmanager
 def translated(what: str) -> Iterator[None]:
-    """Turn failures of catalog and storage inside the block into OfflineErrors that name `what`.
+    """Translate errors of catalog and storage inside the block into OfflineErrors that name `what`.
 
-    Conflicts between commits pass through: the caller decides whether to try again.
+    Commit conflicts pass through, because the caller decides whether to retry.
     """
     try:
         yield
@@ -218,7 +218,8 @@ def translated(what: str) -> Iterator[None]:
             f"{what} cannot be read or written ({_reason(error)}): check the storage"
         ) from error
     except Exception as error:
-        # In a damaged manifest the decoder fails where it happens to stand: EOFError, ValueError, SystemError, …
+        # In a damaged manifest the decoder raises what its position leads to: EOFError, ValueError,
+        # SystemError, …
         if any(
             frame.f_globals["__name__"].startswith("pyiceberg.avro")
             for frame, _ in walk_tb(error.__traceback__)
@@ -254,6 +255,6 @@ def _full(what: str) -> StorageFull:
 
 
 def _reason(error: BaseException) -> str:
-    # A client's own error may repeat the whole address.
+    # A client's own error may contain the whole address, with its password.
     lines = [line.strip() for line in redacted(str(error)).splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""DuckDB sessions with bounded memory and no reach for the network."""
+"""DuckDB sessions with bounded memory and without network access."""
 
 from __future__ import annotations
 
@@ -13,32 +13,35 @@ import pyarrow as pa
 
 from dagster_prefs.iceberg.catalog import OfflineError, StorageFull
 
-# Memory, and threads at most. Each thread takes its part of the memory: 16 of them cannot join in what 4 do with.
+# Memory and number of threads. Each thread takes its share of the memory: 16 threads cannot join within what
+# suffices for 4.
 SORTING = ("128MB", 2)
 JOINING = ("1GB", 4)
 
 
 @contextmanager
 def duck_session(memory: str, threads: int) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A session whose tables live in a temporary file and whose memory is at most `memory` (e.g. `1GB`)."""
+    """Open a session whose tables live in a temporary file; its memory is at most `memory` (e.g. `1GB`)."""
     with tempfile.TemporaryDirectory(prefix="prefs-duckdb-") as scratch:
         config: dict[str, str | bool | int | float | list[str]] = {
             "memory_limit": memory,
-            # Kept between uses: giving every block back to the system and asking for it anew costs a tenth of a sort.
+            # DuckDB keeps this memory allocated: returning every block to the system and allocating it again
+            # costs a tenth of a sort.
             "block_allocator_memory": memory,
             "temp_directory": str(Path(scratch, "spill")),
-            # The wheel holds all that is used; an extension would be a download.
+            # The wheel contains everything that is used here; installing an extension would download it.
             "autoinstall_known_extensions": False,
             "autoload_known_extensions": False,
             "preserve_insertion_order": False,
             "threads": min(threads, os.cpu_count() or 1),
         }
-        # On disk, unlike in memory, DuckDB compresses its tables.
+        # DuckDB compresses tables on disk, but not in memory.
         try:
             with duckdb.connect(str(Path(scratch, "session.duckdb")), config=config) as session:
                 yield session
         except (duckdb.OutOfMemoryException, duckdb.IOException) as error:
-            # What spills ends before the disk does: at a part of what was free when the session began.
+            # The session's limit for temporary files is a part of the disk space that was free when it began,
+            # so that spilling never fills the disk.
             if "No space left" in str(error) or "max_temp_directory_size" in str(error):
                 raise StorageFull(
                     f"no space left for intermediate results in {scratch}: free some and run it again"
@@ -54,7 +57,7 @@ def duck_session(memory: str, threads: int) -> Iterator[duckdb.DuckDBPyConnectio
 def registered(
     session: duckdb.DuckDBPyConnection, name: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch]
 ) -> Iterator[None]:
-    """The batches as a relation of the session, to be read once; what reading them raises, the block raises."""
+    """Register the batches as a relation, readable once. Raises what reading the batches raises."""
     failures: list[BaseException] = []
 
     def remember() -> Iterator[pa.RecordBatch]:
@@ -68,7 +71,7 @@ def registered(
     try:
         yield
     except (duckdb.Error, pa.ArrowException) as error:
-        # DuckDB knows of it as a text only.
+        # DuckDB passes on only the text of an exception, so the original one is kept here.
         if failures:
             raise failures[0] from error
         raise
@@ -78,7 +81,7 @@ def registered(
 def sort_batches(
     batches: Iterable[pa.RecordBatch], schema: pa.Schema, key: tuple[str, ...], rows: int
 ) -> Generator[pa.RecordBatch]:
-    """The same rows ordered by `key`, in batches of `rows`; beyond some memory they are sorted on disk.
+    """Sort rows by `key`, in batches of `rows`; sorts on disk beyond a fixed amount of memory.
 
     Raises what reading `batches` raises, StorageFull, or another OfflineError.
     """

@@ -1,14 +1,14 @@
 """Export of tiles to Iceberg, one day at a time: write, audit, publish.
 
 The day's rows are written to files, committed to a branch of their own, audited there against the engine, and
-only then become the table's current state, in one commit that names the state it replaces. Readers therefore
-see the old day or the new one, whole, whatever fails in between; what a crash leaves behind is an unused
-branch and unreferenced files, which `maintenance` removes.
+then published by one commit that names the snapshot it replaces. Readers therefore see either the old or the
+new day as a whole, whatever fails in between. A crash leaves an unused branch and unreferenced files, which
+`maintenance` removes.
 
-The fingerprint of a day is part of its files' names. Snapshot properties carry it too, for people, but they
-go when a snapshot expires and would lie after a rollback; the names of the current files are always the
-truth. They also tell what another writer did to a day (`files.foreign_in`): such a day is never touched until
-somebody says so with `replace_foreign`.
+The names of a day's files contain its fingerprint. Snapshot properties carry it too, for people, but they
+disappear when a snapshot expires and would be wrong after a rollback; the names of the current files are
+always right. They also tell what another writer did to a day (`files.foreign_in`): an export never changes
+such a day unless it is called with `replace_foreign`.
 """
 
 from __future__ import annotations
@@ -71,11 +71,11 @@ Status = Literal["written", "unchanged", "empty", "retained", "foreign", "restor
 
 
 class ExportConflict(OfflineError):
-    """Other writers kept replacing the table; nothing of ours is visible."""
+    """Other writers kept replacing the table; nothing was published."""
 
 
 class ForeignRows(OfflineError):
-    """Days that another writer changed stay as they are; the message names them, the files and the remedy."""
+    """Days that another writer changed were left unchanged; the message names days, files and remedy."""
 
     def __init__(self, days: Mapping[tuple[str, date], str]) -> None:
         named = [f"{table} of {day}: {what}" for (table, day), what in sorted(days.items())]
@@ -89,15 +89,15 @@ class ForeignRows(OfflineError):
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What became of one day.
+    """The outcome for one day.
 
-    `status`: `written` (the day was replaced), `unchanged` (it already held exactly this), `empty` (the
-    engine has nothing of it and neither has the table), `retained` (the engine holds less than the table, so
-    the table keeps what it has; `reason` says what is less), `foreign` (another writer changed the day, which
-    stays as it is; `reason` names the files), `restored` (another writer's changes were taken back; the engine no
-    longer holds all of the day). `rows` (None where deletes of another engine cannot be read) and `bytes` are of
-    the day as the table now holds it; `snapshot_id` is the table's current snapshot, None for a table without one;
-    `seconds` is wall time.
+    `status`: `written` (the day was replaced), `unchanged` (it already held exactly this), `empty` (neither
+    the engine nor the table has rows of it), `retained` (the engine holds less than the table, so the table
+    keeps its rows; `reason` says what is less), `foreign` (another writer changed the day, which is left
+    unchanged; `reason` names the files), `restored` (another writer's changes were reverted; the engine no
+    longer holds all of the day). `rows` (None where deletes of another engine cannot be read) and `bytes` are
+    those of the day as the table now holds it; `snapshot_id` is the table's current snapshot, None for a
+    table without one; `seconds` is wall time.
     """
 
     table: str
@@ -122,30 +122,30 @@ def export_day(
     namespace: str = DEFAULT_NAMESPACE,
     allow_loss: bool = False,
     replace_foreign: bool = False,
-    forgetting: ErasedSubject | None = None,
+    erasing: ErasedSubject | None = None,
 ) -> ExportReport:
-    """Make the table hold exactly the engine's tiles of `day` (UTC), canaries left out.
+    """Make the table hold exactly the engine's tiles of `day` (UTC), without canaries.
 
     A day of which the engine holds fewer rows or a smaller total than the table has left its retention, because
     late events only ever add: what the table holds of it stays. `allow_loss=True` exports it all the same, for
-    someone who knows why it shrank. Rows of the subject that is `forgetting` are no loss. Rows of an erased subject
-    are never exported: neither from views that do not know of the erasure yet, nor by an export that had read
+    someone who knows why it shrank. The rows of `erasing`, whom an erasure removes, are no loss. Rows of an erased
+    subject are never exported: neither from views that do not know of the erasure yet, nor by an export that had read
     them before it.
 
-    A day to which another writer added rows, or of which it deleted or replaced some, stays as it is and is reported
-    as `foreign`. `replace_foreign=True` takes that writer's changes back: the day becomes what the engine holds, or,
-    where that is less than our own last export of the day, that export again.
+    A day to which another writer added rows, or of which it deleted or replaced some, is left unchanged and
+    reported as `foreign`. `replace_foreign=True` reverts that writer's changes: the day becomes what the
+    engine holds, or, if that is less than this platform's last export of the day, that export again.
 
-    Safe to run again, and several times at once. Raises AuditFailed (naming the branch that keeps the data),
-    TilesUnreadable, EngineUnavailable, ExportConflict, or another OfflineError; readers then see what they
-    saw.
+    Idempotent, and safe to run several times at once. Raises AuditFailed (naming the branch that keeps the
+    data), TilesUnreadable, EngineUnavailable, ExportConflict, or another OfflineError; what readers see is
+    then unchanged.
     """
     started = time.monotonic()
     name = f"{namespace}.{spec.name}"
     for attempt in range(1, ATTEMPTS + 1):
         table = ensure_table(catalog, namespace, spec)
         with translated(f"the table {name}"):
-            outcome = _Attempt(engine, table, spec, day, forgetting).run(
+            outcome = _Attempt(engine, table, spec, day, erasing).run(
                 allow_loss=allow_loss, replace_foreign=replace_foreign
             )
         if outcome is None:
@@ -177,10 +177,11 @@ def export_day(
 
 @dataclass(frozen=True)
 class ExportedDay:
-    """What a table holds of one day: `rows`, and the `token` of their fingerprint, None where nothing tells it.
+    """What a table holds of one day: `rows`, and the `token` of their fingerprint, None if it is not known.
 
-    `foreign` says what another writer did to the day; its token is None then, and `rows` are those of its data files,
-    deleted ones included. A day that such a writer `removed` is told with the rows that it had.
+    `foreign` describes what another writer did to the day; its token is None then, and `rows` are those of
+    its data files, deleted ones included. A day that such a writer `removed` is listed with the rows that it
+    had.
     """
 
     token: str | None
@@ -189,16 +190,17 @@ class ExportedDay:
 
     @property
     def removed(self) -> bool:
-        """Whether the table holds nothing of the day any more."""
+        """Whether the table no longer holds any row of the day."""
         return isinstance(self.foreign, RemovedDay)
 
 
 def exported_days(
     catalog: Catalog, spec: TileTable, *, namespace: str = DEFAULT_NAMESPACE
 ) -> dict[date, ExportedDay]:
-    """Every day that the table holds, and those that another writer removed; none where there is no table.
+    """Return every day that the table holds or another writer removed; empty if the table does not exist.
 
-    Files of our own carry the token in their names; days that a sink wrote carry it in the tag of their verification.
+    The names of exported files carry the token; for days that a sink wrote, the tag of their verification
+    does.
     """
     with translated(f"the table {namespace}.{spec.name}"):
         try:
@@ -224,9 +226,10 @@ def exported_days(
 def foreign_days(
     exported: Mapping[date, ExportedDay], stale: Mapping[date, str]
 ) -> dict[date, Foreign | RemovedDay]:
-    """Days, oldest first, that need `replace_foreign`: another writer changed them, and an export leaves them alone.
+    """Return the days, oldest first, that an export does not change without `replace_foreign`.
 
-    A day that was removed and of which the engine still holds all (so that it is `stale`) is exported again instead.
+    Another writer changed them. A removed day of which the engine still holds everything (so that it is
+    `stale`) is not among them: it is exported again.
     """
     return {
         day: exported[day].foreign
@@ -236,7 +239,7 @@ def foreign_days(
 
 
 def foreign_of(table: Table, files: list[LiveFile]) -> Foreign:
-    """What another writer did to a day. Files of RisingWave's sinks, which have written to the table, are none."""
+    """Describe what another writer did to a day. The files of a RisingWave sink are not foreign."""
     by_sink = SINK_BRANCH in table.refs() or any(name.startswith(VERIFIED_PREFIX) for name in table.refs())
     if by_sink and not any(token_of(file.data) for file in files):
         return UNTOUCHED
@@ -251,12 +254,12 @@ def stale_days(
     until: date | None = None,
     by_sink: bool = False,
 ) -> dict[date, str]:
-    """Day → fingerprint token in the engine, of days that `exported` lacks or has in another version.
+    """Return the days that `exported` lacks or holds in another version, with the engine's fingerprint token.
 
-    Oldest first. Days from `until` on are left out, and so are days of which the engine holds fewer rows than
-    the table, because they are leaving its retention. Where a sink writes the table (`by_sink`), such a surplus
-    is its mistake and stale, even after the day was verified; a day that was never verified and that the engine
-    has nothing of has the token "".
+    Oldest first. Excludes days from `until` on, and days of which the engine holds fewer rows than the table,
+    because they are leaving the engine's retention. Where a sink writes the table (`by_sink`), a surplus of
+    rows is an error of the sink and stale, even after the day was verified; the token is "" for a day that
+    was never verified and of which the engine has no rows.
     """
     with tile_snapshot(engine, spec) as tiles:
         wanted = tiles.fingerprints()
@@ -275,7 +278,7 @@ def stale_days(
 
 
 def verified_tag(day: date, token: str) -> str:
-    """Name of the tag that says: in this snapshot the day was exactly what this fingerprint stands for."""
+    """Return the name of the tag that marks a snapshot in which the day matched this fingerprint exactly."""
     return f"{VERIFIED_PREFIX}{day.isoformat()}-{token}"
 
 
@@ -284,16 +287,16 @@ _Outcome = tuple[Status, Table, str | None, str]
 
 @dataclass(frozen=True)
 class _Attempt:
-    """One try to export a day to a freshly loaded table."""
+    """One attempt to export a day to a freshly loaded table."""
 
     engine: EngineConfiguration
     table: Table
     spec: TileTable
     day: date
-    forgetting: ErasedSubject | None
+    erasing: ErasedSubject | None
 
     def run(self, *, allow_loss: bool, replace_foreign: bool) -> _Outcome | None:
-        """Returns status, table, token and reason; None means that another writer changed the day meanwhile."""
+        """Return status, table, token and reason; None if another writer changed the day in the meantime."""
         table, spec, day = self.table, self.spec, self.day
         held = day_files(table, spec, day)
         foreign: Foreign | RemovedDay | None = (
@@ -303,7 +306,8 @@ class _Attempt:
             return "foreign", table, None, str(foreign)
         token = None if foreign else only_token(held)
         own = own_files(table, spec, day) if foreign else []
-        # What the table must not lose: without another writer's changes as far as our own files are there.
+        # The rows that the table must not lose. Another writer's changes do not count while the platform's
+        # own files exist.
         due = own or [file.data for file in held]
         with tile_snapshot(self.engine, spec) as tiles:
             fingerprint = tiles.fingerprint(day)
@@ -344,7 +348,7 @@ class _Attempt:
         )
 
     def _export(self, tiles: TileSnapshot, fingerprint: Fingerprint) -> DayFiles:
-        """Write what the engine holds of the day."""
+        """Write the engine's rows of the day."""
         forgotten = tiles.erased_rows(self.day)
         if forgotten:
             raise TilesUnreadable(
@@ -354,7 +358,7 @@ class _Attempt:
         return _write(tiles, self.table, self.spec, self.day, fingerprint)
 
     def _restore(self, tiles: TileSnapshot, own: list[DataFile]) -> DayFiles:
-        """Write the rows of our own last export of the day again, without subjects that were erased since."""
+        """Write the rows of the last own export of the day again, without subjects that were erased since."""
         erased = tiles.erased_subjects()
         schema = arrow_schema(self.table)
 
@@ -368,7 +372,7 @@ class _Attempt:
         count, totals = counted_sums(rows(), self.spec.totals)
         complete = count == sum(file.record_count for file in own)
         written = DayFiles(
-            # Without an erased subject's rows the day is no longer what the engine once gave.
+            # Without an erased subject's rows, the day no longer matches the fingerprint in its files' names.
             token=(token_of(own[0]) if complete else None) or uuid.uuid4().hex[:16],
             rows=count,
             totals=totals,
@@ -380,8 +384,11 @@ class _Attempt:
     def _less(
         self, due: list[DataFile], removed_rows: int, fingerprint: Fingerprint | None, *, allow_loss: bool
     ) -> str:
-        """What the engine has less of than the table had of the day: the files that are `due`, or, where none is left,
-        the `removed_rows`. Empty where it has all, or where a loss is allowed."""
+        """Describe what the engine has less of than the table; empty if nothing, or if a loss is allowed.
+
+        The table's rows of the day are those of the files that are `due`, or, if none is left, the
+        `removed_rows`.
+        """
         if fingerprint is None:
             return "the engine holds nothing of this day any more"
         if allow_loss:
@@ -395,10 +402,10 @@ class _Attempt:
         rows = sum(file.record_count for file in due)
         metric = list(self.spec.metric)
         erased = Decimal(0)
-        if self.forgetting is not None:
+        if self.erasing is not None:
             for file in due:
                 for batch in read_file(self.table, file, [self.spec.subject, LAST_EVENT_AT, *metric]):
-                    going = batch.filter(self.forgetting.rows_of(batch))
+                    going = batch.filter(self.erasing.rows_of(batch))
                     rows -= going.num_rows
                     erased += sum(exact_sums([going], metric).values())
         if fingerprint.row_count < rows:
@@ -427,7 +434,7 @@ def _write(
 
         def all_rows() -> Iterator[pa.RecordBatch]:
             yield from batches
-            # The engine adds up while the rows are sorted and encoded here.
+            # The engine computes the totals while the rows are sorted and encoded here.
             adding.append(beside.submit(tiles.totals, day))
 
         write_day(table, spec, day, written, all_rows())

@@ -1,7 +1,8 @@
-"""The data files of a snapshot, what other engines deleted of them, and which of them this platform wrote.
+"""The data files of a snapshot: which rows other engines deleted, and which files this platform wrote.
 
-Engines such as Spark, Trino and Flink delete rows without rewriting a data file: they add a delete file beside it.
-Every reader of an Iceberg table plans and reads here, so that none of them returns a deleted row.
+Engines such as Spark, Trino and Flink delete rows without rewriting a data file: they add a delete file for
+it. All readers of Iceberg tables plan and read through this module, so that none of them returns a deleted
+row.
 """
 
 from __future__ import annotations
@@ -27,27 +28,27 @@ from pyiceberg.transforms import IdentityTransform
 from dagster_prefs.iceberg.catalog import OfflineError
 from dagster_prefs.iceberg.tables import TileTable, arrow_schema
 
-# <fingerprint of the day>-<id of the write>[-<rows of the write>]-<number of the file>.parquet; files of earlier
-# versions of this platform do not tell the rows.
+# <fingerprint of the day>-<id of the write>[-<rows of the write>]-<number of the file>.parquet; earlier
+# versions of this platform wrote names without the rows.
 _FILE_NAME = re.compile(
     r"/(?P<write>(?P<token>[0-9a-f]{16})-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})(?:-(?P<rows>\d+))?-\d{5,}\.parquet$"
 )
 
 
 class RowsUnreadable(OfflineError):
-    """Another engine wrote or deleted rows of a table in a way that cannot be read here."""
+    """Another engine wrote or deleted rows of a table in a way that this platform cannot read."""
 
 
 class LayoutForeign(OfflineError):
-    """Another engine changed how a training table is laid out, so that it cannot be read or written by day."""
+    """Another engine changed a training table's layout: it can no longer be read or written by day."""
 
 
 @dataclass(frozen=True)
 class LiveFile:
     """A data file of a snapshot with the delete files that apply to it.
 
-    `deletes` are position deletes and deletion vectors, which `read_rows` applies. `equality_deletes` are those that
-    pyiceberg cannot apply: reading the file raises RowsUnreadable.
+    `deletes` are position deletes and deletion vectors, which `read_rows` applies. `equality_deletes` are not
+    supported by pyiceberg: reading the file raises RowsUnreadable.
     """
 
     data: DataFile
@@ -62,12 +63,12 @@ class LiveFile:
 
     @cached_property
     def parts(self) -> frozenset[str]:
-        """Locations of the data file and of every delete file: what its rows depend on."""
+        """Locations of the data file and of every delete file, which together determine its rows."""
         return frozenset(file.file_path for file in (self.data, *self.deletes, *self.equality_deletes))
 
 
 def parts_of(files: Iterable[LiveFile]) -> set[str]:
-    """Locations of all data and delete files: equal for two readings exactly where the rows are the same."""
+    """Return the locations of all data and delete files: equal if and only if the rows are equal."""
     return {path for file in files for path in file.parts}
 
 
@@ -76,8 +77,8 @@ def live_files(
 ) -> list[LiveFile]:
     """Plan the files of a snapshot, the current one by default, that may hold rows of `row_filter`.
 
-    A delete file counts only where it applies: an equality delete is no obstacle to data written after it. Raises
-    OfflineError for a snapshot that is gone.
+    Only delete files that apply count: an equality delete does not affect data written after it. Raises
+    OfflineError if the snapshot no longer exists.
     """
     snapshot = table.current_snapshot() if snapshot_id is None else table.snapshot_by_id(snapshot_id)
     if snapshot is None:
@@ -91,7 +92,7 @@ def live_files(
 
     def planned(entry: ManifestEntry) -> bool:
         if entry.data_file.content == DataFileContent.EQUALITY_DELETES:
-            # pyiceberg refuses to plan with these, whether they apply to anything or not.
+            # pyiceberg refuses to plan with equality deletes, whether they apply to a file or not.
             equality.append(entry)
             return False
         if entry.data_file.content == DataFileContent.DATA:
@@ -117,7 +118,7 @@ def live_files(
 
 
 def _covers(table: Table, delete: DataFile, data: DataFile) -> bool:
-    """Whether an equality delete is of the data file's partition, or of no partition and so of all."""
+    """Return whether an equality delete belongs to the data file's partition, or to none and so to all."""
     everywhere = not table.specs()[delete.spec_id].fields
     return everywhere or (delete.spec_id == data.spec_id and delete.partition == data.partition)
 
@@ -136,7 +137,7 @@ def tile_files(
     last: date | None = None,
     snapshot_id: int | None = None,
 ) -> dict[date, list[LiveFile]]:
-    """Day → its files, for the days from `first` to `last`, in the order of the days.
+    """Return the files of each day from `first` to `last`, ordered by day.
 
     Raises LayoutForeign for files that are not partitioned by day, and what `live_files` raises.
     """
@@ -149,12 +150,12 @@ def tile_files(
 
 
 def day_files(table: Table, spec: TileTable, day: date, snapshot_id: int | None = None) -> list[LiveFile]:
-    """The files of one day, of the current snapshot unless told otherwise."""
+    """Return the files of one day, by default of the current snapshot."""
     return tile_files(table, spec, first=day, last=day, snapshot_id=snapshot_id).get(day, [])
 
 
 def day_of(table: Table, spec: TileTable, file: DataFile) -> date:
-    """The day (UTC) whose partition a data file lies in. Raises LayoutForeign where that is no day's."""
+    """Return the day (UTC) of a data file's partition. Raises LayoutForeign if the partition is not a day."""
     place = _day_place(table, spec, table.specs()[file.spec_id])
     if place is None:
         raise LayoutForeign(
@@ -192,10 +193,10 @@ def _day_place(table: Table, spec: TileTable, layout: PartitionSpec) -> int | No
 
 
 def read_rows(table: Table, file: LiveFile, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """The rows of a training table's file that no engine deleted, in the order of `columns`.
+    """Yield the rows of a training table's file that no engine deleted, in the order of `columns`.
 
-    A column that the table gained later is NULL. Raises RowsUnreadable naming table, snapshot and delete file where
-    the deletes cannot be applied.
+    A column that was added to the table later is NULL. Raises RowsUnreadable naming table, snapshot and
+    delete file if the deletes cannot be applied.
     """
     check_readable(table, [file])
     if file.deletes or file.data.file_format != FileFormat.PARQUET:
@@ -208,7 +209,7 @@ def _scanned(
     table: Table, file: LiveFile, columns: Sequence[str], row_filter: BooleanExpression
 ) -> Iterator[pa.RecordBatch]:
     schema = arrow_schema(table)
-    # One file after the other: pyiceberg holds all rows of a file that it reads.
+    # One file at a time, because pyiceberg holds all rows of a file that it reads in memory.
     scan = ArrowScan(table.metadata, table.io, table.schema().select(*columns), row_filter)
     try:
         for batch in scan.to_record_batches([FileScanTask(file.data, set(file.deletes))]):
@@ -217,7 +218,8 @@ def _scanned(
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         raise
     except (ValueError, LookupError, NotImplementedError) as error:
-        # A Puffin file of another codec, an empty delete file, Avro: pyiceberg fails where it happens to stand.
+        # A Puffin file of another codec, an empty delete file, Avro: pyiceberg has no common exception for
+        # them.
         raise RowsUnreadable(
             f"{'.'.join(table.name())}: {' with '.join(sorted(file.parts))} of snapshot {file.snapshot_id} cannot be "
             f"read ({error}): {_REWRITE}"
@@ -247,15 +249,15 @@ def scan_rows(
     row_filter: str | BooleanExpression = "",
     snapshot_id: int | None = None,
 ) -> pa.RecordBatchReader:
-    """The rows of a whole snapshot for which `row_filter` holds, deleted ones left out.
+    """Read the rows of a whole snapshot for which `row_filter` holds, without deleted ones.
 
-    Raises what `read_rows` raises, before the first row where the deletes cannot be read at all.
+    Raises what `read_rows` raises, before the first row if the deletes cannot be read at all.
     """
     names = list(columns or [field.name for field in table.schema().fields])
     files = live_files(table, row_filter, snapshot_id)
     check_readable(table, files)
     schema = pa.schema([arrow_schema(table).field(name) for name in names])
-    # By field id, as Iceberg has it: a column of a table that is not ours may have had another name.
+    # By field id, as Iceberg defines columns: another writer's table may have renamed a column.
     batches = (
         batch.cast(schema)
         for file in files
@@ -265,7 +267,7 @@ def scan_rows(
 
 
 def count_rows(table: Table, files: Iterable[LiveFile]) -> int:
-    """How many rows the files have that no engine deleted. Raises RowsUnreadable where that cannot be known."""
+    """Count the rows of the files that no engine deleted. Raises RowsUnreadable if that is not possible."""
     total = 0
     for file in files:
         if not file.deletes and not file.equality_deletes:
@@ -276,7 +278,7 @@ def count_rows(table: Table, files: Iterable[LiveFile]) -> int:
 
 
 def read_file(table: Table, file: DataFile, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """Every row that was ever written to one file, deleted or not; a column that the table gained later is NULL."""
+    """Yield every row written to one file, deleted or not. Columns added to the table later are NULL."""
     schema = arrow_schema(table)
     with table.io.new_input(file.file_path).open() as source, pq.ParquetFile(source) as parquet:
         held = set(parquet.schema_arrow.names)
@@ -291,31 +293,32 @@ def read_file(table: Table, file: DataFile, columns: Sequence[str]) -> Iterator[
 
 
 def file_name(token: str, write: str, rows: int, number: int) -> str:
-    """The name of a data file: fingerprint of its day, id and rows of the write that made it, and its number in it.
+    """Return the name of a data file: its day's fingerprint, id and rows of its write, and its number in it.
 
-    Names outlive the snapshots, whose properties go when they expire, and so tell for good which files are ours.
+    Snapshot properties disappear when their snapshot expires; names stay and identify the platform's own
+    files.
     """
     return f"{token}-{write}-{rows}-{number:05}.parquet"
 
 
 def token_of(file: DataFile) -> str | None:
-    """The fingerprint in the name of a file of ours; None for a file that somebody else wrote."""
+    """Return the fingerprint in the name of an own file, None for another writer's file."""
     found = _FILE_NAME.search(file.file_path)
     return found["token"] if found else None
 
 
 def only_token(files: Iterable[LiveFile]) -> str | None:
-    """The fingerprint that all files carry; None where they do not agree on one."""
+    """Return the fingerprint that all files share, None if they differ."""
     tokens = {token_of(file.data) for file in files}
     return next(iter(tokens)) if len(tokens) == 1 else None
 
 
 @dataclass(frozen=True)
 class Foreign:
-    """What of a day another writer did; empty where it is as one write of ours left it.
+    """What another writer did to a day; empty if the day is as one own write left it.
 
-    `files` are data files that our commits did not make, `deletes` delete files beside ours, `missing_rows` rows of
-    our write whose files are gone.
+    `files` are data files that this platform did not commit, `deletes` delete files that apply to its own,
+    `missing_rows` the number of own rows whose files are gone.
     """
 
     files: tuple[str, ...] = ()
@@ -340,19 +343,20 @@ UNTOUCHED = Foreign()
 
 
 def _some(paths: Sequence[str]) -> str:
-    # A day that was rewritten elsewhere may have hundreds.
+    # A day that another engine rewrote may have hundreds of files.
     more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
     return ", ".join(paths[:3]) + more
 
 
 def foreign_in(files: Sequence[LiveFile]) -> Foreign:
-    """What other writers did to a day, told from the files' names alone.
+    """Find what other writers did to a day, from the files' names alone.
 
-    A day of ours is the files of exactly one write, all of them, without deletes: every export, compaction and
-    erasure replaces the whole day.
+    An unchanged day consists of all files of exactly one own write, without deletes: every export, compaction
+    and erasure replaces the whole day.
     """
     writes = Counter(write for write, _ in map(_write_of, files) if write is not None)
-    # Files of an earlier export that were added again have our names, too: which of them belong is not known then.
+    # Files of an earlier export that were added again have own names too; which write is valid is then
+    # unknown.
     mixed = len(writes) > 1
     strange = tuple(sorted(file.path for file in files if mixed or _write_of(file)[0] is None))
     deletes = sorted({found.file_path for file in files for found in (*file.deletes, *file.equality_deletes)})
@@ -365,7 +369,7 @@ def foreign_in(files: Sequence[LiveFile]) -> Foreign:
 
 
 def _write_of(file: LiveFile) -> tuple[str | None, int | None]:
-    """The write of ours that made a file, and the rows of that write; None where a name does not tell."""
+    """Return the id and row count of the own write that made a file; None where the name has none."""
     found = _FILE_NAME.search(file.path)
     if found is None:
         return None, None
@@ -373,9 +377,10 @@ def _write_of(file: LiveFile) -> tuple[str | None, int | None]:
 
 
 def own_files(table: Table, spec: TileTable, day: date) -> list[DataFile]:
-    """The data files of our last complete write of a day, from the current snapshot or else its newest ancestor.
+    """Return the data files of the last complete own write of a day.
 
-    Empty where neither has it any more. What other engines deleted of these files does not count.
+    From the current snapshot, or else its newest ancestor; empty if neither holds it any more. Ignores what
+    other engines deleted from these files.
     """
     for snapshot in ancestors_of(table.current_snapshot(), table.metadata):
         ours = [
@@ -390,7 +395,7 @@ def own_files(table: Table, spec: TileTable, day: date) -> list[DataFile]:
 
 @dataclass(frozen=True)
 class RemovedDay:
-    """A day that a commit of another writer (`snapshot_id`, its `operation`) removed, with the rows it had."""
+    """A day that another writer's commit (`snapshot_id`, its `operation`) removed, with the rows it had."""
 
     snapshot_id: int
     operation: str
@@ -403,9 +408,9 @@ class RemovedDay:
 
 
 def removed_days(table: Table, spec: TileTable, held: Iterable[date]) -> dict[date, RemovedDay]:
-    """Days of ours that another writer removed whole, as far as the snapshots that did so are kept.
+    """Find own days that another writer removed entirely, as far back as the removing snapshots are kept.
 
-    `held` are the days that the table holds. Days that somebody rolled back are no part of it.
+    `held` are the days that the table holds. Days that were rolled back are not included.
     """
     there = set(held)
     found: dict[date, RemovedDay] = {}

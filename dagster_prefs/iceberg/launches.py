@@ -1,4 +1,4 @@
-"""When an export is started by itself: once for what a day holds, again only later or when that changed."""
+"""Automatic exports: one run for each state of a day; the same state is only retried later."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 
-# What failed once may heal within the hour; what fails for a day needs a person, and one run a day says so.
+# A first failure may be temporary and is retried within the hour. After that an operator is needed, and one
+# run a day keeps reporting the failure.
 FIRST_RETRY = timedelta(hours=1)
 LAST_RETRY = timedelta(hours=24)
 
 
-# A training table's name and a day (UTC) of it.
+# The name of a training table and one of its days (UTC).
 TableDay = tuple[str, date]
 
 
 @dataclass(frozen=True)
 class Launch:
-    """The last export of a table's day that was started by itself.
+    """The last automatic export of a table's day.
 
-    `fingerprint` is what the engine held of it then, `attempts` how often that was tried, `at` when (UTC,
-    whole seconds count).
+    `fingerprint` identifies what the engine held of the day then, `attempts` counts the runs for that state,
+    `at` is the time of the last one (UTC, in whole seconds).
     """
 
     fingerprint: str
@@ -30,7 +31,7 @@ class Launch:
 
     @property
     def retry_at(self) -> datetime:
-        """When the same may be tried again: an hour after the first attempt, then twice as long, at most a day."""
+        """The time of the next retry: an hour after the first attempt, then twice as long, at most a day."""
         hours: int = 2 ** min(self.attempts - 1, 10)
         return self.at + min(hours * FIRST_RETRY, LAST_RETRY)
 
@@ -38,10 +39,10 @@ class Launch:
 def due(
     stale: Mapping[TableDay, str], launched: Mapping[TableDay, Launch], *, now: datetime
 ) -> tuple[dict[TableDay, Launch], dict[TableDay, Launch]]:
-    """The exports to start now, and everything to remember until the next look.
+    """Return the exports to start now, and the state for the next evaluation.
 
-    `stale` gives what needs an export its fingerprint, `launched` is what the look before remembered. What needs
-    none any more is forgotten. `now` is UTC.
+    `stale` maps days that need an export to their fingerprint; `launched` is the state of the previous
+    evaluation. Days that need no export any more are removed from it. `now` is UTC.
     """
     starts = {}
     for place, fingerprint in stale.items():
@@ -55,7 +56,7 @@ def due(
 
 
 def dump_launches(launches: Mapping[TableDay, Launch]) -> str:
-    """The launches as JSON, for a sensor's cursor; about 60 bytes each."""
+    """Serialize launches to JSON, for a sensor's cursor; about 60 bytes each."""
     tables: dict[str, dict[str, tuple[str, int, int]]] = {}
     for (table, day), launch in launches.items():
         tables.setdefault(table, {})[day.isoformat()] = (
@@ -67,7 +68,7 @@ def dump_launches(launches: Mapping[TableDay, Launch]) -> str:
 
 
 def load_launches(text: str | None) -> dict[TableDay, Launch]:
-    """The launches of `dump_launches`; without a readable text nothing was started yet, which costs one run."""
+    """Parse the output of `dump_launches`. An unreadable text means no launches, which costs one run."""
     try:
         return {
             (table, date.fromisoformat(day)): Launch(fingerprint, attempts, datetime.fromtimestamp(at, UTC))

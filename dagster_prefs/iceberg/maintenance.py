@@ -1,7 +1,7 @@
-"""Upkeep of the training tables and sets: abandoned branches, small files, old snapshots, unreferenced files.
+"""Maintenance of Iceberg tables: abandoned branches, small files, old snapshots, unreferenced files.
 
-Nothing that a tag or the current state needs is touched, and everything may be run again at any time, beside
-running exports too: what is younger than `grace` may belong to one of them and stays.
+Removes nothing that a tag or the current state needs. Safe to run again at any time, also during exports:
+files and branches younger than `grace` may belong to a running export and are kept.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ from dagster_prefs.iceberg.tables import TileTable, arrow_schema, counted_sums, 
 
 @dataclass(frozen=True)
 class MaintenanceReport:
-    """What was done to one table; `bytes_freed` is the size of the removed files.
+    """The work done on one table; `bytes_freed` is the size of the removed files.
 
-    `days_foreign` were not compacted, because another writer changed them (see `export_day`)."""
+    `days_foreign` were not compacted, because another writer changed them (see `export_day`).
+    """
 
     table: str
     branches_removed: tuple[str, ...]
@@ -62,14 +63,14 @@ def maintain(
     namespace: str = DEFAULT_NAMESPACE,
     compact: bool = True,
 ) -> MaintenanceReport:
-    """Tidy one table.
+    """Maintain one table.
 
-    Branches of exports that ended `keep_snapshots` before `now` go; days in several small files become one
-    file; snapshots older than `keep_snapshots` expire unless a branch or tag points at them or they are
-    current; files that no remaining snapshot names go once they are older than `grace`, which must exceed the
-    longest export. Days that RisingWave's sinks write are compacted by RisingWave (`compact=False`).
+    Removes branches of exports that ended `keep_snapshots` before `now`; merges the small files of a day into
+    one; expires snapshots older than `keep_snapshots`, except the current one and those of branches and tags;
+    removes files that no remaining snapshot names once they are older than `grace`, which must exceed the
+    longest export. RisingWave itself compacts the days that its sinks write (`compact=False`).
 
-    Raises TableMissing where there is no such table, ExportConflict, or another OfflineError.
+    Raises TableMissing if the table does not exist, ExportConflict, or another OfflineError.
     """
     name = f"{namespace}.{spec.name}"
     with translated(f"the table {name}"):
@@ -88,9 +89,10 @@ def maintain_training_sets(
     grace: timedelta = timedelta(days=1),
     namespace: str = DEFAULT_NAMESPACE,
 ) -> list[MaintenanceReport]:
-    """Tidy the tables of training sets in the namespace: old snapshots and unreferenced files go, as in `maintain`.
+    """Maintain the tables of training sets in the namespace.
 
-    Raises ExportConflict, or another OfflineError, for the first table that cannot be tidied.
+    Removes old snapshots and unreferenced files, as `maintain` does. Raises ExportConflict, or another
+    OfflineError, for the first table that fails.
     """
     with translated(f"the Iceberg namespace {namespace}"):
         names = sorted(catalog.list_tables(namespace)) if catalog.namespace_exists(namespace) else []
@@ -123,25 +125,25 @@ def _remove_branches(table: Table, before: datetime) -> tuple[str, ...]:
                 table.manage_snapshots().remove_branch(name).commit()
                 removed.append(name)
             except CommitFailedException:
-                # Somebody else is at work on this branch, so it is not abandoned after all.
+                # Another process changed this branch, so it is not abandoned.
                 table.refresh()
     return tuple(removed)
 
 
 def _compact(table: Table, spec: TileTable) -> tuple[tuple[date, ...], tuple[date, ...]]:
-    """Make one file of each day in several small ones; returns those days, and those that another writer changed."""
+    """Merge the small files of each day into one. Returns the merged days and the foreign ones."""
     done, foreign = [], []
     for day, files in tile_files(table, spec).items():
         if foreign_of(table, files):
-            # Under a name of ours, whatever another writer added or left would pass for an export.
+            # Rewritten under an own name, another writer's rows would pass for an export.
             foreign.append(day)
             continue
         if len(files) < 2 or sum(file.data.file_size_in_bytes for file in files) > FILE_BYTES:
             continue
         token = only_token(files)
         rows, totals = counted_sums(_rows(table, spec.totals, files), spec.totals)
-        # A name without the day's fingerprint would make the next export write the day again, which is right
-        # where the files did not agree on one.
+        # If the files do not agree on a fingerprint, the name gets none of the engine's, so that the next
+        # export writes the day again.
         merged = DayFiles(
             token=token or uuid.uuid4().hex[:16],
             rows=rows,
@@ -161,10 +163,10 @@ def _rows(table: Table, columns: Sequence[str], files: list[LiveFile]) -> Iterat
 
 
 def expire(table: Table, condemned: Callable[[Table], Iterable[int]]) -> int:
-    """Expire those of the `condemned` snapshots that no branch or tag points at; returns how many went.
+    """Expire those `condemned` snapshots that no branch or tag points at, and return their number.
 
-    `condemned` is asked again where somebody else changed the table meanwhile. Raises ExportConflict where others
-    never stop.
+    Calls `condemned` again if another process changed the table in the meantime. Raises ExportConflict if
+    that keeps happening.
     """
     for _ in range(ATTEMPTS):
         table.refresh()
@@ -198,7 +200,7 @@ def _remove_orphans(table: Table, before: datetime) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class UnreferencedFile:
-    """A file in a table's folder that the table does not name; `size` is in bytes, `written_at` UTC."""
+    """A file in a table's folder that the table does not reference; `size` is in bytes, `written_at` UTC."""
 
     location: str
     size: int
@@ -206,13 +208,13 @@ class UnreferencedFile:
 
 
 def unreferenced_files(table: Table) -> list[UnreferencedFile]:
-    """Every file in the table's folder that neither the table nor a snapshot of it names."""
+    """Return every file in the table's folder that neither the table nor one of its snapshots references."""
     if not isinstance(table.io, PyArrowFileIO):
         return []
     scheme, host, root = table.io.parse_location(table.location(), table.io.properties)
     storage = table.io.fs_by_scheme(scheme, host)
     found = storage.get_file_info(pyarrow.fs.FileSelector(root, recursive=True, allow_not_found=True))
-    # Read after the listing: a file that was committed in between is then known to be in use.
+    # Refreshed after the listing, so that a file committed in between is known to be in use.
     table.refresh()
     used = {
         table.io.parse_location(name, table.io.properties)[2] for name in _referenced(table) if root in name
@@ -226,10 +228,10 @@ def unreferenced_files(table: Table) -> list[UnreferencedFile]:
 
 
 def _referenced(table: Table) -> Iterator[str]:
-    """Location of every file, metadata included, that the table or a snapshot of it names."""
+    """Yield the location of every file, metadata included, that the table or a snapshot references."""
     yield table.metadata_location
-    # Every text of the metadata file rather than the fields that this version of pyiceberg knows of: a statistics file
-    # of a kind that a newer engine writes stays, too.
+    # Every string of the metadata file, not only the fields that this version of pyiceberg knows, so that the
+    # statistics files of newer engines are kept too.
     metadata = table.io.new_input(table.metadata_location)
     with metadata.open() as source:
         content = Compressor.get_compressor(table.metadata_location).stream_decompressor(source).read()

@@ -1,4 +1,4 @@
-"""How a day of a training table is replaced: files, a branch, an audit there, and one publishing commit."""
+"""Replacement of one day of a training table: write files, stage on a branch, audit, publish."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from pyiceberg.partitioning import PartitionFieldValue, PartitionKey
 from pyiceberg.table import Table
 from pyiceberg.table.snapshots import Snapshot, ancestors_of
 
-from dagster_prefs.iceberg.audit import AuditFailed, audit_day
+from dagster_prefs.iceberg.audit import AuditFailed, StagedDay, audit_day
 from dagster_prefs.iceberg.catalog import CatalogUnavailable
 from dagster_prefs.iceberg.duck import sort_batches
 from dagster_prefs.iceberg.files import check_writable, day_files, file_name, parts_of
 from dagster_prefs.iceberg.tables import PARQUET, TileTable, arrow_schema
 
-# A row group is what a reader decodes at once, and as many rows as DuckDB gives at once; a file is what an object
-# store serves at once.
+# A reader decodes one row group at a time, and DuckDB returns this many rows at a time; an object store
+# serves one file at a time.
 ROWS_PER_GROUP = 122_880
 FILE_BYTES = 256 * 1024 * 1024
 
-# How often a commit is tried again because others commit in between.
+# Number of attempts at a commit that conflicts with other writers' commits.
 ATTEMPTS = 8
 
 BRANCH_PREFIX = "export-"
@@ -39,10 +39,10 @@ BRANCH_PREFIX = "export-"
 
 @dataclass
 class DayFiles:
-    """Files of a day that readers do not see yet.
+    """Files of a day that are not visible to readers yet.
 
-    `token` is the day's fingerprint and begins every file's name, followed by `rows`; `rows` and `totals` (column →
-    sum) are what the audit must find in them; `properties` go to the snapshot.
+    `token` is the day's fingerprint and begins every file's name, followed by `rows`; `rows` and `totals`
+    (column → sum) are what the audit must find in them; `properties` become snapshot properties.
     """
 
     token: str
@@ -56,10 +56,10 @@ class DayFiles:
 def write_day(
     table: Table, spec: TileTable, day: date, files: DayFiles, batches: Iterable[pa.RecordBatch]
 ) -> None:
-    """Write the batches (in any order, in the table's Arrow schema) to new files sorted by key, noted in `files`.
+    """Write the batches (in any order, in the table's Arrow schema) to new files sorted by key.
 
-    Whatever was written is removed again when anything fails. Raises LayoutForeign for a table that another engine
-    laid out anew.
+    Adds the files to `files`. Removes everything written if anything fails. Raises LayoutForeign if another
+    engine changed the table's layout.
     """
     check_writable(table, spec)
     try:
@@ -79,7 +79,7 @@ def write_day(
 
 
 class _FileWriter:
-    """Parquet files of one day, rolled by size; encoding runs beside the reading of the next rows."""
+    """Writes a day's Parquet files, rolled by size; encodes in a thread while the next rows are read."""
 
     def __init__(self, table: Table, day: date, files: DayFiles) -> None:
         self.schema = arrow_schema(table)
@@ -98,7 +98,7 @@ class _FileWriter:
         self._parquet: pq.ParquetWriter | None = None
 
     def write(self, group: pa.RecordBatch) -> None:
-        """Write a row group, as soon as the one before it is written."""
+        """Write a row group, once the previous one is written."""
         self._wait()
         self._pending = self._encoder.submit(self._encode, group)
 
@@ -109,7 +109,7 @@ class _FileWriter:
         finally:
             self._encoder.shutdown()
             if self._parquet is not None:
-                # After a failure the footer cannot be written either; the file is thrown away.
+                # After a failure the footer cannot be written either; the file is discarded.
                 with suppress(Exception):
                     self._parquet.close()
             if self._sink is not None and not self._sink.closed:
@@ -150,13 +150,14 @@ def publish_day(
     *,
     still_valid: Callable[[], bool] = lambda: True,
 ) -> Table | None:
-    """Stage on a branch, audit it, make it current; None if another writer changed this very day.
+    """Stage a day on a branch, audit it, and publish it. Returns None if another writer changed the same day.
 
-    `replaced` are the locations of the data and delete files (`parts_of`) that the day was made of when it was read.
-    `still_valid` is asked last of all: False, too, gives None, because what was written has been overtaken.
+    `replaced` are the locations of the data and delete files (`parts_of`) of the day when it was read.
+    `still_valid` is called right before publishing; if it returns False, the written rows are outdated and
+    the result is None, too.
 
     A commit by another writer to another day moves the table's head: the same files are then staged again on
-    top of it, since publishing what was staged before would undo the other day.
+    top of it, since publishing the old branch would undo the other day.
     """
     for _ in range(ATTEMPTS):
         branch = f"{BRANCH_PREFIX}{day.isoformat()}-{uuid.uuid4().hex[:12]}"
@@ -172,15 +173,12 @@ def publish_day(
                 table,
                 spec,
                 day,
-                snapshot_id=staged,
-                branch=branch,
+                StagedDay(staged, branch, written.paths, held),
                 rows=written.rows,
                 totals=written.totals,
-                paths=written.paths,
-                replaced=held,
             )
         except AuditFailed:
-            # The branch keeps the data for people to look at.
+            # The branch keeps the data for inspection.
             raise
         except CommitFailedException:
             _drop_branch(table, branch)
@@ -192,7 +190,7 @@ def publish_day(
         if not still_valid():
             _drop_branch(table, branch)
             return None
-        # From here on a commit whose reply is lost may still take place, so the files stay.
+        # From here on the files stay, because a commit whose reply was lost may still take effect.
         if _make_current(table, head, staged, branch):
             return table
         _drop_branch(table, branch)
@@ -200,7 +198,7 @@ def publish_day(
 
 
 def _head(table: Table) -> Snapshot:
-    """The table's current snapshot, an empty one where it has none: a branch has to start somewhere."""
+    """Return the table's current snapshot; creates an empty one if there is none, to start branches at."""
     if table.current_snapshot() is None:
         with table.transaction() as transaction:
             transaction.update_snapshot().fast_append().commit()
@@ -213,8 +211,8 @@ def _head(table: Table) -> Snapshot:
 def _stage(
     table: Table, head: Snapshot, branch: str, day: date, written: DayFiles, held: list[DataFile]
 ) -> int:
-    """Commit the day to a branch that starts at `head`, which holds `held`; returns the new snapshot's id."""
-    # A commit of its own: a retried transaction would forget where the branch was to start.
+    """Commit the day to a branch that starts at `head`, which holds `held`. Returns the new snapshot's id."""
+    # A commit of its own, because a retried transaction would lose the branch's starting point.
     for attempt in range(1, ATTEMPTS + 1):
         try:
             table.manage_snapshots().create_branch(head.snapshot_id, branch).commit()
@@ -238,7 +236,8 @@ def _stage(
     try:
         transaction.commit_transaction()
     except ValueError as error:
-        # Sequence numbers count the commits of all branches, but pyiceberg retries conflicts in one only.
+        # Sequence numbers count the commits of all branches, but pyiceberg only retries conflicts within one
+        # branch.
         if "sequence number" not in str(error):
             raise
         raise CommitFailedException(str(error)) from error
@@ -254,14 +253,14 @@ def _make_current(table: Table, head: Snapshot, staged: int, branch: str) -> boo
     if current is None or current.snapshot_id != head.snapshot_id:
         return False
     try:
-        # The commit requires that the current snapshot is the one just compared.
+        # The commit requires the current snapshot to be the one just compared.
         table.manage_snapshots().set_current_snapshot(snapshot_id=staged).remove_branch(branch).commit()
         return True
     except CommitFailedException:
         table.refresh()
         return _is_published(table, staged)
     except Exception:
-        # The reply may be what was lost, not the commit.
+        # The commit may have succeeded although its reply was lost.
         table.refresh()
         if _is_published(table, staged):
             return True
@@ -276,7 +275,7 @@ def _is_published(table: Table, snapshot_id: int) -> bool:
 
 
 def _drop_branch(table: Table, branch: str) -> None:
-    # Best effort: a branch that stays is harmless, and maintenance removes it.
+    # Best effort: a remaining branch does no harm, and maintenance removes it.
     with suppress(Exception):
         table.refresh()
         if branch in table.refs():
@@ -284,7 +283,7 @@ def _drop_branch(table: Table, branch: str) -> None:
 
 
 def discard(table: Table, written: DayFiles) -> None:
-    # Best effort: a file that stays is harmless, and maintenance removes it.
+    # Best effort: a remaining file does no harm, and maintenance removes it.
     for path in written.paths:
         with suppress(Exception):
             table.io.delete(path)

@@ -1,7 +1,7 @@
-"""The training tables: what each holds, how it is laid out, and how its schema may change.
+"""The training tables: their columns, layout and permitted schema changes.
 
-Every tile that a project declares is exported to one; columns with their order, types, descriptions and minimums are
-those of the declaration.
+Every declared tile is exported to one; the order, types, descriptions and minimums of its columns are those
+of the declaration.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from dagster_prefs.declarations.contract import LAST_EVENT_AT
 from dagster_prefs.declarations.registry import Entity, Key, Registry, TileDeclaration
 from dagster_prefs.iceberg.catalog import OfflineError, ensure_namespace, translated
 
-# SQL type of a tile → type of its column; decimals are wide enough for the minutes of any bigint of seconds.
+# SQL type of a tile → type of its column. Decimals are wide enough for the minutes of any bigint of seconds.
 ICEBERG_TYPES: Mapping[str, IcebergType] = {
     "bigint": LongType(),
     "date": DateType(),
@@ -47,8 +47,8 @@ ICEBERG_TYPES: Mapping[str, IcebergType] = {
     "timestamptz": TimestamptzType(),
 }
 
-# Ids, times and minutes seldom repeat within a row group, and a dictionary of them costs more time and bytes than they
-# do: a column whose dictionary grows beyond this goes on without one.
+# Ids, times and minutes seldom repeat within a row group, so a dictionary costs more time and bytes than it
+# saves: a column whose dictionary exceeds this size is written without one.
 DICTIONARY_BYTES = 128 * 1024
 
 PARQUET: Mapping[str, Any] = {
@@ -56,7 +56,7 @@ PARQUET: Mapping[str, Any] = {
     "dictionary_pagesize_limit": DICTIONARY_BYTES,
 }
 
-# The same for whoever else writes to a table.
+# The same settings for other writers of the table.
 TABLE_PROPERTIES = {
     "format-version": "2",
     "write.parquet.compression-codec": "zstd",
@@ -65,7 +65,7 @@ TABLE_PROPERTIES = {
     "write.metadata.previous-versions-max": "20",
 }
 
-# The property by which maintenance and an erasure find the tables of training sets.
+# The property by which maintenance and erasure find the tables of training sets.
 KIND, TRAINING_SET = "prefs.kind", "training-set"
 
 
@@ -74,17 +74,17 @@ class DeclarationRefused(OfflineError):
 
 
 class SchemaChangeRefused(OfflineError):
-    """A column of a training table would be removed or retyped."""
+    """A schema change would remove or retype a column of a training table."""
 
 
 def is_training_set(table: Table) -> bool:
-    """Whether a table is one that training sets are written to."""
+    """Return whether a table belongs to training sets."""
     return table.properties.get(KIND) == TRAINING_SET
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column of tile and table; `minimum` is the least value that the audit accepts."""
+    """A column of tile and table; `minimum` is the least value that the audit accepts."""
 
     name: str
     type: IcebergType
@@ -98,13 +98,15 @@ class TileTable:
 
     `entity` is what its rows are about. `metric` names the columns whose total is `metric_total` in
     `tile_fingerprints`; `key` makes a row of a day unique; `at_most` lists (smaller, larger) pairs of columns that
-    every row must respect; `sink` is RisingWave's that writes the table, where sinks export.
+    every row must respect; `sink` is RisingWave's that writes the table, where sinks export. `subject_kind` is what
+    erasures of its subjects are recorded under.
     """
 
     name: str
     tile: str
     doc: str
     entity: Entity
+    subject_kind: str
     day: str
     key: tuple[str, ...]
     columns: tuple[Column, ...]
@@ -118,12 +120,12 @@ class TileTable:
 
     @property
     def subject(self) -> str:
-        """The column of the entity's id, by which rows are reserved for canaries and erased."""
+        """The entity's first key column, by which rows are reserved for canaries and erased."""
         return self.entity.key.name
 
     @cached_property
     def by_name(self) -> Mapping[str, Column]:
-        """Column by name."""
+        """The columns by name."""
         return {column.name: column for column in self.columns}
 
     @cached_property
@@ -145,7 +147,7 @@ class TileTable:
 
     @cached_property
     def totals(self) -> tuple[str, ...]:
-        """The columns that can be summed exactly."""
+        """The columns that have exact sums."""
         return tuple(
             column.name
             for column in self.columns
@@ -154,15 +156,15 @@ class TileTable:
 
 
 def tile_tables(registry: Registry) -> dict[str, TileTable]:
-    """Name of a training table → what a project declares of it, in the registry's order.
+    """Return the training table of every declared tile, by table name, in the registry's order.
 
-    Raises DeclarationRefused naming the tile and the column for what no training table can hold.
+    Raises DeclarationRefused naming the tile and the column for a tile that no training table can hold.
     """
     return {tile.table: tile_table(registry, tile) for tile in registry.tiles.values()}
 
 
 def tile_table(registry: Registry, tile: TileDeclaration) -> TileTable:
-    """The training table of one declared tile. Raises like `tile_tables`."""
+    """Return the training table of one declared tile. Raises like `tile_tables`."""
     entity = registry.entity(tile.entity)
     for name, column in tile.columns.items():
         if column.type not in ICEBERG_TYPES:
@@ -176,7 +178,14 @@ def tile_table(registry: Registry, tile: TileDeclaration) -> TileTable:
                 "have: remove it"
             )
     for name, why, kind in (
-        (entity.key.name, f"the key of {entity.name}", "bigint" if entity.key.type == "bigint" else "text"),
+        *(
+            (
+                key.name,
+                f"{'the' if len(entity.keys) == 1 else 'a'} key of {entity.name}",
+                "bigint" if key.type == "bigint" else "text",
+            )
+            for key in entity.keys
+        ),
         (tile.day, "its day", "date"),
         (LAST_EVENT_AT, "the time of a row's newest event, which erasure compares", "timestamptz"),
     ):
@@ -191,9 +200,9 @@ def tile_table(registry: Registry, tile: TileDeclaration) -> TileTable:
             f"{tile.relation} declares {unknown[0]} in its key, metric or at_most, and has no such column "
             f"(it has {', '.join(tile.columns)}): correct the name"
         )
-    if entity.key.name not in tile.key:
+    if absent := [name for name in entity.key_names if name not in tile.key]:
         raise DeclarationRefused(
-            f"{tile.relation} has the key ({', '.join(tile.key)}) without {entity.key.name}, which names its "
+            f"{tile.relation} has the key ({', '.join(tile.key)}) without {absent[0]}, which names its "
             f"{entity.name}: add it"
         )
     return TileTable(
@@ -201,6 +210,7 @@ def tile_table(registry: Registry, tile: TileDeclaration) -> TileTable:
         tile=tile.relation,
         doc=tile.description,
         entity=entity,
+        subject_kind=registry.family(entity.name)[0].name,
         day=tile.day,
         key=tile.key,
         columns=tuple(
@@ -215,7 +225,7 @@ def tile_table(registry: Registry, tile: TileDeclaration) -> TileTable:
 
 @dataclass(frozen=True)
 class ErasedSubject:
-    """A subject whose rows are deleted, as far as their time is not after `until` (UTC).
+    """A subject whose rows up to the time `until` (UTC, inclusive) are deleted.
 
     `key` is the first key column of its entity, `value` the subject's id in it.
     """
@@ -225,7 +235,7 @@ class ErasedSubject:
     until: datetime
 
     def rows_of(self, batch: pa.RecordBatch | pa.Table, time: str = LAST_EVENT_AT) -> pa.Array:
-        """A mask of the rows to delete; `batch` has the key and `time`, the column that `until` is compared with."""
+        """Return a mask of the rows to delete; `time` is the column to compare with `until`."""
         times = batch.column(time)
         ids = batch.column(self.key.name)
         return pc.and_(
@@ -234,7 +244,7 @@ class ErasedSubject:
         )
 
     def others(self, time: str = LAST_EVENT_AT) -> BooleanExpression:
-        """A row filter of the rows that stay."""
+        """Return a row filter for the rows to keep."""
         return Or(
             NotEqualTo(term=self.key.name, value=self.value),
             GreaterThan(term=time, value=self.until.isoformat()),
@@ -242,7 +252,7 @@ class ErasedSubject:
 
 
 def exact_sums(batches: Iterable[pa.RecordBatch], columns: Iterable[str]) -> dict[str, Decimal]:
-    """The sum of each of the columns, which are integers or decimals; NULL counts nothing."""
+    """Return the sum of each column, which must be integers or decimals; NULL counts as 0."""
     sums = dict.fromkeys(columns, Decimal(0))
     for batch in batches:
         for name in sums:
@@ -251,7 +261,7 @@ def exact_sums(batches: Iterable[pa.RecordBatch], columns: Iterable[str]) -> dic
 
 
 def counted_sums(batches: Iterable[pa.RecordBatch], columns: Iterable[str]) -> tuple[int, dict[str, Decimal]]:
-    """The number of rows and the sum of each of the columns, in one reading."""
+    """Return the number of rows and the sum of each column, from one pass."""
     rows = 0
 
     def counted() -> Iterator[pa.RecordBatch]:
@@ -265,10 +275,10 @@ def counted_sums(batches: Iterable[pa.RecordBatch], columns: Iterable[str]) -> t
 
 
 def ensure_table(catalog: Catalog, namespace: str, spec: TileTable) -> Table:
-    """The table of `spec`, created where missing and extended by what the contract gained.
+    """Load the table of `spec`; create it if missing and add columns that are new in the contract.
 
-    Descriptions follow the contract. A new column is optional, so that old days read as NULL. Safe to call from
-    several processes at once.
+    Updates descriptions from the contract. A new column is optional, so that old days read as NULL. Safe to
+    call from several processes at once.
 
     Raises SchemaChangeRefused for a removed or retyped column, OfflineError for a failing catalog.
     """
@@ -317,7 +327,7 @@ def ensure_table(catalog: Catalog, namespace: str, spec: TileTable) -> Table:
                     for column in redescribed:
                         update.update_column(column.name, doc=column.doc)
             except CommitFailedException:
-                # Another process changed the schema, most likely by the very same column.
+                # Another process changed the schema, most likely by adding the same column.
                 pass
             table = catalog.load_table(identifier)
         return table
@@ -342,5 +352,5 @@ def _missing_columns(table: Table, namespace: str, spec: TileTable) -> list[Colu
 
 
 def arrow_schema(table: Table) -> pa.Schema:
-    """The Arrow schema of the table's files, field ids included."""
+    """Return the Arrow schema of the table's files, field ids included."""
     return schema_to_pyarrow(table.schema())

@@ -1,4 +1,4 @@
-"""Tiles as the engine holds them: fingerprints, totals, and a day's rows as a stream of Arrow batches."""
+"""The engine's tiles: fingerprints, totals, and a day's rows as a stream of Arrow batches."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from dagster_prefs.iceberg.catalog import OfflineError
 from dagster_prefs.iceberg.tables import ErasedSubject, TileTable
 
 LINES_FETCHED = 10_000
-# Enough for the parser to be busy with rows rather than with calls.
+# Large enough for the parser to spend its time on rows rather than on calls.
 LINES_PARSED = 40_000
 
 FINGERPRINTS = "tile_fingerprints"
 ERASED = "erased_subjects"
 
 NULL = sql.Literal("\\N")
-# The backslash first, or it would escape the others' own.
+# The backslash comes first; otherwise it would escape the backslashes of the other escapes.
 ESCAPES = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
 _ESCAPED = {escape: character for character, escape in ESCAPES.items()}
-# How Arrow begins: the number of the column and that of the row in what it was given.
+# The start of Arrow's error message: the number of the column, and that of the row within the parsed block.
 _CONVERSION = re.compile(r"In CSV column #(\d+): (?:Row #\d+: )?(.*)")
 _ESCAPE = re.compile(r"\\.")
 
@@ -47,7 +47,7 @@ class TilesUnreadable(OfflineError):
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What the engine says a day of a tile holds; `content_hash` changes whenever a row does."""
+    """The engine's summary of a day of a tile; `content_hash` changes whenever a row does."""
 
     row_count: int
     metric_total: Decimal
@@ -56,12 +56,12 @@ class Fingerprint:
 
     @property
     def token(self) -> str:
-        """16 hexadecimal digits that differ where the day's content differs."""
+        """16 hexadecimal digits that differ if the day's content differs."""
         content = f"{self.row_count}|{_plain(self.metric_total)}|{_plain(self.content_hash)}"
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def properties(self) -> dict[str, str]:
-        """The fingerprint as snapshot properties."""
+        """Return the fingerprint as snapshot properties."""
         return {
             "prefs.fingerprint": self.token,
             "prefs.row-count": str(self.row_count),
@@ -72,7 +72,7 @@ class Fingerprint:
 
 
 class TileSnapshot:
-    """One consistent reading of the engine: fingerprint, totals and rows of a day belong together."""
+    """One consistent snapshot of the engine: fingerprint, totals and rows of a day belong together."""
 
     def __init__(self, connection: psycopg.Connection[tuple[Any, ...]], schema: str, spec: TileTable) -> None:
         self._connection = connection
@@ -80,9 +80,10 @@ class TileSnapshot:
         self._spec = spec
 
     def fingerprints(self) -> dict[date, Fingerprint]:
-        """Fingerprint of every day that the engine holds.
+        """Return the fingerprint of every day that the engine holds.
 
-        Raises TilesUnreadable where the fingerprints leave the tile out: nothing of it would ever be exported.
+        Raises TilesUnreadable if the fingerprints do not include the tile, because nothing of it would ever
+        be exported.
         """
         query = sql.SQL(
             "select tile_date, row_count, metric_total, content_hash, last_event_at from {} where tile = %s"
@@ -100,7 +101,7 @@ class TileSnapshot:
         }
 
     def fingerprint(self, day: date) -> Fingerprint | None:
-        """Fingerprint of one day; None where the engine holds nothing of it."""
+        """Return the fingerprint of one day, None if the engine has no rows of it."""
         query = sql.SQL(
             "select row_count, metric_total, content_hash, last_event_at from {} where tile = %s and "
             "tile_date = %s"
@@ -117,7 +118,7 @@ class TileSnapshot:
         return self._connection.execute(query).fetchone() is not None
 
     def totals(self, day: date) -> tuple[int, Mapping[str, Decimal]]:
-        """Rows of the day, and the sum of every column that has an exact one, as the engine computes them."""
+        """Return the day's row count and, for each column with an exact sum, the sum from the engine."""
         query = sql.SQL("select count(*), {sums} from {tile} where {day} = %s and {people}").format(
             people=people_only(self._spec.entity.key),
             sums=sql.SQL(", ").join(
@@ -134,17 +135,17 @@ class TileSnapshot:
         }
 
     def erasures(self) -> tuple[int, datetime | None]:
-        """How many of the tile's subjects were erased and until when; another answer means another erasure."""
+        """Return the count of the tile's erased subjects and the latest erasure time, to detect a new one."""
         row = self._connection.execute(
             sql.SQL("select count(*), max(erased_at) from {} where subject_kind = %s").format(
                 self._relation(ERASED)
             ),
-            [self._spec.entity.name],
+            [self._spec.subject_kind],
         ).fetchone()
         return (int(row[0]), row[1]) if row else (0, None)
 
     def erased_rows(self, day: date) -> int:
-        """Rows of the day of erased subjects, which the next refresh of the views removes."""
+        """Count the day's rows of erased subjects, which the next refresh of the views removes."""
         query = sql.SQL(
             "select count(*) from {tile} as t join ({erased}) as e on e.subject = t.{key}"
             " where t.{day} = %s and t.last_event_at <= e.erased_at"
@@ -158,28 +159,29 @@ class TileSnapshot:
         return int(row[0]) if row else 0
 
     def erased_subjects(self) -> list[ErasedSubject]:
-        """Every erased subject of the tile's entity, with the time until which rows are theirs."""
+        """Return the erased subjects of the tile's entity, with the time up to which rows are deleted."""
         rows = self._connection.execute(self._erased()).fetchall()
         key = self._spec.entity.key
         return [ErasedSubject(key, value, until) for value, until in rows if value is not None]
 
     def _erased(self) -> sql.Composed:
-        """Ids, as the tile has them, and times of the erased subjects of the tile's entity."""
+        """Return a query for the ids, typed as in the tile, and times of the entity's erased subjects."""
         subject = (
             "case when subject_id ~ '^-?[0-9]{{1,19}}$' then subject_id::bigint end"
             if self._spec.entity.key.type == "bigint"
             else "subject_id"
         )
         return sql.SQL("select " + subject + " as subject, erased_at from {} where subject_kind = {}").format(
-            self._relation(ERASED), sql.Literal(self._spec.entity.name)
+            self._relation(ERASED), sql.Literal(self._spec.subject_kind)
         )
 
     def rows(self, day: date, schema: pa.Schema) -> Generator[pa.RecordBatch]:
-        """The day's rows without canaries, in no order, in batches of some megabytes with that Arrow schema.
+        """Stream the day's rows without canaries, unordered, in Arrow batches of a few megabytes.
 
-        Each row travels as one line of text, which Arrow parses: one value a row costs the client a third of what one
-        per column does, and RisingWave knows COPY from 2.7 on only, where it makes NULL and an empty string the same.
-        The engine does not sort: it would hold the day in memory, beside the streams that it serves.
+        Each row travels as one line of text, which Arrow parses: one value per row costs the client a third
+        of what one per column does; RisingWave supports COPY only from 2.7 on, where it does not distinguish
+        NULL from an empty string. The engine does not sort, because it would hold the day in memory next to
+        the streams that it serves.
         """
         fields = [schema.field(column.name) for column in self._spec.columns if column.name != self._spec.day]
         query = sql.SQL(
@@ -193,7 +195,7 @@ class TileSnapshot:
             value=sql.Literal(day),
         )
         try:
-            # Parsing, which needs no interpreter, runs beside the reading of the next lines.
+            # Parsing does not hold the interpreter's lock, so it runs while the next lines are read.
             with (
                 self._connection.cursor(row_factory=scalar_row) as cursor,
                 closing(cast("Generator[str]", cursor.stream(query, size=LINES_FETCHED))) as lines,
@@ -207,11 +209,11 @@ class TileSnapshot:
                 if ahead:
                     yield ahead.result()
         except pa.ArrowInvalid as error:
-            # Not as its cause: its text may be a person's row.
+            # The original exception is not chained, because its text may contain a person's row.
             raise TilesUnreadable(self._defect(day, fields, error)) from None
 
     def _defect(self, day: date, fields: list[pa.Field], error: pa.ArrowInvalid) -> str:
-        """What is wrong with a day's rows that did not parse; ends the snapshot."""
+        """Describe the rows of one day that failed to parse, and close the snapshot."""
         required = [field.name for field in fields if not field.nullable]
         self._connection.execute("rollback")
         counts = self._connection.execute(
@@ -265,15 +267,15 @@ class TileSnapshot:
 
 @contextmanager
 def tile_snapshot(engine: EngineConfiguration, spec: TileTable) -> Iterator[TileSnapshot]:
-    """Open one consistent, read-only reading of the engine.
+    """Open one consistent, read-only snapshot of the engine.
 
-    Raises TilesUnreadable where a relation is missing or the connection breaks, EngineUnavailable where there
-    is none.
+    Raises TilesUnreadable if a relation is missing or the connection breaks, EngineUnavailable if the engine
+    does not answer.
     """
     start = (
         "start transaction isolation level repeatable read read only"
         if engine.kind == "local"
-        # RisingWave's read-only transaction is a fixed snapshot by itself.
+        # A read-only transaction of RisingWave reads one fixed snapshot.
         else "start transaction read only"
     )
     with engine.connect() as connection:
@@ -319,8 +321,8 @@ def _as_text(field: pa.Field) -> sql.Composable:
     if pa.types.is_large_string(field.type):
         for character, escape in ESCAPES.items():
             value = sql.SQL("replace({}, {}, {})").format(value, sql.Literal(character), sql.Literal(escape))
-    # A row without a required value becomes a line of too few fields, which does not parse. Casts would be a fifth of
-    # the engine's work, so only where coalesce needs one.
+    # A NULL in a required column shortens the line, which then does not parse. Casts would take a fifth of
+    # the engine's time, so they are only made where coalesce needs one.
     return sql.SQL("coalesce({}::text, {})").format(value, NULL) if field.nullable else value
 
 

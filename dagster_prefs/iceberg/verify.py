@@ -1,8 +1,8 @@
-"""Days that RisingWave's Iceberg sinks write: tables made ready for them, then audit against the engine, and a tag.
+"""Days that RisingWave's Iceberg sinks write: preparing the tables, auditing and tagging the days.
 
-Beyond one machine the sinks fill the same tables (PREFS_EXPORT=sink). No row is written here. The tag pins the
-snapshot in which a day was found to be exactly what the engine holds, and its name carries the day's fingerprint, so
-that a late event asks for another verification and nothing else does.
+Beyond one machine the sinks fill the same tables (PREFS_EXPORT=sink), and this module writes no row. The tag
+pins the snapshot in which a day matched the engine exactly, and its name carries the day's fingerprint, so
+that only a late event requires another verification.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ ATTEMPTS = 5
 
 
 class DaysAtRisk(OfflineError):
-    """A sink would take days out of a training table that nothing else holds."""
+    """A new sink would remove days from a training table that exist nowhere else."""
 
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What became of one day.
+    """The outcome for one day.
 
-    `status`: `verified` (it holds what the engine holds, and is tagged now), `unchanged` (it still holds what was
-    tagged before), `empty` (neither side has anything of it). `rows` are the day's in the table; `tag` and
-    `snapshot_id` are None for an empty day; `seconds` is wall time.
+    `status`: `verified` (the table matches the engine and is tagged now), `unchanged` (it still holds what
+    was tagged before), `empty` (neither side has rows of the day). `rows` are the day's in the table; `tag`
+    and `snapshot_id` are None for an empty day; `seconds` is wall time.
     """
 
     table: str
@@ -62,14 +62,14 @@ class VerifyReport:
 def prepare_for_sink(
     engine: EngineConfiguration, catalog: Catalog, spec: TileTable, *, namespace: str = DEFAULT_NAMESPACE
 ) -> Table:
-    """The table as RisingWave's sink needs it: with the contract's schema and, unless the sink is there, without the
-    branch of an earlier one.
+    """Prepare the table for a RisingWave sink: contract's schema, and no branch of an earlier sink.
 
-    A sink that is made writes every row that the engine holds, and RisingWave's compaction then makes what is on its
-    branch the whole table. On an earlier sink's branch each row would be there twice. Safe to run again.
+    The branch stays while the sink exists. A new sink writes every row that the engine holds, and
+    RisingWave's compaction then replaces the whole table by the sink's branch; on an earlier sink's branch
+    each row would occur twice. Safe to run again.
 
-    Raises DaysAtRisk where the table holds more of a day than the engine does, SchemaChangeRefused, TilesUnreadable,
-    EngineUnavailable, or another OfflineError.
+    Raises DaysAtRisk where the table holds more of a day than the engine does, SchemaChangeRefused,
+    TilesUnreadable, EngineUnavailable, or another OfflineError.
     """
     table = ensure_table(catalog, namespace, spec)
     with engine.connect() as connection:
@@ -113,13 +113,14 @@ def verify_day(
     namespace: str = DEFAULT_NAMESPACE,
     keep_tag: timedelta,
 ) -> VerifyReport:
-    """Compare `day` (UTC) of the table's current snapshot with the engine's tiles, and tag it where they agree.
+    """Compare `day` (UTC) of the table's current snapshot with the engine's tiles, and tag it if they match.
 
-    The tag, and with it the snapshot, is kept for `keep_tag`. Safe to run again, and several times at once.
+    The tag, and with it the snapshot, is kept for `keep_tag`. Idempotent, and safe to run several times at
+    once.
 
-    Raises AuditFailed with every finding (the branch it names is the table's own: main); the sink commits every few
-    minutes, so a day that changed just now fails until it has caught up. Raises TableMissing, TilesUnreadable,
-    EngineUnavailable, ExportConflict, or another OfflineError.
+    Raises AuditFailed with every finding (the branch it names is the table's own: main); the sink commits
+    every few minutes, so a day that changed just now fails until it has caught up. Raises TableMissing,
+    TilesUnreadable, EngineUnavailable, ExportConflict, or another OfflineError.
     """
     started = time.monotonic()
     name = f"{namespace}.{spec.name}"
@@ -147,7 +148,7 @@ def verify_day(
             return report("empty", None)
         tag = verified_tag(day, fingerprint.token) if fingerprint else None
         ref = table.refs().get(tag) if tag else None
-        # What a sink wrote once more after it was verified is not what was verified.
+        # If the sink has written the day again since its verification, the verification no longer holds.
         if ref is not None and parts_of(_data_files(table, spec, day, ref.snapshot_id)) == parts_of(files):
             return report("unchanged", tag)
         rows, totals = expected
@@ -172,7 +173,7 @@ def verify_day(
                 "main",
             )
         if ref is not None:
-            # The same rows in other files: the sink's compaction.
+            # The same rows in other files: the sink compacted the day.
             return report("unchanged", tag)
         _tag(table, day, tag, snapshot.snapshot_id, keep_tag)
         return report("verified", tag)
@@ -191,7 +192,7 @@ def _data_files(table: Table, spec: TileTable, day: date, snapshot_id: int | Non
 
 
 def _repeated_keys(table: Table, spec: TileTable, files: list[LiveFile]) -> int:
-    """Rows beyond the first of their key: a sink's files come in no order, so DuckDB groups, on disk if need be."""
+    """Count the rows that repeat a key. DuckDB groups the unordered rows, on disk if needed."""
     schema = pa.schema([arrow_schema(table).field(name) for name in spec.key])
     keys = (batch.cast(schema) for file in files for batch in read_rows(table, file, list(spec.key)))
     with duck_session(*SORTING) as session, registered(session, "day", schema, keys):
@@ -203,7 +204,7 @@ def _repeated_keys(table: Table, spec: TileTable, files: list[LiveFile]) -> int:
 
 
 def _tag(table: Table, day: date, tag: str, snapshot_id: int, keep: timedelta) -> None:
-    """Tag the audited snapshot, and drop the tags of what the day held before."""
+    """Tag the audited snapshot, and remove the day's earlier tags."""
     for _ in range(ATTEMPTS):
         outdated = [name for name in table.refs() if name.startswith(verified_tag(day, "")) and name != tag]
         try:
@@ -215,7 +216,7 @@ def _tag(table: Table, day: date, tag: str, snapshot_id: int, keep: timedelta) -
             change.commit()
             return
         except CommitFailedException:
-            # The sink commits all the time; the snapshot that was audited is still the one to tag.
+            # The sink commits continuously; the snapshot to tag is still the audited one.
             table.refresh()
             if tag in table.refs():
                 return

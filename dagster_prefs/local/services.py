@@ -32,13 +32,13 @@ LOG_LIMIT_BYTES = 10_000_000
 START_SECONDS = 320
 STOP_SECONDS = 60
 
-# Kept so that an ended supervisor is collected and does not stay a zombie while its starter lives.
+# Kept so that a supervisor that ends is reaped and does not stay a zombie while its starter lives.
 _started: list[subprocess.Popen[bytes]] = []
 
 
 @dataclass(frozen=True)
 class Service:
-    """One embedded service. `address` is host:port or a URL; `detail` says why it does not run."""
+    """One embedded service. `address` is host:port or a URL; `detail` gives the reason if it does not run."""
 
     name: str
     running: bool
@@ -49,7 +49,7 @@ class Service:
 
 @dataclass(frozen=True)
 class ServiceStatus:
-    """All embedded services of a data folder; `started` tells whether this very call started them."""
+    """All embedded services of a data folder; `started` tells whether this call started them."""
 
     services: tuple[Service, ...]
     started: bool = False
@@ -61,12 +61,11 @@ class ServiceStatus:
 
 
 class LocalServices:
-    """Starts, stops and looks at the services that share `data_dir`.
+    """Starts, stops and inspects the services that share `data_dir`.
 
-    One detached supervisor process per folder runs them, so that a command, the UI and the tests
-    share them and none of these takes them down by ending. Ports are on loopback only. With `disposable` the
-    server never waits for the disk and the local AWS server may be emptied: for state that is thrown away, as
-    that of a test.
+    One detached supervisor process per folder runs them, so that commands, the UI and tests share them and
+    none of these stops them by ending. Ports are on loopback only. With `disposable` the server never waits
+    for the disk and the local AWS server may be emptied, for disposable state such as a test's.
     """
 
     def __init__(
@@ -80,7 +79,7 @@ class LocalServices:
         with_aws: bool = True,
         disposable: bool = False,
     ) -> None:
-        # One spelling per folder: the supervisor is recognised by it.
+        # One spelling per folder, because the supervisor is recognised by it.
         self.data_dir = data_dir.expanduser().resolve()
         self.postgres_port = postgres_port
         self.aws_port = aws_port
@@ -91,24 +90,24 @@ class LocalServices:
 
     @property
     def log(self) -> Path:
-        """Where the supervisor writes; PostgreSQL's own log lies beside it."""
+        """The supervisor's log file; PostgreSQL's own log is in the same folder."""
         return self.data_dir / "logs" / "services.log"
 
     @property
     def passfile(self) -> Path:
-        """The password file of libpq that opens the engine."""
+        """libpq's password file for the engine."""
         return passfile_of(self.data_dir)
 
     def up(
         self, owner_pid: int | None = None, progress: Callable[[str], None] | None = None
     ) -> ServiceStatus:
-        """Start what does not run yet and wait until it is ready; quick if everything runs.
+        """Start the services that do not run yet and wait until they are ready; quick if all run.
 
-        With `owner_pid` the services stop by themselves once that process has ended, however it did.
+        With `owner_pid` the services stop by themselves once that process has ended, in whatever way.
         `progress` is called with each step as a short text.
 
-        Raises LocalServicesError: a port is taken, the folder cannot be used, the disk is full, the
-        database was made by another version, or the services already run with other settings.
+        Raises LocalServicesError if a port is taken, the folder cannot be used, the disk is full, another
+        version created the database, or the services already run with other settings.
         """
         tell = progress or (lambda step: None)
         self._make_folders()
@@ -126,7 +125,7 @@ class LocalServices:
                     f"PREFS_ENGINE_PORT and PREFS_LOCAL_AWS_PORT are both {self.aws_port}: "
                     "set one to another port"
                 )
-            # A server without its supervisor holds the port that it is about to give up.
+            # A server without its supervisor still holds the port that is needed here.
             Cluster(self.data_dir).stop_survivor()
             require_free_port(self.postgres_port, "PREFS_ENGINE_PORT")
             if self.with_aws:
@@ -135,7 +134,7 @@ class LocalServices:
             return replace(self.status(), started=True)
 
     def down(self) -> bool:
-        """Stop everything cleanly; True if something was stopped. The data stays.
+        """Stop all services cleanly. Returns True if any ran. The data stays.
 
         Raises LocalServicesError if the services belong to another user.
         """
@@ -145,9 +144,9 @@ class LocalServices:
             return self._stop()
 
     def status(self) -> ServiceStatus:
-        """What runs now; reads only, and within about a second.
+        """Return the services' state; reads only, within about a second.
 
-        Where services run with other ports than ours, the status tells theirs.
+        If services run on other ports than those of the settings, the status shows their actual ports.
         """
         state = State.read(self.data_dir)
         supervisor = state.supervisor(self.data_dir) if state else None
@@ -185,7 +184,7 @@ class LocalServices:
         return ServiceStatus(tuple(found))
 
     def delete_state(self) -> None:
-        """Delete the database and everything else these services keep; other files stay.
+        """Delete the database and all other state of these services; other files stay.
 
         Raises LocalServicesError while the services run.
         """
@@ -238,7 +237,7 @@ class LocalServices:
         return (state, supervisor) if state and supervisor else None
 
     def _is_ready(self) -> bool:
-        """Wait for a start that is under way (its starter may have been killed), then look."""
+        """Wait for a start in progress (its starter may have been killed), then check the services."""
 
         def decided() -> bool:
             running = self._running()
@@ -302,7 +301,7 @@ class LocalServices:
             with os.fdopen(read_end, "rb") as report:
                 self._follow(report, tell)
         except BaseException:
-            # Interrupted or failed: nothing half-started is left behind.
+            # Interrupted or failed: stop whatever was started.
             supervisor.terminate()
             try:
                 supervisor.wait(STOP_SECONDS)
@@ -323,7 +322,7 @@ class LocalServices:
 
     @staticmethod
     def _environment() -> dict[str, str]:
-        """What the supervisor inherits: nothing that would point its AWS server at real AWS, or at Docker."""
+        """Return the supervisor's environment, without variables that point to real AWS or to Docker."""
         kept = {
             name: value
             for name, value in os.environ.items()

@@ -1,4 +1,4 @@
-"""What is known about the embedded services between processes: files, processes, ports."""
+"""The state of the embedded services that processes share: files, processes, ports."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ LOOPBACK = "127.0.0.1"
 
 
 class LocalServicesError(PrefsError):
-    """The embedded services cannot start, stop, or be looked at."""
+    """The embedded services cannot be started, stopped or inspected."""
 
 
 @dataclass(frozen=True)
 class State:
-    """Content of `services.json`, written by the supervisor and read by everyone else.
+    """Content of `services.json`, written by the supervisor and read by all other processes.
 
-    `cluster` is the folder that holds the database, which as root may lie outside the data folder.
+    `cluster` is the folder that holds the database, which under root may lie outside the data folder.
     `started_at` is in seconds since 1970 UTC.
     """
 
@@ -42,12 +42,12 @@ class State:
 
     @staticmethod
     def path(data_dir: Path) -> Path:
-        """Where the state of this data folder is kept."""
+        """Return the path of the state file of this data folder."""
         return data_dir / "services.json"
 
     @classmethod
     def read(cls, data_dir: Path) -> State | None:
-        """The last state written, or None where nothing (or nothing readable as a state) was."""
+        """Return the last state written, None if there is none or it is unreadable."""
         try:
             return cls(**json.loads(cls.path(data_dir).read_text(encoding="utf-8")))
         except (FileNotFoundError, NotADirectoryError, ValueError, TypeError):
@@ -56,11 +56,11 @@ class State:
             raise folder_error(data_dir, error) from None
 
     def write(self, data_dir: Path) -> None:
-        """Replace the state in one step, so that a reader never sees half of it."""
+        """Replace the state file atomically, so that readers never see half of it."""
         write_private(self.path(data_dir), json.dumps(asdict(self), indent=1))
 
     def supervisor(self, data_dir: Path) -> psutil.Process | None:
-        """The live supervisor of this folder; None if it ended or its pid went to another program."""
+        """Return the live supervisor of this folder; None if it ended or its pid was reused."""
         return find_process(
             self.supervisor_pid,
             lambda process: is_supervisor(process.cmdline(), data_dir),
@@ -68,15 +68,15 @@ class State:
 
 
 def is_supervisor(command: list[str], data_dir: Path) -> bool:
-    """Whether a command line is that of the supervisor of this data folder."""
+    """Return whether a command line is that of the supervisor of this data folder."""
     return "dagster_prefs.local.supervisor" in command and str(data_dir) in command
 
 
 def find_process(pid: int, is_it: Callable[[psutil.Process], bool]) -> psutil.Process | None:
-    """The live process with this pid if `is_it` recognises it.
+    """Return the live process with this pid if `is_it` recognises it.
 
-    A pid alone proves nothing: it may belong to another program by now. A zombie counts as ended,
-    because in a container nobody may ever collect it.
+    A pid alone is no proof, because it may have been given to another program. A zombie counts as ended,
+    because in a container no process may ever reap it.
     """
     try:
         process = psutil.Process(pid)
@@ -88,7 +88,7 @@ def find_process(pid: int, is_it: Callable[[psutil.Process], bool]) -> psutil.Pr
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
-    """Poll until the condition holds; False if it does not within `seconds`."""
+    """Poll until the condition holds. Returns False if it does not within `seconds`."""
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() >= end:
@@ -98,7 +98,7 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
 
 
 def ended(process: psutil.Process) -> bool:
-    """Whether the process is gone, or a zombie."""
+    """Return whether the process has ended or is a zombie."""
     try:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -106,7 +106,7 @@ def ended(process: psutil.Process) -> bool:
 
 
 def answers(port: int) -> bool:
-    """Whether something accepts connections on this loopback port."""
+    """Return whether a process accepts connections on this loopback port."""
     try:
         with socket.create_connection((LOOPBACK, port), timeout=0.5):
             return True
@@ -115,9 +115,9 @@ def answers(port: int) -> bool:
 
 
 def require_free_port(port: int, setting: str) -> None:
-    """Raise LocalServicesError naming port, setting and the program that has the port, if any has."""
+    """Raise LocalServicesError, naming port, setting and the program that has the port, if it is taken."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        # As servers do: connections of an earlier server that are still closing do not count.
+        # As servers do, so that an earlier server's connections that are still closing do not count.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((LOOPBACK, port))
@@ -153,7 +153,7 @@ def _listener(port: int) -> str:
 
 
 def folder_error(folder: Path, error: OSError) -> LocalServicesError:
-    """The one sentence for a data folder that the operating system refuses."""
+    """Translate an operating system error about a data folder into one sentence."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return LocalServicesError(
             f"no space left on the disk of {folder}: free some, or set PREFS_DATA_DIR to another disk"
@@ -165,7 +165,7 @@ def folder_error(folder: Path, error: OSError) -> LocalServicesError:
 
 
 def last_line(log: Path, offset: int, markers: Iterable[str]) -> str:
-    """The last line after `offset` bytes that has one of the markers, else the last line at all."""
+    """Return the last line after `offset` bytes that contains one of the markers, else the last line."""
     try:
         with log.open("rb") as file:
             file.seek(offset)

@@ -1,7 +1,7 @@
 """The one background process of a data folder: it starts, hosts, watches and stops the services.
 
-Started by `LocalServices.up` as `python -m dagster_prefs.local.supervisor`. It reports on the pipe
-`--report` in JSON lines ({"progress": …}, {"error": …}, {"ready": true}), and logs to its output.
+`LocalServices.up` starts it as `python -m dagster_prefs.local.supervisor`. It reports on the pipe `--report`
+in JSON lines ({"progress": …}, {"error": …}, {"ready": true}), and logs to its output.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ WATCH_SECONDS = 0.25
 
 
 class Reporter:
-    """The way back to the process that waits for the start; it may be gone already."""
+    """Sends reports to the process that waits for the start, which may already have ended."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
 
     def send(self, **message: Any) -> None:
-        """Send one message; nobody listening is no error."""
+        """Send one message. Does nothing if no process listens."""
         with contextlib.suppress(OSError):
             os.write(self._descriptor, (json.dumps(message) + "\n").encode())
 
     def close(self) -> None:
-        """End the report."""
+        """Close the pipe."""
         os.close(self._descriptor)
 
 
 def supervise(arguments: argparse.Namespace, reporter: Reporter) -> int:
-    """Run the services until a signal, the owner's end, or PostgreSQL's end; returns the exit code."""
+    """Run the services until a signal, the owner's end, or PostgreSQL's end. Returns the exit code."""
     data_dir: Path = arguments.data_dir
     stop = threading.Event()
     for order in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -58,7 +58,7 @@ def supervise(arguments: argparse.Namespace, reporter: Reporter) -> int:
     owner = None
     if arguments.owner_pid is not None:
         try:
-            # Holding the process and not the pid: the pid may be given to another program.
+            # A process object instead of the pid, which may be given to another program.
             owner = psutil.Process(arguments.owner_pid)
         except psutil.NoSuchProcess:
             raise LocalServicesError(
@@ -117,14 +117,14 @@ def supervise(arguments: argparse.Namespace, reporter: Reporter) -> int:
         if server is not None and server.poll() is None:
             cluster.stop(server)
         if not crashed:
-            # What ended by itself stays on record, so that the status can say so.
+            # If PostgreSQL ended by itself, the state file stays, so that the status can report it.
             State.path(data_dir).unlink(missing_ok=True)
         log.info("stopped")
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of the background process."""
+    """Run the background process."""
     parser = argparse.ArgumentParser(prog="dagster_prefs.local.supervisor")
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--postgres-port", type=int, required=True)
@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--report", type=int, required=True)
     arguments = parser.parse_args(argv)
 
-    # Logs, state and what PostgreSQL writes hold events: they are for this user.
+    # Logs, state and PostgreSQL's output contain events, so only this user may read them.
     os.umask(0o077)
     logging.Formatter.converter = time.gmtime
     logging.basicConfig(
@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     log.setLevel(logging.INFO)
     reporter = Reporter(arguments.report)
-    # Held for life, and released by the system however the process ends.
+    # Held until the process ends; the system releases it in every case.
     single = filelock.FileLock(arguments.data_dir / "supervisor.lock", timeout=0)
     try:
         with single:

@@ -1,6 +1,6 @@
-"""What a service imports: profiles of the contract's entities, preference profiles and rankings.
+"""The public interface for services: profiles of the contract's entities, shop user profiles and rankings.
 
-Names are loaded when first used, so that importing this package costs next to nothing.
+Names are imported on first use, so that importing this package is cheap.
 """
 
 from __future__ import annotations

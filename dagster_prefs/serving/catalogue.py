@@ -1,9 +1,8 @@
-"""The ranking of `ShopClient.rank` in this process: the catalogue in memory, one read of the user's
-rows.
+"""The ranking of `ShopClient.rank` in process: the catalogue in memory, and one read of the user's rows.
 
-A score is a sum of what the user thinks of an item's category, brand and price tier, so all items of one
-category, tier and brand share it. Ranking therefore scores groups of items, not items, in exact integer
-arithmetic, and reads as many items as were asked for off the best groups.
+A score is the sum of a user's affinities to an item's category, brand and price tier, so all items with the
+same category, tier and brand share it. The ranker therefore scores groups of items, not items, in exact
+integer arithmetic, and reads the requested number of items off the best groups.
 """
 
 from __future__ import annotations
@@ -37,12 +36,13 @@ from dagster_prefs.serving.preferences import (
     price_tier,
 )
 
-# Buckets are the first characters of md5(item_id): 4,096 of them, some 25 items each at 100,000.
+# The first characters of md5(item_id) identify a bucket: 4,096 buckets, of some 25 items each at 100,000
+# items.
 BUCKET_CHARACTERS = 3
 FETCH_ROWS = 5_000
 SCORE_DIGITS = 6
 
-# Decimal sums and products here are exact: no digit is ever rounded away.
+# Exact decimal sums and products: the precision is never exceeded, so no digit is rounded.
 _EXACT = Context(prec=200)
 _NONE = b"\xff"
 
@@ -52,7 +52,7 @@ Row = tuple[str, str | None, str | None, str | None, Decimal | None]
 
 @dataclass(frozen=True)
 class RefreshReport:
-    """What a refresh did: items in stock in memory, rows fetched, bytes held, seconds spent."""
+    """The outcome of a refresh: items in stock in memory, rows fetched, bytes held, seconds spent."""
 
     items: int
     fetched_rows: int
@@ -62,11 +62,11 @@ class RefreshReport:
 
 
 class CatalogueRanker:
-    """Ranks from memory with the same answers as the client's SQL, from many threads.
+    """Ranks from memory, with the same results as the client's SQL; usable from many threads.
 
-    `refresh` brings the catalogue up to date; it compares one digest per bucket of items and fetches the
-    buckets that changed. The first ranking refreshes by itself; how often to refresh after that is the
-    caller's choice, because it decides how long an item that sold out is still ranked.
+    `refresh` updates the catalogue: it compares one digest per bucket of items, and fetches the buckets that
+    changed. The first ranking refreshes automatically; after that the caller decides how often to refresh,
+    because this determines how long an item that sold out is still ranked.
     """
 
     def __init__(self, client: ShopClient) -> None:
@@ -77,7 +77,7 @@ class CatalogueRanker:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of memory that the catalogue takes; 0 before the first refresh."""
+        """Memory that the catalogue occupies, in bytes; 0 before the first refresh."""
         if self._catalogue is None:
             return 0
         return self._catalogue.size_bytes + sum(
@@ -85,13 +85,13 @@ class CatalogueRanker:
         )
 
     def refresh(self) -> RefreshReport:
-        """Take over what changed in `items`; rankings go on with the old catalogue meanwhile.
+        """Fetch the changes of `items`; rankings use the old catalogue in the meantime.
 
         Raises as every read of ShopClient.
         """
         started = time.monotonic()
         with self._refreshing:
-            # Digests are read first: a change after that shows as a difference the next time.
+            # Digests are read before the rows, so that the next refresh detects a change after that.
             digests = self._client.run(self._read_digests)
             changed = {
                 bucket
@@ -127,7 +127,7 @@ class CatalogueRanker:
         explain: bool = False,
         parameters: RankingParameters | None = None,
     ) -> Ranking:
-        """As `ShopClient.rank`, over the catalogue as of the last refresh."""
+        """Rank like `ShopClient.rank`, over the catalogue as of the last refresh."""
         user_id = checked_user(user_id, ranking=True)
         checked_limit(limit)
         moment = checked_now(now)
@@ -175,12 +175,12 @@ class CatalogueRanker:
             )
             parameters = [buckets]
         with connection.cursor() as cursor:
-            # Streamed, because RisingWave has no server-side cursors.
+            # Streamed in batches, because RisingWave has no server-side cursors.
             return list(cursor.stream(statement, parameters, size=FETCH_ROWS))
 
 
 class _Texts:
-    """Texts in one piece of memory: an object for each would take several times their bytes."""
+    """Texts in one block of memory: one object per text would occupy several times their bytes."""
 
     def __init__(self, values: Iterable[str | None]) -> None:
         parts = [_NONE if value is None else value.encode() for value in values]
@@ -203,7 +203,7 @@ class _Texts:
 
 
 class _Codes:
-    """Distinct texts, numbered."""
+    """Maps distinct texts to numbers."""
 
     def __init__(self) -> None:
         self.texts: list[str | None] = []
@@ -223,7 +223,7 @@ class _Codes:
 
 
 class _Catalogue:
-    """Items in stock in columns, in the order of their ids; never changed once made.
+    """The items in stock, by column and ordered by id; immutable.
 
     A group is a category and price tier; a run is a brand within a group. Both are slices of an array of
     positions, ascending within each slice.
@@ -299,7 +299,7 @@ class _Catalogue:
         return map(self.row, range(self._count))
 
     def best(self, signals: _Signals, limit: int) -> Iterator[int]:
-        """Positions of the best `limit` items, best first, ties by item id."""
+        """Return the positions of the best `limit` items, best first, ties by item id."""
         bases = signals.group_scores(self.groups)
         liked: dict[int, int] = {}
         for brand, bonus in signals.brand_bonus.items():
@@ -327,12 +327,12 @@ class _Catalogue:
         return islice(chain.from_iterable(ordered), limit)
 
     def _floor(self, bases: list[int], limit: int, unit: int) -> int | None:
-        """A score below which no item can be among the best, because whole groups above it are enough."""
+        """Return a lower bound of the best items' scores, if whole groups above it suffice, else None."""
         found = 0
         for base, group in sorted(zip(bases, range(len(bases)), strict=True), reverse=True):
             found += self._group_starts[group + 1] - self._group_starts[group]
             if found >= limit:
-                # Scores that differ by less than a unit may be equal once rounded.
+                # Scores that differ by less than a unit may be equal after rounding.
                 return base - unit
         return None
 
@@ -342,7 +342,7 @@ class _Catalogue:
 
 
 class _Signals:
-    """What a user thinks of categories, brands and tiers, as integers of one scale, exact."""
+    """A user's affinities to categories, brands and tiers, as exact integers on one scale."""
 
     def __init__(
         self, rows: Sequence[tuple[Any, ...]], parameters: RankingParameters, *, session: bool
@@ -396,16 +396,16 @@ class _Signals:
         self.unit: int = 10 ** (self._digits - SCORE_DIGITS)
 
     def group_score(self, category: str | None, tier: str | None) -> int:
-        """The score of an item of this category and tier and a brand the user does not know."""
+        """Return the score of an item of this category and tier, of a brand unknown to the user."""
         return _of(self._categories, category, 0) + _of(self._tiers, tier, 0)
 
     def group_scores(self, groups: Sequence[tuple[str | None, str | None]]) -> list[int]:
-        """`group_score` of many groups."""
+        """Return the `group_score` of many groups."""
         categories, tiers = self._categories.get, self._tiers.get
         return [categories(category, 0) + tiers(tier, 0) for category, tier in groups]  # type: ignore[arg-type]
 
     def rounded(self, score: int) -> int:
-        """A score to 6 places, halves away from zero, as SQL rounds."""
+        """Round a score to 6 places, halves away from zero, as SQL does."""
         half = self.unit // 2
         return (score + half) // self.unit if score >= 0 else -((half - score) // self.unit)
 
@@ -457,10 +457,10 @@ def _exponent(value: Decimal) -> int:
 
 
 def _gathered(positions: Iterable[int], codes: array[int], count: int) -> list[array[int]]:
-    """Positions by their code, 0 … count - 1, each in the order given.
+    """Group positions by their code, 0 … count - 1, each group in the given order.
 
-    `sorted` by code would do the same without once letting another thread run, which made requests wait for as long
-    as a refresh sorted: 0.4 s with a million items.
+    `sorted` by code would return the same, but would not let other threads run in the meantime, so that
+    requests waited for as long as a refresh sorted: 0.4 s with a million items.
     """
     found = [array("I") for _ in range(count)]
     for position in positions:

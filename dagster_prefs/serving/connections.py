@@ -1,8 +1,8 @@
-"""Connections of the feature server that cost little however their other end behaves.
+"""Connections of the feature server whose cost is bounded, whatever their clients do.
 
-uvicorn waits for ever for the head and the body of a request, and for a client that does not take its answer,
-and it takes any number of connections. Here a request has a deadline from its first moment to its last byte,
-and beyond the limit the connection that has waited longest for a request makes room for the new one.
+uvicorn waits without limit for the head and the body of a request, and for a client that does not read its
+response, and accepts any number of connections. Here a request has a deadline from its first moment to its
+last byte, and at the limit a new connection replaces the one that has waited longest for a request.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from dagster_prefs.serving.wire import error_body
 logger = logging.getLogger(__name__)
 
 MAX_HEAD_BYTES = 64 * 1024
-# A client that takes its answer more slowly than this within a deadline is given up.
+# A client that reads fewer bytes of its response than this within a deadline is disconnected.
 MIN_TAKEN_BYTES = 64 * 1024
-# Files that are no connection of a client: those to the engine and to DynamoDB, the interpreter's own.
+# Files other than client connections: those to the engine and to DynamoDB, and the interpreter's own.
 OTHER_FILES = 256
 LOG_SECONDS = 1.0
 
@@ -40,11 +40,12 @@ ENDS: dict[End, str] = {
 
 @dataclass(frozen=True)
 class ConnectionLimits:
-    """What a client may keep of the server.
+    """The limits of a client's use of the server.
 
-    `request_seconds`: from the opening of a connection, or the first byte of a further request on it, to the end
-    of that request; also the time in which a client has to take a part of its answer. `connections`: how many may
-    be open. `own_user_only`: over loopback, only this user and root may connect.
+    `request_seconds`: from the opening of a connection, or the first byte of a further request on it, to the
+    end of that request; also the time within which a client must read a part of its response. `connections`:
+    the maximum number of open connections. `own_user_only`: over loopback, only this user and root may
+    connect.
     """
 
     request_seconds: float = 5.0
@@ -54,17 +55,17 @@ class ConnectionLimits:
 
 @dataclass
 class Connections:
-    """The open connections of one server; only its event loop touches them."""
+    """The open connections of one server. Only its event loop accesses them."""
 
     limits: ConnectionLimits
     open: set[LimitedProtocol] = field(default_factory=set)
-    # Those without a whole request, the one that has waited longest first.
+    # Connections without a complete request, the one that has waited longest first.
     waiting: dict[LimitedProtocol, None] = field(default_factory=dict)
     ended: Counter[End] = field(default_factory=Counter)
     _unsaid: Counter[End] = field(default_factory=Counter)
 
     def admit(self, made: LimitedProtocol) -> None:
-        """Take a new connection, in place of the one that has waited longest where there are too many."""
+        """Add a new connection; at the limit, close the longest waiting one, or else refuse the new one."""
         self.open.add(made)
         if len(self.open) <= self.limits.connections:
             return
@@ -77,12 +78,12 @@ class Connections:
             self.note("evicted")
 
     def forget(self, lost: LimitedProtocol) -> None:
-        """A connection is closed."""
+        """Remove a closed connection."""
         self.open.discard(lost)
         self.waiting.pop(lost, None)
 
     def note(self, end: End) -> None:
-        """Count a connection that this server ended, and log that once for all of a moment."""
+        """Count a connection that this server ended, and log once for all within a short time."""
         self.ended[end] += 1
         if not self._unsaid:
             asyncio.get_running_loop().call_later(LOG_SECONDS, self._log)
@@ -95,7 +96,7 @@ class Connections:
 
 
 class LimitedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol with deadlines, a limit of the head's size, and a place among the others."""
+    """uvicorn's protocol with deadlines, a limit for the request head, and registration in `Connections`."""
 
     def __init__(self, *arguments: Any, connections: Connections, **named: Any) -> None:
         super().__init__(*arguments, **named)
@@ -134,7 +135,7 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._in_head and self._head_bytes > MAX_HEAD_BYTES:
             self.refuse(431, "too_long", f"the head of the request is longer than {MAX_HEAD_BYTES} bytes")
             return
-        # uvicorn has stopped its timer of an idle connection, also for bytes that begin no request.
+        # uvicorn has stopped its keep-alive timer, even if the bytes do not begin a request.
         self._follow(expecting=self.timeout_keep_alive_task is None)
 
     def on_message_begin(self) -> None:
@@ -164,7 +165,7 @@ class LimitedProtocol(HttpToolsProtocol):
         super().timeout_keep_alive_handler()
 
     def refuse(self, status: int, code: str, message: str) -> None:
-        """Answer without the application, and end the connection."""
+        """Respond without calling the application, and close the connection."""
         body = error_body(code, message)
         self.transport.write(
             STATUS_LINE[status]
@@ -175,20 +176,20 @@ class LimitedProtocol(HttpToolsProtocol):
         self._watch_sending()
 
     def give_up(self) -> None:
-        """End the connection at once."""
+        """Abort the connection."""
         self._all.forget(self)
         self.transport.abort()
 
     @property
     def _is_answering(self) -> bool:
-        """Whether a whole request is being answered, or several are that came at once."""
+        """Whether a complete request is being answered, or several that arrived at once."""
         cycle = self.cycle
         return bool(self.pipeline) or (
             cycle is not None and not cycle.response_complete and not cycle.more_body
         )
 
     def _follow(self, *, expecting: bool) -> None:
-        """Keep the place among those that wait, and the deadline of a request that is expected."""
+        """Update this connection's place among the waiting ones, and the deadline of an expected request."""
         if self._is_answering or self.transport.is_closing():
             self._all.waiting.pop(self, None)
             return
@@ -204,7 +205,7 @@ class LimitedProtocol(HttpToolsProtocol):
         cycle = self.cycle if not self._in_head else None
         nothing = not self._begun and self._head_bytes == 0
         if nothing or (cycle is not None and cycle.response_started):
-            # There is nothing to answer, or the answer has begun.
+            # No request to answer, or its response has already begun.
             self.transport.close()
             self._watch_sending()
             return
@@ -214,7 +215,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self.refuse(408, "timeout", f"the request did not arrive within {self._seconds:g} s: send it at once")
 
     def _watch_sending(self, before: int | None = None) -> None:
-        """Give the client up where it takes nothing, or next to nothing, of what was written to it."""
+        """Abort if the client reads nothing, or almost nothing, of what was written."""
         left = self.transport.get_write_buffer_size()
         self._sending = None
         if left == 0:
@@ -227,7 +228,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
 
 def raise_file_limit(connections: int) -> int:
-    """Let this process open a file for each connection, and return how many connections it then may take."""
+    """Raise this process's limit of open files for `connections`, and return the number that it allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = connections + OTHER_FILES
     if soft != resource.RLIM_INFINITY and soft < needed:

@@ -1,7 +1,8 @@
-"""The classes of profiles and of their domains, made from the contract, so that `profile.progress.lessons_7d` works.
+"""The classes of profiles and domains, created from the contract: `profile.progress.lessons_7d` works.
 
-`prefs generate client` writes the same classes as source, for a service whose editor and type checker are to know
-them. A domain's class without arguments is the cold-start profile: what to assume of an id of which nothing is known.
+`prefs generate client` writes the same classes as source, for services that want editor support and type
+checks. An instance of a domain's class without arguments is the cold-start profile: the values for an id
+without data.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 from dagster_prefs.declarations.contract import LAST_EVENT_AT, Attribute, AttributeType, Domain, cold_start
 
-# Of each contract type: the Python type, and how source spells it.
+# The Python type of each contract type, and its spelling in source.
 PYTHON_TYPES: Mapping[AttributeType, tuple[Any, str]] = MappingProxyType(
     {
         "integer": (int, "int"),
@@ -29,18 +30,19 @@ PYTHON_TYPES: Mapping[AttributeType, tuple[Any, str]] = MappingProxyType(
 
 
 def may_be_none(name: str, attribute: Attribute) -> bool:
-    """Whether a profile may hold None there; only a cold start has no newest event."""
+    """Return whether a profile may hold None for the attribute; the newest event time is None at cold
+    start."""
     return attribute.nullable or name == LAST_EVENT_AT
 
 
 def class_name(name: str) -> str:
-    """The name of the class of a domain or an entity: `progress` becomes ProgressProfile."""
+    """Return the class name of a domain or an entity: `progress` becomes ProgressProfile."""
     return "".join(part[:1].upper() + part[1:] for part in name.split("_")) + "Profile"
 
 
 @dataclass(frozen=True, slots=True)
 class DomainShape:
-    """What the class of a domain is made from; of equal shapes the class is the same."""
+    """The parameters of a domain's class; equal shapes share one class."""
 
     key: str
     name: str
@@ -49,18 +51,18 @@ class DomainShape:
 
 
 def domain_shape(domain: Domain) -> DomainShape:
-    """The shape of a domain's class."""
+    """Return the shape of a domain's class."""
     return DomainShape(domain.key, domain.name, domain.description, tuple(domain.attributes.items()))
 
 
 def domain_class(domain: Domain) -> type[Any]:
-    """The frozen class of a domain's attributes, in the contract's order."""
+    """Return the frozen class of a domain's attributes, in the contract's order."""
     return shaped_class(domain_shape(domain))
 
 
 @cache
 def shaped_class(shape: DomainShape) -> type[Any]:
-    """The frozen class of a shape; its instances can be pickled, although it is no attribute of a module."""
+    """Return the frozen class of a shape. Its instances can be pickled, although it is in no module."""
     declared: list[tuple[str, Any, Any]] = []
     for attribute_name, attribute in shape.attributes:
         python, _ = PYTHON_TYPES[attribute.type]
@@ -86,5 +88,5 @@ def _unpickled(shape: DomainShape, values: tuple[Any, ...]) -> Any:
 
 
 def same_attributes(made: type[Any], domain: Domain) -> bool:
-    """Whether a class has the domain's attributes, in their order."""
+    """Return whether a class has the domain's attributes, in their order."""
     return [entry.name for entry in fields(made)] == list(domain.attributes)

@@ -1,4 +1,4 @@
-"""What a request must pass before it is answered: whose it is, its size, and a free slot."""
+"""The checks before a request is answered: its origin, its size, and a free slot."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from dagster_prefs.errors import excerpt
 from dagster_prefs.serving.wire import MAX_BODY_BYTES, Metrics, error_answer
 
-# What an orchestrator and a scraper ask must be answered however busy the server is.
+# Orchestrators and scrapers must get a response however busy the server is.
 OPERATIONAL = frozenset({"/healthz", "/readyz", "/metrics"})
-# A user id of 1,024 bytes, each of them escaped, and the cursor of a name as long.
+# Enough for a user id of 1,024 bytes with every byte escaped, and a cursor with a name of the same length.
 MAX_TARGET_BYTES = 16 * 1024
-# Requests that are begun between two looks at the sockets: some milliseconds' worth, so that a burst of hundreds does
-# not keep the others waiting.
+# Number of requests to start per iteration of the event loop: a few milliseconds of work, so that a burst of
+# hundreds does not block the other connections.
 BEGUN_AT_ONCE = 16
-# In a request's scope: when all of it had arrived, of time.monotonic().
+# Key in a request's scope for the time (time.monotonic()) at which it had arrived completely.
 ARRIVED = "prefs.arrived"
-# Bodies that are still arriving, of all requests together.
+# Bytes of bodies that are still arriving, for all requests together.
 MAX_ARRIVING_BYTES = 64 * 1024 * 1024
 
 
 class Refusal(Exception):
-    """A request that is not let in: status, code and sentence of its answer."""
+    """A request that is rejected: status, code and sentence of the response."""
 
     def __init__(self, status: int, code: str, message: str) -> None:
         super().__init__(message)
@@ -38,10 +38,10 @@ class Refusal(Exception):
 
 
 class Hosts:
-    """The names under which this server may be called, against websites that have theirs resolve to it.
+    """The host names under which this server may be called, as a defence against DNS rebinding by websites.
 
-    `localhost` and IP addresses always may: no page of a browser is called by them unless it comes from there.
-    `*.example.com` takes every name below a domain, `*` any name.
+    `localhost` and IP addresses are always allowed: a page in a browser only uses them if it comes from
+    there. `*.example.com` allows every name below a domain, `*` any name.
     """
 
     def __init__(self, names: Iterable[str] = ()) -> None:
@@ -49,7 +49,7 @@ class Hosts:
         self._domains = tuple(name[1:] for name in self._names if name.startswith("*."))
 
     def allow(self, authority: str) -> bool:
-        """Whether a Host header, port included, may be answered."""
+        """Return whether a Host header, with port, is allowed."""
         name = authority.lower()
         if name.startswith("["):
             name = name[1:].partition("]")[0]
@@ -66,9 +66,10 @@ class Hosts:
 
 
 class Gate:
-    """Lets requests in: from nobody else's website, complete, no longer than allowed, and `max_in_flight` at a time.
+    """Admits requests that are complete, within the limits and not from foreign websites.
 
-    A request takes a slot once all of it is here, so that one which never ends keeps none.
+    At most `max_in_flight` requests run at a time. A request occupies a slot only after it has arrived
+    completely, so that one which never ends occupies none.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, max_in_flight: int, hosts: Hosts) -> None:
@@ -104,7 +105,7 @@ class Gate:
         except Refusal as refused:
             await error_answer(refused.status, refused.code, str(refused))(scope, receive, note)
         except Exception:
-            # Starlette answers it, outside of this.
+            # Starlette responds to this error outside of this middleware.
             status = 500
             raise
         finally:
@@ -129,7 +130,7 @@ class Gate:
             metrics.in_flight -= 1
 
     async def _turn(self) -> None:
-        """Wait until fewer than BEGUN_AT_ONCE requests were begun since the event loop looked at its sockets."""
+        """Wait until fewer than BEGUN_AT_ONCE requests have started in this iteration of the event loop."""
         loop = asyncio.get_running_loop()
         if self._begun == 0:
             loop.call_soon(self._next_turn)
@@ -178,7 +179,7 @@ class Gate:
             )
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
-        """The whole body; None where its sender has gone."""
+        """Read the whole body; None if the client has disconnected."""
         body = bytearray()
         try:
             while True:

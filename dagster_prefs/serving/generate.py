@@ -1,13 +1,15 @@
-"""Source of typed clients: what `prefs generate client` writes for a service that wants its editor to know profiles."""
+"""Source code of typed clients, written by `prefs generate client` for services that want types."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
-from dagster_prefs.declarations.contract import PROFILE_NAMES, Contract, Domain
+from dagster_prefs.declarations.contract import Contract, Domain
 from dagster_prefs.serving.domains import PYTHON_TYPES, class_name, may_be_none
+from dagster_prefs.serving.profiles import key_places
 
-# How the file was written, for its head and for whoever finds it out of date.
+# The command that wrote the file, for its head and for messages about outdated files.
 COMMAND = "prefs generate client"
 
 _HEAD = '''"""Typed profiles of version {version} of the serving contract. Written by `{command}`; do not edit.
@@ -47,7 +49,7 @@ class {client}({base}):
 
 
 def render_client(contract: Contract) -> str:
-    """Return a Python module with the frozen classes of each entity's profiles, and clients that answer with them."""
+    """Return a Python module with the frozen classes of each entity's profiles, and their clients."""
     entities = [(entity, contract.domains_of(entity)) for entity in contract.tables]
     clients = [class_name(entity).removesuffix("Profile") for entity, _ in entities]
     body = "".join(part for entity, domains in entities for part in _entity(contract, entity, domains))
@@ -66,8 +68,10 @@ def render_client(contract: Contract) -> str:
 def _entity(contract: Contract, entity: str, domains: tuple[Domain, ...]) -> Iterator[str]:
     for domain in domains:
         yield _domain(domain)
-    key = contract.tables[entity].partition_key
-    id_ = "int" if key.type == "N" else "str"
+    columns = contract.tables[entity].columns
+    kinds = ["int" if key.type == "N" else "str" for key in columns]
+    names = tuple(key.name for key in columns)
+    key, id_ = (names[0], kinds[0]) if len(names) == 1 else (names, f"tuple[{', '.join(kinds)}]")
     profile = _profile_name(entity, domains)
     made = "".join(f'        "{domain.name}": {class_name(domain.name)},\n' for domain in domains)
     yield (
@@ -75,11 +79,12 @@ def _entity(contract: Contract, entity: str, domains: tuple[Domain, ...]) -> Ite
         f'    """One {entity}\'s domains."""\n\n'
         "    __slots__ = ()\n"
         f'    entity = "{entity}"\n'
-        f'    key = "{key.name}"\n'
+        f"    key = {json.dumps(key) if isinstance(key, str) else '(' + json.dumps(key)[1:-1] + ')'}\n"
         f"    classes = {{  # noqa: RUF012\n{made}    }}\n"
     )
-    if key.name not in PROFILE_NAMES:
-        yield _property(key.name, id_, "self.id", "Whose profile it is.")
+    for name, place in key_places(key):
+        value = "self.id" if place is None else f"self.id[{place}]"
+        yield _property(name, kinds[place or 0], value, "Whose profile it is.")
     for domain in domains:
         yield _property(domain.name, class_name(domain.name), f'self.domain("{domain.name}")', _line(domain))
     name = class_name(entity).removesuffix("Profile")
@@ -98,7 +103,7 @@ def _entity(contract: Contract, entity: str, domains: tuple[Domain, ...]) -> Ite
 
 
 def _profile_name(entity: str, domains: tuple[Domain, ...]) -> str:
-    """The class of the profiles; a domain may have the entity's name."""
+    """Return the class name of the profiles; a domain may have the entity's name."""
     name = class_name(entity)
     return f"{name}s" if name in {class_name(domain.name) for domain in domains} else name
 
@@ -135,5 +140,5 @@ def _line(domain: Domain) -> str:
 
 
 def _escaped(text: str) -> str:
-    """A text as it may stand between triple quotes."""
+    """Escape a text for use between triple quotes."""
     return " ".join(text.split()).replace("\\", "\\\\").replace('"', '\\"')

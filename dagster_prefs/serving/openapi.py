@@ -1,7 +1,7 @@
-"""What the feature server answers, as an OpenAPI document made from the registry and the answers' types.
+"""The OpenAPI document of the feature server, built from the registry and the types of its responses.
 
-It is OpenAPI 3.0, which every generator of clients takes; some still refuse 3.1. Each type of an answer is a
-component of its own name, so that a generator has a name for its class.
+The version is OpenAPI 3.0, which every client generator supports; some do not support 3.1. Each response type
+is a component with its own name, so that generators can name its class.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ ATTRIBUTES: dict[str, Schema] = {
     "list<string>": {"type": "array", "items": {"type": "string"}},
     "list<decimal>": {"type": "array", "items": DECIMAL},
 }
-# Health and metrics are answered without a slot and without a body.
+# Health and metrics requests take no slot and have no body.
 WITHOUT_SLOT = (403,)
 
 
@@ -57,12 +57,12 @@ Served = tuple[Entity, Sequence[Domain]]
 
 
 def profiles_path(entity: str) -> str:
-    """Where the profiles of an entity are served; the first one needs no name."""
+    """Return the path of an entity's profiles; that of the first entity has no name."""
     return f"/v1/{entity}/profiles" if entity else "/v1/profiles"
 
 
 def openapi(served: Sequence[Served], *, version: int, preferences: bool) -> Schema:
-    """The OpenAPI 3.0 document of a server of these entities' domains, in the order in which it serves them."""
+    """Return the OpenAPI 3.0 document for a server of these entities' domains, in the order of serving."""
     paths: Schema = {
         "/healthz": {
             "get": _operation(
@@ -79,14 +79,14 @@ def openapi(served: Sequence[Served], *, version: int, preferences: bool) -> Sch
         },
         "/metrics": {"get": _operation("getMetrics", "Counts for Prometheus", None, errors=WITHOUT_SLOT)},
     }
-    # It says the same where it says no.
+    # A 503 has the same body as a 200.
     paths["/readyz"]["get"]["responses"]["503"] = _answer(ERRORS[503], _ref("Readiness"))
     schemas = _common_schemas()
     for position, (entity, domains) in enumerate(served):
-        # The first entity's names stay short, as its path does.
+        # The schemas of the first entity have no prefix, like its path.
         name = class_name(entity.name).removesuffix("Profile") if position else ""
         if name == "User":
-            # The shop's users have that name here.
+            # The prefix User is taken by the shop's users.
             name = "UserEntity"
         paths |= _profile_paths(entity, domains, name, profiles_path(entity.name if position else ""))
         schemas |= _profile_schemas(entity, domains, name)
@@ -108,12 +108,12 @@ def _profile_paths(entity: Entity, domains: Sequence[Domain], name: str, path: s
         _query("domains", {"type": "string", "description": "Names separated by commas; all by default."})
     )
     return {
-        f"{path}/{{{entity.key.name}}}": {
+        "/".join([path, *(f"{{{name}}}" for name in entity.key_names)]): {
             "get": _operation(
                 f"get{name}Profile",
                 f"The profile of one {entity.name}",
                 _ref(f"{name}Profile"),
-                [_path(entity.key.name, _id(entity.key)), *query],
+                [*(_path(key.name, _id(key)) for key in entity.keys), *query],
             )
         },
         path: {
@@ -174,8 +174,9 @@ def _user_paths() -> Schema:
 
 
 def schema_of(kind: Any, components: Schema) -> Schema:
-    """The JSON schema of an answer's type: plain values, optional ones, tuples, literals and dataclasses, which
-    are added to the components.
+    """Return the JSON schema of a response type, adding its dataclasses to the components.
+
+    Supports plain values, optional ones, tuples, literals and dataclasses.
     """
     if kind in PLAIN:
         return PLAIN[kind]
@@ -183,7 +184,7 @@ def schema_of(kind: Any, components: Schema) -> Schema:
     if origin in (Union, types.UnionType):
         (inner,) = (argument for argument in arguments if argument is not type(None))
         if is_dataclass(inner) and isinstance(inner, type):
-            # A reference cannot be nullable in 3.0, so the type is written out where it may be absent.
+            # A reference cannot be nullable in OpenAPI 3.0, so a nullable type is written inline.
             return _nullable(_properties(inner, components))
         return _nullable(schema_of(inner, components))
     if origin is tuple:
@@ -214,7 +215,6 @@ def _common_schemas() -> Schema:
 
 def _profile_schemas(entity: Entity, domains: Sequence[Domain], name: str) -> Schema:
     """The schemas of one entity's profiles; domains have names of their own across the contract."""
-    key = entity.key
     found: Schema = {}
     references = {}
     for domain in domains:
@@ -224,18 +224,19 @@ def _profile_schemas(entity: Entity, domains: Sequence[Domain], name: str) -> Sc
     found[f"{name}ProfileDomains"] = _object(references, required=[])
     found[f"{name}Profile"] = _object(
         {
-            key.name: _id(key),
+            **{key.name: _id(key) for key in entity.keys},
             "partial": {"type": "boolean", "description": "Whether a domain did not arrive."},
             "domains": _ref(f"{name}ProfileDomains"),
         }
     )
     found[f"{name}Profiles"] = _object({"partial": PLAIN[bool], "profiles": _array(_ref(f"{name}Profile"))})
     # A number may come as text, for languages that cannot hold 64 bits.
-    given = {"anyOf": [INTEGER, {"type": "string", "pattern": f"^{NUMBER_ID}$"}]}
-    ids = {**_array(given if key.type == "bigint" else _id(key)), "minItems": 1, "maxItems": MAX_IDS}
-    found[f"{name}ProfilesRequest"] = _object(
-        {ids_name(key): ids, **_read_options(domains)}, required=[ids_name(key)]
-    )
+    number = {"anyOf": [INTEGER, {"type": "string", "pattern": f"^{NUMBER_ID}$"}]}
+    given = {key.name: number if key.type == "bigint" else _id(key) for key in entity.keys}
+    one = _object(given) if len(given) > 1 else given[entity.key.name]
+    ids = {**_array(one), "minItems": 1, "maxItems": MAX_IDS}
+    listed = ids_name(entity.keys)
+    found[f"{name}ProfilesRequest"] = _object({listed: ids, **_read_options(domains)}, required=[listed])
     return found
 
 
@@ -338,7 +339,7 @@ def _object(properties: Schema, required: list[str] | None = None) -> Schema:
     return {
         "type": "object",
         "properties": properties,
-        # An empty list is against the specification.
+        # The specification forbids an empty list.
         **({"required": needed} if needed else {}),
         "additionalProperties": False,
     }

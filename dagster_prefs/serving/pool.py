@@ -17,11 +17,12 @@ from dagster_prefs.errors import PrefsError
 T = TypeVar("T")
 Connection = psycopg.Connection[tuple[Any, ...]]
 
-# Held for what takes the interpreter and waits for nothing: rows into objects, scores, an answer into JSON. Only one
-# thread runs at a time anyway, and an event loop gets its turn after one other instead of after all of them.
+# Held during work that uses the interpreter and does not wait: rows into objects, scores, responses into
+# JSON. Only one thread runs at a time anyway, and this way the event loop waits for one other thread instead
+# of for all.
 TURN = threading.Lock()
 
-# A connection that was idle may have died with the engine, or hold a plan of a relation that was rebuilt.
+# An idle connection may have died with the engine, or hold a prepared plan of a relation that was rebuilt.
 STALE = (
     psycopg.OperationalError,
     psycopg.InterfaceError,
@@ -31,14 +32,14 @@ STALE = (
 
 
 class EngineBusy(PrefsError):
-    """No connection became free, or a statement took longer than allowed."""
+    """No connection became free in time, or a statement took longer than allowed."""
 
 
 class ConnectionPool:
-    """Up to `size` connections, opened on demand, shared by threads.
+    """Up to `size` connections, opened on demand and shared by threads.
 
-    `statement_timeout_seconds` bounds each statement and the wait for a free connection. Raises PrefsError for one
-    that no engine takes.
+    `statement_timeout_seconds` bounds each statement and the wait for a free connection. Raises PrefsError
+    for a time-out that no engine accepts.
     """
 
     def __init__(self, engine: EngineConfiguration, size: int, statement_timeout_seconds: float) -> None:
@@ -52,7 +53,7 @@ class ConnectionPool:
         self._closed = False
 
     def run(self, read: Callable[[Connection], T]) -> T:
-        """Run a read on one connection; on a stale one, once more on a fresh one.
+        """Call `read` with a connection; if the connection is stale, call it again with a fresh one.
 
         Raises EngineBusy when it takes too long, EngineUnavailable when the engine cannot be reached.
         """

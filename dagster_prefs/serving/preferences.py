@@ -1,4 +1,4 @@
-"""Preference profiles and rankings, read over the Postgres wire from either engine."""
+"""Shop user profiles and rankings, read over the Postgres wire from either engine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dagster_prefs.serving.pool import TURN, Connection, ConnectionPool, T
 TOP_CATEGORIES = 5
 TOP_RECENT_CATEGORIES = 3
 MAX_LIMIT = 10_000
-# Entries of each list of a profile: a user may have had to do with thousands of categories.
+# Entries per list of a profile, because a user may have interacted with thousands of categories.
 DEFAULT_PROFILE_LIMIT = 100
 MAX_PROFILE_LIMIT = 1_000
 
@@ -37,20 +37,20 @@ PRICE_TIERS: tuple[tuple[str, Decimal | None], ...] = (
 )
 TIER_LEVELS = {name: level for level, (name, _) in enumerate(PRICE_TIERS)}
 
-# From this many purchases on a brand's customer counts as loyal.
+# A customer with at least this many purchases of a brand counts as loyal.
 LOYAL_PURCHASES = 2
-# From this many different items on the interest in a category counts as broad.
+# Interest in a category counts as broad from this many different items on.
 BROAD_ITEMS = 5
 
 SCORE_PLACES = Decimal("0.000001")
 
 
 class PreferenceError(PrefsError):
-    """A preference read was asked for something impossible, or its relations are not there."""
+    """A preference read has invalid arguments, or its relations do not exist."""
 
 
 class PreferencesUnavailable(PreferenceError):
-    """The relations that a preference read needs are not there, or the engine refused to read them."""
+    """The relations of a preference read do not exist, or the engine refused to read them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +60,9 @@ class RankingParameters:
     lifetime = category·category affinity + brand·brand affinity + price_tier·(100·the tier's conversion rate)
     combined = session·interactions of the session in the category + lifetime·lifetime
 
-    The session is the activity of the last `session_hours`; one shorter than `min_session_seconds` from its
-    first to its last event says too little, and the lifetime profile alone decides.
+    The session is the activity of the last `session_hours`. A session that is shorter than
+    `min_session_seconds` from its first to its last event does not count, and the ranking uses the lifetime
+    score alone.
     """
 
     category: Decimal = Decimal("0.4")
@@ -85,7 +86,7 @@ class RankingParameters:
 
 @dataclass(frozen=True, slots=True)
 class CategoryInterest:
-    """One category of a user."""
+    """A user's interest in one category."""
 
     category: str
     affinity_score: Decimal
@@ -94,13 +95,13 @@ class CategoryInterest:
 
     @property
     def breadth(self) -> Literal["focused", "broad"]:
-        """`broad` from 5 different items on."""
+        """`broad` from 5 different items on, else `focused`."""
         return "broad" if self.unique_items_interacted >= BROAD_ITEMS else "focused"
 
 
 @dataclass(frozen=True, slots=True)
 class BrandInterest:
-    """One brand of a user."""
+    """A user's interest in one brand."""
 
     brand: str
     brand_affinity: Decimal
@@ -109,13 +110,13 @@ class BrandInterest:
 
     @property
     def standing(self) -> Literal["interested", "loyal"]:
-        """`loyal` from 2 purchases on."""
+        """`loyal` from 2 purchases on, else `interested`."""
         return "loyal" if self.purchase_count >= LOYAL_PURCHASES else "interested"
 
 
 @dataclass(frozen=True, slots=True)
 class TierBehaviour:
-    """Browsing against buying in one price tier; the rate is None without views."""
+    """Views and purchases in one price tier; the rate is None without views."""
 
     price_tier: str
     views: int
@@ -125,7 +126,7 @@ class TierBehaviour:
 
 @dataclass(frozen=True, slots=True)
 class SessionActivity:
-    """One category within the session window."""
+    """A user's activity in one category within the session window."""
 
     category: str
     interactions: int
@@ -140,7 +141,7 @@ PROFILE_LISTS: tuple[ProfileList, ...] = get_args(ProfileList)
 
 @dataclass(frozen=True, slots=True)
 class Cursors:
-    """Where each list of a profile goes on, for `ShopClient.get_more`; None where it is complete."""
+    """The cursor behind each list of a profile, for `ShopClient.get_more`; None if the list is complete."""
 
     categories: str | None = None
     brands: str | None = None
@@ -149,7 +150,7 @@ class Cursors:
 
 @dataclass(frozen=True, slots=True)
 class ProfilePage:
-    """A further part of one list of a profile; `next` is the cursor of the part after it, None at the end."""
+    """One further page of a list of a profile; `next` is the cursor of the following page or None."""
 
     user_id: str
     entries: tuple[Interest, ...]
@@ -160,8 +161,8 @@ class ProfilePage:
 class ShopUserProfile:
     """A shop user's preference profile. All lists are empty for a user without events.
 
-    The lists are ordered, strongest first, and complete unless the read had a limit: `next` says where they go on.
-    `recent` is the session window by category.
+    The lists are ordered, strongest first, and complete unless the read had a limit: `next` holds the cursors
+    of the following pages. `recent` is the session window by category.
     """
 
     user_id: str
@@ -176,17 +177,17 @@ class ShopUserProfile:
 
     @property
     def known(self) -> bool:
-        """Whether anything is known of the user."""
+        """Whether the user has any data."""
         return bool(self.categories or self.brands or self.price_tiers or self.recent)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return the profile as plain values, for JSON."""
         return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
 class Components:
-    """What an item's score is made of, before the weights."""
+    """The unweighted components of an item's score."""
 
     category_affinity: Decimal
     brand_affinity: Decimal
@@ -199,7 +200,7 @@ class RankedItem:
     """One item of a ranking; scores are rounded to 6 places.
 
     `combined_personalization_score` is None in a ranking without session; `components` is None unless the
-    ranking was to be explained.
+    ranking was requested with `explain`.
     """
 
     item_id: str
@@ -214,21 +215,21 @@ class RankedItem:
 
     @property
     def score(self) -> Decimal:
-        """The score that the ranking is ordered by."""
+        """The score that determines the order of the ranking."""
         combined = self.combined_personalization_score
         return self.personalization_score if combined is None else combined
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return the item as plain values, for JSON."""
         return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
 class Ranking(Sequence[RankedItem]):
-    """The best items for a user, best first; a sequence of them.
+    """The best items for a user, best first, as a sequence.
 
-    `session_active` says whether the session counted; `session_seconds` is from its first to its last event,
-    None without activity.
+    `session_active` says whether the session counted; `session_seconds` is the time from its first to its
+    last event, None without activity.
     """
 
     user_id: str
@@ -252,7 +253,7 @@ class Ranking(Sequence[RankedItem]):
 
 
 def price_tier(price: Decimal | None) -> str | None:
-    """The tier of a price; None for an unknown price."""
+    """Return the tier of a price, None for an unknown price."""
     if price is None:
         return None
     for name, below in PRICE_TIERS:
@@ -262,12 +263,12 @@ def price_tier(price: Decimal | None) -> str | None:
 
 
 class ShopClient:
-    """Reads of the preference views, from many threads, each in one round trip.
+    """Reads the preference views, from many threads, each read in one round trip.
 
-    Connections are pooled, statements prepared and bounded by `statement_timeout_seconds`; a connection that
-    died with the engine is replaced once per read. Use it as a context manager, or `close` it.
+    Connections are pooled, statements are prepared and bounded by `statement_timeout_seconds`; a connection
+    that died with the engine is replaced once per read. Use it as a context manager, or `close` it.
 
-    All reads raise PreferenceError for impossible arguments, PreferencesUnavailable for relations that are
+    All reads raise PreferenceError for invalid arguments, PreferencesUnavailable for relations that are
     missing, EngineUnavailable and EngineBusy for the engine.
     """
 
@@ -295,25 +296,26 @@ class ShopClient:
         self._pool.close()
 
     def warm(self) -> None:
-        """Connect ahead of the first read."""
+        """Open a connection ahead of the first read."""
         self._pool.warm()
 
     def get_user_profile(
         self, user_id: str, *, now: datetime | None = None, limit: int | None = None
     ) -> ShopUserProfile:
-        """Everything known of a user at `now` (UTC; default: the clock).
+        """Read a user's profile at `now` (UTC; default: the clock).
 
-        top_categories: 5 by affinity; preferred_price_tier: the tier with the best conversion rate, a tier
-        without views never wins, ties go to more purchases, more views, the cheaper tier;
-        recent_session_categories: 3 by interactions in the session window. Other ties go by name. Each list has
-        `limit` entries at most, all of them where it is None; `get_more` reads on at the profile's `next`.
+        top_categories: 5 by affinity; preferred_price_tier: the tier with the best conversion rate (a tier
+        without views never wins; ties go to more purchases, more views, the cheaper tier);
+        recent_session_categories: 3 by interactions in the session window. Other ties go by name. Each list
+        has at most `limit` entries, all if it is None; `get_more` continues at the profile's `next`.
         """
         moment = checked_now(now)
         user_id = checked_user(user_id)
         if limit is None:
             return build_profile(user_id, self.signals(user_id, self.parameters, moment))
         checked_limit(limit, MAX_PROFILE_LIMIT)
-        # One more than asked for tells whether there is more; the summaries need their few whatever the limit.
+        # One more row than requested tells whether there are further ones. The summaries need a few rows
+        # whatever the limit.
         rows = self._fetch(
             _first_signals(self.engine, max(limit, TOP_CATEGORIES) + 1),
             {"user_id": user_id, "since": _since(self.parameters, moment), "now": moment},
@@ -333,10 +335,10 @@ class ShopClient:
         now: datetime | None = None,
         limit: int = DEFAULT_PROFILE_LIMIT,
     ) -> ProfilePage:
-        """One list of a user's profile, from `cursor` on: `next` of the profile or of the page before; from its
-        start where None.
+        """Read one list of a user's profile from `cursor` on, or from its start if `cursor` is None.
 
-        An entry whose rank changes between two reads may be on both pages or on neither.
+        `cursor` is `next` of the profile or of the previous page. An entry whose rank changes between two
+        reads may be on both pages or on neither.
         """
         moment = checked_now(now)
         checked_limit(limit, MAX_PROFILE_LIMIT)
@@ -349,7 +351,7 @@ class ShopClient:
         return ProfilePage(user_id, entries[:limit], _next(name, entries, limit))
 
     def check_items(self) -> None:
-        """Raise unless a ranking in SQL could read its items."""
+        """Raise unless `items` can be read by a ranking in SQL."""
         self.run(
             lambda connection: connection.execute(
                 sql.SQL("select item_id, title, category, brand, price, in_stock from {} limit 1").format(
@@ -368,11 +370,12 @@ class ShopClient:
         explain: bool = False,
         parameters: RankingParameters | None = None,
     ) -> Ranking:
-        """The best `limit` items in stock for a user at `now` (UTC; default: the clock).
+        """Return the best `limit` items in stock for a user at `now` (UTC; default: the clock).
 
-        Without `session` by personalization_score, with it by combined_personalization_score. A signal that
-        is missing counts 0, so an unknown user gets a full list too; ties go by item_id. The session window
-        takes whole hours of activity: each whose last event is within the window. A canary has no ranking.
+        Ordered by combined_personalization_score, or without `session` by personalization_score. A missing
+        signal counts as 0, so an unknown user also gets a full list; ties go by item_id. The session window
+        consists of whole hours of activity: each whose last event is within the window. A canary has no
+        ranking.
         """
         moment = checked_now(now)
         chosen = parameters or self.parameters
@@ -398,7 +401,7 @@ class ShopClient:
         return Ranking(user_id, items, session and session_active, session_seconds, chosen)
 
     def signals(self, user_id: str, parameters: RankingParameters, now: datetime) -> list[tuple[Any, ...]]:
-        """The user's rows of the four preference views, as `build_profile` reads them, in one round trip."""
+        """Read the user's rows of the four preference views in one round trip, for `build_profile`."""
         return self._fetch(self._signals, {"user_id": user_id, "since": _since(parameters, now), "now": now})
 
     def _fetch(self, statement: sql.Composed | bytes, values: dict[str, Any]) -> list[tuple[Any, ...]]:
@@ -410,7 +413,7 @@ class ShopClient:
         return self.run(read)
 
     def run(self, read: Callable[[Connection], T]) -> T:
-        """Run a read on a pooled connection, with this client's error messages."""
+        """Call `read` with a pooled connection, and translate errors into those of this client."""
         try:
             return self._pool.run(read)
         except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn) as error:
@@ -421,7 +424,7 @@ class ShopClient:
         except psycopg.Error as error:
             text = " ".join(str(error).split())
             if "not found" in text.lower():
-                # RisingWave has one error code for all that its binder does not find.
+                # RisingWave has one error code for everything that its binder cannot resolve.
                 raise PreferencesUnavailable(
                     f"{text}: run `dbt build`, or check the schema {self.engine.schema}"
                 ) from None
@@ -429,7 +432,7 @@ class ShopClient:
 
 
 def build_profile(user_id: str, rows: Sequence[tuple[Any, ...]]) -> ShopUserProfile:
-    """A profile from the rows of `ShopClient.signals`."""
+    """Build a profile from the rows of `ShopClient.signals`."""
     categories = [CategoryInterest(r[1], r[2], r[3], r[6]) for r in rows if r[0] == "category"]
     brands = [BrandInterest(r[1], r[2], r[3], r[6]) for r in rows if r[0] == "brand"]
     tiers = [TierBehaviour(r[1], r[3], r[4], r[2]) for r in rows if r[0] == "tier"]
@@ -459,7 +462,7 @@ def build_profile(user_id: str, rows: Sequence[tuple[Any, ...]]) -> ShopUserProf
 
 
 def checked_user(user_id: str, *, ranking: bool = False) -> str:
-    """The user id as the events spell it, or PreferenceError naming the rule it breaks."""
+    """Return the user id as the events spell it. Raises PreferenceError naming the rule that it breaks."""
     if not isinstance(user_id, str):
         raise PreferenceError(f"a user id is a text, not {excerpt(user_id)}")
     text = id_text(user_id)
@@ -475,14 +478,14 @@ def checked_user(user_id: str, *, ranking: bool = False) -> str:
 
 
 def checked_limit(limit: int, most: int = MAX_LIMIT) -> int:
-    """The limit, or PreferenceError naming the rule it breaks."""
+    """Return the limit. Raises PreferenceError naming the rule that it breaks."""
     if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= most:
         raise PreferenceError(f"limit must be a whole number from 1 to {most}, not {excerpt(limit)}")
     return limit
 
 
 def checked_now(now: datetime | None) -> datetime:
-    """The moment of a read in UTC, or PreferenceError for one without time zone."""
+    """Return the moment of a read in UTC. Raises PreferenceError for a moment without time zone."""
     if now is None:
         return datetime.now(UTC)
     if now.tzinfo is None:
@@ -498,7 +501,7 @@ def _relation(engine: EngineConfiguration, name: str) -> sql.Identifier:
     return sql.Identifier(engine.schema, name)
 
 
-# How the rows of a profile's lists are read, and by which columns they are ranked, highest first, then by name.
+# How to read the rows of a profile's lists, and the columns that rank them, highest first, then by name.
 _LISTS: dict[ProfileList, tuple[str, str, str]] = {
     "categories": (
         """
@@ -546,7 +549,7 @@ _TIERS = """
 
 
 def _signals_statement(engine: EngineConfiguration, limit: int | None = None) -> sql.Composed:
-    """The rows behind a profile, those of each list up to `limit`; with it in an order, without in none."""
+    """Build the query for a profile's rows: per list up to `limit` and ordered, or all and unordered."""
     if limit is None:
         parts = [_selected(engine, text) for text in (*(text for text, *_ in _LISTS.values()), _TIERS)]
         return sql.SQL(" union all ").join(parts)
@@ -562,7 +565,7 @@ def _signals_statement(engine: EngineConfiguration, limit: int | None = None) ->
     )
 
 
-# Putting the statement together takes a third of a read's time, and most callers ask for the same limit.
+# Building the statement takes a third of a read's time, and most callers use the same limit.
 @lru_cache(maxsize=64)
 def _first_signals(engine: EngineConfiguration, limit: int) -> bytes:
     return _signals_statement(engine, limit).as_bytes(None)
@@ -596,12 +599,12 @@ def _selected(engine: EngineConfiguration, text: str) -> sql.Composed:
 
 
 def _collation(engine: EngineConfiguration) -> sql.SQL:
-    # RisingWave orders texts by their bytes and knows no collations.
+    # RisingWave orders texts by their bytes and has no collations.
     return sql.SQL('collate "C"' if engine.kind == "local" else "")
 
 
 def _next(name: ProfileList, entries: Sequence[Interest], limit: int) -> str | None:
-    """The cursor behind the first `limit` entries; None where there are no more."""
+    """Return the cursor behind the first `limit` entries, None if there are no more."""
     if len(entries) <= limit:
         return None
     rank, label = _position(entries[limit - 1])

@@ -1,4 +1,4 @@
-"""Profiles from DynamoDB: typed, within a latency budget, with what is known of their freshness."""
+"""Profiles from DynamoDB: typed, within a latency budget, with their freshness as far as it is known."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from uuid import UUID
 
 from dagster_prefs.declarations.contract import PROFILE_NAMES, Contract, Domain
 from dagster_prefs.declarations.registry import Entity, Registry, open_registry
-from dagster_prefs.declarations.reserved import canary_of
+from dagster_prefs.declarations.reserved import canary_id
 from dagster_prefs.dynamodb.items import ItemDecoder, ItemError
 from dagster_prefs.dynamodb.reader import BATCH_KEYS, Found, ItemReader, Key
 from dagster_prefs.dynamodb.transport import ReadError, make_transport
 from dagster_prefs.errors import PrefsError, excerpt
-from dagster_prefs.ids import BadId, read_key
+from dagster_prefs.ids import BadId, Id, read_id
 from dagster_prefs.serving.domains import (
     DomainShape,
     class_name,
@@ -33,8 +33,8 @@ T = TypeVar("T")
 
 MAX_IDS = 10_000
 CANARY_CACHE_SECONDS = 5.0
-# How far a canary may be ahead of this clock. Clocks that are kept by NTP differ by less; a canary further ahead says
-# that a clock is wrong, and nothing about the pipeline.
+# A canary may be this far ahead of this clock. Clocks that are kept by NTP differ by less; a canary further
+# ahead means that a clock is wrong, and says nothing about the pipeline.
 CANARY_AHEAD_SECONDS = 5.0
 
 Fallback = Literal["partial", "cold_start"]
@@ -42,18 +42,19 @@ State = Literal["found", "cold_start", "failed"]
 
 
 class ProfileError(PrefsError):
-    """A profile was asked for with impossible arguments, or a domain that was not asked for was used."""
+    """A profile was requested with invalid arguments, or a domain was used that was not requested."""
 
 
 @dataclass(frozen=True, slots=True)
 class DomainRead:
-    """How one domain of a profile was answered.
+    """The outcome of reading one domain of a profile.
 
     `last_event_at`: newest event behind the item, epoch milliseconds. `freshness_seconds`: how far the
-    pipeline was behind, by its canary, at most 5 s before the read; None is unknown: there is no canary, or
-    its time is ahead of the clock. `fresh`: whether that is within `max_staleness_seconds`; None is unknown.
-    `error` is set where the domain failed, whatever the fallback. `unknown` names attributes that the item lacks, as
-    when an older version of the contract wrote it; they have their cold-start values.
+    pipeline was behind, by its canary, at most 5 s before the read; None if unknown: there is no canary,
+    or its time is ahead of the clock. `fresh`: whether that is within `max_staleness_seconds`; None if
+    unknown. `error` is set if the domain failed, whatever the fallback. `unknown` names attributes that
+    the item lacks, for example because an older version of the contract wrote it; they have their
+    cold-start values.
     """
 
     state: State
@@ -71,11 +72,12 @@ class Profile:
 
     A domain is used as `profile.progress.lessons_7d`, and raises as `domain` does; how it was answered is in
     `profile.reads["progress"]`. The id is `profile.id`, and also has the name of the entity's
-    key (`profile.learner_id`).
+    key (`profile.learner_id`); of a composite key it is a tuple, and each part has the name of its column.
     """
 
     entity: ClassVar[str] = ""
-    key: ClassVar[str] = "id"
+    # The name of the key column, of a composite key those of all its columns.
+    key: ClassVar[str | tuple[str, ...]] = "id"
     # Classes of the domains; those of a generated client, or made from the contract.
     classes: ClassVar[Mapping[str, type[Any]]] = {}
 
@@ -84,30 +86,30 @@ class Profile:
     reads: Mapping[str, DomainRead]
 
     def __getattr__(self, name: str) -> Any:
-        # Only for what is no attribute: domains are properties of the class that the client makes.
+        # Only called for missing attributes, because domains are properties of the class that the client
+        # creates.
         known = ", ".join(self.classes)
         raise AttributeError(f"a {self.entity or 'profile'} has no domain {excerpt(name)}: it has {known}")
 
     @property
     def failure(self) -> PrefsError | None:
-        """Why no domain at all arrived; None where at least one did."""
+        """The error if no domain arrived, None if at least one did."""
         return None if self.values else next(read.error for read in self.reads.values())
 
     @property
     def partial(self) -> bool:
-        """Whether a domain that was asked for did not arrive; true with cold-start values in its place,
-        too."""
+        """Whether a requested domain did not arrive, even if cold-start values replace it."""
         return any(read.error is not None for read in self.reads.values())
 
     @property
     def cold_start(self) -> bool:
-        """Whether nothing is known of the id in any domain that was asked for."""
+        """Whether the id has no data in any requested domain."""
         return all(read.state == "cold_start" for read in self.reads.values())
 
     def domain(self, name: str) -> Any:
-        """The values of one domain.
+        """Return the values of one domain.
 
-        Raises the domain's own error where it failed, ProfileError where it was not asked for.
+        Raises the domain's own error if it failed, ProfileError if it was not requested.
         """
         value = self.values.get(name)
         if value is not None:
@@ -118,7 +120,7 @@ class Profile:
         raise read.error
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON: per domain its attributes and how it was answered."""
+        """Return plain values for JSON: each domain's attributes and the outcome of its read."""
         answer: dict[str, Any] = {}
         for name, read in self.reads.items():
             value = self.values.get(name)
@@ -131,12 +133,13 @@ class Profile:
                 "error": None if read.error is None else str(read.error),
                 "unknown": list(read.unknown),
             }
-        return {self.key: self.id, "partial": self.partial, "domains": answer}
+        ids = {self.key: self.id} if isinstance(self.key, str) else dict(zip(self.key, self.id, strict=True))
+        return {**ids, "partial": self.partial, "domains": answer}
 
 
 @dataclass(frozen=True, slots=True)
 class _Served:
-    """What the client prepared for one domain."""
+    """The parts that the client prepared for one domain."""
 
     domain: Domain
     make: Callable[..., Any]
@@ -145,22 +148,22 @@ class _Served:
 
 
 class ProfileClient:
-    """Reads the profiles of one entity; made once, used from many threads.
+    """Reads the profiles of one entity. Create it once and use it from many threads.
 
-    `registry` is what the project declares: the path of its `registry.json` or of its folder, the file's decoded JSON,
-    or a Registry. `entity` may be left out where it is the only one, or the first, that has a table.
+    `registry` is the project's declarations: the path of its `registry.json` or of its folder, the file's
+    decoded JSON, or a Registry. `entity` may be omitted for the only, or the first, entity that has a table.
 
-    One domain is one GetItem, two are two side by side, more are one BatchGetItem. `transport="lean"` signs
-    and sends requests on its own kept-alive connections; `"boto3"` is the slower fallback, for proxies.
+    One domain is one GetItem, two are two concurrent ones, more are one BatchGetItem. `transport="lean"`
+    signs and sends requests on its own kept-alive connections; `"boto3"` is the slower fallback, for proxies.
 
-    `budget_seconds` bounds every call, retries included; `read_timeout_seconds` one attempt. When the
-    budget is spent, `fallback="partial"` leaves out what did not arrive (using it raises its error),
-    `"cold_start"` puts cold-start values there; `profile.partial` is true with both. Both also serve a
-    domain whose item is not as the contract says. Errors that no retry heals (credentials, a missing table)
-    raise ReadError. Raises RegistryError for a registry that cannot be read, ProfileError for impossible arguments.
+    `budget_seconds` bounds every call, retries included; `read_timeout_seconds` one attempt. When the budget
+    is spent, `fallback="partial"` omits what did not arrive (using it raises its error), `"cold_start"` puts
+    cold-start values there; `profile.partial` is true with both. Both fallbacks also apply to a domain whose
+    item violates the contract. Errors that no retry resolves (credentials, a missing table) raise ReadError.
+    Raises RegistryError for a registry that cannot be read, ProfileError for invalid arguments.
     """
 
-    # The class of the profiles; a generated client has its own.
+    # The class of the profiles; a generated client sets its own.
     profile_class: ClassVar[type[Profile] | None] = None
 
     def __init__(
@@ -185,7 +188,7 @@ class ProfileClient:
         self.contract = self.registry.contract
         generated = self.profile_class
         self.entity = served_entity(self.registry, entity or (generated.entity if generated else None))
-        self._key = self.entity.key
+        self._keys = self.entity.keys
         self.domains = self.contract.domains_of(self.entity.name)
         self._make = generated or _profile_class(self.entity, self.domains)
         if generated is not None:
@@ -195,7 +198,7 @@ class ProfileClient:
             for domain in self.domains
         }
         table = self.contract.tables[self.entity.name]
-        self._canary = canary_of(self._key)
+        self._canary = canary_id(self.registry, self.entity)
         self._all = tuple(self._served)
         self._given = {given: domain.name for domain in self.domains for given in (domain.name, domain.key)}
         self._consistent = consistent
@@ -248,13 +251,15 @@ class ProfileClient:
         fallback: Fallback | None = None,
         started_at: float | None = None,
     ) -> Profile:
-        """The profile of one id; `domains` are names or keys of the contract, all by default.
+        """Read the profile of one id; `domains` are names or keys of the contract, all by default.
+
+        The id of an entity with a composite key is a tuple of its parts: `client.get((learner, course))`.
 
         `max_staleness_seconds` tightens the contract's promise for `fresh`; it never loosens it. An id
         without an item gets that domain's cold-start values. The budget runs from `started_at` (of
         time.monotonic()), for a caller who waited before this call; from now where None.
 
-        Raises ProfileError or ContractError for impossible arguments, ReadError as the class says.
+        Raises ProfileError or ContractError for invalid arguments, ReadError as described for the class.
         """
         deadline = _started(started_at) + self._checked_budget(budget_seconds, self._budget)
         checked = self._id(id_)
@@ -272,10 +277,10 @@ class ProfileClient:
         fallback: Fallback | None = None,
         started_at: float | None = None,
     ) -> Mapping[Any, Profile]:
-        """The profiles of up to 10,000 ids, in the order asked; a repeated id is read once.
+        """Read the profiles of up to 10,000 ids, in the requested order; a repeated id is read once.
 
-        Read in chunks of 100 keys, side by side. The default budget is the client's, times the rounds that
-        the chunks need. Otherwise as `get`.
+        Reads chunks of 100 keys concurrently. The default budget is the client's, times the number of rounds
+        that the chunks need. Otherwise like `get`.
         """
         checked = list(dict.fromkeys(map(self._id, ids)))
         if not checked:
@@ -287,7 +292,7 @@ class ProfileClient:
         return self._read(checked, domains, consistent, deadline, max_staleness_seconds, fallback)
 
     def default_budget_seconds(self, ids: int, domains: Sequence[str] | None = None) -> float:
-        """Return what `get_many` takes for its budget when it is given none, in seconds."""
+        """Return the default budget of `get_many`, in seconds."""
         keys = ids * len(domains or self._all)
         rounds = max(1, -(-keys // (BATCH_KEYS * self._side_by_side)))
         return self._budget * rounds
@@ -297,7 +302,7 @@ class ProfileClient:
 
     def _read(
         self,
-        ids: list[int | str],
+        ids: list[Id],
         domains: Sequence[str] | None,
         consistent: bool | None,
         deadline: float,
@@ -329,7 +334,7 @@ class ProfileClient:
 
     def _profile(
         self,
-        id_: int | str,
+        id_: Id,
         served: list[_Served],
         found: dict[Key, Found],
         limits: dict[str, float],
@@ -372,15 +377,17 @@ class ProfileClient:
             )
         return self._make(id_, values, reads)
 
-    def _id(self, given: object) -> int | str:
+    def _id(self, given: Any) -> Id:
+        parts = (given,) if len(self._keys) == 1 else given if isinstance(given, tuple) else ()
         # In Python an id has its type, so that no key of an answer is another than was asked for.
-        if isinstance(given, str) == (self._key.type == "bigint") and not isinstance(given, UUID):
-            raise ProfileError(
-                f"{self._key.name} must be a {'64-bit integer' if self._key.type == 'bigint' else 'text'}, "
-                f"not {excerpt(given)}"
-            )
+        for key, part in zip(self._keys, parts, strict=False):
+            if isinstance(part, str) == (key.type == "bigint") and not isinstance(part, UUID):
+                raise ProfileError(
+                    f"{key.name} must be a {'64-bit integer' if key.type == 'bigint' else 'text'}, "
+                    f"not {excerpt(part)}"
+                )
         try:
-            return read_key(self._key, given)
+            return read_id(self._keys, given)
         except BadId as error:
             raise ProfileError(str(error)) from None
 
@@ -447,7 +454,7 @@ class ClientOptions(TypedDict, total=False):
 
 
 class ReadOptions(TypedDict, total=False):
-    """The arguments of one read that have the client's as their default."""
+    """The arguments of one read that default to the client's."""
 
     consistent: bool | None
     budget_seconds: float | None
@@ -457,13 +464,13 @@ class ReadOptions(TypedDict, total=False):
 
 
 class AsyncProfileClient:
-    """ProfileClient for asyncio: the same arguments, calls and answers, awaited.
+    """ProfileClient for asyncio: the same arguments, calls and results, awaited.
 
-    `threads` reads run at a time, beneath; the event loop is never held up. Waiting for a thread is part of
-    a read's budget.
+    Up to `threads` reads run at a time on threads, without blocking the event loop. Waiting for a thread
+    counts towards a read's budget.
     """
 
-    # A generated client has its own.
+    # A generated client sets its own.
     client_class: ClassVar[type[ProfileClient]] = ProfileClient
 
     def __init__(
@@ -477,13 +484,18 @@ class AsyncProfileClient:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="profile-client")
 
     @property
+    def registry(self) -> Registry:
+        """What the project declares."""
+        return self._client.registry
+
+    @property
     def contract(self) -> Contract:
-        """The contract that answers are read by."""
+        """The contract by which items are interpreted."""
         return self._client.contract
 
     @property
     def entity(self) -> Entity:
-        """Whose profiles it reads."""
+        """The entity of the profiles."""
         return self._client.entity
 
     @property
@@ -492,7 +504,7 @@ class AsyncProfileClient:
         return self._client.domains
 
     def default_budget_seconds(self, ids: int, domains: Sequence[str] | None = None) -> float:
-        """As `ProfileClient.default_budget_seconds`."""
+        """Return the same as `ProfileClient.default_budget_seconds`."""
         return self._client.default_budget_seconds(ids, domains)
 
     async def __aenter__(self) -> Self:
@@ -502,18 +514,18 @@ class AsyncProfileClient:
         await self.close()
 
     async def close(self) -> None:
-        """Let running reads end, then close the connections."""
+        """Wait until running reads finish, then close the connections."""
         await asyncio.get_running_loop().run_in_executor(None, self._threads.shutdown)
         self._client.close()
 
     async def warm(self, connections: int = 2) -> None:
-        """As `ProfileClient.warm`."""
+        """Await `ProfileClient.warm`."""
         await self._run(partial(self._client.warm, connections))
 
     async def get(
         self, id_: Any, /, domains: Sequence[str] | None = None, **options: Unpack[ReadOptions]
     ) -> Profile:
-        """As `ProfileClient.get`."""
+        """Await `ProfileClient.get`."""
         options.setdefault("started_at", time.monotonic())
         return await self._run(partial(self._client.get, id_, domains, **options))
 
@@ -524,7 +536,7 @@ class AsyncProfileClient:
         domains: Sequence[str] | None = None,
         **options: Unpack[ReadOptions],
     ) -> Mapping[Any, Profile]:
-        """As `ProfileClient.get_many`."""
+        """Await `ProfileClient.get_many`."""
         options.setdefault("started_at", time.monotonic())
         return await self._run(partial(self._client.get_many, list(ids), domains, **options))
 
@@ -533,9 +545,9 @@ class AsyncProfileClient:
 
 
 def served_entity(registry: Registry, name: str | None) -> Entity:
-    """The entity of that name, which must have a table; without a name the first that has one.
+    """Return the entity of that name, which must have a table, or else the first one that has a table.
 
-    Raises ProfileError naming those that have one.
+    Raises ProfileError naming the entities that have one.
     """
     served = tuple(registry.contract.tables)
     if name is None:
@@ -546,22 +558,29 @@ def served_entity(registry: Registry, name: str | None) -> Entity:
 
 
 def _profile_class(entity: Entity, domains: Sequence[Domain]) -> type[Profile]:
-    return _made_profile_class(entity.name, entity.key.name, tuple(map(domain_shape, domains)))
+    return _made_profile_class(entity.name, profile_key(entity), tuple(map(domain_shape, domains)))
+
+
+def profile_key(entity: Entity) -> str | tuple[str, ...]:
+    """What `Profile.key` is for an entity."""
+    return entity.key.name if len(entity.keys) == 1 else entity.key_names
 
 
 @cache
-def _made_profile_class(entity: str, key: str, shapes: tuple[DomainShape, ...]) -> type[Profile]:
+def _made_profile_class(
+    entity: str, key: str | tuple[str, ...], shapes: tuple[DomainShape, ...]
+) -> type[Profile]:
     """One class for the same entity and domains, so that profiles of two clients compare equal."""
     domains = {shape.name: property(_reader(shape.name)) for shape in shapes}
     # A key column of such a name, e.g. `id`, has no second name in a profile.
-    alias = {} if key in PROFILE_NAMES else {key: property(lambda self: self.id)}
+    alias = {name: property(_part_of_id(place)) for name, place in key_places(key)}
     return type(
         class_name(entity),
         (Profile,),
         {
             "__slots__": (),
             "__doc__": f"One {entity}'s domains: {', '.join(domains)}.",
-            # The class is no attribute of a module, where pickle looks for it.
+            # pickle would look for the class in a module, which does not contain it.
             "__reduce__": lambda self: (_unpickled, (entity, key, shapes, self.id, self.values, self.reads)),
             **alias,
             "entity": entity,
@@ -572,7 +591,19 @@ def _made_profile_class(entity: str, key: str, shapes: tuple[DomainShape, ...]) 
     )
 
 
-def _unpickled(entity: str, key: str, shapes: tuple[DomainShape, ...], *held: Any) -> Profile:
+def key_places(key: str | tuple[str, ...]) -> list[tuple[str, int | None]]:
+    """The key columns that a profile has as properties, and the place of each in a composite id."""
+    places = [(key, None)] if isinstance(key, str) else [(name, place) for place, name in enumerate(key)]
+    return [(name, place) for name, place in places if name not in PROFILE_NAMES]
+
+
+def _part_of_id(place: int | None) -> Callable[[Profile], Any]:
+    return lambda profile: profile.id if place is None else profile.id[place]
+
+
+def _unpickled(
+    entity: str, key: str | tuple[str, ...], shapes: tuple[DomainShape, ...], *held: Any
+) -> Profile:
     return _made_profile_class(entity, key, shapes)(*held)
 
 
@@ -581,10 +612,10 @@ def _reader(domain: str) -> Callable[[Profile], Any]:
 
 
 def _check_generated(made: type[Profile], entity: Entity, domains: Sequence[Domain]) -> None:
-    """Raise ProfileError where a generated class is not of this registry."""
+    """Raise ProfileError if a generated class does not match this registry."""
     names = [domain.name for domain in domains]
     if (
-        (made.entity, made.key) != (entity.name, entity.key.name)
+        (made.entity, made.key) != (entity.name, profile_key(entity))
         or list(made.classes) != names
         or not all(same_attributes(made.classes[domain.name], domain) for domain in domains)
     ):

@@ -1,6 +1,6 @@
 """The feature server: profiles and rankings over HTTP, for services that are not written in Python.
 
-Answers are JSON. Decimals are strings of digits, because most readers of JSON numbers round them to
+Responses are JSON. Decimals are strings of digits, because most parsers of JSON numbers round them to
 doubles; integers are numbers, times are ISO 8601 in UTC. An error is `{"error": {"code", "message"}}` with
 the sentence that the Python clients raise.
 """
@@ -19,6 +19,7 @@ from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Protocol
+from urllib.parse import unquote
 
 import uvicorn
 from starlette.applications import Starlette
@@ -28,10 +29,11 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from dagster_prefs.declarations.reserved import PREFIX, canary_of, spare_of
+from dagster_prefs.declarations.reserved import PREFIX, canary_id, spare_of
 from dagster_prefs.dynamodb.reader import BATCH_FROM
 from dagster_prefs.dynamodb.transport import ReadError
 from dagster_prefs.errors import PrefsError
+from dagster_prefs.ids import Id
 from dagster_prefs.serving.catalogue import CatalogueRanker
 from dagster_prefs.serving.connections import (
     ENDS,
@@ -56,29 +58,30 @@ from dagster_prefs.serving.wire import (
     Arguments,
     BudgetSpent,
     Metrics,
+    RequestError,
     answer_error,
     answer_fault,
     answer_http_error,
     encode,
     ids_name,
     json_answer,
-    read_id,
+    wire_id,
 )
 
-# Makes what is to be encoded.
+# A function that returns what is to be encoded.
 Content = Callable[[], Any]
 
 logger = logging.getLogger(__name__)
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-# Python's own 5 ms, times the threads, would be most of the time that /healthz may take.
+# Python's default of 5 ms, times the number of threads, would use up most of the time allowed for /healthz.
 SWITCH_SECONDS = 0.0005
-# Of nobody: what a request for a profile does is tried with it.
+# A reserved id without data, for which the readiness check makes the reads of a profile request.
 READINESS_USER = f"{PREFIX}readiness"
-# Encoding a profile takes some 20 µs; this share of a budget at most is kept back for it.
+# Encoding a profile takes some 20 µs; at most this share of a budget is reserved for it.
 ENCODE_SECONDS_PER_PROFILE = 50e-6
 ENCODE_SHARE = 0.25
-# So many ids whose items cannot be read, one after the other, are no damage to single items.
+# This many unreadable items in a row are not damage to single items.
 UNREADABLE_IN_A_ROW = 3
 READ_ARGUMENTS = ("domains", "budget_ms", "fallback", "consistent", "max_staleness_seconds")
 
@@ -89,9 +92,11 @@ class ServerError(PrefsError):
 
 @dataclass(frozen=True)
 class Load:
-    """How much at a time: `budget_seconds` bounds every answer, the wait for a thread and its encoding included,
-    unless the request asks for another with `budget_ms`; that of profiles is their client's. Beyond
-    `max_in_flight` requests the answer is 503 at once. `threads` reads of the engine run at a time.
+    """The limits of concurrent work.
+
+    `budget_seconds` bounds every response, including the wait for a thread and its encoding, unless the
+    request sets `budget_ms`; profiles have their client's budget. Beyond `max_in_flight` requests the server
+    responds with 503 at once. `threads` is the number of concurrent reads of the engine.
     """
 
     budget_seconds: float = 1.0
@@ -108,13 +113,13 @@ def make_app(
     allowed_hosts: Sequence[str] = (),
     clock: Callable[[], datetime] = lambda: datetime.now(UTC),
 ) -> Starlette:
-    """The server's app over the clients it is given, and closes; without one its routes are absent.
+    """Build the server's app over the given clients, which it closes; without a client its routes are absent.
 
     The profiles of the first entity are at /v1/profiles, those of each other one at /v1/<entity>/profiles.
 
-    Rankings come from a catalogue in memory that is brought up to date every `catalogue_refresh_seconds`, or are
-    computed in SQL where that is None. `allowed_hosts` are names by which the server may be called besides
-    localhost and addresses. `clock` gives now for sessions, in UTC.
+    Rankings come from a catalogue in memory, which is refreshed every `catalogue_refresh_seconds`, or are
+    computed in SQL if that is None. `allowed_hosts` are names by which the server may be called besides
+    localhost and IP addresses. `clock` returns the time for sessions, in UTC.
     """
     metrics = Metrics()
     parts: list[_Part] = []
@@ -132,9 +137,9 @@ def make_app(
         return {part.name: problem for part, problem in zip(parts, problems, strict=True) if problem}
 
     async def ready(_: Request) -> Response:
-        """Whether requests can be answered, part by part; 503 where one cannot."""
+        """Report for each part whether it can answer requests; 503 if one cannot."""
         nonlocal looking
-        # Whoever asks meanwhile is told the same: asking often must not cost the stores.
+        # Concurrent requests share one check, so that frequent ones do not load the stores.
         if looking is None or looking.done():
             looking = asyncio.create_task(look())
         problems = dict(await asyncio.shield(looking))
@@ -152,8 +157,7 @@ def make_app(
                 (f"connections_{end}_total", "counter", f"Connections that {told}.", connections.ended[end])
                 for end, told in ENDS.items()
             ]
-        text = "".join(f"{line}\n" for line in metrics.lines(gauges))
-        return PlainTextResponse(text, headers={"content-type": METRICS_TYPE})
+        return PlainTextResponse(metrics.text(gauges), headers={"content-type": METRICS_TYPE})
 
     @asynccontextmanager
     async def life(_: Starlette) -> AsyncIterator[None]:
@@ -190,7 +194,7 @@ def make_app(
 
 
 def make_server(app: Starlette, limits: ConnectionLimits, *, drain_seconds: int = 10) -> uvicorn.Server:
-    """The app on uvicorn, with connections that end when a client does not do its part within the limits."""
+    """Run the app on uvicorn, with connections that end when a client exceeds the limits."""
     connections = app.state.connections = Connections(limits)
     return uvicorn.Server(
         uvicorn.Config(
@@ -198,14 +202,14 @@ def make_server(app: Starlette, limits: ConnectionLimits, *, drain_seconds: int 
             http=partial(LimitedProtocol, connections=connections),  # type: ignore[arg-type] # makes protocols too
             lifespan="on",
             ws="none",
-            # Paths hold the ids of people.
+            # Request paths contain ids of people.
             access_log=False,
-            # Its warnings are about requests that are no HTTP, a line for each.
+            # uvicorn would log a warning for every request that is not HTTP.
             log_level="error",
             server_header=False,
             proxy_headers=False,
             timeout_graceful_shutdown=drain_seconds,
-            # So many connections are taken at once before one is looked at.
+            # The number of connections accepted at once before the first one is handled.
             backlog=128,
         )
     )
@@ -220,9 +224,10 @@ def serve(
     drain_seconds: int = 10,
     started: Callable[[str], None] | None = None,
 ) -> None:
-    """Serve until SIGINT or SIGTERM; requests in flight are answered first, for `drain_seconds` at most.
+    """Serve until SIGINT or SIGTERM; then answer the requests in flight, for at most `drain_seconds`.
 
-    Port 0 takes a free one; `started` is given the URL. Raises ServerError where the address is not free.
+    Port 0 selects a free one; `started` is called with the URL. Raises ServerError if the address is in
+    use.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
@@ -233,7 +238,7 @@ def serve(
         ) from None
     name = f"[{host}]" if ":" in host else host
     limits = replace(limits, connections=raise_file_limit(limits.connections))
-    # The loop waits its turn behind every thread that reads or encodes, as long as this for each of them.
+    # The event loop may wait this long for each thread that reads or encodes.
     sys.setswitchinterval(SWITCH_SECONDS)
     with listener:
         if started is not None:
@@ -242,20 +247,20 @@ def serve(
 
 
 class _Part(Protocol):
-    """Routes that stand on one client."""
+    """The routes that use one client."""
 
     name: str
 
     def routes(self) -> list[Route]: ...
 
     async def start(self, stack: AsyncExitStack) -> None:
-        """Make ready to serve; what is to be ended goes on the stack."""
+        """Prepare to serve; registers what has to be closed on the stack."""
 
     async def check(self) -> None:
-        """Raises why requests cannot be answered."""
+        """Raise an error if requests cannot be answered."""
 
     def gauges(self) -> list[tuple[str, str, str, float]]:
-        """Name, kind, help and value of metrics of its own."""
+        """Return name, kind, help and value of its own metrics."""
 
 
 class _Profiles:
@@ -264,10 +269,11 @@ class _Profiles:
     def __init__(self, client: AsyncProfileClient, metrics: Metrics, entity: str) -> None:
         self.name = f"{entity} profiles" if entity else "profiles"
         self._path = profiles_path(entity)
-        self._key = client.entity.key
+        self._entity = client.entity
+        self._keys = client.entity.keys
         self._client = client
         # By domain, ids whose item could not be read, since the last one that could.
-        self._unreadable: dict[str, dict[int | str, None]] = {}
+        self._unreadable: dict[str, dict[Id, None]] = {}
         self._metrics = metrics
         self._encoders = ThreadPoolExecutor(2, thread_name_prefix="encode")
 
@@ -275,8 +281,21 @@ class _Profiles:
         return [
             Route(self._path, self._many, methods=["POST"]),
             # A text may hold a slash.
-            Route(f"{self._path}/{{{self._key.name}:path}}", self._one),
+            Route(f"{self._path}/{{{'__'.join(self._entity.key_names)}:path}}", self._one),
         ]
+
+    def _asked_id(self, request: Request) -> Id:
+        if len(self._keys) == 1:
+            return wire_id(self._keys, request.path_params[self._keys[0].name])
+        # As it was sent, because a slash within a part is escaped, and one between parts is not.
+        sent = request.scope["raw_path"].decode("ascii", "replace")
+        parts = [unquote(part) for part in sent.partition(f"{self._path}/")[2].split("/")]
+        if len(parts) != len(self._keys):
+            raise RequestError(
+                f"a key has {len(self._keys)} parts, {'/'.join(self._entity.key_names)}, and the path has "
+                f"{len(parts)}: give each, with %2F for a slash within one"
+            )
+        return wire_id(self._keys, parts)
 
     async def start(self, stack: AsyncExitStack) -> None:
         stack.push_async_callback(self._client.close)
@@ -284,12 +303,15 @@ class _Profiles:
         await self._client.warm()
 
     async def check(self) -> None:
-        """Try both requests that reads make of DynamoDB, of which one may be forbidden, and what failed before.
+        """Try both kinds of DynamoDB request, either of which may be forbidden, and repeat failed reads.
 
-        One id's damaged items are nobody else's problem; several ones' in a row are.
+        Damaged items of one id do not make the server unready; those of several ids in a row do.
         """
-        canary, one = canary_of(self._key), [self._client.domains[0].name]
-        spares = [spare_of(self._key, number) for number in range(1, BATCH_FROM)]
+        registry, entity, one = self._client.registry, self._entity, [self._client.domains[0].name]
+        canary = canary_id(registry, entity)
+        spares = [
+            canary_id(registry, entity, spare_of(entity.key, number)) for number in range(1, BATCH_FROM)
+        ]
         many, single = await asyncio.gather(
             self._client.get_many([canary, *spares]), self._client.get(canary, one)
         )
@@ -320,7 +342,7 @@ class _Profiles:
 
     async def _one(self, request: Request) -> Response:
         asked = Arguments.of_query(request, *READ_ARGUMENTS)
-        id_ = read_id(self._key, request.path_params[self._key.name])
+        id_ = self._asked_id(request)
         options = _read_options(asked, request.scope[ARRIVED])
         found = await self._client.get(id_, asked.domains(), **options)
         self._note(found)
@@ -331,8 +353,8 @@ class _Profiles:
 
     async def _many(self, request: Request) -> Response:
         started = request.scope[ARRIVED]
-        asked = await Arguments.of_body(request, ids_name(self._key), *READ_ARGUMENTS)
-        ids, domains, options = asked.ids(self._key), asked.domains(), _read_options(asked, started)
+        asked = await Arguments.of_body(request, ids_name(self._keys), *READ_ARGUMENTS)
+        ids, domains, options = asked.ids(self._keys), asked.domains(), _read_options(asked, started)
         budget = options["budget_seconds"] or self._client.default_budget_seconds(len(ids), domains)
         encoding = min(budget * ENCODE_SHARE, len(ids) * ENCODE_SECONDS_PER_PROFILE)
         options["budget_seconds"] = budget - encoding
@@ -353,7 +375,7 @@ class _Profiles:
 
 
 class _Users:
-    """Preference profiles and rankings from the engine."""
+    """Shop user profiles and rankings from the engine."""
 
     name = "preferences"
 
@@ -375,7 +397,7 @@ class _Users:
         self._keeping: asyncio.Task[None] | None = None
 
     def routes(self) -> list[Route]:
-        # A user id may hold a slash.
+        # A user id may contain a slash.
         return [
             Route("/v1/users/{user_id:path}/profile", self._profile),
             Route("/v1/users/{user_id:path}/ranking", self._ranking),
@@ -395,7 +417,7 @@ class _Users:
 
     async def check(self) -> None:
         if self._keeping is not None and self._keeping.done():
-            # It only ends by a fault, which must not stay unseen.
+            # The task only ends by an error, which must be reported.
             self._keeping.result()
         await _in_time(self._threads, self._try, time.monotonic(), self._budget)
         if self._ranker is not None and self._refreshed_at is None:
@@ -412,7 +434,7 @@ class _Users:
         ]
 
     def _try(self) -> Content:
-        """Read what requests read; raises as they do."""
+        """Make the reads of a request. Raises like them."""
         self._client.get_user_profile(READINESS_USER, now=self._clock(), limit=1)
         if self._ranker is None:
             self._client.check_items()
@@ -469,7 +491,7 @@ class _Users:
         return json_answer(await _in_time(self._threads, read, request.scope[ARRIVED], budget))
 
     async def _keep_catalogue(self, ranker: CatalogueRanker, every_seconds: float) -> None:
-        """Bring the catalogue up to date for ever; the old one serves while that fails."""
+        """Refresh the catalogue forever; the old one is used while refreshes fail."""
         while True:
             try:
                 report = await asyncio.get_running_loop().run_in_executor(None, ranker.refresh)
@@ -481,12 +503,12 @@ class _Users:
 
 
 async def _in_time(threads: Executor, read: Callable[[], Content], started: float, budget: float) -> bytes:
-    """Read and encode on a thread; raises BudgetSpent when that is not done `budget` seconds after `started`."""
+    """Read and encode on a thread. Raises BudgetSpent once `budget` seconds have passed since `started`."""
     deadline = started + budget
 
     def checked() -> None:
         if time.monotonic() >= deadline:
-            # Its caller has been answered already.
+            # The caller has already got its response.
             raise BudgetSpent("the budget was spent before the thread came to it")
 
     def work() -> bytes:
@@ -506,7 +528,7 @@ async def _in_time(threads: Executor, read: Callable[[], Content], started: floa
 
 
 def _fields(found: Any) -> dict[str, Any]:
-    """The fields of a dataclass, whose own dataclasses `encode` takes as they are."""
+    """Return the fields of a dataclass; `encode` accepts nested dataclasses as they are."""
     return {field.name: getattr(found, field.name) for field in fields(found)}
 
 

@@ -1,8 +1,8 @@
-"""Why a served number is what it is: the tiles and latest events behind it, and the number computed from them again.
+"""The explanation of a served value: its tiles and latest events, and the value recomputed from them.
 
-Computed again means the rolling view's own query, as the registry has it, over the engine's tiles of that one key as
-they are now: a view, a publisher or a table that has fallen behind or was written by somebody else shows. Whether the
-query says what it should is for the tests of the models.
+The recomputation runs the rolling view's own query from the registry over the current tiles of that one key
+in the engine, so it reveals a view, publisher or table that lags behind or was written by another process.
+Whether the query itself is right is checked by the tests of the models.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ import psycopg
 from psycopg import sql
 
 from dagster_prefs.declarations.contract import Domain
-from dagster_prefs.declarations.registry import Key, Registry, TopicDeclaration
+from dagster_prefs.declarations.registry import Registry, TopicDeclaration
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError
+from dagster_prefs.ids import Id, id_parts
 from dagster_prefs.serving.preferences import checked_now
 from dagster_prefs.serving.profiles import ProfileClient
 
 if TYPE_CHECKING:
     from sqlglot import exp
 
-# Per topic.
+# The number of events per topic.
 LATEST_EVENTS = 10
-# Of a tile that no window ends; a window's tiles are all shown.
+# The limit for a tile without a window; all tiles of a window are shown.
 MAX_TILES = 1_000
 
 Rows = tuple[dict[str, Any], ...]
@@ -38,21 +39,21 @@ _DAYS = re.compile(r"([0-9]+) days?", re.IGNORECASE)
 
 
 class WhyError(PrefsError):
-    """The attribute is unknown, or what is behind it cannot be read."""
+    """The attribute is unknown, or its data cannot be read."""
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """One attribute of one id, as served and as computed again from its tiles.
+    """One attribute of one id, as served and as recomputed from its tiles.
 
-    `online` is the served value, None where there is no item or the value is NULL; `online_error` says why it could
-    not be read. `in_view` says whether the id is in the window at all: if not, no item should exist. `window_days` and
-    `window_start` are None for an attribute without a window. `tiles` and `events` have the rows behind it by
-    relation, newest first.
+    `online` is the served value, None if there is no item or the value is NULL; `online_error` says why it
+    could not be read. `in_view` says whether the rolling view has a row for the id: if not, no item should
+    exist. `window_days` and `window_start` are None for an attribute without a window. `tiles` and `events`
+    hold the source rows by relation, newest first.
     """
 
     entity: str
-    id: int | str
+    id: Id
     domain: str
     attribute: str
     window_start: date | None
@@ -67,26 +68,26 @@ class Explanation:
     events: Mapping[str, Rows]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return the explanation as plain values, for JSON."""
         return dict(self.__dict__)
 
 
 def explain_attribute(
     engine: EngineConfiguration,
     profiles: ProfileClient,
-    id_: int | str,
+    id_: Id,
     attribute: str,
     *,
     now: datetime | None = None,
     expiry_spread_seconds: int = 0,
 ) -> Explanation:
-    """Set a served attribute beside the same number computed from the engine's tiles at `now` (UTC).
+    """Compare a served attribute with its value recomputed from the engine's tiles at `now` (UTC).
 
     `attribute` is a name of the contract (`lessons_7d`); one that several domains have needs its domain
     (`progress.last_event_at`). `expiry_spread_seconds` is the platform's setting.
 
-    Raises WhyError for an unknown or ambiguous attribute, a registry without the view's query and relations that are
-    missing; the errors of ProfileClient for an id that is none or a table that cannot be read.
+    Raises WhyError for an unknown or ambiguous attribute, a registry without the view's query and relations
+    that are missing; the errors of ProfileClient for an invalid id or a table that cannot be read.
     """
     moment = checked_now(now)
     domain, name = _resolve(profiles, attribute)
@@ -96,7 +97,7 @@ def explain_attribute(
     online = getattr(profile.domain(domain.name), name) if read.state == "found" else None
     days = query.window_days(name)
     with engine.connect() as connection:
-        look = _Look(connection, engine, query.key, profile.id)
+        look = _Look(connection, engine, query.parts(profile.id))
         try:
             clock = moment - timedelta(seconds=look.spread(expiry_spread_seconds))
             start = None if days is None else clock.astimezone(UTC).date() - timedelta(days=days)
@@ -120,7 +121,7 @@ def explain_attribute(
         online_error=None if read.error is None else str(read.error),
         recomputed=recomputed,
         in_view=in_view,
-        # An item exists exactly while the view has a row, whatever the attribute's own window.
+        # An item exists if and only if the view has a row, whatever the attribute's own window.
         equal=online == recomputed and (read.state == "found") == in_view,
         tiles=tiles,
         events=events,
@@ -143,7 +144,7 @@ def _resolve(profiles: ProfileClient, attribute: str) -> tuple[Domain, str]:
 
 
 class _Query:
-    """The query of a domain's rolling view, and what it reads."""
+    """The query of a domain's rolling view, and the relations that it reads."""
 
     def __init__(self, registry: Registry, domain: Domain) -> None:
         import sqlglot
@@ -154,25 +155,33 @@ class _Query:
             raise WhyError(f"the registry has no query of {domain.relation}: run `prefs generate`")
         entity = registry.entity(domain.entity)
         self.registry = registry
-        self.key = entity.key
+        self.keys = entity.keys
         self.tree: exp.Expr = sqlglot.parse_one(text, dialect="risingwave")
         read = {table.name for table in self.tree.find_all(exp.Table)}
         self.tiles = [name for name in registry.tiles if name in read]
-        # Which topics a tile counts is nowhere declared: those of the entity, and what the view reads itself.
+        # Which topics a tile counts is nowhere declared: those of the first key, and what the view reads itself.
+        family = {one.name for one in registry.family(entity.name)}
         self.topics = [
             topic
             for topic in registry.topics.values()
-            if topic.time is not None and (topic.entity == entity.name or topic.relation in read)
-            if self.key.name in topic.by_name
+            if topic.time is not None and (topic.entity in family or topic.relation in read)
+            if entity.key.name in topic.by_name
         ]
 
-    def has_key(self, relation: str) -> bool:
-        """Whether a relation that the query reads has the entity's key column."""
+    def parts(self, id_: Id) -> dict[str, int | str]:
+        """Key column → its value in an id."""
+        return {key.name: value for key, value in zip(self.keys, id_parts(id_), strict=True)}
+
+    def keys_of(self, relation: str) -> list[str]:
+        """The entity's key columns that a relation has which the query reads."""
         tile = self.registry.tiles.get(relation)
-        return self.key.name in tile.key if tile else relation in {topic.relation for topic in self.topics}
+        columns = [*tile.key] if tile else []
+        for topic in self.topics:
+            columns += topic.by_name if topic.relation == relation else ()
+        return [key.name for key in self.keys if key.name in columns]
 
     def window_days(self, attribute: str) -> int | None:
-        """The days of the window that an attribute is computed over; the longest of several, None without one."""
+        """Return the days of the attribute's window, the longest one of several, None if it has none."""
         from sqlglot import exp
         from sqlglot.lineage import lineage
 
@@ -181,7 +190,7 @@ class _Query:
             topic.relation: dict.fromkeys(topic.by_name, "text") for topic in self.registry.topics.values()
         }
         days = [
-            # A tile is in the window until the day after its last one has ended.
+            # A tile stays in the window until the end of the day after its last one.
             int(found[1]) - 1
             for node in lineage(attribute, self.tree.copy(), schema=schema, dialect="risingwave").walk()
             if isinstance(node.source, exp.Select) and (where := node.source.args.get("where")) is not None
@@ -190,79 +199,87 @@ class _Query:
         ]
         return max(days, default=None)
 
-    def of(self, id_: int | str, attribute: str, schema: str, clock: datetime, dialect: str) -> str:
+    def of(
+        self, parts: Mapping[str, int | str], attribute: str, schema: str, clock: datetime, dialect: str
+    ) -> str:
         """The attribute of one id, asked at another time than now and of that id's rows only."""
         from sqlglot import exp
 
-        wanted = exp.Literal.string(id_) if isinstance(id_, str) else exp.convert(id_)
+        wanted = {
+            name: exp.Literal.string(value) if isinstance(value, str) else exp.convert(value)
+            for name, value in parts.items()
+        }
         names = {entry.alias for entry in self.tree.find_all(exp.CTE)}
+
+        def those(query: exp.Select, columns: Sequence[str]) -> exp.Select:
+            conditions = [exp.column(name, quoted=True).eq(wanted[name].copy()) for name in columns]
+            return query.where(*conditions)
 
         def ask(node: exp.Expr) -> exp.Expr:
             if isinstance(node, exp.CurrentTimestamp):
                 return exp.cast(exp.Literal.string(clock.isoformat()), "timestamptz")
             if isinstance(node, exp.Table) and node.name not in names:
                 place = exp.table_(node.name, db=schema, quoted=True)
-                if not self.has_key(node.name):
+                columns = self.keys_of(node.name)
+                if not columns:
                     return exp.alias_(place, node.alias_or_name, table=True)
-                rows = (
-                    exp.select("*")
-                    .from_(place)
-                    .where(exp.column(self.key.name, quoted=True).eq(wanted.copy()))
-                )
-                return rows.subquery(node.alias_or_name)
+                return those(exp.select("*").from_(place), columns).subquery(node.alias_or_name)
             return node
 
         asked = self.tree.copy().transform(ask)
-        row = (
-            exp.select(exp.column(attribute, quoted=True))
-            .from_(exp.Subquery(this=asked, alias=exp.to_identifier("v")))
-            .where(exp.column(self.key.name, quoted=True).eq(wanted))
+        row = exp.select(exp.column(attribute, quoted=True)).from_(
+            exp.Subquery(this=asked, alias=exp.to_identifier("v"))
         )
-        return row.sql(dialect)
+        return those(row, list(wanted)).sql(dialect)
 
 
 class _Look:
-    """One id's rows in the engine, over one connection; raises psycopg's errors."""
+    """The rows of one id in the engine, read over one connection. Raises psycopg's errors."""
 
     def __init__(
-        self, connection: psycopg.Connection[Any], engine: EngineConfiguration, key: Key, id_: int | str
+        self, connection: psycopg.Connection[Any], engine: EngineConfiguration, parts: Mapping[str, int | str]
     ) -> None:
         self.connection = connection
         self.engine = engine
-        self.key = sql.Identifier(key.name)
-        self.id = id_
+        self.parts = parts
 
     def spread(self, seconds: int) -> int:
-        """How much later than midnight the id's day begins, in seconds; macro `expiry_spread` is the same rule."""
+        """Return the seconds after midnight at which the id's day begins, like the macro `expiry_spread`."""
         if not seconds:
             return 0
-        if isinstance(self.id, int):
-            return abs(self.id) % seconds
+        first = next(iter(self.parts.values()))
+        if isinstance(first, int):
+            return abs(first) % seconds
         # Macro `row_hash`.
-        digits = hashlib.md5(self.id.encode(), usedforsecurity=False).hexdigest()[:15]
+        digits = hashlib.md5(first.encode(), usedforsecurity=False).hexdigest()[:15]
         return int(digits, 16) % seconds
 
     def row(self, query: _Query, attribute: str, clock: datetime) -> list[tuple[Any, ...]]:
-        """The attribute in the one row that the rolling view has at that time; nothing where it has none."""
+        """Return the attribute of the id's row in the rolling view at that time; empty if it has none."""
         dialect = "postgres" if self.engine.kind == "local" else "risingwave"
-        text = query.of(self.id, attribute, self.engine.schema, clock, dialect)
+        text = query.of(self.parts, attribute, self.engine.schema, clock, dialect)
         return self.connection.execute(text.encode(), prepare=False).fetchall()
 
     def tiles(self, query: _Query, relation: str, start: date | None) -> Rows:
-        """The rows of a tile from a day on, newest first."""
+        """Return the rows of a tile from a day on, newest first."""
         tile = query.registry.tiles[relation]
-        if not query.has_key(relation):
+        if not (keys := query.keys_of(relation)):
             return ()
-        columns = [name for name in tile.columns if name != query.key.name]
-        where = [sql.SQL("{} = {}").format(self.key, sql.Literal(self.id))]
+        columns = [name for name in tile.columns if name not in keys]
+        where = self._where(keys)
         if start is not None:
             where.append(sql.SQL("{} >= {}").format(sql.Identifier(tile.day), sql.Literal(start)))
         return self._rows(relation, columns, where, tile.day, MAX_TILES)
 
+    def _where(self, keys: Sequence[str]) -> list[sql.Composed]:
+        return [
+            sql.SQL("{} = {}").format(sql.Identifier(name), sql.Literal(self.parts[name])) for name in keys
+        ]
+
     def events(self, topic: TopicDeclaration) -> Rows:
-        """The latest events of a topic."""
+        """Return the latest events of a topic."""
         time = topic.time or topic.identity
-        where = [sql.SQL("{} = {}").format(self.key, sql.Literal(self.id))]
+        where = self._where([name for name in self.parts if name in topic.by_name])
         return self._rows(topic.relation, list(topic.by_name), where, time, LATEST_EVENTS)
 
     def _rows(

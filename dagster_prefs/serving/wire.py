@@ -1,4 +1,4 @@
-"""HTTP as the feature server speaks it: arguments, exact answers, errors, counts."""
+"""The HTTP interface of the feature server: arguments, exact responses, errors, counts."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from decimal import Decimal
 from typing import Any, TypeVar
 
 import orjson
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -21,26 +24,28 @@ from dagster_prefs.declarations.registry import Key
 from dagster_prefs.dynamodb.transport import ReadError
 from dagster_prefs.engine.connection import EngineUnavailable
 from dagster_prefs.errors import PrefsError, excerpt
-from dagster_prefs.ids import BadId, read_key
+from dagster_prefs.ids import BadId, Id, read_id
 from dagster_prefs.serving.pool import EngineBusy
 from dagster_prefs.serving.preferences import PreferenceError, PreferencesUnavailable
 from dagster_prefs.serving.profiles import MAX_IDS, ProfileError
 
 T = TypeVar("T")
+# Name, kind (gauge or counter), help and value of a metric.
+Gauge = tuple[str, str, str, float]
 
 logger = logging.getLogger(__name__)
 
-# 10,000 ids of 100 bytes, with room.
+# Enough for 10,000 ids of 100 bytes.
 MAX_BODY_BYTES = 1024 * 1024
 MAX_BUDGET_MS = 30_000
-# Items of a ranking.
+# The number of items in a ranking.
 DEFAULT_LIMIT = 50
-# A number as text, as `dagster_prefs.ids` reads it.
+# A number as text, in the spellings that `dagster_prefs.ids` accepts.
 NUMBER_ID = "[ \\t\\r\\n]*-?[0-9]{1,19}([.]0+)?[ \\t\\r\\n]*"
 LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
-# What a message of an error holds at most, whatever it repeats.
+# The maximum length of an error message, whatever input it quotes.
 MAX_MESSAGE_CHARACTERS = 2_000
-# A name that is longer is no slip of the pen, and comparing it with the known ones takes its square in time.
+# A longer name is not a typo, and the time to compare names grows with the square of their length.
 MAX_NAME_CHARACTERS = 64
 ERRORS = {
     400: "The request asks for something impossible.",
@@ -56,22 +61,22 @@ ERRORS = {
 
 
 class RequestError(PrefsError):
-    """A request asks for something impossible."""
+    """A request has invalid arguments."""
 
 
 class BudgetSpent(PrefsError):
-    """An answer did not come within the request's budget."""
+    """A response was not ready within the request's budget."""
 
 
 class Arguments:
-    """The arguments of a request, from its query or its body; reading one raises RequestError."""
+    """The arguments of a request, from its query or its body. Reading an invalid one raises RequestError."""
 
     def __init__(self, given: Mapping[str, Any]) -> None:
         self._given = given
 
     @classmethod
     def of_query(cls, request: Request, *known: str) -> Arguments:
-        """The query's; raises RequestError for a name that is not known or given twice."""
+        """Parse the query. Raises RequestError for an unknown or repeated name."""
         given = request.query_params
         _check_names(given, known, "parameter")
         for name in given:
@@ -81,10 +86,10 @@ class Arguments:
 
     @classmethod
     async def of_body(cls, request: Request, *known: str) -> Arguments:
-        """Those of a JSON object; raises RequestError for anything else and for names that are not known."""
+        """Parse a body with a JSON object. Raises RequestError for anything else and for unknown names."""
         cls.of_query(request)
         try:
-            # It bounds depth and numbers itself, and reads 1 MiB in a few milliseconds.
+            # orjson limits nesting depth and numbers itself, and parses 1 MiB in a few milliseconds.
             given = orjson.loads(await request.body())
         except orjson.JSONDecodeError:
             raise RequestError("the body is not valid JSON: send a JSON object") from None
@@ -94,21 +99,21 @@ class Arguments:
         return cls(given)
 
     def budget_seconds(self) -> float | None:
-        """budget_ms, in seconds."""
+        """Return budget_ms in seconds."""
         given = self.number("budget_ms")
         if given is not None and not 0 < given <= MAX_BUDGET_MS:
             raise RequestError(f"budget_ms is {given:g}: give milliseconds above 0, at most {MAX_BUDGET_MS}")
         return None if given is None else given / 1000
 
-    def ids(self, key: Key) -> list[int | str]:
-        """The list of ids, which has the key's name in the plural."""
-        name = ids_name(key)
+    def ids(self, keys: Sequence[Key]) -> list[Id]:
+        """The list of ids, which has the key's name in the plural; of a composite key it is `keys`, of objects."""
+        name = ids_name(keys)
         given = self._given.get(name)
         if not isinstance(given, list):
             raise RequestError(f"{name} is missing or no list: give a list of {name}")
         if len(given) > MAX_IDS:
             raise RequestError(f"{len(given)} {name} are more than {MAX_IDS} in one call: split them")
-        return [read_id(key, value) for value in given]
+        return [wire_id(keys, value) for value in given]
 
     def text(self, name: str) -> str | None:
         value = self._given.get(name)
@@ -124,7 +129,7 @@ class Arguments:
             isinstance(value, list) and all(isinstance(name, str) for name in value)
         ):
             raise RequestError(f"domains is {excerpt(value)}: give a list of names")
-        # A name that is given a thousand times must not make a thousand reads of the budget.
+        # Without repetitions, because a name given a thousand times must not cause a thousand reads.
         return None if value is None else list(dict.fromkeys(value))
 
     def flag(self, name: str, default: T) -> bool | T:
@@ -160,7 +165,7 @@ class Arguments:
 
 
 class Metrics:
-    """Counts of the server; only the event loop touches them."""
+    """The server's counts. Only the event loop accesses them."""
 
     def __init__(self) -> None:
         self.in_flight = 0
@@ -177,36 +182,49 @@ class Metrics:
             buckets[number] += seconds <= bound
         self._seconds[route] += seconds  # type: ignore[assignment] # a Counter adds floats as well
 
-    def lines(self, more: Sequence[tuple[str, str, str, float]]) -> Iterator[str]:
-        """Prometheus' text format."""
-        yield from _head("requests_total", "counter", "Answers by route and status.")
+    def text(self, more: Sequence[Gauge]) -> str:
+        """Prometheus' text format of these counts, and of `more`."""
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(_Families(self._families(more)))
+        return generate_latest(registry).decode()
+
+    def _families(self, more: Sequence[Gauge]) -> Iterator[Metric]:
+        answers = CounterMetricFamily(
+            "prefs_server_requests_total", "Answers by route and status.", labels=("route", "status")
+        )
         for (route, status), count in sorted(self._answers.items()):
-            yield f'prefs_server_requests_total{{route="{route}",status="{status}"}} {count}'
-        yield from _head("request_seconds", "histogram", "Time to the answer by route.")
+            answers.add_metric((route, str(status)), count)
+        yield answers
+        times = HistogramMetricFamily(
+            "prefs_server_request_seconds", "Time to the answer by route.", labels=("route",)
+        )
         for route, buckets in sorted(self._buckets.items()):
-            for bound, count in zip((*map(str, LATENCY_BUCKETS), "+Inf"), buckets, strict=True):
-                yield f'prefs_server_request_seconds_bucket{{route="{route}",le="{bound}"}} {count}'
-            yield f'prefs_server_request_seconds_sum{{route="{route}"}} {self._seconds[route]:.6f}'
-            yield f'prefs_server_request_seconds_count{{route="{route}"}} {buckets[-1]}'
-        own = (
+            bounds = zip((*map(str, LATENCY_BUCKETS), "+Inf"), buckets, strict=True)
+            times.add_metric((route,), list(bounds), self._seconds[route])
+        yield times
+        own: tuple[Gauge, ...] = (
             ("in_flight", "gauge", "Requests that are being answered.", self.in_flight),
             ("refused_total", "counter", "Requests that were refused because too many ran.", self.refused),
             ("partial_profiles_total", "counter", "Profiles that lacked a domain.", self.partial),
         )
-        for name, kind, told, value in (*own, *more):
-            yield from _head(name, kind, told)
-            yield f"prefs_server_{name} {value}"
+        for name, kind, help_, value in (*own, *more):
+            family = CounterMetricFamily if kind == "counter" else GaugeMetricFamily
+            yield family(f"prefs_server_{name}", help_, value)
 
 
-def _head(name: str, kind: str, told: str) -> Iterator[str]:
-    yield f"# HELP prefs_server_{name} {told}"
-    yield f"# TYPE prefs_server_{name} {kind}"
+class _Families(Collector):
+    def __init__(self, families: Iterator[Metric]) -> None:
+        self._found = families
+
+    def collect(self) -> Iterator[Metric]:
+        """The families, once."""
+        return self._found
 
 
 def encode(content: Any) -> bytes:
-    """JSON of plain values and dataclasses, with decimals as digits and times in UTC.
+    """Encode plain values and dataclasses as JSON, with decimals as digits and times in UTC.
 
-    It holds the interpreter for about a microsecond a value: a long answer is encoded on a thread.
+    Holds the interpreter for about a microsecond per value, so long responses are encoded on a thread.
     """
     return orjson.dumps(content, default=_digits, option=orjson.OPT_UTC_Z)
 
@@ -218,22 +236,22 @@ def _digits(value: Any) -> str:
 
 
 def json_answer(content: Any, status: int = 200) -> Response:
-    """An answer of content that `encode` takes, or of JSON that was encoded before."""
+    """Return a response with content for `encode`, or with JSON that is already encoded."""
     body = content if isinstance(content, bytes) else encode(content)
     return Response(body, status, {"x-content-type-options": "nosniff"}, "application/json")
 
 
 def error_body(code: str, message: str) -> bytes:
-    """The JSON of an error."""
+    """Return the JSON of an error."""
     if len(message) > MAX_MESSAGE_CHARACTERS:
         message = f"{message[:MAX_MESSAGE_CHARACTERS]}…"
-    # A name in a path or a message of a driver may hold what UTF-8 cannot.
+    # A name in a path or a driver's message may contain characters that UTF-8 cannot encode.
     text = message.encode("utf-8", "backslashreplace").decode()
     return encode({"error": {"code": code, "message": text}})
 
 
 def error_answer(status: int, code: str, message: str) -> Response:
-    """The answer to a request that failed."""
+    """Return the response to a request that failed."""
     answer = json_answer(error_body(code, message), status)
     if status in (503, 504):
         answer.headers["retry-after"] = "1"
@@ -241,7 +259,7 @@ def error_answer(status: int, code: str, message: str) -> Response:
 
 
 def classify(error: PrefsError) -> tuple[int, str]:
-    """The HTTP status and the code of an error: 400 for the caller's, 503 and 504 for what may pass, else 500."""
+    """Return an error's HTTP status and code: 400 for the caller's, 503 and 504 if temporary, else 500."""
     if isinstance(error, ReadError):
         if error.kind == "timeout":
             return 504, "timeout"
@@ -258,7 +276,7 @@ def classify(error: PrefsError) -> tuple[int, str]:
 
 
 async def answer_error(_: Request, error: Exception) -> Response:
-    """The answer to an expected failure."""
+    """Respond to an expected failure."""
     status, code = classify(error) if isinstance(error, PrefsError) else (500, "internal")
     if status == 500:
         logger.error("%s", error)
@@ -266,7 +284,7 @@ async def answer_error(_: Request, error: Exception) -> Response:
 
 
 async def answer_http_error(request: Request, error: Exception) -> Response:
-    """The answer to what Starlette refuses: paths and methods."""
+    """Respond to Starlette's own errors about paths and methods."""
     if not isinstance(error, HTTPException):
         raise error
     known = {
@@ -283,8 +301,8 @@ async def answer_http_error(request: Request, error: Exception) -> Response:
 
 
 async def answer_fault(_: Request, error: Exception) -> Response:
-    """The answer to a fault of this server."""
-    # Starlette raises it again, and uvicorn logs it; what is inside is not for the caller.
+    """Respond to an unexpected error of this server."""
+    # Starlette raises the error again and uvicorn logs it; its details are not for the caller.
     return error_answer(500, "internal", "the server failed: its log says where")
 
 
@@ -296,14 +314,22 @@ def _check_names(given: Mapping[str, Any], known: Sequence[str], what: str) -> N
             raise RequestError(f"unknown {what} {excerpt(name)}: {hint}")
 
 
-def ids_name(key: Key) -> str:
-    """What a request for many calls its list of ids: `learner_ids` for `learner_id`."""
-    return f"{key.name}s"
+def ids_name(keys: Sequence[Key]) -> str:
+    """What a request for many calls its list of ids: `learner_ids` for `learner_id`, `keys` for a composite key."""
+    return f"{keys[0].name}s" if len(keys) == 1 else "keys"
 
 
-def read_id(key: Key, given: Any) -> int | str:
-    """An id, a number also as text: many languages cannot hold 64 bits in a JSON number."""
+def wire_id(keys: Sequence[Key], given: Any) -> Id:
+    """An id, a number also as text: many languages cannot hold 64 bits in a JSON number.
+
+    An id of a composite key is an object of its parts by column, or their list.
+    """
+    if len(keys) > 1 and isinstance(given, dict):
+        names = [key.name for key in keys]
+        if given.keys() != set(names):
+            raise RequestError(f"a key is an object with {', '.join(names)}, not {excerpt(given)}")
+        given = [given[name] for name in names]
     try:
-        return read_key(key, given)
+        return read_id(keys, given)
     except BadId as error:
         raise RequestError(str(error)) from None

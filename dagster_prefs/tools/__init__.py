@@ -1,1 +1,1 @@
-"""What a team plays and reckons with: the cost model, the simulator and the demo."""
+"""Tools for planning and trials: the cost model, the simulator and the demo."""

@@ -1,39 +1,47 @@
-"""What a workload writes, reads, keeps and costs: the formulas behind `prefs cost` and docs/scale.md.
+"""The cost model: writes, reads, storage and dollars of a workload, for `prefs cost` and docs/scale.md.
 
-Every figure follows from a `Workload` and the serving contract by one of the small functions below, each with its
-formula in its docstring. They are expectations, so they are floats inside and rounded to whole rows, items and
-units at the end; money is exact on top of those. A test holds them against what a simulated run really wrote.
+Every figure follows from a `Workload` and the `Shape` of an entity's tiles and domains, which a project's
+registry gives, by one of the small functions below, each with its formula in its docstring. The figures are
+expected values, computed as floats and rounded to whole rows, items and units at the end; dollars are
+computed exactly from those. A test compares them with the writes of a simulated run.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from decimal import ROUND_HALF_UP, Decimal, InvalidOperation
-from typing import Any, Literal
+from typing import Any
 
-from dagster_prefs.declarations.contract import LAST_EVENT_AT, Contract, Table
+import sqlglot
+from sqlglot import exp
+
+from dagster_prefs.declarations.contract import LAST_EVENT_AT, Contract, Domain
+from dagster_prefs.declarations.registry import Entity, Registry, TileDeclaration
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.iceberg.publish import FILE_BYTES
+from dagster_prefs.training.windows import Features
 
 DAY_SECONDS = 86_400
 MONTH_DAYS = 30
 GIB = 1024**3
 
-# --- DynamoDB, as its developer guide has it ------------------------------------------------------------------
+# --- DynamoDB, from its developer guide
+# -----------------------------------------------------------------------
 
 WRITE_UNIT_BYTES = 1024
 READ_UNIT_BYTES = 4096
-# Beside an item's own bytes, storage is billed for its index entry.
+# Added to an item's own bytes, because storage is also billed for its index entry.
 ITEM_OVERHEAD_BYTES = 100
-# Default quota of a table on demand, and what a new one bears at once; it doubles from its former peak.
+# Default quota of an on-demand table, and the initial throughput of a new one; a table allows twice its
+# former peak.
 TABLE_WRITE_UNITS = 40_000
 NEW_TABLE_WRITE_UNITS = 4_000
 
-# Values of the contract's types as the views produce them: N is 1 byte and 1 more for each two digits. Milliseconds
-# have 13 digits, a count of some weeks 2, a rounded minute or ratio 8; a list 3 bytes, and 1 for each element.
+# Bytes of the contract's types, with values as the views produce them: a number (N) takes 1 byte and 1 more
+# per two digits. Milliseconds have 13 digits, a count of some weeks 2, a rounded minute or ratio 8; a list
+# takes 3 bytes, and 1 more per element.
 _VALUE_BYTES = {
     "integer": 2.0,
     "decimal": 5.0,
@@ -43,22 +51,31 @@ _VALUE_BYTES = {
     "list<decimal>": 3 + 4.0 * (1 + 4),
 }
 _EPOCH_MS_BYTES = 8.0
-# Of a domain none of whose attributes has days in its name.
-DEFAULT_WINDOW_DAYS = 28
-_WINDOW = re.compile(r"_(\d+)d$")
+# Bytes of a key in DynamoDB; a bigint takes half a byte per digit. A text is assumed to be as long as a short
+# name.
+_KEY_BYTES = {"text": 16, "uuid": 36}
 
-# --- what the offline store writes ----------------------------------------------------------------------------
+# --- the offline store
+# ----------------------------------------------------------------------------------------
 
-# Parquet bytes of one exported row, zstd, in files of thousands of rows and more.
-TILE_ROW_BYTES: Mapping[str, float] = {"watch": 20.0, "genre": 15.0, "interactions": 12.0}
-# A day is staged on a branch and published from there: three metadata files, a manifest list and a manifest.
+# Parquet bytes (zstd) of a value by its type, in files of thousands of rows sorted by key, in which all rows
+# have the same day and most counts are small.
+_PARQUET_BYTES = {"bigint": 1.6, "date": 0.0, "decimal": 4.0, "text": 2.0, "timestamptz": 6.0}
+_PARQUET_KEY_BYTES = {"bigint": 1.6, "text": 8.0, "uuid": 16.0}
+# A day is staged on a branch and then published: three metadata files, a manifest list and a manifest.
 METADATA_FILES_PER_COMMIT = 5
 
-# --- what the engine keeps ------------------------------------------------------------------------------------
+# Defaults for what a project does not declare in the variable `workload`: rows of a tile per entity and day,
+# for each key column beyond the entity's, and distinct values for each `count(distinct …)`.
+ROWS_PER_FURTHER_KEY = 1.5
+VALUES_PER_DISTINCT_COUNT = 3.0
 
-# Bytes of one row in the engine's state, keys, indexes and operators' copies included, before compression: measured
-# on RisingWave 2.6.3 with simulated events (rw_catalog.rw_table_stats); those of windows and rolling views, which
-# are a small part, are taken from the tiles'.
+# --- the engine's state
+# ---------------------------------------------------------------------------------------
+
+# Bytes of one row in the engine's state, including keys, indexes and operators' copies, before compression.
+# Measured on RisingWave 2.6.3 with simulated events (rw_catalog.rw_table_stats), except for windows and
+# rolling views: they are a small part, and use the tiles' values.
 STATE_ROW_BYTES: Mapping[str, float] = {
     "raw events": 280.0,
     "typed events": 1_150.0,
@@ -70,15 +87,16 @@ STATE_ROW_BYTES: Mapping[str, float] = {
 
 
 class CostError(PrefsError):
-    """A workload that cannot be, or a price that is none."""
+    """A workload or a price is invalid."""
 
 
 @dataclass(frozen=True)
 class Prices:
-    """List prices in US dollars, to be replaced by one's own.
+    """List prices in US dollars, which can be overridden.
 
-    The defaults are AWS's public list prices for us-east-1 as of 2025-07-01 (DynamoDB on demand, standard table
-    class, after the reduction of 2024-11-01; S3 Standard, first tier), without free tier, discount or tax.
+    The defaults are AWS's public list prices for us-east-1 as of 2025-07-01 (DynamoDB on demand, standard
+    table class, after the reduction of 2024-11-01; S3 Standard, first tier), without free tier, discount or
+    tax.
     """
 
     million_write_units: Decimal = Decimal("0.625")
@@ -99,9 +117,9 @@ PRICES_FROM = "AWS list prices, us-east-1, on demand, as of 2025-07-01"
 
 
 def overrides(given: Sequence[str], of: type[Prices] | type[Capacities]) -> dict[str, Any]:
-    """NAME=VALUE texts as arguments of `of`.
+    """Parse NAME=VALUE texts into arguments of `of`.
 
-    Raises CostError for a text of another form, an unknown name or a value that is no number.
+    Raises CostError for a text of another form, an unknown name or a value that is not a number.
     """
     known = {entry.name: Decimal if of is Prices else int for entry in fields(of)}
     found = {}
@@ -118,29 +136,41 @@ def overrides(given: Sequence[str], of: type[Prices] | type[Capacities]) -> dict
     return found
 
 
+def share_overrides(given: Sequence[str]) -> dict[str, float]:
+    """Parse TOPIC=SHARE texts into shares by topic. Raises CostError for a text of another form."""
+    found = {}
+    for text in given:
+        name, _, value = text.partition("=")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            raise CostError(f"{text!r} is not TOPIC=SHARE: write e.g. {name or 'view'}=0.9") from None
+    return found
+
+
 @dataclass(frozen=True)
 class Workload:
-    """How many viewers do how much.
+    """The number of entities of one kind, and their activity.
 
-    `viewers` were seen within the long window; `events_per_day` are valid view events and interactions together,
-    of them `interaction_share` interactions. `daily_active_share` of the viewers watch on a given day, in
-    `genres_per_active_day` genres and `contents_per_active_day` contents. `reads_per_day` are calls of the
-    profile client for all domains, eventually consistent. `refresh_seconds` is how often changes are written:
+    `entities` have an event within the longest window; `events_per_day` are valid events of all topics about
+    them, and `shares` is the part of them that each topic's typed relation gets (together 1).
+    `daily_active_share` of the entities have an event of the topic with the largest share on a given day;
+    events of the other topics fall on entities at random. `reads_per_day` are calls of the profile client for
+    all domains, eventually consistent. `refresh_seconds` is the interval at which changes are written:
     RisingWave's barrier, or the pause between refreshes on the embedded engine. `spread_seconds` is
-    PREFS_EXPIRY_SPREAD_SECONDS. `peak_factor` is the busiest second over the mean. `late_days` are days before
-    the newest one that each day's export finds changed; `history_days` are days of events that the engine keeps,
-    `raw_days` days of raw messages (PREFS_RAW_RETENTION_SECONDS), None meaning as many. `fenced` is whether items
-    are written in transactions, as PREFS_PUBLISH=changefeed does, which costs twice the units.
+    PREFS_EXPIRY_SPREAD_SECONDS. `peak_factor` is the load of the busiest second over the mean. `late_days`
+    are days before the newest one that each day's export finds changed; `history_days` are days of events
+    that the engine keeps, `raw_days` days of raw messages (PREFS_RAW_RETENTION_SECONDS), None for as many.
+    `fenced` says that items are written in transactions, as PREFS_PUBLISH=changefeed does, at twice the write
+    units.
 
     Raises CostError naming the number, its rule and a remedy.
     """
 
-    viewers: int
+    entities: int
     events_per_day: int
-    interaction_share: float = 0.1
+    shares: Mapping[str, float]
     daily_active_share: float = 0.25
-    genres_per_active_day: float = 1.5
-    contents_per_active_day: float = 5.0
     reads_per_day: int = 0
     refresh_seconds: float = 1.0
     spread_seconds: int = 0
@@ -151,13 +181,18 @@ class Workload:
     fenced: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("viewers", 1), ("events_per_day", 0), ("reads_per_day", 0), ("late_days", 0)):
+        for name, least in (("entities", 1), ("events_per_day", 0), ("reads_per_day", 0), ("late_days", 0)):
             if not getattr(self, name) >= least:
                 raise CostError(f"{name} is {getattr(self, name)}: give {least} or more")
-        for name in ("interaction_share", "daily_active_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise CostError(f"{name} is {getattr(self, name)}: give a share from 0 to 1")
-        for name in ("genres_per_active_day", "contents_per_active_day", "peak_factor", "history_days"):
+        for name, share in (("daily_active_share", self.daily_active_share), *self.shares.items()):
+            if not 0 <= share <= 1:
+                raise CostError(f"{name} is {share}: give a share from 0 to 1")
+        if not math.isclose(sum(self.shares.values()), 1):
+            raise CostError(
+                f"the shares of {', '.join(self.shares) or 'no topic'} add up to {sum(self.shares.values()):g}: "
+                "they must add up to 1"
+            )
+        for name in ("peak_factor", "history_days"):
             if not getattr(self, name) >= 1:
                 raise CostError(f"{name} is {getattr(self, name)}: give 1 or more")
         if self.raw_days is not None and not 1 <= self.raw_days <= self.history_days:
@@ -166,118 +201,267 @@ class Workload:
             raise CostError(f"refresh_seconds is {self.refresh_seconds}: give more than 0 and at most a day")
         if not 0 <= self.spread_seconds < DAY_SECONDS:
             raise CostError(f"spread_seconds is {self.spread_seconds}: give 0 to 86399, less than a day")
-        if self.views_per_day < self.active_viewers:
+        main, active = self.main_topic, self.entities * self.daily_active_share
+        if self.events_of({main}) < active:
             raise CostError(
-                f"{self.views_per_day:,.0f} view events a day cannot make {self.active_viewers:,.0f} viewers "
+                f"{self.events_of({main}):,.0f} events a day of {main} cannot make {active:,.0f} entities "
                 "active: raise events_per_day or lower daily_active_share"
             )
 
     @property
-    def views_per_day(self) -> float:
-        """View events a day."""
-        return self.events_per_day * (1 - self.interaction_share)
+    def main_topic(self) -> str:
+        """The topic with the largest share of the events."""
+        return max(self.shares, key=lambda topic: self.shares[topic])
 
-    @property
-    def interactions_per_day(self) -> float:
-        """Likes, shares and searches a day."""
-        return self.events_per_day * self.interaction_share
+    def events_of(self, topics: Collection[str]) -> float:
+        """Return the events per day of these topics."""
+        return self.events_per_day * sum(self.shares[topic] for topic in topics)
 
-    @property
-    def active_viewers(self) -> float:
-        """Viewers with a view event on a given day."""
-        return self.viewers * self.daily_active_share
+    def active_in(self, topics: Collection[str]) -> float:
+        """Return the entities per day with an event of any of these topics: V · (1 - Π (1 - p)).
 
-    @property
-    def interacting_viewers(self) -> float:
-        """Viewers with an interaction on a given day: V · (1 - e^(-interactions / V)), single events at random."""
-        return self.viewers * -math.expm1(-self.interactions_per_day / self.viewers)
+        The product is over the topics. p is `daily_active_share` for the topic with the largest share, else 1
+        - e^(-events / V), for random events.
+        """
+        idle = 1.0
+        for topic in topics:
+            chance = (
+                self.daily_active_share
+                if topic == self.main_topic
+                else -math.expm1(-self.events_of({topic}) / self.entities)
+            )
+            idle *= 1 - chance
+        return self.entities * (1 - idle)
+
+
+@dataclass(frozen=True)
+class TileLoad:
+    """The properties of a tile that determine its load.
+
+    The topics it counts, bytes of an exported row, and rows of an active entity's day.
+    `distinct_per_active_day` is the number of distinct values that the engine stores for an active entity's
+    day.
+    """
+
+    name: str
+    topics: frozenset[str]
+    row_bytes: float
+    rows_per_active_day: float = 1.0
+    distinct_per_active_day: float = 0.0
 
 
 @dataclass(frozen=True)
 class DomainLoad:
-    """What matters of a domain here: bytes of its item, its windows in days, and the events that change it."""
+    """The properties of a domain that determine its load: bytes of its item, windows in days, and topics.
+
+    A domain without windows is computed from all of history: its rows never expire.
+    """
 
     name: str
     item_bytes: float
     windows: tuple[int, ...]
-    fed_by: Literal["views", "interactions"]
+    topics: frozenset[str]
 
     def events(self, workload: Workload) -> float:
-        """Events a day that change a row of this domain."""
-        return workload.views_per_day if self.fed_by == "views" else workload.interactions_per_day
+        """Return the events per day that change a row of this domain."""
+        return workload.events_of(self.topics)
 
     def active(self, workload: Workload) -> float:
-        """Viewers a day whose row in this domain an event changes."""
-        return workload.active_viewers if self.fed_by == "views" else workload.interacting_viewers
+        """Return the number of entities per day whose row in this domain an event changes."""
+        return workload.active_in(self.topics)
 
 
-def contract_domains(contract: Contract, viewers: int) -> tuple[DomainLoad, ...]:
-    """The contract's domains; their windows are read from the names of their attributes (`…_28d`)."""
-    loads = []
-    for domain in contract.domains.values():
-        attributes = [
-            (name, _EPOCH_MS_BYTES if name == LAST_EVENT_AT else _VALUE_BYTES[attribute.type])
-            for name, attribute in domain.attributes.items()
-        ]
-        windows = {int(found[1]) for name in domain.attributes if (found := _WINDOW.search(name))}
-        # Only how viewers react comes from the other topic.
-        fed_by: Literal["views", "interactions"] = (
-            "interactions" if domain.name == "interactions" else "views"
+@dataclass(frozen=True)
+class Shape:
+    """The tiles and domains of one entity."""
+
+    tiles: tuple[TileLoad, ...]
+    domains: tuple[DomainLoad, ...]
+
+    @property
+    def longest_window(self) -> int:
+        """Days of the longest window of any domain; 0 if none has a window."""
+        return max((days for domain in self.domains for days in domain.windows), default=0)
+
+
+def served_entity(registry: Registry, named: str | None) -> Entity:
+    """Return the entity of this name, or the only one with a domain.
+
+    Raises CostError if it has no domain, or if several have one and `named` is None.
+    """
+    served = dict.fromkeys(domain.entity for domain in registry.contract.domains.values())
+    if named is None and len(served) == 1:
+        named = next(iter(served))
+    if named not in served:
+        what = "several entities have domains" if named is None else f"the entity {named} has no domain"
+        raise CostError(
+            f"{what}: give --entity with one of {', '.join(served) or '(no entity has a domain)'}"
         )
-        loads.append(
+    return registry.entity(named)
+
+
+def topic_shares(
+    registry: Registry, entity: Entity, given: Mapping[str, float] | None = None
+) -> dict[str, float]:
+    """Return the share of the events that each typed relation about an entity gets.
+
+    `given` takes precedence over the project's variable `workload`; topics without a value share the rest
+    equally. Raises CostError for a name that is no topic of the entity.
+    """
+    topics = [topic.relation for topic in registry.topics.values() if topic.entity == entity.name]
+    said = _assumed(registry, "shares", topics) if given is None else dict(given)
+    if wrong := sorted(set(said) - set(topics)):
+        raise CostError(
+            f"{wrong[0]} is no topic about {entity.name}: name {', '.join(topics) or '(it has none)'}"
+        )
+    open_ = [topic for topic in topics if topic not in said]
+    rest = max(0.0, 1 - sum(said.values()))
+    return {topic: said[topic] if topic in said else rest / len(open_) for topic in topics}
+
+
+def project_shape(registry: Registry, entity: Entity, entities: int) -> Shape:
+    """Return the declared tiles and domains of an entity, for this number of entities.
+
+    Raises CostError for a variable `workload` that names what the project does not declare.
+    """
+    features = Features(registry, entity)
+    tiles = {tile.relation: tile for tile in registry.tiles.values() if tile.entity == entity.name}
+    rows = _assumed(registry, "rows_per_active_day", registry.tiles)
+    distinct = _assumed(registry, "distinct_per_active_day", registry.tiles)
+    return Shape(
+        tuple(
+            TileLoad(
+                name,
+                _topics_behind(registry, entity, name),
+                _row_bytes(entity, tile),
+                rows.get(name, ROWS_PER_FURTHER_KEY ** (len(tile.key) - len(entity.keys))),
+                distinct.get(name, _distinct_counts(registry, name) * VALUES_PER_DISTINCT_COUNT),
+            )
+            for name, tile in tiles.items()
+        ),
+        tuple(
             DomainLoad(
                 domain.name,
-                item_bytes(contract.table_of(domain), viewers, domain.key, attributes),
-                tuple(sorted(windows)) or (DEFAULT_WINDOW_DAYS,),
-                fed_by,
+                item_bytes(
+                    registry.contract,
+                    entity,
+                    domain,
+                    entities,
+                    [
+                        (name, _EPOCH_MS_BYTES if name == LAST_EVENT_AT else _VALUE_BYTES[attribute.type])
+                        for name, attribute in domain.attributes.items()
+                    ],
+                ),
+                features.windows_of(domain.name),
+                _topics_behind(registry, entity, domain.relation),
             )
-        )
-    return tuple(loads)
+            for domain in registry.contract.domains.values()
+            if domain.entity == entity.name
+        ),
+    )
 
 
-def uniform_domains(
-    contract: Contract, viewers: int, domains: int, attributes: int
-) -> tuple[DomainLoad, ...]:
-    """So many domains of so many attributes: decimals with long names, both windows, changed by every view.
+def uniform_shape(shape: Shape, domains: int, attributes: int) -> Shape:
+    """Return the tiles of a shape with `domains` identical domains of `attributes` attributes each.
 
-    Raises CostError unless there is at least one domain with one attribute.
+    The attributes are decimals with long names in all of the shape's windows, changed by every event. Raises
+    CostError unless there is at least one domain with one attribute.
     """
     if domains < 1 or attributes < 1:
         raise CostError(
             f"{domains} domains of {attributes} attributes are no contract: give at least 1 of each"
         )
-    named = [(f"watch_minutes_of_kind_{number:02d}", _VALUE_BYTES["decimal"]) for number in range(attributes)]
-    named.append((LAST_EVENT_AT, _EPOCH_MS_BYTES))
-    size = item_bytes(next(iter(contract.tables.values())), viewers, "engagement#domain", named)
-    return tuple(DomainLoad(f"domain {number}", size, (7, 28), "views") for number in range(1, domains + 1))
+    value = len("a_long_attribute_name_00") + _VALUE_BYTES["decimal"]
+    size = 40 + attributes * value + len(LAST_EVENT_AT) + _EPOCH_MS_BYTES
+    windows = tuple(sorted({days for domain in shape.domains for days in domain.windows}))
+    topics = frozenset[str]().union(*(domain.topics for domain in shape.domains))
+    return replace(
+        shape,
+        domains=tuple(
+            DomainLoad(f"domain {number}", size, windows, topics) for number in range(1, domains + 1)
+        ),
+    )
 
 
-def item_bytes(table: Table, viewers: int, domain_key: str, attributes: Sequence[tuple[str, float]]) -> float:
-    """Bytes of one item: names and values of both keys and of every attribute, as DynamoDB counts them.
+def item_bytes(
+    contract: Contract, entity: Entity, domain: Domain, entities: int, attributes: Sequence[tuple[str, float]]
+) -> float:
+    """Return the bytes of one item as DynamoDB counts them: names and values of all keys and attributes.
 
-    A number is 1 byte and 1 more for each two of its digits, a text its UTF-8 bytes.
+    A number takes 1 byte and 1 more per two of its digits, a text its UTF-8 bytes.
     """
-    viewer_bytes = 1 + math.ceil(len(str(viewers)) / 2)
-    keys = len(table.partition_key.name) + viewer_bytes + len(table.sort_key.name) + len(domain_key)
+    table, digits = contract.table_of(domain), len(str(entities))
+    first, *rest = entity.keys
+    key = _KEY_BYTES[first.type] if first.type in _KEY_BYTES else 1 + math.ceil(digits / 2)
+    # The sort key contains further key columns as text, each after a separator.
+    further = sum(1 + _KEY_BYTES.get(column.type, digits) for column in rest)
+    keys = len(table.partition_key.name) + key + len(table.sort_key.name) + len(domain.key) + further
     return keys + sum(len(name) + value for name, value in attributes)
 
 
-def rows_kept(workload: Workload, domain: DomainLoad) -> float:
-    """Rows of a rolling view: viewers with an event in its longest window or on the running day.
+def _assumed(registry: Registry, what: str, known: Collection[str]) -> dict[str, float]:
+    """Return one part of the project's variable `workload`."""
+    given = registry.variables.get("workload", {}).get(what, {})
+    if wrong := sorted(set(given) - set(known)):
+        raise CostError(
+            f"dbt_project.yml, vars, workload, {what}: {wrong[0]} is not declared: name one of {', '.join(known)}"
+        )
+    return {name: float(value) for name, value in given.items()}
 
-    V · (1 - (1 - p)^(N + 1)), where p = active / V is the chance that a viewer is active on a day.
+
+def _tables(registry: Registry, relation: str) -> set[str]:
+    """Return the relations that a view's compiled query reads."""
+    query = sqlglot.parse_one(registry.query(relation), dialect="postgres")
+    inside = {cte.alias for cte in query.find_all(exp.CTE)}
+    return {table.name for table in query.find_all(exp.Table)} - inside
+
+
+def _topics_behind(registry: Registry, entity: Entity, relation: str) -> frozenset[str]:
+    """Return the typed relations about an entity behind a view, or all of them if its query names none."""
+    topics = {topic.relation for topic in registry.topics.values() if topic.entity == entity.name}
+    found: set[str] = set()
+    seen, left = set(), {relation}
+    while left:
+        name = left.pop()
+        seen.add(name)
+        if name in topics:
+            found.add(name)
+        elif name in registry.queries:
+            left |= _tables(registry, name) - seen
+    return frozenset(found or topics)
+
+
+def _distinct_counts(registry: Registry, tile: str) -> int:
+    """Count the distinct counts in a tile."""
+    query = sqlglot.parse_one(registry.query(tile), dialect="postgres")
+    return sum(isinstance(count.this, exp.Distinct) for count in query.find_all(exp.Count))
+
+
+def _row_bytes(entity: Entity, tile: TileDeclaration) -> float:
+    """Return the bytes of one exported row in Parquet, from the types of its columns."""
+    keys = {key.name: _PARQUET_KEY_BYTES[key.type] for key in entity.keys}
+    return sum(keys.get(name, _PARQUET_BYTES[column.type]) for name, column in tile.columns.items())
+
+
+def rows_kept(workload: Workload, domain: DomainLoad) -> float:
+    """Return the rows of a rolling view: entities with an event in its longest window or on the current day.
+
+    V · (1 - (1 - p)^(N + 1)), where p = active / V is the probability that an entity is active on a day; V if
+    the domain has no window.
     """
-    return workload.viewers * _at_least_once(
-        domain.active(workload) / workload.viewers, max(domain.windows) + 1
+    if not domain.windows:
+        return workload.entities
+    return workload.entities * _at_least_once(
+        domain.active(workload) / workload.entities, max(domain.windows) + 1
     )
 
 
 def event_writes(workload: Workload, domain: DomainLoad) -> float:
-    """Items put a day because of events. An event changes its viewer's row: one put, whatever the row holds.
+    """Return the items put per day because of events. An event changes its entity's row, which is one put.
 
-    Changes of one row within a refresh are one put. With A viewers active a day, k = events / A for each, and a
-    refresh every f of a day: A · (1 - (1 - f)^k) / f. For short refreshes that is the number of events, for one
-    refresh a day the number of active viewers.
+    Changes of one row within a refresh are one put. With A entities active a day, k = events / A for each,
+    and a refresh every f of a day: A · (1 - (1 - f)^k) / f. For short refreshes that is the number of events,
+    for one refresh a day the number of active entities.
     """
     active = domain.active(workload)
     if not active:
@@ -287,33 +471,31 @@ def event_writes(workload: Workload, domain: DomainLoad) -> float:
 
 
 def expiry_writes(workload: Workload, domain: DomainLoad) -> float:
-    """Items put or deleted when windows move on at midnight UTC.
+    """Return the items put or deleted when windows move at midnight UTC.
 
-    A row changes when a day with its viewer's events leaves one of its w windows: V · (1 - (1 - p)^w). A row that
-    this empties is deleted, which costs what a put costs.
+    A row changes when a day with its entity's events leaves one of its w windows: V · (1 - (1 - p)^w). A row
+    that becomes empty is deleted, which costs as much as a put.
     """
-    return workload.viewers * _at_least_once(domain.active(workload) / workload.viewers, len(domain.windows))
+    return workload.entities * _at_least_once(
+        domain.active(workload) / workload.entities, len(domain.windows)
+    )
 
 
 def _at_least_once(chance: float, times: float) -> float:
-    """1 - (1 - chance)^times, exact for tiny chances too."""
+    """Compute 1 - (1 - chance)^times, exact for tiny chances too."""
     if chance >= 1:
         return 1.0 if times > 0 else 0.0
     return -math.expm1(times * math.log1p(-chance))
 
 
-def tile_rows(workload: Workload) -> dict[str, float]:
-    """Rows a day of each tile: one per active viewer; in the genre tile one per viewer and genre."""
-    return {
-        "watch": workload.active_viewers,
-        "genre": workload.active_viewers * workload.genres_per_active_day,
-        "interactions": workload.interacting_viewers,
-    }
+def tile_rows(workload: Workload, shape: Shape) -> dict[str, float]:
+    """Return the rows per day of each tile: the active entities times the rows of an active day."""
+    return {tile.name: workload.active_in(tile.topics) * tile.rows_per_active_day for tile in shape.tiles}
 
 
 @dataclass(frozen=True)
 class Limit:
-    """Something that a workload runs into: what it asks for over what there is, and what helps."""
+    """A limit that a workload may reach: the load, the capacity, and a remedy."""
 
     name: str
     load: float
@@ -322,17 +504,17 @@ class Limit:
 
     @property
     def used(self) -> float:
-        """Load over capacity; above 1 it breaks."""
+        """Load over capacity; above 1 the limit is exceeded."""
         return self.load / self.capacity
 
 
 @dataclass(frozen=True)
 class Capacities:
-    """What the places bear that have no published limit; replace them by what yours were seen to do.
+    """Capacities without a published limit, which can be overridden by measured values.
 
-    `engine_events_per_second` and `engine_state_gib` are of the whole RisingWave cluster,
-    `export_rows_per_second` is of one exporting process (benchmarks/export.py prints it), `export_seconds` how
-    long a day's export may take. `table_write_units` is the table's quota.
+    `engine_events_per_second` and `engine_state_gib` are those of the whole RisingWave cluster,
+    `export_rows_per_second` of one exporting process (benchmarks/export.py prints it), `export_seconds` the
+    permitted duration of a day's export. `table_write_units` is the table's quota.
     """
 
     table_write_units: int = TABLE_WRITE_UNITS
@@ -349,12 +531,12 @@ class Capacities:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a workload comes to. Rows, items, units and files are whole; bytes are bytes; dollars are of 30 days.
+    """The estimate for a workload. Rows, items, units and files are whole numbers; dollars are for 30 days.
 
-    `burst_writes` are due at midnight; `burst_per_second` is how fast they must go to be written within the spread,
-    or within the promised freshness where there is none. `peak_write_units` is the busiest second of the day.
-    `needed_spread_seconds` is the least spread that keeps the burst within the table's quota beside the mean
-    load, None where no spread does.
+    `burst_writes` are due at midnight; `burst_per_second` is the rate that writes them within the spread, or
+    within the freshness target without a spread. `peak_write_units` is the busiest second of the day.
+    `needed_spread_seconds` is the smallest spread that keeps the burst, together with the mean load, within
+    the table's quota, None if no spread does.
     """
 
     workload: Workload
@@ -381,11 +563,11 @@ class Estimate:
 
     @property
     def breaks_first(self) -> Limit:
-        """The limit that this workload uses most of."""
+        """The limit of which this workload uses the largest share."""
         return max(self.limits, key=lambda limit: limit.used)
 
     def as_dict(self) -> dict[str, Any]:
-        """The estimate as JSON holds it."""
+        """Return the estimate as plain values, for JSON."""
         content = {name: getattr(self, name) for name in self.__dataclass_fields__}
         content["workload"] = asdict(self.workload)
         content["limits"] = [asdict(limit) | {"used": limit.used} for limit in self.limits]
@@ -394,14 +576,15 @@ class Estimate:
 
 def estimate(
     workload: Workload,
-    domains: Sequence[DomainLoad],
+    shape: Shape,
     *,
     target_seconds: float,
     prices: Prices | None = None,
     capacities: Capacities | None = None,
 ) -> Estimate:
-    """Add it all up. `target_seconds` is the freshness that the contract promises (its `error_seconds`)."""
+    """Compute the estimate. `target_seconds` is the contract's freshness target (its `error_seconds`)."""
     prices, capacities = prices or Prices(), capacities or Capacities()
+    domains = shape.domains
     units = {
         domain.name: math.ceil(domain.item_bytes / WRITE_UNIT_BYTES) * (2 if workload.fenced else 1)
         for domain in domains
@@ -413,7 +596,8 @@ def estimate(
     mean_units = sum(puts[name] * units[name] for name in units) / DAY_SECONDS
     burst_units = sum(expiring[name] * units[name] for name in units)
     burst_rate = burst_units / max(workload.spread_seconds, target_seconds)
-    # The busiest second and midnight are hours apart wherever the viewers live in a few time zones.
+    # If the entities live in a few time zones, the busiest second and midnight are hours apart, so they do
+    # not add up.
     peak = max(mean_units * workload.peak_factor, mean_units + burst_rate)
     room = capacities.table_write_units - mean_units
     needed = math.ceil(burst_units / room) if room > 0 else DAY_SECONDS
@@ -422,15 +606,14 @@ def estimate(
     read_units = workload.reads_per_day * sum(
         math.ceil(domain.item_bytes / READ_UNIT_BYTES) / 2 for domain in domains
     )
-    tiles = tile_rows(workload)
-    files = {
-        name: max(1, math.ceil(rows * TILE_ROW_BYTES[name] / FILE_BYTES)) for name, rows in tiles.items()
-    }
-    lake_bytes = 365 * sum(rows * TILE_ROW_BYTES[name] for name, rows in tiles.items())
+    tiles = tile_rows(workload, shape)
+    sizes = {tile.name: tiles[tile.name] * tile.row_bytes for tile in shape.tiles}
+    files = {name: max(1, math.ceil(size / FILE_BYTES)) for name, size in sizes.items()}
+    lake_bytes = 365 * sum(sizes.values())
     lake_writes = (1 + workload.late_days) * sum(files.values()) + (
         (1 + workload.late_days) * len(files) * METADATA_FILES_PER_COMMIT
     )
-    state = engine_rows(workload, domains)
+    state = engine_rows(workload, shape)
     state_bytes = sum(rows * STATE_ROW_BYTES[name] for name, rows in state.items())
     write_units = round(mean_units * DAY_SECONDS + burst_units)
     events_per_second = workload.events_per_day / DAY_SECONDS
@@ -495,27 +678,27 @@ def estimate(
     )
 
 
-def engine_rows(workload: Workload, domains: Sequence[DomainLoad]) -> dict[str, float]:
-    """Rows that the engine keeps, by kind, with H days of history and E events a day.
+def engine_rows(workload: Workload, shape: Shape) -> dict[str, float]:
+    """Return the rows that the engine keeps, by kind, with H days of history and E events a day.
 
-    Typed events: E · H, because the first delivery of an event wins for ever; raw ones for the days that they
-    are kept. Tiles: a day's tile rows · H. Tile aggregates: every event once for each tile it is in (the newest
-    event's time must be found again when events go), and the distinct contents and genres of a viewer's day.
-    Windows: the tiles of the longest window and the running day. Rolling views: their rows.
+    Typed events: E · H, because the first delivery of an event wins forever; raw ones for the days that they
+    are kept. Tiles: a day's tile rows · H. Tile aggregates: every event once for each tile it is in (the
+    newest event's time must be found again when events are deleted), and the distinct values of an entity's
+    day. Windows: the tiles of the longest window and the current day. Rolling views: their rows.
     """
     history = workload.history_days
-    events = workload.events_per_day * history
-    tiles = sum(tile_rows(workload).values())
-    distinct = workload.contents_per_active_day + workload.genres_per_active_day
-    window = max(max(domain.windows) for domain in domains)
+    tiles = sum(tile_rows(workload, shape).values())
     return {
         "raw events": workload.events_per_day * (workload.raw_days or history),
-        "typed events": events,
+        "typed events": workload.events_per_day * history,
         "tiles": tiles * history,
-        "tile aggregates": (2 * workload.views_per_day + workload.interactions_per_day) * history
-        + workload.active_viewers * distinct * history,
-        "windows": tiles * (window + 1),
-        "rolling views": sum(rows_kept(workload, domain) for domain in domains),
+        "tile aggregates": history
+        * sum(
+            workload.events_of(tile.topics) + workload.active_in(tile.topics) * tile.distinct_per_active_day
+            for tile in shape.tiles
+        ),
+        "windows": tiles * (shape.longest_window + 1) if shape.longest_window else 0.0,
+        "rolling views": sum(rows_kept(workload, domain) for domain in shape.domains),
     }
 
 
@@ -526,7 +709,7 @@ def _rounded(value: float) -> Decimal:
 def _dollars(
     prices: Prices, write_units: int, read_units: int, table_bytes: int, lake_bytes: int, lake_writes: int
 ) -> dict[str, Decimal]:
-    """Dollars of a month of 30 days, by what they are for; the lake after its first year."""
+    """Return the dollars of a month of 30 days, by purpose; for the lake after its first year."""
     million, cent = Decimal(1_000_000), Decimal("0.01")
     table_gib, lake_gib = Decimal(table_bytes) / GIB, Decimal(lake_bytes) / GIB
     dollars = {
@@ -542,29 +725,29 @@ def _dollars(
 
 
 STEPS = (1_000_000, 10_000_000, 100_000_000, 1_000_000_000)
-# Of the scale table: a viewer's events a day, and the spread that it compares with none.
-EVENTS_PER_VIEWER = 2
+# For the scale table: an entity's events per day, and the spread that it compares with no spread.
+EVENTS_PER_ENTITY = 2
 SPREAD_SECONDS = 3_600
 
 
 def scale_table(
-    contract: Contract, *, prices: Prices | None = None, capacities: Capacities | None = None
+    registry: Registry, entity: Entity, *, prices: Prices | None = None, capacities: Capacities | None = None
 ) -> str:
-    """The table of docs/scale.md in Markdown: what grows with the viewers, and what breaks first at each step."""
+    """Return the table of docs/scale.md in Markdown: figures per number of entities, and the first limit."""
     head = (
-        "viewers", "events/s", "items put/day by events", "at midnight", "per second, not spread", "needed spread, s",
-        "peak write units/s", "table, GiB", "lake files/day", "lake, GiB/year", "engine rows/year",
+        f"{entity.name}s", "events/s", "items put/day by events", "at midnight", "per second, not spread",
+        "needed spread, s", "peak write units/s", "table, GiB", "lake files/day", "lake, GiB/year", "engine rows/year",
         "engine state, GiB", "$/month", "breaks first, not spread", f"breaks first, spread over {SPREAD_SECONDS:,} s",
     )  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + "---:|" * (len(head) - 2) + "---|---|"]
-    for viewers in STEPS:
-        plain = Workload(viewers, EVENTS_PER_VIEWER * viewers)
-        of_contract = contract_domains(contract, viewers)
+    for entities in STEPS:
+        plain = Workload(entities, EVENTS_PER_ENTITY * entities, topic_shares(registry, entity))
+        shape = project_shape(registry, entity, entities)
         found, spread = (
             estimate(
                 workload,
-                of_contract,
-                target_seconds=target_of(contract),
+                shape,
+                target_seconds=target_of(registry.contract, entity),
                 prices=prices,
                 capacities=capacities,
             )
@@ -572,7 +755,7 @@ def scale_table(
         )
         needed = found.needed_spread_seconds
         cells = (
-            f"{viewers:,}", f"{found.events_per_second:,}", short(found.event_writes_per_day),
+            f"{entities:,}", f"{found.events_per_second:,}", short(found.event_writes_per_day),
             short(found.burst_writes), short(found.burst_per_second),
             "none is enough" if needed is None else f"{needed:,}", short(spread.peak_write_units),
             f"{found.table_bytes / GIB:,.1f}", f"{found.lake_files_per_day:,}",
@@ -584,13 +767,15 @@ def scale_table(
     return "\n".join(lines)
 
 
-def target_of(contract: Contract) -> float:
-    """The freshness that the contract promises for its strictest domain, in seconds."""
-    return min(domain.freshness.error_seconds for domain in contract.domains.values())
+def target_of(contract: Contract, entity: Entity) -> float:
+    """Return the strictest freshness target of an entity's domains, in seconds."""
+    return min(
+        domain.freshness.error_seconds for domain in contract.domains.values() if domain.entity == entity.name
+    )
 
 
 def shown(limit: Limit) -> str:
-    """A limit in one cell: its name and how many times what there is the workload asks for."""
+    """Format a limit for one cell: its name, and load over capacity."""
     return (
         f"{limit.name}: {limit.used:,.2g} times"
         if limit.used < 10
@@ -599,7 +784,7 @@ def shown(limit: Limit) -> str:
 
 
 def short(number: float) -> str:
-    """A number with three digits and a unit: 1.25 M, 730 G."""
+    """Format a number with three digits and a unit: 1.25 M, 730 G."""
     for size, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
         if number >= size:
             return f"{number / size:.3g}{unit}"

@@ -1,4 +1,4 @@
-"""The whole flow on one machine: services, events, every asset through Dagster, and what came out."""
+"""The demo: the whole flow on one machine, from services and events to every asset and a summary."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from dagster_prefs.defs.feature_views import EVENT_TABLES_JOB, REFRESH_JOB
 from dagster_prefs.defs.offline_store import EXPORT_JOB, days_that_need_export, range_tags, ranges
 from dagster_prefs.engine.catalog import row_counts
 from dagster_prefs.events.rejected import rejected_counts
+from dagster_prefs.ids import Id
 from dagster_prefs.platform import Platform
 from dagster_prefs.runs import JobRunner
 from dagster_prefs.serving import ProfileClient, ShopClient
@@ -25,14 +26,14 @@ from dagster_prefs.settings import Settings
 from dagster_prefs.tools.simulation import Plan
 from dagster_prefs.tools.simulator import remembered_end, simulate_to_engine
 
-# Whom the example's shop ranks for.
+# The view that lists the users to rank for in the example's shop.
 RANKED = "user_category_profile"
 SHOP_USER = Key("user_id", "text")
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The current state of a training table."""
+    """The current snapshot of a training table."""
 
     snapshot_id: int
     rows_per_day: dict[date, int]
@@ -40,12 +41,12 @@ class Snapshot:
 
 @dataclass
 class Summary:
-    """What the demo shows at its end; counts are exact, times in seconds."""
+    """The summary at the demo's end; counts are exact, times in seconds."""
 
     rows: dict[str, int] = field(default_factory=dict)
     rejected: dict[str, dict[str, int]] = field(default_factory=dict)
     entity: str | None = None
-    id: int | str | None = None
+    id: Id | None = None
     items: dict[str, dict[str, Any]] = field(default_factory=dict)
     user_id: str | None = None
     ranking: list[tuple[str, str, Decimal]] = field(default_factory=list)
@@ -54,7 +55,7 @@ class Summary:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """The summary as JSON holds it: dates as ISO text, decimals as digits."""
+        """Return the summary as plain values for JSON: dates as ISO text, decimals as digits."""
         content = asdict(self)
         for snapshot in content["snapshots"].values():
             snapshot["rows_per_day"] = {day.isoformat(): n for day, n in snapshot["rows_per_day"].items()}
@@ -62,9 +63,9 @@ class Summary:
 
 
 class Demo:
-    """One demo over the state of `settings`; running it again adds nothing that is there already.
+    """One demo over the state of `settings`; a repeated run adds nothing that is already there.
 
-    Events end at `end` (UTC) where given, else where those of an earlier demo of the same plan ended, else at
+    Events end at `end` (UTC) if given, else where those of an earlier demo of the same plan ended, else at
     the plan's own end.
     """
 
@@ -84,16 +85,16 @@ class Demo:
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
-        """Announce a step and record how long it took."""
+        """Announce a step and record its duration."""
         self.say(name)
         started = monotonic()
         yield
         self.summary.seconds[name] = monotonic() - started
 
     def run(self) -> Summary:
-        """Make the event tables, load events, refresh, publish, export, and look at the outcome.
+        """Create the event tables, load events, refresh, publish, export, and read the outcome.
 
-        Raises PrefsError with the failing step and its reason; what earlier steps did is kept.
+        Raises PrefsError with the failing step and its reason; the work of earlier steps is kept.
         """
         with self.step("load the definitions"):
             runner = JobRunner(self.settings)
@@ -101,7 +102,8 @@ class Demo:
             with self.step("make the event tables"):
                 runner.run(EVENT_TABLES_JOB)
             with self.step("load events"):
-                # A second demo generates the events of the first, finds them all there, and is quick.
+                # A second demo generates the events of the first one and finds all of them stored, which is
+                # quick.
                 end = self.end or remembered_end(self.platform.engine, self.plan) or self.plan.end
                 simulate_to_engine(self.platform.engine, self.platform.registry, replace(self.plan, end=end))
             with self.step("refresh every view and publish to DynamoDB"):
@@ -125,7 +127,7 @@ class Demo:
             schema = platform.engine.schema
             profiles = self._profiles()
             somebody = connection.execute(profiles[1]).fetchone() if profiles else None
-            # The ranking is the example's shop's.
+            # Only the example's shop has a ranking.
             user = (
                 connection.execute(
                     sql.SQL(
@@ -138,14 +140,15 @@ class Demo:
             )
         summary.rejected = rejected_counts(platform.engine)
         if profiles and somebody:
-            summary.entity, summary.id = profiles[0].name, somebody[0]
+            summary.entity = profiles[0].name
+            summary.id = somebody[0] if len(somebody) == 1 else tuple(somebody)
             with ProfileClient(
                 platform.registry,
                 entity=profiles[0].name,
                 endpoint_url=self.settings.aws_endpoint,
                 region=self.settings.aws_region,
                 table_prefix=self.settings.table_prefix,
-                # The local AWS server takes its time; this is a look, not a request of a service.
+                # The local AWS server is slow, and no service waits for this read.
                 budget_seconds=30.0,
                 read_timeout_seconds=30.0,
             ) as client:
@@ -170,7 +173,7 @@ class Demo:
         summary.freshness = [(measure.name, measure.level, measure.reason) for measure in measures]
 
     def _profiles(self) -> tuple[Entity, sql.Composed] | None:
-        """The first entity with a domain, and the query of the one with something in every domain, newest first."""
+        """Return the first entity with a domain, and a query for its newest key with items in all domains."""
         registry, schema = self.platform.registry, self.platform.engine.schema
         domains = registry.contract.domains.values()
         entity = next((registry.entity(domain.entity) for domain in domains), None)
@@ -179,7 +182,7 @@ class Demo:
         first, *others = (
             sql.Identifier(schema, domain.relation) for domain in domains if domain.entity == entity.name
         )
-        key = sql.Identifier(entity.key.name)
+        key = sql.SQL(", ").join(map(sql.Identifier, entity.key_names))
         joins = [
             sql.SQL(" join {} as {} using ({})").format(other, sql.Identifier(f"other_{number}"), key)
             for number, other in enumerate(others)

@@ -1,7 +1,7 @@
-"""Plausible messages for any topic that a project declares, made from its fields, from one seed.
+"""Generator of plausible messages for any declared topic, from its fields and a seed.
 
-They know nothing of a business: a value is of its field's type and within its bounds, few of the entities and of the
-texts are met often, and every reason for which the typed layer rejects a message comes round.
+It knows no business: a value has its field's type and lies within its bounds, few of the entities and of the
+texts are frequent, and every reason for which the typed layer rejects a message occurs.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from dagster_prefs.tools.simulation import (
     zipf,
 )
 
-# How many texts a field without a list of its values has.
+# Number of texts for a field without accepted values.
 VOCABULARY = 40
-# Above its minimum, where a field declares no maximum.
+# The range above its minimum, for a field without a maximum.
 RANGE = 1_000
-# A message may leave an optional field out; so often one does.
+# The share of messages that omit an optional field.
 LEFT_OUT = 0.05
 
 
 @dataclass(frozen=True)
 class GeneratedPlan(Plan):
-    """How many messages of which topics to make up.
+    """The topics of the generated messages, and their numbers.
 
-    Each topic of events has its part of `events`, each of reference data `references` rows and their malformed ones on
-    top. Of each entity there are `entities`.
+    Each topic of events gets its share of `events`; each topic of reference data gets `references` rows, plus
+    malformed ones. Each entity has `entities` ids.
     """
 
     topics: tuple[Topic, ...] = ()
@@ -54,7 +54,7 @@ class GeneratedPlan(Plan):
         self.require(0, "events_total", "references")
 
     def counts(self) -> dict[str, int]:
-        """Topic → number of messages that the plan yields."""
+        """Return the number of messages that the plan yields, by topic."""
         rows = self.references + round(self.references * self.malformed_share)
         return {topic.name: rows for topic in self._references()} | self._totals()
 
@@ -69,7 +69,7 @@ class GeneratedPlan(Plan):
         return [topic for topic in self.topics if topic.time is None]
 
     def events(self) -> Iterator[SimulatedEvent]:
-        """The messages in order of delivery, reference data first; memory holds a day of the events."""
+        """Yield the messages in order of delivery, reference data first. Memory holds one day of events."""
         world = _Fields(self)
         first = int(self.end.timestamp() * 1000) - self.days * DAY_MS
         for topic in self._references():
@@ -82,12 +82,12 @@ class GeneratedPlan(Plan):
         yield from deliveries(self, world, self._totals())
 
     def live(self) -> Iterator[tuple[str, bytes]]:
-        """Topic and message of events that happen now, without end, in the proportions of the counts."""
+        """Yield topic and message of events that happen now, endlessly, in the proportions of the counts."""
         return _Fields(self).live(self._totals())
 
 
 class _Fields(World):
-    """Values for the declared fields of a plan's topics."""
+    """Generates values for the declared fields of a plan's topics."""
 
     def __init__(self, plan: GeneratedPlan) -> None:
         super().__init__(plan)
@@ -95,7 +95,7 @@ class _Fields(World):
         self._seed = plan.seed
         self._entities = zipf(plan.entities, 0.6)
         self._words = zipf(VOCABULARY, 0.9)
-        # What a field holds that is called like the identity of reference data.
+        # Values for fields with the name of reference data's identity.
         self._references = {
             topic.identity: zipf(plan.references, 0.9)
             for topic in plan.topics
@@ -103,11 +103,11 @@ class _Fields(World):
         }
 
     def time_field(self, topic: str) -> str:
-        """The field that says when an event of the topic happened."""
+        """Return the field of the event time."""
         return self._topics[topic].time or ""
 
     def session(self, topic: str, start: int) -> Iterator[tuple[int, bytes]]:
-        """A few events of one entity, a minute or so apart."""
+        """Return a few events of one entity, about a minute apart."""
         declared = self._topics[topic]
         who = self._who(declared.key)
         moment = start
@@ -118,7 +118,7 @@ class _Fields(World):
     def message(
         self, topic: Topic, moment: int, identity: str, who: int | str | None = None, **changed: Any
     ) -> bytes:
-        """A message with this identity; a changed field of None is left out."""
+        """Return a message with this identity; a changed field of None is omitted."""
         values: dict[str, Any] = {field.name: self._value(field, moment) for field in topic.fields}
         values[topic.identity] = _of_type(topic.by_name[topic.identity], identity, self.rng)
         if topic.key is not None:
@@ -140,7 +140,7 @@ class _Fields(World):
         return f"{{{','.join(parts)}}}".encode()
 
     def malformed(self, topic: str, number: int, moment: int) -> bytes:
-        """The `number`-th malformed message of a topic: every reason of rejection comes round."""
+        """Return the `number`-th malformed message of a topic, going through all reasons of rejection."""
         declared = self._topics[topic]
         identity = f"bad-{self.rng.getrandbits(64):016x}"
         begun = f'{{"{declared.identity}":"{identity}'.encode()
@@ -183,14 +183,17 @@ class _Fields(World):
 
 
 def _of_type(field: FieldDeclaration, identity: str, rng: random.Random) -> str | int:
-    """The identity as its field holds it, cut from its start to the field's bytes."""
+    """Return the identity as a value of its field, truncated to the field's size in bytes."""
     if field.type != "text":
         return rng.getrandbits(31)
     return identity[-field.max_bytes :] if field.max_bytes else identity
 
 
 def _faults(topic: Topic, field: FieldDeclaration) -> list[Any]:
-    """Values that the field is rejected with; a function makes one from the event's time, None leaves the field out."""
+    """Return values for which the field is rejected.
+
+    A function computes a value from the event's time; None omits the field.
+    """
     faults: list[Any] = [] if field.optional else [None]
     faults.append(["x"])
     if field.accepted:

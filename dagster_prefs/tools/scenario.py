@@ -1,4 +1,4 @@
-"""The example's scenario: viewers who watch, and users of a shop who look and buy, from one seed."""
+"""The example's scenario, from a seed: viewers who watch, and users of a shop who look and buy."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GENRES = (
     "drama", "comedy", "thriller", "documentary", "crime", "science fiction", "animation", "romance",
     "horror", "family", "action", "sport",
 )  # fmt: skip
-# Category, median price, spread of the logarithm.
+# Category, median price, standard deviation of the price's logarithm.
 CATEGORIES = (
     ("electronics.smartphone", 420.0, 0.6), ("electronics.audio.headphone", 80.0, 0.7),
     ("computers.notebook", 780.0, 0.4), ("appliances.kitchen.kettle", 28.0, 0.4),
@@ -39,7 +39,7 @@ BRANDS = (
 )  # fmt: skip
 ADJECTIVES = ("Compact", "Classic", "Quiet", "Travel", "Studio", "Everyday", "Slim", "Sturdy")
 
-# Topic → what its messages have.
+# Topic → the fields of its messages.
 FIELDS = {
     "items": frozenset({"item_id", "title", "category", "brand", "price", "in_stock"}),
     "user.events": frozenset(
@@ -65,10 +65,10 @@ _TIMES = {"user.events": "event_time", "view_events": "watched_at", "content_int
 
 @dataclass(frozen=True)
 class SimulationPlan(Plan):
-    """How much of the scenario to simulate, and of what shape.
+    """The size and shape of a simulation of the scenario.
 
-    `view_events`, `shop_events` and `interactions` are the exact numbers of messages of their topics. `items` is the
-    size of the catalogue, malformed entries on top. `users` defaults to `viewers`.
+    `view_events`, `shop_events` and `interactions` are the exact numbers of messages of their topics. `items`
+    is the size of the catalogue, without malformed entries. `users` defaults to `viewers`.
     """
 
     viewers: int = 5_000
@@ -91,7 +91,7 @@ class SimulationPlan(Plan):
         return sum(self._totals().values())
 
     def only(self, topics: frozenset[str]) -> SimulationPlan:
-        """The plan without messages of other topics than these."""
+        """Return the plan restricted to these topics."""
         return replace(
             self,
             view_events=self.view_events if "view_events" in topics else 0,
@@ -101,7 +101,7 @@ class SimulationPlan(Plan):
         )
 
     def counts(self) -> dict[str, int]:
-        """Topic → number of messages that the plan yields."""
+        """Return the number of messages that the plan yields, by topic."""
         return {"items": self.items + round(self.items * self.malformed_share), **self._totals()}
 
     def _totals(self) -> dict[str, int]:
@@ -112,7 +112,7 @@ class SimulationPlan(Plan):
         }
 
     def events(self) -> Iterator[SimulatedEvent]:
-        """The messages in order of delivery, the catalogue first; memory holds a day of them."""
+        """Yield the messages in order of delivery, the catalogue first. Memory holds one day of them."""
         world = Scenario(self)
         first = EPOCH + timedelta(milliseconds=int(self.end.timestamp() * 1000) - self.days * DAY_MS)
         for message in world.catalogue():
@@ -120,17 +120,17 @@ class SimulationPlan(Plan):
         yield from deliveries(self, world, self._totals())
 
     def live(self) -> Iterator[tuple[str, bytes]]:
-        """Topic and message of events that happen now, without end, in the proportions of the counts."""
+        """Yield topic and message of events that happen now, endlessly, in the proportions of the counts."""
         totals = self._totals()
-        # The order decides what a seed yields.
+        # A seed's messages depend on this order.
         order = ("view_events", "user.events", "content_interactions")
         return Scenario(self).live({topic: totals[topic] for topic in order})
 
 
 def scenario_topics(registry: Registry) -> frozenset[str]:
-    """The topics of the scenario that the project declares with all fields of its messages.
+    """Return the scenario's topics that the project declares with all fields of their messages.
 
-    What the shop's users do is about the items of the catalogue, so that it takes both.
+    The shop's events are about items of the catalogue, so they require both topics.
     """
     there = {
         name
@@ -141,7 +141,7 @@ def scenario_topics(registry: Registry) -> frozenset[str]:
 
 
 def scenario_plan(end: datetime, *, seed: int, days: int, entities: int, events: int) -> SimulationPlan:
-    """A plan of about this many events, in the demo's proportions."""
+    """Return a plan of about this many events, in the demo's proportions."""
     return SimulationPlan(
         end,
         seed=seed,
@@ -161,7 +161,7 @@ class _Item(NamedTuple):
 
 
 class Scenario(World):
-    """The viewers, users, contents and items of a simulation, and how they behave, from one seed."""
+    """The viewers, users, contents and items of a simulation, and their behaviour, from a seed."""
 
     def __init__(self, plan: SimulationPlan) -> None:
         super().__init__(plan)
@@ -196,7 +196,7 @@ class Scenario(World):
         )
 
     def catalogue(self) -> Iterator[bytes]:
-        """The items as messages, some of them out of stock, then the malformed entries."""
+        """Yield the items as messages, some of them out of stock, then the malformed entries."""
         rng = self.rng
         for item in self.items:
             name = item.category.rsplit(".", 1)[-1].replace("_", " ") or "article"
@@ -220,7 +220,7 @@ class Scenario(World):
             yield bad[number % len(bad)]
 
     def view_session(self, start: int) -> Iterator[tuple[int, bytes]]:
-        """One sitting of one viewer: (event time in epoch ms, message); on a binge day a long one."""
+        """Yield one viewing session of one viewer, long on a binge day: (event time in epoch ms, message)."""
         rng = self.rng
         draw = rng.random
         viewer = self.pick(self._viewer_weights)
@@ -247,7 +247,8 @@ class Scenario(World):
             moment += 5_000 + int(draw() * 60_000)
 
     def shop_session(self, start: int) -> Iterator[tuple[int, bytes]]:
-        """One visit of one user: views, then perhaps a wish, a cart and a purchase of what was viewed."""
+        """Yield one visit of one user: views, then possibly a wish, a cart and a purchase of a viewed
+        item."""
         rng = self.rng
         draw = rng.random
         user = self.pick(self._user_weights)
@@ -281,7 +282,7 @@ class Scenario(World):
                 )
 
     def interaction(self, start: int) -> Iterator[tuple[int, bytes]]:
-        """One like, share or search of one viewer."""
+        """Yield one like, share or search of one viewer."""
         draw = self.rng.random()
         kind = "like" if draw < 0.6 else "search" if draw < 0.85 else "share"
         yield (
@@ -294,17 +295,17 @@ class Scenario(World):
         )
 
     def session(self, topic: str, start: int) -> Iterator[tuple[int, bytes]]:
-        """One session of a topic's events that starts at `start` (epoch ms)."""
+        """Yield one session of a topic's events that starts at `start` (epoch ms)."""
         if topic == "view_events":
             return self.view_session(start)
         return self.shop_session(start) if topic == "user.events" else self.interaction(start)
 
     def time_field(self, topic: str) -> str:
-        """The field that says when an event of the topic happened."""
+        """Return the field of the event time."""
         return _TIMES[topic]
 
     def malformed(self, topic: str, number: int, moment: int) -> bytes:
-        """The `number`-th malformed message of a topic: every reason of rejection comes round."""
+        """Return the `number`-th malformed message of a topic, going through all reasons of rejection."""
         key = "user_id" if topic == "user.events" else "viewer_id"
         time_field = self.time_field(topic)
         name = f"bad-{self.rng.getrandbits(64):016x}"

@@ -1,7 +1,7 @@
-"""What every simulation has: a plan, a world of its seed, and the order in which its messages are delivered.
+"""The base of every simulation: a plan, a world from its seed, and the order in which messages are delivered.
 
-The same plan always yields the same messages in the same order, which is the order of delivery: a late
-event comes after newer ones, a duplicate some time after its first delivery.
+The same plan always yields the same messages in the same order, which is the order of delivery: a late event
+comes after newer ones, a duplicate some time after its first delivery.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ DAY_MS = 86_400_000
 HOUR_MS = 3_600_000
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
-# Activity by hour of the UTC day: a quiet night, a lunch bump, an evening peak.
+# Activity by hour of the UTC day: a quiet night, a small peak at noon, a large one in the evening.
 HOUR_WEIGHTS = (4, 2, 1, 1, 1, 2, 4, 6, 7, 7, 8, 9, 11, 10, 8, 8, 9, 12, 17, 23, 27, 26, 19, 10)
 CLOCK = tuple(f"{s // 3600:02d}:{s // 60 % 60:02d}:{s % 60:02d}" for s in range(86_400))
 
 
 class SimulationError(PrefsError):
-    """A plan that cannot be simulated, or output that cannot be written."""
+    """A plan cannot be simulated, or its output cannot be written."""
 
 
 class SimulatedEvent(NamedTuple):
-    """One delivery: its topic, its bytes, and the time of its event (of its delivery where malformed)."""
+    """One delivery: its topic, its bytes, and the time of its event (of its delivery if malformed)."""
 
     topic: str
     message: bytes
@@ -44,10 +44,10 @@ class SimulatedEvent(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan(ABC):
-    """What is simulated: the messages of the `days` before `end` (UTC), from one seed.
+    """A simulation's parameters: the messages of the `days` before `end` (UTC), from one seed.
 
     Of the events `late_share` arrive hours or days late, `duplicate_share` are second deliveries and
-    `malformed_share` are rejected by the typed layer. Raises SimulationError for what makes no sense.
+    `malformed_share` are rejected by the typed layer. Raises SimulationError for invalid parameters.
     """
 
     end: datetime
@@ -78,13 +78,13 @@ class Plan(ABC):
 
     @property
     def shape(self) -> str:
-        """Twelve hex digits that differ where plans differ in anything but their end."""
+        """Twelve hex digits that differ if plans differ in anything but their end."""
         given = {name: value for name, value in asdict(self).items() if name != "end"}
         return hashlib.sha256(json.dumps(given, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
     @property
     def series(self) -> str:
-        """What the sources of plans that differ in their end only begin with."""
+        """The common prefix of the source names of plans that differ only in their end."""
         return f"simulate:{self.seed}:{self.shape}:"
 
     @property
@@ -99,60 +99,60 @@ class Plan(ABC):
 
     @abstractmethod
     def counts(self) -> dict[str, int]:
-        """Topic → number of messages that the plan yields."""
+        """Return the number of messages that the plan yields, by topic."""
 
     @abstractmethod
     def events(self) -> Iterator[SimulatedEvent]:
-        """The messages in order of delivery, reference data first; memory holds a day of them."""
+        """Yield the messages in order of delivery, reference data first. Memory holds one day of events."""
 
     @abstractmethod
     def live(self) -> Iterator[tuple[str, bytes]]:
-        """Topic and message of events that happen now, without end, in the proportions of the counts."""
+        """Yield topic and message of events that happen now, endlessly, in the proportions of the counts."""
 
 
 class World(ABC):
-    """Who and what takes part in a simulation, and how they behave, from one seed."""
+    """The participants of a simulation, and their behaviour, from a seed."""
 
     def __init__(self, plan: Plan) -> None:
-        # The end is part of the seed: event ids of two runs must not meet, or one would count as a repeat.
+        # The end is part of the seed: two runs with the same event ids would count as repetitions.
         self.rng = random.Random(f"{plan.source}")  # noqa: S311 (not a secret)
         self._hours = list(accumulate(HOUR_WEIGHTS))
 
     @abstractmethod
     def session(self, topic: str, start: int) -> Iterator[tuple[int, bytes]]:
-        """One session of a topic's events that starts at `start`: (event time, message), times in epoch ms."""
+        """Yield one session of a topic from `start` on: (event time, message), times in epoch ms."""
 
     @abstractmethod
     def malformed(self, topic: str, number: int, moment: int) -> bytes:
-        """The `number`-th malformed message of a topic: every reason of rejection comes round."""
+        """Return the `number`-th malformed message of a topic, going through all reasons of rejection."""
 
     @abstractmethod
     def time_field(self, topic: str) -> str:
-        """The field that says when an event of the topic happened."""
+        """Return the field of the event time."""
 
     def pick(self, weights: Sequence[float]) -> int:
-        """An index, as often as its part of the cumulated weights says."""
+        """Return a random index with the probabilities of the cumulative weights."""
         return bisect(weights, self.rng.random() * weights[-1])
 
     def moment(self, day_start: int) -> int:
-        """A time within the 24 hours from `day_start` (epoch ms), by the hour's activity in UTC."""
+        """Return a random time within 24 hours from `day_start` (epoch ms), by the activity per UTC hour."""
         rng = self.rng
         second = bisect(self._hours, rng.random() * self._hours[-1]) * HOUR_MS + int(rng.random() * HOUR_MS)
         return day_start + (second - day_start) % DAY_MS
 
     def time(self, moment: int) -> str:
-        """A time (epoch ms) as JSON, mostly ISO 8601, now and then in another way that the typed layer reads."""
+        """Return a time (epoch ms) as JSON, usually ISO 8601, sometimes another format of the typed layer."""
         if self.rng.random() < 0.92:
             return _quoted(moment)
         return TIME_FORMATS[1 + int(self.rng.random() * (len(TIME_FORMATS) - 1))](moment)
 
     def live(self, weights: Mapping[str, int]) -> Iterator[tuple[str, bytes]]:
-        """Events of now, without end: topics by their weights, equally often where none has any."""
+        """Yield current events endlessly: topics by weight, or equally often if all weights are zero."""
         topics = list(weights)
         given = list(weights.values()) if any(weights.values()) else [1] * len(topics)
         while True:
             topic = self.rng.choices(topics, given)[0]
-            # The first of a session, placed so that it happens at this moment.
+            # The first event of a session, which is placed so that this event happens now.
             now = int(time.time() * 1000)
             _, message = next(iter(self.session(topic, now)))
             value = json.loads(message) | {self.time_field(topic): iso_text(now)}
@@ -160,12 +160,12 @@ class World(ABC):
 
 
 def zipf(count: int, exponent: float) -> list[float]:
-    """Cumulated weights of `count` things of which few are met often."""
+    """Return the cumulative weights of `count` things with a Zipf distribution."""
     return list(accumulate(1 / (rank + 1) ** exponent for rank in range(count)))
 
 
 def iso_text(moment: int) -> str:
-    """Epoch milliseconds as ISO 8601 text with `Z`."""
+    """Return epoch milliseconds as ISO 8601 text with `Z`."""
     return _quoted(moment)[1:-1]
 
 
@@ -184,7 +184,7 @@ def _day(number: int) -> str:
     return found
 
 
-# Every way of writing a time that the typed layer reads; the first is by far the most frequent.
+# Every format of a time that the typed layer reads; the first is by far the most frequent.
 TIME_FORMATS: tuple[Callable[[int], str], ...] = (
     _quoted,
     lambda ms: f'"{_day(ms // DAY_MS)} {CLOCK[ms % DAY_MS // 1000]} UTC"',
@@ -198,11 +198,11 @@ TIME_FORMATS: tuple[Callable[[int], str], ...] = (
 
 
 def deliveries(plan: Plan, world: World, totals: Mapping[str, int]) -> Iterator[SimulatedEvent]:
-    """The events of the plan's days in order of delivery: of each topic its total, late and repeated ones included."""
+    """Yield each topic's `totals` events of the plan's days in order of delivery, repetitions included."""
     rng = world.rng
     end = int(plan.end.timestamp() * 1000)
     first = end - plan.days * DAY_MS
-    # Weekends are busier: the share of each day, then how many messages are due by its end.
+    # Weekends are busier: first the weight of each day, then the number of messages due by its end.
     weights = list(
         accumulate(1.35 if ((first // DAY_MS + day) + 3) % 7 >= 5 else 1.0 for day in range(plan.days))
     )
@@ -210,7 +210,7 @@ def deliveries(plan: Plan, world: World, totals: Mapping[str, int]) -> Iterator[
     bad = dict.fromkeys(totals, 0)
     repeated = dict.fromkeys(totals, 0)
     pools: dict[str, list[tuple[int, bytes]]] = {topic: [] for topic in totals}
-    # (delivery, number, topic, message, event time); the number keeps the order total and the heap fast.
+    # (delivery, number, topic, message, event time). The number makes the order total and comparisons cheap.
     queue: list[tuple[int, int, str, bytes, int]] = []
     number = 0
     for day in range(plan.days):
@@ -221,7 +221,7 @@ def deliveries(plan: Plan, world: World, totals: Mapping[str, int]) -> Iterator[
             bad_due = round(round(total * plan.malformed_share) * part)
             repeats = round(total * plan.duplicate_share)
             if repeats + round(total * plan.malformed_share) >= total:
-                # A handful of messages: there would be nothing to repeat.
+                # With a handful of messages there is nothing to repeat.
                 repeats = 0
             repeat_due = round(repeats * part)
             due = round(total * part) - bad_due - repeat_due
@@ -240,7 +240,7 @@ def deliveries(plan: Plan, world: World, totals: Mapping[str, int]) -> Iterator[
             pools[topic] = of_today or pools[topic]
             while repeated[topic] < repeat_due and pools[topic]:
                 moment, message = pools[topic][int(rng.random() * len(pools[topic]))]
-                # After any lateness of the first delivery, so that a repeat is never the first.
+                # Later than any late first delivery, so that a repetition is never the first.
                 delivery = min(end, moment + 72 * HOUR_MS + int(rng.random() * HOUR_MS))
                 repeated[topic] += 1
                 number += 1

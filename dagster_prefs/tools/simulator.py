@@ -1,4 +1,4 @@
-"""Simulated events on their way to the engine, to files or to Kafka."""
+"""Delivery of simulated events to the engine, to files or to Kafka."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ from dagster_prefs.tools.simulation import Plan, SimulatedEvent, SimulationError
 
 @dataclass(frozen=True)
 class CombinedPlan(Plan):
-    """Several plans of one end and seed, one after the other; live, each in the proportion of its messages."""
+    """Several plans of one end and seed, one after the other; live ones in proportion to their messages."""
 
     parts: tuple[Plan, ...] = ()
 
     @property
     def shape(self) -> str:
-        """Twelve hex digits that differ where one of the parts differs in anything but its end."""
+        """Twelve hex digits that differ if a part differs in anything but its end."""
         return hashlib.sha256("".join(part.shape for part in self.parts).encode()).hexdigest()[:12]
 
     def counts(self) -> dict[str, int]:
-        """Topic → number of messages that the plan yields."""
+        """Return the number of messages that the plan yields, by topic."""
         return {topic: count for part in self.parts for topic, count in part.counts().items()}
 
     def events(self) -> Iterator[SimulatedEvent]:
-        """The messages of each part in order of delivery."""
+        """Yield the messages of each part in order of delivery."""
         return chain.from_iterable(replace(part, end=self.end).events() for part in self.parts)
 
     def live(self) -> Iterator[tuple[str, bytes]]:
-        """Topic and message of events that happen now, without end, in the proportions of the counts."""
+        """Yield topic and message of events that happen now, endlessly, in the proportions of the counts."""
         rng = random.Random(self.source)  # noqa: S311 (not a secret)
         streams = [replace(part, end=self.end).live() for part in self.parts]
         weights = [part.messages or 1 for part in self.parts]
@@ -61,9 +61,9 @@ class CombinedPlan(Plan):
 
 
 def fitted(registry: Registry, plan: SimulationPlan) -> Plan:
-    """The example's scenario where the project has its topics, and messages made up for all others.
+    """Return the scenario for its topics that the project has, and generated messages for all others.
 
-    These have as many events in all as the plan's events would be shared out to them, topic by topic.
+    The other topics get their share of the plan's events, topic by topic.
     """
     known = scenario_topics(registry)
     others = tuple(topic for name, topic in topics_of(registry).items() if name not in known)
@@ -84,17 +84,17 @@ def fitted(registry: Registry, plan: SimulationPlan) -> Plan:
 
 
 class EventSink(Protocol):
-    """Where simulated messages go."""
+    """A destination of simulated messages."""
 
     def write(self, topic: str, messages: Sequence[tuple[int, bytes]]) -> int:
-        """Take messages with their numbers within the topic (from 1); returns how many are new."""
+        """Store messages with their numbers within the topic (from 1), and return how many are new."""
 
     def finish(self) -> None:
-        """Make everything written durable."""
+        """Make everything that was written durable."""
 
 
 class EngineSink:
-    """Raw tables of the engine, under one source name."""
+    """Writes to the engine's raw tables, under one source name."""
 
     def __init__(self, store: RawStore, registry: Registry, source: str) -> None:
         self._store = store
@@ -102,16 +102,19 @@ class EngineSink:
         self.source = source
 
     def write(self, topic: str, messages: Sequence[tuple[int, bytes]]) -> int:
-        """Store a batch; raises RawStoreError."""
+        """Store a batch. Raises RawStoreError."""
         rows = [RawMessage(0, offset, message) for offset, message in messages]
         return self._store.write(self._registry.topic(topic), self.source, rows)
 
     def finish(self) -> None:
-        """Every batch is committed already."""
+        """Do nothing, because every batch is already committed."""
 
 
 class KafkaSink:
-    """Kafka topics; `names` gives topics their names there where they differ, `client` adds librdkafka properties."""
+    """Writes to Kafka topics. `names` maps topics to other names in Kafka.
+
+    `client` adds librdkafka properties.
+    """
 
     def __init__(
         self,
@@ -126,7 +129,7 @@ class KafkaSink:
         self._checked: set[str] = set()
 
     def write(self, topic: str, messages: Sequence[tuple[int, bytes]]) -> int:
-        """Send a batch; raises KafkaUnavailable."""
+        """Send a batch. Raises KafkaUnavailable."""
         name = self._names.get(topic, topic)
         if name not in self._checked:
             self._writer.check(name)
@@ -136,15 +139,15 @@ class KafkaSink:
         return len(messages)
 
     def finish(self) -> None:
-        """Wait for every delivery; raises KafkaUnavailable."""
+        """Wait for every delivery. Raises KafkaUnavailable."""
         self._writer.flush()
 
 
 def remembered_end(connection: EngineConfiguration, plan: Plan) -> datetime | None:
-    """The newest end at which a plan of this shape was written to the engine, whole or in part; else None.
+    """Return the newest end of a plan of this shape that was at least partly written to the engine, or None.
 
-    A run that goes on from there, with `replace(plan, end=…)`, adds what is missing and nothing twice.
-    Raises EngineUnavailable, RawStoreError.
+    A run with `replace(plan, end=…)` adds what is missing, and nothing twice. Raises EngineUnavailable,
+    RawStoreError.
     """
     with RawStore(connection) as store:
         ends = [int(record.source.rsplit(":", 1)[1]) for record in store.recall_all(plan.series)]
@@ -160,7 +163,7 @@ def simulate_to_engine(
     rate: float | None = None,
     progress: ProgressCallback | None = None,
 ) -> list[IngestReport]:
-    """Write a plan into the raw tables and report per topic; a repeated plan adds only what is missing.
+    """Write a plan into the raw tables and report per topic; a repeated plan only adds what is missing.
 
     `rate` limits events per second. Raises EngineUnavailable, RawStoreError.
     """
@@ -201,9 +204,9 @@ def simulate_to_kafka(
     rate: float | None = None,
     progress: ProgressCallback | None = None,
 ) -> dict[str, int]:
-    """Send a plan to the Kafka topics of its messages; returns messages delivered per topic.
+    """Send a plan to the Kafka topics of its messages, and return the number of messages delivered per topic.
 
-    `names` gives topics their names in Kafka where they differ, `client` adds librdkafka properties, e.g. for TLS.
+    `names` maps topics to names in Kafka that differ; `client` adds librdkafka properties, e.g. for TLS.
 
     Raises KafkaUnavailable when a topic is missing or a message was not delivered.
     """
@@ -214,9 +217,9 @@ def simulate_to_kafka(
 def simulate_to_files(
     folder: Path, plan: Plan, *, compress: bool = False, progress: ProgressCallback | None = None
 ) -> dict[str, Path]:
-    """Write a plan as one `.jsonl` (or `.jsonl.gz`) file per topic; returns the file of each topic.
+    """Write a plan as one `.jsonl` (or `.jsonl.gz`) file per topic, and return the files by topic.
 
-    A file takes its name when it is whole: an interrupted run leaves no half file under it.
+    A file gets its name when it is complete, so that an interrupted run leaves no partial file under it.
     Raises SimulationError when the folder cannot be written.
     """
     suffix = ".jsonl.gz" if compress else ".jsonl"
@@ -229,7 +232,7 @@ def simulate_to_files(
                 if topic not in files:
                     paths[topic] = folder / f"{topic}{suffix}"
                     raw = stack.enter_context(whole_file(paths[topic]))
-                    # Without name and time of writing, so that the same plan gives the same bytes.
+                    # Without file name and modification time, so that the same plan gives the same bytes.
                     files[topic] = raw
                     if compress:
                         packed: Any = gzip.GzipFile("", "wb", 6, raw, mtime=0)
@@ -253,10 +256,10 @@ def follow(
     stop: threading.Event | None = None,
     progress: ProgressCallback | None = None,
 ) -> dict[str, int]:
-    """A live trickle: `rate` events per second whose event time is now, until `stop` or for `seconds`.
+    """Write `rate` events per second that happen now, until `stop` or for `seconds`.
 
-    The plan gives the seed and who takes part; topics come in the proportions of its counts.
-    Returns messages per topic. Raises what the sink raises, and SimulationError for a rate of 0 or less.
+    The plan determines seed and participants; topics occur in the proportions of its counts. Returns messages
+    per topic. Raises what the sink raises, and SimulationError for a rate of 0 or less.
     """
     if rate <= 0:
         raise SimulationError(f"the rate is {rate:g} events per second: give a positive number")
@@ -292,7 +295,7 @@ def follow_to_engine(
     stop: threading.Event | None = None,
     progress: ProgressCallback | None = None,
 ) -> dict[str, int]:
-    """`follow` into the raw tables, as a source of its own. Raises EngineUnavailable, RawStoreError."""
+    """Call `follow` for the raw tables, as a source of its own. Raises EngineUnavailable, RawStoreError."""
     plan = replace(plan, end=datetime.now(UTC))
     with RawStore(connection) as store:
         sink = EngineSink(store, registry, f"simulate:{plan.seed}:live:{int(plan.end.timestamp() * 1000)}")
@@ -307,7 +310,7 @@ def _write(
     rate: float | None,
     progress: ProgressCallback | None,
 ) -> dict[str, tuple[int, int]]:
-    """Write events by topic in batches; returns messages and new messages per topic."""
+    """Write events by topic in batches, and return messages and new messages per topic."""
     if rate is not None and rate <= 0:
         raise SimulationError(f"the rate is {rate:g} events per second: give a positive number")
     size = batch_size if rate is None else max(1, min(batch_size, int(rate / 4)))

@@ -76,7 +76,6 @@ def read_labels(
     key's type, a time that is missing, has no zone, or lies after `now`, a column named like a feature, one of
     durations, a cell that is not of the type given for it, or more than the limits allow.
     """
-    key = features.key
     given = {name: _type_of(name, kind) for name, kind in (types or {}).items()}
     table = _read(catalog, source, given, features)
     check_columns(source, table.column_names, features)
@@ -88,6 +87,9 @@ def read_labels(
             )
     if table.num_rows == 0:
         raise LabelsRefused(f"{source} has no rows: a training set needs at least one label")
+    for key in features.keys[1:]:
+        table = _replace(table, key.name, key_values(table[key.name], key, source))
+    key = features.key
     ids = key_values(table[key.name], key, source)
     if key.type == "bigint":
         reserved = pc.less(ids, 0)
@@ -120,7 +122,7 @@ def check_columns(source: str, columns: Sequence[str], features: Features) -> No
 
     Raises LabelsRefused naming the column and what to call it.
     """
-    for name in (features.key.name, TIME):
+    for name in (*features.key_names, TIME):
         if name not in columns:
             near = difflib.get_close_matches(name, columns, n=1)
             hint = f"rename {near[0]}" if near else "add it"
@@ -162,7 +164,7 @@ def _read(catalog: Catalog, source: str, types: Mapping[str, pa.DataType], featu
         try:
             if suffix == ".parquet":
                 return _read_parquet(path, source)
-            return _typed(_read_csv(path, source, features), source, types, features.key.name)
+            return _typed(_read_csv(path, source, features), source, types, features.key_names)
         except (pa.ArrowException, OSError) as error:
             reason = str(error).strip().splitlines()[0]
             raise LabelsRefused(
@@ -219,13 +221,13 @@ def _chunks(rows: Iterator[CsvRow]) -> Iterator[list[tuple[int, CsvRow]]]:
         yield chunk
 
 
-def _typed(table: pa.Table, source: str, types: Mapping[str, pa.DataType], key: str) -> pa.Table:
+def _typed(table: pa.Table, source: str, types: Mapping[str, pa.DataType], keys: tuple[str, ...]) -> pa.Table:
     for name, kind in types.items():
-        if name in (key, TIME) or name not in table.column_names:
-            others = [column for column in table.column_names if column not in (key, TIME)]
+        if name in (*keys, TIME) or name not in table.column_names:
+            others = [column for column in table.column_names if column not in (*keys, TIME)]
             raise LabelsRefused(
                 f"the type of {name} cannot be given: {source} has the columns {', '.join(others) or 'of the key only'}"
-                f" beside {key} and {TIME}, whose types are fixed"
+                f" beside {', '.join(keys)} and {TIME}, whose types are fixed"
             )
         values = table[name]
         try:

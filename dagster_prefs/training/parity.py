@@ -28,9 +28,10 @@ from dagster_prefs.iceberg.export import DEFAULT_NAMESPACE, exported_days
 from dagster_prefs.iceberg.files import read_rows, tile_files
 from dagster_prefs.iceberg.tables import TileTable
 from dagster_prefs.iceberg.tiles import tile_snapshot
+from dagster_prefs.ids import Id
 from dagster_prefs.training.windows import Features, load_tiles
 
-Items = Mapping[int | str, Mapping[str, Mapping[str, Any]]]
+Items = Mapping[Id, Mapping[str, Mapping[str, Any]]]
 """Id → domain name → attributes, as served; an id or domain without item is absent."""
 
 # How long after a subject's last tile an item that ought to be gone is still looked for.
@@ -42,7 +43,7 @@ COMPARED, MISMATCHED, MISSING, EXTRA = range(4)
 class Difference:
     """One value that is served and one that was due; None stands for NULL, `distance` orders examples."""
 
-    subject: int | str
+    subject: Id
     domain: str
     attribute: str
     served: Any
@@ -105,7 +106,7 @@ class ParityReport:
 
 def served_items(
     client: Any, contract: Contract, table: str, features: Features
-) -> Callable[[Sequence[int | str]], Items]:
+) -> Callable[[Sequence[Id]], Items]:
     """What `check_parity` reads the items of one entity with: strongly consistent reads of its DynamoDB table.
 
     Values come as they lie in the table, whatever the contract says, so that a wrong type is a mismatch of its
@@ -114,8 +115,8 @@ def served_items(
     access = ItemAccess(client, contract.tables[features.entity.name], table)
     keys = (access.partition_key, access.sort_key)
 
-    def read(subjects: Sequence[int | str]) -> Items:
-        found: dict[int | str, dict[str, dict[str, Any]]] = {}
+    def read(subjects: Sequence[Id]) -> Items:
+        found: dict[Id, dict[str, dict[str, Any]]] = {}
         for domain in contract.domains.values():
             if domain.name not in features.domains:
                 continue
@@ -130,7 +131,7 @@ def served_items(
 def check_parity(
     engine: EngineConfiguration,
     catalog: Catalog,
-    read_items: Callable[[Sequence[int | str]], Items],
+    read_items: Callable[[Sequence[Id]], Items],
     *,
     features: Features,
     now: datetime,
@@ -156,7 +157,8 @@ def check_parity(
                 session, engine, catalog, namespace, spec, (*columns, LAST_EVENT_AT), oldest, threshold
             )
         boundary = now.timestamp()
-        key = features.key.name
+        key = ", ".join(features.key_names)
+        point_keys = ", ".join(f"points.{name}" for name in features.key_names)
         session.execute(
             f"create table points as select row_number() over (order by {key}) as point, {key}, "
             "date '1970-01-01' + cast(floor(($boundary - case when $spread = 0 then 0 "
@@ -166,11 +168,11 @@ def check_parity(
         )
         query = features.sql("serving", last_events=True)
         due = session.execute(
-            f"select points.{key}, due.* exclude (point) from ({query}) as due join points using (point)"
+            f"select {point_keys}, due.* exclude (point) from ({query}) as due join points using (point)"
         )
         names = [column[0] for column in due.description or []]
         rows = [dict(zip(names, row, strict=True)) for row in due.fetchall()]
-    served = read_items([row[key] for row in rows])
+    served = read_items([_subject(features, row) for row in rows])
     return _compare(features, rows, served, int((now - settle).timestamp() * 1000), engine_days, examples)
 
 
@@ -204,7 +206,7 @@ def _load(
             table: Table | None = catalog.load_table(spec.identifier(namespace))
         except NoSuchTableError:
             table = None
-        names = [spec.subject, spec.day, *columns]
+        names = [*spec.entity.key_names, spec.day, *columns]
 
         def batches() -> Iterator[pa.RecordBatch]:
             if table is not None:
@@ -239,7 +241,7 @@ def _compare(
     unsettled = 0
     differences: list[Difference] = []
     for row in rows:
-        subject = row[features.key.name]
+        subject = _subject(features, row)
         for domain in features.domains:
             item = served.get(subject, {}).get(domain)
             newest = row[f"{domain}_last_event_at"]
@@ -279,6 +281,12 @@ def _compare(
         worst=tuple(differences[:examples]),
         left_out=features.left_out,
     )
+
+
+def _subject(features: Features, row: Mapping[str, Any]) -> Any:
+    """The id of a row that has the entity's key columns."""
+    parts = tuple(row[name] for name in features.key_names)
+    return parts if len(parts) > 1 else parts[0]
 
 
 def _distance(served: Any, due: Any) -> float:

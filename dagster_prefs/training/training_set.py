@@ -325,7 +325,8 @@ def _build(
                     batches = _versions(tiles, spec, snapshot, columns, first, last, oldest)
                 else:
                     batches = _current(tiles, spec, snapshot, columns, first, last)
-                known = f"{features.key.name} in (select {features.key.name} from points)"
+                keys = ", ".join(features.key_names)
+                known = f"({keys}) in (select {keys if len(features.keys) == 1 else f'({keys})'} from points)"
                 load_tiles(session, spec, columns, batches, where=known, versions=as_known)
         session.execute(f"create table features as {features.sql('training', versions=as_known)}")
         session.execute(
@@ -365,7 +366,8 @@ def _load_points(
     session.execute(
         f"""
         create table points as
-        select point, {features.key.name}, date '1970-01-01' + cast(floor({TIME} / 86400000000.0) as integer) as day,
+        select point, {", ".join(features.key_names)}, 
+          date '1970-01-01' + cast(floor({TIME} / 86400000000.0) as integer) as day,
           {TIME} // 1000 as known_at
         from labels
         """
@@ -419,7 +421,7 @@ def _current(
         return
     for files in tile_files(table, spec, first=first, last=last, snapshot_id=snapshot.snapshot_id).values():
         for file in files:
-            yield from read_rows(table, file, [spec.subject, spec.day, *columns])
+            yield from read_rows(table, file, [*spec.entity.key_names, spec.day, *columns])
 
 
 def _versions(
@@ -435,7 +437,7 @@ def _versions(
         return
     for version in _history(table, snapshot, oldest_label):
         if first <= day_of(table, spec, version.file.data) <= last:
-            for batch in read_rows(table, version.file, [spec.subject, spec.day, *columns]):
+            for batch in read_rows(table, version.file, [*spec.entity.key_names, spec.day, *columns]):
                 yield batch.append_column(
                     "known_from", pa.repeat(version.known_from, batch.num_rows)
                 ).append_column("known_to", pa.repeat(version.known_to, batch.num_rows))

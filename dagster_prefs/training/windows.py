@@ -118,14 +118,11 @@ class Features:
     """
 
     def __init__(self, registry: Registry, entity: Entity) -> None:
-        if len(entity.keys) > 1:
-            names = ", ".join(key.name for key in entity.keys)
-            raise ViewNotPortable(
-                f"{entity.name} has the composite key ({names}), and training sets join labels by one key column: "
-                "give them an entity with a key of one column"
-            )
         self.entity = entity
+        # The first key column, whose day moves where expiry is spread, and all of them.
         self.key: Key = entity.key
+        self.keys = entity.keys
+        self.key_names = entity.key_names
         self.contract_version = registry.contract.version
         self._tables = tile_tables(registry)
         self._by_tile = {spec.tile: spec for spec in self._tables.values()}
@@ -177,7 +174,7 @@ class Features:
             for read in self._reads(self._view(domain.name), domain.relation):
                 columns = found.setdefault(read.spec.name, {})
                 for column in read.select.find_all(exp.Column):
-                    if column.name not in (self.key.name, read.spec.day, LAST_EVENT_AT):
+                    if column.name not in (*self.key_names, read.spec.day, LAST_EVENT_AT):
                         columns[column.name] = None
         return tuple((spec, tuple(found[name])) for name, spec in self._tables.items() if name in found)
 
@@ -185,6 +182,19 @@ class Features:
         """The training table that a domain's features come from; of several, the one that is read first."""
         relation = next(found.relation for found in self._domains if found.name == domain)
         return next(self._reads(self._view(domain), relation)).spec
+
+    def windows_of(self, domain: str) -> tuple[int, ...]:
+        """Days of each window in which a domain reads tiles, ascending; empty where it reads none."""
+        return tuple(
+            sorted(
+                {
+                    read.days
+                    for found in self._domains
+                    if found.name == domain
+                    for read in self._reads(self._view(domain), found.relation)
+                }
+            )
+        )
 
     @cached_property
     def longest_window(self) -> int:
@@ -217,7 +227,6 @@ class Features:
         `labels` is `namespace.table` with `columns`, among them the entity's key and `label_time`, an instant. A label
         of one UTC day sees the days before it, in the newest version of every tile.
         """
-        key = self.key.name
         # As whole days since 1970, because engines disagree about whose midnight a date of an instant means.
         seconds = (exp.UnixSeconds if dialect == "spark" else exp.TimeToUnix)(
             this=exp.column("label_time", "l")
@@ -226,19 +235,23 @@ class Features:
         epoch = exp.cast(exp.Literal.string("1970-01-01"), "date")
         day = exp.cast(exp.DateAdd(this=epoch, expression=number, unit=exp.var("DAY")), "date")
         # Labels of one subject and day see the same; numbering them instead would sort all of them in one place.
+        parts: list[exp.Expr] = [exp.cast(exp.column(key, "l"), "varchar") for key in self.key_names]
+        if len(parts) > 1:
+            # Encoded as in a sort key, so that no two keys make one text.
+            parts = [
+                sqlglot.parse_one(f"replace(replace({part.sql()}, '%', '%25'), '#', '%23')") for part in parts
+            ]
+        separated = [piece for part in parts for piece in (exp.Literal.string("#"), part)][1:]
         point = exp.Concat(
-            expressions=[
-                exp.cast(exp.column(key, "l"), "varchar"),
-                exp.Literal.string(" "),
-                exp.cast(day, "varchar"),
-            ],
+            expressions=[*separated, exp.Literal.string(" "), exp.cast(day, "varchar")],
             safe=True,
             coalesce=False,
         )
         source = exp.to_table(labels)
         source.set("alias", exp.TableAlias(this=exp.to_identifier("l")))
         numbered = exp.select("l.*", exp.alias_(point, "point")).from_(source)
-        points = exp.select("l.point", f"l.{key}", exp.alias_(day.copy(), "day")).distinct()
+        keys = [f"l.{key}" for key in self.key_names]
+        points = exp.select("l.point", *keys, exp.alias_(day.copy(), "day")).distinct()
         query = self._query("training", dialect, namespace=namespace)
         ctes = query.args["with_"]
         ctes.set(
@@ -294,6 +307,8 @@ class Features:
     def _portable(self, domain: Domain, view: exp.Select) -> tuple[exp.Select, dict[str, str]]:
         """A domain's view without the attributes that are not computed from tiles, and those with the reason."""
         unknown = _without_others(view, domain.relation, set(self._by_tile))
+        if len(self.keys) > 1:
+            _check_whole_keys(view, domain.relation, self.key_names)
         reads = list(self._reads(view, domain.relation))
         for read in reads:
             if read.spec.entity != self.entity:
@@ -377,13 +392,15 @@ class Features:
         versions: bool,
         namespace: str | None,
     ) -> None:
-        """Turn a view of now into one of points, in place: the key becomes `point` throughout."""
-        key = self.key.name
+        """Turn a view of now into one of points, in place: the first key becomes `point` throughout.
+
+        The other keys of a composite one stay, as the point's.
+        """
         for read in list(self._reads(view, relation)):
             select, spec = read.select, read.spec
             select.set("where", None)
             for column in list(select.find_all(exp.Column)):
-                column.set("table", exp.to_identifier("p" if column.name == key else "t"))
+                column.set("table", exp.to_identifier("p" if column.name in self.key_names else "t"))
             since = exp.DateSub(
                 this=exp.column("day"), expression=exp.Literal.number(read.days), unit=exp.var("DAY")
             )
@@ -391,7 +408,7 @@ class Features:
             points = (
                 exp.select("*", exp.alias_(exp.cast(since, "date"), "since")).from_("points").subquery("p")
             )
-            conditions = [f"t.{key} = p.{key}", f"t.{spec.day} >= p.since"]
+            conditions = [*(f"t.{key} = p.{key}" for key in self.key_names), f"t.{spec.day} >= p.since"]
             if mode == "training":
                 conditions.append(f"t.{spec.day} < p.day")
             if versions:
@@ -400,7 +417,7 @@ class Features:
             select.set("from_", exp.From(this=points))
             select.set("joins", [exp.Join(this=tile, on=exp.and_(*conditions))])
         for column in view.find_all(exp.Column):
-            if column.name == key and not _inside_join(column):
+            if column.name == self.key.name and not _inside_join(column):
                 column.set("this", exp.to_identifier("point"))
         _in_dialect(view, relation, dialect)
 
@@ -416,10 +433,10 @@ def load_tiles(
 ) -> None:
     """Make the relation of a training table that the local SQL reads, of those rows for which `where` holds.
 
-    `batches` have the entity's key, the day and `columns`, with `versions` also `known_from` and `known_to`.
+    `batches` have the entity's keys, the day and `columns`, with `versions` also `known_from` and `known_to`.
     What reading them raises, this raises.
     """
-    names = (spec.subject, spec.day, *columns)
+    names = (*spec.entity.key_names, spec.day, *columns)
     fields = [pa.field(name, _loaded(spec.by_name[name].type)) for name in names]
     if versions:
         fields += [pa.field("known_from", pa.int64()), pa.field("known_to", pa.int64())]
@@ -572,6 +589,34 @@ def _without_others(view: exp.Select, relation: str, tiles: set[str]) -> dict[st
             "column is written without its table: read what the other attributes need from tiles alone"
         )
     return unknown
+
+
+def _check_whole_keys(view: exp.Select, relation: str, keys: tuple[str, ...]) -> None:
+    """Refuse a view that groups, ranks or joins by a part of a composite key.
+
+    A point is one whole key, so that a total over the other parts would be one over this part alone.
+    """
+    for select in view.find_all(exp.Select):
+        group = select.args.get("group")
+        aggregates = any(
+            found.find_ancestor(exp.Select) is select and not isinstance(found.parent, exp.Window)
+            for found in select.find_all(exp.AggFunc)
+        )
+        places: list[tuple[str, list[exp.Expr]]] = (
+            [("groups", [group] if group else [])] if aggregates else []
+        )
+        places += [("ranks", window.args.get("partition_by") or []) for window in select.find_all(exp.Window)]
+        places += [
+            ("joins", [join.args["on"]] if join.args.get("on") else list(join.args.get("using") or ()))
+            for join in select.args.get("joins") or ()
+        ]
+        for what, found in places:
+            named = {part.name for one in found for part in one.find_all(exp.Column, exp.Identifier)}
+            if missing := [key for key in keys if key not in named]:
+                raise ViewNotPortable(
+                    f"{relation} {what} without {missing[0]}, a part of the key ({', '.join(keys)}): training sets "
+                    "know each whole key alone; use all parts, or make it a domain of another entity"
+                )
 
 
 def _final(view: exp.Select) -> exp.Select:

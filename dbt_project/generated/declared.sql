@@ -188,7 +188,8 @@
       "max_message_bytes": "dbd4f93f0d1c8cbcbf825aab06bec15e",
       "decay": "fe031dd7e13b4bce345e589800eced87",
       "tier_drift": "8af7a388e27eda65d1b9fb126c5a73fa",
-      "favorite_genres": "7b98d2564df78c56a60805f6e8e11a86"
+      "favorite_genres": "7b98d2564df78c56a60805f6e8e11a86",
+      "workload": "889b885dc5d6f914c0c768561cc87267"
     }
   }) }}
 {%- endmacro %}

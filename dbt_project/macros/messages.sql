@@ -367,7 +367,7 @@ with valid as (
 
 erased as (
 
-  select subject_id, erased_at from {{ ref("erased_subjects") }} where subject_kind = '{{ entity }}'
+  select subject_id, erased_at from {{ ref("erased_subjects") }} where subject_kind = '{{ subject_kind(entity) }}'
 
 ),
 

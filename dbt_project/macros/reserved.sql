@@ -19,6 +19,27 @@
   {{ return(entity_of(entity)["keys"] | first) }}
 {%- endmacro %}
 
+{# The name that an erasure is recorded under: the first entity with the same first key, because it is of all of them. #}
+{% macro subject_kind(entity) -%}
+  {%- for name, declared in var("entities").items() if declared["keys"] | first == first_key(entity) -%}
+    {{ return(name) }}
+  {%- endfor -%}
+{%- endmacro %}
+
+{#
+  The sort key of an item of an entity with a composite key: the domain's key, and behind it every key column but the
+  first. Table.sort_text in dagster_prefs/declarations/contract.py is the same rule.
+#}
+{% macro sort_key(entity) -%}
+  domain_key
+  {%- for column in (entity_of(entity)["keys"] | list)[1:] %} || '#' || {{ key_part(column) }}{% endfor %}
+{%- endmacro %}
+
+{# A part of a sort key, which leaves `#` to what separates parts; encode_part in dagster_prefs/ids.py is the same rule. #}
+{% macro key_part(column) -%}
+  replace(replace({{ column }}::text, '%', '%25'), '#', '%23')
+{%- endmacro %}
+
 {# The type of a key column, which may be qualified (`totals.viewer_id`): bigint, text or uuid. #}
 {% macro key_type(column) -%}
   {%- set name = column.split(".") | last -%}

@@ -23,10 +23,11 @@ import pyarrow.parquet as pq
 import pytest
 from psycopg import sql
 from relations import RAW_TABLES, materialized_views, refresh
-from shipped import TILE_TABLES
+from shipped import GENRE, INTERACTIONS, TILE_TABLES, WATCH
 from workshop import PROJECT, assert_all_ok
 
 from dagster_prefs.declarations.contract import Contract, load_contract
+from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.dynamodb.publisher import publish_domain
 from dagster_prefs.dynamodb.tables import dynamodb_client, provision
 from dagster_prefs.engine.connection import EngineConfiguration
@@ -35,14 +36,13 @@ from dagster_prefs.iceberg.catalog import open_catalog
 from dagster_prefs.iceberg.export import export_day
 from dagster_prefs.local.services import LocalServices
 from dagster_prefs.tools.cost import (
-    TILE_ROW_BYTES,
-    DomainLoad,
+    Shape,
     Workload,
-    contract_domains,
     engine_rows,
     estimate,
     event_writes,
     expiry_writes,
+    project_shape,
     rows_kept,
     tile_rows,
 )
@@ -80,7 +80,7 @@ class Measured:
     items: list[dict[str, Any]]
     rows: dict[str, int]
     export: dict[str, Any]
-    # Every tile row of the run, by the name that the model gives the tile.
+    # Every tile row of the run, by tile.
     tiles: dict[str, pa.Table]
     objects_before: set[Path]
     objects_after: set[Path]
@@ -208,8 +208,7 @@ def _run(
             rows["tiles within 28 days"] += sum(
                 row[spec.day] >= MIDNIGHT.date() - timedelta(days=28) for row in found
             )
-            name = spec.name.removeprefix("viewer_").removesuffix("_daily")
-            tiles[name] = pa.Table.from_pylist(found, schema=spec.arrow_schema)
+            tiles[spec.tile] = pa.Table.from_pylist(found, schema=spec.arrow_schema)
     items = [
         item for page in client.get_paginator("scan").paginate(TableName=table.name) for item in page["Items"]
     ]
@@ -217,7 +216,7 @@ def _run(
     for spec in TILE_TABLES.values():
         export_day(engine, catalog, spec, LAST_DAY - timedelta(days=1))
     before = {path for path in lake.rglob("*") if path.suffix in (".parquet", ".avro", ".json")}
-    export = {name: export_day(engine, catalog, spec, LAST_DAY) for name, spec in TILE_TABLES.items()}
+    export = {spec.tile: export_day(engine, catalog, spec, LAST_DAY) for spec in TILE_TABLES.values()}
     after = {path for path in lake.rglob("*") if path.suffix in (".parquet", ".avro", ".json")}
     environment = {"PREFS_EXPIRY_SPREAD_SECONDS": str(SPREAD)}
     relations = [f"{domain.relation}+" for domain in contract.domains.values()]
@@ -237,22 +236,18 @@ def shape_of(measured: Measured, first: date, last: date) -> Workload:
     events = [entry for entry in measured.events if first <= entry[2].date() <= last]
     days = (last - first).days + 1
     viewing: dict[date, set[int]] = {}
-    genres, contents = set(), set()
     for topic, content, at in events:
         if topic == "view_events":
             viewer = int(content["viewer_id"])
             viewing.setdefault(at.date(), set()).add(viewer)
-            genres.add((at.date(), viewer, content["genre"]))
-            contents.add((at.date(), viewer, content["content_id"]))
     active = sum(map(len, viewing.values()))
     interactions = sum(topic == "content_interactions" for topic, _, _ in events)
+    shares = {SOURCES[0]: 1 - interactions / len(events), SOURCES[1]: interactions / len(events)}
     return Workload(
-        viewers=VIEWERS,
+        entities=VIEWERS,
         events_per_day=round(len(events) / days),
-        interaction_share=interactions / len(events),
+        shares=shares,
         daily_active_share=active / days / VIEWERS,
-        genres_per_active_day=len(genres) / active,
-        contents_per_active_day=len(contents) / active,
         refresh_seconds=QUARTER.total_seconds(),
         history_days=DAYS,
     )
@@ -269,82 +264,100 @@ def usual(measured: Measured) -> Workload:
     return shape_of(measured, LAST_DAY - timedelta(days=DAYS - 1), LAST_DAY)
 
 
+def shape_between(measured: Measured, registry: Registry, first: date, last: date) -> Shape:
+    """The project's shape, in which an active day holds as many genres and contents as it did on these days."""
+    active: set[tuple[date, int]] = set()
+    genres, contents = set(), set()
+    for topic, content, at in measured.events:
+        if topic == "view_events" and first <= at.date() <= last:
+            key = (at.date(), int(content["viewer_id"]))
+            active.add(key)
+            genres.add((*key, content["genre"]))
+            contents.add((*key, content["content_id"]))
+    said = {
+        "rows_per_active_day": {GENRE.tile: len(genres) / len(active)},
+        "distinct_per_active_day": {WATCH.tile: (len(genres) + len(contents)) / len(active)},
+    }
+    told = replace(registry, variables={**registry.variables, "workload": said})
+    return project_shape(told, told.entity("viewer"), VIEWERS)
+
+
 @pytest.fixture(scope="module")
-def domains(contract: Contract) -> tuple[DomainLoad, ...]:
-    return contract_domains(contract, VIEWERS)
+def shape(measured: Measured, registry: Registry) -> Shape:
+    """Of the last day, which is the `saturday`."""
+    return shape_between(measured, registry, LAST_DAY, LAST_DAY)
 
 
-def test_the_windows_are_the_contracts(domains: tuple[DomainLoad, ...]) -> None:
-    assert {domain.name: (domain.windows, domain.fed_by) for domain in domains} == {
-        "watch": ((7, 28), "views"),
-        "preferences": ((28,), "views"),
-        "interactions": ((28,), "interactions"),
+@pytest.fixture(scope="module")
+def usual_shape(measured: Measured, registry: Registry) -> Shape:
+    return shape_between(measured, registry, LAST_DAY - timedelta(days=DAYS - 1), LAST_DAY)
+
+
+def test_the_windows_are_the_contracts(shape: Shape) -> None:
+    assert {domain.name: (domain.windows, domain.topics) for domain in shape.domains} == {
+        "watch": ((7, 28), {"view_events"}),
+        "preferences": ((28,), {"view_events"}),
+        "interactions": ((28,), {"content_interactions"}),
     }
 
 
-def expected_puts(
-    measured: Measured, workload: Workload, domains: tuple[DomainLoad, ...], steps: slice
-) -> float:
+def expected_puts(measured: Measured, workload: Workload, shape: Shape, steps: slice) -> float:
     """Puts that the formula gives for the events of some steps, refreshed as the workload says."""
     counts = sum(measured.delivered[steps], Counter())
     return sum(
-        counts["view_events" if domain.fed_by == "views" else "content_interactions"]
+        sum(counts[topic] for topic in domain.topics)
         * event_writes(workload, domain)
         / domain.events(workload)
-        for domain in domains
+        for domain in shape.domains
     )
 
 
-def test_a_change_of_a_row_is_one_put(
-    measured: Measured, saturday: Workload, domains: tuple[DomainLoad, ...]
-) -> None:
+def test_a_change_of_a_row_is_one_put(measured: Measured, saturday: Workload, shape: Shape) -> None:
     """An hour of the evening, refreshed every quarter of it: few events share a row and a refresh."""
     evening = slice(3, -1)
-    expected = expected_puts(measured, saturday, domains, evening)
+    expected = expected_puts(measured, saturday, shape, evening)
     found = sum(sum(step.values()) for step in measured.written[evening])
     assert expected > 25
     assert found == pytest.approx(expected, rel=0.1)
 
 
 def test_a_long_refresh_writes_at_most_what_the_formula_says(
-    measured: Measured, saturday: Workload, domains: tuple[DomainLoad, ...]
+    measured: Measured, saturday: Workload, shape: Shape
 ) -> None:
     """Eight hours. Events come in sittings, so that more of them fold than of the formula's random ones."""
     long = replace(saturday, refresh_seconds=28_800)
     expected, unfolded = (
-        expected_puts(measured, workload, domains, slice(2, 3)) for workload in (long, saturday)
+        expected_puts(measured, workload, shape, slice(2, 3)) for workload in (long, saturday)
     )
     found = sum(measured.written[2].values())
     assert expected / 2 < found <= expected < unfolded
 
 
 def test_midnight_changes_the_rows_that_a_leaving_day_touches(
-    measured: Measured, saturday: Workload, domains: tuple[DomainLoad, ...]
+    measured: Measured, saturday: Workload, shape: Shape
 ) -> None:
-    for domain in domains:
+    for domain in shape.domains:
         found, expected = measured.midnight[domain.name], expiry_writes(saturday, domain)
         assert expected > 10
         assert found == pytest.approx(expected, rel=0.2), domain.name
 
 
-def test_a_spread_only_spreads_midnight(
-    measured: Measured, saturday: Workload, domains: tuple[DomainLoad, ...]
-) -> None:
+def test_a_spread_only_spreads_midnight(measured: Measured, saturday: Workload, shape: Shape) -> None:
     """The next day is as busy a Sunday. Viewers move on one a second here, the busy ones a little earlier."""
     before, half, rest = (sum(part.values()) for part in measured.spread)
     assert before == 0
-    assert half + rest == pytest.approx(sum(expiry_writes(saturday, domain) for domain in domains), rel=0.2)
+    assert half + rest == pytest.approx(
+        sum(expiry_writes(saturday, domain) for domain in shape.domains), rel=0.2
+    )
     assert 0.4 < half / (half + rest) < 0.75
 
 
-def test_items_are_as_many_and_as_large(
-    measured: Measured, usual: Workload, domains: tuple[DomainLoad, ...]
-) -> None:
-    for domain in domains:
+def test_items_are_as_many_and_as_large(measured: Measured, usual: Workload, usual_shape: Shape) -> None:
+    for domain in usual_shape.domains:
         items = [item for item in measured.items if item["domain_key"]["S"] == f"engagement#{domain.name}"]
         assert len(items) == pytest.approx(rows_kept(usual, domain), rel=0.15), domain.name
         assert fmean(map(dynamodb_bytes, items)) == pytest.approx(domain.item_bytes, rel=0.1), domain.name
-    found = estimate(usual, domains, target_seconds=5)
+    found = estimate(usual, usual_shape, target_seconds=5)
     assert len(measured.items) == pytest.approx(found.items, rel=0.1)
     billed = sum(dynamodb_bytes(item) + 100 for item in measured.items)
     assert billed == pytest.approx(found.table_bytes, rel=0.1)
@@ -365,21 +378,22 @@ def value_bytes(typed: dict[str, Any]) -> int:
 
 
 def test_the_export_writes_as_many_rows_and_files(
-    measured: Measured, saturday: Workload, domains: tuple[DomainLoad, ...]
+    measured: Measured, saturday: Workload, shape: Shape
 ) -> None:
-    for name, rows in tile_rows(saturday).items():
+    for name, rows in tile_rows(saturday, shape).items():
         # Who interacts is less even than the formula's random events, so that fewer viewers do.
-        report = measured.export[f"viewer_{name}_daily"]
-        assert report.rows == pytest.approx(rows, rel=0.25 if name == "interactions" else 0.01)
+        report = measured.export[name]
+        assert report.rows == pytest.approx(rows, rel=0.25 if name == INTERACTIONS.tile else 0.01)
     new = measured.objects_after - measured.objects_before
-    found = estimate(replace(saturday, late_days=0), domains, target_seconds=5)
+    found = estimate(replace(saturday, late_days=0), shape, target_seconds=5)
     assert len([path for path in new if path.suffix == ".parquet"]) == found.lake_files_per_day
     assert len(new) == found.lake_writes_per_day
 
 
-def test_a_row_of_the_lake_is_as_large(measured: Measured) -> None:
+def test_a_row_of_the_lake_is_as_large(measured: Measured, shape: Shape) -> None:
     """Between a file of some and one of many rows, so that what every file has does not count."""
-    for name, expected in TILE_ROW_BYTES.items():
+    for tile in shape.tiles:
+        name, expected = tile.name, tile.row_bytes
         sizes = {}
         for rows in (200, measured.tiles[name].num_rows):
             sink = BytesIO()
@@ -389,10 +403,8 @@ def test_a_row_of_the_lake_is_as_large(measured: Measured) -> None:
         assert (large - small) / (many - few) == pytest.approx(expected, rel=0.35), name
 
 
-def test_the_engine_keeps_as_many_rows(
-    measured: Measured, usual: Workload, domains: tuple[DomainLoad, ...]
-) -> None:
-    expected, rows = engine_rows(usual, domains), measured.rows
+def test_the_engine_keeps_as_many_rows(measured: Measured, usual: Workload, usual_shape: Shape) -> None:
+    expected, rows = engine_rows(usual, usual_shape), measured.rows
     found = {
         "raw events": rows["raw_view_events"] + rows["raw_content_interactions"],
         "typed events": rows["view_events"] + rows["content_interactions"],

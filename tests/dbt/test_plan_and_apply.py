@@ -50,7 +50,7 @@ class Store:
     def prepare(self) -> None:
         self.prepared += 1
 
-    def settle(self, relation: str) -> str:
+    def reconcile(self, relation: str) -> str:
         self.settled.append(relation)
         return f"{relation} settled"
 
@@ -353,12 +353,12 @@ def test_the_store_publishes_what_the_view_became(
     platform.engine = deployment.engine
     store = ProfileStore(platform)
     store.prepare()
-    assert store.settle(ROLLING_VIEW) == "watch: 2 upserts, 0 deletes"
+    assert store.reconcile(ROLLING_VIEW) == "watch: 2 upserts, 0 deletes"
     deployment.run(
         "delete from raw_view_events where source_offset % 2 = 1",
         *(f"refresh materialized view {view}" for view in WATCHED),
     )
-    assert store.settle(ROLLING_VIEW) == "watch: 0 upserts, 1 deletes"
+    assert store.reconcile(ROLLING_VIEW) == "watch: 0 upserts, 1 deletes"
     items = platform.dynamodb().scan(TableName="viewer_profiles")["Items"]
     assert [(item["viewer_id"]["N"], Decimal(item["watch_minutes_28d"]["N"])) for item in items] == [("0", 2)]
 

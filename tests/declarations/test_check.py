@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 
 import pytest
+from declared import add_enrolments
 from project_copies import Copy
 
 from dagster_prefs.declarations.generate import plan_files
@@ -168,13 +169,42 @@ def test_two_domains_have_two_keys(courses_copy: Copy) -> None:
     assert "the domain learning#progress is declared in" in said
 
 
-def test_a_composite_key_is_not_served(courses_copy: Copy) -> None:
-    courses_copy.change(PROJECT, KEY, "{ learner_id: text, lesson_id: text }")
-    courses_copy.change(VIEW, 'key: "learning#progress",', 'key: "learning#progress", entity: learner,')
-    said = "\n".join(problems(courses_copy))
-    assert re.search(
-        r"rolling.yml:\d+: .* has 2 key columns, and an item is found by one: several rows", said
-    ), said
+def test_a_composite_key_is_declared_like_any_other(courses_copy: Copy) -> None:
+    add_enrolments(courses_copy.folder)
+    found = plan_files(courses_copy.folder)
+    table = found.declarations.contract["tables"]["enrolment"]
+    assert table["rest_keys"] == [{"name": "course_id", "type": "S"}]
+    (sink,) = (text for name, text in found.models.items() if name.endswith("sink_learning_course.sql"))
+    # Behind the keys, whose encoding makes the sort key.
+    assert '"enrolment", ["course_lessons_7d", "course_minutes_28d", "last_event_at"])' in sink
+    (tile,) = (tile.declared for tile in found.declarations.tiles if tile.declared.entity == "enrolment")
+    assert tile.key == ("learner_id", "course_id")
+
+
+COURSE_VIEW = "models/course_progress_rolling"
+ENROLMENT = "    enrolment: { keys: { learner_id: text, course_id: text }, table: enrolment_profiles, erasable: true }"
+
+
+@pytest.mark.parametrize(
+    ("path", "old", "new", "said", "example"),
+    [
+        (TOPIC, "max_bytes: 100 }", "max_bytes: 400 }", r"the sort key of its items may have 1,216 bytes, and DynamoDB takes 1,024: it holds learning#course and course_id", "max_bytes: 293"),
+        (TOPIC, "name: course_id", "name: course", "entity enrolment: its key course_id is a field of no topic about its learner_id", "name: course_id"),
+        (PROJECT, ENROLMENT, ENROLMENT.replace("true", "false"), "entity enrolment and entity learner have the first key learner_id, and one of them is erasable", "erasable: true"),
+        (f"{COURSE_VIEW}.sql", '"learner_id", var("windows").long', '"course_id", var("windows").long', "a window by course_id: the day of enrolment begins by its first key, learner_id", "within_window"),
+        (f"{COURSE_VIEW}.yml", "name: course_id, data_type: text, description: The course., data_tests: [not_null]", "name: course_id, data_type: text, description: The course.", "a domain needs the column course_id, a text with a not_null test", "not_null"),
+        (TOPIC, "entity: learner", "entity: enrolment", "lesson_events.course_id: an identity, a key and a time cannot be optional", "course_id"),
+    ],
+)  # fmt: skip
+def test_an_error_about_a_composite_key(
+    courses_copy: Copy, path: str, old: str, new: str, said: str, example: str
+) -> None:
+    add_enrolments(courses_copy.folder)
+    courses_copy.change(path, old, new)
+    found = problems(courses_copy)
+    assert any(
+        re.search(rf"\.yml:\d+: .*{said}|\.sql:\d+: .*{said}", one) and example in one for one in found
+    ), found
 
 
 def test_typed_sql_by_hand_is_in_the_way(courses_copy: Copy) -> None:

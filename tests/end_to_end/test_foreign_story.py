@@ -1,4 +1,7 @@
-"""A project of other people, from its events to the training set: other topics, a text key, no shop and no viewers."""
+"""A project of other people, from its events to the training set: other topics, a text key, no shop and no viewers.
+
+Beside the learners it has an entity with a composite key, a learner's enrolment in a course.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import csv
 import http.client
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
@@ -15,6 +18,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
+from declared import add_enrolments
 
 from dagster_prefs.platform import Platform
 from dagster_prefs.serving import ProfileClient
@@ -27,6 +31,8 @@ pytestmark = pytest.mark.slow
 
 COURSES = Path("tests") / "projects" / "courses"
 LEARNERS = ("ana", "007", "Zoë / 7")
+COURSES_TAKEN = ("algebra", "c#1 / 50%23")
+ENROLMENTS = [(learner, course) for learner in LEARNERS for course in COURSES_TAKEN]
 TODAY = datetime.now(UTC).date()
 
 
@@ -41,12 +47,17 @@ class Lesson:
     seconds: int
     day: date
 
+    @property
+    def course(self) -> str:
+        return COURSES_TAKEN[self.number % 3 % 2]
+
     def message(self) -> str:
         return json.dumps(
             {
                 "event_id": f"e{self.number}",
                 "learner_id": self.learner,
                 "event_type": self.kind,
+                "course_id": self.course,
                 "lesson_id": f"l{self.number % 7}",
                 "subject": self.subject,
                 "seconds": self.seconds,
@@ -71,14 +82,19 @@ REJECTED = {
 }
 
 
-def expected(learner: str, today: date, days: int = 28, *, with_today: bool = True) -> dict[str, Any]:
-    """A learner's numbers in plain Python; a training value leaves out the label's own day."""
+def expected(
+    learner: str, today: date, days: int = 28, *, with_today: bool = True, course: str | None = None
+) -> dict[str, Any]:
+    """A learner's numbers in plain Python, or in one course; a training value leaves out the label's own day."""
     own = [lesson for lesson in LESSONS if lesson.learner == learner and (with_today or lesson.day < today)]
+    if course is not None:
+        own = [lesson for lesson in own if lesson.course == course]
     short = [lesson for lesson in own if lesson.day >= today - timedelta(days=7)]
     seconds = sum(lesson.seconds for lesson in own if lesson.day >= today - timedelta(days=days))
+    prefix = "" if course is None else "course_"
     return {
-        "lessons_7d": sum(lesson.kind == "started" for lesson in short),
-        f"minutes_{days}d": round(Decimal(seconds) / 60, 6),
+        f"{prefix}lessons_7d": sum(lesson.kind == "started" for lesson in short),
+        f"{prefix}minutes_{days}d": round(Decimal(seconds) / 60, 6),
     }
 
 
@@ -90,10 +106,10 @@ class World:
     project: Path
     folder: Path
 
-    def client(self) -> ProfileClient:
+    def client(self, entity: str = "learner") -> ProfileClient:
         """A client of the project as it is declared now."""
         endpoint = f"http://127.0.0.1:{self.place.environment['PREFS_LOCAL_AWS_PORT']}"
-        return ProfileClient(self.project, endpoint_url=endpoint, region="eu-central-1")
+        return ProfileClient(self.project, entity=entity, endpoint_url=endpoint, region="eu-central-1")
 
     def numbers(self, *names: str) -> dict[str, dict[str, Any]]:
         """What is served of each learner."""
@@ -103,6 +119,19 @@ class World:
                 for learner in LEARNERS
             }
 
+    def enrolments(self) -> dict[tuple[str, str], dict[str, Any]]:
+        """What is served of each learner in each course; nothing where there is no item."""
+        with self.client("enrolment") as client:
+            found = client.get_many(ENROLMENTS)
+        return {
+            id_: {} if one.cold_start else {name: getattr(one.course, name) for name in names(one.course)}
+            for id_, one in found.items()
+        }
+
+
+def names(values: Any) -> list[str]:
+    return [name for name in values.__slots__ if name != "last_event_at"]
+
 
 @pytest.fixture(scope="module")
 def world(new_place: Callable[..., Place], tmp_path_factory: pytest.TempPathFactory) -> World:
@@ -111,7 +140,9 @@ def world(new_place: Callable[..., Place], tmp_path_factory: pytest.TempPathFact
     shutil.copytree(PROJECT / "dbt_project" / "macros", folder / "dbt_project" / "macros")
     project = folder / COURSES
     shutil.copytree(PROJECT / COURSES, project, ignore=shutil.ignore_patterns("target", "logs"))
+    add_enrolments(project)
     place = new_place(PREFS_PROJECT_DIR=str(project))
+    place.ok("prefs", "generate")
     file = folder / "lessons.jsonl"
     bad = [text % datetime.now(UTC).isoformat() for text in REJECTED]
     file.write_text("\n".join([*(lesson.message() for lesson in LESSONS), LESSONS[0].message(), *bad]) + "\n")
@@ -138,8 +169,18 @@ def test_the_story(world: World, free_port: Callable[[], int]) -> None:
         assert client.get("nobody").progress.favorite_subjects is None
     shown = json.loads(place.ok("prefs", "profile", LEARNERS[0], "--json"))
     assert shown["domains"]["progress"]["attributes"]["lessons_7d"] == served[LEARNERS[0]]["lessons_7d"]
-    assert over_http(world, free_port(), LEARNERS[2])["progress"]["attributes"]["minutes_28d"] == str(
-        expected(LEARNERS[2], TODAY)["minutes_28d"]
+    taken = {id_: expected(id_[0], TODAY, course=id_[1]) for id_ in ENROLMENTS}
+    assert world.enrolments() == taken
+    shown = json.loads(place.ok("prefs", "profile", "--entity", "enrolment", *ENROLMENTS[1], "--json"))
+    assert (shown["learner_id"], shown["course_id"]) == ENROLMENTS[1]
+    told = json.loads(
+        place.ok("prefs", "why", "--entity", "enrolment", *ENROLMENTS[1], "course_minutes_28d", "--json")
+    )
+    assert (told["equal"], len(told["tiles"]["course_lessons_1d"])) == (True, len(tile_days(*ENROLMENTS[1])))
+    one, enrolment = over_http(world, free_port(), [LEARNERS[2]], ENROLMENTS[-1])
+    assert one["progress"]["attributes"]["minutes_28d"] == str(expected(LEARNERS[2], TODAY)["minutes_28d"])
+    assert enrolment["course"]["attributes"]["course_minutes_28d"] == str(
+        taken[ENROLMENTS[-1]]["course_minutes_28d"]
     )
 
     # Exported, and joined with labels as it was known on the label's day.
@@ -153,8 +194,9 @@ def test_the_story(world: World, free_port: Callable[[], int]) -> None:
         + "".join(f'"{learner}",{day}T00:00:00Z,1\n' for learner, day in rows)
     )
     told = place.run(
-        "prefs", "training-set", "--labels", str(labels), "--output", str(world.folder / "set.csv")
-    )
+        "prefs", "training-set", "--entity", "learner",
+        "--labels", str(labels), "--output", str(world.folder / "set.csv"),
+    )  # fmt: skip
     assert told.returncode == 0, told.stderr
     left_out = (
         "progress.favorite_subjects is left out: it is computed from lesson_events, which is not exported"
@@ -166,9 +208,31 @@ def test_the_story(world: World, free_port: Callable[[], int]) -> None:
             for row in csv.DictReader(lines)
         ]
     assert made == [expected(learner, day, with_today=False) for learner, day in rows]
+    cases = [
+        (*id_, TODAY - timedelta(days=back)) for id_ in (*ENROLMENTS, ("ana", "none")) for back in (0, 5)
+    ]
+    labels.write_text(
+        "learner_id,course_id,label_time,bought\n"
+        + "".join(f'"{learner}","{course}",{day}T00:00:00Z,1\n' for learner, course, day in cases)
+    )
+    place.ok(
+        "prefs", "training-set", "--entity", "enrolment",
+        "--labels", str(labels), "--output", str(world.folder / "courses.csv"),
+    )  # fmt: skip
+    with (world.folder / "courses.csv").open() as lines:
+        made = [
+            {
+                "course_lessons_7d": int(row["course_lessons_7d"]),
+                "course_minutes_28d": Decimal(row["course_minutes_28d"]),
+            }
+            for row in csv.DictReader(lines)
+        ]
+    assert made == [expected(learner, day, with_today=False, course=course) for learner, course, day in cases]
 
     # What is served equals what the training tables say.
-    report = parity(place)
+    report = parity(place, "enrolment")
+    assert (report.subjects, report.passed) == (len(ENROLMENTS), True), report.worst
+    report = parity(place, "learner")
     assert report.subjects == len(LEARNERS)
     assert {(one.domain, one.attribute, one.compared) for one in report.attributes} >= {
         ("progress", "lessons_7d", len(LEARNERS)),
@@ -185,29 +249,39 @@ def test_the_story(world: World, free_port: Callable[[], int]) -> None:
     place.ok("prefs", "refresh")
     with world.client() as client:
         assert client.get("ana").cold_start
+    # With all that other entities have with this learner's key.
+    left = {id_: values for id_, values in taken.items() if id_[0] != "ana"}
+    assert world.enrolments() == left | {id_: {} for id_ in ENROLMENTS if id_[0] == "ana"}
 
     # A changed window: the name follows, the contract takes a new version, and what runs is replaced.
     edit(world.project / "dbt_project.yml", "long: 28", "long: 30")
     wrong = place.run("prefs", "generate")
     assert "rename it to minutes_7d or minutes_30d" in wrong.stderr
     for suffix in ("sql", "yml"):
-        edit(world.project / "models" / f"learner_progress_rolling.{suffix}", "minutes_28d", "minutes_30d")
+        for view in ("learner", "course"):
+            edit(world.project / "models" / f"{view}_progress_rolling.{suffix}", "minutes_28d", "minutes_30d")
     edit(world.project / "models" / "exposures.yml", "          version: 1\n", "          version: 2\n")
     place.ok("prefs", "generate")
-    assert "14 unchanged, 1 changed" in place.run("prefs", "plan").stdout
+    assert "16 unchanged, 2 changed" in place.run("prefs", "plan").stdout
     place.ok("prefs", "apply")
     served = {learner: expected(learner, TODAY, 30) for learner in LEARNERS[1:]}
     found = world.numbers("lessons_7d", "minutes_30d")
     assert {learner: found[learner] for learner in LEARNERS[1:]} == served
 
 
-def parity(place: Place) -> ParityReport:
-    """Every learner's served values beside the same values recomputed from the training tables."""
+def tile_days(learner: str, course: str) -> set[date]:
+    """The days of a learner's lessons in a course that the longest window holds."""
+    own = [lesson.day for lesson in LESSONS if (lesson.learner, lesson.course) == (learner, course)]
+    return {day for day in own if day >= TODAY - timedelta(days=28)}
+
+
+def parity(place: Place, entity: str) -> ParityReport:
+    """Every id's served values beside the same values recomputed from the training tables."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in place.environment.items():
             patch.setenv(name, value)
         platform = Platform(load_settings())
-        features = choose_features(platform.registry, None)
+        features = choose_features(platform.registry, entity)
         table = f"{platform.settings.table_prefix}{features.entity.table}"
         return check_parity(
             platform.engine,
@@ -225,19 +299,23 @@ def edit(file: Path, old: str, new: str) -> None:
     file.write_text(text.replace(old, new))
 
 
-def over_http(world: World, port: int, learner: str) -> dict[str, Any]:
-    """The learner's domains as the feature server gives them."""
+def over_http(
+    world: World, port: int, learner: Sequence[str], enrolment: Sequence[str]
+) -> list[dict[str, Any]]:
+    """The domains of a learner and of an enrolment as the feature server gives them."""
     server = world.place.start("prefs", "serve", "--port", str(port), "--only", "profiles")
     try:
         assert server.stdout is not None
         assert server.stdout.readline().startswith("serving at")
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-        connection.request("GET", f"/v1/profiles/{quote(learner, safe='')}")
-        answer = connection.getresponse()
-        body: dict[str, Any] = json.loads(answer.read())
-        assert answer.status == 200, body
-        domains: dict[str, Any] = body["domains"]
-        return domains
+        found = []
+        for path, id_ in (("/v1/profiles", learner), ("/v1/enrolment/profiles", enrolment)):
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+            connection.request("GET", "/".join([path, *(quote(part, safe="") for part in id_)]))
+            answer = connection.getresponse()
+            body: dict[str, Any] = json.loads(answer.read())
+            assert answer.status == 200, body
+            found.append(body["domains"])
+        return found
     finally:
         server.terminate()
         server.communicate()

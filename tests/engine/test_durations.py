@@ -95,7 +95,7 @@ def test_no_statement_of_ours_has_a_bare_number() -> None:
 def test_what_is_computed_gets_its_unit_from_the_one_helper() -> None:
     sources = {path: path.read_text() for path in FILES if path.is_relative_to(ROOT / "dagster_prefs")}
     setting = {path.name for path, text in sources.items() if computed(text)}
-    assert setting >= {"pool.py", "publisher.py", "withdraw.py", "feed.py"}
+    assert setting >= {"pool.py", "publisher.py", "items.py", "feed.py"}
     assert {
         path.name for path, text in sources.items() if computed(text) and "with_unit(" not in text
     } == set()

@@ -74,7 +74,7 @@ def test_sinks_feeds_and_views(target: Path) -> None:
             "CreateMaterializedView",
         ),
         "raw_user_events": (
-            "did not make the table with connector raw_user_events for ranking: look at "
+            "did not make the event table raw_user_events for ranking: look at "
             "models/generated/events/raw_user_events.sql",
             "CreateTable",
         ),

@@ -47,7 +47,7 @@ from dagster_prefs.erasure import training as forget_module
 from dagster_prefs.erasure.erase import ErasureIncomplete, ErasureReport
 from dagster_prefs.erasure.events import Subject, SubjectRefused
 from dagster_prefs.erasure.items import EntityItems
-from dagster_prefs.erasure.training import ForgottenTable, SubjectInTable, SubjectInTiles, files_holding
+from dagster_prefs.erasure.training import ErasedTable, SubjectInTable, SubjectInTiles, files_holding
 from dagster_prefs.events.ingest import ingest_file
 from dagster_prefs.iceberg import export as export_module
 from dagster_prefs.iceberg.catalog import CatalogUnavailable, OfflineError
@@ -67,7 +67,7 @@ from dagster_prefs.training.training_set import (
 USER_TRACES = (re.escape(USER), r"Zo\\+u00eb/gone", r"Zo\\303\\253/gone")
 
 
-def in_watch(report: ErasureReport) -> ForgottenTable:
+def in_watch(report: ErasureReport) -> ErasedTable:
     return {table.table: table for table in report.tables}["training.viewer_watch_daily"]
 
 

@@ -21,6 +21,7 @@ from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.events.brokers import client_properties, msk_token
 from dagster_prefs.events.kafka import ingest_topic
 from dagster_prefs.events.topics import note_topics, source_name, topic_generations
+from dagster_prefs.platform import kafka_security
 from dagster_prefs.settings import Settings
 from tests.events.conftest import produce
 
@@ -29,7 +30,7 @@ PASSWORD = SecretStr("open sesame")
 
 
 def test_plain_text_asks_for_nothing() -> None:
-    assert client_properties(Settings(kafka_bootstrap="b:9092")) == {}
+    assert client_properties(kafka_security(Settings(kafka_bootstrap="b:9092"))) == {}
 
 
 def test_tls_with_a_client_certificate() -> None:
@@ -41,7 +42,7 @@ def test_tls_with_a_client_certificate() -> None:
         kafka_ssl_key_pem=SecretStr("KEY"),
         kafka_ssl_key_password=PASSWORD,
     )
-    assert client_properties(settings) == {
+    assert client_properties(kafka_security(settings)) == {
         "security.protocol": "SSL",
         "ssl.ca.location": "/ca.pem",
         "ssl.certificate.pem": "CERT",
@@ -58,7 +59,7 @@ def test_scram_properties_are_what_librdkafka_takes() -> None:
         kafka_sasl_username="platform",
         kafka_sasl_password=PASSWORD,
     )
-    given = client_properties(settings)
+    given = client_properties(kafka_security(settings))
     assert given == {
         "security.protocol": "SASL_SSL",
         "sasl.mechanism": "SCRAM-SHA-512",
@@ -106,7 +107,7 @@ def test_librdkafka_asks_for_the_msk_token_by_itself(
     settings = Settings(
         kafka_bootstrap=broker[0], kafka_security_protocol="SASL_SSL", kafka_sasl_mechanism="AWS_MSK_IAM"
     )
-    given, asked = client_properties(settings), threading.Event()
+    given, asked = client_properties(kafka_security(settings)), threading.Event()
 
     def sign(text: str) -> tuple[str, float]:
         asked.set()

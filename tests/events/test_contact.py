@@ -23,14 +23,14 @@ from shipped import REGISTRY
 from dagster_prefs.declarations.contract import load_contract
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError
-from dagster_prefs.events.brokers import client_properties
+from dagster_prefs.events.brokers import KafkaSource, client_properties
 from dagster_prefs.events.contact import Contact, KafkaUnavailable
 from dagster_prefs.events.kafka import KafkaWriter, holds_messages, ingest_topic
 from dagster_prefs.events.topics import broker_ids
 from dagster_prefs.freshness.canary import send_canary
 from dagster_prefs.freshness.ingestion import Broker
 from dagster_prefs.freshness.measures import measure_ingestion
-from dagster_prefs.platform import Platform
+from dagster_prefs.platform import Platform, kafka_security
 from dagster_prefs.settings import Settings
 from tests.events.kafka_faults import FaultyBroker, running, untrusted_listener
 
@@ -54,7 +54,7 @@ class Fault:
 
     @property
     def client(self) -> Mapping[str, Any]:
-        return client_properties(self.settings)
+        return client_properties(kafka_security(self.settings))
 
 
 def sasl(address: str, **more: Any) -> Settings:
@@ -210,11 +210,13 @@ def test_freshness_says_it_of_every_topic(store: EngineConfiguration, fault: Fau
     measures = measure_ingestion(
         store,
         REGISTRY,
-        fault.bootstrap,
+        KafkaSource(
+            fault.bootstrap,
+            dict.fromkeys(load_contract(PROJECT).freshness.topics, TOPIC),
+            client=fault.client,
+        ),
         now=datetime.now(UTC),
-        kafka_topics=dict.fromkeys(load_contract(PROJECT).freshness.topics, TOPIC),
         timeout_seconds=PATIENCE,
-        client=fault.client,
         by_id=True,
     )
     assert len(measures) == len(load_contract(PROJECT).freshness.topics)

@@ -20,8 +20,9 @@ from kafka_cluster import Cluster
 from shipped import REGISTRY, VIEWER_KEY
 
 from dagster_prefs.declarations.registry import Registry
-from dagster_prefs.declarations.reserved import CANARY_NUMBER, CANARY_TEXT
+from dagster_prefs.declarations.reserved import CANARY_NUMBER, CANARY_TEXT, canary_of
 from dagster_prefs.dynamodb.publisher import PublishError
+from dagster_prefs.events.brokers import KafkaSource
 from dagster_prefs.events.canaries import OF_ANOTHER_DEPLOYMENT
 from dagster_prefs.events.kafka import ingest_topic
 from dagster_prefs.events.rejected import rejected_counts
@@ -57,7 +58,7 @@ class Flow:
         self.probe = Probe(
             send=lambda moment: send_canary(world.engine, REGISTRY, moment, bootstrap=cluster.bootstrap),
             readers=[
-                lambda: read_domains(profiles, VIEWER_KEY),
+                lambda: read_domains(profiles, canary_of(VIEWER_KEY)),
                 lambda: read_views(world.engine, REGISTRY, canary_views(REGISTRY)),
             ],
             paths=canary_paths(REGISTRY),
@@ -103,7 +104,11 @@ class Flow:
             **{
                 one.key: one
                 for one in measure_ingestion(
-                    world.engine, REGISTRY, self.cluster.bootstrap, now=world.now, timeout_seconds=10
+                    world.engine,
+                    REGISTRY,
+                    KafkaSource(self.cluster.bootstrap),
+                    now=world.now,
+                    timeout_seconds=10,
                 )
             },
         }

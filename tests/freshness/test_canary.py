@@ -10,7 +10,7 @@ import pytest
 from declared import PROJECT
 from shipped import REGISTRY, VIEWER_KEY, WATCH
 
-from dagster_prefs.declarations.reserved import CANARY_TEXT
+from dagster_prefs.declarations.reserved import CANARY_TEXT, canary_of
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.events.canaries import CanaryKey, canary_events
 from dagster_prefs.freshness.canary import (
@@ -41,7 +41,7 @@ class Bench:
         self.probe = Probe(
             send=lambda moment: send_canary(world.engine, REGISTRY, moment),
             readers=[
-                lambda: read_domains(profiles, VIEWER_KEY),
+                lambda: read_domains(profiles, canary_of(VIEWER_KEY)),
                 lambda: read_views(world.engine, REGISTRY, canary_views(REGISTRY)),
             ],
             paths=canary_paths(REGISTRY),
@@ -137,7 +137,7 @@ def test_what_cannot_be_read_is_never_green(bench: Bench, free_port: Callable[[]
     ) as profiles:
         bench.probe = Probe(
             bench.probe.send,
-            [lambda: read_domains(profiles, VIEWER_KEY), bench.probe.readers[1]],
+            [lambda: read_domains(profiles, canary_of(VIEWER_KEY)), bench.probe.readers[1]],
             bench.probe.paths,
             bench.probe.thresholds,
             lambda: bench.world.now,

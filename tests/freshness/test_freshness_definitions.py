@@ -331,8 +331,8 @@ def test_the_last_probe_is_told_outside_of_its_sensor(instance: dg.DagsterInstan
     assert found["preferences"].level == "error"
     assert found["preferences"].lag_seconds == pytest.approx(70)
     samples = render_metrics(Status(now, 0.1, tuple(found.values())))
-    assert 'prefs_canary_p99_seconds{stage="canary",name="watch"} 2.0' in samples
-    assert 'prefs_canary_lost_total{stage="canary",name="preferences"} 3' in samples
+    assert 'prefs_canary_p99_seconds{name="watch",stage="canary"} 2.0' in samples
+    assert 'prefs_canary_lost_total{name="preferences",stage="canary"} 3.0' in samples
 
     left_by_sensor(instance, state, now - timedelta(minutes=11))
     assert {one.level for one in told().values()} == {"unknown"}

@@ -9,10 +9,12 @@ from pathlib import Path
 from declared import COURSES
 from foreign import REGISTRY, TODAY, School, lesson
 
+from dagster_prefs.declarations.reserved import canary_of
 from dagster_prefs.dynamodb.publisher import publish_domain
 from dagster_prefs.dynamodb.tables import dynamodb_client, provision
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
+from dagster_prefs.events.brokers import KafkaSource
 from dagster_prefs.freshness.canary import (
     CanaryState,
     Probe,
@@ -92,7 +94,7 @@ def test_every_stage_is_measured_and_a_canary_reaches_its_profiles(
                 start=TODAY,
                 now=now,
             ),
-            *measure_ingestion(engine, REGISTRY, None, now=now),
+            *measure_ingestion(engine, REGISTRY, KafkaSource(), now=now),
         ]
         return {measure.key: measure.level for measure in measures}
 
@@ -122,7 +124,7 @@ def test_every_stage_is_measured_and_a_canary_reaches_its_profiles(
     with ProfileClient(COURSES, endpoint_url=aws_endpoint, region="eu-central-1") as profiles:
         probe = Probe(
             send=lambda moment: send_canary(engine, REGISTRY, moment),
-            readers=[lambda: read_domains(profiles, REGISTRY.entity("learner").key)],
+            readers=[lambda: read_domains(profiles, canary_of(REGISTRY.entity("learner").key))],
             paths=canary_paths(REGISTRY),
             thresholds=REGISTRY.contract.freshness.canary,
             wait=lambda _: flow(),

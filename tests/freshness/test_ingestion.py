@@ -13,6 +13,7 @@ from kafka_cluster import Cluster
 from shipped import REGISTRY
 
 from dagster_prefs.declarations.registry import Registry
+from dagster_prefs.events.brokers import KafkaSource
 from dagster_prefs.events.kafka import ingest_topic
 from dagster_prefs.freshness.ingestion import Broker, ingestion_lag
 from dagster_prefs.freshness.levels import Measure
@@ -25,7 +26,12 @@ TOPIC = "view_events"
 def measure(world: Any, cluster: Cluster) -> Callable[..., Measure]:
     def read(**options: Any) -> Measure:
         found = measure_ingestion(
-            world.engine, REGISTRY, cluster.bootstrap, now=world.now, timeout_seconds=10, **options
+            world.engine,
+            REGISTRY,
+            KafkaSource(cluster.bootstrap),
+            now=world.now,
+            timeout_seconds=10,
+            **options,
         )
         return {one.name: one for one in found}[TOPIC]
 
@@ -155,9 +161,8 @@ def test_a_topic_that_is_missing_hides_no_other(world: Any, cluster: Cluster) ->
     found = measure_ingestion(
         world.engine,
         REGISTRY,
-        cluster.bootstrap,
+        KafkaSource(cluster.bootstrap, {"user.events": "no such topic"}),
         now=world.now,
-        kafka_topics={"user.events": "no such topic"},
         timeout_seconds=10,
     )
     levels = {one.name: one.level for one in found}
@@ -166,14 +171,14 @@ def test_a_topic_that_is_missing_hides_no_other(world: Any, cluster: Cluster) ->
 
 def test_brokers_that_are_down_are_unknown(world: Any, free_port: Callable[[], int]) -> None:
     found = measure_ingestion(
-        world.engine, REGISTRY, f"127.0.0.1:{free_port()}", now=world.now, timeout_seconds=0.3
+        world.engine, REGISTRY, KafkaSource(f"127.0.0.1:{free_port()}"), now=world.now, timeout_seconds=0.3
     )
     assert {one.level for one in found} == {"unknown"}
     assert all("PREFS_KAFKA_BOOTSTRAP" in one.reason for one in found)
 
 
 def test_no_brokers_are_skipped_and_say_so(world: Any) -> None:
-    found = measure_ingestion(world.engine, REGISTRY, None, now=world.now)
+    found = measure_ingestion(world.engine, REGISTRY, KafkaSource(), now=world.now)
     assert {one.level for one in found} == {"skipped"}
     assert all("no Kafka is configured" in one.reason for one in found)
 
@@ -182,7 +187,7 @@ def test_an_engine_that_is_down_is_unknown(
     world: Any, cluster: Cluster, free_port: Callable[[], int]
 ) -> None:
     found = measure_ingestion(
-        replace(world.engine, port=free_port()), REGISTRY, cluster.bootstrap, now=world.now
+        replace(world.engine, port=free_port()), REGISTRY, KafkaSource(cluster.bootstrap), now=world.now
     )
     assert {one.level for one in found} == {"unknown"}
     assert all("cannot be reached" in one.reason for one in found)

@@ -21,6 +21,7 @@ from dagster_prefs.freshness.alerts import AlertError, Webhook, remembered, tran
 from dagster_prefs.freshness.levels import LEVELS, Measure, judge, worst
 from dagster_prefs.freshness.metrics import MetricsError, MetricsServer, metric_names, render_metrics
 from dagster_prefs.freshness.status import EXIT_CODES, Sources, Status, duration, evaluate, render_status
+from dagster_prefs.platform import Platform
 from dagster_prefs.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +35,7 @@ def measure(level: Any = "ok", name: str = "watch", **fields: Any) -> Measure:
 
 @pytest.fixture
 def sources(world: Any, aws_endpoint: str) -> Sources:
-    return Sources(
+    return Platform(
         Settings(
             engine_port=world.engine.port,
             engine_database=world.engine.database,
@@ -42,7 +43,7 @@ def sources(world: Any, aws_endpoint: str) -> Sources:
             aws_endpoint_url=aws_endpoint,
             iceberg_warehouse=world.warehouse.as_uri(),
         )
-    )
+    ).sources
 
 
 @pytest.mark.parametrize(
@@ -128,13 +129,13 @@ def parse(text: str) -> dict[tuple[str, str], float]:
 def test_metrics_are_the_numbers_of_the_status(world: Any, sources: Sources) -> None:
     world.watch(1, age=10)
     samples = parse(render_metrics(evaluate(sources, now=lambda: world.now)))
-    where = 'stage="views",name="view_events"'
+    where = 'name="view_events",stage="views"'
     assert samples["prefs_lag_seconds", where] == pytest.approx(10)
     assert samples["prefs_lag_error_seconds", where] == 5
     assert samples["prefs_view_waiting", where] == 1
-    assert samples["prefs_level", where + ',level="error"'] == 1
-    assert samples["prefs_level", where + ',level="ok"'] == 0
-    assert samples["prefs_online_sampled", 'stage="online",name="watch"'] == 0
+    assert samples["prefs_level", 'level="error",' + where] == 1
+    assert samples["prefs_level", 'level="ok",' + where] == 0
+    assert samples["prefs_online_sampled", 'name="watch",stage="online"'] == 0
     assert samples["prefs_status_timestamp_seconds", ""] == pytest.approx(world.now.timestamp())
     assert {name for name, _ in samples} <= set(metric_names())
 
@@ -143,12 +144,12 @@ def test_what_was_not_read_has_no_sample() -> None:
     text = render_metrics(Status(AT, 0.5, (measure("unknown", reason='a "quoted"\nreason'),)))
     samples = parse(text)
     assert "prefs_lag_seconds" not in {name for name, _ in samples}
-    assert samples["prefs_level", 'stage="online",name="watch",level="unknown"'] == 1
+    assert samples["prefs_level", 'level="unknown",name="watch",stage="online"'] == 1
 
 
 def test_labels_are_escaped() -> None:
     samples = parse(render_metrics(Status(AT, 0, (measure(name='a"b\\c\nd', lag_seconds=1.5),))))
-    assert samples["prefs_lag_seconds", r'stage="online",name="a\"b\\c\nd"'] == 1.5
+    assert samples["prefs_lag_seconds", r'name="a\"b\\c\nd",stage="online"'] == 1.5
 
 
 def test_metrics_are_served_and_one_reading_serves_many_scrapes() -> None:
@@ -166,7 +167,7 @@ def test_metrics_are_served_and_one_reading_serves_many_scrapes() -> None:
             for _ in range(3):
                 with urllib.request.urlopen(f"{where}/metrics", timeout=10) as answer:
                     assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
-                    assert ("prefs_lag_seconds", 'stage="online",name="watch"') in parse(
+                    assert ("prefs_lag_seconds", 'name="watch",stage="online"') in parse(
                         answer.read().decode()
                     )
             with pytest.raises(urllib.error.HTTPError, match="404"):

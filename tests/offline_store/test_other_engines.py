@@ -148,7 +148,7 @@ def test_an_erasure_keeps_what_another_engine_deleted(
     tiles.add(WATCH, ROWS)
     export(tiles, catalog)
     delete_viewers(watch_table(catalog), deletes, 2, 5)
-    done = SubjectInTiles(catalog, WATCH, ErasedSubject(VIEWER_KEY, 3, NOW), tiles.engine).forget()
+    done = SubjectInTiles(catalog, WATCH, ErasedSubject(VIEWER_KEY, 3, NOW), tiles.engine).erase()
     assert done.days_rewritten == (DAY,)
     assert [row[0] for row in table_rows(catalog, WATCH)] == [1, 4, 6]
     # The rest of the day is still not what this platform exported.
@@ -171,7 +171,7 @@ def test_what_may_be_read_here_is_read_in_tables_of_others(
         ours, pq.read_table(write_labels(tmp_path, [(v, at(NEXT)) for v in (1, 2, 3)])).to_batches(), {}
     )
     delete_viewers(catalog.load_table("ml.set"), deletes, 3)
-    SubjectInTrainingSet(catalog, "ml.set", ErasedSubject(VIEWER_KEY, 1, NOW)).forget()
+    SubjectInTrainingSet(catalog, "ml.set", ErasedSubject(VIEWER_KEY, 1, NOW)).erase()
     assert catalog.load_table("ml.set").scan().to_arrow()["viewer_id"].to_pylist() == [2]
 
 
@@ -188,7 +188,7 @@ def test_equality_deletes_are_refused_by_every_reader(tiles: Tiles, catalog: Cat
         "as known": lambda: build(catalog, labels, tmp_path, as_known=True),
         "erasure": lambda: SubjectInTiles(
             catalog, WATCH, ErasedSubject(VIEWER_KEY, 3, NOW), tiles.engine
-        ).forget(),
+        ).erase(),
         "rows": lambda: count_rows(table, day_files(table, WATCH, DAY)),
     }
     for name, reader in readers.items():
@@ -225,7 +225,7 @@ def test_equality_deletes_of_tables_of_others_are_refused(catalog: Catalog, tmp_
     with pytest.raises(RowsUnreadable, match=r"ml\.labels has rows that another engine deleted by equality"):
         read_labels(catalog, "ml.labels", features=FEATURES, now=NOW)
     with pytest.raises(RowsUnreadable, match=r"ml\.set has rows"):
-        SubjectInTrainingSet(catalog, "ml.set", ErasedSubject(VIEWER_KEY, 1, NOW)).forget()
+        SubjectInTrainingSet(catalog, "ml.set", ErasedSubject(VIEWER_KEY, 1, NOW)).erase()
     assert (
         "deleted by equality"
         in search_catalog(catalog, ErasedSubject(VIEWER_KEY, 1, NOW)).unread["ml.labels"]
@@ -304,7 +304,7 @@ def test_an_erasure_does_not_make_rows_of_somebody_else_ours(tiles: Tiles, catal
     export(tiles, catalog)
     append(catalog, watch(50, DAY, 600))
     tiles.delete(WATCH, DAY)
-    SubjectInTiles(catalog, WATCH, ErasedSubject(VIEWER_KEY, 3, NOW), tiles.engine).forget()
+    SubjectInTiles(catalog, WATCH, ErasedSubject(VIEWER_KEY, 3, NOW), tiles.engine).erase()
     assert [row[0] for row in table_rows(catalog, WATCH)] == [1, 2, 4, 5, 6, 50]
     assert export(tiles, catalog).status == "foreign"
 
@@ -488,7 +488,7 @@ def test_a_lost_race_with_a_delete_is_not_published(
 
     monkeypatch.setattr(forget, "write_day", write)
     tiles.delete(WATCH, DAY)
-    SubjectInTiles(catalog, WATCH, ErasedSubject(VIEWER_KEY, 3, NOW), tiles.engine).forget()
+    SubjectInTiles(catalog, WATCH, ErasedSubject(VIEWER_KEY, 3, NOW), tiles.engine).erase()
     assert [row[0] for row in table_rows(catalog, WATCH)] == [1, 2, 4, 6]
 
 

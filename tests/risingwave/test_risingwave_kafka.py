@@ -18,6 +18,7 @@ from shipped import REGISTRY
 
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
+from dagster_prefs.events.brokers import KafkaSource
 from dagster_prefs.events.canaries import CanaryKey, canary_events, canary_key
 from dagster_prefs.events.topics import broker_ids, note_topics
 from dagster_prefs.freshness.measures import measure_ingestion
@@ -179,7 +180,7 @@ def test_a_topic_made_anew_is_told_apart_and_read_from_its_start(world: World) -
     measured = {
         measure.name: measure
         for measure in measure_ingestion(
-            world.engine, REGISTRY, world.bootstrap, now=datetime.now(UTC), kafka_topics=names, by_id=True
+            world.engine, REGISTRY, KafkaSource(world.bootstrap, names), now=datetime.now(UTC), by_id=True
         )
     }  # fmt: skip
     assert measured["view_events"].level == "error"

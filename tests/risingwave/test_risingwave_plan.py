@@ -70,7 +70,7 @@ class Items:
         if self.client:
             assert self.table.status == "ACTIVE"
 
-    def settle(self, relation: str) -> str:
+    def reconcile(self, relation: str) -> str:
         self.asked.append(relation)
         if self.client:
             domain = self.contract.domain("watch")

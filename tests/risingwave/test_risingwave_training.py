@@ -359,7 +359,7 @@ def test_a_viewer_is_forgotten_everywhere_and_replays_stay_out(world: World) -> 
     tiles = world.oracle().relations()["viewer_watch_metrics_1d"]
     assert len([key for key in items if key[0] == FORGOTTEN]) == 3
 
-    report = json.loads(world.prefs("erase", str(FORGOTTEN), "--json"))
+    report = json.loads(world.prefs("erase", "viewer", str(FORGOTTEN), "--json"))
     counts = {(h["place"], h["unit"]): (h["before"], h["after"]) for h in report["stores"]}
     namespace = world.platform.settings.iceberg_namespace
     assert {place: after for place, (_, after) in counts.items() if after} == {}
@@ -392,7 +392,7 @@ def test_a_viewer_is_forgotten_everywhere_and_replays_stay_out(world: World) -> 
 
     # Once more finds nothing and commits nothing.
     heads = world.heads()
-    again = json.loads(world.prefs("erase", str(FORGOTTEN), "--json"))
+    again = json.loads(world.prefs("erase", "viewer", str(FORGOTTEN), "--json"))
     assert (again["held"], again["first_erased"], again["erased_at"]) == (False, False, report["erased_at"])
     assert world.heads() == heads
 

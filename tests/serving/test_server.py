@@ -333,12 +333,12 @@ def test_operations(caller: Caller) -> None:
     assert status == 200
     assert headers["content-type"].startswith("text/plain; version=0.0.4")
     samples = dict(re.findall(r"^(prefs_server_[^ ]+) ([^ ]+)$", text, re.MULTILINE))
-    assert samples['prefs_server_requests_total{route="/v1/profiles/{viewer_id}",status="200"}'] == "1"
-    assert samples['prefs_server_requests_total{route="/v1/profiles/{viewer_id}",status="400"}'] == "1"
-    assert samples['prefs_server_requests_total{route="other",status="404"}'] == "1"
-    assert samples['prefs_server_request_seconds_bucket{route="/v1/profiles/{viewer_id}",le="+Inf"}'] == "2"
-    assert samples["prefs_server_catalogue_items"] == "2"
-    assert samples["prefs_server_in_flight"] == "0"
+    assert samples['prefs_server_requests_total{route="/v1/profiles/{viewer_id}",status="200"}'] == "1.0"
+    assert samples['prefs_server_requests_total{route="/v1/profiles/{viewer_id}",status="400"}'] == "1.0"
+    assert samples['prefs_server_requests_total{route="other",status="404"}'] == "1.0"
+    assert samples['prefs_server_request_seconds_bucket{le="+Inf",route="/v1/profiles/{viewer_id}"}'] == "2.0"
+    assert samples["prefs_server_catalogue_items"] == "2.0"
+    assert samples["prefs_server_in_flight"] == "0.0"
     # Nobody's id is in a label.
     assert "42" not in "".join(samples)
 

@@ -1,1 +1,1 @@
-{{ dynamodb_sink(ref("$relation"), "$entity"$columns) }}
+{{ dynamodb_sink(ref("$relation"), "$entity"$attributes) }}

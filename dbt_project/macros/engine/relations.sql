@@ -103,23 +103,27 @@ create table {{ this }} (
 {%- endmacro %}
 
 {# The sink of one domain of an entity: DDL on RisingWave (a sink, or what the changefeed reads), on the embedded engine a view.
-  `columns` are those of the items, where the relation has retired ones besides; publishers leave these out themselves. #}
-{% macro dynamodb_sink(relation, entity, columns=none) -%}
-  {{ return(adapter.dispatch("dynamodb_sink")(relation, entity, columns)) }}
+  `attributes` are those of the items, where the relation's columns are not: it has retired ones, or the key is composite. #}
+{% macro dynamodb_sink(relation, entity, attributes=[]) -%}
+  {{ return(adapter.dispatch("dynamodb_sink")(relation, entity, attributes)) }}
 {%- endmacro %}
 
-{% macro postgres__dynamodb_sink(relation, entity, columns) -%}
+{% macro postgres__dynamodb_sink(relation, entity, attributes) -%}
 select * from {{ relation }}
 {%- endmacro %}
 
-{% macro risingwave__dynamodb_sink(relation, entity, columns) -%}
+{% macro risingwave__dynamodb_sink(relation, entity, attributes) -%}
 {%- if env_var("PREFS_PUBLISH", "auto") == "publisher" -%}
 select * from {{ relation }}
 {%- elif env_var("PREFS_PUBLISH", "auto") == "changefeed" -%}
 create subscription {{ this }} from {{ relation }}
 with (retention = '{{ (env_var("PREFS_CHANGEFEED_RETENTION_HOURS", "24") or "24") | int }} hours')
 {%- else -%}
-create sink {{ this }} {{ "as select " ~ columns | join(", ") ~ " " if columns }}from {{ relation }}
+create sink {{ this }}
+{%- if attributes %} as
+select {{ first_key(entity) }}, {{ sort_key(entity) }} as domain_key, {{ attributes | join(", ") }} from {{ relation }}
+{%- else %} from {{ relation }}
+{%- endif %}
 with (
   connector = 'dynamodb',
   table = {{ text_literal(env_var("PREFS_TABLE_PREFIX", "") ~ entity_of(entity).table) }},

@@ -1,0 +1,140 @@
+"""dbt in a process of its own, whose environment is what each invocation is given.
+
+Started by `engine.dbt` as `python -m dagster_prefs.engine.dbt_child`. It reads requests as JSON lines from its input
+and answers in JSON lines on its output: {"node": …} for each node that finishes, then {"results": […]} or
+{"error": …}. It serves one request after the other, so that dbt is imported once, and ends with the process
+that started it, in the middle of an invocation too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+Send = Callable[[Mapping[str, Any]], None]
+
+
+class _Parent:
+    """The process at the other end of the input; when it has ended, this one does."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._busy = self._gone = False
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def begin(self) -> bool:
+        """Whether an invocation may begin, which the end of the parent then cuts off."""
+        with self._lock:
+            self._busy = not self._gone
+            return self._busy
+
+    def finish(self) -> None:
+        """An invocation has ended."""
+        with self._lock:
+            self._busy = False
+
+    def _watch(self) -> None:
+        # Only hang-ups are reported, so that requests stay in the pipe for the main thread.
+        hang_up = select.poll()
+        hang_up.register(sys.stdin.fileno(), 0)
+        hang_up.poll()
+        with self._lock:
+            self._gone = True
+            if self._busy:
+                os._exit(1)
+
+
+def invoke(request: Mapping[str, Any], send: Send) -> None:
+    """Run dbt once as `request` says, and send what becomes of it. Raises what dbt does when it cannot run at all."""
+    # libpq and the adapters read their variables from here at each connection.
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    from dbt.cli.main import dbtRunner
+
+    def on_event(event: Any) -> None:
+        if event.info.name == "NodeFinished":
+            result = event.data.run_result
+            send(
+                {
+                    "node": {
+                        "unique_id": event.data.node_info.unique_id,
+                        "status": str(result.status),
+                        "message": result.message,
+                        "seconds": result.execution_time,
+                        "failures": None,
+                    }
+                }
+            )
+
+    def run(arguments: Sequence[str], **options: Any) -> Any:
+        outcome = dbtRunner(**options).invoke([*request["before"], *arguments, *request["after"]])
+        if outcome.exception is not None:
+            raise outcome.exception
+        return outcome.result
+
+    command = request["arguments"]
+    manifest = None
+    if request["aliases"]:
+        manifest = run(["parse"])
+        _rename(manifest, request["aliases"])
+    outcome = run(command, manifest=manifest, callbacks=[on_event])
+    send(
+        {
+            "results": [
+                {
+                    "unique_id": result.node.unique_id,
+                    "status": str(result.status),
+                    "message": result.message or "",
+                    "seconds": float(result.execution_time),
+                    "failures": result.failures,
+                    "compiled": result.node.compiled_code if command[0] == "compile" else None,
+                }
+                for result in getattr(outcome, "results", [])
+            ]
+        }
+    )
+
+
+def _rename(manifest: Any, aliases: Mapping[str, str]) -> None:
+    for node in manifest.nodes.values():
+        if node.resource_type == "model" and node.name in aliases:
+            alias = aliases[node.name]
+            node.relation_name = node.relation_name.replace(f'"{node.alias}"', f'"{alias}"')
+            node.alias = alias
+
+
+def main() -> None:
+    """Serve requests until the input ends."""
+    # What dbt or an adapter prints must not end up among the answers.
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    sending = threading.Lock()
+
+    def send(answer: Mapping[str, Any]) -> None:
+        # dbt reports nodes from several threads.
+        with sending:
+            answers.write(json.dumps(answer) + "\n")
+            answers.flush()
+
+    parent = _Parent()
+    for line in sys.stdin.buffer:
+        if not parent.begin():
+            return
+        try:
+            invoke(json.loads(line), send)
+        except Exception as error:
+            send({"error": str(error)})
+        parent.finish()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        # The parent has cut the invocation off, and dbt has ended its sessions.
+        sys.exit(130)
