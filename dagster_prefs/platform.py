@@ -131,7 +131,7 @@ class Platform:
     def kafka_topics(self, *, note: bool = False) -> list[TopicGeneration]:
         """Every topic as the engine remembers it beside what the brokers have now; empty without Kafka.
 
-        With `note` the engine remembers what the brokers have from now on, and a topic that was made anew enters
+        With `note` the engine remembers what the brokers have from now on, and a recreated topic enters
         its next generation. Raises KafkaUnavailable for brokers that do not answer and a topic they do not have,
         NotDeployed before the first `dbt run`.
         """

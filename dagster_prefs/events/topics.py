@@ -1,4 +1,4 @@
-"""Which life of a Kafka topic is read: a topic that was deleted and made anew is another one of the same name.
+"""Which life of a Kafka topic is read: a topic that was deleted and recreated is another one of the same name.
 
 Its offsets start at 0 again. Read under the old name, its first messages would be taken for those that are there
 already, and a reader that goes on at its old offset leaves them out without a word. The brokers give each topic an id
