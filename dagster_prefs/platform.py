@@ -132,9 +132,9 @@ class Platform:
     def kafka_topics(self, *, note: bool = False) -> list[TopicGeneration]:
         """Return the stored and the current generation of every topic; empty without Kafka.
 
-        `note` stores the brokers' topic ids, and a recreated topic enters its next generation. Raises
-        KafkaUnavailable for brokers that do not answer and a topic that they do not have, NotDeployed before
-        the first `dbt run`.
+        With `note` the engine remembers what the brokers have from now on, and a recreated topic enters
+        its next generation. Raises KafkaUnavailable for brokers that do not answer and a topic they do not have,
+        NotDeployed before the first `dbt run`.
         """
         if self.settings.kafka_bootstrap is None:
             return []

@@ -78,7 +78,7 @@ def kafka_delivery(settings: Settings) -> Delivery | None:
 def topics(context: click.Context, as_json: bool) -> None:
     """Show the Kafka topics.
 
-    A recreated topic is not the one whose messages were read.
+    A topic that was deleted and recreated is not the one whose messages were read.
     """
     if context.invoked_subcommand is not None:
         return
@@ -94,10 +94,7 @@ def topics(context: click.Context, as_json: bool) -> None:
 
 @topics.command("renew")
 def topics_renew() -> None:
-    """Read recreated topics from their start.
-
-    The messages of the old topics are kept.
-    """
+    """Read recreated topics from their start, and keep the messages of the old ones."""
     from dagster_prefs.platform import Platform
 
     settings = kafka_settings()

@@ -96,7 +96,7 @@ def build(platform: Platform) -> dg.Definitions:
 
         feeds = [name for name in selected if kinds_of.get(name) == "kafka_feed"]
         if feeds:
-            # Before the feeds are created, so that the feed of a recreated topic reads it from its start.
+            # Before the feeds are made, so that one whose topic was recreated reads the new one from its start.
             with suppress(NotDeployed):
                 platform.kafka_topics(note=True)
 

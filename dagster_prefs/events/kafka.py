@@ -169,7 +169,7 @@ def _assign(
             if position > high:
                 raise KafkaUnavailable(
                     f"topic {name} at {bootstrap} ends at offset {high} of partition {partition}, but the "
-                    f"engine holds offset {stored[partition]} of it: it was made anew, and the brokers tell no "
+                    f"engine holds offset {stored[partition]} of it: it was recreated, and the brokers tell no "
                     "topic ids by which to know it; give it another name"
                 )
         else:

@@ -1,4 +1,4 @@
-"""Generations of a Kafka topic: a recreated topic is another topic of the same name.
+"""Which life of a Kafka topic is read: a topic that was deleted and recreated is another one of the same name.
 
 Its offsets start at 0 again. Under the old source name, its first messages would be taken for those that are
 already stored, and a reader that continues at its old offset would skip them silently. The brokers give each

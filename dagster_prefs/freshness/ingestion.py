@@ -191,7 +191,7 @@ def ingestion_lag(
 
     `kafka` has the topic's name in Kafka where it differs, and where the engine was told to start, which decides
     what a partition it never read still owes. `life` says which topic of that name is
-    read; without it one that was made anew is known by its shorter partitions only.
+    read; without it a recreated one is known by its shorter partitions only.
 
     Raises Unmeasurable when brokers or engine do not answer, or the topic or the raw table does not exist.
     """

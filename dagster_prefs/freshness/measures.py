@@ -355,8 +355,8 @@ def measure_ingestion(
 ) -> list[Measure]:
     """Ingestion lag of each topic of events.
 
-    With `by_id`, a recreated topic is detected by the brokers' topic ids; a failure to get them does not stop
-    the other measures.
+    With `by_id` the brokers are asked for the topics' ids, which tell a recreated topic from the one
+    that was read; brokers that tell none do not stop the rest.
 
     Without brokers (no `kafka.bootstrap`) every measure is `skipped` and says so. Never raises for brokers or an
     engine that do not answer: those measures are `unknown`.
@@ -432,8 +432,8 @@ def _ingestion_measure(lag: IngestionLag, thresholds: Freshness | None) -> Measu
         (
             "recreated",
             "error",
-            "are not those that the engine has read: the topic was made anew; run `prefs topics renew`, which reads "
-            "the new one beside what is there",
+            "are not those that the engine has read: the topic was recreated; run `prefs topics renew`, which reads "
+            "the new one and keeps what is there",
         ),
         (
             "lost",

@@ -107,7 +107,7 @@ class MetricsServer(ThreadingHTTPServer):
             ) from None
 
     def exposition(self) -> bytes:
-        """The metrics, read anew when the last reading is too old."""
+        """The metrics, read again when the last reading is too old."""
         with self._lock:
             if time.monotonic() >= self._until:
                 self._answer = render_metrics(self._read()).encode()

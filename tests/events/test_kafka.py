@@ -125,13 +125,13 @@ def test_another_name_in_kafka(registry: Registry, store: EngineConfiguration, b
     )
 
 
-def test_a_topic_made_anew_is_refused(registry: Registry, store: EngineConfiguration, broker: Broker) -> None:
+def test_a_recreated_topic_is_refused(registry: Registry, store: EngineConfiguration, broker: Broker) -> None:
     address, _ = broker
     produce(address, "view_events", [b"x"])
     ingest_topic(store, address, registry.topics["view_events"])
     with store.connect() as session:
         session.execute("update raw_view_events set source_offset = 5000")
-    with pytest.raises(KafkaUnavailable, match="was made anew"):
+    with pytest.raises(KafkaUnavailable, match="was recreated"):
         ingest_topic(store, address, registry.topics["view_events"])
 
 

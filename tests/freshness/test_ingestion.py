@@ -82,7 +82,7 @@ def test_tombstones_are_never_owed(
     assert measure().lag_seconds == pytest.approx(40, abs=0.01)
 
 
-def test_a_topic_that_was_made_anew_is_an_error(
+def test_a_topic_that_was_recreated_is_an_error(
     world: Any, cluster: Cluster, measure: Callable[..., Measure]
 ) -> None:
     world.execute(
@@ -92,10 +92,10 @@ def test_a_topic_that_was_made_anew_is_an_error(
     found = measure()
     assert found.level == "error"
     assert partitions(found)[0]["state"] == "recreated"
-    assert "made anew" in found.reason
+    assert "was recreated" in found.reason
 
 
-def test_a_topic_that_was_made_anew_with_fewer_partitions_is_an_error(
+def test_a_topic_that_was_recreated_with_fewer_partitions_is_an_error(
     world: Any, measure: Callable[..., Measure]
 ) -> None:
     world.execute(

@@ -1,4 +1,4 @@
-"""Kafka on a real RisingWave: counts, feeds made again, topics made anew, secrets, and what is refused."""
+"""Kafka on a real RisingWave: counts, feeds made again, recreated topics, secrets, and what is refused."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_the_canary_comes_through_kafka_and_nobody_elses(world: World) -> None:
     assert indexes == [("view_events_parsed_by_arrived_at",)]
 
 
-def test_a_topic_made_anew_is_told_apart_and_read_from_its_start(world: World) -> None:
+def test_a_recreated_topic_is_told_apart_and_read_from_its_start(world: World) -> None:
     topic = world.topics["view_events"]
     # Every row of the first life is a view of it that must stay.
     first = world.sources()[f"kafka:{topic}"]
@@ -184,7 +184,7 @@ def test_a_topic_made_anew_is_told_apart_and_read_from_its_start(world: World) -
         )
     }  # fmt: skip
     assert measured["view_events"].level == "error"
-    assert "made anew; run `prefs topics renew`" in measured["view_events"].reason
+    assert "recreated; run `prefs topics renew`" in measured["view_events"].reason
     with world.engine.connect() as session:
         lives = note_topics(
             session, world.engine, broker_ids(world.bootstrap, [topic]), now=datetime.now(UTC)
