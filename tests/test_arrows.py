@@ -58,8 +58,8 @@ ALLOWED = {
     # The demo shows Dagster doing it.
     "tools": set(ROOMS) | {"platform", "settings", "runs"},
     "defs": set(ROOMS) | {"settings", "loopback", "platform"},
-    "definitions": {"declarations", "defs", "platform", "settings"},
-    "runs": {"defs", "definitions", "settings"},
+    "definitions": {"defs", "settings"},
+    "runs": {"defs", "settings"},
     "__main__": {"cli"},
     "cli": set(ROOMS) | {"platform", "settings", "runs", "printable"},
 }
