@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -71,6 +72,8 @@ def main() -> None:
     Files that a command writes, and those of the processes that it starts, are for this user alone: state,
     exports and rejected messages hold personal data.
     """
+    # Looking for garbage after every 700 objects takes a fourth of the time of importing Dagster and dbt.
+    gc.set_threshold(20_000, 10, 10)
     os.umask(0o077)
     if logging.lastResort is not None:
         # What is logged where a command has set up no logging, as everywhere here.
