@@ -65,7 +65,7 @@ ALLOWED = {
 }
 # Outside packages that only some places may import.
 RESERVED = {
-    "dagster": {"defs", "definitions", "runs"},
+    "dagster": {"defs", "runs"},
     "dagster_dbt": {"defs"},
     "dbt": {"engine"},
     "click": {"cli"},
