@@ -1,48 +1,11 @@
-"""Dagster's entry point, which only assembles `defs/`."""
+"""What Dagster loads; it assembles `defs/` for the settings of this process and does nothing else.
+
+Whoever has settings of their own takes `build_definitions`: to import this module is to build.
+"""
 
 from __future__ import annotations
 
-import warnings
-
-import dagster as dg
-
-from dagster_prefs.defs import (
-    deployment,
-    events,
-    feature_views,
-    freshness,
-    offline_store,
-    online_store,
-    retention,
-)
-from dagster_prefs.platform import Platform
-from dagster_prefs.settings import Settings, load_settings
-
-# One run over a range of days needs a backfill policy, a beta feature of Dagster, whose advice is to pin the
-# version, as pyproject.toml does.
-warnings.filterwarnings("ignore", category=dg.BetaWarning)
-
-
-def build_definitions(settings: Settings) -> dg.Definitions:
-    """Return all assets, checks, jobs, schedules and sensors for these settings.
-
-    Raises StaleRegistry if the project's files differ from those of its registry.
-    """
-    platform = Platform(settings)
-    return dg.Definitions.merge(
-        feature_views.build(platform),
-        deployment.build(platform),
-        online_store.build(platform),
-        offline_store.build(platform),
-        events.build(platform),
-        freshness.build(
-            platform, settings.alert_webhook.get_secret_value() if settings.alert_webhook else None
-        ),
-        retention.build(platform),
-        # One process per run: the steps are short and share dbt, so a process per step would only add
-        # start-up time.
-        dg.Definitions(executor=dg.in_process_executor),
-    )
-
+from dagster_prefs.defs.assembly import build_definitions
+from dagster_prefs.settings import load_settings
 
 defs = build_definitions(load_settings())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -74,6 +75,8 @@ def main() -> None:
     Only this user may read files that a command and its child processes write: state, exports and rejected
     messages contain personal data.
     """
+    # Looking for garbage after every 700 objects takes a fourth of the time of importing Dagster and dbt.
+    gc.set_threshold(20_000, 10, 10)
     os.umask(0o077)
     if logging.lastResort is not None:
         # Used for log records, because no command configures logging.

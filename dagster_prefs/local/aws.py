@@ -69,6 +69,7 @@ def serve_aws(listener: socket.socket, *, test_hooks: bool = False) -> Callable[
     """
     # Imported here: it takes more than a second, which nobody needs to wait for.
     from moto import settings
+    from moto.core.serialize import SERVICE_SPECIFIC_SERIALIZERS, JSONSerializer
 
     # The server's module copies it when it is imported: without it, every answer allows every website to read it.
     settings.DISABLE_GLOBAL_CORS = True
@@ -86,6 +87,22 @@ def serve_aws(listener: socket.socket, *, test_hooks: bool = False) -> Callable[
                 return False
             return True
 
+    class ItemSerializer(JSONSerializer):
+        """Answers of DynamoDB, whose values have the API's own names.
+
+        moto looks for each of the ten types of a value under half a dozen spellings, which is most of its work.
+        """
+
+        def _serialize_type_structure(self, serialized: Any, value: Any, shape: Any, key: str) -> None:
+            if shape.name != "AttributeValue" or not isinstance(value, dict):
+                super()._serialize_type_structure(serialized, value, shape, key)
+                return
+            found: dict[str, Any] = {}
+            for name, content in value.items():
+                self._serialize(found, content, shape.members[name], name)
+            self._default_serialize(serialized, found, shape, key)
+
+    SERVICE_SPECIFIC_SERIALIZERS["dynamodb"] = {"json": ItemSerializer}
     served = SERVICES | ({TEST_HOOKS} if test_hooks else set())
 
     def application(service: Any) -> Any:

@@ -56,6 +56,40 @@ def test_every_test_gets_an_empty_aws_server(aws_endpoint: str, round_: int) -> 
     assert dynamodb.list_tables()["TableNames"] == ["seen"]
 
 
+def test_the_aws_server_gives_back_items_of_every_type(aws_endpoint: str) -> None:
+    """Its answers of DynamoDB are written by us, and were the same as moto's own, several times faster."""
+    dynamodb = boto3.client("dynamodb", endpoint_url=aws_endpoint)
+    dynamodb.create_table(
+        TableName="typed",
+        KeySchema=[{"AttributeName": "k", "KeyType": "HASH"}],
+        AttributeDefinitions=[{"AttributeName": "k", "AttributeType": "S"}],
+        BillingMode="PAY_PER_REQUEST",
+    )
+    key = {"k": {"S": "žluťoučký"}}
+    item = {
+        **key,
+        "number": {"N": "1.50"},
+        "binary": {"B": b"\x00\xff"},
+        "truth": {"BOOL": False},
+        "nothing": {"NULL": True},
+        "map": {"M": {"S": {"S": ""}, "M": {"M": {"L": {"L": []}}}}},
+        "list": {"L": [{"N": "1"}, {"M": {"n": {"NULL": True}}}]},
+        "texts": {"SS": ["a", "b"]},
+        "numbers": {"NS": ["1", "2"]},
+        "binaries": {"BS": [b"x"]},
+    }
+    dynamodb.put_item(TableName="typed", Item=item)
+    assert dynamodb.get_item(TableName="typed", Key=key)["Item"] == item
+    assert dynamodb.scan(TableName="typed")["Items"] == [item]
+    batch = dynamodb.batch_get_item(RequestItems={"typed": {"Keys": [key]}})
+    assert batch["Responses"]["typed"] == [item]
+    found = dynamodb.query(
+        TableName="typed", KeyConditionExpression="k = :k", ExpressionAttributeValues={":k": key["k"]}
+    )
+    assert found["Items"] == [item]
+    assert dynamodb.delete_item(TableName="typed", Key=key, ReturnValues="ALL_OLD")["Attributes"] == item
+
+
 def test_the_session_shares_both_services(services: LocalServices) -> None:
     status = services.status()
     assert status.running

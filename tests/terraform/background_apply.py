@@ -1,7 +1,8 @@
 """Apply the module to a local AWS server, in a process beside the tests: an apply mostly waits.
 
 Started by the first process of a run that will need the outcome: `python background_apply.py FOLDER OWNER_PID PORT`.
-FOLDER gets `applied.json` once Terraform has ended; the AWS server runs on until the process OWNER_PID has ended.
+FOLDER gets `applied.json` once Terraform has ended; the AWS server and Terraform's provider run on until the process
+OWNER_PID has ended.
 PORT goes into the outputs as the engine's.
 """
 
@@ -20,7 +21,15 @@ from urllib.request import urlopen
 
 import psutil
 from filelock import FileLock
-from terraform_harness import MODULE, REGISTRY, ROOT, Terraform, clean_environment, find_plugins
+from terraform_harness import (
+    MODULE,
+    REGISTRY,
+    ROOT,
+    Terraform,
+    clean_environment,
+    find_plugins,
+    running_provider,
+)
 
 VARIABLES = "staging.tfvars.json"
 SERVER_SECONDS = 120
@@ -29,12 +38,16 @@ APPLY_SECONDS = 600
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of the apply: `skip` says why it could not be tried, `output` what Terraform said."""
+    """What became of the apply: `skip` says why it could not be tried, `output` what Terraform said.
+
+    `provider` attaches further commands to the provider, which runs on.
+    """
 
     endpoint: str
     returncode: int
     output: str
     skip: str = ""
+    provider: str = ""
 
 
 def copy_module(root: Path) -> Path:
@@ -134,29 +147,34 @@ def _variables(endpoint: str, port: int) -> dict[str, Any]:
     }
 
 
-def _apply(work: Path, binary: str, endpoint: str, port: int) -> Outcome:
-    terraform = Terraform(binary, copy_module(work / "root"))
-    if skip := initialise(terraform):
-        return Outcome(endpoint, 1, "", skip)
+def _apply(terraform: Terraform, endpoint: str, port: int) -> Outcome:
     (terraform.folder / VARIABLES).write_text(json.dumps(_variables(endpoint, port)))
     done = terraform.run(
         "apply", "-no-color", "-auto-approve", f"-var-file={VARIABLES}",
         check=False, timeout_seconds=APPLY_SECONDS,
     )  # fmt: skip
-    return Outcome(endpoint, done.returncode, done.stdout + done.stderr)
+    return Outcome(endpoint, done.returncode, done.stdout + done.stderr, provider=terraform.provider)
+
+
+def _tell(work: Path, outcome: Outcome) -> None:
+    (work / "applied.new").write_text(json.dumps(outcome.__dict__))
+    (work / "applied.new").rename(work / "applied.json")
 
 
 def main(work: Path, owner_pid: int, port: int, binary: str) -> None:
-    """Apply, say what came of it, and keep the server until the owner has ended."""
+    """Apply, say what came of it, and keep server and provider until the owner has ended."""
     try:
         owner = psutil.Process(owner_pid)
         server, endpoint = _start_server(work)
         try:
-            outcome = _apply(work, binary, endpoint, port)
-            (work / "applied.new").write_text(json.dumps(outcome.__dict__))
-            (work / "applied.new").rename(work / "applied.json")
-            while owner.is_running() and owner.status() != psutil.STATUS_ZOMBIE and work.exists():
-                time.sleep(0.5)
+            terraform = Terraform(binary, copy_module(work / "root"))
+            if skip := initialise(terraform):
+                _tell(work, Outcome(endpoint, 1, "", skip))
+                return
+            with running_provider(terraform, work / "provider.log") as attached:
+                _tell(work, _apply(attached, endpoint, port))
+                while owner.is_running() and owner.status() != psutil.STATUS_ZOMBIE and work.exists():
+                    time.sleep(0.5)
         finally:
             server.terminate()
             server.wait(timeout=30)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from background_apply import VARIABLES, copy_module, initialise, start_in_background, wait_for_outcome
 from built_state import SESSION_FOLDER, free_port
-from terraform_harness import Applied, Terraform
+from terraform_harness import Applied, Terraform, running_provider
 
 
 @pytest.fixture(scope="session")
@@ -45,13 +45,14 @@ def needs_applied(item: pytest.Item) -> bool:
     return "applied" in getattr(item, "fixturenames", ())
 
 
-@pytest.fixture(scope="session")
-def terraform(terraform_binary: str, tmp_path_factory: pytest.TempPathFactory) -> Terraform:
+@pytest.fixture(scope="module")
+def terraform(terraform_binary: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Terraform]:
     """Terraform, initialised in a copy of the module that lies beside the registry as in the tree."""
     terraform = Terraform(terraform_binary, copy_module(tmp_path_factory.mktemp("terraform")))
     if skip := initialise(terraform):
         pytest.skip(skip)
-    return terraform
+    with running_provider(terraform, terraform.folder / "provider.log") as attached:
+        yield attached
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,8 @@ def applied(terraform_binary: str, session_folder: Path) -> Iterator[Applied]:
     if outcome.skip:
         pytest.skip(outcome.skip)
     assert outcome.returncode == 0, outcome.output
-    terraform = Terraform(terraform_binary, session_folder / "terraform" / "root" / "infra" / "terraform")
+    folder = session_folder / "terraform" / "root" / "infra" / "terraform"
+    terraform = Terraform(terraform_binary, folder, outcome.provider)
     variables = [f"-var-file={VARIABLES}"]
     outputs = json.loads(terraform.run("output", "-json").stdout)
     environment = Applied(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
@@ -31,6 +33,7 @@ STEERING = {
     "GOGC": "off",
     "GOMEMLIMIT": "1500MiB",
 }
+PROVIDER_SECONDS = 120
 
 
 def clean_environment() -> dict[str, str]:
@@ -49,10 +52,11 @@ def clean_environment() -> dict[str, str]:
 
 @dataclass
 class Terraform:
-    """The terraform command in one working folder."""
+    """The terraform command in one working folder; `provider` is what attaches it to a provider that runs."""
 
     binary: str
     folder: Path
+    provider: str = ""
 
     def run(
         self, *arguments: str, check: bool = True, timeout_seconds: int = 300
@@ -70,14 +74,44 @@ class Terraform:
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         """Start one command and leave it running."""
+        attach = {"TF_REATTACH_PROVIDERS": self.provider} if self.provider else {}
         return subprocess.Popen(
             [self.binary, *arguments],
             cwd=self.folder,
-            env=clean_environment() | CREDENTIALS | STEERING,
+            env=clean_environment() | CREDENTIALS | STEERING | attach,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
+
+
+@contextmanager
+def running_provider(terraform: Terraform, log: Path) -> Iterator[Terraform]:
+    """Run the provider of an initialised folder in a process of its own, to which every command attaches.
+
+    Terraform would start it several times for each command, and a start takes a second of a processor. One command
+    at a time may use it, because each configures it anew. What it writes goes to `log`.
+
+    Raises RuntimeError with what it wrote if it does not start.
+    """
+    (binary,) = terraform.folder.glob(".terraform/providers/*/hashicorp/aws/*/*/terraform-provider-aws*")
+    with log.open("w") as output:
+        provider = subprocess.Popen(
+            [binary, "-debug"],
+            env=clean_environment() | CREDENTIALS | STEERING,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        end = time.monotonic() + PROVIDER_SECONDS
+        while not (found := re.search(r"TF_REATTACH_PROVIDERS='(.*)'", log.read_text())):
+            if provider.poll() is not None or time.monotonic() > end:
+                raise RuntimeError(f"the AWS provider did not start: {log.read_text()[-2000:]}")
+            time.sleep(0.05)
+        yield replace(terraform, provider=found[1])
+    finally:
+        provider.terminate()
+        provider.wait(timeout=30)
 
 
 def find_plugins() -> Path | None:

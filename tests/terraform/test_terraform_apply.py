@@ -676,7 +676,7 @@ def test_environments_stand_side_by_side_and_do_not_fall_while_protected(applied
     terraform, dynamodb, s3 = applied.terraform, applied.client("dynamodb"), applied.client("s3")
     table, bucket = "canary-viewer_profiles", f"canary-prefs-lake-{ACCOUNT}-{REGION}"
     arguments = [
-        "-no-color", "-auto-approve", "-state=canary.tfstate", *applied.variables,
+        "-no-color", "-auto-approve", "-refresh=false", "-state=canary.tfstate", *applied.variables,
         "-var=environment=canary", "-var=encryption_key=aws",
         "-target=aws_dynamodb_table.profiles", "-target=aws_s3_bucket.lake",
     ]  # fmt: skip

@@ -97,10 +97,15 @@ run "hands_settings_through" {
 }
 
 # Each run below gives every variable in it a value that its rule must refuse; a value that passes fails the run.
+# It plans the variables alone, ./tests/variables being a link to the module's: no resource has a part in the rules.
 # trust looks at eks_oidc_provider_arn, so the two are never bad together.
 
 run "refuses_bad_values_1" {
   command = plan
+
+  module {
+    source = "./tests/variables"
+  }
 
   variables {
     # trust of unknown actor
@@ -123,6 +128,10 @@ run "refuses_bad_values_1" {
 run "refuses_bad_values_2" {
   command = plan
 
+  module {
+    source = "./tests/variables"
+  }
+
   variables {
     # trust of nobody
     trust = { exporter = {} }
@@ -142,6 +151,10 @@ run "refuses_bad_values_2" {
 run "refuses_bad_values_3" {
   command = plan
 
+  module {
+    source = "./tests/variables"
+  }
+
   variables {
     # trust of any account
     trust = { exporter = { principals = ["*"] } }
@@ -157,6 +170,10 @@ run "refuses_bad_values_3" {
 run "refuses_bad_values_4" {
   command = plan
 
+  module {
+    source = "./tests/variables"
+  }
+
   variables {
     # trust of any role
     trust = { exporter = { principals = ["arn:aws:iam::123456789012:role/*"] } }
@@ -169,6 +186,10 @@ run "refuses_bad_values_4" {
 
 run "refuses_bad_values_5" {
   command = plan
+
+  module {
+    source = "./tests/variables"
+  }
 
   variables {
     # trust of short account
@@ -183,6 +204,10 @@ run "refuses_bad_values_5" {
 run "refuses_bad_values_6" {
   command = plan
 
+  module {
+    source = "./tests/variables"
+  }
+
   variables {
     # trust with external id for ec2
     trust = { exporter = { ec2 = true, external_id = "x-1" } }
@@ -196,6 +221,10 @@ run "refuses_bad_values_6" {
 run "refuses_bad_values_7" {
   command = plan
 
+  module {
+    source = "./tests/variables"
+  }
+
   variables {
     # trust with short external id
     trust = { exporter = { principals = ["210987654321"], external_id = "x" } }
@@ -208,6 +237,10 @@ run "refuses_bad_values_7" {
 
 run "refuses_bad_values_8" {
   command = plan
+
+  module {
+    source = "./tests/variables"
+  }
 
   variables {
     eks_oidc_provider_arn = "arn:aws:iam::123456789012:oidc-provider/oidc.eks.eu-central-1.amazonaws.com/id/EXAMPLED539D4633E53DE1B71EXAMPLE"
@@ -223,6 +256,10 @@ run "refuses_bad_values_8" {
 run "refuses_bad_values_9" {
   command = plan
 
+  module {
+    source = "./tests/variables"
+  }
+
   variables {
     eks_oidc_provider_arn = "arn:aws:iam::123456789012:oidc-provider/oidc.eks.eu-central-1.amazonaws.com/id/EXAMPLED539D4633E53DE1B71EXAMPLE"
     # trust of service account without namespace
@@ -234,6 +271,10 @@ run "refuses_bad_values_9" {
 
 run "refuses_bad_values_10" {
   command = plan
+
+  module {
+    source = "./tests/variables"
+  }
 
   variables {
     eks_oidc_provider_arn = "arn:aws:iam::123456789012:oidc-provider/oidc.eks.eu-central-1.amazonaws.com/id/EXAMPLED539D4633E53DE1B71EXAMPLE"
@@ -247,6 +288,10 @@ run "refuses_bad_values_10" {
 run "refuses_bad_values_11" {
   command = plan
 
+  module {
+    source = "./tests/variables"
+  }
+
   variables {
     # trust of service account without provider
     trust = { exporter = { service_accounts = ["prefs:exporter"] } }
@@ -258,6 +303,10 @@ run "refuses_bad_values_11" {
 run "refuses_bad_eks_provider_1" {
   command = plan
 
+  module {
+    source = "./tests/variables"
+  }
+
   variables {
     # eks_oidc_provider_arn that is an issuer
     eks_oidc_provider_arn = "https://oidc.eks.eu-central-1.amazonaws.com/id/EXAMPLED"
@@ -268,6 +317,10 @@ run "refuses_bad_eks_provider_1" {
 
 run "refuses_bad_eks_provider_2" {
   command = plan
+
+  module {
+    source = "./tests/variables"
+  }
 
   variables {
     # eks_oidc_provider_arn that is a role

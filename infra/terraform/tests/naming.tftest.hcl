@@ -133,9 +133,14 @@ run "accepts_endpoint_url" {
 }
 
 # Each run below gives every variable in it a value that its rule must refuse; a value that passes fails the run.
+# It plans the variables alone, ./tests/variables being a link to the module's: no resource has a part in the rules.
 
 run "refuses_bad_values_1" {
   command = plan
+
+  module {
+    source = "./tests/variables"
+  }
 
   variables {
     # environment empty
@@ -162,6 +167,10 @@ run "refuses_bad_values_1" {
 run "refuses_bad_values_2" {
   command = plan
 
+  module {
+    source = "./tests/variables"
+  }
+
   variables {
     # environment with trailing blank
     environment = "prod "
@@ -184,6 +193,10 @@ run "refuses_bad_values_2" {
 
 run "refuses_bad_values_3" {
   command = plan
+
+  module {
+    source = "./tests/variables"
+  }
 
   variables {
     # environment with leading blank
@@ -208,6 +221,10 @@ run "refuses_bad_values_3" {
 run "refuses_bad_values_4" {
   command = plan
 
+  module {
+    source = "./tests/variables"
+  }
+
   variables {
     # environment in capitals
     environment = "Prod"
@@ -231,6 +248,10 @@ run "refuses_bad_values_4" {
 run "refuses_bad_values_5" {
   command = plan
 
+  module {
+    source = "./tests/variables"
+  }
+
   variables {
     # environment with trailing hyphen
     environment = "prod-"
@@ -248,6 +269,10 @@ run "refuses_bad_values_5" {
 run "refuses_bad_values_6" {
   command = plan
 
+  module {
+    source = "./tests/variables"
+  }
+
   variables {
     # environment with leading digit
     environment = "1prod"
@@ -263,6 +288,10 @@ run "refuses_bad_values_6" {
 run "refuses_bad_values_7" {
   command = plan
 
+  module {
+    source = "./tests/variables"
+  }
+
   variables {
     # environment of 21 characters
     environment = "abcdefghijklmnopqrstu"
@@ -275,6 +304,10 @@ run "refuses_bad_values_7" {
 
 run "refuses_bad_values_8" {
   command = plan
+
+  module {
+    source = "./tests/variables"
+  }
 
   variables {
     # environment with underscore

@@ -265,6 +265,10 @@ run "accepts_on_demand_maxima" {
 run "refuses_capacity_of_unknown_mode" {
   command = plan
 
+  module {
+    source = "./tests/variables"
+  }
+
   variables {
     capacity = { mode = "ondemand" }
     # point_in_time_recovery_days of 0
@@ -282,6 +286,10 @@ run "refuses_capacity_of_unknown_mode" {
 
 run "refuses_bad_values_2" {
   command = plan
+
+  module {
+    source = "./tests/variables"
+  }
 
   variables {
     # capacity without all limits
@@ -302,6 +310,10 @@ run "refuses_bad_values_2" {
 run "refuses_bad_values_3" {
   command = plan
 
+  module {
+    source = "./tests/variables"
+  }
+
   variables {
     # capacity with minimum on demand
     capacity = { read_min = 5 }
@@ -319,6 +331,10 @@ run "refuses_bad_values_3" {
 run "refuses_bad_values_4" {
   command = plan
 
+  module {
+    source = "./tests/variables"
+  }
+
   variables {
     # capacity of zero
     capacity = { mode = "provisioned", read_min = 0, read_max = 2, write_min = 1, write_max = 2 }
@@ -332,6 +348,10 @@ run "refuses_bad_values_4" {
 run "refuses_bad_values_5" {
   command = plan
 
+  module {
+    source = "./tests/variables"
+  }
+
   variables {
     # capacity that is broken
     capacity = { read_max = 1.5 }
@@ -342,6 +362,10 @@ run "refuses_bad_values_5" {
 
 run "refuses_bad_values_6" {
   command = plan
+
+  module {
+    source = "./tests/variables"
+  }
 
   variables {
     # capacity with minimum above maximum
@@ -354,6 +378,10 @@ run "refuses_bad_values_6" {
 run "refuses_bad_values_7" {
   command = plan
 
+  module {
+    source = "./tests/variables"
+  }
+
   variables {
     # capacity with utilisation of 95
     capacity = { target_utilisation = 95 }
@@ -364,6 +392,10 @@ run "refuses_bad_values_7" {
 
 run "refuses_bad_values_8" {
   command = plan
+
+  module {
+    source = "./tests/variables"
+  }
 
   variables {
     # capacity with utilisation of 10
