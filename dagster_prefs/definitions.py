@@ -1,47 +1,8 @@
-"""What Dagster loads; it assembles `defs/` and does nothing else."""
+"""What Dagster loads: `defs/` assembled for the settings of the environment."""
 
 from __future__ import annotations
 
-import warnings
-
-import dagster as dg
-
-from dagster_prefs.defs import (
-    deployment,
-    events,
-    feature_views,
-    freshness,
-    offline_store,
-    online_store,
-    retention,
-)
-from dagster_prefs.platform import Platform
-from dagster_prefs.settings import Settings, load_settings
-
-# One run over a range of days needs a backfill policy, which Dagster still calls beta; its own advice is
-# to pin the version, as pyproject.toml does.
-warnings.filterwarnings("ignore", category=dg.BetaWarning)
-
-
-def build_definitions(settings: Settings) -> dg.Definitions:
-    """All assets, checks, jobs, schedules and sensors for these settings.
-
-    Raises StaleRegistry where the project's files are not those of its registry.
-    """
-    platform = Platform(settings)
-    return dg.Definitions.merge(
-        feature_views.build(platform),
-        deployment.build(platform),
-        online_store.build(platform),
-        offline_store.build(platform),
-        events.build(platform),
-        freshness.build(
-            platform, settings.alert_webhook.get_secret_value() if settings.alert_webhook else None
-        ),
-        retention.build(platform),
-        # One process a run: the steps are short and share dbt, so a process each would only add start-up time.
-        dg.Definitions(executor=dg.in_process_executor),
-    )
-
+from dagster_prefs.defs.assembly import build_definitions
+from dagster_prefs.settings import load_settings
 
 defs = build_definitions(load_settings())

@@ -7,7 +7,7 @@ from typing import Any
 
 import dagster as dg
 
-from dagster_prefs.definitions import build_definitions
+from dagster_prefs.defs.assembly import build_definitions
 from dagster_prefs.defs.instance import ensure_dagster_home
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.settings import Settings

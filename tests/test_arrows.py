@@ -58,14 +58,14 @@ ALLOWED = {
     # The demo shows Dagster doing it.
     "tools": set(ROOMS) | {"platform", "settings", "runs"},
     "defs": set(ROOMS) | {"settings", "loopback", "platform"},
-    "definitions": {"declarations", "defs", "platform", "settings"},
-    "runs": {"defs", "definitions", "settings"},
+    "definitions": {"defs", "settings"},
+    "runs": {"defs", "settings"},
     "__main__": {"cli"},
     "cli": set(ROOMS) | {"platform", "settings", "runs", "printable"},
 }
 # Outside packages that only some places may import.
 RESERVED = {
-    "dagster": {"defs", "definitions", "runs"},
+    "dagster": {"defs", "runs"},
     "dagster_dbt": {"defs"},
     "dbt": {"engine"},
     "click": {"cli"},

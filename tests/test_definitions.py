@@ -8,7 +8,7 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from dagster_prefs.definitions import build_definitions
+from dagster_prefs.defs.assembly import build_definitions
 from dagster_prefs.settings import load_settings
 
 SNAPSHOT = Path(__file__).with_name("definitions_snapshot.json")

@@ -159,7 +159,8 @@ class Dbt:
 
         manifest = None
         if aliases:
-            manifest = self._invoke(["parse"])
+            # What is on disk stays, with the compiled SQL of a compilation before this run.
+            manifest = self._invoke(["parse", "--no-write-json"])
             for node in manifest.nodes.values():
                 if node.resource_type == "model" and node.name in aliases:
                     node.relation_name = node.relation_name.replace(

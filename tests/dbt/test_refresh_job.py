@@ -9,7 +9,7 @@ import pytest
 from relations import insert_events
 from streams import MIDNIGHT, watch
 
-from dagster_prefs.definitions import build_definitions
+from dagster_prefs.defs.assembly import build_definitions
 from dagster_prefs.defs.feature_views import REFRESH_JOB
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.settings import Settings, load_settings
