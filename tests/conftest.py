@@ -59,6 +59,7 @@ from built_state import (  # noqa: E402 (after the environment is clean)
 )
 from declared import COURSES, PROJECT  # noqa: E402
 from longest import longest_first  # noqa: E402
+from warm import Warm  # noqa: E402
 
 from dagster_prefs.declarations.registry import Registry, load_registry  # noqa: E402
 from dagster_prefs.engine.connection import EngineConfiguration  # noqa: E402
@@ -152,6 +153,13 @@ def _no_waiting_for_the_disk() -> Iterator[None]:
 def session_folder(request: pytest.FixtureRequest) -> Path:
     """A folder that all processes of this run share; every user can enter it."""
     return request.config.stash[SESSION_FOLDER]
+
+
+@pytest.fixture(scope="session")
+def warm(request: pytest.FixtureRequest, session_folder: Path) -> Warm:
+    """Starts commands in processes that need not import anything, forks of one server of the whole run."""
+    first = os.getppid() if hasattr(request.config, "workerinput") else os.getpid()
+    return Warm(session_folder, first)
 
 
 @pytest.fixture(scope="session")

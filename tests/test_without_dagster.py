@@ -5,26 +5,14 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from warm import Warm
+
 from dagster_prefs.engine.connection import EngineConfiguration
-
-# Every import of a package of Dagster's ends as where it is not installed.
-WITHOUT = """
-import sys
-
-class NotInstalled:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0].startswith("dagster") and not name.startswith("dagster_prefs"):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, NotInstalled())
-from dagster_prefs.cli import main
-main()
-"""
 
 
 def test_plan_apply_publish_status_and_erase(
@@ -33,7 +21,12 @@ def test_plan_apply_publish_status_and_erase(
     aws_endpoint: str,
     tmp_path: Path,
 ) -> None:
-    with copied_database("without_dagster", deployed_template) as engine:
+    with (
+        # Short, as the address of a socket has to be.
+        tempfile.TemporaryDirectory(prefix="prefs-tests-") as folder,
+        copied_database("without_dagster", deployed_template) as engine,
+    ):
+        without_dagster = Warm(Path(folder), os.getpid(), without="dagster")
         environment = {
             **os.environ,
             "PREFS_ENGINE_PORT": str(engine.port),
@@ -44,9 +37,7 @@ def test_plan_apply_publish_status_and_erase(
         }
 
         def run(*command: str) -> subprocess.CompletedProcess[str]:
-            return subprocess.run(
-                [sys.executable, "-c", WITHOUT, *command], env=environment, capture_output=True, text=True
-            )
+            return without_dagster.run(["prefs", *command], environment=environment)
 
         assert run("apply").returncode == 0
         planned = run("plan", "--json")

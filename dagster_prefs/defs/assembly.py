@@ -1,4 +1,4 @@
-"""All of `defs/` together."""
+"""All of `defs/` together, for any settings: importing this builds nothing, unlike `dagster_prefs.definitions`."""
 
 from __future__ import annotations
 

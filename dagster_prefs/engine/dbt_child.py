@@ -80,7 +80,8 @@ def invoke(request: Mapping[str, Any], send: Send) -> None:
     command = request["arguments"]
     manifest = None
     if request["aliases"]:
-        manifest = run(["parse"])
+        # What is on disk stays, with the compiled SQL of a compilation before this run.
+        manifest = run(["parse", "--no-write-json"])
         _rename(manifest, request["aliases"])
     outcome = run(command, manifest=manifest, callbacks=[on_event])
     send(

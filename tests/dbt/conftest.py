@@ -18,7 +18,7 @@ from dagster_prefs.engine.dbt import Dbt
 
 @pytest.fixture(scope="session")
 def dbt_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One target folder for the session, so that dbt parses the project once."""
+    """The target folders of the session, so that dbt parses the project once for each database and environment."""
     return tmp_path_factory.mktemp("dbt-target")
 
 
@@ -74,7 +74,11 @@ def dbt_on(dbt_target: Path) -> Callable[..., Dbt]:
     def make(
         engine: EngineConfiguration, project: Path = PROJECT, environment: dict[str, str] | None = None
     ) -> Dbt:
-        target = dbt_target if project == PROJECT else project / "target"
+        # dbt parses everything again where a target folder was another database's or environment's.
+        kind = "-".join(
+            [engine.database, *(f"{name}={value}" for name, value in (environment or {}).items())]
+        )
+        target = dbt_target / kind if project == PROJECT else project / "target"
         return Dbt(engine, project, target, environment)
 
     return make

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 from psycopg import sql
 from relations import insert_events
 from streams import MIDNIGHT, watch
+from warm import Warm, WarmProcess
 from workshop import PROJECT, Workshop, assert_all_ok
 
 from dagster_prefs.engine.connection import EngineConfiguration
@@ -213,38 +213,67 @@ def test_full_refresh_keeps_what_arrived(deployed: EngineConfiguration, dbt_on: 
     assert scalar(deployed, "select count(*) from online_published") == 1
 
 
-def start_dbt(engine: EngineConfiguration, target: Path, **environment: str) -> subprocess.Popen[str]:
-    """`dbt run` as a user starts it, in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "dbt.cli.main", "run", "--project-dir", str(PROJECT), "--profiles-dir", str(PROJECT),
-         "--target-path", str(target), "--log-path", str(target / "logs")],
-        env={
-            **os.environ,
-            "PREFS_ENGINE_PORT": str(engine.port),
-            "PREFS_ENGINE_DATABASE": engine.database,
-            **environment,
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )  # fmt: skip
+StartDbt = Callable[..., WarmProcess]
+
+
+def parsed(dbt: Dbt, target: Path) -> Path:
+    """A target folder in which dbt finds the project parsed."""
+    dbt.manifest()
+    shutil.copytree(dbt.target_dir, target)
+    return target
+
+
+@pytest.fixture
+def start_dbt(warm: Warm) -> StartDbt:
+    """`start_dbt(engine, target, environment={})`: `dbt run` as a user starts it, in a process of its own."""
+
+    def start(
+        engine: EngineConfiguration, target: Path, environment: Mapping[str, str] | None = None
+    ) -> WarmProcess:
+        return warm.start(
+            ["dbt", "run", *project_options(target)],
+            environment={
+                **os.environ,
+                "PREFS_ENGINE_PORT": str(engine.port),
+                "PREFS_ENGINE_DATABASE": engine.database,
+                **(environment or {}),
+            },
+            merge=True,
+        )
+
+    return start
+
+
+def project_options(target: Path) -> list[str]:
+    """dbt's options for the project, with this folder for all that it writes."""
+    return [
+        "--project-dir", str(PROJECT), "--profiles-dir", str(PROJECT), "--target-path", str(target),
+        "--log-path", str(target / "logs"),
+    ]  # fmt: skip
 
 
 def test_two_runs_at_once_wait_for_each_other(
-    engine: EngineConfiguration, tmp_path: Path, deployed_template: EngineConfiguration
+    engine: EngineConfiguration,
+    dbt_on: DbtOn,
+    tmp_path: Path,
+    deployed_template: EngineConfiguration,
+    start_dbt: StartDbt,
 ) -> None:
-    runs = [start_dbt(engine, tmp_path / f"target{n}") for n in range(2)]
+    targets = [parsed(dbt_on(engine), tmp_path / f"target{n}") for n in range(2)]
+    runs = [start_dbt(engine, target) for target in targets]
     outputs = [run.communicate(timeout=300)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], "\n".join(outputs)
     assert picture(engine) == picture(deployed_template)
 
 
 def test_a_killed_run_is_completed_by_the_next(
-    engine: EngineConfiguration, dbt_on: DbtOn, tmp_path: Path, deployed_template: EngineConfiguration
+    engine: EngineConfiguration,
+    dbt_on: DbtOn,
+    tmp_path: Path,
+    deployed_template: EngineConfiguration,
+    start_dbt: StartDbt,
 ) -> None:
-    run = start_dbt(engine, tmp_path / "target")
-    assert run.stdout is not None
+    run = start_dbt(engine, parsed(dbt_on(engine), tmp_path / "target"))
     for line in run.stdout:
         if "OK created" in line and "materialized" in line:
             break
@@ -258,7 +287,7 @@ def test_a_killed_run_is_completed_by_the_next(
 
 
 def test_secrets_are_in_no_file_and_no_record(
-    engine: EngineConfiguration, services: LocalServices, tmp_path: Path
+    engine: EngineConfiguration, services: LocalServices, tmp_path: Path, start_dbt: StartDbt, warm: Warm
 ) -> None:
     secrets = {
         "PREFS_ENGINE_PASSWORD": services.passfile.read_text().rpartition(":")[2].strip(),
@@ -266,16 +295,15 @@ def test_secrets_are_in_no_file_and_no_record(
         "AWS_SECRET_ACCESS_KEY": "hunter2-of-the-cloud",
     }
     target = tmp_path / "target"
-    run = start_dbt(engine, target, **secrets)
+    run = start_dbt(engine, target, secrets)
     output = run.communicate(timeout=300)[0]
     assert run.returncode == 0, output
-    offline = subprocess.run(
-        [sys.executable, "-m", "dbt.cli.main", "compile", "--target", "risingwave", "--no-introspect",
-         "--no-populate-cache", "--project-dir", str(PROJECT), "--profiles-dir", str(PROJECT),
-         "--target-path", str(tmp_path / "offline"), "--log-path", str(tmp_path / "offline")],
-        env={**os.environ, **secrets, "PREFS_ENGINE": "risingwave"},
-        capture_output=True, text=True, check=True,
+    offline = warm.run(
+        ["dbt", "compile", "--target", "risingwave", "--no-introspect", "--no-populate-cache",
+         *project_options(tmp_path / "offline")],
+        environment={**os.environ, **secrets, "PREFS_ENGINE": "risingwave"},
     )  # fmt: skip
+    assert offline.returncode == 0, offline.stdout
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert any(path.name == "sink_engagement_watch.sql" for path in files)
     for secret in secrets.values():

@@ -364,10 +364,12 @@ def test_the_store_publishes_what_the_view_became(
 
 
 def test_the_commands_say_and_do_it(
-    deployed: EngineConfiguration, dbt_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    deployed: EngineConfiguration, dbt_on: DbtOn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # What dbt parsed for the other tests, so that it is not parsed again.
-    shutil.copytree(dbt_target, tmp_path / "dbt" / "local")
+    parsed = dbt_on(deployed)
+    parsed.manifest()
+    shutil.copytree(parsed.target_dir, tmp_path / "dbt" / "local")
     monkeypatch.setenv("PREFS_DATA_DIR", str(tmp_path))
     monkeypatch.setenv("PREFS_ENGINE_PORT", str(deployed.port))
     monkeypatch.setenv("PREFS_ENGINE_DATABASE", deployed.database)

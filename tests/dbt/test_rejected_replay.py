@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
-import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import pytest
 from oracle import DAY, Message
 from relations import insert_events, instant, refresh
 from streams import NOW
+from warm import Warm
 
 from dagster_prefs.declarations.registry import Registry, TopicDeclaration
 from dagster_prefs.engine.connection import EngineConfiguration
@@ -281,14 +282,13 @@ def test_an_existing_file_is_not_overwritten(stream: Stream, tmp_path: Path) -> 
 
 
 def test_the_command_says_what_stands_in_the_way(
-    stream: Stream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stream: Stream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warm: Warm
 ) -> None:
     monkeypatch.setenv("PREFS_ENGINE_PORT", str(stream.engine.port))
     monkeypatch.setenv("PREFS_ENGINE_DATABASE", stream.engine.database)
 
     def prefs(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [str(Path(sys.executable).with_name("prefs")), "rejected", *words]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+        return warm.run(["prefs", "rejected", *words], environment=os.environ, timeout=120)
 
     file = tmp_path / "rejected.jsonl"
     assert "5 messages" in prefs("export", str(file)).stdout

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from warm import COMMANDS, Warm, WarmProcess
 
 PROJECT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -20,9 +21,12 @@ class Place:
 
     data_dir: Path
     environment: Mapping[str, str]
+    warm: Warm
 
-    def start(self, *command: str) -> subprocess.Popen[str]:
+    def start(self, *command: str) -> subprocess.Popen[str] | WarmProcess:
         """Start a command of the project in a process group of its own."""
+        if command[0] in COMMANDS:
+            return self.warm.start(command, environment=self.environment, cwd=PROJECT)
         return subprocess.Popen(
             [str(BIN / command[0]), *command[1:]],
             cwd=PROJECT,
@@ -52,7 +56,7 @@ class Place:
 
 @pytest.fixture(scope="module")
 def new_place(
-    tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]
+    tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int], warm: Warm
 ) -> Iterator[Callable[[], Place]]:
     places = []
 
@@ -65,7 +69,7 @@ def new_place(
             "PREFS_LOCAL_AWS_PORT": str(free_port()),
             **settings,
         }
-        places.append(Place(data_dir, environment))
+        places.append(Place(data_dir, environment, warm))
         return places[-1]
 
     yield make

@@ -1,8 +1,6 @@
-"""The whole demo as a user runs it: once, again, and after a kill in the middle."""
+"""The whole demo as a user runs it: once, and again; test_foreign_commands.py kills one in the middle."""
 
 import json
-import os
-import signal
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -83,25 +81,3 @@ def test_a_second_run_changes_nothing(place: Place, first: dict[str, Any]) -> No
     assert second["rows"] == first["rows"]
     assert second["rejected"] == first["rejected"]
     assert second["snapshots"] == first["snapshots"]
-
-
-def test_kills_in_the_middle_are_made_good_by_the_next_run(
-    new_place: Callable[[], Place], first: dict[str, Any]
-) -> None:
-    """Killed while it loads, then while it refreshes what was loaded; the third run ends as an undisturbed one."""
-    place = new_place()
-    for moment in ("load events", "refresh every view"):
-        process = place.start("prefs", "demo", "--json", *SMALL)
-        assert process.stderr is not None
-        for line in process.stderr:
-            if moment in line:
-                break
-        else:
-            pytest.fail(f"the demo never said that it would {moment}")
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-    again = demo(place)
-    assert again["rows"] == first["rows"]
-    assert again["snapshots"].keys() == first["snapshots"].keys()
-    for table, snapshot in again["snapshots"].items():
-        assert snapshot["rows_per_day"] == first["snapshots"][table]["rows_per_day"]

@@ -12,6 +12,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,8 @@ def ui(new_place: Callable[[], Place], free_port: Callable[[], int]) -> Iterator
     place: Place = new_place()
     place.ok("prefs", "up")
     port = free_port()
-    server = Place(place.data_dir, {**place.environment, "DAGSTER_HOME": str(_home(place.data_dir))}).start(
+    home = str(_home(place.data_dir))
+    server = replace(place, environment={**place.environment, "DAGSTER_HOME": home}).start(
         "python",
         "-m",
         "dagster_prefs.defs.webserver",

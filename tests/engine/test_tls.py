@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import struct
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +14,7 @@ import psycopg2.extensions
 import pytest
 import yaml
 from psycopg import pq
+from warm import Warm
 
 from dagster_prefs.engine.connection import EngineConfiguration, EngineUnavailable, on_this_machine
 from dagster_prefs.engine.dbt import Dbt
@@ -132,12 +131,12 @@ def test_dbt_in_this_process_says_no_password_either(
     assert SECRET not in str(caught.value)
 
 
-def test_dbt_alone_gets_no_further_than_an_engine_without_tls(tmp_path: Path) -> None:
+def test_dbt_alone_gets_no_further_than_an_engine_without_tls(tmp_path: Path, warm: Warm) -> None:
     with fake() as engine:
-        done = subprocess.run(
-            [Path(sys.executable).with_name("dbt"), "debug", "--connection", "--target", "risingwave"],
+        done = warm.run(
+            ["dbt", "debug", "--connection", "--target", "risingwave"],
             cwd=PROJECT,
-            env={
+            environment={
                 **os.environ,
                 "PREFS_ENGINE": "risingwave",
                 "PREFS_ENGINE_HOST": ELSEWHERE,
@@ -147,8 +146,6 @@ def test_dbt_alone_gets_no_further_than_an_engine_without_tls(tmp_path: Path) ->
                 "DBT_TARGET_PATH": str(tmp_path / "target"),
                 "DBT_LOG_PATH": str(tmp_path / "logs"),
             },
-            capture_output=True,
-            text=True,
         )
         assert engine.asked_for_tls
         assert (engine.startups, engine.heard) == (0, b"")
