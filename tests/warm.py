@@ -251,7 +251,9 @@ class _Here(DbtProcess):
 class _WarmDbt(DbtProcess):
     """The process that runs dbt for a warm command: another fork, which need not import dbt either."""
 
-    address: Path
+    def __init__(self, address: Path) -> None:
+        super().__init__()
+        self.address = address
 
     def _running(self) -> Any:
         if self._process is None or self._process.poll() is not None:
@@ -353,8 +355,8 @@ def _main(address: str, owner: str, without: str) -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     sys.argv = request["argv"]
-    _WarmDbt.address = Path(address)
-    engine_dbt.DbtProcess._running = _WarmDbt._running
+    engine_dbt._SHARED = _WarmDbt(Path(address))
+    atexit.register(engine_dbt._SHARED.end)
     module, function = request["call"].split(":")
     try:
         sys.exit(getattr(sys.modules[module], function)())
