@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,9 @@ def test_secrets_are_in_no_argument(stand_in: Path) -> None:
 
     def heard(_: Any) -> None:
         for child in psutil.Process().children(recursive=True):
-            seen.append((child.name(), child.cmdline(), dict(os.environ)))
+            # A child of another test may be ending.
+            with suppress(psutil.NoSuchProcess):
+                seen.append((child.name(), child.cmdline(), dict(os.environ)))
 
     process = DbtProcess()
     dbt = Dbt(engine, stand_in, stand_in / "target", process=process)
