@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from dagster_prefs.events.brokers import KafkaSecurity, KafkaSource
     from dagster_prefs.events.topics import TopicGeneration
     from dagster_prefs.iceberg.tables import TileTable
+    from dagster_prefs.training.parity import ParityReport
+    from dagster_prefs.training.windows import Features
 
 
 class Platform:
@@ -184,6 +186,25 @@ class Platform:
             prepare_for_sink(self.engine, catalog, spec, namespace=namespace)
             for spec in self.training_tables.values()
         ]
+
+    def parity(self, features: Features, *, now: datetime, share: float | None = None) -> ParityReport:
+        """Compare the served values of an entity with the same values computed from the training tables.
+
+        `share` of its ids are compared, PREFS_PARITY_SHARE by default; `now` is UTC. Raises like `check_parity`.
+        """
+        from dagster_prefs.training.parity import check_parity, served_items
+
+        table = f"{self.settings.table_prefix}{features.entity.table}"
+        return check_parity(
+            self.engine,
+            self.catalog(),
+            served_items(self.dynamodb(), self.contract, table, features),
+            features=features,
+            now=now,
+            share=self.settings.parity_share if share is None else share,
+            spread_seconds=self.settings.expiry_spread_seconds,
+            namespace=self.settings.iceberg_namespace,
+        )
 
     def plan(self, *, drop_orphans: bool = False) -> Plan:
         """Return the changes that an apply would make now; see `make_plan`."""

@@ -19,8 +19,6 @@ from dagster_prefs.training.parity import (
     AttributeParity,
     Difference,
     ParityReport,
-    check_parity,
-    served_items,
 )
 from dagster_prefs.training.training_set import CsvOptions, build_training_set
 from dagster_prefs.training.windows import Features, choose_features, features_by_entity
@@ -88,7 +86,7 @@ def parity_check(
             if not wanted:
                 continue
             try:
-                report = _compared(platform, features, clock())
+                report = platform.parity(features, now=clock())
             except PrefsError as error:
                 for domain in wanted:
                     yield dg.AssetCheckResult(
@@ -111,21 +109,6 @@ def parity_check(
                 yield _result(report, features, domain, keys[domain], checks[domain])
 
     return parity
-
-
-def _compared(platform: Platform, features: Features, now: datetime) -> ParityReport:
-    settings = platform.settings
-    table = f"{settings.table_prefix}{features.entity.table}"
-    return check_parity(
-        platform.engine,
-        platform.catalog(),
-        served_items(platform.dynamodb(), platform.contract, table, features),
-        features=features,
-        now=now,
-        share=settings.parity_share,
-        spread_seconds=settings.expiry_spread_seconds,
-        namespace=settings.iceberg_namespace,
-    )
 
 
 def _result(

@@ -23,7 +23,7 @@ from declared import add_enrolments
 from dagster_prefs.platform import Platform
 from dagster_prefs.serving import ProfileClient
 from dagster_prefs.settings import load_settings
-from dagster_prefs.training.parity import ParityReport, check_parity, served_items
+from dagster_prefs.training.parity import ParityReport
 from dagster_prefs.training.windows import choose_features
 from tests.end_to_end.conftest import PROJECT, Place
 
@@ -281,16 +281,7 @@ def parity(place: Place, entity: str) -> ParityReport:
         for name, value in place.environment.items():
             patch.setenv(name, value)
         platform = Platform(load_settings())
-        features = choose_features(platform.registry, entity)
-        table = f"{platform.settings.table_prefix}{features.entity.table}"
-        return check_parity(
-            platform.engine,
-            platform.catalog(),
-            served_items(platform.dynamodb(), platform.contract, table, features),
-            features=features,
-            now=datetime.now(UTC),
-            share=1,
-        )
+        return platform.parity(choose_features(platform.registry, entity), now=datetime.now(UTC), share=1)
 
 
 def edit(file: Path, old: str, new: str) -> None:
