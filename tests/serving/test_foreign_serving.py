@@ -241,7 +241,7 @@ def test_a_lease_lies_where_no_learner_is(school: School, courses: Registry) -> 
         school.table.name,
         label="test",
         mode="once",
-        target_seconds=5,
+        lease_seconds=5,
     )
     assert lease.acquire(threading.Event(), 0.0)
     lease.release()
