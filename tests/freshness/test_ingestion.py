@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from kafka_cluster import Cluster
@@ -24,14 +24,13 @@ TOPIC = "view_events"
 
 @pytest.fixture
 def measure(world: Any, cluster: Cluster) -> Callable[..., Measure]:
-    def read(**options: Any) -> Measure:
+    def read(start: Literal["earliest", "latest"] = "earliest") -> Measure:
         found = measure_ingestion(
             world.engine,
             REGISTRY,
-            KafkaSource(cluster.bootstrap),
+            KafkaSource(cluster.bootstrap, start=start),
             now=world.now,
             timeout_seconds=10,
-            **options,
         )
         return {one.name: one for one in found}[TOPIC]
 
