@@ -27,12 +27,12 @@
 {%- endmacro %}
 
 {#
-  The sort key of an item of an entity with a composite key: the domain's key, and behind it every key column but the
-  first. Table.sort_text in dagster_prefs/declarations/contract.py is the same rule.
+  The sort key of an entity's items, named domain_key: the domain's key, and behind it every key column but the first.
+  Table.sort_text in dagster_prefs/declarations/contract.py is the same rule.
 #}
 {% macro sort_key(entity) -%}
   domain_key
-  {%- for column in (entity_of(entity)["keys"] | list)[1:] %} || '#' || {{ key_part(column) }}{% endfor %}
+  {%- for column in (entity_of(entity)["keys"] | list)[1:] %} || '#' || {{ key_part(column) }}{{ " as domain_key" if loop.last }}{% endfor %}
 {%- endmacro %}
 
 {# A part of a sort key, which leaves `#` to what separates parts; encode_part in dagster_prefs/ids.py is the same rule. #}

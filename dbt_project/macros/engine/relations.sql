@@ -120,8 +120,7 @@ create subscription {{ this }} from {{ relation }}
 with (retention = '{{ (env_var("PREFS_CHANGEFEED_RETENTION_HOURS", "24") or "24") | int }} hours')
 {%- else -%}
 create sink {{ this }}
-{%- if attributes %} as
-select {{ first_key(entity) }}, {{ sort_key(entity) }} as domain_key, {{ attributes | join(", ") }} from {{ relation }}
+{%- if attributes %} as select {{ first_key(entity) }}, {{ sort_key(entity) }}, {{ attributes | join(", ") }} from {{ relation }}
 {%- else %} from {{ relation }}
 {%- endif %}
 with (
