@@ -17,7 +17,7 @@ from dagster_prefs.defs.freshness import JOB as CHECKS_JOB
 from dagster_prefs.defs.resources import schedule_status
 from dagster_prefs.platform import Platform
 
-JOB = "forget_old_readings"
+JOB = "delete_old_readings"
 # Number of runs to delete per query, so that a backlog does not need more memory.
 BATCH = 500
 # Dagster stores events that belong to no run, such as a sensor's, under this run id.
@@ -29,20 +29,20 @@ def build(platform: Platform, *, clock: Callable[[], datetime] = lambda: datetim
     days = platform.settings.readings_kept_days
 
     @dg.op(description=f"Delete freshness readings older than {days} days (PREFS_READINGS_KEPT_DAYS).")
-    def forget_readings(context: dg.OpExecutionContext) -> None:
-        runs, events = forget(context.instance, clock() - timedelta(days=days))
+    def delete_readings(context: dg.OpExecutionContext) -> None:
+        runs, events = delete_readings_before(context.instance, clock() - timedelta(days=days))
         context.log.info(f"forgot {runs} runs of {CHECKS_JOB} and {events} readings of sensors")
 
     @dg.job(name=JOB, description=f"Keep {days} days of freshness readings in Dagster's event log.")
-    def forget_old_readings() -> None:
-        forget_readings()
+    def delete_old_readings() -> None:
+        delete_readings()
 
     return dg.Definitions(
-        jobs=[forget_old_readings],
+        jobs=[delete_old_readings],
         schedules=[
             dg.ScheduleDefinition(
-                name="forget_old_readings_daily",
-                job=forget_old_readings,
+                name="delete_old_readings_daily",
+                job=delete_old_readings,
                 cron_schedule="40 3 * * *",
                 execution_timezone="UTC",
                 default_status=schedule_status(platform),
@@ -52,7 +52,7 @@ def build(platform: Platform, *, clock: Callable[[], datetime] = lambda: datetim
     )
 
 
-def forget(instance: dg.DagsterInstance, before: datetime) -> tuple[int, int]:
+def delete_readings_before(instance: dg.DagsterInstance, before: datetime) -> tuple[int, int]:
     """Delete readings older than `before` (UTC). Returns the numbers of runs and of events without a run.
 
     These are the finished runs of the freshness job with their events, what sensors observed and evaluated,

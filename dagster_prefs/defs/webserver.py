@@ -23,6 +23,7 @@ import dagster_webserver.cli
 from dagster_webserver.webserver import DagsterWebserver
 from starlette.middleware import Middleware
 
+from dagster_prefs.local.state import answers
 from dagster_prefs.loopback import App, LoopbackGuard, Receive, Scope, Send, loopback_hosts, refuse
 from dagster_prefs.settings import load_settings
 
@@ -74,17 +75,22 @@ def serve_ui(workspace: Path, port: int, environment: Mapping[str, str]) -> int:
     Returns the exit code. `dagster dev` would start its own webserver, without the guard.
     """
     options = ["-w", str(workspace)]
-    commands = [
-        [sys.executable, "-m", "dagster_prefs.defs.webserver", *options, "-h", "127.0.0.1", "-p", str(port)],
-        [str(Path(sys.executable).with_name("dagster-daemon")), "run", *options],
-    ]
+    webserver = [sys.executable, "-m", "dagster_prefs.defs.webserver", "-h", "127.0.0.1", "-p", str(port)]
+    daemon = [str(Path(sys.executable).with_name("dagster-daemon")), "run"]
     stop = threading.Event()
     for order in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(order, lambda *_: stop.set())
-    # In sessions of their own, because a terminal's Ctrl-C would reach their code servers first.
-    children = [
-        subprocess.Popen(command, env=dict(environment), start_new_session=True) for command in commands
-    ]
+
+    def start(command: list[str]) -> subprocess.Popen[bytes]:
+        # In a session of its own, because a terminal's Ctrl-C would reach its code servers first.
+        return subprocess.Popen([*command, *options], env=dict(environment), start_new_session=True)
+
+    children = [start(webserver)]
+    # Both create Dagster's tables if there are none. At the same moment, one of them would fail.
+    while children[0].poll() is None and not answers(port) and not stop.wait(0.25):
+        pass
+    if children[0].poll() is None and not stop.is_set():
+        children.append(start(daemon))
     ended: list[int] = []
     while not ended and not stop.wait(0.25):
         ended = [child.returncode for child in children if child.poll() is not None]

@@ -431,10 +431,10 @@ class _Publication:
                 running.add(pool.submit(writer.write, batch))
                 if len(running) >= 2 * self.threads:
                     done, running = wait(running, return_when=FIRST_COMPLETED)
-                    self._settle(done)
-            self._settle(wait(running).done)
+                    self._collect(done)
+            self._collect(wait(running).done)
 
-    def _settle(self, done: set[Future[_Outcome]]) -> None:
+    def _collect(self, done: set[Future[_Outcome]]) -> None:
         outcomes = [future.result() for future in done]
         accepted = [change for outcome in outcomes for change in outcome.accepted]
         written = [change for change in accepted if change.fingerprint is not None]

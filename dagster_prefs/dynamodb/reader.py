@@ -75,7 +75,7 @@ class ItemReader:
             answers = self._transport.send([call for call, _ in wanted], attempt_deadline)
             again: list[tuple[Call, list[Key]]] = []
             for position, ((call, asked), answer) in enumerate(zip(wanted, answers, strict=True)):
-                left = self._settle(call, asked, answer, found, last)
+                left = self._take(call, asked, answer, found, last)
                 if left and position < len(pending):
                     again.append((call, asked) if left == asked else (self._batch(left, consistent), left))
             pending, optional = again, []
@@ -116,7 +116,7 @@ class ItemReader:
         listed = ",".join(map(self._key, keys))
         return Call("BatchGetItem", f"{self._batch_head[consistent]}{listed}]}}}}}}".encode())
 
-    def _settle(
+    def _take(
         self,
         call: Call,
         asked: list[Key],

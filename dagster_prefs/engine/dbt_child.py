@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -111,6 +112,8 @@ def _rename(manifest: Any, aliases: Mapping[str, str]) -> None:
 
 def main() -> None:
     """Serve requests until the input ends."""
+    # Started in the background of a script, this process would ignore interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # What dbt or an adapter prints must not end up among the answers.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

@@ -117,10 +117,10 @@ class _Reconciliation:
     def run(self) -> ReconcileReport:
         self._keep_publishers_out()
         for ids in self._view():
-            self._settle(ids)
+            self._compare(ids)
         for ids in self.sides.items.pages(self.sides.domain.key):
             with_row = self.sides.rows(ids)
-            self._settle([id_ for id_ in ids if id_ not in with_row])
+            self._compare([id_ for id_ in ids if id_ not in with_row])
         report = ReconcileReport(domain=self.sides.domain.name, dry_run=self.dry_run, **self.counts)
         if self.refused:
             more = f" (and {len(self.refused) - 1} more)" if len(self.refused) > 1 else ""
@@ -153,13 +153,13 @@ class _Reconciliation:
             yield [self.sides.key.id_of(row) for row in rows]
             beyond = _after(self.sides.key_columns, rows[-1])
 
-    def _settle(self, ids: list[Id]) -> None:
+    def _compare(self, ids: list[Id]) -> None:
         self.counts["compared"] += len(ids)
         if suspects := self._differing(ids):
             self.grace()
             suspects = self._differing(suspects)
         if suspects and not self.dry_run:
-            self._forget_published(suspects)
+            self._unmark_published(suspects)
         for id_, (row, item) in suspects.items():
             kind = "extra" if row is None else "missing" if item is None else "different"
             try:
@@ -180,7 +180,7 @@ class _Reconciliation:
             if self.sides.differs(rows.get(id_), items.get(id_))
         }
 
-    def _forget_published(self, ids: Iterable[Id]) -> None:
+    def _unmark_published(self, ids: Iterable[Id]) -> None:
         # What is written here is not what the publisher remembers; emptied, it looks again.
         if self.sides.engine.kind == "local":
             self.sides.connection.execute(

@@ -84,6 +84,12 @@ def test_one_process_serves_every_invocation_in_the_environment_of_each(stand_in
 
 def test_an_interrupt_ends_the_invocation_and_the_next_one_runs(stand_in: Path) -> None:
     process, ended = DbtProcess(), stand_in / "ended"
+    # A script ignores interrupts for what it starts in the background, and so do the processes of that.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process.ask(request("run"), lambda _: None)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
     def interrupted(_: Mapping[str, Any]) -> None:
         # Where Ctrl-C finds this process while dbt works.

@@ -43,7 +43,7 @@ from streams import NOW
 from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.dynamodb.publisher import publish_lock
 from dagster_prefs.dynamodb.tables import dynamodb_client
-from dagster_prefs.erasure import training as forget_module
+from dagster_prefs.erasure import training as erasure_of_training
 from dagster_prefs.erasure.erase import ErasureIncomplete, ErasureReport
 from dagster_prefs.erasure.events import Subject, SubjectRefused
 from dagster_prefs.erasure.items import EntityItems
@@ -361,7 +361,7 @@ def test_another_writer_of_the_day_is_met_by_another_try(
     """A day is replaced while it is rewritten: the other's rows stay, and the viewer goes from them too."""
     world.leave_the_engine()
     before = world.all_rows()
-    original = forget_module.publish_day
+    original = erasure_of_training.publish_day
     replaced: list[date] = []
 
     def late(table: Any, spec: Any, day: date, *given: Any, **options: Any) -> Any:
@@ -370,7 +370,7 @@ def test_another_writer_of_the_day_is_met_by_another_try(
             assert maintain_one_day(world, day)
         return original(table, spec, day, *given, **options)
 
-    monkeypatch.setattr(forget_module, "publish_day", late)
+    monkeypatch.setattr(erasure_of_training, "publish_day", late)
     report = world.erase()
     assert replaced == [OLD]
     assert in_watch(report).days_rewritten == (PARTED, ALONE, OLD)

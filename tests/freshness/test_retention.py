@@ -77,7 +77,7 @@ def test_readings_are_forgotten_and_nothing_else(instance: dg.DagsterInstance, t
 
     assert left() == (2, 5, 3)
     now = datetime.now(UTC)
-    assert retention.forget(instance, now - timedelta(days=1)) == (0, 0)
+    assert retention.delete_readings_before(instance, now - timedelta(days=1)) == (0, 0)
     assert left() == (2, 5, 3)
 
     settings = Settings(data_dir=tmp_path, readings_kept_days=14)
@@ -91,4 +91,4 @@ def test_readings_are_forgotten_and_nothing_else(instance: dg.DagsterInstance, t
     assert not last.event.dagster_event.asset_check_evaluation_data.passed, "the level that is shown stays"
     assert instance.fetch_observations(KEY, limit=1).records[0].run_id == kept.run_id
     assert len(instance.fetch_materializations(KEY, limit=10).records) == 1
-    assert retention.forget(instance, now + timedelta(minutes=1)) == (0, 0)
+    assert retention.delete_readings_before(instance, now + timedelta(minutes=1)) == (0, 0)
