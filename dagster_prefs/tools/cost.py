@@ -12,6 +12,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from decimal import ROUND_HALF_UP, Decimal, InvalidOperation
+from functools import cache
 from typing import Any
 
 import sqlglot
@@ -21,7 +22,7 @@ from dagster_prefs.declarations.contract import LAST_EVENT_AT, Contract, Domain
 from dagster_prefs.declarations.registry import Entity, Registry, TileDeclaration
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.iceberg.publish import FILE_BYTES
-from dagster_prefs.training.windows import Features
+from dagster_prefs.training.windows import Features, relations_read
 
 DAY_SECONDS = 86_400
 MONTH_DAYS = 30
@@ -409,11 +410,10 @@ def _assumed(registry: Registry, what: str, known: Collection[str]) -> dict[str,
     return {name: float(value) for name, value in given.items()}
 
 
-def _tables(registry: Registry, relation: str) -> set[str]:
+@cache
+def _tables(query: str) -> frozenset[str]:
     """Return the relations that a view's compiled query reads."""
-    query = sqlglot.parse_one(registry.query(relation), dialect="postgres")
-    inside = {cte.alias for cte in query.find_all(exp.CTE)}
-    return {table.name for table in query.find_all(exp.Table)} - inside
+    return frozenset(relations_read(sqlglot.parse_one(query, dialect="postgres")))
 
 
 def _topics_behind(registry: Registry, entity: Entity, relation: str) -> frozenset[str]:
@@ -427,7 +427,7 @@ def _topics_behind(registry: Registry, entity: Entity, relation: str) -> frozens
         if name in topics:
             found.add(name)
         elif name in registry.queries:
-            left |= _tables(registry, name) - seen
+            left |= _tables(registry.query(name)) - seen
     return frozenset(found or topics)
 
 

@@ -81,6 +81,12 @@ class _Read:
     days: int
 
 
+def relations_read(view: exp.Expr) -> dict[str, None]:
+    """Return the names of the relations that a view reads, without its CTEs, in order of appearance."""
+    ctes = {cte.alias for cte in view.find_all(exp.CTE)}
+    return dict.fromkeys(table.name for table in view.find_all(exp.Table) if table.name not in ctes)
+
+
 def features_by_entity(registry: Registry) -> dict[str, Features]:
     """Name of an entity → its features, for every entity with a domain that reads tiles, in the registry's order."""
     served = {entity_of(registry, domain).name for domain in registry.contract.domains.values()}
@@ -300,8 +306,7 @@ class Features:
 
     def _read_instead_of_tiles(self, view: exp.Select) -> str:
         """The relations that a domain's view reads where none of them is a tile; empty where one is."""
-        ctes = {cte.alias for cte in view.find_all(exp.CTE)}
-        read = dict.fromkeys(table.name for table in view.find_all(exp.Table) if table.name not in ctes)
+        read = relations_read(view)
         return "" if self._by_tile.keys() & read.keys() else ", ".join(read)
 
     def _portable(self, domain: Domain, view: exp.Select) -> tuple[exp.Select, dict[str, str]]:
