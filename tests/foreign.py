@@ -77,4 +77,4 @@ class School:
             "learner_progress_rolling",
             "tile_fingerprints",
         ):
-            self.execute(f"refresh materialized view {relation}")
+            self.execute("select prefs_rebuild(%s)", [relation])

@@ -28,7 +28,7 @@ from dagster_prefs.deploy.plan import (
     make_plan,
     read_records,
 )
-from dagster_prefs.engine.catalog import Catalog, read_catalog
+from dagster_prefs.engine.catalog import QUERY_SUFFIX, Catalog, read_catalog
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
 from dagster_prefs.engine.explain import engine_words, redacted
@@ -357,7 +357,10 @@ class _Apply:
             return
         self.on_step(f"drop {what} {name}")
         try:
-            self._execute("drop {} {}", sql.SQL(there.kind), self._at(name))
+            if there.kind == "materialized view" and not self.streaming:
+                self._execute("drop view {}; drop table {}", self._at(name + QUERY_SUFFIX), self._at(name))
+            else:
+                self._execute("drop {} {}", sql.SQL(there.kind), self._at(name))
         except psycopg.Error as error:
             raise ApplyError(
                 f"{what} {name} cannot be dropped ({engine_words(str(error))}): drop what stands on it if it is "

@@ -14,6 +14,10 @@ from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError
 
 
+# Behind the name of a kept view of the embedded engine: the view of its query (macros/engine/kept.sql).
+QUERY_SUFFIX = "__query"
+
+
 class NotDeployed(PrefsError):
     """A required relation does not exist."""
 
@@ -31,7 +35,8 @@ def missing_relation(error: psycopg.Error) -> str | None:
 class CatalogObject:
     """A relation, sink or subscription; a later created one has a higher id.
 
-    `kind` is one of table, view, materialized view, sink, subscription, source.
+    `kind` is one of table, view, materialized view, sink, subscription, source; a kept view of the embedded
+    engine counts as one materialized view, with what its query reads.
     """
 
     id: int
@@ -62,6 +67,7 @@ class Catalog:
 
 def read_catalog(connection: psycopg.Connection[Any], engine: EngineConfiguration) -> Catalog:
     """Read the objects of the engine's schema and their dependencies, without indexes."""
+    queries: dict[int, tuple[str, str]] = {}
     if engine.kind == "risingwave":
         objects = connection.execute(
             "select r.id, n.name, r.name, r.relation_type from rw_catalog.rw_relations r"
@@ -78,12 +84,28 @@ def read_catalog(connection: psycopg.Connection[Any], engine: EngineConfiguratio
             " where c.relkind in ('r', 'p', 'f', 'v', 'm')"
             " and n.nspname not in ('pg_catalog', 'information_schema') and n.nspname not like 'pg_toast%'"
         ).fetchall()
+        kept = {(schema, name) for _, schema, name, kind in objects if kind == "table"}
+        queries = {
+            id_: (schema, name.removesuffix(QUERY_SUFFIX))
+            for id_, schema, name, kind in objects
+            if kind == "view" and name.endswith(QUERY_SUFFIX)
+            and (schema, name.removesuffix(QUERY_SUFFIX)) in kept
+        }
+        views = set(queries.values())
+        objects = [
+            (id_, schema, name, "materialized view" if (schema, name) in views else kind)
+            for id_, schema, name, kind in objects
+            if id_ not in queries
+        ]
         reads = connection.execute(
             "select distinct rule.ev_class::bigint, depend.refobjid::bigint from pg_depend as depend"
             " join pg_rewrite as rule on rule.oid = depend.objid and rule.ev_class <> depend.refobjid"
             " where depend.classid = 'pg_rewrite'::regclass and depend.refclassid = 'pg_class'::regclass"
         ).fetchall()
-    names = {id_: name if schema == engine.schema else f"{schema}.{name}" for id_, schema, name, _ in objects}
+    places = {id_: (schema, name) for id_, schema, name, _ in objects} | queries
+    names = {
+        id_: name if schema == engine.schema else f"{schema}.{name}" for id_, (schema, name) in places.items()
+    }
     upstream: dict[str, set[str]] = {}
     for reader, read in reads:
         if reader in names and read in names:

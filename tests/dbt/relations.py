@@ -151,7 +151,7 @@ def differences(
 def refresh(connection: Connection, order: Sequence[str]) -> None:
     """Bring every materialized view up to date, in order of dependency."""
     for name in order:
-        connection.execute(sql.SQL("refresh materialized view {}").format(sql.Identifier(name)))
+        connection.execute("select prefs_rebuild(%s)", [name])
 
 
 def materialized_views(manifest: dict[str, Any]) -> list[str]:

@@ -87,7 +87,7 @@ def deployment(deployed: EngineConfiguration, dbt_on: DbtOn, workshop: Workshop)
     with deployed.connect() as connection:
         insert_events(connection, [watch(n, n % 2, MIDNIGHT) for n in range(4)])
         for view in WATCHED:
-            connection.execute(f"refresh materialized view {view}")
+            connection.execute("select prefs_rebuild(%s)", [view])
     return Deployment(deployed, dbt_on(deployed, workshop.folder))
 
 
@@ -356,7 +356,7 @@ def test_the_store_publishes_what_the_view_became(
     assert store.reconcile(ROLLING_VIEW) == "watch: 2 upserts, 0 deletes"
     deployment.run(
         "delete from raw_view_events where source_offset % 2 = 1",
-        *(f"refresh materialized view {view}" for view in WATCHED),
+        *(f"select prefs_rebuild('{view}')" for view in WATCHED),
     )
     assert store.reconcile(ROLLING_VIEW) == "watch: 0 upserts, 1 deletes"
     items = platform.dynamodb().scan(TableName="viewer_profiles")["Items"]

@@ -125,7 +125,7 @@ class World:
     def refresh(self, *relations: str, age: float = 0.0) -> None:
         """Refresh these views, or all in their order, as a dbt run begun `age` seconds ago would have."""
         for relation in relations or self.order:
-            self.execute(sql.SQL("refresh materialized view {}").format(sql.Identifier(relation)))
+            self.execute("select prefs_rebuild(%s)", [relation])
             self.execute(
                 "update deployments set deployed_at = %s where relation = %s",
                 [self.now - timedelta(seconds=age), relation],

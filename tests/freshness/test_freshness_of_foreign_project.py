@@ -111,9 +111,9 @@ def test_every_stage_is_measured_and_a_canary_reaches_its_profiles(
     # A view that does not follow is late by the age of the event.
     school.send([lesson("7", 3)])
     for relation in ("lesson_events_parsed", "lesson_events"):
-        school.execute(f"refresh materialized view {relation}")
+        school.execute("select prefs_rebuild(%s)", [relation])
     assert levels() == quiet | {"views/learner_lessons_1d": "error"}
-    school.execute("refresh materialized view learner_lessons_1d")
+    school.execute("select prefs_rebuild('learner_lessons_1d')")
     assert levels() == quiet | {
         "views/learner_progress_rolling": "error",
         # The fingerprints say nothing of a tile that has rows.

@@ -68,6 +68,7 @@
     select pg_advisory_xact_lock(hashtext('dagster-prefs'), hashtext('{{ target.schema }}'));
     create schema if not exists {{ target.schema }};
     {{ deployments_ddl() }};
+    {{ kept_views_ddl() }};
     create or replace function {{ target.schema }}.prefs_text(bytes bytea) returns text
       language plpgsql immutable strict parallel unsafe as $$
         begin
@@ -100,6 +101,7 @@
   {%- for name, columns in {
     "deployments": ["relation", "checksum", "definition", "invocation_id"],
     "online_published": ["table_id", "domain_key", "entity_key", "fingerprint"],
+    "live_pending": ["relation", "since"],
     "raw_arrivals": ["relation", "source", "source_partition", "first_offset", "last_offset", "messages"],
   }.items() -%}
     {%- set there = run_query(

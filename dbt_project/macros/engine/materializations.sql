@@ -4,10 +4,14 @@
   because dbt-risingwave's writes the statement, credentials included, to dbt's target folder.
 #}
 
-{# What stands in the catalog under this name: kind, and the checksum of the deployed definition. #}
+{#
+  What stands in the catalog under this name: kind (`k` is a kept view, else PostgreSQL's relkind), and the checksum of
+  the deployed definition.
+#}
 {% macro deployed_state(relation) -%}
   {%- set rows = run_query(
-    "select c.relkind::text, d.checksum from pg_class c join pg_namespace n on n.oid = c.relnamespace left join "
+    "select case when c.relkind = 'r' and to_regclass('" ~ query_of(relation) ~ "') is not null then 'k' else c.relkind::text end, d.checksum"
+    ~ " from pg_class c join pg_namespace n on n.oid = c.relnamespace left join "
     ~ target.schema ~ ".deployments d on d.relation = c.relname where n.nspname = '" ~ relation.schema
     ~ "' and c.relname = '" ~ relation.identifier ~ "' and c.relkind in ('r', 'v', 'm', 'p', 'f')"
   ).rows -%}
@@ -16,30 +20,35 @@
 
 {#
   A relation and every view on it, direct or not, nearest first, with all that is needed to make them again:
-  definition, indexes, comments, grants. The relation itself is the first row, at depth 0.
+  definition, indexes, comments, grants. The relation itself is the first row, at depth 0. Of a kept view the
+  reader is its query, and what stands on it stands on its table.
 #}
 {% macro dependents_of(relation) -%}
   {{ return(run_query("
     with recursive dependents as (
       select '" ~ relation ~ "'::regclass::oid as oid, 0 as depth
       union
-      select rule.ev_class, dependents.depth + 1
+      select coalesce(kept.oid, rule.ev_class), dependents.depth + 1
       from dependents
       join pg_depend on pg_depend.refobjid = dependents.oid and pg_depend.refclassid = 'pg_class'::regclass
         and pg_depend.classid = 'pg_rewrite'::regclass
       join pg_rewrite as rule on rule.oid = pg_depend.objid and rule.ev_class <> dependents.oid
+      join pg_class as reader on reader.oid = rule.ev_class
+      left join pg_class as kept on kept.relnamespace = reader.relnamespace and kept.relkind = 'r'
+        and reader.relname = kept.relname || '" ~ query_suffix() ~ "'
     )
     select
       max(dependents.depth) as depth,
       c.relname as identifier,
       format('%I.%I', n.nspname, c.relname) as name,
-      case c.relkind when 'm' then 'materialized view' else 'view' end as kind,
-      pg_get_viewdef(c.oid) as definition,
+      case when query.oid is not null then 'kept view' when c.relkind = 'm' then 'materialized view' when c.relkind = 'v' then 'view' else 'table' end as kind,
+      case when query.oid is not null then format('%I.%I', n.nspname, query.relname) end as query,
+      case when c.relkind <> 'r' or query.oid is not null then pg_get_viewdef(coalesce(query.oid, c.oid)) end as definition,
       coalesce((select string_agg(pg_get_indexdef(indexrelid), ';' order by indexrelid) from pg_index where indrelid = c.oid), '') as indexes,
       coalesce((
         select string_agg(
           case when a.attname is null
-            then format('comment on %s %I.%I is %L', case c.relkind when 'm' then 'materialized view' else 'view' end, n.nspname, c.relname, d.description)
+            then format('comment on %s %I.%I is %L', case c.relkind when 'm' then 'materialized view' when 'r' then 'table' else 'view' end, n.nspname, c.relname, d.description)
             else format('comment on column %I.%I.%I is %L', n.nspname, c.relname, a.attname, d.description) end, ';')
         from pg_description as d
         left join pg_attribute as a on a.attrelid = d.objoid and a.attnum = d.objsubid and d.objsubid > 0
@@ -53,10 +62,29 @@
     from dependents
     join pg_class as c on c.oid = dependents.oid
     join pg_namespace as n on n.oid = c.relnamespace
-    where c.relkind in ('m', 'v') or dependents.depth = 0
-    group by c.oid, c.relname, c.relkind, c.relowner, n.oid, n.nspname
+    left join pg_class as query on query.relnamespace = c.relnamespace and query.relkind = 'v' and c.relkind = 'r'
+      and query.relname = c.relname || '" ~ query_suffix() ~ "'
+    where c.relkind in ('m', 'v') or query.oid is not null or dependents.depth = 0
+    group by c.oid, c.relname, c.relkind, c.relowner, c.relacl, n.oid, n.nspname, query.oid, query.relname
     order by max(dependents.depth)
   ").rows) }}
+{%- endmacro %}
+
+{# The statements that make a relation of a kind from a query, and that drop one. #}
+{% macro create_statement(kind, name, query, definition) -%}
+  {%- if kind == "kept view" -%}
+    create view {{ query }} as {{ definition }}; create table {{ name }} as select * from {{ query }}
+  {%- else -%}
+    create {{ kind }} {{ name }} as {{ definition }}
+  {%- endif -%}
+{%- endmacro %}
+
+{% macro drop_statement(kind, name, query) -%}
+  {%- if kind == "kept view" -%}
+    drop view {{ query }} cascade; drop table {{ name }} cascade
+  {%- else -%}
+    drop {{ kind }} {{ name }} cascade
+  {%- endif -%}
 {%- endmacro %}
 
 {#
@@ -80,6 +108,7 @@
       {%- set here.definition = dynamodb_sink(relation) -%}
     {%- endif -%}
   {%- endfor -%}
+  {%- set changed = "perform " ~ target.schema ~ ".prefs_changed('" ~ row["identifier"] ~ "');" if row["kind"] == "kept view" else "" -%}
   {%- set otherwise = "
     if " ~ here.selected ~ " and (" ~ here.changed ~ " or (sqlstate = '42P01' and current_setting('prefs.waiting', true) <> '')) then
       perform set_config('prefs.waiting', 'yes', true);
@@ -89,18 +118,20 @@
   {%- if coming -%}
     {%- set otherwise = "
     begin
-      execute $prefs_sql$create " ~ row["kind"] ~ " " ~ row["name"] ~ " as " ~ coming[0][0] ~ "$prefs_sql$;
+      execute $prefs_sql$" ~ create_statement(row["kind"], row["name"], row["query"], coming[0][0]) ~ "$prefs_sql$;
       " ~ (["execute $prefs_sql$" ~ row["indexes"] ~ "$prefs_sql$;"] if row["indexes"] and not here.changed else []) | join ~ "
       " ~ (["execute $prefs_sql$" ~ row["grants"] ~ "$prefs_sql$;"] if row["grants"] else []) | join ~ "
+      " ~ changed ~ "
     exception when others then" ~ otherwise ~ "
     end;" -%}
   {%- endif -%}
   {{ return("do $prefs_remake$
     begin
-      execute $prefs_sql$create " ~ row["kind"] ~ " " ~ row["name"] ~ " as " ~ here.definition ~ "$prefs_sql$;
+      execute $prefs_sql$" ~ create_statement(row["kind"], row["name"], row["query"], here.definition) ~ "$prefs_sql$;
       " ~ (["execute $prefs_sql$" ~ row["indexes"] ~ "$prefs_sql$;"] if row["indexes"] else []) | join ~ "
       " ~ (["execute $prefs_sql$" ~ row["comments"] ~ "$prefs_sql$;"] if row["comments"] else []) | join ~ "
       " ~ (["execute $prefs_sql$" ~ row["grants"] ~ "$prefs_sql$;"] if row["grants"] else []) | join ~ "
+      " ~ changed ~ "
     exception when others then" ~ otherwise ~ "
     end
   $prefs_remake$") }}
@@ -110,7 +141,7 @@
   Drop a view with all that stands on it, and give the statements that make the latter again. The furthest goes first:
   so do the locks of who reads it, and the other way round the two would wait for each other.
 #}
-{% macro drop_and_remember(relation, relkind) -%}
+{% macro drop_and_remember(relation) -%}
   {%- set again = [] -%}
   {%- set rows = dependents_of(relation) -%}
   {%- for row in rows -%}
@@ -120,14 +151,13 @@
       {%- do again.append(remake_statement(relation, row)) -%}
     {%- endif -%}
   {%- endfor -%}
-  {%- for row in rows | reverse if row["depth"] > 0 -%}
-    {% do run_query("drop " ~ row["kind"] ~ " " ~ row["name"] ~ " cascade") %}
+  {%- for row in rows | reverse -%}
+    {% do run_query(drop_statement(row["kind"], row["name"], row["query"])) %}
   {%- endfor -%}
-  {% do run_query("drop " ~ {"m": "materialized view", "v": "view", "r": "table"}[relkind] ~ " " ~ relation ~ " cascade") %}
   {{ return(again) }}
 {%- endmacro %}
 
-{# PostgreSQL lets a materialized view have any columns, so the contract is checked against the catalog. #}
+{# PostgreSQL lets a view have any columns, so the contract is checked against the catalog. #}
 {% macro check_contract(relation) -%}
   {%- if config.get("contract") and config.get("contract").enforced -%}
     {%- set there = [] -%}
@@ -150,10 +180,7 @@
   {%- endif -%}
 {%- endmacro %}
 
-{#
-  The descriptions of the YAML as comments. dbt's own macro looks each column up in information_schema, which
-  leaves materialized views out, and would warn about every one.
-#}
+{# The descriptions of the YAML as comments, in one statement. #}
 {% macro describe(relation) -%}
   {% call statement("describe") %}
     comment on {{ relation.type | replace("_", " ") }} {{ relation }} is '{{ model.description | trim | replace("'", "''") }}';
@@ -165,28 +192,38 @@
 
 {# Make or replace a view; whatever stood on the old one is made again in the same transaction. #}
 {% macro put_view(relation, kind, state) -%}
-  {%- set again = drop_and_remember(relation, state[0]) if state else [] -%}
+  {%- set again = drop_and_remember(relation) if state else [] -%}
   {% call statement("main") %}
-    create {{ kind }} {{ relation }} as {{ sql }}
+    {{ create_statement(kind, relation, query_of(relation), sql) }}
   {% endcall %}
-  {%- if kind == "materialized view" -%}{% do create_indexes(relation) %}{%- endif -%}
+  {%- if kind == "kept view" -%}
+    {% do create_indexes(relation) %}
+    {% do run_query("select " ~ target.schema ~ ".prefs_changed('" ~ relation.identifier ~ "')") %}
+  {%- endif -%}
   {% do check_contract(relation) %}
   {%- for statement in again -%}{% do run_query(statement) %}{%- endfor -%}
 {%- endmacro %}
 
+{#
+  A materialized view of the embedded engine is a table and the view of its query (kept.sql), because PostgreSQL can only
+  compute its own from everything. A run of its model compares all rows with the query's; the follower, those of the keys
+  that changed.
+#}
 {% materialization materialized_view, adapter='postgres' %}
-  {%- set relation = this.incorporate(type="materialized_view") -%}
+  {%- set relation = this.incorporate(type="table") -%}
   {{ run_hooks(pre_hooks, inside_transaction=False) }}
   {% do engine_lock() %}
   {{ run_hooks(pre_hooks, inside_transaction=True) }}
   {% do forget_arrivals() %}
   {%- set state = deployed_state(relation) -%}
-  {%- if state and state[0] == "m" and state[1] == definition_checksum() and not should_full_refresh() -%}
+  {%- if state and state[0] not in ("k", "m", "v") -%}
+    {{ exceptions.raise_compiler_error(relation.identifier ~ " exists and is a table: what it holds is never replaced; rename it first, or give the model another name") }}
+  {%- elif state and state[0] == "k" and state[1] == definition_checksum() and not should_full_refresh() -%}
     {% call statement("main") %}
-      refresh materialized view {{ relation }}
+      select {{ target.schema }}.prefs_rebuild('{{ relation.identifier }}')
     {% endcall %}
   {%- else -%}
-    {% do put_view(relation, "materialized view", state) %}
+    {% do put_view(relation, "kept view", state) %}
     {% call statement("analyze") %}
       analyze {{ relation }}
     {% endcall %}
