@@ -1,0 +1,118 @@
+{#
+  Kept views: how the embedded engine has what RisingWave calls a materialized view. `name` is a table, and
+  `name__query` the view that says what the table has to hold. Who changes one remembers who reads it: a reader that
+  was not made again since is pending, and the follower (dagster_prefs/live) does it.
+#}
+{% macro query_suffix() -%}
+  {{ return("__query") }}
+{%- endmacro %}
+
+{# The view of a kept view's query. #}
+{% macro query_of(relation) -%}
+  {%- set name = relation.identifier ~ query_suffix() -%}
+  {%- if name | length > 63 -%}
+    {{ exceptions.raise_compiler_error(
+      relation.identifier ~ " has " ~ relation.identifier | length ~ " characters, and the embedded engine has names of 63 with "
+      ~ query_suffix() ~ " behind a view's: give it one of at most " ~ 63 - query_suffix() | length
+    ) }}
+  {%- endif -%}
+  {{ return(relation.incorporate(path={"identifier": name}, type="view")) }}
+{%- endmacro %}
+
+{#
+  `prefs_readers(relation)`: the kept views and sinks that read a relation, directly or through plain views.
+  `prefs_changed(relation)`: it changed as a whole, so that they are pending and it itself is not.
+  `prefs_rebuild(relation)`: write the difference between a kept view and its query, and return the number of rows.
+#}
+{% macro kept_views_ddl() -%}
+  create table if not exists {{ target.schema }}.live_pending (
+    relation text primary key,
+    since timestamptz not null default clock_timestamp()
+  );
+  create or replace function {{ target.schema }}.prefs_readers(changed regclass) returns table (relation text, kept boolean)
+    language sql stable as $$
+      with recursive readers as (
+        select changed::oid as oid, false as kept, 0 as depth
+        union
+        select rule.ev_class, kept.oid is not null, readers.depth + 1
+        from readers
+        join pg_depend as depend on depend.refobjid = readers.oid and depend.refclassid = 'pg_class'::regclass
+          and depend.classid = 'pg_rewrite'::regclass
+        join pg_rewrite as rule on rule.oid = depend.objid and rule.ev_class <> readers.oid
+        join pg_class as reader on reader.oid = rule.ev_class
+        left join pg_class as kept on kept.relnamespace = reader.relnamespace and kept.relkind = 'r'
+          and reader.relname = kept.relname || '{{ query_suffix() }}'
+        where not readers.kept
+      )
+      select case when readers.kept then left(c.relname, -{{ query_suffix() | length }}) else c.relname end, readers.kept
+      from readers
+      join pg_class as c on c.oid = readers.oid
+      left join {{ target.schema }}.deployments as deployed on deployed.relation = c.relname
+      where readers.depth > 0 and c.relnamespace = '{{ target.schema }}'::regnamespace and (readers.kept or deployed.kind = 'sink')
+    $$;
+  create or replace function {{ target.schema }}.prefs_changed(name text) returns void
+    language sql as $$
+      delete from {{ target.schema }}.live_pending where relation = name;
+      insert into {{ target.schema }}.live_pending (relation)
+      select distinct readers.relation from {{ target.schema }}.prefs_readers(format('%I.%I', '{{ target.schema }}', name)::regclass) as readers
+      on conflict (relation) do nothing
+    $$;
+  create or replace function {{ target.schema }}.prefs_rebuild(name text) returns bigint
+    language plpgsql as $$
+      declare
+        kept text := format('%I.%I', '{{ target.schema }}', name);
+        keys text[];
+        others text[];
+        written bigint;
+        changed bigint;
+      begin
+        select array_agg(format('%I', a.attname) order by key.place) into keys
+        from (
+          select indrelid, indkey from pg_index
+          where indrelid = kept::regclass and indisunique and indexprs is null and indpred is null
+          order by indexrelid limit 1
+        ) as uniques
+        cross join unnest(uniques.indkey::smallint[]) with ordinality as key (number, place)
+        join pg_attribute as a on a.attrelid = uniques.indrelid and a.attnum = key.number;
+        select array_agg(format('%I', attname)) into others
+        from pg_attribute
+        where attrelid = kept::regclass and attnum > 0 and not attisdropped and format('%I', attname) <> all (keys);
+        drop table if exists pg_temp.prefs_rebuilt;
+        execute format('create temporary table prefs_rebuilt on commit drop as select * from %I.%I', '{{ target.schema }}', name || '{{ query_suffix() }}');
+        analyze pg_temp.prefs_rebuilt;
+        if keys is null then
+          execute format(
+            'with gone as (select * from %1$s except all select * from pg_temp.prefs_rebuilt),'
+            ' come as (select * from pg_temp.prefs_rebuilt except all select * from %1$s)'
+            ' select (select count(*) from gone) + (select count(*) from come)', kept
+          ) into changed;
+          if changed > 0 then
+            execute format('delete from %s', kept);
+            execute format('insert into %s select * from pg_temp.prefs_rebuilt', kept);
+          end if;
+        else
+          execute format(
+            'delete from %s as old where not exists (select from pg_temp.prefs_rebuilt as new where %s)', kept,
+            (select string_agg(format('new.%1$s = old.%1$s', key), ' and ') from unnest(keys) as key)
+          );
+          get diagnostics changed = row_count;
+          execute format(
+            'insert into %1$s select new.* from pg_temp.prefs_rebuilt as new left join %1$s as old on %2$s'
+            ' where old.ctid is null or new is distinct from old on conflict (%3$s) do %4$s', kept,
+            (select string_agg(format('new.%1$s = old.%1$s', key), ' and ') from unnest(keys) as key),
+            array_to_string(keys, ', '),
+            coalesce('update set ' || (select string_agg(format('%1$s = excluded.%1$s', other), ', ') from unnest(others) as other), 'nothing')
+          );
+          get diagnostics written = row_count;
+          changed := changed + written;
+        end if;
+        drop table pg_temp.prefs_rebuilt;
+        if changed > 0 then
+          perform {{ target.schema }}.prefs_changed(name);
+        else
+          delete from {{ target.schema }}.live_pending where relation = name;
+        end if;
+        return changed;
+      end
+    $$
+{%- endmacro %}
