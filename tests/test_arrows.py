@@ -12,6 +12,7 @@ ROOMS = (
     "engine",
     "events",
     "deploy",
+    "live",
     "dynamodb",
     "iceberg",
     "training",
@@ -40,6 +41,7 @@ ALLOWED = {
     "events": {"declarations", "engine", "textfiles"},
     "iceberg": {"declarations", "engine"},
     "deploy": {"declarations", "engine", "events", "dynamodb"},
+    "live": {"declarations", "engine", "events", "dynamodb"},
     "training": {"declarations", "engine", "dynamodb", "iceberg", "textfiles"},
     "serving": {"declarations", "engine", "dynamodb", "loopback"},
     "freshness": {

@@ -7,6 +7,7 @@ import re
 from datetime import UTC, datetime
 from typing import Any
 
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from oracle import CANARY_KEYS, DAY, HOUR, SECOND, TOPICS, Message, canary_id, micros
 from relations import instant
@@ -27,6 +28,18 @@ _edges = [
 ]
 moments = st.one_of(
     st.sampled_from(_edges), st.integers(NOW - 40 * DAY, NOW), st.integers(NOW - 120 * DAY, NOW)
+)
+
+# Hypothesis with a database behind it.
+quick = settings(
+    deadline=None,
+    max_examples=60,
+    suppress_health_check=[
+        HealthCheck.function_scoped_fixture,
+        HealthCheck.too_slow,
+        HealthCheck.data_too_large,
+        HealthCheck.large_base_example,
+    ],
 )
 
 

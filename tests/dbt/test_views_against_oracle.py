@@ -7,12 +7,12 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import DAY, HOUR, SECOND, Erasure, Message, Oracle
 from psycopg import sql
 from relations import differences, insert_events, instant, materialized_views, refresh, replace_events
-from streams import MIDNIGHT, NOW, messages, touch, watch
+from streams import MIDNIGHT, NOW, messages, quick, touch, watch
 from workshop import assert_all_ok
 
 from dagster_prefs.declarations.registry import Registry
@@ -23,18 +23,6 @@ SAMPLE = Path(__file__).resolve().parents[3] / "shared" / "data" / "rees46-2019-
 SPREAD = 7_200
 ROLLING = ["viewer_engagement_rolling", "content_interactions_rolling", "viewer_preferences_rolling"]
 DbtOn = Callable[..., Dbt]
-
-quick = settings(
-    deadline=None,
-    max_examples=60,
-    suppress_health_check=[
-        HealthCheck.function_scoped_fixture,
-        HealthCheck.too_slow,
-        HealthCheck.data_too_large,
-        HealthCheck.large_base_example,
-    ],
-)
-
 
 @pytest.fixture
 def session(deployed: EngineConfiguration) -> Iterator[psycopg.Connection]:

@@ -1,3 +1,6 @@
+{{ config(indexes=[{"columns": ["topic", "reason"]}] + (
+  [{"columns": ["topic", "source", '"partition"', '"offset"'], "unique": true}] if target.type == "postgres" else []
+)) }}
 with rejected as (
 
 $union

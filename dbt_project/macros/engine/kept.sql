@@ -29,6 +29,24 @@
     relation text primary key,
     since timestamptz not null default clock_timestamp()
   );
+  create table if not exists {{ target.schema }}.live_views (relation text primary key, as_of timestamptz not null);
+  create table if not exists {{ target.schema }}.live_due (
+    relation text, key text[], primary key (relation, key)
+  );
+  create table if not exists {{ target.schema }}.live_changes (
+    id bigint generated always as identity primary key, relation text not null, key jsonb not null
+  );
+  create sequence if not exists {{ target.schema }}.live_steps;
+  create table if not exists {{ target.schema }}.live_outbox (
+    domain_key text, entity_key text, step bigint not null, primary key (domain_key, entity_key)
+  );
+  create table if not exists {{ target.schema }}.live_follower (
+    id int primary key default 1 check (id = 1),
+    process text not null,
+    seen_at timestamptz not null,
+    step bigint not null default 0,
+    problem text
+  );
   create or replace function {{ target.schema }}.prefs_readers(changed regclass) returns table (relation text, kept boolean)
     language sql stable as $$
       with recursive readers as (
@@ -53,6 +71,8 @@
   create or replace function {{ target.schema }}.prefs_changed(name text) returns void
     language sql as $$
       delete from {{ target.schema }}.live_pending where relation = name;
+      insert into {{ target.schema }}.live_views (relation, as_of) values (name, {{ clock() }})
+      on conflict (relation) do update set as_of = excluded.as_of;
       insert into {{ target.schema }}.live_pending (relation)
       select distinct readers.relation from {{ target.schema }}.prefs_readers(format('%I.%I', '{{ target.schema }}', name)::regclass) as readers
       on conflict (relation) do nothing
@@ -111,8 +131,54 @@
           perform {{ target.schema }}.prefs_changed(name);
         else
           delete from {{ target.schema }}.live_pending where relation = name;
+          update {{ target.schema }}.live_views set as_of = {{ clock() }} where relation = name;
         end if;
         return changed;
       end
     $$
+{%- endmacro %}
+
+{#
+  Have every later change of a table's rows noted in the writer's own transaction, and the follower woken. Of a raw table
+  only what changes in place: what arrives is noted as arrivals.
+#}
+{% macro note_changes(relation) -%}
+  {%- set raw = config.get("meta", {}).get("arrivals") -%}
+  {%- if raw or is_read_by_views() -%}
+    {% do run_query(note_changes_ddl()) %}
+    {%- for event, rows in {"insert": "new", "update": "new", "delete": "old"}.items() if not (raw and event == "insert") -%}
+      {%- if run_query(
+        "select 1 from pg_trigger where tgname = 'prefs_note_" ~ event ~ "' and tgrelid = '" ~ relation ~ "'::regclass"
+      ).rows | length == 0 -%}
+        {% do run_query(
+          "create trigger prefs_note_" ~ event ~ " after " ~ event ~ " on " ~ relation ~ " referencing " ~ rows ~ " table as changed"
+          ~ " for each statement execute function " ~ target.schema ~ ".prefs_note_" ~ ("message" if raw else "row") ~ "()"
+        ) %}
+      {%- endif -%}
+    {%- endfor -%}
+  {%- endif -%}
+{%- endmacro %}
+
+{% macro note_changes_ddl() -%}
+  {%- for name, row in {
+    "message": "jsonb_build_object('source', source, 'source_partition', source_partition, 'source_offset', source_offset)",
+    "row": "to_jsonb(changed)",
+  }.items() %}
+  create or replace function {{ target.schema }}.prefs_note_{{ name }}() returns trigger
+    language plpgsql security definer set search_path = pg_catalog as $$
+      begin
+        insert into {{ target.schema }}.live_changes (relation, key) select tg_table_name, {{ row }} from changed;
+        perform pg_notify('prefs_live', '');
+        return null;
+      end
+    $$;
+  {%- endfor %}
+{%- endmacro %}
+
+{# Whether a kept view reads the model at hand. #}
+{% macro is_read_by_views() -%}
+  {%- for node in graph.nodes.values() if node.resource_type == "model" and model.unique_id in node.depends_on.nodes and node.config.materialized == "materialized_view" -%}
+    {{ return(true) }}
+  {%- endfor -%}
+  {{ return(false) }}
 {%- endmacro %}

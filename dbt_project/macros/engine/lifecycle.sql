@@ -102,6 +102,11 @@
     "deployments": ["relation", "checksum", "definition", "invocation_id"],
     "online_published": ["table_id", "domain_key", "entity_key", "fingerprint"],
     "live_pending": ["relation", "since"],
+    "live_views": ["relation", "as_of"],
+    "live_due": ["relation", "key"],
+    "live_changes": ["relation", "key"],
+    "live_outbox": ["domain_key", "entity_key", "step"],
+    "live_follower": ["process", "seen_at", "step"],
     "raw_arrivals": ["relation", "source", "source_partition", "first_offset", "last_offset", "messages"],
   }.items() -%}
     {%- set there = run_query(

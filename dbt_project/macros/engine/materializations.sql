@@ -294,6 +294,7 @@
     {% do create_indexes(relation) %}
   {%- endif -%}
   {% do note_arrivals(relation) %}
+  {% do note_changes(relation) %}
   {% do check_contract(relation) %}
   {% do describe(relation) %}
   {{ run_hooks(post_hooks, inside_transaction=True) }}

@@ -19,7 +19,7 @@
       "models/generated/events/lesson_events.sql": "cfe7c66ab143fc54459a52dee9b12ea1",
       "models/generated/events/lesson_events_parsed.sql": "d29e1c2859fdd433e10e53d35389a710",
       "models/generated/events/raw_lesson_events.sql": "d870b75dc1883dda3ed945c5e8afc400",
-      "models/generated/events/rejected_events.sql": "309be4bccd401a268f5070ac7c648ca7",
+      "models/generated/events/rejected_events.sql": "16c85925c1e272d39a8d49cb529d1c75",
       "models/generated/operations/canary_keys.sql": "d9371cb85356a981d2f75f7eb0ef53da",
       "models/generated/operations/deployments.sql": "b153adee57cc763081a6541b7a36d687",
       "models/generated/operations/erased_subjects.sql": "93939da65622eb354e67a27ce1ad4591",
@@ -74,7 +74,6 @@
       "learner_lessons_1d": "80abcee60c7907f71176e292cdef2b78",
       "learner_progress_rolling": "9b0c170e468a0b5597d0ab81f73af18d",
       "lesson_events_parsed": "7ddacf35d392db343c774b6b3cfad420",
-      "rejected_events": "0ea3bd402c45f64c35409ecc3cce1cef",
       "tile_fingerprints": "26384007844bd5ac02c4b33ce5a7e497"
     },
     "vars": {

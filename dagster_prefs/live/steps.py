@@ -1,0 +1,502 @@
+"""One step of the embedded engine: what arrived, changed in place or became due passes through all views at once.
+
+Everything that a step reads and writes is one transaction: what it claims, the rows of every view, the keys that the
+publisher has to look at. So a crash at any moment repeats the step, and nobody sees half of one.
+
+What is new is what committed: writers leave a row in their own transaction (`raw_arrivals`, `live_changes`), and a step
+takes those that it can see. A cursor on a sequence or a clock would lose what commits late.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+from dagster_prefs.declarations.registry import Registry, TopicDeclaration
+from dagster_prefs.engine.catalog import NotDeployed, missing_relation
+from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.live.views import PLACE, LiveViews, View, delta_table, raw_sql, read_views, topics_of_key
+
+# How much a step takes at most, so that it is short, and memory bounded, whatever waits.
+MESSAGES_PER_STEP = 2000
+CHANGES_PER_STEP = 2000
+DUE_PER_STEP = 1000
+ARRIVALS_PER_STEP = 1000
+# How late a row may leave a window because time passed, seconds.
+DUE_SECONDS = 30.0
+# From so many messages on, and this share of what is stored, computing everything is quicker than steps.
+REBUILD_MESSAGES = 20_000
+REBUILD_SHARE = 0.2
+
+Key = tuple[str, ...]
+
+
+@dataclass
+class StepReport:
+    """What a step did: `messages` read, rows that changed per view, the view that was rebuilt whole, if any.
+
+    `more` says whether something was left for the next step; `seconds` is wall time.
+    """
+
+    messages: int = 0
+    changed: dict[str, int] = field(default_factory=dict)
+    rebuilt: str | None = None
+    more: bool = False
+    seconds: float = 0.0
+
+    @property
+    def idle(self) -> bool:
+        """Whether there was nothing to do."""
+        return not (self.messages or self.changed or self.rebuilt or self.more)
+
+
+class Steps:
+    """The steps over one connection; one process at a time takes them."""
+
+    def __init__(self, engine: EngineConfiguration, registry: Registry) -> None:
+        self.engine = engine
+        self.registry = registry
+        self.connection = engine.connect()
+        # A statement is planned for the keys that it is given: a handful or thousands.
+        self.connection.prepare_threshold = None
+        self._deployed: str | None = None
+        self._views: LiveViews | None = None
+        self._due_at = 0.0
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.connection.close()
+
+    @property
+    def views(self) -> LiveViews:
+        """The kept views as they are deployed now. Raises NotDeployed before the first run of dbt."""
+        try:
+            ((deployed,),) = self.connection.execute(
+                sql.SQL(
+                    "select md5(string_agg(concat_ws('/', relation, checksum, state), ',' order by relation)) from {}"
+                    " where kind = 'materialized_view'"
+                ).format(self._table("deployments"))
+            ).fetchall()
+        except psycopg.Error as error:
+            if missing := missing_relation(error):
+                raise NotDeployed(f"{missing}: nothing is deployed yet; run `prefs apply`") from None
+            raise
+        if self._views is None or deployed != self._deployed:
+            views = read_views(self.connection, self.engine, self.registry)
+            self._prepare(views)
+            self._views, self._deployed = views, deployed
+        return self._views
+
+    def step(self) -> StepReport:
+        """Take one step, and say what it did. Raises psycopg.Error; what failed is taken again by the next step."""
+        started = time.monotonic()
+        report = StepReport()
+        with self.connection.transaction():
+            self.connection.execute(
+                "select pg_advisory_xact_lock(hashtext('dagster-prefs'), hashtext(%s))", [self.engine.schema]
+            )
+            views = self.views
+            if not self._rebuild_pending(views, report):
+                _Step(self.connection, self.engine, views, report).run(due=started >= self._due_at)
+                if started >= self._due_at:
+                    self._due_at = started + DUE_SECONDS
+        report.seconds = time.monotonic() - started
+        return report
+
+    def waiting(self) -> bool:
+        """Whether anything waits to be applied: for a step, or for the publisher."""
+        ((waits,),) = self.connection.execute(
+            sql.SQL(
+                "select exists (select from {}) or exists (select from {}) or exists (select from {})"
+                " or exists (select from {}) or exists (select from {})"
+            ).format(
+                *map(self._table, ("raw_arrivals", "live_changes", "live_pending", "live_due", "live_outbox"))
+            )
+        ).fetchall()
+        return bool(waits)
+
+    def make_all_due(self) -> None:
+        """Look at the clock in the next step, whenever it was looked at last."""
+        self._due_at = 0.0
+
+    def _rebuild_pending(self, views: LiveViews, report: StepReport) -> bool:
+        """Rebuild the first view that is pending, with the time of its own where it has an interval."""
+        self._prefer_rebuilding(views)
+        pending = {
+            name: age
+            for name, age in self.connection.execute(
+                sql.SQL(
+                    "select p.relation, extract(epoch from clock_timestamp() - v.as_of)::float from {} as p"
+                    " left join {} as v using (relation)"
+                ).format(self._table("live_pending"), self._table("live_views"))
+            )
+        }
+        for view in views.views.values():
+            if view.name in pending and (
+                pending[view.name] is None or abs(pending[view.name]) >= view.every_seconds
+            ):
+                ((changed,),) = self.connection.execute(
+                    sql.SQL("select {}(%s)").format(self._table("prefs_rebuild")), [view.name]
+                ).fetchall()
+                report.rebuilt, report.more = view.name, True
+                if changed:
+                    report.changed[view.name] = changed
+                return True
+        return False
+
+    def _prefer_rebuilding(self, views: LiveViews) -> None:
+        for parsed, topic in views.parsed.items():
+            ((waiting, stored),) = self.connection.execute(
+                sql.SQL(
+                    "select (select sum(messages) from (select messages from {} where relation = %s limit {}) as a),"
+                    " (select greatest(reltuples, 0) from pg_class where oid = {}::regclass)"
+                ).format(
+                    self._table("raw_arrivals"), sql.Literal(REBUILD_MESSAGES), self._name(parsed)
+                ),
+                [topic.raw],
+            ).fetchall()
+            if (waiting or 0) >= max(REBUILD_MESSAGES, REBUILD_SHARE * stored):
+                # What it reads now is read: its arrivals are taken by the steps that follow.
+                self.connection.execute(
+                    sql.SQL("delete from {} where relation = %s").format(self._table("raw_arrivals")), [topic.raw]
+                )
+                self._pend([parsed, "ingest_progress"])
+
+    def _pend(self, relations: Iterable[str]) -> None:
+        self.connection.execute(
+            sql.SQL("insert into {} (relation) select unnest(%s::text[]) on conflict do nothing").format(
+                self._table("live_pending")
+            ),
+            [sorted(relations)],
+        )
+
+    def _prepare(self, views: LiveViews) -> None:
+        """Make what steps need and no model declares: indexes, and this session's tables of changed rows."""
+        self.connection.execute("set client_min_messages to warning")
+        for parsed, topic in views.parsed.items():
+            for column, where in _lookups(self.registry, topic).items():
+                self._index(parsed, column, where)
+        for relation in views.merging:
+            self.connection.execute(sql.SQL("drop table if exists {}").format(delta_table(relation)))
+            self.connection.execute(
+                sql.SQL(
+                    "create temporary table {} on commit delete rows as select 0 as prefs_sign, t.* from {} as t with no data"
+                ).format(delta_table(relation), self._table(relation))
+            )
+
+    def _index(self, relation: str, column: str, where: str) -> None:
+        self.connection.execute(
+            sql.SQL("create index if not exists {} on {} ({}) where {}").format(
+                sql.Identifier(f"{relation}_live_{column}"[:63]),
+                self._table(relation),
+                sql.Identifier(column),
+                raw_sql(where),
+            )
+        )
+
+    def _table(self, name: str) -> sql.Identifier:
+        return sql.Identifier(self.engine.schema, name)
+
+    def _name(self, relation: str) -> sql.Literal:
+        return sql.Literal(f'"{self.engine.schema}"."{relation}"')
+
+
+def _lookups(registry: Registry, topic: TopicDeclaration) -> dict[str, str]:
+    """By what a step looks messages of a topic up, and which of them: a field of a rejected one may be of any length."""
+    found = {topic.identity: "reason is null"}
+    if topic.entity is not None:
+        found |= {registry.entities[topic.entity].key.name: "reason is null", "canary": "canary is not null"}
+    return found
+
+
+class _Step:
+    """The work of one step, within its transaction."""
+
+    def __init__(
+        self,
+        connection: psycopg.Connection[Any],
+        engine: EngineConfiguration,
+        views: LiveViews,
+        report: StepReport,
+    ) -> None:
+        self.connection = connection
+        self.engine = engine
+        self.views = views
+        self.report = report
+        self.touched: dict[str, set[Key]] = {}
+        self.outbox: dict[str, set[str]] = {}
+        self.pending: set[str] = set()
+        # Keys of merged views that are read again whatever was logged.
+        self.again: dict[str, set[Key]] = {}
+        self.logged: set[str] = set()
+
+    def run(self, *, due: bool) -> None:
+        self._claim_arrivals()
+        self._claim_changes()
+        if due:
+            self._note_due()
+        self._claim_due()
+        for view in self.views.views.values():
+            if view.how == "keys" and self.touched.get(view.name):
+                self._bring(view, self.touched.pop(view.name))
+            elif view.how == "merging":
+                self._merge(view)
+        self._remember()
+
+    # --- what is new ---
+
+    def _claim_arrivals(self) -> None:
+        for parsed, topic in self.views.parsed.items():
+            arrivals = self.connection.execute(
+                sql.SQL(
+                    "select source, source_partition, first_offset, last_offset, messages from {} where relation = %s"
+                    " order by arrived_at limit %s"
+                ).format(self._table("raw_arrivals")),
+                [topic.raw, ARRIVALS_PER_STEP],
+            ).fetchall()
+            room = MESSAGES_PER_STEP - self.report.messages
+            taken = []
+            for arrival in arrivals:
+                if taken and arrival[4] > room:
+                    break
+                taken.append(arrival)
+                room -= arrival[4]
+            if not taken or (room < -MESSAGES_PER_STEP and self.report.messages):
+                self.report.more = self.report.more or bool(arrivals)
+                continue
+            self.report.more = self.report.more or len(taken) < len(arrivals) or len(arrivals) == ARRIVALS_PER_STEP
+            self._take(topic, parsed, taken)
+
+    def _take(self, topic: TopicDeclaration, parsed: str, arrivals: Sequence[Sequence[Any]]) -> None:
+        sources, partitions, firsts, lasts, _ = map(list, zip(*arrivals, strict=True))
+        given = {"name": topic.raw, "s": sources, "p": partitions, "f": firsts, "l": lasts, "most": MESSAGES_PER_STEP}
+        places = self.connection.execute(
+            sql.SQL(
+                "select distinct raw.source, raw.source_partition, raw.source_offset"
+                " from unnest(%(s)s::text[], %(p)s::int[], %(f)s::bigint[], %(l)s::bigint[]) as a (s, p, f, l)"
+                " join {} as raw on raw.source = a.s and raw.source_partition = a.p and raw.source_offset between a.f and a.l"
+                " where not exists (select from {} as parsed where parsed.source = raw.source"
+                " and parsed.source_partition = raw.source_partition and parsed.source_offset = raw.source_offset)"
+                " order by 1, 2, 3 limit %(most)s"
+            ).format(self._table(topic.raw), self._table(parsed)),
+            given,
+        ).fetchall()
+        if len(places) == MESSAGES_PER_STEP and len(arrivals) == 1:
+            # One write of more messages than a step takes: its rest arrives again.
+            self.report.more = True
+            self._shorten(topic, arrivals[0], int(places[-1][2]) + 1)
+        else:
+            self.connection.execute(
+                sql.SQL(
+                    "delete from {} as t using unnest(%(s)s::text[], %(p)s::int[], %(f)s::bigint[]) as a (s, p, f)"
+                    " where t.relation = %(name)s and t.source = a.s and t.source_partition = a.p and t.first_offset = a.f"
+                ).format(self._table("raw_arrivals")),
+                given,
+            )
+            if len(places) < sum(arrival[4] for arrival in arrivals):
+                # A run of dbt read some of them into the parsed relation, and nothing else of them.
+                self.pending.update(
+                    view.name
+                    for view in self.views.views.values()
+                    if view.how == "merging" and topic.raw in view.feeds
+                )
+        self.report.messages += len(places)
+        self._touch(parsed, [tuple(map(str, place)) for place in places])
+        if places and topic.raw in self.views.merging:
+            self._log_messages(topic, places)
+
+    def _shorten(self, topic: TopicDeclaration, arrival: Sequence[Any], first: int) -> None:
+        source, partition, old, last, messages = arrival
+        self.connection.execute(
+            sql.SQL(
+                "with old as (delete from {0} where relation = %s and source = %s and source_partition = %s"
+                " and first_offset = %s returning *)"
+                " insert into {0} select relation, source, source_partition, %s, last_offset, %s, arrived_at from old"
+                " on conflict (relation, source, source_partition, first_offset) do update"
+                " set last_offset = greatest({0}.last_offset, excluded.last_offset),"
+                " messages = {0}.messages + excluded.messages"
+            ).format(self._table("raw_arrivals")),
+            [topic.raw, source, partition, old, first, max(1, messages - MESSAGES_PER_STEP)],
+        )
+
+    def _log_messages(self, topic: TopicDeclaration, places: Sequence[Sequence[Any]]) -> None:
+        sources, partitions, offsets = map(list, zip(*places, strict=True))
+        columns = sql.SQL(", ").join(
+            map(sql.Identifier, (*PLACE, "kafka_timestamp", "arrived_at"))
+        )
+        self.connection.execute(
+            sql.SQL(
+                "insert into {} (prefs_sign, {}) select 1, {} from {}"
+                " where (source, source_partition, source_offset) in"
+                " (select * from unnest(%s::text[], %s::int[], %s::bigint[]))"
+            ).format(delta_table(topic.raw), columns, columns, self._table(topic.raw)),
+            [sources, partitions, offsets],
+        )
+        self.logged.add(topic.raw)
+
+    def _claim_changes(self) -> None:
+        rows = self.connection.execute(
+            sql.SQL(
+                "delete from {0} where id in (select id from {0} order by id limit %s) returning relation, key"
+            ).format(self._table("live_changes")),
+            [CHANGES_PER_STEP],
+        ).fetchall()
+        self.report.more = self.report.more or len(rows) == CHANGES_PER_STEP
+        by_relation: dict[str, list[Mapping[str, Any]]] = {}
+        for relation, key in rows:
+            by_relation.setdefault(relation, []).append(key)
+        topics = {topic.raw: topic for topic in self.views.registry.topics.values()}
+        for relation, keys in by_relation.items():
+            if relation in topics:
+                self._messages_changed(topics[relation], keys)
+            elif relation == "erased_subjects":
+                self._subjects_erased(keys)
+            elif relation == "canary_keys":
+                self._canaries_changed(keys)
+            else:
+                self.pending.update(
+                    view.name for view in self.views.views.values() if relation in view.feeds
+                )
+
+    def _messages_changed(self, topic: TopicDeclaration, keys: Sequence[Mapping[str, Any]]) -> None:
+        self._touch(topic.parsed, [tuple(str(key[name]) for name in PLACE) for key in keys])
+        for view in self.views.views.values():
+            if view.how == "merging" and topic.raw in view.feeds:
+                at = {"topic": topic.name}
+                self.again.setdefault(view.name, set()).update(
+                    tuple(str((key | at)[name]) for name in view.unique) for key in keys
+                )
+
+    def _subjects_erased(self, keys: Sequence[Mapping[str, Any]]) -> None:
+        entities = self.views.registry.entities
+        for kind in {str(key["subject_kind"]) for key in keys} & set(entities):
+            ids = [str(key["subject_id"]) for key in keys if key["subject_kind"] == kind]
+            column = entities[kind].key
+            for topic in topics_of_key(self.views.registry, column.name):
+                kind_of = "bigint" if column.type == "bigint" else "text"
+                self._touch_identities(
+                    topic,
+                    sql.SQL(
+                        "t.{} = any(array(select id::{} from unnest(%s::text[]) as id where pg_input_is_valid(id, {})))"
+                    ).format(sql.Identifier(column.name), sql.SQL(kind_of), sql.Literal(kind_of)),
+                    ids,
+                )
+
+    def _touch_identities(self, topic: TopicDeclaration, where: sql.Composable, ids: Sequence[str]) -> None:
+        if topic.parsed not in self.views.parsed:
+            return
+        rows = self.connection.execute(
+            sql.SQL("select distinct {0} from {1} as t where {2} and t.reason is null").format(
+                sql.Identifier("t", topic.identity), self._table(topic.parsed), where
+            ),
+            [list(ids)],
+        ).fetchall()
+        self._touch(topic.relation, [(str(identity),) for (identity,) in rows])
+
+    def _canaries_changed(self, keys: Sequence[Mapping[str, Any]]) -> None:
+        deployments = [str(key["deployment"]) for key in keys]
+        for parsed, topic in self.views.parsed.items():
+            if topic.entity is not None:
+                rows = self.connection.execute(
+                    sql.SQL(
+                        "select source, source_partition, source_offset from {} where canary = any(%s::text[])"
+                    ).format(self._table(parsed)),
+                    [deployments],
+                ).fetchall()
+                self._touch(parsed, [tuple(map(str, row)) for row in rows])
+
+    def _note_due(self) -> None:
+        for view in self.views.views.values():
+            if not view.timed:
+                continue
+            row = self.connection.execute(
+                sql.SQL(
+                    "update {} as t set as_of = now.at from (select as_of as before, {} as at from {} where relation = %s) as now"
+                    " where t.relation = %s returning now.before, now.at"
+                ).format(self._table("live_views"), sql.SQL(_CLOCK), self._table("live_views")),
+                [view.name, view.name],
+            ).fetchone()
+            if row is None or row[0] == row[1]:
+                continue
+            if view.how == "rebuilt":
+                self.pending.add(view.name)
+            for flip in view.flips:
+                self.connection.execute(self.views.due(view, flip), {"before": row[0], "now": row[1]})
+
+    def _claim_due(self) -> None:
+        rows = self.connection.execute(
+            sql.SQL(
+                "delete from {0} where (relation, key) in (select relation, key from {0} limit %s)"
+                " returning relation, key"
+            ).format(self._table("live_due")),
+            [DUE_PER_STEP],
+        ).fetchall()
+        self.report.more = self.report.more or len(rows) == DUE_PER_STEP
+        for relation, key in rows:
+            if relation in self.views.views:
+                self._touch(relation, [tuple(key)])
+
+    # --- through the views ---
+
+    def _touch(self, view: str, keys: Iterable[Key]) -> None:
+        self.touched.setdefault(view, set()).update(keys)
+
+    def _bring(self, view: View, keys: set[Key]) -> None:
+        told = self.connection.execute(self.views.step(view), _columns(keys)).fetchall()
+        readers = self.views.readers[view.name]
+        changed = 0
+        for number, key in told:
+            if number < 0:
+                changed = int(key[0])
+            elif any(part is None for part in key):
+                continue
+            elif readers[number].domain:
+                self.outbox.setdefault(readers[number].name, set()).add(key[0])
+            else:
+                self._touch(readers[number].name, [tuple(key)])
+        if changed:
+            self.report.changed[view.name] = changed
+            self.logged.add(view.name)
+            self.pending.update(self.views.rebuilt_by(view.name))
+
+    def _merge(self, view: View) -> None:
+        again = self.again.pop(view.name, set())
+        if self.logged & set(view.feeds):
+            again |= {tuple(key) for (key,) in self.connection.execute(self.views.merge(view)).fetchall()}
+        if again:
+            self.connection.execute(self.views.reread(view), _columns(again))
+
+    def _remember(self) -> None:
+        if self.pending:
+            self.connection.execute(
+                sql.SQL("insert into {} (relation) select unnest(%s::text[]) on conflict do nothing").format(
+                    self._table("live_pending")
+                ),
+                [sorted(self.pending)],
+            )
+        for domain, keys in self.outbox.items():
+            self.connection.execute(
+                sql.SQL(
+                    "insert into {} (domain_key, entity_key, step) select %s, unnest(%s::text[]), nextval({})"
+                    " on conflict (domain_key, entity_key) do update set step = excluded.step"
+                ).format(
+                    self._table("live_outbox"), sql.Literal(f'"{self.engine.schema}"."live_steps"')
+                ),
+                [domain, sorted(keys)],
+            )
+
+    def _table(self, name: str) -> sql.Identifier:
+        return sql.Identifier(self.engine.schema, name)
+
+
+_CLOCK = "coalesce(nullif(current_setting('prefs.clock', true), '')::timestamptz, clock_timestamp())"
+
+
+def _columns(keys: Iterable[Key]) -> dict[str, list[str]]:
+    """Keys as the parameters of a step's statement: one list per column."""
+    return {f"k{number}": list(column) for number, column in enumerate(zip(*sorted(keys), strict=True))}

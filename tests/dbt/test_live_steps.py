@@ -1,0 +1,184 @@
+"""Steps leave every view as everything computed at once would: whatever happens, in whatever order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from oracle import DAY, HOUR, SECOND, Erasure, Message, Oracle
+from psycopg import sql
+from relations import RAW_TABLES, differences, insert_canary_keys, insert_events, instant, replace_events
+from streams import MIDNIGHT, NOW, messages, quick, watch
+
+from dagster_prefs.declarations.registry import Registry
+from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.live import steps as live_steps
+from dagster_prefs.live.steps import Steps
+
+EMPTIED = b'{"erased": true}'
+SUBJECTS = [("viewer", "1"), ("viewer", "-1"), ("viewer", "u1"), ("shop_user", "u1"), ("shop_user", "1")]
+WAITS = [1, HOUR, 11 * HOUR + 30 * 60 * SECOND, 7 * DAY, 14 * DAY, 28 * DAY, 105 * DAY, -2 * DAY]
+
+
+@pytest.fixture
+def steps(deployed: EngineConfiguration, registry: Registry) -> Iterator[Steps]:
+    made = Steps(deployed, registry)
+    # Nothing here must survive a crash of the machine.
+    made.connection.execute("set synchronous_commit to off")
+    yield made
+    made.close()
+
+
+def at(steps: Steps, clock: int) -> None:
+    steps.connection.execute("select set_config('prefs.clock', %s, false)", [instant(clock).isoformat()])
+
+
+def catch_up(steps: Steps) -> None:
+    """Take steps until nothing is left, as if the interval of what is rebuilt at one had passed."""
+    at_intervals = [view.name for view in steps.views.views.values() if view.every_seconds]
+    steps.connection.execute(
+        "update live_views set as_of = as_of - interval '1 day' where relation = any(%s)", [at_intervals]
+    )
+    steps.make_all_due()
+    while not steps.step().idle:
+        pass
+
+
+class Interrupted(Exception):
+    """The process ends in the middle of a step."""
+
+
+@st.composite
+def happenings(draw: st.DrawFn) -> list[tuple[str, object]]:
+    """What happens one after another: writes, erasures, redactions, time, steps, steps that fail, runs of dbt."""
+    stream = draw(messages(max_size=40))
+    found: list[tuple[str, object]] = []
+    while stream:
+        size = draw(st.integers(1, 12))
+        found.append(("write", stream[:size]))
+        stream = stream[size:]
+    others = st.one_of(
+        st.tuples(st.just("step"), st.none()),
+        st.tuples(st.just("interrupted"), st.integers(0, 20)),
+        st.tuples(st.just("wait"), st.sampled_from(WAITS)),
+        st.tuples(st.just("erase"), st.tuples(st.sampled_from(SUBJECTS), st.integers(NOW - 30 * DAY, NOW))),
+        st.tuples(st.just("empty"), st.integers(0, 39)),
+        st.tuples(st.just("delete"), st.integers(0, 39)),
+        st.tuples(st.just("rebuild"), st.integers(0, 30)),
+        st.tuples(st.just("keys"), st.booleans()),
+    )
+    for happening in draw(st.lists(others, max_size=15)):
+        found.insert(draw(st.integers(0, len(found))), happening)
+    return found
+
+
+class World:
+    """What was done to the engine, for the oracle."""
+
+    def __init__(self, steps: Steps) -> None:
+        self.steps = steps
+        self.clock = NOW
+        self.stream: list[Message] = []
+        self.erased: dict[tuple[str, str], int] = {}
+        replace_events(steps.connection, [])
+        at(steps, NOW)
+
+    def write(self, stream: Sequence[Message]) -> None:
+        self.stream += stream
+        insert_events(self.steps.connection, stream)
+
+    def step(self, _: None) -> None:
+        self.steps.step()
+
+    def interrupted(self, number: int) -> None:
+        calls = 0
+        bring = live_steps._Step._bring
+
+        def interrupt(step: live_steps._Step, *given: object) -> None:
+            nonlocal calls
+            calls += 1
+            if calls > number:
+                raise Interrupted
+            bring(step, *given)  # type: ignore[arg-type]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(live_steps._Step, "_bring", interrupt)
+            try:
+                self.steps.step()
+            except Interrupted:
+                pass
+
+    def wait(self, micros: int) -> None:
+        self.clock += micros
+        at(self.steps, self.clock)
+        self.steps.make_all_due()
+
+    def erase(self, erasure: tuple[tuple[str, str], int]) -> None:
+        (kind, subject), moment = erasure
+        self.erased[kind, subject] = moment
+        self.steps.connection.execute(
+            "insert into erased_subjects (subject_kind, subject_id, erased_at) values (%s, %s, %s)"
+            " on conflict (subject_kind, subject_id) do update set erased_at = excluded.erased_at",
+            [kind, subject, instant(moment)],
+        )
+
+    def _of(self, number: int, statement: str, *values: object) -> Message | None:
+        if not self.stream:
+            return None
+        message = self.stream[number % len(self.stream)]
+        self.steps.connection.execute(
+            sql.SQL(statement + " where source = %s and source_partition = %s and source_offset = %s").format(
+                sql.Identifier(RAW_TABLES[message.topic])
+            ),
+            [*values, message.source, message.partition, message.offset],
+        )
+        return message
+
+    def empty(self, number: int) -> None:
+        if message := self._of(number, "update {} set data = %s", EMPTIED):
+            self.stream[self.stream.index(message)] = replace(message, data=EMPTIED)
+
+    def delete(self, number: int) -> None:
+        if message := self._of(number, "delete from {}"):
+            self.stream.remove(message)
+
+    def rebuild(self, number: int) -> None:
+        names = list(self.steps.views.views)
+        self.steps.connection.execute("select prefs_rebuild(%s)", [names[number % len(names)]])
+
+    def keys(self, there: bool) -> None:
+        self.steps.connection.execute("delete from canary_keys")
+        if there:
+            insert_canary_keys(self.steps.connection)
+
+    def happen(self, happened: Sequence[tuple[str, object]]) -> None:
+        for what, given_ in happened:
+            getattr(self, what)(given_)
+        if not self.steps.connection.execute("select from canary_keys").fetchall():
+            insert_canary_keys(self.steps.connection)
+        catch_up(self.steps)
+
+    def oracle(self) -> Oracle:
+        return Oracle(
+            self.stream,
+            self.clock,
+            erased=[Erasure(kind, subject, moment) for (kind, subject), moment in self.erased.items()],
+        )
+
+
+@settings(quick, max_examples=60, phases=[Phase.explicit, Phase.generate])
+@given(happened=happenings())
+def test_any_sequence_equals_the_oracle(steps: Steps, happened: list[tuple[str, object]]) -> None:
+    world = World(steps)
+    world.happen(happened)
+    assert differences(steps.connection, world.oracle()) == {}
+    # And what is told to nobody any more: a rebuild changes nothing.
+    changed = {
+        name: steps.connection.execute("select prefs_rebuild(%s)", [name]).fetchone()
+        for name in steps.views.views
+    }
+    assert {name for name, count in changed.items() if count != (0,)} == set()
+    assert not steps.connection.execute("select from live_pending where relation not like 'sink%'").fetchall()
