@@ -165,7 +165,7 @@ class Steps:
                 self.connection.execute(
                     sql.SQL("delete from {} where relation = %s").format(self._table("raw_arrivals")), [topic.raw]
                 )
-                self._pend([parsed, "ingest_progress"])
+                self._pend([parsed])
 
     def _pend(self, relations: Iterable[str]) -> None:
         self.connection.execute(
@@ -231,8 +231,6 @@ class _Step:
         self.touched: dict[str, set[Key]] = {}
         self.outbox: dict[str, set[str]] = {}
         self.pending: set[str] = set()
-        # Keys of merged views that are read again whatever was logged.
-        self.again: dict[str, set[Key]] = {}
         self.logged: set[str] = set()
 
     def run(self, *, due: bool) -> None:
@@ -298,17 +296,8 @@ class _Step:
                 ).format(self._table("raw_arrivals")),
                 given,
             )
-            if len(places) < sum(arrival[4] for arrival in arrivals):
-                # A run of dbt read some of them into the parsed relation, and nothing else of them.
-                self.pending.update(
-                    view.name
-                    for view in self.views.views.values()
-                    if view.how == "merging" and topic.raw in view.feeds
-                )
         self.report.messages += len(places)
         self._touch(parsed, [tuple(map(str, place)) for place in places])
-        if places and topic.raw in self.views.merging:
-            self._log_messages(topic, places)
 
     def _shorten(self, topic: TopicDeclaration, arrival: Sequence[Any], first: int) -> None:
         source, partition, old, last, messages = arrival
@@ -323,21 +312,6 @@ class _Step:
             ).format(self._table("raw_arrivals")),
             [topic.raw, source, partition, old, first, max(1, messages - MESSAGES_PER_STEP)],
         )
-
-    def _log_messages(self, topic: TopicDeclaration, places: Sequence[Sequence[Any]]) -> None:
-        sources, partitions, offsets = map(list, zip(*places, strict=True))
-        columns = sql.SQL(", ").join(
-            map(sql.Identifier, (*PLACE, "kafka_timestamp", "arrived_at"))
-        )
-        self.connection.execute(
-            sql.SQL(
-                "insert into {} (prefs_sign, {}) select 1, {} from {}"
-                " where (source, source_partition, source_offset) in"
-                " (select * from unnest(%s::text[], %s::int[], %s::bigint[]))"
-            ).format(delta_table(topic.raw), columns, columns, self._table(topic.raw)),
-            [sources, partitions, offsets],
-        )
-        self.logged.add(topic.raw)
 
     def _claim_changes(self) -> None:
         rows = self.connection.execute(
@@ -365,12 +339,6 @@ class _Step:
 
     def _messages_changed(self, topic: TopicDeclaration, keys: Sequence[Mapping[str, Any]]) -> None:
         self._touch(topic.parsed, [tuple(str(key[name]) for name in PLACE) for key in keys])
-        for view in self.views.views.values():
-            if view.how == "merging" and topic.raw in view.feeds:
-                at = {"topic": topic.name}
-                self.again.setdefault(view.name, set()).update(
-                    tuple(str((key | at)[name]) for name in view.unique) for key in keys
-                )
 
     def _subjects_erased(self, keys: Sequence[Mapping[str, Any]]) -> None:
         entities = self.views.registry.entities
@@ -465,11 +433,11 @@ class _Step:
             self.pending.update(self.views.rebuilt_by(view.name))
 
     def _merge(self, view: View) -> None:
-        again = self.again.pop(view.name, set())
         if self.logged & set(view.feeds):
-            again |= {tuple(key) for (key,) in self.connection.execute(self.views.merge(view)).fetchall()}
-        if again:
-            self.connection.execute(self.views.reread(view), _columns(again))
+            # Of a maximum that went nothing is left but all rows of its key.
+            lost = [tuple(key) for (key,) in self.connection.execute(self.views.merge(view)).fetchall()]
+            if lost:
+                self.connection.execute(self.views.reread(view), _columns(lost))
 
     def _remember(self) -> None:
         if self.pending:
@@ -482,12 +450,14 @@ class _Step:
         for domain, keys in self.outbox.items():
             self.connection.execute(
                 sql.SQL(
-                    "insert into {} (domain_key, entity_key, step) select %s, unnest(%s::text[]), nextval({})"
+                    "insert into {} (domain_key, entity_key, first_step, step)"
+                    " select %(domain)s, key, now.step, now.step from unnest(%(keys)s::text[]) as key,"
+                    " (select nextval({}) as step offset 0) as now"
                     " on conflict (domain_key, entity_key) do update set step = excluded.step"
                 ).format(
                     self._table("live_outbox"), sql.Literal(f'"{self.engine.schema}"."live_steps"')
                 ),
-                [domain, sorted(keys)],
+                {"domain": domain, "keys": sorted(keys)},
             )
 
     def _table(self, name: str) -> sql.Identifier:

@@ -42,7 +42,7 @@
       "models/generated/operations/deployments.sql": "b153adee57cc763081a6541b7a36d687",
       "models/generated/operations/erased_subjects.sql": "93939da65622eb354e67a27ce1ad4591",
       "models/generated/operations/ingest_files.sql": "cc3eef2e9aefac3d1900ccd725075a99",
-      "models/generated/operations/ingest_progress.sql": "dae49860dbffba0ea63887e23c672539",
+      "models/generated/operations/ingest_progress.sql": "5cde6d0adba7e96401b93bd37bdb204d",
       "models/generated/operations/kafka_topics.sql": "61e51fb6ac403c865cf22588643b7e0e",
       "models/generated/operations/replayed_events.sql": "9afb17ee3055003603b6c1d21a557a18",
       "models/generated/operations/tile_fingerprints.sql": "85c4fa8ddbea2d2ee18a91622197056e",

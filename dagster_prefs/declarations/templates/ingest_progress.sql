@@ -1,3 +1,4 @@
+{#- The embedded engine counts what its steps have read; RisingWave's raw tables may forget, and their views do not. -#}
 with arrivals as (
 
 $union

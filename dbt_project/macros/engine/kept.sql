@@ -38,7 +38,7 @@
   );
   create sequence if not exists {{ target.schema }}.live_steps;
   create table if not exists {{ target.schema }}.live_outbox (
-    domain_key text, entity_key text, step bigint not null, primary key (domain_key, entity_key)
+    domain_key text, entity_key text, first_step bigint not null, step bigint not null, primary key (domain_key, entity_key)
   );
   create table if not exists {{ target.schema }}.live_follower (
     id int primary key default 1 check (id = 1),
@@ -75,7 +75,7 @@
       on conflict (relation) do update set as_of = excluded.as_of;
       insert into {{ target.schema }}.live_pending (relation)
       select distinct readers.relation from {{ target.schema }}.prefs_readers(format('%I.%I', '{{ target.schema }}', name)::regclass) as readers
-      on conflict (relation) do nothing
+      on conflict (relation) do update set since = clock_timestamp()
     $$;
   create or replace function {{ target.schema }}.prefs_rebuild(name text) returns bigint
     language plpgsql as $$

@@ -24,7 +24,7 @@
       "models/generated/operations/deployments.sql": "b153adee57cc763081a6541b7a36d687",
       "models/generated/operations/erased_subjects.sql": "93939da65622eb354e67a27ce1ad4591",
       "models/generated/operations/ingest_files.sql": "cc3eef2e9aefac3d1900ccd725075a99",
-      "models/generated/operations/ingest_progress.sql": "ff671b80df47fc78d6a1f3c174ae7ffb",
+      "models/generated/operations/ingest_progress.sql": "2b90612e7c9d44b1e10546818f6c6df9",
       "models/generated/operations/kafka_topics.sql": "61e51fb6ac403c865cf22588643b7e0e",
       "models/generated/operations/replayed_events.sql": "9afb17ee3055003603b6c1d21a557a18",
       "models/generated/operations/tile_fingerprints.sql": "e459e6e250324f89a9af4edd56859571",

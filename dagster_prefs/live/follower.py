@@ -1,0 +1,298 @@
+"""The follower: takes steps as events arrive, and has the touched keys published, until it is told to stop."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+from dagster_prefs.declarations.contract import Domain
+from dagster_prefs.declarations.registry import Registry
+from dagster_prefs.engine.catalog import NotDeployed, missing_relation
+from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.errors import PrefsError
+from dagster_prefs.live.steps import StepReport, Steps
+
+# The channel on which writers wake the follower (macros/engine/kept.sql).
+CHANNEL = "prefs_live"
+# How often it looks although nobody woke it, seconds.
+POLL_SECONDS = 1.0
+# How long it waits after a problem before it tries again, seconds, doubled up to the second figure.
+RETRY_SECONDS = (0.5, 10.0)
+# From this age on its last sign of life says that it is gone, seconds.
+GONE_SECONDS = 10.0
+# How many keys of a domain are published at once.
+KEYS_PER_PUBLISH = 5000
+
+# Publishes the items of these keys (texts as in the engine's outbox) of a domain, or with None compares all.
+Publish = Callable[[Domain, Sequence[str] | None], None]
+
+
+class FollowedElsewhere(PrefsError):
+    """Another process follows this engine; the message names it."""
+
+
+class FollowerProblem(PrefsError):
+    """The follower cannot go on; the message says why, and what to do."""
+
+
+@dataclass(frozen=True)
+class FollowerState:
+    """The last sign of life: which `process` follows, `seen_at` (UTC), its `problem` if it has one."""
+
+    process: str
+    seen_at: datetime
+    step: int
+    problem: str | None
+
+    def alive(self, now: datetime) -> bool:
+        """Whether it gave a sign of life in the last seconds before `now` (UTC)."""
+        return abs((now - self.seen_at).total_seconds()) < GONE_SECONDS
+
+
+def read_follower(connection: psycopg.Connection[Any], engine: EngineConfiguration) -> FollowerState | None:
+    """Return the state of the last follower; None where there was none. Raises psycopg.Error."""
+    try:
+        row = connection.execute(
+            sql.SQL("select process, seen_at, step, problem from {}").format(
+                sql.Identifier(engine.schema, "live_follower")
+            )
+        ).fetchone()
+    except psycopg.Error as error:
+        if missing_relation(error):
+            return None
+        raise
+    return None if row is None else FollowerState(*row)
+
+
+def follow_lock(engine: EngineConfiguration) -> str:
+    """The name whose advisory lock the follower of an engine holds."""
+    return f"dagster-prefs follow {engine.schema}"
+
+
+class Follower:
+    """Steps and publishing over one engine; as a context manager it holds the lock of its only follower.
+
+    `process` names it to people. `say` gets a line for each thing worth a log's line: a rebuild, a problem and its end.
+    """
+
+    def __init__(
+        self,
+        engine: EngineConfiguration,
+        registry: Registry,
+        publish: Publish,
+        *,
+        process: str,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.engine = engine
+        self.registry = registry
+        self.publish = publish
+        self.process = process
+        self.say = say
+        self._control: psycopg.Connection[Any] | None = None
+        self._problems: dict[str, str] = {}
+        self._published = threading.Event()
+
+    def __enter__(self) -> Follower:
+        """Take the lock. Raises FollowedElsewhere, EngineUnavailable."""
+        control = self.engine.connect()
+        ((taken,),) = control.execute(
+            "select pg_try_advisory_lock(hashtextextended(%s, 0))", [follow_lock(self.engine)]
+        ).fetchall()
+        if not taken:
+            state = read_follower(control, self.engine)
+            control.close()
+            raise FollowedElsewhere(
+                f"{state.process if state else 'another process'} follows this engine already: stop it first, or leave "
+                "the work to it"
+            )
+        self._control = control
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+
+    # --- until told to stop ---
+
+    def run(self, stop: threading.Event) -> None:
+        """Follow until `stop` is set. What fails is tried again, with the reason in `live_follower` meanwhile."""
+        publisher = threading.Thread(target=self._publish_until, args=[stop], name="publish", daemon=True)
+        publisher.start()
+        try:
+            for pause in self._retrying(stop, "steps"):
+                with self._listening() as (steps, listening):
+                    self._mark_domains(steps.connection)
+                    pause.succeeded()
+                    while not stop.is_set():
+                        report = steps.step()
+                        self._tell(steps.connection, report)
+                        if report.idle or (not report.more and not report.messages):
+                            for _ in listening.notifies(timeout=POLL_SECONDS, stop_after=1):
+                                pass
+        finally:
+            stop.set()
+            self._published.set()
+            publisher.join()
+
+    @contextmanager
+    def _listening(self) -> Iterator[tuple[Steps, psycopg.Connection[Any]]]:
+        steps = Steps(self.engine, self.registry)
+        try:
+            with self.engine.connect() as listening:
+                listening.execute(sql.SQL("listen {}").format(sql.Identifier(CHANNEL)))
+                yield steps, listening
+        finally:
+            steps.close()
+
+    def _tell(self, connection: psycopg.Connection[Any], report: StepReport) -> None:
+        if report.rebuilt:
+            rows = report.changed.get(report.rebuilt, 0)
+            self.say(f"rebuilt {report.rebuilt}: {rows:,} rows differed ({report.seconds:.1f} s)")
+        self._sign_of_life(connection)
+        if not report.idle:
+            self._published.set()
+
+    def _sign_of_life(self, connection: psycopg.Connection[Any]) -> None:
+        connection.execute(
+            sql.SQL(
+                "insert into {} as f (id, process, seen_at, step, problem) values (1, %s, clock_timestamp(), 1, %s)"
+                " on conflict (id) do update set process = excluded.process, seen_at = excluded.seen_at,"
+                " step = f.step + 1, problem = excluded.problem"
+            ).format(self._table("live_follower")),
+            [self.process, "; ".join(self._problems.values()) or None],
+        )
+
+    def _retrying(self, stop: threading.Event, what: str) -> Iterator[_Pause]:
+        """Repeat the loop's body until `stop`, after a pause whenever it fails."""
+        pause = _Pause()
+        while not stop.is_set():
+            attempt = _Attempt(self, what, pause)
+            yield attempt
+            if attempt.failed:
+                stop.wait(pause.next())
+
+    # --- publishing ---
+
+    def _publish_until(self, stop: threading.Event) -> None:
+        pause = _Pause()
+        while not stop.is_set():
+            try:
+                with self.engine.connect() as connection:
+                    while not stop.is_set():
+                        self._published.wait(POLL_SECONDS)
+                        self._published.clear()
+                        while self.publish_changes(connection):
+                            pass
+                        self._solved("publishing")
+                        pause.reset()
+            except (PrefsError, psycopg.Error, OSError) as error:
+                self._problem("publishing", error)
+                stop.wait(pause.next())
+
+    def publish_changes(self, connection: psycopg.Connection[Any]) -> bool:
+        """Publish what the outbox holds, and compare the domains that are pending; returns whether there was any."""
+        found = False
+        domains = {domain.sink: domain for domain in self.registry.contract.domains.values()}
+        pending = connection.execute(
+            sql.SQL("select relation, since from {} where relation = any(%s)").format(self._table("live_pending")),
+            [list(domains)],
+        ).fetchall()
+        for sink, since in pending:
+            found = True
+            self.publish(domains[sink], None)
+            connection.execute(
+                sql.SQL("delete from {} where relation = %s and since = %s").format(self._table("live_pending")),
+                [sink, since],
+            )
+        for domain in domains.values():
+            rows = connection.execute(
+                sql.SQL("select entity_key, step from {} where domain_key = %s order by first_step limit %s").format(
+                    self._table("live_outbox")
+                ),
+                [domain.key, KEYS_PER_PUBLISH],
+            ).fetchall()
+            if not rows:
+                continue
+            found = True
+            self.publish(domain, [key for key, _ in rows])
+            # A key that a step touched again meanwhile stays, as of that step.
+            connection.execute(
+                sql.SQL(
+                    "with published as (select * from unnest(%(keys)s::text[], %(steps)s::bigint[]) as p (key, step)),"
+                    " gone as (delete from {0} as o using published as p"
+                    "   where o.domain_key = %(domain)s and o.entity_key = p.key and o.step = p.step)"
+                    " update {0} as o set first_step = o.step from published as p"
+                    " where o.domain_key = %(domain)s and o.entity_key = p.key and o.step > p.step"
+                ).format(self._table("live_outbox")),
+                {
+                    "keys": [key for key, _ in rows],
+                    "steps": [step for _, step in rows],
+                    "domain": domain.key,
+                },
+            )
+        return found
+
+    def _mark_domains(self, connection: psycopg.Connection[Any]) -> None:
+        """Have every domain compared once: the store may be another one than when the last follower ended."""
+        connection.execute(
+            sql.SQL(
+                "insert into {0} (relation) select r from unnest(%s::text[]) as r"
+                " where to_regclass(format('%%I.%%I', %s::text, r)) is not null on conflict do nothing"
+            ).format(self._table("live_pending")),
+            [
+                [domain.sink for domain in self.registry.contract.domains.values()],
+                self.engine.schema,
+            ],
+        )
+
+    # --- once ---
+
+    def catch_up(self) -> int:
+        """Apply and publish everything that arrived, and return how many messages that were.
+
+        Raises FollowerProblem, psycopg.Error, and what `publish` raises.
+        """
+        steps = Steps(self.engine, self.registry)
+        messages = 0
+        try:
+            steps.make_all_due()
+            make_rebuilt_due(steps.connection, self.engine)
+            while True:
+                report = steps.step()
+                self._tell(steps.connection, report)
+                messages += report.messages
+                if report.idle:
+                    break
+            self._mark_domains(steps.connection)
+            while self.publish_changes(steps.connection):
+                pass
+        finally:
+            steps.close()
+        return messages
+
+    # --- problems ---
+
+    def _problem(self, what: str, error: BaseException) -> None:
+        text = " ".join(str(error).split()) or type(error).__name__
+        if self._problems.get(what) != text:
+            self._problems[what] = text
+            self.say(f"{what}: {text}")
+        with suppress(PrefsError, psycopg.Error), self.engine.connect() as connection:
+            self._sign_of_life(connection)
+
+    def _solved(self, what: str) -> None:
+        if self._problems.pop(what, None):
+            self.say(f"{what}: works again")
+
+    def _table(self, name: str) -> sql.Identifier:
+        return sql.Identifier(self.engine.schema, name)
