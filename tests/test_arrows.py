@@ -78,17 +78,8 @@ RESERVED = {
 MOST_PARAMETERS = 7
 # Those that still have more; the list may only become shorter.
 TOO_MANY_PARAMETERS = {
-    "dynamodb/changefeed.py:__init__",
-    "dynamodb/changefeed.py:publish_changes",
-    "dynamodb/lease.py:__init__",
-    "dynamodb/publisher.py:__init__",
-    "dynamodb/publisher.py:publish_domain",
     "events/ingest.py:ingest_file",
     "events/kafka.py:ingest_topic",
-    "freshness/measures.py:measure_offline",
-    "freshness/measures.py:measure_online",
-    "freshness/online.py:online_lag",
-    "freshness/reconcile.py:reconcile_domain",
     "iceberg/export.py:export_day",
     "serving/profiles.py:__init__",
     "training/parity.py:_load",

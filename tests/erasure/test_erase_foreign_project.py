@@ -14,6 +14,7 @@ from foreign import REGISTRY, TODAY, School, lesson
 
 from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.dynamodb.publisher import publish_domain
+from dagster_prefs.dynamodb.store import domain_stores
 from dagster_prefs.dynamodb.tables import dynamodb_client, provision
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
@@ -47,7 +48,8 @@ def test_a_learner_is_erased_and_nobody_else(
     school.refresh()
     client = dynamodb_client(aws_endpoint, "eu-central-1")
     table = provision(client, REGISTRY.contract)["learner"]
-    publish_domain(engine, client, REGISTRY.contract, "learning#progress", table)
+    (store,) = domain_stores(engine, client, REGISTRY.contract, {"learner": table})
+    publish_domain(store)
     catalog = open_catalog("sqlite", (tmp_path / "lake").as_uri())
     for day in stale_days(engine, SPEC, exported_days(catalog, SPEC), until=TODAY):
         assert export_day(engine, catalog, SPEC, day).status == "written"

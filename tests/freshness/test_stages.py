@@ -251,10 +251,7 @@ def test_a_follower_that_does_not_run_is_seen_before_anything_lags(busy: Any) ->
     assert (nobody.level, nobody.lag_seconds) == ("warn", 0)
     assert "nobody has published it yet: run `prefs publish --follow`" in nobody.reason
     lease = Lease(
-        busy.client,
-        busy.contract,
-        busy.contract.domain("watch"),
-        busy.table.name,
+        busy.store("watch"),
         label="host:1",
         mode="follow",
         lease_seconds=10,
