@@ -196,7 +196,7 @@ class Platform:
 
         `share` of its ids are compared, PREFS_PARITY_SHARE by default; `now` is UTC. Raises like `check_parity`.
         """
-        from dagster_prefs.training.parity import check_parity, served_items
+        from dagster_prefs.training.parity import ParityOptions, check_parity, served_items
 
         table = f"{self.settings.table_prefix}{features.entity.table}"
         return check_parity(
@@ -205,9 +205,11 @@ class Platform:
             served_items(self.dynamodb(), self.contract, table, features),
             features=features,
             now=now,
-            share=self.settings.parity_share if share is None else share,
-            spread_seconds=self.settings.expiry_spread_seconds,
-            namespace=self.settings.iceberg_namespace,
+            options=ParityOptions(
+                share=self.settings.parity_share if share is None else share,
+                spread_seconds=self.settings.expiry_spread_seconds,
+                namespace=self.settings.iceberg_namespace,
+            ),
         )
 
     def plan(self, *, drop_orphans: bool = False) -> Plan:

@@ -57,6 +57,7 @@ from dagster_prefs.iceberg.publish import DayFiles, publish_day, write_day
 from dagster_prefs.iceberg.tables import ErasedSubject, arrow_schema
 from dagster_prefs.iceberg.tiles import TilesUnreadable
 from dagster_prefs.training.training_set import (
+    LabelJoin,
     SnapshotExpired,
     TrainingSet,
     build_training_set,
@@ -543,15 +544,12 @@ def test_training_sets_in_the_catalog_are_forgotten_with_their_history(
     damaged = catalog.load_table("ml.damaged").metadata_location.removeprefix("file://")
     Path(damaged).write_text("{")
 
-    def build(output: str, **options: Any) -> TrainingSet:
+    def build(output: str) -> TrainingSet:
         return build_training_set(
             catalog,
-            str(tmp_path / "labels.parquet"),
+            LabelJoin(str(tmp_path / "labels.parquet"), FEATURES, instant(NOW)),
             output,
-            now=instant(NOW),
-            features=FEATURES,
             manifest=tmp_path / f"{Path(output).name}.json",
-            **options,
         )
 
     for output in ("ml.set", "ml.set", "ml.tagged"):

@@ -23,7 +23,7 @@ from dagster_prefs.erasure.events import REDACTED, Subject, SubjectRefused
 from dagster_prefs.iceberg.catalog import open_catalog
 from dagster_prefs.iceberg.export import export_day, exported_days, stale_days
 from dagster_prefs.iceberg.tables import tile_tables
-from dagster_prefs.training.training_set import build_training_set
+from dagster_prefs.training.training_set import LabelJoin, build_training_set
 from dagster_prefs.training.windows import choose_features
 
 (SPEC,) = tile_tables(REGISTRY).values()
@@ -59,10 +59,12 @@ def test_a_learner_is_erased_and_nobody_else(
     catalog.create_namespace("ml")
     build_training_set(
         catalog,
-        str(tmp_path / "sets" / "labels.parquet"),
+        LabelJoin(
+            str(tmp_path / "sets" / "labels.parquet"),
+            choose_features(REGISTRY, None),
+            NOW + timedelta(days=1),
+        ),
         "ml.set",
-        features=choose_features(REGISTRY, None),
-        now=NOW + timedelta(days=1),
         manifest=tmp_path / "set.json",
     )
 

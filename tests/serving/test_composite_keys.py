@@ -34,7 +34,7 @@ from dagster_prefs.erasure.items import EntityItems
 from dagster_prefs.freshness.online import online_lag
 from dagster_prefs.freshness.reconcile import reconcile_domain
 from dagster_prefs.ids import Id
-from dagster_prefs.serving import AsyncProfileClient, ProfileClient
+from dagster_prefs.serving import AsyncProfileClient, ClientOptions, ProfileClient
 from dagster_prefs.serving.generate import render_client
 from dagster_prefs.serving.profiles import ProfileError
 
@@ -97,8 +97,7 @@ class School:
             "endpoint_url": self.endpoint,
             "region": REGION,
             "table_prefix": self.prefix,
-            "budget_seconds": 30,
-            "read_timeout_seconds": 30,
+            "options": ClientOptions(30, read_timeout_seconds=30),
         }
 
 

@@ -36,7 +36,7 @@ from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.erasure.items import EntityItems
 from dagster_prefs.freshness.online import online_lag, text_between
 from dagster_prefs.freshness.reconcile import reconcile_domain
-from dagster_prefs.serving import AsyncProfileClient, ProfileClient
+from dagster_prefs.serving import AsyncProfileClient, ClientOptions, ProfileClient
 from dagster_prefs.serving.connections import ConnectionLimits
 from dagster_prefs.serving.generate import render_client
 from dagster_prefs.serving.profiles import ProfileError
@@ -94,8 +94,7 @@ class School:
             "endpoint_url": self.endpoint,
             "region": REGION,
             "table_prefix": self.prefix,
-            "budget_seconds": 30,
-            "read_timeout_seconds": 30,
+            "options": ClientOptions(30, read_timeout_seconds=30),
         }
 
     def reader(self, **more: Any) -> ProfileClient:
@@ -311,8 +310,12 @@ def test_two_entities_are_served_side_by_side(dynamodb_endpoint: str) -> None:
         values = [Decimal("1"), Decimal("2"), titles, 0, 0, AT]
         item = ItemEncoder(registry.contract, domain).encode(id_, values)
         client.put_item(TableName=tables[domain.entity].name, Item=item)
-    options: dict[str, Any] = {"endpoint_url": dynamodb_endpoint, "region": REGION, "table_prefix": prefix}
-    options |= {"budget_seconds": 30, "read_timeout_seconds": 30}
+    options: dict[str, Any] = {
+        "endpoint_url": dynamodb_endpoint,
+        "region": REGION,
+        "table_prefix": prefix,
+        "options": ClientOptions(30, read_timeout_seconds=30),
+    }
     clients = [AsyncProfileClient(registry, entity=entity, **options) for entity in registry.contract.tables]
     try:
         with serving(clients) as url:
