@@ -154,7 +154,7 @@ def export(replace_foreign: bool) -> None:
     if replace_foreign and settings.export == "sink":
         raise PrefsError(
             "--replace-foreign is for PREFS_EXPORT=platform: here RisingWave's sinks write every file; drop a sink and "
-            "create it again to have its table written anew"
+            "recreate it to have its table rewritten"
         )
     platform = Platform(settings)
     found = look(platform)

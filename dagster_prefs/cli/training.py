@@ -189,7 +189,7 @@ def erase(subject: tuple[str, ...], drop_tags: bool, training_sets: tuple[Path, 
     rows = [(h.store, h.place, h.unit, f"{h.before:,}", f"{h.after:,}") for h in report.holdings]
     console.print(table_of("", ["store", "place", "what", "before", "after"], rows))
     console.print(
-        f"\n{report.subject}: {'forgotten' if report.held else 'nothing was held'}; "
+        f"\n{report.subject}: {'erased' if report.held else 'nothing was held'}; "
         f"events up to {report.erased_at.isoformat()} stay suppressed"
     )
     if report.newer_events:

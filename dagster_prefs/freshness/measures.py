@@ -373,7 +373,7 @@ def measure_ingestion(
             Broker(kafka.bootstrap, timeout_seconds=timeout_seconds, client=kafka.client) as broker,
         ):
             measures: list[Measure] = []
-            lives: dict[str, TopicGeneration] = {}
+            generations: dict[str, TopicGeneration] = {}
             if by_id:
                 with suppress(KafkaUnavailable, NotDeployed):
                     ids = broker_ids(
@@ -382,7 +382,7 @@ def measure_ingestion(
                         client=kafka.client,
                         timeout_seconds=2,
                     )
-                    lives = topic_generations(connection, engine, ids)
+                    generations = topic_generations(connection, engine, ids)
             for topic in topics:
                 try:
                     lag = ingestion_lag(
@@ -392,7 +392,7 @@ def measure_ingestion(
                         registry.topic(topic),
                         now=now,
                         kafka=kafka,
-                        life=lives.get(names.get(topic, topic)),
+                        generation=generations.get(names.get(topic, topic)),
                     )
                 except BrokersSilent as error:
                     # Every further topic would wait for the same brokers and exceed a sensor's time limit.

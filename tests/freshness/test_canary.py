@@ -94,7 +94,7 @@ def test_a_publisher_that_stopped_reddens_the_domains_and_not_the_shop(bench: Be
     bench.stream = bench.flow
     bench.world.publish()
     late = bench.run()
-    assert {m.level for m in late.values()} == {"ok"}, "a late canary is settled, the next one is timely"
+    assert {m.level for m in late.values()} == {"ok"}, "a late canary has arrived, the next one is timely"
     assert late["watch"].values["p99_seconds"] == pytest.approx(6)
     assert late["watch"].values["lost"] == 0
 

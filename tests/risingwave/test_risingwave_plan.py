@@ -77,7 +77,7 @@ class Items:
             domain = self.contract.domain("watch")
             store = DomainStore(self.engine, self.client, self.contract, domain, self.table)
             reconcile_domain(store, now=datetime.now(UTC), grace_seconds=2)
-        return f"{relation} settled"
+        return f"{relation} reconciled"
 
     def minutes(self) -> dict[int, Decimal]:
         """Viewer → watch_minutes_28d, as DynamoDB has it."""
