@@ -41,6 +41,7 @@ from pyiceberg.catalog import Catalog
 from dagster_prefs.declarations.contract import Contract, load_contract
 from dagster_prefs.declarations.registry import load_registry
 from dagster_prefs.dynamodb.items import ItemEncoder
+from dagster_prefs.dynamodb.store import domain_stores
 from dagster_prefs.dynamodb.tables import dynamodb_client, provision
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.events.brokers import KafkaSource
@@ -416,9 +417,8 @@ def measure(
 
     def online(now: datetime) -> None:
         found = measure_online(
-            engine,
             contract,
-            lambda: (client, find_tables(client, contract, prefix)),
+            lambda: domain_stores(engine, client, contract, find_tables(client, contract, prefix)),
             now=now,
             publishes=True,
             sample=SAMPLE,
@@ -431,9 +431,8 @@ def measure(
     def offline(now: datetime) -> None:
         found = measure_offline(
             engine,
-            contract,
+            REGISTRY,
             lambda: catalog,
-            list(TILE_TABLES.values()),
             namespace=NAMESPACE,
             start=days[0],
             now=now,

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from dagster_prefs.engine.connection import EngineConfiguration
-from dagster_prefs.events.ingest import ingest_file
+from dagster_prefs.events.ingest import FileOptions, ingest_file
 from dagster_prefs.settings import load_settings
 from dagster_prefs.tools.scenario import SimulationPlan
 from dagster_prefs.tools.simulator import simulate_to_files
@@ -56,9 +56,9 @@ def main(events: int) -> None:
                     copy.write_row((line,))
             limit = events / (time.perf_counter() - started)
             print(f"plain COPY         {limit:>10,.0f} events/s")
-            for name, shift in (("ingest_file", False), ("ingest_file, shift", True)):
-                target = path.rename(path.with_name(f"{shift}.jsonl"))
-                report = ingest_file(engine, registry, target, topic="view_events", shift_to_now=shift)
+            for name, moment in (("ingest_file", None), ("ingest_file, shift", datetime.now(UTC))):
+                target = path.rename(path.with_name(f"{name}.jsonl"))
+                report = ingest_file(engine, registry, target, FileOptions("view_events", shift_to=moment))
                 path = target
                 speed = report.accepted / report.seconds
                 print(f"{name:<18} {speed:>10,.0f} events/s   {speed / limit:.2f} of plain COPY")

@@ -36,7 +36,7 @@ from dagster_prefs.declarations.contract import load_contract
 from dagster_prefs.dynamodb.items import ItemEncoder
 from dagster_prefs.dynamodb.tables import dynamodb_client, provision
 from dagster_prefs.engine.connection import EngineConfiguration
-from dagster_prefs.serving import CatalogueRanker, ProfileClient, ShopClient
+from dagster_prefs.serving import CatalogueRanker, ClientOptions, ProfileClient, ShopClient
 from dagster_prefs.settings import load_settings
 
 PROJECT = Path(__file__).resolve().parents[1] / "dbt_project"
@@ -207,15 +207,17 @@ def profiles(endpoint: str, feast_python: Path | None) -> dict[str, Any]:
         for start in range(0, VIEWERS, 25):
             admin.batch_write_item(RequestItems={table: puts[start : start + 25]})  # type: ignore[dict-item]
     keys = {name: contract.domain(name).key for name in rows}
-    options: dict[str, Any] = {
-        "endpoint_url": endpoint,
-        "region": REGION,
-        "table_prefix": table.removesuffix(contract.tables["viewer"].name),
-        "budget_seconds": 30,
-        "read_timeout_seconds": 30,
-        "pool_size": 32,
-    }
-    lean, fallback = ProfileClient(**options), ProfileClient(transport="boto3", **options)
+    patient = ClientOptions(30, read_timeout_seconds=30, pool_size=32)
+    lean, fallback = (
+        ProfileClient(
+            PROJECT,
+            endpoint_url=endpoint,
+            region=REGION,
+            table_prefix=table.removesuffix(contract.tables["viewer"].name),
+            options=options,
+        )
+        for options in (patient, replace(patient, transport="boto3"))
+    )
 
     def key(viewer: int, name: str) -> Any:
         return {"viewer_id": {"N": str(viewer)}, "domain_key": {"S": keys[name]}}

@@ -37,7 +37,7 @@ from dagster_prefs.iceberg.catalog import open_catalog
 from dagster_prefs.iceberg.duck import JOINING
 from dagster_prefs.iceberg.publish import DayFiles, write_day
 from dagster_prefs.iceberg.tables import TileTable, arrow_schema, ensure_table, tile_tables
-from dagster_prefs.training.training_set import build_training_set
+from dagster_prefs.training.training_set import LabelJoin, build_training_set
 from dagster_prefs.training.windows import choose_features
 
 # Ahead of the clock, so that every version is older than the labels that `as known` compares it with.
@@ -120,11 +120,10 @@ def build(folder: Path, *, as_known: bool = False) -> None:
     catalog = open_catalog("sqlite", str(folder / "warehouse"))
     build_training_set(
         catalog,
-        str(folder / "labels.parquet"),
+        LabelJoin(
+            str(folder / "labels.parquet"), FEATURES, datetime(2101, 1, 1, tzinfo=UTC), as_known=as_known
+        ),
         folder / "build.parquet",
-        now=datetime(2101, 1, 1, tzinfo=UTC),
-        features=FEATURES,
-        as_known=as_known,
     )
 
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from dagster_prefs.declarations.contract import (
     Contract,
     ContractError,
-    Domain,
     build_contract,
     check_version,
     deployed_contract,
@@ -25,10 +24,10 @@ from dagster_prefs.declarations.contract import (
 from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.deploy.apply import apply_plan
 from dagster_prefs.deploy.plan import ContractChange, ContractReview, Plan, make_plan
-from dagster_prefs.dynamodb.access import ItemAccess
 from dagster_prefs.dynamodb.changefeed import PublishedElsewhere, process_label, publish_changes
 from dagster_prefs.dynamodb.lease import read_lease
 from dagster_prefs.dynamodb.publisher import publish_domain
+from dagster_prefs.dynamodb.store import DomainStore, domain_stores
 from dagster_prefs.dynamodb.tables import TableReport, dynamodb_client, provision
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
@@ -131,6 +130,11 @@ class Platform:
             client, self.contract, prefix=self.settings.table_prefix, mode=self.settings.provisioning
         )
 
+    def stores(self) -> list[DomainStore]:
+        """The store of each domain, after `provision`."""
+        client = self.dynamodb()
+        return domain_stores(self.engine, client, self.contract, self.provision(client))
+
     def kafka_topics(self, *, note: bool = False) -> list[TopicGeneration]:
         """Return the stored and the current generation of every topic; empty without Kafka.
 
@@ -192,7 +196,7 @@ class Platform:
 
         `share` of its ids are compared, PREFS_PARITY_SHARE by default; `now` is UTC. Raises like `check_parity`.
         """
-        from dagster_prefs.training.parity import check_parity, served_items
+        from dagster_prefs.training.parity import ParityOptions, check_parity, served_items
 
         table = f"{self.settings.table_prefix}{features.entity.table}"
         return check_parity(
@@ -201,9 +205,11 @@ class Platform:
             served_items(self.dynamodb(), self.contract, table, features),
             features=features,
             now=now,
-            share=self.settings.parity_share if share is None else share,
-            spread_seconds=self.settings.expiry_spread_seconds,
-            namespace=self.settings.iceberg_namespace,
+            options=ParityOptions(
+                share=self.settings.parity_share if share is None else share,
+                spread_seconds=self.settings.expiry_spread_seconds,
+                namespace=self.settings.iceberg_namespace,
+            ),
         )
 
     def plan(self, *, drop_orphans: bool = False) -> Plan:
@@ -286,16 +292,12 @@ class ProfileStore:
         self._platform = platform
 
     @cached_property
-    def _client(self) -> Any:
-        return self._platform.dynamodb()
-
-    @cached_property
-    def _tables(self) -> dict[str, TableReport]:
-        return self._platform.provision(self._client)
+    def _stores(self) -> dict[str, DomainStore]:
+        return {store.domain.relation: store for store in self._platform.stores()}
 
     def prepare(self) -> None:
         """Create or verify the tables, also those in Iceberg if RisingWave's sinks write them."""
-        _ = self._tables
+        _ = self._stores
         if self._platform.settings.export == "sink":
             self._platform.prepare_training_tables()
 
@@ -304,33 +306,19 @@ class ProfileStore:
 
         With a changefeed only the holder of its lease writes: this process, or a running follower.
         """
-        platform = self._platform
-        domain = next(one for one in platform.contract.domains.values() if one.relation == relation)
-        if platform.settings.publishes:
-            done = publish_domain(
-                platform.engine, self._client, platform.contract, domain.key, self._tables[domain.entity]
-            )
-            return f"{domain.name}: {done.upserts} upserts, {done.deletes} deletes"
-        if platform.settings.follows:
-            told = catch_up(platform, self._client, domain, self._tables[domain.entity])
-            return (
-                told.get("publisher")
-                or f"{domain.name}: {told['upserts']} upserts, {told['deletes']} deletes"
-            )
-        found = reconcile_domain(
-            platform.engine,
-            self._client,
-            platform.contract,
-            domain,
-            self._tables[domain.entity],
-            now=datetime.now(UTC),
-        )
-        return (
-            f"{domain.name}: {found.missing} missing, {found.different} stale, {found.extra} extra repaired"
-        )
+        settings, store = self._platform.settings, self._stores[relation]
+        name = store.domain.name
+        if settings.publishes:
+            done = publish_domain(store)
+            return f"{name}: {done.upserts} upserts, {done.deletes} deletes"
+        if settings.follows:
+            told = catch_up(store, settings.changefeed_lease_seconds)
+            return told.get("publisher") or f"{name}: {told['upserts']} upserts, {told['deletes']} deletes"
+        found = reconcile_domain(store, now=datetime.now(UTC))
+        return f"{name}: {found.missing} missing, {found.different} stale, {found.extra} extra repaired"
 
 
-def catch_up(platform: Platform, client: Any, domain: Domain, table: TableReport) -> dict[str, Any]:
+def catch_up(store: DomainStore, lease_seconds: float) -> dict[str, Any]:
     """Publish the pending changes, unless a follower is running.
 
     Returns counts of what was published, or `publisher` (the follower) with `token_at`, the time of its last
@@ -338,18 +326,14 @@ def catch_up(platform: Platform, client: Any, domain: Domain, table: TableReport
     """
     try:
         (report,) = publish_changes(
-            platform.engine,
-            client,
-            platform.contract,
-            {domain.entity: table},
+            [store],
             mode="once",
             stop=threading.Event(),
             label=process_label(),
-            domains=[domain.key],
-            lease_seconds=platform.settings.changefeed_lease_seconds,
+            lease_seconds=lease_seconds,
         )
     except PublishedElsewhere as error:
-        state = read_lease(ItemAccess(client, platform.contract.table_of(domain), table.name), domain)
+        state = read_lease(store.items, store.domain)
         token = None if state is None or state.token is None else state.token / 1000
         return {"publisher": str(error)} | ({} if token is None else {"token_at": token})
     return {

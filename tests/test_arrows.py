@@ -78,26 +78,6 @@ RESERVED = {
     "pydantic_settings": {"settings"},
 }
 MOST_PARAMETERS = 7
-# Those that still have more; the list may only become shorter.
-TOO_MANY_PARAMETERS = {
-    "dynamodb/changefeed.py:__init__",
-    "dynamodb/changefeed.py:publish_changes",
-    "dynamodb/lease.py:__init__",
-    "dynamodb/publisher.py:__init__",
-    "dynamodb/publisher.py:publish_domain",
-    "events/ingest.py:ingest_file",
-    "events/kafka.py:ingest_topic",
-    "freshness/measures.py:measure_offline",
-    "freshness/measures.py:measure_online",
-    "freshness/online.py:online_lag",
-    "freshness/reconcile.py:reconcile_domain",
-    "iceberg/export.py:export_day",
-    "serving/profiles.py:__init__",
-    "training/parity.py:_load",
-    "training/parity.py:check_parity",
-    "training/training_set.py:_build",
-    "training/training_set.py:build_training_set",
-}
 # Dagster has no public way to delete readings that belong to no run.
 PRIVATE_DAGSTER = {"defs/retention.py"}
 
@@ -196,7 +176,8 @@ def test_no_signature_has_more_than_seven_parameters() -> None:
             names = {one.arg for one in parameters if one is not None} - {"self", "cls"}
             if len(names) > MOST_PARAMETERS:
                 found.add(f"{path.relative_to(PACKAGE).as_posix()}:{node.name}")
-    assert found == TOO_MANY_PARAMETERS
+    # Its rewrite takes the last one away.
+    assert found <= {"iceberg/export.py:export_day"}
 
 
 def test_no_module_changes_this_process_environment() -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import click
 
 from dagster_prefs.cli.root import cli, console, print_json, run_job, say, table_of
-from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.settings import load_settings
 
@@ -55,7 +54,7 @@ def publish(follow: bool, full: bool, as_json: bool) -> None:
 
     from dagster_prefs.dynamodb.changefeed import process_label, publish_changes
     from dagster_prefs.dynamodb.publisher import publish_domain
-    from dagster_prefs.dynamodb.tables import dynamodb_client, provision
+    from dagster_prefs.platform import Platform
 
     settings = load_settings()
     if not settings.publishes and not settings.follows:
@@ -71,15 +70,10 @@ def publish(follow: bool, full: bool, as_json: bool) -> None:
     if settings.follows:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
-    engine, contract = EngineConfiguration.of(settings), settings.registry().contract
-    client = dynamodb_client(settings.aws_endpoint, settings.aws_region)
-    tables = provision(client, contract, prefix=settings.table_prefix, mode=settings.provisioning)
+    stores = Platform(settings).stores()
     if settings.follows:
         reports: list[Any] = publish_changes(
-            engine,
-            client,
-            contract,
-            tables,
+            stores,
             mode="follow" if follow else "once",
             stop=stop,
             label=process_label(),
@@ -88,10 +82,7 @@ def publish(follow: bool, full: bool, as_json: bool) -> None:
             notify=lambda message: say(message, stderr=True),
         )
     else:
-        reports = [
-            publish_domain(engine, client, contract, domain.key, tables[domain.entity])
-            for domain in contract.domains.values()
-        ]
+        reports = [publish_domain(store) for store in stores]
     if as_json:
         print_json([vars(report) for report in reports])
         return
@@ -163,7 +154,7 @@ def export(replace_foreign: bool) -> None:
     if replace_foreign and settings.export == "sink":
         raise PrefsError(
             "--replace-foreign is for PREFS_EXPORT=platform: here RisingWave's sinks write every file; drop a sink and "
-            "create it again to have its table written anew"
+            "recreate it to have its table rewritten"
         )
     platform = Platform(settings)
     found = look(platform)

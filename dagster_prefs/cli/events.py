@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -31,21 +32,20 @@ def ingest(
 
     A repeated run only adds what is missing.
     """
-    from dagster_prefs.events.ingest import ingest_file
+    from dagster_prefs.events.ingest import FileOptions, ingest_file
+    from dagster_prefs.events.raw import Batches
 
     settings = load_settings()
     registry, deliver = settings.registry(), kafka_delivery(settings)
+    options = FileOptions(topic, mapping, datetime.now(UTC) if shift_to_now else None)
     for file in files:
         with progress_bar(f"{file.name}") as advance:
             report = ingest_file(
                 EngineConfiguration.of(settings),
                 registry,
                 file,
-                topic=topic,
-                mapping=mapping,
-                shift_to_now=shift_to_now,
-                now=datetime.now(UTC),
-                progress=advance,
+                options,
+                batches=Batches(progress=advance),
                 deliver=deliver,
             )
         rate = report.lines / report.seconds if report.seconds else 0
@@ -120,6 +120,7 @@ def consume(topic: str | None, follow: bool) -> None:
     A run continues where the last one ended.
     """
     from dagster_prefs.events.kafka import ingest_topic
+    from dagster_prefs.events.raw import Batches
     from dagster_prefs.platform import Platform
 
     settings = kafka_settings()
@@ -132,18 +133,15 @@ def consume(topic: str | None, follow: bool) -> None:
     platform = Platform(settings)
     lives, kafka = {life.kafka_topic: life for life in platform.kafka_topics(note=True)}, platform.kafka
     for declared in topics:
-        kafka_topic = kafka.topics[declared.name]
         with progress_bar(declared.name) as advance:
             report = ingest_topic(
                 EngineConfiguration.of(settings),
-                settings.kafka_bootstrap or "",
+                kafka,
                 declared,
-                kafka_topic=kafka_topic,
-                generation=lives[kafka_topic].generation,
-                start=settings.kafka_start,
-                until=None if follow else "end",
-                client=kafka.client,
-                progress=advance,
+                generation=lives[kafka.topics[declared.name]].generation,
+                # Until Ctrl-C.
+                stop=threading.Event() if follow else None,
+                batches=Batches(progress=advance),
             )
         console.print(
             f"{declared.name}: {report.accepted} messages of {report.source} ({report.seconds:.1f} s)"

@@ -110,22 +110,16 @@ def reconcile(dry_run: bool) -> None:
             "with PREFS_PUBLISH=changefeed only the holder of a domain's lease writes it: run `prefs publish --full`, "
             "which compares whole views and repairs; `prefs reconcile --dry-run` counts what differs"
         )
-    sources = Platform(settings).sources
-    client, tables = sources.dynamodb()
-    for domain in sources.contract.domains.values():
-        with progress_bar(domain.name) as advance:
+    for store in Platform(settings).sources.stores():
+        with progress_bar(store.domain.name) as advance:
             report = reconcile_domain(
-                sources.engine,
-                client,
-                sources.contract,
-                domain,
-                tables[domain.entity],
+                store,
                 now=datetime.now(UTC),
                 dry_run=dry_run,
                 progress=lambda compared: advance(Progress(compared, compared, None, "rows")),
             )
         console.print(
-            f"{domain.name}: {report.compared:,} compared, {report.missing} missing, {report.different} stale,"
+            f"{report.domain}: {report.compared:,} compared, {report.missing} missing, {report.different} stale,"
             f" {report.extra} extra, {report.overtaken} changed meanwhile{' (nothing written)' if dry_run else ''}"
         )
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def profile_client(settings: Settings, entity: str | None) -> ProfileClient:
     """Return a client for interactive use, whose budget lets the slow local AWS server answer."""
-    from dagster_prefs.serving import ProfileClient
+    from dagster_prefs.serving import ClientOptions, ProfileClient
 
     return ProfileClient(
         settings.registry(),
@@ -28,8 +28,7 @@ def profile_client(settings: Settings, entity: str | None) -> ProfileClient:
         endpoint_url=settings.aws_endpoint,
         region=settings.aws_region,
         table_prefix=settings.table_prefix,
-        budget_seconds=30.0,
-        read_timeout_seconds=30.0,
+        options=ClientOptions(budget_seconds=30.0, read_timeout_seconds=30.0),
     )
 
 
@@ -172,7 +171,7 @@ def serve(
 
     Until Ctrl-C or SIGTERM.
     """
-    from dagster_prefs.serving import AsyncProfileClient, ShopClient
+    from dagster_prefs.serving import AsyncProfileClient, ClientOptions, ShopClient
     from dagster_prefs.serving.connections import ConnectionLimits
     from dagster_prefs.serving.server import Load, make_app
     from dagster_prefs.serving.server import serve as run_server
@@ -191,8 +190,7 @@ def serve(
                 endpoint_url=settings.aws_endpoint,
                 region=settings.aws_region,
                 table_prefix=settings.table_prefix,
-                budget_seconds=budget,
-                read_timeout_seconds=budget,
+                options=ClientOptions(budget_seconds=budget, read_timeout_seconds=budget),
             )
             for entity in registry.contract.tables
         ]

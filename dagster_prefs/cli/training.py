@@ -54,15 +54,20 @@ def training_set(
     if labels is None:
         raise click.UsageError("--labels is missing: name a Parquet or CSV file, or an Iceberg table")
     from dagster_prefs.platform import Platform
-    from dagster_prefs.training.training_set import CsvOptions, build_training_set, print_training_sql
+    from dagster_prefs.training.training_set import (
+        CsvOptions,
+        LabelJoin,
+        build_training_set,
+        print_training_sql,
+    )
     from dagster_prefs.training.windows import choose_features
 
     platform = Platform(load_settings())
     features = choose_features(platform.registry, entity)
     for name, why in features.left_out.items():
         plain_console(stderr=True).print(f"{name} is left out: {why}")
+    namespace = platform.settings.iceberg_namespace
     if print_sql is not None:
-        namespace = platform.settings.iceberg_namespace
         printed = print_training_sql(
             platform.catalog(), labels, print_sql, features=features, as_known=as_known, namespace=namespace
         )
@@ -70,16 +75,18 @@ def training_set(
         return
     made = build_training_set(
         platform.catalog(),
-        labels,
+        LabelJoin(
+            labels,
+            features,
+            datetime.now(UTC),
+            timezone=timezone,
+            as_known=as_known,
+            namespace=namespace,
+            csv=CsvOptions(column_types(types), keep_formulas),
+        ),
         output or str(Path(labels).with_suffix(".training.parquet")),
-        features=features,
-        now=datetime.now(UTC),
-        timezone=timezone,
-        as_known=as_known,
         manifest=manifest,
         tag=tag,
-        namespace=platform.settings.iceberg_namespace,
-        csv=CsvOptions(column_types(types), keep_formulas),
     )
     console.print(
         f"{made.rows:,} rows ({made.cold_start_rows:,} without history) in {made.output}; manifest {made.manifest}"
@@ -182,7 +189,7 @@ def erase(subject: tuple[str, ...], drop_tags: bool, training_sets: tuple[Path, 
     rows = [(h.store, h.place, h.unit, f"{h.before:,}", f"{h.after:,}") for h in report.holdings]
     console.print(table_of("", ["store", "place", "what", "before", "after"], rows))
     console.print(
-        f"\n{report.subject}: {'forgotten' if report.held else 'nothing was held'}; "
+        f"\n{report.subject}: {'erased' if report.held else 'nothing was held'}; "
         f"events up to {report.erased_at.isoformat()} stay suppressed"
     )
     if report.newer_events:

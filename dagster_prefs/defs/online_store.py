@@ -76,14 +76,13 @@ def _published(platform: Platform, domain: Domain) -> dg.AssetsDefinition:
     def published(
         context: dg.AssetExecutionContext,
     ) -> Iterator[dg.MaterializeResult[Any] | dg.AssetCheckResult]:
-        client = platform.dynamodb()
-        table = platform.provision(client)[domain.entity]
+        (store,) = (one for one in platform.stores() if one.domain == domain)
         if platform.settings.follows:
-            metadata = catch_up(platform, client, domain, table)
+            metadata = catch_up(store, platform.settings.changefeed_lease_seconds)
             if "token_at" in metadata:
                 metadata["token_at"] = dg.MetadataValue.timestamp(metadata["token_at"])
         else:
-            report = publish_domain(platform.engine, client, platform.contract, domain.key, table)
+            report = publish_domain(store)
             metadata = {
                 "upserts": report.upserts,
                 "deletes": report.deletes,
@@ -94,7 +93,7 @@ def _published(platform: Platform, domain: Domain) -> dg.AssetsDefinition:
             }
         context.log.info(f"{domain.key}: {metadata}")
         yield dg.MaterializeResult(asset_key=key, metadata=metadata)
-        lag = online_lag(platform.engine, client, platform.contract, domain, table, now=datetime.now(UTC))
+        lag = online_lag(store, now=datetime.now(UTC))
         # No count exists of what a changefeed published, and while a follower runs, the newest changes are in
         # flight.
         passed = (

@@ -31,7 +31,7 @@ def build(platform: Platform, *, clock: Callable[[], datetime] = lambda: datetim
     @dg.op(description=f"Delete freshness readings older than {days} days (PREFS_READINGS_KEPT_DAYS).")
     def delete_readings(context: dg.OpExecutionContext) -> None:
         runs, events = delete_readings_before(context.instance, clock() - timedelta(days=days))
-        context.log.info(f"forgot {runs} runs of {CHECKS_JOB} and {events} readings of sensors")
+        context.log.info(f"deleted {runs} runs of {CHECKS_JOB} and {events} readings of sensors")
 
     @dg.job(name=JOB, description=f"Keep {days} days of freshness readings in Dagster's event log.")
     def delete_old_readings() -> None:

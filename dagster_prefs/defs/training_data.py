@@ -20,7 +20,7 @@ from dagster_prefs.training.parity import (
     Difference,
     ParityReport,
 )
-from dagster_prefs.training.training_set import CsvOptions, build_training_set
+from dagster_prefs.training.training_set import CsvOptions, LabelJoin, build_training_set
 from dagster_prefs.training.windows import Features, choose_features, features_by_entity
 
 MAINTENANCE_JOB = "maintenance"
@@ -123,7 +123,7 @@ def _result(
         description=_sentence(features, domain, examples, report),
         metadata={
             "subjects": report.subjects,
-            "unsettled": report.unsettled,
+            "in_flight": report.in_flight,
             "items_missing": report.missing[domain],
             "items_extra": report.extra[domain],
             **_rates(found),
@@ -208,15 +208,17 @@ def training_set_asset(
         make_private_folder(settings.training_folder)
         made = build_training_set(
             platform.catalog(),
-            config.labels,
+            LabelJoin(
+                config.labels,
+                choose_features(platform.registry, config.entity),
+                clock(),
+                timezone=config.timezone,
+                as_known=config.as_known,
+                namespace=settings.iceberg_namespace,
+                csv=CsvOptions(config.types, config.keep_formulas),
+            ),
             output_within(settings.training_folder, config.output),
-            features=choose_features(platform.registry, config.entity),
-            now=clock(),
             tag=config.tag,
-            timezone=config.timezone,
-            as_known=config.as_known,
-            namespace=settings.iceberg_namespace,
-            csv=CsvOptions(config.types, config.keep_formulas),
         )
         context.log.info(f"{made.rows} rows in {made.output} after {made.seconds:.1f} s")
         return dg.MaterializeResult(

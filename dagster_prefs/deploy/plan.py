@@ -221,7 +221,7 @@ class Plan:
                 f"{relation.action} {relation.name}{how}{': ' + relation.why if relation.why else ''}"
             )
             for title, names in (
-                ("stands on it, made again", relation.views),
+                ("stands on it, recreated", relation.views),
                 ("sinks that would be stranded, rebuilt", relation.sinks),
                 ("contract attributes", relation.attributes),
                 ("consumers", relation.consumers),

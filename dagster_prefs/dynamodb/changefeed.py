@@ -17,12 +17,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from dagster_prefs.declarations.contract import Contract, Domain
-from dagster_prefs.dynamodb.access import ItemAccess, StoreUnavailable
+from dagster_prefs.dynamodb.access import StoreUnavailable
 from dagster_prefs.dynamodb.feed import Change, FeedBroken, SubscriptionFeed, TokenExpired
-from dagster_prefs.dynamodb.items import ItemEncoder, ItemError, item_bytes, plain
+from dagster_prefs.dynamodb.items import ItemError, item_bytes, plain
 from dagster_prefs.dynamodb.lease import (
     TRANSACTION_BYTES,
     TRANSACTION_ITEMS,
@@ -31,13 +30,10 @@ from dagster_prefs.dynamodb.lease import (
     Lease,
 )
 from dagster_prefs.dynamodb.publisher import MAX_REFUSED, PublishError
-from dagster_prefs.dynamodb.tables import TableReport
-from dagster_prefs.engine.connection import EngineConfiguration, EngineUnavailable
+from dagster_prefs.dynamodb.store import DomainStore
+from dagster_prefs.engine.connection import EngineUnavailable
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.ids import Id
-
-if TYPE_CHECKING:
-    from mypy_boto3_dynamodb import DynamoDBClient
 
 Mode = Literal["follow", "once"]
 
@@ -76,20 +72,16 @@ def process_label() -> str:
 
 
 def publish_changes(
-    engine: EngineConfiguration,
-    client: DynamoDBClient,
-    contract: Contract,
-    tables: Mapping[str, TableReport],
+    stores: Sequence[DomainStore],
     *,
     mode: Mode,
     stop: threading.Event,
     label: str,
-    domains: Sequence[str] | None = None,
     lease_seconds: float = 10.0,
     full: bool = False,
     notify: Callable[[str], None] = lambda message: None,
 ) -> list[ChangefeedReport]:
-    """Publish the changes of each domain (all by default, by name or key), side by side, to its entity's table.
+    """Publish the changes of these domains side by side, each to its entity's table.
 
     `once` ends as soon as everything that the engine had committed at the start is in DynamoDB. `follow` goes on
     until `stop` is set, waits as stand-by while another publisher holds a domain, and takes over when that one has
@@ -100,27 +92,11 @@ def publish_changes(
     that cannot be published: no subscription, a view unlike the contract, keys whose row cannot become an item
     (all others are published), in `once` also another publisher at work and services that do not answer.
     """
-    if engine.kind != "risingwave":
+    if any(store.engine.kind != "risingwave" for store in stores):
         raise PublishError(
             "the changefeed reads RisingWave's subscriptions; on the local engine set PREFS_PUBLISH=publisher"
         )
-    chosen = [contract.domain(name) for name in domains or contract.domains]
-    publishers = [
-        _Publisher(
-            engine,
-            client,
-            contract,
-            domain,
-            tables[domain.entity],
-            mode,
-            stop,
-            label,
-            lease_seconds,
-            full,
-            notify,
-        )
-        for domain in chosen
-    ]
+    publishers = [_Publisher(store, mode, stop, label, lease_seconds, full, notify) for store in stores]
     with ThreadPoolExecutor(len(publishers), thread_name_prefix="changefeed") as pool:
         running = [pool.submit(publisher.run) for publisher in publishers]
         try:
@@ -154,11 +130,7 @@ class _Publisher:
 
     def __init__(
         self,
-        engine: EngineConfiguration,
-        client: DynamoDBClient,
-        contract: Contract,
-        domain: Domain,
-        table: TableReport,
+        store: DomainStore,
         mode: Mode,
         stop: threading.Event,
         label: str,
@@ -166,23 +138,18 @@ class _Publisher:
         full: bool,
         notify: Callable[[str], None],
     ) -> None:
-        self.engine = engine
-        self.contract = contract
-        self.domain = domain
-        self.table = table
+        self.store = store
+        self.domain, self.table = store.domain, store.table
         self.mode = mode
         self.stop = stop
         self.full = full
         self.notify = notify
-        self.encoder = ItemEncoder(contract, domain)
-        self.items = ItemAccess(client, contract.table_of(domain), table.name)
-        self.lease = Lease(
-            client, contract, domain, table.name, label=label, mode=mode, lease_seconds=lease_seconds
-        )
+        self.encoder, self.items = store.encoder, store.items
+        self.lease = Lease(store, label=label, mode=mode, lease_seconds=lease_seconds)
         self.upserts = self.deletes = self.unchanged = self.resyncs = 0
         self.refused: dict[Id | None, str] = {}
         self.sessions = 0
-        self._forget()
+        self._drop_unwritten()
 
     def run(self) -> ChangefeedReport:
         started = time.monotonic()
@@ -239,7 +206,7 @@ class _Publisher:
         while not self.stop.is_set():
             sessions = self.sessions
             try:
-                with SubscriptionFeed(self.engine, self.contract, self.domain) as feed:
+                with SubscriptionFeed(self.store.engine, self.store.contract, self.domain) as feed:
                     self._session(feed)
                 return
             except _Stopped:
@@ -265,7 +232,7 @@ class _Publisher:
                 self.lease.renew()
             self.stop.wait(min(1.0, max(0.0, ends - time.monotonic())))
 
-    def _forget(self) -> None:
+    def _drop_unwritten(self) -> None:
         # What was read and not written is read again from the token.
         self.moment: int | None = None
         self.kept: set[Id] = set()
@@ -274,7 +241,7 @@ class _Publisher:
         self.pending_bytes = 0
 
     def _session(self, feed: SubscriptionFeed) -> None:
-        self._forget()
+        self._drop_unwritten()
         identity = feed.identity()
         state = self.lease.state
         # Rows that were refused may be correct by now, and no change would tell.

@@ -23,17 +23,15 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from dagster_prefs.declarations.contract import Contract, Domain
+from dagster_prefs.declarations.contract import Domain
 from dagster_prefs.declarations.reserved import PREFIX
 from dagster_prefs.dynamodb.access import ItemAccess, StoreUnavailable
 from dagster_prefs.dynamodb.backoff import Backoff
 from dagster_prefs.dynamodb.publisher import RETRYABLE
+from dagster_prefs.dynamodb.store import DomainStore
 from dagster_prefs.errors import PrefsError
-
-if TYPE_CHECKING:
-    from mypy_boto3_dynamodb import DynamoDBClient
 
 # Reserved ids that the probe never sends events with, so that no reader ever meets a lease.
 LEASE_IDS: Mapping[str, int | str] = {"N": -(2**63), "S": f"{PREFIX}publisher"}
@@ -114,10 +112,7 @@ class Lease:
 
     def __init__(
         self,
-        client: DynamoDBClient,
-        contract: Contract,
-        domain: Domain,
-        table: str,
+        store: DomainStore,
         *,
         label: str,
         mode: Literal["follow", "once"],
@@ -126,10 +121,10 @@ class Lease:
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        self.items = ItemAccess(client, contract.table_of(domain), table)
-        self.domain = domain
-        self.table = table
-        self.client: Any = client
+        self.items = store.items
+        self.domain = store.domain
+        self.table = store.table.name
+        self.client: Any = store.client
         self.max_attempts = max_attempts
         self.retries = 0
         self._mine = LeaseState(holder=uuid.uuid4().hex, label=label, mode=mode, lease_seconds=lease_seconds)

@@ -21,7 +21,7 @@ from psycopg import sql
 from dagster_prefs.declarations.contract import Contract, Domain, Table
 from dagster_prefs.dynamodb.backoff import Backoff
 from dagster_prefs.dynamodb.items import ItemEncoder, ItemError
-from dagster_prefs.dynamodb.tables import TableReport
+from dagster_prefs.dynamodb.store import DomainStore
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.durations import with_unit
 from dagster_prefs.errors import PrefsError
@@ -99,11 +99,7 @@ class _Outcome:
 
 
 def publish_domain(
-    engine: EngineConfiguration,
-    client: DynamoDBClient,
-    contract: Contract,
-    domain: str,
-    table: TableReport,
+    store: DomainStore,
     *,
     threads: int = 8,
     max_attempts: int = 8,
@@ -112,43 +108,35 @@ def publish_domain(
 ) -> PublishReport:
     """Bring DynamoDB to the state of one domain's sink view; write only what changed, and deletes.
 
-    `domain` is a name or key of the contract; `table` is what `provision` returned for its entity. One
-    publisher per domain works at a time, a second waits up to `lock_timeout_seconds`. `progress` gets the number
+    One publisher per domain works at a time, a second waits up to `lock_timeout_seconds`. `progress` gets the number
     of accepted writes so far. Safe to repeat after any failure: what DynamoDB accepted stays recorded.
 
     Raises PublishError (with `.report` of what was written) for a sink view that is missing or unlike the
     contract, a key whose item the contract or DynamoDB refuses (all others are still published), and a
     DynamoDB that stays throttled or unreachable after `max_attempts`; EngineUnavailable for the engine.
     """
-    if engine.kind != "local":
+    if store.engine.kind != "local":
         raise PublishError(
             "the publisher works on the local engine only; RisingWave writes DynamoDB by its own sinks: "
             "set PREFS_PUBLISH=sink"
         )
-    described = contract.domain(domain)
-    if described.entity != table.entity:
-        raise PublishError(
-            f"domain {described.name} is of entity {described.entity}, and table {table.name} of {table.entity}: "
-            "pass the table of the domain's entity"
-        )
-    with engine.connect() as control:
+    domain = store.domain
+    with store.engine.connect() as control:
         try:
-            return _Publication(
-                engine, client, contract, described, table, threads, max_attempts, control, progress
-            ).run(lock_timeout_seconds)
+            return _Publication(store, threads, max_attempts, control, progress).run(lock_timeout_seconds)
         except psycopg.errors.LockNotAvailable:
             raise PublishError(
-                f"domain {described.name}: another publisher has held it for {lock_timeout_seconds:g} s: "
+                f"domain {domain.name}: another publisher has held it for {lock_timeout_seconds:g} s: "
                 "let it finish, or stop it, and run again"
             ) from None
         except psycopg.errors.UndefinedTable as error:
             raise PublishError(
-                f"domain {described.name}: {error.diag.message_primary}: run `dbt build` first"
+                f"domain {domain.name}: {error.diag.message_primary}: run `dbt build` first"
             ) from None
         except psycopg.Error as error:
             reason = " ".join(str(error).split())
             raise PublishError(
-                f"domain {described.name}: the engine failed while publishing ({reason}): run again, "
+                f"domain {domain.name}: the engine failed while publishing ({reason}): run again, "
                 "what DynamoDB accepted is not lost"
             ) from error
 
@@ -216,30 +204,23 @@ class _Publication:
 
     def __init__(
         self,
-        engine: EngineConfiguration,
-        client: DynamoDBClient,
-        contract: Contract,
-        domain: Domain,
-        table: TableReport,
+        store: DomainStore,
         threads: int,
         max_attempts: int,
         control: psycopg.Connection[Any],
         progress: Callable[[int], None] | None,
     ) -> None:
-        self.engine = engine
-        self.client = client
-        self.domain = domain
-        self.table = table
+        self.store = store
+        self.domain, self.table = store.domain, store.table
         self.threads = threads
         self.max_attempts = max_attempts
         self.control = control
         self.progress = progress
-        self.contract = contract
-        self.keys = contract.table_of(domain)
+        self.keys = store.keys
         self.key = KeySql(self.keys)
-        self.encoder = ItemEncoder(contract, domain)
-        self.sink = sql.Identifier(domain.sink)
-        self.attributes = list(domain.attributes)
+        self.encoder = store.encoder
+        self.sink = sql.Identifier(store.domain.sink)
+        self.attributes = list(store.domain.attributes)
         self.upserts = self.deletes = self.retries = 0
         self.refused: list[str] = []
         self.fatal: str | None = None
@@ -255,7 +236,7 @@ class _Publication:
         self._lock(lock_timeout_seconds)
         self._check_columns()
         self._mark()
-        with self.engine.connect(autocommit=False) as reading:
+        with self.store.engine.connect(autocommit=False) as reading:
             reading.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
             reading.read_only = True
             total = self._count(reading)
@@ -285,7 +266,7 @@ class _Publication:
         )
         self.control.execute(
             "select pg_advisory_lock(hashtextextended(%s, 0))",
-            [publish_lock(self.engine, self.domain.key)],
+            [publish_lock(self.store.engine, self.domain.key)],
         )
 
     def _check_columns(self) -> None:
@@ -293,10 +274,10 @@ class _Publication:
             self.control.execute(
                 "select a.attname::text, format_type(a.atttypid, null) from pg_attribute a "
                 "where a.attrelid = %s::regclass and a.attnum > 0 and not a.attisdropped",
-                [f'"{self.engine.schema}"."{self.domain.sink}"'],
+                [f'"{self.store.engine.schema}"."{self.domain.sink}"'],
             ).fetchall()
         )
-        if problems := column_problems(columns, self.contract, self.domain):
+        if problems := column_problems(columns, self.store.contract, self.domain):
             raise PublishError(
                 f"domain {self.domain.name}: {self.domain.sink} is not as the contract says: "
                 f"{'; '.join(problems)}: run `dbt build` and `prefs generate`"
@@ -421,7 +402,7 @@ class _Publication:
                 yield _Change(id_, {"DeleteRequest": {"Key": self.encoder.key(id_)}}, None)
 
     def _write(self, changes: Iterator[_Change]) -> None:
-        writer = BatchWriter(self.client, self.table.name, self.encoder, self.max_attempts)
+        writer = BatchWriter(self.store.client, self.table.name, self.encoder, self.max_attempts)
         running: set[Future[_Outcome]] = set()
         with ThreadPoolExecutor(self.threads, thread_name_prefix="publish") as pool:
             while not self.fatal and len(self.refused) <= MAX_REFUSED:

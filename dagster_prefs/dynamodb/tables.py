@@ -27,7 +27,7 @@ class TableError(PrefsError):
 class TableReport:
     """The table of one entity, ACTIVE and in agreement with the contract.
 
-    `table_id` changes when a table is deleted and made again, so it tells an emptied table from the one that
+    `table_id` changes when a table is recreated, so it tells an emptied table from the one that
     was published to.
     """
 

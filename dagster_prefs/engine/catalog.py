@@ -13,7 +13,6 @@ from psycopg import sql
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError
 
-
 # Behind the name of a kept view of the embedded engine: the view of its query (macros/engine/kept.sql).
 QUERY_SUFFIX = "__query"
 
@@ -88,7 +87,8 @@ def read_catalog(connection: psycopg.Connection[Any], engine: EngineConfiguratio
         queries = {
             id_: (schema, name.removesuffix(QUERY_SUFFIX))
             for id_, schema, name, kind in objects
-            if kind == "view" and name.endswith(QUERY_SUFFIX)
+            if kind == "view"
+            and name.endswith(QUERY_SUFFIX)
             and (schema, name.removesuffix(QUERY_SUFFIX)) in kept
         }
         views = set(queries.values())

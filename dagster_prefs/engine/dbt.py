@@ -100,7 +100,7 @@ class Dbt:
         return self.target_dir / "manifest.json"
 
     def manifest(self) -> dict[str, Any]:
-        """dbt's manifest, parsed anew only when the project or its settings have changed.
+        """dbt's manifest, parsed again only when the project or its settings have changed.
 
         Raises DbtError when the project does not parse.
         """

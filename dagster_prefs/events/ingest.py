@@ -23,15 +23,14 @@ from dagster_prefs.events.formats import (
 )
 from dagster_prefs.events.messages import event_time, shift_message
 from dagster_prefs.events.raw import (
+    Batches,
     FileRecord,
     IngestReport,
     Progress,
-    ProgressCallback,
     RawMessage,
     RawStore,
 )
 
-BATCH_SIZE = 10_000
 # How many rows that could not be read are named one by one.
 EXAMPLES = 5
 # A batch of long lines must not grow with their length.
@@ -40,6 +39,19 @@ BATCH_BYTES = 16 * 1024 * 1024
 
 # Takes a batch of messages of one topic and returns how many of them are new.
 Delivery = Callable[[TopicDeclaration, Sequence[RawMessage]], int]
+
+
+@dataclass(frozen=True)
+class FileOptions:
+    """How a file is read.
+
+    `topic` is detected from the content where it is None; `mapping` is that of `formats.detect`. With `shift_to`
+    (UTC) every event time moves by a whole number of seconds so that the newest one that is not after it ends there.
+    """
+
+    topic: str | None = None
+    mapping: ColumnMapping | None = "auto"
+    shift_to: datetime | None = None
 
 
 @dataclass
@@ -72,22 +84,16 @@ def ingest_file(
     connection: EngineConfiguration,
     registry: Registry,
     path: Path,
+    options: FileOptions = FileOptions(),
     *,
-    topic: str | None = None,
-    mapping: ColumnMapping | None = "auto",
-    shift_to_now: bool = False,
-    now: datetime | None = None,
-    batch_size: int = BATCH_SIZE,
-    progress: ProgressCallback | None = None,
+    batches: Batches = Batches(),  # noqa: B008
     deliver: Delivery | None = None,
 ) -> IngestReport:
     """Store every line of a JSON-lines or CSV file (gzip too) in the raw table of its topic.
 
-    `topic` is told by the content where it is None; `mapping` as in `formats.detect`. With `shift_to_now`
-    every event time moves by a whole number of seconds so that the newest one that is not in the future
-    ends at `now` (UTC; the clock where None); the shift is remembered, and every later ingest of
-    the same content uses the remembered one. Offsets are line numbers, from 1. Memory does not grow
-    with the file, and a file that was interrupted is completed by ingesting it again.
+    A shift of the times is remembered, and every later ingest of the same content uses the remembered one. Offsets
+    are line numbers, from 1. Memory does not grow with the file, and a file that was interrupted is completed by
+    ingesting it again.
 
     `deliver` sends the messages elsewhere, to Kafka, from where the engine's connector reads them; an
     interrupted file is then sent again from its start, and repeats are recognised by their event_id.
@@ -97,26 +103,26 @@ def ingest_file(
     """
     started = time.monotonic()
     before = check_file(path)
-    file_format = detect(path, registry, topic, mapping)
+    file_format = detect(path, registry, options.topic, options.mapping)
     source = file_source(path)
     with RawStore(connection) as store:
         known = store.recall(source)
         if known is None:
-            shift = _shift_to(path, file_format, now or datetime.now(UTC)) if shift_to_now else 0
+            shift = _shift_to(path, file_format, options.shift_to) if options.shift_to else 0
             if deliver is None:
                 store.last_offsets(file_format.topic, source)
             known = store.remember_start(
                 FileRecord(source, _as_text(path), file_format.topic.name, None, shift, None)
             )
         _check_topic(path, known, file_format)
-        note = _shift_note(known, shift_to_now)
+        note = _shift_note(known, options.shift_to is not None)
         if known.completed_at is not None:
             lines = known.lines or 0
             return IngestReport(
                 source, known.topic, lines, 0, lines, 0, known.shift_seconds, time.monotonic() - started, note
             )
         write = deliver or (lambda topic, batch: store.write(topic, source, batch))
-        read = _store(write, path, file_format, known, batch_size, before.st_size, progress)
+        read = _store(write, path, file_format, known, batches, before.st_size)
         after = check_file(path)
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
             raise EventFileError(
@@ -152,10 +158,10 @@ def _check_topic(path: Path, known: FileRecord, file_format: FileFormat) -> None
         )
 
 
-def _shift_note(known: FileRecord, shift_to_now: bool) -> str | None:
-    if shift_to_now and known.completed_at is not None and known.shift_seconds == 0:
+def _shift_note(known: FileRecord, asked: bool) -> str | None:
+    if asked and known.completed_at is not None and known.shift_seconds == 0:
         return "its times stay as they are, as at its first ingest; a copy under another name can be shifted"
-    if not shift_to_now and known.shift_seconds:
+    if not asked and known.shift_seconds:
         return f"its times are shifted by {known.shift_seconds} s, as at its first ingest"
     return None
 
@@ -183,19 +189,17 @@ def _store(
     path: Path,
     file_format: FileFormat,
     known: FileRecord,
-    batch_size: int,
+    batches: Batches,
     size: int,
-    progress: ProgressCallback | None,
 ) -> _Tally:
     """Store the file's records; returns what there was."""
     read = _Tally()
     with LineReader(path) as reader:
-        batches = _batches(reader, file_format, known.shift_seconds, batch_size, read)
-        for batch, damage in batches:
+        for batch, damage in _batches(reader, file_format, known.shift_seconds, batches.size, read):
             read.accepted += write(file_format.topic, batch)
             read.lines += len(batch)
-            if progress is not None:
-                progress(Progress(read.lines, min(reader.bytes_read, size), size, "bytes"))
+            if batches.progress is not None:
+                batches.progress(Progress(read.lines, min(reader.bytes_read, size), size, "bytes"))
             if damage is not None:
                 raise damage
     return read

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from typing import Any, Literal
+from typing import Any
 
 from confluent_kafka import (
     OFFSET_BEGINNING,
@@ -26,9 +26,10 @@ from confluent_kafka import (
 
 from dagster_prefs.declarations.registry import TopicDeclaration
 from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.events.brokers import KafkaSource
 from dagster_prefs.events.contact import BROKER_TIMEOUT_SECONDS, Contact
 from dagster_prefs.events.contact import KafkaUnavailable as KafkaUnavailable
-from dagster_prefs.events.raw import IngestReport, Progress, ProgressCallback, RawMessage, RawStore
+from dagster_prefs.events.raw import Batches, IngestReport, Progress, RawMessage, RawStore
 from dagster_prefs.events.topics import source_name
 
 POLL_SECONDS = 0.5
@@ -40,39 +41,34 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 def ingest_topic(
     connection: EngineConfiguration,
-    bootstrap: str,
+    kafka: KafkaSource,
     topic: TopicDeclaration,
     *,
-    kafka_topic: str | None = None,
     generation: int = 1,
-    start: Literal["earliest", "latest"] = "earliest",
-    until: Literal["end"] | None = "end",
-    max_messages: int | None = None,
     stop: threading.Event | None = None,
-    batch_size: int = 10_000,
     timeout_seconds: float = BROKER_TIMEOUT_SECONDS,
-    client: Mapping[str, Any] | None = None,
-    progress: ProgressCallback | None = None,
+    batches: Batches = Batches(),  # noqa: B008 (it is frozen)
 ) -> IngestReport:
     """Store the messages of a Kafka topic in the raw table of `topic`, from where the last reading ended.
 
-    `kafka_topic` is the topic's name in Kafka where it differs, `generation` counts its lives (see
-    `topics.note_topics`): each is a source of its own, and a later one is read from its beginning. A partition
-    that was never read starts at `start`. With `until="end"` the reading ends at what the topic held when it
-    began; with None it goes on until `stop` is set or `max_messages` were stored. Messages without a value are
-    skipped and counted as `blank`. `client` adds librdkafka properties, e.g. for TLS.
+    `generation` is that of the topic (see `topics.note_topics`): each is a source of its own, and a later one is
+    read from its beginning. A partition that was never read starts at `kafka.start`. Ends at what the topic held
+    when the reading began; with `stop`, goes on until that is set. Messages without a value are skipped and counted
+    as `blank`.
 
-    Raises KafkaUnavailable, with Kafka's own reason, when the brokers refuse this client or do not
-    answer within `timeout_seconds`, the topic does not exist, or it ends before what the engine holds of it;
+    Raises KafkaUnavailable, with Kafka's own reason, when no brokers are configured, they refuse this client or do
+    not answer within `timeout_seconds`, the topic does not exist, or it ends before what the engine holds of it;
     EngineUnavailable, RawStoreError.
     """
     started = time.monotonic()
-    name = kafka_topic or topic.name
+    name, bootstrap = kafka.topics.get(topic.name, topic.name), kafka.bootstrap
+    if bootstrap is None:
+        raise KafkaUnavailable(f"no Kafka is configured to read topic {name} from: set PREFS_KAFKA_BOOTSTRAP")
     source = source_name(name, generation)
     contact = Contact(
         Consumer,
         bootstrap,
-        client,
+        kafka.client,
         timeout_seconds=timeout_seconds,
         properties={
             "group.id": "dagster-prefs",
@@ -89,16 +85,12 @@ def ingest_topic(
         partitions = topic_partitions(contact, bootstrap, name)
         with RawStore(connection) as store:
             stored = store.last_offsets(topic, source)
-            ends = _assign(
-                contact, bootstrap, name, partitions, stored, start if generation == 1 else "earliest"
-            )
+            start = kafka.start if generation == 1 else "earliest"
+            ends = _assign(contact, bootstrap, name, partitions, stored, start)
             waiting = {partition for partition, end in ends.items() if end is not None}
             last_heard = time.monotonic()
-            while (until is None or waiting) and not (stop is not None and stop.is_set()):
-                room = batch_size if max_messages is None else min(batch_size, max_messages - read)
-                if room <= 0:
-                    break
-                messages = next_messages(consumer, room)
+            while waiting if stop is None else not stop.is_set():
+                messages = next_messages(consumer, batches.size)
                 batch: list[RawMessage] = []
                 for message in messages:
                     if message.error() is not None:
@@ -125,10 +117,10 @@ def ingest_topic(
                     contact.heard()
                 else:
                     contact.check(unserved)
-                    if until == "end" and time.monotonic() - last_heard > timeout_seconds:
+                    if stop is None and time.monotonic() - last_heard > timeout_seconds:
                         raise _kept(contact.unavailable(f"sent nothing of topic {name} before its end"))
-                if progress is not None and batch:
-                    progress(Progress(read, read, max_messages, "messages"))
+                if batches.progress is not None and batch:
+                    batches.progress(Progress(read, read, None, "messages"))
     except KafkaException as error:
         raise _kept(contact.unavailable(unserved, error.args[0], name)) from None
     finally:

@@ -56,6 +56,14 @@ ProgressCallback = Callable[[Progress], None]
 
 
 @dataclass(frozen=True)
+class Batches:
+    """How many messages are stored at a time, and who is told after each batch."""
+
+    size: int = 10_000
+    progress: ProgressCallback | None = None
+
+
+@dataclass(frozen=True)
 class IngestReport:
     """The outcome of one ingestion.
 

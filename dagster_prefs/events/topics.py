@@ -1,4 +1,4 @@
-"""Which life of a Kafka topic is read: a topic that was deleted and recreated is another one of the same name.
+"""Which generation of a Kafka topic is read: a recreated topic is another one of the same name.
 
 Its offsets start at 0 again. Under the old source name, its first messages would be taken for those that are
 already stored, and a reader that continues at its old offset would skip them silently. The brokers give each
@@ -123,11 +123,11 @@ def topic_generations(
             f"{engine.schema}.kafka_topics is not in database {engine.database}: run `dbt run` in dbt_project/"
         ) from None
     known = {str(name): (int(generation), str(noted)) for name, generation, noted in rows}
-    lives = {}
+    generations = {}
     for name, identity in ids.items():
         generation, noted = known.get(name, (1, None))
-        lives[name] = TopicGeneration(name, generation, noted, identity)
-    return lives
+        generations[name] = TopicGeneration(name, generation, noted, identity)
+    return generations
 
 
 def note_topics(
@@ -141,21 +141,21 @@ def note_topics(
 
     Returns the generations as they were before. Raises NotDeployed. A repeated call changes nothing.
     """
-    lives = topic_generations(session, engine, ids)
-    for life in lives.values():
-        if life.state not in ("unnoted", "recreated"):
+    generations = topic_generations(session, engine, ids)
+    for one in generations.values():
+        if one.state not in ("unnoted", "recreated"):
             continue
-        generation = life.generation + (life.state == "recreated")
+        generation = one.generation + (one.state == "recreated")
         session.execute(
-            sql.SQL("delete from {} where kafka_topic = %s").format(_table(engine)), (life.kafka_topic,)
+            sql.SQL("delete from {} where kafka_topic = %s").format(_table(engine)), (one.kafka_topic,)
         )
         session.execute(
             sql.SQL(
                 "insert into {} (kafka_topic, topic_id, generation, noted_at) values (%s, %s, %s, %s)"
             ).format(_table(engine)),
-            (life.kafka_topic, life.broker_id, generation, now),
+            (one.kafka_topic, one.broker_id, generation, now),
         )
-    return lives
+    return generations
 
 
 def _table(engine: EngineConfiguration) -> sql.Identifier:

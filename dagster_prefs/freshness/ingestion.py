@@ -185,19 +185,19 @@ def ingestion_lag(
     *,
     now: datetime,
     kafka: KafkaSource = KafkaSource(),  # noqa: B008 (it is frozen)
-    life: TopicGeneration | None = None,
+    generation: TopicGeneration | None = None,
 ) -> IngestionLag:
     """Measure how far the engine is behind each partition of one topic. `now` is UTC.
 
     `kafka` has the topic's name in Kafka where it differs, and where the engine was told to start, which decides
-    what a partition it never read still owes. `life` says which topic of that name is
+    what a partition it never read still owes. `generation` says which topic of that name is
     read; without it a recreated one is known by its shorter partitions only.
 
     Raises Unmeasurable when brokers or engine do not answer, or the topic or the raw table does not exist.
     """
     name = kafka.topics.get(topic.name, topic.name)
     marks = broker.watermarks(name)
-    source = life.source if life else source_name(name, 1)
+    source = generation.source if generation else source_name(name, 1)
     read = _last_offsets(connection, engine, topic, source, list(marks))
     states: dict[int, State] = {}
     owed: dict[int, int] = {}
@@ -206,7 +206,7 @@ def ingestion_lag(
     for partition, (low, high) in sorted(marks.items()):
         last = read.get(partition)
         states[partition] = "current"
-        if (life and life.state == "recreated") or (last is not None and last >= high):
+        if (generation and generation.state == "recreated") or (last is not None and last >= high):
             states[partition] = "recreated"
         elif last is None and kafka.start == "latest":
             states[partition] = "unknown" if high > low else "current"

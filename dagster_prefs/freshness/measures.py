@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import date, datetime
@@ -14,9 +14,8 @@ import psycopg
 
 from dagster_prefs.declarations.contract import Contract, Domain, Freshness
 from dagster_prefs.declarations.registry import Registry
-from dagster_prefs.dynamodb.access import ItemAccess
 from dagster_prefs.dynamodb.lease import LeaseState, read_lease
-from dagster_prefs.dynamodb.tables import TableReport
+from dagster_prefs.dynamodb.store import DomainStore
 from dagster_prefs.engine.catalog import NotDeployed
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError
@@ -25,12 +24,10 @@ from dagster_prefs.freshness.online import OnlineLag, online_lag
 from dagster_prefs.freshness.views import Typed, View, ViewLag, view_lag, watched_relations
 
 if TYPE_CHECKING:
-    from mypy_boto3_dynamodb import DynamoDBClient
     from pyiceberg.catalog import Catalog
 
     from dagster_prefs.events.brokers import KafkaSource
     from dagster_prefs.freshness.ingestion import IngestionLag, State
-    from dagster_prefs.iceberg.tables import TileTable
 
 # A lease holder that has not renewed for this many lease periods counts as dead.
 INACTIVE_PROMISES = 3
@@ -129,14 +126,12 @@ def _view_measure(
 
 
 def measure_online(
-    engine: EngineConfiguration,
     contract: Contract,
-    connect: Callable[[], tuple[DynamoDBClient, Mapping[str, TableReport]]],
+    connect: Callable[[], Sequence[DomainStore]],
     *,
     now: datetime,
     publishes: bool,
     follows: bool = False,
-    domains: Sequence[Domain] | None = None,
     sample: int = 64,
     wait: Callable[[float], None] = time.sleep,
 ) -> list[Measure]:
@@ -148,28 +143,28 @@ def measure_online(
     """
     from botocore.exceptions import BotoCoreError
 
-    chosen = list(contract.domains.values() if domains is None else domains)
-    names = [domain.name for domain in chosen]
+    names = [domain.name for domain in contract.domains.values()]
+    if not names:
+        return []
     try:
-        client, tables = connect()
+        stores = connect()
+        engine = stores[0].engine
         with engine.connect() as connection:
             refreshing = refresh_running(connection, engine)
     except (PrefsError, BotoCoreError, psycopg.Error) as error:
         return unknown("online", names, error)
     measures = []
-    for domain in chosen:
+    for store in stores:
+        domain = store.domain
         try:
-            table = tables[domain.entity]
-            lag = online_lag(
-                engine, client, contract, domain, table, sample=sample, now=now, count_rows=False, wait=wait
-            )
+            lag = online_lag(store, sample=sample, now=now, count_rows=False, wait=wait)
         except (PrefsError, psycopg.Error) as error:
             measures += unknown("online", [domain.name], error)
             continue
         measure = _online_measure(lag, domain, publishes, follows, refreshing)
         if follows:
             try:
-                state = read_lease(ItemAccess(client, contract.table_of(domain), table.name), domain)
+                state = read_lease(store.items, domain)
             except PrefsError as error:
                 measures += unknown("online", [domain.name], error)
                 continue
@@ -265,30 +260,30 @@ def _remedy(lag: OnlineLag, domain: Domain, publishes: bool, follows: bool) -> s
 
 def measure_offline(
     engine: EngineConfiguration,
-    contract: Contract,
+    registry: Registry,
     connect: Callable[[], Catalog],
-    specs: Sequence[TileTable],
     *,
     namespace: str,
     start: date,
     now: datetime,
     by_sink: bool = False,
 ) -> list[Measure]:
-    """Measure the lag of each training table.
+    """Measure the lag of the training table of each tile.
 
     `connect` opens the catalog once; `by_sink` is as for `offline_lag`. Never raises for an engine or catalog
     that does not answer: those measures are `unknown`.
     """
     from dagster_prefs.freshness.offline import offline_lag
+    from dagster_prefs.iceberg.tables import tile_tables
 
-    names = [spec.name for spec in specs]
+    specs = tile_tables(registry)
     try:
         catalog = connect()
     except PrefsError as error:
-        return unknown("offline", names, error)
-    thresholds = contract.freshness.export
+        return unknown("offline", specs, error)
+    thresholds = registry.contract.freshness.export
     measures = []
-    for spec in specs:
+    for spec in specs.values():
         try:
             lag = offline_lag(
                 engine, catalog, spec, namespace=namespace, start=start, now=now, by_sink=by_sink
@@ -378,7 +373,7 @@ def measure_ingestion(
             Broker(kafka.bootstrap, timeout_seconds=timeout_seconds, client=kafka.client) as broker,
         ):
             measures: list[Measure] = []
-            lives: dict[str, TopicGeneration] = {}
+            generations: dict[str, TopicGeneration] = {}
             if by_id:
                 with suppress(KafkaUnavailable, NotDeployed):
                     ids = broker_ids(
@@ -387,7 +382,7 @@ def measure_ingestion(
                         client=kafka.client,
                         timeout_seconds=2,
                     )
-                    lives = topic_generations(connection, engine, ids)
+                    generations = topic_generations(connection, engine, ids)
             for topic in topics:
                 try:
                     lag = ingestion_lag(
@@ -397,7 +392,7 @@ def measure_ingestion(
                         registry.topic(topic),
                         now=now,
                         kafka=kafka,
-                        life=lives.get(names.get(topic, topic)),
+                        generation=generations.get(names.get(topic, topic)),
                     )
                 except BrokersSilent as error:
                     # Every further topic would wait for the same brokers and exceed a sensor's time limit.

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import psycopg
 from psycopg import sql
 
-from dagster_prefs.declarations.contract import LAST_EVENT_AT, Contract, Domain, Table
+from dagster_prefs.declarations.contract import LAST_EVENT_AT, Contract, Table
 from dagster_prefs.dynamodb.access import ItemAccess, StoreUnavailable
 from dagster_prefs.dynamodb.items import plain
 from dagster_prefs.dynamodb.publisher import KeySql
+from dagster_prefs.dynamodb.store import DomainStore
 from dagster_prefs.dynamodb.tables import TableReport
-from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.freshness.levels import Unmeasurable, unreadable
 from dagster_prefs.ids import Id, id_parts
 
@@ -104,11 +104,7 @@ class OnlineLag:
 
 
 def online_lag(
-    engine: EngineConfiguration,
-    client: DynamoDBClient,
-    contract: Contract,
-    domain: Domain,
-    table: TableReport,
+    store: DomainStore,
     *,
     sample: int = 64,
     now: datetime,
@@ -129,15 +125,13 @@ def online_lag(
     Raises Unmeasurable when the view is missing or DynamoDB rejects the request or does not answer,
     EngineUnavailable for the engine.
     """
-    with engine.connect() as connection:
+    with store.engine.connect() as connection:
         try:
-            return Comparison(connection, engine, client, contract, domain, table, now).run(
-                sample, count_rows, wait
-            )
+            return Comparison(connection, store, now).run(sample, count_rows, wait)
         except psycopg.Error as error:
-            raise unreadable(f"domain {domain.name}", error) from error
+            raise unreadable(f"domain {store.domain.name}", error) from error
         except StoreUnavailable as error:
-            raise Unmeasurable(f"domain {domain.name}: {error}") from None
+            raise Unmeasurable(f"domain {store.domain.name}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -151,27 +145,15 @@ class Row:
 class Comparison:
     """Compares one domain's rolling view with its items. `now` is UTC."""
 
-    def __init__(
-        self,
-        connection: psycopg.Connection[Any],
-        engine: EngineConfiguration,
-        client: DynamoDBClient,
-        contract: Contract,
-        domain: Domain,
-        table: TableReport,
-        now: datetime,
-    ) -> None:
+    def __init__(self, connection: psycopg.Connection[Any], store: DomainStore, now: datetime) -> None:
         self.connection = connection
-        self.engine = engine
-        self.items = ItemAccess(client, contract.table_of(domain), table.name)
-        self.keys = self.items.keys
+        self.engine, self.domain, self.table = store.engine, store.domain, store.table
+        self.items, self.keys = store.items, store.keys
         self.key = KeySql(self.keys, None)
         self.key_columns = [sql.Identifier(key.name) for key in self.keys.columns]
-        self.domain = domain
-        self.table = table
         self.now = now
-        self.relation = sql.Identifier(engine.schema, domain.relation)
-        self.published = sql.Identifier(engine.schema, "online_published")
+        self.relation = sql.Identifier(self.engine.schema, self.domain.relation)
+        self.published = sql.Identifier(self.engine.schema, "online_published")
 
     def run(self, sample: int, count_rows: bool, wait: Callable[[float], None]) -> OnlineLag:
         """One look, as `online_lag` describes it."""

@@ -6,23 +6,20 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psycopg
 from psycopg import sql
 
-from dagster_prefs.declarations.contract import LAST_EVENT_AT, Contract, Domain
+from dagster_prefs.declarations.contract import LAST_EVENT_AT
 from dagster_prefs.dynamodb.access import StoreUnavailable
 from dagster_prefs.dynamodb.items import ItemEncoder, ItemError
-from dagster_prefs.dynamodb.tables import TableReport
-from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.dynamodb.publisher import publish_lock
+from dagster_prefs.dynamodb.store import DomainStore
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.freshness.levels import Unmeasurable
 from dagster_prefs.freshness.online import Comparison, Row
 from dagster_prefs.ids import Id
-
-if TYPE_CHECKING:
-    from mypy_boto3_dynamodb import DynamoDBClient
 
 CHUNK = 1000
 
@@ -53,11 +50,7 @@ class ReconcileReport:
 
 
 def reconcile_domain(
-    engine: EngineConfiguration,
-    client: DynamoDBClient,
-    contract: Contract,
-    domain: Domain,
-    table: TableReport,
+    store: DomainStore,
     *,
     now: datetime,
     dry_run: bool = False,
@@ -75,13 +68,14 @@ def reconcile_domain(
     Raises ReconcileError (with `.report`) naming the first id whose row cannot become an item, after all
     others were repaired; Unmeasurable when view or table cannot be read or written; EngineUnavailable.
     """
+    domain = store.domain
     if grace_seconds is None:
-        grace_seconds = 0.0 if engine.kind == "local" else domain.freshness.error_seconds
-    with engine.connect() as connection:
+        grace_seconds = 0.0 if store.engine.kind == "local" else domain.freshness.error_seconds
+    with store.engine.connect() as connection:
         try:
             return _Reconciliation(
-                Comparison(connection, engine, client, contract, domain, table, now),
-                ItemEncoder(contract, domain),
+                Comparison(connection, store, now),
+                store.encoder,
                 dry_run,
                 lambda: wait(grace_seconds) if grace_seconds else None,
                 progress or (lambda compared: None),
@@ -132,7 +126,7 @@ class _Reconciliation:
         if self.sides.engine.kind == "local":
             self.sides.connection.execute(
                 "select pg_advisory_lock(hashtextextended(%s, 0))",
-                [f"dagster-prefs publish {self.sides.engine.schema} {self.sides.domain.key}"],
+                [publish_lock(self.sides.engine, self.sides.domain.key)],
             )
 
     def _view(self) -> Iterator[list[Id]]:

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from dagster_prefs.declarations.contract import Contract
 from dagster_prefs.declarations.registry import Registry
-from dagster_prefs.dynamodb.tables import TableReport
+from dagster_prefs.dynamodb.store import DomainStore, domain_stores
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.freshness.levels import Level, Measure, worst
 from dagster_prefs.freshness.measures import (
@@ -79,13 +79,13 @@ class Sources:
         """The serving contract, which has the thresholds."""
         return self.registry.contract
 
-    def dynamodb(self) -> tuple[DynamoDBClient, dict[str, TableReport]]:
-        """Return a client and the existing table of each entity; never creates a table.
+    def stores(self) -> list[DomainStore]:
+        """Return the store of each domain; never creates a table.
 
-        Raises Unmeasurable when one is missing, or DynamoDB does not answer.
+        Raises Unmeasurable when a table is missing, or DynamoDB does not answer.
         """
-        client = self.connect()
-        return client, find_tables(client, self.contract, self.table_prefix)
+        client, contract = self.connect(), self.contract
+        return domain_stores(self.engine, client, contract, find_tables(client, contract, self.table_prefix))
 
     def ingestion(self, now: datetime) -> list[Measure]:
         """Kafka against the raw tables."""
@@ -98,23 +98,15 @@ class Sources:
     def online(self, now: datetime) -> list[Measure]:
         """Compare rolling views with DynamoDB."""
         return measure_online(
-            self.engine,
-            self.contract,
-            self.dynamodb,
-            now=now,
-            publishes=self.publishes,
-            follows=self.follows,
+            self.contract, self.stores, now=now, publishes=self.publishes, follows=self.follows
         )
 
     def offline(self, now: datetime) -> list[Measure]:
         """Compare tiles with the training tables."""
-        from dagster_prefs.iceberg.tables import tile_tables
-
         return measure_offline(
             self.engine,
-            self.contract,
+            self.registry,
             self.catalog,
-            list(tile_tables(self.registry).values()),
             namespace=self.namespace,
             start=self.export_start,
             now=now,

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 import psycopg
@@ -15,7 +15,7 @@ from psycopg import sql
 
 from dagster_prefs.declarations.contract import Domain
 from dagster_prefs.declarations.registry import Registry
-from dagster_prefs.engine.catalog import NotDeployed, missing_relation
+from dagster_prefs.engine.catalog import missing_relation
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.live.steps import StepReport, Steps
@@ -78,7 +78,7 @@ def follow_lock(engine: EngineConfiguration) -> str:
 
 
 class Follower:
-    """Steps and publishing over one engine; as a context manager it holds the lock of its only follower.
+    """Steps and publishing over one engine; whoever takes steps holds the lock of its only follower.
 
     `process` names it to people. `say` gets a line for each thing worth a log's line: a rebuild, a problem and its end.
     """
@@ -97,62 +97,85 @@ class Follower:
         self.publish = publish
         self.process = process
         self.say = say
-        self._control: psycopg.Connection[Any] | None = None
         self._problems: dict[str, str] = {}
-        self._published = threading.Event()
-
-    def __enter__(self) -> Follower:
-        """Take the lock. Raises FollowedElsewhere, EngineUnavailable."""
-        control = self.engine.connect()
-        ((taken,),) = control.execute(
-            "select pg_try_advisory_lock(hashtextextended(%s, 0))", [follow_lock(self.engine)]
-        ).fetchall()
-        if not taken:
-            state = read_follower(control, self.engine)
-            control.close()
-            raise FollowedElsewhere(
-                f"{state.process if state else 'another process'} follows this engine already: stop it first, or leave "
-                "the work to it"
-            )
-        self._control = control
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._control is not None:
-            self._control.close()
-            self._control = None
-
-    # --- until told to stop ---
+        self._changed = threading.Event()
 
     def run(self, stop: threading.Event) -> None:
-        """Follow until `stop` is set. What fails is tried again, with the reason in `live_follower` meanwhile."""
+        """Follow until `stop` is set. What fails is tried again, with the reason in `live_follower` meanwhile.
+
+        Raises FollowedElsewhere at the beginning.
+        """
+        pause = _Pause()
         publisher = threading.Thread(target=self._publish_until, args=[stop], name="publish", daemon=True)
-        publisher.start()
         try:
-            for pause in self._retrying(stop, "steps"):
-                with self._listening() as (steps, listening):
-                    self._mark_domains(steps.connection)
-                    pause.succeeded()
-                    while not stop.is_set():
-                        report = steps.step()
-                        self._tell(steps.connection, report)
-                        if report.idle or (not report.more and not report.messages):
-                            for _ in listening.notifies(timeout=POLL_SECONDS, stop_after=1):
-                                pass
+            while not stop.is_set():
+                try:
+                    with self._steps() as steps, self.engine.connect() as listening:
+                        listening.execute(sql.SQL("listen {}").format(sql.Identifier(CHANNEL)))
+                        self._mark_domains(steps.connection)
+                        if publisher.ident is None:
+                            publisher.start()
+                        while not stop.is_set():
+                            self._follow(steps, listening)
+                            pause.reset()
+                except FollowedElsewhere:
+                    if publisher.ident is None:
+                        raise
+                    stop.wait(pause.next())
+                except (PrefsError, psycopg.Error, OSError) as error:
+                    self._problem("steps", error)
+                    stop.wait(pause.next())
         finally:
             stop.set()
-            self._published.set()
-            publisher.join()
+            self._changed.set()
+            if publisher.ident is not None:
+                publisher.join()
+
+    def catch_up(self) -> int:
+        """Apply and publish all that has arrived, as the engine's follower for so long; returns the messages read.
+
+        Raises FollowedElsewhere, NotDeployed, psycopg.Error, and what `publish` raises.
+        """
+        messages = 0
+        with self._steps() as steps:
+            steps.make_all_due()
+            while True:
+                make_rebuilt_due(steps.connection, self.engine)
+                report = steps.step()
+                self._tell(steps.connection, report)
+                messages += report.messages
+                if report.idle:
+                    break
+            self._mark_domains(steps.connection)
+            while self.publish_changes(steps.connection):
+                pass
+        return messages
 
     @contextmanager
-    def _listening(self) -> Iterator[tuple[Steps, psycopg.Connection[Any]]]:
+    def _steps(self) -> Iterator[Steps]:
         steps = Steps(self.engine, self.registry)
         try:
-            with self.engine.connect() as listening:
-                listening.execute(sql.SQL("listen {}").format(sql.Identifier(CHANNEL)))
-                yield steps, listening
+            ((taken,),) = steps.connection.execute(
+                "select pg_try_advisory_lock(hashtextextended(%s, 0))", [follow_lock(self.engine)]
+            ).fetchall()
+            if not taken:
+                state = read_follower(steps.connection, self.engine)
+                raise FollowedElsewhere(
+                    f"{state.process if state else 'another process'} follows this engine already: stop it first, or "
+                    "leave the work to it"
+                )
+            _ = steps.views
+            yield steps
         finally:
             steps.close()
+
+    def _follow(self, steps: Steps, listening: psycopg.Connection[Any]) -> None:
+        report = steps.step()
+        self._solved("steps")
+        self._tell(steps.connection, report)
+        if not report.more and not report.messages:
+            for _ in listening.notifies(timeout=POLL_SECONDS, stop_after=1):
+                pass
 
     def _tell(self, connection: psycopg.Connection[Any], report: StepReport) -> None:
         if report.rebuilt:
@@ -160,7 +183,7 @@ class Follower:
             self.say(f"rebuilt {report.rebuilt}: {rows:,} rows differed ({report.seconds:.1f} s)")
         self._sign_of_life(connection)
         if not report.idle:
-            self._published.set()
+            self._changed.set()
 
     def _sign_of_life(self, connection: psycopg.Connection[Any]) -> None:
         connection.execute(
@@ -172,15 +195,6 @@ class Follower:
             [self.process, "; ".join(self._problems.values()) or None],
         )
 
-    def _retrying(self, stop: threading.Event, what: str) -> Iterator[_Pause]:
-        """Repeat the loop's body until `stop`, after a pause whenever it fails."""
-        pause = _Pause()
-        while not stop.is_set():
-            attempt = _Attempt(self, what, pause)
-            yield attempt
-            if attempt.failed:
-                stop.wait(pause.next())
-
     # --- publishing ---
 
     def _publish_until(self, stop: threading.Event) -> None:
@@ -189,8 +203,8 @@ class Follower:
             try:
                 with self.engine.connect() as connection:
                     while not stop.is_set():
-                        self._published.wait(POLL_SECONDS)
-                        self._published.clear()
+                        self._changed.wait(POLL_SECONDS)
+                        self._changed.clear()
                         while self.publish_changes(connection):
                             pass
                         self._solved("publishing")
@@ -204,21 +218,25 @@ class Follower:
         found = False
         domains = {domain.sink: domain for domain in self.registry.contract.domains.values()}
         pending = connection.execute(
-            sql.SQL("select relation, since from {} where relation = any(%s)").format(self._table("live_pending")),
+            sql.SQL("select relation, since from {} where relation = any(%s)").format(
+                self._table("live_pending")
+            ),
             [list(domains)],
         ).fetchall()
         for sink, since in pending:
             found = True
             self.publish(domains[sink], None)
             connection.execute(
-                sql.SQL("delete from {} where relation = %s and since = %s").format(self._table("live_pending")),
+                sql.SQL("delete from {} where relation = %s and since = %s").format(
+                    self._table("live_pending")
+                ),
                 [sink, since],
             )
         for domain in domains.values():
             rows = connection.execute(
-                sql.SQL("select entity_key, step from {} where domain_key = %s order by first_step limit %s").format(
-                    self._table("live_outbox")
-                ),
+                sql.SQL(
+                    "select entity_key, step from {} where domain_key = %s order by first_step limit %s"
+                ).format(self._table("live_outbox")),
                 [domain.key, KEYS_PER_PUBLISH],
             ).fetchall()
             if not rows:
@@ -255,31 +273,6 @@ class Follower:
             ],
         )
 
-    # --- once ---
-
-    def catch_up(self) -> int:
-        """Apply and publish everything that arrived, and return how many messages that were.
-
-        Raises FollowerProblem, psycopg.Error, and what `publish` raises.
-        """
-        steps = Steps(self.engine, self.registry)
-        messages = 0
-        try:
-            steps.make_all_due()
-            make_rebuilt_due(steps.connection, self.engine)
-            while True:
-                report = steps.step()
-                self._tell(steps.connection, report)
-                messages += report.messages
-                if report.idle:
-                    break
-            self._mark_domains(steps.connection)
-            while self.publish_changes(steps.connection):
-                pass
-        finally:
-            steps.close()
-        return messages
-
     # --- problems ---
 
     def _problem(self, what: str, error: BaseException) -> None:
@@ -296,3 +289,113 @@ class Follower:
 
     def _table(self, name: str) -> sql.Identifier:
         return sql.Identifier(self.engine.schema, name)
+
+
+class _Pause:
+    """The pauses between attempts: each twice the one before, up to a limit."""
+
+    def __init__(self) -> None:
+        self._next = RETRY_SECONDS[0]
+
+    def next(self) -> float:
+        """The next pause, seconds."""
+        pause = self._next
+        self._next = min(2 * pause, RETRY_SECONDS[1])
+        return pause
+
+    def reset(self) -> None:
+        """Begin again: something worked."""
+        self._next = RETRY_SECONDS[0]
+
+
+def make_rebuilt_due(connection: psycopg.Connection[Any], engine: EngineConfiguration) -> None:
+    """Have pending views rebuilt now, whatever their interval. Raises psycopg.Error."""
+    connection.execute(
+        sql.SQL("update {} set since = '-infinity' where relation in (select relation from {})").format(
+            sql.Identifier(engine.schema, "live_pending"), sql.Identifier(engine.schema, "live_views")
+        )
+    )
+
+
+def wait_until_applied(
+    engine: EngineConfiguration, *, seconds: float, say: Callable[[str], None] = lambda line: None
+) -> None:
+    """Wait until the follower, another process, has applied and published all that has arrived by now.
+
+    Raises FollowerProblem if it has a problem, ends, or is not done within `seconds`; psycopg.Error.
+    """
+    with engine.connect() as connection:
+        table = {
+            name: sql.Identifier(engine.schema, name)
+            for name in ("raw_arrivals", "live_changes", "live_pending", "live_due", "live_outbox")
+        }
+        connection.execute(
+            sql.SQL(
+                "create temporary table prefs_arrived as"
+                " select relation, source, source_partition, last_offset from {raw_arrivals}"
+            ).format(**table)
+        )
+        ((changes,),) = connection.execute(
+            sql.SQL("select coalesce(max(id), 0) from {live_changes}").format(**table)
+        ).fetchall()
+        connection.execute(sql.SQL("notify {}").format(sql.Identifier(CHANNEL)))
+        _wait(
+            engine,
+            connection,
+            sql.SQL(
+                "select exists (select from {raw_arrivals} join pg_temp.prefs_arrived"
+                "   using (relation, source, source_partition, last_offset))"
+                " or exists (select from {live_changes} where id <= {changes})"
+            ).format(changes=sql.Literal(changes), **table),
+            seconds,
+        )
+        make_rebuilt_due(connection, engine)
+        connection.execute(sql.SQL("notify {}").format(sql.Identifier(CHANNEL)))
+        _wait(
+            engine,
+            connection,
+            sql.SQL("select exists (select from {live_pending} where since = '-infinity')").format(**table),
+            seconds,
+        )
+        ((step,),) = connection.execute(
+            sql.SQL("select coalesce(max(step), 0) from {live_outbox}").format(**table)
+        ).fetchall()
+        _wait(
+            engine,
+            connection,
+            sql.SQL("select exists (select from {live_outbox} where first_step <= {step})").format(
+                step=sql.Literal(step), **table
+            ),
+            seconds,
+        )
+
+
+def _wait(
+    engine: EngineConfiguration, connection: psycopg.Connection[Any], waits: sql.Composed, seconds: float
+) -> None:
+    end = time.monotonic() + seconds
+    while True:
+        ((still,),) = connection.execute(waits).fetchall()
+        if not still:
+            return
+        state = read_follower(connection, engine)
+        if state and state.problem:
+            raise FollowerProblem(f"the follower ({state.process}) has a problem: {state.problem}")
+        if state is None or not _is_held(engine, connection):
+            raise FollowerProblem("the follower ended: run the command again, or `prefs up`")
+        if time.monotonic() > end:
+            raise FollowerProblem(
+                f"the follower ({state.process}) has not applied everything within {seconds:g} s: see `prefs status`, "
+                "or run the command again to go on waiting"
+            )
+        time.sleep(0.02)
+
+
+def _is_held(engine: EngineConfiguration, connection: psycopg.Connection[Any]) -> bool:
+    """Whether a process holds the follower's lock, as during a long step."""
+    ((free,),) = connection.execute(
+        "select pg_try_advisory_lock(hashtextextended(%s, 0))", [follow_lock(engine)]
+    ).fetchall()
+    if free:
+        connection.execute("select pg_advisory_unlock(hashtextextended(%s, 0))", [follow_lock(engine)])
+    return not free

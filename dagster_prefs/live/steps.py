@@ -127,19 +127,20 @@ class Steps:
     def _rebuild_pending(self, views: LiveViews, report: StepReport) -> bool:
         """Rebuild the first view that is pending, with the time of its own where it has an interval."""
         self._prefer_rebuilding(views)
-        pending = {
-            name: age
-            for name, age in self.connection.execute(
+        timed = [view for view in views.views.values() if view.every_seconds]
+        pending = dict(
+            self.connection.execute(
                 sql.SQL(
-                    "select p.relation, extract(epoch from clock_timestamp() - v.as_of)::float from {} as p"
-                    " left join {} as v using (relation)"
-                ).format(self._table("live_pending"), self._table("live_views"))
-            )
-        }
+                    "select p.relation, p.since = '-infinity' or v.as_of is null"
+                    " or extract(epoch from clock_timestamp() - v.as_of) not between 0 and coalesce(e.seconds, 0)"
+                    " from {} as p left join {} as v using (relation)"
+                    " left join unnest(%s::text[], %s::int[]) as e (relation, seconds) using (relation)"
+                ).format(self._table("live_pending"), self._table("live_views")),
+                [[view.name for view in timed], [view.every_seconds for view in timed]],
+            ).fetchall()
+        )
         for view in views.views.values():
-            if view.name in pending and (
-                pending[view.name] is None or abs(pending[view.name]) >= view.every_seconds
-            ):
+            if pending.get(view.name):
                 ((changed,),) = self.connection.execute(
                     sql.SQL("select {}(%s)").format(self._table("prefs_rebuild")), [view.name]
                 ).fetchall()
@@ -155,15 +156,14 @@ class Steps:
                 sql.SQL(
                     "select (select sum(messages) from (select messages from {} where relation = %s limit {}) as a),"
                     " (select greatest(reltuples, 0) from pg_class where oid = {}::regclass)"
-                ).format(
-                    self._table("raw_arrivals"), sql.Literal(REBUILD_MESSAGES), self._name(parsed)
-                ),
+                ).format(self._table("raw_arrivals"), sql.Literal(REBUILD_MESSAGES), self._name(parsed)),
                 [topic.raw],
             ).fetchall()
             if (waiting or 0) >= max(REBUILD_MESSAGES, REBUILD_SHARE * stored):
                 # What it reads now is read: its arrivals are taken by the steps that follow.
                 self.connection.execute(
-                    sql.SQL("delete from {} where relation = %s").format(self._table("raw_arrivals")), [topic.raw]
+                    sql.SQL("delete from {} where relation = %s").format(self._table("raw_arrivals")),
+                    [topic.raw],
                 )
                 self._pend([parsed])
 
@@ -185,7 +185,8 @@ class Steps:
             self.connection.execute(sql.SQL("drop table if exists {}").format(delta_table(relation)))
             self.connection.execute(
                 sql.SQL(
-                    "create temporary table {} on commit delete rows as select 0 as prefs_sign, t.* from {} as t with no data"
+                    "create temporary table {} on commit delete rows as"
+                    " select 0 as prefs_sign, t.* from {} as t with no data"
                 ).format(delta_table(relation), self._table(relation))
             )
 
@@ -207,7 +208,7 @@ class Steps:
 
 
 def _lookups(registry: Registry, topic: TopicDeclaration) -> dict[str, str]:
-    """By what a step looks messages of a topic up, and which of them: a field of a rejected one may be of any length."""
+    """By what a step looks messages of a topic up, and among which: a field of a rejected one has any length."""
     found = {topic.identity: "reason is null"}
     if topic.entity is not None:
         found |= {registry.entities[topic.entity].key.name: "reason is null", "canary": "canary is not null"}
@@ -239,11 +240,15 @@ class _Step:
         if due:
             self._note_due()
         self._claim_due()
+        computed = []
         for view in self.views.views.values():
             if view.how == "keys" and self.touched.get(view.name):
                 self._bring(view, self.touched.pop(view.name))
+                computed += [view.name] if view.timed else []
             elif view.how == "merging":
                 self._merge(view)
+        if computed:
+            self._note_moment(computed)
         self._remember()
 
     # --- what is new ---
@@ -258,7 +263,7 @@ class _Step:
                 [topic.raw, ARRIVALS_PER_STEP],
             ).fetchall()
             room = MESSAGES_PER_STEP - self.report.messages
-            taken = []
+            taken: list[Any] = []
             for arrival in arrivals:
                 if taken and arrival[4] > room:
                     break
@@ -267,17 +272,27 @@ class _Step:
             if not taken or (room < -MESSAGES_PER_STEP and self.report.messages):
                 self.report.more = self.report.more or bool(arrivals)
                 continue
-            self.report.more = self.report.more or len(taken) < len(arrivals) or len(arrivals) == ARRIVALS_PER_STEP
+            self.report.more = (
+                self.report.more or len(taken) < len(arrivals) or len(arrivals) == ARRIVALS_PER_STEP
+            )
             self._take(topic, parsed, taken)
 
     def _take(self, topic: TopicDeclaration, parsed: str, arrivals: Sequence[Sequence[Any]]) -> None:
         sources, partitions, firsts, lasts, _ = map(list, zip(*arrivals, strict=True))
-        given = {"name": topic.raw, "s": sources, "p": partitions, "f": firsts, "l": lasts, "most": MESSAGES_PER_STEP}
+        given = {
+            "name": topic.raw,
+            "s": sources,
+            "p": partitions,
+            "f": firsts,
+            "l": lasts,
+            "most": MESSAGES_PER_STEP,
+        }
         places = self.connection.execute(
             sql.SQL(
                 "select distinct raw.source, raw.source_partition, raw.source_offset"
                 " from unnest(%(s)s::text[], %(p)s::int[], %(f)s::bigint[], %(l)s::bigint[]) as a (s, p, f, l)"
-                " join {} as raw on raw.source = a.s and raw.source_partition = a.p and raw.source_offset between a.f and a.l"
+                " join {} as raw on raw.source = a.s and raw.source_partition = a.p"
+                " and raw.source_offset between a.f and a.l"
                 " where not exists (select from {} as parsed where parsed.source = raw.source"
                 " and parsed.source_partition = raw.source_partition and parsed.source_offset = raw.source_offset)"
                 " order by 1, 2, 3 limit %(most)s"
@@ -292,7 +307,8 @@ class _Step:
             self.connection.execute(
                 sql.SQL(
                     "delete from {} as t using unnest(%(s)s::text[], %(p)s::int[], %(f)s::bigint[]) as a (s, p, f)"
-                    " where t.relation = %(name)s and t.source = a.s and t.source_partition = a.p and t.first_offset = a.f"
+                    " where t.relation = %(name)s and t.source = a.s and t.source_partition = a.p"
+                    " and t.first_offset = a.f"
                 ).format(self._table("raw_arrivals")),
                 given,
             )
@@ -300,7 +316,7 @@ class _Step:
         self._touch(parsed, [tuple(map(str, place)) for place in places])
 
     def _shorten(self, topic: TopicDeclaration, arrival: Sequence[Any], first: int) -> None:
-        source, partition, old, last, messages = arrival
+        source, partition, old, _, messages = arrival
         self.connection.execute(
             sql.SQL(
                 "with old as (delete from {0} where relation = %s and source = %s and source_partition = %s"
@@ -333,9 +349,7 @@ class _Step:
             elif relation == "canary_keys":
                 self._canaries_changed(keys)
             else:
-                self.pending.update(
-                    view.name for view in self.views.views.values() if relation in view.feeds
-                )
+                self.pending.update(view.name for view in self.views.views.values() if relation in view.feeds)
 
     def _messages_changed(self, topic: TopicDeclaration, keys: Sequence[Mapping[str, Any]]) -> None:
         self._touch(topic.parsed, [tuple(str(key[name]) for name in PLACE) for key in keys])
@@ -379,22 +393,36 @@ class _Step:
                 self._touch(parsed, [tuple(map(str, row)) for row in rows])
 
     def _note_due(self) -> None:
+        """Remember the keys of rows that passed a border since any row of their view was computed."""
         for view in self.views.views.values():
             if not view.timed:
                 continue
             row = self.connection.execute(
                 sql.SQL(
-                    "update {} as t set as_of = now.at from (select as_of as before, {} as at from {} where relation = %s) as now"
-                    " where t.relation = %s returning now.before, now.at"
-                ).format(self._table("live_views"), sql.SQL(_CLOCK), self._table("live_views")),
-                [view.name, view.name],
+                    "update {0} as t set as_of = now.at, latest = now.at"
+                    " from (select as_of, latest, {1} as at from {0} where relation = %(name)s) as now"
+                    " where t.relation = %(name)s returning now.as_of, now.latest, now.at"
+                ).format(self._table("live_views"), raw_sql(_CLOCK)),
+                {"name": view.name},
             ).fetchone()
-            if row is None or row[0] == row[1]:
+            if row is None or row[0] == row[1] == row[2]:
                 continue
             if view.how == "rebuilt":
                 self.pending.add(view.name)
             for flip in view.flips:
-                self.connection.execute(self.views.due(view, flip), {"before": row[0], "now": row[1]})
+                self.connection.execute(
+                    self.views.due(view, flip), {"first": row[0], "last": row[1], "now": row[2]}
+                )
+
+    def _note_moment(self, views: Sequence[str]) -> None:
+        """Rows of these views were computed as of now, which may be before or after all that were before."""
+        self.connection.execute(
+            sql.SQL(
+                "update {} set as_of = least(as_of, {clock}), latest = greatest(latest, {clock})"
+                " where relation = any(%s)"
+            ).format(self._table("live_views"), clock=raw_sql(_CLOCK)),
+            [list(views)],
+        )
 
     def _claim_due(self) -> None:
         rows = self.connection.execute(
@@ -454,9 +482,7 @@ class _Step:
                     " select %(domain)s, key, now.step, now.step from unnest(%(keys)s::text[]) as key,"
                     " (select nextval({}) as step offset 0) as now"
                     " on conflict (domain_key, entity_key) do update set step = excluded.step"
-                ).format(
-                    self._table("live_outbox"), sql.Literal(f'"{self.engine.schema}"."live_steps"')
-                ),
+                ).format(self._table("live_outbox"), sql.Literal(f'"{self.engine.schema}"."live_steps"')),
                 {"domain": domain, "keys": sorted(keys)},
             )
 
@@ -464,7 +490,7 @@ class _Step:
         return sql.Identifier(self.engine.schema, name)
 
 
-_CLOCK = "coalesce(nullif(current_setting('prefs.clock', true), '')::timestamptz, clock_timestamp())"
+_CLOCK = "coalesce(nullif(current_setting('prefs.clock', true), '')::timestamptz, now())"
 
 
 def _columns(keys: Iterable[Key]) -> dict[str, list[str]]:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
-from typing import Any, Literal, LiteralString, cast
+from typing import Any, Literal
 
 import psycopg
 import sqlglot
@@ -34,17 +34,19 @@ _OTHER_CLOCKS = re.compile(
     r"\b(now\s*\(|current_date|current_timestamp|clock_timestamp|localtimestamp)", re.IGNORECASE
 )
 # What may stand behind a relation without being its alias.
-_NO_ALIAS = (
-    "where join left right inner full cross natural group order having limit offset union intersect except on using "
-    "window fetch for tablesample lateral"
-).split()
+_NO_ALIAS = frozenset(
+    {
+        "where", "join", "left", "right", "inner", "full", "cross", "natural", "group", "order", "having", "limit",
+        "offset", "union", "intersect", "except", "on", "using", "window", "fetch", "for", "tablesample", "lateral",
+    }
+)  # fmt: skip
 
 How = Literal["keys", "merging", "rebuilt"]
 
 
 def raw_sql(text: str) -> sql.SQL:
     """SQL that comes from the engine's own catalog or from a deployed definition."""
-    return sql.SQL(cast(LiteralString, text))
+    return sql.SQL(text)
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,9 @@ class LiveViews:
         self.engine = engine
         self.registry = registry
         self.views = {view.name: view for view in views}
-        self.parsed = {topic.parsed: topic for topic in registry.topics.values() if topic.parsed in self.views}
+        self.parsed = {
+            topic.parsed: topic for topic in registry.topics.values() if topic.parsed in self.views
+        }
         self.readers = {view.name: tuple(self._readers(view.name)) for view in views}
         self.merging = frozenset(
             relation for view in views if view.how == "merging" for relation in view.feeds
@@ -181,7 +185,7 @@ class LiveViews:
                     " union all select 1, a.* from prefs_added as a)"
                 ).format(delta_table(view.name))
             )
-        told = [
+        told: list[sql.Composable] = [
             sql.SQL("select {}, array[{}] as key from prefs_changed as t").format(
                 sql.Literal(number),
                 sql.SQL(", ").join(raw_sql(f"({_qualified(one)})::text") for one in reader.expressions),
@@ -190,9 +194,7 @@ class LiveViews:
         ]
         told.append(sql.SQL("select -1, array[count(*)::text] from prefs_changed"))
         parts.append(
-            sql.SQL(
-                "prefs_changed as (select * from prefs_removed union all select * from prefs_added)"
-            )
+            sql.SQL("prefs_changed as (select * from prefs_removed union all select * from prefs_added)")
         )
         return sql.SQL("with {} {}").format(sql.SQL(", ").join(parts), sql.SQL(" union ").join(told))
 
@@ -229,7 +231,8 @@ class LiveViews:
 
     def reading(self, definition: str, relation: str, instead: str) -> str:
         """A definition in which another relation, or a CTE around it, is read in place of `relation`."""
-        named = re.compile(rf'"{re.escape(self.engine.schema)}"\."{re.escape(relation)}"(?P<behind>\s+(?:as\s+)?"?\w+"?)?')
+        name = rf'"{re.escape(self.engine.schema)}"\."{re.escape(relation)}"'
+        named = re.compile(rf'{name}(?P<behind>\s+(?:as\s+)?"?\w+"?)?')
 
         def other(found: re.Match[str]) -> str:
             behind = found["behind"] or ""
@@ -300,7 +303,8 @@ class LiveViews:
         touched = self._touched(view, view.unique)
         return sql.SQL(
             "with prefs_after as materialized (select t.* from ({query}) as t where {touched}),"
-            " gone as (delete from {here} as t where {touched} and not exists (select from prefs_after as r where {same}))"
+            " gone as (delete from {here} as t where {touched}"
+            "   and not exists (select from prefs_after as r where {same}))"
             " insert into {here} select * from prefs_after on conflict ({unique}) do update set {update}"
         ).format(
             query=raw_sql(view.definition.replace("%", "%%")),
@@ -316,19 +320,27 @@ class LiveViews:
     def due(self, view: View, flip: Flip) -> sql.Composed:
         """The statement that remembers the keys for which a comparison with the clock changed.
 
-        Parameters `before` and `now`, times in either order.
+        Parameters: `first` and `last`, between which its rows were computed, and `now`; a clock may have stepped back.
         """
         expressions = view.feeds[flip.relation] or ()
+        at = {
+            moment: flip.condition.replace("{moment}", f"%({moment})s::timestamptz")
+            for moment in ("first", "last", "now")
+        }
+        # Spelled out, because PostgreSQL finds no index for `is distinct from`.
+        differs = " or ".join(
+            f"({at[one]}) and not ({at[other]})"
+            for one, other in (("first", "now"), ("now", "first"), ("last", "now"), ("now", "last"))
+        )
         return sql.SQL(
-            "insert into {due} select {view}, array[{key}] from {relation} as t"
-            " where ({then}) and not ({now}) or ({now}) and not ({then}) group by {key} on conflict do nothing"
+            "insert into {due} select {view}, array[{key}] from {relation} as t where {differs} group by {key}"
+            " on conflict do nothing"
         ).format(
             due=self.table("live_due"),
             view=sql.Literal(view.name),
             key=sql.SQL(", ").join(raw_sql(f"({_qualified(one)})::text") for one in expressions),
             relation=self.table(flip.relation),
-            then=raw_sql(flip.condition.replace("{moment}", "%(before)s::timestamptz")),
-            now=raw_sql(flip.condition.replace("{moment}", "%(now)s::timestamptz")),
+            differs=raw_sql(differs),
         )
 
 
@@ -369,9 +381,9 @@ def read_views(
     plain = {name for name, one in catalog.objects.items() if one.kind == "view"}
     definitions = dict(
         connection.execute(
-            sql.SQL("select relation, definition from {} where state = 'deployed' and relation = any(%s)").format(
-                sql.Identifier(engine.schema, "deployments")
-            ),
+            sql.SQL(
+                "select relation, definition from {} where state = 'deployed' and relation = any(%s)"
+            ).format(sql.Identifier(engine.schema, "deployments")),
             [sorted(kept)],
         ).fetchall()
     )
@@ -386,7 +398,8 @@ def read_views(
     unique: dict[str, tuple[str, ...]] = {}
     for relation, names in connection.execute(
         "select c.relname, array_agg(a.attname::text order by k.place) from pg_index as i"
-        " join pg_class as c on c.oid = i.indrelid cross join unnest(i.indkey::smallint[]) with ordinality as k (number, place)"
+        " join pg_class as c on c.oid = i.indrelid"
+        " cross join unnest(i.indkey::smallint[]) with ordinality as k (number, place)"
         " join pg_attribute as a on a.attrelid = i.indrelid and a.attnum = k.number"
         " where c.relnamespace = %s::regnamespace and i.indisunique and i.indexprs is null and i.indpred is null"
         " group by c.relname, i.indexrelid order by i.indexrelid desc",
@@ -425,9 +438,7 @@ class _Described:
         declared = self.registry.kept.get(name)
         topics = {topic.relation: topic for topic in self.registry.topics.values()}
         parsed = {topic.parsed: topic for topic in self.registry.topics.values()}
-        feeds: dict[str, tuple[str, ...] | None] = {
-            base: None for bases in inputs.values() for base in bases
-        }
+        feeds: dict[str, tuple[str, ...] | None] = {base: None for bases in inputs.values() for base in bases}
         rebuilt = View(
             name,
             "rebuilt",
@@ -446,7 +457,9 @@ class _Described:
             identity = (topics[name].identity,)
             return self._by_keys(rebuilt, identity, inputs, {topics[name].parsed: identity})
         if name == "rejected_events":
-            return self._by_keys(rebuilt, ("source", "partition", "offset"), inputs, dict.fromkeys(inputs, PLACE))
+            return self._by_keys(
+                rebuilt, ("source", "partition", "offset"), inputs, dict.fromkeys(inputs, PLACE)
+            )
         if name in ("ingest_progress", "tile_fingerprints") or (declared and declared.by == "merging"):
             merged = _merged(definition, columns, unique)
             if merged:
@@ -546,9 +559,7 @@ def _flips(definition: str, feeds: Mapping[str, tuple[str, ...] | None]) -> tupl
     return tuple(dict.fromkeys(found))
 
 
-def _merged(
-    definition: str, columns: Mapping[str, str], unique: Sequence[str]
-) -> dict[str, str] | None:
+def _merged(definition: str, columns: Mapping[str, str], unique: Sequence[str]) -> dict[str, str] | None:
     """What each column of a merged view is; None where it is not made of counts, sums and maxima per key."""
     try:
         query = sqlglot.parse_one(definition, dialect="postgres")

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dagster_prefs.serving.catalogue import CatalogueRanker
     from dagster_prefs.serving.preferences import Ranking, RankingParameters, ShopClient, ShopUserProfile
-    from dagster_prefs.serving.profiles import AsyncProfileClient, Profile, ProfileClient
+    from dagster_prefs.serving.profiles import AsyncProfileClient, ClientOptions, Profile, ProfileClient
 
 _HOMES = {
     "AsyncProfileClient": "profiles",
     "CatalogueRanker": "catalogue",
+    "ClientOptions": "profiles",
     "ShopClient": "preferences",
     "Profile": "profiles",
     "ProfileClient": "profiles",
@@ -27,6 +28,7 @@ _HOMES = {
 __all__ = [
     "AsyncProfileClient",
     "CatalogueRanker",
+    "ClientOptions",
     "Profile",
     "ProfileClient",
     "Ranking",

@@ -77,7 +77,7 @@ class Connections:
             longest.give_up()
             self.note("evicted")
 
-    def forget(self, lost: LimitedProtocol) -> None:
+    def remove(self, lost: LimitedProtocol) -> None:
         """Remove a closed connection."""
         self.open.discard(lost)
         self.waiting.pop(lost, None)
@@ -123,7 +123,7 @@ class LimitedProtocol(HttpToolsProtocol):
         for timer in (self._deadline, self._sending):
             if timer is not None:
                 timer.cancel()
-        self._all.forget(self)
+        self._all.remove(self)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -177,7 +177,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def give_up(self) -> None:
         """Abort the connection."""
-        self._all.forget(self)
+        self._all.remove(self)
         self.transport.abort()
 
     @property

@@ -147,20 +147,54 @@ class _Served:
     cold: Any
 
 
+def _positive(seconds: float, name: str) -> float:
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < float("inf"):
+        raise ProfileError(f"{name} must be a number of seconds above 0, not {excerpt(seconds)}")
+    return float(seconds)
+
+
+def _fallback(given: str) -> Fallback:
+    if given not in ("partial", "cold_start"):
+        raise ProfileError(f"fallback must be 'partial' or 'cold_start', not {excerpt(given)}")
+    return cast(Fallback, given)
+
+
+@dataclass(frozen=True, slots=True)
+class ClientOptions:
+    """How a client reads: its defaults, its time limits and its connections. Raises ProfileError for invalid values.
+
+    `budget_seconds` bounds every call, retries included; `read_timeout_seconds` one attempt, of at most
+    `max_attempts`. When the budget is spent, `fallback="partial"` omits what did not arrive (using it raises its
+    error), `"cold_start"` puts cold-start values there; `profile.partial` is true with both. Both fallbacks also
+    apply to a domain whose item violates the contract. `consistent` reads strongly, at twice the price.
+    `transport="lean"` signs and sends requests on its own kept-alive connections, `pool_size` at most; `"boto3"` is
+    the slower fallback, for proxies.
+    """
+
+    budget_seconds: float = 1.0
+    fallback: Fallback = "partial"
+    consistent: bool = False
+    connect_timeout_seconds: float = 0.5
+    read_timeout_seconds: float = 0.5
+    max_attempts: int = 4
+    pool_size: int = 16
+    transport: Literal["lean", "boto3"] = "lean"
+
+    def __post_init__(self) -> None:
+        for name in ("budget_seconds", "connect_timeout_seconds", "read_timeout_seconds"):
+            _positive(getattr(self, name), name)
+        _fallback(self.fallback)
+
+
 class ProfileClient:
     """Reads the profiles of one entity. Create it once and use it from many threads.
 
     `registry` is the project's declarations: the path of its `registry.json` or of its folder, the file's
     decoded JSON, or a Registry. `entity` may be omitted for the only, or the first, entity that has a table.
 
-    One domain is one GetItem, two are two concurrent ones, more are one BatchGetItem. `transport="lean"`
-    signs and sends requests on its own kept-alive connections; `"boto3"` is the slower fallback, for proxies.
-
-    `budget_seconds` bounds every call, retries included; `read_timeout_seconds` one attempt. When the budget
-    is spent, `fallback="partial"` omits what did not arrive (using it raises its error), `"cold_start"` puts
-    cold-start values there; `profile.partial` is true with both. Both fallbacks also apply to a domain whose
-    item violates the contract. Errors that no retry resolves (credentials, a missing table) raise ReadError.
-    Raises RegistryError for a registry that cannot be read, ProfileError for invalid arguments.
+    One domain is one GetItem, two are two concurrent ones, more are one BatchGetItem. Errors that no retry resolves
+    (credentials, a missing table) raise ReadError. Raises RegistryError for a registry that cannot be read,
+    ProfileError for invalid arguments.
     """
 
     # The class of the profiles; a generated client sets its own.
@@ -174,14 +208,7 @@ class ProfileClient:
         endpoint_url: str | None = None,
         region: str | None = None,
         table_prefix: str = "",
-        transport: Literal["lean", "boto3"] = "lean",
-        consistent: bool = False,
-        budget_seconds: float = 1.0,
-        connect_timeout_seconds: float = 0.5,
-        read_timeout_seconds: float = 0.5,
-        max_attempts: int = 4,
-        pool_size: int = 16,
-        fallback: Fallback = "partial",
+        options: ClientOptions = ClientOptions(),
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.registry = open_registry(registry)
@@ -201,25 +228,22 @@ class ProfileClient:
         self._canary = canary_id(self.registry, self.entity)
         self._all = tuple(self._served)
         self._given = {given: domain.name for domain in self.domains for given in (domain.name, domain.key)}
-        self._consistent = consistent
-        self._budget = _positive(budget_seconds, "budget_seconds")
-        self._fallback: Fallback = _fallback(fallback)
+        self._options = options
         self._clock = clock
-        self._side_by_side = pool_size
         self._reader = ItemReader(
             make_transport(
-                transport,
+                options.transport,
                 endpoint_url=endpoint_url,
                 region=region,
-                pool_size=pool_size,
-                connect_timeout_seconds=_positive(connect_timeout_seconds, "connect_timeout_seconds"),
-                read_timeout_seconds=_positive(read_timeout_seconds, "read_timeout_seconds"),
+                pool_size=options.pool_size,
+                connect_timeout_seconds=options.connect_timeout_seconds,
+                read_timeout_seconds=options.read_timeout_seconds,
             ),
             table,
             table_prefix + table.name,
-            read_timeout_seconds=read_timeout_seconds,
-            max_attempts=max_attempts,
-            side_by_side=pool_size,
+            read_timeout_seconds=options.read_timeout_seconds,
+            max_attempts=options.max_attempts,
+            side_by_side=options.pool_size,
         )
         self._lock = threading.Lock()
         self._lag: dict[str, float | None] = dict.fromkeys(self._all)
@@ -261,7 +285,7 @@ class ProfileClient:
 
         Raises ProfileError or ContractError for invalid arguments, ReadError as described for the class.
         """
-        deadline = _started(started_at) + self._checked_budget(budget_seconds, self._budget)
+        deadline = _started(started_at) + self._checked_budget(budget_seconds, self._options.budget_seconds)
         checked = self._id(id_)
         return self._read([checked], domains, consistent, deadline, max_staleness_seconds, fallback)[checked]
 
@@ -294,8 +318,8 @@ class ProfileClient:
     def default_budget_seconds(self, ids: int, domains: Sequence[str] | None = None) -> float:
         """Return the default budget of `get_many`, in seconds."""
         keys = ids * len(domains or self._all)
-        rounds = max(1, -(-keys // (BATCH_KEYS * self._side_by_side)))
-        return self._budget * rounds
+        rounds = max(1, -(-keys // (BATCH_KEYS * self._options.pool_size)))
+        return self._options.budget_seconds * rounds
 
     def _checked_budget(self, given: float | None, default: float) -> float:
         return default if given is None else _positive(given, "budget_seconds")
@@ -310,7 +334,7 @@ class ProfileClient:
         fallback: Fallback | None,
     ) -> dict[Any, Profile]:
         names = self._names(domains)
-        chosen = self._fallback if fallback is None else _fallback(fallback)
+        chosen = self._options.fallback if fallback is None else _fallback(fallback)
         if max_staleness_seconds is not None:
             _positive(max_staleness_seconds, "max_staleness_seconds")
         served = [self._served[name] for name in names]
@@ -318,7 +342,7 @@ class ProfileClient:
         due = self._due_canaries(names)
         found = self._reader.read(
             keys,
-            consistent=self._consistent if consistent is None else consistent,
+            consistent=self._options.consistent if consistent is None else consistent,
             deadline=deadline,
             canaries=[(self._canary, self._served[name].domain.key) for name in due],
         )
@@ -435,24 +459,6 @@ class ProfileClient:
             self._lag[name] = lag
 
 
-class ClientOptions(TypedDict, total=False):
-    """The arguments of ProfileClient after the registry."""
-
-    entity: str | None
-    endpoint_url: str | None
-    region: str | None
-    table_prefix: str
-    transport: Literal["lean", "boto3"]
-    consistent: bool
-    budget_seconds: float
-    connect_timeout_seconds: float
-    read_timeout_seconds: float
-    max_attempts: int
-    pool_size: int
-    fallback: Fallback
-    clock: Callable[[], float]
-
-
 class ReadOptions(TypedDict, total=False):
     """The arguments of one read that default to the client's."""
 
@@ -477,10 +483,21 @@ class AsyncProfileClient:
         self,
         registry: Registry | Mapping[str, Any] | Path | str,
         *,
+        entity: str | None = None,
+        endpoint_url: str | None = None,
+        region: str | None = None,
+        table_prefix: str = "",
+        options: ClientOptions = ClientOptions(),
         threads: int = 8,
-        **options: Unpack[ClientOptions],
     ) -> None:
-        self._client = self.client_class(registry, **options)
+        self._client = self.client_class(
+            registry,
+            entity=entity,
+            endpoint_url=endpoint_url,
+            region=region,
+            table_prefix=table_prefix,
+            options=options,
+        )
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="profile-client")
 
     @property
@@ -627,15 +644,3 @@ def _check_generated(made: type[Profile], entity: Entity, domains: Sequence[Doma
 
 def _started(at: float | None) -> float:
     return time.monotonic() if at is None else at
-
-
-def _positive(seconds: float, name: str) -> float:
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < float("inf"):
-        raise ProfileError(f"{name} must be a number of seconds above 0, not {excerpt(seconds)}")
-    return float(seconds)
-
-
-def _fallback(given: str) -> Fallback:
-    if given not in ("partial", "cold_start"):
-        raise ProfileError(f"fallback must be 'partial' or 'cold_start', not {excerpt(given)}")
-    return cast(Fallback, given)

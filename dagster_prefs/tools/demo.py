@@ -21,7 +21,7 @@ from dagster_prefs.events.rejected import rejected_counts
 from dagster_prefs.ids import Id
 from dagster_prefs.platform import Platform
 from dagster_prefs.runs import JobRunner
-from dagster_prefs.serving import ProfileClient, ShopClient
+from dagster_prefs.serving import ClientOptions, ProfileClient, ShopClient
 from dagster_prefs.settings import Settings
 from dagster_prefs.tools.simulation import Plan
 from dagster_prefs.tools.simulator import remembered_end, simulate_to_engine
@@ -149,8 +149,7 @@ class Demo:
                 region=self.settings.aws_region,
                 table_prefix=self.settings.table_prefix,
                 # The local AWS server is slow, and no service waits for this read.
-                budget_seconds=30.0,
-                read_timeout_seconds=30.0,
+                options=ClientOptions(budget_seconds=30.0, read_timeout_seconds=30.0),
             ) as client:
                 profile = client.get(somebody[0])
             summary.items = {name: read["attributes"] for name, read in profile.as_dict()["domains"].items()}

@@ -36,6 +36,8 @@ Items = Mapping[Id, Mapping[str, Mapping[str, Any]]]
 
 # How long after a subject's last tile an item that ought to be gone is still looked for.
 EXTRA_DAYS = 30
+# How many of the largest differences a report names.
+EXAMPLES = 20
 COMPARED, MISMATCHED, MISSING, EXTRA = range(4)
 
 
@@ -82,7 +84,7 @@ class ParityReport:
 
     `subjects` is how many ids were compared; `missing` and `extra` count, by domain, items that ought to be there and
     are not, and the reverse; `left_out` names the attributes that no tile has, with the reason;
-    `unsettled` counts items left out because an event younger than the settling time may still be on its way;
+    `in_flight` counts items left out because an event younger than the grace time may still be on its way;
     `engine_days` are the days that were read from the engine, by table; `worst` are the largest differences.
     """
 
@@ -90,7 +92,7 @@ class ParityReport:
     attributes: tuple[AttributeParity, ...]
     missing: Mapping[str, int]
     extra: Mapping[str, int]
-    unsettled: int
+    in_flight: int
     engine_days: Mapping[str, tuple[date, ...]]
     worst: tuple[Difference, ...]
     left_out: Mapping[str, str]
@@ -128,6 +130,23 @@ def served_items(
     return read
 
 
+@dataclass(frozen=True)
+class ParityOptions:
+    """What is compared: `share` is the part of all ids to look at (0…1), always the same ones; `spread_seconds` is the
+    setting that moves each subject's day boundary; an event younger than `grace_seconds` may still be on its way to
+    what is served; `namespace` is that of the training tables."""
+
+    share: float = 0.01
+    spread_seconds: int = 0
+    grace_seconds: float = 60.0
+    namespace: str = DEFAULT_NAMESPACE
+
+    @property
+    def sampled(self) -> int:
+        """The highest hash of 28 bits of an id in the sample."""
+        return round(self.share * 0xFFFFFFF)
+
+
 def check_parity(
     engine: EngineConfiguration,
     catalog: Catalog,
@@ -135,27 +154,19 @@ def check_parity(
     *,
     features: Features,
     now: datetime,
-    share: float = 0.01,
-    spread_seconds: int = 0,
-    settle: timedelta = timedelta(seconds=60),
-    namespace: str = DEFAULT_NAMESPACE,
-    examples: int = 20,
+    options: ParityOptions = ParityOptions(),
 ) -> ParityReport:
     """Compare a sample of an entity's ids, chosen by a hash, with what `read_items` returns for them.
 
-    `share` is the part of all ids to look at (0…1), always the same ones; `spread_seconds` is the setting
-    that moves each subject's day boundary. Values are compared exactly. Raises OfflineError,
-    EngineUnavailable.
+    Values are compared exactly. `now` is UTC. Raises OfflineError, EngineUnavailable.
     """
     today = now.astimezone(UTC).date()
     oldest = features.first_day(today) - timedelta(days=EXTRA_DAYS + 1)
-    threshold = round(share * 0xFFFFFFF)
     engine_days: dict[str, tuple[date, ...]] = {}
     with duck_session(*JOINING) as session:
         for spec, columns in features.sources:
-            engine_days[spec.name] = _load(
-                session, engine, catalog, namespace, spec, (*columns, LAST_EVENT_AT), oldest, threshold
-            )
+            names = (*columns, LAST_EVENT_AT)
+            engine_days[spec.name] = _load(session, engine, catalog, spec, names, oldest, options)
         boundary = now.timestamp()
         key = ", ".join(features.key_names)
         point_keys = ", ".join(f"points.{name}" for name in features.key_names)
@@ -164,16 +175,16 @@ def check_parity(
             "date '1970-01-01' + cast(floor(($boundary - case when $spread = 0 then 0 "
             f"else {_spread_part(features)} end) / 86400.0) as integer) as day "
             f"from ({' union '.join(f'select distinct {key} from {spec.name}' for spec, _ in features.sources)})",
-            {"boundary": boundary, "spread": spread_seconds},
+            {"boundary": boundary, "spread": options.spread_seconds},
         )
         query = features.sql("serving", last_events=True)
         due = session.execute(
             f"select {point_keys}, due.* exclude (point) from ({query}) as due join points using (point)"
         )
-        names = [column[0] for column in due.description or []]
-        rows = [dict(zip(names, row, strict=True)) for row in due.fetchall()]
+        columns = tuple(column[0] for column in due.description or [])
+        rows = [dict(zip(columns, row, strict=True)) for row in due.fetchall()]
     served = read_items([_subject(features, row) for row in rows])
-    return _compare(features, rows, served, int((now - settle).timestamp() * 1000), engine_days, examples)
+    return _compare(features, rows, served, round((boundary - options.grace_seconds) * 1000), engine_days)
 
 
 def _spread_part(features: Features) -> str:
@@ -188,13 +199,13 @@ def _load(
     session: duckdb.DuckDBPyConnection,
     engine: EngineConfiguration,
     catalog: Catalog,
-    namespace: str,
     spec: TileTable,
     columns: tuple[str, ...],
     oldest: date,
-    threshold: int,
+    options: ParityOptions,
 ) -> tuple[date, ...]:
     """Make the table of one tile for the sampled ids; returns the days that came from the engine."""
+    namespace = options.namespace
     exported = exported_days(catalog, spec, namespace=namespace)
     held = {day: found.token for day, found in exported.items()}
     with translated(f"the table {namespace}.{spec.name}"), tile_snapshot(engine, spec) as tiles:
@@ -217,7 +228,9 @@ def _load(
             for day in stale:
                 yield from tiles.rows(day, spec.arrow_schema)
 
-        sampled = f"cast('0x' || left(md5(cast({spec.subject} as varchar)), 7) as bigint) <= {threshold}"
+        sampled = (
+            f"cast('0x' || left(md5(cast({spec.subject} as varchar)), 7) as bigint) <= {options.sampled}"
+        )
         load_tiles(session, spec, columns, batches(), where=sampled)
     return stale
 
@@ -226,9 +239,8 @@ def _compare(
     features: Features,
     rows: Sequence[Mapping[str, Any]],
     served: Items,
-    settled_before: int,
+    in_flight_since: int,
     engine_days: Mapping[str, tuple[date, ...]],
-    examples: int,
 ) -> ParityReport:
     # Of each attribute: compared, mismatched, missing, extra.
     counts: dict[tuple[str, str], list[int]] = {
@@ -238,15 +250,15 @@ def _compare(
     }
     missing = dict.fromkeys(features.domains, 0)
     extra = dict.fromkeys(features.domains, 0)
-    unsettled = 0
+    in_flight = 0
     differences: list[Difference] = []
     for row in rows:
         subject = _subject(features, row)
         for domain in features.domains:
             item = served.get(subject, {}).get(domain)
             newest = row[f"{domain}_last_event_at"]
-            if newest is not None and newest >= settled_before:
-                unsettled += 1
+            if newest is not None and newest >= in_flight_since:
+                in_flight += 1
                 continue
             if newest is None and item is None:
                 continue
@@ -276,9 +288,9 @@ def _compare(
         attributes=tuple(AttributeParity(*key, *count) for key, count in counts.items()),
         missing=missing,
         extra=extra,
-        unsettled=unsettled,
+        in_flight=in_flight,
         engine_days=engine_days,
-        worst=tuple(differences[:examples]),
+        worst=tuple(differences[:EXAMPLES]),
         left_out=features.left_out,
     )
 

@@ -88,36 +88,45 @@ class _Version:
     known_to: int
 
 
-_AS_TEXT = CsvOptions()
+@dataclass(frozen=True)
+class LabelJoin:
+    """What decides the rows of a training set, apart from the tiles: the labels, and how features join them.
+
+    `features` are those of one entity; `labels` is a Parquet or CSV file or an Iceberg table with the entity's key,
+    `label_time` and any other columns (see `read_labels`), and `timezone` is that of times without one. `csv` says
+    what cells of CSV labels are that are not text. With `as_known` a label sees each day as the table in `namespace`
+    had it at the label's time. `now` is the latest time that a label may have.
+    """
+
+    labels: str
+    features: Features
+    now: datetime
+    timezone: str | None = None
+    as_known: bool = False
+    namespace: str = DEFAULT_NAMESPACE
+    csv: CsvOptions = CsvOptions()
 
 
 def build_training_set(
     catalog: Catalog,
-    labels: str,
+    join: LabelJoin,
     output: Path | str,
     *,
-    features: Features,
-    now: datetime,
-    timezone: str | None = None,
-    as_known: bool = False,
     manifest: Path | None = None,
     tag: str | None = None,
-    namespace: str = DEFAULT_NAMESPACE,
-    csv: CsvOptions = _AS_TEXT,
 ) -> TrainingSet:
     """Write `output`: every label, in its order, duplicates included, with every feature beside it.
 
-    `features` are those of one entity; `labels` is a Parquet or CSV file or an Iceberg table with the entity's key,
-    `label_time` and any other columns (see `read_labels`); `output` is a `.parquet` or `.csv` file or an
-    Iceberg table `namespace.table`. `manifest`
+    `output` is a `.parquet` or `.csv` file or an Iceberg table `namespace.table`. `manifest`
     (`<output>.manifest.json` by default) gets tile snapshots, versions of contract and code, and fingerprints, from
     which `reproduce_training_set` gets the same rows; `tag` is set on the tile snapshots, which upkeep then keeps.
-    `csv` says what cells of CSV labels are that are not text. The join spills to disk beyond a gigabyte. A subject
-    without history gets cold-start values: zero counts, empty lists, NULL rates.
+    The join spills to disk beyond a gigabyte. A subject without history gets cold-start values: zero counts, empty
+    lists, NULL rates.
 
     Raises LabelsRefused, OutputRefused, TagTaken, TableMissing, SnapshotExpired (`as_known` before the kept
     history), or another OfflineError; an existing output is replaced only in the end.
     """
+    features, namespace = join.features, join.namespace
     manifest = manifest or Path(f"{output}.manifest.json")
     check_output(catalog, str(output))
     if not manifest.absolute().parent.is_dir():
@@ -135,19 +144,19 @@ def build_training_set(
         def describe(made: _Made) -> None:
             content = {
                 "manifest_version": MANIFEST_VERSION,
-                "created_at": now.astimezone(UTC).isoformat(),
+                "created_at": join.now.astimezone(UTC).isoformat(),
                 "code_version": importlib.metadata.version("dagster-prefs"),
                 "contract_version": features.contract_version,
                 "definition": _definition(features),
                 "entity": features.entity.name,
                 "labels": {
-                    "source": labels,
+                    "source": join.labels,
                     "rows": made.rows,
                     "fingerprint": made.labels_hash,
-                    "timezone": timezone,
-                    "types": dict(csv.types),
+                    "timezone": join.timezone,
+                    "types": dict(join.csv.types),
                 },
-                "as_known": as_known,
+                "as_known": join.as_known,
                 "namespace": namespace,
                 "snapshots": snapshots,
                 "days": {"first": made.first_day.isoformat(), "last": made.last_day.isoformat()},
@@ -165,19 +174,7 @@ def build_training_set(
             # Before the rows take their place: a disk that is full must show now.
             partial.flush()
 
-        made = _build(
-            catalog,
-            labels,
-            str(output),
-            features=features,
-            snapshots=snapshots,
-            now=now,
-            timezone=timezone,
-            as_known=as_known,
-            namespace=namespace,
-            csv=csv,
-            describe=describe,
-        )
+        made = _build(catalog, join, str(output), snapshots, describe=describe)
     return TrainingSet(
         str(output), manifest, made.rows, made.cold_start_rows, made.content_hash, snapshots, made.seconds
     )
@@ -222,19 +219,17 @@ def reproduce_training_set(
             f"{manifest} was made by code {known['code_version']}, which guessed what the cells of {source} are: "
             "install that version, or make the training set again and give the types"
         )
-    made = _build(
-        catalog,
+    join = LabelJoin(
         source,
-        str(output),
-        features=features,
-        snapshots=known["snapshots"],
+        features,
         now=datetime.fromisoformat(known["created_at"]),
         timezone=known["labels"]["timezone"],
         as_known=known["as_known"],
         namespace=known["namespace"],
         csv=CsvOptions(known["labels"].get("types", {}), keep_formulas),
-        expect=(known["labels"]["fingerprint"], known["output"]["fingerprint"]),
     )
+    expect = known["labels"]["fingerprint"], known["output"]["fingerprint"]
+    made = _build(catalog, join, str(output), known["snapshots"], expect=expect)
     return TrainingSet(
         str(output),
         manifest,
@@ -294,41 +289,38 @@ class _Made:
 
 def _build(
     catalog: Catalog,
-    labels: str,
+    join: LabelJoin,
     output: str,
-    *,
-    features: Features,
     snapshots: Mapping[str, int | None],
-    now: datetime,
-    timezone: str | None,
-    as_known: bool,
-    namespace: str,
-    csv: CsvOptions,
+    *,
     expect: tuple[str, str] | None = None,
     describe: Callable[[_Made], None] | None = None,
 ) -> _Made:
     started = time.monotonic()
-    table = read_labels(catalog, labels, features=features, now=now, timezone=timezone, types=csv.types)
+    features, namespace = join.features, join.namespace
+    table = read_labels(
+        catalog, join.labels, features=features, now=join.now, timezone=join.timezone, types=join.csv.types
+    )
     with translated(f"the training set {output}"), duck_session(*JOINING) as session:
         first, last = _load_points(session, table, features)
         labels_hash = _fingerprint(session, "labels")
         if expect and labels_hash != expect[0]:
             raise NotReproducible(
-                f"{labels} does not hold the labels of the manifest any more: name the original"
+                f"{join.labels} does not hold the labels of the manifest any more: name the original"
             )
         oldest = _oldest_label(session)
         for spec, columns in features.sources:
             with translated(f"the table {namespace}.{spec.name}"):
                 tiles = catalog.load_table(spec.identifier(namespace))
                 snapshot = _snapshot(tiles, snapshots[spec.name])
-                if as_known:
+                if join.as_known:
                     batches = _versions(tiles, spec, snapshot, columns, first, last, oldest)
                 else:
                     batches = _current(tiles, spec, snapshot, columns, first, last)
                 keys = ", ".join(features.key_names)
                 known = f"({keys}) in (select {keys if len(features.keys) == 1 else f'({keys})'} from points)"
-                load_tiles(session, spec, columns, batches, where=known, versions=as_known)
-        session.execute(f"create table features as {features.sql('training', versions=as_known)}")
+                load_tiles(session, spec, columns, batches, where=known, versions=join.as_known)
+        session.execute(f"create table features as {features.sql('training', versions=join.as_known)}")
         session.execute(
             "create view result as select labels.*, features.* exclude (point) "
             "from labels join features on features.point = labels.point"
@@ -345,7 +337,7 @@ def _build(
         kinds = {row[0]: row[1] for row in session.execute("describe result").fetchall()}
         kinds.pop(POINT)
         fingerprint = {"prefs.fingerprint": content}
-        write_output(session, kinds, catalog, output, fingerprint, keep_formulas=csv.keep_formulas)
+        write_output(session, kinds, catalog, output, fingerprint, keep_formulas=join.csv.keep_formulas)
     return replace(made, seconds=time.monotonic() - started)
 
 

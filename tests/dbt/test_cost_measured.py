@@ -29,6 +29,7 @@ from workshop import PROJECT, assert_all_ok
 from dagster_prefs.declarations.contract import Contract, load_contract
 from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.dynamodb.publisher import publish_domain
+from dagster_prefs.dynamodb.store import domain_stores
 from dagster_prefs.dynamodb.tables import dynamodb_client, provision
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
@@ -150,7 +151,7 @@ def _run(
         Dbt(engine, PROJECT, dbt_target).manifest(),
         {"tile_fingerprints", *(domain.relation for domain in contract.domains.values())},
     )
-    table = provision(client, contract, prefix="cost_")["viewer"]
+    stores = domain_stores(engine, client, contract, provision(client, contract, prefix="cost_"))
     messages = list(valid_events())
     # Where each step ends among the deliveries: before the first message of a later time.
     ends = [
@@ -162,10 +163,7 @@ def _run(
     def publish_at(connection: psycopg.Connection[Any], clock: datetime) -> Counter[str]:
         connection.execute("select set_config('prefs.clock', %s, false)", [clock.isoformat()])
         refresh(connection, order)
-        reports = {
-            domain.name: publish_domain(engine, client, contract, key, table)
-            for key, domain in contract.domains.items()
-        }
+        reports = {store.domain.name: publish_domain(store) for store in stores}
         return Counter({name: report.upserts + report.deletes for name, report in reports.items()})
 
     with engine.connect() as connection:
@@ -210,7 +208,9 @@ def _run(
             )
             tiles[spec.tile] = pa.Table.from_pylist(found, schema=spec.arrow_schema)
     items = [
-        item for page in client.get_paginator("scan").paginate(TableName=table.name) for item in page["Items"]
+        item
+        for page in client.get_paginator("scan").paginate(TableName=stores[0].table.name)
+        for item in page["Items"]
     ]
     catalog = open_catalog("sqlite", str(lake))
     for spec in TILE_TABLES.values():

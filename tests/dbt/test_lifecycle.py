@@ -90,7 +90,7 @@ def test_changed_sql_of_one_model_is_applied_and_its_dependents_stay(
     # deployments is compared by its shape only, as every table is.
     assert {name: after[name] for name in unchanged} == {name: before[name] for name in unchanged}
     assert after["viewer_watch_metrics_1d"][2:] == before["viewer_watch_metrics_1d"][2:]
-    # Dependents were made anew on the new rows, the views of others included.
+    # Dependents were recreated on the new rows, the views of others included.
     assert scalar(deployed, "select sum(views) from somebodys_report") == 204
     assert scalar(deployed, "select count(*) from viewer_engagement_rolling") == 2
     assert scalar(deployed, "select count(*) from sink_engagement_watch") == 2

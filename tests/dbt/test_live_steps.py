@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -11,11 +12,12 @@ from hypothesis import strategies as st
 from oracle import DAY, HOUR, SECOND, Erasure, Message, Oracle
 from psycopg import sql
 from relations import RAW_TABLES, differences, insert_canary_keys, insert_events, instant, replace_events
-from streams import MIDNIGHT, NOW, messages, quick, watch
+from streams import NOW, messages, quick
 
 from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.live import steps as live_steps
+from dagster_prefs.live.follower import make_rebuilt_due
 from dagster_prefs.live.steps import Steps
 
 EMPTIED = b'{"erased": true}'
@@ -38,13 +40,11 @@ def at(steps: Steps, clock: int) -> None:
 
 def catch_up(steps: Steps) -> None:
     """Take steps until nothing is left, as if the interval of what is rebuilt at one had passed."""
-    at_intervals = [view.name for view in steps.views.views.values() if view.every_seconds]
-    steps.connection.execute(
-        "update live_views set as_of = as_of - interval '1 day' where relation = any(%s)", [at_intervals]
-    )
     steps.make_all_due()
-    while not steps.step().idle:
-        pass
+    while True:
+        make_rebuilt_due(steps.connection, steps.engine)
+        if steps.step().idle:
+            return
 
 
 class Interrupted(Exception):
@@ -106,10 +106,8 @@ class World:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(live_steps._Step, "_bring", interrupt)
-            try:
+            with suppress(Interrupted):
                 self.steps.step()
-            except Interrupted:
-                pass
 
     def wait(self, micros: int) -> None:
         self.clock += micros

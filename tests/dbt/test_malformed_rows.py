@@ -14,7 +14,7 @@ from streams import NOW
 
 from dagster_prefs.declarations.registry import Registry, TopicDeclaration
 from dagster_prefs.engine.connection import EngineConfiguration
-from dagster_prefs.events.ingest import ingest_file
+from dagster_prefs.events.ingest import FileOptions, ingest_file
 from dagster_prefs.events.messages import Topic
 from dagster_prefs.events.rejected import rejected_events
 from dagster_prefs.events.replay import ReplayError, export_rejected, replay_file
@@ -52,7 +52,7 @@ def test_each_fault_is_named_with_its_line(
     # A quote inside a cell is text; one that opens a cell and does not close it is not.
     bad["quotes"] = b'1,2,"3,4'
     path.write_bytes(b"\n".join([HEADERS[topic].encode(), *bad.values()]))
-    report = ingest_file(deployed, registry, path, topic=topic)
+    report = ingest_file(deployed, registry, path, FileOptions(topic))
     assert (report.lines, report.malformed) == (len(bad), len(bad))
     refreshed(deployed, registry.topics[topic])
     found = {event.offset: event for event in rejected_events(deployed, topic)}
@@ -80,7 +80,7 @@ def test_only_a_message_without_identity_is_a_row(
     path.write_text(
         "\n".join(json.dumps(one) for one in (message, {"malformed_row": "x"}, {"malformed_row": ["cells"]}))
     )
-    ingest_file(deployed, registry, path, topic="view_events")
+    ingest_file(deployed, registry, path, FileOptions("view_events"))
     refreshed(deployed, registry.topics["view_events"])
     assert [event.reason for event in rejected_events(deployed)] == ["missing event_id", "missing event_id"]
 

@@ -19,6 +19,7 @@ from streams import NOW
 
 from dagster_prefs.declarations.contract import load_contract
 from dagster_prefs.dynamodb.publisher import publish_domain
+from dagster_prefs.dynamodb.store import domain_stores
 from dagster_prefs.dynamodb.tables import dynamodb_client, provision
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
@@ -151,12 +152,12 @@ def test_everything_goes_on(
     with filled.connect() as session:
         assert differences(session, Oracle(messages, NOW)) == {}
     contract, client = load_contract(PROJECT), dynamodb_client(aws_endpoint, "eu-central-1")
-    table = provision(client, contract)["viewer"]
-    for domain in contract.domains:
-        assert publish_domain(filled, client, contract, domain, table).upserts > 0
+    tables = provision(client, contract)
+    for store in domain_stores(filled, client, contract, tables):
+        assert publish_domain(store).upserts > 0
     for viewer in (7, 2**63 - 1):
         key = {"viewer_id": {"N": str(viewer)}, "domain_key": {"S": "engagement#watch"}}
-        assert "Item" in client.get_item(TableName=table.name, Key=key)
+        assert "Item" in client.get_item(TableName=tables["viewer"].name, Key=key)
     catalog = open_catalog("sqlite", (tmp_path / "iceberg").as_uri())
     for spec in TILE_TABLES.values():
         days = stale_days(filled, spec, exported_days(catalog, spec))

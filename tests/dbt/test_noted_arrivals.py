@@ -1,4 +1,4 @@
-"""dbt has arrivals noted, forgets those that it read, and brings both to what was deployed before."""
+"""dbt has arrivals noted, deletes those that it read, and brings both to what was deployed before."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def noted(engine: EngineConfiguration) -> int:
     return int(count)
 
 
-def test_what_was_read_is_forgotten_and_the_rest_kept(deployed: EngineConfiguration, dbt_on: DbtOn) -> None:
+def test_what_was_read_is_deleted_and_the_rest_kept(deployed: EngineConfiguration, dbt_on: DbtOn) -> None:
     with deployed.connect() as connection:
         insert_events(connection, [watch(n, n, MIDNIGHT) for n in range(3)])
     assert (waiting(deployed), noted(deployed)) == ({"view_events": 3}, 3)

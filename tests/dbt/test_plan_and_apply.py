@@ -45,14 +45,14 @@ class Store:
 
     def __init__(self) -> None:
         self.prepared = 0
-        self.settled: list[str] = []
+        self.reconciled: list[str] = []
 
     def prepare(self) -> None:
         self.prepared += 1
 
     def reconcile(self, relation: str) -> str:
-        self.settled.append(relation)
-        return f"{relation} settled"
+        self.reconciled.append(relation)
+        return f"{relation} reconciled"
 
 
 def review(fragments: Sequence[Mapping[str, Any]], manifest: Mapping[str, Any]) -> ContractReview:
@@ -168,7 +168,7 @@ def test_a_changed_view_goes_out_though_it_is_killed_at_every_step(
         "reconcile",
         "viewer_engagement_rolling",
     }
-    assert deployment.store.settled[-1] == "viewer_engagement_rolling"
+    assert deployment.store.reconciled[-1] == "viewer_engagement_rolling"
     assert deployment.rows("select 'items'::regclass::oid") == items
     assert (
         deployment.rows("select 1 from deployments where kind in ('plan', 'pending') or state <> 'deployed'")
@@ -310,13 +310,13 @@ def test_a_failed_change_leaves_what_ran_before_and_no_change_is_said_to_be_none
     )
     records = "select * from deployments order by 1"
     before = deployment.rows(objects), deployment.rows(records)
-    settled = list(deployment.store.settled)
+    reconciled = list(deployment.store.reconciled)
     done = deployment.apply()
     assert not done.changes, done.text()
     assert len(done.unchanged) > 30
     assert "nothing to do" in done.text()
     assert (deployment.rows(objects), deployment.rows(records)) == before
-    assert deployment.store.settled == settled
+    assert deployment.store.reconciled == reconciled
 
 
 def test_the_check_reports_drift_stranded_readers_and_leftovers(

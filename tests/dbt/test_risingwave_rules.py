@@ -312,9 +312,9 @@ def feeds_fill_raw_tables(text: str) -> list[str]:
     columns = "source, source_partition, source_offset, data, kafka_timestamp, arrived_at"
     wrong = [] if f"({columns})" in lowered else ["not the columns of a raw table"]
     if not re.search(r"select 'kafka:[^']+\$\{generation\}' as source", lowered):
-        wrong.append("a topic that is made anew would not be told from the old one")
+        wrong.append("a recreated topic would not be told from the old one")
     if "where ${unread}" not in lowered:
-        wrong.append("a feed that is made again would read expired messages twice")
+        wrong.append("a recreated feed would read expired messages twice")
     return wrong
 
 

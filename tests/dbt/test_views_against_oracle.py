@@ -24,6 +24,7 @@ SPREAD = 7_200
 ROLLING = ["viewer_engagement_rolling", "content_interactions_rolling", "viewer_preferences_rolling"]
 DbtOn = Callable[..., Dbt]
 
+
 @pytest.fixture
 def session(deployed: EngineConfiguration) -> Iterator[psycopg.Connection]:
     with deployed.connect() as connection:
@@ -211,7 +212,7 @@ def test_real_shop_events(
 ) -> None:
     """The public sample, through the product's own reader of files."""
     ingest = pytest.importorskip("dagster_prefs.events.ingest")
-    ingest.ingest_file(deployed, registry, SAMPLE, topic="user.events")
+    ingest.ingest_file(deployed, registry, SAMPLE, ingest.FileOptions("user.events"))
     rows = session.execute(
         "select source, source_partition, source_offset, data,"
         " (extract(epoch from arrived_at) * 1000000)::bigint from raw_user_events"

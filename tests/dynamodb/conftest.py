@@ -13,6 +13,7 @@ from psycopg import sql
 
 from dagster_prefs.declarations.contract import Contract, Domain, load_contract
 from dagster_prefs.dynamodb.publisher import PublishReport, publish_domain
+from dagster_prefs.dynamodb.store import DomainStore
 from dagster_prefs.dynamodb.tables import TableReport, dynamodb_client, provision
 from dagster_prefs.engine.connection import EngineConfiguration
 
@@ -74,8 +75,13 @@ class Store:
             )
         )
 
+    def domain(self, name: str, client: Any = None) -> DomainStore:
+        return DomainStore(
+            self.engine, client or self.client, self.contract, self.contract.domain(name), self.table
+        )
+
     def publish(self, name: str, client: Any = None, **options: Any) -> PublishReport:
-        return publish_domain(self.engine, client or self.client, self.contract, name, self.table, **options)
+        return publish_domain(self.domain(name, client), **options)
 
     def items(self, name: str | None = None) -> dict[tuple[int, str], dict[str, Any]]:
         pages = self.client.get_paginator("scan").paginate(TableName=self.table.name, ConsistentRead=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -40,13 +41,7 @@ def server(contract: Any) -> ScriptedRisingWave:
 def publish(store: Any, server: Any, client: Any = None, **options: Any) -> ChangefeedReport:
     arguments: dict[str, Any] = {"mode": "once", "stop": threading.Event(), "label": "test", **options}
     (report,) = publish_changes(
-        server,
-        client or store.client,
-        store.contract,
-        {"viewer": store.table},
-        domains=["interactions"],
-        lease_seconds=PROMISE,
-        **arguments,
+        [replace(store.domain("interactions", client), engine=server)], lease_seconds=PROMISE, **arguments
     )
     return report
 
@@ -443,15 +438,7 @@ def test_a_second_publisher_is_told_who_works(store: Any, server: ScriptedRising
 def publish_once_patiently(store: Any, server: ScriptedRisingWave) -> None:
     from dagster_prefs.dynamodb.lease import Fenced, Lease
 
-    waiting = Lease(
-        store.client,
-        store.contract,
-        store.contract.domain("interactions"),
-        store.table.name,
-        label="host-2",
-        mode="once",
-        lease_seconds=PROMISE,
-    )
+    waiting = Lease(store.domain("interactions"), label="host-2", mode="once", lease_seconds=PROMISE)
     poll = threading.Event()
     while not (found := read_lease(waiting.items, waiting.domain)) or not found.holder:
         poll.wait(0.01)

@@ -17,7 +17,6 @@ import boto3
 import pytest
 
 from dagster_prefs.declarations.contract import Contract, contract_dict, parse_contract
-from dagster_prefs.dynamodb.publisher import publish_domain
 from dagster_prefs.dynamodb.tables import dynamodb_client, provision
 from dagster_prefs.errors import PrefsError
 from tests.dynamodb.conftest import Store
@@ -129,12 +128,11 @@ def test_creation_names_each(client_without: Callable[..., Any], expiring: Contr
 
 def test_publishing_names_each(store: Store, client_without: Callable[..., Any]) -> None:
     store.put("interactions", 1, 2, 3, 4, 1_700_000_000_000)
-    domain = store.contract.domain("interactions")
     refused = client_without("BatchWriteItem", {"BatchWriteItem", "PutItem"})
     with pytest.raises(PrefsError, match=r"allow dynamodb:BatchWriteItem on it \(.*; 0 upserts .* run again"):
-        publish_domain(store.engine, refused, store.contract, domain.key, store.table)
+        store.publish("interactions", refused)
     allowed = client_without(None, {"BatchWriteItem", "PutItem"})
-    assert publish_domain(store.engine, allowed, store.contract, domain.key, store.table).upserts == 1
+    assert store.publish("interactions", allowed).upserts == 1
 
 
 def test_credentials_that_aws_does_not_know(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from dagster_prefs.cli import cli
 from dagster_prefs.declarations.contract import contract_dict, parse_contract
 from dagster_prefs.dynamodb.items import ItemDecoder
 from dagster_prefs.dynamodb.publisher import PublishError
-from dagster_prefs.dynamodb.tables import dynamodb_client
+from dagster_prefs.dynamodb.tables import TableError, dynamodb_client
 from dagster_prefs.engine.connection import EngineConfiguration
 
 
@@ -371,3 +372,8 @@ def test_the_command_publishes_what_changed_and_ends(
     monkeypatch.setenv("PREFS_PUBLISH", "changefeed")
     monkeypatch.setenv("PREFS_ENGINE_PORT", "1")
     assert "engine at 127.0.0.1:1 cannot be reached" in str(publish().exception)
+
+
+def test_the_table_of_another_entity_is_refused(store: Any) -> None:
+    with pytest.raises(TableError, match="pass the table of the domain's entity"):
+        replace(store.domain("watch"), table=replace(store.table, entity="item"))

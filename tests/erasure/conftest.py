@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from built_state import BuiltState
 from declared import PROJECT
-from forgotten_world import MESSAGES, World
+from erased_world import MESSAGES, World
 from relations import insert_events, instant, refresh
 from shipped import TILE_TABLES
 from streams import NOW

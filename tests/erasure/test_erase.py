@@ -1,4 +1,4 @@
-"""One subject is forgotten everywhere, nobody else is touched, and nothing brings it back."""
+"""One subject is erased everywhere, nobody else is touched, and nothing brings it back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from forgotten_world import (
+from erased_world import (
     AHEAD,
     ALONE,
     ERASED_AT,
@@ -57,6 +57,7 @@ from dagster_prefs.iceberg.publish import DayFiles, publish_day, write_day
 from dagster_prefs.iceberg.tables import ErasedSubject, arrow_schema
 from dagster_prefs.iceberg.tiles import TilesUnreadable
 from dagster_prefs.training.training_set import (
+    LabelJoin,
     SnapshotExpired,
     TrainingSet,
     build_training_set,
@@ -71,7 +72,7 @@ def in_watch(report: ErasureReport) -> ErasedTable:
     return {table.table: table for table in report.tables}["training.viewer_watch_daily"]
 
 
-def test_a_viewer_is_forgotten_and_nobody_else(world: World) -> None:
+def test_a_viewer_is_erased_and_nobody_else(world: World) -> None:
     left = world.leave_the_engine()
     before, items = world.all_rows(), world.items()
     assert world.traces(str(VIEWER))
@@ -131,7 +132,7 @@ def test_a_viewer_is_forgotten_and_nobody_else(world: World) -> None:
         assert table.current_snapshot().snapshot_id == heads[spec.name]
 
 
-def test_a_user_is_forgotten_and_nobody_else(world: World) -> None:
+def test_a_user_is_erased_and_nobody_else(world: World) -> None:
     before, items = world.all_rows(), world.items()
     assert world.traces(*USER_TRACES)
     report = world.erase("shop_user", f" {USER} ")
@@ -172,7 +173,7 @@ def test_a_crash_at_any_step_is_completed_by_the_next_run(
     for number in range(1, 6):
         with pytest.raises(Crash):
             world.erase(step=crash_at(number))
-    # Inside the steps: between deleting an item and forgetting that it was published, and after each change
+    # Inside the steps: between deleting an item and the record of its publication, and after each change
     # of a training table.
     for owner, name in (
         (EntityItems, "_delete"),
@@ -464,7 +465,7 @@ def test_a_store_that_is_down_is_named_and_the_next_run_completes(
 
 def test_items_that_a_sink_deletes_meanwhile_are_reported(world: World) -> None:
     def step(name: str) -> None:
-        # As soon as the views have forgotten the viewer, on RisingWave.
+        # As soon as the views no longer have the viewer, on RisingWave.
         if name == "delete the items in DynamoDB":
             for viewer, key in world.items():
                 if viewer == VIEWER:
@@ -520,7 +521,7 @@ def test_ids_are_taken_as_events_spell_them() -> None:
     assert named("shop_user", "\tcanary ") == Subject(user, "canary")
 
 
-def test_training_sets_in_the_catalog_are_forgotten_with_their_history(
+def test_training_sets_in_the_catalog_are_erased_with_their_history(
     world: World, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sets of this platform lose the viewer's rows; labels of others that hold them, and what is damaged, are named."""
@@ -543,15 +544,12 @@ def test_training_sets_in_the_catalog_are_forgotten_with_their_history(
     damaged = catalog.load_table("ml.damaged").metadata_location.removeprefix("file://")
     Path(damaged).write_text("{")
 
-    def build(output: str, **options: Any) -> TrainingSet:
+    def build(output: str) -> TrainingSet:
         return build_training_set(
             catalog,
-            str(tmp_path / "labels.parquet"),
+            LabelJoin(str(tmp_path / "labels.parquet"), FEATURES, instant(NOW)),
             output,
-            now=instant(NOW),
-            features=FEATURES,
             manifest=tmp_path / f"{Path(output).name}.json",
-            **options,
         )
 
     for output in ("ml.set", "ml.set", "ml.tagged"):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from forgotten_world import OWNED, USER, VIEWER, World, redacted
+from erased_world import OWNED, USER, VIEWER, World, redacted
 from oracle import Erasure
 
 from dagster_prefs.cli import cli

@@ -14,6 +14,7 @@ from foreign import REGISTRY, TODAY, School, lesson
 
 from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.dynamodb.publisher import publish_domain
+from dagster_prefs.dynamodb.store import domain_stores
 from dagster_prefs.dynamodb.tables import dynamodb_client, provision
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
@@ -22,7 +23,7 @@ from dagster_prefs.erasure.events import REDACTED, Subject, SubjectRefused
 from dagster_prefs.iceberg.catalog import open_catalog
 from dagster_prefs.iceberg.export import export_day, exported_days, stale_days
 from dagster_prefs.iceberg.tables import tile_tables
-from dagster_prefs.training.training_set import build_training_set
+from dagster_prefs.training.training_set import LabelJoin, build_training_set
 from dagster_prefs.training.windows import choose_features
 
 (SPEC,) = tile_tables(REGISTRY).values()
@@ -47,7 +48,8 @@ def test_a_learner_is_erased_and_nobody_else(
     school.refresh()
     client = dynamodb_client(aws_endpoint, "eu-central-1")
     table = provision(client, REGISTRY.contract)["learner"]
-    publish_domain(engine, client, REGISTRY.contract, "learning#progress", table)
+    (store,) = domain_stores(engine, client, REGISTRY.contract, {"learner": table})
+    publish_domain(store)
     catalog = open_catalog("sqlite", (tmp_path / "lake").as_uri())
     for day in stale_days(engine, SPEC, exported_days(catalog, SPEC), until=TODAY):
         assert export_day(engine, catalog, SPEC, day).status == "written"
@@ -57,10 +59,12 @@ def test_a_learner_is_erased_and_nobody_else(
     catalog.create_namespace("ml")
     build_training_set(
         catalog,
-        str(tmp_path / "sets" / "labels.parquet"),
+        LabelJoin(
+            str(tmp_path / "sets" / "labels.parquet"),
+            choose_features(REGISTRY, None),
+            NOW + timedelta(days=1),
+        ),
         "ml.set",
-        features=choose_features(REGISTRY, None),
-        now=NOW + timedelta(days=1),
         manifest=tmp_path / "set.json",
     )
 

@@ -8,7 +8,7 @@ from typing import Any
 import boto3
 import pyarrow.parquet as pq
 import pytest
-from forgotten_world import ALONE, ERASURE, OLD, PARTED, TODAY, VIEWER, World, expected_rows, redacted
+from erased_world import ALONE, ERASURE, OLD, PARTED, TODAY, VIEWER, World, expected_rows, redacted
 from oracle import Oracle
 from pyiceberg.catalog import Catalog
 from shipped import TILE_TABLES, WATCH

@@ -30,7 +30,7 @@ from dagster_prefs.declarations.registry import (
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.events.canaries import CanaryKey, canary_events
 from dagster_prefs.events.formats import EventFileError, LineReader, detect, read_records
-from dagster_prefs.events.ingest import ingest_file
+from dagster_prefs.events.ingest import FileOptions, ingest_file
 from dagster_prefs.events.messages import Topic, shift_message, topic_of, topics_of
 from dagster_prefs.events.validity import rejection_reason
 from dagster_prefs.tools.generator import GeneratedPlan
@@ -525,5 +525,5 @@ def test_the_engine_takes_the_events_of_a_foreign_project(
     assert sum(follow_to_engine(learned, courses, plan, rate=100, seconds=0.1).values()) > 0
     path = tmp_path / "lessons.jsonl.gz"
     path.write_bytes(gzip.compress(json.dumps(LESSON).encode() + b"\n"))
-    report = ingest_file(learned, courses, path, shift_to_now=True, now=NOW)
+    report = ingest_file(learned, courses, path, FileOptions(shift_to=NOW))
     assert (report.topic, report.accepted, report.shift_seconds) == ("lesson_events", 1, 2 * 3600)

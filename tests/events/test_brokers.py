@@ -18,7 +18,7 @@ from pydantic import SecretStr
 from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.engine.catalog import NotDeployed
 from dagster_prefs.engine.connection import EngineConfiguration
-from dagster_prefs.events.brokers import client_properties, msk_token
+from dagster_prefs.events.brokers import KafkaSource, client_properties, msk_token
 from dagster_prefs.events.kafka import ingest_topic
 from dagster_prefs.events.topics import note_topics, source_name, topic_generations
 from dagster_prefs.platform import kafka_security
@@ -160,8 +160,10 @@ def test_a_later_generation_is_read_from_its_start_beside_the_first(
 ) -> None:
     address, _ = broker
     produce(address, "view_events", [b"a", b"b"])
-    assert ingest_topic(store, address, registry.topics["view_events"]).accepted == 2
-    again = ingest_topic(store, address, registry.topics["view_events"], generation=2, start="latest")
+    assert ingest_topic(store, KafkaSource(address), registry.topics["view_events"]).accepted == 2
+    again = ingest_topic(
+        store, KafkaSource(address, start="latest"), registry.topics["view_events"], generation=2
+    )
     assert (again.source, again.accepted) == ("kafka:view_events#2", 2)
     with store.connect() as session:
         found = session.execute(

@@ -6,6 +6,7 @@ Brokers that refuse are played at the socket; the same cases against Kafka 4.1 a
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -140,9 +141,8 @@ def check(said: str, fault: Fault) -> None:
 def consume(store: EngineConfiguration, fault: Fault) -> Any:
     return ingest_topic(
         store,
-        fault.bootstrap,
+        KafkaSource(fault.bootstrap, client=fault.client),
         fault.settings.registry().topics[TOPIC],
-        client=fault.client,
         timeout_seconds=PATIENCE,
     )
 
@@ -150,11 +150,10 @@ def consume(store: EngineConfiguration, fault: Fault) -> Any:
 def consume_for_ever(store: EngineConfiguration, fault: Fault) -> Any:
     return ingest_topic(
         store,
-        fault.bootstrap,
+        KafkaSource(fault.bootstrap, client=fault.client),
         fault.settings.registry().topics[TOPIC],
-        client=fault.client,
         timeout_seconds=PATIENCE,
-        until=None,
+        stop=threading.Event(),
     )
 
 

@@ -22,8 +22,8 @@ import pytest
 from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.engine.connection import EngineConfiguration, EngineUnavailable
 from dagster_prefs.events.formats import EventFileError
-from dagster_prefs.events.ingest import file_source, ingest_file
-from dagster_prefs.events.raw import Progress, RawStoreError, translated
+from dagster_prefs.events.ingest import FileOptions, file_source, ingest_file
+from dagster_prefs.events.raw import Batches, Progress, RawStoreError, translated
 from dagster_prefs.events.rejected import RejectedEvent, rejected_counts, rejected_events
 from tests.events.conftest import rows
 
@@ -51,7 +51,7 @@ def test_every_line_is_stored_once_with_its_number(
     path = tmp_path / "views.jsonl"
     path.write_bytes(b'{"event_id":"a","viewer_id":1,"watched_at":1}\n\n{broken\n\xff\xfe\r\n')
     seen: list[Progress] = []
-    first = ingest_file(store, registry, path, batch_size=2, progress=seen.append)
+    first = ingest_file(store, registry, path, batches=Batches(2, seen.append))
     assert (first.topic, first.lines, first.accepted, first.already_present, first.blank) == (
         "view_events", 3, 3, 0, 1,
     )  # fmt: skip
@@ -75,9 +75,9 @@ def test_an_interrupted_file_is_completed(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ingest_file(store, registry, path, batch_size=100, progress=interrupt)
+        ingest_file(store, registry, path, batches=Batches(100, interrupt))
     assert len(stored(store)) == 200
-    report = ingest_file(store, registry, path, batch_size=70)
+    report = ingest_file(store, registry, path, batches=Batches(70))
     assert (report.accepted, report.already_present) == (300, 200)
     assert stored(store) == list(enumerate(path.read_bytes().splitlines(), 1))
 
@@ -90,10 +90,11 @@ def test_a_killed_ingest_is_completed_exactly(
         "import sys; from pathlib import Path;"
         "from dagster_prefs.engine.connection import EngineConfiguration;"
         "from dagster_prefs.events.ingest import ingest_file;"
+        "from dagster_prefs.events.raw import Batches;"
         "from dagster_prefs.settings import load_settings;"
         "engine = EngineConfiguration('127.0.0.1', int(sys.argv[1]), sys.argv[2], 'prefs');"
         "ingest_file(engine, load_settings().registry(), Path(sys.argv[3]),"
-        " batch_size=50)"
+        " batches=Batches(50))"
     )
     child = subprocess.Popen(
         [sys.executable, "-c", script, str(store.port), store.database, str(path)], cwd=REPOSITORY
@@ -162,8 +163,8 @@ def test_a_shift_ends_now_and_is_remembered(
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ingest_file(store, registry, path, shift_to_now=True, now=NOW, batch_size=2, progress=interrupt)
-    report = ingest_file(store, registry, path, shift_to_now=True, now=NOW + timedelta(days=9))
+        ingest_file(store, registry, path, FileOptions(shift_to=NOW), batches=Batches(2, interrupt))
+    report = ingest_file(store, registry, path, FileOptions(shift_to=NOW + timedelta(days=9)))
     newest = datetime(2020, 1, 2, 0, 0, 0, 250_000, tzinfo=UTC)
     shift = (NOW - newest) // timedelta(seconds=1)
     assert (report.shift_seconds, report.accepted) == (shift, 3)
@@ -182,14 +183,14 @@ def test_a_file_first_taken_as_it_is_stays_so(
 ) -> None:
     path = write_views(tmp_path / "views.jsonl", 3)
     ingest_file(store, registry, path)
-    report = ingest_file(store, registry, path, shift_to_now=True, now=NOW)
+    report = ingest_file(store, registry, path, FileOptions(shift_to=NOW))
     assert report.shift_seconds == 0
     assert "stay as they are" in (report.note or "")
 
 
 @pytest.mark.skipif(not SAMPLE.is_file(), reason="the REES46 sample is not beside the repository")
 def test_the_rees46_sample_is_stored_row_by_row(registry: Registry, store: EngineConfiguration) -> None:
-    report = ingest_file(store, registry, SAMPLE, shift_to_now=True, now=NOW)
+    report = ingest_file(store, registry, SAMPLE, FileOptions(shift_to=NOW))
     assert (report.topic, report.lines, report.accepted) == ("user.events", 1000, 1000)
     with SAMPLE.open(newline="") as file:
         originals = list(csv.DictReader(file))
@@ -287,7 +288,7 @@ def test_one_content_is_one_topic(registry: Registry, store: EngineConfiguration
     path = write_views(tmp_path / "views.jsonl", 1)
     ingest_file(store, registry, path)
     with pytest.raises(EventFileError, match="was ingested as view_events before"):
-        ingest_file(store, registry, path, topic="items")
+        ingest_file(store, registry, path, FileOptions("items"))
 
 
 def test_missing_tables_name_the_remedy(
@@ -326,7 +327,7 @@ def test_an_engine_that_goes_away_keeps_what_it_took(
             )
 
     with pytest.raises(RawStoreError, match=r"went away .* run the same command again"):
-        ingest_file(store, registry, path, batch_size=100, progress=cut)
+        ingest_file(store, registry, path, batches=Batches(100, cut))
     assert len(stored(store)) == 100
     report = ingest_file(store, registry, path)
     assert (report.accepted, report.already_present) == (200, 100)

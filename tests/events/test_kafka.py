@@ -9,7 +9,8 @@ import pytest
 
 from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.engine.connection import EngineConfiguration
-from dagster_prefs.events.ingest import ingest_file
+from dagster_prefs.events.brokers import KafkaSource
+from dagster_prefs.events.ingest import FileOptions, ingest_file
 from dagster_prefs.events.kafka import (
     GATHER_SECONDS,
     POLL_SECONDS,
@@ -18,7 +19,7 @@ from dagster_prefs.events.kafka import (
     ingest_topic,
     next_messages,
 )
-from dagster_prefs.events.raw import Progress
+from dagster_prefs.events.raw import Batches, Progress
 from tests.events.conftest import produce, rows
 
 Broker = tuple[str, Any]
@@ -33,12 +34,12 @@ def test_a_topic_is_read_once_across_runs(
     producer.produce("view_events", value=None)
     producer.flush(10)
     produce(address, "view_events", [b"c"])
-    first = ingest_topic(store, address, registry.topics["view_events"])
+    first = ingest_topic(store, KafkaSource(address), registry.topics["view_events"])
     assert (first.source, first.lines, first.accepted, first.blank) == ("kafka:view_events", 3, 3, 1)
-    again = ingest_topic(store, address, registry.topics["view_events"])
+    again = ingest_topic(store, KafkaSource(address), registry.topics["view_events"])
     assert (again.lines, again.accepted) == (0, 0)
     produce(address, "view_events", [b"d"])
-    assert ingest_topic(store, address, registry.topics["view_events"]).accepted == 1
+    assert ingest_topic(store, KafkaSource(address), registry.topics["view_events"]).accepted == 1
     assert sorted(rows(store, VALUES)) == sorted([(b"a",), (b"\xff",), (b"c",), (b"d",)])
     assert rows(store, "select count(*) from raw_view_events where kafka_timestamp is null") == [(0,)]
 
@@ -69,33 +70,28 @@ def test_a_reading_that_was_cut_goes_on_where_the_engine_is(
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ingest_topic(store, address, registry.topics["view_events"], batch_size=100, progress=cut)
+        ingest_topic(store, KafkaSource(address), registry.topics["view_events"], batches=Batches(100, cut))
     held = rows(store, "select count(*) from raw_view_events")[0][0]
     assert 0 < held < 1000
-    report = ingest_topic(store, address, registry.topics["view_events"], until="end", batch_size=300)
+    report = ingest_topic(store, KafkaSource(address), registry.topics["view_events"], batches=Batches(300))
     assert (report.accepted, report.already_present) == (1000 - held, 0)
     assert {int(value) for (value,) in rows(store, VALUES)} == set(range(1000))
 
 
-def test_a_reading_stops_when_told_and_at_its_limit(
+def test_a_reading_without_an_end_stops_when_told(
     registry: Registry, store: EngineConfiguration, broker: Broker
 ) -> None:
     address, _ = broker
     produce(address, "view_events", [b"x"] * 50)
-    assert (
-        ingest_topic(store, address, registry.topics["view_events"], max_messages=20, until=None).accepted
-        == 20
-    )
     stop = threading.Event()
     report = ingest_topic(
         store,
-        address,
+        KafkaSource(address),
         registry.topics["view_events"],
-        until=None,
         stop=stop,
-        progress=lambda p: stop.set() if p.done == 30 else None,
+        batches=Batches(20, lambda p: stop.set() if p.done == 50 else None),
     )
-    assert report.accepted == 30
+    assert report.accepted == 50
 
 
 def test_a_file_goes_through_kafka_where_the_connector_fills_the_raw_tables(
@@ -106,13 +102,14 @@ def test_a_file_goes_through_kafka_where_the_connector_fills_the_raw_tables(
     messages = [b'{"event_id":"%d","viewer_id":1,"watched_at":"2026-01-01T00:00:00Z"}' % n for n in range(5)]
     path = tmp_path / "views.jsonl"
     path.write_bytes(b"\n".join([*messages, b"not JSON"]) + b"\n")
+    options = FileOptions("view_events")
     deliver = KafkaWriter(address).delivery({"view_events": "prod.views"})
-    report = ingest_file(store, registry, path, topic="view_events", batch_size=2, deliver=deliver)
+    report = ingest_file(store, registry, path, options, batches=Batches(2), deliver=deliver)
     assert (report.lines, report.accepted) == (6, 6)
     assert rows(store, "select count(*) from raw_view_events") == [(0,)]
     # A complete file is not sent again.
-    assert ingest_file(store, registry, path, topic="view_events", deliver=deliver).accepted == 0
-    ingest_topic(store, address, registry.topics["view_events"], kafka_topic="prod.views")
+    assert ingest_file(store, registry, path, options, deliver=deliver).accepted == 0
+    ingest_topic(store, KafkaSource(address, {"view_events": "prod.views"}), registry.topics["view_events"])
     assert sorted(value for (value,) in rows(store, VALUES)) == sorted([*messages, b"not JSON"])
 
 
@@ -120,7 +117,9 @@ def test_another_name_in_kafka(registry: Registry, store: EngineConfiguration, b
     address, _ = broker
     produce(address, "prod.views", [b"x"])
     assert (
-        ingest_topic(store, address, registry.topics["view_events"], kafka_topic="prod.views").source
+        ingest_topic(
+            store, KafkaSource(address, {"view_events": "prod.views"}), registry.topics["view_events"]
+        ).source
         == "kafka:prod.views"
     )
 
@@ -128,20 +127,20 @@ def test_another_name_in_kafka(registry: Registry, store: EngineConfiguration, b
 def test_a_recreated_topic_is_refused(registry: Registry, store: EngineConfiguration, broker: Broker) -> None:
     address, _ = broker
     produce(address, "view_events", [b"x"])
-    ingest_topic(store, address, registry.topics["view_events"])
+    ingest_topic(store, KafkaSource(address), registry.topics["view_events"])
     with store.connect() as session:
         session.execute("update raw_view_events set source_offset = 5000")
     with pytest.raises(KafkaUnavailable, match="was recreated"):
-        ingest_topic(store, address, registry.topics["view_events"])
+        ingest_topic(store, KafkaSource(address), registry.topics["view_events"])
 
 
 def test_no_such_topic_and_no_broker(
     registry: Registry, store: EngineConfiguration, broker: Broker, free_port: Callable[[], int]
 ) -> None:
     with pytest.raises(KafkaUnavailable, match="has no topic items"):
-        ingest_topic(store, broker[0], registry.topics["items"], timeout_seconds=3)
+        ingest_topic(store, KafkaSource(broker[0]), registry.topics["items"], timeout_seconds=3)
     nowhere = f"127.0.0.1:{free_port()}"
     with pytest.raises(KafkaUnavailable, match="PREFS_KAFKA_BOOTSTRAP"):
-        ingest_topic(store, nowhere, registry.topics["items"], timeout_seconds=1)
+        ingest_topic(store, KafkaSource(nowhere), registry.topics["items"], timeout_seconds=1)
     with pytest.raises(KafkaUnavailable, match="PREFS_KAFKA_BOOTSTRAP"):
         KafkaWriter(nowhere, timeout_seconds=1).check("items")

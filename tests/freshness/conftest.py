@@ -20,6 +20,7 @@ from shipped import REGISTRY, TILE_TABLES
 
 from dagster_prefs.declarations.contract import Contract, load_contract
 from dagster_prefs.dynamodb.publisher import publish_domain
+from dagster_prefs.dynamodb.store import DomainStore, domain_stores
 from dagster_prefs.dynamodb.tables import dynamodb_client, provision
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.freshness.levels import Measure
@@ -132,8 +133,14 @@ class World:
             )
 
     def publish(self) -> None:
-        for domain in self.contract.domains:
-            publish_domain(self.engine, self.client, self.contract, domain, self.table)
+        for store in self.stores():
+            publish_domain(store)
+
+    def stores(self, client: Any = None) -> list[DomainStore]:
+        return domain_stores(self.engine, client or self.client, self.contract, {"viewer": self.table})
+
+    def store(self, domain: str) -> DomainStore:
+        return next(store for store in self.stores() if store.domain.name == domain)
 
     def export(self) -> None:
         for spec in TILE_TABLES.values():
@@ -154,9 +161,8 @@ class World:
 
     def online(self, client: Any = None, **options: Any) -> list[Measure]:
         return measure_online(
-            self.engine,
             self.contract,
-            lambda: (client or self.client, {"viewer": self.table}),
+            lambda: self.stores(client),
             now=self.now,
             **{"publishes": True, **options},
         )
@@ -164,9 +170,8 @@ class World:
     def offline(self, *, by_sink: bool = False) -> list[Measure]:
         return measure_offline(
             self.engine,
-            self.contract,
+            REGISTRY,
             lambda: self.catalog,
-            list(TILE_TABLES.values()),
             namespace=NAMESPACE,
             start=date(2020, 1, 1),
             now=self.now,

@@ -65,7 +65,7 @@ def test_the_lower_number_that_is_committed_last_is_seen(busy: Any) -> None:
         assert waiting(busy) == {"view_events": 1}
         busy.refresh()
         assert waiting(busy) == {}
-        # As dbt's refresh forgets what it reads.
+        # As dbt's refresh deletes what it reads.
         busy.execute("delete from raw_arrivals")
     assert waiting(busy) == {"view_events": 1}
     assert of_view_events(busy) == ("error", 1)

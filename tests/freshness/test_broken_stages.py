@@ -79,7 +79,7 @@ class Flow:
         world = self.world
         if self.ingesting:
             for topic in world.contract.freshness.topics:
-                ingest_topic(world.engine, self.cluster.bootstrap, self.registry.topics[topic])
+                ingest_topic(world.engine, KafkaSource(self.cluster.bootstrap), self.registry.topics[topic])
         if self.refreshing:
             world.refresh()
         try:
@@ -210,7 +210,7 @@ def test_two_deployments_on_one_kafka(registry: Registry, flow: Flow, world: Any
     )
     assert rejected_counts(flow.world.engine, open_only=True) == {"view_events": {"not valid JSON": 1}}
     for topic in world.contract.freshness.topics:
-        ingest_topic(other, flow.cluster.bootstrap, registry.topics[topic])
+        ingest_topic(other, KafkaSource(flow.cluster.bootstrap), registry.topics[topic])
     world.refresh()
     assert world.execute("select watched_at from view_events where viewer_id = -1") == [
         (at.replace(microsecond=at.microsecond // 1000 * 1000),)

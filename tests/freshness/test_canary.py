@@ -26,7 +26,7 @@ from dagster_prefs.freshness.canary import (
 )
 from dagster_prefs.freshness.levels import Measure
 from dagster_prefs.iceberg.export import export_day
-from dagster_prefs.serving.profiles import ProfileClient
+from dagster_prefs.serving.profiles import ClientOptions, ProfileClient
 
 DOMAINS = {"watch", "interactions", "preferences"}
 
@@ -94,7 +94,7 @@ def test_a_publisher_that_stopped_reddens_the_domains_and_not_the_shop(bench: Be
     bench.stream = bench.flow
     bench.world.publish()
     late = bench.run()
-    assert {m.level for m in late.values()} == {"ok"}, "a late canary is settled, the next one is timely"
+    assert {m.level for m in late.values()} == {"ok"}, "a late canary has arrived, the next one is timely"
     assert late["watch"].values["p99_seconds"] == pytest.approx(6)
     assert late["watch"].values["lost"] == 0
 
@@ -133,7 +133,10 @@ def test_what_cannot_be_sent_is_unknown(bench: Bench) -> None:
 
 def test_what_cannot_be_read_is_never_green(bench: Bench, free_port: Callable[[], int]) -> None:
     with ProfileClient(
-        PROJECT, endpoint_url=f"http://127.0.0.1:{free_port()}", region="eu-central-1", budget_seconds=0.2
+        PROJECT,
+        endpoint_url=f"http://127.0.0.1:{free_port()}",
+        region="eu-central-1",
+        options=ClientOptions(budget_seconds=0.2),
     ) as profiles:
         bench.probe = Probe(
             bench.probe.send,

@@ -26,6 +26,7 @@ from shipped import REGISTRY
 
 from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.defs import freshness, offline_store
+from dagster_prefs.events.brokers import KafkaSource
 from dagster_prefs.events.kafka import ingest_topic
 from dagster_prefs.freshness import status
 from dagster_prefs.freshness.alerts import AlertError, load_levels
@@ -403,11 +404,19 @@ def test_the_canary_goes_to_topics_by_their_names_in_kafka(
     names = {"kafka_bootstrap": cluster.bootstrap, "kafka_topic_names": {"VIEW_EVENTS": "views.v2"}}
     platform = Platform(settings(busy, aws_endpoint, tmp_path, **names))
     tick(definitions(platform), freshness.CANARY_SENSOR, instance, None)
-    assert ingest_topic(busy.engine, cluster.bootstrap, registry.topics["view_events"]).accepted == 0
+    assert (
+        ingest_topic(busy.engine, KafkaSource(cluster.bootstrap), registry.topics["view_events"]).accepted
+        == 0
+    )
     assert (
         ingest_topic(
-            busy.engine, cluster.bootstrap, registry.topics["view_events"], kafka_topic="views.v2"
+            busy.engine,
+            KafkaSource(cluster.bootstrap, {"view_events": "views.v2"}),
+            registry.topics["view_events"],
         ).accepted
         == 1
     )
-    assert ingest_topic(busy.engine, cluster.bootstrap, registry.topics["user.events"]).accepted == 1
+    assert (
+        ingest_topic(busy.engine, KafkaSource(cluster.bootstrap), registry.topics["user.events"]).accepted
+        == 1
+    )

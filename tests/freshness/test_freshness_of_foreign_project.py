@@ -11,6 +11,7 @@ from foreign import REGISTRY, TODAY, School, lesson
 
 from dagster_prefs.declarations.reserved import canary_of
 from dagster_prefs.dynamodb.publisher import publish_domain
+from dagster_prefs.dynamodb.store import domain_stores
 from dagster_prefs.dynamodb.tables import dynamodb_client, provision
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
@@ -26,7 +27,6 @@ from dagster_prefs.freshness.canary import (
 from dagster_prefs.freshness.measures import measure_ingestion, measure_offline, measure_online, measure_views
 from dagster_prefs.freshness.views import View, watched_relations
 from dagster_prefs.iceberg.catalog import open_catalog
-from dagster_prefs.iceberg.tables import tile_tables
 from dagster_prefs.serving import ProfileClient
 
 
@@ -66,30 +66,22 @@ def test_every_stage_is_measured_and_a_canary_reaches_its_profiles(
 ) -> None:
     school = School(engine, Dbt(engine, COURSES, tmp_path / "target", {}))
     client = dynamodb_client(aws_endpoint, "eu-central-1")
-    tables = provision(client, REGISTRY.contract)
+    (store,) = domain_stores(engine, client, REGISTRY.contract, provision(client, REGISTRY.contract))
     catalog = open_catalog("sqlite", (tmp_path / "lake").as_uri())
 
     def flow() -> None:
         school.refresh()
-        publish_domain(engine, client, REGISTRY.contract, "learning#progress", tables["learner"])
+        publish_domain(store)
 
     def levels() -> dict[str, str]:
         now = datetime.now(UTC)
         measures = [
             *measure_views(engine, REGISTRY, now=now),
-            *measure_online(
-                engine,
-                REGISTRY.contract,
-                lambda: (client, tables),
-                now=now,
-                publishes=True,
-                wait=lambda _: None,
-            ),
+            *measure_online(REGISTRY.contract, lambda: [store], now=now, publishes=True, wait=lambda _: None),
             *measure_offline(
                 engine,
-                REGISTRY.contract,
+                REGISTRY,
                 lambda: catalog,
-                list(tile_tables(REGISTRY).values()),
                 namespace="training",
                 start=TODAY,
                 now=now,

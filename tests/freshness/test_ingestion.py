@@ -46,7 +46,7 @@ def test_lag_grows_while_the_ingester_stands_and_goes_when_it_runs(
 ) -> None:
     for number in range(6):
         cluster.send(TOPIC, number % 2, world.now - timedelta(seconds=60 - number))
-    ingest_topic(world.engine, cluster.bootstrap, registry.topics[TOPIC])
+    ingest_topic(world.engine, KafkaSource(cluster.bootstrap), registry.topics[TOPIC])
     assert measure().level == "ok"
     assert measure().values["messages_behind"] == 0
 
@@ -64,7 +64,7 @@ def test_lag_grows_while_the_ingester_stands_and_goes_when_it_runs(
     world.later(seconds=2)
     assert measure().level == "error"
 
-    ingest_topic(world.engine, cluster.bootstrap, registry.topics[TOPIC])
+    ingest_topic(world.engine, KafkaSource(cluster.bootstrap), registry.topics[TOPIC])
     assert measure().level == "ok"
     world.later(hours=1)
     assert measure().level == "ok", "a quiet topic has no lag"
@@ -74,7 +74,7 @@ def test_tombstones_are_never_owed(
     registry: Registry, world: Any, cluster: Cluster, measure: Callable[..., Measure]
 ) -> None:
     cluster.send(TOPIC, 2, world.now - timedelta(seconds=60))
-    ingest_topic(world.engine, cluster.bootstrap, registry.topics[TOPIC])
+    ingest_topic(world.engine, KafkaSource(cluster.bootstrap), registry.topics[TOPIC])
     cluster.send(TOPIC, 2, world.now - timedelta(seconds=50), None)
     assert measure().level == "ok"
     cluster.send(TOPIC, 2, world.now - timedelta(seconds=40))
@@ -121,7 +121,7 @@ def test_a_message_from_the_future_has_no_age(
     cluster.send(TOPIC, 2, world.now - timedelta(seconds=60))
     assert measure().level == "unknown"
     assert measure().lag_seconds == pytest.approx(60, abs=0.01)
-    ingest_topic(world.engine, cluster.bootstrap, registry.topics[TOPIC])
+    ingest_topic(world.engine, KafkaSource(cluster.bootstrap), registry.topics[TOPIC])
     assert measure().level == "ok"
 
 

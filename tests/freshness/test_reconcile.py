@@ -15,15 +15,7 @@ KEY = "engagement#watch"
 
 
 def reconcile(world: Any, **options: Any) -> Any:
-    return reconcile_domain(
-        world.engine,
-        world.client,
-        world.contract,
-        world.contract.domain("watch"),
-        world.table,
-        now=world.now,
-        **options,
-    )
+    return reconcile_domain(world.store("watch"), now=world.now, **options)
 
 
 def item(world: Any, viewer: int) -> dict[str, Any] | None:
@@ -86,20 +78,14 @@ def test_damage_is_counted_repaired_and_gone(busy: Any) -> None:
 def test_the_publisher_does_not_repair_what_it_believes_to_be_there(busy: Any) -> None:
     damage(busy)
     busy.publish()
-    lag = online_lag(
-        busy.engine, busy.client, busy.contract, busy.contract.domain("watch"), busy.table, now=busy.now
-    )
+    lag = online_lag(busy.store("watch"), now=busy.now)
     assert not lag.in_step
     reconcile(busy)
-    lag = online_lag(
-        busy.engine, busy.client, busy.contract, busy.contract.domain("watch"), busy.table, now=busy.now
-    )
+    lag = online_lag(busy.store("watch"), now=busy.now)
     assert lag.in_step or lag.published_rows != lag.view_rows
     assert lag.differences == ()
     busy.publish()
-    lag = online_lag(
-        busy.engine, busy.client, busy.contract, busy.contract.domain("watch"), busy.table, now=busy.now
-    )
+    lag = online_lag(busy.store("watch"), now=busy.now)
     assert lag.in_step
 
 
@@ -114,7 +100,7 @@ def test_the_publisher_looks_again_at_what_was_repaired(busy: Any) -> None:
         "delete from raw_view_events where convert_from(data, 'utf8') like %s", [f"%{event['event_id']}%"]
     )
     busy.refresh()
-    publish_domain(busy.engine, busy.client, busy.contract, "watch", busy.table)
+    publish_domain(busy.store("watch"))
     assert item(busy, 3) == before
 
 

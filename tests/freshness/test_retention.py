@@ -63,7 +63,7 @@ def report(instance: dg.DagsterInstance, passed: bool) -> None:
     instance.report_runless_asset_event(dg.AssetCheckEvaluation(KEY, CHECK.name, passed))
 
 
-def test_readings_are_forgotten_and_nothing_else(instance: dg.DagsterInstance, tmp_path: Path) -> None:
+def test_readings_are_deleted_and_nothing_else(instance: dg.DagsterInstance, tmp_path: Path) -> None:
     assert readings.execute_in_process(instance=instance).success
     kept = other.execute_in_process(instance=instance)
     instance.report_runless_asset_event(dg.AssetMaterialization(KEY))

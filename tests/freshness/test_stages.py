@@ -45,20 +45,20 @@ def test_every_reading_is_served_by_an_index(registry: Registry, busy: Any) -> N
         mine = "datname = current_database() and pid <> pg_backend_pid()"
         return bool(busy.execute(f"select count(*) from pg_stat_activity where {mine}")[0][0])
 
-    def settle() -> None:
+    def wait_for_others() -> None:
         # A session's counts are there once it is gone.
         deadline = time.monotonic() + 30
         while others():
             assert time.monotonic() < deadline
             time.sleep(0.02)
 
-    settle()
+    wait_for_others()
     before = scans()
     busy.watch(1, age=30)
     assert {measure.level for measure in (*busy.views(), *busy.online())} == {"ok", "error"}
     with busy.engine.connect() as connection:
         assert set(waiting_since(connection, busy.engine, registry)) == {"view_events"}
-    settle()
+    wait_for_others()
     after = scans()
     assert {name for name in after if after[name][0] > before[name][0]} == set()
     assert all(after[name][1] > before[name][1] for name in READ_OFTEN)
@@ -251,10 +251,7 @@ def test_a_follower_that_does_not_run_is_seen_before_anything_lags(busy: Any) ->
     assert (nobody.level, nobody.lag_seconds) == ("warn", 0)
     assert "nobody has published it yet: run `prefs publish --follow`" in nobody.reason
     lease = Lease(
-        busy.client,
-        busy.contract,
-        busy.contract.domain("watch"),
-        busy.table.name,
+        busy.store("watch"),
         label="host:1",
         mode="follow",
         lease_seconds=10,

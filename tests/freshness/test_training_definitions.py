@@ -82,7 +82,7 @@ def test_what_is_published_equals_the_tables(
     for name, check in found.items():
         assert check.passed, (name, check.description)
         assert check.metadata["subjects"].value == 40
-        assert check.metadata["unsettled"].value == 0
+        assert check.metadata["in_flight"].value == 0
     rates = {name for name in found["viewer_watch_daily"].metadata if name.endswith("_rate")}
     assert {f"titles_7d_{kind}_rate" for kind in ("mismatch", "missing", "extra")} <= rates
     observed = instance.fetch_observations(dg.AssetKey(["training", "viewer_watch_daily"]), limit=1).records[

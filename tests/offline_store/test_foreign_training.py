@@ -24,8 +24,9 @@ from dagster_prefs.iceberg.export import export_day, exported_days, stale_days
 from dagster_prefs.iceberg.tables import tile_tables
 from dagster_prefs.iceberg.tiles import TilesUnreadable
 from dagster_prefs.training.labels import LabelsRefused, read_labels
-from dagster_prefs.training.parity import ParityReport, check_parity
+from dagster_prefs.training.parity import ParityOptions, ParityReport, check_parity
 from dagster_prefs.training.training_set import (
+    LabelJoin,
     build_training_set,
     print_training_sql,
     reproduce_training_set,
@@ -129,7 +130,7 @@ def test_labels_get_what_was_known_the_day_before(school: School, catalog: Catal
     export(school, catalog)
     given = [("7", 0), ("007", 0), ("7", 7), ("nobody", 0), ("日本", 21)]
     source = labels(tmp_path, given)
-    made = build_training_set(catalog, source, tmp_path / "set.parquet", features=FEATURES, now=NOW)
+    made = build_training_set(catalog, LabelJoin(source, FEATURES, NOW), tmp_path / "set.parquet")
     table = pq.read_table(tmp_path / "set.parquet")
     assert table.column_names == ["learner_id", "label_time", "lessons_7d", "minutes_28d"]
 
@@ -231,9 +232,7 @@ def test_what_is_served_equals_what_its_tables_say(school: School, catalog: Cata
             lambda learners: {learner: items[learner] for learner in learners if learner in items},
             features=FEATURES,
             now=now,
-            share=1.0,
-            spread_seconds=spread,
-            settle=timedelta(0),
+            options=ParityOptions(1.0, spread, grace_seconds=0),
         )
 
     report = check(items)

@@ -19,7 +19,7 @@ from dagster_prefs.iceberg.catalog import OfflineError, StorageFull, open_catalo
 from dagster_prefs.iceberg.duck import JOINING, duck_session, sort_batches
 from dagster_prefs.iceberg.export import export_day
 from dagster_prefs.iceberg.maintenance import maintain
-from dagster_prefs.training.training_set import build_training_set
+from dagster_prefs.training.training_set import LabelJoin, build_training_set
 
 from .conftest import DAY, Tiles, table_rows, watch
 from .training_world import KEEP, NOW, at, fill, later, write_labels
@@ -97,7 +97,7 @@ def test_a_training_set_at_every_point_of_its_way(
 
     def build(day: int) -> None:
         labels = write_labels(tmp_path, [(1, at(DAY + timedelta(days=day), n / 60)) for n in range(300)])
-        build_training_set(catalog, labels, output, now=NOW, features=FEATURES)
+        build_training_set(catalog, LabelJoin(labels, FEATURES, NOW), output)
 
     build(1)
     before = {path.name: path.read_bytes() for path in disk.folder.iterdir()}

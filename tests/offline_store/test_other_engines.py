@@ -39,7 +39,7 @@ from dagster_prefs.iceberg.maintenance import maintain
 from dagster_prefs.iceberg.tables import ErasedSubject, arrow_schema
 from dagster_prefs.training.labels import read_labels
 from dagster_prefs.training.outputs import replace_rows
-from dagster_prefs.training.parity import check_parity
+from dagster_prefs.training.parity import ParityOptions, check_parity
 
 from .conftest import DAY, Tiles, table_rows, watch
 from .other_engine import add_file, commit_deletes, delete_equal, delete_positions, delete_vector
@@ -125,7 +125,7 @@ def test_parity_does_not_count_deleted_rows(tiles: Tiles, catalog: Catalog, dele
     tiles.delete(WATCH, DAY)
     delete_viewers(watch_table(catalog), deletes, 2, 5)
     report = check_parity(
-        tiles.engine, catalog, lambda viewers: {}, features=FEATURES, now=at(NEXT), share=1.0
+        tiles.engine, catalog, lambda viewers: {}, features=FEATURES, now=at(NEXT), options=ParityOptions(1.0)
     )
     assert (report.subjects, report.missing["watch"]) == (4, 4)
 
@@ -201,12 +201,19 @@ def test_equality_deletes_are_refused_by_every_reader(tiles: Tiles, catalog: Cat
         assert "--replace-foreign" in said
     # Parity reads the day from the engine, which has it.
     report = check_parity(
-        tiles.engine, catalog, lambda viewers: {}, features=FEATURES, now=at(NEXT), share=1.0
+        tiles.engine, catalog, lambda viewers: {}, features=FEATURES, now=at(NEXT), options=ParityOptions(1.0)
     )
     assert (report.subjects, report.engine_days[WATCH.name]) == (6, (DAY,))
     tiles.delete(WATCH, DAY)
     with pytest.raises(RowsUnreadable):
-        check_parity(tiles.engine, catalog, lambda viewers: {}, features=FEATURES, now=at(NEXT), share=1.0)
+        check_parity(
+            tiles.engine,
+            catalog,
+            lambda viewers: {},
+            features=FEATURES,
+            now=at(NEXT),
+            options=ParityOptions(1.0),
+        )
     found = export(tiles, catalog)
     assert (found.status, found.rows) == ("foreign", None)
     assert delete.file_path in found.reason

@@ -11,7 +11,7 @@ from pyiceberg.catalog import Catalog
 from shipped import FEATURES, GENRE, INTERACTIONS, WATCH
 
 from dagster_prefs.iceberg.export import export_day
-from dagster_prefs.training.parity import ParityReport, check_parity
+from dagster_prefs.training.parity import ParityOptions, ParityReport, check_parity
 
 from . import oracle
 from .conftest import Tiles, genre, interactions, watch
@@ -83,12 +83,20 @@ def filled(tiles: Tiles, catalog: Catalog) -> Tiles:
     return tiles
 
 
-def check(tiles: Tiles, catalog: Catalog, items: dict[int, Any], **options: Any) -> ParityReport:
+def check(
+    tiles: Tiles, catalog: Catalog, items: dict[int, Any], now: datetime = NOW, **options: Any
+) -> ParityReport:
     def read(viewers: Sequence[int]) -> dict[int, Any]:
         return {viewer: items[viewer] for viewer in viewers if viewer in items}
 
-    given = {"features": FEATURES, "now": NOW, "share": 1.0, "settle": timedelta(0)} | options
-    return check_parity(tiles.engine, catalog, read, **given)
+    return check_parity(
+        tiles.engine,
+        catalog,
+        read,
+        features=FEATURES,
+        now=now,
+        options=ParityOptions(**{"share": 1.0, "grace_seconds": 0, **options}),
+    )
 
 
 def test_what_is_served_exactly_passes(filled: Tiles, catalog: Catalog) -> None:
@@ -105,7 +113,7 @@ def test_what_is_served_exactly_passes(filled: Tiles, catalog: Catalog) -> None:
 def test_each_viewers_own_day_boundary_counts(filled: Tiles, catalog: Catalog) -> None:
     late = NOW.replace(hour=0, second=3)
     items = served()
-    report = check(filled, catalog, items, now=late, spread_seconds=10, settle=timedelta(days=-1))
+    report = check(filled, catalog, items, now=late, spread_seconds=10, grace_seconds=-86_400)
     # At 3 s past midnight viewers 4 to 6 are still in yesterday's window, which reaches one day further back.
     wrong = {found.subject for found in report.worst if found.attribute == "watch_minutes_28d"}
     assert wrong == {4, 5}
@@ -148,8 +156,8 @@ def test_missing_and_extra_items_are_counted(filled: Tiles, catalog: Catalog) ->
 
 
 def test_events_that_may_still_be_on_their_way_are_left_out(filled: Tiles, catalog: Catalog) -> None:
-    report = check(filled, catalog, {}, settle=timedelta(days=1))
-    assert report.unsettled == 5 + 4 + 2
+    report = check(filled, catalog, {}, grace_seconds=86_400)
+    assert report.in_flight == 5 + 4 + 2
     assert report.passed
 
 
@@ -163,7 +171,12 @@ def test_the_sample_is_stable_and_smaller(filled: Tiles, catalog: Catalog) -> No
 
     for _ in range(2):
         check_parity(
-            filled.engine, catalog, read, features=FEATURES, now=NOW, share=0.25, settle=timedelta(0)
+            filled.engine,
+            catalog,
+            read,
+            features=FEATURES,
+            now=NOW,
+            options=ParityOptions(0.25, grace_seconds=0),
         )
     assert seen[0] == seen[1]
     assert 50 < len(seen[0]) < 160

@@ -37,6 +37,7 @@ from dagster_prefs.training.labels import LabelsRefused, read_labels
 from dagster_prefs.training.outputs import OutputRefused
 from dagster_prefs.training.training_set import (
     CsvOptions,
+    LabelJoin,
     NotReproducible,
     SnapshotExpired,
     TagTaken,
@@ -490,10 +491,8 @@ def test_columns_that_an_output_has_no_equal_of(
     with pytest.raises(OfflineError, match=expected):
         build_training_set(
             catalog,
-            str(tmp_path / "labels.parquet"),
+            LabelJoin(str(tmp_path / "labels.parquet"), FEATURES, NOW),
             to,
-            now=NOW,
-            features=FEATURES,
             manifest=tmp_path / "m.json",
         )
     assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {"labels.parquet"}
@@ -592,7 +591,7 @@ def test_a_training_set_as_csv_and_as_a_table(catalog: Catalog, tmp_path: Path) 
     )
     labels = write_labels(tmp_path, [(1, at(DAY + timedelta(days=1), 1.5)), (2, at(DAY))])
     _, expected = build(catalog, labels, tmp_path)
-    made = build_training_set(catalog, labels, tmp_path / "set.csv", now=NOW, features=FEATURES)
+    made = build_training_set(catalog, LabelJoin(labels, FEATURES, NOW), tmp_path / "set.csv")
     first, second = csv.DictReader((tmp_path / "set.csv").open())
     assert first["label_time"] == "2026-03-11T01:30:00.000000Z"
     assert first["watch_minutes_7d"] == "1.016667"
@@ -604,7 +603,7 @@ def test_a_training_set_as_csv_and_as_a_table(catalog: Catalog, tmp_path: Path) 
     assert table.content_hash == made.content_hash
     for _ in range(2):
         made = build_training_set(
-            catalog, labels, "ml.first_set", now=NOW, features=FEATURES, manifest=tmp_path / "set.json"
+            catalog, LabelJoin(labels, FEATURES, NOW), "ml.first_set", manifest=tmp_path / "set.json"
         )
         stored = catalog.load_table("ml.first_set")
         assert stored.scan().to_arrow().to_pylist() == expected
@@ -616,7 +615,7 @@ def test_a_training_set_as_csv_and_as_a_table(catalog: Catalog, tmp_path: Path) 
     catalog.create_table("ml.other", pa.schema([("viewer_id", pa.int64())]))
     with pytest.raises(OutputRefused, match=r"ml\.other has other columns \(viewer_id\)"):
         build_training_set(
-            catalog, labels, "ml.other", now=NOW, features=FEATURES, manifest=tmp_path / "x.json"
+            catalog, LabelJoin(labels, FEATURES, NOW), "ml.other", manifest=tmp_path / "x.json"
         )
     assert not (tmp_path / "x.json").exists()
 
@@ -634,7 +633,7 @@ def test_no_text_of_a_csv_is_a_formula(catalog: Catalog, tmp_path: Path) -> None
 
     def written(**options: Any) -> list[dict[str, str]]:
         made = build_training_set(
-            catalog, str(labels), tmp_path / "set.csv", now=NOW, features=FEATURES, **options
+            catalog, LabelJoin(str(labels), FEATURES, NOW, **options), tmp_path / "set.csv"
         )
         with (tmp_path / "set.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
@@ -673,7 +672,7 @@ def test_a_table_that_another_writer_changes_meanwhile(
 
     def write(labels: str) -> None:
         build_training_set(
-            catalog, labels, "ml.set", now=NOW, features=FEATURES, manifest=tmp_path / "set.json"
+            catalog, LabelJoin(labels, FEATURES, NOW), "ml.set", manifest=tmp_path / "set.json"
         )
 
     if existing:
@@ -704,17 +703,11 @@ def test_outputs_that_cannot_be_written_are_refused_first(
     catalog: Catalog, tmp_path: Path, output: str, message: str
 ) -> None:
     fill(catalog, {})
+    join = LabelJoin("no labels.csv", FEATURES, NOW)
     with pytest.raises(OutputRefused, match=message):
-        build_training_set(catalog, "no labels.csv", tmp_path / output, now=NOW, features=FEATURES)
+        build_training_set(catalog, join, tmp_path / output)
     with pytest.raises(OutputRefused, match="nowhere of the manifest does not exist: create it"):
-        build_training_set(
-            catalog,
-            "no labels.csv",
-            tmp_path / "set.csv",
-            now=NOW,
-            features=FEATURES,
-            manifest=tmp_path / "nowhere" / "set.json",
-        )
+        build_training_set(catalog, join, tmp_path / "set.csv", manifest=tmp_path / "nowhere" / "set.json")
 
 
 def test_a_full_disk_keeps_what_was_there(

@@ -13,7 +13,7 @@ from pyiceberg.catalog import Catalog
 from shipped import FEATURES, TILE_TABLES
 
 from dagster_prefs.iceberg.tables import arrow_schema, ensure_table
-from dagster_prefs.training.training_set import TrainingSet, build_training_set
+from dagster_prefs.training.training_set import LabelJoin, TrainingSet, build_training_set
 
 KEEP = timedelta(days=30)
 NOW = datetime(2026, 6, 1, tzinfo=UTC)
@@ -50,9 +50,9 @@ def write_labels(folder: Path, rows: Sequence[tuple[int, datetime]]) -> str:
 def build(
     catalog: Catalog, labels: str, folder: Path, **options: Any
 ) -> tuple[TrainingSet, list[dict[str, Any]]]:
-    made = build_training_set(
-        catalog, labels, folder / "set.parquet", now=options.pop("now", NOW), features=FEATURES, **options
-    )
+    given = {name: options.pop(name) for name in ("manifest", "tag") if name in options}
+    join = LabelJoin(labels, FEATURES, options.pop("now", NOW), **options)
+    made = build_training_set(catalog, join, folder / "set.parquet", **given)
     return made, pq.read_table(made.output).to_pylist()
 
 

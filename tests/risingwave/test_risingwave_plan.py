@@ -23,6 +23,7 @@ from workshop import accept
 from dagster_prefs.declarations.contract import Contract, build_contract, parse_contract
 from dagster_prefs.deploy.apply import ApplyError, PlanError, apply_plan
 from dagster_prefs.deploy.plan import ContractReview, Plan, make_plan
+from dagster_prefs.dynamodb.store import DomainStore
 from dagster_prefs.dynamodb.tables import TableReport, dynamodb_client, provision
 from dagster_prefs.engine.catalog import read_catalog
 from dagster_prefs.engine.connection import EngineConfiguration
@@ -74,16 +75,9 @@ class Items:
         self.asked.append(relation)
         if self.client:
             domain = self.contract.domain("watch")
-            reconcile_domain(
-                self.engine,
-                self.client,
-                self.contract,
-                domain,
-                self.table,
-                now=datetime.now(UTC),
-                grace_seconds=2,
-            )
-        return f"{relation} settled"
+            store = DomainStore(self.engine, self.client, self.contract, domain, self.table)
+            reconcile_domain(store, now=datetime.now(UTC), grace_seconds=2)
+        return f"{relation} reconciled"
 
     def minutes(self) -> dict[int, Decimal]:
         """Viewer → watch_minutes_28d, as DynamoDB has it."""

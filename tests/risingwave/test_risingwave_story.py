@@ -171,6 +171,7 @@ def test_a_look_at_freshness_reads_no_relation_whole(
     from datetime import UTC, datetime
 
     from dagster_prefs.declarations.contract import load_contract
+    from dagster_prefs.dynamodb.store import domain_stores
     from dagster_prefs.dynamodb.tables import dynamodb_client, provision
     from dagster_prefs.freshness.canary import canary_views, read_views
     from dagster_prefs.freshness.measures import measure_online, measure_views
@@ -183,7 +184,11 @@ def test_a_look_at_freshness_reads_no_relation_whole(
     read_views(engine, REGISTRY, canary_views(REGISTRY))
     measures = measure_views(engine, REGISTRY, now=now)
     measures += measure_online(
-        engine, contract, lambda: (client, tables), now=now, publishes=False, wait=lambda seconds: None
+        contract,
+        lambda: domain_stores(engine, client, contract, tables),
+        now=now,
+        publishes=False,
+        wait=lambda seconds: None,
     )
     assert {measure.level for measure in measures if measure.level == "unknown"} == set()
     assert len(engine.plans) > 30

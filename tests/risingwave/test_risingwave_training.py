@@ -1,4 +1,4 @@
-"""Training data from a real RisingWave: daily exports, parity, corrected messages, and a viewer who is forgotten."""
+"""Training data from a real RisingWave: daily exports, parity, corrected messages, and a viewer who is erased."""
 
 from __future__ import annotations
 
@@ -342,7 +342,7 @@ def test_rejected_messages_are_corrected_and_sent_again(world: World, tmp_path: 
     assert sum(open_before.values()) - sum(left.values()) == 2
 
 
-def test_a_viewer_is_forgotten_everywhere_and_replays_stay_out(world: World) -> None:
+def test_a_viewer_is_erased_everywhere_and_replays_stay_out(world: World) -> None:
     own = [
         *(world.view(FORGOTTEN, days) for days in (0.01, 1, 20, 40)),
         world.view(FORGOTTEN, 1, event_id="odd-text", viewer_id=f" {FORGOTTEN}\t"),

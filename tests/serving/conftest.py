@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from dagster_prefs.declarations.contract import load_contract
 from dagster_prefs.dynamodb.items import ItemEncoder
 from dagster_prefs.dynamodb.tables import dynamodb_client, provision
 from dagster_prefs.engine.connection import EngineConfiguration
-from dagster_prefs.serving import ProfileClient
+from dagster_prefs.serving import ClientOptions, ProfileClient
 from dagster_prefs.serving.preferences import ShopClient
 
 REGION = "eu-central-1"
@@ -96,14 +97,14 @@ class Online:
         item.update(changes)
         self.client.put_item(TableName=self.table.name, Item=item)
 
-    def reader(self, transport: str, **options: Any) -> ProfileClient:
+    def reader(self, transport: str, clock: Callable[[], float] = time.time) -> ProfileClient:
         return ProfileClient(
             PROJECT,
             endpoint_url=self.endpoint,
             region=REGION,
             table_prefix=self.prefix,
-            transport=transport,  # type: ignore[arg-type]
-            **{"budget_seconds": 30, "read_timeout_seconds": 30, **options},
+            options=ClientOptions(30, read_timeout_seconds=30, transport=transport),  # type: ignore[arg-type]
+            clock=clock,
         )
 
 

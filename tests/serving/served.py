@@ -13,7 +13,7 @@ from typing import Any
 from declared import PROJECT
 
 from dagster_prefs.engine.connection import EngineConfiguration
-from dagster_prefs.serving import AsyncProfileClient, ShopClient
+from dagster_prefs.serving import AsyncProfileClient, ClientOptions, ShopClient
 from dagster_prefs.serving.connections import ConnectionLimits
 from dagster_prefs.serving.server import Load, make_app, make_server
 
@@ -87,5 +87,6 @@ def profile_client(endpoint: str, prefix: str = "", **options: Any) -> AsyncProf
         endpoint_url=endpoint,
         region=REGION,
         table_prefix=prefix,
-        **{"budget_seconds": 30, "read_timeout_seconds": 30, **options},
+        options=ClientOptions(30, read_timeout_seconds=30),
+        **options,
     )

@@ -24,17 +24,17 @@ from served import running
 from dagster_prefs.declarations.contract import diff_contracts, parse_contract
 from dagster_prefs.declarations.registry import Registry, RegistryError, parse_registry, registry_dict
 from dagster_prefs.declarations.reserved import canary_id
-from dagster_prefs.dynamodb.access import ItemAccess
 from dagster_prefs.dynamodb.items import ItemEncoder, ItemError
 from dagster_prefs.dynamodb.lease import LEASE_IDS, Lease, read_lease
 from dagster_prefs.dynamodb.publisher import KeySql, PublishError, PublishReport, publish_domain
+from dagster_prefs.dynamodb.store import DomainStore
 from dagster_prefs.dynamodb.tables import TableReport, dynamodb_client, provision
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.erasure.items import EntityItems
 from dagster_prefs.freshness.online import online_lag
 from dagster_prefs.freshness.reconcile import reconcile_domain
 from dagster_prefs.ids import Id
-from dagster_prefs.serving import AsyncProfileClient, ProfileClient
+from dagster_prefs.serving import AsyncProfileClient, ClientOptions, ProfileClient
 from dagster_prefs.serving.generate import render_client
 from dagster_prefs.serving.profiles import ProfileError
 
@@ -75,7 +75,12 @@ class School:
         )
 
     def publish(self) -> PublishReport:
-        return publish_domain(self.engine, self.client, self.registry.contract, "course", self.table)
+        return publish_domain(self.store)
+
+    @property
+    def store(self) -> DomainStore:
+        contract = self.registry.contract
+        return DomainStore(self.engine, self.client, contract, contract.domain("course"), self.table)
 
     def held(self) -> dict[Id, int]:
         keys = self.registry.contract.tables["enrolment"]
@@ -92,8 +97,7 @@ class School:
             "endpoint_url": self.endpoint,
             "region": REGION,
             "table_prefix": self.prefix,
-            "budget_seconds": 30,
-            "read_timeout_seconds": 30,
+            "options": ClientOptions(30, read_timeout_seconds=30),
         }
 
 
@@ -207,43 +211,27 @@ def test_rows_that_cannot_become_items_are_named(school: School) -> None:
 
 
 def test_the_comparison_finds_what_differs_and_repairs_it(school: School) -> None:
-    contract, domain = school.registry.contract, school.registry.contract.domain("course")
     for number, id_ in enumerate(NEAR):
         school.put(id_, number)
     school.publish()
     # What a publisher of RisingWave's changes keeps beside the items is none of them.
-    lease = Lease(
-        school.client, contract, domain, school.table.name, label="test", mode="once", lease_seconds=5
-    )
+    lease = Lease(school.store, label="test", mode="once", lease_seconds=5)
     assert lease.acquire(threading.Event(), 0.0)
-    access = ItemAccess(school.client, contract.tables["enrolment"], school.table.name)
-    held = read_lease(access, domain)
+    held = read_lease(school.store.items, school.store.domain)
     assert held is not None
     assert (held.holder, held.sequence) == (lease.state.holder, lease.state.sequence)
     school.execute("update sink_learning_course set course_lessons_7d = 99 where course_id = 'b#c'")
-    school.client.delete_item(
-        TableName=school.table.name, Key=contract.tables["enrolment"].typed_key(KEY, HARD)
-    )
+    school.client.delete_item(TableName=school.table.name, Key=school.store.keys.typed_key(KEY, HARD))
     school.execute("delete from sink_learning_course where learner_id = 'b'")
     school.execute("insert into deployments values ('course_progress_rolling', now())")
     for count_rows in (True, False):
-        lag = online_lag(
-            school.engine,
-            school.client,
-            contract,
-            domain,
-            school.table,
-            now=datetime.now(UTC) + timedelta(seconds=1),
-            count_rows=count_rows,
-        )
+        lag = online_lag(school.store, now=datetime.now(UTC) + timedelta(seconds=1), count_rows=count_rows)
         assert [(one.id, one.kind) for one in lag.differences] == [
             (("a", "b#c"), "different"),
             (("b", "a"), "extra"),
             (HARD, "missing"),
         ]
-    repaired = reconcile_domain(
-        school.engine, school.client, contract, domain, school.table, now=datetime.now(UTC)
-    )
+    repaired = reconcile_domain(school.store, now=datetime.now(UTC))
     assert (repaired.different, repaired.missing, repaired.extra) == (1, 1, 1)
     assert school.held() == {
         id_: 99 if id_ == ("a", "b#c") else number for number, id_ in enumerate(NEAR[:-1])

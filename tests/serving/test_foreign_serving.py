@@ -30,12 +30,13 @@ from dagster_prefs.declarations.registry import Registry, parse_registry, regist
 from dagster_prefs.dynamodb.items import ItemEncoder
 from dagster_prefs.dynamodb.lease import LEASE_IDS
 from dagster_prefs.dynamodb.publisher import PublishError, PublishReport, publish_domain
+from dagster_prefs.dynamodb.store import DomainStore
 from dagster_prefs.dynamodb.tables import TableReport, dynamodb_client, provision
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.erasure.items import EntityItems
 from dagster_prefs.freshness.online import online_lag, text_between
 from dagster_prefs.freshness.reconcile import reconcile_domain
-from dagster_prefs.serving import AsyncProfileClient, ProfileClient
+from dagster_prefs.serving import AsyncProfileClient, ClientOptions, ProfileClient
 from dagster_prefs.serving.connections import ConnectionLimits
 from dagster_prefs.serving.generate import render_client
 from dagster_prefs.serving.profiles import ProfileError
@@ -77,7 +78,12 @@ class School:
         )
 
     def publish(self) -> PublishReport:
-        return publish_domain(self.engine, self.client, self.registry.contract, "progress", self.table)
+        return publish_domain(self.store)
+
+    @property
+    def store(self) -> DomainStore:
+        contract = self.registry.contract
+        return DomainStore(self.engine, self.client, contract, contract.domain("progress"), self.table)
 
     def learners(self) -> list[str]:
         items = self.client.scan(TableName=self.table.name, ConsistentRead=True)["Items"]
@@ -88,8 +94,7 @@ class School:
             "endpoint_url": self.endpoint,
             "region": REGION,
             "table_prefix": self.prefix,
-            "budget_seconds": 30,
-            "read_timeout_seconds": 30,
+            "options": ClientOptions(30, read_timeout_seconds=30),
         }
 
     def reader(self, **more: Any) -> ProfileClient:
@@ -174,7 +179,6 @@ def test_rows_without_a_key_and_keys_that_are_too_long_are_named(school: School)
 
 
 def test_the_comparison_finds_what_differs_and_repairs_it(school: School) -> None:
-    contract, domain = school.registry.contract, school.registry.contract.domain("progress")
     for number in range(5):
         school.put(f"l{number}", number, "1", None)
     school.publish()
@@ -184,23 +188,13 @@ def test_the_comparison_finds_what_differs_and_repairs_it(school: School) -> Non
     school.execute("delete from sink_learning_progress where learner_id = 'l3'")
     school.execute("insert into deployments values ('learner_progress_rolling', now())")
     for count_rows in (True, False):
-        lag = online_lag(
-            school.engine,
-            school.client,
-            contract,
-            domain,
-            school.table,
-            now=datetime.now(UTC) + timedelta(seconds=1),
-            count_rows=count_rows,
-        )
+        lag = online_lag(school.store, now=datetime.now(UTC) + timedelta(seconds=1), count_rows=count_rows)
         assert [(one.id, one.kind) for one in lag.differences] == [
             ("l1", "different"),
             ("l2", "missing"),
             ("l3", "extra"),
         ]
-    repaired = reconcile_domain(
-        school.engine, school.client, contract, domain, school.table, now=datetime.now(UTC)
-    )
+    repaired = reconcile_domain(school.store, now=datetime.now(UTC))
     assert (repaired.different, repaired.missing, repaired.extra) == (1, 1, 1)
     assert school.learners() == ["l0", "l1", "l2", "l4"]
 
@@ -234,15 +228,7 @@ def test_a_lease_lies_where_no_learner_is(school: School, courses: Registry) -> 
     from dagster_prefs.declarations.reserved import is_reserved
     from dagster_prefs.dynamodb.lease import Lease
 
-    lease = Lease(
-        school.client,
-        courses.contract,
-        courses.contract.domain("progress"),
-        school.table.name,
-        label="test",
-        mode="once",
-        lease_seconds=5,
-    )
+    lease = Lease(school.store, label="test", mode="once", lease_seconds=5)
     assert lease.acquire(threading.Event(), 0.0)
     lease.release()
     assert school.learners() == [LEASE_IDS["S"]]
@@ -324,8 +310,12 @@ def test_two_entities_are_served_side_by_side(dynamodb_endpoint: str) -> None:
         values = [Decimal("1"), Decimal("2"), titles, 0, 0, AT]
         item = ItemEncoder(registry.contract, domain).encode(id_, values)
         client.put_item(TableName=tables[domain.entity].name, Item=item)
-    options: dict[str, Any] = {"endpoint_url": dynamodb_endpoint, "region": REGION, "table_prefix": prefix}
-    options |= {"budget_seconds": 30, "read_timeout_seconds": 30}
+    options: dict[str, Any] = {
+        "endpoint_url": dynamodb_endpoint,
+        "region": REGION,
+        "table_prefix": prefix,
+        "options": ClientOptions(30, read_timeout_seconds=30),
+    }
     clients = [AsyncProfileClient(registry, entity=entity, **options) for entity in registry.contract.tables]
     try:
         with serving(clients) as url:

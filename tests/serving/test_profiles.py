@@ -28,7 +28,7 @@ from dagster_prefs.declarations.registry import RegistryError, load_registry, pa
 from dagster_prefs.dynamodb.items import ItemEncoder, ItemError
 from dagster_prefs.dynamodb.transport import ReadError
 from dagster_prefs.errors import PrefsError
-from dagster_prefs.serving import AsyncProfileClient, ProfileClient
+from dagster_prefs.serving import AsyncProfileClient, ClientOptions, ProfileClient
 from dagster_prefs.serving.domains import domain_class
 from dagster_prefs.serving.generate import render_client
 from dagster_prefs.serving.profiles import ProfileError
@@ -57,8 +57,10 @@ def script() -> Iterator[Script]:
 
 
 def scripted(script: Script, transport: str, **options: Any) -> ProfileClient:
-    given = {"budget_seconds": 20, "read_timeout_seconds": 10, **options}
-    return ProfileClient(PROJECT, endpoint_url=script.endpoint, region=REGION, transport=transport, **given)  # type: ignore[arg-type]
+    given = ClientOptions(
+        **{"budget_seconds": 20, "read_timeout_seconds": 10, "transport": transport, **options}
+    )
+    return ProfileClient(PROJECT, endpoint_url=script.endpoint, region=REGION, options=given)
 
 
 def item(name: str, viewer_id: int, values: list[Any]) -> dict[str, Any]:
@@ -605,8 +607,7 @@ def test_an_endpoint_that_is_away(transport: str) -> None:
         PROJECT,
         endpoint_url="http://127.0.0.1:1",
         region=REGION,
-        transport=transport,
-        max_attempts=2,  # type: ignore[arg-type]
+        options=ClientOptions(transport=transport, max_attempts=2),  # type: ignore[arg-type]
     )
     with client:
         profile = client.get(1, ["watch"], fallback="cold_start")
@@ -634,7 +635,9 @@ def test_missing_credentials_are_named(
 @pytest.mark.parametrize("endpoint", ["localhost:8000", "ftp://host", "http://"])
 def test_an_endpoint_that_is_no_url_is_named(endpoint: str, transport: str) -> None:
     with pytest.raises(PrefsError, match="endpoint"):
-        ProfileClient(PROJECT, endpoint_url=endpoint, region=REGION, transport=transport)  # type: ignore[arg-type]
+        ProfileClient(
+            PROJECT, endpoint_url=endpoint, region=REGION, options=ClientOptions(transport=transport)
+        )  # type: ignore[arg-type]
 
 
 def test_asyncio(online: Any, transport: str) -> None:
@@ -646,9 +649,7 @@ def test_asyncio(online: Any, transport: str) -> None:
             endpoint_url=online.endpoint,
             region=REGION,
             table_prefix=online.prefix,
-            transport=transport,
-            budget_seconds=30,
-            read_timeout_seconds=30,
+            options=ClientOptions(30, read_timeout_seconds=30, transport=transport),  # type: ignore[arg-type]
         ) as client:
             await client.warm()
             many = client.get_many([1, 2], ["watch"])

@@ -16,7 +16,7 @@ from declared import COURSES, PROJECT
 from dagster_prefs.declarations.registry import Registry, load_registry
 from dagster_prefs.dynamodb.items import ItemEncoder
 from dagster_prefs.dynamodb.tables import dynamodb_client, provision
-from dagster_prefs.serving import ProfileClient
+from dagster_prefs.serving import ClientOptions, ProfileClient
 from dagster_prefs.serving.why import WhyError, _Query, explain_attribute
 
 NOW = datetime(2026, 3, 10, 0, 30, tzinfo=UTC)
@@ -208,7 +208,7 @@ def test_a_foreign_project_is_explained(shop: Any, dynamodb_endpoint: str, cours
             endpoint_url=dynamodb_endpoint,
             region="eu-central-1",
             table_prefix=prefix,
-            budget_seconds=30,
+            options=ClientOptions(30),
         ) as profiles:
             lessons, minutes, subjects = (
                 explain_attribute(shop.engine, profiles, learner, name, now=NOW, expiry_spread_seconds=spread)

@@ -32,7 +32,7 @@ from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.erasure.items import EntityItems
 from dagster_prefs.iceberg.catalog import open_catalog
 from dagster_prefs.iceberg.tables import arrow_schema, ensure_table
-from dagster_prefs.serving.profiles import ProfileClient
+from dagster_prefs.serving.profiles import ClientOptions, ProfileClient
 from dagster_prefs.settings import known_variables
 
 ACTORS = ("sink-writer", "exporter", "serving-reader", "freshness-reader", "provisioner", "eraser")
@@ -486,7 +486,7 @@ def profile_client(applied: Applied) -> ProfileClient:
     return ProfileClient(
         ROOT / REGISTRY,
         endpoint_url=applied.endpoint, region=REGION, table_prefix="staging-",
-        budget_seconds=30, connect_timeout_seconds=10, read_timeout_seconds=10,
+        options=ClientOptions(30, connect_timeout_seconds=10, read_timeout_seconds=10),
     )  # fmt: skip
 
 

@@ -59,10 +59,10 @@
 {%- endmacro %}
 
 {#
-  Forget the arrivals whose messages the typed relation is about to read; to be called before it does, in its
-  transaction. One that `prefs apply` builds beside the live one forgets nothing for it.
+  Delete the arrivals whose messages the typed relation is about to read; to be called before it does, in its
+  transaction. A shadow relation, which `prefs apply` builds, deletes none for the live one.
 #}
-{% macro forget_arrivals() -%}
+{% macro delete_read_arrivals() -%}
   {%- set arrivals = this.incorporate(path={"identifier": "raw_arrivals"}, type="table") -%}
   {%- set parsed = parsed_of("raw_" ~ model.name) -%}
   {%- if model.unique_id ~ "_parsed" in model.depends_on.nodes and this.identifier == model.name

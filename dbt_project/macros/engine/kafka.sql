@@ -1,6 +1,6 @@
 {#
   Kafka on RisingWave. A feed is a source, which stores nothing, and a sink of it into the topic's raw table. So a
-  feed can be made again, with other brokers, credentials or after its topic was made anew, and no row and no view
+  feed can be recreated, with other brokers, credentials or after its topic was recreated, and no row and no view
   on the raw table is touched: what the table holds already wins over what is read a second time.
 #}
 
@@ -81,7 +81,7 @@
 
 {#
   The two statements of a feed. `${generation}` and `${unread}` are put in when they run: the one tells a topic that
-  was deleted and made anew from the one before it, the other leaves out what the raw table holds already.
+  was recreated from the one before it, the other leaves out what the raw table holds already.
 #}
 {% macro kafka_feed(topic, raw) -%}
 {%- set sink = this.incorporate(path={"identifier": this.identifier ~ "_feed"}) -%}
@@ -112,7 +112,7 @@ from {{ this }}
 where ${unread}
 {%- endmacro %}
 
-{# What `${generation}` stands for: nothing for a topic's first life, `#2` for its second. #}
+{# What `${generation}` stands for: nothing for a topic's first generation, `#2` for its second. #}
 {% macro kafka_generation(topic) -%}
   {%- set rows = run_query(
     "select generation from " ~ target.schema ~ ".kafka_topics where kafka_topic = " ~ text_literal(kafka_topic(topic))
@@ -146,14 +146,14 @@ where ${unread}
     {%- set create_source = with_credentials(started_at(statements[0], raw, source, held, generation)) -%}
     {%- set create_sink = statements[1] | replace("${unread}", unread(held)) -%}
     {#- What a run left that ended between making the new source and naming it. -#}
-    {%- set beside = this.incorporate(path={"identifier": this.identifier ~ "_next"}, type="source") -%}
-    {% do run_query("drop source if exists " ~ beside) %}
+    {%- set shadow = this.incorporate(path={"identifier": this.identifier ~ "_next"}, type="source") -%}
+    {% do run_query("drop source if exists " ~ shadow) %}
     {%- if there or feeding -%}
-      {#- Beside the old one first: a topic or a credential that is wrong leaves the old feed at work. -#}
-      {% do run_query(create_source | replace("create source " ~ this, "create source " ~ beside)) %}
+      {#- As a shadow of the old one first: a topic or a credential that is wrong leaves the old feed at work. -#}
+      {% do run_query(create_source | replace("create source " ~ this, "create source " ~ shadow)) %}
       {% do run_query("drop sink if exists " ~ sink) %}
       {% do run_query("drop source if exists " ~ relation) %}
-      {% do run_query("alter source " ~ beside ~ " rename to " ~ relation.identifier) %}
+      {% do run_query("alter source " ~ shadow ~ " rename to " ~ relation.identifier) %}
     {%- else -%}
       {% do run_query(create_source) %}
     {%- endif -%}
@@ -192,7 +192,7 @@ where ${unread}
 
 {#
   The source's statement with its start. `earliest` always is one. `latest` is where a first feed of a topic starts; one
-  that is made again goes back to what it has already, and a topic that was made anew has nothing too old to read.
+  that is recreated goes back to what it has already, and a recreated topic has nothing too old to read.
 #}
 {% macro started_at(statement, raw, source, held, generation) -%}
   {%- set latest = "scan.startup.mode = 'latest'" -%}

@@ -29,7 +29,9 @@
     relation text primary key,
     since timestamptz not null default clock_timestamp()
   );
-  create table if not exists {{ target.schema }}.live_views (relation text primary key, as_of timestamptz not null);
+  create table if not exists {{ target.schema }}.live_views (
+    relation text primary key, as_of timestamptz not null, latest timestamptz not null
+  );
   create table if not exists {{ target.schema }}.live_due (
     relation text, key text[], primary key (relation, key)
   );
@@ -71,8 +73,8 @@
   create or replace function {{ target.schema }}.prefs_changed(name text) returns void
     language sql as $$
       delete from {{ target.schema }}.live_pending where relation = name;
-      insert into {{ target.schema }}.live_views (relation, as_of) values (name, {{ clock() }})
-      on conflict (relation) do update set as_of = excluded.as_of;
+      insert into {{ target.schema }}.live_views (relation, as_of, latest) values (name, {{ clock() }}, {{ clock() }})
+      on conflict (relation) do update set as_of = excluded.as_of, latest = excluded.latest;
       insert into {{ target.schema }}.live_pending (relation)
       select distinct readers.relation from {{ target.schema }}.prefs_readers(format('%I.%I', '{{ target.schema }}', name)::regclass) as readers
       on conflict (relation) do update set since = clock_timestamp()
@@ -131,7 +133,7 @@
           perform {{ target.schema }}.prefs_changed(name);
         else
           delete from {{ target.schema }}.live_pending where relation = name;
-          update {{ target.schema }}.live_views set as_of = {{ clock() }} where relation = name;
+          update {{ target.schema }}.live_views set as_of = {{ clock() }}, latest = {{ clock() }} where relation = name;
         end if;
         return changed;
       end

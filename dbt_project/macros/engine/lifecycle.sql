@@ -141,7 +141,7 @@
 
 {#
   A model's SQL without the name of the database, which a copy or a restored backup may change, and without what
-  `prefs apply` puts behind the names of relations that it builds beside those of the same model.
+  `prefs apply` puts behind the names of shadow relations.
 #}
 {% macro portable_definition() -%}
   {{ return(modules.re.sub('__next_[0-9a-f]{8}"', '"', sql | trim | replace(adapter.quote(target.dbname) ~ ".", ""))) }}

@@ -190,7 +190,7 @@
   {% endcall %}
 {%- endmacro %}
 
-{# Make or replace a view; whatever stood on the old one is made again in the same transaction. #}
+{# Make or replace a view; whatever stood on the old one is recreated in the same transaction. #}
 {% macro put_view(relation, kind, state) -%}
   {%- set again = drop_and_remember(relation) if state else [] -%}
   {% call statement("main") %}
@@ -214,7 +214,7 @@
   {{ run_hooks(pre_hooks, inside_transaction=False) }}
   {% do engine_lock() %}
   {{ run_hooks(pre_hooks, inside_transaction=True) }}
-  {% do forget_arrivals() %}
+  {% do delete_read_arrivals() %}
   {%- set state = deployed_state(relation) -%}
   {%- if state and state[0] not in ("k", "m", "v") -%}
     {{ exceptions.raise_compiler_error(relation.identifier ~ " exists and is a table: what it holds is never replaced; rename it first, or give the model another name") }}
@@ -312,7 +312,7 @@
   {{ return(made_once("subscription")) }}
 {% endmaterialization %}
 
-{# What RisingWave neither replaces nor alters: made where it is missing, anew only on a full refresh. #}
+{# What RisingWave neither replaces nor alters: created where it is missing, recreated only on a full refresh. #}
 {% macro made_once(kind) -%}
   {%- set relation = this.incorporate(type=kind) -%}
   {%- set there = risingwave__get_relation_without_caching(relation) -%}

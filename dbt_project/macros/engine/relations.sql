@@ -21,7 +21,7 @@ create table {{ this }} (
 {%- endmacro %}
 
 {#
-  The first row of a key stays, so that a message which is read a second time changes nothing. RisingWave forgets rows
+  The first row of a key stays, so that a message which is read a second time changes nothing. RisingWave deletes rows
   by age in append-only tables only; it tells no view, which keeps what it counted.
 #}
 {% macro risingwave__raw_event_table(topic) -%}

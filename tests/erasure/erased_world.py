@@ -25,6 +25,7 @@ from streams import NOW
 
 from dagster_prefs.declarations.contract import load_contract
 from dagster_prefs.dynamodb.publisher import publish_domain
+from dagster_prefs.dynamodb.store import domain_stores
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.erasure.erase import ErasureReport, Stores, erase
 from dagster_prefs.erasure.events import Subject
@@ -198,8 +199,8 @@ class World:
         refresh(self.connection, self.order)
 
     def publish(self) -> None:
-        for domain in self.contract.domains:
-            publish_domain(self.engine, self.client, self.contract, domain, self.table)
+        for store in domain_stores(self.engine, self.client, self.contract, {"viewer": self.table}):
+            publish_domain(store)
 
     def export(self) -> list[tuple[str, date, str]]:
         return [
