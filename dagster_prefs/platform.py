@@ -6,10 +6,12 @@ thin declarations over it.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cached_property, partial
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from dagster_prefs.declarations.contract import (
@@ -26,13 +28,14 @@ from dagster_prefs.deploy.apply import apply_plan
 from dagster_prefs.deploy.plan import ContractChange, ContractReview, Plan, make_plan
 from dagster_prefs.dynamodb.changefeed import PublishedElsewhere, process_label, publish_changes
 from dagster_prefs.dynamodb.lease import read_lease
-from dagster_prefs.dynamodb.publisher import publish_domain
+from dagster_prefs.dynamodb.publisher import PublishError, publish_domain
 from dagster_prefs.dynamodb.store import DomainStore, domain_stores
 from dagster_prefs.dynamodb.tables import TableReport, dynamodb_client, provision
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
 from dagster_prefs.freshness.reconcile import reconcile_domain
 from dagster_prefs.freshness.status import Sources
+from dagster_prefs.live.follower import FollowedElsewhere, Follower, wait_until_applied
 from dagster_prefs.settings import Settings, kafka_variable
 
 if TYPE_CHECKING:
@@ -45,6 +48,11 @@ if TYPE_CHECKING:
     from dagster_prefs.iceberg.tables import TileTable
     from dagster_prefs.training.parity import ParityReport
     from dagster_prefs.training.windows import Features
+
+# How long `prefs refresh` waits for a follower.
+REFRESH_SECONDS = 600.0
+# How often the follower asks whether the DynamoDB tables are still the same, seconds.
+TABLE_SECONDS = 30.0
 
 
 class Platform:
@@ -212,6 +220,23 @@ class Platform:
             ),
         )
 
+    def follower(self, say: Callable[[str], None] = lambda line: None) -> Follower:
+        """The follower of the embedded engine, which keeps its views and their items current."""
+        return Follower(self.engine, self.registry, DomainPublisher(self), process=process_label(), say=say)
+
+    def refresh(self, say: Callable[[str], None] = lambda line: None) -> str:
+        """Apply and publish all that has arrived on the embedded engine, or wait until its follower has done so.
+
+        Returns who did it and how much, in one sentence. Raises NotDeployed before the first `prefs apply`,
+        FollowerProblem, PublishError, EngineUnavailable.
+        """
+        try:
+            messages = self.follower(say).catch_up()
+        except FollowedElsewhere:
+            wait_until_applied(self.engine, seconds=REFRESH_SECONDS)
+            return "the follower has applied and published everything that had arrived"
+        return f"{messages:,} messages applied; every view is current and every change is published"
+
     def plan(self, *, drop_orphans: bool = False) -> Plan:
         """Return the changes that an apply would make now; see `make_plan`."""
         return make_plan(
@@ -283,6 +308,29 @@ def review_contract(
     except ContractError as error:
         return ContractReview(changes, str(error))
     return ContractReview(changes)
+
+
+class DomainPublisher:
+    """Publishes domains of the embedded engine for its follower, whichever tables there are."""
+
+    def __init__(self, platform: Platform) -> None:
+        self._platform = platform
+        self._stores: dict[str, DomainStore] = {}
+        self._looked_at = -math.inf
+
+    def __call__(self, domain: Domain, keys: Sequence[str] | None) -> None:
+        """Publish these keys of a domain; all of them where the table is another one than the last time."""
+        before = self._stores.get(domain.key)
+        if monotonic() - self._looked_at > TABLE_SECONDS:
+            self._stores = {store.domain.key: store for store in self._platform.stores()}
+            self._looked_at = monotonic()
+        store = self._stores[domain.key]
+        same = before is not None and before.table.table_id == store.table.table_id
+        try:
+            publish_domain(store, keys=keys if same else None)
+        except PublishError:
+            self._looked_at = -math.inf
+            raise
 
 
 class ProfileStore:

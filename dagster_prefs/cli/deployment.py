@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,45 @@ def contract_diff(old: Path, new: Path) -> None:
 
 @cli.command()
 def refresh() -> None:
-    """Refresh every view and publish, as one Dagster run."""
-    from dagster_prefs.defs.feature_views import REFRESH_JOB
+    """Apply everything that has arrived, and publish it.
+
+    Waits for the follower if one runs. What is not deployed yet is deployed first.
+    """
+    from dagster_prefs.engine.catalog import NotDeployed
+    from dagster_prefs.platform import Platform
 
     settings = load_settings()
+    if settings.engine == "local":
+        with suppress(NotDeployed):
+            say(Platform(settings).refresh(say))
+            return
+    from dagster_prefs.defs.feature_views import REFRESH_JOB
+
     run_job(settings, REFRESH_JOB)
     console.print("every view is current and every change is published")
+
+
+@cli.command()
+def follow() -> None:
+    """Keep the embedded engine's views and items current until SIGINT or SIGTERM.
+
+    One process at a time does it; `prefs up` starts one.
+    """
+    import signal
+    import threading
+
+    from dagster_prefs.platform import Platform
+
+    settings = load_settings()
+    if settings.engine != "local":
+        raise PrefsError(
+            "RisingWave keeps its own views current: this is for PREFS_ENGINE=local. With PREFS_PUBLISH=changefeed, "
+            "`prefs publish --follow` follows its changes"
+        )
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    Platform(settings).follower(say).run(stop)
 
 
 @cli.command()

@@ -101,6 +101,7 @@ class _Outcome:
 def publish_domain(
     store: DomainStore,
     *,
+    keys: Sequence[str] | None = None,
     threads: int = 8,
     max_attempts: int = 8,
     lock_timeout_seconds: float = 900.0,
@@ -108,8 +109,9 @@ def publish_domain(
 ) -> PublishReport:
     """Bring DynamoDB to the state of one domain's sink view; write only what changed, and deletes.
 
-    One publisher per domain works at a time, a second waits up to `lock_timeout_seconds`. `progress` gets the number
-    of accepted writes so far. Safe to repeat after any failure: what DynamoDB accepted stays recorded.
+    With `keys` (key texts, as in `online_published`) only those are looked at, and else the whole view. One publisher
+    per domain works at a time, a second waits up to `lock_timeout_seconds`. `progress` gets the number of accepted
+    writes so far. Safe to repeat after any failure: what DynamoDB accepted stays recorded.
 
     Raises PublishError (with `.report` of what was written) for a sink view that is missing or unlike the
     contract, a key whose item the contract or DynamoDB refuses (all others are still published), and a
@@ -123,7 +125,9 @@ def publish_domain(
     domain = store.domain
     with store.engine.connect() as control:
         try:
-            return _Publication(store, threads, max_attempts, control, progress).run(lock_timeout_seconds)
+            publication = _Publication(store, threads, max_attempts, control, progress)
+            publication.only = None if keys is None else list(keys)
+            return publication.run(lock_timeout_seconds)
         except psycopg.errors.LockNotAvailable:
             raise PublishError(
                 f"domain {domain.name}: another publisher has held it for {lock_timeout_seconds:g} s: "
@@ -167,7 +171,7 @@ class KeySql:
 
     `columns` select an id, which `id_of` reads. `whole` is one expression of the whole key: the column itself, or of a
     composite key the text of `Table.key_text`; `text` is that text in either case. `remembered` is an `entity_key` of
-    `online_published`, as p, in the form of `whole`.
+    `online_published`, as p, in the form of `whole`; `type` is the SQL type of that form.
     """
 
     def __init__(self, table: Table, alias: str | None = "s") -> None:
@@ -183,12 +187,14 @@ class KeySql:
                 sql.SQL(" || '#' || ").join(part.format(column) for column in columns)
             )
             self.text = self.whole
+            self.type = sql.SQL("text")
             self.remembered = sql.SQL("p.entity_key")
         else:
             self.whole = columns[0]
             self.text = sql.SQL("{}::text").format(columns[0])
             # On the side of what was published, so that the engine can use an index of the view.
-            self.remembered = sql.SQL("p.entity_key::{}").format(sql.SQL(table.partition_key.sql_type))
+            self.type = sql.SQL(table.partition_key.sql_type)
+            self.remembered = sql.SQL("p.entity_key::{}").format(self.type)
 
     def id_of(self, values: Sequence[Any]) -> Id:
         """The id in the values of `columns`."""
@@ -224,12 +230,31 @@ class _Publication:
         self.upserts = self.deletes = self.retries = 0
         self.refused: list[str] = []
         self.fatal: str | None = None
+        # The key texts that are looked at; None for the whole view.
+        self.only: list[str] | None = None
 
     @property
     def _parameters(self) -> dict[str, Any]:
         # Names and types are part of the fingerprint: a renamed attribute with the same values is a change.
         layout = json.dumps([[name, attribute.type] for name, attribute in self.domain.attributes.items()])
-        return {"table_id": self.table.table_id, "domain_key": self.domain.key, "layout": layout}
+        return {
+            "table_id": self.table.table_id,
+            "domain_key": self.domain.key,
+            "layout": layout,
+            "only": self.only,
+        }
+
+    @property
+    def _of_view(self) -> sql.Composable:
+        """Whether a row `s` of the view is looked at, to be added to a condition."""
+        if self.only is None:
+            return sql.SQL("true")
+        return sql.SQL("{} = any(%(only)s::text[]::{}[])").format(self.key.whole, self.key.type)
+
+    @property
+    def _of_published(self) -> sql.Composable:
+        """The same of a row `p` of `online_published`."""
+        return sql.SQL("true" if self.only is None else "p.entity_key = any(%(only)s::text[])")
 
     def run(self, lock_timeout_seconds: float) -> PublishReport:
         started = time.monotonic()
@@ -253,10 +278,11 @@ class _Publication:
             seconds=time.monotonic() - started,
         )
         self._raise_for_failures(report)
-        self.control.execute(
-            "delete from online_published where domain_key = %(domain_key)s and table_id <> %(table_id)s",
-            self._parameters,
-        )
+        if self.only is None:
+            self.control.execute(
+                "delete from online_published where domain_key = %(domain_key)s and table_id <> %(table_id)s",
+                self._parameters,
+            )
         return report
 
     def _lock(self, timeout_seconds: float) -> None:
@@ -301,13 +327,17 @@ class _Publication:
                     on o.table_id = %(table_id)s
                     and o.domain_key = %(domain_key)s
                     and o.entity_key = {text}
-                where {key} is not null
+                where {key} is not null and {only}
                     and o.fingerprint is distinct from '' and o.fingerprint is distinct from {fingerprint}
                 group by {key}
                 on conflict (table_id, domain_key, entity_key) do update set fingerprint = ''
                 """
             ).format(
-                sink=self.sink, key=self.key.whole, text=self.key.text, fingerprint=self._row_fingerprint()
+                sink=self.sink,
+                key=self.key.whole,
+                text=self.key.text,
+                fingerprint=self._row_fingerprint(),
+                only=self._of_view,
             ),
             self._parameters,
         )
@@ -315,10 +345,15 @@ class _Publication:
             sql.SQL(
                 """
                 update online_published as p set fingerprint = ''
-                where p.table_id = %(table_id)s and p.domain_key = %(domain_key)s and p.fingerprint <> ''
+                where p.table_id = %(table_id)s and p.domain_key = %(domain_key)s and p.fingerprint <> '' and {only}
                     and not exists (select from {sink} as s where {key} = {published})
                 """
-            ).format(sink=self.sink, key=self.key.whole, published=self.key.remembered),
+            ).format(
+                sink=self.sink,
+                key=self.key.whole,
+                published=self.key.remembered,
+                only=self._of_published,
+            ),
             self._parameters,
         )
 
@@ -335,8 +370,10 @@ class _Publication:
                     on p.table_id = %(table_id)s
                     and p.domain_key = %(domain_key)s
                     and p.entity_key = {text}
+                where {only}
                 """
             ).format(
+                only=self._of_view,
                 sink=self.sink,
                 key=self.key.whole,
                 text=self.key.text,
@@ -365,8 +402,11 @@ class _Publication:
             from {sink} as s
             join online_published as p on p.entity_key = {text}
             where p.table_id = %(table_id)s and p.domain_key = %(domain_key)s and p.fingerprint = ''
+                and {of_view} and {of_published}
             """
         ).format(
+            of_view=self._of_view,
+            of_published=self._of_published,
             key=self.key.columns,
             text=self.key.text,
             fingerprint=self._row_fingerprint(),
@@ -390,10 +430,10 @@ class _Publication:
         statement = sql.SQL(
             """
             select {published} from online_published as p
-            where p.table_id = %(table_id)s and p.domain_key = %(domain_key)s and p.fingerprint = ''
+            where p.table_id = %(table_id)s and p.domain_key = %(domain_key)s and p.fingerprint = '' and {only}
                 and not exists (select from {sink} as s where {key} = {published})
             """
-        ).format(sink=self.sink, key=self.key.whole, published=self.key.remembered)
+        ).format(sink=self.sink, key=self.key.whole, published=self.key.remembered, only=self._of_published)
         with reading.cursor(name="gone") as cursor:
             cursor.itersize = 2000
             cursor.execute(statement, self._parameters)
