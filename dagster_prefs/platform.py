@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from dagster_prefs.declarations.contract import (
     Contract,
     ContractError,
+    Domain,
     build_contract,
     check_version,
     deployed_contract,
