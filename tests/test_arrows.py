@@ -89,7 +89,6 @@ TOO_MANY_PARAMETERS = {
     "freshness/measures.py:measure_online",
     "freshness/online.py:online_lag",
     "freshness/reconcile.py:reconcile_domain",
-    "iceberg/export.py:export_day",
     "serving/profiles.py:__init__",
     "training/parity.py:_load",
     "training/parity.py:check_parity",

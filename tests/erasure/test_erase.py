@@ -51,7 +51,7 @@ from dagster_prefs.erasure.training import ErasedTable, SubjectInTable, SubjectI
 from dagster_prefs.events.ingest import ingest_file
 from dagster_prefs.iceberg import export as export_module
 from dagster_prefs.iceberg.catalog import CatalogUnavailable, OfflineError
-from dagster_prefs.iceberg.export import SINK_BRANCH, export_day
+from dagster_prefs.iceberg.export import SINK_BRANCH, ExportOptions, export_day
 from dagster_prefs.iceberg.files import day_files, parts_of, read_rows
 from dagster_prefs.iceberg.publish import DayFiles, publish_day, write_day
 from dagster_prefs.iceberg.tables import ErasedSubject, arrow_schema
@@ -421,7 +421,7 @@ def test_a_table_of_the_sinks_is_left_to_them(world: World, monkeypatch: pytest.
         table = world.catalog.load_table(spec.identifier("training"))
         assert table.current_snapshot().snapshot_id == heads[name]
         for day in (OLD, PARTED, ALONE, TODAY):
-            export_day(world.engine, world.catalog, spec, day, allow_loss=True)
+            export_day(world.engine, world.catalog, spec, day, options=ExportOptions(allow_loss=True))
         table.refresh()
         # The day that was the viewer's alone.
         table.delete(f"viewer_id = {VIEWER}")
