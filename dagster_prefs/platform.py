@@ -1,7 +1,8 @@
 """The composition root: settings → engine, dbt, DynamoDB and Iceberg, and the operations on all of them.
 
 It does not depend on Dagster: commands use it where Dagster is not installed, and Dagster's definitions are
-thin declarations over it.
+thin declarations over it. Each operation imports what only it needs, so that a command that reads starts within
+a second.
 """
 
 from __future__ import annotations
@@ -23,17 +24,9 @@ from dagster_prefs.declarations.contract import (
     parse_contract,
 )
 from dagster_prefs.declarations.registry import Registry
-from dagster_prefs.deploy.apply import apply_plan
-from dagster_prefs.deploy.plan import ContractChange, ContractReview, Plan, make_plan
-from dagster_prefs.dynamodb.access import ItemAccess
-from dagster_prefs.dynamodb.changefeed import PublishedElsewhere, process_label, publish_changes
-from dagster_prefs.dynamodb.lease import read_lease
-from dagster_prefs.dynamodb.publisher import publish_domain
 from dagster_prefs.dynamodb.tables import TableReport, dynamodb_client, provision
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
-from dagster_prefs.freshness.reconcile import reconcile_domain
-from dagster_prefs.freshness.status import Sources
 from dagster_prefs.settings import Settings, kafka_variable
 
 if TYPE_CHECKING:
@@ -41,8 +34,10 @@ if TYPE_CHECKING:
     from pyiceberg.catalog import Catalog
     from pyiceberg.table import Table
 
+    from dagster_prefs.deploy.plan import ContractReview, Plan
     from dagster_prefs.events.brokers import KafkaSecurity, KafkaSource
     from dagster_prefs.events.topics import TopicGeneration
+    from dagster_prefs.freshness.status import Sources
     from dagster_prefs.iceberg.tables import TileTable
     from dagster_prefs.training.parity import ParityReport
     from dagster_prefs.training.windows import Features
@@ -58,6 +53,8 @@ class Platform:
     @property
     def sources(self) -> Sources:
         """Where the freshness and lag readings come from."""
+        from dagster_prefs.freshness.status import Sources
+
         settings = self.settings
         return Sources(
             engine=self.engine,
@@ -208,6 +205,8 @@ class Platform:
 
     def plan(self, *, drop_orphans: bool = False) -> Plan:
         """Return the changes that an apply would make now; see `make_plan`."""
+        from dagster_prefs.deploy.plan import make_plan
+
         return make_plan(
             self.engine, self.dbt, partial(review_contract, self.contract), drop_orphans=drop_orphans
         )
@@ -216,6 +215,8 @@ class Platform:
         self, *, drop_orphans: bool = False, on_step: Callable[[str], None] = lambda step: None
     ) -> Plan:
         """Apply the plan; see `apply_plan`."""
+        from dagster_prefs.deploy.apply import apply_plan
+
         return apply_plan(
             self.engine,
             self.dbt,
@@ -261,6 +262,8 @@ def review_contract(
     A breaking change without a higher version is refused, and a `shipped` contract that differs from the
     models'.
     """
+    from dagster_prefs.deploy.plan import ContractChange, ContractReview
+
     written = parse_contract(build_contract(manifest))
     if written != shipped:
         return ContractReview(
@@ -304,6 +307,9 @@ class ProfileStore:
 
         With a changefeed only the holder of its lease writes: this process, or a running follower.
         """
+        from dagster_prefs.dynamodb.publisher import publish_domain
+        from dagster_prefs.freshness.reconcile import reconcile_domain
+
         platform = self._platform
         domain = next(one for one in platform.contract.domains.values() if one.relation == relation)
         if platform.settings.publishes:
@@ -336,6 +342,10 @@ def catch_up(platform: Platform, client: Any, domain: Domain, table: TableReport
     Returns counts of what was published, or `publisher` (the follower) with `token_at`, the time of its last
     progress in seconds since 1970, if that is known.
     """
+    from dagster_prefs.dynamodb.access import ItemAccess
+    from dagster_prefs.dynamodb.changefeed import PublishedElsewhere, process_label, publish_changes
+    from dagster_prefs.dynamodb.lease import read_lease
+
     try:
         (report,) = publish_changes(
             platform.engine,
