@@ -78,11 +78,13 @@ def readings(settings: Settings) -> Iterator[Callable[[], Status]]:
         missing = [Measure("canary", name, "skipped", reason) for name in canary_paths(sources.registry)]
         yield lambda: evaluate(sources, now=now, extra=missing)
         return
-    home = Path(os.environ.get("DAGSTER_HOME") or settings.data_dir / "dagster")
+    told = os.environ.get("DAGSTER_HOME")
+    home = Path(told or settings.data_dir / "dagster")
     with ExitStack() as stack:
 
         def canary() -> list[Measure]:
-            ticks = stored_ticks(home)
+            # Dagster itself says what is wrong with a DAGSTER_HOME that does not exist.
+            ticks = None if told and not home.is_dir() else stored_ticks(home)
             if ticks is not None:
                 return judge_ticks(ticks, sources.registry, now=now())
             from dagster_prefs.defs.freshness import last_probe

@@ -26,10 +26,13 @@ ELSEWHERE = {
 
 
 def stored_ticks(home: Path) -> list[Tick] | None:
-    """Return the last tick of each running sensor of the canary; None where only Dagster can tell."""
+    """Return the last tick of each running sensor of the canary; None where only Dagster can tell.
+
+    An instance that has not been made yet has none.
+    """
     try:
-        told = yaml.safe_load((home / "dagster.yaml").read_text()) or {}
-        if ELSEWHERE & told.keys():
+        settings = home / "dagster.yaml"
+        if settings.exists() and ELSEWHERE & (yaml.safe_load(settings.read_text()) or {}).keys():
             return None
         store = home / "schedules" / "schedules.db"
         if not store.exists():

@@ -319,7 +319,7 @@ def test_the_last_probe_is_read_without_dagster(instance: dg.DagsterInstance, tm
     home = Path(instance.root_directory)
     (home / "dagster.yaml").write_text(DAGSTER_YAML)
     assert stored_ticks(home) == []
-    assert stored_ticks(tmp_path / "elsewhere") is None
+    assert stored_ticks(tmp_path / "not made yet") == []
     now = datetime(2026, 3, 1, 12, tzinfo=UTC)
     state = CanaryState({"watch": PathState(None, (1.0, 2.0), 1)})
     left_by_sensor(instance, state, now)
