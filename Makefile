@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ui up down status stack stack-down test test-fast test-terraform bench-serving bench-export bench-ingest bench-training-set bench-freshness bench-barriers lint format lock clean
+.PHONY: help demo ui up down status stack stack-down test test-fast test-terraform bench-serving bench-export bench-export-range bench-ingest bench-training-set bench-freshness bench-barriers lint format lock clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,6 +75,10 @@ bench-serving: $(VENV)/installed .feast/bin/feast ## reads and rankings against 
 bench-export: $(VENV)/installed .dlt/bin/dlt ## a day of tiles to Iceberg against the bare limit and dlt
 	@$(BIN)/prefs up
 	@$(BIN)/python benchmarks/export.py --dlt .dlt/bin/python --json bench-export.json
+
+bench-export-range: $(VENV)/installed ## a range of small days to Iceberg, day by day, at once, and by the command
+	@$(BIN)/prefs up
+	@$(BIN)/python benchmarks/export_range.py --json bench-export-range.json
 
 bench-ingest: $(VENV)/installed ## ingestion against a plain COPY
 	@$(BIN)/python benchmarks/ingest.py

@@ -1,7 +1,8 @@
 """The composition root: settings → engine, dbt, DynamoDB and Iceberg, and the operations on all of them.
 
 It does not depend on Dagster: commands use it where Dagster is not installed, and Dagster's definitions are
-thin declarations over it.
+thin declarations over it. Each operation imports what only it needs, so that a command that reads starts within
+a second.
 """
 
 from __future__ import annotations
@@ -25,18 +26,9 @@ from dagster_prefs.declarations.contract import (
     parse_contract,
 )
 from dagster_prefs.declarations.registry import Registry
-from dagster_prefs.deploy.apply import apply_plan
-from dagster_prefs.deploy.plan import ContractChange, ContractReview, Plan, make_plan
-from dagster_prefs.dynamodb.changefeed import PublishedElsewhere, process_label, publish_changes
-from dagster_prefs.dynamodb.lease import read_lease
-from dagster_prefs.dynamodb.publisher import PublishError, publish_domain
-from dagster_prefs.dynamodb.store import DomainStore, domain_stores
 from dagster_prefs.dynamodb.tables import TableReport, dynamodb_client, provision
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
-from dagster_prefs.freshness.reconcile import reconcile_domain
-from dagster_prefs.freshness.status import Sources
-from dagster_prefs.live.follower import FollowedElsewhere, Follower, wait_until_applied
 from dagster_prefs.settings import Settings, kafka_variable
 
 if TYPE_CHECKING:
@@ -44,9 +36,13 @@ if TYPE_CHECKING:
     from pyiceberg.catalog import Catalog
     from pyiceberg.table import Table
 
+    from dagster_prefs.deploy.plan import ContractReview, Plan
+    from dagster_prefs.dynamodb.store import DomainStore
     from dagster_prefs.events.brokers import KafkaSecurity, KafkaSource
     from dagster_prefs.events.topics import TopicGeneration
+    from dagster_prefs.freshness.status import Sources
     from dagster_prefs.iceberg.tables import TileTable
+    from dagster_prefs.live.follower import Follower
     from dagster_prefs.training.parity import ParityReport
     from dagster_prefs.training.windows import Features
 
@@ -66,6 +62,8 @@ class Platform:
     @property
     def sources(self) -> Sources:
         """Where the freshness and lag readings come from."""
+        from dagster_prefs.freshness.status import Sources
+
         settings = self.settings
         return Sources(
             engine=self.engine,
@@ -141,6 +139,8 @@ class Platform:
 
     def stores(self) -> list[DomainStore]:
         """The store of each domain, after `provision`."""
+        from dagster_prefs.dynamodb.store import domain_stores
+
         client = self.dynamodb()
         return domain_stores(self.engine, client, self.contract, self.provision(client))
 
@@ -223,6 +223,9 @@ class Platform:
 
     def follower(self, say: Callable[[str], None] = lambda line: None) -> Follower:
         """The follower of the embedded engine, which keeps its views and their items current."""
+        from dagster_prefs.dynamodb.changefeed import process_label
+        from dagster_prefs.live.follower import Follower
+
         return Follower(self.engine, self.registry, DomainPublisher(self), process=process_label(), say=say)
 
     def refresh(self, say: Callable[[str], None] = lambda line: None) -> str:
@@ -231,6 +234,8 @@ class Platform:
         Returns who did it and how much, in one sentence. Raises NotDeployed before the first `prefs apply`,
         FollowerProblem, PublishError, EngineUnavailable.
         """
+        from dagster_prefs.live.follower import FollowedElsewhere, wait_until_applied
+
         try:
             messages = self.follower(say).catch_up()
         except FollowedElsewhere:
@@ -240,6 +245,8 @@ class Platform:
 
     def plan(self, *, drop_orphans: bool = False) -> Plan:
         """Return the changes that an apply would make now; see `make_plan`."""
+        from dagster_prefs.deploy.plan import make_plan
+
         return make_plan(
             self.engine, self.dbt, partial(review_contract, self.contract), drop_orphans=drop_orphans
         )
@@ -248,6 +255,8 @@ class Platform:
         self, *, drop_orphans: bool = False, on_step: Callable[[str], None] = lambda step: None
     ) -> Plan:
         """Apply the plan; see `apply_plan`."""
+        from dagster_prefs.deploy.apply import apply_plan
+
         return apply_plan(
             self.engine,
             self.dbt,
@@ -293,6 +302,8 @@ def review_contract(
     A breaking change without a higher version is refused, and a `shipped` contract that differs from the
     models'.
     """
+    from dagster_prefs.deploy.plan import ContractChange, ContractReview
+
     written = parse_contract(build_contract(manifest))
     if written != shipped:
         return ContractReview(
@@ -321,6 +332,8 @@ class DomainPublisher:
 
     def __call__(self, domain: Domain, keys: Sequence[str] | None) -> None:
         """Publish these keys of a domain; all of them where the table is another one than the last time."""
+        from dagster_prefs.dynamodb.publisher import PublishError, publish_domain
+
         before = self._stores.get(domain.key)
         if monotonic() - self._looked_at > TABLE_SECONDS:
             self._stores = {store.domain.key: store for store in self._platform.stores()}
@@ -355,6 +368,9 @@ class ProfileStore:
 
         With a changefeed only the holder of its lease writes: this process, or a running follower.
         """
+        from dagster_prefs.dynamodb.publisher import publish_domain
+        from dagster_prefs.freshness.reconcile import reconcile_domain
+
         settings, store = self._platform.settings, self._stores[relation]
         name = store.domain.name
         if settings.publishes:
@@ -373,6 +389,9 @@ def catch_up(store: DomainStore, lease_seconds: float) -> dict[str, Any]:
     Returns counts of what was published, or `publisher` (the follower) with `token_at`, the time of its last
     progress in seconds since 1970, if that is known.
     """
+    from dagster_prefs.dynamodb.changefeed import PublishedElsewhere, process_label, publish_changes
+    from dagster_prefs.dynamodb.lease import read_lease
+
     try:
         (report,) = publish_changes(
             [store],

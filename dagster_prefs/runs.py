@@ -7,7 +7,6 @@ from typing import Any
 
 import dagster as dg
 
-from dagster_prefs.defs.assembly import build_definitions
 from dagster_prefs.defs.instance import ensure_dagster_home
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.settings import Settings
@@ -20,11 +19,16 @@ class RunFailed(PrefsError):
 class JobRunner:
     """Runs jobs of the platform's definitions; a context manager.
 
-    Builds definitions and loads dbt once for any number of jobs.
+    Builds definitions and loads dbt once for any number of jobs. `definitions` are those that hold the jobs, by
+    default all of the platform's: a part of them may need no dbt, which takes seconds to load.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self._definitions = build_definitions(settings)
+    def __init__(self, settings: Settings, definitions: dg.Definitions | None = None) -> None:
+        if definitions is None:
+            from dagster_prefs.defs.assembly import build_definitions
+
+            definitions = build_definitions(settings)
+        self._definitions = definitions
         self._home = ensure_dagster_home(settings.data_dir)
         self._instance: dg.DagsterInstance | None = None
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -15,6 +19,8 @@ from dagster_prefs.errors import PrefsError
 from dagster_prefs.settings import Settings, load_settings
 
 if TYPE_CHECKING:
+    from dagster import DagsterInstance
+
     from dagster_prefs.freshness.status import Status
 
 
@@ -56,27 +62,50 @@ def status(watch: bool, interval: float, as_json: bool) -> int:
 @contextmanager
 def readings(settings: Settings) -> Iterator[Callable[[], Status]]:
     """Yield a function that reads all measures, the canary's from the state that its sensor stored."""
-    from dagster_prefs.freshness.canary import canary_paths
+    from dagster_prefs.freshness.canary import canary_paths, judge_ticks
     from dagster_prefs.freshness.levels import Measure
+    from dagster_prefs.freshness.probe_store import stored_ticks
     from dagster_prefs.freshness.status import evaluate
     from dagster_prefs.platform import Platform
 
     sources = Platform(settings).sources
-    try:
-        from dagster_prefs.defs.freshness import last_probe
-        from dagster_prefs.defs.instance import open_instance
-    except ModuleNotFoundError:
+
+    def now() -> datetime:
+        return datetime.now(UTC)
+
+    if not _installed("dagster"):
         reason = "the canary is a sensor of Dagster, which is not installed here"
         missing = [Measure("canary", name, "skipped", reason) for name in canary_paths(sources.registry)]
-        yield lambda: evaluate(sources, now=lambda: datetime.now(UTC), extra=missing)
+        yield lambda: evaluate(sources, now=now, extra=missing)
         return
-    with open_instance(settings.data_dir) as instance:
+    told = os.environ.get("DAGSTER_HOME")
+    home = Path(told or settings.data_dir / "dagster")
+    with ExitStack() as stack:
 
-        def read() -> Status:
-            canary = last_probe(instance, sources.registry, now=datetime.now(UTC))
-            return evaluate(sources, now=lambda: datetime.now(UTC), extra=canary)
+        def canary() -> list[Measure]:
+            # Dagster itself says what is wrong with a DAGSTER_HOME that does not exist.
+            ticks = None if told and not home.is_dir() else stored_ticks(home)
+            if ticks is not None:
+                return judge_ticks(ticks, sources.registry, now=now())
+            from dagster_prefs.defs.freshness import last_probe
 
-        yield read
+            return last_probe(instance(), sources.registry, now=now())
+
+        @cache
+        def instance() -> DagsterInstance:
+            from dagster_prefs.defs.instance import open_instance
+
+            return stack.enter_context(open_instance(settings.data_dir))
+
+        yield lambda: evaluate(sources, now=now, extra=canary())
+
+
+def _installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:
+        # An import hook refuses it.
+        return False
 
 
 @cli.command()

@@ -140,17 +140,12 @@ def progress_bar(what: str) -> Iterator[ProgressCallback]:
         yield lambda progress: bar.update(task, completed=progress.done, total=progress.total)
 
 
-def run_job(
-    settings: Settings, job: str, tags: dict[str, str] | None = None, config: dict[str, Any] | None = None
-) -> None:
-    """Run one Dagster job in this process, recorded on the same instance as the UI's runs.
-
-    `config` is its run configuration.
-    """
+def run_job(settings: Settings, job: str) -> None:
+    """Run one Dagster job in this process, recorded on the same instance as the UI's runs."""
     from dagster_prefs.runs import JobRunner
 
     with console.status(f"running the Dagster job {job}"), JobRunner(settings) as runner:
-        runner.run(job, tags, config)
+        runner.run(job)
 
 
 def print_json(value: Any) -> None:

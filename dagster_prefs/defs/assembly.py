@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import dagster as dg
 
 from dagster_prefs.defs import (
@@ -17,10 +15,6 @@ from dagster_prefs.defs import (
 )
 from dagster_prefs.platform import Platform
 from dagster_prefs.settings import Settings
-
-# One run over a range of days needs a backfill policy, which Dagster still calls beta; its own advice is
-# to pin the version, as pyproject.toml does.
-warnings.filterwarnings("ignore", category=dg.BetaWarning)
 
 
 def build_definitions(settings: Settings) -> dg.Definitions:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
@@ -22,11 +22,13 @@ from dagster_prefs.freshness.alerts import (
     transitions,
 )
 from dagster_prefs.freshness.canary import (
+    CANARY_SENSOR,
     CanaryState,
     Probe,
+    Tick,
     canary_paths,
     canary_views,
-    judge_state,
+    judge_ticks,
     read_domains,
     read_views,
     send_canary,
@@ -40,7 +42,6 @@ from dagster_prefs.serving.profiles import ProfileClient
 
 JOB = "freshness_checks"
 WATCH_SENSOR = "freshness_watch"
-CANARY_SENSOR = "canary"
 
 # The check of each stage, on the assets of `asset_keys`.
 CHECKS = {
@@ -53,8 +54,6 @@ CHECKS = {
 
 # A sensor's tick may take a minute; a canary that is not readable within this time is read by the next tick.
 CANARY_PATIENCE_SECONDS = 10.0
-# A sensor without a tick for longer than this is not running, whatever its state says.
-CANARY_INACTIVITY = timedelta(minutes=10)
 
 
 def build(platform: Platform, alert_webhook: str | None = None) -> dg.Definitions:
@@ -178,29 +177,19 @@ def last_probe(instance: dg.DagsterInstance, registry: Registry, *, now: datetim
 
     They are `skipped` if the sensor is off, and `unknown` if it is on and does not tick.
     """
-    names = canary_paths(registry)
     try:
         states: Sequence[Any] = instance.all_instigator_state()
     except Exception as error:
         # Each kind of store raises errors of its own, and none may prevent the other measures.
-        return unknown("canary", names, f"Dagster's instance cannot be read: {error}")
+        return unknown("canary", canary_paths(registry), f"Dagster's instance cannot be read: {error}")
     ticks = [
-        (data.last_tick_timestamp or 0.0, data.cursor)
+        Tick(data.last_tick_timestamp or 0.0, data.cursor)
         for state in states
         if (state.instigator_type.value, state.instigator_name) == ("SENSOR", CANARY_SENSOR)
         and (data := state.instigator_data) is not None
         and state.status.value != "STOPPED"
     ]
-    if not ticks:
-        reason = f"the canary is off: start the sensor {CANARY_SENSOR} in Dagster to measure it"
-        return [Measure("canary", name, "skipped", reason) for name in names]
-    at, cursor = max(ticks, key=lambda tick: tick[0])
-    ticked = datetime.fromtimestamp(at, UTC)
-    if now - ticked > CANARY_INACTIVITY:
-        since = f"since {ticked:%Y-%m-%d %H:%M:%S} UTC" if at else "yet"
-        reason = f"the sensor {CANARY_SENSOR} has not ticked {since}: see that the Dagster daemon runs"
-        return unknown("canary", names, reason)
-    return judge_state(CanaryState.loads(cursor), names, registry.contract.freshness.canary, now=now)
+    return judge_ticks(ticks, registry, now=now)
 
 
 def metadata(measure: Measure) -> dict[str, dg.MetadataValue | float | int | str]:

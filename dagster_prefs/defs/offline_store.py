@@ -1,7 +1,8 @@
 """The daily tiles in Iceberg: one partitioned asset per training table."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
@@ -12,11 +13,25 @@ from pyiceberg.catalog import Catalog
 from dagster_prefs.defs.resources import TRAINING_TABLES_KEY, sensor_status
 from dagster_prefs.defs.training_data import jobs_of, maintained, parity_check, training_set_asset
 from dagster_prefs.errors import PrefsError
-from dagster_prefs.iceberg.export import ForeignRows, export_day, exported_days, foreign_days, stale_days
+from dagster_prefs.iceberg.audit import AuditFailed
+from dagster_prefs.iceberg.catalog import OfflineError
+from dagster_prefs.iceberg.export import (
+    DaysFailed,
+    ExportOptions,
+    ForeignRows,
+    export_days,
+    exported_days,
+    foreign_days,
+    stale_days,
+)
 from dagster_prefs.iceberg.launches import TableDay, due, dump_launches, load_launches
 from dagster_prefs.iceberg.tables import TileTable
 from dagster_prefs.iceberg.verify import verify_day
 from dagster_prefs.platform import Platform
+
+# One run over a range of days needs a backfill policy, which Dagster still calls beta; its own advice is
+# to pin the version, as pyproject.toml does.
+warnings.filterwarnings("ignore", category=dg.BetaWarning)
 
 GROUP = "offline_store"
 # Dagster's documented tags for one run over a range of partitions; it exports no constants for them.
@@ -218,23 +233,22 @@ def _provisioned(platform: Platform) -> dg.AssetsDefinition:
 def _exported(platform: Platform, spec: TileTable, *, by_sink: bool) -> dg.AssetsDefinition:
     settings = platform.settings
 
-    def brought_up(catalog: Catalog, day: date, config: ExportConfig) -> tuple[str, int, str]:
-        if by_sink:
-            kept = timedelta(days=settings.snapshots_kept_days)
-            verified = verify_day(
-                platform.engine, catalog, spec, day, namespace=settings.iceberg_namespace, keep_tag=kept
-            )
-            return verified.status, verified.rows, ""
-        written = export_day(
-            platform.engine,
-            catalog,
-            spec,
-            day,
-            namespace=settings.iceberg_namespace,
-            allow_loss=config.allow_loss,
-            replace_foreign=config.replace_foreign,
-        )
-        return written.status, written.rows or 0, written.reason
+    def brought_up(catalog: Catalog, days: list[date], config: ExportConfig) -> Iterator[_Day]:
+        namespace = settings.iceberg_namespace
+        if not by_sink:
+            options = ExportOptions(config.allow_loss, config.replace_foreign)
+            for report in export_days(
+                platform.engine, catalog, spec, days, namespace=namespace, options=options
+            ):
+                yield _Day(report.day, report.status, report.rows or 0, report.reason)
+            return
+        kept = timedelta(days=settings.snapshots_kept_days)
+        for day in days:
+            try:
+                found = verify_day(platform.engine, catalog, spec, day, namespace=namespace, keep_tag=kept)
+                yield _Day(day, found.status, found.rows)
+            except AuditFailed as error:
+                yield _Day(day, "failed", 0, str(error))
 
     @dg.asset(
         key=asset_key(spec),
@@ -259,34 +273,66 @@ def _exported(platform: Platform, spec: TileTable, *, by_sink: bool) -> dg.Asset
         },
     )
     def exported(context: dg.AssetExecutionContext, config: ExportConfig) -> dg.MaterializeResult[Any]:
-        catalog = platform.catalog()
-        rows = changed = retained = 0
-        foreign: dict[TableDay, str] = {}
-        for key in context.partition_keys:
-            day = date.fromisoformat(key)
-            status, found, reason = brought_up(catalog, day, config)
-            if status == "foreign":
-                foreign[spec.name, day] = reason
-            elif status == "retained":
-                retained += 1
+        days = [date.fromisoformat(key) for key in context.partition_keys]
+        done: list[_Day] = []
+        left_out: list[_Day] = []
+        for one in brought_up(platform.catalog(), days, config):
+            (left_out if one.status in ("foreign", "failed") else done).append(one)
+            what = f"{spec.name} {one.day}"
+            if one.status == "failed":
+                context.log.error(f"{what} is left out: {one.reason}")
+            elif one.status == "retained":
                 context.log.warning(
-                    f"{spec.name} {key} stays as it is, with {found} rows: {reason}; where that is right, "
+                    f"{what} stays as it is, with {one.rows} rows: {one.reason}; where that is right, "
                     "materialize it with allow_loss"
                 )
-            else:
-                context.log.info(f"{spec.name} {key}: {status}, {found} rows")
-            rows += found
-            changed += status in ("written", "restored", "verified")
-        if foreign:
-            # Raised last, so that the other days are exported nevertheless.
-            raise ForeignRows(foreign)
+        # One line a status: Dagster stores each line as an event of its own, which takes longer than to export a
+        # small day.
+        for status in sorted({one.status for one in done}):
+            alike = [one for one in done if one.status == status]
+            periods = ", ".join(_period(*found) for found in ranges(one.day for one in alike))
+            context.log.info(f"{spec.name}: {status} {periods} ({sum(one.rows for one in alike)} rows)")
+        if left_out:
+            # The run fails, but the other days are exported, and Dagster is to know that.
+            for one in done:
+                context.log_event(
+                    dg.AssetMaterialization(
+                        context.asset_key, partition=one.day.isoformat(), metadata={"rows": one.rows}
+                    )
+                )
+            raise _refusal(spec, left_out)
         return dg.MaterializeResult(
             metadata={
-                "rows": rows,
-                "days": len(context.partition_keys),
-                "days_verified" if by_sink else "days_written": changed,
-                "days_retained": retained,
+                "rows": sum(one.rows for one in done),
+                "days": len(days),
+                "days_verified" if by_sink else "days_written": sum(
+                    one.status in ("written", "restored", "verified") for one in done
+                ),
+                "days_retained": sum(one.status == "retained" for one in done),
             }
         )
 
     return exported
+
+
+@dataclass(frozen=True)
+class _Day:
+    """What an export or a verification did with one day; `rows` are those that the table holds of it."""
+
+    day: date
+    status: str
+    rows: int
+    reason: str = ""
+
+
+def _period(first: date, last: date) -> str:
+    return str(first) if first == last else f"{first} to {last}"
+
+
+def _refusal(spec: TileTable, left_out: Iterable[_Day]) -> OfflineError:
+    """Return the error that names the days that were left out, with their reasons."""
+    foreign = {(spec.name, one.day): one.reason for one in left_out if one.status == "foreign"}
+    failed = {(spec.name, one.day): one.reason for one in left_out if one.status == "failed"}
+    if not failed:
+        return ForeignRows(foreign)
+    return DaysFailed(failed | {key: str(ForeignRows({key: what})) for key, what in foreign.items()})

@@ -12,6 +12,7 @@ import csv
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -33,14 +34,14 @@ from pyiceberg.types import LongType, StringType
 
 from dagster_prefs.declarations.contract import LAST_EVENT_AT
 from dagster_prefs.engine.connection import EngineConfiguration
-from dagster_prefs.iceberg.audit import AuditFailed
 from dagster_prefs.iceberg.catalog import OfflineError, translated
 from dagster_prefs.iceberg.export import (
     DEFAULT_NAMESPACE,
     SINK_BRANCH,
     VERIFIED_PREFIX,
     ExportConflict,
-    export_day,
+    ExportOptions,
+    export_days,
     foreign_of,
 )
 from dagster_prefs.iceberg.files import (
@@ -56,8 +57,8 @@ from dagster_prefs.iceberg.maintenance import expire, unreferenced_files
 from dagster_prefs.iceberg.publish import (
     ATTEMPTS,
     BRANCH_PREFIX,
+    DayChange,
     DayFiles,
-    discard,
     publish_day,
     write_day,
 )
@@ -358,31 +359,28 @@ class SubjectInTiles(SubjectInTable):
             days = sorted(self._days(self._table()))
             if not days:
                 return tuple(exported), tuple(rewritten)
-            for day in days:
-                if self._export(day):
-                    exported.append(day)
-                elif self._rewrite(day):
-                    rewritten.append(day)
+            done = self._export(days)
+            exported += done
+            rewritten += [day for day in days if day not in done and self._rewrite(day)]
         raise ExportConflict(
             f"{self.name} was replaced by others {ATTEMPTS} times while a subject was removed from it: "
             "see which exports or maintenance run, and run it again"
         )
 
-    def _export(self, day: date) -> bool:
-        """Replace a day by the engine's rows, if the engine still holds all of it."""
-        try:
-            report = export_day(
-                self._engine,
-                self._catalog,
-                self._spec,
-                day,
-                namespace=self._namespace,
-                erasing=self._erased,
-            )
-        except (AuditFailed, TilesUnreadable):
-            # A problem with other subjects' tiles must not block this erasure; the next export reports it.
-            return False
-        return report.status == "written"
+    def _export(self, days: list[date]) -> list[date]:
+        """Replace the days that the engine still holds in full by its rows; returns those days."""
+        options = ExportOptions(erasing=self._erased)
+        written: list[date] = []
+        # A problem with other subjects' tiles must not block this erasure; the next export reports it.
+        with suppress(TilesUnreadable):
+            for report in export_days(
+                self._engine, self._catalog, self._spec, days, namespace=self._namespace, options=options
+            ):
+                if isinstance(report.error, ExportConflict):
+                    raise report.error
+                if report.status == "written":
+                    written.append(report.day)
+        return written
 
     def _rewrite(self, day: date) -> bool:
         """Replace a day by its own rows without the subject's. Returns False if another writer was faster."""
@@ -409,10 +407,7 @@ class SubjectInTiles(SubjectInTable):
             properties={"prefs.operation": "erase"},
         )
         write_day(table, self._spec, day, written, remaining())
-        if publish_day(table, self._spec, day, written, parts_of(held)) is None:
-            discard(table, written)
-            return False
-        return True
+        return publish_day(table, self._spec, DayChange(day, written, parts_of(held)))
 
 
 class SubjectInTrainingSet(SubjectInTable):

@@ -40,6 +40,12 @@ WINDOW = 200
 LOST_AFTER = 60
 
 
+CANARY_SENSOR = "canary"
+
+# A sensor without a tick for longer than this is not running, whatever its state says.
+CANARY_INACTIVITY = timedelta(minutes=10)
+
+
 @dataclass(frozen=True)
 class PathState:
     """The state of one path: the canary in flight, and the latencies (seconds) and losses of earlier ones.
@@ -263,6 +269,32 @@ def judge_state(
 ) -> list[Measure]:
     """Return one measure per path from the state that a probe stored. `now` is UTC."""
     return [_path_measure(name, state.paths.get(name, PathState()), thresholds, now) for name in paths]
+
+
+@dataclass(frozen=True)
+class Tick:
+    """The last tick of a running sensor of the canary: seconds since 1970, 0 before the first, and its cursor."""
+
+    at: float
+    cursor: str | None
+
+
+def judge_ticks(ticks: Sequence[Tick], registry: Registry, *, now: datetime) -> list[Measure]:
+    """Return the canary's measures from what its sensor stored; `now` is UTC.
+
+    They are `skipped` if no sensor is on, and `unknown` if one is on and does not tick.
+    """
+    names = canary_paths(registry)
+    if not ticks:
+        reason = f"the canary is off: start the sensor {CANARY_SENSOR} in Dagster to measure it"
+        return [Measure("canary", name, "skipped", reason) for name in names]
+    last = max(ticks, key=lambda tick: tick.at)
+    ticked = datetime.fromtimestamp(last.at, UTC)
+    if now - ticked > CANARY_INACTIVITY:
+        since = f"since {ticked:%Y-%m-%d %H:%M:%S} UTC" if last.at else "yet"
+        reason = f"the sensor {CANARY_SENSOR} has not ticked {since}: see that the Dagster daemon runs"
+        return [Measure("canary", name, "unknown", reason) for name in names]
+    return judge_state(CanaryState.loads(last.cursor), names, registry.contract.freshness.canary, now=now)
 
 
 def _path_measure(

@@ -17,7 +17,6 @@ from traceback import walk_tb
 from typing import Literal
 from urllib.parse import unquote, urlparse
 
-import boto3
 import pyarrow as pa
 import pydantic
 import requests
@@ -25,8 +24,6 @@ import sqlalchemy.exc
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 from pyiceberg.catalog import Catalog
-from pyiceberg.catalog.glue import GlueCatalog
-from pyiceberg.catalog.rest import RestCatalog
 from pyiceberg.catalog.sql import SqlCatalog
 from pyiceberg.exceptions import (
     CommitStateUnknownException,
@@ -100,11 +97,16 @@ def open_catalog(
         if kind == "sqlite":
             catalog = _open_sqlite(warehouse)
         elif kind == "glue":
+            import boto3
+            from pyiceberg.catalog.glue import GlueCatalog
+
             # pyiceberg's default client would try a dead endpoint ten times.
             config = Config(retries={"mode": "standard", "total_max_attempts": 4})
             client = boto3.client("glue", region_name=region, endpoint_url=endpoint_url, config=config)
             catalog = GlueCatalog(CATALOG_NAME, client=client, **storage)
         else:
+            from pyiceberg.catalog.rest import RestCatalog
+
             if uri is None:
                 raise CatalogUnavailable("the REST catalog has no address: set PREFS_ICEBERG_URI")
             # Set explicitly: pyiceberg deprecates its default for this URL.

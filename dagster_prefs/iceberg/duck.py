@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import tempfile
 from collections.abc import Generator, Iterable, Iterator
@@ -85,6 +86,15 @@ def sort_batches(
 
     Raises what reading `batches` raises, StorageFull, or another OfflineError.
     """
+    source = iter(batches)
+    ahead = list(itertools.islice(source, 2))
+    if len(ahead) < 2 and all(batch.num_rows <= rows for batch in ahead):
+        # To open a session takes several times as long as to sort the rows of a small day.
+        for batch in ahead:
+            if batch.num_rows:
+                yield batch.sort_by([(name, "ascending") for name in key]).cast(schema)
+        return
+    batches = itertools.chain(ahead, source)
     with duck_session(*SORTING) as session, registered(session, "unsorted", schema, batches):
         for batch in session.sql(f"from unsorted order by {', '.join(key)}").to_arrow_reader(rows):
             if batch.num_rows:

@@ -1,9 +1,10 @@
-"""Export of tiles to Iceberg, one day at a time: write, audit, publish.
+"""Export of days of tiles to Iceberg: write, audit, publish.
 
-The day's rows are written to files, committed to a branch of their own, audited there against the engine, and
-then published by one commit that names the snapshot it replaces. Readers therefore see either the old or the
-new day as a whole, whatever fails in between. A crash leaves an unused branch and unreferenced files, which
-`maintenance` removes.
+The rows of each day are written to files, committed to a branch of their own, audited there against the engine,
+and then published by one commit that names the snapshot it replaces. A range of days shares these commits, up to
+DAYS_PER_COMMIT and ROWS_PER_COMMIT, because every commit copies the table's growing metadata. Readers therefore
+see either the old or the new day as a whole, whatever fails in between. A crash leaves an unused branch and
+unreferenced files, which `maintenance` removes.
 
 The names of a day's files contain its fingerprint. Snapshot properties carry it too, for people, but they
 disappear when a snapshot expires and would be wrong after a rollback; the names of the current files are
@@ -15,12 +16,14 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
-from datetime import date
+from dataclasses import dataclass, replace
+from datetime import date, datetime
 from decimal import Decimal
+from functools import cached_property
 from typing import Literal
 
 import pyarrow as pa
@@ -38,8 +41,8 @@ from dagster_prefs.iceberg.files import (
     Foreign,
     LiveFile,
     RemovedDay,
+    RowsUnreadable,
     count_rows,
-    day_files,
     foreign_in,
     only_token,
     own_files,
@@ -49,7 +52,7 @@ from dagster_prefs.iceberg.files import (
     tile_files,
     token_of,
 )
-from dagster_prefs.iceberg.publish import ATTEMPTS, DayFiles, discard, publish_day, write_day
+from dagster_prefs.iceberg.publish import ATTEMPTS, DayChange, DayFiles, discard, publish_days, write_day
 from dagster_prefs.iceberg.tables import (
     ErasedSubject,
     TileTable,
@@ -58,7 +61,7 @@ from dagster_prefs.iceberg.tables import (
     ensure_table,
     exact_sums,
 )
-from dagster_prefs.iceberg.tiles import Fingerprint, TileSnapshot, TilesUnreadable, tile_snapshot
+from dagster_prefs.iceberg.tiles import DayUnreadable, Fingerprint, TileSnapshot, tile_snapshot
 
 DEFAULT_NAMESPACE = "training"
 
@@ -67,11 +70,22 @@ VERIFIED_PREFIX = "verified-"
 SINK_BRANCH = "ingestion"
 """Where a copy-on-write sink commits, with deletes as files of their own; RisingWave's name for it."""
 
-Status = Literal["written", "unchanged", "empty", "retained", "foreign", "restored"]
+# The bounds of a commit. They limit what a crash or a lost race makes another run write again, the disk space of
+# files that are not published yet, the time for which one snapshot of the engine is held, and the size of the
+# snapshot's properties (some 250 bytes a day). Memory does not depend on them: one day at a time is read, in
+# batches. A day with more rows has a commit of its own.
+DAYS_PER_COMMIT = 100
+ROWS_PER_COMMIT = 5_000_000
+
+Status = Literal["written", "unchanged", "empty", "retained", "foreign", "restored", "failed"]
 
 
 class ExportConflict(OfflineError):
     """Other writers kept replacing the table; nothing was published."""
+
+
+# Reasons that an error quotes in full; the rest is named.
+NAMED_REASONS = 3
 
 
 class ForeignRows(OfflineError):
@@ -79,12 +93,43 @@ class ForeignRows(OfflineError):
 
     def __init__(self, days: Mapping[tuple[str, date], str]) -> None:
         named = [f"{table} of {day}: {what}" for (table, day), what in sorted(days.items())]
-        more = f"; and {len(named) - 3} more" if len(named) > 3 else ""
+        more = f"; and {len(named) - NAMED_REASONS} more" if len(named) > NAMED_REASONS else ""
         super().__init__(
-            f"{len(named)} exported days were changed by another writer and stay as they are ({'; '.join(named[:3])}"
+            f"{len(named)} exported days were changed by another writer and stay as they are "
+            f"({'; '.join(named[:NAMED_REASONS])}"
             f"{more}): find out who writes to these tables, then run `prefs export --replace-foreign`, which makes the "
             "days what this platform exports again"
         )
+
+
+class DaysFailed(OfflineError):
+    """Days could not be exported and stay as they are, while others were; the message names days and reasons."""
+
+    def __init__(self, days: Mapping[tuple[str, date], str]) -> None:
+        named = sorted(days.items())
+        reasons = [f"{table} of {day}: {what}" for (table, day), what in named[:NAMED_REASONS]]
+        rest = ", ".join(f"{table} of {day}" for (table, day), _ in named[NAMED_REASONS:])
+        more = f"; and {rest}, with their reasons in the log of the run" if rest else ""
+        super().__init__(
+            f"{len(named)} days were not exported and stay as they are, every other day was exported "
+            f"({'; '.join(reasons)}{more})"
+        )
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What an export may do beyond adding to days of its own.
+
+    `allow_loss` exports a day although the engine holds less of it than the table. `replace_foreign` reverts what
+    another writer did to a day. `erasing` is a subject whom an erasure removes, and whose rows are therefore no loss.
+    """
+
+    allow_loss: bool = False
+    replace_foreign: bool = False
+    erasing: ErasedSubject | None = None
+
+
+AS_IT_IS = ExportOptions()
 
 
 @dataclass(frozen=True)
@@ -95,9 +140,10 @@ class ExportReport:
     the engine nor the table has rows of it), `retained` (the engine holds less than the table, so the table
     keeps its rows; `reason` says what is less), `foreign` (another writer changed the day, which is left
     unchanged; `reason` names the files), `restored` (another writer's changes were reverted; the engine no
-    longer holds all of the day). `rows` (None where deletes of another engine cannot be read) and `bytes` are
-    those of the day as the table now holds it; `snapshot_id` is the table's current snapshot, None for a
-    table without one; `seconds` is wall time.
+    longer holds all of the day), `failed` (`error`, and as text `reason`, say why; the day stays as it was).
+    `rows` (None where deletes of another engine cannot be read) and `bytes` are those of the day as the table now
+    holds it; `snapshot_id` is the table's current snapshot, None for a table without one; `seconds` is the wall
+    time of the commit that the day shares with others, from the first row read.
     """
 
     table: str
@@ -111,6 +157,7 @@ class ExportReport:
     seconds: float
     attempts: int = 1
     reason: str = ""
+    error: OfflineError | None = None
 
 
 def export_day(
@@ -120,59 +167,110 @@ def export_day(
     day: date,
     *,
     namespace: str = DEFAULT_NAMESPACE,
-    allow_loss: bool = False,
-    replace_foreign: bool = False,
-    erasing: ErasedSubject | None = None,
+    options: ExportOptions = AS_IT_IS,
 ) -> ExportReport:
-    """Make the table hold exactly the engine's tiles of `day` (UTC), without canaries.
+    """Export one day like `export_days`.
+
+    Raises AuditFailed (naming the branch that keeps the data), TilesUnreadable, EngineUnavailable, ExportConflict,
+    or another OfflineError; what readers see is then unchanged.
+    """
+    (report,) = export_days(engine, catalog, spec, [day], namespace=namespace, options=options)
+    if report.error is not None:
+        raise report.error
+    return report
+
+
+def export_days(
+    engine: EngineConfiguration,
+    catalog: Catalog,
+    spec: TileTable,
+    days: Iterable[date],
+    *,
+    namespace: str = DEFAULT_NAMESPACE,
+    options: ExportOptions = AS_IT_IS,
+) -> Iterator[ExportReport]:
+    """Make the table hold exactly the engine's tiles of `days` (UTC), without canaries.
+
+    Yields one report a day, as the commits that hold the days are made. A day that cannot be read, that fails its
+    audit, or that other writers keep changing, is left out and reported as `failed`; the others are published.
 
     A day of which the engine holds fewer rows or a smaller total than the table has left its retention, because
-    late events only ever add: what the table holds of it stays. `allow_loss=True` exports it all the same, for
-    someone who knows why it shrank. The rows of `erasing`, whom an erasure removes, are no loss. Rows of an erased
-    subject are never exported: neither from views that do not know of the erasure yet, nor by an export that had read
-    them before it.
+    late events only ever add: what the table holds of it stays. The option `allow_loss` exports it all the same, for
+    someone who knows why it shrank. Rows of an erased subject are never exported: neither from views that do not
+    know of the erasure yet, nor by an export that had read them before it.
 
     A day to which another writer added rows, or of which it deleted or replaced some, is left unchanged and
-    reported as `foreign`. `replace_foreign=True` reverts that writer's changes: the day becomes what the
+    reported as `foreign`. The option `replace_foreign` reverts that writer's changes: the day becomes what the
     engine holds, or, if that is less than this platform's last export of the day, that export again.
 
-    Idempotent, and safe to run several times at once. Raises AuditFailed (naming the branch that keeps the
-    data), TilesUnreadable, EngineUnavailable, ExportConflict, or another OfflineError; what readers see is
-    then unchanged.
+    Idempotent, and safe to run several times at once. Raises TilesUnreadable, EngineUnavailable, or another
+    OfflineError, if engine, catalog or storage fail as a whole; days that were not reported are then unchanged.
     """
-    started = time.monotonic()
     name = f"{namespace}.{spec.name}"
-    for attempt in range(1, ATTEMPTS + 1):
+    left = sorted(set(days))
+    attempts: Counter[date] = Counter()
+    while left:
+        started = time.monotonic()
         table = ensure_table(catalog, namespace, spec)
         with translated(f"the table {name}"):
-            outcome = _Attempt(engine, table, spec, day, erasing).run(
-                allow_loss=allow_loss, replace_foreign=replace_foreign
-            )
-        if outcome is None:
-            continue
-        status, table, fingerprint, reason = outcome
-        with translated(f"the table {name}"):
-            held = day_files(table, spec, day)
-            unread = any(file.equality_deletes for file in held)
-            rows = None if unread else count_rows(table, held)
-        snapshot = table.current_snapshot()
-        return ExportReport(
-            table=name,
-            day=day,
-            status=status,
-            rows=rows,
-            bytes=sum(file.data.file_size_in_bytes for file in held),
-            files=len(held),
-            snapshot_id=snapshot.snapshot_id if snapshot else None,
-            fingerprint=fingerprint,
-            seconds=time.monotonic() - started,
-            attempts=attempt,
-            reason=reason,
-        )
-    raise ExportConflict(
+            outcomes = _Attempt(engine, table, spec, options).run(left, attempts)
+            for day in left:
+                if day not in outcomes and attempts[day] >= ATTEMPTS:
+                    outcomes[day] = _Outcome("failed", error=_conflict(name, day))
+            reports = _reports(table, spec, outcomes, time.monotonic() - started)
+        left = [day for day in left if day not in outcomes]
+        for report in reports:
+            yield replace(report, attempts=max(1, attempts[report.day]))
+
+
+def _conflict(name: str, day: date) -> ExportConflict:
+    return ExportConflict(
         f"{name} of {day} was replaced by others {ATTEMPTS} times while it was exported: "
         "see which other exports or maintenance run, and run it again"
     )
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What one attempt did with a day."""
+
+    status: Status
+    token: str | None = None
+    reason: str = ""
+    error: OfflineError | None = None
+
+
+def _reports(
+    table: Table, spec: TileTable, outcomes: Mapping[date, _Outcome], seconds: float
+) -> list[ExportReport]:
+    """Report days as the table now holds them."""
+    if not outcomes:
+        return []
+    snapshot = table.current_snapshot()
+    held = tile_files(table, spec, first=min(outcomes), last=max(outcomes))
+    reports = []
+    for day, outcome in sorted(outcomes.items()):
+        files = held.get(day, [])
+        try:
+            rows = count_rows(table, files)
+        except RowsUnreadable:
+            rows = None
+        reports.append(
+            ExportReport(
+                table=".".join(table.name()),
+                day=day,
+                status=outcome.status,
+                rows=rows,
+                bytes=sum(file.data.file_size_in_bytes for file in files),
+                files=len(files),
+                snapshot_id=snapshot.snapshot_id if snapshot else None,
+                fingerprint=outcome.token,
+                seconds=seconds,
+                reason=outcome.reason or str(outcome.error or ""),
+                error=outcome.error,
+            )
+        )
+    return reports
 
 
 @dataclass(frozen=True)
@@ -282,82 +380,115 @@ def verified_tag(day: date, token: str) -> str:
     return f"{VERIFIED_PREFIX}{day.isoformat()}-{token}"
 
 
-_Outcome = tuple[Status, Table, str | None, str]
-
-
 @dataclass(frozen=True)
 class _Attempt:
-    """One attempt to export a day to a freshly loaded table."""
+    """One attempt to export days to a freshly loaded table, with one commit."""
 
     engine: EngineConfiguration
     table: Table
     spec: TileTable
-    day: date
-    erasing: ErasedSubject | None
+    options: ExportOptions
 
-    def run(self, *, allow_loss: bool, replace_foreign: bool) -> _Outcome | None:
-        """Return status, table, token and reason; None if another writer changed the day in the meantime."""
-        table, spec, day = self.table, self.spec, self.day
-        held = day_files(table, spec, day)
-        foreign: Foreign | RemovedDay | None = (
-            foreign_of(table, held) if held else removed_days(table, spec, ()).get(day)
-        )
+    @cached_property
+    def removed(self) -> dict[date, RemovedDay]:
+        """The days, whether the table holds them again or not, that another writer removed."""
+        return removed_days(self.table, self.spec, ())
+
+    def run(self, days: Sequence[date], attempts: Counter[date]) -> dict[date, _Outcome]:
+        """Export the first of `days`, as many as one commit may hold; counts an attempt for each.
+
+        Returns the outcome of each day that is done with. Other days were not reached, or another writer changed
+        them in the meantime.
+        """
+        outcomes: dict[date, _Outcome] = {}
+        changes: list[DayChange] = []
+        held = tile_files(self.table, self.spec, first=days[0], last=days[-1])
+        erasures: list[tuple[int, datetime | None]] = []
+        pending = deque(days)
+        try:
+            while pending and _room_for(changes):
+                day = pending[0]
+                try:
+                    with tile_snapshot(self.engine, self.spec) as tiles:
+                        fingerprints = tiles.fingerprints()
+                        erasures.append(tiles.erasures())
+                        while pending and _room_for(changes):
+                            day = pending.popleft()
+                            attempts[day] += 1
+                            outcome, written = self._prepare(
+                                tiles, day, fingerprints.get(day), held.get(day, [])
+                            )
+                            outcomes[day] = outcome
+                            if written is not None:
+                                changes.append(DayChange(day, written, parts_of(held.get(day, []))))
+                except DayUnreadable as error:
+                    # The snapshot may have ended with it: the next days are read from another one.
+                    outcomes[day] = _Outcome("failed", error=error)
+        except BaseException:
+            for change in changes:
+                discard(self.table, change.written)
+            raise
+
+        def no_erasure_since() -> bool:
+            with tile_snapshot(self.engine, self.spec) as now:
+                # Each snapshot of this attempt counts, the earliest included.
+                return {now.erasures()} == set(erasures)
+
+        done = publish_days(self.table, self.spec, changes, still_valid=no_erasure_since)
+        for change in changes:
+            if change.day in done.failed:
+                outcomes[change.day] = _Outcome("failed", error=done.failed[change.day])
+            elif change.day not in done.published:
+                del outcomes[change.day]
+        return outcomes
+
+    def _prepare(
+        self, tiles: TileSnapshot, day: date, fingerprint: Fingerprint | None, held: list[LiveFile]
+    ) -> tuple[_Outcome, DayFiles | None]:
+        """Decide what becomes of a day, and write its files if it changes. Raises DayUnreadable."""
+        foreign: Foreign | RemovedDay | None = foreign_of(self.table, held) if held else self.removed.get(day)
+        replace_foreign = self.options.replace_foreign
         if isinstance(foreign, Foreign) and foreign and not replace_foreign:
-            return "foreign", table, None, str(foreign)
+            return _Outcome("foreign", reason=str(foreign)), None
         token = None if foreign else only_token(held)
-        own = own_files(table, spec, day) if foreign else []
+        own = own_files(self.table, self.spec, day) if foreign else []
         # The rows that the table must not lose. Another writer's changes do not count while the platform's
         # own files exist.
         due = own or [file.data for file in held]
-        with tile_snapshot(self.engine, spec) as tiles:
-            fingerprint = tiles.fingerprint(day)
-            if fingerprint is None and not due and not foreign:
-                return "empty", table, None, ""
-            if fingerprint is not None and fingerprint.token == token:
-                return "unchanged", table, token, ""
-            removed_rows = foreign.rows if isinstance(foreign, RemovedDay) else 0
-            less = self._less(due, removed_rows, fingerprint, allow_loss=allow_loss)
-            if foreign and less and not replace_foreign:
-                return "foreign", table, None, f"{foreign}; {less}"
-            if foreign and less and not own:
-                remedy = (
-                    "export it with allow_loss" if fingerprint else "remove it with the engine that wrote it"
-                )
-                reason = f"{foreign}; {less}, and no snapshot holds its own export any more: {remedy}"
-                return "foreign", table, None, reason
-            if not foreign and less:
-                return "retained", table, token, less
-            erasures = tiles.erasures()
-            written = (
-                self._restore(tiles, own) if less or not fingerprint else self._export(tiles, fingerprint)
-            )
-
-        def no_erasure_since() -> bool:
-            with tile_snapshot(self.engine, spec) as now:
-                return now.erasures() == erasures
-
-        published = publish_day(table, spec, day, written, parts_of(held), still_valid=no_erasure_since)
-        if published is None:
-            discard(table, written)
-            return None
-        return (
-            "restored" if less else "written",
-            published,
-            written.token,
-            f"{foreign}; {less}" if less else "",
+        if fingerprint is None and not due and not foreign:
+            return _Outcome("empty"), None
+        if fingerprint is not None and fingerprint.token == token:
+            return _Outcome("unchanged", token), None
+        removed_rows = foreign.rows if isinstance(foreign, RemovedDay) else 0
+        less = self._less(due, removed_rows, fingerprint)
+        if foreign and less and not replace_foreign:
+            return _Outcome("foreign", reason=f"{foreign}; {less}"), None
+        if foreign and less and not own:
+            remedy = "export it with allow_loss" if fingerprint else "remove it with the engine that wrote it"
+            reason = f"{foreign}; {less}, and no snapshot holds its own export any more: {remedy}"
+            return _Outcome("foreign", reason=reason), None
+        if not foreign and less:
+            return _Outcome("retained", token, less), None
+        written = (
+            self._restore(tiles, day, own)
+            if less or not fingerprint
+            else self._export(tiles, day, fingerprint)
         )
+        return _Outcome(
+            "restored" if less else "written", written.token, f"{foreign}; {less}" if less else ""
+        ), written
 
-    def _export(self, tiles: TileSnapshot, fingerprint: Fingerprint) -> DayFiles:
+    def _export(self, tiles: TileSnapshot, day: date, fingerprint: Fingerprint) -> DayFiles:
         """Write the engine's rows of the day."""
-        forgotten = tiles.erased_rows(self.day)
+        forgotten = tiles.erased_rows(day)
         if forgotten:
-            raise TilesUnreadable(
-                f"{self.spec.tile} of {self.day} still has {forgotten} rows of erased subjects: the views have not "
+            raise DayUnreadable(
+                f"{self.spec.tile} of {day} still has {forgotten} rows of erased subjects: the views have not "
                 "read the erasure; run `prefs refresh`, then export again"
             )
-        return _write(tiles, self.table, self.spec, self.day, fingerprint)
+        return _write(tiles, self.table, self.spec, day, fingerprint)
 
-    def _restore(self, tiles: TileSnapshot, own: list[DataFile]) -> DayFiles:
+    def _restore(self, tiles: TileSnapshot, day: date, own: list[DataFile]) -> DayFiles:
         """Write the rows of the last own export of the day again, without subjects that were erased since."""
         erased = tiles.erased_subjects()
         schema = arrow_schema(self.table)
@@ -378,12 +509,10 @@ class _Attempt:
             totals=totals,
             properties={"prefs.operation": "restore"},
         )
-        write_day(self.table, self.spec, self.day, written, rows())
+        write_day(self.table, self.spec, day, written, rows())
         return written
 
-    def _less(
-        self, due: list[DataFile], removed_rows: int, fingerprint: Fingerprint | None, *, allow_loss: bool
-    ) -> str:
+    def _less(self, due: list[DataFile], removed_rows: int, fingerprint: Fingerprint | None) -> str:
         """Describe what the engine has less of than the table; empty if nothing, or if a loss is allowed.
 
         The table's rows of the day are those of the files that are `due`, or, if none is left, the
@@ -391,7 +520,7 @@ class _Attempt:
         """
         if fingerprint is None:
             return "the engine holds nothing of this day any more"
-        if allow_loss:
+        if self.options.allow_loss:
             return ""
         if due:
             return self._loss(due, fingerprint)
@@ -402,10 +531,11 @@ class _Attempt:
         rows = sum(file.record_count for file in due)
         metric = list(self.spec.metric)
         erased = Decimal(0)
-        if self.erasing is not None:
+        erasing = self.options.erasing
+        if erasing is not None:
             for file in due:
                 for batch in read_file(self.table, file, [self.spec.subject, LAST_EVENT_AT, *metric]):
-                    going = batch.filter(self.erasing.rows_of(batch))
+                    going = batch.filter(erasing.rows_of(batch))
                     rows -= going.num_rows
                     erased += sum(exact_sums([going], metric).values())
         if fingerprint.row_count < rows:
@@ -418,6 +548,12 @@ class _Attempt:
                 f"the engine's total of {name} of this day is {fingerprint.metric_total}, the table's {total}"
             )
         return ""
+
+
+def _room_for(changes: Sequence[DayChange]) -> bool:
+    """Return whether the commit of these changes may hold another day."""
+    rows = sum(change.written.rows for change in changes)
+    return len(changes) < DAYS_PER_COMMIT and rows < ROWS_PER_COMMIT
 
 
 def _write(
@@ -442,7 +578,7 @@ def _write(
         rows, written.totals = adding[0].result()
         metric = sum((written.totals[name] for name in spec.metric), Decimal(0))
         if rows != fingerprint.row_count or metric != fingerprint.metric_total:
-            raise TilesUnreadable(
+            raise DayUnreadable(
                 f"tile_fingerprints does not describe {spec.tile} of {day} ({fingerprint.row_count} rows against "
                 f"{rows}): the views are being refreshed or were refreshed apart; run `dbt build`, then export again"
             )

@@ -30,6 +30,7 @@ from dagster_prefs.iceberg.publish import (
     ATTEMPTS,
     BRANCH_PREFIX,
     FILE_BYTES,
+    DayChange,
     DayFiles,
     publish_day,
     write_day,
@@ -153,7 +154,7 @@ def _compact(table: Table, spec: TileTable) -> tuple[tuple[date, ...], tuple[dat
         schema = arrow_schema(table)
         batches = (batch.cast(schema) for batch in _rows(table, schema.names, files))
         write_day(table, spec, day, merged, batches)
-        if publish_day(table, spec, day, merged, parts_of(files)) is not None:
+        if publish_day(table, spec, DayChange(day, merged, parts_of(files))):
             done.append(day)
     return tuple(done), tuple(foreign)
 

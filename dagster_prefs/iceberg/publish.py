@@ -1,10 +1,11 @@
-"""Replacement of one day of a training table: write files, stage on a branch, audit, publish."""
+"""Replacement of days of a training table: write files, stage on a branch, audit, publish."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
@@ -20,10 +21,9 @@ from pyiceberg.partitioning import PartitionFieldValue, PartitionKey
 from pyiceberg.table import Table
 from pyiceberg.table.snapshots import Snapshot, ancestors_of
 
-from dagster_prefs.iceberg.audit import AuditFailed, StagedDay, audit_day
+from dagster_prefs.iceberg.audit import AuditFailed, Staged, StagedDay, audit_days
 from dagster_prefs.iceberg.catalog import CatalogUnavailable
-from dagster_prefs.iceberg.duck import sort_batches
-from dagster_prefs.iceberg.files import check_writable, day_files, file_name, parts_of
+from dagster_prefs.iceberg.files import check_writable, file_name, parts_of, tile_files
 from dagster_prefs.iceberg.tables import PARQUET, TileTable, arrow_schema
 
 # A reader decodes one row group at a time, and DuckDB returns this many rows at a time; an object store
@@ -61,6 +61,9 @@ def write_day(
     Adds the files to `files`. Removes everything written if anything fails. Raises LayoutForeign if another
     engine changed the table's layout.
     """
+    # DuckDB takes time to load, which those who only read a table need not wait for.
+    from dagster_prefs.iceberg.duck import sort_batches
+
     check_writable(table, spec)
     try:
         with (
@@ -141,60 +144,108 @@ class _FileWriter:
             self._parquet, self._sink = None, None
 
 
-def publish_day(
-    table: Table,
-    spec: TileTable,
-    day: date,
-    written: DayFiles,
-    replaced: set[str],
-    *,
-    still_valid: Callable[[], bool] = lambda: True,
-) -> Table | None:
-    """Stage a day on a branch, audit it, and publish it. Returns None if another writer changed the same day.
+@dataclass(frozen=True)
+class DayChange:
+    """A day of which the files at `replaced` give way to those that were `written`.
 
     `replaced` are the locations of the data and delete files (`parts_of`) of the day when it was read.
-    `still_valid` is called right before publishing; if it returns False, the written rows are outdated and
-    the result is None, too.
+    """
+
+    day: date
+    written: DayFiles
+    replaced: Set[str]
+
+
+@dataclass
+class Publication:
+    """What became of changes: `published` days, and days that `failed` their audit.
+
+    Days that are in neither were changed by another writer, or became outdated.
+    """
+
+    published: set[date] = field(default_factory=set)
+    failed: dict[date, AuditFailed] = field(default_factory=dict)
+
+
+def publish_days(
+    table: Table,
+    spec: TileTable,
+    changes: Iterable[DayChange],
+    *,
+    still_valid: Callable[[], bool] = lambda: True,
+) -> Publication:
+    """Stage days on a branch, audit each, and publish all of them with one commit.
+
+    A day that fails its audit, and a day that another writer changed, is left out, and the others are published.
+    The branch of a failed audit keeps the data for inspection. `still_valid` is called right before publishing; if
+    it returns False, the written rows are outdated and none is published. Files that are not published and that no
+    branch keeps are removed. Raises what catalog and storage raise.
 
     A commit by another writer to another day moves the table's head: the same files are then staged again on
     top of it, since publishing the old branch would undo the other day.
     """
+    left = {change.day: change for change in changes}
+    done = Publication()
+    accepted: set[date] = set()
     for _ in range(ATTEMPTS):
-        branch = f"{BRANCH_PREFIX}{day.isoformat()}-{uuid.uuid4().hex[:12]}"
+        if not left:
+            break
+        first, last = min(left), max(left)
+        branch = f"{BRANCH_PREFIX}{_period(first, last)}-{uuid.uuid4().hex[:12]}"
         try:
             table.refresh()
             head = _head(table)
-            live = day_files(table, spec, day, head.snapshot_id)
-            if parts_of(live) != replaced:
-                return None
-            held = [file.data for file in live]
-            staged = _stage(table, head, branch, day, written, held)
-            audit_day(
-                table,
-                spec,
-                day,
-                StagedDay(staged, branch, written.paths, held),
-                rows=written.rows,
-                totals=written.totals,
-            )
-        except AuditFailed:
-            # The branch keeps the data for inspection.
-            raise
+            live = tile_files(table, spec, first=first, last=last, snapshot_id=head.snapshot_id)
+            for day, change in list(left.items()):
+                if parts_of(live.get(day, [])) != change.replaced:
+                    _give_up(table, done, [left.pop(day)])
+            if not left:
+                break
+            held = {day: [file.data for file in live.get(day, [])] for day in left}
+            staged = _stage(table, head, branch, left, held)
+            refused = audit_days(table, spec, staged, known=accepted)
         except CommitFailedException:
             _drop_branch(table, branch)
             continue
         except Exception:
             _drop_branch(table, branch)
-            discard(table, written)
+            _give_up(table, done, left.values())
             raise
+        accepted |= left.keys() - refused.keys()
+        if refused:
+            # The branch stays. The other days are staged again without the refused ones.
+            done.failed |= refused
+            left = {day: change for day, change in left.items() if day not in refused}
+            continue
         if not still_valid():
             _drop_branch(table, branch)
-            return None
+            break
         # From here on the files stay, because a commit whose reply was lost may still take effect.
-        if _make_current(table, head, staged, branch):
-            return table
+        if _make_current(table, head, staged.snapshot_id, branch):
+            done.published |= left.keys()
+            return done
         _drop_branch(table, branch)
-    return None
+    _give_up(table, done, left.values())
+    return done
+
+
+def publish_day(table: Table, spec: TileTable, change: DayChange) -> bool:
+    """Publish one day like `publish_days`. Returns False if another writer changed it; raises AuditFailed."""
+    done = publish_days(table, spec, [change])
+    for error in done.failed.values():
+        raise error
+    return change.day in done.published
+
+
+def _period(first: date, last: date) -> str:
+    return first.isoformat() if first == last else f"{first.isoformat()}-to-{last.isoformat()}"
+
+
+def _give_up(table: Table, done: Publication, changes: Iterable[DayChange]) -> None:
+    # The branch of a failed audit also holds the days that passed theirs, so it needs their files.
+    if not done.failed:
+        for change in changes:
+            discard(table, change.written)
 
 
 def _head(table: Table) -> Snapshot:
@@ -209,9 +260,13 @@ def _head(table: Table) -> Snapshot:
 
 
 def _stage(
-    table: Table, head: Snapshot, branch: str, day: date, written: DayFiles, held: list[DataFile]
-) -> int:
-    """Commit the day to a branch that starts at `head`, which holds `held`. Returns the new snapshot's id."""
+    table: Table,
+    head: Snapshot,
+    branch: str,
+    changes: Mapping[date, DayChange],
+    held: Mapping[date, list[DataFile]],
+) -> Staged:
+    """Commit the days to a branch that starts at `head`, which holds `held`."""
     # A commit of its own, because a retried transaction would lose the branch's starting point.
     for attempt in range(1, ATTEMPTS + 1):
         try:
@@ -222,16 +277,16 @@ def _stage(
                 raise
             table.refresh()
     properties = {
-        "prefs.day": day.isoformat(),
         "prefs.code-version": importlib.metadata.version("dagster-prefs"),
-        **written.properties,
+        **_properties(changes.values()),
     }
     transaction = table.transaction()
     snapshot = transaction.update_snapshot(snapshot_properties=properties, branch=branch).overwrite()
-    for file in held:
-        snapshot.delete_data_file(file)
-    for file in written.files:
-        snapshot.append_data_file(file)
+    for day, change in changes.items():
+        for file in held[day]:
+            snapshot.delete_data_file(file)
+        for file in change.written.files:
+            snapshot.append_data_file(file)
     snapshot.commit()
     try:
         transaction.commit_transaction()
@@ -244,7 +299,32 @@ def _stage(
     staged = table.snapshot_by_name(branch)
     if staged is None:
         raise CatalogUnavailable(f"the catalog lost the branch {branch}: run the export again, which is safe")
-    return staged.snapshot_id
+    return Staged(
+        staged.snapshot_id,
+        branch,
+        {
+            day: StagedDay(change.written.paths, change.written.rows, change.written.totals, held[day])
+            for day, change in changes.items()
+        },
+    )
+
+
+def _properties(changes: Iterable[DayChange]) -> dict[str, str]:
+    """Return the snapshot properties of the changed days.
+
+    Those of a single day are `prefs.day` and the day's own. Those of several days are `prefs.operation`, and
+    `prefs.days`: a JSON object of each day's own, without the prefix.
+    """
+    by_day = {change.day.isoformat(): change.written.properties for change in changes}
+    if len(by_day) == 1:
+        ((day, own),) = by_day.items()
+        return {"prefs.day": day, **own}
+    short = {
+        day: {name.removeprefix("prefs."): value for name, value in own.items()}
+        for day, own in sorted(by_day.items())
+    }
+    operations = sorted({own["operation"] for own in short.values()})
+    return {"prefs.operation": "+".join(operations), "prefs.days": json.dumps(short, separators=(",", ":"))}
 
 
 def _make_current(table: Table, head: Snapshot, staged: int, branch: str) -> bool:

@@ -42,7 +42,11 @@ _ESCAPE = re.compile(r"\\.")
 
 
 class TilesUnreadable(OfflineError):
-    """The engine cannot deliver the tiles of a day."""
+    """The engine cannot deliver tiles."""
+
+
+class DayUnreadable(TilesUnreadable):
+    """The engine's tiles of one day cannot be exported; those of other days can."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +214,7 @@ class TileSnapshot:
                     yield ahead.result()
         except pa.ArrowInvalid as error:
             # The original exception is not chained, because its text may contain a person's row.
-            raise TilesUnreadable(self._defect(day, fields, error)) from None
+            raise DayUnreadable(self._defect(day, fields, error)) from None
 
     def _defect(self, day: date, fields: list[pa.Field], error: pa.ArrowInvalid) -> str:
         """Describe the rows of one day that failed to parse, and close the snapshot."""

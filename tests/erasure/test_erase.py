@@ -51,9 +51,9 @@ from dagster_prefs.erasure.training import ErasedTable, SubjectInTable, SubjectI
 from dagster_prefs.events.ingest import ingest_file
 from dagster_prefs.iceberg import export as export_module
 from dagster_prefs.iceberg.catalog import CatalogUnavailable, OfflineError
-from dagster_prefs.iceberg.export import SINK_BRANCH, export_day
+from dagster_prefs.iceberg.export import SINK_BRANCH, ExportOptions, export_day
 from dagster_prefs.iceberg.files import day_files, parts_of, read_rows
-from dagster_prefs.iceberg.publish import DayFiles, publish_day, write_day
+from dagster_prefs.iceberg.publish import DayChange, DayFiles, publish_day, write_day
 from dagster_prefs.iceberg.tables import ErasedSubject, arrow_schema
 from dagster_prefs.iceberg.tiles import TilesUnreadable
 from dagster_prefs.training.training_set import (
@@ -331,7 +331,7 @@ def test_what_keeps_the_history_is_named_or_dropped(world: World) -> None:
 def test_an_export_that_read_before_the_erasure_cannot_publish(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = export_module.publish_day
+    original = export_module.publish_days
     insert_events(
         world.connection,
         [
@@ -342,11 +342,11 @@ def test_an_export_that_read_before_the_erasure_cannot_publish(
     world.refresh()
 
     def late(*given: Any, **options: Any) -> Any:
-        monkeypatch.setattr(export_module, "publish_day", original)
+        monkeypatch.setattr(export_module, "publish_days", original)
         world.execute("insert into erased_subjects values ('viewer', %s, %s)", [str(VIEWER), instant(AHEAD)])
         return original(*given, **options)
 
-    monkeypatch.setattr(export_module, "publish_day", late)
+    monkeypatch.setattr(export_module, "publish_days", late)
     # It starts again, and then meets views that do not know of the erasure.
     with pytest.raises(TilesUnreadable, match="prefs refresh"):
         export_day(world.engine, world.catalog, WATCH, TODAY - timedelta(days=3))
@@ -365,11 +365,11 @@ def test_another_writer_of_the_day_is_met_by_another_try(
     original = erasure_of_training.publish_day
     replaced: list[date] = []
 
-    def late(table: Any, spec: Any, day: date, *given: Any, **options: Any) -> Any:
+    def late(table: Any, spec: Any, change: DayChange) -> bool:
         if not replaced and spec == WATCH:
-            replaced.append(day)
-            assert maintain_one_day(world, day)
-        return original(table, spec, day, *given, **options)
+            replaced.append(change.day)
+            assert maintain_one_day(world, change.day)
+        return original(table, spec, change)
 
     monkeypatch.setattr(erasure_of_training, "publish_day", late)
     report = world.erase()
@@ -394,7 +394,7 @@ def maintain_one_day(world: World, day: date) -> bool:
         properties={},
     )
     write_day(table, WATCH, day, written, rows.cast(arrow_schema(table)).to_batches())
-    return publish_day(table, WATCH, day, written, parts_of(held)) is not None
+    return publish_day(table, WATCH, DayChange(day, written, parts_of(held)))
 
 
 def test_a_table_of_the_sinks_is_left_to_them(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -422,7 +422,7 @@ def test_a_table_of_the_sinks_is_left_to_them(world: World, monkeypatch: pytest.
         table = world.catalog.load_table(spec.identifier("training"))
         assert table.current_snapshot().snapshot_id == heads[name]
         for day in (OLD, PARTED, ALONE, TODAY):
-            export_day(world.engine, world.catalog, spec, day, allow_loss=True)
+            export_day(world.engine, world.catalog, spec, day, options=ExportOptions(allow_loss=True))
         table.refresh()
         # The day that was the viewer's alone.
         table.delete(f"viewer_id = {VIEWER}")

@@ -26,12 +26,14 @@ from shipped import REGISTRY
 
 from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.defs import freshness, offline_store
+from dagster_prefs.defs.instance import DAGSTER_YAML
 from dagster_prefs.events.brokers import KafkaSource
 from dagster_prefs.events.kafka import ingest_topic
 from dagster_prefs.freshness import status
 from dagster_prefs.freshness.alerts import AlertError, load_levels
-from dagster_prefs.freshness.canary import CanaryState, PathState, epoch_ms
+from dagster_prefs.freshness.canary import CanaryState, PathState, Tick, epoch_ms, judge_ticks
 from dagster_prefs.freshness.metrics import render_metrics
+from dagster_prefs.freshness.probe_store import stored_ticks
 from dagster_prefs.freshness.status import Status
 from dagster_prefs.platform import Platform
 from dagster_prefs.settings import Settings
@@ -311,6 +313,25 @@ def left_by_sensor(
     there = instance.get_instigator_state(origin.get_id(), origin.get_selector().get_id())
     kept = InstigatorState(origin, InstigatorType.SENSOR, status, data)
     (instance.update_instigator_state if there else instance.add_instigator_state)(kept)
+
+
+def test_the_last_probe_is_read_without_dagster(instance: dg.DagsterInstance, tmp_path: Path) -> None:
+    """The reader without Dagster finds what Dagster stored, or leaves it to Dagster."""
+    home = Path(instance.root_directory)
+    (home / "dagster.yaml").write_text(DAGSTER_YAML)
+    assert stored_ticks(home) == []
+    assert stored_ticks(tmp_path / "not made yet") == []
+    now = datetime(2026, 3, 1, 12, tzinfo=UTC)
+    state = CanaryState({"watch": PathState(None, (1.0, 2.0), 1)})
+    left_by_sensor(instance, state, now)
+    assert stored_ticks(home) == [Tick(now.timestamp(), state.dumps())]
+    assert judge_ticks(stored_ticks(home) or [], REGISTRY, now=now) == freshness.last_probe(
+        instance, REGISTRY, now=now
+    )
+    left_by_sensor(instance, state, now, InstigatorStatus.STOPPED)
+    assert stored_ticks(home) == []
+    (home / "dagster.yaml").write_text("storage: { postgres: { postgres_url: elsewhere } }")
+    assert stored_ticks(home) is None
 
 
 def test_the_last_probe_is_told_outside_of_its_sensor(instance: dg.DagsterInstance) -> None:

@@ -217,8 +217,12 @@ def test_rows_of_another_writer_fail_the_export_and_are_named_by_the_sensor(
 
     exported = built.get_assets_def(dg.AssetKey(["training", WATCH.name]))
     days = {"partition_key": yesterday.isoformat(), "instance": instance}
+    # One run over a range fails for the day, and Dagster learns of the other one.
+    earlier = yesterday - timedelta(days=1)
     with pytest.raises(ForeignRows, match="were changed by another writer and stay as they are"):
-        dg.materialize([exported], **days)
+        dg.materialize([exported], instance=instance, tags=offline_store.range_tags(earlier, yesterday))
+    assert instance.get_materialized_partitions(exported.key) >= {earlier.isoformat()}
+    assert yesterday.isoformat() not in instance.get_materialized_partitions(exported.key)
     config = offline_store.export_config(platform, replace_foreign=True)
     told = {"ops": {"training__viewer_watch_daily": config["ops"]["training__viewer_watch_daily"]}}
     assert dg.materialize([exported], run_config=told, **days).success

@@ -6,7 +6,7 @@ import pytest
 from pyiceberg.catalog import Catalog
 from shipped import WATCH
 
-from dagster_prefs.iceberg.export import ExportedDay, export_day, exported_days, stale_days
+from dagster_prefs.iceberg.export import ExportedDay, ExportOptions, export_day, exported_days, stale_days
 from dagster_prefs.iceberg.tables import TileTable
 from dagster_prefs.iceberg.tiles import TilesUnreadable
 
@@ -86,7 +86,10 @@ def test_a_smaller_total_with_as_many_rows_is_a_loss_too(tiles: Tiles, catalog: 
     assert report.status == "retained"
     assert "250" in report.reason
     assert "300" in report.reason
-    assert export_day(tiles.engine, catalog, WATCH, DAY, allow_loss=True).status == "written"
+    assert (
+        export_day(tiles.engine, catalog, WATCH, DAY, options=ExportOptions(allow_loss=True)).status
+        == "written"
+    )
     assert table_rows(catalog, WATCH) == [watch(1, DAY, 100), watch(2, DAY, 150)]
 
 

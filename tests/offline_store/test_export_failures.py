@@ -69,7 +69,7 @@ def _crash(*_: Any, **__: Any) -> None:
         (publish, "_FileWriter"),
         (export, "write_day"),
         (publish, "_stage"),
-        (publish, "audit_day"),
+        (publish, "audit_days"),
         (publish, "_make_current"),
     ],
 )

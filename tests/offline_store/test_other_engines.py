@@ -22,6 +22,7 @@ from shipped import FEATURES, VIEWER_KEY, WATCH
 from dagster_prefs.erasure.training import SubjectInTiles, SubjectInTrainingSet, search_catalog
 from dagster_prefs.freshness.offline import offline_lag
 from dagster_prefs.iceberg.export import (
+    ExportOptions,
     ExportReport,
     export_day,
     exported_days,
@@ -93,7 +94,7 @@ def append(catalog: Catalog, *rows: tuple[Any, ...]) -> None:
 
 
 def export(tiles: Tiles, catalog: Catalog, **options: Any) -> ExportReport:
-    return export_day(tiles.engine, catalog, WATCH, DAY, **options)
+    return export_day(tiles.engine, catalog, WATCH, DAY, options=ExportOptions(**options))
 
 
 def test_a_deleted_row_is_in_no_training_set(catalog: Catalog, tmp_path: Path, deletes: Deletes) -> None:

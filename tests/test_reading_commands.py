@@ -1,0 +1,87 @@
+"""A command that reads loads only what it reads with, so that it answers within a second."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from dagster_prefs.engine.connection import EngineConfiguration
+
+HEAVY = {
+    "dagster",
+    "dagster_dbt",
+    "dbt",
+    "boto3",
+    "duckdb",
+    "moto",
+    "pyarrow",
+    "pyiceberg",
+    "sqlalchemy",
+    "sqlglot",
+}
+
+# In this order in one process, so that one start suffices: each may load what those before it were allowed to.
+COMMANDS: list[tuple[str, set[str]]] = [
+    ("--help", set()),
+    ("why --help", set()),
+    ("rejected", set()),
+    ("profile 5", set()),
+    ("rank u1", set()),
+    ("topics", set()),
+    # The views' own SQL says what they read.
+    ("why 5 watch_minutes_7d", {"sqlglot"}),
+    # The training tables are Iceberg's.
+    ("status --json", {"sqlglot", "pyarrow", "pyiceberg", "sqlalchemy"}),
+]
+
+SCRIPT = """
+import contextlib, io, json, sys
+from dagster_prefs.cli import cli
+from dagster_prefs.errors import PrefsError
+
+for command in json.loads(sys.argv[1]):
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        try:
+            cli.main(command.split(), standalone_mode=False)
+        except PrefsError as error:
+            print(error)
+    loaded = sorted({name.partition(".")[0] for name in sys.modules})
+    print(json.dumps([command, loaded, said.getvalue()]), file=sys.stderr)
+"""
+
+
+def test_what_each_command_loads(
+    copied_database: Callable[..., AbstractContextManager[EngineConfiguration]],
+    deployed_template: EngineConfiguration,
+    aws_endpoint: str,
+    tmp_path: Path,
+) -> None:
+    with copied_database("reading_commands", deployed_template) as engine:
+        environment = {
+            **os.environ,
+            "PREFS_ENGINE_PORT": str(engine.port),
+            "PREFS_ENGINE_USER": engine.user,
+            "PREFS_ENGINE_DATABASE": engine.database,
+            "PREFS_DATA_DIR": str(tmp_path / "state"),
+            "AWS_ENDPOINT_URL": aws_endpoint,
+        }
+        told = subprocess.run(
+            [sys.executable, "-c", SCRIPT, json.dumps([command for command, _ in COMMANDS])],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+    lines = [json.loads(line) for line in told.stderr.splitlines() if line.startswith("[")]
+    assert [command for command, _, _ in lines] == [command for command, _ in COMMANDS], told.stderr
+    for (command, allowed), (_, loaded, said) in zip(COMMANDS, lines, strict=True):
+        assert HEAVY & set(loaded) <= allowed, f"prefs {command}\n{said}"
+    # Not refused before they read anything.
+    said = {command: text for command, _, text in lines}
+    assert "the canary is off" in said["status --json"]
+    assert "offline" in said["status --json"]
