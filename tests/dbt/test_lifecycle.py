@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -216,13 +215,6 @@ def test_full_refresh_keeps_what_arrived(deployed: EngineConfiguration, dbt_on: 
 StartDbt = Callable[..., WarmProcess]
 
 
-def parsed(dbt: Dbt, target: Path) -> Path:
-    """A target folder in which dbt finds the project parsed."""
-    dbt.manifest()
-    shutil.copytree(dbt.target_dir, target)
-    return target
-
-
 @pytest.fixture
 def start_dbt(warm: Warm) -> StartDbt:
     """`start_dbt(engine, target, environment={})`: `dbt run` as a user starts it, in a process of its own."""
@@ -253,14 +245,9 @@ def project_options(target: Path) -> list[str]:
 
 
 def test_two_runs_at_once_wait_for_each_other(
-    engine: EngineConfiguration,
-    dbt_on: DbtOn,
-    tmp_path: Path,
-    deployed_template: EngineConfiguration,
-    start_dbt: StartDbt,
+    engine: EngineConfiguration, tmp_path: Path, deployed_template: EngineConfiguration, start_dbt: StartDbt
 ) -> None:
-    targets = [parsed(dbt_on(engine), tmp_path / f"target{n}") for n in range(2)]
-    runs = [start_dbt(engine, target) for target in targets]
+    runs = [start_dbt(engine, tmp_path / f"target{n}") for n in range(2)]
     outputs = [run.communicate(timeout=300)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], "\n".join(outputs)
     assert picture(engine) == picture(deployed_template)
@@ -273,7 +260,7 @@ def test_a_killed_run_is_completed_by_the_next(
     deployed_template: EngineConfiguration,
     start_dbt: StartDbt,
 ) -> None:
-    run = start_dbt(engine, parsed(dbt_on(engine), tmp_path / "target"))
+    run = start_dbt(engine, tmp_path / "target")
     for line in run.stdout:
         if "OK created" in line and "materialized" in line:
             break
@@ -294,14 +281,16 @@ def test_secrets_are_in_no_file_and_no_record(
         "AWS_ACCESS_KEY_ID": "AKIAHUNTER2",
         "AWS_SECRET_ACCESS_KEY": "hunter2-of-the-cloud",
     }
+    # What dbt keeps of a parsed project is searched, so it is parsed with these.
+    parsed_here = {"DBT_PARTIAL_PARSE": "false"}
     target = tmp_path / "target"
-    run = start_dbt(engine, target, secrets)
+    run = start_dbt(engine, target, secrets | parsed_here)
     output = run.communicate(timeout=300)[0]
     assert run.returncode == 0, output
     offline = warm.run(
         ["dbt", "compile", "--target", "risingwave", "--no-introspect", "--no-populate-cache",
          *project_options(tmp_path / "offline")],
-        environment={**os.environ, **secrets, "PREFS_ENGINE": "risingwave"},
+        environment={**os.environ, **secrets, **parsed_here, "PREFS_ENGINE": "risingwave"},
     )  # fmt: skip
     assert offline.returncode == 0, offline.stdout
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
