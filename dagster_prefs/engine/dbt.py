@@ -141,7 +141,7 @@ class Dbt:
         """`dbt <command>`, e.g. `build`, over the selected nodes; every node by default.
 
         `aliases` (model → relation) makes models under other names, which the others then read.
-        `arguments` are options of the command; the project is parsed without them.
+        `arguments` are options of the command; the project is parsed without them, apart from `--vars`.
         Returns one result a node, failed ones included; `on_result` gets each as soon as it is there.
         Raises DbtError only when dbt could not run at all: no engine, no such model, a parse error.
         """

@@ -80,13 +80,18 @@ def invoke(request: Mapping[str, Any], send: Send) -> None:
 
     command = request["arguments"]
     # dbt would write its artifacts after parsing and again at the end, which is a third of what a run costs.
-    manifest = run(["parse", "--no-write-json"])
+    variables = command[command.index("--vars") :][:2] if "--vars" in command else []
+    manifest = run(["parse", "--no-write-json", *variables])
     _rename(manifest, request["aliases"])
+    kept = request["manifest"]
+    # What a run's nodes say is explained with it before the run ends; only a compilation adds to it.
+    if kept is not None and command[0] != "compile":
+        _write(manifest, kept)
     outcome = manifest
     if command[0] != "parse":
         outcome = run([*command, "--no-write-json"], manifest=manifest, callbacks=[on_event])
-    if request["manifest"] is not None:
-        _write(manifest, request["manifest"])
+    if kept is not None and command[0] == "compile":
+        _write(manifest, kept)
     send(
         {
             "results": [
@@ -113,7 +118,7 @@ def _rename(manifest: Any, aliases: Mapping[str, str]) -> None:
 
 
 def _write(manifest: Any, path: str) -> None:
-    """Write the manifest as dbt does, with the SQL that was compiled; a reader never sees half of it."""
+    """Write the manifest as dbt does, with the SQL compiled so far; a reader never sees half of it."""
     from dbt_common.utils.encoding import JSONEncoder
 
     artifact = manifest.writable_manifest().to_dict(omit_none=False, context={"artifact": True})

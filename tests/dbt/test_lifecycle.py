@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from declared import COURSES
 from psycopg import sql
 from relations import insert_events
 from streams import MIDNIGHT, watch
@@ -217,13 +218,16 @@ StartDbt = Callable[..., WarmProcess]
 
 @pytest.fixture
 def start_dbt(warm: Warm) -> StartDbt:
-    """`start_dbt(engine, target, environment={})`: `dbt run` as a user starts it, in a process of its own."""
+    """`start_dbt(engine, target, environment={}, project=PROJECT)`: `dbt run` in a process, as a user starts it."""
 
     def start(
-        engine: EngineConfiguration, target: Path, environment: Mapping[str, str] | None = None
+        engine: EngineConfiguration,
+        target: Path,
+        environment: Mapping[str, str] | None = None,
+        project: Path = PROJECT,
     ) -> WarmProcess:
         return warm.start(
-            ["dbt", "run", *project_options(target)],
+            ["dbt", "run", *project_options(target, project)],
             environment={
                 **os.environ,
                 "PREFS_ENGINE_PORT": str(engine.port),
@@ -236,21 +240,28 @@ def start_dbt(warm: Warm) -> StartDbt:
     return start
 
 
-def project_options(target: Path) -> list[str]:
+def project_options(target: Path, project: Path = PROJECT) -> list[str]:
     """dbt's options for the project, with this folder for all that it writes."""
     return [
-        "--project-dir", str(PROJECT), "--profiles-dir", str(PROJECT), "--target-path", str(target),
+        "--project-dir", str(project), "--profiles-dir", str(project), "--target-path", str(target),
         "--log-path", str(target / "logs"),
     ]  # fmt: skip
 
 
 def test_two_runs_at_once_wait_for_each_other(
-    engine: EngineConfiguration, tmp_path: Path, deployed_template: EngineConfiguration, start_dbt: StartDbt
+    engine: EngineConfiguration,
+    embedded_server: EngineConfiguration,
+    copied_database: Callable[..., Any],
+    tmp_path: Path,
+    start_dbt: StartDbt,
 ) -> None:
-    runs = [start_dbt(engine, tmp_path / f"target{n}") for n in range(2)]
+    # The foreign project has a fifth of the models.
+    runs = [start_dbt(engine, tmp_path / f"target{n}", project=COURSES) for n in range(2)]
     outputs = [run.communicate(timeout=300)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], "\n".join(outputs)
-    assert picture(engine) == picture(deployed_template)
+    with copied_database("run_alone", embedded_server.with_database("template1")) as alone:
+        assert_all_ok(Dbt(alone, COURSES, tmp_path / "alone").run("run"))
+        assert picture(engine) == picture(alone)
 
 
 def test_a_killed_run_is_completed_by_the_next(
