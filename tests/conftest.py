@@ -62,6 +62,7 @@ from longest import longest_first  # noqa: E402
 from warm import Warm  # noqa: E402
 
 from dagster_prefs.declarations.registry import Registry, load_registry  # noqa: E402
+from dagster_prefs.engine import dbt as engine_dbt  # noqa: E402
 from dagster_prefs.engine.connection import EngineConfiguration  # noqa: E402
 from dagster_prefs.events.messages import Topic, topics_of  # noqa: E402
 from dagster_prefs.local.services import LocalServices  # noqa: E402
@@ -160,6 +161,16 @@ def warm(request: pytest.FixtureRequest, session_folder: Path) -> Warm:
     """Starts commands in processes that need not import anything, forks of one server of the whole run."""
     first = os.getppid() if hasattr(request.config, "workerinput") else os.getpid()
     return Warm(session_folder, first)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _warm_dbt(warm: Warm) -> Iterator[None]:
+    """dbt for this process runs in a fork of the server too, with what others have parsed."""
+    with pytest.MonkeyPatch.context() as patch:
+        process = warm.dbt()
+        patch.setattr(engine_dbt, "_SHARED", process)
+        yield
+        process.end()
 
 
 @pytest.fixture(scope="session")

@@ -175,6 +175,10 @@ class Warm:
             raise
         return subprocess.CompletedProcess(list(command), process.wait(), out, err)
 
+    def dbt(self) -> DbtProcess:
+        """What runs dbt for this process: a fork as well, started at the first request."""
+        return _WarmDbt(self._address, self._ensure_server)
+
     def _ensure_server(self) -> None:
         with FileLock(f"{self._address}.lock"):
             if self._address.exists():
@@ -205,8 +209,11 @@ class _NotInstalled(MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
-def _import_everything(without: str) -> None:
-    """Import the package, dbt and what they stand on, and let dbt make what it makes at its first parse."""
+def _import_everything(without: str, parsed_store: Path) -> None:
+    """Import the package, dbt and what they stand on, and let dbt make what it makes at its first parse.
+
+    From then on dbt shares what it parses, here and in the forks, through the store.
+    """
     if without:
         sys.meta_path.insert(0, _NotInstalled(without))
     import dagster_prefs
@@ -227,7 +234,14 @@ def _import_everything(without: str) -> None:
     from dagster_prefs.engine.connection import EngineConfiguration
     from dagster_prefs.engine.dbt import Dbt
 
-    nowhere = EngineConfiguration("127.0.0.1", 1, "nobody", "nowhere")
+    sys.path.insert(0, str(Path(__file__).parent))
+    from parsed import share_parsed
+
+    # The commands that are started here do not see modules of the tests.
+    sys.path.pop(0)
+    parsed_store.mkdir(exist_ok=True)
+    share_parsed(parsed_store)
+    nowhere = EngineConfiguration("127.0.0.1", 1, "nowhere", "nobody")
     kept = dict(os.environ)
     with tempfile.TemporaryDirectory() as target:
         # The static parser is written in Rust and keeps threads, without which a fork of it would wait for ever.
@@ -251,12 +265,13 @@ class _Here(DbtProcess):
 class _WarmDbt(DbtProcess):
     """The process that runs dbt for a warm command: another fork, which need not import dbt either."""
 
-    def __init__(self, address: Path) -> None:
+    def __init__(self, address: Path, ensure_server: Callable[[], None] = lambda: None) -> None:
         super().__init__()
-        self.address = address
+        self.address, self._ensure_server = address, ensure_server
 
     def _running(self) -> Any:
         if self._process is None or self._process.poll() is not None:
+            self._ensure_server()
             read_in, write_in = os.pipe()
             read_out, write_out = os.pipe()
             try:
@@ -296,7 +311,7 @@ def _ask(
 
 def _serve(address: Path, owner: int, without: str) -> dict[str, Any] | None:
     """Fork for each request, until the owner or the folder is gone. Returns the request only in a fork."""
-    _import_everything(without)
+    _import_everything(without, address.with_name("parsed"))
     # A thread would be missing in the forks, with whatever it holds.
     assert threading.active_count() == 1, threading.enumerate()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:

@@ -110,7 +110,7 @@ class Dbt:
             fingerprint = self._fingerprint()
             current = stamp.read_text() if stamp.is_file() and self.manifest_path.is_file() else ""
             if current != fingerprint:
-                self._invoke(["parse"])
+                self._invoke(["parse"], self.manifest_path)
                 stamp.write_text(fingerprint)
             loaded: dict[str, Any] = json.loads(self.manifest_path.read_bytes())
         return loaded
@@ -123,7 +123,7 @@ class Dbt:
         make_private_folder(self.target_dir)
         with FileLock(self.target_dir / "manifest.lock"):
             fingerprint = self._fingerprint()
-            self._invoke(["compile", *_OFFLINE, "--select", "resource_type:model"])
+            self._invoke(["compile", *_OFFLINE, "--select", "resource_type:model"], self.manifest_path)
             (self.target_dir / "manifest.sha256").write_text(fingerprint)
             loaded: dict[str, Any] = json.loads(self.manifest_path.read_bytes())
         return loaded
@@ -141,6 +141,7 @@ class Dbt:
         """`dbt <command>`, e.g. `build`, over the selected nodes; every node by default.
 
         `aliases` (model → relation) makes models under other names, which the others then read.
+        `arguments` are options of the command; the project is parsed without them, apart from `--vars`.
         Returns one result a node, failed ones included; `on_result` gets each as soon as it is there.
         Raises DbtError only when dbt could not run at all: no engine, no such model, a parse error.
         """
@@ -160,10 +161,9 @@ class Dbt:
             if on_result:
                 on_result(node_result(told))
 
-        if aliases:
-            # These names are this run's own: others read the manifest that is on disk.
-            args.append("--no-write-json")
-        return [node_result(told) for told in self._invoke(args, heard, aliases)]
+        # Aliases are this run's own: others read the manifest that is on disk.
+        kept = None if aliases else self.manifest_path
+        return [node_result(told) for told in self._invoke(args, kept, heard, aliases)]
 
     def compiled(self, models: Sequence[str]) -> dict[str, str]:
         """Model → its SQL as the engine would get it; asks no engine, so that none need run.
@@ -177,6 +177,7 @@ class Dbt:
     def _invoke(
         self,
         args: list[str],
+        manifest: Path | None = None,
         heard: Callable[[Mapping[str, Any]], None] = lambda told: None,
         aliases: Mapping[str, str] | None = None,
     ) -> list[dict[str, Any]]:
@@ -196,6 +197,7 @@ class Dbt:
             "arguments": args,
             "after": common,
             "aliases": dict(aliases or {}),
+            "manifest": None if manifest is None else str(manifest.absolute()),
             "environment": {
                 **os.environ,
                 **self._environment,

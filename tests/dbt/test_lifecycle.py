@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from declared import COURSES
 from psycopg import sql
 from relations import insert_events
 from streams import MIDNIGHT, watch
@@ -216,22 +216,18 @@ def test_full_refresh_keeps_what_arrived(deployed: EngineConfiguration, dbt_on: 
 StartDbt = Callable[..., WarmProcess]
 
 
-def parsed(dbt: Dbt, target: Path) -> Path:
-    """A target folder in which dbt finds the project parsed."""
-    dbt.manifest()
-    shutil.copytree(dbt.target_dir, target)
-    return target
-
-
 @pytest.fixture
 def start_dbt(warm: Warm) -> StartDbt:
-    """`start_dbt(engine, target, environment={})`: `dbt run` as a user starts it, in a process of its own."""
+    """`start_dbt(engine, target, environment={}, project=PROJECT)`: `dbt run` in a process, as a user starts it."""
 
     def start(
-        engine: EngineConfiguration, target: Path, environment: Mapping[str, str] | None = None
+        engine: EngineConfiguration,
+        target: Path,
+        environment: Mapping[str, str] | None = None,
+        project: Path = PROJECT,
     ) -> WarmProcess:
         return warm.start(
-            ["dbt", "run", *project_options(target)],
+            ["dbt", "run", *project_options(target, project)],
             environment={
                 **os.environ,
                 "PREFS_ENGINE_PORT": str(engine.port),
@@ -244,26 +240,28 @@ def start_dbt(warm: Warm) -> StartDbt:
     return start
 
 
-def project_options(target: Path) -> list[str]:
+def project_options(target: Path, project: Path = PROJECT) -> list[str]:
     """dbt's options for the project, with this folder for all that it writes."""
     return [
-        "--project-dir", str(PROJECT), "--profiles-dir", str(PROJECT), "--target-path", str(target),
+        "--project-dir", str(project), "--profiles-dir", str(project), "--target-path", str(target),
         "--log-path", str(target / "logs"),
     ]  # fmt: skip
 
 
 def test_two_runs_at_once_wait_for_each_other(
     engine: EngineConfiguration,
-    dbt_on: DbtOn,
+    embedded_server: EngineConfiguration,
+    copied_database: Callable[..., Any],
     tmp_path: Path,
-    deployed_template: EngineConfiguration,
     start_dbt: StartDbt,
 ) -> None:
-    targets = [parsed(dbt_on(engine), tmp_path / f"target{n}") for n in range(2)]
-    runs = [start_dbt(engine, target) for target in targets]
+    # The foreign project has a fifth of the models.
+    runs = [start_dbt(engine, tmp_path / f"target{n}", project=COURSES) for n in range(2)]
     outputs = [run.communicate(timeout=300)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], "\n".join(outputs)
-    assert picture(engine) == picture(deployed_template)
+    with copied_database("run_alone", embedded_server.with_database("template1")) as alone:
+        assert_all_ok(Dbt(alone, COURSES, tmp_path / "alone").run("run"))
+        assert picture(engine) == picture(alone)
 
 
 def test_a_killed_run_is_completed_by_the_next(
@@ -273,7 +271,7 @@ def test_a_killed_run_is_completed_by_the_next(
     deployed_template: EngineConfiguration,
     start_dbt: StartDbt,
 ) -> None:
-    run = start_dbt(engine, parsed(dbt_on(engine), tmp_path / "target"))
+    run = start_dbt(engine, tmp_path / "target")
     for line in run.stdout:
         if "OK created" in line and "materialized" in line:
             break
@@ -294,14 +292,16 @@ def test_secrets_are_in_no_file_and_no_record(
         "AWS_ACCESS_KEY_ID": "AKIAHUNTER2",
         "AWS_SECRET_ACCESS_KEY": "hunter2-of-the-cloud",
     }
+    # What dbt keeps of a parsed project is searched, so it is parsed with these.
+    parsed_here = {"DBT_PARTIAL_PARSE": "false"}
     target = tmp_path / "target"
-    run = start_dbt(engine, target, secrets)
+    run = start_dbt(engine, target, secrets | parsed_here)
     output = run.communicate(timeout=300)[0]
     assert run.returncode == 0, output
     offline = warm.run(
         ["dbt", "compile", "--target", "risingwave", "--no-introspect", "--no-populate-cache",
          *project_options(tmp_path / "offline")],
-        environment={**os.environ, **secrets, "PREFS_ENGINE": "risingwave"},
+        environment={**os.environ, **secrets, **parsed_here, "PREFS_ENGINE": "risingwave"},
     )  # fmt: skip
     assert offline.returncode == 0, offline.stdout
     files = [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -364,12 +363,8 @@ def test_the_store_publishes_what_the_view_became(
 
 
 def test_the_commands_say_and_do_it(
-    deployed: EngineConfiguration, dbt_on: DbtOn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    deployed: EngineConfiguration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # What dbt parsed for the other tests, so that it is not parsed again.
-    parsed = dbt_on(deployed)
-    parsed.manifest()
-    shutil.copytree(parsed.target_dir, tmp_path / "dbt" / "local")
     monkeypatch.setenv("PREFS_DATA_DIR", str(tmp_path))
     monkeypatch.setenv("PREFS_ENGINE_PORT", str(deployed.port))
     monkeypatch.setenv("PREFS_ENGINE_DATABASE", deployed.database)
