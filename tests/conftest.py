@@ -62,6 +62,7 @@ from longest import longest_first  # noqa: E402
 from warm import Warm  # noqa: E402
 
 from dagster_prefs.declarations.registry import Registry, load_registry  # noqa: E402
+from dagster_prefs.engine import dbt as engine_dbt  # noqa: E402
 from dagster_prefs.engine.connection import EngineConfiguration  # noqa: E402
 from dagster_prefs.events.messages import Topic, topics_of  # noqa: E402
 from dagster_prefs.local.services import LocalServices  # noqa: E402
@@ -160,6 +161,22 @@ def warm(request: pytest.FixtureRequest, session_folder: Path) -> Warm:
     """Starts commands in processes that need not import anything, forks of one server of the whole run."""
     first = os.getppid() if hasattr(request.config, "workerinput") else os.getpid()
     return Warm(session_folder, first)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _warm_dbt(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What runs dbt in this process asks a fork that has imported it, and has parsed the macros.
+
+    Only where tests start commands so: the server's own start costs more than a few runs of dbt.
+    """
+    if not any("warm" in getattr(item, "fixturenames", ()) for item in request.session.items):
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        process = request.getfixturevalue("warm").dbt_process()
+        patch.setattr(engine_dbt, "_SHARED", process)
+        yield
+        process.end()
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -175,6 +176,10 @@ class Warm:
             raise
         return subprocess.CompletedProcess(list(command), process.wait(), out, err)
 
+    def dbt_process(self) -> DbtProcess:
+        """The process that runs dbt for this one, a fork too; it starts with its first request."""
+        return _WarmDbt(self._address, self._ensure_server)
+
     def _ensure_server(self) -> None:
         with FileLock(f"{self._address}.lock"):
             if self._address.exists():
@@ -207,6 +212,8 @@ class _NotInstalled(MetaPathFinder):
 
 def _import_everything(without: str) -> None:
     """Import the package, dbt and what they stand on, and let dbt make what it makes at its first parse."""
+    # As in conftest.py; the forks keep it.
+    gc.set_threshold(20_000, 10, 10)
     if without:
         sys.meta_path.insert(0, _NotInstalled(without))
     import dagster_prefs
@@ -223,6 +230,11 @@ def _import_everything(without: str) -> None:
     import dbt.adapters.postgres
     import dbt.adapters.risingwave
     import dbt.cli.main  # noqa: F401
+    from dbt_common.tests import enable_test_caching
+
+    # Parsing macros is half of what parsing a project costs, and their text is mostly the same for every test: dbt
+    # keeps what it has parsed by its text, as for tests of its own.
+    enable_test_caching()
 
     from dagster_prefs.engine.connection import EngineConfiguration
     from dagster_prefs.engine.dbt import Dbt
@@ -249,14 +261,16 @@ class _Here(DbtProcess):
 
 
 class _WarmDbt(DbtProcess):
-    """The process that runs dbt for a warm command: another fork, which need not import dbt either."""
+    """The process that runs dbt for a warm command or for the tests: another fork, which need not import dbt either."""
 
-    def __init__(self, address: Path) -> None:
+    def __init__(self, address: Path, ensure_server: Callable[[], None] = lambda: None) -> None:
         super().__init__()
         self.address = address
+        self._ensure_server = ensure_server
 
     def _running(self) -> Any:
         if self._process is None or self._process.poll() is not None:
+            self._ensure_server()
             read_in, write_in = os.pipe()
             read_out, write_out = os.pipe()
             try:
@@ -297,6 +311,9 @@ def _ask(
 def _serve(address: Path, owner: int, without: str) -> dict[str, Any] | None:
     """Fork for each request, until the owner or the folder is gone. Returns the request only in a fork."""
     _import_everything(without)
+    # A fork that looked for garbage in what it has from here would copy all of it first.
+    gc.collect()
+    gc.freeze()
     # A thread would be missing in the forks, with whatever it holds.
     assert threading.active_count() == 1, threading.enumerate()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
