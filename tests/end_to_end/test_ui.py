@@ -258,7 +258,8 @@ def test_ctrl_c_ends_the_ui_with_all_its_processes(command: Command, ui: Ui) -> 
     parent = psutil.Process(command.started.pid)
 
     def processes() -> list[psutil.Process]:
-        return parent.children(recursive=True)
+        found: list[psutil.Process] = parent.children(recursive=True)
+        return found
 
     def names(family: list[psutil.Process]) -> list[str]:
         return [" ".join(process.cmdline()) for process in family]
