@@ -164,10 +164,16 @@ def warm(request: pytest.FixtureRequest, session_folder: Path) -> Warm:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _warm_dbt(warm: Warm) -> Iterator[None]:
-    """dbt for this process runs in a fork of the server too, with what others have parsed."""
+def _warm_dbt(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What runs dbt in this process asks a fork that has imported it, and has parsed the macros.
+
+    Only where tests start commands so: the server's own start costs more than a few runs of dbt.
+    """
+    if not any("warm" in getattr(item, "fixturenames", ()) for item in request.session.items):
+        yield
+        return
     with pytest.MonkeyPatch.context() as patch:
-        process = warm.dbt()
+        process = request.getfixturevalue("warm").dbt()
         patch.setattr(engine_dbt, "_SHARED", process)
         yield
         process.end()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -214,6 +215,8 @@ def _import_everything(without: str, parsed_store: Path) -> None:
 
     From then on dbt shares what it parses, here and in the forks, through the store.
     """
+    # As in conftest.py; the forks keep it.
+    gc.set_threshold(20_000, 10, 10)
     if without:
         sys.meta_path.insert(0, _NotInstalled(without))
     import dagster_prefs
@@ -230,6 +233,11 @@ def _import_everything(without: str, parsed_store: Path) -> None:
     import dbt.adapters.postgres
     import dbt.adapters.risingwave
     import dbt.cli.main  # noqa: F401
+    from dbt_common.tests import enable_test_caching
+
+    # Parsing macros is half of what parsing a project costs, and their text is mostly the same for every test: dbt
+    # keeps what it has parsed by its text, as for tests of its own.
+    enable_test_caching()
 
     from dagster_prefs.engine.connection import EngineConfiguration
     from dagster_prefs.engine.dbt import Dbt
@@ -263,7 +271,7 @@ class _Here(DbtProcess):
 
 
 class _WarmDbt(DbtProcess):
-    """The process that runs dbt for a warm command: another fork, which need not import dbt either."""
+    """The process that runs dbt for a warm command or for the tests: another fork, which need not import dbt either."""
 
     def __init__(self, address: Path, ensure_server: Callable[[], None] = lambda: None) -> None:
         super().__init__()
@@ -312,6 +320,9 @@ def _ask(
 def _serve(address: Path, owner: int, without: str) -> dict[str, Any] | None:
     """Fork for each request, until the owner or the folder is gone. Returns the request only in a fork."""
     _import_everything(without, address.with_name("parsed"))
+    # A fork that looked for garbage in what it has from here would copy all of it first.
+    gc.collect()
+    gc.freeze()
     # A thread would be missing in the forks, with whatever it holds.
     assert threading.active_count() == 1, threading.enumerate()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:

@@ -12,14 +12,14 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from warm import WarmProcess
 
-from tests.end_to_end.conftest import PROJECT, Place
+from tests.end_to_end.conftest import Place
 
 pytestmark = pytest.mark.slow
 
@@ -72,45 +72,49 @@ def wait_for(what: str, check: Callable[[], Any], seconds: float = 180) -> Any:
     pytest.fail(f"{what} did not happen within {seconds} s")
 
 
+class Command:
+    """`prefs ui` in a place of its own, started where a test needs it and it does not run."""
+
+    def __init__(self, place: Place, port: int) -> None:
+        self._place, self._port = place, port
+        self.started: subprocess.Popen[str] | WarmProcess | None = None
+
+    def ui(self) -> Ui:
+        """The UI, once it has loaded the definitions."""
+        found = Ui(f"http://127.0.0.1:{self._port}")
+        if self.started is None:
+            started = self.started = self._place.start("prefs", "ui", "--port", str(self._port))
+
+            def ready() -> bool:
+                assert started.poll() is None, started.communicate()
+                try:
+                    return len(found.ask("{ assetNodes { id } }")["assetNodes"]) > 0
+                except (urllib.error.URLError, ConnectionError):
+                    return False
+
+            wait_for("the UI's start", ready)
+        return found
+
+    def interrupt(self) -> int | None:
+        """Press Ctrl-C, and give the exit code once it has ended."""
+        if self.started is None:
+            return None
+        ended, self.started = self.started, None
+        os.kill(ended.pid, signal.SIGINT)
+        ended.communicate(timeout=90)
+        return ended.returncode
+
+
 @pytest.fixture(scope="module")
-def ui(new_place: Callable[[], Place], free_port: Callable[[], int]) -> Iterator[Ui]:
-    place: Place = new_place()
-    place.ok("prefs", "up")
-    port = free_port()
-    home = str(_home(place.data_dir))
-    server = replace(place, environment={**place.environment, "DAGSTER_HOME": home}).start(
-        "python",
-        "-m",
-        "dagster_prefs.defs.webserver",
-        "-w",
-        str(PROJECT / "workspace.yaml"),
-        "-h",
-        "127.0.0.1",
-        "-p",
-        str(port),
-    )
-    started = Ui(f"http://127.0.0.1:{port}")
-
-    def ready() -> bool:
-        assert server.poll() is None, server.communicate()
-        try:
-            return len(started.ask("{ assetNodes { id } }")["assetNodes"]) > 0
-        except (urllib.error.URLError, ConnectionError):
-            return False
-
-    try:
-        wait_for("the webserver's start", ready)
-        yield started
-    finally:
-        # The webserver does not stop its code server on a signal of its own, so the whole group gets it.
-        os.killpg(server.pid, signal.SIGTERM)
-        server.communicate(timeout=30)
+def command(new_place: Callable[[], Place], free_port: Callable[[], int]) -> Iterator[Command]:
+    found = Command(new_place(), free_port())
+    yield found
+    found.interrupt()
 
 
-def _home(data_dir: Path) -> Path:
-    from dagster_prefs.defs.instance import ensure_dagster_home
-
-    return ensure_dagster_home(data_dir)
+@pytest.fixture
+def ui(command: Command) -> Ui:
+    return command.ui()
 
 
 MUTATION = 'mutation { shutdownRepositoryLocation(repositoryLocationName: "x") { __typename } }'
@@ -249,35 +253,27 @@ def test_the_asset_graph_shows_every_group_and_asset(ui: Ui, tmp_path: Path) -> 
         assert asset in text
 
 
-def test_ctrl_c_ends_the_ui_with_all_its_processes(
-    new_place: Callable[[], Place], free_port: Callable[[], int]
-) -> None:
-    place = new_place()
-    port = free_port()
-    started = place.start("prefs", "ui", "--port", str(port))
-    ui = Ui(f"http://127.0.0.1:{port}")
+def test_ctrl_c_ends_the_ui_with_all_its_processes(command: Command, ui: Ui) -> None:
+    assert command.started is not None
+    parent = psutil.Process(command.started.pid)
 
-    def ready() -> bool:
-        assert started.poll() is None, started.communicate()
-        try:
-            return status(ui, "GET", "/server_info") == 200
-        except OSError:
-            return False
+    def processes() -> list[psutil.Process]:
+        found: list[psutil.Process] = parent.children(recursive=True)
+        return found
 
-    try:
-        wait_for("the UI's start", ready)
-        family = psutil.Process(started.pid).children(recursive=True)
-        names = [" ".join(process.cmdline()) for process in family]
-        assert any("dagster_prefs.defs.webserver" in name for name in names)
-        assert any("dagster-daemon" in name for name in names)
-        assert status(ui, "POST", "/graphql", SENT, origin="https://evil.example") == 403
-    finally:
-        os.kill(started.pid, signal.SIGINT)
-        started.communicate(timeout=90)
+    def names(family: list[psutil.Process]) -> list[str]:
+        return [" ".join(process.cmdline()) for process in family]
+
+    assert any("dagster_prefs.defs.webserver" in name for name in names(processes()))
+    # It starts once the webserver answers.
+    wait_for("the daemon's start", lambda: any("dagster-daemon" in name for name in names(processes())))
+    assert status(ui, "POST", "/graphql", SENT, origin="https://evil.example") == 403
+    family = processes()
+    assert command.interrupt() == 0
     _, alive = psutil.wait_procs(family, timeout=30)
     # The embedded services stay, as `prefs down` says.
-    left = [" ".join(process.cmdline()) for process in alive]
     assert [
-        name for name in left if "dagster_prefs.local.supervisor" not in name and "postgres" not in name
+        name
+        for name in names(alive)
+        if "dagster_prefs.local.supervisor" not in name and "postgres" not in name
     ] == []
-    assert started.returncode == 0

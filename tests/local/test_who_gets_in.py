@@ -16,6 +16,7 @@ from typing import Any
 import psycopg
 import pytest
 
+from dagster_prefs import loopback
 from dagster_prefs.local.aws import listen_aws, serve_aws
 from dagster_prefs.local.services import LocalServices
 from dagster_prefs.local.state import LocalServicesError
@@ -170,6 +171,14 @@ def test_another_user_reaches_neither_the_aws_server_nor_the_engine_nor_the_stat
     assert list(services.data_dir.rglob("*")) != []
 
 
+@pytest.fixture(params=["_asked_uid", "_listed_uid"])
+def only_one_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel is asked for the connection, or only its listing of all connections is read."""
+    for other in {"_asked_uid", "_listed_uid"} - {request.param}:
+        monkeypatch.setattr(loopback, other, lambda client, server: None)
+
+
+@pytest.mark.usefixtures("only_one_way")
 def test_a_connection_whose_owner_is_gone_is_a_strangers() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         client = socket.create_connection(server.getsockname())
@@ -181,6 +190,7 @@ def test_a_connection_whose_owner_is_gone_is_a_strangers() -> None:
             assert is_stranger(address, server.getsockname())
 
 
+@pytest.mark.usefixtures("only_one_way")
 def test_a_client_that_uses_an_ipv6_socket_is_known() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_INET6) as client:
         client.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)

@@ -64,12 +64,16 @@ def interactions(
 
 
 class Tiles:
-    """The engine's tiles, written like the models would leave them; fingerprints follow on `refresh`."""
+    """The engine's tiles, written like the models would leave them; fingerprints follow on `refresh`.
 
-    def __init__(self, engine: EngineConfiguration) -> None:
+    With `made` the engine has the tables already.
+    """
+
+    def __init__(self, engine: EngineConfiguration, *, made: bool = False) -> None:
         self.engine = engine
-        with engine.connect() as connection:
-            connection.execute(_DDL)
+        if not made:
+            with engine.connect() as connection:
+                connection.execute(_DDL)
 
     def execute(self, query: str, parameters: Sequence[Any] = ()) -> None:
         with self.engine.connect() as connection:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -10,6 +10,8 @@ import pytest
 from pyiceberg.catalog import Catalog
 from shipped import FEATURES, GENRE, INTERACTIONS, WATCH
 
+from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.iceberg.catalog import open_catalog
 from dagster_prefs.iceberg.export import export_day
 from dagster_prefs.training.parity import ParityOptions, ParityReport, check_parity
 
@@ -72,15 +74,32 @@ def served() -> dict[int, dict[str, dict[str, Any]]]:
     return items
 
 
-@pytest.fixture
-def filled(tiles: Tiles, catalog: Catalog) -> Tiles:
+@pytest.fixture(scope="module")
+def catalog(tmp_path_factory: pytest.TempPathFactory) -> Catalog:
+    """The training tables, which every test only reads."""
+    return open_catalog("sqlite", tmp_path_factory.mktemp("lake").as_uri())
+
+
+@pytest.fixture(scope="module")
+def template(
+    embedded_server: EngineConfiguration, copied_database: Callable[..., Any], catalog: Catalog
+) -> Iterator[EngineConfiguration]:
     """Everything in the engine; all but today and yesterday in the training tables."""
-    for spec, rows in ((WATCH, WATCHED), (GENRE, BY_GENRE), (INTERACTIONS, REACTED)):
-        tiles.add(spec, rows)
-        for day in sorted({row[1] for row in rows}):
-            if day < days_ago(1):
-                assert export_day(tiles.engine, catalog, spec, day).status == "written"
-    return tiles
+    with copied_database("parity_template", embedded_server.with_database("template1")) as engine:
+        tiles = Tiles(engine)
+        for spec, rows in ((WATCH, WATCHED), (GENRE, BY_GENRE), (INTERACTIONS, REACTED)):
+            tiles.add(spec, rows)
+            for day in sorted({row[1] for row in rows}):
+                if day < days_ago(1):
+                    assert export_day(engine, catalog, spec, day).status == "written"
+        yield engine
+
+
+@pytest.fixture
+def filled(template: EngineConfiguration, copied_database: Callable[..., Any]) -> Iterator[Tiles]:
+    """A copy of the engine for each test, which may add to it."""
+    with copied_database("parity", template) as engine:
+        yield Tiles(engine, made=True)
 
 
 def check(
