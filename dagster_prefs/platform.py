@@ -221,6 +221,15 @@ class Platform:
             ),
         )
 
+    def is_deployed(self) -> bool:
+        """Whether anything of the project was ever deployed. Raises EngineUnavailable."""
+        with self.engine.connect() as connection:
+            row = connection.execute(
+                "select 1 from information_schema.tables where table_schema = %s and table_name = 'deployments'",
+                [self.engine.schema],
+            ).fetchone()
+        return row is not None
+
     def follower(self, say: Callable[[str], None] = lambda line: None) -> Follower:
         """The follower of the embedded engine, which keeps its views and their items current."""
         from dagster_prefs.dynamodb.changefeed import process_label

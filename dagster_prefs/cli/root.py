@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -122,6 +123,23 @@ def start_services(settings: Settings) -> ServiceStatus | None:
     if settings.engine != "local":
         return None
     return services_of(settings).up(progress=lambda step: console.print(f"  {step}", style="dim"))
+
+
+def start_follower(settings: Settings, project: Path) -> None:
+    """Have the embedded services keep everything current with these settings; deploy first if nothing is deployed."""
+    from dagster_prefs.platform import Platform
+
+    platform = Platform(settings)
+    if not platform.is_deployed():
+        console.print("  deploying what the project declares", style="dim")
+        platform.apply()
+    services_of(settings).follow(
+        {
+            **os.environ,
+            "PREFS_DATA_DIR": str(settings.data_dir.expanduser().resolve()),
+            "PREFS_PROJECT_DIR": str(project.resolve()),
+        }
+    )
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from dagster_prefs.cli.root import (
     plain_console,
     print_json,
     services_of,
+    start_follower,
     start_services,
     table_of,
 )
@@ -26,8 +27,14 @@ if TYPE_CHECKING:
 
 
 @cli.command()
-def up() -> None:
-    """Start the embedded PostgreSQL and the local AWS server."""
+@click.option(
+    "--no-follow", is_flag=True, help="Only start the services; `prefs refresh` applies what arrived."
+)
+def up(no_follow: bool) -> None:
+    """Start the embedded PostgreSQL, the local AWS server, and the follower.
+
+    The follower keeps every view and item current. What the project declares is deployed first if nothing is.
+    """
     from dagster_prefs.declarations.registry import RegistryError, find_project
     from dagster_prefs.declarations.stale import current_registry
 
@@ -46,6 +53,9 @@ def up() -> None:
         console.print(f"{service.name}: {'running' if service.running else 'down'} at {service.address}")
     if not status.started:
         console.print("everything was running already")
+    if project is not None and not no_follow:
+        start_follower(settings, project)
+        console.print("follower: keeps views and items current; `prefs status` shows it")
 
 
 @cli.command()

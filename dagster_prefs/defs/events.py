@@ -1,11 +1,14 @@
 """Refreshes triggered by new events."""
 
+from datetime import UTC, datetime
+
 import dagster as dg
 
 from dagster_prefs.defs.feature_views import REFRESH_JOB
 from dagster_prefs.defs.resources import sensor_status
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.events.progress import waiting_since
+from dagster_prefs.live.follower import read_follower
 from dagster_prefs.platform import Platform
 
 
@@ -24,6 +27,9 @@ def build(platform: Platform) -> dg.Definitions:
     def new_events() -> dg.RunRequest | dg.SkipReason:
         try:
             with platform.engine.connect() as connection:
+                follower = read_follower(connection, platform.engine)
+                if follower and follower.alive(datetime.now(UTC)) and not follower.problem:
+                    return dg.SkipReason(f"{follower.process} follows the engine and applies what arrives")
                 waiting = waiting_since(connection, platform.engine, platform.registry)
         except PrefsError as error:
             return dg.SkipReason(str(error))

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -16,6 +16,7 @@ import psutil
 
 import dagster_prefs
 from dagster_prefs.files import make_private_folder, open_private_log
+from dagster_prefs.local.follower import hand_over
 from dagster_prefs.local.postgres import Cluster, passfile_of
 from dagster_prefs.local.state import (
     LOOPBACK,
@@ -132,6 +133,13 @@ class LocalServices:
                 require_free_port(self.aws_port, "PREFS_LOCAL_AWS_PORT")
             self._start(owner_pid, tell)
             return replace(self.status(), started=True)
+
+    def follow(self, environment: Mapping[str, str]) -> None:
+        """Have the running services keep the engine's views current, by a `prefs follow` with this environment.
+
+        Does nothing if one with the same environment runs; one with another is replaced. Raises LocalServicesError.
+        """
+        hand_over(self.data_dir, environment)
 
     def down(self) -> bool:
         """Stop all services cleanly. Returns True if any ran. The data stays.

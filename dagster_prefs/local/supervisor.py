@@ -26,6 +26,7 @@ import psutil
 
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.local.aws import listen_aws, serve_aws
+from dagster_prefs.local.follower import FollowerControl
 from dagster_prefs.local.postgres import Cluster
 from dagster_prefs.local.state import LocalServicesError, State, ended, folder_error
 
@@ -77,6 +78,7 @@ def supervise(arguments: argparse.Namespace, reporter: Reporter) -> int:
     server: subprocess.Popen[bytes] | None = None
     listener: socket.socket | None = None
     stop_aws: Callable[[], None] | None = None
+    follower: FollowerControl | None = None
     background: list[subprocess.Popen[bytes]] = []
     crashed = False
 
@@ -93,6 +95,7 @@ def supervise(arguments: argparse.Namespace, reporter: Reporter) -> int:
             progress("starting the local AWS server")
             listener = listen_aws(arguments.aws_port)
         cluster.wait_ready(server)
+        follower = FollowerControl(data_dir)
         state = replace(state, phase="ready")
         state.write(data_dir)
         log.info("ready: PostgreSQL on port %d", arguments.postgres_port)
@@ -108,10 +111,13 @@ def supervise(arguments: argparse.Namespace, reporter: Reporter) -> int:
                 crashed = True
                 log.error("PostgreSQL ended by itself (exit code %s): see %s", server.returncode, cluster.log)
                 return 1
+            follower.watch()
             if owner is not None and ended(owner):
                 log.info("the owner (pid %d) has ended", owner.pid)
                 break
     finally:
+        if follower is not None:
+            follower.close()
         if stop_aws is not None:
             stop_aws()
         if server is not None and server.poll() is None:

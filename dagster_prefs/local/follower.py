@@ -1,0 +1,172 @@
+"""The follower under the supervisor: started with the settings that `prefs up` hands over, and again when it ends.
+
+Settings may hold secrets, so they go over a socket in the data folder, which only its owner may open, into the
+environment of the process, and into no file.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from dagster_prefs.files import open_private_log
+from dagster_prefs.local.state import LocalServicesError, folder_error
+
+log = logging.getLogger("dagster_prefs.local")
+
+SOCKET = "follower.sock"
+STOP_SECONDS = 20.0
+# A process that ends so soon has a problem that another start does not solve at once.
+SHORT_SECONDS = 10.0
+PAUSE_SECONDS = (1.0, 30.0)
+REQUEST_BYTES = 4_000_000
+
+
+class FollowerControl:
+    """Runs one follower for the supervisor of a data folder: the one whose settings came last."""
+
+    def __init__(self, data_dir: Path, command: list[str] | None = None) -> None:
+        self._data_dir = data_dir
+        self._command = command or [sys.executable, "-m", "dagster_prefs", "follow"]
+        self._lock = threading.Lock()
+        self._environment: dict[str, str] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._started = 0.0
+        self._pause = PAUSE_SECONDS[0]
+        self._again_at = 0.0
+        self._listener = listen(data_dir)
+        self._thread = threading.Thread(target=self._accept, name="follower", daemon=True)
+        self._thread.start()
+
+    def watch(self) -> None:
+        """Start the follower again if it has ended; called by the supervisor every moment."""
+        with self._lock:
+            if self._environment is None or (self._process is not None and self._process.poll() is None):
+                return
+            now = time.monotonic()
+            if self._process is not None:
+                short = now - self._started < SHORT_SECONDS
+                self._pause = min(2 * self._pause, PAUSE_SECONDS[1]) if short else PAUSE_SECONDS[0]
+                log.warning(
+                    "the follower ended (exit code %s); it is started again in %g s",
+                    self._process.returncode,
+                    self._pause,
+                )
+                self._process, self._again_at = None, now + self._pause
+            if now >= self._again_at:
+                self._start()
+
+    def close(self) -> None:
+        """End the follower and stop listening."""
+        with suppress(OSError):
+            self._listener.close()
+        (self._data_dir / SOCKET).unlink(missing_ok=True)
+        with self._lock:
+            self._environment = None
+            self._end()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            with connection, suppress(OSError, ValueError):
+                connection.settimeout(5)
+                self._take(json.loads(_read(connection)))
+                connection.sendall(b"ok\n")
+
+    def _take(self, environment: dict[str, str]) -> None:
+        with self._lock:
+            if environment != self._environment:
+                self._environment = environment
+                self._end()
+                self._start()
+
+    def _start(self) -> None:
+        with open_private_log(self._data_dir / "logs" / "follower.log") as output:
+            self._process = subprocess.Popen(
+                self._command,
+                cwd=self._data_dir,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            )
+        self._started = time.monotonic()
+        log.info("the follower runs (pid %d)", self._process.pid)
+
+    def _end(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        self._process = None
+
+
+def hand_over(data_dir: Path, environment: Mapping[str, str]) -> None:
+    """Have the supervisor of a data folder run a follower with this environment.
+
+    Raises LocalServicesError if no supervisor answers.
+    """
+    with _near(data_dir) as address, socket.socket(socket.AF_UNIX) as connection:
+        try:
+            connection.settimeout(STOP_SECONDS + 5)
+            connection.connect(address)
+            connection.sendall(json.dumps(dict(environment)).encode())
+            connection.shutdown(socket.SHUT_WR)
+            answer = connection.recv(16)
+        except OSError as error:
+            raise LocalServicesError(
+                f"the supervisor of {data_dir} does not take the follower's settings ({error.strerror or error}): run "
+                "`prefs down`, then `prefs up`"
+            ) from None
+    if answer != b"ok\n":
+        raise LocalServicesError(
+            f"the follower of {data_dir} could not be started: see {data_dir / 'logs' / 'services.log'}"
+        )
+
+
+def listen(data_dir: Path) -> socket.socket:
+    """Open the socket on which settings are handed over; only its owner may open it. Raises LocalServicesError."""
+    listener = socket.socket(socket.AF_UNIX)
+    (data_dir / SOCKET).unlink(missing_ok=True)
+    try:
+        with _near(data_dir) as address:
+            listener.bind(address)
+        os.chmod(data_dir / SOCKET, 0o600)
+        listener.listen(4)
+    except OSError as error:
+        listener.close()
+        raise folder_error(data_dir, error) from None
+    return listener
+
+
+@contextmanager
+def _near(data_dir: Path) -> Iterator[str]:
+    """The socket's address: a path of some hundred characters is too long for one."""
+    folder = os.open(data_dir, os.O_RDONLY)
+    try:
+        short = Path(f"/proc/self/fd/{folder}")
+        yield str((short if short.exists() else data_dir) / SOCKET)
+    finally:
+        os.close(folder)
+
+
+def _read(connection: socket.socket) -> bytes:
+    content = b""
+    while len(content) < REQUEST_BYTES and (part := connection.recv(65536)):
+        content += part
+    return content

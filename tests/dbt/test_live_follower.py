@@ -1,0 +1,187 @@
+"""The follower applies what arrives, has the touched keys published, and says what keeps it from it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any
+
+import psycopg
+import pytest
+from relations import insert_events, instant
+from streams import MIDNIGHT, NOW, watch
+
+from dagster_prefs.declarations.contract import Domain
+from dagster_prefs.declarations.registry import Registry
+from dagster_prefs.dynamodb.publisher import PublishError
+from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.live.follower import (
+    FollowedElsewhere,
+    Follower,
+    FollowerProblem,
+    Publish,
+    read_follower,
+    wait_until_applied,
+)
+from dagster_prefs.platform import DomainPublisher, Platform
+from dagster_prefs.settings import load_settings
+
+PATIENCE_SECONDS = 60.0
+
+
+@pytest.fixture
+def session(deployed: EngineConfiguration) -> Iterator[psycopg.Connection]:
+    with deployed.connect() as connection:
+        yield connection
+
+
+@pytest.fixture
+def platform(deployed: EngineConfiguration, aws_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Platform:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", aws_endpoint)
+    made = Platform(load_settings())
+    made.engine = deployed
+    return made
+
+
+@contextmanager
+def following(engine: EngineConfiguration, registry: Registry, publish: Publish) -> Iterator[list[str]]:
+    """A follower at work, and the lines that it says."""
+    said: list[str] = []
+    stop = threading.Event()
+    follower = Follower(engine, registry, publish, process="the test", say=said.append)
+    thread = threading.Thread(target=follower.run, args=[stop])
+    thread.start()
+    try:
+        yield said
+    finally:
+        stop.set()
+        thread.join()
+
+
+def wait_for(condition: Callable[[], Any]) -> Any:
+    end = time.monotonic() + PATIENCE_SECONDS
+    while not (found := condition()):
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.02)
+    return found
+
+
+def minutes(platform: Platform) -> dict[str, Decimal]:
+    """Viewer → watch_minutes_28d of the items in DynamoDB."""
+    items = platform.dynamodb().scan(TableName="viewer_profiles")["Items"]
+    return {
+        item["viewer_id"]["N"]: Decimal(item["watch_minutes_28d"]["N"])
+        for item in items
+        if item["domain_key"]["S"] == "engagement#watch"
+    }
+
+
+def test_events_reach_dynamodb_and_leave_it(platform: Platform, session: psycopg.Connection) -> None:
+    platform.stores()
+    with following(platform.engine, platform.registry, DomainPublisher(platform)):
+        insert_events(session, [watch(n, n % 3, MIDNIGHT) for n in range(6)])
+        wait_for(lambda: minutes(platform) == {"0": 2, "1": 2, "2": 2})
+        insert_events(session, [watch(6, 1, MIDNIGHT, seconds=600)])
+        wait_until_applied(platform.engine, seconds=PATIENCE_SECONDS)
+        assert minutes(platform) == {"0": 2, "1": 12, "2": 2}
+        session.execute("insert into erased_subjects values ('viewer', '1', %s)", [instant(NOW)])
+        wait_until_applied(platform.engine, seconds=PATIENCE_SECONDS)
+        assert minutes(platform) == {"0": 2, "2": 2}
+        state = read_follower(session, platform.engine)
+        assert state is not None
+        assert state.alive(datetime.now(UTC))
+        assert state.problem is None
+
+
+def test_what_arrived_while_nobody_followed_is_caught_up_with(
+    platform: Platform, session: psycopg.Connection
+) -> None:
+    insert_events(session, [watch(n, n % 2, MIDNIGHT) for n in range(4)])
+    assert platform.refresh() == "4 messages applied; every view is current and every change is published"
+    assert minutes(platform) == {"0": 2, "1": 2}
+    # The items of a table that was recreated are written again, though nothing changed.
+    platform.dynamodb().delete_table(TableName="viewer_profiles")
+    platform.refresh()
+    assert minutes(platform) == {"0": 2, "1": 2}
+
+
+def test_only_touched_keys_are_published(
+    deployed: EngineConfiguration, registry: Registry, session: psycopg.Connection
+) -> None:
+    published: list[tuple[str, tuple[str, ...] | None]] = []
+
+    def publish(domain: Domain, keys: Sequence[str] | None) -> None:
+        published.append((domain.name, keys if keys is None else tuple(sorted(keys))))
+
+    with following(deployed, registry, publish):
+        wait_for(lambda: len(published) == len(registry.contract.domains))
+        assert {keys for _, keys in published} == {None}
+        published.clear()
+        insert_events(session, [watch(n, 40 + n, MIDNIGHT) for n in range(2)])
+        wait_until_applied(deployed, seconds=PATIENCE_SECONDS)
+    assert {name for name, _ in published} == {"watch", "preferences"}
+    for domain in ("watch", "preferences"):
+        assert {key for name, keys in published if name == domain for key in keys or ()} == {"40", "41"}
+
+
+def test_one_process_follows_at_a_time(
+    deployed: EngineConfiguration, registry: Registry, session: psycopg.Connection
+) -> None:
+    def publish(domain: Domain, keys: Sequence[str] | None) -> None:
+        """Nobody is served here."""
+
+    with following(deployed, registry, publish):
+        wait_for(lambda: read_follower(session, deployed))
+        second = Follower(deployed, registry, publish, process="another")
+        with pytest.raises(FollowedElsewhere, match="the test follows this engine already: stop it first"):
+            second.run(threading.Event())
+    insert_events(session, [watch(1, 1, MIDNIGHT)])
+    assert second.catch_up() == 1
+
+
+def test_a_problem_is_told_until_it_is_gone(
+    deployed: EngineConfiguration, registry: Registry, session: psycopg.Connection
+) -> None:
+    broken = threading.Event()
+    broken.set()
+
+    def publish(domain: Domain, keys: Sequence[str] | None) -> None:
+        if broken.is_set():
+            raise PublishError("DynamoDB is down: start it")
+
+    def problem() -> str | None:
+        state = read_follower(session, deployed)
+        return state.problem if state else None
+
+    with following(deployed, registry, publish) as said:
+        assert wait_for(problem) == "DynamoDB is down: start it"
+        insert_events(session, [watch(1, 1, MIDNIGHT)])
+        # The views go on meanwhile, and whoever waits is told why.
+        wait_for(lambda: session.execute("select from viewer_engagement_rolling").fetchall())
+        with pytest.raises(FollowerProblem, match=r"the test\) has a problem: DynamoDB is down: start it"):
+            wait_until_applied(deployed, seconds=PATIENCE_SECONDS)
+        broken.clear()
+        wait_for(lambda: problem() is None)
+        wait_until_applied(deployed, seconds=PATIENCE_SECONDS)
+    assert said.count("publishing: DynamoDB is down: start it") == 1
+    assert said[-1] == "publishing: works again"
+
+
+def test_it_goes_on_after_the_engine_ended_its_sessions(
+    deployed: EngineConfiguration, registry: Registry, session: psycopg.Connection
+) -> None:
+    def publish(domain: Domain, keys: Sequence[str] | None) -> None:
+        """Nobody is served here."""
+
+    with following(deployed, registry, publish):
+        wait_for(lambda: read_follower(session, deployed))
+        session.execute(
+            "select pg_terminate_backend(pid) from pg_stat_activity"
+            " where datname = current_database() and pid <> pg_backend_pid()"
+        )
+        insert_events(session, [watch(1, 1, MIDNIGHT)])
+        wait_for(lambda: session.execute("select from viewer_engagement_rolling").fetchall())

@@ -1,0 +1,85 @@
+"""The supervisor's follower: started with what was handed over, replaced with its settings, started again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dagster_prefs.local import follower
+from dagster_prefs.local.follower import SOCKET, FollowerControl, hand_over
+from dagster_prefs.local.state import LocalServicesError
+
+# A follower that says in a file who it is and what it was given.
+PROGRAM = """
+import os, time, pathlib
+pathlib.Path(os.environ["TOLD"]).write_text(f"{os.getpid()} {os.environ.get('PREFS_SECRET', '')}")
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Path:
+    # Longer than the path of a socket may be.
+    folder = tmp_path / ("d" * 120)
+    (folder / "logs").mkdir(parents=True)
+    return folder
+
+
+@pytest.fixture
+def control(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FollowerControl]:
+    monkeypatch.setattr(follower, "PAUSE_SECONDS", (0.0, 0.1))
+    made = FollowerControl(data_dir, [sys.executable, "-c", PROGRAM])
+    yield made
+    made.close()
+
+
+def wait_for(condition: Callable[[], Any]) -> Any:
+    end = time.monotonic() + 30
+    while not (found := condition()):
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.02)
+    return found
+
+
+def test_one_runs_with_the_settings_that_came_last(
+    control: FollowerControl, data_dir: Path, tmp_path: Path
+) -> None:
+    told = tmp_path / "told"
+
+    def running(secret: str) -> int | None:
+        control.watch()
+        words = told.read_text().split() if told.exists() else []
+        return int(words[0]) if words[1:] == [secret] else None
+
+    given = {"PATH": os.environ["PATH"], "TOLD": str(told), "PREFS_SECRET": "first"}
+    hand_over(data_dir, given)
+    first = wait_for(lambda: running("first"))
+    hand_over(data_dir, given)
+    assert running("first") == first
+    os.kill(first, signal.SIGKILL)
+    again = wait_for(lambda: (pid := running("first")) and pid != first and pid)
+    hand_over(data_dir, given | {"PREFS_SECRET": "second"})
+    second = wait_for(lambda: running("second"))
+    with pytest.raises(ProcessLookupError):
+        os.kill(again, 0)
+    control.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(second, 0)
+    assert not (data_dir / SOCKET).exists()
+    # The settings are in the process alone.
+    for file in data_dir.rglob("*"):
+        assert not file.is_file() or b"second" not in file.read_bytes(), file
+
+
+def test_a_supervisor_that_is_not_there_is_named(data_dir: Path) -> None:
+    with pytest.raises(
+        LocalServicesError, match=r"does not take the follower's settings .*: run `prefs down`"
+    ):
+        hand_over(data_dir, {})
