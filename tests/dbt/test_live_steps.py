@@ -167,7 +167,7 @@ class World:
         )
 
 
-@settings(quick, max_examples=60, phases=[Phase.explicit, Phase.generate])
+@settings(quick, max_examples=25, phases=[Phase.explicit, Phase.generate])
 @given(happened=happenings())
 def test_any_sequence_equals_the_oracle(steps: Steps, happened: list[tuple[str, object]]) -> None:
     world = World(steps)

@@ -19,6 +19,18 @@
   {{ return(relation.incorporate(path={"identifier": name}, type="view")) }}
 {%- endmacro %}
 
+{% macro postgres__prepare_kept_views() -%}
+  {% call statement("prepare_kept_views", auto_begin=false) %}
+    begin;
+    select pg_advisory_xact_lock(hashtext('dagster-prefs'), hashtext('{{ target.schema }}'));
+    {{ kept_views_ddl() }};
+    commit;
+  {% endcall %}
+{%- endmacro %}
+
+{% macro risingwave__prepare_kept_views() -%}
+{%- endmacro %}
+
 {#
   `prefs_readers(relation)`: the kept views and sinks that read a relation, directly or through plain views.
   `prefs_changed(relation)`: it changed as a whole, so that they are pending and it itself is not.

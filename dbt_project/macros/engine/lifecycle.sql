@@ -30,6 +30,7 @@
     {% do refuse_impostors() %}
     {% do adapter.dispatch("prepare_engine")() %}
     {% do refuse_foreign_relations() %}
+    {% do adapter.dispatch("prepare_kept_views")() %}
   {%- endif -%}
 {%- endmacro %}
 
@@ -68,7 +69,6 @@
     select pg_advisory_xact_lock(hashtext('dagster-prefs'), hashtext('{{ target.schema }}'));
     create schema if not exists {{ target.schema }};
     {{ deployments_ddl() }};
-    {{ kept_views_ddl() }};
     create or replace function {{ target.schema }}.prefs_text(bytes bytea) returns text
       language plpgsql immutable strict parallel unsafe as $$
         begin
