@@ -25,7 +25,7 @@ from dagster_prefs.declarations.contract import (
     diff_contracts,
     parse_contract,
 )
-from dagster_prefs.declarations.registry import Registry
+from dagster_prefs.declarations.registry import Registry, TopicDeclaration
 from dagster_prefs.dynamodb.tables import TableReport, dynamodb_client, provision
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
@@ -231,11 +231,29 @@ class Platform:
         return row is not None
 
     def follower(self, say: Callable[[str], None] = lambda line: None) -> Follower:
-        """The follower of the embedded engine, which keeps its views and their items current."""
+        """The follower of the embedded engine, which keeps its views and their items current.
+
+        Where brokers are set, it reads their topics too.
+        """
         from dagster_prefs.dynamodb.changefeed import process_label
         from dagster_prefs.live.follower import Follower
 
-        return Follower(self.engine, self.registry, DomainPublisher(self), process=process_label(), say=say)
+        topics = self.registry.topics.values() if self.settings.kafka_bootstrap else ()
+        return Follower(
+            self.engine,
+            self.registry,
+            DomainPublisher(self),
+            process=process_label(),
+            readers={f"Kafka topic {topic.name}": partial(self._consume, topic) for topic in topics},
+            say=say,
+        )
+
+    def _consume(self, topic: TopicDeclaration, stop: threading.Event) -> None:
+        from dagster_prefs.events.kafka import ingest_topic
+
+        generations = {found.kafka_topic: found.generation for found in self.kafka_topics(note=True)}
+        kafka = self.kafka
+        ingest_topic(self.engine, kafka, topic, generation=generations[kafka.topics[topic.name]], stop=stop)
 
     def refresh(self, say: Callable[[str], None] = lambda line: None) -> str:
         """Apply and publish all that has arrived on the embedded engine, or wait until its follower has done so.

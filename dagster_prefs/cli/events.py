@@ -58,7 +58,7 @@ def ingest(
         if report.malformed > len(report.examples):
             console.print(f"{file}: {report.malformed:,} rows could not be read, `prefs rejected` lists them")
     if settings.engine == "local":
-        console.print("the views follow with the next refresh: `prefs refresh`, or the sensor new_events")
+        console.print("the follower of `prefs up` applies them; `prefs refresh` waits for it, or does it")
 
 
 def kafka_delivery(settings: Settings) -> Delivery | None:
@@ -146,7 +146,7 @@ def consume(topic: str | None, follow: bool) -> None:
         console.print(
             f"{declared.name}: {report.accepted} messages of {report.source} ({report.seconds:.1f} s)"
         )
-    console.print("the views follow with the next refresh: `prefs refresh`, or the sensor new_events")
+    console.print("the follower of `prefs up` applies them; `prefs refresh` waits for it, or does it")
 
 
 def kafka_settings() -> Settings:
@@ -253,7 +253,7 @@ def rejected_replay(
     for why, count in report.left_out.items():
         console.print(f"{count} left out: {why}")
     if settings.engine == "local" and report.sent:
-        console.print("the views follow with the next refresh: `prefs refresh`, or the sensor new_events")
+        console.print("the follower of `prefs up` applies them; `prefs refresh` waits for it, or does it")
 
 
 @cli.command()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any
 
 import psycopg
@@ -31,8 +32,13 @@ GONE_SECONDS = 10.0
 # How many keys of a domain are published at once.
 KEYS_PER_PUBLISH = 5000
 
+# So long does a reader of events work without an error until it counts as working again, seconds.
+WORKS_SECONDS = 5.0
+
 # Publishes the items of these keys (texts as in the engine's outbox) of a domain, or with None compares all.
 Publish = Callable[[Domain, Sequence[str] | None], None]
+# Brings events into the raw tables until the event is set.
+Read = Callable[[threading.Event], None]
 
 
 class FollowedElsewhere(PrefsError):
@@ -80,7 +86,8 @@ def follow_lock(engine: EngineConfiguration) -> str:
 class Follower:
     """Steps and publishing over one engine; whoever takes steps holds the lock of its only follower.
 
-    `process` names it to people. `say` gets a line for each thing worth a log's line: a rebuild, a problem and its end.
+    `process` names it to people. Of `readers`, by what they read, each has a thread of its own. `say` gets a line for
+    each thing worth a log's line: a rebuild, a problem and its end.
     """
 
     def __init__(
@@ -90,12 +97,14 @@ class Follower:
         publish: Publish,
         *,
         process: str,
+        readers: Mapping[str, Read] = MappingProxyType({}),
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.engine = engine
         self.registry = registry
         self.publish = publish
         self.process = process
+        self.readers = readers
         self.say = say
         self._problems: dict[str, str] = {}
         self._changed = threading.Event()
@@ -106,20 +115,29 @@ class Follower:
         Raises FollowedElsewhere at the beginning.
         """
         pause = _Pause()
-        publisher = threading.Thread(target=self._publish_until, args=[stop], name="publish", daemon=True)
+        threads = [
+            threading.Thread(target=self._publish_until, args=[stop], name="publish", daemon=True),
+            *(
+                threading.Thread(target=self._read_until, args=[name, read, stop], name=name, daemon=True)
+                for name, read in self.readers.items()
+            ),
+        ]
+        started = False
         try:
             while not stop.is_set():
                 try:
                     with self._steps() as steps, self.engine.connect() as listening:
                         listening.execute(sql.SQL("listen {}").format(sql.Identifier(CHANNEL)))
                         self._mark_domains(steps.connection)
-                        if publisher.ident is None:
-                            publisher.start()
+                        if not started:
+                            started = True
+                            for thread in threads:
+                                thread.start()
                         while not stop.is_set():
                             self._follow(steps, listening)
                             pause.reset()
                 except FollowedElsewhere:
-                    if publisher.ident is None:
+                    if not started:
                         raise
                     stop.wait(pause.next())
                 except (PrefsError, psycopg.Error, OSError) as error:
@@ -128,8 +146,8 @@ class Follower:
         finally:
             stop.set()
             self._changed.set()
-            if publisher.ident is not None:
-                publisher.join()
+            for thread in threads if started else ():
+                thread.join()
 
     def catch_up(self) -> int:
         """Apply and publish all that has arrived, as the engine's follower for so long; returns the messages read.
@@ -272,6 +290,26 @@ class Follower:
                 self.engine.schema,
             ],
         )
+
+    # --- reading ---
+
+    def _read_until(self, name: str, read: Read, stop: threading.Event) -> None:
+        pause = _Pause()
+
+        def works() -> None:
+            self._solved(name)
+            pause.reset()
+
+        while not stop.is_set():
+            timer = threading.Timer(WORKS_SECONDS, works)
+            timer.start()
+            try:
+                read(stop)
+            except (PrefsError, psycopg.Error, OSError) as error:
+                self._problem(name, error)
+            finally:
+                timer.cancel()
+            stop.wait(pause.next())
 
     # --- problems ---
 
