@@ -61,9 +61,9 @@ def refresh() -> None:
 
 @cli.command()
 def follow() -> None:
-    """Keep the embedded engine's views and items current until SIGINT or SIGTERM.
+    """Keep views and items current, until it is stopped.
 
-    One process at a time does it; `prefs up` starts one.
+    For the embedded engine: `prefs up` starts one in the background. Ends with SIGINT or SIGTERM.
     """
     import signal
     import threading

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from psycopg import sql
 
+from dagster_prefs.engine.catalog import QUERY_SUFFIX
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.erasure.events import AppendOnly, RawMessages, Subject
 from dagster_prefs.erasure.items import EntityItems
@@ -346,8 +347,10 @@ class _Erasure:
             " join pg_catalog.pg_class c on c.oid = a.attrelid"
             " join pg_catalog.pg_namespace n on n.oid = c.relnamespace"
             " join pg_catalog.pg_type t on t.oid = a.atttypid"
-            " where n.nspname = %s and a.attname = %s and c.relkind in ('r', 'm', 'v') order by c.relname",
-            (self.engine.schema, self.subject.key),
+            " where n.nspname = %s and a.attname = %s and c.relkind in ('r', 'm', 'v')"
+            # The query of a kept view holds nothing itself.
+            " and right(c.relname, %s) <> %s order by c.relname",
+            (self.engine.schema, self.subject.key, len(QUERY_SUFFIX), QUERY_SUFFIX),
         ).fetchall()
         for name, kind in relations:
             value = self.subject.value if kind in ("int8", "int4") else self.subject.id

@@ -229,7 +229,7 @@ def test_no_secret_leaves_the_table(bench: Bench, dbt_target: Path) -> None:
     bench.refresh()
     secret = canary_key(bench.engine).secret
     assert bench.rows(f"select 1 from deployments where strpos(deployments::text, '{secret}') > 0") == []
-    assert bench.rows(f"select 1 from pg_matviews where strpos(definition, '{secret}') > 0") == []
+    assert bench.rows(f"select 1 from pg_views where strpos(definition, '{secret}') > 0") == []
     assert bench.rows(f"select 1 from raw_view_events where position('{secret}'::bytea in data) > 0") == []
     artifacts = [path for path in dbt_target.rglob("*") if path.is_file()]
     assert artifacts

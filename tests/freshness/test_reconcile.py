@@ -134,16 +134,15 @@ def test_a_change_under_way_is_left_to_its_writer(busy: Any) -> None:
 
 def test_a_row_that_cannot_be_an_item_is_named_after_the_others_were_repaired(busy: Any) -> None:
     damage(busy)
-    definition = busy.execute("select pg_get_viewdef('viewer_engagement_rolling'::regclass)")[0][0].rstrip(
-        ";"
-    )
-    busy.execute("drop materialized view viewer_engagement_rolling cascade")
+    query = "viewer_engagement_rolling__query"
+    definition = busy.execute(f"select pg_get_viewdef('{query}'::regclass)")[0][0].rstrip(";")
     busy.execute(
-        "create materialized view viewer_engagement_rolling as"
+        f"create or replace view {query} as"
         " select viewer_id, domain_key, watch_minutes_7d, watch_minutes_28d,"
         " case when viewer_id <> 3 then titles_7d end as titles_7d, completions_28d,"
         f" genres_watched_28d, last_event_at from ({definition}) as rolling"
     )
+    busy.execute("select prefs_rebuild('viewer_engagement_rolling')")
     with pytest.raises(ReconcileError, match="viewer 3: titles_7d is NULL") as caught:
         reconcile(busy)
     report = caught.value.report

@@ -372,7 +372,8 @@ def test_an_engine_that_is_down_is_unknown_everywhere(world: Any) -> None:
 
 
 def test_a_missing_relation_hides_no_other(busy: Any) -> None:
-    busy.execute("drop materialized view user_brand_profile cascade")
+    busy.execute("drop view user_brand_profile__query")
+    busy.execute("drop table user_brand_profile")
     bad = busy.bad()
     assert bad == {"views/user_brand_profile": "unknown"}
     assert "run `dbt build` first" in busy.measures()["views/user_brand_profile"].reason

@@ -105,7 +105,9 @@ def test_canaries_and_erased_learners_are_never_exported(school: School, catalog
         " seconds, finishes, last_event_at from learner_lessons_1d where learner_id = '7'"
     )
     school.execute("create table counted as select * from tile_fingerprints")
-    school.execute("drop materialized view learner_lessons_1d cascade")
+    for kept in ("learner_lessons_1d", "tile_fingerprints"):
+        school.execute(f"drop view if exists {kept}__query cascade")
+        school.execute(f"drop table {kept} cascade")
     school.execute("alter table held rename to learner_lessons_1d")
     school.execute("alter table counted rename to tile_fingerprints")
     assert export_day(school.engine, catalog, SPEC, day).status == "written"

@@ -81,12 +81,14 @@ def running(
         assert not thread.is_alive()
 
 
-def profile_client(endpoint: str, prefix: str = "", **options: Any) -> AsyncProfileClient:
+def profile_client(
+    endpoint: str, prefix: str = "", *, max_attempts: int = 4, **given: Any
+) -> AsyncProfileClient:
     return AsyncProfileClient(
         PROJECT,
         endpoint_url=endpoint,
         region=REGION,
         table_prefix=prefix,
-        options=ClientOptions(30, read_timeout_seconds=30),
-        **options,
+        options=ClientOptions(30, read_timeout_seconds=30, max_attempts=max_attempts),
+        **given,
     )
