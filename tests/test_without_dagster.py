@@ -43,6 +43,7 @@ def test_plan_apply_publish_status_and_erase(
         planned = run("plan", "--json")
         assert (planned.returncode, json.loads(planned.stdout)["relations"]) == (0, []), planned.stderr
         assert run("publish").returncode == 0
+        assert run("refresh").returncode == 0
         status = json.loads(run("status", "--json").stdout)
         canaries = [one for one in status["measures"] if one["stage"] == "canary"]
         assert canaries
@@ -53,4 +54,4 @@ def test_plan_apply_publish_status_and_erase(
         erased = json.loads(run("erase", "viewer", "5", "--json").stdout)
         assert erased["held"] is False
         # The hook works: what runs Dagster cannot.
-        assert "No module named 'dagster'" in run("refresh").stderr
+        assert "No module named 'dagster'" in run("export").stderr

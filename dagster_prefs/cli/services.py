@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 def up(no_follow: bool) -> None:
     """Start the embedded services and the follower.
 
-    The services are PostgreSQL and the local AWS server. The follower keeps every view and item current. What the project declares is deployed first if nothing is.
+    The services are PostgreSQL and the local AWS server. The follower keeps every view and item current. What the
+    project declares is deployed first if nothing is.
     """
     from dagster_prefs.declarations.registry import RegistryError, find_project
     from dagster_prefs.declarations.stale import current_registry
