@@ -330,6 +330,14 @@ class _Erasure:
         if self.engine.kind == "local":
             if changed:
                 self.stores.refresh()
+            with self.engine.connect() as connection, translated(self.engine, "live_changes"):
+                # The views are as the erasure wants them: what would tell a follower so still names the subject.
+                connection.execute(
+                    sql.SQL(
+                        "delete from {} where relation = 'erased_subjects' and key ->> 'subject_id' = %s"
+                    ).format(self._relation("live_changes")),
+                    [self.subject.id],
+                )
             return
         deadline = monotonic() + STREAM_SECONDS
         with self.engine.connect() as connection:

@@ -275,5 +275,7 @@ def test_ctrl_c_ends_the_ui_with_all_its_processes(command: Command, ui: Ui) -> 
     assert [
         name
         for name in names(alive)
-        if "dagster_prefs.local.supervisor" not in name and "postgres" not in name
+        if not any(
+            kept in name for kept in ("dagster_prefs.local.supervisor", "dagster_prefs follow", "postgres")
+        )
     ] == []
