@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ui up down status stack stack-down test test-fast test-terraform bench-serving bench-export bench-export-range bench-ingest bench-training-set bench-freshness bench-barriers lint format lock clean
+.PHONY: help demo ui up down status stack stack-down test test-fast test-terraform bench-serving bench-export bench-export-range bench-ingest bench-training-set bench-freshness bench-live bench-barriers lint format lock clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -85,6 +85,9 @@ bench-ingest: $(VENV)/installed ## ingestion against a plain COPY
 
 bench-freshness: $(VENV)/installed ## a full evaluation at 1,000 and 1,000,000 viewers
 	@$(BIN)/python benchmarks/freshness.py
+
+bench-live: $(VENV)/installed ## how soon an event can be read on the embedded engine, and what following it costs
+	@$(BIN)/python benchmarks/live.py
 
 bench-barriers: $(VENV)/installed ## what the barrier interval does to freshness and write units; needs real servers
 	@$(BIN)/python benchmarks/barriers.py

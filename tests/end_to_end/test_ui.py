@@ -12,6 +12,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -76,14 +77,14 @@ class Command:
     """`prefs ui` in a place of its own, started where a test needs it and it does not run."""
 
     def __init__(self, place: Place, port: int) -> None:
-        self._place, self._port = place, port
+        self.place, self._port = place, port
         self.started: subprocess.Popen[str] | WarmProcess | None = None
 
     def ui(self) -> Ui:
         """The UI, once it has loaded the definitions."""
         found = Ui(f"http://127.0.0.1:{self._port}")
         if self.started is None:
-            started = self.started = self._place.start("prefs", "ui", "--port", str(self._port))
+            started = self.started = self.place.start("prefs", "ui", "--port", str(self._port))
 
             def ready() -> bool:
                 assert started.poll() is None, started.communicate()
@@ -251,6 +252,40 @@ def test_the_asset_graph_shows_every_group_and_asset(ui: Ui, tmp_path: Path) -> 
         assert group in text
     for asset in ("raw_user_events", "viewer_profiles", "view_events_parsed"):
         assert asset in text
+
+
+def test_an_event_is_readable_without_another_command(command: Command, ui: Ui, tmp_path: Path) -> None:
+    """The follower that the UI started applies and publishes it, also after it was killed."""
+
+    def killed() -> bool:
+        followers = [
+            process
+            for process in psutil.process_iter(["cmdline"])
+            if "dagster_prefs follow" in " ".join(process.info["cmdline"] or ())
+            and process.environ().get("PREFS_DATA_DIR") == str(command.place.data_dir.resolve())
+        ]
+        for process in followers:
+            process.kill()
+        return bool(followers)
+
+    for viewer in (4242, 4243):
+        event = {
+            "event_id": f"event of {viewer}",
+            "viewer_id": viewer,
+            "watch_duration_sec": 600,
+            "watched_at": datetime.now(UTC).isoformat(),
+        }
+        file = tmp_path / f"{viewer}.jsonl"
+        file.write_text(json.dumps(event) + "\n")
+        command.place.ok("prefs", "ingest", str(file))
+
+        def watched(viewer: int = viewer) -> bool:
+            shown = json.loads(command.place.ok("prefs", "profile", str(viewer), "--json"))
+            return bool(shown["domains"]["watch"]["attributes"]["last_event_at"])
+
+        wait_for(f"the item of {viewer}", watched)
+        if viewer == 4242:
+            assert killed()
 
 
 def test_ctrl_c_ends_the_ui_with_all_its_processes(command: Command, ui: Ui) -> None:
