@@ -13,6 +13,7 @@ from dagster_prefs.declarations.registry import Registry, load_registry
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
 from dagster_prefs.events.raw import RawMessage, RawStore
+from dagster_prefs.live.steps import Steps
 
 REGISTRY: Registry = load_registry(COURSES)
 TODAY = datetime.now(UTC).date()
@@ -69,12 +70,11 @@ class School:
             store.write(REGISTRY.topic("lesson_events"), "file:lessons#1", messages)
 
     def refresh(self) -> None:
-        for relation in (
-            "lesson_events_parsed",
-            "lesson_events",
-            "rejected_events",
-            "learner_lessons_1d",
-            "learner_progress_rolling",
-            "tile_fingerprints",
-        ):
-            self.execute("select prefs_rebuild(%s)", [relation])
+        """Apply what was sent, as the follower would."""
+        steps = Steps(self.engine, REGISTRY)
+        try:
+            steps.make_all_due()
+            while not steps.step().idle:
+                pass
+        finally:
+            steps.close()

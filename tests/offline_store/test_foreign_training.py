@@ -71,10 +71,8 @@ def export(school: School, catalog: Catalog) -> list[str]:
 
 
 def labels(folder: Path, rows: Sequence[tuple[str, int]]) -> str:
-    """Labels at noon of a day, so many days ago."""
-    at = [
-        datetime.combine(days_ago(days), datetime.min.time(), UTC) + timedelta(hours=12) for _, days in rows
-    ]
+    """Labels at the beginning of a day, so many days ago: those of today are never in the future."""
+    at = [datetime.combine(days_ago(days), datetime.min.time(), UTC) for _, days in rows]
     path = folder / "labels.parquet"
     table = {
         "learner_id": [learner for learner, _ in rows],
