@@ -108,18 +108,6 @@ class Steps:
         report.seconds = time.monotonic() - started
         return report
 
-    def waiting(self) -> bool:
-        """Whether anything waits to be applied: for a step, or for the publisher."""
-        ((waits,),) = self.connection.execute(
-            sql.SQL(
-                "select exists (select from {}) or exists (select from {}) or exists (select from {})"
-                " or exists (select from {}) or exists (select from {})"
-            ).format(
-                *map(self._table, ("raw_arrivals", "live_changes", "live_pending", "live_due", "live_outbox"))
-            )
-        ).fetchall()
-        return bool(waits)
-
     def make_all_due(self) -> None:
         """Look at the clock in the next step, whenever it was looked at last."""
         self._due_at = 0.0
@@ -165,15 +153,7 @@ class Steps:
                     sql.SQL("delete from {} where relation = %s").format(self._table("raw_arrivals")),
                     [topic.raw],
                 )
-                self._pend([parsed])
-
-    def _pend(self, relations: Iterable[str]) -> None:
-        self.connection.execute(
-            sql.SQL("insert into {} (relation) select unnest(%s::text[]) on conflict do nothing").format(
-                self._table("live_pending")
-            ),
-            [sorted(relations)],
-        )
+                mark_pending(self.connection, self.engine, [parsed])
 
     def _prepare(self, views: LiveViews) -> None:
         """Make what steps need and no model declares: indexes, and this session's tables of changed rows."""
@@ -205,6 +185,18 @@ class Steps:
 
     def _name(self, relation: str) -> sql.Literal:
         return sql.Literal(f'"{self.engine.schema}"."{relation}"')
+
+
+def mark_pending(
+    connection: psycopg.Connection[Any], engine: EngineConfiguration, relations: Iterable[str]
+) -> None:
+    """Have views rebuilt, or sinks compared, as a whole; those that already wait stay as they are."""
+    connection.execute(
+        sql.SQL(
+            "insert into {} (relation) select unnest(%s::text[]) on conflict (relation) do nothing"
+        ).format(sql.Identifier(engine.schema, "live_pending")),
+        [sorted(relations)],
+    )
 
 
 def _lookups(registry: Registry, topic: TopicDeclaration) -> dict[str, str]:
@@ -299,9 +291,13 @@ class _Step:
             ).format(self._table(topic.raw), self._table(parsed)),
             given,
         ).fetchall()
-        if len(places) == MESSAGES_PER_STEP and len(arrivals) == 1:
-            # One write of more messages than a step takes: its rest arrives again.
+        if len(places) == MESSAGES_PER_STEP:
             self.report.more = True
+            if len(arrivals) > 1:
+                # Between the first and the last offset of a write lie messages of others, so that they are too many.
+                self._take(topic, parsed, arrivals[:1])
+                return
+            # One write of more messages than a step takes: its rest arrives again.
             self._shorten(topic, arrivals[0], int(places[-1][2]) + 1)
         else:
             self.connection.execute(
@@ -468,13 +464,7 @@ class _Step:
                 self.connection.execute(self.views.reread(view), _columns(lost))
 
     def _remember(self) -> None:
-        if self.pending:
-            self.connection.execute(
-                sql.SQL("insert into {} (relation) select unnest(%s::text[]) on conflict do nothing").format(
-                    self._table("live_pending")
-                ),
-                [sorted(self.pending)],
-            )
+        mark_pending(self.connection, self.engine, self.pending)
         for domain, keys in self.outbox.items():
             self.connection.execute(
                 sql.SQL(

@@ -151,6 +151,24 @@ def test_the_contract_has_all_keys(registry: Registry) -> None:
     assert (change.kind, change.path) == ("breaking", "tables.enrolment.rest_keys")
 
 
+def test_only_given_keys_are_published(school: School) -> None:
+    keys = school.registry.contract.tables["enrolment"]
+    for number, id_ in enumerate(NEAR):
+        school.put(id_, number)
+    first, second, *_ = NEAR
+    given = [keys.key_text(id_) for id_ in (first, second)]
+    report = publish_domain(school.store, keys=given)
+    assert (report.upserts, report.deletes, report.unchanged) == (2, 0, 0)
+    assert school.held() == {first: 0, second: 1}
+    school.execute("delete from sink_learning_course where learner_id = %s and course_id = %s", first)
+    school.put(second, 7)
+    report = publish_domain(school.store, keys=given[:1])
+    assert (report.upserts, report.deletes) == (0, 1)
+    assert school.held() == {second: 1}
+    assert publish_domain(school.store).upserts == len(NEAR) - 1
+    assert school.held() == {id_: 7 if id_ == second else number for number, id_ in enumerate(NEAR) if number}
+
+
 def test_every_key_is_published_read_and_withdrawn(school: School) -> None:
     for number, id_ in enumerate(NEAR):
         school.put(id_, number)
