@@ -227,56 +227,70 @@ class Follower:
                             pass
                         self._solved("publishing")
                         pause.reset()
-            except (PrefsError, psycopg.Error, OSError) as error:
+            # Whatever it is: a thread that ended would leave the items as they are without a word.
+            except Exception as error:
                 self._problem("publishing", error)
                 stop.wait(pause.next())
 
     def publish_changes(self, connection: psycopg.Connection[Any]) -> bool:
-        """Publish what the outbox holds, and compare the domains that are pending; returns whether there was any."""
-        found = False
+        """Publish what the outbox holds, and compare the domains that are pending; returns whether there was any.
+
+        A domain that cannot be published holds up no other: it stays in the outbox, and its error is raised at the end.
+        """
+        found, errors = False, []
         domains = {domain.sink: domain for domain in self.registry.contract.domains.values()}
-        pending = connection.execute(
-            sql.SQL("select relation, since from {} where relation = any(%s)").format(
-                self._table("live_pending")
-            ),
-            [list(domains)],
-        ).fetchall()
-        for sink, since in pending:
-            found = True
-            self.publish(domains[sink], None)
+        pending = dict(
             connection.execute(
-                sql.SQL("delete from {} where relation = %s and since = %s").format(
+                sql.SQL("select relation, since from {} where relation = any(%s)").format(
                     self._table("live_pending")
                 ),
-                [sink, since],
-            )
-        for domain in domains.values():
-            rows = connection.execute(
-                sql.SQL(
-                    "select entity_key, step from {} where domain_key = %s order by first_step limit %s"
-                ).format(self._table("live_outbox")),
-                [domain.key, KEYS_PER_PUBLISH],
+                [list(domains)],
             ).fetchall()
-            if not rows:
-                continue
-            found = True
-            self.publish(domain, [key for key, _ in rows])
-            # A key that a step touched again meanwhile stays, as of that step.
-            connection.execute(
-                sql.SQL(
-                    "with published as (select * from unnest(%(keys)s::text[], %(steps)s::bigint[]) as p (key, step)),"
-                    " gone as (delete from {0} as o using published as p"
-                    "   where o.domain_key = %(domain)s and o.entity_key = p.key and o.step = p.step)"
-                    " update {0} as o set first_step = o.step from published as p"
-                    " where o.domain_key = %(domain)s and o.entity_key = p.key and o.step > p.step"
-                ).format(self._table("live_outbox")),
-                {
-                    "keys": [key for key, _ in rows],
-                    "steps": [step for _, step in rows],
-                    "domain": domain.key,
-                },
-            )
+        )
+        for sink, domain in domains.items():
+            try:
+                if sink in pending:
+                    found = True
+                    self.publish(domain, None)
+                    connection.execute(
+                        sql.SQL("delete from {} where relation = %s and since = %s").format(
+                            self._table("live_pending")
+                        ),
+                        [sink, pending[sink]],
+                    )
+                found = self._publish_touched(connection, domain) or found
+            except PrefsError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
         return found
+
+    def _publish_touched(self, connection: psycopg.Connection[Any], domain: Domain) -> bool:
+        rows = connection.execute(
+            sql.SQL(
+                "select entity_key, step from {} where domain_key = %s order by first_step limit %s"
+            ).format(self._table("live_outbox")),
+            [domain.key, KEYS_PER_PUBLISH],
+        ).fetchall()
+        if not rows:
+            return False
+        self.publish(domain, [key for key, _ in rows])
+        # A key that a step touched again meanwhile stays, as of that step.
+        connection.execute(
+            sql.SQL(
+                "with published as (select * from unnest(%(keys)s::text[], %(steps)s::bigint[]) as p (key, step)),"
+                " gone as (delete from {0} as o using published as p"
+                "   where o.domain_key = %(domain)s and o.entity_key = p.key and o.step = p.step)"
+                " update {0} as o set first_step = o.step from published as p"
+                " where o.domain_key = %(domain)s and o.entity_key = p.key and o.step > p.step"
+            ).format(self._table("live_outbox")),
+            {
+                "keys": [key for key, _ in rows],
+                "steps": [step for _, step in rows],
+                "domain": domain.key,
+            },
+        )
+        return True
 
     def _mark_domains(self, connection: psycopg.Connection[Any]) -> None:
         """Have every domain compared once: the store may be another one than when the last follower ended."""
@@ -305,7 +319,7 @@ class Follower:
             timer.start()
             try:
                 read(stop)
-            except (PrefsError, psycopg.Error, OSError) as error:
+            except Exception as error:
                 self._problem(name, error)
             finally:
                 timer.cancel()

@@ -171,6 +171,25 @@ def test_a_problem_is_told_until_it_is_gone(
     assert said[-1] == "publishing: works again"
 
 
+def test_a_domain_that_cannot_be_published_holds_up_no_other(
+    deployed: EngineConfiguration, registry: Registry, session: psycopg.Connection
+) -> None:
+    published: list[str] = []
+    first, *others = (domain.name for domain in registry.contract.domains.values())
+
+    def publish(domain: Domain, keys: Sequence[str] | None) -> None:
+        if domain.name == first:
+            raise PublishError("viewer 3: its item is too large")
+        published.append(domain.name)
+
+    with following(deployed, registry, publish):
+        wait_for(lambda: set(published) == set(others))
+        state = wait_for(lambda: read_follower(session, deployed))
+        wait_for(lambda: state.problem or (read_follower(session, deployed) or state).problem)
+    left = session.execute("select relation from live_pending where relation like 'sink%'").fetchall()
+    assert left == [(registry.contract.domain(first).sink,)]
+
+
 def test_it_goes_on_after_the_engine_ended_its_sessions(
     deployed: EngineConfiguration, registry: Registry, session: psycopg.Connection
 ) -> None:
