@@ -110,6 +110,18 @@ def built_state(folder: Path) -> BuiltState:
     return BuiltState(made / "data", made / "dbt", tuple(json.loads((made / "views.json").read_text())))
 
 
+def command_environment(engine: EngineConfiguration, data_dir: Path, aws_endpoint: str) -> dict[str, str]:
+    """What a command has to be told to work on a database of this run."""
+    return {
+        **os.environ,
+        "PREFS_ENGINE_PORT": str(engine.port),
+        "PREFS_ENGINE_USER": engine.user,
+        "PREFS_ENGINE_DATABASE": engine.database,
+        "PREFS_DATA_DIR": str(data_dir),
+        "AWS_ENDPOINT_URL": aws_endpoint,
+    }
+
+
 def make_session_folder() -> Path:
     """A new folder for what the processes of a run share.
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+
+from built_state import command_environment
 
 from dagster_prefs.engine.connection import EngineConfiguration
 
@@ -63,14 +64,7 @@ def test_what_each_command_loads(
     tmp_path: Path,
 ) -> None:
     with copied_database("reading_commands", deployed_template) as engine:
-        environment = {
-            **os.environ,
-            "PREFS_ENGINE_PORT": str(engine.port),
-            "PREFS_ENGINE_USER": engine.user,
-            "PREFS_ENGINE_DATABASE": engine.database,
-            "PREFS_DATA_DIR": str(tmp_path / "state"),
-            "AWS_ENDPOINT_URL": aws_endpoint,
-        }
+        environment = command_environment(engine, tmp_path / "state", aws_endpoint)
         told = subprocess.run(
             [sys.executable, "-c", SCRIPT, json.dumps([command for command, _ in COMMANDS])],
             env=environment,

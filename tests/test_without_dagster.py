@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from built_state import command_environment
 from warm import Warm
 
 from dagster_prefs.engine.connection import EngineConfiguration
@@ -27,14 +28,7 @@ def test_plan_apply_publish_status_and_erase(
         copied_database("without_dagster", deployed_template) as engine,
     ):
         without_dagster = Warm(Path(folder), os.getpid(), without="dagster")
-        environment = {
-            **os.environ,
-            "PREFS_ENGINE_PORT": str(engine.port),
-            "PREFS_ENGINE_USER": engine.user,
-            "PREFS_ENGINE_DATABASE": engine.database,
-            "PREFS_DATA_DIR": str(tmp_path / "state"),
-            "AWS_ENDPOINT_URL": aws_endpoint,
-        }
+        environment = command_environment(engine, tmp_path / "state", aws_endpoint)
 
         def run(*command: str) -> subprocess.CompletedProcess[str]:
             return without_dagster.run(["prefs", *command], environment=environment)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,9 +67,6 @@ def follow() -> None:
 
     For the embedded engine: `prefs up` starts one in the background. Ends with SIGINT or SIGTERM.
     """
-    import signal
-    import threading
-
     from dagster_prefs.platform import Platform
 
     settings = load_settings()
@@ -76,10 +75,15 @@ def follow() -> None:
             "RisingWave keeps its own views current: this is for PREFS_ENGINE=local. With PREFS_PUBLISH=changefeed, "
             "`prefs publish --follow` follows its changes"
         )
+    Platform(settings).follower(say).run(_until_signal())
+
+
+def _until_signal() -> threading.Event:
+    """Return an event that SIGINT and SIGTERM set, in place of ending the process."""
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    Platform(settings).follower(say).run(stop)
+    return stop
 
 
 @cli.command()
@@ -88,9 +92,6 @@ def follow() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def publish(follow: bool, full: bool, as_json: bool) -> None:
     """Publish the changes of the rolling views to DynamoDB."""
-    import signal
-    import threading
-
     from dagster_prefs.dynamodb.changefeed import process_label, publish_changes
     from dagster_prefs.dynamodb.publisher import publish_domain
     from dagster_prefs.platform import Platform
@@ -103,12 +104,9 @@ def publish(follow: bool, full: bool, as_json: bool) -> None:
     if settings.publishes and (follow or full):
         raise PrefsError(
             "the local engine's views change when they are refreshed, and have no changes to follow: run "
-            "`prefs refresh` or the sensor new_events; `prefs reconcile` compares whole views"
+            "`prefs refresh` or `prefs follow`; `prefs reconcile` compares whole views"
         )
-    stop = threading.Event()
-    if settings.follows:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stop.set())
+    stop = _until_signal() if settings.follows else threading.Event()
     stores = Platform(settings).stores()
     if settings.follows:
         reports: list[Any] = publish_changes(

@@ -92,9 +92,7 @@ def ui(port: int) -> None:
     require_free_port(port, "--port")
     start_services(settings)
     if settings.engine == "local":
-        from dagster_prefs.declarations.registry import find_project
-
-        start_follower(settings, find_project(named=settings.project_dir))
+        start_follower(settings, settings.project)
     home = ensure_dagster_home(settings.data_dir)
     console.print(f"the Dagster UI will be at http://127.0.0.1:{port} in half a minute; Ctrl-C stops it")
     environment = {**os.environ, "DAGSTER_HOME": str(home)}

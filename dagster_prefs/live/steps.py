@@ -20,7 +20,16 @@ from psycopg import sql
 from dagster_prefs.declarations.registry import Registry, TopicDeclaration
 from dagster_prefs.engine.catalog import NotDeployed, missing_relation
 from dagster_prefs.engine.connection import EngineConfiguration
-from dagster_prefs.live.views import PLACE, LiveViews, View, delta_table, raw_sql, read_views, topics_of_key
+from dagster_prefs.live.views import (
+    CLOCK,
+    PLACE,
+    LiveViews,
+    View,
+    delta_table,
+    raw_sql,
+    read_views,
+    topics_of_key,
+)
 
 # How much a step takes at most, so that it is short, and memory bounded, whatever waits.
 MESSAGES_PER_STEP = 2000
@@ -251,7 +260,7 @@ class _Step:
                 sql.SQL(
                     "select source, source_partition, first_offset, last_offset, messages from {} where relation = %s"
                     " order by arrived_at limit %s"
-                ).format(self._table("raw_arrivals")),
+                ).format(self.views.table("raw_arrivals")),
                 [topic.raw, ARRIVALS_PER_STEP],
             ).fetchall()
             room = MESSAGES_PER_STEP - self.report.messages
@@ -288,7 +297,7 @@ class _Step:
                 " where not exists (select from {} as parsed where parsed.source = raw.source"
                 " and parsed.source_partition = raw.source_partition and parsed.source_offset = raw.source_offset)"
                 " order by 1, 2, 3 limit %(most)s"
-            ).format(self._table(topic.raw), self._table(parsed)),
+            ).format(self.views.table(topic.raw), self.views.table(parsed)),
             given,
         ).fetchall()
         if len(places) == MESSAGES_PER_STEP:
@@ -305,7 +314,7 @@ class _Step:
                     "delete from {} as t using unnest(%(s)s::text[], %(p)s::int[], %(f)s::bigint[]) as a (s, p, f)"
                     " where t.relation = %(name)s and t.source = a.s and t.source_partition = a.p"
                     " and t.first_offset = a.f"
-                ).format(self._table("raw_arrivals")),
+                ).format(self.views.table("raw_arrivals")),
                 given,
             )
         self.report.messages += len(places)
@@ -321,7 +330,7 @@ class _Step:
                 " on conflict (relation, source, source_partition, first_offset) do update"
                 " set last_offset = greatest({0}.last_offset, excluded.last_offset),"
                 " messages = {0}.messages + excluded.messages"
-            ).format(self._table("raw_arrivals")),
+            ).format(self.views.table("raw_arrivals")),
             [topic.raw, source, partition, old, first, max(1, messages - MESSAGES_PER_STEP)],
         )
 
@@ -329,7 +338,7 @@ class _Step:
         rows = self.connection.execute(
             sql.SQL(
                 "delete from {0} where id in (select id from {0} order by id limit %s) returning relation, key"
-            ).format(self._table("live_changes")),
+            ).format(self.views.table("live_changes")),
             [CHANGES_PER_STEP],
         ).fetchall()
         self.report.more = self.report.more or len(rows) == CHANGES_PER_STEP
@@ -370,7 +379,7 @@ class _Step:
             return
         rows = self.connection.execute(
             sql.SQL("select distinct {0} from {1} as t where {2} and t.reason is null").format(
-                sql.Identifier("t", topic.identity), self._table(topic.parsed), where
+                sql.Identifier("t", topic.identity), self.views.table(topic.parsed), where
             ),
             [list(ids)],
         ).fetchall()
@@ -383,7 +392,7 @@ class _Step:
                 rows = self.connection.execute(
                     sql.SQL(
                         "select source, source_partition, source_offset from {} where canary = any(%s::text[])"
-                    ).format(self._table(parsed)),
+                    ).format(self.views.table(parsed)),
                     [deployments],
                 ).fetchall()
                 self._touch(parsed, [tuple(map(str, row)) for row in rows])
@@ -398,7 +407,7 @@ class _Step:
                     "update {0} as t set as_of = now.at, latest = now.at"
                     " from (select as_of, latest, {1} as at from {0} where relation = %(name)s) as now"
                     " where t.relation = %(name)s returning now.as_of, now.latest, now.at"
-                ).format(self._table("live_views"), raw_sql(_CLOCK)),
+                ).format(self.views.table("live_views"), raw_sql(CLOCK)),
                 {"name": view.name},
             ).fetchone()
             if row is None or row[0] == row[1] == row[2]:
@@ -416,7 +425,7 @@ class _Step:
             sql.SQL(
                 "update {} set as_of = least(as_of, {clock}), latest = greatest(latest, {clock})"
                 " where relation = any(%s)"
-            ).format(self._table("live_views"), clock=raw_sql(_CLOCK)),
+            ).format(self.views.table("live_views"), clock=raw_sql(CLOCK)),
             [list(views)],
         )
 
@@ -425,7 +434,7 @@ class _Step:
             sql.SQL(
                 "delete from {0} where (relation, key) in (select relation, key from {0} limit %s)"
                 " returning relation, key"
-            ).format(self._table("live_due")),
+            ).format(self.views.table("live_due")),
             [DUE_PER_STEP],
         ).fetchall()
         self.report.more = self.report.more or len(rows) == DUE_PER_STEP
@@ -472,15 +481,11 @@ class _Step:
                     " select %(domain)s, key, now.step, now.step from unnest(%(keys)s::text[]) as key,"
                     " (select nextval({}) as step offset 0) as now"
                     " on conflict (domain_key, entity_key) do update set step = excluded.step"
-                ).format(self._table("live_outbox"), sql.Literal(f'"{self.engine.schema}"."live_steps"')),
+                ).format(
+                    self.views.table("live_outbox"), sql.Literal(f'"{self.engine.schema}"."live_steps"')
+                ),
                 {"domain": domain, "keys": sorted(keys)},
             )
-
-    def _table(self, name: str) -> sql.Identifier:
-        return sql.Identifier(self.engine.schema, name)
-
-
-_CLOCK = "coalesce(nullif(current_setting('prefs.clock', true), '')::timestamptz, now())"
 
 
 def _columns(keys: Iterable[Key]) -> dict[str, list[str]]:
