@@ -148,21 +148,28 @@ class Steps:
         return False
 
     def _prefer_rebuilding(self, views: LiveViews) -> None:
-        for parsed, topic in views.parsed.items():
-            ((waiting, stored),) = self.connection.execute(
-                sql.SQL(
-                    "select (select sum(messages) from (select messages from {} where relation = %s limit {}) as a),"
-                    " (select greatest(reltuples, 0) from pg_class where oid = {}::regclass)"
-                ).format(self._table("raw_arrivals"), sql.Literal(REBUILD_MESSAGES), self._name(parsed)),
-                [topic.raw],
+        raw = {topic.raw: parsed for parsed, topic in views.parsed.items()}
+        waiting = self.connection.execute(
+            sql.SQL(
+                "select raw, sum(messages) from unnest(%s::text[]) as raw"
+                " cross join lateral (select messages from {} where relation = raw limit {}) as a"
+                " group by raw having sum(messages) >= %s"
+            ).format(self._table("raw_arrivals"), sql.Literal(REBUILD_MESSAGES)),
+            [list(raw), REBUILD_MESSAGES],
+        ).fetchall()
+        for relation, messages in waiting:
+            ((stored,),) = self.connection.execute(
+                sql.SQL("select greatest(reltuples, 0) from pg_class where oid = {}::regclass").format(
+                    self._name(raw[relation])
+                )
             ).fetchall()
-            if (waiting or 0) >= max(REBUILD_MESSAGES, REBUILD_SHARE * stored):
+            if messages >= REBUILD_SHARE * stored:
                 # What it reads now is read: its arrivals are taken by the steps that follow.
                 self.connection.execute(
                     sql.SQL("delete from {} where relation = %s").format(self._table("raw_arrivals")),
-                    [topic.raw],
+                    [relation],
                 )
-                mark_pending(self.connection, self.engine, [parsed])
+                mark_pending(self.connection, self.engine, [raw[relation]])
 
     def _prepare(self, views: LiveViews) -> None:
         """Make what steps need and no model declares: indexes, and this session's tables of changed rows."""
