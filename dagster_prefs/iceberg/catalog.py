@@ -32,9 +32,11 @@ from pyiceberg.exceptions import (
     RESTError,
     ValidationError,
 )
+from pyiceberg.io import PY_IO_IMPL
 
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.files import make_private_folder
+from dagster_prefs.iceberg.file_io import CHECKED_FILE_IO, FileTruncated
 
 CatalogKind = Literal["sqlite", "glue", "rest"]
 
@@ -87,7 +89,7 @@ def open_catalog(
     Raises CatalogUnavailable or CatalogCorrupted, with the remedy in one sentence.
     """
     where = _describe(kind, warehouse, uri)
-    storage = {"warehouse": warehouse.rstrip("/")}
+    storage = {"warehouse": warehouse.rstrip("/"), PY_IO_IMPL: CHECKED_FILE_IO}
     if region:
         storage |= {"s3.region": region, "glue.region": region}
     if endpoint_url:
@@ -154,7 +156,11 @@ def _open_sqlite(warehouse: str) -> SqlCatalog:
         "sqlite", database=str(folder / CATALOG_FILE), query={"timeout": str(SQLITE_LOCK_SECONDS)}
     )
     # Not percent-encoded, because pyiceberg takes the path of a location literally.
-    given = {"uri": address.render_as_string(), "warehouse": f"file://{folder}"}
+    given = {
+        "uri": address.render_as_string(),
+        "warehouse": f"file://{folder}",
+        PY_IO_IMPL: CHECKED_FILE_IO,
+    }
     try:
         return SqlCatalog(CATALOG_NAME, **given)
     except sqlalchemy.exc.OperationalError as error:
@@ -202,6 +208,7 @@ def translated(what: str) -> Iterator[None]:
         json.JSONDecodeError,
         UnicodeDecodeError,
         pa.ArrowInvalid,
+        FileTruncated,
     ) as error:
         raise _damaged(what, error) from error
     except (requests.RequestException, RESTError, BotoCoreError, ClientError) as error:

@@ -1,0 +1,57 @@
+"""The files of Iceberg tables, read through pyiceberg, with one check that pyiceberg lacks.
+
+pyiceberg's compiled Avro decoder reads on behind the end of a file that was cut off. It then decodes what the
+process happens to hold there: rows of a manifest that is gone, or a crash.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import cast
+
+from pyiceberg.avro.decoder import StreamingBinaryDecoder
+from pyiceberg.avro.file import META_SCHEMA, AvroFileHeader
+from pyiceberg.avro.resolver import construct_reader
+from pyiceberg.io import InputFile, InputStream
+from pyiceberg.io.pyarrow import PyArrowFile, PyArrowFileIO
+
+# As `py-io-impl` of a catalog.
+CHECKED_FILE_IO = f"{__name__}.CheckedFileIO"
+
+
+class FileTruncated(ValueError):
+    """An Avro file does not end where its last block ends."""
+
+
+class CheckedFileIO(PyArrowFileIO):
+    """pyiceberg's storage; a manifest or manifest list that was cut off raises FileTruncated when opened."""
+
+    def new_input(self, location: str) -> PyArrowFile:
+        """Return the file to read."""
+        file = super().new_input(location)
+        return cast(PyArrowFile, _AvroFile(file)) if location.endswith(".avro") else file
+
+
+class _AvroFile(InputFile):
+    def __init__(self, file: PyArrowFile) -> None:
+        super().__init__(file.location)
+        self._file = file
+
+    def __len__(self) -> int:
+        return len(self._file)
+
+    def exists(self) -> bool:
+        return bool(self._file.exists())
+
+    def open(self, seekable: bool = True) -> InputStream:
+        with self._file.open(seekable) as stream:
+            content = stream.read()
+        # Every block ends with the marker that ends the header; a file without blocks ends with the header.
+        # https://avro.apache.org/docs/1.12.0/specification/#object-container-files
+        try:
+            header = construct_reader(META_SCHEMA, {-1: AvroFileHeader}).read(StreamingBinaryDecoder(content))
+        except (EOFError, UnicodeDecodeError, ValueError) as error:
+            raise FileTruncated(f"{self.location} has no whole Avro header") from error
+        if not content.endswith(header.sync):
+            raise FileTruncated(f"{self.location} is cut off after {len(content)} bytes")
+        return io.BytesIO(content)
