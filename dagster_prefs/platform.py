@@ -32,6 +32,7 @@ from dagster_prefs.engine.dbt import Dbt
 from dagster_prefs.settings import Settings, kafka_variable
 
 if TYPE_CHECKING:
+    import psycopg
     from pydantic import SecretStr
     from pyiceberg.catalog import Catalog
     from pyiceberg.table import Table
@@ -356,22 +357,33 @@ class DomainPublisher:
         self._platform = platform
         self._stores: dict[str, DomainStore] = {}
         self._looked_at = -math.inf
+        # Opening a connection takes longer than publishing a few keys.
+        self._connection: psycopg.Connection[Any] | None = None
 
     def __call__(self, domain: Domain, keys: Sequence[str] | None) -> None:
         """Publish these keys of a domain; all of them where the table is another one than the last time."""
-        from dagster_prefs.dynamodb.publisher import PublishError, publish_domain
+        from dagster_prefs.dynamodb.publisher import PublishError, publish_domain, publish_keys
 
         before = self._stores.get(domain.key)
         if monotonic() - self._looked_at > TABLE_SECONDS:
             self._stores = {store.domain.key: store for store in self._platform.stores()}
             self._looked_at = monotonic()
         store = self._stores[domain.key]
-        same = before is not None and before.table.table_id == store.table.table_id
         try:
-            publish_domain(store, keys=keys if same else None)
+            if keys is None or before is None or before.table.table_id != store.table.table_id:
+                publish_domain(store)
+            else:
+                publish_keys(store, keys, self._open())
         except PublishError:
             self._looked_at = -math.inf
+            if self._connection is not None:
+                self._connection.close()
             raise
+
+    def _open(self) -> psycopg.Connection[Any]:
+        if self._connection is None or self._connection.closed:
+            self._connection = self._platform.engine.connect()
+        return self._connection
 
 
 class ProfileStore:

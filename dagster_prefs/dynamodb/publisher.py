@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,9 @@ from dagster_prefs.ids import Id
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
 
+# Of a few keys: nothing waits longer than the next attempt of the caller.
+KEY_THREADS = 4
+KEY_ATTEMPTS = 8
 # DynamoDB's limit for one BatchWriteItem.
 BATCH_ITEMS = 25
 # After this many refused keys something general is wrong, and going on only repeats it.
@@ -101,7 +105,6 @@ class _Outcome:
 def publish_domain(
     store: DomainStore,
     *,
-    keys: Sequence[str] | None = None,
     threads: int = 8,
     max_attempts: int = 8,
     lock_timeout_seconds: float = 900.0,
@@ -109,40 +112,65 @@ def publish_domain(
 ) -> PublishReport:
     """Bring DynamoDB to the state of one domain's sink view; write only what changed, and deletes.
 
-    With `keys` (key texts, as in `online_published`) only those are looked at, and else the whole view. One publisher
-    per domain works at a time, a second waits up to `lock_timeout_seconds`. `progress` gets the number of accepted
-    writes so far. Safe to repeat after any failure: what DynamoDB accepted stays recorded.
+    One publisher per domain works at a time, a second waits up to `lock_timeout_seconds`. `progress` gets the number
+    of accepted writes so far. Safe to repeat after any failure: what DynamoDB accepted stays recorded.
 
     Raises PublishError (with `.report` of what was written) for a sink view that is missing or unlike the
     contract, a key whose item the contract or DynamoDB refuses (all others are still published), and a
     DynamoDB that stays throttled or unreachable after `max_attempts`; EngineUnavailable for the engine.
     """
+    _check_engine(store)
+    with store.engine.connect() as control, _explained(store.domain, lock_timeout_seconds):
+        publication = _Publication(store, threads, max_attempts, control, progress)
+        with publication.locked(lock_timeout_seconds):
+            return publication.run()
+
+
+def publish_keys(
+    store: DomainStore,
+    keys: Sequence[str],
+    connection: psycopg.Connection[Any],
+    *,
+    lock_timeout_seconds: float = 900.0,
+) -> PublishReport:
+    """As `publish_domain` for these keys alone (texts, as in `online_published`), over an open connection.
+
+    Its cost follows the number of keys, not what the view holds.
+    """
+    _check_engine(store)
+    with _explained(store.domain, lock_timeout_seconds):
+        publication = _Publication(store, KEY_THREADS, KEY_ATTEMPTS, connection, None)
+        with publication.locked(lock_timeout_seconds):
+            return publication.run_keys(keys)
+
+
+def _check_engine(store: DomainStore) -> None:
     if store.engine.kind != "local":
         raise PublishError(
             "the publisher works on the local engine only; RisingWave writes DynamoDB by its own sinks: "
             "set PREFS_PUBLISH=sink"
         )
-    domain = store.domain
-    with store.engine.connect() as control:
-        try:
-            publication = _Publication(store, threads, max_attempts, control, progress)
-            publication.only = None if keys is None else list(keys)
-            return publication.run(lock_timeout_seconds)
-        except psycopg.errors.LockNotAvailable:
-            raise PublishError(
-                f"domain {domain.name}: another publisher has held it for {lock_timeout_seconds:g} s: "
-                "let it finish, or stop it, and run again"
-            ) from None
-        except psycopg.errors.UndefinedTable as error:
-            raise PublishError(
-                f"domain {domain.name}: {error.diag.message_primary}: run `dbt build` first"
-            ) from None
-        except psycopg.Error as error:
-            reason = " ".join(str(error).split())
-            raise PublishError(
-                f"domain {domain.name}: the engine failed while publishing ({reason}): run again, "
-                "what DynamoDB accepted is not lost"
-            ) from error
+
+
+@contextmanager
+def _explained(domain: Domain, lock_timeout_seconds: float) -> Iterator[None]:
+    try:
+        yield
+    except psycopg.errors.LockNotAvailable:
+        raise PublishError(
+            f"domain {domain.name}: another publisher has held it for {lock_timeout_seconds:g} s: "
+            "let it finish, or stop it, and run again"
+        ) from None
+    except psycopg.errors.UndefinedTable as error:
+        raise PublishError(
+            f"domain {domain.name}: {error.diag.message_primary}: run `dbt build` first"
+        ) from None
+    except psycopg.Error as error:
+        reason = " ".join(str(error).split())
+        raise PublishError(
+            f"domain {domain.name}: the engine failed while publishing ({reason}): run again, "
+            "what DynamoDB accepted is not lost"
+        ) from error
 
 
 def publish_lock(engine: EngineConfiguration, domain_key: str) -> str:
@@ -176,7 +204,8 @@ class KeySql:
 
     def __init__(self, table: Table, alias: str | None = "s") -> None:
         self._table = table
-        columns = [sql.Identifier(*([alias] if alias else []), key.name) for key in table.columns]
+        self._alias = [alias] if alias else []
+        columns = [sql.Identifier(*self._alias, key.name) for key in table.columns]
         self.columns: sql.Composable = sql.SQL(", ").join(columns)
         self.names = " and ".join(key.name for key in table.columns)
         self.remembered: sql.Composable
@@ -199,6 +228,23 @@ class KeySql:
     def id_of(self, values: Sequence[Any]) -> Id:
         """The id in the values of `columns`."""
         return tuple(values) if self._table.rest_keys else values[0]
+
+    def among(self, keys: Sequence[str]) -> tuple[sql.Composed, dict[str, list[str]]]:
+        """Whether a row is of one of these keys (texts), by its key columns, and the parameters of that."""
+        columns = [sql.Identifier(*self._alias, key.name) for key in self._table.columns]
+        parsed = [self._table.parse_key(key) for key in keys]
+        ids = [id_ if isinstance(id_, tuple) else (id_,) for id_ in parsed]
+        given = [
+            sql.SQL("%({})s::text[]::{}[]").format(sql.SQL(f"key_{place}"), sql.SQL(key.sql_type))
+            for place, key in enumerate(self._table.columns)
+        ]
+        # The first column alone too, because the planner has no other way from a list of pairs to an index.
+        whole = sql.SQL("{} = any({})").format(columns[0], given[0])
+        if len(columns) > 1:
+            whole += sql.SQL(" and ({}) in (select * from unnest({}))").format(
+                sql.SQL(", ").join(columns), sql.SQL(", ").join(given)
+            )
+        return whole, {f"key_{place}": [str(id_[place]) for id_ in ids] for place in range(len(columns))}
 
     def remembered_id(self, value: Any) -> Id:
         """The id in a value of `remembered`."""
@@ -230,35 +276,32 @@ class _Publication:
         self.upserts = self.deletes = self.retries = 0
         self.refused: list[str] = []
         self.fatal: str | None = None
-        # The key texts that are looked at; None for the whole view.
-        self.only: list[str] | None = None
 
     @property
     def _parameters(self) -> dict[str, Any]:
         # Names and types are part of the fingerprint: a renamed attribute with the same values is a change.
         layout = json.dumps([[name, attribute.type] for name, attribute in self.domain.attributes.items()])
-        return {
-            "table_id": self.table.table_id,
-            "domain_key": self.domain.key,
-            "layout": layout,
-            "only": self.only,
-        }
+        return {"table_id": self.table.table_id, "domain_key": self.domain.key, "layout": layout}
 
-    @property
-    def _of_view(self) -> sql.Composable:
-        """Whether a row `s` of the view is looked at, to be added to a condition."""
-        if self.only is None:
-            return sql.SQL("true")
-        return sql.SQL("{} = any(%(only)s::text[]::{}[])").format(self.key.whole, self.key.type)
+    @contextmanager
+    def locked(self, timeout_seconds: float) -> Iterator[None]:
+        """Be the domain's only publisher meanwhile."""
+        lock = publish_lock(self.store.engine, self.domain.key)
+        self.control.execute(
+            "select set_config('lock_timeout', %s, false)",
+            [with_unit(timeout_seconds, "lock_timeout_seconds")],
+        )
+        self.control.execute("select pg_advisory_lock(hashtextextended(%s, 0))", [lock])
+        try:
+            yield
+        finally:
+            # A connection that broke has given its locks back.
+            with suppress(psycopg.OperationalError):
+                self.control.execute("select pg_advisory_unlock(hashtextextended(%s, 0))", [lock])
 
-    @property
-    def _of_published(self) -> sql.Composable:
-        """The same of a row `p` of `online_published`."""
-        return sql.SQL("true" if self.only is None else "p.entity_key = any(%(only)s::text[])")
-
-    def run(self, lock_timeout_seconds: float) -> PublishReport:
+    def run(self) -> PublishReport:
+        """Publish the whole view."""
         started = time.monotonic()
-        self._lock(lock_timeout_seconds)
         self._check_columns()
         self._mark()
         with self.store.engine.connect(autocommit=False) as reading:
@@ -268,32 +311,35 @@ class _Publication:
             # Losing the last of these records in a crash of the engine only means writing them again.
             self.control.execute("set synchronous_commit to off")
             self._write(chain(self._changed(reading), self._gone(reading)))
+        report = self._report(total - self.pending, started)
+        self.control.execute(
+            "delete from online_published where domain_key = %(domain_key)s and table_id <> %(table_id)s",
+            self._parameters,
+        )
+        return report
+
+    def run_keys(self, keys: Sequence[str]) -> PublishReport:
+        """Publish these keys alone."""
+        started = time.monotonic()
+        self._check_columns()
+        rows = self._read(keys)
+        changed = [row[:-3] for row in rows if row[-1]]
+        gone = sorted(set(keys) - {row[-3] for row in rows})
+        self._write(chain(self._puts(changed), self._deletes(self._mark_gone(gone))))
+        return self._report(len(keys) - self.upserts - self.deletes, started)
+
+    def _report(self, unchanged: int, started: float) -> PublishReport:
         report = PublishReport(
             domain_key=self.domain.key,
             table=self.table.name,
             upserts=self.upserts,
             deletes=self.deletes,
-            unchanged=total - self.pending,
+            unchanged=unchanged,
             retries=self.retries,
             seconds=time.monotonic() - started,
         )
         self._raise_for_failures(report)
-        if self.only is None:
-            self.control.execute(
-                "delete from online_published where domain_key = %(domain_key)s and table_id <> %(table_id)s",
-                self._parameters,
-            )
         return report
-
-    def _lock(self, timeout_seconds: float) -> None:
-        self.control.execute(
-            "select set_config('lock_timeout', %s, false)",
-            [with_unit(timeout_seconds, "lock_timeout_seconds")],
-        )
-        self.control.execute(
-            "select pg_advisory_lock(hashtextextended(%s, 0))",
-            [publish_lock(self.store.engine, self.domain.key)],
-        )
 
     def _check_columns(self) -> None:
         columns: dict[str, str] = dict(
@@ -327,7 +373,7 @@ class _Publication:
                     on o.table_id = %(table_id)s
                     and o.domain_key = %(domain_key)s
                     and o.entity_key = {text}
-                where {key} is not null and {only}
+                where {key} is not null
                     and o.fingerprint is distinct from '' and o.fingerprint is distinct from {fingerprint}
                 group by {key}
                 on conflict (table_id, domain_key, entity_key) do update set fingerprint = ''
@@ -337,7 +383,6 @@ class _Publication:
                 key=self.key.whole,
                 text=self.key.text,
                 fingerprint=self._row_fingerprint(),
-                only=self._of_view,
             ),
             self._parameters,
         )
@@ -345,14 +390,13 @@ class _Publication:
             sql.SQL(
                 """
                 update online_published as p set fingerprint = ''
-                where p.table_id = %(table_id)s and p.domain_key = %(domain_key)s and p.fingerprint <> '' and {only}
+                where p.table_id = %(table_id)s and p.domain_key = %(domain_key)s and p.fingerprint <> ''
                     and not exists (select from {sink} as s where {key} = {published})
                 """
             ).format(
                 sink=self.sink,
                 key=self.key.whole,
                 published=self.key.remembered,
-                only=self._of_published,
             ),
             self._parameters,
         )
@@ -370,10 +414,8 @@ class _Publication:
                     on p.table_id = %(table_id)s
                     and p.domain_key = %(domain_key)s
                     and p.entity_key = {text}
-                where {only}
                 """
             ).format(
-                only=self._of_view,
                 sink=self.sink,
                 key=self.key.whole,
                 text=self.key.text,
@@ -381,6 +423,11 @@ class _Publication:
             ),
             self._parameters,
         ).fetchone() or (0, 0, 0, 0, 0)
+        self._check_rows(total, distinct=distinct, foreign=foreign, without_key=without_key)
+        self.pending = pending
+        return int(total)
+
+    def _check_rows(self, total: int, *, distinct: int, foreign: int, without_key: int = 0) -> None:
         if without_key:
             problem = f"{without_key} rows without {self.key.names}"
         elif foreign:
@@ -388,8 +435,7 @@ class _Publication:
         elif distinct != total:
             problem = f"{total - distinct} {self.domain.entity}s more than once"
         else:
-            self.pending = pending
-            return int(total)
+            return
         raise PublishError(
             f"domain {self.domain.name}: {self.domain.sink} has {problem}, but it must have one row per "
             f"{self.domain.entity} of this domain: correct {self.domain.relation}"
@@ -402,11 +448,8 @@ class _Publication:
             from {sink} as s
             join online_published as p on p.entity_key = {text}
             where p.table_id = %(table_id)s and p.domain_key = %(domain_key)s and p.fingerprint = ''
-                and {of_view} and {of_published}
             """
         ).format(
-            of_view=self._of_view,
-            of_published=self._of_published,
             key=self.key.columns,
             text=self.key.text,
             fingerprint=self._row_fingerprint(),
@@ -416,30 +459,90 @@ class _Publication:
         with reading.cursor(name="changed") as cursor:
             cursor.itersize = 2000
             cursor.execute(statement, self._parameters)
-            width = len(self.keys.columns)
-            for row in cursor:
-                id_, fingerprint, values = self.key.id_of(row[:width]), row[width], row[width + 1 :]
-                try:
-                    item = self.encoder.encode(id_, values)
-                except ItemError as error:
-                    self.refused.append(str(error))
-                    continue
-                yield _Change(id_, {"PutRequest": {"Item": item}}, fingerprint)
+            yield from self._puts(cursor)
+
+    def _puts(self, rows: Iterable[Sequence[Any]]) -> Iterator[_Change]:
+        """The writes for rows of key columns, fingerprint and attributes."""
+        width = len(self.keys.columns)
+        for row in rows:
+            id_, fingerprint, values = self.key.id_of(row[:width]), row[width], row[width + 1 :]
+            try:
+                item = self.encoder.encode(id_, values)
+            except ItemError as error:
+                self.refused.append(str(error))
+                continue
+            yield _Change(id_, {"PutRequest": {"Item": item}}, fingerprint)
+
+    def _read(self, keys: Sequence[str]) -> list[tuple[Any, ...]]:
+        """The rows of these keys: key columns, fingerprint, attributes, key text, domain, and whether it changed.
+
+        What changed is marked in the same statement, so that it is before anything is written.
+        """
+        touched, parameters = self.key.among(keys)
+        rows = self.control.execute(
+            sql.SQL(
+                """
+                with touched as materialized (
+                    select {columns}, {fingerprint} as prefs_fingerprint, {attributes}, {text} as prefs_key,
+                        {sort_key} as prefs_domain, p.fingerprint is distinct from {fingerprint} as prefs_changed
+                    from {sink} as s
+                    left join online_published as p
+                        on p.table_id = %(table_id)s and p.domain_key = %(domain_key)s and p.entity_key = {text}
+                    where {touched}
+                ), marked as (
+                    insert into online_published (table_id, domain_key, entity_key, fingerprint)
+                    select distinct %(table_id)s, %(domain_key)s, prefs_key, '' from touched where prefs_changed
+                    on conflict (table_id, domain_key, entity_key) do update set fingerprint = ''
+                )
+                select * from touched
+                """
+            ).format(
+                columns=self.key.columns,
+                text=self.key.text,
+                fingerprint=self._row_fingerprint(),
+                attributes=sql.SQL(", ").join(sql.Identifier("s", name) for name in self.attributes),
+                sort_key=sql.Identifier("s", self.keys.sort_key.name),
+                sink=self.sink,
+                touched=touched,
+            ),
+            self._parameters | parameters,
+        ).fetchall()
+        self._check_rows(
+            len(rows),
+            distinct=len({row[-3] for row in rows}),
+            foreign=sum(row[-2] != self.domain.key for row in rows),
+        )
+        return rows
+
+    def _mark_gone(self, keys: Sequence[str]) -> list[tuple[Any, ...]]:
+        """Mark those of the keys that are published, and return them as `remembered`."""
+        if not keys:
+            return []
+        return self.control.execute(
+            sql.SQL(
+                "update online_published as p set fingerprint = '' where p.table_id = %(table_id)s"
+                " and p.domain_key = %(domain_key)s and p.entity_key = any(%(keys)s::text[]) returning {}"
+            ).format(self.key.remembered),
+            self._parameters | {"keys": list(keys)},
+        ).fetchall()
 
     def _gone(self, reading: psycopg.Connection[Any]) -> Iterator[_Change]:
         statement = sql.SQL(
             """
             select {published} from online_published as p
-            where p.table_id = %(table_id)s and p.domain_key = %(domain_key)s and p.fingerprint = '' and {only}
+            where p.table_id = %(table_id)s and p.domain_key = %(domain_key)s and p.fingerprint = ''
                 and not exists (select from {sink} as s where {key} = {published})
             """
-        ).format(sink=self.sink, key=self.key.whole, published=self.key.remembered, only=self._of_published)
+        ).format(sink=self.sink, key=self.key.whole, published=self.key.remembered)
         with reading.cursor(name="gone") as cursor:
             cursor.itersize = 2000
             cursor.execute(statement, self._parameters)
-            for (remembered,) in cursor:
-                id_ = self.key.remembered_id(remembered)
-                yield _Change(id_, {"DeleteRequest": {"Key": self.encoder.key(id_)}}, None)
+            yield from self._deletes(cursor)
+
+    def _deletes(self, rows: Iterable[Sequence[Any]]) -> Iterator[_Change]:
+        for (remembered,) in rows:
+            id_ = self.key.remembered_id(remembered)
+            yield _Change(id_, {"DeleteRequest": {"Key": self.encoder.key(id_)}}, None)
 
     def _write(self, changes: Iterator[_Change]) -> None:
         writer = BatchWriter(self.store.client, self.table.name, self.encoder, self.max_attempts)

@@ -9,8 +9,10 @@ takes those that it can see. A cursor on a sequence or a clock would lose what c
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -176,7 +178,14 @@ class Steps:
         self.connection.execute("set client_min_messages to warning")
         for parsed, topic in views.parsed.items():
             for column, where in _lookups(self.registry, topic).items():
-                self._index(parsed, column, where)
+                self._index(parsed, [column], where)
+        for view in views.views.values():
+            for flip in view.flips:
+                self._index(flip.relation, [flip.rows.replace("%%", "%")])
+            for relation, key in view.reads.items():
+                # Of tiles: the day is an expression over the events.
+                if key and relation in views.views and not all(map(str.isidentifier, key)):
+                    self._index(relation, key)
         for relation in views.merging:
             self.connection.execute(sql.SQL("drop table if exists {}").format(delta_table(relation)))
             self.connection.execute(
@@ -186,15 +195,19 @@ class Steps:
                 ).format(delta_table(relation), self._table(relation))
             )
 
-    def _index(self, relation: str, column: str, where: str) -> None:
-        self.connection.execute(
-            sql.SQL("create index if not exists {} on {} ({}) where {}").format(
-                sql.Identifier(f"{relation}_live_{column}"[:63]),
-                self._table(relation),
-                sql.Identifier(column),
-                raw_sql(where),
+    def _index(self, relation: str, expressions: Sequence[str], where: str = "true") -> None:
+        name = hashlib.md5("/".join([relation, *expressions]).encode(), usedforsecurity=False).hexdigest()
+        columns = [sql.Identifier(one) if one.isidentifier() else raw_sql(one) for one in expressions]
+        # An expression that depends on the session cannot be looked up by: its steps read more.
+        with suppress(psycopg.errors.InvalidObjectDefinition), self.connection.transaction():
+            self.connection.execute(
+                sql.SQL("create index if not exists {} on {} ({}) where {}").format(
+                    sql.Identifier(f"live_{name}"),
+                    self._table(relation),
+                    sql.SQL(", ").join(columns),
+                    raw_sql(where),
+                )
             )
-        )
 
     def _table(self, name: str) -> sql.Identifier:
         return sql.Identifier(self.engine.schema, name)
@@ -297,13 +310,15 @@ class _Step:
         }
         places = self.connection.execute(
             sql.SQL(
-                "select distinct raw.source, raw.source_partition, raw.source_offset"
-                " from unnest(%(s)s::text[], %(p)s::int[], %(f)s::bigint[], %(l)s::bigint[]) as a (s, p, f, l)"
-                " join {} as raw on raw.source = a.s and raw.source_partition = a.p"
-                " and raw.source_offset between a.f and a.l"
-                " where not exists (select from {} as parsed where parsed.source = raw.source"
-                " and parsed.source_partition = raw.source_partition and parsed.source_offset = raw.source_offset)"
-                " order by 1, 2, 3 limit %(most)s"
+                "select distinct new.* from unnest(%(s)s::text[], %(p)s::int[], %(f)s::bigint[], %(l)s::bigint[])"
+                " as a (s, p, f, l) cross join lateral ("
+                "   select source, source_partition, source_offset from {} as raw"
+                "   where source = a.s and source_partition = a.p and source_offset between a.f and a.l"
+                "   and not exists (select from {} as parsed where parsed.source = raw.source"
+                "     and parsed.source_partition = raw.source_partition"
+                "     and parsed.source_offset = raw.source_offset)"
+                "   order by source_offset limit %(most)s"
+                " ) as new order by 1, 2, 3 limit %(most)s"
             ).format(self.views.table(topic.raw), self.views.table(parsed)),
             given,
         ).fetchall()

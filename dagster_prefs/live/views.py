@@ -53,11 +53,13 @@ def raw_sql(text: str) -> sql.SQL:
 class Flip:
     """A comparison with the clock in a view: rows of `relation` for which it changes make their keys due.
 
-    `condition` is SQL over the relation's columns, with the time as `{moment}`.
+    `rows` is SQL over the relation's columns, `border` SQL over the time as `{moment}`; it changes for a row that the
+    border passes.
     """
 
     relation: str
-    condition: str
+    rows: str
+    border: str
 
 
 @dataclass(frozen=True)
@@ -323,24 +325,20 @@ class LiveViews:
         Parameters: `first` and `last`, between which its rows were computed, and `now`; a clock may have stepped back.
         """
         expressions = view.feeds[flip.relation] or ()
-        at = {
-            moment: flip.condition.replace("{moment}", f"%({moment})s::timestamptz")
+        borders = sql.SQL(", ").join(
+            raw_sql(flip.border.replace("{moment}", f"%({moment})s::timestamptz"))
             for moment in ("first", "last", "now")
-        }
-        # Spelled out, because PostgreSQL finds no index for `is distinct from`.
-        differs = " or ".join(
-            f"({at[one]}) and not ({at[other]})"
-            for one, other in (("first", "now"), ("now", "first"), ("last", "now"), ("now", "last"))
         )
         return sql.SQL(
-            "insert into {due} select {view}, array[{key}] from {relation} as t where {differs} group by {key}"
-            " on conflict do nothing"
+            "insert into {due} select {view}, array[{key}] from {relation} as t"
+            " where {rows} between least({borders}) and greatest({borders}) group by {key} on conflict do nothing"
         ).format(
             due=self.table("live_due"),
             view=sql.Literal(view.name),
             key=sql.SQL(", ").join(raw_sql(f"({_qualified(one)})::text") for one in expressions),
             relation=self.table(flip.relation),
-            differs=raw_sql(differs),
+            rows=raw_sql(flip.rows),
+            borders=borders,
         )
 
 
@@ -554,9 +552,39 @@ def _flips(definition: str, feeds: Mapping[str, tuple[str, ...] | None]) -> tupl
         tables = [one for one in select.find_all(exp.Table) if one.parent_select is select]
         if len(tables) != 1 or not tables[0].db or not feeds.get(tables[0].name):
             return None
-        condition = comparison.sql("postgres").replace("%", "%%")
-        found.append(Flip(tables[0].name, re.sub(rf'"?\b{_CLOCK}\b"?', "{moment}", condition)))
+        flip = _flip(comparison, tables[0].name)
+        if flip is None:
+            return None
+        found.append(flip)
     return tuple(dict.fromkeys(found))
+
+
+def _flip(comparison: exp.Predicate, relation: str) -> Flip | None:
+    """One comparison with rows on one side and the clock on the other, durations moved to the clock's."""
+    if not isinstance(comparison, (exp.GT, exp.GTE, exp.LT, exp.LTE)):
+        return None
+    sides = [comparison.this, comparison.expression]
+    clocks = [{column.name for column in side.find_all(exp.Column)} for side in sides]
+    rows, border = sides if clocks[1] == {_CLOCK} else reversed(sides)
+    if _CLOCK in {column.name for column in rows.find_all(exp.Column)}:
+        return None
+    border = border.copy()
+    # So that an index can have the rows' side: adding days to a time is not immutable.
+    while isinstance(rows, (exp.Add, exp.Sub, exp.Paren)):
+        if isinstance(rows, exp.Paren):
+            rows = rows.this
+        elif isinstance(rows.expression, exp.Interval):
+            away = exp.Sub if isinstance(rows, exp.Add) else exp.Add
+            border = away(this=exp.paren(border), expression=rows.expression.copy())
+            rows = rows.this
+        else:
+            break
+    text = border.sql("postgres").replace("%", "%%")
+    return Flip(
+        relation,
+        f"({rows.sql('postgres')})".replace("%", "%%"),
+        "(" + re.sub(rf'"?\b{_CLOCK}\b"?', "{moment}", text) + ")",
+    )
 
 
 def _merged(definition: str, columns: Mapping[str, str], unique: Sequence[str]) -> dict[str, str] | None:

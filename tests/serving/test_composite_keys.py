@@ -26,7 +26,7 @@ from dagster_prefs.declarations.registry import Registry, RegistryError, parse_r
 from dagster_prefs.declarations.reserved import canary_id
 from dagster_prefs.dynamodb.items import ItemEncoder, ItemError
 from dagster_prefs.dynamodb.lease import LEASE_IDS, Lease, read_lease
-from dagster_prefs.dynamodb.publisher import KeySql, PublishError, PublishReport, publish_domain
+from dagster_prefs.dynamodb.publisher import KeySql, PublishError, PublishReport, publish_domain, publish_keys
 from dagster_prefs.dynamodb.store import DomainStore
 from dagster_prefs.dynamodb.tables import TableReport, dynamodb_client, provision
 from dagster_prefs.engine.connection import EngineConfiguration
@@ -157,12 +157,14 @@ def test_only_given_keys_are_published(school: School) -> None:
         school.put(id_, number)
     first, second, *_ = NEAR
     given = [keys.key_text(id_) for id_ in (first, second)]
-    report = publish_domain(school.store, keys=given)
+    with school.store.engine.connect() as connection:
+        report = publish_keys(school.store, given, connection)
     assert (report.upserts, report.deletes, report.unchanged) == (2, 0, 0)
     assert school.held() == {first: 0, second: 1}
     school.execute("delete from sink_learning_course where learner_id = %s and course_id = %s", first)
     school.put(second, 7)
-    report = publish_domain(school.store, keys=given[:1])
+    with school.store.engine.connect() as connection:
+        report = publish_keys(school.store, given[:1], connection)
     assert (report.upserts, report.deletes) == (0, 1)
     assert school.held() == {second: 1}
     assert publish_domain(school.store).upserts == len(NEAR) - 1

@@ -140,6 +140,10 @@
           get diagnostics written = row_count;
           changed := changed + written;
         end if;
+        -- Steps are planned by statistics, and autovacuum comes a minute later.
+        if changed > 1000 and changed > (select reltuples / 10 from pg_class where oid = kept::regclass) then
+          execute format('analyze %s', kept);
+        end if;
         drop table pg_temp.prefs_rebuilt;
         if changed > 0 then
           perform {{ target.schema }}.prefs_changed(name);
