@@ -218,6 +218,29 @@ def test_an_apply_waits_for_readers_without_locking_what_they_read_next(
         applied.result()
 
 
+def test_the_old_rows_are_read_while_the_new_ones_are_computed(
+    deployment: Deployment, workshop: Workshop
+) -> None:
+    held = "(select 0 * length(pg_advisory_xact_lock_shared(4711)::text))"
+    workshop.change(ROLLING, "sum(watch_seconds)", f"2 * sum(watch_seconds) + {held}")
+    minutes = "select sum(watch_minutes_28d)::int from viewer_engagement_rolling"
+    waiting = "select 1 from pg_locks where not granted and locktype = 'advisory' and objid = 4711"
+    with ThreadPoolExecutor(1) as beside, deployment.engine.connect() as holder:
+        with holder.transaction():
+            holder.execute("select pg_advisory_xact_lock(4711)")
+            applied = beside.submit(deployment.apply)
+            until = time.monotonic() + 60
+            while not holder.execute(waiting).fetchone():
+                assert not applied.done(), applied.exception()
+                assert time.monotonic() < until, "the apply does not compute the view"
+            with deployment.engine.connect() as reader:
+                reader.execute("set lock_timeout = '5s'")
+                assert reader.execute(minutes).fetchone() == (4,)
+                assert reader.execute("select count(*) from sink_engagement_watch").fetchone() == (2,)
+        applied.result()
+    assert deployment.rows(minutes) == [(8,)]
+
+
 def test_tables_keep_what_arrived(deployment: Deployment, workshop: Workshop) -> None:
     kept = "models/generated/operations/erased_subjects.yml"
     column = (workshop.folder / kept).read_text().split("    columns:\n", 1)[1].splitlines()[0]

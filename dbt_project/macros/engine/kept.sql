@@ -35,6 +35,7 @@
   `prefs_readers(relation)`: the kept views and sinks that read a relation, directly or through plain views.
   `prefs_changed(relation)`: it changed as a whole, so that they are pending and it itself is not.
   `prefs_rebuild(relation)`: write the difference between a kept view and its query, and return the number of rows.
+  `prefs_write_difference(kept, query)`: the writing alone, where there are rows already.
 #}
 {% macro kept_views_ddl() -%}
   create table if not exists {{ target.schema }}.live_pending (
@@ -95,6 +96,32 @@
     language plpgsql as $$
       declare
         kept text := format('%I.%I', '{{ target.schema }}', name);
+        changed bigint;
+        empty boolean;
+      begin
+        execute format('select not exists (select from %s)', kept) into empty;
+        if empty then
+          execute format('insert into %s select * from %I.%I', kept, '{{ target.schema }}', name || '{{ query_suffix() }}');
+          get diagnostics changed = row_count;
+        else
+          changed := {{ target.schema }}.prefs_write_difference(kept, name || '{{ query_suffix() }}');
+        end if;
+        -- Steps are planned by statistics, and autovacuum comes a minute later.
+        if changed > 1000 and changed > (select reltuples / 10 from pg_class where oid = kept::regclass) then
+          execute format('analyze %s', kept);
+        end if;
+        if changed > 0 then
+          perform {{ target.schema }}.prefs_changed(name);
+        else
+          delete from {{ target.schema }}.live_pending where relation = name;
+          update {{ target.schema }}.live_views set as_of = {{ clock() }}, latest = {{ clock() }} where relation = name;
+        end if;
+        return changed;
+      end
+    $$;
+  create or replace function {{ target.schema }}.prefs_write_difference(kept text, query text) returns bigint
+    language plpgsql as $$
+      declare
         keys text[];
         others text[];
         written bigint;
@@ -112,7 +139,7 @@
         from pg_attribute
         where attrelid = kept::regclass and attnum > 0 and not attisdropped and format('%I', attname) <> all (keys);
         drop table if exists pg_temp.prefs_rebuilt;
-        execute format('create temporary table prefs_rebuilt on commit drop as select * from %I.%I', '{{ target.schema }}', name || '{{ query_suffix() }}');
+        execute format('create temporary table prefs_rebuilt on commit drop as select * from %I.%I', '{{ target.schema }}', query);
         analyze pg_temp.prefs_rebuilt;
         if keys is null then
           execute format(
@@ -140,17 +167,7 @@
           get diagnostics written = row_count;
           changed := changed + written;
         end if;
-        -- Steps are planned by statistics, and autovacuum comes a minute later.
-        if changed > 1000 and changed > (select reltuples / 10 from pg_class where oid = kept::regclass) then
-          execute format('analyze %s', kept);
-        end if;
         drop table pg_temp.prefs_rebuilt;
-        if changed > 0 then
-          perform {{ target.schema }}.prefs_changed(name);
-        else
-          delete from {{ target.schema }}.live_pending where relation = name;
-          update {{ target.schema }}.live_views set as_of = {{ clock() }}, latest = {{ clock() }} where relation = name;
-        end if;
         return changed;
       end
     $$

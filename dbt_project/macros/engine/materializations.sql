@@ -190,11 +190,23 @@
   {% endcall %}
 {%- endmacro %}
 
-{# Make or replace a view; whatever stood on the old one is recreated in the same transaction. #}
+{#
+  Make or replace a view; whatever stood on the old one is recreated in the same transaction. The rows of a kept view are
+  computed beside the old one, which readers have until it is dropped.
+#}
 {% macro put_view(relation, kind, state) -%}
+  {%- set built = relation.incorporate(path={"identifier": relation.identifier ~ "__built"}) if state and kind == "kept view" else none -%}
+  {%- if built -%}
+    {% do run_query("create table " ~ built ~ " as " ~ sql) %}
+  {%- endif -%}
   {%- set again = drop_and_remember(relation) if state else [] -%}
   {% call statement("main") %}
+    {%- if built %}
+    create view {{ query_of(relation) }} as {{ sql }};
+    alter table {{ built }} rename to {{ adapter.quote(relation.identifier) }}
+    {%- else %}
     {{ create_statement(kind, relation, query_of(relation), sql) }}
+    {%- endif %}
   {% endcall %}
   {%- if kind == "kept view" -%}
     {% do create_indexes(relation) %}
