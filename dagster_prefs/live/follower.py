@@ -32,8 +32,9 @@ GONE_SECONDS = 10.0
 # How many keys of a domain are published at once.
 KEYS_PER_PUBLISH = 5000
 
-# So long does a reader of events work without an error until it counts as working again, seconds.
-WORKS_SECONDS = 5.0
+# So long does a reader of events work without an error until it counts as working again, seconds: longer than it takes
+# to find the brokers gone, for the ids of the topics and for the messages.
+WORKS_SECONDS = 20.0
 
 # Publishes the items of these keys (texts as in the engine's outbox) of a domain, or with None compares all.
 Publish = Callable[[Domain, Sequence[str] | None], None]
