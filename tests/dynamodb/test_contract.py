@@ -76,20 +76,20 @@ def watch(content: dict[str, Any]) -> Any:
         (lambda c: viewers(c)["sort_key"].update(type="B"), "'B' is not one of N, S"),
         (
             lambda c: viewers(c)["sort_key"].update(type="N"),
-            "sort_key.type: it holds the domain's key, a text",
+            "sort_key.type: the sort key contains the domain's key, a text",
         ),
         (lambda c: c.update(tables={}), "has no table"),
         (
             lambda c: c["tables"].update(item=viewers(c)),
-            "tables: name 'viewer_profiles' is used twice; each entity needs a table of its own",
+            "tables: name 'viewer_profiles' is used twice: each entity needs a table of its own",
         ),
         (
             lambda c: c["tables"].update(item={**viewers(c), "name": "item_profiles"}),
             "tables.item: no domain is of entity item",
         ),
         (lambda c: watch(c).update(entity="item"), "watch.entity: 'item' has no table: it is one of viewer"),
-        (lambda c: watch(c).update(name="reads"), "'reads' is what every profile has"),
-        (lambda c: watch(c).update(name="viewer_id"), "'viewer_id' is what every profile has"),
+        (lambda c: watch(c).update(name="reads"), "'reads' is an attribute of every profile"),
+        (lambda c: watch(c).update(name="viewer_id"), "'viewer_id' is an attribute of every profile"),
         (lambda c: watch(c).update(name="class"), "'class' is not a Python identifier"),
         (
             lambda c: watch(c)["attributes"].update(_x=watch(c)["attributes"]["titles_7d"]),
@@ -105,7 +105,7 @@ def watch(content: dict[str, Any]) -> Any:
         (lambda c: watch(c)["attributes"].pop("last_event_at"), "last_event_at .* is needed"),
         (
             lambda c: watch(c)["attributes"].update(viewer_id=watch(c)["attributes"]["titles_7d"]),
-            "viewer_id: a key of the table cannot be an attribute",
+            "viewer_id: a key of the table cannot also be an attribute",
         ),
         (lambda c: watch(c)["freshness"].update(warn_seconds=0), "0 is not a positive number of seconds"),
         (lambda c: watch(c)["freshness"].update(warn_seconds=9), "warn_seconds must not be above"),

@@ -225,7 +225,7 @@ def test_what_no_training_table_can_hold_is_refused_by_name() -> None:
 
 
 def test_a_view_without_its_query_is_refused() -> None:
-    with pytest.raises(RegistryError, match=r"holds no query of \w+_rolling: run `prefs generate`"):
+    with pytest.raises(RegistryError, match=r"has no query for \w+_rolling: run `prefs generate`"):
         features_of(dataclasses.replace(REGISTRY, queries={}))
 
 
