@@ -376,7 +376,7 @@ def check_key_bytes(findings: Findings, domains: Sequence[Domain], topics: Seque
             findings.say(
                 domain.file,
                 1,
-                f"{domain.relation}: the sort key of its items may have {longest:,} bytes, and DynamoDB takes "
+                f"{domain.relation}: the sort key of its items may have {longest:,} bytes, and DynamoDB accepts "
                 f"{MAX_SORT_KEY_BYTES:,}: it holds {domain.key} and {', '.join(texts)}, whose `#` and `%` take three "
                 "bytes each; limit them in their topic",
                 f"config: {{ meta: {{ max_bytes: {most} }} }}",

@@ -198,7 +198,7 @@ class _Publisher:
             self.lease.release()
         except StoreUnavailable as error:
             # Nothing is lost: the next writer only has to wait until the promise has run out.
-            self.notify(f"{error}: the lease was not given back")
+            self.notify(f"{error}: the lease was not released")
 
     def _hold(self) -> None:
         """Publish while the lease is ours, in one session with the engine after the other."""
@@ -212,7 +212,7 @@ class _Publisher:
             except _Stopped:
                 return
             except TokenExpired as error:
-                self.notify(f"{error}: beginning with the whole view")
+                self.notify(f"{error}: reading the whole view again")
                 self.full = True
             except (FeedBroken, EngineUnavailable, StoreUnavailable, PublishError) as error:
                 # What fails before anything worked, or refuses too many keys, does not pass by itself.
@@ -221,7 +221,7 @@ class _Publisher:
                 failures = 0 if self.sessions > sessions else failures + 1
                 if failures:
                     pause = min(MAX_PAUSE_SECONDS, 0.5 * 2**failures)
-                    self.notify(f"{error}; trying again in {pause:g} s")
+                    self.notify(f"{error}; retrying in {pause:g} s")
                     self._pause(pause)
 
     def _pause(self, seconds: float) -> None:
@@ -287,7 +287,7 @@ class _Publisher:
                 self.kept.clear()
             id_ = change.id
             if id_ is None or change.domain_key != self.domain.key:
-                self._refuse(id_, f"{self.encoder.named(id_)}: a row of domain {change.domain_key}")
+                self._refuse(id_, self._stray(change))
             elif change.values is None:
                 # Within a moment only the net effect counts: where the row of an id moves to another key of the
                 # view, its removal may come after its return, and a removal acted on at once would delete the item.
@@ -370,6 +370,12 @@ class _Publisher:
         if len(self.refused) > MAX_REFUSED:
             raise PublishError(self._refusals())
 
+    def _stray(self, change: Change) -> str:
+        """Say why a row of the view belongs to no item of the domain."""
+        if change.id is None:
+            return f"a row has NULL in its key ({', '.join(key.name for key in self.store.keys.columns)})"
+        return f"{self.encoder.named(change.id)}: the row's {self.store.keys.sort_key.name} is {change.domain_key}"
+
     def _refusals(self) -> str:
         first = next(iter(self.refused.values()))
         more = f" (and {len(self.refused) - 1} more)" if len(self.refused) > 1 else ""
@@ -413,7 +419,7 @@ class _Publisher:
         items: dict[Id, dict[str, Any]] = {}
         for row in rows:
             if row.id is None or row.domain_key != self.domain.key or row.values is None:
-                self._refuse(row.id, f"{self.encoder.named(row.id)}: a row of domain {row.domain_key}")
+                self._refuse(row.id, self._stray(row))
             elif (item := self._item(row.id, row.values)) is not None:
                 items[row.id] = item
         there = self.items.get(self.domain.key, items)

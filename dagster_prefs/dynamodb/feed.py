@@ -138,7 +138,9 @@ class SubscriptionFeed:
             )
         )
         if not found:
-            raise FeedBroken(f"domain {self.domain.name}: {self.domain.relation} is gone: run `dbt run`")
+            raise FeedBroken(
+                f"domain {self.domain.name}: {self.domain.relation} no longer exists: run `dbt run`"
+            )
         try:
             self._connection.execute(sql.SQL("flush"), prepare=False)
         except psycopg.Error as error:

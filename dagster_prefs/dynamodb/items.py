@@ -62,12 +62,12 @@ class ItemEncoder:
         id_bytes = _number_bytes(first) if isinstance(first, int) else len(first.encode())
         if isinstance(first, str) and not 0 < id_bytes <= MAX_KEY_BYTES:
             raise ItemError(
-                f"{self.named(excerpt(first))}: its key has {id_bytes} bytes, and DynamoDB takes 1 to {MAX_KEY_BYTES}"
+                f"{self.named(excerpt(first))}: its key has {id_bytes} bytes, and DynamoDB accepts 1 to {MAX_KEY_BYTES}"
             )
         sort_bytes = len(self._table.sort_text(self.domain.key, id_).encode())
         if sort_bytes > MAX_SORT_KEY_BYTES:
             raise ItemError(
-                f"{self.named(excerpt(first))}: its sort key has {sort_bytes} bytes, and DynamoDB takes "
+                f"{self.named(excerpt(first))}: its sort key has {sort_bytes} bytes, and DynamoDB accepts "
                 f"{MAX_SORT_KEY_BYTES}"
             )
         item = self.key(id_)
@@ -173,20 +173,20 @@ def _number_bytes(value: int | Decimal) -> int:
 
 def _encode_integer(value: Any) -> tuple[dict[str, Any], int]:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"should be a whole number, not {type(value).__name__}")
+        raise ValueError(f"must be a whole number, not {type(value).__name__}")
     return {"N": str(value)}, _number_bytes(value)
 
 
 def _encode_decimal(value: Any) -> tuple[dict[str, Any], int]:
     if not isinstance(value, Decimal):
-        raise ValueError(f"should be a decimal, not {type(value).__name__}")
+        raise ValueError(f"must be a decimal, not {type(value).__name__}")
     if not value.is_finite():
-        raise ValueError(f"is {value}, which DynamoDB cannot keep")
+        raise ValueError(f"is {value}, which DynamoDB cannot store")
     digits = value.as_tuple().digits
     significant = len("".join(map(str, digits)).strip("0"))
     if significant > NUMBER_DIGITS:
         raise ValueError(
-            f"has {significant} significant digits and DynamoDB keeps {NUMBER_DIGITS}: round it in the view"
+            f"has {significant} significant digits, and DynamoDB stores {NUMBER_DIGITS}: round it in the view"
         )
     if value and not NUMBER_MIN_EXPONENT <= value.adjusted() <= NUMBER_MAX_EXPONENT:
         raise ValueError(f"is {value}, outside DynamoDB's range of numbers")
@@ -195,14 +195,14 @@ def _encode_decimal(value: Any) -> tuple[dict[str, Any], int]:
 
 def _encode_float(value: Any) -> tuple[dict[str, Any], int]:
     if not isinstance(value, float):
-        raise ValueError(f"should be a float, not {type(value).__name__}")
+        raise ValueError(f"must be a float, not {type(value).__name__}")
     # The shortest text that reads back as the same float has at most 17 digits.
     return _encode_decimal(Decimal(repr(value)))
 
 
 def _encode_string(value: Any) -> tuple[dict[str, Any], int]:
     if not isinstance(value, str):
-        raise ValueError(f"should be a text, not {type(value).__name__}")
+        raise ValueError(f"must be a text, not {type(value).__name__}")
     return {"S": value}, len(value.encode())
 
 
@@ -211,9 +211,9 @@ def _list_encoder(
 ) -> Callable[[Any], tuple[dict[str, Any], int]]:
     def encode_list(value: Any) -> tuple[dict[str, Any], int]:
         if not isinstance(value, list):
-            raise ValueError(f"should be a list, not {type(value).__name__}")
+            raise ValueError(f"must be a list, not {type(value).__name__}")
         if None in value:
-            raise ValueError("has a NULL in its list")
+            raise ValueError("contains NULL")
         elements = [encode(element) for element in value]
         return {"L": [typed for typed, _ in elements]}, 3 + sum(size + 1 for _, size in elements)
 

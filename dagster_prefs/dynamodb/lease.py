@@ -153,8 +153,8 @@ class Lease:
                 continue
             if patience_seconds is not None and alive and self._clock() - started > patience_seconds:
                 raise Fenced(
-                    f"domain {self.domain.name}: {found.label} publishes it already: "
-                    "leave it to that one, or stop it and run again"
+                    f"domain {self.domain.name}: {found.label} already publishes it: "
+                    "let it continue, or stop it and run again"
                 )
             stop.wait(min(1.0, found.lease_seconds / 4))
         return False

@@ -119,7 +119,7 @@ def publish_domain(
     """
     if store.engine.kind != "local":
         raise PublishError(
-            "the publisher works on the local engine only; RisingWave writes DynamoDB by its own sinks: "
+            "the publisher only works on the local engine, and RisingWave's own sinks write to DynamoDB: "
             "set PREFS_PUBLISH=sink"
         )
     domain = store.domain

@@ -137,7 +137,7 @@ class ItemReader:
             unprocessed = answer.get("UnprocessedKeys", {}).get(self._table, {}).get("Keys", [])
             left = [self._identity(key) for key in unprocessed]
         except (KeyError, TypeError, ValueError, AttributeError):
-            damaged = ReadError("DynamoDB's answer has not the form of its API: try again", "corrupt")
+            damaged = ReadError("DynamoDB's answer does not have the form of its API: try again", "corrupt")
             last.update(dict.fromkeys(asked, damaged))
             return asked
         if left:

@@ -118,7 +118,7 @@ def _away(error: object) -> ReadError:
 
 
 def _corrupt(problem: str) -> ReadError:
-    return ReadError(f"DynamoDB's answer arrived damaged ({problem}): try again", "corrupt")
+    return ReadError(f"DynamoDB's answer is malformed ({problem}): try again", "corrupt")
 
 
 def no_credentials() -> ReadError:
@@ -191,7 +191,7 @@ class BotoTransport:
             return _corrupt(str(error))
         except (exceptions.ParamValidationError, exceptions.BotoCoreError) as error:
             return ReadError(
-                f"the request is not one that DynamoDB takes ({error}): check the contract", "refused"
+                f"DynamoDB does not accept such a request ({error}): check the contract", "refused"
             )
         except ValueError as error:
             return _corrupt(str(error))
@@ -384,11 +384,11 @@ class _Connection:
         data = b""
         while (end := data.find(b"\r\n\r\n")) < 0:
             if len(data) > MAX_HEAD_BYTES:
-                raise _Damaged("its head has no end")
+                raise _Damaged("its headers do not end")
             more = self._receive(deadline)
             if not more:
                 if data:
-                    raise _Damaged("it ends within its head")
+                    raise _Damaged("it ends within its headers")
                 raise _ClosedBeforeAnswer("the server closed the connection without an answer")
             data += more
         status_line, *lines = data[:end].decode("latin-1").split("\r\n")
@@ -448,7 +448,7 @@ class _Connection:
             try:
                 size = int(size_text.partition(b";")[0], 16)
             except ValueError:
-                raise _Damaged("a chunk has no size") from None
+                raise _Damaged("the size of a chunk is missing or invalid") from None
             if size + len(body) > MAX_BODY_BYTES:
                 raise _Damaged("it is too long")
             data = self._exactly(data, size + 2, deadline)
@@ -509,7 +509,7 @@ class _SignedRequest:
 def _checked_json(status: int, checksum: str | None, body: bytes) -> dict[str, Any] | None:
     """The decoded body, None for an error's that is no JSON; raises _Damaged where it cannot be trusted."""
     if checksum is not None and str(zlib.crc32(body)) != checksum:
-        raise _Damaged("its CRC32 is not the one sent with it")
+        raise _Damaged("its CRC32 differs from the one in its header")
     try:
         content = json.loads(str(body, "utf-8"))
     except ValueError:

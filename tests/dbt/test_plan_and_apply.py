@@ -235,7 +235,9 @@ def test_tables_keep_what_arrived(deployment: Deployment, workshop: Workshop) ->
 
     before = deployment.rows("select * from raw_view_events order by source_offset")
     workshop.change("macros/engine/relations.sql", "data bytea not null,", "data text not null,")
-    with pytest.raises(PlanError, match="raw_view_events: it holds what arrived and is never dropped"):
+    with pytest.raises(
+        PlanError, match="raw_view_events: it holds the events that arrived and is never dropped"
+    ):
         deployment.apply()
     assert deployment.rows("select * from raw_view_events order by source_offset") == before
 
@@ -254,7 +256,7 @@ def test_orphans_go_only_when_asked_and_relations_of_others_never(
     assert deployment.rows(there) == [(1,)]
 
     deployment.run("create view somebodys as select user_id from user_price_tier_drift")
-    with pytest.raises(ApplyError, match=r"cannot be dropped .*somebodys.*drop what stands on it"):
+    with pytest.raises(ApplyError, match=r"cannot be dropped .*somebodys.*drop what depends on it"):
         deployment.apply(drop_orphans=True)
     assert deployment.rows("select count(*)::int from somebodys") == [(0,)]
     deployment.run("drop view somebodys")

@@ -191,7 +191,7 @@ ENROLMENT = "    enrolment: { keys: { learner_id: text, course_id: text }, table
 @pytest.mark.parametrize(
     ("path", "old", "new", "said", "example"),
     [
-        (TOPIC, "max_bytes: 100 }", "max_bytes: 400 }", r"the sort key of its items may have 1,216 bytes, and DynamoDB takes 1,024: it holds learning#course and course_id", "max_bytes: 293"),
+        (TOPIC, "max_bytes: 100 }", "max_bytes: 400 }", r"the sort key of its items may have 1,216 bytes, and DynamoDB accepts 1,024: it holds learning#course and course_id", "max_bytes: 293"),
         (TOPIC, "name: course_id", "name: course", "entity enrolment: its key course_id is a field of no topic about its learner_id", "name: course_id"),
         (PROJECT, ENROLMENT, ENROLMENT.replace("true", "false"), "entity enrolment and entity learner have the first key learner_id, and one of them is erasable", "erasable: true"),
         (f"{COURSE_VIEW}.sql", '"learner_id", var("windows").long', '"course_id", var("windows").long', "the window is computed by course_id, and must be by learner_id, the first key of enrolment", "within_window"),
