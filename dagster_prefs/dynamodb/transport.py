@@ -229,7 +229,7 @@ class LeanTransport:
         """One attempt at each call; at most `pool_size` are on the wire at a time."""
         answers: list[Answer] = []
         if self._closed:
-            return [ReadError("this client is closed: make a new one", "refused") for _ in calls]
+            return [ReadError("this client is closed: create a new one", "refused") for _ in calls]
         try:
             keys = None if self._credentials is None else self._credentials.get_frozen_credentials()
         except Exception as error:

@@ -578,7 +578,7 @@ def test_attributes_of_a_later_contract_are_ignored(
     [
         (lambda client: client.get(1, ["wach"]), "unknown domain 'wach'"),
         (lambda client: client.get(1, []), "domains is empty"),
-        (lambda client: client.get(1, "watch"), "domains is a list of names"),
+        (lambda client: client.get(1, "watch"), "domains must be a list of names"),
         (lambda client: client.get("1"), "viewer_id must be a 64-bit integer, not '1'"),
         (lambda client: client.get(True), "viewer_id must be a 64-bit integer"),
         (lambda client: client.get(2**63), "viewer_id must be a 64-bit integer"),

@@ -228,7 +228,7 @@ def test_a_foreign_project_is_explained(shop: Any, dynamodb_endpoint: str, cours
     [
         ("minutes", "unknown attribute 'minutes': the contract has"),
         ("interactions.titles_7d", "unknown attribute"),
-        ("last_event_at", r"several domains: say which, interactions\.last_event_at"),
+        ("last_event_at", r"several domains: name one of interactions\.last_event_at"),
     ],
 )
 def test_unclear_attributes_are_named(shop: Any, online: Any, attribute: str, message: str) -> None:
