@@ -1,4 +1,4 @@
-"""DynamoDB's typed JSON for the contract's items, both ways, exact."""
+"""Convert contract items to and from DynamoDB's typed JSON without loss."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ NULL: Mapping[str, Any] = {"NULL": True}
 
 
 class ItemError(PrefsError):
-    """A row cannot become an item, or an item is not as the contract says."""
+    """A row cannot become an item, or an item differs from the contract."""
 
 
 class ItemEncoder:
-    """Rows of one domain to items. NULL is written as `{"NULL": true}`, as RisingWave's sink does."""
+    """Encodes the rows of one domain as items. NULL becomes `{"NULL": true}`, as RisingWave's sink writes it."""
 
     def __init__(self, contract: Contract, domain: Domain) -> None:
         table = contract.table_of(domain)
@@ -37,26 +37,27 @@ class ItemEncoder:
         self._key_bytes = sum(len(name.encode()) for name in (table.partition_key.name, table.sort_key.name))
 
     def key(self, id_: Id) -> dict[str, Any]:
-        """The item's key, in DynamoDB's typed JSON."""
+        """Return the item's key in DynamoDB's typed JSON."""
         return self._table.typed_key(self.domain.key, id_)
 
     def key_text(self, id_: Id) -> str:
-        """The whole key as one text, as the publisher remembers it."""
+        """Return the whole key as one text, as `online_published` stores it."""
         return self._table.key_text(id_)
 
     def id_of(self, item: Mapping[str, Any]) -> Id:
-        """Whose item or key it is."""
+        """Return the id of an item or key."""
         return self._table.split_key(item)[0]
 
     def named(self, id_: Id | None) -> str:
-        """Whose item it is, for a message."""
+        """Return entity and id, for a message."""
         return f"{self.domain.entity} {id_label(id_)}"
 
     def encode(self, id_: Id, values: Sequence[Any]) -> dict[str, Any]:
-        """The item of one id; `values` are in the order of the contract's attributes.
+        """Return the item of one id; `values` are in the order of the contract's attributes.
 
-        Raises ItemError naming id and attribute: a key that DynamoDB does not take, NULL where the contract
-        allows none, a number that DynamoDB cannot keep exactly, an item over the contract's max_item_bytes.
+        Raises ItemError naming id and attribute: a key that DynamoDB does not accept, NULL where the contract
+        does not allow it, a number that DynamoDB cannot store exactly, or an item above the contract's
+        max_item_bytes.
         """
         first = id_parts(id_)[0]
         id_bytes = _number_bytes(first) if isinstance(first, int) else len(first.encode())
@@ -93,7 +94,7 @@ class ItemEncoder:
 
 
 class ItemDecoder:
-    """Items of one domain to Python values: int, Decimal, float, str, lists of them, None."""
+    """Decodes the items of one domain to Python values: int, Decimal, float, str, lists of them, None."""
 
     def __init__(self, domain: Domain) -> None:
         self.domain = domain
@@ -102,13 +103,13 @@ class ItemDecoder:
         ]
 
     def decode(self, item: Mapping[str, Mapping[str, Any]]) -> tuple[list[Any], tuple[str, ...]]:
-        """The value of every attribute in the contract's order, and the names of those that the item lacks.
+        """Return all attributes in the contract's order, and the names of those that the item lacks.
 
-        NULL is written as NULL, so what an item lacks is unknown to the version that wrote it, and has its
-        cold-start value here. Attributes that the contract does not know are ignored.
+        NULL is written as NULL, so an attribute that the item lacks was unknown to the version that wrote it,
+        and gets its cold-start value. Attributes that are not in the contract are ignored.
 
-        Raises ItemError naming domain and attribute when one is NULL without leave, or of another type than the
-        contract's.
+        Raises ItemError naming domain and attribute for a NULL that the contract does not allow, or a value
+        of another type.
         """
         values: list[Any] = []
         unknown: tuple[str, ...] = ()
@@ -136,7 +137,7 @@ class ItemDecoder:
 
 
 def plain(typed: Mapping[str, Any]) -> Any:
-    """The Python value of one typed attribute, whatever its type; numbers that are equal compare equal."""
+    """Return the Python value of a typed attribute of any type; equal numbers compare equal."""
     ((kind, value),) = typed.items()
     if kind == "N":
         return Decimal(value)
@@ -151,7 +152,7 @@ def plain(typed: Mapping[str, Any]) -> Any:
 
 
 def item_bytes(item: Mapping[str, Mapping[str, Any]]) -> int:
-    """What an item (or key) weighs in a request, at most: names and values as text."""
+    """Return an upper bound of the request size of an item or key, in bytes."""
     return sum(len(name.encode()) + _typed_bytes(typed) for name, typed in item.items())
 
 
