@@ -9,6 +9,7 @@ from typing import Any
 
 from pyiceberg.types import DecimalType, LongType
 
+from dagster_prefs.declarations.contract import LAST_EVENT_AT
 from dagster_prefs.declarations.registry import Registry, load_registry
 from dagster_prefs.iceberg.tables import TileTable, tile_tables
 from dagster_prefs.training.windows import choose_features
@@ -21,7 +22,7 @@ INTERACTIONS = TILE_TABLES["viewer_interactions_daily"]
 FEATURES = choose_features(REGISTRY, "viewer")
 VIEWER_KEY = FEATURES.key
 
-# The attributes whose values tests/offline_store/oracle.py computes, by domain.
+# The attributes whose values tests/offline_store/oracle.py computes and tests/dynamodb writes, by domain.
 COMPUTED: Mapping[str, tuple[str, ...]] = {
     "watch": ("watch_minutes_7d", "watch_minutes_28d", "titles_7d", "completions_28d", "genres_watched_28d"),
     "interactions": ("likes_28d", "shares_28d", "searches_28d"),
@@ -33,21 +34,22 @@ COMPUTED: Mapping[str, tuple[str, ...]] = {
 
 
 def with_computed_attributes() -> Registry:
-    """The example's registry in which every attribute that the oracle does not compute is retired.
+    """The example's registry with exactly the attributes of COMPUTED, in that order; all others are retired.
 
-    An attribute that somebody adds to the example is for tests of its own model, and fails none of the training sets'.
+    An attribute that somebody adds to the example or retires there is for tests of its own model: tests of the
+    platform, which write rows of these views, know none of the others.
     """
     contract = REGISTRY.contract
     domains = {}
     for key, domain in contract.domains.items():
+        declared = {**domain.retired, **domain.attributes}
         known = (
-            {*COMPUTED[domain.name], "last_event_at"} if domain.name in COMPUTED else set(domain.attributes)
+            (*COMPUTED[domain.name], LAST_EVENT_AT) if domain.name in COMPUTED else tuple(domain.attributes)
         )
-        more = {name: one for name, one in domain.attributes.items() if name not in known}
         domains[key] = replace(
             domain,
-            attributes={name: one for name, one in domain.attributes.items() if name in known},
-            retired={**domain.retired, **more},
+            attributes={name: declared[name] for name in known},
+            retired={name: one for name, one in declared.items() if name not in known},
         )
     return replace(REGISTRY, contract=replace(contract, domains=domains))
 

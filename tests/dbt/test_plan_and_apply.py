@@ -280,7 +280,7 @@ def test_a_breaking_change_of_the_contract_needs_a_version(
     workshop.change(ROLLING, "    coalesce(short_window.titles, 0)::bigint as titles_7d,\n", "")
     text = (workshop.folder / ROLLING_CONTRACT).read_text()
     start = text.index("      - name: titles_7d")
-    workshop.change(ROLLING_CONTRACT, text[start : text.index("      - name: completions_28d")], "")
+    workshop.change(ROLLING_CONTRACT, text[start : text.index("      - name: ", start + 1)], "")
     with pytest.raises(PlanError, match=r"titles_7d: the attribute is removed\): set version to 2"):
         deployment.apply()
     assert deployment.rows("select count(titles_7d)::int from viewer_engagement_rolling") == [(2,)]

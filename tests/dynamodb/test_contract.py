@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from declared import PROJECT
 
 from dagster_prefs.declarations.contract import (
+    Contract,
     ContractError,
     build_contract,
     check_version,
@@ -28,8 +30,10 @@ Edit = Callable[[dict[str, Any]], Any]
 
 
 @pytest.fixture
-def content() -> dict[str, Any]:
-    return contract_dict(load_contract(PROJECT))
+def content(contract: Contract) -> dict[str, Any]:
+    """The contract's JSON without retired attributes, which the tests' manifest has no columns of."""
+    served = {key: replace(domain, retired={}) for key, domain in contract.domains.items()}
+    return contract_dict(replace(contract, domains=served))
 
 
 def test_the_shipped_contract_is_what_is_served() -> None:
