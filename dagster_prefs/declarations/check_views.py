@@ -39,7 +39,8 @@ def check_preference(findings: Findings, model: ModelYaml) -> PreferenceView | N
         findings.say(
             model.file,
             given.at("reads"),
-            f"{model.name}: reads is {plain(reads)!r}: it lists columns of the view, what is read for one key"
+            f"{model.name}: reads must be a list of columns of the view, which are read for one key, "
+            f"not {plain(reads)!r}"
             f"{did_you_mean(unknown[0], model.columns) if unknown else ''}",
             example,
         )
@@ -54,11 +55,11 @@ def check_kept(findings: Findings, model: ModelYaml, topics: Sequence[Topic]) ->
     materialized = str(model.config.get("materialized", "materialized_view"))
     if sql is None or "topic" in model.meta or _PLAIN_VIEW.search(sql) or materialized != "materialized_view":
         if "keep" in model.meta:
-            what = "the typed events of a topic" if "topic" in model.meta else "no materialized view"
+            what = "a topic's typed model" if "topic" in model.meta else "not a materialized view"
             findings.say(
                 model.file,
                 model.meta.at("keep"),
-                f"{model.name}: meta.keep is for materialized views that are written by hand, and this is {what}: "
+                f"{model.name}: meta.keep is only for materialized views that are written by hand, and this is {what}: "
                 "remove it",
                 _EXAMPLE,
             )
@@ -78,15 +79,15 @@ def check_kept(findings: Findings, model: ModelYaml, topics: Sequence[Topic]) ->
         findings.say(
             model.file,
             model.line,
-            f"{model.name}: how it is kept current does not follow from its YAML: no unique index of it has the "
-            f"keys of an entity which all that it reads has too ({', '.join(inputs) or 'nothing'}): declare meta.keep",
+            f"{model.name}: the way to keep it current cannot be inferred from its YAML, because no unique index has "
+            f"the keys of an entity that all its inputs have ({', '.join(inputs) or 'it has none'}): declare meta.keep",
             _EXAMPLE,
         )
     elif by in ("key", "merging") and not (key or unique):
         findings.say(
             model.file,
             model.meta.at("keep"),
-            f"{model.name}: it is kept by {by}, and has no unique index that says the key",
+            f"{model.name}: keep by {by} needs a unique index, which names the key of a row",
             "indexes: [{ columns: [learner_id], unique: true }]",
         )
     if len(findings.problems) > before:
@@ -107,7 +108,7 @@ def _check_given(findings: Findings, model: ModelYaml, inputs: Collection[str]) 
         findings.say(
             model.file,
             model.meta.at("keep"),
-            f"{model.name}: meta.keep is {given!r}: it is a mapping",
+            f"{model.name}: meta.keep must be a mapping, not {given!r}",
             _EXAMPLE,
         )
         return
@@ -117,15 +118,15 @@ def _check_given(findings: Findings, model: ModelYaml, inputs: Collection[str]) 
         findings.say(
             model.file,
             given.at("by"),
-            f"{model.name}: keep by {by!r}: it is one of {', '.join(get_args(Keeping))}",
+            f"{model.name}: keep by must be one of {', '.join(get_args(Keeping))}, not {by!r}",
             _EXAMPLE,
         )
     if (by == "rebuilt") != (every is not None) or (every is not None and (not is_whole(every) or every < 1)):
         findings.say(
             model.file,
             given.at("every_seconds"),
-            f"{model.name}: every_seconds is {every!r}: it is a whole number of seconds from 1 on, of a view that is "
-            "kept by rebuilt, and of no other",
+            f"{model.name}: every_seconds must be a whole number of at least 1 for a view that is kept by "
+            f"rebuilt, and absent for any other, not {every!r}",
             _EXAMPLE,
         )
     if not isinstance(whole, list) or (unknown := [name for name in whole if name not in inputs]):
@@ -133,8 +134,8 @@ def _check_given(findings: Findings, model: ModelYaml, inputs: Collection[str]) 
         findings.say(
             model.file,
             given.at("whole"),
-            f"{model.name}: whole is {plain(whole)!r}: it lists relations that the view reads, which are "
-            f"{', '.join(inputs) or 'none'}{near}",
+            f"{model.name}: whole must be a list of relations that the view reads "
+            f"({', '.join(inputs) or 'none'}), not {plain(whole)!r}{near}",
             "whole: [items]",
         )
 

@@ -68,7 +68,7 @@ class Findings:
             self.say(
                 file,
                 int(line),
-                f"{relation} is declared in {self.relations[relation]} too: rename one of them",
+                f"{relation} is also declared in {self.relations[relation]}: rename one of them",
                 f"- name: other_{relation}",
             )
         else:
@@ -84,7 +84,7 @@ class Findings:
             self.say(
                 model.file,
                 model.line,
-                f"{model.name} is a {kind} without SQL: write {model.name}.sql beside its YAML",
+                f"{model.name} is a {kind} and has no SQL: write {model.name}.sql beside its YAML",
                 'select viewer_id, … from {{ ref("view_events") }}',
             )
 
@@ -123,7 +123,7 @@ class Findings:
             self.say(
                 model.file,
                 given.at(key),
-                f"{model.name}: {key} names {name!r}, which is no column of it"
+                f"{model.name}: {key} names {name!r}, which is not one of its columns"
                 f"{did_you_mean(name, model.columns)}",
                 example,
             )
@@ -132,8 +132,8 @@ class Findings:
             self.say(
                 model.file,
                 column.line,
-                f"{model.name}: {key} is the column {name}, a {column.type or 'column without data_type'}, "
-                f"and it must be {' or '.join(types)}",
+                f"{model.name}: {key} names the column {name}, which must be {' or '.join(types)}, "
+                f"not {column.type or 'without data_type'}",
                 f"- {{ name: {name}, data_type: {next(iter(types))} }}",
             )
             return None
@@ -156,8 +156,8 @@ class Findings:
                 self.say(
                     model.file,
                     column.line,
-                    f"{model.name}: {key.name} is {column.type or 'of no data_type'}, and the key of "
-                    f"entity {entity.name} is {key.type}",
+                    f"{model.name}: {key.name}, the key of entity {entity.name}, must be {key.type}, "
+                    f"not {column.type or 'without data_type'}",
                     example,
                 )
 
@@ -180,8 +180,8 @@ class Findings:
             self.say(
                 model.file,
                 given.at("freshness"),
-                f"{model.name}: freshness is {plain(value)!r}: it is two numbers of seconds, the "
-                "warning's not above the error's",
+                f"{model.name}: freshness must be two numbers of seconds, warn_seconds not above "
+                f"error_seconds, not {plain(value)!r}",
                 "freshness: { warn_seconds: 3, error_seconds: 5 }",
             )
             return LIVE

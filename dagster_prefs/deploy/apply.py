@@ -309,7 +309,7 @@ class _Apply:
             self._reconcile(journal)
         except (PrefsError, psycopg.Error) as error:
             raise ApplyError(
-                f"{cause}; the sinks built so far could not be taken back either ({error}): run `prefs apply` again"
+                f"{cause}; the sinks built so far could not be dropped either ({error}): run `prefs apply` again"
             ) from cause
 
     def _abandon(self, journal: _Journal) -> None:
@@ -363,7 +363,7 @@ class _Apply:
                 self._execute("drop {} {}", sql.SQL(there.kind), self._at(name))
         except psycopg.Error as error:
             raise ApplyError(
-                f"{what} {name} cannot be dropped ({engine_words(str(error))}): drop what stands on it if it is "
+                f"{what} {name} cannot be dropped ({engine_words(str(error))}): drop what depends on it if it is "
                 "not this project's, then run `prefs apply` again"
             ) from error
 

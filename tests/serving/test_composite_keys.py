@@ -221,7 +221,7 @@ def test_rows_that_cannot_become_items_are_named(school: School) -> None:
     school.put(("a", "#" * 400), 1)
     school.put(("a", "b"), 1)
     with pytest.raises(
-        PublishError, match="enrolment 'a': its sort key has 1216 bytes, and DynamoDB takes 1024"
+        PublishError, match="enrolment 'a': its sort key has 1216 bytes, and DynamoDB accepts 1024"
     ):
         school.publish()
     assert set(school.held()) == {("a", "b")}

@@ -173,7 +173,7 @@ def test_rows_without_a_key_and_keys_that_are_too_long_are_named(school: School)
     school.execute("delete from sink_learning_progress")
     school.put("x" * 2049, 1, "1", None)
     school.put("l1", 1, "1", None)
-    with pytest.raises(PublishError, match="its key has 2049 bytes, and DynamoDB takes 1 to 2048"):
+    with pytest.raises(PublishError, match="its key has 2049 bytes, and DynamoDB accepts 1 to 2048"):
         school.publish()
     assert school.learners() == ["l1"]
 
