@@ -10,11 +10,9 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
+from dagster_prefs.declarations.names import QUERY_SUFFIX
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError
-
-# Behind the name of a kept view of the embedded engine: the view of its query (macros/engine/kept.sql).
-QUERY_SUFFIX = "__query"
 
 
 class NotDeployed(PrefsError):
