@@ -118,6 +118,18 @@ def read_catalog(connection: psycopg.Connection[Any], engine: EngineConfiguratio
     )
 
 
+def estimated_rows(
+    connection: psycopg.Connection[Any], engine: EngineConfiguration, names: Sequence[str]
+) -> dict[str, int]:
+    """Return PostgreSQL's estimate of the rows of each named relation that exists, -1 where it has none."""
+    rows = connection.execute(
+        "select relname, reltuples::bigint from pg_class"
+        " where relnamespace = to_regnamespace(%s) and relname = any(%s)",
+        (engine.schema, list(names)),
+    ).fetchall()
+    return dict(rows)
+
+
 def row_counts(
     connection: psycopg.Connection[Any],
     engine: EngineConfiguration,
@@ -140,13 +152,7 @@ def row_counts(
             (engine.schema, list(names)),
         ).fetchall()
         return {name: int(count) for name, count in rows}
-    there: dict[str, int] = dict(
-        connection.execute(
-            "select relname, reltuples::bigint from pg_class"
-            " where relnamespace = %s::regnamespace and relname = any(%s)",
-            (engine.schema, list(names)),
-        ).fetchall()
-    )
+    there = estimated_rows(connection, engine, names)
     estimated = {name: rows for name, rows in there.items() if exact_up_to is not None and rows > exact_up_to}
     counted = [name for name in names if name in there and name not in estimated]
     if not counted:
