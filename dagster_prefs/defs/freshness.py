@@ -309,7 +309,8 @@ def _checks(
             key = keys[found.name]
             if key not in selected:
                 continue
-            context.log.info(f"{found.key}: {found.level}: {found.reason}")
+            if found.level not in ("ok", "skipped"):
+                context.log.info(f"{found.key}: {found.level}: {found.reason}")
             observe(key, metadata(found) | ({ROW_COUNT: counts[found.name]} if found.name in counts else {}))
             yield dg.AssetCheckResult(
                 asset_key=key,
