@@ -72,8 +72,8 @@ def check_project(project: ProjectYaml) -> Declarations:
         # Other problems may be consequences of these.
         raise DeclarationError(findings.problems)
     for model in project.models:
-        kept = "topic" in model.meta or is_kept(findings, model)
-        findings.claim(model.name, f"{model.file}:{model.line}", kept=kept)
+        has_query = "topic" in model.meta or is_kept(findings, model)
+        findings.claim(model.name, f"{model.file}:{model.line}", kept=has_query)
         _model(findings, model)
     topics = [topic for model in findings.declaring("topic") if (topic := check_topic(findings, model))]
     # Topics of events before reference data, each in order of declaration.
