@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from graphlib import TopologicalSorter
 from typing import Any
 
 import dagster as dg
@@ -90,6 +91,13 @@ def build(platform: Platform) -> dg.Definitions:
         if node["resource_type"] == "model" and node["config"]["materialized"] not in ("sink", "subscription")
     }
 
+    upstream = {name: node["depends_on"]["nodes"] for name, node in manifest["nodes"].items()}
+    places = {
+        manifest["nodes"][unique_id]["name"]: place
+        for place, unique_id in enumerate(TopologicalSorter(upstream).static_order())
+        if unique_id in manifest["nodes"]
+    }
+
     @dbt_assets(manifest=manifest, dagster_dbt_translator=translator, name="dbt_models")
     def dbt_models(
         context: dg.AssetExecutionContext, config: ModelsConfig
@@ -136,22 +144,21 @@ def build(platform: Platform) -> dg.Definitions:
         with platform.engine.connect() as connection:
             shown = [*sorted(applied), *(r.name for r in results if r.ok and r.name in kept)]
             counts = row_counts(connection, platform.engine, shown)
-        for name in sorted(applied):
-            metadata: dict[str, Any] = {"dbt": "its definition is applied already"}
-            if name in counts:
-                metadata["dagster/row_count"] = counts[name]
-            yield dg.MaterializeResult(asset_key=names[name], metadata=metadata)
+        made: dict[str, dict[str, Any]] = {
+            name: {"dbt": "its definition is applied already"} for name in applied
+        }
         failed = []
         for result in results:
-            if result.name in names:
-                if not result.ok:
-                    failed.append(result)
-                    continue
-                metadata = {"seconds": result.seconds, "dbt": result.message}
-                if result.name in counts:
-                    metadata["dagster/row_count"] = counts[result.name]
-                yield dg.MaterializeResult(asset_key=names[result.name], metadata=metadata)
-            elif result.name in check_keys and result.status != "skipped":
+            if result.name in names and not result.ok:
+                failed.append(result)
+            elif result.name in names:
+                made[result.name] = {"seconds": result.seconds, "dbt": result.message}
+        # Dagster refuses an asset that comes before one which it depends on.
+        for name in sorted(made, key=places.__getitem__):
+            rows = {"dagster/row_count": counts[name]} if name in counts else {}
+            yield dg.MaterializeResult(asset_key=names[name], metadata=made[name] | rows)
+        for result in results:
+            if result.name in check_keys and result.status != "skipped":
                 key = check_keys[result.name]
                 yield dg.AssetCheckResult(
                     asset_key=key.asset_key,

@@ -119,7 +119,8 @@ def test_a_materialization_applies_a_changed_definition_and_never_polls(
 ) -> None:
     """What a click on one view does: nothing, where its definition is deployed; all of it, where it is not."""
     view = "viewer_watch_metrics_1d"
-    job = dg.define_asset_job("one", dg.AssetSelection.assets(view))
+    # With two upstream relations, of which the first by name is not the first to be made.
+    job = dg.define_asset_job("one", dg.AssetSelection.assets(view, "view_events", "view_events_parsed"))
     definitions = dg.Definitions.merge(build_definitions(settings), dg.Definitions(jobs=[job]))
 
     with deployed.connect() as connection:
@@ -128,8 +129,12 @@ def test_a_materialization_applies_a_changed_definition_and_never_polls(
             """The rows afterwards, and what is told of dbt."""
             result = run(definitions, "one", instance, config)
             assert result.success
-            (event,) = result.get_asset_materialization_events()
-            metadata = event.materialization.metadata
+            made = {
+                str(event.asset_key and event.asset_key.to_user_string()): event.materialization.metadata
+                for event in result.get_asset_materialization_events()
+            }
+            assert list(made) == ["view_events_parsed", "view_events", view]
+            metadata = made[view]
             ((rows,),) = connection.execute(f"select count(*) from {view}").fetchall()
             assert metadata["dagster/row_count"].value == rows
             return rows, str(metadata["dbt"].value)
@@ -139,12 +144,13 @@ def test_a_materialization_applies_a_changed_definition_and_never_polls(
         insert_events(connection, [watch(9, 9, MIDNIGHT)])
         connection.execute(f"delete from {view} where viewer_id = 0")
         assert materialize() == (2, "its definition is applied already")
-        assert materialize({"ops": {"dbt_models": {"config": {"rebuild": True}}}})[0] == 3
+        # From everything, the event too that nobody has applied.
+        assert materialize({"ops": {"dbt_models": {"config": {"rebuild": True}}}})[0] == 4
         connection.execute(f"delete from {view} where viewer_id = 0")
         connection.execute(
             "update deployments set checksum = 'another', definition = 'select 1' where relation = %s", [view]
         )
-        assert materialize()[0] == 3
+        assert materialize()[0] == 4
 
 
 def test_a_missing_service_fails_the_run_with_a_sentence_and_keeps_the_views(
