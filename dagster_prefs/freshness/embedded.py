@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,7 +107,11 @@ def measure_embedded(engine: EngineConfiguration, data_dir: Path) -> list[Measur
         f"it has answered for {state.uptime:.0f} s",
         values={"uptime_seconds": state.uptime},
     )
-    return [server, disk, _follower(state)]
+    follower = _follower(state)
+    if (disk.level, follower.level) == ("error", "error"):
+        # It cannot write down why it does not work.
+        follower = replace(follower, reason=f"{disk.reason}; {follower.reason}")
+    return [server, disk, follower]
 
 
 def _disk(data_dir: Path) -> Measure:

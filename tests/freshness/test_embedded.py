@@ -220,6 +220,12 @@ def test_a_full_disk_is_named_until_it_has_room(
     monkeypatch.setattr(embedded, "FULL_BYTES", 1 << 62)
     assert disk().level == "error"
     assert f"are free at {tmp_path}, so that the engine cannot write: free some space" in disk().reason
+    assert follower_of(world, tmp_path).level == "skipped"
+    # A follower that the disk keeps from working cannot write down that it is alive.
+    world.execute(
+        "insert into live_follower (process, seen_at) values ('host:1', now() - interval '1 minute')"
+    )
+    assert "so that the engine cannot write: free some space" in follower_of(world, tmp_path).reason
     monkeypatch.undo()
     assert disk().level == "ok"
     assert disk().values["disk_free_bytes"] > 0
