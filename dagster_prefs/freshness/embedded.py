@@ -108,7 +108,7 @@ def measure_embedded(engine: EngineConfiguration, data_dir: Path) -> list[Measur
         values={"uptime_seconds": state.uptime},
     )
     follower = _follower(state)
-    if (disk.level, follower.level) == ("error", "error"):
+    if disk.level == "error" and follower.level in ("warn", "error"):
         # It cannot write down why it does not work.
         follower = replace(follower, reason=f"{disk.reason}; {follower.reason}")
     return [server, disk, follower]
