@@ -17,7 +17,7 @@ from dagster_prefs.declarations.check_domains import (
 from dagster_prefs.declarations.check_indexes import check_indexes
 from dagster_prefs.declarations.check_tiles import Tile, check_tile
 from dagster_prefs.declarations.check_topics import Topic, check_topic
-from dagster_prefs.declarations.check_views import check_kept, check_preference
+from dagster_prefs.declarations.check_views import check_kept, check_preference, is_kept
 from dagster_prefs.declarations.findings import EXAMPLES, NAME, Findings, did_you_mean, is_whole, plain
 from dagster_prefs.declarations.read import (
     GENERATED,
@@ -72,7 +72,8 @@ def check_project(project: ProjectYaml) -> Declarations:
         # Other problems may be consequences of these.
         raise DeclarationError(findings.problems)
     for model in project.models:
-        findings.claim(model.name, f"{model.file}:{model.line}")
+        has_query = "topic" in model.meta or is_kept(findings, model)
+        findings.claim(model.name, f"{model.file}:{model.line}", kept=has_query)
         _model(findings, model)
     topics = [topic for model in findings.declaring("topic") if (topic := check_topic(findings, model))]
     # Topics of events before reference data, each in order of declaration.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast, get_args
 
 from dagster_prefs.declarations.findings import EXAMPLES, NAME, Findings, did_you_mean, is_whole, plain
+from dagster_prefs.declarations.names import kafka_feed, parsed_view, raw_table
 from dagster_prefs.declarations.read import ColumnYaml, ModelYaml, as_map
 from dagster_prefs.declarations.registry import (
     Entity,
@@ -85,8 +86,10 @@ def check_topic(findings: Findings, model: ModelYaml) -> Topic | None:
             "remove it, or rename the topic's model",
             example,
         )
-    for relation in (f"raw_{model.name}", f"kafka_{model.name}", f"{model.name}_parsed"):
-        findings.claim(relation, f"{model.file}:{model.line}")
+    place = f"{model.file}:{model.line}"
+    findings.claim(raw_table(model.name), place)
+    findings.claim(kafka_feed(model.name), place)
+    findings.claim(parsed_view(model.name), place, kept=True, model=model.name)
     name = given.get("kafka_topic", model.name)
     if not _KAFKA_TOPIC.fullmatch(str(name)):
         findings.say(
@@ -133,8 +136,8 @@ def check_topic(findings: Findings, model: ModelYaml) -> Topic | None:
         declared=TopicDeclaration(
             name=str(name),
             relation=model.name,
-            raw=f"raw_{model.name}",
-            parsed=f"{model.name}_parsed",
+            raw=raw_table(model.name),
+            parsed=parsed_view(model.name),
             identity=str(identity),
             keep=keep,
             entity=entity.name if entity else None,

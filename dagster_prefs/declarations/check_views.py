@@ -49,11 +49,17 @@ def check_preference(findings: Findings, model: ModelYaml) -> PreferenceView | N
     return PreferenceView(model.name, entity.name, tuple(map(str, reads)))
 
 
-def check_kept(findings: Findings, model: ModelYaml, topics: Sequence[Topic]) -> KeptView | None:
-    """How a view that is written by hand is kept current; None where it is no such view, or wrong."""
+def is_kept(findings: Findings, model: ModelYaml) -> bool:
+    """Whether a model is a materialized view that is written by hand, which the embedded engine keeps current."""
     sql = findings.project.sql(model.name)
     materialized = str(model.config.get("materialized", "materialized_view"))
-    if sql is None or "topic" in model.meta or _PLAIN_VIEW.search(sql) or materialized != "materialized_view":
+    written = sql is not None and "topic" not in model.meta and not _PLAIN_VIEW.search(sql)
+    return written and materialized == "materialized_view"
+
+
+def check_kept(findings: Findings, model: ModelYaml, topics: Sequence[Topic]) -> KeptView | None:
+    """How a view that is written by hand is kept current; None where it is no such view, or wrong."""
+    if not is_kept(findings, model):
         if "keep" in model.meta:
             what = "a topic's typed model" if "topic" in model.meta else "not a materialized view"
             findings.say(
@@ -65,7 +71,7 @@ def check_kept(findings: Findings, model: ModelYaml, topics: Sequence[Topic]) ->
             )
         return None
     before = len(findings.problems)
-    inputs = references(sql)
+    inputs = references(findings.project.sql(model.name) or "")
     given = as_map(model.meta.get("keep"), model.line)
     if "keep" in model.meta:
         _check_given(findings, model, inputs)

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard, cast
 
+from dagster_prefs.declarations.names import NAME_BYTES, QUERY_SUFFIX, bytes_too_many
 from dagster_prefs.declarations.read import Map, ModelYaml, ProjectYaml
 from dagster_prefs.declarations.registry import Entity, Key
 
@@ -53,8 +54,23 @@ class Findings:
                 hint = did_you_mean(name, known) or f": known are {', '.join(known)}"
                 self.say(file, given.at(name), f"{where} has no key {name!r}{hint}", example)
 
-    def claim(self, relation: str, place: str) -> None:
-        """Reserve a relation's name for a declaration; note a problem if another one has reserved it."""
+    def claim(self, relation: str, place: str, *, kept: bool = False, model: str = "") -> None:
+        """Reserve a relation's name for a declaration; note a problem if it is taken or too long.
+
+        `kept` says that it is a kept view, which has a second name; `model` the name that it is derived from, if any.
+        """
+        if excess := bytes_too_many(relation, kept=kept):
+            file, _, line = place.rpartition(":")
+            given = model or relation
+            what = f" of {relation}" if model else ""
+            behind = f"; `{QUERY_SUFFIX}` goes behind a kept view's" if kept else ""
+            most = len(given.encode()) - excess
+            self.say(
+                file,
+                int(line),
+                f"{given} is too long a name{what}: PostgreSQL's have {NAME_BYTES} bytes{behind}: use at most {most}",
+                f"- name: {given[:20]}",
+            )
         if relation in PLATFORM_RELATIONS:
             file, _, line = place.rpartition(":")
             self.say(

@@ -14,6 +14,7 @@ import psycopg
 from filelock import FileLock, Timeout
 from psycopg import sql
 
+from dagster_prefs.declarations.names import QUERY_SUFFIX
 from dagster_prefs.deploy.plan import (
     CONTRACT_KIND,
     DEPLOYMENTS,
@@ -28,7 +29,7 @@ from dagster_prefs.deploy.plan import (
     make_plan,
     read_records,
 )
-from dagster_prefs.engine.catalog import QUERY_SUFFIX, Catalog, read_catalog
+from dagster_prefs.engine.catalog import Catalog, read_catalog
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
 from dagster_prefs.engine.explain import engine_words, redacted

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from psycopg import sql
 
-from dagster_prefs.engine.catalog import QUERY_SUFFIX
+from dagster_prefs.declarations.names import QUERY_SUFFIX
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.erasure.events import AppendOnly, RawMessages, Subject
 from dagster_prefs.erasure.items import EntityItems

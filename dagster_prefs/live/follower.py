@@ -149,6 +149,7 @@ class Follower:
             self._changed.set()
             for thread in threads if started else ():
                 thread.join()
+        self._leave()
 
     def catch_up(self) -> int:
         """Apply and publish all that has arrived, as the engine's follower for so long; returns the messages read.
@@ -157,17 +158,20 @@ class Follower:
         """
         messages = 0
         with self._steps() as steps:
-            steps.make_all_due()
-            while True:
-                make_rebuilt_due(steps.connection, self.engine)
-                report = steps.step()
-                self._tell(steps.connection, report)
-                messages += report.messages
-                if report.idle:
-                    break
-            self._mark_domains(steps.connection)
-            while self.publish_changes(steps.connection):
-                pass
+            try:
+                steps.make_all_due()
+                while True:
+                    make_rebuilt_due(steps.connection, self.engine)
+                    report = steps.step()
+                    self._tell(steps.connection, report)
+                    messages += report.messages
+                    if report.idle:
+                        break
+                self._mark_domains(steps.connection)
+                while self.publish_changes(steps.connection):
+                    pass
+            finally:
+                self._leave()
         return messages
 
     @contextmanager
@@ -213,6 +217,14 @@ class Follower:
             ).format(self._table("live_follower")),
             [self.process, "; ".join(self._problems.values()) or None],
         )
+
+    def _leave(self) -> None:
+        """Take the sign of life back, so that one which is left is that of a follower that died."""
+        with suppress(PrefsError, psycopg.Error), self.engine.connect() as connection:
+            connection.execute(
+                sql.SQL("delete from {} where process = %s").format(self._table("live_follower")),
+                [self.process],
+            )
 
     # --- publishing ---
 

@@ -6,10 +6,12 @@ from __future__ import annotations
 import re
 
 import pytest
+from declared import PROJECT as PROJECT_DIR
 from declared import add_enrolments
 from project_copies import Copy
 
 from dagster_prefs.declarations.generate import plan_files
+from dagster_prefs.declarations.names import QUERY_SUFFIX
 from dagster_prefs.declarations.read import DeclarationError
 
 TOPIC, TILE, VIEW = (
@@ -310,3 +312,37 @@ def test_a_preference_view_and_how_views_are_kept(courses_copy: Copy) -> None:
     courses_copy.write("models/subjects.sql", '{{ config(materialized="view") }}\n' + sql)
     courses_copy.write("models/subjects.yml", PREFERENCE)
     assert "subjects" not in {one.relation for one in plan_files(courses_copy.folder).declarations.kept}
+
+
+@pytest.mark.parametrize(
+    ("path", "model", "length", "said"),
+    [
+        (VIEW, "learner_progress_rolling", 57, "`__query` goes behind a kept view's: use at most 56"),
+        (TOPIC, "lesson_events", 50, "_parsed: PostgreSQL's have 63 bytes; .*: use at most 49"),
+        (VIEW, "learner_progress_rolling", 56, ""),
+    ],
+)
+def test_a_name_leaves_room_for_those_derived_from_it(
+    courses_copy: Copy, path: str, model: str, length: int, said: str
+) -> None:
+    long = model.ljust(length, "x")
+    line = courses_copy.change(path, f"name: {model}\n", f"name: {long}\n")
+    sql = courses_copy.folder / f"models/{model}.sql"
+    if sql.exists():
+        sql.rename(sql.with_stem(long))
+    try:
+        plan_files(courses_copy.folder)
+        found = []
+    except DeclarationError as error:
+        found = [problem for problem in error.problems if "too long a name" in problem]
+    if said:
+        (problem,) = found
+        assert problem.startswith(f"{path}:{line}: {long} is too long a name")
+        assert re.search(said, problem)
+    else:
+        assert found == []
+
+
+def test_dbt_and_the_checks_agree_on_what_goes_behind_a_name() -> None:
+    macro = (PROJECT_DIR / "macros/engine/kept.sql").read_text()
+    assert f'{{{{ return("{QUERY_SUFFIX}") }}}}' in macro
