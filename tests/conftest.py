@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-import sqlite3
 import tempfile
 import urllib.request
 import uuid
@@ -22,7 +21,6 @@ from typing import Any
 import psycopg
 import pytest
 from psycopg import sql
-from sqlalchemy import Engine, event
 
 # Looking for garbage after every 700 objects takes a fourth of the time of importing Dagster and dbt.
 gc.set_threshold(20_000, 10, 10)
@@ -59,6 +57,7 @@ from built_state import (  # noqa: E402 (after the environment is clean)
 )
 from declared import COURSES, PROJECT  # noqa: E402
 from longest import longest_first  # noqa: E402
+from unsynced import never_sync_sqlite  # noqa: E402
 from warm import Warm  # noqa: E402
 
 from dagster_prefs.declarations.registry import Registry, load_registry  # noqa: E402
@@ -139,15 +138,10 @@ def _no_developer_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
 
 @pytest.fixture(autouse=True, scope="session")
 def _no_waiting_for_the_disk() -> Iterator[None]:
-    """SQLite of this process, behind Dagster and Iceberg, writes without waiting: nothing outlives the run."""
-
-    def hurry(connection: Any, _: Any) -> None:
-        if isinstance(connection, sqlite3.Connection):
-            connection.execute("pragma synchronous = off")
-
-    event.listen(Engine, "connect", hurry)
+    """Nothing that SQLite of this process keeps outlives the run."""
+    undo = never_sync_sqlite()
     yield
-    event.remove(Engine, "connect", hurry)
+    undo()
 
 
 @pytest.fixture(scope="session")

@@ -35,6 +35,7 @@ from dagster_prefs.engine import dbt_child
 from dagster_prefs.engine.dbt import DbtProcess
 
 ROOT = Path(__file__).resolve().parents[1]
+TESTS = str(Path(__file__).parent)
 COMMANDS = {"prefs": "dagster_prefs.cli:main", "dbt": "dbt.cli.main:cli"}
 DBT_CHILD = "dagster_prefs.engine.dbt_child:main"
 _REQUEST_BYTES = 1 << 20
@@ -219,6 +220,7 @@ def _import_everything(without: str, parsed_store: Path) -> None:
     gc.set_threshold(20_000, 10, 10)
     if without:
         sys.meta_path.insert(0, _NotInstalled(without))
+    sys.path.insert(0, TESTS)
     import dagster_prefs
 
     for module in pkgutil.walk_packages(dagster_prefs.__path__, "dagster_prefs."):
@@ -230,6 +232,7 @@ def _import_everything(without: str, parsed_store: Path) -> None:
         except ModuleNotFoundError as error:
             if not without or not str(error.name).startswith(without):
                 raise
+    _never_wait_for_the_disk()
     import dbt.adapters.postgres
     import dbt.adapters.risingwave
     import dbt.cli.main  # noqa: F401
@@ -239,14 +242,13 @@ def _import_everything(without: str, parsed_store: Path) -> None:
     # keeps what it has parsed by its text, as for tests of its own.
     enable_test_caching()
 
+    from parsed import share_parsed
+
     from dagster_prefs.engine.connection import EngineConfiguration
     from dagster_prefs.engine.dbt import Dbt
 
-    sys.path.insert(0, str(Path(__file__).parent))
-    from parsed import share_parsed
-
     # The commands that are started here do not see modules of the tests.
-    sys.path.pop(0)
+    sys.path.remove(TESTS)
     parsed_store.mkdir(exist_ok=True)
     share_parsed(parsed_store)
     nowhere = EngineConfiguration("127.0.0.1", 1, "nowhere", "nobody")
@@ -259,6 +261,24 @@ def _import_everything(without: str, parsed_store: Path) -> None:
         parsing.manifest()
     os.environ.clear()
     os.environ.update(kept)
+
+
+def _never_wait_for_the_disk() -> None:
+    """What commands keep here outlives no run: neither Dagster's SQLite nor services that they start sync it.
+
+    A command of a demo waited for the disk for longer than it worked.
+    """
+    from unsynced import never_sync_sqlite
+
+    from dagster_prefs.local.services import LocalServices
+
+    never_sync_sqlite()
+    started = LocalServices.__init__
+
+    def disposable(services: LocalServices, *given: Any, **named: Any) -> None:
+        started(services, *given, **{"disposable": True, **named})
+
+    LocalServices.__init__ = disposable  # type: ignore[method-assign]
 
 
 class _Here(DbtProcess):
