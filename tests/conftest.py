@@ -83,6 +83,15 @@ def pytest_configure(config: pytest.Config) -> None:
     """One folder for the whole run: the first process makes it and removes it, xdist's workers are told of it."""
     told: dict[str, Any] | None = getattr(config, "workerinput", None)
     config.stash[SESSION_FOLDER] = Path(told["session_folder"]) if told else make_session_folder()
+    if told or not config.getoption("numprocesses", None):
+        # Not above: xdist's first process runs no test.
+        from hypothesis import HealthCheck, settings
+
+        # How busy this machine is decides no test. What hypothesis itself sets in CI is kept.
+        settings.register_profile(
+            "any machine", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+        )
+        settings.load_profile("any machine")
 
 
 @pytest.hookimpl(optionalhook=True)
