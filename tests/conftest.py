@@ -56,7 +56,7 @@ from built_state import (  # noqa: E402 (after the environment is clean)
     make_session_folder,
 )
 from declared import COURSES, PROJECT  # noqa: E402
-from longest import longest_first  # noqa: E402
+from longest import left_out, longest_first  # noqa: E402
 from unsynced import never_sync_sqlite  # noqa: E402
 from warm import Warm  # noqa: E402
 
@@ -71,6 +71,11 @@ from dagster_prefs.local.services import LocalServices  # noqa: E402
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, marked slow; the others in their order."""
     longest_first(items)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`make test-fast` does not even read the long files."""
+    return left_out(collection_path, config.option.markexpr) or None
 
 
 def pytest_collection_finish() -> None:

@@ -134,7 +134,7 @@ class Warm:
 
     def __init__(self, folder: Path, owner_pid: int, without: str = "") -> None:
         self._folder, self._owner, self._without = folder, owner_pid, without
-        self._address = folder / "warm.sock"
+        self._address = folder / (f"warm-without-{without}.sock" if without else "warm.sock")
 
     def start(
         self,
