@@ -306,7 +306,7 @@ def test_ctrl_c_ends_the_ui_with_all_its_processes(command: Command, ui: Ui) -> 
     assert status(ui, "POST", "/graphql", SENT, origin="https://evil.example") == 403
     family = processes()
     assert command.interrupt() == 0
-    _, alive = psutil.wait_procs(family, timeout=30)
+    _, alive = psutil.wait_procs(family, timeout=120)
     # The embedded services stay, as `prefs down` says.
     assert [
         name
