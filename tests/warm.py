@@ -35,7 +35,6 @@ from dagster_prefs.engine import dbt_child
 from dagster_prefs.engine.dbt import DbtProcess
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = str(Path(__file__).parent)
 COMMANDS = {"prefs": "dagster_prefs.cli:main", "dbt": "dbt.cli.main:cli"}
 DBT_CHILD = "dagster_prefs.engine.dbt_child:main"
 _REQUEST_BYTES = 1 << 20
@@ -220,7 +219,6 @@ def _import_everything(without: str, parsed_store: Path) -> None:
     gc.set_threshold(20_000, 10, 10)
     if without:
         sys.meta_path.insert(0, _NotInstalled(without))
-    sys.path.insert(0, TESTS)
     import dagster_prefs
 
     for module in pkgutil.walk_packages(dagster_prefs.__path__, "dagster_prefs."):
@@ -242,15 +240,11 @@ def _import_everything(without: str, parsed_store: Path) -> None:
     # keeps what it has parsed by its text, as for tests of its own.
     enable_test_caching()
 
-    from parsed import share_parsed
-
     from dagster_prefs.engine.connection import EngineConfiguration
     from dagster_prefs.engine.dbt import Dbt
 
-    # The commands that are started here do not see modules of the tests.
-    sys.path.remove(TESTS)
     parsed_store.mkdir(exist_ok=True)
-    share_parsed(parsed_store)
+    _of_tests("parsed").share_parsed(parsed_store)
     nowhere = EngineConfiguration("127.0.0.1", 1, "nowhere", "nobody")
     kept = dict(os.environ)
     with tempfile.TemporaryDirectory() as target:
@@ -268,17 +262,24 @@ def _never_wait_for_the_disk() -> None:
 
     A command of a demo waited for the disk for longer than it worked.
     """
-    from unsynced import never_sync_sqlite
-
     from dagster_prefs.local.services import LocalServices
 
-    never_sync_sqlite()
+    _of_tests("unsynced").never_sync_sqlite()
     started = LocalServices.__init__
 
     def disposable(services: LocalServices, *given: Any, **named: Any) -> None:
         started(services, *given, **{"disposable": True, **named})
 
     LocalServices.__init__ = disposable  # type: ignore[method-assign]
+
+
+def _of_tests(name: str) -> Any:
+    """Import a module that lies beside this one; the commands that are started here do not see such."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.pop(0)
 
 
 class _Here(DbtProcess):
