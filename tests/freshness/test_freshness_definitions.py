@@ -431,7 +431,7 @@ def test_the_canary_goes_to_topics_by_their_names_in_kafka(
 ) -> None:
     monkeypatch.setattr(freshness, "CANARY_PATIENCE_SECONDS", 0.0)
     cluster.producer.produce("views.v2", None, partition=0)
-    assert cluster.producer.flush(10) == 0
+    assert cluster.producer.flush(60) == 0
     names = {"kafka_bootstrap": cluster.bootstrap, "kafka_topic_names": {"VIEW_EVENTS": "views.v2"}}
     platform = Platform(settings(busy, aws_endpoint, tmp_path, **names))
     tick(definitions(platform), freshness.CANARY_SENSOR, instance, None)

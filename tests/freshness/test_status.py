@@ -165,13 +165,13 @@ def test_metrics_are_served_and_one_reading_serves_many_scrapes() -> None:
         try:
             where = f"http://127.0.0.1:{server.server_port}"
             for _ in range(3):
-                with urllib.request.urlopen(f"{where}/metrics", timeout=10) as answer:
+                with urllib.request.urlopen(f"{where}/metrics", timeout=60) as answer:
                     assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
                     assert ("prefs_lag_seconds", 'name="watch",stage="online"') in parse(
                         answer.read().decode()
                     )
             with pytest.raises(urllib.error.HTTPError, match="404"):
-                urllib.request.urlopen(f"{where}/", timeout=10)
+                urllib.request.urlopen(f"{where}/", timeout=60)
             with pytest.raises(MetricsError, match="choose another port"):
                 MetricsServer(read, port=server.server_port)
         finally:

@@ -185,7 +185,7 @@ def test_a_server_without_supervisor_is_stopped_before_the_next_start(shared: Lo
     cluster.wait_ready(left)
 
     shared.up(owner_pid=os.getpid())
-    assert left.wait(timeout=30) == 0
+    assert left.wait(timeout=120) == 0
     assert pids(shared)[1] != left.pid
 
 

@@ -205,7 +205,7 @@ def test_weights_and_hours_are_parameters(shop: Any) -> None:
     assert ranking[0].personalization_score == 20
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(world=worlds(NOW), session=st.booleans(), limit=st.integers(1, 12))
 def test_ranking_equals_the_oracle(shop: Any, world: World, session: bool, limit: int) -> None:
     shop.clear()
