@@ -42,8 +42,6 @@ LOYAL_PURCHASES = 2
 # Interest in a category counts as broad from this many different items on.
 BROAD_ITEMS = 5
 
-SCORE_PLACES = Decimal("0.000001")
-
 
 class PreferenceError(PrefsError):
     """A preference read has invalid arguments, or its relations do not exist."""

@@ -35,10 +35,8 @@ WRITE_UNIT_BYTES = 1024
 READ_UNIT_BYTES = 4096
 # Added to an item's own bytes, because storage is also billed for its index entry.
 ITEM_OVERHEAD_BYTES = 100
-# Default quota of an on-demand table, and the initial throughput of a new one; a table allows twice its
-# former peak.
+# Default quota of an on-demand table.
 TABLE_WRITE_UNITS = 40_000
-NEW_TABLE_WRITE_UNITS = 4_000
 
 # Bytes of the contract's types, with values as the views produce them: a number (N) takes 1 byte and 1 more
 # per two digits. Milliseconds have 13 digits, a count of some weeks 2, a rounded minute or ratio 8; a list

@@ -292,7 +292,7 @@ def test_orphans_go_only_when_asked_and_relations_of_others_never(
     deployment.run(
         "create table user_price_tier_drift (precious int)", "insert into user_price_tier_drift values (1)"
     )
-    with pytest.raises(PlanError, match="user_price_tier_drift: a relation of this name is there"):
+    with pytest.raises(PlanError, match="user_price_tier_drift: a relation of this name exists"):
         deployment.apply(drop_orphans=True)
     assert deployment.rows("select precious from user_price_tier_drift") == [(1,)]
 
@@ -415,5 +415,5 @@ def test_the_commands_say_and_do_it(
         connection.execute("delete from deployments where relation = 'user_category_affinity_now'")
     code, text = prefs("plan")
     assert code == 1
-    assert "refused user_category_affinity_now: a relation of this name is there" in text
+    assert "refused user_category_affinity_now: a relation of this name exists" in text
     assert prefs("apply")[0] is PlanError

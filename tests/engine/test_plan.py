@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import pytest
+from declared import PROJECT as EXAMPLE
 
 from dagster_prefs.deploy.plan import (
     ContractChange,
@@ -18,7 +19,7 @@ from dagster_prefs.deploy.plan import (
     added_columns,
     compare,
 )
-from dagster_prefs.engine.catalog import Catalog, CatalogObject
+from dagster_prefs.engine.catalog import QUERY_SUFFIX, Catalog, CatalogObject
 from dagster_prefs.engine.explain import redacted
 
 KINDS = {
@@ -361,3 +362,9 @@ with (x = 1)"""
 )  # fmt: skip
 def test_only_added_columns_are_an_addition(after: str, added: list[str] | None) -> None:
     assert added_columns(TABLE, after) == added
+
+
+def test_python_and_dbt_name_the_query_of_a_kept_view_alike() -> None:
+    """dbt runs without Python of ours, so that the suffix stands in a macro too."""
+    macros = (EXAMPLE / "macros" / "engine" / "kept.sql").read_text()
+    assert f'{{% macro query_suffix() -%}}\n  {{{{ return("{QUERY_SUFFIX}") }}}}\n' in macros
