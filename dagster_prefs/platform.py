@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import cached_property, partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from dagster_prefs.events.brokers import KafkaSecurity, KafkaSource
     from dagster_prefs.events.topics import TopicGeneration
     from dagster_prefs.freshness.status import Sources
+    from dagster_prefs.iceberg.exporter import Exporter
     from dagster_prefs.iceberg.tables import TileTable
     from dagster_prefs.live.follower import Follower
     from dagster_prefs.training.parity import ParityReport
@@ -190,6 +191,22 @@ class Platform:
         from dagster_prefs.iceberg.tables import tile_tables
 
         return tile_tables(self.registry)
+
+    @property
+    def exporter(self) -> Exporter:
+        """The export of the training tables."""
+        from dagster_prefs.iceberg.exporter import Exporter
+
+        settings = self.settings
+        return Exporter(
+            engine=self.engine,
+            catalog=self.catalog,
+            tables=self.training_tables,
+            namespace=settings.iceberg_namespace,
+            start=settings.export_start_date,
+            by_sink=settings.export == "sink",
+            kept=timedelta(days=settings.snapshots_kept_days),
+        )
 
     def prepare_training_tables(self) -> list[Table]:
         """Prepare the training tables for RisingWave's sinks. Raises OfflineError or EngineUnavailable."""
