@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import cached_property, partial
+from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -302,7 +303,8 @@ class Platform:
         """Apply the plan; see `apply_plan`."""
         from dagster_prefs.deploy.apply import apply_plan
 
-        return apply_plan(
+        applied = self.dbt.fingerprint()
+        done = apply_plan(
             self.engine,
             self.dbt,
             partial(review_contract, self.contract),
@@ -310,6 +312,22 @@ class Platform:
             drop_orphans=drop_orphans,
             on_step=on_step,
         )
+        self._applied.write_text(applied)
+        return done
+
+    def bring_out(self, on_step: Callable[[str], None] = lambda step: None) -> None:
+        """Apply what the project declares, unless that is what was last applied from this data folder.
+
+        An apply without changes takes seconds, because it compiles every model. Raises like `apply`.
+        """
+        stamp = self._applied.read_text() if self._applied.is_file() else ""
+        if stamp != self.dbt.fingerprint() or not self.is_deployed():
+            self.apply(on_step=on_step)
+
+    @property
+    def _applied(self) -> Path:
+        """The file with the fingerprint of the project and settings that were last applied from this folder."""
+        return self.dbt.target_dir / "applied.sha256"
 
 
 def kafka_security(settings: Settings) -> KafkaSecurity:

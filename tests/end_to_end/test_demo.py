@@ -36,6 +36,14 @@ def first(place: Place) -> dict[str, Any]:
     return demo(place)
 
 
+def test_it_takes_the_users_way(place: Place, first: dict[str, Any]) -> None:
+    assert [step.split()[0] for step in first["seconds"]] == [
+        "deploy", "load", "refresh", "test", "export", "read",
+    ]  # fmt: skip
+    assert not (place.data_dir / "dagster").exists(), "it starts no run"
+    assert (place.data_dir / "logs" / "follower.log").exists(), "events are followed from then on"
+
+
 def test_nothing_is_lost(first: dict[str, Any]) -> None:
     rows = first["rows"]
     for topic, name in (
