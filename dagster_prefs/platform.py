@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from functools import cached_property, partial
 from pathlib import Path
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from dagster_prefs.dynamodb.store import DomainStore
     from dagster_prefs.events.brokers import KafkaSecurity, KafkaSource
     from dagster_prefs.events.topics import TopicGeneration
+    from dagster_prefs.freshness.canary import Probe
     from dagster_prefs.freshness.status import Sources
     from dagster_prefs.iceberg.exporter import Exporter
     from dagster_prefs.iceberg.tables import TileTable
@@ -252,9 +254,10 @@ class Platform:
     def follower(self, say: Callable[[str], None] = lambda line: None) -> Follower:
         """The follower of the embedded engine, which keeps its views and their items current.
 
-        Where brokers are set, it reads their topics too.
+        It sends the canary, and where brokers are set, it reads their topics too.
         """
         from dagster_prefs.dynamodb.changefeed import process_label
+        from dagster_prefs.freshness.prober import Prober
         from dagster_prefs.live.follower import Follower
 
         topics = self.registry.topics.values() if self.settings.kafka_bootstrap else ()
@@ -263,8 +266,58 @@ class Platform:
             self.registry,
             DomainPublisher(self),
             process=process_label(),
-            readers={f"Kafka topic {topic.name}": partial(self._consume, topic) for topic in topics},
+            readers={
+                **{f"Kafka topic {topic.name}": partial(self._consume, topic) for topic in topics},
+                "canary": Prober(self.engine, self.registry, self.probe, self.settings.data_dir).run,
+            },
             say=say,
+        )
+
+    def probe(self, clients: ExitStack, session: psycopg.Connection[Any] | None = None) -> Probe:
+        """The probe that times canaries from their topic to the reader, over clients that it opens in the stack.
+
+        Views are read over the session, or over one for each look. Raises PrefsError if DynamoDB's clients cannot be
+        made.
+        """
+        from dagster_prefs.declarations.reserved import canary_id
+        from dagster_prefs.freshness.canary import (
+            Probe,
+            canary_paths,
+            canary_views,
+            read_domains,
+            read_views,
+            send_canary,
+        )
+        from dagster_prefs.serving.profiles import ProfileClient
+
+        settings, registry = self.settings, self.registry
+        readers: list[Callable[[], Mapping[str, int | None]]] = []
+        for entity in registry.entities.values():
+            if entity.table is None:
+                continue
+            profiles = clients.enter_context(
+                ProfileClient(
+                    registry,
+                    entity=entity.name,
+                    endpoint_url=settings.aws_endpoint,
+                    region=settings.aws_region,
+                    table_prefix=settings.table_prefix,
+                )
+            )
+            readers.append(partial(read_domains, profiles, canary_id(registry, entity)))
+        views = canary_views(registry)
+        return Probe(
+            send=lambda moment: send_canary(
+                self.engine,
+                registry,
+                moment,
+                bootstrap=settings.kafka_bootstrap,
+                kafka_topics=settings.kafka_topics,
+                client=self.kafka.client,
+            ),
+            readers=[*readers, lambda: read_views(self.engine, registry, views, session)],
+            paths=canary_paths(registry),
+            thresholds=registry.contract.freshness.canary,
         )
 
     def _consume(self, topic: TopicDeclaration, stop: threading.Event) -> None:

@@ -10,13 +10,16 @@ from decimal import Decimal
 from time import monotonic
 from typing import Any
 
+import psycopg
 from psycopg import sql
 
 from dagster_prefs.declarations.registry import Entity, Key
 from dagster_prefs.declarations.reserved import people_only
 from dagster_prefs.engine.catalog import row_counts
 from dagster_prefs.engine.dbt import DbtError
+from dagster_prefs.events.canaries import RELATION as CANARY_KEYS
 from dagster_prefs.events.rejected import rejected_counts
+from dagster_prefs.freshness.canary import SOURCE
 from dagster_prefs.ids import Id
 from dagster_prefs.platform import Platform
 from dagster_prefs.serving import ClientOptions, ProfileClient, ShopClient
@@ -141,7 +144,7 @@ class Demo:
             if node["resource_type"] == "model" and node["config"]["materialized"] != "sink"
         ]
         with platform.engine.connect() as connection:
-            summary.rows = row_counts(connection, platform.engine, sorted(names))
+            summary.rows = self._row_counts(connection, sorted(names))
             schema = platform.engine.schema
             profiles = self._profiles()
             somebody = connection.execute(profiles[1]).fetchone() if profiles else None
@@ -188,6 +191,33 @@ class Demo:
                 summary.snapshots[spec.name] = Snapshot(snapshot.snapshot_id, dict(sorted(days.items())))
         measures = platform.sources.online(datetime.now(UTC))
         summary.freshness = [(measure.name, measure.level, measure.reason) for measure in measures]
+
+    def _row_counts(self, connection: psycopg.Connection[Any], names: list[str]) -> dict[str, int]:
+        """Count the rows of each relation; on the embedded engine without canaries, which come all the time."""
+        engine, registry = self.platform.engine, self.platform.registry
+        if engine.kind == "risingwave":
+            return row_counts(connection, engine, names)
+        keys = {entity.key.name: people_only(entity.key) for entity in registry.entities.values()}
+        keys["source"] = sql.SQL("source <> {}").format(sql.Literal(SOURCE))
+        columns: dict[str, list[str]] = {name: [] for name in names if name != CANARY_KEYS}
+        for relation, column in connection.execute(
+            "select table_name, column_name from information_schema.columns where table_schema = %s",
+            [engine.schema],
+        ):
+            if relation in columns and column in keys:
+                columns[relation].append(column)
+        # A parsed message may have no key.
+        conditions = {
+            name: sql.SQL("").join(sql.SQL(" and ({}) is not false").format(keys[column]) for column in held)
+            for name, held in columns.items()
+        }
+        query = sql.SQL(" union all ").join(
+            sql.SQL("select {}, count(*) from {} where true{}").format(
+                sql.Literal(name), sql.Identifier(engine.schema, name), condition
+            )
+            for name, condition in conditions.items()
+        )
+        return {name: int(count) for name, count in connection.execute(query).fetchall()}
 
     def _profiles(self) -> tuple[Entity, sql.Composed] | None:
         """Return the first entity with a domain, and a query for its newest key with items in all domains."""
