@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from dagster_prefs.events.brokers import KafkaSecurity, KafkaSource
     from dagster_prefs.events.topics import TopicGeneration
     from dagster_prefs.freshness.canary import Probe
+    from dagster_prefs.freshness.exports_memo import ExportsMemo
     from dagster_prefs.freshness.status import Sources
     from dagster_prefs.iceberg.exporter import Exporter
     from dagster_prefs.iceberg.tables import TileTable
@@ -82,6 +83,23 @@ class Platform:
             publishes=settings.publishes,
             follows=settings.follows,
             by_sink=settings.export == "sink",
+            memo=self._exports_memo,
+        )
+
+    @property
+    def _exports_memo(self) -> ExportsMemo | None:
+        from dagster_prefs.files import catalog_file, local_folder
+        from dagster_prefs.freshness.exports_memo import ExportsMemo
+
+        settings = self.settings
+        folder = local_folder(settings.warehouse)
+        if settings.iceberg_catalog != "sqlite" or folder is None:
+            return None
+        return ExportsMemo(
+            settings.data_dir / "exports-seen.json",
+            catalog_file(folder.absolute()),
+            settings.iceberg_namespace,
+            settings.export_start_date,
         )
 
     @property
