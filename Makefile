@@ -48,7 +48,8 @@ stack-down: ## stop the containers; their data stays in volumes
 # A file of tests at a time in each process, in the order of tests/longest.py. One more than CI's cores: the tests wait
 # for a fifth of their time.
 WORKERS ?= 3
-PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# What one process of a run has compiled no other compiles again, also where the shell says that nothing is to be kept.
+PYTEST = PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/installed ## the whole test suite, a file at a time in three processes
 	@$(PYTEST)

@@ -73,6 +73,7 @@ class Platform:
         settings = self.settings
         return Sources(
             engine=self.engine,
+            data_dir=settings.data_dir,
             declared=settings.registry,
             kafka=lambda: self.kafka,
             connect=self.dynamodb,

@@ -323,7 +323,13 @@ class Settings(BaseSettings):
     )
     refresh_poll_seconds: int = Field(30, ge=5, description="Seconds between checks for new events (sensor).")
     readings_kept_days: int = Field(
-        14, ge=1, description="Days that Dagster's event log keeps freshness readings."
+        14, ge=1, description="Days that Dagster keeps runs of recurring jobs, such as freshness readings."
+    )
+    readings_kept_runs: int | None = Field(
+        None,
+        ge=1,
+        description="Runs of each recurring job that Dagster keeps at most; empty means 300 on the embedded engine and "
+        "5000 on RisingWave.",
     )
     schedules: Literal["on", "off"] = Field(
         "off", description="Whether schedules and sensors run as soon as the Dagster daemon does."
@@ -528,6 +534,11 @@ class Settings(BaseSettings):
     def port(self) -> int:
         """The engine's port, by default that of the chosen engine."""
         return self.engine_port or (54329 if self.engine == "local" else 4566)
+
+    @property
+    def kept_runs(self) -> int:
+        """How many runs of each recurring job Dagster keeps, by default that of the chosen engine."""
+        return self.readings_kept_runs or (300 if self.engine == "local" else 5000)
 
     @property
     def database(self) -> str:

@@ -15,8 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from psycopg import sql
 
 from dagster_prefs.engine.connection import EngineConfiguration
@@ -27,6 +28,12 @@ PROJECT = Path(__file__).resolve().parents[1] / "dbt_project"
 SESSION_FOLDER = pytest.StashKey[Path]()
 TEMPLATE = "deployed_template"
 
+
+_PREFIX = "prefs-tests-"
+_MEMORY = Path("/dev/shm")
+# Several times what a run's tests leave until its end: 250 MB those in tests/dbt, 600 MB those of events and serving.
+_ROOM_BYTES = 8 << 30
+_held: list[FileLock] = []
 
 # Below the ports that Linux gives to outgoing connections, one of which might take a port between its choice and its
 # use; from a place of this process's own, so that processes and runs beside each other do not choose the same.
@@ -123,10 +130,44 @@ def command_environment(engine: EngineConfiguration, data_dir: Path, aws_endpoin
 
 
 def make_session_folder() -> Path:
-    """A new folder for what the processes of a run share.
+    """A new folder for what the processes of a run share, in memory where there is room.
 
-    It does not lie below pytest's own, which the user that PostgreSQL runs as under root cannot enter.
+    It does not lie below pytest's own, which the user that PostgreSQL runs as under root cannot enter. In memory
+    everything temporary lies in it, pytest's own included, and goes with it: a run makes and deletes some 100,000
+    files, and a disk may take milliseconds to delete each. Who wants to look at what a test left sets TMPDIR.
     """
-    folder = Path(tempfile.mkdtemp(prefix="prefs-tests-"))
+    if "TMPDIR" in os.environ or not _has_room(_MEMORY):
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        folder.chmod(0o755)
+        return folder
+    # One run after the other, so that none takes a folder that is not locked yet for an abandoned one.
+    with FileLock(_MEMORY / f".{_PREFIX}{os.geteuid()}.lock"):
+        _remove_abandoned(_MEMORY)
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_MEMORY))
+        # Held as long as this process lives, however it ends.
+        _held.append(FileLock(folder / "run.lock"))
+        _held[-1].acquire()
     folder.chmod(0o755)
+    temporary = folder / "tmp"
+    temporary.mkdir()
+    # As any folder for temporary files, for every user.
+    temporary.chmod(0o1777)
+    os.environ["TMPDIR"] = tempfile.tempdir = str(temporary)
     return folder
+
+
+def _has_room(folder: Path) -> bool:
+    """Whether a folder in memory can take a run's files, and programs that are started there."""
+    try:
+        found = os.statvfs(folder)
+    except OSError:
+        return False
+    free = min(found.f_bavail * found.f_frsize, psutil.virtual_memory().available)
+    return free > _ROOM_BYTES and not found.f_flag & os.ST_NOEXEC and os.access(folder, os.W_OK)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what runs that were killed left, which would keep the memory until the machine restarts."""
+    for lock in folder.glob(f"{_PREFIX}*/run.lock"):
+        with contextlib.suppress(Timeout, OSError), FileLock(lock, timeout=0):
+            shutil.rmtree(lock.parent, ignore_errors=True)

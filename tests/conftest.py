@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-import sqlite3
 import tempfile
 import urllib.request
 import uuid
@@ -22,7 +21,6 @@ from typing import Any
 import psycopg
 import pytest
 from psycopg import sql
-from sqlalchemy import Engine, event
 
 # Looking for garbage after every 700 objects takes a fourth of the time of importing Dagster and dbt.
 gc.set_threshold(20_000, 10, 10)
@@ -58,7 +56,8 @@ from built_state import (  # noqa: E402 (after the environment is clean)
     make_session_folder,
 )
 from declared import COURSES, PROJECT  # noqa: E402
-from longest import longest_first  # noqa: E402
+from longest import left_out, longest_first  # noqa: E402
+from unsynced import never_sync_sqlite  # noqa: E402
 from warm import Warm  # noqa: E402
 
 from dagster_prefs.declarations.registry import Registry, load_registry  # noqa: E402
@@ -74,6 +73,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     longest_first(items)
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`make test-fast` does not even read the long files."""
+    return left_out(collection_path, config.option.markexpr) or None
+
+
 def pytest_collection_finish() -> None:
     """What was imported and collected stays to the end, so nobody looks for garbage in it again."""
     gc.collect()
@@ -84,6 +88,15 @@ def pytest_configure(config: pytest.Config) -> None:
     """One folder for the whole run: the first process makes it and removes it, xdist's workers are told of it."""
     told: dict[str, Any] | None = getattr(config, "workerinput", None)
     config.stash[SESSION_FOLDER] = Path(told["session_folder"]) if told else make_session_folder()
+    if told or not config.getoption("numprocesses", None):
+        # Not above: xdist's first process runs no test.
+        from hypothesis import HealthCheck, settings
+
+        # How busy this machine is decides no test. What hypothesis itself sets in CI is kept.
+        settings.register_profile(
+            "any machine", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+        )
+        settings.load_profile("any machine")
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -139,15 +152,10 @@ def _no_developer_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
 
 @pytest.fixture(autouse=True, scope="session")
 def _no_waiting_for_the_disk() -> Iterator[None]:
-    """SQLite of this process, behind Dagster and Iceberg, writes without waiting: nothing outlives the run."""
-
-    def hurry(connection: Any, _: Any) -> None:
-        if isinstance(connection, sqlite3.Connection):
-            connection.execute("pragma synchronous = off")
-
-    event.listen(Engine, "connect", hurry)
+    """Nothing that SQLite of this process keeps outlives the run."""
+    undo = never_sync_sqlite()
     yield
-    event.remove(Engine, "connect", hurry)
+    undo()
 
 
 @pytest.fixture(scope="session")

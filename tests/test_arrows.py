@@ -52,6 +52,7 @@ ALLOWED = {
         "events",
         "iceberg",
         "training",
+        "live",
     },
     "erasure": {"declarations", "engine", "dynamodb", "events", "iceberg", "training"},
     "local": {"declarations", "engine", "loopback"},

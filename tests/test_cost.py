@@ -22,6 +22,7 @@ from dagster_prefs.tools.cost import (
     DomainLoad,
     Prices,
     Shape,
+    TileLoad,
     Workload,
     engine_rows,
     estimate,
@@ -30,7 +31,7 @@ from dagster_prefs.tools.cost import (
     overrides,
     project_shape,
     rows_kept,
-    scale_table,
+    scale_table_of,
     served_entity,
     tile_rows,
     topic_shares,
@@ -244,6 +245,7 @@ def test_a_project_says_its_own_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     found = project_shape(courses, entity, 1_000)
     (tile,), (domain,) = found.tiles, found.domains
     assert (tile.name, tile.topics) == ("learner_lessons_1d", {"lesson_events"})
+    assert (tile.row_bytes, domain.item_bytes) == pytest.approx((18.8, 154))
     assert (domain.name, domain.windows, domain.topics) == ("progress", (7, 28), {"lesson_events"})
     workload = Workload(1_000, 4_000, topic_shares(courses, entity), daily_active_share=0.5)
     assert tile_rows(workload, found) == {"learner_lessons_1d": 500}
@@ -276,9 +278,34 @@ def test_shares_that_are_left_out_are_equal() -> None:
         CliRunner().invoke(cli, ["cost", "--share", "views"], catch_exceptions=False)
 
 
-def test_the_documents_table_is_current() -> None:
-    """`prefs cost --table` writes it; paste its output where this test says."""
-    assert CliRunner().invoke(cli, ["cost", "--table"]).output.strip() == scale_table(REGISTRY, VIEWER)
-    assert scale_table(REGISTRY, VIEWER) in SCALE.read_text(), (
-        "docs/scale.md: paste what `prefs cost --table` prints"
+def cells_below(heading: str) -> list[list[str]]:
+    """The rows of the documentation's table whose first column has this heading."""
+    _, _, after = SCALE.read_text().partition(f"| {heading} |")
+    rows = after.partition("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def test_the_documents_table_follows_from_what_it_assumes() -> None:
+    """The page states its own tiles and domains, so that a change of the example's models leaves it true."""
+    tiles = tuple(
+        TileLoad(name, frozenset({topic}), float(size), float(rows), float(distinct))
+        for name, topic, size, rows, distinct in cells_below("tile")
     )
+    domains = tuple(
+        DomainLoad(name, float(size), tuple(map(int, windows.split(", "))), frozenset({topic}))
+        for name, topic, windows, size in cells_below("domain")
+    )
+    assert len(tiles) == len(domains) == 3
+
+    def assumed(viewers: int) -> Shape:
+        more = 1 if viewers >= 100_000_000 else 0
+        return Shape(tiles, tuple(replace(each, item_bytes=each.item_bytes + more) for each in domains))
+
+    table = scale_table_of("viewer", assumed, SHARES, target_seconds=5)
+    assert table in SCALE.read_text(), f"docs/scale.md: replace the table by\n{table}"
+
+
+def test_the_table_of_a_project() -> None:
+    """`prefs cost --table` prints what follows from the project's own shape."""
+    table = scale_table_of("viewer", shape, SHARES, target_seconds=5)
+    assert CliRunner().invoke(cli, ["cost", "--table"]).output.strip() == table

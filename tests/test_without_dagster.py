@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -21,13 +20,11 @@ def test_plan_apply_publish_status_and_erase(
     deployed_template: EngineConfiguration,
     aws_endpoint: str,
     tmp_path: Path,
+    session_folder: Path,
 ) -> None:
-    with (
-        # Short, as the address of a socket has to be.
-        tempfile.TemporaryDirectory(prefix="prefs-tests-") as folder,
-        copied_database("without_dagster", deployed_template) as engine,
-    ):
-        without_dagster = Warm(Path(folder), os.getpid(), without="dagster")
+    with copied_database("without_dagster", deployed_template) as engine:
+        # In the run's folder, so that it takes over what the other server has parsed.
+        without_dagster = Warm(session_folder, os.getpid(), without="dagster")
         environment = command_environment(engine, tmp_path / "state", aws_endpoint)
 
         def run(*command: str) -> subprocess.CompletedProcess[str]:

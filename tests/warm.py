@@ -133,7 +133,7 @@ class Warm:
 
     def __init__(self, folder: Path, owner_pid: int, without: str = "") -> None:
         self._folder, self._owner, self._without = folder, owner_pid, without
-        self._address = folder / "warm.sock"
+        self._address = folder / (f"warm-without-{without}.sock" if without else "warm.sock")
 
     def start(
         self,
@@ -230,6 +230,7 @@ def _import_everything(without: str, parsed_store: Path) -> None:
         except ModuleNotFoundError as error:
             if not without or not str(error.name).startswith(without):
                 raise
+    _never_wait_for_the_disk()
     import dbt.adapters.postgres
     import dbt.adapters.risingwave
     import dbt.cli.main  # noqa: F401
@@ -242,13 +243,8 @@ def _import_everything(without: str, parsed_store: Path) -> None:
     from dagster_prefs.engine.connection import EngineConfiguration
     from dagster_prefs.engine.dbt import Dbt
 
-    sys.path.insert(0, str(Path(__file__).parent))
-    from parsed import share_parsed
-
-    # The commands that are started here do not see modules of the tests.
-    sys.path.pop(0)
     parsed_store.mkdir(exist_ok=True)
-    share_parsed(parsed_store)
+    _of_tests("parsed").share_parsed(parsed_store)
     nowhere = EngineConfiguration("127.0.0.1", 1, "nowhere", "nobody")
     kept = dict(os.environ)
     with tempfile.TemporaryDirectory() as target:
@@ -259,6 +255,31 @@ def _import_everything(without: str, parsed_store: Path) -> None:
         parsing.manifest()
     os.environ.clear()
     os.environ.update(kept)
+
+
+def _never_wait_for_the_disk() -> None:
+    """What commands keep here outlives no run: neither Dagster's SQLite nor services that they start sync it.
+
+    A command of a demo waited for the disk for longer than it worked.
+    """
+    from dagster_prefs.local.services import LocalServices
+
+    _of_tests("unsynced").never_sync_sqlite()
+    started = LocalServices.__init__
+
+    def disposable(services: LocalServices, *given: Any, **named: Any) -> None:
+        started(services, *given, **{"disposable": True, **named})
+
+    LocalServices.__init__ = disposable  # type: ignore[method-assign]
+
+
+def _of_tests(name: str) -> Any:
+    """Import a module that lies beside this one; the commands that are started here do not see such."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.pop(0)
 
 
 class _Here(DbtProcess):

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 import click
 
 from dagster_prefs.cli.root import cli, console, print_json, progress_bar, services_of, table_of
-from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.settings import Settings, load_settings
 
@@ -51,8 +50,6 @@ def status(watch: bool, interval: float, as_json: bool) -> int:
                 rows = [
                     (s.name, "running" if s.running else f"down: {s.detail}", s.address) for s in services
                 ]
-                if services and all(service.running for service in services):
-                    rows.append(("follower", *follower_row(settings)))
                 if rows:
                     console.print(table_of("Services", ["service", "state", "address"], rows))
                     console.print()
@@ -60,20 +57,6 @@ def status(watch: bool, interval: float, as_json: bool) -> int:
             if not watch:
                 return found.exit_code
             time.sleep(interval)
-
-
-def follower_row(settings: Settings) -> tuple[str, str]:
-    """The state of the embedded engine's follower, with the remedy, and its process."""
-    from dagster_prefs.live.follower import read_follower
-
-    engine = EngineConfiguration.of(settings)
-    with engine.connect() as connection:
-        found = read_follower(connection, engine)
-    if found is None:
-        return "not started: `prefs up` starts it", "-"
-    if not found.alive(datetime.now(UTC)):
-        return f"down since {found.seen_at:%Y-%m-%d %H:%M:%SZ}: run `prefs up`", found.process
-    return f"has a problem: {found.problem}" if found.problem else "running", found.process
 
 
 @contextmanager

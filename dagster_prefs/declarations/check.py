@@ -17,7 +17,7 @@ from dagster_prefs.declarations.check_domains import (
 from dagster_prefs.declarations.check_indexes import check_indexes
 from dagster_prefs.declarations.check_tiles import Tile, check_tile
 from dagster_prefs.declarations.check_topics import Topic, check_topic
-from dagster_prefs.declarations.check_views import check_kept, check_preference
+from dagster_prefs.declarations.check_views import check_kept, check_preference, is_kept
 from dagster_prefs.declarations.findings import EXAMPLES, NAME, Findings, did_you_mean, is_whole, plain
 from dagster_prefs.declarations.read import (
     GENERATED,
@@ -65,14 +65,15 @@ def check_project(project: ProjectYaml) -> Declarations:
         findings.say(
             PROJECT_FILE,
             project.content.at("macro-paths"),
-            f"macro-paths lacks {GENERATED}, where the hashes stand by which dbt refuses what is stale",
+            f"macro-paths lacks {GENERATED}, the folder of the hashes by which dbt refuses stale files",
             f"macro-paths: [{', '.join([*paths, GENERATED])}]",
         )
     if not findings.entities or findings.problems:
         # Other problems may be consequences of these.
         raise DeclarationError(findings.problems)
     for model in project.models:
-        findings.claim(model.name, f"{model.file}:{model.line}")
+        has_query = "topic" in model.meta or is_kept(findings, model)
+        findings.claim(model.name, f"{model.file}:{model.line}", kept=has_query)
         _model(findings, model)
     topics = [topic for model in findings.declaring("topic") if (topic := check_topic(findings, model))]
     # Topics of events before reference data, each in order of declaration.
@@ -122,7 +123,7 @@ def _model(findings: Findings, model: ModelYaml) -> None:
             findings.say(
                 model.file,
                 model.meta.at(kind),
-                f"{model.name}: meta.{kind} is no mapping",
+                f"{model.name}: meta.{kind} must be a mapping",
                 EXAMPLES[kind],
             )
     for name in model.meta:
@@ -174,7 +175,7 @@ def _entities(findings: Findings) -> dict[str, Entity]:
         line = declared.at(name)
         if not isinstance(value, Map) or not NAME.fullmatch(str(name)):
             findings.say(
-                PROJECT_FILE, line, f"entity {name!r} is no name in lower case with a mapping", example
+                PROJECT_FILE, line, f"entity {name!r} must be a name in lower case with a mapping", example
             )
             continue
         findings.known(PROJECT_FILE, value, ENTITY_KEYS, f"entity {name}", example)
@@ -187,8 +188,8 @@ def _entities(findings: Findings) -> dict[str, Entity]:
                 findings.say(
                     PROJECT_FILE,
                     keys.at(key),
-                    f"entity {name}: key {key} is a {kind!r}, and a key is one of "
-                    f"{', '.join(get_args(KeyType))}",
+                    f"entity {name}: the type of key {key} must be one of "
+                    f"{', '.join(get_args(KeyType))}, not {kind!r}",
                     f"keys: {{ {key}: text }}",
                 )
             other = types.setdefault(str(key), (str(kind), name))
@@ -205,7 +206,7 @@ def _entities(findings: Findings) -> dict[str, Entity]:
             findings.say(
                 PROJECT_FILE,
                 value.at("table"),
-                f"entity {name}: {table!r} is no DynamoDB table's name (3 to 255 of A-Z a-z 0-9 _ . -)",
+                f"entity {name}: {table!r} is not a DynamoDB table name (3 to 255 of A-Z a-z 0-9 _ . -)",
                 f"table: {name}_profiles",
             )
         if table is not None and (
@@ -214,14 +215,14 @@ def _entities(findings: Findings) -> dict[str, Entity]:
             findings.say(
                 PROJECT_FILE,
                 value.at("table"),
-                f"entity {name} and entity {other_table} have one table, {table}",
+                f"entity {name} and entity {other_table} have the same table, {table}",
                 f"table: {name}_profiles",
             )
         if not isinstance(value.get("erasable", False), bool):
             findings.say(
                 PROJECT_FILE,
                 value.at("erasable"),
-                f"entity {name}: erasable is {value['erasable']!r}",
+                f"entity {name}: erasable must be true or false, not {value['erasable']!r}",
                 "erasable: true",
             )
         made = Entity(
@@ -252,7 +253,7 @@ def _windows(findings: Findings) -> None:
             findings.say(
                 PROJECT_FILE,
                 windows.at(name),
-                f"the window {name} is {days!r}: it is a whole number of days from 1 on",
+                f"the window {name} must be a whole number of days, at least 1, not {days!r}",
                 f"{name}: 7",
             )
 
@@ -294,6 +295,6 @@ def _twice(findings: Findings, topics: list[Topic], tiles: list[Tile]) -> None:
         for name, file in found:
             if name in seen:
                 findings.say(
-                    file, 1, f"{what} {name} is declared in {seen[name]} too: rename one of them", example
+                    file, 1, f"{what} {name} is also declared in {seen[name]}: rename one of them", example
                 )
             seen.setdefault(name, file)

@@ -69,12 +69,12 @@ def contract_head(findings: Findings) -> Head:
     ]
     example = "contract: { version: 1, owner: team@example.com }"
     for file, _, line in found[1:]:
-        findings.say(file, line, f"{found[0][0]} declares meta.contract too: keep one of them", example)
+        findings.say(file, line, f"{found[0][0]} also declares meta.contract: keep one of them", example)
     if not found:
         return Head(PROJECT_FILE, as_map(None, 1))
     file, head, line = found[0]
     if not isinstance(head, Map):
-        findings.say(file, line, f"meta.contract is {head!r}: it is a mapping", example)
+        findings.say(file, line, f"meta.contract must be a mapping, not {head!r}", example)
         return Head(file, as_map(None, line))
     findings.known(file, head, HEAD_KEYS, "meta.contract", example)
     return Head(file, head)
@@ -100,7 +100,7 @@ def check_domain(findings: Findings, model: ModelYaml, head: Head) -> Domain | N
         findings.say(
             model.file,
             given.at("key"),
-            f"{model.name}: the domain {key} is declared in {findings.domain_keys[key]} too: rename one of them",
+            f"{model.name}: the domain {key} is also declared in {findings.domain_keys[key]}: rename one of them",
             f'domain: {{ key: "{parts[1]}#other" }}',
         )
         return None
@@ -133,8 +133,8 @@ def check_domain(findings: Findings, model: ModelYaml, head: Head) -> Domain | N
             findings.say(
                 model.file,
                 column.line,
-                f"{model.name}.{column.name} is {column.type or 'of no data_type'}, which an item of DynamoDB "
-                "cannot hold: use one of bigint, numeric, double precision, text, text[], numeric[]",
+                f"{model.name}.{column.name} is {column.type or 'of no data_type'}, which a DynamoDB item "
+                "cannot store: use one of bigint, numeric, double precision, text, text[], numeric[]",
                 f"- {{ name: {column.name}, data_type: bigint }}",
             )
     _retired(findings, model, [key.name for key in entity.keys] if entity else [])
@@ -148,7 +148,7 @@ def check_domain(findings: Findings, model: ModelYaml, head: Head) -> Domain | N
         findings.say(
             model.file,
             given.at("name"),
-            f"{model.name}: {python_name!r} is no name that Python can have",
+            f"{model.name}: {python_name!r} is not a Python identifier",
             f"name: {parts[2]}",
         )
     sink = str(given.get("sink", f"sink_{parts[1]}_{parts[2]}"))
@@ -192,15 +192,15 @@ def _retired(findings: Findings, model: ModelYaml, keys: Sequence[str]) -> None:
             findings.say(
                 model.file,
                 column.meta.at("retired"),
-                f"{model.name}.{column.name}: retired is {plain(given)!r}: it is true or false",
+                f"{model.name}.{column.name}: retired must be true or false, not {plain(given)!r}",
                 example,
             )
         elif given and column.name in (*keys, DOMAIN_KEY, LAST_EVENT_AT):
             findings.say(
                 model.file,
                 column.meta.at("retired"),
-                f"{model.name}.{column.name}: every item has it, so it cannot be retired: retire an attribute, or "
-                "remove the domain",
+                f"{model.name}.{column.name}: every item has this column, so it cannot be retired: retire an "
+                "attribute, or remove the domain",
                 example,
             )
 
@@ -238,8 +238,8 @@ def _named_days(findings: Findings, model: ModelYaml, entity: Entity | None) -> 
             findings.say(
                 str(file),
                 line,
-                f"{model.name}: a window by {key}: the day of {entity.name} begins by its first key, "
-                f"{entity.key.name}, for training sets and parity too",
+                f"{model.name}: the window is computed by {key}, and must be by {entity.key.name}, the "
+                f"first key of {entity.name}: training sets and parity begin an entity's day by that key",
                 f'within_window("watch_date", "{entity.key.name}", var("windows").long)',
             )
         value: Any = int(text) if re.fullmatch(r"-?[0-9]+", text) else None
@@ -251,7 +251,7 @@ def _named_days(findings: Findings, model: ModelYaml, entity: Entity | None) -> 
                 findings.say(
                     str(file),
                     line,
-                    f"{model.name}: {text} is no variable with days"
+                    f"{model.name}: {text} is not a variable with a number of days"
                     f"{did_you_mean(inner, findings.variables.get('windows', {}))}",
                     'within_window("watch_date", "viewer_id", var("windows").long)',
                 )
@@ -262,7 +262,7 @@ def _named_days(findings: Findings, model: ModelYaml, entity: Entity | None) -> 
             findings.say(
                 str(file),
                 line,
-                f"{model.name}: a window of {value} days",
+                f"{model.name}: a window must have at least 1 day, not {value}",
                 'within_window("watch_date", "viewer_id", var("windows").long)',
             )
         days.add(value)
@@ -294,7 +294,7 @@ def contract_of(
             findings.say(
                 head.file,
                 head.content["freshness"]["topics"].at(name),
-                f"a freshness target of {name}, which is no topic of events{did_you_mean(name, of_topics)}",
+                f"a freshness target of {name}, which is not a topic of events{did_you_mean(name, of_topics)}",
                 "topics: { view_events: { warn_seconds: 3, error_seconds: 5 } }",
             )
     given = plain(as_map(head.content.get("tables"), head.content.line))
@@ -304,7 +304,7 @@ def contract_of(
             findings.say(
                 head.file,
                 head.content["tables"].at(name),
-                f"tables has {name!r}, which is no entity with a domain{did_you_mean(name, served)}",
+                f"tables has {name!r}, which is not an entity with a domain{did_you_mean(name, served)}",
                 "tables: { viewer: { max_item_bytes: 409600 } }",
             )
     owners = [domain.resolved["owner"] for domain in domains]
@@ -376,7 +376,7 @@ def check_key_bytes(findings: Findings, domains: Sequence[Domain], topics: Seque
             findings.say(
                 domain.file,
                 1,
-                f"{domain.relation}: the sort key of its items may have {longest:,} bytes, and DynamoDB takes "
+                f"{domain.relation}: the sort key of its items may have {longest:,} bytes, and DynamoDB accepts "
                 f"{MAX_SORT_KEY_BYTES:,}: it holds {domain.key} and {', '.join(texts)}, whose `#` and `%` take three "
                 "bytes each; limit them in their topic",
                 f"config: {{ meta: {{ max_bytes: {most} }} }}",

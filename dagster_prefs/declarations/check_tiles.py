@@ -41,8 +41,8 @@ def check_tile(findings: Findings, model: ModelYaml) -> Tile | None:
             findings.say(
                 model.file,
                 column.line,
-                f"{model.name}.{column.name} is {column.type or 'of no data_type'}, which an Iceberg table "
-                f"of training data cannot hold: use one of {', '.join(TILE_TYPES)}",
+                f"{model.name}.{column.name} is {column.type or 'of no data_type'}, which a training table "
+                f"in Iceberg cannot store: use one of {', '.join(TILE_TYPES)}",
                 f"- {{ name: {column.name}, data_type: bigint }}",
             )
         findings.known(
@@ -58,8 +58,8 @@ def check_tile(findings: Findings, model: ModelYaml) -> Tile | None:
             findings.say(
                 model.file,
                 column.meta.at("min"),
-                f"{model.name}.{column.name}: min is {column.meta['min']!r}: it is a whole number, "
-                "of a column that is a bigint or decimal",
+                f"{model.name}.{column.name}: min must be a whole number, of a bigint or decimal "
+                f"column, not {column.meta['min']!r}",
                 "config: { meta: { min: 0 } }",
             )
     newest = model.columns.get(LAST_EVENT_AT)
@@ -79,7 +79,7 @@ def check_tile(findings: Findings, model: ModelYaml) -> Tile | None:
                 model.file,
                 model.config.at("indexes"),
                 f"{model.name}: a tile needs a unique index on its entity's keys and its day, "
-                "and on what else tells its rows apart",
+                "and on every further column that distinguishes its rows",
                 f"indexes: [{{ columns: [{', '.join([*names, day])}], unique: true }}]",
             )
         for name in unique:
@@ -87,7 +87,7 @@ def check_tile(findings: Findings, model: ModelYaml) -> Tile | None:
                 findings.say(
                     model.file,
                     model.config.at("indexes"),
-                    f"{model.name}: the unique index has {name!r}, which is no column of it"
+                    f"{model.name}: the unique index has {name!r}, which is not one of its columns"
                     f"{did_you_mean(name, model.columns)}",
                     f"indexes: [{{ columns: [{', '.join([*names, day])}], unique: true }}]",
                 )
@@ -101,8 +101,8 @@ def check_tile(findings: Findings, model: ModelYaml) -> Tile | None:
         findings.say(
             model.file,
             given.at("metric"),
-            f"{model.name}: metric is {plain(metric)!r}: it lists columns of numbers, of which this "
-            f"has {', '.join(numbers) or 'none'}",
+            f"{model.name}: metric must be a list of columns of numbers (here "
+            f"{', '.join(numbers) or 'none'}), not {plain(metric)!r}",
             f"metric: [{numbers[0] if numbers else 'views'}]",
         )
     at_most = given.get("at_most", [])
@@ -113,8 +113,8 @@ def check_tile(findings: Findings, model: ModelYaml) -> Tile | None:
         findings.say(
             model.file,
             given.at("at_most"),
-            f"{model.name}: at_most is {plain(at_most)!r}: it lists pairs of columns of numbers, "
-            "the smaller one first",
+            f"{model.name}: at_most must be a list of pairs of columns of numbers, the smaller one "
+            f"first, not {plain(at_most)!r}",
             "at_most: [[completions, views]]",
         )
     table = given.get("table", f"{model.name.removesuffix('_1d')}_daily")
@@ -122,7 +122,7 @@ def check_tile(findings: Findings, model: ModelYaml) -> Tile | None:
         findings.say(
             model.file,
             given.at("table"),
-            f"{model.name}: {table!r} is no name of a table in lower case",
+            f"{model.name}: {table!r} is not a table name in lower case",
             f"table: {model.name}",
         )
     sink = str(given.get("sink", _training_sink(str(table), entity)))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast, get_args
 
 from dagster_prefs.declarations.findings import EXAMPLES, NAME, Findings, did_you_mean, is_whole, plain
+from dagster_prefs.declarations.names import kafka_feed, parsed_view, raw_table
 from dagster_prefs.declarations.read import ColumnYaml, ModelYaml, as_map
 from dagster_prefs.declarations.registry import (
     Entity,
@@ -85,14 +86,16 @@ def check_topic(findings: Findings, model: ModelYaml) -> Topic | None:
             "remove it, or rename the topic's model",
             example,
         )
-    for relation in (f"raw_{model.name}", f"kafka_{model.name}", f"{model.name}_parsed"):
-        findings.claim(relation, f"{model.file}:{model.line}")
+    place = f"{model.file}:{model.line}"
+    findings.claim(raw_table(model.name), place)
+    findings.claim(kafka_feed(model.name), place)
+    findings.claim(parsed_view(model.name), place, kept=True, model=model.name)
     name = given.get("kafka_topic", model.name)
     if not _KAFKA_TOPIC.fullmatch(str(name)):
         findings.say(
             model.file,
             given.at("kafka_topic"),
-            f"{model.name}: {name!r} is no Kafka topic: use letters, digits, `.`, `_` and `-`",
+            f"{model.name}: {name!r} is not the name of a Kafka topic: use letters, digits, `.`, `_` and `-`",
             example,
         )
     keep = given.get("keep", "first")
@@ -100,8 +103,8 @@ def check_topic(findings: Findings, model: ModelYaml) -> Topic | None:
         findings.say(
             model.file,
             given.at("keep"),
-            f"{model.name}: keep is {keep!r}: `first` delivery of an event, or `last` message about "
-            "reference data",
+            f"{model.name}: keep must be `first` (the first delivery of an event counts) or `last` (reference "
+            f"data: the last message counts), not {keep!r}",
             "keep: last",
         )
     identity = findings.column(model, given, "identity", ("text",), example)
@@ -113,7 +116,7 @@ def check_topic(findings: Findings, model: ModelYaml) -> Topic | None:
                 findings.say(
                     model.file,
                     given.at(extra),
-                    f"{model.name}: keep: last is reference data, which has no {extra}",
+                    f"{model.name}: keep: last declares reference data, which cannot have {extra}",
                     f"topic: {{ kafka_topic: {name}, identity: {identity}, keep: last }}",
                 )
     else:
@@ -133,8 +136,8 @@ def check_topic(findings: Findings, model: ModelYaml) -> Topic | None:
         declared=TopicDeclaration(
             name=str(name),
             relation=model.name,
-            raw=f"raw_{model.name}",
-            parsed=f"{model.name}_parsed",
+            raw=raw_table(model.name),
+            parsed=parsed_view(model.name),
             identity=str(identity),
             keep=keep,
             entity=entity.name if entity else None,
@@ -194,19 +197,18 @@ def _field(
         findings.say(
             model.file,
             column.line,
-            f"{place} is {kind or 'of no data_type'}, and a message's field is one of "
-            f"{', '.join(get_args(FieldType))}",
+            f"the type of {place} must be one of {', '.join(get_args(FieldType))}, not {kind or 'missing'}",
             f"- {{ name: {name}, data_type: text }}",
         )
         return None
     numeric = kind in ("int", "bigint", "decimal")
     for key in ("optional", "prose", "pii"):
         if not isinstance(meta.get(key, False), bool):
-            wrong(key, f"{key} is {meta[key]!r}: it is true or false", f"{key}: true")
+            wrong(key, f"{key} must be true or false, not {meta[key]!r}", f"{key}: true")
     if meta.get("optional") and name in required:
         wrong(
             "optional",
-            "an identity, a key and a time cannot be optional",
+            "the identity, the key and the time of an event cannot be optional",
             f"- {{ name: {name}, data_type: {kind} }}",
         )
     for key, kinds in (
@@ -216,20 +218,24 @@ def _field(
         ("accepted_from", ("text",)),
     ):
         if key in meta and kind not in kinds:
-            wrong(key, f"{key} is for {' and '.join(kinds)}, and this is {kind}", f"data_type: {kinds[0]}")
+            wrong(
+                key,
+                f"{key} is only for {' and '.join(kinds)}, and this column is {kind}",
+                f"data_type: {kinds[0]}",
+            )
     for key in ("min", "max"):
         if key in meta and not numeric:
-            wrong(key, f"{key} is for numbers, and this is {kind}", "data_type: int")
+            wrong(key, f"{key} is only for numbers, and this column is {kind}", "data_type: int")
         elif key in meta and not is_whole(meta[key]):
-            wrong(key, f"{key} is {meta[key]!r}: it is a whole number", f"{key}: 0")
+            wrong(key, f"{key} must be a whole number, not {meta[key]!r}", f"{key}: 0")
     low: Any = meta.get("min")
     high: Any = meta.get("max")
     if high is not None and low is None:
-        wrong("max", "max without min: the reason of a rejected event names both", f"min: 0, max: {high}")
+        wrong("max", "max needs min: the reason of a rejected event names both", f"min: 0, max: {high}")
     elif low is not None and high is None and low != 0:
         wrong(
             "min",
-            f"min: {low} without max: without max only `min: 0`, which rejects negative numbers, is known",
+            f"min: {low} needs max: without max only `min: 0` is allowed, which rejects negative numbers",
             "min: 0",
         )
     elif is_whole(low) and is_whole(high) and low > high:
@@ -239,20 +245,20 @@ def _field(
     if limit is not None and (not is_whole(limit) or not 1 <= limit <= most):
         wrong(
             "max_bytes",
-            f"max_bytes is {limit!r}: it is from 1 to {most}"
-            + (", because an index and a key of DynamoDB hold no more" if name in ids else ""),
+            f"max_bytes must be from 1 to {most}, not {limit!r}"
+            + (": an index and a key of DynamoDB cannot hold more" if name in ids else ""),
             f"max_bytes: {ID_BYTES if name in ids else NAME_BYTES}",
         )
     scale: Any = meta.get("scale", DEFAULT_SCALE if kind == "decimal" else None)
     if kind == "decimal" and (not is_whole(scale) or not 0 <= scale < DIGITS):
         wrong(
             "scale",
-            f"scale is {scale!r}: it is the number of decimals, from 0 to {DIGITS - 1}",
+            f"scale is the number of decimals and must be from 0 to {DIGITS - 1}, not {scale!r}",
             "scale: 6",
         )
     accepted = _accepted(findings, model, column)
     if "default" in meta and not meta.get("optional"):
-        wrong("default", "a default is for a field that may be left out", "optional: true, default: true")
+        wrong("default", "default is only for an optional field", "optional: true, default: true")
     if len(findings.problems) > before:
         return None
     if kind == "text" and limit is None and not accepted:
@@ -297,7 +303,7 @@ def _accepted(findings: Findings, model: ModelYaml, column: ColumnYaml) -> tuple
         findings.say(
             model.file,
             meta.at("accepted"),
-            f"{place}: accepted is {plain(values)!r}: it is a list of texts without quotes",
+            f"{place}: accepted must be a list of texts without quotes, not {plain(values)!r}",
             "accepted: [like, share]",
         )
         return ()

@@ -39,7 +39,8 @@ def check_preference(findings: Findings, model: ModelYaml) -> PreferenceView | N
         findings.say(
             model.file,
             given.at("reads"),
-            f"{model.name}: reads is {plain(reads)!r}: it lists columns of the view, what is read for one key"
+            f"{model.name}: reads must be a list of columns of the view, which are read for one key, "
+            f"not {plain(reads)!r}"
             f"{did_you_mean(unknown[0], model.columns) if unknown else ''}",
             example,
         )
@@ -48,23 +49,29 @@ def check_preference(findings: Findings, model: ModelYaml) -> PreferenceView | N
     return PreferenceView(model.name, entity.name, tuple(map(str, reads)))
 
 
-def check_kept(findings: Findings, model: ModelYaml, topics: Sequence[Topic]) -> KeptView | None:
-    """How a view that is written by hand is kept current; None where it is no such view, or wrong."""
+def is_kept(findings: Findings, model: ModelYaml) -> bool:
+    """Whether a model is a materialized view that is written by hand, which the embedded engine keeps current."""
     sql = findings.project.sql(model.name)
     materialized = str(model.config.get("materialized", "materialized_view"))
-    if sql is None or "topic" in model.meta or _PLAIN_VIEW.search(sql) or materialized != "materialized_view":
+    written = sql is not None and "topic" not in model.meta and not _PLAIN_VIEW.search(sql)
+    return written and materialized == "materialized_view"
+
+
+def check_kept(findings: Findings, model: ModelYaml, topics: Sequence[Topic]) -> KeptView | None:
+    """How a view that is written by hand is kept current; None where it is no such view, or wrong."""
+    if not is_kept(findings, model):
         if "keep" in model.meta:
-            what = "the typed events of a topic" if "topic" in model.meta else "no materialized view"
+            what = "a topic's typed model" if "topic" in model.meta else "not a materialized view"
             findings.say(
                 model.file,
                 model.meta.at("keep"),
-                f"{model.name}: meta.keep is for materialized views that are written by hand, and this is {what}: "
+                f"{model.name}: meta.keep is only for materialized views that are written by hand, and this is {what}: "
                 "remove it",
                 _EXAMPLE,
             )
         return None
     before = len(findings.problems)
-    inputs = references(sql)
+    inputs = references(findings.project.sql(model.name) or "")
     given = as_map(model.meta.get("keep"), model.line)
     if "keep" in model.meta:
         _check_given(findings, model, inputs)
@@ -78,15 +85,15 @@ def check_kept(findings: Findings, model: ModelYaml, topics: Sequence[Topic]) ->
         findings.say(
             model.file,
             model.line,
-            f"{model.name}: how it is kept current does not follow from its YAML: no unique index of it has the "
-            f"keys of an entity which all that it reads has too ({', '.join(inputs) or 'nothing'}): declare meta.keep",
+            f"{model.name}: the way to keep it current cannot be inferred from its YAML, because no unique index has "
+            f"the keys of an entity that all its inputs have ({', '.join(inputs) or 'it has none'}): declare meta.keep",
             _EXAMPLE,
         )
     elif by in ("key", "merging") and not (key or unique):
         findings.say(
             model.file,
             model.meta.at("keep"),
-            f"{model.name}: it is kept by {by}, and has no unique index that says the key",
+            f"{model.name}: keep by {by} needs a unique index, which names the key of a row",
             "indexes: [{ columns: [learner_id], unique: true }]",
         )
     if len(findings.problems) > before:
@@ -107,7 +114,7 @@ def _check_given(findings: Findings, model: ModelYaml, inputs: Collection[str]) 
         findings.say(
             model.file,
             model.meta.at("keep"),
-            f"{model.name}: meta.keep is {given!r}: it is a mapping",
+            f"{model.name}: meta.keep must be a mapping, not {given!r}",
             _EXAMPLE,
         )
         return
@@ -117,15 +124,15 @@ def _check_given(findings: Findings, model: ModelYaml, inputs: Collection[str]) 
         findings.say(
             model.file,
             given.at("by"),
-            f"{model.name}: keep by {by!r}: it is one of {', '.join(get_args(Keeping))}",
+            f"{model.name}: keep by must be one of {', '.join(get_args(Keeping))}, not {by!r}",
             _EXAMPLE,
         )
     if (by == "rebuilt") != (every is not None) or (every is not None and (not is_whole(every) or every < 1)):
         findings.say(
             model.file,
             given.at("every_seconds"),
-            f"{model.name}: every_seconds is {every!r}: it is a whole number of seconds from 1 on, of a view that is "
-            "kept by rebuilt, and of no other",
+            f"{model.name}: every_seconds must be a whole number of at least 1 for a view that is kept by "
+            f"rebuilt, and absent for any other, not {every!r}",
             _EXAMPLE,
         )
     if not isinstance(whole, list) or (unknown := [name for name in whole if name not in inputs]):
@@ -133,8 +140,8 @@ def _check_given(findings: Findings, model: ModelYaml, inputs: Collection[str]) 
         findings.say(
             model.file,
             given.at("whole"),
-            f"{model.name}: whole is {plain(whole)!r}: it lists relations that the view reads, which are "
-            f"{', '.join(inputs) or 'none'}{near}",
+            f"{model.name}: whole must be a list of relations that the view reads "
+            f"({', '.join(inputs) or 'none'}), not {plain(whole)!r}{near}",
             "whole: [items]",
         )
 

@@ -317,7 +317,7 @@ def parse_contract(content: object) -> Contract:
         values = [getattr(domain, attribute) for domain in domains.values()]
         twice = sorted({value for value in values if values.count(value) > 1})
         if twice:
-            raise ContractError(f"domains: {attribute} {twice[0]!r} is used twice; each domain needs its own")
+            raise ContractError(f"domains: {attribute} {twice[0]!r} is used twice: each domain needs its own")
     place = "freshness"
     thresholds = _object(root["freshness"], place, {"topics", "views", "export", "canary"})
     freshness = FreshnessThresholds(
@@ -548,7 +548,7 @@ def diff_contracts(old: Contract, new: Contract) -> tuple[Change, ...]:
             changes.append(Change("breaking", key, f"the domain is removed: {stay}"))
     changes.extend(Change("additive", domain.key, "the domain is new") for domain in added.values())
     if old.freshness != new.freshness:
-        changes.append(Change("additive", "freshness", "thresholds of the pipeline differ"))
+        changes.append(Change("additive", "freshness", "the pipeline's thresholds change"))
     return tuple(sorted(changes, key=lambda change: change.kind != "breaking"))
 
 
@@ -560,7 +560,7 @@ def check_version(old: Contract, new: Contract) -> tuple[Change, ...]:
     changes = diff_contracts(old, new)
     if new.version < old.version:
         raise ContractError(
-            f"version {new.version} is lower than {old.version}: a contract's version never goes back"
+            f"version {new.version} is lower than {old.version}: a contract's version must not decrease"
         )
     breaking = [f"{change.path}: {change.what}" for change in changes if change.kind == "breaking"]
     # A project that no longer serves profiles has no declaration that could state a version.
@@ -630,7 +630,7 @@ def _domain_changes(old: Domain, new: Domain) -> Iterator[Change]:
             yield Change(
                 "breaking" if after.nullable else "additive",
                 path,
-                "it may now be NULL" if after.nullable else "it is never NULL any more",
+                "it may now be NULL" if after.nullable else "it can no longer be NULL",
             )
         if before.description != after.description:
             yield Change("additive", path, "the description is changed")
@@ -714,7 +714,7 @@ def _tables(value: object) -> dict[str, Table]:
     tables = {entity: _table(entity, given) for entity, given in _mapping(value, "tables").items()}
     names = [table.name for table in tables.values()]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ContractError(f"tables: name {twice[0]!r} is used twice; each entity needs a table of its own")
+        raise ContractError(f"tables: name {twice[0]!r} is used twice: each entity needs a table of its own")
     return tables
 
 
@@ -751,7 +751,9 @@ def _table(entity: str, value: object) -> Table:
         )
     sort_key = _key(table["sort_key"], f"{place}.sort_key")
     if sort_key.type != "S":
-        raise ContractError(f"{place}.sort_key.type: it holds the domain's key, a text: make it S")
+        raise ContractError(
+            f"{place}.sort_key.type: the sort key contains the domain's key, a text: make it S"
+        )
     return Table(
         name=name,
         partition_key=_key(table["partition_key"], f"{place}.partition_key"),
@@ -787,11 +789,13 @@ def _domain(key: str, value: object, tables: Mapping[str, Table]) -> Domain:
     if not _is_name(name):
         raise ContractError(f"{place}.name: {name!r} is not a Python identifier without a leading underscore")
     if name in PROFILE_NAMES or name in {key.name for key in table.columns}:
-        raise ContractError(f"{place}.name: {name!r} is what every profile has: choose another name")
+        raise ContractError(f"{place}.name: {name!r} is an attribute of every profile: choose another name")
     attributes = _attributes(domain["attributes"], f"{place}.attributes", table)
     retired = _attributes(declared_retired, f"{place}.retired", table)
     if both := sorted(attributes.keys() & retired.keys()):
-        raise ContractError(f"{place}.retired: {both[0]} is an attribute too: it is one or the other")
+        raise ContractError(
+            f"{place}.retired: {both[0]} is also declared as an attribute: declare it in one of them"
+        )
     last = attributes.get(LAST_EVENT_AT)
     if last is None or last.type != "integer" or last.nullable:
         raise ContractError(
@@ -823,7 +827,7 @@ def _attributes(value: object, place: str, table: Table) -> dict[str, Attribute]
         if not isinstance(parts["nullable"], bool):
             raise ContractError(f"{where}.nullable: {parts['nullable']!r} is not true or false")
         if attribute in {key.name for key in (*table.columns, table.sort_key)}:
-            raise ContractError(f"{where}: a key of the table cannot be an attribute too")
+            raise ContractError(f"{where}: a key of the table cannot also be an attribute")
         if not _is_name(attribute):
             raise ContractError(
                 f"{where}: an attribute's name must be a Python identifier without a leading underscore"

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard, cast
 
+from dagster_prefs.declarations.names import NAME_BYTES, QUERY_SUFFIX, bytes_too_many
 from dagster_prefs.declarations.read import Map, ModelYaml, ProjectYaml
 from dagster_prefs.declarations.registry import Entity, Key
 
@@ -53,8 +54,23 @@ class Findings:
                 hint = did_you_mean(name, known) or f": known are {', '.join(known)}"
                 self.say(file, given.at(name), f"{where} has no key {name!r}{hint}", example)
 
-    def claim(self, relation: str, place: str) -> None:
-        """Reserve a relation's name for a declaration; note a problem if another one has reserved it."""
+    def claim(self, relation: str, place: str, *, kept: bool = False, model: str = "") -> None:
+        """Reserve a relation's name for a declaration; note a problem if it is taken or too long.
+
+        `kept` says that it is a kept view, which has a second name; `model` the name that it is derived from, if any.
+        """
+        if excess := bytes_too_many(relation, kept=kept):
+            file, _, line = place.rpartition(":")
+            given = model or relation
+            what = f" of {relation}" if model else ""
+            behind = f"; `{QUERY_SUFFIX}` goes behind a kept view's" if kept else ""
+            most = len(given.encode()) - excess
+            self.say(
+                file,
+                int(line),
+                f"{given} is too long a name{what}: PostgreSQL's have {NAME_BYTES} bytes{behind}: use at most {most}",
+                f"- name: {given[:20]}",
+            )
         if relation in PLATFORM_RELATIONS:
             file, _, line = place.rpartition(":")
             self.say(
@@ -68,7 +84,7 @@ class Findings:
             self.say(
                 file,
                 int(line),
-                f"{relation} is declared in {self.relations[relation]} too: rename one of them",
+                f"{relation} is also declared in {self.relations[relation]}: rename one of them",
                 f"- name: other_{relation}",
             )
         else:
@@ -84,7 +100,7 @@ class Findings:
             self.say(
                 model.file,
                 model.line,
-                f"{model.name} is a {kind} without SQL: write {model.name}.sql beside its YAML",
+                f"{model.name} is a {kind} and has no SQL: write {model.name}.sql beside its YAML",
                 'select viewer_id, … from {{ ref("view_events") }}',
             )
 
@@ -123,7 +139,7 @@ class Findings:
             self.say(
                 model.file,
                 given.at(key),
-                f"{model.name}: {key} names {name!r}, which is no column of it"
+                f"{model.name}: {key} names {name!r}, which is not one of its columns"
                 f"{did_you_mean(name, model.columns)}",
                 example,
             )
@@ -132,8 +148,8 @@ class Findings:
             self.say(
                 model.file,
                 column.line,
-                f"{model.name}: {key} is the column {name}, a {column.type or 'column without data_type'}, "
-                f"and it must be {' or '.join(types)}",
+                f"{model.name}: {key} names the column {name}, which must be {' or '.join(types)}, "
+                f"not {column.type or 'without data_type'}",
                 f"- {{ name: {name}, data_type: {next(iter(types))} }}",
             )
             return None
@@ -156,8 +172,8 @@ class Findings:
                 self.say(
                     model.file,
                     column.line,
-                    f"{model.name}: {key.name} is {column.type or 'of no data_type'}, and the key of "
-                    f"entity {entity.name} is {key.type}",
+                    f"{model.name}: {key.name}, the key of entity {entity.name}, must be {key.type}, "
+                    f"not {column.type or 'without data_type'}",
                     example,
                 )
 
@@ -180,8 +196,8 @@ class Findings:
             self.say(
                 model.file,
                 given.at("freshness"),
-                f"{model.name}: freshness is {plain(value)!r}: it is two numbers of seconds, the "
-                "warning's not above the error's",
+                f"{model.name}: freshness must be two numbers of seconds, warn_seconds not above "
+                f"error_seconds, not {plain(value)!r}",
                 "freshness: { warn_seconds: 3, error_seconds: 5 }",
             )
             return LIVE

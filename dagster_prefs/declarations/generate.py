@@ -98,8 +98,7 @@ def check_current(folder: Path) -> Registry:
     if stale:
         more = f" and {len(stale) - 3} more" if len(stale) > 3 else ""
         raise StaleRegistry(
-            f"{folder}: {', '.join(stale[:3])}{more}: not what the declarations say: run `prefs generate` and "
-            "commit what it writes"
+            f"{folder}: stale files: {', '.join(stale[:3])}{more}: run `prefs generate` and commit what it writes"
         )
     return current_registry(folder)
 

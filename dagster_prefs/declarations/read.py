@@ -53,7 +53,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> Iterator[Map]:
         key = loader.construct_object(key_node)
         if key_node.tag != "tag:yaml.org,2002:merge" and key in found.lines:
             raise yaml.MarkedYAMLError(
-                problem=f"{key!r} stands twice, first in line {found.lines[key]}: remove one of them",
+                problem=f"{key!r} is given twice, first in line {found.lines[key]}: remove one of them",
                 problem_mark=key_node.start_mark,
             )
         found.lines[key] = key_node.start_mark.line + 1

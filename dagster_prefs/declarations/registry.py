@@ -190,13 +190,13 @@ class Registry:
     def query(self, relation: str) -> str:
         """Return the compiled SQL of a relation. Raises RegistryError if the registry holds none."""
         if relation not in self.queries:
-            raise RegistryError(f"the registry holds no query of {relation}: run `prefs generate`")
+            raise RegistryError(f"the registry has no query for {relation}: run `prefs generate`")
         return self.queries[relation]
 
     def entity(self, name: str) -> Entity:
         """Return the entity of this name. Raises RegistryError naming the existing ones."""
         if name not in self.entities:
-            raise RegistryError(f"unknown entity {excerpt(name)}: there are {', '.join(self.entities)}")
+            raise RegistryError(f"unknown entity {excerpt(name)}: the project has {', '.join(self.entities)}")
         return self.entities[name]
 
     def family(self, name: str) -> tuple[Entity, ...]:
@@ -211,7 +211,9 @@ class Registry:
         if name not in self.topics:
             near = difflib.get_close_matches(name, self.topics, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
-            raise RegistryError(f"unknown topic {excerpt(name)}: {hint}topics are {', '.join(self.topics)}")
+            raise RegistryError(
+                f"unknown topic {excerpt(name)}: {hint}the project has {', '.join(self.topics)}"
+            )
         return self.topics[name]
 
 
@@ -294,7 +296,9 @@ def parse_registry(content: Mapping[str, Any]) -> Registry:
             queries=MappingProxyType(dict(content.get("queries", {}))),
         )
     except (KeyError, TypeError, AttributeError) as error:
-        raise RegistryError(f"it is not as `prefs generate` writes it ({error}): run it again") from None
+        raise RegistryError(
+            f"`prefs generate` did not write it in this form ({error}): run `prefs generate` again"
+        ) from None
     _check_tables(registry)
     return registry
 

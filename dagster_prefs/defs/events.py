@@ -1,35 +1,48 @@
-"""Refreshes triggered by new events."""
+"""What applies the events of the embedded engine where no follower does."""
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import dagster as dg
 
-from dagster_prefs.defs.feature_views import REFRESH_JOB
-from dagster_prefs.defs.resources import sensor_status
+from dagster_prefs.defs.resources import is_at_work, refresh_embedded, schedule_status, sensor_status
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.events.progress import waiting_since
-from dagster_prefs.live.follower import read_follower
+from dagster_prefs.freshness.embedded import FOLLOWER, measure_embedded
 from dagster_prefs.platform import Platform
+
+CATCH_UP_JOB = "catch_up"
+NEW_EVENTS_SENSOR = "new_events"
+# A run that is unfinished for longer was killed, and keeps no other from starting.
+LONGEST_RUN = timedelta(hours=1)
 
 
 def build(platform: Platform) -> dg.Definitions:
-    """Return the sensor that refreshes the embedded engine's views; RisingWave's need no refresh."""
+    """Return the job that applies what arrived, with its sensor and schedule; RisingWave does it by itself."""
     if platform.engine.kind == "risingwave":
         return dg.Definitions()
 
+    @dg.op(
+        description="Apply and publish all that has arrived, and what time has changed, as `prefs refresh` does."
+    )
+    def apply_events(context: dg.OpExecutionContext) -> None:
+        refresh_embedded(platform, context.log.info)
+
+    @dg.job(name=CATCH_UP_JOB, description="Bring views and items up to date where no follower does.")
+    def catch_up() -> None:
+        apply_events()
+
     @dg.sensor(
-        name="new_events",
-        job_name=REFRESH_JOB,
+        name=NEW_EVENTS_SENSOR,
+        job=catch_up,
         minimum_interval_seconds=platform.settings.refresh_poll_seconds,
         default_status=sensor_status(platform),
-        description="Starts a refresh when the raw tables hold messages that no refresh has read.",
+        description="Where nobody follows the engine: applies the messages that no refresh has read.",
     )
-    def new_events() -> dg.RunRequest | dg.SkipReason:
+    def new_events(context: dg.SensorEvaluationContext) -> dg.RunRequest | dg.SkipReason:
         try:
+            if reason := _done_elsewhere(platform, context.instance):
+                return dg.SkipReason(reason)
             with platform.engine.connect() as connection:
-                follower = read_follower(connection, platform.engine)
-                if follower and follower.alive(datetime.now(UTC)) and not follower.problem:
-                    return dg.SkipReason(f"{follower.process} follows the engine and applies what arrives")
                 waiting = waiting_since(connection, platform.engine, platform.registry)
         except PrefsError as error:
             return dg.SkipReason(str(error))
@@ -40,4 +53,29 @@ def build(platform: Platform) -> dg.Definitions:
         key = ",".join(f"{topic}@{found.mark}" for topic, found in sorted(waiting.items()))
         return dg.RunRequest(run_key=key)
 
-    return dg.Definitions(sensors=[new_events])
+    @dg.schedule(
+        name="catch_up_hourly",
+        job=catch_up,
+        cron_schedule="0 * * * *",
+        execution_timezone="UTC",
+        default_status=schedule_status(platform),
+        description="Where nobody follows the engine: once an hour even without events, because windows move.",
+    )
+    def catch_up_hourly(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
+        reason = _done_elsewhere(platform, context.instance)
+        return dg.SkipReason(reason) if reason else dg.RunRequest()
+
+    return dg.Definitions(jobs=[catch_up], sensors=[new_events], schedules=[catch_up_hourly])
+
+
+def _done_elsewhere(platform: Platform, instance: dg.DagsterInstance) -> str:
+    """Return who applies the events already: a follower, or a run that is at work; empty if nobody does."""
+    (follower,) = (
+        one for one in measure_embedded(platform.engine, platform.settings.data_dir) if one.name == FOLLOWER
+    )
+    if follower.values.get("follower_alive"):
+        return f"a follower does it: {follower.reason}"
+    if is_at_work(instance, CATCH_UP_JOB, since=datetime.now(UTC) - LONGEST_RUN):
+        # Otherwise events that keep arriving would start runs faster than they end.
+        return "a run is at work; the next look sees what it left"
+    return ""

@@ -1,23 +1,37 @@
 """Every dbt model as an asset: events, tiles, rolling views, preferences and sinks."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from graphlib import TopologicalSorter
 from typing import Any
 
 import dagster as dg
 from dagster_dbt import DagsterDbtTranslator, dbt_assets
 from dagster_dbt.asset_utils import get_asset_check_key_for_test
+from pydantic import Field
 
 from dagster_prefs.declarations.contract import Contract
 from dagster_prefs.declarations.stale import current_registry
 from dagster_prefs.defs.deployment import DEPLOYMENT_CHECKS
-from dagster_prefs.defs.resources import TRAINING_TABLES_KEY, schedule_status, table_key
-from dagster_prefs.engine.catalog import NotDeployed, row_counts
+from dagster_prefs.defs.resources import TRAINING_TABLES_KEY, refresh_embedded, schedule_status, table_key
+from dagster_prefs.engine.catalog import NotDeployed, estimated_rows, row_counts
 from dagster_prefs.engine.version import require_version
+from dagster_prefs.errors import PrefsError
 from dagster_prefs.platform import Platform
 
 REFRESH_JOB = "refresh"
+TESTS_JOB = "dbt_tests"
 EVENT_TABLES_JOB = "event_tables"
+
+
+class ModelsConfig(dg.Config):
+    """The run configuration of a materialization of models."""
+
+    rebuild: bool = Field(
+        default=False,
+        description="Compute every selected view from everything again, though its definition did not change. For the "
+        "embedded engine; on RisingWave `prefs apply` rebuilds.",
+    )
 
 
 class ModelTranslator(DagsterDbtTranslator):
@@ -77,9 +91,16 @@ def build(platform: Platform) -> dg.Definitions:
         if node["resource_type"] == "model" and node["config"]["materialized"] not in ("sink", "subscription")
     }
 
+    upstream = {name: node["depends_on"]["nodes"] for name, node in manifest["nodes"].items()}
+    places = {
+        manifest["nodes"][unique_id]["name"]: place
+        for place, unique_id in enumerate(TopologicalSorter(upstream).static_order())
+        if unique_id in manifest["nodes"]
+    }
+
     @dbt_assets(manifest=manifest, dagster_dbt_translator=translator, name="dbt_models")
     def dbt_models(
-        context: dg.AssetExecutionContext,
+        context: dg.AssetExecutionContext, config: ModelsConfig
     ) -> Iterator[dg.MaterializeResult[Any] | dg.AssetCheckResult]:
         selected = [name for key, name in models.items() if key in context.selected_asset_keys]
         selected += [name for key, name in checks.items() if key in context.selected_asset_check_keys]
@@ -104,30 +125,40 @@ def build(platform: Platform) -> dg.Definitions:
             # Reports a missing table, or one with another key, with the remedy, before a sink is created.
             platform.provision(platform.dynamodb())
 
+        views = [name for name in selected if name in kept and kinds_of[name] != "table_with_connector"]
+        applied = _applied(platform, views, config) & set(selected)
+        selected = [name for name in selected if name not in applied]
         # A run of all models needs no selection: dbt resolves none faster than one of eighty names.
         everything = len(selected) == len(models) + len(checks)
-        results = platform.dbt.run(
-            "build",
-            () if everything else selected,
-            exclude=["resource_type:unit_test"],
-            arguments=["--indirect-selection", "empty"] if not everything else (),
-            on_result=log,
+        results = (
+            platform.dbt.run(
+                "build",
+                () if everything else selected,
+                exclude=["resource_type:unit_test"],
+                arguments=["--indirect-selection", "empty"] if not everything else (),
+                on_result=log,
+            )
+            if selected
+            else []
         )
         with platform.engine.connect() as connection:
-            counts = row_counts(
-                connection, platform.engine, [r.name for r in results if r.ok and r.name in kept]
-            )
+            shown = [*sorted(applied), *(r.name for r in results if r.ok and r.name in kept)]
+            counts = row_counts(connection, platform.engine, shown)
+        made: dict[str, dict[str, Any]] = {
+            name: {"dbt": "its definition is applied already"} for name in applied
+        }
         failed = []
         for result in results:
-            if result.name in names:
-                if not result.ok:
-                    failed.append(result)
-                    continue
-                metadata: dict[str, Any] = {"seconds": result.seconds, "dbt": result.message}
-                if result.name in counts:
-                    metadata["dagster/row_count"] = counts[result.name]
-                yield dg.MaterializeResult(asset_key=names[result.name], metadata=metadata)
-            elif result.name in check_keys and result.status != "skipped":
+            if result.name in names and not result.ok:
+                failed.append(result)
+            elif result.name in names:
+                made[result.name] = {"seconds": result.seconds, "dbt": result.message}
+        # Dagster refuses an asset that comes before one which it depends on.
+        for name in sorted(made, key=places.__getitem__):
+            rows = {"dagster/row_count": counts[name]} if name in counts else {}
+            yield dg.MaterializeResult(asset_key=names[name], metadata=made[name] | rows)
+        for result in results:
+            if result.name in check_keys and result.status != "skipped":
                 key = check_keys[result.name]
                 yield dg.AssetCheckResult(
                     asset_key=key.asset_key,
@@ -146,6 +177,8 @@ def build(platform: Platform) -> dg.Definitions:
                 description="; ".join(f"{result.name}: {result.message}" for result in errors),
                 metadata={"failed": [result.name for result in failed]},
             )
+        if context.run.job_name == REFRESH_JOB and platform.engine.kind == "local":
+            refresh_embedded(platform, context.log.info)
 
     # One job for steps that follow each other: views first, then publishing from them. The drift checks are
     # excluded, because they compile all models, which reveals nothing right after they were built.
@@ -154,7 +187,34 @@ def build(platform: Platform) -> dg.Definitions:
     refresh = dg.define_asset_job(
         REFRESH_JOB,
         selection - compared,
-        description="Refresh every view, then publish what changed to DynamoDB.",
+        description="Apply every definition that changed, test every view, and publish to DynamoDB; on the embedded "
+        "engine also apply all that has arrived, as `prefs refresh` does.",
+    )
+    tests = dg.define_asset_job(
+        TESTS_JOB,
+        dg.AssetSelection.checks(*checks),
+        description="Run dbt's tests of every model on what is there.",
+    )
+    status = schedule_status(platform)
+    # Where views follow their events, nothing has to be refreshed, and dbt's tests remain.
+    hourly = (
+        dg.ScheduleDefinition(
+            name="dbt_tests_hourly",
+            job=tests,
+            cron_schedule="20 * * * *",
+            execution_timezone="UTC",
+            default_status=status,
+            description="Runs dbt's tests, which no follower does.",
+        )
+        if platform.engine.kind == "local"
+        else dg.ScheduleDefinition(
+            name="refresh_hourly",
+            job=refresh,
+            cron_schedule="0 * * * *",
+            execution_timezone="UTC",
+            default_status=status,
+            description="Applies and tests every model once an hour.",
+        )
     )
     tables = dg.define_asset_job(
         EVENT_TABLES_JOB,
@@ -171,15 +231,28 @@ def build(platform: Platform) -> dg.Definitions:
     )
     return dg.Definitions(
         assets=[dbt_models],
-        jobs=[tables, refresh],
-        schedules=[
-            dg.ScheduleDefinition(
-                name="refresh_hourly",
-                job=refresh,
-                cron_schedule="0 * * * *",
-                execution_timezone="UTC",
-                default_status=schedule_status(platform),
-                description="Refreshes once an hour even without new events, because windows move with time.",
-            )
-        ],
+        jobs=[tables, refresh, tests],
+        schedules=[hourly],
     )
+
+
+def _applied(platform: Platform, views: Sequence[str], config: ModelsConfig) -> set[str]:
+    """Return the relations whose definition is deployed as it is, so that dbt need not run for them.
+
+    `views` are those that were selected. None on RisingWave, where dbt itself skips what is there, and none where
+    everything is to be rebuilt.
+    """
+    if platform.engine.kind != "local":
+        if config.rebuild:
+            raise dg.Failure("`rebuild` is for the embedded engine: on RisingWave run `prefs apply`")
+        return set()
+    if config.rebuild:
+        return set()
+    with platform.engine.connect() as connection:
+        if not estimated_rows(connection, platform.engine, views):
+            # No view is there yet, so that a comparison would only compile every model once more.
+            return set()
+    try:
+        return set(platform.plan().unchanged)
+    except PrefsError as error:
+        raise dg.Failure(description=str(error)) from error

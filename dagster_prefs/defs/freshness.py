@@ -6,11 +6,14 @@ from datetime import UTC, datetime
 from typing import Any
 
 import dagster as dg
+import psycopg
 
 from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.defs.offline_store import asset_key as training_key
 from dagster_prefs.defs.resources import schedule_status, sensor_status
+from dagster_prefs.engine.catalog import row_counts
 from dagster_prefs.errors import PrefsError
+from dagster_prefs.freshness import embedded
 from dagster_prefs.freshness.alerts import (
     AlertError,
     Webhook,
@@ -36,15 +39,26 @@ from dagster_prefs.platform import Platform
 
 JOB = "freshness_checks"
 WATCH_SENSOR = "freshness_watch"
+FOLLOWER_SENSOR = "follower_watch"
+# The name under which Dagster shows the rows of an asset.
+ROW_COUNT = "dagster/row_count"
+GROUP = "engine"
 
 # The check of each stage, on the assets of `asset_keys`.
 CHECKS = {
+    "engine": ("works", "The embedded engine and its follower are at work, and have room on the disk."),
     "ingestion": ("ingestion_lag", "Every message in Kafka is ingested."),
     "views": ("freshness", "What arrived is visible here; a quiet topic is not stale."),
     "online": ("freshness", "A sample of ids is in DynamoDB as it is in the rolling view."),
     "offline": ("freshness", "Every complete day is in the training table as the engine holds it now."),
     "canary": ("canary", "A synthetic event became readable within the promised time."),
 }
+
+# From so many rows on a relation is not counted, but what the engine estimates is told.
+EXACT_ROWS = 100_000
+
+# What a stage's readings are, for the time (UTC) and the instance that the readings are stored in.
+Read = Callable[[datetime, dg.DagsterInstance], Sequence[Measure]]
 
 # A sensor's tick may take a minute; a canary that is not readable within this time is read by the next tick.
 CANARY_PATIENCE_SECONDS = 10.0
@@ -61,16 +75,23 @@ def build(platform: Platform, alert_webhook: str | None = None) -> dg.Definition
     sources = platform.sources
     keys = asset_keys(platform)
     streaming = platform.engine.kind == "risingwave"
-    stages: dict[str, Callable[[datetime], Sequence[Measure]]] = {
-        "views": sources.views,
-        "online": sources.online,
-        "offline": sources.offline,
+    stages: dict[str, Read] = {
+        "views": lambda now, _: sources.views(now),
+        "online": lambda now, _: sources.online(now),
+        "offline": lambda now, _: sources.offline(now),
+        # What the canary's sensor measured: its own readings are in no run.
+        "canary": lambda now, instance: last_probe(
+            instance, sources.registry, now=now, followed=prober_ticks(platform.settings.data_dir)
+        ),
     }
     if platform.settings.kafka_bootstrap is not None:
-        stages["ingestion"] = sources.ingestion
-    if streaming:
-        stages["canary"] = lambda now: _probe(platform, CanaryState())[1]
-    checks = [_checks(stage, keys[stage], measure) for stage, measure in stages.items()]
+        stages["ingestion"] = lambda now, _: sources.ingestion(now)
+    if not streaming:
+        stages["engine"] = lambda now, _: sources.embedded(now)
+    checks = [
+        _checks(stage, keys[stage], measure, _Rows(platform) if stage == "views" else None)
+        for stage, measure in stages.items()
+    ]
     job = dg.define_asset_job(
         JOB,
         dg.AssetSelection.checks(*checks),
@@ -82,33 +103,31 @@ def build(platform: Platform, alert_webhook: str | None = None) -> dg.Definition
         name=WATCH_SENSOR,
         minimum_interval_seconds=60,
         default_status=sensor_status(platform),
-        description="Observes Kafka and DynamoDB, and tells each change of a level once. Starts no run.",
+        description="Tells each change of a level once. Starts no run.",
     )
     def freshness_watch(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         followed = prober_ticks(platform.settings.data_dir)
         probed = last_probe(context.instance, sources.registry, now=datetime.now(UTC), followed=followed)
         status = evaluate(sources, now=lambda: datetime.now(UTC), extra=probed)
-        known = load_levels(context.cursor)
-        changed = transitions(known, status.measures)
-        for one in changed:
-            context.log.info(one.text)
-        if webhook is not None:
-            try:
-                webhook.tell(changed, at=status.read_at)
-            except AlertError as error:
-                # The stored levels do not change, so that the next evaluation sends the same transitions
-                # again.
-                context.log.error(str(error))
-                changed = []
-        outside = [
-            measure
-            for measure in status.measures
-            if measure.stage in ("ingestion", "online") and measure.level != "skipped"
-        ]
+        # The engine has a sensor of its own, which looks more often.
+        measures = [measure for measure in status.measures if measure.stage != "engine"]
         return dg.SensorResult(
-            asset_events=_events(outside, keys, stages),
-            cursor=dump_levels(remembered(known, changed)),
+            cursor=_tell(context, measures, webhook, status.read_at),
             skip_reason=f"read {len(status.measures)} measures, the worst is {status.level}",
+        )
+
+    @dg.sensor(
+        name=FOLLOWER_SENSOR,
+        minimum_interval_seconds=10,
+        default_status=sensor_status(platform),
+        description="Tells once when the embedded engine, its disk or its follower fails or recovers. Starts no run.",
+    )
+    def follower_watch(context: dg.SensorEvaluationContext) -> dg.SensorResult:
+        now = datetime.now(UTC)
+        measures = sources.embedded(now)
+        return dg.SensorResult(
+            cursor=_tell(context, measures, webhook, now),
+            skip_reason="; ".join(f"{measure.name}: {measure.reason}" for measure in measures),
         )
 
     @dg.sensor(
@@ -122,15 +141,15 @@ def build(platform: Platform, alert_webhook: str | None = None) -> dg.Definition
             return dg.SkipReason("the follower of the embedded engine sends the canary")
         state, measures = _probe(platform, CanaryState.loads(context.cursor))
         return dg.SensorResult(
-            asset_events=_events(measures, keys, stages),
             cursor=state.dumps(),
             skip_reason="; ".join(f"{measure.name}: {measure.reason}" for measure in measures),
         )
 
     return dg.Definitions(
+        assets=[] if streaming else _parts(platform, keys["engine"]),
         asset_checks=checks,
         jobs=[job],
-        sensors=[freshness_watch, canary],
+        sensors=[freshness_watch, canary, *([] if streaming else [follower_watch])],
         schedules=[
             dg.ScheduleDefinition(
                 name="freshness_every_5_minutes",
@@ -154,6 +173,7 @@ def asset_keys(platform: Platform) -> dict[str, dict[str, dg.AssetKey]]:
         for domain in registry.contract.domains.values()
     }
     return {
+        "engine": {name: dg.AssetKey(["engine", name]) for name in embedded.MEASURES},
         "ingestion": {
             topic.name: dg.AssetKey(topic.raw)
             for topic in registry.topics.values()
@@ -215,8 +235,57 @@ def _severity(measure: Measure) -> dg.AssetCheckSeverity:
     return dg.AssetCheckSeverity.WARN if measure.level == "warn" else dg.AssetCheckSeverity.ERROR
 
 
+class _Rows:
+    """The rows of the relations that hold events or are computed from them."""
+
+    def __init__(self, platform: Platform) -> None:
+        self._engine = platform.engine
+        topics = platform.registry.topics.values()
+        self.sources = [name for topic in topics for name in (topic.raw, topic.parsed)]
+
+    def count(self, names: Sequence[str]) -> Mapping[str, int]:
+        """Return the rows of each relation that is there; empty if the engine does not tell."""
+        try:
+            with self._engine.connect() as connection:
+                return row_counts(connection, self._engine, names, exact_up_to=EXACT_ROWS)
+        except (PrefsError, psycopg.Error):
+            # The measures beside it name what is wrong with the engine.
+            return {}
+
+
+def _parts(platform: Platform, keys: Mapping[str, dg.AssetKey]) -> list[dg.AssetSpec]:
+    return [
+        dg.AssetSpec(
+            key,
+            group_name=GROUP,
+            kinds={"postgres"},
+            owners=[platform.contract.owner],
+            description=embedded.MEASURES[name],
+        )
+        for name, key in keys.items()
+    ]
+
+
+def _tell(
+    context: dg.SensorEvaluationContext, measures: Sequence[Measure], webhook: Webhook | None, at: datetime
+) -> str:
+    """Log and send each change of a level since the sensor's cursor; returns the new cursor. `at` is UTC."""
+    known = load_levels(context.cursor)
+    changed = transitions(known, measures)
+    for one in changed:
+        context.log.info(one.text)
+    if webhook is not None:
+        try:
+            webhook.tell(changed, at=at)
+        except AlertError as error:
+            # The stored levels do not change, so that the next evaluation sends the same transitions again.
+            context.log.error(str(error))
+            changed = []
+    return dump_levels(remembered(known, changed))
+
+
 def _checks(
-    stage: str, keys: Mapping[str, dg.AssetKey], measure: Callable[[datetime], Sequence[Measure]]
+    stage: str, keys: Mapping[str, dg.AssetKey], measure: Read, rows: _Rows | None
 ) -> dg.AssetChecksDefinition:
     check, description = CHECKS[stage]
 
@@ -227,14 +296,25 @@ def _checks(
     )
     def checks(context: dg.AssetCheckExecutionContext) -> Iterator[dg.AssetCheckResult]:
         selected = {key.asset_key for key in context.selected_asset_check_keys}
-        for found in measure(datetime.now(UTC)):
+
+        def observe(key: dg.AssetKey, values: Mapping[str, Any]) -> None:
+            context.op_execution_context.log_event(dg.AssetObservation(asset_key=key, metadata=values))
+
+        counts: Mapping[str, int] = {}
+        if rows is not None:
+            names = [name for name, key in keys.items() if key in selected]
+            sources = rows.sources if len(names) == len(keys) else []
+            counts = rows.count([*names, *sources])
+            for name in sources:
+                if name in counts:
+                    observe(dg.AssetKey(name), {ROW_COUNT: counts[name]})
+        for found in measure(datetime.now(UTC), context.instance):
             key = keys[found.name]
             if key not in selected:
                 continue
-            context.log.info(f"{found.key}: {found.level}: {found.reason}")
-            context.op_execution_context.log_event(
-                dg.AssetObservation(asset_key=key, metadata=metadata(found))
-            )
+            if found.level not in ("ok", "skipped"):
+                context.log.info(f"{found.key}: {found.level}: {found.reason}")
+            observe(key, metadata(found) | ({ROW_COUNT: counts[found.name]} if found.name in counts else {}))
             yield dg.AssetCheckResult(
                 asset_key=key,
                 check_name=check,
@@ -245,29 +325,6 @@ def _checks(
             )
 
     return checks
-
-
-def _events(
-    measures: Sequence[Measure],
-    keys: Mapping[str, Mapping[str, dg.AssetKey]],
-    checked: Mapping[str, object],
-) -> list[dg.AssetObservation | dg.AssetMaterialization | dg.AssetCheckEvaluation]:
-    events: list[dg.AssetObservation | dg.AssetMaterialization | dg.AssetCheckEvaluation] = []
-    for measure in measures:
-        key = keys[measure.stage][measure.name]
-        events.append(dg.AssetObservation(asset_key=key, metadata=metadata(measure)))
-        if measure.stage in checked:
-            events.append(
-                dg.AssetCheckEvaluation(
-                    asset_key=key,
-                    check_name=CHECKS[measure.stage][0],
-                    passed=measure.level in ("ok", "skipped"),
-                    severity=_severity(measure),
-                    description=measure.reason,
-                    metadata=metadata(measure),
-                )
-            )
-    return events
 
 
 def _probe(platform: Platform, state: CanaryState) -> tuple[CanaryState, list[Measure]]:

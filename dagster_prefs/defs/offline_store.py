@@ -8,7 +8,7 @@ from typing import Any
 
 import dagster as dg
 
-from dagster_prefs.defs.resources import TRAINING_TABLES_KEY, sensor_status
+from dagster_prefs.defs.resources import TRAINING_TABLES_KEY, is_at_work, sensor_status
 from dagster_prefs.defs.training_data import jobs_of, maintained, parity_check, training_set_asset
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.iceberg.export import ExportOptions, ForeignRows
@@ -31,13 +31,6 @@ EXPORT_SENSOR = "stale_tiles"
 LONGEST_RUN = timedelta(hours=4)
 # Dagster takes some 50 ms to store an event, and a sensor may take a minute; the next look goes on.
 EVENTS_PER_LOOK = 200
-UNFINISHED = [
-    dg.DagsterRunStatus.QUEUED,
-    dg.DagsterRunStatus.NOT_STARTED,
-    dg.DagsterRunStatus.STARTING,
-    dg.DagsterRunStatus.STARTED,
-    dg.DagsterRunStatus.CANCELING,
-]
 
 
 class ExportConfig(dg.Config):
@@ -113,8 +106,7 @@ def build(platform: Platform, *, clock: Callable[[], datetime] = lambda: datetim
     )
     def stale_tiles(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
         now = clock()
-        running = dg.RunsFilter(job_name=EXPORT_JOB, statuses=UNFINISHED, created_after=now - LONGEST_RUN)
-        if context.instance.get_runs_count(running):
+        if is_at_work(context.instance, EXPORT_JOB, since=now - LONGEST_RUN):
             return dg.SkipReason("an export is at work; the next look sees what it left")
         try:
             found = look(platform)

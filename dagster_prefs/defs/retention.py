@@ -1,39 +1,48 @@
-"""Retention of readings: Dagster's own retention covers only ticks, and one reading per minute adds up."""
+"""Retention of runs: Dagster's own covers only ticks, and the readings of every five minutes add up."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import sqlalchemy as db
-from dagster._core.storage.event_log.schema import (
-    AssetCheckExecutionsTable,
-    AssetEventTagsTable,
-    SqlEventLogStorageTable,
-)
-from dagster._core.storage.event_log.sql_event_log import SqlEventLogStorage
 
-from dagster_prefs.defs.freshness import CHECKS
-from dagster_prefs.defs.freshness import JOB as CHECKS_JOB
+from dagster_prefs.defs import deployment, events, feature_views, freshness, training_data
 from dagster_prefs.defs.resources import schedule_status
 from dagster_prefs.platform import Platform
 
 JOB = "delete_old_readings"
+# The jobs that schedules and sensors start again and again. Not the exports: what they materialized says in the UI
+# which days are there.
+RECURRING = (
+    freshness.JOB,
+    feature_views.REFRESH_JOB,
+    feature_views.TESTS_JOB,
+    events.CATCH_UP_JOB,
+    deployment.JOB,
+    training_data.PARITY_JOB,
+    training_data.MAINTENANCE_JOB,
+    JOB,
+)
+FINISHED = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED]
 # Number of runs to delete per query, so that a backlog does not need more memory.
-BATCH = 500
-# Dagster stores events that belong to no run, such as a sensor's, under this run id.
-NO_RUN = ""
+BATCH = 100
 
 
 def build(platform: Platform, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> dg.Definitions:
-    """Return the job that deletes old readings, and its daily schedule. `clock` returns the time in UTC."""
-    days = platform.settings.readings_kept_days
+    """Return the job that deletes old runs, and its hourly schedule. `clock` returns the time in UTC."""
+    days, most = platform.settings.readings_kept_days, platform.settings.kept_runs
 
-    @dg.op(description=f"Delete freshness readings older than {days} days (PREFS_READINGS_KEPT_DAYS).")
+    @dg.op(
+        description=f"Delete runs of recurring jobs that are older than {days} days (PREFS_READINGS_KEPT_DAYS), or "
+        f"beyond the last {most} of their job (PREFS_READINGS_KEPT_RUNS)."
+    )
     def delete_readings(context: dg.OpExecutionContext) -> None:
-        runs, events = delete_readings_before(context.instance, clock() - timedelta(days=days))
-        context.log.info(f"deleted {runs} runs of {CHECKS_JOB} and {events} readings of sensors")
+        deleted = delete_runs(context.instance, before=clock() - timedelta(days=days), most=most)
+        context.log.info(f"deleted {deleted} runs")
 
-    @dg.job(name=JOB, description=f"Keep {days} days of freshness readings in Dagster's event log.")
+    @dg.job(name=JOB, description=f"Keep {days} days, and {most} runs, of freshness readings and the like.")
     def delete_old_readings() -> None:
         delete_readings()
 
@@ -41,61 +50,59 @@ def build(platform: Platform, *, clock: Callable[[], datetime] = lambda: datetim
         jobs=[delete_old_readings],
         schedules=[
             dg.ScheduleDefinition(
-                name="delete_old_readings_daily",
+                name="delete_old_readings_hourly",
                 job=delete_old_readings,
-                cron_schedule="40 3 * * *",
+                cron_schedule="40 * * * *",
                 execution_timezone="UTC",
                 default_status=schedule_status(platform),
-                description="Deletes freshness readings that are too old to be plotted.",
+                description="Deletes runs that are too old to be plotted, so that Dagster's storage is bounded.",
             )
         ],
     )
 
 
-def delete_readings_before(instance: dg.DagsterInstance, before: datetime) -> tuple[int, int]:
-    """Delete readings older than `before` (UTC). Returns the numbers of runs and of events without a run.
+def delete_runs(instance: dg.DagsterInstance, *, before: datetime, most: int) -> int:
+    """Delete finished runs of the recurring jobs, and return their number. Safe to repeat.
 
-    These are the finished runs of the freshness job with their events, what sensors observed and evaluated,
-    and the history of the freshness checks except the last evaluation of each. Other runs and events stay.
-    Safe to repeat.
+    Of each job the newest run stays, and of the others those that are no older than `before` (UTC) and among the
+    last `most`. A run takes its events, observations, check evaluations and files along, but for the last evaluation
+    of a check, which is shown.
     """
-    old = dg.RunsFilter(
-        job_name=CHECKS_JOB,
-        statuses=[dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED],
-        created_before=before,
-    )
-    runs = 0
-    while found := instance.get_run_records(old, limit=BATCH):
-        for record in found:
-            instance.delete_run(record.dagster_run.run_id)
-        runs += len(found)
-    storage = instance.event_log_storage
-    if not isinstance(storage, SqlEventLogStorage):
-        raise dg.Failure(f"{type(storage).__name__} keeps no SQL event log: configure its own retention")
-    moment = before.astimezone(UTC).replace(tzinfo=None)
-    log, checks = SqlEventLogStorageTable.c, AssetCheckExecutionsTable.c
-    kinds = (dg.DagsterEventType.ASSET_OBSERVATION, dg.DagsterEventType.ASSET_CHECK_EVALUATION)
-    readings = db.and_(
-        log.run_id == NO_RUN,
-        log.timestamp < moment,
-        log.dagster_event_type.in_([kind.value for kind in kinds]),
-    )
+    deleted = 0
+    for job in RECURRING:
+        finished = dg.RunsFilter(job_name=job, statuses=FINISHED)
+        newest = instance.get_run_records(finished, limit=most)
+        if not newest:
+            continue
+        kept = [newest[0], *(record for record in newest[1:] if record.create_timestamp >= before)]
+        cursor = kept[-1].dagster_run.run_id
+        while found := instance.get_run_records(finished, limit=BATCH, cursor=cursor):
+            runs = [record.dagster_run.run_id for record in found]
+            # First, because a repetition finds only runs that are not deleted.
+            _delete_check_history(instance, runs)
+            for run in runs:
+                instance.delete_run(run)
+                _delete_files(instance, run)
+            deleted += len(runs)
+    return deleted
+
+
+def _delete_check_history(instance: dg.DagsterInstance, runs: Sequence[str]) -> None:
+    """Delete the evaluations of checks in these runs, but for the last of each check.
+
+    Dagster 1.13 has no call for it: `delete_run` leaves them, and `wipe_assets` takes the materializations too.
+    """
+    storage: Any = instance.event_log_storage
+    statement = db.text(
+        "delete from asset_check_executions where run_id in :runs"
+        " and id not in (select max(id) from asset_check_executions group by asset_key, check_name)"
+    ).bindparams(db.bindparam("runs", expanding=True))
     with storage.index_connection() as connection:
-        connection.execute(
-            AssetEventTagsTable.delete().where(
-                AssetEventTagsTable.c.event_id.in_(db.select(log.id).where(readings))
-            )
-        )
-        events = connection.execute(SqlEventLogStorageTable.delete().where(readings)).rowcount
-        last = db.select(db.func.max(checks.id)).group_by(checks.asset_key, checks.check_name)
-        connection.execute(
-            AssetCheckExecutionsTable.delete().where(
-                checks.check_name.in_({name for name, _ in CHECKS.values()}),
-                checks.create_timestamp < moment,
-                checks.id.not_in(last),
-            )
-        )
-    # SQLite stores a second copy of events without a run; on a single database this finds nothing.
-    with storage.run_connection(NO_RUN) as connection:
-        connection.execute(SqlEventLogStorageTable.delete().where(readings))
-    return runs, events
+        connection.execute(statement, {"runs": list(runs)})
+
+
+def _delete_files(instance: dg.DagsterInstance, run: str) -> None:
+    """Delete what `delete_run` leaves: the output of a run's processes, and its events' own SQLite file."""
+    instance.compute_log_manager.delete_logs(prefix=[run])
+    for file in Path(instance.root_directory, "history", "runs").glob(f"{run}.db*"):
+        file.unlink(missing_ok=True)

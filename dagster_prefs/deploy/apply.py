@@ -14,6 +14,7 @@ import psycopg
 from filelock import FileLock, Timeout
 from psycopg import sql
 
+from dagster_prefs.declarations.names import QUERY_SUFFIX
 from dagster_prefs.deploy.plan import (
     CONTRACT_KIND,
     DEPLOYMENTS,
@@ -28,7 +29,7 @@ from dagster_prefs.deploy.plan import (
     make_plan,
     read_records,
 )
-from dagster_prefs.engine.catalog import QUERY_SUFFIX, Catalog, read_catalog
+from dagster_prefs.engine.catalog import Catalog, read_catalog
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
 from dagster_prefs.engine.explain import engine_words, redacted
@@ -309,7 +310,7 @@ class _Apply:
             self._reconcile(journal)
         except (PrefsError, psycopg.Error) as error:
             raise ApplyError(
-                f"{cause}; the sinks built so far could not be taken back either ({error}): run `prefs apply` again"
+                f"{cause}; the sinks built so far could not be dropped either ({error}): run `prefs apply` again"
             ) from cause
 
     def _abandon(self, journal: _Journal) -> None:
@@ -363,7 +364,7 @@ class _Apply:
                 self._execute("drop {} {}", sql.SQL(there.kind), self._at(name))
         except psycopg.Error as error:
             raise ApplyError(
-                f"{what} {name} cannot be dropped ({engine_words(str(error))}): drop what stands on it if it is "
+                f"{what} {name} cannot be dropped ({engine_words(str(error))}): drop what depends on it if it is "
                 "not this project's, then run `prefs apply` again"
             ) from error
 

@@ -221,7 +221,7 @@ class Plan:
                 f"{relation.action} {relation.name}{how}{': ' + relation.why if relation.why else ''}"
             )
             for title, names in (
-                ("stands on it, recreated", relation.views),
+                ("depends on it, recreated", relation.views),
                 ("sinks that would be stranded, rebuilt", relation.sinks),
                 ("contract attributes", relation.attributes),
                 ("consumers", relation.consumers),
@@ -247,7 +247,7 @@ class Plan:
         counts = [f"{number} {what}" for what, number in numbers.items() if number]
         lines.append(", ".join([f"{len(self.unchanged)} unchanged", *counts]))
         if not self.changes:
-            lines.append("nothing to do: what runs is what is written")
+            lines.append("nothing to do: what is deployed is what is declared")
         return "\n".join(lines)
 
 
@@ -376,7 +376,7 @@ def compare(
     for model in models.values():
         broken = stranded.get(model.name, "")
         if model.kind == FEED_KIND and feed_sink(model.name) not in catalog.objects:
-            broken = f"{feed_sink(model.name)}, which fills its raw table, is gone"
+            broken = f"{feed_sink(model.name)}, which fills its raw table, no longer exists"
         differs = _difference(
             engine, model, relations_of.get(model.name), catalog.objects.get(model.name), broken
         )
@@ -434,11 +434,11 @@ def compare(
 def _foreign_reader(readers: Sequence[str], orphans: Collection[str]) -> str:
     if ours := [reader for reader in readers if reader in orphans]:
         return (
-            f"{', '.join(ours)} stands on it and has no model any more, so the old relation could not go: "
-            "add --drop-orphans, or bring the model back"
+            f"{', '.join(ours)} depends on it and has no model any more, so the old relation could not be dropped: "
+            "add --drop-orphans, or restore the model"
         )
     return (
-        f"{', '.join(readers)} stands on it and is not this project's, so it would be left on the old relation: "
+        f"{', '.join(readers)} depends on it and is not this project's, so it would keep reading the old relation: "
         "make it a model, or drop it first"
     )
 
@@ -463,7 +463,7 @@ def _difference(
         return differs(
             "refused",
             "",
-            "a relation of this name is there that this project did not make, and it is left as it is: rename it, "
+            "a relation of this name exists that this project did not create, and it stays as it is: rename it, "
             "or choose another PREFS_ENGINE_SCHEMA or PREFS_ENGINE_DATABASE",
         )
     kind = catalog_kind(engine, model.kind)
@@ -473,7 +473,7 @@ def _difference(
             return differs(
                 "refused",
                 "",
-                f"it is a {there.kind} and would become a {kind}: what a table holds is never dropped for a change; "
+                f"it is a {there.kind} and would become a {kind}: a change never drops the rows of a table; "
                 "give the new model another name",
                 diff,
             )
@@ -491,9 +491,9 @@ def _difference(
     if record.definition is None:
         # The run was interrupted between building and recording. A table can only be the requested one.
         if model.holds_data:
-            return differs("changed", "kept", "the run that made it did not record it")
+            return differs("changed", "kept", "the run that created it did not record it")
         how: How = "in place" if in_place else "swap"
-        return differs("changed", how, "the run that made it was interrupted")
+        return differs("changed", how, "the run that created it was interrupted")
     if model.holds_data:
         return _table_difference(model, record.definition, differs, diff)
     if not diff and not broken:
@@ -502,7 +502,9 @@ def _difference(
         indexed = model.kind not in (FEED_KIND, "sink", "subscription")
         if not indexed or definition_checksum(record.definition, model.indexes) == record.checksum:
             return differs(
-                "changed", "kept", "only its layout or comments differ: it is recorded, nothing is rebuilt"
+                "changed",
+                "kept",
+                "only its layout or comments differ: the new text is recorded, nothing is rebuilt",
             )
         diff = f"its indexes become {model.indexes}"
     if in_place:
@@ -518,13 +520,15 @@ def _table_difference(
         return differs(
             "refused",
             "",
-            "it holds what arrived and is never dropped, and its change is more than added columns: keep the old "
-            "columns and options, or give the new table another name",
+            "it holds the events that arrived and is never dropped, and more than added columns has "
+            "changed: keep the old columns and options, or give the new table another name",
             diff,
         )
     if not added:
         return differs(
-            "changed", "kept", "only its layout or comments differ: it is recorded, nothing is rebuilt"
+            "changed",
+            "kept",
+            "only its layout or comments differ: the new text is recorded, nothing is rebuilt",
         )
     return differs("changed", "in place", f"adds {', '.join(added)}", diff, add_columns=tuple(added))
 
@@ -532,11 +536,11 @@ def _table_difference(
 def _orphan(name: str, record: Record, catalog: Catalog, drop: bool) -> RelationPlan:
     there = catalog.objects.get(name)
     if there is None:
-        why = "it has no model any more and is gone; its record is removed with --drop-orphans"
+        why = "it has no model any more and no longer exists; --drop-orphans removes its record"
     else:
         why = "it has no model any more" + ("" if drop else "; --drop-orphans drops it")
     if there is not None and there.kind == "table":
-        why += ", with the rows it holds"
+        why += ", with its rows"
     return RelationPlan(name, record.kind, "orphaned", "drop" if drop else "", why)
 
 
@@ -584,7 +588,7 @@ def _stranded(models: Mapping[str, Model], records: Mapping[str, Record], catalo
             continue
         read = {one for one in catalog.reads.get(name, ()) if SHADOW.search(one) or DBT_LEFTOVER.search(one)}
         if wrong := sorted(read - _ancestors(models, name)):
-            found[name] = f"it reads {', '.join(wrong)}, which was swapped away"
+            found[name] = f"it reads {', '.join(wrong)}, which was replaced by a swap"
     return found
 
 

@@ -23,13 +23,13 @@ class StoreUnavailable(PrefsError):
 
 
 class Overtaken(PrefsError):
-    """An item changed between the look at it and its repair."""
+    """An item changed between being read and being repaired."""
 
 
 class ItemAccess:
     """Strongly consistent reads of one entity's table, and single conditional writes.
 
-    `keys` is the table as the contract has it, `table` its name with the environment's prefix.
+    `keys` is the table as the contract declares it, `table` its name with the environment's prefix.
     """
 
     def __init__(self, client: DynamoDBClient, keys: Table, table: str) -> None:
@@ -40,13 +40,13 @@ class ItemAccess:
         self.table = table
 
     def key(self, domain_key: str, id_: Id) -> dict[str, Any]:
-        """The key of an item in DynamoDB's typed JSON."""
+        """Return the key of an item in DynamoDB's typed JSON."""
         return self.keys.typed_key(domain_key, id_)
 
     def get(self, domain_key: str, ids: Iterable[Id]) -> dict[Id, Mapping[str, Any]]:
-        """Id → item in DynamoDB's typed JSON, for those that have one.
+        """Return the items of these ids that exist, by id, in DynamoDB's typed JSON.
 
-        Raises StoreUnavailable when DynamoDB refuses, cannot be reached, or stays throttled.
+        Raises StoreUnavailable if DynamoDB refuses the request, is unreachable or stays throttled.
         """
         found: dict[Id, Mapping[str, Any]] = {}
         wanted = sorted(ids)
@@ -75,7 +75,7 @@ class ItemAccess:
         return self.keys.partition_key.value_of(item), self.keys.sort_key.value_of(item)
 
     def page(self, domain_key: str, limit: int, place: int) -> set[Id]:
-        """Ids with an item of one domain among `limit` items from where the hash of id `place` lies."""
+        """Return the ids of one domain among `limit` items, starting at the hash of the id `place`."""
         # A start key need not exist: DynamoDB goes on from where its hash lies.
         start: Any = self.key(domain_key, place)
         items: list[Any] = []
@@ -94,7 +94,7 @@ class ItemAccess:
         return {id_ for id_, domain in map(self.keys.split_key, items) if domain == domain_key}
 
     def pages(self, domain_key: str) -> Iterator[list[Id]]:
-        """Every id that has an item of the domain, page by page, each page sorted."""
+        """Yield all ids with an item of the domain, page by page, each page sorted."""
         start: dict[str, Any] = {}
         # Behind the domain's key stands the rest of a composite one.
         prefix = f"{domain_key}{SEPARATOR}" if self.keys.rest_keys else domain_key
@@ -123,9 +123,9 @@ class ItemAccess:
         return {"#p": self.partition_key, "#s": self.sort_key}
 
     def put(self, item: Mapping[str, Any], version: str) -> bool:
-        """Write an item unless the one in the table has a higher `version` attribute; whether it was written.
+        """Write an item unless the stored one has a higher `version` attribute; return whether it was written.
 
-        An item whose version is no number is not a writer's, and is replaced.
+        An item whose version is not a number was not written by a publisher, and is replaced.
         """
         return self._unless_overtaken(
             "put_item",
@@ -137,7 +137,7 @@ class ItemAccess:
         )
 
     def delete(self, key: Mapping[str, Any], version: str, seen: Mapping[str, Any] | None) -> bool:
-        """Delete an item if its `version` attribute is still the one that was seen; whether it is gone."""
+        """Delete an item if its `version` attribute is unchanged; return whether it no longer exists."""
         condition: dict[str, Any] = {"ConditionExpression": "attribute_not_exists(#v)"}
         if seen is not None:
             condition = {
@@ -160,7 +160,7 @@ class ItemAccess:
         return True
 
     def describe(self) -> Any:
-        """DynamoDB's own description of the table."""
+        """Return DynamoDB's description of the table."""
         return self._call("describe_table", TableName=self.table)["Table"]
 
     def _call(self, operation: str, **arguments: Any) -> Any:

@@ -1,6 +1,7 @@
-"""The one way to try again what DynamoDB left over: unprocessed items and keys, and busy transactions.
+"""The retries of what DynamoDB left unprocessed: items, keys, and transactions that met a conflict.
 
-botocore's standard retry mode repeats single requests; what it gives up on, or what an answer leaves, comes here.
+botocore's standard retry mode repeats single requests. These retries follow when it gives up, or when an
+answer is incomplete.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import time
 
 
 class Backoff:
-    """Pauses between attempts: random, up to twice as long each time, never longer than `longest_seconds`.
+    """Random pauses between attempts that double each time, up to `longest_seconds`.
 
-    `attempts` counts the first one; `deadline` is on the clock of time.monotonic(), and no pause reaches it.
+    `attempts` includes the first one. `deadline` is in seconds of time.monotonic(); no pause exceeds it.
     """
 
     def __init__(
@@ -30,7 +31,7 @@ class Backoff:
         self._failed = 0
 
     def again(self) -> bool:
-        """Pause before another attempt; False, without a pause, once attempts or time are used up."""
+        """Pause before another attempt; return False, without a pause, if no attempts or no time is left."""
         most = min(self._longest, self._first * 2**self._failed)
         pause = random.uniform(0, most)  # noqa: S311 - jitter, not a secret
         self._failed += 1
@@ -40,5 +41,5 @@ class Backoff:
         return True
 
     def progressed(self) -> None:
-        """Part of the last attempt was accepted: all attempts are left."""
+        """Reset the attempts, because part of the last one was accepted."""
         self._failed = -1

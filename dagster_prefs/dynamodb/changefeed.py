@@ -1,10 +1,10 @@
 """Follow the changes of the rolling views on RisingWave and write them to DynamoDB, without a licensed sink.
 
-At least once, and the same state in the end: a writer that dies is followed by one that reads again from the
-progress token, which lies in DynamoDB beside the items and moves in the same transaction (`lease.py`). The token is
-the moment of the newest change that was written, and reading begins *with* that moment, so it makes no difference
-how much of the moment was written before the crash. Where there is no token that the engine can still serve, the
-whole view is compared with the table, and items without a row are deleted.
+Delivery is at least once, and the final state is the same: after a crash, the next writer reads again from
+the progress token. The token is stored in DynamoDB next to the items and moves in the same transaction
+(`lease.py`). It is the moment of the newest written change, and reading begins *with* that moment, so it does
+not matter how much of the moment was written before the crash. Without a token that the engine can still
+serve, the whole view is compared with the table, and items without a row are deleted.
 """
 
 from __future__ import annotations
@@ -48,10 +48,11 @@ MAX_PAUSE_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class ChangefeedReport:
-    """What one publisher did to one domain; `upserts` and `deletes` count what DynamoDB accepted.
+    """The result of one publisher for one domain; `upserts` and `deletes` count accepted writes.
 
-    `unchanged` items were found equal when the whole view was compared, which happened `resyncs` times. `token` is
-    the engine's time (milliseconds since 1970) up to which every change is published, None where none is known.
+    `unchanged` counts the items that were equal when the whole view was compared, which happened `resyncs`
+    times. `token` is the engine's time (milliseconds since 1970) up to which every change is published, None
+    if unknown.
     """
 
     domain_key: str
@@ -67,7 +68,7 @@ class ChangefeedReport:
 
 
 def process_label() -> str:
-    """Host and process, as others are told who publishes."""
+    """Return host and process id, by which other publishers name this one."""
     return f"{socket.gethostname()}:{os.getpid()}"
 
 
@@ -81,16 +82,18 @@ def publish_changes(
     full: bool = False,
     notify: Callable[[str], None] = lambda message: None,
 ) -> list[ChangefeedReport]:
-    """Publish the changes of these domains side by side, each to its entity's table.
+    """Publish the changes of these domains concurrently, each to its entity's table.
 
-    `once` ends as soon as everything that the engine had committed at the start is in DynamoDB. `follow` goes on
-    until `stop` is set, waits as stand-by while another publisher holds a domain, and takes over when that one has
-    not moved its lease for `lease_seconds`; it outlasts an engine or a DynamoDB that is away, and tells `notify`
-    so. `full` begins with the whole view whatever was published. `label` names this process to others.
+    `once` ends when everything that the engine had committed at the start is in DynamoDB. `follow` continues
+    until `stop` is set. It waits as a stand-by while another publisher holds a domain, takes over when that
+    one has not renewed its lease for `lease_seconds`, and reconnects when the engine or DynamoDB was
+    unavailable; `notify` gets a message about each of these. `full` compares the whole view first, whatever
+    was published. `label` names this process to other publishers.
 
-    Safe to repeat, to kill at any point and to run twice. Raises PublishError (with `.report`) for the first domain
-    that cannot be published: no subscription, a view unlike the contract, keys whose row cannot become an item
-    (all others are published), in `once` also another publisher at work and services that do not answer.
+    Idempotent, and safe to kill at any point and to run twice. Raises PublishError (with `.report`) for the
+    first domain that cannot be published: a missing subscription, a view that differs from the contract, or
+    keys whose row cannot become an item (all others are published); with `once` also if another publisher is
+    active, or a service does not answer.
     """
     if any(store.engine.kind != "risingwave" for store in stores):
         raise PublishError(
@@ -115,7 +118,7 @@ class PublishedElsewhere(PublishError):
 
 
 class _Stopped(Exception):
-    """The order to stop came while the whole view was compared."""
+    """`stop` was set while the whole view was compared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +129,7 @@ class _Write:
 
 
 class _Publisher:
-    """One domain in one process."""
+    """The publisher of one domain in one process."""
 
     def __init__(
         self,
@@ -198,10 +201,13 @@ class _Publisher:
             self.lease.release()
         except StoreUnavailable as error:
             # Nothing is lost: the next writer only has to wait until the promise has run out.
-            self.notify(f"{error}: the lease was not given back")
+            self.notify(f"{error}: the lease was not released")
 
     def _hold(self) -> None:
-        """Publish while the lease is ours, in one session with the engine after the other."""
+        """Publish changes for as long as this process holds the lease.
+
+        Reconnects to the engine when a connection ends.
+        """
         failures = 0
         while not self.stop.is_set():
             sessions = self.sessions
@@ -212,7 +218,7 @@ class _Publisher:
             except _Stopped:
                 return
             except TokenExpired as error:
-                self.notify(f"{error}: beginning with the whole view")
+                self.notify(f"{error}: reading the whole view again")
                 self.full = True
             except (FeedBroken, EngineUnavailable, StoreUnavailable, PublishError) as error:
                 # What fails before anything worked, or refuses too many keys, does not pass by itself.
@@ -221,7 +227,7 @@ class _Publisher:
                 failures = 0 if self.sessions > sessions else failures + 1
                 if failures:
                     pause = min(MAX_PAUSE_SECONDS, 0.5 * 2**failures)
-                    self.notify(f"{error}; trying again in {pause:g} s")
+                    self.notify(f"{error}; retrying in {pause:g} s")
                     self._pause(pause)
 
     def _pause(self, seconds: float) -> None:
@@ -287,7 +293,7 @@ class _Publisher:
                 self.kept.clear()
             id_ = change.id
             if id_ is None or change.domain_key != self.domain.key:
-                self._refuse(id_, f"{self.encoder.named(id_)}: a row of domain {change.domain_key}")
+                self._refuse(id_, self._stray(change))
             elif change.values is None:
                 # Within a moment only the net effect counts: where the row of an id moves to another key of the
                 # view, its removal may come after its return, and a removal acted on at once would delete the item.
@@ -331,7 +337,7 @@ class _Publisher:
             self._flush(None)
 
     def _flush(self, moment: int | None) -> None:
-        """Write what is pending; `moment` is the token when all of it is written, None leaves the token alone."""
+        """Write the pending changes. `moment` becomes the token once all are written; None keeps the token."""
         batches = list(_batches(self.pending.values()))
         self.pending = {}
         self.pending_bytes = 0
@@ -370,13 +376,19 @@ class _Publisher:
         if len(self.refused) > MAX_REFUSED:
             raise PublishError(self._refusals())
 
+    def _stray(self, change: Change) -> str:
+        """Say why a row of the view belongs to no item of the domain."""
+        if change.id is None:
+            return f"a row has NULL in its key ({', '.join(key.name for key in self.store.keys.columns)})"
+        return f"{self.encoder.named(change.id)}: the row's {self.store.keys.sort_key.name} is {change.domain_key}"
+
     def _refusals(self) -> str:
         first = next(iter(self.refused.values()))
         more = f" (and {len(self.refused) - 1} more)" if len(self.refused) > 1 else ""
         return f"domain {self.domain.name}: {first}{more}: correct {self.domain.relation}; all others are published"
 
     def _resync(self, feed: SubscriptionFeed, identity: str) -> list[Change]:
-        """Bring the table to the state of the whole view; what has been read beyond it is returned."""
+        """Compare the whole view with the table and write the differences; return the changes read beyond it."""
         # A crash from here on must not leave a token that vouches for items which were not looked at.
         self.lease.record(identity, None, len(self.refused))
         start = feed.committed()
@@ -413,7 +425,7 @@ class _Publisher:
         items: dict[Id, dict[str, Any]] = {}
         for row in rows:
             if row.id is None or row.domain_key != self.domain.key or row.values is None:
-                self._refuse(row.id, f"{self.encoder.named(row.id)}: a row of domain {row.domain_key}")
+                self._refuse(row.id, self._stray(row))
             elif (item := self._item(row.id, row.values)) is not None:
                 items[row.id] = item
         there = self.items.get(self.domain.key, items)

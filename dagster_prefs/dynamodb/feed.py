@@ -1,9 +1,9 @@
-"""The changes of one rolling view, read from a RisingWave subscription.
+"""Read the changes of one rolling view from a RisingWave subscription.
 
-What the cursor does, as seen on a server: `SINCE t` begins with the changes of `t` itself; the changes of one
-moment (one barrier) come together and carry the same `rw_timestamp`, one net change for each row; the rows of
-`FULL` carry none; FETCH returns nothing only when everything so far has been read. A cursor dies with its session,
-and when the view had no change for as long as the subscription retains them.
+A cursor behaves as follows, as observed on a server. `SINCE t` begins with the changes of `t` itself. The
+changes of one moment (one barrier) come together and have the same `rw_timestamp`, with one net change per
+row; the rows of `FULL` have none. FETCH returns nothing only when everything so far has been read. A cursor
+ends with its session, and when the view had no change for as long as the subscription retains changes.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ _EPOCH_BITS, _EPOCH_START_MILLISECONDS = 16, 1_617_235_200_000
 
 
 class FeedBroken(PrefsError):
-    """The cursor is gone, as after a restart of the engine; it can be opened again where it was."""
+    """The cursor ended, as after a restart of the engine; it can be opened again at the same position."""
 
 
 class TokenExpired(PrefsError):
-    """The engine no longer retains every change since the token; only the whole view will do."""
+    """The engine no longer retains all changes since the token, so the whole view must be compared."""
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One change of one key's row.
+    """One change of the row of one key.
 
-    `values` are in the order of the contract's attributes, None for a row that was removed. `timestamp` is the
-    engine's, milliseconds since 1970; None for the rows that the whole view begins with. `renewed` says that the
-    row was there before under the same key.
+    `values` are in the order of the contract's attributes, None for a removed row. `timestamp` is the
+    engine's time in milliseconds since 1970, None for the rows of the whole view. `renewed` tells that the
+    row existed before under the same key.
     """
 
     id: Id | None
@@ -54,9 +54,9 @@ class Change:
 
 
 class SubscriptionFeed:
-    """One session with one subscription cursor; a context manager.
+    """One session with one subscription cursor, as a context manager.
 
-    Its methods raise FeedBroken when the engine fails, so that the caller opens another one.
+    Its methods raise FeedBroken if the engine fails; the caller then opens a new one.
     """
 
     def __init__(self, engine: EngineConfiguration, contract: Contract, domain: Domain) -> None:
@@ -75,10 +75,10 @@ class SubscriptionFeed:
         self._connection.close()
 
     def identity(self) -> str:
-        """What a token belongs to: the subscription, the view that it reads and the contract's attributes.
+        """Return what a token belongs to: the subscription, the view that it reads and the contract's attributes.
 
-        Raises PublishError for a subscription that is missing or reads something else than the domain's view,
-        and a view unlike the contract.
+        Raises PublishError if the subscription is missing or reads another relation than the domain's view,
+        or the view differs from the contract.
         """
         name = self.domain.sink
         found = self._rows(
@@ -118,11 +118,11 @@ class SubscriptionFeed:
         return f"{self.engine.database}.{self.engine.schema}.{name}:{subscription}:{made}:{upstream}:{digest}"
 
     def committed(self) -> int:
-        """The view's last complete moment, milliseconds since 1970; every FETCH after this call knows of its changes.
+        """Return the view's last complete moment, in milliseconds since 1970. Every later FETCH includes its changes.
 
-        Not now(), which is the newest moment of all databases on the server: one whose barriers are ahead of the
-        view's would vouch for changes of the view that are still to come. FLUSH comes second, because RisingWave's
-        frontend, which answers a FETCH, learns of a moment later than the catalog.
+        now() would be wrong: it is the newest moment of all databases on the server, and a database whose
+        barriers are ahead of the view's would confirm changes of the view that are still to come. FLUSH comes
+        second, because RisingWave's frontend, which answers FETCH, learns of a moment later than the catalog.
         """
         found = self._rows(
             sql.SQL(
@@ -138,7 +138,9 @@ class SubscriptionFeed:
             )
         )
         if not found:
-            raise FeedBroken(f"domain {self.domain.name}: {self.domain.relation} is gone: run `dbt run`")
+            raise FeedBroken(
+                f"domain {self.domain.name}: {self.domain.relation} no longer exists: run `dbt run`"
+            )
         try:
             self._connection.execute(sql.SQL("flush"), prepare=False)
         except psycopg.Error as error:
@@ -146,7 +148,7 @@ class SubscriptionFeed:
         return int(found[0][0])
 
     def present(self, ids: Iterable[Id]) -> set[Id]:
-        """Those of the ids that have a row now."""
+        """Return those of the ids that have a row now."""
         key, wanted = self.keys.partition_key, set(ids)
         first = sorted({id_parts(id_)[0] for id_ in wanted})
         rows = self._rows(
@@ -161,15 +163,15 @@ class SubscriptionFeed:
         return {id_ for row in rows if (id_ := self._id(row)) in wanted}
 
     def _id(self, values: Sequence[Any]) -> Any:
-        """The id of the values of the key columns; None where one of them is NULL."""
+        """Return the id in the values of the key columns; None if one of them is NULL."""
         if not self.keys.rest_keys:
             return values[0]
         return None if None in values else tuple(values)
 
     def open(self, since: int | None) -> None:
-        """Begin with the changes of the moment `since` (milliseconds), or with the whole view where it is None.
+        """Open the cursor at the moment `since` (milliseconds since 1970), or for the whole view if it is None.
 
-        Raises TokenExpired when the subscription does not reach back so far.
+        Raises TokenExpired if the subscription no longer retains the changes since then.
         """
         place = sql.SQL("full") if since is None else sql.SQL("since {}").format(sql.Literal(since))
         statement = sql.SQL("declare {} subscription cursor for {} {}").format(
@@ -185,7 +187,7 @@ class SubscriptionFeed:
             raise self._broken(error) from None
 
     def fetch(self, limit: int, timeout_seconds: int = 0) -> list[Change]:
-        """The next changes, at most `limit`; waits up to `timeout_seconds` when there are none yet."""
+        """Return the next changes, at most `limit`. Waits up to `timeout_seconds` if there are none yet."""
         statement = sql.SQL("fetch {} from {}").format(sql.Literal(limit), _CURSOR)
         if timeout_seconds:
             patience = sql.Literal(with_unit(timeout_seconds, "timeout_seconds"))

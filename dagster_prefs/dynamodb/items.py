@@ -1,4 +1,4 @@
-"""DynamoDB's typed JSON for the contract's items, both ways, exact."""
+"""Convert contract items to and from DynamoDB's typed JSON without loss."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ NULL: Mapping[str, Any] = {"NULL": True}
 
 
 class ItemError(PrefsError):
-    """A row cannot become an item, or an item is not as the contract says."""
+    """A row cannot become an item, or an item differs from the contract."""
 
 
 class ItemEncoder:
-    """Rows of one domain to items. NULL is written as `{"NULL": true}`, as RisingWave's sink does."""
+    """Encodes the rows of one domain as items. NULL becomes `{"NULL": true}`, as RisingWave's sink writes it."""
 
     def __init__(self, contract: Contract, domain: Domain) -> None:
         table = contract.table_of(domain)
@@ -37,37 +37,38 @@ class ItemEncoder:
         self._key_bytes = sum(len(name.encode()) for name in (table.partition_key.name, table.sort_key.name))
 
     def key(self, id_: Id) -> dict[str, Any]:
-        """The item's key, in DynamoDB's typed JSON."""
+        """Return the item's key in DynamoDB's typed JSON."""
         return self._table.typed_key(self.domain.key, id_)
 
     def key_text(self, id_: Id) -> str:
-        """The whole key as one text, as the publisher remembers it."""
+        """Return the whole key as one text, as `online_published` stores it."""
         return self._table.key_text(id_)
 
     def id_of(self, item: Mapping[str, Any]) -> Id:
-        """Whose item or key it is."""
+        """Return the id of an item or key."""
         return self._table.split_key(item)[0]
 
     def named(self, id_: Id | None) -> str:
-        """Whose item it is, for a message."""
+        """Return entity and id, for a message."""
         return f"{self.domain.entity} {id_label(id_)}"
 
     def encode(self, id_: Id, values: Sequence[Any]) -> dict[str, Any]:
-        """The item of one id; `values` are in the order of the contract's attributes.
+        """Return the item of one id; `values` are in the order of the contract's attributes.
 
-        Raises ItemError naming id and attribute: a key that DynamoDB does not take, NULL where the contract
-        allows none, a number that DynamoDB cannot keep exactly, an item over the contract's max_item_bytes.
+        Raises ItemError naming id and attribute: a key that DynamoDB does not accept, NULL where the contract
+        does not allow it, a number that DynamoDB cannot store exactly, or an item above the contract's
+        max_item_bytes.
         """
         first = id_parts(id_)[0]
         id_bytes = _number_bytes(first) if isinstance(first, int) else len(first.encode())
         if isinstance(first, str) and not 0 < id_bytes <= MAX_KEY_BYTES:
             raise ItemError(
-                f"{self.named(excerpt(first))}: its key has {id_bytes} bytes, and DynamoDB takes 1 to {MAX_KEY_BYTES}"
+                f"{self.named(excerpt(first))}: its key has {id_bytes} bytes, and DynamoDB accepts 1 to {MAX_KEY_BYTES}"
             )
         sort_bytes = len(self._table.sort_text(self.domain.key, id_).encode())
         if sort_bytes > MAX_SORT_KEY_BYTES:
             raise ItemError(
-                f"{self.named(excerpt(first))}: its sort key has {sort_bytes} bytes, and DynamoDB takes "
+                f"{self.named(excerpt(first))}: its sort key has {sort_bytes} bytes, and DynamoDB accepts "
                 f"{MAX_SORT_KEY_BYTES}"
             )
         item = self.key(id_)
@@ -93,7 +94,7 @@ class ItemEncoder:
 
 
 class ItemDecoder:
-    """Items of one domain to Python values: int, Decimal, float, str, lists of them, None."""
+    """Decodes the items of one domain to Python values: int, Decimal, float, str, lists of them, None."""
 
     def __init__(self, domain: Domain) -> None:
         self.domain = domain
@@ -102,13 +103,13 @@ class ItemDecoder:
         ]
 
     def decode(self, item: Mapping[str, Mapping[str, Any]]) -> tuple[list[Any], tuple[str, ...]]:
-        """The value of every attribute in the contract's order, and the names of those that the item lacks.
+        """Return all attributes in the contract's order, and the names of those that the item lacks.
 
-        NULL is written as NULL, so what an item lacks is unknown to the version that wrote it, and has its
-        cold-start value here. Attributes that the contract does not know are ignored.
+        NULL is written as NULL, so an attribute that the item lacks was unknown to the version that wrote it,
+        and gets its cold-start value. Attributes that are not in the contract are ignored.
 
-        Raises ItemError naming domain and attribute when one is NULL without leave, or of another type than the
-        contract's.
+        Raises ItemError naming domain and attribute for a NULL that the contract does not allow, or a value
+        of another type.
         """
         values: list[Any] = []
         unknown: tuple[str, ...] = ()
@@ -136,7 +137,7 @@ class ItemDecoder:
 
 
 def plain(typed: Mapping[str, Any]) -> Any:
-    """The Python value of one typed attribute, whatever its type; numbers that are equal compare equal."""
+    """Return the Python value of a typed attribute of any type; equal numbers compare equal."""
     ((kind, value),) = typed.items()
     if kind == "N":
         return Decimal(value)
@@ -151,7 +152,7 @@ def plain(typed: Mapping[str, Any]) -> Any:
 
 
 def item_bytes(item: Mapping[str, Mapping[str, Any]]) -> int:
-    """What an item (or key) weighs in a request, at most: names and values as text."""
+    """Return an upper bound of the request size of an item or key, in bytes."""
     return sum(len(name.encode()) + _typed_bytes(typed) for name, typed in item.items())
 
 
@@ -173,20 +174,20 @@ def _number_bytes(value: int | Decimal) -> int:
 
 def _encode_integer(value: Any) -> tuple[dict[str, Any], int]:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"should be a whole number, not {type(value).__name__}")
+        raise ValueError(f"must be a whole number, not {type(value).__name__}")
     return {"N": str(value)}, _number_bytes(value)
 
 
 def _encode_decimal(value: Any) -> tuple[dict[str, Any], int]:
     if not isinstance(value, Decimal):
-        raise ValueError(f"should be a decimal, not {type(value).__name__}")
+        raise ValueError(f"must be a decimal, not {type(value).__name__}")
     if not value.is_finite():
-        raise ValueError(f"is {value}, which DynamoDB cannot keep")
+        raise ValueError(f"is {value}, which DynamoDB cannot store")
     digits = value.as_tuple().digits
     significant = len("".join(map(str, digits)).strip("0"))
     if significant > NUMBER_DIGITS:
         raise ValueError(
-            f"has {significant} significant digits and DynamoDB keeps {NUMBER_DIGITS}: round it in the view"
+            f"has {significant} significant digits, and DynamoDB stores {NUMBER_DIGITS}: round it in the view"
         )
     if value and not NUMBER_MIN_EXPONENT <= value.adjusted() <= NUMBER_MAX_EXPONENT:
         raise ValueError(f"is {value}, outside DynamoDB's range of numbers")
@@ -195,14 +196,14 @@ def _encode_decimal(value: Any) -> tuple[dict[str, Any], int]:
 
 def _encode_float(value: Any) -> tuple[dict[str, Any], int]:
     if not isinstance(value, float):
-        raise ValueError(f"should be a float, not {type(value).__name__}")
+        raise ValueError(f"must be a float, not {type(value).__name__}")
     # The shortest text that reads back as the same float has at most 17 digits.
     return _encode_decimal(Decimal(repr(value)))
 
 
 def _encode_string(value: Any) -> tuple[dict[str, Any], int]:
     if not isinstance(value, str):
-        raise ValueError(f"should be a text, not {type(value).__name__}")
+        raise ValueError(f"must be a text, not {type(value).__name__}")
     return {"S": value}, len(value.encode())
 
 
@@ -211,9 +212,9 @@ def _list_encoder(
 ) -> Callable[[Any], tuple[dict[str, Any], int]]:
     def encode_list(value: Any) -> tuple[dict[str, Any], int]:
         if not isinstance(value, list):
-            raise ValueError(f"should be a list, not {type(value).__name__}")
+            raise ValueError(f"must be a list, not {type(value).__name__}")
         if None in value:
-            raise ValueError("has a NULL in its list")
+            raise ValueError("contains NULL")
         elements = [encode(element) for element in value]
         return {"L": [typed for typed, _ in elements]}, 3 + sum(size + 1 for _, size in elements)
 

@@ -43,11 +43,11 @@ _BUSY = {"TransactionConflict", "ProvisionedThroughputExceeded", "ThrottlingErro
 
 
 class Fenced(PrefsError):
-    """Another writer holds the lease; nothing of the refused request was written."""
+    """Another writer holds the lease; nothing of the rejected request was written."""
 
 
 class ItemRefused(PrefsError):
-    """DynamoDB calls a write invalid; `places` are the invalid ones among the writes, empty where not told."""
+    """DynamoDB rejected a write as invalid; `places` are the positions of invalid writes, empty if unknown."""
 
     def __init__(self, message: str, places: Sequence[int]) -> None:
         super().__init__(message)
@@ -56,13 +56,14 @@ class ItemRefused(PrefsError):
 
 @dataclass(frozen=True)
 class LeaseState:
-    """What the lease of one domain says.
+    """The content of a domain's lease.
 
-    `holder` is empty after an orderly end. `label` names host and process of the last holder, `mode` what it was
-    started for. `sequence` grows with every write. `feed` identifies the subscription that `token` belongs to,
-    milliseconds since 1970: every change before it is in DynamoDB; None means that none is recorded.
-    `lease_seconds` is how long the holder may leave the lease unmoved, `renewed_ms` when it last moved it by the
-    holder's own clock. `refused` counts keys whose row is not in DynamoDB because it cannot become an item.
+    `holder` is empty after a release. `label` names host and process of the last holder, and `mode` is the
+    mode in which it was started. `sequence` increases with every write. `feed` identifies the subscription of
+    `token` (milliseconds since 1970): every earlier change is in DynamoDB; None means that no token is
+    stored. The holder must renew the lease within `lease_seconds`; `renewed_ms` is the time of the last
+    renewal on its clock. `refused` counts keys that are not in DynamoDB because their row cannot become an
+    item.
     """
 
     holder: str = ""
@@ -77,9 +78,10 @@ class LeaseState:
 
 
 def read_lease(items: ItemAccess, domain: Domain) -> LeaseState | None:
-    """The lease of a domain as it stands, None where nobody ever followed it; strongly consistent.
+    """Return the current lease of a domain, None if it was never followed; strongly consistent.
 
-    Raises StoreUnavailable when DynamoDB refuses or does not answer, or an older version wrote the lease.
+    Raises StoreUnavailable if DynamoDB refuses the request or does not answer, or an older version wrote the
+    lease.
     """
     lease_id = LEASE_IDS[items.keys.partition_key.type]
     item = items.get(_lease_key(domain), [lease_id]).get(lease_id)
@@ -108,7 +110,7 @@ def _lease_key(domain: Domain) -> str:
 
 
 class Lease:
-    """The lease of one domain in the hands of one writer, and the only way in which it writes."""
+    """The lease of one domain, held by one writer, and its only way to write."""
 
     def __init__(
         self,
@@ -134,10 +136,11 @@ class Lease:
         self.state = self._mine
 
     def acquire(self, stop: threading.Event, patience_seconds: float | None = None) -> bool:
-        """Take the lease as soon as it is free or its holder has not moved it for as long as it promised.
+        """Take the lease when it is free, or its holder has not renewed it in time.
 
-        Waits for as long as another holder is alive: at most `patience_seconds`, for ever without. False when
-        `stop` was set before. Raises Fenced naming the holder when patience ends, StoreUnavailable.
+        Waits while another holder is alive, at most `patience_seconds`, or without limit if None. Returns
+        False if `stop` was set before. Raises Fenced, naming the holder, when the patience ends;
+        StoreUnavailable.
         """
         started = seen_at = self._clock()
         seen: LeaseState | None = None
@@ -153,8 +156,8 @@ class Lease:
                 continue
             if patience_seconds is not None and alive and self._clock() - started > patience_seconds:
                 raise Fenced(
-                    f"domain {self.domain.name}: {found.label} publishes it already: "
-                    "leave it to that one, or stop it and run again"
+                    f"domain {self.domain.name}: {found.label} already publishes it: "
+                    "let it continue, or stop it and run again"
                 )
             stop.wait(min(1.0, found.lease_seconds / 4))
         return False
@@ -175,19 +178,19 @@ class Lease:
         return True
 
     def renew(self) -> None:
-        """Move the lease when a third of what was promised has passed.
+        """Renew the lease once a third of its time has passed.
 
-        Raises Fenced when another writer took it, StoreUnavailable.
+        Raises Fenced if another writer took it, StoreUnavailable.
         """
         if self._clock() - self._moved_at > self.state.lease_seconds / 3:
             self._advance(self.state)
 
     def record(self, feed: str, token: int | None, refused: int) -> None:
-        """Move the lease and keep a progress token and the number of refused keys; raises as `renew`."""
+        """Renew the lease and store the progress token and the count of rejected keys. Raises like `renew`."""
         self._advance(replace(self.state, feed=feed, token=token, refused=refused))
 
     def release(self) -> None:
-        """Give the lease back, so that the next writer need not wait; one that is lost already is left alone."""
+        """Release the lease, so that the next writer need not wait. A lost lease is left alone."""
         try:
             self._advance(replace(self.state, holder=""))
         except Fenced:
@@ -219,13 +222,12 @@ class Lease:
                     raise self._unreachable(error) from None
 
     def write(self, requests: Sequence[Mapping[str, Any]], token: int | None, refused: int) -> None:
-        """Write up to 99 puts and deletes of distinct keys, and what `record` keeps, all or nothing.
+        """Write up to 99 puts and deletes of distinct keys, and the values of `record`, all or nothing.
 
-        `requests` are `{"Put": {"Item": …}}` and `{"Delete": {"Key": …}}` in DynamoDB's typed JSON.
-
-        Raises Fenced when another writer took the lease, ItemRefused when DynamoDB calls an item invalid,
-        StoreUnavailable when it stays throttled or unreachable; nothing was written then, except that an
-        unreachable DynamoDB may have done all of it, which writing it again does not change.
+        `requests` are `{"Put": {"Item": …}}` and `{"Delete": {"Key": …}}` in DynamoDB's typed JSON. Raises
+        Fenced if another writer took the lease, ItemRefused if DynamoDB rejects an item as invalid, and
+        StoreUnavailable if it stays throttled or unreachable. Nothing was written then, except that an
+        unreachable DynamoDB may have executed the whole request; writing it again is safe.
         """
         from botocore.exceptions import BotoCoreError, ClientError
 

@@ -1,8 +1,8 @@
-"""Write what changed in a rolling view to DynamoDB, on the engine that has no sinks of its own.
+"""Write the changes of a rolling view to DynamoDB, on the engine that has no sinks of its own.
 
-`online_published` remembers, per table id, what DynamoDB holds. A fingerprint is emptied *before* its item is
-written and set *after* DynamoDB accepted it. So after a crash anywhere in between, the next run writes that
-key again, even when the values went back to what they were, or the key left the window.
+`online_published` stores what DynamoDB holds, per table id. A fingerprint is cleared *before* its item is
+written, and set *after* DynamoDB accepted it. After a crash in between, the next run therefore writes that
+key again, even if its values changed back, or the key left the window.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ COLUMN_TYPES = {
 
 @dataclass(frozen=True)
 class PublishReport:
-    """What one publish did to one domain; `upserts` and `deletes` count what DynamoDB accepted."""
+    """The result of one publish of one domain; `upserts` and `deletes` count accepted writes."""
 
     domain_key: str
     table: str
@@ -76,7 +76,7 @@ class PublishReport:
 
 
 class PublishError(PrefsError):
-    """A domain could not be published, or not completely; `report` of the publisher or changefeed says what was."""
+    """A domain was not published, or not completely; `report` is the result so far."""
 
     def __init__(self, message: str, report: Any = None) -> None:
         super().__init__(message)
@@ -94,7 +94,7 @@ class _Change:
 
 @dataclass
 class _Outcome:
-    """What became of one batch."""
+    """The result of one batch."""
 
     accepted: list[_Change] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
@@ -110,14 +110,14 @@ def publish_domain(
     lock_timeout_seconds: float = 900.0,
     progress: Callable[[int], None] | None = None,
 ) -> PublishReport:
-    """Bring DynamoDB to the state of one domain's sink view; write only what changed, and deletes.
+    """Bring DynamoDB to the state of one domain's sink view; write only the differences, deletes included.
 
-    One publisher per domain works at a time, a second waits up to `lock_timeout_seconds`. `progress` gets the number
-    of accepted writes so far. Safe to repeat after any failure: what DynamoDB accepted stays recorded.
+    Only one publisher per domain is active; a second one waits up to `lock_timeout_seconds`. `progress` gets the
+    number of accepted writes so far. Safe to repeat after any failure: accepted writes stay recorded.
 
-    Raises PublishError (with `.report` of what was written) for a sink view that is missing or unlike the
-    contract, a key whose item the contract or DynamoDB refuses (all others are still published), and a
-    DynamoDB that stays throttled or unreachable after `max_attempts`; EngineUnavailable for the engine.
+    Raises PublishError (with `.report`) if the sink view is missing or differs from the contract, if the
+    contract or DynamoDB rejects the item of a key (all others are published), and if DynamoDB stays throttled
+    or unreachable after `max_attempts`; EngineUnavailable for the engine.
     """
     _check_engine(store)
     with store.engine.connect() as control, _explained(store.domain, lock_timeout_seconds):
@@ -147,7 +147,7 @@ def publish_keys(
 def _check_engine(store: DomainStore) -> None:
     if store.engine.kind != "local":
         raise PublishError(
-            "the publisher works on the local engine only; RisingWave writes DynamoDB by its own sinks: "
+            "the publisher only works on the local engine, and RisingWave's own sinks write to DynamoDB: "
             "set PREFS_PUBLISH=sink"
         )
 
@@ -174,12 +174,15 @@ def _explained(domain: Domain, lock_timeout_seconds: float) -> Iterator[None]:
 
 
 def publish_lock(engine: EngineConfiguration, domain_key: str) -> str:
-    """The name whose advisory lock a publisher of the domain holds."""
+    """Return the name of the advisory lock that a publisher of the domain holds."""
     return f"dagster-prefs publish {engine.schema} {domain_key}"
 
 
 def column_problems(columns: Mapping[str, str], contract: Contract, domain: Domain) -> list[str]:
-    """How a relation's columns (name → type as the engine spells it) are unlike a domain's keys and attributes."""
+    """Return how the columns of a relation differ from a domain's keys and attributes.
+
+    `columns` maps names to types as the engine spells them.
+    """
     table = contract.table_of(domain)
     keys = {key.name: key.contract_type for key in (*table.columns, table.sort_key)}
     expected = keys | {name: attribute.type for name, attribute in domain.attributes.items()}
@@ -195,11 +198,12 @@ def column_problems(columns: Mapping[str, str], contract: Contract, domain: Doma
 
 
 class KeySql:
-    """The key columns of one entity in PostgreSQL's SQL, of a relation that has the alias `s`, if any.
+    """The key columns of one entity in PostgreSQL's SQL, for a relation with the alias `s`, if it has one.
 
-    `columns` select an id, which `id_of` reads. `whole` is one expression of the whole key: the column itself, or of a
-    composite key the text of `Table.key_text`; `text` is that text in either case. `remembered` is an `entity_key` of
-    `online_published`, as p, in the form of `whole`; `type` is the SQL type of that form.
+    `columns` select an id, which `id_of` reads. `whole` is one expression of the whole key: the column
+    itself, or for a composite key the text of `Table.key_text`; `text` is that text in either case.
+    `remembered` is an `entity_key` of `online_published` (alias p) in the form of `whole`, and `type` is the
+    SQL type of that form.
     """
 
     def __init__(self, table: Table, alias: str | None = "s") -> None:
@@ -226,7 +230,7 @@ class KeySql:
             self.remembered = sql.SQL("p.entity_key::{}").format(self.type)
 
     def id_of(self, values: Sequence[Any]) -> Id:
-        """The id in the values of `columns`."""
+        """Return the id in the values of `columns`."""
         return tuple(values) if self._table.rest_keys else values[0]
 
     def among(self, keys: Sequence[str]) -> tuple[sql.Composed, dict[str, list[str]]]:
@@ -247,12 +251,12 @@ class KeySql:
         return whole, {f"key_{place}": [str(id_[place]) for id_ in ids] for place in range(len(columns))}
 
     def remembered_id(self, value: Any) -> Id:
-        """The id in a value of `remembered`."""
+        """Return the id in a value of `remembered`."""
         return self._table.parse_key(value) if self._table.rest_keys else value
 
 
 class _Publication:
-    """One run over one domain."""
+    """One publish of one domain."""
 
     def __init__(
         self,
@@ -603,7 +607,7 @@ class _Publication:
 
 
 class BatchWriter:
-    """BatchWriteItem with bounded retries of what DynamoDB left unprocessed; safe for threads."""
+    """BatchWriteItem with bounded retries of unprocessed items; thread-safe."""
 
     def __init__(self, client: DynamoDBClient, table: str, encoder: ItemEncoder, max_attempts: int) -> None:
         self.client = client
@@ -612,7 +616,7 @@ class BatchWriter:
         self.max_attempts = max_attempts
 
     def write(self, batch: Sequence[_Change]) -> _Outcome:
-        """Write up to 25 changes of distinct keys; never raises for what DynamoDB answers."""
+        """Write up to 25 changes of distinct keys. Never raises for an answer of DynamoDB."""
         from botocore.exceptions import BotoCoreError, ClientError
 
         outcome = _Outcome()

@@ -23,7 +23,7 @@ BATCH_FROM = 3
 
 
 class ItemReader:
-    """Items of one entity's table by (id, domain key)."""
+    """Reads items of one entity's table by (id, domain key)."""
 
     def __init__(
         self,
@@ -57,11 +57,11 @@ class ItemReader:
     def read(
         self, keys: Sequence[Key], *, consistent: bool, deadline: float, canaries: Sequence[Key] = ()
     ) -> dict[Key, Found]:
-        """The item of each key, None where there is none, or the error that kept it from arriving.
+        """Return the item of each key, None if there is none, or the error of its read.
 
-        Up to two keys are GetItems side by side, more are BatchGetItems of 100 keys side by side. `canaries`
-        are read beside them in a request of their own and once only: nothing waits for a second attempt at
-        them. `deadline` is on the clock of time.monotonic(); what has not arrived by then has a `timeout`.
+        Up to two keys are read by concurrent GetItems, more by concurrent BatchGetItems of 100 keys each.
+        `canaries` are read at the same time in a separate request without retries. `deadline` is in seconds
+        of time.monotonic(); a read that is incomplete by then ends with a `timeout`.
         """
         found: dict[Key, Found] = {}
         pending = self._plan(list(dict.fromkeys(keys)), consistent)
@@ -124,7 +124,7 @@ class ItemReader:
         found: dict[Key, Found],
         last: dict[Key, ReadError],
     ) -> list[Key]:
-        """Enter what an answer says into `found`; return the keys to ask for again."""
+        """Add the content of an answer to `found`; return the keys to request again."""
         if isinstance(answer, ReadError):
             target: dict[Key, Any] = last if answer.transient else found
             target.update(dict.fromkeys(asked, answer))
@@ -137,7 +137,7 @@ class ItemReader:
             unprocessed = answer.get("UnprocessedKeys", {}).get(self._table, {}).get("Keys", [])
             left = [self._identity(key) for key in unprocessed]
         except (KeyError, TypeError, ValueError, AttributeError):
-            damaged = ReadError("DynamoDB's answer has not the form of its API: try again", "corrupt")
+            damaged = ReadError("DynamoDB's answer does not have the form of its API: try again", "corrupt")
             last.update(dict.fromkeys(asked, damaged))
             return asked
         if left:

@@ -1,4 +1,4 @@
-"""One domain of the serving contract, with both sides of it: the engine's view and the DynamoDB table."""
+"""One domain of the serving contract with its two stores: the engine's view and the DynamoDB table."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DomainStore:
-    """What publishes, compares and repairs one domain needs: its view in the engine and its items in DynamoDB.
+    """The stores of one domain, for publishing, comparison and repair: its view and its items.
 
-    `table` is what `provision` or `find_tables` returned for the domain's entity; TableError for another entity's.
+    `table` is the table of the domain's entity, from `provision` or `find_tables`. Raises TableError for the
+    table of another entity.
     """
 
     engine: EngineConfiguration
@@ -38,7 +39,7 @@ class DomainStore:
 
     @property
     def keys(self) -> Table:
-        """The key columns of the table, as the contract says them."""
+        """The key columns of the table, as the contract declares them."""
         return self.contract.table_of(self.domain)
 
     @property
@@ -48,7 +49,7 @@ class DomainStore:
 
     @property
     def encoder(self) -> ItemEncoder:
-        """What makes items of the domain's rows."""
+        """The encoder of the domain's rows."""
         return ItemEncoder(self.contract, self.domain)
 
 
@@ -59,6 +60,6 @@ def domain_stores(
     tables: Mapping[str, TableReport],
     names: Iterable[str] | None = None,
 ) -> list[DomainStore]:
-    """The stores of these domains (all by default, by name or key); `tables` has the table of each entity."""
+    """Return the stores of these domains (by name or key, all by default); `tables` are the tables by entity."""
     chosen = [contract.domain(name) for name in names or contract.domains]
     return [DomainStore(engine, client, contract, domain, tables[domain.entity]) for domain in chosen]

@@ -1,4 +1,4 @@
-"""The DynamoDB tables behind the contract, one an entity: made or checked, never altered, never deleted."""
+"""The DynamoDB tables of the contract, one per entity: created or checked, never altered, never deleted."""
 
 from __future__ import annotations
 
@@ -20,15 +20,14 @@ CONTRACT_VERSION_TAG = "prefs:contract-version"
 
 
 class TableError(PrefsError):
-    """The DynamoDB table is missing, is not as the contract says, or cannot be reached."""
+    """A DynamoDB table is missing or unreachable, or differs from the contract."""
 
 
 @dataclass(frozen=True)
 class TableReport:
-    """The table of one entity, ACTIVE and in agreement with the contract.
+    """The table of one entity, ACTIVE and as the contract declares it.
 
-    `table_id` changes when a table is recreated, so it tells an emptied table from the one that
-    was published to.
+    A recreated table has another `table_id`, which tells an emptied table from the one that was published to.
     """
 
     entity: str
@@ -46,10 +45,10 @@ class TableReport:
 def dynamodb_client(
     endpoint_url: str | None = None, region: str | None = None, *, pool_size: int = 32
 ) -> DynamoDBClient:
-    """A DynamoDB client with bounded time-outs (2 s to connect, 10 s to read) and standard retries.
+    """Return a DynamoDB client with bounded time-outs (2 s to connect, 10 s to read) and standard retries.
 
-    Credentials come from botocore's chain; where it has none and the endpoint is on this machine, fixed local
-    ones are used, because a local server takes any.
+    Credentials come from botocore's chain. Without any, and with an endpoint on this machine, fixed local
+    ones are used, because a local server accepts any.
     """
     import botocore.session
     from botocore.config import Config
@@ -75,7 +74,7 @@ def dynamodb_client(
 
 @cache
 def _model_loader(data_path: str | None) -> Any:
-    """What reads botocore's description of DynamoDB; a loader of its own would cost each client a fifth of a second."""
+    """Return the loader of botocore's description of DynamoDB; a loader per client would cost 0.2 s each."""
     import botocore.loaders
 
     return botocore.loaders.create_loader(data_path)
@@ -89,16 +88,17 @@ def provision(
     mode: Literal["create", "verify"] = "create",
     timeout_seconds: float = 60.0,
 ) -> dict[str, TableReport]:
-    """Make sure that each table of the contract exists, is ACTIVE and has the contract's keys; by entity.
+    """Ensure that each table of the contract exists, is ACTIVE and has the contract's keys; return them by entity.
 
-    `create` makes a missing table (on demand, encrypted with DynamoDB's own key) and raises its contract
-    version tag to the contract's; `verify` never makes or tags anything, and also wants that tag, point-in-time
-    recovery and deletion protection, as the Terraform module sets them. An existing table is never altered
-    beyond that tag, and never deleted. Safe to repeat and to run twice at the same time.
+    `create` creates a missing table (on demand, encrypted with DynamoDB's own key) and raises the table's
+    contract version tag to the contract's. `verify` never creates or tags anything, and also requires that
+    tag, point-in-time recovery and deletion protection, as the Terraform module sets them. An existing table
+    is never altered except for the tag, and never deleted. Idempotent, also when it runs twice at the same
+    time.
 
-    Raises TableError listing every difference with its remedy (a contract newer than the table's tag among
-    them), a table that is missing (`verify`), one that is not ACTIVE within `timeout_seconds`, or the
-    endpoint's refusal with the permission that is missing.
+    Raises TableError with the remedy for every difference (including a contract that is newer than the
+    table's tag), a missing table (`verify`), a table that is not ACTIVE within `timeout_seconds`, or a
+    refused request, naming the missing permission.
     """
     return {
         entity: _provision(client, entity, contract, prefix + table.name, mode, timeout_seconds)
@@ -262,7 +262,7 @@ def _point_in_time_recovery(client: DynamoDBClient, name: str) -> bool | None:
 
 
 def _deployed_version(client: DynamoDBClient, description: Any) -> str | None:
-    """The table's contract version tag as it stands there; None without one."""
+    """Return the value of the table's contract version tag; None without one."""
     version = None
     token: dict[str, Any] = {}
     while True:

@@ -1,7 +1,8 @@
-"""Two ways to send DynamoDB reads: boto3's own, and a lean one for the hot path.
+"""Two ways to send reads to DynamoDB: boto3, and a lean transport for the hot path.
 
-A transport sends calls once, side by side, within a deadline, and answers each with the decoded JSON or a
-`ReadError`; it never raises for one call. Retries, which need to know what is being read, are the reader's.
+A transport sends each call once, concurrently, within a deadline, and answers it with the decoded JSON or a
+`ReadError`; it never raises for a single call. The reader does the retries, because they depend on what is
+read.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ MAX_IDLE_SECONDS = 45.0
 
 
 class ReadError(PrefsError):
-    """A read failed; `kind` says how, and `transient` whether trying again can help."""
+    """A read failed; `kind` is the cause, and `transient` whether a retry may succeed."""
 
     def __init__(self, message: str, kind: Kind) -> None:
         super().__init__(message)
@@ -81,10 +82,10 @@ Answer = dict[str, Any] | ReadError
 
 
 class Transport(Protocol):
-    """Sends calls side by side; `deadline` is on the clock of time.monotonic()."""
+    """Sends calls concurrently; `deadline` is in seconds of time.monotonic()."""
 
     def send(self, calls: Sequence[Call], deadline: float) -> list[Answer]:
-        """One attempt at each call; the answers are in the order of the calls."""
+        """Attempt each call once; return the answers in the order of the calls."""
         ...
 
     def warm(self, connections: int) -> None:
@@ -97,7 +98,7 @@ class Transport(Protocol):
 
 
 def classify(code: str, message: str, status: int) -> ReadError:
-    """The error for what DynamoDB answered: its error code, message and HTTP status."""
+    """Return the error for an answer of DynamoDB, by its error code, message and HTTP status."""
     kind = _KINDS.get(code)
     if kind is None:
         kind = "unavailable" if status >= 500 else "throttled" if status == 429 else "refused"
@@ -118,11 +119,11 @@ def _away(error: object) -> ReadError:
 
 
 def _corrupt(problem: str) -> ReadError:
-    return ReadError(f"DynamoDB's answer arrived damaged ({problem}): try again", "corrupt")
+    return ReadError(f"DynamoDB's answer is malformed ({problem}): try again", "corrupt")
 
 
 def no_credentials() -> ReadError:
-    """The error where botocore's chain holds no credentials."""
+    """Return the error for an empty credential chain of botocore."""
     return ReadError(
         "no AWS credentials were found: set AWS_PROFILE, a role, or AWS_ACCESS_KEY_ID and its secret",
         "credentials",
@@ -130,9 +131,9 @@ def no_credentials() -> ReadError:
 
 
 class BotoTransport:
-    """boto3's client, one attempt a call, threads for calls side by side.
+    """The transport over boto3's client: one attempt per call, and a thread for each concurrent call.
 
-    The client must make one attempt only (`total_max_attempts=1`), because the reader counts attempts.
+    The client must only make one attempt (`total_max_attempts=1`), because the reader counts attempts.
     """
 
     def __init__(self, client: DynamoDBClient, threads: int) -> None:
@@ -143,15 +144,15 @@ class BotoTransport:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="profile-read")
 
     def send(self, calls: Sequence[Call], deadline: float) -> list[Answer]:
-        """One attempt at each call, each in a thread, so that a slow one cannot hold up the caller."""
+        """Attempt each call once, in its own thread, so that a slow call cannot delay the caller."""
         futures = [self._pool.submit(self._one, call) for call in calls]
         return [self._result(future, deadline) for future in futures]
 
     def warm(self, connections: int) -> None:
-        """boto3 opens connections by sending requests only, so the first ones pay for it."""
+        """Do nothing: boto3 only opens connections by sending requests, so the first requests open them."""
 
     def close(self) -> None:
-        """Let running calls end and close the client's connections."""
+        """Wait for running calls and close the client's connections."""
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._client.close()
 
@@ -191,7 +192,7 @@ class BotoTransport:
             return _corrupt(str(error))
         except (exceptions.ParamValidationError, exceptions.BotoCoreError) as error:
             return ReadError(
-                f"the request is not one that DynamoDB takes ({error}): check the contract", "refused"
+                f"DynamoDB does not accept such a request ({error}): check the contract", "refused"
             )
         except ValueError as error:
             return _corrupt(str(error))
@@ -203,11 +204,11 @@ def _check_body(http_response: Any, **_: object) -> None:
 
 
 class LeanTransport:
-    """Signed HTTP/1.1 over kept-alive connections of its own, without threads.
+    """Signed HTTP/1.1 over kept-alive connections, without threads.
 
-    botocore gives endpoint, credentials (refreshed as they expire) and signature; everything between that and
-    the socket is left out. All calls of one `send` are on the wire before the first answer is read. It takes
-    no HTTP proxy: where one is needed, use `BotoTransport`.
+    botocore resolves the endpoint and the credentials (refreshing them when they expire) and signs;
+    everything between that and the socket is omitted. All calls of one `send` are sent before the first
+    answer is read. HTTP proxies are not supported: use `BotoTransport` where one is needed.
     """
 
     def __init__(
@@ -226,10 +227,10 @@ class LeanTransport:
         self._closed = False
 
     def send(self, calls: Sequence[Call], deadline: float) -> list[Answer]:
-        """One attempt at each call; at most `pool_size` are on the wire at a time."""
+        """Attempt each call once, with at most `pool_size` calls in flight."""
         answers: list[Answer] = []
         if self._closed:
-            return [ReadError("this client is closed: make a new one", "refused") for _ in calls]
+            return [ReadError("this client is closed: create a new one", "refused") for _ in calls]
         try:
             keys = None if self._credentials is None else self._credentials.get_frozen_credentials()
         except Exception as error:
@@ -251,7 +252,7 @@ class LeanTransport:
         return answers
 
     def warm(self, connections: int) -> None:
-        """Open connections up to the pool's size; one that fails is left to the first read to report."""
+        """Open connections up to the pool's size. A failure is reported by the first read instead."""
         opened = []
         deadline = time.monotonic() + self._connect_timeout
         for _ in range(min(connections, self._window) - len(self._idle)):
@@ -380,15 +381,15 @@ class _Connection:
         self._socket.sendall(message)
 
     def receive(self, deadline: float) -> tuple[int, str | None, bytes, bool]:
-        """Status, the checksum header, the body, and whether the connection can be used again."""
+        """Return status, checksum header and body, and whether the connection can be reused."""
         data = b""
         while (end := data.find(b"\r\n\r\n")) < 0:
             if len(data) > MAX_HEAD_BYTES:
-                raise _Damaged("its head has no end")
+                raise _Damaged("its headers do not end")
             more = self._receive(deadline)
             if not more:
                 if data:
-                    raise _Damaged("it ends within its head")
+                    raise _Damaged("it ends within its headers")
                 raise _ClosedBeforeAnswer("the server closed the connection without an answer")
             data += more
         status_line, *lines = data[:end].decode("latin-1").split("\r\n")
@@ -448,7 +449,7 @@ class _Connection:
             try:
                 size = int(size_text.partition(b";")[0], 16)
             except ValueError:
-                raise _Damaged("a chunk has no size") from None
+                raise _Damaged("the size of a chunk is missing or invalid") from None
             if size + len(body) > MAX_BODY_BYTES:
                 raise _Damaged("it is too long")
             data = self._exactly(data, size + 2, deadline)
@@ -459,7 +460,7 @@ class _Connection:
 
 
 class _Signer:
-    """Whole HTTP requests, signed. Only date, payload and keys vary, so the rest is prepared once."""
+    """Builds complete, signed HTTP requests. Only date, payload and keys vary; the rest is prepared once."""
 
     def __init__(self, host: str, path: str, region: str) -> None:
         self._host = host
@@ -468,7 +469,7 @@ class _Signer:
         self._auth: tuple[Any, Any] | None = None
 
     def message(self, keys: Any, call: Call) -> bytes:
-        """The request with its signature, by botocore's SigV4 for everything that is secret."""
+        """Return the request with its signature; botocore's SigV4 does everything that involves the secret."""
         auth = self._signing(keys)
         target = f"DynamoDB_20120810.{call.operation}"
         date = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
@@ -498,7 +499,7 @@ class _Signer:
 
 
 class _SignedRequest:
-    """What botocore's signer reads of a request."""
+    """The attributes of a request that botocore's signer reads."""
 
     __slots__ = ("context",)
 
@@ -507,9 +508,9 @@ class _SignedRequest:
 
 
 def _checked_json(status: int, checksum: str | None, body: bytes) -> dict[str, Any] | None:
-    """The decoded body, None for an error's that is no JSON; raises _Damaged where it cannot be trusted."""
+    """Return the decoded body, None for an error's body that is not JSON. Raises _Damaged if it is corrupt."""
     if checksum is not None and str(zlib.crc32(body)) != checksum:
-        raise _Damaged("its CRC32 is not the one sent with it")
+        raise _Damaged("its CRC32 differs from the one in its header")
     try:
         content = json.loads(str(body, "utf-8"))
     except ValueError:
@@ -551,7 +552,7 @@ def make_transport(
     connect_timeout_seconds: float,
     read_timeout_seconds: float,
 ) -> Transport:
-    """A transport to `endpoint_url`, or to where botocore's configuration points.
+    """Return a transport to `endpoint_url`, or to the endpoint of botocore's configuration.
 
     Raises ReadError for an endpoint or region that botocore cannot resolve.
     """

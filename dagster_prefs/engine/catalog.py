@@ -10,11 +10,9 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
+from dagster_prefs.declarations.names import QUERY_SUFFIX
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError
-
-# Behind the name of a kept view of the embedded engine: the view of its query (macros/engine/kept.sql).
-QUERY_SUFFIX = "__query"
 
 
 class NotDeployed(PrefsError):
@@ -120,11 +118,28 @@ def read_catalog(connection: psycopg.Connection[Any], engine: EngineConfiguratio
     )
 
 
-def row_counts(
+def estimated_rows(
     connection: psycopg.Connection[Any], engine: EngineConfiguration, names: Sequence[str]
+) -> dict[str, int]:
+    """Return PostgreSQL's estimate of the rows of each named relation that exists, -1 where it has none."""
+    rows = connection.execute(
+        "select relname, reltuples::bigint from pg_class"
+        " where relnamespace = to_regnamespace(%s) and relname = any(%s)",
+        (engine.schema, list(names)),
+    ).fetchall()
+    return dict(rows)
+
+
+def row_counts(
+    connection: psycopg.Connection[Any],
+    engine: EngineConfiguration,
+    names: Sequence[str],
+    *,
+    exact_up_to: int | None = None,
 ) -> dict[str, int]:
     """Count the rows of each named relation that exists; exact on the embedded engine.
 
+    With `exact_up_to` a table of more rows there is told as PostgreSQL estimates it, because a count reads all of it.
     On RisingWave, where a count reads the whole relation, it is the storage's own key count.
     """
     if not names:
@@ -137,18 +152,13 @@ def row_counts(
             (engine.schema, list(names)),
         ).fetchall()
         return {name: int(count) for name, count in rows}
-    there = {
-        name
-        for (name,) in connection.execute(
-            "select relname from pg_class where relnamespace = %s::regnamespace and relname = any(%s)",
-            (engine.schema, list(names)),
-        )
-    }
-    counted = [name for name in names if name in there]
+    there = estimated_rows(connection, engine, names)
+    estimated = {name: rows for name, rows in there.items() if exact_up_to is not None and rows > exact_up_to}
+    counted = [name for name in names if name in there and name not in estimated]
     if not counted:
-        return {}
+        return estimated
     query = sql.SQL(" union all ").join(
         sql.SQL("select {}, count(*) from {}").format(sql.Literal(name), sql.Identifier(engine.schema, name))
         for name in counted
     )
-    return {name: int(count) for name, count in connection.execute(query).fetchall()}
+    return estimated | {name: int(count) for name, count in connection.execute(query).fetchall()}

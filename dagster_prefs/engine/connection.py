@@ -24,13 +24,13 @@ class EngineUnavailable(PrefsError):
 _TRANSPORT = (
     (
         "does not support ssl",
-        "the engine at {where} offers no TLS, which PREFS_ENGINE_SSLMODE demands: give RisingWave RW_SSL_CERT and "
-        "RW_SSL_KEY, or set PREFS_ENGINE_SSLMODE=disable where the network itself is trusted",
+        "the engine at {where} does not offer TLS, which PREFS_ENGINE_SSLMODE requires: give RisingWave "
+        "RW_SSL_CERT and RW_SSL_KEY, or set PREFS_ENGINE_SSLMODE=disable where the network itself is trusted",
     ),
     (
         "requested a cleartext password",
-        "the engine at {where} asks for the password in clear, which only a server with a checked certificate gets: "
-        "set PREFS_ENGINE_SSLMODE=verify-full, or give the user a password of the ordinary kind (md5)",
+        "the engine at {where} asks for the password in clear text, which only a server with a verified "
+        "certificate gets: set PREFS_ENGINE_SSLMODE=verify-full, or give the user a password that is stored as md5",
     ),
     (
         "server did not complete authentication",
@@ -74,8 +74,8 @@ class EngineConfiguration:
     def __post_init__(self) -> None:
         if self.sslmode in ("allow", "prefer") and not on_this_machine(self.host):
             raise EngineUnavailable(
-                f"sslmode {self.sslmode} sends the password in clear to an engine at {self.host} that says it has "
-                "no TLS: choose require or verify-full, or disable where the network itself is trusted"
+                f"sslmode {self.sslmode} would send the password in clear text to an engine at {self.host} that "
+                "offers no TLS: choose require or verify-full, or disable where the network itself is trusted"
             )
 
     @classmethod
@@ -158,7 +158,7 @@ class EngineConfiguration:
             except psycopg.errors.UndefinedObject:
                 connection.close()
                 raise EngineUnavailable(
-                    f"the engine at {self.host}:{self.port} is no RisingWave: check PREFS_ENGINE_HOST and "
+                    f"the engine at {self.host}:{self.port} is not RisingWave: check PREFS_ENGINE_HOST and "
                     "PREFS_ENGINE_PORT, or set PREFS_ENGINE=local"
                 ) from None
         if not autocommit:

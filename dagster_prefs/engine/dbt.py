@@ -326,28 +326,29 @@ _MEANINGS = (
     ),
     (
         r"failed to fetch metadata from kafka \(([^)]*)\)",
-        r"RisingWave gets no answer from Kafka at \1: check that PREFS_KAFKA_BOOTSTRAP resolves on its machines, and "
+        r"RisingWave got no answer from Kafka at \1: check that PREFS_KAFKA_BOOTSTRAP resolves on its machines, and "
         "PREFS_KAFKA_SECURITY_PROTOCOL with what belongs to it",
     ),
     (
         r"ResourceNotFoundException|DynamoDB error\s[^\n]*table \S+ not found",
-        "DynamoDB has no such table for the sink: materialize its asset dynamodb/… or make it with Terraform "
+        "the DynamoDB table of the sink does not exist: materialize its asset dynamodb/… or create it with Terraform "
         "first, and check PREFS_TABLE_PREFIX, AWS_REGION and AWS_ENDPOINT_URL",
     ),
     (
         # In the words of 3.0.2 and later, and of older servers.
         r"DynamoDB table \S+ primary key .* must match RisingWave primary key|table \S+ key schema is empty"
         r"|key field (\S+) not found in schema or not primary key|primary key.*not.*key schema",
-        "the DynamoDB table has another key than the contract's: it was made by somebody else or for another "
-        "version; choose another PREFS_TABLE_PREFIX, or migrate it",
+        "the DynamoDB table has another key than the contract, so it was created by somebody else or for another "
+        "version: choose another PREFS_TABLE_PREFIX, or migrate it",
     ),
     (
         r"DynamoDB error\s[^\n]*table (\S+) is not active",
-        r"DynamoDB's table \1 is not ACTIVE yet: wait until it is, then run again",
+        r"the DynamoDB table \1 is not ACTIVE yet: wait until it is, then run again",
     ),
     (
         r"[Ff]eature \"?(\w+)\"? is not available|exceeds the maximum allowed by the license key",
-        "RisingWave's licence does not grant this: set a key with `alter system set license_key = '…'`, keep the "
+        "RisingWave's licence does not include this feature: set a key with `alter system set "
+        "license_key = '…'`, keep the "
         "cluster at 4 CPU cores and below 20 GiB of memory, or set PREFS_PUBLISH=changefeed and "
         "PREFS_RISINGWAVE_SECRETS=off, which need none",
     ),

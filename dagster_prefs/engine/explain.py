@@ -78,7 +78,7 @@ def failed_statement(
         called, beside = f"secret of the {called}", _SECRET
     whom = for_whom(node, manifest)
     return (
-        f"{server} did not make the {called} {node['alias']}{f' for {whom}' if whom else ''}: look at {path}"
+        f"{server} did not create the {called} {node['alias']}{f' for {whom}' if whom else ''}: look at {path}"
         f"{f', {beside}' if beside else ''}. It says: {words}"
     )
 

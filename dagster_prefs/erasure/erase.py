@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from psycopg import sql
 
-from dagster_prefs.engine.catalog import QUERY_SUFFIX
+from dagster_prefs.declarations.names import QUERY_SUFFIX
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.erasure.events import AppendOnly, RawMessages, Subject
 from dagster_prefs.erasure.items import EntityItems
@@ -243,7 +243,7 @@ class _Erasure:
             yield
         except PrefsError as error:
             raise ErasureIncomplete(
-                f"erasing {self.subject} stopped at: {name} ({error}); what was done before stays done, "
+                f"erasing {self.subject} stopped at: {name} ({error}); the steps before it stay done: "
                 "run the same command again"
             ) from error
         except psycopg.Error as error:
@@ -295,7 +295,7 @@ class _Erasure:
         recorded = self._recorded(connection)
         newest = self._messages(connection).newest_event()
         if recorded is None:
-            raise ErasureIncomplete(f"{self.subject} is not in {ERASED} any more, somebody removed it")
+            raise ErasureIncomplete(f"{self.subject} was removed from {ERASED} meanwhile")
         if newest is None or newest <= recorded:
             return recorded.astimezone(UTC)
         reached = max(self.now, newest)
@@ -492,7 +492,7 @@ class _Erasure:
     def _writer(self) -> str:
         if self.stores.tables_by_sink:
             return "RisingWave's sinks take rows out of the training tables, wait for their next commits"
-        return "see what writes there"
+        return "find out what writes there"
 
     def _unfinished(self, report: ErasureReport) -> dict[str, str]:
         engine = (
@@ -503,16 +503,16 @@ class _Erasure:
         )
         where, _, until = engine.partition(": ")
         rest = {
-            f"the id itself in {ERASED}": "for good: it is what keeps replayed events out",
+            f"the id itself in {ERASED}": "permanently: it keeps replayed events out",
             "Kafka topics": "the topics' retention ends, or compaction where the key is the subject's; until then "
             "replays stay suppressed",
-            "files that were ingested, and rejected messages that were exported": "you delete them; ingested again, "
-            "they stay suppressed",
+            "files that were ingested, and rejected messages that were exported": "you delete them; if they are "
+            "ingested again, they stay suppressed",
             where: until,
         }
         if self._served:
             rest["DynamoDB point-in-time recovery"] = (
-                "35 days from now; a restored table needs this command again"
+                "35 days from now; run this command again for a restored table"
             )
         if self._training_tables():
             rest |= {
@@ -521,7 +521,7 @@ class _Erasure:
                 f"{self.subject.kind} ids as lowest or highest value in the statistics of manifests": "the table's "
                 "maintenance has removed the manifests of expired snapshots",
                 "examples in Dagster's event log (parity, publishing)": "the runs are deleted",
-                "files of training sets and labels, which this platform does not know": "you have searched their "
+                "files of training sets and labels that this platform does not know": "you have searched their "
                 "folders (--training-sets) and removed or rebuilt what holds the subject; a set that used an expired "
                 "snapshot can no longer be reproduced",
             }

@@ -25,7 +25,7 @@ from dagster_prefs.errors import PrefsError, excerpt
 from dagster_prefs.events.raw import RawStoreError, translated
 
 REDACTED = b'{"erased":true}'
-"""What is left of a message; the typed layer rejects it with the reason `erased`."""
+"""What remains of a message; the typed layer rejects it with the reason `erased`."""
 
 BATCH_ROWS = 500
 
@@ -72,7 +72,7 @@ class Subject:
             raise SubjectRefused(f"{excerpt(given)} is not a {kind} ({error}): {remedy}") from None
         if is_reserved(key, value):
             raise SubjectRefused(
-                f"{kind} {value} is a canary: ids {reserved_range(key)} are no person's, and probes need theirs; "
+                f"{kind} {value} is a canary: ids {reserved_range(key)} belong to no person, and the probes need them: "
                 f"name another {kind}"
             )
         return cls(registry.family(kind)[0], ids.key_text(key, value))

@@ -132,8 +132,8 @@ class EntityItems:
             answer: Any = error.response.get("Error", {})
             if answer.get("Code") == "ResourceNotFoundException":
                 raise PublishError(
-                    f"there is no table {self._table} here, so nothing is known about its items: check "
-                    "PREFS_TABLE_PREFIX and AWS_REGION, or make the table with `prefs refresh`"
+                    f"table {self._table} does not exist here, so its items cannot be erased: check "
+                    "PREFS_TABLE_PREFIX and AWS_REGION, or create the table with `prefs refresh`"
                 ) from None
             raise PublishError(
                 f"DynamoDB refused to work on table {self._table} ({answer.get('Code')}: {answer.get('Message')}):"

@@ -364,7 +364,7 @@ class SubjectInTiles(SubjectInTable):
             rewritten += [day for day in days if day not in done and self._rewrite(day)]
         raise ExportConflict(
             f"{self.name} was replaced by others {ATTEMPTS} times while a subject was removed from it: "
-            "see which exports or maintenance run, and run it again"
+            "find out which exports or maintenance run, and run it again"
         )
 
     def _export(self, days: list[date]) -> list[date]:
@@ -474,7 +474,7 @@ def files_holding(erased: ErasedSubject, folders: Sequence[Path]) -> list[Path]:
     found = []
     for folder in folders:
         if not folder.is_dir():
-            raise OfflineError(f"{folder} is no folder of training sets: name one that exists")
+            raise OfflineError(f"{folder} is not a folder: name an existing folder of training sets")
         for path in sorted(folder.rglob("*")):
             if path.is_file() and path.suffix.lower() in (".parquet", ".csv") and _holds(path, erased):
                 found.append(path)
@@ -504,7 +504,7 @@ def _holds(path: Path, erased: ErasedSubject) -> bool:
             return any(_is_in(batch.column(0), erased, path) for batch in parquet.iter_batches(columns=[key]))
     except (pa.ArrowException, OSError, UnicodeDecodeError, LabelsRefused) as error:
         raise OfflineError(
-            f"{path} cannot be searched ({str(error).splitlines()[0]}): mend or remove it, or name other folders"
+            f"{path} cannot be searched ({str(error).splitlines()[0]}): repair or remove it, or name other folders"
         ) from error
 
 

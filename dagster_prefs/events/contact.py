@@ -90,7 +90,7 @@ class Contact:
             text = str(error.args[0].str())
             settings = sorted({_setting(name) for name in _PROPERTY.findall(text)})
             raise KafkaUnavailable(
-                f"the Kafka client cannot be made with these settings ({text}): correct "
+                f"the Kafka client does not accept these settings ({text}): correct "
                 f"{', '.join(settings) or 'the PREFS_KAFKA_… settings'}"
             ) from None
 
@@ -166,7 +166,7 @@ class Contact:
             )
         if "alert" in text:
             return (
-                "the brokers refuse this client's certificate or lack one: check "
+                "the brokers reject this client's certificate, or it sends none: check "
                 "PREFS_KAFKA_SSL_CERTIFICATE_LOCATION (or _PEM) and PREFS_KAFKA_SSL_KEY_LOCATION (or _PEM)"
             )
         if code == KafkaError._SSL:
@@ -240,7 +240,7 @@ def _first_at_once(sign: Callable[[str], tuple[str, float]]) -> Callable[[str], 
         waiting = [sign("")]
     except KafkaException as error:
         raise KafkaUnavailable(
-            f"Kafka cannot be signed in to ({error}): check the AWS credentials, PREFS_KAFKA_MSK_REGION and "
+            f"Kafka authentication failed ({error}): check the AWS credentials, PREFS_KAFKA_MSK_REGION and "
             "PREFS_KAFKA_MSK_ROLE_ARN"
         ) from None
     return lambda told: waiting.pop() if waiting else sign(told)

@@ -128,7 +128,7 @@ def detect(
             if not head:
                 raise
     if not head:
-        raise EventFileError(f"{path} is empty: it has blank lines only")
+        raise EventFileError(f"{path} is empty: it only has blank lines")
     header = _header(head[0])
     if mapping == "rees46" or _is_header(header, topics):
         return _csv_format(path, header, topics, wanted, mapping)
@@ -357,6 +357,6 @@ def _topic_of_json(path: Path, head: Sequence[bytes], topics: Topics) -> Topic:
         raise ambiguous
     keys = f"the first record has the keys {first}" if first is not None else "no line is a JSON object"
     raise EventFileError(
-        f"{path} does not show its topic in its first {len(head)} lines ({keys}): name the topic, one of "
+        f"{path} does not identify its topic in its first {len(head)} lines ({keys}): name the topic, one of "
         + ", ".join(topics)
     )

@@ -129,7 +129,7 @@ def ingest_file(
                 f"{path} changed while it was read: let its writer finish, then ingest it again"
             )
         if read.lines == 0:
-            raise EventFileError(f"{path} is empty: it has a header and no rows")
+            raise EventFileError(f"{path} is empty: it has a header but no rows")
         store.remember_end(
             FileRecord(
                 source, _as_text(path), known.topic, read.lines, known.shift_seconds, datetime.now(UTC)

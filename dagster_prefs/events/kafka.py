@@ -63,7 +63,9 @@ def ingest_topic(
     started = time.monotonic()
     name, bootstrap = kafka.topics.get(topic.name, topic.name), kafka.bootstrap
     if bootstrap is None:
-        raise KafkaUnavailable(f"no Kafka is configured to read topic {name} from: set PREFS_KAFKA_BOOTSTRAP")
+        raise KafkaUnavailable(
+            f"topic {name} cannot be read, because no Kafka brokers are configured: set PREFS_KAFKA_BOOTSTRAP"
+        )
     source = source_name(name, generation)
     contact = Contact(
         Consumer,
@@ -161,8 +163,8 @@ def _assign(
             if position > high:
                 raise KafkaUnavailable(
                     f"topic {name} at {bootstrap} ends at offset {high} of partition {partition}, but the "
-                    f"engine holds offset {stored[partition]} of it: it was recreated, and the brokers tell no "
-                    "topic ids by which to know it; give it another name"
+                    f"engine holds offset {stored[partition]} of it: it was recreated, and these brokers have "
+                    "no topic ids that would have shown it: give it another name"
                 )
         else:
             position = OFFSET_BEGINNING if start == "earliest" else OFFSET_END
@@ -203,7 +205,9 @@ def _time(timestamp: tuple[int, int]) -> datetime | None:
 
 
 def _kept(error: KafkaUnavailable) -> KafkaUnavailable:
-    return KafkaUnavailable(f"{error}; what was accepted is kept, and the same command goes on from there")
+    return KafkaUnavailable(
+        f"{error}; accepted messages are kept: run the same command again to continue from there"
+    )
 
 
 def holds_messages(
@@ -267,7 +271,7 @@ class KafkaWriter:
 
     def send(self, topic: str, value: bytes, key: bytes | None = None) -> None:
         """Queue one message; raises KafkaUnavailable if an earlier one was not delivered."""
-        untaken = f"does not take messages for topic {topic}"
+        untaken = f"does not accept messages for topic {topic}"
         with self._told(untaken, topic):
             while True:
                 try:
@@ -290,7 +294,7 @@ class KafkaWriter:
             while left := len(self._producer):
                 self._producer.poll(POLL_SECONDS)
                 self._raise_failure()
-                self._contact.check(f"does not take {left} messages")
+                self._contact.check(f"did not accept {left} messages")
                 if time.monotonic() > deadline:
                     raise self._contact.unavailable(f"did not confirm {left} messages")
         self._raise_failure()
@@ -337,7 +341,7 @@ class KafkaWriter:
     def _raise_failure(self) -> None:
         if self._failed is not None:
             error, topic = self._failed
-            reason = self._contact.unavailable(f"did not take a message for topic {topic}", error, topic)
+            reason = self._contact.unavailable(f"did not accept a message for topic {topic}", error, topic)
             raise KafkaUnavailable(
-                f"{reason}; then send them again: messages that were taken twice are recognised by their event_id"
+                f"{reason}; then send them again: messages that arrive twice are recognised by their event_id"
             )

@@ -169,7 +169,9 @@ class RawStore:
             self._remember(record, "on conflict (source) do nothing")
             known = self.recall(record.source)
         if known is None:
-            raise RawStoreError(f"the engine does not keep what it is told about {record.source}: {AGAIN}")
+            raise RawStoreError(
+                f"the engine did not store the ingestion progress of {record.source}: {AGAIN}"
+            )
         return known
 
     def remember_end(self, record: FileRecord) -> None:
@@ -302,7 +304,7 @@ def translated(engine: EngineConfiguration, relation: str) -> Iterator[None]:
     except (psycopg.OperationalError, psycopg.InterfaceError) as error:
         remedy = "run `prefs up`" if engine.kind == "local" else "check that it runs"
         raise RawStoreError(
-            f"the engine at {engine.host}:{engine.port} went away while working on {relation} "
+            f"the connection to the engine at {engine.host}:{engine.port} was lost while writing {relation} "
             f"({_first(error)}): {remedy}; {AGAIN}"
         ) from None
     except psycopg.Error as error:
@@ -315,7 +317,7 @@ def translated(engine: EngineConfiguration, relation: str) -> Iterator[None]:
 def _missing(engine: EngineConfiguration, relation: str) -> RawStoreError:
     return RawStoreError(
         f"the engine has no table {relation} in schema {engine.schema}: "
-        "make it with `dbt run` in dbt_project/ and run the same command again"
+        "create it with `dbt run` in dbt_project/ and run the same command again"
     )
 
 

@@ -77,7 +77,7 @@ def export_rejected(
     owner may read the file. Raises ReplayError if the file exists or cannot be written, else as
     `stream_rejected`.
     """
-    taken = ReplayError(f"{path} exists, and may hold corrections: name another file")
+    taken = ReplayError(f"{path} exists and may contain corrections: name another file")
     if os.path.lexists(path):
         raise taken
     written = 0
@@ -126,7 +126,7 @@ def replay_file(
         if problems and not skip_invalid:
             raise ReplayError(
                 f"{len(problems)} of {lines} lines of {path} cannot be replayed, and nothing was sent: "
-                "correct them, or leave them out with --skip-invalid",
+                "correct them, or skip them with --skip-invalid",
                 problems,
             )
         after = check_file(path)
@@ -283,7 +283,7 @@ def _read(number: int, line: bytes, registry: Registry, topics: Mapping[str, Top
         isinstance(value[name], int) and not isinstance(value[name], bool) and 0 <= value[name] < limit
         for name, limit in (("partition", 2**31), ("offset", 2**63))
     ):
-        return "its source, partition or offset is of another type: keep them as they were exported"
+        return "its source, partition or offset has another type: keep them as they were exported"
     try:
         topic = topics[registry.topic(str(value["topic"])).name]
     except PrefsError as error:

@@ -80,7 +80,7 @@ def broker_ids(
     if not names:
         return found
     asked = admin.describe_topics(TopicCollection(names), request_timeout=timeout_seconds)
-    untold = "does not tell its topics"
+    untold = "does not list its topics"
     deadline = time.monotonic() + timeout_seconds
     while not all(future.done() for future in asked.values()) and time.monotonic() < deadline:
         # librdkafka reports failures, and requests a token of MSK's, when it is polled.
@@ -96,7 +96,7 @@ def broker_ids(
             if failed.code() in _UNSUPPORTED:
                 found[name] = None
             elif failed.code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
-                raise contact.unavailable(f"does not tell about topic {name}", failed, name) from None
+                raise contact.unavailable(f"does not describe topic {name}", failed, name) from None
         else:
             found[name] = None if identity == _NO_ID else identity
     return found

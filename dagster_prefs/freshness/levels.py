@@ -17,7 +17,7 @@ Level = Literal["ok", "skipped", "warn", "error", "unknown"]
 # Ordered from best to worst. "unknown" is worst, because it can hide any state.
 LEVELS: tuple[Level, ...] = ("ok", "skipped", "warn", "error", "unknown")
 
-Stage = Literal["ingestion", "views", "online", "offline", "canary"]
+Stage = Literal["engine", "ingestion", "views", "online", "offline", "canary"]
 
 
 class Unmeasurable(PrefsError):
@@ -40,8 +40,8 @@ def unreadable(what: str, error: psycopg.Error) -> Unmeasurable:
 class Measure:
     """One reading of one stage, with its level.
 
-    `name` is the topic, relation, domain or training table. `lag_seconds` is compared with the thresholds;
-    None where it has no meaning or is not known. `values` are further numbers to plot, `notes` texts.
+    `name` is the topic, relation, domain, training table, or part of the engine. `lag_seconds` is compared with
+    the thresholds; None where it has no meaning or is not known. `values` are further numbers to plot, `notes` texts.
     """
 
     stage: Stage

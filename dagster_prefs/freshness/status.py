@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import date, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
@@ -16,6 +17,7 @@ from dagster_prefs.declarations.contract import Contract
 from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.dynamodb.store import DomainStore, domain_stores
 from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.freshness.embedded import measure_embedded
 from dagster_prefs.freshness.levels import Level, Measure, worst
 from dagster_prefs.freshness.measures import (
     measure_ingestion,
@@ -42,6 +44,7 @@ _STYLES: dict[Level, str] = {
     "unknown": "bold magenta",
 }
 _TITLES = {
+    "engine": "embedded engine",
     "ingestion": "Kafka → engine",
     "views": "events → views",
     "online": "views → DynamoDB",
@@ -54,11 +57,12 @@ _TITLES = {
 class Sources:
     """Where the readings come from; nothing connects before it is read.
 
-    `publishes` and `follows` are as for `measure_online`, `by_sink` as for `offline_lag`. `kafka` and `declared` are
-    asked at each reading, because they need the project.
+    `data_dir` is on the disk of the embedded engine. `publishes` and `follows` are as for `measure_online`, `by_sink`
+    as for `offline_lag`. `kafka` and `declared` are asked at each reading, because they need the project.
     """
 
     engine: EngineConfiguration
+    data_dir: Path
     declared: Callable[[], Registry]
     kafka: Callable[[], KafkaSource]
     connect: Callable[[], DynamoDBClient]
@@ -88,6 +92,10 @@ class Sources:
         """
         client, contract = self.connect(), self.contract
         return domain_stores(self.engine, client, contract, find_tables(client, contract, self.table_prefix))
+
+    def embedded(self, now: datetime) -> list[Measure]:
+        """The embedded engine and its follower, by the engine's own clock; empty on RisingWave."""
+        return measure_embedded(self.engine, self.data_dir)
 
     def ingestion(self, now: datetime) -> list[Measure]:
         """Kafka against the raw tables."""
@@ -160,7 +168,7 @@ def evaluate(sources: Sources, *, now: Callable[[], datetime], extra: Sequence[M
     a stage that cannot be read: those measures are `unknown`.
     """
     started = now()
-    stages = (sources.ingestion, sources.views, sources.online, sources.offline)
+    stages = (sources.embedded, sources.ingestion, sources.views, sources.online, sources.offline)
     with ThreadPoolExecutor(len(stages), thread_name_prefix="freshness") as pool:
         found = [measure for stage in pool.map(lambda read: read(started), stages) for measure in stage]
     return Status(started, (now() - started).total_seconds(), (*found, *extra))

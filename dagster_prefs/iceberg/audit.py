@@ -78,8 +78,8 @@ def audit_days(
             findings[day] = row_findings(_batches(table, one.paths), table, spec, day, one.rows, one.totals)
     return {
         day: AuditFailed(
-            f"the audit of {'.'.join(table.name())} of {day} failed ({'; '.join(wrong)}): readers see what they "
-            f"saw before; look at branch {staged.branch}, mend the tile, and run the export again",
+            f"the audit of {'.'.join(table.name())} of {day} failed ({'; '.join(wrong)}): readers still see the "
+            f"previous data: look at branch {staged.branch}, correct the tile, and run the export again",
             staged.branch,
         )
         for day, wrong in findings.items()

@@ -138,8 +138,8 @@ def _open_sqlite(warehouse: str) -> SqlCatalog:
         make_private_folder(folder)
     except OSError as error:
         raise CatalogUnavailable(
-            f"the folder {folder} of the Iceberg warehouse cannot be made ({error.strerror}): "
-            "set PREFS_ICEBERG_WAREHOUSE to a folder that can be written"
+            f"the folder {folder} of the Iceberg warehouse cannot be created ({error.strerror}): "
+            "set PREFS_ICEBERG_WAREHOUSE to a writable folder"
         ) from error
     address = sqlalchemy.URL.create(
         "sqlite", database=str(catalog_file(folder)), query={"timeout": str(SQLITE_LOCK_SECONDS)}
@@ -182,12 +182,10 @@ def translated(what: str) -> Iterator[None]:
     try:
         yield
     except NoSuchTableError as error:
-        raise TableMissing(
-            f"{what} does not exist: materialize its export first ({_reason(error)})"
-        ) from error
+        raise TableMissing(f"{what} does not exist: export it first ({_reason(error)})") from error
     except CommitStateUnknownException as error:
         raise CatalogUnavailable(
-            f"{what} did not say whether a commit took place ({_reason(error)}): run it again, which is safe"
+            f"{what} did not answer whether a commit took place ({_reason(error)}): run it again, which is safe"
         ) from error
     except sqlalchemy.exc.DBAPIError as error:
         raise _explain_sqlite(what, error) from error
@@ -202,11 +200,11 @@ def translated(what: str) -> Iterator[None]:
         raise _damaged(what, error) from error
     except (requests.RequestException, RESTError, BotoCoreError, ClientError) as error:
         raise CatalogUnavailable(
-            f"{what} cannot be reached or refuses us ({_reason(error)}): check its address, region and credentials"
+            f"{what} cannot be reached or refuses access ({_reason(error)}): check its address, region and credentials"
         ) from error
     except FileNotFoundError as error:
         raise CatalogCorrupted(
-            f"{what} names a file that is gone ({_reason(error)}): restore it from a copy, or drop the table and "
+            f"{what} refers to a missing file ({_reason(error)}): restore it from a copy, or drop the table and "
             "export its days again"
         ) from error
     except OSError as error:

@@ -45,11 +45,11 @@ def duck_session(memory: str, threads: int) -> Iterator[duckdb.DuckDBPyConnectio
             # so that spilling never fills the disk.
             if "No space left" in str(error) or "max_temp_directory_size" in str(error):
                 raise StorageFull(
-                    f"no space left for intermediate results in {scratch}: free some and run it again"
+                    f"no space is left for intermediate results in {scratch}: free some and run it again"
                 ) from error
             if isinstance(error, duckdb.OutOfMemoryException):
                 raise OfflineError(
-                    f"{memory} of memory do not suffice: split what is to be joined or sorted"
+                    f"{memory} of memory are not enough: split the data to be joined or sorted"
                 ) from error
             raise
 

@@ -226,7 +226,7 @@ def export_days(
 def _conflict(name: str, day: date) -> ExportConflict:
     return ExportConflict(
         f"{name} of {day} was replaced by others {ATTEMPTS} times while it was exported: "
-        "see which other exports or maintenance run, and run it again"
+        "find out which other exports or maintenance run, and run it again"
     )
 
 
@@ -519,13 +519,13 @@ class _Attempt:
         `removed_rows`.
         """
         if fingerprint is None:
-            return "the engine holds nothing of this day any more"
+            return "the engine no longer has rows of this day"
         if self.options.allow_loss:
             return ""
         if due:
             return self._loss(due, fingerprint)
         lost = fingerprint.row_count < removed_rows
-        return f"the engine holds {fingerprint.row_count} rows of this day" if lost else ""
+        return f"the engine has {fingerprint.row_count} rows of this day" if lost else ""
 
     def _loss(self, due: list[DataFile], fingerprint: Fingerprint) -> str:
         rows = sum(file.record_count for file in due)
@@ -539,7 +539,7 @@ class _Attempt:
                     rows -= going.num_rows
                     erased += sum(exact_sums([going], metric).values())
         if fingerprint.row_count < rows:
-            return f"the engine holds {fingerprint.row_count} rows of this day, the table {rows}"
+            return f"the engine has {fingerprint.row_count} rows of this day, the table {rows}"
         sums = exact_sums((batch for file in due for batch in read_file(self.table, file, metric)), metric)
         total = sum(sums.values()) - erased
         if fingerprint.metric_total < total:
@@ -580,7 +580,8 @@ def _write(
         if rows != fingerprint.row_count or metric != fingerprint.metric_total:
             raise DayUnreadable(
                 f"tile_fingerprints does not describe {spec.tile} of {day} ({fingerprint.row_count} rows against "
-                f"{rows}): the views are being refreshed or were refreshed apart; run `dbt build`, then export again"
+                f"{rows}): the views are being refreshed, or were not refreshed together: run `dbt "
+                "build`, then export again"
             )
     except BaseException:
         discard(table, written)

@@ -51,7 +51,7 @@ class _AvroFile(InputFile):
         try:
             header = construct_reader(META_SCHEMA, {-1: AvroFileHeader}).read(StreamingBinaryDecoder(content))
         except (EOFError, UnicodeDecodeError, ValueError) as error:
-            raise FileTruncated(f"{self.location} has no whole Avro header") from error
+            raise FileTruncated(f"{self.location} has no complete Avro header") from error
         if not content.endswith(header.sync):
             raise FileTruncated(f"{self.location} is cut off after {len(content)} bytes")
         return io.BytesIO(content)

@@ -335,7 +335,7 @@ class Foreign:
         if self.deletes:
             parts.append(f"delete files of another engine: {_some(self.deletes)}")
         if self.missing_rows:
-            parts.append(f"{self.missing_rows} rows of its export are gone with their files")
+            parts.append(f"{self.missing_rows} rows of its export were deleted with their files")
         return "; ".join(parts)
 
 

@@ -180,7 +180,7 @@ def expire(table: Table, condemned: Callable[[Table], Iterable[int]]) -> int:
             return len(going)
     raise ExportConflict(
         f"{'.'.join(table.name())} was changed by others {ATTEMPTS} times while its snapshots were expired: "
-        "see which exports or maintenance run, and run it again"
+        "find out which exports or maintenance run, and run it again"
     )
 
 

@@ -255,7 +255,9 @@ def _head(table: Table) -> Snapshot:
             transaction.update_snapshot().fast_append().commit()
     head = table.current_snapshot()
     if head is None:
-        raise CatalogUnavailable("the catalog lost a first, empty commit: run it again, which is safe")
+        raise CatalogUnavailable(
+            "the catalog lost the first, empty commit: run the export again, which is safe"
+        )
     return head
 
 

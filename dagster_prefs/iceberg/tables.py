@@ -169,7 +169,7 @@ def tile_table(registry: Registry, tile: TileDeclaration) -> TileTable:
     for name, column in tile.columns.items():
         if column.type not in ICEBERG_TYPES:
             raise DeclarationRefused(
-                f"{tile.relation}.{name} is {column.type}, which training tables have no equal of: use one "
+                f"{tile.relation}.{name} is {column.type}, which training tables cannot store: use one "
                 f"of {', '.join(ICEBERG_TYPES)}"
             )
         if column.minimum is not None and column.type not in ("bigint", "decimal"):

@@ -95,7 +95,7 @@ class TileSnapshot:
         rows = self._connection.execute(query, [self._spec.tile]).fetchall()
         if not rows and self._has_rows():
             raise TilesUnreadable(
-                f"{FINGERPRINTS} says nothing of {self._spec.tile}, which has rows: its model leaves the tile out, or "
+                f"{FINGERPRINTS} has no row of {self._spec.tile}, which has rows: its model leaves the tile out, or "
                 "is being refreshed; run `prefs generate` and `prefs apply`, then export again"
             )
         return {
@@ -241,7 +241,7 @@ class TileSnapshot:
                 (fields[int(found[1])].name, found[2]) if found else ("a column", _first_line(error))
             )
             what = f"a value of {where} that its training table cannot hold ({reason})"
-        return f"{self._spec.tile} of {day} has {what}: mend the model, then export again"
+        return f"{self._spec.tile} of {day} has {what}: correct the model, then export again"
 
     def _relation(self, name: str) -> sql.Identifier:
         return sql.Identifier(self._schema, name)
@@ -291,8 +291,9 @@ def tile_snapshot(engine: EngineConfiguration, spec: TileTable) -> Iterator[Tile
             raise TilesUnreadable(_missing(spec, error)) from error
         except psycopg.OperationalError as error:
             raise TilesUnreadable(
-                f"the engine broke off while {spec.tile} was read ({_first_line(error)}): see that it runs, then run "
-                "it again"
+                f"the connection to the engine was lost while {spec.tile} was read "
+                f"({_first_line(error)}): check that the "
+                "engine runs, then run it again"
             ) from error
         except psycopg.Error as error:
             if "not found" in str(error):

@@ -94,8 +94,8 @@ def prepare_for_sink(
         )
         if at_risk:
             raise DaysAtRisk(
-                f"{name} holds {len(at_risk)} days, the first {at_risk[0]} and the last {at_risk[-1]}, that the "
-                "engine no longer has in full, and RisingWave's sink would take them out of the table: set "
+                f"{name} holds {len(at_risk)} days, the first {at_risk[0]} and the last {at_risk[-1]}, which "
+                "are no longer complete in the engine, and RisingWave's sink would delete them from the table: set "
                 "PREFS_ICEBERG_NAMESPACE to another one for the sinks, or keep PREFS_EXPORT=platform"
             )
     with translated(f"the table {name}"):
@@ -168,7 +168,7 @@ def verify_day(
             raise AuditFailed(
                 f"{name} of {day}, which a sink writes, is not what the engine holds "
                 f"({'; '.join(findings) or 'the engine holds nothing of this day'}): wait for the sink's next commits "
-                "and RisingWave's compaction; if it stays, see whether the sink runs, or drop it, materialize "
+                "and RisingWave's compaction; if it stays, check whether the sink runs, or drop it, materialize "
                 "training/tables and create it again",
                 "main",
             )

@@ -32,8 +32,9 @@ GONE_SECONDS = 10.0
 # How many keys of a domain are published at once.
 KEYS_PER_PUBLISH = 5000
 
-# So long does a reader of events work without an error until it counts as working again, seconds.
-WORKS_SECONDS = 5.0
+# So long does a reader of events work without an error until it counts as working again, seconds: longer than it takes
+# to find the brokers gone, for the ids of the topics and for the messages.
+WORKS_SECONDS = 20.0
 
 # Publishes the items of these keys (texts as in the engine's outbox) of a domain, or with None compares all.
 Publish = Callable[[Domain, Sequence[str] | None], None]
@@ -148,6 +149,7 @@ class Follower:
             self._changed.set()
             for thread in threads if started else ():
                 thread.join()
+        self._leave()
 
     def catch_up(self) -> int:
         """Apply and publish all that has arrived, as the engine's follower for so long; returns the messages read.
@@ -156,17 +158,20 @@ class Follower:
         """
         messages = 0
         with self._steps() as steps:
-            steps.make_all_due()
-            while True:
-                make_rebuilt_due(steps.connection, self.engine)
-                report = steps.step()
-                self._tell(steps.connection, report)
-                messages += report.messages
-                if report.idle:
-                    break
-            self._mark_domains(steps.connection)
-            while self.publish_changes(steps.connection):
-                pass
+            try:
+                steps.make_all_due()
+                while True:
+                    make_rebuilt_due(steps.connection, self.engine)
+                    report = steps.step()
+                    self._tell(steps.connection, report)
+                    messages += report.messages
+                    if report.idle:
+                        break
+                self._mark_domains(steps.connection)
+                while self.publish_changes(steps.connection):
+                    pass
+            finally:
+                self._leave()
         return messages
 
     @contextmanager
@@ -212,6 +217,14 @@ class Follower:
             ).format(self._table("live_follower")),
             [self.process, "; ".join(self._problems.values()) or None],
         )
+
+    def _leave(self) -> None:
+        """Take the sign of life back, so that one which is left is that of a follower that died."""
+        with suppress(PrefsError, psycopg.Error), self.engine.connect() as connection:
+            connection.execute(
+                sql.SQL("delete from {} where process = %s").format(self._table("live_follower")),
+                [self.process],
+            )
 
     # --- publishing ---
 

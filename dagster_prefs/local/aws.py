@@ -12,6 +12,7 @@ import logging
 import socket
 import threading
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Any
 
 from dagster_prefs.local.state import LOOPBACK, LocalServicesError
@@ -102,6 +103,13 @@ def serve_aws(listener: socket.socket, *, test_hooks: bool = False) -> Callable[
                 self._serialize(found, content, shape.members[name], name)
             self._default_serialize(serialized, found, shape, key)
 
+    class Dispatcher(DomainDispatcherApplication):
+        """moto's choice of the service, which lists moto's own folder for each request."""
+
+        @lru_cache(maxsize=256)  # noqa: B019 (there is one for the whole process)
+        def get_backend_for_host(self, host: str | None) -> Any:
+            return super().get_backend_for_host(host)
+
     SERVICE_SPECIFIC_SERIALIZERS["dynamodb"] = {"json": ItemSerializer}
     served = SERVICES | ({TEST_HOOKS} if test_hooks else set())
 
@@ -113,7 +121,7 @@ def serve_aws(listener: socket.socket, *, test_hooks: bool = False) -> Callable[
     server = OwnUserServer(
         host,
         port,
-        guarded(DomainDispatcherApplication(application), loopback_hosts(port)),
+        guarded(Dispatcher(application), loopback_hosts(port)),
         MotoRequestHandler,
         fd=listener.fileno(),
     )

@@ -87,6 +87,10 @@ DISPOSABLE_SETTINGS = {
     "fsync": "off",
     "full_page_writes": "off",
     "wal_level": "minimal",
+    # The log is removed instead of kept for reuse, since it may lie in memory.
+    "max_wal_size": "256MB",
+    "wal_recycle": "off",
+    "wal_init_zero": "off",
     "max_wal_senders": "0",
 }
 

@@ -160,7 +160,7 @@ class Gate:
                 raise Refusal(
                     403,
                     "foreign_host",
-                    f"this server is not called {excerpt(host)}: use its address, or start it with "
+                    f"this server does not have the name {excerpt(host)}: use its address, or start it with "
                     "--allowed-host and that name",
                 )
         origin = headers.get(b"origin")
@@ -168,10 +168,10 @@ class Gate:
             raise Refusal(
                 403,
                 "foreign_origin",
-                f"a page of {excerpt(origin)} may not call this server: call it from a service",
+                f"web pages of {excerpt(origin)} may not call this server: call it from a service",
             )
         if headers.get(b"sec-fetch-site") == "cross-site" and headers.get(b"sec-fetch-mode") != "navigate":
-            raise Refusal(403, "foreign_origin", "a page of another website may not call this server")
+            raise Refusal(403, "foreign_origin", "web pages of another site may not call this server")
         length = len(scope.get("raw_path") or b"") + len(scope["query_string"])
         if length > MAX_TARGET_BYTES:
             raise Refusal(
@@ -195,7 +195,7 @@ class Gate:
                     )
                 if self._arriving > MAX_ARRIVING_BYTES:
                     self._metrics.refused += 1
-                    raise Refusal(503, "busy", "too many long requests are arriving: try again")
+                    raise Refusal(503, "busy", "too many large requests are arriving: try again")
                 if not message.get("more_body", False):
                     return bytes(body)
         finally:

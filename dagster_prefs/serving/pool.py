@@ -81,7 +81,7 @@ class ConnectionPool:
                 where = f"{self.engine.host}:{self.engine.port}"
                 again = " twice" if reused else ""
                 raise EngineUnavailable(
-                    f"the engine at {where} broke the connection{again} "
+                    f"the engine at {where} closed the connection{again} "
                     f"({' '.join(str(error).split())}): try again"
                 ) from None
 
@@ -97,7 +97,7 @@ class ConnectionPool:
     @contextmanager
     def _slot(self) -> Iterator[None]:
         if self._closed:
-            raise PrefsError("this client is closed: make a new one")
+            raise PrefsError("this client is closed: create a new one")
         if not self._free.acquire(timeout=self.timeout_seconds):
             raise EngineBusy(
                 f"all {self._size} connections were busy for {self.timeout_seconds:g} s: raise pool_size"

@@ -464,11 +464,11 @@ def build_profile(user_id: str, rows: Sequence[tuple[Any, ...]]) -> ShopUserProf
 def checked_user(user_id: str, *, ranking: bool = False) -> str:
     """Return the user id as the events spell it. Raises PreferenceError naming the rule that it breaks."""
     if not isinstance(user_id, str):
-        raise PreferenceError(f"a user id is a text, not {excerpt(user_id)}")
+        raise PreferenceError(f"a user id must be a text, not {excerpt(user_id)}")
     text = id_text(user_id)
     if text is None or "\x00" in text:
         raise PreferenceError(
-            f"a user id is a text of at least one character without NUL, not {excerpt(user_id)}"
+            f"a user id must be a text of at least one character without NUL, not {excerpt(user_id)}"
         )
     if ranking and is_reserved_text(text):
         raise PreferenceError(
@@ -630,7 +630,7 @@ def _read_cursor(name: ProfileList, cursor: str) -> tuple[Decimal, str]:
     except (ValueError, TypeError, AttributeError, RecursionError):
         pass
     raise PreferenceError(
-        f"cursor is {excerpt(cursor)}, which no page of {name} named: give `next` of the page before"
+        f"cursor is {excerpt(cursor)}, which is not the cursor of a page of {name}: give `next` of the previous page"
     )
 
 

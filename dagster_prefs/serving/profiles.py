@@ -420,7 +420,7 @@ class ProfileClient:
             return self._all
         if isinstance(domains, str):
             raise ProfileError(
-                f"domains is a list of names, not the text {excerpt(domains)}: pass [{excerpt(domains)}]"
+                f"domains must be a list of names, not the text {excerpt(domains)}: pass [{excerpt(domains)}]"
             )
         if not domains:
             raise ProfileError(f"domains is empty: name at least one of {', '.join(self._all)}")
@@ -637,7 +637,7 @@ def _check_generated(made: type[Profile], entity: Entity, domains: Sequence[Doma
         or not all(same_attributes(made.classes[domain.name], domain) for domain in domains)
     ):
         raise ProfileError(
-            f"the class {made.__name__} was generated from another registry than this one: "
+            f"the class {made.__name__} was generated from another registry: "
             "run `prefs generate client` again"
         )
 

@@ -138,7 +138,7 @@ def _resolve(profiles: ProfileClient, attribute: str) -> tuple[Domain, str]:
         return found[0], name
     if found:
         choices = ", ".join(f"{domain.name}.{name}" for domain in found)
-        raise WhyError(f"{name} is an attribute of several domains: say which, {choices}")
+        raise WhyError(f"{name} is an attribute of several domains: name one of {choices}")
     known = ", ".join(f"{domain.name}.{name}" for domain in domains.values() for name in domain.attributes)
     raise WhyError(f"unknown attribute {attribute!r}: the contract has {known}")
 
@@ -152,7 +152,7 @@ class _Query:
 
         text = registry.queries.get(domain.relation)
         if text is None:
-            raise WhyError(f"the registry has no query of {domain.relation}: run `prefs generate`")
+            raise WhyError(f"the registry has no query for {domain.relation}: run `prefs generate`")
         entity = registry.entity(domain.entity)
         self.registry = registry
         self.keys = entity.keys

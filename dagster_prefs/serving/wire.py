@@ -110,7 +110,7 @@ class Arguments:
         name = ids_name(keys)
         given = self._given.get(name)
         if not isinstance(given, list):
-            raise RequestError(f"{name} is missing or no list: give a list of {name}")
+            raise RequestError(f"{name} must be a list: give a list of {name}")
         if len(given) > MAX_IDS:
             raise RequestError(f"{len(given)} {name} are more than {MAX_IDS} in one call: split them")
         return [wire_id(keys, value) for value in given]

@@ -9,10 +9,10 @@ computed exactly from those. A test compares them with the writes of a simulated
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from decimal import ROUND_HALF_UP, Decimal, InvalidOperation
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import sqlglot
@@ -733,21 +733,44 @@ SPREAD_SECONDS = 3_600
 def scale_table(
     registry: Registry, entity: Entity, *, prices: Prices | None = None, capacities: Capacities | None = None
 ) -> str:
-    """Return the table of docs/scale.md in Markdown: figures per number of entities, and the first limit."""
+    """Return `scale_table_of` what the project declares about this entity."""
+    return scale_table_of(
+        entity.name,
+        partial(project_shape, registry, entity),
+        topic_shares(registry, entity),
+        target_seconds=target_of(registry.contract, entity),
+        prices=prices,
+        capacities=capacities,
+    )
+
+
+def scale_table_of(
+    entity: str,
+    shape_for: Callable[[int], Shape],
+    shares: Mapping[str, float],
+    *,
+    target_seconds: float,
+    prices: Prices | None = None,
+    capacities: Capacities | None = None,
+) -> str:
+    """Return a table in Markdown, as in docs/scale.md: figures per number of entities, and the first limit.
+
+    `shape_for` returns the tiles and domains for a number of entities.
+    """
     head = (
-        f"{entity.name}s", "events/s", "items put/day by events", "at midnight", "per second, not spread",
+        f"{entity}s", "events/s", "items put/day by events", "at midnight", "per second, not spread",
         "needed spread, s", "peak write units/s", "table, GiB", "lake files/day", "lake, GiB/year", "engine rows/year",
         "engine state, GiB", "$/month", "breaks first, not spread", f"breaks first, spread over {SPREAD_SECONDS:,} s",
     )  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + "---:|" * (len(head) - 2) + "---|---|"]
     for entities in STEPS:
-        plain = Workload(entities, EVENTS_PER_ENTITY * entities, topic_shares(registry, entity))
-        shape = project_shape(registry, entity, entities)
+        plain = Workload(entities, EVENTS_PER_ENTITY * entities, shares)
+        shape = shape_for(entities)
         found, spread = (
             estimate(
                 workload,
                 shape,
-                target_seconds=target_of(registry.contract, entity),
+                target_seconds=target_seconds,
                 prices=prices,
                 capacities=capacities,
             )

@@ -82,7 +82,7 @@ def read_labels(
     for field in table.schema:
         if pa.types.is_duration(field.type) or pa.types.is_interval(field.type):
             raise LabelsRefused(
-                f"{source} has the column {field.name} of type {field.type}, which files have no equal of: write it as "
+                f"{source} has the column {field.name} of type {field.type}, which labels cannot have: write it as "
                 "a number, e.g. of seconds"
             )
     if table.num_rows == 0:
@@ -157,7 +157,7 @@ def _read(catalog: Catalog, source: str, types: Mapping[str, pa.DataType], featu
     path = Path(source)
     suffix = path.suffix.lower()
     if types and suffix != ".csv":
-        raise LabelsRefused(f"{source} has types of its own: types are given for CSV only")
+        raise LabelsRefused(f"{source} has its own types: types can only be given for CSV")
     if suffix in (".parquet", ".csv"):
         if not path.is_file():
             raise LabelsRefused(f"{source} does not exist: name a Parquet or CSV file, or an Iceberg table")
@@ -235,8 +235,8 @@ def _typed(table: pa.Table, source: str, types: Mapping[str, pa.DataType], keys:
         except pa.ArrowInvalid as error:
             row = _first_that_fails(values, kind)
             raise LabelsRefused(
-                f"{source} row {row + 1}: {name} is {values[row].as_py()!r}, which is no {kind}: correct it, leave it "
-                "empty where it is not known, or give the column another type"
+                f"{source} row {row + 1}: {name} is {values[row].as_py()!r}, which is not of type {kind}: "
+                "correct it, leave it empty if it is unknown, or give the column another type"
             ) from error
         table = table.set_column(table.schema.get_field_index(name), name, typed)
     return table
@@ -292,7 +292,7 @@ def _size(values: pa.Array, source: str) -> int:
         longest = pc.max(lengths).as_py() or 0
         if longest > MAX_CELL_BYTES:
             raise LabelsRefused(
-                f"{source} has a cell of {longest:,} bytes, and the limit is {MAX_CELL_BYTES:,}: leave that column out"
+                f"{source} has a cell of {longest:,} bytes, and the limit is {MAX_CELL_BYTES:,}: omit that column"
             )
         return (pc.sum(pc.take(lengths, values.indices)).as_py() or 0) + 4 * len(values)
     if pa.types.is_map(kind):
@@ -347,7 +347,7 @@ def key_values(values: pa.ChunkedArray, key: Key, source: str) -> pa.ChunkedArra
         return values.cast(pa.int64())
     _all_given(values, key, source)
     if not (pa.types.is_integer(kind) or pa.types.is_decimal(kind)):
-        raise LabelsRefused(f"{source}: {key.name} must be an integer, it is {kind}: convert it")
+        raise LabelsRefused(f"{source}: {key.name} must be an integer, not {kind}: convert it")
     try:
         return values.cast(pa.int64())
     except pa.ArrowInvalid as error:
@@ -361,7 +361,7 @@ def _texts(values: pa.ChunkedArray, key: Key, source: str) -> pa.ChunkedArray:
         values = pc.utf8_trim(values.cast(pa.string()), BLANKS)
         values = pc.if_else(pc.equal(values, ""), pa.scalar(None, pa.string()), values)
     elif not pa.types.is_integer(kind):
-        raise LabelsRefused(f"{source}: {key.name} must be a text, it is {kind}: convert it")
+        raise LabelsRefused(f"{source}: {key.name} must be a text, not {kind}: convert it")
     _all_given(values, key, source)
     # Labels name the same few ids again and again.
     unique = pc.unique(values)
@@ -417,7 +417,7 @@ def _refuse_floats(values: pa.ChunkedArray, exact: pa.ChunkedArray, key: Key, so
     if abs(float(values[row].as_py())) < EXACT_FLOAT:
         raise _no_number(values, row, key, source)
     raise LabelsRefused(
-        f"{source} row {row + 1}: {key.name} {values[row].as_py()} is a float beyond 2^53, which stands for several "
+        f"{source} row {row + 1}: {key.name} {values[row].as_py()} is a float beyond 2^53, which may be several "
         "ids: write them as whole numbers"
     )
 
@@ -443,7 +443,7 @@ def _instants(values: pa.ChunkedArray, source: str, timezone: str | None) -> pa.
             return pc.coalesce(given, local)
         return _parse(texts, _INSTANT, source)
     raise LabelsRefused(
-        f"{source}: label_time must be a timestamp with a zone or ISO 8601 text, it is {kind}: convert it"
+        f"{source}: label_time must be a timestamp with a zone or ISO 8601 text, not {kind}: convert it"
     )
 
 

@@ -138,7 +138,7 @@ def replace_rows(table: Table, rows: Iterable[pa.RecordBatch], properties: Mappi
             published = True
         except (CommitFailedException, ValidationException) as error:
             raise OutputRefused(
-                f"the table {'.'.join(table.name())} was changed by another writer meanwhile: run it again"
+                f"the table {'.'.join(table.name())} was changed by another writer: run it again"
             ) from error
         except Exception:
             # The commit may have taken place although its reply was lost, so the file stays.
@@ -171,7 +171,7 @@ def _as_csv(
     for name, kind in columns.items():
         if kind.startswith(("STRUCT", "MAP", "UNION", "BLOB")):
             raise OutputRefused(
-                f"the labels' column {name} is {kind}, which CSV has no text for: convert it, or write a Parquet file"
+                f"the labels' column {name} is {kind}, which CSV cannot represent: convert it, or write a Parquet file"
             )
         column, text = _quoted(name), _quoted(name)
         if name == TIME:

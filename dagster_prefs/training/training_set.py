@@ -200,7 +200,7 @@ def reproduce_training_set(
         version = known["manifest_version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise NotReproducible(
-            f"{manifest} is not the manifest of a training set ({error}): name another"
+            f"{manifest} is not the manifest of a training set ({error}): name another file"
         ) from error
     if version != MANIFEST_VERSION:
         raise NotReproducible(
@@ -258,13 +258,13 @@ def print_training_sql(
     """
     if as_known:
         raise LabelsRefused(
-            f"--as-known needs the history of the tables, which {dialect} does not see: leave it out, or build the "
+            f"--as-known needs the history of the tables, which {dialect} cannot read: omit it, or build the "
             "training set here"
         )
     if Path(labels).suffix.lower() in (".parquet", ".csv") or labels.count(".") != 1:
         raise LabelsRefused(
-            f"{labels} is no Iceberg table, and {dialect} reads no file of this machine: load the labels into a table "
-            "(namespace.table) first"
+            f"{labels} is no Iceberg table, and {dialect} cannot read files of this machine: load the "
+            "labels into a table (namespace.table) first"
         )
     with translated(f"the table {labels}"):
         fields = {field.name: field.field_type for field in catalog.load_table(labels).schema().fields}
@@ -306,7 +306,7 @@ def _build(
         labels_hash = _fingerprint(session, "labels")
         if expect and labels_hash != expect[0]:
             raise NotReproducible(
-                f"{join.labels} does not hold the labels of the manifest any more: name the original"
+                f"{join.labels} no longer contains the labels of the manifest: name the original"
             )
         oldest = _oldest_label(session)
         for spec, columns in features.sources:
@@ -396,7 +396,7 @@ def _snapshot(table: Table, snapshot_id: int | None) -> Snapshot | None:
     if snapshot is None:
         raise SnapshotExpired(
             f"snapshot {snapshot_id} of {'.'.join(table.name())} has expired, by age or because it held an erased "
-            "subject, and this training set cannot be had again: keep snapshots longer or tag those of training sets"
+            "subject, and this training set cannot be rebuilt: keep snapshots longer or tag those of training sets"
         )
     return snapshot
 
@@ -452,7 +452,7 @@ def _history(table: Table, last: Snapshot, oldest_label: int) -> list[_Version]:
     if not complete and log[start][1] > oldest_label:
         when = datetime.fromtimestamp(log[start][1] / 1000, UTC).isoformat()
         raise SnapshotExpired(
-            f"the history of {'.'.join(table.name())} is kept from {when} on, older snapshots have expired: drop "
+            f"the history of {'.'.join(table.name())} begins at {when}, and older snapshots have expired: drop "
             "labels before that time, or build without as_known"
         )
     manifests: dict[str, list[DataFile]] = {}

@@ -66,7 +66,7 @@ class Feature:
 def _feature(domain: str, name: str, attribute: Attribute) -> Feature:
     if attribute.type not in _TYPES:
         raise ViewNotPortable(
-            f"{domain}.{name} is a {attribute.type}, which has no exact equal in training data: make it a decimal"
+            f"{domain}.{name} is a {attribute.type}, which training data cannot represent exactly: make it a decimal"
         )
     empty = "null" if attribute.nullable else "[]" if attribute.type.startswith("list") else "0"
     return Feature(name, domain, _TYPES[attribute.type], f"cast({empty} as {_TYPES[attribute.type]})")
@@ -108,7 +108,7 @@ def choose_features(registry: Registry, entity: str | None) -> Features:
     if entity is None and len(found) == 1:
         return next(iter(found.values()))
     if entity not in found:
-        what = "which entity is meant is not said" if entity is None else f"{entity} has no features"
+        what = "the entity is not named" if entity is None else f"{entity} has no features"
         raise OfflineError(f"{what}: name one of {', '.join(found) or '(no entity has a domain)'}")
     return found[entity]
 
@@ -150,7 +150,7 @@ class Features:
             self._domains.append(domain)
             if domain.name in _TAKEN or domain.name in self._tables:
                 raise ViewNotPortable(
-                    f"the domain {domain.name} is called like a relation of the training SQL: rename it"
+                    f"the domain {domain.name} has the name of a relation of the training SQL: rename it"
                 )
             view, unknown = self._portable(domain, parsed)
             self.left_out |= {f"{domain.name}.{name}": why for name, why in unknown.items()}
@@ -325,7 +325,7 @@ class Features:
                 windows = ", ".join(f"{name}={days}" for name, days in self._windows.items())
                 raise ViewNotPortable(
                     f"{domain.relation} reads {read.spec.tile} in a window of {read.days} days, and the project's "
-                    f"windows are {windows}: run `prefs generate`, or name this window there"
+                    f"windows are {windows}: run `prefs generate`, or add this window to the project's"
                 )
             decimals = [
                 column.name
@@ -367,14 +367,14 @@ class Features:
             ):
                 raise ViewNotPortable(
                     f"{relation} reads {spec.tile} with another condition than within_window(…): training sets and "
-                    "parity cannot ask that about other days; read the tile in a CTE of its own with that macro alone"
+                    "parity cannot compute it for other days: read the tile in a CTE of its own with that macro alone"
                 )
             found += 1
             # The filter is day + (N + 1) days > now, so that N whole days and today are left.
             days = int(intervals[0].this.name) - 1
             if days < 1:
                 raise ViewNotPortable(
-                    f"{relation} reads {spec.tile} in a window of {days} days: a window has at least 1 day"
+                    f"{relation} reads {spec.tile} in a window of {days} days: a window must have at least 1 day"
                 )
             if unknown := [c.name for c in select.find_all(exp.Column) if c.name not in spec.by_name]:
                 raise ViewNotPortable(
@@ -384,8 +384,8 @@ class Features:
             yield _Read(select, spec, days)
         if not found:
             raise ViewNotPortable(
-                f"{relation} reads no tile by itself: read one of {', '.join(specs)} in a CTE of its own, from the "
-                "tile alone and with within_window(…)"
+                f"{relation} does not read a tile on its own: read one of {', '.join(specs)} in a CTE of "
+                "its own, from the tile alone and with within_window(…)"
             )
 
     def _at_points(
@@ -569,7 +569,7 @@ def _without_others(view: exp.Select, relation: str, tiles: set[str]) -> dict[st
         elif join.side.upper() != "LEFT":
             raise ViewNotPortable(
                 f"{relation} has rows only where {other} has some, which is not exported: training sets and parity "
-                f"cannot know them; join it with a left join, or export a tile that has what is read of {other}"
+                f"do not have them: use a left join, or export a tile with the columns that are read from {other}"
             )
         else:
             removed[join.this.alias_or_name] = other
@@ -591,7 +591,7 @@ def _without_others(view: exp.Select, relation: str, tiles: set[str]) -> dict[st
         what = removed[left[0]] if left else next(iter(removed.values()))
         raise ViewNotPortable(
             f"{relation} joins {what}, which is not exported, and its rows or its {LAST_EVENT_AT} depend on it, or a "
-            "column is written without its table: read what the other attributes need from tiles alone"
+            "column is written without its table: compute the other attributes from tiles alone"
         )
     return unknown
 
@@ -619,8 +619,8 @@ def _check_whole_keys(view: exp.Select, relation: str, keys: tuple[str, ...]) ->
             named = {part.name for one in found for part in one.find_all(exp.Column, exp.Identifier)}
             if missing := [key for key in keys if key not in named]:
                 raise ViewNotPortable(
-                    f"{relation} {what} without {missing[0]}, a part of the key ({', '.join(keys)}): training sets "
-                    "know each whole key alone; use all parts, or make it a domain of another entity"
+                    f"{relation} {what} without {missing[0]}, a part of the key ({', '.join(keys)}): a training "
+                    "set computes each key by itself: use all parts, or declare a domain of another entity"
                 )
 
 

@@ -36,39 +36,40 @@ SINK = """Failed to run the query
         ),
         (
             KAFKA.format("BrokerTransportFailure (Local: Broker transport failure)"),
-            "RisingWave gets no answer from Kafka at 127.0.0.1:9092: check that PREFS_KAFKA_BOOTSTRAP resolves on its "
+            "RisingWave got no answer from Kafka at 127.0.0.1:9092: check that PREFS_KAFKA_BOOTSTRAP resolves on its "
             "machines, and PREFS_KAFKA_SECURITY_PROTOCOL with what belongs to it",
         ),
         (
             SINK.format("ResourceNotFoundException: Cannot do operations on a non-existent table"),
-            "DynamoDB has no such table for the sink: materialize its asset dynamodb/… or make it with Terraform "
-            "first, and check PREFS_TABLE_PREFIX, AWS_REGION and AWS_ENDPOINT_URL",
+            "the DynamoDB table of the sink does not exist: materialize its asset dynamodb/… or create "
+            "it with Terraform first, and check PREFS_TABLE_PREFIX, AWS_REGION and AWS_ENDPOINT_URL",
         ),
         (
             SINK.format("table t key field domain_key not found in schema or not primary key"),
-            "the DynamoDB table has another key than the contract's: it was made by somebody else or for another "
-            "version; choose another PREFS_TABLE_PREFIX, or migrate it",
+            "the DynamoDB table has another key than the contract, so it was created by somebody else or for another "
+            "version: choose another PREFS_TABLE_PREFIX, or migrate it",
         ),
         (
             SINK.format(
                 "DynamoDB error\n    4: DynamoDB table viewer_profiles primary key "
                 '["viewer_id"] must match RisingWave primary key ["viewer_id", "domain_key"]'
             ),
-            "the DynamoDB table has another key than the contract's: it was made by somebody else or for another "
-            "version; choose another PREFS_TABLE_PREFIX, or migrate it",
+            "the DynamoDB table has another key than the contract, so it was created by somebody else or for another "
+            "version: choose another PREFS_TABLE_PREFIX, or migrate it",
         ),
         (
             SINK.format("DynamoDB error\n    4: table viewer_profiles not found"),
-            "DynamoDB has no such table for the sink: materialize its asset dynamodb/… or make it with Terraform "
-            "first, and check PREFS_TABLE_PREFIX, AWS_REGION and AWS_ENDPOINT_URL",
+            "the DynamoDB table of the sink does not exist: materialize its asset dynamodb/… or create "
+            "it with Terraform first, and check PREFS_TABLE_PREFIX, AWS_REGION and AWS_ENDPOINT_URL",
         ),
         (
             SINK.format("DynamoDB error\n    4: table viewer_profiles is not active"),
-            "DynamoDB's table viewer_profiles is not ACTIVE yet: wait until it is, then run again",
+            "the DynamoDB table viewer_profiles is not ACTIVE yet: wait until it is, then run again",
         ),
         (
             "feature DynamoDbSink is not available based on your license\n\nHint: You may want to set a license key",
-            "RisingWave's licence does not grant this: set a key with `alter system set license_key = '…'`, keep the "
+            "RisingWave's licence does not include this feature: set a key with `alter system set "
+            "license_key = '…'`, keep the "
             "cluster at 4 CPU cores and below 20 GiB of memory, or set PREFS_PUBLISH=changefeed and "
             "PREFS_RISINGWAVE_SECRETS=off, which need none",
         ),

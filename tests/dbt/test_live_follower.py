@@ -12,6 +12,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from confluent_kafka import Producer
 from relations import insert_events, instant
 from streams import MIDNIGHT, NOW, watch
 
@@ -19,6 +20,7 @@ from dagster_prefs.declarations.contract import Domain
 from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.dynamodb.publisher import PublishError
 from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.events import topics
 from dagster_prefs.live.follower import (
     FollowedElsewhere,
     Follower,
@@ -51,12 +53,17 @@ def platform(deployed: EngineConfiguration, aws_endpoint: str, monkeypatch: pyte
 def following(engine: EngineConfiguration, registry: Registry, publish: Publish) -> Iterator[list[str]]:
     """A follower at work, and the lines that it says."""
     said: list[str] = []
+    with running(Follower(engine, registry, publish, process="the test", say=said.append)):
+        yield said
+
+
+@contextmanager
+def running(follower: Follower) -> Iterator[None]:
     stop = threading.Event()
-    follower = Follower(engine, registry, publish, process="the test", say=said.append)
     thread = threading.Thread(target=follower.run, args=[stop])
     thread.start()
     try:
-        yield said
+        yield
     finally:
         stop.set()
         thread.join()
@@ -95,6 +102,36 @@ def test_events_reach_dynamodb_and_leave_it(platform: Platform, session: psycopg
         assert state is not None
         assert state.alive(datetime.now(UTC))
         assert state.problem is None
+
+
+def test_messages_of_kafka_reach_dynamodb(
+    platform: Platform, session: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    producer = Producer({"bootstrap.servers": "none", "test.mock.num.brokers": 1, "log_level": 0})
+    (broker,) = producer.list_topics(timeout=10).brokers.values()
+    monkeypatch.setenv("PREFS_KAFKA_BOOTSTRAP", f"{broker.host}:{broker.port}")
+    reading = Platform(load_settings())
+    reading.engine = platform.engine
+    for name in reading.kafka.topics.values():
+        producer.list_topics(name, timeout=10)
+    topic = reading.kafka.topics["view_events"]
+    # librdkafka's own brokers have no ids of topics.
+    monkeypatch.setattr(topics, "broker_ids", lambda bootstrap, names, client: dict.fromkeys(names))
+    platform.stores()
+    follower = reading.follower()
+    with running(follower):
+        for data in (watch(1, 1, MIDNIGHT).data, watch(2, 1, MIDNIGHT).data, b"{"):
+            producer.produce(topic, data)
+        assert producer.flush(10) == 0
+        wait_for(lambda: minutes(platform) == {"1": 2})
+    rejected = session.execute("select reason from rejected_events").fetchall()
+    assert rejected == [("not valid JSON",)]
+    assert follower.readers.keys() == {f"Kafka topic {name}" for name in platform.registry.topics}
+    # Another follower goes on where this one stopped.
+    with running(reading.follower()):
+        producer.produce(topic, watch(3, 1, MIDNIGHT).data)
+        assert producer.flush(10) == 0
+        wait_for(lambda: minutes(platform) == {"1": 3})
 
 
 def test_what_arrived_while_nobody_followed_is_caught_up_with(

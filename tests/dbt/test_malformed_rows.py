@@ -99,7 +99,7 @@ def test_a_row_is_corrected_and_replayed(
     assert export_rejected(deployed, out) == 1
     assert (tmp_path / "precious").read_text() == "precious"
     assert stat.S_IMODE(out.lstat().st_mode) == 0o600
-    with pytest.raises(ReplayError, match="exists, and may hold corrections: name another file"):
+    with pytest.raises(ReplayError, match="exists and may contain corrections: name another file"):
         export_rejected(deployed, tmp_path / "other.jsonl")
     assert not os.path.exists(tmp_path / "nowhere")
     line = json.loads(out.read_text())

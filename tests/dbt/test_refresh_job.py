@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import pytest
 from relations import insert_events
 from streams import MIDNIGHT, watch
 
+from dagster_prefs.defs import events
 from dagster_prefs.defs.assembly import build_definitions
+from dagster_prefs.defs.events import CATCH_UP_JOB, NEW_EVENTS_SENSOR
 from dagster_prefs.defs.feature_views import REFRESH_JOB
 from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.live.follower import Follower, read_follower
+from dagster_prefs.platform import Platform
 from dagster_prefs.settings import Settings, load_settings
 
 QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
@@ -37,26 +44,42 @@ def settings(
     return load_settings()
 
 
-def refresh(definitions: dg.Definitions, instance: dg.DagsterInstance) -> dg.ExecuteInProcessResult:
-    job = definitions.resolve_job_def(REFRESH_JOB)
-    return job.execute_in_process(instance=instance, raise_on_error=False, run_config=QUIET)
+@pytest.fixture
+def instance(tmp_path: Path) -> Iterator[dg.DagsterInstance]:
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as made:
+        yield made
+
+
+def run(
+    definitions: dg.Definitions,
+    job: str,
+    instance: dg.DagsterInstance,
+    config: Mapping[str, Any] | None = None,
+) -> dg.ExecuteInProcessResult:
+    return definitions.resolve_job_def(job).execute_in_process(
+        instance=instance, raise_on_error=False, run_config={**QUIET, **(config or {})}
+    )
 
 
 def evaluate(definitions: dg.Definitions, instance: dg.DagsterInstance) -> object:
-    (sensor,) = [sensor for sensor in definitions.sensors or () if sensor.name == "new_events"]
-    assert isinstance(sensor, dg.SensorDefinition)
+    sensor = definitions.get_repository_def().get_sensor_def(NEW_EVENTS_SENSOR)
     return sensor(dg.build_sensor_context(instance=instance))
 
 
-def test_arriving_events_start_one_refresh_that_publishes_them(
-    settings: Settings, deployed: EngineConfiguration
+def test_arriving_events_are_applied_by_one_run_where_nobody_follows(
+    settings: Settings, deployed: EngineConfiguration, instance: dg.DagsterInstance
 ) -> None:
-    definitions = build_definitions(settings)
-    with dg.DagsterInstance.ephemeral() as instance:
-        assert isinstance(evaluate(definitions, instance), dg.SkipReason)
+    definitions = events.build(Platform(settings))
+    hourly = definitions.get_repository_def().get_schedule_def("catch_up_hourly")
 
-        with deployed.connect() as connection:
-            insert_events(connection, [watch(number, number % 3, MIDNIGHT) for number in range(7)])
+    def due() -> object:
+        return hourly(dg.build_schedule_context(instance=instance))
+
+    assert isinstance(evaluate(definitions, instance), dg.SkipReason)
+    assert isinstance(due(), dg.RunRequest), "windows move without events"
+
+    with deployed.connect() as connection:
+        insert_events(connection, [watch(number, number % 3, MIDNIGHT) for number in range(7)])
         request = evaluate(definitions, instance)
         assert isinstance(request, dg.RunRequest)
         # The same arrivals give the same key, for which Dagster starts a run only once.
@@ -64,41 +87,80 @@ def test_arriving_events_start_one_refresh_that_publishes_them(
         assert isinstance(again, dg.RunRequest)
         assert again.run_key == request.run_key
 
-        result = refresh(definitions, instance)
-        assert result.success
+        job = definitions.resolve_job_def(CATCH_UP_JOB)
+        at_work = instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED)
+        for skipped in (evaluate(definitions, instance), due()):
+            assert isinstance(skipped, dg.SkipReason)
+            assert "at work" in (skipped.skip_message or "")
+        instance.report_run_failed(at_work)
+
+        assert run(definitions, CATCH_UP_JOB, instance).success
         assert isinstance(evaluate(definitions, instance), dg.SkipReason)
+        watched = Platform(settings).dynamodb().scan(TableName="viewer_profiles")["Items"]
+        assert {item["viewer_id"]["N"] for item in watched} == {"0", "1", "2"}
 
-        published = {
-            event.asset_key.path[-1]: event.materialization.metadata["upserts"].value
-            for event in result.get_asset_materialization_events()
-            if event.asset_key is not None and event.asset_key.path[0] == "online"
-        }
-        assert published == {"watch": 3, "preferences": 3, "interactions": 0}
-        checks = {
-            evaluation.asset_key.to_user_string(): evaluation.passed
-            for evaluation in result.get_asset_check_evaluations()
-            if evaluation.check_name == "everything_published"
-        }
-        assert checks == {"online/watch": True, "online/preferences": True, "online/interactions": True}
+        stop = threading.Event()
+        follower = Follower(deployed, settings.registry(), lambda domain, keys: None, process="the test")
+        thread = threading.Thread(target=follower.run, args=[stop])
+        thread.start()
+        try:
+            while read_follower(connection, deployed) is None:
+                stop.wait(0.02)
+            for skipped in (evaluate(definitions, instance), due()):
+                assert isinstance(skipped, dg.SkipReason)
+                assert "a follower does it: the test follows" in (skipped.skip_message or "")
+        finally:
+            stop.set()
+            thread.join()
 
-        second = refresh(definitions, instance)
-        assert second.success
-        assert all(
-            event.materialization.metadata["upserts"].value == 0
-            for event in second.get_asset_materialization_events()
-            if event.asset_key is not None and event.asset_key.path[0] == "online"
+
+def test_a_materialization_applies_a_changed_definition_and_never_polls(
+    settings: Settings, deployed: EngineConfiguration, instance: dg.DagsterInstance
+) -> None:
+    """What a click on one view does: nothing, where its definition is deployed; all of it, where it is not."""
+    view = "viewer_watch_metrics_1d"
+    # With two upstream relations, of which the first by name is not the first to be made.
+    job = dg.define_asset_job("one", dg.AssetSelection.assets(view, "view_events", "view_events_parsed"))
+    definitions = dg.Definitions.merge(build_definitions(settings), dg.Definitions(jobs=[job]))
+
+    with deployed.connect() as connection:
+
+        def materialize(config: Mapping[str, Any] | None = None) -> tuple[int, str]:
+            """The rows afterwards, and what is told of dbt."""
+            result = run(definitions, "one", instance, config)
+            assert result.success
+            made = {
+                str(event.asset_key and event.asset_key.to_user_string()): event.materialization.metadata
+                for event in result.get_asset_materialization_events()
+            }
+            assert list(made) == ["view_events_parsed", "view_events", view]
+            metadata = made[view]
+            ((rows,),) = connection.execute(f"select count(*) from {view}").fetchall()
+            assert metadata["dagster/row_count"].value == rows
+            return rows, str(metadata["dbt"].value)
+
+        insert_events(connection, [watch(number, number, MIDNIGHT) for number in range(3)])
+        Platform(settings).refresh()
+        insert_events(connection, [watch(9, 9, MIDNIGHT)])
+        connection.execute(f"delete from {view} where viewer_id = 0")
+        assert materialize() == (2, "its definition is applied already")
+        # From everything, the event too that nobody has applied.
+        assert materialize({"ops": {"dbt_models": {"config": {"rebuild": True}}}})[0] == 4
+        connection.execute(f"delete from {view} where viewer_id = 0")
+        connection.execute(
+            "update deployments set checksum = 'another', definition = 'select 1' where relation = %s", [view]
         )
+        assert materialize()[0] == 4
 
 
 def test_a_missing_service_fails_the_run_with_a_sentence_and_keeps_the_views(
-    settings: Settings, deployed: EngineConfiguration, free_port: object
+    settings: Settings, deployed: EngineConfiguration, instance: dg.DagsterInstance, free_port: object
 ) -> None:
     closed = settings.model_copy(update={"aws_endpoint_url": f"http://127.0.0.1:{free_port()}"})  # type: ignore[operator]
     definitions = build_definitions(closed)
     with deployed.connect() as connection:
         insert_events(connection, [watch(1, 1, MIDNIGHT)])
-    with dg.DagsterInstance.ephemeral() as instance:
-        result = refresh(definitions, instance)
+    result = run(definitions, REFRESH_JOB, instance)
     assert not result.success
     errors = [
         event.step_failure_data.error.to_string()

@@ -276,7 +276,7 @@ def test_messages_go_where_the_raw_tables_are_filled_from(
 def test_an_existing_file_is_not_overwritten(stream: Stream, tmp_path: Path) -> None:
     file = tmp_path / "mine.jsonl"
     file.write_text("corrections\n")
-    with pytest.raises(ReplayError, match="exists, and may hold corrections"):
+    with pytest.raises(ReplayError, match="exists and may contain corrections"):
         export_rejected(stream.engine, file)
     assert file.read_text() == "corrections\n"
 
@@ -308,6 +308,6 @@ def test_a_database_without_the_note_is_named(engine: EngineConfiguration, tmp_p
             'create table rejected_events (topic text, source text, "partition" int, "offset" bigint,'
             " reason text, payload text)"
         )
-    with pytest.raises(RawStoreError, match=r"no table .*: make it with `dbt run`"):
+    with pytest.raises(RawStoreError, match=r"no table .*: create it with `dbt run`"):
         export_rejected(engine, tmp_path / "rejected.jsonl")
     assert list(tmp_path.iterdir()) == []

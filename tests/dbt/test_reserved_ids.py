@@ -199,7 +199,7 @@ def test_a_deployment_has_one_key_until_it_is_deleted(bench: Bench) -> None:
 
 
 def test_a_database_without_the_table_is_told_what_to_run(engine: EngineConfiguration) -> None:
-    with pytest.raises(RawStoreError, match=r"no table canary_keys .* make it with `dbt run`"):
+    with pytest.raises(RawStoreError, match=r"no table canary_keys .* create it with `dbt run`"):
         send_canary(engine, REGISTRY, instant(AT))
 
 

@@ -153,7 +153,7 @@ def test_the_code_location_ends_when_its_definitions_do_not_load(tmp_path: Path)
         env={**os.environ, "DAGSTER_HOME": str(tmp_path), "PREFS_ENGINE": "no such engine"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode != 0
     assert "PREFS_ENGINE" in done.stderr

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
-from declared import PROJECT
 from psycopg import sql
+from shipped import with_computed_attributes
 
-from dagster_prefs.declarations.contract import Contract, Domain, load_contract
+from dagster_prefs.declarations.contract import Contract, Domain
 from dagster_prefs.dynamodb.publisher import PublishReport, publish_domain
 from dagster_prefs.dynamodb.store import DomainStore
 from dagster_prefs.dynamodb.tables import TableReport, dynamodb_client, provision
@@ -100,7 +100,8 @@ class Store:
 
 @pytest.fixture
 def contract() -> Contract:
-    return load_contract(PROJECT)
+    """The example's, with the attributes of which these tests write values."""
+    return with_computed_attributes().contract
 
 
 @pytest.fixture

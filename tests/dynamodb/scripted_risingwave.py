@@ -7,6 +7,7 @@ catalog knows a moment before the frontend, which answers a cursor, does; FLUSH 
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,8 +15,10 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from dagster_prefs.declarations.contract import Domain
+from dagster_prefs.declarations.contract import Contract, Domain
+from dagster_prefs.ids import Id, id_parts
 
+KEY_TYPES = {"N": "bigint", "S": "character varying"}
 TYPES = {"integer": "bigint", "decimal": "numeric", "string": "character varying"} | {
     "list<string>": "character varying[]",
     "list<decimal>": "numeric[]",
@@ -38,22 +41,26 @@ class ScriptedRisingWave:
     schema = "public"
     database = "dev"
 
-    def __init__(self, domain: Domain) -> None:
+    def __init__(self, contract: Contract, domain: Domain) -> None:
         self.domain = domain
-        self.names = ["viewer_id", "domain_key", *domain.attributes]
-        self.columns = {"viewer_id": "bigint", "domain_key": "character varying"} | {
-            name: TYPES[attribute.type] for name, attribute in domain.attributes.items()
+        keys = {key.name: KEY_TYPES[key.type] for key in contract.table_of(domain).columns}
+        self.keys = list(keys)
+        self.names = [*keys, "domain_key", *domain.attributes]
+        self.columns = {
+            **keys,
+            "domain_key": "character varying",
+            **{name: TYPES[attribute.type] for name, attribute in domain.attributes.items()},
         }
         self.subscription: tuple[int, str, int, str] | None = (7, "made", 5, domain.relation)
-        self.rows: dict[int, tuple[Any, ...]] = {}
-        self.log: list[tuple[int, str, int, tuple[Any, ...]]] = []
+        self.rows: dict[Id, tuple[Any, ...]] = {}
+        self.log: list[tuple[int, str, Id, tuple[Any, ...]]] = []
         self.now = 1_000_000
         self.retained_from = 0
         self.page = 1000
         self.declared: list[str] = []
         self.broken = 0
         # What a frontend that lags behind answers from; None where it knows everything at once.
-        self.known: tuple[int, dict[int, tuple[Any, ...]]] | None = None
+        self.known: tuple[int, dict[Id, tuple[Any, ...]]] | None = None
         # Called when a FETCH waits for a change.
         self.on_wait: Callable[[], None] = lambda: None
 
@@ -61,24 +68,24 @@ class ScriptedRisingWave:
         """From now on the frontend learns of changes by FLUSH only."""
         self.known = (len(self.log), dict(self.rows))
 
-    def change(self, rows: Mapping[int, tuple[Any, ...] | None]) -> int:
-        """One moment in which these viewers get these attributes, or lose their row; returns its time."""
+    def change(self, rows: Mapping[Any, tuple[Any, ...] | None]) -> int:
+        """One moment in which these ids get these attributes, or lose their row; returns its time."""
         self.now += 1000
-        for viewer, values in rows.items():
-            before = self.rows.get(viewer)
+        for id_, values in rows.items():
+            before = self.rows.get(id_)
             if values is None:
                 if before is not None:
-                    self.log.append((self.now, "Delete", viewer, before))
-                    del self.rows[viewer]
+                    self.log.append((self.now, "Delete", id_, before))
+                    del self.rows[id_]
             elif before is None:
-                self.log.append((self.now, "Insert", viewer, values))
+                self.log.append((self.now, "Insert", id_, values))
             elif before != values:
                 self.log += [
-                    (self.now, "UpdateDelete", viewer, before),
-                    (self.now, "UpdateInsert", viewer, values),
+                    (self.now, "UpdateDelete", id_, before),
+                    (self.now, "UpdateInsert", id_, values),
                 ]
             if values is not None:
-                self.rows[viewer] = values
+                self.rows[id_] = values
         return self.now
 
     def connect(self) -> _Session:
@@ -113,14 +120,17 @@ class _Session:
                 server.lag()
             return Result([], [])
         if found := re.search(r"any\('\{(.*?)\}'", text):
-            wanted = [int(viewer) for viewer in found.group(1).split(",") if viewer]
-            return Result(["viewer_id"], [(viewer,) for viewer in wanted if viewer in server.rows])
+            # An array as PostgreSQL writes it, within a literal; no element here has a quote or backslash of its own.
+            (wanted,) = csv.reader([found.group(1).replace("''", "'")]) if found.group(1) else ([],)
+            rows = [id_parts(id_) for id_ in server.rows]
+            return Result(server.keys, [row for row in rows if str(row[0]) in wanted])
         if text.startswith("declare"):
             server.declared.append(text.split('"')[-1].strip())
             known, rows = (len(server.log), server.rows) if server.known is None else server.known
             if text.endswith(" full"):
                 self.waiting = [
-                    (viewer, server.domain.key, *values, "Insert", None) for viewer, values in rows.items()
+                    (*id_parts(id_), server.domain.key, *values, "Insert", None)
+                    for id_, values in rows.items()
                 ]
                 self.read = known
             else:
@@ -138,8 +148,8 @@ class _Session:
         if not self.waiting:
             known = len(server.log) if server.known is None else server.known[0]
             self.waiting = [
-                (viewer, server.domain.key, *values, operation, at)
-                for at, operation, viewer, values in server.log[self.read : known]
+                (*id_parts(id_), server.domain.key, *values, operation, at)
+                for at, operation, id_, values in server.log[self.read : known]
             ]
             self.read = max(self.read, known)
         if not self.waiting and "timeout" in text:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from declared import PROJECT
 
 from dagster_prefs.declarations.contract import (
+    Contract,
     ContractError,
     build_contract,
     check_version,
@@ -28,8 +30,10 @@ Edit = Callable[[dict[str, Any]], Any]
 
 
 @pytest.fixture
-def content() -> dict[str, Any]:
-    return contract_dict(load_contract(PROJECT))
+def content(contract: Contract) -> dict[str, Any]:
+    """The contract's JSON without retired attributes, which the tests' manifest has no columns of."""
+    served = {key: replace(domain, retired={}) for key, domain in contract.domains.items()}
+    return contract_dict(replace(contract, domains=served))
 
 
 def test_the_shipped_contract_is_what_is_served() -> None:
@@ -76,20 +80,20 @@ def watch(content: dict[str, Any]) -> Any:
         (lambda c: viewers(c)["sort_key"].update(type="B"), "'B' is not one of N, S"),
         (
             lambda c: viewers(c)["sort_key"].update(type="N"),
-            "sort_key.type: it holds the domain's key, a text",
+            "sort_key.type: the sort key contains the domain's key, a text",
         ),
         (lambda c: c.update(tables={}), "has no table"),
         (
             lambda c: c["tables"].update(item=viewers(c)),
-            "tables: name 'viewer_profiles' is used twice; each entity needs a table of its own",
+            "tables: name 'viewer_profiles' is used twice: each entity needs a table of its own",
         ),
         (
             lambda c: c["tables"].update(item={**viewers(c), "name": "item_profiles"}),
             "tables.item: no domain is of entity item",
         ),
         (lambda c: watch(c).update(entity="item"), "watch.entity: 'item' has no table: it is one of viewer"),
-        (lambda c: watch(c).update(name="reads"), "'reads' is what every profile has"),
-        (lambda c: watch(c).update(name="viewer_id"), "'viewer_id' is what every profile has"),
+        (lambda c: watch(c).update(name="reads"), "'reads' is an attribute of every profile"),
+        (lambda c: watch(c).update(name="viewer_id"), "'viewer_id' is an attribute of every profile"),
         (lambda c: watch(c).update(name="class"), "'class' is not a Python identifier"),
         (
             lambda c: watch(c)["attributes"].update(_x=watch(c)["attributes"]["titles_7d"]),
@@ -105,7 +109,7 @@ def watch(content: dict[str, Any]) -> Any:
         (lambda c: watch(c)["attributes"].pop("last_event_at"), "last_event_at .* is needed"),
         (
             lambda c: watch(c)["attributes"].update(viewer_id=watch(c)["attributes"]["titles_7d"]),
-            "viewer_id: a key of the table cannot be an attribute",
+            "viewer_id: a key of the table cannot also be an attribute",
         ),
         (lambda c: watch(c)["freshness"].update(warn_seconds=0), "0 is not a positive number of seconds"),
         (lambda c: watch(c)["freshness"].update(warn_seconds=9), "warn_seconds must not be above"),

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError
 from click.testing import CliRunner
+from shipped import with_computed_attributes
 
 from dagster_prefs.cli import cli
 from dagster_prefs.declarations.contract import contract_dict, parse_contract
+from dagster_prefs.declarations.registry import render_registry
 from dagster_prefs.dynamodb.items import ItemDecoder
 from dagster_prefs.dynamodb.publisher import PublishError
 from dagster_prefs.dynamodb.tables import TableError, dynamodb_client
@@ -344,7 +346,10 @@ def test_risingwave_is_sent_to_its_sinks(store: Any) -> None:
 def test_the_command_publishes_what_changed_and_ends(
     store: Any, dynamodb_endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    registry = tmp_path / "registry.json"
+    registry.write_text(render_registry(with_computed_attributes()))
     for name, value in {
+        "PREFS_PROJECT_DIR": tmp_path,
         "PREFS_ENGINE_PORT": store.engine.port,
         "PREFS_ENGINE_DATABASE": store.engine.database,
         "PREFS_ENGINE_SCHEMA": store.engine.schema,

@@ -80,7 +80,7 @@ def test_a_topic_of_another_project_is_refused(place: Place, shown: dict[str, An
     refused = place.run("prefs", "rejected", "--topic", "view_events")
     assert refused.returncode != 0
     assert "unknown topic 'view_events'" in refused.stderr + refused.stdout
-    assert "topics are lesson_events" in refused.stderr + refused.stdout
+    assert "the project has lesson_events" in refused.stderr + refused.stdout
 
 
 def test_a_setting_of_another_project_is_refused(place: Place) -> None:

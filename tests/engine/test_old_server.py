@@ -123,7 +123,7 @@ def test_the_embedded_engine_is_never_refused(engine: EngineConfiguration, tmp_p
 def test_what_is_no_risingwave_says_so(engine: EngineConfiguration) -> None:
     assert server_version("PostgreSQL 18.6 on x86_64") == (0, 0, 0)
     with pytest.raises(
-        EngineUnavailable, match=r"is no RisingWave: check PREFS_ENGINE_HOST and PREFS_ENGINE_PORT"
+        EngineUnavailable, match=r"is not RisingWave: check PREFS_ENGINE_HOST and PREFS_ENGINE_PORT"
     ):
         replace(engine, kind="risingwave").connect()
 

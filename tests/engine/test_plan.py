@@ -109,7 +109,7 @@ def test_equal_models_are_nothing_to_do() -> None:
     found = plan(PROJECT)
     assert not found.changes
     assert found.unchanged == ("raw", "tile", "rolling", "plain", "sink", "other")
-    assert found.text() == "6 unchanged\nnothing to do: what runs is what is written"
+    assert found.text() == "6 unchanged\nnothing to do: what is deployed is what is declared"
     assert found.text(list_unchanged=True).startswith("unchanged raw\n")
 
 
@@ -172,14 +172,14 @@ def test_changed_indexes_are_a_change() -> None:
 
 def test_an_interrupted_creation_is_made_again() -> None:
     found = plan(PROJECT, records={"tile": Record("materialized_view", None, None, "creating")})
-    assert (only(found).how, only(found).why) == ("swap", "the run that made it was interrupted")
+    assert (only(found).how, only(found).why) == ("swap", "the run that created it was interrupted")
 
 
 def test_a_stranded_sink_is_rebuilt() -> None:
     left = "rolling_dbt_zero_down_tmp_20260101T0000"
     found = plan(PROJECT, reads={"sink": {left}}, objects={left: "materialized view"})
     assert (only(found).name, only(found).how) == ("sink", "rebuild")
-    assert found.stranded == {"sink": f"it reads {left}, which was swapped away"}
+    assert found.stranded == {"sink": f"it reads {left}, which was replaced by a swap"}
     assert found.leftovers == (left,)
 
 
@@ -210,16 +210,16 @@ BROKEN = ContractReview(
     [
         ((RAW, changed(TILE), ROLLING, PLAIN, SINK, OTHER),
          {"reads": {"report": {"rolling"}}, "objects": {"report": "view"}},
-         "rolling: report stands on it and is not"),
+         "rolling: report depends on it and is not"),
         ((RAW, changed(TILE), ROLLING, PLAIN, SINK), {}, ""),
         ((RAW, changed(TILE), ROLLING, PLAIN, OTHER), {},
-         "rolling: sink stands on it and has no model any more"),
+         "rolling: sink depends on it and has no model any more"),
         ((RAW, changed(TILE, kind="view"), ROLLING, PLAIN, SINK, OTHER), {},
          "tile: it is a materialized view and would become a view"),
         ((changed(RAW, "select 1", kind="view"), TILE, ROLLING, PLAIN, SINK, OTHER), {},
          "raw: it is a table and would become a view"),
         ((changed(RAW, RAW.sql.replace("a int", "a bigint")), TILE, ROLLING, PLAIN, SINK, OTHER), {},
-         "raw: it holds what arrived"),
+         "raw: it holds the events that arrived"),
         (PROJECT, {"contract": BROKEN}, "set version to 2"),
     ],
     ids=["reader of others", "orphan apart", "orphaned reader", "kind", "table to view", "column", "contract"],
@@ -233,7 +233,7 @@ def test_what_must_not_go_out_is_refused(models: Sequence[Model], more: dict[str
 def test_a_relation_of_others_is_refused_and_not_dropped() -> None:
     found = plan(PROJECT, deployed=PROJECT[:-1], objects={"other": "table"}, drop_orphans=True)
     assert only(found).action == "refused"
-    assert "this project did not make" in found.refusals[0]
+    assert "this project did not create" in found.refusals[0]
     assert found.to_drop == ()
 
 
@@ -276,7 +276,7 @@ def fed(models: Sequence[Model], **more: Any) -> Plan:
 def test_with_kafka_a_second_plan_has_nothing_to_do() -> None:
     found = fed(FED)
     assert not found.changes, found.text()
-    assert found.text().endswith("nothing to do: what runs is what is written")
+    assert found.text().endswith("nothing to do: what is deployed is what is declared")
     assert (found.refusals, found.leftovers) == ((), ())
 
 
@@ -306,9 +306,9 @@ def test_other_brokers_replace_the_feed_and_nothing_else() -> None:
 @pytest.mark.parametrize(
     ("more", "why"),
     [
-        ({"objects": {}}, "kafka_raw_feed, which fills its raw table, is gone"),
+        ({"objects": {}}, "kafka_raw_feed, which fills its raw table, no longer exists"),
         ({"records": {"kafka_raw": Record("kafka_feed", None, None, "creating")}},
-         "the run that made it was interrupted"),
+         "the run that created it was interrupted"),
         ({"records": {"kafka_raw": Record("kafka_feed", "another", recorded(FEED).definition, "deployed")}},
          "only its layout or comments differ"),
     ],

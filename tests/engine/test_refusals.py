@@ -53,28 +53,30 @@ def refused(
 def test_sinks_feeds_and_views(target: Path) -> None:
     models = {
         "sink_engagement_watch": (
-            "did not make the DynamoDB sink sink_engagement_watch for domain engagement#watch, recommendation_service: "
+            "did not create the DynamoDB sink sink_engagement_watch for domain engagement#watch, "
+            "recommendation_service: "
             "look at models/generated/sinks/sink_engagement_watch.sql, the table's key and state in DynamoDB, "
             "PREFS_TABLE_PREFIX, AWS_REGION, AWS_ENDPOINT_URL, and PREFS_SINK_ROLE_ARN or the AWS keys",
             "CreateSink",
         ),
         "sink_training_watch": (
-            "did not make the Iceberg sink sink_training_watch for training table viewer_watch_daily: look at "
+            "did not create the Iceberg sink sink_training_watch for training table viewer_watch_daily: look at "
             "models/generated/sinks/sink_training_watch.sql, the table in the catalog, PREFS_ICEBERG_CATALOG, "
             "PREFS_ICEBERG_URI, PREFS_ICEBERG_CREDENTIAL and PREFS_ICEBERG_WAREHOUSE, and the AWS keys",
             "CreateSink",
         ),
         "kafka_items": (
-            "did not make the Kafka feed kafka_items for topic items: look at models/generated/events/kafka_items.sql, "
+            "did not create the Kafka feed kafka_items for topic items: look at "
+            "models/generated/events/kafka_items.sql, "
             "the topic and its brokers, PREFS_KAFKA_BOOTSTRAP, PREFS_KAFKA_SECURITY_PROTOCOL and what belongs to it",
             "CreateSource",
         ),
         "items": (
-            "did not make the materialized view items for ranking: look at models/generated/events/items.sql",
+            "did not create the materialized view items for ranking: look at models/generated/events/items.sql",
             "CreateMaterializedView",
         ),
         "raw_user_events": (
-            "did not make the event table raw_user_events for ranking: look at "
+            "did not create the event table raw_user_events for ranking: look at "
             "models/generated/events/raw_user_events.sql",
             "CreateTable",
         ),
@@ -113,13 +115,13 @@ def test_a_secret_and_a_subscription(target: Path) -> None:
         said = refused(server, target, environment, "kafka_items", "sink_engagement_watch")
     assert any("hunter2-of-the-topic" in statement for statement in server.statements)
     assert (
-        "did not make the secret of the Kafka feed kafka_items for topic items: look at "
+        "did not create the secret of the Kafka feed kafka_items for topic items: look at "
         "models/generated/events/kafka_items.sql, secret_store_private_key of the server, and "
         "PREFS_RISINGWAVE_SECRETS, which may be off. It says: gRPC request"
     ) in said["kafka_items"]
     assert (
-        "did not make the subscription sink_engagement_watch for domain engagement#watch, recommendation_service: look "
-        "at models/generated/sinks/sink_engagement_watch.sql, the view it reads, and "
+        "did not create the subscription sink_engagement_watch for domain engagement#watch, "
+        "recommendation_service: look at models/generated/sinks/sink_engagement_watch.sql, the view it reads, and "
         "PREFS_CHANGEFEED_RETENTION_HOURS. It says: "
     ) in said["sink_engagement_watch"]
     assert "hunter2" not in str(said)

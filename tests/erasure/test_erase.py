@@ -612,10 +612,10 @@ def test_files_of_training_sets_and_labels_are_named(tmp_path: Any) -> None:
     (tmp_path / "other.csv").write_text(f"viewer_id,name\n{VIEWER},x\n")
     erased = ErasedSubject(FEATURES.key, VIEWER, instant(NOW))
     assert files_holding(erased, [tmp_path]) == [tmp_path / "text.csv", tmp_path / "with.parquet"]
-    with pytest.raises(OfflineError, match="is no folder of training sets: name one that exists"):
+    with pytest.raises(OfflineError, match="is not a folder: name an existing folder of training sets"):
         files_holding(erased, [tmp_path / "nowhere"])
     for name, content in (("bad.parquet", b"PAR1"), ("bad.csv", b"viewer_id,label_time\nmany,x\n")):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(OfflineError, match=rf"{name} cannot be searched .*: mend or remove it"):
+        with pytest.raises(OfflineError, match=rf"{name} cannot be searched .*: repair or remove it"):
             files_holding(erased, [tmp_path])
         (tmp_path / name).unlink()

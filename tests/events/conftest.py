@@ -51,6 +51,6 @@ def produce(bootstrap: str, topic: str, messages: list[bytes]) -> None:
 def broker() -> Iterator[tuple[str, Any]]:
     """A Kafka cluster inside librdkafka: its address, and a producer that may send tombstones."""
     producer: Any = Producer({"test.mock.num.brokers": 1, "bootstrap.servers": "unused", "log_level": 0})
-    found = producer.list_topics(timeout=10).brokers.values()
+    found = producer.list_topics(timeout=60).brokers.values()
     yield ",".join(f"{node.host}:{node.port}" for node in found), producer
     producer.flush(5)

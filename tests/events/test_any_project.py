@@ -325,7 +325,7 @@ def test_reference_data_has_no_key_of_an_event(courses: Registry, tmp_path: Path
     assert detect(written(tmp_path, {"lesson_id": "a", "subject": "b"}), taught).topic.name == "lessons"
     assert detect(written(tmp_path, LESSON), taught).topic.name == "lesson_events"
     without = {name: value for name, value in LESSON.items() if name != "event_id"}
-    with pytest.raises(EventFileError, match="does not show its topic"):
+    with pytest.raises(EventFileError, match="does not identify its topic"):
         detect(written(tmp_path, without), taught)
 
 

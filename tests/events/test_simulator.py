@@ -221,7 +221,7 @@ def test_topics_may_have_other_names_in_kafka(broker: tuple[str, Any]) -> None:
     small = replace(PLAN, view_events=50, shop_events=0, interactions=0, items=1)
     # The cluster makes a topic when it is first asked for.
     for name in ("prod.views", "prod.items"):
-        producer.list_topics(name, timeout=10)
+        producer.list_topics(name, timeout=60)
     assert holds_messages(address, "prod.views") is False
     simulate_to_kafka(address, small, names={"view_events": "prod.views", "items": "prod.items"})
     assert holds_messages(address, "prod.views") is True

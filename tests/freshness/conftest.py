@@ -287,5 +287,5 @@ def cluster() -> Cluster:
     made = Cluster()
     for topic in load_contract(PROJECT).freshness.topics:
         made.producer.produce(topic, None, partition=0)
-    assert made.producer.flush(10) == 0
+    assert made.producer.flush(60) == 0
     return made

@@ -108,7 +108,7 @@ class Flow:
                     REGISTRY,
                     KafkaSource(self.cluster.bootstrap),
                     now=world.now,
-                    timeout_seconds=10,
+                    timeout_seconds=60,
                 )
             },
         }

@@ -30,7 +30,7 @@ def measure(world: Any, cluster: Cluster) -> Callable[..., Measure]:
             REGISTRY,
             KafkaSource(cluster.bootstrap, start=start),
             now=world.now,
-            timeout_seconds=10,
+            timeout_seconds=60,
         )
         return {one.name: one for one in found}[TOPIC]
 
@@ -162,7 +162,7 @@ def test_a_topic_that_is_missing_hides_no_other(world: Any, cluster: Cluster) ->
         REGISTRY,
         KafkaSource(cluster.bootstrap, {"user.events": "no such topic"}),
         now=world.now,
-        timeout_seconds=10,
+        timeout_seconds=60,
     )
     levels = {one.name: one.level for one in found}
     assert levels == {"user.events": "unknown", "view_events": "ok", "content_interactions": "ok"}

@@ -1,4 +1,4 @@
-"""Old readings leave Dagster's event log, on both of its stores, and nothing else does."""
+"""Old runs leave Dagster with all that they stored, on both of its stores, and nothing else does."""
 
 import shutil
 from collections.abc import Iterator
@@ -42,14 +42,15 @@ def instance(
         yield made
 
 
+@dg.multi_asset_check(specs=[dg.AssetCheckSpec(CHECK.name, asset=KEY)])
+def check(context: dg.AssetCheckExecutionContext) -> Iterator[dg.AssetCheckResult]:
+    context.op_execution_context.log_event(dg.AssetObservation(KEY, metadata={"lag_seconds": 1.0}))
+    yield dg.AssetCheckResult(asset_key=KEY, check_name=CHECK.name, passed=True)
+
+
 @dg.op
 def read(context: dg.OpExecutionContext) -> None:
     context.log_event(dg.AssetObservation(KEY, metadata={"lag_seconds": 1.0}))
-
-
-@dg.job(name=JOB)
-def readings() -> None:
-    read()
 
 
 @dg.job
@@ -57,38 +58,59 @@ def other() -> None:
     read()
 
 
-def report(instance: dg.DagsterInstance, passed: bool) -> None:
-    """What a sensor reports at one tick."""
-    instance.report_runless_asset_event(dg.AssetObservation(KEY, metadata={"lag_seconds": 2.0}))
-    instance.report_runless_asset_event(dg.AssetCheckEvaluation(KEY, CHECK.name, passed))
+READINGS = dg.Definitions(
+    asset_checks=[check],
+    jobs=[dg.define_asset_job(JOB, dg.AssetSelection.checks(check))],
+    executor=dg.in_process_executor,
+).resolve_job_def(JOB)
 
 
-def test_readings_are_deleted_and_nothing_else(instance: dg.DagsterInstance, tmp_path: Path) -> None:
-    assert readings.execute_in_process(instance=instance).success
+def run_readings(instance: dg.DagsterInstance, times: int) -> list[str]:
+    """What the schedule of the freshness job starts."""
+    return [READINGS.execute_in_process(instance=instance).run_id for _ in range(times)]
+
+
+def left(instance: dg.DagsterInstance) -> tuple[int, int, int]:
+    """The runs, the observations and the evaluations of the check that the instance holds."""
+    checks = instance.event_log_storage.get_asset_check_execution_history(CHECK, limit=100)
+    observed = instance.fetch_observations(KEY, limit=100).records
+    return instance.get_runs_count(), len(observed), len(checks)
+
+
+def stored_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def test_old_runs_are_deleted_and_no_others(instance: dg.DagsterInstance, tmp_path: Path) -> None:
+    first, *_, newest = run_readings(instance, 3)
     kept = other.execute_in_process(instance=instance)
     instance.report_runless_asset_event(dg.AssetMaterialization(KEY))
-    for passed in (True, True, False):
-        report(instance, passed)
-
-    def left() -> tuple[int, int, int]:
-        checks = instance.event_log_storage.get_asset_check_execution_history(CHECK, limit=10)
-        observed = instance.fetch_observations(KEY, limit=10).records
-        return instance.get_runs_count(), len(observed), len(checks)
-
-    assert left() == (2, 5, 3)
+    assert left(instance) == (4, 4, 3)
     now = datetime.now(UTC)
-    assert retention.delete_readings_before(instance, now - timedelta(days=1)) == (0, 0)
-    assert left() == (2, 5, 3)
+    assert retention.delete_runs(instance, before=now - timedelta(days=1), most=3) == 0
+    assert left(instance) == (4, 4, 3)
+    assert retention.delete_runs(instance, before=now - timedelta(days=1), most=2) == 1
+    assert left(instance) == (3, 3, 2), "the oldest is one too many"
+    assert not list(Path(instance.root_directory).rglob(f"*{first}*")), "its files went too"
 
     settings = Settings(data_dir=tmp_path, readings_kept_days=14)
     later = retention.build(Platform(settings), clock=lambda: now + timedelta(days=14, minutes=1))
     assert later.resolve_job_def(retention.JOB).execute_in_process(instance=instance).success
-    # The job's own run came on top, the run of the readings went.
-    assert left() == (2, 1, 1)
+    # The job's own run came on top; of the readings the newest is left, with the level that is shown.
+    assert left(instance) == (3, 2, 1)
     (last,) = instance.event_log_storage.get_asset_check_execution_history(CHECK, limit=10)
-    assert last.event is not None
-    assert last.event.dagster_event is not None
-    assert not last.event.dagster_event.asset_check_evaluation_data.passed, "the level that is shown stays"
-    assert instance.fetch_observations(KEY, limit=1).records[0].run_id == kept.run_id
+    assert last.run_id == newest
+    assert {one.run_id for one in instance.fetch_observations(KEY, limit=9).records} == {newest, kept.run_id}
     assert len(instance.fetch_materializations(KEY, limit=10).records) == 1
-    assert retention.delete_readings_before(instance, now + timedelta(minutes=1)) == (0, 0)
+    assert retention.delete_runs(instance, before=now + timedelta(minutes=1), most=1) == 0
+
+
+def test_what_dagster_stores_is_bounded_by_the_runs_that_are_kept(tmp_path: Path) -> None:
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+        sizes = []
+        for times in (2, 1, 1, 1):
+            run_readings(instance, times)
+            retention.delete_runs(instance, before=datetime.now(UTC) - timedelta(days=1), most=2)
+            sizes.append(stored_bytes(tmp_path))
+    # The second round is the first that holds three runs at once. SQLite takes whole pages.
+    assert max(sizes[2:]) <= sizes[1] + 4 * 4096, sizes

@@ -65,8 +65,8 @@ def test_status_reads_every_stage(world: Any, sources: Sources) -> None:
     status = evaluate(sources, now=lambda: world.now)
     assert status.level == "ok", [m for m in status.measures if m.level not in ("ok", "skipped")]
     stages = {m.stage for m in status.measures}
-    assert stages == {"ingestion", "views", "online", "offline"}
-    assert {m.stage for m in status.measures if m.level == "skipped"} == {"ingestion"}
+    assert stages == {"engine", "ingestion", "views", "online", "offline"}
+    assert {m.stage for m in status.measures if m.level == "skipped"} == {"ingestion", "engine"}
     world.watch(1, age=10)
     late = evaluate(sources, now=lambda: world.now)
     assert (late.level, late.exit_code) == ("error", 2)
@@ -165,13 +165,13 @@ def test_metrics_are_served_and_one_reading_serves_many_scrapes() -> None:
         try:
             where = f"http://127.0.0.1:{server.server_port}"
             for _ in range(3):
-                with urllib.request.urlopen(f"{where}/metrics", timeout=10) as answer:
+                with urllib.request.urlopen(f"{where}/metrics", timeout=60) as answer:
                     assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
                     assert ("prefs_lag_seconds", 'name="watch",stage="online"') in parse(
                         answer.read().decode()
                     )
             with pytest.raises(urllib.error.HTTPError, match="404"):
-                urllib.request.urlopen(f"{where}/", timeout=10)
+                urllib.request.urlopen(f"{where}/", timeout=60)
             with pytest.raises(MetricsError, match="choose another port"):
                 MetricsServer(read, port=server.server_port)
         finally:
@@ -185,7 +185,7 @@ def test_the_dashboard_asks_only_for_metrics_that_exist() -> None:
     expressions = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
     asked = {name for text in expressions for name in re.findall(r"\bprefs_\w+", text)}
     assert asked <= set(metric_names())
-    assert {"prefs_lag_seconds", "prefs_level", "prefs_canary_p99_seconds"} <= asked
+    assert {"prefs_lag_seconds", "prefs_level", "prefs_canary_p99_seconds", "prefs_follower_alive"} <= asked
     identifiers = [panel["id"] for panel in dashboard["panels"]]
     assert len(identifiers) == len(set(identifiers))
     places = [tuple(panel["gridPos"].values()) for panel in dashboard["panels"]]

@@ -189,7 +189,7 @@ def test_a_day_of_which_the_engine_holds_less_stays_until_told_otherwise(
     }  # fmt: skip
     said = [entry.user_message for entry in instance.all_logs(instance.get_runs()[0].run_id)]
     assert [text for text in said if "stays as it is" in text] == [
-        f"viewer_watch_daily {yesterday} stays as it is, with {rows.num_rows} rows: the engine holds "
+        f"viewer_watch_daily {yesterday} stays as it is, with {rows.num_rows} rows: the engine has "
         f"{rows.num_rows - 1} rows of this day, the table {rows.num_rows}; where that is right, materialize it with "
         "allow_loss"
     ]

@@ -41,7 +41,7 @@ def control(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Followe
 
 
 def wait_for(condition: Callable[[], Any]) -> Any:
-    end = time.monotonic() + 30
+    end = time.monotonic() + 120
     while not (found := condition()):
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.02)

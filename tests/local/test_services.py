@@ -19,10 +19,14 @@ import psutil
 import psycopg
 import pytest
 
+from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.freshness.embedded import SERVER, measure_embedded
+from dagster_prefs.freshness.levels import Measure
 from dagster_prefs.local import postgres
 from dagster_prefs.local.postgres import Cluster, RunAs
 from dagster_prefs.local.services import LocalServices
 from dagster_prefs.local.state import LocalServicesError, State, ended, folder_error
+from dagster_prefs.settings import Settings
 
 ROOT = os.geteuid() == 0
 NOBODY = 65534
@@ -151,15 +155,25 @@ def test_a_killed_supervisor_is_replaced_and_nothing_is_lost(running: LocalServi
 
 
 def test_a_killed_server_takes_its_supervisor_along_and_up_recovers(running: LocalServices) -> None:
+    settings = Settings(engine_port=running.postgres_port, data_dir=running.data_dir)
+    engine = EngineConfiguration.of(settings)
+
+    def server() -> Measure:
+        return next(one for one in measure_embedded(engine, running.data_dir) if one.name == SERVER)
+
+    assert server().level == "ok"
     query(running, "create table recovered as select 8 as n")
-    supervisor, server = (psutil.Process(pid) for pid in pids(running))
-    kill(server.pid)
+    supervisor, postgres_process = (psutil.Process(pid) for pid in pids(running))
+    kill(postgres_process.pid)
     until(lambda: ended(supervisor), "end of the supervisor")
     assert not running.status().running
+    assert server().level == "error"
+    assert "run `prefs up`" in server().reason
     assert "PostgreSQL ended by itself" in running.log.read_text()
 
     assert running.up(owner_pid=os.getpid()).started
     assert query(running, "select n from recovered") == [(8,)]
+    assert server().level == "ok"
     query(running, "drop table recovered")
 
 
@@ -171,7 +185,7 @@ def test_a_server_without_supervisor_is_stopped_before_the_next_start(shared: Lo
     cluster.wait_ready(left)
 
     shared.up(owner_pid=os.getpid())
-    assert left.wait(timeout=30) == 0
+    assert left.wait(timeout=120) == 0
     assert pids(shared)[1] != left.pid
 
 

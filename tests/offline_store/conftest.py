@@ -13,7 +13,7 @@ import psycopg
 import pytest
 from psycopg import sql
 from pyiceberg.catalog import Catalog
-from shipped import GENRE, INTERACTIONS, WATCH
+from shipped import GENRE, INTERACTIONS, REGISTRY, TILE_TABLES, WATCH, tile_row
 
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.iceberg.catalog import open_catalog
@@ -22,15 +22,6 @@ from dagster_prefs.iceberg.tables import TileTable
 DAY = date(2026, 3, 10)
 
 _DDL = """
-create table viewer_watch_metrics_1d (
-  viewer_id bigint, watch_date date, watch_seconds bigint, watch_time_minutes numeric, views bigint,
-  content_started bigint, completions bigint, genres_watched bigint, last_event_at timestamptz);
-create table viewer_genre_metrics_1d (
-  viewer_id bigint, watch_date date, genre text, watch_seconds bigint, views bigint, completions bigint,
-  last_event_at timestamptz);
-create table viewer_interactions_1d (
-  viewer_id bigint, interaction_date date, likes bigint, shares bigint, searches bigint,
-  last_event_at timestamptz);
 create table tile_fingerprints (
   tile text, tile_date date, row_count bigint, metric_total numeric, content_hash numeric,
   last_event_at timestamptz);
@@ -49,18 +40,28 @@ def moment(day: date, second: int) -> datetime:
 
 def watch(viewer: int, day: date, seconds: int, views: int = 2, started: int = 1, completed: int = 1,
           genres: int = 1, at: int = 3600) -> tuple[Any, ...]:  # fmt: skip
-    return (viewer, day, seconds, minutes(seconds), views, started, completed, genres, moment(day, at))
+    return tile_row(
+        WATCH, viewer_id=viewer, watch_date=day, watch_seconds=seconds, watch_time_minutes=minutes(seconds),
+        views=views, content_started=started, completions=completed, genres_watched=genres,
+        last_event_at=moment(day, at),
+    )  # fmt: skip
 
 
 def genre(viewer: int, day: date, name: str, seconds: int, views: int = 1, completed: int = 0,
           at: int = 3600) -> tuple[Any, ...]:  # fmt: skip
-    return (viewer, day, name, seconds, views, completed, moment(day, at))
+    return tile_row(
+        GENRE, viewer_id=viewer, watch_date=day, genre=name, watch_seconds=seconds, views=views,
+        completions=completed, last_event_at=moment(day, at),
+    )  # fmt: skip
 
 
 def interactions(
     viewer: int, day: date, likes: int, shares: int, searches: int, at: int = 3600
 ) -> tuple[Any, ...]:
-    return (viewer, day, likes, shares, searches, moment(day, at))
+    return tile_row(
+        INTERACTIONS, viewer_id=viewer, interaction_date=day, likes=likes, shares=shares, searches=searches,
+        last_event_at=moment(day, at),
+    )  # fmt: skip
 
 
 class Tiles:
@@ -74,6 +75,14 @@ class Tiles:
         if not made:
             with engine.connect() as connection:
                 connection.execute(_DDL)
+                for spec in TILE_TABLES.values():
+                    columns = sql.SQL(", ").join(
+                        sql.SQL("{} {}").format(sql.Identifier(name), sql.SQL(column.type))
+                        for name, column in REGISTRY.tiles[spec.tile].columns.items()
+                    )
+                    connection.execute(
+                        sql.SQL("create table {} ({})").format(sql.Identifier(spec.tile), columns)
+                    )
 
     def execute(self, query: str, parameters: Sequence[Any] = ()) -> None:
         with self.engine.connect() as connection:

@@ -9,6 +9,10 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
+from shipped import GENRE, INTERACTIONS, WATCH
+
+from dagster_prefs.iceberg.tables import TileTable
+
 _PLACES = Decimal("0.000001")
 
 
@@ -16,6 +20,12 @@ def six_places(value: Fraction) -> Decimal:
     scaled = value * 1_000_000
     whole, rest = divmod(scaled.numerator, scaled.denominator)
     return Decimal(whole + (1 if 2 * rest >= scaled.denominator else 0)) * _PLACES
+
+
+def named(spec: TileTable, rows: Iterable[tuple[Any, ...]]) -> list[dict[str, Any]]:
+    """The rows of a tile by the names of its columns."""
+    names = [column.name for column in spec.columns]
+    return [dict(zip(names, row, strict=True)) for row in rows]
 
 
 def features(
@@ -27,27 +37,30 @@ def features(
 ) -> dict[str, Any]:
     day = label_time.astimezone(UTC).date()
 
-    def within(tile_viewer: int, tile_day: date, days: int) -> bool:
-        return tile_viewer == viewer and day - timedelta(days=days) <= tile_day <= day - timedelta(days=1)
+    def within(row: dict[str, Any], tile_day: date, days: int) -> bool:
+        return row["viewer_id"] == viewer and day - timedelta(days=days) <= tile_day <= day - timedelta(
+            days=1
+        )
 
-    long_watch = [row for row in watch if within(row[0], row[1], 28)]
-    short_watch = [row for row in long_watch if within(row[0], row[1], 7)]
-    reactions = [row for row in interactions if within(row[0], row[1], 28)]
+    long_watch = [row for row in named(WATCH, watch) if within(row, row["watch_date"], 28)]
+    short_watch = [row for row in long_watch if within(row, row["watch_date"], 7)]
+    reactions = [row for row in named(INTERACTIONS, interactions) if within(row, row["interaction_date"], 28)]
     genres: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
-    for tile_viewer, tile_day, name, seconds, views, completions, _ in genre:
-        if within(tile_viewer, tile_day, 28):
-            genres[name] = [a + b for a, b in zip(genres[name], (seconds, views, completions), strict=True)]
+    for row in named(GENRE, genre):
+        if within(row, row["watch_date"], 28):
+            more = (row["watch_seconds"], row["views"], row["completions"])
+            genres[row["genre"]] = [a + b for a, b in zip(genres[row["genre"]], more, strict=True)]
     seconds, views, completions = (sum(values[n] for values in genres.values()) for n in range(3))
     best = sorted(genres, key=lambda name: (-genres[name][0], name.encode()))[:5]
     return {
-        "watch_minutes_7d": six_places(Fraction(sum(row[2] for row in short_watch), 60)),
-        "watch_minutes_28d": six_places(Fraction(sum(row[2] for row in long_watch), 60)),
-        "titles_7d": sum(row[5] for row in short_watch),
-        "completions_28d": sum(row[6] for row in long_watch),
-        "genres_watched_28d": sum(row[7] for row in long_watch),
-        "likes_28d": sum(row[2] for row in reactions),
-        "shares_28d": sum(row[3] for row in reactions),
-        "searches_28d": sum(row[4] for row in reactions),
+        "watch_minutes_7d": six_places(Fraction(sum(row["watch_seconds"] for row in short_watch), 60)),
+        "watch_minutes_28d": six_places(Fraction(sum(row["watch_seconds"] for row in long_watch), 60)),
+        "titles_7d": sum(row["content_started"] for row in short_watch),
+        "completions_28d": sum(row["completions"] for row in long_watch),
+        "genres_watched_28d": sum(row["genres_watched"] for row in long_watch),
+        "likes_28d": sum(row["likes"] for row in reactions),
+        "shares_28d": sum(row["shares"] for row in reactions),
+        "searches_28d": sum(row["searches"] for row in reactions),
         "favorite_genre": best[0] if best else None,
         "favorite_genres": best,
         "favorite_genre_shares": [

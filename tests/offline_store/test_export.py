@@ -70,7 +70,7 @@ def test_what_left_the_engine_stays_in_the_table(tiles: Tiles, catalog: Catalog,
     tiles.delete(spec, DAY, "viewer_id < 10")
     report = export_day(tiles.engine, catalog, spec, DAY)
     assert (report.status, report.rows) == ("retained", len(rows))
-    assert "the engine holds" in report.reason
+    assert "the engine has" in report.reason
     assert list(stale_days(tiles.engine, spec, exported_days(catalog, spec))) == []
 
     tiles.delete(spec, DAY)
@@ -148,7 +148,5 @@ def test_a_tile_that_the_fingerprints_leave_out_is_refused(
         "canaries are in no fingerprint"
     )
     tiles.add(spec, some_rows(spec, DAY), refresh=False)
-    with pytest.raises(
-        TilesUnreadable, match=f"says nothing of {spec.tile}, which has rows: its model leaves"
-    ):
+    with pytest.raises(TilesUnreadable, match=f"has no row of {spec.tile}, which has rows: its model leaves"):
         stale_days(tiles.engine, spec, exported_days(catalog, spec))

@@ -225,10 +225,10 @@ def test_a_null_in_a_required_column_is_named(exported: Tiles, catalog: Catalog)
 
 def test_a_value_that_the_table_cannot_hold_is_named(exported: Tiles, catalog: Catalog) -> None:
     row = list(watch(4, DAY, 5))
-    row[3] = Decimal("0.1234567")
+    row[[column.name for column in WATCH.columns].index("watch_time_minutes")] = Decimal("0.1234567")
     exported.add(WATCH, [tuple(row)])
     with pytest.raises(
-        TilesUnreadable, match=r"value of watch_time_minutes that .* cannot hold .*mend the model"
+        TilesUnreadable, match=r"value of watch_time_minutes that .* cannot hold .*correct the model"
     ):
         export_day(exported.engine, catalog, WATCH, DAY)
     assert table_rows(catalog, WATCH) == OLD

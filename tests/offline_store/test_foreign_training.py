@@ -179,7 +179,7 @@ def test_its_labels_are_held_to_its_key(catalog: Catalog, tmp_path: Path) -> Non
         ["7", "canary:prefs"], r"row 2: learner ids from canary: on are canaries and have no training data"
     )
     refused(["7", " "], "row 2: learner_id is missing: fill it")
-    refused([1.5], "learner_id must be a text, it is double")
+    refused([1.5], "learner_id must be a text, not double")
     refused(["a\x00b"], "row 1: learner_id must be a text of 1 to 2,048 bytes without NUL")
     pq.write_table(
         pa.table(

@@ -26,7 +26,7 @@ from .training_world import KEEP, NOW, at, fill, later, write_labels
 
 # More than any of these writes needs.
 PAGES = 60
-SCRATCH = r"no space left for intermediate results in .*/disk/.*: free some and run it again"
+SCRATCH = r"no space is left for intermediate results in .*/disk/.*: free some and run it again"
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def test_a_sort_that_does_not_fit(scratch: Path) -> None:
 
 def test_memory_that_does_not_suffice_is_no_full_disk() -> None:
     with (
-        pytest.raises(OfflineError, match=r"^20MB of memory do not suffice: split") as caught,
+        pytest.raises(OfflineError, match=r"^20MB of memory are not enough: split") as caught,
         duck_session("20MB", 2) as session,
     ):
         session.execute(

@@ -333,7 +333,7 @@ def test_days_that_the_engine_lost_go_back_to_our_own_export(tiles: Tiles, catal
 
     done = export(tiles, catalog, replace_foreign=True)
     assert done.status == "restored"
-    assert "the engine holds 2 rows of this day, the table 6" in done.reason
+    assert "the engine has 2 rows of this day, the table 6" in done.reason
     # All of ours, and nobody who was erased meanwhile.
     assert table_rows(catalog, WATCH) == [row for row in ROWS if row[0] != 4]
     again = export(tiles, catalog, replace_foreign=True)
@@ -388,7 +388,7 @@ def test_a_day_that_was_removed_elsewhere_is_exported_again_or_named(tiles: Tile
     assert {day: str(found) for day, found in foreign_days(exported, stale).items()} == {DAY: said}
     left = export(tiles, catalog)
     assert (left.status, left.reason) == (
-        "foreign", f"{said}; the engine holds 2 rows of this day, the table 6"
+        "foreign", f"{said}; the engine has 2 rows of this day, the table 6"
     )  # fmt: skip
     assert export(tiles, catalog, replace_foreign=True).status == "restored"
     assert [row for row in table_rows(catalog, WATCH) if row[1] == DAY] == ROWS
@@ -405,7 +405,7 @@ def test_a_part_of_a_day_that_is_gone_is_noticed(
     # Pyiceberg drops a file whose every row goes.
     watch_table(catalog).delete("viewer_id >= 5")
     left = export(tiles, catalog)
-    assert (left.status, left.reason) == ("foreign", "2 rows of its export are gone with their files")
+    assert (left.status, left.reason) == ("foreign", "2 rows of its export were deleted with their files")
     assert export(tiles, catalog, replace_foreign=True).status == "written"
     assert table_rows(catalog, WATCH) == ROWS
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from pyiceberg.catalog import Catalog
-from shipped import FEATURES, GENRE, INTERACTIONS, WATCH
+from shipped import COMPUTED, GENRE, INTERACTIONS, WATCH
 
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.iceberg.catalog import open_catalog
@@ -17,17 +17,10 @@ from dagster_prefs.training.parity import ParityOptions, ParityReport, check_par
 
 from . import oracle
 from .conftest import Tiles, genre, interactions, watch
+from .training_world import FEATURES
 
 NOW = datetime(2026, 3, 10, 6, tzinfo=UTC)
 TODAY = NOW.date()
-DOMAINS = {
-    "watch": ("watch_minutes_7d", "watch_minutes_28d", "titles_7d", "completions_28d", "genres_watched_28d"),
-    "interactions": ("likes_28d", "shares_28d", "searches_28d"),
-    "preferences": (
-        "favorite_genre", "favorite_genres", "favorite_genre_shares", "completion_rate_28d",
-        "minutes_per_view_28d",
-    ),
-}  # fmt: skip
 
 
 def days_ago(number: int) -> date:
@@ -68,7 +61,7 @@ def served() -> dict[int, dict[str, dict[str, Any]]]:
             recent = [row for row in rows if row[0] == viewer and row[1] >= day - timedelta(days=28)]
             if recent:
                 newest = max(row[-1] for row in recent)
-                items.setdefault(viewer, {})[domain] = {name: values[name] for name in DOMAINS[domain]} | {
+                items.setdefault(viewer, {})[domain] = {name: values[name] for name in COMPUTED[domain]} | {
                     "last_event_at": int(newest.timestamp() * 1000)
                 }
     return items
@@ -167,7 +160,7 @@ def test_a_planted_corruption_is_found_and_named(
 def test_missing_and_extra_items_are_counted(filled: Tiles, catalog: Catalog) -> None:
     items = copy.deepcopy(served())
     del items[1]["watch"]
-    items[6] = {"interactions": dict.fromkeys((*DOMAINS["interactions"], "last_event_at"), 9)}
+    items[6] = {"interactions": dict.fromkeys((*COMPUTED["interactions"], "last_event_at"), 9)}
     report = check(filled, catalog, items)
     assert report.missing == {"watch": 1, "interactions": 0, "preferences": 0}
     assert report.extra == {"watch": 0, "interactions": 1, "preferences": 0}
@@ -211,7 +204,7 @@ def test_an_event_between_two_milliseconds_is_rounded_as_the_view_does(
     item = oracle.features(9, NOW + timedelta(days=1), [row], [], [])
     items = served() | {
         9: {
-            "watch": {name: item[name] for name in DOMAINS["watch"]}
+            "watch": {name: item[name] for name in COMPUTED["watch"]}
             | {"last_event_at": int(whole.timestamp() * 1000)}
         }
     }

@@ -79,7 +79,7 @@ def test_a_catalog_that_goes_down_while_it_is_used(
     labels = write_labels(tmp_path, [(1, at(DAY))])
     real = publish.write_day
     unreachable = (
-        r"^the table training\.viewer_[a-z]+_daily cannot be reached or refuses us .*check its address"
+        r"^the table training\.viewer_[a-z]+_daily cannot be reached or refuses access .*check its address"
     )
     with ExitStack() as stack:
         remote = platform(stack.enter_context(rest_server(catalog, CREDENTIAL)), warehouse).catalog()

@@ -52,7 +52,7 @@ def test_a_training_set_is_built_and_reproduced(filled: Catalog) -> None:
     Path("labels.csv").write_text("viewer_id,label_time\n2,2026-03-01T00:00:00Z\n")
     failed = run("reproduce", "labels.training.parquet.manifest.json", "--output", "again.csv")
     assert isinstance(failed.exception, PrefsError)
-    assert "does not hold the labels of the manifest" in str(failed.exception)
+    assert "no longer contains the labels of the manifest" in str(failed.exception)
     assert not Path("again.csv").exists()
 
 

@@ -10,11 +10,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyiceberg.catalog import Catalog
-from shipped import FEATURES, TILE_TABLES
+from shipped import TILE_TABLES, with_computed_attributes
 
 from dagster_prefs.iceberg.tables import arrow_schema, ensure_table
 from dagster_prefs.training.training_set import LabelJoin, TrainingSet, build_training_set
+from dagster_prefs.training.windows import choose_features
 
+REGISTRY = with_computed_attributes()
+FEATURES = choose_features(REGISTRY, "viewer")
 KEEP = timedelta(days=30)
 NOW = datetime(2026, 6, 1, tzinfo=UTC)
 

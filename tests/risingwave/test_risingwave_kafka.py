@@ -215,7 +215,7 @@ def test_what_does_not_work_leaves_the_old_feed_at_work(world: World) -> None:
         f"Kafka has no topic {absent}: create it, or set the name it has there with PREFS_KAFKA_TOPIC_…"
     )
     message = refused(world.dbt(PREFS_KAFKA_BOOTSTRAP="127.0.0.1:1"), "kafka_view_events")
-    assert message.startswith("RisingWave gets no answer from Kafka at 127.0.0.1:1: check ")
+    assert message.startswith("RisingWave got no answer from Kafka at 127.0.0.1:1: check ")
     message = refused(world.dbt(PREFS_KAFKA_SASL_MECHANISM="PLAIN"), "kafka_view_events")
     assert "PREFS_KAFKA_SECURITY_PROTOCOL=PLAINTEXT and PREFS_KAFKA_SASL_MECHANISM=PLAIN" in message
     before = sum(world.sources().values())

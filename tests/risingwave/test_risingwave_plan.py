@@ -318,7 +318,7 @@ def test_a_reader_of_others_is_refused(server: Server) -> None:
         connection.execute("create view somebodys as select viewer_id from viewer_watch_metrics_1d")
     server.change("count(*) as views", "count(*) + 2 as views")
     before = server.objects()
-    with pytest.raises(PlanError, match="somebodys stands on it and is not this project's"):
+    with pytest.raises(PlanError, match="somebodys depends on it and is not this project's"):
         server.apply()
     assert server.objects() == before
     server.change("count(*) + 2 as views", "count(*) as views")
@@ -430,7 +430,7 @@ def test_with_kafka_models_and_brokers_change_one_after_the_other(server: Server
     # Brokers that do not answer leave the old feed at work, and the next apply goes on from there.
     server.set(PREFS_KAFKA_BOOTSTRAP="127.0.0.1:1")
     with pytest.raises(
-        ApplyError, match=r"kafka_view_events: RisingWave gets no answer from Kafka at 127.0.0.1:1"
+        ApplyError, match=r"kafka_view_events: RisingWave got no answer from Kafka at 127.0.0.1:1"
     ):
         server.apply()
     send(server, bootstrap, "meanwhile", 13)

@@ -109,7 +109,7 @@ def world(shell_environment: Mapping[str, str], tmp_path_factory: pytest.TempPat
 
 def test_a_missing_table_and_one_with_another_key_are_refused(world: World) -> None:
     message = refused(world.dbt(), "sink_engagement_watch")
-    assert message.startswith("DynamoDB has no such table for the sink: ")
+    assert message.startswith("the DynamoDB table of the sink does not exist: ")
     assert rows(world.engine, "select name from rw_catalog.rw_sinks") == []
     wrong = f"{world.prefix}wrong_"
     world.client.create_table(
@@ -122,7 +122,7 @@ def test_a_missing_table_and_one_with_another_key_are_refused(world: World) -> N
     with pytest.raises(TableError, match="viewer_profiles"):
         provision(world.client, load_contract(PROJECT), prefix=wrong)
     message = refused(world.dbt(PREFS_TABLE_PREFIX=wrong), "sink_engagement_watch")
-    assert message.startswith("the DynamoDB table has another key than the contract's")
+    assert message.startswith("the DynamoDB table has another key than the contract")
 
 
 def test_items_equal_the_views_through_the_story(world: World) -> None:

@@ -9,10 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
-from declared import PROJECT
 from psycopg import sql
+from shipped import with_computed_attributes
 
-from dagster_prefs.declarations.contract import load_contract
 from dagster_prefs.dynamodb.items import ItemEncoder
 from dagster_prefs.dynamodb.tables import dynamodb_client, provision
 from dagster_prefs.engine.connection import EngineConfiguration
@@ -20,6 +19,7 @@ from dagster_prefs.serving import ClientOptions, ProfileClient
 from dagster_prefs.serving.preferences import ShopClient
 
 REGION = "eu-central-1"
+SERVED = with_computed_attributes()
 
 DDL = """
 create table user_category_profile (
@@ -87,7 +87,7 @@ class Online:
 
     def __init__(self, endpoint: str) -> None:
         self.endpoint = endpoint
-        self.contract = load_contract(PROJECT)
+        self.contract = SERVED.contract
         self.prefix = f"serving_{uuid.uuid4().hex[:12]}_"
         self.client = dynamodb_client(endpoint, REGION)
         self.table = provision(self.client, self.contract, prefix=self.prefix)["viewer"]
@@ -99,7 +99,7 @@ class Online:
 
     def reader(self, transport: str, clock: Callable[[], float] = time.time) -> ProfileClient:
         return ProfileClient(
-            PROJECT,
+            SERVED,
             endpoint_url=self.endpoint,
             region=REGION,
             table_prefix=self.prefix,

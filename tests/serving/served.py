@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from declared import PROJECT
+from shipped import with_computed_attributes
 
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.serving import AsyncProfileClient, ClientOptions, ShopClient
@@ -18,6 +18,7 @@ from dagster_prefs.serving.connections import ConnectionLimits
 from dagster_prefs.serving.server import Load, make_app, make_server
 
 REGION = "eu-central-1"
+SERVED = with_computed_attributes()
 NOWHERE = EngineConfiguration(host="127.0.0.1", port=1, database="none", user="none")
 
 
@@ -85,7 +86,7 @@ def profile_client(
     endpoint: str, prefix: str = "", *, max_attempts: int = 4, **given: Any
 ) -> AsyncProfileClient:
     return AsyncProfileClient(
-        PROJECT,
+        SERVED,
         endpoint_url=endpoint,
         region=REGION,
         table_prefix=prefix,

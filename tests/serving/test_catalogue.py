@@ -19,7 +19,7 @@ NOW = datetime(2026, 3, 10, 12, 30, tzinfo=UTC)
 weights = st.decimals(0, 2, places=3)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     world=worlds(NOW),
     session=st.booleans(),
@@ -77,7 +77,7 @@ changes = st.lists(
 )
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(rounds=st.lists(changes, min_size=2, max_size=4))
 def test_refreshing_follows_every_change(shop: Any, rounds: list[list[tuple[Any, ...]]]) -> None:
     shop.clear()

@@ -221,7 +221,7 @@ def test_rows_that_cannot_become_items_are_named(school: School) -> None:
     school.put(("a", "#" * 400), 1)
     school.put(("a", "b"), 1)
     with pytest.raises(
-        PublishError, match="enrolment 'a': its sort key has 1216 bytes, and DynamoDB takes 1024"
+        PublishError, match="enrolment 'a': its sort key has 1216 bytes, and DynamoDB accepts 1024"
     ):
         school.publish()
     assert set(school.held()) == {("a", "b")}
@@ -235,7 +235,7 @@ def test_the_comparison_finds_what_differs_and_repairs_it(school: School) -> Non
         school.put(id_, number)
     school.publish()
     # What a publisher of RisingWave's changes keeps beside the items is none of them.
-    lease = Lease(school.store, label="test", mode="once", lease_seconds=5)
+    lease = Lease(school.store, label="test", mode="once", lease_seconds=300)
     assert lease.acquire(threading.Event(), 0.0)
     held = read_lease(school.store.items, school.store.domain)
     assert held is not None

@@ -149,7 +149,7 @@ def test_ranking_is_that_of_the_client(caller: Caller, shop: Any, ranker: str) -
         ("GET", "/v1/users/a%00/profile", None, 400, "bad_request", "NUL"),
         ("POST", "/v1/profiles", b"{", 400, "bad_request", "not valid JSON"),
         ("POST", "/v1/profiles", [1], 400, "bad_request", "not a JSON object"),
-        ("POST", "/v1/profiles", {}, 400, "bad_request", "viewer_ids is missing"),
+        ("POST", "/v1/profiles", {}, 400, "bad_request", "viewer_ids must be a list: give a list of viewer_ids"),
         ("POST", "/v1/profiles", {"viewer_ids": []}, 400, "bad_request", "at least one"),
         ("POST", "/v1/profiles", {"viewer_ids": [True]}, 400, "bad_request", "64-bit integer"),
         ("POST", "/v1/profiles", {"viewer_ids": [1.5]}, 400, "bad_request", "64-bit integer"),

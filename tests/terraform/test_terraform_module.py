@@ -7,9 +7,13 @@ import os
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
+from declared import enrolments
 from terraform_harness import MODULE, Terraform, clean_environment
+
+from dagster_prefs.declarations.registry import registry_dict
 
 VARIABLE = re.compile(r'^variable "(\w+)" \{\n(.*?)^\}', re.MULTILINE | re.DOTALL)
 
@@ -43,6 +47,14 @@ def test_rule_of_every_variable(terraform: Terraform) -> None:
     ), wrong
     written = sum(path.read_text().count('\nrun "') for path in (MODULE / "tests").glob("*.tftest.hcl"))
     assert summary["passed"] == written > 0
+
+
+def test_the_module_is_tested_with_a_composite_key_as_generated(tmp_path: Path) -> None:
+    """The registry that the rules are run with has the table of a composite key as `prefs generate` writes it."""
+    registry = json.loads((MODULE / "tests" / "registry_with_three_tables.json").read_text())
+    generated = registry_dict(enrolments(tmp_path))["contract"]["tables"]["enrolment"]
+    assert registry["contract"]["tables"]["enrolment"] == generated
+    assert generated["rest_keys"] == [{"name": "course_id", "type": "S"}]
 
 
 def test_a_region_that_aws_does_not_have_is_refused(terraform: Terraform) -> None:

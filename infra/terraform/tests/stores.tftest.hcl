@@ -78,12 +78,12 @@ run "each_entity_has_its_table" {
   command = plan
 
   variables {
-    registry_file = "./tests/registry_with_two_tables.json"
+    registry_file = "./tests/registry_with_three_tables.json"
     capacity      = { mode = "provisioned", read_min = 5, read_max = 50, write_min = 10, write_max = 100 }
   }
 
   assert {
-    condition     = { for entity, table in aws_dynamodb_table.profiles : entity => "${table.name} ${table.hash_key}" } == { viewer = "prod-viewer_profiles viewer_id", shop_item = "prod-item_profiles item_id" }
+    condition     = { for entity, table in aws_dynamodb_table.profiles : entity => "${table.name} ${table.hash_key}" } == { viewer = "prod-viewer_profiles viewer_id", shop_item = "prod-item_profiles item_id", enrolment = "prod-enrolment_profiles learner_id" }
     error_message = "the tables are not those of the contract"
   }
 
@@ -92,18 +92,29 @@ run "each_entity_has_its_table" {
     error_message = "a text key is not a text"
   }
 
+  # The rest of a composite key is a part of the sort key, and an attribute without an index must not be declared.
+  assert {
+    condition     = toset([for attribute in aws_dynamodb_table.profiles["enrolment"].attribute : "${attribute.name} ${attribute.type}"]) == toset(["learner_id S", "domain_key S"]) && aws_dynamodb_table.profiles["enrolment"].range_key == "domain_key"
+    error_message = "a composite key is not its first column and the domain"
+  }
+
+  assert {
+    condition     = output.table_names == { viewer = "prod-viewer_profiles", shop_item = "prod-item_profiles", enrolment = "prod-enrolment_profiles" }
+    error_message = "an entity is missing among the outputs"
+  }
+
   assert {
     condition     = length(aws_dynamodb_table.profiles["viewer"].ttl) == 0 && aws_dynamodb_table.profiles["shop_item"].ttl[0].attribute_name == "expires_at"
     error_message = "the TTL of one table is that of another"
   }
 
   assert {
-    condition     = toset(keys(aws_appautoscaling_policy.profiles)) == toset(["viewer/read", "viewer/write", "shop_item/read", "shop_item/write"])
+    condition     = toset(keys(aws_appautoscaling_policy.profiles)) == toset(["viewer/read", "viewer/write", "shop_item/read", "shop_item/write", "enrolment/read", "enrolment/write"])
     error_message = "a table is not scaled"
   }
 
   assert {
-    condition     = { for alarm in concat(values(aws_cloudwatch_metric_alarm.throttles), values(aws_cloudwatch_metric_alarm.read_latency)) : alarm.alarm_name => alarm.dimensions.TableName } == merge([for entity, table in { viewer = "prod-viewer_profiles", shop_item = "prod-item_profiles" } : { for name in ["read-throttles", "write-throttles", "read-latency-getitem", "read-latency-batchgetitem"] : "prod-prefs-${name}-${entity}" => table }]...)
+    condition     = { for alarm in concat(values(aws_cloudwatch_metric_alarm.throttles), values(aws_cloudwatch_metric_alarm.read_latency)) : alarm.alarm_name => alarm.dimensions.TableName } == merge([for entity, table in { viewer = "prod-viewer_profiles", shop_item = "prod-item_profiles", enrolment = "prod-enrolment_profiles" } : { for name in ["read-throttles", "write-throttles", "read-latency-getitem", "read-latency-batchgetitem"] : "prod-prefs-${name}-${entity}" => table }]...)
     error_message = "a table is not watched"
   }
 
