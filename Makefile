@@ -20,7 +20,7 @@ $(VENV)/installed: requirements.lock infra/locks/uv.txt pyproject.toml
 
 venv: $(VENV)/installed ## make or update the environment from the lock
 
-demo: $(VENV)/installed ## start the services, load events, materialize everything, print a summary
+demo: $(VENV)/installed ## start the services, deploy, load events, publish, export, print a summary
 	@$(BIN)/prefs demo
 
 ui: $(VENV)/installed ## open the Dagster UI on the demo's state

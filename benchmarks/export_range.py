@@ -1,13 +1,13 @@
 """A range of small days of every training table to Iceberg: day by day, as one range, and by `prefs export`.
 
 `python benchmarks/export_range.py [--days 35] [--rows 50] [--json FILE]`. It needs the engine to be up (`prefs up`)
-and works in a schema of its own, which it drops, and with catalogs and a Dagster home of its own. Each contestant is
-a process of its own and starts with empty tables; they take turns, so that a drift of the machine meets all of them
+and works in a schema of its own, which it drops, and with catalogs of its own. Each contestant is a process of its own
+and starts with empty tables; they take turns, so that a drift of the machine meets all of them
 alike:
 
 - `days`: `export_day` for each day, with the write, the audit and the publishing commit of each
 - `range`: `export_days` for each table, which audits every day and publishes all of them with one commit
-- `command`: `prefs export`, with all that it loads and records
+- `command`: `prefs export`, with all that it loads
 """
 
 from __future__ import annotations
@@ -133,7 +133,6 @@ def by_command(folder: Path, days: list[date]) -> float:
     connection = engine()
     own = {
         "PREFS_PROJECT_DIR": str(PROJECT),
-        # Kept for the next round, which finds a Dagster instance, as any export but the first one does.
         "PREFS_DATA_DIR": str(folder.parent / "state"),
         "PREFS_ICEBERG_WAREHOUSE": folder.as_uri(),
         "PREFS_ENGINE_SCHEMA": SCHEMA,

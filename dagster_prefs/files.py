@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, BinaryIO
+from urllib.parse import unquote, urlsplit
 
 
 def make_private_folder(folder: Path) -> None:
@@ -20,6 +21,19 @@ def make_private_folder(folder: Path) -> None:
         part.mkdir(mode=0o700, exist_ok=True)
     if not folder.is_dir():
         folder.mkdir()
+
+
+def local_folder(address: str) -> Path | None:
+    """Return the folder that a path or a file URI names, None for another URI."""
+    parsed = urlsplit(address)
+    if parsed.scheme == "file":
+        return Path(unquote(parsed.path))
+    return None if parsed.scheme else Path(address)
+
+
+def catalog_file(warehouse: Path) -> Path:
+    """Return the SQLite catalog of a warehouse in a folder."""
+    return warehouse / "catalog.db"
 
 
 def open_private_log(path: Path) -> BinaryIO:

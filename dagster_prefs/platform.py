@@ -10,8 +10,10 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
+from contextlib import ExitStack
+from datetime import UTC, datetime, timedelta
 from functools import cached_property, partial
+from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +43,10 @@ if TYPE_CHECKING:
     from dagster_prefs.dynamodb.store import DomainStore
     from dagster_prefs.events.brokers import KafkaSecurity, KafkaSource
     from dagster_prefs.events.topics import TopicGeneration
+    from dagster_prefs.freshness.canary import Probe
+    from dagster_prefs.freshness.exports_memo import ExportsMemo
     from dagster_prefs.freshness.status import Sources
+    from dagster_prefs.iceberg.exporter import Exporter
     from dagster_prefs.iceberg.tables import TileTable
     from dagster_prefs.live.follower import Follower
     from dagster_prefs.training.parity import ParityReport
@@ -79,6 +84,23 @@ class Platform:
             publishes=settings.publishes,
             follows=settings.follows,
             by_sink=settings.export == "sink",
+            memo=self._exports_memo,
+        )
+
+    @property
+    def _exports_memo(self) -> ExportsMemo | None:
+        from dagster_prefs.files import catalog_file, local_folder
+        from dagster_prefs.freshness.exports_memo import ExportsMemo
+
+        settings = self.settings
+        folder = local_folder(settings.warehouse)
+        if settings.iceberg_catalog != "sqlite" or folder is None:
+            return None
+        return ExportsMemo(
+            settings.data_dir / "exports-seen.json",
+            catalog_file(folder.absolute()),
+            settings.iceberg_namespace,
+            settings.export_start_date,
         )
 
     @property
@@ -192,6 +214,22 @@ class Platform:
 
         return tile_tables(self.registry)
 
+    @property
+    def exporter(self) -> Exporter:
+        """The export of the training tables."""
+        from dagster_prefs.iceberg.exporter import Exporter
+
+        settings = self.settings
+        return Exporter(
+            engine=self.engine,
+            catalog=self.catalog,
+            tables=self.training_tables,
+            namespace=settings.iceberg_namespace,
+            start=settings.export_start_date,
+            by_sink=settings.export == "sink",
+            kept=timedelta(days=settings.snapshots_kept_days),
+        )
+
     def prepare_training_tables(self) -> list[Table]:
         """Prepare the training tables for RisingWave's sinks. Raises OfflineError or EngineUnavailable."""
         from dagster_prefs.iceberg.verify import prepare_for_sink
@@ -235,9 +273,10 @@ class Platform:
     def follower(self, say: Callable[[str], None] = lambda line: None) -> Follower:
         """The follower of the embedded engine, which keeps its views and their items current.
 
-        Where brokers are set, it reads their topics too.
+        It sends the canary, and where brokers are set, it reads their topics too.
         """
         from dagster_prefs.dynamodb.changefeed import process_label
+        from dagster_prefs.freshness.prober import Prober
         from dagster_prefs.live.follower import Follower
 
         topics = self.registry.topics.values() if self.settings.kafka_bootstrap else ()
@@ -246,8 +285,58 @@ class Platform:
             self.registry,
             DomainPublisher(self),
             process=process_label(),
-            readers={f"Kafka topic {topic.name}": partial(self._consume, topic) for topic in topics},
+            readers={
+                **{f"Kafka topic {topic.name}": partial(self._consume, topic) for topic in topics},
+                "canary": Prober(self.engine, self.registry, self.probe, self.settings.data_dir).run,
+            },
             say=say,
+        )
+
+    def probe(self, clients: ExitStack, session: psycopg.Connection[Any] | None = None) -> Probe:
+        """The probe that times canaries from their topic to the reader, over clients that it opens in the stack.
+
+        Views are read over the session, or over one for each look. Raises PrefsError if DynamoDB's clients cannot be
+        made.
+        """
+        from dagster_prefs.declarations.reserved import canary_id
+        from dagster_prefs.freshness.canary import (
+            Probe,
+            canary_paths,
+            canary_views,
+            read_domains,
+            read_views,
+            send_canary,
+        )
+        from dagster_prefs.serving.profiles import ProfileClient
+
+        settings, registry = self.settings, self.registry
+        readers: list[Callable[[], Mapping[str, int | None]]] = []
+        for entity in registry.entities.values():
+            if entity.table is None:
+                continue
+            profiles = clients.enter_context(
+                ProfileClient(
+                    registry,
+                    entity=entity.name,
+                    endpoint_url=settings.aws_endpoint,
+                    region=settings.aws_region,
+                    table_prefix=settings.table_prefix,
+                )
+            )
+            readers.append(partial(read_domains, profiles, canary_id(registry, entity)))
+        views = canary_views(registry)
+        return Probe(
+            send=lambda moment: send_canary(
+                self.engine,
+                registry,
+                moment,
+                bootstrap=settings.kafka_bootstrap,
+                kafka_topics=settings.kafka_topics,
+                client=self.kafka.client,
+            ),
+            readers=[*readers, lambda: read_views(self.engine, registry, views, session)],
+            paths=canary_paths(registry),
+            thresholds=registry.contract.freshness.canary,
         )
 
     def _consume(self, topic: TopicDeclaration, stop: threading.Event) -> None:
@@ -286,7 +375,8 @@ class Platform:
         """Apply the plan; see `apply_plan`."""
         from dagster_prefs.deploy.apply import apply_plan
 
-        return apply_plan(
+        applied = self.dbt.fingerprint()
+        done = apply_plan(
             self.engine,
             self.dbt,
             partial(review_contract, self.contract),
@@ -294,6 +384,22 @@ class Platform:
             drop_orphans=drop_orphans,
             on_step=on_step,
         )
+        self._applied.write_text(applied)
+        return done
+
+    def bring_out(self, on_step: Callable[[str], None] = lambda step: None) -> None:
+        """Apply what the project declares, unless that is what was last applied from this data folder.
+
+        An apply without changes takes seconds, because it compiles every model. Raises like `apply`.
+        """
+        stamp = self._applied.read_text() if self._applied.is_file() else ""
+        if stamp != self.dbt.fingerprint() or not self.is_deployed():
+            self.apply(on_step=on_step)
+
+    @property
+    def _applied(self) -> Path:
+        """The file with the fingerprint of the project and settings that were last applied from this folder."""
+        return self.dbt.target_dir / "applied.sha256"
 
 
 def kafka_security(settings: Settings) -> KafkaSecurity:

@@ -57,7 +57,7 @@ ALLOWED = {
     "erasure": {"declarations", "engine", "dynamodb", "events", "iceberg", "training"},
     "local": {"declarations", "engine", "loopback"},
     "platform": set(ROOMS) - {"defs", "tools"} | {"settings"},
-    # The demo shows Dagster doing it.
+    # On RisingWave the demo publishes with Dagster's job, as `prefs refresh` does.
     "tools": set(ROOMS) | {"platform", "settings", "runs"},
     "defs": set(ROOMS) | {"settings", "loopback", "platform"},
     "definitions": {"defs", "settings"},

@@ -39,10 +39,9 @@ def test_plan_apply_publish_status_and_erase(
         canaries = [one for one in status["measures"] if one["stage"] == "canary"]
         assert canaries
         assert {one["level"] for one in canaries} == {"skipped"}
-        assert {one["reason"] for one in canaries} == {
-            "the canary is a sensor of Dagster, which is not installed here"
-        }
+        assert all(one["reason"].startswith("the canary is off: ") for one in canaries)
+        assert run("export").stdout == "every complete day is exported as it is\n"
         erased = json.loads(run("erase", "viewer", "5", "--json").stdout)
         assert erased["held"] is False
         # The hook works: what runs Dagster cannot.
-        assert "No module named 'dagster'" in run("export").stderr
+        assert "No module named 'dagster'" in run("ui").stderr

@@ -5,19 +5,15 @@ from __future__ import annotations
 import signal
 import threading
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from dagster_prefs.cli.root import cli, console, print_json, run_job, say, table_of
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.settings import load_settings
-
-if TYPE_CHECKING:
-    from datetime import date
-
-    from dagster_prefs.platform import Platform
 
 
 @cli.group()
@@ -183,8 +179,8 @@ def export(replace_foreign: bool) -> None:
     Days that another writer changed are left unchanged, and so are days that fail their audit; the exit code is
     then 1, and the message names these days with the reasons. Every other day is exported.
     """
-    from dagster_prefs.defs.offline_store import look
-    from dagster_prefs.iceberg.export import ForeignRows
+    from dagster_prefs.declarations.stale import current_registry
+    from dagster_prefs.iceberg.export import ExportOptions, ForeignRows
     from dagster_prefs.platform import Platform
 
     settings = load_settings()
@@ -193,42 +189,22 @@ def export(replace_foreign: bool) -> None:
             "--replace-foreign is for PREFS_EXPORT=platform: here RisingWave's sinks write every file; drop a sink and "
             "recreate it to have its table rewritten"
         )
-    platform = Platform(settings)
-    found = look(platform)
-    days = {day for _, day in (*found.stale, *(found.foreign if replace_foreign else ()))}
-    if days:
-        _run_export(platform, days, replace_foreign=replace_foreign)
+    current_registry(settings.project)
+    exporter = Platform(settings).exporter
+    found = exporter.look(datetime.now(UTC))
+    wanted = {*found.stale, *(found.foreign if replace_foreign else ())}
+    if wanted:
+        with console.status("exporting to Iceberg"):
+            exporter.export(
+                wanted,
+                ExportOptions(replace_foreign=replace_foreign),
+                say=lambda line: say(line, stderr=True),
+            )
+    days = {day for _, day in wanted}
     if days or not found.foreign:
         console.print(f"exported {len(days)} days" if days else "every complete day is exported as it is")
     if found.foreign and not replace_foreign:
         raise ForeignRows(found.foreign)
-
-
-def _run_export(platform: Platform, days: set[date], *, replace_foreign: bool) -> None:
-    """Run the export of the days, one Dagster run for each range. A failing run does not prevent the next ones.
-
-    Raises RunFailed with the reasons of every failed run, StaleRegistry.
-    """
-    from dagster_prefs.declarations.stale import current_registry
-    from dagster_prefs.defs import offline_store
-    from dagster_prefs.runs import JobRunner, RunFailed
-
-    current_registry(platform.settings.project)
-    job = offline_store.EXPORT_JOB
-    config = offline_store.export_config(platform, replace_foreign=True) if replace_foreign else None
-    failed: list[str] = []
-    # The export's own definitions: those of the views would load dbt.
-    with (
-        console.status(f"running the Dagster job {job}"),
-        JobRunner(platform.settings, offline_store.build(platform)) as runner,
-    ):
-        for first, last in offline_store.ranges(days):
-            try:
-                runner.run(job, offline_store.range_tags(first, last), config)
-            except RunFailed as error:
-                failed.append(str(error))
-    if failed:
-        raise RunFailed("; ".join(failed))
 
 
 @cli.command()

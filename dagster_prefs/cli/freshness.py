@@ -61,10 +61,11 @@ def status(watch: bool, interval: float, as_json: bool) -> int:
 
 @contextmanager
 def readings(settings: Settings) -> Iterator[Callable[[], Status]]:
-    """Yield a function that reads all measures, the canary's from the state that its sensor stored."""
-    from dagster_prefs.freshness.canary import canary_paths, judge_ticks
+    """Yield a function that reads all measures, the canary's from what the follower or its sensor stored."""
+    from dagster_prefs.freshness.canary import judge_ticks
     from dagster_prefs.freshness.levels import Measure
     from dagster_prefs.freshness.probe_store import stored_ticks
+    from dagster_prefs.freshness.prober import prober_ticks
     from dagster_prefs.freshness.status import evaluate
     from dagster_prefs.platform import Platform
 
@@ -74,9 +75,11 @@ def readings(settings: Settings) -> Iterator[Callable[[], Status]]:
         return datetime.now(UTC)
 
     if not _installed("dagster"):
-        reason = "the canary is a sensor of Dagster, which is not installed here"
-        missing = [Measure("canary", name, "skipped", reason) for name in canary_paths(sources.registry)]
-        yield lambda: evaluate(sources, now=now, extra=missing)
+        yield lambda: evaluate(
+            sources,
+            now=now,
+            extra=judge_ticks(prober_ticks(settings.data_dir), sources.registry, now=now()),
+        )
         return
     told = os.environ.get("DAGSTER_HOME")
     home = Path(told or settings.data_dir / "dagster")
@@ -85,11 +88,12 @@ def readings(settings: Settings) -> Iterator[Callable[[], Status]]:
         def canary() -> list[Measure]:
             # Dagster itself says what is wrong with a DAGSTER_HOME that does not exist.
             ticks = None if told and not home.is_dir() else stored_ticks(home)
+            followed = prober_ticks(settings.data_dir)
             if ticks is not None:
-                return judge_ticks(ticks, sources.registry, now=now())
+                return judge_ticks([*ticks, *followed], sources.registry, now=now())
             from dagster_prefs.defs.freshness import last_probe
 
-            return last_probe(instance(), sources.registry, now=now())
+            return last_probe(instance(), sources.registry, now=now(), followed=followed)
 
         @cache
         def instance() -> DagsterInstance:

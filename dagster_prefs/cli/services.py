@@ -120,13 +120,15 @@ def demo(
 ) -> None:
     """Run the whole flow on generated events.
 
-    Load, refresh, publish, export, read back.
+    Deploy, load, refresh, publish, test, export, read back. Afterwards the follower keeps everything current.
     """
+    from dagster_prefs.declarations.stale import current_registry
     from dagster_prefs.tools.demo import Demo
     from dagster_prefs.tools.scenario import SimulationPlan
     from dagster_prefs.tools.simulator import fitted
 
     settings = load_settings()
+    current_registry(settings.project)
     steps = plain_console(stderr=True)
     steps.print("start the services")
     if settings.engine == "local":
@@ -142,6 +144,9 @@ def demo(
     )
     end = until.replace(tzinfo=UTC) + timedelta(days=1) if until else None
     summary = Demo(settings, fitted(settings.registry(), plan), steps.print, end).run()
+    if settings.engine == "local":
+        # Not before: it would take the load in many small steps, beside the demo.
+        start_follower(settings, settings.project)
     if as_json:
         print_json(summary.as_dict())
         return

@@ -3,14 +3,12 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
-from functools import partial
 from typing import Any
 
 import dagster as dg
 import psycopg
 
 from dagster_prefs.declarations.registry import Registry
-from dagster_prefs.declarations.reserved import canary_id
 from dagster_prefs.defs.offline_store import asset_key as training_key
 from dagster_prefs.defs.resources import schedule_status, sensor_status
 from dagster_prefs.engine.catalog import row_counts
@@ -27,21 +25,17 @@ from dagster_prefs.freshness.alerts import (
 from dagster_prefs.freshness.canary import (
     CANARY_SENSOR,
     CanaryState,
-    Probe,
     Tick,
     canary_paths,
     canary_views,
     judge_ticks,
-    read_domains,
-    read_views,
-    send_canary,
 )
 from dagster_prefs.freshness.levels import Measure
 from dagster_prefs.freshness.measures import unknown
+from dagster_prefs.freshness.prober import prober_ticks
 from dagster_prefs.freshness.status import evaluate
 from dagster_prefs.freshness.views import watched_relations
 from dagster_prefs.platform import Platform
-from dagster_prefs.serving.profiles import ProfileClient
 
 JOB = "freshness_checks"
 WATCH_SENSOR = "freshness_watch"
@@ -86,7 +80,9 @@ def build(platform: Platform, alert_webhook: str | None = None) -> dg.Definition
         "online": lambda now, _: sources.online(now),
         "offline": lambda now, _: sources.offline(now),
         # What the canary's sensor measured: its own readings are in no run.
-        "canary": lambda now, instance: last_probe(instance, sources.registry, now=now),
+        "canary": lambda now, instance: last_probe(
+            instance, sources.registry, now=now, followed=prober_ticks(platform.settings.data_dir)
+        ),
     }
     if platform.settings.kafka_bootstrap is not None:
         stages["ingestion"] = lambda now, _: sources.ingestion(now)
@@ -110,7 +106,8 @@ def build(platform: Platform, alert_webhook: str | None = None) -> dg.Definition
         description="Tells each change of a level once. Starts no run.",
     )
     def freshness_watch(context: dg.SensorEvaluationContext) -> dg.SensorResult:
-        probed = last_probe(context.instance, sources.registry, now=datetime.now(UTC))
+        followed = prober_ticks(platform.settings.data_dir)
+        probed = last_probe(context.instance, sources.registry, now=datetime.now(UTC), followed=followed)
         status = evaluate(sources, now=lambda: datetime.now(UTC), extra=probed)
         # The engine has a sensor of its own, which looks more often.
         measures = [measure for measure in status.measures if measure.stage != "engine"]
@@ -139,7 +136,9 @@ def build(platform: Platform, alert_webhook: str | None = None) -> dg.Definition
         default_status=canary_status,
         description="Times a synthetic event from its topic to the reader. Starts no run.",
     )
-    def canary(context: dg.SensorEvaluationContext) -> dg.SensorResult:
+    def canary(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
+        if any(not tick.is_late(datetime.now(UTC)) for tick in prober_ticks(platform.settings.data_dir)):
+            return dg.SkipReason("the follower of the embedded engine sends the canary")
         state, measures = _probe(platform, CanaryState.loads(context.cursor))
         return dg.SensorResult(
             cursor=state.dumps(),
@@ -190,14 +189,18 @@ def asset_keys(platform: Platform) -> dict[str, dict[str, dg.AssetKey]]:
     }
 
 
-def last_probe(instance: dg.DagsterInstance, registry: Registry, *, now: datetime) -> list[Measure]:
+def last_probe(
+    instance: dg.DagsterInstance, registry: Registry, *, now: datetime, followed: Sequence[Tick] = ()
+) -> list[Measure]:
     """Return the canary's measures from the state that its sensor stored on this instance; `now` is UTC.
 
-    They are `skipped` if the sensor is off, and `unknown` if it is on and does not tick.
+    `followed` is what the follower did, if there is one. Judged like `judge_ticks`.
     """
     try:
         states: Sequence[Any] = instance.all_instigator_state()
     except Exception as error:
+        if followed:
+            return judge_ticks(followed, registry, now=now)
         # Each kind of store raises errors of its own, and none may prevent the other measures.
         return unknown("canary", canary_paths(registry), f"Dagster's instance cannot be read: {error}")
     ticks = [
@@ -207,7 +210,7 @@ def last_probe(instance: dg.DagsterInstance, registry: Registry, *, now: datetim
         and (data := state.instigator_data) is not None
         and state.status.value != "STOPPED"
     ]
-    return judge_ticks(ticks, registry, now=now)
+    return judge_ticks([*ticks, *followed], registry, now=now)
 
 
 def metadata(measure: Measure) -> dict[str, dg.MetadataValue | float | int | str]:
@@ -325,37 +328,9 @@ def _checks(
 
 
 def _probe(platform: Platform, state: CanaryState) -> tuple[CanaryState, list[Measure]]:
-    settings, registry = platform.settings, platform.registry
     with ExitStack() as clients:
-        readers: list[Callable[[], Mapping[str, int | None]]] = []
         try:
-            for entity in registry.entities.values():
-                if entity.table is None:
-                    continue
-                profiles = clients.enter_context(
-                    ProfileClient(
-                        registry,
-                        entity=entity.name,
-                        endpoint_url=settings.aws_endpoint,
-                        region=settings.aws_region,
-                        table_prefix=settings.table_prefix,
-                    )
-                )
-                readers.append(partial(read_domains, profiles, canary_id(registry, entity)))
+            probe = platform.probe(clients)
         except PrefsError as error:
             return state, unknown("canary", asset_keys(platform)["canary"], error)
-        views = canary_views(registry)
-        probe = Probe(
-            send=lambda moment: send_canary(
-                platform.engine,
-                registry,
-                moment,
-                bootstrap=settings.kafka_bootstrap,
-                kafka_topics=settings.kafka_topics,
-                client=platform.kafka.client,
-            ),
-            readers=[*readers, lambda: read_views(platform.engine, registry, views)],
-            paths=canary_paths(registry),
-            thresholds=registry.contract.freshness.canary,
-        )
         return probe.run(state, patience_seconds=CANARY_PATIENCE_SECONDS)

@@ -2,31 +2,19 @@
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
 import dagster as dg
-from pyiceberg.catalog import Catalog
 
 from dagster_prefs.defs.resources import TRAINING_TABLES_KEY, is_at_work, sensor_status
 from dagster_prefs.defs.training_data import jobs_of, maintained, parity_check, training_set_asset
 from dagster_prefs.errors import PrefsError
-from dagster_prefs.iceberg.audit import AuditFailed
-from dagster_prefs.iceberg.catalog import OfflineError
-from dagster_prefs.iceberg.export import (
-    DaysFailed,
-    ExportOptions,
-    ForeignRows,
-    export_days,
-    exported_days,
-    foreign_days,
-    stale_days,
-)
-from dagster_prefs.iceberg.launches import TableDay, due, dump_launches, load_launches
+from dagster_prefs.iceberg.export import ExportOptions, ForeignRows
+from dagster_prefs.iceberg.exporter import DayOutcome, Exports, refusal
+from dagster_prefs.iceberg.launches import due, dump_launches, load_launches
 from dagster_prefs.iceberg.tables import TileTable
-from dagster_prefs.iceberg.verify import verify_day
 from dagster_prefs.platform import Platform
 
 # One run over a range of days needs a backfill policy, which Dagster still calls beta; its own advice is
@@ -41,6 +29,8 @@ EXPORT_JOB = "export"
 EXPORT_SENSOR = "stale_tiles"
 # An older run has lost its process; the instance's run monitoring ends it.
 LONGEST_RUN = timedelta(hours=4)
+# Dagster takes some 50 ms to store an event, and a sensor may take a minute; the next look goes on.
+EVENTS_PER_LOOK = 200
 
 
 class ExportConfig(dg.Config):
@@ -53,13 +43,6 @@ class ExportConfig(dg.Config):
 
     allow_loss: bool = False
     replace_foreign: bool = False
-
-
-def export_config(platform: Platform, *, replace_foreign: bool) -> dict[str, Any]:
-    """Return the run configuration of an export, the same for every training table."""
-    told = ExportConfig(replace_foreign=replace_foreign).model_dump()
-    specs = platform.training_tables.values()
-    return {"ops": {"__".join(asset_key(spec).path): {"config": told} for spec in specs}}
 
 
 def asset_key(spec: TileTable) -> dg.AssetKey:
@@ -83,47 +66,12 @@ def range_tags(first: date, last: date) -> dict[str, str]:
     return {RANGE_START_TAG: first.isoformat(), RANGE_END_TAG: last.isoformat()}
 
 
-def days_that_need_export(platform: Platform) -> list[date]:
-    """Return the complete days, oldest first, that a training table lacks or holds in an older state."""
-    return sorted({day for _, day in look(platform).stale})
-
-
-@dataclass(frozen=True)
-class Exports:
-    """The days of the training tables that need attention.
-
-    `stale` days need an export, with the engine's fingerprint; `foreign` days need an operator's decision,
-    because another writer changed them as described.
-    """
-
-    stale: Mapping[TableDay, str]
-    foreign: Mapping[TableDay, str]
-
-
 def look(platform: Platform) -> Exports:
     """Compare every complete day of the training tables with the engine.
 
     Raises OfflineError, EngineUnavailable.
     """
-    catalog = platform.catalog()
-    by_sink = platform.settings.export == "sink"
-    partitions = set(_partitions(platform).get_partition_keys())
-    stale: dict[TableDay, str] = {}
-    foreign: dict[TableDay, str] = {}
-    for spec in platform.training_tables.values():
-        exported = exported_days(catalog, spec, namespace=platform.settings.iceberg_namespace)
-        found = stale_days(platform.engine, spec, exported, by_sink=by_sink)
-        # RisingWave's sink names every file of its table, so none of them is foreign.
-        others = {} if by_sink else foreign_days(exported, found)
-        foreign |= {
-            (spec.name, day): str(what) for day, what in others.items() if day.isoformat() in partitions
-        }
-        stale |= {
-            (spec.name, day): token
-            for day, token in found.items()
-            if day not in others and day.isoformat() in partitions
-        }
-    return Exports(stale, foreign)
+    return platform.exporter.look(datetime.now(UTC))
 
 
 def build(platform: Platform, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> dg.Definitions:
@@ -184,6 +132,7 @@ def build(platform: Platform, *, clock: Callable[[], datetime] = lambda: datetim
             reasons.append(told)
         return dg.SensorResult(
             run_requests=requests,
+            asset_events=_unknown_exports(platform, found, context.instance),
             cursor=dump_launches(launches),
             skip_reason=None if requests else "; ".join(reasons) or "every complete day is exported as it is",
         )
@@ -223,25 +172,6 @@ def _provisioned(platform: Platform) -> dg.AssetsDefinition:
 
 
 def _exported(platform: Platform, spec: TileTable, *, by_sink: bool) -> dg.AssetsDefinition:
-    settings = platform.settings
-
-    def brought_up(catalog: Catalog, days: list[date], config: ExportConfig) -> Iterator[_Day]:
-        namespace = settings.iceberg_namespace
-        if not by_sink:
-            options = ExportOptions(config.allow_loss, config.replace_foreign)
-            for report in export_days(
-                platform.engine, catalog, spec, days, namespace=namespace, options=options
-            ):
-                yield _Day(report.day, report.status, report.rows or 0, report.reason)
-            return
-        kept = timedelta(days=settings.snapshots_kept_days)
-        for day in days:
-            try:
-                found = verify_day(platform.engine, catalog, spec, day, namespace=namespace, keep_tag=kept)
-                yield _Day(day, found.status, found.rows)
-            except AuditFailed as error:
-                yield _Day(day, "failed", 0, str(error))
-
     @dg.asset(
         key=asset_key(spec),
         deps=[
@@ -266,10 +196,11 @@ def _exported(platform: Platform, spec: TileTable, *, by_sink: bool) -> dg.Asset
     )
     def exported(context: dg.AssetExecutionContext, config: ExportConfig) -> dg.MaterializeResult[Any]:
         days = [date.fromisoformat(key) for key in context.partition_keys]
-        done: list[_Day] = []
-        left_out: list[_Day] = []
-        for one in brought_up(platform.catalog(), days, config):
-            (left_out if one.status in ("foreign", "failed") else done).append(one)
+        done: list[DayOutcome] = []
+        left_out: list[DayOutcome] = []
+        options = ExportOptions(config.allow_loss, config.replace_foreign)
+        for one in platform.exporter.bring_up(spec, days, options):
+            (left_out if one.left_out else done).append(one)
             what = f"{spec.name} {one.day}"
             if one.status == "failed":
                 context.log.error(f"{what} is left out: {one.reason}")
@@ -292,7 +223,7 @@ def _exported(platform: Platform, spec: TileTable, *, by_sink: bool) -> dg.Asset
                         context.asset_key, partition=one.day.isoformat(), metadata={"rows": one.rows}
                     )
                 )
-            raise _refusal(spec, left_out)
+            raise refusal(left_out)
         return dg.MaterializeResult(
             metadata={
                 "rows": sum(one.rows for one in done),
@@ -307,24 +238,21 @@ def _exported(platform: Platform, spec: TileTable, *, by_sink: bool) -> dg.Asset
     return exported
 
 
-@dataclass(frozen=True)
-class _Day:
-    """What an export or a verification did with one day; `rows` are those that the table holds of it."""
-
-    day: date
-    status: str
-    rows: int
-    reason: str = ""
+def _unknown_exports(
+    platform: Platform, found: Exports, instance: dg.DagsterInstance
+) -> list[dg.AssetMaterialization]:
+    """Return the days that are exported and of which Dagster knows no materialization: `prefs export` starts no run."""
+    events = []
+    for spec in platform.training_tables.values():
+        key = asset_key(spec)
+        known = instance.get_materialized_partitions(key)
+        events += [
+            dg.AssetMaterialization(key, partition=day.isoformat(), metadata={"rows": rows})
+            for (table, day), rows in sorted(found.current.items())
+            if table == spec.name and day.isoformat() not in known
+        ]
+    return events[:EVENTS_PER_LOOK]
 
 
 def _period(first: date, last: date) -> str:
     return str(first) if first == last else f"{first} to {last}"
-
-
-def _refusal(spec: TileTable, left_out: Iterable[_Day]) -> OfflineError:
-    """Return the error that names the days that were left out, with their reasons."""
-    foreign = {(spec.name, one.day): one.reason for one in left_out if one.status == "foreign"}
-    failed = {(spec.name, one.day): one.reason for one in left_out if one.status == "failed"}
-    if not failed:
-        return ForeignRows(foreign)
-    return DaysFailed(failed | {key: str(ForeignRows({key: what})) for key, what in foreign.items()})

@@ -107,7 +107,7 @@ class Dbt:
         stamp = self.target_dir / "manifest.sha256"
         make_private_folder(self.target_dir)
         with FileLock(self.target_dir / "manifest.lock"):
-            fingerprint = self._fingerprint()
+            fingerprint = self.fingerprint()
             current = stamp.read_text() if stamp.is_file() and self.manifest_path.is_file() else ""
             if current != fingerprint:
                 self._invoke(["parse"], self.manifest_path)
@@ -122,7 +122,7 @@ class Dbt:
         """
         make_private_folder(self.target_dir)
         with FileLock(self.target_dir / "manifest.lock"):
-            fingerprint = self._fingerprint()
+            fingerprint = self.fingerprint()
             self._invoke(["compile", *_OFFLINE, "--select", "resource_type:model"], self.manifest_path)
             (self.target_dir / "manifest.sha256").write_text(fingerprint)
             loaded: dict[str, Any] = json.loads(self.manifest_path.read_bytes())
@@ -212,7 +212,8 @@ class Dbt:
         results: list[dict[str, Any]] = answer["results"]
         return results
 
-    def _fingerprint(self) -> str:
+    def fingerprint(self) -> str:
+        """Return a hash of all that a parse depends on: the project's files, dbt's version and the settings."""
         digest = hashlib.sha256()
         for package in ("dbt-core", "dbt-postgres", "dbt-risingwave"):
             digest.update(f"{package}={version(package)}\n".encode())

@@ -94,7 +94,13 @@ def canary_key(engine: EngineConfiguration) -> CanaryKey:
 
     Raises EngineUnavailable, or RawStoreError if `canary_keys` does not exist yet.
     """
-    with engine.connect() as session, translated(engine, RELATION):
+    with engine.connect() as session:
+        return key_of(session, engine)
+
+
+def key_of(session: psycopg.Connection[Any], engine: EngineConfiguration) -> CanaryKey:
+    """Return the key like `canary_key`, over a connection. Raises RawStoreError."""
+    with translated(engine, RELATION):
         found = _newest(session, engine)
         if found is None:
             made = CanaryKey.random()

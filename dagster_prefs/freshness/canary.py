@@ -12,6 +12,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -44,6 +45,8 @@ CANARY_SENSOR = "canary"
 
 # A sensor without a tick for longer than this is not running, whatever its state says.
 CANARY_INACTIVITY = timedelta(minutes=10)
+# A follower probes at least once a minute.
+FOLLOWER_INACTIVITY = timedelta(minutes=2)
 
 
 @dataclass(frozen=True)
@@ -152,14 +155,17 @@ def canary_views(registry: Registry) -> dict[str, View]:
 
 
 def read_views(
-    engine: EngineConfiguration, registry: Registry, views: Mapping[str, View]
+    engine: EngineConfiguration,
+    registry: Registry,
+    views: Mapping[str, View],
+    session: psycopg.Connection[Any] | None = None,
 ) -> dict[str, int | None]:
-    """Read the newest canary event of each entity from its view in `canary_views`."""
+    """Read the newest canary event of each entity from its view in `canary_views`, over a session if there is one."""
     newest: dict[str, int | None] = {}
     for name, view in views.items():
         key = registry.entity(name).key
         try:
-            with engine.connect() as connection:
+            with engine.connect() if session is None else nullcontext(session) as connection:
                 row = connection.execute(
                     sql.SQL("select max({}) from {} where {} = %s").format(
                         sql.Identifier(view.time),
@@ -273,27 +279,45 @@ def judge_state(
 
 @dataclass(frozen=True)
 class Tick:
-    """The last tick of a running sensor of the canary: seconds since 1970, 0 before the first, and its cursor."""
+    """The last probe of a running sensor or of the follower: seconds since 1970, 0 before the first, and its state.
+
+    `problem` says why nothing could be sent or read.
+    """
 
     at: float
     cursor: str | None
+    problem: str | None = None
+    from_follower: bool = False
+
+    def is_late(self, now: datetime) -> bool:
+        """Whether the next probe is overdue by far at `now` (UTC)."""
+        limit = FOLLOWER_INACTIVITY if self.from_follower else CANARY_INACTIVITY
+        return now - datetime.fromtimestamp(self.at, UTC) > limit
 
 
 def judge_ticks(ticks: Sequence[Tick], registry: Registry, *, now: datetime) -> list[Measure]:
-    """Return the canary's measures from what its sensor stored; `now` is UTC.
+    """Return the canary's measures from what its sensors and the follower stored; `now` is UTC.
 
-    They are `skipped` if no sensor is on, and `unknown` if one is on and does not tick.
+    They are `skipped` if none is on, and `unknown` if one is on and does not probe.
     """
     names = canary_paths(registry)
     if not ticks:
-        reason = f"the canary is off: start the sensor {CANARY_SENSOR} in Dagster to measure it"
+        reason = (
+            "the canary is off: on the embedded engine the follower sends it (`prefs up`), else the sensor "
+            f"{CANARY_SENSOR} of Dagster: start it there"
+        )
         return [Measure("canary", name, "skipped", reason) for name in names]
     last = max(ticks, key=lambda tick: tick.at)
-    ticked = datetime.fromtimestamp(last.at, UTC)
-    if now - ticked > CANARY_INACTIVITY:
-        since = f"since {ticked:%Y-%m-%d %H:%M:%S} UTC" if last.at else "yet"
-        reason = f"the sensor {CANARY_SENSOR} has not ticked {since}: see that the Dagster daemon runs"
+    if last.is_late(now):
+        since = f"since {datetime.fromtimestamp(last.at, UTC):%Y-%m-%d %H:%M:%S} UTC" if last.at else "yet"
+        reason = (
+            f"the follower has sent no canary {since}: run `prefs up`"
+            if last.from_follower
+            else f"the sensor {CANARY_SENSOR} has not ticked {since}: see that the Dagster daemon runs"
+        )
         return [Measure("canary", name, "unknown", reason) for name in names]
+    if last.problem is not None:
+        return [Measure("canary", name, "unknown", last.problem) for name in names]
     return judge_state(CanaryState.loads(last.cursor), names, registry.contract.freshness.canary, now=now)
 
 

@@ -12,10 +12,8 @@ import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from traceback import walk_tb
 from typing import Literal
-from urllib.parse import unquote, urlparse
 
 import pyarrow as pa
 import pydantic
@@ -35,13 +33,12 @@ from pyiceberg.exceptions import (
 from pyiceberg.io import PY_IO_IMPL
 
 from dagster_prefs.errors import PrefsError
-from dagster_prefs.files import make_private_folder
+from dagster_prefs.files import catalog_file, local_folder, make_private_folder
 from dagster_prefs.iceberg.file_io import CHECKED_FILE_IO, FileTruncated
 
 CatalogKind = Literal["sqlite", "glue", "rest"]
 
 CATALOG_NAME = "prefs"
-CATALOG_FILE = "catalog.db"
 
 # Commits hold SQLite's lock for milliseconds; this outlasts the queue of many concurrent exports.
 SQLITE_LOCK_SECONDS = 60
@@ -129,14 +126,6 @@ def ensure_namespace(catalog: Catalog, namespace: str) -> None:
                 return
 
 
-def local_folder(warehouse: str) -> Path | None:
-    """Return the folder of a local warehouse, None for one on an object store."""
-    parsed = urlparse(warehouse)
-    if parsed.scheme == "file":
-        return Path(unquote(parsed.path))
-    return None if parsed.scheme else Path(warehouse)
-
-
 def _open_sqlite(warehouse: str) -> SqlCatalog:
     folder = local_folder(warehouse)
     if folder is None:
@@ -153,7 +142,7 @@ def _open_sqlite(warehouse: str) -> SqlCatalog:
             "set PREFS_ICEBERG_WAREHOUSE to a writable folder"
         ) from error
     address = sqlalchemy.URL.create(
-        "sqlite", database=str(folder / CATALOG_FILE), query={"timeout": str(SQLITE_LOCK_SECONDS)}
+        "sqlite", database=str(catalog_file(folder)), query={"timeout": str(SQLITE_LOCK_SECONDS)}
     )
     # Not percent-encoded, because pyiceberg takes the path of a location literally.
     given = {
@@ -173,7 +162,7 @@ def _open_sqlite(warehouse: str) -> SqlCatalog:
 def _describe(kind: CatalogKind, warehouse: str, uri: str | None) -> str:
     if kind == "sqlite":
         folder = local_folder(warehouse)
-        return f"the Iceberg catalog {folder / CATALOG_FILE if folder else warehouse}"
+        return f"the Iceberg catalog {catalog_file(folder) if folder else warehouse}"
     return (
         f"the Iceberg catalog {redacted(uri or '')}" if kind == "rest" else f"the Glue catalog of {warehouse}"
     )

@@ -1,4 +1,4 @@
-"""The demo: the whole flow on one machine, from services and events to every asset and a summary."""
+"""The demo: the whole flow on one machine, from a deployment and events to what is served and exported."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from decimal import Decimal
 from time import monotonic
 from typing import Any
 
+import psycopg
 from psycopg import sql
 
 from dagster_prefs.declarations.registry import Entity, Key
 from dagster_prefs.declarations.reserved import people_only
-from dagster_prefs.defs.feature_views import EVENT_TABLES_JOB, REFRESH_JOB
-from dagster_prefs.defs.offline_store import EXPORT_JOB, days_that_need_export, range_tags, ranges
 from dagster_prefs.engine.catalog import row_counts
+from dagster_prefs.engine.dbt import DbtError
+from dagster_prefs.events.canaries import RELATION as CANARY_KEYS
 from dagster_prefs.events.rejected import rejected_counts
+from dagster_prefs.freshness.canary import SOURCE
 from dagster_prefs.ids import Id
 from dagster_prefs.platform import Platform
-from dagster_prefs.runs import JobRunner
 from dagster_prefs.serving import ClientOptions, ProfileClient, ShopClient
 from dagster_prefs.settings import Settings
 from dagster_prefs.tools.simulation import Plan
@@ -29,6 +30,8 @@ from dagster_prefs.tools.simulator import remembered_end, simulate_to_engine
 # The view that lists the users to rank for in the example's shop.
 RANKED = "user_category_profile"
 SHOP_USER = Key("user_id", "text")
+# How many failing tests an error names.
+NAMED_TESTS = 3
 
 
 @dataclass(frozen=True)
@@ -92,28 +95,46 @@ class Demo:
         self.summary.seconds[name] = monotonic() - started
 
     def run(self) -> Summary:
-        """Create the event tables, load events, refresh, publish, export, and read the outcome.
+        """Deploy what is declared, load events, apply and publish them, test, export, and read the outcome.
 
         Raises PrefsError with the failing step and its reason; the work of earlier steps is kept.
         """
-        with self.step("load the definitions"):
-            runner = JobRunner(self.settings)
-        with runner:
-            with self.step("make the event tables"):
-                runner.run(EVENT_TABLES_JOB)
-            with self.step("load events"):
-                # A second demo generates the events of the first one and finds all of them stored, which is
-                # quick.
-                end = self.end or remembered_end(self.platform.engine, self.plan) or self.plan.end
-                simulate_to_engine(self.platform.engine, self.platform.registry, replace(self.plan, end=end))
+        platform = self.platform
+        with self.step("deploy what the project declares"):
+            platform.bring_out(lambda step: self.say(f"  {step}"))
+        with self.step("load events"):
+            # A second demo generates the events of the first one and finds all of them stored, which is
+            # quick.
+            end = self.end or remembered_end(platform.engine, self.plan) or self.plan.end
+            simulate_to_engine(platform.engine, platform.registry, replace(self.plan, end=end))
+        if self.settings.engine == "local":
             with self.step("refresh every view and publish to DynamoDB"):
-                runner.run(REFRESH_JOB)
-            with self.step("export the daily tiles to Iceberg"):
-                for first, last in ranges(days_that_need_export(self.platform)):
-                    runner.run(EXPORT_JOB, range_tags(first, last))
+                platform.refresh(lambda line: self.say(f"  {line}"))
+            with self.step("test every relation"):
+                self._test()
+        else:
+            with self.step("test every relation and publish to DynamoDB"):
+                # RisingWave's views are current; this waits for what writes DynamoDB.
+                self._run_refresh_job()
+        with self.step("export the daily tiles to Iceberg"):
+            exporter = platform.exporter
+            exporter.export(exporter.look(datetime.now(UTC)).stale, say=self.say)
         with self.step("read it all back"):
             self._look()
         return self.summary
+
+    def _test(self) -> None:
+        """Run dbt's tests of the data. Raises DbtError with those that fail."""
+        results = self.platform.dbt.run("test", exclude=["resource_type:unit_test"])
+        if failed := [f"{result.name}: {result.message}" for result in results if not result.ok]:
+            raise DbtError(f"{len(failed)} tests of the relations failed: {'; '.join(failed[:NAMED_TESTS])}")
+
+    def _run_refresh_job(self) -> None:
+        from dagster_prefs.defs.feature_views import REFRESH_JOB
+        from dagster_prefs.runs import JobRunner
+
+        with JobRunner(self.settings) as runner:
+            runner.run(REFRESH_JOB)
 
     def _look(self) -> None:
         summary, platform = self.summary, self.platform
@@ -123,7 +144,7 @@ class Demo:
             if node["resource_type"] == "model" and node["config"]["materialized"] != "sink"
         ]
         with platform.engine.connect() as connection:
-            summary.rows = row_counts(connection, platform.engine, sorted(names))
+            summary.rows = self._row_counts(connection, sorted(names))
             schema = platform.engine.schema
             profiles = self._profiles()
             somebody = connection.execute(profiles[1]).fetchone() if profiles else None
@@ -170,6 +191,33 @@ class Demo:
                 summary.snapshots[spec.name] = Snapshot(snapshot.snapshot_id, dict(sorted(days.items())))
         measures = platform.sources.online(datetime.now(UTC))
         summary.freshness = [(measure.name, measure.level, measure.reason) for measure in measures]
+
+    def _row_counts(self, connection: psycopg.Connection[Any], names: list[str]) -> dict[str, int]:
+        """Count the rows of each relation; on the embedded engine without canaries, which come all the time."""
+        engine, registry = self.platform.engine, self.platform.registry
+        if engine.kind == "risingwave":
+            return row_counts(connection, engine, names)
+        keys = {entity.key.name: people_only(entity.key) for entity in registry.entities.values()}
+        keys["source"] = sql.SQL("source <> {}").format(sql.Literal(SOURCE))
+        columns: dict[str, list[str]] = {name: [] for name in names if name != CANARY_KEYS}
+        for relation, column in connection.execute(
+            "select table_name, column_name from information_schema.columns where table_schema = %s",
+            [engine.schema],
+        ):
+            if relation in columns and column in keys:
+                columns[relation].append(column)
+        # A parsed message may have no key.
+        conditions = {
+            name: sql.SQL("").join(sql.SQL(" and ({}) is not false").format(keys[column]) for column in held)
+            for name, held in columns.items()
+        }
+        query = sql.SQL(" union all ").join(
+            sql.SQL("select {}, count(*) from {} where true{}").format(
+                sql.Literal(name), sql.Identifier(engine.schema, name), condition
+            )
+            for name, condition in conditions.items()
+        )
+        return {name: int(count) for name, count in connection.execute(query).fetchall()}
 
     def _profiles(self) -> tuple[Entity, sql.Composed] | None:
         """Return the first entity with a domain, and a query for its newest key with items in all domains."""

@@ -1,6 +1,7 @@
 """The whole demo as a user runs it: once, and again; test_foreign_commands.py kills one in the middle."""
 
 import json
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -34,6 +35,20 @@ def place(new_place: Callable[[], Place]) -> Place:
 @pytest.fixture(scope="module")
 def first(place: Place) -> dict[str, Any]:
     return demo(place)
+
+
+def test_it_takes_the_users_way(place: Place, first: dict[str, Any]) -> None:
+    assert [step.split()[0] for step in first["seconds"]] == [
+        "deploy", "load", "refresh", "test", "export", "read",
+    ]  # fmt: skip
+    assert not (place.data_dir / "dagster").exists(), "it starts no run"
+    # Events are followed from then on, and canaries tell whether that is so.
+    end = time.monotonic() + 120
+    while not (place.data_dir / "canary.json").exists():
+        assert time.monotonic() < end, (place.data_dir / "logs" / "follower.log").read_text()
+        time.sleep(0.1)
+    profile = json.loads(place.ok("prefs", "profile", str(first["id"]), "--json"))
+    assert {read["fresh"] for read in profile["domains"].values()} <= {True, False}
 
 
 def test_nothing_is_lost(first: dict[str, Any]) -> None:

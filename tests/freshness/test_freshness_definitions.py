@@ -29,7 +29,7 @@ from dagster_prefs.defs import freshness, offline_store
 from dagster_prefs.defs.instance import DAGSTER_YAML
 from dagster_prefs.events.brokers import KafkaSource
 from dagster_prefs.events.kafka import ingest_topic
-from dagster_prefs.freshness import status
+from dagster_prefs.freshness import canary, status
 from dagster_prefs.freshness.alerts import AlertError, load_levels
 from dagster_prefs.freshness.canary import CanaryState, PathState, Tick, epoch_ms, judge_ticks
 from dagster_prefs.freshness.metrics import render_metrics
@@ -400,7 +400,7 @@ def test_sensors_survive_the_loss_of_everything(
     # The same waits, shorter.
     impatient = partial(status.measure_ingestion, timeout_seconds=0.5)
     monkeypatch.setattr(status, "measure_ingestion", impatient)
-    monkeypatch.setattr(freshness, "send_canary", partial(freshness.send_canary, timeout_seconds=0.5))
+    monkeypatch.setattr(canary, "send_canary", partial(canary.send_canary, timeout_seconds=0.5))
     busy.engine = replace(busy.engine, port=free_port())
     gone = f"http://127.0.0.1:{free_port()}"
     platform = Platform(settings(busy, gone, tmp_path, kafka_bootstrap=f"127.0.0.1:{free_port()}"))

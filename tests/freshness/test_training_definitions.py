@@ -214,6 +214,10 @@ def test_rows_of_another_writer_fail_the_export_and_are_named_by_the_sensor(
         f"viewer_watch_daily of {yesterday}: data files that this platform did not add" in looked.skip_message
     )
     assert "prefs export --replace-foreign" in looked.skip_message
+    # What was exported without a run, Dagster learns from the sensor: all but the day that is in question.
+    unknown = {(event.asset_key.path[-1], event.partition) for event in looked.asset_events}
+    assert unknown == {(TABLES[name], yesterday.isoformat()) for name in ("interactions", "preferences")}
+    assert all(event.metadata["rows"].value > 0 for event in looked.asset_events)
 
     exported = built.get_assets_def(dg.AssetKey(["training", WATCH.name]))
     days = {"partition_key": yesterday.isoformat(), "instance": instance}
@@ -223,14 +227,14 @@ def test_rows_of_another_writer_fail_the_export_and_are_named_by_the_sensor(
         dg.materialize([exported], instance=instance, tags=offline_store.range_tags(earlier, yesterday))
     assert instance.get_materialized_partitions(exported.key) >= {earlier.isoformat()}
     assert yesterday.isoformat() not in instance.get_materialized_partitions(exported.key)
-    config = offline_store.export_config(platform, replace_foreign=True)
-    told = {"ops": {"training__viewer_watch_daily": config["ops"]["training__viewer_watch_daily"]}}
+    told = {"ops": {"training__viewer_watch_daily": {"config": {"replace_foreign": True}}}}
     assert dg.materialize([exported], run_config=told, **days).success
     found = table.refresh().scan(row_filter=f"watch_date = '{yesterday}'").to_arrow()
     assert 987_654 not in found["viewer_id"].to_pylist()
     assert found.num_rows == rows.num_rows
     looked = sensor.evaluate_tick(dg.build_sensor_context(instance, definitions=built))
     assert looked.skip_message == "every complete day is exported as it is"
+    assert WATCH.name not in {event.asset_key.path[-1] for event in looked.asset_events}
 
 
 def test_upkeep_runs_from_dagster_and_keeps_tags(

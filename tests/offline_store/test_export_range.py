@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from datetime import date, timedelta
+from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
 import pytest
 from pyiceberg.catalog import Catalog
 from pyiceberg.table import Table
-from shipped import WATCH
+from shipped import GENRE, WATCH
 
 from dagster_prefs.iceberg import export, publish
 from dagster_prefs.iceberg.audit import AuditFailed
+from dagster_prefs.iceberg.catalog import OfflineError
 from dagster_prefs.iceberg.export import (
     DaysFailed,
     ExportConflict,
@@ -21,9 +22,11 @@ from dagster_prefs.iceberg.export import (
     export_days,
     exported_days,
 )
+from dagster_prefs.iceberg.exporter import Exporter
+from dagster_prefs.iceberg.tables import TileTable
 from dagster_prefs.iceberg.tiles import DayUnreadable
 
-from .conftest import DAY, Tiles, table_rows, watch
+from .conftest import DAY, Tiles, genre, table_rows, watch
 
 DAYS = [DAY + timedelta(days=number) for number in range(5)]
 
@@ -176,3 +179,50 @@ def test_a_day_that_others_keep_taking_is_left_out(
     assert (first.status, second.status, second.attempts) == ("written", "failed", publish.ATTEMPTS)
     assert isinstance(second.error, ExportConflict)
     assert table_rows(catalog, WATCH) == sorted(rows_of(DAYS[0]))
+
+
+def test_all_tables_are_exported_without_dagster_and_a_day_or_table_that_fails_holds_up_no_other(
+    tiles: Tiles, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exporter = Exporter(
+        engine=tiles.engine,
+        catalog=lambda: catalog,
+        tables={spec.name: spec for spec in (GENRE, WATCH)},
+        namespace="training",
+        start=DAYS[1],
+        by_sink=False,
+        kept=timedelta(days=30),
+    )
+    now = datetime(DAYS[4].year, DAYS[4].month, DAYS[4].day, 23, 59, tzinfo=UTC)
+    tiles.add(WATCH, rows_of(*DAYS))
+    tiles.add(GENRE, [genre(1, day, "drama", 60) for day in DAYS])
+    # The day before the first, and the day that is not over, are nobody's business.
+    complete = {(spec.name, day) for spec in (GENRE, WATCH) for day in DAYS[1:4]}
+    found = exporter.look(now)
+    assert (set(found.stale), found.foreign, found.current) == (complete, {}, {})
+
+    tiles.add(WATCH, [watch(7, DAYS[2], 60)], refresh=False)
+    said: list[str] = []
+    with monkeypatch.context() as patch:
+        whole = export.ensure_table
+
+        def refused(asked: Catalog, namespace: str, spec: TileTable) -> Table:
+            if spec == GENRE:
+                raise OfflineError("the catalog refuses this table")
+            return whole(asked, namespace, spec)
+
+        patch.setattr(export, "ensure_table", refused)
+        with pytest.raises(DaysFailed, match="4 days were not exported") as failed:
+            exporter.export(found.stale, say=said.append)
+    assert "the catalog refuses this table" in str(failed.value)
+    assert len(said) == 4
+    assert f"{WATCH.name} {DAYS[2]} stays as it is: tile_fingerprints does not describe" in said[-1]
+    assert table_rows(catalog, WATCH) == sorted(rows_of(DAYS[1], DAYS[3]))
+
+    tiles.refresh(WATCH)
+    found = exporter.look(now)
+    assert set(found.stale) == complete - {(WATCH.name, DAYS[1]), (WATCH.name, DAYS[3])}
+    assert found.current == {(WATCH.name, DAYS[1]): 3, (WATCH.name, DAYS[3]): 3}
+    exporter.export(found.stale)
+    found = exporter.look(now)
+    assert (found.stale, set(found.current)) == ({}, complete)

@@ -157,7 +157,8 @@ class World:
 
     def export(self, days: Sequence[date] | None = None) -> list[date]:
         """Materialize the daily assets of these days, or of those that need it; returns which."""
-        chosen = offline_store.days_that_need_export(self.platform) if days is None else list(days)
+        stale = offline_store.look(self.platform).stale
+        chosen = [day for _, day in stale] if days is None else list(days)
         job = self.definitions().resolve_job_def(offline_store.EXPORT_JOB)
         with dg.DagsterInstance.ephemeral() as instance:
             for first, last in offline_store.ranges(chosen):
