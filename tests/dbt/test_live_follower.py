@@ -78,12 +78,12 @@ def wait_for(condition: Callable[[], Any]) -> Any:
 
 
 def minutes(platform: Platform) -> dict[str, Decimal]:
-    """Viewer → watch_minutes_28d of the items in DynamoDB."""
+    """Viewer → watch_minutes_28d of the items in DynamoDB, but for the canary's."""
     items = platform.dynamodb().scan(TableName="viewer_profiles")["Items"]
     return {
         item["viewer_id"]["N"]: Decimal(item["watch_minutes_28d"]["N"])
         for item in items
-        if item["domain_key"]["S"] == "engagement#watch"
+        if item["domain_key"]["S"] == "engagement#watch" and int(item["viewer_id"]["N"]) >= 0
     }
 
 
@@ -126,7 +126,7 @@ def test_messages_of_kafka_reach_dynamodb(
         wait_for(lambda: minutes(platform) == {"1": 2})
     rejected = session.execute("select reason from rejected_events").fetchall()
     assert rejected == [("not valid JSON",)]
-    assert follower.readers.keys() == {f"Kafka topic {name}" for name in platform.registry.topics}
+    assert follower.readers.keys() >= {f"Kafka topic {name}" for name in platform.registry.topics}
     # Another follower goes on where this one stopped.
     with running(reading.follower()):
         producer.produce(topic, watch(3, 1, MIDNIGHT).data)

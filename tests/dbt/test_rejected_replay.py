@@ -165,7 +165,7 @@ def test_what_is_still_invalid_is_said_and_nothing_is_sent(
     assert "0/999 was rejected" in said[7]
     assert said[8].startswith("lacks source, partition, offset, payload")
     assert "view_events" in said[9]
-    assert "of another type" in said[10]
+    assert "has another type" in said[10]
     assert said[11].startswith("not valid JSON (")
     assert stream.books() == before
     assert len(stream.open()) == 4

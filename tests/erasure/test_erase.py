@@ -452,7 +452,7 @@ def test_a_store_that_is_down_is_named_and_the_next_run_completes(
     for changes, step, reason in (
         ({"engine": engine}, "suppress the subject", "prefs up"),
         ({"dynamodb": lambda: dead}, "delete the items", "cannot be reached"),
-        ({"dynamodb": lambda: elsewhere}, "delete the items", "no table viewer_profiles"),
+        ({"dynamodb": lambda: elsewhere}, "delete the items", "table viewer_profiles does not exist"),
         ({"catalog": down}, "open the Iceberg catalog", "check its address"),
     ):
         monkeypatch.setattr(world, "stores", lambda changes=changes: given(**changes))

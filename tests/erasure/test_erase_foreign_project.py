@@ -127,7 +127,11 @@ def test_a_learner_is_erased_and_nobody_else(
     ("kind", "given", "rule"),
     [
         ("viewer", "1", r"'viewer' is not an entity of this project: use `prefs erase learner ID`"),
-        ("learner", "canary:prefs", "learner canary:prefs is a canary: ids from canary: on are no person's"),
+        (
+            "learner",
+            "canary:prefs",
+            "learner canary:prefs is a canary: ids from canary: on belong to no person",
+        ),
         ("learner", " ", "is not a learner .*must be a text of 1 to 2,048 bytes"),
     ],
 )

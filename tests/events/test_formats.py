@@ -292,7 +292,7 @@ def test_the_first_telling_record_names_the_topic(
         (b"event_id,event_id\n1,2\n", {}, ["event_id", "twice"]),
         (b"a,b\n1,2\n", {"mapping": "rees46"}, ["lacks the REES46 columns", "product_id"]),
         (REES46.encode() + b"\n", {"topic": "items"}, ["REES46", "user.events", "items"]),
-        (b'{"a":1}\n', {}, ["does not show its topic", "keys a", "view_events"]),
+        (b'{"a":1}\n', {}, ["does not identify its topic", "keys a", "view_events"]),
         (b"PK\x03\x04....", {}, ["zip archive"]),
     ],
 )

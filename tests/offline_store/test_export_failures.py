@@ -354,7 +354,7 @@ def test_damaged_metadata_is_named_and_not_overwritten(exported: Tiles, catalog:
     with pytest.raises(CatalogCorrupted, match=r"training\.viewer_watch_daily"):
         export_day(exported.engine, catalog, WATCH, DAY)
     path.unlink()
-    with pytest.raises(CatalogCorrupted, match="gone"):
+    with pytest.raises(CatalogCorrupted, match="refers to a missing file"):
         export_day(exported.engine, catalog, WATCH, DAY)
 
 
@@ -362,7 +362,7 @@ def test_damaged_metadata_is_named_and_not_overwritten(exported: Tiles, catalog:
     ("arguments", "expected"),
     [
         (("sqlite", "s3://bucket/path"), "needs a local warehouse"),
-        (("sqlite", "/proc/nowhere"), "cannot be made"),
+        (("sqlite", "/proc/nowhere"), "cannot be created"),
     ],
 )
 def test_a_catalog_that_cannot_be_opened(arguments: tuple[Any, str], expected: str) -> None:

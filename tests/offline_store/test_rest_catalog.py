@@ -103,7 +103,9 @@ def test_a_catalog_that_goes_down_while_it_is_used(
 
 
 def test_a_credential_that_is_refused(rest: RestServer, tmp_path: Path) -> None:
-    with pytest.raises(CatalogUnavailable, match=rf"the Iceberg catalog {rest.uri} .*refuses us") as caught:
+    with pytest.raises(
+        CatalogUnavailable, match=rf"the Iceberg catalog {rest.uri} .*refuses access"
+    ) as caught:
         platform(rest, tmp_path, "prefs:wrong").catalog()
     assert "wrong" not in str(caught.value)
 
