@@ -162,7 +162,7 @@ def apply_command(drop_orphans: bool) -> None:
     current_registry(platform.dbt.project_dir)
     done = platform.apply(drop_orphans=drop_orphans, on_step=lambda step: say(f"  {step}"))
     if done.changes:
-        console.print("done: what runs is what is written")
+        console.print("done: what is deployed is what is declared")
     else:
         say(done.text())
 
