@@ -158,7 +158,7 @@ class World:
     def export(self, days: Sequence[date] | None = None) -> list[date]:
         """Materialize the daily assets of these days, or of those that need it; returns which."""
         stale = offline_store.look(self.platform).stale
-        chosen = [day for _, day in stale] if days is None else list(days)
+        chosen = sorted({day for _, day in stale}) if days is None else list(days)
         job = self.definitions().resolve_job_def(offline_store.EXPORT_JOB)
         with dg.DagsterInstance.ephemeral() as instance:
             for first, last in offline_store.ranges(chosen):
