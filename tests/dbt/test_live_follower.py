@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import Any
 
 import psycopg
 import pytest
 from confluent_kafka import Producer
 from relations import insert_events, instant
 from streams import MIDNIGHT, NOW, watch
+from waiting import PATIENCE_SECONDS, wait_for
 
 from dagster_prefs.declarations.contract import Domain
 from dagster_prefs.declarations.registry import Registry
@@ -31,8 +30,6 @@ from dagster_prefs.live.follower import (
 )
 from dagster_prefs.platform import DomainPublisher, Platform
 from dagster_prefs.settings import load_settings
-
-PATIENCE_SECONDS = 60.0
 
 
 @pytest.fixture
@@ -67,14 +64,6 @@ def running(follower: Follower) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
-
-
-def wait_for(condition: Callable[[], Any]) -> Any:
-    end = time.monotonic() + PATIENCE_SECONDS
-    while not (found := condition()):
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)
-    return found
 
 
 def minutes(platform: Platform) -> dict[str, Decimal]:

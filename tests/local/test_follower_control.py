@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
+import waiting
 
 from dagster_prefs.local import follower
 from dagster_prefs.local.follower import SOCKET, FollowerControl, hand_over
@@ -22,6 +22,9 @@ import os, time, pathlib
 pathlib.Path(os.environ["TOLD"]).write_text(f"{os.getpid()} {os.environ.get('PREFS_SECRET', '')}")
 time.sleep(600)
 """
+
+
+wait_for = partial(waiting.wait_for, seconds=120)
 
 
 @pytest.fixture
@@ -38,14 +41,6 @@ def control(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Followe
     made = FollowerControl(data_dir, [sys.executable, "-c", PROGRAM])
     yield made
     made.close()
-
-
-def wait_for(condition: Callable[[], Any]) -> Any:
-    end = time.monotonic() + 120
-    while not (found := condition()):
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)
-    return found
 
 
 def test_one_runs_with_the_settings_that_came_last(
