@@ -37,7 +37,7 @@ from typing import Any
 import psutil
 
 from dagster_prefs.events.raw import RawMessage, RawStore
-from dagster_prefs.live.follower import wait_until_applied
+from dagster_prefs.live.presence import wait_until_applied
 from dagster_prefs.local.services import LocalServices
 from dagster_prefs.platform import Platform
 from dagster_prefs.settings import load_settings

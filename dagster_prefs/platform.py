@@ -352,7 +352,7 @@ class Platform:
         Returns who did it and how much, in one sentence. Raises NotDeployed before the first `prefs apply`,
         FollowerProblem, PublishError, EngineUnavailable.
         """
-        from dagster_prefs.live.follower import FollowedElsewhere, wait_until_applied
+        from dagster_prefs.live.presence import FollowedElsewhere, wait_until_applied
 
         try:
             messages = self.follower(say).catch_up()

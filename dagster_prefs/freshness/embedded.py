@@ -13,7 +13,7 @@ from psycopg import sql
 
 from dagster_prefs.engine.connection import EngineConfiguration, EngineUnavailable
 from dagster_prefs.freshness.levels import Level, Measure, Unmeasurable, unreadable
-from dagster_prefs.live.follower import GONE_SECONDS, RETRY_SECONDS, follow_lock
+from dagster_prefs.live.presence import GONE_SECONDS, RETRY_SECONDS, follow_lock
 
 SERVER, DISK, FOLLOWER = "server", "disk", "follower"
 MEASURES: Mapping[str, str] = {

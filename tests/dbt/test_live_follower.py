@@ -20,14 +20,8 @@ from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.dynamodb.publisher import PublishError
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.events import topics
-from dagster_prefs.live.follower import (
-    FollowedElsewhere,
-    Follower,
-    FollowerProblem,
-    Publish,
-    read_follower,
-    wait_until_applied,
-)
+from dagster_prefs.live.follower import Follower, Publish
+from dagster_prefs.live.presence import FollowedElsewhere, FollowerProblem, read_follower, wait_until_applied
 from dagster_prefs.platform import DomainPublisher, Platform
 from dagster_prefs.settings import load_settings
 

@@ -17,7 +17,7 @@ from streams import NOW, messages, quick
 from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.live import steps as live_steps
-from dagster_prefs.live.follower import make_rebuilt_due
+from dagster_prefs.live.presence import make_rebuilt_due
 from dagster_prefs.live.steps import Steps
 
 EMPTIED = b'{"erased": true}'

@@ -17,7 +17,8 @@ from dagster_prefs.defs.assembly import build_definitions
 from dagster_prefs.defs.events import CATCH_UP_JOB, NEW_EVENTS_SENSOR
 from dagster_prefs.defs.feature_views import REFRESH_JOB
 from dagster_prefs.engine.connection import EngineConfiguration
-from dagster_prefs.live.follower import Follower, read_follower
+from dagster_prefs.live.follower import Follower
+from dagster_prefs.live.presence import read_follower
 from dagster_prefs.platform import Platform
 from dagster_prefs.settings import Settings, load_settings
 

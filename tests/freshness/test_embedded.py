@@ -27,7 +27,8 @@ from dagster_prefs.freshness.embedded import DISK, FOLLOWER, SERVER, _judge, _St
 from dagster_prefs.freshness.levels import Measure
 from dagster_prefs.freshness.metrics import render_metrics
 from dagster_prefs.freshness.status import Status
-from dagster_prefs.live.follower import Follower, make_rebuilt_due
+from dagster_prefs.live.follower import Follower
+from dagster_prefs.live.presence import make_rebuilt_due
 from dagster_prefs.platform import Platform
 from dagster_prefs.settings import Settings
 
