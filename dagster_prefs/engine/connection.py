@@ -23,6 +23,11 @@ class EngineUnavailable(PrefsError):
 # them.
 _TRANSPORT = (
     (
+        "no space left",
+        "the disk of the engine at {where} is full ({reason}): free space on it, and the engine accepts connections "
+        "again",
+    ),
+    (
         "does not support ssl",
         "the engine at {where} does not offer TLS, which PREFS_ENGINE_SSLMODE requires: give RisingWave "
         "RW_SSL_CERT and RW_SSL_KEY, or set PREFS_ENGINE_SSLMODE=disable where the network itself is trusted",

@@ -27,7 +27,6 @@ import signal
 import stat
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,7 +145,8 @@ def outer_home(data_dir: Path) -> Path:
     State of a temporary folder stays in the temporary folder; other state must survive a reboot.
     """
     resolved = data_dir.resolve()
-    temporary = Path(tempfile.gettempdir()).resolve()
+    # Not tempfile.gettempdir(): it passes over a folder whose disk is full, and then the cluster would not be found.
+    temporary = Path(os.environ.get("TMPDIR") or "/tmp").resolve()  # noqa: S108 (owner is checked)
     base = temporary if resolved.is_relative_to(temporary) else Path("/var/tmp")  # noqa: S108 (owner is checked)
     return base / f"dagster-prefs-{hashlib.sha256(os.fsencode(resolved)).hexdigest()[:16]}"
 

@@ -94,6 +94,11 @@ def test_what_a_server_says_becomes_one_sentence(said: str, meant: str) -> None:
             "the engine at h:4566 refused user root: check PREFS_ENGINE_USER and PREFS_ENGINE_PASSWORD",
         ),
         (
+            'connection to server at "h", port 4566 failed: FATAL:  could not write init file: No space left on device',
+            "the disk of the engine at h:4566 is full (FATAL:  could not write init file: No space left on device): "
+            "free space on it, and the engine accepts connections again",
+        ),
+        (
             'failed: ERROR:  Failed to start a new session\n\nCaused by:\n  database "d" does not exist',
             "the engine at h:4566 has no database d: create it or set PREFS_ENGINE_DATABASE",
         ),

@@ -494,6 +494,15 @@ def test_binaries_that_the_servers_user_cannot_read_are_copied(
     assert list(open_folder.iterdir()) == []
 
 
+def test_a_full_temporary_folder_is_still_where_the_cluster_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    # As with a full disk: `tempfile` can write nothing there, and takes another folder.
+    monkeypatch.setattr(tempfile, "tempdir", "/var/tmp")
+    assert postgres.outer_home(tmp_path / "data").parent == tmp_path
+
+
 @pytest.mark.skipif(not ROOT, reason="only root keeps a cluster outside the data folder")
 def test_a_folder_of_someone_else_in_our_place_is_refused(
     tmp_path: Path, free_port: Callable[[], int]
