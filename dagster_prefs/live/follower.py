@@ -20,6 +20,7 @@ from dagster_prefs.engine.catalog import missing_relation
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.live.steps import StepReport, Steps
+from dagster_prefs.pauses import Pauses
 
 # The channel on which writers wake the follower (macros/engine/kept.sql).
 CHANNEL = "prefs_live"
@@ -115,7 +116,7 @@ class Follower:
 
         Raises FollowedElsewhere at the beginning.
         """
-        pause = _Pause()
+        pauses = Pauses(*RETRY_SECONDS)
         threads = [
             threading.Thread(target=self._publish_until, args=[stop], name="publish", daemon=True),
             *(
@@ -136,14 +137,14 @@ class Follower:
                                 thread.start()
                         while not stop.is_set():
                             self._follow(steps, listening)
-                            pause.reset()
+                            pauses.reset()
                 except FollowedElsewhere:
                     if not started:
                         raise
-                    stop.wait(pause.next())
+                    stop.wait(pauses.next())
                 except (PrefsError, psycopg.Error, OSError) as error:
                     self._problem("steps", error)
-                    stop.wait(pause.next())
+                    stop.wait(pauses.next())
         finally:
             stop.set()
             self._changed.set()
@@ -229,7 +230,7 @@ class Follower:
     # --- publishing ---
 
     def _publish_until(self, stop: threading.Event) -> None:
-        pause = _Pause()
+        pauses = Pauses(*RETRY_SECONDS)
         while not stop.is_set():
             try:
                 with self.engine.connect() as connection:
@@ -239,11 +240,11 @@ class Follower:
                         while self.publish_changes(connection):
                             pass
                         self._solved("publishing")
-                        pause.reset()
+                        pauses.reset()
             # Whatever it is: a thread that ended would leave the items as they are without a word.
             except Exception as error:
                 self._problem("publishing", error)
-                stop.wait(pause.next())
+                stop.wait(pauses.next())
 
     def publish_changes(self, connection: psycopg.Connection[Any]) -> bool:
         """Publish what the outbox holds, and compare the domains that are pending; returns whether there was any.
@@ -321,11 +322,11 @@ class Follower:
     # --- reading ---
 
     def _read_until(self, name: str, read: Read, stop: threading.Event) -> None:
-        pause = _Pause()
+        pauses = Pauses(*RETRY_SECONDS)
 
         def works() -> None:
             self._solved(name)
-            pause.reset()
+            pauses.reset()
 
         while not stop.is_set():
             timer = threading.Timer(WORKS_SECONDS, works)
@@ -336,7 +337,7 @@ class Follower:
                 self._problem(name, error)
             finally:
                 timer.cancel()
-            stop.wait(pause.next())
+            stop.wait(pauses.next())
 
     # --- problems ---
 
@@ -354,23 +355,6 @@ class Follower:
 
     def _table(self, name: str) -> sql.Identifier:
         return sql.Identifier(self.engine.schema, name)
-
-
-class _Pause:
-    """The pauses between attempts: each twice the one before, up to a limit."""
-
-    def __init__(self) -> None:
-        self._next = RETRY_SECONDS[0]
-
-    def next(self) -> float:
-        """The next pause, seconds."""
-        pause = self._next
-        self._next = min(2 * pause, RETRY_SECONDS[1])
-        return pause
-
-    def reset(self) -> None:
-        """Begin again: something worked."""
-        self._next = RETRY_SECONDS[0]
 
 
 def make_rebuilt_due(connection: psycopg.Connection[Any], engine: EngineConfiguration) -> None:
