@@ -335,14 +335,11 @@ def parse_contract(content: object) -> Contract:
     )
 
 
-def render_contract(contract: Contract | Mapping[str, Any]) -> str:
-    """Render the contract as stable JSON: domains by key, attributes as declared, one trailing newline."""
-    content = contract_dict(contract) if isinstance(contract, Contract) else contract
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-
-
 def contract_dict(contract: Contract) -> dict[str, Any]:
-    """Return the JSON form of a contract, from which `parse_contract` reads an equal one."""
+    """Return the JSON form of a contract, from which `parse_contract` reads an equal one.
+
+    Domains are in the order of their keys, attributes in the order of their declaration.
+    """
     return {
         "version": contract.version,
         "owner": contract.owner,

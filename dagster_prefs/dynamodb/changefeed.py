@@ -34,6 +34,7 @@ from dagster_prefs.dynamodb.store import DomainStore
 from dagster_prefs.engine.connection import EngineUnavailable
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.ids import Id
+from dagster_prefs.pauses import Pauses
 
 Mode = Literal["follow", "once"]
 
@@ -43,7 +44,7 @@ PAGE = 1000
 FETCH_SECONDS = 1
 # After so long without a change the token moves on by itself, so that a quiet view never outlives the retention.
 QUIET_SECONDS = 15.0
-MAX_PAUSE_SECONDS = 30.0
+FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 1.0, 30.0
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ class _Publisher:
 
         Reconnects to the engine when a connection ends.
         """
-        failures = 0
+        pauses = Pauses(FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS)
         while not self.stop.is_set():
             sessions = self.sessions
             try:
@@ -224,9 +225,10 @@ class _Publisher:
                 # What fails before anything worked, or refuses too many keys, does not pass by itself.
                 if self.mode == "once" or not self.sessions or len(self.refused) > MAX_REFUSED:
                     raise
-                failures = 0 if self.sessions > sessions else failures + 1
-                if failures:
-                    pause = min(MAX_PAUSE_SECONDS, 0.5 * 2**failures)
+                if self.sessions > sessions:
+                    pauses.reset()
+                else:
+                    pause = pauses.next()
                     self.notify(f"{error}; retrying in {pause:g} s")
                     self._pause(pause)
 

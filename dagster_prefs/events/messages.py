@@ -88,11 +88,6 @@ def topics_of(registry: Registry) -> dict[str, Topic]:
     return {name: _bind(registry, declared, limits) for name, declared in registry.topics.items()}
 
 
-def topic_of(registry: Registry, name: str) -> Topic:
-    """Return the project's topic of this name. Raises RegistryError naming the existing topics."""
-    return _bind(registry, registry.topic(name), Limits.of(registry))
-
-
 def _bind(registry: Registry, declared: TopicDeclaration, limits: Limits) -> Topic:
     values = {field.name: getattr(declared, field.name) for field in dataclasses.fields(TopicDeclaration)}
     entity = None if declared.entity is None else registry.entity(declared.entity)

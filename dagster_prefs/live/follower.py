@@ -24,6 +24,7 @@ from dagster_prefs.live.presence import (
     read_follower,
 )
 from dagster_prefs.live.steps import StepReport, Steps
+from dagster_prefs.pauses import Pauses
 
 # How often it looks although nobody woke it, seconds.
 POLL_SECONDS = 1.0
@@ -71,7 +72,7 @@ class Follower:
 
         Raises FollowedElsewhere at the beginning.
         """
-        pause = _Pause()
+        pauses = Pauses(*RETRY_SECONDS)
         threads = [
             threading.Thread(target=self._publish_until, args=[stop], name="publish", daemon=True),
             *(
@@ -92,14 +93,14 @@ class Follower:
                                 thread.start()
                         while not stop.is_set():
                             self._follow(steps, listening)
-                            pause.reset()
+                            pauses.reset()
                 except FollowedElsewhere:
                     if not started:
                         raise
-                    stop.wait(pause.next())
+                    stop.wait(pauses.next())
                 except (PrefsError, psycopg.Error, OSError) as error:
                     self._problem("steps", error)
-                    stop.wait(pause.next())
+                    stop.wait(pauses.next())
         finally:
             stop.set()
             self._changed.set()
@@ -185,7 +186,7 @@ class Follower:
     # --- publishing ---
 
     def _publish_until(self, stop: threading.Event) -> None:
-        pause = _Pause()
+        pauses = Pauses(*RETRY_SECONDS)
         while not stop.is_set():
             try:
                 with self.engine.connect() as connection:
@@ -195,11 +196,11 @@ class Follower:
                         while self.publish_changes(connection):
                             pass
                         self._solved("publishing")
-                        pause.reset()
+                        pauses.reset()
             # Whatever it is: a thread that ended would leave the items as they are without a word.
             except Exception as error:
                 self._problem("publishing", error)
-                stop.wait(pause.next())
+                stop.wait(pauses.next())
 
     def publish_changes(self, connection: psycopg.Connection[Any]) -> bool:
         """Publish what the outbox holds, and compare the domains that are pending; returns whether there was any.
@@ -277,11 +278,11 @@ class Follower:
     # --- reading ---
 
     def _read_until(self, name: str, read: Read, stop: threading.Event) -> None:
-        pause = _Pause()
+        pauses = Pauses(*RETRY_SECONDS)
 
         def works() -> None:
             self._solved(name)
-            pause.reset()
+            pauses.reset()
 
         while not stop.is_set():
             timer = threading.Timer(WORKS_SECONDS, works)
@@ -292,7 +293,7 @@ class Follower:
                 self._problem(name, error)
             finally:
                 timer.cancel()
-            stop.wait(pause.next())
+            stop.wait(pauses.next())
 
     # --- problems ---
 
@@ -310,20 +311,3 @@ class Follower:
 
     def _table(self, name: str) -> sql.Identifier:
         return sql.Identifier(self.engine.schema, name)
-
-
-class _Pause:
-    """The pauses between attempts: each twice the one before, up to a limit."""
-
-    def __init__(self) -> None:
-        self._next = RETRY_SECONDS[0]
-
-    def next(self) -> float:
-        """The next pause, seconds."""
-        pause = self._next
-        self._next = min(2 * pause, RETRY_SECONDS[1])
-        return pause
-
-    def reset(self) -> None:
-        """Begin again: something worked."""
-        self._next = RETRY_SECONDS[0]

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from dagster_prefs.files import open_private_log
 from dagster_prefs.local.state import LocalServicesError, folder_error
+from dagster_prefs.pauses import Pauses
 
 log = logging.getLogger("dagster_prefs.local")
 
@@ -41,7 +42,7 @@ class FollowerControl:
         self._environment: dict[str, str] | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._started = 0.0
-        self._pause = PAUSE_SECONDS[0]
+        self._pauses = Pauses(*PAUSE_SECONDS)
         self._again_at = 0.0
         self._listener = listen(data_dir)
         self._thread = threading.Thread(target=self._accept, name="follower", daemon=True)
@@ -54,14 +55,15 @@ class FollowerControl:
                 return
             now = time.monotonic()
             if self._process is not None:
-                short = now - self._started < SHORT_SECONDS
-                self._pause = min(2 * self._pause, PAUSE_SECONDS[1]) if short else PAUSE_SECONDS[0]
+                if now - self._started >= SHORT_SECONDS:
+                    self._pauses.reset()
+                pause = self._pauses.next()
                 log.warning(
                     "the follower ended (exit code %s); it is started again in %g s",
                     self._process.returncode,
-                    self._pause,
+                    pause,
                 )
-                self._process, self._again_at = None, now + self._pause
+                self._process, self._again_at = None, now + pause
             if now >= self._again_at:
                 self._start()
 
