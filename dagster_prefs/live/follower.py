@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,8 @@ from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.live.steps import StepReport, Steps
 
+log = logging.getLogger(__name__)
+
 # The channel on which writers wake the follower (macros/engine/kept.sql).
 CHANNEL = "prefs_live"
 # How often it looks although nobody woke it, seconds.
@@ -31,6 +34,9 @@ RETRY_SECONDS = (0.5, 10.0)
 GONE_SECONDS = 10.0
 # How many keys of a domain are published at once.
 KEYS_PER_PUBLISH = 5000
+
+# How many places of a step a line of the log names; a step usually takes messages from a few partitions.
+PLACES_PER_LINE = 20
 
 # So long does a reader of events work without an error until it counts as working again, seconds: longer than it takes
 # to find the brokers gone, for the ids of the topics and for the messages.
@@ -52,7 +58,10 @@ class FollowerProblem(PrefsError):
 
 @dataclass(frozen=True)
 class FollowerState:
-    """The last sign of life: which `process` follows, `seen_at` (UTC), its `problem` if it has one."""
+    """The last sign of life: which `process` follows, `seen_at` (UTC), its `problem` if it has one.
+
+    `step` is the id of its last step that did anything, 0 before the first.
+    """
 
     process: str
     seen_at: datetime
@@ -88,7 +97,8 @@ class Follower:
     """Steps and publishing over one engine; whoever takes steps holds the lock of its only follower.
 
     `process` names it to people. Of `readers`, by what they read, each has a thread of its own. `say` gets a line for
-    each thing worth a log's line: a rebuild, a problem and its end.
+    each thing that a person waits for: a rebuild, a problem and its end. The log also has each step, with its id as
+    `step` and the places of the messages that it took, and each publish with the range of steps that it is of.
     """
 
     def __init__(
@@ -108,6 +118,7 @@ class Follower:
         self.readers = readers
         self.say = say
         self._problems: dict[str, str] = {}
+        self._last_step = 0
         self._changed = threading.Event()
 
     def run(self, stop: threading.Event) -> None:
@@ -201,9 +212,26 @@ class Follower:
                 pass
 
     def _tell(self, connection: psycopg.Connection[Any], report: StepReport) -> None:
+        if report.step is not None:
+            self._last_step = report.step
         if report.rebuilt:
             rows = report.changed.get(report.rebuilt, 0)
-            self.say(f"rebuilt {report.rebuilt}: {rows:,} rows differed ({report.seconds:.1f} s)")
+            text = f"rebuilt {report.rebuilt}: {rows:,} rows differed ({report.seconds:.1f} s)"
+            self.say(text)
+            log.info(text, extra={"step": report.step, "view": report.rebuilt, "rows": rows})
+        elif report.step is not None:
+            log.info(
+                "step %d: %d messages, %d rows changed",
+                report.step,
+                report.messages,
+                sum(report.changed.values()),
+                extra={
+                    "step": report.step,
+                    "taken": [taken._asdict() for taken in report.taken[:PLACES_PER_LINE]],
+                    "changed": report.changed,
+                    "seconds": round(report.seconds, 3),
+                },
+            )
         self._sign_of_life(connection)
         if not report.idle:
             self._changed.set()
@@ -211,11 +239,11 @@ class Follower:
     def _sign_of_life(self, connection: psycopg.Connection[Any]) -> None:
         connection.execute(
             sql.SQL(
-                "insert into {} as f (id, process, seen_at, step, problem) values (1, %s, clock_timestamp(), 1, %s)"
+                "insert into {} as f (id, process, seen_at, step, problem) values (1, %s, clock_timestamp(), %s, %s)"
                 " on conflict (id) do update set process = excluded.process, seen_at = excluded.seen_at,"
-                " step = f.step + 1, problem = excluded.problem"
+                " step = greatest(f.step, excluded.step), problem = excluded.problem"
             ).format(self._table("live_follower")),
-            [self.process, "; ".join(self._problems.values()) or None],
+            [self.process, self._last_step, "; ".join(self._problems.values()) or None],
         )
 
     def _leave(self) -> None:
@@ -265,6 +293,7 @@ class Follower:
                 if sink in pending:
                     found = True
                     self.publish(domain, None)
+                    log.info("compared every item of %s", domain.name, extra={"domain": domain.name})
                     connection.execute(
                         sql.SQL("delete from {} where relation = %s and since = %s").format(
                             self._table("live_pending")
@@ -281,13 +310,25 @@ class Follower:
     def _publish_touched(self, connection: psycopg.Connection[Any], domain: Domain) -> bool:
         rows = connection.execute(
             sql.SQL(
-                "select entity_key, step from {} where domain_key = %s order by first_step limit %s"
+                "select entity_key, step, first_step from {} where domain_key = %s order by first_step limit %s"
             ).format(self._table("live_outbox")),
             [domain.key, KEYS_PER_PUBLISH],
         ).fetchall()
         if not rows:
             return False
-        self.publish(domain, [key for key, _ in rows])
+        self.publish(domain, [key for key, _, _ in rows])
+        steps = [step for _, step, _ in rows]
+        log.info(
+            "published what %d keys of %s have now",
+            len(rows),
+            domain.name,
+            extra={
+                "step": max(steps),
+                "first_step": rows[0][2],
+                "domain": domain.name,
+                "published_keys": len(rows),
+            },
+        )
         # A key that a step touched again meanwhile stays, as of that step.
         connection.execute(
             sql.SQL(
@@ -298,8 +339,8 @@ class Follower:
                 " where o.domain_key = %(domain)s and o.entity_key = p.key and o.step > p.step"
             ).format(self._table("live_outbox")),
             {
-                "keys": [key for key, _ in rows],
-                "steps": [step for _, step in rows],
+                "keys": [key for key, _, _ in rows],
+                "steps": steps,
                 "domain": domain.key,
             },
         )
@@ -345,12 +386,14 @@ class Follower:
         if self._problems.get(what) != text:
             self._problems[what] = text
             self.say(f"{what}: {text}")
+            log.error("%s: %s", what, text, extra={"step": self._last_step})
         with suppress(PrefsError, psycopg.Error), self.engine.connect() as connection:
             self._sign_of_life(connection)
 
     def _solved(self, what: str) -> None:
         if self._problems.pop(what, None):
             self.say(f"{what}: works again")
+            log.info("%s: works again", what, extra={"step": self._last_step})
 
     def _table(self, name: str) -> sql.Identifier:
         return sql.Identifier(self.engine.schema, name)
