@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -26,10 +27,15 @@ from dagster_prefs.live.presence import (
 from dagster_prefs.live.steps import StepReport, Steps
 from dagster_prefs.pauses import Pauses
 
+log = logging.getLogger(__name__)
+
 # How often it looks although nobody woke it, seconds.
 POLL_SECONDS = 1.0
 # How many keys of a domain are published at once.
 KEYS_PER_PUBLISH = 5000
+
+# How many places of a step a line of the log names; a step usually takes messages from a few partitions.
+PLACES_PER_LINE = 20
 
 # So long does a reader of events work without an error until it counts as working again, seconds: longer than it takes
 # to find the brokers gone, for the ids of the topics and for the messages.
@@ -45,7 +51,8 @@ class Follower:
     """Steps and publishing over one engine; whoever takes steps holds the lock of its only follower.
 
     `process` names it to people. Of `readers`, by what they read, each has a thread of its own. `say` gets a line for
-    each thing worth a log's line: a rebuild, a problem and its end.
+    each thing that a person waits for: a rebuild, a problem and its end. The log also has each step, with its id as
+    `step` and the places of the messages that it took, and each publish with the range of steps that it is of.
     """
 
     def __init__(
@@ -65,6 +72,7 @@ class Follower:
         self.readers = readers
         self.say = say
         self._problems: dict[str, str] = {}
+        self._last_step = 0
         self._changed = threading.Event()
 
     def run(self, stop: threading.Event) -> None:
@@ -158,9 +166,26 @@ class Follower:
                 pass
 
     def _tell(self, connection: psycopg.Connection[Any], report: StepReport) -> None:
+        if report.step is not None:
+            self._last_step = report.step
         if report.rebuilt:
             rows = report.changed.get(report.rebuilt, 0)
-            self.say(f"rebuilt {report.rebuilt}: {rows:,} rows differed ({report.seconds:.1f} s)")
+            text = f"rebuilt {report.rebuilt}: {rows:,} rows differed ({report.seconds:.1f} s)"
+            self.say(text)
+            log.info(text, extra={"step": report.step, "view": report.rebuilt, "rows": rows})
+        elif report.step is not None:
+            log.info(
+                "step %d: %d messages, %d rows changed",
+                report.step,
+                report.messages,
+                sum(report.changed.values()),
+                extra={
+                    "step": report.step,
+                    "taken": [taken._asdict() for taken in report.taken[:PLACES_PER_LINE]],
+                    "changed": report.changed,
+                    "seconds": round(report.seconds, 3),
+                },
+            )
         self._sign_of_life(connection)
         if not report.idle:
             self._changed.set()
@@ -168,11 +193,11 @@ class Follower:
     def _sign_of_life(self, connection: psycopg.Connection[Any]) -> None:
         connection.execute(
             sql.SQL(
-                "insert into {} as f (id, process, seen_at, step, problem) values (1, %s, clock_timestamp(), 1, %s)"
+                "insert into {} as f (id, process, seen_at, step, problem) values (1, %s, clock_timestamp(), %s, %s)"
                 " on conflict (id) do update set process = excluded.process, seen_at = excluded.seen_at,"
-                " step = f.step + 1, problem = excluded.problem"
+                " step = greatest(f.step, excluded.step), problem = excluded.problem"
             ).format(self._table("live_follower")),
-            [self.process, "; ".join(self._problems.values()) or None],
+            [self.process, self._last_step, "; ".join(self._problems.values()) or None],
         )
 
     def _leave(self) -> None:
@@ -222,6 +247,7 @@ class Follower:
                 if sink in pending:
                     found = True
                     self.publish(domain, None)
+                    log.info("compared every item of %s", domain.name, extra={"domain": domain.name})
                     connection.execute(
                         sql.SQL("delete from {} where relation = %s and since = %s").format(
                             self._table("live_pending")
@@ -238,13 +264,25 @@ class Follower:
     def _publish_touched(self, connection: psycopg.Connection[Any], domain: Domain) -> bool:
         rows = connection.execute(
             sql.SQL(
-                "select entity_key, step from {} where domain_key = %s order by first_step limit %s"
+                "select entity_key, step, first_step from {} where domain_key = %s order by first_step limit %s"
             ).format(self._table("live_outbox")),
             [domain.key, KEYS_PER_PUBLISH],
         ).fetchall()
         if not rows:
             return False
-        self.publish(domain, [key for key, _ in rows])
+        self.publish(domain, [key for key, _, _ in rows])
+        steps = [step for _, step, _ in rows]
+        log.info(
+            "published what %d keys of %s have now",
+            len(rows),
+            domain.name,
+            extra={
+                "step": max(steps),
+                "first_step": rows[0][2],
+                "domain": domain.name,
+                "published_keys": len(rows),
+            },
+        )
         # A key that a step touched again meanwhile stays, as of that step.
         connection.execute(
             sql.SQL(
@@ -255,8 +293,8 @@ class Follower:
                 " where o.domain_key = %(domain)s and o.entity_key = p.key and o.step > p.step"
             ).format(self._table("live_outbox")),
             {
-                "keys": [key for key, _ in rows],
-                "steps": [step for _, step in rows],
+                "keys": [key for key, _, _ in rows],
+                "steps": steps,
                 "domain": domain.key,
             },
         )
@@ -302,12 +340,14 @@ class Follower:
         if self._problems.get(what) != text:
             self._problems[what] = text
             self.say(f"{what}: {text}")
+            log.error("%s: %s", what, text, extra={"step": self._last_step})
         with suppress(PrefsError, psycopg.Error), self.engine.connect() as connection:
             self._sign_of_life(connection)
 
     def _solved(self, what: str) -> None:
         if self._problems.pop(what, None):
             self.say(f"{what}: works again")
+            log.info("%s: works again", what, extra={"step": self._last_step})
 
     def _table(self, name: str) -> sql.Identifier:
         return sql.Identifier(self.engine.schema, name)

@@ -33,7 +33,10 @@ class FollowerProblem(PrefsError):
 
 @dataclass(frozen=True)
 class FollowerState:
-    """The last sign of life: which `process` follows, `seen_at` (UTC), its `problem` if it has one."""
+    """The last sign of life: which `process` follows, `seen_at` (UTC), its `problem` if it has one.
+
+    `step` is the id of its last step that did anything, 0 before the first.
+    """
 
     process: str
     seen_at: datetime

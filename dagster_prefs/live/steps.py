@@ -14,7 +14,8 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import psycopg
 from psycopg import sql
@@ -47,13 +48,28 @@ REBUILD_SHARE = 0.2
 Key = tuple[str, ...]
 
 
+class Taken(NamedTuple):
+    """The places of the messages that a step took from one partition of one source, first and last included."""
+
+    topic: str
+    source: str
+    partition: int
+    first_offset: int
+    last_offset: int
+    messages: int
+
+
 @dataclass
 class StepReport:
     """What a step did: `messages` read, rows that changed per view, the view that was rebuilt whole, if any.
 
-    `more` says whether something was left for the next step; `seconds` is wall time.
+    `step` is its id, which grows from step to step; None if it did nothing. The keys that it touched have it as `step`
+    in the outbox, so it leads from an event's place (`taken`) to the item that is published because of it. `more` says
+    whether something was left for the next step; `seconds` is wall time.
     """
 
+    step: int | None = None
+    taken: list[Taken] = field(default_factory=list)
     messages: int = 0
     changed: dict[str, int] = field(default_factory=dict)
     rebuilt: str | None = None
@@ -112,7 +128,9 @@ class Steps:
                 "select pg_advisory_xact_lock(hashtext('dagster-prefs'), hashtext(%s))", [self.engine.schema]
             )
             views = self.views
-            if not self._rebuild_pending(views, report):
+            if self._rebuild_pending(views, report):
+                report.step = next_step(self.connection, self.engine)
+            else:
                 _Step(self.connection, self.engine, views, report).run(due=started >= self._due_at)
                 if started >= self._due_at:
                     self._due_at = started + DUE_SECONDS
@@ -214,6 +232,14 @@ class Steps:
 
     def _name(self, relation: str) -> sql.Literal:
         return sql.Literal(f'"{self.engine.schema}"."{relation}"')
+
+
+def next_step(connection: psycopg.Connection[Any], engine: EngineConfiguration) -> int:
+    """Return the id of a new step. Raises psycopg.Error."""
+    ((step,),) = connection.execute(
+        "select nextval(%s::regclass)", [f'"{engine.schema}"."live_steps"']
+    ).fetchall()
+    return int(step)
 
 
 def mark_pending(
@@ -340,6 +366,11 @@ class _Step:
                 given,
             )
         self.report.messages += len(places)
+        for (source, partition), found in groupby(places, key=lambda place: place[:2]):
+            offsets = [place[2] for place in found]
+            self.report.taken.append(
+                Taken(topic.name, source, partition, offsets[0], offsets[-1], len(offsets))
+            )
         self._touch(parsed, [tuple(map(str, place)) for place in places])
 
     def _shorten(self, topic: TopicDeclaration, arrival: Sequence[Any], first: int) -> None:
@@ -496,17 +527,16 @@ class _Step:
 
     def _remember(self) -> None:
         mark_pending(self.connection, self.engine, self.pending)
+        if self.report.messages or self.report.changed or self.outbox:
+            self.report.step = next_step(self.connection, self.engine)
         for domain, keys in self.outbox.items():
             self.connection.execute(
                 sql.SQL(
                     "insert into {} (domain_key, entity_key, first_step, step)"
-                    " select %(domain)s, key, now.step, now.step from unnest(%(keys)s::text[]) as key,"
-                    " (select nextval({}) as step offset 0) as now"
+                    " select %(domain)s, key, %(step)s, %(step)s from unnest(%(keys)s::text[]) as key"
                     " on conflict (domain_key, entity_key) do update set step = excluded.step"
-                ).format(
-                    self.views.table("live_outbox"), sql.Literal(f'"{self.engine.schema}"."live_steps"')
-                ),
-                {"domain": domain, "keys": sorted(keys)},
+                ).format(self.views.table("live_outbox")),
+                {"domain": domain, "keys": sorted(keys), "step": self.report.step},
             )
 
 
