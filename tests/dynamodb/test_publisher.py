@@ -17,6 +17,7 @@ from shipped import with_computed_attributes
 from dagster_prefs.cli import cli
 from dagster_prefs.declarations.contract import contract_dict, parse_contract
 from dagster_prefs.declarations.registry import render_registry
+from dagster_prefs.dynamodb import publisher
 from dagster_prefs.dynamodb.items import ItemDecoder
 from dagster_prefs.dynamodb.publisher import PublishError
 from dagster_prefs.dynamodb.tables import TableError, dynamodb_client
@@ -76,6 +77,16 @@ def test_upserts_changes_and_deletes(store: Any) -> None:
     assert item["watch_minutes_7d"] == {"N": "13.000000"}
     assert item["titles_7d"] == {"N": "3"}
     assert set(item) == {"viewer_id", "domain_key", *store.contract.domain("watch").attributes}
+
+
+def test_the_planner_knows_of_many_marks(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without, each row of a view was compared with each mark: four minutes for two domains of 50,000 rows."""
+    monkeypatch.setattr(publisher, "MANY_ROWS", 20)
+    for viewer_id in range(30):
+        store.put("watch", viewer_id, *row())
+    store.publish("watch")
+    ((rows,),) = store.execute("select reltuples from pg_class where oid = 'online_published'::regclass")
+    assert rows == 30
 
 
 def test_null_lists_and_exact_numbers_survive(store: Any) -> None:
