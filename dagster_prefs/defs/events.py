@@ -71,7 +71,9 @@ def build(platform: Platform) -> dg.Definitions:
 def _done_elsewhere(platform: Platform, instance: dg.DagsterInstance) -> str:
     """Return who applies the events already: a follower, or a run that is at work; empty if nobody does."""
     (follower,) = (
-        one for one in measure_embedded(platform.engine, platform.settings.data_dir) if one.name == FOLLOWER
+        one
+        for one in measure_embedded(platform.engine, platform.registry, platform.settings.data_dir)
+        if one.name == FOLLOWER
     )
     if follower.values.get("follower_alive"):
         return f"a follower does it: {follower.reason}"

@@ -26,11 +26,10 @@ from dagster_prefs.freshness.canary import (
     CANARY_SENSOR,
     CanaryState,
     Tick,
-    canary_paths,
     canary_views,
-    judge_ticks,
+    measure_canary,
 )
-from dagster_prefs.freshness.levels import Measure
+from dagster_prefs.freshness.levels import Measure, Unmeasurable
 from dagster_prefs.freshness.measures import unknown
 from dagster_prefs.freshness.prober import prober_ticks
 from dagster_prefs.freshness.status import evaluate
@@ -192,25 +191,31 @@ def asset_keys(platform: Platform) -> dict[str, dict[str, dg.AssetKey]]:
 def last_probe(
     instance: dg.DagsterInstance, registry: Registry, *, now: datetime, followed: Sequence[Tick] = ()
 ) -> list[Measure]:
-    """Return the canary's measures from the state that its sensor stored on this instance; `now` is UTC.
+    """Return the canary's measures from the ticks of its sensor on this instance; `now` is UTC.
 
-    `followed` is what the follower did, if there is one. Judged like `judge_ticks`.
+    `followed` are the ticks of the follower, if there is one.
+    """
+    return measure_canary(followed, lambda: sensor_ticks(instance), registry, now=now)
+
+
+def sensor_ticks(instance: dg.DagsterInstance) -> list[Tick]:
+    """Return the last tick of each running sensor of the canary.
+
+    Raises Unmeasurable if the instance cannot be read.
     """
     try:
         states: Sequence[Any] = instance.all_instigator_state()
     except Exception as error:
-        if followed:
-            return judge_ticks(followed, registry, now=now)
         # Each kind of store raises errors of its own, and none may prevent the other measures.
-        return unknown("canary", canary_paths(registry), f"Dagster's instance cannot be read: {error}")
-    ticks = [
+        reason = " ".join(str(error).split())
+        raise Unmeasurable(f"Dagster's instance cannot be read: {reason}") from error
+    return [
         Tick(data.last_tick_timestamp or 0.0, data.cursor)
         for state in states
         if (state.instigator_type.value, state.instigator_name) == ("SENSOR", CANARY_SENSOR)
         and (data := state.instigator_data) is not None
         and state.status.value != "STOPPED"
     ]
-    return judge_ticks([*ticks, *followed], registry, now=now)
 
 
 def metadata(measure: Measure) -> dict[str, dg.MetadataValue | float | int | str]:

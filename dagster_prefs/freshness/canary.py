@@ -28,7 +28,7 @@ from dagster_prefs.errors import PrefsError
 from dagster_prefs.events.canaries import canary_events, canary_key
 from dagster_prefs.events.kafka import KafkaWriter
 from dagster_prefs.events.raw import RawMessage, RawStore
-from dagster_prefs.freshness.levels import Level, Measure, judge
+from dagster_prefs.freshness.levels import Level, Measure, Unmeasurable, judge
 from dagster_prefs.freshness.views import View, watched_relations
 from dagster_prefs.ids import Id
 from dagster_prefs.serving.profiles import CANARY_AHEAD_SECONDS
@@ -293,6 +293,22 @@ class Tick:
         """Whether the next probe is overdue by far at `now` (UTC)."""
         limit = FOLLOWER_INACTIVITY if self.from_follower else CANARY_INACTIVITY
         return now - datetime.fromtimestamp(self.at, UTC) > limit
+
+
+def measure_canary(
+    followed: Sequence[Tick], sensors: Callable[[], Sequence[Tick]], registry: Registry, *, now: datetime
+) -> list[Measure]:
+    """Return the canary's measures from the ticks of the follower and of Dagster's sensors; `now` is UTC.
+
+    If `sensors` raises Unmeasurable, the follower's ticks are judged alone; without any, all measures are `unknown`.
+    """
+    try:
+        ticks = [*sensors(), *followed]
+    except Unmeasurable as error:
+        if not followed:
+            return [Measure("canary", name, "unknown", str(error)) for name in canary_paths(registry)]
+        ticks = [*followed]
+    return judge_ticks(ticks, registry, now=now)
 
 
 def judge_ticks(ticks: Sequence[Tick], registry: Registry, *, now: datetime) -> list[Measure]:

@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 import psycopg
 from psycopg import sql
 
+from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.engine.connection import EngineConfiguration, EngineUnavailable
 from dagster_prefs.freshness.levels import Level, Measure, Unmeasurable, unreadable
 from dagster_prefs.live.follower import GONE_SECONDS, RETRY_SECONDS, follow_lock
+from dagster_prefs.live.views import pending_views
 
 SERVER, DISK, FOLLOWER = "server", "disk", "follower"
 MEASURES: Mapping[str, str] = {
@@ -75,7 +77,7 @@ class _State(NamedTuple):
         return ", ".join(f"{number:,} {what}" for number, what in counts if number)
 
 
-def measure_embedded(engine: EngineConfiguration, data_dir: Path) -> list[Measure]:
+def measure_embedded(engine: EngineConfiguration, registry: Registry, data_dir: Path) -> list[Measure]:
     """Measure the server, the disk of `data_dir` and the follower; empty on RisingWave, which has neither.
 
     Costs a few milliseconds and writes nothing. Never raises: what cannot be read is `unknown` or an `error`, with the
@@ -86,7 +88,7 @@ def measure_embedded(engine: EngineConfiguration, data_dir: Path) -> list[Measur
     disk = _disk(data_dir)
     try:
         with engine.connect() as connection:
-            state = _read(connection, engine)
+            state = _read(connection, engine, registry)
     except EngineUnavailable as error:
         down = f"{error}; the follower goes on by itself when the engine answers"
         return [
@@ -197,10 +199,10 @@ def _judge(state: _State) -> tuple[Level, str]:
     )
 
 
-def _read(connection: psycopg.Connection[Any], engine: EngineConfiguration) -> _State:
+def _read(connection: psycopg.Connection[Any], engine: EngineConfiguration, registry: Registry) -> _State:
     tables = {
         name: sql.Identifier(engine.schema, name)
-        for name in ("live_follower", "raw_arrivals", "live_changes", "live_outbox", "live_pending")
+        for name in ("live_follower", "raw_arrivals", "live_changes", "live_outbox")
     }
     query = sql.SQL(
         """
@@ -226,14 +228,14 @@ def _read(connection: psycopg.Connection[Any], engine: EngineConfiguration) -> _
             (select coalesce(sum(messages), 0) from arrivals)::bigint,
             (select count(*) from (select from {live_changes} limit {most}) as changes),
             (select count(*) from (select from {live_outbox} limit {most}) as keys),
-            (select count(*) from {live_pending}),
+            (select count(*) from ({pending}) as pending where due),
             (select extract(epoch from clock_timestamp() - min(arrived_at)) from arrivals)::float8
         from (select) as one
         left join {live_follower} as follower on true
         left join holder on true
         left join pg_stat_activity as activity on activity.pid = holder.pid
         """
-    ).format(most=sql.Literal(COUNTED), **tables)
+    ).format(most=sql.Literal(COUNTED), pending=pending_views(engine, registry), **tables)
     try:
         (row,) = connection.execute(query, {"lock": follow_lock(engine)}).fetchall()
     except psycopg.Error as error:

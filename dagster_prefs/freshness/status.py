@@ -95,7 +95,7 @@ class Sources:
 
     def embedded(self, now: datetime) -> list[Measure]:
         """The embedded engine and its follower, by the engine's own clock; empty on RisingWave."""
-        return measure_embedded(self.engine, self.data_dir)
+        return measure_embedded(self.engine, self.registry, self.data_dir)
 
     def ingestion(self, now: datetime) -> list[Measure]:
         """Kafka against the raw tables."""

@@ -28,6 +28,7 @@ from dagster_prefs.live.views import (
     LiveViews,
     View,
     delta_table,
+    pending_views,
     raw_sql,
     read_views,
     topics_of_key,
@@ -124,20 +125,9 @@ class Steps:
         self._due_at = 0.0
 
     def _rebuild_pending(self, views: LiveViews, report: StepReport) -> bool:
-        """Rebuild the first view that is pending, with the time of its own where it has an interval."""
+        """Rebuild the first pending view that is due. Returns whether there was one."""
         self._prefer_rebuilding(views)
-        timed = [view for view in views.views.values() if view.every_seconds]
-        pending = dict(
-            self.connection.execute(
-                sql.SQL(
-                    "select p.relation, p.since = '-infinity' or v.as_of is null"
-                    " or extract(epoch from clock_timestamp() - v.as_of) not between 0 and coalesce(e.seconds, 0)"
-                    " from {} as p left join {} as v using (relation)"
-                    " left join unnest(%s::text[], %s::int[]) as e (relation, seconds) using (relation)"
-                ).format(self._table("live_pending"), self._table("live_views")),
-                [[view.name for view in timed], [view.every_seconds for view in timed]],
-            ).fetchall()
-        )
+        pending = dict(self.connection.execute(pending_views(self.engine, self.registry)).fetchall())
         for view in views.views.values():
             if pending.get(view.name):
                 ((changed,),) = self.connection.execute(

@@ -609,6 +609,26 @@ def _merged(definition: str, columns: Mapping[str, str], unique: Sequence[str]) 
     return None
 
 
+def pending_views(engine: EngineConfiguration, registry: Registry) -> sql.Composed:
+    """Return a query of the pending views and domains: `relation`, and whether its work is `due` now.
+
+    A view that is rebuilt at an interval is due when the interval since its last rebuild has passed, or when
+    `live_pending.since` is -infinity (`make_rebuilt_due`). Everything else is due at once.
+    """
+    seconds = {name: view.every_seconds for name, view in registry.kept.items() if view.every_seconds}
+    return sql.SQL(
+        "select p.relation, p.since = '-infinity' or v.as_of is null"
+        " or extract(epoch from clock_timestamp() - v.as_of) not between 0 and coalesce(e.seconds, 0) as due"
+        " from {pending} as p left join {views} as v using (relation)"
+        " left join unnest({names}::text[], {seconds}::int[]) as e (relation, seconds) using (relation)"
+    ).format(
+        pending=sql.Identifier(engine.schema, "live_pending"),
+        views=sql.Identifier(engine.schema, "live_views"),
+        names=sql.Literal(list(seconds)),
+        seconds=sql.Literal(list(seconds.values())),
+    )
+
+
 def topics_of_key(registry: Registry, column: str) -> list[TopicDeclaration]:
     """The topics of typed events whose entity has this first key column."""
     return [

@@ -384,6 +384,11 @@ def test_an_instance_that_cannot_be_read_is_unknown(
     found = freshness.last_probe(instance, REGISTRY, now=datetime.now(UTC))
     assert {one.level for one in found} == {"unknown"}
     assert all("no such host" in one.reason for one in found)
+    # The follower's ticks need no Dagster.
+    now = datetime.now(UTC)
+    followed = [Tick(now.timestamp(), CanaryState().dumps(), from_follower=True)]
+    told = freshness.last_probe(instance, REGISTRY, now=now, followed=followed)
+    assert {one.reason for one in told} == {"no canary was sent yet (0 lost)"}
 
 
 def test_a_lost_canary_is_told_to_people(busy: Any, platform: Platform, instance: dg.DagsterInstance) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 import psycopg
 import pytest
+from shipped import REGISTRY
 
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.freshness.embedded import SERVER, measure_embedded
@@ -159,7 +160,7 @@ def test_a_killed_server_takes_its_supervisor_along_and_up_recovers(running: Loc
     engine = EngineConfiguration.of(settings)
 
     def server() -> Measure:
-        return next(one for one in measure_embedded(engine, running.data_dir) if one.name == SERVER)
+        return next(one for one in measure_embedded(engine, REGISTRY, running.data_dir) if one.name == SERVER)
 
     assert server().level == "ok"
     query(running, "create table recovered as select 8 as n")
