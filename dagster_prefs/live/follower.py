@@ -1,4 +1,4 @@
-"""The follower: takes steps as events arrive, and has the touched keys published, until it is told to stop."""
+"""The follower: takes steps as events arrive and publishes the touched keys, until it is told to stop."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from dagster_prefs.pauses import Pauses
 
 # The channel on which writers wake the follower (macros/engine/kept.sql).
 CHANNEL = "prefs_live"
-# How often it looks although nobody woke it, seconds.
+# How often the follower checks for work without being woken, in seconds.
 POLL_SECONDS = 1.0
-# How long it waits after a problem before it tries again, seconds, doubled up to the second figure.
+# The first and the longest pause between attempts after a problem, in seconds.
 RETRY_SECONDS = (0.5, 10.0)
-# From this age on its last sign of life says that it is gone, seconds.
+# A follower without a sign of life for this long counts as gone, in seconds.
 GONE_SECONDS = 10.0
-# How many keys of a domain are published at once.
+# The number of keys of a domain that are published at once.
 KEYS_PER_PUBLISH = 5000
 
-# So long does a reader of events work without an error until it counts as working again, seconds: longer than it takes
-# to find the brokers gone, for the ids of the topics and for the messages.
+# A reader of events counts as working again after this long without an error, in seconds. Longer than the time-outs by
+# which it finds the brokers gone: for the ids of the topics, and for the messages.
 WORKS_SECONDS = 20.0
 
-# Publishes the items of these keys (texts as in the engine's outbox) of a domain, or with None compares all.
+# Publishes the items of these keys of a domain (texts as in the engine's outbox); with None, compares all items.
 Publish = Callable[[Domain, Sequence[str] | None], None]
-# Brings events into the raw tables until the event is set.
+# Reads events into the raw tables until the event is set.
 Read = Callable[[threading.Event], None]
 
 
@@ -48,12 +48,12 @@ class FollowedElsewhere(PrefsError):
 
 
 class FollowerProblem(PrefsError):
-    """The follower cannot go on; the message says why, and what to do."""
+    """The follower cannot continue; the message gives the reason and the remedy."""
 
 
 @dataclass(frozen=True)
 class FollowerState:
-    """The last sign of life: which `process` follows, `seen_at` (UTC), its `problem` if it has one."""
+    """The follower's last sign of life: its `process`, `seen_at` (UTC), and its `problem` if there is one."""
 
     process: str
     seen_at: datetime
@@ -61,12 +61,12 @@ class FollowerState:
     problem: str | None
 
     def alive(self, now: datetime) -> bool:
-        """Whether it gave a sign of life in the last seconds before `now` (UTC)."""
+        """Return whether the last sign of life is recent at `now` (UTC)."""
         return abs((now - self.seen_at).total_seconds()) < GONE_SECONDS
 
 
 def read_follower(connection: psycopg.Connection[Any], engine: EngineConfiguration) -> FollowerState | None:
-    """Return the state of the last follower; None where there was none. Raises psycopg.Error."""
+    """Return the state of the last follower, None if there was none. Raises psycopg.Error."""
     try:
         row = connection.execute(
             sql.SQL("select process, seen_at, step, problem from {}").format(
@@ -81,15 +81,15 @@ def read_follower(connection: psycopg.Connection[Any], engine: EngineConfigurati
 
 
 def follow_lock(engine: EngineConfiguration) -> str:
-    """The name whose advisory lock the follower of an engine holds."""
+    """Return the name of the advisory lock that the follower of an engine holds."""
     return f"dagster-prefs follow {engine.schema}"
 
 
 class Follower:
-    """Steps and publishing over one engine; whoever takes steps holds the lock of its only follower.
+    """Takes steps and publishes, for one engine; while it does, it holds the lock of the engine's only follower.
 
-    `process` names it to people. Of `readers`, by what they read, each has a thread of its own. `say` gets a line for
-    each thing worth a log's line: a rebuild, a problem and its end.
+    `process` is its name in messages. Each of `readers` (keyed by what it reads) has a thread of its own. `say`
+    receives one line per event worth logging: a rebuild, a problem and its end.
     """
 
     def __init__(
@@ -112,9 +112,9 @@ class Follower:
         self._changed = threading.Event()
 
     def run(self, stop: threading.Event) -> None:
-        """Follow until `stop` is set. What fails is tried again, with the reason in `live_follower` meanwhile.
+        """Follow until `stop` is set. Failures are retried; meanwhile their reason is in `live_follower`.
 
-        Raises FollowedElsewhere at the beginning.
+        Raises FollowedElsewhere at the start if another process follows the engine.
         """
         pauses = Pauses(*RETRY_SECONDS)
         threads = [
@@ -153,9 +153,10 @@ class Follower:
         self._leave()
 
     def catch_up(self) -> int:
-        """Apply and publish all that has arrived, as the engine's follower for so long; returns the messages read.
+        """Apply and publish all that has arrived, and return the number of messages read.
 
-        Raises FollowedElsewhere, NotDeployed, psycopg.Error, and what `publish` raises.
+        Acts as the engine's follower meanwhile. Raises FollowedElsewhere, NotDeployed, psycopg.Error, and what
+        `publish` raises.
         """
         messages = 0
         with self._steps() as steps:
@@ -220,7 +221,7 @@ class Follower:
         )
 
     def _leave(self) -> None:
-        """Take the sign of life back, so that one which is left is that of a follower that died."""
+        """Delete the sign of life, so that a remaining one means that its follower crashed."""
         with suppress(PrefsError, psycopg.Error), self.engine.connect() as connection:
             connection.execute(
                 sql.SQL("delete from {} where process = %s").format(self._table("live_follower")),
@@ -241,15 +242,16 @@ class Follower:
                             pass
                         self._solved("publishing")
                         pauses.reset()
-            # Whatever it is: a thread that ended would leave the items as they are without a word.
+            # Catches every error: if the thread ended, items would become stale without an error.
             except Exception as error:
                 self._problem("publishing", error)
                 stop.wait(pauses.next())
 
     def publish_changes(self, connection: psycopg.Connection[Any]) -> bool:
-        """Publish what the outbox holds, and compare the domains that are pending; returns whether there was any.
+        """Publish the keys in the outbox, and compare the pending domains. Return whether there was any work.
 
-        A domain that cannot be published holds up no other: it stays in the outbox, and its error is raised at the end.
+        A domain that cannot be published does not delay the others: it stays in the outbox, and its error is raised at
+        the end.
         """
         found, errors = False, []
         domains = {domain.sink: domain for domain in self.registry.contract.domains.values()}
@@ -289,7 +291,7 @@ class Follower:
         if not rows:
             return False
         self.publish(domain, [key for key, _ in rows])
-        # A key that a step touched again meanwhile stays, as of that step.
+        # A key that a later step touched meanwhile stays in the outbox with that step.
         connection.execute(
             sql.SQL(
                 "with published as (select * from unnest(%(keys)s::text[], %(steps)s::bigint[]) as p (key, step)),"
@@ -307,7 +309,7 @@ class Follower:
         return True
 
     def _mark_domains(self, connection: psycopg.Connection[Any]) -> None:
-        """Have every domain compared once: the store may be another one than when the last follower ended."""
+        """Have every domain compared once, because the store may have changed since the last follower ended."""
         connection.execute(
             sql.SQL(
                 "insert into {0} (relation) select r from unnest(%s::text[]) as r"
@@ -358,7 +360,7 @@ class Follower:
 
 
 def make_rebuilt_due(connection: psycopg.Connection[Any], engine: EngineConfiguration) -> None:
-    """Have pending views rebuilt now, whatever their interval. Raises psycopg.Error."""
+    """Make all pending views due now, regardless of their interval. Raises psycopg.Error."""
     connection.execute(
         sql.SQL("update {} set since = '-infinity' where relation in (select relation from {})").format(
             sql.Identifier(engine.schema, "live_pending"), sql.Identifier(engine.schema, "live_views")
@@ -369,9 +371,9 @@ def make_rebuilt_due(connection: psycopg.Connection[Any], engine: EngineConfigur
 def wait_until_applied(
     engine: EngineConfiguration, *, seconds: float, say: Callable[[str], None] = lambda line: None
 ) -> None:
-    """Wait until the follower, another process, has applied and published all that has arrived by now.
+    """Wait until the follower, another process, has applied and published all that has arrived so far.
 
-    Raises FollowerProblem if it has a problem, ends, or is not done within `seconds`; psycopg.Error.
+    Raises FollowerProblem if it has a problem, ends, or does not finish within `seconds`; psycopg.Error.
     """
     with engine.connect() as connection:
         table = {
@@ -441,7 +443,7 @@ def _wait(
 
 
 def _is_held(engine: EngineConfiguration, connection: psycopg.Connection[Any]) -> bool:
-    """Whether a process holds the follower's lock, as during a long step."""
+    """Return whether a process holds the follower's lock, as it does during a long step."""
     ((free,),) = connection.execute(
         "select pg_try_advisory_lock(hashtextextended(%s, 0))", [follow_lock(engine)]
     ).fetchall()

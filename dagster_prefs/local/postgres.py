@@ -72,7 +72,7 @@ SERVER_SETTINGS = {
     "fsync": "on",
     # A crash may lose the last fraction of a second but never corrupts data; ingestion is restartable.
     "synchronous_commit": "off",
-    # Most of it lies in memory, and a disk that seeks for tens of milliseconds is a thing of the past.
+    # Random reads are cheap: most of the data is in memory, and the disk is an SSD.
     "random_page_cost": "1.1",
     # JIT compilation takes longer than these queries run.
     "jit": "off",
