@@ -41,7 +41,7 @@ def contract_diff(old: Path, new: Path) -> None:
 def refresh() -> None:
     """Apply everything that has arrived, and publish it.
 
-    Waits for the follower if one runs. What is not deployed yet is deployed first.
+    Waits for the follower if one runs. If nothing is deployed yet, the project is deployed first.
     """
     from dagster_prefs.engine.catalog import NotDeployed
     from dagster_prefs.platform import Platform
@@ -174,10 +174,10 @@ def apply_command(drop_orphans: bool) -> None:
     help="Also take back what another writer did to exported days: rows added, deleted or replaced.",
 )
 def export(replace_foreign: bool) -> None:
-    """Export the days that Iceberg lacks or holds outdated.
+    """Export the days that Iceberg lacks or holds in an outdated version.
 
-    Days that another writer changed are left unchanged, and so are days that fail their audit; the exit code is
-    then 1, and the message names these days with the reasons. Every other day is exported.
+    Days that another writer changed are left unchanged, and so are days that fail their audit; the exit code is then 1,
+    and the message names these days with the reasons. Every other day is exported.
     """
     from dagster_prefs.declarations.stale import current_registry
     from dagster_prefs.iceberg.export import ExportOptions, ForeignRows

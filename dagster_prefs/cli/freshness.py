@@ -62,7 +62,7 @@ def status(watch: bool, interval: float, as_json: bool) -> int:
 
 @contextmanager
 def readings(settings: Settings) -> Iterator[Callable[[], Status]]:
-    """Yield a function that reads all measures; the canary's are those that the follower or its sensor stored."""
+    """Yield a function that reads all measures; those of the canary come from the stored ticks."""
     from dagster_prefs.freshness.canary import measure_canary
     from dagster_prefs.freshness.prober import prober_ticks
     from dagster_prefs.freshness.status import evaluate
@@ -118,7 +118,7 @@ def _installed(package: str) -> bool:
     try:
         return find_spec(package) is not None
     except ModuleNotFoundError:
-        # An import hook refuses it.
+        # An import hook blocks the package.
         return False
 
 

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 def up(no_follow: bool) -> None:
     """Start the embedded services and the follower.
 
-    The services are PostgreSQL and the local AWS server. The follower keeps every view and item current. What the
-    project declares is deployed first if nothing is.
+    The services are PostgreSQL and the local AWS server. The follower keeps every view and item current. If nothing is
+    deployed yet, the project is deployed first.
     """
     from dagster_prefs.declarations.registry import RegistryError, find_project
     from dagster_prefs.declarations.stale import current_registry
@@ -145,7 +145,7 @@ def demo(
     end = until.replace(tzinfo=UTC) + timedelta(days=1) if until else None
     summary = Demo(settings, fitted(settings.registry(), plan), steps.print, end).run()
     if settings.engine == "local":
-        # Not before: it would take the load in many small steps, beside the demo.
+        # Started last: the follower would apply the load in many small steps, concurrently with the demo.
         start_follower(settings, settings.project)
     if as_json:
         print_json(summary.as_dict())

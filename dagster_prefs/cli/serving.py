@@ -36,7 +36,7 @@ ENTITY = click.option("--entity", help="Whose id it is; the first entity with pr
 
 
 def id_of(entity: Entity, *given: str) -> Id:
-    """The id that was typed, as many words as the entity has key columns, or a usage error."""
+    """Return the id from the command line, one word per key column of the entity; raises a usage error otherwise."""
     if len(given) != len(entity.keys):
         names = " ".join(entity.key_names)
         raise click.BadParameter(
@@ -48,7 +48,7 @@ def id_of(entity: Entity, *given: str) -> Id:
         raise click.BadParameter(str(error), param_hint="ID") from None
 
 
-# An id below 0, as the canary's, must not be taken for an option.
+# An id below 0, like the canary's, must not be parsed as an option.
 @cli.command(context_settings={"ignore_unknown_options": True})
 @click.argument("id_", metavar="ID...", nargs=-1, required=True)
 @ENTITY
@@ -56,7 +56,7 @@ def id_of(entity: Entity, *given: str) -> Id:
 def profile(id_: tuple[str, ...], entity: str | None, as_json: bool) -> None:
     """Read the items of one id from DynamoDB, as a service would.
 
-    A composite key is as many words as it has columns.
+    A composite key has one word per column.
     """
     settings = load_settings()
     with profile_client(settings, entity) as client:
@@ -221,7 +221,7 @@ def serve(
 @ENTITY
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def why(id_: tuple[str, ...], attribute: str, entity: str | None, as_json: bool) -> None:
-    """Set a served number beside what its tiles say.
+    """Compare a served value with its tiles.
 
     Also shows these tiles, and the latest events.
     """

@@ -145,8 +145,8 @@ def training_set_reproduce(
 def erase(subject: tuple[str, ...], drop_tags: bool, training_sets: tuple[Path, ...], as_json: bool) -> None:
     """Erase one id of an entity from every store, and verify it.
 
-    ENTITY may be left out where only one entity is erasable. Of a composite key ID is the first part, and everything
-    with it goes: what other entities have with that key column too. Safe to run again after any failure.
+    ENTITY may be omitted if only one entity is erasable. For a composite key, ID is the first part, and the data of all
+    entities with that key column is erased. Safe to run again after any failure.
     """
     from dagster_prefs.erasure.erase import Stores, refresh_with
     from dagster_prefs.erasure.erase import erase as erase_everywhere

@@ -1,4 +1,4 @@
-"""What applies the events of the embedded engine where no follower does."""
+"""The job that applies the events of the embedded engine if no follower does."""
 
 from datetime import UTC, datetime, timedelta
 
@@ -12,12 +12,12 @@ from dagster_prefs.platform import Platform
 
 CATCH_UP_JOB = "catch_up"
 NEW_EVENTS_SENSOR = "new_events"
-# A run that is unfinished for longer was killed, and keeps no other from starting.
+# A run that is unfinished for longer than this was killed, and blocks no other run.
 LONGEST_RUN = timedelta(hours=1)
 
 
 def build(platform: Platform) -> dg.Definitions:
-    """Return the job that applies what arrived, with its sensor and schedule; RisingWave does it by itself."""
+    """Return the job that applies arrived events, with its sensor and schedule; RisingWave needs none."""
     if platform.engine.kind == "risingwave":
         return dg.Definitions()
 
@@ -69,7 +69,7 @@ def build(platform: Platform) -> dg.Definitions:
 
 
 def _done_elsewhere(platform: Platform, instance: dg.DagsterInstance) -> str:
-    """Return who applies the events already: a follower, or a run that is at work; empty if nobody does."""
+    """Return which process applies the events already, a follower or a running job; empty if none does."""
     (follower,) = (
         one
         for one in measure_embedded(platform.engine, platform.registry, platform.settings.data_dir)
@@ -78,6 +78,6 @@ def _done_elsewhere(platform: Platform, instance: dg.DagsterInstance) -> str:
     if follower.values.get("follower_alive"):
         return f"a follower does it: {follower.reason}"
     if is_at_work(instance, CATCH_UP_JOB, since=datetime.now(UTC) - LONGEST_RUN):
-        # Otherwise events that keep arriving would start runs faster than they end.
+        # Otherwise a steady stream of events would start runs faster than they end.
         return "a run is at work; the next look sees what it left"
     return ""

@@ -53,10 +53,10 @@ CHECKS = {
     "canary": ("canary", "A synthetic event became readable within the promised time."),
 }
 
-# From so many rows on a relation is not counted, but what the engine estimates is told.
+# A relation with more rows than this is estimated by the engine instead of counted.
 EXACT_ROWS = 100_000
 
-# What a stage's readings are, for the time (UTC) and the instance that the readings are stored in.
+# A function that returns a stage's measures for a time (UTC) and the instance in which they are stored.
 Read = Callable[[datetime, dg.DagsterInstance], Sequence[Measure]]
 
 # A sensor's tick may take a minute; a canary that is not readable within this time is read by the next tick.
@@ -78,7 +78,7 @@ def build(platform: Platform, alert_webhook: str | None = None) -> dg.Definition
         "views": lambda now, _: sources.views(now),
         "online": lambda now, _: sources.online(now),
         "offline": lambda now, _: sources.offline(now),
-        # What the canary's sensor measured: its own readings are in no run.
+        # The canary is measured by its sensor and the follower; a run only judges their stored ticks.
         "canary": lambda now, instance: last_probe(
             instance, sources.registry, now=now, followed=prober_ticks(platform.settings.data_dir)
         ),
@@ -108,7 +108,7 @@ def build(platform: Platform, alert_webhook: str | None = None) -> dg.Definition
         followed = prober_ticks(platform.settings.data_dir)
         probed = last_probe(context.instance, sources.registry, now=datetime.now(UTC), followed=followed)
         status = evaluate(sources, now=lambda: datetime.now(UTC), extra=probed)
-        # The engine has a sensor of its own, which looks more often.
+        # The engine has a sensor of its own, which runs more often.
         measures = [measure for measure in status.measures if measure.stage != "engine"]
         return dg.SensorResult(
             cursor=_tell(context, measures, webhook, status.read_at),
@@ -241,7 +241,7 @@ def _severity(measure: Measure) -> dg.AssetCheckSeverity:
 
 
 class _Rows:
-    """The rows of the relations that hold events or are computed from them."""
+    """The row counts of the relations that hold events or are computed from them."""
 
     def __init__(self, platform: Platform) -> None:
         self._engine = platform.engine
@@ -249,12 +249,12 @@ class _Rows:
         self.sources = [name for topic in topics for name in (topic.raw, topic.parsed)]
 
     def count(self, names: Sequence[str]) -> Mapping[str, int]:
-        """Return the rows of each relation that is there; empty if the engine does not tell."""
+        """Return the rows of each relation that exists; empty if the engine cannot be read."""
         try:
             with self._engine.connect() as connection:
                 return row_counts(connection, self._engine, names, exact_up_to=EXACT_ROWS)
         except (PrefsError, psycopg.Error):
-            # The measures beside it name what is wrong with the engine.
+            # The measures of the same check report what is wrong with the engine.
             return {}
 
 
@@ -274,7 +274,7 @@ def _parts(platform: Platform, keys: Mapping[str, dg.AssetKey]) -> list[dg.Asset
 def _tell(
     context: dg.SensorEvaluationContext, measures: Sequence[Measure], webhook: Webhook | None, at: datetime
 ) -> str:
-    """Log and send each change of a level since the sensor's cursor; returns the new cursor. `at` is UTC."""
+    """Log and send each change of a level since the sensor's cursor; return the new cursor. `at` is UTC."""
     known = load_levels(context.cursor)
     changed = transitions(known, measures)
     for one in changed:

@@ -80,8 +80,7 @@ class CanaryState:
 
     @classmethod
     def loads(cls, text: str | None) -> CanaryState:
-        """Parse the output of `dumps`. An unreadable text gives an empty state: only past latencies are
-        lost."""
+        """Parse the output of `dumps`. An unreadable text gives an empty state, which only loses past latencies."""
         try:
             content = json.loads(text or "{}")
             return cls(
@@ -125,7 +124,7 @@ def send_canary(
 
 
 def read_domains(profiles: Any, canary: Id) -> dict[str, int | None]:
-    """Domain → newest event that a `ProfileClient` reads of the canary of its entity.
+    """Map each domain to the newest event in the item of its entity's canary, as a `ProfileClient` reads it.
 
     Raises PrefsError if a domain fails.
     """
@@ -279,9 +278,9 @@ def judge_state(
 
 @dataclass(frozen=True)
 class Tick:
-    """The last probe of a running sensor or of the follower: seconds since 1970, 0 before the first, and its state.
+    """The last probe of a running sensor or of the follower: seconds since 1970 (0 before the first), and its state.
 
-    `problem` says why nothing could be sent or read.
+    `problem` is the reason if nothing could be sent or read.
     """
 
     at: float
@@ -290,7 +289,7 @@ class Tick:
     from_follower: bool = False
 
     def is_late(self, now: datetime) -> bool:
-        """Whether the next probe is overdue by far at `now` (UTC)."""
+        """Return whether the next probe is long overdue at `now` (UTC)."""
         limit = FOLLOWER_INACTIVITY if self.from_follower else CANARY_INACTIVITY
         return now - datetime.fromtimestamp(self.at, UTC) > limit
 
@@ -312,9 +311,9 @@ def measure_canary(
 
 
 def judge_ticks(ticks: Sequence[Tick], registry: Registry, *, now: datetime) -> list[Measure]:
-    """Return the canary's measures from what its sensors and the follower stored; `now` is UTC.
+    """Return the canary's measures from these ticks; `now` is UTC.
 
-    They are `skipped` if none is on, and `unknown` if one is on and does not probe.
+    They are `skipped` if there is no tick, and `unknown` if the newest one is late or has a problem.
     """
     names = canary_paths(registry)
     if not ticks:

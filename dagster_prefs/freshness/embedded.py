@@ -1,4 +1,4 @@
-"""The embedded engine itself: whether its server answers, its disk has room, and its follower works."""
+"""The state of the embedded engine: its server, the free space of its disk, and its follower."""
 
 from __future__ import annotations
 
@@ -24,21 +24,22 @@ MEASURES: Mapping[str, str] = {
     FOLLOWER: "The process that applies what arrives in the embedded engine, and publishes it.",
 }
 
-# Free space of the disk, bytes, below which a write of the engine may fail, and below which it soon may.
+# Free space of the disk in bytes: below the first figure a write of the engine may fail, below the second it soon may.
 FULL_BYTES, NEARLY_FULL_BYTES = 100_000_000, 500_000_000
-# From so many seconds on one step is worth a warning: a rebuild of the example's views takes less.
+# A step of this many seconds is worth a warning; a rebuild of the example's views takes less.
 LONG_STEP_SECONDS = 120.0
-# A follower that lost the engine is back within its longest pause; a supervisor starts another after as long.
+# A follower that lost the engine returns within its longest pause; the supervisor starts another one within the same
+# time.
 BACK_SECONDS = 2 * RETRY_SECONDS[1]
-# What waits is counted up to this number, so that a reading costs the same during a burst.
+# Waiting work is counted up to this number, so that a reading costs the same during a burst.
 COUNTED = 100_000
 
 
 class _State(NamedTuple):
-    """What the engine tells about its follower, at one moment; durations are in seconds.
+    """The engine's view of its follower at one moment; durations are in seconds.
 
-    `process`, `problem` and `silent` are its last sign of life, None where nobody follows. `pid` is the engine's
-    process of whoever holds the follower's lock now, with its `state` and the name of who `blocks` it.
+    `process`, `problem` and `silent` are its last sign of life, None if no process follows. `pid` is the engine's
+    session that holds the follower's lock now, with its `state` and the name of the session that `blocks` it.
     """
 
     uptime: float
@@ -56,18 +57,18 @@ class _State(NamedTuple):
 
     @property
     def alive(self) -> bool:
-        """Whether a process follows: it gives signs of life, or the engine is at work for it."""
+        """Whether a process follows: it gives signs of life, or the engine is working for it."""
         recent = self.silent is None or self.silent < GONE_SECONDS
         return (self.pid is not None and (recent or self.state == "active")) or self.retries
 
     @property
     def retries(self) -> bool:
-        """Whether it tells of a problem, and tries again; it gives up the lock between its attempts."""
+        """Whether it reports a problem and retries; between its attempts it releases the lock."""
         return bool(self.problem) and self.silent is not None and self.silent < BACK_SECONDS
 
     @property
     def waiting(self) -> str:
-        """What waits for the follower, in words; empty if nothing does."""
+        """The work that waits for the follower, in words; empty if there is none."""
         counts = (
             (self.messages, "messages"),
             (self.changes, "changes"),
@@ -80,7 +81,7 @@ class _State(NamedTuple):
 def measure_embedded(engine: EngineConfiguration, registry: Registry, data_dir: Path) -> list[Measure]:
     """Measure the server, the disk of `data_dir` and the follower; empty on RisingWave, which has neither.
 
-    Costs a few milliseconds and writes nothing. Never raises: what cannot be read is `unknown` or an `error`, with the
+    Takes a few milliseconds and writes nothing. Never raises: an unreadable part is `unknown` or an `error`, with the
     reason and the remedy.
     """
     if engine.kind != "local":
@@ -111,13 +112,13 @@ def measure_embedded(engine: EngineConfiguration, registry: Registry, data_dir: 
     )
     follower = _follower(state)
     if disk.level == "error" and follower.level in ("warn", "error"):
-        # It cannot write down why it does not work.
+        # A follower on a full disk cannot store the reason why it fails.
         follower = replace(follower, reason=f"{disk.reason}; {follower.reason}")
     return [server, disk, follower]
 
 
 def _disk(data_dir: Path) -> Measure:
-    # The folder may not have been made yet; it will be on the disk of the one above.
+    # The folder may not exist yet; it will be on the disk of its nearest existing parent.
     folder = next(path for path in (data_dir.absolute(), *data_dir.absolute().parents) if path.exists())
     try:
         free = shutil.disk_usage(folder).free
@@ -147,7 +148,7 @@ def _follower(state: _State) -> Measure:
     if state.silent is not None:
         values["step_age_seconds"] = state.silent
     notes = {"process": state.process} if state.process else {}
-    # What waits has an age; without a step in between it is the lag of everything behind the follower.
+    # The age of the waiting work: without a step in between, it is the lag of everything behind the follower.
     lag = None if state.oldest is None else max(0.0, state.oldest)
     return Measure("engine", FOLLOWER, level, reason, lag, values=values, notes=notes)
 

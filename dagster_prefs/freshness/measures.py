@@ -1,4 +1,4 @@
-"""The readings of every stage, judged by the contract. A reading that fails is `unknown`, never ok."""
+"""The measures of every stage, judged by the contract's freshness targets. A failed reading is `unknown`, never ok."""
 
 from __future__ import annotations
 
@@ -348,12 +348,12 @@ def measure_ingestion(
     timeout_seconds: float = 7.0,
     by_id: bool = False,
 ) -> list[Measure]:
-    """Ingestion lag of each topic of events.
+    """Measure the ingestion lag of each topic of events.
 
-    With `by_id` the brokers are asked for the topics' ids, which tell a recreated topic from the one
-    that was read; brokers that tell none do not stop the rest.
+    With `by_id` the brokers are asked for the topics' ids, which distinguish a recreated topic from the one that was
+    read; brokers without ids do not affect the other readings.
 
-    Without brokers (no `kafka.bootstrap`) every measure is `skipped` and says so. Never raises for brokers or an
+    Without brokers (no `kafka.bootstrap`) every measure is `skipped`, with the reason. Never raises for brokers or an
     engine that do not answer: those measures are `unknown`.
     """
     from dagster_prefs.events.contact import KafkaUnavailable

@@ -1,4 +1,4 @@
-"""The readings in the text format that Prometheus scrapes."""
+"""The measures in the text format that Prometheus scrapes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class MetricsError(PrefsError):
 
 @dataclass(frozen=True)
 class Metric:
-    """One exported metric; `value` names what of a measure it shows."""
+    """One exported metric; `value` names the value of a measure that it exports."""
 
     name: str
     help: str
@@ -76,12 +76,12 @@ STATUS_METRICS = (
 
 
 def metric_names() -> list[str]:
-    """Every name that `render_metrics` may write."""
+    """Return every name that `render_metrics` may write."""
     return [metric.name for metric in (*METRICS, LEVEL_METRIC, *STATUS_METRICS)]
 
 
 def render_metrics(status: Status) -> str:
-    """The status in Prometheus' text format, labelled with `stage` and `name`."""
+    """Render the status in Prometheus' text format, labelled with `stage` and `name`."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Readings(status))
     return generate_latest(registry).decode()
@@ -90,10 +90,10 @@ def render_metrics(status: Status) -> str:
 class MetricsServer(ThreadingHTTPServer):
     """Serves `/metrics` on one address; `serve_forever` runs it until `shutdown`.
 
-    `read` takes the readings; one answer is used again for `reuse_seconds`, so that scrapes side by side do
-    not multiply the load on the engine. Port 0 takes a free one, see `server_port`.
+    `read` evaluates the measures; one answer is reused for `reuse_seconds`, so that concurrent scrapes do not multiply
+    the load on the engine. Port 0 selects a free port, see `server_port`.
 
-    Raises MetricsError when the address is in use or not ours.
+    Raises MetricsError if the address is in use or is not on this machine.
     """
 
     daemon_threads = True
@@ -119,7 +119,7 @@ class MetricsServer(ThreadingHTTPServer):
             ) from None
 
     def exposition(self) -> bytes:
-        """The metrics, read again when the last reading is too old."""
+        """Return the metrics, evaluated again if the last evaluation is too old."""
         with self._lock:
             if time.monotonic() >= self._until:
                 self._answer = render_metrics(self._read()).encode()
@@ -142,20 +142,20 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Scrapes are not worth a line each."""
+        """Discard the log line of a scrape."""
 
 
 class _Readings(Collector):
-    """One status, as prometheus_client collects it."""
+    """Collects one status for prometheus_client."""
 
     def __init__(self, status: Status) -> None:
         self._status = status
 
     def collect(self) -> Iterator[PrometheusMetric]:
-        """A family per metric that has samples."""
+        """Yield a family for each metric that has samples."""
         status = self._status
         for metric in METRICS:
-            # A reading that was not taken has no sample: a 0 would look like a good one.
+            # A reading that failed has no sample, because a 0 would look like a good value.
             values = [(measure, _value(metric, measure)) for measure in status.measures]
             if samples := [(measure, value) for measure, value in values if value is not None]:
                 family = _family(metric, ("stage", "name"))
