@@ -184,7 +184,7 @@ class Platform:
         ids = broker_ids(bootstrap, names, client=kafka.client)
         if missing := [name for name in names if name not in ids]:
             raise KafkaUnavailable(
-                f"Kafka at {bootstrap} has no topic {', '.join(missing)}: create it, or set the name it has there "
+                f"Kafka at {bootstrap} has no topic {', '.join(missing)}: create it, or set its name in Kafka "
                 "with PREFS_KAFKA_TOPIC_…"
             )
         with self.engine.connect() as session:
@@ -441,7 +441,7 @@ def review_contract(
     written = parse_contract(build_contract(manifest))
     if written != shipped:
         return ContractReview(
-            refusal="the registry's contract is not what the models say: run `prefs generate` and commit what it writes"
+            refusal="the registry's contract differs from the models: run `prefs generate` and commit what it writes"
         )
     deployed = deployed_contract(fragments)
     if deployed is None:

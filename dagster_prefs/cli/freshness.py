@@ -26,9 +26,13 @@ if TYPE_CHECKING:
 
 
 @cli.command()
-@click.option("--watch", is_flag=True, help="Look again every few seconds until Ctrl-C.")
+@click.option("--watch", is_flag=True, help="Refresh the screen every few seconds, until Ctrl-C.")
 @click.option(
-    "--interval", default=5.0, show_default=True, type=click.FloatRange(1), help="Seconds between looks."
+    "--interval",
+    default=5.0,
+    show_default=True,
+    type=click.FloatRange(1),
+    help="Seconds between refreshes of the screen.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def status(watch: bool, interval: float, as_json: bool) -> int:
@@ -137,7 +141,7 @@ def metrics(port: int) -> None:
 
 
 @cli.command()
-@click.option("--dry-run", is_flag=True, help="Only count what differs.")
+@click.option("--dry-run", is_flag=True, help="Only count the differences.")
 def reconcile(dry_run: bool) -> None:
     """Compare every row with DynamoDB and repair the differences.
 

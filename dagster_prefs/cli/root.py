@@ -131,7 +131,7 @@ def start_follower(settings: Settings, project: Path) -> None:
 
     platform = Platform(settings)
     if not platform.is_deployed():
-        console.print("  deploying what the project declares", style="dim")
+        console.print("  deploying the project", style="dim")
         platform.apply()
     services_of(settings).follow(
         {

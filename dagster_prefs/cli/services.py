@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @cli.command()
 @click.option(
-    "--no-follow", is_flag=True, help="Only start the services; `prefs refresh` applies what arrived."
+    "--no-follow", is_flag=True, help="Only start the services; `prefs refresh` applies arrived events."
 )
 def up(no_follow: bool) -> None:
     """Start the embedded services and the follower.
@@ -68,7 +68,7 @@ def down(delete_state: bool) -> None:
     """
     settings = load_settings()
     services = services_of(settings)
-    stopped = "stopped; what DynamoDB held was in memory, `prefs refresh` publishes it again"
+    stopped = "stopped; DynamoDB's items were in memory, `prefs refresh` publishes them again"
     console.print(stopped if services.down() else "nothing was running")
     if delete_state:
         services.delete_state()

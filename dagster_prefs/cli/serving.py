@@ -32,7 +32,7 @@ def profile_client(settings: Settings, entity: str | None) -> ProfileClient:
     )
 
 
-ENTITY = click.option("--entity", help="Whose id it is; the first entity with profiles by default.")
+ENTITY = click.option("--entity", help="Entity of the id; by default the first one with profiles.")
 
 
 def id_of(entity: Entity, *given: str) -> Id:
@@ -40,7 +40,7 @@ def id_of(entity: Entity, *given: str) -> Id:
     if len(given) != len(entity.keys):
         names = " ".join(entity.key_names)
         raise click.BadParameter(
-            f"a {entity.name} is named by {names}, not {excerpt(' '.join(given))}", param_hint="ID"
+            f"the id of a {entity.name} is {names}, not {excerpt(' '.join(given))}", param_hint="ID"
         )
     try:
         return read_id(entity.keys, given if len(given) > 1 else given[0])
@@ -67,9 +67,7 @@ def profile(id_: tuple[str, ...], entity: str | None, as_json: bool) -> None:
         for name, read in found.as_dict()["domains"].items():
             if read["attributes"] is not None:
                 unknown = (
-                    " (no item, so what a service gets for anybody new)"
-                    if read["state"] == "cold_start"
-                    else ""
+                    " (no item; these are the cold-start values)" if read["state"] == "cold_start" else ""
                 )
                 rows = list(read["attributes"].items())
                 console.print(
@@ -86,7 +84,9 @@ def profile(id_: tuple[str, ...], entity: str | None, as_json: bool) -> None:
 @cli.command()
 @click.argument("user")
 @click.option("--limit", default=10, show_default=True, type=click.IntRange(1, 10_000))
-@click.option("--session/--no-session", default=True, show_default=True, help="React to the last hours.")
+@click.option(
+    "--session/--no-session", default=True, show_default=True, help="Include the activity of the last hours."
+)
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def rank(user: str, limit: int, session: bool, as_json: bool) -> None:
     """Rank the catalogue for one user."""
@@ -112,7 +112,7 @@ def rank(user: str, limit: int, session: bool, as_json: bool) -> None:
 @cli.command()
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
 @click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535))
-@click.option("--only", type=click.Choice(["profiles", "users"]), help="Leave the other half out.")
+@click.option("--only", type=click.Choice(["profiles", "users"]), help="Serve only this part.")
 @click.option(
     "--budget-ms", default=1000, show_default=True, type=click.IntRange(1, 30_000), help="Time for an answer."
 )

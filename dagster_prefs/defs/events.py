@@ -27,7 +27,7 @@ def build(platform: Platform) -> dg.Definitions:
     def apply_events(context: dg.OpExecutionContext) -> None:
         refresh_embedded(platform, context.log.info)
 
-    @dg.job(name=CATCH_UP_JOB, description="Bring views and items up to date where no follower does.")
+    @dg.job(name=CATCH_UP_JOB, description="Keep views and items current if no follower runs.")
     def catch_up() -> None:
         apply_events()
 
@@ -36,7 +36,7 @@ def build(platform: Platform) -> dg.Definitions:
         job=catch_up,
         minimum_interval_seconds=platform.settings.refresh_poll_seconds,
         default_status=sensor_status(platform),
-        description="Where nobody follows the engine: applies the messages that no refresh has read.",
+        description="If no follower runs: applies the messages that no refresh has read.",
     )
     def new_events(context: dg.SensorEvaluationContext) -> dg.RunRequest | dg.SkipReason:
         try:
@@ -59,7 +59,7 @@ def build(platform: Platform) -> dg.Definitions:
         cron_schedule="0 * * * *",
         execution_timezone="UTC",
         default_status=schedule_status(platform),
-        description="Where nobody follows the engine: once an hour even without events, because windows move.",
+        description="If no follower runs: refreshes once an hour even without events, because windows move.",
     )
     def catch_up_hourly(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
         reason = _done_elsewhere(platform, context.instance)
@@ -76,8 +76,8 @@ def _done_elsewhere(platform: Platform, instance: dg.DagsterInstance) -> str:
         if one.name == FOLLOWER
     )
     if follower.values.get("follower_alive"):
-        return f"a follower does it: {follower.reason}"
+        return f"a follower applies them: {follower.reason}"
     if is_at_work(instance, CATCH_UP_JOB, since=datetime.now(UTC) - LONGEST_RUN):
         # Otherwise a steady stream of events would start runs faster than they end.
-        return "a run is at work; the next look sees what it left"
+        return "a run is active; the next tick checks what it left"
     return ""

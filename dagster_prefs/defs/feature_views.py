@@ -145,7 +145,7 @@ def build(platform: Platform) -> dg.Definitions:
             shown = [*sorted(applied), *(r.name for r in results if r.ok and r.name in kept)]
             counts = row_counts(connection, platform.engine, shown)
         made: dict[str, dict[str, Any]] = {
-            name: {"dbt": "its definition is applied already"} for name in applied
+            name: {"dbt": "its definition is already applied"} for name in applied
         }
         failed = []
         for result in results:
@@ -193,7 +193,7 @@ def build(platform: Platform) -> dg.Definitions:
     tests = dg.define_asset_job(
         TESTS_JOB,
         dg.AssetSelection.checks(*checks),
-        description="Run dbt's tests of every model on what is there.",
+        description="Run dbt's tests of every model on the current relations.",
     )
     status = schedule_status(platform)
     # If views follow their events, nothing needs a refresh, and only dbt's tests remain.
@@ -204,7 +204,7 @@ def build(platform: Platform) -> dg.Definitions:
             cron_schedule="20 * * * *",
             execution_timezone="UTC",
             default_status=status,
-            description="Runs dbt's tests, which no follower does.",
+            description="Runs dbt's tests, because a follower does not run them.",
         )
         if platform.engine.kind == "local"
         else dg.ScheduleDefinition(
@@ -227,7 +227,7 @@ def build(platform: Platform) -> dg.Definitions:
             ]
         )
         - compared,
-        description="Make the tables that events arrive in, so that loading can begin.",
+        description="Create the tables for events, so that loading can begin.",
     )
     return dg.Definitions(
         assets=[dbt_models],

@@ -45,12 +45,12 @@ GROUP = "engine"
 
 # The check of each stage, on the assets of `asset_keys`.
 CHECKS = {
-    "engine": ("works", "The embedded engine and its follower are at work, and have room on the disk."),
+    "engine": ("works", "The embedded engine and its follower work, and the disk has space."),
     "ingestion": ("ingestion_lag", "Every message in Kafka is ingested."),
     "views": ("freshness", "What arrived is visible here; a quiet topic is not stale."),
     "online": ("freshness", "A sample of ids is in DynamoDB as it is in the rolling view."),
     "offline": ("freshness", "Every complete day is in the training table as the engine holds it now."),
-    "canary": ("canary", "A synthetic event became readable within the promised time."),
+    "canary": ("canary", "A synthetic event became readable within the freshness target."),
 }
 
 # A relation with more rows than this is estimated by the engine instead of counted.
@@ -102,7 +102,7 @@ def build(platform: Platform, alert_webhook: str | None = None) -> dg.Definition
         name=WATCH_SENSOR,
         minimum_interval_seconds=60,
         default_status=sensor_status(platform),
-        description="Tells each change of a level once. Starts no run.",
+        description="Reports each change of a level once. Starts no run.",
     )
     def freshness_watch(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         followed = prober_ticks(platform.settings.data_dir)
@@ -119,7 +119,7 @@ def build(platform: Platform, alert_webhook: str | None = None) -> dg.Definition
         name=FOLLOWER_SENSOR,
         minimum_interval_seconds=10,
         default_status=sensor_status(platform),
-        description="Tells once when the embedded engine, its disk or its follower fails or recovers. Starts no run.",
+        description="Reports once when the embedded engine, its disk or its follower fails or recovers. Starts no run.",
     )
     def follower_watch(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         now = datetime.now(UTC)

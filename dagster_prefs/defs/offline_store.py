@@ -101,13 +101,13 @@ def build(platform: Platform, *, clock: Callable[[], datetime] = lambda: datetim
         job=job,
         minimum_interval_seconds=3600,
         default_status=sensor_status(platform),
-        description="Looks every hour for complete days that are missing or changed by late events, and exports those. "
-        "A day that stays stale is tried again after 1, 2, 4 … 24 hours.",
+        description="Exports complete days that are missing or changed by late events; checks every hour. "
+        "A day that stays stale is retried after 1, 2, 4 … 24 hours.",
     )
     def stale_tiles(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
         now = clock()
         if is_at_work(context.instance, EXPORT_JOB, since=now - LONGEST_RUN):
-            return dg.SkipReason("an export is at work; the next look sees what it left")
+            return dg.SkipReason("an export is active; the next tick checks what it left")
         try:
             found = look(platform)
         except PrefsError as error:
@@ -134,7 +134,9 @@ def build(platform: Platform, *, clock: Callable[[], datetime] = lambda: datetim
             run_requests=requests,
             asset_events=_unknown_exports(platform, found, context.instance),
             cursor=dump_launches(launches),
-            skip_reason=None if requests else "; ".join(reasons) or "every complete day is exported as it is",
+            skip_reason=None
+            if requests
+            else "; ".join(reasons) or "every complete day is exported in its current version",
         )
 
     return dg.Definitions(

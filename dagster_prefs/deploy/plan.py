@@ -247,7 +247,7 @@ class Plan:
         counts = [f"{number} {what}" for what, number in numbers.items() if number]
         lines.append(", ".join([f"{len(self.unchanged)} unchanged", *counts]))
         if not self.changes:
-            lines.append("nothing to do: what is deployed is what is declared")
+            lines.append("nothing to do: the deployed relations match the declarations")
         return "\n".join(lines)
 
 

@@ -323,7 +323,7 @@ class _Described:
 _MEANINGS = (
     (
         r"topic (\S+) not found",
-        r"Kafka has no topic \1: create it, or set the name it has there with PREFS_KAFKA_TOPIC_…",
+        r"Kafka has no topic \1: create it, or set its name in Kafka with PREFS_KAFKA_TOPIC_…",
     ),
     (
         r"failed to fetch metadata from kafka \(([^)]*)\)",

@@ -146,7 +146,7 @@ def topic_partitions(contact: Contact, bootstrap: str, name: str) -> list[int]:
         raise TopicUnavailable(str(contact.unavailable(unserved, found.error, name)))
     if found is None or not found.partitions:
         raise TopicUnavailable(
-            f"Kafka at {bootstrap} has no topic {name}: create it, or set the name it has there"
+            f"Kafka at {bootstrap} has no topic {name}: create it, or set its name in Kafka"
         )
     return sorted(found.partitions)
 

@@ -328,7 +328,7 @@ def judge_ticks(ticks: Sequence[Tick], registry: Registry, *, now: datetime) -> 
         reason = (
             f"the follower has sent no canary {since}: run `prefs up`"
             if last.from_follower
-            else f"the sensor {CANARY_SENSOR} has not ticked {since}: see that the Dagster daemon runs"
+            else f"the sensor {CANARY_SENSOR} has not ticked {since}: check that the Dagster daemon runs"
         )
         return [Measure("canary", name, "unknown", reason) for name in names]
     if last.problem is not None:

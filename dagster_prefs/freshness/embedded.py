@@ -21,7 +21,7 @@ SERVER, DISK, FOLLOWER = "server", "disk", "follower"
 MEASURES: Mapping[str, str] = {
     SERVER: "The server of the embedded engine.",
     DISK: "The disk of the data folder, on which the embedded engine writes.",
-    FOLLOWER: "The process that applies what arrives in the embedded engine, and publishes it.",
+    FOLLOWER: "The process that applies and publishes the events of the embedded engine.",
 }
 
 # Free space of the disk in bytes: below the first figure a write of the engine may fail, below the second it soon may.
@@ -91,7 +91,7 @@ def measure_embedded(engine: EngineConfiguration, registry: Registry, data_dir: 
         with engine.connect() as connection:
             state = _read(connection, engine, registry)
     except EngineUnavailable as error:
-        down = f"{error}; the follower goes on by itself when the engine answers"
+        down = f"{error}; the follower continues by itself when the engine answers"
         return [
             Measure("engine", SERVER, "error", str(error)),
             disk,
@@ -129,7 +129,7 @@ def _disk(data_dir: Path) -> Measure:
     if free < NEARLY_FULL_BYTES:
         level = "error" if free < FULL_BYTES else "warn"
         what = "so that the engine cannot write" if level == "error" else "which will soon be too little"
-        remedy = "free some space, and the follower goes on by itself"
+        remedy = "free some space, and the follower continues by itself"
         reason = f"{free / 1e6:,.0f} MB are free at {folder}, {what}: {remedy}"
     return Measure("engine", DISK, level, reason, values={"disk_free_bytes": free})
 
@@ -160,25 +160,25 @@ def _judge(state: _State) -> tuple[Level, str]:
             return "ok", "it is starting"
         return (
             "skipped",
-            "nobody follows: `prefs up` starts a follower, `prefs refresh` applies what has arrived",
+            "no follower runs: `prefs up` starts a follower, `prefs refresh` applies what has arrived",
         )
     if state.retries:
-        return "error", f"{state.process} tries again, because of: {state.problem}"
+        return "error", f"{state.process} retries after this problem: {state.problem}"
     if state.pid is None:
         if silent >= state.uptime:
             if state.uptime < BACK_SECONDS:
                 return (
                     "warn",
-                    f"the engine started {state.uptime:.0f} s ago, and {state.process} is not back yet: it comes back "
+                    f"the engine started {state.uptime:.0f} s ago, and {state.process} is not back yet: it returns "
                     "by itself, else run `prefs up`",
                 )
             return (
                 "error",
-                f"nobody has followed since the engine started {state.uptime:.0f} s ago: run `prefs up`",
+                f"no follower has run since the engine started {state.uptime:.0f} s ago: run `prefs up`",
             )
         return (
             "error",
-            f"{state.process} ended {silent:.0f} s ago without a word: the supervisor of `prefs up` starts another "
+            f"{state.process} ended unexpectedly {silent:.0f} s ago: the supervisor of `prefs up` starts another "
             "within half a minute; where none runs, run `prefs up`, and see logs/follower.log in the data folder"
             f"{f'; its last problem was: {state.problem}' if state.problem else ''}",
         )
@@ -188,11 +188,11 @@ def _judge(state: _State) -> tuple[Level, str]:
     if state.blocks:
         return (
             "warn",
-            f"{state.process} has waited for {state.blocks} for {silent:.0f} s, and goes on when that ends",
+            f"{state.process} has waited for {state.blocks} for {silent:.0f} s, and continues when that ends",
         )
     if state.state == "active":
         level: Level = "warn" if silent >= LONG_STEP_SECONDS else "ok"
-        return level, f"{state.process} is at one step for {silent:.0f} s: a view is made from everything"
+        return level, f"{state.process} has been at one step for {silent:.0f} s: it rebuilds a view"
     return (
         "error",
         f"{state.process} has not given a sign of life for {silent:.0f} s: end that process, and the supervisor of "

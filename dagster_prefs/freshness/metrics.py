@@ -36,18 +36,22 @@ class Metric:
 
 
 METRICS: tuple[Metric, ...] = (
-    Metric("prefs_lag_seconds", "Lag that the thresholds of the contract judge.", "lag_seconds"),
+    Metric("prefs_lag_seconds", "Lag that is compared with the thresholds of the contract.", "lag_seconds"),
     Metric("prefs_lag_warn_seconds", "Lag from which a measure warns.", "warn_seconds"),
-    Metric("prefs_lag_error_seconds", "Lag from which the promise is broken.", "error_seconds"),
+    Metric("prefs_lag_error_seconds", "Lag from which the freshness target is missed.", "error_seconds"),
     Metric(
         "prefs_follower_alive", "1 while a process follows the embedded engine, else 0.", "follower_alive"
     ),
     Metric("prefs_follower_step_age_seconds", "Time since the follower's last step.", "step_age_seconds"),
     Metric("prefs_follower_waiting_messages", "Messages that the follower has not read.", "waiting_messages"),
-    Metric("prefs_follower_waiting_changes", "Changes in place that it has not applied.", "waiting_changes"),
-    Metric("prefs_follower_waiting_keys", "Items that it has not published.", "waiting_keys"),
     Metric(
-        "prefs_follower_waiting_views", "Views and domains that are to be compared whole.", "waiting_views"
+        "prefs_follower_waiting_changes", "Changed rows that the follower has not applied.", "waiting_changes"
+    ),
+    Metric("prefs_follower_waiting_keys", "Items that the follower has not published.", "waiting_keys"),
+    Metric(
+        "prefs_follower_waiting_views",
+        "Views and domains that are due to be compared as a whole.",
+        "waiting_views",
     ),
     Metric("prefs_engine_uptime_seconds", "Time since the embedded engine started.", "uptime_seconds"),
     Metric("prefs_engine_disk_free_bytes", "Free space of the embedded engine's disk.", "disk_free_bytes"),

@@ -437,7 +437,7 @@ def _wait(
         if time.monotonic() > end:
             raise FollowerProblem(
                 f"the follower ({state.process}) has not applied everything within {seconds:g} s: see `prefs status`, "
-                "or run the command again to go on waiting"
+                "or run the command again to continue waiting"
             )
         time.sleep(0.02)
 

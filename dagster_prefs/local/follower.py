@@ -132,7 +132,7 @@ def hand_over(data_dir: Path, environment: Mapping[str, str]) -> None:
             answer = connection.recv(16)
         except OSError as error:
             raise LocalServicesError(
-                f"the supervisor of {data_dir} does not take the follower's settings ({error.strerror or error}): run "
+                f"the supervisor of {data_dir} did not accept the follower's settings ({error.strerror or error}): run "
                 "`prefs down`, then `prefs up`"
             ) from None
     if answer != b"ok\n":

@@ -299,8 +299,8 @@ class LocalServices:
             os.close(read_end)
             if error.filename == sys.executable:
                 raise LocalServicesError(
-                    f"{sys.executable} cannot be started ({error.strerror}): make the environment anew with "
-                    "a Python that this user may run"
+                    f"{sys.executable} cannot be started ({error.strerror}): create the environment again "
+                    "with a Python that this user may run"
                 ) from None
             raise folder_error(self.data_dir, error) from None
         finally:

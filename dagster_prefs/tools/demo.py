@@ -100,7 +100,7 @@ class Demo:
         Raises PrefsError with the failing step and its reason; the results of earlier steps are kept.
         """
         platform = self.platform
-        with self.step("deploy what the project declares"):
+        with self.step("deploy the project"):
             platform.bring_out(lambda step: self.say(f"  {step}"))
         with self.step("load events"):
             # A second demo generates the events of the first one and finds all of them stored, which is

@@ -225,7 +225,7 @@ def test_an_engine_that_is_down_is_named(world: Any, tmp_path: Path, free_port: 
         FOLLOWER: "unknown",
     }
     assert "run `prefs up`" in found[SERVER].reason
-    assert "goes on by itself when the engine answers" in found[FOLLOWER].reason
+    assert "continues by itself when the engine answers" in found[FOLLOWER].reason
     assert measure_embedded(replace(world.engine, kind="risingwave"), REGISTRY, tmp_path) == []
 
 

@@ -503,7 +503,7 @@ def test_a_folder_of_someone_else_in_our_place_is_refused(
     outer.mkdir()
     try:
         os.chown(outer, NOBODY, NOBODY)
-        with pytest.raises(LocalServicesError, match=f"{outer} exists and is not ours"):
+        with pytest.raises(LocalServicesError, match=f"{outer} exists and was not created by prefs"):
             LocalServices(tmp_path / "data", free_port(), free_port()).up(owner_pid=os.getpid())
         assert outer.stat().st_uid == NOBODY
     finally:
@@ -513,8 +513,8 @@ def test_a_folder_of_someone_else_in_our_place_is_refused(
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ("17\n", "was made by PostgreSQL 17 and this is 18"),
-        (None, "holds something else than a PostgreSQL cluster"),
+        ("17\n", "was created by PostgreSQL 17 and this is 18"),
+        (None, "is not a PostgreSQL cluster"),
     ],
 )
 def test_a_database_that_is_not_for_this_server_is_refused_untouched(
