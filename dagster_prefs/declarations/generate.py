@@ -282,7 +282,7 @@ def _topic_models(topic: Topic, declared: Declarations) -> Iterator[tuple[str, s
     canary: dict[str, object] = {
         "name": "canary",
         "data_type": "text",
-        "description": "The deployment whose canary the message claims to be; NULL for every other message.",
+        "description": "The deployment whose canary the message claims to be; NULL for all other messages.",
     }
     columns = [canary] if of.entity else []
     columns += [_parsed_column(topic, field) for field in of.fields]
