@@ -32,7 +32,7 @@ def local_folder(address: str) -> Path | None:
 
 
 def catalog_file(warehouse: Path) -> Path:
-    """Return the SQLite catalog of a warehouse in a folder."""
+    """Return the path of the SQLite catalog of a warehouse folder."""
     return warehouse / "catalog.db"
 
 

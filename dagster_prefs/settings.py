@@ -537,7 +537,7 @@ class Settings(BaseSettings):
 
     @property
     def kept_runs(self) -> int:
-        """How many runs of each recurring job Dagster keeps, by default that of the chosen engine."""
+        """The number of runs of each recurring job that Dagster keeps, by default that of the chosen engine."""
         return self.readings_kept_runs or (300 if self.engine == "local" else 5000)
 
     @property
@@ -610,7 +610,7 @@ class Settings(BaseSettings):
 
 
 def known_variables() -> dict[str, str]:
-    """Return the field name of every environment variable, except the topics' names in Kafka."""
+    """Return the field name of every environment variable, without those of the topics' names in Kafka."""
     named = {field.alias or PREFIX + name.upper(): name for name, field in Settings.model_fields.items()}
     return {variable: name for variable, name in named.items() if variable != KAFKA_TOPIC}
 
@@ -657,7 +657,7 @@ def load_settings(env_file: Path | None = None) -> Settings:
             problems.append(f"{name}: {message}" if name else message)
         raise SettingsError("; ".join(problems) + " (see .env.example)") from None
     if settings.kafka_topic_names:
-        # A service has no project, and reads no topic.
+        # A service that only reads profiles has no project and reads no topic.
         with suppress(RegistryError):
             _ = settings.kafka_topics
     return settings

@@ -198,7 +198,7 @@ def test_a_workload_that_cannot_be_is_refused(changes: dict[str, Any], named: st
     [
         ("million_write_units", "is not NAME=VALUE with one of the names million_write_units, "),
         ("gold=1", "is not NAME=VALUE"),
-        ("table_gib_month=cheap", "table_gib_month is 'cheap', which is no number"),
+        ("table_gib_month=cheap", "table_gib_month is 'cheap', which is not a number"),
     ],
 )
 def test_a_price_that_is_none_is_refused(given: str, named: str) -> None:

@@ -105,7 +105,7 @@ def cli() -> None:
 
 def services_of(settings: Settings) -> LocalServices:
     """Return the embedded services that the settings configure."""
-    # Their packages are not installed where only commands without embedded services run.
+    # The packages of the embedded services may not be installed.
     from dagster_prefs.local.services import LocalServices
 
     return LocalServices(
@@ -126,12 +126,12 @@ def start_services(settings: Settings) -> ServiceStatus | None:
 
 
 def start_follower(settings: Settings, project: Path) -> None:
-    """Have the embedded services keep everything current with these settings; deploy first if nothing is deployed."""
+    """Make the embedded services keep everything current with these settings; deploys first if nothing is deployed."""
     from dagster_prefs.platform import Platform
 
     platform = Platform(settings)
     if not platform.is_deployed():
-        console.print("  deploying what the project declares", style="dim")
+        console.print("  deploying the project", style="dim")
         platform.apply()
     services_of(settings).follow(
         {

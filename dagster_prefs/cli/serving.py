@@ -32,15 +32,15 @@ def profile_client(settings: Settings, entity: str | None) -> ProfileClient:
     )
 
 
-ENTITY = click.option("--entity", help="Whose id it is; the first entity with profiles by default.")
+ENTITY = click.option("--entity", help="Entity of the id; by default the first one with profiles.")
 
 
 def id_of(entity: Entity, *given: str) -> Id:
-    """The id that was typed, as many words as the entity has key columns, or a usage error."""
+    """Return the id from the command line, one word per key column of the entity; raises a usage error otherwise."""
     if len(given) != len(entity.keys):
         names = " ".join(entity.key_names)
         raise click.BadParameter(
-            f"a {entity.name} is named by {names}, not {excerpt(' '.join(given))}", param_hint="ID"
+            f"the id of a {entity.name} is {names}, not {excerpt(' '.join(given))}", param_hint="ID"
         )
     try:
         return read_id(entity.keys, given if len(given) > 1 else given[0])
@@ -48,7 +48,7 @@ def id_of(entity: Entity, *given: str) -> Id:
         raise click.BadParameter(str(error), param_hint="ID") from None
 
 
-# An id below 0, as the canary's, must not be taken for an option.
+# An id below 0, like the canary's, must not be parsed as an option.
 @cli.command(context_settings={"ignore_unknown_options": True})
 @click.argument("id_", metavar="ID...", nargs=-1, required=True)
 @ENTITY
@@ -56,7 +56,7 @@ def id_of(entity: Entity, *given: str) -> Id:
 def profile(id_: tuple[str, ...], entity: str | None, as_json: bool) -> None:
     """Read the items of one id from DynamoDB, as a service would.
 
-    A composite key is as many words as it has columns.
+    A composite key has one word per column.
     """
     settings = load_settings()
     with profile_client(settings, entity) as client:
@@ -67,9 +67,7 @@ def profile(id_: tuple[str, ...], entity: str | None, as_json: bool) -> None:
         for name, read in found.as_dict()["domains"].items():
             if read["attributes"] is not None:
                 unknown = (
-                    " (no item, so what a service gets for anybody new)"
-                    if read["state"] == "cold_start"
-                    else ""
+                    " (no item; these are the cold-start values)" if read["state"] == "cold_start" else ""
                 )
                 rows = list(read["attributes"].items())
                 console.print(
@@ -86,7 +84,9 @@ def profile(id_: tuple[str, ...], entity: str | None, as_json: bool) -> None:
 @cli.command()
 @click.argument("user")
 @click.option("--limit", default=10, show_default=True, type=click.IntRange(1, 10_000))
-@click.option("--session/--no-session", default=True, show_default=True, help="React to the last hours.")
+@click.option(
+    "--session/--no-session", default=True, show_default=True, help="Include the activity of the last hours."
+)
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def rank(user: str, limit: int, session: bool, as_json: bool) -> None:
     """Rank the catalogue for one user."""
@@ -112,7 +112,7 @@ def rank(user: str, limit: int, session: bool, as_json: bool) -> None:
 @cli.command()
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
 @click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535))
-@click.option("--only", type=click.Choice(["profiles", "users"]), help="Leave the other half out.")
+@click.option("--only", type=click.Choice(["profiles", "users"]), help="Serve only this part.")
 @click.option(
     "--budget-ms", default=1000, show_default=True, type=click.IntRange(1, 30_000), help="Time for an answer."
 )
@@ -221,7 +221,7 @@ def serve(
 @ENTITY
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def why(id_: tuple[str, ...], attribute: str, entity: str | None, as_json: bool) -> None:
-    """Set a served number beside what its tiles say.
+    """Compare a served value with its tiles.
 
     Also shows these tiles, and the latest events.
     """

@@ -57,7 +57,7 @@ class Findings:
     def claim(self, relation: str, place: str, *, kept: bool = False, model: str = "") -> None:
         """Reserve a relation's name for a declaration; note a problem if it is taken or too long.
 
-        `kept` says that it is a kept view, which has a second name; `model` the name that it is derived from, if any.
+        `kept` marks a kept view, which has a second name; `model` is the name from which it is derived, if any.
         """
         if excess := bytes_too_many(relation, kept=kept):
             file, _, line = place.rpartition(":")

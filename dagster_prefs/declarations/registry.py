@@ -44,10 +44,10 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class Entity:
-    """Whom or what rows are about; its first key is the one that ids are reserved in, events name, and erasures name.
+    """The subject of rows. Reserved ids, events and erasures refer to its first key.
 
-    `table` is its DynamoDB table without the environment's prefix, None if it has no domain. An `erasable`
-    entity is a person, whom `prefs erase` can erase.
+    `table` is its DynamoDB table without the environment's prefix, None if it has no domain. An `erasable` entity is a
+    person, whose data `prefs erase` can erase.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Entity:
 
     @property
     def key_names(self) -> tuple[str, ...]:
-        """The names of the key columns, in their order."""
+        """The names of the key columns, in order."""
         return tuple(key.name for key in self.keys)
 
 
@@ -200,9 +200,9 @@ class Registry:
         return self.entities[name]
 
     def family(self, name: str) -> tuple[Entity, ...]:
-        """The entities with the first key column of the entity of this name, as declared: an erasure is of all of them.
+        """Return the entities that share the first key column of the named one, in declared order.
 
-        The first of them is whose name an erasure is recorded under.
+        An erasure covers all of them, and is recorded under the name of the first.
         """
         return family_of(self.entities, self.entity(name))
 
@@ -218,12 +218,12 @@ class Registry:
 
 
 def family_of(entities: Mapping[str, Entity], entity: Entity) -> tuple[Entity, ...]:
-    """The entities with the first key column of this one, in the order in which they are declared."""
+    """Return the entities that share the first key column of this one, in declared order."""
     return tuple(one for one in entities.values() if one.key == entity.key)
 
 
 def uuid_keys(entities: Mapping[str, Entity], entity: Entity | None) -> set[str]:
-    """The fields that hold UUIDs in a topic about an entity: keys of it and of those that have its first key."""
+    """Return the fields that hold UUIDs in a topic about an entity: its keys, and those of its family."""
     family = family_of(entities, entity) if entity else ()
     return {key.name for one in family for key in one.keys if key.type == "uuid"}
 

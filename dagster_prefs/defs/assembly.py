@@ -1,4 +1,4 @@
-"""All of `defs/` together, for any settings: importing this builds nothing, unlike `dagster_prefs.definitions`."""
+"""Assembles `defs/` for given settings; unlike `dagster_prefs.definitions`, importing it builds nothing."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from dagster_prefs.settings import Settings
 
 
 def build_definitions(settings: Settings) -> dg.Definitions:
-    """All assets, checks, jobs, schedules and sensors for these settings.
+    """Return all assets, checks, jobs, schedules and sensors for these settings.
 
-    Raises StaleRegistry where the project's files are not those of its registry.
+    Raises StaleRegistry if the project's files differ from those of its registry.
     """
     platform = Platform(settings)
     return dg.Definitions.merge(

@@ -23,7 +23,7 @@ def build(platform: Platform) -> dg.Definitions:
         specs=[
             dg.AssetCheckSpec(DRIFT, asset=KEY, description="Every relation is deployed as its model says."),
             dg.AssetCheckSpec(
-                STRANDED, asset=KEY, description="No sink or view reads what was swapped away."
+                STRANDED, asset=KEY, description="No sink or view reads a relation that was swapped away."
             ),
             dg.AssetCheckSpec(
                 LEFTOVERS, asset=KEY, description="No temporary object of a change is left over."

@@ -25,9 +25,9 @@ from dagster_prefs.errors import PrefsError
 
 DEPLOYMENTS = "deployments"
 
-# A shadow relation, built next to the old one, carries the plan's id behind its name until it takes the name over.
+# The suffix of a shadow relation, which is built next to the old one: it carries the plan's id until the swap.
 SHADOW = re.compile(r"__next_([0-9a-f]{8})$")
-# What dbt-risingwave's own zero-downtime mode leaves.
+# The names that dbt-risingwave's own zero-downtime mode leaves behind.
 DBT_LEFTOVER = re.compile(r"_dbt_zero_down_tmp_")
 
 # A Kafka feed: a source with the model's name, and a sink from it into the topic's raw table (macro
@@ -81,12 +81,12 @@ class Model:
 
     @property
     def holds_data(self) -> bool:
-        """Whether it is a table that stores events, which no run could restore."""
+        """Whether it is a table of events, which no run could restore."""
         return self.kind == "table_with_connector"
 
     @property
     def replaces_itself(self) -> bool:
-        """Whether a run of its model replaces what runs: dbt alone makes a second feed next to the old one."""
+        """Whether a run of its model replaces what runs: dbt alone adds a second feed next to the old one."""
         return self.kind == FEED_KIND
 
 
@@ -247,7 +247,7 @@ class Plan:
         counts = [f"{number} {what}" for what, number in numbers.items() if number]
         lines.append(", ".join([f"{len(self.unchanged)} unchanged", *counts]))
         if not self.changes:
-            lines.append("nothing to do: what is deployed is what is declared")
+            lines.append("nothing to do: the deployed relations match the declarations")
         return "\n".join(lines)
 
 

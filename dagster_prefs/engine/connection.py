@@ -114,10 +114,9 @@ class EngineConfiguration:
     def require_auth(self) -> str | None:
         """libpq's `require_auth`: the permitted ways for the server to request the password, None for any.
 
-        RisingWave requests ordinary passwords by md5, and those of OAuth and LDAP in clear text. A clear text
-        password is only sent to a server whose certificate is verified: with `require`, an attacker in
-        between can pose as the server. A server that requests no password is not the one that the password
-        belongs to.
+        RisingWave requests ordinary passwords by md5, and those of OAuth and LDAP in clear text. A clear text password
+        is only sent to a server whose certificate is verified: with `require`, an attacker in between can pose as the
+        server. A server that requests no password is not the expected one.
         """
         if not self.password or on_this_machine(self.host):
             return None

@@ -16,11 +16,11 @@ _HEADINGS = re.compile(
 )
 _FAILED_STATEMENT = re.compile(r"\s*(Database|Runtime) Error in (model|test|snapshot)\b")
 
-# Materialization on RisingWave → its name in messages, and what to check besides its model. The sinks of
+# Materialization on RisingWave → its name in messages, and what to check in addition to its model. The sinks of
 # training tables and of domains differ by their destination.
 _ICEBERG, _DYNAMODB = "sink into Iceberg", "sink into DynamoDB"
 _LOOK_AT: Mapping[str, tuple[str, str]] = {
-    # dbt-risingwave's name for a table, with a connector or without; ours have none.
+    # dbt-risingwave's name for any table, with or without a connector; ours have none.
     "table_with_connector": ("event table", ""),
     _DYNAMODB: (
         "DynamoDB sink",

@@ -331,7 +331,8 @@ class _Erasure:
             if changed:
                 self.stores.refresh()
             with self.engine.connect() as connection, translated(self.engine, "live_changes"):
-                # The views are as the erasure wants them: what would tell a follower so still names the subject.
+                # The views already reflect the erasure: a notification for the follower would still contain the
+                # subject's id.
                 connection.execute(
                     sql.SQL(
                         "delete from {} where relation = 'erased_subjects' and key ->> 'subject_id' = %s"
@@ -395,7 +396,7 @@ class _Erasure:
 
     @cached_property
     def _family(self) -> tuple[Entity, ...]:
-        """The entities whose first key column is the subject's."""
+        """Return the entities whose first key column is the subject's."""
         return self.stores.registry.family(self.subject.kind)
 
     @property
@@ -409,7 +410,10 @@ class _Erasure:
         )
 
     def _items_there(self) -> dict[str, int]:
-        """Entity → items; without those of a store that does not answer now: it is asked again, which tells why."""
+        """Map entities to their items.
+
+        Omits a store that does not answer: it is read again later, and then reports the reason.
+        """
         found: dict[str, int] = {}
         for entity in self._served:
             with suppress(PrefsError):

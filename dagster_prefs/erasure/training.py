@@ -92,8 +92,11 @@ class TableHolding:
 
 @dataclass(frozen=True)
 class ErasedTable:
-    """What was done to one table; `days_from_engine` were exported again, `days_rewritten` are the table's own
-    rows without the subject's, because the engine no longer holds the whole day. A training set has no days."""
+    """The outcome for one table.
+
+    `days_from_engine` were exported again; `days_rewritten` are the table's own rows without the subject's, because the
+    engine no longer holds the whole day. A training set has no days.
+    """
 
     table: str
     days_from_engine: tuple[date, ...] = ()

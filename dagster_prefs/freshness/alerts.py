@@ -151,6 +151,6 @@ class Webhook:
             except (urllib.error.URLError, OSError) as error:
                 reason = str(getattr(error, "reason", error))
         raise AlertError(
-            f"the alert webhook at {self._host} did not take the message ({reason}): check "
+            f"the alert webhook at {self._host} did not accept the message ({reason}): check "
             "PREFS_ALERT_WEBHOOK with `prefs alerts test`"
         )

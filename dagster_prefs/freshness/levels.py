@@ -32,7 +32,7 @@ def unreadable(what: str, error: psycopg.Error) -> Unmeasurable:
     if missing:
         return Unmeasurable(f"{what}: {missing}: run `dbt build` first")
     return Unmeasurable(
-        f"{what}: the engine failed while reading ({' '.join(str(error).split())}): look at its log and run again"
+        f"{what}: the engine failed while reading ({' '.join(str(error).split())}): check its log and run again"
     )
 
 

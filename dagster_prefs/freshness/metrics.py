@@ -1,4 +1,4 @@
-"""The readings in the text format that Prometheus scrapes."""
+"""The measures in the text format that Prometheus scrapes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class MetricsError(PrefsError):
 
 @dataclass(frozen=True)
 class Metric:
-    """One exported metric; `value` names what of a measure it shows."""
+    """One exported metric; `value` names the value of a measure that it exports."""
 
     name: str
     help: str
@@ -36,18 +36,22 @@ class Metric:
 
 
 METRICS: tuple[Metric, ...] = (
-    Metric("prefs_lag_seconds", "Lag that the thresholds of the contract judge.", "lag_seconds"),
+    Metric("prefs_lag_seconds", "Lag that is compared with the thresholds of the contract.", "lag_seconds"),
     Metric("prefs_lag_warn_seconds", "Lag from which a measure warns.", "warn_seconds"),
-    Metric("prefs_lag_error_seconds", "Lag from which the promise is broken.", "error_seconds"),
+    Metric("prefs_lag_error_seconds", "Lag from which the freshness target is missed.", "error_seconds"),
     Metric(
         "prefs_follower_alive", "1 while a process follows the embedded engine, else 0.", "follower_alive"
     ),
     Metric("prefs_follower_step_age_seconds", "Time since the follower's last step.", "step_age_seconds"),
     Metric("prefs_follower_waiting_messages", "Messages that the follower has not read.", "waiting_messages"),
-    Metric("prefs_follower_waiting_changes", "Changes in place that it has not applied.", "waiting_changes"),
-    Metric("prefs_follower_waiting_keys", "Items that it has not published.", "waiting_keys"),
     Metric(
-        "prefs_follower_waiting_views", "Views and domains that are to be compared whole.", "waiting_views"
+        "prefs_follower_waiting_changes", "Changed rows that the follower has not applied.", "waiting_changes"
+    ),
+    Metric("prefs_follower_waiting_keys", "Items that the follower has not published.", "waiting_keys"),
+    Metric(
+        "prefs_follower_waiting_views",
+        "Views and domains that are due to be compared as a whole.",
+        "waiting_views",
     ),
     Metric("prefs_engine_uptime_seconds", "Time since the embedded engine started.", "uptime_seconds"),
     Metric("prefs_engine_disk_free_bytes", "Free space of the embedded engine's disk.", "disk_free_bytes"),
@@ -76,12 +80,12 @@ STATUS_METRICS = (
 
 
 def metric_names() -> list[str]:
-    """Every name that `render_metrics` may write."""
+    """Return every name that `render_metrics` may write."""
     return [metric.name for metric in (*METRICS, LEVEL_METRIC, *STATUS_METRICS)]
 
 
 def render_metrics(status: Status) -> str:
-    """The status in Prometheus' text format, labelled with `stage` and `name`."""
+    """Render the status in Prometheus' text format, labelled with `stage` and `name`."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Readings(status))
     return generate_latest(registry).decode()
@@ -90,10 +94,10 @@ def render_metrics(status: Status) -> str:
 class MetricsServer(ThreadingHTTPServer):
     """Serves `/metrics` on one address; `serve_forever` runs it until `shutdown`.
 
-    `read` takes the readings; one answer is used again for `reuse_seconds`, so that scrapes side by side do
-    not multiply the load on the engine. Port 0 takes a free one, see `server_port`.
+    `read` evaluates the measures; one answer is reused for `reuse_seconds`, so that concurrent scrapes do not multiply
+    the load on the engine. Port 0 selects a free port, see `server_port`.
 
-    Raises MetricsError when the address is in use or not ours.
+    Raises MetricsError if the address is in use or is not on this machine.
     """
 
     daemon_threads = True
@@ -119,7 +123,7 @@ class MetricsServer(ThreadingHTTPServer):
             ) from None
 
     def exposition(self) -> bytes:
-        """The metrics, read again when the last reading is too old."""
+        """Return the metrics, evaluated again if the last evaluation is too old."""
         with self._lock:
             if time.monotonic() >= self._until:
                 self._answer = render_metrics(self._read()).encode()
@@ -142,20 +146,20 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Scrapes are not worth a line each."""
+        """Discard the log line of a scrape."""
 
 
 class _Readings(Collector):
-    """One status, as prometheus_client collects it."""
+    """Collects one status for prometheus_client."""
 
     def __init__(self, status: Status) -> None:
         self._status = status
 
     def collect(self) -> Iterator[PrometheusMetric]:
-        """A family per metric that has samples."""
+        """Yield a family for each metric that has samples."""
         status = self._status
         for metric in METRICS:
-            # A reading that was not taken has no sample: a 0 would look like a good one.
+            # A reading that failed has no sample, because a 0 would look like a good value.
             values = [(measure, _value(metric, measure)) for measure in status.measures]
             if samples := [(measure, value) for measure, value in values if value is not None]:
                 family = _family(metric, ("stage", "name"))

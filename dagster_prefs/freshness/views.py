@@ -25,8 +25,10 @@ _BEFORE_ALL = datetime.min.replace(tzinfo=UTC)
 
 @dataclass(frozen=True)
 class Typed:
-    """The typed relation of a topic; `subject` is the kind that erasures of its subjects are recorded under, and their
-    key column, None for reference data.
+    """The typed relation of a topic.
+
+    `subject` is the kind under which erasures of its subjects are recorded, with their key column; None for reference
+    data.
     """
 
     declared: TopicDeclaration
@@ -447,7 +449,7 @@ def _waiting(
     shown: datetime | None,
     now: datetime,
 ) -> datetime | None:
-    """Return the oldest time in a relation that is newer than what a view shows."""
+    """Return the oldest time in a relation that is newer than what the view shows."""
     only: sql.Composable = sql.SQL(upstream.only)
     if upstream.day:
         first = (now - timedelta(days=upstream.days)).astimezone(UTC).date()

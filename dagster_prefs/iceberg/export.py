@@ -191,17 +191,17 @@ def export_days(
 ) -> Iterator[ExportReport]:
     """Make the table hold exactly the engine's tiles of `days` (UTC), without canaries.
 
-    Yields one report a day, as the commits that hold the days are made. A day that cannot be read, that fails its
-    audit, or that other writers keep changing, is left out and reported as `failed`; the others are published.
+    Yields one report per day, as the commits that hold the days are made. A day that cannot be read, fails its audit,
+    or is changed repeatedly by other writers is left out and reported as `failed`; the others are published.
 
-    A day of which the engine holds fewer rows or a smaller total than the table has left its retention, because
-    late events only ever add: what the table holds of it stays. The option `allow_loss` exports it all the same, for
-    someone who knows why it shrank. Rows of an erased subject are never exported: neither from views that do not
-    know of the erasure yet, nor by an export that had read them before it.
+    If the engine holds fewer rows or a smaller total of a day than the table, the day has left the engine's retention,
+    because late events only ever add: the table keeps its rows. The option `allow_loss` exports the day anyway, for an
+    operator who knows why it shrank. Rows of an erased subject are never exported: neither from views that do not
+    reflect the erasure yet, nor by an export that read them before it.
 
-    A day to which another writer added rows, or of which it deleted or replaced some, is left unchanged and
-    reported as `foreign`. The option `replace_foreign` reverts that writer's changes: the day becomes what the
-    engine holds, or, if that is less than this platform's last export of the day, that export again.
+    A day to which another writer added rows, or of which it deleted or replaced some, is left unchanged and reported as
+    `foreign`. The option `replace_foreign` reverts that writer's changes: the day becomes what the engine holds, or, if
+    that is less than this platform's last export of the day, that export again.
 
     Idempotent, and safe to run several times at once. Raises TilesUnreadable, EngineUnavailable, or another
     OfflineError, if engine, catalog or storage fail as a whole; days that were not reported are then unchanged.
@@ -422,7 +422,7 @@ class _Attempt:
                             if written is not None:
                                 changes.append(DayChange(day, written, parts_of(held.get(day, []))))
                 except DayUnreadable as error:
-                    # The snapshot may have ended with it: the next days are read from another one.
+                    # The engine's snapshot may have ended with the error: the next days are read from another one.
                     outcomes[day] = _Outcome("failed", error=error)
         except BaseException:
             for change in changes:

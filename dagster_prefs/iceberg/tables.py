@@ -96,10 +96,10 @@ class Column:
 class TileTable:
     """A training table and the tile relation of the engine that fills it.
 
-    `entity` is what its rows are about. `metric` names the columns whose total is `metric_total` in
-    `tile_fingerprints`; `key` makes a row of a day unique; `at_most` lists (smaller, larger) pairs of columns that
-    every row must respect; `sink` is RisingWave's that writes the table, where sinks export. `subject_kind` is what
-    erasures of its subjects are recorded under.
+    `entity` is the subject of its rows. `metric` names the columns whose total is `metric_total` in
+    `tile_fingerprints`. `key` makes a row of a day unique. `at_most` lists (smaller, larger) pairs of columns that
+    every row must respect. `sink` is the RisingWave sink that writes the table, if sinks export. `subject_kind` is the
+    name under which erasures of its subjects are recorded.
     """
 
     name: str

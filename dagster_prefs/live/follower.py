@@ -1,4 +1,4 @@
-"""The follower: takes steps as events arrive, and has the touched keys published, until it is told to stop."""
+"""The follower: takes steps as events arrive and publishes the touched keys, until it is told to stop."""
 
 from __future__ import annotations
 
@@ -29,30 +29,30 @@ from dagster_prefs.pauses import Pauses
 
 log = logging.getLogger(__name__)
 
-# How often it looks although nobody woke it, seconds.
+# How often the follower checks for work without being woken, in seconds.
 POLL_SECONDS = 1.0
-# How many keys of a domain are published at once.
+# The number of keys of a domain that are published at once.
 KEYS_PER_PUBLISH = 5000
 
-# How many places of a step a line of the log names; a step usually takes messages from a few partitions.
+# The number of places of a step that a line of the log names; a step usually takes messages from a few partitions.
 PLACES_PER_LINE = 20
 
-# So long does a reader of events work without an error until it counts as working again, seconds: longer than it takes
-# to find the brokers gone, for the ids of the topics and for the messages.
+# A reader of events counts as working again after this long without an error, in seconds. Longer than the time-outs by
+# which it finds the brokers gone: for the ids of the topics, and for the messages.
 WORKS_SECONDS = 20.0
 
-# Publishes the items of these keys (texts as in the engine's outbox) of a domain, or with None compares all.
+# Publishes the items of these keys of a domain (texts as in the engine's outbox); with None, compares all items.
 Publish = Callable[[Domain, Sequence[str] | None], None]
-# Brings events into the raw tables until the event is set.
+# Reads events into the raw tables until the event is set.
 Read = Callable[[threading.Event], None]
 
 
 class Follower:
-    """Steps and publishing over one engine; whoever takes steps holds the lock of its only follower.
+    """Takes steps and publishes, for one engine; while it does, it holds the lock of the engine's only follower.
 
-    `process` names it to people. Of `readers`, by what they read, each has a thread of its own. `say` gets a line for
-    each thing that a person waits for: a rebuild, a problem and its end. The log also has each step, with its id as
-    `step` and the places of the messages that it took, and each publish with the range of steps that it is of.
+    `process` is its name in messages. Each of `readers` (keyed by what it reads) has a thread of its own. `say`
+    receives one line per event that a person waits for: a rebuild, a problem and its end. The log also has each step,
+    with its id as `step` and the places of the messages that it took, and each publish with the range of its steps.
     """
 
     def __init__(
@@ -76,9 +76,9 @@ class Follower:
         self._changed = threading.Event()
 
     def run(self, stop: threading.Event) -> None:
-        """Follow until `stop` is set. What fails is tried again, with the reason in `live_follower` meanwhile.
+        """Follow until `stop` is set. Failures are retried; meanwhile their reason is in `live_follower`.
 
-        Raises FollowedElsewhere at the beginning.
+        Raises FollowedElsewhere at the start if another process follows the engine.
         """
         pauses = Pauses(*RETRY_SECONDS)
         threads = [
@@ -117,9 +117,10 @@ class Follower:
         self._leave()
 
     def catch_up(self) -> int:
-        """Apply and publish all that has arrived, as the engine's follower for so long; returns the messages read.
+        """Apply and publish all that has arrived, and return the number of messages read.
 
-        Raises FollowedElsewhere, NotDeployed, psycopg.Error, and what `publish` raises.
+        Acts as the engine's follower meanwhile. Raises FollowedElsewhere, NotDeployed, psycopg.Error, and what
+        `publish` raises.
         """
         messages = 0
         with self._steps() as steps:
@@ -201,7 +202,7 @@ class Follower:
         )
 
     def _leave(self) -> None:
-        """Take the sign of life back, so that one which is left is that of a follower that died."""
+        """Delete the sign of life, so that a remaining one means that its follower crashed."""
         with suppress(PrefsError, psycopg.Error), self.engine.connect() as connection:
             connection.execute(
                 sql.SQL("delete from {} where process = %s").format(self._table("live_follower")),
@@ -222,15 +223,16 @@ class Follower:
                             pass
                         self._solved("publishing")
                         pauses.reset()
-            # Whatever it is: a thread that ended would leave the items as they are without a word.
+            # Catches every error: if the thread ended, items would become stale without an error.
             except Exception as error:
                 self._problem("publishing", error)
                 stop.wait(pauses.next())
 
     def publish_changes(self, connection: psycopg.Connection[Any]) -> bool:
-        """Publish what the outbox holds, and compare the domains that are pending; returns whether there was any.
+        """Publish the keys in the outbox, and compare the pending domains. Return whether there was any work.
 
-        A domain that cannot be published holds up no other: it stays in the outbox, and its error is raised at the end.
+        A domain that cannot be published does not delay the others: it stays in the outbox, and its error is raised at
+        the end.
         """
         found, errors = False, []
         domains = {domain.sink: domain for domain in self.registry.contract.domains.values()}
@@ -283,7 +285,7 @@ class Follower:
                 "published_keys": len(rows),
             },
         )
-        # A key that a step touched again meanwhile stays, as of that step.
+        # A key that a later step touched meanwhile stays in the outbox with that step.
         connection.execute(
             sql.SQL(
                 "with published as (select * from unnest(%(keys)s::text[], %(steps)s::bigint[]) as p (key, step)),"
@@ -301,7 +303,7 @@ class Follower:
         return True
 
     def _mark_domains(self, connection: psycopg.Connection[Any]) -> None:
-        """Have every domain compared once: the store may be another one than when the last follower ended."""
+        """Have every domain compared once, because the store may have changed since the last follower ended."""
         connection.execute(
             sql.SQL(
                 "insert into {0} (relation) select r from unnest(%s::text[]) as r"

@@ -1,4 +1,4 @@
-"""The follower as other processes see it: its lock, its last sign of life, and when it has applied what arrived."""
+"""The follower as other processes see it: its lock, its last sign of life, its pending work, and when that is done."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
+from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.engine.catalog import missing_relation
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError
 
 # The channel on which writers wake the follower (macros/engine/kept.sql).
 CHANNEL = "prefs_live"
-# How long it waits after a problem before it tries again, seconds, doubled up to the second figure.
+# The first and the longest pause between attempts after a problem, in seconds.
 RETRY_SECONDS = (0.5, 10.0)
-# From this age on its last sign of life says that it is gone, seconds.
+# A follower without a sign of life for this long counts as gone, in seconds.
 GONE_SECONDS = 10.0
 
 
@@ -28,12 +29,12 @@ class FollowedElsewhere(PrefsError):
 
 
 class FollowerProblem(PrefsError):
-    """The follower cannot go on; the message says why, and what to do."""
+    """The follower cannot continue; the message gives the reason and the remedy."""
 
 
 @dataclass(frozen=True)
 class FollowerState:
-    """The last sign of life: which `process` follows, `seen_at` (UTC), its `problem` if it has one.
+    """The follower's last sign of life: its `process`, `seen_at` (UTC), and its `problem` if there is one.
 
     `step` is the id of its last step that did anything, 0 before the first.
     """
@@ -44,12 +45,12 @@ class FollowerState:
     problem: str | None
 
     def alive(self, now: datetime) -> bool:
-        """Whether it gave a sign of life in the last seconds before `now` (UTC)."""
+        """Return whether the last sign of life is recent at `now` (UTC)."""
         return abs((now - self.seen_at).total_seconds()) < GONE_SECONDS
 
 
 def read_follower(connection: psycopg.Connection[Any], engine: EngineConfiguration) -> FollowerState | None:
-    """Return the state of the last follower; None where there was none. Raises psycopg.Error."""
+    """Return the state of the last follower, None if there was none. Raises psycopg.Error."""
     try:
         row = connection.execute(
             sql.SQL("select process, seen_at, step, problem from {}").format(
@@ -64,12 +65,32 @@ def read_follower(connection: psycopg.Connection[Any], engine: EngineConfigurati
 
 
 def follow_lock(engine: EngineConfiguration) -> str:
-    """The name whose advisory lock the follower of an engine holds."""
+    """Return the name of the advisory lock that the follower of an engine holds."""
     return f"dagster-prefs follow {engine.schema}"
 
 
+def pending_views(engine: EngineConfiguration, registry: Registry) -> sql.Composed:
+    """Return a query of the pending views and domains: `relation`, and whether its work is `due` now.
+
+    A view that is rebuilt at an interval is due when the interval since its last rebuild has passed, or when
+    `live_pending.since` is -infinity (`make_rebuilt_due`). Everything else is due at once.
+    """
+    seconds = {name: view.every_seconds for name, view in registry.kept.items() if view.every_seconds}
+    return sql.SQL(
+        "select p.relation, p.since = '-infinity' or v.as_of is null"
+        " or extract(epoch from clock_timestamp() - v.as_of) not between 0 and coalesce(e.seconds, 0) as due"
+        " from {pending} as p left join {views} as v using (relation)"
+        " left join unnest({names}::text[], {seconds}::int[]) as e (relation, seconds) using (relation)"
+    ).format(
+        pending=sql.Identifier(engine.schema, "live_pending"),
+        views=sql.Identifier(engine.schema, "live_views"),
+        names=sql.Literal(list(seconds)),
+        seconds=sql.Literal(list(seconds.values())),
+    )
+
+
 def make_rebuilt_due(connection: psycopg.Connection[Any], engine: EngineConfiguration) -> None:
-    """Have pending views rebuilt now, whatever their interval. Raises psycopg.Error."""
+    """Make all pending views due now, regardless of their interval. Raises psycopg.Error."""
     connection.execute(
         sql.SQL("update {} set since = '-infinity' where relation in (select relation from {})").format(
             sql.Identifier(engine.schema, "live_pending"), sql.Identifier(engine.schema, "live_views")
@@ -80,9 +101,9 @@ def make_rebuilt_due(connection: psycopg.Connection[Any], engine: EngineConfigur
 def wait_until_applied(
     engine: EngineConfiguration, *, seconds: float, say: Callable[[str], None] = lambda line: None
 ) -> None:
-    """Wait until the follower, another process, has applied and published all that has arrived by now.
+    """Wait until the follower, another process, has applied and published all that has arrived so far.
 
-    Raises FollowerProblem if it has a problem, ends, or is not done within `seconds`; psycopg.Error.
+    Raises FollowerProblem if it has a problem, ends, or does not finish within `seconds`; psycopg.Error.
     """
     with engine.connect() as connection:
         table = {
@@ -146,13 +167,13 @@ def _wait(
         if time.monotonic() > end:
             raise FollowerProblem(
                 f"the follower ({state.process}) has not applied everything within {seconds:g} s: see `prefs status`, "
-                "or run the command again to go on waiting"
+                "or run the command again to continue waiting"
             )
         time.sleep(0.02)
 
 
 def _is_held(engine: EngineConfiguration, connection: psycopg.Connection[Any]) -> bool:
-    """Whether a process holds the follower's lock, as during a long step."""
+    """Return whether a process holds the follower's lock, as it does during a long step."""
     ((free,),) = connection.execute(
         "select pg_try_advisory_lock(hashtextextended(%s, 0))", [follow_lock(engine)]
     ).fetchall()

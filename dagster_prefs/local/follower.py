@@ -1,7 +1,7 @@
-"""The follower under the supervisor: started with the settings that `prefs up` hands over, and again when it ends.
+"""The follower as a child of the supervisor, with the settings that `prefs up` passes on; restarted when it ends.
 
-Settings may hold secrets, so they go over a socket in the data folder, which only its owner may open, into the
-environment of the process, and into no file.
+Settings may hold secrets, so they travel over a socket in the data folder, which only its owner may open, into the
+environment of the process. They are written to no file.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ log = logging.getLogger("dagster_prefs.local")
 
 SOCKET = "follower.sock"
 STOP_SECONDS = 20.0
-# A process that ends so soon has a problem that another start does not solve at once.
+# A process that ends this soon has a problem that an immediate restart does not solve.
 SHORT_SECONDS = 10.0
 PAUSE_SECONDS = (1.0, 30.0)
 REQUEST_BYTES = 4_000_000
 
 
 class FollowerControl:
-    """Runs one follower for the supervisor of a data folder: the one whose settings came last."""
+    """Runs one follower for the supervisor of a data folder, with the most recent settings."""
 
     def __init__(self, data_dir: Path, command: list[str] | None = None) -> None:
         self._data_dir = data_dir
@@ -49,7 +49,7 @@ class FollowerControl:
         self._thread.start()
 
     def watch(self) -> None:
-        """Start the follower again if it has ended; called by the supervisor every moment."""
+        """Restart the follower if it has ended. The supervisor calls this periodically."""
         with self._lock:
             if self._environment is None or (self._process is not None and self._process.poll() is None):
                 return
@@ -119,7 +119,7 @@ class FollowerControl:
 
 
 def hand_over(data_dir: Path, environment: Mapping[str, str]) -> None:
-    """Have the supervisor of a data folder run a follower with this environment.
+    """Make the supervisor of a data folder run a follower with this environment.
 
     Raises LocalServicesError if no supervisor answers.
     """
@@ -132,7 +132,7 @@ def hand_over(data_dir: Path, environment: Mapping[str, str]) -> None:
             answer = connection.recv(16)
         except OSError as error:
             raise LocalServicesError(
-                f"the supervisor of {data_dir} does not take the follower's settings ({error.strerror or error}): run "
+                f"the supervisor of {data_dir} did not accept the follower's settings ({error.strerror or error}): run "
                 "`prefs down`, then `prefs up`"
             ) from None
     if answer != b"ok\n":
@@ -142,7 +142,7 @@ def hand_over(data_dir: Path, environment: Mapping[str, str]) -> None:
 
 
 def listen(data_dir: Path) -> socket.socket:
-    """Open the socket on which settings are handed over; only its owner may open it. Raises LocalServicesError."""
+    """Open the socket that receives settings; only its owner may open it. Raises LocalServicesError."""
     listener = socket.socket(socket.AF_UNIX)
     (data_dir / SOCKET).unlink(missing_ok=True)
     try:
@@ -158,7 +158,7 @@ def listen(data_dir: Path) -> socket.socket:
 
 @contextmanager
 def _near(data_dir: Path) -> Iterator[str]:
-    """The socket's address: a path of some hundred characters is too long for one."""
+    """Yield a short address of the socket, because a socket's path is limited to 107 bytes."""
     folder = os.open(data_dir, os.O_RDONLY)
     try:
         short = Path(f"/proc/self/fd/{folder}")

@@ -135,9 +135,10 @@ class LocalServices:
             return replace(self.status(), started=True)
 
     def follow(self, environment: Mapping[str, str]) -> None:
-        """Have the running services keep the engine's views current, by a `prefs follow` with this environment.
+        """Make the running services keep the engine's views current, by a `prefs follow` with this environment.
 
-        Does nothing if one with the same environment runs; one with another is replaced. Raises LocalServicesError.
+        Does nothing if a follower with the same environment runs; one with another environment is replaced. Raises
+        LocalServicesError.
         """
         hand_over(self.data_dir, environment)
 
@@ -298,8 +299,8 @@ class LocalServices:
             os.close(read_end)
             if error.filename == sys.executable:
                 raise LocalServicesError(
-                    f"{sys.executable} cannot be started ({error.strerror}): make the environment anew with "
-                    "a Python that this user may run"
+                    f"{sys.executable} cannot be started ({error.strerror}): create the environment again "
+                    "with a Python that this user may run"
                 ) from None
             raise folder_error(self.data_dir, error) from None
         finally:

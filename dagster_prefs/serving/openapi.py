@@ -214,7 +214,7 @@ def _common_schemas() -> Schema:
 
 
 def _profile_schemas(entity: Entity, domains: Sequence[Domain], name: str) -> Schema:
-    """The schemas of one entity's profiles; domains have names of their own across the contract."""
+    """Return the schemas of one entity's profiles; the names of domains are unique across the contract."""
     found: Schema = {}
     references = {}
     for domain in domains:

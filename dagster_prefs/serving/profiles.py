@@ -76,7 +76,7 @@ class Profile:
     """
 
     entity: ClassVar[str] = ""
-    # The name of the key column, of a composite key those of all its columns.
+    # The name of the key column; for a composite key, the names of all its columns.
     key: ClassVar[str | tuple[str, ...]] = "id"
     # Classes of the domains; those of a generated client, or made from the contract.
     classes: ClassVar[Mapping[str, type[Any]]] = {}
@@ -403,7 +403,7 @@ class ProfileClient:
 
     def _id(self, given: Any) -> Id:
         parts = (given,) if len(self._keys) == 1 else given if isinstance(given, tuple) else ()
-        # In Python an id has its type, so that no key of an answer is another than was asked for.
+        # In Python an id has its type, so that every key of the result is one of the requested ids.
         for key, part in zip(self._keys, parts, strict=False):
             if isinstance(part, str) == (key.type == "bigint") and not isinstance(part, UUID):
                 raise ProfileError(
@@ -502,7 +502,7 @@ class AsyncProfileClient:
 
     @property
     def registry(self) -> Registry:
-        """What the project declares."""
+        """The project's declarations."""
         return self._client.registry
 
     @property
@@ -579,7 +579,7 @@ def _profile_class(entity: Entity, domains: Sequence[Domain]) -> type[Profile]:
 
 
 def profile_key(entity: Entity) -> str | tuple[str, ...]:
-    """What `Profile.key` is for an entity."""
+    """Return the value of `Profile.key` for an entity."""
     return entity.key.name if len(entity.keys) == 1 else entity.key_names
 
 
@@ -587,9 +587,9 @@ def profile_key(entity: Entity) -> str | tuple[str, ...]:
 def _made_profile_class(
     entity: str, key: str | tuple[str, ...], shapes: tuple[DomainShape, ...]
 ) -> type[Profile]:
-    """One class for the same entity and domains, so that profiles of two clients compare equal."""
+    """Return the class of an entity's profiles; cached, so that profiles of two clients compare equal."""
     domains = {shape.name: property(_reader(shape.name)) for shape in shapes}
-    # A key column of such a name, e.g. `id`, has no second name in a profile.
+    # A key column with such a name, e.g. `id`, has no second name in a profile.
     alias = {name: property(_part_of_id(place)) for name, place in key_places(key)}
     return type(
         class_name(entity),
@@ -609,7 +609,7 @@ def _made_profile_class(
 
 
 def key_places(key: str | tuple[str, ...]) -> list[tuple[str, int | None]]:
-    """The key columns that a profile has as properties, and the place of each in a composite id."""
+    """Map the key columns that a profile has as properties to their positions in a composite id."""
     places = [(key, None)] if isinstance(key, str) else [(name, place) for place, name in enumerate(key)]
     return [(name, place) for name, place in places if name not in PROFILE_NAMES]
 

@@ -272,7 +272,7 @@ class _Profiles:
         self._entity = client.entity
         self._keys = client.entity.keys
         self._client = client
-        # By domain, ids whose item could not be read, since the last one that could.
+        # Per domain, the ids whose item could not be read since the last successful read.
         self._unreadable: dict[str, dict[Id, None]] = {}
         self._metrics = metrics
         self._encoders = ThreadPoolExecutor(2, thread_name_prefix="encode")
@@ -287,7 +287,7 @@ class _Profiles:
     def _asked_id(self, request: Request) -> Id:
         if len(self._keys) == 1:
             return wire_id(self._keys, request.path_params[self._keys[0].name])
-        # As it was sent, because a slash within a part is escaped, and one between parts is not.
+        # The undecoded path, because a slash within a part is escaped, and one between parts is not.
         sent = request.scope["raw_path"].decode("ascii", "replace")
         parts = [unquote(part) for part in sent.partition(f"{self._path}/")[2].split("/")]
         if len(parts) != len(self._keys):

@@ -106,7 +106,7 @@ class Arguments:
         return None if given is None else given / 1000
 
     def ids(self, keys: Sequence[Key]) -> list[Id]:
-        """The list of ids, which has the key's name in the plural; of a composite key it is `keys`, of objects."""
+        """Return the list of ids, named like the key in the plural; for a composite key `keys`, a list of objects."""
         name = ids_name(keys)
         given = self._given.get(name)
         if not isinstance(given, list):
@@ -183,7 +183,7 @@ class Metrics:
         self._seconds[route] += seconds  # type: ignore[assignment] # a Counter adds floats as well
 
     def text(self, more: Sequence[Gauge]) -> str:
-        """Prometheus' text format of these counts, and of `more`."""
+        """Render these counts and `more` in Prometheus' text format."""
         registry = CollectorRegistry(auto_describe=False)
         registry.register(_Families(self._families(more)))
         return generate_latest(registry).decode()
@@ -217,7 +217,7 @@ class _Families(Collector):
         self._found = families
 
     def collect(self) -> Iterator[Metric]:
-        """The families, once."""
+        """Yield the metric families once."""
         return self._found
 
 
@@ -315,7 +315,7 @@ def _check_names(given: Mapping[str, Any], known: Sequence[str], what: str) -> N
 
 
 def ids_name(keys: Sequence[Key]) -> str:
-    """What a request for many calls its list of ids: `learner_ids` for `learner_id`, `keys` for a composite key."""
+    """Return the name of the list of ids in a request for many: `learner_ids`, or `keys` for a composite key."""
     return f"{keys[0].name}s" if len(keys) == 1 else "keys"
 
 

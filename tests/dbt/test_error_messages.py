@@ -32,7 +32,7 @@ SINK = """Failed to run the query
     [
         (
             KAFKA.format("topic items not found"),
-            "Kafka has no topic items: create it, or set the name it has there with PREFS_KAFKA_TOPIC_…",
+            "Kafka has no topic items: create it, or set its name in Kafka with PREFS_KAFKA_TOPIC_…",
         ),
         (
             KAFKA.format("BrokerTransportFailure (Local: Broker transport failure)"),

@@ -407,7 +407,7 @@ def test_the_commands_say_and_do_it(
         assert "create user_category_affinity_now\n" in text
         code, text = prefs("apply")
         assert not code
-        assert text.endswith("done: what is deployed is what is declared\n")
+        assert text.endswith("done: the deployed relations match the declarations\n")
         code, text = prefs("plan", "--json")
         assert code == 0
         assert json.loads(text)["relations"] == []

@@ -110,7 +110,7 @@ def test_equal_models_are_nothing_to_do() -> None:
     found = plan(PROJECT)
     assert not found.changes
     assert found.unchanged == ("raw", "tile", "rolling", "plain", "sink", "other")
-    assert found.text() == "6 unchanged\nnothing to do: what is deployed is what is declared"
+    assert found.text() == "6 unchanged\nnothing to do: the deployed relations match the declarations"
     assert found.text(list_unchanged=True).startswith("unchanged raw\n")
 
 
@@ -277,7 +277,7 @@ def fed(models: Sequence[Model], **more: Any) -> Plan:
 def test_with_kafka_a_second_plan_has_nothing_to_do() -> None:
     found = fed(FED)
     assert not found.changes, found.text()
-    assert found.text().endswith("nothing to do: what is deployed is what is declared")
+    assert found.text().endswith("nothing to do: the deployed relations match the declarations")
     assert (found.refusals, found.leftovers) == ((), ())
 
 

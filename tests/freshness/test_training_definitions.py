@@ -233,7 +233,7 @@ def test_rows_of_another_writer_fail_the_export_and_are_named_by_the_sensor(
     assert 987_654 not in found["viewer_id"].to_pylist()
     assert found.num_rows == rows.num_rows
     looked = sensor.evaluate_tick(dg.build_sensor_context(instance, definitions=built))
-    assert looked.skip_message == "every complete day is exported as it is"
+    assert looked.skip_message == "every complete day is exported in its current version"
     assert WATCH.name not in {event.asset_key.path[-1] for event in looked.asset_events}
 
 
