@@ -275,6 +275,9 @@ def test_dbt_refuses_a_window_of_no_days_that_only_compiling_shows(courses_copy:
     courses_copy.change(
         "models/learner_progress_rolling.sql", 'var("windows").short', 'var("windows").short - 7'
     )
-    message = r"within_window\(.*, 0\) in learner_progress_rolling: the days of a window must be a whole number of at least 1"
+    message = (
+        r"within_window\(.*, 0\) in learner_progress_rolling: "
+        "the days of a window must be a whole number of at least 1"
+    )
     with pytest.raises(DbtError, match=message):
         compile_queries(courses_copy.folder, ["learner_progress_rolling"])
