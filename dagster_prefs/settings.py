@@ -429,7 +429,7 @@ class Settings(BaseSettings):
             )
         if self.export == "sink" and (address.username or address.password):
             raise ValueError(
-                "PREFS_ICEBERG_URI holds a password, which RisingWave's catalog would show to whoever reads it: remove "
+                "PREFS_ICEBERG_URI holds a password, which RisingWave's catalog would show to its readers: remove "
                 "it from the address and set PREFS_ICEBERG_CREDENTIAL"
             )
 

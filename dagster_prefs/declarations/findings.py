@@ -100,7 +100,7 @@ class Findings:
             self.say(
                 model.file,
                 model.line,
-                f"{model.name} is a {kind} and has no SQL: write {model.name}.sql beside its YAML",
+                f"{model.name} is a {kind} and has no SQL: write {model.name}.sql next to its YAML",
                 'select viewer_id, … from {{ ref("view_events") }}',
             )
 

@@ -78,7 +78,7 @@ def build(platform: Platform) -> dg.Definitions:
                 cron_schedule="30 5 * * *",
                 execution_timezone="UTC",
                 default_status=schedule_status(platform),
-                description="Reports drift once a day, because a change outside the platform tells nobody.",
+                description="Reports drift once a day, because a change outside the platform causes no event.",
             )
         ],
     )

@@ -47,7 +47,7 @@ GROUP = "engine"
 CHECKS = {
     "engine": ("works", "The embedded engine and its follower work, and the disk has space."),
     "ingestion": ("ingestion_lag", "Every message in Kafka is ingested."),
-    "views": ("freshness", "What arrived is visible here; a quiet topic is not stale."),
+    "views": ("freshness", "Everything that arrived is visible here; a quiet topic is not stale."),
     "online": ("freshness", "A sample of ids is in DynamoDB as it is in the rolling view."),
     "offline": ("freshness", "Every complete day is in the training table as the engine holds it now."),
     "canary": ("canary", "A synthetic event became readable within the freshness target."),

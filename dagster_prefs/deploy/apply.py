@@ -118,7 +118,7 @@ def apply_plan(
     except psycopg.Error as error:
         raise ApplyError(
             f"the engine at {engine.host}:{engine.port} refused a statement of the step “{step}”: remove the cause "
-            f"and run `prefs apply` again, which goes on from there. It says: {engine_words(str(error))}"
+            f"and run `prefs apply` again, which continues from there. It says: {engine_words(str(error))}"
         ) from error
     finally:
         lock.release()

@@ -581,7 +581,7 @@ def _ancestors(models: Mapping[str, Model], name: str) -> set[str]:
 
 
 def _stranded(models: Mapping[str, Model], records: Mapping[str, Record], catalog: Catalog) -> dict[str, str]:
-    """Map each relation to what it reads against its model: the old object of an unfinished swap."""
+    """Map each relation to the relations that it reads contrary to its model: old objects of an unfinished swap."""
     found = {}
     for name in models:
         if name not in records or name not in catalog.objects:

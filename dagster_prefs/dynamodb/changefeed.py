@@ -42,7 +42,7 @@ Mode = Literal["follow", "once"]
 PAGE = 1000
 # How long FETCH waits for a change; an order to stop is heard after this at the latest.
 FETCH_SECONDS = 1
-# After so long without a change the token moves on by itself, so that a quiet view never outlives the retention.
+# After this long without a change the token is advanced, so that a quiet view never outlives the retention.
 QUIET_SECONDS = 15.0
 FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 1.0, 30.0
 
@@ -106,7 +106,7 @@ def publish_changes(
         try:
             finished, _ = wait(running, return_when=FIRST_EXCEPTION)
             if mode == "follow" and any(future.exception() for future in finished):
-                # A process that goes on without one of its domains would look healthy from outside.
+                # A process that continues without one of its domains would look healthy from outside.
                 stop.set()
         except BaseException:
             stop.set()
@@ -222,7 +222,7 @@ class _Publisher:
                 self.notify(f"{error}: reading the whole view again")
                 self.full = True
             except (FeedBroken, EngineUnavailable, StoreUnavailable, PublishError) as error:
-                # What fails before anything worked, or refuses too many keys, does not pass by itself.
+                # An error before the first success, or too many rejected keys, is not temporary.
                 if self.mode == "once" or not self.sessions or len(self.refused) > MAX_REFUSED:
                     raise
                 if self.sessions > sessions:
@@ -241,7 +241,7 @@ class _Publisher:
             self.stop.wait(min(1.0, max(0.0, ends - time.monotonic())))
 
     def _drop_unwritten(self) -> None:
-        # What was read and not written is read again from the token.
+        # Changes that were read but not written are read again from the token.
         self.moment: int | None = None
         self.kept: set[Id] = set()
         self.removed: set[Id] = set()

@@ -53,7 +53,7 @@ RETRYABLE = frozenset(
     }
 )
 
-# What the engine may call a column of each contract type (PostgreSQL's format_type).
+# The engine's possible types for a column of each contract type (PostgreSQL's format_type).
 COLUMN_TYPES = {
     "integer": ("bigint", "integer", "smallint"),
     "decimal": ("numeric",),

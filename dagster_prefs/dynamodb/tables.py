@@ -15,8 +15,8 @@ from dagster_prefs.pauses import Pauses
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
 
-# Written by whoever makes the table: `create` here, or the Terraform module. Never lowered, because code of an
-# older contract may well run on a table of a newer one; the other way round it must not.
+# Written when the table is created, by `create` here or by the Terraform module. Never lowered, because code of an
+# older contract may run on a table of a newer one, but not the reverse.
 CONTRACT_VERSION_TAG = "prefs:contract-version"
 
 

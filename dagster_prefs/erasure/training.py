@@ -108,10 +108,10 @@ class ErasedTable:
 
 @dataclass(frozen=True)
 class CatalogSearch:
-    """The tables of a catalog besides the training tables.
+    """The tables of a catalog other than the training tables.
 
-    `training_sets` are tables of this platform; `holding` are other tables of labels whose current state
-    holds the subject; `unread` gives the reason why a namespace or table was not searched.
+    `training_sets` are tables of this platform; `holding` are other tables of labels whose current state holds the
+    subject; `unread` gives the reason why a namespace or table was not searched.
     """
 
     training_sets: tuple[str, ...]

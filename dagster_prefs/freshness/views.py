@@ -143,7 +143,9 @@ _JOINED = (
     "its query reads events or tiles together with something else, so that which of them it shows is not known: read "
     "them in a CTE of their own"
 )
-_TIMELESS = f"its query has no {LAST_EVENT_AT} that is the newest time of what it reads: add max(…) as {LAST_EVENT_AT}"
+_TIMELESS = (
+    f"its query has no {LAST_EVENT_AT} that is the newest time of its inputs: add max(…) as {LAST_EVENT_AT}"
+)
 
 
 def _sources(

@@ -46,7 +46,7 @@ class StagedDay:
 
 @dataclass(frozen=True)
 class Staged:
-    """What one commit put on a branch: its snapshot and the days in it."""
+    """The content of one commit to a branch: its snapshot and the days in it."""
 
     snapshot_id: int
     branch: str

@@ -118,10 +118,10 @@ class DaysFailed(OfflineError):
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What an export may do beyond adding to days of its own.
+    """Options of an export, all of which are off by default.
 
     `allow_loss` exports a day although the engine holds less of it than the table. `replace_foreign` reverts what
-    another writer did to a day. `erasing` is a subject whom an erasure removes, and whose rows are therefore no loss.
+    another writer did to a day. `erasing` is a subject that is being erased, whose missing rows are therefore no loss.
     """
 
     allow_loss: bool = False
@@ -232,7 +232,7 @@ def _conflict(name: str, day: date) -> ExportConflict:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What one attempt did with a day."""
+    """The outcome of one attempt for a day."""
 
     status: Status
     token: str | None = None
@@ -275,11 +275,10 @@ def _reports(
 
 @dataclass(frozen=True)
 class ExportedDay:
-    """What a table holds of one day: `rows`, and the `token` of their fingerprint, None if it is not known.
+    """The content of a table for one day: `rows`, and the `token` of their fingerprint, None if it is not known.
 
-    `foreign` describes what another writer did to the day; its token is None then, and `rows` are those of
-    its data files, deleted ones included. A day that such a writer `removed` is listed with the rows that it
-    had.
+    `foreign` describes another writer's changes to the day; its token is None then, and `rows` are those of its data
+    files, deleted ones included. A day that such a writer `removed` is listed with the rows that it had.
     """
 
     token: str | None

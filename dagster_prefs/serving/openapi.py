@@ -134,7 +134,7 @@ def _user_paths() -> Schema:
         "limit",
         {
             **_limit(MAX_PROFILE_LIMIT, DEFAULT_PROFILE_LIMIT),
-            "description": "Entries of each list; `next` says where a longer one goes on.",
+            "description": "Entries of each list; `next` has the cursor of the following ones.",
         },
     )
     cursor = _query(
@@ -151,7 +151,10 @@ def _user_paths() -> Schema:
     return {
         "/v1/users/{user_id}/profile": {
             "get": _operation(
-                "getUserProfile", "What is known of a user", _ref("ShopUserProfile"), [user, entries, budget]
+                "getUserProfile",
+                "A user's preference profile",
+                _ref("ShopUserProfile"),
+                [user, entries, budget],
             )
         },
         "/v1/users/{user_id}/ranking": {

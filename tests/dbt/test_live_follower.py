@@ -12,6 +12,7 @@ import psycopg
 import pytest
 from confluent_kafka import Producer
 from relations import insert_events, instant
+from shipped import LONG
 from streams import MIDNIGHT, NOW, watch
 from waiting import PATIENCE_SECONDS, wait_for
 
@@ -61,10 +62,10 @@ def running(follower: Follower) -> Iterator[None]:
 
 
 def minutes(platform: Platform) -> dict[str, Decimal]:
-    """Viewer → watch_minutes_28d of the items in DynamoDB, but for the canary's."""
+    """Viewer → minutes of the long window in the items in DynamoDB, but for the canary's."""
     items = platform.dynamodb().scan(TableName="viewer_profiles")["Items"]
     return {
-        item["viewer_id"]["N"]: Decimal(item["watch_minutes_28d"]["N"])
+        item["viewer_id"]["N"]: Decimal(item[f"watch_minutes_{LONG}d"]["N"])
         for item in items
         if item["domain_key"]["S"] == "engagement#watch" and int(item["viewer_id"]["N"]) >= 0
     }

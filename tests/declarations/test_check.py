@@ -56,7 +56,7 @@ def problems(copy: Copy) -> list[str]:
         (TOPIC, "optional: true, min: 0", "optional: true, min: 5, max: 4", "min 5 is above max 4", "min: 4, max: 5"),
         (TOPIC, "optional: true, min: 0", "optional: true, scale: 2", "scale is only for decimal, and this column is int", "data_type: decimal"),
         (TOPIC, "description: Identity of the event. }", "description: Identity., config: { meta: { max_bytes: 4000 } } }", "max_bytes must be from 1 to 2048, not 4000: an index and a key of DynamoDB cannot hold more", "max_bytes: 256"),
-        (TOPIC, "description: When. }", "description: When., config: { meta: { optional: true } } }", "the identity, the key and the time of an event cannot be optional", ""),
+        (TOPIC, "description: Time of the event. }", "description: Time of the event., config: { meta: { optional: true } } }", "the identity, the key and the time of an event cannot be optional", ""),
         (TOPIC, "[started, finished, bookmarked]", "[started, 'it''s']", "accepted must be a list of texts without quotes, not .*it's", "accepted: [like, share]"),
         (TOPIC, "accepted: [started, finished, bookmarked]", "accepted_from: window", r"vars has no list or mapping of that name \(did you mean 'windows'\?\)", ""),
         (TOPIC, "name: subject, data_type", "name: payload, data_type", "the name is used by the platform", "lesson_events_payload"),

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError
 from click.testing import CliRunner
-from shipped import with_computed_attributes
+from shipped import LONG, with_computed_attributes
 
 from dagster_prefs.cli import cli
 from dagster_prefs.declarations.contract import contract_dict, parse_contract
@@ -105,8 +105,8 @@ def test_null_lists_and_exact_numbers_survive(store: Any) -> None:
         "favorite_genre": None,
         "favorite_genres": [],
         "favorite_genre_shares": [],
-        "completion_rate_28d": None,
-        "minutes_per_view_28d": None,
+        f"completion_rate_{LONG}d": None,
+        f"minutes_per_view_{LONG}d": None,
         "last_event_at": 5,
     }
     assert second["favorite_genre_shares"] == shares

@@ -11,7 +11,7 @@ import dagster as dg
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from shipped import GENRE, REGISTRY, WATCH
+from shipped import GENRE, LONG, REGISTRY, WATCH
 
 from dagster_prefs.defs import offline_store, training_data
 from dagster_prefs.freshness.canary import send_canary
@@ -94,10 +94,10 @@ def test_what_is_published_equals_the_tables(
 @pytest.mark.parametrize(
     ("domain", "attribute", "value", "served"),
     [
-        ("watch", "watch_minutes_28d", {"N": "20.000001"}, "20.000001"),
+        ("watch", f"watch_minutes_{LONG}d", {"N": "20.000001"}, "20.000001"),
         ("preferences", "favorite_genre_shares", {"L": []}, "[]"),
         # Of another type than the contract's.
-        ("interactions", "likes_28d", {"S": "2"}, "2"),
+        ("interactions", f"likes_{LONG}d", {"S": "2"}, "2"),
     ],
 )
 def test_one_corrupted_attribute_is_found_and_named(
@@ -303,5 +303,5 @@ def test_a_training_set_is_made_by_dagster(
     assert Path(metadata["manifest"].value).is_file()
     first, second = pq.read_table(output).to_pylist()
     # Yesterday's ten minutes; today's are not known yet.
-    assert (first["liked"], first["watch_minutes_7d"], first["likes_28d"]) == (1, 10, 1)
+    assert (first["liked"], first["watch_minutes_7d"], first[f"likes_{LONG}d"]) == (1, 10, 1)
     assert (second["watch_minutes_7d"], second["favorite_genre"]) == (0, None)
