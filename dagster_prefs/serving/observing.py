@@ -15,10 +15,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 from dagster_prefs.dynamodb.reader import Attempted, Attempts
 from dagster_prefs.errors import PrefsError
+
+C = TypeVar("C")
+T = TypeVar("T")
 
 # Upper bounds of the buckets of every histogram of latencies, seconds.
 LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
@@ -241,14 +244,14 @@ def reading(observer: Observer | None, entity: str, domain: str) -> Iterator[_Re
             told.call.end(outcomes, 0)
 
 
-def attempting(read: Callable[[Any], Any], operation: str) -> Callable[[Any], Any]:
+def attempting(read: Callable[[C], T], operation: str) -> Callable[[C], T]:
     """Have each call of `read` told as an attempt of the call that runs in this context; as it is where none runs."""
     told = _READING.get()
     if told is None or told.call is None:
         return read
     call = told.call
 
-    def attempt(connection: Any) -> Any:
+    def attempt(connection: C) -> T:
         told.number += 1
         ended = call.attempt(told.number, [operation])
         try:
