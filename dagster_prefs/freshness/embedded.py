@@ -36,7 +36,8 @@ class _State(NamedTuple):
     """What the engine tells about its follower, at one moment; durations are in seconds.
 
     `process`, `problem` and `silent` are its last sign of life, None where nobody follows. `pid` is the engine's
-    process of whoever holds the follower's lock now, with its `state` and the name of who `blocks` it.
+    process of whoever holds the follower's lock now, with its `state` and the name of who `blocks` it. `steps` were
+    taken since the engine was set up.
     """
 
     uptime: float
@@ -51,6 +52,7 @@ class _State(NamedTuple):
     keys: int
     views: int
     oldest: float | None
+    steps: int = 0
 
     @property
     def alive(self) -> bool:
@@ -141,6 +143,7 @@ def _follower(state: _State) -> Measure:
         "waiting_changes": state.changes,
         "waiting_keys": state.keys,
         "waiting_views": state.views,
+        "steps": state.steps,
     }
     if state.silent is not None:
         values["step_age_seconds"] = state.silent
@@ -200,7 +203,14 @@ def _judge(state: _State) -> tuple[Level, str]:
 def _read(connection: psycopg.Connection[Any], engine: EngineConfiguration) -> _State:
     tables = {
         name: sql.Identifier(engine.schema, name)
-        for name in ("live_follower", "raw_arrivals", "live_changes", "live_outbox", "live_pending")
+        for name in (
+            "live_follower",
+            "raw_arrivals",
+            "live_changes",
+            "live_outbox",
+            "live_pending",
+            "live_steps",
+        )
     }
     query = sql.SQL(
         """
@@ -227,7 +237,8 @@ def _read(connection: psycopg.Connection[Any], engine: EngineConfiguration) -> _
             (select count(*) from (select from {live_changes} limit {most}) as changes),
             (select count(*) from (select from {live_outbox} limit {most}) as keys),
             (select count(*) from {live_pending}),
-            (select extract(epoch from clock_timestamp() - min(arrived_at)) from arrivals)::float8
+            (select extract(epoch from clock_timestamp() - min(arrived_at)) from arrivals)::float8,
+            (select case when is_called then last_value else 0 end from {live_steps})
         from (select) as one
         left join {live_follower} as follower on true
         left join holder on true
