@@ -272,6 +272,14 @@ class Settings(BaseSettings):
         description="`on` stores credentials as RisingWave secrets (licensed), to which options refer; `off` passes "
         "plain values, which anyone who may read RisingWave's catalog sees.",
     )
+    log_format: Literal["auto", "json", "text"] = Field(
+        "auto",
+        description="Log of processes that run on, on stderr: `json` (an object a line), `text`, or `auto`, which is "
+        "text on a terminal and JSON elsewhere.",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least level of the platform's own lines in that log."
+    )
     alert_webhook: SecretStr | None = Field(
         None,
         description="Slack-compatible webhook (https) for freshness alerts; empty means that they are logged.",
@@ -529,6 +537,14 @@ class Settings(BaseSettings):
     @cached_property
     def _registry(self) -> Registry:
         return load_registry(self.project)
+
+    @property
+    def secrets(self) -> list[str]:
+        """The values that no log may show: those of secret settings, and of the AWS credentials in the environment."""
+        given = [getattr(self, name) for name in type(self).model_fields]
+        found = [value.get_secret_value() for value in given if isinstance(value, SecretStr)]
+        found += [os.environ.get(name, "") for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")]
+        return [value for value in found if value]
 
     @property
     def port(self) -> int:

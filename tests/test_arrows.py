@@ -33,18 +33,20 @@ ALLOWED = {
     "ids": set(),
     "pauses": set(),
     "printable": set(),
+    "redaction": set(),
+    "logs": {"printable", "redaction"},
     "textfiles": set(),
     # Which project is meant is a setting, and loads what it declares.
     "settings": {"declarations"},
     "declarations": set(),
-    "engine": {"declarations"},
+    "engine": {"declarations", "redaction"},
     "dynamodb": {"declarations", "engine"},
     "events": {"declarations", "engine", "textfiles"},
-    "iceberg": {"declarations", "engine"},
-    "deploy": {"declarations", "engine", "events", "dynamodb"},
+    "iceberg": {"declarations", "engine", "redaction"},
+    "deploy": {"declarations", "engine", "events", "dynamodb", "redaction"},
     "live": {"declarations", "engine", "events", "dynamodb"},
     "training": {"declarations", "engine", "dynamodb", "iceberg", "textfiles"},
-    "serving": {"declarations", "engine", "dynamodb", "loopback"},
+    "serving": {"declarations", "engine", "dynamodb", "loopback", "logs"},
     "freshness": {
         "declarations",
         "engine",
@@ -56,7 +58,7 @@ ALLOWED = {
         "live",
     },
     "erasure": {"declarations", "engine", "dynamodb", "events", "iceberg", "training"},
-    "local": {"declarations", "engine", "loopback"},
+    "local": {"declarations", "engine", "loopback", "logs"},
     "platform": set(ROOMS) - {"defs", "tools"} | {"settings"},
     # On RisingWave the demo publishes with Dagster's job, as `prefs refresh` does.
     "tools": set(ROOMS) | {"platform", "settings", "runs"},
@@ -64,7 +66,7 @@ ALLOWED = {
     "definitions": {"defs", "settings"},
     "runs": {"defs", "settings"},
     "__main__": {"cli"},
-    "cli": set(ROOMS) | {"platform", "settings", "runs", "printable"},
+    "cli": set(ROOMS) | {"platform", "settings", "runs", "printable", "logs"},
 }
 # Outside packages that only some places may import.
 RESERVED = {
@@ -77,6 +79,7 @@ RESERVED = {
     "pyiceberg": {"iceberg", "training", "defs", "erasure", "freshness"},
     "moto": {"local"},
     "prometheus_client": {"freshness", "serving"},
+    "opentelemetry": {"serving"},
     "pydantic_settings": {"settings"},
 }
 MOST_PARAMETERS = 7

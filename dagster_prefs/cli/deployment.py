@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 from contextlib import suppress
@@ -11,9 +12,11 @@ from typing import Any
 
 import click
 
-from dagster_prefs.cli.root import cli, console, print_json, run_job, say, table_of
+from dagster_prefs.cli.root import cli, console, print_json, run_job, say, start_logging, table_of
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.settings import load_settings
+
+logger = logging.getLogger("dagster_prefs.publish")
 
 
 @cli.group()
@@ -71,7 +74,8 @@ def follow() -> None:
             "RisingWave keeps its own views current: this is for PREFS_ENGINE=local. With PREFS_PUBLISH=changefeed, "
             "`prefs publish --follow` follows its changes"
         )
-    Platform(settings).follower(say).run(_until_signal())
+    start_logging(settings)
+    Platform(settings).follower().run(_until_signal())
 
 
 def _until_signal() -> threading.Event:
@@ -107,6 +111,8 @@ def publish(follow: bool, full: bool, as_json: bool) -> None:
             "`prefs refresh` or `prefs follow`; `prefs reconcile` compares whole views"
         )
     stop = _until_signal() if settings.follows else threading.Event()
+    if follow:
+        start_logging(settings)
     stores = Platform(settings).stores()
     if settings.follows:
         reports: list[Any] = publish_changes(
@@ -116,7 +122,7 @@ def publish(follow: bool, full: bool, as_json: bool) -> None:
             label=process_label(),
             lease_seconds=settings.changefeed_lease_seconds,
             full=full,
-            notify=lambda message: say(message, stderr=True),
+            notify=logger.info if follow else lambda message: say(message, stderr=True),
         )
     else:
         reports = [publish_domain(store) for store in stores]

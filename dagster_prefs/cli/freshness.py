@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dagster_prefs.cli.root import cli, console, print_json, progress_bar, services_of, table_of
+from dagster_prefs.cli.root import (
+    cli,
+    console,
+    print_json,
+    progress_bar,
+    services_of,
+    start_logging,
+    table_of,
+)
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.settings import Settings, load_settings
 
@@ -135,7 +143,9 @@ def metrics(port: int) -> None:
     """
     from dagster_prefs.freshness.metrics import MetricsServer
 
-    with readings(load_settings()) as read, MetricsServer(read, port=port) as server:
+    settings = load_settings()
+    start_logging(settings)
+    with readings(settings) as read, MetricsServer(read, port=port) as server:
         console.print(f"metrics at http://127.0.0.1:{server.server_port}/metrics; Ctrl-C stops")
         server.serve_forever()
 

@@ -20,6 +20,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from dagster_prefs import logs
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.printable import printable
 from dagster_prefs.settings import Settings
@@ -101,6 +102,11 @@ def main() -> None:
 @click.version_option(package_name="dagster-prefs")
 def cli() -> None:
     """Real-time preference and engagement profiles."""
+
+
+def start_logging(settings: Settings) -> None:
+    """Write the log of a command that runs on to stderr, as the settings say."""
+    logs.start_logging(settings.log_format, settings.log_level, secrets=settings.secrets)
 
 
 def services_of(settings: Settings) -> LocalServices:

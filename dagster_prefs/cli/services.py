@@ -16,6 +16,7 @@ from dagster_prefs.cli.root import (
     print_json,
     services_of,
     start_follower,
+    start_logging,
     start_services,
     table_of,
 )
@@ -88,6 +89,7 @@ def ui(port: int) -> None:
     from dagster_prefs.local.state import require_free_port
 
     settings = load_settings()
+    start_logging(settings)
     # Dagster would silently choose another port.
     require_free_port(port, "--port")
     start_services(settings)

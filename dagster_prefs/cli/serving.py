@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import click
 
-from dagster_prefs.cli.root import cli, console, print_json, table_of
+from dagster_prefs.cli.root import cli, console, print_json, start_logging, table_of
 from dagster_prefs.declarations.registry import Entity
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError, excerpt
@@ -15,7 +17,10 @@ from dagster_prefs.ids import BadId, Id, id_label, read_id
 from dagster_prefs.settings import Settings, load_settings
 
 if TYPE_CHECKING:
-    from dagster_prefs.serving import ProfileClient
+    from dagster_prefs.serving import ProfileClient, ReadCounts
+    from dagster_prefs.serving.observing import Observer, RequestSpans
+
+logger = logging.getLogger(__name__)
 
 
 def profile_client(settings: Settings, entity: str | None) -> ProfileClient:
@@ -171,12 +176,16 @@ def serve(
 
     Until Ctrl-C or SIGTERM.
     """
-    from dagster_prefs.serving import AsyncProfileClient, ClientOptions, ShopClient
+    from dagster_prefs.serving import AsyncProfileClient, ClientOptions, ReadCounts, ShopClient
     from dagster_prefs.serving.connections import ConnectionLimits
+    from dagster_prefs.serving.observing import Watched
     from dagster_prefs.serving.server import Load, make_app
     from dagster_prefs.serving.server import serve as run_server
 
     settings = load_settings()
+    start_logging(settings)
+    counts = ReadCounts()
+    observer, spans = _telemetry(counts)
     budget = budget_ms / 1000
     preferences = None
     profiles: list[AsyncProfileClient] = []
@@ -190,13 +199,16 @@ def serve(
                 endpoint_url=settings.aws_endpoint,
                 region=settings.aws_region,
                 table_prefix=settings.table_prefix,
-                options=ClientOptions(budget_seconds=budget, read_timeout_seconds=budget),
+                options=ClientOptions(budget_seconds=budget, read_timeout_seconds=budget, observer=observer),
             )
             for entity in registry.contract.tables
         ]
     if only != "profiles":
         preferences = ShopClient(
-            EngineConfiguration.of(settings), pool_size=threads, statement_timeout_seconds=max(5.0, budget)
+            EngineConfiguration.of(settings),
+            pool_size=threads,
+            statement_timeout_seconds=max(5.0, budget),
+            observer=observer,
         )
     app = make_app(
         profiles,
@@ -204,6 +216,7 @@ def serve(
         load=Load(budget_seconds=budget, max_in_flight=max_in_flight, threads=threads),
         catalogue_refresh_seconds=refresh_seconds if ranker == "memory" else None,
         allowed_hosts=allowed_hosts,
+        watched=Watched(counts, spans),
     )
     run_server(
         app,
@@ -213,6 +226,26 @@ def serve(
         drain_seconds=drain_seconds,
         started=lambda url: console.print(f"serving at {url}; Ctrl-C stops"),
     )
+
+
+def _telemetry(counts: ReadCounts) -> tuple[Observer, RequestSpans | None]:
+    """Who is told of reads and requests: OpenTelemetry too, if its variables ask for it and it is installed."""
+    from dagster_prefs.serving.observing import telemetry_is_on
+
+    if not telemetry_is_on(os.environ):
+        return counts, None
+    try:
+        from dagster_prefs.serving.telemetry import ReadTelemetry, RequestTelemetry, start_telemetry
+    except ModuleNotFoundError as error:
+        # An operator of a cluster may set these variables for every process in it.
+        logger.warning(
+            "OTEL_… variables ask for OpenTelemetry, and %s is not installed: install dagster-prefs[telemetry], or set "
+            "OTEL_SDK_DISABLED=true",
+            error.name,
+        )
+        return counts, None
+    start_telemetry(os.environ)
+    return ReadTelemetry(counts), RequestTelemetry()
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})

@@ -32,10 +32,11 @@ from dagster_prefs.deploy.plan import (
 from dagster_prefs.engine.catalog import Catalog, read_catalog
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
-from dagster_prefs.engine.explain import engine_words, redacted
+from dagster_prefs.engine.explain import engine_words
 from dagster_prefs.engine.version import require_version
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.files import make_private_folder
+from dagster_prefs.redaction import redact_options
 
 BUILDING, GOING_LIVE = "building", "going live"
 # These have no readers inside the engine: instead of a swap, the old one is dropped and the new one renamed.
@@ -474,7 +475,7 @@ class _Apply:
             "update {} set checksum = %s, source_checksum = %s, definition = %s, state = 'deployed',"
             " deployed_at = now() where relation = %s",
             self._records,
-            values=(model.checksum, model.source_checksum, redacted(model.sql), name),
+            values=(model.checksum, model.source_checksum, redact_options(model.sql), name),
         )
 
     def _promote_records(self, journal: _Journal) -> None:

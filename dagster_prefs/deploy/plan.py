@@ -19,9 +19,9 @@ from sqlglot.errors import SqlglotError
 from dagster_prefs.engine.catalog import Catalog, CatalogObject, read_catalog
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
-from dagster_prefs.engine.explain import redacted
 from dagster_prefs.engine.version import require_version
 from dagster_prefs.errors import PrefsError
+from dagster_prefs.redaction import redact_options
 
 DEPLOYMENTS = "deployments"
 
@@ -594,7 +594,7 @@ def _stranded(models: Mapping[str, Model], records: Mapping[str, Record], catalo
 
 def readable_diff(engine: Literal["local", "risingwave"], model: Model, deployed: str) -> str:
     """Return a unified diff of two definitions; queries are formatted first, so layout does not count."""
-    before, after = (_formatted(engine, text) for text in (deployed, redacted(model.sql)))
+    before, after = (_formatted(engine, text) for text in (deployed, redact_options(model.sql)))
     lines = difflib.unified_diff(before, after, "deployed", "compiled", lineterm="", n=2)
     return "\n".join(lines)
 

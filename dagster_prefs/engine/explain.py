@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.redaction import redact_options
 
-_CREDENTIALS = re.compile(r"(?i)((?:secret|password|access[._]key|token|jaas)[a-z._]*\s*=\s*)'[^']*'")
 # The headings that dbt and RisingWave put around the reasons, and dbt's call stack.
 _HEADINGS = re.compile(
     r"(Database|Runtime) Error( in .*)?|Failed to run the query|Caused by( these errors \(.*\))?:"
@@ -41,16 +41,11 @@ _LOOK_AT: Mapping[str, tuple[str, str]] = {
 _SECRET = "secret_store_private_key of the server, and PREFS_RISINGWAVE_SECRETS, which may be off"  # noqa: S105
 
 
-def redacted(definition: str) -> str:
-    """Remove the values of options that hold credentials, as the engine's record does."""
-    return _CREDENTIALS.sub(r"\1'***'", definition)
-
-
 def engine_words(message: str) -> str:
     """Return the reasons in an engine's message, outermost first, on one line and without credentials."""
     reasons = [re.sub(r"^\d+: ", "", line.strip()) for line in message.splitlines()]
     kept = [reason for reason in reasons if reason and not _HEADINGS.fullmatch(reason)]
-    return redacted(": ".join(reason.rstrip(":") for reason in kept)) or "nothing"
+    return redact_options(": ".join(reason.rstrip(":") for reason in kept)) or "nothing"
 
 
 def failed_statement(

@@ -38,7 +38,8 @@ class _State(NamedTuple):
     """The engine's view of its follower at one moment; durations are in seconds.
 
     `process`, `problem` and `silent` are its last sign of life, None if no process follows. `pid` is the engine's
-    session that holds the follower's lock now, with its `state` and the name of the session that `blocks` it.
+    session that holds the follower's lock now, with its `state` and the name of the session that `blocks` it. `steps`
+    is the number of steps since the engine was set up.
     """
 
     uptime: float
@@ -53,6 +54,7 @@ class _State(NamedTuple):
     keys: int
     views: int
     oldest: float | None
+    steps: int = 0
 
     @property
     def alive(self) -> bool:
@@ -143,6 +145,7 @@ def _follower(state: _State) -> Measure:
         "waiting_changes": state.changes,
         "waiting_keys": state.keys,
         "waiting_views": state.views,
+        "steps": state.steps,
     }
     if state.silent is not None:
         values["step_age_seconds"] = state.silent
@@ -202,7 +205,7 @@ def _judge(state: _State) -> tuple[Level, str]:
 def _read(connection: psycopg.Connection[Any], engine: EngineConfiguration, registry: Registry) -> _State:
     tables = {
         name: sql.Identifier(engine.schema, name)
-        for name in ("live_follower", "raw_arrivals", "live_changes", "live_outbox")
+        for name in ("live_follower", "raw_arrivals", "live_changes", "live_outbox", "live_steps")
     }
     query = sql.SQL(
         """
@@ -229,7 +232,8 @@ def _read(connection: psycopg.Connection[Any], engine: EngineConfiguration, regi
             (select count(*) from (select from {live_changes} limit {most}) as changes),
             (select count(*) from (select from {live_outbox} limit {most}) as keys),
             (select count(*) from ({pending}) as pending where due),
-            (select extract(epoch from clock_timestamp() - min(arrived_at)) from arrivals)::float8
+            (select extract(epoch from clock_timestamp() - min(arrived_at)) from arrivals)::float8,
+            (select case when is_called then last_value else 0 end from {live_steps})
         from (select) as one
         left join {live_follower} as follower on true
         left join holder on true

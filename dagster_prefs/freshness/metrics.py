@@ -43,6 +43,9 @@ METRICS: tuple[Metric, ...] = (
         "prefs_follower_alive", "1 while a process follows the embedded engine, else 0.", "follower_alive"
     ),
     Metric("prefs_follower_step_age_seconds", "Time since the follower's last step.", "step_age_seconds"),
+    Metric(
+        "prefs_follower_steps_total", "Steps of the embedded engine that did something.", "steps", "counter"
+    ),
     Metric("prefs_follower_waiting_messages", "Messages that the follower has not read.", "waiting_messages"),
     Metric(
         "prefs_follower_waiting_changes", "Changed rows that the follower has not applied.", "waiting_changes"

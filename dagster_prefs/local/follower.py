@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from dagster_prefs.files import open_private_log
+from dagster_prefs.files import keep_log_small, open_private_log
 from dagster_prefs.local.state import LocalServicesError, folder_error
 from dagster_prefs.pauses import Pauses
 
@@ -37,6 +37,7 @@ class FollowerControl:
 
     def __init__(self, data_dir: Path, command: list[str] | None = None) -> None:
         self._data_dir = data_dir
+        self._log = data_dir / "logs" / "follower.log"
         self._command = command or [sys.executable, "-m", "dagster_prefs", "follow"]
         self._lock = threading.Lock()
         self._environment: dict[str, str] | None = None
@@ -52,6 +53,8 @@ class FollowerControl:
         """Restart the follower if it has ended. The supervisor calls this periodically."""
         with self._lock:
             if self._environment is None or (self._process is not None and self._process.poll() is None):
+                with suppress(OSError):
+                    keep_log_small(self._log)
                 return
             now = time.monotonic()
             if self._process is not None:
@@ -95,7 +98,7 @@ class FollowerControl:
                 self._start()
 
     def _start(self) -> None:
-        with open_private_log(self._data_dir / "logs" / "follower.log") as output:
+        with open_private_log(self._log) as output:
             self._process = subprocess.Popen(
                 self._command,
                 cwd=self._data_dir,

@@ -15,7 +15,7 @@ import filelock
 import psutil
 
 import dagster_prefs
-from dagster_prefs.files import make_private_folder, open_private_log
+from dagster_prefs.files import LOG_LIMIT_BYTES, make_private_folder, open_private_log
 from dagster_prefs.local.follower import hand_over
 from dagster_prefs.local.postgres import Cluster, passfile_of
 from dagster_prefs.local.state import (
@@ -28,8 +28,8 @@ from dagster_prefs.local.state import (
     require_free_port,
     wait_until,
 )
+from dagster_prefs.logs import LOG_FORMAT
 
-LOG_LIMIT_BYTES = 10_000_000
 START_SECONDS = 320
 STOP_SECONDS = 60
 
@@ -335,7 +335,8 @@ class LocalServices:
         kept = {
             name: value
             for name, value in os.environ.items()
-            if not name.startswith(("AWS_", "MOTO_", "DOCKER_", "PG", "PREFS_", "PYTEST_", "COV_"))
+            if name == LOG_FORMAT
+            or not name.startswith(("AWS_", "MOTO_", "DOCKER_", "PG", "PREFS_", "PYTEST_", "COV_"))
         }
         package_root = str(Path(dagster_prefs.__file__).parents[1])
         path = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]

@@ -20,7 +20,7 @@ from dagster_prefs.deploy.plan import (
     compare,
 )
 from dagster_prefs.engine.catalog import QUERY_SUFFIX, Catalog, CatalogObject
-from dagster_prefs.engine.explain import redacted
+from dagster_prefs.redaction import redact_options
 
 KINDS = {
     "table_with_connector": "table", "materialized_view": "materialized view", "view": "view", "sink": "sink",
@@ -61,7 +61,7 @@ PROJECT = (RAW, TILE, ROLLING, PLAIN, SINK, OTHER)
 def recorded(one: Model) -> Record:
     """What dbt's hooks write for a model: MD5 over definition and indexes."""
     digest = hashlib.md5(f"{one.sql}\n{one.indexes}".encode()).hexdigest()
-    return Record(one.kind, digest, redacted(one.sql), "deployed")
+    return Record(one.kind, digest, redact_options(one.sql), "deployed")
 
 
 def changed(one: Model, text: str = "", **other: Any) -> Model:
