@@ -8,6 +8,9 @@ NAME_BYTES = 63
 # derive, such as `live_…`, is shorter, or a name within one statement.
 QUERY_SUFFIX = "__query"
 
+# The Iceberg table of statistics of values, beside the training tables.
+STATISTICS_TABLE = "value_statistics"
+
 
 def raw_table(relation: str) -> str:
     """Return the name of a topic's raw table, by that of its typed relation."""

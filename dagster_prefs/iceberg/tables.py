@@ -65,8 +65,8 @@ TABLE_PROPERTIES = {
     "write.metadata.previous-versions-max": "20",
 }
 
-# The property by which maintenance and erasure find the tables of training sets.
-KIND, TRAINING_SET = "prefs.kind", "training-set"
+# The property by which maintenance and erasure find the tables of training sets and of statistics.
+KIND, TRAINING_SET, STATISTICS = "prefs.kind", "training-set", "statistics"
 
 
 class DeclarationRefused(OfflineError):

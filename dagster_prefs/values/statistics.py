@@ -1,0 +1,252 @@
+"""Statistics of the attributes of a relation, computed by DuckDB from a stream of Arrow batches.
+
+Memory is bounded by the session's limit, whatever the number of rows: every aggregate is a sketch or a counter.
+Distinct values are counted by HyperLogLog, quantiles by a t-digest of at most QUANTILE_ROWS rows, both DuckDB's own.
+The rows of each bucket are exact, so that two days can be compared without reading their rows again.
+
+No value that may name somebody is kept: of a personal attribute (a key, or one declared as `pii`) only numbers of rows,
+and a text only where at least MIN_SUBJECTS subjects have it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date, datetime
+from typing import Any, Literal
+
+import duckdb
+import pyarrow as pa
+
+from dagster_prefs.iceberg.duck import registered
+
+# What an attribute's values are: `personal` ones are only counted, `list` means the lengths of lists.
+Kind = Literal["number", "text", "time", "list", "personal"]
+Source = Literal["tile", "view"]
+
+QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+# So many rows give every quantile within a tenth of a percent of its rank; more only take time.
+QUANTILE_ROWS = 500_000
+# A text that fewer subjects have in common could name one of them.
+MIN_SUBJECTS = 10
+# The most frequent values of a text that are kept.
+MOST_VALUES = 50
+
+# Upper bounds of the buckets in which numbers are counted. Whole numbers up to 20 have a bucket each, as has 0; larger
+# ones share a bucket with those at most a tenth larger, up to a thousand million. What is rarer is coarser.
+BOUNDS: tuple[float, ...] = (
+    *(-1e-6 * 2.0**step for step in reversed(range(70))),
+    0.0,
+    *(1e-6 * 1.5**step for step in range(35)),
+    *(float(number) for number in range(1, 20)),
+    *(20 * 1.1**step for step in range(187)),
+    *(20 * 1.1**186 * 1.5**step for step in range(1, 35)),
+)
+
+SESSION = ("192MB", 2)
+"""Memory and threads of the DuckDB session that `describe` needs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """An attribute to describe, and its number in SQL: that of `name` itself, or of something derived from it."""
+
+    name: str
+    kind: Kind
+    sql: str
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """The values of one attribute of a relation on one UTC day.
+
+    A tile has them of the day's rows, a rolling view of the rows that it had on that day. `rows` is the number of the
+    relation's rows, of which `sampled` were read. `distinct` is estimated. `minimum`, `maximum`, `mean` and `quantiles`
+    (at QUANTILES) are numbers: of a time seconds since 1970, of a list its length; None and empty without a value.
+    `values` are the most frequent texts with their rows, most frequent first. `buckets` are the rows by upper bound
+    (BOUNDS, and infinity). `version` identifies the rows that were described.
+    """
+
+    source: Source
+    relation: str
+    day: date
+    attribute: str
+    kind: Kind
+    rows: int
+    sampled: int
+    nulls: int
+    distinct: int
+    version: str
+    measured_at: datetime
+    minimum: float | None = None
+    maximum: float | None = None
+    mean: float | None = None
+    quantiles: tuple[float, ...] = ()
+    values: tuple[tuple[str, int], ...] = ()
+    buckets: tuple[tuple[float, int], ...] = ()
+
+    @property
+    def null_share(self) -> float:
+        """The share of rows without a value, 0 to 1."""
+        return self.nulls / self.sampled if self.sampled else 0.0
+
+    @property
+    def known(self) -> int:
+        """The number of rows that were read and have a value."""
+        return self.sampled - self.nulls
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the statistics as plain values, for JSON: without the buckets, quantiles by their share."""
+        found = {name: value for name, value in asdict(self).items() if name not in ("buckets", "version")}
+        return {
+            **found,
+            "day": self.day.isoformat(),
+            "measured_at": self.measured_at.isoformat(),
+            "null_share": self.null_share,
+            "quantiles": {str(share): value for share, value in zip(QUANTILES, self.quantiles, strict=False)},
+            "values": [{"value": value, "rows": rows} for value, rows in self.values],
+        }
+
+
+@dataclass(frozen=True)
+class Described:
+    """What rows are described: whose they are, which day's, how many there are in all, and since when.
+
+    `subject` is the column that tells subjects apart.
+    """
+
+    source: Source
+    relation: str
+    day: date
+    subject: str
+    rows: int
+    version: str
+    measured_at: datetime
+
+
+def describe(
+    session: duckdb.DuckDBPyConnection,
+    what: Described,
+    attributes: Sequence[Measured],
+    schema: pa.Schema,
+    batches: Callable[[Sequence[str]], Iterable[pa.RecordBatch]],
+) -> list[Statistics]:
+    """Describe every attribute of the rows that `batches` yields for the named columns of `schema`.
+
+    `batches` is called at most twice: once for all numbers, once for the texts. Raises what it raises, OfflineError
+    where the session's memory or disk does not suffice.
+    """
+    [found] = _select(session, what, attributes, schema, batches)
+    texts = _texts(session, what, attributes, schema, batches)
+    sampled = int(found["rows"])
+    made = []
+    for place, one in enumerate(attributes):
+        known = int(found[f"known_{place}"])
+        histogram: Sequence[Mapping[str, Any]] = found.get(f"buckets_{place}") or ()
+        made.append(
+            Statistics(
+                source=what.source,
+                relation=what.relation,
+                day=what.day,
+                attribute=one.name,
+                kind=one.kind,
+                rows=what.rows,
+                sampled=sampled,
+                nulls=sampled - known,
+                distinct=min(int(found[f"distinct_{place}"]), known),
+                minimum=found.get(f"minimum_{place}"),
+                maximum=found.get(f"maximum_{place}"),
+                mean=found.get(f"mean_{place}"),
+                quantiles=tuple(found.get(f"quantiles_{place}") or ()),
+                values=texts.get(one.name, ()),
+                buckets=tuple(sorted((bucket["key"], int(bucket["value"])) for bucket in histogram)),
+                version=what.version,
+                measured_at=what.measured_at,
+            )
+        )
+    return made
+
+
+def nothing(what: Described, attributes: Sequence[Measured]) -> list[Statistics]:
+    """Return the statistics of no rows."""
+    return [
+        Statistics(
+            what.source, what.relation, what.day, one.name, one.kind, 0, 0, 0, 0,
+            version=what.version, measured_at=what.measured_at,
+        )
+        for one in attributes
+    ]  # fmt: skip
+
+
+def _select(
+    session: duckdb.DuckDBPyConnection,
+    what: Described,
+    attributes: Sequence[Measured],
+    schema: pa.Schema,
+    batches: Callable[[Sequence[str]], Iterable[pa.RecordBatch]],
+) -> list[dict[str, Any]]:
+    """Count and summarize all attributes in one pass over the rows."""
+    every = max(1, -(-what.rows // QUANTILE_ROWS))
+    sample = f"filter (where hash({_quoted(what.subject)}) % {every} = 0)" if every > 1 else ""
+    shares = f"[{', '.join(map(str, QUANTILES))}]"
+    # As a variable of the session, because the statement would name all bounds once for each attribute.
+    session.execute("set variable bounds = $bounds", {"bounds": list(BOUNDS)})
+    columns = ["count(*) as rows"]
+    for place, one in enumerate(attributes):
+        column, number = _quoted(one.name), f"({one.sql})::double"
+        columns += [
+            f"count({column}) as known_{place}",
+            f"approx_count_distinct({column}) as distinct_{place}",
+        ]
+        if one.kind in ("number", "list", "time"):
+            columns += [f"min({number}) as minimum_{place}", f"max({number}) as maximum_{place}"]
+        if one.kind in ("number", "list"):
+            columns += [
+                f"avg({number}) as mean_{place}",
+                f"approx_quantile({number}, {shares}) {sample} as quantiles_{place}",
+                f"list_filter(map_entries(histogram({number}, getvariable('bounds'))),"
+                f" lambda bucket: bucket.value > 0) as buckets_{place}",
+            ]
+    names = list(dict.fromkeys([what.subject, *(one.name for one in attributes)]))
+    selected = pa.schema([schema.field(name) for name in names])
+    with registered(session, "described", selected, batches(names)):
+        done = session.execute(f"select {', '.join(columns)} from described")
+        labels = [column[0] for column in done.description or []]
+        return [dict(zip(labels, row, strict=True)) for row in done.fetchall()]
+
+
+def _texts(
+    session: duckdb.DuckDBPyConnection,
+    what: Described,
+    attributes: Sequence[Measured],
+    schema: pa.Schema,
+    batches: Callable[[Sequence[str]], Iterable[pa.RecordBatch]],
+) -> dict[str, tuple[tuple[str, int], ...]]:
+    """Find the most frequent values of each text that enough subjects share, in one pass over these columns."""
+    names = [one.name for one in attributes if one.kind == "text"]
+    if not names:
+        return {}
+    selected = pa.schema([schema.field(name) for name in dict.fromkeys([what.subject, *names])])
+    sets = ", ".join(f"({_quoted(name)})" for name in names)
+    value = f"coalesce({', '.join(map(_quoted, names))})"
+    subjects = f"approx_count_distinct({_quoted(what.subject)})"
+    with registered(session, "described", selected, batches(selected.names)):
+        rows = session.execute(
+            f"select grouping({', '.join(map(_quoted, names))}) as place, {value} as value, count(*) as n"
+            f" from described group by grouping sets ({sets})"
+            f" having {value} is not null and count(*) >= $least and {subjects} >= $least"
+            f" qualify row_number() over (partition by place order by n desc, value) <= $most"
+            " order by place, n desc, value",
+            {"least": MIN_SUBJECTS, "most": MOST_VALUES},
+        ).fetchall()
+    # `grouping` has a bit for each column, the first one's the highest, which is 0 for the grouped one.
+    everything = 2 ** len(names) - 1
+    masks = {everything - 2 ** (len(names) - 1 - place): name for place, name in enumerate(names)}
+    found: dict[str, list[tuple[str, int]]] = {name: [] for name in names}
+    for mask, text, count in rows:
+        found[masks[mask]].append((text, int(count)))
+    return {name: tuple(pairs) for name, pairs in found.items()}
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
