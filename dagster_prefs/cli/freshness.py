@@ -120,8 +120,17 @@ def metrics(port: int) -> None:
     At /metrics, on loopback.
     """
     from dagster_prefs.freshness.metrics import MetricsServer
+    from dagster_prefs.freshness.values import DriftReadings, ValueMetrics
+    from dagster_prefs.platform import Platform
 
-    with readings(load_settings()) as read, MetricsServer(read, port=port) as server:
+    settings = load_settings()
+    platform = Platform(settings)
+    drift = DriftReadings(lambda: platform.drift(now=datetime.now(UTC)))
+    values = ValueMetrics(platform.statistics)
+    with (
+        readings(settings) as read,
+        MetricsServer(lambda: drift.added_to(read()), port=port, others=[values]) as server,
+    ):
         console.print(f"metrics at http://127.0.0.1:{server.server_port}/metrics; Ctrl-C stops")
         server.serve_forever()
 

@@ -82,6 +82,11 @@ def is_training_set(table: Table) -> bool:
     return table.properties.get(KIND) == TRAINING_SET
 
 
+def is_statistics(table: Table) -> bool:
+    """Return whether a table is that of statistics of values."""
+    return table.properties.get(KIND) == STATISTICS
+
+
 @dataclass(frozen=True)
 class Column:
     """A column of tile and table; `minimum` is the least value that the audit accepts."""

@@ -9,7 +9,9 @@ import hashlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
+from functools import partial
 
+import duckdb
 import psycopg
 import pyarrow as pa
 from psycopg import sql
@@ -24,17 +26,19 @@ from dagster_prefs.declarations.reserved import people_only
 from dagster_prefs.engine.catalog import missing_relation, row_counts
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError
-from dagster_prefs.iceberg.catalog import TableMissing, translated
+from dagster_prefs.iceberg.catalog import translated
 from dagster_prefs.iceberg.duck import duck_session
 from dagster_prefs.iceberg.files import LiveFile, parts_of, read_rows, tile_files
 from dagster_prefs.iceberg.tables import TileTable, arrow_schema, tile_tables
-from dagster_prefs.values.statistics import SESSION, Described, Kind, Measured, Statistics, describe, nothing
+from dagster_prefs.values.statistics import SESSION, Described, Kind, Measured, Statistics, describe
 from dagster_prefs.values.store import RelationDay, described_days, write_statistics
 
 # Four earlier days of the same weekday for each day of the last week.
 DAYS_DESCRIBED = 35
 # Rows of a rolling view that are read, chosen by a hash of the key; their quantiles are a percent off at most.
 VIEW_ROWS = 50_000
+# The column with the day of a rolling view's rows; no column in SQL has such a name.
+DAY = "day described"
 
 
 class ViewUnreadable(PrefsError):
@@ -98,15 +102,12 @@ def collect_tiles(
         for spec in tile_tables(registry).values():
             table_days = TableDays.load(catalog, registry, spec, namespace, first=first)
             quiet = {day for day in (empty or {}).get(spec.tile, ()) if first <= day < today}
-            for day in sorted({*table_days.files, *quiet}):
-                what = table_days.described(day, now)
-                if day >= today or known.get((spec.tile, day)) == what.version:
-                    continue
-                made += (
-                    describe(session, what, table_days.attributes, table_days.schema, table_days.reader(day))
-                    if day in table_days.files
-                    else nothing(what, table_days.attributes)
-                )
+            changed = {
+                day
+                for day in {*table_days.files, *quiet}
+                if day < today and known.get((spec.tile, day)) != table_days.version(day)
+            }
+            made += table_days.describe(session, changed, now)
             gone += [
                 (relation, day)
                 for relation, day in known
@@ -164,35 +165,38 @@ class TableDays:
         content = [*sorted(parts_of(self.files.get(day, []))), *(repr(one) for one in self.attributes)]
         return hashlib.sha256("\n".join(content).encode()).hexdigest()[:16]
 
-    def described(self, day: date, now: datetime) -> Described:
-        """Return what a day's rows are."""
-        rows = sum(file.data.record_count for file in self.files.get(day, []))
-        return Described("tile", self.spec.tile, day, self.spec.subject, rows, self.version(day), now)
+    def describe(
+        self, session: duckdb.DuckDBPyConnection, days: Collection[date], now: datetime
+    ) -> list[Statistics]:
+        """Describe these days, in one pass over all of their rows. Raises OfflineError."""
+        if not days:
+            return []
+        files = [file for day in sorted(days) for file in self.files.get(day, [])]
+        what = Described(
+            source="tile",
+            relation=self.spec.tile,
+            subject=self.spec.subject,
+            day=self.spec.day,
+            days={
+                day: (
+                    sum(file.data.record_count for file in self.files.get(day, [])),
+                    self.version(day),
+                )
+                for day in days
+            },
+            measured_at=now,
+        )
+        return describe(session, what, self.attributes, self.schema, partial(self._rows, files))
 
-    def reader(self, day: date) -> _Rows:
-        """Return what yields the day's rows."""
-        return _Rows(self._there, self.schema, self.files[day])
-
-    @property
-    def _there(self) -> Table:
+    def _rows(self, files: Sequence[LiveFile], columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """Yield the rows of files in these columns."""
         if self.table is None:
-            raise TableMissing(f"the table {self.spec.name} does not exist: export it first")
-        return self.table
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """The rows of a day's files in columns of choice, read again at each call."""
-
-    table: Table
-    schema: pa.Schema
-    files: Sequence[LiveFile]
-
-    def __call__(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+            return
         schema = pa.schema([self.schema.field(name) for name in columns])
-        for file in self.files:
-            for batch in read_rows(self.table, file, columns):
-                yield batch.cast(schema)
+        with translated(f"the table {'.'.join(self.table.name())}"):
+            for file in files:
+                for batch in read_rows(self.table, file, columns):
+                    yield batch.cast(schema)
 
 
 # Rolling views
@@ -207,40 +211,45 @@ def collect_views(
     """
     made: list[Statistics] = []
     with engine.connect() as connection, duck_session(*SESSION) as session:
-        names = [domain.relation for domain in registry.contract.domains.values()]
-        counts = row_counts(connection, engine, names, exact_up_to=VIEW_ROWS)
         for domain in registry.contract.domains.values():
-            try:
-                rows = _view_rows(connection, engine, registry, domain, counts.get(domain.relation, 0))
-            except psycopg.Error as error:
-                missing = missing_relation(error) or " ".join(str(error).split())
-                raise ViewUnreadable(
-                    f"the rolling view {domain.relation} cannot be read ({missing}): run `prefs apply`"
-                ) from error
-            attributes = _view_attributes(registry, domain)
-            subject = registry.entity(domain.entity).key.name
-            what = Described(
-                source="view",
-                relation=domain.relation,
-                day=now.astimezone(UTC).date(),
-                subject=subject,
-                rows=max(counts.get(domain.relation, 0), rows.num_rows),
-                version=now.isoformat(),
-                measured_at=now,
-            )
-            made += describe(
-                session,
-                what,
-                attributes,
-                rows.schema,
-                lambda columns, rows=rows: _batches(rows.select(list(columns))),  # type: ignore[misc]
-            )
+            made += describe_view(session, connection, engine, registry, domain, now=now)
     write_statistics(catalog, namespace, made)
     return Collected(tuple(dict.fromkeys((one.relation, one.day) for one in made)), ())
 
 
-def _batches(rows: pa.Table) -> Iterable[pa.RecordBatch]:
-    return rows.to_batches()
+def describe_view(
+    session: duckdb.DuckDBPyConnection,
+    connection: psycopg.Connection[tuple[object, ...]],
+    engine: EngineConfiguration,
+    registry: Registry,
+    domain: Domain,
+    *,
+    now: datetime,
+) -> list[Statistics]:
+    """Describe a domain's rolling view as it is now, as of the day of `now` (UTC). Raises ViewUnreadable."""
+    try:
+        count = row_counts(connection, engine, [domain.relation], exact_up_to=VIEW_ROWS)
+        rows = _view_rows(connection, engine, registry, domain, count.get(domain.relation, 0))
+    except psycopg.Error as error:
+        missing = missing_relation(error) or " ".join(str(error).split())
+        raise ViewUnreadable(
+            f"the rolling view {domain.relation} cannot be read ({missing}): run `prefs apply`"
+        ) from error
+    day = now.astimezone(UTC).date()
+    rows = rows.append_column(DAY, pa.repeat(pa.scalar(day, pa.date32()), rows.num_rows))
+    what = Described(
+        source="view",
+        relation=domain.relation,
+        subject=registry.entity(domain.entity).key.name,
+        day=DAY,
+        days={day: (max(count.get(domain.relation, 0), rows.num_rows), now.isoformat())},
+        measured_at=now,
+    )
+    return describe(session, what, _view_attributes(registry, domain), rows.schema, partial(_batches, rows))
+
+
+def _batches(rows: pa.Table, columns: Sequence[str]) -> Iterable[pa.RecordBatch]:
+    return rows.select(list(columns)).to_batches()
 
 
 def _view_attributes(registry: Registry, domain: Domain) -> list[Measured]:

@@ -21,17 +21,22 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import date, timedelta
 from statistics import NormalDist, median
 from typing import Any, Literal
 
+from pyiceberg.catalog import Catalog
+
 from dagster_prefs.declarations.registry import Registry, TileColumn, TileDeclaration
 from dagster_prefs.values.statistics import BOUNDS, MIN_SUBJECTS, MOST_VALUES, Statistics
+from dagster_prefs.values.store import read_statistics
 
 Level = Literal["ok", "learning", "warn", "error"]
 # Ordered from best to worst.
 LEVELS: tuple[Level, ...] = ("ok", "learning", "warn", "error")
+
+EXIT_CODES: Mapping[Level, int] = {"ok": 0, "learning": 0, "warn": 1, "error": 2}
 
 WEEKS = 4
 LEAST_DAYS = 2
@@ -144,6 +149,26 @@ class Cause:
         worst = max(levels, key=LEVELS.index)
         return "ok" if worst == "learning" and "ok" in levels else worst
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return what was found as plain values, for JSON."""
+        return {
+            "cause": self.name,
+            "level": self.level,
+            "reason": self.reason,
+            "tiles": [
+                {
+                    "relation": one.relation,
+                    "day": one.day.isoformat(),
+                    "level": one.level,
+                    "compared_with": [earlier.isoformat() for earlier in one.before],
+                    "rows": one.rows,
+                    "usual_rows": one.usual,
+                    "findings": [asdict(finding) for finding in one.findings],
+                }
+                for one in self.days
+            ],
+        }
+
     @property
     def reason(self) -> str:
         """What was found, of those tiles that have the worst level."""
@@ -187,6 +212,21 @@ def judge_newest(registry: Registry, statistics: Sequence[Statistics]) -> list[D
         if days and (one := judge(tile, max(days), statistics)):
             found.append(one)
     return found
+
+
+def causes_on(
+    catalog: Catalog, registry: Registry, namespace: str, *, day: date | None, today: date
+) -> list[Cause]:
+    """Judge a day of every tile, or its newest of the last week before `today`, and group what is found.
+
+    Raises OfflineError.
+    """
+    since = (day or today - timedelta(days=7)) - timedelta(weeks=WEEKS)
+    statistics = [one for one in read_statistics(catalog, namespace, since=since) if one.source == "tile"]
+    if day is None:
+        return causes(registry, judge_newest(registry, statistics))
+    found = [judge(tile, day, statistics) for tile in registry.tiles.values()]
+    return causes(registry, [one for one in found if one is not None])
 
 
 def causes(registry: Registry, found: Iterable[DayDrift]) -> list[Cause]:
@@ -250,7 +290,7 @@ def _judge_attribute(
         return Finding(
             now.attribute,
             "learning",
-            what=f"{now.attribute} has fewer than {least_rows:,} rows, or than {LEAST_DAYS} earlier days to compare with",
+            what=f"{now.attribute} has fewer than {least_rows:,} rows, or {LEAST_DAYS} earlier days of that weekday",
         )
     psi_limits, ks_limits = Limits.of(column.drift, "psi", PSI), Limits.of(column.drift, "ks", KS)
     psi, psi_level = _lower_median(
@@ -269,6 +309,21 @@ def _judge_attribute(
     told = ", ".join(text for one, text in parts if one != "ok")
     shift = _shift(known, now) if told else ""
     return Finding(now.attribute, level, psi, ks, f"{now.attribute}: {told}{shift}" if told else "")
+
+
+def compare(expected: Statistics, actual: Statistics) -> tuple[float, float | None, Level]:
+    """Return the stability index and, of numbers, the distance of two descriptions of an attribute, and their level.
+
+    The level is by the default limits; `learning` where one of them has too few rows.
+    """
+    psi, by_chance = _psi(expected, actual)
+    level = PSI.level(psi, by_chance)
+    ks: float | None = None
+    if actual.kind in ("number", "list"):
+        ks, by_chance = _ks(expected, actual)
+        level = max(level, KS.level(ks, by_chance), key=LEVELS.index)
+    few = min(expected.sampled, actual.sampled) < MIN_ROWS
+    return psi, ks, "learning" if few and level == "ok" else level
 
 
 def _shift(before: Sequence[Statistics], now: Statistics) -> str:

@@ -95,6 +95,11 @@ class Statistics:
         """The number of rows that were read and have a value."""
         return self.sampled - self.nulls
 
+    @property
+    def quantiles_by_share(self) -> dict[float, float]:
+        """Share of the values at most as large → quantile; empty without numbers."""
+        return dict(zip(QUANTILES, self.quantiles, strict=True)) if self.quantiles else {}
+
     def as_dict(self) -> dict[str, Any]:
         """Return the statistics as plain values, for JSON: without the buckets, quantiles by their share."""
         found = {name: value for name, value in asdict(self).items() if name not in ("buckets", "version")}
@@ -103,24 +108,23 @@ class Statistics:
             "day": self.day.isoformat(),
             "measured_at": self.measured_at.isoformat(),
             "null_share": self.null_share,
-            "quantiles": {str(share): value for share, value in zip(QUANTILES, self.quantiles, strict=False)},
+            "quantiles": {str(share): value for share, value in self.quantiles_by_share.items()},
             "values": [{"value": value, "rows": rows} for value, rows in self.values],
         }
 
 
 @dataclass(frozen=True)
 class Described:
-    """What rows are described: whose they are, which day's, how many there are in all, and since when.
+    """What rows are described: of which relation, and which of its columns tell subjects and days apart.
 
-    `subject` is the column that tells subjects apart.
+    `days` are the days to describe, with the number of rows that the relation has of each, and the version of these.
     """
 
     source: Source
     relation: str
-    day: date
     subject: str
-    rows: int
-    version: str
+    day: str
+    days: Mapping[date, tuple[int, str]]
     measured_at: datetime
 
 
@@ -131,67 +135,67 @@ def describe(
     schema: pa.Schema,
     batches: Callable[[Sequence[str]], Iterable[pa.RecordBatch]],
 ) -> list[Statistics]:
-    """Describe every attribute of the rows that `batches` yields for the named columns of `schema`.
+    """Describe every attribute on each day, from the rows that `batches` yields for the named columns of `schema`.
 
-    `batches` is called at most twice: once for all numbers, once for the texts. Raises what it raises, OfflineError
-    where the session's memory or disk does not suffice.
+    `batches` is called at most twice: once for all numbers, once for the texts. A day without rows has statistics
+    too. Raises what it raises, OfflineError where the session's memory or disk does not suffice.
     """
-    [found] = _select(session, what, attributes, schema, batches)
+    numbers = _numbers(session, what, attributes, schema, batches)
     texts = _texts(session, what, attributes, schema, batches)
-    sampled = int(found["rows"])
-    made = []
-    for place, one in enumerate(attributes):
-        known = int(found[f"known_{place}"])
-        histogram: Sequence[Mapping[str, Any]] = found.get(f"buckets_{place}") or ()
-        made.append(
-            Statistics(
-                source=what.source,
-                relation=what.relation,
-                day=what.day,
-                attribute=one.name,
-                kind=one.kind,
-                rows=what.rows,
-                sampled=sampled,
-                nulls=sampled - known,
-                distinct=min(int(found[f"distinct_{place}"]), known),
-                minimum=found.get(f"minimum_{place}"),
-                maximum=found.get(f"maximum_{place}"),
-                mean=found.get(f"mean_{place}"),
-                quantiles=tuple(found.get(f"quantiles_{place}") or ()),
-                values=texts.get(one.name, ()),
-                buckets=tuple(sorted((bucket["key"], int(bucket["value"])) for bucket in histogram)),
-                version=what.version,
-                measured_at=what.measured_at,
-            )
-        )
-    return made
-
-
-def nothing(what: Described, attributes: Sequence[Measured]) -> list[Statistics]:
-    """Return the statistics of no rows."""
     return [
-        Statistics(
-            what.source, what.relation, what.day, one.name, one.kind, 0, 0, 0, 0,
-            version=what.version, measured_at=what.measured_at,
-        )
-        for one in attributes
-    ]  # fmt: skip
+        _statistics(what, day, one, numbers.get(day, {}), place, texts.get((day, one.name), ()))
+        for day in sorted(what.days)
+        for place, one in enumerate(attributes)
+    ]
 
 
-def _select(
+def _statistics(
+    what: Described,
+    day: date,
+    one: Measured,
+    found: Mapping[str, Any],
+    place: int,
+    values: Sequence[tuple[str, int]],
+) -> Statistics:
+    rows, version = what.days[day]
+    sampled, known = int(found.get("rows", 0)), int(found.get(f"known_{place}", 0))
+    return Statistics(
+        source=what.source,
+        relation=what.relation,
+        day=day,
+        attribute=one.name,
+        kind=one.kind,
+        rows=rows,
+        sampled=sampled,
+        nulls=sampled - known,
+        distinct=min(int(found.get(f"distinct_{place}", 0)), known),
+        version=version,
+        measured_at=what.measured_at,
+        minimum=found.get(f"minimum_{place}"),
+        maximum=found.get(f"maximum_{place}"),
+        mean=found.get(f"mean_{place}"),
+        quantiles=tuple(found.get(f"quantiles_{place}") or ()),
+        values=tuple(values),
+        buckets=tuple(
+            sorted((bucket["key"], int(bucket["value"])) for bucket in found.get(f"buckets_{place}") or ())
+        ),
+    )
+
+
+def _numbers(
     session: duckdb.DuckDBPyConnection,
     what: Described,
     attributes: Sequence[Measured],
     schema: pa.Schema,
     batches: Callable[[Sequence[str]], Iterable[pa.RecordBatch]],
-) -> list[dict[str, Any]]:
-    """Count and summarize all attributes in one pass over the rows."""
-    every = max(1, -(-what.rows // QUANTILE_ROWS))
+) -> dict[date, dict[str, Any]]:
+    """Count and summarize all attributes of each day, in one pass over the rows."""
+    every = max(1, -(-max((rows for rows, _ in what.days.values()), default=0) // QUANTILE_ROWS))
     sample = f"filter (where hash({_quoted(what.subject)}) % {every} = 0)" if every > 1 else ""
     shares = f"[{', '.join(map(str, QUANTILES))}]"
     # As a variable of the session, because the statement would name all bounds once for each attribute.
     session.execute("set variable bounds = $bounds", {"bounds": list(BOUNDS)})
-    columns = ["count(*) as rows"]
+    columns = [f"{_quoted(what.day)} as day", "count(*) as rows"]
     for place, one in enumerate(attributes):
         column, number = _quoted(one.name), f"({one.sql})::double"
         columns += [
@@ -207,12 +211,13 @@ def _select(
                 f"list_filter(map_entries(histogram({number}, getvariable('bounds'))),"
                 f" lambda bucket: bucket.value > 0) as buckets_{place}",
             ]
-    names = list(dict.fromkeys([what.subject, *(one.name for one in attributes)]))
+    names = list(dict.fromkeys([what.subject, what.day, *(one.name for one in attributes)]))
     selected = pa.schema([schema.field(name) for name in names])
     with registered(session, "described", selected, batches(names)):
-        done = session.execute(f"select {', '.join(columns)} from described")
+        done = session.execute(f"select {', '.join(columns)} from described group by day")
         labels = [column[0] for column in done.description or []]
-        return [dict(zip(labels, row, strict=True)) for row in done.fetchall()]
+        rows = [dict(zip(labels, row, strict=True)) for row in done.fetchall()]
+    return {row["day"]: row for row in rows}
 
 
 def _texts(
@@ -221,31 +226,31 @@ def _texts(
     attributes: Sequence[Measured],
     schema: pa.Schema,
     batches: Callable[[Sequence[str]], Iterable[pa.RecordBatch]],
-) -> dict[str, tuple[tuple[str, int], ...]]:
-    """Find the most frequent values of each text that enough subjects share, in one pass over these columns."""
+) -> dict[tuple[date, str], list[tuple[str, int]]]:
+    """Find each day's most frequent values of each text that enough subjects share, in one pass over these columns."""
     names = [one.name for one in attributes if one.kind == "text"]
     if not names:
         return {}
-    selected = pa.schema([schema.field(name) for name in dict.fromkeys([what.subject, *names])])
-    sets = ", ".join(f"({_quoted(name)})" for name in names)
-    value = f"coalesce({', '.join(map(_quoted, names))})"
-    subjects = f"approx_count_distinct({_quoted(what.subject)})"
+    selected = pa.schema([schema.field(name) for name in dict.fromkeys([what.subject, what.day, *names])])
+    quoted = [_quoted(name) for name in names]
+    day, value = _quoted(what.day), f"coalesce({', '.join(quoted)})"
     with registered(session, "described", selected, batches(selected.names)):
         rows = session.execute(
-            f"select grouping({', '.join(map(_quoted, names))}) as place, {value} as value, count(*) as n"
-            f" from described group by grouping sets ({sets})"
-            f" having {value} is not null and count(*) >= $least and {subjects} >= $least"
-            f" qualify row_number() over (partition by place order by n desc, value) <= $most"
-            " order by place, n desc, value",
+            f"select {day} as day, grouping({', '.join(quoted)}) as place, {value} as value, count(*) as n"
+            f" from described group by grouping sets ({', '.join(f'({day}, {name})' for name in quoted)})"
+            f" having {value} is not null and count(*) >= $least"
+            f" and approx_count_distinct({_quoted(what.subject)}) >= $least"
+            " qualify row_number() over (partition by day, place order by n desc, value) <= $most"
+            " order by day, place, n desc, value",
             {"least": MIN_SUBJECTS, "most": MOST_VALUES},
         ).fetchall()
     # `grouping` has a bit for each column, the first one's the highest, which is 0 for the grouped one.
     everything = 2 ** len(names) - 1
     masks = {everything - 2 ** (len(names) - 1 - place): name for place, name in enumerate(names)}
-    found: dict[str, list[tuple[str, int]]] = {name: [] for name in names}
-    for mask, text, count in rows:
-        found[masks[mask]].append((text, int(count)))
-    return {name: tuple(pairs) for name, pairs in found.items()}
+    found: dict[tuple[date, str], list[tuple[str, int]]] = {}
+    for on, mask, text, count in rows:
+        found.setdefault((on, masks[mask]), []).append((text, int(count)))
+    return found
 
 
 def _quoted(name: str) -> str:

@@ -127,7 +127,9 @@ def export(
             [{name: row.get(name, 0) for name in spec.by_name} for row in rows(day)], schema
         ).to_batches()
         count, totals = counted_sums(batches, spec.totals)
-        written = DayFiles(f"{hash((day, count)) & (2**64 - 1):016x}", count, totals, {"prefs.operation": "export"})
+        written = DayFiles(
+            f"{hash((day, count)) & (2**64 - 1):016x}", count, totals, {"prefs.operation": "export"}
+        )
         write_day(table, spec, day, written, batches)
         changes.append(DayChange(day, written, parts_of(day_files(table, spec, day))))
     done = publish_days(table, spec, changes)
