@@ -19,6 +19,7 @@ from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.iceberg.catalog import OfflineError, translated
 from dagster_prefs.iceberg.duck import duck_session
 from dagster_prefs.iceberg.files import scan_rows
+from dagster_prefs.training.outputs import is_table
 from dagster_prefs.training.windows import Features
 from dagster_prefs.values.collect import describe_view
 from dagster_prefs.values.drift import Level, compare
@@ -158,7 +159,7 @@ def _opened(catalog: Catalog, given: str, kinds: Mapping[str, str]) -> tuple[pa.
         if suffix == ".csv":
             return _opened_csv(given, kinds)
         name, _, snapshot = given.partition("@")
-        if name.count(".") != 1 or (snapshot and not snapshot.isdecimal()):
+        if not is_table(name) or (snapshot and not snapshot.isdecimal()):
             raise SetUnreadable(
                 f"{given} is neither a .parquet nor a .csv file nor an Iceberg table (namespace.table, or "
                 "namespace.table@snapshot): name one of these"

@@ -35,7 +35,7 @@ def check_output(catalog: Catalog, output: str) -> None:
 
     `output` ends in `.parquet` or `.csv`, or is an Iceberg table, `namespace.table`. Raises OutputRefused.
     """
-    if _is_table(output):
+    if is_table(output):
         with translated(f"the Iceberg namespace of {output}"):
             ensure_namespace(catalog, output.partition(".")[0])
         return
@@ -52,7 +52,7 @@ def output_within(folder: Path, output: str) -> str:
 
     Raises OutputRefused for a file elsewhere.
     """
-    if _is_table(output):
+    if is_table(output):
         return output
     target = (folder / output).resolve()
     if not target.is_relative_to(folder.resolve()) or target == folder.resolve():
@@ -82,7 +82,7 @@ def write_output(
     OfflineError for storage that fails.
     """
     try:
-        if _is_table(output):
+        if is_table(output):
             rows = _ordered(session, columns)
             replace_rows(_table(catalog, output, rows.schema), rows, properties)
             return
@@ -114,7 +114,8 @@ def replace_rows(table: Table, rows: Iterable[pa.RecordBatch], properties: Mappi
         raise OutputRefused(str(error)) from error
 
 
-def _is_table(output: str) -> bool:
+def is_table(output: str) -> bool:
+    """Return whether an output is the name of an Iceberg table (`namespace.table`), and not of a file."""
     return (
         output.count(".") == 1
         and not set(output) & set("/\\")
