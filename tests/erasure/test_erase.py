@@ -630,13 +630,20 @@ def test_statistics_keep_nothing_of_an_erased_subject(world: World) -> None:
     assert world.erase(kind="shop_user", name="nobody").held is False
     collect_tiles(world.catalog, REGISTRY, "training", now=now, days=60)
     collect_views(world.catalog, REGISTRY, world.engine, "training", now=now)
+    rolling = [domain.relation for domain in REGISTRY.contract.domains.values() if domain.entity == "viewer"]
+    before = described_days(world.catalog, "training")
+    held = {
+        (spec.tile, row[list(spec.by_name).index(spec.day)])
+        for spec in TILE_TABLES.values()
+        for row in world.rows(spec)
+        if row[0] == VIEWER
+    }
+    assert (WATCH.tile, ALONE) in held & before.keys()
     report = world.erase()
 
     counts = {(h.place, h.unit): (h.before, h.after) for h in report.holdings}
-    rolling = [domain.relation for domain in REGISTRY.contract.domains.values() if domain.entity == "viewer"]
-    days = {(spec.tile, day) for spec in TILE_TABLES.values() for day in (OLD, PARTED, ALONE, TODAY)}
     known = described_days(world.catalog, "training")
-    assert counts[name, "days"] == (len([*(days & known.keys()), *rolling, (WATCH.tile, ALONE)]) - 1, 0)
+    assert counts[name, "days"] == (len(held & before.keys()) + len(rolling), 0)
     assert counts[name, "snapshots"] == (1, 0)
     assert len(world.catalog.load_table(name).snapshots()) == 1
     assert len(list((world.warehouse / "training" / "value_statistics" / "data").glob("*.parquet"))) == 1
