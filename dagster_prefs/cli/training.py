@@ -145,7 +145,7 @@ def training_set_compare(training_set_: str, entity: str | None, as_json: bool) 
     from dagster_prefs.platform import Platform
     from dagster_prefs.training.compare import compare_with_served
     from dagster_prefs.training.windows import choose_features
-    from dagster_prefs.values.drift import EXIT_CODES, LEVELS
+    from dagster_prefs.values.drift import EXIT_CODES, worst
 
     platform = Platform(load_settings())
     found = compare_with_served(
@@ -156,7 +156,7 @@ def training_set_compare(training_set_: str, entity: str | None, as_json: bool) 
         training_set_,
         now=datetime.now(UTC),
     )
-    level = max((one.level for one in found.attributes), key=LEVELS.index, default="learning")
+    level = worst(one.level for one in found.attributes)
     if as_json:
         print_json(
             {

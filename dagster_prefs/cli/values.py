@@ -93,10 +93,10 @@ def drift(day: datetime | None, as_json: bool) -> int:
     Exit code 0 for ok and learning, 1 for warnings, 2 for errors.
     """
     from dagster_prefs.platform import Platform
-    from dagster_prefs.values.drift import EXIT_CODES, LEVELS
+    from dagster_prefs.values.drift import EXIT_CODES, worst
 
     causes = Platform(load_settings()).drift(now=datetime.now(UTC), day=day.date() if day else None)
-    level = max((cause.level for cause in causes), key=LEVELS.index, default="learning")
+    level = worst(cause.level for cause in causes)
     if as_json:
         print_json({"level": level, "causes": [cause.as_dict() for cause in causes]})
         return EXIT_CODES[level]

@@ -90,11 +90,12 @@ def _limits(
     """Note a problem unless `name` of the mapping is {warn, error}, ascending, above the first bound."""
     low, high = between
     value = drift[name]
-    numbers = [value.get(level) for level in ("warn", "error")] if isinstance(value, Map) else []
+    given = [value.get(level) for level in ("warn", "error")] if isinstance(value, Map) else []
+    numbers = [one for one in given if isinstance(one, int | float) and not isinstance(one, bool)]
     if (
         not isinstance(value, Map)
         or set(value) != {"warn", "error"}
-        or any(isinstance(one, bool) or not isinstance(one, int | float) for one in numbers)
+        or len(numbers) != 2
         or not low < numbers[0] <= numbers[1]
         or (high is not None and numbers[1] > high)
     ):

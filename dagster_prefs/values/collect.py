@@ -6,7 +6,7 @@ A day of a training table is described again only when its rows changed, which t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from functools import partial
@@ -248,8 +248,8 @@ def describe_view(
     return describe(session, what, _view_attributes(registry, domain), rows.schema, partial(_batches, rows))
 
 
-def _batches(rows: pa.Table, columns: Sequence[str]) -> Iterable[pa.RecordBatch]:
-    return rows.select(list(columns)).to_batches()
+def _batches(rows: pa.Table, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    yield from rows.select(list(columns)).to_batches()
 
 
 def _view_attributes(registry: Registry, domain: Domain) -> list[Measured]:

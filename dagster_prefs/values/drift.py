@@ -38,6 +38,12 @@ LEVELS: tuple[Level, ...] = ("ok", "learning", "warn", "error")
 
 EXIT_CODES: Mapping[Level, int] = {"ok": 0, "learning": 0, "warn": 1, "error": 2}
 
+
+def worst(levels: Iterable[Level]) -> Level:
+    """Return the worst of some levels, `learning` of none."""
+    return max(levels, key=LEVELS.index, default="learning")
+
+
 WEEKS = 4
 LEAST_DAYS = 2
 # How often chance alone may exceed a limit, of all comparisons.
@@ -109,9 +115,7 @@ class DayDrift:
     def level(self) -> Level:
         """The worst level; `learning` only if nothing could be judged."""
         levels = [one.level for one in self.findings]
-        if drifted := [level for level in levels if level in ("warn", "error")]:
-            return max(drifted, key=LEVELS.index)
-        return "ok" if "ok" in levels else "learning"
+        return _ok_of_some(levels)
 
     @property
     def drifted(self) -> tuple[Finding, ...]:
@@ -145,9 +149,7 @@ class Cause:
     @property
     def level(self) -> Level:
         """The worst level of its tiles; `learning` only if none could be judged."""
-        levels = {one.level for one in self.days}
-        worst = max(levels, key=LEVELS.index)
-        return "ok" if worst == "learning" and "ok" in levels else worst
+        return _ok_of_some([one.level for one in self.days])
 
     def as_dict(self) -> dict[str, Any]:
         """Return what was found as plain values, for JSON."""
@@ -256,6 +258,12 @@ def topics_of_tile(registry: Registry, relation: str) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
+def _ok_of_some(levels: Sequence[Level]) -> Level:
+    """Return the worst level; what was judged and is ok counts more than what could not be judged."""
+    found = worst(levels)
+    return "ok" if found == "learning" and "ok" in levels else found
+
+
 def _rows(attributes: Mapping[str, Statistics]) -> int:
     return max((one.rows for one in attributes.values()), default=0)
 
@@ -305,7 +313,7 @@ def _judge_attribute(
         parts.append((ks_level, f"KS {ks:.2f}"))
     elif vanished := _vanished(known, now):
         parts.insert(0, ("error", f"{', '.join(vanished)} vanished"))
-    level = max((level for level, _ in parts), key=LEVELS.index)
+    level = worst(level for level, _ in parts)
     told = ", ".join(text for one, text in parts if one != "ok")
     shift = _shift(known, now) if told else ""
     return Finding(now.attribute, level, psi, ks, f"{now.attribute}: {told}{shift}" if told else "")
@@ -321,7 +329,7 @@ def compare(expected: Statistics, actual: Statistics) -> tuple[float, float | No
     ks: float | None = None
     if actual.kind in ("number", "list"):
         ks, by_chance = _ks(expected, actual)
-        level = max(level, KS.level(ks, by_chance), key=LEVELS.index)
+        level = worst((level, KS.level(ks, by_chance)))
     few = min(expected.sampled, actual.sampled) < MIN_ROWS
     return psi, ks, "learning" if few and level == "ok" else level
 

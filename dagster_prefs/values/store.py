@@ -131,9 +131,9 @@ def read_statistics(
     name = f"{namespace}.{STATISTICS_TABLE}"
     conditions: list[BooleanExpression] = []
     if since is not None:
-        conditions.append(GreaterThanOrEqual("day", since.isoformat()))
+        conditions.append(GreaterThanOrEqual(term="day", value=since.isoformat()))
     if relation is not None:
-        conditions.append(EqualTo("relation", relation))
+        conditions.append(EqualTo(term="relation", value=relation))
     chosen = And(*conditions) if len(conditions) > 1 else conditions[0] if conditions else ""
     with translated(f"the table {name}"):
         try:

@@ -372,7 +372,7 @@ def test_values_are_described_judged_and_compared(
         assert "watch.titles_7d" in compared.missing
     for refused in ("nowhere.parquet", "set.txt", str(tmp_path / "other.csv")):
         (tmp_path / "other.csv").write_text("learner_id,likes_28d\n1,2\n")
-        with pytest.raises(SetUnreadable, match="name (a|one of)"):
+        with pytest.raises(SetUnreadable, match=r"name (a|one of)"):
             compare_with_served(
                 platform.catalog(),
                 REGISTRY,
