@@ -33,7 +33,7 @@ from dagster_prefs.iceberg.files import read_rows, tile_files
 from dagster_prefs.iceberg.publish import DayFiles, write_day
 from dagster_prefs.iceberg.tables import arrow_schema, ensure_table, tile_tables
 from dagster_prefs.values.collect import collect_tiles
-from dagster_prefs.values.statistics import SESSION
+from dagster_prefs.values.describe import SESSION
 
 REGISTRY = load_registry(Path(__file__).resolve().parents[1] / "dbt_project")
 SPEC = tile_tables(REGISTRY)["viewer_watch_daily"]

@@ -24,7 +24,8 @@ from dagster_prefs.iceberg.export import DEFAULT_NAMESPACE
 from dagster_prefs.iceberg.maintenance import expire, unreferenced_files
 from dagster_prefs.iceberg.tables import TileTable
 from dagster_prefs.values.collect import TableDays
-from dagster_prefs.values.statistics import SESSION, Statistics
+from dagster_prefs.values.describe import SESSION
+from dagster_prefs.values.statistics import Statistics
 from dagster_prefs.values.store import (
     RelationDay,
     described_days,

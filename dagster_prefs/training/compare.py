@@ -22,8 +22,9 @@ from dagster_prefs.iceberg.files import scan_rows
 from dagster_prefs.training.outputs import is_table
 from dagster_prefs.training.windows import Features
 from dagster_prefs.values.collect import describe_view
+from dagster_prefs.values.describe import SESSION, Described, Measured, describe
 from dagster_prefs.values.drift import Level, compare
-from dagster_prefs.values.statistics import SESSION, Described, Measured, Statistics, describe
+from dagster_prefs.values.statistics import Statistics
 
 Batches = Callable[[Sequence[str]], Iterable[pa.RecordBatch]]
 

@@ -30,7 +30,8 @@ from dagster_prefs.iceberg.catalog import translated
 from dagster_prefs.iceberg.duck import duck_session
 from dagster_prefs.iceberg.files import LiveFile, parts_of, read_rows, tile_files
 from dagster_prefs.iceberg.tables import TileTable, arrow_schema, tile_tables
-from dagster_prefs.values.statistics import SESSION, Described, Kind, Measured, Statistics, describe
+from dagster_prefs.values.describe import SESSION, Described, Measured, describe
+from dagster_prefs.values.statistics import Kind, Statistics
 from dagster_prefs.values.store import RelationDay, described_days, write_statistics
 
 # Four earlier days of the same weekday for each day of the last week.

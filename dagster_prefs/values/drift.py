@@ -38,12 +38,6 @@ LEVELS: tuple[Level, ...] = ("ok", "learning", "warn", "error")
 
 EXIT_CODES: Mapping[Level, int] = {"ok": 0, "learning": 0, "warn": 1, "error": 2}
 
-
-def worst(levels: Iterable[Level]) -> Level:
-    """Return the worst of some levels, `learning` of none."""
-    return max(levels, key=LEVELS.index, default="learning")
-
-
 WEEKS = 4
 LEAST_DAYS = 2
 # How often chance alone may exceed a limit, of all comparisons.
@@ -53,6 +47,11 @@ BINS = 10
 LEAST_SHARE = 0.01
 # A value of which so many rows were due, and of which at most a fourth are left, has vanished.
 VANISHED_ROWS = 40
+
+
+def worst(levels: Iterable[Level]) -> Level:
+    """Return the worst of some levels, `learning` of none."""
+    return max(levels, key=LEVELS.index, default="learning")
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -12,8 +13,10 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 from shipped import GENRE, REGISTRY, WATCH
 
+from dagster_prefs.cli import cli
 from dagster_prefs.defs import offline_store, training_data, values
 from dagster_prefs.freshness.canary import send_canary
 from dagster_prefs.iceberg.export import ForeignRows
@@ -22,6 +25,7 @@ from dagster_prefs.platform import Platform
 from dagster_prefs.settings import Settings
 from dagster_prefs.training.compare import SetUnreadable, compare_with_served
 from dagster_prefs.training.windows import choose_features
+from dagster_prefs.values.store import described_days, read_statistics
 
 TABLES = {
     "watch": "viewer_watch_daily",
@@ -311,7 +315,11 @@ def test_a_training_set_is_made_by_dagster(
 
 
 def test_values_are_described_judged_and_compared(
-    busy: Any, platform: Platform, instance: dg.DagsterInstance, tmp_path: Path
+    busy: Any,
+    platform: Platform,
+    instance: dg.DagsterInstance,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = busy.now + timedelta(minutes=2)
     built = dg.Definitions.merge(
@@ -344,6 +352,18 @@ def test_values_are_described_judged_and_compared(
     assert lists["favorite_genre"].values == (("drama", 40),)
     assert "viewer_id" not in lists
 
+    # Days later nothing has arrived, which is a value too; what has arrived and is not exported yet is not judged.
+    platform.collect_statistics(now=busy.now + timedelta(days=2, hours=1))
+    known = described_days(busy.catalog, "training")
+    days = sorted(day - busy.today for relation, day in known if relation == WATCH.tile)
+    assert days == [timedelta(days=-1), timedelta(days=1)]
+    (quiet,) = {
+        one.rows
+        for one in read_statistics(busy.catalog, "training", relation=WATCH.tile)
+        if one.day > busy.today
+    }
+    assert quiet == 0
+
     # What is served today, as a training set: the same, but for one attribute.
     served = {
         "favorite_genre": "drama",
@@ -370,6 +390,23 @@ def test_values_are_described_judged_and_compared(
         assert [attribute for attribute, level in levels.items() if level == "error"] == wrong, name
         assert {one.in_set.null_share for one in compared.attributes} == {0.0}
         assert "watch.titles_7d" in compared.missing
+    for name, value in {
+        "PREFS_ENGINE_PORT": platform.engine.port,
+        "PREFS_ENGINE_DATABASE": platform.engine.database,
+        "PREFS_ENGINE_USER": platform.engine.user,
+        "PREFS_ICEBERG_WAREHOUSE": busy.warehouse.as_uri(),
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    told = CliRunner().invoke(
+        cli, ["training-set", "compare", str(tmp_path / "set.csv")], standalone_mode=False
+    )
+    assert told.return_value == 2
+    assert told.stdout.count("error") == 1
+    assert "watch.titles_7d is served and not in the set" in told.stdout
+    as_json = CliRunner().invoke(
+        cli, ["training-set", "compare", "training.set", "--json"], standalone_mode=False
+    )
+    assert {one["level"] for one in json.loads(as_json.stdout)["attributes"]} == {"learning"}
     for refused in ("nowhere.parquet", "set.txt", str(tmp_path / "other.csv")):
         (tmp_path / "other.csv").write_text("learner_id,likes_28d\n1,2\n")
         with pytest.raises(SetUnreadable, match=r"name (a|one of)"):
