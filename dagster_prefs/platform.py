@@ -10,7 +10,7 @@ import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from functools import cached_property, partial
 from pathlib import Path
 from time import monotonic
@@ -50,6 +50,8 @@ if TYPE_CHECKING:
     from dagster_prefs.live.follower import Follower
     from dagster_prefs.training.parity import ParityReport
     from dagster_prefs.training.windows import Features
+    from dagster_prefs.values.drift import Cause
+    from dagster_prefs.values.statistics import Statistics
 
 # How long `prefs refresh` waits for a follower, in seconds.
 REFRESH_SECONDS = 600.0
@@ -258,6 +260,60 @@ class Platform:
                 spread_seconds=self.settings.expiry_spread_seconds,
                 namespace=self.settings.iceberg_namespace,
             ),
+        )
+
+    def collect_statistics(self, *, now: datetime, days: int | None = None) -> list[tuple[str, date]]:
+        """Describe the values of the last `days` complete days that changed, and of the rolling views as they are now.
+
+        `now` is UTC; `days` reaches back five weeks by default. Returns the relations and days that were described.
+        Raises OfflineError, EngineUnavailable, ViewUnreadable.
+        """
+        from dagster_prefs.values.collect import DAYS_DESCRIBED, collect_tiles, collect_views
+
+        catalog, namespace = self.catalog(), self.settings.iceberg_namespace
+        tiles = collect_tiles(
+            catalog,
+            self.registry,
+            namespace,
+            now=now,
+            days=days or DAYS_DESCRIBED,
+            empty=self._quiet_days(now),
+        )
+        views = collect_views(catalog, self.registry, self.engine, namespace, now=now)
+        return [*tiles.described, *views.described]
+
+    def _quiet_days(self, now: datetime) -> dict[str, set[date]]:
+        """Tile → the complete days since its first one of which neither engine nor training table has rows."""
+        exports = self.exporter.look(now)
+        found: dict[str, set[date]] = {}
+        for spec in self.training_tables.values():
+            days = {
+                day
+                for group in (exports.stale, exports.foreign, exports.current)
+                for name, day in group
+                if name == spec.name
+            }
+            first = min(days, default=now.date())
+            found[spec.tile] = {
+                first + timedelta(days=place) for place in range((now.date() - first).days)
+            } - days
+        return found
+
+    def statistics(self) -> dict[str, dict[str, Statistics]]:
+        """The newest statistics of every attribute: relation → attribute → statistics. Raises OfflineError."""
+        from dagster_prefs.values.store import latest_statistics
+
+        return latest_statistics(self.catalog(), self.settings.iceberg_namespace)
+
+    def drift(self, *, now: datetime, day: date | None = None) -> list[Cause]:
+        """What drifted on a day, or on the newest day with statistics of each tile, by cause; `now` is UTC.
+
+        Raises OfflineError.
+        """
+        from dagster_prefs.values.drift import causes_on
+
+        return causes_on(
+            self.catalog(), self.registry, self.settings.iceberg_namespace, day=day, today=now.date()
         )
 
     def is_deployed(self) -> bool:

@@ -142,10 +142,18 @@ def metrics(port: int) -> None:
     At /metrics, on loopback.
     """
     from dagster_prefs.freshness.metrics import MetricsServer
+    from dagster_prefs.freshness.values import DriftReadings, ValueMetrics
+    from dagster_prefs.platform import Platform
 
     settings = load_settings()
     start_logging(settings)
-    with readings(settings) as read, MetricsServer(read, port=port) as server:
+    platform = Platform(settings)
+    drift = DriftReadings(lambda: platform.drift(now=datetime.now(UTC)))
+    values = ValueMetrics(platform.statistics)
+    with (
+        readings(settings) as read,
+        MetricsServer(lambda: drift.added_to(read()), port=port, others=[values]) as server,
+    ):
         console.print(f"metrics at http://127.0.0.1:{server.server_port}/metrics; Ctrl-C stops")
         server.serve_forever()
 

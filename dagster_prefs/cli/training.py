@@ -132,6 +132,64 @@ def training_set_reproduce(
     console.print(f"{made.rows:,} rows, equal to those of {manifest}, in {made.output}")
 
 
+@training_set.command("compare")
+@click.argument("training_set_", metavar="SET")
+@click.option("--entity", help="What the set is about, where several entities have features.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+def training_set_compare(training_set_: str, entity: str | None, as_json: bool) -> int:
+    """Compare a training set with what is served today, attribute by attribute.
+
+    SET is a Parquet or CSV file, or an Iceberg table (namespace.table, of a snapshot namespace.table@id). Exit code 0
+    where they are alike, 1 for warnings, 2 for errors.
+    """
+    from dagster_prefs.platform import Platform
+    from dagster_prefs.training.compare import compare_with_served
+    from dagster_prefs.training.windows import choose_features
+    from dagster_prefs.values.drift import EXIT_CODES, worst
+
+    platform = Platform(load_settings())
+    found = compare_with_served(
+        platform.catalog(),
+        platform.registry,
+        platform.engine,
+        choose_features(platform.registry, entity),
+        training_set_,
+        now=datetime.now(UTC),
+    )
+    level = worst(one.level for one in found.attributes)
+    if as_json:
+        print_json(
+            {
+                "level": level,
+                "attributes": [one.as_dict() for one in found.attributes],
+                "missing": list(found.missing),
+            }
+        )
+        return EXIT_CODES[level]
+    rows = [
+        (
+            f"{one.domain}.{one.attribute}",
+            one.level,
+            f"{one.psi:.3f}",
+            None if one.ks is None else f"{one.ks:.3f}",
+            f"{one.in_set.null_share:.1%} → {one.served.null_share:.1%}",
+            *(
+                f"{before:g} → {now:g}"
+                if (before := one.in_set.quantiles_by_share.get(share)) is not None
+                and (now := one.served.quantiles_by_share.get(share)) is not None
+                else None
+                for share in (0.05, 0.5, 0.95)
+            ),
+        )
+        for one in found.attributes
+    ]
+    heads = ["attribute", "level", "PSI", "KS", "missing", "5 %", "median", "95 %"]
+    console.print(table_of(f"{training_set_} → served", heads, rows))
+    for name in found.missing:
+        console.print(f"{name} is served and not in the set")
+    return EXIT_CODES[level]
+
+
 @cli.command(context_settings={"ignore_unknown_options": True})
 @click.argument("subject", nargs=-1, required=True, metavar="ENTITY ID")
 @click.option("--drop-tags", is_flag=True, help="Also drop tags and branches that keep the subject's rows.")

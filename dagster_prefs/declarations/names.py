@@ -8,6 +8,9 @@ NAME_BYTES = 63
 # derive, such as `live_…`, are shorter or are used within one statement only.
 QUERY_SUFFIX = "__query"
 
+# The Iceberg table of statistics of values, beside the training tables.
+STATISTICS_TABLE = "value_statistics"
+
 
 def raw_table(relation: str) -> str:
     """Return the name of a topic's raw table from that of its typed relation."""

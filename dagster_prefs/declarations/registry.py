@@ -113,11 +113,17 @@ class TopicDeclaration:
 
 @dataclass(frozen=True, slots=True)
 class TileColumn:
-    """One column of a tile; `minimum` is the least value that the audit accepts."""
+    """One column of a tile; `minimum` is the least value that the audit accepts.
+
+    `pii` is personal beyond the entity's keys. `drift` has the limits of its drift, `psi` and `ks` with `warn` and
+    `error` each, False if it is not judged, None for the defaults of values/drift.py.
+    """
 
     type: str
     description: str
     minimum: int | None = None
+    pii: bool = False
+    drift: Mapping[str, Any] | Literal[False] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +132,8 @@ class TileDeclaration:
 
     `metric` names the columns whose total is `metric_total` among the fingerprints; `at_most` lists (smaller,
     larger) pairs of columns that every row respects; `sink` is the RisingWave sink that writes the table,
-    where sinks export.
+    where sinks export. `drift` has the limits of a drift of its rows (`rows`: by which factor, `min_rows`), False if
+    the tile is not judged, None for the defaults of values/drift.py.
     """
 
     relation: str
@@ -139,6 +146,7 @@ class TileDeclaration:
     metric: tuple[str, ...]
     at_most: tuple[tuple[str, str], ...] = ()
     sink: str = ""
+    drift: Mapping[str, Any] | Literal[False] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,6 +362,7 @@ def registry_dict(registry: Registry) -> dict[str, Any]:
                 "metric": list(tile.metric),
                 "at_most": [list(pair) for pair in tile.at_most],
                 "sink": tile.sink,
+                **({} if tile.drift is None else {"drift": tile.drift}),
                 "columns": {name: _without_defaults(column) for name, column in tile.columns.items()},
             }
             for tile in registry.tiles.values()

@@ -111,7 +111,7 @@ def build(platform: Platform, alert_webhook: str | None = None) -> dg.Definition
         # The engine has a sensor of its own, which runs more often.
         measures = [measure for measure in status.measures if measure.stage != "engine"]
         return dg.SensorResult(
-            cursor=_tell(context, measures, webhook, status.read_at),
+            cursor=tell_changes(context, measures, webhook, status.read_at),
             skip_reason=f"read {len(status.measures)} measures, the worst is {status.level}",
         )
 
@@ -125,7 +125,7 @@ def build(platform: Platform, alert_webhook: str | None = None) -> dg.Definition
         now = datetime.now(UTC)
         measures = sources.embedded(now)
         return dg.SensorResult(
-            cursor=_tell(context, measures, webhook, now),
+            cursor=tell_changes(context, measures, webhook, now),
             skip_reason="; ".join(f"{measure.name}: {measure.reason}" for measure in measures),
         )
 
@@ -271,7 +271,7 @@ def _parts(platform: Platform, keys: Mapping[str, dg.AssetKey]) -> list[dg.Asset
     ]
 
 
-def _tell(
+def tell_changes(
     context: dg.SensorEvaluationContext, measures: Sequence[Measure], webhook: Webhook | None, at: datetime
 ) -> str:
     """Log and send each change of a level since the sensor's cursor; return the new cursor. `at` is UTC."""

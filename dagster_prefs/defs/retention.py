@@ -8,7 +8,7 @@ from typing import Any
 import dagster as dg
 import sqlalchemy as db
 
-from dagster_prefs.defs import deployment, events, feature_views, freshness, training_data
+from dagster_prefs.defs import deployment, events, feature_views, freshness, training_data, values
 from dagster_prefs.defs.resources import schedule_status
 from dagster_prefs.platform import Platform
 
@@ -23,6 +23,7 @@ RECURRING = (
     deployment.JOB,
     training_data.PARITY_JOB,
     training_data.MAINTENANCE_JOB,
+    values.JOB,
     JOB,
 )
 FINISHED = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED]

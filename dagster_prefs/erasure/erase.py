@@ -23,6 +23,7 @@ from dagster_prefs.declarations.names import QUERY_SUFFIX
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.erasure.events import AppendOnly, RawMessages, Subject
 from dagster_prefs.erasure.items import EntityItems
+from dagster_prefs.erasure.statistics import SubjectInStatistics
 from dagster_prefs.erasure.training import (
     ErasedTable,
     SubjectInTable,
@@ -447,12 +448,32 @@ class _Erasure:
             others = search_catalog(catalog, erased)
         for name in others.training_sets:
             self._erase_in(report, partial(SubjectInTrainingSet, catalog, name, erased))
+        self._erase_in_statistics(report, catalog, specs)
         report.training_sets += others.holding
         report.unread = dict(others.unread)
         if self.training_sets:
             with self._step("search the training sets"):
                 found = files_holding(erased, self.training_sets)
                 report.training_sets += [str(path) for path in found]
+
+    def _erase_in_statistics(
+        self, report: ErasureReport, catalog: Catalog, specs: Sequence[TileTable]
+    ) -> None:
+        family = {entity.name for entity in self._family}
+        domains = self.stores.registry.contract.domains.values()
+        views = [domain.relation for domain in domains if domain.entity in family]
+        statistics = SubjectInStatistics(
+            catalog, self.stores.registry, specs, views, namespace=self.stores.namespace
+        )
+        with self._step(f"remove the subject from {statistics.name}"):
+            held = statistics.holding()
+            statistics.erase()
+        with self._step(f"read {statistics.name} back"):
+            left = statistics.holding()
+        report.holdings += [
+            Holding("iceberg", statistics.name, "days", held.days, left.days),
+            Holding("iceberg", statistics.name, "snapshots", held.snapshots, left.snapshots),
+        ]
 
     def _training_tables(self) -> list[TileTable]:
         """Return the training tables of the subject's entity."""

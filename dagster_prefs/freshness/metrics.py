@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.freshness.levels import LEVELS, Measure
 from dagster_prefs.freshness.status import Status
+from dagster_prefs.freshness.values import VALUE_METRICS
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -73,6 +74,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("prefs_export_days_foreign", "Exported days that another writer changed.", "days_foreign"),
     Metric("prefs_canary_p50_seconds", "Median time from event to reader.", "p50_seconds"),
     Metric("prefs_canary_p99_seconds", "99th percentile of the time from event to reader.", "p99_seconds"),
+    Metric("prefs_drift_psi", "Greatest population stability index of a topic's attributes.", "psi"),
+    Metric("prefs_drift_ks", "Greatest Kolmogorov-Smirnov distance of a topic's attributes.", "ks"),
+    Metric("prefs_drift_attributes", "Attributes of a topic's tiles that drifted.", "attributes_drifted"),
     Metric("prefs_canary_lost_total", "Canaries that never became readable.", "lost", "counter"),
 )
 LEVEL_METRIC = Metric("prefs_level", "1 for the level that a measure has, 0 for the others.", "level")
@@ -84,13 +88,14 @@ STATUS_METRICS = (
 
 def metric_names() -> list[str]:
     """Return every name that `render_metrics` may write."""
-    return [metric.name for metric in (*METRICS, LEVEL_METRIC, *STATUS_METRICS)]
+    return [*(metric.name for metric in (*METRICS, LEVEL_METRIC, *STATUS_METRICS)), *VALUE_METRICS]
 
 
-def render_metrics(status: Status) -> str:
-    """Render the status in Prometheus' text format, labelled with `stage` and `name`."""
+def render_metrics(status: Status, *others: Collector) -> str:
+    """Render the status in Prometheus' text format, labelled with `stage` and `name`, and what the others collect."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Readings(status))
+    for collector in (_Readings(status), *others):
+        registry.register(collector)
     return generate_latest(registry).decode()
 
 
@@ -98,7 +103,7 @@ class MetricsServer(ThreadingHTTPServer):
     """Serves `/metrics` on one address; `serve_forever` runs it until `shutdown`.
 
     `read` evaluates the measures; one answer is reused for `reuse_seconds`, so that concurrent scrapes do not multiply
-    the load on the engine. Port 0 selects a free port, see `server_port`.
+    the load on the engine. `others` collect further metrics. Port 0 selects a free port, see `server_port`.
 
     Raises MetricsError if the address is in use or is not on this machine.
     """
@@ -112,8 +117,10 @@ class MetricsServer(ThreadingHTTPServer):
         host: str = "127.0.0.1",
         port: int = 9475,
         reuse_seconds: float = 10.0,
+        others: Sequence[Collector] = (),
     ) -> None:
         self._read = read
+        self._others = others
         self._reuse = reuse_seconds
         self._lock = threading.Lock()
         self._answer = b""
@@ -129,7 +136,7 @@ class MetricsServer(ThreadingHTTPServer):
         """Return the metrics, evaluated again if the last evaluation is too old."""
         with self._lock:
             if time.monotonic() >= self._until:
-                self._answer = render_metrics(self._read()).encode()
+                self._answer = render_metrics(self._read(), *self._others).encode()
                 self._until = time.monotonic() + self._reuse
             return self._answer
 

@@ -50,6 +50,7 @@ _TITLES = {
     "online": "views → DynamoDB",
     "offline": "tiles → Iceberg",
     "canary": "event → reader",
+    "drift": "values",
 }
 
 

@@ -65,8 +65,8 @@ TABLE_PROPERTIES = {
     "write.metadata.previous-versions-max": "20",
 }
 
-# The property by which maintenance and erasure find the tables of training sets.
-KIND, TRAINING_SET = "prefs.kind", "training-set"
+# The property by which maintenance and erasure find the tables of training sets and of statistics.
+KIND, TRAINING_SET, STATISTICS = "prefs.kind", "training-set", "statistics"
 
 
 class DeclarationRefused(OfflineError):
@@ -80,6 +80,11 @@ class SchemaChangeRefused(OfflineError):
 def is_training_set(table: Table) -> bool:
     """Return whether a table belongs to training sets."""
     return table.properties.get(KIND) == TRAINING_SET
+
+
+def is_statistics(table: Table) -> bool:
+    """Return whether a table is that of statistics of values."""
+    return table.properties.get(KIND) == STATISTICS
 
 
 @dataclass(frozen=True)

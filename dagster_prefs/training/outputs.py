@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,20 +12,14 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 from pyiceberg.catalog import Catalog
-from pyiceberg.exceptions import CommitFailedException, NoSuchTableError, ValidationException
-from pyiceberg.io.pyarrow import UnsupportedPyArrowTypeException, parquet_file_to_data_file
+from pyiceberg.exceptions import NoSuchTableError
+from pyiceberg.io.pyarrow import UnsupportedPyArrowTypeException
 from pyiceberg.table import Table
 
 from dagster_prefs.files import whole_file
 from dagster_prefs.iceberg.catalog import OfflineError, ensure_namespace, translated
-from dagster_prefs.iceberg.files import live_files
-from dagster_prefs.iceberg.tables import (
-    KIND,
-    PARQUET,
-    TABLE_PROPERTIES,
-    TRAINING_SET,
-    arrow_schema,
-)
+from dagster_prefs.iceberg.replace import ChangedMeanwhile, replace_all
+from dagster_prefs.iceberg.tables import PARQUET, TABLE_PROPERTIES, TRAINING_SET, arrow_schema
 from dagster_prefs.training.labels import TIME
 
 ROWS_PER_GROUP = 100_000
@@ -42,7 +35,7 @@ def check_output(catalog: Catalog, output: str) -> None:
 
     `output` ends in `.parquet` or `.csv`, or is an Iceberg table, `namespace.table`. Raises OutputRefused.
     """
-    if _is_table(output):
+    if is_table(output):
         with translated(f"the Iceberg namespace of {output}"):
             ensure_namespace(catalog, output.partition(".")[0])
         return
@@ -59,7 +52,7 @@ def output_within(folder: Path, output: str) -> str:
 
     Raises OutputRefused for a file outside the folder.
     """
-    if _is_table(output):
+    if is_table(output):
         return output
     target = (folder / output).resolve()
     if not target.is_relative_to(folder.resolve()) or target == folder.resolve():
@@ -89,7 +82,7 @@ def write_output(
     support; OfflineError for storage that fails.
     """
     try:
-        if _is_table(output):
+        if is_table(output):
             rows = _ordered(session, columns)
             replace_rows(_table(catalog, output, rows.schema), rows, properties)
             return
@@ -115,41 +108,14 @@ def replace_rows(table: Table, rows: Iterable[pa.RecordBatch], properties: Mappi
 
     Raises OutputRefused if another writer has changed the table since it was loaded.
     """
-    path = table.location_provider().new_data_location(f"{uuid.uuid4().hex}.parquet")
-    schema = arrow_schema(table)
-    published = False
     try:
-        with (
-            table.io.new_output(path).create(overwrite=False) as sink,
-            pq.ParquetWriter(sink, schema, store_schema=False, **PARQUET) as writer,
-        ):
-            for batch in rows:
-                writer.write_batch(batch.cast(schema))
-        file = parquet_file_to_data_file(io=table.io, table_metadata=table.metadata, file_path=path)
-        try:
-            with table.transaction() as transaction:
-                transaction.set_properties({KIND: TRAINING_SET})
-                with transaction.update_snapshot(
-                    snapshot_properties=dict(properties)
-                ).overwrite() as snapshot:
-                    for held in live_files(table):
-                        snapshot.delete_data_file(held.data)
-                    snapshot.append_data_file(file)
-            published = True
-        except (CommitFailedException, ValidationException) as error:
-            raise OutputRefused(
-                f"the table {'.'.join(table.name())} was changed by another writer: run it again"
-            ) from error
-        except Exception:
-            # The commit may have succeeded although its reply was lost, so the file stays.
-            published = True
-            raise
-    finally:
-        if not published:
-            table.io.delete(path)
+        replace_all(table, rows, properties, kind=TRAINING_SET)
+    except ChangedMeanwhile as error:
+        raise OutputRefused(str(error)) from error
 
 
-def _is_table(output: str) -> bool:
+def is_table(output: str) -> bool:
+    """Return whether an output is the name of an Iceberg table (`namespace.table`), and not of a file."""
     return (
         output.count(".") == 1
         and not set(output) & set("/\\")
