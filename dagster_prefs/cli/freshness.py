@@ -74,7 +74,7 @@ def readings(settings: Settings) -> Iterator[Callable[[], Status]]:
     def now() -> datetime:
         return datetime.now(UTC)
 
-    if not _installed("dagster"):
+    if not installed("dagster"):
         yield lambda: evaluate(
             sources,
             now=now,
@@ -104,7 +104,7 @@ def readings(settings: Settings) -> Iterator[Callable[[], Status]]:
         yield lambda: evaluate(sources, now=now, extra=canary())
 
 
-def _installed(package: str) -> bool:
+def installed(package: str) -> bool:
     try:
         return find_spec(package) is not None
     except ModuleNotFoundError:

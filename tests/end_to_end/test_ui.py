@@ -3,7 +3,6 @@
 import http.client
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
+from browser import needs_chromium, opened_browser
 from warm import WarmProcess
 
 from tests.end_to_end.conftest import Place
@@ -220,17 +220,9 @@ def test_an_asset_is_materialized_by_a_click(ui: Ui) -> None:
         assert {"label": "dagster/row_count", "intValue": 0} in event["metadataEntries"]
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not on the PATH")
+@needs_chromium
 def test_the_asset_graph_shows_every_group_and_asset(ui: Ui, tmp_path: Path) -> None:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=shutil.which("chromium"),
-            # Root may not use the sandbox; the other flags keep the browser from calling home.
-            args=["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking",
-                  "--disable-component-update", "--disable-sync", "--no-first-run"],
-        )  # fmt: skip
+    with opened_browser() as browser:
         # Dagster draws what lies in the window, so that it has to be large, but nobody looks at each of its pixels.
         page = browser.new_page(viewport={"width": 2500, "height": 5000}, device_scale_factor=0.2)
         page.goto(f"{ui.url}/asset-groups")
@@ -240,7 +232,6 @@ def test_the_asset_graph_shows_every_group_and_asset(ui: Ui, tmp_path: Path) -> 
         picture = tmp_path / "asset-graph.png"
         page.screenshot(path=picture)
         text = page.content()
-        browser.close()
     assert picture.stat().st_size > 20_000
     for group in (
         "events",

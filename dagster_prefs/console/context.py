@@ -1,0 +1,124 @@
+"""What the pages work with: one `Console` for the process, one `Visit` for each opened page."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from threading import Lock
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from dagster_prefs.console.access import EVERYTHING, Grant, Right
+from dagster_prefs.declarations.registry import Registry
+from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.platform import Platform
+from dagster_prefs.settings import Settings
+
+if TYPE_CHECKING:
+    from dagster_prefs.freshness.status import Status
+    from dagster_prefs.serving import ProfileClient, ShopClient
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# Reads at a time, for all pages together.
+THREADS = 4
+# No service waits for these reads, and the local AWS server is slow.
+READ_SECONDS = 10.0
+
+
+class Console:
+    """The platform, its clients and its readings, for all pages; every client is opened at its first use.
+
+    `read_status` takes all freshness readings, and `is_demo` says whether the engine holds a demo's events; both
+    block, and belong on a thread (`run`).
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        read_status: Callable[[], Status],
+        is_demo: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.settings = settings
+        self.platform = Platform(settings)
+        self.read_status = read_status
+        self.is_demo = is_demo
+        self._clients = ExitStack()
+        self._lock = Lock()
+        self._profiles: dict[str, ProfileClient] = {}
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="console")
+
+    @property
+    def registry(self) -> Registry:
+        """What the project declares."""
+        return self.settings.registry()
+
+    @property
+    def engine(self) -> EngineConfiguration:
+        """How the engine is reached."""
+        return self.platform.engine
+
+    def profiles(self, entity: str) -> ProfileClient:
+        """Return the client that reads an entity's items. Raises ProfileError if the entity has none."""
+        from dagster_prefs.serving import ClientOptions, ProfileClient
+
+        with self._lock:
+            if entity not in self._profiles:
+                self._profiles[entity] = self._clients.enter_context(
+                    ProfileClient(
+                        self.registry,
+                        entity=entity,
+                        endpoint_url=self.settings.aws_endpoint,
+                        region=self.settings.aws_region,
+                        table_prefix=self.settings.table_prefix,
+                        options=ClientOptions(budget_seconds=READ_SECONDS, read_timeout_seconds=READ_SECONDS),
+                    )
+                )
+            return self._profiles[entity]
+
+    @cached_property
+    def shop(self) -> ShopClient:
+        """The client that ranks, and whose connections other short reads of the engine use too."""
+        from dagster_prefs.serving import ShopClient
+
+        return self._clients.enter_context(ShopClient(self.engine, pool_size=THREADS))
+
+    async def run(self, read: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a function that blocks on a thread, so that no other page waits for it."""
+        call = partial(read, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+    def close(self) -> None:
+        """Close the clients."""
+        self._threads.shutdown(cancel_futures=True)
+        self._clients.close()
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One opened page: what it works with, what its visitor may do, and the parameters of its address."""
+
+    console: Console
+    grant: Grant = EVERYTHING
+    query: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Page:
+    """One page of the console: where it is, which right it needs, and who builds it.
+
+    `build` is called in the page's frame for each visit; it may be a coroutine function. A project for which `exists`
+    is false has no such page.
+    """
+
+    path: str
+    title: str
+    icon: str
+    right: Right
+    build: Callable[[Visit], Any]
+    exists: Callable[[Registry], bool] = lambda registry: True
