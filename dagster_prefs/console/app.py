@@ -15,13 +15,15 @@ from dagster_prefs.console.access import AccessError, Right, TokenGate, parse_to
 from dagster_prefs.console.context import Console, Page
 from dagster_prefs.console.frame import add_pages
 from dagster_prefs.console.pipeline_page import PIPELINE
+from dagster_prefs.console.shop_page import SHOP
+from dagster_prefs.console.viewers_page import VIEWERS
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.loopback import LOOPBACK_NAMES, LoopbackGuard, loopback_hosts
 
 log = logging.getLogger("dagster_prefs.console")
 
 # In the order of the navigation; the first one that the project has is shown at `/`.
-PAGES: tuple[Page, ...] = (PIPELINE,)
+PAGES: tuple[Page, ...] = (SHOP, VIEWERS, PIPELINE)
 # Events of a browser are a few hundred bytes.
 MOST_SOCKET_BYTES = 1 << 20
 

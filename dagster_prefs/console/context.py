@@ -7,19 +7,29 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property, partial
 from threading import Lock
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+import psycopg
+from psycopg import sql
+
 from dagster_prefs.console.access import EVERYTHING, Grant, Right
-from dagster_prefs.declarations.registry import Registry
+from dagster_prefs.console.events import Sender, Sent, compose_event
+from dagster_prefs.declarations.registry import Entity, Registry, TopicDeclaration
 from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.errors import PrefsError
+from dagster_prefs.freshness.levels import unreadable
+from dagster_prefs.ids import Id
 from dagster_prefs.platform import Platform
+from dagster_prefs.serving.pool import ConnectionPool
 from dagster_prefs.settings import Settings
 
 if TYPE_CHECKING:
     from dagster_prefs.freshness.status import Status
     from dagster_prefs.serving import ProfileClient, ShopClient
+    from dagster_prefs.serving.pool import Connection
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -28,6 +38,12 @@ T = TypeVar("T")
 THREADS = 4
 # No service waits for these reads, and the local AWS server is slow.
 READ_SECONDS = 10.0
+# A read of the engine for a page that takes longer is given up.
+STATEMENT_SECONDS = 5.0
+
+
+class ReadOnly(PrefsError):
+    """The console may not send events; the message says why, and which setting decides."""
 
 
 class Console:
@@ -83,10 +99,61 @@ class Console:
 
     @cached_property
     def shop(self) -> ShopClient:
-        """The client that ranks, and whose connections other short reads of the engine use too."""
+        """The client that ranks."""
         from dagster_prefs.serving import ShopClient
 
         return self._clients.enter_context(ShopClient(self.engine, pool_size=THREADS))
+
+    @cached_property
+    def _pool(self) -> ConnectionPool:
+        pool = ConnectionPool(self.engine, THREADS, STATEMENT_SECONDS)
+        self._clients.callback(pool.close)
+        return pool
+
+    def query(self, what: str, read: Callable[[Connection], T]) -> T:
+        """Call `read` with a connection of the engine; `what` names in errors what is read.
+
+        Raises Unmeasurable with the remedy, EngineUnavailable, EngineBusy.
+        """
+        try:
+            return self._pool.run(read)
+        except psycopg.Error as error:
+            raise unreadable(what, error) from error
+
+    def relation(self, name: str) -> sql.Identifier:
+        """Return the name of a relation in a statement."""
+        return sql.Identifier(self.engine.schema, name)
+
+    def check_sending(self) -> None:
+        """Raise ReadOnly unless this console may send events."""
+        settings = self.settings
+        if settings.console_send == "on":
+            return
+        if why := settings.production:
+            raise ReadOnly(f"the console sends no events in production, and this is production because {why}")
+        if settings.console_send == "off":
+            raise ReadOnly("the console sends no events because PREFS_CONSOLE_SEND is off: set it to on")
+        if settings.engine != "local" or not self.is_demo():
+            raise ReadOnly(
+                "the console sends no events because the engine holds none of a demo: set PREFS_CONSOLE_SEND to on, "
+                "or run `prefs demo`"
+            )
+
+    @cached_property
+    def _sender(self) -> Sender:
+        sender = Sender(self.platform)
+        self._clients.callback(sender.close)
+        return sender
+
+    def send(
+        self, topic: TopicDeclaration, entity: Entity, id_: Id, given: Mapping[str, Any], now: datetime
+    ) -> Sent:
+        """Send an event about an id that happens `now` (UTC), with these values of its other fields.
+
+        Raises ReadOnly, EventError for values that the typed layer would reject, and like `Sender.send`.
+        """
+        self.check_sending()
+        return self._sender.send(topic, compose_event(self.registry, topic, entity, id_, given, now))
 
     async def run(self, read: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a function that blocks on a thread, so that no other page waits for it."""
@@ -107,6 +174,22 @@ class Visit:
     grant: Grant = EVERYTHING
     query: Mapping[str, str] = field(default_factory=dict)
 
+    async def sending_refusal(self) -> str | None:
+        """Return why this visitor may send no events, None if she may."""
+        try:
+            self.grant.require("send")
+            await self.console.run(self.console.check_sending)
+        except PrefsError as error:
+            return str(error)
+        return None
+
+    async def send(
+        self, topic: TopicDeclaration, entity: Entity, id_: Id, given: Mapping[str, Any], now: datetime
+    ) -> Sent:
+        """Send an event like `Console.send`, if the visitor may. Raises AccessError too."""
+        self.grant.require("send")
+        return await self.console.run(self.console.send, topic, entity, id_, given, now)
+
 
 @dataclass(frozen=True)
 class Page:
@@ -118,7 +201,6 @@ class Page:
 
     path: str
     title: str
-    icon: str
     right: Right
     build: Callable[[Visit], Any]
     exists: Callable[[Registry], bool] = lambda registry: True

@@ -10,6 +10,7 @@ from typing import Any
 
 from fastapi import Request
 from nicegui import ui
+from nicegui.elements.mixins.text_element import TextElement
 
 from dagster_prefs.console.access import EVERYTHING, GRANT, SIGN_OUT
 from dagster_prefs.console.context import Console, Page, Visit
@@ -39,20 +40,30 @@ main h2 { font-size: 1.1rem; line-height: 1.3; font-weight: 600; margin: 1.25rem
 .faint { color: var(--faint); } .good { color: var(--good); } .bad { color: var(--bad); font-weight: 600; }
 .warn { color: var(--warn); font-weight: 600; } main a { color: var(--accent); }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: .75rem; width: 100%; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: .75rem;
+  width: 100%; margin: 0; padding: 0; list-style: none; }
 .box { border: 1px solid var(--line); border-radius: .6rem; padding: .75rem; min-width: 0; }
 .line { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem; }
 .scrolls { overflow-x: auto; width: 100%; }
 .scrolls table { border-collapse: collapse; width: 100%; font-size: .9rem; }
-.scrolls th, .scrolls td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
+.scrolls th, .scrolls td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid var(--line);
+  vertical-align: top; overflow-wrap: anywhere; }
 .scrolls th { font-weight: 600; color: var(--faint); white-space: nowrap; }
 .scrolls td.number, .scrolls th.number { text-align: right; }
 .spark { display: block; width: 7.5rem; height: 1.6rem; color: var(--accent); }
 .problem { border-left: 4px solid var(--bad); background: var(--soft); padding: .75rem 1rem; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+.shares { display: flex; height: .5rem; border-radius: .25rem; overflow: hidden; background: var(--soft); }
+.shares > * { height: 100%; } .part-category { background: #4c78c9; } .part-brand { background: #d9822b; }
+.part-tier { background: #7a5cc0; } .part-session { background: #2e9e6b; }
 .q-btn.action { text-transform: none; min-height: 2.25rem; }
 @media (max-width: 40rem) { main { padding: .75rem; } .bar { padding: .4rem .5rem; } }
 """
+
+# What was chosen stays in the browser; without a choice the system's preference counts.
+TOGGLE_DARK = "() => { Quasar.Dark.toggle(); localStorage.setItem('dark', Quasar.Dark.isActive ? '1' : ''); }"
+KEEP_DARK = """<script>addEventListener("load", () => {
+  const dark = localStorage.getItem("dark"); if (dark !== null) Quasar.Dark.set(dark === "1"); });</script>"""
 
 
 def add_pages(console: Console, pages: Sequence[Page]) -> None:
@@ -69,9 +80,9 @@ def _framed(console: Console, page: Page, pages: Sequence[Page]) -> Callable[[Re
     async def show(request: Request) -> None:
         grant = getattr(request.state, GRANT, EVERYTHING)
         ui.add_css(STYLE)
-        dark = ui.dark_mode(None)
+        ui.add_body_html(KEEP_DARK)
         with ui.element("nav").classes("bar").props('aria-label="Pages"'):
-            ui.html("<strong>dagster-prefs</strong>", sanitize=False)
+            text("strong", "dagster-prefs")
             for other in pages:
                 if other.right in grant.rights:
                     link = ui.link(other.title, other.path)
@@ -80,34 +91,54 @@ def _framed(console: Console, page: Page, pages: Sequence[Page]) -> Callable[[Re
             ui.space()
             if grant.name:
                 ui.link(f"Sign out {grant.name}", SIGN_OUT)
-            ui.button(icon="contrast", on_click=lambda: dark.set_value(not dark.value)).props(
-                'flat round dense aria-label="Light or dark"'
+            ui.button(icon="contrast").props('flat round dense aria-label="Light or dark"').on(
+                "click", js_handler=TOGGLE_DARK
             )
         with ui.element("main") as content:
             if page.right in grant.rights:
-                await guarded(page.build)(Visit(console, grant, dict(request.query_params)))
+                await Notice().guard(page.build)(Visit(console, grant, dict(request.query_params)))
             else:
-                problem(grant.refusal(page.right))
+                Notice().say(grant.refusal(page.right))
         ui.skip_link(target=content)
 
     return show
 
 
-def guarded(work: Callable[..., Any]) -> Callable[..., Awaitable[None]]:
-    """Wrap what a page does, so that an expected failure is shown on it in one sentence."""
+class Notice:
+    """A place on a page where it says what is wrong; empty while all is well."""
 
-    @wraps(work)
-    async def call(*args: Any, **kwargs: Any) -> None:
-        try:
-            outcome = work(*args, **kwargs)
-            if inspect.isawaitable(outcome):
-                await outcome
-        except PrefsError as error:
-            problem(str(error))
+    def __init__(self) -> None:
+        self._label = text("p", "").classes("problem").props('role="alert"')
+        self.say(None)
 
-    return call
+    def say(self, what: str | None) -> None:
+        """Show what is wrong, with its remedy, or nothing."""
+        self._label.set_text(what or "")
+        self._label.set_visibility(bool(what))
+
+    def guard(self, work: Callable[..., Any]) -> Callable[..., Awaitable[None]]:
+        """Wrap a handler or a timer's callback: an expected failure is said here, and cleared by the next success."""
+
+        @wraps(work)
+        async def call(*args: Any, **kwargs: Any) -> None:
+            try:
+                outcome = work(*args, **kwargs)
+                if inspect.isawaitable(outcome):
+                    await outcome
+            except PrefsError as error:
+                self.say(str(error))
+            else:
+                self.say(None)
+
+        return call
 
 
-def problem(text: str) -> None:
-    """Show what is wrong, with its remedy."""
-    ui.label(text).classes("problem").props('role="alert"')
+def text(tag: str, content: str) -> TextElement:
+    """An HTML element with a text, which is shown as it is."""
+    return TextElement(tag=tag, text=content)
+
+
+def row(*cells: str, tag: str = "td") -> list[TextElement]:
+    """A row of the table at hand; its cells are returned, to be changed."""
+    with ui.element("tr"):
+        return [text(tag, cell) for cell in cells]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from nicegui import ui
 
 from dagster_prefs.console.context import Page, Visit
-from dagster_prefs.console.frame import guarded
+from dagster_prefs.console.frame import Notice, text
 from dagster_prefs.freshness.status import duration
 
 LOOK_SECONDS = 5.0
@@ -13,7 +13,8 @@ LOOK_SECONDS = 5.0
 
 async def build(visit: Visit) -> None:
     """Show the measures of all stages, and look again every few seconds."""
-    ui.html("<h1>Pipeline</h1>", sanitize=False)
+    text("h1", "Pipeline")
+    notice = Notice()
     table = ui.element("div").classes("scrolls")
 
     async def look() -> None:
@@ -26,7 +27,7 @@ async def build(visit: Visit) -> None:
                         with ui.element("td"):
                             ui.label(text)
 
-    ui.timer(LOOK_SECONDS, guarded(look))
+    ui.timer(LOOK_SECONDS, notice.guard(look))
 
 
-PIPELINE = Page("/pipeline", "Pipeline", "monitor_heart", "inspect", build)
+PIPELINE = Page("/pipeline", "Pipeline", "inspect", build)

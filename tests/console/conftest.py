@@ -110,7 +110,7 @@ def page(browser: Browser) -> Iterator[Page]:
     """An empty tab of a desktop; what the page's scripts complain about fails the test."""
     tab = browser.new_page(viewport={"width": 1200, "height": 900})
     errors: list[Any] = []
-    tab.on("pageerror", errors.append)
+    tab.on("pageerror", lambda error: errors.append(error))
     yield tab
     tab.close()
     assert errors == []
