@@ -15,6 +15,7 @@ from dagster_prefs.console.access import AccessError, Right, TokenGate, parse_to
 from dagster_prefs.console.context import Console, Page
 from dagster_prefs.console.frame import add_pages
 from dagster_prefs.console.pipeline_page import PIPELINE
+from dagster_prefs.console.runbook_page import RUNBOOK
 from dagster_prefs.console.shop_page import SHOP
 from dagster_prefs.console.viewers_page import VIEWERS
 from dagster_prefs.errors import PrefsError
@@ -23,7 +24,7 @@ from dagster_prefs.loopback import LOOPBACK_NAMES, LoopbackGuard, loopback_hosts
 log = logging.getLogger("dagster_prefs.console")
 
 # In the order of the navigation; the first one that the project has is shown at `/`.
-PAGES: tuple[Page, ...] = (SHOP, VIEWERS, PIPELINE)
+PAGES: tuple[Page, ...] = (SHOP, VIEWERS, PIPELINE, RUNBOOK)
 # Events of a browser are a few hundred bytes.
 MOST_SOCKET_BYTES = 1 << 20
 
@@ -103,6 +104,7 @@ def serve(
         )
     )
     name = f"[{host}]" if ":" in host else host
+    console.watcher.start()
     with listener:
         started(f"http://{name}:{port}")
         server.run(sockets=[listener])

@@ -17,6 +17,7 @@ from psycopg import sql
 
 from dagster_prefs.console.access import EVERYTHING, Grant, Right
 from dagster_prefs.console.events import Sender, Sent, compose_event
+from dagster_prefs.console.history import Watcher
 from dagster_prefs.declarations.registry import Entity, Registry, TopicDeclaration
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError
@@ -64,6 +65,7 @@ class Console:
         self.platform = Platform(settings)
         self.read_status = read_status
         self.is_demo = is_demo
+        self.watcher = Watcher(self)
         self._clients = ExitStack()
         self._lock = Lock()
         self._profiles: dict[str, ProfileClient] = {}
@@ -161,7 +163,8 @@ class Console:
         return await asyncio.get_running_loop().run_in_executor(self._threads, call)
 
     def close(self) -> None:
-        """Close the clients."""
+        """Stop watching, and close the clients."""
+        self.watcher.close()
         self._threads.shutdown(cancel_futures=True)
         self._clients.close()
 

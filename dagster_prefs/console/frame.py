@@ -26,6 +26,8 @@ STYLE = """
   --accent: #1a5fb4; }
 body.body--dark { --line: #fff3; --soft: #ffffff10; --faint: #a8adb3; --good: #5bd08d; --bad: #ff8a80;
   --warn: #e3b341; --accent: #8ab4f8; }
+body.body--light { --q-primary: #1a5fb4 !important; } body.body--dark { --q-primary: #8ab4f8 !important; }
+body.body--dark .q-btn.bg-primary { color: #111 !important; }
 body { font-family: system-ui, sans-serif; }
 .nicegui-content { padding: 0; gap: 0; align-items: stretch; }
 .bar { display: flex; flex-wrap: wrap; align-items: center; gap: .25rem .75rem; padding: .5rem 1rem;
@@ -43,7 +45,7 @@ main h2 { font-size: 1.1rem; line-height: 1.3; font-weight: 600; margin: 1.25rem
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: .75rem;
   width: 100%; margin: 0; padding: 0; list-style: none; }
 .box { border: 1px solid var(--line); border-radius: .6rem; padding: .75rem; min-width: 0; }
-.line { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem; }
+.line { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem; margin: .35rem 0; }
 .scrolls { overflow-x: auto; width: 100%; }
 .scrolls table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 .scrolls th, .scrolls td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid var(--line);
