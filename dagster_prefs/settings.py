@@ -147,8 +147,8 @@ class Settings(BaseSettings):
     )
     console_tokens: SecretStr | None = Field(
         None,
-        description="Tokens of the console, name:scope+scope:secret separated by commas, needed off loopback; scopes are "
-        "domains, shop, inspect and send. Instead of a secret, sha256: and its hash in hex.",
+        description="Tokens of the console, name:scope+scope:secret separated by commas, needed off loopback; scopes "
+        "are domains, shop, inspect and send. Instead of a secret, sha256: and its hash in hex.",
     )
     console_send: Literal["auto", "on", "off"] = Field(
         "auto",

@@ -29,11 +29,12 @@ def console(host: str, port: int) -> None:
         )
     from dagster_prefs.console.app import serve
     from dagster_prefs.console.context import Console
+    from dagster_prefs.console.exports import ExportsReading
     from dagster_prefs.tools.simulator import holds_simulated_events
 
     settings = load_settings()
     _ = settings.registry()
-    with readings(settings) as read:
+    with readings(settings, ExportsReading(settings.registry)) as read:
         pages = Console(settings, read_status=read, is_demo=lambda: holds_simulated_events(pages.engine))
         try:
             serve(

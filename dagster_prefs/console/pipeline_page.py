@@ -13,6 +13,7 @@ from dagster_prefs.console.runbook_page import RUNBOOK, anchor
 from dagster_prefs.freshness.status import duration
 
 LOOK_SECONDS = 1.0
+LOOKS = {"warn": "warn", "skipped": "faint"}
 COLUMNS = ("stage", "name", "rate", "lag", "last hour", "target", "rejected", "last", "state")
 
 
@@ -48,7 +49,7 @@ class _Shown:
         self._spark.set_content(sparkline(line))
         self._spark.classes(replace="bad" if line.is_bad else "")
         self._level.set_text(line.level)
-        self._level.classes(replace="bad" if line.is_bad else "warn" if line.level == "warn" else "good")
+        self._level.classes(replace="bad" if line.is_bad else LOOKS.get(line.level, "good"))
         self._reason.set_text("" if line.level == "ok" else line.reason)
 
 

@@ -82,7 +82,7 @@ class _ItemBox:
             with self.rows, ui.element("table"):
                 self._cells = {name: row(name, "")[1] for name in values}
         for name, cell in self._cells.items():
-            cell.set_text(printable(values[name], one_line=True))
+            cell.set_text(shown(values[name]))
             cell.classes(replace="good" if before and before.get(name) != values[name] else "")
 
 
@@ -211,6 +211,13 @@ class _ViewersPage:
                     at,
                     "" if stop.seconds is None else f"{1000 * stop.seconds:,.0f} ms",
                 )
+
+
+def shown(value: Any) -> str:
+    """Return a value of an item for people."""
+    if value is None:
+        return "-"
+    return printable(", ".join(map(str, value)) if isinstance(value, list | tuple) else value, one_line=True)
 
 
 def _input(field: FieldDeclaration) -> Any:
