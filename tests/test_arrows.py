@@ -58,7 +58,7 @@ ALLOWED = {
     "erasure": {"declarations", "engine", "dynamodb", "events", "iceberg", "training"},
     "local": {"declarations", "engine", "loopback"},
     "platform": set(ROOMS) - {"defs", "console", "tools"} | {"settings"},
-    "console": set(ROOMS) - {"defs", "tools"} | {"settings", "loopback", "platform"},
+    "console": set(ROOMS) - {"defs", "tools"} | {"settings", "loopback", "platform", "printable"},
     # On RisingWave the demo publishes with Dagster's job, as `prefs refresh` does.
     "tools": set(ROOMS) - {"console"} | {"platform", "settings", "runs"},
     "defs": set(ROOMS) - {"console"} | {"settings", "loopback", "platform"},

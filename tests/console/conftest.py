@@ -1,4 +1,4 @@
-"""The console of the shipped example, served by its command over a database of its own that a follower keeps current."""
+"""The console of the shipped example, served by its command over a database that a follower keeps current."""
 
 from __future__ import annotations
 

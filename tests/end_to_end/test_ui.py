@@ -76,15 +76,17 @@ def wait_for(what: str, check: Callable[[], Any], seconds: float = 180) -> Any:
 class Command:
     """`prefs ui` in a place of its own, started where a test needs it and it does not run."""
 
-    def __init__(self, place: Place, port: int) -> None:
-        self.place, self._port = place, port
+    def __init__(self, place: Place, port: int, console_port: int) -> None:
+        self.place, self._port, self.console_port = place, port, console_port
         self.started: subprocess.Popen[str] | WarmProcess | None = None
 
     def ui(self) -> Ui:
         """The UI, once it has loaded the definitions."""
         found = Ui(f"http://127.0.0.1:{self._port}")
         if self.started is None:
-            started = self.started = self.place.start("prefs", "ui", "--port", str(self._port))
+            started = self.started = self.place.start(
+                "prefs", "ui", "--port", str(self._port), "--console-port", str(self.console_port)
+            )
 
             def ready() -> bool:
                 assert started.poll() is None, started.communicate()
@@ -108,7 +110,7 @@ class Command:
 
 @pytest.fixture(scope="module")
 def command(new_place: Callable[[], Place], free_port: Callable[[], int]) -> Iterator[Command]:
-    found = Command(new_place(), free_port())
+    found = Command(new_place(), free_port(), free_port())
     yield found
     found.interrupt()
 
@@ -279,6 +281,17 @@ def test_an_event_is_readable_without_another_command(command: Command, ui: Ui, 
         wait_for(f"the item of {viewer}", watched)
         if viewer == 4242:
             assert killed()
+
+
+def test_the_console_is_beside_it(command: Command, ui: Ui) -> None:
+    def answers() -> bool:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{command.console_port}/pipeline", timeout=60) as page:
+                return b"Pipeline" in page.read()
+        except (urllib.error.URLError, ConnectionError):
+            return False
+
+    wait_for("the console's start", answers)
 
 
 def test_ctrl_c_ends_the_ui_with_all_its_processes(command: Command, ui: Ui) -> None:
