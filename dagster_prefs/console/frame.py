@@ -70,13 +70,18 @@ KEEP_DARK = """<script>addEventListener("load", () => {
 
 
 def add_pages(console: Console, pages: Sequence[Page]) -> None:
-    """Register the pages that exist for the project; the first one is also at `/`."""
+    """Register the pages that exist for the project; the first one that a visitor may see is also at `/`."""
     shown = [page for page in pages if page.exists(console.registry)]
+    framed = {page.path: _framed(console, page, shown) for page in shown}
     for page in shown:
-        ui.page(page.path, title=f"{page.title} · dagster-prefs", response_timeout=BUILD_SECONDS)(
-            _framed(console, page, shown)
-        )
-    ui.page("/", title="dagster-prefs", response_timeout=BUILD_SECONDS)(_framed(console, shown[0], shown))
+        ui.page(page.path, title=f"{page.title} · dagster-prefs", response_timeout=BUILD_SECONDS)(framed[page.path])
+
+    async def root(request: Request) -> None:
+        rights = getattr(request.state, GRANT, EVERYTHING).rights
+        page = next((one for one in shown if one.right in rights), shown[0])
+        await framed[page.path](request)
+
+    ui.page("/", title="dagster-prefs", response_timeout=BUILD_SECONDS)(root)
 
 
 def _framed(console: Console, page: Page, pages: Sequence[Page]) -> Callable[[Request], Awaitable[None]]:

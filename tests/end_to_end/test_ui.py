@@ -286,7 +286,9 @@ def test_an_event_is_readable_without_another_command(command: Command, ui: Ui, 
 def test_the_console_is_beside_it(command: Command, ui: Ui) -> None:
     def answers() -> bool:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{command.console_port}/pipeline", timeout=60) as page:
+            with urllib.request.urlopen(
+                f"http://127.0.0.1:{command.console_port}/pipeline", timeout=60
+            ) as page:
                 return b"Pipeline" in page.read()
         except (urllib.error.URLError, ConnectionError):
             return False
