@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING
@@ -186,7 +187,9 @@ def read_counts(console: Console) -> dict[str, Counts]:
             [SOURCE],
         ).fetchall()
         rejected = connection.execute(
-            sql.SQL("select topic, count(*) from {} group by topic").format(console.relation("rejected_events"))
+            sql.SQL("select topic, count(*) from {} group by topic").format(
+                console.relation("rejected_events")
+            )
         ).fetchall()
         counts = {str(topic): int(count) for topic, count in rejected}
         return {str(topic): Counts(int(count), counts.get(topic, 0)) for topic, count in messages}
@@ -258,7 +261,11 @@ class Watcher:
         """Take one reading into the history. Raises PrefsError."""
         ticks = prober_ticks(self._console.settings.data_dir)
         status = self._console.read_status()
-        self.history.add(status, read_counts(self._console), ticks[0].at if ticks else None)
+        counts: dict[str, Counts] = {}
+        # Why an engine tells nothing is in the measures.
+        with suppress(PrefsError):
+            counts = read_counts(self._console)
+        self.history.add(status, counts, ticks[0].at if ticks else None)
 
     def _run(self) -> None:
         while not self._stop.is_set():
