@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ui up down status stack stack-down test test-fast test-terraform bench-serving bench-export bench-export-range bench-ingest bench-training-set bench-freshness bench-live bench-barriers bench-statistics lint format lock clean
+.PHONY: help demo ui up down status stack stack-down pictures test test-fast test-terraform bench-serving bench-export bench-export-range bench-ingest bench-training-set bench-freshness bench-live bench-barriers bench-statistics lint format lock clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,7 +23,7 @@ venv: $(VENV)/installed ## make or update the environment from the lock
 demo: $(VENV)/installed ## start the services, deploy, load events, publish, export, print a summary
 	@$(BIN)/prefs demo
 
-ui: $(VENV)/installed ## open the Dagster UI on the demo's state
+ui: $(VENV)/installed ## open the Dagster UI and the console on the demo's state
 	@$(BIN)/prefs ui
 
 up: $(VENV)/installed ## start the embedded services
@@ -39,6 +39,7 @@ stack: ## start RisingWave, Kafka, DynamoDB Local and the platform in containers
 	@docker compose version >/dev/null 2>&1 || { echo "make stack needs Docker with its compose plugin: install both, or use make demo" >&2; exit 1; }
 	@docker compose up --build --detach --wait
 	@echo "Dagster UI      http://127.0.0.1:3000"
+	@echo "console         http://127.0.0.1:3001, with the token of compose.yaml"
 	@echo "feature server  http://127.0.0.1:8080/v1/profiles/1"
 	@echo "RisingWave      psql -h 127.0.0.1 -p 4566 -d dev -U root"
 
@@ -50,6 +51,9 @@ stack-down: ## stop the containers; their data stays in volumes
 WORKERS ?= 3
 # What one process of a run has compiled no other compiles again, also where the shell says that nothing is to be kept.
 PYTEST = PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+pictures: $(VENV)/installed ## photograph the console and the asset graph of the demo's state for the README
+	@$(BIN)/python docs/images/take.py
 
 test: $(VENV)/installed ## the whole test suite, a file at a time in three processes
 	@$(PYTEST)

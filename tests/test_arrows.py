@@ -22,6 +22,7 @@ ROOMS = (
     "erasure",
     "local",
     "defs",
+    "console",
     "tools",
 )
 
@@ -62,10 +63,11 @@ ALLOWED = {
     },
     "erasure": {"declarations", "engine", "dynamodb", "events", "iceberg", "training", "values"},
     "local": {"declarations", "engine", "loopback", "logs"},
-    "platform": set(ROOMS) - {"defs", "tools"} | {"settings"},
+    "platform": set(ROOMS) - {"defs", "console", "tools"} | {"settings"},
+    "console": set(ROOMS) - {"defs", "tools"} | {"settings", "loopback", "platform", "printable"},
     # On RisingWave the demo publishes with Dagster's job, as `prefs refresh` does.
-    "tools": set(ROOMS) | {"platform", "settings", "runs"},
-    "defs": set(ROOMS) | {"settings", "loopback", "platform"},
+    "tools": set(ROOMS) - {"console"} | {"platform", "settings", "runs"},
+    "defs": set(ROOMS) - {"console"} | {"settings", "loopback", "platform"},
     "definitions": {"defs", "settings"},
     "runs": {"defs", "settings"},
     "__main__": {"cli"},

@@ -20,6 +20,7 @@ HEAVY = {
     "boto3",
     "duckdb",
     "moto",
+    "nicegui",
     "pyarrow",
     "pyiceberg",
     "sqlalchemy",

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cache
 from importlib.util import find_spec
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from dagster import DagsterInstance
 
     from dagster_prefs.freshness.canary import Tick
+    from dagster_prefs.freshness.levels import Measure
     from dagster_prefs.freshness.status import Status
 
 
@@ -73,14 +75,19 @@ def status(watch: bool, interval: float, as_json: bool) -> int:
 
 
 @contextmanager
-def readings(settings: Settings) -> Iterator[Callable[[], Status]]:
-    """Yield a function that reads all measures; those of the canary come from the stored ticks."""
+def readings(
+    settings: Settings, exports: Callable[[datetime], list[Measure]] | None = None
+) -> Iterator[Callable[[], Status]]:
+    """Yield a function that reads all measures; those of the canary come from the stored ticks.
+
+    `exports` reads the training tables; if it is None, this process does, which loads Iceberg's libraries.
+    """
     from dagster_prefs.freshness.canary import measure_canary
     from dagster_prefs.freshness.prober import prober_ticks
     from dagster_prefs.freshness.status import evaluate
     from dagster_prefs.platform import Platform
 
-    sources = Platform(settings).sources
+    sources = replace(Platform(settings).sources, exports=exports)
 
     def now() -> datetime:
         return datetime.now(UTC)
@@ -101,7 +108,7 @@ def _sensor_ticks(settings: Settings) -> Iterator[Callable[[], Sequence[Tick]]]:
     """
     from dagster_prefs.freshness.probe_store import stored_ticks
 
-    if not _installed("dagster"):
+    if not installed("dagster"):
         yield lambda: ()
         return
     told = os.environ.get("DAGSTER_HOME")
@@ -126,7 +133,7 @@ def _sensor_ticks(settings: Settings) -> Iterator[Callable[[], Sequence[Tick]]]:
         yield ticks
 
 
-def _installed(package: str) -> bool:
+def installed(package: str) -> bool:
     try:
         return find_spec(package) is not None
     except ModuleNotFoundError:

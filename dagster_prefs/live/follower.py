@@ -25,6 +25,7 @@ from dagster_prefs.live.presence import (
     read_follower,
 )
 from dagster_prefs.live.steps import StepReport, Steps
+from dagster_prefs.live.trail import note_published
 from dagster_prefs.pauses import Pauses
 
 log = logging.getLogger(__name__)
@@ -300,6 +301,7 @@ class Follower:
                 "domain": domain.key,
             },
         )
+        note_published(connection, self.engine, domain.key, max(step for _, step in rows))
         return True
 
     def _mark_domains(self, connection: psycopg.Connection[Any]) -> None:

@@ -24,6 +24,7 @@ from dagster_prefs.declarations.registry import Registry, TopicDeclaration
 from dagster_prefs.engine.catalog import NotDeployed, missing_relation
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.live.presence import pending_views
+from dagster_prefs.live.trail import forget_old_steps, make_trail
 from dagster_prefs.live.views import (
     CLOCK,
     PLACE,
@@ -53,6 +54,7 @@ class Taken(NamedTuple):
     """The places of the messages that a step took from one partition of one source, first and last included."""
 
     topic: str
+    relation: str
     source: str
     partition: int
     first_offset: int
@@ -64,9 +66,9 @@ class Taken(NamedTuple):
 class StepReport:
     """The result of a step: `messages` read, changed rows per view, and the view that was rebuilt, if any.
 
-    `step` is its id, which grows from step to step; None if it did nothing. The keys that it touched have it as `step`
-    in the outbox, so it leads from an event's place (`taken`) to the item that is published because of it. `more` says
-    whether something was left for the next step; `seconds` is wall time.
+    `step` is its id, which grows from step to step; None if it did nothing. The keys that it touched have it in the
+    outbox, and the messages that it took (`taken`) in `live_trail`, so it leads from an event's place to the item that
+    is published because of it. `more` says whether work was left for the next step; `seconds` is wall time.
     """
 
     step: int | None = None
@@ -134,6 +136,7 @@ class Steps:
             else:
                 _Step(self.connection, self.engine, views, report).run(due=started >= self._due_at)
                 if started >= self._due_at:
+                    forget_old_steps(self.connection, self.engine)
                     self._due_at = started + DUE_SECONDS
         report.seconds = time.monotonic() - started
         return report
@@ -182,8 +185,9 @@ class Steps:
                 mark_pending(self.connection, self.engine, [raw[relation]])
 
     def _prepare(self, views: LiveViews) -> None:
-        """Create what steps need and no model declares: indexes, and this session's tables of changed rows."""
+        """Create what steps need and no model declares: indexes, the trail, and tables of changed rows."""
         self.connection.execute("set client_min_messages to warning")
+        make_trail(self.connection, self.engine)
         for parsed, topic in views.parsed.items():
             for column, where in _lookups(self.registry, topic).items():
                 self._index(parsed, [column], where)
@@ -273,6 +277,7 @@ class _Step:
         self.outbox: dict[str, set[str]] = {}
         self.pending: set[str] = set()
         self.logged: set[str] = set()
+        # Raw table, source, partition, first and last offset, arrival.
 
     def run(self, *, due: bool) -> None:
         self._claim_arrivals()
@@ -297,8 +302,8 @@ class _Step:
         for parsed, topic in self.views.parsed.items():
             arrivals = self.connection.execute(
                 sql.SQL(
-                    "select source, source_partition, first_offset, last_offset, messages from {} where relation = %s"
-                    " order by arrived_at limit %s"
+                    "select source, source_partition, first_offset, last_offset, messages from {}"
+                    " where relation = %s order by arrived_at limit %s"
                 ).format(self.views.table("raw_arrivals")),
                 [topic.raw, ARRIVALS_PER_STEP],
             ).fetchall()
@@ -362,7 +367,7 @@ class _Step:
         for (source, partition), found in groupby(places, key=lambda place: place[:2]):
             offsets = [place[2] for place in found]
             self.report.taken.append(
-                Taken(topic.name, source, partition, offsets[0], offsets[-1], len(offsets))
+                Taken(topic.name, topic.raw, source, partition, offsets[0], offsets[-1], len(offsets))
             )
         self._touch(parsed, [tuple(map(str, place)) for place in places])
 
@@ -530,6 +535,16 @@ class _Step:
                     " on conflict (domain_key, entity_key) do update set step = excluded.step"
                 ).format(self.views.table("live_outbox")),
                 {"domain": domain, "keys": sorted(keys), "step": self.report.step},
+            )
+        if self.report.taken:
+            columns = list(zip(*self.report.taken, strict=True))
+            self.connection.execute(
+                sql.SQL(
+                    "insert into {} (step, committed_at, relation, source, source_partition, first_offset, last_offset)"
+                    " select %s, clock_timestamp(), t.* from unnest("
+                    "%s::text[], %s::text[], %s::int[], %s::bigint[], %s::bigint[]) as t"
+                ).format(self.views.table("live_trail")),
+                [self.report.step, *map(list, columns[1:6])],
             )
 
 
