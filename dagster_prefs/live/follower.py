@@ -301,7 +301,7 @@ class Follower:
                 "domain": domain.key,
             },
         )
-        note_published(connection, self.engine, domain.key, max(step for _, step in rows))
+        note_published(connection, self.engine, domain.key, max(steps))
         return True
 
     def _mark_domains(self, connection: psycopg.Connection[Any]) -> None:

@@ -15,7 +15,7 @@ from waiting import PATIENCE_SECONDS
 from warm import Warm
 
 from dagster_prefs.events.raw import RawMessage, RawStore
-from dagster_prefs.live.follower import wait_until_applied
+from dagster_prefs.live.presence import wait_until_applied
 from dagster_prefs.platform import Platform
 from tests.console.conftest import Running, serving
 
