@@ -39,6 +39,8 @@ COMMANDS: list[tuple[str, set[str]]] = [
     ("why 5 watch_minutes_7d", {"sqlglot"}),
     # The training tables are Iceberg's.
     ("status --json", {"sqlglot", "pyarrow", "pyiceberg", "sqlalchemy"}),
+    ("statistics", {"sqlglot", "pyarrow", "pyiceberg", "sqlalchemy"}),
+    ("drift", {"sqlglot", "pyarrow", "pyiceberg", "sqlalchemy"}),
     # Windows are those of the training sets' own SQL.
     ("cost", {"sqlglot", "pyarrow", "pyiceberg", "sqlalchemy", "duckdb"}),
 ]
