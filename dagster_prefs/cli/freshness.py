@@ -80,7 +80,7 @@ def readings(
 ) -> Iterator[Callable[[], Status]]:
     """Yield a function that reads all measures; those of the canary come from the stored ticks.
 
-    `exports` reads the training tables; if it is None, this process does, which loads Iceberg's libraries.
+    `exports` measures the training tables, which loads Iceberg's libraries into this process where it is None.
     """
     from dagster_prefs.freshness.canary import measure_canary
     from dagster_prefs.freshness.prober import prober_ticks
@@ -134,6 +134,7 @@ def _sensor_ticks(settings: Settings) -> Iterator[Callable[[], Sequence[Tick]]]:
 
 
 def installed(package: str) -> bool:
+    """Return whether a package can be imported, without importing it."""
     try:
         return find_spec(package) is not None
     except ModuleNotFoundError:

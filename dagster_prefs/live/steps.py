@@ -24,7 +24,7 @@ from dagster_prefs.declarations.registry import Registry, TopicDeclaration
 from dagster_prefs.engine.catalog import NotDeployed, missing_relation
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.live.presence import pending_views
-from dagster_prefs.live.trail import forget_old_steps, make_trail
+from dagster_prefs.live.trail import forget_old_steps, make_trail, note_step
 from dagster_prefs.live.views import (
     CLOCK,
     PLACE,
@@ -66,9 +66,9 @@ class Taken(NamedTuple):
 class StepReport:
     """The result of a step: `messages` read, changed rows per view, and the view that was rebuilt, if any.
 
-    `step` is its id, which grows from step to step; None if it did nothing. The keys that it touched have it in the
-    outbox, and the messages that it took (`taken`) in `live_trail`, so it leads from an event's place to the item that
-    is published because of it. `more` says whether work was left for the next step; `seconds` is wall time.
+    `step` is its id, which grows from step to step; None if it did nothing. The keys that it touched have it as `step`
+    in the outbox, so it leads from an event's place (`taken`) to the item that is published because of it. `more` says
+    whether something was left for the next step; `seconds` is wall time.
     """
 
     step: int | None = None
@@ -185,7 +185,7 @@ class Steps:
                 mark_pending(self.connection, self.engine, [raw[relation]])
 
     def _prepare(self, views: LiveViews) -> None:
-        """Create what steps need and no model declares: indexes, the trail, and tables of changed rows."""
+        """Create what steps need and no model declares: indexes, the trail, this session's tables of changed rows."""
         self.connection.execute("set client_min_messages to warning")
         make_trail(self.connection, self.engine)
         for parsed, topic in views.parsed.items():
@@ -277,7 +277,6 @@ class _Step:
         self.outbox: dict[str, set[str]] = {}
         self.pending: set[str] = set()
         self.logged: set[str] = set()
-        # Raw table, source, partition, first and last offset, arrival.
 
     def run(self, *, due: bool) -> None:
         self._claim_arrivals()
@@ -302,8 +301,8 @@ class _Step:
         for parsed, topic in self.views.parsed.items():
             arrivals = self.connection.execute(
                 sql.SQL(
-                    "select source, source_partition, first_offset, last_offset, messages from {}"
-                    " where relation = %s order by arrived_at limit %s"
+                    "select source, source_partition, first_offset, last_offset, messages from {} where relation = %s"
+                    " order by arrived_at limit %s"
                 ).format(self.views.table("raw_arrivals")),
                 [topic.raw, ARRIVALS_PER_STEP],
             ).fetchall()
@@ -536,16 +535,8 @@ class _Step:
                 ).format(self.views.table("live_outbox")),
                 {"domain": domain, "keys": sorted(keys), "step": self.report.step},
             )
-        if self.report.taken:
-            columns = list(zip(*self.report.taken, strict=True))
-            self.connection.execute(
-                sql.SQL(
-                    "insert into {} (step, committed_at, relation, source, source_partition, first_offset, last_offset)"
-                    " select %s, clock_timestamp(), t.* from unnest("
-                    "%s::text[], %s::text[], %s::int[], %s::bigint[], %s::bigint[]) as t"
-                ).format(self.views.table("live_trail")),
-                [self.report.step, *map(list, columns[1:6])],
-            )
+        if self.report.step is not None:
+            note_step(self.connection, self.engine, self.report.step, self.report.taken)
 
 
 def _columns(keys: Iterable[Key]) -> dict[str, list[str]]:

@@ -452,11 +452,6 @@ class ShopClient:
             raise PreferencesUnavailable(f"the engine refused the read: {text}") from error
 
 
-def is_personal(items: Sequence[RankedItem]) -> bool:
-    """Whether anything that is known of the user counts in a ranking; else it is what everybody new gets."""
-    return bool(items) and items[0].score > 0
-
-
 def ranked_entity(registry: Registry) -> Entity | None:
     """Return the entity whose ids a project's relations can rank items for, None if it lacks one of them."""
     views = [registry.preferences.get(name) for name in (CATEGORIES, BRANDS, TIERS, RECENT)]
@@ -465,6 +460,11 @@ def ranked_entity(registry: Registry) -> Entity | None:
         return None
     entity = registry.entities.get(entities.pop() or "")
     return entity if entity is not None and entity.keys == (USER,) else None
+
+
+def is_personal(items: Sequence[RankedItem]) -> bool:
+    """Whether anything that is known of the user counts in a ranking; else it is what everybody new gets."""
+    return bool(items) and items[0].score > 0
 
 
 def build_profile(user_id: str, rows: Sequence[tuple[Any, ...]]) -> ShopUserProfile:

@@ -135,10 +135,10 @@ def test_an_event_about_a_viewer_is_followed_to_her_items(console: Running, page
     step = way.get_by_role("row", name="commit step").locator("td").nth(1).inner_text()
     with console.platform.engine.connect() as session:
         held = session.execute(
-            "select relation, source like 'console:%%' from live_trail where step = %s",
+            "select topic, source like 'console:%%' from live_trail where step = %s",
             [step.removeprefix("step ")],
         ).fetchall()
-    assert ("raw_view_events", True) in held
+    assert ("view_events", True) in held
 
 
 def test_viewers_are_searched_in_the_engine(console: Running, page: Page) -> None:

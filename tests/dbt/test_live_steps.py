@@ -233,7 +233,9 @@ def test_a_steps_number_leads_from_a_message_to_the_publishing_of_its_items(
         store.write(registry.topic("view_events"), "file:x", written)
 
     def trail(offset: int) -> Trail:
-        return read_trail(steps.connection, steps.engine, "raw_view_events", Place("file:x", 0, offset))
+        return read_trail(
+            steps.connection, steps.engine, registry.topic("view_events"), Place("file:x", 0, offset)
+        )
 
     assert trail(1).arrived_at is not None
     assert trail(1).step is None
