@@ -54,7 +54,6 @@ class Taken(NamedTuple):
     """The places of the messages that a step took from one partition of one source, first and last included."""
 
     topic: str
-    relation: str
     source: str
     partition: int
     first_offset: int
@@ -366,7 +365,7 @@ class _Step:
         for (source, partition), found in groupby(places, key=lambda place: place[:2]):
             offsets = [place[2] for place in found]
             self.report.taken.append(
-                Taken(topic.name, topic.raw, source, partition, offsets[0], offsets[-1], len(offsets))
+                Taken(topic.name, source, partition, offsets[0], offsets[-1], len(offsets))
             )
         self._touch(parsed, [tuple(map(str, place)) for place in places])
 
