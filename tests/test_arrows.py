@@ -56,7 +56,8 @@ ALLOWED = {
     },
     "erasure": {"declarations", "engine", "dynamodb", "events", "iceberg", "training"},
     "local": {"declarations", "engine", "loopback"},
-    "platform": set(ROOMS) - {"defs", "tools"} | {"settings"},
+    "open_lineage": {"declarations"},
+    "platform": set(ROOMS) - {"defs", "tools"} | {"settings", "open_lineage"},
     # On RisingWave the demo publishes with Dagster's job, as `prefs refresh` does.
     "tools": set(ROOMS) | {"platform", "settings", "runs"},
     "defs": set(ROOMS) | {"settings", "loopback", "platform"},
@@ -77,6 +78,7 @@ RESERVED = {
     "moto": {"local"},
     "prometheus_client": {"freshness", "serving"},
     "pydantic_settings": {"settings"},
+    "openlineage": {"open_lineage"},
 }
 MOST_PARAMETERS = 7
 
