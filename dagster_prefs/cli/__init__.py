@@ -15,6 +15,7 @@ from dagster_prefs.cli import (
 from dagster_prefs.cli.root import cli, main
 
 __all__ = [
+    "catalog",
     "cli",
     "deployment",
     "events",

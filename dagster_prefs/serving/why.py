@@ -128,6 +128,14 @@ def explain_attribute(
     )
 
 
+def window_days(registry: Registry, domain: Domain, attribute: str) -> int | None:
+    """Return the days of an attribute's window, the longest one of several, None if it has none.
+
+    Raises WhyError for a registry without the view's query.
+    """
+    return _Query(registry, domain).window_days(attribute)
+
+
 def _resolve(profiles: ProfileClient, attribute: str) -> tuple[Domain, str]:
     domains = {domain.name: domain for domain in profiles.domains}
     given, _, name = attribute.rpartition(".")
