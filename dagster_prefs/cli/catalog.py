@@ -17,9 +17,10 @@ from dagster_prefs.settings import Settings, load_settings
 @click.option("--search", "words", default="", help="Only entries that have all of these words.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def catalog(name: str | None, words: str, as_json: bool) -> None:
-    """Show every entity, topic, domain and attribute, or one in full.
+    """Show what the project declares, or one part in full.
 
-    With meaning, type, owner, examples, origin, and how to read it. Examples need the engine; they are never personal.
+    Every entity, topic, domain and attribute: meaning, type, owner, examples, origin, and how to read it. Examples need
+    the engine, and are never personal.
     """
     from dagster_prefs.serving.feature_catalog import load_catalog
 

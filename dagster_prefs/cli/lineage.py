@@ -14,7 +14,7 @@ from dagster_prefs.settings import load_settings
 @click.argument("column")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def lineage(column: str, as_json: bool) -> None:
-    """Show where a COLUMN comes from, and where it goes.
+    """Show where a COLUMN comes from and goes to.
 
     COLUMN is a domain's attribute (watch.titles_7d), a relation's or training table's column
     (viewer_watch_metrics_1d.views), or a topic's field (view_events.genre).
