@@ -23,7 +23,7 @@ venv: $(VENV)/installed ## make or update the environment from the lock
 demo: $(VENV)/installed ## start the services, deploy, load events, publish, export, print a summary
 	@$(BIN)/prefs demo
 
-ui: $(VENV)/installed ## open the Dagster UI on the demo's state
+ui: $(VENV)/installed ## open the Dagster UI and the console on the demo's state
 	@$(BIN)/prefs ui
 
 up: $(VENV)/installed ## start the embedded services
@@ -39,6 +39,7 @@ stack: ## start RisingWave, Kafka, DynamoDB Local and the platform in containers
 	@docker compose version >/dev/null 2>&1 || { echo "make stack needs Docker with its compose plugin: install both, or use make demo" >&2; exit 1; }
 	@docker compose up --build --detach --wait
 	@echo "Dagster UI      http://127.0.0.1:3000"
+	@echo "console         http://127.0.0.1:3001, with the token of compose.yaml"
 	@echo "feature server  http://127.0.0.1:8080/v1/profiles/1"
 	@echo "RisingWave      psql -h 127.0.0.1 -p 4566 -d dev -U root"
 

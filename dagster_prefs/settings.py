@@ -142,8 +142,18 @@ class Settings(BaseSettings):
     )
     ui_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
-        description="Host names of the Dagster UI in addition to loopback's, with a port unless it is 80 or 443, "
-        "separated by commas; requests with another Host are refused.",
+        description="Host names of the Dagster UI and the console in addition to loopback's, with a port unless it is "
+        "80 or 443, separated by commas; requests with another Host are refused.",
+    )
+    console_tokens: SecretStr | None = Field(
+        None,
+        description="Tokens of the console, name:scope+scope:secret separated by commas, needed off loopback; scopes "
+        "are domains, shop, inspect and send. Instead of a secret, sha256: and its hash in hex.",
+    )
+    console_send: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Whether the console may send events: `on`, `off`, or `auto`, on the embedded engine with a demo's "
+        "events only. Where DynamoDB is AWS's own or Terraform owns its tables, `on` is refused.",
     )
     training_dir: Path | None = Field(
         None,
@@ -409,6 +419,10 @@ class Settings(BaseSettings):
                 "PREFS_ENGINE=local runs on this machine only: unset PREFS_ENGINE_HOST or set "
                 "PREFS_ENGINE=risingwave"
             )
+        if self.console_send == "on" and (why := self.production):
+            raise ValueError(
+                f"PREFS_CONSOLE_SEND=on is refused in production, and this is production because {why}: unset it"
+            )
         self._check_kafka()
         if self.aws_endpoint is None:
             self._check_region()
@@ -602,6 +616,13 @@ class Settings(BaseSettings):
     def uses_local_aws(self) -> bool:
         """Whether the local AWS server is in use, and so must be started."""
         return self.engine == "local" and self.aws_endpoint_url is None
+
+    @property
+    def production(self) -> str | None:
+        """Why these settings are of a production, where nothing sends events to look at; None if they are not."""
+        if self.aws_endpoint is None:
+            return "DynamoDB is AWS's own (AWS_ENDPOINT_URL is not set)"
+        return "PREFS_PROVISIONING is verify" if self.provisioning == "verify" else None
 
     @property
     def warehouse(self) -> str:

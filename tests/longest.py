@@ -30,6 +30,7 @@ LONGEST = (
     "dbt/test_views_against_oracle.py",
     "end_to_end/test_ui.py",
     "dbt/test_live_steps.py",
+    "console/test_pages.py",
     "dbt/test_risingwave_rules.py",
     "offline_store/test_training_set.py",
     "offline_store/test_parity.py",

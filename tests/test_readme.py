@@ -20,6 +20,7 @@ DOCUMENTS = [
     PROJECT / "README.md",
     PROJECT / "CONTRIBUTING.md",
     PROJECT / "infra" / "terraform" / "README.md",
+    PROJECT / "dagster_prefs" / "console" / "runbook.md",
     *sorted((PROJECT / "docs").rglob("*.md")),
 ]
 # Folders that the text of a page may leave out of a path.

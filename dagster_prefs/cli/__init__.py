@@ -3,6 +3,7 @@
 # Importing a module registers its commands.
 from dagster_prefs.cli import (
     catalog,
+    console,
     deployment,
     events,
     freshness,
@@ -17,6 +18,7 @@ from dagster_prefs.cli.root import cli, main
 __all__ = [
     "catalog",
     "cli",
+    "console",
     "deployment",
     "events",
     "freshness",

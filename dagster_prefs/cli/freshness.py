@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cache
 from importlib.util import find_spec
@@ -21,6 +22,7 @@ from dagster_prefs.settings import Settings, load_settings
 if TYPE_CHECKING:
     from dagster import DagsterInstance
 
+    from dagster_prefs.freshness.levels import Measure
     from dagster_prefs.freshness.status import Status
 
 
@@ -60,21 +62,25 @@ def status(watch: bool, interval: float, as_json: bool) -> int:
 
 
 @contextmanager
-def readings(settings: Settings) -> Iterator[Callable[[], Status]]:
-    """Yield a function that reads all measures, the canary's from what the follower or its sensor stored."""
+def readings(
+    settings: Settings, exports: Callable[[datetime], list[Measure]] | None = None
+) -> Iterator[Callable[[], Status]]:
+    """Yield a function that reads all measures, the canary's from what the follower or its sensor stored.
+
+    `exports` reads the training tables, which loads Iceberg's libraries into this process where it is None.
+    """
     from dagster_prefs.freshness.canary import judge_ticks
-    from dagster_prefs.freshness.levels import Measure
     from dagster_prefs.freshness.probe_store import stored_ticks
     from dagster_prefs.freshness.prober import prober_ticks
     from dagster_prefs.freshness.status import evaluate
     from dagster_prefs.platform import Platform
 
-    sources = Platform(settings).sources
+    sources = replace(Platform(settings).sources, exports=exports)
 
     def now() -> datetime:
         return datetime.now(UTC)
 
-    if not _installed("dagster"):
+    if not installed("dagster"):
         yield lambda: evaluate(
             sources,
             now=now,
@@ -104,7 +110,7 @@ def readings(settings: Settings) -> Iterator[Callable[[], Status]]:
         yield lambda: evaluate(sources, now=now, extra=canary())
 
 
-def _installed(package: str) -> bool:
+def installed(package: str) -> bool:
     try:
         return find_spec(package) is not None
     except ModuleNotFoundError:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import click
 
+from dagster_prefs.cli.freshness import installed
 from dagster_prefs.cli.root import (
     cli,
     console,
@@ -81,8 +83,9 @@ def down(delete_state: bool) -> None:
 
 @cli.command()
 @click.option("--port", default=3000, show_default=True, type=click.IntRange(1, 65535))
-def ui(port: int) -> None:
-    """Start the services and the Dagster UI on loopback."""
+@click.option("--console-port", default=3001, show_default=True, type=click.IntRange(1, 65535))
+def ui(port: int, console_port: int) -> None:
+    """Start the services, the Dagster UI and the console on loopback."""
     from dagster_prefs.defs.instance import ensure_dagster_home
     from dagster_prefs.defs.webserver import serve_ui
     from dagster_prefs.local.state import require_free_port
@@ -90,13 +93,22 @@ def ui(port: int) -> None:
     settings = load_settings()
     # Dagster would silently choose another port.
     require_free_port(port, "--port")
+    with_console = installed("nicegui")
+    if with_console:
+        require_free_port(console_port, "--console-port")
     start_services(settings)
     if settings.engine == "local":
         start_follower(settings, settings.project)
     home = ensure_dagster_home(settings.data_dir)
-    console.print(f"the Dagster UI will be at http://127.0.0.1:{port} in half a minute; Ctrl-C stops it")
+    beside = None
+    if with_console:
+        beside = [sys.executable, "-m", "dagster_prefs", "console", "--port", str(console_port)]
+        console.print(f"the console will be at http://127.0.0.1:{console_port} in some seconds")
+    else:
+        console.print("the console is not installed: `pip install dagster-prefs[console]` adds it")
+    console.print(f"the Dagster UI will be at http://127.0.0.1:{port} in half a minute; Ctrl-C stops both")
     environment = {**os.environ, "DAGSTER_HOME": str(home)}
-    raise SystemExit(serve_ui(PROJECT_ROOT / "workspace.yaml", port, environment))
+    raise SystemExit(serve_ui(PROJECT_ROOT / "workspace.yaml", port, environment, beside))
 
 
 @cli.command()

@@ -69,10 +69,13 @@ def main(arguments: Sequence[str]) -> None:
     dagster_webserver.cli.main()  # type: ignore[no-untyped-call]
 
 
-def serve_ui(workspace: Path, port: int, environment: Mapping[str, str]) -> int:
+def serve_ui(
+    workspace: Path, port: int, environment: Mapping[str, str], beside: Sequence[str] | None = None
+) -> int:
     """Run the guarded UI on loopback and the daemon until one ends or a signal arrives.
 
-    Returns the exit code. `dagster dev` would start its own webserver, without the guard.
+    The command `beside` runs as long as they do. Returns the exit code. `dagster dev` would start its own webserver,
+    without the guard.
     """
     options = ["-w", str(workspace)]
     webserver = [sys.executable, "-m", "dagster_prefs.defs.webserver", "-h", "127.0.0.1", "-p", str(port)]
@@ -81,16 +84,18 @@ def serve_ui(workspace: Path, port: int, environment: Mapping[str, str]) -> int:
     for order in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(order, lambda *_: stop.set())
 
-    def start(command: list[str]) -> subprocess.Popen[bytes]:
+    def start(command: Sequence[str]) -> subprocess.Popen[bytes]:
         # In a session of its own, because a terminal's Ctrl-C would reach its code servers first.
-        return subprocess.Popen([*command, *options], env=dict(environment), start_new_session=True)
+        return subprocess.Popen(command, env=dict(environment), start_new_session=True)
 
-    children = [start(webserver)]
+    children = [start([*webserver, *options])]
+    if beside is not None:
+        children.append(start(beside))
     # Both create Dagster's tables if there are none. At the same moment, one of them would fail.
     while children[0].poll() is None and not answers(port) and not stop.wait(0.25):
         pass
     if children[0].poll() is None and not stop.is_set():
-        children.append(start(daemon))
+        children.append(start([*daemon, *options]))
     ended: list[int] = []
     while not ended and not stop.wait(0.25):
         ended = [child.returncode for child in children if child.poll() is not None]

@@ -20,6 +20,7 @@ from dagster_prefs.engine.catalog import missing_relation
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.live.steps import StepReport, Steps
+from dagster_prefs.live.trail import note_published
 
 # The channel on which writers wake the follower (macros/engine/kept.sql).
 CHANNEL = "prefs_live"
@@ -303,6 +304,7 @@ class Follower:
                 "domain": domain.key,
             },
         )
+        note_published(connection, self.engine, domain.key, max(step for _, step in rows))
         return True
 
     def _mark_domains(self, connection: psycopg.Connection[Any]) -> None:

@@ -22,6 +22,7 @@ from psycopg import sql
 from dagster_prefs.declarations.registry import Registry, TopicDeclaration
 from dagster_prefs.engine.catalog import NotDeployed, missing_relation
 from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.live.trail import forget_old_steps, make_trail
 from dagster_prefs.live.views import (
     CLOCK,
     PLACE,
@@ -51,10 +52,12 @@ Key = tuple[str, ...]
 class StepReport:
     """What a step did: `messages` read, rows that changed per view, the view that was rebuilt whole, if any.
 
-    `more` says whether something was left for the next step; `seconds` is wall time.
+    `step` is its number in `live_trail` and the outbox, None where it left nothing there. `more` says whether something
+    was left for the next step; `seconds` is wall time.
     """
 
     messages: int = 0
+    step: int | None = None
     changed: dict[str, int] = field(default_factory=dict)
     rebuilt: str | None = None
     more: bool = False
@@ -115,6 +118,7 @@ class Steps:
             if not self._rebuild_pending(views, report):
                 _Step(self.connection, self.engine, views, report).run(due=started >= self._due_at)
                 if started >= self._due_at:
+                    forget_old_steps(self.connection, self.engine)
                     self._due_at = started + DUE_SECONDS
         report.seconds = time.monotonic() - started
         return report
@@ -174,8 +178,9 @@ class Steps:
                 mark_pending(self.connection, self.engine, [raw[relation]])
 
     def _prepare(self, views: LiveViews) -> None:
-        """Make what steps need and no model declares: indexes, and this session's tables of changed rows."""
+        """Make what steps need and no model declares: indexes, the trail, and this session's tables of changed rows."""
         self.connection.execute("set client_min_messages to warning")
+        make_trail(self.connection, self.engine)
         for parsed, topic in views.parsed.items():
             for column, where in _lookups(self.registry, topic).items():
                 self._index(parsed, [column], where)
@@ -254,6 +259,8 @@ class _Step:
         self.outbox: dict[str, set[str]] = {}
         self.pending: set[str] = set()
         self.logged: set[str] = set()
+        # Raw table, source, partition, first and last offset, arrival.
+        self.taken: list[tuple[Any, ...]] = []
 
     def run(self, *, due: bool) -> None:
         self._claim_arrivals()
@@ -278,8 +285,8 @@ class _Step:
         for parsed, topic in self.views.parsed.items():
             arrivals = self.connection.execute(
                 sql.SQL(
-                    "select source, source_partition, first_offset, last_offset, messages from {} where relation = %s"
-                    " order by arrived_at limit %s"
+                    "select source, source_partition, first_offset, last_offset, messages, arrived_at from {}"
+                    " where relation = %s order by arrived_at limit %s"
                 ).format(self.views.table("raw_arrivals")),
                 [topic.raw, ARRIVALS_PER_STEP],
             ).fetchall()
@@ -299,7 +306,7 @@ class _Step:
             self._take(topic, parsed, taken)
 
     def _take(self, topic: TopicDeclaration, parsed: str, arrivals: Sequence[Sequence[Any]]) -> None:
-        sources, partitions, firsts, lasts, _ = map(list, zip(*arrivals, strict=True))
+        sources, partitions, firsts, lasts, _, arrived = map(list, zip(*arrivals, strict=True))
         given = {
             "name": topic.raw,
             "s": sources,
@@ -330,6 +337,7 @@ class _Step:
                 return
             # One write of more messages than a step takes: its rest arrives again.
             self._shorten(topic, arrivals[0], int(places[-1][2]) + 1)
+            lasts = [int(places[-1][2])]
         else:
             self.connection.execute(
                 sql.SQL(
@@ -340,10 +348,13 @@ class _Step:
                 given,
             )
         self.report.messages += len(places)
+        self.taken += zip(
+            [topic.raw] * len(arrivals), sources, partitions, firsts, lasts, arrived, strict=True
+        )
         self._touch(parsed, [tuple(map(str, place)) for place in places])
 
     def _shorten(self, topic: TopicDeclaration, arrival: Sequence[Any], first: int) -> None:
-        source, partition, old, _, messages = arrival
+        source, partition, old, _, messages, _ = arrival
         self.connection.execute(
             sql.SQL(
                 "with old as (delete from {0} where relation = %s and source = %s and source_partition = %s"
@@ -496,17 +507,29 @@ class _Step:
 
     def _remember(self) -> None:
         mark_pending(self.connection, self.engine, self.pending)
+        if not (self.outbox or self.taken):
+            return
+        ((step,),) = self.connection.execute(
+            sql.SQL("select nextval({})").format(sql.Literal(f'"{self.engine.schema}"."live_steps"'))
+        ).fetchall()
+        self.report.step = step
         for domain, keys in self.outbox.items():
             self.connection.execute(
                 sql.SQL(
                     "insert into {} (domain_key, entity_key, first_step, step)"
-                    " select %(domain)s, key, now.step, now.step from unnest(%(keys)s::text[]) as key,"
-                    " (select nextval({}) as step offset 0) as now"
+                    " select %(domain)s, key, %(step)s, %(step)s from unnest(%(keys)s::text[]) as key"
                     " on conflict (domain_key, entity_key) do update set step = excluded.step"
-                ).format(
-                    self.views.table("live_outbox"), sql.Literal(f'"{self.engine.schema}"."live_steps"')
-                ),
-                {"domain": domain, "keys": sorted(keys)},
+                ).format(self.views.table("live_outbox")),
+                {"domain": domain, "keys": sorted(keys), "step": step},
+            )
+        if self.taken:
+            relations, sources, partitions, firsts, lasts, arrived = map(list, zip(*self.taken, strict=True))
+            self.connection.execute(
+                sql.SQL(
+                    "insert into {} select %s, clock_timestamp(), t.* from unnest("
+                    "%s::text[], %s::text[], %s::int[], %s::bigint[], %s::bigint[], %s::timestamptz[]) as t"
+                ).format(self.views.table("live_trail")),
+                [step, relations, sources, partitions, firsts, lasts, arrived],
             )
 
 

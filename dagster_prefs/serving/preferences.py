@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args, overload
 import psycopg
 from psycopg import sql
 
+from dagster_prefs.declarations.registry import Entity, Key, Registry
 from dagster_prefs.declarations.reserved import PREFIX, is_reserved_text
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError, excerpt
@@ -35,6 +36,11 @@ PRICE_TIERS: tuple[tuple[str, Decimal | None], ...] = (
     ("premium", Decimal(500)),
     ("luxury", None),
 )
+# Whom rankings are for, the preference views that a profile and a ranking read, and the relation of the ranked items.
+USER = Key("user_id", "text")
+CATEGORIES, BRANDS = "user_category_profile", "user_brand_profile"
+TIERS, RECENT = "user_price_sensitivity", "user_recent_activity"
+ITEMS = "items"
 TIER_LEVELS = {name: level for level, (name, _) in enumerate(PRICE_TIERS)}
 
 # A customer with at least this many purchases of a brand counts as loyal.
@@ -353,7 +359,7 @@ class ShopClient:
         self.run(
             lambda connection: connection.execute(
                 sql.SQL("select item_id, title, category, brand, price, in_stock from {} limit 1").format(
-                    _relation(self.engine, "items")
+                    _relation(self.engine, ITEMS)
                 )
             ).fetchall()
         )
@@ -427,6 +433,16 @@ class ShopClient:
                     f"{text}: run `dbt build`, or check the schema {self.engine.schema}"
                 ) from None
             raise PreferencesUnavailable(f"the engine refused the read: {text}") from error
+
+
+def ranked_entity(registry: Registry) -> Entity | None:
+    """Return the entity whose ids a project's relations can rank items for, None if it lacks one of them."""
+    views = [registry.preferences.get(name) for name in (CATEGORIES, BRANDS, TIERS, RECENT)]
+    entities = {view.entity if view else None for view in views}
+    if len(entities) != 1 or not any(topic.relation == ITEMS for topic in registry.topics.values()):
+        return None
+    entity = registry.entities.get(entities.pop() or "")
+    return entity if entity is not None and entity.keys == (USER,) else None
 
 
 def build_profile(user_id: str, rows: Sequence[tuple[Any, ...]]) -> ShopUserProfile:
@@ -589,10 +605,10 @@ def _list_statement(
 
 def _selected(engine: EngineConfiguration, text: str) -> sql.Composed:
     return sql.SQL(text).format(
-        categories=_relation(engine, "user_category_profile"),
-        brands=_relation(engine, "user_brand_profile"),
-        tiers=_relation(engine, "user_price_sensitivity"),
-        recent=_relation(engine, "user_recent_activity"),
+        categories=_relation(engine, CATEGORIES),
+        brands=_relation(engine, BRANDS),
+        tiers=_relation(engine, TIERS),
+        recent=_relation(engine, RECENT),
     )
 
 
@@ -710,11 +726,11 @@ def _ranking_statement(engine: EngineConfiguration, limit: int) -> sql.Composed:
             b.item_id {collation}
         """
     ).format(
-        recent=_relation(engine, "user_recent_activity"),
-        categories=_relation(engine, "user_category_profile"),
-        brands=_relation(engine, "user_brand_profile"),
-        tiers=_relation(engine, "user_price_sensitivity"),
-        items=_relation(engine, "items"),
+        recent=_relation(engine, RECENT),
+        categories=_relation(engine, CATEGORIES),
+        brands=_relation(engine, BRANDS),
+        tiers=_relation(engine, TIERS),
+        items=_relation(engine, ITEMS),
         tier=tier,
         limit=sql.Literal(limit),
         collation=_collation(engine),

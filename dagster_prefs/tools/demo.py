@@ -13,7 +13,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from dagster_prefs.declarations.registry import Entity, Key
+from dagster_prefs.declarations.registry import Entity
 from dagster_prefs.declarations.reserved import people_only
 from dagster_prefs.engine.catalog import row_counts
 from dagster_prefs.engine.dbt import DbtError
@@ -23,13 +23,11 @@ from dagster_prefs.freshness.canary import SOURCE
 from dagster_prefs.ids import Id
 from dagster_prefs.platform import Platform
 from dagster_prefs.serving import ClientOptions, ProfileClient, ShopClient
+from dagster_prefs.serving.preferences import CATEGORIES, USER
 from dagster_prefs.settings import Settings
 from dagster_prefs.tools.simulation import Plan
 from dagster_prefs.tools.simulator import remembered_end, simulate_to_engine
 
-# The view that lists the users to rank for in the example's shop.
-RANKED = "user_category_profile"
-SHOP_USER = Key("user_id", "text")
 # How many failing tests an error names.
 NAMED_TESTS = 3
 
@@ -154,9 +152,9 @@ class Demo:
                     sql.SQL(
                         "select user_id from {} where {}"
                         " group by user_id order by max(last_engaged_at) desc, user_id limit 1"
-                    ).format(sql.Identifier(schema, RANKED), people_only(SHOP_USER))
+                    ).format(sql.Identifier(schema, CATEGORIES), people_only(USER))
                 ).fetchone()
-                if RANKED in names
+                if CATEGORIES in names
                 else None
             )
         summary.rejected = rejected_counts(platform.engine)

@@ -24,6 +24,8 @@ from dagster_prefs.errors import PrefsError
 DAY_MS = 86_400_000
 HOUR_MS = 3_600_000
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+# How the source names of all plans begin.
+SERIES = "simulate:"
 
 # Activity by hour of the UTC day: a quiet night, a small peak at noon, a large one in the evening.
 HOUR_WEIGHTS = (4, 2, 1, 1, 1, 2, 4, 6, 7, 7, 8, 9, 11, 10, 8, 8, 9, 12, 17, 23, 27, 26, 19, 10)
@@ -85,7 +87,7 @@ class Plan(ABC):
     @property
     def series(self) -> str:
         """The common prefix of the source names of plans that differ only in their end."""
-        return f"simulate:{self.seed}:{self.shape}:"
+        return f"{SERIES}{self.seed}:{self.shape}:"
 
     @property
     def source(self) -> str:

@@ -29,7 +29,7 @@ from dagster_prefs.events.raw import (
 from dagster_prefs.files import whole_file
 from dagster_prefs.tools.generator import GeneratedPlan
 from dagster_prefs.tools.scenario import SimulationPlan, scenario_topics
-from dagster_prefs.tools.simulation import Plan, SimulatedEvent, SimulationError
+from dagster_prefs.tools.simulation import SERIES, Plan, SimulatedEvent, SimulationError
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,12 @@ def remembered_end(connection: EngineConfiguration, plan: Plan) -> datetime | No
     with RawStore(connection) as store:
         ends = [int(record.source.rsplit(":", 1)[1]) for record in store.recall_all(plan.series)]
     return datetime.fromtimestamp(max(ends), UTC) if ends else None
+
+
+def holds_simulated_events(connection: EngineConfiguration) -> bool:
+    """Return whether a plan was ever written to the engine. Raises EngineUnavailable, RawStoreError."""
+    with RawStore(connection) as store:
+        return bool(store.recall_all(SERIES))
 
 
 def simulate_to_engine(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -16,9 +17,11 @@ from streams import NOW, messages, quick
 
 from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.events.raw import Place, RawMessage, RawStore
 from dagster_prefs.live import steps as live_steps
 from dagster_prefs.live.follower import make_rebuilt_due
 from dagster_prefs.live.steps import Steps
+from dagster_prefs.live.trail import Trail, forget_old_steps, note_published, read_trail
 
 EMPTIED = b'{"erased": true}'
 SUBJECTS = [("viewer", "1"), ("viewer", "-1"), ("viewer", "u1"), ("shop_user", "u1"), ("shop_user", "1")]
@@ -208,3 +211,54 @@ def test_any_sequence_equals_the_oracle(steps: Steps, happened: list[tuple[str, 
     }
     assert {name for name, count in changed.items() if count != (0,)} == set()
     assert not steps.connection.execute("select from live_pending where relation not like 'sink%'").fetchall()
+
+
+def test_a_steps_number_leads_from_a_message_to_the_publishing_of_its_items(
+    steps: Steps, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    World(steps)
+    catch_up(steps)
+    event = {
+        "viewer_id": 7,
+        "genre": "crime",
+        "watch_duration_sec": 60,
+        "watched_at": instant(NOW).isoformat(),
+    }
+    written = [
+        RawMessage(0, number, json.dumps({**event, "event_id": f"e{number}"}).encode())
+        for number in range(1, 6)
+    ]
+    with RawStore(steps.engine) as store:
+        store.write(registry.topic("view_events"), "file:x", written)
+
+    def trail(offset: int) -> Trail:
+        return read_trail(steps.connection, steps.engine, "raw_view_events", Place("file:x", 0, offset))
+
+    assert trail(1).arrived_at is not None
+    assert trail(1).step is None
+    assert trail(6) == Trail()
+    # One write may be more than a step takes.
+    monkeypatch.setattr(live_steps, "MESSAGES_PER_STEP", 3)
+    reports = [steps.step(), steps.step()]
+    assert [report.messages for report in reports] == [3, 2]
+    assert [trail(offset).step for offset in (1, 3, 4, 5)] == [
+        reports[0].step, reports[0].step, reports[1].step, reports[1].step,
+    ]  # fmt: skip
+    outbox = dict(steps.connection.execute("select domain_key, step from live_outbox").fetchall())
+    assert outbox["engagement#watch"] == reports[1].step
+    assert trail(4).published_at == {}
+    assert reports[0].step is not None
+    assert reports[1].step is not None
+    note_published(steps.connection, steps.engine, "engagement#preferences", reports[0].step)
+    note_published(steps.connection, steps.engine, "engagement#watch", reports[1].step)
+    assert set(trail(1).published_at or {}) == {"engagement#preferences", "engagement#watch"}
+    assert set(trail(4).published_at or {}) == {"engagement#watch"}
+    found = trail(4)
+    assert found.arrived_at is not None
+    assert found.committed_at is not None
+    assert found.arrived_at <= found.committed_at <= (found.published_at or {})["engagement#watch"]
+    for table, column in (("live_trail", "committed_at"), ("live_published", "published_at")):
+        steps.connection.execute(f"update {table} set {column} = {column} - interval '16 minutes'")
+    forget_old_steps(steps.connection, steps.engine)
+    assert trail(4) == Trail(found.arrived_at)
+    assert steps.connection.execute("select count(*) from live_published").fetchone() == (0,)

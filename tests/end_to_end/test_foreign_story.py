@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
+from browser import CHROMIUM, opened_browser
 from declared import add_enrolments
 
 from dagster_prefs.platform import Platform
@@ -25,6 +26,7 @@ from dagster_prefs.serving import ProfileClient
 from dagster_prefs.settings import load_settings
 from dagster_prefs.training.parity import ParityReport
 from dagster_prefs.training.windows import choose_features
+from tests.console.conftest import serving
 from tests.end_to_end.conftest import PROJECT, Place
 
 pytestmark = pytest.mark.slow
@@ -267,6 +269,29 @@ def test_the_story(world: World, free_port: Callable[[], int]) -> None:
     served = {learner: expected(learner, TODAY, 30) for learner in LEARNERS[1:]}
     found = world.numbers("lessons_7d", "minutes_30d")
     assert {learner: found[learner] for learner in LEARNERS[1:]} == served
+
+    # The console shows this project, and sends its events.
+    if CHROMIUM is not None:
+        sent_in_the_console(world, free_port())
+
+
+def sent_in_the_console(world: World, port: int) -> None:
+    """Send an event about somebody new in a browser, and see her item come."""
+    environment = {**world.place.environment, "PREFS_CONSOLE_SEND": "on"}
+    with serving(world.place.warm, environment, port) as url, opened_browser() as browser:
+        page = browser.new_page()
+        page.goto(url)
+        page.locator("main h1").get_by_text("Viewers").wait_for()
+        assert page.get_by_role("link", name="Shop").count() == 0
+        assert page.get_by_role("link", name="enrolment").count() == 1
+        page.get_by_label("learner_id").fill("somebody new / 1")
+        page.get_by_role("button", name="Show").click()
+        progress = page.get_by_role("region", name="progress")
+        progress.get_by_text("no item").wait_for()
+        page.get_by_label("seconds").fill("90")
+        page.get_by_role("button", name="Send").click()
+        progress.get_by_role("row", name="minutes_30d 1.5").wait_for()
+        page.locator('[data-role="way"]').get_by_role("row", name="read progress").wait_for()
 
 
 def tile_days(learner: str, course: str) -> set[date]:

@@ -3,7 +3,6 @@
 import http.client
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
+from browser import needs_chromium, opened_browser
 from warm import WarmProcess
 
 from tests.end_to_end.conftest import Place
@@ -76,15 +76,17 @@ def wait_for(what: str, check: Callable[[], Any], seconds: float = 180) -> Any:
 class Command:
     """`prefs ui` in a place of its own, started where a test needs it and it does not run."""
 
-    def __init__(self, place: Place, port: int) -> None:
-        self.place, self._port = place, port
+    def __init__(self, place: Place, port: int, console_port: int) -> None:
+        self.place, self._port, self.console_port = place, port, console_port
         self.started: subprocess.Popen[str] | WarmProcess | None = None
 
     def ui(self) -> Ui:
         """The UI, once it has loaded the definitions."""
         found = Ui(f"http://127.0.0.1:{self._port}")
         if self.started is None:
-            started = self.started = self.place.start("prefs", "ui", "--port", str(self._port))
+            started = self.started = self.place.start(
+                "prefs", "ui", "--port", str(self._port), "--console-port", str(self.console_port)
+            )
 
             def ready() -> bool:
                 assert started.poll() is None, started.communicate()
@@ -108,7 +110,7 @@ class Command:
 
 @pytest.fixture(scope="module")
 def command(new_place: Callable[[], Place], free_port: Callable[[], int]) -> Iterator[Command]:
-    found = Command(new_place(), free_port())
+    found = Command(new_place(), free_port(), free_port())
     yield found
     found.interrupt()
 
@@ -220,17 +222,9 @@ def test_an_asset_is_materialized_by_a_click(ui: Ui) -> None:
         assert {"label": "dagster/row_count", "intValue": 0} in event["metadataEntries"]
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not on the PATH")
+@needs_chromium
 def test_the_asset_graph_shows_every_group_and_asset(ui: Ui, tmp_path: Path) -> None:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=shutil.which("chromium"),
-            # Root may not use the sandbox; the other flags keep the browser from calling home.
-            args=["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking",
-                  "--disable-component-update", "--disable-sync", "--no-first-run"],
-        )  # fmt: skip
+    with opened_browser() as browser:
         # Dagster draws what lies in the window, so that it has to be large, but nobody looks at each of its pixels.
         page = browser.new_page(viewport={"width": 2500, "height": 5000}, device_scale_factor=0.2)
         page.goto(f"{ui.url}/asset-groups")
@@ -240,7 +234,6 @@ def test_the_asset_graph_shows_every_group_and_asset(ui: Ui, tmp_path: Path) -> 
         picture = tmp_path / "asset-graph.png"
         page.screenshot(path=picture)
         text = page.content()
-        browser.close()
     assert picture.stat().st_size > 20_000
     for group in (
         "events",
@@ -288,6 +281,19 @@ def test_an_event_is_readable_without_another_command(command: Command, ui: Ui, 
         wait_for(f"the item of {viewer}", watched)
         if viewer == 4242:
             assert killed()
+
+
+def test_the_console_is_beside_it(command: Command, ui: Ui) -> None:
+    def answers() -> bool:
+        try:
+            with urllib.request.urlopen(
+                f"http://127.0.0.1:{command.console_port}/pipeline", timeout=60
+            ) as page:
+                return b"Pipeline" in page.read()
+        except (urllib.error.URLError, ConnectionError):
+            return False
+
+    wait_for("the console's start", answers)
 
 
 def test_ctrl_c_ends_the_ui_with_all_its_processes(command: Command, ui: Ui) -> None:

@@ -1,0 +1,110 @@
+"""The console as a server: its pages behind the guard of loopback and the gate of tokens."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+import uvicorn
+from fastapi import FastAPI
+from nicegui import ui
+
+from dagster_prefs.console.access import AccessError, Right, TokenGate, parse_tokens
+from dagster_prefs.console.context import Console, Page
+from dagster_prefs.console.frame import add_pages
+from dagster_prefs.console.pipeline_page import PIPELINE
+from dagster_prefs.console.runbook_page import RUNBOOK
+from dagster_prefs.console.shop_page import SHOP
+from dagster_prefs.console.viewers_page import VIEWERS
+from dagster_prefs.errors import PrefsError
+from dagster_prefs.loopback import LOOPBACK_NAMES, LoopbackGuard, loopback_hosts
+
+log = logging.getLogger("dagster_prefs.console")
+
+# In the order of the navigation; the first one that the project has is shown at `/`.
+PAGES: tuple[Page, ...] = (SHOP, VIEWERS, PIPELINE, RUNBOOK)
+# Events of a browser are a few hundred bytes.
+MOST_SOCKET_BYTES = 1 << 20
+
+
+class ConsoleError(PrefsError):
+    """The console cannot be served as it was asked for."""
+
+
+def make_app(
+    console: Console, *, port: int, host: str = "127.0.0.1", pages: Sequence[Page] = PAGES
+) -> FastAPI:
+    """Build the console's app for an address. NiceGUI has one app for the process, so it is called once.
+
+    Raises AccessError for malformed tokens, and for an address off loopback without any.
+    """
+    settings = console.settings
+    given = settings.console_tokens
+    tokens = parse_tokens(given.get_secret_value()) if given else ()
+    if not tokens and host not in LOOPBACK_NAMES:
+        raise AccessError(
+            f"--host {host} is not loopback, where everybody on the network could use the console: set "
+            "PREFS_CONSOLE_TOKENS, e.g. to oncall:domains+inspect:$(openssl rand -hex 32)"
+        )
+    app = FastAPI(title="dagster-prefs console", openapi_url=None, docs_url=None, redoc_url=None)
+    add_pages(console, pages)
+    # Without the updates of bindings, which nothing uses, an idle process does nothing.
+    ui.run_with(
+        app,
+        title="dagster-prefs",
+        dark=None,
+        tailwind=False,
+        binding_refresh_interval=None,
+        show_welcome_message=False,
+    )
+    app.add_middleware(TokenGate, tokens=tokens, needed=partial(needed_right, pages))
+    app.add_middleware(
+        LoopbackGuard,
+        hosts=loopback_hosts(port) | frozenset(settings.ui_hosts),
+        own_user_only=settings.local_users == "own",
+        log=lambda reason: log.warning("the console refused a request: %s", reason),
+    )
+    return app
+
+
+def needed_right(pages: Iterable[Page], path: str) -> Right | None:
+    """Return the right that a path needs: its page's, None for what no page owns, such as scripts."""
+    return next((page.right for page in pages if path == page.path or path.startswith(f"{page.path}/")), None)
+
+
+def serve(
+    console: Console,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 3001,
+    started: Callable[[str], None] = lambda url: None,
+) -> None:
+    """Serve until SIGINT or SIGTERM; `started` is called with the URL. Raises ConsoleError, AccessError."""
+    app = make_app(console, port=port, host=host)
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise ConsoleError(
+            f"{host}:{port} cannot be listened at ({error.strerror or error}): choose another --host or --port"
+        ) from None
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            lifespan="on",
+            log_level="error",
+            # Addresses contain ids of people.
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            ws_max_size=MOST_SOCKET_BYTES,
+            timeout_graceful_shutdown=2,
+        )
+    )
+    name = f"[{host}]" if ":" in host else host
+    console.watcher.start()
+    with listener:
+        started(f"http://{name}:{port}")
+        server.run(sockets=[listener])

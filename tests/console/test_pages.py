@@ -1,0 +1,241 @@
+"""The pages of the console in a real browser: what is clicked, and what is then on the page."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from browser import needs_chromium
+from warm import Warm
+
+from dagster_prefs.events.raw import RawMessage, RawStore
+from dagster_prefs.platform import Platform
+from tests.console.conftest import Running, serving
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Locator, Page
+
+pytestmark = [needs_chromium, pytest.mark.slow]
+
+# What the shop sells: brand and category tell them apart.
+CATALOGUE = [
+    {"item_id": f"{category}-{number}", "title": f"{brand} {category}", "category": category, "brand": brand,
+     "price": 20 + 50 * number, "in_stock": True}
+    for category in ("lamp", "sofa", "kettle")
+    for number, brand in enumerate(("lumen", "fjord", "maple", "orbit"))
+]  # fmt: skip
+
+
+def store(platform: Platform, topic: str, source: str, messages: list[dict[str, Any]]) -> None:
+    """Store messages in the raw table of a topic, from where the follower takes them."""
+    with RawStore(platform.engine) as raw:
+        rows = [RawMessage(0, number, json.dumps(one).encode()) for number, one in enumerate(messages)]
+        raw.write(platform.registry.topic(topic), source, rows)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _catalogue(console: Running) -> None:
+    store(console.platform, "items", "file:items", CATALOGUE)
+    viewed = [
+        {"event_id": f"seen-{number}", "viewer_id": number, "genre": "crime", "watch_duration_sec": 60,
+         "watched_at": (datetime.now(UTC) - timedelta(hours=1)).isoformat()}
+        for number in range(100, 300)
+    ]  # fmt: skip
+    store(console.platform, "view_events", "file:views", viewed)
+
+
+def first(page: Page) -> Locator:
+    """The first place of the ranking."""
+    return page.locator("ol > li").first
+
+
+def test_a_click_reorders_the_ranking_and_says_why(console: Running, page: Page) -> None:
+    page.goto(f"{console.url}/shop")
+    page.get_by_role("button", name="Be a new user").click()
+    page.get_by_role("heading", name="nothing is known of her yet").wait_for()
+    page.locator('[data-item="sofa-1"]').first.wait_for()
+    assert first(page).get_attribute("data-item") == "kettle-0", (
+        "on a cold start items are ranked by their id"
+    )
+    assert "nothing is known" in first(page).locator('[data-role="reason"]').inner_text()
+    page.get_by_role("button", name="Purchase fjord sofa").click()
+    page.locator('[data-role="told"]').get_by_text("Ranked again").wait_for()
+    told = page.locator('[data-role="told"]').inner_text()
+    assert float(told.split()[2]) > 0
+    assert first(page).get_attribute("data-item") == "sofa-1"
+    reason = first(page).locator('[data-role="reason"]').inner_text()
+    assert "category sofa 4.00" in reason
+    assert "brand fjord 3.00" in reason
+    page.get_by_role("heading", name="known, no session yet").wait_for()
+
+    # What she does elsewhere shows as well, without a click.
+    user = page.locator("h2").first.inner_text().partition(":")[0]
+    bought = {
+        "item_id": "lamp-0",
+        "category": "lamp",
+        "brand": "lumen",
+        "price": 20,
+        "event_type": "purchase",
+    }
+    elsewhere = [
+        {
+            **bought,
+            "event_id": f"{user}-{number}",
+            "user_id": user,
+            "event_time": datetime.now(UTC).isoformat(),
+        }
+        for number in range(3)
+    ]
+    store(console.platform, "user.events", f"file:{user}", elsewhere)
+    page.locator('ol > li:first-child[data-item="lamp-0"]').wait_for()
+
+
+def test_a_known_user_is_found_by_how_her_id_begins(console: Running, page: Page) -> None:
+    event = {"event_id": "f1", "user_id": "find-me", "category": "lamp", "event_type": "view"}
+    store(console.platform, "user.events", "file:f", [{**event, "event_time": datetime.now(UTC).isoformat()}])
+    page.goto(f"{console.url}/shop")
+    page.get_by_label("user_id").fill("find")
+    page.get_by_role("button", name="find-me").click()
+    page.get_by_role("heading", name="find-me: known").wait_for()
+
+
+def test_an_event_about_a_viewer_is_followed_to_her_items(console: Running, page: Page) -> None:
+    page.goto(f"{console.url}/viewers")
+    search = page.get_by_label("viewer_id")
+    search.press_sequentially("42")
+    # By keyboard alone.
+    search.press("Enter")
+    page.get_by_role("heading", name="viewer 42", exact=True).wait_for()
+    watch = page.get_by_role("region", name="watch")
+    watch.get_by_text("no item: what a service gets for anybody new").wait_for()
+    page.get_by_role("button", name="view_events", exact=True).click()
+    page.get_by_label("watch_duration_sec").fill("-5")
+    page.get_by_role("button", name="Send").click()
+    page.get_by_role("alert").get_by_text(
+        "the event would be rejected: negative watch_duration_sec"
+    ).wait_for()
+    page.get_by_label("watch_duration_sec").fill("600")
+    page.get_by_label("genre").fill("crime")
+    page.get_by_role("button", name="Send").click()
+    watch.get_by_role("row", name="watch_minutes_7d 10").wait_for()
+    watch.get_by_text("newest event").wait_for()
+    way = page.locator('[data-role="way"]')
+    way.get_by_role("row", name="read watch").wait_for()
+    stops = [cell.inner_text() for cell in way.locator("tbody td:first-child").all()]
+    assert stops[:3] == ["sent", "arrival", "commit"]
+    assert stops[3:5] == ["publish", "read"]
+    step = way.get_by_role("row", name="commit step").locator("td").nth(1).inner_text()
+    with console.platform.engine.connect() as session:
+        held = session.execute(
+            "select relation, source like 'console:%%' from live_trail where step = %s",
+            [step.removeprefix("step ")],
+        ).fetchall()
+    assert ("raw_view_events", True) in held
+
+
+def test_viewers_are_searched_in_the_engine(console: Running, page: Page) -> None:
+    page.goto(f"{console.url}/viewers")
+    found = page.locator('[aria-label="Found"] button')
+    page.get_by_label("viewer_id").fill("10")
+    page.get_by_role("button", name="107", exact=True).wait_for()
+    assert [button.inner_text() for button in found.all()] == [str(100 + number) for number in range(10)]
+    page.get_by_role("button", name="107", exact=True).click()
+    page.get_by_role("region", name="watch").get_by_role(
+        "row", name="watch_minutes_7d 1", exact=False
+    ).wait_for()
+
+
+def test_the_pipeline_shows_every_stage_and_leads_to_the_run_book(console: Running, page: Page) -> None:
+    page.goto(f"{console.url}/pipeline")
+    for line in ("engine/follower", "views/view_events", "online/watch"):
+        page.locator(f'[data-line="{line}"]').wait_for()
+    # Of the exports Iceberg's own process tells later; nothing was exported, so that something is red or warned of.
+    state = page.locator('[data-line^="offline/"]').first
+    state.wait_for()
+    state.get_by_role("link").click()
+    page.wait_for_url("**/runbook#stage-offline")
+    page.locator("#stage-offline").get_by_text("prefs export").first.wait_for()
+
+
+def test_it_fits_a_phone_and_the_dark(console: Running, browser: Browser) -> None:
+    tab = browser.new_page(viewport={"width": 360, "height": 740})
+    for path in ("/shop", "/viewers?entity=viewer&viewer_id=42", "/pipeline"):
+        tab.goto(f"{console.url}{path}")
+        tab.locator("main h1").wait_for()
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 360
+    assert "body--light" in str(tab.locator("body").get_attribute("class"))
+    tab.get_by_role("button", name="Light or dark").click()
+    tab.locator("body.body--dark").wait_for()
+    tab.goto(f"{console.url}/shop")
+    tab.locator("body.body--dark").wait_for()
+    tab.close()
+
+
+def test_nothing_is_loaded_from_elsewhere(console: Running, browser: Browser) -> None:
+    tab = browser.new_page()
+    asked: list[str] = []
+    tab.on("request", lambda request: asked.append(request.url))
+    for path in ("/shop", "/viewers", "/pipeline", "/runbook"):
+        tab.goto(f"{console.url}{path}")
+        tab.locator("main h1").wait_for()
+    assert [
+        url for url in asked if not url.startswith((console.url, console.url.replace("http", "ws"), "data:"))
+    ] == []
+    tab.close()
+
+
+def test_a_website_and_a_foreign_name_are_refused(console: Running) -> None:
+    def code(path: str, **headers: str) -> int:
+        asked = urllib.request.Request(
+            f"{console.url}{path}", headers={k.replace("_", "-"): v for k, v in headers.items()}
+        )
+        try:
+            with urllib.request.urlopen(asked, timeout=30) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as refused:
+            return refused.code
+
+    assert code("/shop") == 200
+    for path in ("/shop", "/_nicegui_ws/socket.io/?EIO=4&transport=polling"):
+        assert code(path, host="evil.example") == 403
+        assert code(path, origin="https://evil.example") == 403
+        assert code(path, sec_fetch_site="cross-site") == 403
+
+
+def test_a_token_sees_its_pages_and_sends_only_with_its_scope(
+    console: Running, warm: Warm, free_port: Callable[[], int], page: Page
+) -> None:
+    secret = "a-secret-of-more-than-24-characters"
+    environment = {**console.environment, "PREFS_CONSOLE_TOKENS": f"looker:shop+domains:{secret}"}
+    with serving(warm, environment, free_port()) as url:
+        page.goto(f"{url}/viewers?viewer_id=42")
+        page.get_by_label("Token").fill(secret)
+        page.get_by_role("button", name="Sign in").click()
+        page.locator("main h1").get_by_text("Viewers").wait_for()
+        assert page.get_by_role("link", name="Pipeline").count() == 0
+        page.get_by_label("viewer_id").fill("42")
+        page.get_by_label("viewer_id").press("Enter")
+        page.get_by_text("Read only: the token 'looker' has domains, shop, and this needs send").wait_for()
+        assert page.get_by_role("button", name="Send").count() == 0
+        answer = page.goto(f"{url}/pipeline")
+        assert answer is not None
+        assert answer.status == 403
+        page.goto(f"{url}/shop")
+        page.get_by_role("link", name="Sign out looker").click()
+        page.get_by_label("Token").wait_for()
+
+
+def test_two_visitors_each_see_their_own_ranking(console: Running, page: Page) -> None:
+    page.goto(f"{console.url}/shop?user=one")
+    other = page.context.new_page()
+    other.goto(f"{console.url}/shop?user=two")
+    page.get_by_role("button", name="Wishlist maple lamp").click()
+    other.get_by_role("button", name="Wishlist orbit kettle").click()
+    page.locator('ol > li:first-child[data-item="lamp-2"]').wait_for()
+    other.locator('ol > li:first-child[data-item="kettle-3"]').wait_for()
+    other.close()
