@@ -29,7 +29,7 @@ from dagster_prefs.declarations.lineage import (
     RelationLineage,
     digest_of,
     origin,
-    read_relations,
+    read_lineage,
     render_lineage,
 )
 from dagster_prefs.declarations.read import (
@@ -75,7 +75,7 @@ def plan_files(folder: Path) -> Generated:
     """
     project = read_project(folder)
     declared = check_project(project)
-    models = dict(_models(project, declared, _lineage(declared, read_relations(folder)[0])))
+    models = dict(_models(project, declared, _lineage(declared, read_lineage(folder).relations)))
     orphans, problems = [], []
     for path in sorted(project.generated.rglob("*")) if project.generated.is_dir() else []:
         name = path.relative_to(folder).as_posix()
@@ -106,7 +106,7 @@ def check_current(folder: Path) -> Registry:
     if not stale and _text(folder / DECLARED) != declared_macro(folder):
         stale.append(DECLARED)
     registry = None if stale else current_registry(folder)
-    if registry is not None and read_relations(folder)[1] != digest_of(registry.hashes):
+    if registry is not None and read_lineage(folder).files != digest_of(registry.hashes):
         stale.append(LINEAGE)
     if registry is None or stale:
         more = f" and {len(stale) - 3} more" if len(stale) > 3 else ""
@@ -144,19 +144,22 @@ def generate_files(
         changed.append(name)
     project = read_project(folder)
     relations = _queried(project, declared)
-    traced, files = read_relations(folder)
+    written = read_lineage(folder)
+    traced, others = written.relations, written.queries
     if (
         _text(folder / DECLARED) == declared_macro(folder)
         and before is not None
         and before.hashes == hashes_of(folder)
         and before.queries.keys() == set(relations)
-        and files == digest_of(before.hashes)
+        and written.files == digest_of(before.hashes)
     ):
         queries = before.queries
     else:
         compiled = compile_queries(folder, sorted({*relations, *_traced(project, declared)}))
         queries = {name: text for name, text in compiled.items() if name in relations}
         traced = _trace(compiled, declared)
+        views = {view.relation for view in declared.preferences}
+        others = {name: text for name, text in compiled.items() if name in views - queries.keys()}
         for name, text in _models(project, declared, _lineage(declared, traced)):
             if _text(folder / name) != text:
                 _write(folder / name, text)
@@ -181,7 +184,7 @@ def generate_files(
         changed.append(DECLARED)
     registry = replace(registry, hashes=hashes_of(folder))
     for name, text in (
-        (LINEAGE, render_lineage(traced, registry.hashes)),
+        (LINEAGE, render_lineage(traced, others, registry.hashes)),
         (REGISTRY, render_registry(registry)),
     ):
         if _text(folder / name) != text:

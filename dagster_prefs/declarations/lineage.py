@@ -106,11 +106,15 @@ class RelationLineage:
 
 @dataclass(frozen=True)
 class Lineage:
-    """The lineage of a project's columns."""
+    """The lineage of a project's columns.
+
+    `queries` has the compiled SQL of the preference views of which the registry has none.
+    """
 
     topics: Mapping[str, TopicDeclaration]
     entities: Mapping[str, Entity]
     relations: Mapping[str, RelationLineage]
+    queries: Mapping[str, str] = field(default_factory=dict)
     _fields: dict[Column, Sources] = field(default_factory=dict, repr=False)
     _upstream: dict[Column, Sources] = field(default_factory=dict, repr=False)
 
@@ -268,7 +272,9 @@ def digest_of(hashes: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(dict(sorted(hashes.items()))).encode()).hexdigest()
 
 
-def render_lineage(relations: Mapping[str, RelationLineage], hashes: Mapping[str, str]) -> str:
+def render_lineage(
+    relations: Mapping[str, RelationLineage], queries: Mapping[str, str], hashes: Mapping[str, str]
+) -> str:
     """Render a lineage as stable JSON text, a line per column and source."""
     content = {
         "format": FORMAT,
@@ -283,6 +289,7 @@ def render_lineage(relations: Mapping[str, RelationLineage], hashes: Mapping[str
             }
             for name, one in sorted(relations.items())
         },
+        "queries": dict(sorted(queries.items())),
     }
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
@@ -324,16 +331,25 @@ def _parsed(content: Mapping[str, str]) -> Sources:
     return found
 
 
-def read_relations(folder: Path) -> tuple[dict[str, RelationLineage], str]:
-    """Return the relations of a project's lineage as it is, and the digest of the files that it was made from.
+@dataclass(frozen=True)
+class Written:
+    """What a lineage file holds, whether or not it is stale; `files` is the digest of what it was made from."""
 
-    Both are empty where there is none that can be read: `prefs generate` then writes another.
+    relations: Mapping[str, RelationLineage] = field(default_factory=dict)
+    queries: Mapping[str, str] = field(default_factory=dict)
+    files: str = ""
+
+
+def read_lineage(folder: Path) -> Written:
+    """Return a project's lineage as it is; empty where there is none that can be read.
+
+    `prefs generate` then writes another.
     """
     try:
         content = json.loads((folder / LINEAGE).read_text(encoding="utf-8"))
-        return parse_relations(content), str(content.get("files"))
-    except (OSError, ValueError, AttributeError, LineageError):
-        return {}, ""
+        return Written(parse_relations(content), dict(content["queries"]), str(content["files"]))
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, LineageError):
+        return Written()
 
 
 def load_lineage(folder: Path, registry: Registry) -> Lineage:
@@ -360,7 +376,7 @@ def load_lineage(folder: Path, registry: Registry) -> Lineage:
             f"{path} is stale: it was made from other files than {REGISTRY}: run `prefs generate` and commit what "
             "it writes"
         )
-    return Lineage(registry.topics, registry.entities, relations)
+    return Lineage(registry.topics, registry.entities, relations, dict(content.get("queries", {})))
 
 
 def walk(lineage: Lineage, column: Column, depth: int = 0) -> Iterator[tuple[int, Column, frozenset[Kind]]]:
