@@ -74,7 +74,9 @@ def add_pages(console: Console, pages: Sequence[Page]) -> None:
     shown = [page for page in pages if page.exists(console.registry)]
     framed = {page.path: _framed(console, page, shown) for page in shown}
     for page in shown:
-        ui.page(page.path, title=f"{page.title} · dagster-prefs", response_timeout=BUILD_SECONDS)(framed[page.path])
+        ui.page(page.path, title=f"{page.title} · dagster-prefs", response_timeout=BUILD_SECONDS)(
+            framed[page.path]
+        )
 
     async def root(request: Request) -> None:
         rights = getattr(request.state, GRANT, EVERYTHING).rights

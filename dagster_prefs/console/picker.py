@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 from nicegui import ui
+from nicegui.events import GenericEventArguments
 
 from dagster_prefs.console.context import Visit
 from dagster_prefs.console.frame import Notice
 from dagster_prefs.console.lookup import find_ids
 from dagster_prefs.declarations.registry import Entity
 from dagster_prefs.ids import Id, id_label, read_id
+
+SEND_TYPED = "(event) => emit(event.target.value)"
 
 
 class Picker:
@@ -27,12 +31,10 @@ class Picker:
         self._picked = picked
         self._notice = notice
         with ui.element("div").classes("line"):
-            self._inputs = [
-                ui.input(key.name)
-                .props("dense outlined debounce=250")
-                .on("keydown.enter", notice.guard(self._take))
-                for key in entity.keys
-            ]
+            self._inputs = [ui.input(key.name).props("dense outlined debounce=250") for key in entity.keys]
+            for place, field in enumerate(self._inputs):
+                # What was typed last may not have been sent yet.
+                field.on("keydown.enter", notice.guard(partial(self._entered, place)), js_handler=SEND_TYPED)
             self._inputs[0].on_value_change(notice.guard(self._search))
             ui.button("Show", on_click=notice.guard(self._take)).classes("action").props("unelevated")
         self._found = ui.element("div").classes("line").props('aria-label="Found"')
@@ -53,6 +55,10 @@ class Picker:
                 ui.button(
                     id_label(id_), on_click=self._notice.guard(lambda id_=id_: self._choose(id_))
                 ).classes("action").props("outline dense no-caps")
+
+    async def _entered(self, place: int, event: GenericEventArguments) -> None:
+        self._inputs[place].set_value(str(event.args))
+        await self._take()
 
     async def _take(self) -> None:
         typed = tuple(str(one.value or "") for one in self._inputs)

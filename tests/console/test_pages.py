@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from browser import needs_chromium
+from waiting import PATIENCE_SECONDS
 from warm import Warm
 
 from dagster_prefs.events.raw import RawMessage, RawStore
+from dagster_prefs.live.follower import wait_until_applied
 from dagster_prefs.platform import Platform
 from tests.console.conftest import Running, serving
 
@@ -47,6 +49,9 @@ def _catalogue(console: Running) -> None:
         for number in range(100, 300)
     ]  # fmt: skip
     store(console.platform, "view_events", "file:views", viewed)
+    found = {"event_id": "f1", "user_id": "find-me", "category": "lamp", "event_type": "view"}
+    store(console.platform, "user.events", "file:f", [{**found, "event_time": datetime.now(UTC).isoformat()}])
+    wait_until_applied(console.platform.engine, seconds=PATIENCE_SECONDS)
 
 
 def first(page: Page) -> Locator:
@@ -96,8 +101,6 @@ def test_a_click_reorders_the_ranking_and_says_why(console: Running, page: Page)
 
 
 def test_a_known_user_is_found_by_how_her_id_begins(console: Running, page: Page) -> None:
-    event = {"event_id": "f1", "user_id": "find-me", "category": "lamp", "event_type": "view"}
-    store(console.platform, "user.events", "file:f", [{**event, "event_time": datetime.now(UTC).isoformat()}])
     page.goto(f"{console.url}/shop")
     page.get_by_label("user_id").fill("find")
     page.get_by_role("button", name="find-me").click()
@@ -230,9 +233,9 @@ def test_a_token_sees_its_pages_and_sends_only_with_its_scope(
         page.get_by_label("Token").wait_for()
 
 
-def test_two_visitors_each_see_their_own_ranking(console: Running, page: Page) -> None:
+def test_two_visitors_each_see_their_own_ranking(console: Running, browser: Browser, page: Page) -> None:
     page.goto(f"{console.url}/shop?user=one")
-    other = page.context.new_page()
+    other = browser.new_page()
     other.goto(f"{console.url}/shop?user=two")
     page.get_by_role("button", name="Wishlist maple lamp").click()
     other.get_by_role("button", name="Wishlist orbit kettle").click()
