@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from urllib.parse import quote
 
 from nicegui import ui
@@ -21,12 +22,17 @@ COLUMNS = ("kind", "name", "type", "owner", "meaning")
 
 async def build(visit: Visit) -> None:
     """Show the entries that have the words of the parameter `search`, or in full the one named by `name`."""
-    console = visit.console
-    catalog = await console.run(load_catalog, console.settings.project, console.registry)
+    catalog = await visit.console.run(_catalog, visit.console)
     if name := visit.query.get("name"):
         await _Entry(visit, catalog.entry(name, visit.query.get("kind"))).show()
     else:
         _Search(catalog, visit.query.get("search", "")).show()
+
+
+@lru_cache(maxsize=1)
+def _catalog(console: Console) -> FeatureCatalog:
+    """The catalog, which takes a second to read and stays the same for a process, as the registry does."""
+    return load_catalog(console.settings.project, console.registry)
 
 
 def address(entry: Entry) -> str:

@@ -106,6 +106,9 @@ class _WhyPage:
         if id_ is None:
             return
         self._found.clear()
+        if attribute.rpartition(".")[0] in self._console.registry.preferences:
+            # Like all that the shop knows of a user.
+            self._visit.grant.require("shop")
         found = await self._console.run(explain, self._console, self._entity, id_, attribute)
         if (id_, attribute) != (self._id, self._attribute):
             # Something else was chosen meanwhile.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -210,7 +211,7 @@ def explain_view(
         column=column,
         served=_as_rows(columns, served),
         recomputed=None if recomputed is None else _as_rows(columns, recomputed),
-        equal=None if recomputed is None else sorted(map(repr, served)) == sorted(map(repr, recomputed)),
+        equal=None if recomputed is None else _counted(served) == _counted(recomputed),
         reason=reason,
         events=events,
     )
@@ -218,6 +219,10 @@ def explain_view(
 
 def _as_rows(columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> Rows:
     return tuple(dict(zip(columns, row, strict=True)) for row in sorted(rows, key=repr))
+
+
+def _counted(rows: Sequence[tuple[Any, ...]]) -> Counter[tuple[Any, ...]]:
+    return Counter(tuple(tuple(one) if isinstance(one, list) else one for one in row) for row in rows)
 
 
 def _query_of(registry: Registry, domain: Domain) -> _Query:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Any
 
 import psycopg
 import pytest
-from project_copies import EXAMPLE, FOREIGN, Copy
+from click.testing import CliRunner
+from project_copies import EXAMPLE, FOREIGN, ROOT, Copy
 from psycopg import sql
 
+from dagster_prefs.cli import cli
 from dagster_prefs.declarations.generate import check_current, generate_files
 from dagster_prefs.declarations.lineage import (
     LINEAGE,
@@ -181,6 +184,22 @@ def test_one_attribute_in_full() -> None:
         "Chosen or ordered by view_events.completion_pct; rows decided by view_events.event_id, "
         "view_events.viewer_id, view_events.watched_at."
     )
+
+
+def test_the_commands_of_the_documentation_say_what_it_says() -> None:
+    text = (ROOT / "docs/lineage.md").read_text()
+    done = CliRunner().invoke(cli, ["lineage", "watch.completions_28d"])
+    assert done.exit_code == 0, done.output
+    (shown,) = re.findall(r"```\n(column .*?)```", text, re.S)
+    assert done.output.startswith(shown)
+    answer = json.loads(CliRunner().invoke(cli, ["lineage", "user.events.price", "--json"]).output)
+    assert {
+        "of": "user_price_sensitivity",
+        "name": "price_tier",
+        "how": "condition, filter, group",
+    } in answer["goes_to"]
+    stores = json.loads(CliRunner().invoke(cli, ["lineage", "view_events.genre", "--json"]).output)["stores"]
+    assert "Iceberg viewer_genre_daily, column genre" in [one["text"] for one in stores]
 
 
 def test_an_unknown_name_names_near_ones() -> None:
