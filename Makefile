@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ui up down status stack stack-down test test-fast test-terraform bench-serving bench-export bench-export-range bench-ingest bench-training-set bench-freshness bench-live bench-barriers lint format lock clean
+.PHONY: help demo ui up down status stack stack-down pictures test test-fast test-terraform bench-serving bench-export bench-export-range bench-ingest bench-training-set bench-freshness bench-live bench-barriers lint format lock clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ stack-down: ## stop the containers; their data stays in volumes
 WORKERS ?= 3
 # What one process of a run has compiled no other compiles again, also where the shell says that nothing is to be kept.
 PYTEST = PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+pictures: $(VENV)/installed ## photograph the console and the asset graph of the demo's state for the README
+	@$(BIN)/python docs/images/take.py
 
 test: $(VENV)/installed ## the whole test suite, a file at a time in three processes
 	@$(PYTEST)

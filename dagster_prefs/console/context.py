@@ -65,6 +65,7 @@ class Console:
         self.platform = Platform(settings)
         self.read_status = read_status
         self.is_demo = is_demo
+        self._demo = False
         self.watcher = Watcher(self)
         self._clients = ExitStack()
         self._lock = Lock()
@@ -135,7 +136,9 @@ class Console:
             raise ReadOnly(f"the console sends no events in production, and this is production because {why}")
         if settings.console_send == "off":
             raise ReadOnly("the console sends no events because PREFS_CONSOLE_SEND is off: set it to on")
-        if settings.engine != "local" or not self.is_demo():
+        # A demo's events stay, so that it is asked for until there are some.
+        self._demo = self._demo or (settings.engine == "local" and self.is_demo())
+        if not self._demo:
             raise ReadOnly(
                 "the console sends no events because the engine holds none of a demo: set PREFS_CONSOLE_SEND to on, "
                 "or run `prefs demo`"

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from typing import Any
 
 from dagster_prefs.declarations.contract import Freshness
 from dagster_prefs.declarations.registry import Registry
@@ -57,8 +58,6 @@ class ExportsReading:
             )
 
 
-def _measure(told: dict[str, object]) -> Measure:
+def _measure(told: dict[str, Any]) -> Measure:
     thresholds = told["thresholds"]
-    return Measure(
-        **{**told, "thresholds": Freshness(**thresholds) if isinstance(thresholds, dict) else None}
-    )  # type: ignore[arg-type]
+    return Measure(**{**told, "thresholds": None if thresholds is None else Freshness(**thresholds)})

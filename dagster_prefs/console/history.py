@@ -7,11 +7,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-import psycopg
 from psycopg import sql
 
 from dagster_prefs.declarations.registry import Registry
@@ -24,6 +24,7 @@ from dagster_prefs.freshness.status import duration
 if TYPE_CHECKING:
     from dagster_prefs.console.context import Console
     from dagster_prefs.freshness.status import Status
+    from dagster_prefs.serving.pool import Connection
 
 log = logging.getLogger("dagster_prefs.console")
 
@@ -178,23 +179,20 @@ def risen(points: Sequence[tuple[float, float]]) -> int:
 def read_counts(console: Console) -> dict[str, Counts]:
     """Return what is stored of each topic. Raises like `Console.query`."""
 
-    def read(connection: psycopg.Connection[tuple[object, ...]]) -> dict[str, Counts]:
+    def read(connection: Connection) -> dict[str, Counts]:
         messages = connection.execute(
             sql.SQL("select topic, sum(messages)::bigint from {} where source <> %s group by topic").format(
                 console.relation("ingest_progress")
             ),
             [SOURCE],
         ).fetchall()
-        rejected = dict(
-            connection.execute(
-                sql.SQL("select topic, count(*) from {} group by topic").format(
-                    console.relation("rejected_events")
-                )
-            ).fetchall()
-        )
-        return {
-            str(topic): Counts(int(str(count)), int(str(rejected.get(topic, 0)))) for topic, count in messages
-        }
+        rejected = connection.execute(
+            sql.SQL("select topic, count(*) from {} group by topic").format(
+                console.relation("rejected_events")
+            )
+        ).fetchall()
+        counts = {str(topic): int(count) for topic, count in rejected}
+        return {str(topic): Counts(int(count), counts.get(topic, 0)) for topic, count in messages}
 
     return console.query("the counts of messages", read)
 
@@ -263,7 +261,11 @@ class Watcher:
         """Take one reading into the history. Raises PrefsError."""
         ticks = prober_ticks(self._console.settings.data_dir)
         status = self._console.read_status()
-        self.history.add(status, read_counts(self._console), ticks[0].at if ticks else None)
+        counts: dict[str, Counts] = {}
+        # Why an engine tells nothing is in the measures.
+        with suppress(PrefsError):
+            counts = read_counts(self._console)
+        self.history.add(status, counts, ticks[0].at if ticks else None)
 
     def _run(self) -> None:
         while not self._stop.is_set():

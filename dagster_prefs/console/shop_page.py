@@ -107,7 +107,8 @@ class _ShopPage:
         text(
             "p", "Items ranked for one user. What she clicks is sent as an event, and the ranking follows."
         ).classes("faint")
-        self._notice = Notice()
+        # What a timer reads well must not take away what a click was told.
+        self._notice, self._reading = Notice(), Notice()
         picker = Picker(self._visit, self._entity, self._pick, self._notice)
         with ui.element("div").classes("line"):
             ui.button("Be a new user", on_click=self._notice.guard(self._be_new)).classes("action").props(
@@ -125,10 +126,10 @@ class _ShopPage:
             ]
         for slot in self._slots:
             slot.show(None, {}, None)
-        if user:
-            await self._pick(user)
         await self._notice.guard(picker.offer)()
-        ui.timer(SOON_SECONDS, self._notice.guard(self._look))
+        if user:
+            await self._notice.guard(self._pick)(user)
+        ui.timer(SOON_SECONDS, self._reading.guard(self._look))
 
     async def _be_new(self) -> None:
         await self._pick(f"new-{secrets.token_hex(4)}")

@@ -110,7 +110,8 @@ class _ViewersPage:
                     link = ui.link(other.name, f"{VIEWERS.path}?entity={other.name}")
                     if other is self._entity:
                         link.props('aria-current="true"')
-        self._notice = Notice()
+        # What a timer reads well must not take away what a click was told.
+        self._notice, self._reading = Notice(), Notice()
         picker = Picker(self._visit, self._entity, self._pick, self._notice)
         self._who = text("h2", "")
         with ui.element("div").classes("cards"):
@@ -121,11 +122,15 @@ class _ViewersPage:
         self._sending.set_visibility(False)
         with self._sending:
             self._build_form(refusal)
+        await self._notice.guard(picker.offer)()
+        await self._notice.guard(self._pick_given)()
+        ui.timer(SOON_SECONDS, self._reading.guard(self._look))
+
+    async def _pick_given(self) -> None:
+        """Show the id that the address names, if it names one."""
         given = [self._visit.query.get(name) for name in self._entity.key_names]
         if all(given):
             await self._pick(read_id(self._entity.keys, given if len(given) > 1 else given[0]))
-        await self._notice.guard(picker.offer)()
-        ui.timer(SOON_SECONDS, self._notice.guard(self._look))
 
     def _build_form(self, refusal: str | None) -> None:
         text("h2", "Send an event")

@@ -100,7 +100,7 @@ def read_trail(
         ).format(**tables),
         [row[1]],
     ).fetchall()
-    return Trail(*row, published_at=dict(published))
+    return Trail(row[0], row[1], row[2], dict(published))
 
 
 def _tables(engine: EngineConfiguration) -> dict[str, sql.Composable]:

@@ -18,6 +18,7 @@ from waiting import wait_for
 from warm import Warm, WarmProcess
 
 from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.live.follower import read_follower
 from dagster_prefs.platform import Platform
 from dagster_prefs.settings import load_settings
 
@@ -83,6 +84,9 @@ def place(
         follower = threading.Thread(target=platform.follower().run, args=[stop])
         follower.start()
         try:
+            with engine.connect() as session:
+                # It gives a sign of life after its first step.
+                wait_for(lambda: read_follower(session, engine))
             yield platform, given
         finally:
             stop.set()
