@@ -15,7 +15,7 @@ from typing import Any
 import sqlglot
 from sqlglot import exp
 from sqlglot.errors import SqlglotError
-from sqlglot.optimizer.scope import Scope, build_scope
+from sqlglot.optimizer.scope import Scope, build_scope, traverse_scope
 
 from dagster_prefs.declarations.lineage import Column, Kind, RelationLineage, Sources, composed, merged
 
@@ -39,11 +39,14 @@ def trace_all(
 
 
 def tables_of(sql: str) -> set[str]:
-    """Return the names in a query that may be relations; empty if it cannot be read."""
+    """Return the relations that a query reads, without its CTEs; empty if it cannot be read."""
     try:
-        return {table.name for table in sqlglot.parse_one(sql, dialect=DIALECT).find_all(exp.Table)}
+        scopes = traverse_scope(sqlglot.parse_one(sql, dialect=DIALECT))
     except SqlglotError:
         return set()
+    # By scope, because a CTE may have the name of the relation that it reads.
+    sources = [source for scope in scopes for source in scope.sources.values()]
+    return {source.name for source in sources if isinstance(source, exp.Table)}
 
 
 class _Untraceable(Exception):
@@ -74,8 +77,9 @@ def trace(
         )
     except _Untraceable as error:
         return RelationLineage({}, {}, untraced=str(error))
-    except SqlglotError as error:
-        reason = " ".join(str(error).split())
+    # A construct that neither sqlglot's scopes nor this module know may raise anything.
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         return RelationLineage({}, {}, untraced=f"sqlglot cannot read it: {reason[:200]}")
 
 

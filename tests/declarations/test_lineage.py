@@ -315,6 +315,17 @@ def test_a_count_of_another_views_rows_comes_from_what_decides_about_them() -> N
     assert genre == Column("view_events", "genre", is_field=True)
 
 
+def test_a_cte_may_have_the_name_of_a_relation() -> None:
+    queries = {
+        "one": "with view_events as (select viewer_id as v from view_events), two as (select v from view_events) "
+        "select v from two",
+        "two": "select v from one",
+    }
+    found = trace_all(queries, {"view_events": ("viewer_id",)}, {})
+    assert found["two"].columns == {"v": {Column("one", "v"): {"identity"}}}
+    assert found["one"].columns == {"v": {Column("view_events", "viewer_id"): {"identity"}}}
+
+
 @pytest.mark.parametrize(
     ("query", "reason"),
     [
@@ -322,6 +333,10 @@ def test_a_count_of_another_views_rows_comes_from_what_decides_about_them() -> N
         ("select from from", "sqlglot cannot read it"),
         ("select * from unknown", "whose columns are not known"),
         ("select nowhere from a", "nowhere, which is a column of none"),
+        (
+            "with recursive r as (select 1 as v union all select v + 1 from r) select v from r",
+            "RecursionError",
+        ),
     ],
 )
 def test_what_cannot_be_traced_says_why_and_stops_nothing(query: str, reason: str) -> None:
