@@ -5,7 +5,8 @@
 For each size of history it starts an engine and a local AWS server of its own in a temporary folder, generates the
 history, deploys, and runs `prefs follow`. Then it prints one JSON line with
 
-- `build_seconds`: every view over the history, and every item, from nothing (in one process, without deploying);
+- `build_seconds`: every view over the history, from nothing (in one process, without deploying), and `items_seconds`:
+  every item of them;
 - `rates`: for each rate of single INSERTs, p50 and p99 of the milliseconds from an event's INSERT to the first
   strongly consistent read that finds it in DynamoDB; every 20th event is looked for;
 - `burst_seconds`: so many events in one INSERT, until all are applied and published;
@@ -36,8 +37,9 @@ from typing import Any
 
 import psutil
 
+from dagster_prefs.declarations.contract import Domain
 from dagster_prefs.events.raw import RawMessage, RawStore
-from dagster_prefs.live.follower import wait_until_applied
+from dagster_prefs.live.presence import wait_until_applied
 from dagster_prefs.local.services import LocalServices
 from dagster_prefs.platform import Platform
 from dagster_prefs.settings import load_settings
@@ -149,8 +151,8 @@ class Engine:
 
 
 @contextmanager
-def engine(folder: Path, history: int, viewers: int) -> Iterator[tuple[Engine, float]]:
-    """An engine with a history, and the seconds that it took to build all views over it."""
+def engine(folder: Path, history: int, viewers: int) -> Iterator[tuple[Engine, float, float]]:
+    """An engine with a history, and the seconds that all views over it took, and all items."""
     ports = random.sample(range(20_000, 32_000), 2)
     os.environ |= {
         "PREFS_DATA_DIR": str(folder),
@@ -174,12 +176,22 @@ def engine(folder: Path, history: int, viewers: int) -> Iterator[tuple[Engine, f
             end=datetime.now(UTC),
         )
         simulate_to_engine(platform.engine, platform.registry, fitted(platform.registry, plan))
+        follower = platform.follower()
+        publish, items = follower.publish, 0.0
+
+        def timed(domain: Domain, keys: Sequence[str] | None) -> None:
+            nonlocal items
+            since = time.monotonic()
+            publish(domain, keys)
+            items += time.monotonic() - since
+
+        follower.publish = timed
         started = time.monotonic()
-        platform.refresh()
-        built = time.monotonic() - started
-        yield Engine(platform, viewers), built
+        follower.catch_up()
+        yield Engine(platform, viewers), time.monotonic() - started - items, items
     finally:
         services.down()
+        services.delete_state()
 
 
 def measured(history: int, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -187,7 +199,7 @@ def measured(history: int, arguments: argparse.Namespace) -> dict[str, Any]:
     viewers = max(100, history // 64)
     with (
         tempfile.TemporaryDirectory(prefix="prefs-live-") as folder,
-        engine(Path(folder), history, viewers) as (one, built),
+        engine(Path(folder), history, viewers) as (one, built, items),
     ):
         put_ms = one.put_ms()
         follower = subprocess.Popen(
@@ -211,6 +223,7 @@ def measured(history: int, arguments: argparse.Namespace) -> dict[str, Any]:
             "history": history,
             "viewers": viewers,
             "build_seconds": round(built, 1),
+            "items_seconds": round(items, 1),
             "put_ms": round(put_ms, 1),
             "rates": rates,
             "burst_events": arguments.burst,

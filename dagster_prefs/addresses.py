@@ -1,4 +1,4 @@
-"""Classify addresses: does one lead to this machine?"""
+"""Decide whether an address is on this machine."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What Dagster loads; it assembles `defs/` for the settings of this process and does nothing else.
+"""The entry point for Dagster: the definitions of `defs/` for the settings of this process.
 
-Whoever has settings of their own takes `build_definitions`: to import this module is to build.
+Importing this module builds them. Call `build_definitions` to build them for other settings.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ class _Excerpt(reprlib.Repr):
         self.maxlist = self.maxtuple = 3
 
     def repr_dict(self, given: dict[Any, Any], level: int) -> str:
-        # The standard implementation sorts all keys first.
+        # The standard implementation would sort all keys first.
         return "{…}" if given else "{}"
 
 

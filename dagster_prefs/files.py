@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, BinaryIO
 from urllib.parse import unquote, urlsplit
+
+# A log of the embedded services larger than this is set aside.
+LOG_LIMIT_BYTES = 10_000_000
 
 
 def make_private_folder(folder: Path) -> None:
@@ -32,13 +36,26 @@ def local_folder(address: str) -> Path | None:
 
 
 def catalog_file(warehouse: Path) -> Path:
-    """Return the SQLite catalog of a warehouse in a folder."""
+    """Return the path of the SQLite catalog of a warehouse folder."""
     return warehouse / "catalog.db"
 
 
 def open_private_log(path: Path) -> BinaryIO:
     """Open a file for appending; a new one gets mode 0600. The caller closes it."""
     return open(path, "ab", opener=lambda name, flags: os.open(name, flags, 0o600))
+
+
+def keep_log_small(path: Path, max_bytes: int = LOG_LIMIT_BYTES) -> None:
+    """Move what a log beyond `max_bytes` holds to `<name>.log.1`, while another process goes on appending to it.
+
+    That process keeps its file, which is copied and emptied: a line that it writes in between is lost. Raises OSError
+    if the log cannot be read or written, and where there is none.
+    """
+    if path.stat().st_size <= max_bytes:
+        return
+    with open(path, "rb+") as log, whole_file(path.with_suffix(".log.1")) as old:
+        shutil.copyfileobj(log, old)
+        log.truncate(0)
 
 
 def write_private(path: Path, content: str) -> None:

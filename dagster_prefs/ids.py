@@ -25,7 +25,7 @@ BLANKS = " \t\r\n"
 INT64 = 1 << 63
 # A number as an identifier must lie within 64 bits, signed or unsigned; it may have decimals.
 LEAST_NUMBER, LARGEST_NUMBER = Decimal(-INT64), Decimal(2 * INT64 - 1)
-# From here on a float represents several integers.
+# From this number on, one float stands for several integers.
 EXACT_FLOAT = 2**53
 
 # DynamoDB's limits for a partition key and for a sort key, in UTF-8.
@@ -34,7 +34,7 @@ MAX_SORT_KEY_BYTES = 1024
 
 # An id of an entity with several key columns is a tuple of their values, in the order of the entity's keys.
 Id = int | str | tuple[int | str, ...]
-# Between the parts of a composite key; `encode_part` leaves none in a part.
+# The separator of a composite key's parts; `encode_part` escapes it within a part.
 SEPARATOR = "#"
 
 _WHOLE = re.compile(r"(-?[0-9]{1,19})([.]0+)?")
@@ -99,9 +99,9 @@ def read_key(key: Key, given: object) -> int | str:
 
 
 def read_id(keys: Sequence[Key], given: object) -> Id:
-    """The id of an entity with these key columns: as `read_key` for one column, else a tuple of one value each.
+    """Return the id of an entity with these key columns: as `read_key` for one column, else a tuple of one value each.
 
-    Raises BadId naming the columns, what was given and the rule.
+    Raises BadId naming the columns, the input and the rule.
     """
     if len(keys) == 1:
         return read_key(keys[0], given)
@@ -112,7 +112,7 @@ def read_id(keys: Sequence[Key], given: object) -> Id:
 
 
 def encode_part(part: int | str) -> str:
-    """A part of a composite key as it stands between separators: `%` is `%25`, `#` is `%23`, the rest is itself.
+    """Encode one part of a composite key: `%` becomes `%25`, `#` becomes `%23`.
 
     The macro `key_part` of the dbt project is the same rule.
     """
@@ -120,22 +120,22 @@ def encode_part(part: int | str) -> str:
 
 
 def decode_part(text: str) -> str:
-    """What `encode_part` made a text of."""
+    """Decode the output of `encode_part`."""
     return text.replace("%23", SEPARATOR).replace("%25", "%")
 
 
 def join_parts(parts: Sequence[int | str]) -> str:
-    """The encoded parts with separators between them."""
+    """Encode the parts and join them with the separator."""
     return SEPARATOR.join(map(encode_part, parts))
 
 
 def id_parts(id_: Id) -> tuple[int | str, ...]:
-    """The values of the key columns in an id."""
+    """Return the values of the key columns in an id."""
     return id_ if isinstance(id_, tuple) else (id_,)
 
 
 def id_label(id_: Id | None) -> str:
-    """An id for people: the parts of a composite one with a comma between them."""
+    """Format an id for display: the parts of a composite id are separated by commas."""
     return ", ".join(map(str, id_)) if isinstance(id_, tuple) else str(id_)
 
 
@@ -145,7 +145,7 @@ def key_text(key: Key, value: int | str) -> str:
 
 
 def _utf8_bytes(text: str) -> int:
-    """Return the length of a text in UTF-8; 0 if it has half of a surrogate pair (not encodable)."""
+    """Return the length of a text in UTF-8; 0 if it cannot be encoded (half of a surrogate pair)."""
     try:
         return len(text.encode())
     except UnicodeEncodeError:

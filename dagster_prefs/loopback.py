@@ -22,8 +22,9 @@ LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
 # States in /proc/net/tcp in which the owner still holds the socket; sockets in later states are listed as
 # root's.
 _HELD = {"01", "08"}
-# Linux's sock_diag(7): the request for one TCP socket by its four numbers, and its answer. The listing grows with every
-# closed connection, so a server that read it for each connection spent more time there than on its requests.
+# Linux's sock_diag(7): the request for one TCP socket by its four numbers, and the answer. The listing of all sockets
+# grows with every closed connection: a server that read it for each connection spent more time there than on its
+# requests.
 _SOCK_DIAG, _SOCK_DIAG_BY_FAMILY, _REQUEST_FLAG = 4, 20, 1
 _NO_COOKIE = b"\xff" * 8
 _ASKED = struct.Struct("=IHHII BBBxI 2s2s 16s16s I8s")
@@ -72,18 +73,18 @@ def _short(text: str) -> str:
 def peer_uid(client: tuple[Any, ...], server: tuple[Any, ...]) -> int | None:
     """Return the uid that owns the client's end of a TCP connection on this machine.
 
-    Returns None if no process holds it. Raises OSError if the system has no such table (it is Linux's).
+    Returns None if no process holds it. Raises OSError on systems without such a table (only Linux has it).
     """
     asked = _asked_uid(client, server)
     return _listed_uid(client, server) if asked is None else asked
 
 
 def _asked_uid(client: tuple[Any, ...], server: tuple[Any, ...]) -> int | None:
-    """Ask the kernel for this one connection. Returns None where it does not answer, or nobody holds the socket."""
+    """Ask the kernel for this one connection. Returns None if it does not answer, or no process holds the socket."""
     (source, source_port), (target, target_port) = (
         (socket.inet_aton(end[0]), struct.pack("!H", end[1])) for end in (client[:2], server[:2])
     )
-    # It finds IPv6 sockets with mapped addresses too.
+    # The answer includes IPv6 sockets with mapped addresses.
     request = _ASKED.pack(
         *(_ASKED.size, _SOCK_DIAG_BY_FAMILY, _REQUEST_FLAG, 0, 0),
         *(socket.AF_INET, socket.IPPROTO_TCP, 0, 0xFFFFFFFF),
@@ -102,7 +103,7 @@ def _asked_uid(client: tuple[Any, ...], server: tuple[Any, ...]) -> int | None:
 
 
 def _listed_uid(client: tuple[Any, ...], server: tuple[Any, ...]) -> int | None:
-    """Look the connection up in the listing of all."""
+    """Look the connection up in the listing of all connections."""
     for table, as_listed in (("/proc/net/tcp", _ipv4), ("/proc/net/tcp6", _mapped)):
         try:
             lines = Path(table).read_text().splitlines()[1:]
@@ -119,9 +120,9 @@ def _listed_uid(client: tuple[Any, ...], server: tuple[Any, ...]) -> int | None:
 
 
 def is_stranger(client: tuple[Any, ...] | None, server: tuple[Any, ...] | None) -> bool:
-    """Return whether a connection comes from a user of this machine other than this process's and root.
+    """Return whether a connection comes from a user of this machine other than root and this process's user.
 
-    False if that is unknown: on other systems than Linux, and beyond loopback, where the network controls
+    Returns False if the user is unknown: on systems other than Linux, and beyond loopback, where the network controls
     access.
     """
     if client is None or server is None or not sys.platform.startswith("linux"):

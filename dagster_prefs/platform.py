@@ -1,8 +1,7 @@
-"""The composition root: settings → engine, dbt, DynamoDB and Iceberg, and the operations on all of them.
+"""The composition root: builds engine, dbt, DynamoDB and Iceberg from the settings, and the operations on all of them.
 
-It does not depend on Dagster: commands use it where Dagster is not installed, and Dagster's definitions are
-thin declarations over it. Each operation imports what only it needs, so that a command that reads starts within
-a second.
+It does not depend on Dagster: commands use it where Dagster is not installed, and Dagster's definitions are thin
+declarations over it. Each operation imports its own dependencies, so that a read command starts within a second.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from functools import cached_property, partial
 from pathlib import Path
 from time import monotonic
@@ -53,10 +52,12 @@ if TYPE_CHECKING:
     from dagster_prefs.open_lineage import Places
     from dagster_prefs.training.parity import ParityReport
     from dagster_prefs.training.windows import Features
+    from dagster_prefs.values.drift import Cause
+    from dagster_prefs.values.statistics import Statistics
 
-# How long `prefs refresh` waits for a follower.
+# How long `prefs refresh` waits for a follower, in seconds.
 REFRESH_SECONDS = 600.0
-# How often the follower asks whether the DynamoDB tables are still the same, seconds.
+# How often the follower checks whether the DynamoDB tables are still the same, in seconds.
 TABLE_SECONDS = 30.0
 
 
@@ -69,7 +70,7 @@ class Platform:
 
     @property
     def sources(self) -> Sources:
-        """Where the freshness and lag readings come from."""
+        """The sources of the freshness and lag measures."""
         from dagster_prefs.freshness.status import Sources
 
         settings = self.settings
@@ -107,7 +108,7 @@ class Platform:
 
     @property
     def kafka(self) -> KafkaSource:
-        """Where events come from; it holds no brokers where none are set."""
+        """The source of events; without brokers if none are configured."""
         from dagster_prefs.events.brokers import KafkaSource, client_properties
 
         settings = self.settings
@@ -171,7 +172,7 @@ class Platform:
         )
 
     def stores(self) -> list[DomainStore]:
-        """The store of each domain, after `provision`."""
+        """Return the store of each domain, after `provision`."""
         from dagster_prefs.dynamodb.store import domain_stores
 
         client = self.dynamodb()
@@ -180,9 +181,9 @@ class Platform:
     def kafka_topics(self, *, note: bool = False) -> list[TopicGeneration]:
         """Return the stored and the current generation of every topic; empty without Kafka.
 
-        With `note` the engine remembers what the brokers have from now on, and a recreated topic enters
-        its next generation. Raises KafkaUnavailable for brokers that do not answer and a topic they do not have,
-        NotDeployed before the first `dbt run`.
+        With `note` the engine stores the generations that the brokers report now, and a recreated topic enters its next
+        generation. Raises KafkaUnavailable for brokers that do not answer and a topic they do not have, NotDeployed
+        before the first `dbt run`.
         """
         if self.settings.kafka_bootstrap is None:
             return []
@@ -194,7 +195,7 @@ class Platform:
         ids = broker_ids(bootstrap, names, client=kafka.client)
         if missing := [name for name in names if name not in ids]:
             raise KafkaUnavailable(
-                f"Kafka at {bootstrap} has no topic {', '.join(missing)}: create it, or set the name it has there "
+                f"Kafka at {bootstrap} has no topic {', '.join(missing)}: create it, or set its name in Kafka "
                 "with PREFS_KAFKA_TOPIC_…"
             )
         with self.engine.connect() as session:
@@ -203,7 +204,7 @@ class Platform:
             return list(topic_generations(session, self.engine, ids).values())
 
     def catalog(self) -> Catalog:
-        """The Iceberg catalog; raises OfflineError when it does not answer."""
+        """The Iceberg catalog. Raises OfflineError if it does not answer."""
         from dagster_prefs.iceberg.catalog import open_catalog
 
         settings = self.settings
@@ -218,7 +219,7 @@ class Platform:
 
     @cached_property
     def training_tables(self) -> dict[str, TileTable]:
-        """The training tables by name, one for every declared tile."""
+        """The training tables by name, one per declared tile."""
         from dagster_prefs.iceberg.tables import tile_tables
 
         return tile_tables(self.registry)
@@ -271,8 +272,62 @@ class Platform:
             ),
         )
 
+    def collect_statistics(self, *, now: datetime, days: int | None = None) -> list[tuple[str, date]]:
+        """Describe the values of the last `days` complete days that changed, and of the rolling views as they are now.
+
+        `now` is UTC; `days` reaches back five weeks by default. Returns the relations and days that were described.
+        Raises OfflineError, EngineUnavailable, ViewUnreadable.
+        """
+        from dagster_prefs.values.collect import DAYS_DESCRIBED, collect_tiles, collect_views
+
+        catalog, namespace = self.catalog(), self.settings.iceberg_namespace
+        tiles = collect_tiles(
+            catalog,
+            self.registry,
+            namespace,
+            now=now,
+            days=days or DAYS_DESCRIBED,
+            empty=self._quiet_days(now),
+        )
+        views = collect_views(catalog, self.registry, self.engine, namespace, now=now)
+        return [*tiles.described, *views.described]
+
+    def _quiet_days(self, now: datetime) -> dict[str, set[date]]:
+        """Tile → the complete days since its first one of which neither engine nor training table has rows."""
+        exports = self.exporter.look(now)
+        found: dict[str, set[date]] = {}
+        for spec in self.training_tables.values():
+            days = {
+                day
+                for group in (exports.stale, exports.foreign, exports.current)
+                for name, day in group
+                if name == spec.name
+            }
+            first = min(days, default=now.date())
+            found[spec.tile] = {
+                first + timedelta(days=place) for place in range((now.date() - first).days)
+            } - days
+        return found
+
+    def statistics(self) -> dict[str, dict[str, Statistics]]:
+        """The newest statistics of every attribute: relation → attribute → statistics. Raises OfflineError."""
+        from dagster_prefs.values.store import latest_statistics
+
+        return latest_statistics(self.catalog(), self.settings.iceberg_namespace)
+
+    def drift(self, *, now: datetime, day: date | None = None) -> list[Cause]:
+        """What drifted on a day, or on the newest day with statistics of each tile, by cause; `now` is UTC.
+
+        Raises OfflineError.
+        """
+        from dagster_prefs.values.drift import causes_on
+
+        return causes_on(
+            self.catalog(), self.registry, self.settings.iceberg_namespace, day=day, today=now.date()
+        )
+
     def is_deployed(self) -> bool:
-        """Whether anything of the project was ever deployed. Raises EngineUnavailable."""
+        """Return whether any model of the project was ever deployed. Raises EngineUnavailable."""
         with self.engine.connect() as connection:
             row = connection.execute(
                 "select 1 from information_schema.tables where table_schema = %s and table_name = 'deployments'",
@@ -281,9 +336,9 @@ class Platform:
         return row is not None
 
     def follower(self, say: Callable[[str], None] = lambda line: None) -> Follower:
-        """The follower of the embedded engine, which keeps its views and their items current.
+        """Return the follower of the embedded engine, which keeps its views and their items current.
 
-        It sends the canary, and where brokers are set, it reads their topics too.
+        It sends the canary. If brokers are configured, it reads their topics too.
         """
         from dagster_prefs.dynamodb.changefeed import process_label
         from dagster_prefs.freshness.prober import Prober
@@ -303,10 +358,10 @@ class Platform:
         )
 
     def probe(self, clients: ExitStack, session: psycopg.Connection[Any] | None = None) -> Probe:
-        """The probe that times canaries from their topic to the reader, over clients that it opens in the stack.
+        """Return the probe that times canaries from their topic to the reader, with clients that it opens in the stack.
 
-        Views are read over the session, or over one for each look. Raises PrefsError if DynamoDB's clients cannot be
-        made.
+        It reads views over the session if there is one, or else over a new connection per read. Raises PrefsError if
+        the clients of DynamoDB cannot be created.
         """
         from dagster_prefs.declarations.reserved import canary_id
         from dagster_prefs.freshness.canary import (
@@ -359,10 +414,10 @@ class Platform:
     def refresh(self, say: Callable[[str], None] = lambda line: None) -> str:
         """Apply and publish all that has arrived on the embedded engine, or wait until its follower has done so.
 
-        Returns who did it and how much, in one sentence. Raises NotDeployed before the first `prefs apply`,
-        FollowerProblem, PublishError, EngineUnavailable.
+        Returns a sentence that says which process did it, and how much. Raises NotDeployed before the first `prefs
+        apply`, FollowerProblem, PublishError, EngineUnavailable.
         """
-        from dagster_prefs.live.follower import FollowedElsewhere, wait_until_applied
+        from dagster_prefs.live.presence import FollowedElsewhere, wait_until_applied
 
         try:
             messages = self.follower(say).catch_up()
@@ -436,9 +491,10 @@ class Platform:
         )
 
     def bring_out(self, on_step: Callable[[str], None] = lambda step: None) -> None:
-        """Apply what the project declares, unless that is what was last applied from this data folder.
+        """Apply the project's declarations, unless they were the last ones applied from this data folder.
 
-        An apply without changes takes seconds, because it compiles every model. Raises like `apply`.
+        The comparison saves time: an apply without changes takes seconds, because it compiles every model. Raises like
+        `apply`.
         """
         stamp = self._applied.read_text() if self._applied.is_file() else ""
         if stamp != self.dbt.fingerprint() or not self.is_deployed():
@@ -446,12 +502,12 @@ class Platform:
 
     @property
     def _applied(self) -> Path:
-        """The file with the fingerprint of the project and settings that were last applied from this folder."""
+        """Return the file with the fingerprint of the project and settings last applied from this folder."""
         return self.dbt.target_dir / "applied.sha256"
 
 
 def kafka_security(settings: Settings) -> KafkaSecurity:
-    """How the settings say that brokers let our clients in."""
+    """Return how the brokers let our clients in, from the settings."""
     from dagster_prefs.events.brokers import KafkaSecurity
 
     return KafkaSecurity(
@@ -480,17 +536,16 @@ def _secret(given: SecretStr | None) -> str | None:
 def review_contract(
     shipped: Contract, fragments: Sequence[Mapping[str, Any]], manifest: Mapping[str, Any]
 ) -> ContractReview:
-    """Return the models' changes to the deployed contract, and the reason to refuse them, if there is one.
+    """Return the models' changes to the deployed contract, and the reason to refuse them, None if there is none.
 
-    A breaking change without a higher version is refused, and a `shipped` contract that differs from the
-    models'.
+    A breaking change without a higher version is refused, and so is a `shipped` contract that differs from the models'.
     """
     from dagster_prefs.deploy.plan import ContractChange, ContractReview
 
     written = parse_contract(build_contract(manifest))
     if written != shipped:
         return ContractReview(
-            refusal="the registry's contract is not what the models say: run `prefs generate` and commit what it writes"
+            refusal="the registry's contract differs from the models: run `prefs generate` and commit what it writes"
         )
     deployed = deployed_contract(fragments)
     if deployed is None:
@@ -506,7 +561,7 @@ def review_contract(
 
 
 class DomainPublisher:
-    """Publishes domains of the embedded engine for its follower, whichever tables there are."""
+    """Publishes domains of the embedded engine for its follower; notices when a table is replaced by another."""
 
     def __init__(self, platform: Platform) -> None:
         self._platform = platform
@@ -516,7 +571,7 @@ class DomainPublisher:
         self._connection: psycopg.Connection[Any] | None = None
 
     def __call__(self, domain: Domain, keys: Sequence[str] | None) -> None:
-        """Publish these keys of a domain; all of them where the table is another one than the last time."""
+        """Publish these keys of a domain, or all keys if the table is not the one that was written last time."""
         from dagster_prefs.dynamodb.publisher import PublishError, publish_domain, publish_keys
 
         before = self._stores.get(domain.key)
@@ -542,7 +597,7 @@ class DomainPublisher:
 
 
 class ProfileStore:
-    """The DynamoDB tables behind the rolling views, for an apply."""
+    """The DynamoDB tables behind the rolling views, during an apply."""
 
     def __init__(self, platform: Platform) -> None:
         self._platform = platform
@@ -552,15 +607,15 @@ class ProfileStore:
         return {store.domain.relation: store for store in self._platform.stores()}
 
     def prepare(self) -> None:
-        """Create or verify the tables, also those in Iceberg if RisingWave's sinks write them."""
+        """Create or verify the tables, including the Iceberg tables if RisingWave's sinks write them."""
         _ = self._stores
         if self._platform.settings.export == "sink":
             self._platform.prepare_training_tables()
 
     def reconcile(self, relation: str) -> str:
-        """Bring the domain's items to the rows of its rolling view: published here, reconciled behind a sink.
+        """Make the domain's items equal to the rows of its rolling view: published here, or reconciled behind a sink.
 
-        With a changefeed only the holder of its lease writes: this process, or a running follower.
+        With a changefeed, only the holder of its lease writes: this process, or a running follower.
         """
         from dagster_prefs.dynamodb.publisher import publish_domain
         from dagster_prefs.freshness.reconcile import reconcile_domain
@@ -580,8 +635,8 @@ class ProfileStore:
 def catch_up(store: DomainStore, lease_seconds: float) -> dict[str, Any]:
     """Publish the pending changes, unless a follower is running.
 
-    Returns counts of what was published, or `publisher` (the follower) with `token_at`, the time of its last
-    progress in seconds since 1970, if that is known.
+    Returns counts of what was published, or `publisher` (the follower) with `token_at`, the time of its last progress
+    in seconds since 1970, if it is known.
     """
     from dagster_prefs.dynamodb.changefeed import PublishedElsewhere, process_label, publish_changes
     from dagster_prefs.dynamodb.lease import read_lease

@@ -1,4 +1,4 @@
-"""Make foreign text safe to print: escape what a terminal would execute or cannot print."""
+"""Make foreign text safe to print: escape what a terminal would execute or cannot display."""
 
 from __future__ import annotations
 

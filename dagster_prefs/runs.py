@@ -19,8 +19,8 @@ class RunFailed(PrefsError):
 class JobRunner:
     """Runs jobs of the platform's definitions; a context manager.
 
-    Builds definitions and loads dbt once for any number of jobs. `definitions` are those that hold the jobs, by
-    default all of the platform's: a part of them may need no dbt, which takes seconds to load.
+    Builds definitions and loads dbt once for any number of jobs. `definitions` contain the jobs; by default they are
+    all of the platform's. A subset may not need dbt, which takes seconds to load.
     """
 
     def __init__(self, settings: Settings, definitions: dg.Definitions | None = None) -> None:
@@ -46,7 +46,7 @@ class JobRunner:
     ) -> None:
         """Run one job to its end; `config` is the run configuration of its steps.
 
-        Raises RunFailed when a step failed; the work of other steps is kept.
+        Raises RunFailed if a step failed; the results of the other steps are kept.
         """
         result = self._definitions.resolve_job_def(job).execute_in_process(
             instance=self._instance,

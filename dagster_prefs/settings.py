@@ -282,6 +282,14 @@ class Settings(BaseSettings):
         description="`on` stores credentials as RisingWave secrets (licensed), to which options refer; `off` passes "
         "plain values, which anyone who may read RisingWave's catalog sees.",
     )
+    log_format: Literal["auto", "json", "text"] = Field(
+        "auto",
+        description="Log of processes that run on, on stderr: `json` (an object a line), `text`, or `auto`, which is "
+        "text on a terminal and JSON elsewhere.",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least level of the platform's own lines in that log."
+    )
     alert_webhook: SecretStr | None = Field(
         None,
         description="Slack-compatible webhook (https) for freshness alerts; empty means that they are logged.",
@@ -443,7 +451,7 @@ class Settings(BaseSettings):
             )
         if self.export == "sink" and (address.username or address.password):
             raise ValueError(
-                "PREFS_ICEBERG_URI holds a password, which RisingWave's catalog would show to whoever reads it: remove "
+                "PREFS_ICEBERG_URI holds a password, which RisingWave's catalog would show to its readers: remove "
                 "it from the address and set PREFS_ICEBERG_CREDENTIAL"
             )
 
@@ -545,13 +553,21 @@ class Settings(BaseSettings):
         return load_registry(self.project)
 
     @property
+    def secrets(self) -> list[str]:
+        """The values that no log may show: those of secret settings, and of the AWS credentials in the environment."""
+        given = [getattr(self, name) for name in type(self).model_fields]
+        found = [value.get_secret_value() for value in given if isinstance(value, SecretStr)]
+        found += [os.environ.get(name, "") for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")]
+        return [value for value in found if value]
+
+    @property
     def port(self) -> int:
         """The engine's port, by default that of the chosen engine."""
         return self.engine_port or (54329 if self.engine == "local" else 4566)
 
     @property
     def kept_runs(self) -> int:
-        """How many runs of each recurring job Dagster keeps, by default that of the chosen engine."""
+        """The number of runs of each recurring job that Dagster keeps, by default that of the chosen engine."""
         return self.readings_kept_runs or (300 if self.engine == "local" else 5000)
 
     @property
@@ -631,7 +647,7 @@ class Settings(BaseSettings):
 
 
 def known_variables() -> dict[str, str]:
-    """Return the field name of every environment variable, except the topics' names in Kafka."""
+    """Return the field name of every environment variable, without those of the topics' names in Kafka."""
     named = {field.alias or PREFIX + name.upper(): name for name, field in Settings.model_fields.items()}
     return {variable: name for variable, name in named.items() if variable != KAFKA_TOPIC}
 
@@ -678,7 +694,7 @@ def load_settings(env_file: Path | None = None) -> Settings:
             problems.append(f"{name}: {message}" if name else message)
         raise SettingsError("; ".join(problems) + " (see .env.example)") from None
     if settings.kafka_topic_names:
-        # A service has no project, and reads no topic.
+        # A service that only reads profiles has no project and reads no topic.
         with suppress(RegistryError):
             _ = settings.kafka_topics
     return settings

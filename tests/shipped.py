@@ -21,14 +21,19 @@ GENRE = TILE_TABLES["viewer_genre_daily"]
 INTERACTIONS = TILE_TABLES["viewer_interactions_daily"]
 FEATURES = choose_features(REGISTRY, "viewer")
 VIEWER_KEY = FEATURES.key
+# Days of the example's windows, which the names of its attributes state: a changed window changes no test of these.
+SHORT, LONG = REGISTRY.variables["windows"]["short"], REGISTRY.variables["windows"]["long"]
 
 # The attributes whose values tests/offline_store/oracle.py computes and tests/dynamodb writes, by domain.
 COMPUTED: Mapping[str, tuple[str, ...]] = {
-    "watch": ("watch_minutes_7d", "watch_minutes_28d", "titles_7d", "completions_28d", "genres_watched_28d"),
-    "interactions": ("likes_28d", "shares_28d", "searches_28d"),
+    "watch": (
+        "watch_minutes_7d", f"watch_minutes_{LONG}d", "titles_7d", f"completions_{LONG}d",
+        f"genres_watched_{LONG}d",
+    ),
+    "interactions": (f"likes_{LONG}d", f"shares_{LONG}d", f"searches_{LONG}d"),
     "preferences": (
-        "favorite_genre", "favorite_genres", "favorite_genre_shares", "completion_rate_28d",
-        "minutes_per_view_28d",
+        "favorite_genre", "favorite_genres", "favorite_genre_shares", f"completion_rate_{LONG}d",
+        f"minutes_per_view_{LONG}d",
     ),
 }  # fmt: skip
 

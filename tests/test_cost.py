@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from declared import COURSES, PROJECT
+from shipped import LONG, SHORT
 
 from dagster_prefs.cli import cli
 from dagster_prefs.declarations.registry import load_registry
@@ -198,7 +199,7 @@ def test_a_workload_that_cannot_be_is_refused(changes: dict[str, Any], named: st
     [
         ("million_write_units", "is not NAME=VALUE with one of the names million_write_units, "),
         ("gold=1", "is not NAME=VALUE"),
-        ("table_gib_month=cheap", "table_gib_month is 'cheap', which is no number"),
+        ("table_gib_month=cheap", "table_gib_month is 'cheap', which is not a number"),
     ],
 )
 def test_a_price_that_is_none_is_refused(given: str, named: str) -> None:
@@ -250,7 +251,7 @@ def test_a_project_says_its_own_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     workload = Workload(1_000, 4_000, topic_shares(courses, entity), daily_active_share=0.5)
     assert tile_rows(workload, found) == {"learner_lessons_1d": 500}
     watch = next(load for load in shape(1_000).domains if load.name == "watch")
-    assert (watch.windows, watch.topics) == ((7, 28), {"view_events"})
+    assert (watch.windows, watch.topics) == ((SHORT, LONG), {"view_events"})
     with pytest.raises(CostError, match="the entity nobody has no domain: give --entity with one of learner"):
         served_entity(courses, "nobody")
     with pytest.raises(CostError, match="view_events is no topic about learner: name lesson_events"):

@@ -20,6 +20,7 @@ HEAVY = {
     "boto3",
     "duckdb",
     "moto",
+    "nicegui",
     "pyarrow",
     "pyiceberg",
     "sqlalchemy",
@@ -42,6 +43,8 @@ COMMANDS: list[tuple[str, set[str]]] = [
     ("catalog view_events.genre --json", {"sqlglot"}),
     # The training tables are Iceberg's.
     ("status --json", {"sqlglot", "pyarrow", "pyiceberg", "sqlalchemy"}),
+    ("statistics", {"sqlglot", "pyarrow", "pyiceberg", "sqlalchemy"}),
+    ("drift", {"sqlglot", "pyarrow", "pyiceberg", "sqlalchemy"}),
     # Windows are those of the training sets' own SQL.
     ("cost", {"sqlglot", "pyarrow", "pyiceberg", "sqlalchemy", "duckdb"}),
 ]

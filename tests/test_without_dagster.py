@@ -40,7 +40,7 @@ def test_plan_apply_publish_status_and_erase(
         assert canaries
         assert {one["level"] for one in canaries} == {"skipped"}
         assert all(one["reason"].startswith("the canary is off: ") for one in canaries)
-        assert run("export").stdout == "every complete day is exported as it is\n"
+        assert run("export").stdout == "every complete day is exported in its current version\n"
         erased = json.loads(run("erase", "viewer", "5", "--json").stdout)
         assert erased["held"] is False
         # The hook works: what runs Dagster cannot.

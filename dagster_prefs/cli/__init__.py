@@ -12,6 +12,7 @@ from dagster_prefs.cli import (
     services,
     serving,
     training,
+    values,
 )
 from dagster_prefs.cli.root import cli, main
 
@@ -28,4 +29,5 @@ __all__ = [
     "services",
     "serving",
     "training",
+    "values",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 from contextlib import suppress
@@ -11,9 +12,11 @@ from typing import Any
 
 import click
 
-from dagster_prefs.cli.root import cli, console, print_json, run_job, say, table_of
+from dagster_prefs.cli.root import cli, console, print_json, run_job, say, start_logging, table_of
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.settings import load_settings
+
+logger = logging.getLogger("dagster_prefs.publish")
 
 
 @cli.group()
@@ -41,7 +44,7 @@ def contract_diff(old: Path, new: Path) -> None:
 def refresh() -> None:
     """Apply everything that has arrived, and publish it.
 
-    Waits for the follower if one runs. What is not deployed yet is deployed first.
+    Waits for the follower if one runs. If nothing is deployed yet, the project is deployed first.
     """
     from dagster_prefs.engine.catalog import NotDeployed
     from dagster_prefs.platform import Platform
@@ -71,7 +74,8 @@ def follow() -> None:
             "RisingWave keeps its own views current: this is for PREFS_ENGINE=local. With PREFS_PUBLISH=changefeed, "
             "`prefs publish --follow` follows its changes"
         )
-    Platform(settings).follower(say).run(_until_signal())
+    start_logging(settings)
+    Platform(settings).follower().run(_until_signal())
 
 
 def _until_signal() -> threading.Event:
@@ -83,8 +87,12 @@ def _until_signal() -> threading.Event:
 
 
 @cli.command()
-@click.option("--follow", is_flag=True, help="Go on with every change until SIGINT or SIGTERM (RisingWave).")
-@click.option("--full", is_flag=True, help="Compare whole views first, whatever was published (RisingWave).")
+@click.option(
+    "--follow", is_flag=True, help="Continue with every change until SIGINT or SIGTERM (RisingWave)."
+)
+@click.option(
+    "--full", is_flag=True, help="Compare whole views first, regardless of what was published (RisingWave)."
+)
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def publish(follow: bool, full: bool, as_json: bool) -> None:
     """Publish the changes of the rolling views to DynamoDB."""
@@ -103,6 +111,8 @@ def publish(follow: bool, full: bool, as_json: bool) -> None:
             "`prefs refresh` or `prefs follow`; `prefs reconcile` compares whole views"
         )
     stop = _until_signal() if settings.follows else threading.Event()
+    if follow:
+        start_logging(settings)
     stores = Platform(settings).stores()
     if settings.follows:
         reports: list[Any] = publish_changes(
@@ -112,7 +122,7 @@ def publish(follow: bool, full: bool, as_json: bool) -> None:
             label=process_label(),
             lease_seconds=settings.changefeed_lease_seconds,
             full=full,
-            notify=lambda message: say(message, stderr=True),
+            notify=logger.info if follow else lambda message: say(message, stderr=True),
         )
     else:
         reports = [publish_domain(store) for store in stores]
@@ -125,7 +135,7 @@ def publish(follow: bool, full: bool, as_json: bool) -> None:
 
 @cli.command()
 @click.option("--drop-orphans", is_flag=True, help="Also drop relations that have no model any more.")
-@click.option("--unchanged", "list_unchanged", is_flag=True, help="Also list what stays as it is.")
+@click.option("--unchanged", "list_unchanged", is_flag=True, help="Also list unchanged relations.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def plan(drop_orphans: bool, list_unchanged: bool, as_json: bool) -> int:
     """Compare the models with what is deployed.
@@ -162,7 +172,7 @@ def apply_command(drop_orphans: bool) -> None:
     current_registry(platform.dbt.project_dir)
     done = platform.apply(drop_orphans=drop_orphans, on_step=lambda step: say(f"  {step}"))
     if done.changes:
-        console.print("done: what is deployed is what is declared")
+        console.print("done: the deployed relations match the declarations")
     else:
         say(done.text())
 
@@ -171,13 +181,13 @@ def apply_command(drop_orphans: bool) -> None:
 @click.option(
     "--replace-foreign",
     is_flag=True,
-    help="Also take back what another writer did to exported days: rows added, deleted or replaced.",
+    help="Also revert another writer's changes to exported days: rows added, deleted or replaced.",
 )
 def export(replace_foreign: bool) -> None:
-    """Export the days that Iceberg lacks or holds outdated.
+    """Export the days that Iceberg lacks or holds in an outdated version.
 
-    Days that another writer changed are left unchanged, and so are days that fail their audit; the exit code is
-    then 1, and the message names these days with the reasons. Every other day is exported.
+    Days that another writer changed are left unchanged, and so are days that fail their audit; the exit code is then 1,
+    and the message names these days with the reasons. Every other day is exported.
     """
     from dagster_prefs.declarations.stale import current_registry
     from dagster_prefs.iceberg.export import ExportOptions, ForeignRows
@@ -202,21 +212,23 @@ def export(replace_foreign: bool) -> None:
             )
     days = {day for _, day in wanted}
     if days or not found.foreign:
-        console.print(f"exported {len(days)} days" if days else "every complete day is exported as it is")
+        console.print(
+            f"exported {len(days)} days" if days else "every complete day is exported in its current version"
+        )
     if found.foreign and not replace_foreign:
         raise ForeignRows(found.foreign)
 
 
 @cli.command()
-@click.option("--entity", help="Whose profiles; not needed where only one entity has domains.")
+@click.option("--entity", help="Entity of the profiles; optional if only one entity has domains.")
 @click.option(
     "--entities",
     default=1_000_000,
     show_default=True,
     type=click.IntRange(1),
-    help="How many of them are seen within the longest window.",
+    help="Number of ids with an event within the longest window.",
 )
-@click.option("--events-per-day", type=click.IntRange(0), help="Events about them; 2 each by default.")
+@click.option("--events-per-day", type=click.IntRange(0), help="Events per day; by default 2 per id.")
 @click.option(
     "--share",
     "shares",
@@ -233,21 +245,31 @@ def export(replace_foreign: bool) -> None:
 @click.option("--domains", type=click.IntRange(1), help="Domains of one size, in place of the contract's.")
 @click.option("--attributes", type=click.IntRange(1), help="Attributes of each of --domains; 5 by default.")
 @click.option("--reads-per-day", default=0, show_default=True, type=click.IntRange(0), help="Profiles read.")
-@click.option("--refresh-seconds", default=1.0, show_default=True, help="How often changes are written.")
+@click.option(
+    "--refresh-seconds", default=1.0, show_default=True, help="Seconds between two writes of changes."
+)
 @click.option(
     "--spread-seconds", type=click.IntRange(0), help="PREFS_EXPIRY_SPREAD_SECONDS; the setting by default."
 )
-@click.option("--peak-factor", default=3.0, show_default=True, help="The busiest second over the mean.")
+@click.option(
+    "--peak-factor", default=3.0, show_default=True, help="Load of the busiest second over the mean."
+)
 @click.option("--history-days", default=365, show_default=True, help="Days of events that the engine keeps.")
 @click.option("--raw-days", type=click.IntRange(1), help="Days of raw messages among them; all by default.")
 @click.option(
     "--fenced", is_flag=True, help="Items are written in transactions, as by PREFS_PUBLISH=changefeed."
 )
 @click.option(
-    "--price", multiple=True, metavar="NAME=DOLLARS", help="A price of yours, e.g. million_write_units=0.7."
+    "--price",
+    multiple=True,
+    metavar="NAME=DOLLARS",
+    help="A price in place of the list price, e.g. million_write_units=0.7.",
 )
 @click.option(
-    "--capacity", multiple=True, metavar="NAME=N", help="What yours bears, e.g. table_write_units=80000."
+    "--capacity",
+    multiple=True,
+    metavar="NAME=N",
+    help="A capacity in place of the default, e.g. table_write_units=80000.",
 )
 @click.option("--table", is_flag=True, help="The table of docs/scale.md, 1 million to 1 billion entities.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
@@ -276,7 +298,7 @@ def cost(
         return
     domains, attributes = given.pop("domains"), given.pop("attributes")
     if attributes and not domains:
-        raise PrefsError("--attributes says how large each of --domains is: give --domains too")
+        raise PrefsError("--attributes is the size of each of --domains: set --domains too")
     spread_seconds = given.pop("spread_seconds")
     workload = model.Workload(
         entities=entities,
@@ -323,7 +345,7 @@ def cost(
             [(name, f"{amount:,.2f}") for name, amount in found.dollars.items()],
         )
     )
-    console.print(f"An estimate at {model.PRICES_FROM}; give yours with --price.")
+    console.print(f"An estimate at {model.PRICES_FROM}; set your own prices with --price.")
     limits = sorted(found.limits, key=lambda limit: limit.used, reverse=True)
     console.print(
         table_of(

@@ -50,15 +50,17 @@ def ingest(
             )
         rate = report.lines / report.seconds if report.seconds else 0
         console.print(
-            f"{file}: {report.accepted} messages into {report.topic}, {report.already_present} were there already"
+            f"{file}: {report.accepted} messages into {report.topic}, {report.already_present} were already present"
             f" ({report.seconds:.1f} s, {rate:,.0f}/s)"
         )
         for line, why in report.examples:
-            console.print(f"{file}, line {line}: {why}; stored as it came, and rejected")
+            console.print(f"{file}, line {line}: {why}; stored unchanged, and rejected")
         if report.malformed > len(report.examples):
             console.print(f"{file}: {report.malformed:,} rows could not be read, `prefs rejected` lists them")
     if settings.engine == "local":
-        console.print("the follower of `prefs up` applies them; `prefs refresh` waits for it, or does it")
+        console.print(
+            "the follower of `prefs up` applies them; `prefs refresh` waits for it, or applies them itself"
+        )
 
 
 def kafka_delivery(settings: Settings) -> Delivery | None:
@@ -108,12 +110,12 @@ def topics_renew() -> None:
     for life in found:
         console.print(f"{life.kafka_topic}: generation {life.generation + 1} is read from its start")
     if not found:
-        console.print("every topic is the one that was read")
+        console.print("no topic was recreated")
 
 
 @cli.command()
 @click.option("--topic", help="Only this topic.")
-@click.option("--follow", is_flag=True, help="Go on with what arrives, until Ctrl-C; needs --topic.")
+@click.option("--follow", is_flag=True, help="Continue with new messages until Ctrl-C; needs --topic.")
 def consume(topic: str | None, follow: bool) -> None:
     """Read Kafka topics into the embedded engine.
 
@@ -146,7 +148,9 @@ def consume(topic: str | None, follow: bool) -> None:
         console.print(
             f"{declared.name}: {report.accepted} messages of {report.source} ({report.seconds:.1f} s)"
         )
-    console.print("the follower of `prefs up` applies them; `prefs refresh` waits for it, or does it")
+    console.print(
+        "the follower of `prefs up` applies them; `prefs refresh` waits for it, or applies them itself"
+    )
 
 
 def kafka_settings() -> Settings:
@@ -161,7 +165,7 @@ def kafka_settings() -> Settings:
 @click.option("--topic", help="Only this topic.")
 @click.option("--reason", help="Only this reason; lists the messages instead of counting them.")
 @click.option("--limit", default=20, show_default=True, type=click.IntRange(1, 10_000))
-@click.option("--all", "with_replayed", is_flag=True, help="Those that were replayed, too.")
+@click.option("--all", "with_replayed", is_flag=True, help="Include messages that were replayed.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 @click.pass_context
 def rejected(
@@ -215,10 +219,10 @@ def rejected_export(file: Path, topic: str | None, reason: str | None) -> None:
 
 @rejected.command("replay")
 @click.argument("file", required=False, type=click.Path(path_type=Path))
+@click.option("--skip-invalid", is_flag=True, help="Send the valid lines, and skip the rest of the file.")
 @click.option(
-    "--skip-invalid", is_flag=True, help="Send what is valid now and leave the rest of the file out."
+    "--unchanged", is_flag=True, help="Without a file: send messages again, unchanged, that are now valid."
 )
-@click.option("--unchanged", is_flag=True, help="Without a file: send those again that are valid by now.")
 @click.option("--topic", help="With --unchanged: only this topic.")
 @click.option("--reason", help="With --unchanged: only this reason.")
 def rejected_replay(
@@ -253,29 +257,35 @@ def rejected_replay(
     for why, count in report.left_out.items():
         console.print(f"{count} left out: {why}")
     if settings.engine == "local" and report.sent:
-        console.print("the follower of `prefs up` applies them; `prefs refresh` waits for it, or does it")
+        console.print(
+            "the follower of `prefs up` applies them; `prefs refresh` waits for it, or applies them itself"
+        )
 
 
 @cli.command()
 @click.option(
-    "--events", default=320_000, show_default=True, type=click.IntRange(0), help="About how many events."
+    "--events",
+    default=320_000,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Approximate number of events.",
 )
 @click.option(
     "--entities",
     default=5_000,
     show_default=True,
     type=click.IntRange(1),
-    help="How many of each entity (viewers, users …) act.",
+    help="Number of active ids per entity (viewers, users …).",
 )
 @click.option("--days", default=35, show_default=True, type=click.IntRange(1, 3650))
 @click.option("--seed", default=7, show_default=True, help="The same seed generates the same events.")
 @click.option("--to", "target", default="engine", show_default=True, help="engine, kafka, or a folder.")
 @click.option("--rate", type=click.FloatRange(0, min_open=True), help="Events per second at most.")
-@click.option("--follow", is_flag=True, help="A live trickle of events that happen now, until Ctrl-C.")
+@click.option("--follow", is_flag=True, help="Send current events continuously, until Ctrl-C.")
 @click.option(
-    "--seconds", type=click.FloatRange(0, min_open=True), help="End a live trickle after this time."
+    "--seconds", type=click.FloatRange(0, min_open=True), help="With --follow: stop after this time."
 )
-@click.option("--once", is_flag=True, help="Send nothing to Kafka where it holds events already.")
+@click.option("--once", is_flag=True, help="Send nothing to Kafka if it already holds events.")
 def simulate(
     events: int,
     entities: int,
@@ -307,7 +317,9 @@ def simulate(
         from dagster_prefs.events.kafka import holds_messages
 
         if target != "kafka":
-            raise PrefsError("--once is for --to kafka: the engine and files tell a repetition by themselves")
+            raise PrefsError(
+                "--once is for --to kafka: the engine and files recognise repetitions by themselves"
+            )
         if any(
             holds_messages(settings.kafka_bootstrap or "", name, client=kafka.client)
             for name in kafka.topics.values()

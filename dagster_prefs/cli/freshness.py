@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -15,21 +15,34 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dagster_prefs.cli.root import cli, console, print_json, progress_bar, services_of, table_of
+from dagster_prefs.cli.root import (
+    cli,
+    console,
+    print_json,
+    progress_bar,
+    services_of,
+    start_logging,
+    table_of,
+)
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.settings import Settings, load_settings
 
 if TYPE_CHECKING:
     from dagster import DagsterInstance
 
+    from dagster_prefs.freshness.canary import Tick
     from dagster_prefs.freshness.levels import Measure
     from dagster_prefs.freshness.status import Status
 
 
 @cli.command()
-@click.option("--watch", is_flag=True, help="Look again every few seconds until Ctrl-C.")
+@click.option("--watch", is_flag=True, help="Refresh the screen every few seconds, until Ctrl-C.")
 @click.option(
-    "--interval", default=5.0, show_default=True, type=click.FloatRange(1), help="Seconds between looks."
+    "--interval",
+    default=5.0,
+    show_default=True,
+    type=click.FloatRange(1),
+    help="Seconds between refreshes of the screen.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def status(watch: bool, interval: float, as_json: bool) -> int:
@@ -65,12 +78,11 @@ def status(watch: bool, interval: float, as_json: bool) -> int:
 def readings(
     settings: Settings, exports: Callable[[datetime], list[Measure]] | None = None
 ) -> Iterator[Callable[[], Status]]:
-    """Yield a function that reads all measures, the canary's from what the follower or its sensor stored.
+    """Yield a function that reads all measures; those of the canary come from the stored ticks.
 
-    `exports` reads the training tables, which loads Iceberg's libraries into this process where it is None.
+    `exports` measures the training tables, which loads Iceberg's libraries into this process where it is None.
     """
-    from dagster_prefs.freshness.canary import judge_ticks
-    from dagster_prefs.freshness.probe_store import stored_ticks
+    from dagster_prefs.freshness.canary import measure_canary
     from dagster_prefs.freshness.prober import prober_ticks
     from dagster_prefs.freshness.status import evaluate
     from dagster_prefs.platform import Platform
@@ -80,26 +92,28 @@ def readings(
     def now() -> datetime:
         return datetime.now(UTC)
 
-    if not installed("dagster"):
+    with _sensor_ticks(settings) as sensors:
         yield lambda: evaluate(
             sources,
             now=now,
-            extra=judge_ticks(prober_ticks(settings.data_dir), sources.registry, now=now()),
+            extra=measure_canary(prober_ticks(settings.data_dir), sensors, sources.registry, now=now()),
         )
+
+
+@contextmanager
+def _sensor_ticks(settings: Settings) -> Iterator[Callable[[], Sequence[Tick]]]:
+    """Yield a function that returns the ticks of Dagster's sensors, none where Dagster is not installed.
+
+    Dagster is loaded only if its store cannot be read without it.
+    """
+    from dagster_prefs.freshness.probe_store import stored_ticks
+
+    if not installed("dagster"):
+        yield lambda: ()
         return
     told = os.environ.get("DAGSTER_HOME")
     home = Path(told or settings.data_dir / "dagster")
     with ExitStack() as stack:
-
-        def canary() -> list[Measure]:
-            # Dagster itself says what is wrong with a DAGSTER_HOME that does not exist.
-            ticks = None if told and not home.is_dir() else stored_ticks(home)
-            followed = prober_ticks(settings.data_dir)
-            if ticks is not None:
-                return judge_ticks([*ticks, *followed], sources.registry, now=now())
-            from dagster_prefs.defs.freshness import last_probe
-
-            return last_probe(instance(), sources.registry, now=now(), followed=followed)
 
         @cache
         def instance() -> DagsterInstance:
@@ -107,14 +121,24 @@ def readings(
 
             return stack.enter_context(open_instance(settings.data_dir))
 
-        yield lambda: evaluate(sources, now=now, extra=canary())
+        def ticks() -> Sequence[Tick]:
+            # Dagster itself reports what is wrong with a DAGSTER_HOME that does not exist.
+            stored = None if told and not home.is_dir() else stored_ticks(home)
+            if stored is not None:
+                return stored
+            from dagster_prefs.defs.freshness import sensor_ticks
+
+            return sensor_ticks(instance())
+
+        yield ticks
 
 
 def installed(package: str) -> bool:
+    """Return whether a package can be imported, without importing it."""
     try:
         return find_spec(package) is not None
     except ModuleNotFoundError:
-        # An import hook refuses it.
+        # An import hook blocks the package.
         return False
 
 
@@ -126,14 +150,24 @@ def metrics(port: int) -> None:
     At /metrics, on loopback.
     """
     from dagster_prefs.freshness.metrics import MetricsServer
+    from dagster_prefs.freshness.values import DriftReadings, ValueMetrics
+    from dagster_prefs.platform import Platform
 
-    with readings(load_settings()) as read, MetricsServer(read, port=port) as server:
+    settings = load_settings()
+    start_logging(settings)
+    platform = Platform(settings)
+    drift = DriftReadings(lambda: platform.drift(now=datetime.now(UTC)))
+    values = ValueMetrics(platform.statistics)
+    with (
+        readings(settings) as read,
+        MetricsServer(lambda: drift.added_to(read()), port=port, others=[values]) as server,
+    ):
         console.print(f"metrics at http://127.0.0.1:{server.server_port}/metrics; Ctrl-C stops")
         server.serve_forever()
 
 
 @cli.command()
-@click.option("--dry-run", is_flag=True, help="Only count what differs.")
+@click.option("--dry-run", is_flag=True, help="Only count the differences.")
 def reconcile(dry_run: bool) -> None:
     """Compare every row with DynamoDB and repair the differences.
 

@@ -27,7 +27,7 @@ def generate(context: click.Context, check: bool) -> None:
     project = find_project(named=load_settings().project_dir)
     if check:
         check_current(project)
-        say(f"{project}: every generated file is what the declarations say")
+        say(f"{project}: every generated file matches the declarations")
         return
     from dagster_prefs.engine.dbt import compile_queries
     from dagster_prefs.training.windows import features_by_entity

@@ -20,6 +20,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from dagster_prefs import logs
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.printable import printable
 from dagster_prefs.settings import Settings
@@ -103,9 +104,14 @@ def cli() -> None:
     """Real-time preference and engagement profiles."""
 
 
+def start_logging(settings: Settings) -> None:
+    """Write the log of a command that runs on to stderr, as the settings say."""
+    logs.start_logging(settings.log_format, settings.log_level, secrets=settings.secrets)
+
+
 def services_of(settings: Settings) -> LocalServices:
     """Return the embedded services that the settings configure."""
-    # Their packages are not installed where only commands without embedded services run.
+    # The packages of the embedded services may not be installed.
     from dagster_prefs.local.services import LocalServices
 
     return LocalServices(
@@ -126,12 +132,12 @@ def start_services(settings: Settings) -> ServiceStatus | None:
 
 
 def start_follower(settings: Settings, project: Path) -> None:
-    """Have the embedded services keep everything current with these settings; deploy first if nothing is deployed."""
+    """Make the embedded services keep everything current with these settings; deploys first if nothing is deployed."""
     from dagster_prefs.platform import Platform
 
     platform = Platform(settings)
     if not platform.is_deployed():
-        console.print("  deploying what the project declares", style="dim")
+        console.print("  deploying the project", style="dim")
         platform.apply()
     services_of(settings).follow(
         {

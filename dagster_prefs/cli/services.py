@@ -18,6 +18,7 @@ from dagster_prefs.cli.root import (
     print_json,
     services_of,
     start_follower,
+    start_logging,
     start_services,
     table_of,
 )
@@ -30,13 +31,13 @@ if TYPE_CHECKING:
 
 @cli.command()
 @click.option(
-    "--no-follow", is_flag=True, help="Only start the services; `prefs refresh` applies what arrived."
+    "--no-follow", is_flag=True, help="Only start the services; `prefs refresh` applies arrived events."
 )
 def up(no_follow: bool) -> None:
     """Start the embedded services and the follower.
 
-    The services are PostgreSQL and the local AWS server. The follower keeps every view and item current. What the
-    project declares is deployed first if nothing is.
+    The services are PostgreSQL and the local AWS server. The follower keeps every view and item current. If nothing is
+    deployed yet, the project is deployed first.
     """
     from dagster_prefs.declarations.registry import RegistryError, find_project
     from dagster_prefs.declarations.stale import current_registry
@@ -70,7 +71,7 @@ def down(delete_state: bool) -> None:
     """
     settings = load_settings()
     services = services_of(settings)
-    stopped = "stopped; what DynamoDB held was in memory, `prefs refresh` publishes it again"
+    stopped = "stopped; DynamoDB's items were in memory, `prefs refresh` publishes them again"
     console.print(stopped if services.down() else "nothing was running")
     if delete_state:
         services.delete_state()
@@ -91,6 +92,7 @@ def ui(port: int, console_port: int) -> None:
     from dagster_prefs.local.state import require_free_port
 
     settings = load_settings()
+    start_logging(settings)
     # Dagster would silently choose another port.
     require_free_port(port, "--port")
     with_console = installed("nicegui")
@@ -157,7 +159,7 @@ def demo(
     end = until.replace(tzinfo=UTC) + timedelta(days=1) if until else None
     summary = Demo(settings, fitted(settings.registry(), plan), steps.print, end).run()
     if settings.engine == "local":
-        # Not before: it would take the load in many small steps, beside the demo.
+        # Started last: the follower would apply the load in many small steps, concurrently with the demo.
         start_follower(settings, settings.project)
     if as_json:
         print_json(summary.as_dict())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import click
 
-from dagster_prefs.cli.root import cli, console, print_json, table_of
+from dagster_prefs.cli.root import cli, console, print_json, start_logging, table_of
 from dagster_prefs.declarations.registry import Entity
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError, excerpt
@@ -15,7 +17,10 @@ from dagster_prefs.ids import BadId, Id, id_label, read_id
 from dagster_prefs.settings import Settings, load_settings
 
 if TYPE_CHECKING:
-    from dagster_prefs.serving import ProfileClient
+    from dagster_prefs.serving import ProfileClient, ReadCounts
+    from dagster_prefs.serving.observing import Observer, RequestSpans
+
+logger = logging.getLogger(__name__)
 
 
 def profile_client(settings: Settings, entity: str | None) -> ProfileClient:
@@ -32,15 +37,15 @@ def profile_client(settings: Settings, entity: str | None) -> ProfileClient:
     )
 
 
-ENTITY = click.option("--entity", help="Whose id it is; the first entity with profiles by default.")
+ENTITY = click.option("--entity", help="Entity of the id; by default the first one with profiles.")
 
 
 def id_of(entity: Entity, *given: str) -> Id:
-    """The id that was typed, as many words as the entity has key columns, or a usage error."""
+    """Return the id from the command line, one word per key column of the entity; raises a usage error otherwise."""
     if len(given) != len(entity.keys):
         names = " ".join(entity.key_names)
         raise click.BadParameter(
-            f"a {entity.name} is named by {names}, not {excerpt(' '.join(given))}", param_hint="ID"
+            f"the id of a {entity.name} is {names}, not {excerpt(' '.join(given))}", param_hint="ID"
         )
     try:
         return read_id(entity.keys, given if len(given) > 1 else given[0])
@@ -48,7 +53,7 @@ def id_of(entity: Entity, *given: str) -> Id:
         raise click.BadParameter(str(error), param_hint="ID") from None
 
 
-# An id below 0, as the canary's, must not be taken for an option.
+# An id below 0, like the canary's, must not be parsed as an option.
 @cli.command(context_settings={"ignore_unknown_options": True})
 @click.argument("id_", metavar="ID...", nargs=-1, required=True)
 @ENTITY
@@ -56,7 +61,7 @@ def id_of(entity: Entity, *given: str) -> Id:
 def profile(id_: tuple[str, ...], entity: str | None, as_json: bool) -> None:
     """Read the items of one id from DynamoDB, as a service would.
 
-    A composite key is as many words as it has columns.
+    A composite key has one word per column.
     """
     settings = load_settings()
     with profile_client(settings, entity) as client:
@@ -67,9 +72,7 @@ def profile(id_: tuple[str, ...], entity: str | None, as_json: bool) -> None:
         for name, read in found.as_dict()["domains"].items():
             if read["attributes"] is not None:
                 unknown = (
-                    " (no item, so what a service gets for anybody new)"
-                    if read["state"] == "cold_start"
-                    else ""
+                    " (no item; these are the cold-start values)" if read["state"] == "cold_start" else ""
                 )
                 rows = list(read["attributes"].items())
                 console.print(
@@ -86,7 +89,9 @@ def profile(id_: tuple[str, ...], entity: str | None, as_json: bool) -> None:
 @cli.command()
 @click.argument("user")
 @click.option("--limit", default=10, show_default=True, type=click.IntRange(1, 10_000))
-@click.option("--session/--no-session", default=True, show_default=True, help="React to the last hours.")
+@click.option(
+    "--session/--no-session", default=True, show_default=True, help="Include the activity of the last hours."
+)
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def rank(user: str, limit: int, session: bool, as_json: bool) -> None:
     """Rank the catalogue for one user."""
@@ -112,7 +117,7 @@ def rank(user: str, limit: int, session: bool, as_json: bool) -> None:
 @cli.command()
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
 @click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535))
-@click.option("--only", type=click.Choice(["profiles", "users"]), help="Leave the other half out.")
+@click.option("--only", type=click.Choice(["profiles", "users"]), help="Serve only this part.")
 @click.option(
     "--budget-ms", default=1000, show_default=True, type=click.IntRange(1, 30_000), help="Time for an answer."
 )
@@ -171,12 +176,16 @@ def serve(
 
     Until Ctrl-C or SIGTERM.
     """
-    from dagster_prefs.serving import AsyncProfileClient, ClientOptions, ShopClient
+    from dagster_prefs.serving import AsyncProfileClient, ClientOptions, ReadCounts, ShopClient
     from dagster_prefs.serving.connections import ConnectionLimits
+    from dagster_prefs.serving.observing import Watched
     from dagster_prefs.serving.server import Load, make_app
     from dagster_prefs.serving.server import serve as run_server
 
     settings = load_settings()
+    start_logging(settings)
+    counts = ReadCounts()
+    observer, spans = _telemetry(counts)
     budget = budget_ms / 1000
     preferences = None
     profiles: list[AsyncProfileClient] = []
@@ -190,13 +199,16 @@ def serve(
                 endpoint_url=settings.aws_endpoint,
                 region=settings.aws_region,
                 table_prefix=settings.table_prefix,
-                options=ClientOptions(budget_seconds=budget, read_timeout_seconds=budget),
+                options=ClientOptions(budget_seconds=budget, read_timeout_seconds=budget, observer=observer),
             )
             for entity in registry.contract.tables
         ]
     if only != "profiles":
         preferences = ShopClient(
-            EngineConfiguration.of(settings), pool_size=threads, statement_timeout_seconds=max(5.0, budget)
+            EngineConfiguration.of(settings),
+            pool_size=threads,
+            statement_timeout_seconds=max(5.0, budget),
+            observer=observer,
         )
     app = make_app(
         profiles,
@@ -204,6 +216,7 @@ def serve(
         load=Load(budget_seconds=budget, max_in_flight=max_in_flight, threads=threads),
         catalogue_refresh_seconds=refresh_seconds if ranker == "memory" else None,
         allowed_hosts=allowed_hosts,
+        watched=Watched(counts, spans),
     )
     run_server(
         app,
@@ -215,13 +228,33 @@ def serve(
     )
 
 
+def _telemetry(counts: ReadCounts) -> tuple[Observer, RequestSpans | None]:
+    """Who is told of reads and requests: OpenTelemetry too, if its variables ask for it and it is installed."""
+    from dagster_prefs.serving.observing import telemetry_is_on
+
+    if not telemetry_is_on(os.environ):
+        return counts, None
+    try:
+        from dagster_prefs.serving.telemetry import ReadTelemetry, RequestTelemetry, start_telemetry
+    except ModuleNotFoundError as error:
+        # An operator of a cluster may set these variables for every process in it.
+        logger.warning(
+            "OTEL_… variables ask for OpenTelemetry, and %s is not installed: install dagster-prefs[telemetry], or set "
+            "OTEL_SDK_DISABLED=true",
+            error.name,
+        )
+        return counts, None
+    start_telemetry(os.environ)
+    return ReadTelemetry(counts), RequestTelemetry()
+
+
 @cli.command(context_settings={"ignore_unknown_options": True})
 @click.argument("id_", metavar="ID...", nargs=-1, required=True)
 @click.argument("attribute")
 @ENTITY
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def why(id_: tuple[str, ...], attribute: str, entity: str | None, as_json: bool) -> None:
-    """Set a served value beside what its tiles say.
+    """Compare a served value with its tiles.
 
     Also shows these tiles, and the latest events. ATTRIBUTE is a domain's (titles_7d, watch.titles_7d), or a column of
     a preference view (user_category_profile.affinity_score), whose rows are recomputed from the events.

@@ -15,7 +15,7 @@ from dagster_prefs.settings import load_settings
 
 @cli.group("training-set", invoke_without_command=True)
 @click.option("--labels", help="Parquet or CSV file, or Iceberg table: the entity's key, label_time, …")
-@click.option("--entity", help="What the labels are about, where several entities have features.")
+@click.option("--entity", help="Entity of the labels, if several entities have features.")
 @click.option(
     "--output",
     help="Parquet or CSV file, or Iceberg table, to write; by default <labels>.training.parquet.",
@@ -108,9 +108,9 @@ def column_types(text: str | None) -> dict[str, str]:
 @click.argument("manifest", type=click.Path(path_type=Path))
 @click.option(
     "--output",
-    help="Parquet or CSV file, or Iceberg table, to write; by default beside the manifest, .reproduced.parquet.",
+    help="Parquet or CSV file, or Iceberg table, to write; by default next to the manifest, .reproduced.parquet.",
 )
-@click.option("--labels", help="Where the labels are now, if they moved.")
+@click.option("--labels", help="New place of the labels, if they moved.")
 @click.option("--keep-formulas", is_flag=True, help="In CSV, write texts like =1+1 as they stand.")
 def training_set_reproduce(
     manifest: Path, output: str | None, labels: str | None, keep_formulas: bool
@@ -132,6 +132,64 @@ def training_set_reproduce(
     console.print(f"{made.rows:,} rows, equal to those of {manifest}, in {made.output}")
 
 
+@training_set.command("compare")
+@click.argument("training_set_", metavar="SET")
+@click.option("--entity", help="What the set is about, where several entities have features.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+def training_set_compare(training_set_: str, entity: str | None, as_json: bool) -> int:
+    """Compare a training set with what is served today, attribute by attribute.
+
+    SET is a Parquet or CSV file, or an Iceberg table (namespace.table, of a snapshot namespace.table@id). Exit code 0
+    where they are alike, 1 for warnings, 2 for errors.
+    """
+    from dagster_prefs.platform import Platform
+    from dagster_prefs.training.compare import compare_with_served
+    from dagster_prefs.training.windows import choose_features
+    from dagster_prefs.values.drift import EXIT_CODES, worst
+
+    platform = Platform(load_settings())
+    found = compare_with_served(
+        platform.catalog(),
+        platform.registry,
+        platform.engine,
+        choose_features(platform.registry, entity),
+        training_set_,
+        now=datetime.now(UTC),
+    )
+    level = worst(one.level for one in found.attributes)
+    if as_json:
+        print_json(
+            {
+                "level": level,
+                "attributes": [one.as_dict() for one in found.attributes],
+                "missing": list(found.missing),
+            }
+        )
+        return EXIT_CODES[level]
+    rows = [
+        (
+            f"{one.domain}.{one.attribute}",
+            one.level,
+            f"{one.psi:.3f}",
+            None if one.ks is None else f"{one.ks:.3f}",
+            f"{one.in_set.null_share:.1%} → {one.served.null_share:.1%}",
+            *(
+                f"{before:g} → {now:g}"
+                if (before := one.in_set.quantiles_by_share.get(share)) is not None
+                and (now := one.served.quantiles_by_share.get(share)) is not None
+                else None
+                for share in (0.05, 0.5, 0.95)
+            ),
+        )
+        for one in found.attributes
+    ]
+    heads = ["attribute", "level", "PSI", "KS", "missing", "5 %", "median", "95 %"]
+    console.print(table_of(f"{training_set_} → served", heads, rows))
+    for name in found.missing:
+        console.print(f"{name} is served and not in the set")
+    return EXIT_CODES[level]
+
+
 @cli.command(context_settings={"ignore_unknown_options": True})
 @click.argument("subject", nargs=-1, required=True, metavar="ENTITY ID")
 @click.option("--drop-tags", is_flag=True, help="Also drop tags and branches that keep the subject's rows.")
@@ -145,8 +203,8 @@ def training_set_reproduce(
 def erase(subject: tuple[str, ...], drop_tags: bool, training_sets: tuple[Path, ...], as_json: bool) -> None:
     """Erase one id of an entity from every store, and verify it.
 
-    ENTITY may be left out where only one entity is erasable. Of a composite key ID is the first part, and everything
-    with it goes: what other entities have with that key column too. Safe to run again after any failure.
+    ENTITY may be omitted if only one entity is erasable. For a composite key, ID is the first part, and the data of all
+    entities with that key column is erased. Safe to run again after any failure.
     """
     from dagster_prefs.erasure.erase import Stores, refresh_with
     from dagster_prefs.erasure.erase import erase as erase_everywhere
@@ -160,7 +218,7 @@ def erase(subject: tuple[str, ...], drop_tags: bool, training_sets: tuple[Path, 
     if len(subject) == 1 and len(erasable) != 1:
         named = " or ".join(f"`prefs erase {name} {subject[0]}`" for name in erasable)
         raise click.UsageError(
-            f"which entity {subject[0]} is of is not said: use {named}"
+            f"the entity of {subject[0]} is ambiguous: use {named}"
             if named
             else "this project declares no erasable entity"
         )
@@ -198,4 +256,4 @@ def erase(subject: tuple[str, ...], drop_tags: bool, training_sets: tuple[Path, 
         console.print(f"still in {place}: remove it, or write it again without the subject")
     for place, reason in report.unread.items():
         console.print(f"{place} was not searched for training sets ({reason})")
-    console.print(table_of("\nWhat only time removes", ["where", "until"], list(report.unfinished.items())))
+    console.print(table_of("\nRemoved only by time", ["where", "until"], list(report.unfinished.items())))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dagster_prefs.declarations.registry import Entity, FieldDeclaration, Registry, TopicDeclaration
 from dagster_prefs.errors import PrefsError
-from dagster_prefs.events.messages import topic_of
+from dagster_prefs.events.messages import topics_of
 from dagster_prefs.events.raw import Place, RawMessage, RawStore
 from dagster_prefs.events.validity import rejection_reason
 from dagster_prefs.ids import Id
@@ -73,7 +73,7 @@ def compose_event(
     if unknown := content.keys() - topic.by_name.keys():
         raise EventError(f"topic {topic.name} has no field {', '.join(sorted(unknown))}")
     message = json.dumps(content, default=str, ensure_ascii=False).encode("utf-8", "replace")
-    if reason := rejection_reason(message, topic_of(registry, topic.name), now):
+    if reason := rejection_reason(message, topics_of(registry)[topic.name], now):
         raise EventError(f"the event would be rejected: {reason}")
     return message
 

@@ -101,7 +101,7 @@ def follow_trail(console: Console, way: Way) -> Way:
         return way
 
     def read(connection: psycopg.Connection[Any]) -> Trail:
-        return read_trail(connection, console.engine, way.sent.topic.raw, place)
+        return read_trail(connection, console.engine, way.sent.topic, place)
 
     return replace(way, trail=console.query("the way of the event", read))
 

@@ -47,7 +47,7 @@ class Domain:
 
     @property
     def items(self) -> tuple[str, ...] | None:
-        """The columns that its items have, where the view has retired ones besides."""
+        """The columns that its items have: those of the view without the retired ones."""
         kept = tuple(name for name, column in self.columns.items() if not column["config"]["meta"]["retired"])
         return None if len(kept) == len(self.columns) else kept
 
@@ -183,7 +183,7 @@ def check_domain(findings: Findings, model: ModelYaml, head: Head) -> Domain | N
 
 
 def _retired(findings: Findings, model: ModelYaml, keys: Sequence[str]) -> None:
-    """Columns that are retired and cannot be, and values that say neither."""
+    """Note columns that are marked as retired and cannot be, and values of `retired` that are not true or false."""
     for column in model.columns.values():
         if "retired" not in column.meta:
             continue
@@ -227,7 +227,7 @@ def _domain_entity(findings: Findings, model: ModelYaml, given: Map) -> Entity |
 
 
 def _named_days(findings: Findings, model: ModelYaml, entity: Entity | None) -> None:
-    """Attributes whose name says other days than a window of the view, and windows that are none."""
+    """Note attributes whose name states other days than a window of the view, and windows that are not valid."""
     sql = findings.project.sql(model.name) or ""
     file = findings.project.sql_file(model.name)
     days: set[int] = set()
@@ -384,7 +384,7 @@ def check_key_bytes(findings: Findings, domains: Sequence[Domain], topics: Seque
 
 
 def _encoded_bytes(key: Key, field: FieldDeclaration) -> int:
-    """The most bytes that a part of a sort key takes."""
+    """Return the largest number of bytes that a part of a sort key can take."""
     if key.type == "bigint":
         return len(str(-INT64))
     if key.type == "uuid":

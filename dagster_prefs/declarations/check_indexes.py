@@ -1,4 +1,4 @@
-"""Check that every row of every declared index fits: the longest texts that its columns may hold, together."""
+"""Check that every row fits into every declared index, even with the longest texts that its columns may hold."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from dagster_prefs.declarations.check_views import references
 from dagster_prefs.declarations.findings import Findings, is_whole
 from dagster_prefs.declarations.read import ColumnYaml, Map, ModelYaml
 
-# Bytes of a value in an index of PostgreSQL; a decimal has at most 28 digits. All others are texts.
+# Bytes of a value in a PostgreSQL index; a decimal has at most 28 digits. All other types are texts.
 _WIDTHS = {
     "bigint": 8, "int": 4, "integer": 4, "smallint": 2, "boolean": 1, "date": 4, "timestamptz": 8,
     "timestamp": 8, "double precision": 8, "decimal": 24, "numeric": 24,
 }  # fmt: skip
-# Of a row, and of each of its texts; a value begins at a multiple of 8 at worst.
+# Overhead in bytes of a row, and of each of its texts; a value is aligned to 8 bytes in the worst case.
 _ROW_HEADER, _TEXT_HEADER, _ALIGNMENT = 8, 4, 8
 
 
 def check_indexes(findings: Findings, topics: Sequence[Topic]) -> None:
-    """Note every index a row of which may be longer than PostgreSQL takes: one such event would stop its view.
+    """Note every index with a row that may exceed PostgreSQL's limit: one such event would stop its view.
 
-    A text is as long as its column's `max_bytes`, else as the fields of its name may be in the topics that the model
-    reads, else as a field is by default. RisingWave has no such limit, but the models serve both engines.
+    A text is as long as its column's `max_bytes`; without one, as the fields of that name in the topics that the model
+    reads; else as the default of a field. RisingWave has no such limit, but the models serve both engines.
     """
     by_relation = {topic.declared.relation: topic for topic in topics}
     for model in findings.project.models:
@@ -74,7 +74,7 @@ def _longest(findings: Findings, column: ColumnYaml, read: Sequence[Topic]) -> i
 
 
 def _upstream(findings: Findings, model: str) -> set[str]:
-    """The relations that a model reads, itself included, by the references in the SQL that is written by hand."""
+    """Return the relations that a model reads, itself included, by the references in the hand-written SQL."""
     found, todo = {model}, [model]
     while todo:
         read = set(references(findings.project.sql(todo.pop()) or "")) - found

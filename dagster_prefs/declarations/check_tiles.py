@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dagster_prefs.declarations.check_drift import Drift, check_column_drift, check_rows_drift
 from dagster_prefs.declarations.findings import EXAMPLES, NAME, Findings, did_you_mean, is_whole, plain
+from dagster_prefs.declarations.names import STATISTICS_TABLE
 from dagster_prefs.declarations.read import ModelYaml, as_map
 from dagster_prefs.declarations.registry import Entity, TileColumn, TileDeclaration
 
 LAST_EVENT_AT = "last_event_at"
 # Types that training tables support (ICEBERG_TYPES in iceberg/tables.py; a test compares the two).
 TILE_TYPES = ("bigint", "date", "decimal", "text", "timestamptz")
-TILE_KEYS = ("entity", "day", "table", "metric", "at_most", "sink")
-TILE_META = ("min", "max_bytes")
+TILE_KEYS = ("entity", "day", "table", "metric", "at_most", "sink", "drift")
+TILE_META = ("min", "max_bytes", "pii", "drift")
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,18 @@ def check_tile(findings: Findings, model: ModelYaml) -> Tile | None:
     entity = findings.entity(model, given, "tile")
     if entity:
         findings.keys(model, entity, entity.keys)
+    drift: dict[str, Drift] = {}
     for column in model.columns.values():
+        drift[column.name] = check_column_drift(
+            findings, model, column.name, is_key=entity is not None and column.name in entity.key_names
+        )
+        if not isinstance(column.meta.get("pii", False), bool):
+            findings.say(
+                model.file,
+                column.meta.at("pii"),
+                f"{model.name}.{column.name}: pii must be true or false, not {column.meta['pii']!r}",
+                "config: { meta: { pii: true } }",
+            )
         if column.type not in TILE_TYPES:
             findings.say(
                 model.file,
@@ -125,6 +138,14 @@ def check_tile(findings: Findings, model: ModelYaml) -> Tile | None:
             f"{model.name}: {table!r} is not a table name in lower case",
             f"table: {model.name}",
         )
+    if table == STATISTICS_TABLE:
+        findings.say(
+            model.file,
+            given.at("table"),
+            f"{model.name}: {table} is the platform's table of statistics: use another name",
+            f"table: {model.name}",
+        )
+    rows_drift = check_rows_drift(findings, model, given)
     sink = str(given.get("sink", _training_sink(str(table), entity)))
     findings.claim(sink, f"{model.file}:{given.at('sink')}")
     if len(findings.problems) > before or not entity or not day:
@@ -147,12 +168,15 @@ def check_tile(findings: Findings, model: ModelYaml) -> Tile | None:
                     column.meta.get(
                         "min", 0 if column.name in keys and keys[column.name].type == "bigint" else None
                     ),
+                    column.meta.get("pii", False) is True,
+                    drift[column.name],
                 )
                 for column in model.columns.values()
             },
             metric=tuple(metric),
             at_most=tuple((low, high) for low, high in at_most),
             sink=sink,
+            drift=rows_drift,
         ),
         file=model.file,
         unique=tuple(unique),

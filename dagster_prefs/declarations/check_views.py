@@ -1,4 +1,4 @@
-"""Check what a project declares about views that are read for one key, and how every view is kept current."""
+"""Check the declarations of views that are read for one key, and of how every view is kept current."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _PLAIN_VIEW = re.compile(r"""materialized\s*=\s*["'](?:view|ephemeral)["']""")
 
 
 def references(sql: str) -> tuple[str, ...]:
-    """The models that a model's SQL refers to, in their order."""
+    """Return the models that a model's SQL refers to, in order."""
     return tuple(dict.fromkeys(_REFERENCE.findall(sql)))
 
 
 def check_preference(findings: Findings, model: ModelYaml) -> PreferenceView | None:
-    """The preference view that a model's YAML declares; None, with its problems noted, where it is wrong."""
+    """Return the preference view that a model's YAML declares; None, with its problems noted, if it is invalid."""
     given, example = as_map(model.meta["preference"], model.line), EXAMPLES["preference"]
     before = len(findings.problems)
     findings.known(model.file, given, PREFERENCE_KEYS, f"{model.name}: meta.preference", example)
@@ -50,7 +50,7 @@ def check_preference(findings: Findings, model: ModelYaml) -> PreferenceView | N
 
 
 def is_kept(findings: Findings, model: ModelYaml) -> bool:
-    """Whether a model is a materialized view that is written by hand, which the embedded engine keeps current."""
+    """Return whether a model is a hand-written materialized view, which the embedded engine keeps current."""
     sql = findings.project.sql(model.name)
     materialized = str(model.config.get("materialized", "materialized_view"))
     written = sql is not None and "topic" not in model.meta and not _PLAIN_VIEW.search(sql)
@@ -58,7 +58,7 @@ def is_kept(findings: Findings, model: ModelYaml) -> bool:
 
 
 def check_kept(findings: Findings, model: ModelYaml, topics: Sequence[Topic]) -> KeptView | None:
-    """How a view that is written by hand is kept current; None where it is no such view, or wrong."""
+    """Return how a hand-written view is kept current; None if it is no such view, or its declaration is invalid."""
     if not is_kept(findings, model):
         if "keep" in model.meta:
             what = "a topic's typed model" if "topic" in model.meta else "not a materialized view"
@@ -147,7 +147,7 @@ def _check_given(findings: Findings, model: ModelYaml, inputs: Collection[str]) 
 
 
 def _entity_key(findings: Findings, model: ModelYaml, inputs: Collection[str]) -> list[str]:
-    """The keys of an entity in the view's unique index, where all that it reads by key has them too."""
+    """Return the keys of an entity in the view's unique index, if all inputs that are read by key have them too."""
     columns = {one.name: one.columns for one in findings.project.models}
     for entity in findings.entities.values():
         names = [key.name for key in entity.keys]

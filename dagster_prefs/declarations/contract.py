@@ -105,7 +105,7 @@ class Attribute:
 
 @dataclass(frozen=True, slots=True)
 class KeyAttribute:
-    """A key attribute of a table; `type` as DynamoDB spells it."""
+    """A key attribute of a table; `type` is DynamoDB's name of the type."""
 
     name: str
     type: KeyType
@@ -116,12 +116,12 @@ class KeyAttribute:
 
     @property
     def sql_type(self) -> str:
-        """The type of its column on either engine."""
+        """The SQL type of its column, on either engine."""
         return "bigint" if self.type == "N" else "varchar"
 
     @property
     def contract_type(self) -> AttributeType:
-        """The type of its column as an attribute would have it."""
+        """The type that its column would have as an attribute."""
         return "integer" if self.type == "N" else "string"
 
     def value_of(self, item: Mapping[str, Mapping[str, Any]]) -> int | str:
@@ -137,8 +137,8 @@ class KeyAttribute:
 class Table:
     """The DynamoDB table of one entity; `name` is without the environment's prefix.
 
-    The partition key is the entity's first key column. `rest_keys` are the others of a composite key: they are part of
-    the sort key, which is the domain's key, and behind it each of them encoded, with `#` in between.
+    The partition key is the entity's first key column. `rest_keys` are the other columns of a composite key. They are
+    part of the sort key: the domain's key, followed by each of them, encoded, with `#` as separator.
     """
 
     name: str
@@ -150,27 +150,27 @@ class Table:
 
     @property
     def columns(self) -> tuple[KeyAttribute, ...]:
-        """The entity's key columns, in their order."""
+        """The entity's key columns, in order."""
         return (self.partition_key, *self.rest_keys)
 
     def sort_text(self, domain_key: str, id_: Id) -> str:
-        """The sort key of the item of a domain and an id."""
+        """Return the sort key of the item of a domain and an id."""
         if isinstance(id_, tuple):
             return f"{domain_key}{SEPARATOR}{join_parts(id_[1:])}"
         return domain_key
 
     def typed_key(self, domain_key: str, id_: Id) -> dict[str, dict[str, str]]:
-        """The key of the item of a domain and an id, in DynamoDB's typed JSON."""
+        """Return the key of the item of a domain and an id, in DynamoDB's typed JSON."""
         return {
             self.partition_key.name: self.partition_key.typed(id_parts(id_)[0]),
             self.sort_key.name: self.sort_key.typed(self.sort_text(domain_key, id_)),
         }
 
     def split_key(self, item: Mapping[str, Mapping[str, Any]]) -> tuple[Id, str]:
-        """The id and the domain's key of an item or key in DynamoDB's typed JSON.
+        """Return the id and the domain's key from an item or key in DynamoDB's typed JSON.
 
-        An item whose sort key has no encoded rest, as that of a lease, has the value of its partition key for an id.
-        Raises KeyError or ValueError where the keys are not as the contract says.
+        For an item whose sort key has no encoded rest (a lease), the id is the value of the partition key. Raises
+        KeyError or ValueError if the keys do not match the contract.
         """
         first, sort = self.partition_key.value_of(item), str(self.sort_key.value_of(item))
         if not self.rest_keys:
@@ -185,11 +185,11 @@ class Table:
         return (first, *rest), domain
 
     def key_text(self, id_: Id) -> str:
-        """The whole key as one text, which `parse_key` reads."""
+        """Return the whole key as one text, which `parse_key` parses."""
         return join_parts(id_) if isinstance(id_, tuple) else str(id_)
 
     def parse_key(self, text: str) -> Id:
-        """The id of a text of `key_text`."""
+        """Parse the id from the output of `key_text`."""
         if not self.rest_keys:
             return int(text) if self.partition_key.type == "N" else text
         parts = zip(self.columns, text.split(SEPARATOR), strict=True)
@@ -198,9 +198,9 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Domain:
-    """One item per entity's key: `key` is its sort key, `name` what Python calls it.
+    """One item per entity's key: `key` is its sort key, `name` its attribute in Python.
 
-    `retired` are columns of its view that are not in its items any more.
+    `retired` are columns of its view that are no longer in its items.
     """
 
     key: str
@@ -335,14 +335,11 @@ def parse_contract(content: object) -> Contract:
     )
 
 
-def render_contract(contract: Contract | Mapping[str, Any]) -> str:
-    """Render the contract as stable JSON: domains by key, attributes as declared, one trailing newline."""
-    content = contract_dict(contract) if isinstance(contract, Contract) else contract
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-
-
 def contract_dict(contract: Contract) -> dict[str, Any]:
-    """Return the JSON form of a contract, from which `parse_contract` reads an equal one."""
+    """Return the JSON form of a contract, from which `parse_contract` reads an equal one.
+
+    Domains are in the order of their keys, attributes in the order of their declaration.
+    """
     return {
         "version": contract.version,
         "owner": contract.owner,

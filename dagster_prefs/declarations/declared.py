@@ -1,8 +1,9 @@
-"""Write down what a project declares in a form that dbt compares by itself: a macro of hashes.
+"""Store a project's declarations in a form that dbt can compare without Python: a macro of hashes.
 
-`prefs` compares the hashes of files. dbt alone sees no files, only what it made of them: the SQL of models, their meta,
-columns and indexes, and variables, `--vars` included. The macro `refuse_stale` computes the same hashes of these before
-a run. Neither side keeps runs of blanks apart: dbt takes a file that differs in nothing else for unchanged.
+`prefs` compares the hashes of files. dbt has no access to files during a run, only to what it parsed from them: the SQL
+of models, their meta, columns and indexes, and variables, including `--vars`. The macro `refuse_stale` computes the
+same hashes of these before a run. Both sides collapse runs of blanks, because dbt treats a file that differs in nothing
+else as unchanged.
 """
 
 from __future__ import annotations
@@ -24,20 +25,20 @@ from dagster_prefs.declarations.read import (
 
 # The file with the macro, in the project's folder; `macro-paths` names the folder.
 DECLARED = f"{GENERATED}/declared.sql"
-# What a model's meta declares, hand-written and generated.
+# The keys of a model's meta that are declarations, hand-written or generated.
 COMPARED_META = (
     "topic", "tile", "domain", "preference", "keep", "time", "time_include", "contract", "publishes",
     "training_table",
 )  # fmt: skip
-# The same as SafeLoader, and much faster where libyaml is there.
+# Equivalent to SafeLoader, and much faster where libyaml is available.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _JINJA = ("{{", "{%")
 
 
 def declared_macro(folder: Path) -> str:
-    """The text of the macro for the files of a project as they are, generated ones included.
+    """Return the text of the macro for the current files of a project, generated ones included.
 
-    Raises DeclarationError where dbt_project.yml cannot be read.
+    Raises DeclarationError if dbt_project.yml cannot be read.
     """
     content = project_content(folder)
     variables = content.get("vars")
@@ -67,7 +68,7 @@ def declared_macro(folder: Path) -> str:
         "required": required,
         "yaml": {name: _digest(_declared(model)) for name, model in sorted(models.items())},
         "indexes": dict(sorted(indexes.items())),
-        # As Python writes a value: JSON has no dates.
+        # JSON has no dates, so a value of another type is compared by its Python text.
         "vars": {
             str(name): hashlib.md5(repr([value]).encode(), usedforsecurity=False).hexdigest()
             for name, value in (variables if isinstance(variables, dict) else {}).items()
@@ -89,7 +90,7 @@ def _models(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _declared(model: Mapping[str, Any]) -> list[Any]:
-    """What of a model's YAML is compared, in the form in which dbt's graph has it."""
+    """Return the compared parts of a model's YAML, in the form that dbt's graph holds."""
     meta = _meta(model)
     columns = [
         [column.get("name"), column.get("data_type"), _meta(column)]
@@ -112,7 +113,7 @@ def _map(value: object) -> dict[str, Any]:
 
 
 def _digest(value: Any) -> str:
-    """The hash of a value as dbt's `tojson` writes it; empty, which is not compared, where it is none or Jinja."""
+    """Return the hash of a value as dbt's `tojson` renders it; empty, which is not compared, for None and for Jinja."""
     try:
         text = json.dumps(value, sort_keys=True)
     except TypeError:

@@ -57,7 +57,7 @@ class Findings:
     def claim(self, relation: str, place: str, *, kept: bool = False, model: str = "") -> None:
         """Reserve a relation's name for a declaration; note a problem if it is taken or too long.
 
-        `kept` says that it is a kept view, which has a second name; `model` the name that it is derived from, if any.
+        `kept` marks a kept view, which has a second name; `model` is the name from which it is derived, if any.
         """
         if excess := bytes_too_many(relation, kept=kept):
             file, _, line = place.rpartition(":")
@@ -100,7 +100,7 @@ class Findings:
             self.say(
                 model.file,
                 model.line,
-                f"{model.name} is a {kind} and has no SQL: write {model.name}.sql beside its YAML",
+                f"{model.name} is a {kind} and has no SQL: write {model.name}.sql next to its YAML",
                 'select viewer_id, … from {{ ref("view_events") }}',
             )
 

@@ -49,8 +49,8 @@ from dagster_prefs.declarations.registry import (
 from dagster_prefs.declarations.stale import StaleRegistry, current_registry, hashes_of
 from dagster_prefs.files import whole_file
 
-# Project's folder, relations → the SQL of each as its engine gets it, without the names of database and
-# schema.
+# A function from a project's folder and relations to the SQL of each relation as its engine gets it, without the names
+# of database and schema.
 CompileQueries = Callable[[Path, Sequence[str]], Mapping[str, str]]
 
 _TEMPLATES = files("dagster_prefs.declarations") / "templates"
@@ -177,7 +177,7 @@ def generate_files(
         kept={view.relation: view for view in declared.kept},
     )
     judge(registry)
-    # Not before: dbt by itself runs what this macro names.
+    # Written last: a run of dbt alone compares the project with this macro.
     macro = declared_macro(folder)
     if _text(folder / DECLARED) != macro:
         _write(folder / DECLARED, macro)
@@ -362,7 +362,7 @@ def _topic_models(topic: Topic, declared: Declarations) -> Iterator[tuple[str, s
     canary: dict[str, object] = {
         "name": "canary",
         "data_type": "text",
-        "description": "The deployment whose canary the message claims to be; NULL for every other message.",
+        "description": "The deployment whose canary the message claims to be; NULL for all other messages.",
     }
     columns = [canary] if of.entity else []
     columns += [_parsed_column(topic, field) for field in of.fields]

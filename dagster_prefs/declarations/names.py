@@ -1,26 +1,29 @@
-"""The names that are derived from a model's, and how long the names of an engine may be."""
+"""The names derived from a model's name, and the maximum length of names in an engine."""
 
 from __future__ import annotations
 
-# PostgreSQL cuts off what is longer, without an error.
+# PostgreSQL truncates longer names without an error.
 NAME_BYTES = 63
-# Behind the name of a kept view of the embedded engine: the view of its query (macros/engine/kept.sql). What steps
-# derive, such as `live_…`, is shorter, or a name within one statement.
+# The suffix of the view with a kept view's query, on the embedded engine (macros/engine/kept.sql). The names that steps
+# derive, such as `live_…`, are shorter or are used within one statement only.
 QUERY_SUFFIX = "__query"
+
+# The Iceberg table of statistics of values, beside the training tables.
+STATISTICS_TABLE = "value_statistics"
 
 
 def raw_table(relation: str) -> str:
-    """Return the name of a topic's raw table, by that of its typed relation."""
+    """Return the name of a topic's raw table from that of its typed relation."""
     return f"raw_{relation}"
 
 
 def kafka_feed(relation: str) -> str:
-    """Return the name of a topic's Kafka feed, by that of its typed relation."""
+    """Return the name of a topic's Kafka feed from that of its typed relation."""
     return f"kafka_{relation}"
 
 
 def parsed_view(relation: str) -> str:
-    """Return the name of a topic's parsed view, by that of its typed relation."""
+    """Return the name of a topic's parsed view from that of its typed relation."""
     return f"{relation}_parsed"
 
 

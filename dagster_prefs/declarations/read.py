@@ -1,7 +1,7 @@
-"""Read the declarations of a dbt project, without dbt: its YAML with the line of every key.
+"""Read the declarations of a dbt project without dbt: its YAML, with the line of every key.
 
-dbt cannot parse a project when generating is needed: a tile refers to a typed model whose SQL is not written
-yet, or a removed folder leaves references.
+dbt cannot parse a project at the time of generating: a tile may refer to a typed model whose SQL is not generated yet,
+and a removed folder leaves dangling references.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import yaml
 from dagster_prefs.errors import PrefsError
 
 PROJECT_FILE = "dbt_project.yml"
-# Below the first model path, the models that `prefs generate` writes; in the project's folder, its macro.
+# The folder of generated models, below the first model path; and the folder of the generated macro, in the project's
+# folder.
 GENERATED = "generated"
 YAML_SUFFIXES = (".yml", ".yaml")
 
@@ -98,7 +99,7 @@ class ModelYaml:
 
     @cached_property
     def columns(self) -> dict[str, ColumnYaml]:
-        """The model's columns by name, in the order in which they are declared."""
+        """The model's columns by name, in declared order."""
         columns = [ColumnYaml(value) for value in self.content.get("columns") or [] if isinstance(value, Map)]
         return {column.name: column for column in columns}
 
@@ -198,7 +199,7 @@ class ProjectYaml:
 
     @property
     def generated(self) -> Path:
-        """The folder that `prefs generate` writes models into."""
+        """The folder of the generated models."""
         return self.folder / model_paths(self.content)[0] / GENERATED
 
     @property
@@ -273,17 +274,17 @@ def model_paths(content: Map) -> list[str]:
 
 
 def macro_paths(content: Map) -> list[str]:
-    """The folders of the project's macros."""
+    """Return the folders of the project's macros."""
     return [str(path) for path in content.get("macro-paths") or ["macros"]]
 
 
 def project_content(folder: Path) -> Map:
-    """The content of a project's dbt_project.yml. Raises DeclarationError where there is none."""
+    """Return the content of a project's dbt_project.yml. Raises DeclarationError if there is none."""
     return _load(folder, folder / PROJECT_FILE)
 
 
 def project_files(folder: Path) -> list[Path]:
-    """Every file that decides what a deployment does: the project's own file, and SQL and YAML of models and macros."""
+    """Return every file that affects a deployment: dbt_project.yml, and the SQL and YAML of models and macros."""
     content = project_content(folder)
     roots = [*model_paths(content), *macro_paths(content)]
     found = [

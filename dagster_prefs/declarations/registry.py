@@ -44,10 +44,10 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class Entity:
-    """Whom or what rows are about; its first key is the one that ids are reserved in, events name, and erasures name.
+    """The subject of rows. Reserved ids, events and erasures refer to its first key.
 
-    `table` is its DynamoDB table without the environment's prefix, None if it has no domain. An `erasable`
-    entity is a person, whom `prefs erase` can erase.
+    `table` is its DynamoDB table without the environment's prefix, None if it has no domain. An `erasable` entity is a
+    person, whose data `prefs erase` can erase.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Entity:
 
     @property
     def key_names(self) -> tuple[str, ...]:
-        """The names of the key columns, in their order."""
+        """The names of the key columns, in order."""
         return tuple(key.name for key in self.keys)
 
 
@@ -113,11 +113,17 @@ class TopicDeclaration:
 
 @dataclass(frozen=True, slots=True)
 class TileColumn:
-    """One column of a tile; `minimum` is the least value that the audit accepts."""
+    """One column of a tile; `minimum` is the least value that the audit accepts.
+
+    `pii` is personal beyond the entity's keys. `drift` has the limits of its drift, `psi` and `ks` with `warn` and
+    `error` each, False if it is not judged, None for the defaults of values/drift.py.
+    """
 
     type: str
     description: str
     minimum: int | None = None
+    pii: bool = False
+    drift: Mapping[str, Any] | Literal[False] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +132,8 @@ class TileDeclaration:
 
     `metric` names the columns whose total is `metric_total` among the fingerprints; `at_most` lists (smaller,
     larger) pairs of columns that every row respects; `sink` is the RisingWave sink that writes the table,
-    where sinks export.
+    where sinks export. `drift` has the limits of a drift of its rows (`rows`: by which factor, `min_rows`), False if
+    the tile is not judged, None for the defaults of values/drift.py.
     """
 
     relation: str
@@ -139,6 +146,7 @@ class TileDeclaration:
     metric: tuple[str, ...]
     at_most: tuple[tuple[str, str], ...] = ()
     sink: str = ""
+    drift: Mapping[str, Any] | Literal[False] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,9 +208,9 @@ class Registry:
         return self.entities[name]
 
     def family(self, name: str) -> tuple[Entity, ...]:
-        """The entities with the first key column of the entity of this name, as declared: an erasure is of all of them.
+        """Return the entities that share the first key column of the named one, in declared order.
 
-        The first of them is whose name an erasure is recorded under.
+        An erasure covers all of them, and is recorded under the name of the first.
         """
         return family_of(self.entities, self.entity(name))
 
@@ -218,12 +226,12 @@ class Registry:
 
 
 def family_of(entities: Mapping[str, Entity], entity: Entity) -> tuple[Entity, ...]:
-    """The entities with the first key column of this one, in the order in which they are declared."""
+    """Return the entities that share the first key column of this one, in declared order."""
     return tuple(one for one in entities.values() if one.key == entity.key)
 
 
 def uuid_keys(entities: Mapping[str, Entity], entity: Entity | None) -> set[str]:
-    """The fields that hold UUIDs in a topic about an entity: keys of it and of those that have its first key."""
+    """Return the fields that hold UUIDs in a topic about an entity: its keys, and those of its family."""
     family = family_of(entities, entity) if entity else ()
     return {key.name for one in family for key in one.keys if key.type == "uuid"}
 
@@ -354,6 +362,7 @@ def registry_dict(registry: Registry) -> dict[str, Any]:
                 "metric": list(tile.metric),
                 "at_most": [list(pair) for pair in tile.at_most],
                 "sink": tile.sink,
+                **({} if tile.drift is None else {"drift": tile.drift}),
                 "columns": {name: _without_defaults(column) for name, column in tile.columns.items()},
             }
             for tile in registry.tiles.values()

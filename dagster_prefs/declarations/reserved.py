@@ -1,12 +1,13 @@
 """The rule that reserves ids for canaries.
 
-Of each entity, the ids of its first key column are reserved that the freshness probe uses (of a composite key too: the
-first column decides): below 0 of a bigint, those
-that start with `canary:` of a text, those that start with `00000000-0000-0000-0000-` of a UUID; also event ids that
-start with `canary:`. Only the probe sends events with them: every other message that has one is rejected. What a canary
-leaves behind flows through everything like any event, and is left out of exports, training sets, rankings, and counts
-across entities. A canary is nobody's data, so that none can be labelled or erased. Its profile can be read like any
-other.
+For each entity, these ids of its first key column are reserved: numbers below 0, texts that start with `canary:`, and
+UUIDs that start with `00000000-0000-0000-0000-`. The first column decides for a composite key too. Event ids that start
+with `canary:` are also reserved. Only the freshness probe may send events with reserved ids: every other such message
+is rejected.
+
+The rows of a canary pass through all views like those of any event, and are left out of exports, training sets,
+rankings, and counts across entities. A canary is nobody's personal data, so it can be neither labelled nor erased. Its
+profile can be read like any other.
 
 `dbt_project/macros/reserved.sql` is the same rule in SQL.
 """
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 PREFIX = "canary:"
 UUID_PREFIX = "00000000-0000-0000-0000-"
 
-# The ids of the probe's events; no other reserved id has events.
+# The ids of the probe's events; the other reserved ids have no events.
 CANARY_NUMBER = -1
 CANARY_TEXT = f"{PREFIX}prefs"
 CANARY_UUID = f"{UUID_PREFIX}000000000000"
@@ -51,9 +52,9 @@ def canary_of(key: Key) -> int | str:
 
 
 def canary_value(field: FieldDeclaration) -> str | int | bool:
-    """A value that the field accepts: the last of those that are listed, else one within its bounds.
+    """Return a value that the field accepts: the last of its accepted values, else one within its bounds.
 
-    A number is the field's maximum, or 60 or its minimum, whichever is larger; a time is the first of 2026.
+    A number is the field's maximum, else 60 or its minimum, whichever is larger; a time is the first of 2026.
     """
     if field.accepted:
         return field.accepted[-1]
@@ -67,9 +68,9 @@ def canary_value(field: FieldDeclaration) -> str | int | bool:
 
 
 def canary_parts(registry: Registry, entity: Entity) -> dict[str, int | str]:
-    """Key column after the first → the value that every canary of the entity has in it.
+    """Map each key column after the first to the value that every canary of the entity has in it.
 
-    It is one that each topic about the entity's first key takes which has the field.
+    The value is accepted by each topic about the entity's first key that has the field.
     """
     family = {one.name for one in registry.family(entity.name)}
     parts: dict[str, int | str] = {}
@@ -92,13 +93,13 @@ def _room(field: FieldDeclaration) -> tuple[bool, int]:
 
 
 def canary_id(registry: Registry, entity: Entity, first: int | str | None = None) -> Id:
-    """The id with which the probe's events of this entity arrive; `first` is another value for its first key column."""
+    """Return the id of the probe's events for this entity; `first` replaces the value of its first key column."""
     first = canary_of(entity.key) if first is None else first
     return (first, *canary_parts(registry, entity).values()) if len(entity.keys) > 1 else first
 
 
 def spare_of(key: Key, number: int) -> int | str:
-    """Return a reserved id of this key column that has no events and so no item; `number` from 1 on."""
+    """Return a reserved id of this key column that has no events and so no item. `number` counts from 1."""
     if key.type == "bigint":
         return CANARY_NUMBER - number
     return f"{UUID_PREFIX}{number:012x}" if key.type == "uuid" else f"{PREFIX}spare-{number}"

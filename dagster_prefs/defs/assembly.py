@@ -1,4 +1,4 @@
-"""All of `defs/` together, for any settings: importing this builds nothing, unlike `dagster_prefs.definitions`."""
+"""Assembles `defs/` for given settings; unlike `dagster_prefs.definitions`, importing it builds nothing."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ from dagster_prefs.defs import (
     offline_store,
     online_store,
     retention,
+    values,
 )
 from dagster_prefs.platform import Platform
 from dagster_prefs.settings import Settings
 
 
 def build_definitions(settings: Settings) -> dg.Definitions:
-    """All assets, checks, jobs, schedules and sensors for these settings.
+    """Return all assets, checks, jobs, schedules and sensors for these settings.
 
-    Raises StaleRegistry where the project's files are not those of its registry.
+    Raises StaleRegistry if the project's files differ from those of its registry.
     """
     platform = Platform(settings)
+    webhook = settings.alert_webhook.get_secret_value() if settings.alert_webhook else None
     return dg.Definitions.merge(
         feature_views.build(platform),
         deployment.build(platform),
         online_store.build(platform),
         offline_store.build(platform),
         events.build(platform),
-        freshness.build(
-            platform, settings.alert_webhook.get_secret_value() if settings.alert_webhook else None
-        ),
+        freshness.build(platform, webhook),
+        values.build(platform, webhook),
         retention.build(platform),
         # One process a run: the steps are short and share dbt, so a process each would only add start-up time.
         dg.Definitions(executor=dg.in_process_executor),

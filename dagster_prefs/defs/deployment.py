@@ -23,7 +23,7 @@ def build(platform: Platform) -> dg.Definitions:
         specs=[
             dg.AssetCheckSpec(DRIFT, asset=KEY, description="Every relation is deployed as its model says."),
             dg.AssetCheckSpec(
-                STRANDED, asset=KEY, description="No sink or view reads what was swapped away."
+                STRANDED, asset=KEY, description="No sink or view reads a relation that was swapped away."
             ),
             dg.AssetCheckSpec(
                 LEFTOVERS, asset=KEY, description="No temporary object of a change is left over."
@@ -78,7 +78,7 @@ def build(platform: Platform) -> dg.Definitions:
                 cron_schedule="30 5 * * *",
                 execution_timezone="UTC",
                 default_status=schedule_status(platform),
-                description="Reports drift once a day, because a change outside the platform tells nobody.",
+                description="Reports drift once a day, because a change outside the platform causes no event.",
             )
         ],
     )

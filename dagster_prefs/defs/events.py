@@ -1,4 +1,4 @@
-"""What applies the events of the embedded engine where no follower does."""
+"""The job that applies the events of the embedded engine if no follower does."""
 
 from datetime import UTC, datetime, timedelta
 
@@ -12,12 +12,12 @@ from dagster_prefs.platform import Platform
 
 CATCH_UP_JOB = "catch_up"
 NEW_EVENTS_SENSOR = "new_events"
-# A run that is unfinished for longer was killed, and keeps no other from starting.
+# A run that is unfinished for longer than this was killed, and blocks no other run.
 LONGEST_RUN = timedelta(hours=1)
 
 
 def build(platform: Platform) -> dg.Definitions:
-    """Return the job that applies what arrived, with its sensor and schedule; RisingWave does it by itself."""
+    """Return the job that applies arrived events, with its sensor and schedule; RisingWave needs none."""
     if platform.engine.kind == "risingwave":
         return dg.Definitions()
 
@@ -27,7 +27,7 @@ def build(platform: Platform) -> dg.Definitions:
     def apply_events(context: dg.OpExecutionContext) -> None:
         refresh_embedded(platform, context.log.info)
 
-    @dg.job(name=CATCH_UP_JOB, description="Bring views and items up to date where no follower does.")
+    @dg.job(name=CATCH_UP_JOB, description="Keep views and items current if no follower runs.")
     def catch_up() -> None:
         apply_events()
 
@@ -36,7 +36,7 @@ def build(platform: Platform) -> dg.Definitions:
         job=catch_up,
         minimum_interval_seconds=platform.settings.refresh_poll_seconds,
         default_status=sensor_status(platform),
-        description="Where nobody follows the engine: applies the messages that no refresh has read.",
+        description="If no follower runs: applies the messages that no refresh has read.",
     )
     def new_events(context: dg.SensorEvaluationContext) -> dg.RunRequest | dg.SkipReason:
         try:
@@ -59,7 +59,7 @@ def build(platform: Platform) -> dg.Definitions:
         cron_schedule="0 * * * *",
         execution_timezone="UTC",
         default_status=schedule_status(platform),
-        description="Where nobody follows the engine: once an hour even without events, because windows move.",
+        description="If no follower runs: refreshes once an hour even without events, because windows move.",
     )
     def catch_up_hourly(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
         reason = _done_elsewhere(platform, context.instance)
@@ -69,13 +69,15 @@ def build(platform: Platform) -> dg.Definitions:
 
 
 def _done_elsewhere(platform: Platform, instance: dg.DagsterInstance) -> str:
-    """Return who applies the events already: a follower, or a run that is at work; empty if nobody does."""
+    """Return which process applies the events already, a follower or a running job; empty if none does."""
     (follower,) = (
-        one for one in measure_embedded(platform.engine, platform.settings.data_dir) if one.name == FOLLOWER
+        one
+        for one in measure_embedded(platform.engine, platform.registry, platform.settings.data_dir)
+        if one.name == FOLLOWER
     )
     if follower.values.get("follower_alive"):
-        return f"a follower does it: {follower.reason}"
+        return f"a follower applies them: {follower.reason}"
     if is_at_work(instance, CATCH_UP_JOB, since=datetime.now(UTC) - LONGEST_RUN):
-        # Otherwise events that keep arriving would start runs faster than they end.
-        return "a run is at work; the next look sees what it left"
+        # Otherwise a steady stream of events would start runs faster than they end.
+        return "a run is active; the next tick checks what it left"
     return ""

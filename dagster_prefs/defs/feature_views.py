@@ -134,7 +134,7 @@ def build(platform: Platform) -> dg.Definitions:
 
         feeds = [name for name in selected if kinds_of.get(name) == "kafka_feed"]
         if feeds:
-            # Before the feeds are made, so that one whose topic was recreated reads the new one from its start.
+            # Recorded before the feeds are created, so that a feed of a recreated topic reads it from its start.
             with suppress(NotDeployed):
                 platform.kafka_topics(note=True)
 
@@ -162,7 +162,7 @@ def build(platform: Platform) -> dg.Definitions:
             shown = [*sorted(applied), *(r.name for r in results if r.ok and r.name in kept)]
             counts = row_counts(connection, platform.engine, shown)
         made: dict[str, dict[str, Any]] = {
-            name: {"dbt": "its definition is applied already"} for name in applied
+            name: {"dbt": "its definition is already applied"} for name in applied
         }
         failed = []
         for result in results:
@@ -210,10 +210,10 @@ def build(platform: Platform) -> dg.Definitions:
     tests = dg.define_asset_job(
         TESTS_JOB,
         dg.AssetSelection.checks(*checks),
-        description="Run dbt's tests of every model on what is there.",
+        description="Run dbt's tests of every model on the current relations.",
     )
     status = schedule_status(platform)
-    # Where views follow their events, nothing has to be refreshed, and dbt's tests remain.
+    # If views follow their events, nothing needs a refresh, and only dbt's tests remain.
     hourly = (
         dg.ScheduleDefinition(
             name="dbt_tests_hourly",
@@ -221,7 +221,7 @@ def build(platform: Platform) -> dg.Definitions:
             cron_schedule="20 * * * *",
             execution_timezone="UTC",
             default_status=status,
-            description="Runs dbt's tests, which no follower does.",
+            description="Runs dbt's tests, because a follower does not run them.",
         )
         if platform.engine.kind == "local"
         else dg.ScheduleDefinition(
@@ -244,7 +244,7 @@ def build(platform: Platform) -> dg.Definitions:
             ]
         )
         - compared,
-        description="Make the tables that events arrive in, so that loading can begin.",
+        description="Create the tables for events, so that loading can begin.",
     )
     return dg.Definitions(
         assets=[dbt_models],
@@ -254,10 +254,10 @@ def build(platform: Platform) -> dg.Definitions:
 
 
 def _applied(platform: Platform, views: Sequence[str], config: ModelsConfig) -> set[str]:
-    """Return the relations whose definition is deployed as it is, so that dbt need not run for them.
+    """Return the relations whose definition is already deployed, so that dbt need not run for them.
 
-    `views` are those that were selected. None on RisingWave, where dbt itself skips what is there, and none where
-    everything is to be rebuilt.
+    `views` are the selected ones. Empty on RisingWave, where dbt itself skips existing relations, and for a full
+    refresh.
     """
     if platform.engine.kind != "local":
         if config.rebuild:
@@ -267,7 +267,7 @@ def _applied(platform: Platform, views: Sequence[str], config: ModelsConfig) -> 
         return set()
     with platform.engine.connect() as connection:
         if not estimated_rows(connection, platform.engine, views):
-            # No view is there yet, so that a comparison would only compile every model once more.
+            # Without any view, a comparison would only compile every model once more.
             return set()
     try:
         return set(platform.plan().unchanged)

@@ -26,11 +26,10 @@ from dagster_prefs.freshness.canary import (
     CANARY_SENSOR,
     CanaryState,
     Tick,
-    canary_paths,
     canary_views,
-    judge_ticks,
+    measure_canary,
 )
-from dagster_prefs.freshness.levels import Measure
+from dagster_prefs.freshness.levels import Measure, Unmeasurable
 from dagster_prefs.freshness.measures import unknown
 from dagster_prefs.freshness.prober import prober_ticks
 from dagster_prefs.freshness.status import evaluate
@@ -46,18 +45,18 @@ GROUP = "engine"
 
 # The check of each stage, on the assets of `asset_keys`.
 CHECKS = {
-    "engine": ("works", "The embedded engine and its follower are at work, and have room on the disk."),
+    "engine": ("works", "The embedded engine and its follower work, and the disk has space."),
     "ingestion": ("ingestion_lag", "Every message in Kafka is ingested."),
-    "views": ("freshness", "What arrived is visible here; a quiet topic is not stale."),
+    "views": ("freshness", "Everything that arrived is visible here; a quiet topic is not stale."),
     "online": ("freshness", "A sample of ids is in DynamoDB as it is in the rolling view."),
     "offline": ("freshness", "Every complete day is in the training table as the engine holds it now."),
-    "canary": ("canary", "A synthetic event became readable within the promised time."),
+    "canary": ("canary", "A synthetic event became readable within the freshness target."),
 }
 
-# From so many rows on a relation is not counted, but what the engine estimates is told.
+# A relation with more rows than this is estimated by the engine instead of counted.
 EXACT_ROWS = 100_000
 
-# What a stage's readings are, for the time (UTC) and the instance that the readings are stored in.
+# A function that returns a stage's measures for a time (UTC) and the instance in which they are stored.
 Read = Callable[[datetime, dg.DagsterInstance], Sequence[Measure]]
 
 # A sensor's tick may take a minute; a canary that is not readable within this time is read by the next tick.
@@ -79,7 +78,7 @@ def build(platform: Platform, alert_webhook: str | None = None) -> dg.Definition
         "views": lambda now, _: sources.views(now),
         "online": lambda now, _: sources.online(now),
         "offline": lambda now, _: sources.offline(now),
-        # What the canary's sensor measured: its own readings are in no run.
+        # The canary is measured by its sensor and the follower; a run only judges their stored ticks.
         "canary": lambda now, instance: last_probe(
             instance, sources.registry, now=now, followed=prober_ticks(platform.settings.data_dir)
         ),
@@ -103,16 +102,16 @@ def build(platform: Platform, alert_webhook: str | None = None) -> dg.Definition
         name=WATCH_SENSOR,
         minimum_interval_seconds=60,
         default_status=sensor_status(platform),
-        description="Tells each change of a level once. Starts no run.",
+        description="Reports each change of a level once. Starts no run.",
     )
     def freshness_watch(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         followed = prober_ticks(platform.settings.data_dir)
         probed = last_probe(context.instance, sources.registry, now=datetime.now(UTC), followed=followed)
         status = evaluate(sources, now=lambda: datetime.now(UTC), extra=probed)
-        # The engine has a sensor of its own, which looks more often.
+        # The engine has a sensor of its own, which runs more often.
         measures = [measure for measure in status.measures if measure.stage != "engine"]
         return dg.SensorResult(
-            cursor=_tell(context, measures, webhook, status.read_at),
+            cursor=tell_changes(context, measures, webhook, status.read_at),
             skip_reason=f"read {len(status.measures)} measures, the worst is {status.level}",
         )
 
@@ -120,13 +119,13 @@ def build(platform: Platform, alert_webhook: str | None = None) -> dg.Definition
         name=FOLLOWER_SENSOR,
         minimum_interval_seconds=10,
         default_status=sensor_status(platform),
-        description="Tells once when the embedded engine, its disk or its follower fails or recovers. Starts no run.",
+        description="Reports once when the embedded engine, its disk or its follower fails or recovers. Starts no run.",
     )
     def follower_watch(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         now = datetime.now(UTC)
         measures = sources.embedded(now)
         return dg.SensorResult(
-            cursor=_tell(context, measures, webhook, now),
+            cursor=tell_changes(context, measures, webhook, now),
             skip_reason="; ".join(f"{measure.name}: {measure.reason}" for measure in measures),
         )
 
@@ -192,25 +191,31 @@ def asset_keys(platform: Platform) -> dict[str, dict[str, dg.AssetKey]]:
 def last_probe(
     instance: dg.DagsterInstance, registry: Registry, *, now: datetime, followed: Sequence[Tick] = ()
 ) -> list[Measure]:
-    """Return the canary's measures from the state that its sensor stored on this instance; `now` is UTC.
+    """Return the canary's measures from the ticks of its sensor on this instance; `now` is UTC.
 
-    `followed` is what the follower did, if there is one. Judged like `judge_ticks`.
+    `followed` are the ticks of the follower, if there is one.
+    """
+    return measure_canary(followed, lambda: sensor_ticks(instance), registry, now=now)
+
+
+def sensor_ticks(instance: dg.DagsterInstance) -> list[Tick]:
+    """Return the last tick of each running sensor of the canary.
+
+    Raises Unmeasurable if the instance cannot be read.
     """
     try:
         states: Sequence[Any] = instance.all_instigator_state()
     except Exception as error:
-        if followed:
-            return judge_ticks(followed, registry, now=now)
         # Each kind of store raises errors of its own, and none may prevent the other measures.
-        return unknown("canary", canary_paths(registry), f"Dagster's instance cannot be read: {error}")
-    ticks = [
+        reason = " ".join(str(error).split())
+        raise Unmeasurable(f"Dagster's instance cannot be read: {reason}") from error
+    return [
         Tick(data.last_tick_timestamp or 0.0, data.cursor)
         for state in states
         if (state.instigator_type.value, state.instigator_name) == ("SENSOR", CANARY_SENSOR)
         and (data := state.instigator_data) is not None
         and state.status.value != "STOPPED"
     ]
-    return judge_ticks([*ticks, *followed], registry, now=now)
 
 
 def metadata(measure: Measure) -> dict[str, dg.MetadataValue | float | int | str]:
@@ -236,7 +241,7 @@ def _severity(measure: Measure) -> dg.AssetCheckSeverity:
 
 
 class _Rows:
-    """The rows of the relations that hold events or are computed from them."""
+    """The row counts of the relations that hold events or are computed from them."""
 
     def __init__(self, platform: Platform) -> None:
         self._engine = platform.engine
@@ -244,12 +249,12 @@ class _Rows:
         self.sources = [name for topic in topics for name in (topic.raw, topic.parsed)]
 
     def count(self, names: Sequence[str]) -> Mapping[str, int]:
-        """Return the rows of each relation that is there; empty if the engine does not tell."""
+        """Return the rows of each relation that exists; empty if the engine cannot be read."""
         try:
             with self._engine.connect() as connection:
                 return row_counts(connection, self._engine, names, exact_up_to=EXACT_ROWS)
         except (PrefsError, psycopg.Error):
-            # The measures beside it name what is wrong with the engine.
+            # The measures of the same check report what is wrong with the engine.
             return {}
 
 
@@ -266,10 +271,10 @@ def _parts(platform: Platform, keys: Mapping[str, dg.AssetKey]) -> list[dg.Asset
     ]
 
 
-def _tell(
+def tell_changes(
     context: dg.SensorEvaluationContext, measures: Sequence[Measure], webhook: Webhook | None, at: datetime
 ) -> str:
-    """Log and send each change of a level since the sensor's cursor; returns the new cursor. `at` is UTC."""
+    """Log and send each change of a level since the sensor's cursor; return the new cursor. `at` is UTC."""
     known = load_levels(context.cursor)
     changed = transitions(known, measures)
     for one in changed:

@@ -30,7 +30,7 @@ EXPORT_JOB = "export"
 EXPORT_SENSOR = "stale_tiles"
 # An older run has lost its process; the instance's run monitoring ends it.
 LONGEST_RUN = timedelta(hours=4)
-# Dagster takes some 50 ms to store an event, and a sensor may take a minute; the next look goes on.
+# Dagster takes some 50 ms to store an event, and a sensor may take a minute; the next tick continues.
 EVENTS_PER_LOOK = 200
 
 
@@ -102,13 +102,13 @@ def build(platform: Platform, *, clock: Callable[[], datetime] = lambda: datetim
         job=job,
         minimum_interval_seconds=3600,
         default_status=sensor_status(platform),
-        description="Looks every hour for complete days that are missing or changed by late events, and exports those. "
-        "A day that stays stale is tried again after 1, 2, 4 … 24 hours.",
+        description="Exports complete days that are missing or changed by late events; checks every hour. "
+        "A day that stays stale is retried after 1, 2, 4 … 24 hours.",
     )
     def stale_tiles(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
         now = clock()
         if is_at_work(context.instance, EXPORT_JOB, since=now - LONGEST_RUN):
-            return dg.SkipReason("an export is at work; the next look sees what it left")
+            return dg.SkipReason("an export is active; the next tick checks what it left")
         try:
             found = look(platform)
         except PrefsError as error:
@@ -135,7 +135,9 @@ def build(platform: Platform, *, clock: Callable[[], datetime] = lambda: datetim
             run_requests=requests,
             asset_events=_unknown_exports(platform, found, context.instance),
             cursor=dump_launches(launches),
-            skip_reason=None if requests else "; ".join(reasons) or "every complete day is exported as it is",
+            skip_reason=None
+            if requests
+            else "; ".join(reasons) or "every complete day is exported in its current version",
         )
 
     return dg.Definitions(
@@ -213,14 +215,13 @@ def _exported(platform: Platform, spec: TileTable, *, by_sink: bool) -> dg.Asset
                     f"{what} stays as it is, with {one.rows} rows: {one.reason}; where that is right, "
                     "materialize it with allow_loss"
                 )
-        # One line a status: Dagster stores each line as an event of its own, which takes longer than to export a
-        # small day.
+        # One line per status: Dagster stores each line as an event, which takes longer than to export a small day.
         for status in sorted({one.status for one in done}):
             alike = [one for one in done if one.status == status]
             periods = ", ".join(_period(*found) for found in ranges(one.day for one in alike))
             context.log.info(f"{spec.name}: {status} {periods} ({sum(one.rows for one in alike)} rows)")
         if left_out:
-            # The run fails, but the other days are exported, and Dagster is to know that.
+            # The run fails, but the other days were exported, and Dagster records their materializations.
             for one in done:
                 context.log_event(
                     dg.AssetMaterialization(
@@ -245,7 +246,7 @@ def _exported(platform: Platform, spec: TileTable, *, by_sink: bool) -> dg.Asset
 def _unknown_exports(
     platform: Platform, found: Exports, instance: dg.DagsterInstance
 ) -> list[dg.AssetMaterialization]:
-    """Return the days that are exported and of which Dagster knows no materialization: `prefs export` starts no run."""
+    """Return the exported days without a materialization in Dagster, because `prefs export` starts no run."""
     events = []
     for spec in platform.training_tables.values():
         key = asset_key(spec)

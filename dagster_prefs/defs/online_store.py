@@ -33,7 +33,7 @@ def _table(platform: Platform, entity: str) -> dg.AssetsDefinition:
         group_name=GROUP,
         kinds={"dynamodb"},
         owners=[contract.owner],
-        description=f"The table with one item per {entity} and domain; made or verified against the contract.",
+        description=f"The table with one item per {entity} and domain; created or verified against the contract.",
     )
     def table() -> dg.MaterializeResult[Any]:
         report = platform.provision(platform.dynamodb())[entity]
@@ -73,7 +73,7 @@ def _published(platform: Platform, domain: Domain) -> dg.AssetsDefinition:
         owners=[domain.owner],
         check_specs=[check],
         metadata=same_columns(domain.attributes, dg.AssetKey(domain.sink)),
-        description=f"{domain.description} Upserts what changed in {domain.relation}, deletes who left it.",
+        description=f"{domain.description} Upserts the changes of {domain.relation}, deletes items without a row.",
     )
     def published(
         context: dg.AssetExecutionContext,

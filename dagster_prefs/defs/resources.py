@@ -1,4 +1,4 @@
-"""What the definitions share: asset keys, and whether schedules and sensors start automatically."""
+"""Shared parts of the definitions: asset keys, and whether schedules and sensors start automatically."""
 
 from __future__ import annotations
 

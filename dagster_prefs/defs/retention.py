@@ -1,4 +1,4 @@
-"""Retention of runs: Dagster's own covers only ticks, and the readings of every five minutes add up."""
+"""Retention of runs: Dagster's own retention covers only ticks, and the readings of every five minutes accumulate."""
 
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
@@ -8,13 +8,13 @@ from typing import Any
 import dagster as dg
 import sqlalchemy as db
 
-from dagster_prefs.defs import deployment, events, feature_views, freshness, training_data
+from dagster_prefs.defs import deployment, events, feature_views, freshness, training_data, values
 from dagster_prefs.defs.resources import schedule_status
 from dagster_prefs.platform import Platform
 
 JOB = "delete_old_readings"
-# The jobs that schedules and sensors start again and again. Not the exports: what they materialized says in the UI
-# which days are there.
+# The jobs that schedules and sensors start repeatedly. Exports are not included: their materializations show in the UI
+# which days exist.
 RECURRING = (
     freshness.JOB,
     feature_views.REFRESH_JOB,
@@ -23,6 +23,7 @@ RECURRING = (
     deployment.JOB,
     training_data.PARITY_JOB,
     training_data.MAINTENANCE_JOB,
+    values.JOB,
     JOB,
 )
 FINISHED = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED]
@@ -64,9 +65,9 @@ def build(platform: Platform, *, clock: Callable[[], datetime] = lambda: datetim
 def delete_runs(instance: dg.DagsterInstance, *, before: datetime, most: int) -> int:
     """Delete finished runs of the recurring jobs, and return their number. Safe to repeat.
 
-    Of each job the newest run stays, and of the others those that are no older than `before` (UTC) and among the
-    last `most`. A run takes its events, observations, check evaluations and files along, but for the last evaluation
-    of a check, which is shown.
+    Of each job the newest run stays, and the others that are no older than `before` (UTC) and among the last `most`.
+    With a run, its events, observations, check evaluations and files are deleted, except the last evaluation of each
+    check, which the UI shows.
     """
     deleted = 0
     for job in RECURRING:
@@ -88,9 +89,9 @@ def delete_runs(instance: dg.DagsterInstance, *, before: datetime, most: int) ->
 
 
 def _delete_check_history(instance: dg.DagsterInstance, runs: Sequence[str]) -> None:
-    """Delete the evaluations of checks in these runs, but for the last of each check.
+    """Delete the evaluations of checks in these runs, except the last one of each check.
 
-    Dagster 1.13 has no call for it: `delete_run` leaves them, and `wipe_assets` takes the materializations too.
+    Dagster 1.13 has no call for it: `delete_run` leaves them, and `wipe_assets` deletes the materializations too.
     """
     storage: Any = instance.event_log_storage
     statement = db.text(
@@ -102,7 +103,7 @@ def _delete_check_history(instance: dg.DagsterInstance, runs: Sequence[str]) -> 
 
 
 def _delete_files(instance: dg.DagsterInstance, run: str) -> None:
-    """Delete what `delete_run` leaves: the output of a run's processes, and its events' own SQLite file."""
+    """Delete the files that `delete_run` leaves: the output of a run's processes, and its events' SQLite file."""
     instance.compute_log_manager.delete_logs(prefix=[run])
     for file in Path(instance.root_directory, "history", "runs").glob(f"{run}.db*"):
         file.unlink(missing_ok=True)

@@ -143,7 +143,7 @@ def maintained(platform: Platform, tables: Mapping[str, dg.AssetKey], clock: Clo
         kinds={"iceberg"},
         owners=[platform.contract.owner],
         description=f"Snapshots of training tables and sets older than {days} days expire, small files of a day become "
-        "one, files that nothing names are deleted. What a tag points at stays.",
+        "one, unreferenced files are deleted. Tagged snapshots stay.",
     )
     def maintenance(context: dg.AssetExecutionContext) -> dg.MaterializeResult[Any]:
         catalog = platform.catalog()
@@ -159,7 +159,7 @@ def maintained(platform: Platform, tables: Mapping[str, dg.AssetKey], clock: Clo
                     maintain(catalog, spec, compact=platform.settings.export == "platform", **told)
                 )
             except TableMissing as error:
-                context.log.info(f"nothing to keep up yet: {error}")
+                context.log.info(f"nothing to maintain yet: {error}")
         try:
             reports += maintain_training_sets(catalog, **told)
         except NotImplementedError as error:
@@ -174,8 +174,8 @@ def maintained(platform: Platform, tables: Mapping[str, dg.AssetKey], clock: Clo
             )
             if report.days_foreign:
                 context.log.warning(
-                    f"{report.table}: {len(report.days_foreign)} days are left alone because another writer changed "
-                    f"them (oldest {report.days_foreign[0]}): run `prefs export --replace-foreign`"
+                    f"{report.table}: {len(report.days_foreign)} days are left unchanged because another writer "
+                    f"changed them (oldest {report.days_foreign[0]}): run `prefs export --replace-foreign`"
                 )
             numbers["snapshots_expired"] += report.snapshots_expired
             numbers["days_compacted"] += len(report.days_compacted)
@@ -256,18 +256,18 @@ def _sentence(features: Features, domain: str, examples: list[Difference], repor
     if report.missing[domain]:
         wrong.append(f"{report.missing[domain]} items are missing")
     if report.extra[domain]:
-        wrong.append(f"{report.extra[domain]} items ought to be gone")
+        wrong.append(f"{report.extra[domain]} items should not exist")
     if not wrong and any(one.missing for one in found):
         wrong.append("attributes are missing: " + ", ".join(one.attribute for one in found if one.missing))
     entity = features.entity.name
     unknown = [name for name in report.left_out if name.startswith(f"{domain}.")]
     rest = f"; not compared, because no tile has it: {', '.join(unknown)}" if unknown else ""
     if not wrong:
-        return f"every value of {report.subjects} ids of {entity} is served as the tables say{rest}"
+        return f"every served value of {report.subjects} ids of {entity} equals that of the training tables{rest}"
     first = examples[0] if examples else None
     worst = (
         f"; the worst is {first.attribute} of {entity} {id_label(first.subject)}: {first.served} is served, "
-        f"{first.due} is due"
+        f"{first.due} is expected"
         if first
         else ""
     )
@@ -321,7 +321,7 @@ def jobs_of(
             description=description,
         )
         for job, cron, description in (
-            (upkeep, "40 3 * * *", "Keeps the training tables up once a day."),
+            (upkeep, "40 3 * * *", "Maintains the training tables once a day."),
             (compare, "20 4 * * *", "Compares once a day, hours after the windows have moved."),
         )
     ]

@@ -1,4 +1,4 @@
-"""Carry a plan out: build shadow relations, swap them in, drop the old ones last; it may stop at any moment."""
+"""Apply a plan: build shadow relations, swap them in, drop the old ones last. It may be interrupted at any moment."""
 
 from __future__ import annotations
 
@@ -32,10 +32,11 @@ from dagster_prefs.deploy.plan import (
 from dagster_prefs.engine.catalog import Catalog, read_catalog
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
-from dagster_prefs.engine.explain import engine_words, redacted
+from dagster_prefs.engine.explain import engine_words
 from dagster_prefs.engine.version import require_version
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.files import make_private_folder
+from dagster_prefs.redaction import redact_options
 
 BUILDING, GOING_LIVE = "building", "going live"
 # These have no readers inside the engine: instead of a swap, the old one is dropped and the new one renamed.
@@ -44,7 +45,7 @@ _POLL_SECONDS = 0.5
 
 
 class ApplyError(PrefsError):
-    """A plan could not be applied completely; the message says what still serves, and the remedy."""
+    """A plan could not be applied completely; the message says which relations still serve, and the remedy."""
 
 
 class OnlineStore(Protocol):
@@ -54,7 +55,7 @@ class OnlineStore(Protocol):
         """Create or verify the tables, before a sink into one is created."""
 
     def reconcile(self, relation: str) -> str:
-        """Bring the items of a rolling view's domain to the view's rows, departed keys included; say what was done."""
+        """Make the items of a rolling view's domain equal to its rows; delete those without a row. Return a summary."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def apply_plan(
     except psycopg.Error as error:
         raise ApplyError(
             f"the engine at {engine.host}:{engine.port} refused a statement of the step “{step}”: remove the cause "
-            f"and run `prefs apply` again, which goes on from there. It says: {engine_words(str(error))}"
+            f"and run `prefs apply` again, which continues from there. It says: {engine_words(str(error))}"
         ) from error
     finally:
         lock.release()
@@ -261,7 +262,7 @@ class _Apply:
                 self._take_over(journal, name, drop=True)
         self.on_step("record what is deployed")
         self._promote_records(journal)
-        # What the old sinks wrote until they were dropped.
+        # Reconciles the items that the old sinks wrote until they were dropped.
         self._reconcile(journal)
         self._drop_orphans(journal)
         for name, _ in reversed(journal.closure):
@@ -288,8 +289,8 @@ class _Apply:
             self._execute("alter {} {} rename to {}", kind, self._at(new.name), sql.Identifier(name))
 
     def _drop_lake_sinks(self, journal: _Journal, names: Sequence[str]) -> None:
-        # Items are written over, but rows of a training table are added: next to the old sink, or after what an
-        # interrupted apply built, a new one would write each a second time. Nobody is served from there meanwhile.
+        # Items are overwritten, but rows of a training table are appended: a new sink next to the old one, or after an
+        # interrupted apply, would write each row a second time. No reader is served from the training table meanwhile.
         for name in names:
             self._drop(name, "the old sink")
             self._drop(journal.shadow(name), "the unfinished sink")
@@ -302,7 +303,7 @@ class _Apply:
             self.on_step(self.online.reconcile(relation))
 
     def _withdraw_sinks(self, journal: _Journal, cause: BaseException) -> None:
-        # Two sinks of one domain overwrite each other: the new ones go, and what they wrote is put right.
+        # Two sinks of one domain overwrite each other: the new ones are dropped, and their items are reconciled.
         try:
             for name, kind in journal.closure:
                 if kind in _WRITERS:
@@ -396,7 +397,7 @@ class _Apply:
             yield
 
     def _wait_until_created(self, journal: _Journal) -> None:
-        """Wait until all jobs are created: one outlives its session, and cannot be read or dropped before."""
+        """Wait until all jobs are created: a job outlives its session, and cannot be read or dropped before."""
         if not self.streaming:
             return
         self.connection.execute("flush")
@@ -474,7 +475,7 @@ class _Apply:
             "update {} set checksum = %s, source_checksum = %s, definition = %s, state = 'deployed',"
             " deployed_at = now() where relation = %s",
             self._records,
-            values=(model.checksum, model.source_checksum, redacted(model.sql), name),
+            values=(model.checksum, model.source_checksum, redact_options(model.sql), name),
         )
 
     def _promote_records(self, journal: _Journal) -> None:

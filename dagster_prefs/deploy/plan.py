@@ -19,15 +19,15 @@ from sqlglot.errors import SqlglotError
 from dagster_prefs.engine.catalog import Catalog, CatalogObject, read_catalog
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
-from dagster_prefs.engine.explain import redacted
 from dagster_prefs.engine.version import require_version
 from dagster_prefs.errors import PrefsError
+from dagster_prefs.redaction import redact_options
 
 DEPLOYMENTS = "deployments"
 
-# A shadow relation, built next to the old one, carries the plan's id behind its name until it takes the name over.
+# The suffix of a shadow relation, which is built next to the old one: it carries the plan's id until the swap.
 SHADOW = re.compile(r"__next_([0-9a-f]{8})$")
-# What dbt-risingwave's own zero-downtime mode leaves.
+# The names that dbt-risingwave's own zero-downtime mode leaves behind.
 DBT_LEFTOVER = re.compile(r"_dbt_zero_down_tmp_")
 
 # A Kafka feed: a source with the model's name, and a sink from it into the topic's raw table (macro
@@ -81,12 +81,12 @@ class Model:
 
     @property
     def holds_data(self) -> bool:
-        """Whether it is a table that stores events, which no run could restore."""
+        """Whether it is a table of events, which no run could restore."""
         return self.kind == "table_with_connector"
 
     @property
     def replaces_itself(self) -> bool:
-        """Whether a run of its model replaces what runs: dbt alone makes a second feed next to the old one."""
+        """Whether a run of its model replaces what runs: dbt alone adds a second feed next to the old one."""
         return self.kind == FEED_KIND
 
 
@@ -247,7 +247,7 @@ class Plan:
         counts = [f"{number} {what}" for what, number in numbers.items() if number]
         lines.append(", ".join([f"{len(self.unchanged)} unchanged", *counts]))
         if not self.changes:
-            lines.append("nothing to do: what is deployed is what is declared")
+            lines.append("nothing to do: the deployed relations match the declarations")
         return "\n".join(lines)
 
 
@@ -581,7 +581,7 @@ def _ancestors(models: Mapping[str, Model], name: str) -> set[str]:
 
 
 def _stranded(models: Mapping[str, Model], records: Mapping[str, Record], catalog: Catalog) -> dict[str, str]:
-    """Map each relation to what it reads against its model: the old object of an unfinished swap."""
+    """Map each relation to the relations that it reads contrary to its model: old objects of an unfinished swap."""
     found = {}
     for name in models:
         if name not in records or name not in catalog.objects:
@@ -594,7 +594,7 @@ def _stranded(models: Mapping[str, Model], records: Mapping[str, Record], catalo
 
 def readable_diff(engine: Literal["local", "risingwave"], model: Model, deployed: str) -> str:
     """Return a unified diff of two definitions; queries are formatted first, so layout does not count."""
-    before, after = (_formatted(engine, text) for text in (deployed, redacted(model.sql)))
+    before, after = (_formatted(engine, text) for text in (deployed, redact_options(model.sql)))
     lines = difflib.unified_diff(before, after, "deployed", "compiled", lineterm="", n=2)
     return "\n".join(lines)
 

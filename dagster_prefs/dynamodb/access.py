@@ -76,7 +76,7 @@ class ItemAccess:
 
     def page(self, domain_key: str, limit: int, place: int) -> set[Id]:
         """Return the ids of one domain among `limit` items, starting at the hash of the id `place`."""
-        # A start key need not exist: DynamoDB goes on from where its hash lies.
+        # A start key need not exist: DynamoDB continues from the position of its hash.
         start: Any = self.key(domain_key, place)
         items: list[Any] = []
         for options in ({"ExclusiveStartKey": start}, {}):

@@ -10,6 +10,8 @@ import math
 import random
 import time
 
+from dagster_prefs.pauses import Pauses
+
 
 class Backoff:
     """Random pauses between attempts that double each time, up to `longest_seconds`.
@@ -27,13 +29,13 @@ class Backoff:
     ) -> None:
         self._attempts = attempts
         self._first, self._longest = first_seconds, longest_seconds
+        self._pauses = Pauses(first_seconds, longest_seconds)
         self._deadline = deadline
         self._failed = 0
 
     def again(self) -> bool:
         """Pause before another attempt; return False, without a pause, if no attempts or no time is left."""
-        most = min(self._longest, self._first * 2**self._failed)
-        pause = random.uniform(0, most)  # noqa: S311 - jitter, not a secret
+        pause = random.uniform(0, self._pauses.next())  # noqa: S311 - jitter, not a secret
         self._failed += 1
         if self._failed >= self._attempts or time.monotonic() + pause >= self._deadline:
             return False
@@ -43,3 +45,4 @@ class Backoff:
     def progressed(self) -> None:
         """Reset the attempts, because part of the last one was accepted."""
         self._failed = -1
+        self._pauses = Pauses(self._first / 2, self._longest)

@@ -34,6 +34,7 @@ from dagster_prefs.dynamodb.store import DomainStore
 from dagster_prefs.engine.connection import EngineUnavailable
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.ids import Id
+from dagster_prefs.pauses import Pauses
 
 Mode = Literal["follow", "once"]
 
@@ -41,9 +42,9 @@ Mode = Literal["follow", "once"]
 PAGE = 1000
 # How long FETCH waits for a change; an order to stop is heard after this at the latest.
 FETCH_SECONDS = 1
-# After so long without a change the token moves on by itself, so that a quiet view never outlives the retention.
+# After this long without a change the token is advanced, so that a quiet view never outlives the retention.
 QUIET_SECONDS = 15.0
-MAX_PAUSE_SECONDS = 30.0
+FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 1.0, 30.0
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def publish_changes(
         try:
             finished, _ = wait(running, return_when=FIRST_EXCEPTION)
             if mode == "follow" and any(future.exception() for future in finished):
-                # A process that goes on without one of its domains would look healthy from outside.
+                # A process that continues without one of its domains would look healthy from outside.
                 stop.set()
         except BaseException:
             stop.set()
@@ -208,7 +209,7 @@ class _Publisher:
 
         Reconnects to the engine when a connection ends.
         """
-        failures = 0
+        pauses = Pauses(FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS)
         while not self.stop.is_set():
             sessions = self.sessions
             try:
@@ -221,12 +222,13 @@ class _Publisher:
                 self.notify(f"{error}: reading the whole view again")
                 self.full = True
             except (FeedBroken, EngineUnavailable, StoreUnavailable, PublishError) as error:
-                # What fails before anything worked, or refuses too many keys, does not pass by itself.
+                # An error before the first success, or too many rejected keys, is not temporary.
                 if self.mode == "once" or not self.sessions or len(self.refused) > MAX_REFUSED:
                     raise
-                failures = 0 if self.sessions > sessions else failures + 1
-                if failures:
-                    pause = min(MAX_PAUSE_SECONDS, 0.5 * 2**failures)
+                if self.sessions > sessions:
+                    pauses.reset()
+                else:
+                    pause = pauses.next()
                     self.notify(f"{error}; retrying in {pause:g} s")
                     self._pause(pause)
 
@@ -239,7 +241,7 @@ class _Publisher:
             self.stop.wait(min(1.0, max(0.0, ends - time.monotonic())))
 
     def _drop_unwritten(self) -> None:
-        # What was read and not written is read again from the token.
+        # Changes that were read but not written are read again from the token.
         self.moment: int | None = None
         self.kept: set[Id] = set()
         self.removed: set[Id] = set()

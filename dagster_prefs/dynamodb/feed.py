@@ -234,5 +234,5 @@ class SubscriptionFeed:
     def _broken(self, error: psycopg.Error) -> FeedBroken:
         return FeedBroken(
             f"domain {self.domain.name}: the engine failed while its changes were read "
-            f"({' '.join(str(error).split())}): look at its log and run again"
+            f"({' '.join(str(error).split())}): check its log and run again"
         )

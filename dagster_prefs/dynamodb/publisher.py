@@ -36,6 +36,8 @@ KEY_THREADS = 4
 KEY_ATTEMPTS = 8
 # DynamoDB's limit for one BatchWriteItem.
 BATCH_ITEMS = 25
+# So many marks at once change what the planner has to know about them.
+MANY_ROWS = 1000
 # After this many refused keys something general is wrong, and going on only repeats it.
 MAX_REFUSED = 100
 
@@ -51,7 +53,7 @@ RETRYABLE = frozenset(
     }
 )
 
-# What the engine may call a column of each contract type (PostgreSQL's format_type).
+# The engine's possible types for a column of each contract type (PostgreSQL's format_type).
 COLUMN_TYPES = {
     "integer": ("bigint", "integer", "smallint"),
     "decimal": ("numeric",),
@@ -367,7 +369,7 @@ class _Publication:
         )
 
     def _mark(self) -> None:
-        self.control.execute(
+        marked = self.control.execute(
             sql.SQL(
                 """
                 insert into online_published as p (table_id, domain_key, entity_key, fingerprint)
@@ -389,7 +391,10 @@ class _Publication:
                 fingerprint=self._row_fingerprint(),
             ),
             self._parameters,
-        )
+        ).rowcount
+        if marked >= MANY_ROWS:
+            # Planned as for the few marks of before, the joins below compare every mark with every row.
+            self.control.execute("analyze online_published")
         self.control.execute(
             sql.SQL(
                 """

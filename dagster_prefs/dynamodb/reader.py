@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 from dagster_prefs.declarations.contract import Table
 from dagster_prefs.dynamodb.backoff import Backoff
@@ -15,11 +15,21 @@ from dagster_prefs.ids import Id
 Key = tuple[Id, str]
 Item = dict[str, dict[str, Any]]
 Found = Item | None | ReadError
+# Called when an attempt ended, with the kinds of its errors.
+Attempted = Callable[[Sequence[str]], None]
 
 # DynamoDB's limit for one BatchGetItem.
 BATCH_KEYS = 100
 # From this many keys on, one BatchGetItem beats as many GetItems side by side.
 BATCH_FROM = 3
+
+
+class Attempts(Protocol):
+    """Is told of the attempts of one read."""
+
+    def attempt(self, number: int, operations: Sequence[str]) -> Attempted:
+        """An attempt begins, the first has number 1: the operations of its concurrent requests."""
+        ...
 
 
 class ItemReader:
@@ -55,24 +65,35 @@ class ItemReader:
         }
 
     def read(
-        self, keys: Sequence[Key], *, consistent: bool, deadline: float, canaries: Sequence[Key] = ()
+        self,
+        keys: Sequence[Key],
+        *,
+        consistent: bool,
+        deadline: float,
+        canaries: Sequence[Key] = (),
+        told: Attempts | None = None,
     ) -> dict[Key, Found]:
         """Return the item of each key, None if there is none, or the error of its read.
 
         Up to two keys are read by concurrent GetItems, more by concurrent BatchGetItems of 100 keys each.
         `canaries` are read at the same time in a separate request without retries. `deadline` is in seconds
-        of time.monotonic(); a read that is incomplete by then ends with a `timeout`.
+        of time.monotonic(); a read that is incomplete by then ends with a `timeout`. `told` is told of each attempt.
         """
         found: dict[Key, Found] = {}
         pending = self._plan(list(dict.fromkeys(keys)), consistent)
         optional = self._plan(list(dict.fromkeys(canaries)), consistent=False)
         last: dict[Key, ReadError] = {}
         backoff = Backoff(self._max_attempts, first_seconds=0.02, longest_seconds=0.2, deadline=deadline)
+        number = 0
         while True:
+            number += 1
             wanted = pending + optional
             rounds = -(-len(wanted) // self._side_by_side)
             attempt_deadline = min(deadline, time.monotonic() + self._read_timeout * rounds)
+            ended = None if told is None else told.attempt(number, [call.operation for call, _ in wanted])
             answers = self._transport.send([call for call, _ in wanted], attempt_deadline)
+            if ended is not None:
+                ended([answer.kind for answer in answers if isinstance(answer, ReadError)])
             again: list[tuple[Call, list[Key]]] = []
             for position, ((call, asked), answer) in enumerate(zip(wanted, answers, strict=True)):
                 left = self._take(call, asked, answer, found, last)

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from dagster_prefs.addresses import is_loopback
 from dagster_prefs.declarations.contract import Contract, Table
 from dagster_prefs.errors import PrefsError
+from dagster_prefs.pauses import Pauses
 
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
 
-# Written by whoever makes the table: `create` here, or the Terraform module. Never lowered, because code of an
-# older contract may well run on a table of a newer one; the other way round it must not.
+# Written when the table is created, by `create` here or by the Terraform module. Never lowered, because code of an
+# older contract may run on a table of a newer one, but not the reverse.
 CONTRACT_VERSION_TAG = "prefs:contract-version"
 
 
@@ -208,7 +209,7 @@ def _create(client: DynamoDBClient, table: Table, version: int, name: str) -> bo
 
 def _wait_until_active(client: DynamoDBClient, name: str, timeout_seconds: float) -> Any:
     deadline = time.monotonic() + timeout_seconds
-    pause = 0.05
+    pauses = Pauses(0.05, 2.0)
     while True:
         description = _describe(client, name)
         status = "missing" if description is None else str(description["TableStatus"])
@@ -219,8 +220,7 @@ def _wait_until_active(client: DynamoDBClient, name: str, timeout_seconds: float
                 f"table {name} is {status} and did not become ACTIVE within {timeout_seconds:g} s: "
                 "look at it in the AWS console and run again"
             )
-        time.sleep(pause)
-        pause = min(pause * 2, 2.0)
+        time.sleep(pauses.next())
 
 
 def _ttl_difference(client: DynamoDBClient, name: str, wanted: str | None) -> str | None:

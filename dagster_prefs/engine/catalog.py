@@ -30,10 +30,10 @@ def missing_relation(error: psycopg.Error) -> str | None:
 
 @dataclass(frozen=True)
 class CatalogObject:
-    """A relation, sink or subscription; a later created one has a higher id.
+    """A relation, sink or subscription; a higher id was created later.
 
-    `kind` is one of table, view, materialized view, sink, subscription, source; a kept view of the embedded
-    engine counts as one materialized view, with what its query reads.
+    `kind` is one of table, view, materialized view, sink, subscription, source. A kept view of the embedded engine
+    counts as one materialized view, which reads the relations of its query.
     """
 
     id: int
@@ -139,8 +139,8 @@ def row_counts(
 ) -> dict[str, int]:
     """Count the rows of each named relation that exists; exact on the embedded engine.
 
-    With `exact_up_to` a table of more rows there is told as PostgreSQL estimates it, because a count reads all of it.
-    On RisingWave, where a count reads the whole relation, it is the storage's own key count.
+    With `exact_up_to`, PostgreSQL's estimate is returned for a larger table there, because a count reads all of it. On
+    RisingWave, where a count reads the whole relation, the storage's own key count is returned.
     """
     if not names:
         return {}

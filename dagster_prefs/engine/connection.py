@@ -23,6 +23,11 @@ class EngineUnavailable(PrefsError):
 # them.
 _TRANSPORT = (
     (
+        "no space left",
+        "the disk of the engine at {where} is full ({reason}): free space on it, and the engine accepts connections "
+        "again",
+    ),
+    (
         "does not support ssl",
         "the engine at {where} does not offer TLS, which PREFS_ENGINE_SSLMODE requires: give RisingWave "
         "RW_SSL_CERT and RW_SSL_KEY, or set PREFS_ENGINE_SSLMODE=disable where the network itself is trusted",
@@ -109,10 +114,9 @@ class EngineConfiguration:
     def require_auth(self) -> str | None:
         """libpq's `require_auth`: the permitted ways for the server to request the password, None for any.
 
-        RisingWave requests ordinary passwords by md5, and those of OAuth and LDAP in clear text. A clear text
-        password is only sent to a server whose certificate is verified: with `require`, an attacker in
-        between can pose as the server. A server that requests no password is not the one that the password
-        belongs to.
+        RisingWave requests ordinary passwords by md5, and those of OAuth and LDAP in clear text. A clear text password
+        is only sent to a server whose certificate is verified: with `require`, an attacker in between can pose as the
+        server. A server that requests no password is not the expected one.
         """
         if not self.password or on_this_machine(self.host):
             return None

@@ -1,4 +1,4 @@
-"""dbt in a child process: the manifest when it is out of date, and runs whose results are data."""
+"""Run dbt in a child process: parse the manifest when it is out of date, and return the results of runs as data."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class DbtError(PrefsError):
 
 @dataclass(frozen=True)
 class NodeResult:
-    """What became of one model or test.
+    """The result of one model or test.
 
     `status` is dbt's own: success, error, skipped, pass, fail, warn. `seconds` is wall-clock time.
     """
@@ -51,12 +51,12 @@ class NodeResult:
 
     @property
     def name(self) -> str:
-        """Name of the model, or of the test."""
+        """Name of the model or test."""
         return self.unique_id.split(".")[2]
 
     @property
     def ok(self) -> bool:
-        """Whether the node did what it should; a warning did."""
+        """Whether the node succeeded; a warning counts as success."""
         return self.status in ("success", "pass", "warn", "no-op", "reused")
 
 
@@ -64,8 +64,8 @@ class Dbt:
     """The dbt project against one engine.
 
     dbt reads the connection from `PREFS_ENGINE_*` (see `profiles.yml`): each invocation runs in the child process,
-    whose environment is this one's with these variables set from `connection`. Everything that dbt writes goes to
-    `target_dir`. `process` defaults to one that all of this process share.
+    whose environment is this process's with these variables set from `connection`. dbt writes only to `target_dir`.
+    `process` defaults to one that all instances in this process share.
     """
 
     def __init__(
@@ -96,13 +96,13 @@ class Dbt:
 
     @property
     def manifest_path(self) -> Path:
-        """Where dbt writes its manifest."""
+        """The path of dbt's manifest."""
         return self.target_dir / "manifest.json"
 
     def manifest(self) -> dict[str, Any]:
-        """dbt's manifest, parsed again only when the project or its settings have changed.
+        """Return dbt's manifest, parsed again only if the project or its settings have changed.
 
-        Raises DbtError when the project does not parse.
+        Raises DbtError if the project does not parse.
         """
         stamp = self.target_dir / "manifest.sha256"
         make_private_folder(self.target_dir)
@@ -116,9 +116,9 @@ class Dbt:
         return loaded
 
     def compiled_manifest(self) -> dict[str, Any]:
-        """dbt's manifest with every model's `compiled_code`; asks no engine, so that none need run.
+        """Return dbt's manifest with every model's `compiled_code`. Needs no running engine.
 
-        Raises DbtError where the project does not parse or a model does not compile.
+        Raises DbtError if the project does not parse or a model does not compile.
         """
         make_private_folder(self.target_dir)
         with FileLock(self.target_dir / "manifest.lock"):
@@ -138,12 +138,13 @@ class Dbt:
         on_result: Callable[[NodeResult], None] | None = None,
         aliases: Mapping[str, str] | None = None,
     ) -> list[NodeResult]:
-        """`dbt <command>`, e.g. `build`, over the selected nodes; every node by default.
+        """Run `dbt <command>`, e.g. `build`, over the selected nodes, by default all.
 
-        `aliases` (model → relation) makes models under other names, which the others then read.
-        `arguments` are options of the command; the project is parsed without them, apart from `--vars`.
-        Returns one result a node, failed ones included; `on_result` gets each as soon as it is there.
-        Raises DbtError only when dbt could not run at all: no engine, no such model, a parse error.
+        `aliases` (model → relation) creates models under other names, which dependent models then read. `arguments` are
+        options of the command; the project is parsed without them, except `--vars`.
+
+        Returns one result per node, failed ones included; `on_result` receives each as soon as the node finishes.
+        Raises DbtError only if dbt could not run at all: no engine, no such model, a parse error.
         """
         args = [command, *arguments]
         if select:
@@ -161,14 +162,14 @@ class Dbt:
             if on_result:
                 on_result(node_result(told))
 
-        # Aliases are this run's own: others read the manifest that is on disk.
+        # Aliases apply to this run only: other runs read the manifest on disk.
         kept = None if aliases else self.manifest_path
         return [node_result(told) for told in self._invoke(args, kept, heard, aliases)]
 
     def compiled(self, models: Sequence[str]) -> dict[str, str]:
-        """Model → its SQL as the engine would get it; asks no engine, so that none need run.
+        """Map each model to its SQL as the engine would get it. Needs no running engine.
 
-        Raises DbtError where a model does not compile.
+        Raises DbtError if a model does not compile.
         """
         results = self._invoke(["compile", *_OFFLINE, "--select", " ".join(models)])
         names = [(result["unique_id"].split(".")[2], result["compiled"]) for result in results]
@@ -189,8 +190,8 @@ class Dbt:
             "--log-path", str(self.target_dir.absolute() / "logs"),
         ]  # fmt: skip
         quiet = ["--log-level", "none", "--log-level-file", "info", "--no-use-colors-file"]
-        # How to prove who we are is no part of the parsed project, and so not of its fingerprint. dbt's profiles have
-        # no option for the methods, and this process's own variable would reach Dagster's storage.
+        # Authentication is not part of the parsed project, and so not of its fingerprint. dbt's profiles have no option
+        # for the methods, and setting this process's own variable would affect Dagster's storage.
         proof = {"PGPASSFILE": self.connection.password_file, "PGREQUIREAUTH": self.connection.require_auth}
         request = {
             "before": quiet,
@@ -213,7 +214,7 @@ class Dbt:
         return results
 
     def fingerprint(self) -> str:
-        """Return a hash of all that a parse depends on: the project's files, dbt's version and the settings."""
+        """Return a hash of the inputs of a parse: the project's files, dbt's version and the settings."""
         digest = hashlib.sha256()
         for package in ("dbt-core", "dbt-postgres", "dbt-risingwave"):
             digest.update(f"{package}={version(package)}\n".encode())
@@ -227,7 +228,7 @@ class Dbt:
 
 
 class DbtProcess:
-    """The process that runs dbt for this one; it serves every `Dbt`, one invocation after the other."""
+    """The child process that runs dbt; it serves every `Dbt` of this process, one invocation at a time."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -236,8 +237,8 @@ class DbtProcess:
     def ask(self, request: Mapping[str, Any], heard: Callable[[Mapping[str, Any]], None]) -> dict[str, Any]:
         """Send a request, pass on each node's result, and return the last answer.
 
-        Raises DbtError when the process ends instead of answering. Whatever ends the wait, Ctrl-C included, ends the
-        invocation with it.
+        Raises DbtError if the process ends without an answer. If the wait is interrupted, by Ctrl-C too, the invocation
+        is ended.
         """
         with self._lock:
             process = self._running()
@@ -263,7 +264,7 @@ class DbtProcess:
             )
 
     def end(self) -> None:
-        """End the process, if it runs; the next request starts another."""
+        """End the process if it runs; the next request starts another one."""
         if (process := self._process) is not None:
             with suppress(BrokenPipeError):
                 cast(IO[bytes], process.stdin).close()
@@ -274,12 +275,12 @@ class DbtProcess:
             package_root = str(Path(dagster_prefs.__file__).parents[1])
             path = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
             self._process = subprocess.Popen(
-                # Without the working folder on its path, where files may be named like modules.
+                # The working folder is not on its path, because its files may be named like modules.
                 [sys.executable, "-P", "-m", "dagster_prefs.engine.dbt_child"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
-                # Ctrl-C of the terminal reaches this process only, which then ends the invocation in order.
+                # The terminal's Ctrl-C reaches this process only, which then ends the invocation in order.
                 start_new_session=True,
             )
         return self._process
@@ -300,14 +301,14 @@ atexit.register(_SHARED.end)
 
 
 class _Described:
-    """The messages of one run, each told with the node that it is about."""
+    """The messages of one run, each explained with its node."""
 
     def __init__(self, dbt: Dbt) -> None:
         self._dbt = dbt
 
     @cached_property
     def _manifest(self) -> dict[str, Any]:
-        # As this run, or the compilation before it, has left it; only failures are looked up.
+        # The manifest as this run, or the compilation before it, left it; read only to explain failures.
         found: dict[str, Any] = json.loads(self._dbt.manifest_path.read_bytes())
         return found
 
@@ -318,11 +319,11 @@ class _Described:
         return meant or one_line(said)
 
 
-# What RisingWave says of a statement that cannot work, and what it means to who runs it.
+# RisingWave's errors about statements that cannot work, and their explanation for the user.
 _MEANINGS = (
     (
         r"topic (\S+) not found",
-        r"Kafka has no topic \1: create it, or set the name it has there with PREFS_KAFKA_TOPIC_…",
+        r"Kafka has no topic \1: create it, or set its name in Kafka with PREFS_KAFKA_TOPIC_…",
     ),
     (
         r"failed to fetch metadata from kafka \(([^)]*)\)",
@@ -335,7 +336,7 @@ _MEANINGS = (
         "first, and check PREFS_TABLE_PREFIX, AWS_REGION and AWS_ENDPOINT_URL",
     ),
     (
-        # In the words of 3.0.2 and later, and of older servers.
+        # The wording of 3.0.2 and later, and of older servers.
         r"DynamoDB table \S+ primary key .* must match RisingWave primary key|table \S+ key schema is empty"
         r"|key field (\S+) not found in schema or not primary key|primary key.*not.*key schema",
         "the DynamoDB table has another key than the contract, so it was created by somebody else or for another "
@@ -368,9 +369,9 @@ def _meaning(message: str) -> str | None:
 
 
 def one_line(message: str) -> str:
-    """dbt's message without its position and call stack: what failed and why, on one line.
+    """Return dbt's message on one line, without its position and call stack.
 
-    What RisingWave says in a chain of causes is replaced by what to do, where that is known.
+    Known chains of causes from RisingWave are replaced by the remedy.
     """
     if meant := _meaning(message):
         return meant
@@ -385,15 +386,15 @@ def one_line(message: str) -> str:
 
 
 def compile_queries(project_dir: Path, relations: Sequence[str]) -> dict[str, str]:
-    """Relation → its SQL as `Registry.queries` holds it: compiled for RisingWave in a fixed environment.
+    """Map each relation to its SQL in the form of `Registry.queries`: compiled for RisingWave in a fixed environment.
 
-    Asks no engine. Raises DbtError where the project does not parse or a model does not compile.
+    Needs no running engine. Raises DbtError if the project does not parse or a model does not compile.
     """
     if not relations:
         return {}
     nowhere = EngineConfiguration("127.0.0.1", 1, "any", "any", schema="any", kind="risingwave")
     with tempfile.TemporaryDirectory() as target:
-        # A spread moves a key's day, which whoever asks about other days has done already.
+        # The spread shifts a key's day; code that evaluates the SQL for other days applies it itself.
         dbt = Dbt(nowhere, project_dir, Path(target), {"PREFS_EXPIRY_SPREAD_SECONDS": "0"})
         compiled = dbt.compiled(relations)
     return {relation: text.replace('"any"."any".', "") for relation, text in sorted(compiled.items())}

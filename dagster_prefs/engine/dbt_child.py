@@ -1,9 +1,9 @@
-"""dbt in a process of its own, whose environment is what each invocation is given.
+"""Run dbt in a process of its own, whose environment is set for each invocation.
 
 Started by `engine.dbt` as `python -m dagster_prefs.engine.dbt_child`. It reads requests as JSON lines from its input
-and answers in JSON lines on its output: {"node": …} for each node that finishes, then {"results": […]} or
-{"error": …}. It serves one request after the other, so that dbt is imported once, and ends with the process
-that started it, in the middle of an invocation too.
+and answers in JSON lines on its output: {"node": …} for each node that finishes, then {"results": […]} or {"error": …}.
+It serves one request after the other, so that dbt is imported once. It ends with the process that started it, even in
+the middle of an invocation.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Send = Callable[[Mapping[str, Any]], None]
 
 
 class _Parent:
-    """The process at the other end of the input; when it has ended, this one does."""
+    """The process at the other end of the input; when it ends, this process ends too."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -29,13 +29,13 @@ class _Parent:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def begin(self) -> bool:
-        """Whether an invocation may begin, which the end of the parent then cuts off."""
+        """Return whether an invocation may begin; from then on, the parent's end interrupts it."""
         with self._lock:
             self._busy = not self._gone
             return self._busy
 
     def finish(self) -> None:
-        """An invocation has ended."""
+        """Note that the invocation has ended."""
         with self._lock:
             self._busy = False
 
@@ -51,8 +51,8 @@ class _Parent:
 
 
 def invoke(request: Mapping[str, Any], send: Send) -> None:
-    """Run dbt once as `request` says, and send what becomes of it. Raises what dbt does when it cannot run at all."""
-    # libpq and the adapters read their variables from here at each connection.
+    """Run dbt once with the parameters of `request`, and send the results. Raises dbt's error if it cannot run."""
+    # libpq and the adapters read these variables at each connection.
     os.environ.clear()
     os.environ.update(request["environment"])
     from dbt.cli.main import dbtRunner
@@ -79,12 +79,12 @@ def invoke(request: Mapping[str, Any], send: Send) -> None:
         return outcome.result
 
     command = request["arguments"]
-    # dbt would write its artifacts after parsing and again at the end, which is a third of what a run costs.
+    # By default dbt writes its artifacts after parsing and again at the end, which is a third of the duration of a run.
     variables = command[command.index("--vars") :][:2] if "--vars" in command else []
     manifest = run(["parse", "--no-write-json", *variables])
     _rename(manifest, request["aliases"])
     kept = request["manifest"]
-    # What a run's nodes say is explained with it before the run ends; only a compilation adds to it.
+    # The messages of a run's nodes are explained with the manifest before the run ends; only a compilation adds to it.
     if kept is not None and command[0] != "compile":
         _write(manifest, kept)
     outcome = manifest
@@ -118,7 +118,7 @@ def _rename(manifest: Any, aliases: Mapping[str, str]) -> None:
 
 
 def _write(manifest: Any, path: str) -> None:
-    """Write the manifest as dbt does, with the SQL compiled so far; a reader never sees half of it."""
+    """Write the manifest like dbt, with the SQL compiled so far, and replace it atomically."""
     from dbt_common.utils.encoding import JSONEncoder
 
     artifact = manifest.writable_manifest().to_dict(omit_none=False, context={"artifact": True})
@@ -134,7 +134,7 @@ def main() -> None:
     """Serve requests until the input ends."""
     # Started in the background of a script, this process would ignore interrupts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    # What dbt or an adapter prints must not end up among the answers.
+    # Output of dbt or an adapter must not be mixed with the answers.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     sending = threading.Lock()
@@ -160,5 +160,5 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        # The parent has cut the invocation off, and dbt has ended its sessions.
+        # The parent interrupted the invocation, and dbt has ended its sessions.
         sys.exit(130)

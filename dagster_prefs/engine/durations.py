@@ -15,9 +15,9 @@ MAX_MILLISECONDS = 2**31 - 1
 def with_unit(seconds: float, what: str) -> str:
     """Return a duration with its unit, e.g. `5s` or `50ms`, rounded up to a whole millisecond.
 
-    PostgreSQL and RisingWave since 2.8 read a bare number as milliseconds, earlier RisingWave versions as
-    seconds. Raises PrefsError naming `what` for a duration that is not above zero, which both engines take
-    for no limit, and for one beyond PostgreSQL's range.
+    PostgreSQL and RisingWave since 2.8 read a bare number as milliseconds, earlier RisingWave versions as seconds.
+    Raises PrefsError naming `what` for a duration beyond PostgreSQL's range, and for one that is not above zero, which
+    both engines treat as no limit.
     """
     if not (math.isfinite(seconds) and 0 < seconds * 1000 <= MAX_MILLISECONDS):
         raise PrefsError(

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.redaction import redact_options
 
-_CREDENTIALS = re.compile(r"(?i)((?:secret|password|access[._]key|token|jaas)[a-z._]*\s*=\s*)'[^']*'")
 # The headings that dbt and RisingWave put around the reasons, and dbt's call stack.
 _HEADINGS = re.compile(
     r"(Database|Runtime) Error( in .*)?|Failed to run the query|Caused by( these errors \(.*\))?:"
@@ -16,11 +16,11 @@ _HEADINGS = re.compile(
 )
 _FAILED_STATEMENT = re.compile(r"\s*(Database|Runtime) Error in (model|test|snapshot)\b")
 
-# Materialization on RisingWave → its name in messages, and what to check besides its model. The sinks of
+# Materialization on RisingWave → its name in messages, and what to check in addition to its model. The sinks of
 # training tables and of domains differ by their destination.
 _ICEBERG, _DYNAMODB = "sink into Iceberg", "sink into DynamoDB"
 _LOOK_AT: Mapping[str, tuple[str, str]] = {
-    # dbt-risingwave's name for a table, with a connector or without; ours have none.
+    # dbt-risingwave's name for any table, with or without a connector; ours have none.
     "table_with_connector": ("event table", ""),
     _DYNAMODB: (
         "DynamoDB sink",
@@ -41,16 +41,11 @@ _LOOK_AT: Mapping[str, tuple[str, str]] = {
 _SECRET = "secret_store_private_key of the server, and PREFS_RISINGWAVE_SECRETS, which may be off"  # noqa: S105
 
 
-def redacted(definition: str) -> str:
-    """Remove the values of options that hold credentials, as the engine's record does."""
-    return _CREDENTIALS.sub(r"\1'***'", definition)
-
-
 def engine_words(message: str) -> str:
     """Return the reasons in an engine's message, outermost first, on one line and without credentials."""
     reasons = [re.sub(r"^\d+: ", "", line.strip()) for line in message.splitlines()]
     kept = [reason for reason in reasons if reason and not _HEADINGS.fullmatch(reason)]
-    return redacted(": ".join(reason.rstrip(":") for reason in kept)) or "nothing"
+    return redact_options(": ".join(reason.rstrip(":") for reason in kept)) or "nothing"
 
 
 def failed_statement(

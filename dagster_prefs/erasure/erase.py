@@ -23,6 +23,7 @@ from dagster_prefs.declarations.names import QUERY_SUFFIX
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.erasure.events import AppendOnly, RawMessages, Subject
 from dagster_prefs.erasure.items import EntityItems
+from dagster_prefs.erasure.statistics import SubjectInStatistics
 from dagster_prefs.erasure.training import (
     ErasedTable,
     SubjectInTable,
@@ -331,7 +332,8 @@ class _Erasure:
             if changed:
                 self.stores.refresh()
             with self.engine.connect() as connection, translated(self.engine, "live_changes"):
-                # The views are as the erasure wants them: what would tell a follower so still names the subject.
+                # The views already reflect the erasure: a notification for the follower would still contain the
+                # subject's id.
                 connection.execute(
                     sql.SQL(
                         "delete from {} where relation = 'erased_subjects' and key ->> 'subject_id' = %s"
@@ -395,7 +397,7 @@ class _Erasure:
 
     @cached_property
     def _family(self) -> tuple[Entity, ...]:
-        """The entities whose first key column is the subject's."""
+        """Return the entities whose first key column is the subject's."""
         return self.stores.registry.family(self.subject.kind)
 
     @property
@@ -409,7 +411,10 @@ class _Erasure:
         )
 
     def _items_there(self) -> dict[str, int]:
-        """Entity → items; without those of a store that does not answer now: it is asked again, which tells why."""
+        """Map entities to their items.
+
+        Omits a store that does not answer: it is read again later, and then reports the reason.
+        """
         found: dict[str, int] = {}
         for entity in self._served:
             with suppress(PrefsError):
@@ -443,12 +448,32 @@ class _Erasure:
             others = search_catalog(catalog, erased)
         for name in others.training_sets:
             self._erase_in(report, partial(SubjectInTrainingSet, catalog, name, erased))
+        self._erase_in_statistics(report, catalog, specs)
         report.training_sets += others.holding
         report.unread = dict(others.unread)
         if self.training_sets:
             with self._step("search the training sets"):
                 found = files_holding(erased, self.training_sets)
                 report.training_sets += [str(path) for path in found]
+
+    def _erase_in_statistics(
+        self, report: ErasureReport, catalog: Catalog, specs: Sequence[TileTable]
+    ) -> None:
+        family = {entity.name for entity in self._family}
+        domains = self.stores.registry.contract.domains.values()
+        views = [domain.relation for domain in domains if domain.entity in family]
+        statistics = SubjectInStatistics(
+            catalog, self.stores.registry, specs, views, namespace=self.stores.namespace
+        )
+        with self._step(f"remove the subject from {statistics.name}"):
+            held = statistics.holding()
+            statistics.erase()
+        with self._step(f"read {statistics.name} back"):
+            left = statistics.holding()
+        report.holdings += [
+            Holding("iceberg", statistics.name, "days", held.days, left.days),
+            Holding("iceberg", statistics.name, "snapshots", held.snapshots, left.snapshots),
+        ]
 
     def _training_tables(self) -> list[TileTable]:
         """Return the training tables of the subject's entity."""

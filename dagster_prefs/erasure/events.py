@@ -40,9 +40,9 @@ class AppendOnly(RawStoreError):
 
 @dataclass(frozen=True)
 class Subject:
-    """Whose data it is: an erasable entity, and the id in its first key column, as the typed events spell it.
+    """The person whose data is erased: an erasable entity and the id in its first key column, as typed events spell it.
 
-    Of the entities with that first key column it is the first one: an erasure is of all of them.
+    The entity is the first one with that first key column: an erasure covers all of them.
     """
 
     entity: Entity
@@ -106,7 +106,7 @@ class Subject:
 
 
 def erasable_kinds(registry: Registry) -> list[str]:
-    """What subjects may be named by: of the erasable entities with one first key column, the first."""
+    """Return the names for subjects: for each first key column, the first of its erasable entities."""
     return list(
         dict.fromkeys(
             registry.family(entity.name)[0].name for entity in registry.entities.values() if entity.erasable

@@ -25,9 +25,9 @@ POLL_SECONDS = 0.5
 class EntityItems:
     """The items of one id of an entity whose newest event is not after `until` (UTC), in its table.
 
-    Of a composite key the id is one of the first column, and the items are all of its partition.
-    An item without a newest event counts too. Every method raises PublishError for a DynamoDB that refuses or
-    cannot be reached.
+    For a composite key, the id is that of the first column, and the items are those of its whole partition. An item
+    without a newest event counts too. Every method raises PublishError if DynamoDB rejects the request or cannot be
+    reached.
     """
 
     def __init__(

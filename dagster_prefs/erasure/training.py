@@ -92,8 +92,11 @@ class TableHolding:
 
 @dataclass(frozen=True)
 class ErasedTable:
-    """What was done to one table; `days_from_engine` were exported again, `days_rewritten` are the table's own
-    rows without the subject's, because the engine no longer holds the whole day. A training set has no days."""
+    """The outcome for one table.
+
+    `days_from_engine` were exported again; `days_rewritten` are the table's own rows without the subject's, because the
+    engine no longer holds the whole day. A training set has no days.
+    """
 
     table: str
     days_from_engine: tuple[date, ...] = ()
@@ -105,10 +108,10 @@ class ErasedTable:
 
 @dataclass(frozen=True)
 class CatalogSearch:
-    """The tables of a catalog besides the training tables.
+    """The tables of a catalog other than the training tables.
 
-    `training_sets` are tables of this platform; `holding` are other tables of labels whose current state
-    holds the subject; `unread` gives the reason why a namespace or table was not searched.
+    `training_sets` are tables of this platform; `holding` are other tables of labels whose current state holds the
+    subject; `unread` gives the reason why a namespace or table was not searched.
     """
 
     training_sets: tuple[str, ...]

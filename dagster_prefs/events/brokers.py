@@ -1,4 +1,4 @@
-"""How our own Kafka clients are let in: TLS, SASL and MSK's IAM."""
+"""Authentication of our Kafka clients: TLS, SASL and MSK's IAM."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOKEN_SECONDS = 900
 
 @dataclass(frozen=True)
 class KafkaSecurity:
-    """How brokers let a client in. `tls` holds librdkafka's `ssl.…` properties and never shows in a repr."""
+    """How to authenticate to the brokers. `tls` holds librdkafka's `ssl.…` properties and is left out of the repr."""
 
     protocol: str
     mechanism: str | None = None
@@ -34,9 +34,9 @@ class KafkaSecurity:
 
 @dataclass(frozen=True)
 class KafkaSource:
-    """Where events come from: brokers, the topics' names there, where a new consumer starts, and its properties.
+    """The source of events: brokers, the topics' names in Kafka, the start of a new consumer, and its properties.
 
-    `bootstrap` is None without Kafka. `client` holds secrets and never shows in a repr.
+    `bootstrap` is None without Kafka. `client` holds secrets and is left out of the repr.
     """
 
     bootstrap: str | None = None
@@ -46,9 +46,9 @@ class KafkaSource:
 
 
 def client_properties(security: KafkaSecurity) -> dict[str, Any]:
-    """The librdkafka properties that get a client in, beside the addresses; empty for plain text.
+    """Return the librdkafka properties that authenticate a client, without the addresses; empty for plain text.
 
-    The values hold secrets: they are for a client only, never for a log or an error.
+    The values hold secrets: pass them to a client only, never to a log or an error.
     """
     if security.protocol == "PLAINTEXT":
         return {}
@@ -69,10 +69,10 @@ def client_properties(security: KafkaSecurity) -> dict[str, Any]:
 
 
 def msk_token(region: str, role_arn: str | None = None) -> Callable[[str], tuple[str, float]]:
-    """A callback for librdkafka that signs in to MSK: it returns a token and when it expires (epoch seconds).
+    """Return a callback for librdkafka that signs in to MSK: it returns a token and its expiry (epoch seconds).
 
-    The token is a presigned `kafka-cluster:Connect` of botocore's credentials, or of `role_arn` assumed with them.
-    The callback raises KafkaException where AWS gives no credentials, which fails the connection.
+    The token is a presigned `kafka-cluster:Connect` with botocore's credentials, or with those of the assumed
+    `role_arn`. The callback raises KafkaException if AWS gives no credentials, which fails the connection.
     """
 
     def sign(_: str) -> tuple[str, float]:
@@ -84,7 +84,7 @@ def msk_token(region: str, role_arn: str | None = None) -> Callable[[str], tuple
             SigV4QueryAuth(credentials, "kafka-cluster", region, expires=TOKEN_SECONDS).add_auth(request)
         except (BotoCoreError, ClientError) as error:
             raise KafkaException(f"no AWS credentials for MSK: {error}") from error
-        # What the broker reads is the signed URL, with the caller named and without padding.
+        # The broker expects the signed URL in base64 without padding, with the name of the caller.
         url = f"{request.url}&User-Agent=dagster-prefs"
         token = base64.urlsafe_b64encode(url.encode()).rstrip(b"=").decode()
         lifetime = int(parse_qs(urlsplit(url).query)["X-Amz-Expires"][0])

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from confluent_kafka import KafkaError, KafkaException
 
 from dagster_prefs.errors import PrefsError
+from dagster_prefs.pauses import Pauses
 
 # With the work around it, the first contact ends within ten seconds.
 BROKER_TIMEOUT_SECONDS = 8.0
@@ -102,10 +103,10 @@ class Contact:
         """
         deadline = time.monotonic() + self._timeout
         # A client only runs its callbacks between two operations, so the first ones are short.
-        patience = FIRST_TRY_SECONDS
+        patience = Pauses(FIRST_TRY_SECONDS)
         while True:
             try:
-                answer = call(max(PAUSE_SECONDS, min(patience, deadline - time.monotonic())))
+                answer = call(max(PAUSE_SECONDS, min(patience.next(), deadline - time.monotonic())))
             except KafkaException as error:
                 failed = error.args[0]
             else:
@@ -117,7 +118,6 @@ class Contact:
             self.check(what, first=True)
             if time.monotonic() >= deadline:
                 raise self.unavailable(what, failed)
-            patience *= 2
 
     def heard(self) -> None:
         """Discard the failures from before the brokers answered."""

@@ -1,4 +1,4 @@
-"""Files into the raw tables: streaming, in batches, restartable."""
+"""Ingest files into the raw tables: streaming, in batches, restartable."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from dagster_prefs.events.raw import (
     RawStore,
 )
 
-# How many rows that could not be read are named one by one.
+# How many unreadable rows are named individually.
 EXAMPLES = 5
 # A batch of long lines must not grow with their length.
 BATCH_BYTES = 16 * 1024 * 1024
@@ -43,10 +43,11 @@ Delivery = Callable[[TopicDeclaration, Sequence[RawMessage]], int]
 
 @dataclass(frozen=True)
 class FileOptions:
-    """How a file is read.
+    """Options for reading a file.
 
-    `topic` is detected from the content where it is None; `mapping` is that of `formats.detect`. With `shift_to`
-    (UTC) every event time moves by a whole number of seconds so that the newest one that is not after it ends there.
+    `topic` is detected from the content if it is None; `mapping` is that of `formats.detect`. With `shift_to` (UTC)
+    every event time moves by the same whole number of seconds, so that the newest event that is not later than it ends
+    there.
     """
 
     topic: str | None = None
@@ -56,7 +57,7 @@ class FileOptions:
 
 @dataclass
 class _Tally:
-    """What was read of a file so far; `examples` are (line, why) of the first rows that could not be read."""
+    """Counts of a file that is being read; `examples` are (line, reason) of the first unreadable rows."""
 
     lines: int = 0
     accepted: int = 0
@@ -66,11 +67,10 @@ class _Tally:
 
 
 def file_source(path: Path) -> str:
-    """The source name of a file's messages: its name and the first 16 hex digits of its content's SHA-256.
+    """Return the source name of a file's messages: its name and the first 16 hex digits of its content's SHA-256.
 
-    A byte of the name that is no UTF-8 is written as an escape, because no engine takes it as text.
-
-    Raises EventFileError if the file is missing, empty, not a regular file or unreadable.
+    A byte of the name that is not UTF-8 is escaped, because no engine accepts it as text. Raises EventFileError if the
+    file is missing, empty, not a regular file or unreadable.
     """
     check_file(path)
     return f"file:{_as_text(path.name)}#{content_hash(path)[:16]}"
@@ -91,15 +91,14 @@ def ingest_file(
 ) -> IngestReport:
     """Store every line of a JSON-lines or CSV file (gzip too) in the raw table of its topic.
 
-    A shift of the times is remembered, and every later ingest of the same content uses the remembered one. Offsets
-    are line numbers, from 1. Memory does not grow with the file, and a file that was interrupted is completed by
-    ingesting it again.
+    A shift of the times is stored, and later ingests of the same content reuse it. Offsets are line numbers, from 1.
+    Memory does not grow with the file. Ingesting an interrupted file again completes it.
 
-    `deliver` sends the messages elsewhere, to Kafka, from where the engine's connector reads them; an
-    interrupted file is then sent again from its start, and repeats are recognised by their event_id.
+    `deliver` sends the messages elsewhere, for example to Kafka, from where the engine's connector reads them. An
+    interrupted file is then sent again from its start, and repetitions are recognised by their event_id.
 
-    Raises EventFileError or RegistryError for the file (after storing what comes before the damage),
-    EngineUnavailable or RawStoreError for the engine.
+    Raises EventFileError or RegistryError for the file (after storing the lines before the damage), EngineUnavailable
+    or RawStoreError for the engine.
     """
     started = time.monotonic()
     before = check_file(path)
@@ -167,8 +166,8 @@ def _shift_note(known: FileRecord, asked: bool) -> str | None:
 
 
 def _shift_to(path: Path, file_format: FileFormat, now: datetime) -> int:
-    """Whole seconds from the newest event of the file to `now`, 0 where no time can be read."""
-    # What the typed layer refuses must not decide where a file ends.
+    """Return the whole seconds from the newest event of the file to `now`, 0 if no time can be read."""
+    # An event that the typed layer rejects must not determine the end of a file.
     latest = now + file_format.topic.limits.future_tolerance
     newest: datetime | None = None
     with LineReader(path) as reader:
@@ -178,7 +177,7 @@ def _shift_to(path: Path, file_format: FileFormat, now: datetime) -> int:
                 if moment is not None and moment <= latest and (newest is None or moment > newest):
                     newest = moment
         except EventFileError:
-            # The lines before the damage are ingested, and that reports the damage.
+            # The lines before the damage are ingested, and ingesting reports the damage.
             if newest is None:
                 raise
     return (now - newest) // timedelta(seconds=1) if newest is not None else 0
@@ -192,7 +191,7 @@ def _store(
     batches: Batches,
     size: int,
 ) -> _Tally:
-    """Store the file's records; returns what there was."""
+    """Store the file's records and return their counts."""
     read = _Tally()
     with LineReader(path) as reader:
         for batch, damage in _batches(reader, file_format, known.shift_seconds, batches.size, read):
@@ -208,7 +207,10 @@ def _store(
 def _batches(
     reader: LineReader, file_format: FileFormat, shift: int, batch_size: int, read: _Tally
 ) -> Iterator[tuple[list[RawMessage], EventFileError | None]]:
-    """Batches of messages, what is none counted in `read`; the last one carries the damage that ended the file."""
+    """Yield batches of messages; the last one carries the damage that ended the file.
+
+    Lines without a message are counted in `read`.
+    """
     batch: list[RawMessage] = []
     size = 0
     topic = file_format.topic

@@ -1,7 +1,7 @@
-"""Kafka topics into the raw tables, and messages into Kafka.
+"""Read Kafka topics into the raw tables, and write messages to Kafka.
 
-The position of a reader is what the raw table holds, not what a consumer group committed: the two would
-be written in two places, and a kill between them would lose or repeat messages.
+The position of a reader is derived from the raw table, not from a consumer group's commit: with two places to write, a
+kill between the writes would lose or repeat messages.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from dagster_prefs.events.topics import source_name
 
 POLL_SECONDS = 0.5
 GATHER_SECONDS = 0.02
-# What the brokers say of a topic that they do not have.
+# The brokers' errors for a topic that they do not have.
 _NOT_THERE = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION)
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -51,14 +51,14 @@ def ingest_topic(
 ) -> IngestReport:
     """Store the messages of a Kafka topic in the raw table of `topic`, from where the last reading ended.
 
-    `generation` is that of the topic (see `topics.note_topics`): each is a source of its own, and a later one is
-    read from its beginning. A partition that was never read starts at `kafka.start`. Ends at what the topic held
-    when the reading began; with `stop`, goes on until that is set. Messages without a value are skipped and counted
-    as `blank`.
+    `generation` is that of the topic (see `topics.note_topics`): each generation is a source of its own, and a later
+    one is read from its beginning. A partition that was never read starts at `kafka.start`. Ends at the end of the
+    topic as of the start of the reading; with `stop`, continues until that is set. Messages without a value are skipped
+    and counted as `blank`.
 
-    Raises KafkaUnavailable, with Kafka's own reason, when no brokers are configured, they refuse this client or do
-    not answer within `timeout_seconds`, the topic does not exist, or it ends before what the engine holds of it;
-    EngineUnavailable, RawStoreError.
+    Raises KafkaUnavailable, with Kafka's own reason, if no brokers are configured, they reject this client or do not
+    answer within `timeout_seconds`, the topic does not exist, or it ends before the position that the engine has
+    stored; EngineUnavailable, RawStoreError.
     """
     started = time.monotonic()
     name, bootstrap = kafka.topics.get(topic.name, topic.name), kafka.bootstrap
@@ -137,7 +137,7 @@ class TopicUnavailable(KafkaUnavailable):
 
 
 def topic_partitions(contact: Contact, bootstrap: str, name: str) -> list[int]:
-    """The partitions of a topic, in order. Raises KafkaUnavailable; TopicUnavailable where the brokers do answer."""
+    """Return the partitions of a topic, in order. Raises KafkaUnavailable; TopicUnavailable if the brokers answer."""
     unserved = f"does not serve topic {name}"
     found = contact.wait(
         lambda seconds: contact.client.list_topics(name, timeout=seconds), unserved
@@ -146,7 +146,7 @@ def topic_partitions(contact: Contact, bootstrap: str, name: str) -> list[int]:
         raise TopicUnavailable(str(contact.unavailable(unserved, found.error, name)))
     if found is None or not found.partitions:
         raise TopicUnavailable(
-            f"Kafka at {bootstrap} has no topic {name}: create it, or set the name it has there"
+            f"Kafka at {bootstrap} has no topic {name}: create it, or set its name in Kafka"
         )
     return sorted(found.partitions)
 
@@ -154,7 +154,7 @@ def topic_partitions(contact: Contact, bootstrap: str, name: str) -> list[int]:
 def _assign(
     contact: Contact, bootstrap: str, name: str, partitions: list[int], stored: dict[int, int], start: str
 ) -> dict[int, int | None]:
-    """Start every partition after what is stored; returns where each ends now, None where nothing is left."""
+    """Start every partition after its stored position. Return the current end of each, None if nothing is left."""
     assignment, ends = [], {}
     for partition in partitions:
         low, high = watermarks(contact, name, partition)
@@ -178,9 +178,9 @@ def _assign(
 
 
 def next_messages(consumer: Any, most: int) -> list[Any]:
-    """Return up to `most` messages and ends of partitions; none if nothing comes within POLL_SECONDS.
+    """Return up to `most` messages and ends of partitions; none if nothing arrives within POLL_SECONDS.
 
-    One call of `consume` would wait for all of `most` or for its whole time-out, however short the topic is.
+    A single call of `consume` would wait for all of `most` or for its whole time-out, however short the topic is.
     """
     messages: list[Any] = consumer.consume(num_messages=1, timeout=POLL_SECONDS)
     if messages and most > 1:
@@ -189,7 +189,7 @@ def next_messages(consumer: Any, most: int) -> list[Any]:
 
 
 def watermarks(contact: Contact, name: str, partition: int) -> tuple[int, int]:
-    """The first offset of a partition and the one after its last. Raises KafkaUnavailable."""
+    """Return the first offset of a partition, and the one after its last. Raises KafkaUnavailable."""
     low, high = contact.wait(
         lambda seconds: contact.client.get_watermark_offsets(
             TopicPartition(name, partition), timeout=seconds
@@ -217,9 +217,9 @@ def holds_messages(
     timeout_seconds: float = BROKER_TIMEOUT_SECONDS,
     client: Mapping[str, Any] | None = None,
 ) -> bool:
-    """Whether a Kafka topic holds any message; `client` adds librdkafka properties, e.g. for TLS.
+    """Return whether a Kafka topic holds any message; `client` adds librdkafka properties, e.g. for TLS.
 
-    Raises KafkaUnavailable, with Kafka's own reason, when the brokers refuse this client, do not answer within
+    Raises KafkaUnavailable, with Kafka's own reason, if the brokers reject this client, do not answer within
     `timeout_seconds` or have no such topic.
     """
     contact = Contact(
@@ -240,7 +240,7 @@ def holds_messages(
 
 
 class KafkaWriter:
-    """An idempotent producer whose every message is known to be delivered once `flush` returns."""
+    """An idempotent producer; when `flush` returns, every message is known to be delivered."""
 
     def __init__(
         self,
@@ -266,11 +266,11 @@ class KafkaWriter:
         self._producer = self._contact.client
 
     def check(self, topic: str) -> None:
-        """Raises KafkaUnavailable unless the brokers let this client in, answer and have the topic."""
+        """Raise KafkaUnavailable unless the brokers admit this client, answer and have the topic."""
         topic_partitions(self._contact, self._bootstrap, topic)
 
     def send(self, topic: str, value: bytes, key: bytes | None = None) -> None:
-        """Queue one message; raises KafkaUnavailable if an earlier one was not delivered."""
+        """Queue one message. Raises KafkaUnavailable if an earlier one was not delivered."""
         untaken = f"does not accept messages for topic {topic}"
         with self._told(untaken, topic):
             while True:
@@ -278,7 +278,7 @@ class KafkaWriter:
                     self._producer.produce(topic, value=value, key=key, on_delivery=self._delivered)
                     break
                 except BufferError:
-                    # The queue is full: deliveries make room.
+                    # The queue is full: serving the callbacks of deliveries frees space.
                     self._producer.poll(POLL_SECONDS)
                     self._raise_failure()
                     self._contact.check(untaken)
@@ -286,11 +286,11 @@ class KafkaWriter:
         self._raise_failure()
 
     def flush(self) -> None:
-        """Wait for every queued message; raises KafkaUnavailable if one was not delivered."""
-        # A message fails by itself at the time-out, which serves its callback; a second is for that.
+        """Wait for every queued message. Raises KafkaUnavailable if one was not delivered."""
+        # A message fails by itself at its time-out, and the extra second serves its callback.
         deadline = time.monotonic() + self._timeout + 1
         with self._told("does not take messages"):
-            # Not the client's flush: it loses the exception of a client that was refused for good.
+            # The client's own flush is not used: it loses the exception of a client that was rejected for good.
             while left := len(self._producer):
                 self._producer.poll(POLL_SECONDS)
                 self._raise_failure()
@@ -301,13 +301,13 @@ class KafkaWriter:
 
     @contextmanager
     def _told(self, what: str, topic: str | None = None) -> Iterator[None]:
-        """Translate an error of the client: one that was refused for good raises it from every call."""
+        """Translate an error of the client: a client that was rejected for good raises it from every call."""
         try:
             yield
         except KafkaException as error:
             failed = error.args[0]
             if failed.code() == KafkaError._FATAL:
-                # It says why once, to the next call that serves its callbacks.
+                # The client reports the reason once, to the next call that serves its callbacks.
                 try:
                     self._producer.poll(0)
                 except KafkaException as reason:
@@ -316,7 +316,7 @@ class KafkaWriter:
             raise self._contact.unavailable(what, failed, topic) from None
 
     def delivery(self, names: Mapping[str, str]) -> Callable[[TopicDeclaration, Sequence[RawMessage]], int]:
-        """What `ingest_file` delivers to; `names` gives topics their names in Kafka.
+        """Return the `deliver` function for `ingest_file`; `names` maps topics to their names in Kafka.
 
         Each batch is confirmed before the next is read. Raises KafkaUnavailable, also for a missing topic.
         """

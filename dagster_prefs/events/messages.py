@@ -1,4 +1,4 @@
-"""The messages of one topic, as the platform reads them before they are stored: their time, and where a value lies."""
+"""The messages of one topic as the platform reads them before they are stored: their time, and a value's position."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Topic(TopicDeclaration):
-    """A declared topic, with what else its messages are judged by: its entity's first `key`, and the project's limits.
+    """A declared topic, with its entity's first `key` and the project's limits, against which messages are checked.
 
     `key` is None for reference data, which is about no entity. `uuids` are the fields that must hold a UUID.
     """
@@ -67,8 +67,7 @@ class Topic(TopicDeclaration):
 
     @cached_property
     def plain_time(self) -> re.Pattern[bytes] | None:
-        """A pattern of the time's key and value where they need no parsing: digits, or text without
-        escapes."""
+        """A pattern of the time's key and value that need no JSON parsing: digits, or text without escapes."""
         if self.time is None:
             return None
         return re.compile(rb'"%s"\s*:\s*("[^"\\]*"|[0-9]+)(?=[\s,}])' % re.escape(self.time.encode()))
@@ -86,11 +85,6 @@ def topics_of(registry: Registry) -> dict[str, Topic]:
     """Return the topics of a project by name. Raises RegistryError if the project declares no limits."""
     limits = Limits.of(registry)
     return {name: _bind(registry, declared, limits) for name, declared in registry.topics.items()}
-
-
-def topic_of(registry: Registry, name: str) -> Topic:
-    """Return the project's topic of this name. Raises RegistryError naming the existing topics."""
-    return _bind(registry, registry.topic(name), Limits.of(registry))
 
 
 def _bind(registry: Registry, declared: TopicDeclaration, limits: Limits) -> Topic:
@@ -135,10 +129,9 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def value_span(message: bytes, field: str, plain: re.Pattern[bytes] | None = None) -> tuple[int, int]:
-    """Return where the value of a top-level key lies in a valid JSON object; the last one if it is repeated.
+    """Return the position of the value of a top-level key in a valid JSON object.
 
-    `plain` matches key and value (its first group) in an object without nested ones, which avoids parsing
-    it.
+    If the key is repeated, its last value counts.
     """
     if plain and message.count(b"{") == 1 and message.count(b'"%s"' % field.encode()) == 1:
         simple = plain.search(message)

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.freshness.levels import Level, Measure
+from dagster_prefs.pauses import Pauses
 
 Alarm = Literal["ok", "warn", "error"]
 
@@ -136,10 +137,10 @@ class Webhook:
             headers={"Content-Type": "application/json"},
             method="POST",
         )
-        reason = ""
+        reason, pauses = "", Pauses(0.5)
         for attempt in range(self._attempts):
             if attempt:
-                self._wait(0.5 * 2 ** (attempt - 1))
+                self._wait(pauses.next())
             try:
                 with urllib.request.urlopen(request, timeout=self._timeout):  # noqa: S310
                     return
@@ -150,6 +151,6 @@ class Webhook:
             except (urllib.error.URLError, OSError) as error:
                 reason = str(getattr(error, "reason", error))
         raise AlertError(
-            f"the alert webhook at {self._host} did not take the message ({reason}): check "
+            f"the alert webhook at {self._host} did not accept the message ({reason}): check "
             "PREFS_ALERT_WEBHOOK with `prefs alerts test`"
         )

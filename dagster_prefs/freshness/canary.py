@@ -28,7 +28,7 @@ from dagster_prefs.errors import PrefsError
 from dagster_prefs.events.canaries import canary_events, canary_key
 from dagster_prefs.events.kafka import KafkaWriter
 from dagster_prefs.events.raw import RawMessage, RawStore
-from dagster_prefs.freshness.levels import Level, Measure, judge
+from dagster_prefs.freshness.levels import Level, Measure, Unmeasurable, judge
 from dagster_prefs.freshness.views import View, watched_relations
 from dagster_prefs.ids import Id
 from dagster_prefs.serving.profiles import CANARY_AHEAD_SECONDS
@@ -80,8 +80,7 @@ class CanaryState:
 
     @classmethod
     def loads(cls, text: str | None) -> CanaryState:
-        """Parse the output of `dumps`. An unreadable text gives an empty state: only past latencies are
-        lost."""
+        """Parse the output of `dumps`. An unreadable text gives an empty state, which only loses past latencies."""
         try:
             content = json.loads(text or "{}")
             return cls(
@@ -125,7 +124,7 @@ def send_canary(
 
 
 def read_domains(profiles: Any, canary: Id) -> dict[str, int | None]:
-    """Domain → newest event that a `ProfileClient` reads of the canary of its entity.
+    """Map each domain to the newest event in the item of its entity's canary, as a `ProfileClient` reads it.
 
     Raises PrefsError if a domain fails.
     """
@@ -279,9 +278,9 @@ def judge_state(
 
 @dataclass(frozen=True)
 class Tick:
-    """The last probe of a running sensor or of the follower: seconds since 1970, 0 before the first, and its state.
+    """The last probe of a running sensor or of the follower: seconds since 1970 (0 before the first), and its state.
 
-    `problem` says why nothing could be sent or read.
+    `problem` is the reason if nothing could be sent or read.
     """
 
     at: float
@@ -290,15 +289,31 @@ class Tick:
     from_follower: bool = False
 
     def is_late(self, now: datetime) -> bool:
-        """Whether the next probe is overdue by far at `now` (UTC)."""
+        """Return whether the next probe is long overdue at `now` (UTC)."""
         limit = FOLLOWER_INACTIVITY if self.from_follower else CANARY_INACTIVITY
         return now - datetime.fromtimestamp(self.at, UTC) > limit
 
 
-def judge_ticks(ticks: Sequence[Tick], registry: Registry, *, now: datetime) -> list[Measure]:
-    """Return the canary's measures from what its sensors and the follower stored; `now` is UTC.
+def measure_canary(
+    followed: Sequence[Tick], sensors: Callable[[], Sequence[Tick]], registry: Registry, *, now: datetime
+) -> list[Measure]:
+    """Return the canary's measures from the ticks of the follower and of Dagster's sensors; `now` is UTC.
 
-    They are `skipped` if none is on, and `unknown` if one is on and does not probe.
+    If `sensors` raises Unmeasurable, the follower's ticks are judged alone; without any, all measures are `unknown`.
+    """
+    try:
+        ticks = [*sensors(), *followed]
+    except Unmeasurable as error:
+        if not followed:
+            return [Measure("canary", name, "unknown", str(error)) for name in canary_paths(registry)]
+        ticks = [*followed]
+    return judge_ticks(ticks, registry, now=now)
+
+
+def judge_ticks(ticks: Sequence[Tick], registry: Registry, *, now: datetime) -> list[Measure]:
+    """Return the canary's measures from these ticks; `now` is UTC.
+
+    They are `skipped` if there is no tick, and `unknown` if the newest one is late or has a problem.
     """
     names = canary_paths(registry)
     if not ticks:
@@ -313,7 +328,7 @@ def judge_ticks(ticks: Sequence[Tick], registry: Registry, *, now: datetime) -> 
         reason = (
             f"the follower has sent no canary {since}: run `prefs up`"
             if last.from_follower
-            else f"the sensor {CANARY_SENSOR} has not ticked {since}: see that the Dagster daemon runs"
+            else f"the sensor {CANARY_SENSOR} has not ticked {since}: check that the Dagster daemon runs"
         )
         return [Measure("canary", name, "unknown", reason) for name in names]
     if last.problem is not None:

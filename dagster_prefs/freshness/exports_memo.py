@@ -1,8 +1,8 @@
-"""What was found of the exports while nothing has changed since, so that `prefs status` need not load Iceberg.
+"""The last good reading of the exports, reused while nothing has changed, so that `prefs status` need not load Iceberg.
 
-Loading it takes longer than all that the command does. The days of a table follow from its metadata file, which is
+Loading Iceberg takes longer than the rest of the command. The days of a table follow from its metadata file, which is
 never rewritten, and the engine's tiles from their fingerprints: both are compared without Iceberg. Only readings
-without any lag or fault are kept, because others change with time. Works for the SQLite catalog of one machine.
+without any lag or fault are stored, because others change with time. Works for the SQLite catalog of one machine.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class ExportsMemo:
     start: date
 
     def state(self, engine: EngineConfiguration, registry: Registry, now: datetime) -> str | None:
-        """Return a digest of all that the reading depends on, on the day of `now` (UTC); None if it cannot be read."""
+        """Return a digest of all inputs of the reading on the day of `now` (UTC); None if they cannot be read."""
         try:
             tables = self._tables() if self.catalog.exists() else []
             if not all(_is_there(location) for _, location in tables):
@@ -55,7 +55,7 @@ class ExportsMemo:
         return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
 
     def _tables(self) -> list[tuple[str, str]]:
-        """Name and metadata file of each table. Raises sqlite3.Error."""
+        """Return name and metadata file of each table. Raises sqlite3.Error."""
         with closing(sqlite3.connect(f"{self.catalog.as_uri()}?mode=ro", uri=True)) as connection:
             return connection.execute(
                 "select table_name, metadata_location from iceberg_tables where table_namespace = ? order by 1",
@@ -63,7 +63,7 @@ class ExportsMemo:
             ).fetchall()
 
     def recall(self, state: str) -> list[Measure] | None:
-        """Return what was found in this state; None if that is not known."""
+        """Return the stored reading of this state, None if there is none."""
         try:
             content: dict[str, Any] = json.loads(self.path.read_text())
             if content["state"] != state:
@@ -76,14 +76,14 @@ class ExportsMemo:
             return None
 
     def remember(self, state: str, measures: Sequence[Measure]) -> None:
-        """Keep what was found, if all is well."""
+        """Store the reading if all is well."""
         if any(found.level != "ok" or found.lag_seconds or found.thresholds is None for found in measures):
             return
         content = {"state": state, "measures": [asdict(found) for found in measures]}
         try:
             write_private(self.path, json.dumps(content))
         except OSError:
-            # The next reading takes its time again.
+            # Without the file, the next reading only takes longer.
             return
 
 

@@ -189,11 +189,11 @@ def ingestion_lag(
 ) -> IngestionLag:
     """Measure how far the engine is behind each partition of one topic. `now` is UTC.
 
-    `kafka` has the topic's name in Kafka where it differs, and where the engine was told to start, which decides
-    what a partition it never read still owes. `generation` says which topic of that name is
-    read; without it a recreated one is known by its shorter partitions only.
+    `kafka` has the topic's name in Kafka if that differs, and the configured start, which determines the lag of a
+    partition that the engine never read. `generation` identifies the topic of that name that is read; without it a
+    recreated topic is only recognised by its shorter partitions.
 
-    Raises Unmeasurable when brokers or engine do not answer, or the topic or the raw table does not exist.
+    Raises Unmeasurable if brokers or engine do not answer, or the topic or the raw table does not exist.
     """
     name = kafka.topics.get(topic.name, topic.name)
     marks = broker.watermarks(name)

@@ -17,7 +17,7 @@ Level = Literal["ok", "skipped", "warn", "error", "unknown"]
 # Ordered from best to worst. "unknown" is worst, because it can hide any state.
 LEVELS: tuple[Level, ...] = ("ok", "skipped", "warn", "error", "unknown")
 
-Stage = Literal["engine", "ingestion", "views", "online", "offline", "canary"]
+Stage = Literal["engine", "ingestion", "views", "online", "offline", "canary", "drift"]
 
 
 class Unmeasurable(PrefsError):
@@ -32,7 +32,7 @@ def unreadable(what: str, error: psycopg.Error) -> Unmeasurable:
     if missing:
         return Unmeasurable(f"{what}: {missing}: run `dbt build` first")
     return Unmeasurable(
-        f"{what}: the engine failed while reading ({' '.join(str(error).split())}): look at its log and run again"
+        f"{what}: the engine failed while reading ({' '.join(str(error).split())}): check its log and run again"
     )
 
 

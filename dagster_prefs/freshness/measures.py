@@ -1,4 +1,4 @@
-"""The readings of every stage, judged by the contract. A reading that fails is `unknown`, never ok."""
+"""The measures of every stage, judged by the contract's freshness targets. A failed reading is `unknown`, never ok."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def _view_measure(
         level = "unknown"
         reason = (
             f"what waits arrived {-lag.lag_seconds:.0f} s in the future: the engine's clock and this "
-            "machine's differ, set them right"
+            "machine's differ, correct them"
             if lag.kind == "typed"
             else f"the events that wait are stamped {-lag.lag_seconds:.0f} s in the future, so their age is "
             "not known: check their producers' clocks"
@@ -176,7 +176,7 @@ def measure_online(
 def _with_follower(measure: Measure, state: LeaseState | None, now: datetime) -> Measure:
     """Add the publisher's lease state to a measure: a stopped publisher lags only after the next change."""
     if state is None:
-        reason = f"nobody has published it yet: run `prefs publish --follow`; {measure.reason}"
+        reason = f"it has never been published: run `prefs publish --follow`; {measure.reason}"
         return replace(measure, level=worst([measure.level, "warn"]), reason=reason)
     silent = now.timestamp() - state.renewed_ms / 1000
     values: dict[str, int | float] = {
@@ -191,7 +191,7 @@ def _with_follower(measure: Measure, state: LeaseState | None, now: datetime) ->
         level = worst([level, "unknown"])
         reasons.append(
             f"its publisher {state.label} was last heard {-silent:.0f} s in the future: its clock and this machine's "
-            "differ, set them right"
+            "differ, correct them"
         )
     elif state.holder and silent > INACTIVE_PROMISES * state.lease_seconds:
         level = worst([level, "error"])
@@ -239,14 +239,16 @@ def _online_measure(
             level = "unknown"
             reason += (
                 f"; some of it became visible {lag.ahead_seconds:.0f} s in the future: the engine's clock and this "
-                "machine's differ, set them right"
+                "machine's differ, correct them"
             )
     return Measure("online", domain.name, level, reason, age, domain.freshness, values, notes)
 
 
 def _remedy(lag: OnlineLag, domain: Domain, publishes: bool, follows: bool) -> str:
     if follows:
-        return "see that `prefs publish --follow` runs, or run `prefs publish --full`, which puts every item right"
+        return (
+            "see that `prefs publish --follow` runs, or run `prefs publish --full`, which repairs every item"
+        )
     if publishes:
         return f"materialize online/{domain.name}, which publishes what changed, or run `prefs reconcile`"
     if lag.standing:
@@ -310,7 +312,7 @@ def measure_offline(
                 f"{len(lag.foreign)} days were changed by another writer (oldest {oldest}: {lag.foreign[oldest]}): run "
                 "`prefs export --replace-foreign`"
             )
-        reason = "; ".join(reasons) or "every complete day is exported as it is"
+        reason = "; ".join(reasons) or "every complete day is exported in its current version"
         notes = {} if lag.newest_day is None else {"newest_day": lag.newest_day.isoformat()}
         values: dict[str, int | float] = {
             "days_missing": len(lag.missing),
@@ -348,12 +350,12 @@ def measure_ingestion(
     timeout_seconds: float = 7.0,
     by_id: bool = False,
 ) -> list[Measure]:
-    """Ingestion lag of each topic of events.
+    """Measure the ingestion lag of each topic of events.
 
-    With `by_id` the brokers are asked for the topics' ids, which tell a recreated topic from the one
-    that was read; brokers that tell none do not stop the rest.
+    With `by_id` the brokers are asked for the topics' ids, which distinguish a recreated topic from the one that was
+    read; brokers without ids do not affect the other readings.
 
-    Without brokers (no `kafka.bootstrap`) every measure is `skipped` and says so. Never raises for brokers or an
+    Without brokers (no `kafka.bootstrap`) every measure is `skipped`, with the reason. Never raises for brokers or an
     engine that do not answer: those measures are `unknown`.
     """
     from dagster_prefs.events.contact import KafkaUnavailable
@@ -440,7 +442,7 @@ def _ingestion_measure(lag: IngestionLag, thresholds: Freshness | None) -> Measu
             "unknown",
             "unknown",
             "hold messages of which none was ingested, and PREFS_KAFKA_START=latest does not tell whether "
-            "any should have been: see that the ingestion runs",
+            "any should have been: check that the ingestion runs",
         ),
     )
     for state, level, what in remedies:

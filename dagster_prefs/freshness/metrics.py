@@ -1,4 +1,4 @@
-"""The readings in the text format that Prometheus scrapes."""
+"""The measures in the text format that Prometheus scrapes."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.freshness.levels import LEVELS, Measure
 from dagster_prefs.freshness.status import Status
+from dagster_prefs.freshness.values import VALUE_METRICS
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -27,7 +28,7 @@ class MetricsError(PrefsError):
 
 @dataclass(frozen=True)
 class Metric:
-    """One exported metric; `value` names what of a measure it shows."""
+    """One exported metric; `value` names the value of a measure that it exports."""
 
     name: str
     help: str
@@ -36,18 +37,25 @@ class Metric:
 
 
 METRICS: tuple[Metric, ...] = (
-    Metric("prefs_lag_seconds", "Lag that the thresholds of the contract judge.", "lag_seconds"),
+    Metric("prefs_lag_seconds", "Lag that is compared with the thresholds of the contract.", "lag_seconds"),
     Metric("prefs_lag_warn_seconds", "Lag from which a measure warns.", "warn_seconds"),
-    Metric("prefs_lag_error_seconds", "Lag from which the promise is broken.", "error_seconds"),
+    Metric("prefs_lag_error_seconds", "Lag from which the freshness target is missed.", "error_seconds"),
     Metric(
         "prefs_follower_alive", "1 while a process follows the embedded engine, else 0.", "follower_alive"
     ),
     Metric("prefs_follower_step_age_seconds", "Time since the follower's last step.", "step_age_seconds"),
-    Metric("prefs_follower_waiting_messages", "Messages that the follower has not read.", "waiting_messages"),
-    Metric("prefs_follower_waiting_changes", "Changes in place that it has not applied.", "waiting_changes"),
-    Metric("prefs_follower_waiting_keys", "Items that it has not published.", "waiting_keys"),
     Metric(
-        "prefs_follower_waiting_views", "Views and domains that are to be compared whole.", "waiting_views"
+        "prefs_follower_steps_total", "Steps of the embedded engine that did something.", "steps", "counter"
+    ),
+    Metric("prefs_follower_waiting_messages", "Messages that the follower has not read.", "waiting_messages"),
+    Metric(
+        "prefs_follower_waiting_changes", "Changed rows that the follower has not applied.", "waiting_changes"
+    ),
+    Metric("prefs_follower_waiting_keys", "Items that the follower has not published.", "waiting_keys"),
+    Metric(
+        "prefs_follower_waiting_views",
+        "Views and domains that are due to be compared as a whole.",
+        "waiting_views",
     ),
     Metric("prefs_engine_uptime_seconds", "Time since the embedded engine started.", "uptime_seconds"),
     Metric("prefs_engine_disk_free_bytes", "Free space of the embedded engine's disk.", "disk_free_bytes"),
@@ -66,6 +74,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("prefs_export_days_foreign", "Exported days that another writer changed.", "days_foreign"),
     Metric("prefs_canary_p50_seconds", "Median time from event to reader.", "p50_seconds"),
     Metric("prefs_canary_p99_seconds", "99th percentile of the time from event to reader.", "p99_seconds"),
+    Metric("prefs_drift_psi", "Greatest population stability index of a topic's attributes.", "psi"),
+    Metric("prefs_drift_ks", "Greatest Kolmogorov-Smirnov distance of a topic's attributes.", "ks"),
+    Metric("prefs_drift_attributes", "Attributes of a topic's tiles that drifted.", "attributes_drifted"),
     Metric("prefs_canary_lost_total", "Canaries that never became readable.", "lost", "counter"),
 )
 LEVEL_METRIC = Metric("prefs_level", "1 for the level that a measure has, 0 for the others.", "level")
@@ -76,24 +87,25 @@ STATUS_METRICS = (
 
 
 def metric_names() -> list[str]:
-    """Every name that `render_metrics` may write."""
-    return [metric.name for metric in (*METRICS, LEVEL_METRIC, *STATUS_METRICS)]
+    """Return every name that `render_metrics` may write."""
+    return [*(metric.name for metric in (*METRICS, LEVEL_METRIC, *STATUS_METRICS)), *VALUE_METRICS]
 
 
-def render_metrics(status: Status) -> str:
-    """The status in Prometheus' text format, labelled with `stage` and `name`."""
+def render_metrics(status: Status, *others: Collector) -> str:
+    """Render the status in Prometheus' text format, labelled with `stage` and `name`, and what the others collect."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Readings(status))
+    for collector in (_Readings(status), *others):
+        registry.register(collector)
     return generate_latest(registry).decode()
 
 
 class MetricsServer(ThreadingHTTPServer):
     """Serves `/metrics` on one address; `serve_forever` runs it until `shutdown`.
 
-    `read` takes the readings; one answer is used again for `reuse_seconds`, so that scrapes side by side do
-    not multiply the load on the engine. Port 0 takes a free one, see `server_port`.
+    `read` evaluates the measures; one answer is reused for `reuse_seconds`, so that concurrent scrapes do not multiply
+    the load on the engine. `others` collect further metrics. Port 0 selects a free port, see `server_port`.
 
-    Raises MetricsError when the address is in use or not ours.
+    Raises MetricsError if the address is in use or is not on this machine.
     """
 
     daemon_threads = True
@@ -105,8 +117,10 @@ class MetricsServer(ThreadingHTTPServer):
         host: str = "127.0.0.1",
         port: int = 9475,
         reuse_seconds: float = 10.0,
+        others: Sequence[Collector] = (),
     ) -> None:
         self._read = read
+        self._others = others
         self._reuse = reuse_seconds
         self._lock = threading.Lock()
         self._answer = b""
@@ -119,10 +133,10 @@ class MetricsServer(ThreadingHTTPServer):
             ) from None
 
     def exposition(self) -> bytes:
-        """The metrics, read again when the last reading is too old."""
+        """Return the metrics, evaluated again if the last evaluation is too old."""
         with self._lock:
             if time.monotonic() >= self._until:
-                self._answer = render_metrics(self._read()).encode()
+                self._answer = render_metrics(self._read(), *self._others).encode()
                 self._until = time.monotonic() + self._reuse
             return self._answer
 
@@ -142,20 +156,20 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Scrapes are not worth a line each."""
+        """Discard the log line of a scrape."""
 
 
 class _Readings(Collector):
-    """One status, as prometheus_client collects it."""
+    """Collects one status for prometheus_client."""
 
     def __init__(self, status: Status) -> None:
         self._status = status
 
     def collect(self) -> Iterator[PrometheusMetric]:
-        """A family per metric that has samples."""
+        """Yield a family for each metric that has samples."""
         status = self._status
         for metric in METRICS:
-            # A reading that was not taken has no sample: a 0 would look like a good one.
+            # A reading that failed has no sample, because a 0 would look like a good value.
             values = [(measure, _value(metric, measure)) for measure in status.measures]
             if samples := [(measure, value) for measure, value in values if value is not None]:
                 family = _family(metric, ("stage", "name"))

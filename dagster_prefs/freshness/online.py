@@ -156,7 +156,7 @@ class Comparison:
         self.published = sql.Identifier(self.engine.schema, "online_published")
 
     def run(self, sample: int, count_rows: bool, wait: Callable[[float], None]) -> OnlineLag:
-        """One look, as `online_lag` describes it."""
+        """Compare once, as `online_lag` describes."""
         ids: set[Id] = {*self._recent(sample), *self._left_behind(sample, everywhere=count_rows)}
         ids |= self.items.page(self.domain.key, 4 * sample, _place(self.now))
         before = self.rows(ids)
@@ -214,7 +214,7 @@ class Comparison:
 
     @property
     def complete(self) -> sql.Composable:
-        """That no key column is NULL."""
+        """Return the condition that no key column is NULL."""
         return sql.SQL(" and ").join(sql.SQL("{} is not null").format(column) for column in self.key_columns)
 
     def _left_behind(self, sample: int, everywhere: bool) -> list[Id]:
@@ -258,7 +258,7 @@ class Comparison:
         return low or "", high or ""
 
     def rows(self, ids: Iterable[Id]) -> dict[Id, Row]:
-        """The rows of those of the ids that have one."""
+        """Return the rows of these ids, without ids that have none."""
         wanted = set(ids)
         if not wanted:
             return {}
@@ -380,7 +380,7 @@ def _all_before(arrived: Iterable[datetime | None], late: Iterable[datetime | No
 
 
 def key_hash(id_: Id) -> str:
-    """The hash that chooses which ids are followed; the same everywhere and for ever."""
+    """Return the hash that selects the sampled ids; it is the same everywhere and must never change."""
     return hashlib.sha256(str(id_).encode()).hexdigest()
 
 

@@ -1,7 +1,10 @@
-"""The state that Dagster keeps of the canary's sensor, read without loading Dagster, which takes seconds.
+"""The state that Dagster stores of the canary's sensor, read from its SQLite file without loading Dagster.
 
-Only an instance with its default storage, SQLite files in its folder, is read this way. What is not exactly as
-expected is left to Dagster itself.
+Dagster has no public method for it: `DagsterInstance.all_instigator_state` is as internal as the file, and the GraphQL
+API needs a running web server. Importing Dagster takes two seconds, and `prefs status` answers within one
+(tests/test_reading_commands.py). So only the default storage, SQLite files in the instance's folder, is read this way;
+for any other storage, and for content of an unexpected shape, the caller asks Dagster itself (`sensor_ticks` in
+defs/freshness.py).
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import yaml
 
 from dagster_prefs.freshness.canary import CANARY_SENSOR, Tick
 
-# With one of these in its dagster.yaml, an instance keeps its schedules somewhere else.
+# An instance with one of these keys in its dagster.yaml stores its schedules elsewhere.
 ELSEWHERE = {
     "storage",
     "schedule_storage",
@@ -26,9 +29,9 @@ ELSEWHERE = {
 
 
 def stored_ticks(home: Path) -> list[Tick] | None:
-    """Return the last tick of each running sensor of the canary; None where only Dagster can tell.
+    """Return the last tick of each running sensor of the canary; None if only Dagster can read the store.
 
-    An instance that has not been made yet has none.
+    The list is empty if the instance does not exist yet.
     """
     try:
         settings = home / "dagster.yaml"

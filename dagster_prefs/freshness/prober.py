@@ -1,6 +1,7 @@
-"""The canary of the embedded engine: sent by its follower, without Dagster, as often as a healthy engine stays fresh.
+"""The canary of the embedded engine, sent by its follower without Dagster.
 
-What it measured is kept in a file of the data folder, as the canary's sensor keeps it in its cursor.
+Its interval is derived from the freshness target. Its state is stored in a file of the data folder, as the canary's
+sensor stores it in its cursor.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ from dagster_prefs.freshness.levels import Measure
 
 STATE = "canary.json"
 # A canary's age counts as the delay of its domain (`reads[domain].fresh`), so the next one has to be readable before
-# this one is as old as the error threshold: the rest of it is what a canary may take.
+# this one is as old as the error threshold. The interval leaves the rest of that time for the next canary to arrive.
 INTERVAL_SHARE = 0.75
 LONGEST_INTERVAL_SECONDS = 60.0
 # A canary that is not readable within this time is read by the next probe.
 PATIENCE_SECONDS = 2.0
-# How long canaries are kept in the raw tables. Views of a key are computed from all its events, so that canaries
-# without an end would make each one dearer than the one before.
+# How long canaries are kept in the raw tables. Views of a key are computed from all its events, so that an unlimited
+# number of canaries would make each one more expensive than the one before.
 KEPT = timedelta(minutes=10)
 PRUNE_SECONDS = 60.0
 
@@ -47,7 +48,7 @@ def interval_seconds(thresholds: Freshness) -> float:
 
 
 def prober_ticks(data_dir: Path) -> list[Tick]:
-    """Return what the prober of this data folder did last; nothing if it was stopped in order, or never ran."""
+    """Return the last tick of this data folder's prober; none if it was stopped in order, or never ran."""
     try:
         content = json.loads((data_dir / STATE).read_text())
         return [Tick(float(content["at"]), str(content["cursor"]), content["problem"], from_follower=True)]
@@ -59,9 +60,9 @@ def prober_ticks(data_dir: Path) -> list[Tick]:
 class Prober:
     """Sends canaries into the raw tables of the embedded engine, and times them.
 
-    `connect` returns the probe over clients that it opens in the stack and a session of the engine; whatever it sends
-    through is replaced. Where Kafka is set, the canaries still enter here, so that a trial sends nothing to topics that
-    others read.
+    `connect` returns the probe, with clients that it opens in the stack and a session of the engine; its send function
+    is replaced. Even with Kafka, the canaries enter through the raw tables, so that a trial sends nothing to topics
+    that others read.
     """
 
     engine: EngineConfiguration
@@ -70,7 +71,7 @@ class Prober:
     data_dir: Path
 
     def run(self, stop: threading.Event) -> None:
-        """Probe until `stop` is set. What fails is told in the measures, and tried again."""
+        """Probe until `stop` is set. Failures are reported by the measures, and retried."""
         state = CanaryState()
         for tick in prober_ticks(self.data_dir):
             state = CanaryState.loads(tick.cursor)
@@ -83,11 +84,11 @@ class Prober:
                     self._note(state, str(error))
                     stop.wait(interval)
         finally:
-            # Readers take a file for the sign of a prober that is meant to run.
+            # The file is deleted, because readers take it as the sign of a prober that should be running.
             (self.data_dir / STATE).unlink(missing_ok=True)
 
     def _session(self, state: CanaryState, interval: float, stop: threading.Event) -> CanaryState:
-        """Probe over one set of connections until something fails; returns the state for the next session."""
+        """Probe over one set of connections until a failure; return the state for the next session."""
         with ExitStack() as clients:
             connection = clients.enter_context(self.engine.connect(autocommit=True))
             probe = replace(
@@ -108,7 +109,7 @@ class Prober:
         return state
 
     def _send(self, connection: psycopg.Connection[Any], moment: datetime) -> None:
-        # The key is read each time: a deleted one is not used again.
+        # The key is read each time, so that a deleted key is not used again.
         messages = canary_events(self.registry, key_of(connection, self.engine), moment)
         # In one transaction, which costs the follower one step.
         with translated(self.engine, "the raw tables"), connection.transaction():
@@ -123,7 +124,7 @@ class Prober:
                     )
 
     def _prune(self, connection: psycopg.Connection[Any], before: datetime) -> None:
-        """Delete the canaries that were sent before this moment (UTC); the follower takes them out of the views."""
+        """Delete the canaries sent before this moment (UTC); the follower removes them from the views."""
         for topic in self.registry.topics.values():
             with translated(self.engine, topic.raw):
                 connection.execute(

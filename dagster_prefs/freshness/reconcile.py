@@ -175,7 +175,7 @@ class _Reconciliation:
         }
 
     def _unmark_published(self, ids: Iterable[Id]) -> None:
-        # What is written here is not what the publisher remembers; emptied, it looks again.
+        # The publisher's records do not cover these writes. With an emptied record it compares the item again.
         if self.sides.engine.kind == "local":
             self.sides.connection.execute(
                 sql.SQL(
@@ -199,7 +199,7 @@ class _Reconciliation:
 
 
 def _after(columns: Sequence[sql.Identifier], values: Sequence[Any]) -> sql.Composed:
-    """The condition of SQL that a key comes after the one with these values."""
+    """Return the SQL condition that a key follows the one with these values."""
     arms = [
         sql.SQL(" and ").join(
             [

@@ -1,4 +1,4 @@
-"""Readings of all stages for one screen or as JSON, and the exit code that summarizes them."""
+"""The measures of all stages for one screen or as JSON, and the exit code that summarizes them."""
 
 from __future__ import annotations
 
@@ -50,15 +50,16 @@ _TITLES = {
     "online": "views → DynamoDB",
     "offline": "tiles → Iceberg",
     "canary": "event → reader",
+    "drift": "values",
 }
 
 
 @dataclass(frozen=True)
 class Sources:
-    """Where the readings come from; nothing connects before it is read.
+    """The sources of the measures; nothing connects before it is read.
 
     `data_dir` is on the disk of the embedded engine. `publishes` and `follows` are as for `measure_online`, `by_sink`
-    as for `offline_lag`. `kafka` and `declared` are asked at each reading, because they need the project. `exports`
+    as for `offline_lag`. `kafka` and `declared` are called at each reading, because they need the project. `exports`
     measures the training tables instead of this process, whose memory Iceberg's libraries would double.
     """
 
@@ -79,12 +80,12 @@ class Sources:
 
     @property
     def registry(self) -> Registry:
-        """What the project declares."""
+        """The project's declarations."""
         return self.declared()
 
     @property
     def contract(self) -> Contract:
-        """The serving contract, which has the thresholds."""
+        """The serving contract, with the freshness targets."""
         return self.registry.contract
 
     def stores(self) -> list[DomainStore]:
@@ -96,11 +97,11 @@ class Sources:
         return domain_stores(self.engine, client, contract, find_tables(client, contract, self.table_prefix))
 
     def embedded(self, now: datetime) -> list[Measure]:
-        """The embedded engine and its follower, by the engine's own clock; empty on RisingWave."""
-        return measure_embedded(self.engine, self.data_dir)
+        """Measure the embedded engine and its follower, by the engine's own clock; empty on RisingWave."""
+        return measure_embedded(self.engine, self.registry, self.data_dir)
 
     def ingestion(self, now: datetime) -> list[Measure]:
-        """Kafka against the raw tables."""
+        """Compare Kafka with the raw tables."""
         return measure_ingestion(self.engine, self.registry, self.kafka(), now=now, by_id=True)
 
     def views(self, now: datetime) -> list[Measure]:
@@ -114,7 +115,7 @@ class Sources:
         )
 
     def offline(self, now: datetime) -> list[Measure]:
-        """Compare tiles with the training tables, or recall that all was well and nothing has changed since."""
+        """Compare tiles with the training tables, or reuse the last good reading if nothing has changed since."""
         state = self.memo and self.memo.state(self.engine, self.registry, now)
         if self.memo and state and (known := self.memo.recall(state)) is not None:
             return known

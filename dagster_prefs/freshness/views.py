@@ -25,8 +25,10 @@ _BEFORE_ALL = datetime.min.replace(tzinfo=UTC)
 
 @dataclass(frozen=True)
 class Typed:
-    """The typed relation of a topic; `subject` is the kind that erasures of its subjects are recorded under, and their
-    key column, None for reference data.
+    """The typed relation of a topic.
+
+    `subject` is the kind under which erasures of its subjects are recorded, with their key column; None for reference
+    data.
     """
 
     declared: TopicDeclaration
@@ -141,7 +143,9 @@ _JOINED = (
     "its query reads events or tiles together with something else, so that which of them it shows is not known: read "
     "them in a CTE of their own"
 )
-_TIMELESS = f"its query has no {LAST_EVENT_AT} that is the newest time of what it reads: add max(…) as {LAST_EVENT_AT}"
+_TIMELESS = (
+    f"its query has no {LAST_EVENT_AT} that is the newest time of its inputs: add max(…) as {LAST_EVENT_AT}"
+)
 
 
 def _sources(
@@ -447,7 +451,7 @@ def _waiting(
     shown: datetime | None,
     now: datetime,
 ) -> datetime | None:
-    """Return the oldest time in a relation that is newer than what a view shows."""
+    """Return the oldest time in a relation that is newer than what the view shows."""
     only: sql.Composable = sql.SQL(upstream.only)
     if upstream.day:
         first = (now - timedelta(days=upstream.days)).astimezone(UTC).date()

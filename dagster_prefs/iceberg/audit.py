@@ -46,7 +46,7 @@ class StagedDay:
 
 @dataclass(frozen=True)
 class Staged:
-    """What one commit put on a branch: its snapshot and the days in it."""
+    """The content of one commit to a branch: its snapshot and the days in it."""
 
     snapshot_id: int
     branch: str
@@ -71,7 +71,7 @@ def audit_days(
         if parts != set(one.paths):
             findings[day] = [f"the branch has {len(parts)} files of the day, {len(one.paths)} were written"]
     if not findings and (other := _total_findings(table, staged)):
-        # Which day is to blame is not known.
+        # Which day has the wrong rows is not known.
         findings = dict.fromkeys(staged.days, other)
     for day, one in staged.days.items():
         if day not in findings and day not in known:

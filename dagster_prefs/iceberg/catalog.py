@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import json
-import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +34,7 @@ from pyiceberg.io import PY_IO_IMPL
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.files import catalog_file, local_folder, make_private_folder
 from dagster_prefs.iceberg.file_io import CHECKED_FILE_IO, FileTruncated
+from dagster_prefs.redaction import redact_uris
 
 CatalogKind = Literal["sqlite", "glue", "rest"]
 
@@ -44,7 +44,6 @@ CATALOG_NAME = "prefs"
 SQLITE_LOCK_SECONDS = 60
 
 # Matches up to the last @ before the path, because a password may contain one.
-_USERINFO = re.compile(r"(\b[A-Za-z][A-Za-z0-9+.-]*://)[^/\s]*@")
 
 
 class OfflineError(PrefsError):
@@ -164,13 +163,10 @@ def _describe(kind: CatalogKind, warehouse: str, uri: str | None) -> str:
         folder = local_folder(warehouse)
         return f"the Iceberg catalog {catalog_file(folder) if folder else warehouse}"
     return (
-        f"the Iceberg catalog {redacted(uri or '')}" if kind == "rest" else f"the Glue catalog of {warehouse}"
+        f"the Iceberg catalog {redact_uris(uri or '')}"
+        if kind == "rest"
+        else f"the Glue catalog of {warehouse}"
     )
-
-
-def redacted(text: str) -> str:
-    """Remove the user and password of every URI in a text."""
-    return _USERINFO.sub(r"\1***@", text)
 
 
 @contextmanager
@@ -252,5 +248,5 @@ def _full(what: str) -> StorageFull:
 
 def _reason(error: BaseException) -> str:
     # A client's own error may contain the whole address, with its password.
-    lines = [line.strip() for line in redacted(str(error)).splitlines() if line.strip()]
+    lines = [line.strip() for line in redact_uris(str(error)).splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__

@@ -89,7 +89,7 @@ def sort_batches(
     source = iter(batches)
     ahead = list(itertools.islice(source, 2))
     if len(ahead) < 2 and all(batch.num_rows <= rows for batch in ahead):
-        # To open a session takes several times as long as to sort the rows of a small day.
+        # Opening a session takes several times as long as sorting the rows of a small day.
         for batch in ahead:
             if batch.num_rows:
                 yield batch.sort_by([(name, "ascending") for name in key]).cast(schema)

@@ -118,10 +118,10 @@ class DaysFailed(OfflineError):
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What an export may do beyond adding to days of its own.
+    """Options of an export, all of which are off by default.
 
     `allow_loss` exports a day although the engine holds less of it than the table. `replace_foreign` reverts what
-    another writer did to a day. `erasing` is a subject whom an erasure removes, and whose rows are therefore no loss.
+    another writer did to a day. `erasing` is a subject that is being erased, whose missing rows are therefore no loss.
     """
 
     allow_loss: bool = False
@@ -191,17 +191,17 @@ def export_days(
 ) -> Iterator[ExportReport]:
     """Make the table hold exactly the engine's tiles of `days` (UTC), without canaries.
 
-    Yields one report a day, as the commits that hold the days are made. A day that cannot be read, that fails its
-    audit, or that other writers keep changing, is left out and reported as `failed`; the others are published.
+    Yields one report per day, as the commits that hold the days are made. A day that cannot be read, fails its audit,
+    or is changed repeatedly by other writers is left out and reported as `failed`; the others are published.
 
-    A day of which the engine holds fewer rows or a smaller total than the table has left its retention, because
-    late events only ever add: what the table holds of it stays. The option `allow_loss` exports it all the same, for
-    someone who knows why it shrank. Rows of an erased subject are never exported: neither from views that do not
-    know of the erasure yet, nor by an export that had read them before it.
+    If the engine holds fewer rows or a smaller total of a day than the table, the day has left the engine's retention,
+    because late events only ever add: the table keeps its rows. The option `allow_loss` exports the day anyway, for an
+    operator who knows why it shrank. Rows of an erased subject are never exported: neither from views that do not
+    reflect the erasure yet, nor by an export that read them before it.
 
-    A day to which another writer added rows, or of which it deleted or replaced some, is left unchanged and
-    reported as `foreign`. The option `replace_foreign` reverts that writer's changes: the day becomes what the
-    engine holds, or, if that is less than this platform's last export of the day, that export again.
+    A day to which another writer added rows, or of which it deleted or replaced some, is left unchanged and reported as
+    `foreign`. The option `replace_foreign` reverts that writer's changes: the day becomes what the engine holds, or, if
+    that is less than this platform's last export of the day, that export again.
 
     Idempotent, and safe to run several times at once. Raises TilesUnreadable, EngineUnavailable, or another
     OfflineError, if engine, catalog or storage fail as a whole; days that were not reported are then unchanged.
@@ -232,7 +232,7 @@ def _conflict(name: str, day: date) -> ExportConflict:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What one attempt did with a day."""
+    """The outcome of one attempt for a day."""
 
     status: Status
     token: str | None = None
@@ -275,11 +275,10 @@ def _reports(
 
 @dataclass(frozen=True)
 class ExportedDay:
-    """What a table holds of one day: `rows`, and the `token` of their fingerprint, None if it is not known.
+    """The content of a table for one day: `rows`, and the `token` of their fingerprint, None if it is not known.
 
-    `foreign` describes what another writer did to the day; its token is None then, and `rows` are those of
-    its data files, deleted ones included. A day that such a writer `removed` is listed with the rows that it
-    had.
+    `foreign` describes another writer's changes to the day; its token is None then, and `rows` are those of its data
+    files, deleted ones included. A day that such a writer `removed` is listed with the rows that it had.
     """
 
     token: str | None
@@ -422,7 +421,7 @@ class _Attempt:
                             if written is not None:
                                 changes.append(DayChange(day, written, parts_of(held.get(day, []))))
                 except DayUnreadable as error:
-                    # The snapshot may have ended with it: the next days are read from another one.
+                    # The engine's snapshot may have ended with the error: the next days are read from another one.
                     outcomes[day] = _Outcome("failed", error=error)
         except BaseException:
             for change in changes:

@@ -1,4 +1,4 @@
-"""The export of all training tables: the days that need one, and what became of them. Knows no Dagster."""
+"""The export of all training tables: the days that need an export, and the outcomes. Does not depend on Dagster."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from dagster_prefs.iceberg.tables import TileTable
 class Exports:
     """The complete days of the training tables.
 
-    `stale` days need an export, with the engine's fingerprint; `foreign` days need an operator's decision,
-    because another writer changed them as described; `current` days are exported as they are, with their rows.
+    `stale` days need an export, with the engine's fingerprint. `foreign` days need an operator's decision, because
+    another writer changed them as described. `current` days are up to date, with their rows.
     """
 
     stale: Mapping[TableDay, str]
@@ -41,7 +41,7 @@ class Exports:
 
 @dataclass(frozen=True)
 class DayOutcome:
-    """What an export or a verification did with one day of a table; `rows` are those that the table holds of it."""
+    """The outcome of an export or a verification for one day of a table; `rows` are those that the table now holds."""
 
     table: str
     day: date
@@ -51,16 +51,16 @@ class DayOutcome:
 
     @property
     def left_out(self) -> bool:
-        """Whether the day needs an export still, or an operator's decision."""
+        """Whether the day still needs an export, or an operator's decision."""
         return self.status in ("foreign", "failed")
 
 
 @dataclass(frozen=True)
 class Exporter:
-    """Brings training tables up to the engine's tiles, from the UTC day `start` on.
+    """Updates training tables to the engine's tiles, from the UTC day `start` on.
 
-    `catalog` is opened at each use. Where RisingWave's sinks write the tables (`by_sink`), days are verified and
-    tagged for `kept` instead. `report` is told of each table of which days were brought up.
+    `catalog` is opened at each use. If RisingWave's sinks write the tables (`by_sink`), days are verified instead, and
+    their tags are kept for `kept`. `report` is called with each table of which days were exported or verified.
     """
 
     engine: EngineConfiguration
@@ -98,7 +98,7 @@ class Exporter:
     def bring_up(
         self, spec: TileTable, days: Sequence[date], options: ExportOptions = AS_IT_IS
     ) -> Iterator[DayOutcome]:
-        """Export days of one table, or verify what the sink wrote of them. Raises OfflineError, EngineUnavailable."""
+        """Export days of one table, or verify what the sink wrote. Raises OfflineError, EngineUnavailable."""
         brought = False
         for outcome in self._outcomes(spec, days, options):
             brought = brought or not outcome.left_out
@@ -133,10 +133,10 @@ class Exporter:
         *,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        """Bring these days of these tables up. A table or day that fails prevents no other.
+        """Export these days of these tables. A failing table or day prevents no other.
 
-        `say` gets a line for each day that stays as it is, with the reason. Raises the error that names every day
-        that was left out, once all others are exported; EngineUnavailable.
+        `say` receives a line for each day that was left out, with the reason. After all other days are exported, raises
+        an error that names every day that was left out; also EngineUnavailable.
         """
         wanted = set(days)
         outcomes: list[DayOutcome] = []

@@ -1,7 +1,7 @@
-"""The files of Iceberg tables, read through pyiceberg, with one check that pyiceberg lacks.
+"""Read the files of Iceberg tables through pyiceberg, with a check that pyiceberg lacks.
 
-pyiceberg's compiled Avro decoder reads on behind the end of a file that was cut off. It then decodes what the
-process happens to hold there: rows of a manifest that is gone, or a crash.
+pyiceberg's compiled Avro decoder reads beyond the end of a truncated file. It then decodes arbitrary memory of the
+process: rows of an earlier manifest, or a crash.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class FileTruncated(ValueError):
 
 
 class CheckedFileIO(PyArrowFileIO):
-    """pyiceberg's storage; a manifest or manifest list that was cut off raises FileTruncated when opened."""
+    """pyiceberg's storage; opening a truncated manifest or manifest list raises FileTruncated."""
 
     def new_input(self, location: str) -> PyArrowFile:
         """Return the file to read."""

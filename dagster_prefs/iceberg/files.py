@@ -315,7 +315,7 @@ def only_token(files: Iterable[LiveFile]) -> str | None:
 
 @dataclass(frozen=True)
 class Foreign:
-    """What another writer did to a day; empty if the day is as one own write left it.
+    """Another writer's changes to a day; empty if the day is as one own write left it.
 
     `files` are data files that this platform did not commit, `deletes` delete files that apply to its own,
     `missing_rows` the number of own rows whose files are gone.

@@ -158,7 +158,7 @@ class DayChange:
 
 @dataclass
 class Publication:
-    """What became of changes: `published` days, and days that `failed` their audit.
+    """The outcome of changes: `published` days, and days that `failed` their audit.
 
     Days that are in neither were changed by another writer, or became outdated.
     """

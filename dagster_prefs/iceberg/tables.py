@@ -65,8 +65,8 @@ TABLE_PROPERTIES = {
     "write.metadata.previous-versions-max": "20",
 }
 
-# The property by which maintenance and erasure find the tables of training sets.
-KIND, TRAINING_SET = "prefs.kind", "training-set"
+# The property by which maintenance and erasure find the tables of training sets and of statistics.
+KIND, TRAINING_SET, STATISTICS = "prefs.kind", "training-set", "statistics"
 
 
 class DeclarationRefused(OfflineError):
@@ -80,6 +80,11 @@ class SchemaChangeRefused(OfflineError):
 def is_training_set(table: Table) -> bool:
     """Return whether a table belongs to training sets."""
     return table.properties.get(KIND) == TRAINING_SET
+
+
+def is_statistics(table: Table) -> bool:
+    """Return whether a table is that of statistics of values."""
+    return table.properties.get(KIND) == STATISTICS
 
 
 @dataclass(frozen=True)
@@ -96,10 +101,10 @@ class Column:
 class TileTable:
     """A training table and the tile relation of the engine that fills it.
 
-    `entity` is what its rows are about. `metric` names the columns whose total is `metric_total` in
-    `tile_fingerprints`; `key` makes a row of a day unique; `at_most` lists (smaller, larger) pairs of columns that
-    every row must respect; `sink` is RisingWave's that writes the table, where sinks export. `subject_kind` is what
-    erasures of its subjects are recorded under.
+    `entity` is the subject of its rows. `metric` names the columns whose total is `metric_total` in
+    `tile_fingerprints`. `key` makes a row of a day unique. `at_most` lists (smaller, larger) pairs of columns that
+    every row must respect. `sink` is the RisingWave sink that writes the table, if sinks export. `subject_kind` is the
+    name under which erasures of its subjects are recorded.
     """
 
     name: str

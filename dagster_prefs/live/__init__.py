@@ -1,1 +1,1 @@
-"""The embedded engine's follower: it keeps every view current, at a cost that follows what changed."""
+"""The embedded engine's follower, which keeps every view current at a cost proportional to the change."""

@@ -1,10 +1,10 @@
-"""One step of the embedded engine: what arrived, changed in place or became due passes through all views at once.
+"""One step of the embedded engine: passes arrivals, changed rows and due keys through all views at once.
 
-Everything that a step reads and writes is one transaction: what it claims, the rows of every view, the keys that the
-publisher has to look at. So a crash at any moment repeats the step, and nobody sees half of one.
+A step is one transaction: the work that it claims, the rows of every view, and the keys for the publisher. So a crash
+at any moment repeats the step, and no reader sees half of one.
 
-What is new is what committed: writers leave a row in their own transaction (`raw_arrivals`, `live_changes`), and a step
-takes those that it can see. A cursor on a sequence or a clock would lose what commits late.
+New work is what has been committed: writers insert a row in their own transaction (`raw_arrivals`, `live_changes`), and
+a step claims the rows that it can see. A cursor on a sequence or a clock would miss rows that are committed late.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import psycopg
 from psycopg import sql
@@ -22,7 +23,8 @@ from psycopg import sql
 from dagster_prefs.declarations.registry import Registry, TopicDeclaration
 from dagster_prefs.engine.catalog import NotDeployed, missing_relation
 from dagster_prefs.engine.connection import EngineConfiguration
-from dagster_prefs.live.trail import forget_old_steps, make_trail
+from dagster_prefs.live.presence import pending_views
+from dagster_prefs.live.trail import forget_old_steps, make_trail, note_step
 from dagster_prefs.live.views import (
     CLOCK,
     PLACE,
@@ -34,30 +36,44 @@ from dagster_prefs.live.views import (
     topics_of_key,
 )
 
-# How much a step takes at most, so that it is short, and memory bounded, whatever waits.
+# The limits of one step, which keep it short and its memory bounded, however much is waiting.
 MESSAGES_PER_STEP = 2000
 CHANGES_PER_STEP = 2000
 DUE_PER_STEP = 1000
 ARRIVALS_PER_STEP = 1000
-# How late a row may leave a window because time passed, seconds.
+# The longest delay with which a row leaves a window because time has passed, in seconds.
 DUE_SECONDS = 30.0
-# From so many messages on, and this share of what is stored, computing everything is quicker than steps.
+# From this number of messages and this share of the stored ones, rebuilding is faster than steps.
 REBUILD_MESSAGES = 20_000
 REBUILD_SHARE = 0.2
 
 Key = tuple[str, ...]
 
 
+class Taken(NamedTuple):
+    """The places of the messages that a step took from one partition of one source, first and last included."""
+
+    topic: str
+    relation: str
+    source: str
+    partition: int
+    first_offset: int
+    last_offset: int
+    messages: int
+
+
 @dataclass
 class StepReport:
-    """What a step did: `messages` read, rows that changed per view, the view that was rebuilt whole, if any.
+    """The result of a step: `messages` read, changed rows per view, and the view that was rebuilt, if any.
 
-    `step` is its number in `live_trail` and the outbox, None where it left nothing there. `more` says whether something
-    was left for the next step; `seconds` is wall time.
+    `step` is its id, which grows from step to step; None if it did nothing. The keys that it touched have it as `step`
+    in the outbox, so it leads from an event's place (`taken`) to the item that is published because of it. `more` says
+    whether something was left for the next step; `seconds` is wall time.
     """
 
-    messages: int = 0
     step: int | None = None
+    taken: list[Taken] = field(default_factory=list)
+    messages: int = 0
     changed: dict[str, int] = field(default_factory=dict)
     rebuilt: str | None = None
     more: bool = False
@@ -65,18 +81,18 @@ class StepReport:
 
     @property
     def idle(self) -> bool:
-        """Whether there was nothing to do."""
+        """Whether there was no work."""
         return not (self.messages or self.changed or self.rebuilt or self.more)
 
 
 class Steps:
-    """The steps over one connection; one process at a time takes them."""
+    """The steps over one connection; only one process at a time takes them."""
 
     def __init__(self, engine: EngineConfiguration, registry: Registry) -> None:
         self.engine = engine
         self.registry = registry
         self.connection = engine.connect()
-        # A statement is planned for the keys that it is given: a handful or thousands.
+        # A statement is planned anew for its keys, because their number varies from a handful to thousands.
         self.connection.prepare_threshold = None
         self._deployed: str | None = None
         self._views: LiveViews | None = None
@@ -88,7 +104,7 @@ class Steps:
 
     @property
     def views(self) -> LiveViews:
-        """The kept views as they are deployed now. Raises NotDeployed before the first run of dbt."""
+        """The kept views as currently deployed. Raises NotDeployed before the first run of dbt."""
         try:
             ((deployed,),) = self.connection.execute(
                 sql.SQL(
@@ -107,7 +123,7 @@ class Steps:
         return self._views
 
     def step(self) -> StepReport:
-        """Take one step, and say what it did. Raises psycopg.Error; what failed is taken again by the next step."""
+        """Take one step and report on it. Raises psycopg.Error; the next step then repeats the failed work."""
         started = time.monotonic()
         report = StepReport()
         with self.connection.transaction():
@@ -115,7 +131,9 @@ class Steps:
                 "select pg_advisory_xact_lock(hashtext('dagster-prefs'), hashtext(%s))", [self.engine.schema]
             )
             views = self.views
-            if not self._rebuild_pending(views, report):
+            if self._rebuild_pending(views, report):
+                report.step = next_step(self.connection, self.engine)
+            else:
                 _Step(self.connection, self.engine, views, report).run(due=started >= self._due_at)
                 if started >= self._due_at:
                     forget_old_steps(self.connection, self.engine)
@@ -124,24 +142,13 @@ class Steps:
         return report
 
     def make_all_due(self) -> None:
-        """Look at the clock in the next step, whenever it was looked at last."""
+        """Have the next step check the clock, regardless of the last check."""
         self._due_at = 0.0
 
     def _rebuild_pending(self, views: LiveViews, report: StepReport) -> bool:
-        """Rebuild the first view that is pending, with the time of its own where it has an interval."""
+        """Rebuild the first pending view that is due. Returns whether there was one."""
         self._prefer_rebuilding(views)
-        timed = [view for view in views.views.values() if view.every_seconds]
-        pending = dict(
-            self.connection.execute(
-                sql.SQL(
-                    "select p.relation, p.since = '-infinity' or v.as_of is null"
-                    " or extract(epoch from clock_timestamp() - v.as_of) not between 0 and coalesce(e.seconds, 0)"
-                    " from {} as p left join {} as v using (relation)"
-                    " left join unnest(%s::text[], %s::int[]) as e (relation, seconds) using (relation)"
-                ).format(self._table("live_pending"), self._table("live_views")),
-                [[view.name for view in timed], [view.every_seconds for view in timed]],
-            ).fetchall()
-        )
+        pending = dict(self.connection.execute(pending_views(self.engine, self.registry)).fetchall())
         for view in views.views.values():
             if pending.get(view.name):
                 ((changed,),) = self.connection.execute(
@@ -170,7 +177,7 @@ class Steps:
                 )
             ).fetchall()
             if messages >= REBUILD_SHARE * stored:
-                # What it reads now is read: its arrivals are taken by the steps that follow.
+                # The rebuild reads the arrivals visible now; later ones are left to the following steps.
                 self.connection.execute(
                     sql.SQL("delete from {} where relation = %s").format(self._table("raw_arrivals")),
                     [relation],
@@ -178,7 +185,7 @@ class Steps:
                 mark_pending(self.connection, self.engine, [raw[relation]])
 
     def _prepare(self, views: LiveViews) -> None:
-        """Make what steps need and no model declares: indexes, the trail, and this session's tables of changed rows."""
+        """Create what steps need and no model declares: indexes, the trail, this session's tables of changed rows."""
         self.connection.execute("set client_min_messages to warning")
         make_trail(self.connection, self.engine)
         for parsed, topic in views.parsed.items():
@@ -188,7 +195,7 @@ class Steps:
             for flip in view.flips:
                 self._index(flip.relation, [flip.rows.replace("%%", "%")])
             for relation, key in view.reads.items():
-                # Of tiles: the day is an expression over the events.
+                # For tiles: their day is an expression over the events.
                 if key and relation in views.views and not all(map(str.isidentifier, key)):
                     self._index(relation, key)
         for relation in views.merging:
@@ -203,7 +210,7 @@ class Steps:
     def _index(self, relation: str, expressions: Sequence[str], where: str = "true") -> None:
         name = hashlib.md5("/".join([relation, *expressions]).encode(), usedforsecurity=False).hexdigest()
         columns = [sql.Identifier(one) if one.isidentifier() else raw_sql(one) for one in expressions]
-        # An expression that depends on the session cannot be looked up by: its steps read more.
+        # An expression that depends on the session cannot be indexed; its steps read more rows.
         with suppress(psycopg.errors.InvalidObjectDefinition), self.connection.transaction():
             self.connection.execute(
                 sql.SQL("create index if not exists {} on {} ({}) where {}").format(
@@ -221,10 +228,18 @@ class Steps:
         return sql.Literal(f'"{self.engine.schema}"."{relation}"')
 
 
+def next_step(connection: psycopg.Connection[Any], engine: EngineConfiguration) -> int:
+    """Return the id of a new step. Raises psycopg.Error."""
+    ((step,),) = connection.execute(
+        "select nextval(%s::regclass)", [f'"{engine.schema}"."live_steps"']
+    ).fetchall()
+    return int(step)
+
+
 def mark_pending(
     connection: psycopg.Connection[Any], engine: EngineConfiguration, relations: Iterable[str]
 ) -> None:
-    """Have views rebuilt, or sinks compared, as a whole; those that already wait stay as they are."""
+    """Mark views to be rebuilt, or sinks to be compared, as a whole; already pending ones stay as they are."""
     connection.execute(
         sql.SQL(
             "insert into {} (relation) select unnest(%s::text[]) on conflict (relation) do nothing"
@@ -234,7 +249,10 @@ def mark_pending(
 
 
 def _lookups(registry: Registry, topic: TopicDeclaration) -> dict[str, str]:
-    """By what a step looks messages of a topic up, and among which: a field of a rejected one has any length."""
+    """Return the columns by which a step looks up a topic's messages, each with the condition of its index.
+
+    Rejected messages are excluded, because their fields may have any length.
+    """
     found = {topic.identity: "reason is null"}
     if topic.entity is not None:
         found |= {registry.entities[topic.entity].key.name: "reason is null", "canary": "canary is not null"}
@@ -259,8 +277,6 @@ class _Step:
         self.outbox: dict[str, set[str]] = {}
         self.pending: set[str] = set()
         self.logged: set[str] = set()
-        # Raw table, source, partition, first and last offset, arrival.
-        self.taken: list[tuple[Any, ...]] = []
 
     def run(self, *, due: bool) -> None:
         self._claim_arrivals()
@@ -285,8 +301,8 @@ class _Step:
         for parsed, topic in self.views.parsed.items():
             arrivals = self.connection.execute(
                 sql.SQL(
-                    "select source, source_partition, first_offset, last_offset, messages, arrived_at from {}"
-                    " where relation = %s order by arrived_at limit %s"
+                    "select source, source_partition, first_offset, last_offset, messages from {} where relation = %s"
+                    " order by arrived_at limit %s"
                 ).format(self.views.table("raw_arrivals")),
                 [topic.raw, ARRIVALS_PER_STEP],
             ).fetchall()
@@ -306,7 +322,7 @@ class _Step:
             self._take(topic, parsed, taken)
 
     def _take(self, topic: TopicDeclaration, parsed: str, arrivals: Sequence[Sequence[Any]]) -> None:
-        sources, partitions, firsts, lasts, _, arrived = map(list, zip(*arrivals, strict=True))
+        sources, partitions, firsts, lasts, _ = map(list, zip(*arrivals, strict=True))
         given = {
             "name": topic.raw,
             "s": sources,
@@ -332,12 +348,11 @@ class _Step:
         if len(places) == MESSAGES_PER_STEP:
             self.report.more = True
             if len(arrivals) > 1:
-                # Between the first and the last offset of a write lie messages of others, so that they are too many.
+                # The range of a write's offsets may contain messages of other writes, so that the count is too high.
                 self._take(topic, parsed, arrivals[:1])
                 return
-            # One write of more messages than a step takes: its rest arrives again.
+            # A write with more messages than a step takes: its rest is stored as another arrival.
             self._shorten(topic, arrivals[0], int(places[-1][2]) + 1)
-            lasts = [int(places[-1][2])]
         else:
             self.connection.execute(
                 sql.SQL(
@@ -348,13 +363,15 @@ class _Step:
                 given,
             )
         self.report.messages += len(places)
-        self.taken += zip(
-            [topic.raw] * len(arrivals), sources, partitions, firsts, lasts, arrived, strict=True
-        )
+        for (source, partition), found in groupby(places, key=lambda place: place[:2]):
+            offsets = [place[2] for place in found]
+            self.report.taken.append(
+                Taken(topic.name, topic.raw, source, partition, offsets[0], offsets[-1], len(offsets))
+            )
         self._touch(parsed, [tuple(map(str, place)) for place in places])
 
     def _shorten(self, topic: TopicDeclaration, arrival: Sequence[Any], first: int) -> None:
-        source, partition, old, _, messages, _ = arrival
+        source, partition, old, _, messages = arrival
         self.connection.execute(
             sql.SQL(
                 "with old as (delete from {0} where relation = %s and source = %s and source_partition = %s"
@@ -431,7 +448,7 @@ class _Step:
                 self._touch(parsed, [tuple(map(str, row)) for row in rows])
 
     def _note_due(self) -> None:
-        """Remember the keys of rows that passed a border since any row of their view was computed."""
+        """Store the keys of rows that passed a border since the rows of their view were last computed."""
         for view in self.views.views.values():
             if not view.timed:
                 continue
@@ -453,7 +470,7 @@ class _Step:
                 )
 
     def _note_moment(self, views: Sequence[str]) -> None:
-        """Rows of these views were computed as of now, which may be before or after all that were before."""
+        """Note that rows of these views were computed as of now, which may be earlier or later than all before."""
         self.connection.execute(
             sql.SQL(
                 "update {} set as_of = least(as_of, {clock}), latest = greatest(latest, {clock})"
@@ -500,19 +517,15 @@ class _Step:
 
     def _merge(self, view: View) -> None:
         if self.logged & set(view.feeds):
-            # Of a maximum that went nothing is left but all rows of its key.
+            # When a maximum is removed, the new one can only be found among all rows of its key.
             lost = [tuple(key) for (key,) in self.connection.execute(self.views.merge(view)).fetchall()]
             if lost:
                 self.connection.execute(self.views.reread(view), _columns(lost))
 
     def _remember(self) -> None:
         mark_pending(self.connection, self.engine, self.pending)
-        if not (self.outbox or self.taken):
-            return
-        ((step,),) = self.connection.execute(
-            sql.SQL("select nextval({})").format(sql.Literal(f'"{self.engine.schema}"."live_steps"'))
-        ).fetchall()
-        self.report.step = step
+        if self.report.messages or self.report.changed or self.outbox:
+            self.report.step = next_step(self.connection, self.engine)
         for domain, keys in self.outbox.items():
             self.connection.execute(
                 sql.SQL(
@@ -520,19 +533,12 @@ class _Step:
                     " select %(domain)s, key, %(step)s, %(step)s from unnest(%(keys)s::text[]) as key"
                     " on conflict (domain_key, entity_key) do update set step = excluded.step"
                 ).format(self.views.table("live_outbox")),
-                {"domain": domain, "keys": sorted(keys), "step": step},
+                {"domain": domain, "keys": sorted(keys), "step": self.report.step},
             )
-        if self.taken:
-            relations, sources, partitions, firsts, lasts, arrived = map(list, zip(*self.taken, strict=True))
-            self.connection.execute(
-                sql.SQL(
-                    "insert into {} select %s, clock_timestamp(), t.* from unnest("
-                    "%s::text[], %s::text[], %s::int[], %s::bigint[], %s::bigint[], %s::timestamptz[]) as t"
-                ).format(self.views.table("live_trail")),
-                [step, relations, sources, partitions, firsts, lasts, arrived],
-            )
+        if self.report.step is not None:
+            note_step(self.connection, self.engine, self.report.step, self.report.taken)
 
 
 def _columns(keys: Iterable[Key]) -> dict[str, list[str]]:
-    """Keys as the parameters of a step's statement: one list per column."""
+    """Return keys as the parameters of a step's statement: one list per column."""
     return {f"k{number}": list(column) for number, column in enumerate(zip(*sorted(keys), strict=True))}

@@ -7,7 +7,7 @@ nothing depends on them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
+from dagster_prefs.declarations.registry import TopicDeclaration
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.events.raw import Place
 
@@ -40,13 +41,35 @@ def make_trail(connection: psycopg.Connection[Any], engine: EngineConfiguration)
     connection.execute(
         sql.SQL(
             "create unlogged table if not exists {trail} (step bigint not null, committed_at timestamptz not null,"
-            " relation text not null, source text not null, source_partition int not null,"
-            " first_offset bigint not null, last_offset bigint not null, arrived_at timestamptz);"
+            " topic text not null, source text not null, source_partition int not null,"
+            " first_offset bigint not null, last_offset bigint not null);"
             " create index if not exists live_trail_place on {trail}"
-            " (relation, source, source_partition, first_offset);"
+            " (topic, source, source_partition, first_offset);"
             " create unlogged table if not exists {published} (domain_key text not null, step bigint not null,"
             " published_at timestamptz not null)"
         ).format(**_tables(engine))
+    )
+
+
+def note_step(
+    connection: psycopg.Connection[Any],
+    engine: EngineConfiguration,
+    step: int,
+    taken: Sequence[tuple[str, str, int, int, int, int]],
+) -> None:
+    """Remember which messages a step took: topic, source, partition, first and last offset, and number.
+
+    Raises psycopg.Error.
+    """
+    if not taken:
+        return
+    topics, sources, partitions, firsts, lasts, _ = map(list, zip(*taken, strict=True))
+    connection.execute(
+        sql.SQL(
+            "insert into {trail} select %s, clock_timestamp(), t.* from unnest("
+            "%s::text[], %s::text[], %s::int[], %s::bigint[], %s::bigint[]) as t"
+        ).format(**_tables(engine)),
+        [step, topics, sources, partitions, firsts, lasts],
     )
 
 
@@ -74,23 +97,23 @@ def forget_old_steps(connection: psycopg.Connection[Any], engine: EngineConfigur
 
 
 def read_trail(
-    connection: psycopg.Connection[Any], engine: EngineConfiguration, raw: str, place: Place
+    connection: psycopg.Connection[Any], engine: EngineConfiguration, topic: TopicDeclaration, place: Place
 ) -> Trail:
-    """Return the way of the message at a place of a raw table so far.
+    """Return the way of the message at a place of a topic so far.
 
     Raises psycopg.Error; UndefinedTable before the first follower of this version.
     """
-    tables = {**_tables(engine), "raw": sql.Identifier(engine.schema, raw)}
+    tables = {**_tables(engine), "raw": sql.Identifier(engine.schema, topic.raw)}
     row = connection.execute(
         sql.SQL(
             "select raw.arrived_at, trail.step, trail.committed_at from {raw} as raw left join lateral ("
-            "   select step, committed_at from {trail} as t where t.relation = %(relation)s"
+            "   select step, committed_at from {trail} as t where t.topic = %(topic)s"
             "   and t.source = raw.source and t.source_partition = raw.source_partition"
             "   and raw.source_offset between t.first_offset and t.last_offset order by step limit 1"
             " ) as trail on true"
             " where raw.source = %(source)s and raw.source_partition = %(partition)s and raw.source_offset = %(offset)s"
         ).format(**tables),
-        {"relation": raw, **place._asdict()},
+        {"topic": topic.name, **place._asdict()},
     ).fetchone()
     if row is None or row[1] is None:
         return Trail() if row is None else Trail(row[0])

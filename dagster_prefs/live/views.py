@@ -1,8 +1,8 @@
-"""The kept views of the embedded engine as they are deployed: their order, their keys, and what a change touches.
+"""The kept views of the embedded engine as deployed: their order, their keys, and the keys that a change touches.
 
-A view that is kept by keys is computed for some of them by restricting what it reads, not what it gives: in its
-compiled statement each relation is replaced by its rows of these keys. PostgreSQL would not carry a filter around the
-statement into a CTE that is read twice.
+To compute a view for some keys, its inputs are restricted, not its output: in the compiled statement each relation is
+replaced by its rows of these keys. PostgreSQL would not push a filter on the whole statement into a CTE that is read
+twice.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from dagster_prefs.engine.connection import EngineConfiguration
 
 # The key of a message in raw and parsed relations.
 PLACE = ("source", "source_partition", "source_offset")
-# How macros/engine/dialect.sql writes the present time (macro `clock`).
+# The present time as macros/engine/dialect.sql writes it (macro `clock`).
 CLOCK = "coalesce(nullif(current_setting('prefs.clock', true), '')::timestamptz, now())"
 _CLOCK = "prefs_clock"
 _OTHER_CLOCKS = re.compile(
     r"\b(now\s*\(|current_date|current_timestamp|clock_timestamp|localtimestamp)", re.IGNORECASE
 )
-# What may stand behind a relation without being its alias.
+# Words that may follow a relation without being its alias.
 _NO_ALIAS = frozenset(
     {
         "where", "join", "left", "right", "inner", "full", "cross", "natural", "group", "order", "having", "limit",
@@ -45,16 +45,16 @@ How = Literal["keys", "merging", "rebuilt"]
 
 
 def raw_sql(text: str) -> sql.SQL:
-    """SQL that comes from the engine's own catalog or from a deployed definition."""
+    """Return SQL from the engine's own catalog or from a deployed definition."""
     return sql.SQL(text)
 
 
 @dataclass(frozen=True)
 class Flip:
-    """A comparison with the clock in a view: rows of `relation` for which it changes make their keys due.
+    """A comparison with the clock in a view: when it changes for rows of `relation`, their keys become due.
 
-    `rows` is SQL over the relation's columns, `border` SQL over the time as `{moment}`; it changes for a row that the
-    border passes.
+    `rows` is SQL over the relation's columns, `border` is SQL over the time as `{moment}`; the comparison changes for a
+    row when the border passes it.
     """
 
     relation: str
@@ -66,9 +66,9 @@ class Flip:
 class View:
     """One kept view.
 
-    `key` are the columns by which it is computed, `unique` those of its unique index. `reads` maps each relation that
-    its statement names to the expressions of the key over that relation, or to None where it is read whole; `feeds`
-    maps each relation whose changes it follows likewise, with what lies below plain views in their place. `merged` maps
+    `key` are the columns by which it is computed, `unique` those of its unique index. `reads` maps each relation in its
+    statement to the expressions of the key over that relation, or to None if it is read whole. `feeds` does the same
+    for each relation whose changes it follows, with the relations below plain views in place of these. `merged` maps
     the columns of a merged view to `key`, `sum` or `max`.
     """
 
@@ -88,7 +88,7 @@ class View:
 
 @dataclass(frozen=True)
 class Reader:
-    """Who has to know of a view's changed rows: a view or a domain, and the expressions of its key over them."""
+    """A view or domain that depends on a view's changed rows, with the expressions of its key over them."""
 
     name: str
     expressions: tuple[str, ...]
@@ -96,7 +96,7 @@ class Reader:
 
 
 class LiveViews:
-    """All kept views, in the order in which a change passes through them."""
+    """All kept views, in the order in which changes pass through them."""
 
     def __init__(self, engine: EngineConfiguration, registry: Registry, views: Sequence[View]) -> None:
         self.engine = engine
@@ -112,7 +112,7 @@ class LiveViews:
         self._statements: dict[str, sql.Composed] = {}
 
     def rebuilt_by(self, relation: str) -> list[str]:
-        """The views that a change of a relation makes pending, because they read it whole."""
+        """Return the views that become pending when a relation changes, because they read it whole."""
         return [
             view.name
             for view in self.views.values()
@@ -121,7 +121,7 @@ class LiveViews:
         ]
 
     def table(self, name: str) -> sql.Identifier:
-        """A relation of the engine's schema."""
+        """Return the identifier of a relation in the engine's schema."""
         return sql.Identifier(self.engine.schema, name)
 
     def _readers(self, relation: str) -> Iterator[Reader]:
@@ -140,10 +140,10 @@ class LiveViews:
     # --- statements ---
 
     def step(self, view: View) -> sql.Composed:
-        """The statement that brings a view's rows of some keys to what its query says.
+        """Return the statement that updates a view's rows of some keys to the result of its query.
 
-        Parameters k0, k1, …: one list of texts per key column. It returns (number of the reader in `readers`, key) for
-        every row that was removed, added or changed.
+        Parameters k0, k1, …: one list of texts per key column. It returns (position of the reader in `readers`, key)
+        for every row that was removed, added or changed.
         """
         if view.name not in self._statements:
             self._statements[view.name] = self._step(view)
@@ -203,7 +203,7 @@ class LiveViews:
     def _inputs(self, view: View) -> Iterator[sql.Composed]:
         for relation, expressions in view.reads.items():
             if expressions is not None:
-                # Of rejected messages any field may be too long for an index; typed events are made of none.
+                # In rejected messages any field may be too long for an index; typed events contain none of them.
                 valid = relation in self.parsed and view.name == self.parsed[relation].relation
                 yield sql.SQL("{} as (select t.* from {} as t where {}{})").format(
                     sql.Identifier(_touched_name(relation)),
@@ -213,7 +213,7 @@ class LiveViews:
                 )
 
     def _touched(self, view: View, expressions: Sequence[str]) -> sql.Composable:
-        """Whether a row `t` is of one of the touched keys."""
+        """Return the condition that a row `t` has one of the touched keys."""
         given = [
             raw_sql(f"%(k{number})s::text[]::{view.columns[name]}[]") for number, name in enumerate(view.key)
         ]
@@ -228,11 +228,11 @@ class LiveViews:
         for relation, expressions in view.reads.items():
             if expressions is not None:
                 text = self.reading(text, relation, _touched_name(relation))
-        # A percent sign would be read as a parameter.
+        # A percent sign is escaped, because psycopg would read it as a parameter.
         return text.replace("%", "%%")
 
     def reading(self, definition: str, relation: str, instead: str) -> str:
-        """A definition in which another relation, or a CTE around it, is read in place of `relation`."""
+        """Return a definition in which `relation` is replaced by another relation, or by a CTE around it."""
         name = rf'"{re.escape(self.engine.schema)}"\."{re.escape(relation)}"'
         named = re.compile(rf'{name}(?P<behind>\s+(?:as\s+)?"?\w+"?)?')
 
@@ -246,13 +246,13 @@ class LiveViews:
         return named.sub(other, definition)
 
     def merge(self, view: View) -> sql.Composed:
-        """The statement that adds what was logged of a merged view's inputs, and takes away what was removed.
+        """Return the statement that adds the logged changes of a merged view's inputs, and subtracts removed rows.
 
-        It returns the keys whose maximum was taken away, which `reread` reads again.
+        It returns the keys whose maximum was removed, which `reread` computes again.
         """
         kinds = view.merged
         keys = [sql.Identifier(name) for name, what in kinds.items() if what == "key"]
-        # Its number of rows says whether a key is left at all.
+        # The row count of a key tells whether the key still exists.
         rows = next(name for name, what in kinds.items() if what == "sum" and view.columns[name] == "bigint")
         new = {
             "key": sql.SQL("{0}"),
@@ -301,7 +301,7 @@ class LiveViews:
         return text
 
     def reread(self, view: View) -> sql.Composed:
-        """The statement that computes some keys of a merged view from everything; parameters as of `step`."""
+        """Return the statement that computes some keys of a merged view from all rows; parameters as for `step`."""
         touched = self._touched(view, view.unique)
         return sql.SQL(
             "with prefs_after as materialized (select t.* from ({query}) as t where {touched}),"
@@ -320,9 +320,10 @@ class LiveViews:
         )
 
     def due(self, view: View, flip: Flip) -> sql.Composed:
-        """The statement that remembers the keys for which a comparison with the clock changed.
+        """Return the statement that stores the keys for which a comparison with the clock changed.
 
-        Parameters: `first` and `last`, between which its rows were computed, and `now`; a clock may have stepped back.
+        Parameters: `first` and `last`, the times between which the view's rows were computed, and `now`. A clock may
+        have stepped back.
         """
         expressions = view.feeds[flip.relation] or ()
         borders = sql.SQL(", ").join(
@@ -343,12 +344,12 @@ class LiveViews:
 
 
 def delta_table(relation: str) -> sql.Identifier:
-    """The session's own table of the rows of a relation that this step adds (sign 1) and removes (-1)."""
+    """Return the session's table of the rows of a relation that this step adds (sign 1) and removes (-1)."""
     return sql.Identifier("pg_temp", f"live_{relation}")
 
 
 def _update(view: View) -> sql.Composed:
-    """The columns beside the unique key, as an upsert sets them."""
+    """Return the assignments of an upsert for the columns outside the unique key."""
     return sql.SQL(", ").join(
         sql.SQL("{0} = excluded.{0}").format(sql.Identifier(name))
         for name in view.columns
@@ -372,7 +373,7 @@ def read_views(
 ) -> LiveViews:
     """Read the kept views from the engine's catalog and from `deployments`.
 
-    A view that the registry does not know, or whose keys cannot be followed, is rebuilt after each change.
+    A view that the registry does not contain, or whose keys cannot be traced, is rebuilt after each change.
     """
     catalog = read_catalog(connection, engine)
     kept = {name for name, one in catalog.objects.items() if one.kind == "materialized view"}
@@ -406,7 +407,7 @@ def read_views(
         unique[relation] = tuple(names)
 
     def below(relation: str) -> Iterator[str]:
-        """The relations whose changes show in one: itself, or those below a plain view."""
+        """Return the relations whose changes appear in a relation: itself, or those below a plain view."""
         if relation not in plain:
             yield relation
             return
@@ -509,7 +510,7 @@ class _Described:
     def _day_of(
         self, name: str, definition: str, given: Mapping[str, tuple[str, ...]]
     ) -> tuple[str, str] | None:
-        """The one relation below a tile, and the expression of its day there; None where it is not so simple."""
+        """Return the relation below a tile and the expression of its day there; None if it cannot be derived."""
         tile = self.registry.tiles.get(name)
         if tile is None or len(given) != 1:
             return None
@@ -535,7 +536,7 @@ def _clocked(definition: str) -> bool:
 
 
 def _flips(definition: str, feeds: Mapping[str, tuple[str, ...] | None]) -> tuple[Flip, ...] | None:
-    """The comparisons with the clock, each over the rows of one relation; None where one is of another kind."""
+    """Return the comparisons with the clock, each over one relation; None if one has another form."""
     text = definition.replace(CLOCK, _CLOCK)
     if _OTHER_CLOCKS.search(text):
         return None
@@ -560,7 +561,7 @@ def _flips(definition: str, feeds: Mapping[str, tuple[str, ...] | None]) -> tupl
 
 
 def _flip(comparison: exp.Predicate, relation: str) -> Flip | None:
-    """One comparison with rows on one side and the clock on the other, durations moved to the clock's."""
+    """Return a comparison of rows with the clock, with durations moved to the clock's side; None for other forms."""
     if not isinstance(comparison, (exp.GT, exp.GTE, exp.LT, exp.LTE)):
         return None
     sides = [comparison.this, comparison.expression]
@@ -569,7 +570,7 @@ def _flip(comparison: exp.Predicate, relation: str) -> Flip | None:
     if _CLOCK in {column.name for column in rows.find_all(exp.Column)}:
         return None
     border = border.copy()
-    # So that an index can have the rows' side: adding days to a time is not immutable.
+    # The rows' side must be indexable: adding days to a time is not immutable.
     while isinstance(rows, (exp.Add, exp.Sub, exp.Paren)):
         if isinstance(rows, exp.Paren):
             rows = rows.this
@@ -588,7 +589,7 @@ def _flip(comparison: exp.Predicate, relation: str) -> Flip | None:
 
 
 def _merged(definition: str, columns: Mapping[str, str], unique: Sequence[str]) -> dict[str, str] | None:
-    """What each column of a merged view is; None where it is not made of counts, sums and maxima per key."""
+    """Return the role of each column of a merged view; None if it is not made of counts, sums and maxima per key."""
     try:
         query = sqlglot.parse_one(definition, dialect="postgres")
     except SqlglotError:
@@ -610,7 +611,7 @@ def _merged(definition: str, columns: Mapping[str, str], unique: Sequence[str]) 
 
 
 def topics_of_key(registry: Registry, column: str) -> list[TopicDeclaration]:
-    """The topics of typed events whose entity has this first key column."""
+    """Return the topics of typed events whose entity has this first key column."""
     return [
         topic
         for topic in registry.topics.values()

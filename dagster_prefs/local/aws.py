@@ -1,8 +1,7 @@
-"""The local AWS server: those services of moto that the product uses, for programs of this user only.
+"""The local AWS server: the moto services that the platform uses, for programs of this user only.
 
-moto serves all of AWS to every client: a website could start a Batch job in the owner's Docker, or delete
-every profile through `/moto-api/reset`. This server offers only what the platform and its Terraform module
-use.
+moto serves all of AWS to every client: a website could start a Batch job in the owner's Docker, or delete every profile
+through `/moto-api/reset`. This server offers only the services that the platform and its Terraform module use.
 """
 
 from __future__ import annotations
@@ -68,11 +67,12 @@ def serve_aws(listener: socket.socket, *, test_hooks: bool = False) -> Callable[
 
     `test_hooks` also serves moto's own pages, which test suites need to empty the server.
     """
-    # Imported here: it takes more than a second, which nobody needs to wait for.
+    # Imported here, because the import takes more than a second, which most callers need not wait for.
     from moto import settings
     from moto.core.serialize import SERVICE_SPECIFIC_SERIALIZERS, JSONSerializer
 
-    # The server's module copies it when it is imported: without it, every answer allows every website to read it.
+    # moto's server module copies this setting when it is imported. Without it, every answer allows every website to
+    # read it.
     settings.DISABLE_GLOBAL_CORS = True
     from moto.moto_server.werkzeug_app import (
         DomainDispatcherApplication,
@@ -89,9 +89,9 @@ def serve_aws(listener: socket.socket, *, test_hooks: bool = False) -> Callable[
             return True
 
     class ItemSerializer(JSONSerializer):
-        """Answers of DynamoDB, whose values have the API's own names.
+        """Serializes DynamoDB's answers, whose values have the API's own names.
 
-        moto looks for each of the ten types of a value under half a dozen spellings, which is most of its work.
+        moto looks up each of the ten types of a value under half a dozen spellings, which is most of its work.
         """
 
         def _serialize_type_structure(self, serialized: Any, value: Any, shape: Any, key: str) -> None:
@@ -104,7 +104,7 @@ def serve_aws(listener: socket.socket, *, test_hooks: bool = False) -> Callable[
             self._default_serialize(serialized, found, shape, key)
 
     class Dispatcher(DomainDispatcherApplication):
-        """moto's choice of the service, which lists moto's own folder for each request."""
+        """Caches moto's choice of the service, for which moto lists its own folder at each request."""
 
         @lru_cache(maxsize=256)  # noqa: B019 (there is one for the whole process)
         def get_backend_for_host(self, host: str | None) -> Any:

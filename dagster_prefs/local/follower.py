@@ -1,7 +1,7 @@
-"""The follower under the supervisor: started with the settings that `prefs up` hands over, and again when it ends.
+"""The follower as a child of the supervisor, with the settings that `prefs up` passes on; restarted when it ends.
 
-Settings may hold secrets, so they go over a socket in the data folder, which only its owner may open, into the
-environment of the process, and into no file.
+Settings may hold secrets, so they travel over a socket in the data folder, which only its owner may open, into the
+environment of the process. They are written to no file.
 """
 
 from __future__ import annotations
@@ -18,50 +18,55 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from dagster_prefs.files import open_private_log
+from dagster_prefs.files import keep_log_small, open_private_log
 from dagster_prefs.local.state import LocalServicesError, folder_error
+from dagster_prefs.pauses import Pauses
 
 log = logging.getLogger("dagster_prefs.local")
 
 SOCKET = "follower.sock"
 STOP_SECONDS = 20.0
-# A process that ends so soon has a problem that another start does not solve at once.
+# A process that ends this soon has a problem that an immediate restart does not solve.
 SHORT_SECONDS = 10.0
 PAUSE_SECONDS = (1.0, 30.0)
 REQUEST_BYTES = 4_000_000
 
 
 class FollowerControl:
-    """Runs one follower for the supervisor of a data folder: the one whose settings came last."""
+    """Runs one follower for the supervisor of a data folder, with the most recent settings."""
 
     def __init__(self, data_dir: Path, command: list[str] | None = None) -> None:
         self._data_dir = data_dir
+        self._log = data_dir / "logs" / "follower.log"
         self._command = command or [sys.executable, "-m", "dagster_prefs", "follow"]
         self._lock = threading.Lock()
         self._environment: dict[str, str] | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._started = 0.0
-        self._pause = PAUSE_SECONDS[0]
+        self._pauses = Pauses(*PAUSE_SECONDS)
         self._again_at = 0.0
         self._listener = listen(data_dir)
         self._thread = threading.Thread(target=self._accept, name="follower", daemon=True)
         self._thread.start()
 
     def watch(self) -> None:
-        """Start the follower again if it has ended; called by the supervisor every moment."""
+        """Restart the follower if it has ended. The supervisor calls this periodically."""
         with self._lock:
             if self._environment is None or (self._process is not None and self._process.poll() is None):
+                with suppress(OSError):
+                    keep_log_small(self._log)
                 return
             now = time.monotonic()
             if self._process is not None:
-                short = now - self._started < SHORT_SECONDS
-                self._pause = min(2 * self._pause, PAUSE_SECONDS[1]) if short else PAUSE_SECONDS[0]
+                if now - self._started >= SHORT_SECONDS:
+                    self._pauses.reset()
+                pause = self._pauses.next()
                 log.warning(
                     "the follower ended (exit code %s); it is started again in %g s",
                     self._process.returncode,
-                    self._pause,
+                    pause,
                 )
-                self._process, self._again_at = None, now + self._pause
+                self._process, self._again_at = None, now + pause
             if now >= self._again_at:
                 self._start()
 
@@ -93,7 +98,7 @@ class FollowerControl:
                 self._start()
 
     def _start(self) -> None:
-        with open_private_log(self._data_dir / "logs" / "follower.log") as output:
+        with open_private_log(self._log) as output:
             self._process = subprocess.Popen(
                 self._command,
                 cwd=self._data_dir,
@@ -117,7 +122,7 @@ class FollowerControl:
 
 
 def hand_over(data_dir: Path, environment: Mapping[str, str]) -> None:
-    """Have the supervisor of a data folder run a follower with this environment.
+    """Make the supervisor of a data folder run a follower with this environment.
 
     Raises LocalServicesError if no supervisor answers.
     """
@@ -130,7 +135,7 @@ def hand_over(data_dir: Path, environment: Mapping[str, str]) -> None:
             answer = connection.recv(16)
         except OSError as error:
             raise LocalServicesError(
-                f"the supervisor of {data_dir} does not take the follower's settings ({error.strerror or error}): run "
+                f"the supervisor of {data_dir} did not accept the follower's settings ({error.strerror or error}): run "
                 "`prefs down`, then `prefs up`"
             ) from None
     if answer != b"ok\n":
@@ -140,7 +145,7 @@ def hand_over(data_dir: Path, environment: Mapping[str, str]) -> None:
 
 
 def listen(data_dir: Path) -> socket.socket:
-    """Open the socket on which settings are handed over; only its owner may open it. Raises LocalServicesError."""
+    """Open the socket that receives settings; only its owner may open it. Raises LocalServicesError."""
     listener = socket.socket(socket.AF_UNIX)
     (data_dir / SOCKET).unlink(missing_ok=True)
     try:
@@ -156,7 +161,7 @@ def listen(data_dir: Path) -> socket.socket:
 
 @contextmanager
 def _near(data_dir: Path) -> Iterator[str]:
-    """The socket's address: a path of some hundred characters is too long for one."""
+    """Yield a short address of the socket, because a socket's path is limited to 107 bytes."""
     folder = os.open(data_dir, os.O_RDONLY)
     try:
         short = Path(f"/proc/self/fd/{folder}")

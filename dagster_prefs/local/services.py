@@ -15,7 +15,7 @@ import filelock
 import psutil
 
 import dagster_prefs
-from dagster_prefs.files import make_private_folder, open_private_log
+from dagster_prefs.files import LOG_LIMIT_BYTES, make_private_folder, open_private_log
 from dagster_prefs.local.follower import hand_over
 from dagster_prefs.local.postgres import Cluster, passfile_of
 from dagster_prefs.local.state import (
@@ -28,8 +28,8 @@ from dagster_prefs.local.state import (
     require_free_port,
     wait_until,
 )
+from dagster_prefs.logs import LOG_FORMAT
 
-LOG_LIMIT_BYTES = 10_000_000
 START_SECONDS = 320
 STOP_SECONDS = 60
 
@@ -135,9 +135,10 @@ class LocalServices:
             return replace(self.status(), started=True)
 
     def follow(self, environment: Mapping[str, str]) -> None:
-        """Have the running services keep the engine's views current, by a `prefs follow` with this environment.
+        """Make the running services keep the engine's views current, by a `prefs follow` with this environment.
 
-        Does nothing if one with the same environment runs; one with another is replaced. Raises LocalServicesError.
+        Does nothing if a follower with the same environment runs; one with another environment is replaced. Raises
+        LocalServicesError.
         """
         hand_over(self.data_dir, environment)
 
@@ -298,8 +299,8 @@ class LocalServices:
             os.close(read_end)
             if error.filename == sys.executable:
                 raise LocalServicesError(
-                    f"{sys.executable} cannot be started ({error.strerror}): make the environment anew with "
-                    "a Python that this user may run"
+                    f"{sys.executable} cannot be started ({error.strerror}): create the environment again "
+                    "with a Python that this user may run"
                 ) from None
             raise folder_error(self.data_dir, error) from None
         finally:
@@ -334,7 +335,8 @@ class LocalServices:
         kept = {
             name: value
             for name, value in os.environ.items()
-            if not name.startswith(("AWS_", "MOTO_", "DOCKER_", "PG", "PREFS_", "PYTEST_", "COV_"))
+            if name == LOG_FORMAT
+            or not name.startswith(("AWS_", "MOTO_", "DOCKER_", "PG", "PREFS_", "PYTEST_", "COV_"))
         }
         package_root = str(Path(dagster_prefs.__file__).parents[1])
         path = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]

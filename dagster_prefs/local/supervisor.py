@@ -15,7 +15,6 @@ import signal
 import socket
 import subprocess
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from dagster_prefs.local.aws import listen_aws, serve_aws
 from dagster_prefs.local.follower import FollowerControl
 from dagster_prefs.local.postgres import Cluster
 from dagster_prefs.local.state import LocalServicesError, State, ended, folder_error
+from dagster_prefs.logs import LOG_FORMAT, log_format, start_logging
 
 log = logging.getLogger("dagster_prefs.local")
 WATCH_SECONDS = 0.25
@@ -145,11 +145,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # Logs, state and PostgreSQL's output contain events, so only this user may read them.
     os.umask(0o077)
-    logging.Formatter.converter = time.gmtime
-    logging.basicConfig(
-        level=logging.WARNING, format="%(asctime)sZ %(levelname)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S"
-    )
-    log.setLevel(logging.INFO)
+    start_logging(log_format(os.environ.get(LOG_FORMAT)))
     reporter = Reporter(arguments.report)
     # Held until the process ends; the system releases it in every case.
     single = filelock.FileLock(arguments.data_dir / "supervisor.lock", timeout=0)

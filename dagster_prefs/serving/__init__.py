@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dagster_prefs.serving.catalogue import CatalogueRanker
+    from dagster_prefs.serving.observing import ReadCounts
     from dagster_prefs.serving.preferences import Ranking, RankingParameters, ShopClient, ShopUserProfile
     from dagster_prefs.serving.profiles import AsyncProfileClient, ClientOptions, Profile, ProfileClient
 
@@ -22,6 +23,7 @@ _HOMES = {
     "ProfileClient": "profiles",
     "Ranking": "preferences",
     "RankingParameters": "preferences",
+    "ReadCounts": "observing",
     "ShopUserProfile": "preferences",
 }
 
@@ -33,6 +35,7 @@ __all__ = [
     "ProfileClient",
     "Ranking",
     "RankingParameters",
+    "ReadCounts",
     "ShopClient",
     "ShopUserProfile",
 ]

@@ -23,8 +23,10 @@ from typing import Any, TypeVar, cast
 
 from psycopg import sql
 
+from dagster_prefs.serving.observing import reading
 from dagster_prefs.serving.pool import TURN, Connection
 from dagster_prefs.serving.preferences import (
+    ENTITY,
     Components,
     RankedItem,
     Ranking,
@@ -33,6 +35,7 @@ from dagster_prefs.serving.preferences import (
     checked_limit,
     checked_now,
     checked_user,
+    is_personal,
     price_tier,
 )
 
@@ -136,13 +139,15 @@ class CatalogueRanker:
         while catalogue is None:
             self.refresh()
             catalogue = self._catalogue
-        rows = self._client.signals(user_id, chosen, moment)
-        with TURN:
-            signals = _Signals(rows, chosen, session=session)
-            items = tuple(
-                signals.ranked(catalogue.row(position), explain=explain)
-                for position in catalogue.best(signals, limit)
-            )
+        with reading(self._client.observer, ENTITY, "ranking") as told:
+            rows = self._client.signals(user_id, chosen, moment)
+            with TURN:
+                signals = _Signals(rows, chosen, session=session)
+                items = tuple(
+                    signals.ranked(catalogue.row(position), explain=explain)
+                    for position in catalogue.best(signals, limit)
+                )
+            told.found = is_personal(items)
         return Ranking(user_id, items, session and signals.active, signals.session_seconds, chosen)
 
     def _relation(self) -> sql.Identifier:

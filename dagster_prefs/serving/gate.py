@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
+import os
+import re
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -13,8 +16,14 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dagster_prefs.errors import excerpt
-from dagster_prefs.serving.wire import MAX_BODY_BYTES, Metrics, error_answer
+from dagster_prefs.logs import REQUEST_ID
+from dagster_prefs.serving.observing import RequestSpans
+from dagster_prefs.serving.wire import MAX_BODY_BYTES, REQUEST, REQUEST_HEADER, Metrics, error_answer
 
+logger = logging.getLogger(__name__)
+
+_HEADER = REQUEST_HEADER.encode()
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 # Orchestrators and scrapers must get a response however busy the server is.
 OPERATIONAL = frozenset({"/healthz", "/readyz", "/metrics"})
 # Enough for a user id of 1,024 bytes with every byte escaped, and a cursor with a name of the same length.
@@ -72,8 +81,16 @@ class Gate:
     completely, so that one which never ends occupies none.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, max_in_flight: int, hosts: Hosts) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        max_in_flight: int,
+        hosts: Hosts,
+        spans: RequestSpans | None = None,
+    ) -> None:
         self._app = app
+        self._spans = spans
         self._metrics = metrics
         self._most = max_in_flight
         self._hosts = hosts
@@ -87,18 +104,29 @@ class Gate:
             return
         started = time.monotonic()
         status = 0
+        request_id = scope[REQUEST] = _request_id(scope)
+        # Never reset: the server runs each request in a task of its own, and logs its faults after this middleware.
+        REQUEST_ID.set(request_id.decode())
+
+        async def mark(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (_HEADER, request_id)]
+            await send(message)
 
         async def note(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-            await send(message)
+            await mark(message)
 
+        span = None
         try:
             self._check(scope)
             if scope["path"] in OPERATIONAL:
-                await self._app(scope, receive, send)
+                await self._app(scope, receive, mark)
                 return
+            if self._spans is not None:
+                span = self._spans.start(scope["method"], scope["headers"])
             body = await self._body(scope, receive)
             if body is not None:
                 await self._answer(scope, _whole(body, receive), note)
@@ -112,7 +140,16 @@ class Gate:
             if status:
                 route = scope.get("route")
                 name = route.path_format if isinstance(route, Route) else "other"
-                self._metrics.answered(name, status, time.monotonic() - started)
+                seconds = time.monotonic() - started
+                self._metrics.answered(name, status, seconds)
+                logger.debug(
+                    "answered %s with %d",
+                    name,
+                    status,
+                    extra={"route": name, "status": status, "seconds": seconds},
+                )
+                if span is not None:
+                    span.end(name, status)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         metrics = self._metrics
@@ -200,6 +237,14 @@ class Gate:
                     return bytes(body)
         finally:
             self._arriving -= len(body)
+
+
+def _request_id(scope: Scope) -> bytes:
+    """The id that the caller gave the request in one X-Request-Id that a log may show, or else a new one."""
+    given = [value for name, value in scope["headers"] if name == _HEADER]
+    if len(given) == 1 and _REQUEST_ID.fullmatch(given[0]):
+        return bytes(given[0])
+    return os.urandom(16).hex().encode()
 
 
 _OF_BROWSERS = frozenset({b"host", b"origin", b"sec-fetch-site", b"sec-fetch-mode"})

@@ -134,7 +134,7 @@ def _user_paths() -> Schema:
         "limit",
         {
             **_limit(MAX_PROFILE_LIMIT, DEFAULT_PROFILE_LIMIT),
-            "description": "Entries of each list; `next` says where a longer one goes on.",
+            "description": "Entries of each list; `next` has the cursor of the following ones.",
         },
     )
     cursor = _query(
@@ -151,7 +151,10 @@ def _user_paths() -> Schema:
     return {
         "/v1/users/{user_id}/profile": {
             "get": _operation(
-                "getUserProfile", "What is known of a user", _ref("ShopUserProfile"), [user, entries, budget]
+                "getUserProfile",
+                "A user's preference profile",
+                _ref("ShopUserProfile"),
+                [user, entries, budget],
             )
         },
         "/v1/users/{user_id}/ranking": {
@@ -214,7 +217,7 @@ def _common_schemas() -> Schema:
 
 
 def _profile_schemas(entity: Entity, domains: Sequence[Domain], name: str) -> Schema:
-    """The schemas of one entity's profiles; domains have names of their own across the contract."""
+    """Return the schemas of one entity's profiles; the names of domains are unique across the contract."""
     found: Schema = {}
     references = {}
     for domain in domains:

@@ -20,6 +20,7 @@ from dagster_prefs.declarations.reserved import PREFIX, is_reserved_text
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError, excerpt
 from dagster_prefs.ids import id_text
+from dagster_prefs.serving.observing import Observer, attempting, reading
 from dagster_prefs.serving.pool import TURN, Connection, ConnectionPool, T
 
 TOP_CATEGORIES = 5
@@ -42,6 +43,9 @@ CATEGORIES, BRANDS = "user_category_profile", "user_brand_profile"
 TIERS, RECENT = "user_price_sensitivity", "user_recent_activity"
 ITEMS = "items"
 TIER_LEVELS = {name: level for level, (name, _) in enumerate(PRICE_TIERS)}
+
+# Whose reads these are, as an observer is told.
+ENTITY = "user"
 
 # A customer with at least this many purchases of a brand counts as loyal.
 LOYAL_PURCHASES = 2
@@ -270,7 +274,8 @@ class ShopClient:
     """Reads the preference views, from many threads, each read in one round trip.
 
     Connections are pooled, statements are prepared and bounded by `statement_timeout_seconds`; a connection
-    that died with the engine is replaced once per read. Use it as a context manager, or `close` it.
+    that died with the engine is replaced once per read. `observer` is told of every read, those of a CatalogueRanker
+    over this client included. Use it as a context manager, or `close` it.
 
     All reads raise PreferenceError for invalid arguments, PreferencesUnavailable for relations that are
     missing, EngineUnavailable and EngineBusy for the engine.
@@ -283,8 +288,10 @@ class ShopClient:
         pool_size: int = 8,
         statement_timeout_seconds: float = 5.0,
         parameters: RankingParameters | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self.engine = engine
+        self.observer = observer
         self.parameters = parameters or RankingParameters()
         self._pool = ConnectionPool(engine, pool_size, statement_timeout_seconds)
         self._signals = _signals_statement(engine)
@@ -313,6 +320,12 @@ class ShopClient:
         recent_session_categories: 3 by interactions in the session window. Other ties go by name. Each list
         has at most `limit` entries, all if it is None; `get_more` continues at the profile's `next`.
         """
+        with reading(self.observer, ENTITY, "profile") as told:
+            profile = self._user_profile(user_id, now, limit)
+            told.found = profile.known
+            return profile
+
+    def _user_profile(self, user_id: str, now: datetime | None, limit: int | None) -> ShopUserProfile:
         moment = checked_now(now)
         user_id = checked_user(user_id)
         if limit is None:
@@ -350,8 +363,10 @@ class ShopClient:
         if cursor is not None:
             values["rank"], values["name"] = _read_cursor(name, cursor)
         statement = _list_statement(self.engine, name, limit + 1, after=cursor is not None)
-        profile = build_profile(user_id, self._fetch(statement, values))
-        entries = getattr(profile, name)
+        with reading(self.observer, ENTITY, name) as told:
+            profile = build_profile(user_id, self._fetch(statement, values))
+            entries = getattr(profile, name)
+            told.found = bool(entries)
         return ProfilePage(user_id, entries[:limit], _next(name, entries, limit))
 
     def check_items(self) -> None:
@@ -397,11 +412,13 @@ class ShopClient:
             "min_session_seconds": chosen.min_session_seconds,
         }
         statement = _ranking_statement(self.engine, checked_limit(limit))
-        rows = self._fetch(statement, values)
-        session_active, session_seconds = rows[0][:2]
-        items = tuple(
-            _ranked_item(row[2:], session=session, explain=explain) for row in rows if row[2] is not None
-        )
+        with reading(self.observer, ENTITY, "ranking") as told:
+            rows = self._fetch(statement, values)
+            session_active, session_seconds = rows[0][:2]
+            items = tuple(
+                _ranked_item(row[2:], session=session, explain=explain) for row in rows if row[2] is not None
+            )
+            told.found = is_personal(items)
         return Ranking(user_id, items, session and session_active, session_seconds, chosen)
 
     def signals(self, user_id: str, parameters: RankingParameters, now: datetime) -> list[tuple[Any, ...]]:
@@ -419,7 +436,7 @@ class ShopClient:
     def run(self, read: Callable[[Connection], T]) -> T:
         """Call `read` with a pooled connection, and translate errors into those of this client."""
         try:
-            return self._pool.run(read)
+            return self._pool.run(attempting(read, "select"))
         except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn) as error:
             raise PreferencesUnavailable(
                 f"{error.diag.message_primary or 'a relation is missing'}: run `dbt build`, "
@@ -443,6 +460,11 @@ def ranked_entity(registry: Registry) -> Entity | None:
         return None
     entity = registry.entities.get(entities.pop() or "")
     return entity if entity is not None and entity.keys == (USER,) else None
+
+
+def is_personal(items: Sequence[RankedItem]) -> bool:
+    """Whether anything that is known of the user counts in a ranking; else it is what everybody new gets."""
+    return bool(items) and items[0].score > 0
 
 
 def build_profile(user_id: str, rows: Sequence[tuple[Any, ...]]) -> ShopUserProfile:

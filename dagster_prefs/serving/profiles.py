@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from dagster_prefs.serving.domains import (
     same_attributes,
     shaped_class,
 )
+from dagster_prefs.serving.observing import FAILED, Call, Observer, Outcome, error_kind
 
 T = TypeVar("T")
 
@@ -76,7 +78,7 @@ class Profile:
     """
 
     entity: ClassVar[str] = ""
-    # The name of the key column, of a composite key those of all its columns.
+    # The name of the key column; for a composite key, the names of all its columns.
     key: ClassVar[str | tuple[str, ...]] = "id"
     # Classes of the domains; those of a generated client, or made from the contract.
     classes: ClassVar[Mapping[str, type[Any]]] = {}
@@ -147,6 +149,31 @@ class _Served:
     cold: Any
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What a read was asked for; `limits` are the seconds up to which a domain is fresh."""
+
+    served: list[_Served]
+    consistent: bool
+    limits: dict[str, float]
+    fallback: Fallback
+
+
+def _count_outcomes(profiles: Iterable[Profile], outcomes: dict[Outcome, int]) -> int:
+    """Add up how the domains of profiles were read, and return how many profiles lack one."""
+    partial = 0
+    for profile in profiles:
+        failed = False
+        for name, read in profile.reads.items():
+            if read.error is None:
+                outcome = Outcome(name, read.state)
+            else:
+                outcome, failed = Outcome(name, FAILED, error_kind(read.error)), True
+            outcomes[outcome] = outcomes.get(outcome, 0) + 1
+        partial += failed
+    return partial
+
+
 def _positive(seconds: float, name: str) -> float:
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < float("inf"):
         raise ProfileError(f"{name} must be a number of seconds above 0, not {excerpt(seconds)}")
@@ -168,7 +195,7 @@ class ClientOptions:
     error), `"cold_start"` puts cold-start values there; `profile.partial` is true with both. Both fallbacks also
     apply to a domain whose item violates the contract. `consistent` reads strongly, at twice the price.
     `transport="lean"` signs and sends requests on its own kept-alive connections, `pool_size` at most; `"boto3"` is
-    the slower fallback, for proxies.
+    the slower fallback, for proxies. `observer` is told of every call, e.g. `ReadCounts()`.
     """
 
     budget_seconds: float = 1.0
@@ -179,6 +206,7 @@ class ClientOptions:
     max_attempts: int = 4
     pool_size: int = 16
     transport: Literal["lean", "boto3"] = "lean"
+    observer: Observer | None = None
 
     def __post_init__(self) -> None:
         for name in ("budget_seconds", "connect_timeout_seconds", "read_timeout_seconds"):
@@ -287,7 +315,8 @@ class ProfileClient:
         """
         deadline = _started(started_at) + self._checked_budget(budget_seconds, self._options.budget_seconds)
         checked = self._id(id_)
-        return self._read([checked], domains, consistent, deadline, max_staleness_seconds, fallback)[checked]
+        asked = self._asked(domains, consistent, max_staleness_seconds, fallback)
+        return self._read("get", [checked], asked, deadline)[checked]
 
     def get_many(
         self,
@@ -313,7 +342,8 @@ class ProfileClient:
             raise ProfileError(f"{len(checked)} ids are more than {MAX_IDS} in one call: split them")
         default = self.default_budget_seconds(len(checked), domains)
         deadline = _started(started_at) + self._checked_budget(budget_seconds, default)
-        return self._read(checked, domains, consistent, deadline, max_staleness_seconds, fallback)
+        asked = self._asked(domains, consistent, max_staleness_seconds, fallback)
+        return self._read("get_many", checked, asked, deadline)
 
     def default_budget_seconds(self, ids: int, domains: Sequence[str] | None = None) -> float:
         """Return the default budget of `get_many`, in seconds."""
@@ -324,49 +354,63 @@ class ProfileClient:
     def _checked_budget(self, given: float | None, default: float) -> float:
         return default if given is None else _positive(given, "budget_seconds")
 
-    def _read(
+    def _asked(
         self,
-        ids: list[Id],
         domains: Sequence[str] | None,
         consistent: bool | None,
-        deadline: float,
         max_staleness_seconds: float | None,
         fallback: Fallback | None,
-    ) -> dict[Any, Profile]:
-        names = self._names(domains)
+    ) -> _Asked:
+        """Check the arguments of a read, and complete them by the client's options."""
         chosen = self._options.fallback if fallback is None else _fallback(fallback)
         if max_staleness_seconds is not None:
             _positive(max_staleness_seconds, "max_staleness_seconds")
-        served = [self._served[name] for name in names]
-        keys = [(id_, entry.domain.key) for id_ in ids for entry in served]
-        due = self._due_canaries(names)
-        found = self._reader.read(
-            keys,
-            consistent=self._options.consistent if consistent is None else consistent,
-            deadline=deadline,
-            canaries=[(self._canary, self._served[name].domain.key) for name in due],
-        )
-        if due:
-            self._note_canaries(due, found)
+        served = [self._served[name] for name in self._names(domains)]
         limits = {
             entry.domain.name: entry.domain.freshness.error_seconds
             if max_staleness_seconds is None
             else min(max_staleness_seconds, entry.domain.freshness.error_seconds)
             for entry in served
         }
-        return {id_: self._profile(id_, served, found, limits, chosen) for id_ in ids}
+        return _Asked(served, self._options.consistent if consistent is None else consistent, limits, chosen)
 
-    def _profile(
-        self,
-        id_: Id,
-        served: list[_Served],
-        found: dict[Key, Found],
-        limits: dict[str, float],
-        fallback: Fallback,
-    ) -> Profile:
+    def _read(self, operation: str, ids: list[Id], asked: _Asked, deadline: float) -> dict[Any, Profile]:
+        observer = self._options.observer
+        if observer is None:
+            return self._found(ids, asked, deadline, None)
+        call = observer.call(self.entity.name, operation)
+        outcomes: dict[Outcome, int] = {}
+        partial = 0
+        try:
+            answer = self._found(ids, asked, deadline, call)
+            partial = _count_outcomes(answer.values(), outcomes)
+        except Exception as error:
+            kind = error_kind(error)
+            outcomes = {Outcome(entry.domain.name, FAILED, kind): len(ids) for entry in asked.served}
+            raise
+        finally:
+            call.end(outcomes, partial)
+        return answer
+
+    def _found(self, ids: list[Id], asked: _Asked, deadline: float, call: Call | None) -> dict[Any, Profile]:
+        names = [entry.domain.name for entry in asked.served]
+        due = self._due_canaries(names)
+        found = self._reader.read(
+            [(id_, entry.domain.key) for id_ in ids for entry in asked.served],
+            consistent=asked.consistent,
+            deadline=deadline,
+            canaries=[(self._canary, self._served[name].domain.key) for name in due],
+            told=call,
+        )
+        if due:
+            self._note_canaries(due, found)
+        return {id_: self._profile(id_, asked, found) for id_ in ids}
+
+    def _profile(self, id_: Id, asked: _Asked, found: dict[Key, Found]) -> Profile:
         values: dict[str, Any] = {}
         reads: dict[str, DomainRead] = {}
-        for entry in served:
+        limits = asked.limits
+        for entry in asked.served:
             name = entry.domain.name
             item = found[(id_, entry.domain.key)]
             error: PrefsError | None = None
@@ -385,7 +429,7 @@ class ProfileClient:
                     value, state = entry.make(*decoded), "found"
                 except ItemError as problem:
                     error = problem
-            if value is None and fallback == "cold_start":
+            if value is None and asked.fallback == "cold_start":
                 value, state = entry.cold, "cold_start"
             if value is not None:
                 values[name] = value
@@ -403,7 +447,7 @@ class ProfileClient:
 
     def _id(self, given: Any) -> Id:
         parts = (given,) if len(self._keys) == 1 else given if isinstance(given, tuple) else ()
-        # In Python an id has its type, so that no key of an answer is another than was asked for.
+        # In Python an id has its type, so that every key of the result is one of the requested ids.
         for key, part in zip(self._keys, parts, strict=False):
             if isinstance(part, str) == (key.type == "bigint") and not isinstance(part, UUID):
                 raise ProfileError(
@@ -434,7 +478,7 @@ class ProfileClient:
             )
         return found.name
 
-    def _due_canaries(self, names: tuple[str, ...]) -> list[str]:
+    def _due_canaries(self, names: Sequence[str]) -> list[str]:
         now = time.monotonic()
         with self._lock:
             due = [name for name in names if now - self._lag_read_at[name] > CANARY_CACHE_SECONDS]
@@ -502,7 +546,7 @@ class AsyncProfileClient:
 
     @property
     def registry(self) -> Registry:
-        """What the project declares."""
+        """The project's declarations."""
         return self._client.registry
 
     @property
@@ -558,7 +602,8 @@ class AsyncProfileClient:
         return await self._run(partial(self._client.get_many, list(ids), domains, **options))
 
     async def _run(self, read: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, read)
+        # With the caller's context: spans of the read belong to the span that the caller is in.
+        return await asyncio.get_running_loop().run_in_executor(self._threads, copy_context().run, read)
 
 
 def served_entity(registry: Registry, name: str | None) -> Entity:
@@ -579,7 +624,7 @@ def _profile_class(entity: Entity, domains: Sequence[Domain]) -> type[Profile]:
 
 
 def profile_key(entity: Entity) -> str | tuple[str, ...]:
-    """What `Profile.key` is for an entity."""
+    """Return the value of `Profile.key` for an entity."""
     return entity.key.name if len(entity.keys) == 1 else entity.key_names
 
 
@@ -587,9 +632,9 @@ def profile_key(entity: Entity) -> str | tuple[str, ...]:
 def _made_profile_class(
     entity: str, key: str | tuple[str, ...], shapes: tuple[DomainShape, ...]
 ) -> type[Profile]:
-    """One class for the same entity and domains, so that profiles of two clients compare equal."""
+    """Return the class of an entity's profiles; cached, so that profiles of two clients compare equal."""
     domains = {shape.name: property(_reader(shape.name)) for shape in shapes}
-    # A key column of such a name, e.g. `id`, has no second name in a profile.
+    # A key column with such a name, e.g. `id`, has no second name in a profile.
     alias = {name: property(_part_of_id(place)) for name, place in key_places(key)}
     return type(
         class_name(entity),
@@ -609,7 +654,7 @@ def _made_profile_class(
 
 
 def key_places(key: str | tuple[str, ...]) -> list[tuple[str, int | None]]:
-    """The key columns that a profile has as properties, and the place of each in a composite id."""
+    """Map the key columns that a profile has as properties to their positions in a composite id."""
     places = [(key, None)] if isinstance(key, str) else [(name, place) for place, name in enumerate(key)]
     return [(name, place) for name, place in places if name not in PROFILE_NAMES]
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextvars import copy_context
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -43,6 +44,7 @@ from dagster_prefs.serving.connections import (
     raise_file_limit,
 )
 from dagster_prefs.serving.gate import ARRIVED, Gate, Hosts
+from dagster_prefs.serving.observing import Watched
 from dagster_prefs.serving.openapi import openapi, profiles_path
 from dagster_prefs.serving.pool import TURN
 from dagster_prefs.serving.preferences import (
@@ -111,6 +113,7 @@ def make_app(
     load: Load = Load(),
     catalogue_refresh_seconds: float | None = 30.0,
     allowed_hosts: Sequence[str] = (),
+    watched: Watched = Watched(),  # noqa: B008 (it is frozen)
     clock: Callable[[], datetime] = lambda: datetime.now(UTC),
 ) -> Starlette:
     """Build the server's app over the given clients, which it closes; without a client its routes are absent.
@@ -119,9 +122,10 @@ def make_app(
 
     Rankings come from a catalogue in memory, which is refreshed every `catalogue_refresh_seconds`, or are
     computed in SQL if that is None. `allowed_hosts` are names by which the server may be called besides
-    localhost and IP addresses. `clock` returns the time for sessions, in UTC.
+    localhost and IP addresses. `watched` is what the metrics page shows of the clients' reads, and who traces requests.
+    `clock` returns the time for sessions, in UTC.
     """
-    metrics = Metrics()
+    metrics = Metrics(watched.counts)
     parts: list[_Part] = []
     for position, client in enumerate(profiles):
         parts.append(_Profiles(client, metrics, "" if position == 0 else client.entity.name))
@@ -182,7 +186,13 @@ def make_app(
     return Starlette(
         routes=[*operational, *(route for part in parts for route in part.routes())],
         middleware=[
-            Middleware(Gate, metrics=metrics, max_in_flight=load.max_in_flight, hosts=Hosts(allowed_hosts))
+            Middleware(
+                Gate,
+                metrics=metrics,
+                max_in_flight=load.max_in_flight,
+                hosts=Hosts(allowed_hosts),
+                spans=watched.spans,
+            )
         ],
         exception_handlers={
             PrefsError: answer_error,
@@ -206,6 +216,8 @@ def make_server(app: Starlette, limits: ConnectionLimits, *, drain_seconds: int 
             access_log=False,
             # uvicorn would log a warning for every request that is not HTTP.
             log_level="error",
+            # To the handlers of this process, as any other line.
+            log_config=None,
             server_header=False,
             proxy_headers=False,
             timeout_graceful_shutdown=drain_seconds,
@@ -272,7 +284,7 @@ class _Profiles:
         self._entity = client.entity
         self._keys = client.entity.keys
         self._client = client
-        # By domain, ids whose item could not be read, since the last one that could.
+        # Per domain, the ids whose item could not be read since the last successful read.
         self._unreadable: dict[str, dict[Id, None]] = {}
         self._metrics = metrics
         self._encoders = ThreadPoolExecutor(2, thread_name_prefix="encode")
@@ -287,7 +299,7 @@ class _Profiles:
     def _asked_id(self, request: Request) -> Id:
         if len(self._keys) == 1:
             return wire_id(self._keys, request.path_params[self._keys[0].name])
-        # As it was sent, because a slash within a part is escaped, and one between parts is not.
+        # The undecoded path, because a slash within a part is escaped, and one between parts is not.
         sent = request.scope["raw_path"].decode("ascii", "replace")
         parts = [unquote(part) for part in sent.partition(f"{self._path}/")[2].split("/")]
         if len(parts) != len(self._keys):
@@ -519,7 +531,8 @@ async def _in_time(threads: Executor, read: Callable[[], Content], started: floa
             return encode(content())
 
     try:
-        running = asyncio.get_running_loop().run_in_executor(threads, work)
+        # With this request's context: its id, and the span that the read belongs to.
+        running = asyncio.get_running_loop().run_in_executor(threads, copy_context().run, work)
         return await asyncio.wait_for(running, deadline - time.monotonic())
     except (TimeoutError, BudgetSpent):
         raise BudgetSpent(

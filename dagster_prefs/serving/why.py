@@ -260,7 +260,8 @@ class _Query:
         self.tree: exp.Expr = sqlglot.parse_one(text, dialect="risingwave")
         read = {table.name for table in self.tree.find_all(exp.Table)}
         self.tiles = [name for name in registry.tiles if name in read]
-        # Which topics a tile counts is nowhere declared: those of the first key, and what the view reads itself.
+        # The topics that a tile counts are not declared: all topics of the first key are shown, and those that the view
+        # reads.
         family = {one.name for one in registry.family(entity.name)}
         self.topics = [
             topic
@@ -282,11 +283,11 @@ class _Query:
         return f"it reads {', '.join(others)}, whose rows are not those of one id" if others else ""
 
     def parts(self, id_: Id) -> dict[str, int | str]:
-        """Key column → its value in an id."""
+        """Map each key column to its value in an id."""
         return {key.name: value for key, value in zip(self.keys, id_parts(id_), strict=True)}
 
     def keys_of(self, relation: str) -> list[str]:
-        """The entity's key columns that a relation has which the query reads."""
+        """Return the entity's key columns that a relation of the query has."""
         tile = self.registry.tiles.get(relation)
         columns = [*tile.key] if tile else []
         for topic in self.topics:
@@ -322,7 +323,7 @@ class _Query:
         clock: datetime,
         dialect: str,
     ) -> str:
-        """The attributes of one id, asked at another time than now and of that id's rows only."""
+        """Return the query of some attributes for one id's rows at a given time."""
         from sqlglot import exp
 
         wanted = {

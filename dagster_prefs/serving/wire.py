@@ -25,9 +25,11 @@ from dagster_prefs.dynamodb.transport import ReadError
 from dagster_prefs.engine.connection import EngineUnavailable
 from dagster_prefs.errors import PrefsError, excerpt
 from dagster_prefs.ids import BadId, Id, read_id
+from dagster_prefs.serving.observing import Histogram, ReadCounts
 from dagster_prefs.serving.pool import EngineBusy
 from dagster_prefs.serving.preferences import PreferenceError, PreferencesUnavailable
 from dagster_prefs.serving.profiles import MAX_IDS, ProfileError
+from dagster_prefs.serving.prometheus import ReadCollector
 
 T = TypeVar("T")
 # Name, kind (gauge or counter), help and value of a metric.
@@ -35,6 +37,9 @@ Gauge = tuple[str, str, str, float]
 
 logger = logging.getLogger(__name__)
 
+# Key in a request's scope for its id, which is returned in the header and stands in each line of the log about it.
+REQUEST = "prefs.request_id"
+REQUEST_HEADER = "x-request-id"
 # Enough for 10,000 ids of 100 bytes.
 MAX_BODY_BYTES = 1024 * 1024
 MAX_BUDGET_MS = 30_000
@@ -42,7 +47,6 @@ MAX_BUDGET_MS = 30_000
 DEFAULT_LIMIT = 50
 # A number as text, in the spellings that `dagster_prefs.ids` accepts.
 NUMBER_ID = "[ \\t\\r\\n]*-?[0-9]{1,19}([.]0+)?[ \\t\\r\\n]*"
-LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 # The maximum length of an error message, whatever input it quotes.
 MAX_MESSAGE_CHARACTERS = 2_000
 # A longer name is not a typo, and the time to compare names grows with the square of their length.
@@ -106,7 +110,7 @@ class Arguments:
         return None if given is None else given / 1000
 
     def ids(self, keys: Sequence[Key]) -> list[Id]:
-        """The list of ids, which has the key's name in the plural; of a composite key it is `keys`, of objects."""
+        """Return the list of ids, named like the key in the plural; for a composite key `keys`, a list of objects."""
         name = ids_name(keys)
         given = self._given.get(name)
         if not isinstance(given, list):
@@ -165,27 +169,26 @@ class Arguments:
 
 
 class Metrics:
-    """The server's counts. Only the event loop accesses them."""
+    """The server's counts, which only the event loop accesses, and those of its clients' reads."""
 
-    def __init__(self) -> None:
+    def __init__(self, reads: ReadCounts | None = None) -> None:
+        self._reads = reads
         self.in_flight = 0
         self.refused = 0
         self.partial = 0
         self._answers: Counter[tuple[str, int]] = Counter()
-        self._buckets: dict[str, list[int]] = {}
-        self._seconds: Counter[str] = Counter()
+        self._seconds: dict[str, Histogram] = {}
 
     def answered(self, route: str, status: int, seconds: float) -> None:
         self._answers[route, status] += 1
-        buckets = self._buckets.setdefault(route, [0] * (len(LATENCY_BUCKETS) + 1))
-        for number, bound in enumerate((*LATENCY_BUCKETS, float("inf"))):
-            buckets[number] += seconds <= bound
-        self._seconds[route] += seconds  # type: ignore[assignment] # a Counter adds floats as well
+        self._seconds.setdefault(route, Histogram()).add(seconds)
 
     def text(self, more: Sequence[Gauge]) -> str:
-        """Prometheus' text format of these counts, and of `more`."""
+        """Render these counts and `more` in Prometheus' text format."""
         registry = CollectorRegistry(auto_describe=False)
         registry.register(_Families(self._families(more)))
+        if self._reads is not None:
+            registry.register(ReadCollector(self._reads))
         return generate_latest(registry).decode()
 
     def _families(self, more: Sequence[Gauge]) -> Iterator[Metric]:
@@ -198,9 +201,8 @@ class Metrics:
         times = HistogramMetricFamily(
             "prefs_server_request_seconds", "Time to the answer by route.", labels=("route",)
         )
-        for route, buckets in sorted(self._buckets.items()):
-            bounds = zip((*map(str, LATENCY_BUCKETS), "+Inf"), buckets, strict=True)
-            times.add_metric((route,), list(bounds), self._seconds[route])
+        for route, histogram in sorted(self._seconds.items()):
+            times.add_metric((route,), histogram.cumulative(), histogram.seconds)
         yield times
         own: tuple[Gauge, ...] = (
             ("in_flight", "gauge", "Requests that are being answered.", self.in_flight),
@@ -217,7 +219,7 @@ class _Families(Collector):
         self._found = families
 
     def collect(self) -> Iterator[Metric]:
-        """The families, once."""
+        """Yield the metric families once."""
         return self._found
 
 
@@ -300,10 +302,15 @@ async def answer_http_error(request: Request, error: Exception) -> Response:
     return answer
 
 
-async def answer_fault(_: Request, error: Exception) -> Response:
+async def answer_fault(request: Request, error: Exception) -> Response:
     """Respond to an unexpected error of this server."""
     # Starlette raises the error again and uvicorn logs it; its details are not for the caller.
-    return error_answer(500, "internal", "the server failed: its log says where")
+    answer = error_answer(500, "internal", "the server failed: its log says where")
+    # This response is made outside of the middleware that gives the others their id.
+    request_id = request.scope.get(REQUEST)
+    if request_id is not None:
+        answer.headers[REQUEST_HEADER] = request_id.decode()
+    return answer
 
 
 def _check_names(given: Mapping[str, Any], known: Sequence[str], what: str) -> None:
@@ -315,7 +322,7 @@ def _check_names(given: Mapping[str, Any], known: Sequence[str], what: str) -> N
 
 
 def ids_name(keys: Sequence[Key]) -> str:
-    """What a request for many calls its list of ids: `learner_ids` for `learner_id`, `keys` for a composite key."""
+    """Return the name of the list of ids in a request for many: `learner_ids`, or `keys` for a composite key."""
     return f"{keys[0].name}s" if len(keys) == 1 else "keys"
 
 

@@ -131,7 +131,7 @@ def overrides(given: Sequence[str], of: type[Prices] | type[Capacities]) -> dict
         try:
             found[name] = known[name](value)
         except (ValueError, InvalidOperation):
-            raise CostError(f"{name} is {value!r}, which is no number: write e.g. {name}=1") from None
+            raise CostError(f"{name} is {value!r}, which is not a number: write e.g. {name}=1") from None
     return found
 
 

@@ -1,4 +1,4 @@
-"""The demo: the whole flow on one machine, from a deployment and events to what is served and exported."""
+"""The demo: the whole flow on one machine, from deployment and events to the served and exported data."""
 
 from __future__ import annotations
 
@@ -93,12 +93,12 @@ class Demo:
         self.summary.seconds[name] = monotonic() - started
 
     def run(self) -> Summary:
-        """Deploy what is declared, load events, apply and publish them, test, export, and read the outcome.
+        """Deploy the declared models, load events, apply and publish them, test, export, and read the results.
 
-        Raises PrefsError with the failing step and its reason; the work of earlier steps is kept.
+        Raises PrefsError with the failing step and its reason; the results of earlier steps are kept.
         """
         platform = self.platform
-        with self.step("deploy what the project declares"):
+        with self.step("deploy the project"):
             platform.bring_out(lambda step: self.say(f"  {step}"))
         with self.step("load events"):
             # A second demo generates the events of the first one and finds all of them stored, which is
@@ -112,7 +112,7 @@ class Demo:
                 self._test()
         else:
             with self.step("test every relation and publish to DynamoDB"):
-                # RisingWave's views are current; this waits for what writes DynamoDB.
+                # RisingWave's views are current; this waits for the process that writes DynamoDB.
                 self._run_refresh_job()
         with self.step("export the daily tiles to Iceberg"):
             exporter = platform.exporter
@@ -191,7 +191,7 @@ class Demo:
         summary.freshness = [(measure.name, measure.level, measure.reason) for measure in measures]
 
     def _row_counts(self, connection: psycopg.Connection[Any], names: list[str]) -> dict[str, int]:
-        """Count the rows of each relation; on the embedded engine without canaries, which come all the time."""
+        """Count the rows of each relation; on the embedded engine without canaries, which arrive continuously."""
         engine, registry = self.platform.engine, self.platform.registry
         if engine.kind == "risingwave":
             return row_counts(connection, engine, names)

@@ -1,7 +1,7 @@
 """Generator of plausible messages for any declared topic, from its fields and a seed.
 
-It knows no business: a value has its field's type and lies within its bounds, few of the entities and of the
-texts are frequent, and every reason for which the typed layer rejects a message occurs.
+It depends on no business: a value has its field's type and lies within its bounds, few of the entities and of the texts
+are frequent, and every reason for which the typed layer rejects a message occurs.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ from dagster_prefs.tools.simulation import SERIES, Plan, SimulatedEvent, Simulat
 
 @dataclass(frozen=True)
 class CombinedPlan(Plan):
-    """Several plans of one end and seed, one after the other; live ones in proportion to their messages."""
+    """Several plans with one end and one seed, in sequence; live events in proportion to their messages."""
 
     parts: tuple[Plan, ...] = ()
 
@@ -61,7 +61,7 @@ class CombinedPlan(Plan):
 
 
 def fitted(registry: Registry, plan: SimulationPlan) -> Plan:
-    """Return the scenario for its topics that the project has, and generated messages for all others.
+    """Return a plan for the project: the scenario for the topics that it declares, generated messages for all others.
 
     The other topics get their share of the plan's events, topic by topic.
     """

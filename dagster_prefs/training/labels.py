@@ -1,4 +1,4 @@
-"""Labels: who, when, and whatever else the model is to learn from, read and checked before anything is joined."""
+"""Read labels: the subject, the time, and any other columns. They are checked before they are joined."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from dagster_prefs.textfiles import MAX_CELL_BYTES, MIB, ROW_FAULTS, CsvRow, Lin
 from dagster_prefs.training.windows import Features
 
 TIME = "label_time"
-# What rows are numbered by while they are joined.
+# The column that numbers rows while they are joined.
 POINT = "point"
-# Labels are held whole while they are checked.
+# Labels are held in memory as a whole while they are checked.
 MAX_LABEL_BYTES = 1024 * MIB
 ROWS_PER_BATCH = 16_384
 CHUNK_BYTES = 8 * MIB
@@ -37,7 +37,7 @@ class LabelsRefused(OfflineError):
     """The labels cannot be used as they are; nothing was written."""
 
 
-# What `--types` may say of a column, and the Arrow type of it.
+# The column types that `--types` accepts, and their Arrow types.
 TYPES: Mapping[str, Callable[..., pa.DataType]] = {
     "text": pa.string,
     "int": pa.int64,
@@ -66,15 +66,15 @@ def read_labels(
 ) -> pa.Table:
     """Read labels from a `.parquet` or `.csv` file, or from the Iceberg table `namespace.table`.
 
-    The result has every column of the source; the key of the entity whose `features` are joined is int64 or a text as
-    the key's type is, `label_time` a UTC instant in microseconds. Times need a zone (`Z`, an offset, a zoned Parquet
-    type) unless `timezone` (e.g. `Europe/Berlin`) says which one times without it are in. Every other cell of CSV is
-    text as it stands, and NULL where it is empty, unless `types` says what its column is, as in `TYPES`. Labels may
-    take MAX_LABEL_BYTES in memory.
+    The result has every column of the source. The key of the entity of `features` is int64 or a text, according to the
+    key's type; `label_time` is a UTC instant in microseconds. Times need a zone (`Z`, an offset, a zoned Parquet type)
+    unless `timezone` (e.g. `Europe/Berlin`) gives the zone of those without one. Every other cell of CSV is text as
+    written, and NULL if empty, unless `types` gives the column's type (one of `TYPES`). Labels may take MAX_LABEL_BYTES
+    in memory.
 
-    Raises LabelsRefused naming the first offending row (from 1): a missing column, no rows, an id that is none of the
-    key's type, a time that is missing, has no zone, or lies after `now`, a column named like a feature, one of
-    durations, a cell that is not of the type given for it, or more than the limits allow.
+    Raises LabelsRefused naming the first offending row (from 1): a missing column, no rows, an id that does not have
+    the key's type, a time that is missing, has no zone, or lies after `now`, a column named like a feature, a column of
+    durations, a cell that does not have its given type, or more than the limits allow.
     """
     given = {name: _type_of(name, kind) for name, kind in (types or {}).items()}
     table = _read(catalog, source, given, features)
@@ -113,12 +113,12 @@ def read_labels(
 
 
 def is_csv(source: str) -> bool:
-    """Whether labels are a CSV file, by their name."""
+    """Return whether labels are a CSV file, by their name."""
     return Path(source).suffix.lower() == ".csv"
 
 
 def check_columns(source: str, columns: Sequence[str], features: Features) -> None:
-    """Refuse columns that no labels can have: a key is missing, a name is taken or there twice.
+    """Reject columns that labels cannot have: a key is missing, or a name is reserved or repeated.
 
     Raises LabelsRefused naming the column and what to call it.
     """
@@ -141,7 +141,7 @@ def check_columns(source: str, columns: Sequence[str], features: Features) -> No
 
 
 def _type_of(name: str, kind: str) -> pa.DataType:
-    """The Arrow type of what `--types` says of a column, e.g. `int` or `decimal(18,4)`."""
+    """Return the Arrow type of a column type from `--types`, e.g. `int` or `decimal(18,4)`."""
     found = re.fullmatch(r"([a-z]+)(?:\(([0-9]{1,2}),([0-9]{1,2})\))?", kind.strip())
     if found and found[1] in TYPES and (found[2] is None or found[1] == "decimal"):
         try:
@@ -179,7 +179,7 @@ def _read(catalog: Catalog, source: str, types: Mapping[str, pa.DataType], featu
 
 
 def _read_csv(path: Path, source: str, features: Features) -> pa.Table:
-    """The cells of a CSV file as they stand, NULL where they are empty; blank lines are no rows."""
+    """Read the cells of a CSV file as written, NULL if empty; blank lines are not rows."""
     with _CsvLines(path) as lines:
         rows = (row for row in csv_rows(iter(lines)) if row.cells or row.fault)
         header = next(rows, None)
@@ -208,7 +208,7 @@ def _read_csv(path: Path, source: str, features: Features) -> pa.Table:
 
 
 def _chunks(rows: Iterator[CsvRow]) -> Iterator[list[tuple[int, CsvRow]]]:
-    """The rows with their numbers, in chunks that neither many nor long rows make large."""
+    """Yield the rows with their numbers, in chunks bounded in rows and in bytes."""
     chunk: list[tuple[int, CsvRow]] = []
     size = 0
     for number, row in enumerate(rows, 1):
@@ -243,7 +243,7 @@ def _typed(table: pa.Table, source: str, types: Mapping[str, pa.DataType], keys:
 
 
 def _first_that_fails(values: pa.ChunkedArray, kind: pa.DataType) -> int:
-    """The first row that cannot be cast, where one cannot."""
+    """Return the first row that cannot be cast, None if all can."""
     low, high = 0, len(values)
     while high - low > 1:
         middle = (low + high) // 2
@@ -257,14 +257,14 @@ def _first_that_fails(values: pa.ChunkedArray, kind: pa.DataType) -> int:
 
 
 def _read_parquet(path: Path, source: str) -> pa.Table:
-    """A Parquet file whose rows take no more memory than labels may, however small the file is."""
+    """Read a Parquet file whose rows fit into the memory limit for labels, however small the file is."""
     # Opened here, because Arrow takes no file name that is not UTF-8.
     with path.open("rb") as file:
         parquet = pq.ParquetFile(file)
         groups = [parquet.metadata.row_group(number) for number in range(parquet.num_row_groups)]
         leaves = [parquet.schema.column(number) for number in range(len(parquet.schema))]
         chunks = [(group.column(number), leaf) for group in groups for number, leaf in enumerate(leaves)]
-        # A value that is said once and repeated takes no room in the file, but in memory.
+        # A dictionary-encoded value that repeats takes almost no space in the file, but does in memory.
         sizes = [
             max(chunk.total_uncompressed_size, chunk.num_values * _FIXED_BYTES.get(leaf.physical_type, 0))
             for chunk, leaf in chunks
@@ -273,7 +273,7 @@ def _read_parquet(path: Path, source: str) -> pa.Table:
         texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
         file.seek(0)
         size = 0
-        # Texts stay references to their values here, so that nothing is repeated before it is known how often.
+        # Texts stay dictionary-encoded here, so that nothing is expanded before its size is known.
         for batch in pq.ParquetFile(file, read_dictionary=texts).iter_batches(ROWS_PER_BATCH):
             size += sum(_size(column, source) for column in batch.columns)
             _within_limit(source, size)
@@ -285,7 +285,7 @@ _FIXED_BYTES = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 8, "FLOAT": 4, "D
 
 
 def _size(values: pa.Array, source: str) -> int:
-    """What an array takes once its texts are written out, in bytes."""
+    """Return the size in bytes of an array once its texts are expanded."""
     kind = values.type
     if pa.types.is_dictionary(kind):
         lengths = pc.binary_length(values.dictionary)
@@ -324,10 +324,10 @@ def _within_limit(source: str, size: int) -> None:
 
 
 def key_values(values: pa.ChunkedArray, key: Key, source: str) -> pa.ChunkedArray:
-    """The ids of a column as the key's type has them: int64, also where they were written as 42.0, or text.
+    """Return the ids of a column in the key's type: int64 (also for 42.0), or text.
 
-    Raises LabelsRefused naming the first row that has none: it is empty, none of the type, or a float beyond 2^53,
-    which stands for several.
+    Raises LabelsRefused naming the first row without a valid id: it is empty, has another type, or is a float beyond
+    2^53, which stands for several integers.
     """
     if pa.types.is_dictionary(values.type):
         values = values.cast(values.type.value_type)
@@ -355,7 +355,7 @@ def key_values(values: pa.ChunkedArray, key: Key, source: str) -> pa.ChunkedArra
 
 
 def _texts(values: pa.ChunkedArray, key: Key, source: str) -> pa.ChunkedArray:
-    """Ids of a text or UUID key, as the typed events spell them; a number means its digits."""
+    """Return the ids of a text or UUID key as the typed events spell them; a number becomes its digits."""
     kind = values.type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         values = pc.utf8_trim(values.cast(pa.string()), BLANKS)
@@ -363,7 +363,7 @@ def _texts(values: pa.ChunkedArray, key: Key, source: str) -> pa.ChunkedArray:
     elif not pa.types.is_integer(kind):
         raise LabelsRefused(f"{source}: {key.name} must be a text, not {kind}: convert it")
     _all_given(values, key, source)
-    # Labels name the same few ids again and again.
+    # Labels often repeat the same few ids.
     unique = pc.unique(values)
     read: dict[object, int | str] = {}
     for given in unique.to_pylist():

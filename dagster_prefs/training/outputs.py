@@ -1,9 +1,8 @@
-"""Where a training set is written: a Parquet or CSV file, or an Iceberg table, whole or not at all."""
+"""Write a training set to a Parquet or CSV file, or to an Iceberg table, as a whole or not at all."""
 
 from __future__ import annotations
 
 import re
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,20 +12,14 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 from pyiceberg.catalog import Catalog
-from pyiceberg.exceptions import CommitFailedException, NoSuchTableError, ValidationException
-from pyiceberg.io.pyarrow import UnsupportedPyArrowTypeException, parquet_file_to_data_file
+from pyiceberg.exceptions import NoSuchTableError
+from pyiceberg.io.pyarrow import UnsupportedPyArrowTypeException
 from pyiceberg.table import Table
 
 from dagster_prefs.files import whole_file
 from dagster_prefs.iceberg.catalog import OfflineError, ensure_namespace, translated
-from dagster_prefs.iceberg.files import live_files
-from dagster_prefs.iceberg.tables import (
-    KIND,
-    PARQUET,
-    TABLE_PROPERTIES,
-    TRAINING_SET,
-    arrow_schema,
-)
+from dagster_prefs.iceberg.replace import ChangedMeanwhile, replace_all
+from dagster_prefs.iceberg.tables import PARQUET, TABLE_PROPERTIES, TRAINING_SET, arrow_schema
 from dagster_prefs.training.labels import TIME
 
 ROWS_PER_GROUP = 100_000
@@ -34,15 +27,15 @@ _INSTANT = pa.timestamp("us", tz="UTC")
 
 
 class OutputRefused(OfflineError):
-    """The training set cannot be written where it is to go; nothing was changed there."""
+    """The training set cannot be written to this output, which is unchanged."""
 
 
 def check_output(catalog: Catalog, output: str) -> None:
-    """Refuse early what cannot be written in the end: another kind of file, a missing folder or namespace.
+    """Reject early an output that cannot be written: another kind of file, a missing folder or namespace.
 
     `output` ends in `.parquet` or `.csv`, or is an Iceberg table, `namespace.table`. Raises OutputRefused.
     """
-    if _is_table(output):
+    if is_table(output):
         with translated(f"the Iceberg namespace of {output}"):
             ensure_namespace(catalog, output.partition(".")[0])
         return
@@ -55,11 +48,11 @@ def check_output(catalog: Catalog, output: str) -> None:
 
 
 def output_within(folder: Path, output: str) -> str:
-    """The output as `build_training_set` takes it, with a file's path below `folder`, links resolved.
+    """Return the output for `build_training_set`, with a file's path below `folder`, links resolved.
 
-    Raises OutputRefused for a file elsewhere.
+    Raises OutputRefused for a file outside the folder.
     """
-    if _is_table(output):
+    if is_table(output):
         return output
     target = (folder / output).resolve()
     if not target.is_relative_to(folder.resolve()) or target == folder.resolve():
@@ -79,17 +72,17 @@ def write_output(
     *,
     keep_formulas: bool = False,
 ) -> None:
-    """Write the session's relation `result`, ordered by `point`, replacing what `output` held.
+    """Write the session's relation `result`, ordered by `point`, replacing the content of `output`.
 
-    `columns` are the columns to write with their DuckDB types; `label_time` is microseconds since 1970 there and
-    an instant in the output. In CSV lists are JSON text, and a text that a spreadsheet would take for a formula begins
-    with an apostrophe, unless `keep_formulas`. `properties` go to the snapshot of an Iceberg table.
+    `columns` are the columns to write with their DuckDB types; `label_time` is microseconds since 1970 in the relation
+    and an instant in the output. In CSV, lists are JSON text, and a text that a spreadsheet would read as a formula is
+    prefixed with an apostrophe, unless `keep_formulas`. `properties` are added to the snapshot of an Iceberg table.
 
-    Raises OutputRefused for an Iceberg table of other columns, and for a column that the output has no type for;
-    OfflineError for storage that fails.
+    Raises OutputRefused for an Iceberg table with other columns, and for a column whose type the output does not
+    support; OfflineError for storage that fails.
     """
     try:
-        if _is_table(output):
+        if is_table(output):
             rows = _ordered(session, columns)
             replace_rows(_table(catalog, output, rows.schema), rows, properties)
             return
@@ -111,45 +104,18 @@ def write_output(
 
 
 def replace_rows(table: Table, rows: Iterable[pa.RecordBatch], properties: Mapping[str, str]) -> None:
-    """Make `rows` all that a table of a training set holds, in one commit, whose snapshot gets `properties`.
+    """Replace all rows of a training set's table with `rows`, in one commit, whose snapshot gets `properties`.
 
-    Raises OutputRefused where another writer has changed the table since it was loaded.
+    Raises OutputRefused if another writer has changed the table since it was loaded.
     """
-    path = table.location_provider().new_data_location(f"{uuid.uuid4().hex}.parquet")
-    schema = arrow_schema(table)
-    published = False
     try:
-        with (
-            table.io.new_output(path).create(overwrite=False) as sink,
-            pq.ParquetWriter(sink, schema, store_schema=False, **PARQUET) as writer,
-        ):
-            for batch in rows:
-                writer.write_batch(batch.cast(schema))
-        file = parquet_file_to_data_file(io=table.io, table_metadata=table.metadata, file_path=path)
-        try:
-            with table.transaction() as transaction:
-                transaction.set_properties({KIND: TRAINING_SET})
-                with transaction.update_snapshot(
-                    snapshot_properties=dict(properties)
-                ).overwrite() as snapshot:
-                    for held in live_files(table):
-                        snapshot.delete_data_file(held.data)
-                    snapshot.append_data_file(file)
-            published = True
-        except (CommitFailedException, ValidationException) as error:
-            raise OutputRefused(
-                f"the table {'.'.join(table.name())} was changed by another writer: run it again"
-            ) from error
-        except Exception:
-            # The commit may have taken place although its reply was lost, so the file stays.
-            published = True
-            raise
-    finally:
-        if not published:
-            table.io.delete(path)
+        replace_all(table, rows, properties, kind=TRAINING_SET)
+    except ChangedMeanwhile as error:
+        raise OutputRefused(str(error)) from error
 
 
-def _is_table(output: str) -> bool:
+def is_table(output: str) -> bool:
+    """Return whether an output is the name of an Iceberg table (`namespace.table`), and not of a file."""
     return (
         output.count(".") == 1
         and not set(output) & set("/\\")
@@ -157,8 +123,8 @@ def _is_table(output: str) -> bool:
     )
 
 
-# What begins a formula in one spreadsheet or another, after apostrophes: each gets one more, so that one can be taken
-# away again. A number is none, whatever its sign.
+# The characters that start a formula in some spreadsheet, after any apostrophes: such a text gets one more apostrophe,
+# so that removing one restores it. A number is no formula, whatever its sign.
 _FORMULA = "^'*[=+@\\t\\r\\n\uff1d\uff0b\uff0d\uff20-]"
 _NUMBER = "[+-]?([0-9]+[.]?[0-9]*|[.][0-9]+)([eE][+-]?[0-9]+)?"
 
@@ -166,7 +132,7 @@ _NUMBER = "[+-]?([0-9]+[.]?[0-9]*|[.][0-9]+)([eE][+-]?[0-9]+)?"
 def _as_csv(
     session: duckdb.DuckDBPyConnection, columns: Mapping[str, str], keep_formulas: bool
 ) -> pa.RecordBatchReader:
-    """The rows as what CSV has a text for, and as what a spreadsheet shows and does not compute."""
+    """Convert the rows to types that CSV can hold, and that a spreadsheet displays instead of computing."""
     chosen = []
     for name, kind in columns.items():
         if kind.startswith(("STRUCT", "MAP", "UNION", "BLOB")):
@@ -179,7 +145,7 @@ def _as_csv(
         elif kind == "VARCHAR[]":
             text = f"cast(to_json({column}) as varchar)"
         elif kind.endswith("[]"):
-            # Numbers digit by digit: JSON of a decimal would be that of a float.
+            # Decimals are written digit by digit, because JSON would write them as floats.
             text = f"'[' || array_to_string(cast({column} as varchar[]), ',') || ']'"
         elif kind == "VARCHAR" and not keep_formulas:
             text = (
@@ -235,7 +201,7 @@ def _table(catalog: Catalog, output: str, schema: pa.Schema) -> Table:
 
 
 def _plain(kind: pa.DataType) -> str:
-    """A type as text, without what Arrow says twice: sizes of offsets, names of list elements."""
+    """Return a type as text, without Arrow's irrelevant distinctions: sizes of offsets, names of list elements."""
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         return f"list<{_plain(kind.value_type)}>"
     return str(kind).replace("large_", "")

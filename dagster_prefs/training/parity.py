@@ -1,7 +1,7 @@
-"""Parity: whether what is served equals what the training tables say, attribute by attribute.
+"""Parity: the comparison of served values with those of the training tables, attribute by attribute.
 
-A sample of an entity's ids is recomputed by the definition that training sets use, from the tables plus those days
-that only the engine holds in their newest version, and compared with the items of the online store.
+For a sample of an entity's ids, the values are recomputed by the definition of the training sets, from the tables plus
+the days whose newest version only the engine holds, and compared with the items of the online store.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from dagster_prefs.training.windows import Features, load_tiles
 Items = Mapping[Id, Mapping[str, Mapping[str, Any]]]
 """Id → domain name → attributes, as served; an id or domain without item is absent."""
 
-# How long after a subject's last tile an item that ought to be gone is still looked for.
+# How long after a subject's last tile an item that should be gone is still looked up.
 EXTRA_DAYS = 30
-# How many of the largest differences a report names.
+# The number of the largest differences that a report names.
 EXAMPLES = 20
 COMPARED, MISMATCHED, MISSING, EXTRA = range(4)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One value that is served and one that was due; None stands for NULL, `distance` orders examples."""
+    """A served value and the expected one; None stands for NULL. `distance` orders examples."""
 
     subject: Id
     domain: str
@@ -55,8 +55,10 @@ class Difference:
 
 @dataclass(frozen=True)
 class AttributeParity:
-    """Counts of one attribute: values compared, those of them that differ, values due that are not served, and
-    values served that are not due. Each rate is 0…1, of all values that could have been such a case."""
+    """Counts of one attribute: compared values, mismatches, expected values that are not served, and the reverse.
+
+    Each rate is 0…1, relative to all values that could have been such a case.
+    """
 
     domain: str
     attribute: str
@@ -82,10 +84,10 @@ class AttributeParity:
 class ParityReport:
     """Result of one comparison.
 
-    `subjects` is how many ids were compared; `missing` and `extra` count, by domain, items that ought to be there and
-    are not, and the reverse; `left_out` names the attributes that no tile has, with the reason;
-    `in_flight` counts items left out because an event younger than the grace time may still be on its way;
-    `engine_days` are the days that were read from the engine, by table; `worst` are the largest differences.
+    `subjects` is the number of compared ids. `missing` and `extra` count, by domain, expected items that are not
+    served, and the reverse. `left_out` names the attributes that no tile has, with the reason. `in_flight` counts items
+    left out because an event younger than the grace time may not have reached them yet. `engine_days` are the days read
+    from the engine, by table. `worst` are the largest differences.
     """
 
     subjects: int
@@ -102,17 +104,17 @@ class ParityReport:
         return not any(found.mismatched or found.missing or found.extra for found in self.attributes)
 
     def of(self, domain: str) -> tuple[AttributeParity, ...]:
-        """The attributes of one domain."""
+        """Return the attributes of one domain."""
         return tuple(found for found in self.attributes if found.domain == domain)
 
 
 def served_items(
     client: Any, contract: Contract, table: str, features: Features
 ) -> Callable[[Sequence[Id]], Items]:
-    """What `check_parity` reads the items of one entity with: strongly consistent reads of its DynamoDB table.
+    """Return the reader of an entity's items for `check_parity`: strongly consistent reads of its DynamoDB table.
 
-    Values come as they lie in the table, whatever the contract says, so that a wrong type is a mismatch of its
-    attribute. Raises StoreUnavailable when it is called and DynamoDB refuses or does not answer.
+    Values keep their stored types, whatever the contract says, so that a wrong type is a mismatch of its attribute.
+    Raises StoreUnavailable when the reader is called and DynamoDB rejects the request or does not answer.
     """
     access = ItemAccess(client, contract.tables[features.entity.name], table)
     keys = (access.partition_key, access.sort_key)
@@ -132,9 +134,12 @@ def served_items(
 
 @dataclass(frozen=True)
 class ParityOptions:
-    """What is compared: `share` is the part of all ids to look at (0…1), always the same ones; `spread_seconds` is the
-    setting that moves each subject's day boundary; an event younger than `grace_seconds` may still be on its way to
-    what is served; `namespace` is that of the training tables."""
+    """Options of a comparison.
+
+    `share` is the part of all ids to compare (0…1), the same ids every time. `spread_seconds` is the setting that moves
+    each subject's day boundary. An event younger than `grace_seconds` may not have reached the served items yet.
+    `namespace` is that of the training tables.
+    """
 
     share: float = 0.01
     spread_seconds: int = 0
@@ -143,7 +148,7 @@ class ParityOptions:
 
     @property
     def sampled(self) -> int:
-        """The highest hash of 28 bits of an id in the sample."""
+        """The highest 28-bit hash of an id in the sample."""
         return round(self.share * 0xFFFFFFF)
 
 
@@ -188,9 +193,9 @@ def check_parity(
 
 
 def _spread_part(features: Features) -> str:
-    """The seconds by which a subject's day begins later, in SQL: as the macro `within_window` spreads them."""
+    """Return the SQL of the seconds by which a subject's day begins later, as in the macro `within_window`."""
     key = features.key
-    # Of other than integer keys it takes the macro row_hash, which is this.
+    # For other than integer keys the macro uses row_hash, which is this expression.
     number = key.name if key.type == "bigint" else f"cast('0x' || left(md5({key.name}), 15) as bigint)"
     return f"abs({number} % $spread)"
 
@@ -204,7 +209,7 @@ def _load(
     oldest: date,
     options: ParityOptions,
 ) -> tuple[date, ...]:
-    """Make the table of one tile for the sampled ids; returns the days that came from the engine."""
+    """Create the table of one tile for the sampled ids; return the days that came from the engine."""
     namespace = options.namespace
     exported = exported_days(catalog, spec, namespace=namespace)
     held = {day: found.token for day, found in exported.items()}
@@ -242,7 +247,7 @@ def _compare(
     in_flight_since: int,
     engine_days: Mapping[str, tuple[date, ...]],
 ) -> ParityReport:
-    # Of each attribute: compared, mismatched, missing, extra.
+    # Counts per attribute: compared, mismatched, missing, extra.
     counts: dict[tuple[str, str], list[int]] = {
         (domain, name): [0, 0, 0, 0]
         for domain in features.domains
@@ -279,7 +284,7 @@ def _compare(
                         continue
                     kind = MISMATCHED
                 count[kind] += 1
-                # Of an item that is there or not as a whole, one attribute is example enough.
+                # For an item that is missing or extra as a whole, one attribute is example enough.
                 if kind == MISMATCHED or name == LAST_EVENT_AT or (kind == MISSING and item is not None):
                     differences.append(Difference(subject, domain, name, value, due, _distance(value, due)))
     differences.sort(key=lambda found: (-found.distance, found.subject, found.attribute))
@@ -296,13 +301,13 @@ def _compare(
 
 
 def _subject(features: Features, row: Mapping[str, Any]) -> Any:
-    """The id of a row that has the entity's key columns."""
+    """Return the id from a row with the entity's key columns."""
     parts = tuple(row[name] for name in features.key_names)
     return parts if len(parts) > 1 else parts[0]
 
 
 def _distance(served: Any, due: Any) -> float:
-    """Relative difference of two numbers; infinite where they are no numbers."""
+    """Return the relative difference of two numbers; infinite if they are not numbers."""
     try:
         return abs(float(served) - float(due)) / max(abs(float(due)), 1.0)
     except (TypeError, ValueError):

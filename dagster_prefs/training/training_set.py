@@ -1,8 +1,8 @@
 """Point-in-time correct training sets: labels joined with features as they were known at the label's time.
 
-A label sees the days before its own (UTC), never its own day or a later one. `as_known` goes further: it sees
-each day in the version that the table held at the label's time, so that a late event or a correction that
-came afterwards changes nothing.
+A label sees the days before its own (UTC), never its own day or a later one. With `as_known`, it also sees each day in
+the version that the table held at the label's time, so that a late event or a correction that arrived afterwards
+changes nothing.
 """
 
 from __future__ import annotations
@@ -45,20 +45,20 @@ FOREVER = 2**62
 
 
 class SnapshotExpired(OfflineError):
-    """A version of the tiles that is needed is no longer kept."""
+    """A required version of the tiles has expired."""
 
 
 class TagTaken(OfflineError):
-    """The name for the tile snapshots of a training set is that of others."""
+    """The tag for a training set's tile snapshots already marks other snapshots."""
 
 
 class NotReproducible(OfflineError):
-    """Labels, tiles or code are not what the manifest says they were."""
+    """Labels, tiles or code differ from the manifest."""
 
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """What was written: `rows` labels with their features to `output`, how to get them again to `manifest`."""
+    """The result: `rows` labels with their features in `output`, and the `manifest` to reproduce them."""
 
     output: str
     manifest: Path
@@ -71,8 +71,11 @@ class TrainingSet:
 
 @dataclass(frozen=True)
 class CsvOptions:
-    """How CSV is read and written: the type of each column of the labels that is not to be text, as `labels.TYPES`
-    names it, and whether texts that a spreadsheet would compute are written as they stand."""
+    """How CSV is read and written.
+
+    `types` gives the type of each column of the labels that is not text (one of `labels.TYPES`); `keep_formulas` writes
+    texts that a spreadsheet would compute without an apostrophe.
+    """
 
     types: Mapping[str, str] = field(default_factory=dict)
     keep_formulas: bool = False
@@ -80,8 +83,7 @@ class CsvOptions:
 
 @dataclass(frozen=True)
 class _Version:
-    """A data file, with what was deleted of it, and the time in which it was current: milliseconds since 1970, the end
-    excluded."""
+    """A data file, with its deletes, and the time in which it was current: milliseconds since 1970, end excluded."""
 
     file: LiveFile
     known_from: int
@@ -90,12 +92,12 @@ class _Version:
 
 @dataclass(frozen=True)
 class LabelJoin:
-    """What decides the rows of a training set, apart from the tiles: the labels, and how features join them.
+    """The inputs of a training set other than the tiles: the labels, and how features join them.
 
     `features` are those of one entity; `labels` is a Parquet or CSV file or an Iceberg table with the entity's key,
-    `label_time` and any other columns (see `read_labels`), and `timezone` is that of times without one. `csv` says
-    what cells of CSV labels are that are not text. With `as_known` a label sees each day as the table in `namespace`
-    had it at the label's time. `now` is the latest time that a label may have.
+    `label_time` and any other columns (see `read_labels`), and `timezone` is the zone of times without one. `csv` gives
+    the types of CSV cells that are not text. With `as_known` a label sees each day as the table in `namespace` held it
+    at the label's time. `now` is the latest time that a label may have.
     """
 
     labels: str
@@ -115,16 +117,16 @@ def build_training_set(
     manifest: Path | None = None,
     tag: str | None = None,
 ) -> TrainingSet:
-    """Write `output`: every label, in its order, duplicates included, with every feature beside it.
+    """Write every label to `output`, in order, duplicates included, with every feature.
 
-    `output` is a `.parquet` or `.csv` file or an Iceberg table `namespace.table`. `manifest`
-    (`<output>.manifest.json` by default) gets tile snapshots, versions of contract and code, and fingerprints, from
-    which `reproduce_training_set` gets the same rows; `tag` is set on the tile snapshots, which upkeep then keeps.
-    The join spills to disk beyond a gigabyte. A subject without history gets cold-start values: zero counts, empty
-    lists, NULL rates.
+    `output` is a `.parquet` or `.csv` file or an Iceberg table `namespace.table`. `manifest` (`<output>.manifest.json`
+    by default) receives tile snapshots, versions of contract and code, and fingerprints, from which
+    `reproduce_training_set` gets the same rows. `tag` is set on the tile snapshots, which maintenance then keeps. The
+    join spills to disk beyond a gigabyte. A subject without history gets cold-start values: zero counts, empty lists,
+    NULL rates.
 
-    Raises LabelsRefused, OutputRefused, TagTaken, TableMissing, SnapshotExpired (`as_known` before the kept
-    history), or another OfflineError; an existing output is replaced only in the end.
+    Raises LabelsRefused, OutputRefused, TagTaken, TableMissing, SnapshotExpired (`as_known` before the kept history),
+    or another OfflineError; an existing output is only replaced at the end.
     """
     features, namespace = join.features, join.namespace
     manifest = manifest or Path(f"{output}.manifest.json")
@@ -171,7 +173,7 @@ def build_training_set(
             }
             partial = written.enter_context(whole_file(manifest))
             partial.write(json.dumps(content, indent=2).encode() + b"\n")
-            # Before the rows take their place: a disk that is full must show now.
+            # Done before the output is replaced, so that a full disk leaves it unchanged.
             partial.flush()
 
         made = _build(catalog, join, str(output), snapshots, describe=describe)
@@ -189,10 +191,10 @@ def reproduce_training_set(
     labels: str | None = None,
     keep_formulas: bool = False,
 ) -> TrainingSet:
-    """Write the training set of a manifest again to `output`; every row is proven equal before that.
+    """Write the training set of a manifest again to `output`, after proving that every row is equal.
 
-    `labels` says where the labels are now, if they moved; `keep_formulas` is that of `CsvOptions`. Raises
-    SnapshotExpired where a tile snapshot is gone, NotReproducible where labels, definition or result differ from the
+    `labels` is the new place of the labels, if they moved; `keep_formulas` is that of `CsvOptions`. Raises
+    SnapshotExpired if a tile snapshot is gone, NotReproducible if labels, definition or result differ from the
     manifest.
     """
     try:
@@ -250,11 +252,10 @@ def print_training_sql(
     as_known: bool = False,
     namespace: str = DEFAULT_NAMESPACE,
 ) -> str:
-    """The same join in the SQL of a distributed engine over the same tables, for labels beyond one machine.
+    """Return the same join in the SQL of a distributed engine over the same tables, for labels beyond one machine.
 
-    `labels` must be an Iceberg table (`namespace.table`) with the entity's key and `label_time`, a
-    timestamp with a zone.
-    Raises LabelsRefused where it is not, or a column is named like a feature; TableMissing where it does not exist.
+    `labels` must be an Iceberg table (`namespace.table`) with the entity's key and `label_time`, a timestamp with a
+    zone. Raises LabelsRefused if it is not, or a column is named like a feature; TableMissing if it does not exist.
     """
     if as_known:
         raise LabelsRefused(
@@ -344,10 +345,10 @@ def _build(
 def _load_points(
     session: duckdb.DuckDBPyConnection, table: pa.Table, features: Features
 ) -> tuple[date, date]:
-    """Make `labels` and `points`; returns the earliest and latest day whose tiles any label needs."""
+    """Create `labels` and `points`; return the earliest and latest day whose tiles any label needs."""
     number = pa.array(range(table.num_rows), pa.int64())
     names = table.column_names
-    # Instants travel as integers: without an extension DuckDB cannot take a date of one.
+    # Instants are stored as integers: without an extension DuckDB cannot convert one to a date.
     source = table.append_column("point", number)
     place = source.schema.get_field_index(TIME)
     source = source.set_column(place, TIME, source[TIME].cast(pa.int64()))
@@ -373,7 +374,7 @@ def _oldest_label(session: duckdb.DuckDBPyConnection) -> int:
 
 
 def _set_tag(table: Table, tag: str, snapshot_id: int) -> None:
-    """Tag a snapshot; again is fine. Raises TagTaken where the name is a branch or that of another snapshot."""
+    """Tag a snapshot. Idempotent. Raises TagTaken if the name is a branch, or tags a different snapshot."""
     for _ in range(ATTEMPTS):
         held = table.refs().get(tag)
         if held is not None:
@@ -382,7 +383,7 @@ def _set_tag(table: Table, tag: str, snapshot_id: int) -> None:
             raise TagTaken(
                 f"{'.'.join(table.name())} has {tag} for snapshot {held.snapshot_id} already: choose another name"
             )
-        # Others commit to the table all day; a tag disturbs none of them.
+        # Other writers commit to the table all day, without conflict with a tag.
         with suppress(CommitFailedException):
             table.manage_snapshots().create_tag(snapshot_id, tag).commit()
         table.refresh()
@@ -436,7 +437,7 @@ def _versions(
 
 
 def _history(table: Table, last: Snapshot, oldest_label: int) -> list[_Version]:
-    """Every data file with the times in which readers saw it, up to the publication of `last`."""
+    """Return every data file with the times in which readers saw it, up to the publication of `last`."""
     log = [(entry.snapshot_id, entry.timestamp_ms) for entry in table.history()]
     ends = [place for place, (snapshot_id, _) in enumerate(log) if snapshot_id == last.snapshot_id]
     if not ends:
@@ -447,7 +448,7 @@ def _history(table: Table, last: Snapshot, oldest_label: int) -> list[_Version]:
     log = log[: ends[-1] + 1]
     start = _unbroken_from(table, log)
     first = table.snapshot_by_id(log[start][0])
-    # A table's first commit has sequence number 1; any other has predecessors, which have expired.
+    # A table's first commit has sequence number 1; a later one has predecessors, which have expired.
     complete = start == 0 and first is not None and first.sequence_number == 1
     if not complete and log[start][1] > oldest_label:
         when = datetime.fromtimestamp(log[start][1] / 1000, UTC).isoformat()
@@ -460,7 +461,7 @@ def _history(table: Table, last: Snapshot, oldest_label: int) -> list[_Version]:
     versions: list[_Version] = []
     for snapshot_id, published in log[start:]:
         snapshot = table.snapshot_by_id(snapshot_id)
-        # What is deleted of a file later makes another version of it.
+        # Later deletes from a file make another version of it.
         held = {file.parts: file for file in _files_of(table, snapshot, manifests)} if snapshot else {}
         for parts in current.keys() - held.keys():
             file, since = current.pop(parts)
@@ -471,7 +472,7 @@ def _history(table: Table, last: Snapshot, oldest_label: int) -> list[_Version]:
 
 
 def _files_of(table: Table, snapshot: Snapshot, manifests: dict[str, list[DataFile]]) -> list[LiveFile]:
-    """The files of a snapshot; `manifests` keeps what was read for the next, as most are those of the one before."""
+    """Return the files of a snapshot; `manifests` caches them for the next one, because most are shared."""
     listed = snapshot.manifests(table.io)
     if any(manifest.content == ManifestContent.DELETES for manifest in listed):
         return live_files(table, snapshot_id=snapshot.snapshot_id)
@@ -488,7 +489,7 @@ def _files_of(table: Table, snapshot: Snapshot, manifests: dict[str, list[DataFi
 
 
 def _unbroken_from(table: Table, log: list[tuple[int, int]]) -> int:
-    """The first place of the log from which on every published snapshot is still there."""
+    """Return the first position in the log from which on every published snapshot still exists."""
     earlier = [{snapshot_id for snapshot_id, _ in log[:place]} for place in range(len(log))]
     for place in range(len(log) - 1, 0, -1):
         snapshot = table.snapshot_by_id(log[place][0])
@@ -500,25 +501,25 @@ def _unbroken_from(table: Table, log: list[tuple[int, int]]) -> int:
 
 
 def _fingerprint(session: duckdb.DuckDBPyConnection, relation: str) -> str:
-    """A hash of all rows with their places: equal exactly where the content is, row by row."""
+    """Return a hash of all rows and their positions: equal if and only if the content is equal, row by row."""
     row_hash = "cast('0x' || left(md5(cast(r as varchar)), 15) as bigint)"
     found = _one(session, f"select count(*), sum({row_hash}) from {relation} as r")
     return hashlib.sha256(repr(found).encode()).hexdigest()
 
 
 def _one(session: duckdb.DuckDBPyConnection, query: str) -> tuple[Any, ...]:
-    # Fetched whole: a session with a result half read accepts no further statement.
+    # Fetched as a whole, because a session with a half-read result accepts no further statement.
     row: tuple[Any, ...] = session.execute(query).fetchall()[0]
     return row
 
 
 def _definition(features: Features) -> str:
-    """A hash of what the features are."""
+    """Return a hash of the definition of the features."""
     text = json.dumps([asdict(value) for value in features.values]) + features.sql("training", versions=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _count_cold_start(session: duckdb.DuckDBPyConnection, features: Features) -> int:
-    """Labels none of whose features is anything but its cold-start value."""
+    """Count the labels whose features all have their cold-start value."""
     same = " and ".join(f"{value.name} is not distinct from {value.cold_start}" for value in features.values)
     return int(_one(session, f"select count(*) from features where {same}")[0])

@@ -1,14 +1,14 @@
-"""What a rolling feature is, taken from the rolling views themselves: the SQL behind training sets and parity.
+"""Derives rolling features from the rolling views themselves: the SQL behind training sets and parity.
 
 The registry holds every domain's rolling view as dbt compiles it for the engine, so windows, sums and rankings are
-written once, in the models. Here the same queries are asked about other moments than now: `now()` becomes the day of a
-*point*, a subject and a day that features are wanted for, and a tile is read from its training table.
+written once, in the models. Here the same queries are evaluated at other moments than now: `now()` becomes the day of a
+*point* (a subject and the day for which its features are wanted), and a tile is read from its training table.
 
-An N-day window of a day D is the tiles with day ≥ D - N. Serving leaves it open, so it holds what is known of
-D itself; training ends it before D, because D is not over when its label is taken.
+An N-day window of a day D is the tiles with day ≥ D - N. Serving has no upper bound, so it includes what is known of D
+itself. Training ends the window before D, because D is not over when its label is taken.
 
-The local SQL reads the relations `points` (`point`, the entity's key, `day`, and `known_at` where versions count) and
-the training tables by their names, in which instants are integers: microseconds since 1970.
+The local SQL reads the relations `points` (`point`, the entity's key, `day`, and `known_at` if versions matter) and the
+training tables by their names, in which instants are integers: microseconds since 1970.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ _TYPES = {
 
 
 class ViewNotPortable(OfflineError):
-    """A rolling view says something that can be asked about now only."""
+    """A rolling view contains an expression that can only be evaluated for the present time."""
 
 
 @dataclass(frozen=True)
 class Feature:
     """One value of a domain of the contract.
 
-    `type` and `cold_start`, what a subject without history gets, are SQL of DuckDB.
+    `type` and `cold_start` (the value of a subject without history) are DuckDB's SQL.
     """
 
     name: str
@@ -74,7 +74,7 @@ def _feature(domain: str, name: str, attribute: Attribute) -> Feature:
 
 @dataclass(frozen=True)
 class _Read:
-    """A select of a view that reads a tile in a window of so many days."""
+    """A select of a view that reads a tile in a window of this many days."""
 
     select: exp.Select
     spec: TileTable
@@ -88,21 +88,21 @@ def relations_read(view: exp.Expr) -> dict[str, None]:
 
 
 def features_by_entity(registry: Registry) -> dict[str, Features]:
-    """Name of an entity → its features, for every entity with a domain that reads tiles, in the registry's order."""
+    """Map entities to their features, for every entity with a domain that reads tiles, in the registry's order."""
     served = {entity_of(registry, domain).name for domain in registry.contract.domains.values()}
     found = {name: Features(registry, entity) for name, entity in registry.entities.items() if name in served}
     return {name: features for name, features in found.items() if features.domains}
 
 
 def entity_of(registry: Registry, domain: Domain) -> Entity:
-    """The entity that a domain's items are about."""
+    """Return the entity of a domain's items."""
     return registry.entity(domain.entity)
 
 
 def choose_features(registry: Registry, entity: str | None) -> Features:
-    """The features of the entity of this name, or of the only one with a domain.
+    """Return the features of the entity of this name, or of the only one with a domain.
 
-    Raises OfflineError where there is no such entity, or several and none is named.
+    Raises OfflineError if there is no such entity, or several and none is named.
     """
     found = features_by_entity(registry)
     if entity is None and len(found) == 1:
@@ -116,16 +116,16 @@ def choose_features(registry: Registry, entity: str | None) -> Features:
 class Features:
     """The served values of one entity, and the SQL that computes them from the training tables.
 
-    `domains` are the names of its domains that read tiles, and `values` their attributes but `last_event_at`, in the
-    contract's order. `left_out` names the attributes (`domain.attribute`) that training sets and parity cannot know,
-    each with the reason: they are computed from relations that are not exported.
+    `domains` are the names of its domains that read tiles, and `values` their attributes except `last_event_at`, in the
+    contract's order. `left_out` names the attributes (`domain.attribute`) that training sets and parity cannot compute,
+    each with the reason: they depend on relations that are not exported.
 
-    Raises ViewNotPortable for a view that can be asked about now only, and for names that would be ambiguous.
+    Raises ViewNotPortable for a view that can only be evaluated for the present time, and for ambiguous names.
     """
 
     def __init__(self, registry: Registry, entity: Entity) -> None:
         self.entity = entity
-        # The first key column, whose day moves where expiry is spread, and all of them.
+        # The first key column, whose day moves if expiry is spread, and all key columns.
         self.key: Key = entity.key
         self.keys = entity.keys
         self.key_names = entity.key_names
@@ -169,12 +169,12 @@ class Features:
                 "name: rename one"
             )
         if self._domains:
-            # Whatever could not be asked about other days is refused here.
+            # Views that cannot be evaluated for other days are rejected here.
             self._query("training", "duckdb")
 
     @cached_property
     def sources(self) -> tuple[tuple[TileTable, tuple[str, ...]], ...]:
-        """The training tables that features are made of, with the columns of each besides key, day and newest event."""
+        """Return the training tables of the features, with the columns of each except key, day and newest event."""
         found: dict[str, dict[str, None]] = {}
         for domain in self._domains:
             for read in self._reads(self._view(domain.name), domain.relation):
@@ -185,12 +185,12 @@ class Features:
         return tuple((spec, tuple(found[name])) for name, spec in self._tables.items() if name in found)
 
     def table_of(self, domain: str) -> TileTable:
-        """The training table that a domain's features come from; of several, the one that is read first."""
+        """Return the training table of a domain's features; if there are several, the one that is read first."""
         relation = next(found.relation for found in self._domains if found.name == domain)
         return next(self._reads(self._view(domain), relation)).spec
 
     def windows_of(self, domain: str) -> tuple[int, ...]:
-        """Days of each window in which a domain reads tiles, ascending; empty where it reads none."""
+        """Return the days of each window in which a domain reads tiles, ascending; empty if it reads none."""
         return tuple(
             sorted(
                 {
@@ -204,7 +204,7 @@ class Features:
 
     @cached_property
     def longest_window(self) -> int:
-        """Days of the longest window of any feature."""
+        """Return the number of days of the longest window of any feature."""
         return max(
             read.days
             for domain in self._domains
@@ -212,38 +212,39 @@ class Features:
         )
 
     def first_day(self, day: date) -> date:
-        """The earliest day that any window of `day` holds."""
+        """Return the earliest day that any window of `day` contains."""
         longest = timedelta(days=self.longest_window)
         return max(day, date.min + longest) - longest
 
     def sql(self, mode: Mode, *, versions: bool = False, last_events: bool = False) -> str:
-        """A query of DuckDB that returns one row per point: `point`, then every feature in the order of `values`.
+        """Return a query for DuckDB with one row per point: `point`, then every feature in the order of `values`.
 
-        With `last_events`, `<domain>_last_event_at` follows for every domain: the newest event in its longest window
-        in milliseconds since 1970, NULL where the window is empty and the domain has no item.
+        With `last_events`, `<domain>_last_event_at` follows for every domain: the newest event in its longest window,
+        in milliseconds since 1970, NULL if the window is empty and the domain has no item.
 
-        With `versions`, tiles carry `known_from` and `known_to` (epoch milliseconds), and a point sees only the
-        version that was current at its `known_at`.
+        With `versions`, tiles carry `known_from` and `known_to` (epoch milliseconds), and a point sees only the version
+        that was current at its `known_at`.
         """
         return self._query(mode, "duckdb", versions=versions, last_events=last_events).sql(dialect="duckdb")
 
     def training_sql(self, dialect: Dialect, labels: str, columns: Sequence[str], *, namespace: str) -> str:
-        """The point-in-time join in another engine's SQL: every column of the table `labels`, then every feature.
+        """Return the point-in-time join in another engine's SQL: all columns of the table `labels`, then all features.
 
         `labels` is `namespace.table` with `columns`, among them the entity's key and `label_time`, an instant. A label
         of one UTC day sees the days before it, in the newest version of every tile.
         """
-        # As whole days since 1970, because engines disagree about whose midnight a date of an instant means.
+        # As whole days since 1970, because engines disagree on the time zone of a conversion from instant to date.
         seconds = (exp.UnixSeconds if dialect == "spark" else exp.TimeToUnix)(
             this=exp.column("label_time", "l")
         )
         number = exp.cast(exp.Floor(this=exp.Div(this=seconds, expression=exp.Literal.number(86_400))), "int")
         epoch = exp.cast(exp.Literal.string("1970-01-01"), "date")
         day = exp.cast(exp.DateAdd(this=epoch, expression=number, unit=exp.var("DAY")), "date")
-        # Labels of one subject and day see the same; numbering them instead would sort all of them in one place.
+        # Labels of one subject and day share their features; numbering the labels instead would sort all of them in one
+        # place.
         parts: list[exp.Expr] = [exp.cast(exp.column(key, "l"), "varchar") for key in self.key_names]
         if len(parts) > 1:
-            # Encoded as in a sort key, so that no two keys make one text.
+            # Encoded as in a sort key, so that no two keys yield the same text.
             parts = [
                 sqlglot.parse_one(f"replace(replace({part.sql()}, '%', '%25'), '#', '%23')") for part in parts
             ]
@@ -266,7 +267,7 @@ class Features:
         )
         query = query.join("labels", on="labels.point = p.point")
         names = [exp.column(name, "labels", quoted=True) for name in columns]
-        # Without the point, which is only how the rows find each other.
+        # Without the point, which only joins the rows to each other.
         query.set("expressions", [*names, *query.expressions[1:]])
         return query.sql(dialect=dialect, pretty=True)
 
@@ -301,16 +302,16 @@ class Features:
         return query
 
     def _view(self, domain: str) -> exp.Select:
-        """A copy of a domain's view, to be changed."""
+        """Return a copy of a domain's view, to be changed."""
         return self._views[domain].copy()
 
     def _read_instead_of_tiles(self, view: exp.Select) -> str:
-        """The relations that a domain's view reads where none of them is a tile; empty where one is."""
+        """Return the relations that a domain's view reads if none of them is a tile; empty if one is."""
         read = relations_read(view)
         return "" if self._by_tile.keys() & read.keys() else ", ".join(read)
 
     def _portable(self, domain: Domain, view: exp.Select) -> tuple[exp.Select, dict[str, str]]:
-        """A domain's view without the attributes that are not computed from tiles, and those with the reason."""
+        """Return a domain's view without the attributes that are not computed from tiles, and those with the reason."""
         unknown = _without_others(view, domain.relation, set(self._by_tile))
         if len(self.keys) > 1:
             _check_whole_keys(view, domain.relation, self.key_names)
@@ -340,7 +341,7 @@ class Features:
         return view, unknown
 
     def _reads(self, query: exp.Select, relation: str) -> Iterator[_Read]:
-        """The selects of a view that read a tile, with the window that each is filtered by."""
+        """Return the selects of a view that read a tile, with the window of each."""
         specs = self._by_tile
         found = 0
         for select in query.find_all(exp.Select):
@@ -370,7 +371,7 @@ class Features:
                     "parity cannot compute it for other days: read the tile in a CTE of its own with that macro alone"
                 )
             found += 1
-            # The filter is day + (N + 1) days > now, so that N whole days and today are left.
+            # The filter is day + (N + 1) days > now, which keeps N whole days and today.
             days = int(intervals[0].this.name) - 1
             if days < 1:
                 raise ViewNotPortable(
@@ -397,9 +398,9 @@ class Features:
         versions: bool,
         namespace: str | None,
     ) -> None:
-        """Turn a view of now into one of points, in place: the first key becomes `point` throughout.
+        """Rewrite a view of the present time to one of points, in place: the first key becomes `point` throughout.
 
-        The other keys of a composite one stay, as the point's.
+        The other columns of a composite key stay, as those of the point.
         """
         for read in list(self._reads(view, relation)):
             select, spec = read.select, read.spec
@@ -409,7 +410,7 @@ class Features:
             since = exp.DateSub(
                 this=exp.column("day"), expression=exp.Literal.number(read.days), unit=exp.var("DAY")
             )
-            # Next to the point rather than in the condition, which is asked for every pair.
+            # Computed with the point rather than in the condition, which is evaluated for every pair.
             points = (
                 exp.select("*", exp.alias_(exp.cast(since, "date"), "since")).from_("points").subquery("p")
             )
@@ -436,10 +437,10 @@ def load_tiles(
     where: str,
     versions: bool = False,
 ) -> None:
-    """Make the relation of a training table that the local SQL reads, of those rows for which `where` holds.
+    """Create the relation of a training table for the local SQL, with the rows for which `where` holds.
 
-    `batches` have the entity's keys, the day and `columns`, with `versions` also `known_from` and `known_to`.
-    What reading them raises, this raises.
+    `batches` have the entity's keys, the day and `columns`; with `versions` also `known_from` and `known_to`. Raises
+    what reading the batches raises.
     """
     names = (*spec.entity.key_names, spec.day, *columns)
     fields = [pa.field(name, _loaded(spec.by_name[name].type)) for name in names]
@@ -468,13 +469,13 @@ def _parse(relation: str, text: str) -> exp.Select:
 
 
 def _in_dialect(view: exp.Select, relation: str, dialect: Dialect) -> None:
-    """Write quotients, instants and ordered lists as the engine of the dialect computes them exactly."""
+    """Rewrite quotients, instants and ordered lists so that the dialect's engine computes them exactly."""
     for quotient in list(view.find_all(exp.Round)):
         quotient.replace(_exact(quotient, relation, dialect))
     for cast in list(view.find_all(exp.Cast)):
         moment = cast.this.find(exp.Extract)
         if moment is not None:
-            # Microseconds → milliseconds, half up as the engine rounds.
+            # Microseconds → milliseconds, rounded half up like the engine.
             cast.replace(sqlglot.parse_one(f"({moment.expression.sql()} + 500) // 1000", dialect="duckdb"))
     if dialect == "spark":
         for aggregate in list(view.find_all(exp.ArrayAgg)):
@@ -484,7 +485,7 @@ def _in_dialect(view: exp.Select, relation: str, dialect: Dialect) -> None:
 
 
 def _rename(view: exp.Select, domain: str) -> None:
-    """Give the CTEs of a view names of its own: engines without nested ones see those of all views at once."""
+    """Give the CTEs of a view unique names: engines without nested CTEs see those of all views at once."""
     names = {cte.alias for cte in view.ctes}
     for cte in view.ctes:
         cte.set("alias", exp.TableAlias(this=exp.to_identifier(f"{domain}_{cte.alias}")))
@@ -500,9 +501,9 @@ def _inside_join(column: exp.Column) -> bool:
 
 
 def _exact(node: exp.Round, relation: str, dialect: Dialect) -> exp.Expr:
-    """The quotient of two integers, rounded half up to 6 places exactly; NULL where the denominator is 0.
+    """Return the quotient of two integers, rounded half up to 6 places exactly; NULL if the denominator is 0.
 
-    In integers, because a division of decimals is one of floats in DuckDB and rounds as it likes elsewhere.
+    Computed in integers, because DuckDB divides decimals as floats, whose rounding is not defined.
     """
     quotient = node.this
     if not isinstance(quotient, exp.Div) or node.args["decimals"].name != "6":
@@ -511,7 +512,7 @@ def _exact(node: exp.Round, relation: str, dialect: Dialect) -> exp.Expr:
     if dialect == "duckdb":
         whole = f"(2000000 * cast({top} as hugeint) + {bottom}) // nullif(2 * cast({bottom} as hugeint), 0)"
     else:
-        # A difference that divides without rest: exact whether the engine divides integers, decimals or doubles.
+        # The difference divides without a remainder: exact whether the engine divides integers, decimals or doubles.
         over, under = f"(2000000 * {top} + {bottom})", f"(2 * {bottom})"
         whole = f"({over} - {over} % nullif({under}, 0)) / nullif({under}, 0)"
     return sqlglot.parse_one(
@@ -520,7 +521,7 @@ def _exact(node: exp.Round, relation: str, dialect: Dialect) -> exp.Expr:
 
 
 def _integer(side: exp.Expr) -> str:
-    """A side of a quotient without what makes the engine divide decimals."""
+    """Return a side of a quotient without the casts that make the engine divide decimals."""
     while isinstance(side, exp.Paren | exp.Cast):
         side = side.this
     if isinstance(side, exp.Literal):
@@ -529,14 +530,14 @@ def _integer(side: exp.Expr) -> str:
 
 
 def _collected(order: exp.Order) -> exp.Expr:
-    """Spark's aggregate of a list knows no order: pairs are sorted and taken apart again."""
+    """Rewrite an ordered list for Spark, whose aggregate has no order: pairs are sorted and then unpacked."""
     place = order.expressions[0].this.sql(dialect="spark")
     pairs = f"collect_list(struct({place} as place, {order.this.sql(dialect='spark')} as value))"
     return sqlglot.parse_one(f"transform(array_sort({pairs}), x -> x.value)", dialect="spark")
 
 
 def _loaded(kind: IcebergType) -> pa.DataType:
-    """The type in which a column of a tile is joined: text stays text, instants are microseconds since 1970."""
+    """Return the type in which a column of a tile is joined: text stays text, instants are microseconds since 1970."""
     if isinstance(kind, StringType):
         return pa.string()
     if isinstance(kind, DateType):
@@ -545,9 +546,9 @@ def _loaded(kind: IcebergType) -> pa.DataType:
 
 
 def _without_others(view: exp.Select, relation: str, tiles: set[str]) -> dict[str, str]:
-    """Remove from a view, in place, what it joins to tiles from other relations; attribute → why it is removed.
+    """Remove from a view, in place, what it joins to tiles from other relations; return attribute → reason.
 
-    Only a left join can be removed without changing which rows there are.
+    Only a left join can be removed without changing the set of rows.
     """
     names = {cte.alias for cte in view.ctes}
     final = _final(view)
@@ -583,7 +584,7 @@ def _without_others(view: exp.Select, relation: str, tiles: set[str]) -> dict[st
         if found:
             unknown[column.alias_or_name] = f"it is computed from {found[0]}, which is not exported"
     final.set("expressions", [column for column in final.expressions if column.alias_or_name not in unknown])
-    # Not those of its CTEs, where it is the view itself.
+    # Not the attributes of its CTEs, if the select is the view itself.
     own = [column for column in final.find_all(exp.Column) if column.find_ancestor(exp.Select) is final]
     left = [column.table for column in own if column.table in removed]
     bare = [column.name for column in own if not column.table]
@@ -597,9 +598,9 @@ def _without_others(view: exp.Select, relation: str, tiles: set[str]) -> dict[st
 
 
 def _check_whole_keys(view: exp.Select, relation: str, keys: tuple[str, ...]) -> None:
-    """Refuse a view that groups, ranks or joins by a part of a composite key.
+    """Reject a view that groups, ranks or joins by a part of a composite key.
 
-    A point is one whole key, so that a total over the other parts would be one over this part alone.
+    A point is one whole key, so that a total over the other parts would cover this part only.
     """
     for select in view.find_all(exp.Select):
         group = select.args.get("group")
@@ -625,7 +626,7 @@ def _check_whole_keys(view: exp.Select, relation: str, keys: tuple[str, ...]) ->
 
 
 def _final(view: exp.Select) -> exp.Select:
-    """The select that makes a view's columns: `select * from` a CTE is that CTE."""
+    """Return the select that defines a view's columns: `select * from` a CTE is that CTE."""
     selects = {cte.alias: cte.this for cte in view.ctes}
     found = view
     while (

@@ -1,7 +1,7 @@
 {#
-  Why a row of a CSV file could not be read, as `when … then …` arms. Ingestion stores such a row as a message that names
-  the fault and holds the row; a message with an identity is judged as any other. ROW_FAULTS in dagster_prefs/textfiles.py
-  says the same.
+  The reasons for which a row of a CSV file could not be read, as `when … then …` arms. Ingestion stores such a row as a
+  message that names the fault and contains the row; a message with an identity is judged like any other. ROW_FAULTS in
+  dagster_prefs/textfiles.py has the same reasons.
 #}
 {% macro malformed_row_reasons(identity) %}
   {%- for fault, reason in {

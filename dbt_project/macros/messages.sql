@@ -1,11 +1,12 @@
 {#
-  Reading one message: every macro takes the parsed JSON column `j` and is NULL, never an error, on bad input. A field's
-  JSON type is asked before any text is made of it, because a list of 9,000 numbers like 1e131071 is a gigabyte as text.
+  Macros that read one message. Each takes the parsed JSON column `j` and returns NULL, never an error, for invalid
+  input. The JSON type of a field is checked before the field is converted to text, because a list of 9,000 numbers like
+  1e131071 is a gigabyte as text.
 #}
 
 {#
-  What the YAML of the model at hand declares of its message fields: name → type, and in `meta` `optional`, `max_bytes`
-  (of a text), `scale` (decimals that are kept), `min` and `max`, `accepted` (values) or `accepted_from` (a variable whose
+  The message fields that the current model's YAML declares: name → type, and in `meta` `optional`, `max_bytes` (of a
+  text), `scale` (decimals that are kept), `min` and `max`, `accepted` (values) or `accepted_from` (a variable whose
   names are the values), and `format: uuid`. Empty while the project is parsed, before YAML is read.
 #}
 {% macro declared_fields() -%}
@@ -18,14 +19,15 @@
   {{ return(fields) }}
 {%- endmacro %}
 
-{# Where a message is from, in every raw and parsed relation. #}
+{# The position of a message in its source, in every raw and parsed relation. #}
 {% macro place_columns() -%}
   {{ return(["source", "source_partition", "source_offset", "kafka_timestamp", "arrived_at"]) }}
 {%- endmacro %}
 
 {#
-  A field as text, trimmed; NULL where absent, empty, or of a JSON type that the field cannot have. A number comes without
-  exponent and without needless zeros, so that 12345.0 and 1.2345e4 are 12345, and NULL where no field could hold it.
+  A field as text, trimmed; NULL if it is absent, empty, or of a JSON type that the field cannot have. A number is
+  written without exponent and redundant zeros, so that 12345.0 and 1.2345e4 are 12345; it is NULL if no field could
+  hold it.
 #}
 {% macro text_field(name, type) -%}
   case jsonb_typeof(j -> '{{ name }}')
@@ -37,7 +39,7 @@
   end
 {%- endmacro %}
 
-{# Whether a field is there with any content at all. #}
+{# Whether a field is present with any content. #}
 {% macro field_given(name) -%}
   case coalesce(jsonb_typeof(j -> '{{ name }}'), 'null')
     when 'null' then false
@@ -47,8 +49,8 @@
 {%- endmacro %}
 
 {#
-  A number, however precisely it was written, rounded to `scale` decimals; NULL beyond the 28 digits that both engines
-  hold exactly. Of a number without exponent no digit behind the first 30 decimals can change what it is rounded to.
+  A number, rounded to `scale` decimals; NULL beyond the 28 digits that both engines store exactly. For a number without
+  exponent, no digit after the first 30 decimals can change the rounded value.
 #}
 {% macro decimal_of(text, scale) -%}
   {%- set bound = "1" ~ "0" * (28 - scale) -%}
@@ -70,7 +72,7 @@
   case when lower({{ text }}) ~ '^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$' then lower({{ text }}) end
 {%- endmacro %}
 
-{# A whole number, also where it was written as 12.0; NULL outside the type's range. #}
+{# A whole number, also if written as 12.0; NULL outside the type's range. #}
 {% macro integer_of(text, type) -%}
   {%- set bound = {"int": "2147483647", "bigint": "9223372036854775807"}[type] -%}
   case when {{ text }} ~ '^-?[0-9]{1,19}([.]0+)?$' then
@@ -79,18 +81,19 @@
   end
 {%- endmacro %}
 
-{# A field's text that is to be read as a time: what is finer than microseconds is cut off. #}
+{# A field's text to be parsed as a time, cut off after microseconds. #}
 {% macro to_microseconds(text) -%}
   regexp_replace({{ text }}, '([.][0-9]{6})[0-9]+', '\1')
 {%- endmacro %}
 
 {#
-  A time: ISO 8601 with T or blank, with Z, an offset, UTC or nothing (UTC), letters in any case; or a number since 1970,
-  whose magnitude says whether it counts seconds, milliseconds, microseconds or nanoseconds. A time that is none of the
-  plausible years comes out as 1970, which never is plausible: `implausible` tells it from text that is no time.
+  A time: ISO 8601 with T or blank, with Z, an offset, UTC or nothing (UTC), letters in any case; or a number since
+  1970, whose magnitude determines whether it counts seconds, milliseconds, microseconds or nanoseconds. A time outside
+  the plausible years becomes 1970, which is never plausible: `implausible` distinguishes it from text that is not a
+  time.
 
-  Hours to 23 and offsets to 15:59, because beyond these the engines disagree on what is a moment; RisingWave reads over
-  an offset of hours alone, so it is given its minutes.
+  Hours up to 23 and offsets up to 15:59, because beyond these the engines disagree on which times are valid. RisingWave
+  misreads an offset of hours alone, so its minutes are added.
 #}
 {% macro timestamp_of(text) -%}
   {%- set years = var("plausible_years") -%}
@@ -118,10 +121,10 @@
   end
 {%- endmacro %}
 
-{# Whether a time that could be read is of none of the plausible years. #}
+{# Whether a readable time is outside the plausible years. #}
 {% macro implausible(moment) -%}
   {%- set years = var("plausible_years") -%}
-  {#- The units of a number would overlap, and 1970 is what stands for an implausible time. -#}
+  {#- The units of a number would overlap, and 1970 represents an implausible time. -#}
   {%- if years.first < 1971 or epoch_seconds(years.last + 1) >= 1000 * epoch_seconds(years.first) -%}
     {{ exceptions.raise_compiler_error(
       "plausible_years is " ~ years ~ ": a time as a number would not say its unit; begin with 1971 or later"
@@ -136,12 +139,15 @@
   {{ return(since.days * 86400) }}
 {%- endmacro %}
 
-{# Whether the message is what an erasure leaves of one: its place in the source, and nothing of its content. #}
+{# Whether the message was redacted by an erasure, which keeps its position and removes its content. #}
 {% macro erased(identity) -%}
   case when jsonb_typeof(j -> 'erased') in ('boolean', 'string') then j ->> 'erased' = 'true' end and {{ identity }} is null
 {%- endmacro %}
 
-{# What is refused whatever the topic, as `when … then …` arms; `identity` is the field that tells messages apart. #}
+{#
+  The reasons for rejecting a message of any topic, as `when … then …` arms; `identity` is the field that identifies a
+  message.
+#}
 {% macro message_reasons(identity) %}
     when octet_length(data) > {{ var("max_message_bytes") }} then {{ too_many_bytes("message", "data", var("max_message_bytes")) }}
     when j is null then 'not valid JSON'
@@ -151,8 +157,8 @@
 {%- endmacro %}
 
 {#
-  Why an event is refused whatever its topic, as `when … then …` arms; `required` are the fields that it cannot lack
-  (beside those with a list of accepted values), `moment` the one that says when it happened.
+  The reasons for rejecting an event of any topic, as `when … then …` arms; `required` are the mandatory fields (without
+  those that have a list of accepted values), `moment` is the field of the event time.
 #}
 {% macro common_reasons(identity, required, moment) %}
     {{- message_reasons(identity) }}
@@ -161,7 +167,7 @@
       then 'event time in the future'
 {%- endmacro %}
 
-{# Fields without which a message says nothing. #}
+{# The arms for mandatory fields. #}
 {% macro required_reasons(names) %}
     {%- for name in names %}
     when {{ name }} is null and not {{ field_given(name) }} then 'missing {{ name }}'
@@ -170,13 +176,13 @@
     {%- endfor %}
 {%- endmacro %}
 
-{# A field without which a message says nothing, and whose values are listed. #}
+{# The arms for a mandatory field with a list of accepted values. #}
 {% macro accepted_reasons(name) %}
     when {{ name }} is null and not {{ field_given(name) }} then 'missing {{ name }}'
     when {{ name }} is null or {{ not_accepted(name) }} then 'unknown {{ name }}'
 {%- endmacro %}
 
-{# Whether a field has none of the values that are declared for it. #}
+{# Whether the value of a field is not one of its accepted values. #}
 {% macro not_accepted(name) -%}
   {%- set field = declared_fields().get(name) or {} -%}
   {%- set values = (var(field.accepted_from) if field.accepted_from else field.accepted or []) | list -%}
@@ -184,8 +190,8 @@
 {%- endmacro %}
 
 {#
-  Fields that a message may leave out: what is there must be of the field's type and within its bounds. Text that is
-  empty, null and absence are NULL; a list, an object or a boolean is no text.
+  The arms for optional fields: a value must have the field's type and lie within its bounds. Empty text, null and
+  absence are NULL; a list, an object or a boolean is not text.
 #}
 {% macro optional_reasons() %}
     {%- for name, field in declared_fields().items() if field.optional %}
@@ -201,7 +207,7 @@
     {%- endfor %}
 {%- endmacro %}
 
-{# The arms for a value beyond what is declared: a text's bytes, a number's range, a time's years; or nothing. #}
+{# The arms for a value beyond the declared bounds: a text's bytes, a number's range, a time's years; or nothing. #}
 {% macro bound_reasons(name) %}
     {%- set field = declared_fields().get(name) or {} -%}
     {{- size_reason(name) }}
@@ -223,21 +229,22 @@
     {%- endif -%}
 {%- endmacro %}
 
-{# `prefs rejected` counts by what is left without the size: the pattern of dagster_prefs/events/rejected.py. #}
+{# The reason without its size is what `prefs rejected` counts by: the pattern of dagster_prefs/events/rejected.py. #}
 {% macro too_many_bytes(what, column, limit) -%}
   '{{ what }} has ' || octet_length({{ column }})::text || ' bytes, at most {{ limit }}'
 {%- endmacro %}
 
 {#
-  The query of a model that reads one topic: where each message is from, its fields, and in `reason` why it is refused.
+  The query of a model that reads one topic: the position of each message, its fields, and in `reason` why it is
+  rejected.
 
-  The fields are those that the model's YAML declares (`declared_fields`). The block of the call is what is refused, as
-  `when … then '<reason>'` arms over the fields; a field is NULL where it is absent and where it is no such type, and
-  `field_given` tells the two apart. A message that is refused keeps its text in `payload`, of one that is too long
-  the beginning; it is not parsed, because that takes memory many times its size.
+  The fields are those that the model's YAML declares (`declared_fields`). The block of the call has the reasons for
+  rejection, as `when … then '<reason>'` arms over the fields. A field is NULL if it is absent or has another type, and
+  `field_given` distinguishes the two. A rejected message keeps its text in `payload`; a message that is too long keeps
+  its beginning. It is not parsed, because parsing takes many times its size in memory.
 
-  Of an event, `identity` tells it from others, `key` says whom it is about (an entity's first key) and `moment` when it
-  happened; with them reserved ids are refused (reserved.sql).
+  For an event, `identity` is the field that identifies it, `key` is the first key of its entity, and `moment` is its
+  time; with these, reserved ids are rejected (reserved.sql).
 #}
 {% macro parsed_messages(raw, identity=none, key=none, moment=none) -%}
 {%- set place = place_columns() | join(", ") -%}
@@ -341,7 +348,7 @@ final as (
 select * from final
 {%- endmacro %}
 
-{# A field's text as its type. #}
+{# A field's text, cast to its type. #}
 {% macro field_of(text, field) -%}
   {%- if field.format == "uuid" -%} {{ uuid_of(text) }}
   {%- elif field.type == "text" -%} {{ text }}
@@ -354,8 +361,8 @@ select * from final
 {%- endmacro %}
 
 {#
-  The query of a model of typed events: of every valid event the first delivery, without what an erasure of its entity
-  covers. `moment` is the column that says when it happened.
+  The query of a model of typed events: the first delivery of every valid event, without the events covered by an
+  erasure of their entity. `moment` is the column of the event time.
 #}
 {% macro first_deliveries(parsed, entity, identity, moment, columns) -%}
 with valid as (

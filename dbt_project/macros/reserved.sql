@@ -1,8 +1,8 @@
 {#
   The ids that are reserved for canaries, by the type of an entity's first key (`entities` in dbt_project.yml): numbers
-  below 0, texts that start with `canary:`, UUIDs that start with 00000000-0000-0000-0000-; and identities of events that
-  start with `canary:`. Nobody but the freshness probe sends events with them, so that every other message that has one
-  is rejected; what the probe sent is left out of exports, rankings and counts across entities.
+  below 0, texts that start with `canary:`, UUIDs that start with 00000000-0000-0000-0000-; and identities of events
+  that start with `canary:`. Only the freshness probe may send events with reserved ids: every other such message is
+  rejected. The probe's events are left out of exports, rankings and counts across entities.
   dagster_prefs/declarations/reserved.py is the same rule.
 #}
 
@@ -14,12 +14,15 @@
   {{ return(var("entities")[entity]) }}
 {%- endmacro %}
 
-{# The first key column of an entity: the one that ids are reserved in and events name. #}
+{# The first key column of an entity, to which reserved ids and events refer. #}
 {% macro first_key(entity) -%}
   {{ return(entity_of(entity)["keys"] | first) }}
 {%- endmacro %}
 
-{# The name that an erasure is recorded under: the first entity with the same first key, because it is of all of them. #}
+{#
+  The name under which an erasure is recorded: the first entity with the same first key, because an erasure covers all
+  of them.
+#}
 {% macro subject_kind(entity) -%}
   {%- for name, declared in var("entities").items() if declared["keys"] | first == first_key(entity) -%}
     {{ return(name) }}
@@ -27,7 +30,7 @@
 {%- endmacro %}
 
 {#
-  The sort key of an entity's items, named domain_key: the domain's key, and behind it every key column but the first.
+  The sort key of an entity's items, named domain_key: the domain's key, followed by every key column but the first.
   Table.sort_text in dagster_prefs/declarations/contract.py is the same rule.
 #}
 {% macro sort_key(entity) -%}
@@ -35,7 +38,9 @@
   {%- for column in (entity_of(entity)["keys"] | list)[1:] %} || '#' || {{ key_part(column) }}{{ " as domain_key" if loop.last }}{% endfor %}
 {%- endmacro %}
 
-{# A part of a sort key, which leaves `#` to what separates parts; encode_part in dagster_prefs/ids.py is the same rule. #}
+{#
+  A part of a sort key, in which `#`, the separator, is escaped; encode_part in dagster_prefs/ids.py is the same rule.
+#}
 {% macro key_part(column) -%}
   replace(replace({{ column }}::text, '%', '%25'), '#', '%23')
 {%- endmacro %}
@@ -49,7 +54,7 @@
   {{ exceptions.raise_compiler_error(name ~ " is no key column of any entity in dbt_project.yml, vars: entities") }}
 {%- endmacro %}
 
-{# Whether a row is of a person and not of a canary; `key` is a key column. #}
+{# Whether a row belongs to a person and not to a canary; `key` is a key column. #}
 {% macro of_people(key) -%}
   {{ key }} {{ {"bigint": ">= 0", "text": "not like 'canary:%'", "uuid": "not like '00000000-0000-0000-0000-%'"}[key_type(key)] }}
 {%- endmacro %}
@@ -58,25 +63,27 @@
   {{ key }} {{ {"bigint": "< 0", "text": "like 'canary:%'", "uuid": "like '00000000-0000-0000-0000-%'"}[key_type(key)] }}
 {%- endmacro %}
 
-{# Whether a message claims to be a canary: it is about the probe's own key, under an identity as canaries have. #}
+{# Whether a message claims to be a canary: it has the probe's own key, and an identity in the form of canaries'. #}
 {% macro claims_canary(key, identity) -%}
   {{ key }} = {{ {"bigint": "-1", "text": "'canary:prefs'", "uuid": "'00000000-0000-0000-0000-000000000000'"}[key_type(key)] }} and {{ identity }} ~ '^canary:[0-9a-f]{16}:[0-9]{1,19}:[0-9a-f]{32}$'
 {%- endmacro %}
 
-{# Why a message with a reserved id is rejected that does not even claim to be a canary, as `when … then …` arms. #}
+{#
+  The reasons for rejecting a message with a reserved id that does not claim to be a canary, as `when … then …` arms.
+#}
 {% macro reserved_reasons(key, identity) %}
     when {{ reserved_key(key) }} and not ({{ claims_canary(key, identity) }}) then 'reserved {{ key }}'
     when {{ identity }} like 'canary:%' and not ({{ claims_canary(key, identity) }}) then 'reserved {{ identity }}'
 {%- endmacro %}
 
-{# The deployment whose canary a message claims to be; NULL for all others, and where it is rejected anyway. #}
+{# The deployment whose canary a message claims to be; NULL for all other messages, and if it is rejected anyway. #}
 {% macro claimed_deployment(key, identity) -%}
   case when reason is null and {{ claims_canary(key, identity) }} then split_part({{ identity }}, ':', 2) end
 {%- endmacro %}
 
 {#
-  Why a claim does not hold, NULL where it does. The digest is over the time that the message says, so that the id of a
-  canary is of no use for another time; CanaryKey.event_id in dagster_prefs/events/canaries.py makes the same text.
+  The reason why a claim is invalid, NULL if it is valid. The digest covers the event time, so that the id of a canary
+  cannot be reused for another time; CanaryKey.event_id in dagster_prefs/events/canaries.py makes the same text.
 #}
 {% macro unproven_reason(key, identity, moment) -%}
   {%- set milliseconds = epoch_ms(moment) ~ "::text" -%}
@@ -94,8 +101,8 @@
 {%- endmacro %}
 
 {#
-  Each message of the CTE `messages` with its final reason, `verdict`: that of `reason`, or where the message claims to be
-  a canary (`canary`), whether the deployment's key bears it out.
+  Each message of the CTE `messages` with its final reason, `verdict`: that of `reason`, or, if the message claims to be
+  a canary (`canary`), the result of checking the claim with the deployment's key.
 #}
 {% macro verdicts(messages, key, identity, moment) -%}
   {{ return(adapter.dispatch("verdicts")(messages, key, identity, moment)) }}
@@ -108,8 +115,8 @@
 {%- endmacro %}
 
 {#
-  Only claims go through the join: it would send all other messages, whose key is NULL, to one and the same actor.
-  RisingWave takes `canary` into the key of the relation, behind source, partition and offset.
+  Only claims are joined: all other messages have a NULL key, and the join would send them to the same actor. RisingWave
+  adds `canary` to the key of the relation, after source, partition and offset.
 #}
 {% macro risingwave__verdicts(messages, key, identity, moment) -%}
   select {{ messages }}.*, reason as verdict

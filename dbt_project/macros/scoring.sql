@@ -39,8 +39,8 @@
 {%- endmacro %}
 
 {#
-  2^(half-lives between the fixed epoch and a moment), a float that does not depend on now(). The exponent is held
-  within ±1000 (82 years), because beyond it power() fails, and with it the whole view.
+  2^(half-lives between the fixed epoch and a moment), a float that does not depend on now(). The exponent is limited to
+  ±1000 (82 years), because beyond it power() fails, and with it the whole view.
 #}
 {% macro decay_factor(moment) -%}
   power(2::double precision, greatest(-1000::double precision, least(1000::double precision,

@@ -1,14 +1,14 @@
 {#
-  Whether a tile of `day` lies in the window of `days` days of the entity whose key column is `key`.
+  Whether a tile of `day` is in the window of `days` days of the entity whose key column is `key`.
 
   The window is day ≥ D − days, without an upper bound, where D is the UTC date of clock − spread seconds of the key
-  (`expiry_spread`). Solved for the clock it reads day + (days + 1) days + spread part > clock, which keeps all column
-  arithmetic on one side of now(), as RisingWave's temporal filters ask.
+  (`expiry_spread`). Solved for the clock, the condition is day + (days + 1) days + spread part > clock, which keeps all
+  column arithmetic on one side of now(), as RisingWave's temporal filters require.
 #}
 {% macro within_window(day, key, days) -%}
   {%- if execute and (days is not number or days < 1) -%}
     {{ exceptions.raise_compiler_error(
-      "within_window(\"" ~ day ~ "\", \"" ~ key ~ "\", " ~ days ~ ") in " ~ model.name ~ ": a window is a whole number of days from 1 on, "
+      "within_window(\"" ~ day ~ "\", \"" ~ key ~ "\", " ~ days ~ ") in " ~ model.name ~ ": the days of a window must be a whole number of at least 1, "
       ~ "e.g. within_window(\"" ~ day ~ "\", \"" ~ key ~ "\", var(\"windows\").long)"
     ) }}
   {%- endif -%}
@@ -18,8 +18,8 @@
 {%- endmacro %}
 
 {#
-  By how many seconds of at most `spread` the day of a key begins later: a whole number by its remainder, taken before
-  the absolute value because abs() overflows at the smallest bigint; a text by its hash.
+  The number of seconds, below `spread`, by which the day of a key begins later. For a whole number it is the remainder,
+  computed before the absolute value because abs() overflows at the smallest bigint; for a text, the hash.
 #}
 {% macro expiry_spread(key, spread) -%}
   {%- if key_type(key) == "bigint" -%} abs({{ key }} % {{ spread }})
@@ -47,9 +47,9 @@
   ({{ moment }} at time zone 'UTC')::date
 {%- endmacro %}
 
-{# The sort key of a domain's items, as the model at hand declares it in `meta.domain.key`. #}
+{# The sort key of a domain's items, as the current model declares it in `meta.domain.key`. #}
 {% macro domain_key() -%}
-  {#- dbt reads a model's YAML after it parsed its SQL. -#}
+  {#- dbt reads a model's YAML after parsing its SQL. -#}
   {%- set domain = config.get("meta", {}).get("domain") if execute else {"key": ""} -%}
   {%- if not domain -%}
     {{ exceptions.raise_compiler_error("domain_key() in " ~ model.name ~ ": its YAML declares no meta.domain, e.g. meta: { domain: { key: \"product#name\" } }") }}

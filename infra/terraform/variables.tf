@@ -34,7 +34,7 @@ variable "prefix" {
 }
 
 variable "tags" {
-  description = "Tags of every resource, beside prefs:environment and prefs:managed-by."
+  description = "Tags of every resource, in addition to prefs:environment and prefs:managed-by."
   type        = map(string)
   default     = {}
   nullable    = false
@@ -211,7 +211,7 @@ variable "iceberg_namespace" {
 
 variable "trust" {
   description = <<-EOT
-    Who may take each actor's role (sink-writer, exporter, serving-reader, freshness-reader,
+    The principals that may assume each actor's role (sink-writer, exporter, serving-reader, freshness-reader,
     provisioner, eraser):
     service_accounts "namespace:name" of the EKS cluster (IRSA; needs eks_oidc_provider_arn), ec2 instances
     (an instance profile is made), principals (12-digit account ids, or ARNs of accounts, roles or users), with
@@ -270,7 +270,7 @@ variable "eks_oidc_provider_arn" {
 }
 
 variable "permissions_boundary_arn" {
-  description = "ARN of the policy that bounds every role made here, where the organisation demands one; null for none."
+  description = "ARN of the permissions boundary of every role created here, if the organisation requires one; null for none."
   type        = string
   default     = null
 
@@ -283,7 +283,7 @@ variable "permissions_boundary_arn" {
 # --- observability ----------------------------------------------------------------------------
 
 variable "alarm_topic_arns" {
-  description = "SNS topics that hear when an alarm goes off and when it is over; empty means alarms show only in CloudWatch."
+  description = "SNS topics that are notified when an alarm starts and ends; empty means alarms show only in CloudWatch."
   type        = set(string)
   default     = []
   nullable    = false
@@ -295,7 +295,7 @@ variable "alarm_topic_arns" {
 }
 
 variable "alarm_thresholds" {
-  description = "When the alarms go off: requests throttled, answered with a server error, or rejected per minute, and the 99th percentile of read latency in milliseconds; each for three of five minutes, server errors at once."
+  description = "Thresholds of the alarms: requests throttled, answered with a server error, or rejected per minute, and the 99th percentile of read latency in milliseconds; each for three of five minutes, server errors at once."
   type = object({
     throttled_per_minute          = optional(number, 10)
     system_errors_per_minute      = optional(number, 1)
@@ -331,7 +331,7 @@ variable "engine" {
 }
 
 variable "platform_environment" {
-  description = "More PREFS_* settings to hand through to the env output, e.g. PREFS_ENGINE_HOST or PREFS_KAFKA_BOOTSTRAP. Never a password: outputs are kept in the state."
+  description = "Further PREFS_* settings for the env output, e.g. PREFS_ENGINE_HOST or PREFS_KAFKA_BOOTSTRAP. Never a password: outputs are kept in the state."
   type        = map(string)
   default     = {}
   nullable    = false

@@ -18,7 +18,7 @@ from waiting import wait_for
 from warm import Warm, WarmProcess
 
 from dagster_prefs.engine.connection import EngineConfiguration
-from dagster_prefs.live.follower import read_follower
+from dagster_prefs.live.presence import read_follower
 from dagster_prefs.platform import Platform
 from dagster_prefs.settings import load_settings
 

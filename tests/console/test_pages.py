@@ -15,7 +15,7 @@ from waiting import PATIENCE_SECONDS, wait_for
 from warm import Warm
 
 from dagster_prefs.events.raw import RawMessage, RawStore
-from dagster_prefs.live.follower import wait_until_applied
+from dagster_prefs.live.presence import wait_until_applied
 from dagster_prefs.platform import Platform
 from tests.console.conftest import Running, serving
 
@@ -197,10 +197,10 @@ def test_an_event_about_a_viewer_is_followed_to_her_items(console: Running, page
     step = way.get_by_role("row", name="commit step").locator("td").nth(1).inner_text()
     with console.platform.engine.connect() as session:
         held = session.execute(
-            "select relation, source like 'console:%%' from live_trail where step = %s",
+            "select topic, source like 'console:%%' from live_trail where step = %s",
             [step.removeprefix("step ")],
         ).fetchall()
-    assert ("raw_view_events", True) in held
+    assert ("view_events", True) in held
 
 
 def test_viewers_are_searched_in_the_engine(console: Running, page: Page) -> None:

@@ -1,7 +1,8 @@
 """What every relation must hold, computed from the raw messages in plain Python.
 
-It shares nothing with the models: not their weights, not their bounds, not their formulas. Times are
-integers, microseconds since 1970 UTC, because a message may name a year that `datetime` cannot hold.
+It shares the days of the long window with the models, and nothing else: not their weights, not their bounds, not
+their formulas. Times are integers, microseconds since 1970 UTC, because a message may name a year that `datetime`
+cannot hold.
 Money, minutes and ratios are Fraction until they are rounded, half away from zero, to 6 places.
 """
 
@@ -17,6 +18,8 @@ from datetime import UTC, date, datetime, timedelta
 from decimal import ROUND_HALF_UP, Context, Decimal, localcontext
 from fractions import Fraction
 from typing import Any
+
+from shipped import LONG
 
 TOPICS = ("user.events", "view_events", "content_interactions", "items")
 SECOND = 1_000_000
@@ -750,13 +753,13 @@ class Oracle:
                 "viewer_id": viewer,
                 "domain_key": "engagement#watch",
                 "watch_minutes_7d": six_places(Fraction(_total(short.get(viewer, []), "watch_seconds"), 60)),
-                "watch_minutes_28d": six_places(Fraction(_total(days, "watch_seconds"), 60)),
+                f"watch_minutes_{LONG}d": six_places(Fraction(_total(days, "watch_seconds"), 60)),
                 "titles_7d": _total(short.get(viewer, []), "content_started"),
-                "completions_28d": _total(days, "completions"),
-                "genres_watched_28d": _total(days, "genres_watched"),
+                f"completions_{LONG}d": _total(days, "completions"),
+                f"genres_watched_{LONG}d": _total(days, "genres_watched"),
                 "last_event_at": millis(max(t["last_event_at"] for t in days)),
             }
-            for viewer, days in self._window(tiles, "watch_date", 28).items()
+            for viewer, days in self._window(tiles, "watch_date", LONG).items()
         ]
 
     def interactions(self) -> list[Row]:
@@ -764,17 +767,17 @@ class Oracle:
             {
                 "viewer_id": viewer,
                 "domain_key": "engagement#interactions",
-                "likes_28d": _total(days, "likes"),
-                "shares_28d": _total(days, "shares"),
-                "searches_28d": _total(days, "searches"),
+                f"likes_{LONG}d": _total(days, "likes"),
+                f"shares_{LONG}d": _total(days, "shares"),
+                f"searches_{LONG}d": _total(days, "searches"),
                 "last_event_at": millis(max(t["last_event_at"] for t in days)),
             }
-            for viewer, days in self._window(self.interaction_tiles(), "interaction_date", 28).items()
+            for viewer, days in self._window(self.interaction_tiles(), "interaction_date", LONG).items()
         ]
 
     def preferences(self) -> list[Row]:
         rows = []
-        for viewer, tiles in self._window(self.genre_tiles(), "watch_date", 28).items():
+        for viewer, tiles in self._window(self.genre_tiles(), "watch_date", LONG).items():
             seconds: Counter[str] = Counter()
             for tile in tiles:
                 seconds[tile["genre"]] += tile["watch_seconds"]
@@ -787,8 +790,8 @@ class Oracle:
                     "favorite_genre": top[0],
                     "favorite_genres": top,
                     "favorite_genre_shares": [ratio(seconds[g], total) or Decimal(0) for g in top],
-                    "completion_rate_28d": ratio(_total(tiles, "completions"), views),
-                    "minutes_per_view_28d": ratio(total, 60 * views),
+                    f"completion_rate_{LONG}d": ratio(_total(tiles, "completions"), views),
+                    f"minutes_per_view_{LONG}d": ratio(total, 60 * views),
                     "last_event_at": millis(max(t["last_event_at"] for t in tiles)),
                 }
             )

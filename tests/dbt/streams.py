@@ -11,13 +11,18 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from oracle import CANARY_KEYS, DAY, HOUR, SECOND, TOPICS, Message, canary_id, micros
 from relations import instant
+from shipped import LONG
 
 NOW = micros(datetime(2026, 3, 15, 12, 30, tzinfo=UTC))
 MIDNIGHT = NOW // DAY * DAY
 
 # Moments where something changes: midnights, ends of windows, hours, the future, other centuries.
 _edges = [
-    *(MIDNIGHT - days * DAY + by for days in (0, 1, 7, 8, 14, 28, 29, 104) for by in (-1, 0, 1, 5 * HOUR)),
+    *(
+        MIDNIGHT - days * DAY + by
+        for days in (0, 1, 7, 8, 14, LONG, LONG + 1, 104)
+        for by in (-1, 0, 1, 5 * HOUR)
+    ),
     *(NOW - days * DAY + by for days in (0, 14, 104) for by in (-1, 0, 1)),
     NOW + DAY - SECOND,
     NOW + DAY,

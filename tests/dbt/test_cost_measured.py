@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 from psycopg import sql
 from relations import RAW_TABLES, materialized_views, refresh
-from shipped import GENRE, INTERACTIONS, TILE_TABLES, WATCH
+from shipped import GENRE, INTERACTIONS, LONG, SHORT, TILE_TABLES, WATCH
 from workshop import PROJECT, assert_all_ok
 
 from dagster_prefs.declarations.contract import Contract, load_contract
@@ -193,7 +193,7 @@ def _run(
         rows["distinct contents and genres"] = scalar(
             connection, sql.SQL("select sum(content_started + genres_watched) from viewer_watch_metrics_1d")
         )
-        rows["tiles within 28 days"] = 0
+        rows["tiles within the window"] = 0
         tiles = {}
         for spec in TILE_TABLES.values():
             columns = sql.SQL(", ").join(map(sql.Identifier, spec.arrow_schema.names))
@@ -203,8 +203,8 @@ def _run(
             found = [
                 dict(zip(spec.arrow_schema.names, row, strict=True)) for row in connection.execute(query)
             ]
-            rows["tiles within 28 days"] += sum(
-                row[spec.day] >= MIDNIGHT.date() - timedelta(days=28) for row in found
+            rows["tiles within the window"] += sum(
+                row[spec.day] >= MIDNIGHT.date() - timedelta(days=LONG) for row in found
             )
             tiles[spec.tile] = pa.Table.from_pylist(found, schema=spec.arrow_schema)
     items = [
@@ -295,9 +295,9 @@ def usual_shape(measured: Measured, registry: Registry) -> Shape:
 
 def test_the_windows_are_the_contracts(shape: Shape) -> None:
     assert {domain.name: (domain.windows, domain.topics) for domain in shape.domains} == {
-        "watch": ((7, 28), {"view_events"}),
-        "preferences": ((28,), {"view_events"}),
-        "interactions": ((28,), {"content_interactions"}),
+        "watch": ((SHORT, LONG), {"view_events"}),
+        "preferences": ((LONG,), {"view_events"}),
+        "interactions": ((LONG,), {"content_interactions"}),
     }
 
 
@@ -412,7 +412,7 @@ def test_the_engine_keeps_as_many_rows(measured: Measured, usual: Workload, usua
         "tile aggregates": 2 * rows["view_events"]
         + rows["content_interactions"]
         + rows["distinct contents and genres"],
-        "windows": rows["tiles within 28 days"],
+        "windows": rows["tiles within the window"],
         "rolling views": len(measured.items),
     }
     assert found.keys() == expected.keys()

@@ -32,7 +32,7 @@ SINK = """Failed to run the query
     [
         (
             KAFKA.format("topic items not found"),
-            "Kafka has no topic items: create it, or set the name it has there with PREFS_KAFKA_TOPIC_…",
+            "Kafka has no topic items: create it, or set its name in Kafka with PREFS_KAFKA_TOPIC_…",
         ),
         (
             KAFKA.format("BrokerTransportFailure (Local: Broker transport failure)"),
@@ -92,6 +92,11 @@ def test_what_a_server_says_becomes_one_sentence(said: str, meant: str) -> None:
         (
             'connection to server at "h", port 4566 failed: ERROR:  Invalid password',
             "the engine at h:4566 refused user root: check PREFS_ENGINE_USER and PREFS_ENGINE_PASSWORD",
+        ),
+        (
+            'connection to server at "h", port 4566 failed: FATAL:  could not write init file: No space left on device',
+            "the disk of the engine at h:4566 is full (FATAL:  could not write init file: No space left on device): "
+            "free space on it, and the engine accepts connections again",
         ),
         (
             'failed: ERROR:  Failed to start a new session\n\nCaused by:\n  database "d" does not exist',

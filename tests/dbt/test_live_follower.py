@@ -12,6 +12,7 @@ import psycopg
 import pytest
 from confluent_kafka import Producer
 from relations import insert_events, instant
+from shipped import LONG
 from streams import MIDNIGHT, NOW, watch
 from waiting import PATIENCE_SECONDS, wait_for
 
@@ -20,14 +21,8 @@ from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.dynamodb.publisher import PublishError
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.events import topics
-from dagster_prefs.live.follower import (
-    FollowedElsewhere,
-    Follower,
-    FollowerProblem,
-    Publish,
-    read_follower,
-    wait_until_applied,
-)
+from dagster_prefs.live.follower import Follower, Publish
+from dagster_prefs.live.presence import FollowedElsewhere, FollowerProblem, read_follower, wait_until_applied
 from dagster_prefs.platform import DomainPublisher, Platform
 from dagster_prefs.settings import load_settings
 
@@ -67,10 +62,10 @@ def running(follower: Follower) -> Iterator[None]:
 
 
 def minutes(platform: Platform) -> dict[str, Decimal]:
-    """Viewer → watch_minutes_28d of the items in DynamoDB, but for the canary's."""
+    """Viewer → minutes of the long window in the items in DynamoDB, but for the canary's."""
     items = platform.dynamodb().scan(TableName="viewer_profiles")["Items"]
     return {
-        item["viewer_id"]["N"]: Decimal(item["watch_minutes_28d"]["N"])
+        item["viewer_id"]["N"]: Decimal(item[f"watch_minutes_{LONG}d"]["N"])
         for item in items
         if item["domain_key"]["S"] == "engagement#watch" and int(item["viewer_id"]["N"]) >= 0
     }
@@ -136,7 +131,10 @@ def test_what_arrived_while_nobody_followed_is_caught_up_with(
 
 
 def test_only_touched_keys_are_published(
-    deployed: EngineConfiguration, registry: Registry, session: psycopg.Connection
+    deployed: EngineConfiguration,
+    registry: Registry,
+    session: psycopg.Connection,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     published: list[tuple[str, tuple[str, ...] | None]] = []
 
@@ -147,9 +145,36 @@ def test_only_touched_keys_are_published(
         wait_for(lambda: len(published) == len(registry.contract.domains))
         assert {keys for _, keys in published} == {None}
         published.clear()
+        caplog.set_level("INFO", "dagster_prefs.live.follower")
         insert_events(session, [watch(n, 40 + n, MIDNIGHT) for n in range(2)])
         wait_until_applied(deployed, seconds=PATIENCE_SECONDS)
+        last = read_follower(session, deployed)
     assert {name for name, _ in published} == {"watch", "preferences"}
+    # The id of a step leads from the place of an event to the items that were published because of it.
+    lines = [vars(record) for record in caplog.records]
+    steps = {
+        line["step"]: taken
+        for line in lines
+        for taken in line.get("taken", [])
+        if taken["topic"] == "view_events"
+    }
+    places = session.execute("select source, source_partition, source_offset from raw_view_events").fetchall()
+    assert len(places) == 2
+    for source, partition, offset in places:
+        (step,) = (
+            step
+            for step, taken in steps.items()
+            if (taken["source"], taken["partition"]) == (source, partition)
+            and taken["first_offset"] <= offset <= taken["last_offset"]
+        )
+        told = {
+            line["domain"]
+            for line in lines
+            if line.get("published_keys") and line["first_step"] <= step <= line["step"]
+        }
+        assert told == {"watch", "preferences"}
+    assert last is not None
+    assert last.step >= max(steps)
     for domain in ("watch", "preferences"):
         assert {key for name, keys in published if name == domain for key in keys or ()} == {"40", "41"}
 

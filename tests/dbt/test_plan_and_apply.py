@@ -16,6 +16,7 @@ import psycopg
 import pytest
 from click.testing import CliRunner
 from relations import insert_events
+from shipped import LONG
 from streams import MIDNIGHT, watch
 from workshop import Workshop
 
@@ -150,7 +151,7 @@ def test_a_changed_view_goes_out_though_it_is_killed_at_every_step(
             passed.add(step)
             raise Killed
 
-    minutes = "select sum(watch_minutes_28d)::int from viewer_engagement_rolling"
+    minutes = f"select sum(watch_minutes_{LONG}d)::int from viewer_engagement_rolling"
     with Reader(deployment.engine, minutes) as reader:
         for _attempt in range(20):
             try:
@@ -186,7 +187,7 @@ def test_a_renamed_column_goes_out_with_its_readers_and_nobody_misses_a_view(
     workshop.change(FINGERPRINTS, last, last.replace("watch_seconds", "seconds_watched"))
     with Reader(
         deployment.engine,
-        "select sum(watch_minutes_28d)::int from viewer_engagement_rolling",
+        f"select sum(watch_minutes_{LONG}d)::int from viewer_engagement_rolling",
         "select count(*) from sink_engagement_watch",
         "select sum(row_count)::int from tile_fingerprints",
     ) as reader:
@@ -223,7 +224,7 @@ def test_the_old_rows_are_read_while_the_new_ones_are_computed(
 ) -> None:
     held = "(select 0 * length(pg_advisory_xact_lock_shared(4711)::text))"
     workshop.change(ROLLING, "sum(watch_seconds)", f"2 * sum(watch_seconds) + {held}")
-    minutes = "select sum(watch_minutes_28d)::int from viewer_engagement_rolling"
+    minutes = f"select sum(watch_minutes_{LONG}d)::int from viewer_engagement_rolling"
     waiting = "select 1 from pg_locks where not granted and locktype = 'advisory' and objid = 4711"
     with ThreadPoolExecutor(1) as beside, deployment.engine.connect() as holder:
         with holder.transaction():
@@ -384,7 +385,9 @@ def test_the_store_publishes_what_the_view_became(
     )
     assert store.reconcile(ROLLING_VIEW) == "watch: 0 upserts, 1 deletes"
     items = platform.dynamodb().scan(TableName="viewer_profiles")["Items"]
-    assert [(item["viewer_id"]["N"], Decimal(item["watch_minutes_28d"]["N"])) for item in items] == [("0", 2)]
+    assert [(item["viewer_id"]["N"], Decimal(item[f"watch_minutes_{LONG}d"]["N"])) for item in items] == [
+        ("0", 2)
+    ]
 
 
 def test_the_commands_say_and_do_it(
@@ -407,7 +410,7 @@ def test_the_commands_say_and_do_it(
         assert "create user_category_affinity_now\n" in text
         code, text = prefs("apply")
         assert not code
-        assert text.endswith("done: what is deployed is what is declared\n")
+        assert text.endswith("done: the deployed relations match the declarations\n")
         code, text = prefs("plan", "--json")
         assert code == 0
         assert json.loads(text)["relations"] == []

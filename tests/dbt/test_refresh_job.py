@@ -17,7 +17,8 @@ from dagster_prefs.defs.assembly import build_definitions
 from dagster_prefs.defs.events import CATCH_UP_JOB, NEW_EVENTS_SENSOR
 from dagster_prefs.defs.feature_views import REFRESH_JOB
 from dagster_prefs.engine.connection import EngineConfiguration
-from dagster_prefs.live.follower import Follower, read_follower
+from dagster_prefs.live.follower import Follower
+from dagster_prefs.live.presence import read_follower
 from dagster_prefs.platform import Platform
 from dagster_prefs.settings import Settings, load_settings
 
@@ -91,7 +92,7 @@ def test_arriving_events_are_applied_by_one_run_where_nobody_follows(
         at_work = instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED)
         for skipped in (evaluate(definitions, instance), due()):
             assert isinstance(skipped, dg.SkipReason)
-            assert "at work" in (skipped.skip_message or "")
+            assert "is active" in (skipped.skip_message or "")
         instance.report_run_failed(at_work)
 
         assert run(definitions, CATCH_UP_JOB, instance).success
@@ -108,7 +109,7 @@ def test_arriving_events_are_applied_by_one_run_where_nobody_follows(
                 stop.wait(0.02)
             for skipped in (evaluate(definitions, instance), due()):
                 assert isinstance(skipped, dg.SkipReason)
-                assert "a follower does it: the test follows" in (skipped.skip_message or "")
+                assert "a follower applies them: the test follows" in (skipped.skip_message or "")
         finally:
             stop.set()
             thread.join()
@@ -143,7 +144,7 @@ def test_a_materialization_applies_a_changed_definition_and_never_polls(
         Platform(settings).refresh()
         insert_events(connection, [watch(9, 9, MIDNIGHT)])
         connection.execute(f"delete from {view} where viewer_id = 0")
-        assert materialize() == (2, "its definition is applied already")
+        assert materialize() == (2, "its definition is already applied")
         # From everything, the event too that nobody has applied.
         assert materialize({"ops": {"dbt_models": {"config": {"rebuild": True}}}})[0] == 4
         connection.execute(f"delete from {view} where viewer_id = 0")

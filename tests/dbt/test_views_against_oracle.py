@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from oracle import DAY, HOUR, SECOND, Erasure, Message, Oracle
 from psycopg import sql
 from relations import differences, insert_events, instant, materialized_views, refresh, replace_events
+from shipped import LONG
 from streams import MIDNIGHT, NOW, messages, quick, touch, watch
 from workshop import assert_all_ok
 
@@ -77,7 +78,9 @@ def test_random_streams(session: psycopg.Connection, order: list[str], stream: l
 @given(
     stream=messages(max_size=40),
     later=st.lists(
-        st.sampled_from([1, 11 * HOUR + 30 * 60 * SECOND, 7 * DAY, 8 * DAY, 14 * DAY, 28 * DAY, 29 * DAY, 105 * DAY]),
+        st.sampled_from(
+            [1, 11 * HOUR + 30 * 60 * SECOND, 7 * DAY, 8 * DAY, 14 * DAY, LONG * DAY, (LONG + 1) * DAY, 105 * DAY]
+        ),
         min_size=1, max_size=3,
     ),
 )  # fmt: skip
@@ -136,8 +139,8 @@ def test_spread_rolls_viewers_over_one_after_another(deployed: EngineConfigurati
     spread = dbt_on(deployed, environment={"PREFS_EXPIRY_SPREAD_SECONDS": str(SPREAD)})
     # Of the viewers below 0 there is only the canary.
     viewers = [0, 1, -1, 3_600, 7_199, 7_200, 2**63 - 1]
-    stream = [watch(index, viewer, MIDNIGHT - 28 * DAY) for index, viewer in enumerate(viewers)]
-    stream += [touch(index, viewer, MIDNIGHT - 28 * DAY) for index, viewer in enumerate(viewers)]
+    stream = [watch(index, viewer, MIDNIGHT - LONG * DAY) for index, viewer in enumerate(viewers)]
+    stream += [touch(index, viewer, MIDNIGHT - LONG * DAY) for index, viewer in enumerate(viewers)]
     with deployed.connect() as connection:
         replace_events(connection, stream)
     assert_all_ok(spread.run("run", VIEWS))
@@ -159,11 +162,11 @@ def test_spread_rolls_viewers_over_one_after_another(deployed: EngineConfigurati
 
 def test_the_clock_of_the_database_moves_a_dbt_run(deployed: EngineConfiguration, dbt_on: DbtOn) -> None:
     """What `dbt run` refreshes is as of the clock: values fall and rows leave with no new event."""
-    stream = [watch(1, 7, MIDNIGHT - 8 * DAY), watch(2, 7, MIDNIGHT), watch(3, 8, MIDNIGHT - 28 * DAY)]
+    stream = [watch(1, 7, MIDNIGHT - 8 * DAY), watch(2, 7, MIDNIGHT), watch(3, 8, MIDNIGHT - LONG * DAY)]
     with deployed.connect() as connection:
         insert_events(connection, stream)
     seen = []
-    for clock in (NOW, NOW + 8 * DAY, NOW + 29 * DAY):
+    for clock in (NOW, NOW + 8 * DAY, NOW + (LONG + 1) * DAY):
         with deployed.connect() as connection:
             connection.execute(
                 sql.SQL("alter database {} set prefs.clock = {}").format(
@@ -175,7 +178,8 @@ def test_the_clock_of_the_database_moves_a_dbt_run(deployed: EngineConfiguration
             assert differences(connection, Oracle(stream, clock)) == {}
             seen.append(
                 connection.execute(
-                    "select viewer_id, watch_minutes_7d, watch_minutes_28d from viewer_engagement_rolling order by 1"
+                    f"select viewer_id, watch_minutes_7d, watch_minutes_{LONG}d"
+                    " from viewer_engagement_rolling order by 1"
                 ).fetchall()
             )
     assert [[(row[0], int(row[1]), int(row[2])) for row in rows] for rows in seen] == [

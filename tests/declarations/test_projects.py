@@ -87,8 +87,8 @@ models:
 select
   viewer_id,
   {{ domain_key() }} as domain_key,
-  sum(fruitless)::bigint as fruitless_28d,
-  count(*) as days_28d,
+  sum(fruitless)::bigint as fruitless_searches,
+  count(*) as active_days,
   {{ epoch_ms("max(last_event_at)") }} as last_event_at
 from {{ ref("viewer_searches_1d") }}
 where {{ within_window("search_date", "viewer_id", var("windows").long) }}
@@ -104,8 +104,8 @@ models:
     columns:
       - { name: viewer_id, data_type: bigint, description: The viewer., data_tests: [not_null] }
       - { name: domain_key, data_type: text, description: The domain., data_tests: [not_null] }
-      - { name: fruitless_28d, data_type: bigint, description: Searches that found nothing., data_tests: [not_null] }
-      - { name: days_28d, data_type: bigint, description: Days., config: { meta: { retired: true } } }
+      - { name: fruitless_searches, data_type: bigint, description: Searches without results., data_tests: [not_null] }
+      - { name: active_days, data_type: bigint, description: Days., config: { meta: { retired: true } } }
       - { name: last_event_at, data_type: bigint, description: Newest event., data_tests: [not_null] }
 """,
 }
@@ -132,10 +132,13 @@ def test_a_topic_with_a_tile_and_a_domain_is_five_files(
     assert (domain.name, domain.entity, domain.sink, domain.owner) == (
         "search", "viewer", "sink_engagement_search", "search@example.com",
     )  # fmt: skip
-    assert domain.attributes["fruitless_28d"].type == "integer"
+    assert domain.attributes["fruitless_searches"].type == "integer"
     assert registry.contract.freshness.topics["search_events"].error_seconds == 5
     assert registry.tiles["viewer_searches_1d"].metric == ("searches", "fruitless")
-    assert "interval '29 days'" in registry.queries["viewer_search_rolling"]
+    assert (
+        f"interval '{registry.variables['windows']['long'] + 1} days'"
+        in registry.queries["viewer_search_rolling"]
+    )
     fields = registry.topics["search_events"].by_name
     assert (fields["event_id"].max_bytes, fields["query"].max_bytes, fields["results"].minimum) == (
         256,
@@ -150,7 +153,7 @@ def test_a_topic_with_a_tile_and_a_domain_is_five_files(
         assert "'viewer_searches_1d' as tile" in sql["tile_fingerprints"]
     # Of the last engine, RisingWave.
     assert "table = 'viewer_profiles'" in sql["sink_engagement_search"]
-    items = "as select viewer_id, domain_key, fruitless_28d, last_event_at from"
+    items = "as select viewer_id, domain_key, fruitless_searches, last_event_at from"
     assert items in sql["sink_engagement_search"]
     assert "primary_key = 'viewer_id,search_date'" in sql["sink_training_searches"]
 
@@ -315,7 +318,8 @@ def test_dbt_refuses_a_window_of_no_days_that_only_compiling_shows(courses_copy:
         "models/learner_progress_rolling.sql", 'var("windows").short', 'var("windows").short - 7'
     )
     message = (
-        r"within_window\(.*, 0\) in learner_progress_rolling: a window is a whole number of days from 1 on"
+        r"within_window\(.*, 0\) in learner_progress_rolling: "
+        "the days of a window must be a whole number of at least 1"
     )
     with pytest.raises(DbtError, match=message):
         compile_queries(courses_copy.folder, ["learner_progress_rolling"])

@@ -16,6 +16,7 @@ from declared import enrolments
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scripted_risingwave import ScriptedRisingWave
+from shipped import LONG
 
 from dagster_prefs.dynamodb import changefeed
 from dagster_prefs.dynamodb.access import ItemAccess
@@ -54,7 +55,9 @@ def publish(store: Any, server: Any, client: Any = None, **options: Any) -> Chan
 
 def likes(store: Any) -> dict[int, int]:
     """Viewer → likes of each item of the domain."""
-    return {viewer: int(item["likes_28d"]["N"]) for (viewer, _), item in store.items("interactions").items()}
+    return {
+        viewer: int(item[f"likes_{LONG}d"]["N"]) for (viewer, _), item in store.items("interactions").items()
+    }
 
 
 def wanted(server: ScriptedRisingWave) -> dict[int, int]:
@@ -142,8 +145,8 @@ def test_changes_are_written_in_order_and_deletes_too(store: Any, server: Script
     assert likes(store) == wanted(server) == {1: 3, 2: 9, 3: 1}
     # The whole item, as the contract has it, and nothing else.
     assert store.items("interactions")[(2, KEY)] == {
-        "viewer_id": {"N": "2"}, "domain_key": {"S": KEY}, "likes_28d": {"N": "9"},
-        "shares_28d": {"N": "2"}, "searches_28d": {"N": "3"}, "last_event_at": {"N": "1"},
+        "viewer_id": {"N": "2"}, "domain_key": {"S": KEY}, f"likes_{LONG}d": {"N": "9"},
+        f"shares_{LONG}d": {"N": "2"}, f"searches_{LONG}d": {"N": "3"}, "last_event_at": {"N": "1"},
     }  # fmt: skip
 
 
@@ -275,7 +278,7 @@ def test_a_row_that_cannot_be_an_item_stops_no_other(store: Any, server: Scripte
     server.change({1: row(1), 2: row(1)})
     publish(store, server)
     server.change({1: (None, 2, 3, 4), 2: row(2), 3: row(3)})
-    with pytest.raises(PublishError, match="viewer 1: likes_28d is NULL"):
+    with pytest.raises(PublishError, match=f"viewer 1: likes_{LONG}d is NULL"):
         publish(store, server)
     assert likes(store) == {1: 1, 2: 2, 3: 3}
     assert lease(store).refused == 1

@@ -20,7 +20,7 @@ from dagster_prefs.deploy.plan import (
     compare,
 )
 from dagster_prefs.engine.catalog import QUERY_SUFFIX, Catalog, CatalogObject
-from dagster_prefs.engine.explain import redacted
+from dagster_prefs.redaction import redact_options
 
 KINDS = {
     "table_with_connector": "table", "materialized_view": "materialized view", "view": "view", "sink": "sink",
@@ -61,7 +61,7 @@ PROJECT = (RAW, TILE, ROLLING, PLAIN, SINK, OTHER)
 def recorded(one: Model) -> Record:
     """What dbt's hooks write for a model: MD5 over definition and indexes."""
     digest = hashlib.md5(f"{one.sql}\n{one.indexes}".encode()).hexdigest()
-    return Record(one.kind, digest, redacted(one.sql), "deployed")
+    return Record(one.kind, digest, redact_options(one.sql), "deployed")
 
 
 def changed(one: Model, text: str = "", **other: Any) -> Model:
@@ -110,7 +110,7 @@ def test_equal_models_are_nothing_to_do() -> None:
     found = plan(PROJECT)
     assert not found.changes
     assert found.unchanged == ("raw", "tile", "rolling", "plain", "sink", "other")
-    assert found.text() == "6 unchanged\nnothing to do: what is deployed is what is declared"
+    assert found.text() == "6 unchanged\nnothing to do: the deployed relations match the declarations"
     assert found.text(list_unchanged=True).startswith("unchanged raw\n")
 
 
@@ -277,7 +277,7 @@ def fed(models: Sequence[Model], **more: Any) -> Plan:
 def test_with_kafka_a_second_plan_has_nothing_to_do() -> None:
     found = fed(FED)
     assert not found.changes, found.text()
-    assert found.text().endswith("nothing to do: what is deployed is what is declared")
+    assert found.text().endswith("nothing to do: the deployed relations match the declarations")
     assert (found.refusals, found.leftovers) == ((), ())
 
 

@@ -63,6 +63,8 @@ from dagster_prefs.training.training_set import (
     build_training_set,
     reproduce_training_set,
 )
+from dagster_prefs.values.collect import collect_tiles, collect_views
+from dagster_prefs.values.store import described_days, read_statistics
 
 # Spelled so that every way to write the user's name is found.
 USER_TRACES = (re.escape(USER), r"Zo\\+u00eb/gone", r"Zo\\303\\253/gone")
@@ -619,3 +621,40 @@ def test_files_of_training_sets_and_labels_are_named(tmp_path: Any) -> None:
         with pytest.raises(OfflineError, match=rf"{name} cannot be searched .*: repair or remove it"):
             files_holding(erased, [tmp_path])
         (tmp_path / name).unlink()
+
+
+def test_statistics_keep_nothing_of_an_erased_subject(world: World) -> None:
+    """What they hold of a tile day is computed again; of views, whose past days are gone, the extremes leave."""
+    now = instant(NOW) + timedelta(days=1)
+    name = "training.value_statistics"
+    assert world.erase(kind="shop_user", name="nobody").held is False
+    collect_tiles(world.catalog, REGISTRY, "training", now=now, days=60)
+    collect_views(world.catalog, REGISTRY, world.engine, "training", now=now)
+    rolling = [domain.relation for domain in REGISTRY.contract.domains.values() if domain.entity == "viewer"]
+    before = described_days(world.catalog, "training")
+    held = {
+        (spec.tile, row[list(spec.by_name).index(spec.day)])
+        for spec in TILE_TABLES.values()
+        for row in world.rows(spec)
+        if row[0] == VIEWER
+    }
+    assert (WATCH.tile, ALONE) in held & before.keys()
+    report = world.erase()
+
+    counts = {(h.place, h.unit): (h.before, h.after) for h in report.holdings}
+    known = described_days(world.catalog, "training")
+    assert counts[name, "days"] == (len(held & before.keys()) + len(rolling), 0)
+    assert counts[name, "snapshots"] == (1, 0)
+    assert len(world.catalog.load_table(name).snapshots()) == 1
+    assert len(list((world.warehouse / "training" / "value_statistics" / "data").glob("*.parquet"))) == 1
+    # The day that only the viewer had is gone, and of the others the viewer does not count.
+    found = read_statistics(world.catalog, "training")
+    assert (WATCH.tile, ALONE) not in known
+    rows = world.rows(WATCH)
+    for day in (OLD, PARTED, TODAY):
+        (one,) = [s for s in found if (s.relation, s.day, s.attribute) == (WATCH.tile, day, "viewer_id")]
+        assert one.rows == sum(row[1] == day for row in rows)
+    assert {one.minimum for one in found if one.relation in rolling} == {None}
+    # Again it finds nothing.
+    again = {(h.place, h.unit): (h.before, h.after) for h in world.erase().holdings}
+    assert again[name, "days"] == again[name, "snapshots"] == (0, 0)

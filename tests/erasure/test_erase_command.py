@@ -69,6 +69,6 @@ def test_people_read_what_was_done(world: World, prefs: Callable[..., Result]) -
     assert "point-in-time" in said.stdout
     for words in (["viewer", "-5"], ["shop_user", "canary:1"], ["person", "x"]):
         assert isinstance(prefs("erase", *words).exception, SubjectRefused), words
-    assert "which entity -5 is of is not said: use `prefs erase viewer -5`" in prefs("erase", "-5").output
+    assert "the entity of -5 is ambiguous: use `prefs erase viewer -5`" in prefs("erase", "-5").output
     assert "one subject at a time" in prefs("erase", "viewer", "5", USER).output
     assert world.execute("select count(*) from erased_subjects") == [(2,)]

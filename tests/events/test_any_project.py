@@ -31,7 +31,7 @@ from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.events.canaries import CanaryKey, canary_events
 from dagster_prefs.events.formats import EventFileError, LineReader, detect, read_records
 from dagster_prefs.events.ingest import FileOptions, ingest_file
-from dagster_prefs.events.messages import Topic, shift_message, topic_of, topics_of
+from dagster_prefs.events.messages import Topic, shift_message, topics_of
 from dagster_prefs.events.validity import rejection_reason
 from dagster_prefs.tools.generator import GeneratedPlan
 from dagster_prefs.tools.scenario import SimulationPlan, scenario_plan
@@ -183,7 +183,7 @@ def lessons(draw: st.DrawFn) -> dict[str, Any]:
 def test_a_message_is_judged_by_what_the_project_declares(
     courses: Registry, kind: KeyType, document: dict[str, Any]
 ) -> None:
-    topic = topic_of(keyed(courses, kind), "lesson_events")
+    topic = topics_of(keyed(courses, kind))["lesson_events"]
     assert rejection_reason(json.dumps(document).encode(), topic, NOW) == expected(document, kind)
 
 
@@ -196,11 +196,11 @@ def test_the_project_bounds_its_messages(courses: Registry) -> None:
     }
     for name, (value, reason) in changes.items():
         bound = replace(courses, variables={**courses.variables, name: value})
-        assert rejection_reason(message, topic_of(bound, "lesson_events"), NOW) == reason
+        assert rejection_reason(message, topics_of(bound)["lesson_events"], NOW) == reason
         lacking = replace(courses, variables={k: v for k, v in courses.variables.items() if k != name})
         with pytest.raises(RegistryError, match=f"lack {name}: declare it in dbt_project"):
             topics_of(lacking)
-    assert rejection_reason(message, topic_of(courses, "lesson_events"), NOW) is None
+    assert rejection_reason(message, topics_of(courses)["lesson_events"], NOW) is None
 
 
 FIELDS = (
@@ -255,7 +255,7 @@ def with_topic(
 
 
 def quizzes(courses: Registry) -> Topic:
-    return topic_of(with_topic(courses, "quizzes", FIELDS), "quizzes")
+    return topics_of(with_topic(courses, "quizzes", FIELDS))["quizzes"]
 
 
 # --- which topic a file is of -----------------------------------------------------------------------
@@ -385,7 +385,7 @@ def test_the_probe_has_a_valid_event_of_every_topic(
     sent = canary_events(project, KEY, moment)
     assert set(sent) == set(project.topics)
     for name, message in sent.items():
-        topic = topic_of(project, name)
+        topic = topics_of(project)[name]
         document = json.loads(message)
         assert set(document) == set(topic.names)
         assert document["learner_id"] == learner
@@ -419,7 +419,7 @@ def plan_of(project: Registry, **changes: Any) -> GeneratedPlan:
 def test_made_up_messages_are_valid_and_the_rest_has_every_reason(courses: Registry, kind: KeyType) -> None:
     project = keyed(courses, kind)
     plan = plan_of(project)
-    topic = topic_of(project, "lesson_events")
+    topic = topics_of(project)["lesson_events"]
     events = list(plan.events())
     assert events == list(plan.events())
     assert events != list(replace(plan, seed=8).events())

@@ -13,7 +13,7 @@ from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
 from dagster_prefs.events.canaries import CanaryKey, canary_events, canary_key
-from dagster_prefs.events.messages import topic_of
+from dagster_prefs.events.messages import topics_of
 from dagster_prefs.events.raw import RawMessage, RawStore
 from dagster_prefs.events.rejected import rejected_counts
 from dagster_prefs.events.replay import export_rejected, replay_file
@@ -39,7 +39,7 @@ def canaries(registry: Registry, key: CanaryKey) -> list[bytes]:
 def test_models_and_commands_reject_alike(
     courses: Registry, engine: EngineConfiguration, tmp_path: Path
 ) -> None:
-    topic = topic_of(courses, "lesson_events")
+    topic = topics_of(courses)["lesson_events"]
     plan = GeneratedPlan(
         NOW, seed=3, days=4, topics=(topic,), entities=20, events_total=500, malformed_share=0.6
     )

@@ -27,22 +27,17 @@ from dagster_prefs.freshness.embedded import DISK, FOLLOWER, SERVER, _judge, _St
 from dagster_prefs.freshness.levels import Measure
 from dagster_prefs.freshness.metrics import render_metrics
 from dagster_prefs.freshness.status import Status
-from dagster_prefs.live.follower import Follower, make_rebuilt_due
+from dagster_prefs.live.follower import Follower
 from dagster_prefs.platform import Platform
 from dagster_prefs.settings import Settings
 
 
 def follower_of(world: Any, folder: Path) -> Measure:
-    return next(one for one in measure_embedded(world.engine, folder) if one.name == FOLLOWER)
+    return next(one for one in measure_embedded(world.engine, REGISTRY, folder) if one.name == FOLLOWER)
 
 
 def idle(world: Any, folder: Path) -> bool:
-    """Whether the follower has nothing left to do, after views that wait for their interval are made due.
-
-    The canary that it sends changes what such a view reads.
-    """
-    with world.engine.connect() as connection:
-        make_rebuilt_due(connection, world.engine)
+    """Whether the follower has nothing left to do."""
     return "follows, nothing waits" in follower_of(world, folder).reason
 
 
@@ -113,7 +108,9 @@ def test_a_killed_follower_is_told_and_the_next_one_heals(
         return list(told)
 
     def metric(name: str) -> float:
-        text = render_metrics(Status(world.now, 0.0, tuple(measure_embedded(world.engine, tmp_path))))
+        text = render_metrics(
+            Status(world.now, 0.0, tuple(measure_embedded(world.engine, REGISTRY, tmp_path)))
+        )
         (line,) = [line for line in text.splitlines() if line.startswith(f"{name}{{")]
         return float(line.split()[-1])
 
@@ -196,9 +193,31 @@ def test_a_problem_and_who_holds_it_up_are_named_until_they_are_gone(world: Any,
         wait_for(lambda: level() == "ok")
 
 
+def test_a_view_within_its_interval_does_not_wait(world: Any, tmp_path: Path) -> None:
+    (view,) = [one for one in REGISTRY.kept.values() if one.every_seconds]
+    assert view.every_seconds is not None
+
+    def waiting(relation: str, *, rebuilt_seconds_ago: float, since: str = "now()") -> float:
+        world.execute("delete from live_pending")
+        world.execute(f"insert into live_pending (relation, since) values (%s, {since})", [relation])
+        world.execute(
+            "update live_views set as_of = clock_timestamp() - %s * interval '1 second' where relation = %s",
+            [rebuilt_seconds_ago, relation],
+        )
+        return follower_of(world, tmp_path).values["waiting_views"]
+
+    assert waiting(view.relation, rebuilt_seconds_ago=1) == 0
+    assert waiting(view.relation, rebuilt_seconds_ago=view.every_seconds + 1) == 1
+    assert waiting(view.relation, rebuilt_seconds_ago=1, since="'-infinity'") == 1
+    domain = next(iter(REGISTRY.contract.domains.values()))
+    assert waiting(domain.sink, rebuilt_seconds_ago=1) == 1
+    assert waiting(domain.relation, rebuilt_seconds_ago=1) == 1
+
+
 def test_an_engine_that_is_down_is_named(world: Any, tmp_path: Path, free_port: Callable[[], int]) -> None:
     found = {
-        one.name: one for one in measure_embedded(replace(world.engine, port=free_port()), tmp_path / "new")
+        one.name: one
+        for one in measure_embedded(replace(world.engine, port=free_port()), REGISTRY, tmp_path / "new")
     }
     assert {name: one.level for name, one in found.items()} == {
         SERVER: "error",
@@ -206,15 +225,15 @@ def test_an_engine_that_is_down_is_named(world: Any, tmp_path: Path, free_port: 
         FOLLOWER: "unknown",
     }
     assert "run `prefs up`" in found[SERVER].reason
-    assert "goes on by itself when the engine answers" in found[FOLLOWER].reason
-    assert measure_embedded(replace(world.engine, kind="risingwave"), tmp_path) == []
+    assert "continues by itself when the engine answers" in found[FOLLOWER].reason
+    assert measure_embedded(replace(world.engine, kind="risingwave"), REGISTRY, tmp_path) == []
 
 
 def test_a_full_disk_is_named_until_it_has_room(
     world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def disk() -> Measure:
-        return next(one for one in measure_embedded(world.engine, tmp_path) if one.name == DISK)
+        return next(one for one in measure_embedded(world.engine, REGISTRY, tmp_path) if one.name == DISK)
 
     assert disk().level == "ok"
     # The room of this machine counts as too little, for a moment.

@@ -296,7 +296,7 @@ def test_an_export_at_work_is_waited_for(busy: Any, platform: Platform, instance
     run = instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED)
     found = tick(made, offline_store.EXPORT_SENSOR, instance, None)
     assert not found.run_requests
-    assert "at work" in (found.skip_message or "")
+    assert "is active" in (found.skip_message or "")
     instance.report_run_failed(run)
     assert len(tick(made, offline_store.EXPORT_SENSOR, instance, None).run_requests) == 1
 
@@ -384,6 +384,11 @@ def test_an_instance_that_cannot_be_read_is_unknown(
     found = freshness.last_probe(instance, REGISTRY, now=datetime.now(UTC))
     assert {one.level for one in found} == {"unknown"}
     assert all("no such host" in one.reason for one in found)
+    # The follower's ticks need no Dagster.
+    now = datetime.now(UTC)
+    followed = [Tick(now.timestamp(), CanaryState().dumps(), from_follower=True)]
+    told = freshness.last_probe(instance, REGISTRY, now=now, followed=followed)
+    assert {one.reason for one in told} == {"no canary was sent yet (0 lost)"}
 
 
 def test_a_lost_canary_is_told_to_people(busy: Any, platform: Platform, instance: dg.DagsterInstance) -> None:

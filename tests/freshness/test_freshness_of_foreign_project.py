@@ -49,7 +49,7 @@ def test_what_is_watched_follows_from_the_queries() -> None:
         dataclasses.replace(REGISTRY, queries={**REGISTRY.queries, "learner_lessons_1d": without})
     )
     assert isinstance(unclear, View)
-    assert "no last_event_at that is the newest time of what it reads" in unclear.unclear
+    assert "no last_event_at that is the newest time of its inputs" in unclear.unclear
     joined = (
         "select e.learner_id, max(e.happened_at) as last_event_at from lesson_events e "
         "join lessons on lessons.lesson_id = e.lesson_id group by e.learner_id"

@@ -249,7 +249,7 @@ def test_a_follower_that_does_not_run_is_seen_before_anything_lags(busy: Any) ->
 
     nobody = watch()
     assert (nobody.level, nobody.lag_seconds) == ("warn", 0)
-    assert "nobody has published it yet: run `prefs publish --follow`" in nobody.reason
+    assert "it has never been published: run `prefs publish --follow`" in nobody.reason
     lease = Lease(
         busy.store("watch"),
         label="host:1",

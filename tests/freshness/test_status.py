@@ -284,7 +284,7 @@ def test_a_webhook_that_refuses_says_so_without_its_secret(
 
 def test_a_webhook_that_is_down_says_so(free_port: Callable[[], int]) -> None:
     webhook = Webhook(f"http://127.0.0.1:{free_port()}/x", wait=lambda seconds: None)
-    with pytest.raises(AlertError, match="did not take the message"):
+    with pytest.raises(AlertError, match="did not accept the message"):
         webhook.send("hello")
 
 

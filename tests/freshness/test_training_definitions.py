@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -9,16 +10,22 @@ from typing import Any
 
 import dagster as dg
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
-from shipped import GENRE, REGISTRY, WATCH
+from click.testing import CliRunner
+from shipped import GENRE, LONG, REGISTRY, WATCH
 
-from dagster_prefs.defs import offline_store, training_data
+from dagster_prefs.cli import cli
+from dagster_prefs.defs import offline_store, training_data, values
 from dagster_prefs.freshness.canary import send_canary
 from dagster_prefs.iceberg.export import ForeignRows
 from dagster_prefs.iceberg.tables import arrow_schema
 from dagster_prefs.platform import Platform
 from dagster_prefs.settings import Settings
+from dagster_prefs.training.compare import SetUnreadable, compare_with_served
+from dagster_prefs.training.windows import choose_features
+from dagster_prefs.values.store import described_days, read_statistics
 
 TABLES = {
     "watch": "viewer_watch_daily",
@@ -94,10 +101,10 @@ def test_what_is_published_equals_the_tables(
 @pytest.mark.parametrize(
     ("domain", "attribute", "value", "served"),
     [
-        ("watch", "watch_minutes_28d", {"N": "20.000001"}, "20.000001"),
+        ("watch", f"watch_minutes_{LONG}d", {"N": "20.000001"}, "20.000001"),
         ("preferences", "favorite_genre_shares", {"L": []}, "[]"),
         # Of another type than the contract's.
-        ("interactions", "likes_28d", {"S": "2"}, "2"),
+        ("interactions", f"likes_{LONG}d", {"S": "2"}, "2"),
     ],
 )
 def test_one_corrupted_attribute_is_found_and_named(
@@ -233,7 +240,7 @@ def test_rows_of_another_writer_fail_the_export_and_are_named_by_the_sensor(
     assert 987_654 not in found["viewer_id"].to_pylist()
     assert found.num_rows == rows.num_rows
     looked = sensor.evaluate_tick(dg.build_sensor_context(instance, definitions=built))
-    assert looked.skip_message == "every complete day is exported as it is"
+    assert looked.skip_message == "every complete day is exported in its current version"
     assert WATCH.name not in {event.asset_key.path[-1] for event in looked.asset_events}
 
 
@@ -303,5 +310,111 @@ def test_a_training_set_is_made_by_dagster(
     assert Path(metadata["manifest"].value).is_file()
     first, second = pq.read_table(output).to_pylist()
     # Yesterday's ten minutes; today's are not known yet.
-    assert (first["liked"], first["watch_minutes_7d"], first["likes_28d"]) == (1, 10, 1)
+    assert (first["liked"], first["watch_minutes_7d"], first[f"likes_{LONG}d"]) == (1, 10, 1)
     assert (second["watch_minutes_7d"], second["favorite_genre"]) == (0, None)
+
+
+def test_values_are_described_judged_and_compared(
+    busy: Any,
+    platform: Platform,
+    instance: dg.DagsterInstance,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = busy.now + timedelta(minutes=2)
+    built = dg.Definitions.merge(
+        offline_store.build(platform, clock=lambda: now),
+        values.build(platform, clock=lambda: now),
+        dg.Definitions(executor=dg.in_process_executor),
+    )
+    result = built.resolve_job_def(values.JOB).execute_in_process(instance=instance)
+    assert result.success
+    checks = {found.asset_key.path[-1]: found for found in result.get_asset_check_evaluations()}
+    assert set(checks) == set(TABLES.values())
+    for check in checks.values():
+        assert check.passed
+        assert "learning, 0 of at least 2 earlier days" in check.description
+    (made,) = result.get_asset_materialization_events()
+    # Yesterday of each tile, and each rolling view.
+    assert made.materialization.metadata["days_described"].value == 6
+
+    def observed(key: list[str]) -> Any:
+        (record,) = instance.fetch_observations(dg.AssetKey(key), limit=1).records
+        return record.asset_observation.metadata
+
+    tile = observed(["training", "viewer_watch_daily"])
+    assert (tile["values_rows"].value, tile["watch_seconds_mean"].value) == (40, 600.0)
+    assert observed(["training", "viewer_genre_daily"])["genre_share_of_drama"].value == 1.0
+    view = observed(["viewer_engagement_rolling"])
+    assert (view["watch_minutes_7d_null_share"].value, view["watch_minutes_7d_median"].value) == (0.0, 20.0)
+    lists = platform.statistics()["viewer_preferences_rolling"]
+    assert (lists["favorite_genres"].kind, lists["favorite_genres"].mean) == ("list", 1.0)
+    assert lists["favorite_genre"].values == (("drama", 40),)
+    assert "viewer_id" not in lists
+
+    # Days later nothing has arrived, which is a value too; what has arrived and is not exported yet is not judged.
+    platform.collect_statistics(now=busy.now + timedelta(days=2, hours=1))
+    known = described_days(busy.catalog, "training")
+    days = sorted(day - busy.today for relation, day in known if relation == WATCH.tile)
+    assert days == [timedelta(days=-1), timedelta(days=1)]
+    (quiet,) = {
+        one.rows
+        for one in read_statistics(busy.catalog, "training", relation=WATCH.tile)
+        if one.day > busy.today
+    }
+    assert quiet == 0
+
+    # What is served today, as a training set: the same, but for one attribute.
+    served = {
+        "favorite_genre": "drama",
+        "favorite_genres": ["drama"],
+        "watch_minutes_7d": 20.0,
+        "likes_28d": 2,
+    }
+    rows = [{"viewer_id": number, "label_time": now, **served} for number in range(500)]
+    given = tmp_path / "set.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), given)
+    busy.catalog.create_table("training.set", pa.Table.from_pylist(rows).schema).append(
+        pa.Table.from_pylist(rows)
+    )
+    pa.csv.write_csv(
+        pa.Table.from_pylist([{**row, "favorite_genres": '["drama"]', "likes_28d": 200} for row in rows]),
+        tmp_path / "set.csv",
+    )
+    for name, wrong in ((str(given), []), ("training.set", []), (str(tmp_path / "set.csv"), ["likes_28d"])):
+        compared = compare_with_served(
+            platform.catalog(), REGISTRY, platform.engine, choose_features(REGISTRY, None), name, now=now
+        )
+        levels = {one.attribute: one.level for one in compared.attributes}
+        assert set(levels) == set(served), name
+        assert [attribute for attribute, level in levels.items() if level == "error"] == wrong, name
+        assert {one.in_set.null_share for one in compared.attributes} == {0.0}
+        assert "watch.titles_7d" in compared.missing
+    for name, value in {
+        "PREFS_ENGINE_PORT": platform.engine.port,
+        "PREFS_ENGINE_DATABASE": platform.engine.database,
+        "PREFS_ENGINE_USER": platform.engine.user,
+        "PREFS_ICEBERG_WAREHOUSE": busy.warehouse.as_uri(),
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    told = CliRunner().invoke(
+        cli, ["training-set", "compare", str(tmp_path / "set.csv")], standalone_mode=False
+    )
+    assert told.return_value == 2
+    assert told.stdout.count("error") == 1
+    assert "watch.titles_7d is served and not in the set" in told.stdout
+    as_json = CliRunner().invoke(
+        cli, ["training-set", "compare", "training.set", "--json"], standalone_mode=False
+    )
+    assert {one["level"] for one in json.loads(as_json.stdout)["attributes"]} == {"learning"}
+    for refused in ("nowhere.parquet", "set.txt", str(tmp_path / "other.csv")):
+        (tmp_path / "other.csv").write_text("learner_id,likes_28d\n1,2\n")
+        with pytest.raises(SetUnreadable, match=r"name (a|one of)"):
+            compare_with_served(
+                platform.catalog(),
+                REGISTRY,
+                platform.engine,
+                choose_features(REGISTRY, None),
+                refused,
+                now=now,
+            )

@@ -75,6 +75,6 @@ def test_one_runs_with_the_settings_that_came_last(
 
 def test_a_supervisor_that_is_not_there_is_named(data_dir: Path) -> None:
     with pytest.raises(
-        LocalServicesError, match=r"does not take the follower's settings .*: run `prefs down`"
+        LocalServicesError, match=r"did not accept the follower's settings .*: run `prefs down`"
     ):
         hand_over(data_dir, {})

@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 import psycopg
 import pytest
+from shipped import REGISTRY
 
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.freshness.embedded import SERVER, measure_embedded
@@ -159,7 +160,7 @@ def test_a_killed_server_takes_its_supervisor_along_and_up_recovers(running: Loc
     engine = EngineConfiguration.of(settings)
 
     def server() -> Measure:
-        return next(one for one in measure_embedded(engine, running.data_dir) if one.name == SERVER)
+        return next(one for one in measure_embedded(engine, REGISTRY, running.data_dir) if one.name == SERVER)
 
     assert server().level == "ok"
     query(running, "create table recovered as select 8 as n")
@@ -494,6 +495,15 @@ def test_binaries_that_the_servers_user_cannot_read_are_copied(
     assert list(open_folder.iterdir()) == []
 
 
+def test_a_full_temporary_folder_is_still_where_the_cluster_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    # As with a full disk: `tempfile` can write nothing there, and takes another folder.
+    monkeypatch.setattr(tempfile, "tempdir", "/var/tmp")
+    assert postgres.outer_home(tmp_path / "data").parent == tmp_path
+
+
 @pytest.mark.skipif(not ROOT, reason="only root keeps a cluster outside the data folder")
 def test_a_folder_of_someone_else_in_our_place_is_refused(
     tmp_path: Path, free_port: Callable[[], int]
@@ -502,7 +512,7 @@ def test_a_folder_of_someone_else_in_our_place_is_refused(
     outer.mkdir()
     try:
         os.chown(outer, NOBODY, NOBODY)
-        with pytest.raises(LocalServicesError, match=f"{outer} exists and is not ours"):
+        with pytest.raises(LocalServicesError, match=f"{outer} exists and was not created by prefs"):
             LocalServices(tmp_path / "data", free_port(), free_port()).up(owner_pid=os.getpid())
         assert outer.stat().st_uid == NOBODY
     finally:
@@ -512,8 +522,8 @@ def test_a_folder_of_someone_else_in_our_place_is_refused(
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ("17\n", "was made by PostgreSQL 17 and this is 18"),
-        (None, "holds something else than a PostgreSQL cluster"),
+        ("17\n", "was created by PostgreSQL 17 and this is 18"),
+        (None, "is not a PostgreSQL cluster"),
     ],
 )
 def test_a_database_that_is_not_for_this_server_is_refused_untouched(

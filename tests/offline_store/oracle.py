@@ -9,7 +9,7 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
-from shipped import GENRE, INTERACTIONS, WATCH
+from shipped import GENRE, INTERACTIONS, LONG, WATCH
 
 from dagster_prefs.iceberg.tables import TileTable
 
@@ -42,30 +42,32 @@ def features(
             days=1
         )
 
-    long_watch = [row for row in named(WATCH, watch) if within(row, row["watch_date"], 28)]
+    long_watch = [row for row in named(WATCH, watch) if within(row, row["watch_date"], LONG)]
     short_watch = [row for row in long_watch if within(row, row["watch_date"], 7)]
-    reactions = [row for row in named(INTERACTIONS, interactions) if within(row, row["interaction_date"], 28)]
+    reactions = [
+        row for row in named(INTERACTIONS, interactions) if within(row, row["interaction_date"], LONG)
+    ]
     genres: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
     for row in named(GENRE, genre):
-        if within(row, row["watch_date"], 28):
+        if within(row, row["watch_date"], LONG):
             more = (row["watch_seconds"], row["views"], row["completions"])
             genres[row["genre"]] = [a + b for a, b in zip(genres[row["genre"]], more, strict=True)]
     seconds, views, completions = (sum(values[n] for values in genres.values()) for n in range(3))
     best = sorted(genres, key=lambda name: (-genres[name][0], name.encode()))[:5]
     return {
         "watch_minutes_7d": six_places(Fraction(sum(row["watch_seconds"] for row in short_watch), 60)),
-        "watch_minutes_28d": six_places(Fraction(sum(row["watch_seconds"] for row in long_watch), 60)),
+        f"watch_minutes_{LONG}d": six_places(Fraction(sum(row["watch_seconds"] for row in long_watch), 60)),
         "titles_7d": sum(row["content_started"] for row in short_watch),
-        "completions_28d": sum(row["completions"] for row in long_watch),
-        "genres_watched_28d": sum(row["genres_watched"] for row in long_watch),
-        "likes_28d": sum(row["likes"] for row in reactions),
-        "shares_28d": sum(row["shares"] for row in reactions),
-        "searches_28d": sum(row["searches"] for row in reactions),
+        f"completions_{LONG}d": sum(row["completions"] for row in long_watch),
+        f"genres_watched_{LONG}d": sum(row["genres_watched"] for row in long_watch),
+        f"likes_{LONG}d": sum(row["likes"] for row in reactions),
+        f"shares_{LONG}d": sum(row["shares"] for row in reactions),
+        f"searches_{LONG}d": sum(row["searches"] for row in reactions),
         "favorite_genre": best[0] if best else None,
         "favorite_genres": best,
         "favorite_genre_shares": [
             six_places(Fraction(genres[name][0], seconds)) if seconds else Decimal(0) for name in best
         ],
-        "completion_rate_28d": six_places(Fraction(completions, views)) if views else None,
-        "minutes_per_view_28d": six_places(Fraction(seconds, 60 * views)) if views else None,
+        f"completion_rate_{LONG}d": six_places(Fraction(completions, views)) if views else None,
+        f"minutes_per_view_{LONG}d": six_places(Fraction(seconds, 60 * views)) if views else None,
     }

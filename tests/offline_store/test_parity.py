@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from pyiceberg.catalog import Catalog
-from shipped import COMPUTED, GENRE, INTERACTIONS, WATCH
+from shipped import COMPUTED, GENRE, INTERACTIONS, LONG, WATCH
 
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.iceberg.catalog import open_catalog
@@ -28,14 +28,16 @@ def days_ago(number: int) -> date:
 
 
 WATCHED = [
-    watch(v, days_ago(n), 100 * v + n, views=3, started=2) for v in range(1, 6) for n in (0, 1, 7, 8, 28, 29)
+    watch(v, days_ago(n), 100 * v + n, views=3, started=2)
+    for v in range(1, 6)
+    for n in (0, 1, 7, 8, LONG, LONG + 1)
 ]
 BY_GENRE = [
     genre(v, days_ago(n), "abcdefg"[(v + n) % 7], 50 * v + n)
     for v in range(1, 5)
-    for n in (0, 1, 2, 3, 9, 28)
+    for n in (0, 1, 2, 3, 9, LONG)
 ]
-REACTED = [interactions(v, days_ago(n), v, n, 1) for v in (1, 2) for n in (0, 5, 30)] + [
+REACTED = [interactions(v, days_ago(n), v, n, 1) for v in (1, 2) for n in (0, 5, LONG + 2)] + [
     interactions(6, days_ago(40), 9, 9, 9)
 ]
 
@@ -58,7 +60,7 @@ def served() -> dict[int, dict[str, dict[str, Any]]]:
             shift(REACTED),
         )
         for domain, rows in (("watch", WATCHED), ("preferences", BY_GENRE), ("interactions", REACTED)):
-            recent = [row for row in rows if row[0] == viewer and row[1] >= day - timedelta(days=28)]
+            recent = [row for row in rows if row[0] == viewer and row[1] >= day - timedelta(days=LONG)]
             if recent:
                 newest = max(row[-1] for row in recent)
                 items.setdefault(viewer, {})[domain] = {name: values[name] for name in COMPUTED[domain]} | {
@@ -127,7 +129,7 @@ def test_each_viewers_own_day_boundary_counts(filled: Tiles, catalog: Catalog) -
     items = served()
     report = check(filled, catalog, items, now=late, spread_seconds=10, grace_seconds=-86_400)
     # At 3 s past midnight viewers 4 to 6 are still in yesterday's window, which reaches one day further back.
-    wrong = {found.subject for found in report.worst if found.attribute == "watch_minutes_28d"}
+    wrong = {found.subject for found in report.worst if found.attribute == f"watch_minutes_{LONG}d"}
     assert wrong == {4, 5}
 
 
@@ -136,10 +138,10 @@ def test_each_viewers_own_day_boundary_counts(filled: Tiles, catalog: Catalog) -
     [
         ("watch", "watch_minutes_7d", Decimal("1.5")),
         ("watch", "last_event_at", 5),
-        ("interactions", "likes_28d", 77),
+        ("interactions", f"likes_{LONG}d", 77),
         ("preferences", "favorite_genre", "zzz"),
         ("preferences", "favorite_genre_shares", []),
-        ("preferences", "completion_rate_28d", None),
+        ("preferences", f"completion_rate_{LONG}d", None),
     ],
 )
 def test_a_planted_corruption_is_found_and_named(

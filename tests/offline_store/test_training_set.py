@@ -20,7 +20,7 @@ import sqlglot
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyiceberg.catalog import Catalog
-from shipped import GENRE, INTERACTIONS, TILE_TABLES, WATCH
+from shipped import GENRE, INTERACTIONS, LONG, TILE_TABLES, WATCH
 
 from dagster_prefs.iceberg.catalog import (
     CatalogCorrupted,
@@ -113,7 +113,7 @@ def test_every_value_equals_the_oracles(
 def test_the_future_changes_nothing(catalog: Catalog, tmp_path: Path) -> None:
     past = {
         WATCH.name: [watch(1, DAY - timedelta(days=1), 600)],
-        GENRE.name: [genre(1, DAY - timedelta(days=28), "drama", 60)],
+        GENRE.name: [genre(1, DAY - timedelta(days=LONG), "drama", 60)],
         INTERACTIONS.name: [interactions(1, DAY - timedelta(days=7), 1, 2, 3)],
     }
     fill(catalog, past)
@@ -125,7 +125,7 @@ def test_the_future_changes_nothing(catalog: Catalog, tmp_path: Path) -> None:
             WATCH.name: [watch(1, DAY, 7777), watch(1, DAY + timedelta(days=3), 8888)],
             GENRE.name: [
                 genre(1, DAY, "horror", 99_999),
-                genre(1, DAY - timedelta(days=29), "horror", 99_999),
+                genre(1, DAY - timedelta(days=LONG + 1), "horror", 99_999),
             ],
             INTERACTIONS.name: [interactions(1, DAY, 50, 50, 50)],
         },
@@ -137,7 +137,7 @@ def test_the_future_changes_nothing(catalog: Catalog, tmp_path: Path) -> None:
     # The same event one day earlier is no longer the future, and is seen.
     fill(catalog, {INTERACTIONS.name: [interactions(1, DAY - timedelta(days=1), 5, 0, 0)]})
     _, seen = build(catalog, labels, tmp_path)
-    assert [row["likes_28d"] for row in seen] == [6, 6]
+    assert [row[f"likes_{LONG}d"] for row in seen] == [6, 6]
 
 
 def wait_for_next_millisecond() -> datetime:
@@ -294,7 +294,7 @@ def test_zones_are_explicit(catalog: Catalog, tmp_path: Path) -> None:
         (b"viewer_id,label_time,a\n1,2026-03-10T00:00Z,caf\xe9\n", r"row 1 \(line 2\): CSV row that is not UTF-8"),
         ("viewer_id,label_time\n1,2026-03-10T00:00Z\n".encode("utf-16"), "is UTF-16 text: give CSV in UTF-8"),
         ("viewer_id,label_time\n-1,2026-03-10T00:00:00Z\n", "row 1: viewer ids below 0"),
-        ("viewer_id,label_time,likes_28d\n1,2026-03-10T00:00:00Z,1\n", "likes_28d, which is the name of a"),
+        (f"viewer_id,label_time,likes_{LONG}d\n1,2026-03-10T00:00:00Z,1\n", f"likes_{LONG}d, which is the name of a"),
         ("viewer_id,label_time,a,a\n1,2026-03-10T00:00:00Z,1,2\n", "column a twice"),
         ("viewer_id,label_time,point\n1,2026-03-10T00:00:00Z,1\n", "column point, which is reserved"),
     ],
@@ -512,7 +512,7 @@ def test_labels_in_an_iceberg_table(catalog: Catalog, tmp_path: Path) -> None:
     )
     catalog.create_table("training.labels", rows.schema).append(rows)
     _, found = build(catalog, "training.labels", tmp_path)
-    assert found[0]["watch_minutes_28d"] == 10
+    assert found[0][f"watch_minutes_{LONG}d"] == 10
 
 
 def test_tables_that_were_never_exported(catalog: Catalog, tmp_path: Path) -> None:
@@ -524,7 +524,9 @@ def test_tables_that_were_never_exported(catalog: Catalog, tmp_path: Path) -> No
 def test_every_dialects_text_gives_equal_rows(catalog: Catalog, tmp_path: Path, dialect: Dialect) -> None:
     rows = {
         WATCH.name: [
-            watch(v, DAY - timedelta(days=n), 61 * v + n) for v in range(4) for n in (0, 1, 7, 8, 28, 29)
+            watch(v, DAY - timedelta(days=n), 61 * v + n)
+            for v in range(4)
+            for n in (0, 1, 7, 8, LONG, LONG + 1)
         ],
         GENRE.name: [
             genre(v, DAY - timedelta(days=n), "abcdefgé"[(3 * v + n) % 8], 7 * v + n % 3, views=1 + n % 3)
@@ -597,7 +599,7 @@ def test_a_training_set_as_csv_and_as_a_table(catalog: Catalog, tmp_path: Path) 
     assert first["watch_minutes_7d"] == "1.016667"
     assert json.loads(first["favorite_genres"]) == ['a, "b"', "c"]
     assert first["favorite_genre_shares"] == "[0.666667,0.333333]"
-    assert (second["favorite_genre"], second["favorite_genres"], second["likes_28d"]) == ("", "[]", "0")
+    assert (second["favorite_genre"], second["favorite_genres"], second[f"likes_{LONG}d"]) == ("", "[]", "0")
     # Any kind of output can be had again as any other.
     table = reproduce_training_set(catalog, made.manifest, "ml.first_set", registry=REGISTRY)
     assert table.content_hash == made.content_hash

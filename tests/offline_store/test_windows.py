@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import sqlglot
 from declared import COURSES, PROJECT
-from shipped import GENRE, INTERACTIONS, WATCH
+from shipped import GENRE, INTERACTIONS, LONG, SHORT, WATCH
 from sqlglot import exp
 
 from dagster_prefs.declarations.registry import Registry, RegistryError, load_registry
@@ -81,20 +81,20 @@ def test_windows_and_columns_are_read_off_the_views() -> None:
 
 
 def test_another_window_of_the_project_is_another_window_of_the_training_set(tmp_path: Path) -> None:
-    """`windows.long` of 30 days in dbt_project.yml: everything follows from what dbt compiles."""
+    """`windows.long` of two more days in dbt_project.yml: everything follows from what dbt compiles."""
     project = tmp_path / "project"
     shutil.copytree(PROJECT, project, ignore=shutil.ignore_patterns("target", "logs"))
     declared = (project / "dbt_project.yml").read_text()
-    changed = re.sub(r"(windows:\s*\{?[^}]*?long: )28", r"\g<1>30", declared, flags=re.DOTALL)
+    changed = re.sub(rf"(windows:\s*\{{?[^}}]*?long: ){LONG}", rf"\g<1>{LONG + 2}", declared, flags=re.DOTALL)
     assert changed != declared
     (project / "dbt_project.yml").write_text(changed)
     queries = compile_queries(project, [domain.relation for domain in REGISTRY.contract.domains.values()])
-    windows = {**REGISTRY.variables["windows"], "long": 30}
+    windows = {**REGISTRY.variables["windows"], "long": LONG + 2}
     followed = dataclasses.replace(
         REGISTRY, queries=queries, variables={**REGISTRY.variables, "windows": windows}
     )
     features = features_of(followed)
-    assert (FEATURES.longest_window, features.longest_window) == (28, 30)
+    assert (FEATURES.longest_window, features.longest_window) == (LONG, LONG + 2)
     for before, after in (
         (FEATURES.sql("training"), features.sql("training")),
         (FEATURES.sql("serving"), features.sql("serving")),
@@ -106,18 +106,16 @@ def test_another_window_of_the_project_is_another_window_of_the_training_set(tmp
             for dialect in ("trino", "spark", "athena")
         ),
     ):
-        assert before != after == re.sub(r"(?<![0-9_])28(?![0-9_d,])", "30", before)
+        assert before != after == re.sub(rf"(?<![0-9_]){LONG}(?![0-9_d,])", str(LONG + 2), before)
 
 
 def test_a_window_that_the_project_does_not_have_is_refused() -> None:
     """The variable changed and the queries did not: nothing is computed with either."""
     stale = dataclasses.replace(
-        REGISTRY, variables={**REGISTRY.variables, "windows": {"short": 7, "long": 30}}
+        REGISTRY, variables={**REGISTRY.variables, "windows": {"short": SHORT, "long": LONG + 2}}
     )
-    with pytest.raises(
-        ViewNotPortable,
-        match=r"in a window of 28 days, and the project's windows are short=7, long=30: run `prefs gen",
-    ):
+    windows = f"the project's windows are short={SHORT}, long={LONG + 2}: run `prefs gen"
+    with pytest.raises(ViewNotPortable, match=f"in a window of {LONG} days, and {windows}"):
         features_of(stale)
 
 

@@ -212,7 +212,7 @@ def test_what_does_not_work_leaves_the_old_feed_at_work(world: World) -> None:
     absent = f"absent-{uuid.uuid4().hex[:8]}"
     message = refused(world.dbt(PREFS_KAFKA_TOPIC_VIEW_EVENTS=absent), "kafka_view_events")
     assert message == (
-        f"Kafka has no topic {absent}: create it, or set the name it has there with PREFS_KAFKA_TOPIC_…"
+        f"Kafka has no topic {absent}: create it, or set its name in Kafka with PREFS_KAFKA_TOPIC_…"
     )
     message = refused(world.dbt(PREFS_KAFKA_BOOTSTRAP="127.0.0.1:1"), "kafka_view_events")
     assert message.startswith("RisingWave got no answer from Kafka at 127.0.0.1:1: check ")

@@ -18,6 +18,7 @@ from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient, NewTopic
 from psycopg import sql
 from risingwave_server import PROJECT, URL, server_of
+from shipped import LONG
 from workshop import accept
 
 from dagster_prefs.declarations.contract import Contract, build_contract, parse_contract
@@ -80,9 +81,9 @@ class Items:
         return f"{relation} reconciled"
 
     def minutes(self) -> dict[int, Decimal]:
-        """Viewer → watch_minutes_28d, as DynamoDB has it."""
+        """Viewer → minutes of the long window in DynamoDB."""
         found = self.client.scan(TableName=f"{self.prefix}viewer_profiles", ConsistentRead=True)["Items"]
-        return {int(item["viewer_id"]["N"]): Decimal(item["watch_minutes_28d"]["N"]) for item in found}
+        return {int(item["viewer_id"]["N"]): Decimal(item[f"watch_minutes_{LONG}d"]["N"]) for item in found}
 
 
 @dataclass
@@ -115,7 +116,7 @@ class Server:
             return connection.execute(query).fetchall()
 
     def minutes(self) -> dict[int, Decimal]:
-        return dict(self.rows(f"select viewer_id, watch_minutes_28d from {ROLLING}"))
+        return dict(self.rows(f"select viewer_id, watch_minutes_{LONG}d from {ROLLING}"))
 
     def objects(self) -> dict[str, tuple[int, str]]:
         return {
@@ -248,7 +249,9 @@ class Watcher(threading.Thread):
             with self.server.engine.connect() as connection:
                 while not self.stopped.wait(0.1):
                     rows: dict[int, Decimal] = dict(
-                        connection.execute(f"select viewer_id, watch_minutes_28d from {ROLLING}").fetchall()
+                        connection.execute(
+                            f"select viewer_id, watch_minutes_{LONG}d from {ROLLING}"
+                        ).fetchall()
                     )
                     self.seen.add(tuple(rows.get(viewer) for viewer in MINUTES))
                     self.reads += 1
@@ -342,7 +345,7 @@ def test_a_change_is_swapped_without_a_gap_though_it_is_killed_at_every_step(ser
     assert (changed.name, changed.action, changed.how) == ("viewer_watch_metrics_1d", "changed", "swap")
     assert ROLLING in changed.views
     assert "sink_engagement_watch" in (*changed.sinks, *changed.views)
-    assert "engagement#watch.watch_minutes_28d" in changed.attributes
+    assert f"engagement#watch.watch_minutes_{LONG}d" in changed.attributes
     assert changed.consumers == ("recommendation_service",)
     assert "2 * SUM(watch_duration_sec)" in changed.diff
     passed: set[str] = set()

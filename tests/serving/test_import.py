@@ -9,7 +9,7 @@ import pytest
 
 IMPORTS = {
     "dagster_prefs.serving": "import dagster_prefs.serving",
-    "ProfileClient": "from dagster_prefs.serving import ProfileClient",
+    "ProfileClient": "from dagster_prefs.serving import ProfileClient, ReadCounts",
     "ShopClient": "from dagster_prefs.serving import ShopClient, CatalogueRanker",
 }
 
@@ -24,6 +24,7 @@ def test_platform_packages_are_not_imported(name: str) -> None:
     tops = {module.partition(".")[0] for module in loaded}
     assert tops.isdisjoint(
         {"dagster", "dbt", "pydantic", "pydantic_settings", "pyiceberg", "pyarrow", "duckdb"}
+        | {"opentelemetry", "prometheus_client"}
     )
     # botocore comes with the first client, psycopg with the ranking: nobody pays for what is not used.
     assert "botocore" not in tops

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from declared import COURSES, PROJECT, two_entities
 from scripted_dynamodb import Request, Script, answer, failure, http, serve
-from shipped import with_computed_attributes
+from shipped import LONG, with_computed_attributes
 
 from dagster_prefs.declarations.contract import ContractError, contract_dict, load_contract, parse_contract
 from dagster_prefs.declarations.registry import RegistryError, load_registry, parse_registry, registry_dict
@@ -122,7 +122,7 @@ def test_a_profile_survives_pickle_and_copy(online: Any, transport: str) -> None
     for again in (pickle.loads(pickle.dumps(profile)), copy.deepcopy(profile)):
         assert again == profile
         assert type(again) is type(profile)
-        assert again.watch.watch_minutes_28d == Decimal("40.123456")
+        assert getattr(again.watch, f"watch_minutes_{LONG}d") == Decimal("40.123456")
 
 
 def test_a_key_column_may_be_called_as_the_profile_calls_it() -> None:
@@ -295,7 +295,7 @@ def test_faults_that_stay_leave_the_domain_out(script: Script, transport: str, f
     with scripted(script, transport, max_attempts=2) as client:
         profile = client.get(1, ["watch", "interactions"])
         assert profile.partial
-        assert profile.interactions.likes_28d == 1
+        assert getattr(profile.interactions, f"likes_{LONG}d") == 1
         assert profile.reads["watch"].state == "failed"
         with pytest.raises(ReadError, match="DynamoDB"):
             _ = profile.watch.titles_7d
@@ -341,7 +341,7 @@ def test_a_spent_budget_returns_what_arrived(script: Script, transport: str) -> 
         profile = client.get(1, ["watch", "interactions"], budget_seconds=2)
         release.set()
     assert profile.partial
-    assert profile.interactions.shares_28d == 2
+    assert getattr(profile.interactions, f"shares_{LONG}d") == 2
     error = profile.reads["watch"].error
     assert isinstance(error, ReadError)
     assert error.kind == "timeout"
@@ -398,7 +398,10 @@ def test_many_threads_get_their_own_answers(script: Script, transport: str) -> N
     def read(client: ProfileClient, caller: int) -> None:
         for viewer in range(caller * 100, caller * 100 + 30):
             profile = client.get(viewer, ["watch", "interactions"])
-            if profile.watch.watch_minutes_7d != viewer or profile.interactions.likes_28d != viewer:
+            if (
+                profile.watch.watch_minutes_7d != viewer
+                or getattr(profile.interactions, f"likes_{LONG}d") != viewer
+            ):
                 wrong.append(viewer)
 
     with scripted(script, transport) as client:
@@ -426,7 +429,7 @@ def test_ten_thousand_viewers_in_one_call(script: Script) -> None:
     assert {viewer for viewer, profile in profiles.items() if not profile.cold_start} == set(
         range(7, 10_000, 100)
     )
-    assert profiles[9_907].interactions.likes_28d == 9_907
+    assert getattr(profiles[9_907].interactions, f"likes_{LONG}d") == 9_907
     sizes = [
         len(request.body["RequestItems"]["viewer_profiles"]["Keys"]) for request in viewer_requests(script)
     ]
@@ -504,7 +507,7 @@ def test_over_tls(certificate: tuple[Path, Path], transport: str, monkeypatch: p
             late = client.get(2, ["watch", "interactions"], budget_seconds=3)
             release.set()
             assert late.partial
-            assert late.interactions.shares_28d == 2
+            assert getattr(late.interactions, f"shares_{LONG}d") == 2
             assert client.get(1).watch.titles_7d == 3
     finally:
         release.set()
@@ -556,7 +559,7 @@ def test_an_attribute_of_another_type_fails_its_domain_only(online: Any, transpo
     with online.reader(transport) as client:
         profile = client.get(1)
         covered = client.get(1, fallback="cold_start")
-    assert profile.interactions.likes_28d == 1
+    assert getattr(profile.interactions, f"likes_{LONG}d") == 1
     with pytest.raises(ItemError, match=r"domain watch: titles_7d should be integer .* of DynamoDB type S"):
         _ = profile.watch
     with pytest.raises(ItemError, match=r"domain preferences: favorite_genres .* it is NULL"):

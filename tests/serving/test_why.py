@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from declared import COURSES, PROJECT
-from shipped import REGISTRY
+from shipped import LONG, REGISTRY
 
 from dagster_prefs.declarations.lineage import load_lineage
 from dagster_prefs.declarations.registry import Registry, load_registry
@@ -71,8 +71,8 @@ def tiles(shop: Any) -> Any:
         (1, day(1), 100, 0, 3, 2, 1, 2, at(1)),
         (1, day(7), 50, 0, 1, 1, 0, 1, at(7)),
         (1, day(8), 1000, 0, 9, 9, 4, 5, at(8)),
-        (1, day(28), 7, 0, 1, 1, 1, 1, at(28)),
-        (1, day(29), 9999, 0, 9, 9, 9, 9, at(29)),
+        (1, day(LONG), 7, 0, 1, 1, 1, 1, at(LONG)),
+        (1, day(LONG + 1), 9999, 0, 9, 9, 9, 9, at(LONG + 1)),
         (2, day(1), 8888, 0, 9, 9, 9, 9, at(1)),
     )
     shop.insert(
@@ -80,9 +80,9 @@ def tiles(shop: Any) -> Any:
         (1, day(1), "news", 60, 2, 1, at(1)),
         (1, day(1), "drama", 40, 1, 0, at(1)),
         (1, day(8), "drama", 20, 1, 1, at(8)),
-        (1, day(29), "sport", 9999, 9, 9, at(29)),
+        (1, day(LONG + 1), "sport", 9999, 9, 9, at(LONG + 1)),
     )
-    shop.insert("viewer_interactions_1d", (1, day(3), 1, 2, 3, at(3)), (1, day(28), 10, 20, 30, at(28)))
+    shop.insert("viewer_interactions_1d", (1, day(3), 1, 2, 3, at(3)), (1, day(LONG), 10, 20, 30, at(LONG)))
     shop.insert(
         "view_events",
         *[(f"e{n}", 1, f"c{n}", "news", n, Decimal("0.5"), at(n)) for n in range(12)],
@@ -94,21 +94,21 @@ def tiles(shop: Any) -> Any:
 
 EXPECTED: dict[str, Any] = {
     "watch_minutes_7d": Decimal("2.5"),
-    "watch_minutes_28d": Decimal("19.283333"),
+    f"watch_minutes_{LONG}d": Decimal("19.283333"),
     "titles_7d": 3,
-    "completions_28d": 6,
-    "genres_watched_28d": 9,
+    f"completions_{LONG}d": 6,
+    f"genres_watched_{LONG}d": 9,
     "watch.last_event_at": int((at(1) - datetime(1970, 1, 1, tzinfo=UTC)) / timedelta(microseconds=1) + 500)
     // 1000,
-    "likes_28d": 11,
-    "shares_28d": 22,
-    "searches_28d": 33,
+    f"likes_{LONG}d": 11,
+    f"shares_{LONG}d": 22,
+    f"searches_{LONG}d": 33,
     # 60 seconds each; the tie goes by name.
     "favorite_genre": "drama",
     "favorite_genres": ["drama", "news"],
     "favorite_genre_shares": [Decimal("0.5"), Decimal("0.5")],
-    "completion_rate_28d": Decimal("0.5"),
-    "minutes_per_view_28d": Decimal("0.5"),
+    f"completion_rate_{LONG}d": Decimal("0.5"),
+    f"minutes_per_view_{LONG}d": Decimal("0.5"),
 }
 
 
@@ -139,9 +139,9 @@ def test_online_and_recomputed_side_by_side(tiles: Any, online: Any) -> None:
 def test_a_difference_shows(tiles: Any, online: Any) -> None:
     online.put("interactions", 1, [11, 22, 34, 5])
     with online.reader("lean") as client:
-        found = explain_attribute(tiles.engine, client, 1, "searches_28d", now=NOW)
+        found = explain_attribute(tiles.engine, client, 1, f"searches_{LONG}d", now=NOW)
         missing = explain_attribute(tiles.engine, client, 1, "titles_7d", now=NOW)
-        left = explain_attribute(tiles.engine, client, 1, "searches_28d", now=NOW + timedelta(days=60))
+        left = explain_attribute(tiles.engine, client, 1, f"searches_{LONG}d", now=NOW + timedelta(days=60))
     assert (found.online, found.recomputed, found.equal) == (34, 33, False)
     assert (missing.online, missing.recomputed, missing.online_state, missing.equal) == (
         None,
@@ -185,7 +185,7 @@ def test_the_window_of_an_attribute_is_that_of_its_view(project: Path) -> None:
         if named := re.search(r"_([0-9]+)d$", name):
             assert days == int(named[1]), name
     assert found.get("progress.favorite_subjects") is None
-    assert found.get("preferences.favorite_genres", 28) == 28
+    assert found.get("preferences.favorite_genres", LONG) == LONG
 
 
 def test_a_foreign_project_is_explained(shop: Any, dynamodb_endpoint: str, courses: Registry) -> None:

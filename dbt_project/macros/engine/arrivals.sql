@@ -1,10 +1,11 @@
 {#
-  What has arrived in the raw tables of the embedded engine and was not read yet, without a clock and without a number
-  that writers take in one order and commit in another.
+  The arrivals in the raw tables of the embedded engine that were not read yet. They need neither a clock nor a
+  sequence, which writers may take in one order and commit in another.
 
-  Every INSERT leaves one row for each partition that it wrote to, in its own transaction. Its messages become visible
-  together, so they have been read exactly where the first of them is in the parsed relation: whoever refreshed that, and
-  however. A row goes when the typed relation is refreshed with its messages in reach, or when they were deleted.
+  Every INSERT adds one row for each partition that it wrote to, in its own transaction. Its messages become visible
+  together, so they have been read if and only if the first of them is in the parsed relation, regardless of which
+  process refreshed that. A row is deleted when the typed relation is refreshed with its messages visible, or when its
+  messages were deleted.
 #}
 {% macro arrivals_ddl() -%}
   create table if not exists {{ target.schema }}.raw_arrivals (
@@ -27,7 +28,7 @@
     $$
 {%- endmacro %}
 
-{# The messages of a relation as arrivals. A key that is there already is of a message that was deleted since. #}
+{# The messages of a relation as arrivals. An existing key belongs to a message that was deleted since. #}
 {% macro insert_arrivals(name, relation) -%}
   insert into {{ target.schema }}.raw_arrivals
   select {{ name }}, source, source_partition, min(source_offset), max(source_offset), count(*), min(arrived_at)
@@ -37,7 +38,10 @@
     set last_offset = excluded.last_offset, messages = excluded.messages, arrived_at = excluded.arrived_at
 {%- endmacro %}
 
-{# Have the arrivals in a raw table noted; done at every run, so that a table that was deployed without gets it too. #}
+{#
+  Note the arrivals in a raw table; done at every run, so that a table that was deployed without the trigger gets it
+  too.
+#}
 {% macro note_arrivals(relation) -%}
   {%- if config.get("meta", {}).get("arrivals") -%}
     {% do run_query(arrivals_ddl()) %}
@@ -59,8 +63,8 @@
 {%- endmacro %}
 
 {#
-  Delete the arrivals whose messages the typed relation is about to read; to be called before it does, in its
-  transaction. A shadow relation, which `prefs apply` builds, deletes none for the live one.
+  Delete the arrivals whose messages the typed relation is about to read; called before that, in the same transaction. A
+  shadow relation, which `prefs apply` builds, deletes none of the live relation's arrivals.
 #}
 {% macro delete_read_arrivals() -%}
   {%- set arrivals = this.incorporate(path={"identifier": "raw_arrivals"}, type="table") -%}

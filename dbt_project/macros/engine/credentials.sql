@@ -1,10 +1,10 @@
 {#
-  What is secret is named in a compiled statement and put in when it runs, so that it is in no compiled file, no
-  manifest and no record of what is deployed. With PREFS_RISINGWAVE_SECRETS=on it is not in RisingWave's catalog
-  either: an option then refers to a secret, which is made before its first use.
+  Secrets are only named in a compiled statement and inserted when it runs, so that they are in no compiled file, no
+  manifest and no deployment record. With PREFS_RISINGWAVE_SECRETS=on they are not in RisingWave's catalog either: an
+  option then refers to a RisingWave secret, which is created before its first use.
 #}
 
-{# The value of an option: the name of a variable, or that of a secret that holds it. #}
+{# The value of an option: the name of a variable, or of a secret that holds it. #}
 {% macro credential(name) -%}
   {{ return(secret_of(name) if uses_secrets() else "'${" ~ name ~ "}'") }}
 {%- endmacro %}
@@ -21,7 +21,9 @@
   {{ return("prefs_" ~ name | lower | replace("prefs_", "")) }}
 {%- endmacro %}
 
-{# The variables that hold credentials; read at execution only, because dbt keeps what it reads while parsing. #}
+{#
+  The variables that hold credentials; read at execution only, because dbt stores values that it reads while parsing.
+#}
 {% macro credential_variables() -%}
   {{ return([
     "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "PREFS_KAFKA_SASL_PASSWORD", "PREFS_KAFKA_SSL_KEY_PASSWORD",
@@ -43,7 +45,7 @@
   {{ return(options) }}
 {%- endmacro %}
 
-{# A statement with the credentials it names, for running only; secrets that it refers to are made where missing. #}
+{# A statement with its credentials inserted, for running only; missing secrets to which it refers are created. #}
 {% macro with_credentials(statement) -%}
   {%- set done = namespace(text=statement) -%}
   {%- for name in credential_variables() -%}
@@ -65,7 +67,7 @@
   ).rows | length > 0) }}
 {%- endmacro %}
 
-{# `dbt run-operation rotate_secrets`: give every secret that exists the value of this environment. #}
+{# `dbt run-operation rotate_secrets`: set every existing secret to the value in this environment. #}
 {% macro rotate_secrets() -%}
   {%- for name in credential_variables() if env_var(name, "") and secret_exists(name) -%}
     {% do run_query("alter " ~ secret_of(name) ~ " with (backend = 'meta') as " ~ text_literal(env_var(name))) %}
@@ -73,7 +75,10 @@
   {%- endfor -%}
 {%- endmacro %}
 
-{# Refuse what the licence does not grant before a statement is tried; a server without the view is asked by trying. #}
+{#
+  Refuse a feature that the licence does not grant before a statement is tried; a server without the licence view is
+  asked by trying.
+#}
 {% macro require_feature(feature, wanted_by, otherwise) -%}
   {%- set rows = run_query("select available from rw_catalog.rw_features where name = '" ~ feature ~ "'").rows -%}
   {%- if rows and not rows[0][0] -%}

@@ -1,6 +1,6 @@
 {# The expressions that the two engines spell differently. #}
 
-{# Now. On the embedded engine a session may set `prefs.clock` (ISO 8601), which is how tests move time. #}
+{# The present time. On the embedded engine a session may set `prefs.clock` (ISO 8601), which tests use to move time. #}
 {% macro clock() -%}
   {{ return(adapter.dispatch("clock")()) }}
 {%- endmacro %}
@@ -14,7 +14,7 @@
 {%- endmacro %}
 
 
-{# bytea → jsonb, NULL where the bytes are not UTF-8 or not JSON. #}
+{# bytea → jsonb, NULL if the bytes are not UTF-8 or not JSON. #}
 {% macro json_of(bytes) -%}
   {{ return(adapter.dispatch("json_of")(bytes)) }}
 {%- endmacro %}
@@ -23,13 +23,13 @@
   {{ target.schema }}.prefs_json({{ bytes }})
 {%- endmacro %}
 
-{# U+0000 is no text on PostgreSQL, nor for whoever reads one from RisingWave, which takes its escape all the same. #}
+{# PostgreSQL cannot store U+0000 as text, nor can clients that read one from RisingWave, which accepts its escape. #}
 {% macro risingwave__json_of(bytes) -%}
   case when convert_from({{ bytes }}, 'utf8') !~ '(^|[^\\])(\\\\)*\\u0000' then convert_from({{ bytes }}, 'utf8')::jsonb end
 {%- endmacro %}
 
 
-{# bytea → text for people, never NULL for non-NULL bytes. #}
+{# bytea → text for display, never NULL for non-NULL bytes. #}
 {% macro text_of(bytes) -%}
   {{ return(adapter.dispatch("text_of")(bytes)) }}
 {%- endmacro %}
@@ -44,9 +44,9 @@
 
 
 {#
-  A JSON number of the field as text without exponent and without needless zeros, NULL where it is too large for any
-  field. PostgreSQL holds 1e131071 in 12 bytes and shows it in 131,072, so its value is asked first. RisingWave holds a
-  number that is no 64-bit integer as a double, and shows a large or small one with an exponent.
+  A JSON number of the field as text without exponent and redundant zeros, NULL if it is too large for any field.
+  PostgreSQL stores 1e131071 in 12 bytes and prints it in 131,072, so its value is checked first. RisingWave stores a
+  number that is not a 64-bit integer as a double, and prints a large or small one with an exponent.
 #}
 {% macro measuring_number(name) -%}
   {{ return(adapter.dispatch("measuring_number")(name)) }}
@@ -63,8 +63,8 @@
 
 
 {#
-  The same of a number that names something, where one digit less is another thing: whole numbers up to 64 bits. What
-  RisingWave holds as a double beyond 2^53 may be another number than was sent, so it is NULL there.
+  The same for a number that is an identifier, where one lost digit means another entity: whole numbers up to 64 bits.
+  RisingWave's doubles beyond 2^53 may differ from the number that was sent, so they are NULL there.
 #}
 {% macro identifying_number(name) -%}
   {{ return(adapter.dispatch("identifying_number")(name)) }}
@@ -86,8 +86,8 @@
 
 
 {#
-  text that is a number with an exponent → numeric, NULL where too large. RisingWave reads none with more than 28 digits
-  in all, so it goes by way of a double there, and what is too small to be seen in any field is 0.
+  text that is a number with an exponent → numeric, NULL if too large. RisingWave parses at most 28 digits, so the
+  number is converted through a double there, and a number too small for any field becomes 0.
 #}
 {% macro scientific_number(text) -%}
   {{ return(adapter.dispatch("scientific_number")(text)) }}
@@ -105,7 +105,7 @@
 {%- endmacro %}
 
 
-{# text that already looks like a timestamp → timestamptz, NULL where the calendar has no such moment. #}
+{# text in the form of a timestamp → timestamptz, NULL if the calendar has no such moment. #}
 {% macro calendar_timestamp(text) -%}
   {{ return(adapter.dispatch("calendar_timestamp")(text)) }}
 {%- endmacro %}
@@ -128,7 +128,7 @@
   ('x' || left(md5({{ text }}), 15))::bit(60)::bigint
 {%- endmacro %}
 
-{# RisingWave has no bit strings: the digits are read one by one. #}
+{# RisingWave has no bit strings: the digits are converted one by one. #}
 {% macro risingwave__row_hash(text) -%}
   (
     {%- for digit in range(1, 16) %}
@@ -155,8 +155,8 @@
 
 
 {#
-  Ends a CTE whose columns are expensive and used more than once. PostgreSQL would merge it into its reader and
-  compute each column again wherever it is named: minutes instead of seconds for 200,000 messages.
+  Ends a CTE whose columns are expensive and used more than once. PostgreSQL would merge it into its reader and compute
+  each column again at each use: minutes instead of seconds for 200,000 messages.
 #}
 {% macro computed_once() -%}
   {{ return(adapter.dispatch("computed_once")()) }}
@@ -169,7 +169,7 @@
 {% macro risingwave__computed_once() -%}
 {%- endmacro %}
 
-{# A value as a text literal of SQL: what comes from the environment may hold a quote. #}
+{# A value as a text literal of SQL; values from the environment may contain a quote. #}
 {% macro text_literal(value) -%}
   {{ return("'" ~ value | string | replace("'", "''") ~ "'") }}
 {%- endmacro %}

@@ -1,26 +1,26 @@
 {#
-  Kafka on RisingWave. A feed is a source, which stores nothing, and a sink of it into the topic's raw table. So a
-  feed can be recreated, with other brokers, credentials or after its topic was recreated, and no row and no view
-  on the raw table is touched: what the table holds already wins over what is read a second time.
+  Kafka on RisingWave. A feed is a source, which stores nothing, and a sink from it into the topic's raw table. So a
+  feed can be recreated, with other brokers or credentials or after its topic was recreated, without changing a row or
+  view of the raw table: an existing row takes precedence over a second reading of it.
 #}
 
-{# The brokers, empty where there is no Kafka. #}
+{# The brokers, empty without Kafka. #}
 {% macro kafka_bootstrap() -%}
   {{ return(env_var("PREFS_KAFKA_BOOTSTRAP", "")) }}
 {%- endmacro %}
 
-{# The topic's name in Kafka; PREFS_KAFKA_TOPIC_USER_EVENTS and the like change it. #}
+{# The topic's name in Kafka, from PREFS_KAFKA_TOPIC_USER_EVENTS and the like. #}
 {% macro kafka_topic(topic) -%}
   {%- set variable = "PREFS_KAFKA_TOPIC_" ~ topic | replace(".", "_") | replace("-", "_") | upper -%}
   {%- set name = env_var(variable, topic) or topic -%}
-  {#- `${…}` in it would be taken for what is put in when the statement runs. -#}
+  {#- `${…}` in it would be replaced when the statement runs. -#}
   {%- if not modules.re.fullmatch("[A-Za-z0-9._-]{1,249}", name) -%}
     {{ exceptions.raise_compiler_error(variable ~ "=" ~ name ~ " is no Kafka topic: use letters, digits, `.`, `_` and `-`") }}
   {%- endif -%}
   {{ return(name) }}
 {%- endmacro %}
 
-{# The connector's options; what is secret, or long, is named and put in when the statement runs. #}
+{# The connector's options; secret or long values are only named, and inserted when the statement runs. #}
 {% macro kafka_options(topic) -%}
   {%- set protocol = env_var("PREFS_KAFKA_SECURITY_PROTOCOL", "") or "PLAINTEXT" -%}
   {%- set mechanism = env_var("PREFS_KAFKA_SASL_MECHANISM", "") -%}
@@ -64,7 +64,7 @@
   {{ return(options | join(",\n  ")) }}
 {%- endmacro %}
 
-{# The same that our own clients refuse: librdkafka would go on without what does not fit. #}
+{# The same options that our own clients reject: librdkafka would silently ignore unsuitable ones. #}
 {% macro refuse_kafka_contradictions(protocol, mechanism) -%}
   {%- if protocol.startswith("SASL") != (mechanism != "") -%}
     {{ exceptions.raise_compiler_error(
@@ -80,8 +80,8 @@
 {%- endmacro %}
 
 {#
-  The two statements of a feed. `${generation}` and `${unread}` are put in when they run: the one tells a topic that
-  was recreated from the one before it, the other leaves out what the raw table holds already.
+  The two statements of a feed. `${generation}` and `${unread}` are replaced when they run: the first distinguishes a
+  recreated topic from the earlier one, the second excludes rows that the raw table already holds.
 #}
 {% macro kafka_feed(topic, raw) -%}
 {%- set sink = this.incorporate(path={"identifier": this.identifier ~ "_feed"}) -%}
@@ -112,7 +112,7 @@ from {{ this }}
 where ${unread}
 {%- endmacro %}
 
-{# What `${generation}` stands for: nothing for a topic's first generation, `#2` for its second. #}
+{# The value of `${generation}`: empty for a topic's first generation, `#2` for its second. #}
 {% macro kafka_generation(topic) -%}
   {%- set rows = run_query(
     "select generation from " ~ target.schema ~ ".kafka_topics where kafka_topic = " ~ text_literal(kafka_topic(topic))
@@ -145,11 +145,13 @@ where ${unread}
     {%- set held = held_offsets(raw, source) -%}
     {%- set create_source = with_credentials(started_at(statements[0], raw, source, held, generation)) -%}
     {%- set create_sink = statements[1] | replace("${unread}", unread(held)) -%}
-    {#- What a run left that ended between making the new source and naming it. -#}
+    {#- A leftover of a run that ended between creating the new source and renaming it. -#}
     {%- set shadow = this.incorporate(path={"identifier": this.identifier ~ "_next"}, type="source") -%}
     {% do run_query("drop source if exists " ~ shadow) %}
     {%- if there or feeding -%}
-      {#- As a shadow of the old one first: a topic or a credential that is wrong leaves the old feed at work. -#}
+      {#-
+        Created as a shadow of the old feed first: with a wrong topic or credential, the old feed continues to work.
+      -#}
       {% do run_query(create_source | replace("create source " ~ this, "create source " ~ shadow)) %}
       {% do run_query("drop sink if exists " ~ sink) %}
       {% do run_query("drop source if exists " ~ relation) %}
@@ -164,7 +166,7 @@ where ${unread}
   {{ return({"relations": [relation]}) }}
 {% endmaterialization %}
 
-{# Partition → the newest offset of a source that the raw table holds or held. #}
+{# Partition → the newest offset of a source that the raw table holds or has held. #}
 {% macro held_offsets(raw, source) -%}
   {%- set progress = api.Relation.create(database=target.dbname, schema=target.schema, identifier="ingest_progress") -%}
   {%- if risingwave__get_relation_without_caching(progress) -%}
@@ -180,8 +182,8 @@ where ${unread}
 {%- endmacro %}
 
 {#
-  Where raw rows expire, the first of a key no longer stands in the way of a second reading, so that it is left out
-  by its offset.
+  If raw rows expire, the first row of a key no longer prevents a second reading of it, so the row is excluded by its
+  offset.
 #}
 {% macro unread(held) -%}
   {%- if not held -%}{{ return("true") }}{%- endif -%}
@@ -191,8 +193,9 @@ where ${unread}
 {%- endmacro %}
 
 {#
-  The source's statement with its start. `earliest` always is one. `latest` is where a first feed of a topic starts; one
-  that is recreated goes back to what it has already, and a recreated topic has nothing too old to read.
+  The source's statement with its start. `earliest` is used as it is. `latest` applies only to the first feed of a
+  topic: a recreated feed continues after the rows that the raw table has, and a recreated topic is read from its
+  beginning.
 #}
 {% macro started_at(statement, raw, source, held, generation) -%}
   {%- set latest = "scan.startup.mode = 'latest'" -%}

@@ -1,7 +1,7 @@
 {#
-  Kept views: how the embedded engine has what RisingWave calls a materialized view. `name` is a table, and
-  `name__query` the view that says what the table has to hold. Who changes one remembers who reads it: a reader that
-  was not made again since is pending, and the follower (dagster_prefs/live) does it.
+  Kept views: the embedded engine's form of RisingWave's materialized views. `name` is a table, and `name__query` the
+  view that defines its rows. A process that changes a relation marks its readers as pending: the follower
+  (dagster_prefs/live) then rebuilds those that were not updated meanwhile.
 #}
 {% macro query_suffix() -%}
   {{ return("__query") }}
@@ -33,9 +33,12 @@
 
 {#
   `prefs_readers(relation)`: the kept views and sinks that read a relation, directly or through plain views.
-  `prefs_changed(relation)`: it changed as a whole, so that they are pending and it itself is not.
+
+  `prefs_changed(relation)`: mark its readers as pending, and itself as not pending, because it changed as a whole.
+
   `prefs_rebuild(relation)`: write the difference between a kept view and its query, and return the number of rows.
-  `prefs_write_difference(kept, query)`: the writing alone, where there are rows already.
+
+  `prefs_write_difference(kept, query)`: write the difference to a view that already has rows.
 #}
 {% macro kept_views_ddl() -%}
   create table if not exists {{ target.schema }}.live_pending (
@@ -174,8 +177,8 @@
 {%- endmacro %}
 
 {#
-  Have every later change of a table's rows noted in the writer's own transaction, and the follower woken. Of a raw table
-  only what changes in place: what arrives is noted as arrivals.
+  Note every later change of a table's rows in the writer's own transaction, and wake the follower. For a raw table,
+  only changes in place are noted: new rows are noted as arrivals.
 #}
 {% macro note_changes(relation) -%}
   {%- set raw = config.get("meta", {}).get("arrivals") -%}
@@ -210,7 +213,7 @@
   {%- endfor %}
 {%- endmacro %}
 
-{# Whether a kept view reads the model at hand. #}
+{# Whether a kept view reads the current model. #}
 {% macro is_read_by_views() -%}
   {%- for node in graph.nodes.values() if node.resource_type == "model" and model.unique_id in node.depends_on.nodes and node.config.materialized == "materialized_view" -%}
     {{ return(true) }}

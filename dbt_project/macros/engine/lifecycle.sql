@@ -1,6 +1,6 @@
 {#
-  What happens around a run: the few objects that are not models, ownership of relations, and the record of
-  what is deployed. `deployments` lives in the engine itself, so that bare dbt, Dagster and `prefs` agree.
+  The setup of a run: the few objects that are not models, the ownership of relations, and the record of deployed
+  relations. `deployments` is stored in the engine itself, so that bare dbt, Dagster and `prefs` agree.
 #}
 
 {% macro deployments_ddl() -%}
@@ -16,7 +16,7 @@
   )
 {%- endmacro %}
 
-{# One number for every refresh and every change of a relation in this database. #}
+{# The lock that every refresh and every change of a relation in this database takes. #}
 {% macro engine_lock() -%}
   {% call statement("engine_lock", auto_begin=true) %}
     select pg_advisory_xact_lock(hashtext('dagster-prefs'), hashtext('{{ target.schema }}'))
@@ -34,7 +34,9 @@
   {%- endif -%}
 {%- endmacro %}
 
-{# Refuse a server that is older than the project needs, before anything is made (dagster_prefs/engine/version.py). #}
+{#
+  Refuse a server that is older than the project requires, before anything is created (dagster_prefs/engine/version.py).
+#}
 {% macro postgres__require_version() -%}
 {%- endmacro %}
 
@@ -51,7 +53,7 @@
   {%- endif -%}
 {%- endmacro %}
 
-{# dbt makes a missing schema before any hook of ours runs. #}
+{# dbt creates a missing schema before any of our hooks run. #}
 {% macro risingwave__create_schema(relation) -%}
   {% do risingwave__require_version() %}
   {% call statement("create_schema") %}
@@ -60,8 +62,8 @@
 {%- endmacro %}
 
 {#
-  The two functions catch what bad bytes raise and nothing else, and keep out of parallel plans: inside one, while a
-  materialized view is refreshed, their exception block itself fails, and every event came out as not valid JSON.
+  The two functions catch only the errors of invalid bytes, and are excluded from parallel plans: inside one, while a
+  materialized view is refreshed, their exception block itself fails, and every event was then rejected as invalid JSON.
 #}
 {% macro postgres__prepare_engine() -%}
   {% call statement("prepare_engine", auto_begin=false) %}
@@ -95,7 +97,7 @@
   {% do run_query(deployments_ddl()) %}
 {%- endmacro %}
 
-{# The tables that are not models must be ours by their columns, because nothing else records them. #}
+{# The tables that are not models are recognised by their columns, because nothing else records them. #}
 {% macro refuse_impostors() -%}
   {%- set foreign = [] -%}
   {%- for name, columns in {
@@ -117,13 +119,13 @@
   {%- if foreign -%}{{ refuse_foreign(foreign) }}{%- endif -%}
 {%- endmacro %}
 
-{# A relation of a model's name that no deployment made is somebody else's: it is never touched. #}
+{# A relation with a model's name that no deployment created belongs to someone else: it is never changed. #}
 {% macro refuse_foreign_relations() -%}
   {%- set there = [] -%}
   {%- for row in list_relations_without_caching(api.Relation.create(database=target.database, schema=target.schema)) -%}
     {%- do there.append(row["name"]) -%}
   {%- endfor -%}
-  {#- Read second: what another run makes in between was announced before it was made. #}
+  {#- Read second: a relation that another run creates meanwhile was announced before it was created. #}
   {%- set ours = run_query("select relation from " ~ target.schema ~ ".deployments").columns[0].values() | list -%}
   {%- set foreign = [] -%}
   {%- for node in graph.nodes.values() if node.resource_type == "model" and node.alias in there and node.alias not in ours and node.alias != "deployments" -%}
@@ -140,19 +142,21 @@
 {%- endmacro %}
 
 {#
-  A model's SQL without the name of the database, which a copy or a restored backup may change, and without what
-  `prefs apply` puts behind the names of shadow relations.
+  A model's SQL without the database's name, which differs in a copy or a restored backup, and without the suffix that
+  `prefs apply` adds to the names of shadow relations.
 #}
 {% macro portable_definition() -%}
   {{ return(modules.re.sub('__next_[0-9a-f]{8}"', '"', sql | trim | replace(adapter.quote(target.dbname) ~ ".", ""))) }}
 {%- endmacro %}
 
-{# What identifies a model's definition: its SQL and its indexes. #}
+{# The checksum of a model's definition: its SQL and its indexes. #}
 {% macro definition_checksum() -%}
   {{ return(local_md5(portable_definition() ~ "\n" ~ tojson(config.get("indexes", [])))) }}
 {%- endmacro %}
 
-{# Say who makes a relation before it is made, so that a crash between the two leaves nothing without an owner. #}
+{#
+  Record a relation's owner before it is created, so that a crash between the two leaves no relation without an owner.
+#}
 {% macro announce_deployment() -%}
   {%- if execute and load_relation(this) is none -%}
     {{ write_deployment("creating", none) }}
@@ -162,8 +166,8 @@
 {%- endmacro %}
 
 {#
-  Record what now runs. A model that was skipped although its SQL changed keeps its old record; where it was skipped
-  because nothing changed, the contract beside it may have.
+  Record the deployed relation. A model that was skipped although its SQL changed keeps its old record; if it was
+  skipped because nothing changed, its contract may still have changed.
 #}
 {% macro record_deployment() -%}
   {%- if execute and load_result("main") -%}
@@ -183,7 +187,7 @@
   {%- endif -%}
 {%- endmacro %}
 
-{# What a domain's view promises from now on: the parts of the manifest that the serving contract is built from. #}
+{# The serving contract of a domain's view: the parts of the manifest from which the contract is built. #}
 {% macro record_contract() -%}
   {%- if config.get("meta", {}).get("domain") -%}
     {{ adapter.dispatch("upsert_deployment")(deployment_values("contract:" ~ this.identifier, "contract", none, none, tojson(contract_fragment()), "deployed")) }}
@@ -194,7 +198,10 @@
 
 {% macro contract_fragment() -%}
   {%- set fragment = {"exposures": {}, "nodes": {}} -%}
-  {#- `prefs generate` resolves what declarations leave out: the contract's head, and the domain that each sink publishes. -#}
+  {#-
+    `prefs generate` fills in the defaults of declarations: the contract's head, and the domain that each sink
+    publishes.
+  -#}
   {%- set found = namespace(domain=config.get("meta").domain) -%}
   {%- for id, node in graph.nodes.items() if node.resource_type == "model" -%}
     {%- if node.config.meta.contract -%}

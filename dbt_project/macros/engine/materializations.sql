@@ -1,11 +1,11 @@
 {#
-  The materializations of the embedded engine. RisingWave's own come from dbt-risingwave under the same names,
-  so a model says `materialized_view`, `table_with_connector` or `sink` and runs on both. Only its sink is ours,
-  because dbt-risingwave's writes the statement, credentials included, to dbt's target folder.
+  The materializations of the embedded engine. RisingWave's own come from dbt-risingwave under the same names, so a
+  model's `materialized_view`, `table_with_connector` or `sink` runs on both. Only RisingWave's sink is ours, because
+  dbt-risingwave writes its statement, credentials included, to dbt's target folder.
 #}
 
 {#
-  What stands in the catalog under this name: kind (`k` is a kept view, else PostgreSQL's relkind), and the checksum of
+  The object in the catalog with this name: kind (`k` is a kept view, else PostgreSQL's relkind), and the checksum of
   the deployed definition.
 #}
 {% macro deployed_state(relation) -%}
@@ -19,9 +19,9 @@
 {%- endmacro %}
 
 {#
-  A relation and every view on it, direct or not, nearest first, with all that is needed to make them again:
-  definition, indexes, comments, grants. The relation itself is the first row, at depth 0. Of a kept view the
-  reader is its query, and what stands on it stands on its table.
+  A relation and every view on it, direct or indirect, nearest first, with everything needed to recreate them:
+  definition, indexes, comments, grants. The relation itself is the first row, at depth 0. The reader of a kept view is
+  its query, and dependents of the view depend on its table.
 #}
 {% macro dependents_of(relation) -%}
   {{ return(run_query("
@@ -70,7 +70,7 @@
   ").rows) }}
 {%- endmacro %}
 
-{# The statements that make a relation of a kind from a query, and that drop one. #}
+{# The statements that create a relation of a kind from a query, and that drop one. #}
 {% macro create_statement(kind, name, query, definition) -%}
   {%- if kind == "kept view" -%}
     create view {{ query }} as {{ definition }}; create table {{ name }} as select * from {{ query }}
@@ -88,10 +88,10 @@
 {%- endmacro %}
 
 {#
-  The statement that makes a dropped dependent again. Where its old definition no longer fits, the one of its model
-  is tried, which `prefs apply` leaves in `deployments`: no reader then finds the dependent missing until its own turn,
-  and a `select *` follows its relation. Where neither fits, the change is refused and rolled back, unless this run is
-  going to make the dependent from a changed definition anyway.
+  The statement that recreates a dropped dependent. If its old definition no longer fits, the one of its model is tried,
+  which `prefs apply` stores in `deployments`: so the dependent is not missing until its own turn, and a `select *`
+  follows its relation. If neither fits, the change is refused and rolled back, unless this run will recreate the
+  dependent from a changed definition anyway.
 #}
 {% macro remake_statement(relation, row) -%}
   {%- set coming = run_query(
@@ -103,7 +103,7 @@
     {%- set here.changed = here.selected and run_query(
       "select 1 from " ~ target.schema ~ ".deployments where relation = '" ~ node.alias ~ "' and source_checksum = '" ~ node.checksum.checksum ~ "'"
     ).rows | length == 0 -%}
-    {#- A sink's view was remembered with the columns of then, and is to have those of now. #}
+    {#- A sink's view was stored with its earlier columns, and needs the current ones. #}
     {%- if node.config.materialized == "sink" and model.unique_id in node.depends_on.nodes -%}
       {%- set here.definition = dynamodb_sink(relation) -%}
     {%- endif -%}
@@ -138,8 +138,8 @@
 {%- endmacro %}
 
 {#
-  Drop a view with all that stands on it, and give the statements that make the latter again. The furthest goes first:
-  so do the locks of who reads it, and the other way round the two would wait for each other.
+  Drop a view with all its dependents, and return the statements that recreate them. The most distant dependent is
+  dropped first: readers lock in that order too, and the opposite order would deadlock.
 #}
 {% macro drop_and_remember(relation) -%}
   {%- set again = [] -%}
@@ -157,7 +157,7 @@
   {{ return(again) }}
 {%- endmacro %}
 
-{# PostgreSQL lets a view have any columns, so the contract is checked against the catalog. #}
+{# PostgreSQL accepts any columns in a view, so the contract is checked against the catalog. #}
 {% macro check_contract(relation) -%}
   {%- if config.get("contract") and config.get("contract").enforced -%}
     {%- set there = [] -%}
@@ -191,8 +191,8 @@
 {%- endmacro %}
 
 {#
-  Make or replace a view; whatever stood on the old one is recreated in the same transaction. The rows of a kept view are
-  computed beside the old one, which readers have until it is dropped.
+  Create or replace a view; its dependents are recreated in the same transaction. The rows of a kept view are computed
+  next to the old view, which serves readers until it is dropped.
 #}
 {% macro put_view(relation, kind, state) -%}
   {%- set built = relation.incorporate(path={"identifier": relation.identifier ~ "__built"}) if state and kind == "kept view" else none -%}
@@ -217,9 +217,9 @@
 {%- endmacro %}
 
 {#
-  A materialized view of the embedded engine is a table and the view of its query (kept.sql), because PostgreSQL can only
-  compute its own from everything. A run of its model compares all rows with the query's; the follower, those of the keys
-  that changed.
+  A materialized view of the embedded engine is a table and the view of its query (kept.sql), because PostgreSQL can
+  only compute its own materialized views from scratch. A run of its model compares all rows with those of the query;
+  the follower compares the rows of the changed keys.
 #}
 {% materialization materialized_view, adapter='postgres' %}
   {%- set relation = this.incorporate(type="table") -%}
@@ -247,7 +247,7 @@
   {{ return({"relations": [relation]}) }}
 {% endmaterialization %}
 
-{# A plain view needs no refresh: it is made where it is missing or its definition changed. #}
+{# A plain view needs no refresh: it is created if it is missing or its definition changed. #}
 {% macro put_plain_view(relation) -%}
   {%- set state = deployed_state(relation) -%}
   {%- if state and state[0] == "v" and state[1] == definition_checksum() -%}
@@ -270,7 +270,7 @@
   {{ return({"relations": [relation]}) }}
 {% endmaterialization %}
 
-{# What the publisher reads: a view of the items, and the table that remembers what was published. #}
+{# The relations of the publisher: a view of the items, and the table of published items. #}
 {% materialization sink, adapter='postgres' %}
   {%- set relation = this.incorporate(type="view") -%}
   {{ run_hooks(pre_hooks, inside_transaction=False) }}
@@ -287,7 +287,7 @@
   {{ return({"relations": [relation]}) }}
 {% endmaterialization %}
 
-{# A table that holds what arrived: made once, never replaced, whatever flags a run has. #}
+{# A table of arrived messages: created once, never replaced, whatever flags a run has. #}
 {% materialization table_with_connector, adapter='postgres' %}
   {%- set relation = this.incorporate(type="table") -%}
   {{ run_hooks(pre_hooks, inside_transaction=False) }}
@@ -319,12 +319,12 @@
   {{ return(made_once("sink")) }}
 {% endmaterialization %}
 
-{# Whole statements, as sinks are: what retains changes, and for how long, is part of what is compared and recorded. #}
+{# Whole statements, like sinks: the retention of changes is part of the compared and recorded definition. #}
 {% materialization subscription, adapter='risingwave' %}
   {{ return(made_once("subscription")) }}
 {% endmaterialization %}
 
-{# What RisingWave neither replaces nor alters: created where it is missing, recreated only on a full refresh. #}
+{# Objects that RisingWave can neither replace nor alter: created if missing, recreated only on a full refresh. #}
 {% macro made_once(kind) -%}
   {%- set relation = this.incorporate(type=kind) -%}
   {%- set there = risingwave__get_relation_without_caching(relation) -%}

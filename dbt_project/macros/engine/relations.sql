@@ -1,8 +1,8 @@
 {# The DDL that differs by engine: raw event tables, kept tables, DynamoDB sinks. #}
 
 {#
-  The raw table of a topic: each message as it came, keyed by source, partition and offset.
-  On RisingWave with Kafka the topic's feed fills it (kafka.sql); it takes INSERT everywhere.
+  The raw table of a topic: each message unchanged, keyed by source, partition and offset. On RisingWave with Kafka the
+  topic's feed fills it (kafka.sql); it accepts INSERT everywhere.
 #}
 {% macro raw_event_table(topic) -%}
   {{ return(adapter.dispatch("raw_event_table")(topic)) }}
@@ -21,8 +21,8 @@ create table {{ this }} (
 {%- endmacro %}
 
 {#
-  The first row of a key stays, so that a message which is read a second time changes nothing. RisingWave deletes rows
-  by age in append-only tables only; it tells no view, which keeps what it counted.
+  The first row of a key stays, so that a second reading of a message changes nothing. RisingWave deletes rows by age
+  only in append-only tables; views are not told of it and keep what they counted.
 #}
 {% macro risingwave__raw_event_table(topic) -%}
 {%- set retention = env_var("PREFS_RAW_RETENTION_SECONDS", "") -%}
@@ -54,9 +54,10 @@ create table {{ this }} (
 {%- endmacro %}
 
 {#
-  An index on the column that freshness reads the newest value of (`meta.time`, or a topic's time), newest first, with the columns that the
-  reading filters by (`meta.time_include`), so that a look costs the same however many rows there are. It is made where it
-  is missing, without a rebuild. RisingWave copies every column into an index that includes none by name.
+  An index, newest first, on the column whose newest value freshness reads (`meta.time`, or a topic's time), with the
+  columns by which the reading filters (`meta.time_include`), so that the cost of a reading does not depend on the
+  number of rows. It is created if missing, without a rebuild. RisingWave copies every column into an index that
+  includes none by name.
 #}
 {% macro index_time() -%}
   {%- set meta = config.get("meta", {}) -%}
@@ -80,8 +81,8 @@ create table {{ this }} (
 {%- endmacro %}
 
 {#
-  RisingWave keeps every relation by its key already and knows no unique indexes: one on that key would only be a second
-  copy of the relation. `verdicts` puts two columns behind the key of a parsed relation, which change nothing about that.
+  RisingWave already stores every relation by its key and has no unique indexes: one on that key would only be a second
+  copy of the relation. `verdicts` adds two columns after the key of a parsed relation, which does not change this.
 #}
 {% macro risingwave__create_indexes(relation) -%}
   {%- set key = run_query(
@@ -95,15 +96,18 @@ create table {{ this }} (
 {%- endmacro %}
 
 {#
-  Indexes that change make a changed model, which is told by its checksum (`prefs plan`). The adapter would warn at every
-  run instead, of those that the two macros above make or leave out.
+  A change of indexes changes the model, which its checksum shows (`prefs plan`). The adapter would instead warn at
+  every run about indexes that the two macros above create or omit.
 #}
 {% macro risingwave__get_materialized_view_configuration_changes(existing_relation, new_config) -%}
   {{ return(none) }}
 {%- endmacro %}
 
-{# The sink of one domain of an entity: DDL on RisingWave (a sink, or what the changefeed reads), on the embedded engine a view.
-  `attributes` are those of the items, where the relation's columns are not: it has retired ones, or the key is composite. #}
+{#
+  The sink of one domain of an entity: on RisingWave a sink, or the relation that the changefeed reads; on the embedded
+  engine a view. `attributes` are those of the items if they differ from the relation's columns: some are retired, or
+  the key is composite.
+#}
 {% macro dynamodb_sink(relation, entity, attributes=[]) -%}
   {{ return(adapter.dispatch("dynamodb_sink")(relation, entity, attributes)) }}
 {%- endmacro %}
@@ -147,9 +151,9 @@ with (
 {%- endmacro %}
 
 {#
-  RisingWave's own writing of a training table, for days that one process no longer exports in time. Deletes would come
-  as files that few readers apply, so the sink writes to a branch and the compactor carries whole rows over to main.
-  Catalog and table are those of the export (PREFS_ICEBERG_*), which makes the table beforehand.
+  RisingWave's own sink into a training table, for days that one process cannot export in time. Deletes would be written
+  as files that few readers apply, so the sink writes to a branch and the compactor copies whole rows to main. Catalog
+  and table are those of the export (PREFS_ICEBERG_*), which creates the table beforehand.
 #}
 {% macro iceberg_sink(relation, entity, table, key) -%}
 {%- set catalog = env_var("PREFS_ICEBERG_CATALOG", "glue") -%}
@@ -189,7 +193,7 @@ with (
 )
 {%- endmacro %}
 
-{# dbt reads columns from information_schema, which leaves materialized views out; unit tests need theirs too. #}
+{# dbt reads columns from information_schema, which omits materialized views; unit tests need theirs too. #}
 {% macro postgres__get_columns_in_relation(relation) -%}
   {% call statement("get_columns_in_relation", fetch_result=True) %}
     select
@@ -208,7 +212,7 @@ with (
   {{ return(sql_convert_columns_in_relation(load_result("get_columns_in_relation").table)) }}
 {%- endmacro %}
 
-{# RisingWave comments on tables and materialized views only. #}
+{# RisingWave supports comments on tables and materialized views only. #}
 {% macro risingwave__persist_docs(relation, model, for_relation=true, for_columns=true) -%}
   {%- if relation.type != "view" -%}
     {{ default__persist_docs(relation, model, for_relation, for_columns) }}

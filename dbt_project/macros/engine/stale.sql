@@ -1,7 +1,8 @@
 {#
-  Refuse what `prefs generate` has not seen: the registry, and with it everything outside dbt, would silently differ from
-  what runs. `prefs` compares files; dbt compares what it is about to run with the hashes in the generated macro
-  `declared_hashes` (dagster_prefs/declarations/declared.py). What varies by environment is in none of them.
+  Refuse a project that `prefs generate` has not processed: the registry, and with it everything outside dbt, would
+  silently differ from what runs. `prefs` compares files; dbt compares what it is about to run with the hashes in the
+  generated macro `declared_hashes` (dagster_prefs/declarations/declared.py). Values that vary by environment are in
+  none of the hashes.
 #}
 {% macro refuse_stale() -%}
   {%- if declared_hashes is not defined -%}
@@ -41,7 +42,7 @@
   {%- endif -%}
 {%- endmacro %}
 
-{# As dbt judges whether a file has changed, which keeps what it parsed before of one that differs in blanks alone. #}
+{# Like dbt's own comparison of files, which treats files that differ only in blanks as unchanged. #}
 {% macro whitespace_free_md5(text) -%}
   {{ return(local_md5(text.split() | join(" "))) }}
 {%- endmacro %}

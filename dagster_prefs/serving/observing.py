@@ -1,0 +1,265 @@
+"""What the clients tell about their reads, to whoever counts or traces them; to nobody by default.
+
+An observer is told of each call of a client and of each attempt within it. `ReadCounts` counts them without any further
+package, `dagster_prefs.serving.prometheus` shows its counts to Prometheus, and `dagster_prefs.serving.telemetry` makes
+spans and metrics of OpenTelemetry.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol, TypeVar
+
+from dagster_prefs.dynamodb.reader import Attempted, Attempts
+from dagster_prefs.errors import PrefsError
+
+C = TypeVar("C")
+T = TypeVar("T")
+
+# Upper bounds of the buckets of every histogram of latencies, seconds.
+LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+
+FOUND, COLD_START, FAILED = "found", "cold_start", "error"
+
+# Errors without a `kind` of their own, by their class, which this module need not import: with the engine's errors
+# would come its driver.
+_KINDS = {
+    "ItemError": "item",
+    "EngineBusy": "busy",
+    "EngineUnavailable": "unavailable",
+    "PreferencesUnavailable": "unavailable",
+}
+# Those of a caller who asked for something impossible: nothing was read.
+_OF_CALLERS = frozenset({"ProfileError", "ContractError", "PreferenceError"})
+
+
+class Outcome(NamedTuple):
+    """How one domain was read: `found`, `cold_start` or `error`, and then the error's kind, else an empty text.
+
+    A domain that failed and is answered with cold-start values is an `error`.
+    """
+
+    domain: str
+    state: str
+    kind: str = ""
+
+
+class Call(Attempts, Protocol):
+    """One call of a client, while it runs."""
+
+    def end(self, outcomes: Mapping[Outcome, int], partial: int) -> None:
+        """The call ended: how often each outcome occurred, and how many profiles lack a domain."""
+        ...
+
+
+class Observer(Protocol):
+    """Is told of every call of a client, from many threads. It must be quick, and raise nothing."""
+
+    def call(self, entity: str, operation: str) -> Call:
+        """A call begins: of which entity, and which method of the client."""
+        ...
+
+
+class RequestSpan(Protocol):
+    """The trace of one request to the feature server."""
+
+    def end(self, route: str, status: int) -> None:
+        """The request was answered: its route without values, and the HTTP status."""
+        ...
+
+
+class RequestSpans(Protocol):
+    """Begins the trace of each request, in the trace that its headers name."""
+
+    def start(self, method: str, headers: Iterable[tuple[bytes, bytes]]) -> RequestSpan:
+        """A request arrives. What runs in its context from now on belongs to it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What a feature server shows of itself: the counts of its clients' reads, and the traces of its requests."""
+
+    counts: ReadCounts | None = None
+    spans: RequestSpans | None = None
+
+
+def telemetry_is_on(environment: Mapping[str, str]) -> bool:
+    """Whether OpenTelemetry's own variables ask for traces or metrics: an endpoint, or an exporter other than none."""
+    if environment.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+        return False
+    if any(environment.get(f"OTEL_EXPORTER_OTLP_{signal}ENDPOINT") for signal in ("", "TRACES_", "METRICS_")):
+        return True
+    exporters = (environment.get(f"OTEL_{signal}_EXPORTER", "") for signal in ("TRACES", "METRICS"))
+    return any(exporter.strip().lower() not in ("", "none") for exporter in exporters)
+
+
+@dataclass
+class Histogram:
+    """Seconds in the buckets of LATENCY_BUCKETS; the last count is of those beyond."""
+
+    buckets: list[int] = field(default_factory=lambda: [0] * (len(LATENCY_BUCKETS) + 1))
+    seconds: float = 0.0
+
+    def add(self, seconds: float) -> None:
+        """Count one duration."""
+        self.buckets[bisect_left(LATENCY_BUCKETS, seconds)] += 1
+        self.seconds += seconds
+
+    def cumulative(self) -> list[tuple[str, int]]:
+        """Prometheus' buckets: upper bound as text, and the number of durations up to it."""
+        total, found = 0, []
+        for bound, count in zip((*map(str, LATENCY_BUCKETS), "+Inf"), self.buckets, strict=True):
+            total += count
+            found.append((bound, total))
+        return found
+
+
+@dataclass
+class Counts:
+    """What ReadCounts has counted.
+
+    `reads` by entity and outcome, `partial` profiles by entity, `attempts` by entity and the worst that happened to
+    one (`ok` or the kind of an error), `seconds` by entity and operation.
+    """
+
+    reads: Counter[tuple[str, Outcome]] = field(default_factory=Counter)
+    partial: Counter[str] = field(default_factory=Counter)
+    attempts: Counter[tuple[str, str]] = field(default_factory=Counter)
+    seconds: dict[tuple[str, str], Histogram] = field(default_factory=dict)
+
+
+class ReadCounts:
+    """Counts the reads of any number of clients; an observer for their options.
+
+    `ProfileClient(…, options=ClientOptions(observer=counts))`, then `counts.snapshot()`.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts = Counts()
+
+    def call(self, entity: str, operation: str) -> Call:
+        """Count a call that begins now."""
+        return _Counting(self, entity, operation)
+
+    def snapshot(self) -> Counts:
+        """Return a copy of what was counted so far."""
+        with self._lock:
+            now = self._counts
+            return Counts(
+                now.reads.copy(),
+                now.partial.copy(),
+                now.attempts.copy(),
+                {key: Histogram(list(one.buckets), one.seconds) for key, one in now.seconds.items()},
+            )
+
+    def _add(self, ended: _Counting, outcomes: Mapping[Outcome, int], partial: int, seconds: float) -> None:
+        entity = ended.entity
+        with self._lock:
+            counts = self._counts
+            for outcome, number in outcomes.items():
+                counts.reads[entity, outcome] += number
+            counts.partial[entity] += partial
+            for result in ended.results:
+                counts.attempts[entity, result] += 1
+            key = (entity, ended.operation)
+            histogram = counts.seconds.get(key)
+            if histogram is None:
+                histogram = counts.seconds[key] = Histogram()
+            histogram.add(seconds)
+
+
+class _Counting:
+    """A call that is counted when it ends."""
+
+    __slots__ = ("_counts", "_started", "entity", "operation", "results")
+
+    def __init__(self, counts: ReadCounts, entity: str, operation: str) -> None:
+        self._counts = counts
+        self.entity = entity
+        self.operation = operation
+        self.results: list[str] = []
+        self._started = time.perf_counter()
+
+    def attempt(self, number: int, operations: Sequence[str]) -> Attempted:
+        return self._attempted
+
+    def _attempted(self, kinds: Sequence[str]) -> None:
+        self.results.append(kinds[0] if kinds else "ok")
+
+    def end(self, outcomes: Mapping[Outcome, int], partial: int) -> None:
+        self._counts._add(self, outcomes, partial, time.perf_counter() - self._started)
+
+
+def error_kind(error: BaseException) -> str:
+    """Return the kind of an error in a few words that never contain a value of a caller's."""
+    kind = getattr(error, "kind", None)
+    return kind if isinstance(kind, str) else _KINDS.get(type(error).__name__, "other")
+
+
+class _Reading:
+    """The call of the shop client that runs in this context; `found` is whether its user is known."""
+
+    __slots__ = ("call", "found", "number")
+
+    def __init__(self, call: Call | None) -> None:
+        self.call = call
+        self.number = 0
+        self.found = False
+
+
+_READING: ContextVar[_Reading | None] = ContextVar("prefs_reading", default=None)
+
+
+@contextmanager
+def reading(observer: Observer | None, entity: str, domain: str) -> Iterator[_Reading]:
+    """Tell of the block as one call that reads one domain; it sets `found` of what it gets.
+
+    What the block raises is counted, unless it is the caller's own mistake.
+    """
+    if observer is None:
+        yield _Reading(None)
+        return
+    told = _Reading(observer.call(entity, domain))
+    outcomes: dict[Outcome, int] = {}
+    token = _READING.set(told)
+    try:
+        yield told
+        outcomes = {Outcome(domain, FOUND if told.found else COLD_START): 1}
+    except Exception as error:
+        if type(error).__name__ not in _OF_CALLERS or not isinstance(error, PrefsError):
+            outcomes = {Outcome(domain, FAILED, error_kind(error)): 1}
+        raise
+    finally:
+        _READING.reset(token)
+        if told.call is not None:
+            told.call.end(outcomes, 0)
+
+
+def attempting(read: Callable[[C], T], operation: str) -> Callable[[C], T]:
+    """Have each call of `read` told as an attempt of the call that runs in this context; as it is where none runs."""
+    told = _READING.get()
+    if told is None or told.call is None:
+        return read
+    call = told.call
+
+    def attempt(connection: C) -> T:
+        told.number += 1
+        ended = call.attempt(told.number, [operation])
+        try:
+            found = read(connection)
+        except Exception as error:
+            ended([error_kind(error)])
+            raise
+        ended([])
+        return found
+
+    return attempt
