@@ -256,11 +256,15 @@ def _telemetry(counts: ReadCounts) -> tuple[Observer, RequestSpans | None]:
 def why(id_: tuple[str, ...], attribute: str, entity: str | None, as_json: bool) -> None:
     """Compare a served value with its tiles.
 
-    Also shows these tiles, and the latest events.
+    Also shows these tiles, and the latest events. ATTRIBUTE is a domain's (titles_7d, watch.titles_7d), or a column of
+    a preference view (user_category_profile.affinity_score), whose rows are recomputed from the events.
     """
     from dagster_prefs.serving.why import explain_attribute
 
     settings = load_settings()
+    if attribute.rpartition(".")[0] in settings.registry().preferences:
+        _why_view(settings, id_, attribute, as_json=as_json)
+        return
     with profile_client(settings, entity) as client:
         found = explain_attribute(
             EngineConfiguration.of(settings),
@@ -288,3 +292,30 @@ def why(id_: tuple[str, ...], attribute: str, entity: str | None, as_json: bool)
             if rows:
                 shown = [tuple(row.values()) for row in rows]
                 console.print(table_of(f"\n{title}: {relation}", list(rows[0]), shown))
+
+
+def _why_view(settings: Settings, words: tuple[str, ...], name: str, *, as_json: bool) -> None:
+    from dagster_prefs.declarations.lineage import load_lineage
+    from dagster_prefs.serving.why import explain_view
+
+    registry = settings.registry()
+    entity = registry.entity(registry.preferences[name.rpartition(".")[0]].entity)
+    found = explain_view(
+        EngineConfiguration.of(settings),
+        registry,
+        load_lineage(settings.project, registry),
+        id_of(entity, *words),
+        name,
+    )
+    if as_json:
+        print_json(found.as_dict())
+        return
+    differ = "" if found.equal in (True, None) else "   (they differ)"
+    console.print(f"{found.entity} {id_label(found.id)}, {found.relation}.{found.column}{differ}")
+    if found.reason:
+        console.print(f"  not recomputed: {found.reason}")
+    parts = {"Served": found.served, "Recomputed": found.recomputed or ()}
+    parts |= {f"Latest events: {relation}": rows for relation, rows in found.events.items()}
+    for title, rows in parts.items():
+        if rows:
+            console.print(table_of(f"\n{title}", list(rows[0]), [tuple(row.values()) for row in rows]))
