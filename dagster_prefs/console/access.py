@@ -67,6 +67,8 @@ class Grant:
 
 
 EVERYTHING = Grant(frozenset(RIGHTS))
+# What a request may do that did not pass the gate.
+NOTHING = Grant(frozenset())
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import psycopg
 from psycopg import sql
 
-from dagster_prefs.console.access import EVERYTHING, Grant, Right
+from dagster_prefs.console.access import Grant, Right
 from dagster_prefs.console.events import Sender, Sent, compose_event
 from dagster_prefs.console.history import Watcher
 from dagster_prefs.declarations.registry import Entity, Registry, TopicDeclaration
@@ -177,7 +177,7 @@ class Visit:
     """One opened page: what it works with, what its visitor may do, and the parameters of its address."""
 
     console: Console
-    grant: Grant = EVERYTHING
+    grant: Grant
     query: Mapping[str, str] = field(default_factory=dict)
 
     async def sending_refusal(self) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Awaitable, Callable, Sequence
 from functools import wraps
 from typing import Any
@@ -12,11 +11,9 @@ from fastapi import Request
 from nicegui import ui
 from nicegui.elements.mixins.text_element import TextElement
 
-from dagster_prefs.console.access import EVERYTHING, GRANT, SIGN_OUT
+from dagster_prefs.console.access import GRANT, NOTHING, SIGN_OUT
 from dagster_prefs.console.context import Console, Page, Visit
 from dagster_prefs.errors import PrefsError
-
-log = logging.getLogger("dagster_prefs.console")
 
 # A page that is built needs no longer; what takes time is read after it was shown.
 BUILD_SECONDS = 10.0
@@ -79,7 +76,7 @@ def add_pages(console: Console, pages: Sequence[Page]) -> None:
         )
 
     async def root(request: Request) -> None:
-        rights = getattr(request.state, GRANT, EVERYTHING).rights
+        rights = getattr(request.state, GRANT, NOTHING).rights
         page = next((one for one in shown if one.right in rights), shown[0])
         await framed[page.path](request)
 
@@ -88,7 +85,7 @@ def add_pages(console: Console, pages: Sequence[Page]) -> None:
 
 def _framed(console: Console, page: Page, pages: Sequence[Page]) -> Callable[[Request], Awaitable[None]]:
     async def show(request: Request) -> None:
-        grant = getattr(request.state, GRANT, EVERYTHING)
+        grant = getattr(request.state, GRANT, NOTHING)
         ui.add_css(STYLE)
         ui.add_body_html(KEEP_DARK)
         with ui.element("nav").classes("bar").props('aria-label="Pages"'):
