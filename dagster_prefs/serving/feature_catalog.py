@@ -2,7 +2,7 @@
 
 Not the shop's catalogue of items (`catalogue`). Everything follows from the registry, the lineage and the project's
 YAML; example values come from the engine, where one is asked. A personal value is never an example: the keys of
-people, the identities of their events, fields that are declared `pii`, and what is made from one of these.
+people, the identities of their events, what is declared `pii` of a topic or tile, and what is made from one of these.
 """
 
 from __future__ import annotations
@@ -428,12 +428,15 @@ class _Builder:
 
     def is_personal(self, column: Column) -> bool:
         """Return whether a column identifies people, or is made from what does."""
-        fields_ = self.lineage.fields(column)
-        return any(self._personal(one) for one, kinds in fields_.items() if kinds & VALUES) or any(
-            column.name in entity.key_names for entity in self.registry.entities.values() if entity.erasable
-        )
+        read = self.lineage.fields(column) | self.lineage.upstream(column)
+        made_from = {column, *(one for one, kinds in read.items() if kinds & VALUES)}
+        people = [entity for entity in self.registry.entities.values() if entity.erasable]
+        return any(map(self._personal, made_from)) or any(column.name in one.key_names for one in people)
 
     def _personal(self, one: Column) -> bool:
+        if not one.is_field:
+            tile = self.registry.tiles.get(one.of)
+            return tile is not None and one.name in tile.columns and tile.columns[one.name].pii
         topic = self.registry.topics[one.of]
         if topic.entity is None or not self.registry.entity(topic.entity).erasable:
             return self._declared_personal(topic, one.name)

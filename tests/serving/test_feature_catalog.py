@@ -8,6 +8,7 @@ import subprocess
 import uuid
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import sqlglot
@@ -79,6 +80,18 @@ def test_what_is_made_from_a_person_is_personal(catalogs: dict[Path, FeatureCata
         "lesson_events.learner_id",
         "lesson_events.event_id",
     }
+
+
+def test_what_is_made_from_a_personal_column_of_a_tile_is_personal() -> None:
+    registry = load_registry(PROJECT)
+    tile = registry.tiles["viewer_genre_metrics_1d"]
+    columns = {**tile.columns, "genre": replace(tile.columns["genre"], pii=True)}
+    marked = replace(
+        registry, tiles={**registry.tiles, tile.relation: replace(tile, columns=MappingProxyType(columns))}
+    )
+    catalog = load_catalog(PROJECT, marked)
+    found = {one.name for one in catalog.entries if one.is_personal and one.kind == "attribute"}
+    assert found == {"preferences.favorite_genre", "preferences.favorite_genres"}
 
 
 def test_what_no_training_set_has_says_why(catalogs: dict[Path, FeatureCatalog]) -> None:
