@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import wraps
 from graphlib import TopologicalSorter
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlglot
 from sqlglot import exp
@@ -20,6 +20,7 @@ from sqlglot.optimizer.scope import Scope, build_scope, traverse_scope
 from dagster_prefs.declarations.lineage import Column, Kind, RelationLineage, Sources, composed, merged
 
 DIALECT = "risingwave"
+R = TypeVar("R")
 
 
 def trace_all(
@@ -83,15 +84,16 @@ def trace(
         return RelationLineage({}, {}, untraced=f"sqlglot cannot read it: {reason[:200]}")
 
 
-def _once(method: Callable[[_Tracer, Scope], Any]) -> Callable[[_Tracer, Scope], Any]:
+def _once(method: Callable[[_Tracer, Scope], R]) -> Callable[[_Tracer, Scope], R]:
     """Compute a result once per scope: several queries may read one CTE."""
 
     @wraps(method)
-    def wrapped(self: _Tracer, scope: Scope) -> Any:
+    def wrapped(self: _Tracer, scope: Scope) -> R:
         known = self.known.setdefault(method.__name__, {})
         if id(scope) not in known:
             known[id(scope)] = method(self, scope)
-        return known[id(scope)]
+        found: R = known[id(scope)]
+        return found
 
     return wrapped
 
@@ -235,8 +237,9 @@ class _Tracer:
         """Columns of which a source has each combination once; empty where none is known."""
         if isinstance(source, exp.Table):
             return self._keys.get(source.name, frozenset())
-        query = source.expression if isinstance(source, Scope) else None
-        group = query.args.get("group") if isinstance(query, exp.Select) else None
+        if not isinstance(source, Scope) or not isinstance(source.expression, exp.Select):
+            return frozenset()
+        query, group = source.expression, source.expression.args.get("group")
         if group is None:
             return frozenset()
         named = {one.unalias().sql(): one.alias_or_name for one in query.expressions}
@@ -245,7 +248,7 @@ class _Tracer:
 
     def _meant(self, scope: Scope, expression: exp.Expr) -> exp.Expr:
         """The expression behind a number or an alias in `group by` or `order by`."""
-        projections = scope.expression.expressions
+        projections: list[exp.Expr] = scope.expression.expressions
         if isinstance(expression, exp.Literal) and expression.is_int:
             place = int(expression.name) - 1
             return projections[place].unalias() if 0 <= place < len(projections) else expression
