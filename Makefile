@@ -46,10 +46,10 @@ stack: ## start RisingWave, Kafka, DynamoDB Local and the platform in containers
 stack-down: ## stop the containers; their data stays in volumes
 	@docker compose down
 
-# A file of tests at a time in each process, in the order of tests/longest.py. One more than CI's cores: the tests wait
-# for a fifth of their time.
+# Each process runs one test file at a time, in the order of tests/longest.py. One process more than CI's cores, because
+# tests wait for a fifth of their time.
 WORKERS ?= 3
-# What one process of a run has compiled no other compiles again, also where the shell says that nothing is to be kept.
+# Processes of a run share compiled bytecode, even if the shell disables writing it.
 PYTEST = PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 pictures: $(VENV)/installed ## photograph the console and the asset graph of the demo's state for the README

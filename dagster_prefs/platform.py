@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from pyiceberg.catalog import Catalog
     from pyiceberg.table import Table
 
+    from dagster_prefs.declarations.lineage import Lineage
     from dagster_prefs.deploy.plan import ContractReview, Plan
     from dagster_prefs.dynamodb.store import DomainStore
     from dagster_prefs.events.brokers import KafkaSecurity, KafkaSource
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from dagster_prefs.iceberg.exporter import Exporter
     from dagster_prefs.iceberg.tables import TileTable
     from dagster_prefs.live.follower import Follower
+    from dagster_prefs.open_lineage import Places
     from dagster_prefs.training.parity import ParityReport
     from dagster_prefs.training.windows import Features
     from dagster_prefs.values.drift import Cause
@@ -147,6 +149,13 @@ class Platform:
         """The project's declarations."""
         return self.settings.registry()
 
+    @cached_property
+    def lineage(self) -> Lineage:
+        """Where the project's columns come from. Raises LineageError if it is missing or stale."""
+        from dagster_prefs.declarations.lineage import load_lineage
+
+        return load_lineage(self.settings.project, self.registry)
+
     @property
     def contract(self) -> Contract:
         """The serving contract."""
@@ -229,6 +238,7 @@ class Platform:
             start=settings.export_start_date,
             by_sink=settings.export == "sink",
             kept=timedelta(days=settings.snapshots_kept_days),
+            report=self._report_exported,
         )
 
     def prepare_training_tables(self) -> list[Table]:
@@ -440,7 +450,45 @@ class Platform:
             on_step=on_step,
         )
         self._applied.write_text(applied)
+        self._report_applied()
         return done
+
+    def _report_applied(self) -> None:
+        from dagster_prefs import open_lineage
+
+        if open_lineage.is_on():
+            registry = self.registry
+            open_lineage.send(
+                "apply",
+                registry.project,
+                lambda: open_lineage.applied_datasets(registry, self.lineage, self._places()),
+            )
+
+    def _report_exported(self, spec: TileTable) -> None:
+        from dagster_prefs import open_lineage
+
+        if open_lineage.is_on():
+            registry = self.registry
+            open_lineage.send(
+                "export",
+                registry.project,
+                lambda: [open_lineage.exported_dataset(registry, spec.tile, self._places())],
+            )
+
+    def _places(self) -> Places:
+        from dagster_prefs.open_lineage import Places
+
+        settings, engine = self.settings, self.engine
+        return Places(
+            engine=f"postgres://{engine.host}:{engine.port}",
+            engine_prefix=f"{engine.database}.{engine.schema}.",
+            kafka=f"kafka://{(settings.kafka_bootstrap or 'none').split(',')[0]}",
+            kafka_topics=settings.kafka_topics,
+            dynamodb=f"dynamodb://{settings.aws_region}",
+            table_prefix=settings.table_prefix,
+            iceberg=settings.iceberg_uri or settings.warehouse,
+            iceberg_prefix=f"{settings.iceberg_namespace}.",
+        )
 
     def bring_out(self, on_step: Callable[[str], None] = lambda step: None) -> None:
         """Apply the project's declarations, unless they were the last ones applied from this data folder.

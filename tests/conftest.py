@@ -28,7 +28,7 @@ gc.set_threshold(20_000, 10, 10)
 SHELL_ENVIRONMENT: Mapping[str, str] = dict(os.environ)
 """The environment as the developer's shell had it, for tests of real servers."""
 
-_FOREIGN = ("PREFS_", "AWS_", "PG", "DBT_", "DAGSTER_", "MOTO_", "BOTO_")
+_FOREIGN = ("PREFS_", "AWS_", "PG", "DBT_", "DAGSTER_", "MOTO_", "BOTO_", "OPENLINEAGE_")
 # Tests that reach a real RisingWave decide by this one, while they are collected, whether to run.
 _KEPT = {"PREFS_RISINGWAVE_URL", "PREFS_BENCH_SCALE"}
 

@@ -63,7 +63,8 @@ ALLOWED = {
     },
     "erasure": {"declarations", "engine", "dynamodb", "events", "iceberg", "training", "values"},
     "local": {"declarations", "engine", "loopback", "logs"},
-    "platform": set(ROOMS) - {"defs", "console", "tools"} | {"settings"},
+    "open_lineage": {"declarations"},
+    "platform": set(ROOMS) - {"defs", "console", "tools"} | {"settings", "open_lineage"},
     "console": set(ROOMS) - {"defs", "tools"} | {"settings", "loopback", "platform", "printable"},
     # On RisingWave the demo publishes with Dagster's job, as `prefs refresh` does.
     "tools": set(ROOMS) - {"console"} | {"platform", "settings", "runs"},
@@ -88,6 +89,7 @@ RESERVED = {
     "prometheus_client": {"freshness", "serving"},
     "opentelemetry": {"serving"},
     "pydantic_settings": {"settings"},
+    "openlineage": {"open_lineage"},
 }
 MOST_PARAMETERS = 7
 

@@ -235,7 +235,7 @@ def test_the_command() -> None:
         runner.invoke(cli, [*arguments, "--json", "--domains", "7", "--attributes", "3"]).output
     )
     assert len(uniform["item_bytes"]) == 7
-    with pytest.raises(PrefsError, match="give --domains too"):
+    with pytest.raises(PrefsError, match="set --domains too"):
         runner.invoke(cli, [*arguments, "--attributes", "3"], catch_exceptions=False)
 
 

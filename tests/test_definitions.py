@@ -75,6 +75,35 @@ def test_every_view_has_documented_typed_columns(definitions: dg.Definitions) ->
                 assert column.type, f"{spec.key.to_user_string()}.{column.name}"
 
 
+def test_every_attribute_leads_back_to_the_bytes_of_its_message(definitions: dg.Definitions) -> None:
+    lineage = {
+        spec.key: spec.metadata["dagster/column_lineage"].deps_by_column
+        for spec in definitions.resolve_all_asset_specs()
+        if "dagster/column_lineage" in spec.metadata
+    }
+
+    def back(asset: dg.AssetKey, column: str) -> set[tuple[str, str]]:
+        if asset not in lineage:
+            return {(asset.to_user_string(), column)}
+        # A constant, as the key of a domain is, leads nowhere.
+        return set().union(*(back(dep.asset_key, dep.column_name) for dep in lineage[asset].get(column, ())))
+
+    assert back(dg.AssetKey(["online", "watch"]), "titles_7d") == {("raw_view_events", "data")}
+    registry = load_settings().registry()
+    for domain in registry.contract.domains.values():
+        for attribute in domain.attributes:
+            (found,) = back(dg.AssetKey(["online", domain.name]), attribute)
+            assert found[0].startswith("raw_"), attribute
+    for tile in registry.tiles.values():
+        for column in tile.columns:
+            (found,) = back(dg.AssetKey(["training", tile.table]), column)
+            assert found[0].startswith("raw_"), column
+    tile = lineage[dg.AssetKey("viewer_interactions_1d")]
+    assert tile["likes"] == [
+        dg.TableColumnDep(asset_key=dg.AssetKey("content_interactions"), column_name="event_type")
+    ]
+
+
 def test_sinks_wait_for_the_table(definitions: dg.Definitions) -> None:
     sinks = [s for s in definitions.resolve_all_asset_specs() if s.group_name == "sinks"]
     assert len(sinks) == 3

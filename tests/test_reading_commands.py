@@ -35,8 +35,12 @@ COMMANDS: list[tuple[str, set[str]]] = [
     ("profile 5", set()),
     ("rank u1", set()),
     ("topics", set()),
+    ("lineage watch.titles_7d", set()),
     # The views' own SQL says what they read.
     ("why 5 watch_minutes_7d", {"sqlglot"}),
+    ("why u1 user_category_profile.affinity_score", {"sqlglot"}),
+    ("catalog --search titles_7d", {"sqlglot"}),
+    ("catalog view_events.genre --json", {"sqlglot"}),
     # The training tables are Iceberg's.
     ("status --json", {"sqlglot", "pyarrow", "pyiceberg", "sqlalchemy"}),
     ("statistics", {"sqlglot", "pyarrow", "pyiceberg", "sqlalchemy"}),
@@ -88,6 +92,10 @@ def test_what_each_command_loads(
     for (command, allowed), (_, loaded, said) in zip(COMMANDS, lines, strict=True):
         assert HEAVY & set(loaded) <= allowed, f"prefs {command}\n{said}"
     said = {command: text for command, _, text in lines}
+    assert "field content_id of topic view_events" in said["lineage watch.titles_7d"]
+    assert "user_category_profile.affinity_score" in said["why u1 user_category_profile.affinity_score"]
+    (genre,) = json.loads(said["catalog view_events.genre --json"])
+    assert genre["sample"] == {"rows": 0, "null_share": None, "examples": []}
     status = said["status --json"]
     # Nothing has changed since the exports were found to be well, so Iceberg is not asked again.
     ((_, _, again),) = repeated

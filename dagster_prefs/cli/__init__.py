@@ -2,11 +2,13 @@
 
 # Importing a module registers its commands.
 from dagster_prefs.cli import (
+    catalog,
     console,
     deployment,
     events,
     freshness,
     generate,
+    lineage,
     services,
     serving,
     training,
@@ -15,12 +17,14 @@ from dagster_prefs.cli import (
 from dagster_prefs.cli.root import cli, main
 
 __all__ = [
+    "catalog",
     "cli",
     "console",
     "deployment",
     "events",
     "freshness",
     "generate",
+    "lineage",
     "main",
     "services",
     "serving",

@@ -17,8 +17,8 @@ from dagster_prefs.ids import BadId, Id, id_label, read_id
 from dagster_prefs.settings import Settings, load_settings
 
 if TYPE_CHECKING:
-    from dagster_prefs.serving import ProfileClient, ReadCounts
-    from dagster_prefs.serving.observing import Observer, RequestSpans
+    from dagster_prefs.serving import ProfileClient
+    from dagster_prefs.serving.observing import Observer, Watched
 
 logger = logging.getLogger(__name__)
 
@@ -176,16 +176,14 @@ def serve(
 
     Until Ctrl-C or SIGTERM.
     """
-    from dagster_prefs.serving import AsyncProfileClient, ClientOptions, ReadCounts, ShopClient
+    from dagster_prefs.serving import AsyncProfileClient, ClientOptions, ShopClient
     from dagster_prefs.serving.connections import ConnectionLimits
-    from dagster_prefs.serving.observing import Watched
     from dagster_prefs.serving.server import Load, make_app
     from dagster_prefs.serving.server import serve as run_server
 
     settings = load_settings()
     start_logging(settings)
-    counts = ReadCounts()
-    observer, spans = _telemetry(counts)
+    observer, watched = _telemetry()
     budget = budget_ms / 1000
     preferences = None
     profiles: list[AsyncProfileClient] = []
@@ -216,7 +214,7 @@ def serve(
         load=Load(budget_seconds=budget, max_in_flight=max_in_flight, threads=threads),
         catalogue_refresh_seconds=refresh_seconds if ranker == "memory" else None,
         allowed_hosts=allowed_hosts,
-        watched=Watched(counts, spans),
+        watched=watched,
     )
     run_server(
         app,
@@ -228,12 +226,13 @@ def serve(
     )
 
 
-def _telemetry(counts: ReadCounts) -> tuple[Observer, RequestSpans | None]:
-    """Who is told of reads and requests: OpenTelemetry too, if its variables ask for it and it is installed."""
-    from dagster_prefs.serving.observing import telemetry_is_on
+def _telemetry() -> tuple[Observer, Watched]:
+    """Who is told of reads, and what the server shows: OpenTelemetry too, if its variables ask and it is installed."""
+    from dagster_prefs.serving.observing import ReadCounts, Watched, telemetry_is_on
 
+    counts = ReadCounts()
     if not telemetry_is_on(os.environ):
-        return counts, None
+        return counts, Watched(counts)
     try:
         from dagster_prefs.serving.telemetry import ReadTelemetry, RequestTelemetry, start_telemetry
     except ModuleNotFoundError as error:
@@ -243,9 +242,10 @@ def _telemetry(counts: ReadCounts) -> tuple[Observer, RequestSpans | None]:
             "OTEL_SDK_DISABLED=true",
             error.name,
         )
-        return counts, None
+        return counts, Watched(counts)
     start_telemetry(os.environ)
-    return ReadTelemetry(counts), RequestTelemetry()
+    telemetry = ReadTelemetry()
+    return telemetry, Watched(telemetry.counts, RequestTelemetry())
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})
@@ -256,11 +256,15 @@ def _telemetry(counts: ReadCounts) -> tuple[Observer, RequestSpans | None]:
 def why(id_: tuple[str, ...], attribute: str, entity: str | None, as_json: bool) -> None:
     """Compare a served value with its tiles.
 
-    Also shows these tiles, and the latest events.
+    Also shows these tiles, and the latest events. ATTRIBUTE is a domain's (titles_7d, watch.titles_7d), or a column of
+    a preference view (user_category_profile.affinity_score), whose rows are recomputed from the events.
     """
     from dagster_prefs.serving.why import explain_attribute
 
     settings = load_settings()
+    if attribute.rpartition(".")[0] in settings.registry().preferences:
+        _why_view(settings, id_, attribute, as_json=as_json)
+        return
     with profile_client(settings, entity) as client:
         found = explain_attribute(
             EngineConfiguration.of(settings),
@@ -288,3 +292,30 @@ def why(id_: tuple[str, ...], attribute: str, entity: str | None, as_json: bool)
             if rows:
                 shown = [tuple(row.values()) for row in rows]
                 console.print(table_of(f"\n{title}: {relation}", list(rows[0]), shown))
+
+
+def _why_view(settings: Settings, words: tuple[str, ...], name: str, *, as_json: bool) -> None:
+    from dagster_prefs.declarations.lineage import load_lineage
+    from dagster_prefs.serving.why import explain_view
+
+    registry = settings.registry()
+    entity = registry.entity(registry.preferences[name.rpartition(".")[0]].entity)
+    found = explain_view(
+        EngineConfiguration.of(settings),
+        registry,
+        load_lineage(settings.project, registry),
+        id_of(entity, *words),
+        name,
+    )
+    if as_json:
+        print_json(found.as_dict())
+        return
+    differ = "" if found.equal in (True, None) else "   (they differ)"
+    console.print(f"{found.entity} {id_label(found.id)}, {found.relation}.{found.column}{differ}")
+    if found.reason:
+        console.print(f"  not recomputed: {found.reason}")
+    parts = {"Served": found.served, "Recomputed": found.recomputed or ()}
+    parts |= {f"Latest events: {relation}": rows for relation, rows in found.events.items()}
+    for title, rows in parts.items():
+        if rows:
+            console.print(table_of(f"\n{title}", list(rows[0]), [tuple(row.values()) for row in rows]))

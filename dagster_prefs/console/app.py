@@ -12,19 +12,21 @@ from fastapi import FastAPI
 from nicegui import ui
 
 from dagster_prefs.console.access import AccessError, Right, TokenGate, parse_tokens
+from dagster_prefs.console.catalog_page import CATALOG
 from dagster_prefs.console.context import Console, Page
 from dagster_prefs.console.frame import add_pages
 from dagster_prefs.console.pipeline_page import PIPELINE
 from dagster_prefs.console.runbook_page import RUNBOOK
 from dagster_prefs.console.shop_page import SHOP
 from dagster_prefs.console.viewers_page import VIEWERS
+from dagster_prefs.console.why_page import WHY
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.loopback import LOOPBACK_NAMES, LoopbackGuard, loopback_hosts
 
 log = logging.getLogger("dagster_prefs.console")
 
 # In the order of the navigation; the first one that the project has is shown at `/`.
-PAGES: tuple[Page, ...] = (SHOP, VIEWERS, PIPELINE, RUNBOOK)
+PAGES: tuple[Page, ...] = (SHOP, VIEWERS, PIPELINE, CATALOG, WHY, RUNBOOK)
 # Events of a browser are a few hundred bytes.
 MOST_SOCKET_BYTES = 1 << 20
 

@@ -1,4 +1,4 @@
-"""Generate the models of topics, tiles and domains, and `registry.json`, from a project's declarations.
+"""Generate the models of topics, tiles and domains, `registry.json` and `lineage.json`, from a project's declarations.
 
 The models are SQL and YAML that a person could have written, and are checked in: dbt alone can run them, and
 one diff shows the effect of a changed declaration. Writes nothing before everything is checked; each file is
@@ -22,6 +22,16 @@ from dagster_prefs.declarations.check_tiles import Tile
 from dagster_prefs.declarations.check_topics import Topic
 from dagster_prefs.declarations.contract import REGISTRY, check_version, parse_contract
 from dagster_prefs.declarations.declared import DECLARED, declared_macro
+from dagster_prefs.declarations.lineage import (
+    LINEAGE,
+    Column,
+    Lineage,
+    RelationLineage,
+    digest_of,
+    origin,
+    read_lineage,
+    render_lineage,
+)
 from dagster_prefs.declarations.read import (
     GENERATED,
     DeclarationError,
@@ -58,14 +68,14 @@ class Generated:
 
 
 def plan_files(folder: Path) -> Generated:
-    """Return what `generate_files` writes, except the registry; reads only YAML.
+    """Return what `generate_files` writes, except registry and lineage; reads only YAML, and the lineage as it is.
 
     Raises DeclarationError for an invalid declaration, and for a hand-written file in the place of a
     generated one.
     """
     project = read_project(folder)
     declared = check_project(project)
-    models = dict(_models(project, declared))
+    models = dict(_models(project, declared, _lineage(declared, read_lineage(folder).relations)))
     orphans, problems = [], []
     for path in sorted(project.generated.rglob("*")) if project.generated.is_dir() else []:
         name = path.relative_to(folder).as_posix()
@@ -95,18 +105,21 @@ def check_current(folder: Path) -> Registry:
     )
     if not stale and _text(folder / DECLARED) != declared_macro(folder):
         stale.append(DECLARED)
-    if stale:
+    registry = None if stale else current_registry(folder)
+    if registry is not None and read_lineage(folder).files != digest_of(registry.hashes):
+        stale.append(LINEAGE)
+    if registry is None or stale:
         more = f" and {len(stale) - 3} more" if len(stale) > 3 else ""
         raise StaleRegistry(
             f"{folder}: stale files: {', '.join(stale[:3])}{more}: run `prefs generate` and commit what it writes"
         )
-    return current_registry(folder)
+    return registry
 
 
 def generate_files(
     folder: Path, compile_queries: CompileQueries, judge: Callable[[Registry], object] = lambda registry: None
 ) -> list[str]:
-    """Update the generated models and the registry; return the files that changed, `registry.json` last.
+    """Update the generated models, lineage and registry; return the files that changed, `registry.json` last.
 
     Idempotent. Raises DeclarationError before anything is written, ContractError for a breaking change of the
     serving contract without a new version, and what `compile_queries` raises, or `judge` of the registry
@@ -129,17 +142,28 @@ def generate_files(
     for name in found.orphans:
         (folder / name).unlink()
         changed.append(name)
-    macro, relations = declared_macro(folder), _queried(read_project(folder), declared)
-    accepted = _text(folder / DECLARED) == macro
+    project = read_project(folder)
+    relations = _queried(project, declared)
+    written = read_lineage(folder)
+    traced, others = written.relations, written.queries
     if (
-        accepted
+        _text(folder / DECLARED) == declared_macro(folder)
         and before is not None
         and before.hashes == hashes_of(folder)
         and before.queries.keys() == set(relations)
+        and written.files == digest_of(before.hashes)
     ):
         queries = before.queries
     else:
-        queries = compile_queries(folder, relations)
+        compiled = compile_queries(folder, sorted({*relations, *_traced(project, declared)}))
+        queries = {name: text for name, text in compiled.items() if name in relations}
+        traced = _trace(compiled, declared)
+        views = {view.relation for view in declared.preferences}
+        others = {name: text for name, text in compiled.items() if name in views - queries.keys()}
+        for name, text in _models(project, declared, _lineage(declared, traced)):
+            if _text(folder / name) != text:
+                _write(folder / name, text)
+                changed.append(name)
     registry = Registry(
         project=declared.project,
         entities=declared.entities,
@@ -154,15 +178,19 @@ def generate_files(
     )
     judge(registry)
     # Written last: a run of dbt alone compares the project with this macro.
-    if not accepted:
+    macro = declared_macro(folder)
+    if _text(folder / DECLARED) != macro:
         _write(folder / DECLARED, macro)
         changed.append(DECLARED)
     registry = replace(registry, hashes=hashes_of(folder))
-    text = render_registry(registry)
-    if _text(folder / REGISTRY) != text:
-        _write(folder / REGISTRY, text)
-        changed.append(REGISTRY)
-    return changed
+    for name, text in (
+        (LINEAGE, render_lineage(traced, others, registry.hashes)),
+        (REGISTRY, render_registry(registry)),
+    ):
+        if _text(folder / name) != text:
+            _write(folder / name, text)
+            changed.append(name)
+    return list(dict.fromkeys(changed))
 
 
 def _queried(project: ProjectYaml, declared: Declarations) -> list[str]:
@@ -172,6 +200,29 @@ def _queried(project: ProjectYaml, declared: Declarations) -> list[str]:
         tile.declared.relation for tile in declared.tiles
     ]
     return sorted({*own, *timed})
+
+
+def _traced(project: ProjectYaml, declared: Declarations) -> list[str]:
+    """Return the relations whose columns are traced: every view that is written by hand."""
+    typed = {topic.declared.relation for topic in declared.topics}
+    return [name for name in project.queries if name not in typed]
+
+
+def _trace(queries: Mapping[str, str], declared: Declarations) -> dict[str, RelationLineage]:
+    """Trace the columns of compiled views, each after those that it reads."""
+    # Here, because sqlglot takes a quarter of the time of a check, which traces nothing.
+    from dagster_prefs.declarations.trace import trace_all
+
+    topics = [topic.declared for topic in declared.topics]
+    columns = {topic.relation: tuple(topic.by_name) for topic in topics}
+    keys = {topic.relation: frozenset({topic.identity}) for topic in topics}
+    keys |= {tile.declared.relation: frozenset(tile.declared.key) for tile in declared.tiles}
+    return trace_all(queries, columns, keys)
+
+
+def _lineage(declared: Declarations, relations: Mapping[str, RelationLineage]) -> Lineage:
+    topics = {topic.declared.name: topic.declared for topic in declared.topics}
+    return Lineage(topics, declared.entities, relations)
 
 
 def is_generated(path: Path) -> bool:
@@ -195,7 +246,7 @@ def _text(path: Path) -> str | None:
     return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
-def _models(project: ProjectYaml, declared: Declarations) -> Iterator[tuple[str, str]]:
+def _models(project: ProjectYaml, declared: Declarations, lineage: Lineage) -> Iterator[tuple[str, str]]:
     root = f"{model_paths(project.content)[0]}/{GENERATED}"
 
     def files_of(
@@ -242,6 +293,15 @@ def _models(project: ProjectYaml, declared: Declarations) -> Iterator[tuple[str,
             # A composite key makes the sort key of several columns.
             "attributes": f", {_json(attributes)}" if domain.items or len(keys) > 1 else "",
             "resolved": _json(domain.resolved),
+            "columns": _described(
+                domain.relation,
+                {
+                    name: (str(column["data_type"]), str(column["description"]))
+                    for name, column in domain.columns.items()
+                    if name in (*keys, DOMAIN_KEY, *attributes)
+                },
+                lineage,
+            ),
         }
         sql, yaml = _fill("domain_sink.sql", values), _fill("domain_sink.yml", values)
         yield from files_of("sinks", domain.sink, domain.file, sql, yaml)
@@ -252,9 +312,29 @@ def _models(project: ProjectYaml, declared: Declarations) -> Iterator[tuple[str,
             "entity": tile.declared.entity,
             "table": tile.declared.table,
             "unique": _json(tile.unique),
+            "columns": _described(
+                tile.declared.relation,
+                {name: (column.type, column.description) for name, column in tile.declared.columns.items()},
+                lineage,
+            ),
         }
         sql, yaml = _fill("training_sink.sql", values), _fill("training_sink.yml", values)
         yield from files_of("sinks", tile.declared.sink, tile.file, sql, yaml)
+
+
+def _described(relation: str, columns: Mapping[str, tuple[str, str]], lineage: Lineage) -> str:
+    """Render the columns of a sink, each with its type, what it means and where it comes from."""
+    return "\n".join(
+        "      - "
+        + _flow(
+            {
+                "name": name,
+                "data_type": kind,
+                "description": " ".join(filter(None, (text, origin(Column(relation, name), lineage)))),
+            }
+        )
+        for name, (kind, text) in columns.items()
+    )
 
 
 def _fill(template: str, values: Mapping[str, str]) -> str:
@@ -380,7 +460,7 @@ def _flow(value: Mapping[str, object]) -> str:
         name: _flow(one)
         if isinstance(one, Mapping)
         else str(one)
-        if name in ("name", "data_type")
+        if name in ("name", "data_type") and "[" not in str(one)
         else _json(one)
         for name, one in value.items()
     }

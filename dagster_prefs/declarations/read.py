@@ -202,6 +202,11 @@ class ProjectYaml:
         """The folder of the generated models."""
         return self.folder / model_paths(self.content)[0] / GENERATED
 
+    @property
+    def queries(self) -> tuple[str, ...]:
+        """The names of the hand-written models with SQL, in order."""
+        return tuple(sorted(self._sql))
+
     def sql(self, model: str) -> str | None:
         """Return the SQL of a hand-written model, None if it has none."""
         path = self._sql.get(model)

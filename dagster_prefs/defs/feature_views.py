@@ -10,8 +10,10 @@ from dagster_dbt import DagsterDbtTranslator, dbt_assets
 from dagster_dbt.asset_utils import get_asset_check_key_for_test
 from pydantic import Field
 
-from dagster_prefs.declarations.contract import Contract
+from dagster_prefs.declarations.lineage import Lineage
+from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.declarations.stale import current_registry
+from dagster_prefs.defs.column_lineage import same_columns, topic_metadata, view_metadata
 from dagster_prefs.defs.deployment import DEPLOYMENT_CHECKS
 from dagster_prefs.defs.resources import TRAINING_TABLES_KEY, refresh_embedded, schedule_status, table_key
 from dagster_prefs.engine.catalog import NotDeployed, estimated_rows, row_counts
@@ -35,11 +37,23 @@ class ModelsConfig(dg.Config):
 
 
 class ModelTranslator(DagsterDbtTranslator):
-    """Translates dbt models: groups from dbt groups, kinds by engine, sinks downstream of their table."""
+    """Translates dbt models: groups from dbt groups, kinds by engine, sinks downstream of their table.
 
-    def __init__(self, engine_kind: str, contract: Contract) -> None:
+    Each asset says which columns its columns are made from.
+    """
+
+    def __init__(self, engine_kind: str, registry: Registry, lineage: Lineage) -> None:
         super().__init__()
         self._engine_kind = engine_kind
+        contract = registry.contract
+        self._columns = {name: view_metadata(lineage, name) for name in lineage.relations}
+        for topic in registry.topics.values():
+            self._columns |= topic_metadata(topic)
+        for domain in contract.domains.values():
+            names = (*(key.name for key in contract.table_of(domain).columns), *domain.attributes)
+            self._columns[domain.sink] = same_columns(names, dg.AssetKey(domain.relation))
+        for tile in registry.tiles.values():
+            self._columns[tile.sink] = same_columns(tile.columns, dg.AssetKey(tile.relation))
         self._tables = {domain.sink: contract.table_of(domain) for domain in contract.domains.values()}
 
     def get_asset_spec(self, manifest: Mapping[str, Any], unique_id: str, project: Any) -> dg.AssetSpec:
@@ -55,7 +69,8 @@ class ModelTranslator(DagsterDbtTranslator):
         elif props["config"]["materialized"] == "sink":
             spec = spec.merge_attributes(deps=[table_key(self._tables[props["name"]])])
             kinds.add("dynamodb")
-        return spec.replace_attributes(kinds=kinds)
+        columns = self._columns.get(props["name"], {})
+        return spec.merge_attributes(metadata=columns).replace_attributes(kinds=kinds)
 
     def get_asset_key(self, dbt_resource_props: Mapping[str, Any]) -> dg.AssetKey:
         """Return the relation's name as the asset key, because users query it under that name."""
@@ -65,11 +80,13 @@ class ModelTranslator(DagsterDbtTranslator):
 def build(platform: Platform) -> dg.Definitions:
     """Return the dbt assets, their tests as checks, and the job and schedule that refresh them.
 
-    Raises StaleRegistry if the project's files differ from those of its registry.
+    Raises StaleRegistry if the project's files differ from those of its registry, LineageError if its lineage is
+    missing or that of other files.
     """
     current_registry(platform.dbt.project_dir)
     manifest = platform.dbt.manifest()
-    translator = ModelTranslator(platform.engine.kind, platform.contract)
+    registry = platform.registry
+    translator = ModelTranslator(platform.engine.kind, registry, platform.lineage)
     models = {
         translator.get_asset_key(node): node["name"]
         for node in manifest["nodes"].values()

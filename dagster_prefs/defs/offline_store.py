@@ -8,6 +8,7 @@ from typing import Any
 
 import dagster as dg
 
+from dagster_prefs.defs.column_lineage import same_columns
 from dagster_prefs.defs.resources import TRAINING_TABLES_KEY, is_at_work, sensor_status
 from dagster_prefs.defs.training_data import jobs_of, maintained, parity_check, training_set_asset
 from dagster_prefs.errors import PrefsError
@@ -193,7 +194,10 @@ def _exported(platform: Platform, spec: TileTable, *, by_sink: bool) -> dg.Asset
                     dg.TableColumn(column.name, type=str(column.type), description=column.doc)
                     for column in spec.columns
                 ]
-            )
+            ),
+            **same_columns(
+                platform.registry.tiles[spec.tile].columns, dg.AssetKey(spec.sink if by_sink else spec.tile)
+            ),
         },
     )
     def exported(context: dg.AssetExecutionContext, config: ExportConfig) -> dg.MaterializeResult[Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import dagster as dg
 
 from dagster_prefs.declarations.contract import Domain
+from dagster_prefs.defs.column_lineage import same_columns
 from dagster_prefs.defs.resources import table_key
 from dagster_prefs.dynamodb.publisher import publish_domain
 from dagster_prefs.freshness.online import online_lag
@@ -71,6 +72,7 @@ def _published(platform: Platform, domain: Domain) -> dg.AssetsDefinition:
         kinds={"dynamodb"},
         owners=[domain.owner],
         check_specs=[check],
+        metadata=same_columns(domain.attributes, dg.AssetKey(domain.sink)),
         description=f"{domain.description} Upserts the changes of {domain.relation}, deletes items without a row.",
     )
     def published(

@@ -60,7 +60,7 @@ class Exporter:
     """Updates training tables to the engine's tiles, from the UTC day `start` on.
 
     `catalog` is opened at each use. If RisingWave's sinks write the tables (`by_sink`), days are verified instead, and
-    their tags are kept for `kept`.
+    their tags are kept for `kept`. `report` is called with each table of which days were exported or verified.
     """
 
     engine: EngineConfiguration
@@ -70,6 +70,7 @@ class Exporter:
     start: date
     by_sink: bool
     kept: timedelta
+    report: Callable[[TileTable], None] = lambda spec: None
 
     def look(self, now: datetime) -> Exports:
         """Compare every complete day of the training tables with the engine; `now` is UTC.
@@ -98,6 +99,16 @@ class Exporter:
         self, spec: TileTable, days: Sequence[date], options: ExportOptions = AS_IT_IS
     ) -> Iterator[DayOutcome]:
         """Export days of one table, or verify what the sink wrote. Raises OfflineError, EngineUnavailable."""
+        brought = False
+        for outcome in self._outcomes(spec, days, options):
+            brought = brought or not outcome.left_out
+            yield outcome
+        if brought:
+            self.report(spec)
+
+    def _outcomes(
+        self, spec: TileTable, days: Sequence[date], options: ExportOptions
+    ) -> Iterator[DayOutcome]:
         catalog = self.catalog()
         if not self.by_sink:
             reports = export_days(self.engine, catalog, spec, days, namespace=self.namespace, options=options)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from bisect import bisect_left
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -25,6 +25,9 @@ T = TypeVar("T")
 
 # Upper bounds of the buckets of every histogram of latencies, seconds.
 LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+
+# So many ended calls are added up in a row.
+NOTES_AT_ONCE = 256
 
 FOUND, COLD_START, FAILED = "found", "cold_start", "error"
 
@@ -51,11 +54,18 @@ class Outcome(NamedTuple):
     kind: str = ""
 
 
+# Entity, operation, outcomes, partial profiles, results of the attempts, seconds.
+_Note = tuple[str, str, Mapping[Outcome, int], int, list[str], float]
+
+
 class Call(Attempts, Protocol):
     """One call of a client, while it runs."""
 
     def end(self, outcomes: Mapping[Outcome, int], partial: int) -> None:
-        """The call ended: how often each outcome occurred, and how many profiles lack a domain."""
+        """The call ended: how often each outcome occurred, and how many profiles lack a domain.
+
+        The caller changes `outcomes` no more.
+        """
         ...
 
 
@@ -139,12 +149,17 @@ class Counts:
 class ReadCounts:
     """Counts the reads of any number of clients; an observer for their options.
 
-    `ProfileClient(…, options=ClientOptions(observer=counts))`, then `counts.snapshot()`.
+    `ProfileClient(…, options=ClientOptions(observer=counts))`, then `counts.snapshot()`. `timed` is called for each
+    call with its entity, operation and seconds, some time later, and before the next snapshot.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timed: Callable[[str, str, float], None] | None = None) -> None:
+        self._timed = timed
         self._lock = threading.Lock()
         self._counts = Counts()
+        # A call only leaves a note here: a read waits for the network, and what comes after it runs with cold caches,
+        # at several times the price of the same work in a row.
+        self._notes: deque[_Note] = deque()
 
     def call(self, entity: str, operation: str) -> Call:
         """Count a call that begins now."""
@@ -153,6 +168,7 @@ class ReadCounts:
     def snapshot(self) -> Counts:
         """Return a copy of what was counted so far."""
         with self._lock:
+            self._add_notes()
             now = self._counts
             return Counts(
                 now.reads.copy(),
@@ -161,42 +177,52 @@ class ReadCounts:
                 {key: Histogram(list(one.buckets), one.seconds) for key, one in now.seconds.items()},
             )
 
-    def _add(self, ended: _Counting, outcomes: Mapping[Outcome, int], partial: int, seconds: float) -> None:
-        entity = ended.entity
-        with self._lock:
-            counts = self._counts
+    def _note(self, note: _Note) -> None:
+        self._notes.append(note)
+        if len(self._notes) >= NOTES_AT_ONCE:
+            with self._lock:
+                self._add_notes()
+
+    def _add_notes(self) -> None:
+        counts, notes = self._counts, self._notes
+        # Those of now, although other threads go on.
+        for _ in range(len(notes)):
+            entity, operation, outcomes, partial, results, seconds = notes.popleft()
             for outcome, number in outcomes.items():
                 counts.reads[entity, outcome] += number
             counts.partial[entity] += partial
-            for result in ended.results:
+            for result in results:
                 counts.attempts[entity, result] += 1
-            key = (entity, ended.operation)
+            key = (entity, operation)
             histogram = counts.seconds.get(key)
             if histogram is None:
                 histogram = counts.seconds[key] = Histogram()
             histogram.add(seconds)
+            if self._timed is not None:
+                self._timed(entity, operation, seconds)
 
 
 class _Counting:
-    """A call that is counted when it ends."""
+    """A call that leaves a note when it ends."""
 
-    __slots__ = ("_counts", "_started", "entity", "operation", "results")
+    __slots__ = ("_counts", "_entity", "_operation", "_results", "_started")
 
     def __init__(self, counts: ReadCounts, entity: str, operation: str) -> None:
         self._counts = counts
-        self.entity = entity
-        self.operation = operation
-        self.results: list[str] = []
+        self._entity = entity
+        self._operation = operation
+        self._results: list[str] = []
         self._started = time.perf_counter()
 
     def attempt(self, number: int, operations: Sequence[str]) -> Attempted:
         return self._attempted
 
     def _attempted(self, kinds: Sequence[str]) -> None:
-        self.results.append(kinds[0] if kinds else "ok")
+        self._results.append(kinds[0] if kinds else "ok")
 
     def end(self, outcomes: Mapping[Outcome, int], partial: int) -> None:
-        self._counts._add(self, outcomes, partial, time.perf_counter() - self._started)
+        seconds = time.perf_counter() - self._started
+        self._counts._note((self._entity, self._operation, outcomes, partial, self._results, seconds))
 
 
 def error_kind(error: BaseException) -> str:

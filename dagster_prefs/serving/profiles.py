@@ -149,7 +149,7 @@ class _Served:
     cold: Any
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Asked:
     """What a read was asked for; `limits` are the seconds up to which a domain is fresh."""
 

@@ -26,7 +26,15 @@ from opentelemetry.sdk.metrics.export import (
 )
 from opentelemetry.sdk.resources import SERVICE_NAME, Resource
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SpanExporter
-from opentelemetry.trace import Span, SpanKind, Status, StatusCode, TracerProvider, set_span_in_context
+from opentelemetry.trace import (
+    Span,
+    SpanKind,
+    Status,
+    StatusCode,
+    Tracer,
+    TracerProvider,
+    set_span_in_context,
+)
 
 from dagster_prefs.dynamodb.reader import Attempted
 from dagster_prefs.errors import PrefsError, excerpt
@@ -53,13 +61,8 @@ class ReadTelemetry:
     """
 
     def __init__(
-        self,
-        counts: ReadCounts | None = None,
-        *,
-        tracer_provider: TracerProvider | None = None,
-        meter_provider: MeterProvider | None = None,
+        self, *, tracer_provider: TracerProvider | None = None, meter_provider: MeterProvider | None = None
     ) -> None:
-        self.counts = counts or ReadCounts()
         self._tracer = trace.get_tracer(SCOPE, tracer_provider=tracer_provider)
         meter = metrics.get_meter(SCOPE, meter_provider=meter_provider)
         self._seconds = meter.create_histogram(
@@ -68,28 +71,37 @@ class ReadTelemetry:
             description="Time of a call of a client.",
             explicit_bucket_boundaries_advisory=LATENCY_BUCKETS,
         )
+        # Observed first at each collection, which brings the durations up to now into the histogram.
         for name, description, observe in (
             ("prefs.reads", "Reads of a domain by outcome.", self._observe_reads),
             ("prefs.read.partial_profiles", "Profiles that lacked a domain.", self._observe_partial),
             ("prefs.read.attempts", "Attempts of calls by their result.", self._observe_attempts),
         ):
             meter.create_observable_counter(name, [observe], description=description)
+        self.counts = ReadCounts(self._record)
         # By entity and operation: the span's name and attributes.
         self._known: dict[tuple[str, str], tuple[str, dict[str, str]]] = {}
 
     def call(self, entity: str, operation: str) -> Call:
         """A call begins: a span within the one that runs in this context."""
+        counted = self.counts.call(entity, operation)
+        parent = trace.get_current_span().get_span_context()
+        # Of a trace that is not sampled no part is: samplers go by the parent, or by the trace.
+        if parent.is_valid and not parent.trace_flags.sampled:
+            return counted
+        name, attributes = self._named(entity, operation)
+        span = self._tracer.start_span(name, attributes=attributes)
+        return _Traced(self._tracer, counted, span) if span.is_recording() else counted
+
+    def _named(self, entity: str, operation: str) -> tuple[str, dict[str, str]]:
         known = self._known.get((entity, operation))
         if known is None:
             attributes = {"prefs.entity": entity, "prefs.operation": operation}
             known = self._known[entity, operation] = (f"read {entity} {operation}", attributes)
-        name, attributes = known
-        span = self._tracer.start_span(name, attributes=attributes)
-        counted = self.counts.call(entity, operation)
-        if span.is_recording():
-            return _Traced(self, counted, span, attributes)
-        # Of a call that is not sampled, no attempt is: samplers decide by the trace.
-        return _Timed(self, counted, attributes)
+        return known
+
+    def _record(self, entity: str, operation: str, seconds: float) -> None:
+        self._seconds.record(seconds, self._named(entity, operation)[1])
 
     def _observe_reads(self, _: CallbackOptions) -> Iterable[Observation]:
         for (entity, outcome), number in self.counts.snapshot().reads.items():
@@ -111,41 +123,21 @@ class ReadTelemetry:
             yield Observation(number, {"prefs.entity": entity, "prefs.result": result})
 
 
-class _Timed:
-    """A call that is counted and timed, and not traced."""
+class _Traced:
+    """A call that is counted and traced."""
 
-    __slots__ = ("_attributes", "_counted", "_started", "_telemetry")
+    __slots__ = ("_counted", "_inside", "_span", "_tracer")
 
-    def __init__(self, telemetry: ReadTelemetry, counted: Call, attributes: dict[str, str]) -> None:
-        self._telemetry = telemetry
+    def __init__(self, tracer: Tracer, counted: Call, span: Span) -> None:
+        self._tracer = tracer
         self._counted = counted
-        self._attributes = attributes
-        self._started = time.perf_counter()
-
-    def attempt(self, number: int, operations: Sequence[str]) -> Attempted:
-        return self._counted.attempt(number, operations)
-
-    def end(self, outcomes: Mapping[Outcome, int], partial: int) -> None:
-        self._counted.end(outcomes, partial)
-        self._telemetry._seconds.record(time.perf_counter() - self._started, self._attributes)
-
-
-class _Traced(_Timed):
-    """A call that is traced as well."""
-
-    __slots__ = ("_inside", "_span")
-
-    def __init__(
-        self, telemetry: ReadTelemetry, counted: Call, span: Span, attributes: dict[str, str]
-    ) -> None:
-        super().__init__(telemetry, counted, attributes)
         self._span = span
         self._inside = set_span_in_context(span)
 
     def attempt(self, number: int, operations: Sequence[str]) -> Attempted:
-        counted = super().attempt(number, operations)
+        counted = self._counted.attempt(number, operations)
         operation = operations[0]
-        span = self._telemetry._tracer.start_span(
+        span = self._tracer.start_span(
             f"{operation} attempt {number}" if number > 1 else operation,
             self._inside,
             SpanKind.CLIENT,
@@ -167,7 +159,7 @@ class _Traced(_Timed):
         return ended
 
     def end(self, outcomes: Mapping[Outcome, int], partial: int) -> None:
-        super().end(outcomes, partial)
+        self._counted.end(outcomes, partial)
         totals: dict[str, int] = {}
         for outcome, number in outcomes.items():
             totals[outcome.state] = totals.get(outcome.state, 0) + number

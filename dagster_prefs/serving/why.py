@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -18,10 +20,11 @@ import psycopg
 from psycopg import sql
 
 from dagster_prefs.declarations.contract import Domain
-from dagster_prefs.declarations.registry import Registry, TopicDeclaration
+from dagster_prefs.declarations.lineage import Lineage
+from dagster_prefs.declarations.registry import Entity, Registry, TopicDeclaration
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError
-from dagster_prefs.ids import Id, id_parts
+from dagster_prefs.ids import Id, id_parts, read_id
 from dagster_prefs.serving.preferences import checked_now
 from dagster_prefs.serving.profiles import ProfileClient
 
@@ -40,6 +43,30 @@ _DAYS = re.compile(r"([0-9]+) days?", re.IGNORECASE)
 
 class WhyError(PrefsError):
     """The attribute is unknown, or its data cannot be read."""
+
+
+@dataclass(frozen=True)
+class ViewExplanation:
+    """The rows of one id in a preference view, as read over the Postgres wire and as recomputed from the events.
+
+    `served` and `recomputed` hold every column that is read of the rows, in order. `recomputed` and `equal` are None
+    where the view cannot be recomputed for one id, and `reason` says why. `events` hold the latest events by relation,
+    newest first.
+    """
+
+    entity: str
+    id: Id
+    relation: str
+    column: str
+    served: Rows
+    recomputed: Rows | None
+    equal: bool | None
+    reason: str
+    events: Mapping[str, Rows]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the explanation as plain values, for JSON."""
+        return dict(self.__dict__)
 
 
 @dataclass(frozen=True)
@@ -91,7 +118,7 @@ def explain_attribute(
     """
     moment = checked_now(now)
     domain, name = _resolve(profiles, attribute)
-    query = _Query(profiles.registry, domain)
+    query = _query_of(profiles.registry, domain)
     profile = profiles.get(id_, [domain.name], consistent=True)
     read = profile.reads[domain.name]
     online = getattr(profile.domain(domain.name), name) if read.state == "found" else None
@@ -101,7 +128,7 @@ def explain_attribute(
         try:
             clock = moment - timedelta(seconds=look.spread(expiry_spread_seconds))
             start = None if days is None else clock.astimezone(UTC).date() - timedelta(days=days)
-            found = look.row(query, name, clock)
+            found = look.rows(query, [name], clock)
             tiles = {relation: look.tiles(query, relation, start) for relation in query.tiles}
             events = {topic.relation: look.events(topic) for topic in query.topics}
         except psycopg.Error as error:
@@ -128,6 +155,83 @@ def explain_attribute(
     )
 
 
+def window_days(registry: Registry, domain: Domain, attribute: str) -> int | None:
+    """Return the days of an attribute's window, the longest one of several, None if it has none.
+
+    Raises WhyError for a registry without the view's query.
+    """
+    return _query_of(registry, domain).window_days(attribute)
+
+
+def explain_view(
+    engine: EngineConfiguration,
+    registry: Registry,
+    lineage: Lineage,
+    id_: Id,
+    name: str,
+    *,
+    now: datetime | None = None,
+) -> ViewExplanation:
+    """Compare the rows of one id in a preference view with the rows recomputed from its events at `now` (UTC).
+
+    `name` is the view's name and a column of it (`user_category_profile.affinity_score`). Raises WhyError for another
+    name, and for relations that are missing; BadId for an invalid id.
+    """
+    relation, _, column = name.rpartition(".")
+    view = registry.preferences.get(relation)
+    if view is None or column not in view.reads:
+        known = ", ".join(
+            f"{one.relation}.{read}" for one in registry.preferences.values() for read in one.reads
+        )
+        raise WhyError(f"unknown column {name!r}: the preference views have {known}")
+    entity = registry.entity(view.entity)
+    id_ = read_id(entity.keys, id_)
+    text = registry.queries.get(relation) or lineage.queries.get(relation)
+    if text is None:
+        raise WhyError(f"neither registry nor lineage has the query of {relation}: run `prefs generate`")
+    query = _Query(registry, entity, text, lineage)
+    columns = [one for one in view.reads if one not in entity.key_names]
+    reason = query.beyond_one_id()
+    with engine.connect() as connection:
+        look = _Look(connection, engine, query.parts(id_))
+        try:
+            # In a transaction of PostgreSQL a view that reads the clock reads the time that is given here.
+            with connection.transaction() if engine.kind == "local" else nullcontext():
+                moment = checked_now(now) if now or engine.kind != "local" else look.now()
+                served = look.served(relation, columns, entity.key_names)
+                recomputed = None if reason else look.rows(query, columns, moment)
+                events = {topic.relation: look.events(topic) for topic in query.topics}
+        except psycopg.Error as error:
+            told = " ".join(str(error).split())
+            raise WhyError(f"{relation} cannot be read ({told}): run `prefs apply`") from None
+    return ViewExplanation(
+        entity=entity.name,
+        id=id_,
+        relation=relation,
+        column=column,
+        served=_as_rows(columns, served),
+        recomputed=None if recomputed is None else _as_rows(columns, recomputed),
+        equal=None if recomputed is None else _counted(served) == _counted(recomputed),
+        reason=reason,
+        events=events,
+    )
+
+
+def _as_rows(columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> Rows:
+    return tuple(dict(zip(columns, row, strict=True)) for row in sorted(rows, key=repr))
+
+
+def _counted(rows: Sequence[tuple[Any, ...]]) -> Counter[tuple[Any, ...]]:
+    return Counter(tuple(tuple(one) if isinstance(one, list) else one for one in row) for row in rows)
+
+
+def _query_of(registry: Registry, domain: Domain) -> _Query:
+    text = registry.queries.get(domain.relation)
+    if text is None:
+        raise WhyError(f"the registry has no query for {domain.relation}: run `prefs generate`")
+    return _Query(registry, registry.entity(domain.entity), text)
+
+
 def _resolve(profiles: ProfileClient, attribute: str) -> tuple[Domain, str]:
     domains = {domain.name: domain for domain in profiles.domains}
     given, _, name = attribute.rpartition(".")
@@ -144,16 +248,13 @@ def _resolve(profiles: ProfileClient, attribute: str) -> tuple[Domain, str]:
 
 
 class _Query:
-    """The query of a domain's rolling view, and the relations that it reads."""
+    """The query of a view, and the relations that it reads."""
 
-    def __init__(self, registry: Registry, domain: Domain) -> None:
+    def __init__(self, registry: Registry, entity: Entity, text: str, lineage: Lineage | None = None) -> None:
         import sqlglot
         from sqlglot import exp
 
-        text = registry.queries.get(domain.relation)
-        if text is None:
-            raise WhyError(f"the registry has no query for {domain.relation}: run `prefs generate`")
-        entity = registry.entity(domain.entity)
+        self.lineage = lineage
         self.registry = registry
         self.keys = entity.keys
         self.tree: exp.Expr = sqlglot.parse_one(text, dialect="risingwave")
@@ -169,6 +270,18 @@ class _Query:
             if entity.key.name in topic.by_name
         ]
 
+    def beyond_one_id(self) -> str:
+        """Return why the rows of one id cannot be recomputed from its own rows; empty if they can."""
+        from sqlglot import exp
+
+        ctes = {entry.alias for entry in self.tree.find_all(exp.CTE)}
+        others = sorted(
+            name
+            for name in {table.name for table in self.tree.find_all(exp.Table)} - ctes
+            if not self.keys_of(name)
+        )
+        return f"it reads {', '.join(others)}, whose rows are not those of one id" if others else ""
+
     def parts(self, id_: Id) -> dict[str, int | str]:
         """Map each key column to its value in an id."""
         return {key.name: value for key, value in zip(self.keys, id_parts(id_), strict=True)}
@@ -179,6 +292,8 @@ class _Query:
         columns = [*tile.key] if tile else []
         for topic in self.topics:
             columns += topic.by_name if topic.relation == relation else ()
+        if not columns and self.lineage is not None:
+            columns += self.lineage.columns(relation)
         return [key.name for key in self.keys if key.name in columns]
 
     def window_days(self, attribute: str) -> int | None:
@@ -201,9 +316,14 @@ class _Query:
         return max(days, default=None)
 
     def of(
-        self, parts: Mapping[str, int | str], attribute: str, schema: str, clock: datetime, dialect: str
+        self,
+        parts: Mapping[str, int | str],
+        attributes: Sequence[str],
+        schema: str,
+        clock: datetime,
+        dialect: str,
     ) -> str:
-        """Return the query of an attribute for one id's rows at a given time."""
+        """Return the query of some attributes for one id's rows at a given time."""
         from sqlglot import exp
 
         wanted = {
@@ -228,7 +348,7 @@ class _Query:
             return node
 
         asked = self.tree.copy().transform(ask)
-        row = exp.select(exp.column(attribute, quoted=True)).from_(
+        row = exp.select(*(exp.column(one, quoted=True) for one in attributes)).from_(
             exp.Subquery(this=asked, alias=exp.to_identifier("v"))
         )
         return those(row, list(wanted)).sql(dialect)
@@ -255,11 +375,26 @@ class _Look:
         digits = hashlib.md5(first.encode(), usedforsecurity=False).hexdigest()[:15]
         return int(digits, 16) % seconds
 
-    def row(self, query: _Query, attribute: str, clock: datetime) -> list[tuple[Any, ...]]:
-        """Return the attribute of the id's row in the rolling view at that time; empty if it has none."""
+    def rows(self, query: _Query, attributes: Sequence[str], clock: datetime) -> list[tuple[Any, ...]]:
+        """Return the attributes of the id's rows in the view, computed for that time; empty if it has none."""
         dialect = "postgres" if self.engine.kind == "local" else "risingwave"
-        text = query.of(self.parts, attribute, self.engine.schema, clock, dialect)
+        text = query.of(self.parts, attributes, self.engine.schema, clock, dialect)
         return self.connection.execute(text.encode(), prepare=False).fetchall()
+
+    def now(self) -> datetime:
+        """Return the time of the transaction."""
+        row = self.connection.execute("select now()", prepare=False).fetchone()
+        moment: datetime = row[0] if row else datetime.now(UTC)
+        return moment
+
+    def served(self, relation: str, columns: Sequence[str], keys: Sequence[str]) -> list[tuple[Any, ...]]:
+        """Return these columns of the id's rows in a view, as they are."""
+        statement = sql.SQL("select {} from {} where {}").format(
+            sql.SQL(", ").join(map(sql.Identifier, columns)),
+            sql.Identifier(self.engine.schema, relation),
+            sql.SQL(" and ").join(self._where(keys)),
+        )
+        return self.connection.execute(statement, prepare=False).fetchall()
 
     def tiles(self, query: _Query, relation: str, start: date | None) -> Rows:
         """Return the rows of a tile from a day on, newest first."""

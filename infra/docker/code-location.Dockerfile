@@ -14,7 +14,7 @@ RUN groupadd --gid 10001 prefs \
     && useradd --uid 10001 --gid prefs --no-create-home --home-dir /var/lib/prefs --shell /usr/sbin/nologin prefs \
     && install --directory --owner=prefs --group=prefs --mode=0700 /var/lib/prefs
 COPY --from=packages /opt/venv /opt/venv
-# Nothing that the process runs may be changed by it: code and configuration belong to root.
+# The process must not be able to change its code or configuration, so they belong to root.
 COPY infra/dagster/dagster.yaml workspace.yaml /opt/dagster/
 COPY dbt_project /app/dbt_project
 COPY dagster_prefs /app/dagster_prefs
@@ -32,6 +32,6 @@ USER 10001:10001
 WORKDIR /var/lib/prefs
 EXPOSE 4000
 HEALTHCHECK --interval=30s --timeout=10s --start-period=120s CMD ["dagster", "api", "grpc-health-check", "--port", "4000"]
-# Other containers must reach it, so it cannot bind to loopback; the port takes no credentials, so only they may.
-# It ends when the definitions do not load, where `dagster code-server` would go on and call itself healthy.
+# Other containers must reach it, so it cannot bind to loopback; the port takes no credentials, so only they may reach it.
+# It exits if the definitions do not load; `dagster code-server` would keep running and report itself healthy.
 CMD ["dagster", "api", "grpc", "--host", "0.0.0.0", "--port", "4000", "--module-name", "dagster_prefs.definitions"]

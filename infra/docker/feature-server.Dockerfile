@@ -13,9 +13,9 @@ FROM base
 RUN groupadd --gid 10001 prefs \
     && useradd --uid 10001 --gid prefs --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin prefs
 COPY --from=packages /opt/venv /opt/venv
-# Nothing that the process runs may be changed by it: code belongs to root, and it writes no file.
+# The process must not be able to change its code, so that belongs to root; it writes no file.
 COPY dagster_prefs /app/dagster_prefs
-# What the project declares; for a project of your own, its registry.json.
+# The project's declarations; for a project of your own, its registry.json.
 COPY dbt_project/registry.json /app/project/registry.json
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONPATH=/app \
@@ -26,6 +26,6 @@ ENV PATH=/opt/venv/bin:$PATH \
 USER 10001:10001
 EXPOSE 8080
 HEALTHCHECK --interval=10s --timeout=5s --start-period=15s CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8080/healthz', timeout=4)"]
-# Other containers must reach it, so it cannot bind to loopback; it asks nobody who they are, so only they may.
-# It answers to its addresses; a name that it is called by has to be given, with --allowed-host.
+# Other containers must reach it, so it cannot bind to loopback; it does not authenticate callers, so only they may reach it.
+# It accepts IP addresses as Host; names by which it is called must be given with --allowed-host.
 CMD ["python", "-m", "dagster_prefs", "serve", "--host", "0.0.0.0"]

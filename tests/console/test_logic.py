@@ -23,6 +23,7 @@ from dagster_prefs.console.runbook_page import FILE, paragraphs
 from dagster_prefs.console.shop import moves, reason, score_parts, shop_of
 from dagster_prefs.console.viewers_page import shown_entities
 from dagster_prefs.console.way import Way
+from dagster_prefs.console.why_page import attributes_of
 from dagster_prefs.declarations.contract import Freshness
 from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.events.raw import Place
@@ -41,9 +42,16 @@ def test_each_project_has_the_pages_of_what_it_declares(registry: Registry, cour
     def paths(found: Registry) -> list[str]:
         return [page.path for page in PAGES if page.exists(found)]
 
-    assert paths(registry) == ["/shop", "/viewers", "/pipeline", "/runbook"]
-    assert paths(courses) == ["/viewers", "/pipeline", "/runbook"]
+    assert paths(registry) == ["/shop", "/viewers", "/pipeline", "/catalog", "/why", "/runbook"]
+    assert paths(courses) == ["/viewers", "/pipeline", "/catalog", "/why", "/runbook"]
     assert [entity.name for entity in shown_entities(courses)] == ["learner"]
+    assert attributes_of(courses, courses.entity("learner"))[:2] == [
+        "progress.lessons_7d",
+        "progress.minutes_28d",
+    ]
+    # Of a person of the shop every column of every preference view, of a viewer every attribute of every domain.
+    assert "user_category_profile.affinity_score" in attributes_of(registry, registry.entity("shop_user"))
+    assert "preferences.favorite_genres" in attributes_of(registry, registry.entity("viewer"))
 
 
 def test_a_path_needs_the_right_of_its_page() -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from browser import needs_chromium
-from waiting import PATIENCE_SECONDS
+from waiting import PATIENCE_SECONDS, wait_for
 from warm import Warm
 
 from dagster_prefs.events.raw import RawMessage, RawStore
@@ -107,6 +107,68 @@ def test_a_known_user_is_found_by_how_her_id_begins(console: Running, page: Page
     page.get_by_role("heading", name="find-me: known").wait_for()
 
 
+def test_the_catalog_leads_from_a_word_to_the_field_and_to_the_reason(console: Running, page: Page) -> None:
+    watched = {
+        "event_id": "t1",
+        "viewer_id": 77,
+        "content_id": "t",
+        "genre": "crime",
+        "watch_duration_sec": 120,
+    }
+    store(
+        console.platform, "view_events", "file:t", [watched | {"watched_at": datetime.now(UTC).isoformat()}]
+    )
+    page.goto(f"{console.url}/catalog")
+    page.get_by_label("Search").fill("attribute content_id")
+    page.locator('[data-role="count"]').get_by_text("1 of").wait_for()
+    page.get_by_role("link", name="watch.titles_7d").click()
+    page.get_by_role("heading", name="watch.titles_7d").wait_for()
+    facts = page.locator('[data-role="facts"]')
+    assert "Made from view_events.content_id" in facts.inner_text()
+    assert "recommendations@example.com" in facts.inner_text()
+    steps = [one.inner_text() for one in page.locator('[data-role="made-from"] > li').all()]
+    assert steps == [
+        "viewer_watch_metrics_1d.content_started aggregation",
+        "view_events.content_id aggregation",
+        "field view_events.content_id identity",
+    ]
+    assert (
+        "DynamoDB viewer_profiles, attribute titles_7d" in page.locator('[data-role="goes-to"]').inner_text()
+    )
+    read = page.locator('[data-role="read"]').inner_text()
+    assert "select titles_7d from viewer_engagement_rolling where viewer_id = 42" in read
+    facts.get_by_role("row", name="null 0.0% of").wait_for()
+    page.goto(f"{console.url}/catalog?kind=field&name=view_events.viewer_id")
+    page.locator('[data-role="facts"]').get_by_role("row", name="examples none, it is personal").wait_for()
+    page.goto(f"{console.url}/catalog?name=watch.titels")
+    page.get_by_role("alert").get_by_text("did you mean watch.titles_7d").wait_for()
+
+    page.goto(f"{console.url}/catalog?kind=attribute&name=watch.titles_7d")
+    page.get_by_role("link", name="Why has somebody this value?").click()
+    page.get_by_label("viewer_id").fill("77")
+    page.get_by_label("viewer_id").press("Enter")
+    page.locator('[data-role="verdict"]').get_by_text("They are equal.").wait_for()
+    values = page.locator('[data-role="values"]')
+    values.get_by_role("row", name="served 1", exact=True).wait_for()
+    values.get_by_role("row", name="recomputed from tiles 1", exact=True).wait_for()
+    page.get_by_role("table", name="Tiles: viewer_watch_metrics_1d").wait_for()
+    page.get_by_role("table", name="Latest events: view_events").get_by_role("cell", name="t1").wait_for()
+
+
+def test_why_shows_what_the_shop_knows_of_a_user(console: Running, page: Page) -> None:
+    event = {"event_id": "w1", "user_id": "whose", "category": "lamp", "event_type": "purchase"}
+    store(console.platform, "user.events", "file:w", [{**event, "event_time": datetime.now(UTC).isoformat()}])
+    with console.platform.engine.connect() as session:
+        known = "select 1 from user_category_profile where user_id = 'whose'"
+        wait_for(lambda: session.execute(known).fetchone() is not None)
+    page.goto(f"{console.url}/why?attribute=user_category_profile.affinity_score&user_id=whose")
+    page.locator('[data-role="verdict"]').get_by_text("They are equal.").wait_for()
+    for title in ("Served", "Recomputed from events"):
+        assert "lamp\t10" in page.get_by_role("table", name=title).inner_text()
+    page.goto(f"{console.url}/why?attribute=no.such")
+    page.get_by_role("alert").get_by_text("the project has no attribute no.such").wait_for()
+
+
 def test_an_event_about_a_viewer_is_followed_to_her_items(console: Running, page: Page) -> None:
     page.goto(f"{console.url}/viewers")
     search = page.get_by_label("viewer_id")
@@ -169,7 +231,13 @@ def test_the_pipeline_shows_every_stage_and_leads_to_the_run_book(console: Runni
 
 def test_it_fits_a_phone_and_the_dark(console: Running, browser: Browser) -> None:
     tab = browser.new_page(viewport={"width": 360, "height": 740})
-    for path in ("/shop", "/viewers?entity=viewer&viewer_id=42", "/pipeline"):
+    for path in (
+        "/shop",
+        "/viewers?entity=viewer&viewer_id=42",
+        "/pipeline",
+        "/catalog",
+        "/why?viewer_id=42",
+    ):
         tab.goto(f"{console.url}{path}")
         tab.locator("main h1").wait_for()
         assert tab.evaluate("document.documentElement.scrollWidth") <= 360
@@ -185,7 +253,7 @@ def test_nothing_is_loaded_from_elsewhere(console: Running, browser: Browser) ->
     tab = browser.new_page()
     asked: list[str] = []
     tab.on("request", lambda request: asked.append(request.url))
-    for path in ("/shop", "/viewers", "/pipeline", "/runbook"):
+    for path in ("/shop", "/viewers", "/pipeline", "/catalog", "/why", "/runbook"):
         tab.goto(f"{console.url}{path}")
         tab.locator("main h1").wait_for()
     assert [

@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlglot
 from project_copies import EXAMPLE, FOREIGN, Copy
+from sqlglot import exp
 
 from dagster_prefs.declarations.contract import deployed_contract
 from dagster_prefs.declarations.generate import generate_files
+from dagster_prefs.declarations.lineage import ROWS, Column, Lineage
 from dagster_prefs.declarations.registry import load_registry
+from dagster_prefs.declarations.trace import DIALECT, trace_all
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt, DbtError, compile_queries
 
@@ -186,6 +190,41 @@ def test_the_foreign_project_compiles(tmp_path: Path, engine: str) -> None:
     assert "learner_id not like 'canary:%'" in sql["tile_fingerprints"]
     assert "learner_id = 'canary:prefs'" in sql["lesson_events_parsed"]
     assert "subject_kind = 'learner'" in sql["lesson_events"]
+    check_the_step_from_fields_to_columns(sql)
+
+
+def check_the_step_from_fields_to_columns(sql: dict[str, str]) -> None:
+    """That each column of a typed event is the field of its name, which lineage takes from the declaration."""
+    registry = load_registry(FOREIGN)
+    topic = registry.topics["lesson_events"]
+    tree = sqlglot.parse_one(sql[topic.parsed], dialect=DIALECT)
+    place = ["source", "source_partition", "source_offset", "kafka_timestamp", "arrived_at", "data", "j"]
+    fields = sqlglot.parse_one("select * from message", dialect=DIALECT)
+    next(cte for cte in tree.find_all(exp.CTE) if cte.alias == "messages").set("this", fields)
+
+    def field(node: exp.Expr) -> exp.Expr:
+        json = (exp.JSONExtract, exp.JSONExtractScalar, exp.JSONBExtract, exp.JSONBExtractScalar)
+        if isinstance(node, json) and isinstance(node.this, exp.Column) and node.this.name == "j":
+            return exp.column(str(next(node.expression.find_all(exp.Literal, exp.JSONPathKey)).this))
+        return node
+
+    # Where texts are made of the fields; what is rejected is judged later, of the same document.
+    texts = next(cte for cte in tree.find_all(exp.CTE) if cte.alias == "texts")
+    texts.set("this", texts.this.transform(field))
+    queries = {"parsed": tree.sql(DIALECT)}
+    queries["typed"] = sql[topic.relation].replace(topic.parsed, "parsed")
+    traced = trace_all(queries, {"message": [*place, *topic.by_name]}, {})
+    assert [one.untraced for one in traced.values()] == ["", ""]
+    lineage = Lineage(registry.topics, registry.entities, traced)
+    for name in topic.by_name:
+        read = lineage.sources(Column("parsed", name))
+        assert {one.name for one, kinds in read.items() if kinds - ROWS} == {name}
+        read = lineage.sources(Column("typed", name))
+        assert {one for one, kinds in read.items() if kinds - ROWS} == {Column("parsed", name)}
+        # What the lineage says of a field's part in every row, besides validity, place and erasures.
+        declared = lineage.sources(Column(topic.relation, name))
+        rows = {one.name for one, kinds in read.items() if kinds & ROWS and one.of == "parsed"}
+        assert {one.name for one, kinds in declared.items() if kinds & ROWS} == rows - {"reason", *place}
 
 
 def test_a_spread_of_text_keys_goes_by_their_hash(tmp_path: Path) -> None:

@@ -14,11 +14,18 @@ import pytest
 from declared import COURSES, PROJECT
 from shipped import LONG, REGISTRY
 
+from dagster_prefs.declarations.lineage import load_lineage
 from dagster_prefs.declarations.registry import Registry, load_registry
 from dagster_prefs.dynamodb.items import ItemEncoder
 from dagster_prefs.dynamodb.tables import dynamodb_client, provision
 from dagster_prefs.serving import ClientOptions, ProfileClient
-from dagster_prefs.serving.why import WhyError, _Query, explain_attribute
+from dagster_prefs.serving.why import (
+    ViewExplanation,
+    WhyError,
+    explain_attribute,
+    explain_view,
+    window_days,
+)
 
 NOW = datetime(2026, 3, 10, 0, 30, tzinfo=UTC)
 TODAY = date(2026, 3, 10)
@@ -170,7 +177,7 @@ def test_the_window_of_an_attribute_is_that_of_its_view(project: Path) -> None:
     """Where a name says days, the view's query says the same; found through whatever stands in between."""
     registry = load_registry(project)
     found = {
-        f"{domain.name}.{name}": _Query(registry, domain).window_days(name)
+        f"{domain.name}.{name}": window_days(registry, domain, name)
         for domain in registry.contract.domains.values()
         for name in domain.attributes
     }
@@ -247,3 +254,49 @@ def test_missing_tiles_are_one_sentence(shop: Any, online: Any) -> None:
         pytest.raises(WhyError, match=r"the tiles cannot be read .*: run `dbt build`"),
     ):
         explain_attribute(shop.engine, client, 1, "titles_7d")
+
+
+def test_the_rows_of_a_preference_view_are_recomputed_from_its_events(shop: Any) -> None:
+    lineage = load_lineage(PROJECT, REGISTRY)
+    shop.execute(
+        "create table user_events (event_id text, user_id text, item_id text, brand text, category text, price numeric,"
+        " event_type text, session_id text, event_time timestamptz);"
+        " create table user_category_affinity_decayed (user_id text, category text, decayed_weight double precision,"
+        " last_engaged_at timestamptz)"
+    )
+    affinity = lineage.queries["user_category_affinity_now"]
+    shop.execute(f"create view user_category_affinity_now as {affinity}")
+    shop.insert(
+        "user_events",
+        ("e1", "ada", "i1", "orbit", "lamp", 20, "view", "s", at(1)),
+        ("e2", "ada", "i1", "orbit", "lamp", 20, "purchase", "s", at(0)),
+        ("e3", "ada", "i2", None, "sofa", 120, "view", "s", at(2)),
+        ("e4", "bob", "i9", "orbit", "lamp", 900, "purchase", "s", at(0)),
+    )
+    shop.insert("user_category_profile", ("ada", "lamp", 11, 1, at(0)), ("ada", "sofa", 9, 1, at(2)))
+    shop.insert("user_price_sensitivity", ("ada", "budget", 1, 1, 1), ("ada", "premium", 1, 0, 0))
+    shop.insert("user_category_affinity_decayed", ("ada", "lamp", 3.5, at(0)), ("bob", "sofa", 1, at(0)))
+
+    def explain(name: str) -> ViewExplanation:
+        return explain_view(shop.engine, REGISTRY, lineage, "ada", name)
+
+    found = explain("user_category_profile.affinity_score")
+    assert [row["affinity_score"] for row in found.served] == [11, 9]
+    assert found.recomputed is not None
+    assert [row["affinity_score"] for row in found.recomputed] == [11, 1]
+    assert [row["category"] for row in found.recomputed] == ["lamp", "sofa"]
+    assert (found.equal, found.reason) == (False, "")
+    assert [event["event_id"] for event in found.events["user_events"]] == ["e2", "e1", "e3"]
+    # Its query is in the lineage only.
+    assert explain("user_price_sensitivity.conversion_rate").equal is True
+    # What reads the clock is computed for the same moment.
+    decayed = explain("user_category_affinity_now.affinity_score")
+    assert (len(decayed.served), decayed.equal) == (1, True)
+    assert json.loads(json.dumps(found.as_dict(), default=str))["relation"] == "user_category_profile"
+    with pytest.raises(
+        WhyError, match=r"unknown column 'user_category_profile\.score': the preference views have"
+    ):
+        explain("user_category_profile.score")
+    shop.execute("drop table user_events cascade")
+    with pytest.raises(WhyError, match=r"user_brand_profile cannot be read .*: run `prefs apply`"):
+        explain("user_brand_profile.brand")

@@ -65,8 +65,8 @@
       "raw_lesson_events": "50c3fa8aef44071237b9763afede1abe",
       "rejected_events": "a6df2337613a3577077b7a2200403475",
       "replayed_events": "a2b37c4772b5c38db7e278bf80041afd",
-      "sink_learning_progress": "02249f1a5aff9e7226bd92962a7b8f2c",
-      "sink_training_lessons": "bb6c0ef514f61034010bf591aa51031f",
+      "sink_learning_progress": "139b1d0aa2a2eaa3139763e5cb942340",
+      "sink_training_lessons": "ffaa6803874a47233c29724f9e54b903",
       "tile_fingerprints": "7e90c4fb886de3682634621e28ff3264"
     },
     "indexes": {

@@ -1,0 +1,159 @@
+"""The page Catalog: all that the project declares, searched, and one entry in full with where it comes from."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from urllib.parse import quote
+
+from nicegui import ui
+
+from dagster_prefs.console.context import Console, Page, Visit
+from dagster_prefs.console.frame import Notice, row, text
+from dagster_prefs.console.why_page import WHY
+from dagster_prefs.errors import PrefsError
+from dagster_prefs.freshness.status import duration
+from dagster_prefs.printable import printable
+from dagster_prefs.serving.feature_catalog import Entry, FeatureCatalog, load_catalog, sampled
+
+# More entries than a person reads; the others are found by another word.
+MOST_SHOWN = 200
+COLUMNS = ("kind", "name", "type", "owner", "meaning")
+
+
+async def build(visit: Visit) -> None:
+    """Show the entries that have the words of the parameter `search`, or in full the one named by `name`."""
+    catalog = await visit.console.run(_catalog, visit.console)
+    if name := visit.query.get("name"):
+        await _Entry(visit, catalog.entry(name, visit.query.get("kind"))).show()
+    else:
+        _Search(catalog, visit.query.get("search", "")).show()
+
+
+@lru_cache(maxsize=1)
+def _catalog(console: Console) -> FeatureCatalog:
+    """The catalog, which takes a second to read and stays the same for a process, as the registry does."""
+    return load_catalog(console.settings.project, console.registry)
+
+
+def address(entry: Entry) -> str:
+    """Return the address of an entry's page."""
+    return f"{CATALOG.path}?kind={entry.kind}&name={quote(entry.name, safe='')}"
+
+
+class _Search:
+    def __init__(self, catalog: FeatureCatalog, words: str) -> None:
+        self._catalog = catalog
+        self._words = words
+
+    def show(self) -> None:
+        text("h1", "Catalog")
+        text(
+            "p", "What the project declares, from the event's field to the attribute that is served."
+        ).classes("faint")
+        ui.input(
+            "Search", value=self._words, on_change=lambda change: self._fill(str(change.value or ""))
+        ).props('dense outlined clearable debounce=150 type="search"').style("width: 100%; max-width: 30rem")
+        self._count = text("p", "").props('data-role="count" aria-live="polite"').classes("faint")
+        self._table = ui.element("div").classes("scrolls")
+        self._fill(self._words)
+
+    def _fill(self, words: str) -> None:
+        found = self._catalog.search(words)
+        more = f", the first {MOST_SHOWN} are shown" if len(found) > MOST_SHOWN else ""
+        self._count.set_text(f"{len(found)} of {len(self._catalog.entries)} entries{more}")
+        self._table.clear()
+        with self._table, ui.element("table"):
+            row(*COLUMNS, tag="th")
+            for entry in found[:MOST_SHOWN]:
+                _, name, *_ = row(entry.kind, "", entry.type or "", entry.owner or "", entry.meaning)
+                with name:
+                    ui.link(entry.name, address(entry))
+
+
+class _Entry:
+    """One entry; its examples are read once it is shown, because they need the engine."""
+
+    def __init__(self, visit: Visit, entry: Entry) -> None:
+        self._visit = visit
+        self._entry = entry
+
+    async def show(self) -> None:
+        entry = self._entry
+        ui.link("All entries", CATALOG.path)
+        text("h1", entry.name)
+        text("p", f"{entry.kind}: {entry.meaning}" if entry.meaning else entry.kind)
+        freshness, changed = entry.freshness, entry.changed
+        facts = {
+            "type": entry.type,
+            "owner": entry.owner,
+            "entity": entry.entity,
+            "window": entry.window_days and f"{entry.window_days} days",
+            "freshness": freshness
+            and f"warns after {duration(freshness.warn_seconds)}, missed after {duration(freshness.error_seconds)}",
+            "origin": entry.origin,
+            "changed": changed and f"{changed.at[:10]} by {changed.author} ({changed.commit})",
+            "declared": entry.file,
+        }
+        with ui.element("div").classes("scrolls"), ui.element("table").props('data-role="facts"'):
+            for label, fact in facts.items():
+                if fact:
+                    row(label, fact)
+            if entry.column is not None:
+                self._nulls, self._examples = row("null", "…")[1], row("examples", "…")[1]
+        if entry.kind == "attribute" or (entry.kind == "column" and self._in_view()):
+            ui.link("Why has somebody this value?", f"{WHY.path}?attribute={quote(entry.name, safe='')}")
+        self._tree()
+        if entry.goes_to:
+            text("h2", "Where it goes")
+            with ui.element("ul").props('data-role="goes-to"'):
+                for one in entry.goes_to:
+                    text("li", one)
+        if entry.read:
+            text("h2", "How to read it")
+            with ui.element("div").classes("scrolls"), ui.element("table").props('data-role="read"'):
+                for way, what in entry.read.items():
+                    row(way, what)[1].style("font-family: monospace")
+        if entry.column is not None:
+            await self._read_examples()
+
+    def _in_view(self) -> bool:
+        column = self._entry.column
+        return column is not None and column.of in self._visit.console.registry.preferences
+
+    def _tree(self) -> None:
+        if not self._entry.made_from:
+            return
+        text("h2", "Where it comes from")
+        with ui.element("ul").props('data-role="made-from"').style("list-style: none; padding: 0"):
+            for depth, name, how in self._entry.made_from:
+                with text("li", "").style(f"padding-left: {1.25 * depth}rem"):
+                    text("span", name)
+                    text("span", f" {how}").classes("faint")
+
+    async def _read_examples(self) -> None:
+        console, entry = self._visit.console, self._entry
+        notice = Notice()
+        try:
+            found = await console.run(_sampled, console, entry)
+        except PrefsError as error:
+            # All else on the page is right without the engine.
+            notice.say(str(error))
+            return
+        sample = found.sample
+        shown = "none, it is personal" if entry.is_personal else "none"
+        if sample is not None and sample.examples:
+            shown = ", ".join(printable(one, one_line=True) for one in sample.examples)
+        self._examples.set_text(shown)
+        share = sample.null_share if sample else None
+        told = "" if sample is None or share is None else f"{share:.1%} of {sample.rows:,} rows"
+        self._nulls.set_text(told or "no rows")
+
+
+def _sampled(console: Console, entry: Entry) -> Entry:
+    (found,) = console.query(
+        entry.name, lambda connection: sampled(connection, console.engine, console.registry, [entry])
+    )
+    return found
+
+
+CATALOG = Page("/catalog", "Catalog", "inspect", build)
