@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -25,19 +26,37 @@ if TYPE_CHECKING:
     "--mapping", type=click.Choice(["auto", "rees46"]), default="auto", help="Column mapping of CSV."
 )
 @click.option("--shift-to-now", is_flag=True, help="Move the event times so that the newest event is now.")
+@click.option(
+    "--map", "maps", multiple=True, metavar="COLUMN=FIELD", help="Field of a column; `COLUMN=` leaves it out."
+)
+@click.option("--where", metavar="SQL", help="Condition over the file's columns; other rows are left out.")
+@click.option("--arrived-at", metavar="COLUMN", help="Column that holds when each row arrived.")
+@click.option("--rate", type=click.FloatRange(0, min_open=True), help="Messages per second at most.")
 def ingest(
-    files: tuple[Path, ...], topic: str | None, mapping: Literal["auto", "rees46"], shift_to_now: bool
+    files: tuple[Path, ...],
+    topic: str | None,
+    mapping: Literal["auto", "rees46"],
+    shift_to_now: bool,
+    **given: Any,
 ) -> None:
-    """Load events from JSON lines or CSV files, gzipped or not.
+    """Load events from JSON lines, CSV (gzipped or not), Parquet or Arrow files.
 
-    A repeated run only adds what is missing.
+    A repeated run only adds what is missing. --map, --where and --arrived-at are for Parquet and Arrow.
     """
     from dagster_prefs.events.ingest import FileOptions, ingest_file
     from dagster_prefs.events.raw import Batches
 
     settings = load_settings()
     registry, deliver = settings.registry(), kafka_delivery(settings)
-    options = FileOptions(topic, mapping, datetime.now(UTC) if shift_to_now else None)
+    options = FileOptions(
+        topic,
+        mapping,
+        datetime.now(UTC) if shift_to_now else None,
+        given["rate"],
+        read_maps(given["maps"]),
+        given["where"],
+        given["arrived_at"],
+    )
     for file in files:
         with progress_bar(f"{file.name}") as advance:
             report = ingest_file(
@@ -53,12 +72,31 @@ def ingest(
             f"{file}: {report.accepted} messages into {report.topic}, {report.already_present} were there already"
             f" ({report.seconds:.1f} s, {rate:,.0f}/s)"
         )
+        if report.note:
+            console.print(f"{file}: {report.note}")
         for line, why in report.examples:
             console.print(f"{file}, line {line}: {why}; stored as it came, and rejected")
         if report.malformed > len(report.examples):
             console.print(f"{file}: {report.malformed:,} rows could not be read, `prefs rejected` lists them")
     if settings.engine == "local":
         console.print("the follower of `prefs up` applies them; `prefs refresh` waits for it, or does it")
+
+
+def read_maps(maps: Sequence[str]) -> dict[str, str | None]:
+    """Return the field of each column of `--map COLUMN=FIELD`, None if it is left out.
+
+    Raises PrefsError for a text without `=`, and for a column that is named twice.
+    """
+    renamed: dict[str, str | None] = {}
+    for text in maps:
+        # A field has no `=` in its name, and a column may have one.
+        column, equals, field = text.rpartition("=")
+        if not equals or not column:
+            raise PrefsError(f"--map {text!r} is not COLUMN=FIELD: write e.g. --map user=viewer_id")
+        if column in renamed:
+            raise PrefsError(f"--map names the column {column} twice: leave one out")
+        renamed[column] = field or None
+    return renamed
 
 
 def kafka_delivery(settings: Settings) -> Delivery | None:

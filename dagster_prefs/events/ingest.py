@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,8 +21,10 @@ from dagster_prefs.events.formats import (
     content_hash,
     detect,
     read_records,
+    table_kind,
 )
 from dagster_prefs.events.messages import event_time, shift_message
+from dagster_prefs.events.pace import Pace
 from dagster_prefs.events.raw import (
     Batches,
     FileRecord,
@@ -47,11 +50,28 @@ class FileOptions:
 
     `topic` is detected from the content where it is None; `mapping` is that of `formats.detect`. With `shift_to`
     (UTC) every event time moves by a whole number of seconds so that the newest one that is not after it ends there.
+    `rate` is how many messages are stored per second at most.
+
+    Of a table of columns, `renamed` maps columns to fields, to None where a column is left out; `where` is an SQL
+    condition over its columns; `arrived_at` is the column that holds when each row arrived.
     """
 
     topic: str | None = None
     mapping: ColumnMapping | None = "auto"
     shift_to: datetime | None = None
+    rate: float | None = None
+    renamed: Mapping[str, str | None] = field(default_factory=dict)
+    where: str | None = None
+    arrived_at: str | None = None
+
+    def check_lines(self, path: Path) -> None:
+        """Raise EventFileError if an option is for tables of columns, and the file is none."""
+        given = {"--map": self.renamed, "--where": self.where, "--arrived-at": self.arrived_at}
+        if named := [option for option, value in given.items() if value]:
+            raise EventFileError(
+                f"{path} holds lines of text, and {' and '.join(named)} need typed columns: write it as Parquet or "
+                "Arrow first, or leave that out"
+            )
 
 
 @dataclass
@@ -73,10 +93,11 @@ def file_source(path: Path) -> str:
     Raises EventFileError if the file is missing, empty, not a regular file or unreadable.
     """
     check_file(path)
-    return f"file:{_as_text(path.name)}#{content_hash(path)[:16]}"
+    return f"file:{as_text(path.name)}#{content_hash(path)[:16]}"
 
 
-def _as_text(path: Path | str) -> str:
+def as_text(path: Path | str) -> str:
+    """Return a path or name as UTF-8, with escapes for bytes that are not."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
@@ -89,7 +110,7 @@ def ingest_file(
     batches: Batches = Batches(),  # noqa: B008
     deliver: Delivery | None = None,
 ) -> IngestReport:
-    """Store every line of a JSON-lines or CSV file (gzip too) in the raw table of its topic.
+    """Store every line of a JSON-lines or CSV file (gzip too), or row of a Parquet or Arrow file, in its raw table.
 
     A shift of the times is remembered, and every later ingest of the same content uses the remembered one. Offsets
     are line numbers, from 1. Memory does not grow with the file, and a file that was interrupted is completed by
@@ -101,6 +122,15 @@ def ingest_file(
     Raises EventFileError or RegistryError for the file (after storing what comes before the damage),
     EngineUnavailable or RawStoreError for the engine.
     """
+    if (kind := table_kind(path)) is not None:
+        # Lines need none of what reads tables.
+        from dagster_prefs.events.columnar import open_table
+        from dagster_prefs.events.table_ingest import ingest_table
+
+        with _unchanged(path):
+            table = open_table(path, kind, content_hash(path))
+            return ingest_table(connection, registry, table, options, batches=batches, deliver=deliver)
+    options.check_lines(path)
     started = time.monotonic()
     before = check_file(path)
     file_format = detect(path, registry, options.topic, options.mapping)
@@ -112,9 +142,9 @@ def ingest_file(
             if deliver is None:
                 store.last_offsets(file_format.topic, source)
             known = store.remember_start(
-                FileRecord(source, _as_text(path), file_format.topic.name, None, shift, None)
+                FileRecord(source, as_text(path), file_format.topic.name, None, shift, None)
             )
-        _check_topic(path, known, file_format)
+        check_topic(path, known, file_format.topic)
         note = _shift_note(known, options.shift_to is not None)
         if known.completed_at is not None:
             lines = known.lines or 0
@@ -122,18 +152,13 @@ def ingest_file(
                 source, known.topic, lines, 0, lines, 0, known.shift_seconds, time.monotonic() - started, note
             )
         write = deliver or (lambda topic, batch: store.write(topic, source, batch))
-        read = _store(write, path, file_format, known, batches, before.st_size)
-        after = check_file(path)
-        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-            raise EventFileError(
-                f"{path} changed while it was read: let its writer finish, then ingest it again"
-            )
+        pace = Pace(options.rate)
+        with _unchanged(path, before):
+            read = _store(write, path, file_format, known, batches, pace)
         if read.lines == 0:
             raise EventFileError(f"{path} is empty: it has a header but no rows")
         store.remember_end(
-            FileRecord(
-                source, _as_text(path), known.topic, read.lines, known.shift_seconds, datetime.now(UTC)
-            )
+            FileRecord(source, as_text(path), known.topic, read.lines, known.shift_seconds, datetime.now(UTC))
         )
     return IngestReport(
         source,
@@ -150,10 +175,21 @@ def ingest_file(
     )
 
 
-def _check_topic(path: Path, known: FileRecord, file_format: FileFormat) -> None:
-    if known.topic != file_format.topic.name:
+@contextmanager
+def _unchanged(path: Path, before: os.stat_result | None = None) -> Iterator[None]:
+    """Raise EventFileError after the block if the file was changed within it, or since `before`."""
+    before = before or check_file(path)
+    yield
+    after = check_file(path)
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise EventFileError(f"{path} changed while it was read: let its writer finish, then ingest it again")
+
+
+def check_topic(path: Path | str, known: FileRecord, topic: TopicDeclaration) -> None:
+    """Raise EventFileError if a source was stored as messages of another topic."""
+    if known.topic != topic.name:
         raise EventFileError(
-            f"{path} was ingested as {known.topic} before and is now read as {file_format.topic.name}: "
+            f"{path} was ingested as {known.topic} before and is now read as {topic.name}: "
             f"name the topic {known.topic}, or ingest a copy under another file name"
         )
 
@@ -190,14 +226,16 @@ def _store(
     file_format: FileFormat,
     known: FileRecord,
     batches: Batches,
-    size: int,
+    pace: Pace,
 ) -> _Tally:
     """Store the file's records; returns what there was."""
-    read = _Tally()
+    read, size = _Tally(), check_file(path).st_size
+    batch_size = pace.batch_size(batches.size)
     with LineReader(path) as reader:
-        for batch, damage in _batches(reader, file_format, known.shift_seconds, batches.size, read):
+        for batch, damage in _batches(reader, file_format, known.shift_seconds, batch_size, read):
             read.accepted += write(file_format.topic, batch)
             read.lines += len(batch)
+            pace.wait(read.lines)
             if batches.progress is not None:
                 batches.progress(Progress(read.lines, min(reader.bytes_read, size), size, "bytes"))
             if damage is not None:

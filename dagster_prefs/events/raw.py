@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -89,7 +89,11 @@ class IngestReport:
 
 @dataclass(frozen=True)
 class FileRecord:
-    """The stored state of a source; `completed_at` is None until it is complete."""
+    """The stored state of a source; `completed_at` is None until it is complete.
+
+    `lines` is the number of its messages. Of an incomplete table of columns it is the number of rows that were
+    read and need not be read again; of another incomplete file it is None.
+    """
 
     source: str
     path: str
@@ -133,6 +137,35 @@ class RawStore:
                 return self._insert(topic, source, messages)
             return self._copy(topic, source, messages)
 
+    def copy_lines(
+        self, topic: TopicDeclaration, source: str, lines: Iterable[memoryview], read: FileRecord
+    ) -> int:
+        """Store lines of COPY's text format (offset, message, arrival or NULL) on the embedded engine.
+
+        Stores `read`, which tells how far the source was read, in the same transaction. Returns how many lines
+        are new; one whose offset is already stored keeps its first content.
+        """
+        with self._translated(topic.raw), self._connection.transaction(), self._connection.cursor() as cursor:
+            cursor.execute(
+                "create temporary table if not exists prefs_lines (source_offset bigint, data bytea, "
+                "arrived_at timestamptz) on commit delete rows"
+            )
+            with cursor.copy("copy pg_temp.prefs_lines from stdin") as copy:
+                for part in lines:
+                    copy.write(part)
+            cursor.execute(
+                sql.SQL(
+                    "insert into {} (source, source_partition, source_offset, data, arrived_at) "
+                    "select %s, 0, source_offset, data, coalesce(arrived_at, clock_timestamp()) "
+                    "from pg_temp.prefs_lines "
+                    "on conflict (source, source_partition, source_offset) do nothing"
+                ).format(self._relation(topic.raw)),
+                (source,),
+            )
+            accepted = cursor.rowcount
+            self.remember_end(read)
+        return accepted
+
     def last_offsets(self, topic: TopicDeclaration, source: str) -> dict[int, int]:
         """Return the highest stored offset of each partition of a source."""
         with self._translated(topic.raw):
@@ -175,7 +208,7 @@ class RawStore:
         return known
 
     def remember_end(self, record: FileRecord) -> None:
-        """Record that a source is complete; its first recorded shift stays."""
+        """Record that a source is complete, or how far it was read; its first recorded shift stays."""
         self._remember(
             record,
             "on conflict (source) do update set path = excluded.path, topic = excluded.topic, "
