@@ -338,10 +338,9 @@ class Converter:
     def _check_where(self) -> None:
         if self.columns.where is None:
             return
-        empty = self.table.schema.empty_table()
-        self._session.register(
-            _BATCH, pa.table([_plain(c.combine_chunks()) for c in empty.columns], empty.column_names)
-        )
+        schema = self.table.schema
+        nothing = [pa.array([], _plain_type(kind)) for kind in schema.types]
+        self._session.register(_BATCH, pa.table(nothing, schema.names))
         try:
             # Only this parses it as one expression: text in a query could end the condition it stands in.
             condition = duckdb.SQLExpression(self.columns.where)
