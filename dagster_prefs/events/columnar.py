@@ -250,14 +250,20 @@ class Converter:
 
     def messages(self, first: int = 0) -> Iterator[Messages]:
         """Yield the messages of the rows from row `first` (0-based) on."""
-        return self._converted(first, "message")
+        return self._converted(first, None)
 
-    def copy_lines(self, first: int = 0) -> Generator[Messages]:
-        """Yield the messages like `messages`, each as a line of COPY's text format: row, message and arrival.
+    def copy_lines(self, source: str, first: int = 0) -> Generator[Messages]:
+        """Yield the messages like `messages`, each as the line of COPY's text format for `copy_columns`.
 
         They are converted in a thread ahead of the reader, because the engine takes a processor of its own.
         """
-        return _ahead(lambda: self._converted(first, "line"))
+        return _ahead(lambda: self._converted(first, source))
+
+    @property
+    def copy_columns(self) -> tuple[str, ...]:
+        """The raw table's columns in the lines of `copy_lines`; the engine sets the others."""
+        arrival = ("arrived_at",) if self.columns.arrived_at is not None else ()
+        return ("source", "source_partition", "source_offset", "data", *arrival)
 
     def check_arrivals(self, now: datetime) -> None:
         """Raise EventFileError if a row has no plausible time of arrival: a past one, in the project's years."""
@@ -286,7 +292,7 @@ class Converter:
         for batch in self.table.batches(first, columns):
             yield from _parts(batch, self.batch_rows)
 
-    def _converted(self, first: int, form: Literal["message", "line"]) -> Iterator[Messages]:
+    def _converted(self, first: int, source: str | None) -> Iterator[Messages]:
         for batch in self._batches(first):
             broken = self._register(batch)
             message = _message_sql(self.table.schema, self.topic, self.columns, broken)
@@ -294,8 +300,8 @@ class Converter:
             if self.columns.arrived_at:
                 selected += f", {_ARRIVAL} as arrived_at"
             query = f"select {selected} from {_BATCH} where {self._where()}"
-            if form == "line":
-                query = f"select {_line_sql(self.columns)} as line from ({query})"
+            if source is not None:
+                query = f"select {_line_sql(source, self.columns)} as line from ({query})"
             yield Messages(batch.first + batch.rows.num_rows, self._run(query))
 
     def _register(self, batch: TableBatch) -> set[int]:
@@ -460,11 +466,13 @@ def _value_sql(value: str, kind: pa.DataType, field: FieldDeclaration | None) ->
     return f"""'"' || {text} || '"'"""
 
 
-def _line_sql(columns: Columns) -> str:
-    # PostgreSQL reads the backslashes twice, in COPY's format and in that of bytea. JSON has no raw control
-    # character, which would need more.
-    arrival = "coalesce(arrived_at::varchar || '+00', '\\N')" if columns.arrived_at else "'\\N'"
-    return rf"row::varchar || chr(9) || replace(message, '\', '\\\\') || chr(9) || {arrival} || chr(10)"
+def _line_sql(source: str, columns: Columns) -> str:
+    # PostgreSQL reads the backslashes of a message twice, in COPY's format and in that of bytea. JSON has no raw
+    # control character, which would need more.
+    escaped = source.replace("\\", r"\\").replace("\t", r"\t").replace("\n", r"\n").replace("\r", r"\r")
+    start = _literal(f"{escaped}\t0\t")
+    arrival = " || chr(9) || arrived_at::varchar || '+00'" if columns.arrived_at else ""
+    return rf"{start} || row::varchar || chr(9) || replace(message, '\', '\\\\'){arrival} || chr(10)"
 
 
 def _plain(array: pa.Array) -> pa.Array:

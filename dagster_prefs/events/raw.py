@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -114,6 +114,7 @@ class RawStore:
         self.engine = connection
         self._connection = connection.connect(autocommit=True)
         self._staged = False
+        self._collided = False
 
     def close(self) -> None:
         """Close the connection."""
@@ -138,33 +139,58 @@ class RawStore:
             return self._copy(topic, source, messages)
 
     def copy_lines(
-        self, topic: TopicDeclaration, source: str, lines: Iterable[memoryview], read: FileRecord
+        self, topic: TopicDeclaration, columns: Sequence[str], lines: Sequence[memoryview], read: FileRecord
     ) -> int:
-        """Store lines of COPY's text format (offset, message, arrival or NULL) on the embedded engine.
+        """Store lines of COPY's text format, which have these columns of the raw table, on the embedded engine.
 
         Stores `read`, which tells how far the source was read, in the same transaction. Returns how many lines
-        are new; one whose offset is already stored keeps its first content.
+        are new; one whose place is already stored keeps its first content.
         """
-        with self._translated(topic.raw), self._connection.transaction(), self._connection.cursor() as cursor:
-            cursor.execute(
-                "create temporary table if not exists prefs_lines (source_offset bigint, data bytea, "
-                "arrived_at timestamptz) on commit delete rows"
-            )
-            with cursor.copy("copy pg_temp.prefs_lines from stdin") as copy:
-                for part in lines:
-                    copy.write(part)
+        with self._translated(topic.raw):
+            if self._collided:
+                return self._copy_staged(topic, columns, lines, read)
+            try:
+                # Half the processor time of staging, which takes over where a part of the source is stored.
+                with self._connection.transaction(), self._connection.cursor() as cursor:
+                    accepted = self._copy_text(cursor, self._relation(topic.raw), columns, lines)
+                    self.remember_end(read)
+                return accepted
+            except psycopg.errors.UniqueViolation:
+                self._collided = True
+                return self._copy_staged(topic, columns, lines, read)
+
+    def _copy_staged(
+        self, topic: TopicDeclaration, columns: Sequence[str], lines: Sequence[memoryview], read: FileRecord
+    ) -> int:
+        raw, staged = self._relation(topic.raw), sql.SQL("pg_temp.prefs_lines")
+        with self._connection.transaction(), self._connection.cursor() as cursor:
             cursor.execute(
                 sql.SQL(
-                    "insert into {} (source, source_partition, source_offset, data, arrived_at) "
-                    "select %s, 0, source_offset, data, coalesce(arrived_at, clock_timestamp()) "
-                    "from pg_temp.prefs_lines "
-                    "on conflict (source, source_partition, source_offset) do nothing"
-                ).format(self._relation(topic.raw)),
-                (source,),
+                    "create temporary table prefs_lines (like {} including defaults) on commit drop"
+                ).format(raw)
+            )
+            self._copy_text(cursor, staged, columns, lines)
+            cursor.execute(
+                sql.SQL("insert into {} ({}) select {} from {} on conflict do nothing").format(
+                    raw, _names(columns), _names(columns), staged
+                )
             )
             accepted = cursor.rowcount
             self.remember_end(read)
         return accepted
+
+    def _copy_text(
+        self,
+        cursor: psycopg.Cursor[Any],
+        relation: sql.Composable,
+        columns: Sequence[str],
+        lines: Sequence[memoryview],
+    ) -> int:
+        statement = sql.SQL("copy {} ({}) from stdin").format(relation, _names(columns))
+        with cursor.copy(statement) as copy:
+            for part in lines:
+                copy.write(part)
+        return cursor.rowcount
 
     def last_offsets(self, topic: TopicDeclaration, source: str) -> dict[int, int]:
         """Return the highest stored offset of each partition of a source."""
@@ -352,6 +378,10 @@ def _missing(engine: EngineConfiguration, relation: str) -> RawStoreError:
         f"the engine has no table {relation} in schema {engine.schema}: "
         "create it with `dbt run` in dbt_project/ and run the same command again"
     )
+
+
+def _names(columns: Sequence[str]) -> sql.Composable:
+    return sql.SQL(", ").join(map(sql.Identifier, columns))
 
 
 def _first(error: BaseException) -> str:

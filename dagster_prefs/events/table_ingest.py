@@ -143,11 +143,13 @@ class _Run:
     def copied(self, converter: Converter, pace: Pace) -> Iterator[int]:
         """Copy the messages to the embedded engine; yields the number of rows that were read, after each batch."""
         begun = self.lines
-        lines = converter.copy_lines(self.rows)
+        lines = converter.copy_lines(self.source, self.rows)
         try:
             for batch in lines:
                 read = replace(self.record, lines=batch.rows)
-                self.accepted += self.store.copy_lines(self.topic, self.source, _buffers(batch.table), read)
+                self.accepted += self.store.copy_lines(
+                    self.topic, converter.copy_columns, list(_buffers(batch.table)), read
+                )
                 self.rows, self.lines = batch.rows, self.lines + batch.table.num_rows
                 pace.wait(self.lines - begun)
                 yield self.rows
