@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from functools import cached_property, partial
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from dagster_prefs.deploy.plan import ContractReview, Plan
     from dagster_prefs.dynamodb.store import DomainStore
     from dagster_prefs.events.brokers import KafkaSecurity, KafkaSource
+    from dagster_prefs.events.inputs import Input
     from dagster_prefs.events.topics import TopicGeneration
     from dagster_prefs.freshness.canary import Probe
     from dagster_prefs.freshness.exports_memo import ExportsMemo
@@ -52,6 +53,8 @@ if TYPE_CHECKING:
     from dagster_prefs.training.parity import ParityReport
     from dagster_prefs.training.windows import Features
 
+# What tells an Iceberg table from a file that is named like one.
+ICEBERG = "iceberg:"
 # How long `prefs refresh` waits for a follower.
 REFRESH_SECONDS = 600.0
 # How often the follower asks whether the DynamoDB tables are still the same, seconds.
@@ -206,6 +209,22 @@ class Platform:
             region=settings.aws_region,
             endpoint_url=settings.aws_endpoint_url,
         )
+
+    def inputs(self, given: str) -> Iterator[Input]:
+        """Yield what `prefs ingest` is to read: a file, a folder's files, objects in S3, or an Iceberg table's files.
+
+        Raises EventFileError or OfflineError naming what was given.
+        """
+        from dagster_prefs.events.inputs import S3, ObjectStore, local_inputs, table_inputs
+
+        settings = self.settings
+        if given.startswith(S3):
+            return ObjectStore(settings.aws_region, settings.aws_endpoint_url).inputs(given)
+        if given.startswith(ICEBERG):
+            from dagster_prefs.iceberg.history import history_files
+
+            return table_inputs(history_files(self.catalog(), given.removeprefix(ICEBERG)))
+        return local_inputs(Path(given))
 
     @cached_property
     def training_tables(self) -> dict[str, TileTable]:

@@ -17,8 +17,10 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
+from itertools import repeat
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import duckdb
 import pyarrow as pa
@@ -26,7 +28,7 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 
 from dagster_prefs.declarations.registry import FieldDeclaration
-from dagster_prefs.events.formats import EventFileError
+from dagster_prefs.events.formats import EventFileError, TableKind
 from dagster_prefs.events.messages import Topic
 from dagster_prefs.ids import EXACT_FLOAT
 
@@ -76,6 +78,13 @@ class Messages(NamedTuple):
     rows: int
     table: pa.Table
 
+    def triples(self) -> Iterator[tuple[int, str, datetime | None]]:
+        """Yield the row, the message and the arrival (UTC, None without a column of arrivals) of each."""
+        names = self.table.column_names
+        arrivals = self.table.column("arrived_at").to_pylist() if "arrived_at" in names else repeat(None)
+        for (row, message), arrival in zip(self.pairs(), arrivals, strict=False):
+            yield row, message, arrival and arrival.replace(tzinfo=UTC)
+
     def pairs(self) -> Iterator[tuple[int, str]]:
         """Yield the row and the message of each."""
         return zip(
@@ -109,22 +118,45 @@ class Columns:
         )
 
 
-def open_table(path: Path, kind: Literal["parquet", "arrow"], identity: str) -> Table:
-    """Open a Parquet or Arrow IPC file. Raises EventFileError if it is damaged."""
+def open_table(
+    path: Path, kind: TableKind, identity: str, constants: Mapping[str, str | None] | None = None
+) -> Table:
+    """Open a Parquet or Arrow IPC file, with further columns of constants. Raises EventFileError if it is damaged."""
+    rows = None
     with _readable(str(path)):
         if kind == "parquet":
             with pq.ParquetFile(path) as parquet:
                 schema, rows = parquet.schema_arrow, parquet.metadata.num_rows
-            return Table(
-                str(path), path.name, identity, schema, rows,
-                lambda first, columns: _parquet_batches(path, first, columns),
-            )  # fmt: skip
-        with pa.memory_map(str(path)) as stream, _arrow_reader(stream) as reader:
-            schema = reader.schema
+        else:
+            with pa.memory_map(str(path)) as stream, _arrow_reader(stream) as reader:
+                schema = reader.schema
+    read = partial(_parquet_batches if kind == "parquet" else _arrow_batches, path)
+    # A column of the file itself says more than the name of its folder.
+    added = {name: value for name, value in (constants or {}).items() if name not in schema.names}
+    if not added:
+        return Table(str(path), path.name, identity, schema, rows, read)
+    for name in added:
+        schema = schema.append(pa.field(name, pa.string()))
+    # The same rows in another partition are other events.
+    folders = "/".join(f"{name}={value}" for name, value in added.items())
     return Table(
-        str(path), path.name, identity, schema, None,
-        lambda first, columns: _arrow_batches(path, first, columns),
-    )  # fmt: skip
+        str(path), f"{folders}/{path.name}", identity, schema, rows, partial(_with_constants, added, read)
+    )
+
+
+def _with_constants(
+    added: Mapping[str, str | None],
+    read: Callable[[int, Sequence[str] | None], Iterator[TableBatch]],
+    first: int,
+    columns: Sequence[str] | None,
+) -> Iterator[TableBatch]:
+    held = None if columns is None else [name for name in columns if name not in added]
+    for batch in read(first, held):
+        rows = batch.rows
+        for name, value in added.items():
+            if columns is None or name in columns:
+                rows = rows.append_column(name, pa.array([value] * rows.num_rows, pa.string()))
+        yield batch._replace(rows=rows)
 
 
 class _readable:
@@ -148,7 +180,8 @@ class _readable:
 def _parquet_batches(path: Path, first: int, columns: Sequence[str] | None) -> Iterator[TableBatch]:
     # A buffered stream without reading ahead bounds the memory also where one row group is the whole file.
     with _readable(str(path)), pq.ParquetFile(path, buffer_size=1024 * 1024, pre_buffer=False) as parquet:
-        start, groups = 0, []
+        start = 0
+        groups: list[int] = []
         for group in range(parquet.num_row_groups):
             size = parquet.metadata.row_group(group).num_rows
             if not groups and start + size <= first:
@@ -508,7 +541,7 @@ def _plain_type(kind: pa.DataType) -> pa.DataType:
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    return kind in (pa.string(), pa.large_string(), pa.string_view())
 
 
 def _repaired(array: pa.Array) -> tuple[pa.Array, pa.Array] | None:

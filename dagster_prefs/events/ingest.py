@@ -53,7 +53,10 @@ class FileOptions:
     `rate` is how many messages are stored per second at most.
 
     Of a table of columns, `renamed` maps columns to fields, to None where a column is left out; `where` is an SQL
-    condition over its columns; `arrived_at` is the column that holds when each row arrived.
+    condition over its columns; `arrived_at` is the column that holds when each row arrived. `constants` are further
+    columns, which every row has.
+
+    `label` is kept as the file's path, by default the path itself.
     """
 
     topic: str | None = None
@@ -63,6 +66,8 @@ class FileOptions:
     renamed: Mapping[str, str | None] = field(default_factory=dict)
     where: str | None = None
     arrived_at: str | None = None
+    constants: Mapping[str, str | None] = field(default_factory=dict)
+    label: str | None = None
 
     def check_lines(self, path: Path) -> None:
         """Raise EventFileError if an option is for tables of columns, and the file is none."""
@@ -72,10 +77,15 @@ class FileOptions:
                 f"{path} holds lines of text, and {' and '.join(named)} need typed columns: write it as Parquet or "
                 "Arrow first, or leave that out"
             )
+        if self.constants:
+            raise EventFileError(
+                f"{path} holds lines of text, and its folders are named after columns ({', '.join(self.constants)}), "
+                "which only tables have: write it as Parquet, or name the file itself if it has all fields"
+            )
 
 
 @dataclass
-class _Tally:
+class Tally:
     """What was read of a file so far; `examples` are (line, why) of the first rows that could not be read."""
 
     lines: int = 0
@@ -128,22 +138,20 @@ def ingest_file(
         from dagster_prefs.events.table_ingest import ingest_table
 
         with _unchanged(path):
-            table = open_table(path, kind, content_hash(path))
+            table = open_table(path, kind, content_hash(path), options.constants)
             return ingest_table(connection, registry, table, options, batches=batches, deliver=deliver)
     options.check_lines(path)
     started = time.monotonic()
     before = check_file(path)
     file_format = detect(path, registry, options.topic, options.mapping)
-    source = file_source(path)
+    source, label = file_source(path), options.label or as_text(path)
     with RawStore(connection) as store:
         known = store.recall(source)
         if known is None:
-            shift = _shift_to(path, file_format, options.shift_to) if options.shift_to else 0
+            shift = shift_of(path, file_format, options.shift_to) if options.shift_to else 0
             if deliver is None:
                 store.last_offsets(file_format.topic, source)
-            known = store.remember_start(
-                FileRecord(source, as_text(path), file_format.topic.name, None, shift, None)
-            )
+            known = store.remember_start(FileRecord(source, label, file_format.topic.name, None, shift, None))
         check_topic(path, known, file_format.topic)
         note = _shift_note(known, options.shift_to is not None)
         if known.completed_at is not None:
@@ -202,7 +210,7 @@ def _shift_note(known: FileRecord, asked: bool) -> str | None:
     return None
 
 
-def _shift_to(path: Path, file_format: FileFormat, now: datetime) -> int:
+def shift_of(path: Path, file_format: FileFormat, now: datetime) -> int:
     """Whole seconds from the newest event of the file to `now`, 0 where no time can be read."""
     # What the typed layer refuses must not decide where a file ends.
     latest = now + file_format.topic.limits.future_tolerance
@@ -227,12 +235,12 @@ def _store(
     known: FileRecord,
     batches: Batches,
     pace: Pace,
-) -> _Tally:
+) -> Tally:
     """Store the file's records; returns what there was."""
-    read, size = _Tally(), check_file(path).st_size
+    read, size = Tally(), check_file(path).st_size
     batch_size = pace.batch_size(batches.size)
     with LineReader(path) as reader:
-        for batch, damage in _batches(reader, file_format, known.shift_seconds, batch_size, read):
+        for batch, damage in batches_of(reader, file_format, known.shift_seconds, batch_size, read):
             read.accepted += write(file_format.topic, batch)
             read.lines += len(batch)
             pace.wait(read.lines)
@@ -243,8 +251,8 @@ def _store(
     return read
 
 
-def _batches(
-    reader: LineReader, file_format: FileFormat, shift: int, batch_size: int, read: _Tally
+def batches_of(
+    reader: LineReader, file_format: FileFormat, shift: int, batch_size: int, read: Tally
 ) -> Iterator[tuple[list[RawMessage], EventFileError | None]]:
     """Batches of messages, what is none counted in `read`; the last one carries the damage that ended the file."""
     batch: list[RawMessage] = []

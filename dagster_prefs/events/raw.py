@@ -221,6 +221,18 @@ class RawStore:
             ).fetchall()
         return [FileRecord(*row) for row in rows]
 
+    def completed(self, path: str) -> FileRecord | None:
+        """Return the stored state of a source that was read completely from this path, None if there is none."""
+        with self._translated("ingest_files"):
+            row = self._connection.execute(
+                sql.SQL(
+                    "select source, path, topic, lines, shift_seconds, completed_at from {} "
+                    "where path = %s and completed_at is not null order by completed_at desc limit 1"
+                ).format(self._relation("ingest_files")),
+                (path,),
+            ).fetchone()
+        return FileRecord(*row) if row else None
+
     def remember_start(self, record: FileRecord) -> FileRecord:
         """Record the start of a source's first ingestion, once. Returns the stored state."""
         known = self.recall(record.source)

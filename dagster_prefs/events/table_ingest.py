@@ -70,7 +70,12 @@ def ingest_table(
     started = time.monotonic()
     columns = columns_of(options)
     topic = table_topic(table, registry, options)
-    _check_options(connection, table, options, deliver)
+    check_table_options(table, options)
+    if options.arrived_at is not None and (deliver is not None or connection.kind != "local"):
+        raise EventFileError(
+            f"--arrived-at {options.arrived_at} needs the embedded engine: on RisingWave a message arrives when its "
+            "engine reads it; leave the option out"
+        )
     source = table_source(table, columns)
     pace = Pace(options.rate)
     rows = pace.batch_size(BATCH_ROWS)
@@ -109,18 +114,12 @@ def ingest_table(
     )  # fmt: skip
 
 
-def _check_options(
-    connection: EngineConfiguration, table: Table, options: FileOptions, deliver: Delivery | None
-) -> None:
+def check_table_options(table: Table, options: FileOptions) -> None:
+    """Raise EventFileError for an option that only files of lines have."""
     if options.shift_to is not None:
         raise EventFileError(
             f"{table.name} is a table of columns, whose times --shift-to-now does not move: leave it out, or write the "
             "table as JSON lines"
-        )
-    if options.arrived_at is not None and (deliver is not None or connection.kind != "local"):
-        raise EventFileError(
-            f"--arrived-at {options.arrived_at} needs the embedded engine: on RisingWave a message arrives when its "
-            "engine reads it; leave the option out"
         )
 
 
