@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +39,8 @@ BATCH_BYTES = 16 * 1024 * 1024
 AHEAD = 2
 # Of DuckDB, which holds one batch and its messages.
 MEMORY = "512MB"
+
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 _ROW, _JSON, _ARRIVAL = "__prefs_row", "__prefs_json_", "__prefs_arrived_at"
 _BATCH = "batch"
@@ -96,8 +98,8 @@ class Messages(NamedTuple):
 class Columns:
     """How a table's columns are read.
 
-    `renamed` maps columns to fields, to None where a column is left out. `where` is an SQL expression over the
-    table's own columns. `arrived_at` is the column that holds when each row arrived.
+    `renamed` maps columns to fields, to None where a column is left out of the messages. `where` is an SQL
+    expression over the table's own columns. `arrived_at` is the column that holds when each row arrived.
     """
 
     renamed: Mapping[str, str | None]
@@ -111,11 +113,7 @@ class Columns:
 
     def field_of(self, column: str) -> str | None:
         """Return the JSON key of a column, None if it is left out."""
-        return (
-            None
-            if column == self.arrived_at and column not in self.renamed
-            else self.renamed.get(column, column)
-        )
+        return self.renamed.get(column, column)
 
 
 def open_table(
@@ -252,19 +250,8 @@ class Converter:
         self.columns = columns
         self.batch_rows = batch_rows
         check_columns(table, columns)
-        self._session = duckdb.connect(
-            ":memory:",
-            config={
-                # An expression of `--where` may come from anywhere, and must not read this machine's files or
-                # this process's variables.
-                "enable_external_access": False,
-                "python_enable_replacements": False,
-                "autoinstall_known_extensions": False,
-                "autoload_known_extensions": False,
-                "memory_limit": MEMORY,
-                "threads": 1,
-            },
-        )
+        # A connection of its own to one database, because to open a database takes longer than to read a small file.
+        self._session = _database().cursor()
         try:
             self._check_where()
         except BaseException:
@@ -402,6 +389,23 @@ class Converter:
         )
 
 
+@cache
+def _database() -> duckdb.DuckDBPyConnection:
+    return duckdb.connect(
+        ":memory:",
+        config={
+            # An expression of `--where` may come from anywhere, and must not read this machine's files or this
+            # process's variables.
+            "enable_external_access": False,
+            "python_enable_replacements": False,
+            "autoinstall_known_extensions": False,
+            "autoload_known_extensions": False,
+            "memory_limit": MEMORY,
+            "threads": 1,
+        },
+    )
+
+
 def check_columns(table: Table, columns: Columns) -> None:
     """Raise EventFileError for a named column that the table lacks, and for columns that cannot be messages."""
     names = table.schema.names
@@ -473,7 +477,7 @@ def _message_sql(schema: pa.Schema, topic: Topic, columns: Columns, broken: set[
         value = _value_sql(_quoted(column.name), _stored_type(column.type), topic.by_name.get(key))
         if place in broken:
             value = f"coalesce({_JSON}{place}, {value})"
-        parts.append(f"{_literal(json.dumps(key, ensure_ascii=False) + ':')} || {value}")
+        parts.append(f"{_literal(_encode(key) + ':')} || {value}")
     return f"'{{' || concat_ws(',', {', '.join(parts)}) || '}}'" if parts else "'{}'"
 
 
@@ -563,9 +567,7 @@ def _repaired(array: pa.Array) -> tuple[pa.Array, pa.Array] | None:
             told.append(None)
         except UnicodeDecodeError:
             texts.append(None)
-            told.append(
-                json.dumps({"not_utf8": value.decode("utf-8", "backslashreplace")}, ensure_ascii=False)
-            )
+            told.append(_encode({"not_utf8": value.decode("utf-8", "backslashreplace")}))
     return pa.array(texts, pa.large_string()), pa.array(told, pa.large_string())
 
 

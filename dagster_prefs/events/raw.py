@@ -206,8 +206,7 @@ class RawStore:
 
     def recall(self, source: str) -> FileRecord | None:
         """Return the stored state of a source, None if there is none."""
-        found = self.recall_all(source)
-        return found[0] if found else None
+        return next((record for record in self.recall_all(source) if record.source == source), None)
 
     def recall_all(self, prefix: str) -> list[FileRecord]:
         """Return the stored state of every source whose name starts with `prefix`, by name."""

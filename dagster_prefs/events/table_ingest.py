@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
@@ -81,9 +82,8 @@ def ingest_table(
     rows = pace.batch_size(BATCH_ROWS)
     with RawStore(connection) as store, Converter(table, topic, columns, rows) as converter:
         # Rows that one condition leaves out are not there for another, so each has a record of its own.
-        record = FileRecord(
-            _record_name(source, options.where), as_text(table.name), topic.name, None, 0, None
-        )
+        label = options.label or as_text(table.name)
+        record = FileRecord(_record_name(source, options.where), label, topic.name, None, 0, None)
         known = store.recall(record.source)
         if known is None:
             converter.check_arrivals(datetime.now(UTC))
@@ -102,9 +102,11 @@ def ingest_table(
         else:
             run = _Run(store, topic, source, record)
             writing = run.written(converter, deliver, pace)
-        for rows in writing:
-            if batches.progress is not None:
-                batches.progress(Progress(run.lines, rows, table.rows, "rows"))
+        # Closed before the converter is, whose session a thread may be using.
+        with closing(writing):
+            for rows in writing:
+                if batches.progress is not None:
+                    batches.progress(Progress(run.lines, rows, table.rows, "rows"))
         if run.rows == 0:
             raise EventFileError(f"{table.name} is empty: it has columns but no rows")
         store.remember_end(replace(record, lines=run.lines, completed_at=datetime.now(UTC)))
@@ -139,7 +141,7 @@ class _Run:
     lines: int = 0
     accepted: int = 0
 
-    def copied(self, converter: Converter, pace: Pace) -> Iterator[int]:
+    def copied(self, converter: Converter, pace: Pace) -> Generator[int]:
         """Copy the messages to the embedded engine; yields the number of rows that were read, after each batch."""
         begun = self.lines
         lines = converter.copy_lines(self.source, self.rows)
@@ -155,7 +157,7 @@ class _Run:
         finally:
             lines.close()
 
-    def written(self, converter: Converter, deliver: Delivery | None, pace: Pace) -> Iterator[int]:
+    def written(self, converter: Converter, deliver: Delivery | None, pace: Pace) -> Generator[int]:
         """Insert the messages, or deliver them elsewhere; yields like `copied`."""
         for batch in converter.messages():
             messages = [RawMessage(0, row, message.encode()) for row, message in batch.pairs()]

@@ -77,7 +77,7 @@ ZONED = datetime(2026, 3, 1, 12, 30, 0, 123456, tzinfo=UTC)
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        (pa.array(['a\\"\t\n\x00\x1fé😀']), '"a\\\\\\"\\t\\n\\u0000\\u001fé😀"'),
+        (pa.array(['a\\"\t\n\x00é😀']), '"a\\\\\\"\\t\\n\\u0000é😀"'),
         (pa.array(["x"]).dictionary_encode(), '"x"'),
         (pa.array(["x"], pa.string_view()), '"x"'),
         (pa.array([2**63 - 1]), "9223372036854775807"),
@@ -96,7 +96,7 @@ ZONED = datetime(2026, 3, 1, 12, 30, 0, 123456, tzinfo=UTC)
         (pa.array([date(2026, 3, 1)]), '"2026-03-01"'),
         (pa.array([uuid.UUID(int=7).bytes], pa.uuid()), f'"{uuid.UUID(int=7)}"'),
         (pa.array([[1, 2**60]]), "[1,1152921504606846976]"),
-        (pa.array([{"a": Decimal("1.10")}]), '{"a":1.10}'),
+        (pa.array([{"a": Decimal("12345678901234567.89")}]), '{"a":12345678901234567.89}'),
         (pa.array([math.nan]), '{"number":"nan"}'),
         (pa.array([-math.inf], pa.float32()), '{"number":"-inf"}'),
         (pa.array([None]), None),
@@ -150,14 +150,14 @@ def test_text_that_is_not_utf8_rejects_its_row_alone(topics: Mapping[str, Topic]
     assert messages[1] == b'{"item_id":"2","title":{"not_utf8":"caf\\\\xe9"}}'
     reasons = [rejection_reason(message, topics["items"], NOW) for message in messages]
     assert reasons == [None, "bad title", None]
-    assert converted(items, topics["items"], where="title = 'ok' or title is null")[1:] == messages[1:]
+    assert converted(items, topics["items"], where="title = 'ok' or title is null") == messages[:2]
 
 
 texts = st.text(st.characters(codec="utf-8"), max_size=8) | st.sampled_from(["", " ", "007", "1e3", "12.0"])
 whole = st.integers(-(2**63), 2**63 - 1) | st.integers(-3, 3)
 
 
-@settings(max_examples=150)
+@settings(max_examples=40)
 @given(
     st.lists(
         st.fixed_dictionaries(
@@ -172,7 +172,7 @@ whole = st.integers(-(2**63), 2**63 - 1) | st.integers(-3, 3)
             }
         ),
         min_size=1,
-        max_size=5,
+        max_size=12,
     )
 )
 def test_a_table_is_judged_and_read_like_json_lines(
@@ -209,65 +209,59 @@ def test_a_table_is_judged_and_read_like_json_lines(
 # --- which columns ---
 
 
-@pytest.mark.parametrize(
-    ("columns", "options", "told"),
-    [
-        ({"raw": [b"x"]}, {}, "the column raw of .* is binary, .* leave it out with --map raw="),
-        ({"raw": [[{"a": b"x"}]]}, {}, "the column raw of .* is binary"),
-        ({"Viewer_ID": [1, 2]}, {}, "viewer_id and Viewer_ID, which are one name in SQL: rename one"),
-        (
-            {},
-            {"renamed": {"user": "viewer_id"}},
-            r"--map names the column user, which .* lacks \(it has event_id",
-        ),
-        ({"user": [3, 4]}, {"renamed": {"user": "viewer_id"}}, "viewer_id and user of .* are both viewer_id"),
-        (
-            {"user": [3, 4]},
-            {"renamed": {"user": "viewer"}},
-            "--map user=viewer: view_events has no field viewer; its",
-        ),
-        ({}, {"renamed": {"viewer_id": None}}, "lacks the columns viewer_id of view_events .* or give --map"),
-        ({}, {"arrived_at": "at"}, "--arrived-at names the column at, which"),
-        (
-            {"at": ["now", "then"]},
-            {"arrived_at": "at"},
-            "--arrived-at at is string .* and not a time: name a column",
-        ),
-        (
-            {"at": [1_790_000_000, 5]},
-            {"arrived_at": "at"},
-            "row 2: at has 5, and --arrived-at needs a time from 2000",
-        ),
-        ({"at": [1_790_000_000, None]}, {"arrived_at": "at"}, "row 2: at has no value"),
-        ({"at": [NOW.replace(year=2100, tzinfo=None)] * 2}, {"arrived_at": "at"}, "row 1: at has 2100-11-21"),
-        (
-            {},
-            {"where": "viewer_id >"},
-            "--where 'viewer_id >' cannot be evaluated on .*: write an SQL condition",
-        ),
-        ({}, {"where": "nobody = 1"}, 'Referenced column "nobody" not found'),
-        ({}, {"where": "viewer_id"}, "--where is BIGINT and not a condition"),
-        ({}, {"where": "true) or (true"}, "Parser Error"),
-        ({}, {"where": "event_id::int > 0"}, "Could not convert string 'a' to INT32"),
-        ({}, {"where": "exists (from read_text('/etc/passwd'))"}, "file system operations are disabled"),
-        ({}, {"where": "exists (from VIEWS)"}, "VIEWS does not exist"),
-        ({}, {"shift_to": NOW}, "whose times --shift-to-now does not move"),
-    ],
-)
+REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({"raw": [b"x", b"y"]}, {}, "the column raw of .* is binary, .* leave it out with --map raw="),
+    ({"raw": [[{"a": b"x"}], []]}, {}, "the column raw of .* is binary"),
+    ({"Viewer_ID": [1, 2]}, {}, "viewer_id and Viewer_ID, which are one name in SQL: rename one"),
+    (
+        {},
+        {"renamed": {"user": "viewer_id"}},
+        r"--map names the column user, which .* lacks \(it has event_id",
+    ),
+    ({"user": [3, 4]}, {"renamed": {"user": "viewer_id"}}, "viewer_id and user of .* are both viewer_id"),
+    (
+        {"user": [3, 4]},
+        {"renamed": {"user": "viewer"}},
+        "--map user=viewer: view_events has no field viewer; its",
+    ),
+    ({}, {"renamed": {"viewer_id": None}}, "lacks the columns viewer_id of view_events .* or give --map"),
+    ({}, {"arrived_at": "at"}, "--arrived-at names the column at, which"),
+    (
+        {"at": ["now", "then"]},
+        {"arrived_at": "at"},
+        "--arrived-at at is string .* and not a time: name a column",
+    ),
+    (
+        {"at": [1_790_000_000, 5]},
+        {"arrived_at": "at"},
+        "row 2: at has 5, and --arrived-at needs a time from 2000",
+    ),
+    ({"at": [1_790_000_000, None]}, {"arrived_at": "at"}, "row 2: at has no value"),
+    ({"at": [NOW.replace(year=2100, tzinfo=None)] * 2}, {"arrived_at": "at"}, "row 1: at has 2100-11-21"),
+    (
+        {},
+        {"where": "viewer_id >"},
+        "--where 'viewer_id >' cannot be evaluated on .*: write an SQL condition",
+    ),
+    ({}, {"where": "nobody = 1"}, 'Referenced column "nobody" not found'),
+    ({}, {"where": "viewer_id"}, "--where is BIGINT and not a condition"),
+    ({}, {"where": "true) or (true"}, "Parser Error"),
+    ({}, {"where": "event_id::int > 0"}, "Could not convert string 'a' to INT32"),
+    ({}, {"where": "exists (from read_text('/etc/passwd'))"}, "file system operations are disabled"),
+    ({}, {"where": "exists (from VIEWS)"}, "VIEWS does not exist"),
+    ({}, {"shift_to": NOW}, "whose times --shift-to-now does not move"),
+]
+
+
 def test_what_cannot_be_read_is_refused_in_a_sentence(
-    registry: Registry,
-    store: EngineConfiguration,
-    tmp_path: Path,
-    columns: dict[str, Any],
-    options: dict[str, Any],
-    told: str,
+    registry: Registry, store: EngineConfiguration, tmp_path: Path
 ) -> None:
-    path = write_parquet(tmp_path / "views.parquet", VIEWS | columns)
-    with pytest.raises(EventFileError, match=told) as caught:
-        ingest_file(store, registry, path, FileOptions("view_events", **options))
-    assert "\n" not in str(caught.value)
-    with pytest.raises(EventFileError, match=told):
-        dry_run_file(store, registry, path, FileOptions("view_events", **options))
+    for columns, options, told in REFUSED:
+        path = write_parquet(tmp_path / "views.parquet", VIEWS | columns)
+        for judge in (ingest_file, dry_run_file):
+            with pytest.raises(EventFileError, match=told) as caught:
+                judge(store, registry, path, FileOptions("view_events", **options))
+            assert "\n" not in str(caught.value)
     assert stored(store) == []
 
 
@@ -288,7 +282,14 @@ def test_columns_are_named_chosen_and_left_out(
         {"id": ["a", "b", "c"], "user": [1, 2, 3], "when": at, "raw": [b"x"] * 3, "Land": ["DE", "AT", None],
          "loaded": [moment + timedelta(seconds=9) for moment in at]},
     )  # fmt: skip
-    renamed = {"id": "event_id", "user": "viewer_id", "when": "watched_at", "raw": None, "Land": None}
+    renamed = {
+        "id": "event_id",
+        "user": "viewer_id",
+        "when": "watched_at",
+        "raw": None,
+        "Land": None,
+        "loaded": None,
+    }
     options = FileOptions(renamed=renamed, where="land = 'AT' -- only these", arrived_at="loaded")
     report = ingest_file(store, registry, path, options)
     assert (report.topic, report.lines, report.accepted) == ("view_events", 1, 1)
@@ -395,7 +396,7 @@ def test_an_interrupted_file_goes_on_where_it_ended(
         before,
     )
     # What a condition left out before is not known, so the file is read again from its start.
-    assert read == ([0, 44] if where is None else [0, 0])
+    assert read == ([0, 42] if where is None else [0, 0])
 
 
 def test_a_crash_between_batches_loses_and_doubles_nothing(
@@ -471,7 +472,7 @@ def test_a_rate_is_kept(
     lines = tmp_path / "views.jsonl"
     lines.write_bytes(b"\n".join(converted(numbered(30), _topic(registry))))
     ingest_file(store, registry, lines, FileOptions(rate=40))
-    assert waited == [25, 50, 60, 10, 20, 30]
+    assert waited == [25, 50, 60, 10, 20, 30, 30]
 
 
 def _topic(registry: Registry) -> Topic:
