@@ -166,7 +166,7 @@ def ingest_file(
         if read.lines == 0:
             raise EventFileError(f"{path} is empty: it has a header but no rows")
         store.remember_end(
-            FileRecord(source, as_text(path), known.topic, read.lines, known.shift_seconds, datetime.now(UTC))
+            FileRecord(source, label, known.topic, read.lines, known.shift_seconds, datetime.now(UTC))
         )
     return IngestReport(
         source,

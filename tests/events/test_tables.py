@@ -12,6 +12,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -25,8 +26,15 @@ from dagster_prefs.events.columnar import Columns, Converter, Table, TableBatch,
 from dagster_prefs.events.dry_run import dry_run_file
 from dagster_prefs.events.formats import EventFileError, table_kind
 from dagster_prefs.events.ingest import FileOptions, ingest_file
-from dagster_prefs.events.inputs import Input, ingest_input, local_inputs, partition_columns
-from dagster_prefs.events.messages import Topic
+from dagster_prefs.events.inputs import (
+    Input,
+    ObjectStore,
+    dry_run_input,
+    ingest_input,
+    local_inputs,
+    partition_columns,
+)
+from dagster_prefs.events.messages import Topic, topic_of
 from dagster_prefs.events.pace import Pace
 from dagster_prefs.events.raw import Batches, Progress
 from dagster_prefs.events.validity import rejection_reason
@@ -470,15 +478,9 @@ def test_a_rate_is_kept(
     monkeypatch.setattr(Pace, "wait", lambda self, sent: waited.append(sent))
     ingest_file(store, registry, write_parquet(tmp_path / "v.parquet", numbered(60)), FileOptions(rate=100))
     lines = tmp_path / "views.jsonl"
-    lines.write_bytes(b"\n".join(converted(numbered(30), _topic(registry))))
+    lines.write_bytes(b"\n".join(converted(numbered(30), topic_of(registry, "view_events"))))
     ingest_file(store, registry, lines, FileOptions(rate=40))
     assert waited == [25, 50, 60, 10, 20, 30, 30]
-
-
-def _topic(registry: Registry) -> Topic:
-    from dagster_prefs.events.messages import topic_of
-
-    return topic_of(registry, "view_events")
 
 
 # --- folders ---
@@ -579,3 +581,53 @@ def test_a_wide_file_is_read_in_small_batches(tmp_path: Path) -> None:
     assert max(batch.rows.nbytes for batch in batches) < 2 * columnar.BATCH_BYTES
     assert sum(batch.rows.num_rows for batch in batches) == 400
     assert [batch.first for batch in batches] == [batch.rows["n"][0].as_py() for batch in batches]
+
+
+# --- S3 ---
+
+
+def test_objects_are_read_as_files_once(
+    registry: Registry,
+    store: EngineConfiguration,
+    tmp_path: Path,
+    aws_endpoint: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    client: Any = boto3.client("s3", endpoint_url=aws_endpoint, region_name="eu-central-1")
+    client.create_bucket(Bucket="history", CreateBucketConfiguration={"LocationConstraint": "eu-central-1"})
+    path = write_parquet(tmp_path / "part-0.parquet", numbered(4))
+    for key in ("views/day=1/part-0.parquet", "views/_SUCCESS", "views/", "views_2/part-0.parquet"):
+        client.put_object(Bucket="history", Key=key, Body=b"" if key[-1] in "/S" else path.read_bytes())
+    client.put_object(
+        Bucket="history", Key="views/day=2/v.jsonl", Body=b'{"event_id":"x","viewer_id":1,"watched_at":1}'
+    )
+    s3 = ObjectStore("eu-central-1", aws_endpoint)
+    (table, lines) = s3.inputs("s3://history/views")
+    assert (table.name, table.constants) == ("s3://history/views/day=1/part-0.parquet", {"day": "1"})
+    options = FileOptions(renamed={"day": None})
+    report = ingest_input(store, registry, table, options)
+    assert (report.accepted, report.topic) == (4, "view_events")
+    # Named by itself, a file of lines has all its fields.
+    (named,) = s3.inputs(lines.name)
+    assert ingest_input(store, registry, named, FileOptions()).accepted == 1
+    assert [
+        path.partition(" ")[0] for (path,) in rows(store, "select path from ingest_files order by path")
+    ] == [
+        "s3://history/views/day=1/part-0.parquet",
+        "s3://history/views/day=2/v.jsonl",
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(ObjectStore, "_fetched", lambda *_: pytest.fail("fetched again"))
+        assert (
+            ingest_input(store, registry, next(s3.inputs("s3://history/views")), options).already_present == 4
+        )
+    client.put_object(Bucket="history", Key="views/day=1/part-0.parquet", Body=b"PAR1")
+    with pytest.raises(EventFileError, match=r"part-0.parquet was replaced while it was read"):
+        dry_run_input(store, registry, table, options)
+    for uri, told in (
+        ("s3://history/nothing", "has no objects"),
+        ("s3://", "names no bucket"),
+        ("s3://nowhere/x", r"s3://nowhere/x cannot be read \(.*NoSuchBucket.*check the bucket, AWS_REGION"),
+    ):
+        with pytest.raises(EventFileError, match=told):
+            list(s3.inputs(uri))
