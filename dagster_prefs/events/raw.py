@@ -153,6 +153,7 @@ class RawStore:
                 # Half the processor time of staging, which takes over where a part of the source is stored.
                 with self._connection.transaction(), self._connection.cursor() as cursor:
                     accepted = self._copy_text(cursor, self._relation(topic.raw), columns, lines)
+                    self._wait_from_now(cursor, topic, columns)
                     self.remember_end(read)
                 return accepted
             except psycopg.errors.UniqueViolation:
@@ -176,8 +177,29 @@ class RawStore:
                 )
             )
             accepted = cursor.rowcount
+            self._wait_from_now(cursor, topic, columns)
             self.remember_end(read)
         return accepted
+
+    def _wait_from_now(
+        self, cursor: psycopg.Cursor[Any], topic: TopicDeclaration, columns: Sequence[str]
+    ) -> None:
+        """Have messages that arrived elsewhere, long ago, wait for the follower since this transaction.
+
+        Otherwise they would be waiting for years, for freshness, and every live message for all of them, which
+        the follower takes first.
+        """
+        noted = sql.SQL(".").join([sql.Identifier(self.engine.schema), sql.Identifier("raw_arrivals")])
+        if "arrived_at" in columns and cursor.execute(
+            "select to_regclass(%s) is not null", [noted.as_string(cursor)]
+        ).fetchone() == (True,):
+            cursor.execute(
+                sql.SQL(
+                    "update {} set arrived_at = transaction_timestamp() "
+                    "where relation = %s and xmin = pg_current_xact_id()::xid"
+                ).format(noted),
+                [topic.raw],
+            )
 
     def _copy_text(
         self,

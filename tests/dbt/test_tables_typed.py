@@ -74,7 +74,7 @@ def found(engine: EngineConfiguration) -> tuple[list[Any], list[Any]]:
         refresh(session, ["view_events_parsed", "view_events", "rejected_events"])
         typed = session.execute("select * from view_events order by event_id").fetchall()
         rejected = session.execute('select "offset", reason from rejected_events order by 1').fetchall()
-        session.execute("delete from raw_view_events")
+        session.execute("delete from raw_view_events; delete from raw_arrivals")
     return typed, rejected
 
 
@@ -91,7 +91,7 @@ def test_a_table_becomes_what_its_json_lines_become(
     lines.write_bytes(b"\n".join(map(line, rows)))
     with deployed.connect() as session:
         session.execute(
-            "alter table raw_view_events alter arrived_at set default to_timestamp(%s)" % AT.timestamp()
+            f"alter table raw_view_events alter arrived_at set default to_timestamp({NOW // 10**6})"
         )
 
     class Clock(datetime):
@@ -115,6 +115,10 @@ def test_a_table_becomes_what_its_json_lines_become(
             == ingest_file(deployed, registry, path, options).accepted
             == 600
         )
+        with deployed.connect() as session:
+            waiting = session.execute("select sum(messages), min(arrived_at) >= %s from raw_arrivals", [AT])
+            # Whatever their arrival, they wait since they were stored.
+            assert waiting.fetchone() == (600, True)
         results.append(found(deployed))
         told = {kind: reason.count for kind, reason in expected.rejected.items()}
         assert told == rejected_counts(deployed)["view_events"]
