@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, date, datetime, timedelta
 from functools import cached_property, partial
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from dagster_prefs.deploy.plan import ContractReview, Plan
     from dagster_prefs.dynamodb.store import DomainStore
     from dagster_prefs.events.brokers import KafkaSecurity, KafkaSource
+    from dagster_prefs.events.inputs import Input
     from dagster_prefs.events.topics import TopicGeneration
     from dagster_prefs.freshness.canary import Probe
     from dagster_prefs.freshness.exports_memo import ExportsMemo
@@ -55,6 +56,8 @@ if TYPE_CHECKING:
     from dagster_prefs.values.drift import Cause
     from dagster_prefs.values.statistics import Statistics
 
+# The prefix that distinguishes an Iceberg table from a file of the same name.
+ICEBERG = "iceberg:"
 # How long `prefs refresh` waits for a follower, in seconds.
 REFRESH_SECONDS = 600.0
 # How often the follower checks whether the DynamoDB tables are still the same, in seconds.
@@ -216,6 +219,22 @@ class Platform:
             region=settings.aws_region,
             endpoint_url=settings.aws_endpoint_url,
         )
+
+    def inputs(self, given: str) -> Iterator[Input]:
+        """Yield what `prefs ingest` is to read: a file, a folder's files, objects in S3, or an Iceberg table's files.
+
+        Raises EventFileError or OfflineError naming what was given.
+        """
+        from dagster_prefs.events.inputs import S3, ObjectStore, local_inputs, table_inputs
+
+        settings = self.settings
+        if given.startswith(S3):
+            return ObjectStore(settings.aws_region, settings.aws_endpoint_url).inputs(given)
+        if given.startswith(ICEBERG):
+            from dagster_prefs.iceberg.history import history_files
+
+            return table_inputs(history_files(self.catalog(), given.removeprefix(ICEBERG)))
+        return local_inputs(Path(given))
 
     @cached_property
     def training_tables(self) -> dict[str, TileTable]:
