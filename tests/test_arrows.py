@@ -22,6 +22,7 @@ ROOMS = (
     "local",
     "defs",
     "tools",
+    "projects",
 )
 
 # A room may import itself, the errors, private files, how ids and addresses are read, and these rooms or modules.
@@ -35,7 +36,10 @@ ALLOWED = {
     "textfiles": set(),
     # Which project is meant is a setting, and loads what it declares.
     "settings": {"declarations"},
-    "declarations": set(),
+    "shipped": set(),
+    "declarations": {"shipped"},
+    # What it generates with is given to it.
+    "projects": {"declarations", "settings", "shipped"},
     "engine": {"declarations"},
     "dynamodb": {"declarations", "engine"},
     "events": {"declarations", "engine", "textfiles"},
@@ -56,14 +60,14 @@ ALLOWED = {
     },
     "erasure": {"declarations", "engine", "dynamodb", "events", "iceberg", "training"},
     "local": {"declarations", "engine", "loopback"},
-    "platform": set(ROOMS) - {"defs", "tools"} | {"settings"},
+    "platform": set(ROOMS) - {"defs", "tools", "projects"} | {"settings"},
     # On RisingWave the demo publishes with Dagster's job, as `prefs refresh` does.
     "tools": set(ROOMS) | {"platform", "settings", "runs"},
     "defs": set(ROOMS) | {"settings", "loopback", "platform"},
     "definitions": {"defs", "settings"},
     "runs": {"defs", "settings"},
     "__main__": {"cli"},
-    "cli": set(ROOMS) | {"platform", "settings", "runs", "printable"},
+    "cli": set(ROOMS) | {"platform", "settings", "runs", "printable", "shipped"},
 }
 # Outside packages that only some places may import.
 RESERVED = {

@@ -22,6 +22,7 @@ from dagster_prefs.declarations.check_tiles import Tile
 from dagster_prefs.declarations.check_topics import Topic
 from dagster_prefs.declarations.contract import REGISTRY, check_version, parse_contract
 from dagster_prefs.declarations.declared import DECLARED, declared_macro
+from dagster_prefs.declarations.macros import check_macros
 from dagster_prefs.declarations.read import (
     GENERATED,
     DeclarationError,
@@ -61,8 +62,9 @@ def plan_files(folder: Path) -> Generated:
     """Return what `generate_files` writes, except the registry; reads only YAML.
 
     Raises DeclarationError for an invalid declaration, and for a hand-written file in the place of a
-    generated one.
+    generated one; MacrosMismatch for shared macros of another version.
     """
+    check_macros(folder)
     project = read_project(folder)
     declared = check_project(project)
     models = dict(_models(project, declared))

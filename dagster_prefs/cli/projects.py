@@ -1,0 +1,97 @@
+"""Commands for a project of one's own: create, test and upgrade it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import click
+
+from dagster_prefs.cli.generate import generate_project
+from dagster_prefs.cli.root import cli, console, say, start_services
+from dagster_prefs.errors import PrefsError
+from dagster_prefs.projects.create import EXAMPLES, create_project
+from dagster_prefs.settings import Settings, load_settings
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--example",
+    type=click.Choice(list(EXAMPLES)),
+    help="What to start from; asked for on a terminal, else minimal.",
+)
+def init(folder: Path, example: str | None) -> None:
+    """Create a project in a new FOLDER.
+
+    `minimal` has one topic, one entity, one tile and one domain; `shop` and `engagement` are one business
+    each; `full` is both.
+    """
+    if example is None and sys.stdin.isatty():
+        example = click.prompt("Start from", type=click.Choice(list(EXAMPLES)), default="minimal")
+    written = create_project(folder, example or "minimal", generate_project)
+    for name in [*written, "dbt_project/"]:
+        say(f"wrote {folder / name}")
+    say(f"next: cd {folder} && prefs demo")
+
+
+@cli.command()
+@click.option("--overwrite", is_flag=True, help="Discard edits of the shared macros.")
+def upgrade(overwrite: bool) -> None:
+    """Bring the project to this version of the package.
+
+    Writes the shared macros and the lock, generates again, and shows the diff. If the project cannot be
+    generated, nothing is changed.
+    """
+    from dagster_prefs.projects.upgrade import upgrade_project
+
+    done = upgrade_project(load_settings().project, generate_project, overwrite=overwrite)
+    if diff := done.changes.diff():
+        say(diff)
+        say(f"\n{len(done.changes.files)} files changed")
+    else:
+        say("every file was of this version")
+    for what in done.look_at:
+        say(f"look at: {what}")
+
+
+@cli.command()
+def test() -> None:
+    """Run dbt's tests and the project's own.
+
+    dbt's are the tests of data, contracts and units, on what is deployed; the project's are in its folder
+    `tests`, for pytest. On the embedded engine, services are started and the project is deployed if nothing is.
+    """
+    from dagster_prefs.declarations.stale import current_registry
+
+    settings = load_settings()
+    current_registry(settings.project)
+    failed = _dbt_tests(settings)
+    folder = settings.home / "tests"
+    if folder.is_dir() and any(folder.rglob("test_*.py")):
+        failed += _python_tests(folder)
+    if failed:
+        raise PrefsError(f"{len(failed)} tests failed: {'; '.join(failed)}")
+    console.print("every test passed")
+
+
+def _dbt_tests(settings: Settings) -> list[str]:
+    from dagster_prefs.platform import Platform
+
+    start_services(settings)
+    platform = Platform(settings)
+    if settings.engine == "local" and not platform.is_deployed():
+        console.print("  deploying what the project declares", style="dim")
+        platform.apply()
+    results = platform.dbt.run("test")
+    console.print(f"dbt: {sum(result.ok for result in results)} of {len(results)} tests passed")
+    return [f"{result.name}: {result.message}" for result in results if not result.ok]
+
+
+def _python_tests(folder: Path) -> list[str]:
+    if find_spec("pytest") is None:
+        raise PrefsError(f"{folder} has tests, and pytest is not installed: install it (`uv pip install pytest`)")
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", str(folder)], cwd=folder.parent, check=False)
+    return [f"pytest in {folder} ended with exit code {done.returncode}"] if done.returncode else []
