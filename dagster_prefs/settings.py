@@ -655,7 +655,9 @@ def load_settings(env_file: Path | None = None) -> Settings:
     has, an invalid value, or settings that contradict each other.
     """
     named = os.environ.get(f"{PREFIX}PROJECT_DIR")
-    env_file = env_file or Path(os.environ.get(ENV_FILE) or find_home(Path(named).expanduser() if named else None) / ".env")
+    env_file = env_file or Path(
+        os.environ.get(ENV_FILE) or find_home(Path(named).expanduser() if named else None) / ".env"
+    )
     if env_file.is_file():
         for name, value in dotenv_values(env_file).items():
             if value is not None:
@@ -673,6 +675,9 @@ def load_settings(env_file: Path | None = None) -> Settings:
         variables = {field: variable for variable, field in known.items()}
         problems = []
         for problem in error.errors(include_input=False, include_url=False):
+            if problem["type"] == "default_factory_not_called":
+                # A default that depends on other settings, one of which is invalid and is named by itself.
+                continue
             place = str(problem["loc"][0]) if problem["loc"] else ""
             name = variables.get(place, place)
             if place == "kafka_topic_names":

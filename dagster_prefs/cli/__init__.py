@@ -4,4 +4,15 @@
 from dagster_prefs.cli import deployment, events, freshness, generate, projects, services, serving, training
 from dagster_prefs.cli.root import cli, main
 
-__all__ = ["cli", "deployment", "events", "freshness", "generate", "main", "projects", "services", "serving", "training"]
+__all__ = [
+    "cli",
+    "deployment",
+    "events",
+    "freshness",
+    "generate",
+    "main",
+    "projects",
+    "services",
+    "serving",
+    "training",
+]

@@ -12,7 +12,7 @@ import click
 from dagster_prefs.cli.generate import generate_project
 from dagster_prefs.cli.root import cli, console, say, start_services
 from dagster_prefs.errors import PrefsError
-from dagster_prefs.projects.create import EXAMPLES, create_project
+from dagster_prefs.projects import EXAMPLES
 from dagster_prefs.settings import Settings, load_settings
 
 
@@ -29,6 +29,8 @@ def init(folder: Path, example: str | None) -> None:
     `minimal` has one topic, one entity, one tile and one domain; `shop` and `engagement` are one business
     each; `full` is both.
     """
+    from dagster_prefs.projects.create import create_project
+
     if example is None and sys.stdin.isatty():
         example = click.prompt("Start from", type=click.Choice(list(EXAMPLES)), default="minimal")
     written = create_project(folder, example or "minimal", generate_project)
@@ -92,6 +94,8 @@ def _dbt_tests(settings: Settings) -> list[str]:
 
 def _python_tests(folder: Path) -> list[str]:
     if find_spec("pytest") is None:
-        raise PrefsError(f"{folder} has tests, and pytest is not installed: install it (`uv pip install pytest`)")
+        raise PrefsError(
+            f"{folder} has tests, and pytest is not installed: install it (`uv pip install pytest`)"
+        )
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", str(folder)], cwd=folder.parent, check=False)
     return [f"pytest in {folder} ended with exit code {done.returncode}"] if done.returncode else []

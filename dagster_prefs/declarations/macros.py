@@ -1,8 +1,8 @@
 """The shared macros of a project: a copy of what the package brings, with a stamp of the package's version.
 
-The macros and the platform's Python agree on relations and functions of the engine, so that a project with the macros of
-another version is refused. A project that names the package's own folder in `macro-paths`, or macros that nobody
-stamped, has nothing to compare.
+The macros and the platform's Python agree on relations and functions of the engine, so that a project with
+the macros of another version is refused. A project that names the package's own folder in `macro-paths`, or
+macros that nobody stamped, has nothing to compare.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ class Stamped:
     def edited(self) -> list[str]:
         """Return the files that were changed, removed or added since the package wrote them."""
         now = _hashes(_contents(self.folder))
-        return sorted(name for name in now.keys() | self.hashes.keys() if now.get(name) != self.hashes.get(name))
+        return sorted(
+            name for name in now.keys() | self.hashes.keys() if now.get(name) != self.hashes.get(name)
+        )
 
 
 def stamped_macros(project: Path) -> Stamped | None:

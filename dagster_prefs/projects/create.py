@@ -14,26 +14,20 @@ from dagster_prefs import __version__
 from dagster_prefs.declarations import macros
 from dagster_prefs.declarations.read import GENERATED
 from dagster_prefs.declarations.registry import PROJECT_FOLDER, load_registry
+from dagster_prefs.projects import EXAMPLES
 from dagster_prefs.projects.staged import Generate, ProjectRefused, beside, write
 from dagster_prefs.settings import kafka_variable
 from dagster_prefs.shipped import shipped
 
-# Example → the folders of its models that are left out; None is an example of its own.
-EXAMPLES: Mapping[str, tuple[str, ...] | None] = {
-    "minimal": None,
-    "shop": ("engagement",),
-    "engagement": ("shop",),
-    "full": (),
-}
 # The name that the examples have as dbt projects and profiles.
 _NAME = "dagster_prefs"
 _TEMPLATES = files("dagster_prefs.projects") / "templates"
 # Template → its place in the project.
 _PLACES = {
-    "pyproject.toml": "pyproject.toml",
+    "pyproject.template": "pyproject.toml",
     "README.md": "README.md",
     "gitignore": ".gitignore",
-    "test_project.py": "tests/test_project.py",
+    "test_project.template": "tests/test_project.py",
     "ci.yml": ".github/workflows/ci.yml",
 }
 LOCK = "requirements.lock"
@@ -75,7 +69,11 @@ def create_project(folder: Path, example: str, generate: Generate) -> list[str]:
         if folder.exists():
             folder.rmdir()
         os.rename(made, folder)
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and not path.is_relative_to(folder / PROJECT_FOLDER))
+    return sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and not path.is_relative_to(folder / PROJECT_FOLDER)
+    )
 
 
 def env_example(topics: Mapping[str, object]) -> str:
@@ -97,7 +95,11 @@ def env_example(topics: Mapping[str, object]) -> str:
 
 def _write_dbt_project(project: Path, example: str, name: str) -> None:
     left_out = EXAMPLES[example]
-    source = shipped("dbt_project") if left_out is not None else Path(str(files("dagster_prefs.projects") / example))
+    source = (
+        shipped("dbt_project")
+        if left_out is not None
+        else Path(str(files("dagster_prefs.projects") / example))
+    )
     shutil.copytree(
         source / "models", project / "models", ignore=shutil.ignore_patterns(GENERATED, *(left_out or ()))
     )

@@ -63,7 +63,9 @@ def changed_as_a_whole(project: Path, change: Callable[[Path], object], generate
             raise
         after = _contents(copy)
     names = sorted(before.keys() | after.keys(), key=lambda name: (name == REGISTRY, name))
-    changes = Changes({name: (before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)})
+    changes = Changes(
+        {name: (before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)}
+    )
     try:
         for name, (_, content) in changes.files.items():
             write(project / name, content)

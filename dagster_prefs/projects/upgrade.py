@@ -42,9 +42,10 @@ def upgrade_project(project: Path, generate: Generate, *, overwrite: bool = Fals
         macros.refuse_newer(before)
         edited = before.edited()
         if edited and not overwrite:
+            named = ", ".join(edited[:3]) + (" and more" if len(edited) > 3 else "")
             raise ProjectRefused(
-                f"{before.folder} was edited ({', '.join(edited[:3])}{' and more' if len(edited) > 3 else ''}): move your "
-                "macros to another folder under another name, or run `prefs upgrade --overwrite`, which discards them"
+                f"{before.folder} was edited ({named}): move your macros to another folder under another name, or run "
+                "`prefs upgrade --overwrite`, which discards them"
             )
     folder = _folder(project)
     changes = changed_as_a_whole(project, lambda copy: macros.write_macros(copy / folder), generate)
@@ -64,7 +65,9 @@ def _folder(project: Path) -> Path:
     paths = macro_paths(project_content(project))
     own = [path for path in paths if (project / path).resolve().is_relative_to(project.resolve())]
     named = next((path for path in own if (project / path / macros.FOLDER).is_dir()), None)
-    if named is None and any((project / path).resolve() == (shipped("dbt_project") / "macros").resolve() for path in paths):
+    if named is None and any(
+        (project / path).resolve() == (shipped("dbt_project") / "macros").resolve() for path in paths
+    ):
         raise ProjectRefused(
             f"{project} names the package's own macros in macro-paths, which need no upgrade: run `prefs generate`"
         )
@@ -78,8 +81,8 @@ def _folder(project: Path) -> Path:
 
 def _look_at(changes: Changes) -> list[str]:
     said: Mapping[str, str] = {
-        f"/{macros.FOLDER}/": "the shared macros changed, and with them the SQL of views that call them: run `prefs plan`, "
-        "which lists what will be rebuilt",
+        f"/{macros.FOLDER}/": "the shared macros changed, and with them the SQL of views that call them: run "
+        "`prefs plan`, which lists what will be rebuilt",
         "/generated/": "generated models changed: review the diff, and run `prefs plan`",
     }
     return [text for part, text in said.items() if any(part in f"/{name}" for name in changes.files)]
