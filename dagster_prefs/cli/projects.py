@@ -1,11 +1,13 @@
-"""Commands for a project of one's own: create, test and upgrade it."""
+"""Commands for a project of one's own: create, test, extend and upgrade it."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,6 +16,9 @@ from dagster_prefs.cli.root import cli, console, say, start_services
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.projects import EXAMPLES
 from dagster_prefs.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from dagster_prefs.projects.add import Scaffold, Scaffolding
 
 
 @cli.command()
@@ -99,3 +104,63 @@ def _python_tests(folder: Path) -> list[str]:
         )
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", str(folder)], cwd=folder.parent, check=False)
     return [f"pytest in {folder} ended with exit code {done.returncode}"] if done.returncode else []
+
+
+@cli.group()
+def add() -> None:
+    """Scaffold a declaration with its SQL.
+
+    What is written is a worked example: it can be deployed as it is, and is then edited.
+    """
+
+
+@add.command("entity")
+@click.argument("name")
+@click.option("--key", "keys", multiple=True, help="A key column, column:type; several make a composite key.")
+def add_entity(name: str, keys: tuple[str, ...]) -> None:
+    """Declare an entity NAME, by default with the key NAME_id of type text."""
+    _add(lambda project: project.entity(name, keys))
+
+
+@add.command("topic")
+@click.argument("name")
+@click.option("--entity", help="The entity that an event describes, where the project has several.")
+def add_topic(name: str, entity: str | None) -> None:
+    """Declare a topic NAME."""
+    _add(lambda project: project.topic(name, entity=entity))
+
+
+@add.command("tile")
+@click.argument("name")
+@click.option("--topic", help="The topic whose events are counted, where the project has several.")
+def add_tile(name: str, topic: str | None) -> None:
+    """Write a daily tile NAME (usually …_1d) over a topic."""
+    _add(lambda project: project.tile(name, topic=topic))
+
+
+@add.command("domain")
+@click.argument("name")
+@click.option("--tile", help="The tile behind the attributes, where the project has several.")
+def add_domain(name: str, tile: str | None) -> None:
+    """Write a domain NAME (or PRODUCT#NAME) with its rolling view over a tile."""
+    _add(lambda project: project.domain(name, tile=tile))
+
+
+@add.command("attribute")
+@click.argument("name")
+@click.option("--domain", help="The domain to extend, where the project has several.")
+@click.option("--column", help="The tile's column to add up; without it the tile's rows are counted.")
+def add_attribute(name: str, domain: str | None, column: str | None) -> None:
+    """Add an attribute NAME (usually …_28d) to a domain."""
+    _add(lambda project: project.attribute(name, domain=domain, column=column))
+
+
+def _add(scaffold: Callable[[Scaffolding], Scaffold]) -> None:
+    from dagster_prefs.projects.add import Scaffolding
+
+    project = Scaffolding(load_settings().project)
+    done = project.add(scaffold(project), generate_project)
+    for name in done.changes.files:
+        say(f"wrote {project.folder / name}")
+    for step in done.next_steps:
+        say(f"next: {step}")

@@ -11,5 +11,3 @@ EXAMPLES: Mapping[str, tuple[str, ...] | None] = {
     "engagement": ("shop",),
     "full": (),
 }
-# What a scaffold may declare.
-KINDS = ("topic", "tile", "domain", "attribute", "entity")
