@@ -142,8 +142,8 @@ class Settings(BaseSettings):
 
     project_dir: Path | None = Field(
         None,
-        description="Folder of the dbt project; empty means the one around the working folder, or its folder "
-        "dbt_project.",
+        description="Folder of the dbt project; empty means the first from the working folder upwards that declares "
+        "entities, or that has such a folder dbt_project.",
     )
 
     data_dir: Path = Field(

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import yaml
+from click.testing import CliRunner
 from own_projects import ROOT, build_wheel, contents, generate
 
 import dagster_prefs
+from dagster_prefs.cli import cli
 from dagster_prefs.cli import projects as commands
 from dagster_prefs.declarations import macros
 from dagster_prefs.declarations.generate import check_current
@@ -366,6 +368,20 @@ def test_nothing_is_added_to_a_stale_project(project: Path) -> None:
     (project / "models" / "visitor_pages_1d.sql").write_text("select 1\n")
     with pytest.raises(StaleRegistry):
         Scaffolding(project)
+
+
+def test_the_scaffolds_of_the_page_pass_as_they_are(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    section = (ROOT / "docs" / "own-project.md").read_text().split("## Add to it\n")[1].split("\n## ")[0]
+    (block,) = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
+    monkeypatch.setenv("PREFS_PROJECT_DIR", str(project))
+    monkeypatch.setattr(commands, "generate_project", generate)
+    for line in block.splitlines():
+        done = CliRunner().invoke(cli, line.split()[1:])
+        assert done.exit_code == 0, (line, done.output, done.exception)
+        assert "next: " in done.output
+    assert {"site#pages", "site#purchases"} == set(check_current(project).contract.domains)
+    done = CliRunner().invoke(cli, ["upgrade"])
+    assert done.output == "every file was of this version\n"
 
 
 # Testing

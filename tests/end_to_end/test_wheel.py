@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from own_projects import build_wheel
+from own_projects import ROOT, build_wheel
 from warm import Warm
 
 pytestmark = pytest.mark.slow
 
+DOCUMENT = ROOT / "docs" / "own-project.md"
 # Not in the checkout's file, so that it shows where a file comes from.
 MARK = "# from the wheel\n"
 SMALL = (
@@ -75,19 +78,34 @@ def installed(
         found.ok("down", "--delete-state")
 
 
+def documented(heading: str) -> list[list[str]]:
+    """The commands below a heading of the page about a project of one's own."""
+    section = DOCUMENT.read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
+    (block,) = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
+    return [shlex.split(line) for line in block.splitlines()]
+
+
 def test_a_project_from_the_wheel_serves_a_profile(installed: Installed) -> None:
+    """The commands of the page, as they stand there; the demo is a small one."""
     lost = installed.run("demo")
     assert lost.returncode != 0
     assert "no dbt project in" in lost.stderr
-    installed.ok("init", "my-platform", within="")
-    assert (installed.folder / "my-platform" / ".env.example").read_text().endswith(MARK)
-    installed.ok("add", "attribute", "seconds_28d", "--column", "seconds")
     until = (datetime.now(UTC).date() - timedelta(days=1)).isoformat()
-    shown: dict[str, Any] = json.loads(installed.ok("demo", "--json", "--until", until, *SMALL))
+    within, said = "", {}
+    for program, *words in documented("From an empty folder to a profile"):
+        if program == "cd":
+            (within,) = words
+            continue
+        assert program == "prefs"
+        small = ("--json", "--until", until, *SMALL) if words == ["demo"] else ()
+        said[words[0]] = installed.ok(*words, *small, within=within)
+    assert (installed.folder / within / ".env.example").read_text().endswith(MARK)
+    shown: dict[str, Any] = json.loads(said["demo"])
     assert shown["rows"]["raw_page_views"] == 900
     assert shown["entity"] == "visitor"
     assert shown["items"]["pages"].keys() == {"views_28d", "minutes_28d", "seconds_28d", "last_event_at"}
-    profile = json.loads(installed.ok("profile", "--json", shown["id"]))
-    assert profile["domains"]["pages"]["attributes"]["views_28d"] > 0
-    assert "nothing to do" in installed.ok("plan")
-    assert (installed.folder / "my-platform" / ".prefs").is_dir(), "the state is next to the project"
+    assert re.search(r"views_28d +┃|views_28d +│ [1-9]", said["profile"]), said["profile"]
+    assert "nothing to do" in said["plan"]
+    assert json.loads(said["schema"])["title"] == "page_views"
+    assert "every test passed" in said["test"]
+    assert (installed.folder / within / ".prefs").is_dir(), "the state is next to the project"
