@@ -174,6 +174,30 @@ def topics_renew() -> None:
 
 
 @cli.command()
+@click.argument("topic")
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(["json", "avro"]),
+    default="json",
+    show_default=True,
+    help="Of the schema.",
+)
+def schema(topic: str, kind: str) -> None:
+    """Print the schema of a TOPIC for its producers.
+
+    A message that satisfies the JSON Schema is accepted. Messages are read as JSON: the Avro schema has the same
+    fields, for a registry and for other consumers.
+    """
+    from dagster_prefs.events.messages import topics_of
+    from dagster_prefs.events.schema import avro_schema, json_schema
+
+    registry = load_settings().registry()
+    found = topics_of(registry)[registry.topic(topic).name]
+    print_json(json_schema(found) if kind == "json" else avro_schema(found, registry.project))
+
+
+@cli.command()
 @click.option("--topic", help="Only this topic.")
 @click.option("--follow", is_flag=True, help="Continue with new messages until Ctrl-C; needs --topic.")
 def consume(topic: str | None, follow: bool) -> None:

@@ -34,7 +34,7 @@ from dagster_prefs.events.inputs import (
     local_inputs,
     partition_columns,
 )
-from dagster_prefs.events.messages import Topic, topic_of
+from dagster_prefs.events.messages import Topic, topics_of
 from dagster_prefs.events.pace import Pace
 from dagster_prefs.events.raw import Batches, Progress
 from dagster_prefs.events.validity import rejection_reason
@@ -478,7 +478,7 @@ def test_a_rate_is_kept(
     monkeypatch.setattr(Pace, "wait", lambda self, sent: waited.append(sent))
     ingest_file(store, registry, write_parquet(tmp_path / "v.parquet", numbered(60)), FileOptions(rate=100))
     lines = tmp_path / "views.jsonl"
-    lines.write_bytes(b"\n".join(converted(numbered(30), topic_of(registry, "view_events"))))
+    lines.write_bytes(b"\n".join(converted(numbered(30), topics_of(registry)["view_events"])))
     ingest_file(store, registry, lines, FileOptions(rate=40))
     assert waited == [25, 50, 60, 10, 20, 30, 30]
 

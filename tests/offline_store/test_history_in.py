@@ -13,7 +13,7 @@ from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.events.columnar import Columns, Converter
 from dagster_prefs.events.columnar import Table as ColumnTable
 from dagster_prefs.events.inputs import table_inputs
-from dagster_prefs.events.messages import topic_of
+from dagster_prefs.events.messages import topics_of
 from dagster_prefs.iceberg.catalog import OfflineError, TableMissing, ensure_namespace
 from dagster_prefs.iceberg.files import RowsUnreadable, live_files
 from dagster_prefs.iceberg.history import history_files
@@ -41,7 +41,7 @@ def messages(registry: Registry, catalog: Catalog, first: int = 0) -> dict[str, 
     for given in table_inputs(history_files(catalog, "lake.views")):
         with (
             given.open() as table,
-            Converter(table, topic_of(registry, "view_events"), Columns({})) as converter,
+            Converter(table, topics_of(registry)["view_events"], Columns({})) as converter,
         ):
             assert isinstance(table, ColumnTable)
             read = [pair for batch in converter.messages(first) for pair in batch.pairs()]
