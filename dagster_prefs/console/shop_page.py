@@ -173,8 +173,8 @@ class _ShopPage:
         self._items = [{item.item_id: item for item in ranking}, *self._items[: REMEMBERED - 1]]
         known = bool(self._signals)
         session = "her session counts" if ranking.session_active else "no session yet"
-        state = f"known, {session}" if known else "nothing is known of her yet"
-        self._who.set_text(f"{printable(ranking.user_id, one_line=True)}: {state}")
+        told = f"known, {session}" if known else "nothing is known of her yet"
+        self._who.set_text(f"{printable(ranking.user_id, one_line=True)}: {told}")
         for place, slot in enumerate(self._slots):
             item = ranking[place] if place < len(ranking) else None
             shown = (
