@@ -16,8 +16,8 @@ from dagster_prefs.settings import load_settings
 def lineage(column: str, as_json: bool) -> None:
     """Show where a COLUMN comes from and goes to.
 
-    COLUMN is a domain's attribute (watch.titles_7d), a relation's or training table's column
-    (viewer_watch_metrics_1d.views), or a topic's field (view_events.genre).
+    COLUMN is a domain's attribute (progress.lessons_7d), a relation's or training table's column
+    (learner_lessons_1d.seconds), or a topic's field (lesson_events.subject).
     """
     from dagster_prefs.declarations.lineage import column_of, load_lineage, shown_kinds, walk
     from dagster_prefs.declarations.stores import stores_of

@@ -256,8 +256,8 @@ def _telemetry() -> tuple[Observer, Watched]:
 def why(id_: tuple[str, ...], attribute: str, entity: str | None, as_json: bool) -> None:
     """Compare a served value with its tiles.
 
-    Also shows these tiles, and the latest events. ATTRIBUTE is a domain's (titles_7d, watch.titles_7d), or a column of
-    a preference view (user_category_profile.affinity_score), whose rows are recomputed from the events.
+    Also shows these tiles, and the latest events. ATTRIBUTE is a domain's (lessons_7d, or progress.lessons_7d), or a
+    column of a preference view (VIEW.COLUMN), whose rows are recomputed from the events.
     """
     from dagster_prefs.serving.why import explain_attribute
 

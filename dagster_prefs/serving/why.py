@@ -174,8 +174,8 @@ def explain_view(
 ) -> ViewExplanation:
     """Compare the rows of one id in a preference view with the rows recomputed from its events at `now` (UTC).
 
-    `name` is the view's name and a column of it (`user_category_profile.affinity_score`). Raises WhyError for another
-    name, and for relations that are missing; BadId for an invalid id.
+    `name` is the view's name and a column of it, joined by a dot. Raises WhyError for another name, and for relations
+    that are missing; BadId for an invalid id.
     """
     relation, _, column = name.rpartition(".")
     view = registry.preferences.get(relation)
