@@ -295,21 +295,34 @@ class Platform:
         """Describe the values of the last `days` complete days that changed, and of the rolling views as they are now.
 
         `now` is UTC; `days` reaches back five weeks by default. Returns the relations and days that were described.
-        Raises OfflineError, EngineUnavailable, ViewUnreadable.
+        Raises DaysNotDescribed, once all others are described, another OfflineError, EngineUnavailable, ViewUnreadable.
         """
-        from dagster_prefs.values.collect import DAYS_DESCRIBED, collect_tiles, collect_views
+        from dagster_prefs.values.collect import (
+            DAYS_DESCRIBED,
+            DaysNotDescribed,
+            collect_tiles,
+            collect_views,
+        )
 
         catalog, namespace = self.catalog(), self.settings.iceberg_namespace
-        tiles = collect_tiles(
-            catalog,
-            self.registry,
-            namespace,
-            now=now,
-            days=days or DAYS_DESCRIBED,
-            empty=self._quiet_days(now),
-        )
-        views = collect_views(catalog, self.registry, self.engine, namespace, now=now)
-        return [*tiles.described, *views.described]
+        failure: DaysNotDescribed | None = None
+        described: list[tuple[str, date]] = []
+        try:
+            described += collect_tiles(
+                catalog,
+                self.registry,
+                namespace,
+                now=now,
+                days=days or DAYS_DESCRIBED,
+                empty=self._quiet_days(now),
+            ).described
+        except DaysNotDescribed as error:
+            # It prevents no view.
+            failure = error
+        described += collect_views(catalog, self.registry, self.engine, namespace, now=now).described
+        if failure is not None:
+            raise failure
+        return described
 
     def _quiet_days(self, now: datetime) -> dict[str, set[date]]:
         """Tile → the complete days since its first one of which neither engine nor training table has rows."""
@@ -334,16 +347,14 @@ class Platform:
 
         return latest_statistics(self.catalog(), self.settings.iceberg_namespace)
 
-    def drift(self, *, now: datetime, day: date | None = None) -> list[Cause]:
-        """What drifted on a day, or on the newest day with statistics of each tile, by cause; `now` is UTC.
+    def drift(self, day: date | None = None) -> list[Cause]:
+        """What drifted on a day (UTC), or on the newest day with statistics of each tile, by cause.
 
         Raises OfflineError.
         """
         from dagster_prefs.values.drift import causes_on
 
-        return causes_on(
-            self.catalog(), self.registry, self.settings.iceberg_namespace, day=day, today=now.date()
-        )
+        return causes_on(self.catalog(), self.registry, self.settings.iceberg_namespace, day=day)
 
     def is_deployed(self) -> bool:
         """Return whether any model of the project was ever deployed. Raises EngineUnavailable."""
