@@ -6,15 +6,23 @@ own, which it drops.
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 import time
 from dataclasses import replace
 from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.events.ingest import FileOptions, ingest_file
+from dagster_prefs.events.messages import Topic, topic_of
+from dagster_prefs.events.raw import IngestReport
+from dagster_prefs.events.validity import rejection_reason
 from dagster_prefs.settings import load_settings
 from dagster_prefs.tools.scenario import SimulationPlan
 from dagster_prefs.tools.simulator import simulate_to_files
@@ -56,14 +64,48 @@ def main(events: int) -> None:
                     copy.write_row((line,))
             limit = events / (time.perf_counter() - started)
             print(f"plain COPY         {limit:>10,.0f} events/s")
+            table = Path(folder, "views.parquet")
+            write_parquet(path, topic_of(registry, "view_events"), table)
             for name, moment in (("ingest_file", None), ("ingest_file, shift", datetime.now(UTC))):
                 target = path.rename(path.with_name(f"{name}.jsonl"))
-                report = ingest_file(engine, registry, target, FileOptions("view_events", shift_to=moment))
+                ingested = ingest_file(engine, registry, target, FileOptions("view_events", shift_to=moment))
                 path = target
-                speed = report.accepted / report.seconds
-                print(f"{name:<18} {speed:>10,.0f} events/s   {speed / limit:.2f} of plain COPY")
+                tell(name, ingested, limit)
+            tell(
+                "ingest_file, Parquet",
+                ingest_file(engine, registry, table, FileOptions("view_events")),
+                limit,
+            )
         finally:
             session.execute(f"drop schema if exists {SCHEMA} cascade")
+
+
+def write_parquet(lines: Path, topic: Topic, target: Path) -> None:
+    """Write the valid events as typed columns, in row groups as warehouses export them."""
+    types = {
+        "bigint": pa.int64(),
+        "int": pa.int32(),
+        "decimal": pa.float64(),
+        "timestamptz": pa.timestamp("us"),
+    }
+    now = datetime.now(UTC)
+    valid = [line for line in lines.read_bytes().splitlines() if rejection_reason(line, topic, now) is None]
+    documents = [json.loads(line, parse_int=Decimal, parse_float=Decimal) for line in valid]
+    columns = {
+        field.name: pa.array(
+            [topic.moment(one).replace(tzinfo=None) for one in documents]
+            if field.name == topic.time
+            else [topic.text(one, field.name) for one in documents]
+        ).cast(types.get(field.type, pa.string()))
+        for field in topic.fields
+    }
+    pq.write_table(pa.table(columns), target, row_group_size=250_000)
+
+
+def tell(name: str, report: IngestReport, limit: float) -> None:
+    """Print the pace of an ingestion, and its ratio to the plain COPY's."""
+    speed = report.accepted / report.seconds
+    print(f"{name:<20} {speed:>8,.0f} events/s   {speed / limit:.2f} of plain COPY")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """What counting and tracing cost a read of a profile, as ratios to a read without either.
 
-`python benchmarks/telemetry.py [--endpoint URL] [--rounds N] [--json FILE]`. The reads are those of benchmarks/serving.py,
-on the same DynamoDB Local unless an endpoint is named. Spans and metrics go to a collector in a process of its own that
-takes and forgets them. Variants take turns in small rounds, so that a drift of the machine meets all of them alike.
+`python benchmarks/telemetry.py [--endpoint URL] [--rounds N] [--json FILE]`. Like benchmarks/serving.py it starts
+DynamoDB Local unless an endpoint is named. Spans and metrics go to a collector in a process of its own that takes and
+forgets them. Variants take turns in small rounds, so that a drift of the machine meets all of them alike.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, date, datetime, timedelta
 from functools import cached_property, partial
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from dagster_prefs.deploy.plan import ContractReview, Plan
     from dagster_prefs.dynamodb.store import DomainStore
     from dagster_prefs.events.brokers import KafkaSecurity, KafkaSource
+    from dagster_prefs.events.inputs import Input
     from dagster_prefs.events.topics import TopicGeneration
     from dagster_prefs.freshness.canary import Probe
     from dagster_prefs.freshness.exports_memo import ExportsMemo
@@ -55,6 +56,8 @@ if TYPE_CHECKING:
     from dagster_prefs.values.drift import Cause
     from dagster_prefs.values.statistics import Statistics
 
+# The prefix that distinguishes an Iceberg table from a file of the same name.
+ICEBERG = "iceberg:"
 # How long `prefs refresh` waits for a follower, in seconds.
 REFRESH_SECONDS = 600.0
 # How often the follower checks whether the DynamoDB tables are still the same, in seconds.
@@ -217,6 +220,22 @@ class Platform:
             endpoint_url=settings.aws_endpoint_url,
         )
 
+    def inputs(self, given: str) -> Iterator[Input]:
+        """Yield what `prefs ingest` is to read: a file, a folder's files, objects in S3, or an Iceberg table's files.
+
+        Raises EventFileError or OfflineError naming what was given.
+        """
+        from dagster_prefs.events.inputs import S3, ObjectStore, local_inputs, table_inputs
+
+        settings = self.settings
+        if given.startswith(S3):
+            return ObjectStore(settings.aws_region, settings.aws_endpoint_url).inputs(given)
+        if given.startswith(ICEBERG):
+            from dagster_prefs.iceberg.history import history_files
+
+            return table_inputs(history_files(self.catalog(), given.removeprefix(ICEBERG)))
+        return local_inputs(Path(given))
+
     @cached_property
     def training_tables(self) -> dict[str, TileTable]:
         """The training tables by name, one per declared tile."""
@@ -276,21 +295,34 @@ class Platform:
         """Describe the values of the last `days` complete days that changed, and of the rolling views as they are now.
 
         `now` is UTC; `days` reaches back five weeks by default. Returns the relations and days that were described.
-        Raises OfflineError, EngineUnavailable, ViewUnreadable.
+        Raises DaysNotDescribed, once all others are described, another OfflineError, EngineUnavailable, ViewUnreadable.
         """
-        from dagster_prefs.values.collect import DAYS_DESCRIBED, collect_tiles, collect_views
+        from dagster_prefs.values.collect import (
+            DAYS_DESCRIBED,
+            DaysNotDescribed,
+            collect_tiles,
+            collect_views,
+        )
 
         catalog, namespace = self.catalog(), self.settings.iceberg_namespace
-        tiles = collect_tiles(
-            catalog,
-            self.registry,
-            namespace,
-            now=now,
-            days=days or DAYS_DESCRIBED,
-            empty=self._quiet_days(now),
-        )
-        views = collect_views(catalog, self.registry, self.engine, namespace, now=now)
-        return [*tiles.described, *views.described]
+        failure: DaysNotDescribed | None = None
+        described: list[tuple[str, date]] = []
+        try:
+            described += collect_tiles(
+                catalog,
+                self.registry,
+                namespace,
+                now=now,
+                days=days or DAYS_DESCRIBED,
+                empty=self._quiet_days(now),
+            ).described
+        except DaysNotDescribed as error:
+            # It prevents no view.
+            failure = error
+        described += collect_views(catalog, self.registry, self.engine, namespace, now=now).described
+        if failure is not None:
+            raise failure
+        return described
 
     def _quiet_days(self, now: datetime) -> dict[str, set[date]]:
         """Tile → the complete days since its first one of which neither engine nor training table has rows."""
@@ -315,16 +347,14 @@ class Platform:
 
         return latest_statistics(self.catalog(), self.settings.iceberg_namespace)
 
-    def drift(self, *, now: datetime, day: date | None = None) -> list[Cause]:
-        """What drifted on a day, or on the newest day with statistics of each tile, by cause; `now` is UTC.
+    def drift(self, day: date | None = None) -> list[Cause]:
+        """What drifted on a day (UTC), or on the newest day with statistics of each tile, by cause.
 
         Raises OfflineError.
         """
         from dagster_prefs.values.drift import causes_on
 
-        return causes_on(
-            self.catalog(), self.registry, self.settings.iceberg_namespace, day=day, today=now.date()
-        )
+        return causes_on(self.catalog(), self.registry, self.settings.iceberg_namespace, day=day)
 
     def is_deployed(self) -> bool:
         """Return whether any model of the project was ever deployed. Raises EngineUnavailable."""

@@ -26,7 +26,14 @@ from pydantic import (
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from dagster_prefs.addresses import is_loopback
-from dagster_prefs.declarations.registry import Registry, RegistryError, find_project, load_registry
+from dagster_prefs.declarations.registry import (
+    PROJECT_FOLDER,
+    Registry,
+    RegistryError,
+    find_project,
+    load_registry,
+    project_home,
+)
 from dagster_prefs.errors import PrefsError
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
@@ -78,6 +85,17 @@ def _kafka_names() -> dict[str, str]:
     }
 
 
+def find_home(project_dir: Path | None = None) -> Path:
+    """Return the folder with a project's `.env`, `.prefs` and `workspace.yaml`.
+
+    It is that of the project named or around the working folder; without a project the checkout of the package,
+    or the working folder.
+    """
+    with suppress(RegistryError):
+        return project_home(find_project(named=project_dir))
+    return PROJECT_ROOT if (PROJECT_ROOT / PROJECT_FOLDER).is_dir() else Path.cwd()
+
+
 def kafka_variable(topic: str) -> str:
     """Return the environment variable with this topic's name in Kafka; dbt spells it the same way."""
     return KAFKA_TOPIC + re.sub("[.-]", "_", topic).upper()
@@ -124,12 +142,12 @@ class Settings(BaseSettings):
 
     project_dir: Path | None = Field(
         None,
-        description="Folder of the dbt project; empty means the one around the working folder, or its folder "
-        "dbt_project.",
+        description="Folder of the dbt project; empty means the first from the working folder upwards that declares "
+        "entities, or that has such a folder dbt_project.",
     )
 
     data_dir: Path = Field(
-        PROJECT_ROOT / ".prefs",
+        default_factory=lambda given: find_home(given.get("project_dir")) / ".prefs",
         description=(
             "Folder for all local state: embedded services, Dagster home, Iceberg files. "
             "Empty means .prefs next to the project."
@@ -539,6 +557,11 @@ class Settings(BaseSettings):
                 f"knows: {hint}correct it, or upgrade boto3 for a newer region"
             )
 
+    @property
+    def home(self) -> Path:
+        """The folder that holds what belongs to the project beside its models."""
+        return find_home(self.project_dir)
+
     @cached_property
     def project(self) -> Path:
         """The folder of the dbt project. Raises RegistryError naming the searched folders."""
@@ -661,14 +684,17 @@ def _unknown_setting(name: str, known: Iterable[str], remedy: str) -> SettingsEr
 def load_settings(env_file: Path | None = None) -> Settings:
     """Return validated settings from the environment and `.env`; the environment takes precedence.
 
-    `env_file` defaults to the file that PREFS_ENV_FILE names, else to `.env` next to the package. Its
+    `env_file` defaults to the file that PREFS_ENV_FILE names, else to `.env` next to the project. Its
     variables are exported into this process's environment if unset there, because dbt and botocore read them
     from it.
 
     Raises SettingsError naming the variable, the rule and the remedy: for a `PREFS_*` name that no setting
     has, an invalid value, or settings that contradict each other.
     """
-    env_file = env_file or Path(os.environ.get(ENV_FILE) or PROJECT_ROOT / ".env")
+    named = os.environ.get(f"{PREFIX}PROJECT_DIR")
+    env_file = env_file or Path(
+        os.environ.get(ENV_FILE) or find_home(Path(named).expanduser() if named else None) / ".env"
+    )
     if env_file.is_file():
         for name, value in dotenv_values(env_file).items():
             if value is not None:
@@ -686,6 +712,9 @@ def load_settings(env_file: Path | None = None) -> Settings:
         variables = {field: variable for variable, field in known.items()}
         problems = []
         for problem in error.errors(include_input=False, include_url=False):
+            if problem["type"] == "default_factory_not_called":
+                # A default that depends on other settings, one of which is invalid and is named by itself.
+                continue
             place = str(problem["loc"][0]) if problem["loc"] else ""
             name = variables.get(place, place)
             if place == "kafka_topic_names":

@@ -24,6 +24,7 @@ ROOMS = (
     "defs",
     "console",
     "tools",
+    "projects",
 )
 
 # A room may import itself, errors, files, ids, addresses and pauses, and these rooms or modules.
@@ -40,7 +41,10 @@ ALLOWED = {
     "textfiles": set(),
     # Which project is meant is a setting, and loads what it declares.
     "settings": {"declarations"},
-    "declarations": set(),
+    "shipped": set(),
+    "declarations": {"shipped"},
+    # What it generates with is given to it.
+    "projects": {"declarations", "settings", "shipped"},
     "engine": {"declarations", "redaction"},
     "dynamodb": {"declarations", "engine"},
     "events": {"declarations", "engine", "textfiles"},
@@ -64,7 +68,7 @@ ALLOWED = {
     "erasure": {"declarations", "engine", "dynamodb", "events", "iceberg", "training", "values"},
     "local": {"declarations", "engine", "loopback", "logs"},
     "open_lineage": {"declarations"},
-    "platform": set(ROOMS) - {"defs", "console", "tools"} | {"settings", "open_lineage"},
+    "platform": set(ROOMS) - {"defs", "console", "tools", "projects"} | {"settings", "open_lineage"},
     "console": set(ROOMS) - {"defs", "tools"} | {"settings", "loopback", "platform", "printable"},
     # On RisingWave the demo publishes with Dagster's job, as `prefs refresh` does.
     "tools": set(ROOMS) - {"console"} | {"platform", "settings", "runs"},
@@ -72,7 +76,7 @@ ALLOWED = {
     "definitions": {"defs", "settings"},
     "runs": {"defs", "settings"},
     "__main__": {"cli"},
-    "cli": set(ROOMS) | {"platform", "settings", "runs", "printable", "logs"},
+    "cli": set(ROOMS) | {"platform", "settings", "runs", "printable", "logs", "shipped"},
 }
 # Outside packages that only some places may import.
 RESERVED = {

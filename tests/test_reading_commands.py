@@ -87,9 +87,13 @@ def test_what_each_command_loads(
             assert [command for command, _, _ in found] == commands, done.stderr
             return found
 
-        lines = told([command for command, _ in COMMANDS])
+        # Lines of text need nothing of what reads tables of columns.
+        events = tmp_path / "views.jsonl"
+        events.write_text('{"event_id": "1", "viewer_id": 1, "watched_at": "2026-01-01T00:00:00Z"}\n')
+        commands = [(f"ingest --dry-run {events}", set()), (f"ingest {events}", set()), *COMMANDS]
+        lines = told([command for command, _ in commands])
         repeated = told(["status --json"])
-    for (command, allowed), (_, loaded, said) in zip(COMMANDS, lines, strict=True):
+    for (command, allowed), (_, loaded, said) in zip(commands, lines, strict=True):
         assert HEAVY & set(loaded) <= allowed, f"prefs {command}\n{said}"
     said = {command: text for command, _, text in lines}
     assert "field content_id of topic view_events" in said["lineage watch.titles_7d"]
@@ -104,5 +108,10 @@ def test_what_each_command_loads(
         one for one in json.loads(status)["measures"] if one["stage"] == "offline"
     ]
     # Not refused before they read anything.
+    assert (
+        f"{events}: 1 messages of view_events, 0 would be rejected; nothing was written"
+        in said[commands[0][0]]
+    )
+    assert f"{events}: 1 messages into view_events" in said[commands[1][0]]
     assert "the canary is off" in said["status --json"]
     assert "offline" in said["status --json"]

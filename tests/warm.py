@@ -128,12 +128,14 @@ class Warm:
     """A server of warm processes; `folder` is one that all processes of the run share.
 
     The first to start a command starts the server, which ends with the folder or with its owner. `without` is a
-    package that shall not be importable, as where it is not installed.
+    package that shall not be importable, as where it is not installed; `package` a folder with another package of
+    ours than the checkout's.
     """
 
-    def __init__(self, folder: Path, owner_pid: int, without: str = "") -> None:
-        self._folder, self._owner, self._without = folder, owner_pid, without
-        self._address = folder / (f"warm-without-{without}.sock" if without else "warm.sock")
+    def __init__(self, folder: Path, owner_pid: int, without: str = "", package: Path | None = None) -> None:
+        self._folder, self._owner, self._without, self._package = folder, owner_pid, without, package
+        kind = f"-without-{without}" if without else "-of-another-package" if package else ""
+        self._address = folder / f"warm{kind}.sock"
 
     def start(
         self,
@@ -189,6 +191,7 @@ class Warm:
                 server = subprocess.Popen(
                     [sys.executable, "-P", __file__, str(self._address), str(self._owner), self._without],
                     cwd=ROOT,
+                    env=None if self._package is None else {**os.environ, "PYTHONPATH": str(self._package)},
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=output,

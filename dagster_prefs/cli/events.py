@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -15,52 +16,111 @@ from dagster_prefs.errors import PrefsError
 from dagster_prefs.settings import Settings, load_settings
 
 if TYPE_CHECKING:
+    from dagster_prefs.events.dry_run import DryRun
     from dagster_prefs.events.ingest import Delivery
+    from dagster_prefs.events.raw import IngestReport
 
 
 @cli.command()
-@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("files", nargs=-1, required=True, type=click.Path())
 @click.option("--topic", help="Topic of the files; found from their content by default.")
 @click.option(
     "--mapping", type=click.Choice(["auto", "rees46"]), default="auto", help="Column mapping of CSV."
 )
 @click.option("--shift-to-now", is_flag=True, help="Move the event times so that the newest event is now.")
+@click.option(
+    "--map", "maps", multiple=True, metavar="COLUMN=FIELD", help="Field of a column; `COLUMN=` leaves it out."
+)
+@click.option("--where", metavar="SQL", help="Condition over the columns; other rows are left out.")
+@click.option("--arrived-at", metavar="COLUMN", help="Column that holds when each row arrived.")
+@click.option("--rate", type=click.FloatRange(0, min_open=True), help="Messages per second at most.")
+@click.option("--dry-run", is_flag=True, help="Show what would be rejected and why; write nothing.")
 def ingest(
-    files: tuple[Path, ...], topic: str | None, mapping: Literal["auto", "rees46"], shift_to_now: bool
+    files: tuple[str, ...], topic: str | None, mapping: Literal["auto", "rees46"], **given: Any
 ) -> None:
-    """Load events from JSON lines or CSV files, gzipped or not.
+    """Load events from files, folders, s3://BUCKET/PREFIX and iceberg:NAMESPACE.TABLE.
 
-    A repeated run only adds what is missing.
+    Files are JSON lines or CSV (gzipped or not), Parquet or Arrow. --map, --where and --arrived-at are for Parquet,
+    Arrow and Iceberg. A repeated run only adds what is missing.
     """
-    from dagster_prefs.events.ingest import FileOptions, ingest_file
+    from dagster_prefs.events.ingest import FileOptions
+    from dagster_prefs.events.inputs import dry_run_input, ingest_input
     from dagster_prefs.events.raw import Batches
+    from dagster_prefs.platform import Platform
 
     settings = load_settings()
-    registry, deliver = settings.registry(), kafka_delivery(settings)
-    options = FileOptions(topic, mapping, datetime.now(UTC) if shift_to_now else None)
-    for file in files:
-        with progress_bar(f"{file.name}") as advance:
-            report = ingest_file(
-                EngineConfiguration.of(settings),
-                registry,
-                file,
-                options,
-                batches=Batches(progress=advance),
-                deliver=deliver,
-            )
-        rate = report.lines / report.seconds if report.seconds else 0
-        console.print(
-            f"{file}: {report.accepted} messages into {report.topic}, {report.already_present} were already present"
-            f" ({report.seconds:.1f} s, {rate:,.0f}/s)"
-        )
-        for line, why in report.examples:
-            console.print(f"{file}, line {line}: {why}; stored unchanged, and rejected")
-        if report.malformed > len(report.examples):
-            console.print(f"{file}: {report.malformed:,} rows could not be read, `prefs rejected` lists them")
-    if settings.engine == "local":
+    registry, engine = settings.registry(), EngineConfiguration.of(settings)
+    deliver = None if given["dry_run"] else kafka_delivery(settings)
+    options = FileOptions(
+        topic,
+        mapping,
+        datetime.now(UTC) if given["shift_to_now"] else None,
+        given["rate"],
+        read_maps(given["maps"]),
+        given["where"],
+        given["arrived_at"],
+    )
+    platform = Platform(settings)
+    for source in (found for file in files for found in platform.inputs(file)):
+        with progress_bar(PurePath(source.name).name) as advance:
+            if given["dry_run"]:
+                dry_run = dry_run_input(engine, registry, source, options, advance)
+            else:
+                report = ingest_input(
+                    engine, registry, source, options, batches=Batches(progress=advance), deliver=deliver
+                )
+        if given["dry_run"]:
+            tell_dry_run(source.name, dry_run)
+        else:
+            tell_ingested(source.name, report)
+    if settings.engine == "local" and not given["dry_run"]:
         console.print(
             "the follower of `prefs up` applies them; `prefs refresh` waits for it, or applies them itself"
         )
+
+
+def tell_ingested(name: str, report: IngestReport) -> None:
+    """Print what was stored of a file, and which rows of it could not be read."""
+    rate = report.lines / report.seconds if report.seconds else 0
+    console.print(
+        f"{name}: {report.accepted} messages into {report.topic}, {report.already_present} were already present"
+        f" ({report.seconds:.1f} s, {rate:,.0f}/s)"
+    )
+    if report.note:
+        console.print(f"{name}: {report.note}")
+    for line, why in report.examples:
+        console.print(f"{name}, line {line}: {why}; stored unchanged, and rejected")
+    if report.malformed > len(report.examples):
+        console.print(f"{name}: {report.malformed:,} rows could not be read, `prefs rejected` lists them")
+
+
+def tell_dry_run(name: str, found: DryRun) -> None:
+    """Print what would be rejected of a file, by reason with examples."""
+    console.print(
+        f"{name}: {found.messages:,} messages of {found.topic}, {found.rejections:,} would be rejected; "
+        "nothing was written"
+    )
+    for kind, reason in sorted(found.rejected.items(), key=lambda item: -item[1].count):
+        console.print(f"{reason.count:,} of them: {kind}")
+        for row, why, message in reason.examples:
+            console.print(f"  row {row}: {'' if why == kind else f'{why}: '}{message}")
+
+
+def read_maps(maps: Sequence[str]) -> dict[str, str | None]:
+    """Return the field of each column of `--map COLUMN=FIELD`, None if it is left out.
+
+    Raises PrefsError for a text without `=`, and for a column that is named twice.
+    """
+    renamed: dict[str, str | None] = {}
+    for text in maps:
+        # A field has no `=` in its name, and a column may have one.
+        column, equals, field = text.rpartition("=")
+        if not equals or not column:
+            raise PrefsError(f"--map {text!r} is not COLUMN=FIELD: write e.g. --map user=viewer_id")
+        if column in renamed:
+            raise PrefsError(f"--map names the column {column} twice: leave one out")
+        renamed[column] = field or None
+    return renamed
 
 
 def kafka_delivery(settings: Settings) -> Delivery | None:
@@ -111,6 +171,30 @@ def topics_renew() -> None:
         console.print(f"{life.kafka_topic}: generation {life.generation + 1} is read from its start")
     if not found:
         console.print("no topic was recreated")
+
+
+@cli.command()
+@click.argument("topic")
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(["json", "avro"]),
+    default="json",
+    show_default=True,
+    help="Of the schema.",
+)
+def schema(topic: str, kind: str) -> None:
+    """Print the schema of a TOPIC for its producers.
+
+    A message that satisfies the JSON Schema is accepted. Messages are read as JSON: the Avro schema has the same
+    fields, for a registry and for other consumers.
+    """
+    from dagster_prefs.events.messages import topics_of
+    from dagster_prefs.events.schema import avro_schema, json_schema
+
+    registry = load_settings().registry()
+    found = topics_of(registry)[registry.topic(topic).name]
+    print_json(json_schema(found) if kind == "json" else avro_schema(found, registry.project))
 
 
 @cli.command()

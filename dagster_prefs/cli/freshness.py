@@ -156,7 +156,7 @@ def metrics(port: int) -> None:
     settings = load_settings()
     start_logging(settings)
     platform = Platform(settings)
-    drift = DriftReadings(lambda: platform.drift(now=datetime.now(UTC)))
+    drift = DriftReadings(platform.drift)
     values = ValueMetrics(platform.statistics)
     with (
         readings(settings) as read,

@@ -21,7 +21,7 @@ def generate(context: click.Context, check: bool) -> None:
     """
     if context.invoked_subcommand is not None:
         return
-    from dagster_prefs.declarations.generate import check_current, generate_files
+    from dagster_prefs.declarations.generate import check_current
     from dagster_prefs.declarations.registry import find_project
 
     project = find_project(named=load_settings().project_dir)
@@ -29,16 +29,24 @@ def generate(context: click.Context, check: bool) -> None:
         check_current(project)
         say(f"{project}: every generated file matches the declarations")
         return
-    from dagster_prefs.engine.dbt import compile_queries
-    from dagster_prefs.training.windows import features_by_entity
-
-    # A view whose features training sets cannot compute for past days is refused here, at the time of its
-    # change.
-    changed = generate_files(project, compile_queries, features_by_entity)
+    changed = generate_project(project)
     for name in changed:
         say(f"{'wrote' if (project / name).exists() else 'removed'} {name}")
     if not changed:
         say("every generated file was current")
+
+
+def generate_project(project: Path) -> list[str]:
+    """Generate models and registry with dbt as the compiler; return the files that changed.
+
+    Raises PrefsError, with nothing written, for an invalid declaration and for a view whose features training
+    sets cannot compute for past days.
+    """
+    from dagster_prefs.declarations.generate import generate_files
+    from dagster_prefs.engine.dbt import compile_queries
+    from dagster_prefs.training.windows import features_by_entity
+
+    return generate_files(project, compile_queries, features_by_entity)
 
 
 @generate.command("client")

@@ -139,13 +139,16 @@ def start_follower(settings: Settings, project: Path) -> None:
     if not platform.is_deployed():
         console.print("  deploying the project", style="dim")
         platform.apply()
-    services_of(settings).follow(
-        {
-            **os.environ,
-            "PREFS_DATA_DIR": str(settings.data_dir.expanduser().resolve()),
-            "PREFS_PROJECT_DIR": str(project.resolve()),
-        }
-    )
+    services_of(settings).follow(environment_of(settings, project))
+
+
+def environment_of(settings: Settings, project: Path) -> dict[str, str]:
+    """Return the environment in which another process, in whatever folder, works on the same project and state."""
+    return {
+        **os.environ,
+        "PREFS_DATA_DIR": str(settings.data_dir.expanduser().resolve()),
+        "PREFS_PROJECT_DIR": str(project.resolve()),
+    }
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -14,6 +13,7 @@ from dagster_prefs.cli.freshness import installed
 from dagster_prefs.cli.root import (
     cli,
     console,
+    environment_of,
     plain_console,
     print_json,
     services_of,
@@ -23,10 +23,14 @@ from dagster_prefs.cli.root import (
     table_of,
 )
 from dagster_prefs.ids import id_label
-from dagster_prefs.settings import PROJECT_ROOT, load_settings
+from dagster_prefs.settings import load_settings
+from dagster_prefs.shipped import shipped
 
 if TYPE_CHECKING:
     from dagster_prefs.tools.demo import Summary
+
+# Where Dagster finds the code location, in the project's folder or the package's.
+WORKSPACE = "workspace.yaml"
 
 
 @cli.command()
@@ -109,8 +113,10 @@ def ui(port: int, console_port: int) -> None:
     else:
         console.print("the console is not installed: `pip install dagster-prefs[console]` adds it")
     console.print(f"the Dagster UI will be at http://127.0.0.1:{port} in half a minute; Ctrl-C stops both")
-    environment = {**os.environ, "DAGSTER_HOME": str(home)}
-    raise SystemExit(serve_ui(PROJECT_ROOT / "workspace.yaml", port, environment, beside))
+    environment = {**environment_of(settings, settings.project), "DAGSTER_HOME": str(home)}
+    own = settings.home / WORKSPACE
+    workspace = own if own.is_file() else shipped(WORKSPACE)
+    raise SystemExit(serve_ui(workspace, port, environment, beside))
 
 
 @cli.command()
@@ -188,4 +194,4 @@ def print_summary(summary: Summary) -> None:
     console.print(table_of("\nFreshness", ["domain", "level", "why"], list(summary.freshness)))
     seconds = [(step, f"{taken:.1f}") for step, taken in summary.seconds.items()]
     console.print(table_of("\nSeconds", ["step", "s"], seconds))
-    console.print("\nOpen the UI with `make ui`; stop the services with `make down`.")
+    console.print("\nOpen the UI with `prefs ui`; stop the services with `prefs down`.")

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 from dagster_prefs.cli.root import cli, console, plain_console, print_json, say, table_of
+from dagster_prefs.errors import PrefsError
 from dagster_prefs.settings import load_settings
+
+if TYPE_CHECKING:
+    from dagster_prefs.erasure.erase import Stores
+    from dagster_prefs.erasure.events import Subject
+    from dagster_prefs.platform import Platform
 
 
 @cli.group("training-set", invoke_without_command=True)
@@ -206,36 +213,14 @@ def erase(subject: tuple[str, ...], drop_tags: bool, training_sets: tuple[Path, 
     ENTITY may be omitted if only one entity is erasable. For a composite key, ID is the first part, and the data of all
     entities with that key column is erased. Safe to run again after any failure.
     """
-    from dagster_prefs.erasure.erase import Stores, refresh_with
     from dagster_prefs.erasure.erase import erase as erase_everywhere
-    from dagster_prefs.erasure.events import Subject, erasable_kinds
     from dagster_prefs.platform import Platform
 
-    if len(subject) > 2:
-        raise click.UsageError(f"one subject at a time, as ENTITY ID, not {' '.join(subject)}")
     platform = Platform(load_settings())
-    erasable = erasable_kinds(platform.registry)
-    if len(subject) == 1 and len(erasable) != 1:
-        named = " or ".join(f"`prefs erase {name} {subject[0]}`" for name in erasable)
-        raise click.UsageError(
-            f"the entity of {subject[0]} is ambiguous: use {named}"
-            if named
-            else "this project declares no erasable entity"
-        )
-    kind, name = subject if len(subject) == 2 else (erasable[0], subject[0])
     steps = plain_console(stderr=True)
     report = erase_everywhere(
-        Stores(
-            platform.engine,
-            platform.registry,
-            platform.catalog,
-            platform.dynamodb,
-            platform.settings.table_prefix,
-            refresh_with(platform.dbt),
-            platform.settings.iceberg_namespace,
-            platform.settings.export == "sink",
-        ),
-        Subject.named(platform.registry, kind, name),
+        _stores(platform),
+        _subject(platform, subject, "erase"),
         now=datetime.now(UTC),
         drop_tags=drop_tags,
         training_sets=training_sets,
@@ -257,3 +242,84 @@ def erase(subject: tuple[str, ...], drop_tags: bool, training_sets: tuple[Path, 
     for place, reason in report.unread.items():
         console.print(f"{place} was not searched for training sets ({reason})")
     console.print(table_of("\nRemoved only by time", ["where", "until"], list(report.unfinished.items())))
+
+
+@cli.command("subject", context_settings={"ignore_unknown_options": True})
+@click.argument("subject", nargs=-1, required=True, metavar="ENTITY ID")
+@click.option(
+    "--output", type=click.Path(dir_okay=False, path_type=Path), help="File of mode 0600; by default stdout."
+)
+@click.option(
+    "--training-sets",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Folder whose files of training sets and labels are searched; may be given more than once.",
+)
+def subject_command(subject: tuple[str, ...], output: Path | None, training_sets: tuple[Path, ...]) -> None:
+    """Export all that is stored of one id of an entity, as JSON.
+
+    Messages, rows of every relation, items, rows of training tables with their history, training sets and labels: the
+    places that `prefs erase` searches. ENTITY may be omitted if only one entity is erasable.
+    """
+    from dagster_prefs.erasure.export import export_subject
+    from dagster_prefs.files import write_private
+    from dagster_prefs.platform import Platform
+
+    platform = Platform(load_settings())
+    steps = plain_console(stderr=True)
+    own = platform.settings.training_folder
+    found = export_subject(
+        _stores(platform),
+        _subject(platform, subject, "subject"),
+        now=datetime.now(UTC),
+        # Where runs in Dagster write their training sets.
+        training_sets=(*training_sets, *([own] if own.is_dir() else [])),
+        step=lambda step: steps.print(step, style="dim"),
+    )
+    if output is None:
+        print_json(found.as_dict())
+    else:
+        try:
+            write_private(output, json.dumps(found.as_dict(), indent=2, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise PrefsError(f"{output} cannot be written ({error.strerror}): name another file") from None
+        rows = [
+            (store, place, f"{n:,}") for store, places in found.counts.items() for place, n in places.items()
+        ]
+        console.print(table_of("", ["store", "place", "entries"], rows))
+        console.print(f"\nwrote {output}, which only you can read")
+    for place, reason in found.unread.items():
+        steps.print(f"{place} was not searched for training sets ({reason})")
+
+
+def _stores(platform: Platform) -> Stores:
+    from dagster_prefs.erasure.erase import Stores, refresh_with
+
+    return Stores(
+        platform.engine,
+        platform.registry,
+        platform.catalog,
+        platform.dynamodb,
+        platform.settings.table_prefix,
+        refresh_with(platform.dbt),
+        platform.settings.iceberg_namespace,
+        platform.settings.export == "sink",
+    )
+
+
+def _subject(platform: Platform, given: tuple[str, ...], command: str) -> Subject:
+    """Return the subject that ENTITY and ID, or ID alone, name on the command line."""
+    from dagster_prefs.erasure.events import Subject, erasable_kinds
+
+    if len(given) > 2:
+        raise click.UsageError(f"one subject at a time, as ENTITY ID, not {' '.join(given)}")
+    erasable = erasable_kinds(platform.registry)
+    if len(given) == 1 and len(erasable) != 1:
+        named = " or ".join(f"`prefs {command} {name} {given[0]}`" for name in erasable)
+        raise click.UsageError(
+            f"the entity of {given[0]} is ambiguous: use {named}"
+            if named
+            else "this project declares no erasable entity"
+        )
+    kind, id_ = given if len(given) == 2 else (erasable[0], given[0])
+    return Subject.named(platform.registry, kind, id_, command=command)

@@ -95,7 +95,7 @@ def drift(day: datetime | None, as_json: bool) -> int:
     from dagster_prefs.platform import Platform
     from dagster_prefs.values.drift import EXIT_CODES, worst
 
-    causes = Platform(load_settings()).drift(now=datetime.now(UTC), day=day.date() if day else None)
+    causes = Platform(load_settings()).drift(day.date() if day else None)
     level = worst(cause.level for cause in causes)
     if as_json:
         print_json({"level": level, "causes": [cause.as_dict() for cause in causes]})

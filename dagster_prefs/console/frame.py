@@ -47,7 +47,7 @@ main h2 { font-size: 1.1rem; line-height: 1.3; font-weight: 600; margin: 1.25rem
 .scrolls table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 .scrolls th, .scrolls td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid var(--line);
   vertical-align: top; overflow-wrap: break-word; }
-.scrolls td.number { white-space: nowrap; }
+.scrolls td.number, .scrolls td.nowrap { white-space: nowrap; }
 .scrolls th { font-weight: 600; color: var(--faint); white-space: nowrap; }
 .scrolls td.number, .scrolls th.number { text-align: right; }
 .spark { display: block; width: 7.5rem; height: 1.6rem; color: var(--accent); }

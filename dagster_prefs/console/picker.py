@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Awaitable, Callable
 from functools import partial
+from itertools import zip_longest
 
 from nicegui import ui
 from nicegui.events import GenericEventArguments
 
 from dagster_prefs.console.context import Visit
 from dagster_prefs.console.frame import Notice
-from dagster_prefs.console.lookup import find_ids
+from dagster_prefs.console.lookup import MOST_FOUND, find_ids
 from dagster_prefs.declarations.registry import Entity
 from dagster_prefs.ids import Id, id_label, read_id
+from dagster_prefs.printable import printable
 
+SEND_ID = "(event) => emit(event.currentTarget.dataset.id)"
 SEND_TYPED = "(event) => emit(event.target.value)"
 
 
@@ -37,7 +41,17 @@ class Picker:
                 field.on("keydown.enter", notice.guard(partial(self._entered, place)), js_handler=SEND_TYPED)
             self._inputs[0].on_value_change(notice.guard(self._search))
             ui.button("Show", on_click=notice.guard(self._take)).classes("action").props("unelevated")
-        self._found = ui.element("div").classes("line").props('aria-label="Found"')
+        with ui.element("div").classes("line").props('aria-label="Found"'):
+            # They stay when others are found, so that no click on one is lost.
+            self._found = [
+                ui.button()
+                .classes("action")
+                .props("outline dense no-caps")
+                .on("click", notice.guard(self._choose), js_handler=SEND_ID)
+                for _ in range(MOST_FOUND)
+            ]
+        for button in self._found:
+            button.set_visibility(False)
 
     async def offer(self) -> None:
         """Show the newest ids."""
@@ -49,12 +63,12 @@ class Picker:
         if str(self._inputs[0].value or "") != begin:
             # What was typed meanwhile has a search of its own.
             return
-        self._found.clear()
-        with self._found:
-            for id_ in found:
-                ui.button(
-                    id_label(id_), on_click=self._notice.guard(lambda id_=id_: self._choose(id_))
-                ).classes("action").props("outline dense no-caps")
+        for button, id_ in zip_longest(self._found, found):
+            button.set_visibility(id_ is not None)
+            if id_ is not None:
+                button.set_text(printable(id_label(id_), one_line=True))
+                button.props["data-id"] = json.dumps(id_)
+                button.update()
 
     async def _entered(self, place: int, event: GenericEventArguments) -> None:
         self._inputs[place].set_value(str(event.args))
@@ -64,7 +78,9 @@ class Picker:
         typed = tuple(str(one.value or "") for one in self._inputs)
         await self._picked(read_id(self._entity.keys, typed if len(typed) > 1 else typed[0]))
 
-    async def _choose(self, id_: Id) -> None:
+    async def _choose(self, event: GenericEventArguments) -> None:
+        given = json.loads(event.args)
+        id_ = read_id(self._entity.keys, tuple(given) if isinstance(given, list) else given)
         for field, part in zip(self._inputs, id_ if isinstance(id_, tuple) else (id_,), strict=True):
             field.set_value(str(part))
         await self._picked(id_)

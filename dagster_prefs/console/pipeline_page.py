@@ -31,6 +31,7 @@ class _Shown:
         )[2:]
         for cell in (self._rate, self._lag, self._target, self._rejected):
             cell.classes("number")
+        self._last.classes("nowrap")
         with spark:
             self._spark = ui.html("", sanitize=False)
         self._state = state

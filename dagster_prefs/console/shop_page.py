@@ -17,6 +17,7 @@ from dagster_prefs.console.picker import Picker
 from dagster_prefs.console.shop import PARTS, Shop, has_shop, moves, reason, score_parts, shop_of
 from dagster_prefs.declarations.registry import Entity
 from dagster_prefs.ids import Id
+from dagster_prefs.printable import printable
 from dagster_prefs.serving.preferences import RankedItem, Ranking, ranked_entity
 
 # Items on the page.
@@ -68,12 +69,12 @@ class _Slot:
             return
         self.box.props["data-item"] = item.item_id
         self.box.update()
-        name = item.title or item.item_id
+        name = printable(item.title or item.item_id, one_line=True)
         self.title.set_text(name)
         self.score.set_text(f"{item.score:,.2f}")
         facts = (item.item_id, item.category, item.brand, item.price_tier, _price(item.price))
-        self.about.set_text(" · ".join(fact for fact in facts if fact))
-        self.reason.set_text(reason(item, parts))
+        self.about.set_text(printable(" · ".join(fact for fact in facts if fact), one_line=True))
+        self.reason.set_text(printable(reason(item, parts), one_line=True))
         self.move.set_text("" if not rose else f"▲ {rose}" if rose > 0 else f"▼ {-rose}")
         self.move.classes(replace="" if not rose else "good" if rose > 0 else "faint")
         whole = sum(parts.values())
@@ -146,7 +147,8 @@ class _ShopPage:
         self._clicked = time.monotonic()
         given = self._shop.values(action, item, self._session)
         await self._visit.send(self._shop.topic, self._shop.entity, self._user, given, datetime.now(UTC))
-        self._told.set_text(f"{action.replace('_', ' ')}: {item.title or item.item_id} …")
+        name = printable(item.title or item.item_id, one_line=True)
+        self._told.set_text(f"{action.replace('_', ' ')}: {name} …")
         self._next = 0.0
 
     async def _look(self, *, at_once: bool = False) -> None:
@@ -171,9 +173,8 @@ class _ShopPage:
         self._items = [{item.item_id: item for item in ranking}, *self._items[: REMEMBERED - 1]]
         known = bool(self._signals)
         session = "her session counts" if ranking.session_active else "no session yet"
-        self._who.set_text(
-            f"{ranking.user_id}: {'known, ' + session if known else 'nothing is known of her yet'}"
-        )
+        told = f"known, {session}" if known else "nothing is known of her yet"
+        self._who.set_text(f"{printable(ranking.user_id, one_line=True)}: {told}")
         for place, slot in enumerate(self._slots):
             item = ranking[place] if place < len(ranking) else None
             shown = (

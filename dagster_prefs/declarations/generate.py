@@ -32,6 +32,7 @@ from dagster_prefs.declarations.lineage import (
     read_lineage,
     render_lineage,
 )
+from dagster_prefs.declarations.macros import check_macros
 from dagster_prefs.declarations.read import (
     GENERATED,
     DeclarationError,
@@ -71,8 +72,9 @@ def plan_files(folder: Path) -> Generated:
     """Return what `generate_files` writes, except registry and lineage; reads only YAML, and the lineage as it is.
 
     Raises DeclarationError for an invalid declaration, and for a hand-written file in the place of a
-    generated one.
+    generated one; MacrosMismatch for shared macros of another version.
     """
+    check_macros(folder)
     project = read_project(folder)
     declared = check_project(project)
     models = dict(_models(project, declared, _lineage(declared, read_lineage(folder).relations)))

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +29,10 @@ FieldType = Literal["text", "bigint", "int", "decimal", "boolean", "timestamptz"
 KeyType = Literal["bigint", "text", "uuid"]
 # How a view is kept current on the embedded engine.
 Keeping = Literal["rows", "identity", "key", "merging", "rebuilt"]
+
+
+# The usual name of a dbt project's folder within the folder of the whole.
+PROJECT_FOLDER = "dbt_project"
 
 
 class RegistryError(PrefsError):
@@ -396,9 +401,10 @@ def render_registry(registry: Registry) -> str:
 def find_project(start: Path | None = None, *, named: Path | None = None) -> Path:
     """Find the folder of the dbt project.
 
-    It is `named` (PREFS_PROJECT_DIR), or else searched from `start` (the working folder) upwards. A folder
-    counts if it contains `dbt_project.yml`, or such a folder named `dbt_project`. The named one may contain
-    only the registry, for a service that only reads.
+    It is `named` (PREFS_PROJECT_DIR), or else searched from `start` (the working folder) upwards: the first
+    folder with a `dbt_project.yml` that declares entities, or with such a folder named `dbt_project`; without
+    any, the first with a `dbt_project.yml`. The named one may contain only the registry, for a service that
+    only reads.
 
     Raises RegistryError naming the searched folders.
     """
@@ -410,13 +416,32 @@ def find_project(start: Path | None = None, *, named: Path | None = None) -> Pat
             )
         return named.resolve()
     at = (start or Path(os.curdir)).resolve()
-    for folder in (at, *at.parents):
-        for found in (folder, folder / "dbt_project"):
-            if (found / "dbt_project.yml").is_file():
-                return found
+    found = [
+        project
+        for folder in (at, *at.parents)
+        for project in (folder, folder / PROJECT_FOLDER)
+        if (project / "dbt_project.yml").is_file()
+    ]
+    # A dbt project of other models may lie within or beside ours.
+    if declaring := next(filter(_declares, found), None) or next(iter(found), None):
+        return declaring
     raise RegistryError(
         f"no dbt project in {at} or above it: change into one, or set PREFS_PROJECT_DIR to its folder"
     )
+
+
+def project_home(project: Path) -> Path:
+    """Return the folder that holds what belongs to a project beside its models: `.env`, `.prefs`, `workspace.yaml`."""
+    return project.parent if project.name == PROJECT_FOLDER else project
+
+
+def _declares(project: Path) -> bool:
+    """Return whether a dbt project declares entities; reads no YAML, which readers need not have installed."""
+    try:
+        text = (project / "dbt_project.yml").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+    return re.search(r"(?m)^\s+entities\s*:", text) is not None or (project / REGISTRY).is_file()
 
 
 def open_registry(given: Registry | Mapping[str, Any] | Path | str) -> Registry:

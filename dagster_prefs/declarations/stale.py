@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dagster_prefs.declarations.contract import REGISTRY
+from dagster_prefs.declarations.macros import check_macros
 from dagster_prefs.declarations.read import project_files
 from dagster_prefs.declarations.registry import Registry, load_registry
 from dagster_prefs.errors import PrefsError
@@ -42,8 +43,10 @@ def changed_files(folder: Path, hashes: Mapping[str, str]) -> list[str]:
 def current_registry(folder: Path) -> Registry:
     """Return the registry of a project.
 
-    Raises StaleRegistry naming the files that differ, with the remedy; RegistryError if there is none.
+    Raises StaleRegistry naming the files that differ, with the remedy; RegistryError if there is none;
+    MacrosMismatch for shared macros of another version than the package's.
     """
+    check_macros(folder)
     registry = load_registry(folder)
     if changed := changed_files(folder, registry.hashes):
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""

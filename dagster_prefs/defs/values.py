@@ -1,7 +1,7 @@
 """Statistics of values, and their drift as asset checks: an asset, its checks, a daily job, and the alerts."""
 
 from collections.abc import Callable, Iterator, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from typing import Any
 
 import dagster as dg
@@ -13,7 +13,7 @@ from dagster_prefs.defs.resources import schedule_status, sensor_status
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.freshness.alerts import Webhook
 from dagster_prefs.freshness.levels import Measure
-from dagster_prefs.freshness.values import measure_drift, unknown_drift
+from dagster_prefs.freshness.values import late_statistics, measure_drift, unknown_drift
 from dagster_prefs.platform import Platform
 from dagster_prefs.values.drift import DayDrift
 from dagster_prefs.values.statistics import Statistics
@@ -83,7 +83,7 @@ def build(
 def drift_measures(platform: Platform, now: datetime) -> list[Measure]:
     """Return a measure for each cause of drift; `now` is UTC."""
     try:
-        return measure_drift(platform.drift(now=now), today=now.date())
+        return measure_drift(platform.drift(), today=now.date())
     except PrefsError as error:
         return unknown_drift(error)
 
@@ -179,7 +179,7 @@ def _checks(platform: Platform, clock: Callable[[], datetime]) -> dg.AssetChecks
     def value_drift(context: dg.AssetCheckExecutionContext) -> Iterator[dg.AssetCheckResult]:
         selected = {key.asset_key for key in context.selected_asset_check_keys}
         try:
-            causes = platform.drift(now=clock())
+            causes = platform.drift()
         except PrefsError as error:
             for key in selected:
                 yield dg.AssetCheckResult(
@@ -195,19 +195,20 @@ def _checks(platform: Platform, clock: Callable[[], datetime]) -> dg.AssetChecks
             if key not in selected:
                 continue
             if relation in found:
-                yield _result(key, found[relation])
+                yield _result(key, found[relation], today=clock().date())
             else:
                 yield dg.AssetCheckResult(
                     asset_key=key,
                     check_name=CHECK,
                     passed=True,
-                    description="learning: there are no statistics of the last week yet",
+                    description="learning: there are no statistics yet",
                 )
 
     return value_drift
 
 
-def _result(key: dg.AssetKey, found: DayDrift) -> dg.AssetCheckResult:
+def _result(key: dg.AssetKey, found: DayDrift, *, today: date) -> dg.AssetCheckResult:
+    late = late_statistics(found.day, today=today) if found.level in ("ok", "learning") else ""
     numbers: dict[str, Any] = {}
     for finding in found.findings:
         for name, value in (("psi", finding.psi), ("ks", finding.ks)):
@@ -216,9 +217,9 @@ def _result(key: dg.AssetKey, found: DayDrift) -> dg.AssetCheckResult:
     return dg.AssetCheckResult(
         asset_key=key,
         check_name=CHECK,
-        passed=found.level in ("ok", "learning"),
-        severity=dg.AssetCheckSeverity.WARN if found.level == "warn" else dg.AssetCheckSeverity.ERROR,
-        description=found.sentence,
+        passed=found.level in ("ok", "learning") and not late,
+        severity=dg.AssetCheckSeverity.WARN if found.level == "warn" or late else dg.AssetCheckSeverity.ERROR,
+        description=late or found.sentence,
         metadata={
             "level": found.level,
             "day": found.day.isoformat(),

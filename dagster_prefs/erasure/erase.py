@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from psycopg import sql
 
-from dagster_prefs.declarations.names import QUERY_SUFFIX
 from dagster_prefs.engine.connection import EngineConfiguration
-from dagster_prefs.erasure.events import AppendOnly, RawMessages, Subject
+from dagster_prefs.erasure.events import AppendOnly, RawMessages, Subject, keyed_relations
 from dagster_prefs.erasure.items import EntityItems
 from dagster_prefs.erasure.statistics import SubjectInStatistics
 from dagster_prefs.erasure.training import (
@@ -45,6 +44,9 @@ if TYPE_CHECKING:
     from dagster_prefs.engine.dbt import Dbt
 
 ERASED = "erased_subjects"
+# Copies outside of the platform's stores, which neither an erasure nor an export reads.
+KAFKA_TOPICS = "Kafka topics"
+FILES = "files that were ingested, and rejected messages that were exported"
 # Streaming views follow within a barrier or two; this is the limit under load.
 STREAM_SECONDS = 120.0
 # Messages that arrived before the erasure began may commit late, which takes another round.
@@ -72,6 +74,21 @@ class Stores:
     refresh: Callable[[], None]
     namespace: str = DEFAULT_NAMESPACE
     tables_by_sink: bool = False
+
+    def served(self, subject: Subject) -> list[Entity]:
+        """Return the entities with the subject's first key column that have a table in DynamoDB."""
+        family = self.registry.family(subject.kind)
+        return [entity for entity in family if entity.name in self.registry.contract.tables]
+
+    def items(self, subject: Subject, entity: Entity, until: datetime) -> EntityItems:
+        """Return the subject's items in the table of one of these entities."""
+        table = f"{self.table_prefix}{entity.table}"
+        return EntityItems(self.dynamodb(), self.registry.contract, entity.name, table, subject.value, until)
+
+    def tiles(self, subject: Subject) -> list[TileTable]:
+        """Return the training tables of the entities with the subject's first key column."""
+        family = self.registry.family(subject.kind)
+        return [spec for spec in tile_tables(self.registry).values() if spec.entity in family]
 
 
 @dataclass(frozen=True)
@@ -352,23 +369,10 @@ class _Erasure:
     def _engine_counts(self, connection: psycopg.Connection[Any]) -> dict[str, int]:
         """Count the subject's messages in each raw table, and its rows in every relation with its key."""
         counts = self._messages(connection).count()
-        relations = connection.execute(
-            "select c.relname, t.typname from pg_catalog.pg_attribute a"
-            " join pg_catalog.pg_class c on c.oid = a.attrelid"
-            " join pg_catalog.pg_namespace n on n.oid = c.relnamespace"
-            " join pg_catalog.pg_type t on t.oid = a.atttypid"
-            " where n.nspname = %s and a.attname = %s and c.relkind in ('r', 'm', 'v')"
-            # The query of a kept view holds nothing itself.
-            " and right(c.relname, %s) <> %s order by c.relname",
-            (self.engine.schema, self.subject.key, len(QUERY_SUFFIX), QUERY_SUFFIX),
-        ).fetchall()
-        for name, kind in relations:
-            value = self.subject.value if kind in ("int8", "int4") else self.subject.id
+        for name, condition in keyed_relations(connection, self.engine, self.subject).items():
             with translated(self.engine, name):
                 row = connection.execute(
-                    sql.SQL("select count(*) from {} where {} = {}").format(
-                        self._relation(name), sql.Identifier(self.subject.key), sql.Literal(value)
-                    )
+                    sql.SQL("select count(*) from {} where {}").format(self._relation(name), condition)
                 ).fetchone()
             counts[name] = int(row[0]) if row else 0
         return counts
@@ -402,13 +406,10 @@ class _Erasure:
 
     @property
     def _served(self) -> list[Entity]:
-        return [entity for entity in self._family if entity.name in self.stores.registry.contract.tables]
+        return self.stores.served(self.subject)
 
     def _items(self, entity: Entity, until: datetime) -> EntityItems:
-        stores, table = self.stores, f"{self.stores.table_prefix}{entity.table}"
-        return EntityItems(
-            stores.dynamodb(), stores.registry.contract, entity.name, table, self.subject.value, until
-        )
+        return self.stores.items(self.subject, entity, until)
 
     def _items_there(self) -> dict[str, int]:
         """Map entities to their items.
@@ -430,7 +431,7 @@ class _Erasure:
                 report.holdings.append(Holding("dynamodb", table, "items", before, len(items.keys())))
 
     def _erase_in_tables(self, report: ErasureReport) -> None:
-        specs = self._training_tables()
+        specs = self.stores.tiles(self.subject)
         if not specs:
             return
         erased = ErasedSubject(self.subject.entity.key, self.subject.value, self.erased_at)
@@ -474,11 +475,6 @@ class _Erasure:
             Holding("iceberg", statistics.name, "days", held.days, left.days),
             Holding("iceberg", statistics.name, "snapshots", held.snapshots, left.snapshots),
         ]
-
-    def _training_tables(self) -> list[TileTable]:
-        """Return the training tables of the subject's entity."""
-        specs = tile_tables(self.stores.registry).values()
-        return [spec for spec in specs if spec.entity in self._family]
 
     def _erase_in(self, report: ErasureReport, in_table: Callable[[], SubjectInTable]) -> None:
         table = in_table()
@@ -529,17 +525,16 @@ class _Erasure:
         where, _, until = engine.partition(": ")
         rest = {
             f"the id itself in {ERASED}": "permanently: it keeps replayed events out",
-            "Kafka topics": "the topics' retention ends, or compaction where the key is the subject's; until then "
+            KAFKA_TOPICS: "the topics' retention ends, or compaction where the key is the subject's; until then "
             "replays stay suppressed",
-            "files that were ingested, and rejected messages that were exported": "you delete them; if they are "
-            "ingested again, they stay suppressed",
+            FILES: "you delete them; if they are ingested again, they stay suppressed",
             where: until,
         }
         if self._served:
             rest["DynamoDB point-in-time recovery"] = (
                 "35 days from now; run this command again for a restored table"
             )
-        if self._training_tables():
+        if self.stores.tiles(self.subject):
             rest |= {
                 "noncurrent object versions in the lake (S3)": "the lifecycle rule `lake_noncurrent_days` has "
                 "removed them",

@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 
 import psycopg
 from psycopg import sql
+from psycopg.rows import dict_row
 
 from dagster_prefs import ids
+from dagster_prefs.declarations.names import QUERY_SUFFIX
 from dagster_prefs.declarations.registry import Entity, Registry, TopicDeclaration
 from dagster_prefs.declarations.reserved import is_reserved, reserved_range
 from dagster_prefs.engine.connection import EngineConfiguration
@@ -49,8 +51,8 @@ class Subject:
     id: str
 
     @classmethod
-    def named(cls, registry: Registry, kind: str, given: str) -> Subject:
-        """Return the subject with the id `given` of the entity called `kind`.
+    def named(cls, registry: Registry, kind: str, given: str, *, command: str = "erase") -> Subject:
+        """Return the subject with the id `given` of the entity called `kind`; `command` is what errors recommend.
 
         Raises SubjectRefused for an entity that is unknown or not erasable, an id that no event can have, and
         a canary.
@@ -59,7 +61,7 @@ class Subject:
         entity = registry.entities.get(kind)
         if entity is None or not entity.erasable:
             why = "is not erasable" if entity else "is not an entity of this project"
-            kinds = " or ".join(f"`prefs erase {name} ID`" for name in erasable)
+            kinds = " or ".join(f"`prefs {command} {name} ID`" for name in erasable)
             raise SubjectRefused(
                 f"{excerpt(kind)} {why}: {f'use {kinds}' if kinds else 'the project declares no erasable entity'}"
             )
@@ -67,7 +69,7 @@ class Subject:
         try:
             value = ids.read_key(key, given)
         except ids.BadId as error:
-            others = " or ".join(f"`prefs erase {name} ID`" for name in erasable if name != kind)
+            others = " or ".join(f"`prefs {command} {name} ID`" for name in erasable if name != kind)
             remedy = f"correct it{f', or use {others}' if others else ''}"
             raise SubjectRefused(f"{excerpt(given)} is not a {kind} ({error}): {remedy}") from None
         if is_reserved(key, value):
@@ -175,6 +177,23 @@ class RawMessages:
                 found[topic.raw] = sorted(positions)
         return found
 
+    def read(self, raw_table: str, positions: Sequence[Position]) -> Iterator[dict[str, Any]]:
+        """Yield these messages with their positions and times, in order."""
+        for (source, partition), offsets in _by_partition(positions).items():
+            for start in range(0, len(offsets), BATCH_ROWS):
+                query = sql.SQL(
+                    'select source, source_partition, source_offset, kafka_timestamp, arrived_at, "data" from {}'
+                    " where source = %s and source_partition = %s and source_offset in ({}) order by source_offset"
+                ).format(
+                    self._relation(raw_table),
+                    sql.SQL(", ").join(map(sql.Literal, offsets[start : start + BATCH_ROWS])),
+                )
+                with (
+                    translated(self._engine, raw_table),
+                    self._connection.cursor(row_factory=dict_row) as cursor,
+                ):
+                    yield from cursor.execute(query, (source, partition)).fetchall()
+
     def count(self) -> dict[str, int]:
         """Count the subject's messages by raw table, from the raw bytes and the rejected payloads."""
         return {topic.raw: len(self._seen(topic)) for topic in self._topics}
@@ -185,11 +204,8 @@ class RawMessages:
         Raises AppendOnly if the engine does not change rows of the raw table and only drops them after a
         retention time.
         """
-        partitions: dict[tuple[str, int], list[int]] = {}
-        for source, partition, offset in positions:
-            partitions.setdefault((source, partition), []).append(offset)
         done = 0
-        for (source, partition), offsets in partitions.items():
+        for (source, partition), offsets in _by_partition(positions).items():
             for start in range(0, len(offsets), BATCH_ROWS):
                 done += self._redact(raw_table, source, partition, offsets[start : start + BATCH_ROWS])
         return done
@@ -279,6 +295,36 @@ class RawMessages:
 
     def _relation(self, name: str) -> sql.Identifier:
         return sql.Identifier(self._engine.schema, name)
+
+
+def keyed_relations(
+    connection: psycopg.Connection[Any], engine: EngineConfiguration, subject: Subject
+) -> dict[str, sql.Composed]:
+    """Return every relation with the subject's key column, and the condition for its rows there."""
+    rows = connection.execute(
+        "select c.relname, t.typname from pg_catalog.pg_attribute a"
+        " join pg_catalog.pg_class c on c.oid = a.attrelid"
+        " join pg_catalog.pg_namespace n on n.oid = c.relnamespace"
+        " join pg_catalog.pg_type t on t.oid = a.atttypid"
+        " where n.nspname = %s and a.attname = %s and c.relkind in ('r', 'm', 'v')"
+        # The query of a kept view holds nothing itself.
+        " and right(c.relname, %s) <> %s order by c.relname",
+        (engine.schema, subject.key, len(QUERY_SUFFIX), QUERY_SUFFIX),
+    ).fetchall()
+    return {
+        name: sql.SQL("{} = {}").format(
+            sql.Identifier(subject.key),
+            sql.Literal(subject.value if kind in ("int8", "int4") else subject.id),
+        )
+        for name, kind in rows
+    }
+
+
+def _by_partition(positions: Sequence[Position]) -> dict[tuple[str, int], list[int]]:
+    partitions: dict[tuple[str, int], list[int]] = {}
+    for source, partition, offset in positions:
+        partitions.setdefault((source, partition), []).append(offset)
+    return partitions
 
 
 def spellings(subject: Subject) -> list[str]:

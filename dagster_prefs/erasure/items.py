@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -50,23 +50,35 @@ class EntityItems:
 
     def keys(self) -> list[str]:
         """Return the sort keys of the id's items, in or outside the contract; a consistent read."""
-        partition, sort = self._keys.partition_key, self._keys.sort_key.name
-        found = []
+        sort = self._keys.sort_key.name
+        return sorted(item[sort]["S"] for item in self._query({"#sort": sort, "#last": LAST_EVENT_AT}))
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return the id's items with all attributes, by sort key; a consistent read."""
+        from boto3.dynamodb.types import TypeDeserializer
+
+        plain, sort = TypeDeserializer().deserialize, self._keys.sort_key.name
+        items = [{name: plain(value) for name, value in item.items()} for item in self._query({})]
+        return sorted(items, key=lambda item: str(item[sort]))
+
+    def _query(self, named: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+        """Yield the items with these attributes (placeholder → name), or with all if none is named."""
+        partition = self._keys.partition_key
+        projection: Any = {"ProjectionExpression": ", ".join(named)} if named else {}
         with self._translated("dynamodb:Query"):
             pages = self._client.get_paginator("query").paginate(
                 TableName=self._table,
                 KeyConditionExpression="#id = :id",
-                ProjectionExpression="#sort, #last",
-                ExpressionAttributeNames={"#id": partition.name, "#sort": sort, "#last": LAST_EVENT_AT},
+                ExpressionAttributeNames={"#id": partition.name, **named},
                 ExpressionAttributeValues={":id": partition.typed(self._id)},
                 ConsistentRead=True,
+                **projection,
             )
             for page in pages:
                 for item in page["Items"]:
                     newest = item.get(LAST_EVENT_AT, {}).get("N")
                     if newest is None or int(float(newest)) <= self._until_ms:
-                        found.append(item[sort]["S"])
-        return sorted(found)
+                        yield item
 
     def withdraw(
         self, engine: EngineConfiguration, *, lock_timeout_seconds: float = 900.0, sink_seconds: float = 60.0

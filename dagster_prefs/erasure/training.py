@@ -12,7 +12,7 @@ import csv
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -166,6 +166,35 @@ class SubjectInTable(ABC):
             expired = self._expire()
             files = self._remove_files()
         return ErasedTable(self.name, exported, rewritten, removed, expired, files)
+
+    def rows(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Return the subject's rows of the current state, and those that only the history and the folder hold.
+
+        A file is read once, however many snapshots reference it; the current files hold no earlier rows.
+        """
+        with translated(f"the table {self.name}"):
+            table = self._load()
+            if table is None:
+                return [], []
+            mine = EqualTo(term=self._key, value=self._erased.value)
+            current = scan_rows(table, row_filter=mine).read_all().to_pylist()
+            live = {file.data.file_path for file in live_files(table)}
+            earlier = {
+                file.file_path
+                for snapshot in table.snapshots()
+                for file in self._files(table, snapshot)
+                if self._rows_in(table, file)
+            } | set(self._unreferenced(table))
+            return current, [row for path in sorted(earlier - live) for row in self._read(table, path)]
+
+    def _read(self, table: Table, path: str) -> Iterator[dict[str, Any]]:
+        with (
+            suppress(FileNotFoundError),
+            table.io.new_input(path).open() as source,
+            pq.ParquetFile(source) as parquet,
+        ):
+            for batch in parquet.iter_batches(row_groups=self._groups(parquet)):
+                yield from batch.filter(self._erased.rows_of(batch, self._time)).to_pylist()
 
     @abstractmethod
     def _erase_rows(self) -> tuple[tuple[date, ...], tuple[date, ...]]:
@@ -484,40 +513,67 @@ def files_holding(erased: ErasedSubject, folders: Sequence[Path]) -> list[Path]:
     return found
 
 
+def rows_of_file(path: Path, erased: ErasedSubject) -> list[dict[str, Any]]:
+    """Return the subject's rows of a file that `files_holding` found. Raises OfflineError if it cannot be read."""
+    with _searched(path):
+        return [
+            row
+            for batch in _batches(path, erased.key.name, whole=True)
+            for row in batch.filter(_mask(batch.column(erased.key.name), erased, path)).to_pylist()
+        ]
+
+
 def _holds(path: Path, erased: ErasedSubject) -> bool:
-    key = erased.key.name
+    with _searched(path):
+        return any(
+            pc.any(_mask(batch.column(0), erased, path)).as_py()
+            for batch in _batches(path, erased.key.name, whole=False)
+        )
+
+
+@contextmanager
+def _searched(path: Path) -> Iterator[None]:
     try:
-        if path.suffix.lower() == ".csv":
-            with path.open(encoding="utf-8-sig", newline="") as lines:
-                names = next(csv.reader(lines), [])
-            if not {key, TIME} <= set(names):
-                return False
-            only = pa.csv.ConvertOptions(
-                include_columns=[key],
-                column_types={key: pa.string()},
-                null_values=[""],
-                strings_can_be_null=True,
-            )
-            quoted = pa.csv.ParseOptions(newlines_in_values=True)
-            with pa.csv.open_csv(path, parse_options=quoted, convert_options=only) as batches:
-                return any(_is_in(batch.column(0), erased, path) for batch in batches)
-        with pq.ParquetFile(path) as parquet:
-            if not {key, TIME} <= set(parquet.schema_arrow.names):
-                return False
-            return any(_is_in(batch.column(0), erased, path) for batch in parquet.iter_batches(columns=[key]))
+        yield
     except (pa.ArrowException, OSError, UnicodeDecodeError, LabelsRefused) as error:
         raise OfflineError(
             f"{path} cannot be searched ({str(error).splitlines()[0]}): repair or remove it, or name other folders"
         ) from error
 
 
-def _is_in(ids: pa.Array, erased: ErasedSubject, path: Path) -> bool:
-    """Return whether one of the ids, in any spelling that labels may use, is the subject's."""
+def _batches(path: Path, key: str, *, whole: bool) -> Iterator[pa.RecordBatch]:
+    """Yield the keys of a file of labels, or its `whole` rows; nothing if it has no labels."""
+    if path.suffix.lower() == ".csv":
+        with path.open(encoding="utf-8-sig", newline="") as lines:
+            names = next(csv.reader(lines), [])
+        if not {key, TIME} <= set(names):
+            return
+        convert = pa.csv.ConvertOptions(
+            include_columns=names if whole else [key],
+            # Other columns as they are written.
+            column_types=dict.fromkeys(names, pa.string()),
+            null_values=[""],
+            strings_can_be_null=True,
+        )
+        quoted = pa.csv.ParseOptions(newlines_in_values=True)
+        with pa.csv.open_csv(path, parse_options=quoted, convert_options=convert) as batches:
+            yield from batches
+        return
+    with pq.ParquetFile(path) as parquet:
+        if {key, TIME} <= set(parquet.schema_arrow.names):
+            yield from parquet.iter_batches(columns=None if whole else [key])
+
+
+def _mask(ids: pa.Array, erased: ErasedSubject, path: Path) -> pa.Array:
+    """Return which of the ids, in any spelling that labels may use, are the subject's."""
+    if erased.key.type == "bigint" and pa.types.is_string(ids.type):
+        there = ids.is_valid()
+        given = key_values(pa.chunked_array([ids]).drop_null(), erased.key, str(path))
+        same = pc.equal(given, erased.value).combine_chunks()
+        return pc.replace_with_mask(pa.array([False] * len(ids)), there, same)
     if erased.key.type == "bigint":
-        if pa.types.is_string(ids.type):
-            ids = key_values(pa.chunked_array([ids]).drop_null(), erased.key, str(path))
-        return bool(pc.any(pc.equal(ids, erased.value)).as_py())
+        return pc.fill_null(pc.equal(ids, erased.value), False)
     texts = pc.utf8_trim(ids.cast(pa.string()), BLANKS)
     if erased.key.type == "uuid":
         texts = pc.utf8_lower(texts)
-    return bool(pc.any(pc.equal(texts, erased.value)).as_py())
+    return pc.fill_null(pc.equal(texts, erased.value), False)

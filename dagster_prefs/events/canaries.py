@@ -117,6 +117,15 @@ def key_of(session: psycopg.Connection[Any], engine: EngineConfiguration) -> Can
     return found
 
 
+def stored_keys(session: psycopg.Connection[Any], engine: EngineConfiguration) -> list[CanaryKey]:
+    """Return every key of the engine, over a connection. Raises RawStoreError if `canary_keys` does not exist."""
+    with translated(engine, RELATION):
+        rows = session.execute(
+            sql.SQL("select deployment, secret_hex from {}").format(_table(engine))
+        ).fetchall()
+    return [CanaryKey(*row) for row in rows]
+
+
 def _newest(session: psycopg.Connection[Any], engine: EngineConfiguration) -> CanaryKey | None:
     row = session.execute(
         sql.SQL("select deployment, secret_hex from {} order by made_at desc, deployment limit 1").format(

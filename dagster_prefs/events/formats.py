@@ -28,6 +28,7 @@ from dagster_prefs.events.messages import Topic, topics_of
 from dagster_prefs.textfiles import ROW_FAULTS, RowFault, csv_rows, without_terminator
 
 ColumnMapping = Literal["auto", "rees46"]
+TableKind = Literal["parquet", "arrow"]
 Topics = Mapping[str, Topic]
 
 # The number of lines to search for a record that identifies its topic.
@@ -92,11 +93,26 @@ def content_hash(path: Path) -> str:
         raise EventFileError(f"{path} cannot be read ({error.strerror}): check the disk") from None
 
 
+def table_kind(path: Path) -> TableKind | None:
+    """Return the format of a file that holds a table of columns, None for every other file."""
+    check_file(path)
+    with path.open("rb") as stream:
+        head = stream.read(8)
+    if head.startswith(b"PAR1"):
+        return "parquet"
+    if head.startswith(b"FEA1"):
+        raise EventFileError(
+            f"{path} is Feather of version 1: write it as version 2, as Parquet, or as JSON lines"
+        )
+    # An Arrow stream begins with the length of its schema, after a marker.
+    return "arrow" if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")) else None
+
+
 class LineReader(textfiles.LineReader):
     """The physical lines of a file of events. Iterating raises EventFileError."""
 
     refusal = EventFileError
-    formats = "JSON lines or CSV in UTF-8, plain or gzip"
+    formats = "JSON lines or CSV in UTF-8, plain or gzip, or Parquet or Arrow IPC"
     again = "ingest it again"
 
 
@@ -244,18 +260,30 @@ def _csv_format(
                 f"leave the topic out or name {shop.name}"
             )
         return FileFormat(shop, "csv", header, "rees46")
+    mapped = f", or use the known mapping rees46 ({', '.join(rees46.COLUMNS)})" if shop else ""
+    return FileFormat(topic_of_columns(path, header, topics, wanted, mapped), "csv", header)
+
+
+def topic_of_columns(
+    name: Path | str, columns: Sequence[str], topics: Topics, wanted: Topic | None, remedy: str
+) -> Topic:
+    """Return the topic whose messages have these columns: `wanted`, or the only one that fits.
+
+    Raises EventFileError, which ends in `remedy`, if none or several do.
+    """
+    names = set(columns)
+    found = f"it has {', '.join(columns) or 'none'}"[:400]
     if wanted is not None and wanted.required <= names:
-        return FileFormat(wanted, "csv", header)
+        return wanted
     if wanted is None and (candidates := _matching(names, topics)):
         if len(candidates) > 1:
-            raise _ambiguous(path, "columns", found, candidates)
-        return FileFormat(candidates[0], "csv", header)
+            raise _ambiguous(name, "columns", found, candidates)
+        return candidates[0]
     nearest = wanted or max(topics.values(), key=lambda topic: _known(topic, names))
     missing = sorted(nearest.required - names)
-    mapped = f", or use the known mapping rees46 ({', '.join(rees46.COLUMNS)})" if shop else ""
     raise EventFileError(
-        f"{path} lacks the columns {', '.join(missing)} of {nearest.name} ({found}): rename its columns to "
-        f"{', '.join(nearest.names)}{mapped}"
+        f"{name} lacks the columns {', '.join(missing)} of {nearest.name} ({found}): rename its columns to "
+        f"{', '.join(nearest.names)}{remedy}"
     )
 
 
@@ -283,7 +311,7 @@ def _known(topic: Topic, names: AbstractSet[str]) -> int:
     return len(names & set(topic.names))
 
 
-def _ambiguous(path: Path, what: str, found: str, candidates: Sequence[Topic]) -> EventFileError:
+def _ambiguous(path: Path | str, what: str, found: str, candidates: Sequence[Topic]) -> EventFileError:
     *others, last = (topic.name for topic in candidates)
     return EventFileError(
         f"{path} may be of {', '.join(others)} or {last}, by its {what} ({found}): name the topic"

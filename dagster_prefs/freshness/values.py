@@ -31,13 +31,21 @@ def measure_drift(causes: Sequence[Cause], *, today: date) -> list[Measure]:
     return [_measure(cause, today) for cause in causes]
 
 
+def late_statistics(newest: date, *, today: date) -> str:
+    """Return what is wrong with statistics whose newest day is this one; empty if nothing. `today` is UTC."""
+    if newest >= today - timedelta(days=LATE_DAYS):
+        return ""
+    return (
+        f"the newest statistics are of {newest}: run `prefs statistics --collect`, and see the job `values`"
+    )
+
+
 def _measure(cause: Cause, today: date) -> Measure:
     newest = max(one.day for one in cause.days)
     findings = [finding for one in cause.days for finding in one.findings]
     level, reason = _LEVELS[cause.level], cause.reason
-    if newest < today - timedelta(days=LATE_DAYS) and level in ("ok", "skipped"):
-        level = "warn"
-        reason = f"the newest statistics are of {newest}: run `prefs statistics --collect`, and see the job `values`"
+    if (late := late_statistics(newest, today=today)) and level in ("ok", "skipped"):
+        level, reason = "warn", late
     return Measure(
         "drift",
         cause.name,

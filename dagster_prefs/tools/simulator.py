@@ -18,6 +18,7 @@ from typing import IO, Any, Protocol
 from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.events.messages import topics_of
+from dagster_prefs.events.pace import Pace
 from dagster_prefs.events.raw import (
     FileRecord,
     IngestReport,
@@ -319,18 +320,17 @@ def _write(
     """Write events by topic in batches, and return messages and new messages per topic."""
     if rate is not None and rate <= 0:
         raise SimulationError(f"the rate is {rate:g} events per second: give a positive number")
-    size = batch_size if rate is None else max(1, min(batch_size, int(rate / 4)))
+    pace = Pace(rate)
+    size = pace.batch_size(batch_size)
     batches: dict[str, list[tuple[int, bytes]]] = {}
     counts: dict[str, int] = {}
     new: dict[str, int] = {}
-    started = time.monotonic()
 
     def flush(topic: str) -> None:
         new[topic] = new.get(topic, 0) + sink.write(topic, batches[topic])
         batches[topic] = []
         done = sum(counts.values())
-        if rate is not None:
-            time.sleep(max(0.0, done / rate - (time.monotonic() - started)))
+        pace.wait(done)
         if progress is not None:
             progress(Progress(done, done, total, "messages"))
 

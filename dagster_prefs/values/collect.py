@@ -26,8 +26,9 @@ from dagster_prefs.declarations.reserved import people_only
 from dagster_prefs.engine.catalog import missing_relation, row_counts
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError
-from dagster_prefs.iceberg.catalog import translated
+from dagster_prefs.iceberg.catalog import OfflineError, translated
 from dagster_prefs.iceberg.duck import duck_session
+from dagster_prefs.iceberg.export import NAMED_REASONS
 from dagster_prefs.iceberg.files import LiveFile, parts_of, read_rows, tile_files
 from dagster_prefs.iceberg.tables import TileTable, arrow_schema, tile_tables
 from dagster_prefs.values.describe import SESSION, Described, Measured, describe
@@ -44,6 +45,18 @@ DAY = "day described"
 
 class ViewUnreadable(PrefsError):
     """The engine cannot deliver the rows of a rolling view."""
+
+
+class DaysNotDescribed(OfflineError):
+    """Days could not be described, while others were; the message names them with their reasons."""
+
+    def __init__(self, failed: Mapping[str, OfflineError]) -> None:
+        reasons = [f"{place}: {error}" for place, error in failed.items()]
+        more = f"; and {len(reasons) - NAMED_REASONS} more" if len(reasons) > NAMED_REASONS else ""
+        super().__init__(
+            f"{len(reasons)} days or tables were not described, every other one was "
+            f"({'; '.join(reasons[:NAMED_REASONS])}{more})"
+        )
 
 
 @dataclass(frozen=True)
@@ -92,23 +105,38 @@ def collect_tiles(
     """Describe those of the last `days` complete days of every training table that are new or have changed.
 
     `now` is UTC. `empty` are days on which the engine has no rows of a tile (relation → days): no traffic is a value
-    too. Idempotent, with one commit. Raises OfflineError.
+    too. Idempotent, with one commit. A table or day that cannot be read prevents no other: raises DaysNotDescribed,
+    which names each with its reason, once all others are described. Raises another OfflineError where the table of
+    statistics itself fails.
     """
     today = now.astimezone(UTC).date()
     first = today - timedelta(days=days)
     known = described_days(catalog, namespace)
     made: list[Statistics] = []
     gone: list[RelationDay] = []
+    failed: dict[str, OfflineError] = {}
     with duck_session(*SESSION) as session:
         for spec in tile_tables(registry).values():
-            table_days = TableDays.load(catalog, registry, spec, namespace, first=first)
+            try:
+                table_days = TableDays.load(catalog, registry, spec, namespace, first=first)
+            except OfflineError as error:
+                failed[spec.tile] = error
+                continue
             quiet = {day for day in (empty or {}).get(spec.tile, ()) if first <= day < today}
             changed = {
                 day
                 for day in {*table_days.files, *quiet}
                 if day < today and known.get((spec.tile, day)) != table_days.version(day)
             }
-            made += table_days.describe(session, changed, now)
+            try:
+                made += table_days.describe(session, changed, now)
+            except OfflineError:
+                # One of them cannot be read, and which one it is shows when each is read by itself.
+                for day in sorted(changed):
+                    try:
+                        made += table_days.describe(session, {day}, now)
+                    except OfflineError as error:
+                        failed[f"{spec.tile} of {day}"] = error
             gone += [
                 (relation, day)
                 for relation, day in known
@@ -118,6 +146,8 @@ def collect_tiles(
                 and day not in quiet
             ]
     write_statistics(catalog, namespace, made, gone=gone)
+    if failed:
+        raise DaysNotDescribed(failed)
     return Collected(tuple(dict.fromkeys((one.relation, one.day) for one in made)), tuple(gone))
 
 

@@ -93,7 +93,8 @@ def _statistics(
         day=day,
         attribute=one.name,
         kind=one.kind,
-        rows=rows,
+        # Of a tile every row is read, and rows that another engine deleted are not.
+        rows=sampled if what.source == "tile" else rows,
         sampled=sampled,
         nulls=sampled - known,
         distinct=min(int(found.get(f"distinct_{place}", 0)), known),

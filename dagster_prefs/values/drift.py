@@ -30,7 +30,7 @@ from pyiceberg.catalog import Catalog
 
 from dagster_prefs.declarations.registry import Registry, TileColumn, TileDeclaration
 from dagster_prefs.values.statistics import BOUNDS, MIN_SUBJECTS, MOST_VALUES, Statistics
-from dagster_prefs.values.store import read_statistics
+from dagster_prefs.values.store import described_days, read_statistics
 
 Level = Literal["ok", "learning", "warn", "error"]
 # Ordered from best to worst.
@@ -216,13 +216,14 @@ def judge_newest(registry: Registry, statistics: Sequence[Statistics]) -> list[D
 
 
 def causes_on(
-    catalog: Catalog, registry: Registry, namespace: str, *, day: date | None, today: date
+    catalog: Catalog, registry: Registry, namespace: str, *, day: date | None = None
 ) -> list[Cause]:
-    """Judge a day of every tile, or its newest of the last week before `today`, and group what is found.
+    """Judge a day of every tile, or the newest that each has statistics of, and group what is found.
 
-    Raises OfflineError.
+    A tile whose newest day is a week older than that of others is left out. Raises OfflineError.
     """
-    since = (day or today - timedelta(days=7)) - timedelta(weeks=WEEKS)
+    newest = day or max((known for _, known in described_days(catalog, namespace)), default=date.max)
+    since = newest - timedelta(weeks=WEEKS + (day is None))
     statistics = [one for one in read_statistics(catalog, namespace, since=since) if one.source == "tile"]
     if day is None:
         return causes(registry, judge_newest(registry, statistics))

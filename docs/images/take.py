@@ -49,7 +49,7 @@ def main() -> None:
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
             take(browser, "console-shop", lambda page: shop(page, console))
-            take(browser, "console-viewers", lambda page: viewers(page, console))
+            take(browser, "console-viewers", lambda page: viewers(page, console), height=1250)
             take(browser, "console-pipeline", lambda page: pipeline(page, console))
             take(browser, "asset-graph", lambda page: graph(page, ui), width=2500, height=3200, scale=0.6)
             browser.close()
@@ -71,6 +71,7 @@ def take(
     page = browser.new_page(viewport={"width": width, "height": height}, device_scale_factor=scale)
     page.set_default_timeout(PATIENCE_SECONDS * 1000)
     show(page)
+    page.evaluate("scrollTo(0, 0)")
     page.screenshot(path=FOLDER / f"{name}.png")
     print(f"{name}.png")
     page.close()

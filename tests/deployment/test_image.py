@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "infra" / "docker"
 # The extras of pyproject.toml that each image holds.
-IMAGES = {"code-location": ("platform", "production", "console"), "feature-server": ("server",)}
+IMAGES = {"code-location": ("platform", "production", "console"), "feature-server": ("server", "telemetry")}
 PIN = re.compile(r"^([A-Za-z0-9._-]+)(?:\[[^\]]*\])?==([^\s;]+)(.*?)(?=^\S|\Z)", re.MULTILINE | re.DOTALL)
 
 

@@ -255,6 +255,10 @@ def test_the_story(world: World, free_port: Callable[[], int]) -> None:
     left = {id_: values for id_, values in taken.items() if id_[0] != "ana"}
     assert world.enrolments() == left | {id_: {} for id_ in ENROLMENTS if id_[0] == "ana"}
 
+    # The console shows this project, and sends its events.
+    if CHROMIUM is not None:
+        sent_in_the_console(world, free_port())
+
     # A changed window: the name follows, the contract takes a new version, and what runs is replaced.
     edit(world.project / "dbt_project.yml", "long: 28", "long: 30")
     wrong = place.run("prefs", "generate")
@@ -269,10 +273,6 @@ def test_the_story(world: World, free_port: Callable[[], int]) -> None:
     served = {learner: expected(learner, TODAY, 30) for learner in LEARNERS[1:]}
     found = world.numbers("lessons_7d", "minutes_30d")
     assert {learner: found[learner] for learner in LEARNERS[1:]} == served
-
-    # The console shows this project, and sends its events.
-    if CHROMIUM is not None:
-        sent_in_the_console(world, free_port())
 
 
 def sent_in_the_console(world: World, port: int) -> None:
@@ -290,7 +290,7 @@ def sent_in_the_console(world: World, port: int) -> None:
         progress.get_by_text("no item").wait_for()
         page.get_by_label("seconds").fill("90")
         page.get_by_role("button", name="Send").click()
-        progress.get_by_role("row", name="minutes_30d 1.5").wait_for()
+        progress.get_by_role("row", name="minutes_28d 1.5").wait_for()
         page.locator('[data-role="way"]').get_by_role("row", name="read progress").wait_for()
 
 

@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 from declared import COURSES
@@ -20,6 +21,7 @@ from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
 from dagster_prefs.erasure.erase import ErasureReport, Stores, erase
 from dagster_prefs.erasure.events import REDACTED, Subject, SubjectRefused
+from dagster_prefs.erasure.export import SubjectExport, export_subject
 from dagster_prefs.iceberg.catalog import open_catalog
 from dagster_prefs.iceberg.export import export_day, exported_days, stale_days
 from dagster_prefs.iceberg.tables import tile_tables
@@ -75,24 +77,45 @@ def test_a_learner_is_erased_and_nobody_else(
         found = client.scan(TableName=table.name, ConsistentRead=True)["Items"]
         return sorted(item["learner_id"]["S"] for item in found)
 
+    stores = Stores(
+        engine=engine,
+        registry=REGISTRY,
+        catalog=lambda: catalog,
+        dynamodb=lambda: client,
+        table_prefix="",
+        refresh=school.refresh,
+    )
+    subject, folders = Subject.named(REGISTRY, "learner", " 007 "), [tmp_path / "sets"]
+
     def erased() -> ErasureReport:
-        stores = Stores(
-            engine=engine,
-            registry=REGISTRY,
-            catalog=lambda: catalog,
-            dynamodb=lambda: client,
-            table_prefix="",
-            refresh=school.refresh,
-        )
-        return erase(
-            stores,
-            Subject.named(REGISTRY, "learner", " 007 "),
-            now=datetime.now(UTC),
-            training_sets=[tmp_path / "sets"],
-        )
+        return erase(stores, subject, now=datetime.now(UTC), training_sets=folders)
+
+    def exported() -> SubjectExport:
+        return export_subject(stores, subject, now=datetime.now(UTC), training_sets=folders)
 
     everybody, others = sorted(LEARNERS), sorted(LEARNERS[1:])
     assert (items(), learners("ml.set")) == (everybody, everybody)
+    pa.csv.write_csv(labels, tmp_path / "sets" / "labels.csv")
+    export = exported()
+    (tmp_path / "sets" / "labels.csv").unlink()
+    assert export.counts == {
+        "messages": {"raw_lesson_events": 4},
+        "rows": {
+            "learner_lessons_1d": 2,
+            "learner_progress_rolling": 1,
+            "lesson_events": 2,
+            # Rejected for its type, with a valid id.
+            "lesson_events_parsed": 3,
+            # On the embedded engine what a sink reads is a view.
+            "sink_learning_progress": 1,
+        },
+        "items": {"learner_profiles": 1},
+        "training": {"training.learner_lessons_daily": 2, "ml.set": 1},
+        "training_earlier": {},
+        "labels": {str(tmp_path / "sets" / f"labels.{kind}"): 1 for kind in ("csv", "parquet")},
+    }
+    (item,) = export.as_dict()["items"]["learner_profiles"]
+    assert (item["learner_id"], item["domain_key"], item["lessons_7d"]) == ("007", "learning#progress", 2)
     report = erased()
     assert report.held
     assert report.subject.kind == "learner"
@@ -121,6 +144,21 @@ def test_a_learner_is_erased_and_nobody_else(
     again = erased()
     assert (again.first_erased, again.newer_events) == (False, 0)
     assert learners("training.learner_lessons_daily") == sorted(2 * others)
+    # What only the history of a table holds is stored all the same.
+    others_set = catalog.load_table("ml.set")
+    row = others_set.scan().to_arrow().slice(0, 1)
+    place = row.schema.get_field_index("learner_id")
+    others_set.append(
+        row.set_column(place, row.schema.field(place), pa.array(["007"], row.schema.field(place).type))
+    )
+    catalog.load_table("ml.set").delete("learner_id = '007'")
+    export = exported()
+    assert export.erased_at is not None
+    assert (export.training["ml.set"], [row["learner_id"] for row in export.earlier["ml.set"]]) == (
+        [],
+        ["007"],
+    )
+    assert not any(export.messages.values())
 
 
 @pytest.mark.parametrize(

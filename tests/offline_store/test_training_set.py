@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from pyiceberg.catalog import Catalog
 from shipped import GENRE, INTERACTIONS, LONG, TILE_TABLES, WATCH
 
+from dagster_prefs.iceberg import replace as replace_module
 from dagster_prefs.iceberg.catalog import (
     CatalogCorrupted,
     OfflineError,
@@ -32,7 +33,6 @@ from dagster_prefs.iceberg.catalog import (
 from dagster_prefs.iceberg.export import export_day
 from dagster_prefs.iceberg.maintenance import maintain
 from dagster_prefs.iceberg.tables import TileTable, ensure_table
-from dagster_prefs.training import outputs
 from dagster_prefs.training.labels import LabelsRefused, read_labels
 from dagster_prefs.training.outputs import OutputRefused
 from dagster_prefs.training.training_set import (
@@ -680,14 +680,14 @@ def test_a_table_that_another_writer_changes_meanwhile(
     if existing:
         write(labels)
     others = write_labels(tmp_path, [(2, at(DAY)), (3, at(DAY))])
-    real = outputs.parquet_file_to_data_file
+    real = replace_module.parquet_file_to_data_file
 
     def late(**options: Any) -> Any:
-        monkeypatch.setattr(outputs, "parquet_file_to_data_file", real)
+        monkeypatch.setattr(replace_module, "parquet_file_to_data_file", real)
         write(others)
         return real(**options)
 
-    monkeypatch.setattr(outputs, "parquet_file_to_data_file", late)
+    monkeypatch.setattr(replace_module, "parquet_file_to_data_file", late)
     with pytest.raises(OutputRefused, match=r"the table ml\.set was changed by another writer: run it"):
         write(labels)
     stored = catalog.load_table("ml.set")

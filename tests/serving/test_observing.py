@@ -15,7 +15,7 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
+from opentelemetry.sdk.trace.sampling import Decision, ParentBased, Sampler, TraceIdRatioBased
 from opentelemetry.trace import SpanKind, StatusCode
 from prometheus_client import CollectorRegistry, generate_latest
 from scripted_dynamodb import Reply, Request, Script, answer, failure
@@ -222,6 +222,23 @@ def test_what_is_not_sampled_has_no_span_and_is_counted(script: Script) -> None:
     assert collected.spans == []
     assert collected.metrics()["prefs.read.duration"][0].count == 1
     assert collected.reads.counts.snapshot().attempts == {("viewer", "ok"): 1}
+
+
+@pytest.mark.parametrize("sampler", [ParentBased(TraceIdRatioBased(0.25)), TraceIdRatioBased(0.25)])
+def test_a_share_of_the_traces_is_sampled(sampler: Sampler) -> None:
+    """The same share, with ids of their own, whether the sampler's decisions can be drawn ahead or not."""
+    spans = InMemorySpanExporter()
+    tracers = TracerProvider(sampler=sampler)
+    tracers.add_span_processor(SimpleSpanProcessor(spans))
+    reads = ReadTelemetry(tracer_provider=tracers, meter_provider=MeterProvider([]))
+    for _ in range(2000):
+        reads.call("viewer", "get").end({Outcome("watch", "found"): 1}, 0)
+    found = {span.context.trace_id for span in spans.get_finished_spans() if span.context}
+    assert len(found) == len(spans.get_finished_spans())
+    # Eight standard deviations.
+    assert 345 < len(found) < 655
+    assert all(sampler.should_sample(None, id_, "x").decision is Decision.RECORD_AND_SAMPLE for id_ in found)
+    assert reads.counts.snapshot().reads == {("viewer", Outcome("watch", "found")): 2000}
 
 
 def watched_client(script: Script, observer: Observer) -> AsyncProfileClient:

@@ -83,7 +83,7 @@ def judged(catalog: Catalog, **changed: Any) -> list[Cause]:
             export(catalog, spec, [DRIFTED], rows)
             NOW_THERE[spec.name] = rows
     collect_tiles(catalog, REGISTRY, NAMESPACE, now=MORNING)
-    return causes_on(catalog, REGISTRY, NAMESPACE, day=None, today=MORNING.date())
+    return causes_on(catalog, REGISTRY, NAMESPACE)
 
 
 def test_sixty_ordinary_days_are_silent(catalog: Catalog) -> None:
@@ -134,7 +134,7 @@ def test_a_day_without_any_traffic_is_an_error(catalog: Catalog) -> None:
     quiet = DRIFTED + timedelta(days=1)
     now = at(quiet)
     collect_tiles(catalog, REGISTRY, NAMESPACE, now=now, empty={WATCH.tile: {quiet}})
-    causes = causes_on(catalog, REGISTRY, NAMESPACE, day=quiet, today=now.date())
+    causes = causes_on(catalog, REGISTRY, NAMESPACE, day=quiet)
     assert [cause.level for cause in causes] == ["error"]
     assert "0 rows" in causes[0].reason
     # Where the engine does not say so, nothing is known of such a day.
@@ -164,7 +164,7 @@ def test_the_foreign_project_is_judged_too(empty_catalog: Catalog, courses: Regi
     levels = []
     for last in days[-2:]:
         collect_tiles(empty_catalog, courses, NAMESPACE, now=at(last))
-        (cause,) = causes_on(empty_catalog, courses, NAMESPACE, day=last, today=at(last).date())
+        (cause,) = causes_on(empty_catalog, courses, NAMESPACE, day=last)
         levels.append((cause.name, cause.level))
     assert levels == [("lesson_events", "ok"), ("lesson_events", "error")]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from datetime import date, timedelta
+from pathlib import Path
 from statistics import mean, quantiles
 from typing import Any
 
@@ -16,9 +17,11 @@ from tile_days import MONDAY, NAMESPACE, at, days_from, export, genre_rows, watc
 
 from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.freshness.values import ValueMetrics, measure_drift
+from dagster_prefs.iceberg.catalog import OfflineError
+from dagster_prefs.iceberg.files import day_files
 from dagster_prefs.iceberg.maintenance import maintain_training_sets
 from dagster_prefs.values import store
-from dagster_prefs.values.collect import collect_tiles
+from dagster_prefs.values.collect import DaysNotDescribed, collect_tiles
 from dagster_prefs.values.drift import causes, judge
 from dagster_prefs.values.statistics import BOUNDS, MIN_SUBJECTS, QUANTILES, Statistics
 from dagster_prefs.values.store import (
@@ -196,3 +199,25 @@ def test_the_foreign_project_has_statistics(empty_catalog: Catalog, courses: Reg
     assert found["learner_id"].kind == "personal"
     assert found["seconds"].maximum == max(row["seconds"] for row in lesson_rows(DAYS[-1]))
     assert "learner-" not in repr(read_statistics(empty_catalog, NAMESPACE))
+
+
+def test_a_damaged_day_prevents_no_other(empty_catalog: Catalog, tmp_path: Path) -> None:
+    export(empty_catalog, WATCH, DAYS, watch_rows)
+    export(empty_catalog, GENRE, DAYS[:1], genre_rows)
+    (file,) = day_files(empty_catalog.load_table(WATCH.identifier(NAMESPACE)), WATCH, DAYS[1])
+    damaged = Path(file.path.removeprefix("file://"))
+    damaged.write_bytes(damaged.read_bytes()[:500])
+    with pytest.raises(
+        DaysNotDescribed, match=f"1 days .*{WATCH.tile} of {DAYS[1]}: .* is damaged"
+    ) as caught:
+        collect_tiles(empty_catalog, REGISTRY, NAMESPACE, now=at(DAYS[-1]))
+    assert isinstance(caught.value, OfflineError)
+    assert described_days(empty_catalog, NAMESPACE).keys() == {
+        (WATCH.tile, DAYS[0]),
+        (WATCH.tile, DAYS[2]),
+        (GENRE.tile, DAYS[0]),
+    }
+    # Exported again it is described.
+    export(empty_catalog, WATCH, DAYS[1:2], watch_rows)
+    again = collect_tiles(empty_catalog, REGISTRY, NAMESPACE, now=at(DAYS[-1]))
+    assert again.described == ((WATCH.tile, DAYS[1]),)

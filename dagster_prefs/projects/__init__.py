@@ -1,0 +1,13 @@
+"""A project of one's own: created from an example, kept up with the package, and extended by scaffolds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+# Example → the folders of the shipped project's models that are left out; None is an example of its own.
+EXAMPLES: Mapping[str, tuple[str, ...] | None] = {
+    "minimal": None,
+    "shop": ("engagement",),
+    "engagement": ("shop",),
+    "full": (),
+}

@@ -1,0 +1,34 @@
+"""Projects of one's own in tests: generated without dbt, from a wheel that is built once."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from dagster_prefs.declarations.generate import generate_files
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def generate(project: Path) -> list[str]:
+    """Generate everything but the compiled queries, which take dbt."""
+
+    def compiled(folder: Path, relations: Sequence[str]) -> Mapping[str, str]:
+        return dict.fromkeys(relations, "select 1")
+
+    return generate_files(project, compiled)
+
+
+def build_wheel(folder: Path) -> zipfile.ZipFile:
+    """Build the wheel of this checkout, without the network."""
+    from hatchling.builders.wheel import WheelBuilder
+
+    return zipfile.ZipFile(next(WheelBuilder(str(ROOT)).build(directory=str(folder), versions=["standard"])))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Path → content of every file, to compare a folder with itself later."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
