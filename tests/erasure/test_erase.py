@@ -655,6 +655,8 @@ def test_statistics_keep_nothing_of_an_erased_subject(world: World) -> None:
         (one,) = [s for s in found if (s.relation, s.day, s.attribute) == (WATCH.tile, day, "viewer_id")]
         assert one.rows == sum(row[1] == day for row in rows)
     assert {one.minimum for one in found if one.relation in rolling} == {None}
-    # Again it finds nothing.
+    # They are computed again for nobody in particular.
+    collect_views(world.catalog, REGISTRY, world.engine, "training", now=now)
+    assert world.erase(name="424242").held is False
     again = {(h.place, h.unit): (h.before, h.after) for h in world.erase().holdings}
     assert again[name, "days"] == again[name, "snapshots"] == (0, 0)
