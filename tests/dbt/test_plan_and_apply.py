@@ -309,7 +309,9 @@ def test_a_breaking_change_of_the_contract_needs_a_version(
     with pytest.raises(PlanError, match=rf"titles_7d: the attribute is removed\): set version to {version}"):
         deployment.apply()
     assert deployment.rows("select count(titles_7d)::int from viewer_engagement_rolling") == [(2,)]
-    workshop.change("models/generated/operations/deployments.yml", '"version": 1', '"version": 2')
+    workshop.change(
+        "models/generated/operations/deployments.yml", f'"version": {version - 1}', f'"version": {version}'
+    )
     changes = deployment.apply().contract.changes
     assert ("breaking", "engagement#watch.titles_7d") in [(one.kind, one.domain) for one in changes]
     assert deployment.rows(
