@@ -555,13 +555,15 @@ def check_version(old: Contract, new: Contract) -> tuple[Change, ...]:
     Raises ContractError naming the breaking changes and the version to use.
     """
     changes = diff_contracts(old, new)
+    if not new.domains:
+        # A project that no longer serves profiles has no declaration that could state a version.
+        return changes
     if new.version < old.version:
         raise ContractError(
             f"version {new.version} is lower than {old.version}: a contract's version must not decrease"
         )
     breaking = [f"{change.path}: {change.what}" for change in changes if change.kind == "breaking"]
-    # A project that no longer serves profiles has no declaration that could state a version.
-    if breaking and new.domains and new.version == old.version:
+    if breaking and new.version == old.version:
         raise ContractError(
             f"breaking change without a new version ({'; '.join(breaking)}): "
             f"set version to {old.version + 1} or undo it"

@@ -16,7 +16,7 @@ import psycopg
 import pytest
 from click.testing import CliRunner
 from relations import insert_events
-from shipped import LONG
+from shipped import LONG, REGISTRY
 from streams import MIDNIGHT, watch
 from workshop import Workshop
 
@@ -305,10 +305,13 @@ def test_a_breaking_change_of_the_contract_needs_a_version(
     text = (workshop.folder / ROLLING_CONTRACT).read_text()
     start = text.index("      - name: titles_7d")
     workshop.change(ROLLING_CONTRACT, text[start : text.index("      - name: ", start + 1)], "")
-    with pytest.raises(PlanError, match=r"titles_7d: the attribute is removed\): set version to 2"):
+    version = REGISTRY.contract.version + 1
+    with pytest.raises(PlanError, match=rf"titles_7d: the attribute is removed\): set version to {version}"):
         deployment.apply()
     assert deployment.rows("select count(titles_7d)::int from viewer_engagement_rolling") == [(2,)]
-    workshop.change("models/generated/operations/deployments.yml", '"version": 1', '"version": 2')
+    workshop.change(
+        "models/generated/operations/deployments.yml", f'"version": {version - 1}', f'"version": {version}'
+    )
     changes = deployment.apply().contract.changes
     assert ("breaking", "engagement#watch.titles_7d") in [(one.kind, one.domain) for one in changes]
     assert deployment.rows(

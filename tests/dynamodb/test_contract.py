@@ -286,11 +286,22 @@ def test_changes_are_classified_and_breaking_ones_need_a_version(
     new = parse_contract(content)
     assert [(change.kind, change.path) for change in diff_contracts(old, new)] == [(kind, path)]
     if kind == "breaking":
-        with pytest.raises(ContractError, match=f"breaking change .*{path}.* set version to 2"):
+        with pytest.raises(
+            ContractError, match=f"breaking change .*{path}.* set version to {old.version + 1}"
+        ):
             check_version(old, new)
-        content["version"] = 2
+        content["version"] = old.version + 1
         new = parse_contract(content)
     assert check_version(old, new) == diff_contracts(old, new)
+
+
+def test_a_project_that_serves_no_profiles_any_more_needs_no_version(content: dict[str, Any]) -> None:
+    """The declaration of the version went with the last domain, so the contract has the default one."""
+    old = parse_contract(content | {"version": 7})
+    new = parse_contract(content | {"version": 1, "tables": {}, "domains": {}})
+    assert {change.kind for change in check_version(old, new)} == {"breaking"}
+    with pytest.raises(ContractError, match="version 1 is lower than 7"):
+        check_version(old, parse_contract(content | {"version": 1}))
 
 
 def test_a_table_of_another_entity_comes_and_goes(content: dict[str, Any]) -> None:
@@ -322,6 +333,6 @@ def test_nothing_changed_is_nothing_to_tell(content: dict[str, Any]) -> None:
 
 def test_a_version_never_goes_back(content: dict[str, Any]) -> None:
     new = parse_contract(deepcopy(content))
-    content["version"] = 2
-    with pytest.raises(ContractError, match="version 1 is lower than 2"):
+    content["version"] = new.version + 1
+    with pytest.raises(ContractError, match=f"version {new.version} is lower than {new.version + 1}"):
         check_version(parse_contract(content), new)

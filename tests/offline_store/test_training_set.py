@@ -220,7 +220,7 @@ def test_a_manifest_that_does_not_fit_is_refused(catalog: Catalog, tmp_path: Pat
     made, _ = build(catalog, labels, tmp_path)
     known = json.loads(made.manifest.read_text())
     assert known["snapshots"] == dict(made.snapshots)
-    assert known["contract_version"] == 1
+    assert known["contract_version"] == REGISTRY.contract.version
     write_labels(tmp_path, [(2, at(DAY))])
     again = tmp_path / "again.parquet"
     with pytest.raises(NotReproducible, match="no longer contains the labels"):
