@@ -30,6 +30,7 @@ from opentelemetry.sdk.metrics.export import (
 from opentelemetry.sdk.resources import SERVICE_NAME, Resource
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SpanExporter
 from opentelemetry.sdk.trace.id_generator import IdGenerator
+from opentelemetry.sdk.trace.sampling import Decision
 from opentelemetry.trace import (
     Span,
     SpanKind,
@@ -174,7 +175,7 @@ class _Draws(IdGenerator):
         return True
 
     def _samples(self, trace_id: int) -> bool:
-        return self._sampler.should_sample(Context(), trace_id, SCOPE).decision.is_sampled()
+        return self._sampler.should_sample(Context(), trace_id, SCOPE).decision is Decision.RECORD_AND_SAMPLE
 
     def generate_trace_id(self) -> int:
         """Return the id that was drawn in this thread, or else a new one."""
