@@ -175,8 +175,7 @@ class _Draws(IdGenerator):
         return True
 
     def _samples(self, trace_id: int) -> bool:
-        decision = self._sampler.should_sample(Context(), trace_id, SCOPE).decision
-        return decision is Decision.RECORD_AND_SAMPLE
+        return self._sampler.should_sample(Context(), trace_id, SCOPE).decision is Decision.RECORD_AND_SAMPLE
 
     def generate_trace_id(self) -> int:
         """Return the id that was drawn in this thread, or else a new one."""
