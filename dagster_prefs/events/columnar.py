@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import duckdb
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
@@ -42,7 +43,8 @@ MEMORY = "512MB"
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
-_ROW, _JSON, _ARRIVAL = "__prefs_row", "__prefs_json_", "__prefs_arrived_at"
+_RESERVED = "__prefs_"
+_ROW, _JSON, _ARRIVAL = f"{_RESERVED}row", f"{_RESERVED}json_", f"{_RESERVED}arrived_at"
 _BATCH = "batch"
 
 
@@ -253,6 +255,8 @@ class Converter:
         # A connection of its own to one database, because to open a database takes longer than to read a small file.
         self._session = _database().cursor()
         try:
+            # Not the machine's, for a condition on times and for times in lists.
+            self._session.execute("set timezone = 'UTC'")
             self._check_where()
         except BaseException:
             self._session.close()
@@ -357,9 +361,12 @@ class Converter:
         try:
             return self._session.sql(query).to_arrow_table()
         except duckdb.Error as error:
-            if not self.columns.where:
-                raise
-            raise self._bad_where(error) from None
+            if self.columns.where:
+                raise self._bad_where(error) from None
+            raise EventFileError(
+                f"{self.table.name} cannot be written as messages ({_one_line(error)}): convert its columns, or leave "
+                "one out with --map COLUMN="
+            ) from None
 
     def _check_where(self) -> None:
         if self.columns.where is None:
@@ -382,11 +389,14 @@ class Converter:
             )
 
     def _bad_where(self, error: duckdb.Error) -> EventFileError:
-        told = " ".join(str(error).split())[:300]
         return EventFileError(
-            f"--where {self.columns.where!r} cannot be evaluated on {self.table.name} ({told}): write an SQL condition "
-            "over the file's own columns"
+            f"--where {self.columns.where!r} cannot be evaluated on {self.table.name} ({_one_line(error)}): write an "
+            "SQL condition over the file's own columns"
         )
+
+
+def _one_line(error: duckdb.Error) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 @cache
@@ -416,6 +426,10 @@ def check_columns(table: Table, columns: Columns) -> None:
                 raise EventFileError(
                     f"{option} names the column {column}, which {table.name} lacks ({found}): correct it"
                 )
+    if reserved := [name for name in names if name.lower().startswith(_RESERVED)]:
+        raise EventFileError(
+            f"{table.name} has the column {reserved[0]}, a name that is used here: rename it"
+        )
     folded: dict[str, str] = {}
     for name in names:
         if name.lower() in folded:
@@ -519,6 +533,8 @@ def _plain(array: pa.Array) -> pa.Array:
         return array
     if isinstance(array.type, pa.BaseExtensionType):
         return _plain(array.storage)
+    if pa.types.is_run_end_encoded(array.type):
+        return _plain(pc.run_end_decode(array))
     return array.cast(kind)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import boto3
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -88,6 +89,7 @@ ZONED = datetime(2026, 3, 1, 12, 30, 0, 123456, tzinfo=UTC)
         (pa.array(['a\\"\t\n\x00é😀']), '"a\\\\\\"\\t\\n\\u0000é😀"'),
         (pa.array(["x"]).dictionary_encode(), '"x"'),
         (pa.array(["x"], pa.string_view()), '"x"'),
+        (pc.run_end_encode(pa.array(["x"])), '"x"'),
         (pa.array([2**63 - 1]), "9223372036854775807"),
         (pa.array([2**64 - 1], pa.uint64()), "18446744073709551615"),
         (pa.array([Decimal("9007199254740993.50")], pa.decimal128(38, 2)), '"9007199254740993.5"'),
@@ -104,6 +106,10 @@ ZONED = datetime(2026, 3, 1, 12, 30, 0, 123456, tzinfo=UTC)
         (pa.array([date(2026, 3, 1)]), '"2026-03-01"'),
         (pa.array([uuid.UUID(int=7).bytes], pa.uuid()), f'"{uuid.UUID(int=7)}"'),
         (pa.array([[1, 2**60]]), "[1,1152921504606846976]"),
+        (
+            pa.array([[ZONED]], pa.list_(pa.timestamp("us", "Asia/Tokyo"))),
+            '["2026-03-01 12:30:00.123456+00"]',
+        ),
         (pa.array([{"a": Decimal("12345678901234567.89")}]), '{"a":12345678901234567.89}'),
         (pa.array([math.nan]), '{"number":"nan"}'),
         (pa.array([-math.inf], pa.float32()), '{"number":"-inf"}'),
@@ -257,6 +263,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"where": "event_id::int > 0"}, "Could not convert string 'a' to INT32"),
     ({}, {"where": "exists (from read_text('/etc/passwd'))"}, "file system operations are disabled"),
     ({}, {"where": "exists (from VIEWS)"}, "VIEWS does not exist"),
+    ({"__prefs_row": [1, 2]}, {}, "has the column __prefs_row, a name that is used here: rename it"),
     ({}, {"shift_to": NOW}, "whose times --shift-to-now does not move"),
 ]
 
