@@ -39,7 +39,7 @@ def test_unmarked_commands_are_what_the_terraform_tests_run() -> None:
             program, verb, *options = shlex.split(command)
             if program == "prefs":
                 # tests/erasure/test_erase_command.py and tests/dbt/test_plan_and_apply.py run each of these.
-                assert verb in ("erase", "plan", "apply"), f"no test runs `{command}`"
+                assert verb in ("erase", "subject", "plan", "apply"), f"no test runs `{command}`"
                 continue
             assert program == "terraform", f"no test runs `{command}`: mark its block with what it needs"
             assert re.search(rf'terraform\.run\(\s*"{verb}"', harness), command

@@ -100,13 +100,17 @@ def all_that_is_stored_is_exported(world: World, exported: dict[str, Any]) -> No
 
 
 def test_commands_of_the_document(world: World, prefs: Callable[..., Result]) -> None:
-    section = DOCUMENT.read_text().split("## Erase a subject")[1].split("\n## ")[0]
+    sections = re.findall(
+        r"^## (?:Erase|Export) a subject\n(.*?)(?=^## )", f"{DOCUMENT.read_text()}\n## ", re.M | re.DOTALL
+    )
+    assert len(sections) == 2
     commands = [
         shlex.split(line)
+        for section in sections
         for block in re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
         for line in block.splitlines()
     ]
-    assert len(commands) >= 3
+    assert len(commands) >= 4
     for program, *words in commands:
         assert program == "prefs"
         done = prefs(*words)
