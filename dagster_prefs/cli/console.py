@@ -19,7 +19,7 @@ class ConsoleMissing(PrefsError):
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
 @click.option("--port", default=3001, show_default=True, type=click.IntRange(1, 65535))
 def console(host: str, port: int) -> None:
-    """Serve the console: pages in a browser that show the running product.
+    """Serve pages in a browser that show the running product.
 
     Until Ctrl-C or SIGTERM. Off loopback it needs PREFS_CONSOLE_TOKENS.
     """
@@ -27,15 +27,17 @@ def console(host: str, port: int) -> None:
         raise ConsoleMissing(
             "the console needs NiceGUI, which is not installed: run `pip install dagster-prefs[platform,console]`"
         )
+    from dagster_prefs.console import context
     from dagster_prefs.console.app import serve
-    from dagster_prefs.console.context import Console
     from dagster_prefs.console.exports import ExportsReading
     from dagster_prefs.tools.simulator import holds_simulated_events
 
     settings = load_settings()
     _ = settings.registry()
     with readings(settings, ExportsReading(settings.registry)) as read:
-        pages = Console(settings, read_status=read, is_demo=lambda: holds_simulated_events(pages.engine))
+        pages = context.Console(
+            settings, read_status=read, is_demo=lambda: holds_simulated_events(pages.engine)
+        )
         try:
             serve(
                 pages,

@@ -184,7 +184,7 @@ def apply_command(drop_orphans: bool) -> None:
     help="Also revert another writer's changes to exported days: rows added, deleted or replaced.",
 )
 def export(replace_foreign: bool) -> None:
-    """Export the days that Iceberg lacks or holds in an outdated version.
+    """Export the days that Iceberg lacks or holds outdated.
 
     Days that another writer changed are left unchanged, and so are days that fail their audit; the exit code is then 1,
     and the message names these days with the reasons. Every other day is exported.

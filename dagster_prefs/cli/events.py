@@ -38,8 +38,9 @@ if TYPE_CHECKING:
 def ingest(
     files: tuple[str, ...], topic: str | None, mapping: Literal["auto", "rees46"], **given: Any
 ) -> None:
-    """Load events from files, folders, s3://BUCKET/PREFIX and iceberg:NAMESPACE.TABLE.
+    """Load events from files, folders, S3 and Iceberg.
 
+    FILES may be s3://BUCKET/PREFIX and iceberg:NAMESPACE.TABLE.
     Files are JSON lines or CSV (gzipped or not), Parquet or Arrow. --map, --where and --arrived-at are for Parquet,
     Arrow and Iceberg. A repeated run only adds what is missing.
     """
@@ -116,7 +117,7 @@ def read_maps(maps: Sequence[str]) -> dict[str, str | None]:
         # A field has no `=` in its name, and a column may have one.
         column, equals, field = text.rpartition("=")
         if not equals or not column:
-            raise PrefsError(f"--map {text!r} is not COLUMN=FIELD: write e.g. --map user=viewer_id")
+            raise PrefsError(f"--map {text!r} is not COLUMN=FIELD: write e.g. --map user=FIELD")
         if column in renamed:
             raise PrefsError(f"--map names the column {column} twice: leave one out")
         renamed[column] = field or None

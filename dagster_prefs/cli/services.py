@@ -90,7 +90,7 @@ def down(delete_state: bool) -> None:
 @click.option("--port", default=3000, show_default=True, type=click.IntRange(1, 65535))
 @click.option("--console-port", default=3001, show_default=True, type=click.IntRange(1, 65535))
 def ui(port: int, console_port: int) -> None:
-    """Start the services, the Dagster UI and the console on loopback."""
+    """Start the services, the Dagster UI and the console."""
     from dagster_prefs.defs.instance import ensure_dagster_home
     from dagster_prefs.defs.webserver import serve_ui
     from dagster_prefs.local.state import require_free_port

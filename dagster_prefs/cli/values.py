@@ -88,7 +88,7 @@ def _number(one: Statistics, value: float | None) -> object:
 @click.option("--day", type=click.DateTime(["%Y-%m-%d"]), help="The UTC day; by default each tile's newest.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def drift(day: datetime | None, as_json: bool) -> int:
-    """Compare a day's values with those of earlier days of the same weekday.
+    """Compare a day's values with earlier days of its weekday.
 
     Exit code 0 for ok and learning, 1 for warnings, 2 for errors.
     """

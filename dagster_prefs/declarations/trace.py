@@ -253,7 +253,9 @@ class _Tracer:
             place = int(expression.name) - 1
             return projections[place].unalias() if 0 <= place < len(projections) else expression
         if isinstance(expression, exp.Column) and not expression.table:
-            aliased = {one.alias: one.this for one in projections if isinstance(one, exp.Alias)}
+            aliased: dict[str, exp.Expr] = {
+                one.alias: one.this for one in projections if isinstance(one, exp.Alias)
+            }
             try:
                 self._find(scope, expression)
             except _Untraceable:

@@ -547,7 +547,7 @@ def _sample(
     statement = sql.SQL("select {} from {} where {} limit {}").format(
         sql.SQL(", ").join(map(sql.Identifier, columns)),
         sql.Identifier(engine.schema, relation),
-        sql.SQL(" and ").join(people or [sql.SQL("true")]),
+        sql.SQL(" and ").join(people) if people else sql.SQL("true"),
         sql.Literal(SAMPLED_ROWS),
     )
     rows = connection.execute(statement, prepare=False).fetchall()
