@@ -137,9 +137,11 @@ class Gate:
             status = 500
             raise
         finally:
+            route = scope.get("route")
+            name = route.path_format if isinstance(route, Route) else "other"
+            if span is not None:
+                span.end(name, status)
             if status:
-                route = scope.get("route")
-                name = route.path_format if isinstance(route, Route) else "other"
                 seconds = time.monotonic() - started
                 self._metrics.answered(name, status, seconds)
                 logger.debug(
@@ -148,8 +150,6 @@ class Gate:
                     status,
                     extra={"route": name, "status": status, "seconds": seconds},
                 )
-                if span is not None:
-                    span.end(name, status)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         metrics = self._metrics

@@ -81,7 +81,7 @@ class RequestSpan(Protocol):
     """The trace of one request to the feature server."""
 
     def end(self, route: str, status: int) -> None:
-        """The request was answered: its route without values, and the HTTP status."""
+        """The request ended: its route without values, and the HTTP status, 0 if its client went away before."""
         ...
 
 

@@ -278,8 +278,10 @@ class _RequestSpan:
         self._started = time.perf_counter()
 
     def end(self, route: str, status: int) -> None:
-        """The request was answered."""
-        told: dict[str, str | int] = {"http.route": route, "http.response.status_code": status}
+        """The request was answered, or its client went away."""
+        told: dict[str, str | int] = {"http.route": route}
+        if status:
+            told["http.response.status_code"] = status
         if self._span.is_recording():
             self._span.update_name(f"{self._method} {route}")
             self._span.set_attributes(told)

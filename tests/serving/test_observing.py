@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from scripted_dynamodb import Reply, Request, Script, answer, failure
 from scripted_dynamodb import serve as serve_script
 from served import REGION, SERVED, profile_client, running
+from waiting import wait_for
 
 from dagster_prefs.dynamodb.transport import ReadError
 from dagster_prefs.logs import REQUEST_ID
@@ -261,6 +263,16 @@ def test_a_request_goes_on_in_its_callers_trace(script: Script, shop: Any) -> No
         headers = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
         assert caller.call("GET", "/v1/users/u1/profile", headers=headers)[0] == 200
         text = caller.get("/metrics")[1]
+        # A client that goes away before its request has arrived.
+        before = len(collected.spans)
+        with socket.create_connection(("127.0.0.1", caller.port), timeout=60) as peer:
+            peer.sendall(b"POST /v1/profiles HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n")
+        wait_for(lambda: len(collected.spans) > before)
+        gone = collected.spans[-1]
+    assert (gone.name, dict(gone.attributes or {})) == (
+        "POST other",
+        {"http.request.method": "POST", "http.route": "other"},
+    )
     request, call, attempt = sampled
     assert request.name == "GET /v1/profiles/{viewer_id}"
     assert request.kind is SpanKind.SERVER
@@ -268,7 +280,7 @@ def test_a_request_goes_on_in_its_callers_trace(script: Script, shop: Any) -> No
     assert {format(span.context.trace_id, "032x") for span in sampled if span.context} == {TRACE}
     assert [parent_of(span) for span in sampled] == [int(PARENT, 16), id_of(request), id_of(call)]
     assert attempt.name == "GetItem"
-    shop_spans = collected.spans[len(sampled) :]
+    shop_spans = collected.spans[len(sampled) : before]
     assert [span.name for span in shop_spans] == [
         "GET /v1/users/{user_id}/profile",
         "read user profile",
@@ -281,6 +293,7 @@ def test_a_request_goes_on_in_its_callers_trace(script: Script, shop: Any) -> No
     assert {point.attributes["http.route"]: point.count for point in durations} == {
         "/v1/profiles/{viewer_id}": 2,
         "/v1/users/{user_id}/profile": 1,
+        "other": 1,
     }
 
 
