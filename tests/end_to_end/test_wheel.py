@@ -67,7 +67,7 @@ def installed(
     with (package / "dagster_prefs" / "data" / ".env.example").open("a") as file:
         file.write(MARK)
     environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith("PREFS_")},
+        **{name: value for name, value in os.environ.items() if not name.startswith(("PREFS_", "PYTEST_"))},
         "PYTHONPATH": str(package),
         "PREFS_ENGINE_PORT": str(free_port()),
         "PREFS_LOCAL_AWS_PORT": str(free_port()),
@@ -104,7 +104,7 @@ def test_a_project_from_the_wheel_serves_a_profile(installed: Installed) -> None
     assert shown["rows"]["raw_page_views"] == 900
     assert shown["entity"] == "visitor"
     assert shown["items"]["pages"].keys() == {"views_28d", "minutes_28d", "seconds_28d", "last_event_at"}
-    assert re.search(r"views_28d +┃|views_28d +│ [1-9]", said["profile"]), said["profile"]
+    assert re.search(r"views_28d +│ [1-9]", said["profile"]), said["profile"]
     assert "nothing to do" in said["plan"]
     assert json.loads(said["schema"])["title"] == "page_views"
     assert "every test passed" in said["test"]
