@@ -168,23 +168,33 @@ class ReadCounts:
     def snapshot(self) -> Counts:
         """Return a copy of what was counted so far."""
         with self._lock:
-            self._add_notes()
+            ended = self._add_notes()
             now = self._counts
-            return Counts(
+            copy = Counts(
                 now.reads.copy(),
                 now.partial.copy(),
                 now.attempts.copy(),
                 {key: Histogram(list(one.buckets), one.seconds) for key, one in now.seconds.items()},
             )
+        self._tell(ended)
+        return copy
 
     def _note(self, note: _Note) -> None:
         self._notes.append(note)
         if len(self._notes) >= NOTES_AT_ONCE:
             with self._lock:
-                self._add_notes()
+                ended = self._add_notes()
+            self._tell(ended)
 
-    def _add_notes(self) -> None:
+    def _tell(self, ended: list[tuple[str, str, float]]) -> None:
+        # Never with the lock held: whoever is told may hold one of its own while it asks for a snapshot.
+        if self._timed is not None:
+            for entity, operation, seconds in ended:
+                self._timed(entity, operation, seconds)
+
+    def _add_notes(self) -> list[tuple[str, str, float]]:
         counts, notes = self._counts, self._notes
+        ended = []
         # Those of now, although other threads go on.
         for _ in range(len(notes)):
             entity, operation, outcomes, partial, results, seconds = notes.popleft()
@@ -198,8 +208,8 @@ class ReadCounts:
             if histogram is None:
                 histogram = counts.seconds[key] = Histogram()
             histogram.add(seconds)
-            if self._timed is not None:
-                self._timed(entity, operation, seconds)
+            ended.append((entity, operation, seconds))
+        return ended
 
 
 class _Counting:

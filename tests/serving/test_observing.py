@@ -7,6 +7,7 @@ import logging
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,7 +28,7 @@ from waiting import wait_for
 from dagster_prefs.dynamodb.transport import ReadError
 from dagster_prefs.logs import REQUEST_ID
 from dagster_prefs.serving import AsyncProfileClient, ClientOptions, ProfileClient, ReadCounts, ShopClient
-from dagster_prefs.serving.observing import Observer, Outcome, Watched, telemetry_is_on
+from dagster_prefs.serving.observing import NOTES_AT_ONCE, Observer, Outcome, Watched, telemetry_is_on
 from dagster_prefs.serving.preferences import PreferenceError, PreferencesUnavailable
 from dagster_prefs.serving.prometheus import ReadCollector
 from dagster_prefs.serving.telemetry import (
@@ -224,6 +225,24 @@ def test_what_is_not_sampled_has_no_span_and_is_counted(script: Script) -> None:
     assert collected.spans == []
     assert collected.metrics()["prefs.read.duration"][0].count == 1
     assert collected.reads.counts.snapshot().attempts == {("viewer", "ok"): 1}
+
+
+def test_nobody_is_told_of_a_duration_with_the_lock_held() -> None:
+    """OpenTelemetry takes a snapshot while it holds its own lock, which it takes again for each duration."""
+    counts: ReadCounts
+    told: list[int] = []
+
+    def timed(entity: str, operation: str, seconds: float) -> None:
+        other = threading.Thread(target=counts.snapshot, daemon=True)
+        other.start()
+        other.join(30)
+        told.append(not other.is_alive())
+
+    counts = ReadCounts(timed)
+    for _ in range(NOTES_AT_ONCE + 1):
+        counts.call("viewer", "get").end({}, 0)
+    counts.snapshot()
+    assert told == [True] * (NOTES_AT_ONCE + 1)
 
 
 @pytest.mark.parametrize("sampler", [ParentBased(TraceIdRatioBased(0.25)), TraceIdRatioBased(0.25)])
