@@ -7,15 +7,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dagster_prefs.declarations.generate import generate_files
+from dagster_prefs.declarations.lineage import read_lineage
+from dagster_prefs.declarations.registry import load_registry
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def generate(project: Path) -> list[str]:
-    """Generate everything but the compiled queries, which take dbt."""
+    """Generate everything, with the shipped project's compiled queries: to compile others takes dbt."""
+    shipped = ROOT / "dbt_project"
+    known = {**load_registry(shipped).queries, **read_lineage(shipped).queries}
 
     def compiled(folder: Path, relations: Sequence[str]) -> Mapping[str, str]:
-        return dict.fromkeys(relations, "select 1")
+        return {relation: known.get(relation, "select 1") for relation in relations}
 
     return generate_files(project, compiled)
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 
 from dagster_prefs.cli.root import cli, console, print_json, say, table_of
 from dagster_prefs.engine.connection import EngineConfiguration, EngineUnavailable
-from dagster_prefs.serving.feature_catalog import Entry
 from dagster_prefs.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from dagster_prefs.serving.feature_catalog import Entry
 
 
 @cli.command()

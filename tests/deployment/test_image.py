@@ -183,7 +183,7 @@ def test_the_feature_server_runs_from_what_its_image_holds(tmp_path: Path) -> No
     try:
         assert process.stdout is not None
         url = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())
-        assert url is not None, process.communicate(timeout=30)
+        assert url is not None, "\n".join(process.communicate(timeout=30))
         with urllib.request.urlopen(f"{url[0]}/healthz", timeout=30) as answer:
             assert json.load(answer) == {"status": "ok"}
         with pytest.raises(urllib.error.HTTPError) as refused:

@@ -11,6 +11,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -305,7 +306,12 @@ def test_ctrl_c_ends_the_ui_with_all_its_processes(command: Command, ui: Ui) -> 
         return found
 
     def names(family: list[psutil.Process]) -> list[str]:
-        return [" ".join(process.cmdline()) for process in family]
+        found = []
+        for process in family:
+            # One that ends meanwhile has no name.
+            with suppress(psutil.NoSuchProcess):
+                found.append(" ".join(process.cmdline()))
+        return found
 
     assert any("dagster_prefs.defs.webserver" in name for name in names(processes()))
     # It starts once the webserver answers.
@@ -313,7 +319,7 @@ def test_ctrl_c_ends_the_ui_with_all_its_processes(command: Command, ui: Ui) -> 
     assert status(ui, "POST", "/graphql", SENT, origin="https://evil.example") == 403
     # The embedded services stay, as `prefs down` says.
     stay = ("dagster_prefs.local.supervisor", "dagster_prefs follow", "postgres")
-    family = [one for one in processes() if not any(kept in names([one])[0] for kept in stay)]
+    family = [one for one in processes() if not any(kept in name for kept in stay for name in names([one]))]
     assert command.interrupt() == 0
     _, alive = psutil.wait_procs(family, timeout=120)
     assert names(alive) == []

@@ -22,14 +22,14 @@ import re, sys
 from pathlib import Path
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.events.formats import LineReader, detect, read_records
-from dagster_prefs.events.ingest import _Tally, _batches
+from dagster_prefs.events.ingest import Tally, batches_of
 from dagster_prefs.settings import load_settings
 path = Path(sys.argv[1])
 try:
     found = detect(path, load_settings().registry(), sys.argv[2])
     with LineReader(path) as reader:
         stored = 0
-        for batch, damage in _batches(reader, found, 0, 10_000, tally := _Tally()):
+        for batch, damage in batches_of(reader, found, 0, 10_000, tally := Tally()):
             stored += len(batch)
             if damage:
                 raise damage
