@@ -43,9 +43,10 @@ def store(platform: Platform, topic: str, source: str, messages: list[dict[str, 
 @pytest.fixture(scope="module", autouse=True)
 def _catalogue(console: Running) -> None:
     store(console.platform, "items", "file:items", CATALOGUE)
+    seen_at = (datetime.now(UTC) - timedelta(hours=1)).isoformat()
     viewed = [
         {"event_id": f"seen-{number}", "viewer_id": number, "genre": "crime", "watch_duration_sec": 60,
-         "watched_at": (datetime.now(UTC) - timedelta(hours=1)).isoformat()}
+         "watched_at": seen_at}
         for number in range(100, 300)
     ]  # fmt: skip
     store(console.platform, "view_events", "file:views", viewed)
