@@ -52,7 +52,7 @@ def test_a_viewer_goes_with_the_views_refreshed_by_dbt(
     assert report["subject_id"] == str(VIEWER)
     assert report["held"]
     assert {store["after"] for store in report["stores"]} == {0}
-    assert {store["store"] for store in report["stores"]} == {"engine", "dynamodb", "iceberg"}
+    assert {store["store"] for store in report["stores"]} == {"engine", "dynamodb", "iceberg", "statistics"}
     at = world.execute("select (extract(epoch from erased_at) * 1000000)::bigint from erased_subjects")[0][0]
     messages = redacted(OWNED, "viewer")
     assert world.differences(messages, [Erasure("viewer", str(VIEWER), at)]) == {}
