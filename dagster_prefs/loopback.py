@@ -18,6 +18,8 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMappi
 from pathlib import Path
 from typing import Any
 
+from dagster_prefs.errors import PrefsError
+
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
 # States in /proc/net/tcp in which the owner still holds the socket; sockets in later states are listed as
 # root's.
@@ -145,6 +147,10 @@ def _listed(end: tuple[Any, ...], as_listed: Callable[[str], str]) -> str:
     return f"{as_listed(end[0])}:{end[1]:04X}"
 
 
+class CannotListen(PrefsError):
+    """A server cannot listen at its address."""
+
+
 class LoopbackGuard:
     """ASGI middleware that admits programs of this user and the server's own pages, also for WebSockets.
 
@@ -200,3 +206,14 @@ async def refuse(send: Send, status: int, reason: str) -> None:
 
 def _end(end: Any) -> tuple[str, int] | None:
     return (str(end[0]), int(end[1])) if end and end[1] is not None else None
+
+
+def listen(host: str, port: int, *, backlog: int | None = None) -> socket.socket:
+    """Listen at an address, by its own family; port 0 selects a free one. Raises CannotListen."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=backlog)
+    except OSError as error:
+        raise CannotListen(
+            f"{host}:{port} cannot be listened at ({error.strerror or error}): choose another --host or --port"
+        ) from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import socket
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
@@ -20,8 +19,7 @@ from dagster_prefs.console.runbook_page import RUNBOOK
 from dagster_prefs.console.shop_page import SHOP
 from dagster_prefs.console.viewers_page import VIEWERS
 from dagster_prefs.console.why_page import WHY
-from dagster_prefs.errors import PrefsError
-from dagster_prefs.loopback import LOOPBACK_NAMES, LoopbackGuard, loopback_hosts
+from dagster_prefs.loopback import LOOPBACK_NAMES, LoopbackGuard, listen, loopback_hosts
 
 log = logging.getLogger("dagster_prefs.console")
 
@@ -29,10 +27,6 @@ log = logging.getLogger("dagster_prefs.console")
 PAGES: tuple[Page, ...] = (SHOP, VIEWERS, PIPELINE, CATALOG, WHY, RUNBOOK)
 # Events of a browser are a few hundred bytes.
 MOST_SOCKET_BYTES = 1 << 20
-
-
-class ConsoleError(PrefsError):
-    """The console cannot be served as it was asked for."""
 
 
 def make_app(
@@ -83,15 +77,9 @@ def serve(
     port: int = 3001,
     started: Callable[[str], None] = lambda url: None,
 ) -> None:
-    """Serve until SIGINT or SIGTERM; `started` is called with the URL. Raises ConsoleError, AccessError."""
+    """Serve until SIGINT or SIGTERM; `started` is called with the URL. Raises CannotListen, AccessError."""
     app = make_app(console, port=port, host=host)
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise ConsoleError(
-            f"{host}:{port} cannot be listened at ({error.strerror or error}): choose another --host or --port"
-        ) from None
+    listener = listen(host, port)
     server = uvicorn.Server(
         uvicorn.Config(
             app,

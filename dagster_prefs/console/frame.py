@@ -13,6 +13,7 @@ from nicegui.elements.mixins.text_element import TextElement
 
 from dagster_prefs.console.access import GRANT, NOTHING, SIGN_OUT
 from dagster_prefs.console.context import Console, Page, Visit
+from dagster_prefs.declarations.registry import Entity
 from dagster_prefs.errors import PrefsError
 
 # A page that is built needs no longer; what takes time is read after it was shown.
@@ -149,3 +150,14 @@ def row(*cells: str, tag: str = "td") -> list[TextElement]:
     """A row of the table at hand; its cells are returned, to be changed."""
     with ui.element("tr"):
         return [text(tag, cell) for cell in cells]
+
+
+def entity_links(path: str, entities: Sequence[Entity], shown: Entity) -> None:
+    """Links to a page about each entity, if there are several; the one that is `shown` is marked."""
+    if len(entities) < 2:
+        return
+    with ui.element("div").classes("line"):
+        for entity in entities:
+            link = ui.link(entity.name, f"{path}?entity={entity.name}")
+            if entity is shown:
+                link.props('aria-current="true"')

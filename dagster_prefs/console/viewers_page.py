@@ -10,7 +10,7 @@ from nicegui import ui
 
 from dagster_prefs.console.context import Page, Visit
 from dagster_prefs.console.events import asked_fields, topics_about
-from dagster_prefs.console.frame import Notice, row, text
+from dagster_prefs.console.frame import Notice, entity_links, row, text
 from dagster_prefs.console.picker import Picker
 from dagster_prefs.console.way import Values, Way, age_seconds, domain_values, follow_trail
 from dagster_prefs.declarations.registry import Entity, FieldDeclaration, Registry, TopicDeclaration
@@ -104,12 +104,7 @@ class _ViewersPage:
         text("p", f"The items of one {self._entity.name} in DynamoDB, as a service reads them.").classes(
             "faint"
         )
-        if len(entities) > 1:
-            with ui.element("div").classes("line"):
-                for other in entities:
-                    link = ui.link(other.name, f"{VIEWERS.path}?entity={other.name}")
-                    if other is self._entity:
-                        link.props('aria-current="true"')
+        entity_links(VIEWERS.path, entities, self._entity)
         # What a timer reads well must not take away what a click was told.
         self._notice, self._reading = Notice(), Notice()
         picker = Picker(self._visit, self._entity, self._pick, self._notice)

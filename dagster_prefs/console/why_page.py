@@ -8,7 +8,7 @@ from typing import Any
 from nicegui import ui
 
 from dagster_prefs.console.context import Console, Page, Visit
-from dagster_prefs.console.frame import Notice, row, text
+from dagster_prefs.console.frame import Notice, entity_links, row, text
 from dagster_prefs.console.picker import Picker
 from dagster_prefs.declarations.lineage import load_lineage
 from dagster_prefs.declarations.registry import Entity, Registry
@@ -71,12 +71,7 @@ class _WhyPage:
     async def show(self, entities: Sequence[Entity]) -> None:
         text("h1", "Why")
         text("p", "A value as it is served, and what the tiles and events behind it say.").classes("faint")
-        if len(entities) > 1:
-            with ui.element("div").classes("line"):
-                for other in entities:
-                    link = ui.link(other.name, f"{WHY.path}?entity={other.name}")
-                    if other is self._entity:
-                        link.props('aria-current="true"')
+        entity_links(WHY.path, entities, self._entity)
         self._notice = Notice()
         guard = self._notice.guard
         ui.select(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -35,6 +34,7 @@ from dagster_prefs.dynamodb.reader import BATCH_FROM
 from dagster_prefs.dynamodb.transport import ReadError
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.ids import Id
+from dagster_prefs.loopback import listen
 from dagster_prefs.serving.catalogue import CatalogueRanker
 from dagster_prefs.serving.connections import (
     ENDS,
@@ -86,10 +86,6 @@ ENCODE_SHARE = 0.25
 # This many unreadable items in a row are not damage to single items.
 UNREADABLE_IN_A_ROW = 3
 READ_ARGUMENTS = ("domains", "budget_ms", "fallback", "consistent", "max_staleness_seconds")
-
-
-class ServerError(PrefsError):
-    """The server cannot listen at its address."""
 
 
 @dataclass(frozen=True)
@@ -238,16 +234,10 @@ def serve(
 ) -> None:
     """Serve until SIGINT or SIGTERM; then answer the requests in flight, for at most `drain_seconds`.
 
-    Port 0 selects a free one; `started` is called with the URL. Raises ServerError if the address is in
+    Port 0 selects a free one; `started` is called with the URL. Raises CannotListen if the address is in
     use.
     """
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as error:
-        raise ServerError(
-            f"{host}:{port} cannot be listened at ({error.strerror or error}): choose another --host or --port"
-        ) from None
+    listener = listen(host, port, backlog=2048)
     name = f"[{host}]" if ":" in host else host
     limits = replace(limits, connections=raise_file_limit(limits.connections))
     # The event loop may wait this long for each thread that reads or encodes.

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 from psycopg import sql
+from scripted_dynamodb import Script, answer
+from scripted_dynamodb import serve as serve_script
 from shipped import with_computed_attributes
 
 from dagster_prefs.dynamodb.items import ItemEncoder
@@ -113,3 +115,13 @@ def online(dynamodb_endpoint: str) -> Iterator[Online]:
     made = Online(dynamodb_endpoint)
     yield made
     made.client.delete_table(TableName=made.table.name)
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Script]:
+    """A scripted DynamoDB, which answers that nothing is there, and the keys for it."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    made, stop = serve_script(lambda request: answer({}))
+    yield made
+    stop()

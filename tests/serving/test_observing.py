@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,7 +20,6 @@ from opentelemetry.sdk.trace.sampling import Decision, ParentBased, Sampler, Tra
 from opentelemetry.trace import SpanKind, StatusCode
 from prometheus_client import CollectorRegistry, generate_latest
 from scripted_dynamodb import Reply, Request, Script, answer, failure
-from scripted_dynamodb import serve as serve_script
 from served import REGION, SERVED, profile_client, running
 from waiting import wait_for
 
@@ -40,15 +38,6 @@ from dagster_prefs.serving.telemetry import (
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 PARENT = "b7ad6b7169203331"
-
-
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Script]:
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    made, stop = serve_script(lambda request: answer({}))
-    yield made
-    stop()
 
 
 def options(observer: Observer, **given: Any) -> ClientOptions:

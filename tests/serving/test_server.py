@@ -344,15 +344,6 @@ def test_operations(caller: Caller) -> None:
     assert "42" not in "".join(samples)
 
 
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Script]:
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    made, stop = serve_script(lambda request: answer({}))
-    yield made
-    stop()
-
-
 def test_a_domain_that_does_not_arrive_is_marked(script: Script) -> None:
     def behave(request: Request) -> Reply:
         key = request.body.get("Key", {}).get("domain_key", {}).get("S")
