@@ -9,6 +9,7 @@ import click
 
 from dagster_prefs.cli.root import cli, console, print_json, say, table_of
 from dagster_prefs.engine.connection import EngineConfiguration, EngineUnavailable
+from dagster_prefs.errors import PrefsError
 from dagster_prefs.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def catalog(name: str | None, words: str, as_json: bool) -> None:
     """Show what the project declares, or one part in full.
 
     Every entity, topic, domain and attribute: meaning, type, owner, examples, origin, and how to read it. Examples need
-    the engine, and are never personal.
+    the engine, and are never personal. The share of NULLs is that of `prefs statistics` where it has described them.
     """
     from dagster_prefs.serving.feature_catalog import load_catalog
 
@@ -34,7 +35,7 @@ def catalog(name: str | None, words: str, as_json: bool) -> None:
         rows = [(one.kind, one.name, one.type, one.owner, one.meaning) for one in entries]
         console.print(table_of("", ["kind", "name", "type", "owner", "meaning"], rows))
         return
-    entries = with_examples(settings, entries)
+    entries = with_statistics(settings, with_examples(settings, entries))
     if as_json:
         print_json([one.as_dict() for one in entries])
         return
@@ -57,29 +58,26 @@ def with_examples(settings: Settings, entries: Sequence[Entry]) -> Sequence[Entr
         return entries
 
 
+def with_statistics(settings: Settings, entries: Sequence[Entry]) -> Sequence[Entry]:
+    """Return entries with the statistics of their columns; as they are, with a line on stderr, if none can be read."""
+    from dagster_prefs.platform import Platform
+    from dagster_prefs.serving.feature_catalog import described, has_statistics
+
+    # To read the table loads Iceberg's libraries, which takes longer than all else.
+    if not any(has_statistics(settings.registry(), entry) for entry in entries):
+        return entries
+    try:
+        return described(entries, Platform(settings).statistics())
+    except PrefsError as error:
+        say(f"without statistics: {error}", stderr=True)
+        return entries
+
+
 def show(entry: Entry) -> None:
     """Print one entry in full."""
     console.print(f"{entry.kind} {entry.name}: {entry.meaning}")
-    freshness, changed, sample = entry.freshness, entry.changed, entry.sample
-    facts = {
-        "type": entry.type,
-        "owner": entry.owner,
-        "entity": entry.entity,
-        "window": entry.window_days and f"{entry.window_days} days",
-        "freshness": freshness
-        and f"warns after {freshness.warn_seconds:g} s, missed after {freshness.error_seconds:g} s",
-        "examples": "none, it is personal" if entry.is_personal else sample and ", ".join(sample.examples),
-        "null": sample
-        and (
-            f"{sample.null_share:.1%} of {sample.rows} rows" if sample.null_share is not None else "no rows"
-        ),
-        "origin": entry.origin,
-        "changed": changed and f"{changed.at[:10]} by {changed.author} ({changed.commit})",
-        "declared": entry.file,
-    }
-    for label, fact in facts.items():
-        if fact:
-            console.print(f"  {label}: {fact}")
+    for label, fact in entry.facts.items():
+        console.print(f"  {label}: {fact}")
     for depth, column, how in entry.made_from:
         console.print(f"{'  ' * (depth + 1)}from {column} ({how})")
     for one in entry.goes_to:

@@ -11,7 +11,6 @@ from dagster_prefs.console.context import Console, Page, Visit
 from dagster_prefs.console.frame import Notice, row, text
 from dagster_prefs.console.why_page import WHY
 from dagster_prefs.errors import PrefsError
-from dagster_prefs.freshness.status import duration
 from dagster_prefs.printable import printable
 from dagster_prefs.serving.feature_catalog import Entry, FeatureCatalog, load_catalog, sampled
 
@@ -82,24 +81,9 @@ class _Entry:
         ui.link("All entries", CATALOG.path)
         text("h1", entry.name)
         text("p", f"{entry.kind}: {entry.meaning}" if entry.meaning else entry.kind)
-        freshness, changed = entry.freshness, entry.changed
-        facts = {
-            "type": entry.type,
-            "owner": entry.owner,
-            "entity": entry.entity,
-            "window": entry.window_days and f"{entry.window_days} days",
-            "freshness": freshness
-            and f"warns after {duration(freshness.warn_seconds)}, missed after {duration(freshness.error_seconds)}",
-            "origin": entry.origin,
-            "changed": changed and f"{changed.at[:10]} by {changed.author} ({changed.commit})",
-            "declared": entry.file,
-        }
-        with ui.element("div").classes("scrolls"), ui.element("table").props('data-role="facts"'):
-            for label, fact in facts.items():
-                if fact:
-                    row(label, fact)
-            if entry.column is not None:
-                self._nulls, self._examples = row("null", "…")[1], row("examples", "…")[1]
+        with ui.element("div").classes("scrolls"):
+            self._facts = ui.element("table").props('data-role="facts"')
+        self._fill(entry)
         if entry.kind == "attribute" or (entry.kind == "column" and self._in_view()):
             ui.link("Why has somebody this value?", f"{WHY.path}?attribute={quote(entry.name, safe='')}")
         self._tree()
@@ -139,14 +123,13 @@ class _Entry:
             # All else on the page is right without the engine.
             notice.say(str(error))
             return
-        sample = found.sample
-        shown = "none, it is personal" if entry.is_personal else "none"
-        if sample is not None and sample.examples:
-            shown = ", ".join(printable(one, one_line=True) for one in sample.examples)
-        self._examples.set_text(shown)
-        share = sample.null_share if sample else None
-        told = "" if sample is None or share is None else f"{share:.1%} of {sample.rows:,} rows"
-        self._nulls.set_text(told or "no rows")
+        self._fill(found)
+
+    def _fill(self, entry: Entry) -> None:
+        self._facts.clear()
+        with self._facts:
+            for label, fact in entry.facts.items():
+                row(label, printable(fact, one_line=True))
 
 
 def _sampled(console: Console, entry: Entry) -> Entry:

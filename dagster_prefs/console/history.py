@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from psycopg import sql
-
 from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.errors import PrefsError
+from dagster_prefs.events.rejected import Counts, message_counts
 from dagster_prefs.freshness.canary import SOURCE
 from dagster_prefs.freshness.levels import Level, Measure, Stage
 from dagster_prefs.freshness.prober import prober_ticks
@@ -24,7 +23,6 @@ from dagster_prefs.freshness.status import duration
 if TYPE_CHECKING:
     from dagster_prefs.console.context import Console
     from dagster_prefs.freshness.status import Status
-    from dagster_prefs.serving.pool import Connection
 
 log = logging.getLogger("dagster_prefs.console")
 
@@ -41,14 +39,6 @@ GONE_SECONDS = 10.0
 # A reading takes at most this share of a core while nobody looks.
 IDLE_SHARE = 0.01
 BAD: tuple[Level, ...] = ("error", "unknown")
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What is stored of a topic, without canaries: messages that were read, and those of them that were rejected."""
-
-    messages: int
-    rejected: int
 
 
 @dataclass
@@ -179,22 +169,10 @@ def risen(points: Sequence[tuple[float, float]]) -> int:
 def read_counts(console: Console) -> dict[str, Counts]:
     """Return what is stored of each topic. Raises like `Console.query`."""
 
-    def read(connection: Connection) -> dict[str, Counts]:
-        messages = connection.execute(
-            sql.SQL("select topic, sum(messages)::bigint from {} where source <> %s group by topic").format(
-                console.relation("ingest_progress")
-            ),
-            [SOURCE],
-        ).fetchall()
-        rejected = connection.execute(
-            sql.SQL("select topic, count(*) from {} group by topic").format(
-                console.relation("rejected_events")
-            )
-        ).fetchall()
-        counts = {str(topic): int(count) for topic, count in rejected}
-        return {str(topic): Counts(int(count), counts.get(topic, 0)) for topic, count in messages}
-
-    return console.query("the counts of messages", read)
+    return console.query(
+        "the counts of messages",
+        lambda connection: message_counts(connection, console.engine, without=SOURCE),
+    )
 
 
 def topics_of_measures(registry: Registry) -> dict[str, str]:

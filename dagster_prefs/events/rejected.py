@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import psycopg
 from psycopg import sql
 
 from dagster_prefs.engine.connection import EngineConfiguration
@@ -25,6 +27,34 @@ class RejectedEvent:
     offset: int
     reason: str
     payload: str
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What is stored of a topic: messages that were read, and those of them that were rejected."""
+
+    messages: int
+    rejected: int
+
+
+def message_counts(
+    session: psycopg.Connection[Any], connection: EngineConfiguration, *, without: str
+) -> dict[str, Counts]:
+    """Count the messages of each topic that has some, except those of the source `without`.
+
+    Raises psycopg.Error.
+    """
+    messages, rejected = (
+        session.execute(
+            sql.SQL("select topic, {}::bigint from {} where source <> %s group by topic").format(
+                sql.SQL(number), sql.Identifier(connection.schema, relation)
+            ),
+            [without],
+        ).fetchall()
+        for number, relation in (("sum(messages)", "ingest_progress"), ("count(*)", RELATION))
+    )
+    counts = {str(topic): int(count) for topic, count in rejected}
+    return {str(topic): Counts(int(count), counts.get(topic, 0)) for topic, count in messages}
 
 
 def rejected_counts(connection: EngineConfiguration, *, open_only: bool = False) -> dict[str, dict[str, int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import date, datetime
@@ -19,6 +19,8 @@ from dagster_prefs.dynamodb.store import DomainStore
 from dagster_prefs.engine.catalog import NotDeployed
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError
+from dagster_prefs.events.rejected import Counts, message_counts
+from dagster_prefs.freshness.canary import SOURCE
 from dagster_prefs.freshness.levels import Level, Measure, Stage, Unmeasurable, judge, worst
 from dagster_prefs.freshness.online import OnlineLag, online_lag
 from dagster_prefs.freshness.views import Typed, View, ViewLag, view_lag, watched_relations
@@ -59,6 +61,10 @@ def measure_views(
             refreshing = refresh_running(connection, engine)
             measures = []
             arrivals: dict[str, datetime | None] = {}
+            counts: Mapping[str, Counts] | None = None
+            # Without the relations the measure of each says so.
+            with suppress(psycopg.errors.UndefinedTable):
+                counts = message_counts(connection, engine, without=SOURCE)
             for relation in relations:
                 try:
                     lag = view_lag(connection, engine, relation, now=now)
@@ -70,7 +76,12 @@ def measure_views(
                 # Reference data is judged by the freshness target for views.
                 promised = isinstance(relation, Typed) and relation.subject is not None
                 thresholds = freshness.topics.get(relation.topic) if promised else freshness.views
-                measures.append(_view_measure(lag, arrivals.get(lag.topic), thresholds, refreshing))
+                measure = _view_measure(lag, arrivals.get(lag.topic), thresholds, refreshing)
+                if isinstance(relation, Typed) and counts is not None:
+                    count = counts.get(relation.topic, Counts(0, 0))
+                    numbers = {"topic_messages": count.messages, "topic_rejected": count.rejected}
+                    measure = replace(measure, values={**measure.values, **numbers})
+                measures.append(measure)
             return measures
     except (PrefsError, psycopg.Error) as error:
         return unknown("views", names, error)

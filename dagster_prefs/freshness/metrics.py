@@ -60,6 +60,10 @@ METRICS: tuple[Metric, ...] = (
     Metric("prefs_engine_uptime_seconds", "Time since the embedded engine started.", "uptime_seconds"),
     Metric("prefs_engine_disk_free_bytes", "Free space of the embedded engine's disk.", "disk_free_bytes"),
     Metric("prefs_ingestion_messages_behind", "Messages in Kafka that are not ingested.", "messages_behind"),
+    Metric("prefs_messages_total", "Messages of a topic that were read.", "topic_messages", "counter"),
+    Metric(
+        "prefs_rejected_events_total", "Messages of a topic that were rejected.", "topic_rejected", "counter"
+    ),
     Metric("prefs_view_waiting", "Messages or rows that arrived and are not visible.", "waiting"),
     Metric(
         "prefs_view_newest_event_timestamp_seconds", "Time of the newest visible event.", "newest_event_at"

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     import psycopg
 
     from dagster_prefs.engine.connection import EngineConfiguration
+    from dagster_prefs.values.statistics import Statistics
 
 EntryKind = Literal["entity", "topic", "field", "domain", "attribute", "view", "tile", "column"]
 # Rows that examples and the share of NULLs are of, per relation.
@@ -73,7 +74,8 @@ class Entry:
 
     `owner`, `entity`, `type`, `window_days` and `freshness` are None where it has none. `made_from` are the columns and
     fields behind it, nearest first, each with its depth and how it is used; `origin` says the same of the fields in
-    a sentence. `goes_to` are its readers and stores. `read` maps a way of reading it (python, curl, sql, training) to
+    a sentence. `goes_to` are its readers and stores. `statistics` are the newest of its column, `sample` is of its
+    relation's first rows. `read` maps a way of reading it (python, curl, sql, training) to
     what to write. `column` is where its values are, `file` where it is declared.
     """
 
@@ -94,6 +96,7 @@ class Entry:
     file: str | None = None
     changed: Change | None = None
     sample: Sample | None = None
+    statistics: Statistics | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the entry as plain values, for JSON."""
@@ -110,7 +113,55 @@ class Entry:
             "column": None if self.column is None else str(self.column),
             "changed": None if changed is None else dict(changed.__dict__),
             "sample": None if sample is None else sample.__dict__ | {"examples": list(sample.examples)},
+            "statistics": None if self.statistics is None else self.statistics.as_dict(),
         }
+
+    @property
+    def facts(self) -> Mapping[str, str]:
+        """What a person is told of it, by label: the command and the console show this list, and no other.
+
+        The share of NULLs is that of the statistics where there are some, and else of the sample; it says which.
+        """
+        freshness, changed = self.freshness, self.changed
+        told = {
+            "type": self.type,
+            "owner": self.owner,
+            "entity": self.entity,
+            "window": self.window_days and f"{self.window_days} days",
+            "freshness": freshness
+            and f"warns after {freshness.warn_seconds:g} s, missed after {freshness.error_seconds:g} s",
+            **self._values(),
+            "origin": self.origin,
+            "changed": changed and f"{changed.at[:10]} by {changed.author} ({changed.commit})",
+            "declared": self.file,
+        }
+        return {label: str(fact) for label, fact in told.items() if fact}
+
+    def _values(self) -> dict[str, str]:
+        """What its values are like."""
+        if self.column is None:
+            return {}
+        sample, one = self.sample, self.statistics
+        found: dict[str, str] = {}
+        if self.is_personal:
+            found["examples"] = "none, it is personal"
+        elif sample is not None:
+            found["examples"] = ", ".join(sample.examples) or "none"
+        if one is not None:
+            rows = f"of {one.sampled:,} of {one.rows:,}" if one.sampled < one.rows else f"of all {one.rows:,}"
+            found["null"] = f"{one.null_share:.1%} {rows} rows, by the statistics of {one.day}"
+            if one.kind != "personal":
+                found["distinct"] = f"{one.distinct:,}, estimated"
+            shares = one.quantiles_by_share
+            if shares and one.kind != "time":
+                what = "lengths" if one.kind == "list" else "quantiles"
+                found[what] = ", ".join(f"{share:.0%} {value:g}" for share, value in shares.items())
+        elif sample is not None:
+            share = sample.null_share
+            found["null"] = (
+                "no rows" if share is None else f"{share:.1%} of the first {sample.rows:,} rows, as a sample"
+            )
+        return found
 
 
 @dataclass(frozen=True)
@@ -466,6 +517,26 @@ def last_changes(folder: Path) -> dict[str, Change]:
         for name in filter(None, names):
             found.setdefault(name, change)
     return found
+
+
+def described(
+    entries: Sequence[Entry], statistics: Mapping[str, Mapping[str, Statistics]]
+) -> tuple[Entry, ...]:
+    """Return entries with the newest statistics of their columns: relation → attribute → statistics."""
+    return tuple(
+        replace(entry, statistics=found)
+        if entry.column and (found := statistics.get(entry.column.of, {}).get(entry.column.name))
+        else entry
+        for entry in entries
+    )
+
+
+def has_statistics(registry: Registry, entry: Entry) -> bool:
+    """Return whether the values of an entry are described: those of tiles and rolling views are."""
+    return entry.column is not None and (
+        entry.column.of in registry.tiles
+        or any(entry.column.of == domain.relation for domain in registry.contract.domains.values())
+    )
 
 
 def sampled(

@@ -127,12 +127,16 @@ def parse(text: str) -> dict[tuple[str, str], float]:
 
 
 def test_metrics_are_the_numbers_of_the_status(world: Any, sources: Sources) -> None:
+    world.watch(2, age=20, completion_pct=7)
+    world.refresh()
     world.watch(1, age=10)
     samples = parse(render_metrics(evaluate(sources, now=lambda: world.now)))
     where = 'name="view_events",stage="views"'
     assert samples["prefs_lag_seconds", where] == pytest.approx(10)
     assert samples["prefs_lag_error_seconds", where] == 5
     assert samples["prefs_view_waiting", where] == 1
+    assert samples["prefs_messages_total", where] == 1
+    assert samples["prefs_rejected_events_total", where] == 1
     assert samples["prefs_level", 'level="error",' + where] == 1
     assert samples["prefs_level", 'level="ok",' + where] == 0
     assert samples["prefs_online_sampled", 'name="watch",stage="online"'] == 0

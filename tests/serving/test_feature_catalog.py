@@ -7,6 +7,7 @@ import re
 import subprocess
 import uuid
 from dataclasses import replace
+from datetime import UTC, date, datetime
 from pathlib import Path
 
 import pytest
@@ -21,10 +22,14 @@ from dagster_prefs.serving.feature_catalog import (
     MOST_EXAMPLES,
     CatalogError,
     FeatureCatalog,
+    Sample,
+    described,
+    has_statistics,
     last_changes,
     load_catalog,
     sampled,
 )
+from dagster_prefs.values.statistics import Statistics
 
 PROJECTS = pytest.mark.parametrize("project", [PROJECT, COURSES], ids=lambda project: project.name)
 
@@ -150,6 +155,32 @@ def test_who_changed_a_file_last_is_asked_of_git(tmp_path: Path) -> None:
     found = last_changes(tmp_path / "project")
     assert {name: change.author for name, change in found.items()} == {"a.yml": "Ada", "b.yml": "Bob"}
     assert found["a.yml"].commit != found["b.yml"].commit
+
+
+def test_the_share_of_nulls_is_that_of_the_statistics_where_there_are_some(
+    catalogs: dict[Path, FeatureCatalog],
+) -> None:
+    registry, catalog = load_registry(PROJECT), catalogs[PROJECT]
+    entry = replace(catalog.entry("watch.watch_minutes_7d"), sample=Sample(10, 0.2, ("1.5",)))
+    assert has_statistics(registry, entry)
+    assert not has_statistics(registry, catalog.entry("view_events.genre"))
+    facts = entry.facts
+    assert (facts["examples"], facts["null"]) == ("1.5", "20.0% of the first 10 rows, as a sample")
+    assert "distinct" not in facts
+    one = Statistics(
+        "view", "viewer_engagement_rolling", date(2026, 3, 10), "watch_minutes_7d", "number", 90_000, 50_000, 500, 7,
+        "", datetime(2026, 3, 10, tzinfo=UTC), quantiles=(0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 8.0),
+    )  # fmt: skip
+    (found,) = described([entry], {one.relation: {one.attribute: one}})
+    facts = found.facts
+    assert facts["null"] == "1.0% of 50,000 of 90,000 rows, by the statistics of 2026-03-10"
+    assert facts["distinct"] == "7, estimated"
+    assert facts["quantiles"] == "1% 0, 5% 0.5, 25% 1, 50% 2, 75% 3, 95% 4, 99% 8"
+    assert found.as_dict()["statistics"]["null_share"] == 0.01
+    assert described([entry], {"another": {one.attribute: one}}) == (entry,)
+    hidden = replace(found, is_personal=True, statistics=replace(one, kind="personal", quantiles=()))
+    assert hidden.facts["examples"] == "none, it is personal"
+    assert not {"distinct", "quantiles"} & hidden.facts.keys()
 
 
 def test_examples_are_of_nobody(database: EngineConfiguration, catalogs: dict[Path, FeatureCatalog]) -> None:
