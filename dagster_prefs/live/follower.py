@@ -88,6 +88,8 @@ class Follower:
         self._applied = applied
         self._stamp = applied()
         self._next: Work | None = None
+        # The domains' sinks whose items are still to be compared as a whole.
+        self._unmarked: set[str] = set()
         self._reading: list[threading.Thread] = []
         self._end_reading = threading.Event()
         self._problems: dict[str, str] = {}
@@ -107,7 +109,10 @@ class Follower:
                 try:
                     with self._steps() as steps, self.engine.connect() as listening:
                         listening.execute(sql.SQL("listen {}").format(sql.Identifier(CHANNEL)))
-                        self._mark_domains(steps.connection, self.work.registry.contract.domains)
+                        self._unmarked = {
+                            domain.sink for domain in self.work.registry.contract.domains.values()
+                        }
+                        self._mark_domains(steps.connection)
                         if not started:
                             started = True
                             publishing.start()
@@ -147,7 +152,8 @@ class Follower:
                     messages += report.messages
                     if report.idle:
                         break
-                self._mark_domains(steps.connection, self.work.registry.contract.domains)
+                self._unmarked = {domain.sink for domain in self.work.registry.contract.domains.values()}
+                self._mark_domains(steps.connection)
                 while self.publish_changes(steps.connection):
                     pass
             finally:
@@ -180,7 +186,7 @@ class Follower:
             self._next = work
         return work.registry
 
-    def _renew(self, connection: psycopg.Connection[Any]) -> None:
+    def _renew(self) -> None:
         """Go on by the declarations that the last step found, and have the domains that they change compared."""
         work, self._next = self._next, None
         if work is None:
@@ -188,14 +194,11 @@ class Follower:
         before = self.work.registry.contract.domains
         self._end_readers()
         self.work = work
-        self._mark_domains(
-            connection,
-            {
-                name: domain
-                for name, domain in work.registry.contract.domains.items()
-                if before.get(name) != domain
-            },
-        )
+        self._unmarked |= {
+            domain.sink
+            for name, domain in work.registry.contract.domains.items()
+            if before.get(name) != domain
+        }
         self._start_readers()
         text = "the declarations changed: following the new ones"
         self.say(text)
@@ -205,7 +208,8 @@ class Follower:
         if self._stamp != self._applied():
             steps.forget_deployed()
         report = steps.step()
-        self._renew(steps.connection)
+        self._renew()
+        self._mark_domains(steps.connection)
         self._solved("steps")
         self._tell(steps.connection, report)
         if not report.more and not report.messages:
@@ -350,15 +354,20 @@ class Follower:
         note_published(connection, self.engine, domain.key, max(steps))
         return True
 
-    def _mark_domains(self, connection: psycopg.Connection[Any], domains: Mapping[str, Domain]) -> None:
-        """Have these domains compared once, because their items may be from other declarations or another store."""
-        connection.execute(
+    def _mark_domains(self, connection: psycopg.Connection[Any]) -> None:
+        """Have domains compared whose items may be from other declarations or another store, once they are deployed."""
+        if not self._unmarked:
+            return
+        marked = connection.execute(
             sql.SQL(
-                "insert into {0} (relation) select r from unnest(%s::text[]) as r"
-                " where to_regclass(format('%%I.%%I', %s::text, r)) is not null on conflict do nothing"
+                "insert into {} (relation) select r from unnest(%s::text[]) as r"
+                " where to_regclass(format('%%I.%%I', %s::text, r)) is not null"
+                # A comparison in progress may have begun with the former declarations.
+                " on conflict (relation) do update set since = clock_timestamp() returning relation"
             ).format(self._table("live_pending")),
-            [[domain.sink for domain in domains.values()], self.engine.schema],
-        )
+            [sorted(self._unmarked), self.engine.schema],
+        ).fetchall()
+        self._unmarked -= {sink for (sink,) in marked}
 
     # --- reading ---
 

@@ -12,6 +12,7 @@ from decimal import Decimal
 import psycopg
 import pytest
 from confluent_kafka import Producer
+from psycopg import sql
 from relations import insert_events, instant
 from shipped import LONG
 from streams import MIDNIGHT, NOW, watch
@@ -305,8 +306,23 @@ def test_it_goes_on_by_the_declarations_that_were_applied_last(
         insert_events(session, [watch(1, 1, MIDNIGHT)])
         wait_until_applied(platform.engine, seconds=PATIENCE_SECONDS)
         assert read == ["old", "old ended", "new"]
-        # So does a run of dbt, which leaves no stamp.
+        # A run of dbt leaves no stamp, but another deployment; a domain waits for its sink.
+        published.clear()
+        session.execute(
+            sql.SQL("alter view {} rename to missing").format(
+                sql.Identifier(platform.engine.schema, first.sink)
+            )
+        )
         declared = before
         session.execute("update deployments set checksum = 'other' where relation = %s", [first.sink])
         wait_for(lambda: read[3:] == ["new ended", "old"])
+        insert_events(session, [watch(2, 1, MIDNIGHT)])
+        wait_until_applied(platform.engine, seconds=PATIENCE_SECONDS)
+        assert (first.name, True) not in published
+        session.execute(
+            sql.SQL("alter view {} rename to {}").format(
+                sql.Identifier(platform.engine.schema, "missing"), sql.Identifier(first.sink)
+            )
+        )
+        wait_for(lambda: (first.name, True) in published)
     assert read[-1] == "old ended"
