@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 
 from dagster_prefs.declarations.contract import Contract, Domain, Freshness
-from dagster_prefs.declarations.registry import Registry
+from dagster_prefs.declarations.registry import Registry, WatchedView
 from dagster_prefs.dynamodb.lease import LeaseState, read_lease
 from dagster_prefs.dynamodb.store import DomainStore
 from dagster_prefs.engine.catalog import NotDeployed
@@ -21,7 +21,7 @@ from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.freshness.levels import Level, Measure, Stage, Unmeasurable, judge, worst
 from dagster_prefs.freshness.online import OnlineLag, online_lag, table_page
-from dagster_prefs.freshness.views import Typed, View, ViewLag, view_lag, watched_relations
+from dagster_prefs.freshness.views import Typed, ViewLag, view_lag, watched_relations
 from dagster_prefs.ids import Id
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def measure_views(
     registry: Registry,
     *,
     now: datetime,
-    relations: Sequence[Typed | View] | None = None,
+    relations: Sequence[Typed | WatchedView] | None = None,
 ) -> list[Measure]:
     """Measure the freshness of each typed relation and view, all by default. `now` is UTC.
 
