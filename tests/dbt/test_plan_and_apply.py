@@ -222,24 +222,37 @@ def test_an_apply_waits_for_readers_without_locking_what_they_read_next(
 def test_the_old_rows_are_read_while_the_new_ones_are_computed(
     deployment: Deployment, workshop: Workshop
 ) -> None:
+    """Those of the view that changes, and those of one that stands on it."""
     held = "(select 0 * length(pg_advisory_xact_lock_shared(4711)::text))"
     workshop.change(ROLLING, "sum(watch_seconds)", f"2 * sum(watch_seconds) + {held}")
     minutes = f"select sum(watch_minutes_{LONG}d)::int from viewer_engagement_rolling"
     waiting = "select 1 from pg_locks where not granted and locktype = 'advisory' and objid = 4711"
-    with ThreadPoolExecutor(1) as beside, deployment.engine.connect() as holder:
-        with holder.transaction():
-            holder.execute("select pg_advisory_xact_lock(4711)")
-            applied = beside.submit(deployment.apply)
-            until = time.monotonic() + 60
-            while not holder.execute(waiting).fetchone():
-                assert not applied.done(), applied.exception()
-                assert time.monotonic() < until, "the apply does not compute the view"
-            with deployment.engine.connect() as reader:
-                reader.execute("set lock_timeout = '5s'")
-                assert reader.execute(minutes).fetchone() == (4,)
-                assert reader.execute("select count(*) from sink_engagement_watch").fetchone() == (2,)
-        applied.result()
+
+    def applied(of_the_tile: int) -> None:
+        with ThreadPoolExecutor(1) as beside, deployment.engine.connect() as holder:
+            with holder.transaction():
+                holder.execute("select pg_advisory_xact_lock(4711)")
+                running = beside.submit(deployment.apply)
+                until = time.monotonic() + 60
+                while not holder.execute(waiting).fetchone():
+                    assert not running.done(), running.exception()
+                    assert time.monotonic() < until, "the apply does not compute the view"
+                with deployment.engine.connect() as reader:
+                    reader.execute("set lock_timeout = '5s'")
+                    assert reader.execute(minutes).fetchone() == (before,)
+                    assert reader.execute("select count(*) from sink_engagement_watch").fetchone() == (2,)
+                    tile = "select sum(watch_seconds)::int from viewer_watch_metrics_1d"
+                    assert reader.execute(tile).fetchone() == (of_the_tile,)
+            running.result()
+
+    before = 4
+    applied(of_the_tile=240)
     assert deployment.rows(minutes) == [(8,)]
+    # The rows of the rolling view stay while those of the changed tile are already there.
+    before = 8
+    workshop.change(TILE, "sum(watch_duration_sec)", "2 * sum(watch_duration_sec)")
+    applied(of_the_tile=480)
+    assert deployment.rows(minutes) == [(16,)]
 
 
 def test_tables_keep_what_arrived(deployment: Deployment, workshop: Workshop) -> None:
