@@ -24,6 +24,7 @@ from pyiceberg.catalog import Catalog
 from pyiceberg.table import Table
 from shipped import GENRE, INTERACTIONS, WATCH
 from terraform_harness import CREDENTIALS, REGISTRY, ROOT, Applied, clean_environment, recorded_requests
+from warm import Warm
 
 from dagster_prefs.declarations.contract import load_contract
 from dagster_prefs.dynamodb.access import ItemAccess
@@ -105,7 +106,7 @@ def test_demo_runs_against_what_was_applied(
     policies: dict[str, list[dict[str, Any]]],
     local_credentials: None,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    warm: Warm,
 ) -> None:
     """`terraform output -raw env > .env` is all that the platform is told, and its roles allow all that it asks."""
     env_file = tmp_path / ".env"
@@ -117,10 +118,7 @@ def test_demo_runs_against_what_was_applied(
     }  # fmt: skip
 
     def prefs(*arguments: str) -> str:
-        done = subprocess.run(
-            [Path(sys.executable).with_name("prefs"), *arguments],
-            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
+        done = warm.run(["prefs", *arguments], environment=environment)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
         return done.stdout
 
