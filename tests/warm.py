@@ -268,6 +268,7 @@ def _never_wait_for_the_disk() -> None:
     from dagster_prefs.local.services import LocalServices
 
     _of_tests("unsynced").never_sync_sqlite()
+    _of_tests("revisions").read_revisions_once()
     started = LocalServices.__init__
 
     def disposable(services: LocalServices, *given: Any, **named: Any) -> None:
