@@ -64,7 +64,7 @@ def first(page: Page) -> Locator:
 def test_a_click_reorders_the_ranking_and_says_why(console: Running, page: Page) -> None:
     page.goto(f"{console.url}/shop")
     page.get_by_role("button", name="Be a new user").click()
-    page.get_by_role("heading", name="nothing is known of her yet").wait_for()
+    page.get_by_role("heading", name="nothing is known of this user yet").wait_for()
     page.locator('[data-item="sofa-1"]').first.wait_for()
     assert first(page).get_attribute("data-item") == "kettle-0", (
         "on a cold start items are ranked by their id"
