@@ -1,4 +1,4 @@
-"""How the exports do, read in a process of its own: Iceberg's libraries take more memory than all of the console."""
+"""The state of the exports, read in a child process: Iceberg's libraries take more memory than the whole console."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ExportsReading:
         self._until = float("-inf")
 
     def __call__(self, now: datetime) -> list[Measure]:
-        """Return the measures; they are `unknown` where the process tells none."""
+        """Return the measures; they are `unknown` if the child process returns none."""
         if self._clock() >= self._until:
             self._found = self._read()
             self._until = self._clock() + KEPT_SECONDS
@@ -54,7 +54,7 @@ class ExportsReading:
             return [_measure(one) for one in told if one["stage"] == "offline"]
         except (OSError, subprocess.SubprocessError, ValueError, LookupError, TypeError):
             return unknown(
-                "offline", tables, Unmeasurable("`prefs status --json` told nothing: run it to see why")
+                "offline", tables, Unmeasurable("`prefs status --json` returned nothing: run it to see why")
             )
 
 

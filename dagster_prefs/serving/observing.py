@@ -1,4 +1,4 @@
-"""What the clients tell about their reads, to whoever counts or traces them; to nobody by default.
+"""Observe the clients' reads, to count or trace them. By default nothing is observed.
 
 An observer is told of each call of a client and of each attempt within it. `ReadCounts` counts them without any further
 package, `dagster_prefs.serving.prometheus` shows its counts to Prometheus, and `dagster_prefs.serving.telemetry` makes
@@ -26,25 +26,25 @@ T = TypeVar("T")
 # Upper bounds of the buckets of every histogram of latencies, seconds.
 LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 
-# So many ended calls are added up in a row.
+# Number of ended calls that are counted in one go.
 NOTES_AT_ONCE = 256
 
 FOUND, COLD_START, FAILED = "found", "cold_start", "error"
 
-# Errors without a `kind` of their own, by their class, which this module need not import: with the engine's errors
-# would come its driver.
+# The kinds of errors that state none, by the name of their class: importing the engine's errors would import its
+# driver.
 _KINDS = {
     "ItemError": "item",
     "EngineBusy": "busy",
     "EngineUnavailable": "unavailable",
     "PreferencesUnavailable": "unavailable",
 }
-# Those of a caller who asked for something impossible: nothing was read.
+# Errors of a caller who asked for something impossible: nothing was read.
 _OF_CALLERS = frozenset({"ProfileError", "ContractError", "PreferenceError"})
 
 
 class Outcome(NamedTuple):
-    """How one domain was read: `found`, `cold_start` or `error`, and then the error's kind, else an empty text.
+    """The outcome of reading one domain: `found`, `cold_start`, or `error` with the error's kind, else empty.
 
     A domain that failed and is answered with cold-start values is an `error`.
     """
@@ -62,18 +62,18 @@ class Call(Attempts, Protocol):
     """One call of a client, while it runs."""
 
     def end(self, outcomes: Mapping[Outcome, int], partial: int) -> None:
-        """The call ended: how often each outcome occurred, and how many profiles lack a domain.
+        """The call ended with this number of each outcome, and of profiles that lack a domain.
 
-        The caller changes `outcomes` no more.
+        The caller does not change `outcomes` afterwards.
         """
         ...
 
 
 class Observer(Protocol):
-    """Is told of every call of a client, from many threads. It must be quick, and raise nothing."""
+    """Observes every call of a client, from many threads. Its methods must be quick and not raise."""
 
     def call(self, entity: str, operation: str) -> Call:
-        """A call begins: of which entity, and which method of the client."""
+        """A call begins, of this entity and this method of the client."""
         ...
 
 
@@ -81,21 +81,21 @@ class RequestSpan(Protocol):
     """The trace of one request to the feature server."""
 
     def end(self, route: str, status: int) -> None:
-        """The request ended: its route without values, and the HTTP status, 0 if its client went away before."""
+        """The request ended, with its route without values and the HTTP status; 0 if its client disconnected first."""
         ...
 
 
 class RequestSpans(Protocol):
-    """Begins the trace of each request, in the trace that its headers name."""
+    """Begins the trace of each request, within the trace that its headers name."""
 
     def start(self, method: str, headers: Iterable[tuple[bytes, bytes]]) -> RequestSpan:
-        """A request arrives. What runs in its context from now on belongs to it."""
+        """A request arrives. Whatever runs in this context from now on belongs to it."""
         ...
 
 
 @dataclass(frozen=True)
 class Watched:
-    """What a feature server shows of itself: the counts of its clients' reads, and the traces of its requests."""
+    """What a feature server exposes about itself: the counts of its clients' reads, and its requests' traces."""
 
     counts: ReadCounts | None = None
     spans: RequestSpans | None = None
@@ -113,7 +113,7 @@ def telemetry_is_on(environment: Mapping[str, str]) -> bool:
 
 @dataclass
 class Histogram:
-    """Seconds in the buckets of LATENCY_BUCKETS; the last count is of those beyond."""
+    """Durations in the buckets of LATENCY_BUCKETS, in seconds; the last count is of the longer ones."""
 
     buckets: list[int] = field(default_factory=lambda: [0] * (len(LATENCY_BUCKETS) + 1))
     seconds: float = 0.0
@@ -134,10 +134,10 @@ class Histogram:
 
 @dataclass
 class Counts:
-    """What ReadCounts has counted.
+    """The counts of ReadCounts.
 
-    `reads` by entity and outcome, `partial` profiles by entity, `attempts` by entity and the worst that happened to
-    one (`ok` or the kind of an error), `seconds` by entity and operation.
+    `reads` by entity and outcome, `partial` profiles by entity, `attempts` by entity and result (`ok` or the kind of
+    the first error), `seconds` by entity and operation.
     """
 
     reads: Counter[tuple[str, Outcome]] = field(default_factory=Counter)
@@ -147,7 +147,7 @@ class Counts:
 
 
 class ReadCounts:
-    """Counts the reads of any number of clients; an observer for their options.
+    """Counts the reads of any number of clients; pass it as `observer` in their options.
 
     `ProfileClient(…, options=ClientOptions(observer=counts))`, then `counts.snapshot()`. `timed` is called for each
     call with its entity, operation and seconds, some time later, and before the next snapshot.
@@ -157,8 +157,8 @@ class ReadCounts:
         self._timed = timed
         self._lock = threading.Lock()
         self._counts = Counts()
-        # A call only leaves a note here: a read waits for the network, and what comes after it runs with cold caches,
-        # at several times the price of the same work in a row.
+        # A call only appends a note. Right after a read waited for the network the CPU caches are cold, and counting
+        # there costs several times as much as counting many calls in one go.
         self._notes: deque[_Note] = deque()
 
     def call(self, entity: str, operation: str) -> Call:
@@ -166,7 +166,7 @@ class ReadCounts:
         return _Counting(self, entity, operation)
 
     def snapshot(self) -> Counts:
-        """Return a copy of what was counted so far."""
+        """Return a copy of the counts so far."""
         with self._lock:
             ended = self._add_notes()
             now = self._counts
@@ -187,7 +187,7 @@ class ReadCounts:
             self._tell(ended)
 
     def _tell(self, ended: list[tuple[str, str, float]]) -> None:
-        # Never with the lock held: whoever is told may hold one of its own while it asks for a snapshot.
+        # Called without the lock: the callback may hold its own lock while it asks for a snapshot.
         if self._timed is not None:
             for entity, operation, seconds in ended:
                 self._timed(entity, operation, seconds)
@@ -195,7 +195,7 @@ class ReadCounts:
     def _add_notes(self) -> list[tuple[str, str, float]]:
         counts, notes = self._counts, self._notes
         ended = []
-        # Those of now, although other threads go on.
+        # Take the notes of this moment only, because other threads keep appending.
         for _ in range(len(notes)):
             entity, operation, outcomes, partial, results, seconds = notes.popleft()
             for outcome, number in outcomes.items():
@@ -213,7 +213,7 @@ class ReadCounts:
 
 
 class _Counting:
-    """A call that leaves a note when it ends."""
+    """A call that appends a note when it ends."""
 
     __slots__ = ("_counts", "_entity", "_operation", "_results", "_started")
 
@@ -242,7 +242,7 @@ def error_kind(error: BaseException) -> str:
 
 
 class _Reading:
-    """The call of the shop client that runs in this context; `found` is whether its user is known."""
+    """The call of the shop client in this context; `found` says whether its user is known."""
 
     __slots__ = ("call", "found", "number")
 
@@ -257,9 +257,9 @@ _READING: ContextVar[_Reading | None] = ContextVar("prefs_reading", default=None
 
 @contextmanager
 def reading(observer: Observer | None, entity: str, domain: str) -> Iterator[_Reading]:
-    """Tell of the block as one call that reads one domain; it sets `found` of what it gets.
+    """Observe the block as one call that reads one domain; the block sets `found` of the value it gets.
 
-    What the block raises is counted, unless it is the caller's own mistake.
+    An error of the block is counted, unless it is the caller's mistake.
     """
     if observer is None:
         yield _Reading(None)
@@ -281,7 +281,7 @@ def reading(observer: Observer | None, entity: str, domain: str) -> Iterator[_Re
 
 
 def attempting(read: Callable[[C], T], operation: str) -> Callable[[C], T]:
-    """Have each call of `read` told as an attempt of the call that runs in this context; as it is where none runs."""
+    """Observe each call of `read` as an attempt of the current call; return `read` unchanged if there is none."""
     told = _READING.get()
     if told is None or told.call is None:
         return read
