@@ -39,7 +39,7 @@ from psycopg import sql
 from pyiceberg.catalog import Catalog
 
 from dagster_prefs.declarations.contract import Contract, load_contract
-from dagster_prefs.declarations.registry import load_registry
+from dagster_prefs.declarations.registry import WatchedView, load_registry
 from dagster_prefs.dynamodb.items import ItemEncoder
 from dagster_prefs.dynamodb.store import domain_stores
 from dagster_prefs.dynamodb.tables import dynamodb_client, provision
@@ -48,7 +48,7 @@ from dagster_prefs.events.brokers import KafkaSource
 from dagster_prefs.freshness.ingestion import Broker, ingestion_lag
 from dagster_prefs.freshness.measures import measure_offline, measure_online, measure_views
 from dagster_prefs.freshness.online import CANDIDATES, find_tables, key_hash
-from dagster_prefs.freshness.views import Typed, View, watched_relations
+from dagster_prefs.freshness.views import Typed, watched_relations
 from dagster_prefs.iceberg.catalog import open_catalog
 from dagster_prefs.iceberg.publish import DayFiles, publish_day, write_day
 from dagster_prefs.iceberg.tables import TileTable, arrow_schema, ensure_table, tile_tables
@@ -115,7 +115,7 @@ def fill(
     days: Sequence[date],
     *,
     indexes: bool,
-) -> list[Typed | View]:
+) -> list[Typed | WatchedView]:
     """The relations, `relations` in all, with one row per viewer, everything in step."""
     domains = {domain.relation: domain for domain in contract.domains.values()}
     with engine.connect() as connection:
@@ -185,8 +185,12 @@ def fill(
                     ["viewer_id", "watch_date", "interaction_date"],
                     relation.time,
                 )
-        read: list[Typed | View] = list(RELATIONS)
-        views = [relation for relation in RELATIONS if isinstance(relation, View) and not relation.is_rolling]
+        read: list[Typed | WatchedView] = list(RELATIONS)
+        views = [
+            relation
+            for relation in RELATIONS
+            if isinstance(relation, WatchedView) and not relation.is_rolling
+        ]
         while len(read) < relations:
             original = views[len(read) % len(views)]
             copy = replace(original, relation=f"{original.relation}_{len(read)}")
@@ -283,7 +287,7 @@ def partitions_behind(engine: EngineConfiguration, bootstrap: str, names: list[s
     return sum(len(lag.in_state("behind")) for lag in lags)
 
 
-def bare_maxima(engine: EngineConfiguration, relations: list[Typed | View]) -> None:
+def bare_maxima(engine: EngineConfiguration, relations: list[Typed | WatchedView]) -> None:
     """The newest time of every relation and nothing else."""
     with engine.connect() as connection:
         for relation in relations:

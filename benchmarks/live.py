@@ -31,11 +31,13 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import psutil
+import psycopg
 
 from dagster_prefs.declarations.contract import Domain
 from dagster_prefs.events.raw import RawMessage, RawStore
@@ -177,15 +179,15 @@ def engine(folder: Path, history: int, viewers: int) -> Iterator[tuple[Engine, f
         )
         simulate_to_engine(platform.engine, platform.registry, fitted(platform.registry, plan))
         follower = platform.follower()
-        publish, items = follower.publish, 0.0
+        work, items = follower.work, 0.0
 
-        def timed(domain: Domain, keys: Sequence[str] | None) -> None:
+        def timed(domain: Domain, keys: Sequence[str] | None, connection: psycopg.Connection[Any]) -> None:
             nonlocal items
             since = time.monotonic()
-            publish(domain, keys)
+            work.publish(domain, keys, connection)
             items += time.monotonic() - since
 
-        follower.publish = timed
+        follower.work = replace(work, publish=timed)
         started = time.monotonic()
         follower.catch_up()
         yield Engine(platform, viewers), time.monotonic() - started - items, items

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from dagster_prefs.freshness.status import Sources
     from dagster_prefs.iceberg.exporter import Exporter
     from dagster_prefs.iceberg.tables import TileTable
-    from dagster_prefs.live.follower import Follower
+    from dagster_prefs.live.follower import Follower, Work
     from dagster_prefs.open_lineage import Places
     from dagster_prefs.training.parity import ParityReport
     from dagster_prefs.training.windows import Features
@@ -391,20 +391,33 @@ class Platform:
         It sends the canary. If brokers are configured, it reads their topics too.
         """
         from dagster_prefs.dynamodb.changefeed import process_label
-        from dagster_prefs.freshness.prober import Prober
         from dagster_prefs.live.follower import Follower
 
-        topics = self.registry.topics.values() if self.settings.kafka_bootstrap else ()
+        def declared() -> Work:
+            platform = Platform(self.settings.reread())
+            platform.engine = self.engine
+            return platform._work()
+
         return Follower(
             self.engine,
+            declared,
+            process=process_label(),
+            applied=lambda: self._applied.read_text() if self._applied.is_file() else "",
+            say=say,
+        )
+
+    def _work(self) -> Work:
+        from dagster_prefs.freshness.prober import Prober
+        from dagster_prefs.live.follower import Work
+
+        topics = self.registry.topics.values() if self.settings.kafka_bootstrap else ()
+        return Work(
             self.registry,
             DomainPublisher(self),
-            process=process_label(),
-            readers={
+            {
                 **{f"Kafka topic {topic.name}": partial(self._consume, topic) for topic in topics},
                 "canary": Prober(self.engine, self.registry, self.probe, self.settings.data_dir).run,
             },
-            say=say,
         )
 
     def probe(self, clients: ExitStack, session: psycopg.Connection[Any] | None = None) -> Probe:
@@ -617,10 +630,10 @@ class DomainPublisher:
         self._platform = platform
         self._stores: dict[str, DomainStore] = {}
         self._looked_at = -math.inf
-        # Opening a connection takes longer than publishing a few keys.
-        self._connection: psycopg.Connection[Any] | None = None
 
-    def __call__(self, domain: Domain, keys: Sequence[str] | None) -> None:
+    def __call__(
+        self, domain: Domain, keys: Sequence[str] | None, connection: psycopg.Connection[Any]
+    ) -> None:
         """Publish these keys of a domain, or all keys if the table is not the one that was written last time."""
         from dagster_prefs.dynamodb.publisher import PublishError, publish_domain, publish_keys
 
@@ -633,17 +646,10 @@ class DomainPublisher:
             if keys is None or before is None or before.table.table_id != store.table.table_id:
                 publish_domain(store)
             else:
-                publish_keys(store, keys, self._open())
+                publish_keys(store, keys, connection)
         except PublishError:
             self._looked_at = -math.inf
-            if self._connection is not None:
-                self._connection.close()
             raise
-
-    def _open(self) -> psycopg.Connection[Any]:
-        if self._connection is None or self._connection.closed:
-            self._connection = self._platform.engine.connect()
-        return self._connection
 
 
 class ProfileStore:

@@ -575,6 +575,12 @@ class Settings(BaseSettings):
     def _registry(self) -> Registry:
         return load_registry(self.project)
 
+    def reread(self) -> Settings:
+        """Return the same settings, whose `registry` reads the project's declarations again."""
+        again = self.model_copy()
+        again.__dict__.pop("_registry", None)
+        return again
+
     @property
     def secrets(self) -> list[str]:
         """The values that no log may show: those of secret settings, and of the AWS credentials in the environment."""

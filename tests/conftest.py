@@ -57,6 +57,7 @@ from built_state import (  # noqa: E402 (after the environment is clean)
 )
 from declared import COURSES, PROJECT  # noqa: E402
 from longest import left_out, longest_first  # noqa: E402
+from revisions import read_revisions_once  # noqa: E402
 from unsynced import never_sync_sqlite  # noqa: E402
 from warm import Warm  # noqa: E402
 
@@ -154,6 +155,14 @@ def _no_developer_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
 def _no_waiting_for_the_disk() -> Iterator[None]:
     """Nothing that SQLite of this process keeps outlives the run."""
     undo = never_sync_sqlite()
+    yield
+    undo()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _revisions_are_read_once() -> Iterator[None]:
+    """Dagster's databases are made and opened many times in a process."""
+    undo = read_revisions_once()
     yield
     undo()
 

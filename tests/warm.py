@@ -35,7 +35,7 @@ from dagster_prefs.engine import dbt_child
 from dagster_prefs.engine.dbt import DbtProcess
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = {"prefs": "dagster_prefs.cli:main", "dbt": "dbt.cli.main:cli"}
+COMMANDS = {"prefs": "dagster_prefs.cli:main", "dbt": "dbt.cli.main:cli", "dagster": "dagster._cli:main"}
 DBT_CHILD = "dagster_prefs.engine.dbt_child:main"
 _REQUEST_BYTES = 1 << 20
 # Kept, because they outlive who started them.
@@ -145,7 +145,7 @@ class Warm:
         cwd: Path = ROOT,
         merge: bool = False,
     ) -> WarmProcess:
-        """Start `prefs …` or `dbt …` in a session of its own; with `merge` its stderr goes into stdout."""
+        """Start `prefs …`, `dbt …` or `dagster …` in a session of its own; with `merge` its stderr goes into stdout."""
         self._ensure_server()
         read_out, write_out = os.pipe()
         read_err, write_err = (None, write_out) if merge else os.pipe()
@@ -268,6 +268,7 @@ def _never_wait_for_the_disk() -> None:
     from dagster_prefs.local.services import LocalServices
 
     _of_tests("unsynced").never_sync_sqlite()
+    _of_tests("revisions").read_revisions_once()
     started = LocalServices.__init__
 
     def disposable(services: LocalServices, *given: Any, **named: Any) -> None:
@@ -409,7 +410,7 @@ def _main(address: str, owner: str, without: str) -> None:
     atexit.register(engine_dbt._SHARED.end)
     module, function = request["call"].split(":")
     try:
-        sys.exit(getattr(sys.modules[module], function)())
+        sys.exit(getattr(importlib.import_module(module), function)())
     except SystemExit as ended:
         _end(ended.code)
     except BaseException:

@@ -68,7 +68,7 @@ class ExportsReading:
             return [_measure(one) for one in told if one["stage"] in ("offline", "drift")]
         except (OSError, subprocess.SubprocessError, ValueError, LookupError, TypeError):
             return unknown(
-                "offline", tables, Unmeasurable("`prefs status --json` told nothing: run it to see why")
+                "offline", tables, Unmeasurable("`prefs status --json` returned nothing: run it to see why")
             )
 
 

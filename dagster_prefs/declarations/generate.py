@@ -45,6 +45,7 @@ from dagster_prefs.declarations.registry import (
     FieldDeclaration,
     Registry,
     RegistryError,
+    WatchedView,
     load_registry,
     render_registry,
 )
@@ -182,6 +183,8 @@ def generate_files(
         kept={view.relation: view for view in declared.kept},
         personal=personal_columns(project.models, _lineage(declared, traced)),
     )
+    watched = before.watched if before is not None and queries == before.queries else _watched(registry)
+    registry = replace(registry, watched=watched)
     judge(registry)
     # Written last: a run of dbt alone compares the project with this macro.
     macro = declared_macro(folder)
@@ -224,6 +227,13 @@ def _trace(queries: Mapping[str, str], declared: Declarations) -> dict[str, Rela
     keys = {topic.relation: frozenset({topic.identity}) for topic in topics}
     keys |= {tile.declared.relation: frozenset(tile.declared.key) for tile in declared.tiles}
     return trace_all(queries, columns, keys)
+
+
+def _watched(registry: Registry) -> tuple[WatchedView, ...]:
+    # Here for the same reason.
+    from dagster_prefs.declarations.watched import watched_views
+
+    return watched_views(registry)
 
 
 def _lineage(declared: Declarations, relations: Mapping[str, RelationLineage]) -> Lineage:

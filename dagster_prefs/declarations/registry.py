@@ -177,6 +177,42 @@ class KeptView:
     every_seconds: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Upstream:
+    """A relation from which a view is computed, with its `time` column.
+
+    `only` is the condition on the rows that the view shows; a rolling view shows those whose `day` is one of
+    the last `days` (UTC).
+    """
+
+    relation: str
+    time: str
+    only: str = "true"
+    day: str | None = None
+    days: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class WatchedView:
+    """A view with a time column, and the relations from which its newest time is computed.
+
+    The time of a rolling view is in epoch milliseconds. `columns` are the names of the view's columns;
+    `unclear` gives the reason why the age of missing rows cannot be determined, where that is so.
+    """
+
+    topic: str
+    relation: str
+    time: str
+    upstreams: tuple[Upstream, ...]
+    columns: frozenset[str] = frozenset()
+    unclear: str = ""
+
+    @property
+    def is_rolling(self) -> bool:
+        """Whether the view is a window over tiles."""
+        return any(upstream.day for upstream in self.upstreams)
+
+
 @dataclass(frozen=True)
 class Registry:
     """All declarations of a project.
@@ -185,8 +221,8 @@ class Registry:
     affects a deployment to its SHA-256, relative to the project's folder. `queries` maps every tile, every
     domain's rolling view, and every other view with a time, to its SQL as RisingWave gets it, without the
     names of database and schema, and without a spread: windows, upstreams and the features of training sets
-    are derived from it. `personal` has the personal columns of relations (declarations/personal.py), None in a registry
-    that an older version generated.
+    are derived from it. `watched` are the views whose freshness is measured. `personal` has the personal columns of
+    relations (declarations/personal.py), None in a registry that an older version generated.
     """
 
     project: str
@@ -200,6 +236,7 @@ class Registry:
     preferences: Mapping[str, PreferenceView] = dataclasses.field(default_factory=dict)
     kept: Mapping[str, KeptView] = dataclasses.field(default_factory=dict)
     personal: Mapping[str, tuple[str, ...]] | None = None
+    watched: tuple[WatchedView, ...] = ()
 
     def query(self, relation: str) -> str:
         """Return the compiled SQL of a relation. Raises RegistryError if the registry holds none."""
@@ -318,6 +355,16 @@ def parse_registry(content: Mapping[str, Any]) -> Registry:
                     value["every_seconds"],
                 ),
             ),
+            watched=tuple(
+                WatchedView(
+                    **{
+                        **value,
+                        "upstreams": tuple(Upstream(**upstream) for upstream in value["upstreams"]),
+                        "columns": frozenset(value["columns"]),
+                    }
+                )
+                for value in content["watched"]
+            ),
             contract=parse_contract(content["contract"]),
             variables=MappingProxyType(dict(content["variables"])),
             hashes=MappingProxyType(dict(content["hashes"])),
@@ -409,6 +456,17 @@ def registry_dict(registry: Registry) -> dict[str, Any]:
             if registry.personal is None
             else {"personal": {name: list(columns) for name, columns in registry.personal.items()}}
         ),
+        "watched": [
+            {
+                "relation": view.relation,
+                "topic": view.topic,
+                "time": view.time,
+                "upstreams": [dataclasses.asdict(upstream) for upstream in view.upstreams],
+                "columns": sorted(view.columns),
+                "unclear": view.unclear,
+            }
+            for view in registry.watched
+        ],
         "contract": contract_dict(registry.contract),
         "variables": dict(registry.variables),
         "queries": dict(sorted(registry.queries.items())),

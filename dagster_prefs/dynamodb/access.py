@@ -74,8 +74,8 @@ class ItemAccess:
     def _place(self, item: Mapping[str, Any]) -> tuple[int | str, int | str]:
         return self.keys.partition_key.value_of(item), self.keys.sort_key.value_of(item)
 
-    def page(self, domain_key: str, limit: int, place: int) -> set[Id]:
-        """Return the ids of one domain among `limit` items, starting at the hash of the id `place`."""
+    def page(self, domain_key: str, limit: int, place: int) -> dict[str, set[Id]]:
+        """Return the ids of each domain among `limit` items, starting at the hash of the id `place`."""
         # A start key need not exist: DynamoDB continues from the position of its hash.
         start: Any = self.key(domain_key, place)
         items: list[Any] = []
@@ -91,7 +91,10 @@ class ItemAccess:
             items += answer["Items"]
             if len(items) >= limit:
                 break
-        return {id_ for id_, domain in map(self.keys.split_key, items) if domain == domain_key}
+        found: dict[str, set[Id]] = {}
+        for id_, domain in map(self.keys.split_key, items):
+            found.setdefault(domain, set()).add(id_)
+        return found
 
     def pages(self, domain_key: str) -> Iterator[list[Id]]:
         """Yield all ids with an item of the domain, page by page, each page sorted."""

@@ -21,7 +21,7 @@ import psycopg
 from psycopg import sql
 
 from dagster_prefs.declarations.contract import LAST_EVENT_AT, Freshness
-from dagster_prefs.declarations.registry import Registry
+from dagster_prefs.declarations.registry import Registry, WatchedView
 from dagster_prefs.declarations.reserved import canary_of
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError
@@ -29,7 +29,7 @@ from dagster_prefs.events.canaries import canary_events, canary_key
 from dagster_prefs.events.kafka import KafkaWriter
 from dagster_prefs.events.raw import RawMessage, RawStore
 from dagster_prefs.freshness.levels import Level, Measure, Unmeasurable, judge
-from dagster_prefs.freshness.views import View, watched_relations
+from dagster_prefs.freshness.views import watched_relations
 from dagster_prefs.ids import Id
 from dagster_prefs.serving.profiles import CANARY_AHEAD_SECONDS
 
@@ -135,12 +135,12 @@ def read_domains(profiles: Any, canary: Id) -> dict[str, int | None]:
     return {name: getattr(profile.domain(name), LAST_EVENT_AT) for name in profile.reads}
 
 
-def canary_views(registry: Registry) -> dict[str, View]:
+def canary_views(registry: Registry) -> dict[str, WatchedView]:
     """Map each entity without a domain to the preference view from which its canary is read."""
-    found: dict[str, View] = {}
+    found: dict[str, WatchedView] = {}
     for view in watched_relations(registry):
         declared = registry.preferences.get(view.relation)
-        if declared is None or not isinstance(view, View) or view.unclear:
+        if declared is None or not isinstance(view, WatchedView) or view.unclear:
             continue
         entity = registry.entity(declared.entity)
         if entity.table is not None or entity.name in found:
@@ -156,7 +156,7 @@ def canary_views(registry: Registry) -> dict[str, View]:
 def read_views(
     engine: EngineConfiguration,
     registry: Registry,
-    views: Mapping[str, View],
+    views: Mapping[str, WatchedView],
     session: psycopg.Connection[Any] | None = None,
 ) -> dict[str, int | None]:
     """Read the newest canary event of each entity from its view in `canary_views`, over a session if there is one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -109,14 +109,16 @@ def online_lag(
     sample: int = 64,
     now: datetime,
     count_rows: bool = True,
+    page: Iterable[Id] | None = None,
     wait: Callable[[float], None] = time.sleep,
 ) -> OnlineLag:
     """Compare a sample of one domain's ids between its rolling view and DynamoDB.
 
     The sample consists of `sample` ids with rows, chosen by the hash of their key among the most recently
     changed ones, so that the same ids are followed through every domain and from one measurement to the next;
-    as many published ids without a row; and one page of the table from a position that moves with `now`
-    (UTC). The cost does not depend on the number of ids, except for `count_rows`, which reads the whole view.
+    as many published ids without a row; and the domain's ids on one page of the table from a position that
+    moves with `now` (UTC), or in `page`, which another domain of the table has read too (`table_page`). The cost
+    does not depend on the number of ids, except for `count_rows`, which reads the whole view.
 
     A row that changes between the two reads is no difference: an item counts as different only when it
     matches neither the view's row before nor the one after. If the engine cannot tell the age of a
@@ -127,11 +129,22 @@ def online_lag(
     """
     with store.engine.connect() as connection:
         try:
-            return Comparison(connection, store, now).run(sample, count_rows, wait)
+            if page is None:
+                page = table_page([store], 4 * sample, now=now).get(store.domain.key, ())
+            return Comparison(connection, store, now).run(sample, count_rows, page, wait)
         except psycopg.Error as error:
             raise unreadable(f"domain {store.domain.name}", error) from error
         except StoreUnavailable as error:
             raise Unmeasurable(f"domain {store.domain.name}: {error}") from None
+
+
+def table_page(stores: Sequence[DomainStore], items: int, *, now: datetime) -> dict[str, set[Id]]:
+    """Return the ids, by domain key, on one page of the DynamoDB table that these domains share.
+
+    The page has so many items, and moves with `now` (UTC). Raises StoreUnavailable.
+    """
+    first = stores[0]
+    return first.items.page(first.domain.key, items, _place(now))
 
 
 @dataclass(frozen=True)
@@ -155,10 +168,11 @@ class Comparison:
         self.relation = sql.Identifier(self.engine.schema, self.domain.relation)
         self.published = sql.Identifier(self.engine.schema, "online_published")
 
-    def run(self, sample: int, count_rows: bool, wait: Callable[[float], None]) -> OnlineLag:
+    def run(
+        self, sample: int, count_rows: bool, page: Iterable[Id], wait: Callable[[float], None]
+    ) -> OnlineLag:
         """Compare once, as `online_lag` describes."""
-        ids: set[Id] = {*self._recent(sample), *self._left_behind(sample, everywhere=count_rows)}
-        ids |= self.items.page(self.domain.key, 4 * sample, _place(self.now))
+        ids: set[Id] = {*self._recent(sample), *self._left_behind(sample, everywhere=count_rows), *page}
         before = self.rows(ids)
         items = self.items.get(self.domain.key, ids)
         suspects = [id_ for id_ in ids if self.differs(before.get(id_), items.get(id_))]
@@ -218,7 +232,7 @@ class Comparison:
         return sql.SQL(" and ").join(sql.SQL("{} is not null").format(column) for column in self.key_columns)
 
     def _left_behind(self, sample: int, everywhere: bool) -> list[Id]:
-        # RisingWave's sinks keep no such memory; there, leftovers are found through the table's page.
+        # RisingWave's sinks keep no such memory; there, leftovers are found on the table's page only.
         if self.engine.kind != "local":
             return []
         gone = sql.SQL(

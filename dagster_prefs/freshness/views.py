@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
 import psycopg
-import sqlglot
 from psycopg import IsolationLevel, sql
-from sqlglot import exp
 
-from dagster_prefs.declarations.contract import LAST_EVENT_AT
-from dagster_prefs.declarations.registry import Registry, TopicDeclaration
+from dagster_prefs.declarations.registry import Registry, TopicDeclaration, Upstream, WatchedView
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.events.progress import unread
 from dagster_prefs.freshness.levels import Unmeasurable, unreadable
@@ -45,62 +41,9 @@ class Typed:
         return self.declared.relation
 
 
-@dataclass(frozen=True)
-class Upstream:
-    """A relation from which a view is computed, with its `time` column.
-
-    `only` is the condition on the rows that the view shows; a rolling view shows those whose `day` is one of
-    the last `days` (UTC).
-    """
-
-    relation: str
-    time: str
-    only: str = "true"
-    day: str | None = None
-    days: int = 0
-
-
-@dataclass(frozen=True)
-class View:
-    """A view with a time column, and the relations from which its newest time is computed.
-
-    The time of a rolling view is in epoch milliseconds. `columns` are the names of the view's columns;
-    `unclear` gives the reason why the age of missing rows cannot be determined, where that is so.
-    """
-
-    topic: str
-    relation: str
-    time: str
-    upstreams: tuple[Upstream, ...]
-    columns: frozenset[str] = frozenset()
-    unclear: str = ""
-
-    @property
-    def is_rolling(self) -> bool:
-        """Whether the view is a window over tiles."""
-        return any(upstream.day for upstream in self.upstreams)
-
-
-def watched_relations(registry: Registry) -> tuple[Typed | View, ...]:
-    """Return every typed relation, tile and rolling view, and the preference views that have a newest time.
-
-    A view's upstream relations and their conditions are derived from its query.
-    """
-    typed = typed_relations(registry)
-    times: dict[str, tuple[str, str]] = {
-        one.relation: (one.topic, one.declared.time) for one in typed if one.declared.time
-    }
-    rolling = [domain.relation for domain in registry.contract.domains.values()]
-    others = [name for name in registry.queries if name not in {*rolling, *registry.tiles}]
-    views: list[View] = []
-    for relation in others:
-        found = _view(registry, relation, times)
-        if not found.unclear:
-            views.append(found)
-    views += [_view(registry, relation, times) for relation in registry.tiles]
-    times |= {view.relation: (view.topic, LAST_EVENT_AT) for view in views if view.relation in registry.tiles}
-    views += [_view(registry, relation, times) for relation in rolling]
-    return (*typed, *views)
+def watched_relations(registry: Registry) -> tuple[Typed | WatchedView, ...]:
+    """Return every typed relation, tile and rolling view, and the preference views that have a newest time."""
+    return (*typed_relations(registry), *registry.watched)
 
 
 def typed_relations(registry: Registry) -> tuple[Typed, ...]:
@@ -114,83 +57,6 @@ def typed_relations(registry: Registry) -> tuple[Typed, ...]:
         )
         for topic in registry.topics.values()
     )
-
-
-def _view(registry: Registry, relation: str, times: Mapping[str, tuple[str, str]]) -> View:
-    """Derive a view's upstreams from its query. `times`: possible upstream → its topic and time column."""
-    query = sqlglot.parse_one(registry.query(relation), dialect="risingwave")
-    selects = {cte.alias: cte.this for cte in query.find_all(exp.CTE)}
-    final = query
-    while final.is_star and (name := final.args["from_"].this.name) in selects:
-        final = selects[name]
-    columns = frozenset(column.alias_or_name for column in final.expressions)
-    candidates = [column for column in final.expressions if column.alias_or_name == LAST_EVENT_AT]
-    for column in candidates or final.expressions:
-        sources = list(_sources(column, final, selects))
-        newest = sources and all(
-            times.get(table, ("", ""))[1] == name and is_newest for _, table, name, is_newest in sources
-        )
-        if newest:
-            upstreams = [_upstream(registry, select, table, name) for select, table, name, _ in sources]
-            known = {found.relation: found for found in upstreams if found is not None}
-            topic = times[sources[0][1]][0]
-            unclear = "" if len(known) == len({table for _, table, _, _ in sources}) else _JOINED
-            return View(topic, relation, column.alias_or_name, tuple(known.values()), columns, unclear)
-    return View("", relation, LAST_EVENT_AT, (), columns, _TIMELESS)
-
-
-_JOINED = (
-    "its query reads events or tiles together with something else, so that which of them it shows is not known: read "
-    "them in a CTE of their own"
-)
-_TIMELESS = (
-    f"its query has no {LAST_EVENT_AT} that is the newest time of its inputs: add max(…) as {LAST_EVENT_AT}"
-)
-
-
-def _sources(
-    expression: exp.Expr,
-    select: exp.Expr,
-    selects: Mapping[str, exp.Query],
-    is_newest: bool = False,
-) -> Iterator[tuple[exp.Expr, str, str, bool]]:
-    """Yield the columns from which an expression is computed.
-
-    Each with the select that reads it, its relation, its name, and whether the expression takes its newest
-    value.
-    """
-    if isinstance(select, exp.SetOperation):
-        place = select.named_selects.index(expression.alias_or_name)
-        for side in (select.left, select.right):
-            yield from _sources(side.selects[place], side, selects, is_newest)
-        return
-    read = [select.args["from_"].this, *(join.this for join in select.args.get("joins") or ())]
-    for column in expression.find_all(exp.Column):
-        taken = is_newest or isinstance(column.find_ancestor(exp.Max, exp.Select), exp.Max)
-        tables = [table for table in read if table.alias_or_name == column.table] or read[:1]
-        name = tables[0].name
-        if name not in selects:
-            yield select, name, column.name, taken
-            continue
-        inner = selects[name]
-        for made in inner.selects:
-            if made.alias_or_name == column.name:
-                yield from _sources(made, inner, selects, taken)
-
-
-def _upstream(registry: Registry, select: exp.Expr, relation: str, time: str) -> Upstream | None:
-    """Return what a select shows of the relation that it reads, None if that cannot be determined."""
-    if select.args.get("joins"):
-        return None
-    where = select.args.get("where")
-    tile = registry.tiles.get(relation)
-    if tile is None:
-        return Upstream(relation, time, where.this.sql(dialect="postgres") if where else "true")
-    interval = where.find(exp.Interval) if where else None
-    if where is None or interval is None or tile.day not in {c.name for c in where.find_all(exp.Column)}:
-        return None
-    # The query's filter is day + (N + 1) days > now.
-    return Upstream(relation, time, day=tile.day, days=int(interval.this.name) - 1)
 
 
 @dataclass(frozen=True)
@@ -215,7 +81,11 @@ class ViewLag:
 
 
 def view_lag(
-    connection: psycopg.Connection[Any], engine: EngineConfiguration, relation: Typed | View, *, now: datetime
+    connection: psycopg.Connection[Any],
+    engine: EngineConfiguration,
+    relation: Typed | WatchedView,
+    *,
+    now: datetime,
 ) -> ViewLag:
     """Measure how far a typed relation lags behind the messages that arrived, or a view behind its upstream.
 
@@ -415,7 +285,7 @@ def _is_accounted_for(
 
 
 def _view_lag(
-    connection: psycopg.Connection[Any], engine: EngineConfiguration, view: View, now: datetime
+    connection: psycopg.Connection[Any], engine: EngineConfiguration, view: WatchedView, now: datetime
 ) -> ViewLag:
     if view.unclear:
         raise Unmeasurable(f"{view.relation} cannot be watched: {view.unclear}")

@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from types import MappingProxyType
+from dataclasses import dataclass, field
 from typing import Any
 
 import psycopg
@@ -42,36 +42,56 @@ PLACES_PER_LINE = 20
 # which it finds the brokers gone: for the ids of the topics, and for the messages.
 WORKS_SECONDS = 20.0
 
-# Publishes the items of these keys of a domain (texts as in the engine's outbox); with None, compares all items.
-Publish = Callable[[Domain, Sequence[str] | None], None]
+# Publishes the items of these keys of a domain (texts as in the engine's outbox), over this connection to the engine;
+# None compares all of them.
+Publish = Callable[[Domain, Sequence[str] | None, psycopg.Connection[Any]], None]
 # Reads events into the raw tables until the event is set.
 Read = Callable[[threading.Event], None]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a follower does by a project's declarations: it publishes their domains, and runs `readers`.
+
+    Each reader, keyed by what it reads, has a thread of its own.
+    """
+
+    registry: Registry
+    publish: Publish
+    readers: Mapping[str, Read] = field(default_factory=dict)
 
 
 class Follower:
     """Takes steps and publishes, for one engine; while it does, it holds the lock of the engine's only follower.
 
-    `process` is its name in messages. Each of `readers` (keyed by what it reads) has a thread of its own. `say`
-    receives one line per event that a person waits for: a rebuild, a problem and its end. The log also has each step,
-    with its id as `step` and the places of the messages that it took, and each publish with the range of its steps.
+    `declared` returns the work by the declarations as they are now. It is asked again whenever the deployment changed,
+    or `applied` (the fingerprint of what was applied last) did, so that a follower needs no restart after an apply.
+    `process` is its name in messages. `say` receives one line per event that a person waits for: a rebuild, new
+    declarations, a problem and its end. The log also has each step, with its id as `step` and the places of the
+    messages that it took, and each publish with the range of its steps.
     """
 
     def __init__(
         self,
         engine: EngineConfiguration,
-        registry: Registry,
-        publish: Publish,
+        declared: Callable[[], Work],
         *,
         process: str,
-        readers: Mapping[str, Read] = MappingProxyType({}),
+        applied: Callable[[], str] = lambda: "",
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.engine = engine
-        self.registry = registry
-        self.publish = publish
         self.process = process
-        self.readers = readers
         self.say = say
+        self.work = declared()
+        self._declared = declared
+        self._applied = applied
+        self._stamp = applied()
+        self._next: Work | None = None
+        # The domains' sinks whose items are still to be compared as a whole.
+        self._unmarked: set[str] = set()
+        self._reading: list[threading.Thread] = []
+        self._end_reading = threading.Event()
         self._problems: dict[str, str] = {}
         self._last_step = 0
         self._changed = threading.Event()
@@ -82,24 +102,21 @@ class Follower:
         Raises FollowedElsewhere at the start if another process follows the engine.
         """
         pauses = Pauses(*RETRY_SECONDS)
-        threads = [
-            threading.Thread(target=self._publish_until, args=[stop], name="publish", daemon=True),
-            *(
-                threading.Thread(target=self._read_until, args=[name, read, stop], name=name, daemon=True)
-                for name, read in self.readers.items()
-            ),
-        ]
+        publishing = threading.Thread(target=self._publish_until, args=[stop], name="publish", daemon=True)
         started = False
         try:
             while not stop.is_set():
                 try:
                     with self._steps() as steps, self.engine.connect() as listening:
                         listening.execute(sql.SQL("listen {}").format(sql.Identifier(CHANNEL)))
+                        self._unmarked = {
+                            domain.sink for domain in self.work.registry.contract.domains.values()
+                        }
                         self._mark_domains(steps.connection)
                         if not started:
                             started = True
-                            for thread in threads:
-                                thread.start()
+                            publishing.start()
+                            self._start_readers()
                         while not stop.is_set():
                             self._follow(steps, listening)
                             pauses.reset()
@@ -113,8 +130,9 @@ class Follower:
         finally:
             stop.set()
             self._changed.set()
-            for thread in threads if started else ():
-                thread.join()
+            self._end_readers()
+            if started:
+                publishing.join()
         self._leave()
 
     def catch_up(self) -> int:
@@ -134,6 +152,7 @@ class Follower:
                     messages += report.messages
                     if report.idle:
                         break
+                self._unmarked = {domain.sink for domain in self.work.registry.contract.domains.values()}
                 self._mark_domains(steps.connection)
                 while self.publish_changes(steps.connection):
                     pass
@@ -143,7 +162,7 @@ class Follower:
 
     @contextmanager
     def _steps(self) -> Iterator[Steps]:
-        steps = Steps(self.engine, self.registry)
+        steps = Steps(self.engine, self.work.registry, self._declare)
         try:
             ((taken,),) = steps.connection.execute(
                 "select pg_try_advisory_lock(hashtextextended(%s, 0))", [follow_lock(self.engine)]
@@ -159,8 +178,38 @@ class Follower:
         finally:
             steps.close()
 
+    def _declare(self) -> Registry:
+        """Return the declarations as they are now. The work by them begins with `_renew`."""
+        self._stamp = self._applied()
+        work = self._declared()
+        if work.registry != self.work.registry:
+            self._next = work
+        return work.registry
+
+    def _renew(self) -> None:
+        """Go on by the declarations that the last step found, and have the domains that they change compared."""
+        work, self._next = self._next, None
+        if work is None:
+            return
+        before = self.work.registry.contract.domains
+        self._end_readers()
+        self.work = work
+        self._unmarked |= {
+            domain.sink
+            for name, domain in work.registry.contract.domains.items()
+            if before.get(name) != domain
+        }
+        self._start_readers()
+        text = "the declarations changed: following the new ones"
+        self.say(text)
+        log.info(text, extra={"step": self._last_step})
+
     def _follow(self, steps: Steps, listening: psycopg.Connection[Any]) -> None:
+        if self._stamp != self._applied():
+            steps.forget_deployed()
         report = steps.step()
+        self._renew()
+        self._mark_domains(steps.connection)
         self._solved("steps")
         self._tell(steps.connection, report)
         if not report.more and not report.messages:
@@ -236,7 +285,8 @@ class Follower:
         the end.
         """
         found, errors = False, []
-        domains = {domain.sink: domain for domain in self.registry.contract.domains.values()}
+        work = self.work
+        domains = {domain.sink: domain for domain in work.registry.contract.domains.values()}
         pending = dict(
             connection.execute(
                 sql.SQL("select relation, since from {} where relation = any(%s)").format(
@@ -249,7 +299,7 @@ class Follower:
             try:
                 if sink in pending:
                     found = True
-                    self.publish(domain, None)
+                    work.publish(domain, None, connection)
                     log.info("compared every item of %s", domain.name, extra={"domain": domain.name})
                     connection.execute(
                         sql.SQL("delete from {} where relation = %s and since = %s").format(
@@ -257,14 +307,14 @@ class Follower:
                         ),
                         [sink, pending[sink]],
                     )
-                found = self._publish_touched(connection, domain) or found
+                found = self._publish_touched(connection, domain, work.publish) or found
             except PrefsError as error:
                 errors.append(error)
         if errors:
             raise errors[0]
         return found
 
-    def _publish_touched(self, connection: psycopg.Connection[Any], domain: Domain) -> bool:
+    def _publish_touched(self, connection: psycopg.Connection[Any], domain: Domain, publish: Publish) -> bool:
         rows = connection.execute(
             sql.SQL(
                 "select entity_key, step, first_step from {} where domain_key = %s order by first_step limit %s"
@@ -273,7 +323,7 @@ class Follower:
         ).fetchall()
         if not rows:
             return False
-        self.publish(domain, [key for key, _, _ in rows])
+        publish(domain, [key for key, _, _ in rows], connection)
         steps = [step for _, step, _ in rows]
         log.info(
             "published what %d keys of %s have now",
@@ -305,19 +355,39 @@ class Follower:
         return True
 
     def _mark_domains(self, connection: psycopg.Connection[Any]) -> None:
-        """Have every domain compared once, because the store may have changed since the last follower ended."""
-        connection.execute(
+        """Have domains compared whose items may be from other declarations or another store, once they are deployed."""
+        if not self._unmarked:
+            return
+        marked = connection.execute(
             sql.SQL(
-                "insert into {0} (relation) select r from unnest(%s::text[]) as r"
-                " where to_regclass(format('%%I.%%I', %s::text, r)) is not null on conflict do nothing"
+                "insert into {} (relation) select r from unnest(%s::text[]) as r"
+                " where to_regclass(format('%%I.%%I', %s::text, r)) is not null"
+                # A comparison in progress may have begun with the former declarations.
+                " on conflict (relation) do update set since = clock_timestamp() returning relation"
             ).format(self._table("live_pending")),
-            [
-                [domain.sink for domain in self.registry.contract.domains.values()],
-                self.engine.schema,
-            ],
-        )
+            [sorted(self._unmarked), self.engine.schema],
+        ).fetchall()
+        self._unmarked -= {sink for (sink,) in marked}
 
     # --- reading ---
+
+    def _start_readers(self) -> None:
+        self._end_reading = threading.Event()
+        self._reading = [
+            threading.Thread(
+                target=self._read_until, args=[name, read, self._end_reading], name=name, daemon=True
+            )
+            for name, read in self.work.readers.items()
+        ]
+        for thread in self._reading:
+            thread.start()
+
+    def _end_readers(self) -> None:
+        self._end_reading.set()
+        for thread in self._reading:
+            thread.join()
+        for name in self.work.readers:
+            self._problems.pop(name, None)
 
     def _read_until(self, name: str, read: Read, stop: threading.Event) -> None:
         pauses = Pauses(*RETRY_SECONDS)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -85,12 +85,22 @@ class StepReport:
 
 
 class Steps:
-    """The steps over one connection; only one process at a time takes them."""
+    """The steps over one connection; only one process at a time takes them.
 
-    def __init__(self, engine: EngineConfiguration, registry: Registry) -> None:
+    `declared` returns the project's declarations as they are now, the same ones by default. It is asked whenever the
+    deployment changed, so that views and declarations belong together.
+    """
+
+    def __init__(
+        self,
+        engine: EngineConfiguration,
+        registry: Registry,
+        declared: Callable[[], Registry] | None = None,
+    ) -> None:
         self.engine = engine
         self.registry = registry
         self.connection = engine.connect()
+        self._declared = declared or (lambda: registry)
         # A statement is planned anew for its keys, because their number varies from a handful to thousands.
         self.connection.prepare_threshold = None
         self._deployed: str | None = None
@@ -103,12 +113,12 @@ class Steps:
 
     @property
     def views(self) -> LiveViews:
-        """The kept views as currently deployed. Raises NotDeployed before the first run of dbt."""
+        """The kept views as currently deployed. Raises NotDeployed before the first run of dbt, RegistryError."""
         try:
             ((deployed,),) = self.connection.execute(
                 sql.SQL(
                     "select md5(string_agg(concat_ws('/', relation, checksum, state), ',' order by relation)) from {}"
-                    " where kind = 'materialized_view'"
+                    " where relation not like 'pending:%'"
                 ).format(self._table("deployments"))
             ).fetchall()
         except psycopg.Error as error:
@@ -116,6 +126,8 @@ class Steps:
                 raise NotDeployed(f"{missing}: nothing is deployed yet; run `prefs apply`") from None
             raise
         if self._views is None or deployed != self._deployed:
+            if self._deployed is not None:
+                self.registry = self._declared()
             views = read_views(self.connection, self.engine, self.registry)
             self._prepare(views)
             self._views, self._deployed = views, deployed
@@ -139,6 +151,10 @@ class Steps:
                     self._due_at = started + DUE_SECONDS
         report.seconds = time.monotonic() - started
         return report
+
+    def forget_deployed(self) -> None:
+        """Have the next step read views and declarations again, though the deployed models may be the same."""
+        self._views, self._deployed = None, ""
 
     def make_all_due(self) -> None:
         """Have the next step check the clock, regardless of the last check."""

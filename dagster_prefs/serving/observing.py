@@ -1,4 +1,4 @@
-"""What the clients tell about their reads, to whoever counts or traces them; to nobody by default.
+"""Observe the clients' reads, to count or trace them. By default nothing is observed.
 
 An observer is told of each call of a client and of each attempt within it. `ReadCounts` counts them without any further
 package, `dagster_prefs.serving.prometheus` shows its counts to Prometheus, and `dagster_prefs.serving.telemetry` makes
@@ -32,20 +32,20 @@ MOST_READS_NOTED = 8
 
 FOUND, COLD_START, FAILED = "found", "cold_start", "error"
 
-# Errors without a `kind` of their own, by their class, which this module need not import: with the engine's errors
-# would come its driver.
+# The kinds of errors that state none, by the name of their class: importing the engine's errors would import its
+# driver.
 _KINDS = {
     "ItemError": "item",
     "EngineBusy": "busy",
     "EngineUnavailable": "unavailable",
     "PreferencesUnavailable": "unavailable",
 }
-# Those of a caller who asked for something impossible: nothing was read.
+# Errors of a caller who asked for something impossible: nothing was read.
 _OF_CALLERS = frozenset({"ProfileError", "ContractError", "PreferenceError"})
 
 
 class Outcome(NamedTuple):
-    """How one domain was read: `found`, `cold_start` or `error`, and then the error's kind, else an empty text.
+    """The outcome of reading one domain: `found`, `cold_start`, or `error` with the error's kind, else empty.
 
     A domain that failed and is answered with cold-start values is an `error`.
     """
@@ -99,10 +99,10 @@ class Call(Protocol):
 
 
 class Observer(Protocol):
-    """Is told of every call of a client, from many threads. It must be quick, and raise nothing."""
+    """Observes every call of a client, from many threads. Its methods must be quick and not raise."""
 
     def call(self, entity: str, operation: str) -> Call:
-        """A call begins: of which entity, and which method of the client."""
+        """A call begins, of this entity and this method of the client."""
         ...
 
 
@@ -110,21 +110,21 @@ class RequestSpan(Protocol):
     """The trace of one request to the feature server."""
 
     def end(self, route: str, status: int) -> None:
-        """The request ended: its route without values, and the HTTP status, 0 if its client went away before."""
+        """The request ended, with its route without values and the HTTP status; 0 if its client disconnected first."""
         ...
 
 
 class RequestSpans(Protocol):
-    """Begins the trace of each request, in the trace that its headers name."""
+    """Begins the trace of each request, within the trace that its headers name."""
 
     def start(self, method: str, headers: Iterable[tuple[bytes, bytes]]) -> RequestSpan:
-        """A request arrives. What runs in its context from now on belongs to it."""
+        """A request arrives. Whatever runs in this context from now on belongs to it."""
         ...
 
 
 @dataclass(frozen=True)
 class Watched:
-    """What a feature server shows of itself: the counts of its clients' reads, and the traces of its requests."""
+    """What a feature server exposes about itself: the counts of its clients' reads, and its requests' traces."""
 
     counts: ReadCounts | None = None
     spans: RequestSpans | None = None
@@ -142,7 +142,7 @@ def telemetry_is_on(environment: Mapping[str, str]) -> bool:
 
 @dataclass
 class Histogram:
-    """Seconds in the buckets of LATENCY_BUCKETS; the last count is of those beyond."""
+    """Durations in the buckets of LATENCY_BUCKETS, in seconds; the last count is of the longer ones."""
 
     buckets: list[int] = field(default_factory=lambda: [0] * (len(LATENCY_BUCKETS) + 1))
     seconds: float = 0.0
@@ -163,10 +163,10 @@ class Histogram:
 
 @dataclass
 class Counts:
-    """What ReadCounts has counted.
+    """The counts of ReadCounts.
 
-    `reads` by entity and outcome, `partial` profiles by entity, `attempts` by entity and the worst that happened to
-    one (`ok` or the kind of an error), `seconds` by entity and operation.
+    `reads` by entity and outcome, `partial` profiles by entity, `attempts` by entity and result (`ok` or the kind of
+    the first error), `seconds` by entity and operation.
     """
 
     reads: Counter[tuple[str, Outcome]] = field(default_factory=Counter)
@@ -176,7 +176,7 @@ class Counts:
 
 
 class ReadCounts:
-    """Counts the reads of any number of clients; an observer for their options.
+    """Counts the reads of any number of clients; pass it as `observer` in their options.
 
     `ProfileClient(…, options=ClientOptions(observer=counts))`, then `counts.snapshot()`. `timed` is called with an
     entity, an operation and the seconds of several such calls, some time later, and before the next snapshot.
@@ -197,7 +197,7 @@ class ReadCounts:
         return self._calls.get(key) or self._calls.setdefault(key, _Counting(self, key))
 
     def snapshot(self) -> Counts:
-        """Return a copy of what was counted so far."""
+        """Return a copy of the counts so far."""
         with self._lock:
             ended = self._add_notes()
             now = self._counts
@@ -306,7 +306,7 @@ def error_kind(error: BaseException) -> str:
 
 
 class _Reading:
-    """The call of the shop client that runs in this context; `found` is whether its user is known."""
+    """The call of the shop client in this context; `found` says whether its user is known."""
 
     __slots__ = ("call", "found", "results")
 
@@ -321,9 +321,9 @@ _READING: ContextVar[_Reading | None] = ContextVar("prefs_reading", default=None
 
 @contextmanager
 def reading(observer: Observer | None, entity: str, domain: str) -> Iterator[_Reading]:
-    """Tell of the block as one call that reads one domain; it sets `found` of what it gets.
+    """Observe the block as one call that reads one domain; the block sets `found` of the value it gets.
 
-    What the block raises is counted, unless it is the caller's own mistake.
+    An error of the block is counted, unless it is the caller's mistake.
     """
     if observer is None:
         yield _Reading(None)
@@ -348,7 +348,7 @@ def reading(observer: Observer | None, entity: str, domain: str) -> Iterator[_Re
 
 
 def attempting(read: Callable[[C], T], operation: str) -> Callable[[C], T]:
-    """Have each call of `read` told as an attempt of the call that runs in this context; as it is where none runs."""
+    """Observe each call of `read` as an attempt of the current call; return `read` unchanged if there is none."""
     told = _READING.get()
     if told is None or told.call is None:
         return read

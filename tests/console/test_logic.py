@@ -330,7 +330,7 @@ def test_production_refuses_the_switch(settings: Callable[..., Settings]) -> Non
     ("variables", "demo", "says"),
     [
         ({}, True, None),
-        ({}, False, "holds none of a demo"),
+        ({}, False, "holds no demo events"),
         ({"PREFS_CONSOLE_SEND": "on"}, False, None),
         ({"PREFS_CONSOLE_SEND": "off"}, True, "PREFS_CONSOLE_SEND is off"),
         ({"PREFS_PROVISIONING": "verify"}, True, "in production"),
@@ -338,7 +338,7 @@ def test_production_refuses_the_switch(settings: Callable[..., Settings]) -> Non
         (
             {"PREFS_ENGINE": "risingwave", "AWS_ENDPOINT_URL": "http://127.0.0.1:1"},
             True,
-            "holds none of a demo",
+            "holds no demo events",
         ),
     ],
 )

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
 
 import psycopg
 import pytest
 from confluent_kafka import Producer
+from psycopg import sql
 from relations import insert_events, instant
 from shipped import LONG
 from streams import MIDNIGHT, NOW, watch
@@ -21,7 +23,7 @@ from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.dynamodb.publisher import PublishError
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.events import topics
-from dagster_prefs.live.follower import Follower, Publish
+from dagster_prefs.live.follower import Follower, Publish, Work
 from dagster_prefs.live.presence import FollowedElsewhere, FollowerProblem, read_follower, wait_until_applied
 from dagster_prefs.platform import DomainPublisher, Platform
 from dagster_prefs.settings import load_settings
@@ -45,7 +47,7 @@ def platform(deployed: EngineConfiguration, aws_endpoint: str, monkeypatch: pyte
 def following(engine: EngineConfiguration, registry: Registry, publish: Publish) -> Iterator[list[str]]:
     """A follower at work, and the lines that it says."""
     said: list[str] = []
-    with running(Follower(engine, registry, publish, process="the test", say=said.append)):
+    with running(Follower(engine, lambda: Work(registry, publish), process="the test", say=said.append)):
         yield said
 
 
@@ -110,7 +112,7 @@ def test_messages_of_kafka_reach_dynamodb(
         wait_for(lambda: minutes(platform) == {"1": 2})
     rejected = session.execute("select reason from rejected_events").fetchall()
     assert rejected == [("not valid JSON",)]
-    assert follower.readers.keys() >= {f"Kafka topic {name}" for name in platform.registry.topics}
+    assert follower.work.readers.keys() >= {f"Kafka topic {name}" for name in platform.registry.topics}
     # Another follower goes on where this one stopped.
     with running(reading.follower()):
         producer.produce(topic, watch(3, 1, MIDNIGHT).data)
@@ -138,7 +140,7 @@ def test_only_touched_keys_are_published(
 ) -> None:
     published: list[tuple[str, tuple[str, ...] | None]] = []
 
-    def publish(domain: Domain, keys: Sequence[str] | None) -> None:
+    def publish(domain: Domain, keys: Sequence[str] | None, connection: psycopg.Connection) -> None:
         published.append((domain.name, keys if keys is None else tuple(sorted(keys))))
 
     with following(deployed, registry, publish):
@@ -182,12 +184,12 @@ def test_only_touched_keys_are_published(
 def test_one_process_follows_at_a_time(
     deployed: EngineConfiguration, registry: Registry, session: psycopg.Connection
 ) -> None:
-    def publish(domain: Domain, keys: Sequence[str] | None) -> None:
+    def publish(domain: Domain, keys: Sequence[str] | None, connection: psycopg.Connection) -> None:
         """Nobody is served here."""
 
     with following(deployed, registry, publish):
         wait_for(lambda: read_follower(session, deployed))
-        second = Follower(deployed, registry, publish, process="another")
+        second = Follower(deployed, lambda: Work(registry, publish), process="another")
         with pytest.raises(FollowedElsewhere, match="the test follows this engine already: stop it first"):
             second.run(threading.Event())
     insert_events(session, [watch(1, 1, MIDNIGHT)])
@@ -200,7 +202,7 @@ def test_a_problem_is_told_until_it_is_gone(
     broken = threading.Event()
     broken.set()
 
-    def publish(domain: Domain, keys: Sequence[str] | None) -> None:
+    def publish(domain: Domain, keys: Sequence[str] | None, connection: psycopg.Connection) -> None:
         if broken.is_set():
             raise PublishError("DynamoDB is down: start it")
 
@@ -228,7 +230,7 @@ def test_a_domain_that_cannot_be_published_holds_up_no_other(
     published: list[str] = []
     first, *others = (domain.name for domain in registry.contract.domains.values())
 
-    def publish(domain: Domain, keys: Sequence[str] | None) -> None:
+    def publish(domain: Domain, keys: Sequence[str] | None, connection: psycopg.Connection) -> None:
         if domain.name == first:
             raise PublishError("viewer 3: its item is too large")
         published.append(domain.name)
@@ -244,7 +246,7 @@ def test_a_domain_that_cannot_be_published_holds_up_no_other(
 def test_it_goes_on_after_the_engine_ended_its_sessions(
     deployed: EngineConfiguration, registry: Registry, session: psycopg.Connection
 ) -> None:
-    def publish(domain: Domain, keys: Sequence[str] | None) -> None:
+    def publish(domain: Domain, keys: Sequence[str] | None, connection: psycopg.Connection) -> None:
         """Nobody is served here."""
 
     with following(deployed, registry, publish):
@@ -255,3 +257,72 @@ def test_it_goes_on_after_the_engine_ended_its_sessions(
         )
         insert_events(session, [watch(1, 1, MIDNIGHT)])
         wait_for(lambda: session.execute("select from viewer_engagement_rolling").fetchall())
+
+
+def test_it_goes_on_by_the_declarations_that_were_applied_last(
+    platform: Platform, session: psycopg.Connection, caplog: pytest.LogCaptureFixture
+) -> None:
+    before, (first, *_) = platform.registry, platform.registry.contract.domains.values()
+    names = {domain.name for domain in before.contract.domains.values()}
+    domains = {**before.contract.domains, first.key: replace(first, name="renamed")}
+    after = replace(before, contract=replace(before.contract, domains=domains))
+    declared, stamp = before, "first"
+    published: list[tuple[str, bool]] = []
+    read: list[str] = []
+
+    def reads(name: str) -> Callable[[threading.Event], None]:
+        def read_until(stop: threading.Event) -> None:
+            read.append(name)
+            stop.wait()
+            read.append(f"{name} ended")
+
+        return read_until
+
+    def publish(domain: Domain, keys: Sequence[str] | None, connection: psycopg.Connection) -> None:
+        published.append((domain.name, keys is None))
+
+    def work() -> Work:
+        return Work(declared, publish, {"events": reads("old" if declared == before else "new")})
+
+    follower = Follower(platform.engine, work, process="the test", applied=lambda: stamp)
+    with running(follower):
+        wait_for(lambda: {name for name, _ in published} == names)
+        published.clear()
+        # Declarations that nobody applied are none of its business, even across a lost connection.
+        declared = after
+        session.execute(
+            "select pg_terminate_backend(pid) from pg_stat_activity"
+            " where datname = current_database() and pid <> pg_backend_pid()"
+        )
+        wait_for(lambda: {name for name, _ in published} == names)
+        assert read == ["old"]
+        published.clear()
+        stamp = "second"
+        wait_for(lambda: published)
+        assert published == [("renamed", True)]
+        wait_for(lambda: read == ["old", "old ended", "new"])
+        # An apply that changes none of the declarations ends nobody's reading.
+        stamp = "third"
+        insert_events(session, [watch(1, 1, MIDNIGHT)])
+        wait_until_applied(platform.engine, seconds=PATIENCE_SECONDS)
+        assert read == ["old", "old ended", "new"]
+        # A run of dbt leaves no stamp, but another deployment; a domain waits for its sink.
+        published.clear()
+        session.execute(
+            sql.SQL("alter view {} rename to missing").format(
+                sql.Identifier(platform.engine.schema, first.sink)
+            )
+        )
+        declared = before
+        session.execute("update deployments set checksum = 'other' where relation = %s", [first.sink])
+        wait_for(lambda: read[3:] == ["new ended", "old"])
+        insert_events(session, [watch(2, 1, MIDNIGHT)])
+        wait_until_applied(platform.engine, seconds=PATIENCE_SECONDS)
+        assert (first.name, True) not in published
+        session.execute(
+            sql.SQL("alter view {} rename to {}").format(
+                sql.Identifier(platform.engine.schema, "missing"), sql.Identifier(first.sink)
+            )
+        )
+        wait_for(lambda: (first.name, True) in published)
+    assert read[-1] == "old ended"

@@ -17,7 +17,7 @@ from dagster_prefs.defs.assembly import build_definitions
 from dagster_prefs.defs.events import CATCH_UP_JOB, NEW_EVENTS_SENSOR
 from dagster_prefs.defs.feature_views import REFRESH_JOB
 from dagster_prefs.engine.connection import EngineConfiguration
-from dagster_prefs.live.follower import Follower
+from dagster_prefs.live.follower import Follower, Work
 from dagster_prefs.live.presence import read_follower
 from dagster_prefs.platform import Platform
 from dagster_prefs.settings import Settings, load_settings
@@ -101,7 +101,7 @@ def test_arriving_events_are_applied_by_one_run_where_nobody_follows(
         assert {item["viewer_id"]["N"] for item in watched} == {"0", "1", "2"}
 
         stop = threading.Event()
-        follower = Follower(deployed, settings.registry(), lambda domain, keys: None, process="the test")
+        follower = Follower(deployed, lambda: Work(settings.registry(), lambda *_: None), process="the test")
         thread = threading.Thread(target=follower.run, args=[stop])
         thread.start()
         try:

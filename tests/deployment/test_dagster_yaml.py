@@ -2,58 +2,47 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+
+import pytest
+from dagster import DagsterInstance
 
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.local.services import LocalServices
 
 CONFIG = Path(__file__).resolve().parents[2] / "infra" / "dagster" / "dagster.yaml"
 
-LOAD = """
-import json, sys
-from dagster import DagsterInstance
-with DagsterInstance.from_config(sys.argv[1]) as instance:
-    queue = instance.get_concurrency_config().run_queue_config
-    print(json.dumps({
-        "runs": type(instance.run_storage).__name__,
-        "events": type(instance.event_log_storage).__name__,
-        "schedules": type(instance.schedule_storage).__name__,
-        "coordinator": type(instance.run_coordinator).__name__,
-        "at_once": queue.max_concurrent_runs,
-        "retries": [instance.run_retries_enabled, instance.run_retries_max_retries],
-        "monitored": [instance.run_monitoring_enabled, instance.run_monitoring_max_runtime_seconds],
-        "retention": instance.get_settings("retention"),
-        "telemetry": instance.telemetry_enabled,
-        "stored": instance.get_runs_count(),
-    }))
-"""
-
 
 def test_instance_loads_on_postgresql(
-    engine: EngineConfiguration, services: LocalServices, tmp_path: Path
+    engine: EngineConfiguration, services: LocalServices, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copy(CONFIG, tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD, str(tmp_path)],
-        env=os.environ
-        | {
-            "DAGSTER_HOME": str(tmp_path),
-            "DAGSTER_PG_HOST": engine.host,
-            "DAGSTER_PG_PORT": str(engine.port),
-            "DAGSTER_PG_DATABASE": engine.database,
-            "DAGSTER_PG_USER": engine.user,
-            "DAGSTER_PG_PASSWORD": services.passfile.read_text().rpartition(":")[2].strip(),
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == {
+    for name, value in {
+        "DAGSTER_HOME": str(tmp_path),
+        "DAGSTER_PG_HOST": engine.host,
+        "DAGSTER_PG_PORT": str(engine.port),
+        "DAGSTER_PG_DATABASE": engine.database,
+        "DAGSTER_PG_USER": engine.user,
+        "DAGSTER_PG_PASSWORD": services.passfile.read_text().rpartition(":")[2].strip(),
+    }.items():
+        monkeypatch.setenv(name, value)
+    with DagsterInstance.from_config(str(tmp_path)) as instance:
+        queue = instance.get_concurrency_config().run_queue_config
+        assert queue is not None
+        found = {
+            "runs": type(instance.run_storage).__name__,
+            "events": type(instance.event_log_storage).__name__,
+            "schedules": type(instance.schedule_storage).__name__,
+            "coordinator": type(instance.run_coordinator).__name__,
+            "at_once": queue.max_concurrent_runs,
+            "retries": [instance.run_retries_enabled, instance.run_retries_max_retries],
+            "monitored": [instance.run_monitoring_enabled, instance.run_monitoring_max_runtime_seconds],
+            "retention": instance.get_settings("retention"),
+            "telemetry": instance.telemetry_enabled,
+            "stored": instance.get_runs_count(),
+        }
+    assert found == {
         "runs": "PostgresRunStorage",
         "events": "PostgresEventLogStorage",
         "schedules": "PostgresScheduleStorage",

@@ -14,6 +14,10 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from warm import Warm
+
+from dagster_prefs.platform import Platform
+from dagster_prefs.settings import load_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "infra" / "docker"
@@ -129,31 +133,35 @@ print(json.dumps(sorted(job.name for job in defs.resolve_all_job_defs())))
 
 
 @pytest.mark.slow
-def test_definitions_load_from_what_the_image_holds(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("warm")
+def test_definitions_load_from_what_the_image_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the embedded services and the development tools, the code location still loads."""
+    environment = laid_out("code-location", tmp_path) | {"PREFS_DATA_DIR": str(tmp_path / "state")}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    # The image's files are parsed ahead: dbt's own process, which would do it, has all that is installed here.
+    parsed = Platform(load_settings()).dbt
+    parsed.manifest()
+    written = parsed.manifest_path.stat().st_mtime_ns
     done = subprocess.run(
         [sys.executable, "-c", BLOCKED + LOAD, json.dumps(sorted(pins(FOLDER / "code-location.lock")))],
         cwd=tmp_path,
-        env=laid_out("code-location", tmp_path) | {"PREFS_DATA_DIR": str(tmp_path / "state")},
+        env=environment,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert {"refresh", "export", "freshness_checks"} <= set(json.loads(done.stdout.splitlines()[-1]))
+    assert parsed.manifest_path.stat().st_mtime_ns == written
 
 
 @pytest.mark.slow
-def test_the_code_location_ends_when_its_definitions_do_not_load(tmp_path: Path) -> None:
+def test_the_code_location_ends_when_its_definitions_do_not_load(tmp_path: Path, warm: Warm) -> None:
     """A health check asks whether the port answers: a server that goes on without definitions would pass it."""
     (command,) = re.findall(r"^CMD (\[.*\])$", (FOLDER / "code-location.Dockerfile").read_text(), re.M)
-    program, *words = json.loads(command)
-    done = subprocess.run(
-        [Path(sys.executable).with_name(program), *words],
-        cwd=ROOT,
-        env={**os.environ, "DAGSTER_HOME": str(tmp_path), "PREFS_ENGINE": "no such engine"},
-        capture_output=True,
-        text=True,
-        timeout=300,
+    done = warm.run(
+        json.loads(command),
+        environment={**os.environ, "DAGSTER_HOME": str(tmp_path), "PREFS_ENGINE": "no such engine"},
     )
     assert done.returncode != 0
     assert "PREFS_ENGINE" in done.stderr

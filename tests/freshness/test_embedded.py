@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import psycopg
 import pytest
 from shipped import REGISTRY
 from waiting import PATIENCE_SECONDS, wait_for
@@ -27,7 +28,7 @@ from dagster_prefs.freshness.embedded import DISK, FOLLOWER, SERVER, _judge, _St
 from dagster_prefs.freshness.levels import Measure
 from dagster_prefs.freshness.metrics import render_metrics
 from dagster_prefs.freshness.status import Status
-from dagster_prefs.live.follower import Follower
+from dagster_prefs.live.follower import Follower, Publish, Work
 from dagster_prefs.platform import Platform
 from dagster_prefs.settings import Settings
 
@@ -62,9 +63,9 @@ def process(world: Any, endpoint: str, folder: Path) -> Iterator[subprocess.Pope
 
 
 @contextmanager
-def thread(world: Any, publish: Callable[[Domain, Sequence[str] | None], None]) -> Iterator[None]:
+def thread(world: Any, publish: Publish) -> Iterator[None]:
     stop = threading.Event()
-    follower = Follower(world.engine, REGISTRY, publish, process="the test")
+    follower = Follower(world.engine, lambda: Work(REGISTRY, publish), process="the test")
     running = threading.Thread(target=follower.run, args=[stop])
     running.start()
     try:
@@ -74,7 +75,7 @@ def thread(world: Any, publish: Callable[[Domain, Sequence[str] | None], None]) 
         running.join()
 
 
-def nowhere(domain: Domain, keys: Sequence[str] | None) -> None:
+def nowhere(domain: Domain, keys: Sequence[str] | None, connection: psycopg.Connection) -> None:
     """Nobody is served here."""
 
 
@@ -168,7 +169,7 @@ def test_a_problem_and_who_holds_it_up_are_named_until_they_are_gone(world: Any,
     broken = threading.Event()
     broken.set()
 
-    def publish(domain: Domain, keys: Sequence[str] | None) -> None:
+    def publish(domain: Domain, keys: Sequence[str] | None, connection: psycopg.Connection) -> None:
         if broken.is_set():
             raise PublishError("DynamoDB is down: start it")
 

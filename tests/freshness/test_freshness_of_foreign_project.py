@@ -9,7 +9,9 @@ from pathlib import Path
 from declared import COURSES
 from foreign import REGISTRY, TODAY, School, lesson
 
+from dagster_prefs.declarations.registry import WatchedView
 from dagster_prefs.declarations.reserved import canary_of
+from dagster_prefs.declarations.watched import watched_views
 from dagster_prefs.dynamodb.publisher import publish_domain
 from dagster_prefs.dynamodb.store import domain_stores
 from dagster_prefs.dynamodb.tables import dynamodb_client, provision
@@ -25,7 +27,7 @@ from dagster_prefs.freshness.canary import (
     send_canary,
 )
 from dagster_prefs.freshness.measures import measure_ingestion, measure_offline, measure_online, measure_views
-from dagster_prefs.freshness.views import View, watched_relations
+from dagster_prefs.freshness.views import watched_relations
 from dagster_prefs.iceberg.catalog import open_catalog
 from dagster_prefs.serving import ProfileClient
 
@@ -33,8 +35,8 @@ from dagster_prefs.serving import ProfileClient
 def test_what_is_watched_follows_from_the_queries() -> None:
     typed, tile, rolling = watched_relations(REGISTRY)
     assert typed.relation == "lesson_events"
-    assert isinstance(tile, View)
-    assert isinstance(rolling, View)
+    assert isinstance(tile, WatchedView)
+    assert isinstance(rolling, WatchedView)
     assert [(one.relation, one.time, one.only) for one in tile.upstreams] == [
         ("lesson_events", "happened_at", "true")
     ]
@@ -45,19 +47,17 @@ def test_what_is_watched_follows_from_the_queries() -> None:
     assert canary_paths(REGISTRY) == ["progress"]
     assert canary_views(REGISTRY) == {}
     without = "select learner_id, count(*) as lessons from lesson_events group by learner_id"
-    (_, unclear, _) = watched_relations(
+    unclear, _ = watched_views(
         dataclasses.replace(REGISTRY, queries={**REGISTRY.queries, "learner_lessons_1d": without})
     )
-    assert isinstance(unclear, View)
     assert "no last_event_at that is the newest time of its inputs" in unclear.unclear
     joined = (
         "select e.learner_id, max(e.happened_at) as last_event_at from lesson_events e "
         "join lessons on lessons.lesson_id = e.lesson_id group by e.learner_id"
     )
-    (_, unclear, _) = watched_relations(
+    unclear, _ = watched_views(
         dataclasses.replace(REGISTRY, queries={**REGISTRY.queries, "learner_lessons_1d": joined})
     )
-    assert isinstance(unclear, View)
     assert "together with something else" in unclear.unclear
 
 

@@ -115,3 +115,9 @@ def test_free_ports_differ_while_they_are_held(free_port: Callable[[], int]) -> 
 
 def test_the_files_that_start_first_exist() -> None:
     assert [name for name in longest.LONGEST if not (longest.FOLDER / name).is_file()] == []
+
+
+def test_files_are_handed_out_in_that_order_before_all_others(request: pytest.FixtureRequest) -> None:
+    files = list(dict.fromkeys(item.path for item in request.session.items))
+    first = [longest.FOLDER / name for name in longest.LONGEST if longest.FOLDER / name in files]
+    assert files[: len(first)] == first

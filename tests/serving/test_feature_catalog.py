@@ -15,6 +15,7 @@ import sqlglot
 from declared import COURSES, PROJECT
 from personal_data import marked
 from psycopg import sql
+from shipped import LONG, SHORT
 
 from dagster_prefs.declarations.registry import Registry, load_registry
 from dagster_prefs.engine.connection import EngineConfiguration
@@ -80,7 +81,7 @@ def test_what_is_made_from_a_person_is_personal(catalogs: dict[Path, FeatureCata
         "view_events.viewer_id",
     } <= personal
     assert "viewer_watch_metrics_1d.viewer_id" in personal
-    assert not {"items.item_id", "items.title", "user.events.category", "watch.titles_7d"} & personal
+    assert not {"items.item_id", "items.title", "user.events.category", f"watch.titles_{SHORT}d"} & personal
     assert {one.name for one in catalogs[COURSES].entries if one.is_personal} >= {
         "lesson_events.learner_id",
         "lesson_events.event_id",
@@ -127,13 +128,13 @@ def test_what_no_training_set_has_says_why(catalogs: dict[Path, FeatureCatalog])
 def test_search_finds_by_name_first_and_by_meaning(catalogs: dict[Path, FeatureCatalog]) -> None:
     catalog = catalogs[PROJECT]
     found = [one.name for one in catalog.search("Watch_Minutes")]
-    assert found == ["watch.watch_minutes_7d", "watch.watch_minutes_28d"]
+    assert found == [f"watch.watch_minutes_{SHORT}d", f"watch.watch_minutes_{LONG}d"]
     assert "preferences.favorite_genre" in [one.name for one in catalog.search("genre ties")]
     # By where it comes from.
-    assert "watch.titles_7d" in [one.name for one in catalog.search("attribute content_id")]
+    assert f"watch.titles_{SHORT}d" in [one.name for one in catalog.search("attribute content_id")]
     assert catalog.search("no such thing") == ()
     assert catalog.search("") == catalog.entries
-    with pytest.raises(CatalogError, match=r"no 'watch\.titels_7d': did you mean watch\.titles_7d"):
+    with pytest.raises(CatalogError, match=rf"no 'watch\.titels_7d': did you mean watch\.titles_{SHORT}d"):
         catalog.entry("watch.titels_7d")
 
 
@@ -189,7 +190,7 @@ def test_examples_are_of_nobody(database: EngineConfiguration, catalogs: dict[Pa
     entries = [
         catalogs[PROJECT].entry(f"view_events.{name}", "field")
         for name in ("viewer_id", "genre", "content_id")
-    ] + [catalogs[PROJECT].entry("watch.titles_7d"), catalogs[PROJECT].entry("view_events", "topic")]
+    ] + [catalogs[PROJECT].entry(f"watch.titles_{SHORT}d"), catalogs[PROJECT].entry("view_events", "topic")]
     with engine.connect() as connection:
         connection.execute(sql.SQL("create schema {}").format(sql.Identifier(engine.schema)))
         table = sql.Identifier(engine.schema, "view_events")

@@ -22,15 +22,6 @@ def terraform_binary() -> str:
     return binary
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What needs no applied environment first: it runs while Terraform applies, which mostly waits."""
-    room = [item for item in items if item.path.parent == Path(__file__).parent]
-    places = [place for place, item in enumerate(items) if item in room]
-    room.sort(key=needs_applied)
-    for place, item in zip(places, room, strict=True):
-        items[place] = item
-
-
 def pytest_collection_finish(session: pytest.Session) -> None:
     """The apply begins with the run, whichever process will need it and when."""
     binary = shutil.which("terraform")

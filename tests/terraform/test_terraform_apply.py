@@ -22,8 +22,9 @@ import pytest
 from iam_policy import ALLOWED, EXPLICITLY_DENIED, NOT_ALLOWED, decide
 from pyiceberg.catalog import Catalog
 from pyiceberg.table import Table
-from shipped import GENRE, INTERACTIONS, WATCH
+from shipped import GENRE, INTERACTIONS, SHORT, WATCH
 from terraform_harness import CREDENTIALS, REGISTRY, ROOT, Applied, clean_environment, recorded_requests
+from warm import Warm
 
 from dagster_prefs.declarations.contract import load_contract
 from dagster_prefs.dynamodb.access import ItemAccess
@@ -105,7 +106,7 @@ def test_demo_runs_against_what_was_applied(
     policies: dict[str, list[dict[str, Any]]],
     local_credentials: None,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    warm: Warm,
 ) -> None:
     """`terraform output -raw env > .env` is all that the platform is told, and its roles allow all that it asks."""
     env_file = tmp_path / ".env"
@@ -117,10 +118,7 @@ def test_demo_runs_against_what_was_applied(
     }  # fmt: skip
 
     def prefs(*arguments: str) -> str:
-        done = subprocess.run(
-            [Path(sys.executable).with_name("prefs"), *arguments],
-            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
+        done = warm.run(["prefs", *arguments], environment=environment)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
         return done.stdout
 
@@ -218,11 +216,15 @@ def test_lake_is_closed_versioned_and_encrypted(applied: Applied) -> None:
 
 def test_lake_demands_modern_tls(applied: Applied) -> None:
     """The local server has no TLS, so the policy is not in force there: its document stands in the state."""
-    state = json.loads(applied.terraform.run("show", "-json").stdout)
-    documents = {
-        resource["address"]: resource["values"] for resource in state["values"]["root_module"]["resources"]
-    }
-    policy = json.loads(documents["data.aws_iam_policy_document.lake"]["json"])
+    state = json.loads((applied.terraform.folder / "terraform.tfstate").read_text())
+    (document,) = [
+        instance["attributes"]
+        for resource in state["resources"]
+        if (resource["mode"], resource["type"], resource["name"])
+        == ("data", "aws_iam_policy_document", "lake")
+        for instance in resource["instances"]
+    ]
+    policy = json.loads(document["json"])
     caller = ("AWS", f"arn:aws:iam::{ACCOUNT}:role/staging-prefs-exporter")
     for action, resource in (("s3:GetObject", f"{BUCKET}/warehouse/x"), ("s3:ListBucket", BUCKET)):
         answers = [
@@ -314,7 +316,7 @@ REQUESTS: list[tuple[str, str, dict[str, Any], set[str]]] = [
     ("dynamodb:GetItem", TABLE, {"dynamodb:LeadingKeys": ["7"]}, {"serving-reader"}),
     ("dynamodb:BatchGetItem", TABLE, {"dynamodb:LeadingKeys": ["7", "-8"]}, READERS),
     ("dynamodb:Scan", TABLE, KEYS_ONLY, {"freshness-reader"}),
-    ("dynamodb:Scan", TABLE, KEYS_ONLY | {"dynamodb:Attributes": ["viewer_id", "watch_minutes_7d"]}, set()),
+    ("dynamodb:Scan", TABLE, KEYS_ONLY | {"dynamodb:Attributes": ["viewer_id", f"watch_minutes_{SHORT}d"]}, set()),
     ("dynamodb:Scan", TABLE, KEYS_ONLY | {"dynamodb:Select": "ALL_ATTRIBUTES"}, set()),
     ("dynamodb:Scan", TABLE, {"dynamodb:Attributes": ["viewer_id"]}, {"freshness-reader"}),
     ("dynamodb:Scan", TABLE, {"dynamodb:Select": "ALL_ATTRIBUTES"}, set()),
@@ -658,16 +660,19 @@ def test_a_deployment_from_before_tables_had_entities_keeps_its_table(applied: A
     former = terraform.folder / "former.tfstate"
     shutil.copyfile(terraform.folder / "terraform.tfstate", former)
     terraform.run("state", "mv", f"-state={former}", address, "aws_dynamodb_table.profiles")
-    terraform.run(
-        "plan", "-no-color", "-refresh=false", f"-state={former}", "-out=former.plan", *applied.variables
-    )
-    shown = json.loads(terraform.run("show", "-json", "former.plan").stdout)
-    change = next(entry for entry in shown["resource_changes"] if entry["address"] == address)
-    assert (change["change"]["actions"], change["previous_address"]) == (
-        ["no-op"],
-        "aws_dynamodb_table.profiles",
-    )
-    assert not any("delete" in entry["change"]["actions"] for entry in shown["resource_changes"])
+    planned = terraform.run("plan", "-json", "-refresh=false", f"-state={former}", *applied.variables).stdout
+    changes = [
+        event["change"]
+        for event in map(json.loads, planned.splitlines())
+        if event["type"] == "planned_change"
+    ]
+    # A move alone: with any other change of the table its action would be that.
+    assert [
+        (change["action"], change["previous_resource"]["addr"])
+        for change in changes
+        if change["resource"]["addr"] == address
+    ] == [("move", "aws_dynamodb_table.profiles")]
+    assert not {"delete", "replace"} & {change["action"] for change in changes}
 
 
 # --- several environments, and the way out ------------------------------------------------------------
