@@ -32,7 +32,7 @@ from opentelemetry.sdk.metrics.export import (
 from opentelemetry.sdk.resources import SERVICE_NAME, Resource
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SpanExporter
 from opentelemetry.sdk.trace.id_generator import IdGenerator
-from opentelemetry.sdk.trace.sampling import Decision
+from opentelemetry.sdk.trace.sampling import TraceIdRatioBased
 from opentelemetry.trace import (
     Span,
     SpanKind,
@@ -64,7 +64,7 @@ _ERROR = Status(StatusCode.ERROR)
 # So many traces are sampled or not in a row.
 DRAWN_AT_ONCE = 256
 _BY_ID_AND_PARENT = re.compile(
-    r"ParentBased\{root:(TraceIdRatioBased\{[^}]*\}|AlwaysOnSampler|AlwaysOffSampler),"
+    r"ParentBased\{root:(?:TraceIdRatioBased\{([^}]*)\}|(AlwaysOnSampler)|AlwaysOffSampler),"
     r"remoteParentSampled:AlwaysOnSampler,remoteParentNotSampled:AlwaysOffSampler,"
     r"localParentSampled:AlwaysOnSampler,localParentNotSampled:AlwaysOffSampler\}"
 )
@@ -213,10 +213,12 @@ class _Draws(IdGenerator):
             # Of a tracer that another observer draws for already, each span is begun.
             return None
         plain = _BY_ID_AND_PARENT.fullmatch(tracer.sampler.get_description())
-        return cls(tracer) if plain else None
+        return cls(tracer, float(plain[1] or bool(plain[2]))) if plain else None
 
-    def __init__(self, tracer: sdk_trace.Tracer) -> None:
-        self._sampler = tracer.sampler
+    def __init__(self, tracer: sdk_trace.Tracer, share: float) -> None:
+        # As TraceIdRatioBased decides: asking the sampler itself takes 3 µs a draw, this 0.2 µs.
+        self._limit = TraceIdRatioBased.TRACE_ID_LIMIT
+        self._bound = TraceIdRatioBased.get_bound_for_rate(share)
         self._ids = tracer.id_generator
         self._drawn: deque[int | None] = deque()
         self._next = threading.local()
@@ -228,15 +230,12 @@ class _Draws(IdGenerator):
             drawn = self._drawn.popleft()
         except IndexError:
             ids = [self._ids.generate_trace_id() for _ in range(DRAWN_AT_ONCE)]
-            drawn, *others = (id_ if self._samples(id_) else None for id_ in ids)
+            drawn, *others = [id_ if id_ & self._limit < self._bound else None for id_ in ids]
             self._drawn.extend(others)
         if drawn is None:
             return False
         self._next.id = drawn
         return True
-
-    def _samples(self, trace_id: int) -> bool:
-        return self._sampler.should_sample(Context(), trace_id, SCOPE).decision is Decision.RECORD_AND_SAMPLE
 
     def generate_trace_id(self) -> int:
         """Return the id that was drawn in this thread, or else a new one."""
