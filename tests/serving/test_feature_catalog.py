@@ -8,15 +8,15 @@ import subprocess
 import uuid
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 
 import pytest
 import sqlglot
 from declared import COURSES, PROJECT
+from personal_data import marked
 from psycopg import sql
 from shipped import LONG, SHORT
 
-from dagster_prefs.declarations.registry import load_registry
+from dagster_prefs.declarations.registry import Registry, load_registry
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.serving.feature_catalog import (
     MOST_EXAMPLES,
@@ -83,16 +83,32 @@ def test_what_is_made_from_a_person_is_personal(catalogs: dict[Path, FeatureCata
     }
 
 
-def test_what_is_made_from_a_personal_column_of_a_tile_is_personal() -> None:
+def test_what_is_made_from_personal_data_is_personal() -> None:
+    def attributes(registry: Registry) -> set[str]:
+        return {
+            f"{domain.name}.{name}"
+            for domain in registry.contract.domains.values()
+            for name in domain.attributes
+            if registry.is_personal(domain.relation, name)
+        }
+
     registry = load_registry(PROJECT)
-    tile = registry.tiles["viewer_genre_metrics_1d"]
-    columns = {**tile.columns, "genre": replace(tile.columns["genre"], pii=True)}
-    marked = replace(
-        registry, tiles={**registry.tiles, tile.relation: replace(tile, columns=MappingProxyType(columns))}
-    )
-    catalog = load_catalog(PROJECT, marked)
-    found = {one.name for one in catalog.entries if one.is_personal and one.kind == "attribute"}
-    assert found == {"preferences.favorite_genre", "preferences.favorite_genres"}
+    both = {"preferences.favorite_genre", "preferences.favorite_genres"}
+    assert attributes(registry) == set()
+    # Declared at the event's field, or further down.
+    field = marked(registry, view_events__genre=True)
+    assert attributes(field) == both | {"watch.genres_watched_28d"}
+    shown = {one.name for one in load_catalog(PROJECT, field).entries if one.is_personal}
+    assert {"view_events.genre", "viewer_genre_metrics_1d.genre", *attributes(field)} <= shown
+    assert attributes(marked(registry, viewer_genre_metrics_1d__genre=True)) == both
+    one = marked(registry, viewer_preferences_rolling__favorite_genre=True)
+    assert attributes(one) == {"preferences.favorite_genre"}
+    # A number of genres names none: what is said of a column further down is final.
+    counted = marked(registry, view_events__genre=True, viewer_watch_metrics_1d__genres_watched=False)
+    assert attributes(counted) == both
+    # Without the knowledge nobody can say that a value is not.
+    unknown = attributes(replace(registry, personal=None))
+    assert len(unknown) == sum(len(one.attributes) for one in registry.contract.domains.values())
 
 
 def test_what_no_training_set_has_says_why(catalogs: dict[Path, FeatureCatalog]) -> None:
