@@ -1,8 +1,7 @@
-"""Send column lineage as OpenLineage events, to who collects it; off unless OpenLineage's own variables are set.
+"""Send column lineage to a collector as OpenLineage events. Off unless OpenLineage's own variables are set.
 
-An apply sends an event for each relation, an export one for its training table. Sending never fails the work: what
-went wrong is a warning in the log, and after the first failure nothing more is sent. Where it is off, nothing of
-OpenLineage is imported.
+An apply sends an event for each relation, an export one for its training table. A failure to send never fails the
+work: it is logged as a warning, and no further event is sent. While sending is off, OpenLineage is not imported.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ class Places:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset with the sources of its columns: column → (dataset, its column, how it is used)."""
+    """A dataset and the sources of its columns: column → (dataset, its column, how it is used)."""
 
     namespace: str
     name: str
@@ -63,12 +62,12 @@ def is_on(environment: Mapping[str, str] = os.environ) -> bool:
     """Return whether OpenLineage's variables name a collector."""
     if environment.get("OPENLINEAGE_DISABLED", "").strip().lower() == "true":
         return False
-    # Not its other variables, which its client sets itself.
+    # OpenLineage's other variables do not count, because its client sets some of them itself.
     return any(environment.get(name) for name in ("OPENLINEAGE_URL", "OPENLINEAGE_CONFIG"))
 
 
 def applied_datasets(registry: Registry, lineage: Lineage, places: Places) -> list[Dataset]:
-    """Return what an apply brings about: events, views and items, each with where its columns come from."""
+    """Return the datasets that an apply updates: events, views and items, each with the sources of its columns."""
     found = [_relation(relation, lineage, places) for relation in (*lineage.typed, *lineage.relations)]
     for domain in registry.contract.domains.values():
         table = registry.contract.table_of(domain)
@@ -87,7 +86,7 @@ def applied_datasets(registry: Registry, lineage: Lineage, places: Places) -> li
 
 
 def exported_dataset(registry: Registry, relation: str, places: Places) -> Dataset:
-    """Return the training table of a tile, with where its columns come from."""
+    """Return the training table of a tile, with the sources of its columns."""
     tile = registry.tiles[relation]
     return _same(places.iceberg, f"{places.iceberg_prefix}{tile.table}", tile.columns, relation, places)
 
@@ -113,9 +112,9 @@ def _same(namespace: str, name: str, columns: Iterable[str], relation: str, plac
 
 
 def send(job: str, project: str, datasets: Callable[[], Iterable[Dataset]]) -> str | None:
-    """Send an event for each dataset; return why not all were sent, None if they were, or if it is off.
+    """Send an event for each dataset. Return why one was not sent; None if all were, or if sending is off.
 
-    The reason is logged as a warning, too.
+    The reason is also logged as a warning.
     """
     if not is_on():
         return None
@@ -127,7 +126,7 @@ def send(job: str, project: str, datasets: Callable[[], Iterable[Dataset]]) -> s
     else:
         try:
             _send(job, project, datasets())
-        # Its transports raise whatever their libraries do.
+        # OpenLineage's transports raise the exceptions of their libraries, which are not known here.
         except Exception as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     if reason is not None:

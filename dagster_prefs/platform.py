@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from dagster_prefs.events.inputs import Input
     from dagster_prefs.events.topics import TopicGeneration
     from dagster_prefs.freshness.canary import Probe
+    from dagster_prefs.freshness.drift import DriftMemo
     from dagster_prefs.freshness.exports_memo import ExportsMemo
     from dagster_prefs.freshness.status import Sources
     from dagster_prefs.iceberg.exporter import Exporter
@@ -74,6 +75,7 @@ class Platform:
     @property
     def sources(self) -> Sources:
         """The sources of the freshness and lag measures."""
+        from dagster_prefs.freshness.drift import DriftReadings
         from dagster_prefs.freshness.status import Sources
 
         settings = self.settings
@@ -91,23 +93,41 @@ class Platform:
             follows=settings.follows,
             by_sink=settings.export == "sink",
             memo=self._exports_memo,
+            drift=DriftReadings(self.drift, settings.registry, self._drift_memo),
         )
 
     @property
     def _exports_memo(self) -> ExportsMemo | None:
-        from dagster_prefs.files import catalog_file, local_folder
         from dagster_prefs.freshness.exports_memo import ExportsMemo
 
-        settings = self.settings
-        folder = local_folder(settings.warehouse)
-        if settings.iceberg_catalog != "sqlite" or folder is None:
+        settings, catalog = self.settings, self._sqlite_catalog
+        if catalog is None:
             return None
         return ExportsMemo(
             settings.data_dir / "exports-seen.json",
-            catalog_file(folder.absolute()),
+            catalog,
             settings.iceberg_namespace,
             settings.export_start_date,
         )
+
+    @property
+    def _drift_memo(self) -> DriftMemo | None:
+        from dagster_prefs.freshness.drift import DriftMemo
+
+        settings, catalog = self.settings, self._sqlite_catalog
+        if catalog is None:
+            return None
+        return DriftMemo(settings.data_dir / "drift-seen.json", catalog, settings.iceberg_namespace)
+
+    @property
+    def _sqlite_catalog(self) -> Path | None:
+        """The file of the SQLite catalog, None where another catalog is used."""
+        from dagster_prefs.files import catalog_file, local_folder
+
+        folder = local_folder(self.settings.warehouse)
+        if self.settings.iceberg_catalog != "sqlite" or folder is None:
+            return None
+        return catalog_file(folder.absolute())
 
     @property
     def kafka(self) -> KafkaSource:

@@ -27,7 +27,7 @@ SHORT, LONG = REGISTRY.variables["windows"]["short"], REGISTRY.variables["window
 # The attributes whose values tests/offline_store/oracle.py computes and tests/dynamodb writes, by domain.
 COMPUTED: Mapping[str, tuple[str, ...]] = {
     "watch": (
-        "watch_minutes_7d", f"watch_minutes_{LONG}d", "titles_7d", f"completions_{LONG}d",
+        f"watch_minutes_{SHORT}d", f"watch_minutes_{LONG}d", f"titles_{SHORT}d", f"completions_{LONG}d",
         f"genres_watched_{LONG}d",
     ),
     "interactions": (f"likes_{LONG}d", f"shares_{LONG}d", f"searches_{LONG}d"),

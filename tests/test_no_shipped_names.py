@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from shipped import SHORT
+
 from dagster_prefs.declarations.registry import Registry
 
 PACKAGE = Path(__file__).resolve().parents[1] / "dagster_prefs"
@@ -89,7 +91,8 @@ def test_what_is_searched_is_of_every_kind(registry: Registry) -> None:
     searched = compound(registry)
     assert {
         "user.events", "raw_view_events", "items_parsed", "viewer_id", "shop_user", "watch_duration_sec",
-        "viewer_genre_metrics_1d", "viewer_genre_daily", "engagement#watch", "watch_minutes_7d", "viewer_profiles",
+        "viewer_genre_metrics_1d", "viewer_genre_daily", "engagement#watch", f"watch_minutes_{SHORT}d",
+        "viewer_profiles",
     } <= searched  # fmt: skip
     assert told("a viewer_id, raw_view_events_2 and `user.events`.", searched) == [
         "1: viewer_id",

@@ -352,7 +352,7 @@ def test_an_attribute_goes_into_a_group_in_a_cte(tmp_path: Path) -> None:
         (lambda new: new.attribute("views_28d"), "views_28d exists already"),
         (lambda new: new.attribute("visitor_id"), "already has the column visitor_id"),
         (lambda new: new.attribute("n_7d"), "says 7 days, and the windows of the view are of 28"),
-        (lambda new: new.attribute("n_28d", column="view_date"), "has no number 'view_date'"),
+        (lambda new: new.attribute("n_28d", column="view_date"), "has no numeric column 'view_date'"),
         (lambda new: new.attribute("n_28d", domain="nope"), "no domain 'nope'"),
         (lambda new: new.entity("visitor"), "visitor exists already"),
         (lambda new: new.entity("order", ["id:uuid4"]), "'id:uuid4' is not a key"),

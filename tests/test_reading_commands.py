@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from built_state import command_environment
+from shipped import SHORT
 
 from dagster_prefs.engine.connection import EngineConfiguration
 
@@ -35,11 +36,11 @@ COMMANDS: list[tuple[str, set[str]]] = [
     ("profile 5", set()),
     ("rank u1", set()),
     ("topics", set()),
-    ("lineage watch.titles_7d", set()),
+    (f"lineage watch.titles_{SHORT}d", set()),
     # The views' own SQL says what they read.
-    ("why 5 watch_minutes_7d", {"sqlglot"}),
+    (f"why 5 watch_minutes_{SHORT}d", {"sqlglot"}),
     ("why u1 user_category_profile.affinity_score", {"sqlglot"}),
-    ("catalog --search titles_7d", {"sqlglot"}),
+    (f"catalog --search titles_{SHORT}d", {"sqlglot"}),
     ("catalog view_events.genre --json", {"sqlglot"}),
     # The training tables are Iceberg's.
     ("status --json", {"sqlglot", "pyarrow", "pyiceberg", "sqlalchemy"}),
@@ -96,7 +97,7 @@ def test_what_each_command_loads(
     for (command, allowed), (_, loaded, said) in zip(commands, lines, strict=True):
         assert HEAVY & set(loaded) <= allowed, f"prefs {command}\n{said}"
     said = {command: text for command, _, text in lines}
-    assert "field content_id of topic view_events" in said["lineage watch.titles_7d"]
+    assert "field content_id of topic view_events" in said[f"lineage watch.titles_{SHORT}d"]
     assert "user_category_profile.affinity_score" in said["why u1 user_category_profile.affinity_score"]
     (genre,) = json.loads(said["catalog view_events.genre --json"])
     assert genre["sample"] == {"rows": 0, "null_share": None, "examples": []}

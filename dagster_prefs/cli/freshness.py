@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import click
 
@@ -74,20 +74,33 @@ def status(watch: bool, interval: float, as_json: bool) -> int:
             time.sleep(interval)
 
 
+class OfflineReadings(Protocol):
+    """Measures the training tables, and the drift of what is in them."""
+
+    def exports(self, now: datetime) -> list[Measure]:
+        """Return the measures of the training tables."""
+        ...
+
+    def drift(self, now: datetime) -> list[Measure]:
+        """Return a measure for each cause of drift."""
+        ...
+
+
 @contextmanager
-def readings(
-    settings: Settings, exports: Callable[[datetime], list[Measure]] | None = None
-) -> Iterator[Callable[[], Status]]:
+def readings(settings: Settings, offline: OfflineReadings | None = None) -> Iterator[Callable[[], Status]]:
     """Yield a function that reads all measures; those of the canary come from the stored ticks.
 
-    `exports` measures the training tables, which loads Iceberg's libraries into this process where it is None.
+    `offline` measures the training tables and drift, which loads Iceberg's libraries into this process where it is
+    None.
     """
     from dagster_prefs.freshness.canary import measure_canary
     from dagster_prefs.freshness.prober import prober_ticks
     from dagster_prefs.freshness.status import evaluate
     from dagster_prefs.platform import Platform
 
-    sources = replace(Platform(settings).sources, exports=exports)
+    sources = Platform(settings).sources
+    if offline is not None:
+        sources = replace(sources, exports=offline.exports, drift=offline.drift)
 
     def now() -> datetime:
         return datetime.now(UTC)
@@ -150,17 +163,16 @@ def metrics(port: int) -> None:
     At /metrics, on loopback.
     """
     from dagster_prefs.freshness.metrics import MetricsServer
-    from dagster_prefs.freshness.values import DriftReadings, ValueMetrics
+    from dagster_prefs.freshness.values import ValueMetrics
     from dagster_prefs.platform import Platform
 
     settings = load_settings()
     start_logging(settings)
     platform = Platform(settings)
-    drift = DriftReadings(platform.drift)
     values = ValueMetrics(platform.statistics)
     with (
         readings(settings) as read,
-        MetricsServer(lambda: drift.added_to(read()), port=port, others=[values]) as server,
+        MetricsServer(read, port=port, others=[values]) as server,
     ):
         console.print(f"metrics at http://127.0.0.1:{server.server_port}/metrics; Ctrl-C stops")
         server.serve_forever()

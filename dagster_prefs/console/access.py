@@ -1,7 +1,7 @@
-"""Who may use the console off loopback: tokens with scopes, sent by programs as a bearer, exchanged by browsers
-for a session.
+"""Access to the console off loopback: tokens with scopes. Programs send them as bearer tokens, and browsers exchange
+them for a session.
 
-On loopback without tokens everybody who passes the guard of `loopback.py` may do everything.
+On loopback without tokens, every request that passes the guard of `loopback.py` has all rights.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from urllib.parse import parse_qs, quote
 from dagster_prefs.errors import PrefsError, excerpt
 from dagster_prefs.loopback import App, Receive, Scope, Send
 
-# What a token may be good for: read the values of domains, use the shop's ranking, see how the pipeline does and what
-# is declared, send events.
+# The scopes of a token: read the values of domains, use the shop's ranking, see the pipeline's state and the
+# declarations, send events.
 Right = Literal["domains", "shop", "inspect", "send"]
 RIGHTS: tuple[Right, ...] = get_args(Right)
 
-# A shorter one could be guessed.
+# A shorter token could be guessed.
 LEAST_TOKEN_CHARACTERS = 24
 HASHED = "sha256:"
 COOKIE = "prefs_console"
@@ -36,19 +36,19 @@ OPEN_PATHS = frozenset({SIGN_IN, SIGN_OUT, "/healthz"})
 SESSION_SECONDS = 12 * 3600.0
 MOST_SESSIONS = 1000
 MOST_FORM_BYTES = 16 * 1024
-# How long a wrong token waits for its answer, seconds.
+# Delay of the answer to a wrong token, seconds.
 REFUSAL_SECONDS = 1.0
 # Key of the grant in a request's state.
 GRANT = "prefs_grant"
 
 
 class AccessError(PrefsError):
-    """A token is malformed, or what was asked for needs a right that the token has not."""
+    """A token is malformed, or lacks the right that a request needs."""
 
 
 @dataclass(frozen=True)
 class Grant:
-    """Who asks, and what for: `name` is the token's, empty on loopback without tokens."""
+    """What a request may do. `name` is the token's, empty on loopback without tokens."""
 
     rights: frozenset[Right]
     name: str = ""
@@ -59,7 +59,7 @@ class Grant:
             raise AccessError(self.refusal(right))
 
     def refusal(self, right: Right) -> str:
-        """Say that this right is missing, and the remedy."""
+        """Return the error of a missing right, with the remedy."""
         return (
             f"the token {self.name!r} has {', '.join(sorted(self.rights))}, and this needs {right}: add it to the "
             "token's scopes in PREFS_CONSOLE_TOKENS, or sign in with another token"
@@ -67,7 +67,7 @@ class Grant:
 
 
 EVERYTHING = Grant(frozenset(RIGHTS))
-# What a request may do that did not pass the gate.
+# The grant of a request that did not pass the gate.
 NOTHING = Grant(frozenset())
 
 
@@ -125,7 +125,7 @@ def _rights(token: str, text: str) -> frozenset[Right]:
 
 
 def find_token(tokens: Iterable[Token], secret: str) -> Token | None:
-    """Return the token with this secret, in a time that does not depend on which one, or None."""
+    """Return the token with this secret, or None. Takes the same time for every token."""
     digest, found = _digest(secret), None
     for token in tokens:
         if hmac.compare_digest(token.digest, digest):
@@ -145,7 +145,7 @@ class Sessions:
         self._held: dict[str, tuple[Grant, float]] = {}
 
     def open(self, grant: Grant) -> str:
-        """Start a session and return its id; the oldest one gives way to too many."""
+        """Start a session and return its id. Ends the oldest session if there are too many."""
         now = self._clock()
         self._held = {key: one for key, one in self._held.items() if one[1] > now}
         while len(self._held) >= MOST_SESSIONS:
@@ -155,7 +155,7 @@ class Sessions:
         return id_
 
     def grant(self, id_: str) -> Grant | None:
-        """Return what a session may do, None if there is none of this id."""
+        """Return the grant of a session, None if there is none with this id."""
         held = self._held.get(_digest(id_))
         return held[0] if held is not None and held[1] > self._clock() else None
 
@@ -165,7 +165,7 @@ class Sessions:
 
 
 class TokenGate:
-    """ASGI middleware that admits who has a token, and notes what it grants in the request's state.
+    """ASGI middleware that admits requests with a token, and stores its grant in the request's state.
 
     `needed` returns the right that a path needs, None for one that any token may see. Without tokens everybody
     may do everything.
@@ -239,7 +239,7 @@ class TokenGate:
             page = sign_in_page(target, _WRONG)
             await _answer(send, 401, page, {"content-type": "text/html; charset=utf-8"})
             return
-        # Behind a proxy that ends TLS the browser still says that its page came over it.
+        # Behind a proxy that terminates TLS, only the browser's headers show that the page was loaded over TLS.
         secure = "; Secure" if headers.get("origin", "").startswith("https://") else ""
         cookie = (
             f"{COOKIE}={self._sessions.open(token.grant)}; Path=/; HttpOnly; SameSite=Lax; "
@@ -248,9 +248,7 @@ class TokenGate:
         await _answer(send, 303, "", {"location": target, "set-cookie": cookie})
 
 
-_WRONG = (
-    "this is none of the console's tokens: PREFS_CONSOLE_TOKENS, where the console was started, lists them"
-)
+_WRONG = "unknown token: use one of PREFS_CONSOLE_TOKENS, as set where the console was started"
 _NONE = (
     "the console needs a token here: send `Authorization: Bearer TOKEN`, with one of PREFS_CONSOLE_TOKENS, or open "
     f"{SIGN_IN} in a browser"
@@ -258,7 +256,7 @@ _NONE = (
 
 
 def sign_in_page(target: str, problem: str = "") -> str:
-    """Return the page that asks for a token, and goes on to the path `target`."""
+    """Return the page that asks for a token and then redirects to the path `target`."""
     told = f'<p role="alert">{html.escape(problem)}</p>' if problem else ""
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Sign in · dagster-prefs</title>
@@ -274,7 +272,7 @@ p[role=alert]{{color:#c62828}}</style></head>
 
 
 def _own_path(given: str) -> str:
-    """Return a path of this server, whatever was given: never the address of another one."""
+    """Return the given path if it is one of this server, never the address of another server."""
     return given if re.fullmatch(r"/(?![/\\])[\x21-\x7e]*", given) and "\\" not in given else "/"
 
 

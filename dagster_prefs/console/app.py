@@ -23,7 +23,7 @@ from dagster_prefs.loopback import LOOPBACK_NAMES, LoopbackGuard, listen, loopba
 
 log = logging.getLogger("dagster_prefs.console")
 
-# In the order of the navigation; the first one that the project has is shown at `/`.
+# In the order of the navigation. The first page that the project has is shown at `/`.
 PAGES: tuple[Page, ...] = (SHOP, VIEWERS, PIPELINE, CATALOG, WHY, RUNBOOK)
 # Events of a browser are a few hundred bytes.
 MOST_SOCKET_BYTES = 1 << 20
@@ -46,7 +46,7 @@ def make_app(
         )
     app = FastAPI(title="dagster-prefs console", openapi_url=None, docs_url=None, redoc_url=None)
     add_pages(console, pages)
-    # Without the updates of bindings, which nothing uses, an idle process does nothing.
+    # No page uses bindings. Without their updates an idle process uses no CPU.
     ui.run_with(
         app,
         title="dagster-prefs",
@@ -66,7 +66,7 @@ def make_app(
 
 
 def needed_right(pages: Iterable[Page], path: str) -> Right | None:
-    """Return the right that a path needs: its page's, None for what no page owns, such as scripts."""
+    """Return the right that a path needs: its page's; None for paths of no page, such as scripts."""
     return next((page.right for page in pages if path == page.path or path.startswith(f"{page.path}/")), None)
 
 
@@ -85,7 +85,7 @@ def serve(
             app,
             lifespan="on",
             log_level="error",
-            # Addresses contain ids of people.
+            # Access logs would contain the ids of people, which are part of the addresses.
             access_log=False,
             server_header=False,
             proxy_headers=False,

@@ -1,4 +1,4 @@
-"""What the pages work with: one `Console` for the process, one `Visit` for each opened page."""
+"""The state behind the pages: one `Console` for the process, one `Visit` for each opened page."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Reads at a time, for all pages together.
+# Concurrent reads, of all pages together.
 THREADS = 4
-# No service waits for these reads, and the local AWS server is slow.
+# Longer than a service would wait, because the local AWS server is slow.
 READ_SECONDS = 10.0
-# A read of the engine for a page that takes longer is given up.
+# Time limit of a page's read of the engine.
 STATEMENT_SECONDS = 5.0
 
 
@@ -48,10 +48,10 @@ class ReadOnly(PrefsError):
 
 
 class Console:
-    """The platform, its clients and its readings, for all pages; every client is opened at its first use.
+    """The platform, its clients and its readings, for all pages. Opens each client at its first use.
 
     `read_status` takes all freshness readings, and `is_demo` says whether the engine holds a demo's events; both
-    block, and belong on a thread (`run`).
+    block, so call them on a thread (`run`).
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Console:
         return pool
 
     def query(self, what: str, read: Callable[[Connection], T]) -> T:
-        """Call `read` with a connection of the engine; `what` names in errors what is read.
+        """Call `read` with a connection of the engine; errors name `what` is read.
 
         Raises Unmeasurable with the remedy, EngineUnavailable, EngineBusy.
         """
@@ -136,11 +136,11 @@ class Console:
             raise ReadOnly(f"the console sends no events in production, and this is production because {why}")
         if settings.console_send == "off":
             raise ReadOnly("the console sends no events because PREFS_CONSOLE_SEND is off: set it to on")
-        # A demo's events stay, so that it is asked for until there are some.
+        # A demo's events stay in the engine, so the answer is asked for only until it is yes.
         self._demo = self._demo or (settings.engine == "local" and self.is_demo())
         if not self._demo:
             raise ReadOnly(
-                "the console sends no events because the engine holds none of a demo: set PREFS_CONSOLE_SEND to on, "
+                "the console sends no events because the engine holds no demo events: set PREFS_CONSOLE_SEND to on, "
                 "or run `prefs demo`"
             )
 
@@ -153,7 +153,7 @@ class Console:
     def send(
         self, topic: TopicDeclaration, entity: Entity, id_: Id, given: Mapping[str, Any], now: datetime
     ) -> Sent:
-        """Send an event about an id that happens `now` (UTC), with these values of its other fields.
+        """Send an event of the time `now` (UTC) about an id, with these values of its other fields.
 
         Raises ReadOnly, EventError for values that the typed layer would reject, and like `Sender.send`.
         """
@@ -161,12 +161,12 @@ class Console:
         return self._sender.send(topic, compose_event(self.registry, topic, entity, id_, given, now))
 
     async def run(self, read: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call a function that blocks on a thread, so that no other page waits for it."""
+        """Call a blocking function on a thread, so that no other page waits for it."""
         call = partial(read, *args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(self._threads, call)
 
     def close(self) -> None:
-        """Stop watching, and close the clients."""
+        """Stop the readings, and close the clients."""
         self.watcher.close()
         self._threads.shutdown(cancel_futures=True)
         self._clients.close()
@@ -174,14 +174,14 @@ class Console:
 
 @dataclass(frozen=True)
 class Visit:
-    """One opened page: what it works with, what its visitor may do, and the parameters of its address."""
+    """One opened page: the console, the visitor's rights, and the parameters of its address."""
 
     console: Console
     grant: Grant
     query: Mapping[str, str] = field(default_factory=dict)
 
     async def sending_refusal(self) -> str | None:
-        """Return why this visitor may send no events, None if she may."""
+        """Return why this visitor may send no events, None if the visitor may."""
         try:
             self.grant.require("send")
             await self.console.run(self.console.check_sending)
@@ -199,7 +199,7 @@ class Visit:
 
 @dataclass(frozen=True)
 class Page:
-    """One page of the console: where it is, which right it needs, and who builds it.
+    """One page of the console: its path, the right that it needs, and the function that builds it.
 
     `build` is called in the page's frame for each visit; it may be a coroutine function. A project for which `exists`
     is false has no such page.

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 
 class EventError(PrefsError):
-    """An event cannot be sent as it was given; the message names the rule that it breaks."""
+    """An event breaks a rule of its topic; the message names the rule."""
 
 
 @dataclass(frozen=True)
 class Sent:
-    """An event on its way: `place` is where it was stored, None where Kafka took it. `at` is UTC."""
+    """A sent event. `place` is where it was stored, None if it went to Kafka. `at` is UTC."""
 
     topic: TopicDeclaration
     place: Place | None
@@ -47,7 +47,7 @@ def topics_about(registry: Registry, entity: Entity) -> list[TopicDeclaration]:
 
 
 def asked_fields(topic: TopicDeclaration, entity: Entity) -> list[FieldDeclaration]:
-    """Return the fields that a form has to ask for: all but the identity, the id and the event's time."""
+    """Return the fields that a form must ask for: all but the identity, the id and the event's time."""
     known = {topic.identity, topic.time, *entity.key_names}
     return [field for field in topic.fields if field.name not in known]
 
@@ -60,7 +60,7 @@ def compose_event(
     given: Mapping[str, Any],
     now: datetime,
 ) -> bytes:
-    """Return the message of an event that happens `now` (UTC), about an id, with these values of other fields.
+    """Return the message of an event of the time `now` (UTC) about an id, with these values of other fields.
 
     Empty values are left out. Raises EventError with the typed layer's reason for a message that it would reject.
     """
@@ -79,9 +79,9 @@ def compose_event(
 
 
 class Sender:
-    """Sends events as their producers do: to Kafka where a connector reads it, else into the raw table.
+    """Sends events as producers do: to Kafka if a connector reads from it, else into the raw table.
 
-    One connection, opened at the first event and again after an error; calls wait for each other.
+    Uses one connection, opened at the first event and reopened after an error. Calls run one at a time.
     """
 
     def __init__(self, platform: Platform) -> None:
@@ -89,7 +89,7 @@ class Sender:
         self._lock = Lock()
         self._store: RawStore | None = None
         self._kafka: KafkaWriter | None = None
-        # A name of its own for each process, because offsets begin again with it.
+        # Each process has its own name, because its offsets begin at 0.
         self._source = f"console:{uuid.uuid4().hex[:12]}"
         self._offset = 0
 

@@ -1,4 +1,4 @@
-"""The frame of every page: navigation, light and dark, the style, and what a page shows instead of an error."""
+"""The frame of every page: navigation, light and dark mode, the style, and the message shown for an error."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dagster_prefs.console.context import Console, Page, Visit
 from dagster_prefs.declarations.registry import Entity
 from dagster_prefs.errors import PrefsError
 
-# A page that is built needs no longer; what takes time is read after it was shown.
+# Time limit of building a page. Slow reads start after the page is shown.
 BUILD_SECONDS = 10.0
 
 STYLE = """
@@ -61,7 +61,7 @@ main h2 { font-size: 1.1rem; line-height: 1.3; font-weight: 600; margin: 1.25rem
 @media (max-width: 40rem) { main { padding: .75rem; } .bar { padding: .4rem .5rem; } }
 """
 
-# What was chosen stays in the browser; without a choice the system's preference counts.
+# The browser stores the visitor's choice; without one the system's preference applies.
 TOGGLE_DARK = "() => { Quasar.Dark.toggle(); localStorage.setItem('dark', Quasar.Dark.isActive ? '1' : ''); }"
 KEEP_DARK = """<script>addEventListener("load", () => {
   const dark = localStorage.getItem("dark"); if (dark !== null) Quasar.Dark.set(dark === "1"); });</script>"""
@@ -113,19 +113,19 @@ def _framed(console: Console, page: Page, pages: Sequence[Page]) -> Callable[[Re
 
 
 class Notice:
-    """A place on a page where it says what is wrong; empty while all is well."""
+    """The place on a page for an error message; empty if there is none."""
 
     def __init__(self) -> None:
         self._label = text("p", "").classes("problem").props('role="alert"')
         self.say(None)
 
     def say(self, what: str | None) -> None:
-        """Show what is wrong, with its remedy, or nothing."""
+        """Show an error message with its remedy, or nothing."""
         self._label.set_text(what or "")
         self._label.set_visibility(bool(what))
 
     def guard(self, work: Callable[..., Any]) -> Callable[..., Awaitable[None]]:
-        """Wrap a handler or a timer's callback: an expected failure is said here, and cleared by the next success."""
+        """Wrap a handler or a timer's callback: show an expected failure here, and clear it at the next success."""
 
         @wraps(work)
         async def call(*args: Any, **kwargs: Any) -> None:
@@ -147,13 +147,13 @@ def text(tag: str, content: str) -> TextElement:
 
 
 def row(*cells: str, tag: str = "td") -> list[TextElement]:
-    """A row of the table at hand; its cells are returned, to be changed."""
+    """Add a row to the current table, and return its cells."""
     with ui.element("tr"):
         return [text(tag, cell) for cell in cells]
 
 
 def entity_links(path: str, entities: Sequence[Entity], shown: Entity) -> None:
-    """Links to a page about each entity, if there are several; the one that is `shown` is marked."""
+    """Add links to a page about each entity, if there are several; mark the one that is `shown`."""
     if len(entities) < 2:
         return
     with ui.element("div").classes("line"):

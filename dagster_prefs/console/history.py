@@ -1,4 +1,4 @@
-"""The last hour of every measure, bounded in memory, and the lines that the page Pipeline makes of it."""
+"""The last hour of every measure, bounded in memory, and the lines of the page Pipeline."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ if TYPE_CHECKING:
 log = logging.getLogger("dagster_prefs.console")
 
 HOUR_SECONDS = 3600.0
-# One point of a series stands for so long; the worst of what was read meanwhile is kept.
+# Time that one point of a series stands for, seconds; the point holds the worst value of that time.
 POINT_SECONDS = 15.0
 POINTS = int(HOUR_SECONDS / POINT_SECONDS)
-# More series than that are those of measures that came and went.
+# Limit of series. Only measures that came and went make more.
 MOST_SERIES = 500
-# How often it is read while somebody looks, and otherwise, seconds.
+# Interval of the readings while a visitor looks, and otherwise, seconds.
 LOOKED_SECONDS, IDLE_SECONDS, LONGEST_SECONDS = 3.0, 30.0, 300.0
-# Nobody looks from so long after the last look on, seconds.
+# Time after the last request from which on no visitor counts as looking, seconds.
 GONE_SECONDS = 10.0
-# A reading takes at most this share of a core while nobody looks.
+# Largest share of a core that readings use while no visitor looks.
 IDLE_SHARE = 0.01
 BAD: tuple[Level, ...] = ("error", "unknown")
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What is stored of a topic, without canaries: messages that were read, and those of them that were rejected."""
+    """Counts of a topic's messages, without canaries: those read, and how many of them were rejected."""
 
     messages: int
     rejected: int
@@ -58,7 +58,7 @@ class Series:
     points: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=POINTS))
 
     def add(self, at: float, value: float) -> None:
-        """Add a value; within one point the largest stays."""
+        """Add a value; a point keeps its largest value."""
         if self.points and at - self.points[-1][0] < POINT_SECONDS:
             began, before = self.points[-1]
             self.points[-1] = (began, max(before, value))
@@ -66,7 +66,7 @@ class Series:
             self.points.append((at, value))
 
     def since(self, at: float) -> list[tuple[float, float]]:
-        """Return the points from a moment on."""
+        """Return the points since a moment."""
         return [point for point in self.points if point[0] >= at]
 
 
@@ -74,8 +74,8 @@ class Series:
 class Line:
     """One line of the page: a measure with its last hour.
 
-    `rate` is messages a second, `rejected` those of the last hour, both None where the measure has no topic; `last`
-    says when it last got something, or was probed or exported. `lags` are (seconds ago, lag in seconds).
+    `rate` is messages per second, `rejected` the messages rejected in the last hour; both are None if the measure has
+    no topic. `last` says when the last event, probe or export was. `lags` are (seconds ago, lag in seconds).
     """
 
     stage: Stage
@@ -96,7 +96,7 @@ class Line:
 
     @property
     def is_bad(self) -> bool:
-        """Whether somebody has to look after it."""
+        """Whether the measure needs attention."""
         return self.level in BAD
 
 
@@ -164,7 +164,7 @@ def _series(held: dict[str, Series], key: str) -> Series:
 
 
 def rate(points: Sequence[tuple[float, float]]) -> float | None:
-    """Return how much a count rose a second over its points; None for fewer than two."""
+    """Return how much a count rose per second over its points; None for fewer than two points."""
     if len(points) < 2:
         return None
     (first, before), (last, after) = points[0], points[-1]
@@ -177,7 +177,7 @@ def risen(points: Sequence[tuple[float, float]]) -> int:
 
 
 def read_counts(console: Console) -> dict[str, Counts]:
-    """Return what is stored of each topic. Raises like `Console.query`."""
+    """Return the counts of each topic's messages. Raises like `Console.query`."""
 
     def read(connection: Connection) -> dict[str, Counts]:
         messages = connection.execute(
@@ -198,7 +198,7 @@ def read_counts(console: Console) -> dict[str, Counts]:
 
 
 def topics_of_measures(registry: Registry) -> dict[str, str]:
-    """Return the key of each measure that is about a topic as such → the topic."""
+    """Map the key of each measure of a topic itself to the topic."""
     found = {}
     for topic in registry.topics.values():
         found[f"views/{topic.relation}"] = topic.name
@@ -229,7 +229,7 @@ def sparkline(line: Line, *, width: int = 120, height: int = 26) -> str:
 
 
 class Watcher:
-    """Reads all measures on a thread of its own: often while somebody looks, and rarely otherwise."""
+    """Reads all measures on its own thread: often while a visitor looks, and rarely otherwise."""
 
     def __init__(self, console: Console) -> None:
         self.history = History()
@@ -245,14 +245,14 @@ class Watcher:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop reading, after the reading at hand."""
+        """Stop after the current reading."""
         self._stop.set()
         self._wake.set()
         if self._thread.is_alive():
             self._thread.join()
 
     def look(self) -> None:
-        """Say that somebody looks now."""
+        """Note that a visitor looks now."""
         if time.monotonic() - self._looked_at > GONE_SECONDS:
             self._wake.set()
         self._looked_at = time.monotonic()
@@ -262,7 +262,7 @@ class Watcher:
         ticks = prober_ticks(self._console.settings.data_dir)
         status = self._console.read_status()
         counts: dict[str, Counts] = {}
-        # Why an engine tells nothing is in the measures.
+        # The measures already say why the engine does not answer.
         with suppress(PrefsError):
             counts = read_counts(self._console)
         self.history.add(status, counts, ticks[0].at if ticks else None)
@@ -275,7 +275,7 @@ class Watcher:
                 self.problem = None
             except PrefsError as error:
                 self.problem = str(error)
-            # Whatever it is: a thread that ended would show an old state for ever.
+            # Catch every error: if the thread ended, the page would show an old state forever.
             except Exception as error:
                 log.exception("a reading failed")
                 self.problem = f"a reading failed ({type(error).__name__}: {error}): see the console's log"
@@ -283,7 +283,7 @@ class Watcher:
             self._wake.clear()
 
     def pause_seconds(self, cost_seconds: float) -> float:
-        """Return how long to wait after a reading that took so much processor time."""
+        """Return how long to wait after a reading that took this much processor time, seconds."""
         if time.monotonic() - self._looked_at < GONE_SECONDS:
             return LOOKED_SECONDS
         return min(LONGEST_SECONDS, max(IDLE_SECONDS, cost_seconds / IDLE_SHARE))

@@ -1,4 +1,4 @@
-"""Find ids of an entity by how they begin, in the engine: a page never holds all of them."""
+"""Find ids of an entity by prefix, in the engine: a page never holds all ids."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DIGITS = 18
 def listed_in(registry: Registry, entity: Entity) -> dict[str, str | None]:
     """Return the relations that hold ids of an entity, each with its column of the newest event, if it has one.
 
-    Those are its domains' rolling views, or else its preference views; an id may be in any of them.
+    These are the rolling views of its domains or, without domains, its preference views; an id may be in any of them.
     """
     domains = registry.contract.domains.values()
     found: dict[str, str | None] = {
@@ -29,7 +29,7 @@ def listed_in(registry: Registry, entity: Entity) -> dict[str, str | None]:
 
 
 def find_ids(console: Console, entity: Entity, begin: str = "", limit: int = MOST_FOUND) -> list[Id]:
-    """Return up to `limit` ids whose first key begins so, canaries excluded; without a beginning the newest ones.
+    """Return up to `limit` ids whose first key has this prefix, without canaries; the newest ids for no prefix.
 
     Raises like `Console.query`.
     """

@@ -1,4 +1,4 @@
-"""The part of a page where an id is chosen: typed, or found by how it begins."""
+"""The part of a page where a visitor chooses an id: typed, or found by its prefix."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SEND_TYPED = "(event) => emit(event.target.value)"
 
 
 class Picker:
-    """An input for each key column, the ids that begin like the first one, and a button that takes what is typed.
+    """An input for each key column, the ids with the typed prefix, and a button that takes the typed id.
 
     `picked` is called with an id, which need not have any events yet.
     """
@@ -37,12 +37,12 @@ class Picker:
         with ui.element("div").classes("line"):
             self._inputs = [ui.input(key.name).props("dense outlined debounce=250") for key in entity.keys]
             for place, field in enumerate(self._inputs):
-                # What was typed last may not have been sent yet.
+                # The browser may not have sent the last keystrokes yet.
                 field.on("keydown.enter", notice.guard(partial(self._entered, place)), js_handler=SEND_TYPED)
             self._inputs[0].on_value_change(notice.guard(self._search))
             ui.button("Show", on_click=notice.guard(self._take)).classes("action").props("unelevated")
         with ui.element("div").classes("line").props('aria-label="Found"'):
-            # They stay when others are found, so that no click on one is lost.
+            # The buttons stay when other ids are found, so that no click is lost.
             self._found = [
                 ui.button()
                 .classes("action")
@@ -61,7 +61,7 @@ class Picker:
         begin = str(self._inputs[0].value or "")
         found = await self._visit.console.run(find_ids, self._visit.console, self._entity, begin)
         if str(self._inputs[0].value or "") != begin:
-            # What was typed meanwhile has a search of its own.
+            # A later input has started its own search.
             return
         for button, id_ in zip_longest(self._found, found):
             button.set_visibility(id_ is not None)

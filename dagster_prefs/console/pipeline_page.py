@@ -1,4 +1,4 @@
-"""The page Pipeline: a line for each topic and stage, with its last hour; what is red leads to the run book."""
+"""The page Pipeline: a line for each topic and stage, with its last hour; a red line links to the run book."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ COLUMNS = ("stage", "name", "rate", "lag", "last hour", "target", "rejected", "l
 
 
 async def build(visit: Visit) -> None:
-    """Show the newest reading of all stages, and each newer one."""
+    """Show the latest reading of all stages, and update it."""
     await _PipelinePage(visit).show()
 
 
 class _Shown:
-    """The row of one line; its cells stay, and their texts change."""
+    """The table row of one line; updates change the texts of its cells."""
 
     def __init__(self, line: Line) -> None:
         self._rate, self._lag, spark, self._target, self._rejected, self._last, state = row(
@@ -41,7 +41,7 @@ class _Shown:
         state.props["data-line"] = line.key
 
     def show(self, line: Line) -> None:
-        """Show what is known now."""
+        """Show the current values."""
         self._rate.set_text("" if line.rate is None else f"{line.rate:.1f}/s")
         self._lag.set_text(duration(line.lag_seconds))
         self._target.set_text(duration(line.target_seconds))

@@ -1,4 +1,4 @@
-"""The page Run book: a paragraph for each stage that can be wrong, from runbook.md beside this file."""
+"""The page Run book: a paragraph for each stage that can fail, from runbook.md next to this file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def paragraphs(content: str) -> dict[str, tuple[str, str]]:
 
 
 def anchor(stage: str) -> str:
-    """Return where the paragraph of a stage is on the page."""
+    """Return the anchor of a stage's paragraph on the page."""
     return f"stage-{stage}"
 
 

@@ -1,4 +1,4 @@
-"""The shop of a project that ranks items: which events a click sends, and why an item is where it is."""
+"""The shop of a project that ranks items: the events that a click sends, and the reason for an item's place."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ PARTS = ("category", "brand", "tier", "session")
 
 
 class NoShop(PrefsError):
-    """The project declares no events that a click on an item could be."""
+    """The project declares no events that a click on an item could send."""
 
 
 @dataclass(frozen=True)
 class Shop:
-    """What a project declares of its shop: whose ranking it is, and the topic of what she does with items.
+    """A project's shop: the entity that items are ranked for, and the topic of its actions on items.
 
-    `kind` is the field that says what she did; its accepted values are the actions. `shared` are the fields that an
-    event has of its item.
+    `kind` is the field of the action; its accepted values are the actions. `shared` are the fields that an event
+    copies from its item.
     """
 
     entity: Entity
@@ -34,7 +34,7 @@ class Shop:
 
     @property
     def actions(self) -> tuple[str, ...]:
-        """What a user can do with an item, as declared."""
+        """The declared actions of a user on an item."""
         return self.kind.accepted
 
     def values(self, action: str, item: RankedItem, session: str) -> dict[str, Any]:
@@ -43,7 +43,7 @@ class Shop:
         found: dict[str, Any] = {name: about[name] for name in self.shared}
         found[self.kind.name] = action
         known = {*found, self.topic.identity, self.topic.time, self.entity.key.name}
-        # What remains can only be about the visit.
+        # Any other field can only describe the visit.
         texts = [field for field in self.topic.fields if field.name not in known and field.type == "text"]
         return {**found, **{field.name: session for field in texts}}
 
@@ -83,7 +83,7 @@ def score_parts(item: RankedItem, ranking: Ranking) -> dict[str, Decimal]:
 
 
 def reason(item: RankedItem, parts: Mapping[str, Decimal]) -> str:
-    """Say why an item has its score: its parts, largest first, with what each is about."""
+    """Explain the score of an item: its parts, largest first, and what each is based on."""
     about = {
         "category": item.category,
         "brand": item.brand,
@@ -95,7 +95,7 @@ def reason(item: RankedItem, parts: Mapping[str, Decimal]) -> str:
         for name, value in sorted(parts.items(), key=lambda part: -part[1])
         if value
     ]
-    return " · ".join(told) if told else "nothing is known of her yet: by item"
+    return " · ".join(told) if told else "nothing is known of this user yet: by item"
 
 
 def moves(before: Ranking | None, after: Ranking) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The page Shop: items ranked for one user, who clicks on them and sees the ranking follow."""
+"""The page Shop: items ranked for one user; after a click on one, the ranking follows."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from dagster_prefs.serving.preferences import RankedItem, Ranking, ranked_entity
 
 # Items on the page.
 SHOWN = 12
-# How often her signals are read: after a click until they have changed, and otherwise, seconds.
+# Interval at which the user's signals are read: after a click until they change, and otherwise, seconds.
 SOON_SECONDS, IDLE_SECONDS = 0.1, 1.0
-# From then on a click is no longer waited for, seconds.
+# Time after which the page stops waiting for the effect of a click, seconds.
 PATIENCE_SECONDS = 15.0
-# Rankings whose items can still be clicked, because the page may show one that was just replaced.
+# Number of rankings whose items can be clicked: the browser may still show one that was just replaced.
 REMEMBERED = 3
 
 
@@ -38,7 +38,7 @@ async def build(visit: Visit) -> None:
 
 
 class _Slot:
-    """One place of the ranking; its elements stay, so that the keyboard's focus does, and their texts change."""
+    """One place of the ranking. Updates change the texts of its elements, so that the keyboard focus stays."""
 
     def __init__(self, place: int, actions: tuple[str, ...], click: Any) -> None:
         with ui.element("li").classes("box") as self.box:
@@ -106,7 +106,7 @@ class _ShopPage:
             refusal = await self._visit.sending_refusal() or ""
         text("h1", "Shop")
         text(
-            "p", "Items ranked for one user. What she clicks is sent as an event, and the ranking follows."
+            "p", "Items ranked for one user. Each click is sent as an event, and the ranking follows."
         ).classes("faint")
         # What a timer reads well must not take away what a click was told.
         self._notice, self._reading = Notice(), Notice()
@@ -152,7 +152,7 @@ class _ShopPage:
         self._next = 0.0
 
     async def _look(self, *, at_once: bool = False) -> None:
-        """Rank again if anything that the ranking stands on has changed."""
+        """Rank again if any input of the ranking has changed."""
         started, user = time.monotonic(), self._user
         if user is None or (started < self._next and not at_once):
             return
@@ -173,7 +173,7 @@ class _ShopPage:
         self._items = [{item.item_id: item for item in ranking}, *self._items[: REMEMBERED - 1]]
         known = bool(self._signals)
         session = "her session counts" if ranking.session_active else "no session yet"
-        told = f"known, {session}" if known else "nothing is known of her yet"
+        told = f"known, {session}" if known else "nothing is known of this user yet"
         self._who.set_text(f"{printable(ranking.user_id, one_line=True)}: {told}")
         for place, slot in enumerate(self._slots):
             item = ranking[place] if place < len(ranking) else None

@@ -1,4 +1,4 @@
-"""The page Viewers: the items of one id, events about it, and the way that each event takes to them."""
+"""The page Viewers: the items of one id, events about it, and the way of each event to the items."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from dagster_prefs.printable import printable
 if TYPE_CHECKING:
     from dagster_prefs.serving.profiles import Profile
 
-# How often the items are read: while an event is on its way, and otherwise, seconds.
+# Interval at which the items are read: while an event is on its way, and otherwise, seconds.
 SOON_SECONDS, IDLE_SECONDS = 0.1, 2.0
-# How long a changed item stands out, seconds.
+# Time for which a changed item is highlighted, seconds.
 CHANGED_SECONDS = 10.0
 INPUT_TYPES = {"int": "number", "bigint": "number", "decimal": "number"}
 
@@ -61,7 +61,7 @@ class _ItemBox:
         self._cells: dict[str, Any] = {}
 
     def show(self, values: Values | None, state: str, problem: str | None, *, first: bool) -> None:
-        """Show what was read, and remember when it changed; the `first` read of an id is no change."""
+        """Show an item and store when it changed; the `first` read of an id is no change."""
         if values != self._values:
             if not first:
                 self._changed_at = time.monotonic()
@@ -195,7 +195,7 @@ class _ViewersPage:
         now = datetime.now(UTC)
         way = await self._console.run(follow_trail, self._console, way.seen(profile, now))
         if self._way is None or self._way.sent is not way.sent:
-            # Another event was sent meanwhile.
+            # The visitor has sent another event in the meantime.
             return
         self._way = None if way.is_over(now) else way
         self._show_way(way)

@@ -1,4 +1,4 @@
-"""The way of one sent event: when it arrived, which step took it, and when each domain was published and readable."""
+"""The way of one sent event: its arrival, the step that took it, and when each domain was published and readable."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # An event whose items have not changed within this time is not watched any longer, seconds.
 WATCHED_SECONDS = 30.0
 
-# A domain's values, as far as they can tell two items apart.
+# The values of a domain, in a form that distinguishes two items.
 Values = Mapping[str, Any]
 
 
@@ -57,7 +57,7 @@ class Way:
         return replace(self, read_at={**self.read_at, **new}) if new else self
 
     def is_over(self, now: datetime) -> bool:
-        """Whether nothing more is to be expected: every published domain was read, or too much time has passed."""
+        """Whether the way is complete: every published domain was read, or too much time has passed."""
         waited = (now - self.sent.at).total_seconds()
         published = {name for name, key in self.keys.items() if key in (self.trail.published_at or {})}
         return waited > WATCHED_SECONDS or (
@@ -95,7 +95,7 @@ def domain_values(profile: Profile) -> dict[str, Values | None]:
 
 
 def follow_trail(console: Console, way: Way) -> Way:
-    """Return the way with what the engine knows of it by now. Raises like `Console.query`."""
+    """Return the way with the engine's current knowledge of it. Raises like `Console.query`."""
     place = way.sent.place
     if place is None or console.settings.engine != "local":
         return way

@@ -1,4 +1,4 @@
-"""The page Why: one attribute of one id as it is served and as its tiles and events say, side by side."""
+"""The page Why: one attribute of one id as served, side by side with the value recomputed from tiles and events."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def shown_entities(registry: Registry) -> list[Entity]:
 
 
 async def build(visit: Visit) -> None:
-    """Build the page; `attribute` names what is explained, and the entity's key columns or `entity` whose it is."""
+    """Build the page. The parameter `attribute` names the attribute, the key columns or `entity` name the subject."""
     registry = visit.console.registry
     entities = shown_entities(registry)
     attribute = visit.query.get("attribute")
@@ -102,11 +102,11 @@ class _WhyPage:
             return
         self._found.clear()
         if attribute.rpartition(".")[0] in self._console.registry.preferences:
-            # Like all that the shop knows of a user.
+            # Preference views are what the shop knows of a user, so they need the right to the shop.
             self._visit.grant.require("shop")
         found = await self._console.run(explain, self._console, self._entity, id_, attribute)
         if (id_, attribute) != (self._id, self._attribute):
-            # Something else was chosen meanwhile.
+            # The visitor has chosen another id or attribute in the meantime.
             return
         self._found.clear()
         with self._found:

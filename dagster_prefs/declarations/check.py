@@ -19,6 +19,7 @@ from dagster_prefs.declarations.check_tiles import Tile, check_tile
 from dagster_prefs.declarations.check_topics import Topic, check_topic
 from dagster_prefs.declarations.check_views import check_kept, check_preference, is_kept
 from dagster_prefs.declarations.findings import EXAMPLES, NAME, Findings, did_you_mean, is_whole, plain
+from dagster_prefs.declarations.personal import check_pii
 from dagster_prefs.declarations.read import (
     GENERATED,
     PROJECT_FILE,
@@ -75,6 +76,7 @@ def check_project(project: ProjectYaml) -> Declarations:
         has_query = "topic" in model.meta or is_kept(findings, model)
         findings.claim(model.name, f"{model.file}:{model.line}", kept=has_query)
         _model(findings, model)
+        check_pii(findings, model)
     topics = [topic for model in findings.declaring("topic") if (topic := check_topic(findings, model))]
     # Topics of events before reference data, each in order of declaration.
     topics.sort(key=lambda topic: topic.declared.keep == "last")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 from dagster_prefs.declarations.findings import Findings, is_whole, plain
+from dagster_prefs.declarations.personal import PII
 from dagster_prefs.declarations.read import Map, ModelYaml
 
 Drift = Mapping[str, Any] | Literal[False] | None
@@ -37,7 +38,7 @@ def check_rows_drift(findings: Findings, model: ModelYaml, given: Map) -> Drift:
 def check_column_drift(findings: Findings, model: ModelYaml, name: str, *, is_key: bool) -> Drift:
     """Return the `drift` of a column's meta: limits, False where it is not judged, None by default."""
     meta, kind = model.columns[name].meta, model.columns[name].type
-    is_personal = is_key or meta.get("pii") is True
+    is_personal = is_key or meta.get(PII) is True
     place = f"{model.name}.{name}: drift"
     drift = _mapping_or_false(findings, model.file, meta, place, COLUMN_EXAMPLE)
     if not isinstance(drift, Map):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from dagster_prefs.declarations.check_drift import Drift, check_column_drift, check_rows_drift
 from dagster_prefs.declarations.findings import EXAMPLES, NAME, Findings, did_you_mean, is_whole, plain
 from dagster_prefs.declarations.names import STATISTICS_TABLE
+from dagster_prefs.declarations.personal import PII
 from dagster_prefs.declarations.read import ModelYaml, as_map
 from dagster_prefs.declarations.registry import Entity, TileColumn, TileDeclaration
 
@@ -14,7 +15,7 @@ LAST_EVENT_AT = "last_event_at"
 # Types that training tables support (ICEBERG_TYPES in iceberg/tables.py; a test compares the two).
 TILE_TYPES = ("bigint", "date", "decimal", "text", "timestamptz")
 TILE_KEYS = ("entity", "day", "table", "metric", "at_most", "sink", "drift")
-TILE_META = ("min", "max_bytes", "pii", "drift")
+TILE_META = ("min", "max_bytes", PII, "drift")
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,6 @@ def check_tile(findings: Findings, model: ModelYaml) -> Tile | None:
         drift[column.name] = check_column_drift(
             findings, model, column.name, is_key=entity is not None and column.name in entity.key_names
         )
-        if not isinstance(column.meta.get("pii", False), bool):
-            findings.say(
-                model.file,
-                column.meta.at("pii"),
-                f"{model.name}.{column.name}: pii must be true or false, not {column.meta['pii']!r}",
-                "config: { meta: { pii: true } }",
-            )
         if column.type not in TILE_TYPES:
             findings.say(
                 model.file,
@@ -168,7 +162,6 @@ def check_tile(findings: Findings, model: ModelYaml) -> Tile | None:
                     column.meta.get(
                         "min", 0 if column.name in keys and keys[column.name].type == "bigint" else None
                     ),
-                    column.meta.get("pii", False) is True,
                     drift[column.name],
                 )
                 for column in model.columns.values()

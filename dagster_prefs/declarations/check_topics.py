@@ -9,6 +9,7 @@ from typing import Any, cast, get_args
 
 from dagster_prefs.declarations.findings import EXAMPLES, NAME, Findings, did_you_mean, is_whole, plain
 from dagster_prefs.declarations.names import kafka_feed, parsed_view, raw_table
+from dagster_prefs.declarations.personal import PII
 from dagster_prefs.declarations.read import ColumnYaml, ModelYaml, as_map
 from dagster_prefs.declarations.registry import (
     Entity,
@@ -29,7 +30,7 @@ FIELD_META = (
     "accepted_from",
     "default",
     "prose",
-    "pii",
+    PII,
 )
 # Columns of every parsed relation, and names that its SQL uses.
 RESERVED_FIELDS = frozenset(
@@ -202,7 +203,7 @@ def _field(
         )
         return None
     numeric = kind in ("int", "bigint", "decimal")
-    for key in ("optional", "prose", "pii"):
+    for key in ("optional", "prose"):
         if not isinstance(meta.get(key, False), bool):
             wrong(key, f"{key} must be true or false, not {meta[key]!r}", f"{key}: true")
     if meta.get("optional") and name in required:

@@ -33,6 +33,7 @@ from dagster_prefs.declarations.lineage import (
     render_lineage,
 )
 from dagster_prefs.declarations.macros import check_macros
+from dagster_prefs.declarations.personal import personal_columns
 from dagster_prefs.declarations.read import (
     GENERATED,
     DeclarationError,
@@ -109,6 +110,8 @@ def check_current(folder: Path) -> Registry:
     if not stale and _text(folder / DECLARED) != declared_macro(folder):
         stale.append(DECLARED)
     registry = None if stale else current_registry(folder)
+    if registry is not None and registry.personal is None:
+        stale.append(REGISTRY)
     if registry is not None and read_lineage(folder).files != digest_of(registry.hashes):
         stale.append(LINEAGE)
     if registry is None or stale:
@@ -178,6 +181,7 @@ def generate_files(
         queries=dict(queries),
         preferences={view.relation: view for view in declared.preferences},
         kept={view.relation: view for view in declared.kept},
+        personal=personal_columns(project.models, _lineage(declared, traced)),
     )
     watched = before.watched if before is not None and queries == before.queries else _watched(registry)
     registry = replace(registry, watched=watched)

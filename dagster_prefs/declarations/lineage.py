@@ -1,4 +1,4 @@
-"""Where each column comes from: from the fields of a topic's messages to attributes and training columns.
+"""The lineage of each column: from the fields of a topic's messages to attributes and training columns.
 
 `prefs generate` traces the compiled SQL of every view (see `trace`) and writes `lineage.json` beside the registry,
 whose hashes it names: it is refused when the project has changed since. The first step, from a message's field to
@@ -64,13 +64,13 @@ def merged(*sources: Sources) -> Sources:
 
 
 def composed(kind: Kind, sources: Sources) -> Sources:
-    """Return what a column depends on that depends in this way on a column with these sources."""
+    """Return the sources of a column that depends, as `kind` says, on a column with the given sources."""
     return {column: frozenset(_composed(kind, one) for one in kinds) for column, kinds in sources.items()}
 
 
 def _composed(outer: Kind, inner: Kind) -> Kind:
     if outer == "identity" or inner in ROWS:
-        # What decides about the rows below decides about those above, whatever is made of their values.
+        # What decides the rows of an inner query also decides those of the outer, however it uses the values.
         return inner
     if outer not in VALUES:
         return outer
@@ -80,7 +80,7 @@ def _composed(outer: Kind, inner: Kind) -> Kind:
 
 
 def decisive(sources: Sources) -> Sources:
-    """Return what a value is made from or chosen by; for a count of rows, what decides about the rows."""
+    """Return what a value is made from or chosen by; for a count of rows, what decides the rows."""
     found = {column: kept for column, kinds in sources.items() if (kept := kinds - ROWS)}
     return found or dict(sources)
 
@@ -94,8 +94,8 @@ def shown_kinds(kinds: frozenset[Kind]) -> str:
 class RelationLineage:
     """What a relation's columns depend on: each by `columns`, and all of them by `rows`.
 
-    `reads` are the relations whose rows it has; one of which no column is read, as by a count, is only there.
-    `untraced` says why the query could not be traced; it is empty for one that was.
+    `reads` are the relations whose rows it has, including those of which it reads no column, as a count does.
+    `untraced` says why the query could not be traced; it is empty if it was.
     """
 
     rows: Sources
@@ -144,15 +144,15 @@ class Lineage:
         )
 
     def _decided(self, topic: TopicDeclaration) -> Sources:
-        """What decides which messages of a topic are events: of several of one identity one is, and an erasure
-        leaves out those of one key before its time."""
+        """Return the fields that decide which messages of a topic become events: one message per identity does,
+        and an erasure leaves out a key's earlier messages."""
         names = [topic.identity]
         if topic.entity:
             names += [self.entities[topic.entity].key.name, *([topic.time] if topic.time else [])]
         return {Column(topic.name, name, is_field=True): frozenset({"filter"}) for name in names}
 
     def fields(self, column: Column) -> Sources:
-        """Return the fields of messages that a column depends on in the end."""
+        """Return the fields of messages that a column depends on, through all relations in between."""
         if column.is_field or column.name not in self.columns(column.of):
             return {}
         if column not in self._fields:
@@ -189,7 +189,7 @@ class Lineage:
         return found
 
     def goes_to(self, column: Column) -> Sources:
-        """Return every column that a column or field has a part in, directly or not."""
+        """Return every column that depends on a column or field, directly or indirectly."""
         found: Sources = {}
         for relation in (*self.typed, *self.relations):
             for name in self.columns(relation):
@@ -199,7 +199,7 @@ class Lineage:
         return found
 
     def upstream(self, column: Column) -> Sources:
-        """Return every column and field that a column depends on, directly or not."""
+        """Return every column and field that a column depends on, directly or indirectly."""
         if column not in self._upstream:
             direct = self.sources(column)
             further = [
@@ -268,7 +268,7 @@ def origin(column: Column, lineage: Lineage) -> str:
 
 
 def digest_of(hashes: Mapping[str, str]) -> str:
-    """Return the hash of a registry's hashes, by which a lineage names the files that it was made from."""
+    """Return the hash of a registry's hashes. A lineage states by it from which files it was made."""
     return hashlib.sha256(json.dumps(dict(sorted(hashes.items()))).encode()).hexdigest()
 
 
@@ -333,7 +333,7 @@ def _parsed(content: Mapping[str, str]) -> Sources:
 
 @dataclass(frozen=True)
 class Written:
-    """What a lineage file holds, whether or not it is stale; `files` is the digest of what it was made from."""
+    """The content of a lineage file, stale or not; `files` is the digest of the files that it was made from."""
 
     relations: Mapping[str, RelationLineage] = field(default_factory=dict)
     queries: Mapping[str, str] = field(default_factory=dict)
@@ -341,9 +341,9 @@ class Written:
 
 
 def read_lineage(folder: Path) -> Written:
-    """Return a project's lineage as it is; empty where there is none that can be read.
+    """Return a project's lineage, stale or not; empty if no file can be read.
 
-    `prefs generate` then writes another.
+    `prefs generate` writes it again.
     """
     try:
         content = json.loads((folder / LINEAGE).read_text(encoding="utf-8"))

@@ -120,14 +120,13 @@ class TopicDeclaration:
 class TileColumn:
     """One column of a tile; `minimum` is the least value that the audit accepts.
 
-    `pii` is personal beyond the entity's keys. `drift` has the limits of its drift, `psi` and `ks` with `warn` and
-    `error` each, False if it is not judged, None for the defaults of values/drift.py.
+    `drift` has the limits of its drift, `psi` and `ks` with `warn` and `error` each, False if it is not judged, None
+    for the defaults of values/drift.py.
     """
 
     type: str
     description: str
     minimum: int | None = None
-    pii: bool = False
     drift: Mapping[str, Any] | Literal[False] | None = None
 
 
@@ -222,7 +221,8 @@ class Registry:
     affects a deployment to its SHA-256, relative to the project's folder. `queries` maps every tile, every
     domain's rolling view, and every other view with a time, to its SQL as RisingWave gets it, without the
     names of database and schema, and without a spread: windows, upstreams and the features of training sets
-    are derived from it. `watched` are the views whose freshness is measured.
+    are derived from it. `watched` are the views whose freshness is measured. `personal` has the personal columns
+    of relations (declarations/personal.py), None in a registry that an older version generated.
     """
 
     project: str
@@ -236,6 +236,7 @@ class Registry:
     preferences: Mapping[str, PreferenceView] = dataclasses.field(default_factory=dict)
     kept: Mapping[str, KeptView] = dataclasses.field(default_factory=dict)
     watched: tuple[WatchedView, ...] = ()
+    personal: Mapping[str, tuple[str, ...]] | None = None
 
     def query(self, relation: str) -> str:
         """Return the compiled SQL of a relation. Raises RegistryError if the registry holds none."""
@@ -256,6 +257,15 @@ class Registry:
         """
         return family_of(self.entities, self.entity(name))
 
+    def is_personal(self, relation: str, column: str) -> bool:
+        """Return whether a column of typed events, a tile or a view identifies people, or is made from what does.
+
+        A registry without this knowledge says so of every column.
+        """
+        if self.personal is None or column in personal_keys(self.entities):
+            return True
+        return column in self.personal.get(relation, ())
+
     def topic(self, name: str) -> TopicDeclaration:
         """Return the topic of this name. Raises RegistryError naming the existing ones."""
         if name not in self.topics:
@@ -270,6 +280,11 @@ class Registry:
 def family_of(entities: Mapping[str, Entity], entity: Entity) -> tuple[Entity, ...]:
     """Return the entities that share the first key column of this one, in declared order."""
     return tuple(one for one in entities.values() if one.key == entity.key)
+
+
+def personal_keys(entities: Mapping[str, Entity]) -> frozenset[str]:
+    """Return the key columns of all people."""
+    return frozenset(name for entity in entities.values() if entity.erasable for name in entity.key_names)
 
 
 def uuid_keys(entities: Mapping[str, Entity], entity: Entity | None) -> set[str]:
@@ -354,6 +369,9 @@ def parse_registry(content: Mapping[str, Any]) -> Registry:
             variables=MappingProxyType(dict(content["variables"])),
             hashes=MappingProxyType(dict(content["hashes"])),
             queries=MappingProxyType(dict(content.get("queries", {}))),
+            personal=_each(content["personal"], lambda _, names: tuple(names))
+            if "personal" in content
+            else None,
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise RegistryError(
@@ -444,6 +462,11 @@ def registry_dict(registry: Registry) -> dict[str, Any]:
             }
             for view in registry.watched
         ],
+        **(
+            {}
+            if registry.personal is None
+            else {"personal": {name: list(columns) for name, columns in registry.personal.items()}}
+        ),
         "contract": contract_dict(registry.contract),
         "variables": dict(registry.variables),
         "queries": dict(sorted(registry.queries.items())),

@@ -28,7 +28,7 @@ def trace_all(
     columns: Mapping[str, Iterable[str]],
     keys: Mapping[str, frozenset[str]],
 ) -> dict[str, RelationLineage]:
-    """Trace several queries, each after those that it reads; `columns` and `keys` are of other relations."""
+    """Trace several queries, each after the ones it reads. `columns` and `keys` describe all other relations."""
     known: dict[str, Iterable[str]] = dict(columns)
     reads = {name: tables_of(text) & queries.keys() - {name} for name, text in queries.items()}
     found: dict[str, RelationLineage] = {}
@@ -61,9 +61,9 @@ def trace(
 ) -> RelationLineage:
     """Trace every column of a query.
 
-    `columns` maps a relation that the query reads to the names of its columns, as far as they are known; `keys`
-    maps one to the columns of which it has each combination once. A query that cannot be traced is returned as
-    such, with the reason: what nobody can read must not stop a deployment.
+    `columns` maps the relations that the query reads to the names of their columns, as far as they are known;
+    `keys` maps a relation to the columns that identify one of its rows. A query that cannot be traced is returned
+    with the reason and does not raise, because it must not stop a deployment.
     """
     try:
         tree = sqlglot.parse_one(sql, dialect=DIALECT)
@@ -78,7 +78,7 @@ def trace(
         )
     except _Untraceable as error:
         return RelationLineage({}, {}, untraced=str(error))
-    # A construct that neither sqlglot's scopes nor this module know may raise anything.
+    # sqlglot may raise any exception for a construct that it or this module does not know.
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         return RelationLineage({}, {}, untraced=f"sqlglot cannot read it: {reason[:200]}")
@@ -108,7 +108,7 @@ class _Tracer:
 
     @_once
     def projections(self, scope: Scope) -> dict[str, Sources]:
-        """Output column → what its value is made from and decided by, without what decides the rows."""
+        """Map each output column to what its value is made from and decided by, without what decides the rows."""
         query = scope.expression
         if isinstance(query, exp.SetOperation):
             left, *others = [list(self.projections(one).items()) for one in scope.set_operation_scopes]
@@ -141,7 +141,7 @@ class _Tracer:
 
     @_once
     def rows(self, scope: Scope) -> Sources:
-        """What decides which rows a scope has, and which belong together."""
+        """Return what decides which rows a scope has, and which belong together."""
         query = scope.expression
         if isinstance(query, exp.SetOperation):
             parts = [self.rows(one) for one in scope.set_operation_scopes]
@@ -183,7 +183,7 @@ class _Tracer:
 
     @_once
     def reads(self, scope: Scope) -> set[str]:
-        """The relations whose rows a scope has, those of nested queries included."""
+        """Return the relations whose rows a scope has, including those of nested queries."""
         optional = self._optional(scope) if isinstance(scope.expression, exp.Select) else {}
         inner: list[Scope] = [*scope.set_operation_scopes, *scope.subquery_scopes]
         found = set()
@@ -214,7 +214,7 @@ class _Tracer:
 
     @_once
     def _optional(self, scope: Scope) -> dict[str, exp.Join]:
-        """The sources that a left join adds at most one row of, so that they decide no row: name → join."""
+        """Return the sources of which a left join adds at most one row, so that they decide no row: name → join."""
         found = {}
         for join in scope.expression.args.get("joins") or []:
             name = join.alias_or_name
@@ -234,7 +234,7 @@ class _Tracer:
         return found
 
     def _key(self, source: Any) -> frozenset[str]:
-        """Columns of which a source has each combination once; empty where none is known."""
+        """Return the columns that identify one row of a source; empty if they are not known."""
         if isinstance(source, exp.Table):
             return self._keys.get(source.name, frozenset())
         if not isinstance(source, Scope) or not isinstance(source.expression, exp.Select):
@@ -247,7 +247,7 @@ class _Tracer:
         return frozenset(name for name in grouped if name) if all(grouped) else frozenset()
 
     def _meant(self, scope: Scope, expression: exp.Expr) -> exp.Expr:
-        """The expression behind a number or an alias in `group by` or `order by`."""
+        """Return the expression behind a number or an alias in `group by` or `order by`."""
         projections: list[exp.Expr] = scope.expression.expressions
         if isinstance(expression, exp.Literal) and expression.is_int:
             place = int(expression.name) - 1
@@ -263,7 +263,7 @@ class _Tracer:
         return expression
 
     def _read(self, scope: Scope, node: exp.Expr, kind: Kind) -> Sources:
-        """What an expression reads, of which the result depends as `kind` says."""
+        """Return what an expression reads, where the result depends on the expression as `kind` says."""
         if isinstance(node, exp.Column):
             name, column = self._find(scope, node)
             return composed(kind, self._source_column(scope, name, column))
@@ -277,7 +277,7 @@ class _Tracer:
         return merged(*(self._read(scope, part, how) for part, how in _parts(node, within)))
 
     def _source_column(self, scope: Scope, name: str, column: str) -> Sources:
-        """What a column of a source of a scope is made from, with what decides a row of an optional source."""
+        """Return what a column of a scope's source is made from, with what decides a row of an optional source."""
         source = self._source(scope, name)
         if isinstance(source, exp.Table):
             found: Sources = {Column(source.name, column): frozenset({"identity"})}
@@ -292,7 +292,7 @@ class _Tracer:
         return merged(found, rows, composed("join", self._conditions(scope, join)))
 
     def _conditions(self, scope: Scope, join: exp.Join) -> Sources:
-        """What the condition of an optional join reads, without asking for the join again."""
+        """Return what the condition of an optional join reads, without tracing that join again."""
         parts = []
         for column in join.args["on"].find_all(exp.Column):
             name, read = self._find(scope, column)
@@ -304,7 +304,7 @@ class _Tracer:
         return merged(*parts)
 
     def _find(self, scope: Scope, column: exp.Column) -> tuple[str, str]:
-        """The source that a column is of, and its name there."""
+        """Return the source that a column belongs to, and its name there."""
         if column.table:
             return column.table, column.name
         known = {name: self._names(scope.sources[name]) for name in self._in_order(scope)}
@@ -315,11 +315,11 @@ class _Tracer:
             return self._find(scope.parent, column)
         if not having:
             raise _Untraceable(f"it reads {column.name}, which is a column of none of its relations")
-        # A column that several have is that of `using`, which is equal in all of them.
+        # Several sources have the column only after `using`, where it is equal in all of them.
         return having[0], column.name
 
     def _source(self, scope: Scope, name: str) -> Any:
-        """The table or scope of this name, here or in the query around."""
+        """Return the table or scope of this name, in this query or an enclosing one."""
         at: Scope | None = scope
         while at is not None:
             if name in at.sources:
@@ -328,7 +328,7 @@ class _Tracer:
         raise _Untraceable(f"it reads a column of {name}, which is none of its relations")
 
     def _names(self, source: Any) -> tuple[str, ...] | None:
-        """The columns of a source, None if they are not known."""
+        """Return the columns of a source, None if they are not known."""
         if isinstance(source, exp.Table):
             return self._columns.get(source.name)
         if source.is_udtf:
@@ -338,12 +338,12 @@ class _Tracer:
 
     @staticmethod
     def _in_order(scope: Scope) -> list[str]:
-        """The names of a select's own sources, in the order in which it reads them."""
+        """Return the names of a select's own sources, in the order in which it reads them."""
         return list(scope.selected_sources)
 
 
 def _grouped(group: exp.Group) -> list[exp.Expr]:
-    """The expressions that rows are grouped by, those of grouping sets included."""
+    """Return the expressions that rows are grouped by, including those of grouping sets."""
     found = list(group.expressions)
     for name in ("grouping_sets", "cube", "rollup"):
         for one in group.args.get(name) or []:
@@ -356,12 +356,12 @@ def _decides(kind: Kind) -> bool:
 
 
 def _through(node: exp.Expr, kind: Kind) -> Kind:
-    """How a value depends on what is inside of an expression that it depends on directly."""
+    """Return how a value depends on the parts of an expression that it depends on directly."""
     return "aggregation" if isinstance(node, exp.AggFunc) or kind == "aggregation" else "transformation"
 
 
 def _parts(node: exp.Expr, kind: Kind) -> Iterator[tuple[exp.Expr, Kind]]:
-    """The parts of an expression, each with how the value depends on it."""
+    """Return the parts of an expression, each with how the value depends on it."""
     deciding: dict[str, Kind] = {}
     if isinstance(node, exp.Case | exp.If):
         deciding = {"this": "condition"}

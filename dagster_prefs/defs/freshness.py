@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -71,7 +72,8 @@ def build(platform: Platform, alert_webhook: str | None = None) -> dg.Definition
     Raises AlertError for a webhook that is no https URL.
     """
     webhook = None if alert_webhook is None else Webhook(alert_webhook)
-    sources = platform.sources
+    # Drift has a sensor of its own, which tells of it once.
+    sources = replace(platform.sources, drift=lambda now: [])
     keys = asset_keys(platform)
     streaming = platform.engine.kind == "risingwave"
     stages: dict[str, Read] = {

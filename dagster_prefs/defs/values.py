@@ -12,8 +12,8 @@ from dagster_prefs.defs.offline_store import asset_key
 from dagster_prefs.defs.resources import schedule_status, sensor_status
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.freshness.alerts import Webhook
+from dagster_prefs.freshness.drift import late_statistics, measure_drift, unknown_drift
 from dagster_prefs.freshness.levels import Measure
-from dagster_prefs.freshness.values import late_statistics, measure_drift, unknown_drift
 from dagster_prefs.platform import Platform
 from dagster_prefs.values.drift import DayDrift
 from dagster_prefs.values.statistics import Statistics

@@ -72,12 +72,14 @@ class ItemReader:
         deadline: float,
         canaries: Sequence[Key] = (),
         told: Attempts | None = None,
+        results: list[str] | None = None,
     ) -> dict[Key, Found]:
         """Return the item of each key, None if there is none, or the error of its read.
 
         Up to two keys are read by concurrent GetItems, more by concurrent BatchGetItems of 100 keys each.
         `canaries` are read at the same time in a separate request without retries. `deadline` is in seconds
-        of time.monotonic(); a read that is incomplete by then ends with a `timeout`. `told` is told of each attempt.
+        of time.monotonic(); a read that is incomplete by then ends with a `timeout`. `told` is told of each attempt;
+        `results` gets `ok` or the kind of the first error of each.
         """
         found: dict[Key, Found] = {}
         pending = self._plan(list(dict.fromkeys(keys)), consistent)
@@ -94,11 +96,16 @@ class ItemReader:
             answers = self._transport.send([call for call, _ in wanted], attempt_deadline)
             if ended is not None:
                 ended([answer.kind for answer in answers if isinstance(answer, ReadError)])
+            result = "ok"
             again: list[tuple[Call, list[Key]]] = []
             for position, ((call, asked), answer) in enumerate(zip(wanted, answers, strict=True)):
+                if result == "ok" and isinstance(answer, ReadError):
+                    result = answer.kind
                 left = self._take(call, asked, answer, found, last)
                 if left and position < len(pending):
                     again.append((call, asked) if left == asked else (self._batch(left, consistent), left))
+            if results is not None:
+                results.append(result)
             pending, optional = again, []
             if not pending or not backoff.again():
                 break

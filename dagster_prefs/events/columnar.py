@@ -1,7 +1,7 @@
 """Tables of columns as event messages: Parquet and Arrow files, and any other source of Arrow batches.
 
-A row becomes one JSON object. DuckDB writes the JSON, a batch at a time, so that no row passes through Python
-on its way into the raw table. Its place is its number in the file, from 1, whatever rows `--where` leaves out.
+Each row becomes one JSON object. DuckDB writes the JSON, a batch at a time, so that no row passes through Python
+on its way into the raw table. A row's place is its number in the file, from 1; rows that `--where` leaves out count.
 
 Numbers keep every digit: a decimal becomes text without redundant zeros, and a whole number stays a number.
 A value that no JSON scalar can hold becomes an object, which the typed layer rejects by the field's name: NaN,
@@ -33,12 +33,12 @@ from dagster_prefs.events.formats import EventFileError, TableKind
 from dagster_prefs.events.messages import Topic
 from dagster_prefs.ids import EXACT_FLOAT
 
-# Rows of a batch, and the bytes of its columns: a batch of long texts must not grow with their length.
+# Limits of a batch: its rows, and the bytes of its columns, so that long texts do not make it large.
 BATCH_ROWS = 32_768
 BATCH_BYTES = 16 * 1024 * 1024
-# Batches that are converted ahead of the one that is being stored.
+# Number of batches that are converted ahead of the one being stored.
 AHEAD = 2
-# Of DuckDB, which holds one batch and its messages.
+# Memory limit of DuckDB, which holds one batch and its messages.
 MEMORY = "512MB"
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
@@ -52,9 +52,9 @@ _BATCH = "batch"
 class Table:
     """A table of columns that can be read from any row on.
 
-    `name` is what messages call it. `source_name` and `identity` (hex) make the name of its source: the same
-    content has the same. `batches(first, columns)` yields batches from row `first` (0-based) on, each with the
-    number of its first row and, where rows were deleted, those that are left; only `columns`, or all.
+    `name` is used in messages. `source_name` and `identity` (hex) make the name of its source, which is equal for
+    equal content. `batches(first, columns)` yields batches from row `first` (0-based) on, each with the number of
+    its first row and, where rows were deleted, a mask of the remaining ones; only `columns`, or all.
     """
 
     name: str
@@ -74,7 +74,7 @@ class TableBatch(NamedTuple):
 
 
 class Messages(NamedTuple):
-    """The messages of a batch, and the number of rows of the table that were read with it.
+    """The messages of a batch, and the number of rows of the table that were read for it.
 
     `table` has the columns row (from 1), message and, with an arrival column, arrived_at (UTC).
     """
@@ -100,7 +100,7 @@ class Messages(NamedTuple):
 class Columns:
     """How a table's columns are read.
 
-    `renamed` maps columns to fields, to None where a column is left out of the messages. `where` is an SQL
+    `renamed` maps columns to fields, or to None if the messages leave the column out. `where` is an SQL
     expression over the table's own columns. `arrived_at` is the column that holds when each row arrived.
     """
 
@@ -110,7 +110,7 @@ class Columns:
 
     @property
     def changes_messages(self) -> bool:
-        """Whether the messages are others than those of the columns as they are."""
+        """Whether the options change the messages."""
         return bool(self.renamed) or self.arrived_at is not None
 
     def field_of(self, column: str) -> str | None:
@@ -131,13 +131,13 @@ def open_table(
             with pa.memory_map(str(path)) as stream, _arrow_reader(stream) as reader:
                 schema = reader.schema
     read = partial(_parquet_batches if kind == "parquet" else _arrow_batches, path)
-    # A column of the file itself says more than the name of its folder.
+    # A column of the file takes precedence over the name of its folder.
     added = {name: value for name, value in (constants or {}).items() if name not in schema.names}
     if not added:
         return Table(str(path), path.name, identity, schema, rows, read)
     for name in added:
         schema = schema.append(pa.field(name, pa.string()))
-    # The same rows in another partition are other events.
+    # Equal rows in another partition are different events.
     folders = "/".join(f"{name}={value}" for name, value in added.items())
     return Table(
         str(path), f"{folders}/{path.name}", identity, schema, rows, partial(_with_constants, added, read)
@@ -252,10 +252,10 @@ class Converter:
         self.columns = columns
         self.batch_rows = batch_rows
         check_columns(table, columns)
-        # A connection of its own to one database, because to open a database takes longer than to read a small file.
+        # All converters share one database, because opening one takes longer than reading a small file.
         self._session = _database().cursor()
         try:
-            # Not the machine's, for a condition on times and for times in lists.
+            # Conditions on times and times in lists must not depend on the machine's zone.
             self._session.execute("set timezone = 'UTC'")
             self._check_where()
         except BaseException:
@@ -279,7 +279,7 @@ class Converter:
     def copy_lines(self, source: str, first: int = 0) -> Generator[Messages]:
         """Yield the messages like `messages`, each as the line of COPY's text format for `copy_columns`.
 
-        They are converted in a thread ahead of the reader, because the engine takes a processor of its own.
+        A thread converts them ahead of the reader, because the engine uses another processor meanwhile.
         """
         return _ahead(lambda: self._converted(first, source))
 
@@ -329,7 +329,7 @@ class Converter:
             yield Messages(batch.first + batch.rows.num_rows, self._run(query))
 
     def _register(self, batch: TableBatch) -> set[int]:
-        """Make a batch the relation that is queried; returns the columns with text that is not UTF-8."""
+        """Register a batch as the queried relation. Returns the columns with text that is not UTF-8."""
         rows = batch.rows
         arrays = [_plain(array) for array in rows.columns]
         names = list(rows.schema.names)
@@ -354,7 +354,7 @@ class Converter:
         return broken
 
     def _where(self) -> str:
-        # A line of its own, because the expression may end in a comment.
+        # The expression has its own line, because it may end in a comment.
         return f"(\n{self.columns.where}\n)" if self.columns.where else "true"
 
     def _run(self, query: str) -> pa.Table:
@@ -375,7 +375,7 @@ class Converter:
         nothing = [pa.array([], _plain_type(kind)) for kind in schema.types]
         self._session.register(_BATCH, pa.table(nothing, schema.names))
         try:
-            # Only this parses it as one expression: text in a query could end the condition it stands in.
+            # This parses the text as one expression. Inside a query, text could end the condition that it stands in.
             condition = duckdb.SQLExpression(self.columns.where)
             selected = self._session.table(_BATCH).select(condition)
             kind = selected.types[0]
@@ -404,7 +404,7 @@ def _database() -> duckdb.DuckDBPyConnection:
     return duckdb.connect(
         ":memory:",
         config={
-            # An expression of `--where` may come from anywhere, and must not read this machine's files or this
+            # An expression of `--where` is untrusted: it must not read this machine's files or this
             # process's variables.
             "enable_external_access": False,
             "python_enable_replacements": False,
@@ -427,9 +427,7 @@ def check_columns(table: Table, columns: Columns) -> None:
                     f"{option} names the column {column}, which {table.name} lacks ({found}): correct it"
                 )
     if reserved := [name for name in names if name.lower().startswith(_RESERVED)]:
-        raise EventFileError(
-            f"{table.name} has the column {reserved[0]}, a name that is used here: rename it"
-        )
+        raise EventFileError(f"{table.name} has the column {reserved[0]}, a reserved name: rename it")
     folded: dict[str, str] = {}
     for name in names:
         if name.lower() in folded:
@@ -450,8 +448,8 @@ def check_columns(table: Table, columns: Columns) -> None:
         fields[field] = name
         if refused := _refusal(table.schema.field(name).type):
             raise EventFileError(
-                f"the column {name} of {table.name} is {refused}, which is no JSON: convert it, or leave it out with "
-                f"--map {name}="
+                f"the column {name} of {table.name} is {refused}, which JSON cannot hold: convert it, or leave it "
+                f"out with --map {name}="
             )
     if columns.arrived_at is not None:
         kind = table.schema.field(columns.arrived_at).type
@@ -527,7 +525,7 @@ def _line_sql(source: str, columns: Columns) -> str:
 
 
 def _plain(array: pa.Array) -> pa.Array:
-    """Convert an array to a type that DuckDB reads, with times in UTC."""
+    """Convert an array to a type that DuckDB can read, with times in UTC."""
     kind = _plain_type(array.type)
     if kind == array.type:
         return array
@@ -539,7 +537,7 @@ def _plain(array: pa.Array) -> pa.Array:
 
 
 def _stored_type(kind: pa.DataType) -> pa.DataType:
-    """Return the type of the values that an encoding or an extension stands for."""
+    """Return the type of the values behind an encoding or an extension type."""
     if isinstance(kind, pa.BaseExtensionType):
         return kind if kind.extension_name == "arrow.uuid" else _stored_type(kind.storage_type)
     if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
@@ -565,9 +563,9 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _repaired(array: pa.Array) -> tuple[pa.Array, pa.Array] | None:
-    """Return an array without the texts that are not UTF-8, and their JSON; None if there is no such text.
+    """Return an array without the texts that are not UTF-8, and the JSON of those; None if there is no such text.
 
-    DuckDB reads such a text as an empty one.
+    DuckDB would read such a text as an empty one.
     """
     try:
         array.validate(full=True)
@@ -609,7 +607,7 @@ def _literal(text: str) -> str:
 
 
 def _ahead(produce: Callable[[], Iterator[Messages]]) -> Generator[Messages]:
-    """Yield what `produce` yields, produced in a thread that is at most AHEAD items ahead."""
+    """Yield the items of `produce`, which runs in a thread at most AHEAD items ahead."""
     ready: queue.Queue[Messages | BaseException | None] = queue.Queue(AHEAD)
     stopped = threading.Event()
 

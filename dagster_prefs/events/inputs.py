@@ -1,4 +1,4 @@
-"""What `prefs ingest` is given: files, folders, and objects in S3, each as one or several files to read."""
+"""The inputs of `prefs ingest`: files, folders, and objects in S3, each resolved to the files to read."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ _NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 class Input:
     """One file or table to ingest.
 
-    `open` yields it where it can be read. `version` identifies the content of what must be fetched first, so
-    that it is fetched once; None for what lies on this machine. `constants` are columns that the names of its
-    folders hold, as `day=2026-01-31` does.
+    `open` yields it as a local file or table. `version` identifies the content of a remote object, so that it is
+    fetched only once; None for local files. `constants` are the columns in the names of its folders, such as
+    `day=2026-01-31`.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Input:
     constants: Mapping[str, str | None] = field(default_factory=dict)
 
     def label(self, options: FileOptions) -> str | None:
-        """Return what `ingest_files` keeps as its path: with the options that decide which messages it has."""
+        """Return its path in `ingest_files`, which includes the options that decide which messages it has."""
         if self.version is None:
             return None
         chosen = [
@@ -66,7 +66,7 @@ def ingest_input(
     batches: Batches = Batches(),  # noqa: B008
     deliver: Delivery | None = None,
 ) -> IngestReport:
-    """Ingest one input like `ingest_file`; what is complete already is not fetched again."""
+    """Ingest one input like `ingest_file`. A complete input is not fetched again."""
     options = replace(options, label=given.label(options), constants=given.constants)
     if options.label is not None:
         with RawStore(connection) as store:
@@ -89,7 +89,7 @@ def dry_run_input(
     options: FileOptions,
     progress: ProgressCallback | None = None,
 ) -> DryRun:
-    """Judge the messages of one input as `dry_run_file` does; writes nothing."""
+    """Check the messages of one input like `dry_run_file`. Writes nothing."""
     options = replace(options, constants=given.constants)
     with _named(given) as opened:
         judge: Any = dry_run_file if isinstance(opened, Path) else dry_run_table
@@ -99,7 +99,7 @@ def dry_run_input(
 
 @contextmanager
 def _named(given: Input) -> Iterator[Path | Table]:
-    """Open an input; errors about the file that was fetched name the input."""
+    """Open an input. Errors about the fetched file name the input."""
     with given.open() as opened:
         try:
             yield opened
@@ -110,7 +110,7 @@ def _named(given: Input) -> Iterator[Path | Table]:
 def local_inputs(path: Path) -> Iterator[Input]:
     """Yield a file, or the files of a folder and the folders in it, ordered by their paths.
 
-    Names that begin with `.` or `_` are no data: engines leave markers and checksums under such names. Raises
+    Skips names that begin with `.` or `_`, under which engines leave markers and checksums. Raises
     EventFileError for a folder without files.
     """
     if not path.is_dir():
@@ -121,7 +121,9 @@ def local_inputs(path: Path) -> Iterator[Input]:
     except OSError as error:
         raise EventFileError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
     if not found:
-        raise EventFileError(f"{path} is a folder without files (names with `.` or `_` in front are no data)")
+        raise EventFileError(
+            f"{path} is a folder without files (names that begin with `.` or `_` are skipped)"
+        )
     for inner in found:
         constants = partition_columns(inner.relative_to(path).parts[:-1])
         yield Input(str(inner), _here(inner), constants=constants)
@@ -145,7 +147,7 @@ def _is_data(name: str) -> bool:
 
 
 def partition_columns(folders: Sequence[str]) -> dict[str, str | None]:
-    """Return the columns that folders named `column=value` stand for."""
+    """Return the columns and values of folders named `column=value`."""
     named = [folder.partition("=") for folder in folders if "=" in folder]
     return {
         unquote(column): None if value == _NULL_PARTITION else unquote(value)
@@ -155,11 +157,11 @@ def partition_columns(folders: Sequence[str]) -> dict[str, str | None]:
 
 
 class StoredTable(Protocol):
-    """A table that another part of the platform reads, with the fields that `columnar.Table` has."""
+    """A table that another part of the platform reads, with the fields of `columnar.Table`."""
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Its name in messages."""
 
     @property
     def file_name(self) -> str:
@@ -167,11 +169,11 @@ class StoredTable(Protocol):
 
     @property
     def identity(self) -> str:
-        """What tells its content from every other."""
+        """The identity of its content (hex)."""
 
     @property
     def rows(self) -> int:
-        """How many rows it has."""
+        """The number of its rows."""
 
     @property
     def schema(self) -> Any:
@@ -182,7 +184,7 @@ class StoredTable(Protocol):
 
 
 def table_inputs(tables: Iterable[StoredTable]) -> Iterator[Input]:
-    """Yield tables that are read by others, such as the files of an Iceberg table."""
+    """Yield tables that another part of the platform reads, such as the files of an Iceberg table."""
     from dagster_prefs.events.columnar import Table, TableBatch
 
     for stored in tables:
@@ -198,7 +200,7 @@ def table_inputs(tables: Iterable[StoredTable]) -> Iterator[Input]:
 
 @dataclass(frozen=True)
 class ObjectStore:
-    """S3, as `region` and `endpoint_url` say; None leaves the address to AWS's own configuration."""
+    """S3 at `region` and `endpoint_url`; None leaves the address to AWS's own configuration."""
 
     region: str
     endpoint_url: str | None
@@ -231,7 +233,7 @@ class ObjectStore:
         ]
         if not objects:
             raise EventFileError(
-                f"{uri} has no objects (names with `.` or `_` in front are no data): check the prefix"
+                f"{uri} has no objects (names that begin with `.` or `_` are skipped): check the prefix"
             )
         for key, version in sorted(objects):
             inner = PurePosixPath(key.removeprefix(folder)).parts[:-1] if key != prefix else ()
@@ -248,7 +250,7 @@ class ObjectStore:
         with tempfile.TemporaryDirectory(prefix="prefs-ingest-") as folder:
             path = Path(folder, PurePosixPath(key).name)
             with self._reading(f"{S3}{bucket}/{key}"):
-                # Of the version that was listed: its name in `ingest_files` holds it.
+                # Fetch the listed version, because its path in `ingest_files` contains that version.
                 body = self._client().get_object(Bucket=bucket, Key=key, IfMatch=version)["Body"]
                 with path.open("wb") as target:
                     for part in body.iter_chunks(1024 * 1024):
@@ -259,7 +261,7 @@ class ObjectStore:
         import boto3
         from botocore.config import Config
 
-        # A server behind an address of its own has no host name for each bucket.
+        # A server at a custom address has no host name per bucket.
         config = Config(
             s3={"addressing_style": "path" if self.endpoint_url else "auto"},
             retries={"mode": "standard", "total_max_attempts": 4},

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Pace:
-    """Holds a sender to `rate` messages per second on average since it began; None is no limit.
+    """Limits a sender to `rate` messages per second on average since its start; None means no limit.
 
-    A batch should be at most `batch_size` messages, so that a slow rate is a steady one.
+    A batch should have at most `batch_size` messages, so that a low rate is steady.
     """
 
     rate: float | None
@@ -27,6 +27,6 @@ class Pace:
         return most if self.rate is None else max(1, min(most, int(self.rate / 4)))
 
     def wait(self, sent: int) -> None:
-        """Wait until `sent` messages since the beginning are within the rate."""
+        """Wait until `sent` messages since the start are within the rate."""
         if self.rate is not None:
             self.sleep(max(0.0, sent / self.rate - (self.clock() - self._started)))

@@ -1,4 +1,4 @@
-"""Tables of columns into the raw tables: a batch at a time, restartable."""
+"""Ingest tables of columns into the raw tables: a batch at a time, restartable."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from dagster_prefs.events.raw import Batches, FileRecord, IngestReport, Progress
 
 
 def columns_of(options: FileOptions) -> Columns:
-    """Return how the options have a table read."""
+    """Return how a table is read according to the options."""
     return Columns(options.renamed, options.where, options.arrived_at)
 
 
 def table_source(table: Table, columns: Columns) -> str:
-    """The source name of a table's messages: like a file's, and another one where the messages are others.
+    """Return the source name of a table's messages: like a file's, but different if options change the messages.
 
-    A table that was ingested with a wrong `--map` can so be ingested again with the right one.
+    A table that was ingested with a wrong `--map` can therefore be ingested again with the right one.
     """
     identity = table.identity
     if columns.changes_messages:
@@ -40,7 +40,7 @@ def table_source(table: Table, columns: Columns) -> str:
 
 
 def table_topic(table: Table, registry: Registry, options: FileOptions) -> Topic:
-    """Return the topic of a table, by its columns. Raises EventFileError or RegistryError."""
+    """Infer the topic of a table from its columns. Raises EventFileError or RegistryError."""
     topics = topics_of(registry)
     wanted = topics[registry.topic(options.topic).name] if options.topic is not None else None
     columns = columns_of(options)
@@ -81,7 +81,7 @@ def ingest_table(
     pace = Pace(options.rate)
     rows = pace.batch_size(BATCH_ROWS)
     with RawStore(connection) as store, Converter(table, topic, columns, rows) as converter:
-        # Rows that one condition leaves out are not there for another, so each has a record of its own.
+        # Each condition selects other rows, so each has its own record of progress.
         label = options.label or as_text(table.name)
         record = FileRecord(_record_name(source, options.where), label, topic.name, None, 0, None)
         known = store.recall(record.source)
@@ -95,14 +95,14 @@ def ingest_table(
             lines = known.lines or 0
             return IngestReport(source, known.topic, lines, 0, lines, 0, 0, time.monotonic() - started)
         if deliver is None and connection.kind == "local":
-            # How many messages the rows before gave is not known any more where a condition chose among them.
+            # With a condition, the number of messages of the earlier rows is not known.
             begin = 0 if options.where else known.lines or 0
             run = _Run(store, topic, source, record, begin, begin)
             writing = run.copied(converter, pace)
         else:
             run = _Run(store, topic, source, record)
             writing = run.written(converter, deliver, pace)
-        # Closed before the converter is, whose session a thread may be using.
+        # Close the messages before the converter, because their thread may be using its session.
         with closing(writing):
             for rows in writing:
                 if batches.progress is not None:
@@ -120,7 +120,7 @@ def check_table_options(table: Table, options: FileOptions) -> None:
     """Raise EventFileError for an option that only files of lines have."""
     if options.shift_to is not None:
         raise EventFileError(
-            f"{table.name} is a table of columns, whose times --shift-to-now does not move: leave it out, or write the "
+            f"--shift-to-now does not move the times of {table.name}, a table of columns: leave it out, or write the "
             "table as JSON lines"
         )
 
@@ -131,7 +131,7 @@ def _record_name(source: str, where: str | None) -> str:
 
 @dataclass
 class _Run:
-    """Storing one table: `rows` were read of it so far and gave `lines` messages, of which `accepted` are new."""
+    """The progress of storing one table: `rows` read so far gave `lines` messages, of which `accepted` are new."""
 
     store: RawStore
     topic: Topic
@@ -142,7 +142,7 @@ class _Run:
     accepted: int = 0
 
     def copied(self, converter: Converter, pace: Pace) -> Generator[int]:
-        """Copy the messages to the embedded engine; yields the number of rows that were read, after each batch."""
+        """Copy the messages to the embedded engine. Yields the number of rows read, after each batch."""
         begun = self.lines
         lines = converter.copy_lines(self.source, self.rows)
         try:
@@ -158,7 +158,7 @@ class _Run:
             lines.close()
 
     def written(self, converter: Converter, deliver: Delivery | None, pace: Pace) -> Generator[int]:
-        """Insert the messages, or deliver them elsewhere; yields like `copied`."""
+        """Insert the messages, or pass them to `deliver`. Yields like `copied`."""
         for batch in converter.messages():
             messages = [RawMessage(0, row, message.encode()) for row, message in batch.pairs()]
             if deliver is not None:
@@ -171,7 +171,7 @@ class _Run:
 
 
 def _buffers(table: pa.Table) -> Iterator[memoryview]:
-    """Yield the texts of the only column, one after the other, as they lie in memory."""
+    """Yield the texts of the only column in order, without copying them."""
     for chunk in table.column(0).chunks:
         if len(chunk):
             _, offsets, data = chunk.cast(pa.large_string()).buffers()

@@ -40,7 +40,7 @@ class ExportsMemo:
     def state(self, engine: EngineConfiguration, registry: Registry, now: datetime) -> str | None:
         """Return a digest of all inputs of the reading on the day of `now` (UTC); None if they cannot be read."""
         try:
-            tables = self._tables() if self.catalog.exists() else []
+            tables = catalog_tables(self.catalog, self.namespace) if self.catalog.exists() else []
             if not all(_is_there(location) for _, location in tables):
                 return None
             with engine.connect() as session:
@@ -53,14 +53,6 @@ class ExportsMemo:
             return None
         known = [str(now.date()), str(self.start), registry.hashes, tables, tiles]
         return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
-
-    def _tables(self) -> list[tuple[str, str]]:
-        """Return name and metadata file of each table. Raises sqlite3.Error."""
-        with closing(sqlite3.connect(f"{self.catalog.as_uri()}?mode=ro", uri=True)) as connection:
-            return connection.execute(
-                "select table_name, metadata_location from iceberg_tables where table_namespace = ? order by 1",
-                [self.namespace],
-            ).fetchall()
 
     def recall(self, state: str) -> list[Measure] | None:
         """Return the stored reading of this state, None if there is none."""
@@ -85,6 +77,15 @@ class ExportsMemo:
         except OSError:
             # Without the file, the next reading only takes longer.
             return
+
+
+def catalog_tables(catalog: Path, namespace: str) -> list[tuple[str, str]]:
+    """Return name and metadata file of each table of a SQLite catalog. Raises sqlite3.Error."""
+    with closing(sqlite3.connect(f"{catalog.as_uri()}?mode=ro", uri=True)) as connection:
+        return connection.execute(
+            "select table_name, metadata_location from iceberg_tables where table_namespace = ? order by 1",
+            [namespace],
+        ).fetchall()
 
 
 def _is_there(location: str) -> bool:

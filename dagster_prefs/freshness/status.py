@@ -60,7 +60,8 @@ class Sources:
 
     `data_dir` is on the disk of the embedded engine. `publishes` and `follows` are as for `measure_online`, `by_sink`
     as for `offline_lag`. `kafka` and `declared` are called at each reading, because they need the project. `exports`
-    measures the training tables instead of this process, whose memory Iceberg's libraries would double.
+    measures the training tables instead of this process, whose memory Iceberg's libraries would double. `drift`
+    measures the causes of drift.
     """
 
     engine: EngineConfiguration
@@ -77,6 +78,7 @@ class Sources:
     by_sink: bool
     memo: ExportsMemo | None = None
     exports: Callable[[datetime], list[Measure]] | None = None
+    drift: Callable[[datetime], list[Measure]] = lambda now: []
 
     @property
     def registry(self) -> Registry:
@@ -173,7 +175,14 @@ def evaluate(sources: Sources, *, now: Callable[[], datetime], extra: Sequence[M
     a stage that cannot be read: those measures are `unknown`.
     """
     started = now()
-    stages = (sources.embedded, sources.ingestion, sources.views, sources.online, sources.offline)
+    stages = (
+        sources.embedded,
+        sources.ingestion,
+        sources.views,
+        sources.online,
+        sources.offline,
+        sources.drift,
+    )
     with ThreadPoolExecutor(len(stages), thread_name_prefix="freshness") as pool:
         found = [measure for stage in pool.map(lambda read: read(started), stages) for measure in stage]
     return Status(started, (now() - started).total_seconds(), (*found, *extra))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from datetime import UTC, date, datetime, timedelta
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -13,76 +12,10 @@ from prometheus_client.core import Metric as PrometheusMetric
 from prometheus_client.registry import Collector
 
 from dagster_prefs.errors import PrefsError
-from dagster_prefs.freshness.levels import Level, Measure
+from dagster_prefs.freshness.drift import REUSE_SECONDS
 
 if TYPE_CHECKING:
-    from dagster_prefs.freshness.status import Status
-    from dagster_prefs.values.drift import Cause
     from dagster_prefs.values.statistics import Statistics
-
-# How late the statistics of a complete day may be: they are collected once a day, in the night.
-LATE_DAYS = 2
-REUSE_SECONDS = 300.0
-_LEVELS: Mapping[str, Level] = {"ok": "ok", "learning": "skipped", "warn": "warn", "error": "error"}
-
-
-def measure_drift(causes: Sequence[Cause], *, today: date) -> list[Measure]:
-    """Return a measure for each cause: one alert tells all that the same events brought about. `today` is UTC."""
-    return [_measure(cause, today) for cause in causes]
-
-
-def late_statistics(newest: date, *, today: date) -> str:
-    """Return what is wrong with statistics whose newest day is this one; empty if nothing. `today` is UTC."""
-    if newest >= today - timedelta(days=LATE_DAYS):
-        return ""
-    return (
-        f"the newest statistics are of {newest}: run `prefs statistics --collect`, and see the job `values`"
-    )
-
-
-def _measure(cause: Cause, today: date) -> Measure:
-    newest = max(one.day for one in cause.days)
-    findings = [finding for one in cause.days for finding in one.findings]
-    level, reason = _LEVELS[cause.level], cause.reason
-    if (late := late_statistics(newest, today=today)) and level in ("ok", "skipped"):
-        level, reason = "warn", late
-    return Measure(
-        "drift",
-        cause.name,
-        level,
-        reason,
-        values={
-            "psi": max((one.psi for one in findings if one.psi is not None), default=0.0),
-            "ks": max((one.ks for one in findings if one.ks is not None), default=0.0),
-            "attributes_drifted": sum(one.level in ("warn", "error") for one in findings),
-        },
-        notes={"day": newest.isoformat()},
-    )
-
-
-def unknown_drift(error: PrefsError) -> list[Measure]:
-    """Return the measure of statistics that cannot be read."""
-    return [Measure("drift", "statistics", "unknown", str(error))]
-
-
-class DriftReadings:
-    """The measures of drift beside others, read again after some minutes: the statistics change once a day."""
-
-    def __init__(self, read: Callable[[], Sequence[Cause]]) -> None:
-        self._read = read
-        self._found: list[Measure] = []
-        self._until = -1.0
-
-    def added_to(self, status: Status) -> Status:
-        """Return the status with the measures of drift."""
-        if monotonic() >= self._until:
-            try:
-                self._found = measure_drift(self._read(), today=status.read_at.date())
-            except PrefsError as error:
-                self._found = unknown_drift(error)
-            self._until = monotonic() + REUSE_SECONDS
-        return replace(status, measures=(*status.measures, *self._found))
-
 
 # Name → help, of the metrics with the labels `relation` and `attribute`.
 VALUE_METRICS: Mapping[str, str] = {

@@ -1,4 +1,4 @@
-"""The rows of any Iceberg table with their places, as history of events.
+"""The rows of any Iceberg table with their places, to be ingested as a history of events.
 
 A row's place is its number in its data file, which no later deletion changes: other rows of the file keep
 theirs. Data files never change, so their location is their identity.
@@ -26,7 +26,7 @@ from dagster_prefs.iceberg.files import LiveFile, RowsUnreadable, check_readable
 class HistoryFile:
     """One data file of a table's snapshot, with the columns that the table has now.
 
-    `name` is what messages call it, `file_name` and `identity` (hex) tell it from every other file.
+    `name` is used in messages; `file_name` and `identity` (hex) distinguish it from every other file.
     """
 
     name: str
@@ -40,7 +40,7 @@ class HistoryFile:
     def batches(
         self, first: int, columns: Sequence[str] | None
     ) -> Iterator[tuple[int, pa.RecordBatch, pa.BooleanArray | None]]:
-        """Yield batches from row `first` (0-based) on: number of the first row, rows, and which are not deleted.
+        """Yield batches from row `first` (0-based) on: the first row's number, the rows, and which are not deleted.
 
         Raises OfflineError if the file cannot be read.
         """
@@ -55,8 +55,8 @@ class HistoryFile:
         start = 0
         with translated(self.name):
             gone = self._deleted()
-            # The public method holds all rows of a file in memory, and applies deletes, after which no row has
-            # its number any more.
+            # The public method reads all rows of a file into memory and applies the deletes, which loses the
+            # rows' numbers.
             task = FileScanTask(self.file.data, set())
             for batch in scan._record_batches_from_scan_tasks_and_deletes([task], {}):
                 skipped = min(batch.num_rows, max(0, first - start))

@@ -1,4 +1,4 @@
-"""A project of one's own: created from an example, kept up with the package, and extended by scaffolds."""
+"""A project of one's own: create it from an example, extend it with scaffolds, upgrade it with the package."""
 
 from __future__ import annotations
 

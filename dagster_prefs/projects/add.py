@@ -1,4 +1,4 @@
-"""Scaffold a declaration with its SQL: a worked example that passes as it is and is then edited."""
+"""Scaffold a declaration with its SQL: a working example that passes all checks, to be edited afterwards."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from dagster_prefs.projects.staged import Changes, Generate, ProjectRefused, cha
 
 _TEMPLATES = files("dagster_prefs.projects") / "templates" / "add"
 _NUMBERS = ("bigint", "int", "decimal")
-# The most bytes of a further key column, so that any sort key has room for it.
+# Byte limit of each further key column. It keeps every sort key within DynamoDB's limit.
 _KEY_BYTES = 64
 # Lines of a rolling view: the newest event of a group, and the attribute made of it.
 _NEWEST = re.compile(r"^( *)max\(last_event_at\) as last_event_at$", re.M)
@@ -41,7 +41,7 @@ _REF = re.compile(r"""\{\{\s*ref\(\s*["'](\w+)["']\s*\)\s*\}\}""")
 
 @dataclass(frozen=True)
 class Scaffold:
-    """A scaffold's files relative to the project (path → text), and what to do after it is there."""
+    """A scaffold's files, relative to the project (path → text), and the next steps."""
 
     files: Mapping[str, str]
     next_steps: tuple[str, ...]
@@ -49,7 +49,7 @@ class Scaffold:
 
 @dataclass(frozen=True)
 class Added:
-    """What a scaffold changed, and what to do next."""
+    """The changes that a scaffold made, and the next steps."""
 
     changes: Changes
     next_steps: tuple[str, ...]
@@ -58,8 +58,8 @@ class Added:
 class Scaffolding:
     """The scaffolds of one project. Raises StaleRegistry if its files are not those of its registry.
 
-    Every method returns a Scaffold, and raises ProjectRefused for a name that is taken or malformed, and for
-    an option that names nothing of the project or is needed to tell several apart.
+    Every method returns a Scaffold. It raises ProjectRefused if a name is taken or malformed, if an option names
+    something that the project does not have, or if an option is missing although there are several candidates.
     """
 
     def __init__(self, project: Path) -> None:
@@ -69,7 +69,7 @@ class Scaffolding:
         self._models = model_paths(self._project.content)[0]
 
     def add(self, scaffold: Scaffold, generate: Generate) -> Added:
-        """Write a scaffold and generate, as a whole or not at all.
+        """Write a scaffold and run `generate`. Changes everything or nothing.
 
         Raises what `generate` raises, e.g. DeclarationError for a name that the rules refuse.
         """
@@ -169,7 +169,7 @@ class Scaffolding:
     def domain(self, name: str, *, tile: str | None = None) -> Scaffold:
         """Declare a domain over a tile: a rolling view whose attributes add up the tile's numbers.
 
-        `name` is `<product>#<domain>`, or the domain alone where the product can be told.
+        `name` is `<product>#<domain>`, or the domain alone if the product can be inferred.
         """
         read = self._registry.tiles[_chosen("tile", tile, self._registry.tiles)]
         entity = self._registry.entity(read.entity)
@@ -273,12 +273,12 @@ class Scaffolding:
         else:
             numbers = [one for one, of in tile.columns.items() if of.type in _NUMBERS]
             raise ProjectRefused(
-                f"{tile.relation} has no number {column!r}{did_you_mean(column, numbers)}: it has "
+                f"{tile.relation} has no numeric column {column!r}{did_you_mean(column, numbers)}: it has "
                 f"{', '.join(numbers) or 'none'}"
             )
         extended = f"{sql[: grouped.start()]}{grouped[1]}{expression} as {name},\n{sql[grouped.start() :]}"
         if newest:
-            # The group is a CTE, whose columns the last select names.
+            # The group is a CTE, so the final select must name the new column as well.
             last = next(_SERVED.finditer(extended))
             extended = (
                 f"{extended[: last.start()]}{last[1]}{last[2].removesuffix('.last_event_at')}.{name},\n"
@@ -293,7 +293,7 @@ class Scaffolding:
         before = re.match(r"( *)- ", lines[at])
         if before is None:
             raise ProjectRefused(
-                f"{model.file}:{at + 1}: the columns are not one to a line: write `{column}` there by hand"
+                f"{model.file}:{at + 1}: the columns do not stand one per line: add `{column}` there by hand"
             )
         lines.insert(at, f"{before[1]}{column}\n")
         return "".join(lines)
@@ -339,7 +339,7 @@ class Scaffolding:
 
 
 def _chosen(kind: str, name: str | None, there: Iterable[str], *, also: Collection[str] = ()) -> str:
-    """Return the name of the one that is meant: the given one, or the only one. Raises ProjectRefused."""
+    """Return the given name, or the only known name if none is given. Raises ProjectRefused."""
     known = list(there)
     if name is None and len(known) == 1:
         return known[0]
@@ -349,7 +349,7 @@ def _chosen(kind: str, name: str | None, there: Iterable[str], *, also: Collecti
         )
     if name is None:
         raise ProjectRefused(
-            f"the project has several of a kind: say which with --{kind} ({', '.join(known)})"
+            f"the project has several candidates for --{kind}: choose one of {', '.join(known)}"
         )
     if name not in known and name not in also:
         raise ProjectRefused(
@@ -359,7 +359,7 @@ def _chosen(kind: str, name: str | None, there: Iterable[str], *, also: Collecti
 
 
 def _with_entity(text: str, declared: str) -> str:
-    """Return dbt_project.yml with one more entry in `vars: entities`, and everything else as it was."""
+    """Return dbt_project.yml with one more entry in `vars: entities`, and everything else unchanged."""
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     node = _value(_value(root, "vars"), "entities")
     if node is None or not node.value:
@@ -367,12 +367,12 @@ def _with_entity(text: str, declared: str) -> str:
             f"{PROJECT_FILE} has no entities to add one to: write `entities: {{ {declared} }}` below `vars`"
         )
     if node.flow_style:
-        # Behind the last entry, before the bracket and any blank.
+        # Insert after the last entry, before the closing bracket and the blanks in front of it.
         end = node.value[-1][1].end_mark.index
         return f"{text[:end]}, {declared}{text[end:]}"
     first, (_, last) = node.value[0][0], node.value[-1]
     lines = text.splitlines(keepends=True)
-    # A block ends where the next token begins; comments before that belong to what follows.
+    # A block ends at the next token. Comments in front of that token belong to it, not to the block.
     at = last.end_mark.line + (1 if last.end_mark.column > first.start_mark.column else 0)
     while at > 0 and (not lines[at - 1].strip() or lines[at - 1].lstrip().startswith("#")):
         at -= 1
@@ -421,7 +421,7 @@ def _join(lines: Sequence[str]) -> str:
 
 def _fill(template: str, **values: str) -> str:
     text = Template((_TEMPLATES / template).read_text(encoding="utf-8")).substitute(values)
-    # A tile or a view without a measure leaves an empty line.
+    # The template leaves an empty line where a tile or a view has no measure.
     return re.sub(r"(,|\})\n\n(?= )", r"\1\n", text)
 
 

@@ -1,4 +1,4 @@
-"""Create a project from an example that the package brings."""
+"""Create a project from an example that the package contains."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ WHEELS = "wheels"
 def create_project(folder: Path, example: str, generate: Generate) -> list[str]:
     """Create a project in a new or empty folder; return its files outside of the dbt project.
 
-    `example` is one of EXAMPLES; `generate` writes the generated models and the registry. The folder appears
-    when everything is written. Raises ProjectRefused for a folder with content and for a name that no dbt
-    project may have.
+    `example` is one of EXAMPLES; `generate` writes the generated models and the registry. The folder
+    appears once everything is written. Raises ProjectRefused if the folder is not empty, or if its name cannot be
+    that of a dbt project.
     """
     folder = folder.absolute()
     name = folder.name.lower().replace("-", "_").replace(".", "_")
@@ -111,7 +111,7 @@ def _write_dbt_project(project: Path, example: str, name: str) -> None:
 
 
 def _override() -> str:
-    """Return what the resolution of dbt-core's dependencies has to leave out."""
+    """Return the requirement that resolving dbt-core's dependencies must override."""
     lines = shipped("overrides.txt").read_text(encoding="utf-8").splitlines()
     (line,) = [line for line in lines if line and not line.startswith("#")]
     return line.replace('"', "'")

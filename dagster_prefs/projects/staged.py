@@ -1,4 +1,4 @@
-"""Change a dbt project as a whole or not at all: in a copy, which is generated before anything is taken over."""
+"""Change a dbt project completely or not at all: in a copy, from which files are taken once `generate` succeeded."""
 
 from __future__ import annotations
 
@@ -46,10 +46,11 @@ class Changes:
 
 
 def changed_as_a_whole(project: Path, change: Callable[[Path], object], generate: Generate) -> Changes:
-    """Apply `change` to a copy of the project, generate there, and take over the files that differ.
+    """Apply `change` to a copy of the project, generate there, and copy the files that differ back.
 
-    The registry is taken over last, so that an interruption leaves a project that counts as stale. Raises what
-    `change` and `generate` raise, with the project as it was; ProjectRefused if its folder cannot be written.
+    The registry is copied last, so that after an interruption the project is recognised as stale. Raises what
+    `change` and `generate` raise, and then leaves the project unchanged; ProjectRefused if its folder cannot be
+    written.
     """
     with beside(project) as copy:
         shutil.copytree(project, copy, symlinks=True, ignore=shutil.ignore_patterns(*_WRITTEN))
@@ -58,7 +59,7 @@ def changed_as_a_whole(project: Path, change: Callable[[Path], object], generate
             change(copy)
             generate(copy)
         except PrefsError as error:
-            # The copy is gone when anybody reads this.
+            # The copy is deleted before the message is read, so the message names the project instead.
             error.args = tuple(str(arg).replace(str(copy), str(project)) for arg in error.args)
             raise
         after = _contents(copy)
@@ -79,7 +80,7 @@ def changed_as_a_whole(project: Path, change: Callable[[Path], object], generate
 @contextmanager
 def beside(folder: Path) -> Iterator[Path]:
     """Yield a path in the same parent folder, where relative paths lead to the same places; removed at the end."""
-    # As the folder is called, because messages name it.
+    # The copy has the folder's name, because messages quote it.
     place = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
     try:
         yield place
@@ -93,7 +94,7 @@ def beside(folder: Path) -> Iterator[Path]:
 
 
 def write(path: Path, content: bytes | None) -> None:
-    """Replace a file that everyone who may read the project may read; None removes it. Raises OSError."""
+    """Replace a file, readable by everyone who can read the project; None removes it. Raises OSError."""
     if content is None:
         path.unlink(missing_ok=True)
         return

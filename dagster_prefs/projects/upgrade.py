@@ -18,7 +18,7 @@ from dagster_prefs.shipped import shipped
 
 @dataclass(frozen=True)
 class Upgrade:
-    """What an upgrade changed, and what its reader has to look at."""
+    """The changes that an upgrade made, and what to review."""
 
     version_before: str | None
     changes: Changes
@@ -26,7 +26,7 @@ class Upgrade:
 
 
 def upgrade_project(project: Path, generate: Generate, *, overwrite: bool = False) -> Upgrade:
-    """Write this version's shared macros and lock into a project, and generate again; all or nothing.
+    """Write this version's shared macros and lock into a project, and run `generate`. Changes everything or nothing.
 
     Raises ProjectRefused for macros that were edited since the package wrote them, unless `overwrite` says that
     the edits may go; MacrosMismatch for macros of a newer version; DeclarationError.
@@ -73,7 +73,7 @@ def _folder(project: Path) -> Path:
         )
     if named is None and any(list((project / path).rglob("dialect.sql")) for path in own):
         raise ProjectRefused(
-            f"{project} has the shared macros in a folder of its own choice: move them to macros/{macros.FOLDER}, and "
+            f"{project} has the shared macros in another folder than macros/{macros.FOLDER}: move them there, and "
             "your own ones to another folder"
         )
     return Path(named or own[0]) / macros.FOLDER
@@ -89,7 +89,7 @@ def _look_at(changes: Changes) -> list[str]:
 
 
 def _pins(home: Path) -> list[str]:
-    """Return where the project still names another version of the package."""
+    """Return a message for each file that still names another version of the package."""
     found = []
     for name in ("pyproject.toml", "README.md", ".github/workflows/ci.yml"):
         path = home / name

@@ -1,8 +1,8 @@
 """The catalog of what a project declares, as data: what there is, what it means, where it comes from, how to read it.
 
 Not the shop's catalogue of items (`catalogue`). Everything follows from the registry, the lineage and the project's
-YAML; example values come from the engine, where one is asked. A personal value is never an example: the keys of
-people, the identities of their events, what is declared `pii` of a topic or tile, and what is made from one of these.
+YAML; example values come from the engine, where one is asked. A personal value is never an example
+(declarations/personal.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dagster_prefs.declarations.contract import LAST_EVENT_AT, Domain, Freshness
 from dagster_prefs.declarations.lineage import (
-    VALUES,
     Column,
     Lineage,
     load_lineage,
@@ -230,7 +229,7 @@ class _Builder:
                     f"{topic.name}.{one.name}",
                     one.description,
                     type=one.type,
-                    is_personal=self.is_personal(column),
+                    is_personal=self.registry.is_personal(topic.relation, one.name),
                     origin=f"Field {one.name} of the topic's messages.",
                     goes_to=self._goes_to(column),
                     read={"sql": f"select {one.name} from {topic.relation} limit 10"},
@@ -356,7 +355,7 @@ class _Builder:
             name,
             meaning,
             type=type_,
-            is_personal=self.is_personal(column),
+            is_personal=self.registry.is_personal(column.of, column.name),
             origin=origin(column, self.lineage),
             made_from=tuple(
                 (depth, f"field {one}" if one.is_field else str(one), shown_kinds(kinds))
@@ -425,28 +424,6 @@ class _Builder:
             domain.key: {name: window_days(self.registry, domain, name) for name in domain.attributes}
             for domain in self.registry.contract.domains.values()
         }
-
-    def is_personal(self, column: Column) -> bool:
-        """Return whether a column identifies people, or is made from what does."""
-        read = self.lineage.fields(column) | self.lineage.upstream(column)
-        made_from = {column, *(one for one, kinds in read.items() if kinds & VALUES)}
-        people = [entity for entity in self.registry.entities.values() if entity.erasable]
-        return any(map(self._personal, made_from)) or any(column.name in one.key_names for one in people)
-
-    def _personal(self, one: Column) -> bool:
-        if not one.is_field:
-            tile = self.registry.tiles.get(one.of)
-            return tile is not None and one.name in tile.columns and tile.columns[one.name].pii
-        topic = self.registry.topics[one.of]
-        if topic.entity is None or not self.registry.entity(topic.entity).erasable:
-            return self._declared_personal(topic, one.name)
-        keys = self.registry.entity(topic.entity).key_names
-        return one.name in (topic.identity, *keys) or self._declared_personal(topic, one.name)
-
-    def _declared_personal(self, topic: TopicDeclaration, name: str) -> bool:
-        model = self.models.get(topic.relation)
-        # Without the YAML nobody can say that it is not.
-        return model is None or bool(name in model.columns and model.columns[name].meta.get("pii"))
 
     def _changed(self, entry: Entry, **values: Any) -> Entry:
         whole = replace(entry, **values)

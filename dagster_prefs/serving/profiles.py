@@ -18,7 +18,7 @@ from dagster_prefs.declarations.contract import PROFILE_NAMES, Contract, Domain
 from dagster_prefs.declarations.registry import Entity, Registry, open_registry
 from dagster_prefs.declarations.reserved import canary_id
 from dagster_prefs.dynamodb.items import ItemDecoder, ItemError
-from dagster_prefs.dynamodb.reader import BATCH_KEYS, Found, ItemReader, Key
+from dagster_prefs.dynamodb.reader import BATCH_KEYS, Attempts, Found, ItemReader, Key
 from dagster_prefs.dynamodb.transport import ReadError, make_transport
 from dagster_prefs.errors import PrefsError, excerpt
 from dagster_prefs.ids import BadId, Id, read_id
@@ -29,7 +29,7 @@ from dagster_prefs.serving.domains import (
     same_attributes,
     shaped_class,
 )
-from dagster_prefs.serving.observing import FAILED, Call, Observer, Outcome, error_kind
+from dagster_prefs.serving.observing import FAILED, Observer, SimpleOutcome
 
 T = TypeVar("T")
 
@@ -157,21 +157,6 @@ class _Asked:
     consistent: bool
     limits: dict[str, float]
     fallback: Fallback
-
-
-def _count_outcomes(profiles: Iterable[Profile], outcomes: dict[Outcome, int]) -> int:
-    """Add up how the domains of profiles were read, and return how many profiles lack one."""
-    partial = 0
-    for profile in profiles:
-        failed = False
-        for name, read in profile.reads.items():
-            if read.error is None:
-                outcome = Outcome(name, read.state)
-            else:
-                outcome, failed = Outcome(name, FAILED, error_kind(read.error)), True
-            outcomes[outcome] = outcomes.get(outcome, 0) + 1
-        partial += failed
-    return partial
 
 
 def _positive(seconds: float, name: str) -> float:
@@ -377,22 +362,28 @@ class ProfileClient:
     def _read(self, operation: str, ids: list[Id], asked: _Asked, deadline: float) -> dict[Any, Profile]:
         observer = self._options.observer
         if observer is None:
-            return self._found(ids, asked, deadline, None)
+            return self._found(ids, asked, deadline)
+        started = time.perf_counter()
         call = observer.call(self.entity.name, operation)
-        outcomes: dict[Outcome, int] = {}
-        partial = 0
+        results: list[str] = []
         try:
-            answer = self._found(ids, asked, deadline, call)
-            partial = _count_outcomes(answer.values(), outcomes)
+            answer = self._found(ids, asked, deadline, call.attempts, results)
         except Exception as error:
-            kind = error_kind(error)
-            outcomes = {Outcome(entry.domain.name, FAILED, kind): len(ids) for entry in asked.served}
+            failed = SimpleOutcome(FAILED, error)
+            reads = [{entry.domain.name: failed for entry in asked.served}] * len(ids)
+            call.end(time.perf_counter() - started, results, reads, answered=False)
             raise
-        finally:
-            call.end(outcomes, partial)
+        call.end(time.perf_counter() - started, results, [profile.reads for profile in answer.values()])
         return answer
 
-    def _found(self, ids: list[Id], asked: _Asked, deadline: float, call: Call | None) -> dict[Any, Profile]:
+    def _found(
+        self,
+        ids: list[Id],
+        asked: _Asked,
+        deadline: float,
+        told: Attempts | None = None,
+        results: list[str] | None = None,
+    ) -> dict[Any, Profile]:
         names = [entry.domain.name for entry in asked.served]
         due = self._due_canaries(names)
         found = self._reader.read(
@@ -400,7 +391,8 @@ class ProfileClient:
             consistent=asked.consistent,
             deadline=deadline,
             canaries=[(self._canary, self._served[name].domain.key) for name in due],
-            told=call,
+            told=told,
+            results=results,
         )
         if due:
             self._note_canaries(due, found)

@@ -67,22 +67,21 @@ class Collected:
     gone: tuple[RelationDay, ...]
 
 
-def personal_names(registry: Registry) -> frozenset[str]:
-    """Return the names of attributes whose values are never kept: keys of entities, and what is declared as pii."""
-    keys = {name for entity in registry.entities.values() for name in entity.key_names}
-    marked = {name for tile in registry.tiles.values() for name, column in tile.columns.items() if column.pii}
-    return frozenset(keys | marked)
+def _is_counted_only(registry: Registry, relation: str, column: str) -> bool:
+    """Whether no value of a column is kept: of personal data, and of keys, which are names and not values."""
+    return registry.is_personal(relation, column) or any(
+        column in entity.key_names for entity in registry.entities.values()
+    )
 
 
 def tile_attributes(registry: Registry, spec: TileTable) -> list[Measured]:
     """Return what is described of a tile: every column but its day."""
-    personal = personal_names(registry)
     found = []
     for column in spec.columns:
         if column.name == spec.day:
             continue
         name = f'"{column.name}"'
-        if column.name in personal:
+        if _is_counted_only(registry, spec.tile, column.name):
             found.append(Measured(column.name, "personal", name))
         elif isinstance(column.type, StringType):
             found.append(Measured(column.name, "text", name))
@@ -284,16 +283,17 @@ def _batches(rows: pa.Table, columns: Sequence[str]) -> Iterator[pa.RecordBatch]
 
 
 def _view_attributes(registry: Registry, domain: Domain) -> list[Measured]:
-    personal = personal_names(registry)
     return [
-        Measured(name, _kind(name, attribute, personal), f'"{name}"')
+        Measured(
+            name,
+            "personal" if _is_counted_only(registry, domain.relation, name) else _kind(name, attribute),
+            f'"{name}"',
+        )
         for name, attribute in domain.attributes.items()
     ]
 
 
-def _kind(name: str, attribute: Attribute, personal: Collection[str]) -> Kind:
-    if name in personal:
-        return "personal"
+def _kind(name: str, attribute: Attribute) -> Kind:
     if name == LAST_EVENT_AT:
         return "time"
     if attribute.type.startswith("list"):

@@ -106,7 +106,7 @@
     "yaml": {
       "canary_keys": "5868d9b58e60fb34287bce2808052d05",
       "category_cross_affinity": "70b717484c8f37e273c55854e943268b",
-      "category_cross_affinity_lift": "0a7de35863f54b3d59fa2648b15a21a1",
+      "category_cross_affinity_lift": "8a32cee7cbe7c5646cc3c345938ffa4c",
       "content_interactions": "96fffe75bb54eefa88a4094fc13275a7",
       "content_interactions_parsed": "df5135f5ebe5df1fd4d1147ad8fc1cc4",
       "content_interactions_rolling": "235b86d010405067a4879f8609539b0a",

@@ -142,7 +142,7 @@ def test_a_browser_signs_in_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert '<input type="password" name="token"' in ask("/sign-in?next=/pipeline")[1]
     status, text, head = ask("/sign-in", method="POST", body=f"token={OTHER}".encode())
     assert status == 401
-    assert "none of the console&#x27;s tokens" in text
+    assert "unknown token: use one of PREFS_CONSOLE_TOKENS" in text
     assert "set-cookie" not in head
     status, _, head = ask("/sign-in?next=/pipeline", method="POST", body=f"token={SECRET}".encode())
     assert (status, head["location"]) == (303, "/pipeline")

@@ -248,18 +248,20 @@ def test_exports_are_read_by_a_process_of_their_own(courses: Registry) -> None:
     clock = Clock()
     measure = {"stage": "offline", "name": "lessons", "level": "warn", "reason": "late", "lag_seconds": 3.0,
                "thresholds": {"warn_seconds": 1, "error_seconds": 9}, "values": {}, "notes": {}}  # fmt: skip
-    said = json.dumps({"measures": [measure, {**measure, "stage": "views"}]})
+    drifted = {**measure, "stage": "drift", "name": "lesson_events", "thresholds": None}
+    said = json.dumps({"measures": [measure, {**measure, "stage": "views"}, drifted]})
 
     def reading(code: str) -> ExportsReading:
         return ExportsReading(lambda: courses, command=[sys.executable, "-c", code], clock=clock)
 
     asked = reading(f"print({said!r})")
-    (found,) = asked(NOW)
+    (found,) = asked.exports(NOW)
+    assert [one.key for one in asked.drift(NOW)] == ["drift/lesson_events"]
     assert (found.name, found.level, found.thresholds) == ("lessons", "warn", Freshness(1, 9))
     asked._command = [sys.executable, "-c", "1/0"]
-    assert asked(NOW) == [found], "it is kept for a while"
+    assert asked.exports(NOW) == [found], "it is kept for a while"
     clock.now += 601
-    (unknown,) = asked(NOW)
+    (unknown,) = asked.exports(NOW)
     assert (unknown.stage, unknown.level) == ("offline", "unknown")
     assert "prefs status --json" in unknown.reason
 
@@ -328,7 +330,7 @@ def test_production_refuses_the_switch(settings: Callable[..., Settings]) -> Non
     ("variables", "demo", "says"),
     [
         ({}, True, None),
-        ({}, False, "holds none of a demo"),
+        ({}, False, "holds no demo events"),
         ({"PREFS_CONSOLE_SEND": "on"}, False, None),
         ({"PREFS_CONSOLE_SEND": "off"}, True, "PREFS_CONSOLE_SEND is off"),
         ({"PREFS_PROVISIONING": "verify"}, True, "in production"),
@@ -336,7 +338,7 @@ def test_production_refuses_the_switch(settings: Callable[..., Settings]) -> Non
         (
             {"PREFS_ENGINE": "risingwave", "AWS_ENDPOINT_URL": "http://127.0.0.1:1"},
             True,
-            "holds none of a demo",
+            "holds no demo events",
         ),
     ],
 )

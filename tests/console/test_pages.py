@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from browser import needs_chromium
+from shipped import SHORT
 from waiting import PATIENCE_SECONDS, wait_for
 from warm import Warm
 
@@ -63,7 +64,7 @@ def first(page: Page) -> Locator:
 def test_a_click_reorders_the_ranking_and_says_why(console: Running, page: Page) -> None:
     page.goto(f"{console.url}/shop")
     page.get_by_role("button", name="Be a new user").click()
-    page.get_by_role("heading", name="nothing is known of her yet").wait_for()
+    page.get_by_role("heading", name="nothing is known of this user yet").wait_for()
     page.locator('[data-item="sofa-1"]').first.wait_for()
     assert first(page).get_attribute("data-item") == "kettle-0", (
         "on a cold start items are ranked by their id"
@@ -122,8 +123,8 @@ def test_the_catalog_leads_from_a_word_to_the_field_and_to_the_reason(console: R
     page.goto(f"{console.url}/catalog")
     page.get_by_label("Search").fill("attribute content_id")
     page.locator('[data-role="count"]').get_by_text("1 of").wait_for()
-    page.get_by_role("link", name="watch.titles_7d").click()
-    page.get_by_role("heading", name="watch.titles_7d").wait_for()
+    page.get_by_role("link", name=f"watch.titles_{SHORT}d").click()
+    page.get_by_role("heading", name=f"watch.titles_{SHORT}d").wait_for()
     facts = page.locator('[data-role="facts"]')
     assert "Made from view_events.content_id" in facts.inner_text()
     assert "recommendations@example.com" in facts.inner_text()
@@ -134,17 +135,18 @@ def test_the_catalog_leads_from_a_word_to_the_field_and_to_the_reason(console: R
         "field view_events.content_id identity",
     ]
     assert (
-        "DynamoDB viewer_profiles, attribute titles_7d" in page.locator('[data-role="goes-to"]').inner_text()
+        f"DynamoDB viewer_profiles, attribute titles_{SHORT}d"
+        in page.locator('[data-role="goes-to"]').inner_text()
     )
     read = page.locator('[data-role="read"]').inner_text()
-    assert "select titles_7d from viewer_engagement_rolling where viewer_id = 42" in read
+    assert f"select titles_{SHORT}d from viewer_engagement_rolling where viewer_id = 42" in read
     facts.get_by_role("row", name="null 0.0% of").wait_for()
     page.goto(f"{console.url}/catalog?kind=field&name=view_events.viewer_id")
     page.locator('[data-role="facts"]').get_by_role("row", name="examples none, it is personal").wait_for()
     page.goto(f"{console.url}/catalog?name=watch.titels")
-    page.get_by_role("alert").get_by_text("did you mean watch.titles_7d").wait_for()
+    page.get_by_role("alert").get_by_text(f"did you mean watch.titles_{SHORT}d").wait_for()
 
-    page.goto(f"{console.url}/catalog?kind=attribute&name=watch.titles_7d")
+    page.goto(f"{console.url}/catalog?kind=attribute&name=watch.titles_{SHORT}d")
     page.get_by_role("link", name="Why has somebody this value?").click()
     page.get_by_label("viewer_id").fill("77")
     page.get_by_label("viewer_id").press("Enter")
@@ -188,7 +190,7 @@ def test_an_event_about_a_viewer_is_followed_to_her_items(console: Running, page
     page.get_by_label("watch_duration_sec").fill("600")
     page.get_by_label("genre").fill("crime")
     page.get_by_role("button", name="Send").click()
-    watch.get_by_role("row", name="watch_minutes_7d 10").wait_for()
+    watch.get_by_role("row", name=f"watch_minutes_{SHORT}d 10").wait_for()
     watch.get_by_text("newest event").wait_for()
     way = page.locator('[data-role="way"]')
     way.get_by_role("row", name="read watch").wait_for()
@@ -214,7 +216,7 @@ def test_viewers_are_searched_in_the_engine(console: Running, page: Page) -> Non
     assert [button.inner_text() for button in found.all()] == [str(110 + number) for number in range(10)]
     page.get_by_role("button", name="117", exact=True).click()
     page.get_by_role("region", name="watch").get_by_role(
-        "row", name="watch_minutes_7d 1", exact=False
+        "row", name=f"watch_minutes_{SHORT}d 1", exact=False
     ).wait_for()
 
 

@@ -19,7 +19,7 @@ from decimal import ROUND_HALF_UP, Context, Decimal, localcontext
 from fractions import Fraction
 from typing import Any
 
-from shipped import LONG
+from shipped import LONG, SHORT
 
 TOPICS = ("user.events", "view_events", "content_interactions", "items")
 SECOND = 1_000_000
@@ -747,14 +747,16 @@ class Oracle:
 
     def engagement(self) -> list[Row]:
         tiles = self.watch_tiles()
-        short = self._window(tiles, "watch_date", 7)
+        short = self._window(tiles, "watch_date", SHORT)
         return [
             {
                 "viewer_id": viewer,
                 "domain_key": "engagement#watch",
-                "watch_minutes_7d": six_places(Fraction(_total(short.get(viewer, []), "watch_seconds"), 60)),
+                f"watch_minutes_{SHORT}d": six_places(
+                    Fraction(_total(short.get(viewer, []), "watch_seconds"), 60)
+                ),
                 f"watch_minutes_{LONG}d": six_places(Fraction(_total(days, "watch_seconds"), 60)),
-                "titles_7d": _total(short.get(viewer, []), "content_started"),
+                f"titles_{SHORT}d": _total(short.get(viewer, []), "content_started"),
                 f"completions_{LONG}d": _total(days, "completions"),
                 f"genres_watched_{LONG}d": _total(days, "genres_watched"),
                 "last_event_at": millis(max(t["last_event_at"] for t in days)),

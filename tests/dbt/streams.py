@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from oracle import CANARY_KEYS, DAY, HOUR, SECOND, TOPICS, Message, canary_id, micros
 from relations import instant
-from shipped import LONG
+from shipped import LONG, SHORT
 
 NOW = micros(datetime(2026, 3, 15, 12, 30, tzinfo=UTC))
 MIDNIGHT = NOW // DAY * DAY
@@ -20,7 +20,7 @@ MIDNIGHT = NOW // DAY * DAY
 _edges = [
     *(
         MIDNIGHT - days * DAY + by
-        for days in (0, 1, 7, 8, 14, LONG, LONG + 1, 104)
+        for days in (0, 1, SHORT, SHORT + 1, 14, LONG, LONG + 1, 104)
         for by in (-1, 0, 1, 5 * HOUR)
     ),
     *(NOW - days * DAY + by for days in (0, 14, 104) for by in (-1, 0, 1)),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from oracle import DAY, HOUR, SECOND, Erasure, Message, Oracle
 from psycopg import sql
 from relations import RAW_TABLES, differences, insert_canary_keys, instant, replace_events
-from shipped import LONG
+from shipped import LONG, SHORT
 from streams import NOW, messages, quick
 
 from dagster_prefs.declarations.registry import Registry
@@ -26,7 +26,7 @@ from dagster_prefs.live.trail import Trail, forget_old_steps, note_published, re
 
 EMPTIED = b'{"erased": true}'
 SUBJECTS = [("viewer", "1"), ("viewer", "-1"), ("viewer", "u1"), ("shop_user", "u1"), ("shop_user", "1")]
-WAITS = [1, HOUR, 11 * HOUR + 30 * 60 * SECOND, 7 * DAY, 14 * DAY, LONG * DAY, 105 * DAY, -2 * DAY]
+WAITS = [1, HOUR, 11 * HOUR + 30 * 60 * SECOND, SHORT * DAY, 14 * DAY, LONG * DAY, 105 * DAY, -2 * DAY]
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import psycopg
 import pytest
 from click.testing import CliRunner
 from relations import insert_events
-from shipped import LONG, REGISTRY
+from shipped import LONG, REGISTRY, SHORT
 from streams import MIDNIGHT, watch
 from workshop import Workshop
 
@@ -138,7 +138,7 @@ def test_a_changed_view_goes_out_though_it_is_killed_at_every_step(
     assert "2 * SUM(watch_duration_sec)" in changed.diff
     assert {"viewer_engagement_rolling", "tile_fingerprints"} <= set(changed.views)
     assert changed.sinks == ("sink_engagement_watch",)
-    assert "engagement#watch.watch_minutes_7d" in changed.attributes
+    assert f"engagement#watch.watch_minutes_{SHORT}d" in changed.attributes
     assert not any(attribute.startswith("engagement#interactions") for attribute in changed.attributes)
     assert "recommendation_service" in changed.consumers
     assert "changed viewer_watch_metrics_1d (in place)" in plan.text()
@@ -222,24 +222,37 @@ def test_an_apply_waits_for_readers_without_locking_what_they_read_next(
 def test_the_old_rows_are_read_while_the_new_ones_are_computed(
     deployment: Deployment, workshop: Workshop
 ) -> None:
+    """Those of the view that changes, and those of one that stands on it."""
     held = "(select 0 * length(pg_advisory_xact_lock_shared(4711)::text))"
     workshop.change(ROLLING, "sum(watch_seconds)", f"2 * sum(watch_seconds) + {held}")
     minutes = f"select sum(watch_minutes_{LONG}d)::int from viewer_engagement_rolling"
     waiting = "select 1 from pg_locks where not granted and locktype = 'advisory' and objid = 4711"
-    with ThreadPoolExecutor(1) as beside, deployment.engine.connect() as holder:
-        with holder.transaction():
-            holder.execute("select pg_advisory_xact_lock(4711)")
-            applied = beside.submit(deployment.apply)
-            until = time.monotonic() + 60
-            while not holder.execute(waiting).fetchone():
-                assert not applied.done(), applied.exception()
-                assert time.monotonic() < until, "the apply does not compute the view"
-            with deployment.engine.connect() as reader:
-                reader.execute("set lock_timeout = '5s'")
-                assert reader.execute(minutes).fetchone() == (4,)
-                assert reader.execute("select count(*) from sink_engagement_watch").fetchone() == (2,)
-        applied.result()
+
+    def applied(of_the_tile: int) -> None:
+        with ThreadPoolExecutor(1) as beside, deployment.engine.connect() as holder:
+            with holder.transaction():
+                holder.execute("select pg_advisory_xact_lock(4711)")
+                running = beside.submit(deployment.apply)
+                until = time.monotonic() + 60
+                while not holder.execute(waiting).fetchone():
+                    assert not running.done(), running.exception()
+                    assert time.monotonic() < until, "the apply does not compute the view"
+                with deployment.engine.connect() as reader:
+                    reader.execute("set lock_timeout = '5s'")
+                    assert reader.execute(minutes).fetchone() == (before,)
+                    assert reader.execute("select count(*) from sink_engagement_watch").fetchone() == (2,)
+                    tile = "select sum(watch_seconds)::int from viewer_watch_metrics_1d"
+                    assert reader.execute(tile).fetchone() == (of_the_tile,)
+            running.result()
+
+    before = 4
+    applied(of_the_tile=240)
     assert deployment.rows(minutes) == [(8,)]
+    # The rows of the rolling view stay while those of the changed tile are already there.
+    before = 8
+    workshop.change(TILE, "sum(watch_duration_sec)", "2 * sum(watch_duration_sec)")
+    applied(of_the_tile=480)
+    assert deployment.rows(minutes) == [(16,)]
 
 
 def test_tables_keep_what_arrived(deployment: Deployment, workshop: Workshop) -> None:
@@ -301,22 +314,24 @@ def test_orphans_go_only_when_asked_and_relations_of_others_never(
 def test_a_breaking_change_of_the_contract_needs_a_version(
     deployment: Deployment, workshop: Workshop
 ) -> None:
-    workshop.change(ROLLING, "    coalesce(short_window.titles, 0)::bigint as titles_7d,\n", "")
+    workshop.change(ROLLING, f"    coalesce(short_window.titles, 0)::bigint as titles_{SHORT}d,\n", "")
     text = (workshop.folder / ROLLING_CONTRACT).read_text()
-    start = text.index("      - name: titles_7d")
+    start = text.index(f"      - name: titles_{SHORT}d")
     workshop.change(ROLLING_CONTRACT, text[start : text.index("      - name: ", start + 1)], "")
     version = REGISTRY.contract.version + 1
-    with pytest.raises(PlanError, match=rf"titles_7d: the attribute is removed\): set version to {version}"):
+    with pytest.raises(
+        PlanError, match=rf"titles_{SHORT}d: the attribute is removed\): set version to {version}"
+    ):
         deployment.apply()
-    assert deployment.rows("select count(titles_7d)::int from viewer_engagement_rolling") == [(2,)]
+    assert deployment.rows(f"select count(titles_{SHORT}d)::int from viewer_engagement_rolling") == [(2,)]
     workshop.change(
         "models/generated/operations/deployments.yml", f'"version": {version - 1}', f'"version": {version}'
     )
     changes = deployment.apply().contract.changes
-    assert ("breaking", "engagement#watch.titles_7d") in [(one.kind, one.domain) for one in changes]
+    assert ("breaking", f"engagement#watch.titles_{SHORT}d") in [(one.kind, one.domain) for one in changes]
     assert deployment.rows(
         "select count(*)::int from pg_attribute"
-        " where attrelid = 'viewer_engagement_rolling'::regclass and attname = 'titles_7d'"
+        f" where attrelid = 'viewer_engagement_rolling'::regclass and attname = 'titles_{SHORT}d'"
     ) == [(0,)]
     assert not deployment.plan().changes
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from oracle import DAY, HOUR, SECOND, Erasure, Message, Oracle
 from psycopg import sql
 from relations import differences, insert_events, instant, materialized_views, refresh, replace_events
-from shipped import LONG
+from shipped import LONG, SHORT
 from streams import MIDNIGHT, NOW, messages, quick, touch, watch
 from workshop import assert_all_ok
 
@@ -79,7 +79,10 @@ def test_random_streams(session: psycopg.Connection, order: list[str], stream: l
     stream=messages(max_size=40),
     later=st.lists(
         st.sampled_from(
-            [1, 11 * HOUR + 30 * 60 * SECOND, 7 * DAY, 8 * DAY, 14 * DAY, LONG * DAY, (LONG + 1) * DAY, 105 * DAY]
+            [
+                1, 11 * HOUR + 30 * 60 * SECOND, SHORT * DAY, (SHORT + 1) * DAY, 14 * DAY, LONG * DAY,
+                (LONG + 1) * DAY, 105 * DAY,
+            ]
         ),
         min_size=1, max_size=3,
     ),
@@ -162,11 +165,15 @@ def test_spread_rolls_viewers_over_one_after_another(deployed: EngineConfigurati
 
 def test_the_clock_of_the_database_moves_a_dbt_run(deployed: EngineConfiguration, dbt_on: DbtOn) -> None:
     """What `dbt run` refreshes is as of the clock: values fall and rows leave with no new event."""
-    stream = [watch(1, 7, MIDNIGHT - 8 * DAY), watch(2, 7, MIDNIGHT), watch(3, 8, MIDNIGHT - LONG * DAY)]
+    stream = [
+        watch(1, 7, MIDNIGHT - (SHORT + 1) * DAY),
+        watch(2, 7, MIDNIGHT),
+        watch(3, 8, MIDNIGHT - LONG * DAY),
+    ]
     with deployed.connect() as connection:
         insert_events(connection, stream)
     seen = []
-    for clock in (NOW, NOW + 8 * DAY, NOW + (LONG + 1) * DAY):
+    for clock in (NOW, NOW + (SHORT + 1) * DAY, NOW + (LONG + 1) * DAY):
         with deployed.connect() as connection:
             connection.execute(
                 sql.SQL("alter database {} set prefs.clock = {}").format(
@@ -178,7 +185,7 @@ def test_the_clock_of_the_database_moves_a_dbt_run(deployed: EngineConfiguration
             assert differences(connection, Oracle(stream, clock)) == {}
             seen.append(
                 connection.execute(
-                    f"select viewer_id, watch_minutes_7d, watch_minutes_{LONG}d"
+                    f"select viewer_id, watch_minutes_{SHORT}d, watch_minutes_{LONG}d"
                     " from viewer_engagement_rolling order by 1"
                 ).fetchall()
             )

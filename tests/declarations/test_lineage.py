@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 from project_copies import EXAMPLE, FOREIGN, ROOT, Copy
 from psycopg import sql
+from shipped import LONG, SHORT
 
 from dagster_prefs.cli import cli
 from dagster_prefs.declarations import trace as trace_module
@@ -46,25 +47,25 @@ SHOP_ROWS = "event_id user_id event_time"
 EXPECTED: Mapping[Path, Mapping[str, Mapping[str, tuple[str, str, str]]]] = {
     EXAMPLE: {
         "view_events": {
-            "watch.watch_minutes_7d": ("watch_duration_sec", "", WATCH_ROWS),
-            "watch.watch_minutes_28d": ("watch_duration_sec", "", WATCH_ROWS),
-            "watch.titles_7d": ("content_id", "", WATCH_ROWS),
-            "watch.completions_28d": ("", "completion_pct", WATCH_ROWS),
-            "watch.genres_watched_28d": ("genre", "", WATCH_ROWS),
+            f"watch.watch_minutes_{SHORT}d": ("watch_duration_sec", "", WATCH_ROWS),
+            f"watch.watch_minutes_{LONG}d": ("watch_duration_sec", "", WATCH_ROWS),
+            f"watch.titles_{SHORT}d": ("content_id", "", WATCH_ROWS),
+            f"watch.completions_{LONG}d": ("", "completion_pct", WATCH_ROWS),
+            f"watch.genres_watched_{LONG}d": ("genre", "", WATCH_ROWS),
             "watch.last_event_at": ("watched_at", "", "event_id viewer_id"),
             "preferences.favorite_genre": ("genre", "watch_duration_sec", WATCH_ROWS),
             "preferences.favorite_genres": ("genre", "watch_duration_sec", WATCH_ROWS),
             "preferences.favorite_genre_shares": ("watch_duration_sec", "genre", WATCH_ROWS),
-            "preferences.completion_rate_28d": ("", "completion_pct", GENRE_ROWS),
-            "preferences.minutes_per_view_28d": ("watch_duration_sec", "", f"{WATCH_ROWS} genre"),
+            f"preferences.completion_rate_{LONG}d": ("", "completion_pct", GENRE_ROWS),
+            f"preferences.minutes_per_view_{LONG}d": ("watch_duration_sec", "", f"{WATCH_ROWS} genre"),
             "preferences.last_event_at": ("watched_at", "", "event_id viewer_id genre watch_duration_sec"),
             "viewer_watch_daily.views": ("", "", WATCH_ROWS),
             "viewer_watch_daily.watch_date": ("watched_at", "", "event_id viewer_id"),
         },
         "content_interactions": {
-            "interactions.likes_28d": ("", "event_type", "event_id viewer_id event_ts"),
-            "interactions.shares_28d": ("", "event_type", "event_id viewer_id event_ts"),
-            "interactions.searches_28d": ("", "event_type", "event_id viewer_id event_ts"),
+            f"interactions.likes_{LONG}d": ("", "event_type", "event_id viewer_id event_ts"),
+            f"interactions.shares_{LONG}d": ("", "event_type", "event_id viewer_id event_ts"),
+            f"interactions.searches_{LONG}d": ("", "event_type", "event_id viewer_id event_ts"),
             "interactions.last_event_at": ("event_ts", "", "event_id viewer_id"),
         },
         "user.events": {
@@ -170,8 +171,8 @@ def test_lineage_goes_step_by_step_and_back(project: Path) -> None:
 
 def test_one_attribute_in_full() -> None:
     registry, lineage = lineage_of(EXAMPLE)
-    column = column_of("watch.completions_28d", registry, lineage)
-    assert column == column_of("viewer_engagement_rolling.completions_28d", registry, lineage)
+    column = column_of(f"watch.completions_{LONG}d", registry, lineage)
+    assert column == column_of(f"viewer_engagement_rolling.completions_{LONG}d", registry, lineage)
     tile = "viewer_watch_metrics_1d"
     assert lineage.sources(column) == {
         Column(tile, "completions"): {"aggregation"},
@@ -189,9 +190,9 @@ def test_one_attribute_in_full() -> None:
 
 def test_the_commands_of_the_documentation_say_what_it_says() -> None:
     text = (ROOT / "docs/lineage.md").read_text()
-    done = CliRunner().invoke(cli, ["lineage", "watch.completions_28d"])
+    ((named, shown),) = re.findall(r"prefs lineage (\S+)\n```\n\n```\n(column .*?)```", text, re.S)
+    done = CliRunner().invoke(cli, ["lineage", named])
     assert done.exit_code == 0, done.output
-    (shown,) = re.findall(r"```\n(column .*?)```", text, re.S)
     assert done.output.startswith(shown)
     answer = json.loads(CliRunner().invoke(cli, ["lineage", "user.events.price", "--json"]).output)
     assert {
@@ -206,7 +207,7 @@ def test_the_commands_of_the_documentation_say_what_it_says() -> None:
 def test_an_unknown_name_names_near_ones() -> None:
     registry, lineage = lineage_of(EXAMPLE)
     with pytest.raises(
-        LineageError, match=r"unknown column 'watch\.titles_7': did you mean watch\.titles_7d"
+        LineageError, match=rf"unknown column 'watch\.titles_7': did you mean watch\.titles_{SHORT}d"
     ):
         column_of("watch.titles_7", registry, lineage)
     with pytest.raises(LineageError, match="unknown column 'nothing'"):

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from dagster._daemon.cli import cli as daemon_cli
 from dagster_webserver.cli import create_dagster_webserver_cli
 
 from dagster_prefs.cli import cli
+from dagster_prefs.console.access import EVERYTHING, parse_tokens
 from dagster_prefs.settings import Settings, known_variables
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -248,7 +250,15 @@ def checks_ask_the_right_port(stack: Stack) -> Iterator[str]:
                     yield f"{name}: its check asks port {port}, it serves {sorted(inside)}"
 
 
+def no_token_is_written_down(stack: Stack) -> Iterator[str]:
+    for name, service in stack["services"].items():
+        for variable, value in service.get("environment", {}).items():
+            if "TOKEN" in variable and not re.fullmatch(r"\$\{[A-Z_]+:-\}", str(value)):
+                yield f"{name}: everybody knows the value of {variable}"
+
+
 RULES: list[Rule] = [
+    no_token_is_written_down,
     keys_are_those_of_compose,
     images_are_pinned,
     ports_are_on_loopback,
@@ -307,6 +317,10 @@ def test_the_stack_keeps_the_rules(rule: Rule) -> None:
         (commands_exist, "events.command", ["python", "-m", "dagster_prefs", "simulate", "--rate", "x"], "--rate"),
         (commands_exist, "daemon.healthcheck.test", ["CMD", "dagster-daemon", "alive"], "no command alive"),
         (commands_exist, "webserver.command", ["dagit"], "no program dagit"),
+        (
+            no_token_is_written_down, "console.environment.PREFS_CONSOLE_TOKENS", "${PREFS_CONSOLE_TOKENS:-a:shop:b}",
+            "console: everybody knows",
+        ),
         (checks_ask_the_right_port, "webserver.ports", ["127.0.0.1:3000:3001"], "asks port 3000"),
     ],
 )  # fmt: skip
@@ -341,6 +355,27 @@ def test_settings_are_valid_together(name: str, monkeypatch: pytest.MonkeyPatch)
         made = re.search(r"for topic in (.*); do", script)
         assert made is not None
         assert set(made[1].split()) == set(settings.kafka_topics.values())
+
+
+def test_make_stack_makes_a_token_once(tmp_path: Path) -> None:
+    docker, seen = tmp_path / "bin" / "docker", tmp_path / "seen"
+    docker.parent.mkdir()
+    docker.write_text(f'#!/bin/sh\n[ "$2" != up ] || echo "$PREFS_CONSOLE_TOKENS" >> {seen}\n')
+    docker.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFS_")}
+    environment["PATH"] = f"{docker.parent}{os.pathsep}{environment['PATH']}"
+    command = ["make", "--silent", "--file", str(ROOT / "Makefile"), "stack"]
+    for own in ({}, {}, {"PREFS_CONSOLE_TOKENS": "mine"}):
+        subprocess.run(command, cwd=tmp_path, env=environment | own, check=True, capture_output=True)
+    (tmp_path / ".env").write_text("PREFS_CONSOLE_TOKENS=of-the-file\n")
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    first, again, mine, of_the_file = seen.read_text().splitlines()
+    (token,) = parse_tokens(first)
+    assert (token.grant, again, mine, of_the_file) == (replace(EVERYTHING, name="stack"), first, "mine", "")
+    kept = tmp_path / ".prefs" / "stack-console-token"
+    assert first.endswith(f":{kept.read_text()}")
+    assert len(kept.read_text()) == 64
+    assert kept.stat().st_mode & 0o777 == 0o600
 
 
 def test_compose_itself_accepts_the_file() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from declared import COURSES, PROJECT
+from shipped import SHORT
 
 from dagster_prefs import open_lineage
 from dagster_prefs.declarations.lineage import load_lineage
@@ -95,11 +96,11 @@ def test_an_apply_tells_where_each_column_comes_from(collector: Collector) -> No
     assert used(typed, "price")[("shop-events", "price")] == {"DIRECT IDENTITY"}
     assert [one["namespace"] for one in typed["inputs"]] == ["kafka://broker:9092"]
     assert items["outputs"][0]["namespace"] == "dynamodb://eu-central-1"
-    assert used(items, "titles_7d") == {
-        ("dev.public.viewer_engagement_rolling", "titles_7d"): {"DIRECT IDENTITY"}
+    assert used(items, f"titles_{SHORT}d") == {
+        ("dev.public.viewer_engagement_rolling", f"titles_{SHORT}d"): {"DIRECT IDENTITY"}
     }
     view = events["dev.public.viewer_engagement_rolling"]
-    assert used(view, "titles_7d") == {
+    assert used(view, f"titles_{SHORT}d") == {
         ("dev.public.viewer_watch_metrics_1d", "content_started"): {"DIRECT AGGREGATION"},
         ("dev.public.viewer_watch_metrics_1d", "viewer_id"): {"INDIRECT JOIN", "INDIRECT GROUP_BY"},
         ("dev.public.viewer_watch_metrics_1d", "watch_date"): {"INDIRECT FILTER"},

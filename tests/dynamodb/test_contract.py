@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from declared import PROJECT
+from shipped import SHORT
 
 from dagster_prefs.declarations.contract import (
     Contract,
@@ -43,7 +44,7 @@ def test_the_shipped_contract_is_what_is_served() -> None:
         "preferences": "engagement#preferences",
     }
     assert contract.domain("watch") is contract.domain("engagement#watch")
-    assert contract.domain("watch").attributes["watch_minutes_7d"].type == "decimal"
+    assert contract.domain("watch").attributes[f"watch_minutes_{SHORT}d"].type == "decimal"
     assert contract.tables["viewer"].name == "viewer_profiles"
     assert json.dumps(contract_dict(contract)) == json.dumps(json.loads(REGISTRY.read_text())["contract"])
     with pytest.raises(ContractError, match="unknown domain 'wach': the contract has"):
@@ -95,7 +96,7 @@ def watch(content: dict[str, Any]) -> Any:
         (lambda c: watch(c).update(name="viewer_id"), "'viewer_id' is an attribute of every profile"),
         (lambda c: watch(c).update(name="class"), "'class' is not a Python identifier"),
         (
-            lambda c: watch(c)["attributes"].update(_x=watch(c)["attributes"]["titles_7d"]),
+            lambda c: watch(c)["attributes"].update(_x=watch(c)["attributes"][f"titles_{SHORT}d"]),
             "_x: an attribute's name must be a Python identifier without a leading underscore",
         ),
         (lambda c: c["domains"].update(Watch=watch(c)), "domains.Watch: a domain key is"),
@@ -103,11 +104,14 @@ def watch(content: dict[str, Any]) -> Any:
             lambda c: c["domains"].update({"engagement#again": watch(c)}),
             "domains: name 'watch' is used twice",
         ),
-        (lambda c: watch(c)["attributes"]["titles_7d"].update(type="int"), "'int' is not one of integer"),
-        (lambda c: watch(c)["attributes"]["titles_7d"].update(nullable=0), "0 is not true or false"),
+        (
+            lambda c: watch(c)["attributes"][f"titles_{SHORT}d"].update(type="int"),
+            "'int' is not one of integer",
+        ),
+        (lambda c: watch(c)["attributes"][f"titles_{SHORT}d"].update(nullable=0), "0 is not true or false"),
         (lambda c: watch(c)["attributes"].pop("last_event_at"), "last_event_at .* is needed"),
         (
-            lambda c: watch(c)["attributes"].update(viewer_id=watch(c)["attributes"]["titles_7d"]),
+            lambda c: watch(c)["attributes"].update(viewer_id=watch(c)["attributes"][f"titles_{SHORT}d"]),
             "viewer_id: a key of the table cannot also be an attribute",
         ),
         (lambda c: watch(c)["freshness"].update(warn_seconds=0), "0 is not a positive number of seconds"),
@@ -208,8 +212,8 @@ def model(manifest: dict[str, Any]) -> Any:
             "recommendation_service and x both declare meta.contract",
         ),
         (
-            lambda m: model(m)["columns"]["titles_7d"].update(data_type="date"),
-            "viewer_engagement_rolling: column titles_7d has data_type date",
+            lambda m: model(m)["columns"][f"titles_{SHORT}d"].update(data_type="date"),
+            f"viewer_engagement_rolling: column titles_{SHORT}d has data_type date",
         ),
         (lambda m: model(m)["columns"].pop("viewer_id"), "the key column viewer_id is not declared"),
         (
@@ -235,16 +239,20 @@ def test_building_names_what_is_wrong(manifest: dict[str, Any], edit: Edit, mess
 @pytest.mark.parametrize(
     ("edit", "kind", "path"),
     [
-        (lambda c: watch(c)["attributes"].pop("titles_7d"), "breaking", "engagement#watch.titles_7d"),
         (
-            lambda c: watch(c)["attributes"]["titles_7d"].update(type="decimal"),
+            lambda c: watch(c)["attributes"].pop(f"titles_{SHORT}d"),
             "breaking",
-            "engagement#watch.titles_7d",
+            f"engagement#watch.titles_{SHORT}d",
         ),
         (
-            lambda c: watch(c)["attributes"]["titles_7d"].update(nullable=True),
+            lambda c: watch(c)["attributes"][f"titles_{SHORT}d"].update(type="decimal"),
             "breaking",
-            "engagement#watch.titles_7d",
+            f"engagement#watch.titles_{SHORT}d",
+        ),
+        (
+            lambda c: watch(c)["attributes"][f"titles_{SHORT}d"].update(nullable=True),
+            "breaking",
+            f"engagement#watch.titles_{SHORT}d",
         ),
         (
             lambda c: c["domains"]["engagement#preferences"]["attributes"]["favorite_genre"].update(

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError
 from click.testing import CliRunner
-from shipped import LONG, with_computed_attributes
+from shipped import LONG, SHORT, with_computed_attributes
 
 from dagster_prefs.cli import cli
 from dagster_prefs.declarations.contract import contract_dict, parse_contract
@@ -74,8 +74,8 @@ def test_upserts_changes_and_deletes(store: Any) -> None:
     items = store.items()
     assert {viewer_id for viewer_id, _ in items} == set(range(60)) - {8}
     item = items[(7, "engagement#watch")]
-    assert item["watch_minutes_7d"] == {"N": "13.000000"}
-    assert item["titles_7d"] == {"N": "3"}
+    assert item[f"watch_minutes_{SHORT}d"] == {"N": "13.000000"}
+    assert item[f"titles_{SHORT}d"] == {"N": "3"}
     assert set(item) == {"viewer_id", "domain_key", *store.contract.domain("watch").attributes}
 
 
@@ -222,13 +222,13 @@ def test_too_large_and_impossible_items_are_named_and_the_others_published(store
     assert store.publish("preferences").upserts == 0
 
     store.put("watch", 1, Decimal("0." + "7" * 39), *row()[1:])
-    with pytest.raises(PublishError, match="viewer 1: watch_minutes_7d has 39 significant digits"):
+    with pytest.raises(PublishError, match=f"viewer 1: watch_minutes_{SHORT}d has 39 significant digits"):
         store.publish("watch")
     store.put("watch", 1, None, *row()[1:])
-    with pytest.raises(PublishError, match="viewer 1: watch_minutes_7d is NULL"):
+    with pytest.raises(PublishError, match=f"viewer 1: watch_minutes_{SHORT}d is NULL"):
         store.publish("watch")
     store.put("watch", 1, Decimal("NaN"), *row()[1:])
-    with pytest.raises(PublishError, match="viewer 1: watch_minutes_7d is NaN"):
+    with pytest.raises(PublishError, match=f"viewer 1: watch_minutes_{SHORT}d is NaN"):
         store.publish("watch")
 
 
@@ -258,7 +258,7 @@ def test_a_crash_after_the_write_heals_even_when_the_value_went_back(store: Any)
     store.publish("watch")
     items = store.items("watch")
     assert {viewer_id for viewer_id, _ in items} == {1, 2}
-    assert items[(1, "engagement#watch")]["watch_minutes_7d"] == {"N": "1"}
+    assert items[(1, "engagement#watch")][f"watch_minutes_{SHORT}d"] == {"N": "1"}
 
 
 def test_two_publishers_do_not_interleave(store: Any) -> None:
@@ -294,28 +294,29 @@ def test_a_renamed_attribute_is_published_again(store: Any) -> None:
     store.put("watch", 1, *row())
     store.publish("watch")
     # The same values, in the same order, under another name.
-    store.execute("alter table sink_engagement_watch rename titles_7d to titles_seen_7d")
+    store.execute(f"alter table sink_engagement_watch rename titles_{SHORT}d to titles_seen_7d")
     content = contract_dict(store.contract)
     attributes = content["domains"]["engagement#watch"]["attributes"]
     content["domains"]["engagement#watch"]["attributes"] = {
-        name.replace("titles_7d", "titles_seen_7d"): attribute for name, attribute in attributes.items()
+        name.replace(f"titles_{SHORT}d", "titles_seen_7d"): attribute
+        for name, attribute in attributes.items()
     }
     store.contract = parse_contract(content)
     assert store.publish("watch").upserts == 1
     (item,) = store.items().values()
     assert item["titles_seen_7d"] == {"N": "3"}
-    assert "titles_7d" not in item
+    assert f"titles_{SHORT}d" not in item
 
 
 @pytest.mark.parametrize(
     ("statement", "message"),
     [
         ("drop table sink_engagement_watch", "does not exist: run `dbt build` first"),
-        ("alter table sink_engagement_watch drop column titles_7d", "titles_7d is missing"),
+        (f"alter table sink_engagement_watch drop column titles_{SHORT}d", f"titles_{SHORT}d is missing"),
         ("alter table sink_engagement_watch add column extra int", "extra is not in the contract"),
         (
-            "alter table sink_engagement_watch alter titles_7d type text",
-            "titles_7d is text and the contract says integer",
+            f"alter table sink_engagement_watch alter titles_{SHORT}d type text",
+            f"titles_{SHORT}d is text and the contract says integer",
         ),
         ("drop table online_published", "online_published.* does not exist"),
         (

@@ -263,8 +263,8 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"where": "event_id::int > 0"}, "Could not convert string 'a' to INT32"),
     ({}, {"where": "exists (from read_text('/etc/passwd'))"}, "file system operations are disabled"),
     ({}, {"where": "exists (from VIEWS)"}, "VIEWS does not exist"),
-    ({"__prefs_row": [1, 2]}, {}, "has the column __prefs_row, a name that is used here: rename it"),
-    ({}, {"shift_to": NOW}, "whose times --shift-to-now does not move"),
+    ({"__prefs_row": [1, 2]}, {}, "has the column __prefs_row, a reserved name: rename it"),
+    ({}, {"shift_to": NOW}, "--shift-to-now does not move the times of"),
 ]
 
 

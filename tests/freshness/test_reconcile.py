@@ -6,6 +6,7 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
+from shipped import SHORT
 
 from dagster_prefs.dynamodb.publisher import publish_domain
 from dagster_prefs.freshness.online import online_lag
@@ -48,8 +49,11 @@ def rows(world: Any) -> dict[int, tuple[Any, ...]]:
 def damage(world: Any) -> None:
     stale = item(world, 3)
     assert stale is not None
-    put(world, stale | {"titles_7d": {"N": "999"}})
-    put(world, stale | {"viewer_id": {"N": "4"}, "favorite": {"S": "x"}, "watch_minutes_7d": {"S": "many"}})
+    put(world, stale | {f"titles_{SHORT}d": {"N": "999"}})
+    put(
+        world,
+        stale | {"viewer_id": {"N": "4"}, "favorite": {"S": "x"}, f"watch_minutes_{SHORT}d": {"S": "many"}},
+    )
     world.client.delete_item(
         TableName=world.table.name, Key={"viewer_id": {"N": "5"}, "domain_key": {"S": KEY}}
     )
@@ -126,7 +130,7 @@ def test_a_change_under_way_is_left_to_its_writer(busy: Any) -> None:
     reconcile(busy)
     made = item(busy, 3)
     assert made is not None
-    put(busy, made | {"titles_7d": {"N": "1000"}})
+    put(busy, made | {f"titles_{SHORT}d": {"N": "1000"}})
     report = reconcile(busy, grace_seconds=5.0, wait=meanwhile)
     assert waits == [5.0]
     assert (report.different, report.overtaken) == (0, 0)
@@ -141,12 +145,14 @@ def test_a_row_that_cannot_be_an_item_is_named_after_the_others_were_repaired(bu
         (query,),
     )
     spoiled = ", ".join(
-        "case when viewer_id <> 3 then titles_7d end as titles_7d" if name == "titles_7d" else name
+        f"case when viewer_id <> 3 then titles_{SHORT}d end as titles_{SHORT}d"
+        if name == f"titles_{SHORT}d"
+        else name
         for (name,) in columns
     )
     busy.execute(f"create or replace view {query} as select {spoiled} from ({definition}) as rolling")
     busy.execute("select prefs_rebuild('viewer_engagement_rolling')")
-    with pytest.raises(ReconcileError, match="viewer 3: titles_7d is NULL") as caught:
+    with pytest.raises(ReconcileError, match=f"viewer 3: titles_{SHORT}d is NULL") as caught:
         reconcile(busy)
     report = caught.value.report
     assert (report.missing, report.different, report.extra) == (1, 1, 2)

@@ -14,7 +14,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
-from shipped import GENRE, LONG, REGISTRY, WATCH
+from shipped import GENRE, LONG, REGISTRY, SHORT, WATCH
 
 from dagster_prefs.cli import cli
 from dagster_prefs.defs import offline_store, training_data, values
@@ -91,11 +91,11 @@ def test_what_is_published_equals_the_tables(
         assert check.metadata["subjects"].value == 40
         assert check.metadata["in_flight"].value == 0
     rates = {name for name in found["viewer_watch_daily"].metadata if name.endswith("_rate")}
-    assert {f"titles_7d_{kind}_rate" for kind in ("mismatch", "missing", "extra")} <= rates
+    assert {f"titles_{SHORT}d_{kind}_rate" for kind in ("mismatch", "missing", "extra")} <= rates
     observed = instance.fetch_observations(dg.AssetKey(["training", "viewer_watch_daily"]), limit=1).records[
         0
     ]
-    assert observed.asset_observation.metadata["parity_titles_7d_mismatch_rate"].value == 0.0
+    assert observed.asset_observation.metadata[f"parity_titles_{SHORT}d_mismatch_rate"].value == 0.0
 
 
 @pytest.mark.parametrize(
@@ -144,8 +144,8 @@ def test_missing_items_and_attributes_and_what_ought_to_be_gone_have_rates(
     check = parity(platform, busy, instance)["viewer_watch_daily"]
     assert not check.passed
     assert "1 items are missing" in check.description
-    assert check.metadata["titles_7d_missing_rate"].value == 1 / 40
-    assert check.metadata["titles_7d_mismatch_rate"].value == 0.0
+    assert check.metadata[f"titles_{SHORT}d_missing_rate"].value == 1 / 40
+    assert check.metadata[f"titles_{SHORT}d_mismatch_rate"].value == 0.0
     check = parity(platform, busy, instance)["viewer_genre_daily"]
     assert "attributes are missing: favorite_genre" in check.description
     assert check.metadata["favorite_genre_missing_rate"].value == 1 / 40
@@ -310,8 +310,8 @@ def test_a_training_set_is_made_by_dagster(
     assert Path(metadata["manifest"].value).is_file()
     first, second = pq.read_table(output).to_pylist()
     # Yesterday's ten minutes; today's are not known yet.
-    assert (first["liked"], first["watch_minutes_7d"], first[f"likes_{LONG}d"]) == (1, 10, 1)
-    assert (second["watch_minutes_7d"], second["favorite_genre"]) == (0, None)
+    assert (first["liked"], first[f"watch_minutes_{SHORT}d"], first[f"likes_{LONG}d"]) == (1, 10, 1)
+    assert (second[f"watch_minutes_{SHORT}d"], second["favorite_genre"]) == (0, None)
 
 
 def test_values_are_described_judged_and_compared(
@@ -346,7 +346,10 @@ def test_values_are_described_judged_and_compared(
     assert (tile["values_rows"].value, tile["watch_seconds_mean"].value) == (40, 600.0)
     assert observed(["training", "viewer_genre_daily"])["genre_share_of_drama"].value == 1.0
     view = observed(["viewer_engagement_rolling"])
-    assert (view["watch_minutes_7d_null_share"].value, view["watch_minutes_7d_median"].value) == (0.0, 20.0)
+    assert (
+        view[f"watch_minutes_{SHORT}d_null_share"].value,
+        view[f"watch_minutes_{SHORT}d_median"].value,
+    ) == (0.0, 20.0)
     lists = platform.statistics()["viewer_preferences_rolling"]
     assert (lists["favorite_genres"].kind, lists["favorite_genres"].mean) == ("list", 1.0)
     assert lists["favorite_genre"].values == (("drama", 40),)
@@ -368,8 +371,8 @@ def test_values_are_described_judged_and_compared(
     served = {
         "favorite_genre": "drama",
         "favorite_genres": ["drama"],
-        "watch_minutes_7d": 20.0,
-        "likes_28d": 2,
+        f"watch_minutes_{SHORT}d": 20.0,
+        f"likes_{LONG}d": 2,
     }
     rows = [{"viewer_id": number, "label_time": now, **served} for number in range(500)]
     given = tmp_path / "set.parquet"
@@ -378,10 +381,16 @@ def test_values_are_described_judged_and_compared(
         pa.Table.from_pylist(rows)
     )
     pa.csv.write_csv(
-        pa.Table.from_pylist([{**row, "favorite_genres": '["drama"]', "likes_28d": 200} for row in rows]),
+        pa.Table.from_pylist(
+            [{**row, "favorite_genres": '["drama"]', f"likes_{LONG}d": 200} for row in rows]
+        ),
         tmp_path / "set.csv",
     )
-    for name, wrong in ((str(given), []), ("training.set", []), (str(tmp_path / "set.csv"), ["likes_28d"])):
+    for name, wrong in (
+        (str(given), []),
+        ("training.set", []),
+        (str(tmp_path / "set.csv"), [f"likes_{LONG}d"]),
+    ):
         compared = compare_with_served(
             platform.catalog(), REGISTRY, platform.engine, choose_features(REGISTRY, None), name, now=now
         )
@@ -389,7 +398,7 @@ def test_values_are_described_judged_and_compared(
         assert set(levels) == set(served), name
         assert [attribute for attribute, level in levels.items() if level == "error"] == wrong, name
         assert {one.in_set.null_share for one in compared.attributes} == {0.0}
-        assert "watch.titles_7d" in compared.missing
+        assert f"watch.titles_{SHORT}d" in compared.missing
     for name, value in {
         "PREFS_ENGINE_PORT": platform.engine.port,
         "PREFS_ENGINE_DATABASE": platform.engine.database,
@@ -402,13 +411,13 @@ def test_values_are_described_judged_and_compared(
     )
     assert told.return_value == 2
     assert told.stdout.count("error") == 1
-    assert "watch.titles_7d is served and not in the set" in told.stdout
+    assert f"watch.titles_{SHORT}d is served and not in the set" in told.stdout
     as_json = CliRunner().invoke(
         cli, ["training-set", "compare", "training.set", "--json"], standalone_mode=False
     )
     assert {one["level"] for one in json.loads(as_json.stdout)["attributes"]} == {"learning"}
     for refused in ("nowhere.parquet", "set.txt", str(tmp_path / "other.csv")):
-        (tmp_path / "other.csv").write_text("learner_id,likes_28d\n1,2\n")
+        (tmp_path / "other.csv").write_text(f"learner_id,likes_{LONG}d\n1,2\n")
         with pytest.raises(SetUnreadable, match=r"name (a|one of)"):
             compare_with_served(
                 platform.catalog(),

@@ -9,7 +9,7 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
-from shipped import GENRE, INTERACTIONS, LONG, WATCH
+from shipped import GENRE, INTERACTIONS, LONG, SHORT, WATCH
 
 from dagster_prefs.iceberg.tables import TileTable
 
@@ -43,7 +43,7 @@ def features(
         )
 
     long_watch = [row for row in named(WATCH, watch) if within(row, row["watch_date"], LONG)]
-    short_watch = [row for row in long_watch if within(row, row["watch_date"], 7)]
+    short_watch = [row for row in long_watch if within(row, row["watch_date"], SHORT)]
     reactions = [
         row for row in named(INTERACTIONS, interactions) if within(row, row["interaction_date"], LONG)
     ]
@@ -55,9 +55,9 @@ def features(
     seconds, views, completions = (sum(values[n] for values in genres.values()) for n in range(3))
     best = sorted(genres, key=lambda name: (-genres[name][0], name.encode()))[:5]
     return {
-        "watch_minutes_7d": six_places(Fraction(sum(row["watch_seconds"] for row in short_watch), 60)),
+        f"watch_minutes_{SHORT}d": six_places(Fraction(sum(row["watch_seconds"] for row in short_watch), 60)),
         f"watch_minutes_{LONG}d": six_places(Fraction(sum(row["watch_seconds"] for row in long_watch), 60)),
-        "titles_7d": sum(row["content_started"] for row in short_watch),
+        f"titles_{SHORT}d": sum(row["content_started"] for row in short_watch),
         f"completions_{LONG}d": sum(row["completions"] for row in long_watch),
         f"genres_watched_{LONG}d": sum(row["genres_watched"] for row in long_watch),
         f"likes_{LONG}d": sum(row["likes"] for row in reactions),

@@ -17,7 +17,7 @@ from pyiceberg.catalog import Catalog
 from pyiceberg.manifest import DataFile
 from pyiceberg.table import Table
 from pyiceberg.transforms import BucketTransform
-from shipped import FEATURES, VIEWER_KEY, WATCH
+from shipped import FEATURES, SHORT, VIEWER_KEY, WATCH
 
 from dagster_prefs.erasure.training import SubjectInTiles, SubjectInTrainingSet, search_catalog
 from dagster_prefs.freshness.offline import offline_lag
@@ -101,10 +101,10 @@ def test_a_deleted_row_is_in_no_training_set(catalog: Catalog, tmp_path: Path, d
     fill(catalog, {WATCH.name: ROWS})
     labels = write_labels(tmp_path, [(viewer, at(NEXT)) for viewer in range(1, 7)])
     _, before = build(catalog, labels, tmp_path)
-    assert [row["watch_minutes_7d"] for row in before] == list(map(Decimal, range(1, 7)))
+    assert [row[f"watch_minutes_{SHORT}d"] for row in before] == list(map(Decimal, range(1, 7)))
     delete_viewers(watch_table(catalog), deletes, 2, 5)
     _, after = build(catalog, labels, tmp_path)
-    assert [row["watch_minutes_7d"] for row in after] == [1, 0, 3, 4, 0, 6]
+    assert [row[f"watch_minutes_{SHORT}d"] for row in after] == [1, 0, 3, 4, 0, 6]
 
 
 def test_as_known_sees_a_row_until_it_was_deleted(catalog: Catalog, tmp_path: Path, deletes: Deletes) -> None:
@@ -116,7 +116,7 @@ def test_as_known_sees_a_row_until_it_was_deleted(catalog: Catalog, tmp_path: Pa
     now = datetime.now(UTC) + timedelta(milliseconds=10)
     labels = write_labels(tmp_path, [(1, known), (2, known), (1, now), (2, now)])
     _, rows = build(catalog, labels, tmp_path, as_known=True, now=now + timedelta(days=1))
-    assert [row["watch_minutes_7d"] for row in rows] == [1, 2, 1, 0]
+    assert [row[f"watch_minutes_{SHORT}d"] for row in rows] == [1, 2, 1, 0]
 
 
 def test_parity_does_not_count_deleted_rows(tiles: Tiles, catalog: Catalog, deletes: Deletes) -> None:
@@ -252,11 +252,11 @@ def test_a_delete_of_what_is_gone_is_no_obstacle(tiles: Tiles, catalog: Catalog,
     commit_deletes(watch_table(catalog), delete_equal(watch_table(catalog), DAY, viewer_id=[2]))
     # Another day is none of its business.
     _, rows = build(catalog, write_labels(tmp_path, [(1, at(NEXT + timedelta(days=60)))]), tmp_path)
-    assert rows[0]["watch_minutes_7d"] == 0
+    assert rows[0][f"watch_minutes_{SHORT}d"] == 0
     assert exported_days(catalog, WATCH)[NEXT].rows == 1
     assert export(tiles, catalog, replace_foreign=True).status == "written"
     _, rows = build(catalog, write_labels(tmp_path, [(2, at(NEXT))]), tmp_path)
-    assert rows[0]["watch_minutes_7d"] == 2
+    assert rows[0][f"watch_minutes_{SHORT}d"] == 2
     assert export(tiles, catalog).status == "unchanged"
     assert maintain(catalog, WATCH, now=later(), keep_snapshots=KEEP).days_foreign == ()
 
@@ -454,7 +454,7 @@ def test_another_layout_is_refused(tiles: Tiles, catalog: Catalog, tmp_path: Pat
         export(tiles, catalog)
     # By day still, so that it is read.
     _, rows = build(catalog, write_labels(tmp_path, [(2, at(NEXT))]), tmp_path)
-    assert rows[0]["watch_minutes_7d"] == 2
+    assert rows[0][f"watch_minutes_{SHORT}d"] == 2
     with watch_table(catalog).update_spec() as change:
         change.remove_field("bucket")
         change.remove_field("watch_date")
@@ -475,7 +475,7 @@ def test_a_table_of_version_3_is_read_and_not_written(tiles: Tiles, catalog: Cat
     with pytest.raises(LayoutForeign, match="has Iceberg format version 3"):
         export(tiles, catalog)
     _, rows = build(catalog, write_labels(tmp_path, [(2, at(NEXT))]), tmp_path)
-    assert rows[0]["watch_minutes_7d"] == 2
+    assert rows[0][f"watch_minutes_{SHORT}d"] == 2
 
 
 def test_a_lost_race_with_a_delete_is_not_published(

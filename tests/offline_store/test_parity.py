@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from pyiceberg.catalog import Catalog
-from shipped import COMPUTED, GENRE, INTERACTIONS, LONG, WATCH
+from shipped import COMPUTED, GENRE, INTERACTIONS, LONG, SHORT, WATCH
 
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.iceberg.catalog import open_catalog
@@ -30,7 +30,7 @@ def days_ago(number: int) -> date:
 WATCHED = [
     watch(v, days_ago(n), 100 * v + n, views=3, started=2)
     for v in range(1, 6)
-    for n in (0, 1, 7, 8, LONG, LONG + 1)
+    for n in (0, 1, SHORT, SHORT + 1, LONG, LONG + 1)
 ]
 BY_GENRE = [
     genre(v, days_ago(n), "abcdefg"[(v + n) % 7], 50 * v + n)
@@ -120,7 +120,7 @@ def test_what_is_served_exactly_passes(filled: Tiles, catalog: Catalog) -> None:
     assert report.subjects == 6
     assert report.engine_days[WATCH.name] == (days_ago(1), TODAY)
     assert {(item.domain, item.attribute): item.compared for item in report.attributes}[
-        "watch", "watch_minutes_7d"
+        "watch", f"watch_minutes_{SHORT}d"
     ] == 5
 
 
@@ -136,7 +136,7 @@ def test_each_viewers_own_day_boundary_counts(filled: Tiles, catalog: Catalog) -
 @pytest.mark.parametrize(
     ("domain", "attribute", "value"),
     [
-        ("watch", "watch_minutes_7d", Decimal("1.5")),
+        ("watch", f"watch_minutes_{SHORT}d", Decimal("1.5")),
         ("watch", "last_event_at", 5),
         ("interactions", f"likes_{LONG}d", 77),
         ("preferences", "favorite_genre", "zzz"),

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
 from pyiceberg.catalog import Catalog
-from shipped import LONG, TILE_TABLES, WATCH
+from shipped import LONG, SHORT, TILE_TABLES, WATCH
 
 from dagster_prefs.cli import cli
 from dagster_prefs.errors import PrefsError
@@ -42,7 +42,7 @@ def run(*arguments: str) -> Result:
 def test_a_training_set_is_built_and_reproduced(filled: Catalog) -> None:
     assert run("--labels", "labels.csv").exception is None
     (row,) = pq.read_table("labels.training.parquet").to_pylist()
-    assert (row["bought"], row["watch_minutes_7d"], row[f"completions_{LONG}d"]) == ("yes", 10, 1)
+    assert (row["bought"], row[f"watch_minutes_{SHORT}d"], row[f"completions_{LONG}d"]) == ("yes", 10, 1)
     manifest = json.loads(Path("labels.training.parquet.manifest.json").read_text())
     assert manifest["labels"]["source"] == "labels.csv"
     done = run("reproduce", "labels.training.parquet.manifest.json")

@@ -20,7 +20,7 @@ import sqlglot
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyiceberg.catalog import Catalog
-from shipped import GENRE, INTERACTIONS, LONG, TILE_TABLES, WATCH
+from shipped import GENRE, INTERACTIONS, LONG, SHORT, TILE_TABLES, WATCH
 
 from dagster_prefs.iceberg import replace as replace_module
 from dagster_prefs.iceberg.catalog import (
@@ -114,7 +114,7 @@ def test_the_future_changes_nothing(catalog: Catalog, tmp_path: Path) -> None:
     past = {
         WATCH.name: [watch(1, DAY - timedelta(days=1), 600)],
         GENRE.name: [genre(1, DAY - timedelta(days=LONG), "drama", 60)],
-        INTERACTIONS.name: [interactions(1, DAY - timedelta(days=7), 1, 2, 3)],
+        INTERACTIONS.name: [interactions(1, DAY - timedelta(days=SHORT), 1, 2, 3)],
     }
     fill(catalog, past)
     labels = write_labels(tmp_path, [(1, at(DAY, 0)), (1, at(DAY, 23.9))])
@@ -163,9 +163,9 @@ def test_as_known_sees_the_version_of_the_labels_time(tiles: Tiles, catalog: Cat
     labels = write_labels(tmp_path, [(1, before), (1, between), (1, after)])
     now = after + timedelta(seconds=1)
     _, plain = build(catalog, labels, tmp_path, now=now)
-    assert [row["watch_minutes_7d"] for row in plain] == [100, 100, 100]
+    assert [row[f"watch_minutes_{SHORT}d"] for row in plain] == [100, 100, 100]
     made, known = build(catalog, labels, tmp_path, now=now, as_known=True)
-    assert [row["watch_minutes_7d"] for row in known] == [0, 10, 100]
+    assert [row[f"watch_minutes_{SHORT}d"] for row in known] == [0, 10, 100]
 
     # What is exported afterwards does not change what was known.
     tiles.replace(WATCH, yesterday, [watch(1, yesterday, 60_000)])
@@ -526,7 +526,7 @@ def test_every_dialects_text_gives_equal_rows(catalog: Catalog, tmp_path: Path, 
         WATCH.name: [
             watch(v, DAY - timedelta(days=n), 61 * v + n)
             for v in range(4)
-            for n in (0, 1, 7, 8, LONG, LONG + 1)
+            for n in (0, 1, SHORT, SHORT + 1, LONG, LONG + 1)
         ],
         GENRE.name: [
             genre(v, DAY - timedelta(days=n), "abcdefgé"[(3 * v + n) % 8], 7 * v + n % 3, views=1 + n % 3)
@@ -596,7 +596,7 @@ def test_a_training_set_as_csv_and_as_a_table(catalog: Catalog, tmp_path: Path) 
     made = build_training_set(catalog, LabelJoin(labels, FEATURES, NOW), tmp_path / "set.csv")
     first, second = csv.DictReader((tmp_path / "set.csv").open())
     assert first["label_time"] == "2026-03-11T01:30:00.000000Z"
-    assert first["watch_minutes_7d"] == "1.016667"
+    assert first[f"watch_minutes_{SHORT}d"] == "1.016667"
     assert json.loads(first["favorite_genres"]) == ['a, "b"', "c"]
     assert first["favorite_genre_shares"] == "[0.666667,0.333333]"
     assert (second["favorite_genre"], second["favorite_genres"], second[f"likes_{LONG}d"]) == ("", "[]", "0")

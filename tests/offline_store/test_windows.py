@@ -6,7 +6,7 @@ import dataclasses
 import re
 import shutil
 from collections.abc import Mapping
-from datetime import date
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,9 @@ from dagster_prefs.training.windows import Features, ViewNotPortable, choose_fea
 from .training_world import FEATURES, REGISTRY
 
 VIEW = "viewer_engagement_rolling"
-WINDOW = "(watch_date::timestamp at time zone 'UTC') + interval '8 days' > now()"
+WINDOW = f"(watch_date::timestamp at time zone 'UTC') + interval '{SHORT + 1} days' > now()"
 SUMS = (
-    "select viewer_id, 'a#b' as domain_key, sum(views) as watch_minutes_7d, max(last_event_at) as last_event_at "
+    f"select viewer_id, 'a#b' as domain_key, sum(views) as watch_minutes_{SHORT}d, max(last_event_at) as last_event_at "
     "from viewer_watch_metrics_1d where {} group by viewer_id"
 )
 
@@ -38,7 +38,9 @@ def with_query(text: str, relation: str = VIEW, **variables: Any) -> Registry:
     domains = {
         key: dataclasses.replace(
             domain,
-            attributes={name: domain.attributes[name] for name in ("watch_minutes_7d", "last_event_at")},
+            attributes={
+                name: domain.attributes[name] for name in (f"watch_minutes_{SHORT}d", "last_event_at")
+            },
         )
         if domain.relation == relation
         else domain
@@ -57,7 +59,7 @@ def features_of(registry: Registry) -> Features:
 
 
 def test_windows_and_columns_are_read_off_the_views() -> None:
-    assert FEATURES.first_day(date(2026, 3, 29)) == date(2026, 3, 1)
+    assert FEATURES.first_day(date(2026, 3, 29)) == date(2026, 3, 29) - timedelta(days=LONG)
     read = {spec: set(columns) for spec, columns in FEATURES.sources}
     expected = {
         WATCH: {"watch_seconds", "content_started", "completions", "genres_watched"},
@@ -126,7 +128,10 @@ def test_a_window_that_the_project_does_not_have_is_refused() -> None:
         (SUMS.format(f"{WINDOW} and views > 1"), "another condition than within_window"),
         (SUMS.format(WINDOW.replace("days", "hours")), "another condition than within_window"),
         (SUMS.format("true"), "another condition than within_window"),
-        (SUMS.format(WINDOW.replace("8 days", "1 days")), "a window of 0 days: a window must have at least 1 day"),
+        (
+            SUMS.format(WINDOW.replace(f"{SHORT + 1} days", "1 days")),
+            "a window of 0 days: a window must have at least 1 day",
+        ),
         (SUMS.format(WINDOW).replace("views", "sessions"), "sessions, which the tile does not declare"),
         (
             f"select e.viewer_id from view_events as e join {WATCH.tile} as t on t.viewer_id = e.viewer_id",
@@ -171,11 +176,11 @@ def test_a_portable_view_becomes_a_query_of_points() -> None:
     assert "t.watch_date < p.day" not in query
 
 
-JOINED = """
-with sums as ({sums}), latest as (select viewer_id, max(content_id) as latest from view_events group by viewer_id)
-select sums.viewer_id, 'a#b' as domain_key, sums.watch_minutes_7d, latest.latest as latest_content,
-  sums.last_event_at {more}
-from sums {join} latest on latest.viewer_id = sums.viewer_id
+JOINED = f"""
+with sums as ({{sums}}), latest as (select viewer_id, max(content_id) as latest from view_events group by viewer_id)
+select sums.viewer_id, 'a#b' as domain_key, sums.watch_minutes_{SHORT}d, latest.latest as latest_content,
+  sums.last_event_at {{more}}
+from sums {{join}} latest on latest.viewer_id = sums.viewer_id
 """
 
 
@@ -185,7 +190,7 @@ def test_what_comes_from_no_tile_is_left_out_by_name_or_refused() -> None:
         contract = registry.contract
         key = "engagement#watch"
         watch = contract.domains[key]
-        text = dataclasses.replace(watch.attributes["watch_minutes_7d"], type="string", nullable=True)
+        text = dataclasses.replace(watch.attributes[f"watch_minutes_{SHORT}d"], type="string", nullable=True)
         attributes: Mapping[str, Any] = {**watch.attributes, "latest_content": text}
         domains = {**contract.domains, key: dataclasses.replace(watch, attributes=attributes)}
         return dataclasses.replace(registry, contract=dataclasses.replace(contract, domains=domains))
@@ -195,7 +200,7 @@ def test_what_comes_from_no_tile_is_left_out_by_name_or_refused() -> None:
         "watch.latest_content": "it is computed from view_events, which is not exported"
     }
     assert "latest" not in features.sql("training")
-    assert "watch_minutes_7d" in {value.name for value in features.values}
+    assert f"watch_minutes_{SHORT}d" in {value.name for value in features.values}
     with pytest.raises(ViewNotPortable, match="has rows only where view_events has some"):
         features_of(joined(join="join"))
     with pytest.raises(ViewNotPortable, match="a column is written without its table"):

@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from shipped import LONG, SHORT
 
 from dagster_prefs.declarations.contract import load_contract
 from dagster_prefs.dynamodb.items import ItemDecoder
@@ -192,7 +193,7 @@ def test_a_follower_that_is_killed_and_one_that_follows_it(world: World) -> None
     # The window of this viewer rolls over soon: his one tile is as old as can be.
     expiry = datetime.now(UTC) + timedelta(seconds=90)
     leaver = (expiry.hour * 60 + expiry.minute) * 60 + expiry.second
-    oldest = datetime(expiry.year, expiry.month, expiry.day, 12, tzinfo=UTC) - timedelta(days=29)
+    oldest = datetime(expiry.year, expiry.month, expiry.day, 12, tzinfo=UTC) - timedelta(days=LONG + 1)
     world.watch({leaver: 600}, oldest)
     world.until(lambda: (leaver, "engagement#watch") in world.items(), "the item that will expire")
 
@@ -204,7 +205,7 @@ def test_a_follower_that_is_killed_and_one_that_follows_it(world: World) -> None
             first.wait(30)
     second = world.prefs("publish", "--follow")
     world.until(lambda: world.items() == world.view(), "the changes after the kill")
-    minutes = world.items()[(1, "engagement#watch")]["watch_minutes_7d"]
+    minutes = world.items()[(1, "engagement#watch")][f"watch_minutes_{SHORT}d"]
     assert minutes == round(Decimal(60 + 30 + 31 + 32) / 60, 6)
 
     # No event tells that the window is over; the engine does.

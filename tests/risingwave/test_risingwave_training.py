@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from pyiceberg.catalog.sql import SqlCatalog
 from risingwave_server import NO_SERVER, URL, database, run, until
-from shipped import TILE_TABLES, WATCH
+from shipped import SHORT, TILE_TABLES, WATCH
 
 from dagster_prefs.defs import offline_store, training_data
 from dagster_prefs.iceberg.export import SINK_BRANCH, exported_days, stale_days
@@ -302,12 +302,12 @@ def test_what_is_served_equals_the_tables_and_a_corruption_is_named(world: World
         {"viewer_id": {"N": "2"}, "domain_key": {"S": "engagement#watch"}},
     )
     given = client.get_item(TableName=world.dynamodb_table, Key=key)["Item"]
-    client.put_item(TableName=world.dynamodb_table, Item={**given, "titles_7d": {"N": "999"}})
+    client.put_item(TableName=world.dynamodb_table, Item={**given, f"titles_{SHORT}d": {"N": "999"}})
     wrong = [check for check in world.parity().values() if not check.passed]
     client.put_item(TableName=world.dynamodb_table, Item=given)
     assert [check.asset_key.path[-1] for check in wrong] == ["viewer_watch_daily"]
     assert wrong[0].description is not None
-    assert "titles_7d of viewer 2: 999 is served" in wrong[0].description
+    assert f"titles_{SHORT}d of viewer 2: 999 is served" in wrong[0].description
 
 
 def test_rejected_messages_are_corrected_and_sent_again(world: World, tmp_path: Path) -> None:

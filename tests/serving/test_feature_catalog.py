@@ -8,14 +8,15 @@ import subprocess
 import uuid
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 
 import pytest
 import sqlglot
 from declared import COURSES, PROJECT
+from personal_data import marked
 from psycopg import sql
+from shipped import LONG, SHORT
 
-from dagster_prefs.declarations.registry import load_registry
+from dagster_prefs.declarations.registry import Registry, load_registry
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.serving.feature_catalog import (
     MOST_EXAMPLES,
@@ -75,23 +76,39 @@ def test_what_is_made_from_a_person_is_personal(catalogs: dict[Path, FeatureCata
         "view_events.viewer_id",
     } <= personal
     assert "viewer_watch_metrics_1d.viewer_id" in personal
-    assert not {"items.item_id", "items.title", "user.events.category", "watch.titles_7d"} & personal
+    assert not {"items.item_id", "items.title", "user.events.category", f"watch.titles_{SHORT}d"} & personal
     assert {one.name for one in catalogs[COURSES].entries if one.is_personal} >= {
         "lesson_events.learner_id",
         "lesson_events.event_id",
     }
 
 
-def test_what_is_made_from_a_personal_column_of_a_tile_is_personal() -> None:
+def test_what_is_made_from_personal_data_is_personal() -> None:
+    def attributes(registry: Registry) -> set[str]:
+        return {
+            f"{domain.name}.{name}"
+            for domain in registry.contract.domains.values()
+            for name in domain.attributes
+            if registry.is_personal(domain.relation, name)
+        }
+
     registry = load_registry(PROJECT)
-    tile = registry.tiles["viewer_genre_metrics_1d"]
-    columns = {**tile.columns, "genre": replace(tile.columns["genre"], pii=True)}
-    marked = replace(
-        registry, tiles={**registry.tiles, tile.relation: replace(tile, columns=MappingProxyType(columns))}
-    )
-    catalog = load_catalog(PROJECT, marked)
-    found = {one.name for one in catalog.entries if one.is_personal and one.kind == "attribute"}
-    assert found == {"preferences.favorite_genre", "preferences.favorite_genres"}
+    both = {"preferences.favorite_genre", "preferences.favorite_genres"}
+    assert attributes(registry) == set()
+    # Declared at the event's field, or further down.
+    field = marked(registry, view_events__genre=True)
+    assert attributes(field) == both | {"watch.genres_watched_28d"}
+    shown = {one.name for one in load_catalog(PROJECT, field).entries if one.is_personal}
+    assert {"view_events.genre", "viewer_genre_metrics_1d.genre", *attributes(field)} <= shown
+    assert attributes(marked(registry, viewer_genre_metrics_1d__genre=True)) == both
+    one = marked(registry, viewer_preferences_rolling__favorite_genre=True)
+    assert attributes(one) == {"preferences.favorite_genre"}
+    # A number of genres names none: what is said of a column further down is final.
+    counted = marked(registry, view_events__genre=True, viewer_watch_metrics_1d__genres_watched=False)
+    assert attributes(counted) == both
+    # Without the knowledge nobody can say that a value is not.
+    unknown = attributes(replace(registry, personal=None))
+    assert len(unknown) == sum(len(one.attributes) for one in registry.contract.domains.values())
 
 
 def test_what_no_training_set_has_says_why(catalogs: dict[Path, FeatureCatalog]) -> None:
@@ -106,13 +123,13 @@ def test_what_no_training_set_has_says_why(catalogs: dict[Path, FeatureCatalog])
 def test_search_finds_by_name_first_and_by_meaning(catalogs: dict[Path, FeatureCatalog]) -> None:
     catalog = catalogs[PROJECT]
     found = [one.name for one in catalog.search("Watch_Minutes")]
-    assert found == ["watch.watch_minutes_7d", "watch.watch_minutes_28d"]
+    assert found == [f"watch.watch_minutes_{SHORT}d", f"watch.watch_minutes_{LONG}d"]
     assert "preferences.favorite_genre" in [one.name for one in catalog.search("genre ties")]
     # By where it comes from.
-    assert "watch.titles_7d" in [one.name for one in catalog.search("attribute content_id")]
+    assert f"watch.titles_{SHORT}d" in [one.name for one in catalog.search("attribute content_id")]
     assert catalog.search("no such thing") == ()
     assert catalog.search("") == catalog.entries
-    with pytest.raises(CatalogError, match=r"no 'watch\.titels_7d': did you mean watch\.titles_7d"):
+    with pytest.raises(CatalogError, match=rf"no 'watch\.titels_7d': did you mean watch\.titles_{SHORT}d"):
         catalog.entry("watch.titels_7d")
 
 
@@ -142,7 +159,7 @@ def test_examples_are_of_nobody(database: EngineConfiguration, catalogs: dict[Pa
     entries = [
         catalogs[PROJECT].entry(f"view_events.{name}", "field")
         for name in ("viewer_id", "genre", "content_id")
-    ] + [catalogs[PROJECT].entry("watch.titles_7d"), catalogs[PROJECT].entry("view_events", "topic")]
+    ] + [catalogs[PROJECT].entry(f"watch.titles_{SHORT}d"), catalogs[PROJECT].entry("view_events", "topic")]
     with engine.connect() as connection:
         connection.execute(sql.SQL("create schema {}").format(sql.Identifier(engine.schema)))
         table = sql.Identifier(engine.schema, "view_events")

@@ -25,6 +25,7 @@ import pytest
 from declared import COURSES, two_entities
 from openapi_schema_validator import OAS30Validator
 from psycopg import sql
+from shipped import SHORT
 
 from dagster_prefs.cli import cli
 from dagster_prefs.declarations.registry import Registry, parse_registry, registry_dict
@@ -330,7 +331,7 @@ def test_two_entities_are_served_side_by_side(dynamodb_endpoint: str) -> None:
                 damaged = {
                     "viewer_id": {"N": str(viewer_id)},
                     "domain_key": {"S": "engagement#watch"},
-                    "titles_7d": {"S": "many"},
+                    f"titles_{SHORT}d": {"S": "many"},
                 }
                 client.put_item(TableName=tables["viewer"].name, Item=damaged)
             # All domains together are answered, and one of them alone is not.
@@ -340,8 +341,8 @@ def test_two_entities_are_served_side_by_side(dynamodb_endpoint: str) -> None:
     finally:
         for table in tables.values():
             client.delete_table(TableName=table.name)
-    assert (viewer["viewer_id"], viewer["domains"]["watch"]["attributes"]["titles_7d"]) == (7, 3)
-    assert (item["item_id"], item["domains"]["trend"]["attributes"]["titles_7d"]) == ("a/b", 4)
+    assert (viewer["viewer_id"], viewer["domains"]["watch"]["attributes"][f"titles_{SHORT}d"]) == (7, 3)
+    assert (item["item_id"], item["domains"]["trend"]["attributes"][f"titles_{SHORT}d"]) == ("a/b", 4)
     assert [profile["item_id"] for profile in many["profiles"]] == ["a/b", "c"]
     assert ready["parts"] == {"profiles": "ok", "item profiles": "ok"}
     assert valid(document, "Profile", viewer) == []
@@ -349,7 +350,7 @@ def test_two_entities_are_served_side_by_side(dynamodb_endpoint: str) -> None:
     assert valid(document, "ItemProfiles", many) == []
     assert statuses == [200, 200, 200, 500]
     assert not_ready[0] == 503
-    assert "domain watch: titles_7d should be integer" in not_ready[1]["parts"]["profiles"]
+    assert f"domain watch: titles_{SHORT}d should be integer" in not_ready[1]["parts"]["profiles"]
     assert not_ready[1]["parts"]["item profiles"] == "ok"
 
 

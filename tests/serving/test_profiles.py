@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from declared import COURSES, PROJECT, two_entities
 from scripted_dynamodb import Request, Script, answer, failure, http, serve
-from shipped import LONG, with_computed_attributes
+from shipped import LONG, SHORT, with_computed_attributes
 
 from dagster_prefs.declarations.contract import ContractError, contract_dict, load_contract, parse_contract
 from dagster_prefs.declarations.registry import RegistryError, load_registry, parse_registry, registry_dict
@@ -39,6 +39,7 @@ AT = 1_760_000_000_000
 WATCH = [Decimal("12.5"), Decimal("40.123456"), 3, 2, 5, AT]
 PREFERENCES = ["drama", ["drama", "news"], [Decimal("0.75"), Decimal("0.25")], None, Decimal("9.1"), AT]
 TRANSPORTS = ["lean", "boto3"]
+MINUTES, TITLES = f"watch_minutes_{SHORT}d", f"titles_{SHORT}d"
 SERVED = with_computed_attributes()
 CONTRACT = SERVED.contract
 WatchProfile, InteractionsProfile, PreferencesProfile = (
@@ -141,7 +142,7 @@ def test_all_domains_of_a_viewer(online: Any, transport: str) -> None:
     with online.reader(transport) as client:
         profile = client.get(7)
     assert profile.watch == WatchProfile(Decimal("12.5"), Decimal("40.123456"), 3, 2, 5, AT)
-    assert isinstance(profile.watch.titles_7d, int)
+    assert isinstance(getattr(profile.watch, TITLES), int)
     assert profile.preferences == PreferencesProfile(*PREFERENCES)
     assert profile.interactions == InteractionsProfile()
     assert {name: read.state for name, read in profile.reads.items()} == {
@@ -181,7 +182,7 @@ def test_an_unknown_viewer_is_a_typed_cold_start(online: Any, transport: str) ->
         profile = client.get(404)
     assert profile.cold_start
     assert not profile.partial
-    assert profile.watch.watch_minutes_7d == 0
+    assert getattr(profile.watch, MINUTES) == 0
     assert profile.preferences.favorite_genres == []
     assert profile.watch.last_event_at is None
 
@@ -193,7 +194,7 @@ def test_many_viewers_in_chunks(online: Any, transport: str) -> None:
         profiles = client.get_many([*range(119, -1, -1), 5], ["watch"])
     assert list(profiles) == list(range(119, -1, -1))
     for viewer, profile in profiles.items():
-        assert profile.watch.watch_minutes_7d == (viewer if viewer % 3 == 0 else 0)
+        assert getattr(profile.watch, MINUTES) == (viewer if viewer % 3 == 0 else 0)
         assert profile.reads["watch"].state == ("found" if viewer % 3 == 0 else "cold_start")
 
 
@@ -252,7 +253,7 @@ def test_a_canary_that_does_not_answer_holds_nobody_up(script: Script, transport
     script.behave = behave
     with scripted(script, transport) as client:
         profile = client.get(1, ["watch"])
-    assert profile.watch.titles_7d == 3
+    assert getattr(profile.watch, TITLES) == 3
     assert not profile.partial
     assert profile.reads["watch"].freshness_seconds is None
     assert len(script.requests) == 2
@@ -280,7 +281,7 @@ def test_transient_faults_are_retried(script: Script, transport: str, fault: str
     script.behave = viewers_only(behave)
     with scripted(script, transport) as client:
         profile = client.get(1, ["watch"])
-    assert profile.watch.watch_minutes_7d == Decimal("12.5")
+    assert getattr(profile.watch, MINUTES) == Decimal("12.5")
     assert len(viewer_requests(script)) == 3
 
 
@@ -298,7 +299,7 @@ def test_faults_that_stay_leave_the_domain_out(script: Script, transport: str, f
         assert getattr(profile.interactions, f"likes_{LONG}d") == 1
         assert profile.reads["watch"].state == "failed"
         with pytest.raises(ReadError, match="DynamoDB"):
-            _ = profile.watch.titles_7d
+            _ = getattr(profile.watch, TITLES)
         covered = client.get(1, ["watch", "interactions"], fallback="cold_start")
     assert covered.partial
     assert covered.watch == WatchProfile()
@@ -377,11 +378,11 @@ def test_connections_are_kept_and_replaced_when_the_server_closed_them(script: S
         assert script.connections == 1
         # The next request on this connection is swallowed, as when the server closes it while it is idle.
         script.behave = lambda request: None if request.on_connection > 1 else reply
-        assert client.get(1, ["watch"]).watch.titles_7d == 3
+        assert getattr(client.get(1, ["watch"]).watch, TITLES) == 3
         assert script.connections == 2
         script.behave = lambda request: closing
-        assert client.get(1, ["watch"]).watch.titles_7d == 3
-        assert client.get(1, ["watch"]).watch.titles_7d == 3
+        assert getattr(client.get(1, ["watch"]).watch, TITLES) == 3
+        assert getattr(client.get(1, ["watch"]).watch, TITLES) == 3
         assert script.connections == 3
 
 
@@ -399,7 +400,7 @@ def test_many_threads_get_their_own_answers(script: Script, transport: str) -> N
         for viewer in range(caller * 100, caller * 100 + 30):
             profile = client.get(viewer, ["watch", "interactions"])
             if (
-                profile.watch.watch_minutes_7d != viewer
+                getattr(profile.watch, MINUTES) != viewer
                 or getattr(profile.interactions, f"likes_{LONG}d") != viewer
             ):
                 wrong.append(viewer)
@@ -446,7 +447,7 @@ def test_chunked_answers_and_answers_without_length(script: Script) -> None:
     with scripted(script, "lean") as client:
         for reply in (chunked, open_ended):
             script.behave = lambda request, reply=reply: reply  # type: ignore[misc]
-            assert client.get(1, ["watch"]).watch.titles_7d == 3
+            assert getattr(client.get(1, ["watch"]).watch, TITLES) == 3
 
 
 @pytest.fixture
@@ -503,12 +504,12 @@ def test_over_tls(certificate: tuple[Path, Path], transport: str, monkeypatch: p
         monkeypatch.setenv("AWS_CA_BUNDLE", str(certificate[0]))
         with scripted(script, transport) as client:
             client.warm()
-            assert client.get(1).watch.titles_7d == 3
+            assert getattr(client.get(1).watch, TITLES) == 3
             late = client.get(2, ["watch", "interactions"], budget_seconds=3)
             release.set()
             assert late.partial
             assert getattr(late.interactions, f"shares_{LONG}d") == 2
-            assert client.get(1).watch.titles_7d == 3
+            assert getattr(client.get(1).watch, TITLES) == 3
     finally:
         release.set()
         stop()
@@ -553,14 +554,16 @@ def test_signatures_are_botocores(script: Script, monkeypatch: pytest.MonkeyPatc
 
 
 def test_an_attribute_of_another_type_fails_its_domain_only(online: Any, transport: str) -> None:
-    online.put("watch", 1, WATCH, titles_7d={"S": "many"})
+    online.put("watch", 1, WATCH, **{TITLES: {"S": "many"}})
     online.put("interactions", 1, [1, 2, 3, AT])
     online.put("preferences", 1, PREFERENCES, favorite_genres={"NULL": True})
     with online.reader(transport) as client:
         profile = client.get(1)
         covered = client.get(1, fallback="cold_start")
     assert getattr(profile.interactions, f"likes_{LONG}d") == 1
-    with pytest.raises(ItemError, match=r"domain watch: titles_7d should be integer .* of DynamoDB type S"):
+    with pytest.raises(
+        ItemError, match=rf"domain watch: titles_{SHORT}d should be integer .* of DynamoDB type S"
+    ):
         _ = profile.watch
     with pytest.raises(ItemError, match=r"domain preferences: favorite_genres .* it is NULL"):
         _ = profile.preferences
@@ -661,7 +664,7 @@ def test_asyncio(online: Any, transport: str) -> None:
             return await asyncio.gather(client.get(1), client.get(2, ["watch"]), many)
 
     one, two, many = asyncio.run(read())
-    assert one.watch.titles_7d == 3
+    assert getattr(one.watch, TITLES) == 3
     assert two.cold_start
     assert {viewer: profile.cold_start for viewer, profile in many.items()} == {1: False, 2: True}
 
@@ -742,14 +745,16 @@ def test_an_attribute_that_the_item_lacks_is_served_cold_and_named(online: Any, 
     online.put("watch", 1, WATCH)
     key = {"viewer_id": {"N": "1"}, "domain_key": {"S": "engagement#watch"}}
     online.client.update_item(
-        TableName=online.table.name, Key=key, UpdateExpression="REMOVE titles_7d, watch_minutes_7d"
+        TableName=online.table.name,
+        Key=key,
+        UpdateExpression=f"REMOVE {TITLES}, {MINUTES}",
     )
     with online.reader(transport) as client:
         profile = client.get(1, ["watch"])
     assert profile.watch == WatchProfile(Decimal(0), Decimal("40.123456"), 0, 2, 5, AT)
     assert profile.reads["watch"].state == "found"
-    assert profile.reads["watch"].unknown == ("watch_minutes_7d", "titles_7d")
-    assert profile.as_dict()["domains"]["watch"]["unknown"] == ["watch_minutes_7d", "titles_7d"]
+    assert profile.reads["watch"].unknown == (MINUTES, TITLES)
+    assert profile.as_dict()["domains"]["watch"]["unknown"] == [MINUTES, TITLES]
     assert not profile.partial
 
 
@@ -760,4 +765,4 @@ def test_a_further_domain_of_the_contract_is_a_further_class(script: Script) -> 
     content["domains"]["engagement#more"] = more
     declared["contract"] = contract_dict(parse_contract(content))
     with ProfileClient(declared, endpoint_url=script.endpoint, region=REGION) as client:
-        assert client.get(1, ["more"]).more.titles_7d == 0
+        assert getattr(client.get(1, ["more"]).more, TITLES) == 0

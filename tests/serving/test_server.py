@@ -24,7 +24,7 @@ from openapi_schema_validator import OAS30Validator
 from scripted_dynamodb import Reply, Request, Script, answer, failure
 from scripted_dynamodb import serve as serve_script
 from served import NOWHERE, REGION, Caller, profile_client, running
-from shipped import LONG
+from shipped import LONG, SHORT
 from starlette.routing import Route
 
 from dagster_prefs.declarations.registry import load_registry
@@ -66,9 +66,9 @@ def test_one_profile_is_exact(caller: Caller) -> None:
     assert profile["partial"] is False
     watch = profile["domains"]["watch"]
     assert watch["attributes"] == {
-        "watch_minutes_7d": "12.5",
+        f"watch_minutes_{SHORT}d": "12.5",
         f"watch_minutes_{LONG}d": "40.123456",
-        "titles_7d": 3,
+        f"titles_{SHORT}d": 3,
         f"completions_{LONG}d": 2,
         f"genres_watched_{LONG}d": 5,
         "last_event_at": AT,
@@ -229,7 +229,7 @@ def test_the_description_is_true(caller: Caller) -> None:
             assert valid(body, operation["requestBody"]["content"]["application/json"]["schema"], document)
     # The schemas are strict enough to tell a wrong answer.
     _, content = caller.get("/v1/profiles/42")
-    content["domains"]["watch"]["attributes"]["watch_minutes_7d"] = 12.5
+    content["domains"]["watch"]["attributes"][f"watch_minutes_{SHORT}d"] = 12.5
     assert not valid(content, {"$ref": "#/components/schemas/Profile"}, document)
 
 
@@ -359,7 +359,7 @@ def test_a_domain_that_does_not_arrive_is_marked(script: Script) -> None:
         assert profile["domains"]["interactions"]["state"] == "cold_start"
         status, profile = caller.get("/v1/profiles/1?domains=watch&fallback=cold_start")
         assert (status, profile["partial"]) == (200, True)
-        assert profile["domains"]["watch"]["attributes"]["titles_7d"] == 0
+        assert profile["domains"]["watch"]["attributes"][f"titles_{SHORT}d"] == 0
         status, content, headers = caller.call("GET", "/v1/profiles/1?domains=watch")
         assert (status, content["error"]["code"], headers["retry-after"]) == (503, "unavailable", "1")
         assert caller.post({"viewer_ids": [1, 2], "domains": ["watch"]})[0] == 503

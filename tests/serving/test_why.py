@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from declared import COURSES, PROJECT
-from shipped import LONG, REGISTRY
+from shipped import LONG, REGISTRY, SHORT
 
 from dagster_prefs.declarations.lineage import load_lineage
 from dagster_prefs.declarations.registry import Registry, load_registry
@@ -69,8 +69,8 @@ def tiles(shop: Any) -> Any:
     shop.insert(
         "viewer_watch_metrics_1d",
         (1, day(1), 100, 0, 3, 2, 1, 2, at(1)),
-        (1, day(7), 50, 0, 1, 1, 0, 1, at(7)),
-        (1, day(8), 1000, 0, 9, 9, 4, 5, at(8)),
+        (1, day(SHORT), 50, 0, 1, 1, 0, 1, at(SHORT)),
+        (1, day(SHORT + 1), 1000, 0, 9, 9, 4, 5, at(SHORT + 1)),
         (1, day(LONG), 7, 0, 1, 1, 1, 1, at(LONG)),
         (1, day(LONG + 1), 9999, 0, 9, 9, 9, 9, at(LONG + 1)),
         (2, day(1), 8888, 0, 9, 9, 9, 9, at(1)),
@@ -93,9 +93,9 @@ def tiles(shop: Any) -> Any:
 
 
 EXPECTED: dict[str, Any] = {
-    "watch_minutes_7d": Decimal("2.5"),
+    f"watch_minutes_{SHORT}d": Decimal("2.5"),
     f"watch_minutes_{LONG}d": Decimal("19.283333"),
-    "titles_7d": 3,
+    f"titles_{SHORT}d": 3,
     f"completions_{LONG}d": 6,
     f"genres_watched_{LONG}d": 9,
     "watch.last_event_at": int((at(1) - datetime(1970, 1, 1, tzinfo=UTC)) / timedelta(microseconds=1) + 500)
@@ -140,7 +140,7 @@ def test_a_difference_shows(tiles: Any, online: Any) -> None:
     online.put("interactions", 1, [11, 22, 34, 5])
     with online.reader("lean") as client:
         found = explain_attribute(tiles.engine, client, 1, f"searches_{LONG}d", now=NOW)
-        missing = explain_attribute(tiles.engine, client, 1, "titles_7d", now=NOW)
+        missing = explain_attribute(tiles.engine, client, 1, f"titles_{SHORT}d", now=NOW)
         left = explain_attribute(tiles.engine, client, 1, f"searches_{LONG}d", now=NOW + timedelta(days=60))
     assert (found.online, found.recomputed, found.equal) == (34, 33, False)
     assert (missing.online, missing.recomputed, missing.online_state, missing.equal) == (
@@ -155,7 +155,7 @@ def test_a_difference_shows(tiles: Any, online: Any) -> None:
 
 def test_the_latest_events_are_shown(tiles: Any, online: Any) -> None:
     with online.reader("lean") as client:
-        found = explain_attribute(tiles.engine, client, 1, "watch_minutes_7d", now=NOW)
+        found = explain_attribute(tiles.engine, client, 1, f"watch_minutes_{SHORT}d", now=NOW)
     assert {topic: [event["event_id"] for event in rows] for topic, rows in found.events.items()} == {
         "view_events": [f"e{n}" for n in range(10)],
         "content_interactions": ["i1"],
@@ -165,10 +165,14 @@ def test_the_latest_events_are_shown(tiles: Any, online: Any) -> None:
 def test_the_expiry_spread_moves_the_window(tiles: Any, online: Any) -> None:
     with online.reader("lean") as client:
         # Viewer 1 rolls over one second after midnight, and it is half past.
-        same = explain_attribute(tiles.engine, client, 1, "titles_7d", now=NOW, expiry_spread_seconds=3600)
+        same = explain_attribute(
+            tiles.engine, client, 1, f"titles_{SHORT}d", now=NOW, expiry_spread_seconds=3600
+        )
         early = NOW.replace(minute=0)
-        still = explain_attribute(tiles.engine, client, 1, "titles_7d", now=early, expiry_spread_seconds=3600)
-    assert (same.window_start, still.window_start) == (day(7), day(8))
+        still = explain_attribute(
+            tiles.engine, client, 1, f"titles_{SHORT}d", now=early, expiry_spread_seconds=3600
+        )
+    assert (same.window_start, still.window_start) == (day(SHORT), day(SHORT + 1))
     assert (same.recomputed, still.recomputed) == (3, 12)
 
 
@@ -239,7 +243,7 @@ def test_a_foreign_project_is_explained(shop: Any, dynamodb_endpoint: str, cours
     ("attribute", "message"),
     [
         ("minutes", "unknown attribute 'minutes': the contract has"),
-        ("interactions.titles_7d", "unknown attribute"),
+        (f"interactions.titles_{SHORT}d", "unknown attribute"),
         ("last_event_at", r"several domains: name one of interactions\.last_event_at"),
     ],
 )
@@ -253,7 +257,7 @@ def test_missing_tiles_are_one_sentence(shop: Any, online: Any) -> None:
         online.reader("lean") as client,
         pytest.raises(WhyError, match=r"the tiles cannot be read .*: run `dbt build`"),
     ):
-        explain_attribute(shop.engine, client, 1, "titles_7d")
+        explain_attribute(shop.engine, client, 1, f"titles_{SHORT}d")
 
 
 def test_the_rows_of_a_preference_view_are_recomputed_from_its_events(shop: Any) -> None:

@@ -22,7 +22,7 @@ import pytest
 from iam_policy import ALLOWED, EXPLICITLY_DENIED, NOT_ALLOWED, decide
 from pyiceberg.catalog import Catalog
 from pyiceberg.table import Table
-from shipped import GENRE, INTERACTIONS, WATCH
+from shipped import GENRE, INTERACTIONS, SHORT, WATCH
 from terraform_harness import CREDENTIALS, REGISTRY, ROOT, Applied, clean_environment, recorded_requests
 from warm import Warm
 
@@ -316,7 +316,7 @@ REQUESTS: list[tuple[str, str, dict[str, Any], set[str]]] = [
     ("dynamodb:GetItem", TABLE, {"dynamodb:LeadingKeys": ["7"]}, {"serving-reader"}),
     ("dynamodb:BatchGetItem", TABLE, {"dynamodb:LeadingKeys": ["7", "-8"]}, READERS),
     ("dynamodb:Scan", TABLE, KEYS_ONLY, {"freshness-reader"}),
-    ("dynamodb:Scan", TABLE, KEYS_ONLY | {"dynamodb:Attributes": ["viewer_id", "watch_minutes_7d"]}, set()),
+    ("dynamodb:Scan", TABLE, KEYS_ONLY | {"dynamodb:Attributes": ["viewer_id", f"watch_minutes_{SHORT}d"]}, set()),
     ("dynamodb:Scan", TABLE, KEYS_ONLY | {"dynamodb:Select": "ALL_ATTRIBUTES"}, set()),
     ("dynamodb:Scan", TABLE, {"dynamodb:Attributes": ["viewer_id"]}, {"freshness-reader"}),
     ("dynamodb:Scan", TABLE, {"dynamodb:Select": "ALL_ATTRIBUTES"}, set()),

@@ -10,19 +10,22 @@ from statistics import mean, quantiles
 from typing import Any
 
 import pytest
+from personal_data import marked
 from prometheus_client import CollectorRegistry, generate_latest
 from pyiceberg.catalog import Catalog
 from shipped import GENRE, REGISTRY, WATCH
 from tile_days import MONDAY, NAMESPACE, at, days_from, export, genre_rows, watch_rows
 
 from dagster_prefs.declarations.registry import Registry
-from dagster_prefs.freshness.values import ValueMetrics, measure_drift
+from dagster_prefs.freshness.drift import DriftMemo, DriftReadings, measure_drift
+from dagster_prefs.freshness.levels import Measure
+from dagster_prefs.freshness.values import ValueMetrics
 from dagster_prefs.iceberg.catalog import OfflineError
 from dagster_prefs.iceberg.files import day_files
 from dagster_prefs.iceberg.maintenance import maintain_training_sets
 from dagster_prefs.values import store
 from dagster_prefs.values.collect import DaysNotDescribed, collect_tiles
-from dagster_prefs.values.drift import causes, judge
+from dagster_prefs.values.drift import Cause, causes, causes_on, judge
 from dagster_prefs.values.statistics import BOUNDS, MIN_SUBJECTS, QUANTILES, Statistics
 from dagster_prefs.values.store import (
     DAYS_KEPT,
@@ -105,10 +108,8 @@ def test_texts_are_counted_and_name_nobody(empty_catalog: Catalog) -> None:
     assert "rare" not in kept
 
 
-def test_what_is_declared_personal_is_only_counted(empty_catalog: Catalog) -> None:
-    tile = REGISTRY.tiles[GENRE.tile]
-    columns = {**tile.columns, "genre": replace(tile.columns["genre"], pii=True)}
-    registry = replace(REGISTRY, tiles={**REGISTRY.tiles, tile.relation: replace(tile, columns=columns)})
+def test_what_is_made_from_a_personal_field_is_only_counted(empty_catalog: Catalog) -> None:
+    registry = marked(REGISTRY, view_events__genre=True)
     export(empty_catalog, GENRE, DAYS[:1], genre_rows)
     # What was described before the declaration changed is described again.
     for declared in (REGISTRY, registry):
@@ -185,6 +186,33 @@ def test_late_statistics_warn(described: Catalog) -> None:
     (late,) = measure_drift(grouped, today=DAYS[-1] + timedelta(days=5))
     assert late.level == "warn"
     assert "prefs statistics --collect" in late.reason
+
+
+def test_drift_is_judged_again_only_when_something_changed(described: Catalog, tmp_path: Path) -> None:
+    judged: list[date] = []
+
+    def read() -> list[Cause]:
+        judged.append(DAYS[-1])
+        return causes_on(described, REGISTRY, NAMESPACE)
+
+    def measures(day: date = DAYS[-1], registry: Registry = REGISTRY) -> list[Measure]:
+        memo = DriftMemo(tmp_path / "seen.json", tmp_path / "lake" / "catalog.db", NAMESPACE)
+        # Each as a process of its own.
+        return DriftReadings(read, lambda: registry, memo)(at(day))
+
+    first = measures()
+    assert [(one.key, one.level) for one in first] == [("drift/view_events", "skipped")]
+    assert (measures(), len(judged)) == (first, 1)
+    (late,) = measures(DAYS[-1] + timedelta(days=5))
+    assert (late.level, len(judged)) == ("warn", 2), "another day"
+    changed = replace(REGISTRY, hashes={**REGISTRY.hashes, "models/x.yml": "0"})
+    assert (measures(registry=changed), len(judged)) == (first, 3), "other limits"
+    write_statistics(described, NAMESPACE, [], gone=[(WATCH.tile, DAYS[0])])
+    measures()
+    assert len(judged) == 4, "other statistics"
+    nothing = DriftMemo(tmp_path / "seen.json", tmp_path / "catalog.db", NAMESPACE)
+    assert DriftReadings(read, lambda: REGISTRY, nothing)(at(DAYS[-1])) == []
+    assert len(judged) == 4, "without statistics nothing is loaded"
 
 
 def test_the_foreign_project_has_statistics(empty_catalog: Catalog, courses: Registry) -> None:

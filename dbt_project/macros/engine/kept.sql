@@ -34,6 +34,10 @@
 {#
   `prefs_readers(relation)`: the kept views and sinks that read a relation, directly or through plain views.
 
+  `prefs_columns(relation)`: its columns and their types, in order.
+
+  `prefs_mark_readers(relation)`: mark its readers as pending.
+
   `prefs_changed(relation)`: mark its readers as pending, and itself as not pending, because it changed as a whole.
 
   `prefs_rebuild(relation)`: write the difference between a kept view and its query, and return the number of rows.
@@ -86,14 +90,24 @@
       left join {{ target.schema }}.deployments as deployed on deployed.relation = c.relname
       where readers.depth > 0 and c.relnamespace = '{{ target.schema }}'::regnamespace and (readers.kept or deployed.kind = 'sink')
     $$;
+  create or replace function {{ target.schema }}.prefs_columns(relation regclass) returns text[]
+    language sql stable as $$
+      select array_agg(format('%I %s', attname, format_type(atttypid, atttypmod)) order by attnum)
+      from pg_attribute
+      where attrelid = relation and attnum > 0 and not attisdropped
+    $$;
+  create or replace function {{ target.schema }}.prefs_mark_readers(name text) returns void
+    language sql as $$
+      insert into {{ target.schema }}.live_pending (relation)
+      select distinct readers.relation from {{ target.schema }}.prefs_readers(format('%I.%I', '{{ target.schema }}', name)::regclass) as readers
+      on conflict (relation) do update set since = clock_timestamp()
+    $$;
   create or replace function {{ target.schema }}.prefs_changed(name text) returns void
     language sql as $$
       delete from {{ target.schema }}.live_pending where relation = name;
       insert into {{ target.schema }}.live_views (relation, as_of, latest) values (name, {{ clock() }}, {{ clock() }})
       on conflict (relation) do update set as_of = excluded.as_of, latest = excluded.latest;
-      insert into {{ target.schema }}.live_pending (relation)
-      select distinct readers.relation from {{ target.schema }}.prefs_readers(format('%I.%I', '{{ target.schema }}', name)::regclass) as readers
-      on conflict (relation) do update set since = clock_timestamp()
+      select {{ target.schema }}.prefs_mark_readers(name)
     $$;
   create or replace function {{ target.schema }}.prefs_rebuild(name text) returns bigint
     language plpgsql as $$

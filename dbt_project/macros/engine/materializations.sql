@@ -88,6 +88,27 @@
 {%- endmacro %}
 
 {#
+  The PL/pgSQL that recreates a dropped dependent from a definition. The rows of a kept view stayed, and are compared
+  with those of its query after the change, so that nobody waits for them meanwhile; unless they have other columns now.
+#}
+{% macro remake(row, definition, extras) -%}
+  {%- set extra = namespace(text="") -%}
+  {%- for one in extras if one -%}
+    {%- set extra.text = extra.text ~ "execute $prefs_sql$" ~ one ~ "$prefs_sql$;\n      " -%}
+  {%- endfor -%}
+  {%- if row["kind"] == "kept view" -%}
+      execute $prefs_sql$create view {{ row["query"] }} as {{ definition }}$prefs_sql$;
+      if {{ target.schema }}.prefs_columns('{{ row["query"] }}') <> {{ target.schema }}.prefs_columns('{{ row["name"] }}') then
+        execute $prefs_sql$drop table {{ row["name"] }} cascade; create table {{ row["name"] }} as select * from {{ row["query"] }}$prefs_sql$;
+      {{ extra.text }}perform {{ target.schema }}.prefs_changed('{{ row["identifier"] }}');
+      end if;
+  {%- else -%}
+      execute $prefs_sql${{ create_statement(row["kind"], row["name"], row["query"], definition) }}$prefs_sql$;
+      {{ extra.text }}
+  {%- endif -%}
+{%- endmacro %}
+
+{#
   The statement that recreates a dropped dependent. If its old definition no longer fits, the one of its model is tried,
   which `prefs apply` stores in `deployments`: so the dependent is not missing until its own turn, and a `select *`
   follows its relation. If neither fits, the change is refused and rolled back, unless this run will recreate the
@@ -108,42 +129,34 @@
       {%- set here.definition = dynamodb_sink(relation) -%}
     {%- endif -%}
   {%- endfor -%}
-  {%- set changed = "perform " ~ target.schema ~ ".prefs_changed('" ~ row["identifier"] ~ "');" if row["kind"] == "kept view" else "" -%}
   {%- set otherwise = "
     if " ~ here.selected ~ " and (" ~ here.changed ~ " or (sqlstate = '42P01' and current_setting('prefs.waiting', true) <> '')) then
       perform set_config('prefs.waiting', 'yes', true);
+      " ~ ("drop table " ~ row["name"] ~ " cascade;" if row["kind"] == "kept view" else "") ~ "
     else
       raise exception 'the changed " ~ relation.identifier ~ " breaks " ~ row["identifier"] ~ ", which stands on it: %. Nothing was changed: change " ~ row["identifier"] ~ " too and run both', sqlerrm;
     end if;" -%}
   {%- if coming -%}
     {%- set otherwise = "
     begin
-      execute $prefs_sql$" ~ create_statement(row["kind"], row["name"], row["query"], coming[0][0]) ~ "$prefs_sql$;
-      " ~ (["execute $prefs_sql$" ~ row["indexes"] ~ "$prefs_sql$;"] if row["indexes"] and not here.changed else []) | join ~ "
-      " ~ (["execute $prefs_sql$" ~ row["grants"] ~ "$prefs_sql$;"] if row["grants"] else []) | join ~ "
-      " ~ changed ~ "
+      " ~ remake(row, coming[0][0], ["" if here.changed else row["indexes"], row["grants"]]) ~ "
     exception when others then" ~ otherwise ~ "
     end;" -%}
   {%- endif -%}
   {{ return("do $prefs_remake$
     begin
-      execute $prefs_sql$" ~ create_statement(row["kind"], row["name"], row["query"], here.definition) ~ "$prefs_sql$;
-      " ~ (["execute $prefs_sql$" ~ row["indexes"] ~ "$prefs_sql$;"] if row["indexes"] else []) | join ~ "
-      " ~ (["execute $prefs_sql$" ~ row["comments"] ~ "$prefs_sql$;"] if row["comments"] else []) | join ~ "
-      " ~ (["execute $prefs_sql$" ~ row["grants"] ~ "$prefs_sql$;"] if row["grants"] else []) | join ~ "
-      " ~ changed ~ "
+      " ~ remake(row, here.definition, [row["indexes"], row["comments"], row["grants"]]) ~ "
     exception when others then" ~ otherwise ~ "
     end
   $prefs_remake$") }}
 {%- endmacro %}
 
 {#
-  Drop a view with all its dependents, and return the statements that recreate them. The most distant dependent is
-  dropped first: readers lock in that order too, and the opposite order would deadlock.
+  Drop a view with all its dependents, but for the rows of kept ones, and return the statements that recreate them. The
+  most distant dependent is dropped first: readers lock in that order too, and the opposite order would deadlock.
 #}
-{% macro drop_and_remember(relation) -%}
+{% macro drop_and_remember(relation, rows) -%}
   {%- set again = [] -%}
-  {%- set rows = dependents_of(relation) -%}
   {%- for row in rows -%}
     {%- if row["depth"] == 0 -%}
       {%- if row["grants"] -%}{%- do again.append(row["grants"]) -%}{%- endif -%}
@@ -152,7 +165,11 @@
     {%- endif -%}
   {%- endfor -%}
   {%- for row in rows | reverse -%}
-    {% do run_query(drop_statement(row["kind"], row["name"], row["query"])) %}
+    {%- if row["depth"] > 0 and row["kind"] == "kept view" -%}
+      {% do run_query("drop view " ~ row["query"] ~ " cascade") %}
+    {%- else -%}
+      {% do run_query(drop_statement(row["kind"], row["name"], row["query"])) %}
+    {%- endif -%}
   {%- endfor -%}
   {{ return(again) }}
 {%- endmacro %}
@@ -192,14 +209,16 @@
 
 {#
   Create or replace a view; its dependents are recreated in the same transaction. The rows of a kept view are computed
-  next to the old view, which serves readers until it is dropped.
+  next to the old view, which serves readers until it is dropped. Returns the names of the kept dependents, nearest
+  first, whose rows are still to be compared (`rebuild_marked`).
 #}
 {% macro put_view(relation, kind, state) -%}
   {%- set built = relation.incorporate(path={"identifier": relation.identifier ~ "__built"}) if state and kind == "kept view" else none -%}
   {%- if built -%}
     {% do run_query("create table " ~ built ~ " as " ~ sql) %}
   {%- endif -%}
-  {%- set again = drop_and_remember(relation) if state else [] -%}
+  {%- set dependents = dependents_of(relation) if state else [] -%}
+  {%- set again = drop_and_remember(relation, dependents) -%}
   {% call statement("main") %}
     {%- if built %}
     create view {{ query_of(relation) }} as {{ sql }};
@@ -210,10 +229,28 @@
   {% endcall %}
   {%- if kind == "kept view" -%}
     {% do create_indexes(relation) %}
-    {% do run_query("select " ~ target.schema ~ ".prefs_changed('" ~ relation.identifier ~ "')") %}
   {%- endif -%}
   {% do check_contract(relation) %}
   {%- for statement in again -%}{% do run_query(statement) %}{%- endfor -%}
+  {% do run_query(
+    "select " ~ target.schema ~ ".prefs_" ~ ("changed" if kind == "kept view" else "mark_readers") ~ "('" ~ relation.identifier ~ "')"
+  ) %}
+  {%- set kept = [] -%}
+  {%- for row in dependents if row["depth"] > 0 and row["kind"] == "kept view" -%}
+    {%- do kept.append(row["identifier"]) -%}
+  {%- endfor -%}
+  {{ return(kept) }}
+{%- endmacro %}
+
+{# Compare the rows of these kept views, nearest first, if a change marked them, each in a transaction of its own. #}
+{% macro rebuild_marked(names) -%}
+  {%- for name in names -%}
+    {% do engine_lock() %}
+    {% do run_query(
+      "select " ~ target.schema ~ ".prefs_rebuild(relation) from " ~ target.schema ~ ".live_pending where relation = '" ~ name ~ "'"
+    ) %}
+    {% do adapter.commit() %}
+  {%- endfor -%}
 {%- endmacro %}
 
 {#
@@ -228,6 +265,7 @@
   {{ run_hooks(pre_hooks, inside_transaction=True) }}
   {% do delete_read_arrivals() %}
   {%- set state = deployed_state(relation) -%}
+  {%- set readers = [] -%}
   {%- if state and state[0] not in ("k", "m", "v") -%}
     {{ exceptions.raise_compiler_error(relation.identifier ~ " exists and is a table: what it holds is never replaced; rename it first, or give the model another name") }}
   {%- elif state and state[0] == "k" and state[1] == definition_checksum() and not should_full_refresh() -%}
@@ -235,7 +273,7 @@
       select {{ target.schema }}.prefs_rebuild('{{ relation.identifier }}')
     {% endcall %}
   {%- else -%}
-    {% do put_view(relation, "kept view", state) %}
+    {%- do readers.extend(put_view(relation, "kept view", state)) -%}
     {% call statement("analyze") %}
       analyze {{ relation }}
     {% endcall %}
@@ -243,18 +281,20 @@
   {% do describe(relation) %}
   {{ run_hooks(post_hooks, inside_transaction=True) }}
   {% do adapter.commit() %}
+  {% do rebuild_marked(readers) %}
   {{ run_hooks(post_hooks, inside_transaction=False) }}
   {{ return({"relations": [relation]}) }}
 {% endmaterialization %}
 
-{# A plain view needs no refresh: it is created if it is missing or its definition changed. #}
+{# A plain view needs no refresh: it is created if it is missing or its definition changed. Returns what `put_view` does. #}
 {% macro put_plain_view(relation) -%}
   {%- set state = deployed_state(relation) -%}
   {%- if state and state[0] == "v" and state[1] == definition_checksum() -%}
     {% do store_raw_result(name="main", message="SKIP", code="SKIP", rows_affected="-1") %}
   {%- else -%}
-    {% do put_view(relation, "view", state) %}
+    {{ return(put_view(relation, "view", state)) }}
   {%- endif -%}
+  {{ return([]) }}
 {%- endmacro %}
 
 {% materialization view, adapter='postgres' %}
@@ -262,10 +302,11 @@
   {{ run_hooks(pre_hooks, inside_transaction=False) }}
   {% do engine_lock() %}
   {{ run_hooks(pre_hooks, inside_transaction=True) }}
-  {% do put_plain_view(relation) %}
+  {%- set readers = put_plain_view(relation) -%}
   {% do describe(relation) %}
   {{ run_hooks(post_hooks, inside_transaction=True) }}
   {% do adapter.commit() %}
+  {% do rebuild_marked(readers) %}
   {{ run_hooks(post_hooks, inside_transaction=False) }}
   {{ return({"relations": [relation]}) }}
 {% endmaterialization %}
