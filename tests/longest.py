@@ -9,7 +9,7 @@ import pytest
 FOLDER = Path(__file__).parent
 # The files that take longest, roughly the longest first (`make test` prints the ten slowest tests). They are handed
 # out first, so that no process is left with a long one at the end, and `make test-fast` leaves them out: each takes
-# more than five seconds of a processor or ten of waiting. The second and the third have services of their own, while
+# about five seconds of a processor or ten of waiting. The second and the third have services of their own, while
 # the first builds the state that all others wait for. Terraform's stand apart: what looks at the applied environment
 # comes when the apply, which begins with the run and mostly waits, will have ended.
 LONGEST = (
@@ -69,6 +69,10 @@ LONGEST = (
     "freshness/test_embedded.py",
     "dbt/test_noted_arrivals.py",
     "test_definitions.py",
+    "serving/test_catalogue.py",
+    "events/test_kafka.py",
+    "offline_store/test_damage.py",
+    "test_reading_commands.py",
     "offline_store/test_full_disk.py",
     "offline_store/test_maintenance.py",
     "offline_store/test_foreign_training.py",

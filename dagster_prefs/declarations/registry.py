@@ -221,8 +221,8 @@ class Registry:
     affects a deployment to its SHA-256, relative to the project's folder. `queries` maps every tile, every
     domain's rolling view, and every other view with a time, to its SQL as RisingWave gets it, without the
     names of database and schema, and without a spread: windows, upstreams and the features of training sets
-    are derived from it. `watched` are the views whose freshness is measured. `personal` has the personal columns of
-    relations (declarations/personal.py), None in a registry that an older version generated.
+    are derived from it. `watched` are the views whose freshness is measured. `personal` has the personal columns
+    of relations (declarations/personal.py), None in a registry that an older version generated.
     """
 
     project: str
@@ -235,8 +235,8 @@ class Registry:
     queries: Mapping[str, str] = dataclasses.field(default_factory=dict)
     preferences: Mapping[str, PreferenceView] = dataclasses.field(default_factory=dict)
     kept: Mapping[str, KeptView] = dataclasses.field(default_factory=dict)
-    personal: Mapping[str, tuple[str, ...]] | None = None
     watched: tuple[WatchedView, ...] = ()
+    personal: Mapping[str, tuple[str, ...]] | None = None
 
     def query(self, relation: str) -> str:
         """Return the compiled SQL of a relation. Raises RegistryError if the registry holds none."""
@@ -451,11 +451,6 @@ def registry_dict(registry: Registry) -> dict[str, Any]:
             }
             for view in registry.kept.values()
         },
-        **(
-            {}
-            if registry.personal is None
-            else {"personal": {name: list(columns) for name, columns in registry.personal.items()}}
-        ),
         "watched": [
             {
                 "relation": view.relation,
@@ -467,6 +462,11 @@ def registry_dict(registry: Registry) -> dict[str, Any]:
             }
             for view in registry.watched
         ],
+        **(
+            {}
+            if registry.personal is None
+            else {"personal": {name: list(columns) for name, columns in registry.personal.items()}}
+        ),
         "contract": contract_dict(registry.contract),
         "variables": dict(registry.variables),
         "queries": dict(sorted(registry.queries.items())),

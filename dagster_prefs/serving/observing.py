@@ -26,7 +26,7 @@ T = TypeVar("T")
 # Upper bounds of the buckets of every histogram of latencies, seconds.
 LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 
-# So many ended calls are added up in a row, except for the profiles of calls of more than so many.
+# This many ended calls are counted at once; profiles of calls with more than MOST_READS_NOTED are counted immediately.
 NOTES_AT_ONCE = 256
 MOST_READS_NOTED = 8
 

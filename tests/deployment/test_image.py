@@ -137,8 +137,10 @@ print(json.dumps(sorted(job.name for job in defs.resolve_all_job_defs())))
 def test_definitions_load_from_what_the_image_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the embedded services and the development tools, the code location still loads."""
     environment = laid_out("code-location", tmp_path) | {"PREFS_DATA_DIR": str(tmp_path / "state")}
+    # Without PYTHONPATH: what starts here serves the whole run.
     for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+        if name.startswith("PREFS_"):
+            monkeypatch.setenv(name, value)
     # The image's files are parsed ahead: dbt's own process, which would do it, has all that is installed here.
     parsed = Platform(load_settings()).dbt
     parsed.manifest()
