@@ -110,8 +110,6 @@ def check_current(folder: Path) -> Registry:
     if not stale and _text(folder / DECLARED) != declared_macro(folder):
         stale.append(DECLARED)
     registry = None if stale else current_registry(folder)
-    if registry is not None and registry.personal is None:
-        stale.append(REGISTRY)
     if registry is not None and read_lineage(folder).files != digest_of(registry.hashes):
         stale.append(LINEAGE)
     if registry is None or stale:

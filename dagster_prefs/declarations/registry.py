@@ -222,7 +222,7 @@ class Registry:
     domain's rolling view, and every other view with a time, to its SQL as RisingWave gets it, without the
     names of database and schema, and without a spread: windows, upstreams and the features of training sets
     are derived from it. `watched` are the views whose freshness is measured. `personal` has the personal columns
-    of relations (declarations/personal.py), None in a registry that an older version generated.
+    of relations (declarations/personal.py).
     """
 
     project: str
@@ -236,7 +236,7 @@ class Registry:
     preferences: Mapping[str, PreferenceView] = dataclasses.field(default_factory=dict)
     kept: Mapping[str, KeptView] = dataclasses.field(default_factory=dict)
     watched: tuple[WatchedView, ...] = ()
-    personal: Mapping[str, tuple[str, ...]] | None = None
+    personal: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def query(self, relation: str) -> str:
         """Return the compiled SQL of a relation. Raises RegistryError if the registry holds none."""
@@ -258,13 +258,8 @@ class Registry:
         return family_of(self.entities, self.entity(name))
 
     def is_personal(self, relation: str, column: str) -> bool:
-        """Return whether a column of typed events, a tile or a view identifies people, or is made from what does.
-
-        A registry without this knowledge says so of every column.
-        """
-        if self.personal is None or column in personal_keys(self.entities):
-            return True
-        return column in self.personal.get(relation, ())
+        """Return whether a column of typed events, a tile or a view identifies people, or is made from what does."""
+        return column in personal_keys(self.entities) or column in self.personal.get(relation, ())
 
     def topic(self, name: str) -> TopicDeclaration:
         """Return the topic of this name. Raises RegistryError naming the existing ones."""
@@ -369,9 +364,7 @@ def parse_registry(content: Mapping[str, Any]) -> Registry:
             variables=MappingProxyType(dict(content["variables"])),
             hashes=MappingProxyType(dict(content["hashes"])),
             queries=MappingProxyType(dict(content.get("queries", {}))),
-            personal=_each(content["personal"], lambda _, names: tuple(names))
-            if "personal" in content
-            else None,
+            personal=_each(content["personal"], lambda _, names: tuple(names)),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise RegistryError(
@@ -462,11 +455,7 @@ def registry_dict(registry: Registry) -> dict[str, Any]:
             }
             for view in registry.watched
         ],
-        **(
-            {}
-            if registry.personal is None
-            else {"personal": {name: list(columns) for name, columns in registry.personal.items()}}
-        ),
+        "personal": {name: list(columns) for name, columns in registry.personal.items()},
         "contract": contract_dict(registry.contract),
         "variables": dict(registry.variables),
         "queries": dict(sorted(registry.queries.items())),

@@ -28,8 +28,8 @@ def _view(registry: Registry, relation: str, times: Mapping[str, tuple[str, str]
     query = sqlglot.parse_one(registry.query(relation), dialect="risingwave")
     selects = {cte.alias: cte.this for cte in query.find_all(exp.CTE)}
     final = query
-    while final.is_star and (name := final.args["from_"].this.name) in selects:
-        final = selects[name]
+    while final.is_star and (source := final.args.get("from_")) and source.this.name in selects:
+        final = selects[source.this.name]
     columns = frozenset(column.alias_or_name for column in final.expressions)
     candidates = [column for column in final.expressions if column.alias_or_name == LAST_EVENT_AT]
     for column in candidates or final.expressions:
@@ -71,7 +71,10 @@ def _sources(
         for side in (select.left, select.right):
             yield from _sources(side.selects[place], side, selects, is_newest)
         return
-    read = [select.args["from_"].this, *(join.this for join in select.args.get("joins") or ())]
+    source = select.args.get("from_")
+    if source is None:
+        return
+    read = [source.this, *(join.this for join in select.args.get("joins") or ())]
     for column in expression.find_all(exp.Column):
         taken = is_newest or isinstance(column.find_ancestor(exp.Max, exp.Select), exp.Max)
         tables = [table for table in read if table.alias_or_name == column.table] or read[:1]

@@ -13,8 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 from opentelemetry import metrics, propagate, trace
 from opentelemetry.context import Context, attach, detach, get_current
@@ -23,7 +22,6 @@ from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExport
 from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation
 from opentelemetry.sdk import metrics as sdk_metrics
 from opentelemetry.sdk import trace as sdk_trace
-from opentelemetry.sdk.metrics._internal import _view_instrument_match as view_instrument
 from opentelemetry.sdk.metrics.export import (
     ConsoleMetricExporter,
     MetricExporter,
@@ -129,7 +127,9 @@ class ReadTelemetry:
         return known
 
     def _record(self, entity: str, operation: str, seconds: Sequence[float]) -> None:
-        record_all(self._durations, seconds, self._named(entity, operation)[1])
+        attributes = self._named(entity, operation)[1]
+        for value in seconds:
+            self._durations.record(value, attributes)
 
     def _observe_reads(self, _: CallbackOptions) -> Iterable[Observation]:
         for (entity, outcome), number in self.counts.snapshot().reads.items():
@@ -149,53 +149,6 @@ class ReadTelemetry:
     def _observe_attempts(self, _: CallbackOptions) -> Iterable[Observation]:
         for (entity, result), number in self.counts.snapshot().attempts.items():
             yield Observation(number, {"prefs.entity": entity, "prefs.result": result})
-
-
-class _Duration(NamedTuple):
-    """What an aggregation reads of a measurement."""
-
-    value: float
-
-
-def record_all(histogram: metrics.Histogram, values: Sequence[float], attributes: Mapping[str, str]) -> None:
-    """Record many values with the same attributes.
-
-    `record` takes some 10 µs of a processor, a twentieth of a read, nearly all of it to look up where one value
-    belongs, and nothing public takes several (the SDK of Python has no MetricProducer). So they go to the aggregations
-    of the SDK that the extra pins, and through `record` where there are none such.
-    """
-    try:
-        found = _aggregations(histogram, attributes)
-    except AttributeError:
-        for value in values:
-            histogram.record(value, attributes)
-        return
-    for lock, aggregation in found:
-        with lock:
-            add = aggregation().aggregate
-            for value in values:
-                add(_Duration(value), False)
-
-
-def _aggregations(histogram: Any, attributes: Mapping[str, str]) -> list[tuple[Any, Callable[[], Any]]]:
-    """Return a lock, and what returns an aggregation while it is held, for each view of the histogram.
-
-    Raises AttributeError for another implementation of the API, or another version of the SDK.
-    """
-    if not histogram._is_enabled():
-        return []
-    found: list[tuple[Any, Callable[[], Any]]] = []
-    for storage in histogram._measurement_consumer._reader_storages.values():
-        for view in storage._get_or_init_view_instrument_match(histogram):
-            names = view._view._attribute_keys
-            kept = {name: value for name, value in attributes.items() if names is None or name in names}
-            found.append(
-                (
-                    view._lock,
-                    partial(view._get_or_create_aggregation, view_instrument._hash_attributes(kept), kept),
-                )
-            )
-    return found
 
 
 class _Draws(IdGenerator):

@@ -17,7 +17,13 @@ from personal_data import marked
 from psycopg import sql
 from shipped import LONG, SHORT
 
-from dagster_prefs.declarations.registry import Registry, load_registry
+from dagster_prefs.declarations.registry import (
+    Registry,
+    RegistryError,
+    load_registry,
+    parse_registry,
+    registry_dict,
+)
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.serving.feature_catalog import (
     MOST_EXAMPLES,
@@ -112,8 +118,9 @@ def test_what_is_made_from_personal_data_is_personal() -> None:
     counted = marked(registry, view_events__genre=True, viewer_watch_metrics_1d__genres_watched=False)
     assert attributes(counted) == both
     # Without the knowledge nobody can say that a value is not.
-    unknown = attributes(replace(registry, personal=None))
-    assert len(unknown) == sum(len(one.attributes) for one in registry.contract.domains.values())
+    unknown = {name: value for name, value in registry_dict(registry).items() if name != "personal"}
+    with pytest.raises(RegistryError, match=r"'personal'.*run `prefs generate` again"):
+        parse_registry(unknown)
 
 
 def test_what_no_training_set_has_says_why(catalogs: dict[Path, FeatureCatalog]) -> None:

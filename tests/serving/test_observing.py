@@ -8,16 +8,13 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from opentelemetry.metrics import Histogram, NoOpHistogram
-from opentelemetry.sdk import metrics as sdk_metrics
 from opentelemetry.sdk import trace as sdk_trace
 from opentelemetry.sdk.metrics import MeterProvider
-from opentelemetry.sdk.metrics.export import AggregationTemporality, InMemoryMetricReader
-from opentelemetry.sdk.metrics.view import View
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -46,7 +43,6 @@ from dagster_prefs.serving.telemetry import (
     ReadTelemetry,
     RequestTelemetry,
     TelemetryError,
-    record_all,
     start_telemetry,
 )
 
@@ -250,65 +246,16 @@ def test_nobody_is_told_of_a_duration_with_the_lock_held() -> None:
 
 
 def test_a_call_that_is_not_sampled_costs_little(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing of OpenTelemetry runs for it but a look at the context, and its durations are added many at a time."""
+    """Nothing of OpenTelemetry runs for it but a look at the context; its duration is recorded later, with others."""
     collected = Collected(share=0.0)
-    recorded: list[float] = []
-    monkeypatch.setattr(
-        type(collected.reads._durations), "record", lambda self, value, attributes: recorded.append(value)
-    )
     with client_of(script, collected.reads) as client:
         monkeypatch.setattr(sdk_trace.Tracer, "start_span", None)
         for _ in range(3):
             client.get(1, ["watch"])
     (point,) = collected.metrics()["prefs.read.duration"]
-    assert (recorded, point.count, sum(point.bucket_counts)) == ([], 3, 3)
+    assert (point.count, sum(point.bucket_counts)) == (3, 3)
     assert 0 < point.min <= point.max <= point.sum
     assert point.explicit_bounds == LATENCY_BUCKETS
-
-
-@pytest.mark.parametrize("temporality", [AggregationTemporality.DELTA, AggregationTemporality.CUMULATIVE])
-def test_durations_are_those_of_record(temporality: AggregationTemporality) -> None:
-    """Many at once are what one by one would be, also in the view of a service and where it exports differences."""
-
-    def points(add: Callable[[Histogram, Sequence[float]], None]) -> list[Any]:
-        reader = InMemoryMetricReader({sdk_metrics.Histogram: temporality})
-        views = [View(instrument_name="h", name="other", attribute_keys={"a"}), View(instrument_name="h")]
-        histogram = MeterProvider([reader], views=views).get_meter("x").create_histogram("h")
-        found = []
-        for values in ([1.0, 20.0, 400.0], [3.0]):
-            add(histogram, values)
-            data = reader.get_metrics_data()
-            assert data is not None
-            found += [
-                (
-                    metric.name,
-                    dict(point.attributes),
-                    point.count,
-                    point.sum,
-                    point.bucket_counts,
-                    point.min,
-                    point.max,
-                )
-                for metric in data.resource_metrics[0].scope_metrics[0].metrics
-                for point in metric.data.data_points
-            ]
-        return found
-
-    attributes = {"a": "b", "c": "d"}
-    found = points(lambda histogram, values: record_all(histogram, values, attributes))
-    assert found == points(
-        lambda histogram, values: [histogram.record(one, attributes) for one in values]  # type: ignore[arg-type,return-value]
-    )
-    assert len(found) == 4
-    # An implementation of the API without aggregations takes them one by one.
-    proxy: list[float] = []
-
-    class Other(NoOpHistogram):
-        def record(self, amount: float, attributes: Any = None, context: Any = None) -> None:
-            proxy.append(amount)
-
-    record_all(Other("h"), [1.0, 2.0], attributes)
-    assert proxy == [1.0, 2.0]
 
 
 @pytest.mark.parametrize(
