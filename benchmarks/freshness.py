@@ -47,7 +47,7 @@ from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.events.brokers import KafkaSource
 from dagster_prefs.freshness.ingestion import Broker, ingestion_lag
 from dagster_prefs.freshness.measures import measure_offline, measure_online, measure_views
-from dagster_prefs.freshness.online import CANDIDATES, find_tables, key_hash
+from dagster_prefs.freshness.online import CANDIDATES, SAMPLE, find_tables, key_hash
 from dagster_prefs.freshness.views import Typed, watched_relations
 from dagster_prefs.iceberg.catalog import open_catalog
 from dagster_prefs.iceberg.publish import DayFiles, publish_day, write_day
@@ -59,7 +59,6 @@ PROJECT = Path(__file__).resolve().parents[1] / "dbt_project"
 REGISTRY = load_registry(PROJECT)
 TILE_TABLES = tile_tables(REGISTRY)
 RELATIONS = watched_relations(REGISTRY)
-SAMPLE = 64
 NAMESPACE = "training"
 # Type and value, by the number g of a row, of each type of the contract.
 COLUMN = {
@@ -425,7 +424,6 @@ def measure(
             lambda: domain_stores(engine, client, contract, find_tables(client, contract, prefix)),
             now=now,
             publishes=True,
-            sample=SAMPLE,
         )
         not_ok.extend(f"{one.key}: {one.reason}" for one in found if one.level != "ok")
 

@@ -92,6 +92,8 @@ class Platform:
             publishes=settings.publishes,
             follows=settings.follows,
             by_sink=settings.export == "sink",
+            # Nobody else writes the tables of the local AWS server, which goes through all items for each page.
+            strangers=not settings.uses_local_aws,
             memo=self._exports_memo,
             drift=DriftReadings(self.drift, settings.registry, self._drift_memo),
         )

@@ -31,6 +31,10 @@ CANARY_NUMBER = -1
 CANARY_TEXT = f"{PREFIX}prefs"
 CANARY_UUID = f"{UUID_PREFIX}000000000000"
 
+# A canary may be this far ahead of this clock. Clocks that are kept by NTP differ by less; a canary further ahead means
+# that a clock is wrong, and says nothing about the pipeline.
+CANARY_AHEAD_SECONDS = 5.0
+
 
 def is_reserved(key: Key, value: int | str) -> bool:
     """Return whether an id of this key column, as returned by `ids.read_key`, is reserved for canaries."""

@@ -14,7 +14,6 @@ from botocore.auth import SigV4QueryAuth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import ReadOnlyCredentials
 from botocore.exceptions import BotoCoreError, ClientError
-from confluent_kafka import KafkaException
 
 TOKEN_SECONDS = 900
 
@@ -75,9 +74,16 @@ def msk_token(region: str, role_arn: str | None = None) -> Callable[[str], tuple
     `role_arn`. The callback raises KafkaException if AWS gives no credentials, which fails the connection.
     """
 
+    # Here, because `prefs status` and others only look whether brokers are configured.
+    from confluent_kafka import KafkaException
+
     def sign(_: str) -> tuple[str, float]:
         try:
             credentials = _credentials(region, role_arn)
+            if credentials is None:
+                raise KafkaException(
+                    "no AWS credentials for MSK: set AWS_PROFILE, AWS_ACCESS_KEY_ID or a role"
+                )
             request = AWSRequest(
                 "GET", f"https://kafka.{region}.amazonaws.com/", params={"Action": "kafka-cluster:Connect"}
             )
@@ -97,9 +103,7 @@ def _credentials(region: str, role_arn: str | None) -> Any:
     session = botocore.session.get_session()
     if role_arn is None:
         found = session.get_credentials()
-        if found is None:
-            raise KafkaException("no AWS credentials for MSK: set AWS_PROFILE, AWS_ACCESS_KEY_ID or a role")
-        return found.get_frozen_credentials()
+        return found and found.get_frozen_credentials()
     sts: Any = session.create_client("sts", region_name=region)
     given = sts.assume_role(RoleArn=role_arn, RoleSessionName="dagster-prefs")["Credentials"]
     return ReadOnlyCredentials(given["AccessKeyId"], given["SecretAccessKey"], given["SessionToken"])

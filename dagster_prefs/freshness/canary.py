@@ -22,16 +22,14 @@ from psycopg import sql
 
 from dagster_prefs.declarations.contract import LAST_EVENT_AT, Freshness
 from dagster_prefs.declarations.registry import Registry, WatchedView
-from dagster_prefs.declarations.reserved import canary_of
+from dagster_prefs.declarations.reserved import CANARY_AHEAD_SECONDS, canary_of
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.events.canaries import canary_events, canary_key
-from dagster_prefs.events.kafka import KafkaWriter
 from dagster_prefs.events.raw import RawMessage, RawStore
 from dagster_prefs.freshness.levels import Level, Measure, Unmeasurable, judge
 from dagster_prefs.freshness.views import watched_relations
 from dagster_prefs.ids import Id
-from dagster_prefs.serving.profiles import CANARY_AHEAD_SECONDS
 
 SOURCE = "canary"
 
@@ -110,6 +108,9 @@ def send_canary(
     """
     messages = canary_events(registry, canary_key(engine), moment)
     if bootstrap is not None:
+        # Here, because every reading of the canary's state would load the client of Kafka.
+        from dagster_prefs.events.kafka import KafkaWriter
+
         names = kafka_topics or {}
         writer = KafkaWriter(bootstrap, timeout_seconds=timeout_seconds, client=client)
         for topic in messages:

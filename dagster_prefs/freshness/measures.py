@@ -22,7 +22,7 @@ from dagster_prefs.errors import PrefsError
 from dagster_prefs.events.rejected import Counts, message_counts
 from dagster_prefs.freshness.canary import SOURCE
 from dagster_prefs.freshness.levels import Level, Measure, Stage, Unmeasurable, judge, worst
-from dagster_prefs.freshness.online import OnlineLag, online_lag, table_page
+from dagster_prefs.freshness.online import SAMPLE, OnlineLag, online_lag, table_page
 from dagster_prefs.freshness.views import Typed, ViewLag, view_lag, watched_relations
 from dagster_prefs.ids import Id
 
@@ -144,14 +144,15 @@ def measure_online(
     now: datetime,
     publishes: bool,
     follows: bool = False,
-    sample: int = 64,
+    strangers: bool = True,
     wait: Callable[[float], None] = time.sleep,
 ) -> list[Measure]:
     """Measure the online lag of each domain.
 
     `publishes` says whether this platform writes DynamoDB, rather than a RisingWave sink; `follows` that
-    `prefs publish --follow` does, whose inactivity, stop and rejected rows are reported too. Never raises for an
-    engine or DynamoDB that does not answer: those measures are `unknown`.
+    `prefs publish --follow` does, whose inactivity, stop and rejected rows are reported too; `strangers` that items
+    which the publisher does not know of are looked for too, on a page of each table. Never raises for an engine or
+    DynamoDB that does not answer: those measures are `unknown`.
     """
     from botocore.exceptions import BotoCoreError
 
@@ -171,17 +172,11 @@ def measure_online(
         domain, table = store.domain, store.table.name
         try:
             if table not in pages:
-                # One for all its domains, because the local AWS server takes a millisecond for each of its items.
+                # One for all its domains: a page takes longer than anything else that is read.
                 sharing = [other for other in stores if other.table.name == table]
-                pages[table] = table_page(sharing, sample * len(sharing), now=now)
-            lag = online_lag(
-                store,
-                sample=sample,
-                now=now,
-                count_rows=False,
-                page=pages[table].get(domain.key, ()),
-                wait=wait,
-            )
+                pages[table] = table_page(sharing, SAMPLE * len(sharing), now=now) if strangers else {}
+            page = pages[table].get(domain.key, ())
+            lag = online_lag(store, now=now, count_rows=False, page=page, wait=wait)
         except (PrefsError, psycopg.Error) as error:
             measures += unknown("online", [domain.name], error)
             continue
@@ -382,16 +377,16 @@ def measure_ingestion(
     Without brokers (no `kafka.bootstrap`) every measure is `skipped`, with the reason. Never raises for brokers or an
     engine that do not answer: those measures are `unknown`.
     """
-    from dagster_prefs.events.contact import KafkaUnavailable
-    from dagster_prefs.events.topics import TopicGeneration, broker_ids, topic_generations
-    from dagster_prefs.freshness.ingestion import Broker, BrokersSilent, ingestion_lag
-
     thresholds = registry.contract.freshness.topics
     # Reference data is only measured if the contract has a freshness target for it.
     topics = [topic.name for topic in registry.topics.values() if topic.entity or topic.name in thresholds]
     if kafka.bootstrap is None:
         reason = "no Kafka is configured: set PREFS_KAFKA_BOOTSTRAP to measure ingestion lag"
         return [Measure("ingestion", topic, "skipped", reason) for topic in topics]
+    from dagster_prefs.events.contact import KafkaUnavailable
+    from dagster_prefs.events.topics import TopicGeneration, broker_ids, topic_generations
+    from dagster_prefs.freshness.ingestion import Broker, BrokersSilent, ingestion_lag
+
     names = kafka.topics
     try:
         with (

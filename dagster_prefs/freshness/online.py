@@ -25,6 +25,8 @@ from dagster_prefs.ids import Id, id_parts
 if TYPE_CHECKING:
     from mypy_boto3_dynamodb import DynamoDBClient
 
+# How many ids of a domain are compared.
+SAMPLE = 64
 # The key hash chooses the sample among the most recently changed ids; this is their number as a multiple of
 # the sample.
 CANDIDATES = 8
@@ -106,7 +108,7 @@ class OnlineLag:
 def online_lag(
     store: DomainStore,
     *,
-    sample: int = 64,
+    sample: int = SAMPLE,
     now: datetime,
     count_rows: bool = True,
     page: Iterable[Id] | None = None,

@@ -58,10 +58,10 @@ _TITLES = {
 class Sources:
     """The sources of the measures; nothing connects before it is read.
 
-    `data_dir` is on the disk of the embedded engine. `publishes` and `follows` are as for `measure_online`, `by_sink`
-    as for `offline_lag`. `kafka` and `declared` are called at each reading, because they need the project. `exports`
-    measures the training tables instead of this process, whose memory Iceberg's libraries would double. `drift`
-    measures the causes of drift.
+    `data_dir` is on the disk of the embedded engine. `publishes`, `follows` and `strangers` are as for
+    `measure_online`, `by_sink` as for `offline_lag`. `kafka` and `declared` are called at each reading, because they
+    need the project. `exports` measures the training tables instead of this process, whose memory Iceberg's libraries
+    would double. `drift` measures the causes of drift.
     """
 
     engine: EngineConfiguration
@@ -76,6 +76,7 @@ class Sources:
     publishes: bool
     follows: bool
     by_sink: bool
+    strangers: bool = True
     memo: ExportsMemo | None = None
     exports: Callable[[datetime], list[Measure]] | None = None
     drift: Callable[[datetime], list[Measure]] = lambda now: []
@@ -113,7 +114,12 @@ class Sources:
     def online(self, now: datetime) -> list[Measure]:
         """Compare rolling views with DynamoDB."""
         return measure_online(
-            self.contract, self.stores, now=now, publishes=self.publishes, follows=self.follows
+            self.contract,
+            self.stores,
+            now=now,
+            publishes=self.publishes,
+            follows=self.follows,
+            strangers=self.strangers,
         )
 
     def offline(self, now: datetime) -> list[Measure]:

@@ -16,7 +16,7 @@ from uuid import UUID
 
 from dagster_prefs.declarations.contract import PROFILE_NAMES, Contract, Domain
 from dagster_prefs.declarations.registry import Entity, Registry, open_registry
-from dagster_prefs.declarations.reserved import canary_id
+from dagster_prefs.declarations.reserved import CANARY_AHEAD_SECONDS, canary_id
 from dagster_prefs.dynamodb.items import ItemDecoder, ItemError
 from dagster_prefs.dynamodb.reader import BATCH_KEYS, Attempts, Found, ItemReader, Key
 from dagster_prefs.dynamodb.transport import ReadError, make_transport
@@ -35,9 +35,6 @@ T = TypeVar("T")
 
 MAX_IDS = 10_000
 CANARY_CACHE_SECONDS = 5.0
-# A canary may be this far ahead of this clock. Clocks that are kept by NTP differ by less; a canary further
-# ahead means that a clock is wrong, and says nothing about the pipeline.
-CANARY_AHEAD_SECONDS = 5.0
 
 Fallback = Literal["partial", "cold_start"]
 State = Literal["found", "cold_start", "failed"]
