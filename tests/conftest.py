@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import signal
 import tempfile
 import urllib.request
 import uuid
@@ -87,6 +88,10 @@ def pytest_collection_finish() -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """One folder for the whole run: the first process makes it and removes it, xdist's workers are told of it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # As in a shell's background. Dagster gives SIGTERM the handler of SIGINT, and what is started afterwards would
+        # ignore it too, so that it ends only by the SIGKILL after a time-out.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     told: dict[str, Any] | None = getattr(config, "workerinput", None)
     config.stash[SESSION_FOLDER] = Path(told["session_folder"]) if told else make_session_folder()
     if told or not config.getoption("numprocesses", None):

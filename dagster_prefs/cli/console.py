@@ -29,14 +29,18 @@ def console(host: str, port: int) -> None:
         )
     from dagster_prefs.console import context
     from dagster_prefs.console.app import serve
-    from dagster_prefs.console.exports import ExportsReading
+    from dagster_prefs.console.lake_readings import LakeReadings
     from dagster_prefs.tools.simulator import holds_simulated_events
 
     settings = load_settings()
     _ = settings.registry()
-    with readings(settings, ExportsReading(settings.registry)) as read:
+    lake = LakeReadings(settings.registry)
+    with readings(settings, lake) as read:
         pages = context.Console(
-            settings, read_status=read, is_demo=lambda: holds_simulated_events(pages.engine)
+            settings,
+            read_status=read,
+            is_demo=lambda: holds_simulated_events(pages.engine),
+            statistics=lake.statistics,
         )
         try:
             serve(

@@ -12,7 +12,14 @@ from dagster_prefs.console.frame import Notice, row, text
 from dagster_prefs.console.why_page import WHY
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.printable import printable
-from dagster_prefs.serving.feature_catalog import Entry, FeatureCatalog, load_catalog, sampled
+from dagster_prefs.serving.feature_catalog import (
+    Entry,
+    FeatureCatalog,
+    described,
+    has_statistics,
+    load_catalog,
+    sampled,
+)
 
 # More entries than a person reads; the others are found by another word.
 MOST_SHOWN = 200
@@ -124,6 +131,9 @@ class _Entry:
             notice.say(str(error))
             return
         self._fill(found)
+        if has_statistics(console.registry, entry):
+            (found,) = described([found], await console.run(console.statistics))
+            self._fill(found)
 
     def _fill(self, entry: Entry) -> None:
         self._facts.clear()

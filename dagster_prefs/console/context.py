@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from dagster_prefs.freshness.status import Status
     from dagster_prefs.serving import ProfileClient, ShopClient
     from dagster_prefs.serving.pool import Connection
+    from dagster_prefs.values.statistics import Statistics
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -50,8 +51,8 @@ class ReadOnly(PrefsError):
 class Console:
     """The platform, its clients and its readings, for all pages. Opens each client at its first use.
 
-    `read_status` takes all freshness readings, and `is_demo` says whether the engine holds a demo's events; both
-    block, so call them on a thread (`run`).
+    `read_status` takes all freshness readings, `is_demo` says whether the engine holds a demo's events, `statistics`
+    are the newest of every attribute (relation → attribute → statistics); they block, so call them on a thread (`run`).
     """
 
     def __init__(
@@ -60,11 +61,13 @@ class Console:
         *,
         read_status: Callable[[], Status],
         is_demo: Callable[[], bool] = lambda: False,
+        statistics: Callable[[], Mapping[str, Mapping[str, Statistics]]] = dict,
     ) -> None:
         self.settings = settings
         self.platform = Platform(settings)
         self.read_status = read_status
         self.is_demo = is_demo
+        self.statistics = statistics
         self._demo = False
         self.watcher = Watcher(self)
         self._clients = ExitStack()

@@ -6,6 +6,7 @@ and a text only where at least MIN_SUBJECTS subjects have it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import date, datetime
 from typing import Any, Literal
@@ -87,3 +88,18 @@ class Statistics:
             "quantiles": {str(share): value for share, value in self.quantiles_by_share.items()},
             "values": [{"value": value, "rows": rows} for value, rows in self.values],
         }
+
+    @classmethod
+    def from_dict(cls, told: Mapping[str, Any]) -> Statistics:
+        """Return what `as_dict` told, without buckets and version. Raises KeyError, TypeError or ValueError."""
+        known = {name: value for name, value in told.items() if name != "null_share"}
+        return cls(
+            **{
+                **known,
+                "day": date.fromisoformat(told["day"]),
+                "measured_at": datetime.fromisoformat(told["measured_at"]),
+                "quantiles": tuple(told["quantiles"].values()),
+                "values": tuple((one["value"], one["rows"]) for one in told["values"]),
+                "version": "",
+            }
+        )

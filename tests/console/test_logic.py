@@ -17,8 +17,8 @@ from dagster_prefs.console.access import AccessError
 from dagster_prefs.console.app import PAGES, make_app, needed_right
 from dagster_prefs.console.context import Console, ReadOnly
 from dagster_prefs.console.events import EventError, Sent, asked_fields, compose_event, topics_about
-from dagster_prefs.console.exports import ExportsReading
 from dagster_prefs.console.history import Counts, History, Line, Watcher, sparkline, topics_of_measures
+from dagster_prefs.console.lake_readings import ChildReading, LakeReadings
 from dagster_prefs.console.runbook_page import FILE, paragraphs
 from dagster_prefs.console.shop import moves, reason, score_parts, shop_of
 from dagster_prefs.console.viewers_page import shown_entities
@@ -32,6 +32,7 @@ from dagster_prefs.freshness.status import Status
 from dagster_prefs.live.trail import Trail
 from dagster_prefs.serving.preferences import Components, RankedItem, Ranking, RankingParameters
 from dagster_prefs.settings import Settings, SettingsError, load_settings
+from dagster_prefs.values.statistics import Statistics
 
 NOW = datetime(2026, 3, 15, 12, 30, tzinfo=UTC)
 
@@ -244,26 +245,34 @@ def test_every_stage_has_its_paragraph() -> None:
     assert all(title and body for title, body in told.values())
 
 
-def test_exports_are_read_by_a_process_of_their_own(courses: Registry) -> None:
+def test_the_lake_is_read_by_processes_of_their_own(courses: Registry) -> None:
     clock = Clock()
     measure = {"stage": "offline", "name": "lessons", "level": "warn", "reason": "late", "lag_seconds": 3.0,
                "thresholds": {"warn_seconds": 1, "error_seconds": 9}, "values": {}, "notes": {}}  # fmt: skip
     drifted = {**measure, "stage": "drift", "name": "lesson_events", "thresholds": None}
-    said = json.dumps({"measures": [measure, {**measure, "stage": "views"}, drifted]})
+    minutes = Statistics(
+        "view", "progress_rolling", NOW.date(), "minutes", "number", 40, 20, 5, 3, "", NOW, 1.0, 9.0, 4.0,
+        (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0),
+    )  # fmt: skip
 
-    def reading(code: str) -> ExportsReading:
-        return ExportsReading(lambda: courses, command=[sys.executable, "-c", code], clock=clock)
+    def told(answer: object) -> ChildReading:
+        return ChildReading([sys.executable, "-c", f"print({json.dumps(answer)!r})"], clock)
 
-    asked = reading(f"print({said!r})")
-    (found,) = asked.exports(NOW)
-    assert [one.key for one in asked.drift(NOW)] == ["drift/lesson_events"]
+    status = told({"measures": [measure, {**measure, "stage": "views"}, drifted]})
+    statistics = told({"progress_rolling": {"minutes": minutes.as_dict()}})
+    lake = LakeReadings(lambda: courses, status=status, statistics=statistics)
+    (found,) = lake.exports(NOW)
+    assert [one.key for one in lake.drift(NOW)] == ["drift/lesson_events"]
     assert (found.name, found.level, found.thresholds) == ("lessons", "warn", Freshness(1, 9))
-    asked._command = [sys.executable, "-c", "1/0"]
-    assert asked.exports(NOW) == [found], "it is kept for a while"
+    assert lake.statistics() == {"progress_rolling": {"minutes": minutes}}
+    status.command = statistics.command = [sys.executable, "-c", "1/0"]
+    assert lake.exports(NOW) == [found], "it is kept for a while"
     clock.now += 601
-    (unknown,) = asked.exports(NOW)
+    (unknown,) = lake.exports(NOW)
     assert (unknown.stage, unknown.level) == ("offline", "unknown")
     assert "prefs status --json" in unknown.reason
+    assert lake.drift(NOW) == []
+    assert lake.statistics() == {}
 
 
 # --- the way of an event ---
