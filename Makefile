@@ -107,7 +107,7 @@ bench-training-set: $(VENV)/installed ## a training set of a million labels agai
 	@$(BIN)/python benchmarks/training_set.py
 
 bench-statistics: $(VENV)/installed ## statistics of 5,000,000 tile rows against a bare scan
-	@$(BIN)/python benchmarks/statistics.py
+	@$(BIN)/python benchmarks/value_statistics.py
 
 lint: $(VENV)/installed ## style, types, and that what is generated is current
 	@$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """The dependency arrows of the design hold, read from the imports themselves."""
 
 import ast
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -179,6 +180,13 @@ def test_no_test_imports_from_another_test_file() -> None:
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[-1].startswith("test_")
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_no_benchmark_is_named_like_a_module_of_python() -> None:
+    """The folder of a program comes first on its path: all benchmarks would import that one."""
+    names = {file.stem for file in (PACKAGE.parent / "benchmarks").glob("*.py")}
+    assert "live" in names
+    assert names & sys.stdlib_module_names == set()
 
 
 def test_no_signature_has_more_than_seven_parameters() -> None:

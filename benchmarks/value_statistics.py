@@ -1,8 +1,8 @@
 """Statistics of 5,000,000 tile rows against a bare scan of the same files.
 
-`python benchmarks/statistics.py [--rows 5000000] [--days 5] [--folder DIR] [--json FILE]`. It needs no service. The
-rows lie in an Iceberg table as exports leave them, one sorted file a day. Each contestant is a process of its own, so
-that memory and CPU are its own:
+`python benchmarks/value_statistics.py [--rows 5000000] [--days 5] [--folder DIR] [--json FILE]`. It needs no service.
+The rows lie in an Iceberg table as exports leave them, one sorted file a day. Each contestant is a process of its own,
+so that memory and CPU are its own:
 
 - `describe`: `collect_tiles`, with everything that it promises, the table of statistics included
 - `scan`: Arrow reads every column of the same files, and DuckDB counts, sums and takes the extremes of each
