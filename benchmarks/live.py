@@ -205,7 +205,8 @@ def measured(history: int, arguments: argparse.Namespace) -> dict[str, Any]:
     ):
         put_ms = one.put_ms()
         follower = subprocess.Popen(
-            [sys.executable, "-m", "dagster_prefs", "follow"], stdout=subprocess.DEVNULL
+            [sys.executable, "-m", "dagster_prefs", "follow"],
+            env={**os.environ, "PREFS_LOG_LEVEL": "warning"},
         )
         try:
             moment = one.send([0])
