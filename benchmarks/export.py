@@ -122,6 +122,8 @@ def measured(name: str, folder: Path, interpreter: Path | None = None) -> dict[s
         "ENGINE_USER": connection.user,
         "ENGINE_PASSWORD": connection.password,
         "ENGINE_SCHEMA": SCHEMA,
+        # libpq's own variable: the embedded engine's password is in a file.
+        "PGPASSFILE": connection.passfile or "",
     }
     outcome = subprocess.run(
         [interpreter or sys.executable, script, "--contestant", name, "--folder", folder],
