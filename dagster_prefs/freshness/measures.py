@@ -175,8 +175,8 @@ def measure_online(
         try:
             if table not in pages:
                 # One for all its domains: a page takes longer than anything else that is read.
-                sharing = [other for other in stores if other.table.name == table]
-                pages[table] = table_page(sharing, SAMPLE * len(sharing), now=now) if strangers else {}
+                sharing = sum(other.table.name == table for other in stores)
+                pages[table] = table_page(store, SAMPLE * sharing, now=now) if strangers else {}
             page = pages[table].get(domain.key, ())
             lag = online_lag(store, now=now, count_rows=False, page=page, wait=wait)
         except (PrefsError, psycopg.Error) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -132,7 +132,7 @@ def online_lag(
     with store.engine.connect() as connection:
         try:
             if page is None:
-                page = table_page([store], 4 * sample, now=now).get(store.domain.key, ())
+                page = table_page(store, 4 * sample, now=now).get(store.domain.key, ())
             return Comparison(connection, store, now).run(sample, count_rows, page, wait)
         except psycopg.Error as error:
             raise unreadable(f"domain {store.domain.name}", error) from error
@@ -140,13 +140,12 @@ def online_lag(
             raise Unmeasurable(f"domain {store.domain.name}: {error}") from None
 
 
-def table_page(stores: Sequence[DomainStore], items: int, *, now: datetime) -> dict[str, set[Id]]:
-    """Return the ids, by domain key, on one page of the DynamoDB table that these domains share.
+def table_page(store: DomainStore, items: int, *, now: datetime) -> dict[str, set[Id]]:
+    """Return the ids, by domain key, on one page of a domain's DynamoDB table, which others may share.
 
     The page has so many items, and moves with `now` (UTC). Raises StoreUnavailable.
     """
-    first = stores[0]
-    return first.items.page(first.domain.key, items, _place(now))
+    return store.items.page(store.domain.key, items, _place(now))
 
 
 @dataclass(frozen=True)

@@ -109,10 +109,7 @@ class Follower:
                 try:
                     with self._steps() as steps, self.engine.connect() as listening:
                         listening.execute(sql.SQL("listen {}").format(sql.Identifier(CHANNEL)))
-                        self._unmarked = {
-                            domain.sink for domain in self.work.registry.contract.domains.values()
-                        }
-                        self._mark_domains(steps.connection)
+                        self._mark_all_domains(steps.connection)
                         if not started:
                             started = True
                             publishing.start()
@@ -152,8 +149,7 @@ class Follower:
                     messages += report.messages
                     if report.idle:
                         break
-                self._unmarked = {domain.sink for domain in self.work.registry.contract.domains.values()}
-                self._mark_domains(steps.connection)
+                self._mark_all_domains(steps.connection)
                 while self.publish_changes(steps.connection):
                     pass
             finally:
@@ -353,6 +349,10 @@ class Follower:
         )
         note_published(connection, self.engine, domain.key, max(steps))
         return True
+
+    def _mark_all_domains(self, connection: psycopg.Connection[Any]) -> None:
+        self._unmarked = {domain.sink for domain in self.work.registry.contract.domains.values()}
+        self._mark_domains(connection)
 
     def _mark_domains(self, connection: psycopg.Connection[Any]) -> None:
         """Have domains compared whose items may be from other declarations or another store, once they are deployed."""
