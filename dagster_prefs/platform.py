@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from dagster_prefs.freshness.drift import DriftMemo
     from dagster_prefs.freshness.exports_memo import ExportsMemo
     from dagster_prefs.freshness.status import Sources
+    from dagster_prefs.iceberg.event_export import TopicExport
     from dagster_prefs.iceberg.exporter import Exporter
     from dagster_prefs.iceberg.tables import TileTable
     from dagster_prefs.live.follower import Follower, Work
@@ -281,6 +282,37 @@ class Platform:
             kept=timedelta(days=settings.snapshots_kept_days),
             report=self._report_exported,
         )
+
+    def event_exports(self) -> dict[str, TopicExport]:
+        """Return the export of each topic's events to the lake, by the topic's name. Raises DeclarationRefused."""
+        from dagster_prefs.iceberg.event_export import TopicExport
+        from dagster_prefs.iceberg.event_tables import event_tables
+
+        settings, registry = self.settings, self.registry
+        days = settings.events_kept_days
+        found = {}
+        for name, tables in event_tables(registry).items():
+            entity = tables.typed.entity
+            found[name] = TopicExport(
+                engine=self.engine,
+                catalog=self.catalog,
+                tables=tables,
+                subject_kind=registry.family(entity.name)[0].name if entity and entity.erasable else None,
+                unread=partial(self._unread_since, registry.topics[name]),
+                namespace=settings.iceberg_namespace,
+                kept=None if days is None else timedelta(days=days),
+            )
+        return found
+
+    def _unread_since(self, topic: TopicDeclaration) -> datetime | None:
+        """Return the earliest arrival of a topic's messages that the embedded engine's views have not read."""
+        from dagster_prefs.events.progress import unread
+
+        if self.engine.kind != "local":
+            return None
+        with self.engine.connect() as connection:
+            found = unread(connection, self.engine, topic)
+        return found.since if found else None
 
     def prepare_training_tables(self) -> list[Table]:
         """Prepare the training tables for RisingWave's sinks. Raises OfflineError or EngineUnavailable."""

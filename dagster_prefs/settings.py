@@ -337,6 +337,16 @@ class Settings(BaseSettings):
         description="First UTC day that is exported to Iceberg; older tiles stay in the engine only.",
     )
 
+    events_export_seconds: int = Field(
+        3600,
+        ge=60,
+        description="Seconds between exports of raw messages and typed events to Iceberg (Dagster).",
+    )
+    events_kept_days: int | None = Field(
+        None,
+        ge=1,
+        description="Days of arrival that the Iceberg tables of messages and events keep; empty keeps all.",
+    )
     snapshots_kept_days: int = Field(
         30,
         ge=1,

@@ -20,14 +20,12 @@ from psycopg.rows import dict_row
 
 from dagster_prefs import ids
 from dagster_prefs.declarations.names import QUERY_SUFFIX
+from dagster_prefs.declarations.names import REDACTED as REDACTED
 from dagster_prefs.declarations.registry import Entity, Registry, TopicDeclaration
 from dagster_prefs.declarations.reserved import is_reserved, reserved_range
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError, excerpt
 from dagster_prefs.events.raw import RawStoreError, translated
-
-REDACTED = b'{"erased":true}'
-"""What remains of a message; the typed layer rejects it with the reason `erased`."""
 
 BATCH_ROWS = 500
 

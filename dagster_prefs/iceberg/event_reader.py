@@ -101,11 +101,12 @@ def complete_until_of(table: Table) -> datetime | None:
     until, snapshot = table.properties.get(COMPLETE_UNTIL), table.properties.get(COMPLETE_SNAPSHOT)
     if until is None or snapshot is None:
         return None
-    # Rolled back behind the snapshot that was complete, the table lacks what that one added.
-    known = any(
+    # Rolled back behind the snapshot that was complete, the table lacks what that one added. An expired one was not
+    # rolled back: what came after it replaced it.
+    rolled_back = table.snapshot_by_id(int(snapshot)) is not None and not any(
         str(one.snapshot_id) == snapshot for one in ancestors_of(table.current_snapshot(), table.metadata)
     )
-    return datetime.fromisoformat(until) if known else None
+    return None if rolled_back else datetime.fromisoformat(until)
 
 
 def read_events(

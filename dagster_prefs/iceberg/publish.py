@@ -246,7 +246,7 @@ def publish_changes(
         branch = f"{BRANCH_PREFIX}{_period(first, last)}-{uuid.uuid4().hex[:12]}"
         try:
             table.refresh()
-            head = _head(table)
+            head = ensure_head(table)
             live = layout.files(table, first=first, last=last, snapshot_id=head.snapshot_id)
             for day, change in list(left.items()):
                 if parts_of(live.get(day, [])) != change.replaced:
@@ -300,7 +300,7 @@ def _give_up(table: Table, done: Publication, changes: Iterable[DayChange]) -> N
             discard(table, change.written)
 
 
-def _head(table: Table) -> Snapshot:
+def ensure_head(table: Table) -> Snapshot:
     """Return the table's current snapshot; creates an empty one if there is none, to start branches at."""
     if table.current_snapshot() is None:
         with table.transaction() as transaction:
