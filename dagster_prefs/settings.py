@@ -265,8 +265,9 @@ class Settings(BaseSettings):
         None,
         ge=3600,
         lt=2**32,
-        description="Age at which RisingWave deletes raw messages; views keep what they counted, but can then not be "
-        "rebuilt from the start. Empty keeps all.",
+        description="Age at which raw messages leave the engine: RisingWave deletes them by itself, the embedded "
+        "engine those that `prefs export events` has exported. Views keep what they counted; "
+        "`prefs rebuild --from-lake` rebuilds them. Empty keeps all.",
     )
 
     kafka_topic_names: Annotated[dict[str, Annotated[str, AfterValidator(_kafka_name)]], NoDecode] = Field(

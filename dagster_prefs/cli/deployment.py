@@ -61,6 +61,24 @@ def refresh() -> None:
 
 
 @cli.command()
+@click.argument("view")
+@click.option(
+    "--from-lake",
+    is_flag=True,
+    help="First restore the raw messages that have left the engine from the tables of `prefs export events`.",
+)
+def rebuild(view: str, from_lake: bool) -> None:
+    """Compute VIEW, or `all`, again from all messages, with everything that it is made from.
+
+    For the embedded engine. The old rows serve until the new ones are known. Safe to run again after any failure.
+    """
+    from dagster_prefs.platform import Platform
+
+    done = Platform(load_settings()).rebuild(view, from_lake=from_lake, say=say)
+    console.print(f"rebuilt: {', '.join(done)}")
+
+
+@cli.command()
 def follow() -> None:
     """Keep views and items current, until it is stopped.
 
@@ -237,14 +255,8 @@ def export_events(only: tuple[str, ...], as_json: bool) -> None:
 
     settings = load_settings()
     current_registry(settings.project)
-    platform = Platform(settings)
-    exports = platform.event_exports()
-    for name in only:
-        platform.registry.topic(name)
     with console.status("exporting events to Iceberg"):
-        reports = [
-            export.run(datetime.now(UTC)) for name, export in exports.items() if not only or name in only
-        ]
+        reports = Platform(settings).export_events(only)
     if as_json:
         print_json([report.as_dict() for report in reports])
     else:

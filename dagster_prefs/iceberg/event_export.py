@@ -22,6 +22,7 @@ from decimal import Decimal
 from typing import Any, cast
 
 import duckdb
+import psycopg
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyiceberg.catalog import Catalog
@@ -98,8 +99,9 @@ class EventsReport:
     """The outcome of the export of one topic.
 
     `hours` of arrival were written, in which the tables now hold `raw_rows` and `typed_rows`. Of `lost` messages the
-    bytes had left the engine before they were exported. `failed` hours stay as they were, each with the reason.
-    `complete_until` (UTC) is the instant up to which the tables hold all that arrived, None if it is not known.
+    bytes had left the engine before they were exported; `left` messages have left it now, by retention. `failed` hours
+    stay as they were, each with the reason. `complete_until` (UTC) is the instant up to which the tables hold all that
+    arrived, None if it is not known.
     """
 
     topic: str
@@ -107,6 +109,7 @@ class EventsReport:
     raw_rows: int = 0
     typed_rows: int = 0
     lost: int = 0
+    left: int = 0
     failed: dict[datetime, str] = field(default_factory=dict)
     complete_until: datetime | None = None
     seconds: float = 0.0
@@ -187,6 +190,16 @@ def files_by_hour(table: Table, files: Sequence[LiveFile]) -> dict[datetime, lis
     return hours
 
 
+def is_outdated(files: Sequence[LiveFile], rows: int, token: str) -> bool:
+    """Return whether the files of an hour are not those of an hour with so many rows and this fingerprint."""
+    if not files:
+        return rows > 0
+    names = [_FILE_NAME.search(file.path) for file in files]
+    return any(name is None or name["token"] != token for name in names) or any(
+        file.deletes or file.equality_deletes for file in files
+    )
+
+
 def token_prefix(hour: datetime, token: str) -> str:
     """Return how the names of an hour's files begin."""
     return f"{hour:%Y%m%d%H}-{token}"
@@ -238,6 +251,28 @@ class TopicExport:
         report.complete_until = None if None in known else min(one for one in known if one is not None)
         report.seconds = time.monotonic() - started
         return report
+
+    def exported_hours(self) -> Callable[[psycopg.Connection[Any], datetime], bool]:
+        """Return a function that says whether the lake holds what a connection sees of an hour of arrival.
+
+        As the tables are now. Raises OfflineError.
+        """
+        catalog = self.catalog()
+        held = []
+        with translated(f"the tables of events of {self.tables.typed.topic.name}"):
+            for spec in self.tables.both:
+                table = catalog.load_table(spec.identifier(self.namespace))
+                held.append(files_by_hour(table, live_files(table)))
+
+        def is_exported(connection: psycopg.Connection[Any], hour: datetime) -> bool:
+            source = EventSource(connection, self.engine, self.tables.typed, self.subject_kind)
+            found = source.hours(hour, hour).get(hour)
+            return found is not None and not any(
+                is_outdated(files.get(hour, []), rows, found.token)
+                for files, rows in zip(held, (found.rows, found.typed_rows), strict=True)
+            )
+
+        return is_exported
 
     def _export(self, raw: Table, typed: Table, first: date | None, report: EventsReport) -> None:
         attempts: Counter[datetime] = Counter()
@@ -341,11 +376,8 @@ class _Work:
         return [
             hour
             for hour, found in self.prints.items()
-            if self._is_stale(self._held_typed.get(hour, []), found.typed_rows, found.token)
-            or (
-                hour >= self._raw_from
-                and self._is_stale(self._held_raw.get(hour, []), found.rows, found.token)
-            )
+            if is_outdated(self._held_typed.get(hour, []), found.typed_rows, found.token)
+            or (hour >= self._raw_from and is_outdated(self._held_raw.get(hour, []), found.rows, found.token))
         ]
 
     def write(self, hour: datetime) -> None:
@@ -383,14 +415,6 @@ class _Work:
         for table, changes in ((self.raw, self.raw_changes), (self.typed, self.typed_changes)):
             for change in changes:
                 discard(table, change.written)
-
-    def _is_stale(self, files: Sequence[LiveFile], rows: int, token: str) -> bool:
-        if not files:
-            return rows > 0
-        names = [_FILE_NAME.search(file.path) for file in files]
-        return any(name is None or name["token"] != token for name in names) or any(
-            file.deletes or file.equality_deletes for file in files
-        )
 
     def _load(self, name: str, table: Table, files: Sequence[LiveFile]) -> None:
         schema = arrow_schema(table)

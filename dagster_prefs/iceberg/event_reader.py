@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -33,7 +33,7 @@ from dagster_prefs.iceberg.event_tables import (
     EventTable,
 )
 from dagster_prefs.iceberg.export import DEFAULT_NAMESPACE
-from dagster_prefs.iceberg.files import scan_rows
+from dagster_prefs.iceberg.files import live_files, read_rows, scan_rows
 
 REPLACED = "replaced_at"
 
@@ -120,6 +120,19 @@ def read_events(
     with translated(f"the table {selection.namespace}.{spec.name}"):
         table = catalog.load_table(spec.identifier(selection.namespace))
         return scan_rows(table, selection.columns, selection.row_filter(), selection.snapshot_id)
+
+
+def all_events(
+    catalog: Catalog, spec: EventTable, columns: Sequence[str], *, namespace: str = DEFAULT_NAMESPACE
+) -> Iterator[pa.RecordBatch]:
+    """Yield these columns of every delivery, in batches whose size does not depend on that of a file.
+
+    Raises like `read_events`.
+    """
+    with translated(f"the table {namespace}.{spec.name}"):
+        table = catalog.load_table(spec.identifier(namespace))
+        for file in live_files(table):
+            yield from read_rows(table, file, columns)
 
 
 def load_accepted(

@@ -1,30 +1,33 @@
-"""Events in the lake: what arrived is there exactly once, whatever fails, and the accepted events are the engine's."""
+"""Events in the lake: what arrived is there exactly once, whatever fails, and views come back from it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from datetime import datetime
+import threading
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import duckdb
 import pytest
-from oracle import HOUR, Message
-from pyiceberg.catalog import Catalog
-from relations import insert_events, instant, refresh
+from built_state import BuiltState
+from oracle import HOUR, SECOND, Message, Oracle
+from relations import RAW_TABLES, differences, insert_canary_keys, insert_events, instant, refresh
 from shipped import REGISTRY
 from streams import NOW
 
 from dagster_prefs.engine.connection import EngineConfiguration
-from dagster_prefs.events.progress import unread
-from dagster_prefs.iceberg.catalog import open_catalog
-from dagster_prefs.iceberg.event_export import EventsReport, TopicExport
-from dagster_prefs.iceberg.event_reader import Selection, load_accepted, read_events
+from dagster_prefs.iceberg import publish
+from dagster_prefs.iceberg.event_export import EventsReport
+from dagster_prefs.iceberg.event_reader import Selection, complete_until, load_accepted, read_events
 from dagster_prefs.iceberg.event_tables import PLACE, event_tables
+from dagster_prefs.platform import Platform
+from dagster_prefs.settings import load_settings
 
 TABLES = event_tables(REGISTRY)
-VIEWS = "view_events"
+VIEWS, ITEMS = "view_events", "items"
+FIRST = NOW // HOUR * HOUR - 30 * HOUR
 
 
 def view(number: str, viewer: Any, at: int, **fields: Any) -> bytes:
@@ -39,55 +42,45 @@ def item(number: str, price: float) -> bytes:
     return json.dumps({"item_id": number, "title": number, "price": price}).encode()
 
 
+def delivery(place: int, body: bytes, arrived_at: int, source: str = "kafka:view_events") -> Message:
+    return Message(VIEWS, source, place % 2, place, body, arrived_at, arrived_at)
+
+
 def stream() -> list[Message]:
-    """Valid views with second deliveries, rejected ones, and versions of items, over two days of arrival."""
+    """Valid views with second deliveries, rejected ones, and versions of items, in three hours of two days."""
     made = []
-    for place in range(40):
-        at = NOW - 30 * HOUR + place * (HOUR // 2)
-        bodies = [view(f"e{place}", place % 5, at, genre=None if place % 7 == 0 else "drama")]
+    for place in range(30):
+        at = FIRST + place // 10 * 12 * HOUR + place * SECOND
+        bodies = [view(f"e{place}", place % 5, at, genre=None if place % 7 == 0 else "drama\\\t\n")]
         if place % 4 == 0:
-            bodies.append(view(f"e{place}", 99, at, watch_duration_sec=1))
+            bodies.append(view(f"e{place - place % 12}", 99, at, watch_duration_sec=1))
         if place % 9 == 0:
             bodies += [b"\xff\x00 no JSON", view(f"r{place}", place, at, completion_pct=3)]
-        made += [
-            # Offsets with gaps, in two partitions.
-            Message(VIEWS, "kafka:view_events", place % 2, place * 10 + turn, body, at, at + turn * HOUR)
-            for turn, body in enumerate(bodies)
-        ]
+        # Offsets with gaps.
+        made += [delivery(place * 10 + turn, body, at) for turn, body in enumerate(bodies)]
         if place % 5 == 0:
-            made.append(
-                Message("items", "file:items#1", 0, place, item(f"i{place % 3}", place), None, at + place)
-            )
+            made.append(Message(ITEMS, "file:items#1", 0, place, item(f"i{place % 3}", place), None, at))
     return made
 
 
 class Lake:
     """One engine with its tables of events in a catalog of their own."""
 
-    def __init__(self, engine: EngineConfiguration, catalog: Catalog, order: Sequence[str]) -> None:
-        self.engine = engine
-        self.catalog = catalog
+    def __init__(self, platform: Platform, order: Sequence[str]) -> None:
+        self.platform = platform
+        self.engine = platform.engine
         self.order = order
+        self.catalog = platform.catalog()
 
-    def export(self, topic: str = VIEWS, **options: Any) -> EventsReport:
-        def waiting() -> datetime | None:
-            with self.engine.connect() as connection:
-                found = unread(connection, self.engine, REGISTRY.topics[topic])
-            return found.since if found else None
-
-        entity = REGISTRY.topics[topic].entity
-        kind = REGISTRY.family(entity)[0].name if entity else None
-        work = TopicExport(
-            self.engine, lambda: self.catalog, TABLES[topic], kind, waiting, "training", **options
-        )
-        return work.run(instant(NOW))
+    def export(self, topic: str = VIEWS) -> EventsReport:
+        return self.platform.event_exports()[topic].run(instant(NOW))
 
     def arrive(self, messages: Sequence[Message]) -> None:
         with self.engine.connect() as connection:
             insert_events(connection, messages)
             refresh(connection, self.order)
 
-    def engine_rows(self, query: str) -> list[tuple[Any, ...]]:
+    def ask(self, query: str) -> list[tuple[Any, ...]]:
         with self.engine.connect() as connection:
             return sorted(connection.execute(query).fetchall(), key=repr)  # type: ignore[arg-type]
 
@@ -102,9 +95,17 @@ class Lake:
             rows = session.sql(f"select {', '.join(names)} from found").to_arrow_table()
         return _rows(rows)
 
+    def typed(self) -> list[tuple[Any, ...]]:
+        names = [field.name for field in REGISTRY.topics[VIEWS].fields]
+        return self.ask(f"select {', '.join(names)} from view_events")
+
     def snapshots(self, topic: str = VIEWS) -> list[int]:
         tables = [self.catalog.load_table(spec.identifier("training")) for spec in TABLES[topic].both]
         return [snapshot.snapshot_id for table in tables for snapshot in table.snapshots()]
+
+    def differences(self, messages: Sequence[Message]) -> dict[str, Any]:
+        with self.engine.connect() as connection:
+            return differences(connection, Oracle(messages, NOW))
 
 
 def _rows(table: Any) -> list[tuple[Any, ...]]:
@@ -126,56 +127,166 @@ def raw_of(messages: Sequence[Message], topic: str = VIEWS) -> list[tuple[Any, .
     )  # fmt: skip
 
 
-TYPED = "select event_id, viewer_id, content_id, genre, watch_duration_sec, completion_pct, watched_at from view_events"
-
-
 @pytest.fixture
-def lake(deployed: EngineConfiguration, deployed_state: Any, tmp_path: Path) -> Iterator[Lake]:
-    made = Lake(deployed, open_catalog("sqlite", tmp_path.as_uri()), deployed_state.views)
+def lake(
+    deployed: EngineConfiguration,
+    deployed_state: BuiltState,
+    aws_endpoint: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Lake:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", aws_endpoint)
+    monkeypatch.setenv("PREFS_ICEBERG_WAREHOUSE", tmp_path.as_uri())
+    monkeypatch.setenv("PREFS_RAW_RETENTION_SECONDS", "3600")
+    platform = Platform(load_settings())
+    platform.engine = deployed
+    made = Lake(platform, deployed_state.views)
+    with deployed.connect() as connection:
+        insert_canary_keys(connection)
     made.arrive(stream())
     return made
 
 
 def test_what_arrived_is_exported_exactly_and_once(lake: Lake) -> None:
     done = lake.export()
-    typed = lake.engine_rows(TYPED)
-    assert done.failed == {}
-    assert done.lost == 0
+    assert (done.failed, done.lost) == ({}, 0)
     assert lake.raw() == raw_of(stream())
+    typed = lake.typed()
     assert lake.accepted() == typed
-    assert len(typed) == 40
-    # Canaries and rejected messages have no typed event; of an hour without any there is no file.
-    assert done.raw_rows == len(raw_of(stream()))
-    assert done.typed_rows == 50
+    assert len(typed) == 30
+    assert (done.hours, done.raw_rows, done.typed_rows) == (3, len(raw_of(stream())), 38)
     unreadable = Selection(where="unreadable = true")
-    assert read_events(lake.catalog, TABLES[VIEWS].raw, unreadable).read_all().num_rows == 5
+    assert read_events(lake.catalog, TABLES[VIEWS].raw, unreadable).read_all().num_rows == 4
     before = lake.snapshots()
     again = lake.export()
     assert (again.hours, again.raw_rows, lake.snapshots()) == (0, 0, before)
     # An earlier delivery that becomes visible late is in its own hour, and is the event from then on.
-    first = Message(VIEWS, "file:history#1", 0, 7, view("e4", 7, NOW - 29 * HOUR), None, NOW - 50 * HOUR)
+    first = delivery(7, view("e4", 7, FIRST), FIRST - HOUR, "file:history#1")
     lake.arrive([first])
     assert lake.export().hours == 1
     assert lake.raw() == raw_of([*stream(), first])
-    assert lake.accepted() == lake.engine_rows(TYPED)
-    assert [row[1] for row in lake.accepted() if row[0] == "e4"] == [7]
-    # By arrival: only what had arrived by then.
-    early = lake.accepted(arrived_until=instant(NOW - 29 * HOUR))
-    assert 0 < len(early) < len(typed)
-    assert set(early) <= {*typed, *lake.engine_rows(TYPED)}
-
-
-def test_all_versions_of_reference_data_are_kept(lake: Lake) -> None:
-    lake.export("items")
+    assert lake.accepted() == lake.typed() != typed
+    # As of an earlier arrival only what had arrived by then counts.
+    assert lake.accepted(arrived_until=instant(FIRST - 1)) == [row for row in lake.typed() if row[0] == "e4"]
+    assert len(lake.accepted(arrived_until=instant(FIRST + HOUR))) == 10
+    # All versions of reference data are there, the newest as in the engine.
+    lake.export(ITEMS)
     with duckdb.connect() as session:
-        load_accepted(session, "found", lake.catalog, TABLES["items"].typed)
-        session.execute("set timezone = 'UTC'")
-        versions = session.sql(
-            "select item_id, price::int, replaced_at from found order by item_id, arrived_at"
-        ).fetchall()
-    newest = {(row[0], int(row[1])) for row in versions if row[2] is None}
-    assert newest == {
-        (name, int(price)) for name, price in lake.engine_rows("select item_id, price from items")
-    }
-    assert len(versions) == 8
-    assert len(newest) == 3
+        load_accepted(session, "found", lake.catalog, TABLES[ITEMS].typed)
+        found = session.sql("select item_id, price, replaced_at is null from found").fetchall()
+    assert len(found) == 6
+    assert sorted((row[:2] for row in found if row[2]), key=repr) == lake.ask(
+        "select item_id, price from items"
+    )
+
+
+def test_a_crash_and_another_exporter_lose_and_double_nothing(
+    lake: Lake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(name: str) -> None:
+        def fail(*_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(publish, name, fail)
+            with pytest.raises(KeyboardInterrupt):
+                lake.export()
+
+    for name in ("_FileWriter", "_stage", "_make_current"):
+        failing(name)
+        assert lake.raw() == []
+    # Two at once, of which one is published while the other has written its files.
+    real, others = publish._stage, []
+
+    def stage(*given: Any) -> Any:
+        if not others:
+            others.append(threading.Thread(target=lake.export))
+            others[0].start()
+            others[0].join()
+        return real(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(publish, "_stage", stage)
+        lake.export()
+    assert len(others) == 1
+    assert lake.raw() == raw_of(stream())
+    assert lake.accepted() == lake.typed()
+
+
+def test_a_table_is_complete_until_before_the_oldest_writer(lake: Lake) -> None:
+    spec = TABLES[VIEWS].typed
+    assert complete_until(lake.catalog, spec) is None
+    with lake.engine.connect(autocommit=False) as writer:
+        ((began,),) = writer.execute("select transaction_timestamp()").fetchall()
+        writer.execute(
+            "insert into raw_view_events (source, source_partition, source_offset, data)"
+            " values ('simulate:1', 0, 1, %s)",
+            [view("open", 3, NOW)],
+        )
+        found = lake.export().complete_until
+        assert found is not None
+        assert found < began
+        assert complete_until(lake.catalog, spec) == found
+        writer.commit()
+    # Committed and not read yet: still not complete beyond it.
+    waiting = lake.export().complete_until
+    assert waiting is not None
+    assert began <= lake.ask("select arrived_at from raw_view_events where source = 'simulate:1'")[0][0]
+    assert waiting < lake.ask("select arrived_at from raw_view_events where source = 'simulate:1'")[0][0]
+    lake.arrive([])
+    began = datetime.now(UTC)
+    done = lake.export()
+    assert done.hours == 1
+    assert done.complete_until is not None
+    assert done.complete_until > began
+    # Rolled back, nothing is known; the next export knows again.
+    table = lake.catalog.load_table(spec.identifier("training"))
+    newest = table.current_snapshot()
+    assert newest is not None
+    table.manage_snapshots().set_current_snapshot(snapshot_id=newest.parent_snapshot_id).commit()
+    assert complete_until(lake.catalog, spec) is None
+    lake.export()
+    assert complete_until(lake.catalog, spec) is not None
+    assert lake.accepted() == lake.typed()
+
+
+def test_views_outlive_the_raw_messages_and_come_back_from_the_lake(lake: Lake) -> None:
+    messages = stream()
+    assert lake.differences(messages) == {}
+    reports = {report.topic: report for report in lake.platform.export_events()}
+    # All but the newest of each partition of each source.
+    assert reports[VIEWS].left == len(raw_of(messages)) - 2
+    assert lake.ask("select count(*) from raw_view_events") == [(2,)]
+    lake.arrive([])
+    assert lake.differences(messages) == {}
+    # Nothing was noted for the follower, and nothing leaves again or changes in the lake.
+    assert lake.ask("select count(*) from live_changes where relation = 'raw_view_events'") == [(0,)]
+    again = lake.platform.export_events()
+    assert [(one.hours, one.left, one.lost) for one in again] == [(0, 0, 0)] * len(RAW_TABLES)
+    assert lake.raw() == raw_of(messages)
+    # What arrives later counts beside what left: a second delivery does not, an event does.
+    later = [delivery(1000, view("e3", 50, NOW), NOW), delivery(1001, view("new", 50, NOW), NOW)]
+    lake.arrive(later)
+    messages += later
+    assert lake.differences(messages) == {}
+    # Views that were lost come back, while an event arrives.
+    lake.ask("with gone as (delete from raw_retained) select 1")
+    lake.arrive([])
+    assert set(lake.differences(messages)) >= {"view_events", "viewer_watch_metrics_1d", "rejected_events"}
+    lake.platform.stores()
+    live = delivery(1002, view("live", 51, NOW), NOW)
+
+    def say(line: str) -> None:
+        if "restored" in line and VIEWS in line:
+            with lake.engine.connect() as connection:
+                insert_events(connection, [live])
+
+    rebuilt = lake.platform.rebuild("all", from_lake=True, say=say)
+    assert {"view_events_parsed", "viewer_watch_metrics_1d", "items"} <= set(rebuilt)
+    assert lake.differences([*messages, live]) == {}
+    assert lake.ask("select count(*) from raw_view_events") == [(len(raw_of([*messages, live])),)]
+    # They leave again, and the lake holds the same as before.
+    lake.platform.export_events([VIEWS])
+    assert lake.raw() == raw_of([*messages, live])
+    lake.arrive([])
+    assert lake.differences([*messages, live]) == {}
