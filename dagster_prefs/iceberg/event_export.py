@@ -51,7 +51,7 @@ from dagster_prefs.iceberg.event_tables import (
     DATA,
     DAY,
     PLACE,
-    UNREADABLE,
+    REJECTED,
     EventTable,
     TopicTables,
 )
@@ -397,10 +397,8 @@ class _Work:
         gone, gone_offsets = self._counted(f"engine where {DATA} is null")
         raw = self._files(hour, found.rows - gone + rows, found.offsets - gone_offsets + offsets)
         if hour >= self._raw_from and (raw.rows or held_raw):
-            for unreadable in (False, True):
-                self._write(
-                    self.raw, (hour.date(), unreadable), raw, self._raw_query(hour, unreadable, kept_raw)
-                )
+            for rejected in (False, True):
+                self._write(self.raw, (hour.date(), rejected), raw, self._raw_query(hour, rejected, kept_raw))
             self.raw_changes.append(DayChange(hour, raw, parts_of(held_raw)))
         rows, offsets = self._counted(kept_typed)
         typed = self._files(hour, found.typed_rows + rows, found.typed_offsets + offsets)
@@ -458,15 +456,15 @@ class _Work:
         with closing(groups):
             write_groups(table, partition, files, groups)
 
-    def _raw_query(self, hour: datetime, unreadable: bool, kept: str) -> str:
+    def _raw_query(self, hour: datetime, rejected: bool, kept: str) -> str:
         spec = self.tables.raw
         own = {field.name for field in spec.fields}
         columns = []
         for name in arrow_schema(self.raw).names:
             if name == DAY:
                 columns.append(f"date '{hour.date()}' as {DAY}")
-            elif name == UNREADABLE:
-                columns.append(f"{_quoted(spec.key)} is null as {UNREADABLE}")
+            elif name == REJECTED:
+                columns.append(f"({SUPPRESSED} or not {VALID}) as {REJECTED}")
             elif name in own or name == DATA:
                 # A message that an erasure covers and has not reached yet leaves the engine without its content.
                 empty = f"'{REDACTED.decode()}'::blob" if name == DATA else "null"
@@ -477,7 +475,7 @@ class _Work:
                 columns.append(self._column(name))
         return self._sorted(
             spec, self.raw, f"select {', '.join(columns)} from engine where {DATA} is not null", kept,
-            f"{UNREADABLE} = {unreadable}",
+            f"{REJECTED} = {rejected}",
         )  # fmt: skip
 
     def _typed_query(self, hour: datetime, kept: str) -> str:

@@ -30,7 +30,7 @@ from pyiceberg.types import (
 from dagster_prefs.declarations.registry import Entity, FieldDeclaration, Registry, TopicDeclaration
 from dagster_prefs.iceberg.tables import EVENTS, KIND, DeclarationRefused, TableLayout
 
-DAY, UNREADABLE = "arrival_day", "unreadable"
+DAY, REJECTED = "arrival_day", "rejected"
 # The key of a delivery, which also decides between deliveries that arrived at the same moment.
 PLACE = ("source", "source_partition", "source_offset")
 ARRIVED, SENT, DATA = "arrived_at", "kafka_timestamp", "data"
@@ -75,7 +75,7 @@ class EventTable:
     @property
     def partitions(self) -> tuple[str, ...]:
         """The columns by which files are partitioned."""
-        return (DAY, UNREADABLE) if self.kind == "raw" else (DAY,)
+        return (DAY, REJECTED) if self.kind == "raw" else (DAY,)
 
     @cached_property
     def schema(self) -> Schema:
@@ -114,7 +114,7 @@ class EventTable:
     def _columns(self) -> Iterator[tuple[str, IcebergType, bool, str]]:
         yield DAY, DateType(), True, "UTC day on which the engine received the message."
         if self.kind == "raw":
-            yield UNREADABLE, BooleanType(), True, f"Whether no {self.key} could be read from the message."
+            yield REJECTED, BooleanType(), True, "Whether it is no valid event; anything may be in it then."
         yield "source", StringType(), True, "Source of the message."
         yield "source_partition", IntegerType(), True, "Partition within the source."
         yield "source_offset", LongType(), True, "Offset within the partition."

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import duckdb
+import pyarrow.parquet as pq
 import pytest
 from built_state import BuiltState
-from oracle import HOUR, SECOND, Message, Oracle
+from oracle import HOUR, SECOND, Erasure, Message, Oracle
 from relations import RAW_TABLES, differences, insert_canary_keys, insert_events, instant, refresh
 from shipped import REGISTRY
 from streams import NOW
 
 from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.erasure.erase import Stores, erase
+from dagster_prefs.erasure.events import REDACTED, Subject
+from dagster_prefs.erasure.export import export_subject
 from dagster_prefs.iceberg import publish
 from dagster_prefs.iceberg.event_export import EventsReport
 from dagster_prefs.iceberg.event_reader import Selection, complete_until, load_accepted, read_events
@@ -36,6 +42,31 @@ def view(number: str, viewer: Any, at: int, **fields: Any) -> bytes:
         "completion_pct": 0.5, "watched_at": instant(at).isoformat(), **fields,
     }  # fmt: skip
     return json.dumps(body).encode()
+
+
+# An id that stands in nothing else, and one that continues it.
+GONE, ALIKE = 777_000_123, 7_770_001_230
+
+
+def letter(viewer: int) -> str:
+    return "g" if viewer == GONE else "a"
+
+
+def about(gone: int) -> list[Message]:
+    """What names a viewer: valid and rejected messages of its topic, and a rejected one of another."""
+    bodies = [
+        view("g1", gone, FIRST),
+        view("g1", gone, FIRST),
+        view("g2", gone, FIRST + HOUR, completion_pct=4),
+        b"viewer_id=%d \xff" % gone,
+        view(f"g3-{gone}", 5, FIRST) if gone == ALIKE else view("g3", gone, FIRST + 2),
+    ]
+    made = [
+        delivery(2000 + place * 2, body, FIRST + place, f"file:{letter(gone)}#1")
+        for place, body in enumerate(bodies)
+    ]
+    rejected = json.dumps({"price": -1, "viewer_id": gone}).encode()
+    return [*made, Message(ITEMS, f"file:{letter(gone)}#1", 0, 1, rejected, None, FIRST)]
 
 
 def item(number: str, price: float) -> bytes:
@@ -103,9 +134,17 @@ class Lake:
         tables = [self.catalog.load_table(spec.identifier("training")) for spec in TABLES[topic].both]
         return [snapshot.snapshot_id for table in tables for snapshot in table.snapshots()]
 
-    def differences(self, messages: Sequence[Message]) -> dict[str, Any]:
+    def differences(self, messages: Sequence[Message], erased: Sequence[Erasure] = ()) -> dict[str, Any]:
         with self.engine.connect() as connection:
-            return differences(connection, Oracle(messages, NOW))
+            return differences(connection, Oracle(messages, NOW, erased=erased))
+
+    def files_with(self, trace: int, folder: Path) -> list[str]:
+        """The data files, referenced or not, in which the number stands."""
+        return [
+            path.name
+            for path in sorted(folder.rglob("*.parquet"))
+            if re.search(rf"\b{trace}\b", repr(pq.read_table(path).to_pylist()))
+        ]
 
 
 def _rows(table: Any) -> list[tuple[Any, ...]]:
@@ -155,8 +194,8 @@ def test_what_arrived_is_exported_exactly_and_once(lake: Lake) -> None:
     assert lake.accepted() == typed
     assert len(typed) == 30
     assert (done.hours, done.raw_rows, done.typed_rows) == (3, len(raw_of(stream())), 38)
-    unreadable = Selection(where="unreadable = true")
-    assert read_events(lake.catalog, TABLES[VIEWS].raw, unreadable).read_all().num_rows == 4
+    unreadable = Selection(where="rejected = true")
+    assert read_events(lake.catalog, TABLES[VIEWS].raw, unreadable).read_all().num_rows == 8
     before = lake.snapshots()
     again = lake.export()
     assert (again.hours, again.raw_rows, lake.snapshots()) == (0, 0, before)
@@ -290,3 +329,50 @@ def test_views_outlive_the_raw_messages_and_come_back_from_the_lake(lake: Lake) 
     assert lake.raw() == raw_of([*messages, live])
     lake.arrive([])
     assert lake.differences([*messages, live]) == {}
+
+
+def test_an_erased_subject_is_in_no_file_and_stays_erased(lake: Lake, tmp_path: Path) -> None:
+    messages = [*stream(), *about(GONE), *about(ALIKE)]
+    lake.arrive([*about(GONE), *about(ALIKE)])
+    lake.platform.export_events()
+    assert lake.ask("select count(*) from raw_view_events where source like 'file:%'") == [(2,)]
+    assert len(lake.files_with(GONE, tmp_path)) >= 4
+    stores = Stores(
+        lake.engine,
+        REGISTRY,
+        lambda: lake.catalog,
+        lake.platform.dynamodb,
+        "",
+        lambda: lake.arrive([]),
+        "training",
+    )
+    lake.platform.stores()
+    subject = Subject.named(REGISTRY, "viewer", str(GONE))
+    known = export_subject(stores, subject, now=instant(NOW)).training
+    assert {name.split(".")[1]: len(rows) for name, rows in known.items() if rows} == {
+        "raw_view_events": 5, "view_events": 3, "raw_items": 1,
+    }  # fmt: skip
+    report = erase(stores, subject, now=instant(NOW))
+    held = {
+        (one.place, one.unit): (one.before, one.after) for one in report.holdings if one.store == "iceberg"
+    }
+    assert held["training.raw_view_events", "rows"] == (5, 0)
+    assert held["training.view_events", "rows"] == (3, 0)
+    assert held["training.raw_items", "rows"] == (1, 0)
+    assert lake.files_with(GONE, tmp_path) == []
+    assert len(lake.files_with(ALIKE, tmp_path)) >= 3
+
+    def emptied(given: Sequence[Message]) -> list[Message]:
+        return [replace(one, data=REDACTED) if one.source == "file:g#1" else one for one in given]
+
+    erased = [Erasure("viewer", str(GONE), NOW)]
+    assert lake.raw() == raw_of(emptied(messages))
+    assert lake.differences(emptied(messages), erased) == {}
+    # Neither the next export nor a rebuild brings anything back.
+    lake.platform.export_events()
+    assert lake.raw() == raw_of(emptied(messages))
+    assert lake.accepted() == lake.typed()
+    lake.platform.rebuild("view_events", from_lake=True)
+    assert lake.differences(emptied(messages), erased) == {}
+    lake.export()
+    assert lake.files_with(GONE, tmp_path) == []
