@@ -331,12 +331,16 @@ class Platform:
         return reports
 
     def _unread_since(self, topic: TopicDeclaration) -> datetime | None:
-        """Return the earliest arrival of a topic's messages that the embedded engine's views have not read."""
+        """Return the earliest arrival of a topic's messages that the embedded engine's views may not have read."""
         from dagster_prefs.events.progress import unread
+        from dagster_prefs.live.presence import is_pending
 
         if self.engine.kind != "local":
             return None
         with self.engine.connect() as connection:
+            if is_pending(connection, self.engine, topic.parsed):
+                # It will be rebuilt, from messages of any time.
+                return datetime.fromtimestamp(0, UTC)
             found = unread(connection, self.engine, topic)
         return found.since if found else None
 

@@ -64,6 +64,10 @@ def mark_rebuilt(
     psycopg.Error.
     """
     with connection.transaction():
+        # A view that is being rebuilt when it is marked would lose the mark.
+        connection.execute(
+            "select pg_advisory_xact_lock(hashtext('dagster-prefs'), hashtext(%s))", [engine.schema]
+        )
         missing = [topic for topic in plan.topics if _lacks_messages(connection, engine, topic)]
         connection.execute(
             sql.SQL("delete from {} where relation = any(%s)").format(
