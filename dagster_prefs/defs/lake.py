@@ -32,7 +32,7 @@ def build(platform: Platform, *, clock: Callable[[], datetime] = lambda: datetim
     job = dg.define_asset_job(
         JOB,
         dg.AssetSelection.assets(*assets),
-        description="Export the messages and events that arrived to Iceberg; an hour that did not change commits nothing.",
+        description="Export the messages and events that arrived to Iceberg; an unchanged hour commits nothing.",
     )
 
     @dg.sensor(
