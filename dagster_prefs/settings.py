@@ -265,8 +265,9 @@ class Settings(BaseSettings):
         None,
         ge=3600,
         lt=2**32,
-        description="Age at which RisingWave deletes raw messages; views keep what they counted, but can then not be "
-        "rebuilt from the start. Empty keeps all.",
+        description="Age at which raw messages leave the engine: RisingWave deletes them by itself, the embedded "
+        "engine those that `prefs export events` has exported. Views keep what they counted; "
+        "`prefs rebuild --from-lake` rebuilds them. Empty keeps all.",
     )
 
     kafka_topic_names: Annotated[dict[str, Annotated[str, AfterValidator(_kafka_name)]], NoDecode] = Field(
@@ -337,6 +338,16 @@ class Settings(BaseSettings):
         description="First UTC day that is exported to Iceberg; older tiles stay in the engine only.",
     )
 
+    events_export_seconds: int = Field(
+        3600,
+        ge=60,
+        description="Seconds between exports of raw messages and typed events to Iceberg (Dagster).",
+    )
+    events_kept_days: int | None = Field(
+        None,
+        ge=1,
+        description="Days of arrival that the Iceberg tables of messages and events keep; empty keeps all.",
+    )
     snapshots_kept_days: int = Field(
         30,
         ge=1,
