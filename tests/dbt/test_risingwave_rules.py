@@ -437,7 +437,10 @@ RULES: dict[Rule, str] = {
 MORE_BAD = [
     (durations_have_units, KAFKA_SOURCE.replace("with (", "with (properties.fetch.timeout = 5, ")),
     (subscriptions_retain, "create subscription s from v_1d with (retention = '24 hours')"),
-    (subscriptions_retain, "create subscription s from viewer_engagement_rolling with (retention = '24 hours', x = 'y')"),
+    (
+        subscriptions_retain,
+        "create subscription s from viewer_engagement_rolling with (retention = '24 hours', x = 'y')",
+    ),
     (now_only_in_filters, "select case when ts > now() then 1 end as late from t"),
     (now_alone_on_its_side, "select a from t where ts - now() < interval '7 days'"),
     (now_alone_on_its_side, "select a from t where now() - ts < interval '7 days'"),
