@@ -362,7 +362,11 @@ def test_midnight_changes_the_rows_that_a_leaving_day_touches(measured: Measured
         found = measured.midnight[domain.name]
         expected = expiry_writes(leaving(measured, domain, LAST_DAY), domain)
         assert expected > 10
-        assert found == pytest.approx(expected, rel=0.2), domain.name
+        if domain.of_events:
+            # A viewer with fifty newer views has lost the day before it leaves the window.
+            assert expected / 2 < found <= expected
+        else:
+            assert found == pytest.approx(expected, rel=0.2), domain.name
 
 
 def test_a_spread_only_spreads_midnight(measured: Measured, shape: Shape) -> None:
