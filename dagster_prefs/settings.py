@@ -54,6 +54,10 @@ _NAMES = {
         "a role, e.g. arn:aws:iam::123456789012:role/x",
     ),
     "engine_schema": (r"[a-z_][a-z0-9_]{0,62}", "a schema: lower-case letters, digits and `_`, at most 63"),
+    "served_log": (
+        r"files:.+|kafka:[A-Za-z0-9._-]{1,249}|firehose:[A-Za-z0-9._-]{1,64}",
+        "files:<folder>, kafka:<topic> or firehose:<stream>",
+    ),
     "iceberg_namespace": (r"[A-Za-z0-9_]{1,255}", "an Iceberg namespace: letters, digits and `_`"),
 }
 
@@ -200,6 +204,14 @@ class Settings(BaseSettings):
         description="Who writes DynamoDB: `publisher` (this platform, local engine), `sink` (RisingWave's own, "
         "licensed), `changefeed` (`prefs publish --follow`, from RisingWave's subscriptions); auto is publisher or "
         "sink, depending on the engine.",
+    )
+    served_log: str | None = Field(
+        None,
+        description="Where `prefs serve` logs a sample of the profiles that it serves: `files:<folder>`, "
+        "`kafka:<topic>` or `firehose:<stream>`; empty means nowhere.",
+    )
+    served_log_share: float = Field(
+        0.01, ge=0, le=1, description="Share of all ids (0…1) whose served profiles are logged."
     )
     changefeed_retention_hours: int = Field(
         24,
@@ -456,6 +468,8 @@ class Settings(BaseSettings):
                 "PREFS_ENGINE=local runs on this machine only: unset PREFS_ENGINE_HOST or set "
                 "PREFS_ENGINE=risingwave"
             )
+        if (self.served_log or "").startswith("kafka:") and not self.kafka_bootstrap:
+            raise ValueError(f"PREFS_SERVED_LOG={self.served_log} needs PREFS_KAFKA_BOOTSTRAP: set it")
         if self.console_send == "on" and (why := self.production):
             raise ValueError(
                 f"PREFS_CONSOLE_SEND=on is refused in production, and this is production because {why}: unset it"
@@ -599,6 +613,14 @@ class Settings(BaseSettings):
         found = [value.get_secret_value() for value in given if isinstance(value, SecretStr)]
         found += [os.environ.get(name, "") for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")]
         return [value for value in found if value]
+
+    @property
+    def served_log_place(self) -> tuple[str, str] | None:
+        """The kind and the name of the place of the served log, None without one."""
+        if self.served_log is None:
+            return None
+        kind, _, name = self.served_log.partition(":")
+        return kind, name
 
     @property
     def port(self) -> int:

@@ -38,6 +38,8 @@ ALLOWED = {
     "pauses": set(),
     "printable": set(),
     "redaction": set(),
+    # The format that the clients write and the training package reads.
+    "served_rows": {"declarations"},
     "logs": {"printable", "redaction"},
     "textfiles": set(),
     # Which project is meant is a setting, and loads what it declares.
@@ -52,9 +54,9 @@ ALLOWED = {
     "iceberg": {"declarations", "engine", "redaction"},
     "deploy": {"declarations", "engine", "events", "dynamodb", "redaction"},
     "live": {"declarations", "engine", "events", "dynamodb"},
-    "training": {"declarations", "engine", "dynamodb", "iceberg", "textfiles", "values"},
+    "training": {"declarations", "engine", "dynamodb", "iceberg", "served_rows", "textfiles", "values"},
     "values": {"declarations", "engine", "iceberg"},
-    "serving": {"declarations", "engine", "dynamodb", "loopback", "logs"},
+    "serving": {"declarations", "engine", "dynamodb", "loopback", "logs", "served_rows"},
     "freshness": {
         "declarations",
         "engine",
