@@ -174,7 +174,7 @@ def serve(
 ) -> None:
     """Serve profiles and rankings over HTTP.
 
-    Until Ctrl-C or SIGTERM.
+    Until Ctrl-C or SIGTERM. Off loopback it needs a token (`prefs token`).
     """
     from dagster_prefs.serving import AsyncProfileClient, ClientOptions, ShopClient
     from dagster_prefs.serving.connections import ConnectionLimits
@@ -222,6 +222,7 @@ def serve(
         port=port,
         limits=ConnectionLimits(request_seconds, max_connections, settings.local_users == "own"),
         drain_seconds=drain_seconds,
+        entrance=settings.entrance(),
         started=lambda url: console.print(f"serving at {url}; Ctrl-C stops"),
     )
 
