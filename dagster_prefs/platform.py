@@ -110,7 +110,7 @@ class Platform:
         if catalog is None:
             return None
         return ExportsMemo(
-            settings.data_dir / "exports-seen.json",
+            settings.state_dir / "exports-seen.json",
             catalog,
             settings.iceberg_namespace,
             settings.export_start_date,
@@ -123,7 +123,7 @@ class Platform:
         settings, catalog = self.settings, self._sqlite_catalog
         if catalog is None:
             return None
-        return DriftMemo(settings.data_dir / "drift-seen.json", catalog, settings.iceberg_namespace)
+        return DriftMemo(settings.state_dir / "drift-seen.json", catalog, settings.iceberg_namespace)
 
     @property
     def _sqlite_catalog(self) -> Path | None:
@@ -146,6 +146,7 @@ class Platform:
             topics=settings.kafka_topics,
             start=settings.kafka_start,
             client=client_properties(kafka_security(settings)),
+            group=settings.consumer_group,
         )
 
     @cached_property
@@ -154,9 +155,10 @@ class Platform:
         return Dbt(
             self.engine,
             self.settings.project,
-            self.settings.data_dir / "dbt" / self.engine.kind,
+            self.settings.state_dir / "dbt" / self.engine.kind,
             {
                 "PREFS_EXPIRY_SPREAD_SECONDS": str(self.settings.expiry_spread_seconds),
+                "PREFS_ENVIRONMENT": self.settings.environment or "",
                 "PREFS_TABLE_PREFIX": self.settings.table_prefix,
                 "PREFS_KAFKA_BOOTSTRAP": self.settings.kafka_bootstrap or "",
                 "PREFS_KAFKA_START": self.settings.kafka_start,
@@ -197,7 +199,11 @@ class Platform:
     def provision(self, client: Any) -> dict[str, TableReport]:
         """Create or verify the table of each entity, depending on the owner of the tables in the settings."""
         return provision(
-            client, self.contract, prefix=self.settings.table_prefix, mode=self.settings.provisioning
+            client,
+            self.contract,
+            prefix=self.settings.table_prefix,
+            mode=self.settings.provisioning,
+            environment=self.settings.environment,
         )
 
     def stores(self) -> list[DomainStore]:
@@ -480,7 +486,7 @@ class Platform:
             DomainPublisher(self),
             {
                 **{f"Kafka topic {topic.name}": partial(self._consume, topic) for topic in topics},
-                "canary": Prober(self.engine, self.registry, self.probe, self.settings.data_dir).run,
+                "canary": Prober(self.engine, self.registry, self.probe, self.settings.state_dir).run,
             },
         )
 
