@@ -25,6 +25,7 @@ from dagster_prefs.declarations.reserved import is_reserved, reserved_range
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError, excerpt
 from dagster_prefs.events.raw import RawStoreError, translated
+from dagster_prefs.events.schema_registry import unframed
 
 REDACTED = b'{"erased":true}'
 """What remains of a message; the typed layer rejects it with the reason `erased`."""
@@ -344,7 +345,7 @@ def _in_json(subject: Subject) -> list[str]:
 def _of_another(subject: Subject, message: bytes) -> bool:
     """Return whether the message belongs to another subject, and only mentions this one."""
     try:
-        document = json.loads(message, parse_float=Decimal, parse_int=Decimal)
+        document = json.loads(unframed(message), parse_float=Decimal, parse_int=Decimal)
     except (ValueError, RecursionError):
         return False
     value = document.get(subject.key) if isinstance(document, dict) else None
