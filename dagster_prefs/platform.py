@@ -110,7 +110,7 @@ class Platform:
         if catalog is None:
             return None
         return ExportsMemo(
-            settings.data_dir / "exports-seen.json",
+            settings.state_dir / "exports-seen.json",
             catalog,
             settings.iceberg_namespace,
             settings.export_start_date,
@@ -123,7 +123,7 @@ class Platform:
         settings, catalog = self.settings, self._sqlite_catalog
         if catalog is None:
             return None
-        return DriftMemo(settings.data_dir / "drift-seen.json", catalog, settings.iceberg_namespace)
+        return DriftMemo(settings.state_dir / "drift-seen.json", catalog, settings.iceberg_namespace)
 
     @property
     def _sqlite_catalog(self) -> Path | None:
@@ -139,6 +139,7 @@ class Platform:
     def kafka(self) -> KafkaSource:
         """The source of events; without brokers if none are configured."""
         from dagster_prefs.events.brokers import KafkaSource, client_properties
+        from dagster_prefs.events.schema_registry import RegistryAddress
 
         settings = self.settings
         return KafkaSource(
@@ -146,6 +147,14 @@ class Platform:
             topics=settings.kafka_topics,
             start=settings.kafka_start,
             client=client_properties(kafka_security(settings)),
+            group=settings.consumer_group,
+            schemas=None
+            if settings.schema_registry_url is None
+            else RegistryAddress(
+                settings.schema_registry_url,
+                settings.schema_registry_user,
+                _secret(settings.schema_registry_password),
+            ),
         )
 
     @cached_property
@@ -154,9 +163,10 @@ class Platform:
         return Dbt(
             self.engine,
             self.settings.project,
-            self.settings.data_dir / "dbt" / self.engine.kind,
+            self.settings.state_dir / "dbt" / self.engine.kind,
             {
                 "PREFS_EXPIRY_SPREAD_SECONDS": str(self.settings.expiry_spread_seconds),
+                "PREFS_ENVIRONMENT": self.settings.environment or "",
                 "PREFS_TABLE_PREFIX": self.settings.table_prefix,
                 "PREFS_KAFKA_BOOTSTRAP": self.settings.kafka_bootstrap or "",
                 "PREFS_KAFKA_START": self.settings.kafka_start,
@@ -171,6 +181,7 @@ class Platform:
                 "PREFS_ICEBERG_NAMESPACE": self.settings.iceberg_namespace,
                 "AWS_REGION": self.settings.aws_region,
             },
+            given=self.settings.given,
         )
 
     @property
@@ -197,7 +208,11 @@ class Platform:
     def provision(self, client: Any) -> dict[str, TableReport]:
         """Create or verify the table of each entity, depending on the owner of the tables in the settings."""
         return provision(
-            client, self.contract, prefix=self.settings.table_prefix, mode=self.settings.provisioning
+            client,
+            self.contract,
+            prefix=self.settings.table_prefix,
+            mode=self.settings.provisioning,
+            environment=self.settings.environment,
         )
 
     def stores(self) -> list[DomainStore]:
@@ -480,7 +495,7 @@ class Platform:
             DomainPublisher(self),
             {
                 **{f"Kafka topic {topic.name}": partial(self._consume, topic) for topic in topics},
-                "canary": Prober(self.engine, self.registry, self.probe, self.settings.data_dir).run,
+                "canary": Prober(self.engine, self.registry, self.probe, self.settings.state_dir).run,
             },
         )
 
@@ -604,9 +619,15 @@ class Platform:
         return restored
 
     def plan(self, *, drop_orphans: bool = False) -> Plan:
-        """Return the changes that an apply would make now; see `make_plan`."""
-        from dagster_prefs.deploy.plan import make_plan
+        """Return the changes that an apply would make now; see `make_plan`.
 
+        Raises UnreadableTopic for a topic in Avro that RisingWave would have to read from Kafka.
+        """
+        from dagster_prefs.deploy.plan import make_plan
+        from dagster_prefs.events.schema_registry import refuse_avro
+
+        if self.engine.kind == "risingwave" and self.settings.kafka_bootstrap is not None:
+            refuse_avro(self.registry.topics.values())
         return make_plan(
             self.engine, self.dbt, partial(review_contract, self.contract), drop_orphans=drop_orphans
         )

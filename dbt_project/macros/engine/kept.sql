@@ -233,7 +233,7 @@
     language plpgsql security definer set search_path = pg_catalog as $$
       begin
         insert into {{ target.schema }}.live_changes (relation, key) select tg_table_name, {{ row }} from changed;
-        perform pg_notify('prefs_live', '');
+        perform pg_notify('prefs_live', tg_table_schema);
         return null;
       end
     $$;
