@@ -13,45 +13,56 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
-from typing import Literal
+from typing import Protocol
 
 import duckdb
 import pyarrow as pa
 
 from dagster_prefs.declarations.registry import TopicDeclaration
-from dagster_prefs.iceberg.duck import JOINING, duck_session, registered
+from dagster_prefs.engine.spreads import Spreads
+from dagster_prefs.iceberg.duck import JOINING, duck_session
 from dagster_prefs.training.labels import POINT, TIME, LabelsRefused
-from dagster_prefs.training.served_sql import CLOCK, KNOWN, PAIRS, PARTS, TILE_DAY, ServedFeatures, TileQuery
+from dagster_prefs.training.served_sql import (
+    CLOCK,
+    KNOWN,
+    PAIRS,
+    PARTS,
+    TILE_DAY,
+    ServedFeatures,
+    ServedMeaning,
+    TileQuery,
+)
 from dagster_prefs.training.windows import load_tiles, spread_part
 
-Meaning = Literal["served", "happened"]
 ARRIVED = "arrived_at"
 REFUSED = "refused"
 
-Spreads = Mapping[str, Sequence[tuple[datetime, int]]]
-"""Domain → the expiry spreads that were in force, each with the instant from which it was, ascending."""
 
-_ARROW_TYPES: Mapping[str, pa.DataType] = {
-    "text": pa.string(),
-    "int": pa.int32(),
-    "bigint": pa.int64(),
-    "boolean": pa.bool_(),
-    # Without a zone, because a conversion from instant to date would otherwise depend on the session's.
-    "timestamptz": pa.timestamp("us"),
-}
+class EventLoader(Protocol):
+    """Creates the table `name` of a topic's accepted events in a session.
+
+    It has at least `columns`, which are fields of the topic, and `arrived_at`: NULL if the arrival is not known. Events
+    that happened before `since` may be missing. Instants have a zone or are in UTC.
+    """
+
+    def __call__(
+        self,
+        session: duckdb.DuckDBPyConnection,
+        name: str,
+        columns: Sequence[str],
+        since: datetime | None,
+    ) -> None: ...
 
 
 @dataclass(frozen=True)
 class TopicEvents:
-    """The accepted typed events of a topic.
+    """The accepted typed events of a topic, as `load` brings them into a session.
 
-    `batches` takes names of columns and an instant, and yields all accepted events with these columns: fields of the
-    topic, and `arrived_at` (an instant, NULL if the arrival is not known). It may leave out events that happened before
-    the instant, if one is given. Every event that arrived up to `watermark` is among them; None sets no limit. Events
-    that arrived before `complete_from` may be missing; None if none is.
+    Every event that arrived up to `watermark` is among them; None sets no limit. Events that arrived before
+    `complete_from` may be missing; None if none is.
     """
 
-    batches: Callable[[Sequence[str], datetime | None], Iterable[pa.RecordBatch]]
+    load: EventLoader
     watermark: datetime | None = None
     complete_from: datetime | None = None
 
@@ -78,7 +89,7 @@ def served_values(
     rows: pa.Table,
     inputs: ServedInputs,
     *,
-    meaning: Meaning = "served",
+    meaning: ServedMeaning = "served",
     strict: bool = True,
 ) -> pa.Table:
     """Return what a read of each row's key at its time would have returned, in the order of the rows.
@@ -115,7 +126,7 @@ def create_served(
     features: ServedFeatures,
     inputs: ServedInputs,
     *,
-    meaning: Meaning,
+    meaning: ServedMeaning,
     strict: bool = True,
 ) -> None:
     """Create the tables `features` (as `ServedFeatures.sql` says) and `refused` (`point`, `reason`) of the points.
@@ -139,7 +150,7 @@ class _Work:
         session: duckdb.DuckDBPyConnection,
         features: ServedFeatures,
         inputs: ServedInputs,
-        meaning: Meaning,
+        meaning: ServedMeaning,
     ) -> None:
         self.session = session
         self.features = features
@@ -187,8 +198,6 @@ class _Work:
     def _load(self, topic: TopicDeclaration, fields: Sequence[str]) -> None:
         features = self.features
         columns = list(dict.fromkeys([*features.key_names, *fields, *([topic.time] if topic.time else [])]))
-        schema = pa.schema([pa.field(name, _arrow_type(topic, name)) for name in columns])
-        schema = schema.append(pa.field(ARRIVED, pa.timestamp("us")))
         since = self._first_moment(topic)
         conditions = [f"({self.keys}) in (select {self._row_of_keys()} from points)"]
         if topic.time:
@@ -198,12 +207,16 @@ class _Work:
             if since:
                 conditions.append(f"cast({topic.time} as date) >= date '{since.date().isoformat()}'")
         known = topic.time if self.meaning == "happened" and topic.time else ARRIVED
-        batches = self.inputs.events[topic.name].batches([*columns, ARRIVED], since)
-        with registered(self.session, "incoming", schema, _shaped(batches, schema)):
-            self.session.execute(
-                f"create table {topic.relation} as select {', '.join(columns)}, {known} as {KNOWN} "
-                f"from incoming where {' and '.join(conditions)}"
-            )
+        loaded = f"{topic.relation}_loaded"
+        self.inputs.events[topic.name].load(self.session, loaded, columns, since)
+        # Without a zone, because a conversion from instant to date would otherwise depend on the session's.
+        instants = [ARRIVED, *(name for name in columns if topic.by_name[name].type == "timestamptz")]
+        plain = ", ".join(f"make_timestamp(epoch_us({name})) as {name}" for name in instants)
+        self.session.execute(
+            f"create table {topic.relation} as select {', '.join(columns)}, {known} as {KNOWN} "
+            f"from (select * replace ({plain}) from {loaded}) where {' and '.join(conditions)}"
+        )
+        self.session.execute(f"drop table {loaded}")
 
     def _row_of_keys(self) -> str:
         return self.keys if len(self.features.keys) == 1 else f"({self.keys})"
@@ -347,20 +360,6 @@ class _Work:
             )
             self._statistics[place] = name
         return self._statistics[place]
-
-
-def _shaped(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    for batch in batches:
-        yield pa.RecordBatch.from_arrays(
-            [batch.column(one.name).cast(one.type) for one in schema], schema=schema
-        )
-
-
-def _arrow_type(topic: TopicDeclaration, name: str) -> pa.DataType:
-    found = topic.by_name[name]
-    if found.type == "decimal":
-        return pa.decimal128(28, found.scale or 0)
-    return _ARROW_TYPES[found.type]
 
 
 def _microseconds(moment: datetime) -> int:

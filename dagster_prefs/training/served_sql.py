@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 import sqlglot
 from pyiceberg.types import DecimalType, IcebergType, StringType, TimestamptzType
@@ -44,6 +45,9 @@ from dagster_prefs.training.windows import (
     tile_reads,
     utc_day,
 )
+
+# Whether an event counts from its arrival or from its own time.
+ServedMeaning = Literal["served", "happened"]
 
 # Columns that the SQL adds to the relations of a view.
 CLOCK, DAY_CLOCK, KNOWN, TILE_DAY = "prefs_clock", "prefs_day_clock", "prefs_known", "prefs_day"

@@ -8,6 +8,7 @@ from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
+import duckdb
 import pyarrow as pa
 import pytest
 from declared import COURSES
@@ -96,17 +97,19 @@ lessons = arriving(
 )
 
 
-def batches(rows: Sequence[Any], types: dict[str, pa.DataType]) -> Callable[..., Iterable[pa.RecordBatch]]:
-    """The rows as a topic's events, in batches of at most seven, shuffled by nothing but their order."""
+def events(rows: Sequence[Any], types: dict[str, pa.DataType], **limits: Any) -> TopicEvents:
+    """The rows as a topic's events."""
 
-    def read(columns: Sequence[str], since: datetime | None) -> Iterable[pa.RecordBatch]:
-        schema = pa.schema([(name, types[name]) for name in columns])
-        table = pa.Table.from_pylist(
-            [{name: getattr(row, name) for name in columns} for row in rows], schema=schema
-        )
-        return table.to_batches(max_chunksize=7)
+    def load(
+        session: duckdb.DuckDBPyConnection, name: str, columns: Sequence[str], since: datetime | None
+    ) -> None:
+        schema = pa.schema([(column, types[column]) for column in (*columns, "arrived_at")])
+        table = pa.Table.from_pylist([vars(row) for row in rows], schema=schema)
+        session.register("rows", table)
+        session.execute(f"create table {name} as from rows")
+        session.unregister("rows")
 
-    return read
+    return TopicEvents(load, **limits)
 
 
 INSTANT = pa.timestamp("us", tz="UTC")
@@ -192,8 +195,8 @@ def viewer_inputs(views: Sequence[View], reactions: Sequence[Interaction], **giv
     limits = {name: given.pop(name) for name in ("watermark", "complete_from") if name in given}
     return ServedInputs(
         {
-            "view_events": TopicEvents(batches(views, VIEW_TYPES), **limits),
-            "content_interactions": TopicEvents(batches(reactions, REACTION_TYPES), **limits),
+            "view_events": events(views, VIEW_TYPES, **limits),
+            "content_interactions": events(reactions, REACTION_TYPES, **limits),
         },
         **given,
     )
@@ -279,7 +282,7 @@ def test_a_domain_that_reads_events_and_a_text_key(
         for (learner, day), found in lesson.items()
     ]  # fmt: skip
     inputs = ServedInputs(
-        {"lesson_events": TopicEvents(batches(rows, LESSON_TYPES))},
+        {"lesson_events": events(rows, LESSON_TYPES)},
         {LESSONS.name: tile_rows(LESSONS, tile)} if with_tiles else {},
         spread_over(LEARNERS.domains, spread),
     )
@@ -437,7 +440,7 @@ def test_a_view_over_events_goes_by_the_labels_clock() -> None:
     moved = spread_of("7", 86_400)
     assert timedelta(hours=1) < moved, "the spread moves this learner's day"
     inputs = ServedInputs(
-        {"lesson_events": TopicEvents(batches(rows, {**LESSON_TYPES, "event_id": pa.string()}))},
+        {"lesson_events": events(rows, {**LESSON_TYPES, "event_id": pa.string()})},
         spreads=spread_over(features.domains, 86_400),
     )
     times = [
