@@ -142,6 +142,19 @@ def create_served(
     session.execute(f"create table features as {features.sql(parted=parted)}")
 
 
+def days_of_points(session: duckdb.DuckDBPyConnection, features: ServedFeatures) -> tuple[date, date]:
+    """Return the earliest day that any window of a point contains, and the latest day of a point."""
+    first, last = [], []
+    for domain in features.domains:
+        windows = [features.days_of(domain, topic) or 0 for topic in features.topics_of(domain)]
+        first.append(f"min({domain}_day) - {max(windows, default=0)}")
+        last.append(f"max({domain}_day)")
+    found: tuple[date, date] = session.execute(
+        f"select least({', '.join(first)}), greatest({', '.join(last)}) from points"
+    ).fetchall()[0]
+    return found
+
+
 class _Work:
     """The steps of one evaluation, in one session."""
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property
 from typing import Literal
 
@@ -25,6 +26,7 @@ from sqlglot.optimizer.scope import traverse_scope
 
 from dagster_prefs.declarations.contract import LAST_EVENT_AT, Domain
 from dagster_prefs.declarations.registry import Entity, Key, Registry, TopicDeclaration
+from dagster_prefs.engine.spreads import Spreads
 from dagster_prefs.iceberg.catalog import OfflineError
 from dagster_prefs.iceberg.tables import TileTable, tile_tables
 from dagster_prefs.training.windows import (
@@ -48,6 +50,15 @@ from dagster_prefs.training.windows import (
 
 # Whether an event counts from its arrival or from its own time.
 ServedMeaning = Literal["served", "happened"]
+
+
+@dataclass(frozen=True)
+class ServedOptions:
+    """How values as served are printed: their meaning, and the expiry spreads that were in force, by domain."""
+
+    meaning: ServedMeaning = "served"
+    spreads: Spreads = field(default_factory=dict)
+
 
 # Columns that the SQL adds to the relations of a view.
 CLOCK, DAY_CLOCK, KNOWN, TILE_DAY = "prefs_clock", "prefs_day_clock", "prefs_known", "prefs_day"
@@ -291,16 +302,15 @@ class ServedFeatures:
         columns: Sequence[str],
         *,
         namespace: str,
-        spreads: Mapping[str, Sequence[tuple[str, int]]],
-        happened: bool = False,
+        options: ServedOptions,
     ) -> str:
         """Return the values as served in another engine's SQL: all columns of the table `labels`, then all features.
 
         `labels` is `namespace.table` with `columns`, among them the entity's key and `label_time`, an instant. All
         values are computed from the typed events in `namespace`, of which the first delivery of each identity counts.
-        `spreads` has the instants (SQL text, ascending) from which an expiry spread of so many seconds was in force, by
-        domain. Raises ViewNotPortable for a spread of a text key, whose hash the engines do not share.
+        Raises ViewNotPortable for a spread of a text key, whose hash the engines do not share.
         """
+        spreads, happened = options.spreads, options.meaning == "happened"
         source = exp.to_table(labels).as_("l")
         numbered = exp.select(
             "l.*", exp.alias_(point_of(self.key_names, exp.column("label_time", "l")), "point")
@@ -354,7 +364,7 @@ class ServedFeatures:
         )
         return exp.select(*columns, KNOWN).from_(deliveries.subquery("deliveries")).where("delivery = 1")
 
-    def _moved(self, moment: exp.Expr, spreads: Sequence[tuple[str, int]], domain: str) -> exp.Expr:
+    def _moved(self, moment: exp.Expr, spreads: Sequence[tuple[datetime, int]], domain: str) -> exp.Expr:
         if self.key.type != "bigint":
             raise ViewNotPortable(
                 f"{domain} was deployed with an expiry spread, which is a hash of {self.key.name} that other engines "
@@ -370,7 +380,7 @@ class ServedFeatures:
         seconds = exp.Case(default=part(first[1]))
         for since, found in reversed(later):
             condition = exp.GTE(
-                this=moment.copy(), expression=exp.cast(exp.Literal.string(since), "timestamptz")
+                this=moment.copy(), expression=exp.cast(exp.Literal.string(since.isoformat()), "timestamptz")
             )
             seconds = seconds.when(condition, part(found))
         if not later:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
 from functools import cached_property
-from typing import Literal
+from typing import Literal, Protocol
 
 import duckdb
 import pyarrow as pa
@@ -71,6 +71,25 @@ def feature_of(domain: str, name: str, attribute: Attribute) -> Feature:
         )
     empty = "null" if attribute.nullable else "[]" if attribute.type.startswith("list") else "0"
     return Feature(name, domain, _TYPES[attribute.type], f"cast({empty} as {_TYPES[attribute.type]})")
+
+
+class FeatureSet(Protocol):
+    """The values of one entity, whatever they promise."""
+
+    @property
+    def entity(self) -> Entity: ...
+
+    @property
+    def key(self) -> Key: ...
+
+    @property
+    def keys(self) -> tuple[Key, ...]: ...
+
+    @property
+    def key_names(self) -> tuple[str, ...]: ...
+
+    @property
+    def values(self) -> tuple[Feature, ...]: ...
 
 
 @dataclass(frozen=True)

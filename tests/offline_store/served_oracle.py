@@ -27,6 +27,7 @@ class View:
     genre: str | None = "drama"
     watch_duration_sec: int | None = 60
     completion_pct: Decimal | None = None
+    event_id: str = "e"
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Interaction:
     event_ts: datetime
     arrived_at: datetime | None
     event_type: str = "like"
+    event_id: str = "e"
 
 
 @dataclass(frozen=True)
