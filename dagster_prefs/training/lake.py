@@ -15,17 +15,26 @@ from pyiceberg.table.snapshots import Snapshot
 
 from dagster_prefs.engine.spreads import Spreads
 from dagster_prefs.iceberg.catalog import OfflineError, translated
-from dagster_prefs.iceberg.event_reader import Selection, complete_until_of, load_accepted
-from dagster_prefs.iceberg.event_tables import EventTable, event_tables
+from dagster_prefs.iceberg.event_reader import (
+    Selection,
+    complete_from_of,
+    complete_until_of,
+    load_accepted,
+)
+from dagster_prefs.iceberg.event_tables import ARRIVED, SENT, EventTable, event_tables
 from dagster_prefs.iceberg.export import DEFAULT_NAMESPACE
 from dagster_prefs.iceberg.files import read_rows, tile_files
 from dagster_prefs.iceberg.tables import TileTable
-from dagster_prefs.training.served import ServedInputs, TopicEvents
+from dagster_prefs.training.served import ARRIVAL_KNOWN, ServedInputs, TopicEvents
 from dagster_prefs.training.served_sql import ServedFeatures
 
 # How much earlier than an event's time its arrival may be, beyond the tolerance of the typed events: a broker's clock
 # may be ahead of the engine's.
 _CLOCKS = timedelta(days=1)
+
+
+# How long after it happened an event without a broker's timestamp counts as history.
+HISTORY_AFTER = timedelta(days=1)
 
 
 class SnapshotExpired(OfflineError):
@@ -41,11 +50,13 @@ class Pins:
     """The state of the lake from which a training set is made.
 
     The snapshot of each table by its name, None for a table without any; and for values as served the instant up to
-    which each topic's events are complete.
+    which each topic's events are complete, and that from which they are, for the topics of which retention has removed
+    events.
     """
 
     snapshots: Mapping[str, int | None]
     watermarks: Mapping[str, datetime] = field(default_factory=dict)
+    complete_from: Mapping[str, datetime] = field(default_factory=dict)
 
 
 def pin_served(
@@ -58,16 +69,19 @@ def pin_served(
     """
     tables: dict[str, Table] = {}
     watermarks: dict[str, datetime] = {}
+    complete_from: dict[str, datetime] = {}
     for topic, spec in _events_of(features).items():
         with translated(f"the table {namespace}.{spec.name}"):
             table = catalog.load_table(spec.identifier(namespace))
-            until = complete_until_of(table)
+            until, start = complete_until_of(table), complete_from_of(table)
         if until is None:
             raise EventsIncomplete(
                 f"{namespace}.{spec.name} does not say up to when it holds the events of {topic}, because it was "
                 "never exported or was rolled back: run `prefs export`"
             )
         tables[spec.name], watermarks[topic] = table, until
+        if start is not None:
+            complete_from[topic] = start
     for tile in features.tiles:
         with translated(f"the table {namespace}.{tile.spec.name}"):
             try:
@@ -78,7 +92,7 @@ def pin_served(
         name: current.snapshot_id if (current := table.current_snapshot()) else None
         for name, table in tables.items()
     }
-    return tables, Pins(snapshots, watermarks)
+    return tables, Pins(snapshots, watermarks, complete_from)
 
 
 def lake_inputs(
@@ -98,7 +112,9 @@ def lake_inputs(
         with translated(f"the table {namespace}.{spec.name}"):
             pinned_snapshot(catalog.load_table(spec.identifier(namespace)), pins.snapshots[spec.name])
         loader = _Events(catalog, spec, namespace, pins.snapshots[spec.name], features)
-        events[topic] = TopicEvents(loader, watermark=pins.watermarks[topic])
+        events[topic] = TopicEvents(
+            loader, watermark=pins.watermarks[topic], complete_from=pins.complete_from.get(topic)
+        )
     tiles = {
         tile.spec.name: _Tiles(catalog, tile.spec, namespace, pins.snapshots[tile.spec.name])
         for tile in features.tiles
@@ -132,11 +148,19 @@ class _Events:
         tolerance = timedelta(hours=float(self.features.registry.variables.get("future_tolerance_hours", 24)))
         selection = Selection(
             namespace=self.namespace,
-            columns=columns,
+            columns=[*columns, SENT],
             arrived_from=None if since is None else since - tolerance - _CLOCKS,
             snapshot_id=self.snapshot_id,
         )
         load_accepted(session, name, self.catalog, self.spec, selection)
+        session.execute(f"alter table {name} add column {ARRIVAL_KNOWN} boolean default true")
+        if time := self.spec.topic.time:
+            # A broker's timestamp shows that an event was on its way. Without one, and long after it happened, it was
+            # read from history, and `arrived_at` is when that was read.
+            session.execute(
+                f"update {name} set {ARRIVAL_KNOWN} = false where {SENT} is null and "
+                f"{ARRIVED} > {time} + interval '{HISTORY_AFTER.days} days'"
+            )
 
 
 @dataclass(frozen=True)

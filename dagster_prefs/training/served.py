@@ -34,15 +34,16 @@ from dagster_prefs.training.served_sql import (
 )
 from dagster_prefs.training.windows import load_tiles, spread_part
 
-ARRIVED = "arrived_at"
+ARRIVED, ARRIVAL_KNOWN = "arrived_at", "arrival_known"
 REFUSED = "refused"
 
 
 class EventLoader(Protocol):
     """Creates the table `name` of a topic's accepted events in a session.
 
-    It has at least `columns`, which are fields of the topic, and `arrived_at`: NULL if the arrival is not known. Events
-    that happened before `since` may be missing. Instants have a zone or are in UTC.
+    It has at least `columns`, which are fields of the topic, `arrived_at`, and the boolean `arrival_known`: false if
+    the event may have arrived earlier than `arrived_at`, or at any time if that is NULL. Events that happened before
+    `since` may be missing. Instants have a zone or are in UTC.
     """
 
     def __call__(
@@ -226,7 +227,7 @@ class _Work:
         instants = [ARRIVED, *(name for name in columns if topic.by_name[name].type == "timestamptz")]
         plain = ", ".join(f"make_timestamp(epoch_us({name})) as {name}" for name in instants)
         self.session.execute(
-            f"create table {topic.relation} as select {', '.join(columns)}, {known} as {KNOWN} "
+            f"create table {topic.relation} as select {', '.join(columns)}, {known} as {KNOWN}, {ARRIVAL_KNOWN} "
             f"from (select * replace ({plain}) from {loaded}) where {' and '.join(conditions)}"
         )
         self.session.execute(f"drop table {loaded}")
@@ -297,12 +298,13 @@ class _Work:
             for name in features.topics_of(domain):
                 topic = features.registry.topic(name)
                 unknown = self.session.execute(
-                    f"select 1 from {topic.relation} where {KNOWN} is null limit 1"
+                    f"select 1 from {topic.relation} where not {ARRIVAL_KNOWN} limit 1"
                 )
                 if not unknown.fetchall():
                     continue
                 same = " and ".join(f"e.{key} = p.{key}" for key in features.key_names)
-                conditions = [same, f"e.{KNOWN} is null"]
+                # From its arrival at the latest on the event counts, whenever it was.
+                conditions = [same, f"not e.{ARRIVAL_KNOWN}", f"(e.{KNOWN} is null or e.{KNOWN} > p.{CLOCK})"]
                 days = features.days_of(domain, name)
                 if topic.time:
                     conditions.append(f"e.{topic.time} <= p.{CLOCK} + {_interval(self.tolerance)}")

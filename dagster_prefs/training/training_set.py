@@ -254,6 +254,7 @@ def _served_content(join: LabelJoin, pins: Pins) -> dict[str, Any]:
         return {}
     return {
         "watermarks": {topic: until.isoformat() for topic, until in pins.watermarks.items()},
+        "complete_from": {topic: start.isoformat() for topic, start in pins.complete_from.items()},
         "spreads": {
             domain: [[since.isoformat(), seconds] for since, seconds in found]
             for domain, found in join.spreads.items()
@@ -319,6 +320,7 @@ def reproduce_training_set(
     pins = Pins(
         known["snapshots"],
         {topic: datetime.fromisoformat(until) for topic, until in known.get("watermarks", {}).items()},
+        {topic: datetime.fromisoformat(start) for topic, start in known.get("complete_from", {}).items()},
     )
     expect = known["labels"]["fingerprint"], known["output"]["fingerprint"]
     made = _build(catalog, join, str(output), pins, expect=expect)

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
-from dagster_prefs.iceberg.event_tables import COMPLETE_SNAPSHOT, COMPLETE_UNTIL, event_tables
 from pyiceberg.catalog import Catalog
 
 from dagster_prefs.declarations.registry import Registry
+from dagster_prefs.iceberg.event_tables import COMPLETE_SNAPSHOT, COMPLETE_UNTIL, event_tables
 from dagster_prefs.iceberg.tables import arrow_schema, ensure_layout
 
 
 def put_events(
-    catalog: Catalog, registry: Registry, topic: str, rows: Sequence[Any], *, until: datetime | None = None
+    catalog: Catalog,
+    registry: Registry,
+    topic: str,
+    rows: Sequence[Any],
+    *,
+    until: datetime | None = None,
+    by_broker: bool = True,
 ) -> None:
     """Append deliveries to a topic's table, which is then complete until an instant.
 
-    A row has the topic's fields and `arrived_at`; its offset is its position among the rows.
+    A row has the topic's fields and `arrived_at`; its offset is its position among the rows. Without `by_broker` they
+    were read from a file.
     """
     spec = event_tables(registry)[topic].typed
     table = ensure_layout(catalog, "training", spec.layout)
@@ -31,6 +39,7 @@ def put_events(
                 "source": "test",
                 "source_partition": 0,
                 "source_offset": offset,
+                "kafka_timestamp": row.arrived_at if by_broker else None,
             }
             for offset, row in enumerate(rows)
         ]
@@ -48,6 +57,4 @@ def put_events(
 
 def with_ids(rows: Iterable[Any]) -> list[Any]:
     """The rows, each with an identity of its own."""
-    from dataclasses import replace
-
     return [replace(row, event_id=f"e{number}") for number, row in enumerate(rows)]

@@ -106,7 +106,7 @@ def events(rows: Sequence[Any], types: dict[str, pa.DataType], **limits: Any) ->
         schema = pa.schema([(column, types[column]) for column in (*columns, "arrived_at")])
         table = pa.Table.from_pylist([vars(row) for row in rows], schema=schema)
         session.register("rows", table)
-        session.execute(f"create table {name} as from rows")
+        session.execute(f"create table {name} as select *, arrived_at is not null as arrival_known from rows")
         session.unregister("rows")
 
     return TopicEvents(load, **limits)

@@ -18,6 +18,7 @@ from shipped import LONG, WATCH, tile_row, with_computed_attributes
 
 from dagster_prefs.cli import cli
 from dagster_prefs.iceberg.catalog import TableMissing
+from dagster_prefs.iceberg.event_tables import COMPLETE_FROM
 from dagster_prefs.iceberg.tables import arrow_schema, ensure_table
 from dagster_prefs.training.labels import LabelsRefused
 from dagster_prefs.training.lake import EventsIncomplete, SnapshotExpired
@@ -118,7 +119,7 @@ def test_a_set_as_served_is_built_and_reproduced(catalog: Catalog, tmp_path: Pat
     assert values(again.output) == due()
     changed = build_training_set(catalog, join_of(labels), tmp_path / "changed.parquet")
     assert changed.content_hash != made.content_hash
-    # As happened, the same events count from their own time.
+    # An expired snapshot is named.
     events = catalog.load_table("training.view_events")
     events.manage_snapshots().remove_tag("model-7").commit()
     events.maintenance.expire_snapshots().by_ids([known["snapshots"]["view_events"]]).commit()
@@ -156,6 +157,32 @@ def test_what_cannot_be_built_as_served_is_refused(catalog: Catalog, tmp_path: P
     with pytest.raises(LabelsRefused, match="--as-known contradicts --as happened"):
         join_of(labels, as_known=True, meaning="happened")
     assert not list(tmp_path.glob("set*"))
+
+
+def test_history_refuses_the_labels_before_it_was_read(catalog: Catalog, tmp_path: Path) -> None:
+    """Without a broker's timestamp, an event that arrived days after it happened may have arrived earlier."""
+    history = View(1, MIDNIGHT - 3 * HOUR, MIDNIGHT + timedelta(days=9), event_id="old")
+    put_events(catalog, REGISTRY, "view_events", [history], until=NOW, by_broker=False)
+    put_events(catalog, REGISTRY, "content_interactions", [], until=NOW)
+    times = [MIDNIGHT - timedelta(days=3), MIDNIGHT, MIDNIGHT + timedelta(days=9)]
+    labels = write_labels(tmp_path, [(1, at) for at in times])
+    with pytest.raises(
+        LabelsRefused, match=r"1 of 3 labels cannot have a value as served, the first in row 2: .*history"
+    ):
+        build_training_set(catalog, join_of(labels), tmp_path / "set.parquet")
+    labels = write_labels(tmp_path, [(1, times[0]), (1, times[2])])
+    made = build_training_set(catalog, join_of(labels), tmp_path / "set.parquet")
+    assert [row[f"watch_minutes_{LONG}d"] for row in values(made.output)] == [0, 1]
+    # What retention removed, it says, and the manifest too.
+    table = catalog.load_table("training.view_events")
+    with table.transaction() as change:
+        change.set_properties({COMPLETE_FROM: DAY.isoformat()})
+    with pytest.raises(
+        LabelsRefused, match=r"2 of 2 labels .* no longer holds what arrived in view_events before 2026"
+    ):
+        build_training_set(catalog, join_of(labels), tmp_path / "gone.parquet")
+    again = reproduce_training_set(catalog, made.manifest, tmp_path / "again.parquet", registry=REGISTRY)
+    assert again.content_hash == made.content_hash
 
 
 @pytest.mark.parametrize("dialect", ["trino", "spark", "athena"])
