@@ -23,13 +23,13 @@ from pyiceberg.io.pyarrow import PyArrowFileIO
 from pyiceberg.serializers import Compressor
 from pyiceberg.table import Table
 
+from dagster_prefs.iceberg import FILE_BYTES
 from dagster_prefs.iceberg.catalog import translated
 from dagster_prefs.iceberg.export import DEFAULT_NAMESPACE, ExportConflict, foreign_of
 from dagster_prefs.iceberg.files import LiveFile, only_token, parts_of, read_rows, tile_files
 from dagster_prefs.iceberg.publish import (
     ATTEMPTS,
     BRANCH_PREFIX,
-    FILE_BYTES,
     DayChange,
     DayFiles,
     publish_day,

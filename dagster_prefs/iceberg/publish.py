@@ -21,6 +21,7 @@ from pyiceberg.partitioning import PartitionFieldValue, PartitionKey
 from pyiceberg.table import Table
 from pyiceberg.table.snapshots import Snapshot, ancestors_of
 
+from dagster_prefs.iceberg import FILE_BYTES
 from dagster_prefs.iceberg.audit import AuditFailed, Staged, StagedDay, audit_days
 from dagster_prefs.iceberg.catalog import CatalogUnavailable
 from dagster_prefs.iceberg.files import check_writable, file_name, parts_of, tile_files
@@ -29,7 +30,6 @@ from dagster_prefs.iceberg.tables import PARQUET, TileTable, arrow_schema
 # A reader decodes one row group at a time, and DuckDB returns this many rows at a time; an object store
 # serves one file at a time.
 ROWS_PER_GROUP = 122_880
-FILE_BYTES = 256 * 1024 * 1024
 
 # Number of attempts at a commit that conflicts with other writers' commits.
 ATTEMPTS = 8

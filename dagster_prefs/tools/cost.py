@@ -21,7 +21,7 @@ from sqlglot import exp
 from dagster_prefs.declarations.contract import LAST_EVENT_AT, Attribute, Contract, Domain
 from dagster_prefs.declarations.registry import Entity, Registry, TileDeclaration
 from dagster_prefs.errors import PrefsError
-from dagster_prefs.iceberg.publish import FILE_BYTES
+from dagster_prefs.iceberg import FILE_BYTES
 from dagster_prefs.training.windows import Features, relations_read
 
 DAY_SECONDS = 86_400

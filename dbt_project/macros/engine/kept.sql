@@ -99,7 +99,9 @@
   create or replace function {{ target.schema }}.prefs_mark_readers(name text) returns void
     language sql as $$
       insert into {{ target.schema }}.live_pending (relation)
+      -- In one order, because two views that are rebuilt at once may have the same readers.
       select distinct readers.relation from {{ target.schema }}.prefs_readers(format('%I.%I', '{{ target.schema }}', name)::regclass) as readers
+      order by relation
       on conflict (relation) do update set since = clock_timestamp()
     $$;
   create or replace function {{ target.schema }}.prefs_changed(name text) returns void
