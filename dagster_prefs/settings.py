@@ -25,6 +25,7 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from dagster_prefs.access import Entrance, Tokens
 from dagster_prefs.addresses import is_loopback
 from dagster_prefs.declarations.registry import (
     PROJECT_FOLDER,
@@ -34,6 +35,7 @@ from dagster_prefs.declarations.registry import (
     load_registry,
     project_home,
 )
+from dagster_prefs.environment import CONSUMER_GROUP, Environment, EnvironmentNameError
 from dagster_prefs.errors import PrefsError
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
@@ -61,6 +63,9 @@ _NAMES = {
     "iceberg_namespace": (r"[A-Za-z0-9_]{1,255}", "an Iceberg namespace: letters, digits and `_`"),
 }
 
+# Former names of settings, which would otherwise be ignored or taken for a misspelling.
+_RENAMED = {"PREFS_CONSOLE_TOKENS": "PREFS_TOKENS, with hashes as `prefs token` prints them"}
+
 # The prefix of variables that name topics in Kafka; the topic's own name follows in capitals
 # (`kafka_variable`).
 KAFKA_TOPIC = "PREFS_KAFKA_TOPIC_"
@@ -78,6 +83,15 @@ def _kafka_name(given: str) -> str:
             f"{given[:100]!r} is not a Kafka topic: letters, digits, `.`, `_` and `-`, at most 249"
         )
     return given
+
+
+def _parts(named: Environment) -> dict[str, str]:
+    """Return the settings that an environment's name gives."""
+    return {
+        "engine_schema": named.schema,
+        "table_prefix": named.table_prefix,
+        "iceberg_namespace": named.namespace,
+    }
 
 
 def _kafka_names() -> dict[str, str]:
@@ -121,6 +135,12 @@ class Settings(BaseSettings):
         env_ignore_empty=True,
     )
 
+    environment: str | None = Field(
+        None,
+        description="Environment, e.g. dev_anna, pr_123, staging or production: names the schema, DynamoDB tables, "
+        "Iceberg namespace, Kafka consumer group and local state, so that several share one engine, Kafka and AWS "
+        "account. Empty means none; settings that name one of these differently are refused.",
+    )
     engine: Literal["local", "risingwave"] = Field(
         "local", description="Streaming engine: `local` (embedded PostgreSQL) or `risingwave`."
     )
@@ -167,10 +187,23 @@ class Settings(BaseSettings):
         description="Host names of the Dagster UI and the console in addition to loopback's, with a port unless it is "
         "80 or 443, separated by commas; requests with another Host are refused.",
     )
-    console_tokens: SecretStr | None = Field(
+    tokens: SecretStr | None = Field(
         None,
-        description="Tokens of the console, name:scope+scope:secret separated by commas, needed off loopback; scopes "
-        "are domains, shop, inspect and send. Instead of a secret, sha256: and its hash in hex.",
+        description="Tokens of the feature server and the console, needed off loopback: name:scope+scope:sha256:hash, "
+        "separated by commas, as `prefs token` prints them; scopes are domains, shop, inspect and send.",
+    )
+    tokens_file: Path | None = Field(
+        None,
+        description="File with further tokens, one a line; it is read again when it changes, so that tokens are "
+        "rotated without a restart.",
+    )
+    tls_certificate: Path | None = Field(
+        None,
+        description="File with the certificate chain (PEM) of the feature server and the console, which then serve "
+        "HTTPS; needs PREFS_TLS_KEY.",
+    )
+    tls_key: Path | None = Field(
+        None, description="File with the private key of that certificate (PEM, without a passphrase)."
     )
     console_send: Literal["auto", "on", "off"] = Field(
         "auto",
@@ -277,8 +310,9 @@ class Settings(BaseSettings):
         None,
         ge=3600,
         lt=2**32,
-        description="Age at which RisingWave deletes raw messages; views keep what they counted, but can then not be "
-        "rebuilt from the start. Empty keeps all.",
+        description="Age at which raw messages leave the engine: RisingWave deletes them by itself, the embedded "
+        "engine those that `prefs export events` has exported. Views keep what they counted; "
+        "`prefs rebuild --from-lake` rebuilds them. Empty keeps all.",
     )
 
     kafka_topic_names: Annotated[dict[str, Annotated[str, AfterValidator(_kafka_name)]], NoDecode] = Field(
@@ -349,6 +383,16 @@ class Settings(BaseSettings):
         description="First UTC day that is exported to Iceberg; older tiles stay in the engine only.",
     )
 
+    events_export_seconds: int = Field(
+        3600,
+        ge=60,
+        description="Seconds between exports of raw messages and typed events to Iceberg (Dagster).",
+    )
+    events_kept_days: int | None = Field(
+        None,
+        ge=1,
+        description="Days of arrival that the Iceberg tables of messages and events keep; empty keeps all.",
+    )
     snapshots_kept_days: int = Field(
         30,
         ge=1,
@@ -394,7 +438,7 @@ class Settings(BaseSettings):
             raise ValueError(_BLANK)
         return value
 
-    @field_validator("project_dir", "data_dir", "training_dir")
+    @field_validator("project_dir", "data_dir", "training_dir", "tokens_file", "tls_certificate", "tls_key")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
         return value and value.expanduser().absolute()
@@ -406,6 +450,13 @@ class Settings(BaseSettings):
             named = str(info.field_name).startswith(ending) or str(info.field_name).endswith(ending)
             if named and isinstance(value, str) and not re.fullmatch(pattern, value):
                 raise ValueError(f"{value[:100]!r} is not {rule}")
+        return value
+
+    @field_validator("environment")
+    @classmethod
+    def _an_environment(cls, value: str | None) -> str | None:
+        if value is not None:
+            Environment(value)
         return value
 
     @field_validator("ui_hosts", mode="before")
@@ -420,6 +471,21 @@ class Settings(BaseSettings):
             if not re.fullmatch(r"[A-Za-z0-9.-]+(:[0-9]{1,5})?", name):
                 raise ValueError(f"{name!r} is no host name: write e.g. dagster.example.com,localhost:3000")
         return tuple(name.lower() for name in value)
+
+    @model_validator(mode="after")
+    def _named_by_environment(self) -> Self:
+        if self.environment is None:
+            return self
+        named = Environment(self.environment)
+        for field, name in _parts(named).items():
+            given = getattr(self, field)
+            if field in self.model_fields_set and given != name:
+                raise ValueError(
+                    f"{PREFIX}{field.upper()}={given} contradicts PREFS_ENVIRONMENT={named.name}, which gives {name}: "
+                    "unset one of the two"
+                )
+            setattr(self, field, name)
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -463,6 +529,8 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"PREFS_CONSOLE_SEND=on is refused in production, and this is production because {why}: unset it"
             )
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("PREFS_TLS_CERTIFICATE and PREFS_TLS_KEY need each other: set both, or neither")
         self._check_kafka()
         if self.aws_endpoint is None:
             self._check_region()
@@ -572,6 +640,30 @@ class Settings(BaseSettings):
             )
 
     @property
+    def named(self) -> Environment | None:
+        """The environment with the names of its parts, None without PREFS_ENVIRONMENT."""
+        return None if self.environment is None else Environment(self.environment)
+
+    @property
+    def consumer_group(self) -> str:
+        """The Kafka consumer group of the platform's readers."""
+        return self.named.consumer_group if self.named else CONSUMER_GROUP
+
+    @property
+    def dagster_tags(self) -> dict[str, str]:
+        """The tags of the environment's assets, jobs and runs in Dagster; empty without PREFS_ENVIRONMENT."""
+        return self.named.dagster_tags if self.named else {}
+
+    @property
+    def state_dir(self) -> Path:
+        """The folder of the state that is one environment's: dbt's artifacts, what was seen, and Dagster's home.
+
+        It is the data folder without an environment. The embedded services and the Iceberg files, which several
+        environments share, are always in the data folder itself.
+        """
+        return self.data_dir / "environments" / self.environment if self.environment else self.data_dir
+
+    @property
     def home(self) -> Path:
         """The folder that holds what belongs to the project beside its models."""
         return find_home(self.project_dir)
@@ -594,6 +686,19 @@ class Settings(BaseSettings):
         again = self.model_copy()
         again.__dict__.pop("_registry", None)
         return again
+
+    def of_environment(self, name: str) -> Settings:
+        """Return the same settings for another environment. Raises SettingsError if it cannot be one."""
+        try:
+            named = Environment(name)
+        except EnvironmentNameError as error:
+            raise SettingsError(str(error)) from None
+        return self.model_copy(update={"environment": named.name, **_parts(named)})
+
+    def entrance(self) -> Entrance:
+        """Return how the feature server and the console let clients in. Raises AccessError for malformed tokens."""
+        text = self.tokens.get_secret_value() if self.tokens else ""
+        return Entrance(Tokens(text, self.tokens_file), self.tls_certificate, self.tls_key)
 
     @property
     def secrets(self) -> list[str]:
@@ -641,7 +746,7 @@ class Settings(BaseSettings):
     @property
     def training_folder(self) -> Path:
         """The folder to which runs started in Dagster may write training sets."""
-        return self.training_dir or self.data_dir / "training-sets"
+        return self.training_dir or self.state_dir / "training-sets"
 
     @property
     def kafka_topics(self) -> dict[str, str]:
@@ -687,6 +792,8 @@ class Settings(BaseSettings):
     @property
     def production(self) -> str | None:
         """Why these settings are of a production, where nothing sends events to look at; None if they are not."""
+        if self.named and self.named.is_production:
+            return f"PREFS_ENVIRONMENT is {self.environment}"
         if self.aws_endpoint is None:
             return "DynamoDB is AWS's own (AWS_ENDPOINT_URL is not set)"
         return "PREFS_PROVISIONING is verify" if self.provisioning == "verify" else None
@@ -732,6 +839,8 @@ def load_settings(env_file: Path | None = None) -> Settings:
     suite = {ENV_FILE, "PREFS_RISINGWAVE_URL", "PREFS_BENCH_SCALE"}
     for name in sorted(os.environ):
         listed = name in known or name in suite or name.startswith(KAFKA_TOPIC)
+        if name in _RENAMED and os.environ[name]:
+            raise SettingsError(f"{name} is now {_RENAMED[name]}: rename it")
         if name.startswith(PREFIX) and not listed:
             raise _unknown_setting(name, known, "remove it; .env.example lists every setting")
     try:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dagster_prefs.cli.root import cli, console, print_json, start_logging, table_of
+from dagster_prefs.declarations.masking import masked_row
 from dagster_prefs.declarations.registry import Entity
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError, excerpt
@@ -62,17 +63,23 @@ def id_of(entity: Entity, *given: str) -> Id:
 @ENTITY
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def profile(id_: tuple[str, ...], entity: str | None, as_json: bool) -> None:
-    """Read the items of one id from DynamoDB, as a service would.
+    """Read the items of one id from DynamoDB, as a service would; personal values are masked.
 
     A composite key has one word per column.
     """
     settings = load_settings()
     with profile_client(settings, entity) as client:
         found = client.get(id_of(client.entity, *id_))
+        registry = client.registry
+    told = found.as_dict()
+    for name, read in told["domains"].items():
+        if read["attributes"] is not None:
+            relation = registry.contract.domain(name).relation
+            read["attributes"] = masked_row(registry, relation, read["attributes"])
     if as_json:
-        print_json(found.as_dict())
+        print_json(told)
     else:
-        for name, read in found.as_dict()["domains"].items():
+        for name, read in told["domains"].items():
             if read["attributes"] is not None:
                 unknown = (
                     " (no item; these are the cold-start values)" if read["state"] == "cold_start" else ""
@@ -177,7 +184,7 @@ def serve(
 ) -> None:
     """Serve profiles and rankings over HTTP.
 
-    Until Ctrl-C or SIGTERM.
+    Until Ctrl-C or SIGTERM. Off loopback it needs a token (`prefs token`).
     """
     from dagster_prefs.serving import AsyncProfileClient, ClientOptions, ShopClient
     from dagster_prefs.serving.connections import ConnectionLimits
@@ -228,6 +235,7 @@ def serve(
         port=port,
         limits=ConnectionLimits(request_seconds, max_connections, settings.local_users == "own"),
         drain_seconds=drain_seconds,
+        entrance=settings.entrance(),
         started=lambda url: console.print(f"serving at {url}; Ctrl-C stops"),
     )
 

@@ -9,6 +9,7 @@ from dagster_prefs.defs import (
     events,
     feature_views,
     freshness,
+    lake,
     offline_store,
     online_store,
     retention,
@@ -25,11 +26,12 @@ def build_definitions(settings: Settings) -> dg.Definitions:
     """
     platform = Platform(settings)
     webhook = settings.alert_webhook.get_secret_value() if settings.alert_webhook else None
-    return dg.Definitions.merge(
+    merged = dg.Definitions.merge(
         feature_views.build(platform),
         deployment.build(platform),
         online_store.build(platform),
         offline_store.build(platform),
+        lake.build(platform),
         events.build(platform),
         freshness.build(platform, webhook),
         values.build(platform, webhook),
@@ -37,3 +39,6 @@ def build_definitions(settings: Settings) -> dg.Definitions:
         # One process a run: the steps are short and share dbt, so a process each would only add start-up time.
         dg.Definitions(executor=dg.in_process_executor),
     )
+    if not (tags := settings.dagster_tags):
+        return merged
+    return merged.map_asset_specs(func=lambda spec: spec.merge_attributes(tags=tags))

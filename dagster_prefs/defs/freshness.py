@@ -82,7 +82,7 @@ def build(platform: Platform, alert_webhook: str | None = None) -> dg.Definition
         "offline": lambda now, _: sources.offline(now),
         # The canary is measured by its sensor and the follower; a run only judges their stored ticks.
         "canary": lambda now, instance: last_probe(
-            instance, sources.registry, now=now, followed=prober_ticks(platform.settings.data_dir)
+            instance, sources.registry, now=now, followed=prober_ticks(platform.settings.state_dir)
         ),
     }
     if platform.settings.kafka_bootstrap is not None:
@@ -107,7 +107,7 @@ def build(platform: Platform, alert_webhook: str | None = None) -> dg.Definition
         description="Reports each change of a level once. Starts no run.",
     )
     def freshness_watch(context: dg.SensorEvaluationContext) -> dg.SensorResult:
-        followed = prober_ticks(platform.settings.data_dir)
+        followed = prober_ticks(platform.settings.state_dir)
         probed = last_probe(context.instance, sources.registry, now=datetime.now(UTC), followed=followed)
         status = evaluate(sources, now=lambda: datetime.now(UTC), extra=probed)
         # The engine has a sensor of its own, which runs more often.
@@ -138,7 +138,7 @@ def build(platform: Platform, alert_webhook: str | None = None) -> dg.Definition
         description="Times a synthetic event from its topic to the reader. Starts no run.",
     )
     def canary(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
-        if any(not tick.is_late(datetime.now(UTC)) for tick in prober_ticks(platform.settings.data_dir)):
+        if any(not tick.is_late(datetime.now(UTC)) for tick in prober_ticks(platform.settings.state_dir)):
             return dg.SkipReason("the follower of the embedded engine sends the canary")
         state, measures = _probe(platform, CanaryState.loads(context.cursor))
         return dg.SensorResult(

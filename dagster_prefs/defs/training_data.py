@@ -7,6 +7,7 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
+from dagster_prefs.declarations.masking import masked_row
 from dagster_prefs.defs.resources import schedule_status
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.files import make_private_folder
@@ -266,12 +267,19 @@ def _sentence(features: Features, domain: str, examples: list[Difference], repor
         return f"every served value of {report.subjects} ids of {entity} equals that of the training tables{rest}"
     first = examples[0] if examples else None
     worst = (
-        f"; the worst is {first.attribute} of {entity} {id_label(first.subject)}: {first.served} is served, "
-        f"{first.due} is expected"
+        f"; the worst is {first.attribute} of {entity} {id_label(first.subject)}: "
+        f"{_shown(features, first, first.served)} is served, {_shown(features, first, first.due)} is expected"
         if first
         else ""
     )
     return f"{', '.join(wrong)}{worst}{rest}"
+
+
+def _shown(features: Features, found: Difference, value: Any) -> str:
+    """Return a value for people, masked if it is personal."""
+    registry = features.registry
+    relation = registry.contract.domain(found.domain).relation
+    return str(masked_row(registry, relation, {found.attribute: value})[found.attribute])
 
 
 def _table(features: Features, examples: list[Difference]) -> dg.TableMetadataValue:
@@ -282,8 +290,8 @@ def _table(features: Features, examples: list[Difference]) -> dg.TableMetadataVa
                 {
                     **dict(zip(features.key_names, id_parts(one.subject), strict=True)),
                     "attribute": one.attribute,
-                    "served": str(one.served),
-                    "due": str(one.due),
+                    "served": _shown(features, one, one.served),
+                    "due": _shown(features, one, one.due),
                 }
             )
             for one in examples

@@ -29,6 +29,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
+from dagster_prefs.access import Entrance
 from dagster_prefs.declarations.reserved import PREFIX, canary_id, spare_of
 from dagster_prefs.dynamodb.reader import BATCH_FROM
 from dagster_prefs.dynamodb.transport import ReadError
@@ -210,9 +211,16 @@ def make_app(
     )
 
 
-def make_server(app: Starlette, limits: ConnectionLimits, *, drain_seconds: int = 10) -> uvicorn.Server:
+def make_server(
+    app: Starlette,
+    limits: ConnectionLimits,
+    *,
+    drain_seconds: int = 10,
+    entrance: Entrance = Entrance(),  # noqa: B008 (it is frozen)
+) -> uvicorn.Server:
     """Run the app on uvicorn, with connections that end when a client exceeds the limits."""
     connections = app.state.connections = Connections(limits)
+    app.state.tokens = entrance.tokens
     return uvicorn.Server(
         uvicorn.Config(
             app,
@@ -230,6 +238,7 @@ def make_server(app: Starlette, limits: ConnectionLimits, *, drain_seconds: int 
             timeout_graceful_shutdown=drain_seconds,
             # The number of connections accepted at once before the first one is handled.
             backlog=128,
+            **entrance.tls,
         )
     )
 
@@ -241,13 +250,15 @@ def serve(
     port: int = 8080,
     limits: ConnectionLimits = ConnectionLimits(),  # noqa: B008 (it is frozen)
     drain_seconds: int = 10,
+    entrance: Entrance = Entrance(),  # noqa: B008 (it is frozen)
     started: Callable[[str], None] | None = None,
 ) -> None:
     """Serve until SIGINT or SIGTERM; then answer the requests in flight, for at most `drain_seconds`.
 
     Port 0 selects a free one; `started` is called with the URL. Raises CannotListen if the address is in
-    use.
+    use, AccessError off loopback without tokens.
     """
+    entrance.check(host, "the feature server")
     listener = listen(host, port, backlog=2048)
     name = f"[{host}]" if ":" in host else host
     limits = replace(limits, connections=raise_file_limit(limits.connections))
@@ -255,8 +266,8 @@ def serve(
     sys.setswitchinterval(SWITCH_SECONDS)
     with listener:
         if started is not None:
-            started(f"http://{name}:{listener.getsockname()[1]}")
-        make_server(app, limits, drain_seconds=drain_seconds).run(sockets=[listener])
+            started(f"{entrance.scheme}://{name}:{listener.getsockname()[1]}")
+        make_server(app, limits, drain_seconds=drain_seconds, entrance=entrance).run(sockets=[listener])
 
 
 class _Part(Protocol):

@@ -265,6 +265,8 @@ def error_answer(status: int, code: str, message: str) -> Response:
     answer = json_answer(error_body(code, message), status)
     if status in (503, 504):
         answer.headers["retry-after"] = "1"
+    elif status == 401:
+        answer.headers["www-authenticate"] = "Bearer"
     return answer
 
 

@@ -125,6 +125,7 @@ class Features:
     """
 
     def __init__(self, registry: Registry, entity: Entity) -> None:
+        self.registry = registry
         self.entity = entity
         # The first key column, whose day moves if expiry is spread, and all key columns.
         self.key: Key = entity.key

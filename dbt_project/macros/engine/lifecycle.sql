@@ -26,6 +26,7 @@
 {% macro prepare_engine() -%}
   {%- if execute and flags.WHICH in ("run", "build", "test") -%}
     {% do refuse_stale() %}
+    {% do refuse_environment_contradictions() %}
     {% do adapter.dispatch("require_version")() %}
     {% do refuse_impostors() %}
     {% do adapter.dispatch("prepare_engine")() %}
