@@ -139,6 +139,7 @@ class Platform:
     def kafka(self) -> KafkaSource:
         """The source of events; without brokers if none are configured."""
         from dagster_prefs.events.brokers import KafkaSource, client_properties
+        from dagster_prefs.events.schema_registry import RegistryAddress
 
         settings = self.settings
         return KafkaSource(
@@ -147,6 +148,13 @@ class Platform:
             start=settings.kafka_start,
             client=client_properties(kafka_security(settings)),
             group=settings.consumer_group,
+            schemas=None
+            if settings.schema_registry_url is None
+            else RegistryAddress(
+                settings.schema_registry_url,
+                settings.schema_registry_user,
+                _secret(settings.schema_registry_password),
+            ),
         )
 
     @cached_property
@@ -173,6 +181,7 @@ class Platform:
                 "PREFS_ICEBERG_NAMESPACE": self.settings.iceberg_namespace,
                 "AWS_REGION": self.settings.aws_region,
             },
+            given=self.settings.given,
         )
 
     @property
@@ -610,9 +619,15 @@ class Platform:
         return restored
 
     def plan(self, *, drop_orphans: bool = False) -> Plan:
-        """Return the changes that an apply would make now; see `make_plan`."""
-        from dagster_prefs.deploy.plan import make_plan
+        """Return the changes that an apply would make now; see `make_plan`.
 
+        Raises UnreadableTopic for a topic in Avro that RisingWave would have to read from Kafka.
+        """
+        from dagster_prefs.deploy.plan import make_plan
+        from dagster_prefs.events.schema_registry import refuse_avro
+
+        if self.engine.kind == "risingwave" and self.settings.kafka_bootstrap is not None:
+            refuse_avro(self.registry.topics.values())
         return make_plan(
             self.engine, self.dbt, partial(review_contract, self.contract), drop_orphans=drop_orphans
         )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from datetime import date
 from functools import cached_property
@@ -17,6 +18,7 @@ from dotenv import dotenv_values
 from pydantic import (
     AfterValidator,
     Field,
+    PrivateAttr,
     SecretStr,
     ValidationError,
     ValidationInfo,
@@ -141,6 +143,9 @@ class Settings(BaseSettings):
         "Iceberg namespace, Kafka consumer group and local state, so that several share one engine, Kafka and AWS "
         "account. Empty means none; settings that name one of these differently are refused.",
     )
+    # The variables given in place of the environment's; a child process gets them in its environment.
+    _given: dict[str, str] = PrivateAttr(default_factory=dict)
+
     engine: Literal["local", "risingwave"] = Field(
         "local", description="Streaming engine: `local` (embedded PostgreSQL) or `risingwave`."
     )
@@ -300,6 +305,13 @@ class Settings(BaseSettings):
     kafka_msk_role_arn: str | None = Field(
         None, description="IAM role assumed for AWS_MSK_IAM; empty means the process's own identity."
     )
+    schema_registry_url: str | None = Field(
+        None,
+        description="Schema registry (Confluent's API) of topics with `format: avro`; https if a password is sent to "
+        "another machine. Empty means none.",
+    )
+    schema_registry_user: str | None = Field(None, description="User of the schema registry.")
+    schema_registry_password: SecretStr | None = Field(None, description="Password of the schema registry.")
     kafka_lateness_seconds: int | None = Field(
         None,
         ge=1,
@@ -356,7 +368,8 @@ class Settings(BaseSettings):
     )
     alert_webhook: SecretStr | None = Field(
         None,
-        description="Slack-compatible webhook (https) for freshness alerts; empty means that they are logged.",
+        description="Slack-compatible webhooks (https) for alerts, separated by commas; empty means that they are "
+        "logged.",
     )
 
     iceberg_catalog: Literal["sqlite", "glue", "rest"] = Field("sqlite", description="Iceberg catalog kind.")
@@ -426,6 +439,17 @@ class Settings(BaseSettings):
     schedules: Literal["on", "off"] = Field(
         "off", description="Whether schedules and sensors run as soon as the Dagster daemon does."
     )
+    schedule_crons: Annotated[dict[str, str], NoDecode] = Field(
+        {},
+        description="Times (cron, UTC) of schedules that differ from their defaults, as JSON: "
+        '{"parity_daily": "0 6 * * *"}.',
+    )
+    asset_prefix: str = Field(
+        "",
+        pattern=r"^([a-z][a-z0-9_]*(/[a-z0-9_]+)*)?$",
+        description="Prefix of every asset key in Dagster, e.g. `shop` or `team/shop`, and of the names of jobs, "
+        "schedules and sensors: one per platform of a code location.",
+    )
 
     @field_validator("*", mode="before")
     @classmethod
@@ -463,6 +487,18 @@ class Settings(BaseSettings):
     @classmethod
     def _listed(cls, value: Any) -> Any:
         return value.split(",") if isinstance(value, str) else value
+
+    @field_validator("schedule_crons", mode="before")
+    @classmethod
+    def _decoded(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return json.loads(value)
+        except ValueError as error:
+            raise ValueError(
+                f'the value is not JSON ({error}): write e.g. {{"parity_daily": "0 6 * * *"}}'
+            ) from None
 
     @field_validator("ui_hosts")
     @classmethod
@@ -532,6 +568,7 @@ class Settings(BaseSettings):
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("PREFS_TLS_CERTIFICATE and PREFS_TLS_KEY need each other: set both, or neither")
         self._check_kafka()
+        self._check_schema_registry()
         if self.aws_endpoint is None:
             self._check_region()
         return self
@@ -621,6 +658,41 @@ class Settings(BaseSettings):
                 "PREFS_KAFKA_SSL_KEY_PASSWORD needs PREFS_KAFKA_SSL_KEY_LOCATION or PREFS_KAFKA_SSL_KEY_PEM"
             )
 
+    def _check_schema_registry(self) -> None:
+        url, user, password = (
+            self.schema_registry_url,
+            self.schema_registry_user,
+            self.schema_registry_password,
+        )
+        if (user is None) != (password is None):
+            raise ValueError(
+                "PREFS_SCHEMA_REGISTRY_USER and PREFS_SCHEMA_REGISTRY_PASSWORD need each other: set both, or neither"
+            )
+        if url is None:
+            if user is not None:
+                raise ValueError("PREFS_SCHEMA_REGISTRY_USER needs PREFS_SCHEMA_REGISTRY_URL")
+            return
+        # No message has the address, which may contain a password.
+        try:
+            address = urlsplit(url)
+            host = address.hostname or ""
+        except ValueError as error:
+            raise ValueError(f"PREFS_SCHEMA_REGISTRY_URL is no URL ({error}): correct it") from None
+        if address.scheme not in ("http", "https") or not host:
+            raise ValueError(
+                "PREFS_SCHEMA_REGISTRY_URL must be an http or https URL, e.g. https://registry.example.com"
+            )
+        if address.username or address.password:
+            raise ValueError(
+                "PREFS_SCHEMA_REGISTRY_URL holds credentials: remove them from it, and set "
+                "PREFS_SCHEMA_REGISTRY_USER and PREFS_SCHEMA_REGISTRY_PASSWORD"
+            )
+        if password is not None and address.scheme == "http" and not is_loopback(url):
+            raise ValueError(
+                f"PREFS_SCHEMA_REGISTRY_URL sends its password to {host} without TLS: use https://, or a registry on "
+                "this machine"
+            )
+
     def _check_region(self) -> None:
         import botocore
         import botocore.session
@@ -705,6 +777,7 @@ class Settings(BaseSettings):
         """The values that no log may show: those of secret settings, and of the AWS credentials in the environment."""
         given = [getattr(self, name) for name in type(self).model_fields]
         found = [value.get_secret_value() for value in given if isinstance(value, SecretStr)]
+        found += self.alert_webhooks
         found += [os.environ.get(name, "") for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")]
         return [value for value in found if value]
 
@@ -715,6 +788,26 @@ class Settings(BaseSettings):
             return None
         kind, _, name = self.served_log.partition(":")
         return kind, name
+
+    @property
+    def given(self) -> Mapping[str, str]:
+        """The variables that were given in place of the environment's (`settings_with`); they may hold secrets."""
+        return self._given
+
+    @property
+    def alert_webhooks(self) -> tuple[str, ...]:
+        """The URLs that receive alerts."""
+        given = self.alert_webhook.get_secret_value() if self.alert_webhook else ""
+        return tuple(filter(None, (url.strip() for url in given.split(","))))
+
+    @property
+    def asset_prefix_path(self) -> list[str]:
+        """The parts of the asset keys' prefix."""
+        return self.asset_prefix.split("/") if self.asset_prefix else []
+
+    def dagster_name(self, name: str) -> str:
+        """Return the name of a job, op, schedule, sensor or pool among those of other platforms in Dagster."""
+        return "_".join([*self.asset_prefix_path, name])
 
     @property
     def port(self) -> int:
@@ -843,8 +936,50 @@ def load_settings(env_file: Path | None = None) -> Settings:
             raise SettingsError(f"{name} is now {_RENAMED[name]}: rename it")
         if name.startswith(PREFIX) and not listed:
             raise _unknown_setting(name, known, "remove it; .env.example lists every setting")
+    settings = _validated({}, known)
+    if settings.kafka_topic_names:
+        # A service that only reads profiles has no project and reads no topic.
+        with suppress(RegistryError):
+            _ = settings.kafka_topics
+    return settings
+
+
+def settings_with(given: Mapping[str, str]) -> Settings:
+    """Return validated settings for one of several projects in a process: `given` by variable, else the environment.
+
+    No `.env` is read, because two projects have one each. Names of topics in Kafka that the environment has for another
+    project are left out. Raises SettingsError like `load_settings`, and RegistryError if there is no project.
+    """
+    known = known_variables()
+    for name in sorted(given):
+        if name not in known and not name.startswith(KAFKA_TOPIC):
+            raise _unknown_setting(name, known, "remove it; .env.example lists every setting")
+    settings = _validated(given, known)
+    variables = {kafka_variable(topic) for topic in settings.registry().topics}
+    names = {name: value for name, value in given.items() if name.startswith(KAFKA_TOPIC)}
+    for name, value in settings.kafka_topic_names.items():
+        if KAFKA_TOPIC + name in variables:
+            names.setdefault(KAFKA_TOPIC + name, value)
+    settings = _validated({**given, **names}, known, kafka_topic_names=names)
+    _ = settings.kafka_topics
+    return settings
+
+
+def _validated(
+    given: Mapping[str, str], known: Mapping[str, str], kafka_topic_names: Mapping[str, str] | None = None
+) -> Settings:
+    # By alias, under which the environment's value would otherwise win.
+    fields: dict[str, Any] = {
+        Settings.model_fields[known[name]].alias or known[name]: value
+        for name, value in given.items()
+        if name in known and value
+    }
+    if kafka_topic_names is not None:
+        fields[KAFKA_TOPIC] = {
+            name.removeprefix(KAFKA_TOPIC): value for name, value in kafka_topic_names.items()
+        }
     try:
-        settings = Settings()
+        settings = Settings(**fields)
     except ValidationError as error:
         variables = {field: variable for variable, field in known.items()}
         problems = []
@@ -859,8 +994,5 @@ def load_settings(env_file: Path | None = None) -> Settings:
             message = problem["msg"].removeprefix("Value error, ")
             problems.append(f"{name}: {message}" if name else message)
         raise SettingsError("; ".join(problems) + " (see .env.example)") from None
-    if settings.kafka_topic_names:
-        # A service that only reads profiles has no project and reads no topic.
-        with suppress(RegistryError):
-            _ = settings.kafka_topics
+    settings._given = dict(given)
     return settings

@@ -79,13 +79,14 @@ ALLOWED = {
     "tools": set(ROOMS) - {"console"} | {"platform", "settings", "runs"},
     "defs": set(ROOMS) - {"console"} | {"settings", "loopback", "platform"},
     "definitions": {"defs", "settings"},
+    "component": {"defs", "settings"},
     "runs": {"defs", "settings"},
     "__main__": {"cli"},
     "cli": set(ROOMS) | {"access", "platform", "settings", "runs", "printable", "logs", "shipped"},
 }
 # Outside packages that only some places may import.
 RESERVED = {
-    "dagster": {"defs", "runs"},
+    "dagster": {"defs", "runs", "component"},
     "dagster_dbt": {"defs"},
     "dbt": {"engine"},
     "click": {"cli"},

@@ -365,6 +365,7 @@ def _names(topic: Topic) -> dict[str, str]:
         "identity": of.identity,
         "entity": of.entity or "",
         "time": of.time or "",
+        "format": "" if of.format == "json" else f', "{of.format}"',
     }
 
 
@@ -421,6 +422,8 @@ def _parsed_sql(topic: Topic, declared: Declarations) -> str:
     ]
     if any(field.optional for field in of.fields):
         reasons.append("optional_reasons()")
+    if of.format != "json":
+        about += f', format="{of.format}"'
     lines = "".join(f"    {{{{- {reason} }}}}\n" for reason in reasons)
     return f'{{%- call parsed_messages(ref("{of.raw}"){about}) %}}\n{lines}{{%- endcall %}}'
 

@@ -7,10 +7,11 @@ from typing import Any
 import dagster as dg
 
 from dagster_prefs.declarations.registry import TopicDeclaration
-from dagster_prefs.defs.resources import is_at_work, sensor_status
+from dagster_prefs.defs.resources import asset_job, asset_key, is_at_work, lake_pool, sensor_status
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.iceberg.event_export import HoursFailed
 from dagster_prefs.platform import Platform
+from dagster_prefs.settings import Settings
 
 GROUP = "offline_store"
 JOB = "export_events"
@@ -19,9 +20,9 @@ SENSOR = "events_to_export"
 LONGEST_RUN = timedelta(hours=4)
 
 
-def asset_key(topic: TopicDeclaration) -> dg.AssetKey:
+def events_key(settings: Settings, topic: TopicDeclaration) -> dg.AssetKey:
     """Return the asset of a topic's tables of events."""
-    return dg.AssetKey(["lake", topic.relation])
+    return asset_key(settings, "lake", topic.relation)
 
 
 def build(platform: Platform, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> dg.Definitions:
@@ -29,21 +30,23 @@ def build(platform: Platform, *, clock: Callable[[], datetime] = lambda: datetim
     assets = [_exported(platform, topic) for topic in platform.registry.topics.values()]
     if not assets:
         return dg.Definitions()
-    job = dg.define_asset_job(
+    settings = platform.settings
+    job = asset_job(
+        settings,
         JOB,
         dg.AssetSelection.assets(*assets),
-        description="Export the messages and events that arrived to Iceberg; an hour that did not change commits nothing.",
+        "Export the messages and events that arrived to Iceberg; an hour that did not change commits nothing.",
     )
 
     @dg.sensor(
-        name=SENSOR,
+        name=settings.dagster_name(SENSOR),
         job=job,
-        minimum_interval_seconds=platform.settings.events_export_seconds,
-        default_status=sensor_status(platform),
+        minimum_interval_seconds=settings.events_export_seconds,
+        default_status=sensor_status(settings),
         description="Exports what arrived since the last export, every PREFS_EVENTS_EXPORT_SECONDS.",
     )
     def events_to_export(context: dg.SensorEvaluationContext) -> dg.RunRequest | dg.SkipReason:
-        if is_at_work(context.instance, JOB, since=clock() - LONGEST_RUN):
+        if is_at_work(context.instance, settings, JOB, since=clock() - LONGEST_RUN):
             return dg.SkipReason("an export is active; the next tick continues")
         return dg.RunRequest()
 
@@ -51,9 +54,12 @@ def build(platform: Platform, *, clock: Callable[[], datetime] = lambda: datetim
 
 
 def _exported(platform: Platform, topic: TopicDeclaration) -> dg.AssetsDefinition:
+    settings = platform.settings
+
     @dg.asset(
-        key=asset_key(topic),
-        deps=[dg.AssetKey(topic.raw), dg.AssetKey(topic.parsed)],
+        key=events_key(settings, topic),
+        pool=lake_pool(settings),
+        deps=[asset_key(settings, topic.raw), asset_key(settings, topic.parsed)],
         group_name=GROUP,
         kinds={"iceberg", "parquet"},
         owners=[platform.contract.owner],

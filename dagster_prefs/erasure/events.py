@@ -26,6 +26,7 @@ from dagster_prefs.declarations.reserved import is_reserved, reserved_range
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError, excerpt
 from dagster_prefs.events.raw import RawStoreError, translated
+from dagster_prefs.events.schema_registry import unframed
 
 BATCH_ROWS = 500
 
@@ -370,7 +371,7 @@ def _in_json(subject: Subject) -> list[str]:
 def _of_another(subject: Subject, message: bytes) -> bool:
     """Return whether the message belongs to another subject, and only mentions this one."""
     try:
-        document = json.loads(message, parse_float=Decimal, parse_int=Decimal)
+        document = json.loads(unframed(message), parse_float=Decimal, parse_int=Decimal)
     except (ValueError, RecursionError):
         return False
     value = document.get(subject.key) if isinstance(document, dict) else None

@@ -29,6 +29,7 @@ from dagster_prefs.erasure.training import (
 )
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.events.raw import translated
+from dagster_prefs.events.schema_registry import unframed
 from dagster_prefs.iceberg.files import scan_rows
 from dagster_prefs.iceberg.tables import ErasedSubject
 
@@ -190,7 +191,7 @@ def _read_engine(found: SubjectExport, stores: Stores, connection: psycopg.Conne
 def _message(row: dict[str, Any]) -> dict[str, Any]:
     data = bytes(row.pop("data"))
     try:
-        return {**row, "message": data.decode()}
+        return {**row, "message": unframed(data).decode()}
     except UnicodeDecodeError:
         return {**row, "message_base64": base64.b64encode(data).decode()}
 

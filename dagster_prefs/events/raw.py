@@ -264,6 +264,21 @@ class RawStore:
             ).fetchall()
         return {int(partition): int(offset) for partition, offset in rows}
 
+    def data(self, topic: TopicDeclaration, place: Place) -> bytes:
+        """Return the stored bytes of a message. Raises RawStoreError if it is not stored."""
+        with self._translated(topic.raw):
+            row = self._connection.execute(
+                sql.SQL(
+                    'select "data" from {} where source = %s and source_partition = %s and source_offset = %s'
+                ).format(self._relation(topic.raw)),
+                place,
+            ).fetchone()
+        if row is None:
+            raise RawStoreError(
+                f"{topic.raw} has no message {place.source} {place.partition}/{place.offset}: {AGAIN}"
+            )
+        return bytes(row[0])
+
     def recall(self, source: str) -> FileRecord | None:
         """Return the stored state of a source, None if there is none."""
         return next((record for record in self.recall_all(source) if record.source == source), None)
