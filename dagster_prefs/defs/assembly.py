@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import dagster as dg
 
 from dagster_prefs.defs import (
@@ -37,6 +39,11 @@ def build_definitions(settings: Settings) -> dg.Definitions:
         # One process a run: the steps are short and share dbt, so a process each would only add start-up time.
         dg.Definitions(executor=dg.in_process_executor),
     )
-    if not (tags := settings.dagster_tags):
-        return merged
-    return merged.map_asset_specs(func=lambda spec: spec.merge_attributes(tags=tags))
+    return tagged(merged, settings.dagster_tags)
+
+
+def tagged(definitions: dg.Definitions, tags: Mapping[str, str]) -> dg.Definitions:
+    """Return the definitions with these tags on every asset."""
+    if not tags:
+        return definitions
+    return definitions.map_asset_specs(func=lambda spec: spec.merge_attributes(tags=tags))
