@@ -121,7 +121,7 @@ format: $(VENV)/installed ## let ruff rewrite the style
 	@$(BIN)/ruff format .
 
 lock: $(VENV)/installed ## resolve the dependencies into requirements.lock and the images' and tools' locks
-	@$(BIN)/uv pip compile pyproject.toml --extra platform --extra production --extra server --extra console --extra telemetry --extra lineage --group dev --override overrides.txt --universal \
+	@$(BIN)/uv pip compile pyproject.toml --extra platform --extra production --extra server --extra console --extra telemetry --extra lineage --extra avro --group dev --override overrides.txt --universal \
 	  --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate -q -o requirements.lock
 	@for image in code-location feature-server; do \
 	  $(BIN)/uv pip compile infra/docker/$$image.in --constraint requirements.lock --override overrides.txt \

@@ -29,6 +29,7 @@ class JobRunner:
 
             definitions = build_definitions(settings)
         self._definitions = definitions
+        self._settings = settings
         self._home = ensure_dagster_home(settings.state_dir)
         self._tags = settings.dagster_tags
         self._instance: dg.DagsterInstance | None = None
@@ -49,7 +50,7 @@ class JobRunner:
 
         Raises RunFailed if a step failed; the results of the other steps are kept.
         """
-        result = self._definitions.resolve_job_def(job).execute_in_process(
+        result = self._definitions.resolve_job_def(self._settings.dagster_name(job)).execute_in_process(
             instance=self._instance,
             tags={**self._tags, **(tags or {})},
             raise_on_error=False,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from datetime import date
 from functools import cached_property
@@ -17,6 +18,7 @@ from dotenv import dotenv_values
 from pydantic import (
     AfterValidator,
     Field,
+    PrivateAttr,
     SecretStr,
     ValidationError,
     ValidationInfo,
@@ -56,6 +58,10 @@ _NAMES = {
         "a role, e.g. arn:aws:iam::123456789012:role/x",
     ),
     "engine_schema": (r"[a-z_][a-z0-9_]{0,62}", "a schema: lower-case letters, digits and `_`, at most 63"),
+    "served_log": (
+        r"files:.+|kafka:[A-Za-z0-9._-]{1,249}|firehose:[A-Za-z0-9._-]{1,64}",
+        "files:<folder>, kafka:<topic> or firehose:<stream>",
+    ),
     "iceberg_namespace": (r"[A-Za-z0-9_]{1,255}", "an Iceberg namespace: letters, digits and `_`"),
 }
 
@@ -137,6 +143,9 @@ class Settings(BaseSettings):
         "Iceberg namespace, Kafka consumer group and local state, so that several share one engine, Kafka and AWS "
         "account. Empty means none; settings that name one of these differently are refused.",
     )
+    # The variables given in place of the environment's; a child process gets them in its environment.
+    _given: dict[str, str] = PrivateAttr(default_factory=dict)
+
     engine: Literal["local", "risingwave"] = Field(
         "local", description="Streaming engine: `local` (embedded PostgreSQL) or `risingwave`."
     )
@@ -234,6 +243,14 @@ class Settings(BaseSettings):
         "licensed), `changefeed` (`prefs publish --follow`, from RisingWave's subscriptions); auto is publisher or "
         "sink, depending on the engine.",
     )
+    served_log: str | None = Field(
+        None,
+        description="Where `prefs serve` logs a sample of the profiles that it serves: `files:<folder>`, "
+        "`kafka:<topic>` or `firehose:<stream>`; empty means nowhere.",
+    )
+    served_log_share: float = Field(
+        0.01, ge=0, le=1, description="Share of all ids (0…1) whose served profiles are logged."
+    )
     changefeed_retention_hours: int = Field(
         24,
         ge=1,
@@ -288,6 +305,13 @@ class Settings(BaseSettings):
     kafka_msk_role_arn: str | None = Field(
         None, description="IAM role assumed for AWS_MSK_IAM; empty means the process's own identity."
     )
+    schema_registry_url: str | None = Field(
+        None,
+        description="Schema registry (Confluent's API) of topics with `format: avro`; https if a password is sent to "
+        "another machine. Empty means none.",
+    )
+    schema_registry_user: str | None = Field(None, description="User of the schema registry.")
+    schema_registry_password: SecretStr | None = Field(None, description="Password of the schema registry.")
     kafka_lateness_seconds: int | None = Field(
         None,
         ge=1,
@@ -298,8 +322,9 @@ class Settings(BaseSettings):
         None,
         ge=3600,
         lt=2**32,
-        description="Age at which RisingWave deletes raw messages; views keep what they counted, but can then not be "
-        "rebuilt from the start. Empty keeps all.",
+        description="Age at which raw messages leave the engine: RisingWave deletes them by itself, the embedded "
+        "engine those that `prefs export events` has exported. Views keep what they counted; "
+        "`prefs rebuild --from-lake` rebuilds them. Empty keeps all.",
     )
 
     kafka_topic_names: Annotated[dict[str, Annotated[str, AfterValidator(_kafka_name)]], NoDecode] = Field(
@@ -343,7 +368,8 @@ class Settings(BaseSettings):
     )
     alert_webhook: SecretStr | None = Field(
         None,
-        description="Slack-compatible webhook (https) for freshness alerts; empty means that they are logged.",
+        description="Slack-compatible webhooks (https) for alerts, separated by commas; empty means that they are "
+        "logged.",
     )
 
     iceberg_catalog: Literal["sqlite", "glue", "rest"] = Field("sqlite", description="Iceberg catalog kind.")
@@ -370,6 +396,16 @@ class Settings(BaseSettings):
         description="First UTC day that is exported to Iceberg; older tiles stay in the engine only.",
     )
 
+    events_export_seconds: int = Field(
+        3600,
+        ge=60,
+        description="Seconds between exports of raw messages and typed events to Iceberg (Dagster).",
+    )
+    events_kept_days: int | None = Field(
+        None,
+        ge=1,
+        description="Days of arrival that the Iceberg tables of messages and events keep; empty keeps all.",
+    )
     snapshots_kept_days: int = Field(
         30,
         ge=1,
@@ -402,6 +438,17 @@ class Settings(BaseSettings):
     )
     schedules: Literal["on", "off"] = Field(
         "off", description="Whether schedules and sensors run as soon as the Dagster daemon does."
+    )
+    schedule_crons: Annotated[dict[str, str], NoDecode] = Field(
+        {},
+        description="Times (cron, UTC) of schedules that differ from their defaults, as JSON: "
+        '{"parity_daily": "0 6 * * *"}.',
+    )
+    asset_prefix: str = Field(
+        "",
+        pattern=r"^([a-z][a-z0-9_]*(/[a-z0-9_]+)*)?$",
+        description="Prefix of every asset key in Dagster, e.g. `shop` or `team/shop`, and of the names of jobs, "
+        "schedules and sensors: one per platform of a code location.",
     )
 
     @field_validator("*", mode="before")
@@ -440,6 +487,18 @@ class Settings(BaseSettings):
     @classmethod
     def _listed(cls, value: Any) -> Any:
         return value.split(",") if isinstance(value, str) else value
+
+    @field_validator("schedule_crons", mode="before")
+    @classmethod
+    def _decoded(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return json.loads(value)
+        except ValueError as error:
+            raise ValueError(
+                f'the value is not JSON ({error}): write e.g. {{"parity_daily": "0 6 * * *"}}'
+            ) from None
 
     @field_validator("ui_hosts")
     @classmethod
@@ -500,6 +559,8 @@ class Settings(BaseSettings):
                 "PREFS_ENGINE=local runs on this machine only: unset PREFS_ENGINE_HOST or set "
                 "PREFS_ENGINE=risingwave"
             )
+        if (self.served_log or "").startswith("kafka:") and not self.kafka_bootstrap:
+            raise ValueError(f"PREFS_SERVED_LOG={self.served_log} needs PREFS_KAFKA_BOOTSTRAP: set it")
         if self.console_send == "on" and (why := self.production):
             raise ValueError(
                 f"PREFS_CONSOLE_SEND=on is refused in production, and this is production because {why}: unset it"
@@ -507,6 +568,7 @@ class Settings(BaseSettings):
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("PREFS_TLS_CERTIFICATE and PREFS_TLS_KEY need each other: set both, or neither")
         self._check_kafka()
+        self._check_schema_registry()
         if self.aws_endpoint is None:
             self._check_region()
         return self
@@ -596,6 +658,41 @@ class Settings(BaseSettings):
                 "PREFS_KAFKA_SSL_KEY_PASSWORD needs PREFS_KAFKA_SSL_KEY_LOCATION or PREFS_KAFKA_SSL_KEY_PEM"
             )
 
+    def _check_schema_registry(self) -> None:
+        url, user, password = (
+            self.schema_registry_url,
+            self.schema_registry_user,
+            self.schema_registry_password,
+        )
+        if (user is None) != (password is None):
+            raise ValueError(
+                "PREFS_SCHEMA_REGISTRY_USER and PREFS_SCHEMA_REGISTRY_PASSWORD need each other: set both, or neither"
+            )
+        if url is None:
+            if user is not None:
+                raise ValueError("PREFS_SCHEMA_REGISTRY_USER needs PREFS_SCHEMA_REGISTRY_URL")
+            return
+        # No message has the address, which may contain a password.
+        try:
+            address = urlsplit(url)
+            host = address.hostname or ""
+        except ValueError as error:
+            raise ValueError(f"PREFS_SCHEMA_REGISTRY_URL is no URL ({error}): correct it") from None
+        if address.scheme not in ("http", "https") or not host:
+            raise ValueError(
+                "PREFS_SCHEMA_REGISTRY_URL must be an http or https URL, e.g. https://registry.example.com"
+            )
+        if address.username or address.password:
+            raise ValueError(
+                "PREFS_SCHEMA_REGISTRY_URL holds credentials: remove them from it, and set "
+                "PREFS_SCHEMA_REGISTRY_USER and PREFS_SCHEMA_REGISTRY_PASSWORD"
+            )
+        if password is not None and address.scheme == "http" and not is_loopback(url):
+            raise ValueError(
+                f"PREFS_SCHEMA_REGISTRY_URL sends its password to {host} without TLS: use https://, or a registry on "
+                "this machine"
+            )
+
     def _check_region(self) -> None:
         import botocore
         import botocore.session
@@ -680,8 +777,37 @@ class Settings(BaseSettings):
         """The values that no log may show: those of secret settings, and of the AWS credentials in the environment."""
         given = [getattr(self, name) for name in type(self).model_fields]
         found = [value.get_secret_value() for value in given if isinstance(value, SecretStr)]
+        found += self.alert_webhooks
         found += [os.environ.get(name, "") for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")]
         return [value for value in found if value]
+
+    @property
+    def served_log_place(self) -> tuple[str, str] | None:
+        """The kind and the name of the place of the served log, None without one."""
+        if self.served_log is None:
+            return None
+        kind, _, name = self.served_log.partition(":")
+        return kind, name
+
+    @property
+    def given(self) -> Mapping[str, str]:
+        """The variables that were given in place of the environment's (`settings_with`); they may hold secrets."""
+        return self._given
+
+    @property
+    def alert_webhooks(self) -> tuple[str, ...]:
+        """The URLs that receive alerts."""
+        given = self.alert_webhook.get_secret_value() if self.alert_webhook else ""
+        return tuple(filter(None, (url.strip() for url in given.split(","))))
+
+    @property
+    def asset_prefix_path(self) -> list[str]:
+        """The parts of the asset keys' prefix."""
+        return self.asset_prefix.split("/") if self.asset_prefix else []
+
+    def dagster_name(self, name: str) -> str:
+        """Return the name of a job, op, schedule, sensor or pool among those of other platforms in Dagster."""
+        return "_".join([*self.asset_prefix_path, name])
 
     @property
     def port(self) -> int:
@@ -810,8 +936,50 @@ def load_settings(env_file: Path | None = None) -> Settings:
             raise SettingsError(f"{name} is now {_RENAMED[name]}: rename it")
         if name.startswith(PREFIX) and not listed:
             raise _unknown_setting(name, known, "remove it; .env.example lists every setting")
+    settings = _validated({}, known)
+    if settings.kafka_topic_names:
+        # A service that only reads profiles has no project and reads no topic.
+        with suppress(RegistryError):
+            _ = settings.kafka_topics
+    return settings
+
+
+def settings_with(given: Mapping[str, str]) -> Settings:
+    """Return validated settings for one of several projects in a process: `given` by variable, else the environment.
+
+    No `.env` is read, because two projects have one each. Names of topics in Kafka that the environment has for another
+    project are left out. Raises SettingsError like `load_settings`, and RegistryError if there is no project.
+    """
+    known = known_variables()
+    for name in sorted(given):
+        if name not in known and not name.startswith(KAFKA_TOPIC):
+            raise _unknown_setting(name, known, "remove it; .env.example lists every setting")
+    settings = _validated(given, known)
+    variables = {kafka_variable(topic) for topic in settings.registry().topics}
+    names = {name: value for name, value in given.items() if name.startswith(KAFKA_TOPIC)}
+    for name, value in settings.kafka_topic_names.items():
+        if KAFKA_TOPIC + name in variables:
+            names.setdefault(KAFKA_TOPIC + name, value)
+    settings = _validated({**given, **names}, known, kafka_topic_names=names)
+    _ = settings.kafka_topics
+    return settings
+
+
+def _validated(
+    given: Mapping[str, str], known: Mapping[str, str], kafka_topic_names: Mapping[str, str] | None = None
+) -> Settings:
+    # By alias, under which the environment's value would otherwise win.
+    fields: dict[str, Any] = {
+        Settings.model_fields[known[name]].alias or known[name]: value
+        for name, value in given.items()
+        if name in known and value
+    }
+    if kafka_topic_names is not None:
+        fields[KAFKA_TOPIC] = {
+            name.removeprefix(KAFKA_TOPIC): value for name, value in kafka_topic_names.items()
+        }
     try:
-        settings = Settings()
+        settings = Settings(**fields)
     except ValidationError as error:
         variables = {field: variable for variable, field in known.items()}
         problems = []
@@ -826,8 +994,5 @@ def load_settings(env_file: Path | None = None) -> Settings:
             message = problem["msg"].removeprefix("Value error, ")
             problems.append(f"{name}: {message}" if name else message)
         raise SettingsError("; ".join(problems) + " (see .env.example)") from None
-    if settings.kafka_topic_names:
-        # A service that only reads profiles has no project and reads no topic.
-        with suppress(RegistryError):
-            _ = settings.kafka_topics
+    settings._given = dict(given)
     return settings

@@ -40,6 +40,8 @@ ALLOWED = {
     "pauses": set(),
     "printable": set(),
     "redaction": set(),
+    # The format that the clients write and the training package reads.
+    "served_rows": {"declarations"},
     "logs": {"printable", "redaction"},
     "textfiles": set(),
     # Which project is meant is a setting, and loads what it declares.
@@ -54,9 +56,9 @@ ALLOWED = {
     "iceberg": {"declarations", "engine", "redaction"},
     "deploy": {"declarations", "engine", "events", "dynamodb", "redaction"},
     "live": {"declarations", "engine", "events", "dynamodb"},
-    "training": {"declarations", "engine", "dynamodb", "iceberg", "textfiles", "values"},
+    "training": {"declarations", "engine", "dynamodb", "iceberg", "served_rows", "textfiles", "values"},
     "values": {"declarations", "engine", "iceberg"},
-    "serving": {"declarations", "engine", "dynamodb", "access", "loopback", "logs"},
+    "serving": {"declarations", "engine", "dynamodb", "access", "loopback", "logs", "served_rows"},
     "freshness": {
         "declarations",
         "engine",
@@ -77,13 +79,14 @@ ALLOWED = {
     "tools": set(ROOMS) - {"console"} | {"platform", "settings", "runs"},
     "defs": set(ROOMS) - {"console"} | {"settings", "loopback", "platform"},
     "definitions": {"defs", "settings"},
+    "component": {"defs", "settings"},
     "runs": {"defs", "settings"},
     "__main__": {"cli"},
     "cli": set(ROOMS) | {"access", "platform", "settings", "runs", "printable", "logs", "shipped"},
 }
 # Outside packages that only some places may import.
 RESERVED = {
-    "dagster": {"defs", "runs"},
+    "dagster": {"defs", "runs", "component"},
     "dagster_dbt": {"defs"},
     "dbt": {"engine"},
     "click": {"cli"},

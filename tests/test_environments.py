@@ -12,14 +12,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import dagster as dg
 import pytest
 from click.testing import CliRunner
 from confluent_kafka import KafkaError, KafkaException
 from declared import COURSES
 
 from dagster_prefs.cli import cli
-from dagster_prefs.defs.assembly import tagged
+from dagster_prefs.defs.resources import run_tags
 from dagster_prefs.dynamodb.environments import StoredTable
 from dagster_prefs.dynamodb.tables import TableError, provision
 from dagster_prefs.engine.connection import EngineConfiguration
@@ -348,13 +347,13 @@ def test_only_the_environments_own_groups_are_deleted(monkeypatch: pytest.Monkey
     assert groups.delete_groups(KafkaSource(), owns) == []
 
 
-def test_assets_are_tagged_with_the_environment() -> None:
-    @dg.asset(tags={"own": "kept"})
-    def made() -> None: ...
+def test_runs_of_environments_in_one_dagster_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    def tags(name: str) -> dict[str, str]:
+        monkeypatch.setenv("PREFS_ENVIRONMENT", name)
+        return run_tags(load_settings())
 
-    definitions = tagged(dg.Definitions(assets=[made]), Environment("dev_anna").dagster_tags)
-    (spec,) = definitions.resolve_all_asset_specs()
-    assert spec.tags == {"own": "kept", "prefs/environment": "dev_anna"}
+    assert tags("dev_anna") == {"dagster_prefs/platform": "default", "prefs/environment": "dev_anna"}
+    assert tags("") == {"dagster_prefs/platform": "default"}
 
 
 def test_a_namespace_of_somebody_else_stays(tmp_path: Path) -> None:

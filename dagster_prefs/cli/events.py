@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path, PurePath
@@ -19,6 +19,7 @@ from dagster_prefs.settings import Settings, load_settings
 if TYPE_CHECKING:
     from dagster_prefs.events.dry_run import DryRun
     from dagster_prefs.events.ingest import Delivery
+    from dagster_prefs.events.messages import Topic
     from dagster_prefs.events.raw import IngestReport
 
 
@@ -341,7 +342,26 @@ def rejected_replay(
     topic = topic and registry.topic(topic).name
     now = datetime.now(UTC)
     if file is None:
-        report = replay_unchanged(engine, registry, topic, reason, now=now, deliver=deliver)
+        from dagster_prefs.events.kafka import decoder
+        from dagster_prefs.platform import Platform
+
+        kafka = Platform(settings).kafka
+        decoders: dict[str, Callable[[bytes], bytes]] = {}
+
+        def decode(found: Topic, message: bytes) -> bytes:
+            if found.name not in decoders:
+                decoders[found.name] = decoder(found, kafka)
+            return decoders[found.name](message)
+
+        report = replay_unchanged(
+            engine,
+            registry,
+            topic,
+            reason,
+            now=now,
+            deliver=deliver,
+            decode=decode,
+        )
     else:
         try:
             report = replay_file(engine, registry, file, now=now, skip_invalid=skip_invalid, deliver=deliver)

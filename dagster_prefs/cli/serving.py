@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -18,7 +21,7 @@ from dagster_prefs.ids import BadId, Id, id_label, read_id
 from dagster_prefs.settings import Settings, load_settings
 
 if TYPE_CHECKING:
-    from dagster_prefs.serving import ProfileClient
+    from dagster_prefs.serving import ProfileClient, ServedLog
     from dagster_prefs.serving.observing import Observer, Watched
 
 logger = logging.getLogger(__name__)
@@ -191,6 +194,7 @@ def serve(
     settings = load_settings()
     start_logging(settings)
     observer, watched = _telemetry()
+    log = _served_log(settings)
     budget = budget_ms / 1000
     preferences = None
     profiles: list[AsyncProfileClient] = []
@@ -204,7 +208,9 @@ def serve(
                 endpoint_url=settings.aws_endpoint,
                 region=settings.aws_region,
                 table_prefix=settings.table_prefix,
-                options=ClientOptions(budget_seconds=budget, read_timeout_seconds=budget, observer=observer),
+                options=ClientOptions(
+                    budget_seconds=budget, read_timeout_seconds=budget, observer=observer, log=log
+                ),
             )
             for entity in registry.contract.tables
         ]
@@ -221,7 +227,7 @@ def serve(
         load=Load(budget_seconds=budget, max_in_flight=max_in_flight, threads=threads),
         catalogue_refresh_seconds=refresh_seconds if ranker == "memory" else None,
         allowed_hosts=allowed_hosts,
-        watched=watched,
+        watched=replace(watched, log=log),
     )
     run_server(
         app,
@@ -232,6 +238,44 @@ def serve(
         entrance=settings.entrance(),
         started=lambda url: console.print(f"serving at {url}; Ctrl-C stops"),
     )
+
+
+def _served_log(settings: Settings) -> ServedLog | None:
+    """Return the log of what is served, None if the settings name no place for it."""
+    from dagster_prefs.serving.served_log import (
+        FileRows,
+        FirehoseRows,
+        KafkaRows,
+        RowSink,
+        ServedLog,
+        firehose_client,
+    )
+
+    if settings.served_log_place is None:
+        return None
+    kind, name = settings.served_log_place
+    sink: RowSink
+    if kind == "files":
+        sink = FileRows(Path(name).expanduser())
+    elif kind == "firehose":
+        sink = FirehoseRows(firehose_client(settings.aws_endpoint, settings.aws_region), name)
+    else:
+        try:
+            from dagster_prefs.events.brokers import client_properties
+            from dagster_prefs.events.kafka import KafkaWriter
+            from dagster_prefs.platform import kafka_security
+        except ModuleNotFoundError as error:
+            raise PrefsError(
+                f"PREFS_SERVED_LOG={settings.served_log} needs {error.name}, which is not installed: install "
+                "confluent-kafka, or log to files: or firehose:"
+            ) from None
+        connect = partial(
+            KafkaWriter, str(settings.kafka_bootstrap), client=client_properties(kafka_security(settings))
+        )
+        # Now, so that a wrong topic or password is known before anything is served.
+        connect().check(name)
+        sink = KafkaRows(connect, name)
+    return ServedLog(sink, share=settings.served_log_share)
 
 
 def _telemetry() -> tuple[Observer, Watched]:

@@ -16,6 +16,7 @@ from botocore.credentials import ReadOnlyCredentials
 from botocore.exceptions import BotoCoreError, ClientError
 
 from dagster_prefs.environment import CONSUMER_GROUP
+from dagster_prefs.events.schema_registry import RegistryAddress
 
 TOKEN_SECONDS = 900
 
@@ -37,7 +38,8 @@ class KafkaSecurity:
 class KafkaSource:
     """The source of events: brokers, the topics' names in Kafka, the start of a new consumer, its properties and group.
 
-    `bootstrap` is None without Kafka. `client` holds secrets and is left out of the repr.
+    `bootstrap` is None without Kafka. `client` holds secrets and is left out of the repr. `schemas` is the address of
+    the schema registry, None if there is none.
     """
 
     bootstrap: str | None = None
@@ -45,6 +47,7 @@ class KafkaSource:
     start: Literal["earliest", "latest"] = "earliest"
     client: Mapping[str, Any] | None = field(default=None, repr=False)
     group: str = CONSUMER_GROUP
+    schemas: RegistryAddress | None = None
 
 
 def client_properties(security: KafkaSecurity) -> dict[str, Any]:

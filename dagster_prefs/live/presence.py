@@ -90,6 +90,18 @@ def pending_views(engine: EngineConfiguration, registry: Registry) -> sql.Compos
     )
 
 
+def is_pending(connection: psycopg.Connection[Any], engine: EngineConfiguration, relation: str) -> bool:
+    """Return whether a view waits to be rebuilt. Raises psycopg.Error."""
+    return bool(
+        connection.execute(
+            sql.SQL("select from {} where relation = %s").format(
+                sql.Identifier(engine.schema, "live_pending")
+            ),
+            [relation],
+        ).fetchall()
+    )
+
+
 def make_rebuilt_due(connection: psycopg.Connection[Any], engine: EngineConfiguration) -> None:
     """Make all pending views due now, regardless of their interval. Raises psycopg.Error."""
     connection.execute(

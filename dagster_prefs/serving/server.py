@@ -56,6 +56,7 @@ from dagster_prefs.serving.preferences import (
     ShopClient,
 )
 from dagster_prefs.serving.profiles import AsyncProfileClient, Profile, ReadOptions
+from dagster_prefs.serving.served_log import called
 from dagster_prefs.serving.wire import (
     DEFAULT_LIMIT,
     Arguments,
@@ -86,7 +87,7 @@ ENCODE_SECONDS_PER_PROFILE = 50e-6
 ENCODE_SHARE = 0.25
 # This many unreadable items in a row are not damage to single items.
 UNREADABLE_IN_A_ROW = 3
-READ_ARGUMENTS = ("domains", "budget_ms", "fallback", "consistent", "max_staleness_seconds")
+READ_ARGUMENTS = ("domains", "budget_ms", "fallback", "consistent", "max_staleness_seconds", "variant")
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,8 @@ def make_app(
 
     Rankings come from a catalogue in memory, which is refreshed every `catalogue_refresh_seconds`, or are
     computed in SQL if that is None. `allowed_hosts` are names by which the server may be called besides
-    localhost and IP addresses. `watched` is what the metrics page shows of the clients' reads, and who traces requests.
+    localhost and IP addresses. `watched` is what the metrics page shows of the clients' reads, who traces requests, and
+    the clients' served log.
     `clock` returns the time for sessions, in UTC.
     """
     metrics = Metrics(watched.counts)
@@ -158,11 +160,20 @@ def make_app(
                 (f"connections_{end}_total", "counter", f"Connections that {told}.", connections.ended[end])
                 for end, told in ENDS.items()
             ]
+        if watched.log is not None:
+            logged = watched.log.counts
+            gauges += [
+                ("log_rows_total", "counter", "Rows of the served log that were written.", logged.written),
+                ("log_dropped_total", "counter", "Rows of the served log that were dropped.", logged.dropped),
+                ("log_failures_total", "counter", "Writes of the served log that failed.", logged.failures),
+            ]
         return PlainTextResponse(metrics.text(gauges), headers={"content-type": METRICS_TYPE})
 
     @asynccontextmanager
     async def life(_: Starlette) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
+            if watched.log is not None:
+                stack.push_async_callback(asyncio.to_thread, watched.log.close)
             for part in parts:
                 await part.start(stack)
             yield
@@ -357,7 +368,8 @@ class _Profiles:
         asked = Arguments.of_query(request, *READ_ARGUMENTS)
         id_ = self._asked_id(request)
         options = _read_options(asked, request.scope[ARRIVED])
-        found = await self._client.get(id_, asked.domains(), **options)
+        with called(variant=asked.variant()):
+            found = await self._client.get(id_, asked.domains(), **options)
         self._note(found)
         if found.failure is not None:
             raise found.failure
@@ -371,7 +383,8 @@ class _Profiles:
         budget = options["budget_seconds"] or self._client.default_budget_seconds(len(ids), domains)
         encoding = min(budget * ENCODE_SHARE, len(ids) * ENCODE_SECONDS_PER_PROFILE)
         options["budget_seconds"] = budget - encoding
-        found = await self._client.get_many(ids, domains, **options)
+        with called(variant=asked.variant()):
+            found = await self._client.get_many(ids, domains, **options)
         answered = list(found.values())
         for profile in answered:
             self._note(profile)

@@ -87,7 +87,13 @@
   The two statements of a feed. `${generation}` and `${unread}` are replaced when they run: the first distinguishes a
   recreated topic from the earlier one, the second excludes rows that the raw table already holds.
 #}
-{% macro kafka_feed(topic, raw) -%}
+{% macro kafka_feed(topic, raw, format="json") -%}
+{%- if format == "avro" -%}
+  {{ exceptions.raise_compiler_error(
+    "topic " ~ topic ~ " is Avro, which the embedded engine decodes and RisingWave does not, because raw messages are "
+    ~ "bytes there: have its producers write JSON Schema and declare format: json_schema"
+  ) }}
+{%- endif -%}
 {%- set sink = this.incorporate(path={"identifier": this.identifier ~ "_feed"}) -%}
 {%- set lateness = env_var("PREFS_KAFKA_LATENESS_SECONDS", "") -%}
 create source {{ this }} (
