@@ -242,7 +242,7 @@ class Stub:
     def find(self, only: Environment) -> Found:
         return self.found
 
-    def drop(self, named: Environment, say: Callable[[str], None]) -> None:
+    def drop(self, named: Environment, say: Callable[[str], None], *, patience_seconds: float) -> None:
         self.dropped.append(named.name)
 
 
