@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ui up down status stack stack-down pictures test test-fast test-terraform bench-serving bench-export bench-export-range bench-ingest bench-training-set bench-freshness bench-live bench-barriers bench-statistics lint format lock clean
+.PHONY: help demo ui up down status stack stack-down pictures test test-fast test-docs test-terraform docs reference dist bench-serving bench-export bench-export-range bench-ingest bench-training-set bench-freshness bench-live bench-barriers bench-statistics lint format lock clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,6 +67,9 @@ test: $(VENV)/installed ## the whole test suite, a file at a time in three proce
 test-fast: $(VENV)/installed ## the tests that take no longer than a few seconds each
 	@$(PYTEST) -m "not slow"
 
+test-docs: $(VENV)/installed ## type every command of the documentation, which takes minutes
+	@$(BIN)/python -m pytest tests/documentation
+
 test-terraform: $(VENV)/installed ## the infrastructure's tests alone
 	@$(BIN)/python -m pytest tests/terraform
 
@@ -109,6 +112,24 @@ bench-training-set: $(VENV)/installed ## a training set of a million labels agai
 bench-statistics: $(VENV)/installed ## statistics of 5,000,000 tile rows against a bare scan
 	@$(BIN)/python benchmarks/value_statistics.py
 
+.docs/bin/sphinx-build: $(VENV)/installed infra/locks/docs.txt
+	@$(BIN)/uv venv --quiet --clear .docs
+	@$(BIN)/uv pip install --quiet --python .docs/bin/python --require-hashes -r infra/locks/docs.txt
+	@touch $@
+
+docs: .docs/bin/sphinx-build ## build the documentation site into site/; a dead link fails
+	@$(BIN)/python docs/reference/generate.py --check
+	@.docs/bin/sphinx-build --quiet --fail-on-warning --keep-going --nitpicky -c docs -b html . site
+	@echo "site/index.html"
+
+reference: $(VENV)/installed ## write the reference pages of the documentation from the code
+	@$(BIN)/python docs/reference/generate.py
+
+dist: $(VENV)/installed ## build the wheel and the source package into dist/, and check them
+	@rm -rf dist
+	@$(BIN)/hatchling build -d dist
+	@$(BIN)/twine check --strict dist/*
+
 lint: $(VENV)/installed ## style, types, and that what is generated is current
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -126,6 +147,8 @@ lock: $(VENV)/installed ## resolve the dependencies into requirements.lock and t
 	  $(BIN)/uv pip compile infra/docker/$$image.in --constraint requirements.lock --override overrides.txt \
 	  --python-platform linux --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate -q -o infra/docker/$$image.lock || exit 1; \
 	done
+	@$(BIN)/uv pip compile --group docs --universal --python-version 3.11 \
+	  --generate-hashes --no-emit-index-url --no-header --no-annotate -q -o infra/locks/docs.txt
 	@for tool in uv feast dlt checkov; do \
 	  $(BIN)/uv pip compile infra/locks/$$tool.in --universal --python-version 3.11 \
 	  --generate-hashes --no-emit-index-url --no-header --no-annotate -q -o infra/locks/$$tool.txt || exit 1; \
@@ -133,4 +156,4 @@ lock: $(VENV)/installed ## resolve the dependencies into requirements.lock and t
 
 clean: ## stop everything and delete the environment and all local state
 	@if [ -x $(BIN)/prefs ]; then $(BIN)/prefs down --delete-state; fi
-	@rm -rf $(VENV) .feast .dlt .checkov .pytest_cache .mypy_cache .ruff_cache .hypothesis dbt_project/target dbt_project/logs
+	@rm -rf $(VENV) .feast .dlt .checkov .docs .lowest .newest site dist .pytest_cache .mypy_cache .ruff_cache .hypothesis dbt_project/target dbt_project/logs
