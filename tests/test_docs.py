@@ -1,4 +1,4 @@
-"""The documentation as far as no service is needed: its reference, YAML, changes, and what its blocks are marked with."""
+"""The documentation as far as no service is needed: its reference, YAML, changes, and the marks of its blocks."""
 
 from __future__ import annotations
 
