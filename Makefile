@@ -36,17 +36,18 @@ status: $(VENV)/installed ## show services, lag and freshness
 	@$(BIN)/prefs status
 
 # Made at the first start, for this user alone.
-STACK_TOKEN := .prefs/stack-console-token
+STACK_TOKEN := .prefs/stack-token
 
 stack: ## start RisingWave, Kafka, DynamoDB Local and the platform in containers (needs Docker)
 	@docker compose version >/dev/null 2>&1 || { echo "make stack needs Docker with its compose plugin: install both, or use make demo" >&2; exit 1; }
-	@if [ -z "$$PREFS_CONSOLE_TOKENS" ] && ! grep -qs '^PREFS_CONSOLE_TOKENS=.' .env; then \
+	@if [ -z "$$PREFS_TOKENS" ] && ! grep -qs '^PREFS_TOKENS=.' .env; then \
 	  umask 077 && mkdir -p .prefs && { [ -s $(STACK_TOKEN) ] || od -An -N32 -tx1 /dev/urandom | tr -d ' \n' > $(STACK_TOKEN); } \
-	  && export PREFS_CONSOLE_TOKENS="stack:domains+shop+inspect+send:$$(cat $(STACK_TOKEN))" || exit 1; \
+	  && hash=$$({ sha256sum $(STACK_TOKEN) || shasum -a 256 $(STACK_TOKEN); } 2>/dev/null | cut -c 1-64) \
+	  && export PREFS_TOKENS="stack:domains+shop+inspect+send:sha256:$$hash" || exit 1; \
 	fi; docker compose up --build --detach --wait
 	@echo "Dagster UI      http://127.0.0.1:3000"
-	@echo "console         http://127.0.0.1:3001, with the token in $(STACK_TOKEN), or your own in PREFS_CONSOLE_TOKENS"
-	@echo "feature server  http://127.0.0.1:8080/v1/profiles/1"
+	@echo "console         http://127.0.0.1:3001, with the token in $(STACK_TOKEN), or your own of PREFS_TOKENS"
+	@echo "feature server  curl -H \"Authorization: Bearer \$$(cat $(STACK_TOKEN))\" http://127.0.0.1:8080/v1/profiles/1"
 	@echo "RisingWave      psql -h 127.0.0.1 -p 4566 -d dev -U root"
 
 stack-down: ## stop the containers; their data stays in volumes
@@ -162,7 +163,7 @@ format: $(VENV)/installed ## let ruff rewrite the style
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-EVERYTHING = --extra platform --extra production --extra server --extra console --extra telemetry --extra lineage --group dev --override overrides.txt
+EVERYTHING = --extra platform --extra production --extra server --extra console --extra telemetry --extra lineage --extra avro --group dev --override overrides.txt
 
 lock: $(VENV)/installed ## resolve the dependencies into requirements.lock and the images' and tools' locks
 	@$(BIN)/uv pip compile pyproject.toml $(EVERYTHING) --universal \

@@ -50,6 +50,7 @@ from dagster_prefs.tools.simulator import fitted, simulate_to_engine
 
 PROJECT = Path(__file__).resolve().parents[1] / "dbt_project"
 TOPIC, DOMAIN = "view_events", "watch"
+IDLE_SECONDS = 60
 STEADY_EVENTS = 19_000
 PATIENCE_SECONDS = 120.0
 
@@ -217,8 +218,8 @@ def measured(history: int, arguments: argparse.Namespace) -> dict[str, Any]:
             time.sleep(10)
             process = psutil.Process(follower.pid)
             before = sum(process.cpu_times()[:2])
-            time.sleep(arguments.seconds)
-            idle = (sum(process.cpu_times()[:2]) - before) * 60 / arguments.seconds
+            time.sleep(IDLE_SECONDS)
+            idle = (sum(process.cpu_times()[:2]) - before) * 60 / IDLE_SECONDS
         finally:
             follower.terminate()
             follower.wait()

@@ -11,3 +11,6 @@
 
 Every expected failure is a `catalog.OfflineError`.
 """
+
+# A data file ends once it has this size.
+FILE_BYTES = 256 * 1024 * 1024

@@ -40,6 +40,9 @@ CatalogKind = Literal["sqlite", "glue", "rest"]
 
 CATALOG_NAME = "prefs"
 
+# The property by which a namespace of the platform is recognised; Terraform writes it too.
+PLATFORM_PROPERTY = {"prefs.platform": CATALOG_NAME}
+
 # Commits hold SQLite's lock for milliseconds; this outlasts the queue of many concurrent exports.
 SQLITE_LOCK_SECONDS = 60
 
@@ -120,7 +123,7 @@ def ensure_namespace(catalog: Catalog, namespace: str) -> None:
     with translated(f"the Iceberg namespace {namespace}"):
         if not catalog.namespace_exists(namespace):
             try:
-                catalog.create_namespace(namespace)
+                catalog.create_namespace(namespace, PLATFORM_PROPERTY)
             except (NamespaceAlreadyExistsError, sqlalchemy.exc.IntegrityError):
                 return
 

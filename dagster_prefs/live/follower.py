@@ -209,18 +209,20 @@ class Follower:
         self._solved("steps")
         self._tell(steps.connection, report)
         if not report.more and not report.messages:
-            for _ in listening.notifies(timeout=POLL_SECONDS, stop_after=1):
-                pass
+            # Every environment of the database notifies on this channel. Functions of before 0.2 name no schema.
+            for told in listening.notifies(timeout=POLL_SECONDS):
+                if told.payload in ("", self.engine.schema):
+                    break
 
     def _tell(self, connection: psycopg.Connection[Any], report: StepReport) -> None:
         if report.step is not None:
             self._last_step = report.step
-        if report.rebuilt:
-            rows = report.changed.get(report.rebuilt, 0)
-            text = f"rebuilt {report.rebuilt}: {rows:,} rows differed ({report.seconds:.1f} s)"
+        for view in report.rebuilt:
+            rows = report.changed.get(view, 0)
+            text = f"rebuilt {view}: {rows:,} rows differed ({report.seconds:.1f} s)"
             self.say(text)
-            log.info(text, extra={"step": report.step, "view": report.rebuilt, "rows": rows})
-        elif report.step is not None:
+            log.info(text, extra={"step": report.step, "view": view, "rows": rows})
+        if report.step is not None and not report.rebuilt:
             log.info(
                 "step %d: %d messages, %d rows changed",
                 report.step,

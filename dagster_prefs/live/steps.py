@@ -10,9 +10,11 @@ a step claims the rows that it can see. A cursor on a sequence or a clock would 
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -47,6 +49,9 @@ DUE_SECONDS = 30.0
 REBUILD_MESSAGES = 20_000
 REBUILD_SHARE = 0.2
 
+# What an apply takes as well: while it is held, neither views nor their marks change under a step.
+_LOCK = "hashtext('dagster-prefs'), hashtext(%s)"
+
 Key = tuple[str, ...]
 
 
@@ -63,7 +68,7 @@ class Taken(NamedTuple):
 
 @dataclass
 class StepReport:
-    """The result of a step: `messages` read, changed rows per view, and the view that was rebuilt, if any.
+    """The result of a step: `messages` read, changed rows per view, and the views that were rebuilt.
 
     `step` is its id, which grows from step to step; None if it did nothing. The keys that it touched have it as `step`
     in the outbox, so it leads from an event's place (`taken`) to the item that is published because of it. `more` says
@@ -74,7 +79,7 @@ class StepReport:
     taken: list[Taken] = field(default_factory=list)
     messages: int = 0
     changed: dict[str, int] = field(default_factory=dict)
-    rebuilt: str | None = None
+    rebuilt: list[str] = field(default_factory=list)
     more: bool = False
     seconds: float = 0.0
 
@@ -137,12 +142,12 @@ class Steps:
         """Take one step and report on it. Raises psycopg.Error; the next step then repeats the failed work."""
         started = time.monotonic()
         report = StepReport()
-        with self.connection.transaction():
-            self.connection.execute(
-                "select pg_advisory_xact_lock(hashtext('dagster-prefs'), hashtext(%s))", [self.engine.schema]
-            )
+        with ExitStack() as beside, self.connection.transaction():
+            self.connection.execute(f"select pg_advisory_xact_lock({_LOCK})", [self.engine.schema])
             views = self.views
-            if self._rebuild_pending(views, report):
+            if self._prefer_rebuilding(views):
+                report.more = True
+            elif self._rebuild_pending(views, report, beside):
                 report.step = next_step(self.connection, self.engine)
             else:
                 _Step(self.connection, self.engine, views, report).run(due=started >= self._due_at)
@@ -160,22 +165,76 @@ class Steps:
         """Have the next step check the clock, regardless of the last check."""
         self._due_at = 0.0
 
-    def _rebuild_pending(self, views: LiveViews, report: StepReport) -> bool:
-        """Rebuild the first pending view that is due. Returns whether there was one."""
-        self._prefer_rebuilding(views)
-        pending = dict(self.connection.execute(pending_views(self.engine, self.registry)).fetchall())
-        for view in views.views.values():
-            if pending.get(view.name):
-                ((changed,),) = self.connection.execute(
-                    sql.SQL("select {}(%s)").format(self._table("prefs_rebuild")), [view.name]
-                ).fetchall()
-                report.rebuilt, report.more = view.name, True
-                if changed:
-                    report.changed[view.name] = changed
-                return True
-        return False
+    def _rebuild_pending(self, views: LiveViews, report: StepReport, beside: ExitStack) -> bool:
+        """Rebuild a pending view that is due, the one that reads most, and as long as that takes others `beside` it.
 
-    def _prefer_rebuilding(self, views: LiveViews) -> None:
+        Returns whether there was one. A view waits for the pending ones that it reads, directly or not.
+        """
+        pending = dict(self.connection.execute(pending_views(self.engine, self.registry)).fetchall())
+        due = [name for name in views.views if pending.get(name)]
+        if not due:
+            return False
+        first, *others = self._by_size(views, [name for name in due if not views.depends(name, due)])
+        if others:
+            beside.enter_context(self._rebuilding(others, report))
+        self._rebuild(self.connection, first, report)
+        report.more = True
+        return True
+
+    def _by_size(self, views: LiveViews, names: Sequence[str]) -> list[str]:
+        """Order views by the bytes of what they read, most first."""
+        read = [(name, relation) for name in names for relation in views.views[name].feeds]
+        sizes = self.connection.execute(
+            sql.SQL(
+                "select view, sum(pg_relation_size(to_regclass(format('%%I.%%I', {}, relation))))"
+                " from unnest(%s::text[], %s::text[]) as read (view, relation) group by view"
+            ).format(sql.Literal(self.engine.schema)),
+            [[view for view, _ in read], [relation for _, relation in read]],
+        ).fetchall()
+        bytes_of = {view: size or 0 for view, size in sizes}
+        return sorted(names, key=lambda name: -bytes_of.get(name, 0))
+
+    @contextmanager
+    def _rebuilding(self, names: Sequence[str], report: StepReport) -> Iterator[None]:
+        """Rebuild views on a second connection, each in a transaction of its own, until the step has done its part.
+
+        The deployment stays locked until they end: whoever marks a view as pending meanwhile would lose the mark.
+        """
+        ended = threading.Event()
+
+        def rebuild(connection: psycopg.Connection[Any]) -> None:
+            for name in names:
+                if not ended.is_set():
+                    self._rebuild(connection, name, report)
+
+        self.connection.execute(f"select pg_advisory_lock({_LOCK})", [self.engine.schema])
+        try:
+            with self.engine.connect() as connection, ThreadPoolExecutor(1, "rebuild") as thread:
+                # The lock ends with this process, so its second transaction must not outlive it either.
+                connection.execute("set client_connection_check_interval = '500ms'")
+                ((clock,),) = self.connection.execute(
+                    "select coalesce(current_setting('prefs.clock', true), '')"
+                ).fetchall()
+                connection.execute("select set_config('prefs.clock', %s, false)", [clock])
+                rebuilding = thread.submit(rebuild, connection)
+                try:
+                    yield
+                finally:
+                    ended.set()
+                rebuilding.result()
+        finally:
+            self.connection.execute(f"select pg_advisory_unlock({_LOCK})", [self.engine.schema])
+
+    def _rebuild(self, connection: psycopg.Connection[Any], view: str, report: StepReport) -> None:
+        ((changed,),) = connection.execute(
+            sql.SQL("select {}(%s)").format(self._table("prefs_rebuild")), [view]
+        ).fetchall()
+        report.rebuilt.append(view)
+        if changed:
+            report.changed[view] = changed
+
+    def _prefer_rebuilding(self, views: LiveViews) -> bool:
+        """Have views rebuilt for which too many messages wait. Returns whether there was one."""
         raw = {topic.raw: parsed for parsed, topic in views.parsed.items()}
         waiting = self.connection.execute(
             sql.SQL(
@@ -185,6 +244,7 @@ class Steps:
             ).format(self._table("raw_arrivals"), sql.Literal(REBUILD_MESSAGES)),
             [list(raw), REBUILD_MESSAGES],
         ).fetchall()
+        marked = False
         for relation, messages in waiting:
             ((stored,),) = self.connection.execute(
                 sql.SQL("select greatest(reltuples, 0) from pg_class where oid = {}::regclass").format(
@@ -198,6 +258,8 @@ class Steps:
                     [relation],
                 )
                 mark_pending(self.connection, self.engine, [raw[relation]])
+                marked = True
+        return marked
 
     def _prepare(self, views: LiveViews) -> None:
         """Create what steps need and no model declares: indexes, the trail, this session's tables of changed rows."""

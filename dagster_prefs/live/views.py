@@ -8,7 +8,7 @@ twice.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
 from typing import Any, Literal
@@ -119,6 +119,13 @@ class LiveViews:
             if relation in view.feeds
             and (view.how == "rebuilt" or (view.how == "keys" and view.feeds[relation] is None))
         ]
+
+    def depends(self, name: str, relations: Collection[str]) -> bool:
+        """Return whether a view reads one of the relations, directly or through other views."""
+        return any(
+            below in relations or (below in self.views and self.depends(below, relations))
+            for below in self.views[name].feeds
+        )
 
     def table(self, name: str) -> sql.Identifier:
         """Return the identifier of a relation in the engine's schema."""

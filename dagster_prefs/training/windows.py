@@ -43,6 +43,7 @@ _TYPES = {
     "string": "varchar",
     "list<string>": "varchar[]",
     "list<decimal>": f"{_NUMBERS}[]",
+    "list<integer>": "bigint[]",
 }
 
 
@@ -68,7 +69,7 @@ def _feature(domain: str, name: str, attribute: Attribute) -> Feature:
         raise ViewNotPortable(
             f"{domain}.{name} is a {attribute.type}, which training data cannot represent exactly: make it a decimal"
         )
-    empty = "null" if attribute.nullable else "[]" if attribute.type.startswith("list") else "0"
+    empty = "null" if attribute.nullable else "[]" if attribute.is_list else "0"
     return Feature(name, domain, _TYPES[attribute.type], f"cast({empty} as {_TYPES[attribute.type]})")
 
 
@@ -124,6 +125,7 @@ class Features:
     """
 
     def __init__(self, registry: Registry, entity: Entity) -> None:
+        self.registry = registry
         self.entity = entity
         # The first key column, whose day moves if expiry is spread, and all key columns.
         self.key: Key = entity.key

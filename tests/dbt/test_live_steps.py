@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
+import psycopg
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -21,7 +22,7 @@ from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.events.raw import Place, RawMessage, RawStore
 from dagster_prefs.live import steps as live_steps
 from dagster_prefs.live.presence import make_rebuilt_due
-from dagster_prefs.live.steps import Steps
+from dagster_prefs.live.steps import StepReport, Steps, mark_pending
 from dagster_prefs.live.trail import Trail, forget_old_steps, note_published, read_trail
 
 EMPTIED = b'{"erased": true}'
@@ -73,6 +74,7 @@ def happenings(draw: st.DrawFn) -> list[tuple[str, object]]:
         st.tuples(st.just("empty"), st.integers(0, 39)),
         st.tuples(st.just("delete"), st.integers(0, 39)),
         st.tuples(st.just("rebuild"), st.integers(0, 30)),
+        st.tuples(st.just("pending"), st.lists(st.integers(0, 30), min_size=2)),
         st.tuples(st.just("keys"), st.booleans()),
     )
     for happening in draw(st.lists(others, max_size=15)):
@@ -168,6 +170,12 @@ class World:
         names = list(self.steps.views.views)
         self.steps.connection.execute("select prefs_rebuild(%s)", [names[number % len(names)]])
 
+    def pending(self, numbers: Sequence[int]) -> None:
+        names = list(self.steps.views.views)
+        mark_pending(
+            self.steps.connection, self.steps.engine, {names[number % len(names)] for number in numbers}
+        )
+
     def keys(self, there: bool) -> None:
         self.steps.connection.execute("delete from canary_keys")
         if there:
@@ -212,6 +220,41 @@ def test_any_sequence_equals_the_oracle(steps: Steps, happened: list[tuple[str, 
     }
     assert {name for name, count in changed.items() if count != (0,)} == set()
     assert not steps.connection.execute("select from live_pending where relation not like 'sink%'").fetchall()
+
+
+def test_views_that_do_not_depend_on_each_other_are_rebuilt_at_once(
+    steps: Steps, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, *_ = sorted(topic.parsed for topic in registry.topics.values() if topic.entity)
+    reader = next(name for name in steps.views.views if steps.views.depends(name, [first, second]))
+    World(steps)
+    catch_up(steps)
+    rebuild, locked = steps._rebuild, []
+
+    def beside(connection: psycopg.Connection[tuple[object, ...]], view: str, report: StepReport) -> None:
+        if connection is not steps.connection:
+            with steps.engine.connect() as other:
+                query = "select pg_try_advisory_xact_lock(hashtext('dagster-prefs'), hashtext(%s))"
+                locked.extend(other.execute(query, [steps.engine.schema]).fetchall())
+            if len(locked) == 1:
+                raise Interrupted
+        rebuild(connection, view, report)
+
+    monkeypatch.setattr(steps, "_rebuild", beside)
+    mark_pending(steps.connection, steps.engine, [first, second, reader])
+    with pytest.raises(Interrupted):
+        steps.step()
+    # The other one is done, and the one that failed is still to do, before what reads both.
+    done = {first, second} & set(steps.step().rebuilt)
+    assert len(done) == 1
+    mark_pending(steps.connection, steps.engine, [first, second, reader])
+    assert set(steps.step().rebuilt) == {first, second}
+    assert steps.step().rebuilt[0] == reader
+    # No apply can begin before both ended, and after a failure the next one is not held up.
+    assert set(locked) == {(False,)}
+    with steps.engine.connect() as other:
+        query = "select pg_try_advisory_lock(hashtext('dagster-prefs'), hashtext(%s))"
+        assert other.execute(query, [steps.engine.schema]).fetchall() == [(True,)]
 
 
 def test_a_steps_number_leads_from_a_message_to_the_publishing_of_its_items(

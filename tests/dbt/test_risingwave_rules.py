@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import sqlglot
-from shipped import TILE_TABLES
+from shipped import REGISTRY, TILE_TABLES
 from sqlglot import exp
 from sqlglot.errors import SqlglotError
 from workshop import PROJECT
@@ -362,8 +362,9 @@ def subscriptions_retain(text: str) -> list[str]:
     wrong = []
     if not re.search(r" with \(\s*retention = '[1-9][0-9]* hours'\s*\)$", lowered):
         wrong.append("no retention, or more options than that")
-    if not re.search(r"^create subscription \S+ from \S+_rolling\"? with", lowered):
-        wrong.append("it does not read a rolling view")
+    read = re.search(r"^create subscription \S+ from (?:\S+\.)?\"?(\w+)\"? with", lowered)
+    if read is None or read[1] not in {domain.relation for domain in REGISTRY.contract.domains.values()}:
+        wrong.append("it does not read a domain's view")
     return wrong
 
 
@@ -427,16 +428,19 @@ RULES: dict[Rule, str] = {
     sinks_fit_iceberg: "create sink s as select * from t where viewer_id >= 0 with (connector = 'iceberg', "
     "table.name = 'viewer_genre_daily', primary_key = 'viewer_id,watch_date', type = 'upsert', "
     "write_mode = 'copy-on-write')",
-    subscriptions_retain: "create subscription s from v_rolling with (format = 'x')",
+    subscriptions_retain: "create subscription s from viewer_engagement_rolling with (format = 'x')",
     # In two parts, because no statement in any file may have a bare number.
-    durations_have_units: "create subscription s from v_rolling with (retention = " + "'24')",
+    durations_have_units: "create subscription s from viewer_engagement_rolling with (retention = " + "'24')",
     credentials_are_named: "create sink s from v with (aws.credentials.secret_access_key = 'abc')",
 }  # fmt: skip
 
 MORE_BAD = [
     (durations_have_units, KAFKA_SOURCE.replace("with (", "with (properties.fetch.timeout = 5, ")),
     (subscriptions_retain, "create subscription s from v_1d with (retention = '24 hours')"),
-    (subscriptions_retain, "create subscription s from v_rolling with (retention = '24 hours', x = 'y')"),
+    (
+        subscriptions_retain,
+        "create subscription s from viewer_engagement_rolling with (retention = '24 hours', x = 'y')",
+    ),
     (now_only_in_filters, "select case when ts > now() then 1 end as late from t"),
     (now_alone_on_its_side, "select a from t where ts - now() < interval '7 days'"),
     (now_alone_on_its_side, "select a from t where now() - ts < interval '7 days'"),
@@ -511,7 +515,7 @@ def test_variants_say_what_they_are_for(tmp_path_factory: pytest.TempPathFactory
     assert "dynamodb.batch_write_retry_times = '5'" in kafka["sink_engagement_watch"][1]
     assert plain["sink_engagement_watch"][0] == "sink"
     spread = kafka
-    for name in ("viewer_engagement_rolling", "content_interactions_rolling", "viewer_preferences_rolling"):
+    for name in (domain.relation for domain in REGISTRY.contract.domains.values()):
         assert "abs(viewer_id % 3600)" in spread[name][1]
         assert "3600" not in plain[name][1]
     secret = kafka

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -135,6 +136,36 @@ def test_parallel_plans_read_the_same(session: psycopg.Connection, order: list[s
     session.execute("analyze")
     refresh(session, order)
     assert differences(session, Oracle(stream, NOW)) == {}
+
+
+def test_a_sequence_holds_the_last_fifty_in_order(session: psycopg.Connection, order: list[str]) -> None:
+    """Sixty events of few moments, in no order of arrival: ties go by event_id, and the rest is cut."""
+    numbers = [n * 37 % 60 for n in range(60)]
+    stream = [watch(n, 7, MIDNIGHT - n // 20 * SECOND - n % 2) for n in numbers]
+    stream += [watch(100 + n, 8, MIDNIGHT) for n in range(50)]
+    bought = [
+        {
+            "event_id": f"b{n}",
+            "user_id": "u",
+            "item_id": n % 3 or None,
+            "event_type": "view",
+            "event_time": n % 5,
+        }
+        for n in numbers
+    ]
+    for body in bought:
+        body["event_time"] = instant(MIDNIGHT - int(str(body["event_time"])) * SECOND).isoformat()
+    stream += [
+        Message("user.events", "shop", 0, n, json.dumps(body).encode(), None, NOW)
+        for n, body in enumerate(bought)
+    ]
+    replace_events(session, stream)
+    set_clock(session, NOW)
+    refresh(session, order)
+    sequences = ["viewer_recent_sequence", "user_recent_sequence"]
+    assert differences(session, Oracle(stream, NOW), sequences) == {}
+    lengths = "select cardinality(recent_content_ids) from viewer_recent_sequence order by viewer_id"
+    assert session.execute(lengths).fetchall() == [(50,), (50,)]
 
 
 def test_spread_rolls_viewers_over_one_after_another(deployed: EngineConfiguration, dbt_on: DbtOn) -> None:

@@ -4,7 +4,7 @@ from datetime import date, timedelta
 
 import pytest
 from pyiceberg.catalog import Catalog
-from shipped import WATCH
+from shipped import GENRE, WATCH
 
 from dagster_prefs.iceberg.export import ExportedDay, ExportOptions, export_day, exported_days, stale_days
 from dagster_prefs.iceberg.tables import TileTable
@@ -34,6 +34,21 @@ def test_a_day_holds_exactly_the_engines_rows_without_canaries(
     assert [str(field) for field in table.spec().fields] == [f"1000: {spec.day}: identity(2)"]
     viewers = table.scan().to_arrow()["viewer_id"].to_pylist()
     assert viewers == sorted(viewers)
+
+
+def test_a_day_is_read_whole_over_many_runs_of_blocks(
+    tiles: Tiles, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A run of blocks may hold nothing of the day, and the last one ends in the middle.
+    monkeypatch.setattr("dagster_prefs.iceberg.tiles.BLOCKS_READ", 2)
+    spec = GENRE
+    first = some_rows(spec, DAY, viewers=700)
+    last = some_rows(spec, DAY, viewers=300, offset=5_000)
+    for rows in (first, some_rows(spec, NEXT, viewers=900), last):
+        tiles.add(spec, rows, refresh=False)
+    tiles.refresh(spec)
+    assert export_day(tiles.engine, catalog, spec, DAY).rows == len(first + last)
+    assert table_rows(catalog, spec) == sorted(first + last)
 
 
 def test_an_unchanged_day_commits_nothing(tiles: Tiles, catalog: Catalog, spec: TileTable) -> None:

@@ -43,6 +43,9 @@
   `prefs_rebuild(relation)`: write the difference between a kept view and its query, and return the number of rows.
 
   `prefs_write_difference(kept, query)`: write the difference to a view that already has rows.
+
+  `raw_retained`: the parsed relations of which messages from before an arrival may have left the raw table by retention
+  (dagster_prefs/events/retention.py). Their rows from before it stay, as on RisingWave.
 #}
 {% macro kept_views_ddl() -%}
   create table if not exists {{ target.schema }}.live_pending (
@@ -51,6 +54,9 @@
   );
   create table if not exists {{ target.schema }}.live_views (
     relation text primary key, as_of timestamptz not null, latest timestamptz not null
+  );
+  create table if not exists {{ target.schema }}.raw_retained (
+    relation text primary key, before timestamptz not null
   );
   create table if not exists {{ target.schema }}.live_due (
     relation text, key text[], primary key (relation, key)
@@ -99,7 +105,9 @@
   create or replace function {{ target.schema }}.prefs_mark_readers(name text) returns void
     language sql as $$
       insert into {{ target.schema }}.live_pending (relation)
+      -- In one order, because two views that are rebuilt at once may have the same readers.
       select distinct readers.relation from {{ target.schema }}.prefs_readers(format('%I.%I', '{{ target.schema }}', name)::regclass) as readers
+      order by relation
       on conflict (relation) do update set since = clock_timestamp()
     $$;
   create or replace function {{ target.schema }}.prefs_changed(name text) returns void
@@ -143,7 +151,11 @@
         others text[];
         written bigint;
         changed bigint;
+        retained text;
       begin
+        select format(' and old.arrived_at >= %L', before) into retained
+        from {{ target.schema }}.raw_retained
+        where relation = left(query, -{{ query_suffix() | length }});
         select array_agg(format('%I', a.attname) order by key.place) into keys
         from (
           select indrelid, indkey from pg_index
@@ -170,8 +182,9 @@
           end if;
         else
           execute format(
-            'delete from %s as old where not exists (select from pg_temp.prefs_rebuilt as new where %s)', kept,
-            (select string_agg(format('new.%1$s = old.%1$s', key), ' and ') from unnest(keys) as key)
+            'delete from %s as old where not exists (select from pg_temp.prefs_rebuilt as new where %s)%s', kept,
+            (select string_agg(format('new.%1$s = old.%1$s', key), ' and ') from unnest(keys) as key),
+            coalesce(retained, '')
           );
           get diagnostics changed = row_count;
           execute format(
@@ -220,7 +233,7 @@
     language plpgsql security definer set search_path = pg_catalog as $$
       begin
         insert into {{ target.schema }}.live_changes (relation, key) select tg_table_name, {{ row }} from changed;
-        perform pg_notify('prefs_live', '');
+        perform pg_notify('prefs_live', tg_table_schema);
         return null;
       end
     $$;

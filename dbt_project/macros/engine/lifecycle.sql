@@ -26,6 +26,7 @@
 {% macro prepare_engine() -%}
   {%- if execute and flags.WHICH in ("run", "build", "test") -%}
     {% do refuse_stale() %}
+    {% do refuse_environment_contradictions() %}
     {% do adapter.dispatch("require_version")() %}
     {% do refuse_impostors() %}
     {% do adapter.dispatch("prepare_engine")() %}
@@ -213,7 +214,9 @@
   {%- set columns = {} -%}
   {%- for column in model.columns.values() -%}
     {%- do columns.update({column.name: {"data_type": column.data_type, "description": column.description}}) -%}
-    {%- if column.meta.get("retired") -%}{%- do columns[column.name].update({"config": {"meta": {"retired": true}}}) -%}{%- endif -%}
+    {%- set meta = {} -%}
+    {%- for key in ["retired", "null_elements"] if column.meta.get(key) -%}{%- do meta.update({key: true}) -%}{%- endfor -%}
+    {%- if meta -%}{%- do columns[column.name].update({"config": {"meta": meta}}) -%}{%- endif -%}
   {%- endfor -%}
   {%- do fragment.nodes.update({model.unique_id: {
     "name": model.name, "resource_type": "model", "columns": columns, "config": {"meta": {"domain": found.domain}}
