@@ -304,6 +304,7 @@ def _stores(platform: Platform) -> Stores:
         refresh_with(platform.dbt),
         platform.settings.iceberg_namespace,
         platform.settings.export == "sink",
+        platform.settings.served_log_place,
     )
 
 
