@@ -14,7 +14,7 @@ from dagster_prefs.errors import PrefsError
 
 # The table by which a schema of the platform is recognised, and what it makes besides its models.
 RECORDS = "deployments"
-_OWN = frozenset({RECORDS, "online_published", "raw_arrivals"})
+_OWN = frozenset({RECORDS, "online_published", "raw_arrivals", "raw_retained"})
 _OWN_BEGINNING = "live_"
 # Added to a relation's name: by its unfinished successor, its feed and dbt's temporary relations.
 _OWN_MARKS = ("__next_", "__dbt_", "_feed", "_next")
