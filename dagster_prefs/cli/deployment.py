@@ -68,9 +68,10 @@ def refresh() -> None:
     help="First restore the raw messages that have left the engine from the tables of `prefs export events`.",
 )
 def rebuild(view: str, from_lake: bool) -> None:
-    """Compute VIEW, or `all`, again from all messages, with everything that it is made from.
+    """Compute VIEW, or `all`, again from all messages.
 
-    For the embedded engine. The old rows serve until the new ones are known. Safe to run again after any failure.
+    Everything that it is made from is computed again too. For the embedded engine. The old rows serve until the new
+    ones are known. Safe to run again after any failure.
     """
     from dagster_prefs.platform import Platform
 
@@ -203,7 +204,7 @@ def apply_command(drop_orphans: bool) -> None:
 )
 @click.pass_context
 def export(context: click.Context, replace_foreign: bool) -> None:
-    """Export the days of tiles that Iceberg lacks or holds outdated.
+    """Export the days that Iceberg lacks or holds outdated.
 
     Days that another writer changed are left unchanged, and so are days that fail their audit; the exit code is then 1,
     and the message names these days with the reasons. Every other day is exported.

@@ -63,7 +63,9 @@ def id_of(entity: Entity, *given: str) -> Id:
 @ENTITY
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def profile(id_: tuple[str, ...], entity: str | None, as_json: bool) -> None:
-    """Read the items of one id from DynamoDB, as a service would; personal values are masked.
+    """Read the items of one id from DynamoDB, as a service would.
+
+    Personal values are masked.
 
     A composite key has one word per column.
     """

@@ -30,6 +30,7 @@ from dagster_prefs.erasure.training import (
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.events.raw import translated
 from dagster_prefs.events.schema_registry import unframed
+from dagster_prefs.iceberg.event_tables import DATA
 from dagster_prefs.iceberg.files import scan_rows
 from dagster_prefs.iceberg.tables import ErasedSubject
 
@@ -128,7 +129,9 @@ def export_subject(
             catalog, spec, subject, searched, arrived_until=_ALWAYS, namespace=stores.namespace
         )
         with _step(f"read {held.name}", subject, step):
-            found.training[held.name], found.earlier[held.name] = held.rows()
+            found.training[held.name], found.earlier[held.name] = (
+                [_message(row) if DATA in row else row for row in rows] for rows in held.rows()
+            )
     if specs := stores.tiles(subject):
         tables: list[SubjectInTable] = [
             SubjectInTiles(catalog, spec, searched, stores.engine, namespace=stores.namespace)
@@ -189,7 +192,7 @@ def _read_engine(found: SubjectExport, stores: Stores, connection: psycopg.Conne
 
 
 def _message(row: dict[str, Any]) -> dict[str, Any]:
-    data = bytes(row.pop("data"))
+    data = bytes(row.pop(DATA))
     try:
         return {**row, "message": unframed(data).decode()}
     except UnicodeDecodeError:

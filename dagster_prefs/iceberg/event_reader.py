@@ -26,6 +26,7 @@ from dagster_prefs.iceberg.catalog import translated
 from dagster_prefs.iceberg.duck import registered
 from dagster_prefs.iceberg.event_tables import (
     ARRIVED,
+    COMPLETE_FROM,
     COMPLETE_SNAPSHOT,
     COMPLETE_UNTIL,
     DAY,
@@ -109,6 +110,12 @@ def complete_until_of(table: Table) -> datetime | None:
     return None if rolled_back else datetime.fromisoformat(until)
 
 
+def complete_from_of(table: Table) -> datetime | None:
+    """Return the instant (UTC) before which retention has removed what arrived, None if it has not removed any."""
+    first = table.properties.get(COMPLETE_FROM)
+    return None if first is None else datetime.fromisoformat(first).replace(tzinfo=UTC)
+
+
 def read_events(
     catalog: Catalog, spec: EventTable, selection: Selection = EVERYTHING
 ) -> pa.RecordBatchReader:
@@ -160,7 +167,7 @@ def load_accepted(
         selection.snapshot_id,
     )
     rows = read_events(catalog, spec, chosen)
-    table, identity = _quoted(name), _quoted(spec.identity)
+    table, identity = quoted(name), quoted(spec.identity)
     order = ", ".join((ARRIVED, *PLACE))
     with translated(f"the table {selection.namespace}.{spec.name}"):
         with registered(session, "deliveries", rows.schema, rows):
@@ -182,5 +189,6 @@ def load_accepted(
         )
 
 
-def _quoted(name: str) -> str:
+def quoted(name: str) -> str:
+    """Return an identifier as DuckDB's SQL writes it."""
     return '"' + name.replace('"', '""') + '"'

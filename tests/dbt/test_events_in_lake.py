@@ -28,6 +28,7 @@ from dagster_prefs.iceberg import publish
 from dagster_prefs.iceberg.event_export import EventsReport
 from dagster_prefs.iceberg.event_reader import Selection, complete_until, load_accepted, read_events
 from dagster_prefs.iceberg.event_tables import PLACE, event_tables
+from dagster_prefs.iceberg.tables import SchemaChangeRefused, ensure_layout
 from dagster_prefs.platform import Platform
 from dagster_prefs.settings import load_settings
 
@@ -208,8 +209,29 @@ def test_what_arrived_is_exported_exactly_and_once(lake: Lake) -> None:
     # As of an earlier arrival only what had arrived by then counts.
     assert lake.accepted(arrived_until=instant(FIRST - 1)) == [row for row in lake.typed() if row[0] == "e4"]
     assert len(lake.accepted(arrived_until=instant(FIRST + HOUR))) == 10
-    # All versions of reference data are there, the newest as in the engine.
-    lake.export(ITEMS)
+
+
+def test_a_table_grows_with_its_topic_and_keeps_all_versions_of_reference_data(lake: Lake) -> None:
+    full = lake.platform.event_exports()[ITEMS]
+    spec = full.tables.typed
+    fewer = replace(spec, fields=tuple(field for field in spec.fields if field.name != "price"))
+    replace(full, tables=replace(full.tables, typed=fewer)).run(instant(NOW))
+    ensure_layout(lake.catalog, "training", spec.layout)
+    rows = read_events(lake.catalog, spec, Selection(columns=["item_id", "price"])).read_all().to_pylist()
+    assert sorted({row["item_id"] for row in rows}) == ["i0", "i1", "i2"]
+    assert {row["price"] for row in rows} == {None}
+    full.run(instant(NOW))
+    # A field that is not declared any more keeps its column; a type that would lose values is refused.
+    table = ensure_layout(lake.catalog, "training", fewer.layout)
+    assert "price" in table.schema().column_names
+    retyped = replace(
+        spec,
+        fields=tuple(
+            replace(field, type="text") if field.name == "price" else field for field in spec.fields
+        ),
+    )
+    with pytest.raises(SchemaChangeRefused, match=r"items\.price is decimal"):
+        ensure_layout(lake.catalog, "training", retyped.layout)
     with duckdb.connect() as session:
         load_accepted(session, "found", lake.catalog, TABLES[ITEMS].typed)
         found = session.sql("select item_id, price, replaced_at is null from found").fetchall()
