@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from dagster_prefs.declarations.lineage import Lineage
     from dagster_prefs.deploy.plan import ContractReview, Plan
     from dagster_prefs.dynamodb.store import DomainStore
+    from dagster_prefs.engine.spreads import Spreads
     from dagster_prefs.events.brokers import KafkaSecurity, KafkaSource
     from dagster_prefs.events.inputs import Input
     from dagster_prefs.events.topics import TopicGeneration
@@ -454,6 +455,14 @@ class Platform:
         from dagster_prefs.values.drift import causes_on
 
         return causes_on(self.catalog(), self.registry, self.settings.iceberg_namespace, day=day)
+
+    def spreads(self) -> Spreads:
+        """Return the expiry spreads that were in force over time, by domain. Raises EngineUnavailable."""
+        from dagster_prefs.engine.spreads import spreads_in_force
+
+        return spreads_in_force(
+            self.engine, self.contract.domains.values(), default=self.settings.expiry_spread_seconds
+        )
 
     def is_deployed(self) -> bool:
         """Return whether any model of the project was ever deployed. Raises EngineUnavailable."""

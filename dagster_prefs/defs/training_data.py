@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, Literal
 
 import dagster as dg
 from pydantic import Field
@@ -21,8 +21,8 @@ from dagster_prefs.training.parity import (
     Difference,
     ParityReport,
 )
-from dagster_prefs.training.training_set import CsvOptions, LabelJoin, build_training_set
-from dagster_prefs.training.windows import Features, choose_features, features_by_entity
+from dagster_prefs.training.training_set import CsvOptions, LabelJoin, build_training_set, features_as
+from dagster_prefs.training.windows import Features, features_by_entity
 
 MAINTENANCE_JOB = "maintenance"
 PARITY_JOB = "parity"
@@ -43,6 +43,7 @@ class TrainingSetConfig(dg.Config):
     entity: str | None = None
     tag: str | None = None
     timezone: str | None = None
+    meaning: Literal["yesterday", "served", "happened"] = "yesterday"
     as_known: bool = False
     types: dict[str, str] = Field(default_factory=dict)
     keep_formulas: bool = False
@@ -212,12 +213,14 @@ def training_set_asset(
             platform.catalog(),
             LabelJoin(
                 config.labels,
-                choose_features(platform.registry, config.entity),
+                features_as(platform.registry, config.entity, config.meaning),
                 clock(),
                 timezone=config.timezone,
                 as_known=config.as_known,
                 namespace=settings.iceberg_namespace,
                 csv=CsvOptions(config.types, config.keep_formulas),
+                meaning=config.meaning,
+                spreads={} if config.meaning == "yesterday" else platform.spreads(),
             ),
             output_within(settings.training_folder, config.output),
             tag=config.tag,

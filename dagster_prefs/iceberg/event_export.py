@@ -46,6 +46,7 @@ from dagster_prefs.iceberg.event_source import (
     event_source,
 )
 from dagster_prefs.iceberg.event_tables import (
+    COMPLETE_FROM,
     COMPLETE_SNAPSHOT,
     COMPLETE_UNTIL,
     DATA,
@@ -523,7 +524,9 @@ def _note_complete(table: Table, until: datetime) -> None:
 def _remove_before(table: Table, first: date) -> None:
     old = LessThan(term=DAY, value=first.isoformat())
     if live_files(table, old):
-        table.delete(old, snapshot_properties={"prefs.operation": "retention"})
+        with table.transaction() as change:
+            change.delete(old, snapshot_properties={"prefs.operation": "retention"})
+            change.set_properties({COMPLETE_FROM: first.isoformat()})
 
 
 def _first_kept(now: datetime, kept: timedelta | None) -> date | None:

@@ -26,6 +26,7 @@ from dagster_prefs.iceberg.catalog import translated
 from dagster_prefs.iceberg.duck import registered
 from dagster_prefs.iceberg.event_tables import (
     ARRIVED,
+    COMPLETE_FROM,
     COMPLETE_SNAPSHOT,
     COMPLETE_UNTIL,
     DAY,
@@ -109,6 +110,12 @@ def complete_until_of(table: Table) -> datetime | None:
         str(one.snapshot_id) == snapshot for one in ancestors_of(table.current_snapshot(), table.metadata)
     )
     return None if rolled_back else datetime.fromisoformat(until)
+
+
+def complete_from_of(table: Table) -> datetime | None:
+    """Return the instant (UTC) before which retention has removed what arrived, None if it has not removed any."""
+    first = table.properties.get(COMPLETE_FROM)
+    return None if first is None else datetime.fromisoformat(first).replace(tzinfo=UTC)
 
 
 def read_events(

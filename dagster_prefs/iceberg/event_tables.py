@@ -40,6 +40,8 @@ DECIMAL_DIGITS = 28
 
 # What a table holds completely: all that arrived until then (UTC), as of this snapshot.
 COMPLETE_UNTIL, COMPLETE_SNAPSHOT = "prefs.complete-until", "prefs.complete-snapshot"
+# The UTC day of arrival before which retention has removed rows; absent where it has not removed any.
+COMPLETE_FROM = "prefs.complete-from"
 
 Kind = Literal["raw", "typed"]
 
