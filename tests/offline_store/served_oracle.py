@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from fractions import Fraction
@@ -52,6 +52,11 @@ class Lesson:
     subject: str | None = "maths"
     seconds: int | None = 60
     event_id: str = "e"
+
+
+def with_ids(rows: Iterable[Any]) -> list[Any]:
+    """The rows, each with an identity of its own."""
+    return [replace(row, event_id=f"e{number}") for number, row in enumerate(rows)]
 
 
 def spread_of(key: int | str, seconds: int) -> timedelta:
@@ -108,6 +113,8 @@ def viewer_values(
         seconds[str(view.genre)] += view.watch_duration_sec or 0
     total = sum(seconds.values())
     best = sorted(seconds, key=lambda name: (-seconds[name], name.encode()))[:5]
+    newest = sorted(long, key=lambda view: view.event_id)
+    newest = sorted(newest, key=lambda view: view.watched_at, reverse=True)[:50]
     completed = [view for view in of_genre if _completed(view)]
     return {
         f"watch_minutes_{SHORT}d": six_places(Fraction(_seconds(short), 60)),
@@ -125,6 +132,10 @@ def viewer_values(
         ],
         f"completion_rate_{LONG}d": six_places(Fraction(len(completed), len(of_genre))) if of_genre else None,
         f"minutes_per_view_{LONG}d": six_places(Fraction(total, 60 * len(of_genre))) if of_genre else None,
+        "recent_content_ids": [view.content_id for view in newest],
+        "recent_watched_at": [milliseconds(view.watched_at) for view in newest],
+        "recent_completions": [view.completion_pct for view in newest],
+        "sequence_last_event_at": _newest([view.watched_at for view in long]),
         "watch_last_event_at": _newest([view.watched_at for view in long]),
         "preferences_last_event_at": _newest([view.watched_at for view in of_genre]),
         "interactions_last_event_at": _newest([one.event_ts for one in reactions]),

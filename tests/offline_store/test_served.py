@@ -33,6 +33,7 @@ from .served_oracle import (
     learner_values,
     spread_of,
     viewer_values,
+    with_ids,
 )
 
 REGISTRY = with_computed_attributes()
@@ -115,7 +116,8 @@ def events(rows: Sequence[Any], types: dict[str, pa.DataType], **limits: Any) ->
 INSTANT = pa.timestamp("us", tz="UTC")
 VIEW_TYPES = {
     "viewer_id": pa.int64(), "watched_at": INSTANT, "arrived_at": INSTANT, "content_id": pa.string(),
-    "genre": pa.string(), "watch_duration_sec": pa.int32(), "completion_pct": pa.decimal128(28, 9),
+    "event_id": pa.string(), "genre": pa.string(), "watch_duration_sec": pa.int32(),
+    "completion_pct": pa.decimal128(28, 9),
 }  # fmt: skip
 REACTION_TYPES = {
     "viewer_id": pa.int64(),
@@ -224,7 +226,7 @@ HELD = ("nothing", "all", "late events missing", "events beyond the lake")
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    views=st.lists(views, max_size=50),
+    views=st.lists(views, max_size=50).map(with_ids),
     reactions=st.lists(reactions, max_size=20),
     labels=st.lists(st.tuples(viewer, label_times), min_size=1, max_size=20),
     spread=st.sampled_from(SPREADS),
