@@ -113,8 +113,6 @@ def viewer_values(
         seconds[str(view.genre)] += view.watch_duration_sec or 0
     total = sum(seconds.values())
     best = sorted(seconds, key=lambda name: (-seconds[name], name.encode()))[:5]
-    newest = sorted(long, key=lambda view: view.event_id)
-    newest = sorted(newest, key=lambda view: view.watched_at, reverse=True)[:50]
     completed = [view for view in of_genre if _completed(view)]
     return {
         f"watch_minutes_{SHORT}d": six_places(Fraction(_seconds(short), 60)),
@@ -132,13 +130,32 @@ def viewer_values(
         ],
         f"completion_rate_{LONG}d": six_places(Fraction(len(completed), len(of_genre))) if of_genre else None,
         f"minutes_per_view_{LONG}d": six_places(Fraction(total, 60 * len(of_genre))) if of_genre else None,
-        "recent_content_ids": [view.content_id for view in newest],
-        "recent_watched_at": [milliseconds(view.watched_at) for view in newest],
-        "recent_completions": [view.completion_pct for view in newest],
-        "sequence_last_event_at": _newest([view.watched_at for view in long]),
         "watch_last_event_at": _newest([view.watched_at for view in long]),
         "preferences_last_event_at": _newest([view.watched_at for view in of_genre]),
         "interactions_last_event_at": _newest([one.event_ts for one in reactions]),
+    }
+
+
+def sequence_values(
+    viewer: int, t: datetime, views: Iterable[View], *, spread: int = 0, happened: bool = False
+) -> dict[str, Any]:
+    """The last views of a viewer at t: newest first, then by the id of the event."""
+    today = day_of(t - spread_of(viewer, spread))
+    seen = [
+        view
+        for view in views
+        if view.viewer_id == viewer
+        and (known := view.watched_at if happened else view.arrived_at) is not None
+        and known <= t
+        and day_of(view.watched_at) >= today - timedelta(days=LONG)
+    ]
+    newest = sorted(seen, key=lambda view: view.event_id)
+    newest = sorted(newest, key=lambda view: view.watched_at, reverse=True)[:50]
+    return {
+        "recent_content_ids": [view.content_id for view in newest],
+        "recent_watched_at": [milliseconds(view.watched_at) for view in newest],
+        "recent_completions": [view.completion_pct for view in newest],
+        "sequence_last_event_at": _newest([view.watched_at for view in newest]),
     }
 
 

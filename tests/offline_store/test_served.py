@@ -11,6 +11,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 import pytest
+import shipped
 from declared import COURSES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -21,7 +22,7 @@ from dagster_prefs.declarations.registry import Registry, load_registry
 from dagster_prefs.iceberg.tables import TileTable, tile_tables
 from dagster_prefs.training.labels import LabelsRefused
 from dagster_prefs.training.served import ServedInputs, TopicEvents, served_values
-from dagster_prefs.training.served_sql import ServedFeatures, choose_served
+from dagster_prefs.training.served_sql import ServedFeatures, ServedMeaning, choose_served
 from dagster_prefs.training.windows import ViewNotPortable
 
 from .conftest import DAY, minutes
@@ -31,6 +32,7 @@ from .served_oracle import (
     View,
     day_of,
     learner_values,
+    sequence_values,
     spread_of,
     viewer_values,
     with_ids,
@@ -38,6 +40,8 @@ from .served_oracle import (
 
 REGISTRY = with_computed_attributes()
 VIEWERS = choose_served(REGISTRY, "viewer")
+# A domain that is made from events alone, whose lists may hold NULL.
+SEQUENCES = ServedFeatures(shipped.REGISTRY, shipped.REGISTRY.entity("viewer"), ["sequence"])
 SCHOOL = load_registry(COURSES)
 LEARNERS = choose_served(SCHOOL, None)
 (LESSONS,) = tile_tables(SCHOOL).values()
@@ -253,10 +257,14 @@ def test_every_value_is_what_a_read_returned(
         "late events missing": stored(known, reactions),
         "events beyond the lake": stored(views + later, reactions),
     }[held]
-    inputs = viewer_inputs(views, reactions, spreads=spread_over(VIEWERS.domains, spread), tiles=tiles)
-    found = served_values(
-        VIEWERS, asked("viewer_id", labels), inputs, meaning="happened" if happened else "served"
-    )
+    domains = (*VIEWERS.domains, *SEQUENCES.domains)
+    inputs = viewer_inputs(views, reactions, spreads=spread_over(domains, spread), tiles=tiles)
+    meaning: ServedMeaning = "happened" if happened else "served"
+    recent = served_values(SEQUENCES, asked("viewer_id", labels), inputs, meaning=meaning)
+    assert recent.to_pylist() == [
+        sequence_values(*label, views, spread=spread, happened=happened) for label in labels
+    ]
+    found = served_values(VIEWERS, asked("viewer_id", labels), inputs, meaning=meaning)
     assert found.to_pylist() == [
         viewer_values(*label, views, reactions, spread=spread, happened=happened) for label in labels
     ]
