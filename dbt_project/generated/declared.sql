@@ -2,6 +2,7 @@
 {# Hashes that dbt compares with what it is about to run; see refuse_stale. #}
 {% macro declared_hashes() -%}
   {{ return({
+    "project": "dagster_prefs",
     "meta": [
       "topic",
       "tile",
