@@ -80,6 +80,10 @@ def test_models_of_a_bigger_project_read_ours(engine: EngineConfiguration, tmp_p
         "model.bigger.lessons_by_subject",
         "model.courses.sink_learning_progress",
     }
+    tags = {node["name"]: set(node["tags"]) for node in manifest["nodes"].values()}
+    for name in ("raw_lesson_events", "lesson_events_parsed", "lesson_events"):
+        assert tags[name] == {"topic_lesson_events", "entity_learner"}
+    assert tags["sink_learning_progress"] == {"domain_progress", "entity_learner"}
     assert manifest["exposures"].keys() > {"exposure.bigger.their_dashboard"}, "ours are shown too"
 
     # A package that differs from its registry is refused there as by itself.
