@@ -30,7 +30,8 @@ class JobRunner:
             definitions = build_definitions(settings)
         self._definitions = definitions
         self._settings = settings
-        self._home = ensure_dagster_home(settings.data_dir)
+        self._home = ensure_dagster_home(settings.state_dir)
+        self._tags = settings.dagster_tags
         self._instance: dg.DagsterInstance | None = None
 
     def __enter__(self) -> JobRunner:
@@ -51,7 +52,7 @@ class JobRunner:
         """
         result = self._definitions.resolve_job_def(self._settings.dagster_name(job)).execute_in_process(
             instance=self._instance,
-            tags=dict(tags or {}),
+            tags={**self._tags, **(tags or {})},
             raise_on_error=False,
             run_config={**(config or {}), "loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
         )

@@ -27,6 +27,7 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from dagster_prefs.access import Entrance, Tokens
 from dagster_prefs.addresses import is_loopback
 from dagster_prefs.declarations.registry import (
     PROJECT_FOLDER,
@@ -36,6 +37,7 @@ from dagster_prefs.declarations.registry import (
     load_registry,
     project_home,
 )
+from dagster_prefs.environment import CONSUMER_GROUP, Environment, EnvironmentNameError
 from dagster_prefs.errors import PrefsError
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
@@ -56,8 +58,15 @@ _NAMES = {
         "a role, e.g. arn:aws:iam::123456789012:role/x",
     ),
     "engine_schema": (r"[a-z_][a-z0-9_]{0,62}", "a schema: lower-case letters, digits and `_`, at most 63"),
+    "served_log": (
+        r"files:.+|kafka:[A-Za-z0-9._-]{1,249}|firehose:[A-Za-z0-9._-]{1,64}",
+        "files:<folder>, kafka:<topic> or firehose:<stream>",
+    ),
     "iceberg_namespace": (r"[A-Za-z0-9_]{1,255}", "an Iceberg namespace: letters, digits and `_`"),
 }
+
+# Former names of settings, which would otherwise be ignored or taken for a misspelling.
+_RENAMED = {"PREFS_CONSOLE_TOKENS": "PREFS_TOKENS, with hashes as `prefs token` prints them"}
 
 # The prefix of variables that name topics in Kafka; the topic's own name follows in capitals
 # (`kafka_variable`).
@@ -76,6 +85,15 @@ def _kafka_name(given: str) -> str:
             f"{given[:100]!r} is not a Kafka topic: letters, digits, `.`, `_` and `-`, at most 249"
         )
     return given
+
+
+def _parts(named: Environment) -> dict[str, str]:
+    """Return the settings that an environment's name gives."""
+    return {
+        "engine_schema": named.schema,
+        "table_prefix": named.table_prefix,
+        "iceberg_namespace": named.namespace,
+    }
 
 
 def _kafka_names() -> dict[str, str]:
@@ -119,6 +137,12 @@ class Settings(BaseSettings):
         env_ignore_empty=True,
     )
 
+    environment: str | None = Field(
+        None,
+        description="Environment, e.g. dev_anna, pr_123, staging or production: names the schema, DynamoDB tables, "
+        "Iceberg namespace, Kafka consumer group and local state, so that several share one engine, Kafka and AWS "
+        "account. Empty means none; settings that name one of these differently are refused.",
+    )
     # The variables given in place of the environment's; a child process gets them in its environment.
     _given: dict[str, str] = PrivateAttr(default_factory=dict)
 
@@ -168,10 +192,23 @@ class Settings(BaseSettings):
         description="Host names of the Dagster UI and the console in addition to loopback's, with a port unless it is "
         "80 or 443, separated by commas; requests with another Host are refused.",
     )
-    console_tokens: SecretStr | None = Field(
+    tokens: SecretStr | None = Field(
         None,
-        description="Tokens of the console, name:scope+scope:secret separated by commas, needed off loopback; scopes "
-        "are domains, shop, inspect and send. Instead of a secret, sha256: and its hash in hex.",
+        description="Tokens of the feature server and the console, needed off loopback: name:scope+scope:sha256:hash, "
+        "separated by commas, as `prefs token` prints them; scopes are domains, shop, inspect and send.",
+    )
+    tokens_file: Path | None = Field(
+        None,
+        description="File with further tokens, one a line; it is read again when it changes, so that tokens are "
+        "rotated without a restart.",
+    )
+    tls_certificate: Path | None = Field(
+        None,
+        description="File with the certificate chain (PEM) of the feature server and the console, which then serve "
+        "HTTPS; needs PREFS_TLS_KEY.",
+    )
+    tls_key: Path | None = Field(
+        None, description="File with the private key of that certificate (PEM, without a passphrase)."
     )
     console_send: Literal["auto", "on", "off"] = Field(
         "auto",
@@ -205,6 +242,14 @@ class Settings(BaseSettings):
         description="Who writes DynamoDB: `publisher` (this platform, local engine), `sink` (RisingWave's own, "
         "licensed), `changefeed` (`prefs publish --follow`, from RisingWave's subscriptions); auto is publisher or "
         "sink, depending on the engine.",
+    )
+    served_log: str | None = Field(
+        None,
+        description="Where `prefs serve` logs a sample of the profiles that it serves: `files:<folder>`, "
+        "`kafka:<topic>` or `firehose:<stream>`; empty means nowhere.",
+    )
+    served_log_share: float = Field(
+        0.01, ge=0, le=1, description="Share of all ids (0…1) whose served profiles are logged."
     )
     changefeed_retention_hours: int = Field(
         24,
@@ -277,8 +322,9 @@ class Settings(BaseSettings):
         None,
         ge=3600,
         lt=2**32,
-        description="Age at which RisingWave deletes raw messages; views keep what they counted, but can then not be "
-        "rebuilt from the start. Empty keeps all.",
+        description="Age at which raw messages leave the engine: RisingWave deletes them by itself, the embedded "
+        "engine those that `prefs export events` has exported. Views keep what they counted; "
+        "`prefs rebuild --from-lake` rebuilds them. Empty keeps all.",
     )
 
     kafka_topic_names: Annotated[dict[str, Annotated[str, AfterValidator(_kafka_name)]], NoDecode] = Field(
@@ -350,6 +396,16 @@ class Settings(BaseSettings):
         description="First UTC day that is exported to Iceberg; older tiles stay in the engine only.",
     )
 
+    events_export_seconds: int = Field(
+        3600,
+        ge=60,
+        description="Seconds between exports of raw messages and typed events to Iceberg (Dagster).",
+    )
+    events_kept_days: int | None = Field(
+        None,
+        ge=1,
+        description="Days of arrival that the Iceberg tables of messages and events keep; empty keeps all.",
+    )
     snapshots_kept_days: int = Field(
         30,
         ge=1,
@@ -406,7 +462,7 @@ class Settings(BaseSettings):
             raise ValueError(_BLANK)
         return value
 
-    @field_validator("project_dir", "data_dir", "training_dir")
+    @field_validator("project_dir", "data_dir", "training_dir", "tokens_file", "tls_certificate", "tls_key")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
         return value and value.expanduser().absolute()
@@ -418,6 +474,13 @@ class Settings(BaseSettings):
             named = str(info.field_name).startswith(ending) or str(info.field_name).endswith(ending)
             if named and isinstance(value, str) and not re.fullmatch(pattern, value):
                 raise ValueError(f"{value[:100]!r} is not {rule}")
+        return value
+
+    @field_validator("environment")
+    @classmethod
+    def _an_environment(cls, value: str | None) -> str | None:
+        if value is not None:
+            Environment(value)
         return value
 
     @field_validator("ui_hosts", mode="before")
@@ -444,6 +507,21 @@ class Settings(BaseSettings):
             if not re.fullmatch(r"[A-Za-z0-9.-]+(:[0-9]{1,5})?", name):
                 raise ValueError(f"{name!r} is no host name: write e.g. dagster.example.com,localhost:3000")
         return tuple(name.lower() for name in value)
+
+    @model_validator(mode="after")
+    def _named_by_environment(self) -> Self:
+        if self.environment is None:
+            return self
+        named = Environment(self.environment)
+        for field, name in _parts(named).items():
+            given = getattr(self, field)
+            if field in self.model_fields_set and given != name:
+                raise ValueError(
+                    f"{PREFIX}{field.upper()}={given} contradicts PREFS_ENVIRONMENT={named.name}, which gives {name}: "
+                    "unset one of the two"
+                )
+            setattr(self, field, name)
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -481,10 +559,14 @@ class Settings(BaseSettings):
                 "PREFS_ENGINE=local runs on this machine only: unset PREFS_ENGINE_HOST or set "
                 "PREFS_ENGINE=risingwave"
             )
+        if (self.served_log or "").startswith("kafka:") and not self.kafka_bootstrap:
+            raise ValueError(f"PREFS_SERVED_LOG={self.served_log} needs PREFS_KAFKA_BOOTSTRAP: set it")
         if self.console_send == "on" and (why := self.production):
             raise ValueError(
                 f"PREFS_CONSOLE_SEND=on is refused in production, and this is production because {why}: unset it"
             )
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("PREFS_TLS_CERTIFICATE and PREFS_TLS_KEY need each other: set both, or neither")
         self._check_kafka()
         self._check_schema_registry()
         if self.aws_endpoint is None:
@@ -630,6 +712,30 @@ class Settings(BaseSettings):
             )
 
     @property
+    def named(self) -> Environment | None:
+        """The environment with the names of its parts, None without PREFS_ENVIRONMENT."""
+        return None if self.environment is None else Environment(self.environment)
+
+    @property
+    def consumer_group(self) -> str:
+        """The Kafka consumer group of the platform's readers."""
+        return self.named.consumer_group if self.named else CONSUMER_GROUP
+
+    @property
+    def dagster_tags(self) -> dict[str, str]:
+        """The tags of the environment's assets, jobs and runs in Dagster; empty without PREFS_ENVIRONMENT."""
+        return self.named.dagster_tags if self.named else {}
+
+    @property
+    def state_dir(self) -> Path:
+        """The folder of the state that is one environment's: dbt's artifacts, what was seen, and Dagster's home.
+
+        It is the data folder without an environment. The embedded services and the Iceberg files, which several
+        environments share, are always in the data folder itself.
+        """
+        return self.data_dir / "environments" / self.environment if self.environment else self.data_dir
+
+    @property
     def home(self) -> Path:
         """The folder that holds what belongs to the project beside its models."""
         return find_home(self.project_dir)
@@ -653,6 +759,19 @@ class Settings(BaseSettings):
         again.__dict__.pop("_registry", None)
         return again
 
+    def of_environment(self, name: str) -> Settings:
+        """Return the same settings for another environment. Raises SettingsError if it cannot be one."""
+        try:
+            named = Environment(name)
+        except EnvironmentNameError as error:
+            raise SettingsError(str(error)) from None
+        return self.model_copy(update={"environment": named.name, **_parts(named)})
+
+    def entrance(self) -> Entrance:
+        """Return how the feature server and the console let clients in. Raises AccessError for malformed tokens."""
+        text = self.tokens.get_secret_value() if self.tokens else ""
+        return Entrance(Tokens(text, self.tokens_file), self.tls_certificate, self.tls_key)
+
     @property
     def secrets(self) -> list[str]:
         """The values that no log may show: those of secret settings, and of the AWS credentials in the environment."""
@@ -661,6 +780,14 @@ class Settings(BaseSettings):
         found += self.alert_webhooks
         found += [os.environ.get(name, "") for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")]
         return [value for value in found if value]
+
+    @property
+    def served_log_place(self) -> tuple[str, str] | None:
+        """The kind and the name of the place of the served log, None without one."""
+        if self.served_log is None:
+            return None
+        kind, _, name = self.served_log.partition(":")
+        return kind, name
 
     @property
     def given(self) -> Mapping[str, str]:
@@ -712,7 +839,7 @@ class Settings(BaseSettings):
     @property
     def training_folder(self) -> Path:
         """The folder to which runs started in Dagster may write training sets."""
-        return self.training_dir or self.data_dir / "training-sets"
+        return self.training_dir or self.state_dir / "training-sets"
 
     @property
     def kafka_topics(self) -> dict[str, str]:
@@ -758,6 +885,8 @@ class Settings(BaseSettings):
     @property
     def production(self) -> str | None:
         """Why these settings are of a production, where nothing sends events to look at; None if they are not."""
+        if self.named and self.named.is_production:
+            return f"PREFS_ENVIRONMENT is {self.environment}"
         if self.aws_endpoint is None:
             return "DynamoDB is AWS's own (AWS_ENDPOINT_URL is not set)"
         return "PREFS_PROVISIONING is verify" if self.provisioning == "verify" else None
@@ -803,6 +932,8 @@ def load_settings(env_file: Path | None = None) -> Settings:
     suite = {ENV_FILE, "PREFS_RISINGWAVE_URL", "PREFS_BENCH_SCALE"}
     for name in sorted(os.environ):
         listed = name in known or name in suite or name.startswith(KAFKA_TOPIC)
+        if name in _RENAMED and os.environ[name]:
+            raise SettingsError(f"{name} is now {_RENAMED[name]}: rename it")
         if name.startswith(PREFIX) and not listed:
             raise _unknown_setting(name, known, "remove it; .env.example lists every setting")
     settings = _validated({}, known)

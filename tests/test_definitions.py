@@ -137,7 +137,9 @@ def test_every_attribute_leads_back_to_the_bytes_of_its_message(definitions: dg.
 
 def test_sinks_wait_for_the_table(definitions: dg.Definitions) -> None:
     sinks = [s for s in definitions.resolve_all_asset_specs() if s.group_name == "sinks"]
-    assert len(sinks) == 3
+    assert {spec.key.to_user_string() for spec in sinks} == {
+        domain.sink for domain in REGISTRY.contract.domains.values()
+    }
     for spec in sinks:
         assert dg.AssetKey(["dynamodb", "viewer_profiles"]) in {dep.asset_key for dep in spec.deps}
 
@@ -189,16 +191,14 @@ def test_a_changefeed_is_shown_between_subscription_and_table(
     }.items():
         monkeypatch.setenv(name, value)
     found = described(build_definitions(load_settings()))
-    for domain, view in {
-        "watch": "viewer_engagement_rolling",
-        "interactions": "content_interactions_rolling",
-        "preferences": "viewer_preferences_rolling",
-    }.items():
-        sink = f"sink_engagement_{domain}"
-        assert found["assets"][sink]["deps"] == [view]
-        assert set(found["assets"][f"online/{domain}"]["deps"]) == {sink, "dynamodb/viewer_profiles"}
     told = json.dumps(found["checks"])
-    assert all(f"online/{domain}" in told for domain in ("watch", "interactions", "preferences"))
+    for domain in REGISTRY.contract.domains.values():
+        assert found["assets"][domain.sink]["deps"] == [domain.relation]
+        assert set(found["assets"][f"online/{domain.name}"]["deps"]) == {
+            domain.sink,
+            "dynamodb/viewer_profiles",
+        }
+        assert f"online/{domain.name}" in told
     assert "sink_engagement" not in told
 
 

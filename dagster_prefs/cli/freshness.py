@@ -109,7 +109,7 @@ def readings(settings: Settings, offline: OfflineReadings | None = None) -> Iter
         yield lambda: evaluate(
             sources,
             now=now,
-            extra=measure_canary(prober_ticks(settings.data_dir), sensors, sources.registry, now=now()),
+            extra=measure_canary(prober_ticks(settings.state_dir), sensors, sources.registry, now=now()),
         )
 
 
@@ -127,14 +127,14 @@ def _sensor_ticks(settings: Settings) -> Iterator[Callable[[], Sequence[Tick]]]:
         return
     told = os.environ.get("DAGSTER_HOME")
     sensor = settings.dagster_name(CANARY_SENSOR)
-    home = Path(told or settings.data_dir / "dagster")
+    home = Path(told or settings.state_dir / "dagster")
     with ExitStack() as stack:
 
         @cache
         def instance() -> DagsterInstance:
             from dagster_prefs.defs.instance import open_instance
 
-            return stack.enter_context(open_instance(settings.data_dir))
+            return stack.enter_context(open_instance(settings.state_dir))
 
         def ticks() -> Sequence[Tick]:
             # Dagster itself reports what is wrong with a DAGSTER_HOME that does not exist.

@@ -17,10 +17,9 @@ from pathlib import Path
 from string import Template
 
 from dagster_prefs.declarations.check import Declarations, check_project
-from dagster_prefs.declarations.check_domains import DOMAIN_KEY
 from dagster_prefs.declarations.check_tiles import Tile
 from dagster_prefs.declarations.check_topics import Topic
-from dagster_prefs.declarations.contract import REGISTRY, check_version, parse_contract
+from dagster_prefs.declarations.contract import DOMAIN_KEY, REGISTRY, check_version, parse_contract
 from dagster_prefs.declarations.declared import DECLARED, declared_macro
 from dagster_prefs.declarations.lineage import (
     LINEAGE,

@@ -18,8 +18,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
+from dagster_prefs.declarations.contract import DOMAIN_KEY, Contract, contract_dict, parse_contract
 from dagster_prefs.declarations.contract import REGISTRY as REGISTRY
-from dagster_prefs.declarations.contract import Contract, contract_dict, parse_contract
 from dagster_prefs.errors import PrefsError, excerpt
 
 # Incremented when an older reader would misinterpret the file.
@@ -212,8 +212,8 @@ class WatchedView:
 
     @property
     def is_rolling(self) -> bool:
-        """Whether the view is a window over tiles."""
-        return any(upstream.day for upstream in self.upstreams)
+        """Whether the view is a domain's, whose time is in epoch milliseconds, be it over tiles or over events."""
+        return DOMAIN_KEY in self.columns or any(upstream.day for upstream in self.upstreams)
 
 
 @dataclass(frozen=True)

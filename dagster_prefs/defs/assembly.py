@@ -13,6 +13,7 @@ from dagster_prefs.defs import (
     events,
     feature_views,
     freshness,
+    lake,
     offline_store,
     online_store,
     retention,
@@ -50,6 +51,7 @@ def place_definitions(settings: Settings, group_names: Mapping[str, str]) -> dg.
         deployment.build(platform),
         online_store.build(platform),
         offline_store.build(platform),
+        lake.build(platform),
         events.build(platform),
         freshness.build(platform, settings.alert_webhooks),
         values.build(platform, settings.alert_webhooks),
@@ -61,14 +63,15 @@ def place_definitions(settings: Settings, group_names: Mapping[str, str]) -> dg.
         settings.schedule_crons,
         [one.name.removeprefix(prefix) for one in made.schedules or ()],
     )
-    if not group_names:
+    tags = settings.dagster_tags
+    if not group_names and not tags:
         return made
     groups = set()
 
     def renamed(spec: dg.AssetSpec) -> dg.AssetSpec:
         group = spec.group_name or "default"
         groups.add(group)
-        return spec.replace_attributes(group_name=group_names.get(group, group))
+        return spec.replace_attributes(group_name=group_names.get(group, group)).merge_attributes(tags=tags)
 
     given: Any = made.assets or ()
     assets = dg.map_asset_specs(renamed, given)

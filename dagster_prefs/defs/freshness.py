@@ -88,7 +88,7 @@ def build(platform: Platform, alert_webhooks: Sequence[str] = ()) -> dg.Definiti
             instance,
             sources.registry,
             now=now,
-            followed=prober_ticks(settings.data_dir),
+            followed=prober_ticks(settings.state_dir),
             sensor=probe_name,
         ),
     }
@@ -115,7 +115,7 @@ def build(platform: Platform, alert_webhooks: Sequence[str] = ()) -> dg.Definiti
         description="Reports each change of a level once. Starts no run.",
     )
     def freshness_watch(context: dg.SensorEvaluationContext) -> dg.SensorResult:
-        followed = prober_ticks(settings.data_dir)
+        followed = prober_ticks(settings.state_dir)
         probed = last_probe(
             context.instance,
             sources.registry,
@@ -152,7 +152,7 @@ def build(platform: Platform, alert_webhooks: Sequence[str] = ()) -> dg.Definiti
         description="Times a synthetic event from its topic to the reader. Starts no run.",
     )
     def canary(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
-        if any(not tick.is_late(datetime.now(UTC)) for tick in prober_ticks(settings.data_dir)):
+        if any(not tick.is_late(datetime.now(UTC)) for tick in prober_ticks(platform.settings.state_dir)):
             return dg.SkipReason("the follower of the embedded engine sends the canary")
         state, measures = _probe(platform, CanaryState.loads(context.cursor))
         return dg.SensorResult(

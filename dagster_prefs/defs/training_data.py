@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, Literal
 
 import dagster as dg
 from pydantic import Field
 
+from dagster_prefs.declarations.masking import masked_row
 from dagster_prefs.defs.resources import asset_job, asset_key, job_schedule, lake_pool
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.files import make_private_folder
@@ -20,8 +21,8 @@ from dagster_prefs.training.parity import (
     Difference,
     ParityReport,
 )
-from dagster_prefs.training.training_set import CsvOptions, LabelJoin, build_training_set
-from dagster_prefs.training.windows import Features, choose_features, features_by_entity
+from dagster_prefs.training.training_set import CsvOptions, LabelJoin, build_training_set, features_as
+from dagster_prefs.training.windows import Features, features_by_entity
 
 MAINTENANCE_JOB = "maintenance"
 PARITY_JOB = "parity"
@@ -42,6 +43,7 @@ class TrainingSetConfig(dg.Config):
     entity: str | None = None
     tag: str | None = None
     timezone: str | None = None
+    meaning: Literal["yesterday", "served", "happened"] = "yesterday"
     as_known: bool = False
     types: dict[str, str] = Field(default_factory=dict)
     keep_formulas: bool = False
@@ -211,12 +213,14 @@ def training_set_asset(
             platform.catalog(),
             LabelJoin(
                 config.labels,
-                choose_features(platform.registry, config.entity),
+                features_as(platform.registry, config.entity, config.meaning),
                 clock(),
                 timezone=config.timezone,
                 as_known=config.as_known,
                 namespace=settings.iceberg_namespace,
                 csv=CsvOptions(config.types, config.keep_formulas),
+                meaning=config.meaning,
+                spreads={} if config.meaning == "yesterday" else platform.spreads(),
             ),
             output_within(settings.training_folder, config.output),
             tag=config.tag,
@@ -267,12 +271,19 @@ def _sentence(features: Features, domain: str, examples: list[Difference], repor
         return f"every served value of {report.subjects} ids of {entity} equals that of the training tables{rest}"
     first = examples[0] if examples else None
     worst = (
-        f"; the worst is {first.attribute} of {entity} {id_label(first.subject)}: {first.served} is served, "
-        f"{first.due} is expected"
+        f"; the worst is {first.attribute} of {entity} {id_label(first.subject)}: "
+        f"{_shown(features, first, first.served)} is served, {_shown(features, first, first.due)} is expected"
         if first
         else ""
     )
     return f"{', '.join(wrong)}{worst}{rest}"
+
+
+def _shown(features: Features, found: Difference, value: Any) -> str:
+    """Return a value for people, masked if it is personal."""
+    registry = features.registry
+    relation = registry.contract.domain(found.domain).relation
+    return str(masked_row(registry, relation, {found.attribute: value})[found.attribute])
 
 
 def _table(features: Features, examples: list[Difference]) -> dg.TableMetadataValue:
@@ -283,8 +294,8 @@ def _table(features: Features, examples: list[Difference]) -> dg.TableMetadataVa
                 {
                     **dict(zip(features.key_names, id_parts(one.subject), strict=True)),
                     "attribute": one.attribute,
-                    "served": str(one.served),
-                    "due": str(one.due),
+                    "served": _shown(features, one, one.served),
+                    "due": _shown(features, one, one.due),
                 }
             )
             for one in examples

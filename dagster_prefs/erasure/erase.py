@@ -22,6 +22,7 @@ from psycopg import sql
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.erasure.events import AppendOnly, RawMessages, Subject, keyed_relations
 from dagster_prefs.erasure.items import EntityItems
+from dagster_prefs.erasure.lake import SubjectInEvents, is_there
 from dagster_prefs.erasure.statistics import SubjectInStatistics
 from dagster_prefs.erasure.training import (
     ErasedTable,
@@ -34,6 +35,7 @@ from dagster_prefs.erasure.training import (
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.events.progress import waiting_since
 from dagster_prefs.events.raw import translated
+from dagster_prefs.iceberg.event_tables import EventTable, event_tables
 from dagster_prefs.iceberg.export import DEFAULT_NAMESPACE
 from dagster_prefs.iceberg.tables import ErasedSubject, TileTable, tile_tables
 
@@ -91,6 +93,20 @@ class Stores:
         """Return the training tables of the entities with the subject's first key column."""
         family = self.registry.family(subject.kind)
         return [spec for spec in tile_tables(self.registry).values() if spec.entity in family]
+
+    def events(self, subject: Subject, catalog: Catalog) -> list[EventTable]:
+        """Return the tables of events of the catalog that may name the subject.
+
+        They are the typed events about it, and the raw messages of every topic, because a rejected one may be about
+        anybody. Raises OfflineError.
+        """
+        return [
+            table
+            for tables in event_tables(self.registry).values()
+            for table in tables.both
+            if (table.kind == "raw" or subject.is_key_of(table.topic))
+            and is_there(catalog, table, self.namespace)
+        ]
 
 
 @dataclass(frozen=True)
@@ -336,6 +352,8 @@ class _Erasure:
             for raw_table, positions in found.items():
                 try:
                     done[raw_table] += messages.redact(raw_table, positions)
+                    if self.engine.kind == "local":
+                        messages.redact_read(raw_table, positions)
                 except AppendOnly as error:
                     # The other stores are erased nevertheless; the outcome then names this raw table.
                     self.refused[raw_table] = str(error)
@@ -433,12 +451,26 @@ class _Erasure:
                 report.holdings.append(Holding("dynamodb", table, "items", before, len(items.keys())))
 
     def _erase_in_tables(self, report: ErasureReport) -> None:
-        specs = self.stores.tiles(self.subject)
-        if not specs:
-            return
         erased = ErasedSubject(self.subject.entity.key, self.subject.value, self.erased_at)
         with self._step("open the Iceberg catalog"):
             catalog = self.stores.catalog()
+            events = self.stores.events(self.subject, catalog)
+        for table in events:
+            self._erase_in(
+                report,
+                partial(
+                    SubjectInEvents,
+                    catalog,
+                    table,
+                    self.subject,
+                    erased,
+                    arrived_until=self.until,
+                    namespace=self.stores.namespace,
+                ),
+            )
+        specs = self.stores.tiles(self.subject)
+        if not specs:
+            return
         namespace, by_sink = self.stores.namespace, self.stores.tables_by_sink
         for spec in specs:
             self._erase_in(

@@ -18,6 +18,7 @@ from pyiceberg.expressions import EqualTo
 
 from dagster_prefs.erasure.erase import ERASED, FILES, KAFKA_TOPICS, Stores
 from dagster_prefs.erasure.events import RawMessages, Subject, keyed_relations
+from dagster_prefs.erasure.lake import SubjectInEvents
 from dagster_prefs.erasure.training import (
     SubjectInTable,
     SubjectInTiles,
@@ -29,6 +30,7 @@ from dagster_prefs.erasure.training import (
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.events.raw import translated
 from dagster_prefs.events.schema_registry import unframed
+from dagster_prefs.iceberg.event_tables import DATA
 from dagster_prefs.iceberg.files import scan_rows
 from dagster_prefs.iceberg.tables import ErasedSubject
 
@@ -119,9 +121,18 @@ def export_subject(
                 subject, entity, _ALWAYS
             ).read()
     searched = ErasedSubject(subject.entity.key, subject.value, _ALWAYS)
+    with _step("open the Iceberg catalog", subject, step):
+        catalog = stores.catalog()
+        events = stores.events(subject, catalog)
+    for spec in events:
+        held = SubjectInEvents(
+            catalog, spec, subject, searched, arrived_until=_ALWAYS, namespace=stores.namespace
+        )
+        with _step(f"read {held.name}", subject, step):
+            found.training[held.name], found.earlier[held.name] = (
+                [_message(row) if DATA in row else row for row in rows] for rows in held.rows()
+            )
     if specs := stores.tiles(subject):
-        with _step("open the Iceberg catalog", subject, step):
-            catalog = stores.catalog()
         tables: list[SubjectInTable] = [
             SubjectInTiles(catalog, spec, searched, stores.engine, namespace=stores.namespace)
             for spec in specs
@@ -181,7 +192,7 @@ def _read_engine(found: SubjectExport, stores: Stores, connection: psycopg.Conne
 
 
 def _message(row: dict[str, Any]) -> dict[str, Any]:
-    data = bytes(row.pop("data"))
+    data = bytes(row.pop(DATA))
     try:
         return {**row, "message": unframed(data).decode()}
     except UnicodeDecodeError:

@@ -28,6 +28,7 @@ from confluent_kafka import (
 
 from dagster_prefs.declarations.registry import TopicDeclaration
 from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.environment import CONSUMER_GROUP
 from dagster_prefs.events.brokers import KafkaSource
 from dagster_prefs.events.contact import BROKER_TIMEOUT_SECONDS, Contact
 from dagster_prefs.events.contact import KafkaUnavailable as KafkaUnavailable
@@ -77,7 +78,7 @@ def ingest_topic(
         kafka.client,
         timeout_seconds=timeout_seconds,
         properties={
-            "group.id": "dagster-prefs",
+            "group.id": kafka.group,
             "enable.auto.commit": False,
             "enable.partition.eof": True,
             "auto.offset.reset": "earliest",
@@ -252,7 +253,7 @@ def holds_messages(
         bootstrap,
         client,
         timeout_seconds=timeout_seconds,
-        properties={"group.id": "dagster-prefs", "allow.auto.create.topics": False},
+        properties={"group.id": CONSUMER_GROUP, "allow.auto.create.topics": False},
     )
     try:
         for partition in topic_partitions(contact, bootstrap, topic):

@@ -42,6 +42,17 @@ class Place(NamedTuple):
     offset: int
 
 
+class StoredMessage(NamedTuple):
+    """A row of a raw table."""
+
+    source: str
+    source_partition: int
+    source_offset: int
+    data: bytes
+    kafka_timestamp: datetime | None
+    arrived_at: datetime
+
+
 @dataclass(frozen=True)
 class Progress:
     """The progress of an ingestion: `done` of `total` `unit`s; `total` is None if no end is known."""
@@ -159,6 +170,33 @@ class RawStore:
             except psycopg.errors.UniqueViolation:
                 self._collided = True
                 return self._copy_staged(topic, columns, lines, read)
+
+    def restore(self, topic: TopicDeclaration, messages: Sequence[StoredMessage]) -> int:
+        """Store messages of any sources as they once were stored, times included, on the embedded engine.
+
+        In one transaction. Returns how many are new; one whose place is already stored keeps its first content.
+        """
+        columns = StoredMessage._fields
+        with self._translated(topic.raw), self._connection.transaction(), self._connection.cursor() as cursor:
+            cursor.execute(
+                sql.SQL(
+                    "create temporary table prefs_restored (like {} including defaults) on commit drop"
+                ).format(self._relation(topic.raw))
+            )
+            with cursor.copy(
+                sql.SQL("copy pg_temp.prefs_restored ({}) from stdin (format binary)").format(_names(columns))
+            ) as copy:
+                copy.set_types(["text", "int4", "int8", "bytea", "timestamptz", "timestamptz"])
+                for message in messages:
+                    copy.write_row(message)
+            cursor.execute(
+                sql.SQL(
+                    "insert into {} ({columns}) select {columns} from pg_temp.prefs_restored on conflict do nothing"
+                ).format(self._relation(topic.raw), columns=_names(columns))
+            )
+            restored = cursor.rowcount
+            self._wait_from_now(cursor, topic, columns)
+        return restored
 
     def _copy_staged(
         self, topic: TopicDeclaration, columns: Sequence[str], lines: Sequence[memoryview], read: FileRecord

@@ -90,6 +90,7 @@ def test_a_viewer_is_erased_and_nobody_else(world: World) -> None:
     assert {key for key, item in world.items().items() if items[key] != item} == {
         (123, "engagement#watch"),
         (123, "engagement#preferences"),
+        (123, "engagement#sequence"),
     }
     # Iceberg: every other row of every day.
     expected_rows(world, before, oracle)
@@ -99,7 +100,7 @@ def test_a_viewer_is_erased_and_nobody_else(world: World) -> None:
     owned = [m for m, owner in left if owner == "viewer"]
     for topic, raw in (("view_events", "raw_view_events"), ("user.events", "raw_user_events")):
         assert counts[raw, "messages"] == (sum(m.topic == topic for m in owned), 0)
-    assert counts["viewer_profiles", "items"] == (3, 0)
+    assert counts["viewer_profiles", "items"] == (len(world.contract.domains), 0)
     assert counts["training.viewer_watch_daily", "rows"] == (
         sum(row[0] == VIEWER for row in before["viewer_watch_daily"]),
         0,
@@ -230,6 +231,7 @@ def test_replays_stay_out_and_new_events_count(world: World) -> None:
     assert {key[1] for key in world.items() if key[0] == VIEWER} == {
         "engagement#watch",
         "engagement#preferences",
+        "engagement#sequence",
     }
     assert [row[2] for row in world.execute("select * from viewer_watch_metrics_1d") if row[0] == VIEWER] == [
         60
@@ -478,7 +480,7 @@ def test_items_that_a_sink_deletes_meanwhile_are_reported(world: World) -> None:
 
     report = world.erase(step=step)
     [held] = [holding for holding in report.holdings if holding.store == "dynamodb"]
-    assert (held.before, held.after) == (3, 0)
+    assert (held.before, held.after) == (len(world.contract.domains), 0)
 
 
 def test_a_publisher_at_work_is_waited_for(world: World) -> None:
@@ -490,8 +492,8 @@ def test_a_publisher_at_work_is_waited_for(world: World) -> None:
         )
         with pytest.raises(Exception, match="another publisher"):
             items.withdraw(world.engine, lock_timeout_seconds=0.05)
-        assert len(items.keys()) == 3
-    assert items.withdraw(world.engine) == 3
+        assert len(items.keys()) == len(world.contract.domains)
+    assert items.withdraw(world.engine) == len(world.contract.domains)
     assert world.execute("select count(*) from online_published where entity_key = %s", [str(VIEWER)]) == [
         (0,)
     ]

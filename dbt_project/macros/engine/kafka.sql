@@ -30,6 +30,10 @@
     "properties.bootstrap.server = " ~ text_literal(kafka_bootstrap()),
     "scan.startup.mode = " ~ text_literal(env_var("PREFS_KAFKA_START", "") or "earliest"),
   ] -%}
+  {%- if environment_name() -%}
+    {#- RisingWave reads from no group; it reports its offsets to one, which Kafka's tools and access lists see. -#}
+    {%- do options.append("group.id.prefix = " ~ text_literal("dagster-prefs-" ~ environment_name())) -%}
+  {%- endif -%}
   {%- if execute -%}{%- do refuse_kafka_contradictions(protocol, mechanism) -%}{%- endif -%}
   {%- if protocol != "PLAINTEXT" -%}
     {%- do options.append("properties.security.protocol = " ~ text_literal(protocol)) -%}

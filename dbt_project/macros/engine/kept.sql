@@ -24,6 +24,8 @@
     begin;
     select pg_advisory_xact_lock(hashtext('dagster-prefs'), hashtext('{{ target.schema }}'));
     {{ kept_views_ddl() }};
+    {{ builds_ddl() }};
+    select {{ target.schema }}.prefs_drop_dead_builds();
     commit;
   {% endcall %}
 {%- endmacro %}
@@ -36,13 +38,17 @@
 
   `prefs_columns(relation)`: its columns and their types, in order.
 
-  `prefs_mark_readers(relation)`: mark its readers as pending.
+  `prefs_mark_readers(relation)`: mark its readers as pending. A build among them makes its view pending when it ends
+  (builds.sql).
 
   `prefs_changed(relation)`: mark its readers as pending, and itself as not pending, because it changed as a whole.
 
   `prefs_rebuild(relation)`: write the difference between a kept view and its query, and return the number of rows.
 
   `prefs_write_difference(kept, query)`: write the difference to a view that already has rows.
+
+  `raw_retained`: the parsed relations of which messages from before an arrival may have left the raw table by retention
+  (dagster_prefs/events/retention.py). Their rows from before it stay, as on RisingWave.
 #}
 {% macro kept_views_ddl() -%}
   create table if not exists {{ target.schema }}.live_pending (
@@ -52,11 +58,23 @@
   create table if not exists {{ target.schema }}.live_views (
     relation text primary key, as_of timestamptz not null, latest timestamptz not null
   );
+  create table if not exists {{ target.schema }}.raw_retained (
+    relation text primary key, before timestamptz not null
+  );
   create table if not exists {{ target.schema }}.live_due (
     relation text, key text[], primary key (relation, key)
   );
   create table if not exists {{ target.schema }}.live_changes (
     id bigint generated always as identity primary key, relation text not null, key jsonb not null
+  );
+  create table if not exists {{ target.schema }}.live_builds (
+    relation text primary key,
+    built text not null,
+    definition text not null,
+    builder int not null,
+    builder_since timestamptz not null,
+    filled boolean not null default false,
+    whole boolean not null default false
   );
   create sequence if not exists {{ target.schema }}.live_steps;
   create table if not exists {{ target.schema }}.live_outbox (
@@ -98,9 +116,12 @@
     $$;
   create or replace function {{ target.schema }}.prefs_mark_readers(name text) returns void
     language sql as $$
+      update {{ target.schema }}.live_builds set whole = true
+      where built in (select relation from {{ target.schema }}.prefs_readers(format('%I.%I', '{{ target.schema }}', name)::regclass));
       insert into {{ target.schema }}.live_pending (relation)
       -- In one order, because two views that are rebuilt at once may have the same readers.
       select distinct readers.relation from {{ target.schema }}.prefs_readers(format('%I.%I', '{{ target.schema }}', name)::regclass) as readers
+      where readers.relation not in (select built from {{ target.schema }}.live_builds)
       order by relation
       on conflict (relation) do update set since = clock_timestamp()
     $$;
@@ -145,7 +166,11 @@
         others text[];
         written bigint;
         changed bigint;
+        retained text;
       begin
+        select format(' and old.arrived_at >= %L', before) into retained
+        from {{ target.schema }}.raw_retained
+        where relation = left(query, -{{ query_suffix() | length }});
         select array_agg(format('%I', a.attname) order by key.place) into keys
         from (
           select indrelid, indkey from pg_index
@@ -172,8 +197,9 @@
           end if;
         else
           execute format(
-            'delete from %s as old where not exists (select from pg_temp.prefs_rebuilt as new where %s)', kept,
-            (select string_agg(format('new.%1$s = old.%1$s', key), ' and ') from unnest(keys) as key)
+            'delete from %s as old where not exists (select from pg_temp.prefs_rebuilt as new where %s)%s', kept,
+            (select string_agg(format('new.%1$s = old.%1$s', key), ' and ') from unnest(keys) as key),
+            coalesce(retained, '')
           );
           get diagnostics changed = row_count;
           execute format(
@@ -222,7 +248,7 @@
     language plpgsql security definer set search_path = pg_catalog as $$
       begin
         insert into {{ target.schema }}.live_changes (relation, key) select tg_table_name, {{ row }} from changed;
-        perform pg_notify('prefs_live', '');
+        perform pg_notify('prefs_live', tg_table_schema);
         return null;
       end
     $$;
