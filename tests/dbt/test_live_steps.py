@@ -83,7 +83,7 @@ def happenings(draw: st.DrawFn) -> list[tuple[str, object]]:
         st.tuples(st.just("build"), st.integers(0, 2)),
         st.tuples(st.just("builders_end"), st.none()),
     )
-    for happening in [*draw(st.lists(others, max_size=15)), *draw(st.lists(builds, max_size=8))]:
+    for happening in [*draw(st.lists(others, max_size=15)), *draw(st.lists(builds, max_size=5))]:
         found.insert(draw(st.integers(0, len(found))), happening)
     return found
 
@@ -192,7 +192,7 @@ class World:
         """Begin the builds of a third of the views, as if they had changed, or go on with those that there are."""
         connection = self.steps.connection
         builds = connection.execute("select relation, built, filled from live_builds").fetchall()
-        for _ in range(5 if builds else 0):
+        for _ in range(3 if builds else 0):
             self.steps.step()
         if not builds:
             self.computed = False
