@@ -67,6 +67,7 @@ COLUMN = {
     "string": ("varchar", "'drama'"),
     "list<string>": ("varchar[]", "array['drama', 'news']"),
     "list<decimal>": ("numeric[]", "array[0.75, 0.25]"),
+    "list<integer>": ("bigint[]", "array[1, 2]"),
 }
 ONE_ROW = Fingerprint(1, Decimal(0), Decimal(1), None)
 

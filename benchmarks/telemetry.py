@@ -15,7 +15,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from decimal import Decimal
 from pathlib import Path
@@ -98,7 +98,25 @@ def caller_cpu(clients: dict[str, ProfileClient], domains: list[str] | None, rou
 
 
 def compare(endpoint: str, rounds: int) -> dict[str, Any]:
-    """Print and return the figures of each variant."""
+    """Print and return the figures of reads that are counted and traced."""
+    with ExitStack() as stack:
+        url = stack.enter_context(collector())
+        observers: dict[str, Observer | None] = {
+            OFF: None,
+            "counted": ReadCounts(),
+            "traced, none sampled": telemetry(0.0, url, stack),
+            "traced, 1 % sampled": telemetry(0.01, url, stack),
+            "traced, all sampled": telemetry(1.0, url, stack),
+        }
+        options = {
+            name: ClientOptions(30, read_timeout_seconds=30, observer=observer)
+            for name, observer in observers.items()
+        }
+        return compare_options(endpoint, rounds, options)
+
+
+def compare_options(endpoint: str, rounds: int, options: Mapping[str, ClientOptions]) -> dict[str, Any]:
+    """Print and return the figures of a client with each of these options, one of which is `off`."""
     contract = load_contract(PROJECT)
     admin = dynamodb_client(endpoint, REGION)
     prefix = f"benchmark_{os.getpid()}_"
@@ -111,14 +129,6 @@ def compare(endpoint: str, rounds: int) -> dict[str, Any]:
     results: dict[str, Any] = {}
     try:
         with ExitStack() as stack:
-            url = stack.enter_context(collector())
-            observers: dict[str, Observer | None] = {
-                OFF: None,
-                "counted": ReadCounts(),
-                "traced, none sampled": telemetry(0.0, url, stack),
-                "traced, 1 % sampled": telemetry(0.01, url, stack),
-                "traced, all sampled": telemetry(1.0, url, stack),
-            }
             clients = {
                 name: stack.enter_context(
                     ProfileClient(
@@ -126,12 +136,12 @@ def compare(endpoint: str, rounds: int) -> dict[str, Any]:
                         endpoint_url=endpoint,
                         region=REGION,
                         table_prefix=prefix,
-                        options=ClientOptions(30, read_timeout_seconds=30, observer=observer),
+                        options=given,
                     )
                 )
-                for name, observer in observers.items()
+                for name, given in options.items()
             }
-            for title, domains in (("1 domain", ["watch"]), ("3 domains", None)):
+            for title, domains in (("1 domain", ["watch"]), ("all domains", None)):
                 variants = [
                     Variant(
                         name,

@@ -30,6 +30,7 @@ from dagster_prefs.declarations.registry import Registry, TopicDeclaration
 from dagster_prefs.dynamodb.tables import TableReport, dynamodb_client, provision
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
+from dagster_prefs.errors import PrefsError
 from dagster_prefs.settings import Settings, kafka_variable
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from dagster_prefs.declarations.lineage import Lineage
     from dagster_prefs.deploy.plan import ContractReview, Plan
     from dagster_prefs.dynamodb.store import DomainStore
+    from dagster_prefs.engine.spreads import Spreads
     from dagster_prefs.events.brokers import KafkaSecurity, KafkaSource
     from dagster_prefs.events.inputs import Input
     from dagster_prefs.events.topics import TopicGeneration
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from dagster_prefs.freshness.drift import DriftMemo
     from dagster_prefs.freshness.exports_memo import ExportsMemo
     from dagster_prefs.freshness.status import Sources
+    from dagster_prefs.iceberg.event_export import EventsReport, TopicExport
     from dagster_prefs.iceberg.exporter import Exporter
     from dagster_prefs.iceberg.tables import TileTable
     from dagster_prefs.live.follower import Follower, Work
@@ -61,6 +64,8 @@ if TYPE_CHECKING:
 ICEBERG = "iceberg:"
 # How long `prefs refresh` waits for a follower, in seconds.
 REFRESH_SECONDS = 600.0
+# Messages that are restored from the lake in one transaction.
+RESTORED_AT_ONCE = 10_000
 # How often the follower checks whether the DynamoDB tables are still the same, in seconds.
 TABLE_SECONDS = 30.0
 
@@ -106,7 +111,7 @@ class Platform:
         if catalog is None:
             return None
         return ExportsMemo(
-            settings.data_dir / "exports-seen.json",
+            settings.state_dir / "exports-seen.json",
             catalog,
             settings.iceberg_namespace,
             settings.export_start_date,
@@ -119,7 +124,7 @@ class Platform:
         settings, catalog = self.settings, self._sqlite_catalog
         if catalog is None:
             return None
-        return DriftMemo(settings.data_dir / "drift-seen.json", catalog, settings.iceberg_namespace)
+        return DriftMemo(settings.state_dir / "drift-seen.json", catalog, settings.iceberg_namespace)
 
     @property
     def _sqlite_catalog(self) -> Path | None:
@@ -135,6 +140,7 @@ class Platform:
     def kafka(self) -> KafkaSource:
         """The source of events; without brokers if none are configured."""
         from dagster_prefs.events.brokers import KafkaSource, client_properties
+        from dagster_prefs.events.schema_registry import RegistryAddress
 
         settings = self.settings
         return KafkaSource(
@@ -142,6 +148,14 @@ class Platform:
             topics=settings.kafka_topics,
             start=settings.kafka_start,
             client=client_properties(kafka_security(settings)),
+            group=settings.consumer_group,
+            schemas=None
+            if settings.schema_registry_url is None
+            else RegistryAddress(
+                settings.schema_registry_url,
+                settings.schema_registry_user,
+                _secret(settings.schema_registry_password),
+            ),
         )
 
     @cached_property
@@ -150,9 +164,10 @@ class Platform:
         return Dbt(
             self.engine,
             self.settings.project,
-            self.settings.data_dir / "dbt" / self.engine.kind,
+            self.settings.state_dir / "dbt" / self.engine.kind,
             {
                 "PREFS_EXPIRY_SPREAD_SECONDS": str(self.settings.expiry_spread_seconds),
+                "PREFS_ENVIRONMENT": self.settings.environment or "",
                 "PREFS_TABLE_PREFIX": self.settings.table_prefix,
                 "PREFS_KAFKA_BOOTSTRAP": self.settings.kafka_bootstrap or "",
                 "PREFS_KAFKA_START": self.settings.kafka_start,
@@ -167,6 +182,7 @@ class Platform:
                 "PREFS_ICEBERG_NAMESPACE": self.settings.iceberg_namespace,
                 "AWS_REGION": self.settings.aws_region,
             },
+            given=self.settings.given,
         )
 
     @property
@@ -193,7 +209,11 @@ class Platform:
     def provision(self, client: Any) -> dict[str, TableReport]:
         """Create or verify the table of each entity, depending on the owner of the tables in the settings."""
         return provision(
-            client, self.contract, prefix=self.settings.table_prefix, mode=self.settings.provisioning
+            client,
+            self.contract,
+            prefix=self.settings.table_prefix,
+            mode=self.settings.provisioning,
+            environment=self.settings.environment,
         )
 
     def stores(self) -> list[DomainStore]:
@@ -281,6 +301,64 @@ class Platform:
             kept=timedelta(days=settings.snapshots_kept_days),
             report=self._report_exported,
         )
+
+    def event_exports(self) -> dict[str, TopicExport]:
+        """Return the export of each topic's events to the lake, by the topic's name. Raises DeclarationRefused."""
+        from dagster_prefs.iceberg.event_export import TopicExport
+        from dagster_prefs.iceberg.event_tables import event_tables
+
+        settings, registry = self.settings, self.registry
+        days = settings.events_kept_days
+        found = {}
+        for name, tables in event_tables(registry).items():
+            entity = tables.typed.entity
+            found[name] = TopicExport(
+                engine=self.engine,
+                catalog=self.catalog,
+                tables=tables,
+                subject_kind=registry.family(entity.name)[0].name if entity and entity.erasable else None,
+                unread=partial(self._unread_since, registry.topics[name]),
+                namespace=settings.iceberg_namespace,
+                kept=None if days is None else timedelta(days=days),
+            )
+        return found
+
+    def export_events(self, only: Sequence[str] = ()) -> list[EventsReport]:
+        """Export the events of these topics to the lake, of all by default, and apply the retention of raw messages.
+
+        On the embedded engine messages leave that are older than the retention and in the lake; RisingWave deletes by
+        itself. Raises OfflineError, EngineUnavailable, RegistryError for an unknown topic.
+        """
+        from dagster_prefs.events.retention import let_leave
+
+        names = [self.registry.topic(name).name for name in only]
+        retention, now = self.settings.raw_retention_seconds, datetime.now(UTC)
+        reports = []
+        for name, export in self.event_exports().items():
+            if names and name not in names:
+                continue
+            report = export.run(now)
+            if retention is not None and self.engine.kind == "local" and report.complete_until is not None:
+                before = min(report.complete_until, now - timedelta(seconds=retention))
+                report.left = let_leave(
+                    self.engine, self.registry.topics[name], before, export.exported_hours()
+                )
+            reports.append(report)
+        return reports
+
+    def _unread_since(self, topic: TopicDeclaration) -> datetime | None:
+        """Return the earliest arrival of a topic's messages that the embedded engine's views may not have read."""
+        from dagster_prefs.events.progress import unread
+        from dagster_prefs.live.presence import is_pending
+
+        if self.engine.kind != "local":
+            return None
+        with self.engine.connect() as connection:
+            if is_pending(connection, self.engine, topic.parsed):
+                # It will be rebuilt, from messages of any time.
+                return datetime.fromtimestamp(0, UTC)
+            found = unread(connection, self.engine, topic)
+        return found.since if found else None
 
     def prepare_training_tables(self) -> list[Table]:
         """Prepare the training tables for RisingWave's sinks. Raises OfflineError or EngineUnavailable."""
@@ -378,6 +456,14 @@ class Platform:
 
         return causes_on(self.catalog(), self.registry, self.settings.iceberg_namespace, day=day)
 
+    def spreads(self) -> Spreads:
+        """Return the expiry spreads that were in force over time, by domain. Raises EngineUnavailable."""
+        from dagster_prefs.engine.spreads import spreads_in_force
+
+        return spreads_in_force(
+            self.engine, self.contract.domains.values(), default=self.settings.expiry_spread_seconds
+        )
+
     def is_deployed(self) -> bool:
         """Return whether any model of the project was ever deployed. Raises EngineUnavailable."""
         with self.engine.connect() as connection:
@@ -418,7 +504,7 @@ class Platform:
             DomainPublisher(self),
             {
                 **{f"Kafka topic {topic.name}": partial(self._consume, topic) for topic in topics},
-                "canary": Prober(self.engine, self.registry, self.probe, self.settings.data_dir).run,
+                "canary": Prober(self.engine, self.registry, self.probe, self.settings.state_dir).run,
             },
         )
 
@@ -491,10 +577,66 @@ class Platform:
             return "the follower has applied and published everything that had arrived"
         return f"{messages:,} messages applied; every view is current and every change is published"
 
-    def plan(self, *, drop_orphans: bool = False) -> Plan:
-        """Return the changes that an apply would make now; see `make_plan`."""
-        from dagster_prefs.deploy.plan import make_plan
+    def rebuild(
+        self, target: str, *, from_lake: bool, say: Callable[[str], None] = lambda line: None
+    ) -> list[str]:
+        """Rebuild a view, or all (`all`), with all that it is made from, and return their names.
 
+        With `from_lake` the raw messages that have left the embedded engine are stored again first, each at its place
+        and with its time of arrival, so that the same deliveries win. The views that serve are changed by the
+        difference alone, when it is known; what arrives meanwhile is neither missed nor counted twice. Safe to repeat
+        after any failure. Raises PrefsError for an unknown view and on RisingWave, OfflineError, and what `refresh`
+        raises.
+        """
+        from dagster_prefs.live.rebuild import mark_rebuilt, plan_rebuild
+
+        if self.engine.kind != "local":
+            raise PrefsError(
+                "`prefs rebuild` is for the embedded engine: on RisingWave `prefs apply` rebuilds what changed, from "
+                "the messages that RisingWave still has"
+            )
+        with self.engine.connect() as connection:
+            plan = plan_rebuild(connection, self.engine, self.registry, target)
+        if from_lake:
+            for topic in plan.topics:
+                say(f"{topic.name}: {self._restore(topic):,} messages restored from the lake")
+        with self.engine.connect() as connection:
+            missing = mark_rebuilt(connection, self.engine, plan)
+        if missing:
+            names = ", ".join(topic.name for topic in missing)
+            remedy = "" if from_lake else ": with --from-lake they are restored first"
+            say(f"{names}: what was read from messages that have left the engine stays as it is{remedy}")
+        say(self.refresh(say))
+        return list(plan.views)
+
+    def _restore(self, topic: TopicDeclaration) -> int:
+        """Store the messages of a topic again that only the lake holds, and return their number."""
+        from dagster_prefs.events.raw import RawStore, StoredMessage
+        from dagster_prefs.iceberg.event_reader import all_events
+        from dagster_prefs.iceberg.event_tables import event_tables
+
+        spec = event_tables(self.registry)[topic.name].raw
+        restored = 0
+        with RawStore(self.engine) as store:
+            for batch in all_events(
+                self.catalog(), spec, StoredMessage._fields, namespace=self.settings.iceberg_namespace
+            ):
+                columns = (column.to_pylist() for column in batch.columns)
+                rows = [StoredMessage(*row) for row in zip(*columns, strict=True)]
+                for start in range(0, len(rows), RESTORED_AT_ONCE):
+                    restored += store.restore(topic, rows[start : start + RESTORED_AT_ONCE])
+        return restored
+
+    def plan(self, *, drop_orphans: bool = False) -> Plan:
+        """Return the changes that an apply would make now; see `make_plan`.
+
+        Raises UnreadableTopic for a topic in Avro that RisingWave would have to read from Kafka.
+        """
+        from dagster_prefs.deploy.plan import make_plan
+        from dagster_prefs.events.schema_registry import refuse_avro
+
+        if self.engine.kind == "risingwave" and self.settings.kafka_bootstrap is not None:
+            refuse_avro(self.registry.topics.values())
         return make_plan(
             self.engine, self.dbt, partial(review_contract, self.contract), drop_orphans=drop_orphans
         )

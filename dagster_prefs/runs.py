@@ -29,7 +29,9 @@ class JobRunner:
 
             definitions = build_definitions(settings)
         self._definitions = definitions
-        self._home = ensure_dagster_home(settings.data_dir)
+        self._settings = settings
+        self._home = ensure_dagster_home(settings.state_dir)
+        self._tags = settings.dagster_tags
         self._instance: dg.DagsterInstance | None = None
 
     def __enter__(self) -> JobRunner:
@@ -48,9 +50,9 @@ class JobRunner:
 
         Raises RunFailed if a step failed; the results of the other steps are kept.
         """
-        result = self._definitions.resolve_job_def(job).execute_in_process(
+        result = self._definitions.resolve_job_def(self._settings.dagster_name(job)).execute_in_process(
             instance=self._instance,
-            tags=dict(tags or {}),
+            tags={**self._tags, **(tags or {})},
             raise_on_error=False,
             run_config={**(config or {}), "loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
         )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from datetime import date
 from functools import cached_property
@@ -17,6 +18,7 @@ from dotenv import dotenv_values
 from pydantic import (
     AfterValidator,
     Field,
+    PrivateAttr,
     SecretStr,
     ValidationError,
     ValidationInfo,
@@ -25,6 +27,7 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from dagster_prefs.access import Entrance, Tokens
 from dagster_prefs.addresses import is_loopback
 from dagster_prefs.declarations.registry import (
     PROJECT_FOLDER,
@@ -34,6 +37,7 @@ from dagster_prefs.declarations.registry import (
     load_registry,
     project_home,
 )
+from dagster_prefs.environment import CONSUMER_GROUP, Environment, EnvironmentNameError
 from dagster_prefs.errors import PrefsError
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
@@ -54,8 +58,15 @@ _NAMES = {
         "a role, e.g. arn:aws:iam::123456789012:role/x",
     ),
     "engine_schema": (r"[a-z_][a-z0-9_]{0,62}", "a schema: lower-case letters, digits and `_`, at most 63"),
+    "served_log": (
+        r"files:.+|kafka:[A-Za-z0-9._-]{1,249}|firehose:[A-Za-z0-9._-]{1,64}",
+        "files:<folder>, kafka:<topic> or firehose:<stream>",
+    ),
     "iceberg_namespace": (r"[A-Za-z0-9_]{1,255}", "an Iceberg namespace: letters, digits and `_`"),
 }
+
+# Former names of settings, which would otherwise be ignored or taken for a misspelling.
+_RENAMED = {"PREFS_CONSOLE_TOKENS": "PREFS_TOKENS, with hashes as `prefs token` prints them"}
 
 # The prefix of variables that name topics in Kafka; the topic's own name follows in capitals
 # (`kafka_variable`).
@@ -74,6 +85,15 @@ def _kafka_name(given: str) -> str:
             f"{given[:100]!r} is not a Kafka topic: letters, digits, `.`, `_` and `-`, at most 249"
         )
     return given
+
+
+def _parts(named: Environment) -> dict[str, str]:
+    """Return the settings that an environment's name gives."""
+    return {
+        "engine_schema": named.schema,
+        "table_prefix": named.table_prefix,
+        "iceberg_namespace": named.namespace,
+    }
 
 
 def _kafka_names() -> dict[str, str]:
@@ -116,6 +136,15 @@ class Settings(BaseSettings):
         # default.
         env_ignore_empty=True,
     )
+
+    environment: str | None = Field(
+        None,
+        description="Environment, e.g. dev_anna, pr_123, staging or production: names the schema, DynamoDB tables, "
+        "Iceberg namespace, Kafka consumer group and local state, so that several share one engine, Kafka and AWS "
+        "account. Empty means none; settings that name one of these differently are refused.",
+    )
+    # The variables given in place of the environment's; a child process gets them in its environment.
+    _given: dict[str, str] = PrivateAttr(default_factory=dict)
 
     engine: Literal["local", "risingwave"] = Field(
         "local", description="Streaming engine: `local` (embedded PostgreSQL) or `risingwave`."
@@ -163,10 +192,23 @@ class Settings(BaseSettings):
         description="Host names of the Dagster UI and the console in addition to loopback's, with a port unless it is "
         "80 or 443, separated by commas; requests with another Host are refused.",
     )
-    console_tokens: SecretStr | None = Field(
+    tokens: SecretStr | None = Field(
         None,
-        description="Tokens of the console, name:scope+scope:secret separated by commas, needed off loopback; scopes "
-        "are domains, shop, inspect and send. Instead of a secret, sha256: and its hash in hex.",
+        description="Tokens of the feature server and the console, needed off loopback: name:scope+scope:sha256:hash, "
+        "separated by commas, as `prefs token` prints them; scopes are domains, shop, inspect and send.",
+    )
+    tokens_file: Path | None = Field(
+        None,
+        description="File with further tokens, one a line; it is read again when it changes, so that tokens are "
+        "rotated without a restart.",
+    )
+    tls_certificate: Path | None = Field(
+        None,
+        description="File with the certificate chain (PEM) of the feature server and the console, which then serve "
+        "HTTPS; needs PREFS_TLS_KEY.",
+    )
+    tls_key: Path | None = Field(
+        None, description="File with the private key of that certificate (PEM, without a passphrase)."
     )
     console_send: Literal["auto", "on", "off"] = Field(
         "auto",
@@ -200,6 +242,14 @@ class Settings(BaseSettings):
         description="Who writes DynamoDB: `publisher` (this platform, local engine), `sink` (RisingWave's own, "
         "licensed), `changefeed` (`prefs publish --follow`, from RisingWave's subscriptions); auto is publisher or "
         "sink, depending on the engine.",
+    )
+    served_log: str | None = Field(
+        None,
+        description="Where `prefs serve` logs a sample of the profiles that it serves: `files:<folder>`, "
+        "`kafka:<topic>` or `firehose:<stream>`; empty means nowhere.",
+    )
+    served_log_share: float = Field(
+        0.01, ge=0, le=1, description="Share of all ids (0…1) whose served profiles are logged."
     )
     changefeed_retention_hours: int = Field(
         24,
@@ -255,6 +305,13 @@ class Settings(BaseSettings):
     kafka_msk_role_arn: str | None = Field(
         None, description="IAM role assumed for AWS_MSK_IAM; empty means the process's own identity."
     )
+    schema_registry_url: str | None = Field(
+        None,
+        description="Schema registry (Confluent's API) of topics with `format: avro`; https if a password is sent to "
+        "another machine. Empty means none.",
+    )
+    schema_registry_user: str | None = Field(None, description="User of the schema registry.")
+    schema_registry_password: SecretStr | None = Field(None, description="Password of the schema registry.")
     kafka_lateness_seconds: int | None = Field(
         None,
         ge=1,
@@ -265,8 +322,9 @@ class Settings(BaseSettings):
         None,
         ge=3600,
         lt=2**32,
-        description="Age at which RisingWave deletes raw messages; views keep what they counted, but can then not be "
-        "rebuilt from the start. Empty keeps all.",
+        description="Age at which raw messages leave the engine: RisingWave deletes them by itself, the embedded "
+        "engine those that `prefs export events` has exported. Views keep what they counted; "
+        "`prefs rebuild --from-lake` rebuilds them. Empty keeps all.",
     )
 
     kafka_topic_names: Annotated[dict[str, Annotated[str, AfterValidator(_kafka_name)]], NoDecode] = Field(
@@ -310,7 +368,8 @@ class Settings(BaseSettings):
     )
     alert_webhook: SecretStr | None = Field(
         None,
-        description="Slack-compatible webhook (https) for freshness alerts; empty means that they are logged.",
+        description="Slack-compatible webhooks (https) for alerts, separated by commas; empty means that they are "
+        "logged.",
     )
 
     iceberg_catalog: Literal["sqlite", "glue", "rest"] = Field("sqlite", description="Iceberg catalog kind.")
@@ -337,6 +396,16 @@ class Settings(BaseSettings):
         description="First UTC day that is exported to Iceberg; older tiles stay in the engine only.",
     )
 
+    events_export_seconds: int = Field(
+        3600,
+        ge=60,
+        description="Seconds between exports of raw messages and typed events to Iceberg (Dagster).",
+    )
+    events_kept_days: int | None = Field(
+        None,
+        ge=1,
+        description="Days of arrival that the Iceberg tables of messages and events keep; empty keeps all.",
+    )
     snapshots_kept_days: int = Field(
         30,
         ge=1,
@@ -370,6 +439,17 @@ class Settings(BaseSettings):
     schedules: Literal["on", "off"] = Field(
         "off", description="Whether schedules and sensors run as soon as the Dagster daemon does."
     )
+    schedule_crons: Annotated[dict[str, str], NoDecode] = Field(
+        {},
+        description="Times (cron, UTC) of schedules that differ from their defaults, as JSON: "
+        '{"parity_daily": "0 6 * * *"}.',
+    )
+    asset_prefix: str = Field(
+        "",
+        pattern=r"^([a-z][a-z0-9_]*(/[a-z0-9_]+)*)?$",
+        description="Prefix of every asset key in Dagster, e.g. `shop` or `team/shop`, and of the names of jobs, "
+        "schedules and sensors: one per platform of a code location.",
+    )
 
     @field_validator("*", mode="before")
     @classmethod
@@ -382,7 +462,7 @@ class Settings(BaseSettings):
             raise ValueError(_BLANK)
         return value
 
-    @field_validator("project_dir", "data_dir", "training_dir")
+    @field_validator("project_dir", "data_dir", "training_dir", "tokens_file", "tls_certificate", "tls_key")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
         return value and value.expanduser().absolute()
@@ -396,10 +476,29 @@ class Settings(BaseSettings):
                 raise ValueError(f"{value[:100]!r} is not {rule}")
         return value
 
+    @field_validator("environment")
+    @classmethod
+    def _an_environment(cls, value: str | None) -> str | None:
+        if value is not None:
+            Environment(value)
+        return value
+
     @field_validator("ui_hosts", mode="before")
     @classmethod
     def _listed(cls, value: Any) -> Any:
         return value.split(",") if isinstance(value, str) else value
+
+    @field_validator("schedule_crons", mode="before")
+    @classmethod
+    def _decoded(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return json.loads(value)
+        except ValueError as error:
+            raise ValueError(
+                f'the value is not JSON ({error}): write e.g. {{"parity_daily": "0 6 * * *"}}'
+            ) from None
 
     @field_validator("ui_hosts")
     @classmethod
@@ -408,6 +507,21 @@ class Settings(BaseSettings):
             if not re.fullmatch(r"[A-Za-z0-9.-]+(:[0-9]{1,5})?", name):
                 raise ValueError(f"{name!r} is no host name: write e.g. dagster.example.com,localhost:3000")
         return tuple(name.lower() for name in value)
+
+    @model_validator(mode="after")
+    def _named_by_environment(self) -> Self:
+        if self.environment is None:
+            return self
+        named = Environment(self.environment)
+        for field, name in _parts(named).items():
+            given = getattr(self, field)
+            if field in self.model_fields_set and given != name:
+                raise ValueError(
+                    f"{PREFIX}{field.upper()}={given} contradicts PREFS_ENVIRONMENT={named.name}, which gives {name}: "
+                    "unset one of the two"
+                )
+            setattr(self, field, name)
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -445,11 +559,16 @@ class Settings(BaseSettings):
                 "PREFS_ENGINE=local runs on this machine only: unset PREFS_ENGINE_HOST or set "
                 "PREFS_ENGINE=risingwave"
             )
+        if (self.served_log or "").startswith("kafka:") and not self.kafka_bootstrap:
+            raise ValueError(f"PREFS_SERVED_LOG={self.served_log} needs PREFS_KAFKA_BOOTSTRAP: set it")
         if self.console_send == "on" and (why := self.production):
             raise ValueError(
                 f"PREFS_CONSOLE_SEND=on is refused in production, and this is production because {why}: unset it"
             )
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("PREFS_TLS_CERTIFICATE and PREFS_TLS_KEY need each other: set both, or neither")
         self._check_kafka()
+        self._check_schema_registry()
         if self.aws_endpoint is None:
             self._check_region()
         return self
@@ -539,6 +658,41 @@ class Settings(BaseSettings):
                 "PREFS_KAFKA_SSL_KEY_PASSWORD needs PREFS_KAFKA_SSL_KEY_LOCATION or PREFS_KAFKA_SSL_KEY_PEM"
             )
 
+    def _check_schema_registry(self) -> None:
+        url, user, password = (
+            self.schema_registry_url,
+            self.schema_registry_user,
+            self.schema_registry_password,
+        )
+        if (user is None) != (password is None):
+            raise ValueError(
+                "PREFS_SCHEMA_REGISTRY_USER and PREFS_SCHEMA_REGISTRY_PASSWORD need each other: set both, or neither"
+            )
+        if url is None:
+            if user is not None:
+                raise ValueError("PREFS_SCHEMA_REGISTRY_USER needs PREFS_SCHEMA_REGISTRY_URL")
+            return
+        # No message has the address, which may contain a password.
+        try:
+            address = urlsplit(url)
+            host = address.hostname or ""
+        except ValueError as error:
+            raise ValueError(f"PREFS_SCHEMA_REGISTRY_URL is no URL ({error}): correct it") from None
+        if address.scheme not in ("http", "https") or not host:
+            raise ValueError(
+                "PREFS_SCHEMA_REGISTRY_URL must be an http or https URL, e.g. https://registry.example.com"
+            )
+        if address.username or address.password:
+            raise ValueError(
+                "PREFS_SCHEMA_REGISTRY_URL holds credentials: remove them from it, and set "
+                "PREFS_SCHEMA_REGISTRY_USER and PREFS_SCHEMA_REGISTRY_PASSWORD"
+            )
+        if password is not None and address.scheme == "http" and not is_loopback(url):
+            raise ValueError(
+                f"PREFS_SCHEMA_REGISTRY_URL sends its password to {host} without TLS: use https://, or a registry on "
+                "this machine"
+            )
+
     def _check_region(self) -> None:
         import botocore
         import botocore.session
@@ -556,6 +710,30 @@ class Settings(BaseSettings):
                 f"AWS_REGION={self.aws_region} is no region with DynamoDB that botocore {botocore.__version__} "
                 f"knows: {hint}correct it, or upgrade boto3 for a newer region"
             )
+
+    @property
+    def named(self) -> Environment | None:
+        """The environment with the names of its parts, None without PREFS_ENVIRONMENT."""
+        return None if self.environment is None else Environment(self.environment)
+
+    @property
+    def consumer_group(self) -> str:
+        """The Kafka consumer group of the platform's readers."""
+        return self.named.consumer_group if self.named else CONSUMER_GROUP
+
+    @property
+    def dagster_tags(self) -> dict[str, str]:
+        """The tags of the environment's assets, jobs and runs in Dagster; empty without PREFS_ENVIRONMENT."""
+        return self.named.dagster_tags if self.named else {}
+
+    @property
+    def state_dir(self) -> Path:
+        """The folder of the state that is one environment's: dbt's artifacts, what was seen, and Dagster's home.
+
+        It is the data folder without an environment. The embedded services and the Iceberg files, which several
+        environments share, are always in the data folder itself.
+        """
+        return self.data_dir / "environments" / self.environment if self.environment else self.data_dir
 
     @property
     def home(self) -> Path:
@@ -581,13 +759,55 @@ class Settings(BaseSettings):
         again.__dict__.pop("_registry", None)
         return again
 
+    def of_environment(self, name: str) -> Settings:
+        """Return the same settings for another environment. Raises SettingsError if it cannot be one."""
+        try:
+            named = Environment(name)
+        except EnvironmentNameError as error:
+            raise SettingsError(str(error)) from None
+        return self.model_copy(update={"environment": named.name, **_parts(named)})
+
+    def entrance(self) -> Entrance:
+        """Return how the feature server and the console let clients in. Raises AccessError for malformed tokens."""
+        text = self.tokens.get_secret_value() if self.tokens else ""
+        return Entrance(Tokens(text, self.tokens_file), self.tls_certificate, self.tls_key)
+
     @property
     def secrets(self) -> list[str]:
         """The values that no log may show: those of secret settings, and of the AWS credentials in the environment."""
         given = [getattr(self, name) for name in type(self).model_fields]
         found = [value.get_secret_value() for value in given if isinstance(value, SecretStr)]
+        found += self.alert_webhooks
         found += [os.environ.get(name, "") for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")]
         return [value for value in found if value]
+
+    @property
+    def served_log_place(self) -> tuple[str, str] | None:
+        """The kind and the name of the place of the served log, None without one."""
+        if self.served_log is None:
+            return None
+        kind, _, name = self.served_log.partition(":")
+        return kind, name
+
+    @property
+    def given(self) -> Mapping[str, str]:
+        """The variables that were given in place of the environment's (`settings_with`); they may hold secrets."""
+        return self._given
+
+    @property
+    def alert_webhooks(self) -> tuple[str, ...]:
+        """The URLs that receive alerts."""
+        given = self.alert_webhook.get_secret_value() if self.alert_webhook else ""
+        return tuple(filter(None, (url.strip() for url in given.split(","))))
+
+    @property
+    def asset_prefix_path(self) -> list[str]:
+        """The parts of the asset keys' prefix."""
+        return self.asset_prefix.split("/") if self.asset_prefix else []
+
+    def dagster_name(self, name: str) -> str:
+        """Return the name of a job, op, schedule, sensor or pool among those of other platforms in Dagster."""
+        return "_".join([*self.asset_prefix_path, name])
 
     @property
     def port(self) -> int:
@@ -619,7 +839,7 @@ class Settings(BaseSettings):
     @property
     def training_folder(self) -> Path:
         """The folder to which runs started in Dagster may write training sets."""
-        return self.training_dir or self.data_dir / "training-sets"
+        return self.training_dir or self.state_dir / "training-sets"
 
     @property
     def kafka_topics(self) -> dict[str, str]:
@@ -665,6 +885,8 @@ class Settings(BaseSettings):
     @property
     def production(self) -> str | None:
         """Why these settings are of a production, where nothing sends events to look at; None if they are not."""
+        if self.named and self.named.is_production:
+            return f"PREFS_ENVIRONMENT is {self.environment}"
         if self.aws_endpoint is None:
             return "DynamoDB is AWS's own (AWS_ENDPOINT_URL is not set)"
         return "PREFS_PROVISIONING is verify" if self.provisioning == "verify" else None
@@ -710,10 +932,54 @@ def load_settings(env_file: Path | None = None) -> Settings:
     suite = {ENV_FILE, "PREFS_RISINGWAVE_URL", "PREFS_BENCH_SCALE"}
     for name in sorted(os.environ):
         listed = name in known or name in suite or name.startswith(KAFKA_TOPIC)
+        if name in _RENAMED and os.environ[name]:
+            raise SettingsError(f"{name} is now {_RENAMED[name]}: rename it")
         if name.startswith(PREFIX) and not listed:
             raise _unknown_setting(name, known, "remove it; .env.example lists every setting")
+    settings = _validated({}, known)
+    if settings.kafka_topic_names:
+        # A service that only reads profiles has no project and reads no topic.
+        with suppress(RegistryError):
+            _ = settings.kafka_topics
+    return settings
+
+
+def settings_with(given: Mapping[str, str]) -> Settings:
+    """Return validated settings for one of several projects in a process: `given` by variable, else the environment.
+
+    No `.env` is read, because two projects have one each. Names of topics in Kafka that the environment has for another
+    project are left out. Raises SettingsError like `load_settings`, and RegistryError if there is no project.
+    """
+    known = known_variables()
+    for name in sorted(given):
+        if name not in known and not name.startswith(KAFKA_TOPIC):
+            raise _unknown_setting(name, known, "remove it; .env.example lists every setting")
+    settings = _validated(given, known)
+    variables = {kafka_variable(topic) for topic in settings.registry().topics}
+    names = {name: value for name, value in given.items() if name.startswith(KAFKA_TOPIC)}
+    for name, value in settings.kafka_topic_names.items():
+        if KAFKA_TOPIC + name in variables:
+            names.setdefault(KAFKA_TOPIC + name, value)
+    settings = _validated({**given, **names}, known, kafka_topic_names=names)
+    _ = settings.kafka_topics
+    return settings
+
+
+def _validated(
+    given: Mapping[str, str], known: Mapping[str, str], kafka_topic_names: Mapping[str, str] | None = None
+) -> Settings:
+    # By alias, under which the environment's value would otherwise win.
+    fields: dict[str, Any] = {
+        Settings.model_fields[known[name]].alias or known[name]: value
+        for name, value in given.items()
+        if name in known and value
+    }
+    if kafka_topic_names is not None:
+        fields[KAFKA_TOPIC] = {
+            name.removeprefix(KAFKA_TOPIC): value for name, value in kafka_topic_names.items()
+        }
     try:
-        settings = Settings()
+        settings = Settings(**fields)
     except ValidationError as error:
         variables = {field: variable for variable, field in known.items()}
         problems = []
@@ -728,8 +994,5 @@ def load_settings(env_file: Path | None = None) -> Settings:
             message = problem["msg"].removeprefix("Value error, ")
             problems.append(f"{name}: {message}" if name else message)
         raise SettingsError("; ".join(problems) + " (see .env.example)") from None
-    if settings.kafka_topic_names:
-        # A service that only reads profiles has no project and reads no topic.
-        with suppress(RegistryError):
-            _ = settings.kafka_topics
+    settings._given = dict(given)
     return settings

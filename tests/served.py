@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any
 
 from shipped import with_computed_attributes
 
+from dagster_prefs.access import Entrance
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.serving import AsyncProfileClient, ClientOptions, ShopClient
 from dagster_prefs.serving.connections import ConnectionLimits
@@ -27,11 +29,16 @@ class Caller:
     """Requests to a running server."""
 
     port: int
+    tls: ssl.SSLContext | None = None
 
     def call(
         self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
     ) -> tuple[int, Any, dict[str, str]]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = (
+            http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+            if self.tls is None
+            else http.client.HTTPSConnection("127.0.0.1", self.port, timeout=60, context=self.tls)
+        )
         try:
             sent = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
             connection.request(method, path, sent, headers or {})
@@ -65,9 +72,10 @@ def running(
     """The server in a thread of its own."""
     load = {name: options.pop(name) for name in ("budget_seconds", "max_in_flight") if name in options}
     limits = options.pop("limits", ConnectionLimits())
+    entrance, tls = options.pop("entrance", Entrance()), options.pop("tls", None)
     served = [] if profiles is None else [profiles]
     app = make_app(served, preferences, load=Load(**{"budget_seconds": 30.0, **load}), **options)
-    server = make_server(app, limits)
+    server = make_server(app, limits, entrance=entrance)
     server.config.port = 0
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -75,7 +83,7 @@ def running(
         while not server.started:
             assert thread.is_alive()
             threading.Event().wait(0.01)
-        yield Caller(server.servers[0].sockets[0].getsockname()[1])
+        yield Caller(server.servers[0].sockets[0].getsockname()[1], tls)
     finally:
         server.should_exit = True
         thread.join(30)

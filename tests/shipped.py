@@ -39,18 +39,18 @@ COMPUTED: Mapping[str, tuple[str, ...]] = {
 
 
 def with_computed_attributes() -> Registry:
-    """The example's registry with exactly the attributes of COMPUTED, in that order; all others are retired.
+    """The example's registry with exactly the domains and attributes of COMPUTED, in that order.
 
-    An attribute that somebody adds to the example or retires there is for tests of its own model: tests of the
-    platform, which write rows of these views, know none of the others.
+    A domain that somebody adds to the example, or an attribute that somebody adds or retires there, is for tests of its
+    own model: tests of the platform, which write rows of these views, know none of the others.
     """
     contract = REGISTRY.contract
     domains = {}
     for key, domain in contract.domains.items():
+        if domain.name not in COMPUTED:
+            continue
         declared = {**domain.retired, **domain.attributes}
-        known = (
-            (*COMPUTED[domain.name], LAST_EVENT_AT) if domain.name in COMPUTED else tuple(domain.attributes)
-        )
+        known = (*COMPUTED[domain.name], LAST_EVENT_AT)
         domains[key] = replace(
             domain,
             attributes={name: declared[name] for name in known},

@@ -28,20 +28,24 @@ ROOMS = (
     "projects",
 )
 
-# A room may import itself, errors, files, ids, addresses and pauses, and these rooms or modules.
+# A room may import itself, errors, environment, files, ids, addresses and pauses, and these rooms or modules.
 ALLOWED = {
     "errors": set(),
+    "environment": set(),
     "addresses": set(),
+    "access": {"loopback"},
     "loopback": set(),
     "files": set(),
     "ids": set(),
     "pauses": set(),
     "printable": set(),
     "redaction": set(),
+    # The format that the clients write and the training package reads.
+    "served_rows": {"declarations"},
     "logs": {"printable", "redaction"},
     "textfiles": set(),
     # Which project is meant is a setting, and loads what it declares.
-    "settings": {"declarations"},
+    "settings": {"declarations", "access"},
     "shipped": set(),
     "declarations": {"shipped"},
     # What it generates with is given to it.
@@ -52,9 +56,9 @@ ALLOWED = {
     "iceberg": {"declarations", "engine", "redaction"},
     "deploy": {"declarations", "engine", "events", "dynamodb", "redaction"},
     "live": {"declarations", "engine", "events", "dynamodb"},
-    "training": {"declarations", "engine", "dynamodb", "iceberg", "textfiles", "values"},
+    "training": {"declarations", "engine", "dynamodb", "iceberg", "served_rows", "textfiles", "values"},
     "values": {"declarations", "engine", "iceberg"},
-    "serving": {"declarations", "engine", "dynamodb", "loopback", "logs"},
+    "serving": {"declarations", "engine", "dynamodb", "access", "loopback", "logs", "served_rows"},
     "freshness": {
         "declarations",
         "engine",
@@ -66,22 +70,32 @@ ALLOWED = {
         "values",
         "live",
     },
-    "erasure": {"declarations", "engine", "dynamodb", "events", "iceberg", "training", "values"},
+    "erasure": {
+        "declarations",
+        "engine",
+        "dynamodb",
+        "events",
+        "iceberg",
+        "served_rows",
+        "training",
+        "values",
+    },
     "local": {"declarations", "engine", "loopback", "logs"},
     "open_lineage": {"declarations"},
     "platform": set(ROOMS) - {"defs", "console", "tools", "projects"} | {"settings", "open_lineage"},
-    "console": set(ROOMS) - {"defs", "tools"} | {"settings", "loopback", "platform", "printable"},
+    "console": set(ROOMS) - {"defs", "tools"} | {"settings", "access", "loopback", "platform", "printable"},
     # On RisingWave the demo publishes with Dagster's job, as `prefs refresh` does.
     "tools": set(ROOMS) - {"console"} | {"platform", "settings", "runs"},
     "defs": set(ROOMS) - {"console"} | {"settings", "loopback", "platform"},
     "definitions": {"defs", "settings"},
+    "component": {"defs", "settings"},
     "runs": {"defs", "settings"},
     "__main__": {"cli"},
-    "cli": set(ROOMS) | {"platform", "settings", "runs", "printable", "logs", "shipped"},
+    "cli": set(ROOMS) | {"access", "platform", "settings", "runs", "printable", "logs", "shipped"},
 }
 # Outside packages that only some places may import.
 RESERVED = {
-    "dagster": {"defs", "runs"},
+    "dagster": {"defs", "runs", "component"},
     "dagster_dbt": {"defs"},
     "dbt": {"engine"},
     "click": {"cli"},
@@ -137,7 +151,7 @@ def test_rooms_import_only_what_their_arrows_allow() -> None:
         if target not in ALLOWED:
             continue
         if (
-            target not in (place, "errors", "files", "ids", "addresses", "pauses")
+            target not in (place, "errors", "environment", "files", "ids", "addresses", "pauses")
             and target not in ALLOWED[place]
         ):
             wrong.append(f"{where}: {place} may not import {target}")

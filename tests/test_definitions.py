@@ -2,15 +2,22 @@
 
 import json
 import os
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import pytest
+import yaml
+from dagster.components.core.package_entry import get_package_objects_in_module
+from declared import COURSES, PROJECT
 from shipped import REGISTRY, SHORT
 
-from dagster_prefs.defs.assembly import build_definitions
-from dagster_prefs.settings import load_settings
+import dagster_prefs
+from dagster_prefs.component import PreferencePlatformScaffold, PreferencePlatformScaffolder
+from dagster_prefs.defs.assembly import UnknownName, build_definitions
+from dagster_prefs.freshness.alerts import AlertError
+from dagster_prefs.settings import SettingsError, load_settings
 
 SNAPSHOT = Path(__file__).with_name("definitions_snapshot.json")
 
@@ -130,7 +137,9 @@ def test_every_attribute_leads_back_to_the_bytes_of_its_message(definitions: dg.
 
 def test_sinks_wait_for_the_table(definitions: dg.Definitions) -> None:
     sinks = [s for s in definitions.resolve_all_asset_specs() if s.group_name == "sinks"]
-    assert len(sinks) == 3
+    assert {spec.key.to_user_string() for spec in sinks} == {
+        domain.sink for domain in REGISTRY.contract.domains.values()
+    }
     for spec in sinks:
         assert dg.AssetKey(["dynamodb", "viewer_profiles"]) in {dep.asset_key for dep in spec.deps}
 
@@ -182,14 +191,136 @@ def test_a_changefeed_is_shown_between_subscription_and_table(
     }.items():
         monkeypatch.setenv(name, value)
     found = described(build_definitions(load_settings()))
-    for domain, view in {
-        "watch": "viewer_engagement_rolling",
-        "interactions": "content_interactions_rolling",
-        "preferences": "viewer_preferences_rolling",
-    }.items():
-        sink = f"sink_engagement_{domain}"
-        assert found["assets"][sink]["deps"] == [view]
-        assert set(found["assets"][f"online/{domain}"]["deps"]) == {sink, "dynamodb/viewer_profiles"}
     told = json.dumps(found["checks"])
-    assert all(f"online/{domain}" in told for domain in ("watch", "interactions", "preferences"))
+    for domain in REGISTRY.contract.domains.values():
+        assert found["assets"][domain.sink]["deps"] == [domain.relation]
+        assert set(found["assets"][f"online/{domain.name}"]["deps"]) == {
+            domain.sink,
+            "dynamodb/viewer_profiles",
+        }
+        assert f"online/{domain.name}" in told
     assert "sink_engagement" not in told
+
+
+THEIRS = """
+import dagster as dg
+
+@dg.asset(group_name="online_store")
+def user_events() -> None: ...
+
+@dg.asset(key=["online", "watch"], group_name="online_store")
+def published() -> None: ...
+
+refresh = dg.define_asset_job("refresh", dg.AssetSelection.assets(user_events))
+"""
+
+
+@pytest.fixture
+def their_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project of Dagster's own layout, with assets and a job named like ours."""
+    (tmp_path / "pyproject.toml").write_text(
+        '[tool.dg]\ndirectory_type = "project"\n[tool.dg.project]\nroot_module = "theirs"\n'
+    )
+    folder = tmp_path / "src" / "theirs" / "defs"
+    folder.mkdir(parents=True)
+    (folder.parent / "__init__.py").touch()
+    (folder / "assets.py").write_text(THEIRS)
+    monkeypatch.syspath_prepend(str(tmp_path / "src"))
+    return folder
+
+
+def add_component(folder: Path, project: Path, key_prefix: str, **attributes: Any) -> Path:
+    """Scaffold a component as `dg scaffold defs` does, and add attributes to its file."""
+    place = folder / key_prefix
+    place.mkdir()
+    PreferencePlatformScaffolder().scaffold(
+        dg.ScaffoldRequest(
+            type_name="dagster_prefs.PreferencePlatform",
+            target_path=place,
+            scaffold_format="yaml",
+            project_root=folder.parents[2],
+            params=PreferencePlatformScaffold(project_dir=str(project), key_prefix=key_prefix),
+        )
+    )
+    file = place / "defs.yaml"
+    content = yaml.safe_load(file.read_text())
+    content["attributes"] |= attributes
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
+def test_two_platforms_load_beside_the_assets_of_others(
+    data_dir: Path, definitions: dg.Definitions, their_project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFS_DATA_DIR", str(data_dir))
+    # Of the one project; the other does not know the topic.
+    monkeypatch.setenv("PREFS_KAFKA_TOPIC_VIEW_EVENTS", "views")
+    add_component(
+        their_project,
+        PROJECT,
+        "shop",
+        schedules=True,
+        schedule_crons={"parity_daily": "0 6 * * *"},
+        group_names={"online_store": "shop_online"},
+        settings={"PREFS_ENGINE_SCHEMA": "public"},
+    )
+    add_component(their_project, COURSES, "courses", settings={"PREFS_DATA_DIR": str(data_dir / "courses")})
+    location = dg.load_from_defs_folder(path_within_project=their_project)
+
+    assert location.executor is None, "the code location's executor runs them"
+    keys = {spec.key: spec for spec in location.resolve_all_asset_specs()}
+    ours = {spec.key.path[0] for key, spec in keys.items() if len(key.path) > 1} - {"online"}
+    assert ours == {"shop", "courses"}
+    assert keys[dg.AssetKey(["shop", "online", "watch"])].group_name == "shop_online"
+    assert keys[dg.AssetKey(["courses", "online", "progress"])].group_name == "online_store"
+    alone = {spec.key for spec in definitions.resolve_all_asset_specs()}
+    assert {dg.AssetKey(key.path[1:]) for key in keys if key.path[0] == "shop"} == alone
+    # Column lineage, dependencies and checks stay within the platform.
+    for key, spec in keys.items():
+        if key.path[0] == "shop":
+            assert {dep.asset_key.path[0] for dep in spec.deps} <= {"shop"}
+            lineage = spec.metadata.get("dagster/column_lineage")
+            columns = lineage.deps_by_column.values() if lineage else ()
+            assert {dep.asset_key.path[0] for deps in columns for dep in deps} <= {"shop"}
+
+    names = {job.name for job in location.resolve_all_job_defs() if not job.name.startswith("__")}
+    names |= {one.name for one in (*(location.schedules or ()), *(location.sensors or ()))}
+    assert {name.partition("_")[0] for name in names - {"refresh"}} == {"shop", "courses"}
+    refresh = location.resolve_job_def("shop_refresh").asset_layer.executable_asset_keys
+    assert dg.AssetKey(["shop", "online", "watch"]) in refresh
+    assert {key.path[0] for key in refresh} == {"shop"}
+    shop = {one.name: one for one in location.schedules or () if one.name.startswith("shop_")}
+    assert shop["shop_parity_daily"].cron_schedule == "0 6 * * *"
+    assert {one.default_status for one in shop.values()} == {dg.DefaultScheduleStatus.RUNNING}
+
+
+def test_dagster_finds_the_component_where_it_looks() -> None:
+    entry = tomllib.loads((PROJECT.parent / "pyproject.toml").read_text())["project"]["entry-points"]
+    assert entry["dagster_dg_cli.registry_modules"] == {"dagster_prefs": "dagster_prefs"}
+    found = dict(get_package_objects_in_module(dagster_prefs))
+    assert found == {"PreferencePlatform": dagster_prefs.PreferencePlatform}
+    described = dagster_prefs.PreferencePlatform.get_model_cls().model_json_schema()["properties"]
+    assert all(one.get("description") for one in described.values()), described
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "told"),
+    [
+        ({"schedule_crons": {"parity": "0 6 * * *"}}, UnknownName, "did you mean parity_daily"),
+        ({"group_names": {"online": "x"}}, UnknownName, "did you mean online_store"),
+        ({"settings": {"PREFS_ENGIN": "local"}}, SettingsError, "did you mean PREFS_ENGINE"),
+        ({"settings": {"PREFS_KAFKA_TOPIC_OTHER": "x"}}, SettingsError, "PREFS_KAFKA_TOPIC_OTHER"),
+        ({"key_prefix": "Shop"}, SettingsError, "PREFS_ASSET_PREFIX"),
+        ({"alert_channels": ["http://example.com/x"]}, AlertError, "https"),
+    ],
+)
+def test_a_wrong_attribute_is_refused_by_name(
+    given: dict[str, Any],
+    error: type[Exception],
+    told: str,
+    data_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PREFS_DATA_DIR", str(data_dir / "courses"))
+    with pytest.raises(error, match=told):
+        dagster_prefs.preference_platform(COURSES, **given)

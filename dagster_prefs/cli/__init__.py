@@ -5,6 +5,7 @@ from dagster_prefs.cli import (
     catalog,
     console,
     deployment,
+    environments,
     events,
     freshness,
     generate,
@@ -12,6 +13,7 @@ from dagster_prefs.cli import (
     projects,
     services,
     serving,
+    tokens,
     training,
     values,
 )
@@ -22,6 +24,7 @@ __all__ = [
     "cli",
     "console",
     "deployment",
+    "environments",
     "events",
     "freshness",
     "generate",
@@ -30,6 +33,7 @@ __all__ = [
     "projects",
     "services",
     "serving",
+    "tokens",
     "training",
     "values",
 ]

@@ -21,7 +21,7 @@ class ConsoleMissing(PrefsError):
 def console(host: str, port: int) -> None:
     """Serve pages in a browser that show the running product.
 
-    Until Ctrl-C or SIGTERM. Off loopback it needs PREFS_CONSOLE_TOKENS.
+    Until Ctrl-C or SIGTERM. Off loopback it needs a token (`prefs token`).
     """
     if not installed("nicegui"):
         raise ConsoleMissing(

@@ -61,6 +61,25 @@ def refresh() -> None:
 
 
 @cli.command()
+@click.argument("view")
+@click.option(
+    "--from-lake",
+    is_flag=True,
+    help="First restore the raw messages that have left the engine from the tables of `prefs export events`.",
+)
+def rebuild(view: str, from_lake: bool) -> None:
+    """Compute VIEW, or `all`, again from all messages.
+
+    Everything that it is made from is computed again too. For the embedded engine. The old rows serve until the new
+    ones are known. Safe to run again after any failure.
+    """
+    from dagster_prefs.platform import Platform
+
+    done = Platform(load_settings()).rebuild(view, from_lake=from_lake, say=say)
+    console.print(f"rebuilt: {', '.join(done)}")
+
+
+@cli.command()
 def follow() -> None:
     """Keep views and items current, until it is stopped.
 
@@ -177,18 +196,21 @@ def apply_command(drop_orphans: bool) -> None:
         say(done.text())
 
 
-@cli.command()
+@cli.group(invoke_without_command=True)
 @click.option(
     "--replace-foreign",
     is_flag=True,
     help="Also revert another writer's changes to exported days: rows added, deleted or replaced.",
 )
-def export(replace_foreign: bool) -> None:
+@click.pass_context
+def export(context: click.Context, replace_foreign: bool) -> None:
     """Export the days that Iceberg lacks or holds outdated.
 
     Days that another writer changed are left unchanged, and so are days that fail their audit; the exit code is then 1,
     and the message names these days with the reasons. Every other day is exported.
     """
+    if context.invoked_subcommand is not None:
+        return
     from dagster_prefs.declarations.stale import current_registry
     from dagster_prefs.iceberg.export import ExportOptions, ForeignRows
     from dagster_prefs.platform import Platform
@@ -217,6 +239,43 @@ def export(replace_foreign: bool) -> None:
         )
     if found.foreign and not replace_foreign:
         raise ForeignRows(found.foreign)
+
+
+@export.command("events")
+@click.option("--topic", "only", multiple=True, help="Only this topic; may be given more than once.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+def export_events(only: tuple[str, ...], as_json: bool) -> None:
+    """Export the messages and events that arrived and that Iceberg lacks or holds outdated.
+
+    Each topic has two tables, named like its relations: the raw messages with their bytes, and the typed events. Hours
+    of arrival that fail their audit stay as they were; the exit code is then 1. Safe to run again at any time.
+    """
+    from dagster_prefs.declarations.stale import current_registry
+    from dagster_prefs.iceberg.event_export import HoursFailed
+    from dagster_prefs.platform import Platform
+
+    settings = load_settings()
+    current_registry(settings.project)
+    with console.status("exporting events to Iceberg"):
+        reports = Platform(settings).export_events(only)
+    if as_json:
+        print_json([report.as_dict() for report in reports])
+    else:
+        rows = [
+            (
+                report.topic,
+                f"{report.raw_rows:,}",
+                f"{report.typed_rows:,}",
+                f"{report.lost:,}" if report.lost else "",
+                None if report.complete_until is None else report.complete_until.isoformat(),
+            )
+            for report in reports
+        ]
+        console.print(
+            table_of("", ["topic", "messages written", "events written", "lost", "complete until"], rows)
+        )
+    if failed := {(report.topic, hour): why for report in reports for hour, why in report.failed.items()}:
+        raise HoursFailed(failed)
 
 
 @cli.command()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +19,7 @@ from dagster_prefs.settings import Settings, load_settings
 if TYPE_CHECKING:
     from dagster_prefs.events.dry_run import DryRun
     from dagster_prefs.events.ingest import Delivery
+    from dagster_prefs.events.messages import Topic
     from dagster_prefs.events.raw import IngestReport
 
 
@@ -261,17 +263,24 @@ def rejected(
     with_replayed: bool,
     as_json: bool,
 ) -> None:
-    """Count rejected messages, or list those of a topic or reason."""
+    """Count rejected messages, or list those of a topic or reason.
+
+    Personal values are masked; `prefs rejected export` writes the messages as they are.
+    """
     if context.invoked_subcommand is not None:
         return
+    from dagster_prefs.declarations.masking import masked_message
     from dagster_prefs.events.rejected import rejected_counts, rejected_events
 
     settings = load_settings()
-    engine = EngineConfiguration.of(settings)
-    topic = topic and settings.registry().topic(topic).name
+    engine, registry = EngineConfiguration.of(settings), settings.registry()
+    topic = topic and registry.topic(topic).name
     open_only = not with_replayed
     if topic or reason:
-        events = rejected_events(engine, topic, reason, limit, open_only=open_only)
+        events = [
+            replace(event, payload=masked_message(registry, registry.topics.get(event.topic), event.payload))
+            for event in rejected_events(engine, topic, reason, limit, open_only=open_only)
+        ]
         if as_json:
             print_json([vars(event) for event in events])
             return
@@ -293,7 +302,10 @@ def rejected(
 @click.option("--topic", help="Only this topic.")
 @click.option("--reason", help="Only this reason.")
 def rejected_export(file: Path, topic: str | None, reason: str | None) -> None:
-    """Write the open rejected messages to a new JSON-lines file, to be corrected and replayed."""
+    """Write the open rejected messages to a new JSON-lines file, to be corrected and replayed.
+
+    The messages are as they came, with personal values; only the owner may read the file.
+    """
     from dagster_prefs.events.replay import export_rejected
 
     settings = load_settings()
@@ -330,7 +342,26 @@ def rejected_replay(
     topic = topic and registry.topic(topic).name
     now = datetime.now(UTC)
     if file is None:
-        report = replay_unchanged(engine, registry, topic, reason, now=now, deliver=deliver)
+        from dagster_prefs.events.kafka import decoder
+        from dagster_prefs.platform import Platform
+
+        kafka = Platform(settings).kafka
+        decoders: dict[str, Callable[[bytes], bytes]] = {}
+
+        def decode(found: Topic, message: bytes) -> bytes:
+            if found.name not in decoders:
+                decoders[found.name] = decoder(found, kafka)
+            return decoders[found.name](message)
+
+        report = replay_unchanged(
+            engine,
+            registry,
+            topic,
+            reason,
+            now=now,
+            deliver=deliver,
+            decode=decode,
+        )
     else:
         try:
             report = replay_file(engine, registry, file, now=now, skip_invalid=skip_invalid, deliver=deliver)

@@ -109,7 +109,7 @@ def readings(settings: Settings, offline: OfflineReadings | None = None) -> Iter
         yield lambda: evaluate(
             sources,
             now=now,
-            extra=measure_canary(prober_ticks(settings.data_dir), sensors, sources.registry, now=now()),
+            extra=measure_canary(prober_ticks(settings.state_dir), sensors, sources.registry, now=now()),
         )
 
 
@@ -119,29 +119,31 @@ def _sensor_ticks(settings: Settings) -> Iterator[Callable[[], Sequence[Tick]]]:
 
     Dagster is loaded only if its store cannot be read without it.
     """
+    from dagster_prefs.freshness.canary import CANARY_SENSOR
     from dagster_prefs.freshness.probe_store import stored_ticks
 
     if not installed("dagster"):
         yield lambda: ()
         return
     told = os.environ.get("DAGSTER_HOME")
-    home = Path(told or settings.data_dir / "dagster")
+    sensor = settings.dagster_name(CANARY_SENSOR)
+    home = Path(told or settings.state_dir / "dagster")
     with ExitStack() as stack:
 
         @cache
         def instance() -> DagsterInstance:
             from dagster_prefs.defs.instance import open_instance
 
-            return stack.enter_context(open_instance(settings.data_dir))
+            return stack.enter_context(open_instance(settings.state_dir))
 
         def ticks() -> Sequence[Tick]:
             # Dagster itself reports what is wrong with a DAGSTER_HOME that does not exist.
-            stored = None if told and not home.is_dir() else stored_ticks(home)
+            stored = None if told and not home.is_dir() else stored_ticks(home, sensor)
             if stored is not None:
                 return stored
             from dagster_prefs.defs.freshness import sensor_ticks
 
-            return sensor_ticks(instance())
+            return sensor_ticks(instance(), sensor)
 
         yield ticks
 
@@ -217,10 +219,11 @@ def alerts() -> None:
 @alerts.command("test")
 def alerts_test() -> None:
     """Send a test message to PREFS_ALERT_WEBHOOK."""
-    from dagster_prefs.freshness.alerts import Webhook
+    from dagster_prefs.freshness.alerts import channels
 
     settings = load_settings()
-    if settings.alert_webhook is None:
+    if not settings.alert_webhooks:
         raise PrefsError("PREFS_ALERT_WEBHOOK is not set: set it to the webhook's https URL")
-    Webhook(settings.alert_webhook.get_secret_value()).send("dagster-prefs: this is a test of the alerts")
+    for webhook in channels(settings.alert_webhooks):
+        webhook.send("dagster-prefs: this is a test of the alerts")
     console.print("sent")

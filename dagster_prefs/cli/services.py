@@ -105,7 +105,7 @@ def ui(port: int, console_port: int) -> None:
     start_services(settings)
     if settings.engine == "local":
         start_follower(settings, settings.project)
-    home = ensure_dagster_home(settings.data_dir)
+    home = ensure_dagster_home(settings.state_dir)
     beside = None
     if with_console:
         beside = [sys.executable, "-m", "dagster_prefs", "console", "--port", str(console_port)]

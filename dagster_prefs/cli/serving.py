@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from dagster_prefs.cli.root import cli, console, print_json, start_logging, table_of
+from dagster_prefs.declarations.masking import masked_row
 from dagster_prefs.declarations.registry import Entity
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError, excerpt
@@ -17,7 +21,7 @@ from dagster_prefs.ids import BadId, Id, id_label, read_id
 from dagster_prefs.settings import Settings, load_settings
 
 if TYPE_CHECKING:
-    from dagster_prefs.serving import ProfileClient
+    from dagster_prefs.serving import ProfileClient, ServedLog
     from dagster_prefs.serving.observing import Observer, Watched
 
 logger = logging.getLogger(__name__)
@@ -61,15 +65,23 @@ def id_of(entity: Entity, *given: str) -> Id:
 def profile(id_: tuple[str, ...], entity: str | None, as_json: bool) -> None:
     """Read the items of one id from DynamoDB, as a service would.
 
+    Personal values are masked.
+
     A composite key has one word per column.
     """
     settings = load_settings()
     with profile_client(settings, entity) as client:
         found = client.get(id_of(client.entity, *id_))
+        registry = client.registry
+    told = found.as_dict()
+    for name, read in told["domains"].items():
+        if read["attributes"] is not None:
+            relation = registry.contract.domain(name).relation
+            read["attributes"] = masked_row(registry, relation, read["attributes"])
     if as_json:
-        print_json(found.as_dict())
+        print_json(told)
     else:
-        for name, read in found.as_dict()["domains"].items():
+        for name, read in told["domains"].items():
             if read["attributes"] is not None:
                 unknown = (
                     " (no item; these are the cold-start values)" if read["state"] == "cold_start" else ""
@@ -174,7 +186,7 @@ def serve(
 ) -> None:
     """Serve profiles and rankings over HTTP.
 
-    Until Ctrl-C or SIGTERM.
+    Until Ctrl-C or SIGTERM. Off loopback it needs a token (`prefs token`).
     """
     from dagster_prefs.serving import AsyncProfileClient, ClientOptions, ShopClient
     from dagster_prefs.serving.connections import ConnectionLimits
@@ -184,6 +196,7 @@ def serve(
     settings = load_settings()
     start_logging(settings)
     observer, watched = _telemetry()
+    log = _served_log(settings)
     budget = budget_ms / 1000
     preferences = None
     profiles: list[AsyncProfileClient] = []
@@ -197,7 +210,9 @@ def serve(
                 endpoint_url=settings.aws_endpoint,
                 region=settings.aws_region,
                 table_prefix=settings.table_prefix,
-                options=ClientOptions(budget_seconds=budget, read_timeout_seconds=budget, observer=observer),
+                options=ClientOptions(
+                    budget_seconds=budget, read_timeout_seconds=budget, observer=observer, log=log
+                ),
             )
             for entity in registry.contract.tables
         ]
@@ -214,7 +229,7 @@ def serve(
         load=Load(budget_seconds=budget, max_in_flight=max_in_flight, threads=threads),
         catalogue_refresh_seconds=refresh_seconds if ranker == "memory" else None,
         allowed_hosts=allowed_hosts,
-        watched=watched,
+        watched=replace(watched, log=log),
     )
     run_server(
         app,
@@ -222,8 +237,47 @@ def serve(
         port=port,
         limits=ConnectionLimits(request_seconds, max_connections, settings.local_users == "own"),
         drain_seconds=drain_seconds,
+        entrance=settings.entrance(),
         started=lambda url: console.print(f"serving at {url}; Ctrl-C stops"),
     )
+
+
+def _served_log(settings: Settings) -> ServedLog | None:
+    """Return the log of what is served, None if the settings name no place for it."""
+    from dagster_prefs.serving.served_log import (
+        FileRows,
+        FirehoseRows,
+        KafkaRows,
+        RowSink,
+        ServedLog,
+        firehose_client,
+    )
+
+    if settings.served_log_place is None:
+        return None
+    kind, name = settings.served_log_place
+    sink: RowSink
+    if kind == "files":
+        sink = FileRows(Path(name).expanduser())
+    elif kind == "firehose":
+        sink = FirehoseRows(firehose_client(settings.aws_endpoint, settings.aws_region), name)
+    else:
+        try:
+            from dagster_prefs.events.brokers import client_properties
+            from dagster_prefs.events.kafka import KafkaWriter
+            from dagster_prefs.platform import kafka_security
+        except ModuleNotFoundError as error:
+            raise PrefsError(
+                f"PREFS_SERVED_LOG={settings.served_log} needs {error.name}, which is not installed: install "
+                "confluent-kafka, or log to files: or firehose:"
+            ) from None
+        connect = partial(
+            KafkaWriter, str(settings.kafka_bootstrap), client=client_properties(kafka_security(settings))
+        )
+        # Now, so that a wrong topic or password is known before anything is served.
+        connect().check(name)
+        sink = KafkaRows(connect, name)
+    return ServedLog(sink, share=settings.served_log_share)
 
 
 def _telemetry() -> tuple[Observer, Watched]:

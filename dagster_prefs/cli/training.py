@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dagster_prefs.erasure.erase import Stores
     from dagster_prefs.erasure.events import Subject
     from dagster_prefs.platform import Platform
+    from dagster_prefs.training.training_set import Meaning
 
 
 @cli.group("training-set", invoke_without_command=True)
@@ -32,6 +33,15 @@ if TYPE_CHECKING:
 @click.option("--timezone", help="Zone of label times that have none, e.g. UTC.")
 @click.option("--types", help="Types of CSV columns that are not text, e.g. bought=bool,price=decimal(18,2).")
 @click.option("--keep-formulas", is_flag=True, help="In CSV, write texts like =1+1 as they stand.")
+@click.option(
+    "--as",
+    "meaning",
+    type=click.Choice(["yesterday", "served", "happened"]),
+    default="yesterday",
+    show_default=True,
+    help="What a value promises: the days before the label's; what a read at its time returned; or the same from all "
+    "events that had happened.",
+)
 @click.option("--as-known", is_flag=True, help="Never use a tile version written after the label's time.")
 @click.option(
     "--print-sql",
@@ -49,6 +59,7 @@ def training_set(
     timezone: str | None,
     types: str | None,
     keep_formulas: bool,
+    meaning: Meaning,
     as_known: bool,
     print_sql: Literal["trino", "spark", "athena"] | None,
 ) -> None:
@@ -61,22 +72,32 @@ def training_set(
     if labels is None:
         raise click.UsageError("--labels is missing: name a Parquet or CSV file, or an Iceberg table")
     from dagster_prefs.platform import Platform
+    from dagster_prefs.training.served_sql import ServedOptions
     from dagster_prefs.training.training_set import (
         CsvOptions,
         LabelJoin,
         build_training_set,
+        check_meaning,
+        features_as,
         print_training_sql,
     )
-    from dagster_prefs.training.windows import choose_features
 
+    check_meaning(meaning, as_known=as_known)
     platform = Platform(load_settings())
-    features = choose_features(platform.registry, entity)
+    features = features_as(platform.registry, entity, meaning)
     for name, why in features.left_out.items():
         plain_console(stderr=True).print(f"{name} is left out: {why}")
     namespace = platform.settings.iceberg_namespace
+    spreads = {} if meaning == "yesterday" else platform.spreads()
     if print_sql is not None:
         printed = print_training_sql(
-            platform.catalog(), labels, print_sql, features=features, as_known=as_known, namespace=namespace
+            platform.catalog(),
+            labels,
+            print_sql,
+            features=features,
+            as_known=as_known,
+            namespace=namespace,
+            served=None if meaning == "yesterday" else ServedOptions(meaning, spreads),
         )
         say(printed)
         return
@@ -90,6 +111,8 @@ def training_set(
             as_known=as_known,
             namespace=namespace,
             csv=CsvOptions(column_types(types), keep_formulas),
+            meaning=meaning,
+            spreads=spreads,
         ),
         output or str(Path(labels).with_suffix(".training.parquet")),
         manifest=manifest,
@@ -304,6 +327,7 @@ def _stores(platform: Platform) -> Stores:
         refresh_with(platform.dbt),
         platform.settings.iceberg_namespace,
         platform.settings.export == "sink",
+        platform.settings.served_log_place,
     )
 
 

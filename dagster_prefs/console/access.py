@@ -1,5 +1,4 @@
-"""Access to the console off loopback: tokens with scopes. Programs send them as bearer tokens, and browsers exchange
-them for a session.
+"""Access to the console by tokens. Programs send them as bearer tokens, and browsers exchange them for a session.
 
 On loopback without tokens, every request that passes the guard of `loopback.py` has all rights.
 """
@@ -7,28 +6,16 @@ On loopback without tokens, every request that passes the guard of `loopback.py`
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import html
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+from collections.abc import Callable
 from urllib.parse import parse_qs, quote
 
-from dagster_prefs.errors import PrefsError, excerpt
+from dagster_prefs.access import EVERYTHING, REFUSAL_SECONDS, TOKENS, Grant, Right, Tokens, digest, find_token
 from dagster_prefs.loopback import App, Receive, Scope, Send
 
-# The scopes of a token: read the values of domains, use the shop's ranking, see the pipeline's state and the
-# declarations, send events.
-Right = Literal["domains", "shop", "inspect", "send"]
-RIGHTS: tuple[Right, ...] = get_args(Right)
-
-# A shorter token could be guessed.
-LEAST_TOKEN_CHARACTERS = 24
-HASHED = "sha256:"
 COOKIE = "prefs_console"
 SIGN_IN, SIGN_OUT = "/sign-in", "/sign-out"
 # Paths without any data.
@@ -36,105 +23,8 @@ OPEN_PATHS = frozenset({SIGN_IN, SIGN_OUT, "/healthz"})
 SESSION_SECONDS = 12 * 3600.0
 MOST_SESSIONS = 1000
 MOST_FORM_BYTES = 16 * 1024
-# Delay of the answer to a wrong token, seconds.
-REFUSAL_SECONDS = 1.0
 # Key of the grant in a request's state.
 GRANT = "prefs_grant"
-
-
-class AccessError(PrefsError):
-    """A token is malformed, or lacks the right that a request needs."""
-
-
-@dataclass(frozen=True)
-class Grant:
-    """What a request may do. `name` is the token's, empty on loopback without tokens."""
-
-    rights: frozenset[Right]
-    name: str = ""
-
-    def require(self, right: Right) -> None:
-        """Raise AccessError unless this right is granted."""
-        if right not in self.rights:
-            raise AccessError(self.refusal(right))
-
-    def refusal(self, right: Right) -> str:
-        """Return the error of a missing right, with the remedy."""
-        return (
-            f"the token {self.name!r} has {', '.join(sorted(self.rights))}, and this needs {right}: add it to the "
-            "token's scopes in PREFS_CONSOLE_TOKENS, or sign in with another token"
-        )
-
-
-EVERYTHING = Grant(frozenset(RIGHTS))
-# The grant of a request that did not pass the gate.
-NOTHING = Grant(frozenset())
-
-
-@dataclass(frozen=True)
-class Token:
-    """One token: the SHA-256 of its secret, in hex, and what it grants."""
-
-    grant: Grant
-    digest: str = field(repr=False)
-
-
-def parse_tokens(text: str) -> tuple[Token, ...]:
-    """Parse `name:scope+scope:secret,…`; a secret may be given as `sha256:` and the hash of it in hex.
-
-    Raises AccessError naming the token (never its secret), the rule and the remedy.
-    """
-    found: dict[str, Token] = {}
-    for number, entry in enumerate(filter(None, (part.strip() for part in text.split(","))), 1):
-        name, _, rest = entry.partition(":")
-        rights, _, secret = rest.partition(":")
-        if not re.fullmatch(r"[A-Za-z0-9._-]{1,40}", name) or not secret:
-            raise AccessError(
-                f"token {number} of PREFS_CONSOLE_TOKENS is not name:scope+scope:secret, with letters, digits, `.`, "
-                "`_` and `-` in its name: write e.g. oncall:domains+inspect:$(openssl rand -hex 32)"
-            )
-        if name in found:
-            raise AccessError(f"PREFS_CONSOLE_TOKENS has two tokens {name}: rename one of them")
-        known = _rights(name, rights)
-        if secret.startswith(HASHED):
-            digest = secret.removeprefix(HASHED).lower()
-            if not re.fullmatch(r"[0-9a-f]{64}", digest):
-                raise AccessError(
-                    f"token {name} of PREFS_CONSOLE_TOKENS has no SHA-256 behind {HASHED}: write 64 hex digits, as "
-                    "`printf %s TOKEN | sha256sum` prints them"
-                )
-        else:
-            if len(secret) < LEAST_TOKEN_CHARACTERS:
-                raise AccessError(
-                    f"token {name} of PREFS_CONSOLE_TOKENS has {len(secret)} characters, at least "
-                    f"{LEAST_TOKEN_CHARACTERS}: make one with `openssl rand -hex 32`"
-                )
-            digest = _digest(secret)
-        found[name] = Token(Grant(known, name), digest)
-    return tuple(found.values())
-
-
-def _rights(token: str, text: str) -> frozenset[Right]:
-    given = [one.strip() for one in text.split("+")]
-    if unknown := [one for one in given if one not in RIGHTS]:
-        raise AccessError(
-            f"token {token} of PREFS_CONSOLE_TOKENS has the scope {excerpt(unknown[0])}: use {', '.join(RIGHTS)}, "
-            "joined by +"
-        )
-    return frozenset(right for right in RIGHTS if right in given)
-
-
-def find_token(tokens: Iterable[Token], secret: str) -> Token | None:
-    """Return the token with this secret, or None. Takes the same time for every token."""
-    digest, found = _digest(secret), None
-    for token in tokens:
-        if hmac.compare_digest(token.digest, digest):
-            found = token
-    return found
-
-
-def _digest(secret: str) -> str:
-    return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 class Sessions:
@@ -151,17 +41,17 @@ class Sessions:
         while len(self._held) >= MOST_SESSIONS:
             del self._held[next(iter(self._held))]
         id_ = secrets.token_urlsafe(32)
-        self._held[_digest(id_)] = (grant, now + SESSION_SECONDS)
+        self._held[digest(id_)] = (grant, now + SESSION_SECONDS)
         return id_
 
     def grant(self, id_: str) -> Grant | None:
         """Return the grant of a session, None if there is none with this id."""
-        held = self._held.get(_digest(id_))
+        held = self._held.get(digest(id_))
         return held[0] if held is not None and held[1] > self._clock() else None
 
     def close(self, id_: str) -> None:
         """End a session, if it is there."""
-        self._held.pop(_digest(id_), None)
+        self._held.pop(digest(id_), None)
 
 
 class TokenGate:
@@ -171,9 +61,9 @@ class TokenGate:
     may do everything.
     """
 
-    def __init__(self, app: App, *, tokens: Sequence[Token], needed: Callable[[str], Right | None]) -> None:
+    def __init__(self, app: App, *, tokens: Tokens, needed: Callable[[str], Right | None]) -> None:
         self._app = app
-        self._tokens = tuple(tokens)
+        self._tokens = tokens
         self._needed = needed
         self._sessions = Sessions()
 
@@ -212,11 +102,12 @@ class TokenGate:
             await _answer(send, 401, f"refused: {_NONE}\n", {"www-authenticate": "Bearer"})
 
     def _grant(self, headers: dict[str, str]) -> Grant | None:
-        kind, _, secret = headers.get("authorization", "").partition(" ")
-        if kind.lower() == "bearer":
-            token = find_token(self._tokens, secret.strip())
-            return None if token is None else token.grant
-        return self._sessions.grant(_cookie(headers))
+        authorization = headers.get("authorization", "")
+        if authorization.lower().startswith("bearer "):
+            return self._tokens.bearer(authorization)
+        grant = self._sessions.grant(_cookie(headers))
+        # A token that was removed ends its sessions.
+        return grant if any(token.grant == grant for token in self._tokens.all()) else None
 
     async def _sign(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = {
@@ -233,7 +124,7 @@ class TokenGate:
             await _answer(send, 200, sign_in_page(target), {"content-type": "text/html; charset=utf-8"})
             return
         form = parse_qs((await _body(receive)).decode("utf-8", "replace"))
-        token = find_token(self._tokens, form.get("token", [""])[0].strip())
+        token = find_token(self._tokens.all(), form.get("token", [""])[0].strip())
         if token is None:
             await asyncio.sleep(REFUSAL_SECONDS)
             page = sign_in_page(target, _WRONG)
@@ -248,9 +139,9 @@ class TokenGate:
         await _answer(send, 303, "", {"location": target, "set-cookie": cookie})
 
 
-_WRONG = "unknown token: use one of PREFS_CONSOLE_TOKENS, as set where the console was started"
+_WRONG = f"unknown token: use one whose hash {TOKENS} has, where the console was started"
 _NONE = (
-    "the console needs a token here: send `Authorization: Bearer TOKEN`, with one of PREFS_CONSOLE_TOKENS, or open "
+    "the console needs a token here: send `Authorization: Bearer TOKEN`, with one that `prefs token` made, or open "
     f"{SIGN_IN} in a browser"
 )
 

@@ -10,7 +10,8 @@ import uvicorn
 from fastapi import FastAPI
 from nicegui import ui
 
-from dagster_prefs.console.access import AccessError, Right, TokenGate, parse_tokens
+from dagster_prefs.access import Right
+from dagster_prefs.console.access import TokenGate
 from dagster_prefs.console.catalog_page import CATALOG
 from dagster_prefs.console.context import Console, Page
 from dagster_prefs.console.frame import add_pages
@@ -19,7 +20,7 @@ from dagster_prefs.console.runbook_page import RUNBOOK
 from dagster_prefs.console.shop_page import SHOP
 from dagster_prefs.console.viewers_page import VIEWERS
 from dagster_prefs.console.why_page import WHY
-from dagster_prefs.loopback import LOOPBACK_NAMES, LoopbackGuard, listen, loopback_hosts
+from dagster_prefs.loopback import LoopbackGuard, listen, loopback_hosts
 
 log = logging.getLogger("dagster_prefs.console")
 
@@ -34,16 +35,12 @@ def make_app(
 ) -> FastAPI:
     """Build the console's app for an address. NiceGUI has one app for the process, so it is called once.
 
-    Raises AccessError for malformed tokens, and for an address off loopback without any.
+    Raises AccessError for malformed tokens, for an address off loopback without any, and for a certificate that cannot
+    be used.
     """
     settings = console.settings
-    given = settings.console_tokens
-    tokens = parse_tokens(given.get_secret_value()) if given else ()
-    if not tokens and host not in LOOPBACK_NAMES:
-        raise AccessError(
-            f"--host {host} is not loopback, where everybody on the network could use the console: set "
-            "PREFS_CONSOLE_TOKENS, e.g. to oncall:domains+inspect:$(openssl rand -hex 32)"
-        )
+    entrance = settings.entrance()
+    entrance.check(host, "the console")
     app = FastAPI(title="dagster-prefs console", openapi_url=None, docs_url=None, redoc_url=None)
     add_pages(console, pages)
     # No page uses bindings. Without their updates an idle process uses no CPU.
@@ -55,7 +52,7 @@ def make_app(
         binding_refresh_interval=None,
         show_welcome_message=False,
     )
-    app.add_middleware(TokenGate, tokens=tokens, needed=partial(needed_right, pages))
+    app.add_middleware(TokenGate, tokens=entrance.tokens, needed=partial(needed_right, pages))
     app.add_middleware(
         LoopbackGuard,
         hosts=loopback_hosts(port) | frozenset(settings.ui_hosts),
@@ -78,6 +75,7 @@ def serve(
     started: Callable[[str], None] = lambda url: None,
 ) -> None:
     """Serve until SIGINT or SIGTERM; `started` is called with the URL. Raises CannotListen, AccessError."""
+    entrance = console.settings.entrance()
     app = make_app(console, port=port, host=host)
     listener = listen(host, port)
     server = uvicorn.Server(
@@ -91,10 +89,12 @@ def serve(
             proxy_headers=False,
             ws_max_size=MOST_SOCKET_BYTES,
             timeout_graceful_shutdown=2,
+            ssl_certfile=entrance.certificate,
+            ssl_keyfile=entrance.key,
         )
     )
     name = f"[{host}]" if ":" in host else host
     console.watcher.start()
     with listener:
-        started(f"http://{name}:{port}")
+        started(f"{entrance.scheme}://{name}:{port}")
         server.run(sockets=[listener])

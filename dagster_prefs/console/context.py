@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import psycopg
 from psycopg import sql
 
-from dagster_prefs.console.access import Grant, Right
+from dagster_prefs.access import Grant, Right
 from dagster_prefs.console.events import Sender, Sent, compose_event
 from dagster_prefs.console.history import Watcher
 from dagster_prefs.declarations.registry import Entity, Registry, TopicDeclaration

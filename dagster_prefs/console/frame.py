@@ -11,7 +11,8 @@ from fastapi import Request
 from nicegui import ui
 from nicegui.elements.mixins.text_element import TextElement
 
-from dagster_prefs.console.access import GRANT, NOTHING, SIGN_OUT
+from dagster_prefs.access import NOTHING
+from dagster_prefs.console.access import GRANT, SIGN_OUT
 from dagster_prefs.console.context import Console, Page, Visit
 from dagster_prefs.declarations.registry import Entity
 from dagster_prefs.errors import PrefsError

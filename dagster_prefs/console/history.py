@@ -237,7 +237,7 @@ class Watcher:
 
     def read(self) -> None:
         """Take one reading into the history. Raises PrefsError."""
-        ticks = prober_ticks(self._console.settings.data_dir)
+        ticks = prober_ticks(self._console.settings.state_dir)
         status = self._console.read_status()
         counts: dict[str, Counts] = {}
         # The measures already say why the engine does not answer.

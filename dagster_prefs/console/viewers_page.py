@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from nicegui import ui
@@ -13,6 +15,7 @@ from dagster_prefs.console.events import asked_fields, topics_about
 from dagster_prefs.console.frame import Notice, entity_links, row, text
 from dagster_prefs.console.picker import Picker
 from dagster_prefs.console.way import Values, Way, age_seconds, domain_values, follow_trail
+from dagster_prefs.declarations.masking import masked_row
 from dagster_prefs.declarations.registry import Entity, FieldDeclaration, Registry, TopicDeclaration
 from dagster_prefs.freshness.status import duration
 from dagster_prefs.ids import Id, id_label, read_id
@@ -60,12 +63,20 @@ class _ItemBox:
         self._changed_at: float | None = None
         self._cells: dict[str, Any] = {}
 
-    def show(self, values: Values | None, state: str, problem: str | None, *, first: bool) -> None:
+    def show(
+        self,
+        values: Values | None,
+        state: str,
+        problem: str | None,
+        *,
+        first: bool,
+        masked: Callable[[Values], Values],
+    ) -> None:
         """Show an item and store when it changed; the `first` read of an id is no change."""
         if values != self._values:
             if not first:
                 self._changed_at = time.monotonic()
-            self._fill(values or {})
+            self._fill(values or {}, masked)
             self._values = values
         age = age_seconds(values, datetime.now(UTC))
         told = "no item: what a service gets for anybody new" if state == "cold_start" else "item"
@@ -75,14 +86,15 @@ class _ItemBox:
             "" if since is None or since > CHANGED_SECONDS else f"changed {since:.0f} s ago"
         )
 
-    def _fill(self, values: Values) -> None:
+    def _fill(self, values: Values, masked: Callable[[Values], Values]) -> None:
         before = self._values or {}
         if values.keys() != self._cells.keys():
             self.rows.clear()
             with self.rows, ui.element("table"):
                 self._cells = {name: row(name, "")[1] for name in values}
+        told = masked(values)
         for name, cell in self._cells.items():
-            cell.set_text(shown(values[name]))
+            cell.set_text(shown(told[name]))
             cell.classes(replace="good" if before and before.get(name) != values[name] else "")
 
 
@@ -186,8 +198,13 @@ class _ViewersPage:
         if id_ != self._id:
             return
         first, self._profile = self._profile is None, profile
+        registry = self._console.registry
         for name, read in profile.as_dict()["domains"].items():
-            self._boxes[name].show(read["attributes"], read["state"], read["error"], first=first)
+            # The box compares the values, and masks what it shows.
+            masked = partial(masked_row, registry, registry.contract.domain(name).relation)
+            self._boxes[name].show(
+                read["attributes"], read["state"], read["error"], first=first, masked=masked
+            )
         if self._way is not None:
             await self._follow(self._way, profile)
 

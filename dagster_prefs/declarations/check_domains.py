@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from dagster_prefs.declarations.check_topics import Topic
-from dagster_prefs.declarations.contract import DYNAMODB_ITEM_BYTES, SQL_TYPES, ContractError, build_contract
+from dagster_prefs.declarations.contract import (
+    DOMAIN_KEY,
+    DYNAMODB_ITEM_BYTES,
+    LAST_EVENT_AT,
+    NULL_ELEMENTS,
+    SQL_TYPES,
+    ContractError,
+    build_contract,
+)
 from dagster_prefs.declarations.findings import (
     EXAMPLES,
     KEY_SQL_TYPES,
@@ -22,14 +30,15 @@ from dagster_prefs.declarations.read import PROJECT_FILE, Map, ModelYaml, as_map
 from dagster_prefs.declarations.registry import Entity, FieldDeclaration, Key, family_of
 from dagster_prefs.ids import INT64, MAX_SORT_KEY_BYTES, SEPARATOR, encode_part
 
-DOMAIN_KEY, LAST_EVENT_AT = "domain_key", "last_event_at"
 DOMAIN_KEYS = ("key", "name", "entity", "sink", "owner", "description", "freshness")
 HEAD_KEYS = ("version", "owner", "tables", "freshness")
 DAILY: Mapping[str, Any] = {"warn_seconds": 93_600, "error_seconds": 180_000}
 
 _DOMAIN = re.compile(r"([a-z][a-z0-9_]*)#([a-z][a-z0-9_]*)")
 _DAYS = re.compile(r"_([0-9]+)d$")
-_WINDOW = re.compile(r"within_window\(\s*[^,()]+,\s*([^,()]+?)\s*,\s*((?:[^()]|\([^()]*\))+?)\s*\)")
+_WINDOW = re.compile(
+    r"within_window\(\s*(?:[^,()]|\([^()]*\))+?,\s*([^,()]+?)\s*,\s*((?:[^()]|\([^()]*\))+?)\s*\)"
+)
 _WINDOW_VARIABLE = re.compile(r"""var\(\s*["'](\w+)["']\s*\)(?:\.(\w+)|\[\s*["'](\w+)["']\s*\])?""")
 
 
@@ -134,10 +143,12 @@ def check_domain(findings: Findings, model: ModelYaml, head: Head) -> Domain | N
                 model.file,
                 column.line,
                 f"{model.name}.{column.name} is {column.type or 'of no data_type'}, which a DynamoDB item "
-                "cannot store: use one of bigint, numeric, double precision, text, text[], numeric[]",
+                "cannot store: use one of bigint, numeric, double precision, text, text[], numeric[], "
+                "bigint[]",
                 f"- {{ name: {column.name}, data_type: bigint }}",
             )
     _retired(findings, model, [key.name for key in entity.keys] if entity else [])
+    _null_elements(findings, model)
     _named_days(findings, model, entity)
     freshness = findings.freshness(model, given, example)
     owner = given.get("owner", head.content.get("owner"))
@@ -175,7 +186,12 @@ def check_domain(findings: Findings, model: ModelYaml, head: Head) -> Domain | N
                 "data_type": column.type,
                 "description": column.description,
                 "constraints": [{"type": "not_null"}] if column.is_not_null else [],
-                "config": {"meta": {"retired": column.meta.get("retired", False)}},
+                "config": {
+                    "meta": {
+                        "retired": column.meta.get("retired", False),
+                        NULL_ELEMENTS: column.meta.get(NULL_ELEMENTS, False),
+                    }
+                },
             }
             for column in model.columns.values()
         },
@@ -202,6 +218,22 @@ def _retired(findings: Findings, model: ModelYaml, keys: Sequence[str]) -> None:
                 f"{model.name}.{column.name}: every item has this column, so it cannot be retired: retire an "
                 "attribute, or remove the domain",
                 example,
+            )
+
+
+def _null_elements(findings: Findings, model: ModelYaml) -> None:
+    """Note values of `null_elements` that are not true or false, and columns other than lists that have it."""
+    for column in model.columns.values():
+        if NULL_ELEMENTS not in column.meta:
+            continue
+        given = column.meta[NULL_ELEMENTS]
+        if not isinstance(given, bool) or not column.type.endswith("[]"):
+            findings.say(
+                model.file,
+                column.meta.at(NULL_ELEMENTS),
+                f"{model.name}.{column.name}: {NULL_ELEMENTS} must be true or false, of a list, and this is "
+                f"{plain(given)!r} of {column.type}",
+                "- { name: titles, data_type: text[], config: { meta: { null_elements: true } } }",
             )
 
 

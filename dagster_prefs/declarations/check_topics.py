@@ -15,11 +15,12 @@ from dagster_prefs.declarations.registry import (
     Entity,
     FieldDeclaration,
     FieldType,
+    MessageFormat,
     TopicDeclaration,
     uuid_keys,
 )
 
-TOPIC_KEYS = ("kafka_topic", "identity", "keep", "entity", "time", "freshness")
+TOPIC_KEYS = ("kafka_topic", "format", "identity", "keep", "entity", "time", "freshness")
 FIELD_META = (
     "optional",
     "max_bytes",
@@ -108,6 +109,15 @@ def check_topic(findings: Findings, model: ModelYaml) -> Topic | None:
             f"data: the last message counts), not {keep!r}",
             "keep: last",
         )
+    message_format = given.get("format", "json")
+    if message_format not in get_args(MessageFormat):
+        findings.say(
+            model.file,
+            given.at("format"),
+            f"{model.name}: format must be `json`, or in Confluent's wire format `json_schema` or `avro`, not "
+            f"{message_format!r}",
+            "format: json_schema",
+        )
     identity = findings.column(model, given, "identity", ("text",), example)
     entity: Entity | None = None
     time: str | None = None
@@ -144,6 +154,7 @@ def check_topic(findings: Findings, model: ModelYaml) -> Topic | None:
             entity=entity.name if entity else None,
             time=time,
             fields=tuple(field for field in fields if field),
+            format=message_format,
         ),
         file=model.file,
         accepted_from={

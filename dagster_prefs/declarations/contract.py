@@ -21,10 +21,14 @@ from dagster_prefs.ids import SEPARATOR, Id, decode_part, id_parts, join_parts
 
 REGISTRY = "registry.json"
 
-AttributeType = Literal["integer", "decimal", "float", "string", "list<string>", "list<decimal>"]
+AttributeType = Literal[
+    "integer", "decimal", "float", "string", "list<string>", "list<decimal>", "list<integer>"
+]
 KeyType = Literal["N", "S"]
 
-LAST_EVENT_AT = "last_event_at"
+DOMAIN_KEY, LAST_EVENT_AT = "domain_key", "last_event_at"
+# In the meta of a list's column, and in the contract: whether its elements may be NULL.
+NULL_ELEMENTS = "null_elements"
 
 SQL_TYPES: Mapping[str, AttributeType] = MappingProxyType(
     {
@@ -47,6 +51,10 @@ SQL_TYPES: Mapping[str, AttributeType] = MappingProxyType(
         "character varying[]": "list<string>",
         "numeric[]": "list<decimal>",
         "decimal[]": "list<decimal>",
+        "bigint[]": "list<integer>",
+        "int8[]": "list<integer>",
+        "integer[]": "list<integer>",
+        "int[]": "list<integer>",
     }
 )
 
@@ -58,6 +66,7 @@ _COLD_STARTS: Mapping[AttributeType, Callable[[], Any]] = MappingProxyType(
         "string": str,
         "list<string>": list,
         "list<decimal>": list,
+        "list<integer>": list,
     }
 )
 
@@ -96,11 +105,17 @@ class Freshness:
 
 @dataclass(frozen=True, slots=True)
 class Attribute:
-    """One attribute of a domain's item."""
+    """One attribute of a domain's item; `null_elements` says whether the elements of a list may be NULL."""
 
     type: AttributeType
     nullable: bool
     description: str
+    null_elements: bool = False
+
+    @property
+    def is_list(self) -> bool:
+        """Whether its value is a list."""
+        return self.type.startswith("list")
 
 
 @dataclass(frozen=True, slots=True)
@@ -389,6 +404,7 @@ def _attributes_dict(attributes: Mapping[str, Attribute]) -> dict[str, Any]:
             "type": attribute.type,
             "nullable": attribute.nullable,
             "description": attribute.description,
+            **({NULL_ELEMENTS: True} if attribute.null_elements else {}),
         }
         for name, attribute in attributes.items()
     }
@@ -511,7 +527,7 @@ def diff_contracts(old: Contract, new: Contract) -> tuple[Change, ...]:
     """Return the differences between two contracts, breaking changes first.
 
     Breaking is what an existing reader does not survive: another table or key, a domain or attribute that is
-    gone, renamed or retyped, an attribute that may now be NULL, a weaker freshness promise. All else is
+    gone, renamed or retyped, an attribute that may now be NULL or contain it, a weaker freshness promise. All else is
     additive, retiring too: an existing reader serves the attribute's cold-start value.
     """
     changes = [change for entity in old.tables for change in _entity_changes(entity, old, new)]
@@ -631,6 +647,14 @@ def _domain_changes(old: Domain, new: Domain) -> Iterator[Change]:
                 path,
                 "it may now be NULL" if after.nullable else "it can no longer be NULL",
             )
+        if before.null_elements != after.null_elements:
+            yield Change(
+                "breaking" if after.null_elements else "additive",
+                path,
+                "its elements may now be NULL"
+                if after.null_elements
+                else "its elements can no longer be NULL",
+            )
         if before.description != after.description:
             yield Change("additive", path, "the description is changed")
     for name, after in new.attributes.items():
@@ -676,7 +700,7 @@ def _declared_domain(
         sql_type = re.sub(r"\(.*?\)", "", str(column.get("data_type") or "")).strip().lower()
         contract_type = SQL_TYPES.get(sql_type)
         if contract_type is None:
-            known = "bigint, numeric, double precision, text, text[], numeric[]"
+            known = "bigint, numeric, double precision, text, text[], numeric[], bigint[]"
             raise ContractError(
                 f"model {model}: column {name} has data_type {sql_type or 'none'}, which no contract type "
                 f"corresponds to: use one of {known}"
@@ -692,6 +716,7 @@ def _declared_domain(
             "type": contract_type,
             "nullable": name not in not_null,
             "description": " ".join(str(column.get("description") or "").split()),
+            **({NULL_ELEMENTS: True} if _meta(column).get(NULL_ELEMENTS) else {}),
         }
     for name in expected_keys:
         if name not in seen_keys:
@@ -818,13 +843,24 @@ def _attributes(value: object, place: str, table: Table) -> dict[str, Attribute]
     attributes: dict[str, Attribute] = {}
     for attribute, declared in _mapping(value, place).items():
         where = f"{place}.{attribute}"
-        parts = _object(declared, where, {"type", "nullable", "description"})
+        parts = _object(
+            {NULL_ELEMENTS: False, **_mapping(declared, where)},
+            where,
+            {"type", "nullable", "description", NULL_ELEMENTS},
+        )
         if parts["type"] not in get_args(AttributeType):
             raise ContractError(
                 f"{where}.type: {parts['type']!r} is not one of {', '.join(get_args(AttributeType))}"
             )
         if not isinstance(parts["nullable"], bool):
             raise ContractError(f"{where}.nullable: {parts['nullable']!r} is not true or false")
+        if not isinstance(parts[NULL_ELEMENTS], bool) or (
+            parts[NULL_ELEMENTS] and not parts["type"].startswith("list")
+        ):
+            raise ContractError(
+                f"{where}.{NULL_ELEMENTS}: {parts[NULL_ELEMENTS]!r} is not true or false, or true of something other "
+                f"than a list ({parts['type']})"
+            )
         if attribute in {key.name for key in (*table.columns, table.sort_key)}:
             raise ContractError(f"{where}: a key of the table cannot also be an attribute")
         if not _is_name(attribute):
@@ -835,6 +871,7 @@ def _attributes(value: object, place: str, table: Table) -> dict[str, Attribute]
             type=cast(AttributeType, parts["type"]),
             nullable=parts["nullable"],
             description=_text(parts["description"], f"{where}.description", empty=True),
+            null_elements=parts[NULL_ELEMENTS],
         )
     return attributes
 

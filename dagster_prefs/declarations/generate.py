@@ -17,10 +17,9 @@ from pathlib import Path
 from string import Template
 
 from dagster_prefs.declarations.check import Declarations, check_project
-from dagster_prefs.declarations.check_domains import DOMAIN_KEY
 from dagster_prefs.declarations.check_tiles import Tile
 from dagster_prefs.declarations.check_topics import Topic
-from dagster_prefs.declarations.contract import REGISTRY, check_version, parse_contract
+from dagster_prefs.declarations.contract import DOMAIN_KEY, REGISTRY, check_version, parse_contract
 from dagster_prefs.declarations.declared import DECLARED, declared_macro
 from dagster_prefs.declarations.lineage import (
     LINEAGE,
@@ -366,6 +365,7 @@ def _names(topic: Topic) -> dict[str, str]:
         "identity": of.identity,
         "entity": of.entity or "",
         "time": of.time or "",
+        "format": "" if of.format == "json" else f', "{of.format}"',
     }
 
 
@@ -422,6 +422,8 @@ def _parsed_sql(topic: Topic, declared: Declarations) -> str:
     ]
     if any(field.optional for field in of.fields):
         reasons.append("optional_reasons()")
+    if of.format != "json":
+        about += f', format="{of.format}"'
     lines = "".join(f"    {{{{- {reason} }}}}\n" for reason in reasons)
     return f'{{%- call parsed_messages(ref("{of.raw}"){about}) %}}\n{lines}{{%- endcall %}}'
 

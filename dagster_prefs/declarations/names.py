@@ -11,6 +11,9 @@ QUERY_SUFFIX = "__query"
 # The Iceberg table of statistics of values, beside the training tables.
 STATISTICS_TABLE = "value_statistics"
 
+REDACTED = b'{"erased":true}'
+"""What remains of a message after its subject's erasure; the typed layer rejects it with the reason `erased`."""
+
 
 def raw_table(relation: str) -> str:
     """Return the name of a topic's raw table from that of its typed relation."""

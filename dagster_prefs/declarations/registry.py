@@ -12,20 +12,21 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
+from dagster_prefs.declarations.contract import DOMAIN_KEY, Contract, contract_dict, parse_contract
 from dagster_prefs.declarations.contract import REGISTRY as REGISTRY
-from dagster_prefs.declarations.contract import Contract, contract_dict, parse_contract
 from dagster_prefs.errors import PrefsError, excerpt
 
 # Incremented when an older reader would misinterpret the file.
 FORMAT = 1
 
 FieldType = Literal["text", "bigint", "int", "decimal", "boolean", "timestamptz"]
+MessageFormat = Literal["json", "json_schema", "avro"]
 KeyType = Literal["bigint", "text", "uuid"]
 # How a view is kept current on the embedded engine.
 Keeping = Literal["rows", "identity", "key", "merging", "rebuilt"]
@@ -97,7 +98,8 @@ class TopicDeclaration:
     """One kind of message: `relation` holds its typed events, `raw` its raw messages.
 
     Among several deliveries of one `identity` the first counts, or with `keep` = last the last (reference
-    data). `entity` and `time` (the field of the event time) are None for reference data.
+    data). `entity` and `time` (the field of the event time) are None for reference data. `format` is that of the
+    messages in Kafka: JSON, or JSON or Avro in Confluent's wire format.
     """
 
     name: str
@@ -109,6 +111,7 @@ class TopicDeclaration:
     entity: str | None
     time: str | None
     fields: tuple[FieldDeclaration, ...]
+    format: MessageFormat = field(default="json", kw_only=True)
 
     @cached_property
     def by_name(self) -> Mapping[str, FieldDeclaration]:
@@ -209,8 +212,8 @@ class WatchedView:
 
     @property
     def is_rolling(self) -> bool:
-        """Whether the view is a window over tiles."""
-        return any(upstream.day for upstream in self.upstreams)
+        """Whether the view is a domain's, whose time is in epoch milliseconds, be it over tiles or over events."""
+        return DOMAIN_KEY in self.columns or any(upstream.day for upstream in self.upstreams)
 
 
 @dataclass(frozen=True)
@@ -411,6 +414,7 @@ def registry_dict(registry: Registry) -> dict[str, Any]:
                 "keep": topic.keep,
                 "entity": topic.entity,
                 "time": topic.time,
+                **({} if topic.format == "json" else {"format": topic.format}),
                 "fields": [_without_defaults(field) for field in topic.fields],
             }
             for topic in registry.topics.values()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import dagster as dg
@@ -10,6 +10,8 @@ import dagster as dg
 from dagster_prefs.declarations.lineage import Column, Lineage, decisive
 from dagster_prefs.declarations.registry import TopicDeclaration
 
+# Returns the asset of a relation.
+KeyOf = Callable[[str], dg.AssetKey]
 # (Output column, asset, its column) of each dependency.
 Dependency = tuple[str, dg.AssetKey, str]
 
@@ -27,19 +29,19 @@ def same_columns(columns: Iterable[str], asset: dg.AssetKey) -> Mapping[str, Any
     return lineage_metadata((name, asset, name) for name in columns)
 
 
-def view_metadata(lineage: Lineage, relation: str) -> Mapping[str, Any]:
+def view_metadata(lineage: Lineage, relation: str, key_of: KeyOf) -> Mapping[str, Any]:
     """Return the metadata of a view: what each value is made from or chosen by, or what a count counts."""
     return lineage_metadata(
-        (name, dg.AssetKey(source.of), source.name)
+        (name, key_of(source.of), source.name)
         for name in lineage.columns(relation)
         for source in sorted(decisive(lineage.sources(Column(relation, name))))
     )
 
 
-def topic_metadata(topic: TopicDeclaration) -> Mapping[str, Mapping[str, Any]]:
+def topic_metadata(topic: TopicDeclaration, key_of: KeyOf) -> Mapping[str, Mapping[str, Any]]:
     """Return the metadata of a topic's typed and parsed relation: each field, back to the bytes of the message."""
-    data = dg.AssetKey(topic.raw)
+    data = key_of(topic.raw)
     return {
-        topic.relation: same_columns(topic.by_name, dg.AssetKey(topic.parsed)),
+        topic.relation: same_columns(topic.by_name, key_of(topic.parsed)),
         topic.parsed: lineage_metadata((name, data, "data") for name in topic.by_name),
     }

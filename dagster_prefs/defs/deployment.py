@@ -4,29 +4,36 @@ from collections.abc import Iterator
 
 import dagster as dg
 
-from dagster_prefs.defs.resources import schedule_status
+from dagster_prefs.defs.resources import asset_job, asset_key, job_schedule
 from dagster_prefs.deploy.plan import DEPLOYMENTS
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.platform import Platform
+from dagster_prefs.settings import Settings
 
 JOB = "deployment"
-KEY = dg.AssetKey(DEPLOYMENTS)
 DRIFT, STRANDED, LEFTOVERS = "no_drift", "no_stranded_relations", "no_leftovers"
-DEPLOYMENT_CHECKS = [dg.AssetCheckKey(KEY, name) for name in (DRIFT, STRANDED, LEFTOVERS)]
+
+
+def deployment_checks(settings: Settings) -> list[dg.AssetCheckKey]:
+    """Return the checks that compare what is deployed with the models."""
+    key = asset_key(settings, DEPLOYMENTS)
+    return [dg.AssetCheckKey(key, name) for name in (DRIFT, STRANDED, LEFTOVERS)]
 
 
 def build(platform: Platform) -> dg.Definitions:
     """Return the checks of the `deployments` asset, and the job and schedule that evaluate them."""
+    settings = platform.settings
+    key = asset_key(settings, DEPLOYMENTS)
 
     @dg.multi_asset_check(
-        name="deployment_checks",
+        name=settings.dagster_name("deployment_checks"),
         specs=[
-            dg.AssetCheckSpec(DRIFT, asset=KEY, description="Every relation is deployed as its model says."),
+            dg.AssetCheckSpec(DRIFT, asset=key, description="Every relation is deployed as its model says."),
             dg.AssetCheckSpec(
-                STRANDED, asset=KEY, description="No sink or view reads a relation that was swapped away."
+                STRANDED, asset=key, description="No sink or view reads a relation that was swapped away."
             ),
             dg.AssetCheckSpec(
-                LEFTOVERS, asset=KEY, description="No temporary object of a change is left over."
+                LEFTOVERS, asset=key, description="No temporary object of a change is left over."
             ),
         ],
         can_subset=True,
@@ -53,9 +60,9 @@ def build(platform: Platform) -> dg.Definitions:
                 "`prefs apply` finishes or clears its own, `dbt run-operation cleanup_temp_objects` dbt's",
             ),
         ):
-            if dg.AssetCheckKey(KEY, name) in context.selected_asset_check_keys:
+            if dg.AssetCheckKey(key, name) in context.selected_asset_check_keys:
                 yield dg.AssetCheckResult(
-                    asset_key=KEY,
+                    asset_key=key,
                     check_name=name,
                     passed=not found,
                     severity=severity,
@@ -63,22 +70,22 @@ def build(platform: Platform) -> dg.Definitions:
                     metadata={"count": len(found), "found": found, "unchanged": len(plan.unchanged)},
                 )
 
-    job = dg.define_asset_job(
+    job = asset_job(
+        settings,
         JOB,
         dg.AssetSelection.checks(deployment),
-        description="Compare what is deployed with the models, and look for what a change left behind.",
+        "Compare what is deployed with the models, and look for what a change left behind.",
     )
     return dg.Definitions(
         asset_checks=[deployment],
         jobs=[job],
         schedules=[
-            dg.ScheduleDefinition(
-                name="deployment_daily",
-                job=job,
-                cron_schedule="30 5 * * *",
-                execution_timezone="UTC",
-                default_status=schedule_status(platform),
-                description="Reports drift once a day, because a change outside the platform causes no event.",
+            job_schedule(
+                settings,
+                "deployment_daily",
+                job,
+                "30 5 * * *",
+                "Reports drift once a day, because a change outside the platform causes no event.",
             )
         ],
     )

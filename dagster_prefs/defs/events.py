@@ -4,7 +4,14 @@ from datetime import UTC, datetime, timedelta
 
 import dagster as dg
 
-from dagster_prefs.defs.resources import is_at_work, refresh_embedded, schedule_status, sensor_status
+from dagster_prefs.defs.resources import (
+    engine_pool,
+    is_at_work,
+    refresh_embedded,
+    run_tags,
+    schedule_options,
+    sensor_status,
+)
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.events.progress import waiting_since
 from dagster_prefs.freshness.embedded import FOLLOWER, measure_embedded
@@ -20,22 +27,29 @@ def build(platform: Platform) -> dg.Definitions:
     """Return the job that applies arrived events, with its sensor and schedule; RisingWave needs none."""
     if platform.engine.kind == "risingwave":
         return dg.Definitions()
+    settings = platform.settings
 
     @dg.op(
-        description="Apply and publish all that has arrived, and what time has changed, as `prefs refresh` does."
+        name=settings.dagster_name("apply_events"),
+        pool=engine_pool(settings),
+        description="Apply and publish all that has arrived, and what time has changed, as `prefs refresh` does.",
     )
     def apply_events(context: dg.OpExecutionContext) -> None:
         refresh_embedded(platform, context.log.info)
 
-    @dg.job(name=CATCH_UP_JOB, description="Keep views and items current if no follower runs.")
+    @dg.job(
+        name=settings.dagster_name(CATCH_UP_JOB),
+        tags=run_tags(settings),
+        description="Keep views and items current if no follower runs.",
+    )
     def catch_up() -> None:
         apply_events()
 
     @dg.sensor(
-        name=NEW_EVENTS_SENSOR,
+        name=settings.dagster_name(NEW_EVENTS_SENSOR),
         job=catch_up,
-        minimum_interval_seconds=platform.settings.refresh_poll_seconds,
-        default_status=sensor_status(platform),
+        minimum_interval_seconds=settings.refresh_poll_seconds,
+        default_status=sensor_status(settings),
         description="If no follower runs: applies the messages that no refresh has read.",
     )
     def new_events(context: dg.SensorEvaluationContext) -> dg.RunRequest | dg.SkipReason:
@@ -54,11 +68,8 @@ def build(platform: Platform) -> dg.Definitions:
         return dg.RunRequest(run_key=key)
 
     @dg.schedule(
-        name="catch_up_hourly",
         job=catch_up,
-        cron_schedule="0 * * * *",
-        execution_timezone="UTC",
-        default_status=schedule_status(platform),
+        **schedule_options(settings, "catch_up_hourly", "0 * * * *"),
         description="If no follower runs: refreshes once an hour even without events, because windows move.",
     )
     def catch_up_hourly(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
@@ -72,12 +83,12 @@ def _done_elsewhere(platform: Platform, instance: dg.DagsterInstance) -> str:
     """Return which process applies the events already, a follower or a running job; empty if none does."""
     (follower,) = (
         one
-        for one in measure_embedded(platform.engine, platform.registry, platform.settings.data_dir)
+        for one in measure_embedded(platform.engine, platform.registry, platform.settings.state_dir)
         if one.name == FOLLOWER
     )
     if follower.values.get("follower_alive"):
         return f"a follower applies them: {follower.reason}"
-    if is_at_work(instance, CATCH_UP_JOB, since=datetime.now(UTC) - LONGEST_RUN):
+    if is_at_work(instance, platform.settings, CATCH_UP_JOB, since=datetime.now(UTC) - LONGEST_RUN):
         # Otherwise a steady stream of events would start runs faster than they end.
         return "a run is active; the next tick checks what it left"
     return ""

@@ -14,12 +14,22 @@ from dagster_prefs.declarations.lineage import Lineage
 from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.declarations.stale import current_registry
 from dagster_prefs.defs.column_lineage import same_columns, topic_metadata, view_metadata
-from dagster_prefs.defs.deployment import DEPLOYMENT_CHECKS
-from dagster_prefs.defs.resources import TRAINING_TABLES_KEY, refresh_embedded, schedule_status, table_key
+from dagster_prefs.defs.deployment import deployment_checks
+from dagster_prefs.defs.online_store import online_assets
+from dagster_prefs.defs.resources import (
+    asset_job,
+    asset_key,
+    engine_pool,
+    job_schedule,
+    refresh_embedded,
+    table_key,
+    training_tables_key,
+)
 from dagster_prefs.engine.catalog import NotDeployed, estimated_rows, row_counts
 from dagster_prefs.engine.version import require_version
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.platform import Platform
+from dagster_prefs.settings import Settings
 
 REFRESH_JOB = "refresh"
 TESTS_JOB = "dbt_tests"
@@ -42,18 +52,18 @@ class ModelTranslator(DagsterDbtTranslator):
     Each asset says which columns its columns are made from.
     """
 
-    def __init__(self, engine_kind: str, registry: Registry, lineage: Lineage) -> None:
+    def __init__(self, settings: Settings, registry: Registry, lineage: Lineage) -> None:
         super().__init__()
-        self._engine_kind = engine_kind
+        self._placed = settings
         contract = registry.contract
-        self._columns = {name: view_metadata(lineage, name) for name in lineage.relations}
+        self._columns = {name: view_metadata(lineage, name, self._key_of) for name in lineage.relations}
         for topic in registry.topics.values():
-            self._columns |= topic_metadata(topic)
+            self._columns |= topic_metadata(topic, self._key_of)
         for domain in contract.domains.values():
             names = (*(key.name for key in contract.table_of(domain).columns), *domain.attributes)
-            self._columns[domain.sink] = same_columns(names, dg.AssetKey(domain.relation))
+            self._columns[domain.sink] = same_columns(names, self._key_of(domain.relation))
         for tile in registry.tiles.values():
-            self._columns[tile.sink] = same_columns(tile.columns, dg.AssetKey(tile.relation))
+            self._columns[tile.sink] = same_columns(tile.columns, self._key_of(tile.relation))
         self._tables = {domain.sink: contract.table_of(domain) for domain in contract.domains.values()}
 
     def get_asset_spec(self, manifest: Mapping[str, Any], unique_id: str, project: Any) -> dg.AssetSpec:
@@ -61,20 +71,23 @@ class ModelTranslator(DagsterDbtTranslator):
         writes."""
         spec = super().get_asset_spec(manifest, unique_id, project)
         props = self.get_resource_props(manifest, unique_id)
-        engine = "postgres" if self._engine_kind == "local" else "risingwave"
+        engine = "postgres" if self._placed.engine == "local" else "risingwave"
         kinds = {"dbt", engine}
         if "training_table" in props["config"]["meta"]:
-            spec = spec.merge_attributes(deps=[TRAINING_TABLES_KEY])
+            spec = spec.merge_attributes(deps=[training_tables_key(self._placed)])
             kinds.add("iceberg")
         elif props["config"]["materialized"] == "sink":
-            spec = spec.merge_attributes(deps=[table_key(self._tables[props["name"]])])
+            spec = spec.merge_attributes(deps=[table_key(self._placed, self._tables[props["name"]])])
             kinds.add("dynamodb")
         columns = self._columns.get(props["name"], {})
         return spec.merge_attributes(metadata=columns).replace_attributes(kinds=kinds)
 
     def get_asset_key(self, dbt_resource_props: Mapping[str, Any]) -> dg.AssetKey:
         """Return the relation's name as the asset key, because users query it under that name."""
-        return dg.AssetKey(dbt_resource_props["name"])
+        return self._key_of(dbt_resource_props["name"])
+
+    def _key_of(self, relation: str) -> dg.AssetKey:
+        return asset_key(self._placed, relation)
 
 
 def build(platform: Platform) -> dg.Definitions:
@@ -86,7 +99,8 @@ def build(platform: Platform) -> dg.Definitions:
     current_registry(platform.dbt.project_dir)
     manifest = platform.dbt.manifest()
     registry = platform.registry
-    translator = ModelTranslator(platform.engine.kind, registry, platform.lineage)
+    settings = platform.settings
+    translator = ModelTranslator(settings, registry, platform.lineage)
     models = {
         translator.get_asset_key(node): node["name"]
         for node in manifest["nodes"].values()
@@ -115,7 +129,12 @@ def build(platform: Platform) -> dg.Definitions:
         if unique_id in manifest["nodes"]
     }
 
-    @dbt_assets(manifest=manifest, dagster_dbt_translator=translator, name="dbt_models")
+    @dbt_assets(
+        manifest=manifest,
+        dagster_dbt_translator=translator,
+        name=settings.dagster_name("dbt_models"),
+        pool=engine_pool(settings),
+    )
     def dbt_models(
         context: dg.AssetExecutionContext, config: ModelsConfig
     ) -> Iterator[dg.MaterializeResult[Any] | dg.AssetCheckResult]:
@@ -194,46 +213,46 @@ def build(platform: Platform) -> dg.Definitions:
                 description="; ".join(f"{result.name}: {result.message}" for result in errors),
                 metadata={"failed": [result.name for result in failed]},
             )
-        if context.run.job_name == REFRESH_JOB and platform.engine.kind == "local":
+        if context.run.job_name == settings.dagster_name(REFRESH_JOB) and platform.engine.kind == "local":
             refresh_embedded(platform, context.log.info)
 
     # One job for steps that follow each other: views first, then publishing from them. The drift checks are
     # excluded, because they compile all models, which reveals nothing right after they were built.
-    compared = dg.AssetSelection.checks(*DEPLOYMENT_CHECKS)
-    selection = dg.AssetSelection.assets(dbt_models) | dg.AssetSelection.groups("online_store")
-    refresh = dg.define_asset_job(
+    compared = dg.AssetSelection.checks(*deployment_checks(settings))
+    selection = dg.AssetSelection.assets(dbt_models) | online_assets(settings)
+    refresh = asset_job(
+        settings,
         REFRESH_JOB,
         selection - compared,
-        description="Apply every definition that changed, test every view, and publish to DynamoDB; on the embedded "
+        "Apply every definition that changed, test every view, and publish to DynamoDB; on the embedded "
         "engine also apply all that has arrived, as `prefs refresh` does.",
     )
-    tests = dg.define_asset_job(
+    tests = asset_job(
+        settings,
         TESTS_JOB,
         dg.AssetSelection.checks(*checks),
-        description="Run dbt's tests of every model on the current relations.",
+        "Run dbt's tests of every model on the current relations.",
     )
-    status = schedule_status(platform)
     # If views follow their events, nothing needs a refresh, and only dbt's tests remain.
     hourly = (
-        dg.ScheduleDefinition(
-            name="dbt_tests_hourly",
-            job=tests,
-            cron_schedule="20 * * * *",
-            execution_timezone="UTC",
-            default_status=status,
-            description="Runs dbt's tests, because a follower does not run them.",
+        job_schedule(
+            settings,
+            "dbt_tests_hourly",
+            tests,
+            "20 * * * *",
+            "Runs dbt's tests, because a follower does not run them.",
         )
         if platform.engine.kind == "local"
-        else dg.ScheduleDefinition(
-            name="refresh_hourly",
-            job=refresh,
-            cron_schedule="0 * * * *",
-            execution_timezone="UTC",
-            default_status=status,
-            description="Applies and tests every model once an hour.",
+        else job_schedule(
+            settings,
+            "refresh_hourly",
+            refresh,
+            "0 * * * *",
+            "Applies and tests every model once an hour.",
         )
     )
-    tables = dg.define_asset_job(
+    tables = asset_job(
+        settings,
         EVENT_TABLES_JOB,
         dg.AssetSelection.assets(
             *[
@@ -244,7 +263,7 @@ def build(platform: Platform) -> dg.Definitions:
             ]
         )
         - compared,
-        description="Create the tables for events, so that loading can begin.",
+        "Create the tables for events, so that loading can begin.",
     )
     return dg.Definitions(
         assets=[dbt_models],

@@ -10,14 +10,15 @@ import dagster as dg
 import psycopg
 
 from dagster_prefs.declarations.registry import Registry
-from dagster_prefs.defs.offline_store import asset_key as training_key
-from dagster_prefs.defs.resources import schedule_status, sensor_status
+from dagster_prefs.defs.offline_store import training_key
+from dagster_prefs.defs.resources import asset_job, asset_key, job_schedule, sensor_status
 from dagster_prefs.engine.catalog import row_counts
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.freshness import embedded
 from dagster_prefs.freshness.alerts import (
     AlertError,
     Webhook,
+    channels,
     dump_levels,
     load_levels,
     remembered,
@@ -36,6 +37,7 @@ from dagster_prefs.freshness.prober import prober_ticks
 from dagster_prefs.freshness.status import evaluate
 from dagster_prefs.freshness.views import watched_relations
 from dagster_prefs.platform import Platform
+from dagster_prefs.settings import Settings
 
 JOB = "freshness_checks"
 WATCH_SENSOR = "freshness_watch"
@@ -64,17 +66,18 @@ Read = Callable[[datetime, dg.DagsterInstance], Sequence[Measure]]
 CANARY_PATIENCE_SECONDS = 10.0
 
 
-def build(platform: Platform, alert_webhook: str | None = None) -> dg.Definitions:
+def build(platform: Platform, alert_webhooks: Sequence[str] = ()) -> dg.Definitions:
     """Return the checks of every stage with their job and schedule, and the sensors for external state.
 
-    `alert_webhook` is the URL that receives level transitions; None only logs them.
+    `alert_webhooks` are the URLs that receive level transitions; without any they are only logged.
 
     Raises AlertError for a webhook that is no https URL.
     """
-    webhook = None if alert_webhook is None else Webhook(alert_webhook)
+    told = channels(alert_webhooks)
     # Drift has a sensor of its own, which tells of it once.
     sources = replace(platform.sources, drift=lambda now: [])
-    keys = asset_keys(platform)
+    settings = platform.settings
+    keys, probe_name = asset_keys(platform), settings.dagster_name(CANARY_SENSOR)
     streaming = platform.engine.kind == "risingwave"
     stages: dict[str, Read] = {
         "views": lambda now, _: sources.views(now),
@@ -82,7 +85,11 @@ def build(platform: Platform, alert_webhook: str | None = None) -> dg.Definition
         "offline": lambda now, _: sources.offline(now),
         # The canary is measured by its sensor and the follower; a run only judges their stored ticks.
         "canary": lambda now, instance: last_probe(
-            instance, sources.registry, now=now, followed=prober_ticks(platform.settings.data_dir)
+            instance,
+            sources.registry,
+            now=now,
+            followed=prober_ticks(settings.state_dir),
+            sensor=probe_name,
         ),
     }
     if platform.settings.kafka_bootstrap is not None:
@@ -90,55 +97,62 @@ def build(platform: Platform, alert_webhook: str | None = None) -> dg.Definition
     if not streaming:
         stages["engine"] = lambda now, _: sources.embedded(now)
     checks = [
-        _checks(stage, keys[stage], measure, _Rows(platform) if stage == "views" else None)
+        _checks(settings, stage, keys[stage], measure, _Rows(platform) if stage == "views" else None)
         for stage, measure in stages.items()
     ]
-    job = dg.define_asset_job(
+    job = asset_job(
+        settings,
         JOB,
         dg.AssetSelection.checks(*checks),
-        description="Evaluate every freshness check against the thresholds of the serving contract.",
+        "Evaluate every freshness check against the thresholds of the serving contract.",
     )
-    canary_status = sensor_status(platform) if streaming else dg.DefaultSensorStatus.STOPPED
+    canary_status = sensor_status(settings) if streaming else dg.DefaultSensorStatus.STOPPED
 
     @dg.sensor(
-        name=WATCH_SENSOR,
+        name=settings.dagster_name(WATCH_SENSOR),
         minimum_interval_seconds=60,
-        default_status=sensor_status(platform),
+        default_status=sensor_status(settings),
         description="Reports each change of a level once. Starts no run.",
     )
     def freshness_watch(context: dg.SensorEvaluationContext) -> dg.SensorResult:
-        followed = prober_ticks(platform.settings.data_dir)
-        probed = last_probe(context.instance, sources.registry, now=datetime.now(UTC), followed=followed)
+        followed = prober_ticks(settings.state_dir)
+        probed = last_probe(
+            context.instance,
+            sources.registry,
+            now=datetime.now(UTC),
+            followed=followed,
+            sensor=probe_name,
+        )
         status = evaluate(sources, now=lambda: datetime.now(UTC), extra=probed)
         # The engine has a sensor of its own, which runs more often.
         measures = [measure for measure in status.measures if measure.stage != "engine"]
         return dg.SensorResult(
-            cursor=tell_changes(context, measures, webhook, status.read_at),
+            cursor=tell_changes(context, measures, told, status.read_at),
             skip_reason=f"read {len(status.measures)} measures, the worst is {status.level}",
         )
 
     @dg.sensor(
-        name=FOLLOWER_SENSOR,
+        name=settings.dagster_name(FOLLOWER_SENSOR),
         minimum_interval_seconds=10,
-        default_status=sensor_status(platform),
+        default_status=sensor_status(settings),
         description="Reports once when the embedded engine, its disk or its follower fails or recovers. Starts no run.",
     )
     def follower_watch(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         now = datetime.now(UTC)
         measures = sources.embedded(now)
         return dg.SensorResult(
-            cursor=tell_changes(context, measures, webhook, now),
+            cursor=tell_changes(context, measures, told, now),
             skip_reason="; ".join(f"{measure.name}: {measure.reason}" for measure in measures),
         )
 
     @dg.sensor(
-        name=CANARY_SENSOR,
+        name=probe_name,
         minimum_interval_seconds=60,
         default_status=canary_status,
         description="Times a synthetic event from its topic to the reader. Starts no run.",
     )
     def canary(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
-        if any(not tick.is_late(datetime.now(UTC)) for tick in prober_ticks(platform.settings.data_dir)):
+        if any(not tick.is_late(datetime.now(UTC)) for tick in prober_ticks(platform.settings.state_dir)):
             return dg.SkipReason("the follower of the embedded engine sends the canary")
         state, measures = _probe(platform, CanaryState.loads(context.cursor))
         return dg.SensorResult(
@@ -152,13 +166,12 @@ def build(platform: Platform, alert_webhook: str | None = None) -> dg.Definition
         jobs=[job],
         sensors=[freshness_watch, canary, *([] if streaming else [follower_watch])],
         schedules=[
-            dg.ScheduleDefinition(
-                name="freshness_every_5_minutes",
-                job=job,
-                cron_schedule="*/5 * * * *",
-                execution_timezone="UTC",
-                default_status=schedule_status(platform),
-                description="Evaluates every freshness check.",
+            job_schedule(
+                settings,
+                "freshness_every_5_minutes",
+                job,
+                "*/5 * * * *",
+                "Evaluates every freshness check.",
             )
         ],
     )
@@ -168,40 +181,45 @@ def asset_keys(platform: Platform) -> dict[str, dict[str, dg.AssetKey]]:
     """Return the asset of each measure, by stage and name."""
     registry, settings = platform.registry, platform.settings
     domains = {
-        domain.name: dg.AssetKey(
-            ["online", domain.name] if settings.publishes or settings.follows else domain.sink
-        )
+        domain.name: asset_key(settings, "online", domain.name)
+        if settings.publishes or settings.follows
+        else asset_key(settings, domain.sink)
         for domain in registry.contract.domains.values()
     }
     return {
-        "engine": {name: dg.AssetKey(["engine", name]) for name in embedded.MEASURES},
+        "engine": {name: asset_key(settings, "engine", name) for name in embedded.MEASURES},
         "ingestion": {
-            topic.name: dg.AssetKey(topic.raw)
+            topic.name: asset_key(settings, topic.raw)
             for topic in registry.topics.values()
             if topic.entity or topic.name in registry.contract.freshness.topics
         },
-        "views": {one.relation: dg.AssetKey(one.relation) for one in watched_relations(registry)},
+        "views": {one.relation: asset_key(settings, one.relation) for one in watched_relations(registry)},
         "online": domains,
-        "offline": {spec.name: training_key(spec) for spec in platform.training_tables.values()},
+        "offline": {spec.name: training_key(settings, spec) for spec in platform.training_tables.values()},
         "canary": {
             **domains,
-            **{name: dg.AssetKey(view.relation) for name, view in canary_views(registry).items()},
+            **{name: asset_key(settings, view.relation) for name, view in canary_views(registry).items()},
         },
     }
 
 
 def last_probe(
-    instance: dg.DagsterInstance, registry: Registry, *, now: datetime, followed: Sequence[Tick] = ()
+    instance: dg.DagsterInstance,
+    registry: Registry,
+    *,
+    now: datetime,
+    followed: Sequence[Tick] = (),
+    sensor: str = CANARY_SENSOR,
 ) -> list[Measure]:
-    """Return the canary's measures from the ticks of its sensor on this instance; `now` is UTC.
+    """Return the canary's measures from the ticks of its `sensor` on this instance; `now` is UTC.
 
     `followed` are the ticks of the follower, if there is one.
     """
-    return measure_canary(followed, lambda: sensor_ticks(instance), registry, now=now)
+    return measure_canary(followed, lambda: sensor_ticks(instance, sensor), registry, now=now)
 
 
-def sensor_ticks(instance: dg.DagsterInstance) -> list[Tick]:
-    """Return the last tick of each running sensor of the canary.
+def sensor_ticks(instance: dg.DagsterInstance, sensor: str = CANARY_SENSOR) -> list[Tick]:
+    """Return the last tick of each running `sensor` of the canary.
 
     Raises Unmeasurable if the instance cannot be read.
     """
@@ -214,7 +232,7 @@ def sensor_ticks(instance: dg.DagsterInstance) -> list[Tick]:
     return [
         Tick(data.last_tick_timestamp or 0.0, data.cursor)
         for state in states
-        if (state.instigator_type.value, state.instigator_name) == ("SENSOR", CANARY_SENSOR)
+        if (state.instigator_type.value, state.instigator_name) == ("SENSOR", sensor)
         and (data := state.instigator_data) is not None
         and state.status.value != "STOPPED"
     ]
@@ -274,30 +292,35 @@ def _parts(platform: Platform, keys: Mapping[str, dg.AssetKey]) -> list[dg.Asset
 
 
 def tell_changes(
-    context: dg.SensorEvaluationContext, measures: Sequence[Measure], webhook: Webhook | None, at: datetime
+    context: dg.SensorEvaluationContext,
+    measures: Sequence[Measure],
+    webhooks: Sequence[Webhook],
+    at: datetime,
 ) -> str:
     """Log and send each change of a level since the sensor's cursor; return the new cursor. `at` is UTC."""
-    known = load_levels(context.cursor)
-    changed = transitions(known, measures)
-    for one in changed:
-        context.log.info(one.text)
-    if webhook is not None:
+    # Without a channel, the log is the only one.
+    names = [webhook.name for webhook in webhooks] or [""]
+    known = {name: load_levels(context.cursor, name) for name in names}
+    changed = {name: transitions(levels, measures) for name, levels in known.items()}
+    for text in dict.fromkeys(one.text for found in changed.values() for one in found):
+        context.log.info(text)
+    for webhook in webhooks:
         try:
-            webhook.tell(changed, at=at)
+            webhook.tell(changed[webhook.name], at=at)
         except AlertError as error:
-            # The stored levels do not change, so that the next evaluation sends the same transitions again.
+            # This channel's levels do not change, so that the next evaluation sends it the same transitions again.
             context.log.error(str(error))
-            changed = []
-    return dump_levels(remembered(known, changed))
+            changed[webhook.name] = []
+    return dump_levels({name: remembered(known[name], changed[name]) for name in names})
 
 
 def _checks(
-    stage: str, keys: Mapping[str, dg.AssetKey], measure: Read, rows: _Rows | None
+    settings: Settings, stage: str, keys: Mapping[str, dg.AssetKey], measure: Read, rows: _Rows | None
 ) -> dg.AssetChecksDefinition:
     check, description = CHECKS[stage]
 
     @dg.multi_asset_check(
-        name=f"{stage}_freshness",
+        name=settings.dagster_name(f"{stage}_freshness"),
         specs=[dg.AssetCheckSpec(check, asset=key, description=description) for key in keys.values()],
         can_subset=True,
     )
@@ -314,7 +337,7 @@ def _checks(
             counts = rows.count([*names, *sources])
             for name in sources:
                 if name in counts:
-                    observe(dg.AssetKey(name), {ROW_COUNT: counts[name]})
+                    observe(asset_key(settings, name), {ROW_COUNT: counts[name]})
         for found in measure(datetime.now(UTC), context.instance):
             key = keys[found.name]
             if key not in selected:

@@ -9,7 +9,14 @@ from typing import Any
 import dagster as dg
 
 from dagster_prefs.defs.column_lineage import same_columns
-from dagster_prefs.defs.resources import TRAINING_TABLES_KEY, is_at_work, sensor_status
+from dagster_prefs.defs.resources import (
+    asset_job,
+    asset_key,
+    is_at_work,
+    lake_pool,
+    sensor_status,
+    training_tables_key,
+)
 from dagster_prefs.defs.training_data import jobs_of, maintained, parity_check, training_set_asset
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.iceberg.export import ExportOptions, ForeignRows
@@ -17,6 +24,7 @@ from dagster_prefs.iceberg.exporter import DayOutcome, Exports, refusal
 from dagster_prefs.iceberg.launches import due, dump_launches, load_launches
 from dagster_prefs.iceberg.tables import TileTable
 from dagster_prefs.platform import Platform
+from dagster_prefs.settings import Settings
 
 # One run over a range of days needs a backfill policy, which Dagster still calls beta; its own advice is
 # to pin the version, as pyproject.toml does.
@@ -46,9 +54,9 @@ class ExportConfig(dg.Config):
     replace_foreign: bool = False
 
 
-def asset_key(spec: TileTable) -> dg.AssetKey:
+def training_key(settings: Settings, spec: TileTable) -> dg.AssetKey:
     """Return the asset of a training table."""
-    return dg.AssetKey(["training", spec.name])
+    return asset_key(settings, "training", spec.name)
 
 
 def ranges(days: Iterable[date]) -> list[tuple[date, date]]:
@@ -84,30 +92,32 @@ def build(platform: Platform, *, clock: Callable[[], datetime] = lambda: datetim
     if not platform.training_tables:
         # Without tiles there is nothing to export, train on, or maintain.
         return dg.Definitions()
-    by_sink = platform.settings.export == "sink"
+    settings = platform.settings
+    by_sink = settings.export == "sink"
     assets = [_exported(platform, spec, by_sink=by_sink) for spec in platform.training_tables.values()]
-    tables = {spec.name: asset_key(spec) for spec in platform.training_tables.values()}
+    tables = {spec.name: training_key(settings, spec) for spec in platform.training_tables.values()}
     parity = parity_check(platform, tables, clock)
     maintenance = maintained(platform, tables, clock)
     jobs, schedules = jobs_of(platform, maintenance, parity)
-    job = dg.define_asset_job(
+    job = asset_job(
+        settings,
         EXPORT_JOB,
         # Parity reads weeks of tiles, which is too expensive after every export.
         dg.AssetSelection.assets(*assets) - dg.AssetSelection.checks(parity),
-        description="Export days of tiles to Iceberg; a day that did not change commits nothing.",
+        "Export days of tiles to Iceberg; a day that did not change commits nothing.",
     )
 
     @dg.sensor(
-        name=EXPORT_SENSOR,
+        name=settings.dagster_name(EXPORT_SENSOR),
         job=job,
         minimum_interval_seconds=3600,
-        default_status=sensor_status(platform),
+        default_status=sensor_status(settings),
         description="Exports complete days that are missing or changed by late events; checks every hour. "
         "A day that stays stale is retried after 1, 2, 4 … 24 hours.",
     )
     def stale_tiles(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
         now = clock()
-        if is_at_work(context.instance, EXPORT_JOB, since=now - LONGEST_RUN):
+        if is_at_work(context.instance, settings, EXPORT_JOB, since=now - LONGEST_RUN):
             return dg.SkipReason("an export is active; the next tick checks what it left")
         try:
             found = look(platform)
@@ -160,7 +170,8 @@ def _partitions(platform: Platform) -> dg.DailyPartitionsDefinition:
 
 def _provisioned(platform: Platform) -> dg.AssetsDefinition:
     @dg.asset(
-        key=TRAINING_TABLES_KEY,
+        key=training_tables_key(platform.settings),
+        pool=lake_pool(platform.settings),
         group_name=GROUP,
         kinds={"iceberg"},
         owners=[platform.contract.owner],
@@ -175,12 +186,15 @@ def _provisioned(platform: Platform) -> dg.AssetsDefinition:
 
 
 def _exported(platform: Platform, spec: TileTable, *, by_sink: bool) -> dg.AssetsDefinition:
+    settings = platform.settings
+
     @dg.asset(
-        key=asset_key(spec),
+        key=training_key(settings, spec),
+        pool=lake_pool(settings),
         deps=[
-            dg.AssetKey(spec.tile),
-            dg.AssetKey("tile_fingerprints"),
-            *([dg.AssetKey(spec.sink)] if by_sink else []),
+            asset_key(settings, spec.tile),
+            asset_key(settings, "tile_fingerprints"),
+            *([asset_key(settings, spec.sink)] if by_sink else []),
         ],
         partitions_def=_partitions(platform),
         backfill_policy=dg.BackfillPolicy.single_run(),
@@ -196,7 +210,8 @@ def _exported(platform: Platform, spec: TileTable, *, by_sink: bool) -> dg.Asset
                 ]
             ),
             **same_columns(
-                platform.registry.tiles[spec.tile].columns, dg.AssetKey(spec.sink if by_sink else spec.tile)
+                platform.registry.tiles[spec.tile].columns,
+                asset_key(settings, spec.sink if by_sink else spec.tile),
             ),
         },
     )
@@ -249,7 +264,7 @@ def _unknown_exports(
     """Return the exported days without a materialization in Dagster, because `prefs export` starts no run."""
     events = []
     for spec in platform.training_tables.values():
-        key = asset_key(spec)
+        key = training_key(platform.settings, spec)
         known = instance.get_materialized_partitions(key)
         events += [
             dg.AssetMaterialization(key, partition=day.isoformat(), metadata={"rows": rows})

@@ -8,12 +8,20 @@ import dagster as dg
 
 from dagster_prefs.declarations.contract import Domain
 from dagster_prefs.defs.column_lineage import same_columns
-from dagster_prefs.defs.resources import table_key
+from dagster_prefs.defs.resources import asset_key, engine_pool, platform_name, table_key
 from dagster_prefs.dynamodb.publisher import publish_domain
 from dagster_prefs.freshness.online import online_lag
 from dagster_prefs.platform import Platform, catch_up
+from dagster_prefs.settings import Settings
 
 GROUP = "online_store"
+# The tag of these assets, with the platform's name: the group may hold assets of others.
+TAG = "dagster_prefs/online_store"
+
+
+def online_assets(settings: Settings) -> dg.AssetSelection:
+    """Return the selection of the tables and of what this platform publishes to them."""
+    return dg.AssetSelection.tag(TAG, platform_name(settings))
 
 
 def build(platform: Platform) -> dg.Definitions:
@@ -29,9 +37,10 @@ def _table(platform: Platform, entity: str) -> dg.AssetsDefinition:
     contract = platform.contract
 
     @dg.asset(
-        key=table_key(contract.tables[entity]),
+        key=table_key(platform.settings, contract.tables[entity]),
         group_name=GROUP,
         kinds={"dynamodb"},
+        tags={TAG: platform_name(platform.settings)},
         owners=[contract.owner],
         description=f"The table with one item per {entity} and domain; created or verified against the contract.",
     )
@@ -53,7 +62,8 @@ def _table(platform: Platform, entity: str) -> dg.AssetsDefinition:
 
 
 def _published(platform: Platform, domain: Domain) -> dg.AssetsDefinition:
-    key = dg.AssetKey(["online", domain.name])
+    settings = platform.settings
+    key, sink = asset_key(settings, "online", domain.name), asset_key(settings, domain.sink)
     check = dg.AssetCheckSpec(
         "everything_published",
         asset=key,
@@ -65,14 +75,16 @@ def _published(platform: Platform, domain: Domain) -> dg.AssetsDefinition:
         # Unlike a sink or a view for the publisher, a subscription does not itself depend on the DynamoDB
         # table.
         deps=[
-            dg.AssetKey(domain.sink),
-            *([table_key(platform.contract.table_of(domain))] if platform.settings.follows else []),
+            sink,
+            *([table_key(settings, platform.contract.table_of(domain))] if settings.follows else []),
         ],
         group_name=GROUP,
         kinds={"dynamodb"},
+        tags={TAG: platform_name(platform.settings)},
         owners=[domain.owner],
         check_specs=[check],
-        metadata=same_columns(domain.attributes, dg.AssetKey(domain.sink)),
+        pool=engine_pool(settings),
+        metadata=same_columns(domain.attributes, sink),
         description=f"{domain.description} Upserts the changes of {domain.relation}, deletes items without a row.",
     )
     def published(

@@ -8,13 +8,14 @@ from typing import Any
 import dagster as dg
 import sqlalchemy as db
 
-from dagster_prefs.defs import deployment, events, feature_views, freshness, training_data, values
-from dagster_prefs.defs.resources import schedule_status
+from dagster_prefs.defs import deployment, events, feature_views, freshness, lake, training_data, values
+from dagster_prefs.defs.resources import job_schedule, run_tags
 from dagster_prefs.platform import Platform
+from dagster_prefs.settings import Settings
 
 JOB = "delete_old_readings"
-# The jobs that schedules and sensors start repeatedly. Exports are not included: their materializations show in the UI
-# which days exist.
+# The jobs that schedules and sensors start repeatedly. Exports of tiles are not included: their materializations show
+# in the UI which days exist.
 RECURRING = (
     freshness.JOB,
     feature_views.REFRESH_JOB,
@@ -24,6 +25,7 @@ RECURRING = (
     training_data.PARITY_JOB,
     training_data.MAINTENANCE_JOB,
     values.JOB,
+    lake.JOB,
     JOB,
 )
 FINISHED = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED]
@@ -33,37 +35,42 @@ BATCH = 100
 
 def build(platform: Platform, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> dg.Definitions:
     """Return the job that deletes old runs, and its hourly schedule. `clock` returns the time in UTC."""
-    days, most = platform.settings.readings_kept_days, platform.settings.kept_runs
+    settings = platform.settings
+    days, most = settings.readings_kept_days, settings.kept_runs
 
     @dg.op(
+        name=settings.dagster_name("delete_readings"),
         description=f"Delete runs of recurring jobs that are older than {days} days (PREFS_READINGS_KEPT_DAYS), or "
-        f"beyond the last {most} of their job (PREFS_READINGS_KEPT_RUNS)."
+        f"beyond the last {most} of their job (PREFS_READINGS_KEPT_RUNS).",
     )
     def delete_readings(context: dg.OpExecutionContext) -> None:
-        deleted = delete_runs(context.instance, before=clock() - timedelta(days=days), most=most)
+        deleted = delete_runs(context.instance, settings, before=clock() - timedelta(days=days), most=most)
         context.log.info(f"deleted {deleted} runs")
 
-    @dg.job(name=JOB, description=f"Keep {days} days, and {most} runs, of freshness readings and the like.")
+    @dg.job(
+        name=settings.dagster_name(JOB),
+        tags=run_tags(settings),
+        description=f"Keep {days} days, and {most} runs, of freshness readings and the like.",
+    )
     def delete_old_readings() -> None:
         delete_readings()
 
     return dg.Definitions(
         jobs=[delete_old_readings],
         schedules=[
-            dg.ScheduleDefinition(
-                name="delete_old_readings_hourly",
-                job=delete_old_readings,
-                cron_schedule="40 * * * *",
-                execution_timezone="UTC",
-                default_status=schedule_status(platform),
-                description="Deletes runs that are too old to be plotted, so that Dagster's storage is bounded.",
+            job_schedule(
+                settings,
+                "delete_old_readings_hourly",
+                delete_old_readings,
+                "40 * * * *",
+                "Deletes runs that are too old to be plotted, so that Dagster's storage is bounded.",
             )
         ],
     )
 
 
-def delete_runs(instance: dg.DagsterInstance, *, before: datetime, most: int) -> int:
-    """Delete finished runs of the recurring jobs, and return their number. Safe to repeat.
+def delete_runs(instance: dg.DagsterInstance, settings: Settings, *, before: datetime, most: int) -> int:
+    """Delete finished runs of this platform's recurring jobs, and return their number. Safe to repeat.
 
     Of each job the newest run stays, and the others that are no older than `before` (UTC) and among the last `most`.
     With a run, its events, observations, check evaluations and files are deleted, except the last evaluation of each
@@ -71,7 +78,9 @@ def delete_runs(instance: dg.DagsterInstance, *, before: datetime, most: int) ->
     """
     deleted = 0
     for job in RECURRING:
-        finished = dg.RunsFilter(job_name=job, statuses=FINISHED)
+        finished = dg.RunsFilter(
+            job_name=settings.dagster_name(job), tags=run_tags(settings), statuses=FINISHED
+        )
         newest = instance.get_run_records(finished, limit=most)
         if not newest:
             continue

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, Literal
 
 import dagster as dg
 from pydantic import Field
 
-from dagster_prefs.defs.resources import schedule_status
+from dagster_prefs.declarations.masking import masked_row
+from dagster_prefs.defs.resources import asset_job, asset_key, job_schedule, lake_pool
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.files import make_private_folder
 from dagster_prefs.iceberg.catalog import TableMissing
@@ -20,8 +21,8 @@ from dagster_prefs.training.parity import (
     Difference,
     ParityReport,
 )
-from dagster_prefs.training.training_set import CsvOptions, LabelJoin, build_training_set
-from dagster_prefs.training.windows import Features, choose_features, features_by_entity
+from dagster_prefs.training.training_set import CsvOptions, LabelJoin, build_training_set, features_as
+from dagster_prefs.training.windows import Features, features_by_entity
 
 MAINTENANCE_JOB = "maintenance"
 PARITY_JOB = "parity"
@@ -42,6 +43,7 @@ class TrainingSetConfig(dg.Config):
     entity: str | None = None
     tag: str | None = None
     timezone: str | None = None
+    meaning: Literal["yesterday", "served", "happened"] = "yesterday"
     as_known: bool = False
     types: dict[str, str] = Field(default_factory=dict)
     keep_formulas: bool = False
@@ -67,7 +69,7 @@ def parity_check(
     }
 
     @dg.multi_asset_check(
-        name="training_parity",
+        name=platform.settings.dagster_name("training_parity"),
         specs=[
             dg.AssetCheckSpec(
                 checks[domain],
@@ -137,7 +139,8 @@ def maintained(platform: Platform, tables: Mapping[str, dg.AssetKey], clock: Clo
     days = platform.settings.snapshots_kept_days
 
     @dg.asset(
-        key=["training", "maintenance"],
+        key=asset_key(platform.settings, "training", "maintenance"),
+        pool=lake_pool(platform.settings),
         deps=list(tables.values()),
         group_name="offline_store",
         kinds={"iceberg"},
@@ -192,7 +195,7 @@ def training_set_asset(
     """Return the asset of a training set; its run configuration names labels and output."""
 
     @dg.asset(
-        key="training_set",
+        key=asset_key(platform.settings, "training_set"),
         deps=list(tables.values()),
         group_name="offline_store",
         kinds={"duckdb", "parquet"},
@@ -210,12 +213,14 @@ def training_set_asset(
             platform.catalog(),
             LabelJoin(
                 config.labels,
-                choose_features(platform.registry, config.entity),
+                features_as(platform.registry, config.entity, config.meaning),
                 clock(),
                 timezone=config.timezone,
                 as_known=config.as_known,
                 namespace=settings.iceberg_namespace,
                 csv=CsvOptions(config.types, config.keep_formulas),
+                meaning=config.meaning,
+                spreads={} if config.meaning == "yesterday" else platform.spreads(),
             ),
             output_within(settings.training_folder, config.output),
             tag=config.tag,
@@ -266,12 +271,19 @@ def _sentence(features: Features, domain: str, examples: list[Difference], repor
         return f"every served value of {report.subjects} ids of {entity} equals that of the training tables{rest}"
     first = examples[0] if examples else None
     worst = (
-        f"; the worst is {first.attribute} of {entity} {id_label(first.subject)}: {first.served} is served, "
-        f"{first.due} is expected"
+        f"; the worst is {first.attribute} of {entity} {id_label(first.subject)}: "
+        f"{_shown(features, first, first.served)} is served, {_shown(features, first, first.due)} is expected"
         if first
         else ""
     )
     return f"{', '.join(wrong)}{worst}{rest}"
+
+
+def _shown(features: Features, found: Difference, value: Any) -> str:
+    """Return a value for people, masked if it is personal."""
+    registry = features.registry
+    relation = registry.contract.domain(found.domain).relation
+    return str(masked_row(registry, relation, {found.attribute: value})[found.attribute])
 
 
 def _table(features: Features, examples: list[Difference]) -> dg.TableMetadataValue:
@@ -282,8 +294,8 @@ def _table(features: Features, examples: list[Difference]) -> dg.TableMetadataVa
                 {
                     **dict(zip(features.key_names, id_parts(one.subject), strict=True)),
                     "attribute": one.attribute,
-                    "served": str(one.served),
-                    "due": str(one.due),
+                    "served": _shown(features, one, one.served),
+                    "due": _shown(features, one, one.due),
                 }
             )
             for one in examples
@@ -301,28 +313,24 @@ def jobs_of(
     platform: Platform, maintenance: dg.AssetsDefinition, parity: dg.AssetChecksDefinition
 ) -> tuple[list[Any], list[dg.ScheduleDefinition]]:
     """Return the jobs of maintenance and parity with their daily schedules, at hours of little load."""
-    upkeep = dg.define_asset_job(
+    settings = platform.settings
+    upkeep = asset_job(
+        settings,
         MAINTENANCE_JOB,
         dg.AssetSelection.assets(maintenance),
-        description="Expire snapshots, compact small files and delete orphans of the training tables.",
+        "Expire snapshots, compact small files and delete orphans of the training tables.",
     )
-    compare = dg.define_asset_job(
+    compare = asset_job(
+        settings,
         PARITY_JOB,
         dg.AssetSelection.checks(parity),
-        description="Recompute a sample of ids from the training tables and compare it with what is served.",
+        "Recompute a sample of ids from the training tables and compare it with what is served.",
     )
     schedules = [
-        dg.ScheduleDefinition(
-            name=f"{job.name}_daily",
-            job=job,
-            cron_schedule=cron,
-            execution_timezone="UTC",
-            default_status=schedule_status(platform),
-            description=description,
-        )
-        for job, cron, description in (
-            (upkeep, "40 3 * * *", "Maintains the training tables once a day."),
-            (compare, "20 4 * * *", "Compares once a day, hours after the windows have moved."),
+        job_schedule(settings, f"{name}_daily", job, cron, description)
+        for name, job, cron, description in (
+            (MAINTENANCE_JOB, upkeep, "40 3 * * *", "Maintains the training tables once a day."),
+            (PARITY_JOB, compare, "20 4 * * *", "Compares once a day, hours after the windows have moved."),
         )
     ]
     return [upkeep, compare], schedules

@@ -1,6 +1,6 @@
 """Statistics of values, and their drift as asset checks: an asset, its checks, a daily job, and the alerts."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime
 from typing import Any
 
@@ -8,10 +8,16 @@ import dagster as dg
 
 from dagster_prefs.declarations.names import STATISTICS_TABLE
 from dagster_prefs.defs.freshness import tell_changes
-from dagster_prefs.defs.offline_store import asset_key
-from dagster_prefs.defs.resources import schedule_status, sensor_status
+from dagster_prefs.defs.offline_store import training_key
+from dagster_prefs.defs.resources import (
+    asset_job,
+    asset_key,
+    job_schedule,
+    lake_pool,
+    sensor_status,
+)
 from dagster_prefs.errors import PrefsError
-from dagster_prefs.freshness.alerts import Webhook
+from dagster_prefs.freshness.alerts import channels
 from dagster_prefs.freshness.drift import late_statistics, measure_drift, unknown_drift
 from dagster_prefs.freshness.levels import Measure
 from dagster_prefs.platform import Platform
@@ -21,43 +27,44 @@ from dagster_prefs.values.statistics import Statistics
 JOB = "values"
 SENSOR = "drift_watch"
 CHECK = "drift"
-KEY = dg.AssetKey(["training", STATISTICS_TABLE])
 # The sensor `stale_tiles` exports a complete day within the hour after midnight, or the next where it failed.
 CRON = "20 2 * * *"
 
 
 def build(
     platform: Platform,
-    alert_webhook: str | None = None,
+    alert_webhooks: Sequence[str] = (),
     *,
     clock: Callable[[], datetime] = lambda: datetime.now(UTC),
 ) -> dg.Definitions:
     """Return the statistics' asset, the drift checks of the training tables, their job, schedule and sensor.
 
-    `alert_webhook` receives each change of a cause's level once; None only logs it. `clock` returns the time in UTC.
-    Raises AlertError for a webhook that is no https URL.
+    `alert_webhooks` each receive a change of a cause's level once; without any it is only logged. `clock` returns the
+    time in UTC. Raises AlertError for a webhook that is no https URL.
     """
     if not platform.training_tables:
         return dg.Definitions()
-    webhook = None if alert_webhook is None else Webhook(alert_webhook)
+    told = channels(alert_webhooks)
     statistics, checks = _statistics(platform, clock), _checks(platform, clock)
-    job = dg.define_asset_job(
+    settings = platform.settings
+    job = asset_job(
+        settings,
         JOB,
         dg.AssetSelection.assets(statistics) | dg.AssetSelection.checks(checks),
-        description="Describe the complete days that are new or changed, and the rolling views; judge the newest day.",
+        "Describe the complete days that are new or changed, and the rolling views; judge the newest day.",
     )
 
     @dg.sensor(
-        name=SENSOR,
+        name=settings.dagster_name(SENSOR),
         minimum_interval_seconds=600,
-        default_status=sensor_status(platform),
+        default_status=sensor_status(settings),
         description="Tells once when the values of a topic's tiles drift, or are as usual again. Starts no run.",
     )
     def drift_watch(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         now = clock()
         measures = drift_measures(platform, now)
         return dg.SensorResult(
-            cursor=tell_changes(context, measures, webhook, now),
+            cursor=tell_changes(context, measures, told, now),
             skip_reason="; ".join(f"{measure.name}: {measure.level}" for measure in measures)
             or "there are no statistics yet",
         )
@@ -68,13 +75,12 @@ def build(
         jobs=[job],
         sensors=[drift_watch],
         schedules=[
-            dg.ScheduleDefinition(
-                name="values_daily",
-                job=job,
-                cron_schedule=CRON,
-                execution_timezone="UTC",
-                default_status=schedule_status(platform),
-                description="Describes and judges yesterday's values, once they are exported.",
+            job_schedule(
+                settings,
+                "values_daily",
+                job,
+                CRON,
+                "Describes and judges yesterday's values, once they are exported.",
             )
         ],
     )
@@ -89,10 +95,12 @@ def drift_measures(platform: Platform, now: datetime) -> list[Measure]:
 
 
 def _statistics(platform: Platform, clock: Callable[[], datetime]) -> dg.AssetsDefinition:
-    tables = {spec.tile: asset_key(spec) for spec in platform.training_tables.values()}
+    settings = platform.settings
+    tables = {spec.tile: training_key(settings, spec) for spec in platform.training_tables.values()}
 
     @dg.asset(
-        key=KEY,
+        key=asset_key(settings, "training", STATISTICS_TABLE),
+        pool=lake_pool(settings),
         deps=list(tables.values()),
         group_name="offline_store",
         kinds={"duckdb", "iceberg"},
@@ -107,7 +115,8 @@ def _statistics(platform: Platform, clock: Callable[[], datetime]) -> dg.AssetsD
             # Dagster plots the numbers of an asset's observations over time.
             context.log_event(
                 dg.AssetObservation(
-                    asset_key=tables.get(relation, dg.AssetKey(relation)), metadata=plotted(attributes)
+                    asset_key=tables.get(relation, asset_key(settings, relation)),
+                    metadata=plotted(attributes),
                 )
             )
         return dg.MaterializeResult(
@@ -157,19 +166,20 @@ def plotted(attributes: Mapping[str, Statistics]) -> dict[str, dg.MetadataValue 
 
 
 def _checks(platform: Platform, clock: Callable[[], datetime]) -> dg.AssetChecksDefinition:
+    settings = platform.settings
     keys = {
-        spec.tile: asset_key(spec)
+        spec.tile: training_key(settings, spec)
         for spec in platform.training_tables.values()
         if platform.registry.tiles[spec.tile].drift is not False
     }
 
     @dg.multi_asset_check(
-        name="value_drift",
+        name=settings.dagster_name("value_drift"),
         specs=[
             dg.AssetCheckSpec(
                 CHECK,
                 asset=key,
-                additional_deps=[KEY],
+                additional_deps=[asset_key(settings, "training", STATISTICS_TABLE)],
                 description="The newest complete day's values are those of earlier days of the same weekday.",
             )
             for key in keys.values()

@@ -33,6 +33,7 @@ from dagster_prefs.engine.catalog import Catalog, read_catalog
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
 from dagster_prefs.engine.explain import engine_words
+from dagster_prefs.engine.spreads import SPREAD_KIND
 from dagster_prefs.engine.version import require_version
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.files import make_private_folder
@@ -483,13 +484,14 @@ class _Apply:
 
     def _promote_records(self, journal: _Journal) -> None:
         # One statement, so that after a crash either all records are old or all are new.
-        columns = "kind, checksum, source_checksum, definition, state, deployed_at, invocation_id"
+        columns = "kind, checksum, source_checksum, definition, state, invocation_id"
+        # A spread is in force from the swap on.
         self._execute(
-            f"insert into {{}} (relation, {columns}) select replace(relation, %s, ''), {columns} from {{}}"
-            " where right(relation, %s) = %s",
+            f"insert into {{}} (relation, {columns}, deployed_at) select replace(relation, %s, ''), {columns},"
+            " case when kind = %s then now() else deployed_at end from {} where right(relation, %s) = %s",
             self._records,
             self._records,
-            values=(journal.suffix, len(journal.suffix), journal.suffix),
+            values=(journal.suffix, SPREAD_KIND, len(journal.suffix), journal.suffix),
         )
 
     def _promote_indexes(self, journal: _Journal) -> None:

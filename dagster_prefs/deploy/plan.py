@@ -19,6 +19,7 @@ from sqlglot.errors import SqlglotError
 from dagster_prefs.engine.catalog import Catalog, CatalogObject, read_catalog
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
+from dagster_prefs.engine.spreads import SPREAD_KIND
 from dagster_prefs.engine.version import require_version
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.redaction import redact_options
@@ -368,7 +369,8 @@ def compare(
     relations_of = {
         name: record
         for name, record in records.items()
-        if record.kind not in (CONTRACT_KIND, JOURNAL_KIND, PENDING_KIND) and not SHADOW.search(name)
+        if record.kind not in (CONTRACT_KIND, JOURNAL_KIND, PENDING_KIND, SPREAD_KIND)
+        and not SHADOW.search(name)
     }
     stranded = _stranded(models, relations_of, catalog) if engine == "risingwave" else {}
     found: dict[str, RelationPlan] = {}

@@ -31,7 +31,7 @@ class ItemEncoder:
         self.max_bytes = table.max_item_bytes
         self._table = table
         self._attributes = [
-            (name, attribute.nullable, _ENCODERS[attribute.type], len(name.encode()))
+            (name, attribute.nullable, _encoder(attribute), len(name.encode()))
             for name, attribute in domain.attributes.items()
         ]
         self._key_bytes = sum(len(name.encode()) for name in (table.partition_key.name, table.sort_key.name))
@@ -99,7 +99,7 @@ class ItemDecoder:
     def __init__(self, domain: Domain) -> None:
         self.domain = domain
         self._attributes = [
-            (name, attribute, _DECODERS[attribute.type]) for name, attribute in domain.attributes.items()
+            (name, attribute, _decoder(attribute)) for name, attribute in domain.attributes.items()
         ]
 
     def decode(self, item: Mapping[str, Mapping[str, Any]]) -> tuple[list[Any], tuple[str, ...]]:
@@ -207,27 +207,35 @@ def _encode_string(value: Any) -> tuple[dict[str, Any], int]:
     return {"S": value}, len(value.encode())
 
 
-def _list_encoder(
-    encode: Callable[[Any], tuple[dict[str, Any], int]],
-) -> Callable[[Any], tuple[dict[str, Any], int]]:
+_Encode = Callable[[Any], tuple[dict[str, Any], int]]
+_Decode = Callable[[Mapping[str, Any]], Any]
+
+
+def _encoder(attribute: Attribute) -> _Encode:
+    if not attribute.is_list:
+        return _ENCODERS[attribute.type]
+    encode = _ENCODERS[_element_type(attribute)]
+
     def encode_list(value: Any) -> tuple[dict[str, Any], int]:
         if not isinstance(value, list):
             raise ValueError(f"must be a list, not {type(value).__name__}")
-        if None in value:
-            raise ValueError("contains NULL")
-        elements = [encode(element) for element in value]
+        if None in value and not attribute.null_elements:
+            raise ValueError("contains NULL, and the contract has no null_elements for it")
+        elements = [(NULL, 1) if element is None else encode(element) for element in value]
         return {"L": [typed for typed, _ in elements]}, 3 + sum(size + 1 for _, size in elements)
 
     return encode_list
 
 
-_ENCODERS: Mapping[str, Callable[[Any], tuple[dict[str, Any], int]]] = {
+def _element_type(attribute: Attribute) -> str:
+    return attribute.type.removeprefix("list<").removesuffix(">")
+
+
+_ENCODERS: Mapping[str, _Encode] = {
     "integer": _encode_integer,
     "decimal": _encode_decimal,
     "float": _encode_float,
     "string": _encode_string,
-    "list<string>": _list_encoder(_encode_string),
-    "list<decimal>": _list_encoder(_encode_decimal),
 }
 
 
@@ -250,11 +258,18 @@ def _decode_string(typed: Mapping[str, Any]) -> str:
     return value
 
 
-_DECODERS: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
+def _decoder(attribute: Attribute) -> _Decode:
+    if not attribute.is_list:
+        return _DECODERS[attribute.type]
+    decode = _DECODERS[_element_type(attribute)]
+    if not attribute.null_elements:
+        return lambda typed: [decode(element) for element in typed["L"]]
+    return lambda typed: [None if element.get("NULL") is True else decode(element) for element in typed["L"]]
+
+
+_DECODERS: Mapping[str, _Decode] = {
     "integer": _decode_integer,
     "decimal": lambda typed: Decimal(typed["N"]),
     "float": lambda typed: float(typed["N"]),
     "string": _decode_string,
-    "list<string>": lambda typed: [_decode_string(element) for element in typed["L"]],
-    "list<decimal>": lambda typed: [Decimal(element["N"]) for element in typed["L"]],
 }

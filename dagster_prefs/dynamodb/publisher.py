@@ -61,6 +61,7 @@ COLUMN_TYPES = {
     "string": ("text", "character varying"),
     "list<string>": ("text[]", "character varying[]"),
     "list<decimal>": ("numeric[]",),
+    "list<integer>": ("bigint[]", "integer[]", "smallint[]"),
 }
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from dagster_prefs.addresses import is_loopback
 from dagster_prefs.declarations.contract import Contract, Table
+from dagster_prefs.environment import ENVIRONMENT_TAG
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.pauses import Pauses
 
@@ -87,6 +89,7 @@ def provision(
     *,
     prefix: str = "",
     mode: Literal["create", "verify"] = "create",
+    environment: str | None = None,
     timeout_seconds: float = 60.0,
 ) -> dict[str, TableReport]:
     """Ensure that each table of the contract exists, is ACTIVE and has the contract's keys; return them by entity.
@@ -94,7 +97,8 @@ def provision(
     `create` creates a missing table (on demand, encrypted with DynamoDB's own key) and raises the table's
     contract version tag to the contract's. `verify` never creates or tags anything, and also requires that
     tag, point-in-time recovery and deletion protection, as the Terraform module sets them. An existing table
-    is never altered except for the tag, and never deleted. Idempotent, also when it runs twice at the same
+    is never altered except for the tag, and never deleted. With an `environment`, a created table has its name
+    as another tag, and a table of another environment is refused. Idempotent, also when it runs twice at the same
     time.
 
     Raises TableError with the remedy for every difference (including a contract that is newer than the
@@ -102,7 +106,15 @@ def provision(
     refused request, naming the missing permission.
     """
     return {
-        entity: _provision(client, entity, contract, prefix + table.name, mode, timeout_seconds)
+        entity: _provision(
+            client,
+            entity,
+            contract,
+            prefix + table.name,
+            mode=mode,
+            environment=environment,
+            timeout_seconds=timeout_seconds,
+        )
         for entity, table in contract.tables.items()
     }
 
@@ -112,7 +124,9 @@ def _provision(
     entity: str,
     contract: Contract,
     name: str,
+    *,
     mode: Literal["create", "verify"],
+    environment: str | None,
     timeout_seconds: float,
 ) -> TableReport:
     from botocore.exceptions import BotoCoreError, ClientError
@@ -126,7 +140,10 @@ def _provision(
                 raise TableError(
                     f"table {name} is missing: apply the Terraform module, or set PREFS_PROVISIONING=create"
                 )
-            created = _create(client, table, contract.version, name)
+            tags = {CONTRACT_VERSION_TAG: str(contract.version)}
+            created = _create(
+                client, table, name, tags | ({ENVIRONMENT_TAG: environment} if environment else {})
+            )
         description = _wait_until_active(client, name, timeout_seconds)
         if created and table.ttl_attribute:
             client.update_time_to_live(
@@ -136,12 +153,14 @@ def _provision(
         ttl = _ttl_difference(client, name, table.ttl_attribute)
         recovery = _point_in_time_recovery(client, name)
         differences = _key_differences(description, table)
+        if environment is not None and not created:
+            differences += _environment_differences(client, description, environment)
         if mode == "verify":
             differences += _version_differences(client, description, contract.version)
         elif not created and not differences:
             _raise_version(client, description, contract.version)
     except ClientError as error:
-        raise TableError(_refusal(name, error)) from None
+        raise TableError(refusal(name, error)) from None
     except BotoCoreError as error:
         raise TableError(
             f"table {name} cannot be reached: {error}: check endpoint, region and credentials"
@@ -186,7 +205,7 @@ def _describe(client: DynamoDBClient, name: str) -> Any | None:
         return None
 
 
-def _create(client: DynamoDBClient, table: Table, version: int, name: str) -> bool:
+def _create(client: DynamoDBClient, table: Table, name: str, tags: Mapping[str, str]) -> bool:
     try:
         client.create_table(
             TableName=name,
@@ -199,7 +218,7 @@ def _create(client: DynamoDBClient, table: Table, version: int, name: str) -> bo
                 for key in (table.partition_key, table.sort_key)
             ],
             BillingMode="PAY_PER_REQUEST",
-            Tags=[{"Key": CONTRACT_VERSION_TAG, "Value": str(version)}],
+            Tags=[{"Key": key, "Value": value} for key, value in tags.items()],
         )
     except client.exceptions.ResourceInUseException:
         # Another process made it between our look and our request.
@@ -263,17 +282,45 @@ def _point_in_time_recovery(client: DynamoDBClient, name: str) -> bool | None:
 
 def _deployed_version(client: DynamoDBClient, description: Any) -> str | None:
     """Return the value of the table's contract version tag; None without one."""
-    version = None
+    return _tags(client, description["TableArn"]).get(CONTRACT_VERSION_TAG)
+
+
+def _tags(client: DynamoDBClient, arn: str) -> dict[str, str]:
+    # The local AWS server keeps a tag's former values before its present one.
+    found: dict[str, str] = {}
     token: dict[str, Any] = {}
     while True:
-        answer = client.list_tags_of_resource(ResourceArn=description["TableArn"], **token)
-        for tag in answer.get("Tags", []):
-            # The local AWS server keeps a tag's former values before its present one.
-            if tag["Key"] == CONTRACT_VERSION_TAG:
-                version = tag["Value"]
+        answer = client.list_tags_of_resource(ResourceArn=arn, **token)
+        found |= {tag["Key"]: tag["Value"] for tag in answer.get("Tags", [])}
         if not answer.get("NextToken"):
-            return version
+            return found
         token = {"NextToken": answer["NextToken"]}
+
+
+def table_environment(client: DynamoDBClient, arn: str) -> str | None:
+    """Return the name of the environment that a table's tag names; None without a tag, or where none can be read."""
+    from botocore.exceptions import ClientError
+
+    try:
+        tag = _tags(client, arn).get(ENVIRONMENT_TAG)
+    except ClientError as error:
+        # DynamoDB Local has no tags.
+        if error.response.get("Error", {}).get("Code") not in (
+            "UnknownOperationException",
+            "NotImplemented",
+            "AccessDeniedException",
+        ):
+            raise
+        return None
+    # Terraform writes hyphens, which a name of ours does not have.
+    return None if tag is None else tag.replace("-", "_")
+
+
+def _environment_differences(client: DynamoDBClient, description: Any, environment: str) -> list[str]:
+    found = table_environment(client, description["TableArn"])
+    if found in (None, environment):
+        return []
+    return [f"it belongs to environment {found}, not to {environment}; choose another PREFS_ENVIRONMENT"]
 
 
 def _version_differences(client: DynamoDBClient, description: Any, version: int) -> list[str]:
@@ -330,7 +377,8 @@ def _key_differences(description: Any, table: Table) -> list[str]:
     return differences
 
 
-def _refusal(name: str, error: Any) -> str:
+def refusal(name: str, error: Any) -> str:
+    """Translate an error of a request about a table: the reason and the remedy."""
     code = error.response.get("Error", {}).get("Code", "unknown")
     message = error.response.get("Error", {}).get("Message", "")
     if code == "AccessDeniedException":

@@ -64,7 +64,8 @@ class Dbt:
     """The dbt project against one engine.
 
     dbt reads the connection from `PREFS_ENGINE_*` (see `profiles.yml`): each invocation runs in the child process,
-    whose environment is this process's with these variables set from `connection`. dbt writes only to `target_dir`.
+    whose environment is this process's with these variables set from `connection`, and with those of `given`, which
+    holds what this process was given instead of its environment. dbt writes only to `target_dir`.
     `process` defaults to one that all instances in this process share.
     """
 
@@ -75,12 +76,14 @@ class Dbt:
         target_dir: Path,
         environment: Mapping[str, str] | None = None,
         *,
+        given: Mapping[str, str] | None = None,
         process: DbtProcess | None = None,
     ) -> None:
         self.connection = connection
         self._process = process or _SHARED
         self.project_dir = project_dir
         self.target_dir = target_dir
+        self._given = dict(given or {})
         self._environment = {
             "PREFS_ENGINE": connection.kind,
             "PREFS_ENGINE_HOST": connection.host,
@@ -201,6 +204,7 @@ class Dbt:
             "manifest": None if manifest is None else str(manifest.absolute()),
             "environment": {
                 **os.environ,
+                **self._given,
                 **self._environment,
                 **{name: value for name, value in proof.items() if value is not None},
             },

@@ -20,14 +20,13 @@ from psycopg.rows import dict_row
 
 from dagster_prefs import ids
 from dagster_prefs.declarations.names import QUERY_SUFFIX
+from dagster_prefs.declarations.names import REDACTED as REDACTED
 from dagster_prefs.declarations.registry import Entity, Registry, TopicDeclaration
 from dagster_prefs.declarations.reserved import is_reserved, reserved_range
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError, excerpt
 from dagster_prefs.events.raw import RawStoreError, translated
-
-REDACTED = b'{"erased":true}'
-"""What remains of a message; the typed layer rejects it with the reason `erased`."""
+from dagster_prefs.events.schema_registry import unframed
 
 BATCH_ROWS = 500
 
@@ -226,6 +225,34 @@ class RawMessages:
             "row of a table with PREFS_RAW_RETENTION_SECONDS: rebuild them without it"
         )
 
+    def redact_read(self, raw_table: str, positions: Sequence[Position]) -> int:
+        """Redact what the embedded engine has read from those messages that have left the raw table by retention.
+
+        Returns their number. The parsed relation keeps them as it would if they had been redacted before.
+        """
+        (topic,) = (one for one in self._topics if one.raw == raw_table)
+        empty = [
+            "payload = %(text)s, reason = 'erased'",
+            *(["canary = null"] if topic.entity else []),
+            *(f"{{{place}}} = null" for place in range(len(topic.fields))),
+        ]
+        change = sql.SQL(
+            "update {parsed} as t set " + ", ".join(empty) + " from"
+            " unnest(%(s)s::text[], %(p)s::int[], %(o)s::bigint[]) as gone (s, p, o)"
+            " where t.source = gone.s and t.source_partition = gone.p and t.source_offset = gone.o"
+            " and not exists (select from {raw} as raw where raw.source = gone.s and raw.source_partition = gone.p"
+            " and raw.source_offset = gone.o)"
+        ).format(
+            *(sql.Identifier(field.name) for field in topic.fields),
+            parsed=self._relation(topic.parsed),
+            raw=self._relation(raw_table),
+        )
+        sources, partitions, offsets = map(list, zip(*positions, strict=True))
+        with translated(self._engine, topic.parsed):
+            return self._connection.execute(
+                change, {"text": REDACTED.decode(), "s": sources, "p": partitions, "o": offsets}
+            ).rowcount
+
     def _seen(self, topic: TopicDeclaration) -> set[Position]:
         """Return the messages with the id in its own field, and rejected ones that name it elsewhere."""
         found = set(self._rejected(topic))
@@ -344,7 +371,7 @@ def _in_json(subject: Subject) -> list[str]:
 def _of_another(subject: Subject, message: bytes) -> bool:
     """Return whether the message belongs to another subject, and only mentions this one."""
     try:
-        document = json.loads(message, parse_float=Decimal, parse_int=Decimal)
+        document = json.loads(unframed(message), parse_float=Decimal, parse_int=Decimal)
     except (ValueError, RecursionError):
         return False
     value = document.get(subject.key) if isinstance(document, dict) else None

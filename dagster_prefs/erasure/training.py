@@ -176,8 +176,7 @@ class SubjectInTable(ABC):
             table = self._load()
             if table is None:
                 return [], []
-            mine = EqualTo(term=self._key, value=self._erased.value)
-            current = scan_rows(table, row_filter=mine).read_all().to_pylist()
+            current = self._current(table)
             live = {file.data.file_path for file in live_files(table)}
             earlier = {
                 file.file_path
@@ -187,6 +186,12 @@ class SubjectInTable(ABC):
             } | set(self._unreferenced(table))
             return current, [row for path in sorted(earlier - live) for row in self._read(table, path)]
 
+    def _current(self, table: Table) -> list[dict[str, Any]]:
+        """Return the subject's rows of the current state."""
+        mine = EqualTo(term=self._key, value=self._erased.value)
+        rows: list[dict[str, Any]] = scan_rows(table, row_filter=mine).read_all().to_pylist()
+        return rows
+
     def _read(self, table: Table, path: str) -> Iterator[dict[str, Any]]:
         with (
             suppress(FileNotFoundError),
@@ -194,7 +199,11 @@ class SubjectInTable(ABC):
             pq.ParquetFile(source) as parquet,
         ):
             for batch in parquet.iter_batches(row_groups=self._groups(parquet)):
-                yield from batch.filter(self._erased.rows_of(batch, self._time)).to_pylist()
+                yield from batch.filter(self._mine(batch)).to_pylist()
+
+    def _mine(self, batch: pa.RecordBatch) -> pa.Array:
+        """Return a mask of the subject's rows."""
+        return self._erased.rows_of(batch, self._time)
 
     @abstractmethod
     def _erase_rows(self) -> tuple[tuple[date, ...], tuple[date, ...]]:
@@ -308,16 +317,7 @@ class SubjectInTable(ABC):
         if path not in self._rows:
             try:
                 with table.io.new_input(path).open() as source, pq.ParquetFile(source) as parquet:
-                    if not {self._key, self._time} <= set(parquet.schema_arrow.names):
-                        # A delete file of another engine contains positions or keys, but no rows.
-                        self._rows[path] = 0
-                        return 0
-                    batches = parquet.iter_batches(
-                        row_groups=self._groups(parquet), columns=[self._key, self._time]
-                    )
-                    self._rows[path] = sum(
-                        int(pc.sum(self._erased.rows_of(batch, self._time)).as_py() or 0) for batch in batches
-                    )
+                    self._rows[path] = self._count(parquet)
             except FileNotFoundError:
                 # The files that an outdated export had staged are deleted, but a snapshot may still reference
                 # them.
@@ -328,6 +328,19 @@ class SubjectInTable(ABC):
                 # An incomplete file is unreferenced, and maintenance removes it.
                 return 0
         return self._rows[path]
+
+    def _count(self, parquet: pq.ParquetFile) -> int:
+        """Count the subject's rows in an open file."""
+        columns = self._columns(set(parquet.schema_arrow.names))
+        if not columns:
+            # A delete file of another engine contains positions or keys, but no rows.
+            return 0
+        batches = parquet.iter_batches(row_groups=self._groups(parquet), columns=columns)
+        return sum(int(pc.sum(self._mine(batch)).as_py() or 0) for batch in batches)
+
+    def _columns(self, names: set[str]) -> list[str]:
+        """Return those of a file's columns that tell whose a row is; empty for a file without rows."""
+        return [self._key, self._time] if {self._key, self._time} <= names else []
 
     def _groups(self, parquet: pq.ParquetFile) -> list[int]:
         """Return the row groups of a file that may hold the subject."""

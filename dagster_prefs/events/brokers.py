@@ -15,6 +15,9 @@ from botocore.awsrequest import AWSRequest
 from botocore.credentials import ReadOnlyCredentials
 from botocore.exceptions import BotoCoreError, ClientError
 
+from dagster_prefs.environment import CONSUMER_GROUP
+from dagster_prefs.events.schema_registry import RegistryAddress
+
 TOKEN_SECONDS = 900
 
 
@@ -33,15 +36,18 @@ class KafkaSecurity:
 
 @dataclass(frozen=True)
 class KafkaSource:
-    """The source of events: brokers, the topics' names in Kafka, the start of a new consumer, and its properties.
+    """The source of events: brokers, the topics' names in Kafka, the start of a new consumer, its properties and group.
 
-    `bootstrap` is None without Kafka. `client` holds secrets and is left out of the repr.
+    `bootstrap` is None without Kafka. `client` holds secrets and is left out of the repr. `schemas` is the address of
+    the schema registry, None if there is none.
     """
 
     bootstrap: str | None = None
     topics: Mapping[str, str] = field(default_factory=dict)
     start: Literal["earliest", "latest"] = "earliest"
     client: Mapping[str, Any] | None = field(default=None, repr=False)
+    group: str = CONSUMER_GROUP
+    schemas: RegistryAddress | None = None
 
 
 def client_properties(security: KafkaSecurity) -> dict[str, Any]:

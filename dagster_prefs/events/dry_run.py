@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dagster_prefs.declarations.masking import masked_message
 from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.events.canaries import CanaryKey, stored_keys
@@ -29,7 +30,10 @@ _SIZE = re.compile(" has [0-9]+ bytes, at most ")
 
 @dataclass
 class Reason:
-    """The messages of one reason: how many, and (row or line, the reason as it stands, message) of the first."""
+    """The messages of one reason: how many, and (row or line, the reason as it stands, message) of the first.
+
+    Personal values of the messages are masked.
+    """
 
     count: int = 0
     examples: list[tuple[int, str, str]] = field(default_factory=list)
@@ -55,6 +59,7 @@ class DryRun:
 
 @dataclass
 class _Judge:
+    registry: Registry
     topic: Topic
     keys: Sequence[CanaryKey]
     now: datetime
@@ -68,7 +73,10 @@ class _Judge:
         reason = self.found.rejected.setdefault(_SIZE.sub(" has too many bytes, at most ", why), Reason())
         reason.count += 1
         if len(reason.examples) < EXAMPLES:
-            reason.examples.append((row, why, message[:EXCERPT].decode("utf-8", "replace")))
+            shown = masked_message(
+                self.registry, self.registry.topic(self.topic.name), message.decode("utf-8", "replace")
+            )
+            reason.examples.append((row, why, shown[:EXCERPT]))
 
 
 def dry_run_file(
@@ -96,7 +104,7 @@ def dry_run_file(
     options.check_lines(path)
     file_format = detect(path, registry, options.topic, options.mapping)
     shift = shift_of(path, file_format, options.shift_to) if options.shift_to else 0
-    judge = _judge(connection, file_format.topic)
+    judge = _judge(connection, registry, file_format.topic)
     read, size = Tally(), check_file(path).st_size
     with LineReader(path) as reader:
         for batch, damage in batches_of(reader, file_format, shift, Batches().size, read):
@@ -124,7 +132,7 @@ def dry_run_table(
 
     topic = table_topic(table, registry, options)
     check_table_options(table, options)
-    judge = _judge(connection, topic)
+    judge = _judge(connection, registry, topic)
     with Converter(table, topic, columns_of(options)) as converter:
         converter.check_arrivals(judge.now)
         for batch in converter.messages():
@@ -136,7 +144,7 @@ def dry_run_table(
     return judge.found
 
 
-def _judge(connection: EngineConfiguration, topic: Topic) -> _Judge:
+def _judge(connection: EngineConfiguration, registry: Registry, topic: Topic) -> _Judge:
     with connection.connect() as session:
         keys = stored_keys(session, connection)
-    return _Judge(topic, keys, datetime.now(UTC), DryRun(topic.name))
+    return _Judge(registry, topic, keys, datetime.now(UTC), DryRun(topic.name))

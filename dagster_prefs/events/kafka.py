@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 from confluent_kafka import (
@@ -26,10 +28,12 @@ from confluent_kafka import (
 
 from dagster_prefs.declarations.registry import TopicDeclaration
 from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.environment import CONSUMER_GROUP
 from dagster_prefs.events.brokers import KafkaSource
 from dagster_prefs.events.contact import BROKER_TIMEOUT_SECONDS, Contact
 from dagster_prefs.events.contact import KafkaUnavailable as KafkaUnavailable
 from dagster_prefs.events.raw import Batches, IngestReport, Progress, RawMessage, RawStore
+from dagster_prefs.events.schema_registry import SchemaRegistry, SchemaRegistryUnavailable, decode_avro
 from dagster_prefs.events.topics import source_name
 
 POLL_SECONDS = 0.5
@@ -58,7 +62,7 @@ def ingest_topic(
 
     Raises KafkaUnavailable, with Kafka's own reason, if no brokers are configured, they reject this client or do not
     answer within `timeout_seconds`, the topic does not exist, or it ends before the position that the engine has
-    stored; EngineUnavailable, RawStoreError.
+    stored; SchemaRegistryUnavailable for a topic in Avro; EngineUnavailable, RawStoreError.
     """
     started = time.monotonic()
     name, bootstrap = kafka.topics.get(topic.name, topic.name), kafka.bootstrap
@@ -66,6 +70,7 @@ def ingest_topic(
         raise KafkaUnavailable(
             f"topic {name} cannot be read, because no Kafka brokers are configured: set PREFS_KAFKA_BOOTSTRAP"
         )
+    decode = decoder(topic, kafka)
     source = source_name(name, generation)
     contact = Contact(
         Consumer,
@@ -73,7 +78,7 @@ def ingest_topic(
         kafka.client,
         timeout_seconds=timeout_seconds,
         properties={
-            "group.id": "dagster-prefs",
+            "group.id": kafka.group,
             "enable.auto.commit": False,
             "enable.partition.eof": True,
             "auto.offset.reset": "earliest",
@@ -109,7 +114,10 @@ def ingest_topic(
                         continue
                     batch.append(
                         RawMessage(
-                            message.partition(), message.offset(), message.value(), _time(message.timestamp())
+                            message.partition(),
+                            message.offset(),
+                            decode(message.value()),
+                            _time(message.timestamp()),
                         )
                     )
                 accepted += store.write(topic, source, batch)
@@ -130,6 +138,24 @@ def ingest_topic(
     return IngestReport(
         source, topic.name, read, accepted, read - accepted, skipped, 0, time.monotonic() - started
     )
+
+
+def decoder(topic: TopicDeclaration, kafka: KafkaSource) -> Callable[[bytes], bytes]:
+    """Return what turns a message of a topic into the bytes to store: Avro becomes JSON, all else stays.
+
+    Raises SchemaRegistryUnavailable if the topic is in Avro, and no registry is configured or no reader installed.
+    """
+    if topic.format != "avro":
+        return lambda message: message
+    if kafka.schemas is None:
+        raise SchemaRegistryUnavailable(
+            f"topic {topic.name} is in Avro, and no schema registry is configured: set PREFS_SCHEMA_REGISTRY_URL"
+        )
+    if find_spec("fastavro") is None:
+        raise SchemaRegistryUnavailable(
+            f"topic {topic.name} is in Avro, and fastavro is not installed: install dagster-prefs[avro]"
+        )
+    return partial(decode_avro, registry=SchemaRegistry(kafka.schemas))
 
 
 class TopicUnavailable(KafkaUnavailable):
@@ -227,7 +253,7 @@ def holds_messages(
         bootstrap,
         client,
         timeout_seconds=timeout_seconds,
-        properties={"group.id": "dagster-prefs", "allow.auto.create.topics": False},
+        properties={"group.id": CONSUMER_GROUP, "allow.auto.create.topics": False},
     )
     try:
         for partition in topic_partitions(contact, bootstrap, topic):

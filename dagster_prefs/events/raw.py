@@ -42,6 +42,17 @@ class Place(NamedTuple):
     offset: int
 
 
+class StoredMessage(NamedTuple):
+    """A row of a raw table."""
+
+    source: str
+    source_partition: int
+    source_offset: int
+    data: bytes
+    kafka_timestamp: datetime | None
+    arrived_at: datetime
+
+
 @dataclass(frozen=True)
 class Progress:
     """The progress of an ingestion: `done` of `total` `unit`s; `total` is None if no end is known."""
@@ -160,6 +171,33 @@ class RawStore:
                 self._collided = True
                 return self._copy_staged(topic, columns, lines, read)
 
+    def restore(self, topic: TopicDeclaration, messages: Sequence[StoredMessage]) -> int:
+        """Store messages of any sources as they once were stored, times included, on the embedded engine.
+
+        In one transaction. Returns how many are new; one whose place is already stored keeps its first content.
+        """
+        columns = StoredMessage._fields
+        with self._translated(topic.raw), self._connection.transaction(), self._connection.cursor() as cursor:
+            cursor.execute(
+                sql.SQL(
+                    "create temporary table prefs_restored (like {} including defaults) on commit drop"
+                ).format(self._relation(topic.raw))
+            )
+            with cursor.copy(
+                sql.SQL("copy pg_temp.prefs_restored ({}) from stdin (format binary)").format(_names(columns))
+            ) as copy:
+                copy.set_types(["text", "int4", "int8", "bytea", "timestamptz", "timestamptz"])
+                for message in messages:
+                    copy.write_row(message)
+            cursor.execute(
+                sql.SQL(
+                    "insert into {} ({columns}) select {columns} from pg_temp.prefs_restored on conflict do nothing"
+                ).format(self._relation(topic.raw), columns=_names(columns))
+            )
+            restored = cursor.rowcount
+            self._wait_from_now(cursor, topic, columns)
+        return restored
+
     def _copy_staged(
         self, topic: TopicDeclaration, columns: Sequence[str], lines: Sequence[memoryview], read: FileRecord
     ) -> int:
@@ -225,6 +263,21 @@ class RawStore:
                 (source,),
             ).fetchall()
         return {int(partition): int(offset) for partition, offset in rows}
+
+    def data(self, topic: TopicDeclaration, place: Place) -> bytes:
+        """Return the stored bytes of a message. Raises RawStoreError if it is not stored."""
+        with self._translated(topic.raw):
+            row = self._connection.execute(
+                sql.SQL(
+                    'select "data" from {} where source = %s and source_partition = %s and source_offset = %s'
+                ).format(self._relation(topic.raw)),
+                place,
+            ).fetchone()
+        if row is None:
+            raise RawStoreError(
+                f"{topic.raw} has no message {place.source} {place.partition}/{place.offset}: {AGAIN}"
+            )
+        return bytes(row[0])
 
     def recall(self, source: str) -> FileRecord | None:
         """Return the stored state of a source, None if there is none."""

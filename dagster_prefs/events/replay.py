@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import groupby, islice
@@ -31,6 +31,7 @@ from dagster_prefs.events.ingest import Delivery
 from dagster_prefs.events.messages import Topic, topics_of, value_span
 from dagster_prefs.events.raw import Place, RawMessage, RawStore, translated
 from dagster_prefs.events.rejected import RELATION, stream_rejected
+from dagster_prefs.events.schema_registry import UNDECODED
 from dagster_prefs.events.validity import ERASED, rejection_reason
 from dagster_prefs.files import whole_file
 
@@ -151,9 +152,11 @@ def replay_unchanged(
     *,
     now: datetime,
     deliver: Delivery | None = None,
+    decode: Callable[[Topic, bytes], bytes] = lambda topic, message: message,
 ) -> ReplayReport:
     """Send unchanged the open rejected messages that are valid if they arrive `now` (UTC).
 
+    `decode` returns what is stored of a topic's message from Kafka, for one that could not be decoded when it was read.
     Raises as `stream_rejected` and `replay_file`.
     """
     topics = topics_of(registry)
@@ -163,10 +166,15 @@ def replay_unchanged(
     def valid() -> Iterator[_Correction]:
         for event in stream_rejected(connection, topic, reason):
             found = topics[registry.topic(event.topic).name]
-            message = event.payload.encode()
+            place = Place(event.source, event.partition, event.offset)
+            message = (
+                decode(found, store.data(found, place))
+                if event.reason == UNDECODED
+                else event.payload.encode()
+            )
             why = rejection_reason(message, found, now)
             if why is None:
-                yield _Correction(0, found, Place(event.source, event.partition, event.offset), message)
+                yield _Correction(0, found, place, message)
             else:
                 left_out[why] += 1
 

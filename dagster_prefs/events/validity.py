@@ -17,6 +17,7 @@ from dagster_prefs.events.canaries import OF_ANOTHER_DEPLOYMENT, CanaryKey, depl
 from dagster_prefs.events.fields import field_fault, field_text, too_many_bytes
 from dagster_prefs.events.formats import row_fault
 from dagster_prefs.events.messages import Topic
+from dagster_prefs.events.schema_registry import MAGIC, UNDECODED, unframed
 from dagster_prefs.ids import BadId, read_key
 
 # The reason of erased messages: nothing is wrong with them, and their content cannot be restored.
@@ -39,6 +40,10 @@ def rejection_reason(
     `canary_keys` are those of the engine. Without them, as for every producer but the probe, no canary is
     valid.
     """
+    if topic.format == "json_schema":
+        message = unframed(message)
+    if topic.format == "avro" and message.startswith(MAGIC):
+        return UNDECODED
     if len(message) > topic.limits.max_bytes:
         return too_many_bytes("message", len(message), topic.limits.max_bytes)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 import urllib.error
@@ -75,19 +76,29 @@ def remembered(before: Mapping[str, Alarm], told: Iterable[Transition]) -> dict[
     return {key: level for key, level in sorted(levels.items()) if level != "ok"}
 
 
-def dump_levels(levels: Mapping[str, Alarm]) -> str:
-    """Serialize alarm levels to JSON, for a sensor's cursor."""
-    return json.dumps(levels, separators=(",", ":"))
+def dump_levels(told: Mapping[str, Mapping[str, Alarm]]) -> str:
+    """Serialize the alarm levels that each channel was told of to JSON, for a sensor's cursor.
+
+    While all channels were told the same, the levels are stored once.
+    """
+    first = next(iter(told.values()), {})
+    alike = all(levels == first for levels in told.values())
+    return json.dumps(first if alike else told, separators=(",", ":"))
 
 
-def load_levels(text: str | None) -> dict[str, Alarm]:
-    """Parse the output of `dump_levels`. A missing or unreadable text means that no alarm was sent yet."""
+def load_levels(text: str | None, channel: str = "") -> dict[str, Alarm]:
+    """Return what `dump_levels` stored for a channel.
+
+    A missing or unreadable text, or one without the channel, means that no alarm was sent yet.
+    """
     try:
         levels = json.loads(text or "{}")
     except ValueError:
         return {}
     if not isinstance(levels, dict):
         return {}
+    if any(isinstance(one, dict) for one in levels.values()):
+        levels = levels.get(channel) or {}
     return {str(key): level for key, level in levels.items() if level in _SEVERITY}
 
 
@@ -115,6 +126,8 @@ class Webhook:
             )
         self._url = url
         self._host = parts.hostname
+        # Names the channel in a sensor's cursor, from which nobody can tell the URL.
+        self.name = hashlib.sha256(url.encode()).hexdigest()[:12]
         self._attempts = attempts
         self._timeout = timeout_seconds
         self._wait = wait
@@ -154,3 +167,8 @@ class Webhook:
             f"the alert webhook at {self._host} did not accept the message ({reason}): check "
             "PREFS_ALERT_WEBHOOK with `prefs alerts test`"
         )
+
+
+def channels(urls: Sequence[str]) -> list[Webhook]:
+    """Return a webhook per URL. Raises AlertError for one that is no https URL."""
+    return [Webhook(url) for url in dict.fromkeys(urls)]

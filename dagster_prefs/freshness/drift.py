@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from dagster_prefs.declarations.names import STATISTICS_TABLE
 from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.errors import PrefsError
-from dagster_prefs.files import write_private
+from dagster_prefs.files import make_private_folder, write_private
 from dagster_prefs.freshness.exports_memo import catalog_tables
 from dagster_prefs.freshness.levels import Level, Measure
 
@@ -99,6 +99,7 @@ class DriftMemo:
     def remember(self, state: str, measures: Sequence[Measure]) -> None:
         """Store the measures."""
         try:
+            make_private_folder(self.path.parent)
             write_private(
                 self.path, json.dumps({"state": state, "measures": [asdict(found) for found in measures]})
             )

@@ -24,7 +24,7 @@ from dagster_prefs.declarations.contract import Freshness
 from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError
-from dagster_prefs.files import local_folder, write_private
+from dagster_prefs.files import local_folder, make_private_folder, write_private
 from dagster_prefs.freshness.levels import Measure
 
 
@@ -73,6 +73,7 @@ class ExportsMemo:
             return
         content = {"state": state, "measures": [asdict(found) for found in measures]}
         try:
+            make_private_folder(self.path.parent)
             write_private(self.path, json.dumps(content))
         except OSError:
             # Without the file, the next reading only takes longer.

@@ -14,6 +14,7 @@ from psycopg import sql
 
 from dagster_prefs.declarations.registry import TopicDeclaration
 from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.environment import CONSUMER_GROUP
 from dagster_prefs.events.brokers import KafkaSource
 from dagster_prefs.events.contact import BROKER_TIMEOUT_SECONDS, Contact, KafkaUnavailable
 from dagster_prefs.events.kafka import TopicUnavailable, topic_partitions, watermarks
@@ -79,9 +80,10 @@ class IngestionLag:
 class Broker:
     """A context manager that reads offsets and single messages from Kafka without joining a consumer group.
 
-    `client` adds librdkafka properties, e.g. for TLS. Raises KafkaUnavailable if librdkafka does not accept
-    them. Every method raises Unmeasurable, with Kafka's own reason, when the brokers reject this client or do
-    not answer within `timeout_seconds`; in the latter case `watermarks` raises its subclass BrokersSilent.
+    `client` adds librdkafka properties, e.g. for TLS; `group` begins the group id. Raises KafkaUnavailable if
+    librdkafka does not accept the properties. Every method raises Unmeasurable, with Kafka's own reason, when the
+    brokers reject this client or do not answer within `timeout_seconds`; in the latter case `watermarks` raises its
+    subclass BrokersSilent.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class Broker:
         *,
         timeout_seconds: float = BROKER_TIMEOUT_SECONDS,
         client: Mapping[str, Any] | None = None,
+        group: str = CONSUMER_GROUP,
     ) -> None:
         self._bootstrap = bootstrap
         self._timeout = timeout_seconds
@@ -100,7 +103,7 @@ class Broker:
             timeout_seconds=timeout_seconds,
             properties={
                 # librdkafka requires a group id; this client never commits an offset to it.
-                "group.id": "dagster-prefs-freshness",
+                "group.id": f"{group}-freshness",
                 "enable.auto.commit": False,
                 "enable.partition.eof": True,
                 # A broker answers the requests of a connection in order, so a waiting fetch would delay the

@@ -393,7 +393,9 @@ def measure_ingestion(
     try:
         with (
             engine.connect() as connection,
-            Broker(kafka.bootstrap, timeout_seconds=timeout_seconds, client=kafka.client) as broker,
+            Broker(
+                kafka.bootstrap, timeout_seconds=timeout_seconds, client=kafka.client, group=kafka.group
+            ) as broker,
         ):
             measures: list[Measure] = []
             generations: dict[str, TopicGeneration] = {}

@@ -28,8 +28,8 @@ ELSEWHERE = {
 }
 
 
-def stored_ticks(home: Path) -> list[Tick] | None:
-    """Return the last tick of each running sensor of the canary; None if only Dagster can read the store.
+def stored_ticks(home: Path, sensor: str = CANARY_SENSOR) -> list[Tick] | None:
+    """Return the last tick of each running `sensor` of the canary; None if only Dagster can read the store.
 
     The list is empty if the instance does not exist yet.
     """
@@ -52,7 +52,7 @@ def stored_ticks(home: Path) -> list[Tick] | None:
                 state["job_specific_data"]["last_tick_timestamp"] or 0.0, state["job_specific_data"]["cursor"]
             )
             for state in states
-            if state["origin"]["job_name"] == CANARY_SENSOR
+            if state["origin"]["job_name"] == sensor
             and state["job_specific_data"] is not None
             and state["status"]["__enum__"] != "InstigatorStatus.STOPPED"
         ]

@@ -25,7 +25,7 @@ from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.events.canaries import canary_events, key_of
 from dagster_prefs.events.raw import translated
-from dagster_prefs.files import write_private
+from dagster_prefs.files import make_private_folder, write_private
 from dagster_prefs.freshness.canary import SOURCE, CanaryError, CanaryState, Probe, Tick, epoch_ms
 from dagster_prefs.freshness.levels import Measure
 
@@ -137,6 +137,7 @@ class Prober:
     def _note(self, state: CanaryState, problem: str | None) -> None:
         content = {"at": time.time(), "cursor": state.dumps(), "problem": problem}
         try:
+            make_private_folder(self.data_dir)
             write_private(self.data_dir / STATE, json.dumps(content))
         except OSError as error:
             raise CanaryError(

@@ -70,7 +70,7 @@ def audit_days(
         parts = parts_of(found.get(day, []))
         if parts != set(one.paths):
             findings[day] = [f"the branch has {len(parts)} files of the day, {len(one.paths)} were written"]
-    if not findings and (other := _total_findings(table, staged)):
+    if not findings and (other := total_findings(table, staged)):
         # Which day has the wrong rows is not known.
         findings = dict.fromkeys(staged.days, other)
     for day, one in staged.days.items():
@@ -87,7 +87,8 @@ def audit_days(
     }
 
 
-def _total_findings(table: Table, staged: Staged) -> list[str]:
+def total_findings(table: Table, staged: Staged) -> list[str]:
+    """Return what is wrong with the number of rows of the whole table after a commit; empty if nothing is."""
     snapshot = table.snapshot_by_id(staged.snapshot_id)
     parent = (
         table.snapshot_by_id(snapshot.parent_snapshot_id)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from traceback import walk_tb
 from typing import Literal
@@ -39,6 +39,9 @@ from dagster_prefs.redaction import redact_uris
 CatalogKind = Literal["sqlite", "glue", "rest"]
 
 CATALOG_NAME = "prefs"
+
+# The property by which a namespace of the platform is recognised; Terraform writes it too.
+PLATFORM_PROPERTY = {"prefs.platform": CATALOG_NAME}
 
 # Commits hold SQLite's lock for milliseconds; this outlasts the queue of many concurrent exports.
 SQLITE_LOCK_SECONDS = 60
@@ -115,12 +118,14 @@ def open_catalog(
     return catalog
 
 
-def ensure_namespace(catalog: Catalog, namespace: str) -> None:
-    """Create the namespace unless it exists. Safe when several processes do so at once."""
+def ensure_namespace(
+    catalog: Catalog, namespace: str, properties: Mapping[str, str] = PLATFORM_PROPERTY
+) -> None:
+    """Create the namespace unless it exists, by default as one of the platform's own. Safe in several processes."""
     with translated(f"the Iceberg namespace {namespace}"):
         if not catalog.namespace_exists(namespace):
             try:
-                catalog.create_namespace(namespace)
+                catalog.create_namespace(namespace, dict(properties))
             except (NamespaceAlreadyExistsError, sqlalchemy.exc.IntegrityError):
                 return
 

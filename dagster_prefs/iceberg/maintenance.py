@@ -35,7 +35,14 @@ from dagster_prefs.iceberg.publish import (
     publish_day,
     write_day,
 )
-from dagster_prefs.iceberg.tables import TileTable, arrow_schema, counted_sums, is_statistics, is_training_set
+from dagster_prefs.iceberg.tables import (
+    TileTable,
+    arrow_schema,
+    counted_sums,
+    is_events,
+    is_statistics,
+    is_training_set,
+)
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,7 @@ def maintain_training_sets(
     grace: timedelta = timedelta(days=1),
     namespace: str = DEFAULT_NAMESPACE,
 ) -> list[MaintenanceReport]:
-    """Maintain the tables of training sets, and of statistics, in the namespace.
+    """Maintain the tables of training sets, of statistics and of events in the namespace.
 
     Removes old snapshots and unreferenced files, as `maintain` does. Raises ExportConflict, or another
     OfflineError, for the first table that fails.
@@ -101,7 +108,7 @@ def maintain_training_sets(
     for identifier in names:
         with translated(f"the table {'.'.join(identifier)}"):
             table = catalog.load_table(identifier)
-            if is_training_set(table) or is_statistics(table):
+            if is_training_set(table) or is_statistics(table) or is_events(table):
                 reports.append(_without_history(table, now, keep_snapshots, grace))
     return reports
 

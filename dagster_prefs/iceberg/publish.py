@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from datetime import date
 from decimal import Decimal
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,7 +25,7 @@ from pyiceberg.table.snapshots import Snapshot, ancestors_of
 from dagster_prefs.iceberg import FILE_BYTES
 from dagster_prefs.iceberg.audit import AuditFailed, Staged, StagedDay, audit_days
 from dagster_prefs.iceberg.catalog import CatalogUnavailable
-from dagster_prefs.iceberg.files import check_writable, file_name, parts_of, tile_files
+from dagster_prefs.iceberg.files import LiveFile, check_writable, file_name, parts_of, tile_files
 from dagster_prefs.iceberg.tables import PARQUET, TileTable, arrow_schema
 
 # A reader decodes one row group at a time, and DuckDB returns this many rows at a time; an object store
@@ -65,16 +66,25 @@ def write_day(
     from dagster_prefs.iceberg.duck import sort_batches
 
     check_writable(table, spec)
+    with closing(sort_batches(batches, arrow_schema(table), spec.key, ROWS_PER_GROUP)) as groups:
+        write_groups(table, (day,), files, groups)
+
+
+def write_groups(
+    table: Table, partition: Sequence[Any], files: DayFiles, groups: Iterable[pa.RecordBatch]
+) -> None:
+    """Write sorted row groups of one partition (its values, in the order of the table's fields) to new files.
+
+    Adds the files to `files`. Removes everything written if anything fails.
+    """
     try:
-        with (
-            closing(_FileWriter(table, day, files)) as writer,
-            closing(sort_batches(batches, writer.schema, spec.key, ROWS_PER_GROUP)) as groups,
-        ):
+        first = len(files.paths)
+        with closing(_FileWriter(table, partition, files)) as writer:
             for group in groups:
                 writer.write(group)
-        files.files = [
+        files.files += [
             parquet_file_to_data_file(io=table.io, table_metadata=table.metadata, file_path=path)
-            for path in files.paths
+            for path in files.paths[first:]
         ]
     except BaseException:
         discard(table, files)
@@ -82,15 +92,18 @@ def write_day(
 
 
 class _FileWriter:
-    """Writes a day's Parquet files, rolled by size; encodes in a thread while the next rows are read."""
+    """Writes a partition's Parquet files, rolled by size; encodes in a thread while the next rows are read."""
 
-    def __init__(self, table: Table, day: date, files: DayFiles) -> None:
+    def __init__(self, table: Table, partition: Sequence[Any], files: DayFiles) -> None:
         self.schema = arrow_schema(table)
         self._table = table
         self._files = files
         spec_ = table.spec()
         self._partition = PartitionKey(
-            field_values=[PartitionFieldValue(field=spec_.fields[0], value=day)],
+            field_values=[
+                PartitionFieldValue(field=field, value=value)
+                for field, value in zip(spec_.fields, partition, strict=True)
+            ],
             partition_spec=spec_,
             schema=table.schema(),
         )
@@ -148,7 +161,8 @@ class _FileWriter:
 class DayChange:
     """A day of which the files at `replaced` give way to those that were `written`.
 
-    `replaced` are the locations of the data and delete files (`parts_of`) of the day when it was read.
+    `replaced` are the locations of the data and delete files (`parts_of`) of the day when it was read. Of a table of
+    events it is not a day but an hour (`datetime` is a `date`).
     """
 
     day: date
@@ -167,9 +181,47 @@ class Publication:
     failed: dict[date, AuditFailed] = field(default_factory=dict)
 
 
+class Days(Protocol):
+    """How the files of a table belong to days (or hours), and how staged ones are audited."""
+
+    def files(
+        self, table: Table, *, first: date, last: date, snapshot_id: int
+    ) -> Mapping[Any, list[LiveFile]]:
+        """Return the files of each day from `first` to `last` in a snapshot."""
+
+    def audit(self, table: Table, staged: Staged, known: Container[date]) -> Mapping[date, AuditFailed]:
+        """Return the error of each staged day that fails; those that are `known` were accepted before."""
+
+
+@dataclass(frozen=True)
+class TileDays:
+    """The days of a training table."""
+
+    spec: TileTable
+
+    def files(
+        self, table: Table, *, first: date, last: date, snapshot_id: int
+    ) -> Mapping[Any, list[LiveFile]]:
+        return tile_files(table, self.spec, first=first, last=last, snapshot_id=snapshot_id)
+
+    def audit(self, table: Table, staged: Staged, known: Container[date]) -> Mapping[date, AuditFailed]:
+        return audit_days(table, self.spec, staged, known=known)
+
+
 def publish_days(
     table: Table,
     spec: TileTable,
+    changes: Iterable[DayChange],
+    *,
+    still_valid: Callable[[], bool] = lambda: True,
+) -> Publication:
+    """Publish days of a training table like `publish_changes`."""
+    return publish_changes(table, TileDays(spec), changes, still_valid=still_valid)
+
+
+def publish_changes(
+    table: Table,
+    layout: Days,
     changes: Iterable[DayChange],
     *,
     still_valid: Callable[[], bool] = lambda: True,
@@ -194,8 +246,8 @@ def publish_days(
         branch = f"{BRANCH_PREFIX}{_period(first, last)}-{uuid.uuid4().hex[:12]}"
         try:
             table.refresh()
-            head = _head(table)
-            live = tile_files(table, spec, first=first, last=last, snapshot_id=head.snapshot_id)
+            head = ensure_head(table)
+            live = layout.files(table, first=first, last=last, snapshot_id=head.snapshot_id)
             for day, change in list(left.items()):
                 if parts_of(live.get(day, [])) != change.replaced:
                     _give_up(table, done, [left.pop(day)])
@@ -203,7 +255,7 @@ def publish_days(
                 break
             held = {day: [file.data for file in live.get(day, [])] for day in left}
             staged = _stage(table, head, branch, left, held)
-            refused = audit_days(table, spec, staged, known=accepted)
+            refused = layout.audit(table, staged, accepted)
         except CommitFailedException:
             _drop_branch(table, branch)
             continue
@@ -248,7 +300,7 @@ def _give_up(table: Table, done: Publication, changes: Iterable[DayChange]) -> N
             discard(table, change.written)
 
 
-def _head(table: Table) -> Snapshot:
+def ensure_head(table: Table) -> Snapshot:
     """Return the table's current snapshot; creates an empty one if there is none, to start branches at."""
     if table.current_snapshot() is None:
         with table.transaction() as transaction:

@@ -7,7 +7,7 @@ of the declaration.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
 from functools import cached_property
@@ -28,6 +28,7 @@ from pyiceberg.types import (
     DateType,
     DecimalType,
     IcebergType,
+    IntegerType,
     LongType,
     NestedField,
     StringType,
@@ -65,8 +66,8 @@ TABLE_PROPERTIES = {
     "write.metadata.previous-versions-max": "20",
 }
 
-# The property by which maintenance and erasure find the tables of training sets and of statistics.
-KIND, TRAINING_SET, STATISTICS = "prefs.kind", "training-set", "statistics"
+# The property by which maintenance and erasure find the tables of training sets, of statistics and of events.
+KIND, TRAINING_SET, STATISTICS, EVENTS = "prefs.kind", "training-set", "statistics", "events"
 
 
 class DeclarationRefused(OfflineError):
@@ -85,6 +86,11 @@ def is_training_set(table: Table) -> bool:
 def is_statistics(table: Table) -> bool:
     """Return whether a table is that of statistics of values."""
     return table.properties.get(KIND) == STATISTICS
+
+
+def is_events(table: Table) -> bool:
+    """Return whether a table holds messages or events of a topic."""
+    return table.properties.get(KIND) == EVENTS
 
 
 @dataclass(frozen=True)
@@ -144,6 +150,11 @@ class TileTable:
                 for number, column in enumerate(self.columns, start=1)
             )
         )
+
+    @property
+    def layout(self) -> TableLayout:
+        """What the table looks like when it is created."""
+        return TableLayout(self.name, self.schema, (self.day,), self.key, self.doc, self.tile)
 
     @cached_property
     def arrow_schema(self) -> pa.Schema:
@@ -279,56 +290,85 @@ def counted_sums(batches: Iterable[pa.RecordBatch], columns: Iterable[str]) -> t
     return rows, sums
 
 
-def ensure_table(catalog: Catalog, namespace: str, spec: TileTable) -> Table:
-    """Load the table of `spec`; create it if missing and add columns that are new in the contract.
+@dataclass(frozen=True)
+class TableLayout:
+    """A table that this platform creates: its name in a namespace, and what a new one looks like.
 
-    Updates descriptions from the contract. A new column is optional, so that old days read as NULL. Safe to
+    `partitions` and `key` (the sort order) are names of columns. `declared_by` is named in messages. Of a `lasting`
+    table no column is ever removed: one that is not declared any more is NULL in new rows.
+    """
+
+    name: str
+    schema: Schema
+    partitions: tuple[str, ...]
+    key: tuple[str, ...]
+    doc: str
+    declared_by: str
+    properties: Mapping[str, str] = field(default_factory=dict)
+    lasting: bool = False
+
+
+def ensure_table(catalog: Catalog, namespace: str, spec: TileTable) -> Table:
+    """Load the training table of a tile like `ensure_layout`."""
+    return ensure_layout(catalog, namespace, spec.layout)
+
+
+def ensure_layout(catalog: Catalog, namespace: str, layout: TableLayout) -> Table:
+    """Load the table of this layout; create it if missing and add columns that are new in its declaration.
+
+    Updates descriptions from the declaration. A new column is optional, so that old rows read as NULL. Safe to
     call from several processes at once.
 
     Raises SchemaChangeRefused for a removed or retyped column, OfflineError for a failing catalog.
     """
-    identifier = spec.identifier(namespace)
-    with translated(f"the table {namespace}.{spec.name}"):
+    identifier = (namespace, layout.name)
+    with translated(f"the table {namespace}.{layout.name}"):
         if not catalog.table_exists(identifier):
             ensure_namespace(catalog, namespace)
             try:
                 return catalog.create_table(
                     identifier,
-                    schema=spec.schema,
+                    schema=layout.schema,
                     partition_spec=PartitionSpec(
-                        PartitionField(
-                            source_id=spec.schema.find_field(spec.day).field_id,
-                            field_id=1000,
-                            transform=IdentityTransform(),
-                            name=spec.day,
+                        *(
+                            PartitionField(
+                                source_id=layout.schema.find_field(name).field_id,
+                                field_id=number,
+                                transform=IdentityTransform(),
+                                name=name,
+                            )
+                            for number, name in enumerate(layout.partitions, start=1000)
                         )
                     ),
                     sort_order=SortOrder(
                         *(
                             SortField(
-                                source_id=spec.schema.find_field(name).field_id, transform=IdentityTransform()
+                                source_id=layout.schema.find_field(name).field_id,
+                                transform=IdentityTransform(),
                             )
-                            for name in spec.key
+                            for name in layout.key
                         )
                     ),
-                    properties={**TABLE_PROPERTIES, "comment": spec.doc},
+                    properties={**TABLE_PROPERTIES, **layout.properties, "comment": layout.doc},
                 )
             except TableAlreadyExistsError:
                 pass
         table = catalog.load_table(identifier)
         for _ in range(5):
-            missing = _missing_columns(table, namespace, spec)
+            missing, wider = _missing_columns(table, namespace, layout)
             redescribed = [
                 column
-                for column in spec.columns
+                for column in layout.schema.fields
                 if column not in missing and table.schema().find_field(column.name).doc != column.doc
             ]
-            if not missing and not redescribed:
+            if not missing and not wider and not redescribed:
                 break
             try:
                 with table.update_schema() as update:
                     for column in missing:
-                        update.add_column(column.name, column.type, doc=column.doc)
+                        update.add_column(column.name, column.field_type, doc=column.doc)
+                    for column in wider:
+                        update.update_column(column.name, field_type=column.field_type)
                     for column in redescribed:
                         update.update_column(column.name, doc=column.doc)
             except CommitFailedException:
@@ -338,22 +378,33 @@ def ensure_table(catalog: Catalog, namespace: str, spec: TileTable) -> Table:
         return table
 
 
-def _missing_columns(table: Table, namespace: str, spec: TileTable) -> list[Column]:
+def _missing_columns(
+    table: Table, namespace: str, layout: TableLayout
+) -> tuple[list[NestedField], list[NestedField]]:
+    """Return the columns that the table lacks, and those of a wider type than the table's."""
     found = {field.name: field for field in table.schema().fields}
-    wanted = {column.name: column for column in spec.columns}
-    for name, field in found.items():
+    wanted = {field.name: field for field in layout.schema.fields}
+    wider = []
+    for name, there in found.items():
         if name not in wanted:
+            if layout.lasting:
+                continue
             raise SchemaChangeRefused(
-                f"{namespace}.{spec.name} has the column {name}, which the contract of {spec.tile} no longer has: "
-                "removing a column is a breaking change; put it back, or give the changed table a new name"
+                f"{namespace}.{layout.name} has the column {name}, which the contract of {layout.declared_by} no "
+                "longer has: removing a column is a breaking change; put it back, or give the changed table a new name"
             )
-        if wanted[name].type != field.field_type:
-            raise SchemaChangeRefused(
-                f"{namespace}.{spec.name}.{name} is {field.field_type}, the contract of {spec.tile} says "
-                f"{wanted[name].type}: retyping a column is a breaking change; put the type back, or give the "
-                "changed column a new name"
-            )
-    return [column for name, column in wanted.items() if name not in found]
+        if wanted[name].field_type == there.field_type:
+            continue
+        widened = isinstance(there.field_type, IntegerType) and isinstance(wanted[name].field_type, LongType)
+        if layout.lasting and widened:
+            wider.append(wanted[name])
+            continue
+        raise SchemaChangeRefused(
+            f"{namespace}.{layout.name}.{name} is {there.field_type}, the contract of {layout.declared_by} says "
+            f"{wanted[name].field_type}: retyping a column is a breaking change; put the type back, or give the "
+            "changed column a new name"
+        )
+    return [column for name, column in wanted.items() if name not in found], wider
 
 
 def arrow_schema(table: Table) -> pa.Schema:

@@ -209,8 +209,10 @@ class Follower:
         self._solved("steps")
         self._tell(steps.connection, report)
         if not report.more and not report.messages:
-            for _ in listening.notifies(timeout=POLL_SECONDS, stop_after=1):
-                pass
+            # Every environment of the database notifies on this channel. Functions of before 0.2 name no schema.
+            for told in listening.notifies(timeout=POLL_SECONDS):
+                if told.payload in ("", self.engine.schema):
+                    break
 
     def _tell(self, connection: psycopg.Connection[Any], report: StepReport) -> None:
         if report.step is not None:

@@ -16,7 +16,8 @@ from dagster_prefs.engine.catalog import missing_relation
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError
 
-# The channel on which writers wake the follower (macros/engine/kept.sql).
+# The channel on which writers wake the followers of a database; the payload is the schema that has work
+# (macros/engine/kept.sql).
 CHANNEL = "prefs_live"
 # The first and the longest pause between attempts after a problem, in seconds.
 RETRY_SECONDS = (0.5, 10.0)
@@ -89,6 +90,18 @@ def pending_views(engine: EngineConfiguration, registry: Registry) -> sql.Compos
     )
 
 
+def is_pending(connection: psycopg.Connection[Any], engine: EngineConfiguration, relation: str) -> bool:
+    """Return whether a view waits to be rebuilt. Raises psycopg.Error."""
+    return bool(
+        connection.execute(
+            sql.SQL("select from {} where relation = %s").format(
+                sql.Identifier(engine.schema, "live_pending")
+            ),
+            [relation],
+        ).fetchall()
+    )
+
+
 def make_rebuilt_due(connection: psycopg.Connection[Any], engine: EngineConfiguration) -> None:
     """Make all pending views due now, regardless of their interval. Raises psycopg.Error."""
     connection.execute(
@@ -119,7 +132,7 @@ def wait_until_applied(
         ((changes,),) = connection.execute(
             sql.SQL("select coalesce(max(id), 0) from {live_changes}").format(**table)
         ).fetchall()
-        connection.execute(sql.SQL("notify {}").format(sql.Identifier(CHANNEL)))
+        connection.execute("select pg_notify(%s, %s)", [CHANNEL, engine.schema])
         _wait(
             engine,
             connection,
@@ -131,7 +144,7 @@ def wait_until_applied(
             seconds,
         )
         make_rebuilt_due(connection, engine)
-        connection.execute(sql.SQL("notify {}").format(sql.Identifier(CHANNEL)))
+        connection.execute("select pg_notify(%s, %s)", [CHANNEL, engine.schema])
         _wait(
             engine,
             connection,
@@ -162,7 +175,7 @@ def _wait(
         state = read_follower(connection, engine)
         if state and state.problem:
             raise FollowerProblem(f"the follower ({state.process}) has a problem: {state.problem}")
-        if state is None or not _is_held(engine, connection):
+        if state is None or not is_followed(engine, connection):
             raise FollowerProblem("the follower ended: run the command again, or `prefs up`")
         if time.monotonic() > end:
             raise FollowerProblem(
@@ -172,8 +185,8 @@ def _wait(
         time.sleep(0.02)
 
 
-def _is_held(engine: EngineConfiguration, connection: psycopg.Connection[Any]) -> bool:
-    """Return whether a process holds the follower's lock, as it does during a long step."""
+def is_followed(engine: EngineConfiguration, connection: psycopg.Connection[Any]) -> bool:
+    """Return whether a process holds the follower's lock, as it does during a long step. Raises psycopg.Error."""
     ((free,),) = connection.execute(
         "select pg_try_advisory_lock(hashtextextended(%s, 0))", [follow_lock(engine)]
     ).fetchall()

@@ -16,7 +16,7 @@ import psutil
 
 import dagster_prefs
 from dagster_prefs.files import LOG_LIMIT_BYTES, make_private_folder, open_private_log
-from dagster_prefs.local.follower import hand_over
+from dagster_prefs.local.follower import hand_over, stop_following
 from dagster_prefs.local.postgres import Cluster, passfile_of
 from dagster_prefs.local.state import (
     LOOPBACK,
@@ -137,10 +137,15 @@ class LocalServices:
     def follow(self, environment: Mapping[str, str]) -> None:
         """Make the running services keep the engine's views current, by a `prefs follow` with this environment.
 
-        Does nothing if a follower with the same environment runs; one with another environment is replaced. Raises
-        LocalServicesError.
+        Does nothing if a follower with the same variables runs; one with others of the same PREFS_ENVIRONMENT is
+        replaced. Raises LocalServicesError.
         """
         hand_over(self.data_dir, environment)
+
+    def unfollow(self, environment: str) -> None:
+        """End the follower of an environment, if these services run one. Raises LocalServicesError."""
+        if self.data_dir.is_dir() and self._running() is not None:
+            stop_following(self.data_dir, environment)
 
     def down(self) -> bool:
         """Stop all services cleanly. Returns True if any ran. The data stays.

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dagster_prefs.serving.observing import ReadCounts
     from dagster_prefs.serving.preferences import Ranking, RankingParameters, ShopClient, ShopUserProfile
     from dagster_prefs.serving.profiles import AsyncProfileClient, ClientOptions, Profile, ProfileClient
+    from dagster_prefs.serving.served_log import ServedLog
 
 _HOMES = {
     "AsyncProfileClient": "profiles",
@@ -24,6 +25,7 @@ _HOMES = {
     "Ranking": "preferences",
     "RankingParameters": "preferences",
     "ReadCounts": "observing",
+    "ServedLog": "served_log",
     "ShopUserProfile": "preferences",
 }
 
@@ -36,6 +38,7 @@ __all__ = [
     "Ranking",
     "RankingParameters",
     "ReadCounts",
+    "ServedLog",
     "ShopClient",
     "ShopUserProfile",
 ]

@@ -25,8 +25,23 @@ PYTHON_TYPES: Mapping[AttributeType, tuple[Any, str]] = MappingProxyType(
         "string": (str, "str"),
         "list<string>": (list[str], "list[str]"),
         "list<decimal>": (list[Decimal], "list[Decimal]"),
+        "list<integer>": (list[int], "list[int]"),
     }
 )
+
+
+_WITH_NULL_ELEMENTS: Mapping[AttributeType, tuple[Any, str]] = MappingProxyType(
+    {
+        "list<string>": (list[str | None], "list[str | None]"),
+        "list<decimal>": (list[Decimal | None], "list[Decimal | None]"),
+        "list<integer>": (list[int | None], "list[int | None]"),
+    }
+)
+
+
+def python_type(attribute: Attribute) -> tuple[Any, str]:
+    """Return the Python type of an attribute's value other than None, and its spelling in source."""
+    return (_WITH_NULL_ELEMENTS if attribute.null_elements else PYTHON_TYPES)[attribute.type]
 
 
 def may_be_none(name: str, attribute: Attribute) -> bool:
@@ -65,10 +80,10 @@ def shaped_class(shape: DomainShape) -> type[Any]:
     """Return the frozen class of a shape. Its instances can be pickled, although it is in no module."""
     declared: list[tuple[str, Any, Any]] = []
     for attribute_name, attribute in shape.attributes:
-        python, _ = PYTHON_TYPES[attribute.type]
+        python, _ = python_type(attribute)
         if may_be_none(attribute_name, attribute):
             declared.append((attribute_name, python | None, field(default=None)))
-        elif attribute.type.startswith("list"):
+        elif attribute.is_list:
             declared.append((attribute_name, python, field(default_factory=list)))
         else:
             declared.append((attribute_name, python, field(default=cold_start(attribute_name, attribute))))

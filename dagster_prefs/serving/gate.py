@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from dagster_prefs.access import REFUSAL_SECONDS, Right, Tokens
 from dagster_prefs.errors import excerpt
 from dagster_prefs.logs import REQUEST_ID
 from dagster_prefs.serving.observing import RequestSpans
@@ -26,6 +27,8 @@ _HEADER = REQUEST_HEADER.encode()
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 # Orchestrators and scrapers must get a response however busy the server is.
 OPERATIONAL = frozenset({"/healthz", "/readyz", "/metrics"})
+# An orchestrator's probes have no token.
+PROBES = frozenset({"/healthz", "/readyz"})
 # Enough for a user id of 1,024 bytes with every byte escaped, and a cursor with a name of the same length.
 MAX_TARGET_BYTES = 16 * 1024
 # Number of requests to start per iteration of the event loop: a few milliseconds of work, so that a burst of
@@ -122,6 +125,7 @@ class Gate:
         span = None
         try:
             self._check(scope)
+            await self._require_token(scope)
             if scope["path"] in OPERATIONAL:
                 await self._app(scope, receive, mark)
                 return
@@ -150,6 +154,30 @@ class Gate:
                     status,
                     extra={"route": name, "status": status, "seconds": seconds},
                 )
+
+    async def _require_token(self, scope: Scope) -> None:
+        """Refuse a request without a token that has the scope of its path, if the server has tokens."""
+        tokens: Tokens | None = getattr(scope["app"].state, "tokens", None)
+        if not tokens or scope["path"] in PROBES:
+            return
+        given = [value.decode("latin-1") for name, value in scope["headers"] if name == b"authorization"]
+        if not given:
+            raise Refusal(
+                401,
+                "unauthorized",
+                "this server needs a token: send the header `Authorization: Bearer TOKEN`",
+            )
+        grant = tokens.bearer(given[0]) if len(given) == 1 else None
+        if grant is None:
+            await asyncio.sleep(REFUSAL_SECONDS)
+            raise Refusal(
+                401,
+                "unauthorized",
+                "unknown token: use one whose hash the server has, as `prefs token` made it",
+            )
+        right = needed_right(scope["path"])
+        if right is not None and right not in grant.rights:
+            raise Refusal(403, "forbidden", grant.refusal(right))
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         metrics = self._metrics
@@ -237,6 +265,15 @@ class Gate:
                     return bytes(body)
         finally:
             self._arriving -= len(body)
+
+
+def needed_right(path: str) -> Right | None:
+    """Return the scope that a path needs; None for the description of the server, which any token may read."""
+    if path == "/openapi.json":
+        return None
+    if path == "/metrics":
+        return "inspect"
+    return "shop" if path.startswith("/v1/users/") else "domains"
 
 
 def _request_id(scope: Scope) -> bytes:

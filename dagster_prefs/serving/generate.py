@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 
 from dagster_prefs.declarations.contract import Contract, Domain
-from dagster_prefs.serving.domains import PYTHON_TYPES, class_name, may_be_none
+from dagster_prefs.serving.domains import class_name, may_be_none, python_type
 from dagster_prefs.serving.profiles import key_places
 
 # The command that wrote the file, for its head and for messages about outdated files.
@@ -114,10 +114,10 @@ def _domain(domain: Domain) -> str:
         f'    """{_line(domain)}"""\n'
     ]
     for name, attribute in domain.attributes.items():
-        _, python = PYTHON_TYPES[attribute.type]
+        _, python = python_type(attribute)
         if may_be_none(name, attribute):
             declared = f"{python} | None = None"
-        elif python.startswith("list"):
+        elif attribute.is_list:
             declared = f"{python} = field(default_factory=list)"
         else:
             declared = f"{python} = {_ZEROS[python]}"

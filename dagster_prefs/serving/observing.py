@@ -15,10 +15,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 from dagster_prefs.dynamodb.reader import Attempts
 from dagster_prefs.errors import PrefsError
+
+if TYPE_CHECKING:
+    from dagster_prefs.serving.served_log import ServedLog
 
 C = TypeVar("C")
 T = TypeVar("T")
@@ -124,10 +127,14 @@ class RequestSpans(Protocol):
 
 @dataclass(frozen=True)
 class Watched:
-    """What a feature server exposes about itself: the counts of its clients' reads, and its requests' traces."""
+    """What a feature server exposes about itself: the counts of its clients' reads, its requests' traces, and the log.
+
+    `log` is that of its clients, which the server closes after them.
+    """
 
     counts: ReadCounts | None = None
     spans: RequestSpans | None = None
+    log: ServedLog | None = None
 
 
 def telemetry_is_on(environment: Mapping[str, str]) -> bool:

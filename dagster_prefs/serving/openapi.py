@@ -26,6 +26,7 @@ from dagster_prefs.serving.preferences import (
     ShopUserProfile,
 )
 from dagster_prefs.serving.profiles import MAX_IDS, Fallback, State
+from dagster_prefs.serving.served_log import MAX_VARIANT_CHARACTERS
 from dagster_prefs.serving.wire import DEFAULT_LIMIT, ERRORS, MAX_BUDGET_MS, NUMBER_ID, ids_name
 
 Schema = dict[str, Any]
@@ -48,6 +49,7 @@ ATTRIBUTES: dict[str, Schema] = {
     "string": {"type": "string"},
     "list<string>": {"type": "array", "items": {"type": "string"}},
     "list<decimal>": {"type": "array", "items": DECIMAL},
+    "list<integer>": {"type": "array", "items": INTEGER},
 }
 # Health and metrics requests take no slot and have no body.
 WITHOUT_SLOT = (403,)
@@ -294,6 +296,8 @@ def _user_schemas() -> Schema:
 
 def _attribute(name: str, attribute: Attribute) -> Schema:
     schema = {**ATTRIBUTES[attribute.type], "description": attribute.description}
+    if attribute.null_elements:
+        schema["items"] = _nullable(schema["items"])
     return _nullable(schema) if may_be_none(name, attribute) else schema
 
 
@@ -304,6 +308,11 @@ def _read_options(domains: Sequence[Domain]) -> Schema:
         "budget_ms": _BUDGET,
         "fallback": {**_enum(get_args(Fallback)), "default": "partial"},
         "consistent": {"type": "boolean", "default": False},
+        "variant": {
+            **PLAIN[str],
+            "maxLength": MAX_VARIANT_CHARACTERS,
+            "description": "Variant of an experiment, for the served log.",
+        },
         "max_staleness_seconds": _ABOVE_ZERO,
     }
 

@@ -30,6 +30,7 @@ from dagster_prefs.serving.domains import (
     shaped_class,
 )
 from dagster_prefs.serving.observing import FAILED, Observer, SimpleOutcome
+from dagster_prefs.serving.served_log import ServedLog
 
 T = TypeVar("T")
 
@@ -177,7 +178,7 @@ class ClientOptions:
     error), `"cold_start"` puts cold-start values there; `profile.partial` is true with both. Both fallbacks also
     apply to a domain whose item violates the contract. `consistent` reads strongly, at twice the price.
     `transport="lean"` signs and sends requests on its own kept-alive connections, `pool_size` at most; `"boto3"` is
-    the slower fallback, for proxies. `observer` is told of every call, e.g. `ReadCounts()`.
+    the slower fallback, for proxies. `observer` is told of every call, e.g. `ReadCounts()`, and `log` of every answer.
     """
 
     budget_seconds: float = 1.0
@@ -189,6 +190,7 @@ class ClientOptions:
     pool_size: int = 16
     transport: Literal["lean", "boto3"] = "lean"
     observer: Observer | None = None
+    log: ServedLog | None = None
 
     def __post_init__(self) -> None:
         for name in ("budget_seconds", "connect_timeout_seconds", "read_timeout_seconds"):
@@ -239,6 +241,8 @@ class ProfileClient:
         self._all = tuple(self._served)
         self._given = {given: domain.name for domain in self.domains for given in (domain.name, domain.key)}
         self._options = options
+        log = options.log
+        self._log = None if log is None else log.of(table, self.domains, self.contract.version)
         self._clock = clock
         self._reader = ItemReader(
             make_transport(
@@ -357,6 +361,15 @@ class ProfileClient:
         return _Asked(served, self._options.consistent if consistent is None else consistent, limits, chosen)
 
     def _read(self, operation: str, ids: list[Id], asked: _Asked, deadline: float) -> dict[Any, Profile]:
+        log = self._log
+        if log is None:
+            return self._observed(operation, ids, asked, deadline)
+        started = time.perf_counter()
+        answer = self._observed(operation, ids, asked, deadline)
+        log.note(answer.values(), seconds=time.perf_counter() - started, consistent=asked.consistent)
+        return answer
+
+    def _observed(self, operation: str, ids: list[Id], asked: _Asked, deadline: float) -> dict[Any, Profile]:
         observer = self._options.observer
         if observer is None:
             return self._found(ids, asked, deadline)

@@ -29,6 +29,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
+from dagster_prefs.access import Entrance
 from dagster_prefs.declarations.reserved import PREFIX, canary_id, spare_of
 from dagster_prefs.dynamodb.reader import BATCH_FROM
 from dagster_prefs.dynamodb.transport import ReadError
@@ -55,6 +56,7 @@ from dagster_prefs.serving.preferences import (
     ShopClient,
 )
 from dagster_prefs.serving.profiles import AsyncProfileClient, Profile, ReadOptions
+from dagster_prefs.serving.served_log import called
 from dagster_prefs.serving.wire import (
     DEFAULT_LIMIT,
     Arguments,
@@ -85,7 +87,7 @@ ENCODE_SECONDS_PER_PROFILE = 50e-6
 ENCODE_SHARE = 0.25
 # This many unreadable items in a row are not damage to single items.
 UNREADABLE_IN_A_ROW = 3
-READ_ARGUMENTS = ("domains", "budget_ms", "fallback", "consistent", "max_staleness_seconds")
+READ_ARGUMENTS = ("domains", "budget_ms", "fallback", "consistent", "max_staleness_seconds", "variant")
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,8 @@ def make_app(
 
     Rankings come from a catalogue in memory, which is refreshed every `catalogue_refresh_seconds`, or are
     computed in SQL if that is None. `allowed_hosts` are names by which the server may be called besides
-    localhost and IP addresses. `watched` is what the metrics page shows of the clients' reads, and who traces requests.
+    localhost and IP addresses. `watched` is what the metrics page shows of the clients' reads, who traces requests, and
+    the clients' served log.
     `clock` returns the time for sessions, in UTC.
     """
     metrics = Metrics(watched.counts)
@@ -157,11 +160,20 @@ def make_app(
                 (f"connections_{end}_total", "counter", f"Connections that {told}.", connections.ended[end])
                 for end, told in ENDS.items()
             ]
+        if watched.log is not None:
+            logged = watched.log.counts
+            gauges += [
+                ("log_rows_total", "counter", "Rows of the served log that were written.", logged.written),
+                ("log_dropped_total", "counter", "Rows of the served log that were dropped.", logged.dropped),
+                ("log_failures_total", "counter", "Writes of the served log that failed.", logged.failures),
+            ]
         return PlainTextResponse(metrics.text(gauges), headers={"content-type": METRICS_TYPE})
 
     @asynccontextmanager
     async def life(_: Starlette) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
+            if watched.log is not None:
+                stack.push_async_callback(asyncio.to_thread, watched.log.close)
             for part in parts:
                 await part.start(stack)
             yield
@@ -199,9 +211,16 @@ def make_app(
     )
 
 
-def make_server(app: Starlette, limits: ConnectionLimits, *, drain_seconds: int = 10) -> uvicorn.Server:
+def make_server(
+    app: Starlette,
+    limits: ConnectionLimits,
+    *,
+    drain_seconds: int = 10,
+    entrance: Entrance = Entrance(),  # noqa: B008 (it is frozen)
+) -> uvicorn.Server:
     """Run the app on uvicorn, with connections that end when a client exceeds the limits."""
     connections = app.state.connections = Connections(limits)
+    app.state.tokens = entrance.tokens
     return uvicorn.Server(
         uvicorn.Config(
             app,
@@ -219,6 +238,8 @@ def make_server(app: Starlette, limits: ConnectionLimits, *, drain_seconds: int 
             timeout_graceful_shutdown=drain_seconds,
             # The number of connections accepted at once before the first one is handled.
             backlog=128,
+            ssl_certfile=entrance.certificate,
+            ssl_keyfile=entrance.key,
         )
     )
 
@@ -230,13 +251,15 @@ def serve(
     port: int = 8080,
     limits: ConnectionLimits = ConnectionLimits(),  # noqa: B008 (it is frozen)
     drain_seconds: int = 10,
+    entrance: Entrance = Entrance(),  # noqa: B008 (it is frozen)
     started: Callable[[str], None] | None = None,
 ) -> None:
     """Serve until SIGINT or SIGTERM; then answer the requests in flight, for at most `drain_seconds`.
 
     Port 0 selects a free one; `started` is called with the URL. Raises CannotListen if the address is in
-    use.
+    use, AccessError off loopback without tokens.
     """
+    entrance.check(host, "the feature server")
     listener = listen(host, port, backlog=2048)
     name = f"[{host}]" if ":" in host else host
     limits = replace(limits, connections=raise_file_limit(limits.connections))
@@ -244,8 +267,8 @@ def serve(
     sys.setswitchinterval(SWITCH_SECONDS)
     with listener:
         if started is not None:
-            started(f"http://{name}:{listener.getsockname()[1]}")
-        make_server(app, limits, drain_seconds=drain_seconds).run(sockets=[listener])
+            started(f"{entrance.scheme}://{name}:{listener.getsockname()[1]}")
+        make_server(app, limits, drain_seconds=drain_seconds, entrance=entrance).run(sockets=[listener])
 
 
 class _Part(Protocol):
@@ -346,7 +369,8 @@ class _Profiles:
         asked = Arguments.of_query(request, *READ_ARGUMENTS)
         id_ = self._asked_id(request)
         options = _read_options(asked, request.scope[ARRIVED])
-        found = await self._client.get(id_, asked.domains(), **options)
+        with called(variant=asked.variant()):
+            found = await self._client.get(id_, asked.domains(), **options)
         self._note(found)
         if found.failure is not None:
             raise found.failure
@@ -360,7 +384,8 @@ class _Profiles:
         budget = options["budget_seconds"] or self._client.default_budget_seconds(len(ids), domains)
         encoding = min(budget * ENCODE_SHARE, len(ids) * ENCODE_SECONDS_PER_PROFILE)
         options["budget_seconds"] = budget - encoding
-        found = await self._client.get_many(ids, domains, **options)
+        with called(variant=asked.variant()):
+            found = await self._client.get_many(ids, domains, **options)
         answered = list(found.values())
         for profile in answered:
             self._note(profile)

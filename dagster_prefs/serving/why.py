@@ -2,7 +2,8 @@
 
 The recomputation runs the rolling view's own query from the registry over the current tiles of that one key
 in the engine, so it reveals a view, publisher or table that lags behind or was written by another process.
-Whether the query itself is right is checked by the tests of the models.
+Whether the query itself is right is checked by the tests of the models. Personal values are compared as they are, and
+masked in what is returned.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from psycopg import sql
 
 from dagster_prefs.declarations.contract import Domain
 from dagster_prefs.declarations.lineage import Lineage
+from dagster_prefs.declarations.masking import masked_row
 from dagster_prefs.declarations.registry import Entity, Registry, TopicDeclaration
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError
@@ -136,6 +138,11 @@ def explain_attribute(
             raise WhyError(f"the tiles cannot be read ({reason}): run `dbt build`") from None
     in_view = bool(found)
     recomputed = found[0][0] if found else None
+    registry = profiles.registry
+    shown = (
+        masked_row(registry, domain.relation, {name: online}),
+        masked_row(registry, domain.relation, {name: recomputed}),
+    )
     return Explanation(
         entity=profile.entity,
         id=profile.id,
@@ -143,15 +150,15 @@ def explain_attribute(
         attribute=name,
         window_start=start,
         window_days=days,
-        online=online,
+        online=shown[0][name],
         online_state=read.state,
         online_error=None if read.error is None else str(read.error),
-        recomputed=recomputed,
+        recomputed=shown[1][name],
         in_view=in_view,
         # An item exists if and only if the view has a row, whatever the attribute's own window.
         equal=online == recomputed and (read.state == "found") == in_view,
-        tiles=tiles,
-        events=events,
+        tiles=_masked(registry, tiles),
+        events=_masked(registry, events),
     )
 
 
@@ -209,12 +216,22 @@ def explain_view(
         id=id_,
         relation=relation,
         column=column,
-        served=_as_rows(columns, served),
-        recomputed=None if recomputed is None else _as_rows(columns, recomputed),
+        served=_masked_rows(registry, relation, _as_rows(columns, served)),
+        recomputed=None
+        if recomputed is None
+        else _masked_rows(registry, relation, _as_rows(columns, recomputed)),
         equal=None if recomputed is None else _counted(served) == _counted(recomputed),
         reason=reason,
-        events=events,
+        events=_masked(registry, events),
     )
+
+
+def _masked(registry: Registry, found: Mapping[str, Rows]) -> dict[str, Rows]:
+    return {relation: _masked_rows(registry, relation, rows) for relation, rows in found.items()}
+
+
+def _masked_rows(registry: Registry, relation: str, rows: Rows) -> Rows:
+    return tuple(masked_row(registry, relation, row) for row in rows)
 
 
 def _as_rows(columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> Rows:

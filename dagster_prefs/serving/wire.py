@@ -30,6 +30,7 @@ from dagster_prefs.serving.pool import EngineBusy
 from dagster_prefs.serving.preferences import PreferenceError, PreferencesUnavailable
 from dagster_prefs.serving.profiles import MAX_IDS, ProfileError
 from dagster_prefs.serving.prometheus import ReadCollector
+from dagster_prefs.serving.served_log import LogError, checked_variant
 
 T = TypeVar("T")
 # Name, kind (gauge or counter), help and value of a metric.
@@ -124,6 +125,13 @@ class Arguments:
         if value is not None and not isinstance(value, str):
             raise RequestError(f"{name} is {excerpt(value)}: give a text")
         return value
+
+    def variant(self) -> str | None:
+        """Return the variant of an experiment that the caller names, for the served log."""
+        try:
+            return checked_variant(self.text("variant"))
+        except LogError as error:
+            raise RequestError(str(error)) from None
 
     def domains(self) -> list[str] | None:
         value = self._given.get("domains")
@@ -257,6 +265,8 @@ def error_answer(status: int, code: str, message: str) -> Response:
     answer = json_answer(error_body(code, message), status)
     if status in (503, 504):
         answer.headers["retry-after"] = "1"
+    elif status == 401:
+        answer.headers["www-authenticate"] = "Bearer"
     return answer
 
 

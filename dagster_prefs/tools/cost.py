@@ -18,7 +18,7 @@ from typing import Any
 import sqlglot
 from sqlglot import exp
 
-from dagster_prefs.declarations.contract import LAST_EVENT_AT, Contract, Domain
+from dagster_prefs.declarations.contract import LAST_EVENT_AT, Attribute, Contract, Domain
 from dagster_prefs.declarations.registry import Entity, Registry, TileDeclaration
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.iceberg import FILE_BYTES
@@ -41,15 +41,10 @@ TABLE_WRITE_UNITS = 40_000
 # Bytes of the contract's types, with values as the views produce them: a number (N) takes 1 byte and 1 more
 # per two digits. Milliseconds have 13 digits, a count of some weeks 2, a rounded minute or ratio 8; a list
 # takes 3 bytes, and 1 more per element.
-_VALUE_BYTES = {
-    "integer": 2.0,
-    "decimal": 5.0,
-    "float": 10.0,
-    "string": 7.0,
-    "list<string>": 3 + 4.0 * (1 + 7),
-    "list<decimal>": 3 + 4.0 * (1 + 4),
-}
 _EPOCH_MS_BYTES = 8.0
+_VALUE_BYTES = {"integer": 2.0, "decimal": 5.0, "float": 10.0, "string": 7.0}
+# A list of integers is taken for one of times.
+_ELEMENT_BYTES = {"list<string>": 1 + 7, "list<decimal>": 1 + 4, "list<integer>": 1 + _EPOCH_MS_BYTES}
 # Bytes of a key in DynamoDB; a bigint takes half a byte per digit. A text is assumed to be as long as a short
 # name.
 _KEY_BYTES = {"text": 16, "uuid": 36}
@@ -65,9 +60,10 @@ _PARQUET_KEY_BYTES = {"bigint": 1.6, "text": 8.0, "uuid": 16.0}
 METADATA_FILES_PER_COMMIT = 5
 
 # Defaults for what a project does not declare in the variable `workload`: rows of a tile per entity and day,
-# for each key column beyond the entity's, and distinct values for each `count(distinct …)`.
+# for each key column beyond the entity's, distinct values for each `count(distinct …)`, and elements of a list.
 ROWS_PER_FURTHER_KEY = 1.5
 VALUES_PER_DISTINCT_COUNT = 3.0
+ELEMENTS_PER_LIST = 4.0
 
 # --- the engine's state
 # ---------------------------------------------------------------------------------------
@@ -253,13 +249,15 @@ class TileLoad:
 class DomainLoad:
     """The properties of a domain that determine its load: bytes of its item, windows in days, and topics.
 
-    A domain without windows is computed from all of history: its rows never expire.
+    A domain without windows is computed from all of history: its rows never expire. One `of_events` reads no tile, so
+    that the engine keeps the events of its window for it.
     """
 
     name: str
     item_bytes: float
     windows: tuple[int, ...]
     topics: frozenset[str]
+    of_events: bool = False
 
     def events(self, workload: Workload) -> float:
         """Return the events per day that change a row of this domain."""
@@ -327,6 +325,9 @@ def project_shape(registry: Registry, entity: Entity, entities: int) -> Shape:
     tiles = {tile.relation: tile for tile in registry.tiles.values() if tile.entity == entity.name}
     rows = _assumed(registry, "rows_per_active_day", registry.tiles)
     distinct = _assumed(registry, "distinct_per_active_day", registry.tiles)
+    elements = _assumed(
+        registry, "list_elements", [domain.relation for domain in registry.contract.domains.values()]
+    )
     return Shape(
         tuple(
             TileLoad(
@@ -347,17 +348,45 @@ def project_shape(registry: Registry, entity: Entity, entities: int) -> Shape:
                     domain,
                     entities,
                     [
-                        (name, _EPOCH_MS_BYTES if name == LAST_EVENT_AT else _VALUE_BYTES[attribute.type])
+                        (
+                            name,
+                            _value_bytes(name, attribute, elements.get(domain.relation, ELEMENTS_PER_LIST)),
+                        )
                         for name, attribute in domain.attributes.items()
                     ],
                 ),
-                features.windows_of(domain.name),
+                features.windows_of(domain.name)
+                if domain.name in features.domains
+                else _windows(registry.query(domain.relation)),
                 _topics_behind(registry, entity, domain.relation),
+                of_events=domain.name not in features.domains,
             )
             for domain in registry.contract.domains.values()
             if domain.entity == entity.name
         ),
     )
+
+
+def _value_bytes(name: str, attribute: Attribute, elements: float) -> float:
+    """Return the bytes of an attribute's value, of which a list has so many elements."""
+    if attribute.is_list:
+        return 3 + elements * _ELEMENT_BYTES[attribute.type]
+    return _EPOCH_MS_BYTES if name == LAST_EVENT_AT else _VALUE_BYTES[attribute.type]
+
+
+@cache
+def _windows(query: str) -> tuple[int, ...]:
+    """Return the days of each window in which a view that reads no tile reads its events, ascending."""
+    tree = sqlglot.parse_one(query, dialect="risingwave")
+    days = {
+        # The condition is day + (N + 1) days > now.
+        int(interval.this.name) - 1
+        for now in tree.find_all(exp.CurrentTimestamp)
+        if (condition := now.find_ancestor(exp.Predicate)) is not None
+        for interval in condition.find_all(exp.Interval)
+        if str(interval.args.get("unit")).upper() in ("DAY", "DAYS")
+    }
+    return tuple(sorted(days))
 
 
 def uniform_shape(shape: Shape, domains: int, attributes: int) -> Shape:
@@ -682,7 +711,8 @@ def engine_rows(workload: Workload, shape: Shape) -> dict[str, float]:
     Typed events: E · H, because the first delivery of an event wins forever; raw ones for the days that they
     are kept. Tiles: a day's tile rows · H. Tile aggregates: every event once for each tile it is in (the
     newest event's time must be found again when events are deleted), and the distinct values of an entity's
-    day. Windows: the tiles of the longest window and the current day. Rolling views: their rows.
+    day. Windows: the tiles of the longest window and the current day, and the events of the windows of domains that
+    read no tile. Rolling views: their rows.
     """
     history = workload.history_days
     tiles = sum(tile_rows(workload, shape).values())
@@ -695,7 +725,12 @@ def engine_rows(workload: Workload, shape: Shape) -> dict[str, float]:
             workload.events_of(tile.topics) + workload.active_in(tile.topics) * tile.distinct_per_active_day
             for tile in shape.tiles
         ),
-        "windows": tiles * (shape.longest_window + 1) if shape.longest_window else 0.0,
+        "windows": (tiles * (shape.longest_window + 1) if shape.longest_window else 0.0)
+        + sum(
+            workload.events_of(domain.topics) * (max(domain.windows) + 1 if domain.windows else history)
+            for domain in shape.domains
+            if domain.of_events
+        ),
         "rolling views": sum(rows_kept(workload, domain) for domain in shape.domains),
     }
 

@@ -19,7 +19,7 @@ from dagster_prefs.iceberg.catalog import OfflineError, translated
 from dagster_prefs.iceberg.files import scan_rows
 from dagster_prefs.ids import BLANKS, EXACT_FLOAT, BadId, read_key
 from dagster_prefs.textfiles import MAX_CELL_BYTES, MIB, ROW_FAULTS, CsvRow, LineReader, csv_rows
-from dagster_prefs.training.windows import Features
+from dagster_prefs.training.windows import FeatureSet
 
 TIME = "label_time"
 # The column that numbers rows while they are joined.
@@ -59,7 +59,7 @@ def read_labels(
     catalog: Catalog,
     source: str,
     *,
-    features: Features,
+    features: FeatureSet,
     now: datetime,
     timezone: str | None = None,
     types: Mapping[str, str] | None = None,
@@ -117,7 +117,7 @@ def is_csv(source: str) -> bool:
     return Path(source).suffix.lower() == ".csv"
 
 
-def check_columns(source: str, columns: Sequence[str], features: Features) -> None:
+def check_columns(source: str, columns: Sequence[str], features: FeatureSet) -> None:
     """Reject columns that labels cannot have: a key is missing, or a name is reserved or repeated.
 
     Raises LabelsRefused naming the column and what to call it.
@@ -153,7 +153,7 @@ def _type_of(name: str, kind: str) -> pa.DataType:
     )
 
 
-def _read(catalog: Catalog, source: str, types: Mapping[str, pa.DataType], features: Features) -> pa.Table:
+def _read(catalog: Catalog, source: str, types: Mapping[str, pa.DataType], features: FeatureSet) -> pa.Table:
     path = Path(source)
     suffix = path.suffix.lower()
     if types and suffix != ".csv":
@@ -178,7 +178,7 @@ def _read(catalog: Catalog, source: str, types: Mapping[str, pa.DataType], featu
     )
 
 
-def _read_csv(path: Path, source: str, features: Features) -> pa.Table:
+def _read_csv(path: Path, source: str, features: FeatureSet) -> pa.Table:
     """Read the cells of a CSV file as written, NULL if empty; blank lines are not rows."""
     with _CsvLines(path) as lines:
         rows = (row for row in csv_rows(iter(lines)) if row.cells or row.fault)

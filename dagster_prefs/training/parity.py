@@ -29,7 +29,7 @@ from dagster_prefs.iceberg.files import read_rows, tile_files
 from dagster_prefs.iceberg.tables import TileTable
 from dagster_prefs.iceberg.tiles import tile_snapshot
 from dagster_prefs.ids import Id
-from dagster_prefs.training.windows import Features, load_tiles
+from dagster_prefs.training.windows import Features, load_tiles, spread_part
 
 Items = Mapping[Id, Mapping[str, Mapping[str, Any]]]
 """Id → domain name → attributes, as served; an id or domain without item is absent."""
@@ -178,7 +178,7 @@ def check_parity(
         session.execute(
             f"create table points as select row_number() over (order by {key}) as point, {key}, "
             "date '1970-01-01' + cast(floor(($boundary - case when $spread = 0 then 0 "
-            f"else {_spread_part(features)} end) / 86400.0) as integer) as day "
+            f"else {spread_part(features.key, '$spread')} end) / 86400.0) as integer) as day "
             f"from ({' union '.join(f'select distinct {key} from {spec.name}' for spec, _ in features.sources)})",
             {"boundary": boundary, "spread": options.spread_seconds},
         )
@@ -190,14 +190,6 @@ def check_parity(
         rows = [dict(zip(columns, row, strict=True)) for row in due.fetchall()]
     served = read_items([_subject(features, row) for row in rows])
     return _compare(features, rows, served, round((boundary - options.grace_seconds) * 1000), engine_days)
-
-
-def _spread_part(features: Features) -> str:
-    """Return the SQL of the seconds by which a subject's day begins later, as in the macro `within_window`."""
-    key = features.key
-    # For other than integer keys the macro uses row_hash, which is this expression.
-    number = key.name if key.type == "bigint" else f"cast('0x' || left(md5({key.name}), 15) as bigint)"
-    return f"abs({number} % $spread)"
 
 
 def _load(

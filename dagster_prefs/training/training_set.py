@@ -1,8 +1,9 @@
 """Point-in-time correct training sets: labels joined with features as they were known at the label's time.
 
-A label sees the days before its own (UTC), never its own day or a later one. With `as_known`, it also sees each day in
-the version that the table held at the label's time, so that a late event or a correction that arrived afterwards
-changes nothing.
+A training value has one of three meanings. As `yesterday`, a label sees the days before its own (UTC), never its own
+day or a later one; with `as_known`, it also sees each day in the version that the table held at the label's time, so
+that a late event or a correction that arrived afterwards changes nothing. As `served`, it has what a read at its time
+would have returned. As `happened`, it has the same from all events that had happened by then, whenever they arrived.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import duckdb
 import pyarrow as pa
@@ -29,23 +30,34 @@ from pyiceberg.table.snapshots import Snapshot
 from pyiceberg.types import TimestamptzType
 
 from dagster_prefs.declarations.registry import Registry
+from dagster_prefs.engine.spreads import Spreads
 from dagster_prefs.files import whole_file
 from dagster_prefs.iceberg.catalog import OfflineError, translated
 from dagster_prefs.iceberg.duck import JOINING, duck_session
 from dagster_prefs.iceberg.export import DEFAULT_NAMESPACE
-from dagster_prefs.iceberg.files import LiveFile, day_of, live_files, read_rows, tile_files
+from dagster_prefs.iceberg.files import LiveFile, day_of, live_files, read_rows
 from dagster_prefs.iceberg.publish import ATTEMPTS
 from dagster_prefs.iceberg.tables import TileTable
 from dagster_prefs.training.labels import POINT, TIME, LabelsRefused, check_columns, is_csv, read_labels
+from dagster_prefs.training.lake import (
+    Pins,
+    SnapshotExpired,
+    current_tiles,
+    lake_inputs,
+    pin_served,
+    pinned_snapshot,
+)
 from dagster_prefs.training.outputs import OutputRefused, check_output, write_output
+from dagster_prefs.training.served import create_served, days_of_points
+from dagster_prefs.training.served_sql import ServedFeatures, ServedMeaning, ServedOptions, choose_served
 from dagster_prefs.training.windows import Dialect, Features, choose_features, load_tiles
+
+# What a training value promises; docs/training.md compares them.
+Meaning = Literal["yesterday", "served", "happened"]
+MEANINGS: tuple[Meaning, ...] = get_args(Meaning)
 
 MANIFEST_VERSION = 1
 FOREVER = 2**62
-
-
-class SnapshotExpired(OfflineError):
-    """A required version of the tiles has expired."""
 
 
 class TagTaken(OfflineError):
@@ -97,16 +109,47 @@ class LabelJoin:
     `features` are those of one entity; `labels` is a Parquet or CSV file or an Iceberg table with the entity's key,
     `label_time` and any other columns (see `read_labels`), and `timezone` is the zone of times without one. `csv` gives
     the types of CSV cells that are not text. With `as_known` a label sees each day as the table in `namespace` held it
-    at the label's time. `now` is the latest time that a label may have.
+    at the label's time. `now` is the latest time that a label may have. `meaning` is what a value promises: `features`
+    are ServedFeatures except for `yesterday`. `spreads` are the expiry spreads that were in force, which `yesterday`
+    does not need.
+
+    Raises LabelsRefused for `as_known` with another meaning than `yesterday`.
     """
 
     labels: str
-    features: Features
+    features: Features | ServedFeatures
     now: datetime
     timezone: str | None = None
     as_known: bool = False
     namespace: str = DEFAULT_NAMESPACE
     csv: CsvOptions = CsvOptions()
+    meaning: Meaning = "yesterday"
+    spreads: Spreads = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_meaning(self.meaning, as_known=self.as_known)
+
+
+def check_meaning(meaning: Meaning, *, as_known: bool) -> None:
+    """Raise LabelsRefused for `as_known` with a meaning to which it would add nothing or that it contradicts."""
+    if as_known and meaning == "served":
+        raise LabelsRefused(
+            "--as-known adds nothing to --as served, whose values are made of what had arrived by each label's time: "
+            "omit it"
+        )
+    if as_known and meaning == "happened":
+        raise LabelsRefused(
+            "--as-known contradicts --as happened, which counts every event from its own time, whenever it arrived: "
+            "omit it, or use --as served for what was known at each label's time"
+        )
+
+
+def features_as(registry: Registry, entity: str | None, meaning: Meaning) -> Features | ServedFeatures:
+    """Return the features of an entity, or of the only one with a domain, that training values of a meaning have.
+
+    Raises OfflineError like `choose_features`, ViewNotPortable.
+    """
+    return choose_features(registry, entity) if meaning == "yesterday" else choose_served(registry, entity)
 
 
 def build_training_set(
@@ -133,14 +176,7 @@ def build_training_set(
     check_output(catalog, str(output))
     if not manifest.absolute().parent.is_dir():
         raise OutputRefused(f"the folder {manifest.parent} of the manifest does not exist: create it")
-    snapshots: dict[str, int | None] = {}
-    for spec, _ in features.sources:
-        with translated(f"the table {namespace}.{spec.name}"):
-            table = catalog.load_table(spec.identifier(namespace))
-            current = table.current_snapshot()
-            if tag and current:
-                _set_tag(table, tag, current.snapshot_id)
-        snapshots[spec.name] = current.snapshot_id if current else None
+    pins = _pin(catalog, join, tag)
     with translated(f"the manifest {manifest}"), ExitStack() as written:
 
         def describe(made: _Made) -> None:
@@ -158,9 +194,11 @@ def build_training_set(
                     "timezone": join.timezone,
                     "types": dict(join.csv.types),
                 },
+                "meaning": join.meaning,
                 "as_known": join.as_known,
                 "namespace": namespace,
-                "snapshots": snapshots,
+                "snapshots": dict(pins.snapshots),
+                **_served_content(join, pins),
                 "days": {"first": made.first_day.isoformat(), "last": made.last_day.isoformat()},
                 "output": {
                     "path": str(output),
@@ -176,10 +214,52 @@ def build_training_set(
             # Done before the output is replaced, so that a full disk leaves it unchanged.
             partial.flush()
 
-        made = _build(catalog, join, str(output), snapshots, describe=describe)
+        made = _build(catalog, join, str(output), pins, describe=describe)
     return TrainingSet(
-        str(output), manifest, made.rows, made.cold_start_rows, made.content_hash, snapshots, made.seconds
+        str(output),
+        manifest,
+        made.rows,
+        made.cold_start_rows,
+        made.content_hash,
+        pins.snapshots,
+        made.seconds,
     )
+
+
+def _pin(catalog: Catalog, join: LabelJoin, tag: str | None) -> Pins:
+    """Return the state of the tables that a training set is made from, tagged if there is a tag."""
+    if isinstance(join.features, ServedFeatures):
+        tables, pins = pin_served(catalog, join.features, namespace=join.namespace)
+    else:
+        tables = {}
+        for spec, _ in join.features.sources:
+            with translated(f"the table {join.namespace}.{spec.name}"):
+                tables[spec.name] = catalog.load_table(spec.identifier(join.namespace))
+        pins = Pins(
+            {
+                name: current.snapshot_id if (current := table.current_snapshot()) else None
+                for name, table in tables.items()
+            }
+        )
+    for name, snapshot_id in pins.snapshots.items():
+        if tag and snapshot_id is not None:
+            with translated(f"the table {join.namespace}.{name}"):
+                _set_tag(tables[name], tag, snapshot_id)
+    return pins
+
+
+def _served_content(join: LabelJoin, pins: Pins) -> dict[str, Any]:
+    """Return what a manifest says of values as served beyond the snapshots."""
+    if join.meaning == "yesterday":
+        return {}
+    return {
+        "watermarks": {topic: until.isoformat() for topic, until in pins.watermarks.items()},
+        "complete_from": {topic: start.isoformat() for topic, start in pins.complete_from.items()},
+        "spreads": {
+            domain: [[since.isoformat(), seconds] for since, seconds in found]
+            for domain, found in join.spreads.items()
+        },
+    }
 
 
 def reproduce_training_set(
@@ -208,7 +288,9 @@ def reproduce_training_set(
         raise NotReproducible(
             f"{manifest} has version {version}, this code reads {MANIFEST_VERSION}: upgrade it"
         )
-    features = choose_features(registry, known.get("entity"))
+    # A manifest of an earlier version has no meaning: it knew one only.
+    meaning: Meaning = known.get("meaning", "yesterday")
+    features = features_as(registry, known.get("entity"), meaning)
     if known["definition"] != _definition(features):
         raise NotReproducible(
             f"{manifest} was made by code {known['code_version']} with another definition of the features: "
@@ -229,9 +311,19 @@ def reproduce_training_set(
         as_known=known["as_known"],
         namespace=known["namespace"],
         csv=CsvOptions(known["labels"].get("types", {}), keep_formulas),
+        meaning=meaning,
+        spreads={
+            domain: tuple((datetime.fromisoformat(since), seconds) for since, seconds in found)
+            for domain, found in known.get("spreads", {}).items()
+        },
+    )
+    pins = Pins(
+        known["snapshots"],
+        {topic: datetime.fromisoformat(until) for topic, until in known.get("watermarks", {}).items()},
+        {topic: datetime.fromisoformat(start) for topic, start in known.get("complete_from", {}).items()},
     )
     expect = known["labels"]["fingerprint"], known["output"]["fingerprint"]
-    made = _build(catalog, join, str(output), known["snapshots"], expect=expect)
+    made = _build(catalog, join, str(output), pins, expect=expect)
     return TrainingSet(
         str(output),
         manifest,
@@ -248,14 +340,17 @@ def print_training_sql(
     labels: str,
     dialect: Dialect,
     *,
-    features: Features,
+    features: Features | ServedFeatures,
     as_known: bool = False,
     namespace: str = DEFAULT_NAMESPACE,
+    served: ServedOptions | None = None,
 ) -> str:
     """Return the same join in the SQL of a distributed engine over the same tables, for labels beyond one machine.
 
     `labels` must be an Iceberg table (`namespace.table`) with the entity's key and `label_time`, a timestamp with a
-    zone. Raises LabelsRefused if it is not, or a column is named like a feature; TableMissing if it does not exist.
+    zone. `served` says how ServedFeatures are to be computed; the query does not refuse labels that cannot be answered.
+    Raises LabelsRefused if `labels` is no such table, or a column is named like a feature; TableMissing if it does not
+    exist; ViewNotPortable for an expiry spread that other engines cannot compute.
     """
     if as_known:
         raise LabelsRefused(
@@ -274,6 +369,9 @@ def print_training_sql(
         raise LabelsRefused(
             f"{labels}.{TIME} is {fields[TIME]}: {dialect} needs a timestamp with a zone; write the table again"
         )
+    if isinstance(features, ServedFeatures):
+        options = served or ServedOptions()
+        return features.training_sql(dialect, labels, list(fields), namespace=namespace, options=options)
     return features.training_sql(dialect, labels, list(fields), namespace=namespace)
 
 
@@ -292,7 +390,7 @@ def _build(
     catalog: Catalog,
     join: LabelJoin,
     output: str,
-    snapshots: Mapping[str, int | None],
+    pins: Pins,
     *,
     expect: tuple[str, str] | None = None,
     describe: Callable[[_Made], None] | None = None,
@@ -303,28 +401,23 @@ def _build(
         catalog, join.labels, features=features, now=join.now, timezone=join.timezone, types=join.csv.types
     )
     with translated(f"the training set {output}"), duck_session(*JOINING) as session:
-        first, last = _load_points(session, table, features)
+        _load_labels(session, table)
         labels_hash = _fingerprint(session, "labels")
         if expect and labels_hash != expect[0]:
             raise NotReproducible(
                 f"{join.labels} no longer contains the labels of the manifest: name the original"
             )
-        oldest = _oldest_label(session)
-        for spec, columns in features.sources:
-            with translated(f"the table {namespace}.{spec.name}"):
-                tiles = catalog.load_table(spec.identifier(namespace))
-                snapshot = _snapshot(tiles, snapshots[spec.name])
-                if join.as_known:
-                    batches = _versions(tiles, spec, snapshot, columns, first, last, oldest)
-                else:
-                    batches = _current(tiles, spec, snapshot, columns, first, last)
-                keys = ", ".join(features.key_names)
-                known = f"({keys}) in (select {keys if len(features.keys) == 1 else f'({keys})'} from points)"
-                load_tiles(session, spec, columns, batches, where=known, versions=join.as_known)
-        session.execute(f"create table features as {features.sql('training', versions=join.as_known)}")
+        if isinstance(features, ServedFeatures):
+            inputs = lake_inputs(catalog, features, pins, spreads=join.spreads, namespace=namespace)
+            meaning: ServedMeaning = "happened" if join.meaning == "happened" else "served"
+            create_served(session, features, inputs, meaning=meaning)
+            first, last = days_of_points(session, features)
+        else:
+            first, last = _create_features(session, catalog, join, features, pins)
+        columns = ", ".join(f"features.{value.name}" for value in features.values)
         session.execute(
-            "create view result as select labels.*, features.* exclude (point) "
-            "from labels join features on features.point = labels.point"
+            f"create view result as select labels.*, {columns} from labels join features "
+            "on features.point = labels.point"
         )
         content = _fingerprint(session, "result")
         if expect and content != expect[1]:
@@ -342,10 +435,30 @@ def _build(
     return replace(made, seconds=time.monotonic() - started)
 
 
-def _load_points(
-    session: duckdb.DuckDBPyConnection, table: pa.Table, features: Features
+def _create_features(
+    session: duckdb.DuckDBPyConnection, catalog: Catalog, join: LabelJoin, features: Features, pins: Pins
 ) -> tuple[date, date]:
-    """Create `labels` and `points`; return the earliest and latest day whose tiles any label needs."""
+    """Create `features` as of the day before each label's; return the earliest and latest day whose tiles any needs."""
+    namespace = join.namespace
+    first, last = _create_points(session, features)
+    oldest = _oldest_label(session)
+    for spec, columns in features.sources:
+        with translated(f"the table {namespace}.{spec.name}"):
+            tiles = catalog.load_table(spec.identifier(namespace))
+            snapshot = pinned_snapshot(tiles, pins.snapshots[spec.name])
+            if join.as_known:
+                batches = _versions(tiles, spec, snapshot, columns, first, last, oldest)
+            else:
+                batches = current_tiles(tiles, spec, snapshot, columns, first, last)
+            keys = ", ".join(features.key_names)
+            known = f"({keys}) in (select {keys if len(features.keys) == 1 else f'({keys})'} from points)"
+            load_tiles(session, spec, columns, batches, where=known, versions=join.as_known)
+    session.execute(f"create table features as {features.sql('training', versions=join.as_known)}")
+    return first, last
+
+
+def _load_labels(session: duckdb.DuckDBPyConnection, table: pa.Table) -> None:
+    """Create `labels`, numbered by `point`."""
     number = pa.array(range(table.num_rows), pa.int64())
     names = table.column_names
     # Instants are stored as integers: without an extension DuckDB cannot convert one to a date.
@@ -356,6 +469,10 @@ def _load_points(
     others = ", ".join(f'"{name.replace(chr(34), chr(34) * 2)}"' for name in names)
     session.execute(f"create table labels as select point, {others} from source")
     session.unregister("source")
+
+
+def _create_points(session: duckdb.DuckDBPyConnection, features: Features) -> tuple[date, date]:
+    """Create `points` from `labels`; return the earliest and latest day whose tiles any label needs."""
     session.execute(
         f"""
         create table points as
@@ -388,33 +505,6 @@ def _set_tag(table: Table, tag: str, snapshot_id: int) -> None:
             table.manage_snapshots().create_tag(snapshot_id, tag).commit()
         table.refresh()
     raise TagTaken(f"{'.'.join(table.name())} changed while it was tagged {ATTEMPTS} times: run it again")
-
-
-def _snapshot(table: Table, snapshot_id: int | None) -> Snapshot | None:
-    if snapshot_id is None:
-        return None
-    snapshot = table.snapshot_by_id(snapshot_id)
-    if snapshot is None:
-        raise SnapshotExpired(
-            f"snapshot {snapshot_id} of {'.'.join(table.name())} has expired, by age or because it held an erased "
-            "subject, and this training set cannot be rebuilt: keep snapshots longer or tag those of training sets"
-        )
-    return snapshot
-
-
-def _current(
-    table: Table,
-    spec: TileTable,
-    snapshot: Snapshot | None,
-    columns: tuple[str, ...],
-    first: date,
-    last: date,
-) -> Iterator[pa.RecordBatch]:
-    if snapshot is None:
-        return
-    for files in tile_files(table, spec, first=first, last=last, snapshot_id=snapshot.snapshot_id).values():
-        for file in files:
-            yield from read_rows(table, file, [*spec.entity.key_names, spec.day, *columns])
 
 
 def _versions(
@@ -513,13 +603,14 @@ def _one(session: duckdb.DuckDBPyConnection, query: str) -> tuple[Any, ...]:
     return row
 
 
-def _definition(features: Features) -> str:
+def _definition(features: Features | ServedFeatures) -> str:
     """Return a hash of the definition of the features."""
-    text = json.dumps([asdict(value) for value in features.values]) + features.sql("training", versions=True)
+    sql = features.sql() if isinstance(features, ServedFeatures) else features.sql("training", versions=True)
+    text = json.dumps([asdict(value) for value in features.values]) + sql
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _count_cold_start(session: duckdb.DuckDBPyConnection, features: Features) -> int:
+def _count_cold_start(session: duckdb.DuckDBPyConnection, features: Features | ServedFeatures) -> int:
     """Count the labels whose features all have their cold-start value."""
     same = " and ".join(f"{value.name} is not distinct from {value.cold_start}" for value in features.values)
     return int(_one(session, f"select count(*) from features where {same}")[0])

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
 from functools import cached_property
-from typing import Literal
+from typing import Literal, Protocol
 
 import duckdb
 import pyarrow as pa
@@ -43,6 +43,7 @@ _TYPES = {
     "string": "varchar",
     "list<string>": "varchar[]",
     "list<decimal>": f"{_NUMBERS}[]",
+    "list<integer>": "bigint[]",
 }
 
 
@@ -63,22 +64,52 @@ class Feature:
     cold_start: str
 
 
-def _feature(domain: str, name: str, attribute: Attribute) -> Feature:
+def feature_of(domain: str, name: str, attribute: Attribute) -> Feature:
+    """Return an attribute as a value of training sets. Raises ViewNotPortable for a type that is not exact."""
     if attribute.type not in _TYPES:
         raise ViewNotPortable(
             f"{domain}.{name} is a {attribute.type}, which training data cannot represent exactly: make it a decimal"
         )
-    empty = "null" if attribute.nullable else "[]" if attribute.type.startswith("list") else "0"
+    empty = "null" if attribute.nullable else "[]" if attribute.is_list else "0"
     return Feature(name, domain, _TYPES[attribute.type], f"cast({empty} as {_TYPES[attribute.type]})")
 
 
+class FeatureSet(Protocol):
+    """The values of one entity, whatever they promise."""
+
+    @property
+    def entity(self) -> Entity: ...
+
+    @property
+    def key(self) -> Key: ...
+
+    @property
+    def keys(self) -> tuple[Key, ...]: ...
+
+    @property
+    def key_names(self) -> tuple[str, ...]: ...
+
+    @property
+    def values(self) -> tuple[Feature, ...]: ...
+
+
 @dataclass(frozen=True)
-class _Read:
+class TileRead:
     """A select of a view that reads a tile in a window of this many days."""
 
     select: exp.Select
     spec: TileTable
     days: int
+
+
+def check_unique_names(entity: Entity, values: Sequence[Feature]) -> None:
+    """Raise ViewNotPortable if two of an entity's values have one name."""
+    named = [value.name for value in values]
+    if twice := [name for name in named if named.count(name) > 1]:
+        raise ViewNotPortable(
+            f"two domains of {entity.name} have the attribute {twice[0]}, and a training set has one column of a "
+            "name: rename one"
+        )
 
 
 def relations_read(view: exp.Expr) -> dict[str, None]:
@@ -124,6 +155,7 @@ class Features:
     """
 
     def __init__(self, registry: Registry, entity: Entity) -> None:
+        self.registry = registry
         self.entity = entity
         # The first key column, whose day moves if expiry is spread, and all key columns.
         self.key: Key = entity.key
@@ -140,7 +172,7 @@ class Features:
         for domain in registry.contract.domains.values():
             if entity_of(registry, domain) != entity:
                 continue
-            parsed = _parse(domain.relation, registry.query(domain.relation))
+            parsed = parse_view(domain.relation, registry.query(domain.relation))
             if instead := self._read_instead_of_tiles(parsed):
                 why = f"it is computed from {instead}, which is not exported"
                 self.left_out |= {
@@ -156,18 +188,13 @@ class Features:
             self.left_out |= {f"{domain.name}.{name}": why for name, why in unknown.items()}
             self._views[domain.name] = view
             values += [
-                _feature(domain.name, name, attribute)
+                feature_of(domain.name, name, attribute)
                 for name, attribute in domain.attributes.items()
                 if name != LAST_EVENT_AT and name not in unknown
             ]
         self.domains = tuple(domain.name for domain in self._domains)
         self.values = tuple(values)
-        named = [value.name for value in self.values]
-        if twice := [name for name in named if named.count(name) > 1]:
-            raise ViewNotPortable(
-                f"two domains of {entity.name} have the attribute {twice[0]}, and a training set has one column of a "
-                "name: rename one"
-            )
+        check_unique_names(entity, self.values)
         if self._domains:
             # Views that cannot be evaluated for other days are rejected here.
             self._query("training", "duckdb")
@@ -233,37 +260,17 @@ class Features:
         `labels` is `namespace.table` with `columns`, among them the entity's key and `label_time`, an instant. A label
         of one UTC day sees the days before it, in the newest version of every tile.
         """
-        # As whole days since 1970, because engines disagree on the time zone of a conversion from instant to date.
-        seconds = (exp.UnixSeconds if dialect == "spark" else exp.TimeToUnix)(
-            this=exp.column("label_time", "l")
-        )
-        number = exp.cast(exp.Floor(this=exp.Div(this=seconds, expression=exp.Literal.number(86_400))), "int")
-        epoch = exp.cast(exp.Literal.string("1970-01-01"), "date")
-        day = exp.cast(exp.DateAdd(this=epoch, expression=number, unit=exp.var("DAY")), "date")
-        # Labels of one subject and day share their features; numbering the labels instead would sort all of them in one
-        # place.
-        parts: list[exp.Expr] = [exp.cast(exp.column(key, "l"), "varchar") for key in self.key_names]
-        if len(parts) > 1:
-            # Encoded as in a sort key, so that no two keys yield the same text.
-            parts = [
-                sqlglot.parse_one(f"replace(replace({part.sql()}, '%', '%25'), '#', '%23')") for part in parts
-            ]
-        separated = [piece for part in parts for piece in (exp.Literal.string("#"), part)][1:]
-        point = exp.Concat(
-            expressions=[*separated, exp.Literal.string(" "), exp.cast(day, "varchar")],
-            safe=True,
-            coalesce=False,
-        )
+        day = utc_day(exp.column("label_time", "l"), dialect)
         source = exp.to_table(labels)
         source.set("alias", exp.TableAlias(this=exp.to_identifier("l")))
-        numbered = exp.select("l.*", exp.alias_(point, "point")).from_(source)
+        numbered = exp.select("l.*", exp.alias_(point_of(self.key_names, day), "point")).from_(source)
         keys = [f"l.{key}" for key in self.key_names]
         points = exp.select("l.point", *keys, exp.alias_(day.copy(), "day")).distinct()
         query = self._query("training", dialect, namespace=namespace)
         ctes = query.args["with_"]
         ctes.set(
             "expressions",
-            [_cte("labels", numbered), _cte("points", points.from_("labels as l")), *ctes.expressions],
+            [cte("labels", numbered), cte("points", points.from_("labels as l")), *ctes.expressions],
         )
         query = query.join("labels", on="labels.point = p.point")
         names = [exp.column(name, "labels", quoted=True) for name in columns]
@@ -296,7 +303,7 @@ class Features:
         for domain in self._domains:
             view, name = self._view(domain.name), domain.name
             self._at_points(view, domain.relation, mode, dialect, versions, namespace)
-            _drop(view, {"domain_key"} if last_events else {"domain_key", LAST_EVENT_AT})
+            drop_columns(view, {"domain_key"} if last_events else {"domain_key", LAST_EVENT_AT})
             _rename(view, name)
             query = query.with_(name, as_=view).join(name, on=f"{name}.point = p.point", join_type="left")
         return query
@@ -314,7 +321,7 @@ class Features:
         """Return a domain's view without the attributes that are not computed from tiles, and those with the reason."""
         unknown = _without_others(view, domain.relation, set(self._by_tile))
         if len(self.keys) > 1:
-            _check_whole_keys(view, domain.relation, self.key_names)
+            check_whole_keys(view, domain.relation, self.key_names)
         reads = list(self._reads(view, domain.relation))
         for read in reads:
             if read.spec.entity != self.entity:
@@ -340,54 +347,18 @@ class Features:
                 )
         return view, unknown
 
-    def _reads(self, query: exp.Select, relation: str) -> Iterator[_Read]:
-        """Return the selects of a view that read a tile, with the window of each."""
-        specs = self._by_tile
-        found = 0
-        for select in query.find_all(exp.Select):
-            tables = [table.name for table in select.find_all(exp.Table) if table.name in specs]
-            source = select.args.get("from_")
-            if (
-                not tables
-                or source is None
-                or not isinstance(source.this, exp.Table)
-                or source.this.name not in specs
-            ):
-                continue
-            spec = specs[source.this.name]
-            where = select.args.get("where")
-            condition = where.this if where else None
-            intervals = list(condition.find_all(exp.Interval)) if condition else []
-            if (
-                select.args.get("joins")
-                or not isinstance(condition, exp.GT)
-                or {column.name for column in condition.find_all(exp.Column)} != {spec.day}
-                or list(condition.expression.find_all(exp.Column))
-                or len(intervals) != 1
-                or str(intervals[0].args.get("unit")).upper() not in ("DAY", "DAYS")
-            ):
-                raise ViewNotPortable(
-                    f"{relation} reads {spec.tile} with another condition than within_window(…): training sets and "
-                    "parity cannot compute it for other days: read the tile in a CTE of its own with that macro alone"
-                )
-            found += 1
-            # The filter is day + (N + 1) days > now, which keeps N whole days and today.
-            days = int(intervals[0].this.name) - 1
-            if days < 1:
-                raise ViewNotPortable(
-                    f"{relation} reads {spec.tile} in a window of {days} days: a window must have at least 1 day"
-                )
-            if unknown := [c.name for c in select.find_all(exp.Column) if c.name not in spec.by_name]:
-                raise ViewNotPortable(
-                    f"{relation} reads {spec.tile}.{unknown[0]}, which the tile does not declare (it has "
-                    f"{', '.join(spec.by_name)}): declare it, so that it is exported"
-                )
-            yield _Read(select, spec, days)
-        if not found:
+    def _reads(self, query: exp.Select, relation: str) -> Iterator[TileRead]:
+        """Return the selects of a view that read a tile, with the window of each.
+
+        Raises ViewNotPortable if there is none.
+        """
+        reads = list(tile_reads(query, relation, self._by_tile))
+        if not reads:
             raise ViewNotPortable(
-                f"{relation} does not read a tile on its own: read one of {', '.join(specs)} in a CTE of "
+                f"{relation} does not read a tile on its own: read one of {', '.join(self._by_tile)} in a CTE of "
                 "its own, from the tile alone and with within_window(…)"
             )
+        yield from reads
 
     def _at_points(
         self,
@@ -428,6 +399,51 @@ class Features:
         _in_dialect(view, relation, dialect)
 
 
+def tile_reads(query: exp.Select, relation: str, specs: Mapping[str, TileTable]) -> Iterator[TileRead]:
+    """Yield the selects of a view that read a tile, with the window of each; `specs` are the tiles by relation.
+
+    Raises ViewNotPortable for a read in another way than with `within_window` alone.
+    """
+    for select in query.find_all(exp.Select):
+        tables = [table.name for table in select.find_all(exp.Table) if table.name in specs]
+        source = select.args.get("from_")
+        if (
+            not tables
+            or source is None
+            or not isinstance(source.this, exp.Table)
+            or source.this.name not in specs
+        ):
+            continue
+        spec = specs[source.this.name]
+        where = select.args.get("where")
+        condition = where.this if where else None
+        intervals = list(condition.find_all(exp.Interval)) if condition else []
+        if (
+            select.args.get("joins")
+            or not isinstance(condition, exp.GT)
+            or {column.name for column in condition.find_all(exp.Column)} != {spec.day}
+            or list(condition.expression.find_all(exp.Column))
+            or len(intervals) != 1
+            or str(intervals[0].args.get("unit")).upper() not in ("DAY", "DAYS")
+        ):
+            raise ViewNotPortable(
+                f"{relation} reads {spec.tile} with another condition than within_window(…): training sets and "
+                "parity cannot compute it for other days: read the tile in a CTE of its own with that macro alone"
+            )
+        # The filter is day + (N + 1) days > now, which keeps N whole days and today.
+        days = int(intervals[0].this.name) - 1
+        if days < 1:
+            raise ViewNotPortable(
+                f"{relation} reads {spec.tile} in a window of {days} days: a window must have at least 1 day"
+            )
+        if unknown := [c.name for c in select.find_all(exp.Column) if c.name not in spec.by_name]:
+            raise ViewNotPortable(
+                f"{relation} reads {spec.tile}.{unknown[0]}, which the tile does not declare (it has "
+                f"{', '.join(spec.by_name)}): declare it, so that it is exported"
+            )
+        yield TileRead(select, spec, days)
+
+
 def load_tiles(
     session: duckdb.DuckDBPyConnection,
     spec: TileTable,
@@ -457,11 +473,51 @@ def load_tiles(
         session.execute(f"create table {spec.name} as from incoming where {where}")
 
 
-def _cte(name: str, query: exp.Select) -> exp.CTE:
+def utc_day(moment: exp.Expr, dialect: Dialect) -> exp.Expr:
+    """Return the UTC date of an instant in another engine's SQL."""
+    # As whole days since 1970, because engines disagree on the time zone of a conversion from instant to date.
+    seconds = (exp.UnixSeconds if dialect == "spark" else exp.TimeToUnix)(this=moment.copy())
+    number = exp.cast(exp.Floor(this=exp.Div(this=seconds, expression=exp.Literal.number(86_400))), "int")
+    epoch = exp.cast(exp.Literal.string("1970-01-01"), "date")
+    return exp.cast(exp.DateAdd(this=epoch, expression=number, unit=exp.var("DAY")), "date")
+
+
+def point_of(keys: Sequence[str], moment: exp.Expr) -> exp.Expr:
+    """Return the text that names a label's key and moment: labels of one key and moment share their features.
+
+    Numbering the labels instead would sort all of them in one place.
+    """
+    parts: list[exp.Expr] = [exp.cast(exp.column(key, "l"), "varchar") for key in keys]
+    if len(parts) > 1:
+        # Encoded as in a sort key, so that no two keys yield the same text.
+        parts = [
+            sqlglot.parse_one(f"replace(replace({part.sql()}, '%', '%25'), '#', '%23')") for part in parts
+        ]
+    separated = [piece for part in parts for piece in (exp.Literal.string("#"), part)][1:]
+    return exp.Concat(
+        expressions=[*separated, exp.Literal.string(" "), exp.cast(moment.copy(), "varchar")],
+        safe=True,
+        coalesce=False,
+    )
+
+
+def spread_part(key: Key, seconds: str) -> str:
+    """Return DuckDB's SQL of the seconds by which a key's day begins later, like the macro `expiry_spread`.
+
+    `seconds` is SQL of the spread, which must not be 0.
+    """
+    # For other than integer keys the macro uses row_hash, which is this expression.
+    number = key.name if key.type == "bigint" else f"cast('0x' || left(md5({key.name}), 15) as bigint)"
+    return f"abs({number} % {seconds})"
+
+
+def cte(name: str, query: exp.Select) -> exp.CTE:
+    """Return a named query for a `with`."""
     return exp.CTE(this=query, alias=exp.TableAlias(this=exp.to_identifier(name)))
 
 
-def _parse(relation: str, text: str) -> exp.Select:
+def parse_view(relation: str, text: str) -> exp.Select:
+    """Parse the compiled SQL of a relation. Raises ViewNotPortable unless it is one select."""
     query = sqlglot.parse_one(text, dialect="risingwave")
     if not isinstance(query, exp.Select):
         raise ViewNotPortable(f"{relation} is no query: write it as one select")
@@ -471,7 +527,7 @@ def _parse(relation: str, text: str) -> exp.Select:
 def _in_dialect(view: exp.Select, relation: str, dialect: Dialect) -> None:
     """Rewrite quotients, instants and ordered lists so that the dialect's engine computes them exactly."""
     for quotient in list(view.find_all(exp.Round)):
-        quotient.replace(_exact(quotient, relation, dialect))
+        quotient.replace(exact_quotient(quotient, relation, dialect))
     for cast in list(view.find_all(exp.Cast)):
         moment = cast.this.find(exp.Extract)
         if moment is not None:
@@ -481,7 +537,7 @@ def _in_dialect(view: exp.Select, relation: str, dialect: Dialect) -> None:
         for aggregate in list(view.find_all(exp.ArrayAgg)):
             order = aggregate.this
             if isinstance(order, exp.Order):
-                aggregate.replace(_collected(order))
+                aggregate.replace(collected(order))
 
 
 def _rename(view: exp.Select, domain: str) -> None:
@@ -500,13 +556,14 @@ def _inside_join(column: exp.Column) -> bool:
     return isinstance(join, exp.Join) and column.table in ("t", "p")
 
 
-def _exact(node: exp.Round, relation: str, dialect: Dialect) -> exp.Expr:
+def exact_quotient(node: exp.Round, relation: str, dialect: Dialect) -> exp.Expr:
     """Return the quotient of two integers, rounded half up to 6 places exactly; NULL if the denominator is 0.
 
     Computed in integers, because DuckDB divides decimals as floats, whose rounding is not defined.
     """
     quotient = node.this
-    if not isinstance(quotient, exp.Div) or node.args["decimals"].name != "6":
+    places = node.args.get("decimals")
+    if not isinstance(quotient, exp.Div) or places is None or places.name != "6":
         raise ViewNotPortable(f"{relation} rounds {quotient.sql()}: use the macros minutes or ratio")
     top, bottom = (_integer(side) for side in (quotient.this, quotient.expression))
     if dialect == "duckdb":
@@ -529,7 +586,7 @@ def _integer(side: exp.Expr) -> str:
     return f"({side.sql(dialect='duckdb')})"
 
 
-def _collected(order: exp.Order) -> exp.Expr:
+def collected(order: exp.Order) -> exp.Expr:
     """Rewrite an ordered list for Spark, whose aggregate has no order: pairs are sorted and then unpacked."""
     place = order.expressions[0].this.sql(dialect="spark")
     pairs = f"collect_list(struct({place} as place, {order.this.sql(dialect='spark')} as value))"
@@ -551,7 +608,7 @@ def _without_others(view: exp.Select, relation: str, tiles: set[str]) -> dict[st
     Only a left join can be removed without changing the set of rows.
     """
     names = {cte.alias for cte in view.ctes}
-    final = _final(view)
+    final = final_select(view)
     others: dict[str, str] = {}
     for cte in view.ctes:
         if cte.this is final:
@@ -597,7 +654,7 @@ def _without_others(view: exp.Select, relation: str, tiles: set[str]) -> dict[st
     return unknown
 
 
-def _check_whole_keys(view: exp.Select, relation: str, keys: tuple[str, ...]) -> None:
+def check_whole_keys(view: exp.Select, relation: str, keys: tuple[str, ...]) -> None:
     """Reject a view that groups, ranks or joins by a part of a composite key.
 
     A point is one whole key, so that a total over the other parts would cover this part only.
@@ -625,7 +682,7 @@ def _check_whole_keys(view: exp.Select, relation: str, keys: tuple[str, ...]) ->
                 )
 
 
-def _final(view: exp.Select) -> exp.Select:
+def final_select(view: exp.Select) -> exp.Select:
     """Return the select that defines a view's columns: `select * from` a CTE is that CTE."""
     selects = {cte.alias: cte.this for cte in view.ctes}
     found = view
@@ -638,7 +695,8 @@ def _final(view: exp.Select) -> exp.Select:
     return found
 
 
-def _drop(view: exp.Select, names: set[str]) -> None:
+def drop_columns(view: exp.Select, names: set[str]) -> None:
+    """Remove the columns of these names from every select of a view, in place."""
     for select in view.find_all(exp.Select):
         kept = [column for column in select.expressions if column.alias_or_name not in names]
         select.set("expressions", kept)

@@ -296,7 +296,7 @@ def _view_attributes(registry: Registry, domain: Domain) -> list[Measured]:
 def _kind(name: str, attribute: Attribute) -> Kind:
     if name == LAST_EVENT_AT:
         return "time"
-    if attribute.type.startswith("list"):
+    if attribute.is_list:
         return "list"
     return "text" if attribute.type == "string" else "number"
 

@@ -20,6 +20,7 @@
       "models/engagement/viewer_genre_metrics_1d.sql": "9d754ce06d7ffc796a7653ae451cb8e9",
       "models/engagement/viewer_interactions_1d.sql": "b18140f8c332587c366c181735cc8833",
       "models/engagement/viewer_preferences_rolling.sql": "a8c07b2018bb6614cab7646cdd618dda",
+      "models/engagement/viewer_recent_sequence.sql": "43b9eeb96f33be99b8264a10c8ceed94",
       "models/engagement/viewer_watch_metrics_1d.sql": "0f7e8793a3c0cc0e2678eae9d8a39c1b",
       "models/generated/events/content_interactions.sql": "05e340dbf52c5b711d652b5931466a7d",
       "models/generated/events/content_interactions_parsed.sql": "db267b474919816751a3a1e5fdb69f1d",
@@ -48,6 +49,7 @@
       "models/generated/operations/tile_fingerprints.sql": "85c4fa8ddbea2d2ee18a91622197056e",
       "models/generated/sinks/sink_engagement_interactions.sql": "c283dd684bbb0e56102a7e41c8b92cbe",
       "models/generated/sinks/sink_engagement_preferences.sql": "cae89b1ad64dbfd7591f02a5cf13c61b",
+      "models/generated/sinks/sink_engagement_sequence.sql": "a4011b5fd860c32f157cd7c25e83f4c8",
       "models/generated/sinks/sink_engagement_watch.sql": "ea254accb005d91d77c0a21461b64a5b",
       "models/generated/sinks/sink_training_genre.sql": "a93c427858d0b758f982ff3df3d7943e",
       "models/generated/sinks/sink_training_interactions.sql": "244214e79f037a3d2acbef6dcd1e8ecd",
@@ -60,7 +62,8 @@
       "models/shop/user_category_profile.sql": "43d500f77219fa85fd70a93c9ec22267",
       "models/shop/user_price_sensitivity.sql": "191b3604ca5a22d75ad81823bfa4d3d4",
       "models/shop/user_price_tier_drift.sql": "8fe28fc88439314f29994507b065055f",
-      "models/shop/user_recent_activity.sql": "520961d8ddea731ff60f572ac01b6b2a"
+      "models/shop/user_recent_activity.sql": "520961d8ddea731ff60f572ac01b6b2a",
+      "models/shop/user_recent_sequence.sql": "ac9434c4c12c34e636435f59a2946aa5"
     },
     "required": [
       "models/engagement/content_interactions_rolling.sql",
@@ -68,6 +71,7 @@
       "models/engagement/viewer_genre_metrics_1d.sql",
       "models/engagement/viewer_interactions_1d.sql",
       "models/engagement/viewer_preferences_rolling.sql",
+      "models/engagement/viewer_recent_sequence.sql",
       "models/engagement/viewer_watch_metrics_1d.sql",
       "models/generated/events/content_interactions.sql",
       "models/generated/events/content_interactions_parsed.sql",
@@ -92,6 +96,7 @@
       "models/generated/operations/tile_fingerprints.sql",
       "models/generated/sinks/sink_engagement_interactions.sql",
       "models/generated/sinks/sink_engagement_preferences.sql",
+      "models/generated/sinks/sink_engagement_sequence.sql",
       "models/generated/sinks/sink_engagement_watch.sql",
       "models/shop/category_cross_affinity.sql",
       "models/shop/category_cross_affinity_lift.sql",
@@ -101,7 +106,8 @@
       "models/shop/user_category_profile.sql",
       "models/shop/user_price_sensitivity.sql",
       "models/shop/user_price_tier_drift.sql",
-      "models/shop/user_recent_activity.sql"
+      "models/shop/user_recent_activity.sql",
+      "models/shop/user_recent_sequence.sql"
     ],
     "yaml": {
       "canary_keys": "5868d9b58e60fb34287bce2808052d05",
@@ -129,6 +135,7 @@
       "replayed_events": "a2b37c4772b5c38db7e278bf80041afd",
       "sink_engagement_interactions": "4f9727594d945171af4d2571bacb4e73",
       "sink_engagement_preferences": "044c80be76889a81625e3cdfc3bbdf9b",
+      "sink_engagement_sequence": "1552fcf83cb51badb9645310d1dd200e",
       "sink_engagement_watch": "0f482c9f1fd7c4ca9f369ee536e74478",
       "sink_training_genre": "70d842d52fa6d98d123e30afba684895",
       "sink_training_interactions": "005946064cc27c06a8b3c755f9c8ce0b",
@@ -143,12 +150,14 @@
       "user_price_sensitivity": "ef2d7c6f58fa8afd4a5dfb3a904304cb",
       "user_price_tier_drift": "86fcb7aabb3468a01e3fe6b3919dbc2e",
       "user_recent_activity": "b966ea09fcc2f6a1a9c7ef83891e2d0b",
+      "user_recent_sequence": "8b4cfb49aafc7b7f1a7a4e2646f23045",
       "view_events": "2c5d93752e02197d3dd820d8db2dd9c8",
       "view_events_parsed": "f24f37cfeef5804bb3ae194e1c6410c4",
       "viewer_engagement_rolling": "8b7d49b221ced4fce5045b2f4873b673",
       "viewer_genre_metrics_1d": "5f36b0579b5a4dd54e6e9c64cbf008cc",
       "viewer_interactions_1d": "6ac0b99b9ec2c0a8261622ba8521011f",
       "viewer_preferences_rolling": "7d1c217feeca0b4f1faad686551fe1b3",
+      "viewer_recent_sequence": "9ad3dc53d79d56a9e3bb9cc564da78e9",
       "viewer_watch_metrics_1d": "9fb3ccc2eb4c8a152c8b75b9b1b0947d"
     },
     "indexes": {
@@ -167,11 +176,13 @@
       "user_price_sensitivity": "514b1ff6e458d927942ba47a6ac63fdc",
       "user_price_tier_drift": "6128ca6c148d6f98294a8c9cf16a4ef0",
       "user_recent_activity": "e16268d1d69707a130c6be5417de0fe5",
+      "user_recent_sequence": "6128ca6c148d6f98294a8c9cf16a4ef0",
       "view_events_parsed": "7ddacf35d392db343c774b6b3cfad420",
       "viewer_engagement_rolling": "5203c0af8f40bd84b7ade37d50d99022",
       "viewer_genre_metrics_1d": "3564e1186213247dd482bd9a90cc3ce0",
       "viewer_interactions_1d": "1f5e3ec457a82fa05d3590349b5fc2e1",
       "viewer_preferences_rolling": "5203c0af8f40bd84b7ade37d50d99022",
+      "viewer_recent_sequence": "5203c0af8f40bd84b7ade37d50d99022",
       "viewer_watch_metrics_1d": "f01405cc89446bb74235ceed8413eb3d"
     },
     "vars": {
@@ -188,7 +199,8 @@
       "decay": "fe031dd7e13b4bce345e589800eced87",
       "tier_drift": "8af7a388e27eda65d1b9fb126c5a73fa",
       "favorite_genres": "7b98d2564df78c56a60805f6e8e11a86",
-      "workload": "889b885dc5d6f914c0c768561cc87267"
+      "sequence_length": "8a8783242b7b77de148a06a0bab42ba9",
+      "workload": "5620ac1b9e07e12d4968c4e653f9a96e"
     }
   }) }}
 {%- endmacro %}

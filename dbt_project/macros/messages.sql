@@ -243,17 +243,27 @@
   `field_given` distinguishes the two. A rejected message keeps its text in `payload`; a message that is too long keeps
   its beginning. It is not parsed, because parsing takes many times its size in memory.
 
+  `format` is that of the messages: `json`, or in Confluent's wire format `json_schema`, whose header is removed, or
+  `avro`, which becomes JSON before it is stored, so that what still has the header could not be decoded.
+
   For an event, `identity` is the field that identifies it, `key` is the first key of its entity, and `moment` is its
   time; with these, reserved ids are rejected (reserved.sql).
 #}
-{% macro parsed_messages(raw, identity=none, key=none, moment=none) -%}
+{% macro parsed_messages(raw, identity=none, key=none, moment=none, format="json") -%}
 {%- set place = place_columns() | join(", ") -%}
 {%- set fields = declared_fields() -%}
 {%- set most = var("max_message_bytes") -%}
-with messages as (
+with
+{%- if format == "json_schema" %} bodies as (
+
+  select {{ place }}, {{ unframed("data") }} as data
+  from {{ raw }}
+
+),
+{%- endif %} messages as (
 
   select {{ place }}, data, case when octet_length(data) <= {{ most }} then {{ json_of("data") }} end as j
-  from {{ raw }}
+  from {{ "bodies" if format == "json_schema" else raw }}
   {{ computed_once() }}
 
 ),
@@ -287,6 +297,9 @@ judged as (
   select
     *,
     case
+      {%- if format == "avro" %}
+      when {{ has_header("data") }} then 'unreadable Avro or unknown schema'
+      {%- endif %}
       {{- caller() }}
       {%- if key %}{{ reserved_reasons(key, identity) }}{% endif %}
     end as reason
@@ -346,6 +359,16 @@ final as (
 {% endif %}
 
 select * from final
+{%- endmacro %}
+
+{# Whether a message has the header of Confluent's wire format, a zero byte and four bytes of the schema's id. #}
+{% macro has_header(bytes) -%}
+  substr({{ bytes }}, 1, 1) = '\x00'::bytea
+{%- endmacro %}
+
+{# A message without that header, with which no JSON text begins. #}
+{% macro unframed(bytes) -%}
+  case when {{ has_header(bytes) }} then substr({{ bytes }}, 6) else {{ bytes }} end
 {%- endmacro %}
 
 {# A field's text, cast to its type. #}

@@ -24,7 +24,7 @@ data "aws_iam_policy_document" "key" {
 resource "aws_kms_key" "platform" {
   count = local.create_key ? 1 : 0
 
-  description             = "Table and lake of dagster-prefs, environment ${var.environment}."
+  description             = "Table and lake of dagster-prefs, environment ${local.name}."
   enable_key_rotation     = true
   deletion_window_in_days = 30
   policy                  = data.aws_iam_policy_document.key.json

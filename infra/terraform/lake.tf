@@ -136,6 +136,8 @@ resource "aws_s3_bucket_policy" "lake" {
 
 resource "aws_glue_catalog_database" "training" {
   name         = local.namespace
-  description  = "Iceberg tables of the training tiles, environment ${var.environment}."
+  description  = "Iceberg tables of the training tiles, environment ${local.name}."
   location_uri = "${local.warehouse}/${local.namespace}.db"
+  # By this the platform knows that the namespace is its own, when it drops an environment.
+  parameters = { "prefs.platform" = "prefs" }
 }

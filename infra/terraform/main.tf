@@ -7,7 +7,9 @@ locals {
   # By entity.
   tables = local.contract.tables
 
-  prefix     = var.prefix == null ? "${var.environment}-" : var.prefix
+  # The workspace of PREFS_ENVIRONMENT=dev_anna is dev_anna: no name of AWS's that begins with it may hold an underscore.
+  name       = var.environment == null ? replace(terraform.workspace, "_", "-") : var.environment
+  prefix     = var.prefix == null ? "${local.name}-" : var.prefix
   account_id = data.aws_caller_identity.current.account_id
   partition  = data.aws_partition.current.partition
 
@@ -22,7 +24,7 @@ locals {
   warehouse      = "s3://${local.bucket_name}/${local.warehouse_path}"
 
   tags = merge(var.tags, {
-    "prefs:environment" = var.environment
+    "prefs:environment" = local.name
     "prefs:managed-by"  = "terraform"
   })
 }

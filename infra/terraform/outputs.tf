@@ -10,6 +10,8 @@ locals {
       PREFS_ICEBERG_WAREHOUSE = local.warehouse
       PREFS_ICEBERG_NAMESPACE = aws_glue_catalog_database.training.name
     },
+    # Named by the workspace and by nothing else, the environment has the names that PREFS_ENVIRONMENT gives.
+    var.environment == null && var.prefix == null && var.iceberg_namespace == null ? { PREFS_ENVIRONMENT = replace(local.name, "-", "_") } : {},
     var.endpoint_url == null ? {} : { AWS_ENDPOINT_URL = var.endpoint_url },
   )
 }

@@ -1,13 +1,18 @@
 # --- where and under which name ---------------------------------------------------------------
 
 variable "environment" {
-  description = "Name of this environment, e.g. prod or staging: 1 to 20 of a-z, 0-9 and -, beginning with a letter. Tags every resource and, unless prefix is set, begins every name."
+  description = "Name of this environment, e.g. prod or staging: 1 to 20 of a-z, 0-9 and -, beginning with a letter. Tags every resource and, unless prefix is set, begins every name. null means the workspace, which has the name of PREFS_ENVIRONMENT, with - for _."
   type        = string
-  nullable    = false
+  default     = null
 
   validation {
-    condition     = can(regex("^[a-z]([a-z0-9-]{0,18}[a-z0-9])?$", var.environment))
-    error_message = "environment \"${var.environment}\" must be 1 to 20 of a-z, 0-9 and -, begin with a letter, not end with - and hold no space: write e.g. environment = \"prod\"."
+    condition     = var.environment != null || terraform.workspace != "default"
+    error_message = "environment is not set, and the workspace is the default one: write e.g. environment = \"prod\", or select the workspace of PREFS_ENVIRONMENT."
+  }
+
+  validation {
+    condition     = can(regex("^[a-z]([a-z0-9-]{0,18}[a-z0-9])?$", var.environment == null ? replace(terraform.workspace, "_", "-") : var.environment))
+    error_message = "environment \"${var.environment == null ? terraform.workspace : var.environment}\" must be 1 to 20 of a-z, 0-9 and -, begin with a letter, not end with - and hold no space: write e.g. environment = \"prod\"."
   }
 }
 

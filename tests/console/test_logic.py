@@ -12,8 +12,8 @@ from typing import Any, get_args
 
 import pytest
 
+from dagster_prefs.access import AccessError
 from dagster_prefs.console import history
-from dagster_prefs.console.access import AccessError
 from dagster_prefs.console.app import PAGES, make_app, needed_right
 from dagster_prefs.console.context import Console, ReadOnly
 from dagster_prefs.console.events import EventError, Sent, asked_fields, compose_event, topics_about
@@ -365,6 +365,6 @@ def test_it_is_read_only_unless_it_is_the_demo(
 
 def test_off_loopback_it_does_not_start_without_a_token(settings: Callable[..., Settings]) -> None:
     console = Console(settings(), read_status=never)
-    with pytest.raises(AccessError, match=r"--host 0\.0\.0\.0 is not loopback.*PREFS_CONSOLE_TOKENS"):
+    with pytest.raises(AccessError, match=r"--host 0\.0\.0\.0 is not loopback.*PREFS_TOKENS"):
         make_app(console, host="0.0.0.0", port=1)
     console.close()

@@ -15,6 +15,7 @@ from shipped import SHORT
 from waiting import PATIENCE_SECONDS, wait_for
 from warm import Warm
 
+from dagster_prefs.access import digest
 from dagster_prefs.events.raw import RawMessage, RawStore
 from dagster_prefs.live.presence import wait_until_applied
 from dagster_prefs.platform import Platform
@@ -287,7 +288,7 @@ def test_a_token_sees_its_pages_and_sends_only_with_its_scope(
     console: Running, warm: Warm, free_port: Callable[[], int], page: Page
 ) -> None:
     secret = "a-secret-of-more-than-24-characters"
-    environment = {**console.environment, "PREFS_CONSOLE_TOKENS": f"looker:shop+domains:{secret}"}
+    environment = {**console.environment, "PREFS_TOKENS": f"looker:shop+domains:sha256:{digest(secret)}"}
     with serving(warm, environment, free_port()) as url:
         page.goto(f"{url}/viewers?viewer_id=42")
         page.get_by_label("Token").fill(secret)

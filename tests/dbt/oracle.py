@@ -471,12 +471,14 @@ class Oracle:
             "category_cross_affinity": self.cross_affinity(),
             "category_cross_affinity_lift": self.lift(),
             "user_price_tier_drift": self.drift(),
+            "user_recent_sequence": self.user_sequence(),
             "viewer_watch_metrics_1d": self.watch_tiles(),
             "viewer_genre_metrics_1d": self.genre_tiles(),
             "viewer_interactions_1d": self.interaction_tiles(),
             "viewer_engagement_rolling": self.engagement(),
             "content_interactions_rolling": self.interactions(),
             "viewer_preferences_rolling": self.preferences(),
+            "viewer_recent_sequence": self.viewer_sequence(),
             "ingest_progress": self.progress(),
             "tile_fingerprints": self.fingerprints(),
         }
@@ -675,7 +677,51 @@ class Oracle:
             )
         return rows
 
+    def user_sequence(self) -> list[Row]:
+        return [
+            {
+                "user_id": user,
+                "recent_item_ids": [event["item_id"] for event in last],
+                "recent_event_types": [event["event_type"] for event in last],
+                "recent_event_times": [millis(event["event_time"]) for event in last],
+                "last_event_at": max(event["event_time"] for event in last),
+            }
+            for user, last in self._last_events(self.shop, "user_id", "event_time").items()
+        ]
+
+    def _last_events(self, events: list[Row], key: str, time: str) -> dict[Any, list[Row]]:
+        """The last 50 events of each key in the long window, newest first, ties by event_id."""
+        inside: dict[Any, list[Row]] = defaultdict(list)
+        for event in events:
+            if day_of(event[time]) >= self._today(event[key]) - timedelta(days=LONG):
+                inside[event[key]].append(event)
+        return {
+            one: sorted(found, key=lambda event: (-event[time], event["event_id"]))[:50]
+            for one, found in inside.items()
+        }
+
+    def _today(self, key: Any) -> date:
+        """The day on which the window of a key ends at the clock."""
+        late = 0
+        if self.spread:
+            hashed = int(hashlib.md5(str(key).encode(), usedforsecurity=False).hexdigest()[:15], 16)
+            late = (abs(key) if isinstance(key, int) else hashed) % self.spread * SECOND
+        return day_of(self.clock - late)
+
     # engagement
+
+    def viewer_sequence(self) -> list[Row]:
+        return [
+            {
+                "viewer_id": viewer,
+                "domain_key": "engagement#sequence",
+                "recent_content_ids": [event["content_id"] for event in last],
+                "recent_watched_at": [millis(event["watched_at"]) for event in last],
+                "recent_completions": [event["completion_pct"] for event in last],
+                "last_event_at": millis(max(event["watched_at"] for event in last)),
+            }
+            for viewer, last in self._last_events(self.watch, "viewer_id", "watched_at").items()
+        ]
 
     def _tiles(self) -> dict[tuple[int, date], list[Row]]:
         tiles: dict[tuple[int, date], list[Row]] = defaultdict(list)
@@ -740,8 +786,7 @@ class Oracle:
     def _window(self, tiles: list[Row], day: str, days: int) -> dict[int, list[Row]]:
         inside: dict[int, list[Row]] = defaultdict(list)
         for tile in tiles:
-            late = abs(tile["viewer_id"]) % self.spread * SECOND if self.spread else 0
-            if tile[day] >= day_of(self.clock - late) - timedelta(days=days):
+            if tile[day] >= self._today(tile["viewer_id"]) - timedelta(days=days):
                 inside[tile["viewer_id"]].append(tile)
         return inside
 

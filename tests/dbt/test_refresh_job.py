@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from dagster_prefs.defs import events
 from dagster_prefs.defs.assembly import build_definitions
 from dagster_prefs.defs.events import CATCH_UP_JOB, NEW_EVENTS_SENSOR
 from dagster_prefs.defs.feature_views import REFRESH_JOB
+from dagster_prefs.defs.resources import run_tags
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.live.follower import Follower, Work
 from dagster_prefs.live.presence import read_follower
@@ -89,11 +91,16 @@ def test_arriving_events_are_applied_by_one_run_where_nobody_follows(
         assert again.run_key == request.run_key
 
         job = definitions.resolve_job_def(CATCH_UP_JOB)
-        at_work = instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED)
+        foreign = instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED)
+        assert isinstance(due(), dg.RunRequest), "another team's job of the same name"
+        at_work = instance.create_run_for_job(
+            job, status=dg.DagsterRunStatus.STARTED, tags=run_tags(settings)
+        )
         for skipped in (evaluate(definitions, instance), due()):
             assert isinstance(skipped, dg.SkipReason)
             assert "is active" in (skipped.skip_message or "")
         instance.report_run_failed(at_work)
+        instance.report_run_failed(foreign)
 
         assert run(definitions, CATCH_UP_JOB, instance).success
         assert isinstance(evaluate(definitions, instance), dg.SkipReason)
@@ -116,13 +123,19 @@ def test_arriving_events_are_applied_by_one_run_where_nobody_follows(
 
 
 def test_a_materialization_applies_a_changed_definition_and_never_polls(
-    settings: Settings, deployed: EngineConfiguration, instance: dg.DagsterInstance
+    settings: Settings, deployed: EngineConfiguration, instance: dg.DagsterInstance, tmp_path: Path
 ) -> None:
-    """What a click on one view does: nothing, where its definition is deployed; all of it, where it is not."""
+    """What a click on one view does: nothing, where its definition is deployed; all of it, where it is not.
+
+    The step's disk has nothing of what the code location made when it loaded, as in a container of its own.
+    """
     view = "viewer_watch_metrics_1d"
+    settings = settings.model_copy(update={"asset_prefix": "team/clicks", "data_dir": tmp_path / "new"})
     # With two upstream relations, of which the first by name is not the first to be made.
-    job = dg.define_asset_job("one", dg.AssetSelection.assets(view, "view_events", "view_events_parsed"))
+    names = (view, "view_events", "view_events_parsed")
+    job = dg.define_asset_job("one", dg.AssetSelection.assets(*(["team", "clicks", name] for name in names)))
     definitions = dg.Definitions.merge(build_definitions(settings), dg.Definitions(jobs=[job]))
+    shutil.rmtree(settings.data_dir)
 
     with deployed.connect() as connection:
 
@@ -134,8 +147,10 @@ def test_a_materialization_applies_a_changed_definition_and_never_polls(
                 str(event.asset_key and event.asset_key.to_user_string()): event.materialization.metadata
                 for event in result.get_asset_materialization_events()
             }
-            assert list(made) == ["view_events_parsed", "view_events", view]
-            metadata = made[view]
+            assert list(made) == [
+                f"team/clicks/{name}" for name in ("view_events_parsed", "view_events", view)
+            ]
+            metadata = made[f"team/clicks/{view}"]
             ((rows,),) = connection.execute(f"select count(*) from {view}").fetchall()
             assert metadata["dagster/row_count"].value == rows
             return rows, str(metadata["dbt"].value)
@@ -146,7 +161,7 @@ def test_a_materialization_applies_a_changed_definition_and_never_polls(
         connection.execute(f"delete from {view} where viewer_id = 0")
         assert materialize() == (2, "its definition is already applied")
         # From everything, the event too that nobody has applied.
-        assert materialize({"ops": {"dbt_models": {"config": {"rebuild": True}}}})[0] == 4
+        assert materialize({"ops": {"team_clicks_dbt_models": {"config": {"rebuild": True}}}})[0] == 4
         connection.execute(f"delete from {view} where viewer_id = 0")
         connection.execute(
             "update deployments set checksum = 'another', definition = 'select 1' where relation = %s", [view]

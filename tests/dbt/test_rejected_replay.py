@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from datetime import timedelta
 from pathlib import Path
@@ -291,7 +292,15 @@ def test_the_command_says_what_stands_in_the_way(
         return warm.run(["prefs", "rejected", *words], environment=os.environ, timeout=120)
 
     file = tmp_path / "rejected.jsonl"
+    listed = json.loads(prefs("--topic", "view_events", "--json").stdout)
+    unreadable = [event["payload"] for event in listed if event["reason"] == "not valid JSON"]
+    assert len(unreadable) == 2
+    assert all(re.fullmatch(r"••• \([0-9]+ bytes\)", payload) for payload in unreadable)
+    read = [json.loads(event["payload"]) for event in listed if event["reason"] != "not valid JSON"]
+    assert {event["viewer_id"] for event in read if "viewer_id" in event} == {"•••"}
     assert "5 messages" in prefs("export", str(file)).stdout
+    assert '"twelve"' in file.read_text(), "the export shows what the list masks"
+    assert file.stat().st_mode & 0o777 == 0o600
     refused = prefs("replay", str(file))
     assert refused.returncode == 1
     assert f"{file}, line 2: negative watch_duration_sec" in refused.stdout

@@ -108,12 +108,8 @@ def test_no_source_brings_a_reserved_id_in(bench: Bench) -> None:
         ("user.events", "reserved user_id"): 20,
     }
     assert bench.rows("select user_id from user_events") == [("canary",)]
-    for relation in (
-        "viewer_engagement_rolling",
-        "content_interactions_rolling",
-        "viewer_preferences_rolling",
-    ):
-        assert bench.rows(f"select * from {relation}") == []
+    for domain in REGISTRY.contract.domains.values():
+        assert bench.rows(f"select * from {domain.relation}") == []
 
 
 def test_the_canary_of_the_probe_counts_on_every_topic(bench: Bench) -> None:

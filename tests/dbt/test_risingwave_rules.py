@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import sqlglot
-from shipped import TILE_TABLES
+from shipped import REGISTRY, TILE_TABLES
 from sqlglot import exp
 from sqlglot.errors import SqlglotError
 from workshop import PROJECT
@@ -65,8 +65,9 @@ VARIANTS = [
             "PREFS_ICEBERG_URI": "http://catalog:8181",
             "PREFS_ICEBERG_CREDENTIAL": "prefs:secret",
             "PREFS_ICEBERG_WAREHOUSE": "s3://lake/o'neill",
+            "PREFS_ENVIRONMENT": "dev_anna",
         },
-        id="kafka, spread, credentials and the sinks of training tables",
+        id="kafka, spread, credentials, an environment and the sinks of training tables",
     ),
 ]
 
@@ -362,8 +363,9 @@ def subscriptions_retain(text: str) -> list[str]:
     wrong = []
     if not re.search(r" with \(\s*retention = '[1-9][0-9]* hours'\s*\)$", lowered):
         wrong.append("no retention, or more options than that")
-    if not re.search(r"^create subscription \S+ from \S+_rolling\"? with", lowered):
-        wrong.append("it does not read a rolling view")
+    read = re.search(r"^create subscription \S+ from (?:\S+\.)?\"?(\w+)\"? with", lowered)
+    if read is None or read[1] not in {domain.relation for domain in REGISTRY.contract.domains.values()}:
+        wrong.append("it does not read a domain's view")
     return wrong
 
 
@@ -427,16 +429,19 @@ RULES: dict[Rule, str] = {
     sinks_fit_iceberg: "create sink s as select * from t where viewer_id >= 0 with (connector = 'iceberg', "
     "table.name = 'viewer_genre_daily', primary_key = 'viewer_id,watch_date', type = 'upsert', "
     "write_mode = 'copy-on-write')",
-    subscriptions_retain: "create subscription s from v_rolling with (format = 'x')",
+    subscriptions_retain: "create subscription s from viewer_engagement_rolling with (format = 'x')",
     # In two parts, because no statement in any file may have a bare number.
-    durations_have_units: "create subscription s from v_rolling with (retention = " + "'24')",
+    durations_have_units: "create subscription s from viewer_engagement_rolling with (retention = " + "'24')",
     credentials_are_named: "create sink s from v with (aws.credentials.secret_access_key = 'abc')",
 }  # fmt: skip
 
 MORE_BAD = [
     (durations_have_units, KAFKA_SOURCE.replace("with (", "with (properties.fetch.timeout = 5, ")),
     (subscriptions_retain, "create subscription s from v_1d with (retention = '24 hours')"),
-    (subscriptions_retain, "create subscription s from v_rolling with (retention = '24 hours', x = 'y')"),
+    (
+        subscriptions_retain,
+        "create subscription s from viewer_engagement_rolling with (retention = '24 hours', x = 'y')",
+    ),
     (now_only_in_filters, "select case when ts > now() then 1 end as late from t"),
     (now_alone_on_its_side, "select a from t where ts - now() < interval '7 days'"),
     (now_alone_on_its_side, "select a from t where now() - ts < interval '7 days'"),
@@ -500,6 +505,7 @@ def test_variants_say_what_they_are_for(tmp_path_factory: pytest.TempPathFactory
         assert "properties.sasl.mechanism = 'SCRAM-SHA-512'" in text
         assert "properties.sasl.username = 'o''neill'', connector = ''x'" in text
         assert "properties.sasl.password = '${PREFS_KAFKA_SASL_PASSWORD}'" in text
+        assert "group.id.prefix = 'dagster-prefs-dev_anna'" in text
         assert f"kafka_{name}" not in plain
         assert "retention" not in plain[f"raw_{name}"][1]
         assert "retention_seconds = 86400" in locked[f"raw_{name}"][1]
@@ -507,11 +513,15 @@ def test_variants_say_what_they_are_for(tmp_path_factory: pytest.TempPathFactory
         assert "watermark for kafka_timestamp as kafka_timestamp - interval '3600 seconds'" in text
         assert "properties.ssl.key.pem = secret public.prefs_kafka_ssl_key_pem" in text
         assert "BEGIN" not in text
+        assert "group.id" not in text, "without an environment the feeds stay as they are"
     assert "dynamodb.max_batch_item_nums = '10'" in kafka["sink_engagement_watch"][1]
     assert "dynamodb.batch_write_retry_times = '5'" in kafka["sink_engagement_watch"][1]
     assert plain["sink_engagement_watch"][0] == "sink"
+    assert "table = 'dev-anna-viewer_profiles'" in kafka["sink_engagement_watch"][1]
+    assert "table = 'viewer_profiles'" in plain["sink_engagement_watch"][1]
+    assert "database.name = 'dev_anna_training'" in kafka["sink_training_watch"][1]
     spread = kafka
-    for name in ("viewer_engagement_rolling", "content_interactions_rolling", "viewer_preferences_rolling"):
+    for name in (domain.relation for domain in REGISTRY.contract.domains.values()):
         assert "abs(viewer_id % 3600)" in spread[name][1]
         assert "3600" not in plain[name][1]
     secret = kafka

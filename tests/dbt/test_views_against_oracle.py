@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import psycopg
@@ -12,13 +14,14 @@ from hypothesis import strategies as st
 from oracle import DAY, HOUR, SECOND, Erasure, Message, Oracle
 from psycopg import sql
 from relations import differences, insert_events, instant, materialized_views, refresh, replace_events
-from shipped import LONG, SHORT
+from shipped import LONG, REGISTRY, SHORT
 from streams import MIDNIGHT, NOW, messages, quick, touch, watch
 from workshop import assert_all_ok
 
 from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
+from dagster_prefs.engine.spreads import spreads_in_force
 
 SAMPLE = Path(__file__).resolve().parents[3] / "shared" / "data" / "rees46-2019-10-sample.csv"
 SPREAD = 7_200
@@ -137,8 +140,39 @@ def test_parallel_plans_read_the_same(session: psycopg.Connection, order: list[s
     assert differences(session, Oracle(stream, NOW)) == {}
 
 
+def test_a_sequence_holds_the_last_fifty_in_order(session: psycopg.Connection, order: list[str]) -> None:
+    """Sixty events of few moments, in no order of arrival: ties go by event_id, and the rest is cut."""
+    numbers = [n * 37 % 60 for n in range(60)]
+    stream = [watch(n, 7, MIDNIGHT - n // 20 * SECOND - n % 2) for n in numbers]
+    stream += [watch(100 + n, 8, MIDNIGHT) for n in range(50)]
+    bought = [
+        {
+            "event_id": f"b{n}",
+            "user_id": "u",
+            "item_id": n % 3 or None,
+            "event_type": "view",
+            "event_time": n % 5,
+        }
+        for n in numbers
+    ]
+    for body in bought:
+        body["event_time"] = instant(MIDNIGHT - int(str(body["event_time"])) * SECOND).isoformat()
+    stream += [
+        Message("user.events", "shop", 0, n, json.dumps(body).encode(), None, NOW)
+        for n, body in enumerate(bought)
+    ]
+    replace_events(session, stream)
+    set_clock(session, NOW)
+    refresh(session, order)
+    sequences = ["viewer_recent_sequence", "user_recent_sequence"]
+    assert differences(session, Oracle(stream, NOW), sequences) == {}
+    lengths = "select cardinality(recent_content_ids) from viewer_recent_sequence order by viewer_id"
+    assert session.execute(lengths).fetchall() == [(50,), (50,)]
+
+
 def test_spread_rolls_viewers_over_one_after_another(deployed: EngineConfiguration, dbt_on: DbtOn) -> None:
     """With a spread, each viewer's day begins abs(viewer_id) mod spread seconds after midnight."""
+    before = datetime.now(UTC)
     spread = dbt_on(deployed, environment={"PREFS_EXPIRY_SPREAD_SECONDS": str(SPREAD)})
     # Of the viewers below 0 there is only the canary.
     viewers = [0, 1, -1, 3_600, 7_199, 7_200, 2**63 - 1]
@@ -161,6 +195,13 @@ def test_spread_rolls_viewers_over_one_after_another(deployed: EngineConfigurati
     assert sizes[0] == len(viewers)
     assert sizes[-1] == 0
     assert len(set(sizes)) > 4
+    # The template was deployed without a spread; a training value of that time is one without.
+    domains = REGISTRY.contract.domains
+    recorded = spreads_in_force(deployed, domains.values(), default=-1)
+    assert {name: [seconds for _, seconds in found] for name, found in recorded.items()} == {
+        domain.name: [0, SPREAD] for domain in domains.values()
+    }
+    assert all(before < at <= datetime.now(UTC) for ((_, _), (at, _)) in recorded.values())
 
 
 def test_the_clock_of_the_database_moves_a_dbt_run(deployed: EngineConfiguration, dbt_on: DbtOn) -> None:

@@ -99,6 +99,7 @@ def problems(copy: Copy) -> list[str]:
         (PROJECT, "erasable: true", "eraseable: true", r"entity learner has no key 'eraseable' \(did you mean 'erasable'\?\)", ""),
         (VIEW, "description: The learner., data_tests: [not_null, unique]", "description: The learner., data_tests: [not_null, unique], config: { meta: { retired: true } }", "learner_id: every item has this column, so it cannot be retired", "retired: true"),
         (VIEW, "description: Minutes spent in the 28-day window., data_tests: [not_null]", "description: Minutes spent., data_tests: [not_null], config: { meta: { retired: soon } }", "retired must be true or false, not 'soon'", "retired: true"),
+        (VIEW, "description: Minutes spent in the 28-day window., data_tests: [not_null]", "description: Minutes spent., data_tests: [not_null], config: { meta: { null_elements: true } }", "null_elements must be true or false, of a list, and this is True of decimal", "null_elements: true"),
         # How views are kept current.
         (TILE, KEEP, f"{KEEP}        keep: {{ by: magic }}\n", "keep by must be one of rows, identity, key, merging, rebuilt, not 'magic'", "by: rebuilt"),
         (TILE, KEEP, f"{KEEP}        keep: {{ by: rebuilt }}\n", "every_seconds must be a whole number of at least 1 .*, not None", "every_seconds: 300"),

@@ -165,7 +165,7 @@ def test_a_topic_with_a_tile_and_a_domain_is_five_files(
         (
             "shop",
             {"view_events", "content_interactions"},
-            {"engagement#watch", "engagement#interactions", "engagement#preferences"},
+            set(load_registry(EXAMPLE).contract.domains),
         ),
     ],
 )

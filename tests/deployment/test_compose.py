@@ -21,8 +21,8 @@ from dagster._cli import cli as dagster_cli
 from dagster._daemon.cli import cli as daemon_cli
 from dagster_webserver.cli import create_dagster_webserver_cli
 
+from dagster_prefs.access import EVERYTHING, digest, parse_tokens
 from dagster_prefs.cli import cli
-from dagster_prefs.console.access import EVERYTHING, parse_tokens
 from dagster_prefs.settings import Settings, known_variables
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -318,7 +318,7 @@ def test_the_stack_keeps_the_rules(rule: Rule) -> None:
         (commands_exist, "daemon.healthcheck.test", ["CMD", "dagster-daemon", "alive"], "no command alive"),
         (commands_exist, "webserver.command", ["dagit"], "no program dagit"),
         (
-            no_token_is_written_down, "console.environment.PREFS_CONSOLE_TOKENS", "${PREFS_CONSOLE_TOKENS:-a:shop:b}",
+            no_token_is_written_down, "console.environment.PREFS_TOKENS", "${PREFS_TOKENS:-a:shop:b}",
             "console: everybody knows",
         ),
         (checks_ask_the_right_port, "webserver.ports", ["127.0.0.1:3000:3001"], "asks port 3000"),
@@ -360,20 +360,20 @@ def test_settings_are_valid_together(name: str, monkeypatch: pytest.MonkeyPatch)
 def test_make_stack_makes_a_token_once(tmp_path: Path) -> None:
     docker, seen = tmp_path / "bin" / "docker", tmp_path / "seen"
     docker.parent.mkdir()
-    docker.write_text(f'#!/bin/sh\n[ "$2" != up ] || echo "$PREFS_CONSOLE_TOKENS" >> {seen}\n')
+    docker.write_text(f'#!/bin/sh\n[ "$2" != up ] || echo "$PREFS_TOKENS" >> {seen}\n')
     docker.chmod(0o755)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFS_")}
     environment["PATH"] = f"{docker.parent}{os.pathsep}{environment['PATH']}"
     command = ["make", "--silent", "--file", str(ROOT / "Makefile"), "stack"]
-    for own in ({}, {}, {"PREFS_CONSOLE_TOKENS": "mine"}):
+    for own in ({}, {}, {"PREFS_TOKENS": "mine"}):
         subprocess.run(command, cwd=tmp_path, env=environment | own, check=True, capture_output=True)
-    (tmp_path / ".env").write_text("PREFS_CONSOLE_TOKENS=of-the-file\n")
+    (tmp_path / ".env").write_text("PREFS_TOKENS=of-the-file\n")
     subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
     first, again, mine, of_the_file = seen.read_text().splitlines()
     (token,) = parse_tokens(first)
     assert (token.grant, again, mine, of_the_file) == (replace(EVERYTHING, name="stack"), first, "mine", "")
-    kept = tmp_path / ".prefs" / "stack-console-token"
-    assert first.endswith(f":{kept.read_text()}")
+    kept = tmp_path / ".prefs" / "stack-token"
+    assert first.endswith(f":sha256:{digest(kept.read_text())}"), "the containers get the hash only"
     assert len(kept.read_text()) == 64
     assert kept.stat().st_mode & 0o777 == 0o600
 

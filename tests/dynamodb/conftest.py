@@ -24,6 +24,7 @@ SQL_TYPE = {
     "string": "text",
     "list<string>": "text[]",
     "list<decimal>": "numeric[]",
+    "list<integer>": "bigint[]",
 }
 
 

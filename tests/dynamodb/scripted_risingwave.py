@@ -22,6 +22,7 @@ KEY_TYPES = {"N": "bigint", "S": "character varying"}
 TYPES = {"integer": "bigint", "decimal": "numeric", "string": "character varying"} | {
     "list<string>": "character varying[]",
     "list<decimal>": "numeric[]",
+    "list<integer>": "bigint[]",
 }
 
 

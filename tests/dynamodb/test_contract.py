@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from shipped import SHORT
 from dagster_prefs.declarations.contract import (
     Contract,
     ContractError,
+    Domain,
     build_contract,
     check_version,
     contract_dict,
@@ -23,6 +25,8 @@ from dagster_prefs.declarations.contract import (
     load_contract,
     parse_contract,
 )
+from dagster_prefs.declarations.registry import load_registry
+from dagster_prefs.dynamodb.items import ItemDecoder, ItemEncoder, ItemError, item_bytes
 
 REGISTRY = PROJECT / "registry.json"
 
@@ -39,9 +43,7 @@ def content(contract: Contract) -> dict[str, Any]:
 def test_the_shipped_contract_is_what_is_served() -> None:
     contract = load_contract(PROJECT)
     assert {domain.name: key for key, domain in contract.domains.items()} == {
-        "watch": "engagement#watch",
-        "interactions": "engagement#interactions",
-        "preferences": "engagement#preferences",
+        name: f"engagement#{name}" for name in ("watch", "interactions", "preferences", "sequence")
     }
     assert contract.domain("watch") is contract.domain("engagement#watch")
     assert contract.domain("watch").attributes[f"watch_minutes_{SHORT}d"].type == "decimal"
@@ -148,6 +150,7 @@ SQL_NAMES = {
     "string": "text",
     "list<string>": "text[]",
     "list<decimal>": "decimal[]",
+    "list<integer>": "bigint[]",
 }
 
 
@@ -268,6 +271,13 @@ def test_building_names_what_is_wrong(manifest: dict[str, Any], edit: Edit, mess
             "additive",
             "engagement#watch.new",
         ),
+        (
+            lambda c: c["domains"]["engagement#preferences"]["attributes"]["favorite_genres"].update(
+                null_elements=True
+            ),
+            "breaking",
+            "engagement#preferences.favorite_genres",
+        ),
         (lambda c: c["domains"].pop("engagement#watch"), "breaking", "engagement#watch"),
         (
             lambda c: c["domains"].update(
@@ -344,3 +354,52 @@ def test_a_version_never_goes_back(content: dict[str, Any]) -> None:
     content["version"] = new.version + 1
     with pytest.raises(ContractError, match=f"version {new.version} is lower than {new.version + 1}"):
         check_version(parse_contract(content), new)
+
+
+def sequence(contract: Contract) -> Domain:
+    return contract.domain("sequence")
+
+
+def test_elements_of_a_list_are_null_where_the_contract_says_so() -> None:
+    contract = load_contract(PROJECT)
+    domain = sequence(contract)
+    assert domain.attributes["recent_content_ids"].null_elements
+    assert not domain.attributes["recent_watched_at"].null_elements
+    encoder, decoder = ItemEncoder(contract, domain), ItemDecoder(domain)
+    values = [["c1", None], [5, 3], [None, Decimal("0.25")], 5]
+    item = encoder.encode(1, values)
+    assert item["recent_content_ids"] == {"L": [{"S": "c1"}, {"NULL": True}]}
+    assert item["recent_watched_at"] == {"L": [{"N": "5"}, {"N": "3"}]}
+    assert decoder.decode(item) == (values, ())
+    with pytest.raises(
+        ItemError, match="recent_watched_at contains NULL, and the contract has no null_elements"
+    ):
+        encoder.encode(1, [["c1"], [None], [None], 5])
+    with pytest.raises(ItemError, match="recent_watched_at should be list<integer> in the table"):
+        decoder.decode({**item, "recent_watched_at": {"L": [{"NULL": True}]}})
+    with pytest.raises(ItemError, match="recent_watched_at must be a whole number, not Decimal"):
+        encoder.encode(1, [["c1"], [Decimal(1)], [None], 5])
+
+
+def test_only_a_list_has_null_elements(content: dict[str, Any]) -> None:
+    watch(content)["attributes"][f"titles_{SHORT}d"]["null_elements"] = True
+    with pytest.raises(ContractError, match=r"null_elements: True is .* true of something other than a list"):
+        parse_contract(content)
+
+
+def test_the_largest_sequence_fits_an_item() -> None:
+    """50 ids of the most bytes that a message may have, and NULL in no place."""
+    contract, registry = load_contract(PROJECT), load_registry(PROJECT)
+    length = registry.variables["sequence_length"]
+    longest = registry.topics["view_events"].by_name["content_id"].max_bytes
+    assert longest
+    item = ItemEncoder(contract, sequence(contract)).encode(
+        2**63 - 1,
+        [
+            ["x" * longest] * length,
+            [4_102_444_800_000] * length,
+            [Decimal("0.123456789")] * length,
+            4_102_444_800_000,
+        ],
+    )
+    assert item_bytes(item) < 20_000 < contract.tables["viewer"].max_item_bytes / 20

@@ -92,7 +92,7 @@ def all_that_is_stored_is_exported(world: World, exported: dict[str, Any]) -> No
     assert rest <= {"rejected_events", "user_events_parsed", "online_published", "live_changes"}
     items = [item for (viewer, _), item in world.items().items() if viewer == VIEWER]
     (shown_items,) = exported["items"].values()
-    assert len(shown_items) == len(items) == 3
+    assert len(shown_items) == len(items) == len(world.contract.domains)
     rows = {name: [row for row in found if row[0] == VIEWER] for name, found in world.all_rows().items()}
     assert {name.split(".")[-1]: len(found) for name, found in exported["training"].items()} == {
         name: len(found) for name, found in rows.items()

@@ -36,6 +36,23 @@ def canaries(registry: Registry, key: CanaryKey) -> list[bytes]:
     return [own, foreign, *(json.dumps(changed).encode() for changed in (moved, person, unproven))]
 
 
+HEADER = b"\x00\x00\x00\x00\x07"
+
+
+def framed() -> dict[bytes, str | None]:
+    """Messages with the header of Confluent's wire format, which the topic declares, and their reasons."""
+    lesson = {"learner_id": "l1", "event_type": "started", "happened_at": "2026-03-15T11:00:00Z"}
+    return {
+        HEADER + json.dumps({"event_id": "framed", **lesson}).encode(): None,
+        HEADER + json.dumps(lesson).encode(): "missing event_id",
+        HEADER + b'["e1"]': "not a JSON object",
+        HEADER + b"{": "not valid JSON",
+        HEADER: "not valid JSON",
+        b"\x00": "not valid JSON",
+        HEADER + HEADER + b"{}": "not valid JSON",
+    }
+
+
 def test_models_and_commands_reject_alike(
     courses: Registry, engine: EngineConfiguration, tmp_path: Path
 ) -> None:
@@ -51,9 +68,9 @@ def test_models_and_commands_reject_alike(
     (report,) = simulate_to_engine(engine, courses, plan)
     assert report.accepted == 500
     key = canary_key(engine)
-    sent = canaries(courses, key)
+    sent = [*canaries(courses, key), *framed()]
     with RawStore(engine) as store:
-        assert store.write(topic, "probe", [RawMessage(0, at, data) for at, data in enumerate(sent)]) == 5
+        assert store.write(topic, "probe", [RawMessage(0, at, data) for at, data in enumerate(sent)]) == 12
     with engine.connect() as session:
         session.execute(sql.SQL("update {} set arrived_at = %s").format(sql.Identifier(topic.raw)), [NOW])
     assert all(node.ok for node in dbt.run("run", READERS))
@@ -67,7 +84,8 @@ def test_models_and_commands_reject_alike(
         ((typed,),) = session.execute(
             sql.SQL("select count(*) from {}").format(sql.Identifier(topic.relation))
         ).fetchall()
-    assert len(judged) == 505
+    assert len(judged) == 512
+    assert {data: reason for data, reason in judged if data in framed()} == framed()
     assert [(data, reason) for data, reason in judged] == [
         (data, rejection_reason(data, topic, NOW, [key])) for data, _ in judged
     ]
@@ -75,11 +93,11 @@ def test_models_and_commands_reject_alike(
     assert len(reasons) > 15
     assert reasons["canary of another deployment"] == reasons["reserved event_id"] == 1
     assert reasons["reserved learner_id"] == 2
-    # 200 valid events, a part of them twice, and the probe's.
-    assert reasons[None] == 201
-    assert typed == 201 - round(500 * plan.duplicate_share)
+    # 200 valid events, a part of them twice, the probe's, and one with a header.
+    assert reasons[None] == 202
+    assert typed == 202 - round(500 * plan.duplicate_share)
     counted = rejected_counts(engine)["lesson_events"]
-    assert sum(counted.values()) == 505 - 201
+    assert sum(counted.values()) == 512 - 202
 
     # What is corrected comes in again, and is judged by the same declarations before.
     path = tmp_path / "rejected.jsonl"

@@ -93,7 +93,7 @@ def test_a_killed_follower_is_told_and_the_next_one_heals(
         aws_endpoint_url=aws_endpoint,
         data_dir=tmp_path,
     )
-    made = freshness.build(Platform(settings), alert_webhook="https://hooks.example.com/x")
+    made = freshness.build(Platform(settings), alert_webhooks=["https://hooks.example.com/x"])
     sensor = made.get_repository_def().get_sensor_def(freshness.FOLLOWER_SENSOR)
     assert (sensor.minimum_interval_seconds or 0) <= 10
     cursor: str | None = None

@@ -27,6 +27,7 @@ from shipped import REGISTRY
 from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.defs import freshness, offline_store
 from dagster_prefs.defs.instance import DAGSTER_YAML
+from dagster_prefs.defs.resources import run_tags
 from dagster_prefs.events.brokers import KafkaSource
 from dagster_prefs.events.kafka import ingest_topic
 from dagster_prefs.freshness import canary, status
@@ -158,13 +159,13 @@ def test_the_sensor_starts_no_run_and_stores_nothing(
 def test_a_webhook_hears_of_each_transition_once_and_again_after_a_failure(
     busy: Any, platform: Platform, instance: dg.DagsterInstance
 ) -> None:
-    heard: list[str] = []
+    heard: dict[str, list[str]] = {"/hook": [], "/other": []}
     answers = [404]
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            heard.append(self.rfile.read(int(self.headers["Content-Length"])).decode())
-            self.send_response(answers.pop() if answers else 200)
+            heard[self.path].append(self.rfile.read(int(self.headers["Content-Length"])).decode())
+            self.send_response(answers.pop() if answers and self.path == "/hook" else 200)
             self.end_headers()
 
         def log_message(self, *_: Any) -> None:
@@ -173,7 +174,8 @@ def test_a_webhook_hears_of_each_transition_once_and_again_after_a_failure(
     server = HTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     try:
-        made = definitions(platform, alert_webhook=f"http://127.0.0.1:{server.server_port}/hook")
+        hooks = [f"http://127.0.0.1:{server.server_port}/{name}" for name in ("hook", "other")]
+        made = definitions(platform, alert_webhooks=hooks)
         busy.watch(1, age=30)
         cursor = None
         counts = []
@@ -183,18 +185,21 @@ def test_a_webhook_hears_of_each_transition_once_and_again_after_a_failure(
                 busy.publish()
             found = tick(made, freshness.WATCH_SENSOR, instance, cursor)
             cursor = found.cursor
-            counts.append(len(heard))
+            counts.append(tuple(map(len, heard.values())))
             assert load_levels(cursor) == ({"views/view_events": "error"} if step in (1, 2) else {})
     finally:
         server.shutdown()
         server.server_close()
-    assert counts == [1, 2, 2, 3, 3], "refused, told, silent, recovered, silent"
-    assert "views/view_events: error" in heard[2]
+    assert [hook for hook, _ in counts] == [1, 2, 2, 3, 3], "refused, told, silent, recovered, silent"
+    assert [other for _, other in counts] == [1, 1, 1, 2, 2], (
+        "a channel hears nothing twice because another failed"
+    )
+    assert "views/view_events: error" in heard["/hook"][2]
 
 
 def test_a_webhook_without_tls_is_refused_at_start(platform: Platform) -> None:
     with pytest.raises(AlertError, match="https"):
-        definitions(platform, alert_webhook="http://example.com/hook")
+        definitions(platform, alert_webhooks=["https://example.com/hook", "http://example.com/hook"])
 
 
 def test_the_canary_is_off_on_the_embedded_engine_and_works_when_started(
@@ -293,7 +298,9 @@ def test_an_export_at_work_is_waited_for(busy: Any, platform: Platform, instance
     busy.refresh()
     made = offline_store.build(platform)
     job = made.resolve_job_def(offline_store.EXPORT_JOB)
-    run = instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED)
+    run = instance.create_run_for_job(
+        job, status=dg.DagsterRunStatus.STARTED, tags=run_tags(platform.settings)
+    )
     found = tick(made, offline_store.EXPORT_SENSOR, instance, None)
     assert not found.run_requests
     assert "is active" in (found.skip_message or "")
@@ -351,11 +358,11 @@ def test_the_last_probe_is_told_outside_of_its_sensor(instance: dg.DagsterInstan
     def told() -> dict[str, Any]:
         return {one.name: one for one in freshness.last_probe(instance, REGISTRY, now=now)}
 
-    paths = {"watch", "interactions", "preferences", "shop_user"}
+    paths = {*(domain.name for domain in REGISTRY.contract.domains.values()), "shop_user"}
     assert {name: one.level for name, one in told().items()} == dict.fromkeys(paths, "skipped")
     timely = PathState(None, (1.0, 2.0, 1.5))
     late = PathState(epoch_ms(now - timedelta(seconds=70)), (1.0,), 3)
-    state = CanaryState({"watch": timely, "interactions": timely, "preferences": late, "shop_user": timely})
+    state = CanaryState({**dict.fromkeys(paths, timely), "preferences": late})
     left_by_sensor(instance, state, now - timedelta(seconds=60))
     found = told()
     assert {name for name, one in found.items() if one.level == "ok"} == paths - {"preferences"}

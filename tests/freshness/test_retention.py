@@ -10,6 +10,7 @@ import pytest
 
 from dagster_prefs.defs import retention
 from dagster_prefs.defs.freshness import JOB
+from dagster_prefs.defs.resources import asset_job
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.local.services import LocalServices
 from dagster_prefs.platform import Platform
@@ -53,14 +54,15 @@ def read(context: dg.OpExecutionContext) -> None:
     context.log_event(dg.AssetObservation(KEY, metadata={"lag_seconds": 1.0}))
 
 
-@dg.job
+# Of another team in the same deployment.
+@dg.job(name=JOB)
 def other() -> None:
     read()
 
 
 READINGS = dg.Definitions(
     asset_checks=[check],
-    jobs=[dg.define_asset_job(JOB, dg.AssetSelection.checks(check))],
+    jobs=[asset_job(Settings(), JOB, dg.AssetSelection.checks(check), "Read.")],
     executor=dg.in_process_executor,
 ).resolve_job_def(JOB)
 
@@ -87,9 +89,9 @@ def test_old_runs_are_deleted_and_no_others(instance: dg.DagsterInstance, tmp_pa
     instance.report_runless_asset_event(dg.AssetMaterialization(KEY))
     assert left(instance) == (4, 4, 3)
     now = datetime.now(UTC)
-    assert retention.delete_runs(instance, before=now - timedelta(days=1), most=3) == 0
+    assert retention.delete_runs(instance, Settings(), before=now - timedelta(days=1), most=3) == 0
     assert left(instance) == (4, 4, 3)
-    assert retention.delete_runs(instance, before=now - timedelta(days=1), most=2) == 1
+    assert retention.delete_runs(instance, Settings(), before=now - timedelta(days=1), most=2) == 1
     assert left(instance) == (3, 3, 2), "the oldest is one too many"
     assert not list(Path(instance.root_directory).rglob(f"*{first}*")), "its files went too"
 
@@ -102,7 +104,7 @@ def test_old_runs_are_deleted_and_no_others(instance: dg.DagsterInstance, tmp_pa
     assert last.run_id == newest
     assert {one.run_id for one in instance.fetch_observations(KEY, limit=9).records} == {newest, kept.run_id}
     assert len(instance.fetch_materializations(KEY, limit=10).records) == 1
-    assert retention.delete_runs(instance, before=now + timedelta(minutes=1), most=1) == 0
+    assert retention.delete_runs(instance, Settings(), before=now + timedelta(minutes=1), most=1) == 0
 
 
 def test_what_dagster_stores_is_bounded_by_the_runs_that_are_kept(tmp_path: Path) -> None:
@@ -110,7 +112,7 @@ def test_what_dagster_stores_is_bounded_by_the_runs_that_are_kept(tmp_path: Path
         sizes = []
         for times in (2, 1, 1, 1):
             run_readings(instance, times)
-            retention.delete_runs(instance, before=datetime.now(UTC) - timedelta(days=1), most=2)
+            retention.delete_runs(instance, Settings(), before=datetime.now(UTC) - timedelta(days=1), most=2)
             sizes.append(stored_bytes(tmp_path))
     # The second round is the first that holds three runs at once. SQLite takes whole pages.
     assert max(sizes[2:]) <= sizes[1] + 4 * 4096, sizes

@@ -13,7 +13,7 @@ import pytest
 import waiting
 
 from dagster_prefs.local import follower
-from dagster_prefs.local.follower import SOCKET, FollowerControl, hand_over
+from dagster_prefs.local.follower import SOCKET, FollowerControl, hand_over, stop_following
 from dagster_prefs.local.state import LocalServicesError
 
 # A follower that says in a file who it is and what it was given.
@@ -71,6 +71,36 @@ def test_one_runs_with_the_settings_that_came_last(
     # The settings are in the process alone.
     for file in data_dir.rglob("*"):
         assert not file.is_file() or b"second" not in file.read_bytes(), file
+
+
+def test_each_environment_has_a_follower_of_its_own(
+    control: FollowerControl, data_dir: Path, tmp_path: Path
+) -> None:
+    def follow(name: str) -> int:
+        told = tmp_path / f"told-{name}"
+        environment = {"PATH": os.environ["PATH"], "TOLD": str(told), "PREFS_SECRET": "x"}
+        hand_over(data_dir, environment | ({"PREFS_ENVIRONMENT": name} if name else {}))
+        wait_for(lambda: told.exists() and len(told.read_text().split()) == 2)
+        return int(told.read_text().split()[0])
+
+    def runs(pid: int) -> bool:
+        control.watch()
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
+    pids = {name: follow(name) for name in ("", "dev_anna", "pr_123")}
+    assert all(runs(pid) for pid in pids.values())
+    stop_following(data_dir, "dev_anna")
+    assert {name: runs(pid) for name, pid in pids.items()} == {"": True, "dev_anna": False, "pr_123": True}
+    stop_following(data_dir, "dev_anna")
+    assert {path.name for path in (data_dir / "logs").iterdir()} == {
+        "follower.log", "follower-dev_anna.log", "follower-pr_123.log",
+    }  # fmt: skip
+    control.close()
+    assert not any(runs(pid) for pid in pids.values())
 
 
 def test_a_supervisor_that_is_not_there_is_named(data_dir: Path) -> None:

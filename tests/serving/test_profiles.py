@@ -10,16 +10,13 @@ import ssl
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import fields
-from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 from uuid import UUID
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from certificates import write_certificate
 from declared import COURSES, PROJECT, two_entities
 from scripted_dynamodb import Request, Script, answer, failure, http, serve
 from shipped import LONG, SHORT, with_computed_attributes
@@ -101,7 +98,9 @@ def test_typed_classes_are_the_contract() -> None:
         "string": str,
         "list<string>": list[str],
         "list<decimal>": list[Decimal],
+        "list<integer>": list[int],
     }
+    with_null = {"list<string>": list[str | None], "list<decimal>": list[Decimal | None]}
     for domain in [*CONTRACT.domains.values(), *load_contract(COURSES).domains.values()]:
         made = domain_class(domain)
         assert made is domain_class(domain)
@@ -111,7 +110,7 @@ def test_typed_classes_are_the_contract() -> None:
             attribute = domain.attributes[name]
             # Only a cold start has no last event; the contract's items always have one.
             nullable = attribute.nullable or name == "last_event_at"
-            expected = python[attribute.type]
+            expected = (with_null if attribute.null_elements else python)[attribute.type]
             assert hint == (expected | None if nullable else expected), name
             assert not nullable or type(None) in get_args(hint)
 
@@ -453,31 +452,7 @@ def test_chunked_answers_and_answers_without_length(script: Script) -> None:
 @pytest.fixture
 def certificate(tmp_path: Path) -> tuple[Path, Path]:
     """A certificate for this machine and its key, as files."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
-    now = datetime.now(UTC)
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    files = tmp_path / "certificate.pem", tmp_path / "key.pem"
-    files[0].write_bytes(made.public_bytes(serialization.Encoding.PEM))
-    files[1].write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-    )
-    return files
+    return write_certificate(tmp_path)
 
 
 def test_over_tls(certificate: tuple[Path, Path], transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -676,7 +651,7 @@ def test_a_registry_is_a_path_a_dict_or_itself() -> None:
         with ProfileClient(one, endpoint_url="http://127.0.0.1:1", region=REGION) as client:
             assert client.contract == registry.contract
             assert client.entity.name == "viewer"
-            assert [domain.name for domain in client.domains] == ["interactions", "preferences", "watch"]
+            assert client.domains == registry.contract.domains_of("viewer")
 
 
 @pytest.mark.parametrize(

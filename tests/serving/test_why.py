@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 from declared import COURSES, PROJECT
+from personal_data import marked
 from shipped import LONG, REGISTRY, SHORT
 
 from dagster_prefs.declarations.lineage import load_lineage
+from dagster_prefs.declarations.masking import MASK
 from dagster_prefs.declarations.registry import Registry, load_registry
 from dagster_prefs.dynamodb.items import ItemEncoder
 from dagster_prefs.dynamodb.tables import dynamodb_client, provision
@@ -160,6 +162,21 @@ def test_the_latest_events_are_shown(tiles: Any, online: Any) -> None:
         "view_events": [f"e{n}" for n in range(10)],
         "content_interactions": ["i1"],
     }
+
+
+def test_personal_values_are_compared_and_then_masked(
+    tiles: Any, online: Any, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve_values(online)
+    with online.reader("lean") as client:
+        monkeypatch.setattr(client, "registry", marked(registry, view_events__genre=True))
+        found = explain_attribute(tiles.engine, client, 1, "favorite_genre", now=NOW)
+        plain = explain_attribute(tiles.engine, client, 1, f"titles_{SHORT}d", now=NOW)
+    assert (found.online, found.recomputed, found.equal) == (MASK, MASK, True)
+    assert {tile["genre"] for rows in found.tiles.values() for tile in rows} == {MASK}
+    assert {event["genre"] for event in found.events["view_events"]} == {MASK}
+    assert {event["viewer_id"] for event in plain.events["view_events"]} == {1}
+    assert plain.online == 3
 
 
 def test_the_expiry_spread_moves_the_window(tiles: Any, online: Any) -> None:

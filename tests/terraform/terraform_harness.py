@@ -52,11 +52,15 @@ def clean_environment() -> dict[str, str]:
 
 @dataclass
 class Terraform:
-    """The terraform command in one working folder; `provider` is what attaches it to a provider that runs."""
+    """The terraform command in one working folder; `provider` is what attaches it to a provider that runs.
+
+    `workspace` is the default one if it is empty.
+    """
 
     binary: str
     folder: Path
     provider: str = ""
+    workspace: str = ""
 
     def run(
         self, *arguments: str, check: bool = True, timeout_seconds: int = 300
@@ -75,6 +79,8 @@ class Terraform:
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         """Start one command and leave it running."""
         attach = {"TF_REATTACH_PROVIDERS": self.provider} if self.provider else {}
+        if self.workspace:
+            attach["TF_WORKSPACE"] = self.workspace
         return subprocess.Popen(
             [self.binary, *arguments],
             cwd=self.folder,

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from declared import enrolments
 from terraform_harness import MODULE, Terraform, clean_environment
 
 from dagster_prefs.declarations.registry import registry_dict
+from dagster_prefs.environment import Environment
 
 VARIABLE = re.compile(r'^variable "(\w+)" \{\n(.*?)^\}', re.MULTILINE | re.DOTALL)
 
@@ -98,6 +100,34 @@ def test_example_is_accepted(terraform: Terraform) -> None:
         f'{header}\nvariables {{\n{example}\n}}\n\nrun "example" {{\n  command = plan\n}}\n'
     )
     done = terraform.run("test", "-no-color", "-test-directory=example")
+    assert "1 passed, 0 failed" in done.stdout
+
+
+def test_the_workspace_names_an_environment_of_the_platform(terraform: Terraform) -> None:
+    """The names are those that PREFS_ENVIRONMENT gives, in each environment's own state."""
+    named = Environment("dev_anna")
+    folder = terraform.folder / "workspace"
+    folder.mkdir(exist_ok=True)
+    header = (MODULE / "tests" / "naming.tftest.hcl").read_text().split("variables {")[0]
+    (folder / "workspace.tftest.hcl").write_text(
+        f"""{header}
+variables {{
+  region = "eu-central-1"
+}}
+
+run "workspace" {{
+  command = plan
+
+  assert {{
+    condition = alltrue([for line in ["PREFS_ENVIRONMENT={named.name}", "PREFS_TABLE_PREFIX={named.table_prefix}",
+      "PREFS_ICEBERG_NAMESPACE={named.namespace}"] : strcontains(output.env, "${{line}}\\n")])
+    error_message = "the workspace's names are not the environment's: ${{output.env}}"
+  }}
+}}
+"""
+    )
+    there = replace(terraform, workspace=named.workspace)
+    done = there.run("test", "-no-color", "-test-directory=workspace")
     assert "1 passed, 0 failed" in done.stdout
 
 

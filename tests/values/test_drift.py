@@ -245,7 +245,7 @@ def test_dagster_checks_the_day_and_alerts_once(
     judged(catalog, **{WATCH.name: lambda day: watch_rows(day, unit=60)})
     platform = Platform(Settings(iceberg_warehouse=warehouse.as_uri(), data_dir=tmp_path))
     built = dg.Definitions.merge(
-        definitions.build(platform, f"http://127.0.0.1:{inbox.server.server_port}", clock=lambda: MORNING),
+        definitions.build(platform, [f"http://127.0.0.1:{inbox.server.server_port}"], clock=lambda: MORNING),
         dg.Definitions(executor=dg.in_process_executor),
     )
     job = dg.define_asset_job("only_checks", dg.AssetSelection.all_asset_checks())

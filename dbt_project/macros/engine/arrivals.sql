@@ -22,7 +22,7 @@
     language plpgsql security definer set search_path = pg_catalog as $$
       begin
         {{ insert_arrivals("tg_table_name::text", "arrived") }};
-        perform pg_notify('prefs_live', '');
+        perform pg_notify('prefs_live', tg_table_schema);
         return null;
       end
     $$

@@ -185,6 +185,7 @@
   the table, or none if another run dropped it: the view is then built under the lock.
 #}
 {% macro build_beside(relation) -%}
+  {% do refuse_retained(relation) %}
   {%- set name = "'" ~ relation.identifier ~ "'" -%}
   {%- set prefs = "select " ~ target.schema ~ ".prefs_" -%}
   {%- set begun = run_query(prefs ~ "begin_build(" ~ name ~ ", " ~ text_literal(portable_definition()) ~ ")").rows[0][0] -%}

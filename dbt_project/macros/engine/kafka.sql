@@ -30,6 +30,10 @@
     "properties.bootstrap.server = " ~ text_literal(kafka_bootstrap()),
     "scan.startup.mode = " ~ text_literal(env_var("PREFS_KAFKA_START", "") or "earliest"),
   ] -%}
+  {%- if environment_name() -%}
+    {#- RisingWave reads from no group; it reports its offsets to one, which Kafka's tools and access lists see. -#}
+    {%- do options.append("group.id.prefix = " ~ text_literal("dagster-prefs-" ~ environment_name())) -%}
+  {%- endif -%}
   {%- if execute -%}{%- do refuse_kafka_contradictions(protocol, mechanism) -%}{%- endif -%}
   {%- if protocol != "PLAINTEXT" -%}
     {%- do options.append("properties.security.protocol = " ~ text_literal(protocol)) -%}
@@ -83,7 +87,13 @@
   The two statements of a feed. `${generation}` and `${unread}` are replaced when they run: the first distinguishes a
   recreated topic from the earlier one, the second excludes rows that the raw table already holds.
 #}
-{% macro kafka_feed(topic, raw) -%}
+{% macro kafka_feed(topic, raw, format="json") -%}
+{%- if format == "avro" -%}
+  {{ exceptions.raise_compiler_error(
+    "topic " ~ topic ~ " is Avro, which the embedded engine decodes and RisingWave does not, because raw messages are "
+    ~ "bytes there: have its producers write JSON Schema and declare format: json_schema"
+  ) }}
+{%- endif -%}
 {%- set sink = this.incorporate(path={"identifier": this.identifier ~ "_feed"}) -%}
 {%- set lateness = env_var("PREFS_KAFKA_LATENESS_SECONDS", "") -%}
 create source {{ this }} (

@@ -46,6 +46,9 @@
   `prefs_rebuild(relation)`: write the difference between a kept view and its query, and return the number of rows.
 
   `prefs_write_difference(kept, query)`: write the difference to a view that already has rows.
+
+  `raw_retained`: the parsed relations of which messages from before an arrival may have left the raw table by retention
+  (dagster_prefs/events/retention.py). Their rows from before it stay, as on RisingWave.
 #}
 {% macro kept_views_ddl() -%}
   create table if not exists {{ target.schema }}.live_pending (
@@ -54,6 +57,9 @@
   );
   create table if not exists {{ target.schema }}.live_views (
     relation text primary key, as_of timestamptz not null, latest timestamptz not null
+  );
+  create table if not exists {{ target.schema }}.raw_retained (
+    relation text primary key, before timestamptz not null
   );
   create table if not exists {{ target.schema }}.live_due (
     relation text, key text[], primary key (relation, key)
@@ -160,7 +166,11 @@
         others text[];
         written bigint;
         changed bigint;
+        retained text;
       begin
+        select format(' and old.arrived_at >= %L', before) into retained
+        from {{ target.schema }}.raw_retained
+        where relation = left(query, -{{ query_suffix() | length }});
         select array_agg(format('%I', a.attname) order by key.place) into keys
         from (
           select indrelid, indkey from pg_index
@@ -187,8 +197,9 @@
           end if;
         else
           execute format(
-            'delete from %s as old where not exists (select from pg_temp.prefs_rebuilt as new where %s)', kept,
-            (select string_agg(format('new.%1$s = old.%1$s', key), ' and ') from unnest(keys) as key)
+            'delete from %s as old where not exists (select from pg_temp.prefs_rebuilt as new where %s)%s', kept,
+            (select string_agg(format('new.%1$s = old.%1$s', key), ' and ') from unnest(keys) as key),
+            coalesce(retained, '')
           );
           get diagnostics changed = row_count;
           execute format(
@@ -237,7 +248,7 @@
     language plpgsql security definer set search_path = pg_catalog as $$
       begin
         insert into {{ target.schema }}.live_changes (relation, key) select tg_table_name, {{ row }} from changed;
-        perform pg_notify('prefs_live', '');
+        perform pg_notify('prefs_live', tg_table_schema);
         return null;
       end
     $$;

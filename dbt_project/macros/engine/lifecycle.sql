@@ -26,6 +26,7 @@
 {% macro prepare_engine() -%}
   {%- if execute and flags.WHICH in ("run", "build", "test") -%}
     {% do refuse_stale() %}
+    {% do refuse_environment_contradictions() %}
     {% do adapter.dispatch("require_version")() %}
     {% do refuse_impostors() %}
     {% do adapter.dispatch("prepare_engine")() %}
@@ -175,10 +176,12 @@
     {%- set checksum = definition_checksum() -%}
     {%- if load_result("main").response.code != "skip" -%}
       {% do run_query(write_deployment("deployed", checksum)) %}
+      {% do record_spread() %}
       {{ record_contract() }}
     {%- elif config.get("meta", {}).get("domain") and run_query(
       "select 1 from " ~ target.schema ~ ".deployments where relation = '" ~ this.identifier ~ "' and checksum = '" ~ checksum ~ "'"
     ).rows -%}
+      {% do record_spread() %}
       {{ record_contract() }}
     {%- else -%}
       select 1
@@ -194,6 +197,27 @@
     {{ adapter.dispatch("upsert_deployment")(deployment_values("contract:" ~ this.identifier, "contract", none, none, tojson(contract_fragment()), "deployed")) }}
   {%- else -%}
     select 1
+  {%- endif -%}
+{%- endmacro %}
+
+{#
+  The expiry spread of a domain's view and the time from which it is in force, where it differs from the one before:
+  training values of an earlier time are those of its spread (dagster_prefs/engine/spreads.py reads the records).
+#}
+{% macro record_spread() -%}
+  {%- if config.get("meta", {}).get("domain") -%}
+    {%- set seconds = (env_var("PREFS_EXPIRY_SPREAD_SECONDS", "0") or "0") | int -%}
+    {%- set suffix = ":" ~ modules.re.sub("__next_[0-9a-f]{8}$", "", this.identifier) -%}
+    {%- set before = run_query(
+      "select checksum from " ~ target.schema ~ ".deployments where kind = 'spread' and right(relation, " ~ suffix | length ~ ") = '" ~ suffix
+      ~ "' order by deployed_at desc limit 1"
+    ).rows -%}
+    {%- if not before or before[0][0] != seconds | string -%}
+      {%- set at = modules.datetime.datetime.now(modules.pytz.utc).isoformat() -%}
+      {% do run_query(adapter.dispatch("upsert_deployment")(
+        deployment_values("spread:" ~ at ~ ":" ~ this.identifier, "spread", seconds, none, none, "deployed", at)
+      )) %}
+    {%- endif -%}
   {%- endif -%}
 {%- endmacro %}
 
@@ -214,7 +238,9 @@
   {%- set columns = {} -%}
   {%- for column in model.columns.values() -%}
     {%- do columns.update({column.name: {"data_type": column.data_type, "description": column.description}}) -%}
-    {%- if column.meta.get("retired") -%}{%- do columns[column.name].update({"config": {"meta": {"retired": true}}}) -%}{%- endif -%}
+    {%- set meta = {} -%}
+    {%- for key in ["retired", "null_elements"] if column.meta.get(key) -%}{%- do meta.update({key: true}) -%}{%- endfor -%}
+    {%- if meta -%}{%- do columns[column.name].update({"config": {"meta": meta}}) -%}{%- endif -%}
   {%- endfor -%}
   {%- do fragment.nodes.update({model.unique_id: {
     "name": model.name, "resource_type": "model", "columns": columns, "config": {"meta": {"domain": found.domain}}
@@ -239,11 +265,11 @@
   ))) }}
 {%- endmacro %}
 
-{% macro deployment_values(relation, kind, checksum, source_checksum, definition, state) -%}
+{% macro deployment_values(relation, kind, checksum, source_checksum, definition, state, at=none) -%}
   insert into {{ target.schema }}.deployments (relation, kind, checksum, source_checksum, definition, state, deployed_at, invocation_id)
   values (
-    {%- for value in [relation, kind, checksum, source_checksum, definition, state, run_started_at.isoformat(), invocation_id] %}
-    {% if value is none %}null{% else %}'{{ value | replace("'", "''") }}'{% endif %}{{ "," if not loop.last }}
+    {%- for value in [relation, kind, checksum, source_checksum, definition, state, at or run_started_at.isoformat(), invocation_id] %}
+    {% if value is none %}null{% else %}'{{ value | string | replace("'", "''") }}'{% endif %}{{ "," if not loop.last }}
     {%- endfor %}
   )
 {%- endmacro %}

@@ -218,6 +218,7 @@
     {% do run_query("select " ~ target.schema ~ ".prefs_drop_builds_on('" ~ relation.identifier ~ "')") %}
   {%- endif -%}
   {%- if built and not build -%}
+    {% do refuse_retained(relation) %}
     {% do run_query("select " ~ target.schema ~ ".prefs_drop_build('" ~ relation.identifier ~ "')") %}
     {% do run_query("create table " ~ built ~ " as " ~ sql) %}
   {%- endif -%}
@@ -245,6 +246,16 @@
     {%- do kept.append(row["identifier"]) -%}
   {%- endfor -%}
   {{ return(kept) }}
+{%- endmacro %}
+
+{# A parsed relation that is built anew holds only the messages whose bytes the engine still has. #}
+{% macro refuse_retained(relation) -%}
+  {%- if run_query("select 1 from " ~ target.schema ~ ".raw_retained where relation = '" ~ relation.identifier ~ "'").rows | length -%}
+    {{ exceptions.raise_compiler_error(
+      relation.identifier ~ " has a changed definition, and messages that it was made from have left the engine by"
+      ~ " retention. Nothing was changed: run `prefs rebuild " ~ relation.identifier ~ " --from-lake`, then this again"
+    ) }}
+  {%- endif -%}
 {%- endmacro %}
 
 {# Compare the rows of these kept views, nearest first, if a change marked them, each in a transaction of its own. #}

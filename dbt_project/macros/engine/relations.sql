@@ -129,7 +129,7 @@ create sink {{ this }}
 {%- endif %}
 with (
   connector = 'dynamodb',
-  table = {{ text_literal(env_var("PREFS_TABLE_PREFIX", "") ~ entity_of(entity).table) }},
+  table = {{ text_literal(table_prefix() ~ entity_of(entity).table) }},
   primary_key = '{{ first_key(entity) }},domain_key',
   aws.region = {{ text_literal(env_var("AWS_REGION", "eu-central-1") or "eu-central-1") }}
   {%- if env_var("AWS_ENDPOINT_URL", "") %},
@@ -176,7 +176,7 @@ with (
   {%- endif %}
   {%- endif %}
   warehouse.path = {{ text_literal(env_var("PREFS_ICEBERG_WAREHOUSE", "")) }},
-  database.name = {{ text_literal(env_var("PREFS_ICEBERG_NAMESPACE", "training")) }},
+  database.name = {{ text_literal(iceberg_namespace()) }},
   table.name = '{{ table }}',
   {%- if env_var("AWS_ENDPOINT_URL", "") %}
   s3.endpoint = {{ text_literal(env_var("AWS_ENDPOINT_URL")) }},

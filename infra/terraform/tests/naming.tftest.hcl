@@ -316,3 +316,18 @@ run "refuses_bad_values_8" {
 
   expect_failures = [var.environment]
 }
+
+run "refuses_bad_values_9" {
+  command = plan
+
+  module {
+    source = "./tests/variables"
+  }
+
+  variables {
+    # environment missing, in the default workspace
+    environment = null
+  }
+
+  expect_failures = [var.environment]
+}

@@ -15,9 +15,9 @@
       "training_table"
     ],
     "sql": {
-      "models/generated/events/kafka_lesson_events.sql": "02dbed057324da73ec23dda28a181eb7",
+      "models/generated/events/kafka_lesson_events.sql": "03eb867956c90819b4989a65d8bfb41f",
       "models/generated/events/lesson_events.sql": "cfe7c66ab143fc54459a52dee9b12ea1",
-      "models/generated/events/lesson_events_parsed.sql": "d29e1c2859fdd433e10e53d35389a710",
+      "models/generated/events/lesson_events_parsed.sql": "32758cfd47cf589e39f91612c12dd3ef",
       "models/generated/events/raw_lesson_events.sql": "d870b75dc1883dda3ed945c5e8afc400",
       "models/generated/events/rejected_events.sql": "16c85925c1e272d39a8d49cb529d1c75",
       "models/generated/operations/canary_keys.sql": "d9371cb85356a981d2f75f7eb0ef53da",
@@ -60,7 +60,7 @@
       "kafka_topics": "384a6c9c3543d629650706a0cabab240",
       "learner_lessons_1d": "4daef4207fa7f3a6978146b84e9fbf8d",
       "learner_progress_rolling": "7cfe40db0f64a86c1df7e0d07920afa8",
-      "lesson_events": "60403051145227325db6e37f7bc4e294",
+      "lesson_events": "9216dd9e912a32cfed526bd3d5bf3788",
       "lesson_events_parsed": "cf79b3bf08ba4a43f9c6e121fa2b4853",
       "raw_lesson_events": "50c3fa8aef44071237b9763afede1abe",
       "rejected_events": "a6df2337613a3577077b7a2200403475",
