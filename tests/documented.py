@@ -6,7 +6,7 @@ import re
 import shlex
 import subprocess
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,12 +83,14 @@ def edit(project: Path, block: Block) -> None:
 class Reader:
     """Someone who types what a page says, in one folder and one shell.
 
-    `run` runs `prefs` with these words, in this environment and folder.
+    `run` runs `prefs` with these words, in this environment and folder. `instead` has values that are exported in
+    place of those of a page, such as addresses.
     """
 
     folder: Path
     environment: Mapping[str, str]
     run: Callable[[list[str], Mapping[str, str], Path], subprocess.CompletedProcess[str]]
+    instead: Mapping[str, str] = field(default_factory=dict)
 
     def follow(self, page: Path, codes: Mapping[str, set[int]]) -> dict[str, str]:
         """Make every edit and type every command of a page; return command → what the last one like it printed.
@@ -96,14 +98,19 @@ class Reader:
         A command must exit with 0, or with one of its `codes` by its first words.
         """
         printed: dict[str, str] = {}
-        for block in blocks(page):
-            if block.mark:
-                assert block.mark in MARKS, f"{block}: unknown mark {block.mark!r}"
-            elif block.language == "diff":
-                edit(self.folder, block)
-            elif block.language in SHELL:
-                for command in block.commands:
-                    printed[command] = self.type(command, codes, str(block))
+        # Each page is read in a shell of its own.
+        kept = self.environment
+        try:
+            for block in blocks(page):
+                if block.mark:
+                    assert block.mark in MARKS, f"{block}: unknown mark {block.mark!r}"
+                elif block.language == "diff":
+                    edit(self.folder, block)
+                elif block.language in SHELL:
+                    for command in block.commands:
+                        printed[command] = self.type(command, codes, str(block))
+        finally:
+            self.environment = kept
         return printed
 
     def type(self, command: str, codes: Mapping[str, set[int]], place: str) -> str:
@@ -114,7 +121,11 @@ class Reader:
             self.folder = self.folder / words[1]
             return ""
         if words[0] == "export":
-            self.environment = {**self.environment, **dict(word.split("=", 1) for word in words[1:])}
+            given = (word.split("=", 1) for word in words[1:])
+            self.environment = {
+                **self.environment,
+                **{name: self.instead.get(value, value) for name, value in given},
+            }
             return ""
         if words[0] == "prefs":
             done = self.run(words[1:], self.environment, self.folder)
