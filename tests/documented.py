@@ -6,7 +6,7 @@ import re
 import shlex
 import subprocess
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,7 +23,7 @@ GUIDES = (
     "go-to-production", "change-a-feature", "debug-a-wrong-value", "make-training-sets",
 )  # fmt: skip
 # What a block may need that no test has; it stands behind the language.
-MARKS = {"needs-aws", "needs-docker", "needs-network", "needs-risingwave"}
+MARKS = {"needs-aws", "needs-docker", "needs-kafka", "needs-network", "needs-risingwave"}
 SHELL = ("bash", "sh")
 
 _FENCE = re.compile(r"^( *)```([^\n`]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
@@ -83,14 +83,12 @@ def edit(project: Path, block: Block) -> None:
 class Reader:
     """Someone who types what a page says, in one folder and one shell.
 
-    `run` runs `prefs` with these words, in this environment and folder. `instead` has values that are exported in
-    place of those of a page, such as addresses.
+    `run` runs `prefs` with these words, in this environment and folder.
     """
 
     folder: Path
     environment: Mapping[str, str]
     run: Callable[[list[str], Mapping[str, str], Path], subprocess.CompletedProcess[str]]
-    instead: Mapping[str, str] = field(default_factory=dict)
 
     def follow(self, page: Path, codes: Mapping[str, set[int]]) -> dict[str, str]:
         """Make every edit and type every command of a page; return command → what the last one like it printed.
@@ -124,7 +122,7 @@ class Reader:
             given = (word.split("=", 1) for word in words[1:])
             self.environment = {
                 **self.environment,
-                **{name: self.instead.get(value, value) for name, value in given},
+                **dict(given),
             }
             return ""
         if words[0] == "prefs":

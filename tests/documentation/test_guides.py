@@ -12,10 +12,8 @@ import pytest
 from documented import GUIDES, ROOT, Reader
 from warm import Warm
 
-from tests.freshness.kafka_cluster import Cluster
-
 # What a command may end with besides success, as the pages say.
-CODES = {"plan": {0, 2}, "drift": {0, 1}, "status": {0, 1, 2}}
+CODES = {"plan": {0, 2}, "drift": {0, 1}, "status": {0, 1, 2}, "training-set compare": {0, 1, 2}}
 DEMO = ["--viewers", "30", "--view-events", "900", "--shop-events", "0", "--interactions", "0", "--days", "6"]
 ANNA = "prefs profile --entity visitor anna"
 SEVEN = "prefs profile --entity visitor visitor-000007"
@@ -34,7 +32,6 @@ LEADS_TO: dict[str, dict[str, str]] = {
     "add-an-entity": {"prefs profile --entity basket anna monday": r"events_28d +│ 1"},
     "bring-your-events": {
         "prefs ingest history.csv --dry-run": "negative seconds",
-        "prefs consume": "page_views",
     },
     "go-to-production": {
         "prefs generate --check": "every generated file matches",
@@ -50,6 +47,8 @@ LEADS_TO: dict[str, dict[str, str]] = {
     },
     "make-training-sets": {
         "prefs training-set --labels labels.csv --entity visitor --types bought=bool": "2 rows",
+        "prefs training-set --labels labels.csv --entity visitor --types bought=bool --as served"
+        " --output labels.served.parquet": "2 rows",
         "prefs training-set reproduce labels.training.parquet.manifest.json": "2",
         "prefs training-set compare labels.training.parquet --entity visitor": "minutes_28d",
     },
@@ -67,15 +66,10 @@ def reader(
         "PREFS_ENGINE_PORT": str(free_port()),
         "PREFS_LOCAL_AWS_PORT": str(free_port()),
     }
-    cluster = Cluster()
-    for topic in ("page_views", "purchases", "basket_changes"):
-        # It is there once it has a message; this one is rejected.
-        cluster.send(topic, 0, datetime.now(UTC))
     found = Reader(
         tmp_path_factory.mktemp("reader"),
         environment,
         lambda words, environment, folder: warm.run(["prefs", *words], environment=environment, cwd=folder),
-        {"broker-1:9092,broker-2:9092": cluster.bootstrap},
     )
     until = (datetime.now(UTC).date() - timedelta(days=1)).isoformat()
     for command in (
