@@ -50,8 +50,8 @@ class SubjectExport:
 
     `messages` by raw table, redacted ones excluded; `rows` by relation of the engine; `items` by DynamoDB
     table; `training` by Iceberg table, and `earlier` what only its history or unreferenced files hold;
-    `labels` by file, or by another writer's table. `erased_at` is the time of an erasure, if there was one.
-    `unread` gives the reason why a table or namespace of the catalog was not searched.
+    `labels` by file, or by another writer's table; `served_log` by its folder. `erased_at` is the time of an
+    erasure, if there was one. `unread` gives the reason why a table or namespace of the catalog was not searched.
     """
 
     subject: Subject
@@ -63,6 +63,7 @@ class SubjectExport:
     training: dict[str, Rows] = field(default_factory=dict)
     earlier: dict[str, Rows] = field(default_factory=dict)
     labels: dict[str, Rows] = field(default_factory=dict)
+    served_log: dict[str, Rows] = field(default_factory=dict)
     unread: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -96,6 +97,7 @@ class SubjectExport:
             "training": self.training,
             "training_earlier": self.earlier,
             "labels": self.labels,
+            "served_log": self.served_log,
         }
 
 
@@ -120,6 +122,9 @@ def export_subject(
             found.items[f"{stores.table_prefix}{entity.table}"] = stores.items(
                 subject, entity, _ALWAYS
             ).read()
+    if (log := stores.logged(subject)) is not None:
+        with _step("read the served log", subject, step):
+            found.served_log[str(log.folder)] = log.rows()
     searched = ErasedSubject(subject.entity.key, subject.value, _ALWAYS)
     with _step("open the Iceberg catalog", subject, step):
         catalog = stores.catalog()
