@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ui up down status stack stack-down pictures test test-fast test-terraform bench-serving bench-export bench-export-range bench-ingest bench-training-set bench-served-set bench-freshness bench-live bench-barriers bench-statistics lint format lock clean
+.PHONY: help demo ui up down status stack stack-down pictures test test-fast test-docs test-lowest test-newest test-terraform docs reference dist bench-serving bench-export bench-export-range bench-ingest bench-training-set bench-served-set bench-freshness bench-live bench-barriers bench-statistics lint format lock clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,6 +68,31 @@ test: $(VENV)/installed ## the whole test suite, a file at a time in three proce
 test-fast: $(VENV)/installed ## the tests that take no longer than a few seconds each
 	@$(PYTEST) -m "not slow"
 
+test-docs: $(VENV)/installed ## type every command of the documentation, which takes minutes
+	@$(BIN)/python -m pytest tests/documentation
+
+# What depends on the versions of Dagster, dbt and pyiceberg most. RANGE_TESTS=tests is everything.
+RANGE_TESTS ?= tests/test_definitions.py tests/test_own_projects.py tests/dbt/test_lifecycle.py tests/dbt/test_plan_and_apply.py \
+  tests/offline_store/test_export.py tests/offline_store/test_training_set.py tests/freshness/test_freshness_definitions.py \
+  tests/end_to_end/test_demo.py tests/end_to_end/test_ui.py
+PYTHON_LOWEST ?= 3.11
+PYTHON_NEWEST ?= 3.13
+ranged = $(BIN)/uv venv --quiet --clear --no-python-downloads --python $(2) $(1) \
+  && $(BIN)/uv pip install --quiet --python $(1)/bin/python --no-deps --compile-bytecode --require-hashes -r $(3) \
+  && $(BIN)/uv pip install --quiet --python $(1)/bin/python --no-deps --no-build-isolation -e .
+
+.lowest/bin/pytest: $(VENV)/installed infra/locks/lowest.txt
+	@$(call ranged,.lowest,$(PYTHON_LOWEST),infra/locks/lowest.txt)
+
+.newest/bin/pytest: $(VENV)/installed requirements.lock
+	@$(call ranged,.newest,$(PYTHON_NEWEST),requirements.lock)
+
+test-lowest: .lowest/bin/pytest ## a part of the suite with the lowest versions on the oldest Python
+	@$(subst $(BIN),.lowest/bin,$(PYTEST)) $(RANGE_TESTS)
+
+test-newest: .newest/bin/pytest ## a part of the suite with the newest versions on the newest Python
+	@$(subst $(BIN),.newest/bin,$(PYTEST)) $(RANGE_TESTS)
+
 test-terraform: $(VENV)/installed ## the infrastructure's tests alone
 	@$(BIN)/python -m pytest tests/terraform
 
@@ -113,6 +138,24 @@ bench-served-set: $(VENV)/installed ## a training set as served of a million lab
 bench-statistics: $(VENV)/installed ## statistics of 5,000,000 tile rows against a bare scan
 	@$(BIN)/python benchmarks/value_statistics.py
 
+.docs/bin/sphinx-build: $(VENV)/installed infra/locks/docs.txt
+	@$(BIN)/uv venv --quiet --clear .docs
+	@$(BIN)/uv pip install --quiet --python .docs/bin/python --require-hashes -r infra/locks/docs.txt
+	@touch $@
+
+docs: .docs/bin/sphinx-build ## build the documentation site into site/; a dead link fails
+	@$(BIN)/python docs/reference/generate.py --check
+	@.docs/bin/sphinx-build --quiet --fail-on-warning --keep-going --nitpicky -c docs -b html . site
+	@echo "site/index.html"
+
+reference: $(VENV)/installed ## write the reference pages of the documentation from the code
+	@$(BIN)/python docs/reference/generate.py
+
+dist: $(VENV)/installed ## build the wheel and the source package into dist/, and check them
+	@rm -rf dist
+	@$(BIN)/hatchling build -d dist
+	@$(BIN)/twine check --strict dist/*
+
 lint: $(VENV)/installed ## style, types, and that what is generated is current
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -123,13 +166,20 @@ format: $(VENV)/installed ## let ruff rewrite the style
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
+EVERYTHING = --extra platform --extra production --extra server --extra console --extra telemetry --extra lineage --extra avro --group dev --override overrides.txt
+
 lock: $(VENV)/installed ## resolve the dependencies into requirements.lock and the images' and tools' locks
-	@$(BIN)/uv pip compile pyproject.toml --extra platform --extra production --extra server --extra console --extra telemetry --extra lineage --extra avro --group dev --override overrides.txt --universal \
+	@$(BIN)/uv pip compile pyproject.toml $(EVERYTHING) --universal \
 	  --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate -q -o requirements.lock
+	@cp requirements.lock infra/locks/lowest.txt
+	@$(BIN)/uv pip compile pyproject.toml $(EVERYTHING) --constraint infra/locks/lowest.in \
+	  --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate -q -o infra/locks/lowest.txt
 	@for image in code-location feature-server; do \
 	  $(BIN)/uv pip compile infra/docker/$$image.in --constraint requirements.lock --override overrides.txt \
 	  --python-platform linux --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate -q -o infra/docker/$$image.lock || exit 1; \
 	done
+	@$(BIN)/uv pip compile --group docs --universal --python-version 3.11 \
+	  --generate-hashes --no-emit-index-url --no-header --no-annotate -q -o infra/locks/docs.txt
 	@for tool in uv feast dlt checkov; do \
 	  $(BIN)/uv pip compile infra/locks/$$tool.in --universal --python-version 3.11 \
 	  --generate-hashes --no-emit-index-url --no-header --no-annotate -q -o infra/locks/$$tool.txt || exit 1; \
@@ -137,4 +187,4 @@ lock: $(VENV)/installed ## resolve the dependencies into requirements.lock and t
 
 clean: ## stop everything and delete the environment and all local state
 	@if [ -x $(BIN)/prefs ]; then $(BIN)/prefs down --delete-state; fi
-	@rm -rf $(VENV) .feast .dlt .checkov .pytest_cache .mypy_cache .ruff_cache .hypothesis dbt_project/target dbt_project/logs
+	@rm -rf $(VENV) .feast .dlt .checkov .docs .lowest .newest site dist .pytest_cache .mypy_cache .ruff_cache .hypothesis dbt_project/target dbt_project/logs

@@ -6,22 +6,30 @@ of digits, because a JSON number would become a double in most readers.
 
 from __future__ import annotations
 
+import gzip
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
+from pathlib import Path
 from typing import Any
 
 from dagster_prefs.declarations.contract import Attribute, Domain
 from dagster_prefs.errors import PrefsError, excerpt
 
+# The end of the name of a file that is still written; its last line may be incomplete.
+GROWING = ".open"
 # The states of a domain's read, as in serving/profiles.py.
 STATES = ("found", "cold_start", "failed")
 
 
 class BadRow(PrefsError):
     """A line is no row of the served log, or its values are not those of the contract."""
+
+
+class LogUnreadable(PrefsError):
+    """The served log cannot be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +91,47 @@ def parse_row(line: bytes) -> ServedRow:
             f"row {excerpt(row.row_id)}: served_at needs a zone, and state is one of {', '.join(STATES)}"
         )
     return row
+
+
+def log_files(place: Path) -> list[Path]:
+    """Return the files of the served log in a folder and below, in the order of their names; a file is itself.
+
+    They are lines of JSON: `.jsonl`, `.jsonl.gz`, and `.jsonl.open` while they are written.
+    """
+    return sorted(path for path in place.rglob("*.jsonl*") if path.is_file()) if place.is_dir() else [place]
+
+
+def read_log(places: Iterable[Path]) -> Iterator[ServedRow]:
+    """Yield the rows of files of the served log, or of all such files in folders.
+
+    Raises LogUnreadable naming the file and line.
+    """
+    for place in places:
+        files = log_files(place)
+        if not files:
+            raise LogUnreadable(f"{place} has no file of the served log (*.jsonl): name another folder")
+        for file in files:
+            for _, row in read_lines(file):
+                yield row
+
+
+def read_lines(file: Path) -> Iterator[tuple[bytes, ServedRow]]:
+    """Yield each line of a file of the served log, with its row. Raises LogUnreadable naming the file and line."""
+    opened = gzip.open if file.suffix == ".gz" else open
+    try:
+        with opened(file, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.endswith(b"\n") and file.suffix == GROWING:
+                    return
+                try:
+                    row = parse_row(line)
+                except BadRow as error:
+                    raise LogUnreadable(f"{file}, line {number}: {error}") from None
+                yield line, row
+    except OSError as error:
+        raise LogUnreadable(
+            f"{file} cannot be read ({error.strerror or error}): name another file"
+        ) from error
 
 
 def row_values(row: ServedRow, domain: Domain) -> dict[str, Any] | None:

@@ -76,8 +76,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """`make test-fast` does not even read the long files."""
-    return left_out(collection_path, config.option.markexpr) or None
+    """`make test-fast` does not even read the long files, and only `make test-docs` those of the documentation."""
+    return left_out(collection_path, config.option.markexpr, config.args) or None
 
 
 def pytest_collection_finish() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,12 @@ def longest_first(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: _RANKS.get(item.path, len(_RANKS)))
 
 
-def left_out(file: Path, markers: str) -> bool:
-    """Whether `-m MARKERS` leaves out a whole file, so that nobody need import it."""
+# Types every command of the documentation, which takes longer than the suite may: `make test-docs` names it.
+DOCUMENTATION = FOLDER / "documentation"
+
+
+def left_out(file: Path, markers: str, named: Sequence[str]) -> bool:
+    """Whether a run with `-m MARKERS` of these paths leaves out a file or folder, so that nobody need import it."""
+    if file == DOCUMENTATION or DOCUMENTATION in file.parents:
+        return not any(Path(path.split("::")[0]).resolve().is_relative_to(DOCUMENTATION) for path in named)
     return markers == "not slow" and file in _RANKS

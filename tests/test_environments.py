@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -17,9 +18,11 @@ from confluent_kafka import KafkaError, KafkaException
 from declared import COURSES
 
 from dagster_prefs.cli import cli
+from dagster_prefs.defs.resources import run_tags
 from dagster_prefs.dynamodb.environments import StoredTable
 from dagster_prefs.dynamodb.tables import TableError, provision
 from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.engine.dbt import Dbt, DbtError
 from dagster_prefs.engine.schemas import SchemaInUse
 from dagster_prefs.environment import Environment, EnvironmentNameError
 from dagster_prefs.events import groups
@@ -215,6 +218,7 @@ def test_two_side_by_side_do_not_see_each_other(of: Callable[[str], Side], tmp_p
         "0.00",
         "dev_anna",
     )
+    _refused_by_dbt_alone(an)
     _dropped_alone(an, anna)
 
 
@@ -238,7 +242,7 @@ class Stub:
     def find(self, only: Environment) -> Found:
         return self.found
 
-    def drop(self, named: Environment, say: Callable[[str], None]) -> None:
+    def drop(self, named: Environment, say: Callable[[str], None], *, patience_seconds: float) -> None:
         self.dropped.append(named.name)
 
 
@@ -343,6 +347,15 @@ def test_only_the_environments_own_groups_are_deleted(monkeypatch: pytest.Monkey
     assert groups.delete_groups(KafkaSource(), owns) == []
 
 
+def test_runs_of_environments_in_one_dagster_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    def tags(name: str) -> dict[str, str]:
+        monkeypatch.setenv("PREFS_ENVIRONMENT", name)
+        return run_tags(load_settings())
+
+    assert tags("dev_anna") == {"dagster_prefs/platform": "default", "prefs/environment": "dev_anna"}
+    assert tags("") == {"dagster_prefs/platform": "default"}
+
+
 def test_a_namespace_of_somebody_else_stays(tmp_path: Path) -> None:
     catalog = open_catalog("sqlite", str(tmp_path))
     catalog.create_namespace("ml_training")
@@ -355,6 +368,17 @@ def test_a_namespace_of_somebody_else_stays(tmp_path: Path) -> None:
     assert drop_namespace(catalog, "dev_training", str(tmp_path))
     assert not drop_namespace(catalog, "dev_training", str(tmp_path))
     assert catalog.namespace_exists("ml_training")
+
+
+def _refused_by_dbt_alone(side: Side) -> None:
+    """dbt without the platform follows the same rule, and so makes no relation of one environment in another."""
+    engine = replace(side.platform.engine, schema="public")
+    dbt = Dbt(engine, COURSES, side.platform.dbt.target_dir, {"PREFS_ENVIRONMENT": "dev_an"})
+    with pytest.raises(
+        DbtError, match="PREFS_ENGINE_SCHEMA=public contradicts PREFS_ENVIRONMENT=dev_an, which gives"
+    ):
+        dbt.run("run", ["deployments"])
+    assert side.execute("select from pg_class where relnamespace = 'public'::regnamespace") == []
 
 
 def _dropped_alone(an: Side, anna: Side) -> None:

@@ -290,6 +290,23 @@ def test_a_topic_with_tile_domain_and_attribute_is_scaffolded(project: Path) -> 
     }  # fmt: skip
 
 
+def test_domains_of_one_entity_get_attributes_of_different_names(project: Path) -> None:
+    """As the columns of a training set: over a tile that is served already, and over two tiles with one column."""
+    added(project, lambda new: new.domain("attention", tile="visitor_pages_1d"))
+    for topic in ("purchases", "returns"):
+        added(project, lambda new, topic=topic: new.topic(topic))
+        added(project, lambda new, topic=topic: new.tile(f"visitor_{topic}_1d", topic=topic))
+        added(project, lambda new, topic=topic: new.domain(topic, tile=f"visitor_{topic}_1d"))
+    served = [
+        name
+        for domain in load_registry(project).contract.domains.values()
+        for name in domain.attributes
+        if name != "last_event_at"
+    ]
+    assert len(served) == len(set(served))
+    assert {"views_28d", "attention_views_28d", "events_28d", "returns_events_28d"} <= set(served)
+
+
 def test_an_entity_with_a_composite_key_gets_topic_tile_and_domain(project: Path) -> None:
     before = (project / "dbt_project.yml").read_text().splitlines()
     added(project, lambda new: new.entity("basket", ["visitor_id", "basket_id:text"]))
@@ -398,7 +415,7 @@ def test_a_failing_test_of_the_project_fails_the_command(
     monkeypatch.setenv("PREFS_PROJECT_DIR", str(project))
     monkeypatch.setattr(commands, "_dbt_tests", lambda settings: ["some_dbt_test: 3 rows"])
     with pytest.raises(PrefsError, match=r"2 tests failed: some_dbt_test: 3 rows; pytest in .* exit code 1"):
-        commands.test.callback()  # type: ignore[misc]
+        commands.test.callback()
 
 
 # The wheel

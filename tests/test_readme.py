@@ -10,26 +10,21 @@ from pathlib import Path
 
 import click
 import pytest
+from documented import PAGES
 
 from dagster_prefs.cli import cli
 from dagster_prefs.declarations.contract import load_contract
 
 PROJECT = Path(__file__).parents[1]
 README = (PROJECT / "README.md").read_text()
-DOCUMENTS = [
-    PROJECT / "README.md",
-    PROJECT / "CONTRIBUTING.md",
-    PROJECT / "infra" / "terraform" / "README.md",
-    PROJECT / "dagster_prefs" / "console" / "runbook.md",
-    *sorted((PROJECT / "docs").rglob("*.md")),
-]
+DOCUMENTS = PAGES
 # Folders that the text of a page may leave out of a path.
 ROOTS = (PROJECT, PROJECT / "dagster_prefs", PROJECT / "dbt_project")
 
 
 def commands(text: str, program: str) -> list[list[str]]:
     """Calls of a program in code blocks and in code spans, as words."""
-    code = re.findall(r"```bash\n(.*?)```", text, re.S) + re.findall(r"`([^`\n]+)`", text)
+    code = re.findall(r"```(?:ba)?sh[^\n]*\n(.*?)```", text, re.S) + re.findall(r"`([^`\n]+)`", text)
     lines = [line.split(" #")[0].strip() for block in code for line in block.splitlines()]
     return [shlex.split(line) for line in lines if re.match(rf"{program}( |$)", line) and "…" not in line]
 
@@ -52,6 +47,8 @@ def test_paths_of_the_repository_exist(document: Path) -> None:
     """Checks code spans that name a folder (`x/`), or a file below a folder of the repository."""
     text = re.sub(r"```.*?```", "", document.read_text(), flags=re.S)
     for path in re.findall(r"`([\w-]+/(?:[\w.-]+/)*(?:[\w.-]*\.[a-zA-Z]+)?)`", text):
+        if document.parent.name == "guides" and path.startswith("dbt_project/models/"):
+            continue  # of the reader's project: tests/end_to_end/test_wheel.py edits it
         if any((root / path.split("/")[0]).is_dir() for root in ROOTS):
             assert any((root / path).exists() for root in ROOTS), path
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from dagster_prefs.tools.environments import Found, Holdings
 
 MIB = 1024 * 1024
+# The engine notices some moments later that the process of a follower has ended.
+PATIENCE_SECONDS = 10.0
 
 
 @cli.group()
@@ -93,7 +95,7 @@ def drop(name: str, yes: bool) -> None:
         _confirm(named, one)
     if settings.engine == "local":
         services_of(settings).unfollow(name)
-    environments.drop(named, say)
+    environments.drop(named, say, patience_seconds=PATIENCE_SECONDS)
     console.print(f"nothing of environment {name} is left, except what the lines above say")
 
 

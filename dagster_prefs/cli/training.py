@@ -327,6 +327,7 @@ def _stores(platform: Platform) -> Stores:
         refresh_with(platform.dbt),
         platform.settings.iceberg_namespace,
         platform.settings.export == "sink",
+        platform.settings.served_log_place,
     )
 
 

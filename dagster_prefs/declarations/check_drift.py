@@ -12,6 +12,8 @@ from dagster_prefs.declarations.read import Map, ModelYaml
 Drift = Mapping[str, Any] | Literal[False] | None
 
 JUDGED = ("bigint", "decimal", "text")
+TILE_DRIFT_KEYS = ("rows", "min_rows")
+COLUMN_DRIFT_KEYS = ("psi", "ks")
 TILE_EXAMPLE = "drift: { rows: { warn: 2, error: 4 }, min_rows: 100 }"
 COLUMN_EXAMPLE = "config: { meta: { drift: { psi: { warn: 0.1, error: 0.25 } } } }"
 
@@ -22,7 +24,7 @@ def check_rows_drift(findings: Findings, model: ModelYaml, given: Map) -> Drift:
     if not isinstance(drift, Map):
         return cast(Drift, drift)
     place = f"{model.name}: drift"
-    findings.known(model.file, drift, ("rows", "min_rows"), place, TILE_EXAMPLE)
+    findings.known(model.file, drift, TILE_DRIFT_KEYS, place, TILE_EXAMPLE)
     if "rows" in drift:
         _limits(findings, model.file, drift, "rows", (1, None), place, TILE_EXAMPLE)
     if "min_rows" in drift and (not is_whole(drift["min_rows"]) or drift["min_rows"] < 1):
@@ -43,7 +45,7 @@ def check_column_drift(findings: Findings, model: ModelYaml, name: str, *, is_ke
     drift = _mapping_or_false(findings, model.file, meta, place, COLUMN_EXAMPLE)
     if not isinstance(drift, Map):
         return cast(Drift, drift)
-    findings.known(model.file, drift, ("psi", "ks"), place, COLUMN_EXAMPLE)
+    findings.known(model.file, drift, COLUMN_DRIFT_KEYS, place, COLUMN_EXAMPLE)
     if kind not in JUDGED or is_personal:
         what = "personal" if is_personal else f"a {kind}" if kind else "of no data_type"
         findings.say(
@@ -52,7 +54,7 @@ def check_column_drift(findings: Findings, model: ModelYaml, name: str, *, is_ke
             f"{place}: the column is {what}, and only numbers and texts that are not personal are judged: remove it",
             "drift: false",
         )
-    for limit in ("psi", "ks"):
+    for limit in COLUMN_DRIFT_KEYS:
         if limit in drift:
             most = None if limit == "psi" else 1
             _limits(findings, model.file, drift, limit, (0, most), place, COLUMN_EXAMPLE)

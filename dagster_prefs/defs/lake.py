@@ -35,7 +35,7 @@ def build(platform: Platform, *, clock: Callable[[], datetime] = lambda: datetim
         settings,
         JOB,
         dg.AssetSelection.assets(*assets),
-        "Export the messages and events that arrived to Iceberg; an hour that did not change commits nothing.",
+        "Export the messages and events that arrived to Iceberg; an unchanged hour commits nothing.",
     )
 
     @dg.sensor(

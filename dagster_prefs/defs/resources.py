@@ -35,8 +35,8 @@ def platform_name(settings: Settings) -> str:
 
 
 def run_tags(settings: Settings) -> dict[str, str]:
-    """Return the tags of this platform's runs."""
-    return {PLATFORM_TAG: platform_name(settings)}
+    """Return the tags of this platform's runs; those of another environment in the same deployment have others."""
+    return {PLATFORM_TAG: platform_name(settings), **settings.dagster_tags}
 
 
 def engine_pool(settings: Settings) -> str:

@@ -8,14 +8,14 @@ from typing import Any
 import dagster as dg
 import sqlalchemy as db
 
-from dagster_prefs.defs import deployment, events, feature_views, freshness, training_data, values
+from dagster_prefs.defs import deployment, events, feature_views, freshness, lake, training_data, values
 from dagster_prefs.defs.resources import job_schedule, run_tags
 from dagster_prefs.platform import Platform
 from dagster_prefs.settings import Settings
 
 JOB = "delete_old_readings"
-# The jobs that schedules and sensors start repeatedly. Exports are not included: their materializations show in the UI
-# which days exist.
+# The jobs that schedules and sensors start repeatedly. Exports of tiles are not included: their materializations show
+# in the UI which days exist.
 RECURRING = (
     freshness.JOB,
     feature_views.REFRESH_JOB,
@@ -25,6 +25,7 @@ RECURRING = (
     training_data.PARITY_JOB,
     training_data.MAINTENANCE_JOB,
     values.JOB,
+    lake.JOB,
     JOB,
 )
 FINISHED = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED]

@@ -23,6 +23,7 @@ from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.erasure.events import AppendOnly, RawMessages, Subject, keyed_relations
 from dagster_prefs.erasure.items import EntityItems
 from dagster_prefs.erasure.lake import SubjectInEvents, is_there
+from dagster_prefs.erasure.served_log import SubjectInServedLog
 from dagster_prefs.erasure.statistics import SubjectInStatistics
 from dagster_prefs.erasure.training import (
     ErasedTable,
@@ -67,7 +68,8 @@ class Stores:
 
     `catalog` and `dynamodb` open their stores when first needed; `table_prefix` is the prefix of the DynamoDB
     tables. `refresh` refreshes the embedded engine's views and is not called on RisingWave. `tables_by_sink`
-    says that RisingWave's sinks write the training tables.
+    says that RisingWave's sinks write the training tables. `served_log` is the place of the served log: `files` and a
+    folder, or what else and a name.
     """
 
     engine: EngineConfiguration
@@ -78,6 +80,13 @@ class Stores:
     refresh: Callable[[], None]
     namespace: str = DEFAULT_NAMESPACE
     tables_by_sink: bool = False
+    served_log: tuple[str, str] | None = None
+
+    def logged(self, subject: Subject) -> SubjectInServedLog | None:
+        """Return the subject's rows in the served log, None if it is not in files of this machine."""
+        kind, name = self.served_log or ("", "")
+        tables = {entity.name: self.registry.contract.tables[entity.name] for entity in self.served(subject)}
+        return SubjectInServedLog(Path(name).expanduser(), subject, tables) if kind == "files" else None
 
     def served(self, subject: Subject) -> list[Entity]:
         """Return the entities with the subject's first key column that have a table in DynamoDB."""
@@ -252,6 +261,7 @@ class _Erasure:
             self._follow(any(redacted.values()) or any(before.values()))
         report = ErasureReport(self.subject, self.erased_at, first)
         self._delete_items(report, items)
+        self._erase_in_log(report)
         self._erase_in_tables(report)
         with self._step("read the engine back"), self.engine.connect() as connection:
             after = self._engine_counts(connection)
@@ -267,7 +277,7 @@ class _Erasure:
             )
             for place, count in after.items()
         ]
-        report.unfinished = self._unfinished(report)
+        report.unfinished |= self._unfinished(report)
         report.seconds = monotonic() - started
         self._judge(report)
         return report
@@ -450,6 +460,21 @@ class _Erasure:
                 table = f"{self.stores.table_prefix}{entity.table}"
                 report.holdings.append(Holding("dynamodb", table, "items", before, len(items.keys())))
 
+    def _erase_in_log(self, report: ErasureReport) -> None:
+        log = self.stores.logged(self.subject)
+        if log is None:
+            return
+        with self._step("remove the subject from the served log"):
+            held = log.holding()
+            log.erase()
+        with self._step("read the served log back"):
+            left = log.holding()
+        report.holdings.append(Holding("served log", str(log.folder), "rows", held.rows, left.rows))
+        if left.growing:
+            report.unfinished[f"{left.growing} rows in files of the served log that are still written"] = (
+                "the files are complete, at most an hour after they were begun: run this command again then"
+            )
+
     def _erase_in_tables(self, report: ErasureReport) -> None:
         erased = ErasedSubject(self.subject.entity.key, self.subject.value, self.erased_at)
         with self._step("open the Iceberg catalog"):
@@ -564,6 +589,8 @@ class _Erasure:
             FILES: "you delete them; if they are ingested again, they stay suppressed",
             where: until,
         }
+        if self.stores.served_log and self.stores.served_log[0] != "files":
+            rest["the served log ({} {})".format(*self.stores.served_log)] = "its retention ends"
         if self._served:
             rest["DynamoDB point-in-time recovery"] = (
                 "35 days from now; run this command again for a restored table"

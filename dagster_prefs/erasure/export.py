@@ -30,6 +30,7 @@ from dagster_prefs.erasure.training import (
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.events.raw import translated
 from dagster_prefs.events.schema_registry import unframed
+from dagster_prefs.iceberg.event_tables import DATA
 from dagster_prefs.iceberg.files import scan_rows
 from dagster_prefs.iceberg.tables import ErasedSubject
 
@@ -49,8 +50,8 @@ class SubjectExport:
 
     `messages` by raw table, redacted ones excluded; `rows` by relation of the engine; `items` by DynamoDB
     table; `training` by Iceberg table, and `earlier` what only its history or unreferenced files hold;
-    `labels` by file, or by another writer's table. `erased_at` is the time of an erasure, if there was one.
-    `unread` gives the reason why a table or namespace of the catalog was not searched.
+    `labels` by file, or by another writer's table; `served_log` by its folder. `erased_at` is the time of an
+    erasure, if there was one. `unread` gives the reason why a table or namespace of the catalog was not searched.
     """
 
     subject: Subject
@@ -62,6 +63,7 @@ class SubjectExport:
     training: dict[str, Rows] = field(default_factory=dict)
     earlier: dict[str, Rows] = field(default_factory=dict)
     labels: dict[str, Rows] = field(default_factory=dict)
+    served_log: dict[str, Rows] = field(default_factory=dict)
     unread: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -95,6 +97,7 @@ class SubjectExport:
             "training": self.training,
             "training_earlier": self.earlier,
             "labels": self.labels,
+            "served_log": self.served_log,
         }
 
 
@@ -119,6 +122,9 @@ def export_subject(
             found.items[f"{stores.table_prefix}{entity.table}"] = stores.items(
                 subject, entity, _ALWAYS
             ).read()
+    if (log := stores.logged(subject)) is not None:
+        with _step("read the served log", subject, step):
+            found.served_log[str(log.folder)] = log.rows()
     searched = ErasedSubject(subject.entity.key, subject.value, _ALWAYS)
     with _step("open the Iceberg catalog", subject, step):
         catalog = stores.catalog()
@@ -128,7 +134,9 @@ def export_subject(
             catalog, spec, subject, searched, arrived_until=_ALWAYS, namespace=stores.namespace
         )
         with _step(f"read {held.name}", subject, step):
-            found.training[held.name], found.earlier[held.name] = held.rows()
+            found.training[held.name], found.earlier[held.name] = (
+                [_message(row) if DATA in row else row for row in rows] for rows in held.rows()
+            )
     if specs := stores.tiles(subject):
         tables: list[SubjectInTable] = [
             SubjectInTiles(catalog, spec, searched, stores.engine, namespace=stores.namespace)
@@ -189,7 +197,7 @@ def _read_engine(found: SubjectExport, stores: Stores, connection: psycopg.Conne
 
 
 def _message(row: dict[str, Any]) -> dict[str, Any]:
-    data = bytes(row.pop("data"))
+    data = bytes(row.pop(DATA))
     try:
         return {**row, "message": unframed(data).decode()}
     except UnicodeDecodeError:

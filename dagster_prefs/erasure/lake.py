@@ -22,6 +22,7 @@ from pyiceberg.table import Table
 from dagster_prefs.declarations.names import REDACTED
 from dagster_prefs.erasure.events import Subject, names, spellings
 from dagster_prefs.erasure.training import SubjectInTable
+from dagster_prefs.events.schema_registry import unframed
 from dagster_prefs.iceberg.catalog import translated
 from dagster_prefs.iceberg.duck import sort_batches
 from dagster_prefs.iceberg.event_export import HOURS, HOURS_PER_COMMIT, OFFSET, files_by_hour, token_prefix
@@ -110,7 +111,7 @@ class SubjectInEvents(SubjectInTable):
         wanted = pc.and_(pc.and_(batch.column(REJECTED), self._arrived(batch)), hinted)
         found = [False] * batch.num_rows
         for place in pc.indices_nonzero(wanted).to_pylist():
-            text = data[place].as_py().decode("utf-8", "replace")
+            text = unframed(data[place].as_py()).decode("utf-8", "replace")
             found[place] = names(self._subject, text, self._spec.topic)
         return pa.array(found, pa.bool_())
 

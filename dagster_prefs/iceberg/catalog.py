@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from traceback import walk_tb
 from typing import Literal
@@ -118,12 +118,14 @@ def open_catalog(
     return catalog
 
 
-def ensure_namespace(catalog: Catalog, namespace: str) -> None:
-    """Create the namespace unless it exists. Safe when several processes do so at once."""
+def ensure_namespace(
+    catalog: Catalog, namespace: str, properties: Mapping[str, str] = PLATFORM_PROPERTY
+) -> None:
+    """Create the namespace unless it exists, by default as one of the platform's own. Safe in several processes."""
     with translated(f"the Iceberg namespace {namespace}"):
         if not catalog.namespace_exists(namespace):
             try:
-                catalog.create_namespace(namespace, PLATFORM_PROPERTY)
+                catalog.create_namespace(namespace, dict(properties))
             except (NamespaceAlreadyExistsError, sqlalchemy.exc.IntegrityError):
                 return
 

@@ -35,7 +35,7 @@ from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.iceberg.audit import AuditFailed, Staged, StagedDay, total_findings
 from dagster_prefs.iceberg.catalog import OfflineError, translated
 from dagster_prefs.iceberg.duck import SORTING, duck_session, registered
-from dagster_prefs.iceberg.event_reader import complete_until_of
+from dagster_prefs.iceberg.event_reader import complete_until_of, quoted
 from dagster_prefs.iceberg.event_source import (
     PEOPLE,
     SUPPRESSED,
@@ -470,7 +470,7 @@ class _Work:
                 # A message that an erasure covers and has not reached yet leaves the engine without its content.
                 empty = f"'{REDACTED.decode()}'::blob" if name == DATA else "null"
                 columns.append(
-                    f"case when {SUPPRESSED} then {empty} else {_quoted(name)} end as {_quoted(name)}"
+                    f"case when {SUPPRESSED} then {empty} else {quoted(name)} end as {quoted(name)}"
                 )
             else:
                 columns.append(self._column(name))
@@ -492,11 +492,11 @@ class _Work:
 
     def _column(self, name: str) -> str:
         # A field that is not declared any more has a column for as long as the table exists.
-        return _quoted(name) if name in self.source.schema.names else f"null as {_quoted(name)}"
+        return quoted(name) if name in self.source.schema.names else f"null as {quoted(name)}"
 
     def _sorted(self, spec: EventTable, table: Table, rows: str, kept: str, condition: str) -> str:
-        names = ", ".join(_quoted(name) for name in arrow_schema(table).names)
-        order = ", ".join(_quoted(name) for name in (spec.key, *PLACE))
+        names = ", ".join(quoted(name) for name in arrow_schema(table).names)
+        order = ", ".join(quoted(name) for name in (spec.key, *PLACE))
         return (
             f"select {names} from ({rows} union all by name select {names} from {kept})"
             f" where {condition} order by {order}"
@@ -538,7 +538,3 @@ def _hour(moment: date) -> datetime:
 
 def _day(moment: date) -> str:
     return _hour(moment).date().isoformat()
-
-
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'

@@ -167,7 +167,7 @@ def load_accepted(
         selection.snapshot_id,
     )
     rows = read_events(catalog, spec, chosen)
-    table, identity = _quoted(name), _quoted(spec.identity)
+    table, identity = quoted(name), quoted(spec.identity)
     order = ", ".join((ARRIVED, *PLACE))
     with translated(f"the table {selection.namespace}.{spec.name}"):
         with registered(session, "deliveries", rows.schema, rows):
@@ -189,5 +189,6 @@ def load_accepted(
         )
 
 
-def _quoted(name: str) -> str:
+def quoted(name: str) -> str:
+    """Return an identifier as DuckDB's SQL writes it."""
     return '"' + name.replace('"', '""') + '"'

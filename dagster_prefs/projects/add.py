@@ -193,16 +193,25 @@ class Scaffolding:
             if one.type in _NUMBERS and column not in entity.key_names
         ]
         measures_sql, measures_yaml = [], []
+        # A training set has one column for each attribute of an entity, of whichever domain.
+        taken = {
+            one for domain in domains.values() if domain.entity == entity.name for one in domain.attributes
+        }
+
+        def named(what: str) -> str:
+            attribute = f"{what}_{days}d"
+            return f"{short}_{attribute}" if attribute in taken else attribute
+
         for column in numbers[:2]:
             expression, kind = _sum(read, column)
-            measures_sql.append(f"    {expression} as {column}_{days}d,")
+            measures_sql.append(f"    {expression} as {named(column)},")
             measures_yaml.append(
-                _attribute(f"{column}_{days}d", kind, f"The sum of {column} in the {days}-day window.")
+                _attribute(named(column), kind, f"The sum of {column} in the {days}-day window.")
             )
         if not numbers:
-            measures_sql.append(f"    count(*) as days_{days}d,")
+            measures_sql.append(f"    count(*) as {named('days')},")
             measures_yaml.append(
-                _attribute(f"days_{days}d", "bigint", f"Rows of {read.relation} in the window.")
+                _attribute(named("days"), "bigint", f"Rows of {read.relation} in the window.")
             )
         values = {
             "name": relation,

@@ -31,7 +31,7 @@ from dagster_prefs.files import make_private_folder
 from dagster_prefs.ids import Id
 from dagster_prefs.logs import REQUEST_ID
 from dagster_prefs.pauses import Pauses
-from dagster_prefs.served_rows import ServedRow
+from dagster_prefs.served_rows import GROWING, ServedRow
 from dagster_prefs.serving.observing import error_kind
 
 logger = logging.getLogger(__name__)
@@ -374,7 +374,7 @@ class FileRows:
         if self._file is None:
             now = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
             self._number += 1
-            name = f"served-{now}-{os.getpid()}{secrets.token_hex(4)}-{self._number}.jsonl.open"
+            name = f"served-{now}-{os.getpid()}{secrets.token_hex(4)}-{self._number}.jsonl{GROWING}"
             self._path = self._folder / name
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             self._file = os.fdopen(os.open(self._path, flags, 0o600), "wb")

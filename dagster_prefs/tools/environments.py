@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -129,8 +130,16 @@ class Environments:
             )
         return Found(found, unread)
 
-    def drop(self, named: Environment, say: Callable[[str], None] = lambda line: None) -> None:
+    def drop(
+        self,
+        named: Environment,
+        say: Callable[[str], None] = lambda line: None,
+        *,
+        patience_seconds: float = 0.0,
+    ) -> None:
         """Remove all that an environment made; `say` receives a line for each part. Safe to repeat.
+
+        A follower that was told to stop has `patience_seconds` to let go of the engine.
 
         Tables that Terraform owns stay. Nothing of another environment is touched: a part is removed by its exact name,
         and a table by the tag that names its environment. Raises FollowedElsewhere while a follower runs, and
@@ -140,7 +149,7 @@ class Environments:
         settings = self._settings.of_environment(named.name)
         platform = Platform(settings)
         if settings.engine == "local":
-            self._require_unfollowed(platform.engine, named)
+            self._require_unfollowed(platform.engine, named, patience_seconds)
         client, catalog = platform.dynamodb(), platform.catalog()
         require_ours(catalog, named.namespace)
         tables = self._tables(named).get(named.name, [])
@@ -166,9 +175,16 @@ class Environments:
             shutil.rmtree(settings.state_dir)
             say(f"deleted {settings.state_dir}")
 
-    def _require_unfollowed(self, engine: EngineConfiguration, named: Environment) -> None:
+    def _require_unfollowed(
+        self, engine: EngineConfiguration, named: Environment, patience_seconds: float
+    ) -> None:
+        deadline = time.monotonic() + patience_seconds
         with engine.connect() as connection:
-            if not is_followed(engine, connection):
+            while is_followed(engine, connection):
+                if time.monotonic() >= deadline:
+                    break
+                time.sleep(0.05)
+            else:
                 return
             state = None
             with suppress(psycopg.Error):

@@ -37,7 +37,8 @@ def check_output(catalog: Catalog, output: str) -> None:
     """
     if is_table(output):
         with translated(f"the Iceberg namespace of {output}"):
-            ensure_namespace(catalog, output.partition(".")[0])
+            # It is the user's, whatever its name, and no environment's.
+            ensure_namespace(catalog, output.partition(".")[0], {})
         return
     if Path(output).suffix.lower() not in (".parquet", ".csv"):
         raise OutputRefused(

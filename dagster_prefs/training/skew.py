@@ -8,23 +8,21 @@ values do not change: to evaluate each such state once is to evaluate every mome
 
 from __future__ import annotations
 
-import gzip
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from decimal import ROUND_HALF_UP, Context, Decimal
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import pyarrow as pa
 
 from dagster_prefs.declarations.contract import LAST_EVENT_AT, Domain
 from dagster_prefs.declarations.registry import Entity, Registry
-from dagster_prefs.errors import PrefsError, excerpt
+from dagster_prefs.errors import excerpt
 from dagster_prefs.ids import Id, id_parts
-from dagster_prefs.served_rows import BadRow, ServedRow, parse_row, row_values
+from dagster_prefs.served_rows import BadRow, ServedRow, row_values
 from dagster_prefs.training.labels import TIME
 
 Cause = Literal[
@@ -66,10 +64,6 @@ Arrivals = Callable[[Entity, frozenset[Id], datetime, datetime], Mapping[Id, Seq
 
 Erased = Callable[[Entity, Id], bool]
 """Whether an id was erased at any time."""
-
-
-class LogUnreadable(PrefsError):
-    """The served log cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -182,37 +176,6 @@ class SkewReport:
                 for one in self.attributes.values()
             ],
         }
-
-
-def read_log(places: Iterable[Path]) -> Iterator[ServedRow]:
-    """Yield the rows of files of the served log, or of all such files in folders, in the order of their names.
-
-    Files are lines of JSON (`.jsonl`, `.jsonl.gz`, and `.jsonl.open` while they are written, whose last line may be
-    incomplete). Raises LogUnreadable naming the file and line.
-    """
-    for place in places:
-        files = sorted(place.rglob("*.jsonl*")) if place.is_dir() else [place]
-        if not files:
-            raise LogUnreadable(f"{place} has no file of the served log (*.jsonl): name another folder")
-        for file in files:
-            yield from _read_file(file)
-
-
-def _read_file(file: Path) -> Iterator[ServedRow]:
-    opened = gzip.open if file.suffix == ".gz" else open
-    try:
-        with opened(file, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.endswith(b"\n") and file.suffix == ".open":
-                    return
-                try:
-                    yield parse_row(line)
-                except BadRow as error:
-                    raise LogUnreadable(f"{file}, line {number}: {error}") from None
-    except OSError as error:
-        raise LogUnreadable(
-            f"{file} cannot be read ({error.strerror or error}): name another file"
-        ) from error
 
 
 def measure_skew(registry: Registry, rows: Iterable[ServedRow], evidence: Evidence) -> SkewReport:

@@ -151,7 +151,7 @@ def test_only_touched_keys_are_published(
         insert_events(session, [watch(n, 40 + n, MIDNIGHT) for n in range(2)])
         wait_until_applied(deployed, seconds=PATIENCE_SECONDS)
         last = read_follower(session, deployed)
-    assert {name for name, _ in published} == {"watch", "preferences"}
+    assert {name for name, _ in published} == {"watch", "preferences", "sequence"}
     # The id of a step leads from the place of an event to the items that were published because of it.
     lines = [vars(record) for record in caplog.records]
     steps = {
@@ -174,10 +174,10 @@ def test_only_touched_keys_are_published(
             for line in lines
             if line.get("published_keys") and line["first_step"] <= step <= line["step"]
         }
-        assert told == {"watch", "preferences"}
+        assert told == {"watch", "preferences", "sequence"}
     assert last is not None
     assert last.step >= max(steps)
-    for domain in ("watch", "preferences"):
+    for domain in ("watch", "preferences", "sequence"):
         assert {key for name, keys in published if name == domain for key in keys or ()} == {"40", "41"}
 
 

@@ -76,6 +76,10 @@ def happenings(draw: st.DrawFn) -> list[tuple[str, object]]:
         st.tuples(st.just("rebuild"), st.integers(0, 30)),
         st.tuples(st.just("pending"), st.lists(st.integers(0, 30), min_size=2)),
         st.tuples(st.just("keys"), st.booleans()),
+        st.tuples(st.just("begin_build"), st.integers(0, 30)),
+        st.tuples(st.just("fill_builds"), st.none()),
+        st.tuples(st.just("end_builds"), st.none()),
+        st.tuples(st.just("builders_end"), st.none()),
     )
     for happening in draw(st.lists(others, max_size=15)):
         found.insert(draw(st.integers(0, len(found))), happening)
@@ -181,11 +185,55 @@ class World:
         if there:
             insert_canary_keys(self.steps.connection)
 
+    def _builds(self, *, filled: bool) -> list[tuple[str, str]]:
+        return self.steps.connection.execute(
+            "select relation, built from live_builds where filled = %s", [filled]
+        ).fetchall()
+
+    def begin_build(self, number: int) -> None:
+        connection = self.steps.connection
+        definitions = connection.execute(
+            "select relation, definition from deployments where kind = 'materialized_view' order by relation"
+        ).fetchall()
+        name, definition = definitions[number % len(definitions)]
+        with connection.transaction():
+            row = connection.execute("select prefs_begin_build(%s, %s)", [name, definition]).fetchone()
+            assert row is not None
+            view = self.steps.views.views[name]
+            if view.unique:
+                connection.execute(
+                    sql.SQL("create unique index on {} ({})").format(
+                        sql.Identifier(row[0]), sql.SQL(", ").join(map(sql.Identifier, view.unique))
+                    )
+                )
+
+    def fill_builds(self, _: None) -> None:
+        for name, _built in self._builds(filled=False):
+            self.steps.connection.execute("select prefs_fill_build(%s)", [name])
+
+    def end_builds(self, _: None) -> None:
+        for name, built in self._builds(filled=True):
+            with self.steps.connection.transaction():
+                # In place of what dbt does: it renames the table and recreates what reads it.
+                self.steps.connection.execute(
+                    sql.SQL(
+                        "delete from {0}; insert into {0} select * from {1}; select prefs_end_build({2})"
+                    ).format(sql.Identifier(name), sql.Identifier(built), sql.Literal(name))
+                )
+
+    def builders_end(self, _: None) -> None:
+        self.steps.connection.execute("update live_builds set builder = -1")
+        self.steps.make_all_due()
+        while self.steps.connection.execute("select from live_builds").fetchall():
+            self.steps.step()
+
     def happen(self, happened: Sequence[tuple[str, object]]) -> None:
         for what, given_ in happened:
             getattr(self, what)(given_)
         if not self.steps.connection.execute("select from canary_keys").fetchall():
             insert_canary_keys(self.steps.connection)
+        self.fill_builds(None)
+        self.end_builds(None)
         catch_up(self.steps)
 
     def oracle(self) -> Oracle:
@@ -220,6 +268,8 @@ def test_any_sequence_equals_the_oracle(steps: Steps, happened: list[tuple[str, 
     }
     assert {name for name, count in changed.items() if count != (0,)} == set()
     assert not steps.connection.execute("select from live_pending where relation not like 'sink%'").fetchall()
+    left = "select relation from live_due union all select relation from live_builds"
+    assert steps.connection.execute(left).fetchall() == []
 
 
 def test_views_that_do_not_depend_on_each_other_are_rebuilt_at_once(

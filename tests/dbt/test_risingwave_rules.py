@@ -65,8 +65,9 @@ VARIANTS = [
             "PREFS_ICEBERG_URI": "http://catalog:8181",
             "PREFS_ICEBERG_CREDENTIAL": "prefs:secret",
             "PREFS_ICEBERG_WAREHOUSE": "s3://lake/o'neill",
+            "PREFS_ENVIRONMENT": "dev_anna",
         },
-        id="kafka, spread, credentials and the sinks of training tables",
+        id="kafka, spread, credentials, an environment and the sinks of training tables",
     ),
 ]
 
@@ -504,6 +505,7 @@ def test_variants_say_what_they_are_for(tmp_path_factory: pytest.TempPathFactory
         assert "properties.sasl.mechanism = 'SCRAM-SHA-512'" in text
         assert "properties.sasl.username = 'o''neill'', connector = ''x'" in text
         assert "properties.sasl.password = '${PREFS_KAFKA_SASL_PASSWORD}'" in text
+        assert "group.id.prefix = 'dagster-prefs-dev_anna'" in text
         assert f"kafka_{name}" not in plain
         assert "retention" not in plain[f"raw_{name}"][1]
         assert "retention_seconds = 86400" in locked[f"raw_{name}"][1]
@@ -511,9 +513,13 @@ def test_variants_say_what_they_are_for(tmp_path_factory: pytest.TempPathFactory
         assert "watermark for kafka_timestamp as kafka_timestamp - interval '3600 seconds'" in text
         assert "properties.ssl.key.pem = secret public.prefs_kafka_ssl_key_pem" in text
         assert "BEGIN" not in text
+        assert "group.id" not in text, "without an environment the feeds stay as they are"
     assert "dynamodb.max_batch_item_nums = '10'" in kafka["sink_engagement_watch"][1]
     assert "dynamodb.batch_write_retry_times = '5'" in kafka["sink_engagement_watch"][1]
     assert plain["sink_engagement_watch"][0] == "sink"
+    assert "table = 'dev-anna-viewer_profiles'" in kafka["sink_engagement_watch"][1]
+    assert "table = 'viewer_profiles'" in plain["sink_engagement_watch"][1]
+    assert "database.name = 'dev_anna_training'" in kafka["sink_training_watch"][1]
     spread = kafka
     for name in (domain.relation for domain in REGISTRY.contract.domains.values()):
         assert "abs(viewer_id % 3600)" in spread[name][1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from collections.abc import Callable
@@ -44,8 +45,9 @@ from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.dynamodb.publisher import publish_lock
 from dagster_prefs.dynamodb.tables import dynamodb_client
 from dagster_prefs.erasure import training as erasure_of_training
-from dagster_prefs.erasure.erase import ErasureIncomplete, ErasureReport
+from dagster_prefs.erasure.erase import ErasureIncomplete, ErasureReport, erase
 from dagster_prefs.erasure.events import Subject, SubjectRefused
+from dagster_prefs.erasure.export import export_subject
 from dagster_prefs.erasure.items import EntityItems
 from dagster_prefs.erasure.training import ErasedTable, SubjectInTable, SubjectInTiles, files_holding
 from dagster_prefs.events.ingest import ingest_file
@@ -56,6 +58,7 @@ from dagster_prefs.iceberg.files import day_files, parts_of, read_rows
 from dagster_prefs.iceberg.publish import DayChange, DayFiles, publish_day, write_day
 from dagster_prefs.iceberg.tables import ErasedSubject, arrow_schema
 from dagster_prefs.iceberg.tiles import TilesUnreadable
+from dagster_prefs.served_rows import ServedRow
 from dagster_prefs.training.training_set import (
     LabelJoin,
     SnapshotExpired,
@@ -74,11 +77,38 @@ def in_watch(report: ErasureReport) -> ErasedTable:
     return {table.table: table for table in report.tables}["training.viewer_watch_daily"]
 
 
-def test_a_viewer_is_erased_and_nobody_else(world: World) -> None:
+def served_row(viewer: int) -> bytes:
+    """A line of the served log."""
+    row = ServedRow(
+        f"log-{viewer}", instant(NOW), 0.001, "viewer", str(viewer), "engagement#watch", 1, "found", None, {}, 5, (),
+        False, False, None, None,
+    )  # fmt: skip
+    return row.as_json() + b"\n"
+
+
+def test_a_viewer_is_erased_and_nobody_else(world: World, tmp_path: Path) -> None:
     left = world.leave_the_engine()
     before, items = world.all_rows(), world.items()
     assert world.traces(str(VIEWER))
-    report = world.erase()
+    log = {
+        "served-1.jsonl": served_row(VIEWER) + served_row(123),
+        "served-2.jsonl.gz": gzip.compress(served_row(123) + 2 * served_row(VIEWER)),
+        "served-3.jsonl": served_row(123),
+        "served-4.jsonl.open": served_row(VIEWER) + served_row(VIEWER)[:20],
+    }
+    for name, content in log.items():
+        (tmp_path / name).write_bytes(content)
+    stores = world.stores(served_log=("files", str(tmp_path)))
+    subject = Subject.named(REGISTRY, "viewer", str(VIEWER))
+    exported = export_subject(stores, subject, now=instant(NOW)).as_dict()
+    assert [row["row_id"] for row in exported["served_log"][str(tmp_path)]] == [f"log-{VIEWER}"] * 4
+    untouched = (tmp_path / "served-3.jsonl").stat().st_ino
+    report = erase(stores, subject, now=instant(ERASED_AT))
+    assert (tmp_path / "served-1.jsonl").read_bytes() == served_row(123)
+    assert gzip.decompress((tmp_path / "served-2.jsonl.gz").read_bytes()) == served_row(123)
+    assert (tmp_path / "served-3.jsonl").stat().st_ino == untouched
+    assert (tmp_path / "served-4.jsonl.open").read_bytes() == log["served-4.jsonl.open"]
+    assert report.unfinished["1 rows in files of the served log that are still written"]
 
     # Every relation of the engine, rejected messages and progress included, as if the messages said nothing.
     messages = redacted(left, "viewer")
@@ -101,6 +131,7 @@ def test_a_viewer_is_erased_and_nobody_else(world: World) -> None:
     for topic, raw in (("view_events", "raw_view_events"), ("user.events", "raw_user_events")):
         assert counts[raw, "messages"] == (sum(m.topic == topic for m in owned), 0)
     assert counts["viewer_profiles", "items"] == (len(world.contract.domains), 0)
+    assert counts[str(tmp_path), "rows"] == (3, 0)
     assert counts["training.viewer_watch_daily", "rows"] == (
         sum(row[0] == VIEWER for row in before["viewer_watch_daily"]),
         0,

@@ -39,8 +39,8 @@ from dagster_prefs.freshness.canary import (
 from dagster_prefs.freshness.measures import measure_ingestion
 from dagster_prefs.serving.profiles import ProfileClient
 
-DOMAINS = ("watch", "interactions", "preferences")
-CANARY = {"canary/watch", "canary/interactions", "canary/preferences", "canary/shop_user"}
+DOMAINS = tuple(domain.name for domain in REGISTRY.contract.domains.values())
+CANARY = {*(f"canary/{name}" for name in DOMAINS), "canary/shop_user"}
 CANARY_IN_DYNAMODB = CANARY - {"canary/shop_user"}
 TYPED = {"views/user_events", "views/view_events", "views/content_interactions"}
 

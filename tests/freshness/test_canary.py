@@ -28,7 +28,7 @@ from dagster_prefs.freshness.levels import Measure
 from dagster_prefs.iceberg.export import export_day
 from dagster_prefs.serving.profiles import ClientOptions, ProfileClient
 
-DOMAINS = {"watch", "interactions", "preferences"}
+DOMAINS = {domain.name for domain in REGISTRY.contract.domains.values()}
 
 
 class Bench:

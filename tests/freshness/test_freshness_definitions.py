@@ -358,11 +358,11 @@ def test_the_last_probe_is_told_outside_of_its_sensor(instance: dg.DagsterInstan
     def told() -> dict[str, Any]:
         return {one.name: one for one in freshness.last_probe(instance, REGISTRY, now=now)}
 
-    paths = {"watch", "interactions", "preferences", "shop_user"}
+    paths = {*(domain.name for domain in REGISTRY.contract.domains.values()), "shop_user"}
     assert {name: one.level for name, one in told().items()} == dict.fromkeys(paths, "skipped")
     timely = PathState(None, (1.0, 2.0, 1.5))
     late = PathState(epoch_ms(now - timedelta(seconds=70)), (1.0,), 3)
-    state = CanaryState({"watch": timely, "interactions": timely, "preferences": late, "shop_user": timely})
+    state = CanaryState({**dict.fromkeys(paths, timely), "preferences": late})
     left_by_sensor(instance, state, now - timedelta(seconds=60))
     found = told()
     assert {name for name, one in found.items() if one.level == "ok"} == paths - {"preferences"}

@@ -17,14 +17,12 @@ from shipped import REGISTRY
 
 from dagster_prefs.declarations.registry import Entity
 from dagster_prefs.ids import Id
-from dagster_prefs.served_rows import BadRow, ServedRow
+from dagster_prefs.served_rows import BadRow, LogUnreadable, ServedRow, read_log
 from dagster_prefs.training.skew import (
     EVENTUAL,
     Evidence,
-    LogUnreadable,
     SkewReport,
     measure_skew,
-    read_log,
 )
 
 SEQUENCE = REGISTRY.contract.domain("sequence")

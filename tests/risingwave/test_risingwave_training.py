@@ -14,6 +14,7 @@ from typing import Any
 
 import boto3
 import dagster as dg
+import duckdb
 import pyarrow.parquet as pq
 import pytest
 from pyiceberg.catalog.sql import SqlCatalog
@@ -21,6 +22,7 @@ from risingwave_server import NO_SERVER, URL, database, run, until
 from shipped import SHORT, TILE_TABLES, WATCH
 
 from dagster_prefs.defs import offline_store, training_data
+from dagster_prefs.iceberg.event_reader import Selection, load_accepted, read_events
 from dagster_prefs.iceberg.export import SINK_BRANCH, exported_days, stale_days
 from dagster_prefs.iceberg.tables import TileTable
 from dagster_prefs.iceberg.verify import verify_day
@@ -487,3 +489,26 @@ def test_what_risingwaves_own_sink_writes_is_verified(
         # The next one would write every row a second time beside those of the first.
         platform.prepare_training_tables()
         assert SINK_BRANCH not in table.refresh().refs()
+
+
+def test_events_are_exported_as_the_engine_has_them(world: World) -> None:
+    (report,) = world.platform.export_events(["view_events"])
+    assert report.failed == {}
+    assert report.lost == 0
+    tables = world.platform.event_exports()["view_events"].tables
+    catalog = world.platform.catalog()
+    engine = world.platform.engine
+    raw = read_events(
+        catalog, tables.raw, Selection(columns=["source", "source_partition", "source_offset", "data"])
+    )
+    with engine.connect() as connection:
+        expected = connection.execute(
+            'select source, source_partition, source_offset, "data" from raw_view_events'
+        ).fetchall()
+        typed = connection.execute("select event_id from view_events where viewer_id >= 0").fetchall()
+    assert sorted(tuple(row.values()) for row in raw.read_all().to_pylist()) == sorted(expected)
+    with duckdb.connect() as session:
+        load_accepted(session, "found", catalog, tables.typed)
+        assert sorted(session.sql("select event_id from found").fetchall()) == sorted(typed)
+    (again,) = world.platform.export_events(["view_events"])
+    assert again.hours == 0

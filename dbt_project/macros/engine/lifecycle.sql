@@ -107,6 +107,7 @@
     "live_pending": ["relation", "since"],
     "live_views": ["relation", "as_of"],
     "live_due": ["relation", "key"],
+    "live_builds": ["relation", "built", "definition", "filled"],
     "live_changes": ["relation", "key"],
     "live_outbox": ["domain_key", "entity_key", "step"],
     "live_follower": ["process", "seen_at", "step"],
