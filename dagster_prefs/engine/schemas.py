@@ -8,13 +8,13 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
+from dagster_prefs.declarations.findings import PLATFORM_RELATIONS
 from dagster_prefs.engine.catalog import read_catalog
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError
 
-# The table by which a schema of the platform is recognised, and what it makes besides its models.
+# The table by which a schema of the platform is recognised.
 RECORDS = "deployments"
-_OWN = frozenset({RECORDS, "online_published", "raw_arrivals"})
 _OWN_BEGINNING = "live_"
 # Added to a relation's name: by its unfinished successor, its feed and dbt's temporary relations.
 _OWN_MARKS = ("__next_", "__dbt_", "_feed", "_next")
@@ -96,7 +96,7 @@ def _refuse_others(connection: psycopg.Connection[Any], engine: EngineConfigurat
         name
         for name in catalog.objects
         if name not in made
-        and name not in _OWN
+        and name not in PLATFORM_RELATIONS
         and not name.startswith(_OWN_BEGINNING)
         and not any(mark in name and name.split(mark)[0] in made for mark in _OWN_MARKS)
     )

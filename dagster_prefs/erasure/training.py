@@ -189,7 +189,8 @@ class SubjectInTable(ABC):
     def _current(self, table: Table) -> list[dict[str, Any]]:
         """Return the subject's rows of the current state."""
         mine = EqualTo(term=self._key, value=self._erased.value)
-        return scan_rows(table, row_filter=mine).read_all().to_pylist()
+        rows: list[dict[str, Any]] = scan_rows(table, row_filter=mine).read_all().to_pylist()
+        return rows
 
     def _read(self, table: Table, path: str) -> Iterator[dict[str, Any]]:
         with (

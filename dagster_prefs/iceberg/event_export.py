@@ -132,7 +132,9 @@ class EventHours:
         self, table: Table, *, first: date, last: date, snapshot_id: int | None = None
     ) -> dict[datetime, list[LiveFile]]:
         """Return the files of the hours from `first` to `last`. Raises LayoutForeign for another writer's files."""
-        days = And(GreaterThanOrEqual(DAY, _day(first)), LessThanOrEqual(DAY, _day(last)))
+        days = And(
+            GreaterThanOrEqual(term=DAY, value=_day(first)), LessThanOrEqual(term=DAY, value=_day(last))
+        )
         found = files_by_hour(table, live_files(table, days, snapshot_id))
         return {hour: files for hour, files in found.items() if _hour(first) <= hour <= _hour(last)}
 
@@ -520,7 +522,7 @@ def _note_complete(table: Table, until: datetime) -> None:
 
 
 def _remove_before(table: Table, first: date) -> None:
-    old = LessThan(DAY, first.isoformat())
+    old = LessThan(term=DAY, value=first.isoformat())
     if live_files(table, old):
         with table.transaction() as change:
             change.delete(old, snapshot_properties={"prefs.operation": "retention"})

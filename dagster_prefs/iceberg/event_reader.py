@@ -64,7 +64,8 @@ class Selection:
             found = And(
                 found,
                 And(
-                    GreaterThanOrEqual(DAY, first.date().isoformat()), GreaterThan(ARRIVED, first.isoformat())
+                    GreaterThanOrEqual(term=DAY, value=first.date().isoformat()),
+                    GreaterThan(term=ARRIVED, value=first.isoformat()),
                 ),
             )
         if self.arrived_until is not None:
@@ -72,7 +73,8 @@ class Selection:
             found = And(
                 found,
                 And(
-                    LessThanOrEqual(DAY, last.date().isoformat()), LessThanOrEqual(ARRIVED, last.isoformat())
+                    LessThanOrEqual(term=DAY, value=last.date().isoformat()),
+                    LessThanOrEqual(term=ARRIVED, value=last.isoformat()),
                 ),
             )
         return found

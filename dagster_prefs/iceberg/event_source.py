@@ -12,7 +12,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
-from typing import Any, cast
+from typing import Any, LiteralString, cast
 
 import psycopg
 import pyarrow as pa
@@ -253,7 +253,7 @@ def _row_hash(kind: str) -> sql.SQL:
         f"(strpos('0123456789abcdef', substr(md5(content), {digit}, 1)) - 1)::bigint * {16 ** (15 - digit)}"
         for digit in range(1, 16)
     )
-    return cast("Any", sql.SQL)(f"({digits})")
+    return sql.SQL(cast("LiteralString", f"({digits})"))
 
 
 @contextmanager
@@ -284,7 +284,7 @@ def arrived_until(engine: EngineConfiguration, typed: EventTable) -> datetime | 
     with engine.connect() as connection, _translated(typed):
         if engine.kind != "local":
             ((now,),) = connection.execute("select now()").fetchall()
-            return now - timedelta(seconds=BARRIER_SECONDS)  # type: ignore[no-any-return]
+            return cast("datetime", now) - timedelta(seconds=BARRIER_SECONDS)
         # Before the writers are looked up: one that begins in between stores later times.
         ((now,),) = connection.execute("select clock_timestamp() - interval '1 microsecond'").fetchall()
         starts = connection.execute(
@@ -297,7 +297,8 @@ def arrived_until(engine: EngineConfiguration, typed: EventTable) -> datetime | 
         ).fetchall()
         if any(start is None for (start,) in starts):
             return None
-        return min([now, *(start - timedelta(microseconds=1) for (start,) in starts)])
+        began = [start - timedelta(microseconds=1) for (start,) in starts]
+        return min([cast("datetime", now), *began])
 
 
 @contextmanager
