@@ -47,7 +47,7 @@ _MS = round(MIDNIGHT.timestamp() * 1000)
 
 
 class Traffic:
-    """An evening of events, and reads of a publisher that is up to two seconds behind."""
+    """An evening of events, and reads of a publisher that is up to four seconds behind."""
 
     def __init__(self) -> None:
         random = Random(7)
@@ -57,16 +57,16 @@ class Traffic:
                 content_id=random.choice(["a", "b", None]), genre=random.choice(["drama", "news", None]),
                 watch_duration_sec=random.randrange(100), completion_pct=random.choice([None, Decimal("0.123456789")]),
             )
-            for at in (MIDNIGHT - HOUR + random.randrange(7_200_000) * SECOND / 1000 for _ in range(600))
+            for at in (MIDNIGHT - HOUR / 6 + random.randrange(1_200_000) * SECOND / 1000 for _ in range(600))
         )  # fmt: skip
         self.touches = with_ids(
             Interaction(random.randrange(VIEWERS), at, at, random.choice(["like", "share"]))
-            for at in (MIDNIGHT - HOUR + random.randrange(7_200_000) * SECOND / 1000 for _ in range(100))
+            for at in (MIDNIGHT - HOUR / 6 + random.randrange(1_200_000) * SECOND / 1000 for _ in range(100))
         )
         self.rows = [
-            self.row(number, at, at - random.randrange(2_000) * SECOND / 1000, random.randrange(VIEWERS))
+            self.row(number, at, at - random.randrange(4_000) * SECOND / 1000, random.randrange(VIEWERS))
             for number in range(300)
-            for at in [MIDNIGHT + (random.randrange(3_000_000) - 1_500_000) * SECOND / 1000]
+            for at in [MIDNIGHT + (random.randrange(1_000_000) - 500_000) * SECOND / 1000]
         ]
 
     def values(self, viewer: int, t: datetime) -> dict[str, Any]:
