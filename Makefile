@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ui up down status stack stack-down pictures test test-fast test-docs test-lowest test-newest test-terraform docs reference dist bench-serving bench-export bench-export-range bench-ingest bench-training-set bench-freshness bench-live bench-barriers bench-statistics lint format lock clean
+.PHONY: help demo ui up down status stack stack-down pictures test test-fast test-docs test-lowest test-newest test-terraform docs reference dist bench-serving bench-export bench-export-range bench-ingest bench-training-set bench-served-set bench-freshness bench-live bench-barriers bench-statistics lint format lock clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -131,6 +131,9 @@ bench-barriers: $(VENV)/installed ## what the barrier interval does to freshness
 
 bench-training-set: $(VENV)/installed ## a training set of a million labels against DuckDB's bare join
 	@$(BIN)/python benchmarks/training_set.py
+
+bench-served-set: $(VENV)/installed ## a training set as served of a million labels against a bare as-of join
+	@$(BIN)/python benchmarks/served_set.py
 
 bench-statistics: $(VENV)/installed ## statistics of 5,000,000 tile rows against a bare scan
 	@$(BIN)/python benchmarks/value_statistics.py

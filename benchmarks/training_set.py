@@ -95,7 +95,7 @@ def prepare(folder: Path, tiles: int, labels: int, days: int) -> None:
                     params={"viewers": viewers, "day": day},
                 ).to_arrow_table()
                 written = DayFiles(f"{number:016x}", rows.num_rows, {}, {})
-                write_day(table, spec, day, written, _shaped(rows, arrow_schema(table)))
+                write_day(table, spec, day, written, shaped(rows, arrow_schema(table)))
                 files += written.files
             with table.transaction() as transaction, transaction.update_snapshot().fast_append() as snapshot:
                 for file in files:
@@ -109,7 +109,7 @@ def prepare(folder: Path, tiles: int, labels: int, days: int) -> None:
     done.write_text(json.dumps(plan))
 
 
-def _shaped(rows: pa.Table, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+def shaped(rows: pa.Table, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     for batch in rows.to_batches():
         yield pa.RecordBatch.from_arrays(
             [batch.column(field.name).cast(field.type) for field in schema], schema=schema

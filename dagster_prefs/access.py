@@ -230,13 +230,6 @@ class Entrance:
         """The scheme of the server's addresses."""
         return "http" if self.certificate is None else "https"
 
-    @property
-    def tls(self) -> dict[str, str]:
-        """uvicorn's options for TLS; empty without a certificate."""
-        if self.certificate is None or self.key is None:
-            return {}
-        return {"ssl_certfile": str(self.certificate), "ssl_keyfile": str(self.key)}
-
     def check(self, host: str, what: str) -> None:
         """Check the entrance of a server at an address; `what` is its name in messages.
 

@@ -89,7 +89,8 @@ def serve(
             proxy_headers=False,
             ws_max_size=MOST_SOCKET_BYTES,
             timeout_graceful_shutdown=2,
-            **entrance.tls,
+            ssl_certfile=entrance.certificate,
+            ssl_keyfile=entrance.key,
         )
     )
     name = f"[{host}]" if ":" in host else host

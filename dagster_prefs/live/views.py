@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from graphlib import TopologicalSorter
 from typing import Any, Literal, NamedTuple
 
@@ -566,7 +567,7 @@ class _Described:
             return None
         (source,) = given
         try:
-            query = sqlglot.parse_one(definition, dialect="postgres")
+            query = _parse(definition)
         except SqlglotError:
             return None
         for select in query.find_all(exp.Select):
@@ -581,6 +582,13 @@ class _Described:
         return None
 
 
+# The views are read again whenever one of them changes.
+@lru_cache(maxsize=512)
+def _parse(definition: str) -> exp.Expr:
+    """Return a definition's tree, which must not be changed. Raises SqlglotError."""
+    return sqlglot.parse_one(definition, dialect="postgres")
+
+
 def _clocked(definition: str) -> bool:
     return CLOCK in definition or _OTHER_CLOCKS.search(definition) is not None
 
@@ -591,7 +599,7 @@ def _flips(definition: str, feeds: Mapping[str, tuple[str, ...] | None]) -> tupl
     if _OTHER_CLOCKS.search(text):
         return None
     try:
-        query = sqlglot.parse_one(text, dialect="postgres")
+        query = _parse(text)
     except SqlglotError:
         return None
     found = []
@@ -641,7 +649,7 @@ def _flip(comparison: exp.Predicate, relation: str) -> Flip | None:
 def _merged(definition: str, columns: Mapping[str, str], unique: Sequence[str]) -> dict[str, str] | None:
     """Return the role of each column of a merged view; None if it is not made of counts, sums and maxima per key."""
     try:
-        query = sqlglot.parse_one(definition, dialect="postgres")
+        query = _parse(definition)
     except SqlglotError:
         return None
     for select in query.find_all(exp.Select):

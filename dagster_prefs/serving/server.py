@@ -238,7 +238,8 @@ def make_server(
             timeout_graceful_shutdown=drain_seconds,
             # The number of connections accepted at once before the first one is handled.
             backlog=128,
-            **entrance.tls,
+            ssl_certfile=entrance.certificate,
+            ssl_keyfile=entrance.key,
         )
     )
 

@@ -105,17 +105,17 @@ class Environments:
         """Return what every environment made, or `only` one. A store that cannot be read hides no other."""
         unread: dict[str, str] = {}
 
-        def read(store: str, look: Callable[[], T], nothing: T) -> T:
+        def read(store: str, look: Callable[[], T]) -> T | None:
             try:
                 return look()
             except (PrefsError, psycopg.Error) as error:
                 unread[store] = " ".join(str(error).split())
-                return nothing
+                return None
 
-        schemas = read(ENGINE, self._schemas, {})
-        tables = read(DYNAMODB, partial(self._tables, only), {})
-        sizes = read(ICEBERG, partial(self._namespaces, only), {})
-        groups = read(KAFKA, partial(consumer_groups, self._platform.kafka), [])
+        schemas = read(ENGINE, self._schemas) or {}
+        tables = read(DYNAMODB, partial(self._tables, only)) or {}
+        sizes = read(ICEBERG, partial(self._namespaces, only)) or {}
+        groups = read(KAFKA, partial(consumer_groups, self._platform.kafka)) or []
         known = {only.name} if only else {*schemas, *tables, *sizes, *_folders(self._settings)}
         found = {}
         for name in sorted(known):

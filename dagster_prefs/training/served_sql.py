@@ -14,7 +14,7 @@ The local SQL reads `points` (`point`, the entity's key columns, `prefs_clock`, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
 from typing import Literal
@@ -82,6 +82,7 @@ _PORTABLE: tuple[type[exp.Expr], ...] = (
     exp.Window, exp.WindowSpec, exp.With,
 )  # fmt: skip
 _UNITS = {"DAY", "DAYS", "HOUR", "HOURS", "MINUTE", "MINUTES", "SECOND", "SECONDS"}
+_NUMBERS = "decimal(28, 6)"
 _CASTS = {
     exp.DType.BIGINT, exp.DType.INT, exp.DType.SMALLINT, exp.DType.TEXT, exp.DType.VARCHAR, exp.DType.DATE,
     exp.DType.TIMESTAMP, exp.DType.TIMESTAMPTZ, exp.DType.BOOLEAN,
@@ -166,13 +167,16 @@ class TileQuery:
 class _Used:
     """What a domain's view reads.
 
-    Fields by topic, the longest window and the columns of each tile, and the topics that are read without a window.
+    Fields by topic, the longest window and the columns of each tile, the topics that are read without a window and the
+    longest window of those that are read in one, and the most digits after the point of a decimal.
     """
 
     fields: dict[str, set[str]] = field(default_factory=dict)
     tiles: dict[str, int] = field(default_factory=dict)
     tile_columns: dict[str, set[str]] = field(default_factory=dict)
     unbounded: set[str] = field(default_factory=set)
+    events: dict[str, int] = field(default_factory=dict)
+    scale: int = 6
 
 
 class ServedFeatures:
@@ -217,6 +221,17 @@ class ServedFeatures:
                 ]
                 used = _Used()
                 _Expansion(self, domain, "duckdb", used=used).view()
+                # A sum or an element of decimals has their digits, a quotient of the macros has six.
+                found = [
+                    replace(
+                        one,
+                        **{
+                            name: getattr(one, name).replace(_NUMBERS, f"decimal(28, {used.scale})")
+                            for name in ("type", "cold_start")
+                        },
+                    )
+                    for one in found
+                ]
             except ViewNotPortable as error:
                 if domains is not None:
                     raise
@@ -252,7 +267,7 @@ class ServedFeatures:
         used = self._used[domain]
         if topic in used.unbounded:
             return None
-        days = []
+        days = [used.events[topic]] if topic in used.events else []
         for tile, window in used.tiles.items():
             if topic in self._topics_behind(self.registry.query(tile)):
                 query = next((one for one in self.tiles if one.spec.tile == tile), None)
@@ -567,7 +582,11 @@ class _Expansion:
                     f"{missing[0]}): values of another time are computed for each key by itself"
                 )
             if not windowed:
-                self.used.unbounded.add(topic.name)
+                days = _window_of(table, topic)
+                if days is None:
+                    self.used.unbounded.add(topic.name)
+                else:
+                    self.used.events[topic.name] = max(days, self.used.events.get(topic.name, 0))
             self._read_events(table, topic, relation)
             return
         if name in above or name == relation:
@@ -664,31 +683,29 @@ class _Expansion:
         return exp.Subquery(this=found, alias=exp.TableAlias(this=exp.to_identifier(table.alias_or_name)))
 
     def _check_decimals(self, tree: exp.Select, relation: str) -> None:
-        """Refuse a quotient in a view that uses decimals, because quotients are computed in whole numbers."""
-        if not tree.find(exp.Round):
-            return
-        sources = [table.name for table in real_tables(tree)]
-        decimals = {
-            field.name
-            for name in sources
-            if (topic := self.features._topics.get(name))
-            for field in topic.fields
-            if field.type == "decimal"
-        } | {
-            column.name
-            for name in sources
-            if (spec := self.features._specs.get(name))
-            for column in spec.columns
-            if isinstance(column.type, DecimalType)
-        }
+        """Note how many digits the decimals of a view have; refuse a quotient of them, computed in whole numbers."""
+        scales: dict[str, int] = {}
+        for name in (table.name for table in real_tables(tree)):
+            if topic := self.features._topics.get(name):
+                found = {one.name: one.scale or 0 for one in topic.fields if one.type == "decimal"}
+            elif spec := self.features._specs.get(name):
+                found = {
+                    one.name: one.type.scale for one in spec.columns if isinstance(one.type, DecimalType)
+                }
+            else:
+                found = {}
+            scales |= found
         for column in tree.find_all(exp.Column):
             # A comparison with a decimal is exact; a quotient of one is not.
             compared = isinstance(column.find_ancestor(exp.Predicate, exp.Select), exp.Predicate)
-            if column.name in decimals and not compared:
+            if column.name not in scales or compared:
+                continue
+            if tree.find(exp.Round):
                 raise ViewNotPortable(
                     f"{relation} rounds, and reads {column.name}, a decimal: values of another time compute quotients "
                     "of whole numbers only; read a bigint column instead, e.g. seconds for minutes"
                 )
+            self.used.scale = max(self.used.scale, scales[column.name])
 
 
 def _check_portable(tree: exp.Select, relation: str) -> None:
@@ -821,6 +838,24 @@ def _is_end_of_day(node: exp.Expr) -> bool:
         and isinstance(moment.this, exp.Cast)
         and moment.this.to.this == exp.DType.TIMESTAMP
     )
+
+
+def _window_of(table: exp.Table, topic: TopicDeclaration) -> int | None:
+    """Return the days of the window in which a select reads events by their UTC date; None without one."""
+    select = table.find_ancestor(exp.Select)
+    where = select.args.get("where") if select is not None else None
+    for condition in (
+        where.this.flatten() if where and isinstance(where.this, exp.And) else [where and where.this]
+    ):
+        if (
+            isinstance(condition, exp.GT)
+            and isinstance(condition.expression, exp.CurrentTimestamp)
+            and _is_end_of_day(condition.this)
+            and _is_day_of(condition.this.this.unnest().this.this, topic.time)
+        ):
+            # The filter is day + (N + 1) days > now, which keeps N whole days and today.
+            return int(condition.this.expression.this.name) - 1
+    return None
 
 
 def _is_day_of(day: exp.Expr, time: str | None) -> bool:

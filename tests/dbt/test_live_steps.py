@@ -76,12 +76,14 @@ def happenings(draw: st.DrawFn) -> list[tuple[str, object]]:
         st.tuples(st.just("rebuild"), st.integers(0, 30)),
         st.tuples(st.just("pending"), st.lists(st.integers(0, 30), min_size=2)),
         st.tuples(st.just("keys"), st.booleans()),
-        st.tuples(st.just("begin_build"), st.integers(0, 30)),
-        st.tuples(st.just("fill_builds"), st.none()),
-        st.tuples(st.just("end_builds"), st.none()),
+    )
+    builds = st.one_of(
+        st.tuples(st.just("build"), st.integers(0, 2)),
+        st.tuples(st.just("build"), st.integers(0, 2)),
+        st.tuples(st.just("build"), st.integers(0, 2)),
         st.tuples(st.just("builders_end"), st.none()),
     )
-    for happening in draw(st.lists(others, max_size=15)):
+    for happening in [*draw(st.lists(others, max_size=15)), *draw(st.lists(builds, max_size=5))]:
         found.insert(draw(st.integers(0, len(found))), happening)
     return found
 
@@ -92,6 +94,7 @@ class World:
     def __init__(self, steps: Steps) -> None:
         self.steps = steps
         self.clock = NOW
+        self.computed = False
         self.stream: list[Message] = []
         self.erased: dict[tuple[str, str], int] = {}
         replace_events(steps.connection, [])
@@ -185,40 +188,44 @@ class World:
         if there:
             insert_canary_keys(self.steps.connection)
 
-    def _builds(self, *, filled: bool) -> list[tuple[str, str]]:
-        return self.steps.connection.execute(
-            "select relation, built from live_builds where filled = %s", [filled]
-        ).fetchall()
-
-    def begin_build(self, number: int) -> None:
+    def build(self, number: int) -> None:
+        """Begin the builds of a third of the views, as if they had changed, or go on with those that there are."""
         connection = self.steps.connection
-        definitions = connection.execute(
-            "select relation, definition from deployments where kind = 'materialized_view' order by relation"
-        ).fetchall()
-        name, definition = definitions[number % len(definitions)]
+        builds = connection.execute("select relation, built, filled from live_builds").fetchall()
+        for _ in range(3 if builds else 0):
+            self.steps.step()
+        if not builds:
+            self.computed = False
+            for name in sorted(self.steps.views.views)[number::3]:
+                self._begin_build(name)
+        elif not self.computed:
+            # The steps until the next call go on while the rows are computed, and see none of them.
+            for name, _built, _filled in builds:
+                connection.execute("select prefs_fill_build(%s)", [name])
+            connection.execute("update live_builds set filled = false")
+            self.computed = True
+        elif not builds[0][2]:
+            connection.execute("update live_builds set filled = true")
+        else:
+            for name, built, _filled in builds:
+                # In place of what dbt does: it renames the table and recreates what reads it.
+                with connection.transaction():
+                    connection.execute(
+                        sql.SQL(
+                            "delete from {0}; insert into {0} select * from {1}; select prefs_end_build({2})"
+                        ).format(sql.Identifier(name), sql.Identifier(built), sql.Literal(name))
+                    )
+
+    def _begin_build(self, name: str) -> None:
+        connection, view = self.steps.connection, self.steps.views.views[name]
         with connection.transaction():
-            row = connection.execute("select prefs_begin_build(%s, %s)", [name, definition]).fetchone()
+            row = connection.execute("select prefs_begin_build(%s, %s)", [name, view.definition]).fetchone()
             assert row is not None
-            view = self.steps.views.views[name]
             if view.unique:
                 connection.execute(
                     sql.SQL("create unique index on {} ({})").format(
                         sql.Identifier(row[0]), sql.SQL(", ").join(map(sql.Identifier, view.unique))
                     )
-                )
-
-    def fill_builds(self, _: None) -> None:
-        for name, _built in self._builds(filled=False):
-            self.steps.connection.execute("select prefs_fill_build(%s)", [name])
-
-    def end_builds(self, _: None) -> None:
-        for name, built in self._builds(filled=True):
-            with self.steps.connection.transaction():
-                # In place of what dbt does: it renames the table and recreates what reads it.
-                self.steps.connection.execute(
-                    sql.SQL(
-                        "delete from {0}; insert into {0} select * from {1}; select prefs_end_build({2})"
-                    ).format(sql.Identifier(name), sql.Identifier(built), sql.Literal(name))
                 )
 
     def builders_end(self, _: None) -> None:
@@ -232,8 +239,8 @@ class World:
             getattr(self, what)(given_)
         if not self.steps.connection.execute("select from canary_keys").fetchall():
             insert_canary_keys(self.steps.connection)
-        self.fill_builds(None)
-        self.end_builds(None)
+        while self.steps.connection.execute("select from live_builds").fetchall():
+            self.build(0)
         catch_up(self.steps)
 
     def oracle(self) -> Oracle:

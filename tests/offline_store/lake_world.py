@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -53,8 +52,3 @@ def put_events(
             change.set_properties(
                 {COMPLETE_UNTIL: until.isoformat(), COMPLETE_SNAPSHOT: str(snapshot.snapshot_id)}
             )
-
-
-def with_ids(rows: Iterable[Any]) -> list[Any]:
-    """The rows, each with an identity of its own."""
-    return [replace(row, event_id=f"e{number}") for number, row in enumerate(rows)]

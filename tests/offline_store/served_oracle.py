@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from fractions import Fraction
@@ -52,6 +52,11 @@ class Lesson:
     subject: str | None = "maths"
     seconds: int | None = 60
     event_id: str = "e"
+
+
+def with_ids(rows: Iterable[Any]) -> list[Any]:
+    """The rows, each with an identity of its own."""
+    return [replace(row, event_id=f"e{number}") for number, row in enumerate(rows)]
 
 
 def spread_of(key: int | str, seconds: int) -> timedelta:
@@ -128,6 +133,29 @@ def viewer_values(
         "watch_last_event_at": _newest([view.watched_at for view in long]),
         "preferences_last_event_at": _newest([view.watched_at for view in of_genre]),
         "interactions_last_event_at": _newest([one.event_ts for one in reactions]),
+    }
+
+
+def sequence_values(
+    viewer: int, t: datetime, views: Iterable[View], *, spread: int = 0, happened: bool = False
+) -> dict[str, Any]:
+    """The last views of a viewer at t: newest first, then by the id of the event."""
+    today = day_of(t - spread_of(viewer, spread))
+    seen = [
+        view
+        for view in views
+        if view.viewer_id == viewer
+        and (known := view.watched_at if happened else view.arrived_at) is not None
+        and known <= t
+        and day_of(view.watched_at) >= today - timedelta(days=LONG)
+    ]
+    newest = sorted(seen, key=lambda view: view.event_id)
+    newest = sorted(newest, key=lambda view: view.watched_at, reverse=True)[:50]
+    return {
+        "recent_content_ids": [view.content_id for view in newest],
+        "recent_watched_at": [milliseconds(view.watched_at) for view in newest],
+        "recent_completions": [view.completion_pct for view in newest],
+        "sequence_last_event_at": _newest([view.watched_at for view in newest]),
     }
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 import pytest
+import shipped
 from declared import COURSES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -21,7 +22,7 @@ from dagster_prefs.declarations.registry import Registry, load_registry
 from dagster_prefs.iceberg.tables import TileTable, tile_tables
 from dagster_prefs.training.labels import LabelsRefused
 from dagster_prefs.training.served import ServedInputs, TopicEvents, served_values
-from dagster_prefs.training.served_sql import ServedFeatures, choose_served
+from dagster_prefs.training.served_sql import ServedFeatures, ServedMeaning, choose_served
 from dagster_prefs.training.windows import ViewNotPortable
 
 from .conftest import DAY, minutes
@@ -31,12 +32,16 @@ from .served_oracle import (
     View,
     day_of,
     learner_values,
+    sequence_values,
     spread_of,
     viewer_values,
+    with_ids,
 )
 
 REGISTRY = with_computed_attributes()
 VIEWERS = choose_served(REGISTRY, "viewer")
+# A domain that is made from events alone, whose lists may hold NULL.
+SEQUENCES = ServedFeatures(shipped.REGISTRY, shipped.REGISTRY.entity("viewer"), ["sequence"])
 SCHOOL = load_registry(COURSES)
 LEARNERS = choose_served(SCHOOL, None)
 (LESSONS,) = tile_tables(SCHOOL).values()
@@ -115,7 +120,8 @@ def events(rows: Sequence[Any], types: dict[str, pa.DataType], **limits: Any) ->
 INSTANT = pa.timestamp("us", tz="UTC")
 VIEW_TYPES = {
     "viewer_id": pa.int64(), "watched_at": INSTANT, "arrived_at": INSTANT, "content_id": pa.string(),
-    "genre": pa.string(), "watch_duration_sec": pa.int32(), "completion_pct": pa.decimal128(28, 9),
+    "event_id": pa.string(), "genre": pa.string(), "watch_duration_sec": pa.int32(),
+    "completion_pct": pa.decimal128(28, 9),
 }  # fmt: skip
 REACTION_TYPES = {
     "viewer_id": pa.int64(),
@@ -224,7 +230,7 @@ HELD = ("nothing", "all", "late events missing", "events beyond the lake")
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    views=st.lists(views, max_size=50),
+    views=st.lists(views, max_size=50).map(with_ids),
     reactions=st.lists(reactions, max_size=20),
     labels=st.lists(st.tuples(viewer, label_times), min_size=1, max_size=20),
     spread=st.sampled_from(SPREADS),
@@ -251,10 +257,14 @@ def test_every_value_is_what_a_read_returned(
         "late events missing": stored(known, reactions),
         "events beyond the lake": stored(views + later, reactions),
     }[held]
-    inputs = viewer_inputs(views, reactions, spreads=spread_over(VIEWERS.domains, spread), tiles=tiles)
-    found = served_values(
-        VIEWERS, asked("viewer_id", labels), inputs, meaning="happened" if happened else "served"
-    )
+    domains = (*VIEWERS.domains, *SEQUENCES.domains)
+    inputs = viewer_inputs(views, reactions, spreads=spread_over(domains, spread), tiles=tiles)
+    meaning: ServedMeaning = "happened" if happened else "served"
+    recent = served_values(SEQUENCES, asked("viewer_id", labels), inputs, meaning=meaning)
+    assert recent.to_pylist() == [
+        sequence_values(*label, views, spread=spread, happened=happened) for label in labels
+    ]
+    found = served_values(VIEWERS, asked("viewer_id", labels), inputs, meaning=meaning)
     assert found.to_pylist() == [
         viewer_values(*label, views, reactions, spread=spread, happened=happened) for label in labels
     ]

@@ -31,8 +31,8 @@ from dagster_prefs.training.training_set import (
 )
 
 from .conftest import DAY
-from .lake_world import put_events, with_ids
-from .served_oracle import Interaction, View, viewer_values
+from .lake_world import put_events
+from .served_oracle import Interaction, View, viewer_values, with_ids
 from .training_world import write_labels
 
 REGISTRY = with_computed_attributes()
