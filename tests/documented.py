@@ -23,7 +23,7 @@ GUIDES = (
     "go-to-production", "change-a-feature", "debug-a-wrong-value", "make-training-sets",
 )  # fmt: skip
 # What a block may need that no test has; it stands behind the language.
-MARKS = {"needs-aws", "needs-docker", "needs-kafka", "needs-network", "needs-risingwave"}
+MARKS = {"needs-aws", "needs-docker", "needs-kafka", "needs-network", "needs-project", "needs-risingwave"}
 SHELL = ("bash", "sh")
 
 _FENCE = re.compile(r"^( *)```([^\n`]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
