@@ -63,6 +63,7 @@ def declared_macro(folder: Path) -> str:
         if not may_be_disabled and "enabled" not in text and "enabled" not in config.get(Path(file).stem, {})
     ]
     found = {
+        "project": str(content.get("name")),
         "meta": list(COMPARED_META),
         "sql": {file: _md5(text) for file, text in sql.items()},
         "required": required,

@@ -306,6 +306,7 @@ def _models(project: ProjectYaml, declared: Declarations, lineage: Lineage) -> I
             # A composite key makes the sort key of several columns.
             "attributes": f", {_json(attributes)}" if domain.items or len(keys) > 1 else "",
             "resolved": _json(domain.resolved),
+            "tags": _tags(domain=str(domain.resolved["name"]), entity=domain.entity),
             "columns": _described(
                 domain.relation,
                 {
@@ -325,6 +326,7 @@ def _models(project: ProjectYaml, declared: Declarations, lineage: Lineage) -> I
             "entity": tile.declared.entity,
             "table": tile.declared.table,
             "unique": _json(tile.unique),
+            "tags": _tags(tile=tile.declared.relation, entity=tile.declared.entity),
             "columns": _described(
                 tile.declared.relation,
                 {name: (column.type, column.description) for name, column in tile.declared.columns.items()},
@@ -365,8 +367,14 @@ def _names(topic: Topic) -> dict[str, str]:
         "identity": of.identity,
         "entity": of.entity or "",
         "time": of.time or "",
+        "tags": _tags(topic=of.relation, entity=of.entity),
         "format": "" if of.format == "json" else f', "{of.format}"',
     }
+
+
+def _tags(**of: str | None) -> str:
+    """Render the tags of a generated model, by which dbt selects it: of what it is, `topic_search_events`."""
+    return _json([f"{kind}_{name}" for kind, name in of.items() if name])
 
 
 def _topic_models(topic: Topic, declared: Declarations) -> Iterator[tuple[str, str, str | None]]:
@@ -439,8 +447,10 @@ def _typed_sql(topic: Topic, declared: Declarations) -> str:
     indexes: list[dict[str, object]] = [{"columns": [of.identity], "unique": True}]
     if of.entity:
         indexes.append({"columns": [declared.entities[of.entity].key.name]})
-    values = _names(topic) | {
-        "config": f"{{{{ config(indexes={_json(indexes)}) }}}}\n" if topic.writes_indexes else "",
+    names = _names(topic)
+    own = f", indexes={_json(indexes)}" if topic.writes_indexes else ""
+    values = names | {
+        "config": f"{{{{ config(tags={names['tags']}{own}) }}}}\n",
         "columns": "\n".join(f"    {_json(column)}," for column in columns)
         if of.entity
         else ", ".join(columns),

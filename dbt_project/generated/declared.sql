@@ -2,6 +2,7 @@
 {# Hashes that dbt compares with what it is about to run; see refuse_stale. #}
 {% macro declared_hashes() -%}
   {{ return({
+    "project": "dagster_prefs",
     "meta": [
       "topic",
       "tile",
@@ -22,9 +23,9 @@
       "models/engagement/viewer_preferences_rolling.sql": "a8c07b2018bb6614cab7646cdd618dda",
       "models/engagement/viewer_recent_sequence.sql": "43b9eeb96f33be99b8264a10c8ceed94",
       "models/engagement/viewer_watch_metrics_1d.sql": "0f7e8793a3c0cc0e2678eae9d8a39c1b",
-      "models/generated/events/content_interactions.sql": "05e340dbf52c5b711d652b5931466a7d",
+      "models/generated/events/content_interactions.sql": "e89672f49cf87dc3865478a39e52bfe9",
       "models/generated/events/content_interactions_parsed.sql": "db267b474919816751a3a1e5fdb69f1d",
-      "models/generated/events/items.sql": "dc50b63d73d0ca118788d2f2a957d28a",
+      "models/generated/events/items.sql": "72942c833673e8fbe6a4b788674bd087",
       "models/generated/events/items_parsed.sql": "dfd817288a186f7b349fbec2ba25846a",
       "models/generated/events/kafka_content_interactions.sql": "c0096c61167d168448259177a70debc9",
       "models/generated/events/kafka_items.sql": "eb24a8fba2edfe1d0b421d28715af5bd",
@@ -35,9 +36,9 @@
       "models/generated/events/raw_user_events.sql": "6ae57fedf348fa2b11df23c809fc6997",
       "models/generated/events/raw_view_events.sql": "a922150fc913a9c4c96ae05820690422",
       "models/generated/events/rejected_events.sql": "ac1162bf27a8d27229ef147fba8bff20",
-      "models/generated/events/user_events.sql": "119ff0debb2e16e65d7c9f15fff15510",
+      "models/generated/events/user_events.sql": "d45dd3a7e8584afcd3e46cd37e24a080",
       "models/generated/events/user_events_parsed.sql": "c77c62fe5b74d3e8c652a28ea89887a8",
-      "models/generated/events/view_events.sql": "5183b84e6afc3f83cee249749f17d07c",
+      "models/generated/events/view_events.sql": "d11183fb50201f129cb914df68e76d22",
       "models/generated/events/view_events_parsed.sql": "37c1b89c17131f3253b39933198819c9",
       "models/generated/operations/canary_keys.sql": "d9371cb85356a981d2f75f7eb0ef53da",
       "models/generated/operations/deployments.sql": "b153adee57cc763081a6541b7a36d687",

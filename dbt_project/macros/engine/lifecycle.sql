@@ -130,7 +130,7 @@
   {#- Read second: a relation that another run creates meanwhile was announced before it was created. #}
   {%- set ours = run_query("select relation from " ~ target.schema ~ ".deployments").columns[0].values() | list -%}
   {%- set foreign = [] -%}
-  {%- for node in graph.nodes.values() if node.resource_type == "model" and node.alias in there and node.alias not in ours and node.alias != "deployments" -%}
+  {%- for node in own_models() if node.alias in there and node.alias not in ours and node.alias != "deployments" -%}
     {%- do foreign.append(node.alias) -%}
   {%- endfor -%}
   {%- if foreign -%}{{ refuse_foreign(foreign) }}{%- endif -%}

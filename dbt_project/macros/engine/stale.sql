@@ -10,7 +10,7 @@
   {%- endif -%}
   {%- set declared = declared_hashes() -%}
   {%- set stale, seen = [], [] -%}
-  {%- for node in graph.nodes.values() if node.resource_type == "model" and node.package_name == project_name -%}
+  {%- for node in own_models() -%}
     {%- set file = node.original_file_path -%}
     {%- do seen.append(file) -%}
     {%- if declared.sql.get(file) != whitespace_free_md5(node.raw_code) -%}
@@ -30,7 +30,8 @@
     {%- do stale.append("the variable " ~ name ~ " (changed)") -%}
   {%- endfor -%}
   {%- set given = invocation_args_dict.get("vars") or {} -%}
-  {%- for name in (fromyaml(given) if given is string else given) if name not in declared.vars -%}
+  {#- A bigger project that has this one as a package may have variables of its own. #}
+  {%- for name in (fromyaml(given) if given is string else given) if name not in declared.vars and project_name == declared.project -%}
     {%- do stale.append("the variable " ~ name ~ " (not declared)") -%}
   {%- endfor -%}
   {%- if stale -%}
@@ -40,6 +41,15 @@
       ~ ": undo it, or run `prefs generate` and commit what it writes"
     ) }}
   {%- endif -%}
+{%- endmacro %}
+
+{# The models of this project, without those of a bigger project that has it as a package. #}
+{% macro own_models() -%}
+  {%- set found, project = [], declared_hashes().project -%}
+  {%- for node in graph.nodes.values() if node.resource_type == "model" and node.package_name == project -%}
+    {%- do found.append(node) -%}
+  {%- endfor -%}
+  {{ return(found) }}
 {%- endmacro %}
 
 {# Like dbt's own comparison of files, which treats files that differ only in blanks as unchanged. #}

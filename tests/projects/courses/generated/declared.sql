@@ -2,6 +2,7 @@
 {# Hashes that dbt compares with what it is about to run; see refuse_stale. #}
 {% macro declared_hashes() -%}
   {{ return({
+    "project": "courses",
     "meta": [
       "topic",
       "tile",
@@ -16,7 +17,7 @@
     ],
     "sql": {
       "models/generated/events/kafka_lesson_events.sql": "03eb867956c90819b4989a65d8bfb41f",
-      "models/generated/events/lesson_events.sql": "cfe7c66ab143fc54459a52dee9b12ea1",
+      "models/generated/events/lesson_events.sql": "7a0941d0f5175e172922b01e31d4bc02",
       "models/generated/events/lesson_events_parsed.sql": "32758cfd47cf589e39f91612c12dd3ef",
       "models/generated/events/raw_lesson_events.sql": "d870b75dc1883dda3ed945c5e8afc400",
       "models/generated/events/rejected_events.sql": "16c85925c1e272d39a8d49cb529d1c75",
