@@ -32,7 +32,6 @@ from dagster_prefs.declarations import (
 from dagster_prefs.declarations.contract import parse_contract
 from dagster_prefs.declarations.generate import check_current, plan_files
 from dagster_prefs.projects.create import create_project
-from dagster_prefs.settings import known_variables
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 
