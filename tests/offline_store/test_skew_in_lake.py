@@ -23,8 +23,8 @@ from dagster_prefs.training.skew import SkewReport, measure_skew
 from dagster_prefs.training.skew_evidence import lake_evidence
 
 from .conftest import DAY
-from .lake_world import put_events, with_ids
-from .served_oracle import Interaction, View, viewer_values
+from .lake_world import put_events
+from .served_oracle import Interaction, View, viewer_values, with_ids
 
 MIDNIGHT = datetime(DAY.year, DAY.month, DAY.day, tzinfo=UTC)
 HOUR, SECOND, TICK = timedelta(hours=1), timedelta(seconds=1), timedelta(microseconds=1)
