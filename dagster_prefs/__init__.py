@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from dagster_prefs.component import preference_platform as preference_platform
 
 # The version of the package; the build reads it from here, and a project's shared macros are stamped with it.
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Loaded on first use, because a service imports this package without Dagster.
 _OF_DAGSTER = ("PreferencePlatform", "preference_platform")

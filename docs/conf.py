@@ -18,6 +18,8 @@ myst_heading_anchors = 4
 nitpicky = True
 # Fences without a language show output and drawings.
 highlight_language = "none"
+# SQL with Jinja is neither language.
+suppress_warnings = ["misc.highlighting_failure"]
 html_theme = "furo"
 html_title = "dagster-prefs"
 html_theme_options = {"source_repository": "", "top_of_page_buttons": []}

@@ -23,7 +23,7 @@ GUIDES = (
     "go-to-production", "change-a-feature", "debug-a-wrong-value", "make-training-sets",
 )  # fmt: skip
 # What a block may need that no test has; it stands behind the language.
-MARKS = {"needs-aws", "needs-docker", "needs-network", "needs-risingwave"}
+MARKS = {"needs-aws", "needs-docker", "needs-kafka", "needs-network", "needs-project", "needs-risingwave"}
 SHELL = ("bash", "sh")
 
 _FENCE = re.compile(r"^( *)```([^\n`]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
@@ -96,14 +96,19 @@ class Reader:
         A command must exit with 0, or with one of its `codes` by its first words.
         """
         printed: dict[str, str] = {}
-        for block in blocks(page):
-            if block.mark:
-                assert block.mark in MARKS, f"{block}: unknown mark {block.mark!r}"
-            elif block.language == "diff":
-                edit(self.folder, block)
-            elif block.language in SHELL:
-                for command in block.commands:
-                    printed[command] = self.type(command, codes, str(block))
+        # Each page is read in a shell of its own.
+        kept = self.environment
+        try:
+            for block in blocks(page):
+                if block.mark:
+                    assert block.mark in MARKS, f"{block}: unknown mark {block.mark!r}"
+                elif block.language == "diff":
+                    edit(self.folder, block)
+                elif block.language in SHELL:
+                    for command in block.commands:
+                        printed[command] = self.type(command, codes, str(block))
+        finally:
+            self.environment = kept
         return printed
 
     def type(self, command: str, codes: Mapping[str, set[int]], place: str) -> str:
@@ -114,7 +119,11 @@ class Reader:
             self.folder = self.folder / words[1]
             return ""
         if words[0] == "export":
-            self.environment = {**self.environment, **dict(word.split("=", 1) for word in words[1:])}
+            given = (word.split("=", 1) for word in words[1:])
+            self.environment = {
+                **self.environment,
+                **dict(given),
+            }
             return ""
         if words[0] == "prefs":
             done = self.run(words[1:], self.environment, self.folder)

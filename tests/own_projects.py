@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,11 +25,21 @@ def generate(project: Path) -> list[str]:
     return generate_files(project, compiled)
 
 
-def build_wheel(folder: Path) -> zipfile.ZipFile:
-    """Build the wheel of this checkout, without the network."""
+def build_wheel(folder: Path, root: Path = ROOT) -> zipfile.ZipFile:
+    """Build the wheel of this checkout, or of another folder, without the network."""
     from hatchling.builders.wheel import WheelBuilder
 
-    return zipfile.ZipFile(next(WheelBuilder(str(ROOT)).build(directory=str(folder), versions=["standard"])))
+    return zipfile.ZipFile(next(WheelBuilder(str(root)).build(directory=str(folder), versions=["standard"])))
+
+
+def build_source(folder: Path) -> Path:
+    """Build the source package of this checkout, unpack it, and return its folder."""
+    from hatchling.builders.sdist import SdistBuilder
+
+    built = next(SdistBuilder(str(ROOT)).build(directory=str(folder), versions=["standard"]))
+    with tarfile.open(built) as archive:
+        archive.extractall(folder, filter="data")
+    return folder / Path(built).name.removesuffix(".tar.gz")
 
 
 def contents(folder: Path) -> dict[str, bytes]:

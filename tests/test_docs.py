@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import importlib.util
 import os
 import re
@@ -93,7 +95,7 @@ def test_every_key_of_a_declaration_is_explained(section: str, keys: tuple[str, 
 
 @pytest.mark.parametrize("block", [one for one in BLOCKS if one.language], ids=str)
 def test_a_block_says_what_it_is_and_needs(block: Block) -> None:
-    assert block.language in (*SHELL, "diff", "python", "yaml")
+    assert block.language in (*SHELL, "diff", "python", "sql", "yaml")
     assert block.mark in {"", *MARKS}
     if block.language == "diff":
         assert block.file, "name the file in a code span before the change"
@@ -157,6 +159,14 @@ def test_the_declarations_of_the_pages_are_accepted(tmp_path: Path) -> None:
         tile.declared for tile in declared.tiles if tile.declared.relation == "viewer_watch_metrics_1d"
     ]
     assert tile.drift == {"rows": {"warn": 1.5, "error": 3}, "min_rows": 500}
+
+
+@pytest.mark.parametrize("block", [one for one in BLOCKS if one.language == "python"], ids=str)
+def test_the_python_of_the_pages_imports_what_is_there(block: Block) -> None:
+    compile(block.text, str(block), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    for module, names in re.findall(r"(?m)^from (dagster_prefs\.serving[\w.]*) import (.+)$", block.text):
+        for name in names.split(", "):
+            assert hasattr(importlib.import_module(module), name), name
 
 
 def test_the_changes_of_the_guides_are_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

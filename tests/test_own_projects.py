@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import tomllib
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from click.testing import CliRunner
-from own_projects import ROOT, build_wheel, contents, generate
+from own_projects import ROOT, build_source, build_wheel, contents, generate
+from packaging.requirements import Requirement
 
 import dagster_prefs
 from dagster_prefs.cli import cli
@@ -421,11 +424,20 @@ def test_a_failing_test_of_the_project_fails_the_command(
 # The wheel
 
 
-def test_the_wheel_has_the_package_and_what_it_ships(tmp_path: Path) -> None:
-    with build_wheel(tmp_path) as wheel:
-        found = {name for name in wheel.namelist() if ".dist-info/" not in name}
-        information = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
-        assert f"Version: {dagster_prefs.__version__}\n" in wheel.read(information[0]).decode()
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]:
+    with build_wheel(tmp_path_factory.mktemp("built")) as built:
+        yield built
+
+
+def metadata(wheel: zipfile.ZipFile) -> str:
+    (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
+    return wheel.read(name).decode()
+
+
+def test_the_wheel_has_the_package_and_what_it_ships(wheel: zipfile.ZipFile) -> None:
+    found = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert f"Version: {dagster_prefs.__version__}\n" in metadata(wheel)
     package = {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "dagster_prefs").rglob("*")
@@ -442,3 +454,57 @@ def test_the_wheel_has_the_package_and_what_it_ships(tmp_path: Path) -> None:
         for name in (".env.example", "overrides.txt", "requirements.lock", "workspace.yaml")
     }
     assert found == package | example | others
+
+
+def test_the_source_package_has_what_git_has_and_makes_the_same_wheel(
+    wheel: zipfile.ZipFile, tmp_path: Path
+) -> None:
+    source = build_source(tmp_path)
+    held = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()} - {
+        "PKG-INFO"
+    }
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout.splitlines()  # fmt: skip
+    assert held == {name for name in listed if (ROOT / name).is_file()}
+    with build_wheel(tmp_path, source) as theirs:
+        assert {one.filename: one.CRC for one in wheel.infolist()} == {
+            one.filename: one.CRC for one in theirs.infolist()
+        }
+
+
+def test_what_is_built_can_be_uploaded(wheel: zipfile.ZipFile, capsys: pytest.CaptureFixture[str]) -> None:
+    """As `make dist` checks it: metadata and the README as the index shows it."""
+    from twine.commands.check import check
+
+    assert not check([str(wheel.filename)], strict=True), capsys.readouterr()
+
+
+def test_the_wheel_asks_for_what_was_tested(wheel: zipfile.ZipFile) -> None:
+    """The lowest versions of its ranges are those of the lowest lock, and the lock's are within them."""
+    asked = [Requirement(text) for text in re.findall(r"(?m)^Requires-Dist: (.+)$", metadata(wheel))]
+    assert "Requires-Python: >=3.11\n" in metadata(wheel)
+    lowest, newest = (versions(ROOT / name) for name in ("infra/locks/lowest.txt", "requirements.lock"))
+    for one in asked:
+        for lock in (lowest, newest):
+            if one.name in lock:
+                assert one.specifier.contains(lock[one.name]), one
+    bounds = dict(re.findall(r"(?m)^([a-z-]+)==(\S+)$", (ROOT / "infra/locks/lowest.in").read_text()))
+    assert bounds == {
+        one.name: limit.version
+        for one in asked
+        for limit in one.specifier
+        if limit.operator == ">=" and one.name in bounds
+    }
+    page = (ROOT / "docs" / "upgrading.md").read_text()
+    for package, version in bounds.items():
+        (row,) = [
+            line for line in page.splitlines() if re.search(rf"^\|.*\b{package}\b(?!-).*\| [0-9.]+ \| ", line)
+        ]
+        assert row.split("|")[2:4] == [f" {version} ", f" {newest[package]} "], package
+
+
+def versions(lock: Path) -> dict[str, str]:
+    """Name → version of a lock."""
+    return dict(re.findall(r"(?m)^([a-z0-9-]+)==([^ ;]+)", lock.read_text()))

@@ -21,6 +21,9 @@ from dagster_prefs.errors import PrefsError
 CHANNEL = "prefs_live"
 # The first and the longest pause between attempts after a problem, in seconds.
 RETRY_SECONDS = (0.5, 10.0)
+# A reported problem may be solved already, e.g. by the apply before this command: the follower tries again within this
+# time, in seconds.
+PATIENCE_SECONDS = RETRY_SECONDS[1] + 1
 # A follower without a sign of life for this long counts as gone, in seconds.
 GONE_SECONDS = 10.0
 
@@ -112,11 +115,16 @@ def make_rebuilt_due(connection: psycopg.Connection[Any], engine: EngineConfigur
 
 
 def wait_until_applied(
-    engine: EngineConfiguration, *, seconds: float, say: Callable[[str], None] = lambda line: None
+    engine: EngineConfiguration,
+    *,
+    seconds: float,
+    patience_seconds: float = PATIENCE_SECONDS,
+    say: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Wait until the follower, another process, has applied and published all that has arrived so far.
 
-    Raises FollowerProblem if it has a problem, ends, or does not finish within `seconds`; psycopg.Error.
+    Raises FollowerProblem if it has a problem for `patience_seconds`, ends, or does not finish within `seconds`;
+    psycopg.Error.
     """
     with engine.connect() as connection:
         table = {
@@ -142,6 +150,7 @@ def wait_until_applied(
                 " or exists (select from {live_changes} where id <= {changes})"
             ).format(changes=sql.Literal(changes), **table),
             seconds,
+            patience_seconds,
         )
         make_rebuilt_due(connection, engine)
         connection.execute("select pg_notify(%s, %s)", [CHANNEL, engine.schema])
@@ -150,6 +159,7 @@ def wait_until_applied(
             connection,
             sql.SQL("select exists (select from {live_pending} where since = '-infinity')").format(**table),
             seconds,
+            patience_seconds,
         )
         ((step,),) = connection.execute(
             sql.SQL("select coalesce(max(step), 0) from {live_outbox}").format(**table)
@@ -161,19 +171,27 @@ def wait_until_applied(
                 step=sql.Literal(step), **table
             ),
             seconds,
+            patience_seconds,
         )
 
 
 def _wait(
-    engine: EngineConfiguration, connection: psycopg.Connection[Any], waits: sql.Composed, seconds: float
+    engine: EngineConfiguration,
+    connection: psycopg.Connection[Any],
+    waits: sql.Composed,
+    seconds: float,
+    patience_seconds: float,
 ) -> None:
     end = time.monotonic() + seconds
+    well_at = time.monotonic()
     while True:
         ((still,),) = connection.execute(waits).fetchall()
         if not still:
             return
         state = read_follower(connection, engine)
-        if state and state.problem:
+        if state and not state.problem:
+            well_at = time.monotonic()
+        elif state and time.monotonic() >= well_at + patience_seconds:
             raise FollowerProblem(f"the follower ({state.process}) has a problem: {state.problem}")
         if state is None or not is_followed(engine, connection):
             raise FollowerProblem("the follower ended: run the command again, or `prefs up`")

@@ -13,11 +13,12 @@ from documented import GUIDES, ROOT, Reader
 from warm import Warm
 
 # What a command may end with besides success, as the pages say.
-CODES = {"plan": {0, 2}, "drift": {0, 1}, "status": {0, 1}}
+CODES = {"plan": {0, 2}, "drift": {0, 1}, "status": {0, 1, 2}, "training-set compare": {0, 1, 2}}
 DEMO = ["--viewers", "30", "--view-events", "900", "--shop-events", "0", "--interactions", "0", "--days", "6"]
 ANNA = "prefs profile --entity visitor anna"
 SEVEN = "prefs profile --entity visitor visitor-000007"
 WHY = "prefs why --entity visitor visitor-000007 pages.minutes_28d"
+SERVED_AS_RECOMPUTED = r"served +(\S+)\n *recomputed +\1\n"
 # Guide → its commands, and what they print if the guide is true.
 LEADS_TO: dict[str, dict[str, str]] = {
     "add-an-attribute": {"prefs plan": "days_28d", SEVEN: r"days_28d +│ [1-9]"},
@@ -29,23 +30,27 @@ LEADS_TO: dict[str, dict[str, str]] = {
     },
     "add-a-domain": {"prefs plan": "visitor_attention_rolling", SEVEN: r"attention_views_28d +│ [1-9]"},
     "add-an-entity": {"prefs profile --entity basket anna monday": r"events_28d +│ 1"},
-    "bring-your-events": {"prefs ingest history.csv --dry-run": "negative seconds"},
+    "bring-your-events": {
+        "prefs ingest history.csv --dry-run": "negative seconds",
+    },
     "go-to-production": {
         "prefs generate --check": "every generated file matches",
         "prefs test": "every test passed",
-        "prefs cost --entities 1000000": r"\$",
+        "prefs cost --entity visitor --entities 1000000": r"\$",
     },
-    "change-a-feature": {"prefs plan": "minutes_28d", WHY: "equal"},
+    "change-a-feature": {"prefs plan": "minutes_28d", WHY: SERVED_AS_RECOMPUTED},
     "debug-a-wrong-value": {
-        WHY: "equal",
+        WHY: SERVED_AS_RECOMPUTED,
         "prefs status": "page_views",
         "prefs lineage pages.minutes_28d": "field seconds of topic page_views",
         "prefs catalog pages.minutes_28d": "minutes_28d",
     },
     "make-training-sets": {
         "prefs training-set --labels labels.csv --entity visitor --types bought=bool": "2 rows",
+        "prefs training-set --labels labels.csv --entity visitor --types bought=bool --as served"
+        " --output labels.served.parquet": "2 rows",
         "prefs training-set reproduce labels.training.parquet.manifest.json": "2",
-        "prefs training-set compare labels.training.parquet": "minutes_28d",
+        "prefs training-set compare labels.training.parquet --entity visitor": "minutes_28d",
     },
 }
 
