@@ -36,7 +36,10 @@ def preference_platform(
 
     The executor is that of the code location. Raises SettingsError, RegistryError and StaleRegistry with the remedy.
     """
-    given = {"PREFS_PROJECT_DIR": str(project_dir), **(settings or {})}
+    # A component's templates make a number of a text like "54329".
+    given = {"PREFS_PROJECT_DIR": str(project_dir)} | {
+        name: str(value) for name, value in (settings or {}).items()
+    }
     if key_prefix:
         given["PREFS_ASSET_PREFIX"] = key_prefix
     if schedules is not None:

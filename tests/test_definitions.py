@@ -299,7 +299,12 @@ def test_two_platforms_load_beside_the_assets_of_others(
         group_names={"online_store": "shop_online"},
         settings={"PREFS_ENGINE_SCHEMA": "public"},
     )
-    add_component(their_project, COURSES, "courses", settings={"PREFS_DATA_DIR": str(data_dir / "courses")})
+    add_component(
+        their_project,
+        COURSES,
+        "courses",
+        settings={"PREFS_DATA_DIR": str(data_dir / "courses"), "PREFS_READINGS_KEPT_RUNS": "40"},
+    )
     location = dg.load_from_defs_folder(path_within_project=their_project)
 
     assert location.executor is None, "the code location's executor runs them"
