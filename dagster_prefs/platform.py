@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, date, datetime, timedelta
 from functools import cached_property, partial
@@ -26,11 +26,12 @@ from dagster_prefs.declarations.contract import (
     diff_contracts,
     parse_contract,
 )
-from dagster_prefs.declarations.registry import Registry, TopicDeclaration
+from dagster_prefs.declarations.registry import Entity, Registry, TopicDeclaration
 from dagster_prefs.dynamodb.tables import TableReport, dynamodb_client, provision
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
 from dagster_prefs.errors import PrefsError
+from dagster_prefs.ids import Id, id_parts
 from dagster_prefs.settings import Settings, kafka_variable
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from dagster_prefs.live.follower import Follower, Work
     from dagster_prefs.open_lineage import Places
     from dagster_prefs.training.parity import ParityReport
+    from dagster_prefs.training.skew import SkewReport
     from dagster_prefs.training.windows import Features
     from dagster_prefs.values.drift import Cause
     from dagster_prefs.values.statistics import Statistics
@@ -463,6 +465,41 @@ class Platform:
         return spreads_in_force(
             self.engine, self.contract.domains.values(), default=self.settings.expiry_spread_seconds
         )
+
+    def skew(self, log: Iterable[Path]) -> SkewReport:
+        """Compare the served log in these files or folders with values as served from the lake.
+
+        Raises LogUnreadable, BadRow, EngineUnavailable, or OfflineError.
+        """
+        from dagster_prefs.served_rows import read_log
+        from dagster_prefs.training.skew import measure_skew
+        from dagster_prefs.training.skew_evidence import lake_evidence
+
+        evidence = lake_evidence(
+            self.catalog(),
+            self.registry,
+            spreads=self.spreads(),
+            erased=self._erased_ids(),
+            namespace=self.settings.iceberg_namespace,
+        )
+        return measure_skew(self.registry, read_log(log), evidence)
+
+    def _erased_ids(self) -> Callable[[Entity, Id], bool]:
+        """Return a function that tells whether an id of an entity was erased. Raises EngineUnavailable."""
+        from psycopg import sql
+
+        with self.engine.connect() as connection:
+            rows = connection.execute(
+                sql.SQL("select subject_kind, subject_id from {}").format(
+                    sql.Identifier(self.engine.schema, "erased_subjects")
+                )
+            ).fetchall()
+        erased = {(kind, id_) for kind, id_ in rows}
+
+        def is_erased(entity: Entity, id_: Id) -> bool:
+            return (self.registry.family(entity.name)[0].name, str(id_parts(id_)[0])) in erased
+
+        return is_erased
 
     def is_deployed(self) -> bool:
         """Return whether any model of the project was ever deployed. Raises EngineUnavailable."""

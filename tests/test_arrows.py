@@ -82,7 +82,8 @@ ALLOWED = {
     },
     "local": {"declarations", "engine", "loopback", "logs"},
     "open_lineage": {"declarations"},
-    "platform": set(ROOMS) - {"defs", "console", "tools", "projects"} | {"settings", "open_lineage"},
+    "platform": set(ROOMS) - {"defs", "console", "tools", "projects"}
+    | {"settings", "open_lineage", "served_rows"},
     "console": set(ROOMS) - {"defs", "tools"} | {"settings", "access", "loopback", "platform", "printable"},
     # On RisingWave the demo publishes with Dagster's job, as `prefs refresh` does.
     "tools": set(ROOMS) - {"console"} | {"platform", "settings", "runs"},

@@ -3,6 +3,8 @@
 import json
 import os
 import tomllib
+from collections import Counter
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,12 @@ from shipped import REGISTRY, SHORT
 
 import dagster_prefs
 from dagster_prefs.component import PreferencePlatformScaffold, PreferencePlatformScaffolder
+from dagster_prefs.defs import online_store, skew
 from dagster_prefs.defs.assembly import UnknownName, build_definitions
 from dagster_prefs.freshness.alerts import AlertError
+from dagster_prefs.platform import Platform
 from dagster_prefs.settings import SettingsError, load_settings
+from dagster_prefs.training.skew import AttributeSkew, Difference, SkewReport
 
 SNAPSHOT = Path(__file__).with_name("definitions_snapshot.json")
 
@@ -179,6 +184,36 @@ def test_where_sinks_write_the_training_tables_they_wait_for_them(
         assert sink in found[table]["deps"]
         assert "training/tables" in found[sink]["deps"]
         assert "dynamodb/viewer_profiles" not in found[sink]["deps"]
+
+
+def test_a_served_log_in_files_is_compared_daily(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PREFS_DATA_DIR", str(data_dir))
+    monkeypatch.setenv("PREFS_SERVED_LOG", f"files:{tmp_path}")
+    platform = Platform(load_settings())
+    report = SkewReport(refused=Counter({"the lake is older": 2}))
+    for name, wrong in (("watch", 1), ("sequence", 0)):
+        found = report.attributes[name, "a"] = AttributeSkew(name, "a", compared=4, equal=4 - wrong)
+        if wrong:
+            found.note(Difference("log-1", datetime(2026, 1, 1, tzinfo=UTC), "wrong", 1, 2, None))
+    asked: list[list[Path]] = []
+
+    def compared(platform: Platform, log: list[Path]) -> SkewReport:
+        asked.append(list(log))
+        return report
+
+    monkeypatch.setattr(Platform, "skew", compared)
+    made = skew.build(platform)
+    assert [(one.name, one.cron_schedule) for one in made.schedules or ()] == [("skew_daily", "20 5 * * *")]
+    job = dg.Definitions.merge(made, online_store.build(platform)).resolve_job_def(skew.JOB)
+    result = job.execute_in_process()
+    found_checks = {one.asset_key.path[-1]: one for one in result.get_asset_check_evaluations()}
+    assert set(found_checks) == {domain.name for domain in REGISTRY.contract.domains.values()}
+    assert {name for name, one in found_checks.items() if not one.passed} == {"watch"}
+    assert found_checks["watch"].description == "a is wrong in 1 of 4"
+    assert found_checks["watch"].metadata["wrong"].value == 1
+    assert asked == [[tmp_path]]
 
 
 def test_a_changefeed_is_shown_between_subscription_and_table(

@@ -17,6 +17,7 @@ from dagster_prefs.defs import (
     offline_store,
     online_store,
     retention,
+    skew,
     values,
 )
 from dagster_prefs.errors import PrefsError
@@ -55,6 +56,7 @@ def place_definitions(settings: Settings, group_names: Mapping[str, str]) -> dg.
         events.build(platform),
         freshness.build(platform, settings.alert_webhooks),
         values.build(platform, settings.alert_webhooks),
+        skew.build(platform),
         retention.build(platform),
     )
     prefix = settings.dagster_name("")

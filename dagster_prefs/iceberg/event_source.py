@@ -12,7 +12,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
-from typing import Any, LiteralString, cast
+from typing import Any, cast
 
 import psycopg
 import pyarrow as pa
@@ -253,7 +253,7 @@ def _row_hash(kind: str) -> sql.SQL:
         f"(strpos('0123456789abcdef', substr(md5(content), {digit}, 1)) - 1)::bigint * {16 ** (15 - digit)}"
         for digit in range(1, 16)
     )
-    return sql.SQL(cast("LiteralString", f"({digits})"))
+    return sql.SQL(f"({digits})")
 
 
 @contextmanager
@@ -298,7 +298,8 @@ def arrived_until(engine: EngineConfiguration, typed: EventTable) -> datetime | 
         if any(start is None for (start,) in starts):
             return None
         began = [start - timedelta(microseconds=1) for (start,) in starts]
-        return min([cast("datetime", now), *began])
+        until: datetime = min([now, *began])
+        return until
 
 
 @contextmanager

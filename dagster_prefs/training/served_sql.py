@@ -110,7 +110,8 @@ class TileQuery:
         """DuckDB's SQL of the day of an event."""
         holder = exp.select(self.day.copy())
         _adapt(holder, self.spec.tile, "duckdb")
-        return holder.expressions[0].sql(dialect="duckdb")
+        text: str = holder.expressions[0].sql(dialect="duckdb")
+        return text
 
     @cached_property
     def totals_sql(self) -> str:

@@ -217,8 +217,11 @@
   {%- if state -%}
     {% do run_query("select " ~ target.schema ~ ".prefs_drop_builds_on('" ~ relation.identifier ~ "')") %}
   {%- endif -%}
-  {%- if built and not build -%}
+  {%- if built -%}
+    {#- Also where retention came while the view was built. #}
     {% do refuse_retained(relation) %}
+  {%- endif -%}
+  {%- if built and not build -%}
     {% do run_query("select " ~ target.schema ~ ".prefs_drop_build('" ~ relation.identifier ~ "')") %}
     {% do run_query("create table " ~ built ~ " as " ~ sql) %}
   {%- endif -%}

@@ -1,0 +1,160 @@
+"""Skew of a served log against events in a lake: reads of a late publisher are explained, a wrong value is not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from pyiceberg.catalog import Catalog
+from shipped import REGISTRY, SHORT
+
+from dagster_prefs.cli import cli
+from dagster_prefs.declarations.contract import LAST_EVENT_AT
+from dagster_prefs.platform import Platform
+from dagster_prefs.served_rows import ServedRow, parse_row, read_log
+from dagster_prefs.training.skew import SkewReport, measure_skew
+from dagster_prefs.training.skew_evidence import lake_evidence
+
+from .conftest import DAY
+from .lake_world import put_events, with_ids
+from .served_oracle import Interaction, View, viewer_values
+
+MIDNIGHT = datetime(DAY.year, DAY.month, DAY.day, tzinfo=UTC)
+HOUR, SECOND, TICK = timedelta(hours=1), timedelta(seconds=1), timedelta(microseconds=1)
+VIEWERS, SPREAD = 8, 600
+
+
+def sequence_values(viewer: int, t: datetime, views: list[View]) -> dict[str, Any]:
+    """The sequence of a viewer at t, of views that are all within the window."""
+    seen = [view for view in views if view.viewer_id == viewer and view.arrived_at and view.arrived_at <= t]
+    last = sorted(seen, key=lambda view: view.event_id)
+    last = sorted(last, key=lambda view: view.watched_at, reverse=True)[:50]
+    return {
+        "recent_content_ids": [view.content_id for view in last],
+        "recent_watched_at": [round((view.watched_at - MIDNIGHT) / (SECOND / 1000)) + _MS for view in last],
+        "recent_completions": [view.completion_pct for view in last],
+    }
+
+
+_MS = round(MIDNIGHT.timestamp() * 1000)
+
+
+class Traffic:
+    """An evening of events, and reads of a publisher that is up to four seconds behind."""
+
+    def __init__(self) -> None:
+        random = Random(7)
+        self.views = with_ids(
+            View(
+                random.randrange(VIEWERS), at - random.choice([timedelta(), 3 * HOUR]), at,
+                content_id=random.choice(["a", "b", None]), genre=random.choice(["drama", "news", None]),
+                watch_duration_sec=random.randrange(100), completion_pct=random.choice([None, Decimal("0.123456789")]),
+            )
+            for at in (MIDNIGHT - HOUR / 6 + random.randrange(1_200_000) * SECOND / 1000 for _ in range(600))
+        )  # fmt: skip
+        self.touches = with_ids(
+            Interaction(random.randrange(VIEWERS), at, at, random.choice(["like", "share"]))
+            for at in (MIDNIGHT - HOUR / 6 + random.randrange(1_200_000) * SECOND / 1000 for _ in range(100))
+        )
+        self.rows = [
+            self.row(number, at, at - random.randrange(4_000) * SECOND / 1000, random.randrange(VIEWERS))
+            for number in range(300)
+            for at in [MIDNIGHT + (random.randrange(1_000_000) - 500_000) * SECOND / 1000]
+        ]
+
+    def values(self, viewer: int, t: datetime) -> dict[str, Any]:
+        return {
+            **viewer_values(viewer, t, self.views, self.touches, spread=SPREAD),
+            **sequence_values(viewer, t, self.views),
+        }
+
+    def row(self, number: int, at: datetime, as_of: datetime, viewer: int) -> ServedRow:
+        domain = list(REGISTRY.contract.domains.values())[number % 4]
+        values = self.values(viewer, as_of)
+        newest = values.get(f"{domain.name}_{LAST_EVENT_AT}")
+        if domain.name == "sequence":
+            newest = max(values["recent_watched_at"], default=None)
+        row = ServedRow(
+            str(number), at, 0.001, "viewer", str(viewer), domain.key, REGISTRY.contract.version, "found", None,
+            {name: values[name] for name in domain.attributes if name != LAST_EVENT_AT}, newest, (), False, False,
+            None, None,
+        )  # fmt: skip
+        return parse_row(row.as_json())
+
+
+@pytest.fixture(scope="module")
+def traffic() -> Traffic:
+    return Traffic()
+
+
+def test_late_reads_are_in_flight_and_a_wrong_value_is_found(catalog: Catalog, traffic: Traffic) -> None:
+    put_events(catalog, REGISTRY, "view_events", traffic.views, until=MIDNIGHT + 2 * HOUR)
+    put_events(catalog, REGISTRY, "content_interactions", traffic.touches, until=MIDNIGHT + 2 * HOUR)
+    spreads = {
+        domain.name: ((MIDNIGHT - 24 * HOUR, SPREAD),) for domain in REGISTRY.contract.domains.values()
+    }
+    evidence = lake_evidence(catalog, REGISTRY, spreads=spreads, erased=lambda entity, id_: False)
+    report = measure_skew(REGISTRY, traffic.rows, evidence)
+    assert report.rows == 300
+    assert (report.left_out, report.refused, report.unknown) == (set(), {}, {})
+    assert {domain for domain, _ in report.attributes} == {"watch", "interactions", "preferences", "sequence"}
+    assert set(report.causes) == {"in flight"}
+    assert report.causes.total() > 20
+    assert report.behind_seconds[1.0] > 0
+    # One value is another, and one row is newer than the lake.
+    name = f"titles_{SHORT}d"
+    wrong = next(row for row in traffic.rows if row.attributes and name in row.attributes)
+    odd = replace(wrong, attributes={**(wrong.attributes or {}), name: 999})
+    newer = replace(wrong, row_id="newer", served_at=MIDNIGHT + 3 * HOUR)
+    report = measure_skew(REGISTRY, [odd, newer], evidence)
+    assert report.causes["wrong"] == report.attributes["watch", name].causes["wrong"] == 1
+    assert sum(report.refused.values()) == 1
+    assert "and the label is newer" in next(iter(report.refused))
+
+
+def test_the_command_tells_and_exits_with_two_for_a_wrong_value(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, traffic: Traffic
+) -> None:
+    (tmp_path / "served-1.jsonl").write_bytes(b"".join(row.as_json() + b"\n" for row in traffic.rows[:8]))
+    asked: list[list[Path]] = []
+
+    def measured(values: Mapping[str, Any]) -> Any:
+        def skew(platform: Platform, log: list[Path]) -> SkewReport:
+            asked.append(list(log))
+            report = SkewReport(rows=len(list(read_log(log))), left_out={"watch.odd"})
+            report.refused["the lake is older"] = 2
+            return report if not values else _with_wrong(report)
+
+        return skew
+
+    def _with_wrong(report: SkewReport) -> SkewReport:
+        from dagster_prefs.training.skew import AttributeSkew
+
+        found = AttributeSkew("watch", "titles", compared=4, equal=3)
+        found.causes["wrong"] = 1
+        report.attributes["watch", "titles"] = found
+        return report
+
+    monkeypatch.setattr(Platform, "skew", measured({}))
+    clean = CliRunner().invoke(cli, ["skew", str(tmp_path)], standalone_mode=False)
+    assert (clean.return_value, clean.exception) == (0, None)
+    assert "8 rows, 0 of them repeated" in clean.output
+    assert "2 rows cannot be answered: the lake is older" in clean.output
+    assert "watch.odd is not computed by training sets" in clean.output
+    monkeypatch.setattr(Platform, "skew", measured({"wrong": 1}))
+    monkeypatch.setenv("PREFS_SERVED_LOG", f"files:{tmp_path}")
+    told = CliRunner().invoke(cli, ["skew"], standalone_mode=False)
+    assert told.return_value == 2
+    assert "75.000%" in told.output
+    assert asked[-1] == [tmp_path]
+    monkeypatch.setenv("PREFS_SERVED_LOG", "firehose:stream")
+    assert "name a folder of the log" in str(
+        CliRunner().invoke(cli, ["skew"], standalone_mode=False).exception
+    )
