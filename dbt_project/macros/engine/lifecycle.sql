@@ -111,6 +111,7 @@
     "live_changes": ["relation", "key"],
     "live_outbox": ["domain_key", "entity_key", "step"],
     "live_follower": ["process", "seen_at", "step"],
+    "raw_retained": ["relation", "before"],
     "raw_arrivals": ["relation", "source", "source_partition", "first_offset", "last_offset", "messages"],
   }.items() -%}
     {%- set there = run_query(
