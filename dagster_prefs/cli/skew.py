@@ -15,7 +15,9 @@ from dagster_prefs.settings import load_settings
 @click.argument("log", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output, with examples.")
 def skew(log: tuple[Path, ...], as_json: bool) -> int:
-    """Compare the served log with what training sets say was served, and class every difference.
+    """Compare the served log with training sets.
+
+    Every difference from what a training set says was served is classed.
 
     LOG are files or folders of the log, by default the folder of PREFS_SERVED_LOG. Exit code 2 if a value is wrong.
     """

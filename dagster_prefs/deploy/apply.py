@@ -148,9 +148,6 @@ class _Apply:
         for journal in self._journals():
             if journal.state == GOING_LIVE:
                 self._go_live(journal)
-        if "live_builds" in self._catalog().objects:
-            with self._one_change():
-                self._execute("select {}()", self._at("prefs_drop_dead_builds"))
         plan = plan_now()
         if plan.refusals:
             raise PlanError("; ".join(plan.refusals))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -30,12 +30,10 @@ from dagster_prefs.live.trail import forget_old_steps, make_trail, note_step
 from dagster_prefs.live.views import (
     CLOCK,
     PLACE,
-    Build,
     LiveViews,
     View,
     delta_table,
     raw_sql,
-    read_builds,
     read_views,
     topics_of_key,
 )
@@ -110,7 +108,7 @@ class Steps:
         self._declared = declared or (lambda: registry)
         # A statement is planned anew for its keys, because their number varies from a handful to thousands.
         self.connection.prepare_threshold = None
-        self._deployed: tuple[str, Mapping[str, Build]] | None = None
+        self._deployed: str | None = None
         self._views: LiveViews | None = None
         self._due_at = 0.0
 
@@ -132,13 +130,12 @@ class Steps:
             if missing := missing_relation(error):
                 raise NotDeployed(f"{missing}: nothing is deployed yet; run `prefs apply`") from None
             raise
-        builds = read_builds(self.connection, self.engine)
-        if self._views is None or (deployed, builds) != self._deployed:
+        if self._views is None or deployed != self._deployed:
             if self._deployed is not None:
                 self.registry = self._declared()
             views = read_views(self.connection, self.engine, self.registry)
             self._prepare(views)
-            self._views, self._deployed = views, (deployed, builds)
+            self._views, self._deployed = views, deployed
         return self._views
 
     def step(self) -> StepReport:
@@ -156,17 +153,13 @@ class Steps:
                 _Step(self.connection, self.engine, views, report).run(due=started >= self._due_at)
                 if started >= self._due_at:
                     forget_old_steps(self.connection, self.engine)
-                    if any(view.builds for view in views.views.values()):
-                        self.connection.execute(
-                            sql.SQL("select {}()").format(self._table("prefs_drop_dead_builds"))
-                        )
                     self._due_at = started + DUE_SECONDS
         report.seconds = time.monotonic() - started
         return report
 
     def forget_deployed(self) -> None:
         """Have the next step read views and declarations again, though the deployed models may be the same."""
-        self._views, self._deployed = None, ("", {})
+        self._views, self._deployed = None, ""
 
     def make_all_due(self) -> None:
         """Have the next step check the clock, regardless of the last check."""
@@ -178,7 +171,7 @@ class Steps:
         Returns whether there was one. A view waits for the pending ones that it reads, directly or not.
         """
         pending = dict(self.connection.execute(pending_views(self.engine, self.registry)).fetchall())
-        due = [name for name, view in views.views.items() if pending.get(name) and view.filled]
+        due = [name for name in views.views if pending.get(name)]
         if not due:
             return False
         first, *others = self._by_size(views, [name for name in due if not views.depends(name, due)])
@@ -371,11 +364,7 @@ class _Step:
         computed = []
         for view in self.views.views.values():
             if view.how == "keys" and self.touched.get(view.name):
-                keys = self.touched.pop(view.name)
-                if not view.filled:
-                    self._store(view, keys)
-                    continue
-                self._bring(view, keys)
+                self._bring(view, self.touched.pop(view.name))
                 computed += [view.name] if view.timed else []
             elif view.how == "merging":
                 self._merge(view)
@@ -456,7 +445,7 @@ class _Step:
             self.report.taken.append(
                 Taken(topic.name, source, partition, offsets[0], offsets[-1], len(offsets))
             )
-        self._claim(parsed, [tuple(map(str, place)) for place in places])
+        self._touch(parsed, [tuple(map(str, place)) for place in places])
 
     def _shorten(self, topic: TopicDeclaration, arrival: Sequence[Any], first: int) -> None:
         source, partition, old, _, messages = arrival
@@ -495,7 +484,7 @@ class _Step:
                 self.pending.update(view.name for view in self.views.views.values() if relation in view.feeds)
 
     def _messages_changed(self, topic: TopicDeclaration, keys: Sequence[Mapping[str, Any]]) -> None:
-        self._claim(topic.parsed, [tuple(str(key[name]) for name in PLACE) for key in keys])
+        self._touch(topic.parsed, [tuple(str(key[name]) for name in PLACE) for key in keys])
 
     def _subjects_erased(self, keys: Sequence[Mapping[str, Any]]) -> None:
         entities = self.views.registry.entities
@@ -521,7 +510,7 @@ class _Step:
             ),
             [list(ids)],
         ).fetchall()
-        self._claim(topic.relation, [(str(identity),) for (identity,) in rows])
+        self._touch(topic.relation, [(str(identity),) for (identity,) in rows])
 
     def _canaries_changed(self, keys: Sequence[Mapping[str, Any]]) -> None:
         deployments = [str(key["deployment"]) for key in keys]
@@ -533,12 +522,12 @@ class _Step:
                     ).format(self.views.table(parsed)),
                     [deployments],
                 ).fetchall()
-                self._claim(parsed, [tuple(map(str, row)) for row in rows])
+                self._touch(parsed, [tuple(map(str, row)) for row in rows])
 
     def _note_due(self) -> None:
         """Store the keys of rows that passed a border since the rows of their view were last computed."""
         for view in self.views.views.values():
-            if not view.timed or not view.filled:
+            if not view.timed:
                 continue
             row = self.connection.execute(
                 sql.SQL(
@@ -570,11 +559,10 @@ class _Step:
     def _claim_due(self) -> None:
         rows = self.connection.execute(
             sql.SQL(
-                "delete from {0} where (relation, key) in"
-                " (select relation, key from {0} where relation <> all(%s) limit %s)"
+                "delete from {0} where (relation, key) in (select relation, key from {0} limit %s)"
                 " returning relation, key"
             ).format(self.views.table("live_due")),
-            [[view.name for view in self.views.views.values() if not view.filled], DUE_PER_STEP],
+            [DUE_PER_STEP],
         ).fetchall()
         self.report.more = self.report.more or len(rows) == DUE_PER_STEP
         for relation, key in rows:
@@ -585,30 +573,6 @@ class _Step:
 
     def _touch(self, view: str, keys: Iterable[Key]) -> None:
         self.touched.setdefault(view, set()).update(keys)
-
-    def _claim(self, relation: str, keys: Collection[Key]) -> None:
-        """Have a view and its build computed for keys of changed messages."""
-        for view in self.views.with_builds(relation) if keys else ():
-            if view.how == "keys":
-                self._touch(view.name, keys)
-            else:
-                self.pending.add(view.name)
-
-    def _store(self, build: View, keys: Iterable[Key]) -> None:
-        """Store the touched keys of a build until it is filled."""
-        columns = _columns(keys)
-        self.connection.execute(
-            sql.SQL(
-                "insert into {} (relation, key) select {}, array[{}] from unnest({}) as k ({}) on conflict do nothing"
-            ).format(
-                self.views.table("live_due"),
-                sql.Literal(build.name),
-                sql.SQL(", ").join(map(sql.Identifier, columns)),
-                sql.SQL(", ").join(sql.SQL("{}::text[]").format(sql.Placeholder(name)) for name in columns),
-                sql.SQL(", ").join(map(sql.Identifier, columns)),
-            ),
-            columns,
-        )
 
     def _bring(self, view: View, keys: set[Key]) -> None:
         told = self.connection.execute(self.views.step(view), _columns(keys)).fetchall()
@@ -629,24 +593,14 @@ class _Step:
             self.pending.update(self.views.rebuilt_by(view.name))
 
     def _merge(self, view: View) -> None:
-        if not view.filled:
-            self.pending.update([view.name] if self.logged & set(view.feeds) else [])
-        elif self.logged & set(view.feeds):
+        if self.logged & set(view.feeds):
             # When a maximum is removed, the new one can only be found among all rows of its key.
             lost = [tuple(key) for (key,) in self.connection.execute(self.views.merge(view)).fetchall()]
             if lost:
                 self.connection.execute(self.views.reread(view), _columns(lost))
 
     def _remember(self) -> None:
-        builds = {name for name in self.pending if self.views.views[name].builds}
-        mark_pending(self.connection, self.engine, self.pending - builds)
-        if builds:
-            self.connection.execute(
-                sql.SQL("update {} set whole = true where built = any(%s)").format(
-                    self.views.table("live_builds")
-                ),
-                [sorted(builds)],
-            )
+        mark_pending(self.connection, self.engine, self.pending)
         if self.report.messages or self.report.changed or self.outbox:
             self.report.step = next_step(self.connection, self.engine)
         for domain, keys in self.outbox.items():

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from graphlib import TopologicalSorter
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import psycopg
 import sqlglot
@@ -71,9 +71,6 @@ class View:
     statement to the expressions of the key over that relation, or to None if it is read whole. `feeds` does the same
     for each relation whose changes it follows, with the relations below plain views in place of these. `merged` maps
     the columns of a merged view to `key`, `sum` or `max`.
-
-    A build of a changed view (macros/engine/builds.sql) has `builds`, the view's name. Its touched keys are stored
-    until it is `filled`; from then on it is kept like any view.
     """
 
     name: str
@@ -88,8 +85,6 @@ class View:
     flips: tuple[Flip, ...] = ()
     every_seconds: int = 0
     timed: bool = False
-    builds: str | None = None
-    filled: bool = True
 
 
 @dataclass(frozen=True)
@@ -125,10 +120,6 @@ class LiveViews:
             if relation in view.feeds
             and (view.how == "rebuilt" or (view.how == "keys" and view.feeds[relation] is None))
         ]
-
-    def with_builds(self, relation: str) -> list[View]:
-        """Return a kept view and its build, as far as they exist."""
-        return [view for view in self.views.values() if relation in (view.name, view.builds)]
 
     def depends(self, name: str, relations: Collection[str]) -> bool:
         """Return whether a view reads one of the relations, directly or through other views."""
@@ -403,7 +394,6 @@ def read_views(
             [sorted(kept)],
         ).fetchall()
     )
-    builds = read_builds(connection, engine)
     columns: dict[str, dict[str, str]] = {}
     for relation, name, kind in connection.execute(
         "select c.relname, a.attname, format_type(a.atttypid, a.atttypmod) from pg_attribute as a"
@@ -432,46 +422,14 @@ def read_views(
         for one in sorted(catalog.reads.get(relation, ())):
             yield from below(one)
 
-    def inputs(name: str) -> dict[str, tuple[str, ...]]:
-        return {one: tuple(below(one)) for one in sorted(catalog.reads.get(name, ()))}
-
     described = _Described(registry, columns, unique)
     order = TopologicalSorter({name: set(catalog.reads.get(name, ())) for name in (*kept, *plain)})
     views = []
     for name in order.static_order():
         if name in kept and name in definitions:
-            views.append(described.view(name, definitions[name], inputs(name)))
-        elif name in builds:
-            # What is declared of the view applies to its build.
-            build = builds[name]
-            as_built = _Described(
-                registry,
-                {**columns, build.relation: columns[name]},
-                {**unique, build.relation: unique.get(name, ())},
-            )
-            view = as_built.view(build.relation, build.definition, inputs(name))
-            views.append(replace(view, name=name, builds=build.relation, filled=build.filled))
+            direct = sorted(catalog.reads.get(name, ()))
+            views.append(described.view(name, definitions[name], {one: tuple(below(one)) for one in direct}))
     return LiveViews(engine, registry, views)
-
-
-class Build(NamedTuple):
-    """A changed view, `relation`, that is being built."""
-
-    relation: str
-    definition: str
-    filled: bool
-
-
-def read_builds(connection: psycopg.Connection[Any], engine: EngineConfiguration) -> dict[str, Build]:
-    """Return the builds of changed views by the names of their tables. Raises psycopg.Error."""
-    table = sql.Identifier(engine.schema, "live_builds")
-    ((there,),) = connection.execute(
-        "select to_regclass(%s) is not null", [table.as_string(connection)]
-    ).fetchall()
-    if not there:
-        return {}
-    rows = connection.execute(sql.SQL("select built, relation, definition, filled from {}").format(table))
-    return {built: Build(*values) for built, *values in rows}
 
 
 @dataclass(frozen=True)
@@ -542,8 +500,7 @@ class _Described:
                 )
                 feeds[base] = expressions if plain else None
         flips = _flips(view.definition, feeds) if view.timed else ()
-        # While a changed view is built, the old one has the columns from before the change of the declarations.
-        if flips is None or not set(key) <= set(view.columns):
+        if flips is None:
             return view
         return View(
             view.name,

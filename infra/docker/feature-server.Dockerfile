@@ -26,6 +26,6 @@ ENV PATH=/opt/venv/bin:$PATH \
 USER 10001:10001
 EXPOSE 8080
 HEALTHCHECK --interval=10s --timeout=5s --start-period=15s CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8080/healthz', timeout=4)"]
-# Other containers must reach it, so it cannot bind to loopback; so it needs PREFS_TOKENS or PREFS_TOKENS_FILE.
+# Other containers must reach it, so it cannot bind to loopback; so it does not start without tokens (docs/security.md).
 # It accepts IP addresses as Host; names by which it is called must be given with --allowed-host.
 CMD ["python", "-m", "dagster_prefs", "serve", "--host", "0.0.0.0"]

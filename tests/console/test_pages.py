@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -123,7 +124,7 @@ def test_the_catalog_leads_from_a_word_to_the_field_and_to_the_reason(console: R
     )
     page.goto(f"{console.url}/catalog")
     page.get_by_label("Search").fill("attribute content_id")
-    page.locator('[data-role="count"]').get_by_text("1 of").wait_for()
+    page.locator('[data-role="count"]').get_by_text(re.compile(r"^\d+ of")).wait_for()
     page.get_by_role("link", name=f"watch.titles_{SHORT}d").click()
     page.get_by_role("heading", name=f"watch.titles_{SHORT}d").wait_for()
     facts = page.locator('[data-role="facts"]')

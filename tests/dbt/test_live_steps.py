@@ -77,13 +77,7 @@ def happenings(draw: st.DrawFn) -> list[tuple[str, object]]:
         st.tuples(st.just("pending"), st.lists(st.integers(0, 30), min_size=2)),
         st.tuples(st.just("keys"), st.booleans()),
     )
-    builds = st.one_of(
-        st.tuples(st.just("build"), st.integers(0, 2)),
-        st.tuples(st.just("build"), st.integers(0, 2)),
-        st.tuples(st.just("build"), st.integers(0, 2)),
-        st.tuples(st.just("builders_end"), st.none()),
-    )
-    for happening in [*draw(st.lists(others, max_size=15)), *draw(st.lists(builds, max_size=5))]:
+    for happening in draw(st.lists(others, max_size=15)):
         found.insert(draw(st.integers(0, len(found))), happening)
     return found
 
@@ -94,7 +88,6 @@ class World:
     def __init__(self, steps: Steps) -> None:
         self.steps = steps
         self.clock = NOW
-        self.computed = False
         self.stream: list[Message] = []
         self.erased: dict[tuple[str, str], int] = {}
         replace_events(steps.connection, [])
@@ -188,59 +181,11 @@ class World:
         if there:
             insert_canary_keys(self.steps.connection)
 
-    def build(self, number: int) -> None:
-        """Begin the builds of a third of the views, as if they had changed, or go on with those that there are."""
-        connection = self.steps.connection
-        builds = connection.execute("select relation, built, filled from live_builds").fetchall()
-        for _ in range(3 if builds else 0):
-            self.steps.step()
-        if not builds:
-            self.computed = False
-            for name in sorted(self.steps.views.views)[number::3]:
-                self._begin_build(name)
-        elif not self.computed:
-            # The steps until the next call go on while the rows are computed, and see none of them.
-            for name, _built, _filled in builds:
-                connection.execute("select prefs_fill_build(%s)", [name])
-            connection.execute("update live_builds set filled = false")
-            self.computed = True
-        elif not builds[0][2]:
-            connection.execute("update live_builds set filled = true")
-        else:
-            for name, built, _filled in builds:
-                # In place of what dbt does: it renames the table and recreates what reads it.
-                with connection.transaction():
-                    connection.execute(
-                        sql.SQL(
-                            "delete from {0}; insert into {0} select * from {1}; select prefs_end_build({2})"
-                        ).format(sql.Identifier(name), sql.Identifier(built), sql.Literal(name))
-                    )
-
-    def _begin_build(self, name: str) -> None:
-        connection, view = self.steps.connection, self.steps.views.views[name]
-        with connection.transaction():
-            row = connection.execute("select prefs_begin_build(%s, %s)", [name, view.definition]).fetchone()
-            assert row is not None
-            if view.unique:
-                connection.execute(
-                    sql.SQL("create unique index on {} ({})").format(
-                        sql.Identifier(row[0]), sql.SQL(", ").join(map(sql.Identifier, view.unique))
-                    )
-                )
-
-    def builders_end(self, _: None) -> None:
-        self.steps.connection.execute("update live_builds set builder = -1")
-        self.steps.make_all_due()
-        while self.steps.connection.execute("select from live_builds").fetchall():
-            self.steps.step()
-
     def happen(self, happened: Sequence[tuple[str, object]]) -> None:
         for what, given_ in happened:
             getattr(self, what)(given_)
         if not self.steps.connection.execute("select from canary_keys").fetchall():
             insert_canary_keys(self.steps.connection)
-        while self.steps.connection.execute("select from live_builds").fetchall():
-            self.build(0)
         catch_up(self.steps)
 
     def oracle(self) -> Oracle:
@@ -275,8 +220,6 @@ def test_any_sequence_equals_the_oracle(steps: Steps, happened: list[tuple[str, 
     }
     assert {name for name, count in changed.items() if count != (0,)} == set()
     assert not steps.connection.execute("select from live_pending where relation not like 'sink%'").fetchall()
-    left = "select relation from live_due union all select relation from live_builds"
-    assert steps.connection.execute(left).fetchall() == []
 
 
 def test_views_that_do_not_depend_on_each_other_are_rebuilt_at_once(

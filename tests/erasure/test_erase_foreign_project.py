@@ -111,6 +111,7 @@ def test_a_learner_is_erased_and_nobody_else(
         },
         "items": {"learner_profiles": 1},
         "training": {"training.learner_lessons_daily": 2, "ml.set": 1},
+        "served_log": {},
         "training_earlier": {},
         "labels": {str(tmp_path / "sets" / f"labels.{kind}"): 1 for kind in ("csv", "parquet")},
     }

@@ -20,7 +20,7 @@ from dagster_prefs.events.progress import waiting_since
 from dagster_prefs.freshness.measures import measure_views
 
 READ_OFTEN = ("raw_arrivals", "view_events_parsed", "view_events", "viewer_watch_metrics_1d")
-ENGAGEMENT = {"online/watch", "online/interactions", "online/preferences"}
+ENGAGEMENT = {f"online/{name}" for name in REGISTRY.contract.domains}
 
 
 def test_all_in_step_is_ok_and_stays_ok_when_nothing_arrives(busy: Any) -> None:
@@ -91,6 +91,7 @@ def test_a_view_that_was_not_refreshed_is_named(busy: Any) -> None:
     assert busy.bad() == {
         "views/user_brand_profile": "error",
         "views/user_recent_activity": "error",
+        "views/user_recent_sequence": "error",
         "views/user_category_affinity_decayed": "error",
     }
     busy.refresh()

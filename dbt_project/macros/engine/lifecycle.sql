@@ -16,10 +16,13 @@
   )
 {%- endmacro %}
 
-{# The lock that every refresh and every change of a relation in this database takes. #}
-{% macro engine_lock() -%}
+{#
+  The lock that every refresh and every change of a relation in this database takes. `again` is for after a commit: dbt
+  commits by a statement, after which its driver begins no other transaction by itself.
+#}
+{% macro engine_lock(again=false) -%}
   {% call statement("engine_lock", auto_begin=true) %}
-    select pg_advisory_xact_lock(hashtext('dagster-prefs'), hashtext('{{ target.schema }}'))
+    {% if again %}begin; {% endif %}select pg_advisory_xact_lock(hashtext('dagster-prefs'), hashtext('{{ target.schema }}'))
   {% endcall %}
 {%- endmacro %}
 
@@ -107,7 +110,6 @@
     "live_pending": ["relation", "since"],
     "live_views": ["relation", "as_of"],
     "live_due": ["relation", "key"],
-    "live_builds": ["relation", "built", "definition", "filled"],
     "live_changes": ["relation", "key"],
     "live_outbox": ["domain_key", "entity_key", "step"],
     "live_follower": ["process", "seen_at", "step"],

@@ -209,20 +209,13 @@
 
 {#
   Create or replace a view; its dependents are recreated in the same transaction. The rows of a kept view are computed
-  next to the old view, which serves readers until it is dropped, or are those of its build (`build_beside`). Returns
-  the names of the kept dependents, nearest first, whose rows are still to be compared (`rebuild_marked`).
+  next to the old view, which serves readers until it is dropped. Returns the names of the kept dependents, nearest
+  first, whose rows are still to be compared (`rebuild_marked`).
 #}
-{% macro put_view(relation, kind, state, build=none) -%}
-  {%- set built = build or (relation.incorporate(path={"identifier": relation.identifier ~ "__built"}) if state and kind == "kept view" else none) -%}
-  {%- if state -%}
-    {% do run_query("select " ~ target.schema ~ ".prefs_drop_builds_on('" ~ relation.identifier ~ "')") %}
-  {%- endif -%}
+{% macro put_view(relation, kind, state) -%}
+  {%- set built = relation.incorporate(path={"identifier": relation.identifier ~ "__built"}) if state and kind == "kept view" else none -%}
   {%- if built -%}
-    {#- Also where retention came while the view was built. #}
     {% do refuse_retained(relation) %}
-  {%- endif -%}
-  {%- if built and not build -%}
-    {% do run_query("select " ~ target.schema ~ ".prefs_drop_build('" ~ relation.identifier ~ "')") %}
     {% do run_query("create table " ~ built ~ " as " ~ sql) %}
   {%- endif -%}
   {%- set dependents = dependents_of(relation) if state else [] -%}
@@ -235,14 +228,13 @@
     {{ create_statement(kind, relation, query_of(relation), sql) }}
     {%- endif %}
   {% endcall %}
-  {%- if kind == "kept view" and not build -%}
+  {%- if kind == "kept view" -%}
     {% do create_indexes(relation) %}
   {%- endif -%}
   {% do check_contract(relation) %}
   {%- for statement in again -%}{% do run_query(statement) %}{%- endfor -%}
   {% do run_query(
-    "select " ~ target.schema ~ ".prefs_" ~ ("end_build" if build else "changed" if kind == "kept view" else "mark_readers")
-    ~ "('" ~ relation.identifier ~ "')"
+    "select " ~ target.schema ~ ".prefs_" ~ ("changed" if kind == "kept view" else "mark_readers") ~ "('" ~ relation.identifier ~ "')"
   ) %}
   {%- set kept = [] -%}
   {%- for row in dependents if row["depth"] > 0 and row["kind"] == "kept view" -%}
@@ -264,7 +256,7 @@
 {# Compare the rows of these kept views, nearest first, if a change marked them, each in a transaction of its own. #}
 {% macro rebuild_marked(names) -%}
   {%- for name in names -%}
-    {% do engine_lock() %}
+    {% do engine_lock(again=true) %}
     {% do run_query(
       "select " ~ target.schema ~ ".prefs_rebuild(relation) from " ~ target.schema ~ ".live_pending where relation = '" ~ name ~ "'"
     ) %}
@@ -274,32 +266,28 @@
 
 {#
   A materialized view of the embedded engine is a table and the view of its query (kept.sql), because PostgreSQL can
-  only compute its own materialized views from scratch. A run of its model compares all rows with those of the query, or
-  builds a changed view next to the old one (builds.sql); the follower compares the rows of the changed keys.
+  only compute its own materialized views from scratch. A run of its model compares all rows with those of the query;
+  the follower compares the rows of the changed keys.
 #}
 {% materialization materialized_view, adapter='postgres' %}
   {%- set relation = this.incorporate(type="table") -%}
   {{ run_hooks(pre_hooks, inside_transaction=False) }}
   {% do engine_lock() %}
   {{ run_hooks(pre_hooks, inside_transaction=True) }}
+  {% do delete_read_arrivals() %}
   {%- set state = deployed_state(relation) -%}
   {%- set readers = [] -%}
   {%- if state and state[0] not in ("k", "m", "v") -%}
     {{ exceptions.raise_compiler_error(relation.identifier ~ " exists and is a table: what it holds is never replaced; rename it first, or give the model another name") }}
   {%- elif state and state[0] == "k" and state[1] == definition_checksum() and not should_full_refresh() -%}
-    {% do delete_read_arrivals() %}
     {% call statement("main") %}
       select {{ target.schema }}.prefs_rebuild('{{ relation.identifier }}')
     {% endcall %}
   {%- else -%}
-    {%- set build = build_beside(relation) if state and state[0] == "k" else none -%}
-    {% do delete_read_arrivals() %}
-    {%- do readers.extend(put_view(relation, "kept view", state, build)) -%}
-    {%- if not build -%}
-      {% call statement("analyze") %}
-        analyze {{ relation }}
-      {% endcall %}
-    {%- endif -%}
+    {%- do readers.extend(put_view(relation, "kept view", state)) -%}
+    {% call statement("analyze") %}
+      analyze {{ relation }}
+    {% endcall %}
   {%- endif -%}
   {% do describe(relation) %}
   {{ run_hooks(post_hooks, inside_transaction=True) }}
