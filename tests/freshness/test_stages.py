@@ -20,7 +20,7 @@ from dagster_prefs.events.progress import waiting_since
 from dagster_prefs.freshness.measures import measure_views
 
 READ_OFTEN = ("raw_arrivals", "view_events_parsed", "view_events", "viewer_watch_metrics_1d")
-ENGAGEMENT = {f"online/{name}" for name in REGISTRY.contract.domains}
+ENGAGEMENT = {f"online/{domain.name}" for domain in REGISTRY.contract.domains.values()}
 
 
 def test_all_in_step_is_ok_and_stays_ok_when_nothing_arrives(busy: Any) -> None:
