@@ -83,7 +83,7 @@ def _done_elsewhere(platform: Platform, instance: dg.DagsterInstance) -> str:
     """Return which process applies the events already, a follower or a running job; empty if none does."""
     (follower,) = (
         one
-        for one in measure_embedded(platform.engine, platform.registry, platform.settings.state_dir)
+        for one in measure_embedded(platform.engine, platform.registry, platform.settings.data_dir)
         if one.name == FOLLOWER
     )
     if follower.values.get("follower_alive"):

@@ -85,6 +85,17 @@ def is_at_work(instance: dg.DagsterInstance, settings: Settings, job: str, *, si
     return bool(instance.get_run_records(running, limit=1))
 
 
+def unknown_check(key: dg.AssetKey, check: str, what: str, error: PrefsError) -> dg.AssetCheckResult:
+    """Return the result of a check whose measure, `what`, could not be read: a warning with the reason."""
+    return dg.AssetCheckResult(
+        asset_key=key,
+        check_name=check,
+        passed=False,
+        severity=dg.AssetCheckSeverity.WARN,
+        description=f"{what} is unknown: {error}",
+    )
+
+
 def refresh_embedded(platform: Platform, log: Callable[[str], None]) -> None:
     """Apply and publish all that has arrived on the embedded engine, as `prefs refresh` does.
 

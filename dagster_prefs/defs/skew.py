@@ -5,7 +5,7 @@ from pathlib import Path
 
 import dagster as dg
 
-from dagster_prefs.defs.resources import asset_job, asset_key, job_schedule
+from dagster_prefs.defs.resources import asset_job, asset_key, job_schedule, unknown_check
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.platform import Platform
 from dagster_prefs.training.skew import CAUSES, AttributeSkew, SkewReport
@@ -68,13 +68,7 @@ def _checks(platform: Platform, folder: Path) -> dg.AssetChecksDefinition:
             report = platform.skew([folder])
         except PrefsError as error:
             for key in selected:
-                yield dg.AssetCheckResult(
-                    asset_key=key,
-                    check_name=CHECK,
-                    passed=False,
-                    severity=dg.AssetCheckSeverity.WARN,
-                    description=f"skew is unknown: {error}",
-                )
+                yield unknown_check(key, CHECK, "skew", error)
             return
         for name, key in keys.items():
             if key in selected:

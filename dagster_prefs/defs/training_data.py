@@ -8,7 +8,7 @@ import dagster as dg
 from pydantic import Field
 
 from dagster_prefs.declarations.masking import masked_row
-from dagster_prefs.defs.resources import asset_job, asset_key, job_schedule, lake_pool
+from dagster_prefs.defs.resources import asset_job, asset_key, job_schedule, lake_pool, unknown_check
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.files import make_private_folder
 from dagster_prefs.iceberg.catalog import TableMissing
@@ -91,13 +91,7 @@ def parity_check(
                 report = platform.parity(features, now=clock())
             except PrefsError as error:
                 for domain in wanted:
-                    yield dg.AssetCheckResult(
-                        asset_key=keys[domain],
-                        check_name=checks[domain],
-                        passed=False,
-                        severity=dg.AssetCheckSeverity.WARN,
-                        description=f"parity is unknown: {error}",
-                    )
+                    yield unknown_check(keys[domain], checks[domain], "parity", error)
                 continue
             for domain in wanted:
                 rates = _rates(report.of(domain))

@@ -15,6 +15,7 @@ from dagster_prefs.defs.resources import (
     job_schedule,
     lake_pool,
     sensor_status,
+    unknown_check,
 )
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.freshness.alerts import channels
@@ -192,13 +193,7 @@ def _checks(platform: Platform, clock: Callable[[], datetime]) -> dg.AssetChecks
             causes = platform.drift()
         except PrefsError as error:
             for key in selected:
-                yield dg.AssetCheckResult(
-                    asset_key=key,
-                    check_name=CHECK,
-                    passed=False,
-                    severity=dg.AssetCheckSeverity.WARN,
-                    description=f"drift is unknown: {error}",
-                )
+                yield unknown_check(key, CHECK, "drift", error)
             return
         found = {one.relation: one for cause in causes for one in cause.days}
         for relation, key in keys.items():

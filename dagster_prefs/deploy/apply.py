@@ -33,6 +33,7 @@ from dagster_prefs.engine.catalog import Catalog, read_catalog
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
 from dagster_prefs.engine.explain import engine_words
+from dagster_prefs.engine.lock import lock_deployment
 from dagster_prefs.engine.spreads import SPREAD_KIND
 from dagster_prefs.engine.version import require_version
 from dagster_prefs.errors import PrefsError
@@ -392,9 +393,7 @@ class _Apply:
             yield
             return
         with self.connection.transaction():
-            self.connection.execute(
-                "select pg_advisory_xact_lock(hashtext('dagster-prefs'), hashtext(%s))", [self.engine.schema]
-            )
+            lock_deployment(self.connection, self.engine)
             yield
 
     def _wait_until_created(self, journal: _Journal) -> None:

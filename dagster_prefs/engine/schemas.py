@@ -11,6 +11,7 @@ from psycopg import sql
 from dagster_prefs.declarations.findings import PLATFORM_RELATIONS
 from dagster_prefs.engine.catalog import read_catalog
 from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.engine.lock import lock_deployment
 from dagster_prefs.errors import PrefsError
 
 # The table by which a schema of the platform is recognised.
@@ -73,10 +74,8 @@ def drop_schema(connection: psycopg.Connection[Any], engine: EngineConfiguration
         connection.execute(sql.SQL("drop schema if exists {} cascade").format(sql.Identifier(engine.schema)))
         return True
     with connection.transaction():
-        # The lock of dbt's runs and of the follower's steps, none of which may make a relation meanwhile.
-        connection.execute(
-            "select pg_advisory_xact_lock(hashtext('dagster-prefs'), hashtext(%s))", [engine.schema]
-        )
+        # Neither dbt's runs nor the follower's steps may make a relation meanwhile.
+        lock_deployment(connection, engine)
         if not connection.execute("select from pg_namespace where nspname = %s", [engine.schema]).fetchall():
             return False
         _refuse_others(connection, engine)

@@ -15,12 +15,10 @@ from psycopg import sql
 
 from dagster_prefs.declarations.registry import TopicDeclaration
 from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.engine.lock import deployment_locked
 from dagster_prefs.events.raw import translated
 
 HOUR = timedelta(hours=1)
-# The lock of the follower's steps and of dbt's runs (macros/engine/kept.sql).
-LOCK = "select pg_advisory_lock(hashtext('dagster-prefs'), hashtext(%s))"
-UNLOCK = "select pg_advisory_unlock(hashtext('dagster-prefs'), hashtext(%s))"
 
 IsExported = Callable[[psycopg.Connection[Any], datetime], bool]
 
@@ -47,13 +45,9 @@ def let_leave(
         for (hour,) in hours:
             if hour + HOUR <= before:
                 # Before the snapshot, so that no step and no rebuild finds the messages gone without the note.
-                connection.execute(LOCK, [engine.schema])
-                try:
-                    with connection.transaction():
-                        if is_exported(connection, hour):
-                            left += _leave(connection, engine, topic, hour)
-                finally:
-                    connection.execute(UNLOCK, [engine.schema])
+                with deployment_locked(connection, engine), connection.transaction():
+                    if is_exported(connection, hour):
+                        left += _leave(connection, engine, topic, hour)
     return left
 
 

@@ -20,6 +20,11 @@ SORTING = ("128MB", 2)
 JOINING = ("1GB", 4)
 
 
+def quoted(name: str) -> str:
+    """Return an identifier as DuckDB's SQL writes it."""
+    return '"' + name.replace('"', '""') + '"'
+
+
 @contextmanager
 def duck_session(memory: str, threads: int) -> Iterator[duckdb.DuckDBPyConnection]:
     """Open a session whose tables live in a temporary file; its memory is at most `memory` (e.g. `1GB`)."""

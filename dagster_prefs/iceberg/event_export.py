@@ -34,8 +34,8 @@ from dagster_prefs.declarations.names import REDACTED
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.iceberg.audit import AuditFailed, Staged, StagedDay, total_findings
 from dagster_prefs.iceberg.catalog import OfflineError, translated
-from dagster_prefs.iceberg.duck import SORTING, duck_session, registered
-from dagster_prefs.iceberg.event_reader import complete_until_of, quoted
+from dagster_prefs.iceberg.duck import SORTING, duck_session, quoted, registered
+from dagster_prefs.iceberg.event_reader import complete_until_of
 from dagster_prefs.iceberg.event_source import (
     PEOPLE,
     SUPPRESSED,
@@ -56,7 +56,7 @@ from dagster_prefs.iceberg.event_tables import (
     EventTable,
     TopicTables,
 )
-from dagster_prefs.iceberg.export import DEFAULT_NAMESPACE, NAMED_REASONS, ExportConflict
+from dagster_prefs.iceberg.export import DEFAULT_NAMESPACE, ExportConflict, first_of
 from dagster_prefs.iceberg.files import LayoutForeign, LiveFile, live_files, parts_of, read_rows
 from dagster_prefs.iceberg.publish import (
     ATTEMPTS,
@@ -88,10 +88,9 @@ class HoursFailed(OfflineError):
 
     def __init__(self, hours: Mapping[tuple[str, datetime], str]) -> None:
         named = [f"{topic} from {hour.isoformat()}: {what}" for (topic, hour), what in sorted(hours.items())]
-        more = f"; and {len(named) - NAMED_REASONS} more" if len(named) > NAMED_REASONS else ""
         super().__init__(
             f"{len(named)} hours of events were not exported and stay as they are, every other hour was exported "
-            f"({'; '.join(named[:NAMED_REASONS])}{more})"
+            f"({first_of(named)})"
         )
 
 

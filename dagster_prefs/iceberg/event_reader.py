@@ -23,7 +23,7 @@ from pyiceberg.table import Table
 from pyiceberg.table.snapshots import ancestors_of
 
 from dagster_prefs.iceberg.catalog import translated
-from dagster_prefs.iceberg.duck import registered
+from dagster_prefs.iceberg.duck import quoted, registered
 from dagster_prefs.iceberg.event_tables import (
     ARRIVED,
     COMPLETE_FROM,
@@ -189,8 +189,3 @@ def load_accepted(
             f"    select hash({identity}) from {table} group by 1 having count(*) > 1)"
             f") where delivery > 1)"
         )
-
-
-def quoted(name: str) -> str:
-    """Return an identifier as DuckDB's SQL writes it."""
-    return '"' + name.replace('"', '""') + '"'

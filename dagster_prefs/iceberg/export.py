@@ -88,17 +88,21 @@ class ExportConflict(OfflineError):
 NAMED_REASONS = 3
 
 
+def first_of(named: Sequence[str]) -> str:
+    """Return the first texts in full, and the number of the others."""
+    more = f"; and {len(named) - NAMED_REASONS} more" if len(named) > NAMED_REASONS else ""
+    return "; ".join(named[:NAMED_REASONS]) + more
+
+
 class ForeignRows(OfflineError):
     """Days that another writer changed were left unchanged; the message names days, files and remedy."""
 
     def __init__(self, days: Mapping[tuple[str, date], str]) -> None:
         named = [f"{table} of {day}: {what}" for (table, day), what in sorted(days.items())]
-        more = f"; and {len(named) - NAMED_REASONS} more" if len(named) > NAMED_REASONS else ""
         super().__init__(
             f"{len(named)} exported days were changed by another writer and stay as they are "
-            f"({'; '.join(named[:NAMED_REASONS])}"
-            f"{more}): find out who writes to these tables, then run `prefs export --replace-foreign`, which makes the "
-            "days what this platform exports again"
+            f"({first_of(named)}): find out who writes to these tables, then run `prefs export --replace-foreign`, "
+            "which makes the days what this platform exports again"
         )
 
 

@@ -15,6 +15,7 @@ from psycopg import sql
 
 from dagster_prefs.declarations.registry import Registry, TopicDeclaration
 from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.engine.lock import lock_deployment
 from dagster_prefs.errors import PrefsError, excerpt
 from dagster_prefs.live.steps import mark_pending
 from dagster_prefs.live.views import read_views
@@ -65,9 +66,7 @@ def mark_rebuilt(
     """
     with connection.transaction():
         # A view that is being rebuilt when it is marked would lose the mark.
-        connection.execute(
-            "select pg_advisory_xact_lock(hashtext('dagster-prefs'), hashtext(%s))", [engine.schema]
-        )
+        lock_deployment(connection, engine)
         missing = [topic for topic in plan.topics if _lacks_messages(connection, engine, topic)]
         connection.execute(
             sql.SQL("delete from {} where relation = any(%s)").format(

@@ -25,6 +25,7 @@ from psycopg import sql
 from dagster_prefs.declarations.registry import Registry, TopicDeclaration
 from dagster_prefs.engine.catalog import NotDeployed, missing_relation
 from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.engine.lock import deployment_locked, lock_deployment
 from dagster_prefs.live.presence import pending_views
 from dagster_prefs.live.trail import forget_old_steps, make_trail, note_step
 from dagster_prefs.live.views import (
@@ -48,9 +49,6 @@ DUE_SECONDS = 30.0
 # From this number of messages and this share of the stored ones, rebuilding is faster than steps.
 REBUILD_MESSAGES = 20_000
 REBUILD_SHARE = 0.2
-
-# What an apply takes as well: while it is held, neither views nor their marks change under a step.
-_LOCK = "hashtext('dagster-prefs'), hashtext(%s)"
 
 Key = tuple[str, ...]
 
@@ -143,7 +141,7 @@ class Steps:
         started = time.monotonic()
         report = StepReport()
         with ExitStack() as beside, self.connection.transaction():
-            self.connection.execute(f"select pg_advisory_xact_lock({_LOCK})", [self.engine.schema])
+            lock_deployment(self.connection, self.engine)
             views = self.views
             if self._prefer_rebuilding(views):
                 report.more = True
@@ -207,23 +205,23 @@ class Steps:
                 if not ended.is_set():
                     self._rebuild(connection, name, report)
 
-        self.connection.execute(f"select pg_advisory_lock({_LOCK})", [self.engine.schema])
-        try:
-            with self.engine.connect() as connection, ThreadPoolExecutor(1, "rebuild") as thread:
-                # The lock ends with this process, so its second transaction must not outlive it either.
-                connection.execute("set client_connection_check_interval = '500ms'")
-                ((clock,),) = self.connection.execute(
-                    "select coalesce(current_setting('prefs.clock', true), '')"
-                ).fetchall()
-                connection.execute("select set_config('prefs.clock', %s, false)", [clock])
-                rebuilding = thread.submit(rebuild, connection)
-                try:
-                    yield
-                finally:
-                    ended.set()
-                rebuilding.result()
-        finally:
-            self.connection.execute(f"select pg_advisory_unlock({_LOCK})", [self.engine.schema])
+        with (
+            deployment_locked(self.connection, self.engine),
+            self.engine.connect() as connection,
+            ThreadPoolExecutor(1, "rebuild") as thread,
+        ):
+            # The lock ends with this process, so its second transaction must not outlive it either.
+            connection.execute("set client_connection_check_interval = '500ms'")
+            ((clock,),) = self.connection.execute(
+                "select coalesce(current_setting('prefs.clock', true), '')"
+            ).fetchall()
+            connection.execute("select set_config('prefs.clock', %s, false)", [clock])
+            rebuilding = thread.submit(rebuild, connection)
+            try:
+                yield
+            finally:
+                ended.set()
+            rebuilding.result()
 
     def _rebuild(self, connection: psycopg.Connection[Any], view: str, report: StepReport) -> None:
         ((changed,),) = connection.execute(

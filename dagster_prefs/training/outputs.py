@@ -18,6 +18,7 @@ from pyiceberg.table import Table
 
 from dagster_prefs.files import whole_file
 from dagster_prefs.iceberg.catalog import OfflineError, ensure_namespace, translated
+from dagster_prefs.iceberg.duck import quoted
 from dagster_prefs.iceberg.replace import ChangedMeanwhile, replace_all
 from dagster_prefs.iceberg.tables import PARQUET, TABLE_PROPERTIES, TRAINING_SET, arrow_schema
 from dagster_prefs.training.labels import TIME
@@ -140,7 +141,7 @@ def _as_csv(
             raise OutputRefused(
                 f"the labels' column {name} is {kind}, which CSV cannot represent: convert it, or write a Parquet file"
             )
-        column, text = _quoted(name), _quoted(name)
+        column, text = quoted(name), quoted(name)
         if name == TIME:
             text = f"strftime(make_timestamp({column}), '%Y-%m-%dT%H:%M:%S.%fZ')"
         elif kind == "VARCHAR[]":
@@ -154,12 +155,12 @@ def _as_csv(
                 f" and not regexp_full_match({column}, {_literal(_NUMBER)}) then '''' || {column} else {column} end"
             )
         shown = f"'{name}" if not keep_formulas and re.match(_FORMULA, name) else name
-        chosen.append(f"{text} as {_quoted(shown)}")
+        chosen.append(f"{text} as {quoted(shown)}")
     return _selected(session, chosen)
 
 
 def _ordered(session: duckdb.DuckDBPyConnection, columns: Mapping[str, str]) -> pa.RecordBatchReader:
-    rows = _selected(session, list(map(_quoted, columns)))
+    rows = _selected(session, list(map(quoted, columns)))
     place = rows.schema.get_field_index(TIME)
     field = pa.field(TIME, _INSTANT)
     schema = rows.schema.set(place, field)
@@ -171,10 +172,6 @@ def _ordered(session: duckdb.DuckDBPyConnection, columns: Mapping[str, str]) -> 
 def _selected(session: duckdb.DuckDBPyConnection, chosen: Sequence[str]) -> pa.RecordBatchReader:
     query = f"select {', '.join(chosen)} from result order by point"
     return session.sql(query).to_arrow_reader(ROWS_PER_GROUP)
-
-
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
 
 
 def _literal(text: str) -> str:

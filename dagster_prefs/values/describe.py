@@ -15,7 +15,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from dagster_prefs.iceberg.duck import registered
+from dagster_prefs.iceberg.duck import quoted, registered
 from dagster_prefs.values.statistics import (
     BOUNDS,
     MIN_SUBJECTS,
@@ -120,13 +120,13 @@ def _numbers(
 ) -> dict[date, dict[str, Any]]:
     """Count and summarize all attributes of each day, in one pass over the rows."""
     every = max(1, -(-max((rows for rows, _ in what.days.values()), default=0) // QUANTILE_ROWS))
-    sample = f"filter (where hash({_quoted(what.subject)}) % {every} = 0)" if every > 1 else ""
+    sample = f"filter (where hash({quoted(what.subject)}) % {every} = 0)" if every > 1 else ""
     shares = f"[{', '.join(map(str, QUANTILES))}]"
     # As a variable of the session, because the statement would name all bounds once for each attribute.
     session.execute("set variable bounds = $bounds", {"bounds": list(BOUNDS)})
-    columns = [f"{_quoted(what.day)} as day", "count(*) as rows"]
+    columns = [f"{quoted(what.day)} as day", "count(*) as rows"]
     for place, one in enumerate(attributes):
-        column, number = _quoted(one.name), f"({one.sql})::double"
+        column, number = quoted(one.name), f"({one.sql})::double"
         columns += [
             f"count({column}) as known_{place}",
             f"approx_count_distinct({column}) as distinct_{place}",
@@ -161,14 +161,14 @@ def _texts(
     if not names:
         return {}
     selected = pa.schema([schema.field(name) for name in dict.fromkeys([what.subject, what.day, *names])])
-    quoted = [_quoted(name) for name in names]
-    day, value = _quoted(what.day), f"coalesce({', '.join(quoted)})"
+    columns = [quoted(name) for name in names]
+    day, value = quoted(what.day), f"coalesce({', '.join(columns)})"
     with registered(session, "described", selected, batches(selected.names)):
         rows = session.execute(
-            f"select {day} as day, grouping({', '.join(quoted)}) as place, {value} as value, count(*) as n"
-            f" from described group by grouping sets ({', '.join(f'({day}, {name})' for name in quoted)})"
+            f"select {day} as day, grouping({', '.join(columns)}) as place, {value} as value, count(*) as n"
+            f" from described group by grouping sets ({', '.join(f'({day}, {name})' for name in columns)})"
             f" having {value} is not null and count(*) >= $least"
-            f" and approx_count_distinct({_quoted(what.subject)}) >= $least"
+            f" and approx_count_distinct({quoted(what.subject)}) >= $least"
             " qualify row_number() over (partition by day, place order by n desc, value) <= $most"
             " order by day, place, n desc, value",
             {"least": MIN_SUBJECTS, "most": MOST_VALUES},
@@ -180,7 +180,3 @@ def _texts(
     for on, mask, text, count in rows:
         found.setdefault((on, masks[mask]), []).append((text, int(count)))
     return found
-
-
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
