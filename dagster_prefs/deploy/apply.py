@@ -149,6 +149,7 @@ class _Apply:
         for journal in self._journals():
             if journal.state == GOING_LIVE:
                 self._go_live(journal)
+        self._drop_dead_builds()
         plan = plan_now()
         if plan.refusals:
             raise PlanError("; ".join(plan.refusals))
@@ -344,6 +345,12 @@ class _Apply:
                 self._drop_all(journal.drop, "the orphaned relation")
                 for name in journal.drop:
                     self._delete_record(name)
+
+    def _drop_dead_builds(self) -> None:
+        """Drop what killed runs of dbt left of changed views (macros/engine/builds.sql)."""
+        if "live_builds" in self._catalog().objects:
+            with self._one_change():
+                self._execute("select {}()", self._at("prefs_drop_dead_builds"))
 
     def _drop_all(self, names: Sequence[str], what: str) -> None:
         """Drop relations, readers before the relations that they read."""

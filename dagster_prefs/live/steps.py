@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -31,10 +31,12 @@ from dagster_prefs.live.trail import forget_old_steps, make_trail, note_step
 from dagster_prefs.live.views import (
     CLOCK,
     PLACE,
+    Build,
     LiveViews,
     View,
     delta_table,
     raw_sql,
+    read_builds,
     read_views,
     topics_of_key,
 )
@@ -106,7 +108,7 @@ class Steps:
         self._declared = declared or (lambda: registry)
         # A statement is planned anew for its keys, because their number varies from a handful to thousands.
         self.connection.prepare_threshold = None
-        self._deployed: str | None = None
+        self._deployed: tuple[str, Mapping[str, Build]] | None = None
         self._views: LiveViews | None = None
         self._due_at = 0.0
 
@@ -128,12 +130,13 @@ class Steps:
             if missing := missing_relation(error):
                 raise NotDeployed(f"{missing}: nothing is deployed yet; run `prefs apply`") from None
             raise
-        if self._views is None or deployed != self._deployed:
+        builds = read_builds(self.connection, self.engine)
+        if self._views is None or (deployed, builds) != self._deployed:
             if self._deployed is not None:
                 self.registry = self._declared()
             views = read_views(self.connection, self.engine, self.registry)
             self._prepare(views)
-            self._views, self._deployed = views, deployed
+            self._views, self._deployed = views, (deployed, builds)
         return self._views
 
     def step(self) -> StepReport:
@@ -151,13 +154,17 @@ class Steps:
                 _Step(self.connection, self.engine, views, report).run(due=started >= self._due_at)
                 if started >= self._due_at:
                     forget_old_steps(self.connection, self.engine)
+                    if len(views.ordered) > len(views.views):
+                        self.connection.execute(
+                            sql.SQL("select {}()").format(self._table("prefs_drop_dead_builds"))
+                        )
                     self._due_at = started + DUE_SECONDS
         report.seconds = time.monotonic() - started
         return report
 
     def forget_deployed(self) -> None:
         """Have the next step read views and declarations again, though the deployed models may be the same."""
-        self._views, self._deployed = None, ""
+        self._views, self._deployed = None, ("", {})
 
     def make_all_due(self) -> None:
         """Have the next step check the clock, regardless of the last check."""
@@ -266,7 +273,7 @@ class Steps:
         for parsed, topic in views.parsed.items():
             for column, where in _lookups(self.registry, topic).items():
                 self._index(parsed, [column], where)
-        for view in views.views.values():
+        for view in views.ordered:
             for flip in view.flips:
                 self._index(flip.relation, [flip.rows.replace("%%", "%")])
             for relation, key in view.reads.items():
@@ -360,11 +367,15 @@ class _Step:
             self._note_due()
         self._claim_due()
         computed = []
-        for view in self.views.views.values():
+        for view in self.views.ordered:
             if view.how == "keys" and self.touched.get(view.name):
-                self._bring(view, self.touched.pop(view.name))
-                computed += [view.name] if view.timed else []
-            elif view.how == "merging":
+                keys = self.touched.pop(view.name)
+                if view.builds is not None:
+                    self._keep_build(view, keys)
+                else:
+                    self._bring(view, keys)
+                computed += [view.name] if view.timed and view.filled else []
+            elif view.how == "merging" and view.builds is None:
                 self._merge(view)
         if computed:
             self._note_moment(computed)
@@ -443,7 +454,7 @@ class _Step:
             self.report.taken.append(
                 Taken(topic.name, source, partition, offsets[0], offsets[-1], len(offsets))
             )
-        self._touch(parsed, [tuple(map(str, place)) for place in places])
+        self._claim(parsed, [tuple(map(str, place)) for place in places])
 
     def _shorten(self, topic: TopicDeclaration, arrival: Sequence[Any], first: int) -> None:
         source, partition, old, _, messages = arrival
@@ -479,10 +490,10 @@ class _Step:
             elif relation == "canary_keys":
                 self._canaries_changed(keys)
             else:
-                self.pending.update(view.name for view in self.views.views.values() if relation in view.feeds)
+                self.pending.update(view.name for view in self.views.ordered if relation in view.feeds)
 
     def _messages_changed(self, topic: TopicDeclaration, keys: Sequence[Mapping[str, Any]]) -> None:
-        self._touch(topic.parsed, [tuple(str(key[name]) for name in PLACE) for key in keys])
+        self._claim(topic.parsed, [tuple(str(key[name]) for name in PLACE) for key in keys])
 
     def _subjects_erased(self, keys: Sequence[Mapping[str, Any]]) -> None:
         entities = self.views.registry.entities
@@ -508,7 +519,7 @@ class _Step:
             ),
             [list(ids)],
         ).fetchall()
-        self._touch(topic.relation, [(str(identity),) for (identity,) in rows])
+        self._claim(topic.relation, [(str(identity),) for (identity,) in rows])
 
     def _canaries_changed(self, keys: Sequence[Mapping[str, Any]]) -> None:
         deployments = [str(key["deployment"]) for key in keys]
@@ -520,12 +531,14 @@ class _Step:
                     ).format(self.views.table(parsed)),
                     [deployments],
                 ).fetchall()
-                self._touch(parsed, [tuple(map(str, row)) for row in rows])
+                self._claim(parsed, [tuple(map(str, row)) for row in rows])
+                # Its canaries may be in other rows.
+                self.pending.update(view.name for view in self.views.with_builds(parsed) if view.builds)
 
     def _note_due(self) -> None:
         """Store the keys of rows that passed a border since the rows of their view were last computed."""
-        for view in self.views.views.values():
-            if not view.timed:
+        for view in self.views.ordered:
+            if not view.timed or not view.filled:
                 continue
             row = self.connection.execute(
                 sql.SQL(
@@ -557,20 +570,57 @@ class _Step:
     def _claim_due(self) -> None:
         rows = self.connection.execute(
             sql.SQL(
-                "delete from {0} where (relation, key) in (select relation, key from {0} limit %s)"
-                " returning relation, key"
+                "delete from {0} where (relation, key) in"
+                " (select relation, key from {0} where relation <> all(%s) limit %s) returning relation, key"
             ).format(self.views.table("live_due")),
-            [DUE_PER_STEP],
+            [[view.name for view in self.views.ordered if not view.filled], DUE_PER_STEP],
         ).fetchall()
         self.report.more = self.report.more or len(rows) == DUE_PER_STEP
+        there = {view.name for view in self.views.ordered}
         for relation, key in rows:
-            if relation in self.views.views:
+            if relation in there:
                 self._touch(relation, [tuple(key)])
 
     # --- through the views ---
 
     def _touch(self, view: str, keys: Iterable[Key]) -> None:
         self.touched.setdefault(view, set()).update(keys)
+
+    def _claim(self, relation: str, keys: Collection[Key]) -> None:
+        """Have a view and its build computed for keys."""
+        for view in self.views.with_builds(relation) if keys else ():
+            if view.how == "keys":
+                self._touch(view.name, keys)
+            else:
+                self.pending.add(view.name)
+
+    def _keep_build(self, build: View, keys: set[Key]) -> None:
+        """Store the touched keys of a build, or compute them once it is filled."""
+        if not build.filled:
+            self._store(build, keys)
+            return
+        try:
+            with self.connection.transaction():
+                self._bring(build, keys)
+        except (psycopg.DataError, psycopg.IntegrityError, psycopg.ProgrammingError):
+            # What its query refuses must not stop the views in use: the run that builds it meets the error.
+            self.pending.add(build.name)
+
+    def _store(self, build: View, keys: Iterable[Key]) -> None:
+        """Store touched keys of a build that is not filled yet."""
+        columns = _columns(keys)
+        self.connection.execute(
+            sql.SQL(
+                "insert into {} (relation, key) select {}, array[{}] from unnest({}) as k ({}) on conflict do nothing"
+            ).format(
+                self.views.table("live_due"),
+                sql.Literal(build.name),
+                sql.SQL(", ").join(map(sql.Identifier, columns)),
+                sql.SQL(", ").join(sql.SQL("{}::text[]").format(sql.Placeholder(name)) for name in columns),
+                sql.SQL(", ").join(map(sql.Identifier, columns)),
+            ),
+            columns,
+        )
 
     def _bring(self, view: View, keys: set[Key]) -> None:
         told = self.connection.execute(self.views.step(view), _columns(keys)).fetchall()
@@ -585,7 +635,7 @@ class _Step:
                 self.outbox.setdefault(readers[number].name, set()).add(key[0])
             else:
                 self._touch(readers[number].name, [tuple(key)])
-        if changed:
+        if changed and view.builds is None:
             self.report.changed[view.name] = changed
             self.logged.add(view.name)
             self.pending.update(self.views.rebuilt_by(view.name))
@@ -598,7 +648,14 @@ class _Step:
                 self.connection.execute(self.views.reread(view), _columns(lost))
 
     def _remember(self) -> None:
-        mark_pending(self.connection, self.engine, self.pending)
+        mark_pending(self.connection, self.engine, self.pending & set(self.views.views))
+        if builds := self.pending - set(self.views.views):
+            self.connection.execute(
+                sql.SQL("update {} set whole = true where built = any(%s) and not whole").format(
+                    self.views.table("live_builds")
+                ),
+                [sorted(builds)],
+            )
         if self.report.messages or self.report.changed or self.outbox:
             self.report.step = next_step(self.connection, self.engine)
         for domain, keys in self.outbox.items():

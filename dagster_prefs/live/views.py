@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from graphlib import TopologicalSorter
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import psycopg
 import sqlglot
@@ -71,6 +71,9 @@ class View:
     statement to the expressions of the key over that relation, or to None if it is read whole. `feeds` does the same
     for each relation whose changes it follows, with the relations below plain views in place of these. `merged` maps
     the columns of a merged view to `key`, `sum` or `max`.
+
+    The build of a changed view (macros/engine/builds.sql) has `builds`, the view's name; its own name is that of its
+    table. Its touched keys are stored until it is `filled`; from then on it is kept by keys, if it can be.
     """
 
     name: str
@@ -85,6 +88,8 @@ class View:
     flips: tuple[Flip, ...] = ()
     every_seconds: int = 0
     timed: bool = False
+    builds: str | None = None
+    filled: bool = True
 
 
 @dataclass(frozen=True)
@@ -97,29 +102,42 @@ class Reader:
 
 
 class LiveViews:
-    """All kept views, in the order in which changes pass through them."""
+    """All kept `views`, in the order in which changes pass through them.
+
+    `ordered` contains the builds of changed views too, at their places in this order.
+    """
 
     def __init__(self, engine: EngineConfiguration, registry: Registry, views: Sequence[View]) -> None:
         self.engine = engine
         self.registry = registry
-        self.views = {view.name: view for view in views}
+        self.ordered = tuple(views)
+        self.views = {view.name: view for view in views if view.builds is None}
         self.parsed = {
             topic.parsed: topic for topic in registry.topics.values() if topic.parsed in self.views
         }
         self.readers = {view.name: tuple(self._readers(view.name)) for view in views}
         self.merging = frozenset(
-            relation for view in views if view.how == "merging" for relation in view.feeds
+            relation for view in self.views.values() if view.how == "merging" for relation in view.feeds
         )
         self._statements: dict[str, sql.Composed] = {}
 
     def rebuilt_by(self, relation: str) -> list[str]:
-        """Return the views that become pending when a relation changes, because they read it whole."""
+        """Return the views and builds that become pending when a relation changes, because no key tells it to them."""
         return [
             view.name
-            for view in self.views.values()
+            for view in self.ordered
             if relation in view.feeds
-            and (view.how == "rebuilt" or (view.how == "keys" and view.feeds[relation] is None))
+            and (
+                view.how == "rebuilt"
+                or (view.how == "keys" and view.feeds[relation] is None)
+                # What is merged into a build may be in the snapshot already from which it is filled.
+                or (view.how == "merging" and view.builds is not None)
+            )
         ]
+
+    def with_builds(self, relation: str) -> list[View]:
+        """Return a kept view and its build, as far as they exist."""
+        return [view for view in self.ordered if relation in (view.name, view.builds)]
 
     def depends(self, name: str, relations: Collection[str]) -> bool:
         """Return whether a view reads one of the relations, directly or through other views."""
@@ -133,7 +151,7 @@ class LiveViews:
         return sql.Identifier(self.engine.schema, name)
 
     def _readers(self, relation: str) -> Iterator[Reader]:
-        for view in self.views.values():
+        for view in self.ordered:
             expressions = view.feeds.get(relation)
             if view.how == "keys" and expressions:
                 yield Reader(view.name, expressions)
@@ -212,7 +230,10 @@ class LiveViews:
         for relation, expressions in view.reads.items():
             if expressions is not None:
                 # In rejected messages any field may be too long for an index; typed events contain none of them.
-                valid = relation in self.parsed and view.name == self.parsed[relation].relation
+                valid = relation in self.parsed and self.parsed[relation].relation in (
+                    view.name,
+                    view.builds,
+                )
                 yield sql.SQL("{} as (select t.* from {} as t where {}{})").format(
                     sql.Identifier(_touched_name(relation)),
                     self.table(relation),
@@ -394,6 +415,7 @@ def read_views(
             [sorted(kept)],
         ).fetchall()
     )
+    builds = read_builds(connection, engine)
     columns: dict[str, dict[str, str]] = {}
     for relation, name, kind in connection.execute(
         "select c.relname, a.attname, format_type(a.atttypid, a.atttypmod) from pg_attribute as a"
@@ -422,14 +444,46 @@ def read_views(
         for one in sorted(catalog.reads.get(relation, ())):
             yield from below(one)
 
+    def inputs(name: str) -> dict[str, tuple[str, ...]]:
+        return {one: tuple(below(one)) for one in sorted(catalog.reads.get(name, ()))}
+
     described = _Described(registry, columns, unique)
     order = TopologicalSorter({name: set(catalog.reads.get(name, ())) for name in (*kept, *plain)})
     views = []
     for name in order.static_order():
         if name in kept and name in definitions:
-            direct = sorted(catalog.reads.get(name, ()))
-            views.append(described.view(name, definitions[name], {one: tuple(below(one)) for one in direct}))
+            views.append(described.view(name, definitions[name], inputs(name)))
+        elif name in kept and name in builds:
+            # What is declared of the view applies to its build.
+            build = builds[name]
+            as_view = _Described(
+                registry,
+                {**columns, build.relation: columns[name]},
+                {**unique, build.relation: unique.get(name, ())},
+            ).view(build.relation, build.definition, inputs(name))
+            views.append(replace(as_view, name=name, builds=build.relation, filled=build.filled))
     return LiveViews(engine, registry, views)
+
+
+class Build(NamedTuple):
+    """The build of a changed view, `relation`."""
+
+    relation: str
+    definition: str
+    filled: bool
+
+
+def read_builds(connection: psycopg.Connection[Any], engine: EngineConfiguration) -> dict[str, Build]:
+    """Return the builds of changed views by the names of their tables. Raises psycopg.Error."""
+    table = sql.Identifier(engine.schema, "live_builds")
+    ((there,),) = connection.execute(
+        "select to_regclass(%s) is not null", [table.as_string(connection)]
+    ).fetchall()
+    if not there:
+        # What is deployed is from a version without builds.
+        return {}
+    rows = connection.execute(sql.SQL("select built, relation, definition, filled from {}").format(table))
+    return {built: Build(*values) for built, *values in rows}
 
 
 @dataclass(frozen=True)
@@ -500,7 +554,14 @@ class _Described:
                 )
                 feeds[base] = expressions if plain else None
         flips = _flips(view.definition, feeds) if view.timed else ()
-        if flips is None:
+        # While changed views are built, the old ones are not as they are declared now.
+        fits = set(key) <= set(view.columns) and all(
+            not one.isidentifier() or one in self.columns.get(relation, {})
+            for relation, expressions in given.items()
+            if relation in inputs
+            for one in expressions
+        )
+        if flips is None or not fits:
             return view
         return View(
             view.name,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from declared import COURSES
 from psycopg import sql
 from relations import insert_events
 from streams import MIDNIGHT, watch
+from waiting import wait_for
 from warm import Warm, WarmProcess
 from workshop import PROJECT, Workshop, assert_all_ok
 
@@ -217,16 +218,17 @@ StartDbt = Callable[..., WarmProcess]
 
 @pytest.fixture
 def start_dbt(warm: Warm) -> StartDbt:
-    """`start_dbt(engine, target, environment={}, project=PROJECT)`: `dbt run` in a process, as a user starts it."""
+    """`start_dbt(engine, target, environment={}, project=PROJECT, select=[])`: `dbt run`, as a user starts it."""
 
     def start(
         engine: EngineConfiguration,
         target: Path,
         environment: Mapping[str, str] | None = None,
         project: Path = PROJECT,
+        select: Sequence[str] = (),
     ) -> WarmProcess:
         return warm.start(
-            ["dbt", "run", *project_options(target, project)],
+            ["dbt", "run", *project_options(target, project), *(["--select", *select] if select else [])],
             environment={
                 **os.environ,
                 "PREFS_ENGINE_PORT": str(engine.port),
@@ -281,6 +283,44 @@ def test_a_killed_run_is_completed_by_the_next(
     assert_all_ok(dbt_on(engine).run("run"))
     assert picture(engine) == complete
     assert scalar(engine, "select count(*) from deployments where state <> 'deployed'") == 0
+
+
+def test_a_view_is_served_whose_builder_is_killed_and_the_next_run_builds_it(
+    deployed: EngineConfiguration, dbt_on: DbtOn, workshop: Workshop, start_dbt: StartDbt, tmp_path: Path
+) -> None:
+    builds = "select count(*) from live_builds"
+    left = "select count(*) from pg_class where relname like '%\\_\\_built%'"
+    with deployed.connect() as connection:
+        insert_events(connection, [watch(n, n % 2, MIDNIGHT) for n in range(4)])
+    assert_all_ok(dbt_on(deployed).run("run"))
+    before = picture(deployed)
+    held = "(select 0 * length(pg_advisory_xact_lock_shared(4711)::text))"
+    workshop.change(TILE, "count(*) as views", f"count(*) + 100 + {held} as views")
+    views = "select array_agg(views order by viewer_id) from viewer_watch_metrics_1d"
+    with deployed.connect() as holder, holder.transaction():
+        holder.execute("select pg_advisory_xact_lock(4711)")
+        run = start_dbt(
+            deployed, tmp_path / "target", project=workshop.folder, select=["viewer_watch_metrics_1d"]
+        )
+        waiting = "select count(*) from pg_locks where not granted and locktype = 'advisory' and objid = 4711"
+        wait_for(lambda: scalar(deployed, waiting) == 1 or run.poll() is not None)
+        # Nobody waits for it: neither readers nor whoever takes the lock of the follower's steps.
+        assert scalar(deployed, views) == [2, 2]
+        lock = "select pg_try_advisory_xact_lock(hashtext('dagster-prefs'), hashtext('public'))"
+        assert scalar(deployed, lock) is True
+        os.killpg(run.pid, signal.SIGKILL)
+        run.communicate()
+        # Its session notices that soon, though its statement never ends.
+        wait_for(lambda: scalar(deployed, waiting) == 0)
+    assert (scalar(deployed, builds), scalar(deployed, left)) == (1, 2)
+    assert scalar(deployed, views) == [2, 2]
+    assert_all_ok(dbt_on(deployed, workshop.folder).run("run", ["viewer_watch_metrics_1d"]))
+    assert scalar(deployed, views) == [102, 102]
+    assert (scalar(deployed, builds), scalar(deployed, left)) == (0, 0)
+    changed = {"viewer_watch_metrics_1d__query"}
+    assert {name: shape for name, shape in picture(deployed).items() if name not in changed} == {
+        name: shape for name, shape in before.items() if name not in changed
+    }
 
 
 def test_secrets_are_in_no_file_and_no_record(

@@ -77,7 +77,12 @@ def happenings(draw: st.DrawFn) -> list[tuple[str, object]]:
         st.tuples(st.just("pending"), st.lists(st.integers(0, 30), min_size=2)),
         st.tuples(st.just("keys"), st.booleans()),
     )
-    for happening in draw(st.lists(others, max_size=15)):
+    builds = st.one_of(
+        st.tuples(st.just("begin"), st.lists(st.integers(0, 30), min_size=1, max_size=4)),
+        *[st.tuples(st.just("go_on"), st.integers(0, 30))] * 3,
+        st.tuples(st.just("builders_end"), st.none()),
+    )
+    for happening in [*draw(st.lists(others, max_size=15)), *draw(st.lists(builds, max_size=10))]:
         found.insert(draw(st.integers(0, len(found))), happening)
     return found
 
@@ -90,6 +95,9 @@ class World:
         self.clock = NOW
         self.stream: list[Message] = []
         self.erased: dict[tuple[str, str], int] = {}
+        # Builds whose rows are computed and committed, but not shown to the steps yet.
+        self.computed: set[str] = set()
+        self.builders_end(None)
         replace_events(steps.connection, [])
         at(steps, NOW)
 
@@ -181,11 +189,67 @@ class World:
         if there:
             insert_canary_keys(self.steps.connection)
 
+    def begin(self, numbers: Sequence[int]) -> None:
+        """Begin to build views, as if their definitions had changed."""
+        connection, views = self.steps.connection, self.steps.views.views
+        names = list(views)
+        for name in {names[number % len(names)] for number in numbers}:
+            with connection.transaction():
+                row = connection.execute(
+                    "select prefs_begin_build(%s, %s)", [name, views[name].definition]
+                ).fetchone()
+                assert row is not None
+                if views[name].unique:
+                    connection.execute(
+                        sql.SQL("create unique index on {} ({})").format(
+                            sql.Identifier(row[0]),
+                            sql.SQL(", ").join(map(sql.Identifier, views[name].unique)),
+                        )
+                    )
+            self.computed.discard(name)
+
+    def go_on(self, number: int) -> None:
+        """Bring one of the builds a bit further, as `build_beside` does."""
+        connection = self.steps.connection
+        builds = connection.execute(
+            "select relation, built, filled from live_builds order by relation"
+        ).fetchall()
+        if not builds:
+            return
+        name, built, filled = builds[number % len(builds)]
+        if name not in self.computed:
+            # The steps until the next call go on while the rows are computed, and see none of them.
+            assert connection.execute("select prefs_fill_build(%s)", [name]).fetchone() == (None,)
+            connection.execute("update live_builds set filled = false where relation = %s", [name])
+            self.computed.add(name)
+        elif not filled:
+            connection.execute("update live_builds set filled = true where relation = %s", [name])
+        else:
+            with connection.transaction():
+                found = connection.execute(
+                    "select prefs_catch_up_build(%s, %s)", [name, number % 5 == 0]
+                ).fetchone()
+                if found == ("ready",):
+                    # In place of what dbt does: it renames the table and recreates what reads it.
+                    connection.execute(
+                        sql.SQL(
+                            "delete from {0}; insert into {0} select * from {1}; select prefs_end_build({2})"
+                        ).format(sql.Identifier(name), sql.Identifier(built), sql.Literal(name))
+                    )
+
+    def builders_end(self, _: None) -> None:
+        self.steps.connection.execute("update live_builds set builder = -1")
+        self.steps.connection.execute("select prefs_drop_dead_builds()")
+        self.computed.clear()
+
     def happen(self, happened: Sequence[tuple[str, object]]) -> None:
         for what, given_ in happened:
             getattr(self, what)(given_)
         if not self.steps.connection.execute("select from canary_keys").fetchall():
             insert_canary_keys(self.steps.connection)
+        while self.steps.connection.execute("select from live_builds").fetchall():
+            self.go_on(0)
+            self.steps.step()
         catch_up(self.steps)
 
     def oracle(self) -> Oracle:
@@ -220,6 +284,8 @@ def test_any_sequence_equals_the_oracle(steps: Steps, happened: list[tuple[str, 
     }
     assert {name for name, count in changed.items() if count != (0,)} == set()
     assert not steps.connection.execute("select from live_pending where relation not like 'sink%'").fetchall()
+    left = "select relation from live_due union all select relation from live_builds"
+    assert steps.connection.execute(left).fetchall() == []
 
 
 def test_views_that_do_not_depend_on_each_other_are_rebuilt_at_once(

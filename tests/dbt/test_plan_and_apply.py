@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from relations import insert_events
 from shipped import LONG, REGISTRY, SHORT
 from streams import MIDNIGHT, watch
+from waiting import PATIENCE_SECONDS, wait_for
 from workshop import Workshop
 
 from dagster_prefs.cli import cli
@@ -27,6 +28,8 @@ from dagster_prefs.deploy.apply import ApplyError, apply_plan
 from dagster_prefs.deploy.plan import ContractReview, Plan, PlanError, make_plan
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.dbt import Dbt
+from dagster_prefs.live.follower import Follower, Work
+from dagster_prefs.live.presence import wait_until_applied
 from dagster_prefs.platform import Platform, ProfileStore, review_contract
 from dagster_prefs.settings import load_settings
 
@@ -38,6 +41,10 @@ ROLLING_CONTRACT = "models/engagement/viewer_engagement_rolling.yml"
 ROLLING_VIEW = "viewer_engagement_rolling"
 WATCHED = ("view_events_parsed", "view_events", "viewer_watch_metrics_1d", ROLLING_VIEW, "tile_fingerprints")
 FINGERPRINTS = "models/generated/operations/tile_fingerprints.sql"
+# What the builds of changed views leave until they end.
+BUILDS = (
+    "select relation from live_builds union select relname from pg_class where relname like '%\\_\\_built%'"
+)
 
 
 class Store:
@@ -228,7 +235,7 @@ def test_the_old_rows_are_read_while_the_new_ones_are_computed(
     minutes = f"select sum(watch_minutes_{LONG}d)::int from viewer_engagement_rolling"
     waiting = "select 1 from pg_locks where not granted and locktype = 'advisory' and objid = 4711"
 
-    def applied(of_the_tile: int) -> None:
+    def applied(of_the_tile: int, meanwhile: Callable[[], None] = lambda: None) -> None:
         with ThreadPoolExecutor(1) as beside, deployment.engine.connect() as holder:
             with holder.transaction():
                 holder.execute("select pg_advisory_xact_lock(4711)")
@@ -243,11 +250,37 @@ def test_the_old_rows_are_read_while_the_new_ones_are_computed(
                     assert reader.execute("select count(*) from sink_engagement_watch").fetchone() == (2,)
                     tile = "select sum(watch_seconds)::int from viewer_watch_metrics_1d"
                     assert reader.execute(tile).fetchone() == (of_the_tile,)
+                meanwhile()
             running.result()
 
-    before = 4
-    applied(of_the_tile=240)
-    assert deployment.rows(minutes) == [(8,)]
+    def follow() -> None:
+        """The follower goes on: an erasure, and events that it has applied when the new rows are read."""
+        work.start()
+        deployment.run("insert into erased_subjects values ('viewer', '1', now())")
+        with deployment.engine.connect() as writer:
+            insert_events(writer, [watch(n, n, MIDNIGHT, seconds=600) for n in (4, 5, 6)])
+        wait_for(lambda: deployment.rows(minutes) == [(2 + 30,)])
+        assert deployment.rows("select relation, filled from live_builds") == [(ROLLING_VIEW, False)]
+
+    before, stop = 4, threading.Event()
+    follower = Follower(deployment.engine, lambda: Work(REGISTRY, lambda *_: None), process="the test")
+    work = threading.Thread(target=follower.run, args=[stop])
+    with Reader(deployment.engine, minutes) as reading:
+        applied(of_the_tile=240, meanwhile=follow)
+    wait_until_applied(deployment.engine, seconds=PATIENCE_SECONDS)
+    stop.set()
+    work.join()
+    assert reading.error is None
+    # What the follower had applied to the old rows was in the new ones too when they were first read.
+    assert (8,) not in reading.seen[0]
+    assert deployment.rows(minutes) == [(64,)]
+    assert deployment.rows(f"select prefs_rebuild('{ROLLING_VIEW}')") == [(0,)]
+    assert deployment.rows(f"select relation from live_due union {BUILDS}") == []
+    deployment.run(
+        "delete from raw_view_events where source_offset > 3",
+        "delete from erased_subjects",
+        *(f"select prefs_rebuild('{view}')" for view in WATCHED),
+    )
     # The rows of the rolling view stay while those of the changed tile are already there.
     before = 8
     workshop.change(TILE, "sum(watch_duration_sec)", "2 * sum(watch_duration_sec)")
@@ -345,6 +378,7 @@ def test_a_failed_change_leaves_what_ran_before_and_no_change_is_said_to_be_none
     ):
         deployment.apply()
     assert deployment.rows("select sum(watch_seconds)::int from viewer_watch_metrics_1d") == [(240,)]
+    assert deployment.rows(BUILDS) == []
     workshop.restore()
     deployment.apply()
 

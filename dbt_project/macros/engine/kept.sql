@@ -24,6 +24,8 @@
     begin;
     select pg_advisory_xact_lock(hashtext('dagster-prefs'), hashtext('{{ target.schema }}'));
     {{ kept_views_ddl() }};
+    {{ builds_ddl() }};
+    select {{ target.schema }}.prefs_drop_dead_builds();
     commit;
   {% endcall %}
 {%- endmacro %}
@@ -36,7 +38,7 @@
 
   `prefs_columns(relation)`: its columns and their types, in order.
 
-  `prefs_mark_readers(relation)`: mark its readers as pending.
+  `prefs_mark_readers(relation)`: mark its readers as pending, and the builds among them as `whole` (builds.sql).
 
   `prefs_changed(relation)`: mark its readers as pending, and itself as not pending, because it changed as a whole.
 
@@ -63,6 +65,15 @@
   );
   create table if not exists {{ target.schema }}.live_changes (
     id bigint generated always as identity primary key, relation text not null, key jsonb not null
+  );
+  create table if not exists {{ target.schema }}.live_builds (
+    relation text primary key,
+    built text not null,
+    definition text not null,
+    builder int not null,
+    builder_since timestamptz not null,
+    filled boolean not null default false,
+    whole boolean not null default false
   );
   create sequence if not exists {{ target.schema }}.live_steps;
   create table if not exists {{ target.schema }}.live_outbox (
@@ -104,9 +115,12 @@
     $$;
   create or replace function {{ target.schema }}.prefs_mark_readers(name text) returns void
     language sql as $$
+      update {{ target.schema }}.live_builds set whole = true
+      where built in (select relation from {{ target.schema }}.prefs_readers(format('%I.%I', '{{ target.schema }}', name)::regclass));
       insert into {{ target.schema }}.live_pending (relation)
       -- In one order, because two views that are rebuilt at once may have the same readers.
       select distinct readers.relation from {{ target.schema }}.prefs_readers(format('%I.%I', '{{ target.schema }}', name)::regclass) as readers
+      where readers.relation not in (select built from {{ target.schema }}.live_builds)
       order by relation
       on conflict (relation) do update set since = clock_timestamp()
     $$;
@@ -141,6 +155,8 @@
           delete from {{ target.schema }}.live_pending where relation = name;
           update {{ target.schema }}.live_views set as_of = {{ clock() }}, latest = {{ clock() }} where relation = name;
         end if;
+        -- What steps have not stored for the view, they have not stored for its build.
+        update {{ target.schema }}.live_builds set whole = true where relation = name;
         return changed;
       end
     $$;

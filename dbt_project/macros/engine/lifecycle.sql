@@ -17,12 +17,23 @@
 {%- endmacro %}
 
 {#
-  The lock that every refresh and every change of a relation in this database takes. `again` is for after a commit: dbt
-  commits by a statement, after which its driver begins no other transaction by itself.
+  The lock that every refresh and every change of a relation in this database takes. `again` is for after a commit
+  (`begin_again`).
 #}
 {% macro engine_lock(again=false) -%}
+  {%- if again -%}{% do begin_again() %}{%- endif -%}
   {% call statement("engine_lock", auto_begin=true) %}
-    {% if again %}begin; {% endif %}select pg_advisory_xact_lock(hashtext('dagster-prefs'), hashtext('{{ target.schema }}'))
+    select pg_advisory_xact_lock(hashtext('dagster-prefs'), hashtext('{{ target.schema }}'))
+  {% endcall %}
+{%- endmacro %}
+
+{#
+  Begin a transaction after a commit: dbt commits by a statement, after which its driver begins no other transaction by
+  itself, so that each later statement would be committed alone.
+#}
+{% macro begin_again() -%}
+  {% call statement("begin_again", auto_begin=true) %}
+    begin
   {% endcall %}
 {%- endmacro %}
 
@@ -110,6 +121,7 @@
     "live_pending": ["relation", "since"],
     "live_views": ["relation", "as_of"],
     "live_due": ["relation", "key"],
+    "live_builds": ["relation", "built", "definition", "filled", "whole"],
     "live_changes": ["relation", "key"],
     "live_outbox": ["domain_key", "entity_key", "step"],
     "live_follower": ["process", "seen_at", "step"],

@@ -174,12 +174,12 @@
   {{ return(again) }}
 {%- endmacro %}
 
-{# PostgreSQL accepts any columns in a view, so the contract is checked against the catalog. #}
-{% macro check_contract(relation) -%}
+{# PostgreSQL accepts any columns in a view, so the contract is checked against the catalog: by `table`, if the relation's is another yet. #}
+{% macro check_contract(relation, table=none) -%}
   {%- if config.get("contract") and config.get("contract").enforced -%}
     {%- set there = [] -%}
     {%- for row in run_query(
-      "select attname, format_type(atttypid, atttypmod) from pg_attribute where attrelid = '" ~ relation
+      "select attname, format_type(atttypid, atttypmod) from pg_attribute where attrelid = '" ~ (table or relation)
       ~ "'::regclass and attnum > 0 and not attisdropped order by attnum"
     ).rows -%}
       {%- do there.append(row[0] ~ " " ~ row[1]) -%}
@@ -208,17 +208,10 @@
 {%- endmacro %}
 
 {#
-  Create or replace a view; its dependents are recreated in the same transaction. The rows of a kept view are computed
-  next to the old view, which serves readers until it is dropped. Returns the names of the kept dependents, nearest
-  first, whose rows are still to be compared (`rebuild_marked`).
+  Put a view in the place of an old one with its dependents (rows of `dependents_of`), which are recreated. A kept view
+  gets the table `built`, if it is given.
 #}
-{% macro put_view(relation, kind, state) -%}
-  {%- set built = relation.incorporate(path={"identifier": relation.identifier ~ "__built"}) if state and kind == "kept view" else none -%}
-  {%- if built -%}
-    {% do refuse_retained(relation) %}
-    {% do run_query("create table " ~ built ~ " as " ~ sql) %}
-  {%- endif -%}
-  {%- set dependents = dependents_of(relation) if state else [] -%}
+{% macro swap_in(relation, kind, built, dependents) -%}
   {%- set again = drop_and_remember(relation, dependents) -%}
   {% call statement("main") %}
     {%- if built %}
@@ -228,14 +221,37 @@
     {{ create_statement(kind, relation, query_of(relation), sql) }}
     {%- endif %}
   {% endcall %}
-  {%- if kind == "kept view" -%}
-    {% do create_indexes(relation) %}
-  {%- endif -%}
   {% do check_contract(relation) %}
   {%- for statement in again -%}{% do run_query(statement) %}{%- endfor -%}
-  {% do run_query(
-    "select " ~ target.schema ~ ".prefs_" ~ ("changed" if kind == "kept view" else "mark_readers") ~ "('" ~ relation.identifier ~ "')"
-  ) %}
+{%- endmacro %}
+
+{#
+  Create or replace a view; its dependents are recreated in the same transaction. The rows of a kept view are computed
+  next to the old view, which serves readers until it is dropped, or are those of its build (`build_beside`). Returns
+  the names of the kept dependents, nearest first, whose rows are still to be compared (`rebuild_marked`).
+#}
+{% macro put_view(relation, kind, state, build=none) -%}
+  {%- set prefs = "select " ~ target.schema ~ ".prefs_" -%}
+  {%- set name = "('" ~ relation.identifier ~ "')" -%}
+  {%- set built = build or (relation.incorporate(path={"identifier": relation.identifier ~ "__built"}) if state and kind == "kept view" else none) -%}
+  {%- if state -%}
+    {% do run_query(prefs ~ "drop_builds_on" ~ name) %}
+  {%- endif -%}
+  {%- if built -%}
+    {#- Also where retention came while the view was built. #}
+    {% do refuse_retained(relation) %}
+  {%- endif -%}
+  {%- if built and not build -%}
+    {% do run_query(prefs ~ "drop_build" ~ name) %}
+    {% do run_query("create table " ~ built ~ " as " ~ sql) %}
+    {% do create_indexes(built) %}
+  {%- endif -%}
+  {%- set dependents = dependents_of(relation) if state else [] -%}
+  {% do swap_in(relation, kind, built, dependents) %}
+  {%- if kind == "kept view" and not built -%}
+    {% do create_indexes(relation) %}
+  {%- endif -%}
+  {% do run_query(prefs ~ ("end_build" if build else "changed" if kind == "kept view" else "mark_readers") ~ name) %}
   {%- set kept = [] -%}
   {%- for row in dependents if row["depth"] > 0 and row["kind"] == "kept view" -%}
     {%- do kept.append(row["identifier"]) -%}
@@ -266,28 +282,32 @@
 
 {#
   A materialized view of the embedded engine is a table and the view of its query (kept.sql), because PostgreSQL can
-  only compute its own materialized views from scratch. A run of its model compares all rows with those of the query;
-  the follower compares the rows of the changed keys.
+  only compute its own materialized views from scratch. A run of its model compares all rows with those of the query, or
+  builds a changed view next to the old one (builds.sql); the follower compares the rows of the changed keys.
 #}
 {% materialization materialized_view, adapter='postgres' %}
   {%- set relation = this.incorporate(type="table") -%}
   {{ run_hooks(pre_hooks, inside_transaction=False) }}
-  {% do engine_lock() %}
+  {% do lock_unbuilt(relation) %}
   {{ run_hooks(pre_hooks, inside_transaction=True) }}
-  {% do delete_read_arrivals() %}
   {%- set state = deployed_state(relation) -%}
   {%- set readers = [] -%}
   {%- if state and state[0] not in ("k", "m", "v") -%}
     {{ exceptions.raise_compiler_error(relation.identifier ~ " exists and is a table: what it holds is never replaced; rename it first, or give the model another name") }}
   {%- elif state and state[0] == "k" and state[1] == definition_checksum() and not should_full_refresh() -%}
+    {% do delete_read_arrivals() %}
     {% call statement("main") %}
       select {{ target.schema }}.prefs_rebuild('{{ relation.identifier }}')
     {% endcall %}
   {%- else -%}
-    {%- do readers.extend(put_view(relation, "kept view", state)) -%}
-    {% call statement("analyze") %}
-      analyze {{ relation }}
-    {% endcall %}
+    {%- set build = build_beside(relation) if state and state[0] == "k" else none -%}
+    {% do delete_read_arrivals() %}
+    {%- do readers.extend(put_view(relation, "kept view", state, build)) -%}
+    {%- if not build -%}
+      {% call statement("analyze") %}
+        analyze {{ relation }}
+      {% endcall %}
+    {%- endif -%}
   {%- endif -%}
   {% do describe(relation) %}
   {{ run_hooks(post_hooks, inside_transaction=True) }}
