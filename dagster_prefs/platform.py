@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from dagster_prefs.freshness.drift import DriftMemo
     from dagster_prefs.freshness.exports_memo import ExportsMemo
     from dagster_prefs.freshness.status import Sources
+    from dagster_prefs.iceberg.catalog import Tables
     from dagster_prefs.iceberg.event_export import EventsReport, TopicExport
     from dagster_prefs.iceberg.exporter import Exporter
     from dagster_prefs.iceberg.tables import TileTable
@@ -264,6 +265,12 @@ class Platform:
             endpoint_url=settings.aws_endpoint_url,
         )
 
+    def _tables_to_read(self) -> Tables:
+        """The tables of the Iceberg catalog, as fast as they can be opened. Raises OfflineError."""
+        from dagster_prefs.iceberg.catalog import LocalTables
+
+        return self.catalog() if self._sqlite_catalog is None else LocalTables(self._sqlite_catalog)
+
     def inputs(self, given: str) -> Iterator[Input]:
         """Yield what `prefs ingest` is to read: a file, a folder's files, objects in S3, or an Iceberg table's files.
 
@@ -447,7 +454,7 @@ class Platform:
         """The newest statistics of every attribute: relation → attribute → statistics. Raises OfflineError."""
         from dagster_prefs.values.store import latest_statistics
 
-        return latest_statistics(self.catalog(), self.settings.iceberg_namespace)
+        return latest_statistics(self._tables_to_read(), self.settings.iceberg_namespace)
 
     def drift(self, day: date | None = None) -> list[Cause]:
         """What drifted on a day (UTC), or on the newest day with statistics of each tile, by cause.
@@ -456,7 +463,7 @@ class Platform:
         """
         from dagster_prefs.values.drift import causes_on
 
-        return causes_on(self.catalog(), self.registry, self.settings.iceberg_namespace, day=day)
+        return causes_on(self._tables_to_read(), self.registry, self.settings.iceberg_namespace, day=day)
 
     def spreads(self) -> Spreads:
         """Return the expiry spreads that were in force over time, by domain. Raises EngineUnavailable."""

@@ -42,12 +42,11 @@ COMMANDS: list[tuple[str, set[str]]] = [
     ("why u1 user_category_profile.affinity_score", {"sqlglot"}),
     (f"catalog --search titles_{SHORT}d", {"sqlglot"}),
     ("catalog view_events.genre --json", {"sqlglot"}),
-    # The training tables are Iceberg's.
+    # The training tables are Iceberg's, and windows are those of the training sets' own SQL.
+    ("statistics", {"sqlglot", "pyarrow", "pyiceberg"}),
+    ("drift", {"sqlglot", "pyarrow", "pyiceberg"}),
+    ("cost", {"sqlglot", "pyarrow", "pyiceberg"}),
     ("status --json", {"sqlglot", "pyarrow", "pyiceberg", "sqlalchemy"}),
-    ("statistics", {"sqlglot", "pyarrow", "pyiceberg", "sqlalchemy"}),
-    ("drift", {"sqlglot", "pyarrow", "pyiceberg", "sqlalchemy"}),
-    # Windows are those of the training sets' own SQL.
-    ("cost", {"sqlglot", "pyarrow", "pyiceberg", "sqlalchemy", "duckdb"}),
 ]
 
 SCRIPT = """

@@ -20,8 +20,8 @@ from dagster_prefs.declarations.names import STATISTICS_TABLE
 from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.files import make_private_folder, write_private
-from dagster_prefs.freshness.exports_memo import catalog_tables
 from dagster_prefs.freshness.levels import Level, Measure
+from dagster_prefs.iceberg.pointers import catalog_tables
 
 if TYPE_CHECKING:
     from dagster_prefs.values.drift import Cause
@@ -81,9 +81,7 @@ class DriftMemo:
 
     def state(self, registry: Registry, today: date) -> str | None:
         """Return a digest of what the measures follow from, None without statistics. Raises sqlite3.Error."""
-        tables = catalog_tables(self.catalog, self.namespace) if self.catalog.exists() else []
-        # The metadata file of a table is never rewritten, and a table of this name may not be there.
-        location = dict(tables).get(STATISTICS_TABLE)
+        location = catalog_tables(self.catalog, self.namespace).get(STATISTICS_TABLE)
         if location is None:
             return None
         return hashlib.sha256(json.dumps([location, dict(registry.hashes), str(today)]).encode()).hexdigest()

@@ -11,7 +11,6 @@ import hashlib
 import json
 import sqlite3
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import date, datetime
 from pathlib import Path
@@ -26,6 +25,7 @@ from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.files import local_folder, make_private_folder, write_private
 from dagster_prefs.freshness.levels import Measure
+from dagster_prefs.iceberg.pointers import catalog_tables
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class ExportsMemo:
     def state(self, engine: EngineConfiguration, registry: Registry, now: datetime) -> str | None:
         """Return a digest of all inputs of the reading on the day of `now` (UTC); None if they cannot be read."""
         try:
-            tables = catalog_tables(self.catalog, self.namespace) if self.catalog.exists() else []
+            tables = list(catalog_tables(self.catalog, self.namespace).items())
             if not all(_is_there(location) for _, location in tables):
                 return None
             with engine.connect() as session:
@@ -78,15 +78,6 @@ class ExportsMemo:
         except OSError:
             # Without the file, the next reading only takes longer.
             return
-
-
-def catalog_tables(catalog: Path, namespace: str) -> list[tuple[str, str]]:
-    """Return name and metadata file of each table of a SQLite catalog. Raises sqlite3.Error."""
-    with closing(sqlite3.connect(f"{catalog.as_uri()}?mode=ro", uri=True)) as connection:
-        return connection.execute(
-            "select table_name, metadata_location from iceberg_tables where table_namespace = ? order by 1",
-            [namespace],
-        ).fetchall()
 
 
 def _is_there(location: str) -> bool:

@@ -9,19 +9,16 @@ from __future__ import annotations
 import errno
 import json
 import sqlite3
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from traceback import walk_tb
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import pyarrow as pa
 import pydantic
-import requests
-import sqlalchemy.exc
-from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
 from pyiceberg.catalog import Catalog
-from pyiceberg.catalog.sql import SqlCatalog
 from pyiceberg.exceptions import (
     CommitStateUnknownException,
     NamespaceAlreadyExistsError,
@@ -30,11 +27,16 @@ from pyiceberg.exceptions import (
     ValidationError,
 )
 from pyiceberg.io import PY_IO_IMPL
+from pyiceberg.table import StaticTable, Table
 
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.files import catalog_file, local_folder, make_private_folder
 from dagster_prefs.iceberg.file_io import CHECKED_FILE_IO, FileTruncated
+from dagster_prefs.iceberg.pointers import catalog_tables
 from dagster_prefs.redaction import redact_uris
+
+if TYPE_CHECKING:
+    from pyiceberg.catalog.sql import SqlCatalog
 
 CatalogKind = Literal["sqlite", "glue", "rest"]
 
@@ -99,6 +101,7 @@ def open_catalog(
             catalog = _open_sqlite(warehouse)
         elif kind == "glue":
             import boto3
+            from botocore.config import Config
             from pyiceberg.catalog.glue import GlueCatalog
 
             # pyiceberg's default client would try a dead endpoint ten times.
@@ -126,11 +129,40 @@ def ensure_namespace(
         if not catalog.namespace_exists(namespace):
             try:
                 catalog.create_namespace(namespace, dict(properties))
-            except (NamespaceAlreadyExistsError, sqlalchemy.exc.IntegrityError):
+            except NamespaceAlreadyExistsError:
+                return
+            except _of("sqlalchemy.exc", "IntegrityError"):
                 return
 
 
+class Tables(Protocol):
+    """What loads tables by their names: any catalog, or `LocalTables`."""
+
+    def load_table(self, identifier: str, /) -> Table:
+        """Load a table. Raises NoSuchTableError."""
+        ...
+
+
+class LocalTables:
+    """The tables of one machine's SQLite catalog, `catalog.db`, to read: without SQLAlchemy, and nothing is created."""
+
+    def __init__(self, catalog: Path) -> None:
+        self.catalog = catalog
+
+    def load_table(self, identifier: str, /) -> Table:
+        """Load `namespace.name` as it is now. Raises NoSuchTableError, CatalogUnavailable or CatalogCorrupted."""
+        namespace, _, name = identifier.rpartition(".")
+        with translated(f"the Iceberg catalog {self.catalog}"):
+            location = catalog_tables(self.catalog, namespace).get(name)
+        if location is None:
+            raise NoSuchTableError(f"Table does not exist: {identifier}")
+        return StaticTable.from_metadata(location, {PY_IO_IMPL: CHECKED_FILE_IO})
+
+
 def _open_sqlite(warehouse: str) -> SqlCatalog:
+    import sqlalchemy.exc
+    from pyiceberg.catalog.sql import SqlCatalog
+
     folder = local_folder(warehouse)
     if folder is None:
         raise CatalogUnavailable(
@@ -188,7 +220,9 @@ def translated(what: str) -> Iterator[None]:
         raise CatalogUnavailable(
             f"{what} did not answer whether a commit took place ({_reason(error)}): run it again, which is safe"
         ) from error
-    except sqlalchemy.exc.DBAPIError as error:
+    except _of("sqlalchemy.exc", "DBAPIError") as error:
+        raise _explain_sqlite(what, getattr(error, "orig", error)) from error
+    except sqlite3.Error as error:
         raise _explain_sqlite(what, error) from error
     except (
         pydantic.ValidationError,
@@ -199,10 +233,12 @@ def translated(what: str) -> Iterator[None]:
         FileTruncated,
     ) as error:
         raise _damaged(what, error) from error
-    except (requests.RequestException, RESTError, BotoCoreError, ClientError) as error:
-        raise CatalogUnavailable(
-            f"{what} cannot be reached or refuses access ({_reason(error)}): check its address, region and credentials"
-        ) from error
+    except RESTError as error:
+        raise _unreachable(what, error) from error
+    except _of("requests", "RequestException") as error:
+        raise _unreachable(what, error) from error
+    except _of("botocore.exceptions", "BotoCoreError", "ClientError") as error:
+        raise _unreachable(what, error) from error
     except FileNotFoundError as error:
         raise CatalogCorrupted(
             f"{what} refers to a missing file ({_reason(error)}): restore it from a copy, or drop the table and "
@@ -225,16 +261,28 @@ def translated(what: str) -> Iterator[None]:
         raise
 
 
-def _explain_sqlite(what: str, error: sqlalchemy.exc.DBAPIError) -> OfflineError:
-    text = str(error.orig)
+def _of(module: str, *names: str) -> tuple[type[Exception], ...]:
+    """Return exceptions of a library that takes long to load: what is not loaded has raised none."""
+    loaded = sys.modules.get(module)
+    return tuple(getattr(loaded, name) for name in names) if loaded else ()
+
+
+def _explain_sqlite(what: str, error: BaseException) -> OfflineError:
+    text = str(error)
     if "full" in text:
         return _full(what)
-    if isinstance(error.orig, sqlite3.DatabaseError) and ("not a database" in text or "malformed" in text):
+    if isinstance(error, sqlite3.DatabaseError) and ("not a database" in text or "malformed" in text):
         return CatalogCorrupted(
             f"{what} is damaged ({text}): restore it from a copy, or remove it and export every day again"
         )
     return CatalogUnavailable(
         f"{what} cannot be opened or written ({text}): check its folder and permissions"
+    )
+
+
+def _unreachable(what: str, error: Exception) -> CatalogUnavailable:
+    return CatalogUnavailable(
+        f"{what} cannot be reached or refuses access ({_reason(error)}): check its address, region and credentials"
     )
 
 

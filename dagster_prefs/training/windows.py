@@ -17,9 +17,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
-import duckdb
 import pyarrow as pa
 import sqlglot
 from pyiceberg.types import DateType, DecimalType, IcebergType, StringType
@@ -28,8 +27,10 @@ from sqlglot import exp
 from dagster_prefs.declarations.contract import LAST_EVENT_AT, Attribute, Domain
 from dagster_prefs.declarations.registry import Entity, Key, Registry
 from dagster_prefs.iceberg.catalog import OfflineError
-from dagster_prefs.iceberg.duck import registered
 from dagster_prefs.iceberg.tables import TileTable, tile_tables
+
+if TYPE_CHECKING:
+    import duckdb
 
 Mode = Literal["training", "serving"]
 Dialect = Literal["duckdb", "trino", "spark", "athena"]
@@ -469,6 +470,9 @@ def load_tiles(
         )
         for batch in batches
     )
+    # Who only asks for windows does not need DuckDB.
+    from dagster_prefs.iceberg.duck import registered
+
     with registered(session, "incoming", schema, shaped):
         session.execute(f"create table {spec.name} as from incoming where {where}")
 

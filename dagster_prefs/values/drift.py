@@ -26,9 +26,8 @@ from datetime import date, timedelta
 from statistics import NormalDist, median
 from typing import Any, Literal
 
-from pyiceberg.catalog import Catalog
-
 from dagster_prefs.declarations.registry import Registry, TileColumn, TileDeclaration
+from dagster_prefs.iceberg.catalog import Tables
 from dagster_prefs.values.statistics import BOUNDS, MIN_SUBJECTS, MOST_VALUES, Statistics
 from dagster_prefs.values.store import described_days, read_statistics
 
@@ -215,9 +214,7 @@ def judge_newest(registry: Registry, statistics: Sequence[Statistics]) -> list[D
     return found
 
 
-def causes_on(
-    catalog: Catalog, registry: Registry, namespace: str, *, day: date | None = None
-) -> list[Cause]:
+def causes_on(catalog: Tables, registry: Registry, namespace: str, *, day: date | None = None) -> list[Cause]:
     """Judge a day of every tile, or the newest that each has statistics of, and group what is found.
 
     A tile whose newest day is a week older than that of others is left out. Raises OfflineError.

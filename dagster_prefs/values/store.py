@@ -28,7 +28,7 @@ from pyiceberg.types import (
 )
 
 from dagster_prefs.declarations.names import STATISTICS_TABLE
-from dagster_prefs.iceberg.catalog import ensure_namespace, translated
+from dagster_prefs.iceberg.catalog import Tables, ensure_namespace, translated
 from dagster_prefs.iceberg.files import scan_rows
 from dagster_prefs.iceberg.publish import ATTEMPTS
 from dagster_prefs.iceberg.replace import ChangedMeanwhile, replace_all
@@ -122,7 +122,7 @@ def write_statistics(
 
 
 def read_statistics(
-    catalog: Catalog, namespace: str, *, since: date | None = None, relation: str | None = None
+    catalog: Tables, namespace: str, *, since: date | None = None, relation: str | None = None
 ) -> list[Statistics]:
     """Return the statistics from the day `since` on, of one relation or all; empty if there is no table.
 
@@ -143,7 +143,7 @@ def read_statistics(
         return [_statistics(row) for row in scan_rows(table, None, chosen).read_all().to_pylist()]
 
 
-def described_days(catalog: Catalog, namespace: str) -> dict[RelationDay, str]:
+def described_days(catalog: Tables, namespace: str) -> dict[RelationDay, str]:
     """Return the version of every relation and day of which there are statistics. Raises OfflineError."""
     name = f"{namespace}.{STATISTICS_TABLE}"
     with translated(f"the table {name}"):
@@ -155,7 +155,7 @@ def described_days(catalog: Catalog, namespace: str) -> dict[RelationDay, str]:
     return {(row["relation"], row["day"]): row["version"] for row in rows}
 
 
-def latest_statistics(catalog: Catalog, namespace: str) -> dict[str, dict[str, Statistics]]:
+def latest_statistics(catalog: Tables, namespace: str) -> dict[str, dict[str, Statistics]]:
     """Return the newest statistics of every attribute: relation → attribute → statistics.
 
     A relation is a tile or a rolling view. Days without rows do not count. Raises OfflineError.
