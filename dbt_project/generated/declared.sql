@@ -25,7 +25,7 @@
       "models/engagement/viewer_watch_metrics_1d.sql": "0f7e8793a3c0cc0e2678eae9d8a39c1b",
       "models/generated/events/content_interactions.sql": "e89672f49cf87dc3865478a39e52bfe9",
       "models/generated/events/content_interactions_parsed.sql": "db267b474919816751a3a1e5fdb69f1d",
-      "models/generated/events/items.sql": "72942c833673e8fbe6a4b788674bd087",
+      "models/generated/events/items.sql": "021eee7736c3600f74cb16feef097ddb",
       "models/generated/events/items_parsed.sql": "dfd817288a186f7b349fbec2ba25846a",
       "models/generated/events/kafka_content_interactions.sql": "c0096c61167d168448259177a70debc9",
       "models/generated/events/kafka_items.sql": "eb24a8fba2edfe1d0b421d28715af5bd",

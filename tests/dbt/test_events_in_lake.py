@@ -241,6 +241,26 @@ def test_a_table_grows_with_its_topic_and_keeps_all_versions_of_reference_data(l
     )
 
 
+def test_history_counts_in_the_lake_until_kafka_has_told(lake: Lake) -> None:
+    """The engine's rule for reference data, at every arrival: i0 is 20 at first, then what Kafka says."""
+    lake.arrive(
+        [
+            Message(ITEMS, "kafka:items", 0, 1, item("i0", 1), None, FIRST + 70 * HOUR),
+            Message(ITEMS, "file:z#1", 0, 1, item("i0", 2), None, FIRST + 71 * HOUR),
+            Message(ITEMS, "replay:kafka:items", 0, 1, item("i0", 3), None, FIRST + 72 * HOUR),
+            Message(ITEMS, "file:z#1", 0, 2, item("new", 4), None, FIRST + 73 * HOUR),
+        ]
+    )
+    lake.export(ITEMS)
+    with duckdb.connect() as session:
+        load_accepted(session, "found", lake.catalog, TABLES[ITEMS].typed)
+        found = session.sql("select item_id, price, replaced_at is null from found").fetchall()
+    assert sorted((row[:2] for row in found if row[2]), key=repr) == lake.ask(
+        "select item_id, price from items"
+    )
+    assert [int(row[1]) for row in found if row[0] == "i0" and row[1] < 4 and row[1] > 0] == [1, 3]
+
+
 def test_a_crash_and_another_exporter_lose_and_double_nothing(
     lake: Lake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
