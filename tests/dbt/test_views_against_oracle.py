@@ -161,8 +161,8 @@ def test_history_never_overwrites_reference_data_from_kafka(
         ([*history, *kafka, corrected_history], 2),
         ([*history, *kafka, corrected_history, corrected], 5),
     ]
-    for messages, price in steps:
-        stream = [*messages, version("file:h#1", 9, NOW, "only in history", 7)]
+    for delivered, price in steps:
+        stream = [*delivered, version("file:h#1", 9, NOW, "only in history", 7)]
         replace_events(session, stream)
         refresh(session, order)
         assert differences(session, Oracle(stream, NOW), ["items"]) == {}
