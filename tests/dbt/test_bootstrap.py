@@ -33,6 +33,7 @@ from dagster_prefs.events.ingest import FileOptions
 from dagster_prefs.events.messages import topics_of
 from dagster_prefs.events.raw import RawStore
 from dagster_prefs.iceberg.history import history_snapshot
+from dagster_prefs.iceberg.tables import exact_sums
 from dagster_prefs.platform import Platform
 from dagster_prefs.settings import load_settings
 
@@ -408,3 +409,12 @@ def test_what_risingwave_cannot_read_is_refused(
     monkeypatch.setenv("PREFS_ICEBERG_CATALOG", "sqlite")
     with pytest.raises(PrefsError, match=wrong):
         Platform(load_settings()).bootstrap(VIEWS, given, FileOptions(**options))
+
+
+def test_the_audit_adds_places_of_any_size_up() -> None:
+    """A place is a hash of up to 60 bits, of which sixteen are more than Arrow adds up."""
+    offsets = [2**60 - 1 - number for number in range(40)]
+    batch = pa.record_batch({"source_offset": pa.array(offsets)})
+    assert exact_sums([batch, batch], ["source_offset"]) == {"source_offset": 2 * sum(offsets)}
+    small = pa.record_batch({"source_offset": pa.array([3, None, -1])})
+    assert exact_sums([small, small.slice(3)], ["source_offset"]) == {"source_offset": 2}
