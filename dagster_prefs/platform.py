@@ -106,6 +106,7 @@ class Platform:
             publishes=settings.publishes,
             follows=settings.follows,
             by_sink=settings.export == "sink",
+            events_export_seconds=settings.events_export_seconds,
             # Nobody else writes the tables of the local AWS server, which goes through all items for each page.
             strangers=not settings.uses_local_aws,
             memo=self._exports_memo,
@@ -479,6 +480,7 @@ class Platform:
         On the embedded engine messages leave that are older than the retention and in the lake; RisingWave deletes by
         itself. Raises OfflineError, EngineUnavailable, RegistryError for an unknown topic.
         """
+        from dagster_prefs.events.progress import note_exported
         from dagster_prefs.events.retention import let_leave
 
         names = [self.registry.topic(name).name for name in only]
@@ -493,6 +495,11 @@ class Platform:
                 report.left = let_leave(
                     self.engine, self.registry.topics[name], before, export.exported_hours()
                 )
+            if report.complete_until is not None:
+                with self.engine.connect() as connection:
+                    note_exported(
+                        connection, self.engine, self.registry.topics[name], report.complete_until, now
+                    )
             reports.append(report)
         return reports
 
