@@ -7,7 +7,8 @@ newest share of it (`--overlap`) and as many later events are delivered under a 
 before the bootstrap and half after. Then it prints one JSON line with
 
 - `bootstrap_seconds` and `per_second`: `prefs bootstrap`, of which the process is killed once in the middle;
-- `apply_seconds`: every view over it, and `late_levels`: the levels that the views' freshness had meanwhile;
+- `apply_seconds`: from then until every view has it; the follower works from the beginning;
+- `levels`: the levels that the views' freshness had from the beginning of the bootstrap until then;
 - `events` and `tiles`: what the engine has;
 - `wrong`: events and days of a viewer that differ from the ones computed by DuckDB from the files and the deliveries.
 """
@@ -25,6 +26,8 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -37,6 +40,7 @@ import pyarrow.parquet as pq
 
 from dagster_prefs.events.raw import RawMessage, RawStore
 from dagster_prefs.freshness.measures import measure_views
+from dagster_prefs.live.presence import is_followed, wait_until_applied
 from dagster_prefs.local.services import LocalServices
 from dagster_prefs.platform import Platform
 from dagster_prefs.settings import load_settings
@@ -45,6 +49,7 @@ PROJECT = Path(__file__).resolve().parents[1] / "dbt_project"
 TOPIC = "view_events"
 DAYS = 60
 BATCH = 5_000
+PATIENCE_SECONDS = 7_200.0
 
 
 def write_history(folder: Path, events: int, files: int, end: datetime) -> None:
@@ -114,31 +119,39 @@ def bootstrap(folder: Path, parts: int, platform: Platform) -> float:
     return time.monotonic() - started
 
 
-def apply(platform: Platform) -> tuple[float, Counter[str]]:
-    """Apply all that waits, and count the levels of the views' freshness meanwhile, read every two seconds."""
+@contextmanager
+def followed(platform: Platform) -> Iterator[Counter[str]]:
+    """Follow meanwhile, and count the levels of the views' freshness, read every two seconds."""
     levels: Counter[str] = Counter()
     ended = threading.Event()
+    follower = platform.follower()
+    # The local AWS server would be measured instead.
+    follower.work = replace(follower.work, publish=lambda domain, keys, connection: None, readers={})
 
     def look() -> None:
         while not ended.wait(2):
             now = datetime.now(UTC)
-            levels.update(
-                measure.level for measure in measure_views(platform.engine, platform.registry, now=now)
-            )
+            levels.update(one.level for one in measure_views(platform.engine, platform.registry, now=now))
 
-    thread = threading.Thread(target=look)
-    thread.start()
-    started = time.monotonic()
+    threads = [threading.Thread(target=follower.run, args=[ended]), threading.Thread(target=look)]
+    for thread in threads:
+        thread.start()
     try:
-        follower = platform.follower()
-        # The local AWS server would be measured instead.
-        follower.work = replace(follower.work, publish=lambda domain, keys, connection: None)
-        follower.catch_up()
+        with platform.engine.connect() as connection:
+            while not is_followed(platform.engine, connection):
+                time.sleep(0.1)
+        yield levels
     finally:
-        seconds = time.monotonic() - started
         ended.set()
-        thread.join()
-    return seconds, levels
+        for thread in threads:
+            thread.join()
+
+
+def applied(platform: Platform) -> float:
+    """Wait until all that has arrived is applied, and return the seconds."""
+    started = time.monotonic()
+    wait_until_applied(platform.engine, seconds=PATIENCE_SECONDS)
+    return time.monotonic() - started
 
 
 def wrong(platform: Platform, folder: Path, later: pa.Table) -> int:
@@ -212,11 +225,14 @@ def measured(folder: Path, events: int, files: int, overlap: float) -> dict[str,
             events,
         )
         deliver(platform, kafka.slice(0, shared), 0)
-        before, _ = apply(platform)
-        seconds = bootstrap(history, files, platform)
-        applied, levels = apply(platform)
-        deliver(platform, kafka.slice(shared), shared)
-        after, _ = apply(platform)
+        with followed(platform) as levels:
+            before = applied(platform)
+            levels.clear()
+            seconds = bootstrap(history, files, platform)
+            views = applied(platform)
+            during = dict(levels)
+            deliver(platform, kafka.slice(shared), shared)
+            after = applied(platform)
         with platform.engine.connect() as connection:
             ((held, tiles),) = connection.execute(
                 "select (select count(*) from view_events), (select count(*) from viewer_watch_metrics_1d)"
@@ -227,9 +243,9 @@ def measured(folder: Path, events: int, files: int, overlap: float) -> dict[str,
             "delivered_by_kafka": kafka.num_rows,
             "bootstrap_seconds": round(seconds, 1),
             "per_second": round(events / seconds),
-            "apply_seconds": round(applied, 1),
+            "apply_seconds": round(views, 1),
             "apply_kafka_seconds": [round(before, 1), round(after, 1)],
-            "late_levels": dict(levels),
+            "levels": during,
             "events": held,
             "tiles": tiles,
             "wrong": wrong(platform, history, kafka.slice(shared)),

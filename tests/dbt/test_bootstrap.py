@@ -20,9 +20,11 @@ from psycopg import sql
 from relations import differences, insert_canary_keys, insert_events, instant, refresh
 from shipped import REGISTRY
 from streams import NOW
+from workshop import PROJECT
 
 from dagster_prefs.cli.root import cli
 from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.engine.dbt import Dbt
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.events import engine_history
 from dagster_prefs.events.bootstrap import BootstrapState, parse_until
@@ -418,3 +420,29 @@ def test_the_audit_adds_places_of_any_size_up() -> None:
     assert exact_sums([batch, batch], ["source_offset"]) == {"source_offset": 2 * sum(offsets)}
     small = pa.record_batch({"source_offset": pa.array([3, None, -1])})
     assert exact_sums([small, small.slice(3)], ["source_offset"]) == {"source_offset": 2}
+
+
+def test_the_source_names_its_credentials_as_secrets(tmp_path: Path) -> None:
+    nowhere = EngineConfiguration("127.0.0.1", 1, "any", "any", schema="any", kind="risingwave")
+    told = {
+        "PREFS_ICEBERG_CATALOG": "rest",
+        "PREFS_ICEBERG_URI": "http://catalog",
+        "PREFS_ICEBERG_CREDENTIAL": "prefs:top",
+        "PREFS_ICEBERG_WAREHOUSE": "s3://lake",
+        "AWS_ACCESS_KEY_ID": "id",
+        "AWS_SECRET_ACCESS_KEY": "top",
+        "PREFS_RISINGWAVE_SECRETS": "on",
+    }
+    dbt = Dbt(nowhere, PROJECT, tmp_path, told)
+    inline = ["compile", "--no-introspect", "--no-populate-cache", "--inline"]
+    (result,) = dbt._invoke([*inline, "{{ history_source('history_of_view_events', 'lake', 'views') }}"])
+    statement = result["compiled"]
+    assert statement.startswith('create source "any"."any"."history_of_view_events"\nwith (\n')
+    assert "top" not in statement
+    for option in (
+        "catalog.credential = secret any.prefs_iceberg_credential",
+        "s3.secret.key = secret any.prefs_aws_secret_access_key",
+        "database.name = 'lake'",
+        "table.name = 'views'",
+    ):
+        assert f"  {option},\n" in statement

@@ -204,16 +204,21 @@ catalog.type = {{ text_literal(catalog) }},
   nothing; credentials are inserted when the statement runs, or named as secrets.
 #}
 {% macro create_history_source(relation, namespace, table) -%}
-  {%- set source = target.schema ~ "." ~ adapter.quote(relation) -%}
-  {% do run_query("drop source if exists " ~ source) %}
-  {%- set statement -%}
-create source {{ source }}
+  {% do run_query("drop source if exists " ~ history_relation(relation)) %}
+  {% do run_query(with_credentials(history_source(relation, namespace, table))) %}
+{%- endmacro %}
+
+{# The statement of that source. RisingWave takes its columns from the table. #}
+{% macro history_source(relation, namespace, table) -%}
+create source {{ history_relation(relation) }}
 with (
   connector = 'iceberg',
   {{ iceberg_options(namespace, table) }}
 )
-  {%- endset -%}
-  {% do run_query(with_credentials(statement)) %}
+{%- endmacro %}
+
+{% macro history_relation(name) -%}
+  {{ return(api.Relation.create(database=target.database, schema=target.schema, identifier=name)) }}
 {%- endmacro %}
 
 {# dbt reads columns from information_schema, which omits materialized views; unit tests need theirs too. #}
