@@ -6,10 +6,13 @@ declarations over it. Each operation imports its own dependencies, so that a rea
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from functools import cached_property, partial
 from pathlib import Path
@@ -44,8 +47,12 @@ if TYPE_CHECKING:
     from dagster_prefs.deploy.plan import ContractReview, Plan
     from dagster_prefs.dynamodb.store import DomainStore
     from dagster_prefs.engine.spreads import Spreads
+    from dagster_prefs.events.bootstrap import BootstrapState, History, Part
     from dagster_prefs.events.brokers import KafkaSecurity, KafkaSource
+    from dagster_prefs.events.columnar import TableBatch
+    from dagster_prefs.events.ingest import FileOptions
     from dagster_prefs.events.inputs import Input
+    from dagster_prefs.events.raw import Batches
     from dagster_prefs.events.topics import TopicGeneration
     from dagster_prefs.freshness.canary import Probe
     from dagster_prefs.freshness.drift import DriftMemo
@@ -100,6 +107,7 @@ class Platform:
             publishes=settings.publishes,
             follows=settings.follows,
             by_sink=settings.export == "sink",
+            events_export_seconds=settings.events_export_seconds,
             # Nobody else writes the tables of the local AWS server, which goes through all items for each page.
             strangers=not settings.uses_local_aws,
             memo=self._exports_memo,
@@ -287,6 +295,147 @@ class Platform:
             return table_inputs(history_files(self.catalog(), given.removeprefix(ICEBERG)))
         return local_inputs(Path(given))
 
+    def bootstrap(
+        self,
+        topic: str,
+        given: str,
+        options: FileOptions,
+        *,
+        progress: Callable[[BootstrapState], None] = lambda state: None,
+        batches: Batches | None = None,
+    ) -> BootstrapState:
+        """Read a topic's history, and return how far it is; see `run_parts`.
+
+        The embedded engine reads what `prefs ingest` reads. RisingWave reads an Iceberg table of the platform's catalog
+        itself. Raises PrefsError for a history or an option that the engine cannot read, and what its parts raise.
+        """
+        from dagster_prefs.events.bootstrap import History, run_parts
+
+        declared = self.registry.topic(topic)
+        options = replace(options, topic=declared.name)
+        history = History(declared.name, given, _options_of(options))
+        if self.engine.kind == "local":
+            return run_parts(self.engine, history, self._history_parts(given, options, batches), progress)
+        return self._engine_bootstrap(history, options, progress)
+
+    def bootstraps(self, topic: str) -> list[BootstrapState]:
+        """Return how far the bootstraps of a topic are. Raises EngineUnavailable, RegistryError."""
+        from dagster_prefs.events.bootstrap import bootstrap_states
+
+        with self.engine.connect() as connection:
+            return bootstrap_states(connection, self.engine, self.registry.topic(topic).name)
+
+    def history_end(self, topic: str, offsets: Mapping[int, int]) -> datetime:
+        """Return the instant (UTC) from which Kafka holds all that happened, if it is read from these offsets.
+
+        That is the latest time among their messages: of an event that happened at or after it, the message came later
+        too. Raises PrefsError without brokers, or if no partition has a message there; Unmeasurable if they do not
+        answer.
+        """
+        from dagster_prefs.freshness.ingestion import Broker
+
+        kafka, name = self.kafka, self.registry.topic(topic).name
+        if kafka.bootstrap is None:
+            raise PrefsError(
+                "--until with offsets asks Kafka for the times of their messages, and PREFS_KAFKA_BOOTSTRAP names no "
+                "brokers: set it, or write a time"
+            )
+        kafka_topic = kafka.topics.get(name, name)
+        with Broker(kafka.bootstrap, client=kafka.client, group=kafka.group) as broker:
+            marks = broker.watermarks(kafka_topic)
+            if unknown := [partition for partition in offsets if partition not in marks]:
+                there = ", ".join(map(str, sorted(marks)))
+                raise PrefsError(
+                    f"--until names partition {unknown[0]}, and {kafka_topic} has {there}: name one of these"
+                )
+            if missing := [partition for partition in sorted(marks) if partition not in offsets]:
+                raise PrefsError(
+                    f"--until names no offset of partition {missing[0]} of {kafka_topic}: name one of each partition"
+                )
+            owed = {
+                partition: offset for partition, offset in offsets.items() if offset < marks[partition][1]
+            }
+            times = broker.first_messages(kafka_topic, owed)
+        known = [moment for moment in times.values() if moment is not None]
+        if len(known) < len(times) or not known:
+            raise PrefsError(
+                f"{kafka_topic} has no message with a time at these offsets: write a time instead"
+            )
+        return max(known)
+
+    def _history_parts(self, given: str, options: FileOptions, batches: Batches | None) -> list[Part]:
+        from dagster_prefs.events.bootstrap import Part
+        from dagster_prefs.events.inputs import ingest_input
+        from dagster_prefs.events.raw import Batches
+
+        def part(source: Input) -> Part:
+            def read() -> int:
+                report = ingest_input(
+                    self.engine, self.registry, source, options, batches=batches or Batches()
+                )
+                return report.lines
+
+            # A local file may be another one by now, which only reading it tells.
+            name = " version ".join(filter(None, (source.name, source.version)))
+            return Part(name, read, is_fixed=source.version is not None)
+
+        return [part(source) for source in self.inputs(given)]
+
+    def _engine_bootstrap(
+        self, history: History, options: FileOptions, progress: Callable[[BootstrapState], None]
+    ) -> BootstrapState:
+        from dagster_prefs.events.bootstrap import resumed_version, run_parts
+        from dagster_prefs.events.columnar import Table
+        from dagster_prefs.events.engine_history import EngineHistory
+        from dagster_prefs.events.table_ingest import columns_of, table_topic
+        from dagster_prefs.iceberg.history import history_snapshot
+
+        given = history.name
+        if not given.startswith(ICEBERG):
+            raise PrefsError(
+                f"RisingWave reads a history itself from Iceberg, and {given} is none: write "
+                f"{ICEBERG}NAMESPACE.TABLE (files become a table with `add_files` of pyiceberg), or send it through "
+                "Kafka with `prefs ingest`"
+            )
+        if self.settings.iceberg_catalog == "sqlite":
+            raise PrefsError(
+                "RisingWave cannot read the SQLite catalog of this machine: set PREFS_ICEBERG_CATALOG to `glue` or "
+                "`rest`"
+            )
+        for option, value in (("--where", options.where), ("--rate", options.rate)):
+            if value is not None:
+                raise PrefsError(
+                    f"{option} is for the embedded engine: RisingWave reads the table itself; leave the option out, or "
+                    "write the rows that you want to a table of their own"
+                )
+        resumed = resumed_version(self.engine, history)
+        name = given.removeprefix(ICEBERG)
+        snapshot = history_snapshot(self.catalog(), name, int(resumed) if resumed else None)
+        table = Table(given, name, str(snapshot.snapshot_id), snapshot.schema, snapshot.rows, _unread)
+        topic = table_topic(table, self.registry, options)
+        columns = columns_of(options)
+        column = next((one for one in table.schema.names if columns.field_of(one) == topic.time), None)
+        source = EngineHistory(
+            f"history_of_{topic.relation}",
+            snapshot.snapshot_id,
+            table,
+            columns,
+            snapshot.span(column) if column is not None else None,
+        )
+        parts = source.parts(self.engine, topic)
+        namespace, _, stored = name.rpartition(".")
+        self.dbt.operate(
+            "create_history_source", {"relation": source.relation, "namespace": namespace, "table": stored}
+        )
+        try:
+            source.check_arrivals(self.engine)
+            pinned = replace(history, version=str(snapshot.snapshot_id))
+            return run_parts(self.engine, pinned, parts, progress)
+        finally:
+            # Its definition may hold credentials, so that it stays no longer than it is read.
+            with suppress(PrefsError):
+                source.drop(self.engine)
+
     @cached_property
     def training_tables(self) -> dict[str, TileTable]:
         """The training tables by name, one per declared tile."""
@@ -338,6 +487,7 @@ class Platform:
         On the embedded engine messages leave that are older than the retention and in the lake; RisingWave deletes by
         itself. Raises OfflineError, EngineUnavailable, RegistryError for an unknown topic.
         """
+        from dagster_prefs.events.progress import note_exported
         from dagster_prefs.events.retention import let_leave
 
         names = [self.registry.topic(name).name for name in only]
@@ -352,6 +502,11 @@ class Platform:
                 report.left = let_leave(
                     self.engine, self.registry.topics[name], before, export.exported_hours()
                 )
+            if report.complete_until is not None:
+                with self.engine.connect() as connection:
+                    note_exported(
+                        connection, self.engine, self.registry.topics[name], report.complete_until, now
+                    )
             reports.append(report)
         return reports
 
@@ -755,6 +910,26 @@ class Platform:
     def _applied(self) -> Path:
         """Return the file with the fingerprint of the project and settings last applied from this folder."""
         return self.dbt.target_dir / "applied.sha256"
+
+
+def _options_of(options: FileOptions) -> str:
+    """Return the options that decide which messages a history has, as a bootstrap is recorded with them."""
+    told = [] if options.until is None else [f"until {options.until.isoformat(timespec='seconds')}"]
+    if options.is_selective or options.renamed or options.arrived_at:
+        chosen = [
+            sorted(options.renamed.items()),
+            options.where,
+            options.arrived_at,
+            options.until and options.until.isoformat(),
+        ]
+        digest = hashlib.sha256(json.dumps(chosen).encode()).hexdigest()
+        told.append(f"options {digest[:8]}")
+    return " ".join(told)
+
+
+def _unread(first: int, columns: Sequence[str] | None) -> Iterator[TableBatch]:
+    """Read nothing of a table that the engine reads itself."""
+    return iter(())
 
 
 def kafka_security(settings: Settings) -> KafkaSecurity:

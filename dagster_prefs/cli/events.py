@@ -17,6 +17,7 @@ from dagster_prefs.errors import PrefsError
 from dagster_prefs.settings import Settings, load_settings
 
 if TYPE_CHECKING:
+    from dagster_prefs.events.bootstrap import BootstrapState
     from dagster_prefs.events.dry_run import DryRun
     from dagster_prefs.events.ingest import Delivery
     from dagster_prefs.events.messages import Topic
@@ -80,6 +81,84 @@ def ingest(
         console.print(
             "the follower of `prefs up` applies them; `prefs refresh` waits for it, or applies them itself"
         )
+
+
+@cli.command()
+@click.argument("topic")
+@click.option(
+    "--from", "given", metavar="HISTORY", help="Files, s3://BUCKET/PREFIX or iceberg:NAMESPACE.TABLE."
+)
+@click.option("--until", metavar="TIME|OFFSETS", help="Where Kafka begins: a time, or 0:1200,1:1187.")
+@click.option(
+    "--map", "maps", multiple=True, metavar="COLUMN=FIELD", help="Field of a column; `COLUMN=` leaves it out."
+)
+@click.option("--where", metavar="SQL", help="Condition over the columns; other rows are left out.")
+@click.option("--arrived-at", metavar="COLUMN", help="Column that holds when each row arrived.")
+@click.option("--rate", type=click.FloatRange(0, min_open=True), help="Messages per second at most.")
+@click.option("--status", "only_status", is_flag=True, help="Show how far it is; read nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+def bootstrap(topic: str, given: str | None, until: str | None, **options: Any) -> None:
+    """Read the history of a TOPIC that also comes from Kafka.
+
+    The history may overlap with Kafka: nothing counts twice. Stop it at any time, and run the same command again.
+    RisingWave reads an Iceberg table itself; the embedded engine reads files, S3 and Iceberg.
+    """
+    from dagster_prefs.events.bootstrap import parse_until
+    from dagster_prefs.events.ingest import FileOptions
+    from dagster_prefs.events.raw import Progress
+    from dagster_prefs.platform import Platform
+
+    platform = Platform(load_settings())
+    if options["only_status"]:
+        tell_bootstraps(topic, platform.bootstraps(topic), as_json=options["as_json"])
+        return
+    if given is None:
+        raise click.UsageError("give --from HISTORY, or --status")
+    end = None if until is None else parse_until(until)
+    if isinstance(end, dict):
+        end = platform.history_end(topic, end)
+        console.print(
+            f"Kafka holds all that happened from {end:%Y-%m-%d %H:%M:%S} UTC on: history ends there"
+        )
+    chosen = FileOptions(
+        rate=options["rate"],
+        renamed=read_maps(options["maps"]),
+        where=options["where"],
+        arrived_at=options["arrived_at"],
+        until=end,
+    )
+    with progress_bar(topic) as advance:
+        state = platform.bootstrap(
+            topic,
+            given,
+            chosen,
+            progress=lambda found: advance(Progress(found.messages, found.parts_done, found.parts, "parts")),
+        )
+    tell_bootstraps(topic, [state], as_json=options["as_json"])
+
+
+def tell_bootstraps(topic: str, states: Sequence[BootstrapState], *, as_json: bool) -> None:
+    """Print how far the bootstraps of a topic are."""
+    from dagster_prefs.freshness.status import duration
+
+    if as_json:
+        print_json([state.as_dict() for state in states])
+        return
+    if not states:
+        console.print(f"no history of {topic} was read: `prefs bootstrap {topic} --from HISTORY`")
+        return
+    rows = [
+        (
+            state.history.shown,
+            "complete" if state.is_complete else "incomplete",
+            f"{state.parts_done}/{state.parts}",
+            f"{state.messages:,}",
+            "" if state.rate is None else f"{state.rate:,.0f}/s",
+            "" if state.is_complete else duration(state.seconds_left),
+        )
+        for state in states
+    ]
+    console.print(table_of("", ["history", "state", "parts", "messages", "rate", "left"], rows))
 
 
 def tell_ingested(name: str, report: IngestReport) -> None:

@@ -13,7 +13,7 @@ from dagster_prefs.console.runbook_page import RUNBOOK, anchor
 from dagster_prefs.freshness.status import duration
 
 LOOK_SECONDS = 1.0
-LOOKS = {"warn": "warn", "skipped": "faint"}
+LOOKS = {"warn": "warn", "catching up": "warn", "skipped": "faint"}
 COLUMNS = ("stage", "name", "rate", "lag", "last hour", "target", "rejected", "last", "state")
 
 

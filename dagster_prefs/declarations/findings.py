@@ -18,8 +18,9 @@ KEY_SQL_TYPES: Mapping[str, str] = {"bigint": "bigint", "text": "text", "uuid": 
 # Relations of the platform itself.
 PLATFORM_RELATIONS = (
     "rejected_events", "ingest_progress", "tile_fingerprints", "canary_keys", "deployments", "erased_subjects",
-    "ingest_files", "kafka_topics", "replayed_events", "online_published", "raw_arrivals", "raw_retained",
-    "live_pending", "live_views", "live_due", "live_builds", "live_changes", "live_outbox", "live_follower",
+    "bootstrap_parts", "event_exports", "ingest_files", "kafka_topics", "replayed_events", "online_published",
+    "raw_arrivals", "raw_retained", "live_pending", "live_views", "live_due", "live_builds", "live_changes",
+    "live_outbox", "live_follower",
 )  # fmt: skip
 # Seconds: the default target, five from event to DynamoDB, for declarations without their own.
 LIVE: Mapping[str, Any] = {"warn_seconds": 3, "error_seconds": 5}

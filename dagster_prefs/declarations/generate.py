@@ -451,9 +451,7 @@ def _typed_sql(topic: Topic, declared: Declarations) -> str:
     own = f", indexes={_json(indexes)}" if topic.writes_indexes else ""
     values = names | {
         "config": f"{{{{ config(tags={names['tags']}{own}) }}}}\n",
-        "columns": "\n".join(f"    {_json(column)}," for column in columns)
-        if of.entity
-        else ", ".join(columns),
+        "columns": "\n".join(f"    {_json(column)}," for column in columns),
     }
     return _fill("typed_first.sql" if of.entity else "typed_last.sql", values)
 

@@ -31,7 +31,7 @@ from dagster_prefs.freshness.canary import (
     canary_views,
     measure_canary,
 )
-from dagster_prefs.freshness.levels import Measure, Unmeasurable
+from dagster_prefs.freshness.levels import QUIET, Measure, Unmeasurable
 from dagster_prefs.freshness.measures import unknown
 from dagster_prefs.freshness.prober import prober_ticks
 from dagster_prefs.freshness.status import evaluate
@@ -342,13 +342,13 @@ def _checks(
             key = keys[found.name]
             if key not in selected:
                 continue
-            if found.level not in ("ok", "skipped"):
+            if found.level not in QUIET:
                 context.log.info(f"{found.key}: {found.level}: {found.reason}")
             observe(key, metadata(found) | ({ROW_COUNT: counts[found.name]} if found.name in counts else {}))
             yield dg.AssetCheckResult(
                 asset_key=key,
                 check_name=check,
-                passed=found.level in ("ok", "skipped"),
+                passed=found.level in QUIET,
                 severity=_severity(found),
                 description=found.reason,
                 metadata=metadata(found),

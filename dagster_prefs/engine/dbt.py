@@ -27,6 +27,7 @@ from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.explain import failed_statement
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.files import make_private_folder
+from dagster_prefs.redaction import redact_options
 
 _END_SECONDS = 10.0
 _OFFLINE = ("--no-introspect", "--no-populate-cache")
@@ -168,6 +169,14 @@ class Dbt:
         # Aliases apply to this run only: other runs read the manifest on disk.
         kept = None if aliases else self.manifest_path
         return [node_result(told) for told in self._invoke(args, kept, heard, aliases)]
+
+    def operate(self, macro: str, arguments: Mapping[str, str]) -> None:
+        """Run a macro of the project with these arguments. Raises DbtError with the reason if it fails."""
+        args = ["run-operation", macro, "--args", json.dumps(arguments)]
+        for result in self._invoke(args):
+            if result["status"] != "success":
+                # The engine may repeat the statement, with the credentials that were inserted into it.
+                raise DbtError(f"dbt {macro} failed: {redact_options(one_line(result['message']))}")
 
     def compiled(self, models: Sequence[str]) -> dict[str, str]:
         """Map each model to its SQL as the engine would get it. Needs no running engine.

@@ -96,7 +96,8 @@ def invoke(request: Mapping[str, Any], send: Send) -> None:
         {
             "results": [
                 {
-                    "unique_id": result.node.unique_id,
+                    # Results of `run-operation` have no node.
+                    "unique_id": getattr(result, "node", result).unique_id,
                     "status": str(result.status),
                     "message": result.message or "",
                     "seconds": float(result.execution_time),

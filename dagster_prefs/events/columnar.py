@@ -101,12 +101,14 @@ class Columns:
     """How a table's columns are read.
 
     `renamed` maps columns to fields, or to None if the messages leave the column out. `where` is an SQL
-    expression over the table's own columns. `arrived_at` is the column that holds when each row arrived.
+    expression over the table's own columns. `arrived_at` is the column that holds when each row arrived. Rows whose
+    event happened at or after `until` (UTC) are left out.
     """
 
     renamed: Mapping[str, str | None]
     where: str | None = None
     arrived_at: str | None = None
+    until: datetime | None = None
 
     @property
     def changes_messages(self) -> bool:
@@ -252,6 +254,7 @@ class Converter:
         self.columns = columns
         self.batch_rows = batch_rows
         check_columns(table, columns)
+        self._until = until_column(table.schema, topic, columns, table.name) if columns.until else None
         # All converters share one database, because opening one takes longer than reading a small file.
         self._session = _database().cursor()
         try:
@@ -295,7 +298,7 @@ class Converter:
         if column is None:
             return
         years = self.topic.limits.years
-        needed = None if self.columns.where else [column]
+        needed = None if self.columns.where or self._until else [column]
         for batch in self._batches(0, needed):
             self._register(batch)
             found = self._run(
@@ -355,7 +358,12 @@ class Converter:
 
     def _where(self) -> str:
         # The expression has its own line, because it may end in a comment.
-        return f"(\n{self.columns.where}\n)" if self.columns.where else "true"
+        conditions = [f"(\n{self.columns.where}\n)"] if self.columns.where else []
+        if self._until is not None and self.columns.until is not None:
+            # A row without a time is kept, so that it is rejected with its reason.
+            before = f"make_timestamp({_microseconds(self.columns.until)})"
+            conditions.append(f"coalesce({_quoted(self._until)} < {before}, true)")
+        return " and ".join(conditions) or "true"
 
     def _run(self, query: str) -> pa.Table:
         try:
@@ -458,6 +466,27 @@ def check_columns(table: Table, columns: Columns) -> None:
                 f"--arrived-at {columns.arrived_at} is {kind} in {table.name} and not a time: name a column of "
                 "timestamps, or of whole numbers since 1970"
             )
+
+
+def until_column(schema: pa.Schema, topic: Topic, columns: Columns, name: str) -> str:
+    """Return the column of a topic's event time, by which `--until` ends a history.
+
+    Raises EventFileError for reference data, and for a column that holds no timestamps or dates.
+    """
+    if topic.time is None:
+        raise EventFileError(
+            f"--until ends a history by its event times, and {topic.name} is reference data, which has none: leave the "
+            "option out; what Kafka tells is never overwritten by history"
+        )
+    column: str | None = next((one for one in schema.names if columns.field_of(one) == topic.time), None)
+    kind = None if column is None else _stored_type(schema.field(column).type)
+    if column is None or kind is None or not (pa.types.is_timestamp(kind) or pa.types.is_date(kind)):
+        told = f"is {kind}" if column is not None else "is missing"
+        raise EventFileError(
+            f"--until compares {topic.time}, which {told} in {name}: it needs a column of timestamps or dates; convert "
+            "it, or select the rows with --where"
+        )
+    return column
 
 
 def _refusal(kind: pa.DataType) -> str | None:

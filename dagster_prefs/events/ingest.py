@@ -55,7 +55,7 @@ class FileOptions:
 
     Of a table of columns, `renamed` maps columns to fields, to None where a column is left out; `where` is an SQL
     condition over its columns; `arrived_at` is the column that holds when each row arrived. `constants` are further
-    columns, which every row has.
+    columns, which every row has. Rows of events that happened at or after `until` (UTC) are left out.
 
     `label` is kept as the file's path, by default the path itself.
     """
@@ -69,10 +69,21 @@ class FileOptions:
     arrived_at: str | None = None
     constants: Mapping[str, str | None] = field(default_factory=dict)
     label: str | None = None
+    until: datetime | None = None
+
+    @property
+    def is_selective(self) -> bool:
+        """Whether rows of a table may be left out."""
+        return self.where is not None or self.until is not None
 
     def check_lines(self, path: Path) -> None:
         """Raise EventFileError if an option is for tables of columns, and the file is none."""
-        given = {"--map": self.renamed, "--where": self.where, "--arrived-at": self.arrived_at}
+        given = {
+            "--map": self.renamed,
+            "--where": self.where,
+            "--arrived-at": self.arrived_at,
+            "--until": self.until,
+        }
         if named := [option for option, value in given.items() if value]:
             raise EventFileError(
                 f"{path} holds lines of text, and {' and '.join(named)} need typed columns: write it as Parquet or "

@@ -53,6 +53,8 @@ class Input:
             options.where,
             options.arrived_at,
         ]
+        if options.until is not None:
+            chosen.append(options.until.isoformat())
         digest = hashlib.sha256(json.dumps(chosen).encode()).hexdigest()
         return f"{self.name} version {self.version} options {digest[:8]}"
 

@@ -1,4 +1,4 @@
-"""Topics with messages that the views have not read yet, determined without a clock.
+"""Messages that wait: those that the views have not read, determined without a clock, and those not in the lake.
 
 On the embedded engine `raw_arrivals` has a row for each write, inserted by a trigger of the raw tables in the
 writer's own transaction (macros/engine/arrivals.sql). The arrival time is informational only, because a clock
@@ -15,8 +15,11 @@ import psycopg
 from psycopg import sql
 
 from dagster_prefs.declarations.registry import Registry, TopicDeclaration
-from dagster_prefs.engine.catalog import NotDeployed
+from dagster_prefs.engine.catalog import NotDeployed, missing_relation
 from dagster_prefs.engine.connection import EngineConfiguration
+
+# Where the last export of each topic is recorded, and how many messages that wait for the next one are counted.
+EXPORTS, EXPORTS_COUNTED = "event_exports", 100_000
 
 
 @dataclass(frozen=True)
@@ -79,3 +82,78 @@ def unread(
     )
     ((messages, since, mark),) = connection.execute(query, [topic.raw]).fetchall()
     return Waiting(messages, since, mark) if messages else None
+
+
+@dataclass(frozen=True)
+class Unexported:
+    """What the lake does not hold of a topic: `messages` that arrived since `complete_until`, the first at `since`.
+
+    Times are UTC; `since` is None if nothing waits. At most EXPORTS_COUNTED messages are counted.
+    """
+
+    topic: TopicDeclaration
+    complete_until: datetime
+    messages: int
+    since: datetime | None
+
+
+def note_exported(
+    connection: psycopg.Connection[Any],
+    engine: EngineConfiguration,
+    topic: TopicDeclaration,
+    complete_until: datetime,
+    at: datetime,
+) -> None:
+    """Record that the lake holds all of a topic that arrived until then; `at` is now. Times are UTC.
+
+    Does nothing where the relation is not deployed yet. Raises psycopg.Error.
+    """
+    # On RisingWave an insert into a keyed table replaces the row of its key.
+    ending = (
+        " on conflict (topic) do update set complete_until = excluded.complete_until,"
+        " exported_at = excluded.exported_at"
+        if engine.kind == "local"
+        else ""
+    )
+    try:
+        connection.execute(
+            sql.SQL(
+                "insert into {} (topic, complete_until, exported_at) values (%s, %s, %s)" + ending
+            ).format(sql.Identifier(engine.schema, EXPORTS)),
+            [topic.name, complete_until, at],
+        )
+    except psycopg.Error as error:
+        if not missing_relation(error):
+            raise
+
+
+def unexported(
+    connection: psycopg.Connection[Any], engine: EngineConfiguration, registry: Registry
+) -> list[Unexported]:
+    """Return what the lake does not hold of each topic that was ever exported. Raises psycopg.Error."""
+    try:
+        exported = dict(
+            connection.execute(
+                sql.SQL("select topic, complete_until from {}").format(sql.Identifier(engine.schema, EXPORTS))
+            ).fetchall()
+        )
+    except psycopg.Error as error:
+        if missing_relation(error):
+            return []
+        raise
+    found = []
+    for topic in registry.topics.values():
+        if topic.name in exported:
+            until = exported[topic.name]
+            ((messages, since),) = connection.execute(
+                sql.SQL(
+                    "select count(*), min(arrived_at) from (select arrived_at from {} where arrived_at > {}"
+                    " order by arrived_at limit {}) as later"
+                ).format(
+                    sql.Identifier(engine.schema, topic.parsed),
+                    sql.Literal(until),
+                    sql.Literal(EXPORTS_COUNTED),
+                )
+            ).fetchall()
+            found.append(Unexported(topic, until, messages, since))
+    return found

@@ -24,7 +24,7 @@ from dagster_prefs.events.raw import Batches, FileRecord, IngestReport, Progress
 
 def columns_of(options: FileOptions) -> Columns:
     """Return how a table is read according to the options."""
-    return Columns(options.renamed, options.where, options.arrived_at)
+    return Columns(options.renamed, options.where, options.arrived_at, options.until)
 
 
 def table_source(table: Table, columns: Columns) -> str:
@@ -83,7 +83,7 @@ def ingest_table(
     with RawStore(connection) as store, Converter(table, topic, columns, rows) as converter:
         # Each condition selects other rows, so each has its own record of progress.
         label = options.label or as_text(table.name)
-        record = FileRecord(_record_name(source, options.where), label, topic.name, None, 0, None)
+        record = FileRecord(_record_name(source, options), label, topic.name, None, 0, None)
         known = store.recall(record.source)
         if known is None:
             converter.check_arrivals(datetime.now(UTC))
@@ -96,7 +96,7 @@ def ingest_table(
             return IngestReport(source, known.topic, lines, 0, lines, 0, 0, time.monotonic() - started)
         if deliver is None and connection.kind == "local":
             # With a condition, the number of messages of the earlier rows is not known.
-            begin = 0 if options.where else known.lines or 0
+            begin = 0 if options.is_selective else known.lines or 0
             run = _Run(store, topic, source, record, begin, begin)
             writing = run.copied(converter, pace)
         else:
@@ -110,9 +110,14 @@ def ingest_table(
         if run.rows == 0:
             raise EventFileError(f"{table.name} is empty: it has columns but no rows")
         store.remember_end(replace(record, lines=run.lines, completed_at=datetime.now(UTC)))
+    selecting = [
+        option
+        for option, value in (("--where", options.where), ("--until", options.until))
+        if value is not None
+    ]
     return IngestReport(
         source, topic.name, run.lines, run.accepted, run.lines - run.accepted, 0, 0, time.monotonic() - started,
-        f"--where left out {run.rows - run.lines:,} of {run.rows:,} rows" if options.where else None,
+        f"{' and '.join(selecting)} left out {run.rows - run.lines:,} of {run.rows:,} rows" if selecting else None,
     )  # fmt: skip
 
 
@@ -125,8 +130,13 @@ def check_table_options(table: Table, options: FileOptions) -> None:
         )
 
 
-def _record_name(source: str, where: str | None) -> str:
-    return source if where is None else f"{source}?{hashlib.sha256(where.encode()).hexdigest()[:8]}"
+def _record_name(source: str, options: FileOptions) -> str:
+    if not options.is_selective:
+        return source
+    told = options.where or ""
+    if options.until is not None:
+        told += f" until {options.until.isoformat()}"
+    return f"{source}?{hashlib.sha256(told.encode()).hexdigest()[:8]}"
 
 
 @dataclass

@@ -19,11 +19,12 @@ from dagster_prefs.pauses import Pauses
 
 Alarm = Literal["ok", "warn", "error"]
 
-# "unknown" alarms like "error", because an unreadable stage can hide a failure. "skipped" (not configured)
-# never alarms.
+# "unknown" alarms like "error", because an unreadable stage can hide a failure. "skipped" (not configured) and
+# "catching up" (late, and measured to end soon) never alarm.
 ALARMS: Mapping[Level, Alarm] = {
     "ok": "ok",
     "skipped": "ok",
+    "catching up": "ok",
     "warn": "warn",
     "error": "error",
     "unknown": "error",

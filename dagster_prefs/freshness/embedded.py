@@ -13,6 +13,7 @@ from psycopg import sql
 
 from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.engine.connection import EngineConfiguration, EngineUnavailable
+from dagster_prefs.freshness.catch_up import LONG_REBUILD_SECONDS
 from dagster_prefs.freshness.levels import Level, Measure, Unmeasurable, unreadable
 from dagster_prefs.live.presence import GONE_SECONDS, RETRY_SECONDS, follow_lock, pending_views
 
@@ -193,7 +194,9 @@ def _judge(state: _State) -> tuple[Level, str]:
             f"{state.process} has waited for {state.blocks} for {silent:.0f} s, and continues when that ends",
         )
     if state.state == "active":
-        level: Level = "warn" if silent >= LONG_STEP_SECONDS else "ok"
+        level: Level = "ok"
+        if silent >= LONG_STEP_SECONDS:
+            level = "catching up" if state.views and silent < LONG_REBUILD_SECONDS else "warn"
         return level, f"{state.process} has been at one step for {silent:.0f} s: it rebuilds a view"
     return (
         "error",

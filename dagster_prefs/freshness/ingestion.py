@@ -72,6 +72,11 @@ class IngestionLag:
         known = [age for age in ages if age is not None]
         return max(known) if known else None
 
+    @property
+    def is_only_behind(self) -> bool:
+        """Whether nothing is wrong but that messages are not read yet."""
+        return all(partition.state in ("current", "behind") for partition in self.partitions)
+
     def in_state(self, state: State) -> list[int]:
         """Return the numbers of the partitions in that state."""
         return [partition.partition for partition in self.partitions if partition.state == state]

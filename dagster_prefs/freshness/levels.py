@@ -12,12 +12,14 @@ from dagster_prefs.declarations.contract import Freshness
 from dagster_prefs.engine.catalog import missing_relation
 from dagster_prefs.errors import PrefsError
 
-Level = Literal["ok", "skipped", "warn", "error", "unknown"]
+Level = Literal["ok", "skipped", "catching up", "warn", "error", "unknown"]
 
 # Ordered from best to worst. "unknown" is worst, because it can hide any state.
-LEVELS: tuple[Level, ...] = ("ok", "skipped", "warn", "error", "unknown")
+LEVELS: tuple[Level, ...] = ("ok", "skipped", "catching up", "warn", "error", "unknown")
+# The levels of which nobody is told and with which a check passes.
+QUIET: frozenset[Level] = frozenset({"ok", "skipped", "catching up"})
 
-Stage = Literal["engine", "ingestion", "views", "online", "offline", "canary", "drift"]
+Stage = Literal["engine", "history", "ingestion", "views", "online", "offline", "canary", "drift"]
 
 
 class Unmeasurable(PrefsError):

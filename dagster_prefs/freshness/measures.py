@@ -19,8 +19,10 @@ from dagster_prefs.dynamodb.store import DomainStore
 from dagster_prefs.engine.catalog import NotDeployed
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError
+from dagster_prefs.events.progress import EXPORTS_COUNTED, Unexported, unexported
 from dagster_prefs.events.rejected import Counts, message_counts
 from dagster_prefs.freshness.canary import SOURCE
+from dagster_prefs.freshness.catch_up import excused, follower_progress, reading_progress
 from dagster_prefs.freshness.levels import Level, Measure, Stage, Unmeasurable, judge, worst
 from dagster_prefs.freshness.online import SAMPLE, OnlineLag, online_lag, table_page
 from dagster_prefs.freshness.views import Typed, ViewLag, view_lag, watched_relations
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 
 # A lease holder that has not renewed for this many lease periods counts as dead.
 INACTIVE_PROMISES = 3
+# An export of events is late, and very late, after so many of its intervals.
+LATE_EXPORTS, LOST_EXPORTS = 3, 24
 # A refresh that runs for longer than this no longer excuses a lag.
 REFRESH_PATIENCE_SECONDS = 900
 
@@ -61,6 +65,7 @@ def measure_views(
     try:
         with engine.connect() as connection:
             refreshing = refresh_running(connection, engine)
+            progress = follower_progress(connection, engine, now)
             measures = []
             arrivals: dict[str, datetime | None] = {}
             counts: Mapping[str, Counts] | None = None
@@ -84,7 +89,7 @@ def measure_views(
                     count = counts.get(relation.topic, Counts(0, 0))
                     numbers = {"topic_messages": count.messages, "topic_rejected": count.rejected}
                     measure = replace(measure, values={**measure.values, **numbers})
-                measures.append(measure)
+                measures.append(excused(measure, progress))
             return measures
     except (PrefsError, psycopg.Error) as error:
         return unknown("views", names, error)
@@ -166,6 +171,7 @@ def measure_online(
         engine = stores[0].engine
         with engine.connect() as connection:
             refreshing = refresh_running(connection, engine)
+            progress = follower_progress(connection, engine, now)
     except (PrefsError, BotoCoreError, psycopg.Error) as error:
         return unknown("online", names, error)
     measures = []
@@ -182,7 +188,7 @@ def measure_online(
         except (PrefsError, psycopg.Error) as error:
             measures += unknown("online", [domain.name], error)
             continue
-        measure = _online_measure(lag, domain, publishes, follows, refreshing)
+        measure = excused(_online_measure(lag, domain, publishes, follows, refreshing), progress)
         if follows:
             try:
                 state = read_lease(store.items, domain)
@@ -346,6 +352,37 @@ def measure_offline(
     return measures
 
 
+def measure_exported_events(
+    engine: EngineConfiguration, registry: Registry, *, now: datetime, every_seconds: float
+) -> list[Measure]:
+    """Measure the lag of each topic's events in the lake, of which an export is due every `every_seconds`.
+
+    It is the age of the first message that the lake does not hold, by its arrival; a topic that was never exported has
+    no measure. Never raises: an engine that does not answer has none of these measures.
+    """
+    # The views' measures tell of an engine that is down; which topics are exported, only the engine knows.
+    with suppress(PrefsError, psycopg.Error), engine.connect() as connection:
+        return [
+            _exported_measure(found, every_seconds, now) for found in unexported(connection, engine, registry)
+        ]
+    return []
+
+
+def _exported_measure(found: Unexported, every_seconds: float, now: datetime) -> Measure:
+    thresholds = Freshness(LATE_EXPORTS * every_seconds, LOST_EXPORTS * every_seconds)
+    age = 0.0 if found.since is None else max(0.0, (now - found.since).total_seconds())
+    level = judge(age, thresholds)
+    reason = f"the lake holds all that arrived until {found.complete_until:%Y-%m-%d %H:%M:%S} UTC"
+    if found.messages:
+        least = "at least " if found.messages >= EXPORTS_COUNTED else ""
+        reason += f", and {least}{found.messages:,} messages wait for the next export"
+    if level != "ok":
+        reason += ": run `prefs export events`, or see that Dagster's sensor events_to_export runs"
+    values = {"events_unexported": found.messages}
+    notes = {"complete_until": found.complete_until.isoformat(timespec="seconds")}
+    return Measure("offline", found.topic.raw, level, reason, age, thresholds, values, notes)
+
+
 def refresh_running(connection: psycopg.Connection[Any], engine: EngineConfiguration) -> bool:
     """Return whether dbt is refreshing the embedded engine at the moment, so that views differ for a while.
 
@@ -425,7 +462,13 @@ def measure_ingestion(
                 except Unmeasurable as error:
                     measures += unknown("ingestion", [topic], error)
                     continue
-                measures.append(_ingestion_measure(lag, thresholds.get(topic)))
+                measure = _ingestion_measure(lag, thresholds.get(topic))
+                if measure.level in ("warn", "error") and lag.is_only_behind:
+                    progress = reading_progress(
+                        connection, engine, registry.topic(topic), lag.messages, lag.lag_seconds or 0.0
+                    )
+                    measure = excused(measure, progress)
+                measures.append(measure)
             return measures
     except (PrefsError, psycopg.Error) as error:
         return unknown("ingestion", topics, error)

@@ -69,6 +69,14 @@ METRICS: tuple[Metric, ...] = (
         "prefs_view_newest_event_timestamp_seconds", "Time of the newest visible event.", "newest_event_at"
     ),
     Metric("prefs_view_ahead_seconds", "How far the newest event is in the future.", "ahead_seconds"),
+    Metric("prefs_catch_up_rate", "Units per second at which a backlog ends.", "catch_up_rate"),
+    Metric(
+        "prefs_catch_up_seconds_left",
+        "Estimated time until a backlog is worked off.",
+        "catch_up_seconds_left",
+    ),
+    Metric("prefs_history_parts", "Parts of a topic's history.", "parts"),
+    Metric("prefs_history_parts_done", "Parts of a topic's history that are stored.", "parts_done"),
     Metric("prefs_online_sampled", "Ids that were compared with DynamoDB.", "sampled"),
     Metric("prefs_online_missing", "Sampled ids without an item.", "missing"),
     Metric("prefs_online_extra", "Sampled items of ids without a row.", "extra"),
@@ -76,6 +84,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("prefs_export_days_missing", "Complete days that are not exported.", "days_missing"),
     Metric("prefs_export_days_changed", "Days that changed after their export.", "days_changed"),
     Metric("prefs_export_days_foreign", "Exported days that another writer changed.", "days_foreign"),
+    Metric("prefs_events_unexported", "Messages that the lake does not hold yet.", "events_unexported"),
     Metric("prefs_canary_p50_seconds", "Median time from event to reader.", "p50_seconds"),
     Metric("prefs_canary_p99_seconds", "99th percentile of the time from event to reader.", "p99_seconds"),
     Metric("prefs_drift_psi", "Greatest population stability index of a topic's attributes.", "psi"),

@@ -17,9 +17,11 @@ from dagster_prefs.declarations.contract import Contract
 from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.dynamodb.store import DomainStore, domain_stores
 from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.freshness.catch_up import measure_history
 from dagster_prefs.freshness.embedded import measure_embedded
-from dagster_prefs.freshness.levels import Level, Measure, worst
+from dagster_prefs.freshness.levels import QUIET, Level, Measure, worst
 from dagster_prefs.freshness.measures import (
+    measure_exported_events,
     measure_ingestion,
     measure_offline,
     measure_online,
@@ -34,17 +36,19 @@ if TYPE_CHECKING:
     from dagster_prefs.events.brokers import KafkaSource
     from dagster_prefs.freshness.exports_memo import ExportsMemo
 
-EXIT_CODES: dict[Level, int] = {"ok": 0, "skipped": 0, "warn": 1, "error": 2, "unknown": 2}
+EXIT_CODES: dict[Level, int] = {"ok": 0, "skipped": 0, "catching up": 0, "warn": 1, "error": 2, "unknown": 2}
 
 _STYLES: dict[Level, str] = {
     "ok": "green",
     "skipped": "dim",
+    "catching up": "cyan",
     "warn": "yellow",
     "error": "bold red",
     "unknown": "bold magenta",
 }
 _TITLES = {
     "engine": "embedded engine",
+    "history": "history → engine",
     "ingestion": "Kafka → engine",
     "views": "events → views",
     "online": "views → DynamoDB",
@@ -60,8 +64,8 @@ class Sources:
 
     `data_dir` is on the disk of the embedded engine. `publishes`, `follows` and `strangers` are as for
     `measure_online`, `by_sink` as for `offline_lag`. `kafka` and `declared` are called at each reading, because they
-    need the project. `exports` measures the training tables instead of this process, whose memory Iceberg's libraries
-    would double. `drift` measures the causes of drift.
+    need the project. Events are exported every `events_export_seconds`. `exports` measures the training tables instead
+    of this process, whose memory Iceberg's libraries would double. `drift` measures the causes of drift.
     """
 
     engine: EngineConfiguration
@@ -76,6 +80,7 @@ class Sources:
     publishes: bool
     follows: bool
     by_sink: bool
+    events_export_seconds: float = 3600.0
     strangers: bool = True
     memo: ExportsMemo | None = None
     exports: Callable[[datetime], list[Measure]] | None = None
@@ -103,6 +108,10 @@ class Sources:
         """Measure the embedded engine and its follower, by the engine's own clock; empty on RisingWave."""
         return measure_embedded(self.engine, self.registry, self.data_dir)
 
+    def history(self, now: datetime) -> list[Measure]:
+        """Measure the bootstraps of topics that are not complete, and those that were completed within a day."""
+        return measure_history(self.engine, now=now)
+
     def ingestion(self, now: datetime) -> list[Measure]:
         """Compare Kafka with the raw tables."""
         return measure_ingestion(self.engine, self.registry, self.kafka(), now=now, by_id=True)
@@ -120,6 +129,12 @@ class Sources:
             publishes=self.publishes,
             follows=self.follows,
             strangers=self.strangers,
+        )
+
+    def exported_events(self, now: datetime) -> list[Measure]:
+        """Compare the messages of the engine with what the lake holds of them; empty before the first export."""
+        return measure_exported_events(
+            self.engine, self.registry, now=now, every_seconds=self.events_export_seconds
         )
 
     def offline(self, now: datetime) -> list[Measure]:
@@ -183,10 +198,12 @@ def evaluate(sources: Sources, *, now: Callable[[], datetime], extra: Sequence[M
     started = now()
     stages = (
         sources.embedded,
+        sources.history,
         sources.ingestion,
         sources.views,
         sources.online,
         sources.offline,
+        sources.exported_events,
         sources.drift,
     )
     with ThreadPoolExecutor(len(stages), thread_name_prefix="freshness") as pool:
@@ -212,7 +229,7 @@ def render_status(status: Status) -> Group:
                 measure.name,
                 duration(measure.lag_seconds),
                 Text(measure.level, style=style),
-                Text(measure.reason, style="dim" if measure.level in ("ok", "skipped") else ""),
+                Text(measure.reason, style="dim" if measure.level in QUIET else ""),
             )
         parts += [table, Text()]
     parts.append(

@@ -37,6 +37,8 @@ from dagster_prefs.iceberg.export import DEFAULT_NAMESPACE
 from dagster_prefs.iceberg.files import live_files, read_rows, scan_rows
 
 REPLACED = "replaced_at"
+# Whether a delivery came from Kafka, also as the correction of a rejected message: `kafka_rank` of macros/messages.sql.
+_FROM_KAFKA = "regexp_matches(source, '^(replay:)*kafka:')"
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,9 @@ def load_accepted(
 
     Of several deliveries of an identity the first counts: it is the first at every later time too. Of reference data
     (`keep: last`) every delivery counts until the next one, whose arrival is in the column `replaced_at`, NULL for the
-    last. The columns are those selected, and always place, arrival and identity. Raises like `read_events`.
+    last; what did not come from Kafka never counts once something from Kafka has arrived, as in the engine
+    (`kafka_rank` of macros/messages.sql). The columns are those selected, and always place, arrival and identity.
+    Raises like `read_events`.
     """
     columns = selection.columns
     if columns is not None:
@@ -175,8 +179,11 @@ def load_accepted(
         with registered(session, "deliveries", rows.schema, rows):
             if spec.topic.keep == "last":
                 session.execute(
-                    f"create table {table} as select *,"
-                    f" lead({ARRIVED}) over (partition by {identity} order by {order}) as {REPLACED} from deliveries"
+                    f"create table {table} as select * exclude (prefs_outranked),"
+                    f" lead({ARRIVED}) over (partition by {identity} order by {order}) as {REPLACED}"
+                    f" from (select *, not {_FROM_KAFKA} and coalesce(bool_or({_FROM_KAFKA}) over ("
+                    f"   partition by {identity} order by {order} rows between unbounded preceding and 1 preceding"
+                    f" ), false) as prefs_outranked from deliveries) where not prefs_outranked"
                 )
                 return
             session.execute(f"create table {table} as from deliveries")

@@ -272,8 +272,18 @@ def exact_sums(batches: Iterable[pa.RecordBatch], columns: Iterable[str]) -> dic
     sums = dict.fromkeys(columns, Decimal(0))
     for batch in batches:
         for name in sums:
-            sums[name] += Decimal(pc.sum(batch.column(name)).as_py() or 0)
+            sums[name] += _exact_sum(batch.column(name))
     return sums
+
+
+def _exact_sum(column: pa.Array) -> Decimal:
+    if pa.types.is_integer(column.type):
+        bounds = pc.min_max(column).as_py()
+        largest = max(abs(bounds["min"] or 0), abs(bounds["max"] or 0))
+        if largest * len(column) >= 2**63:
+            # Arrow adds whole numbers up in 64 bits, and says nothing of more.
+            column = column.cast(pa.decimal128(38, 0))
+    return Decimal(pc.sum(column).as_py() or 0)
 
 
 def counted_sums(batches: Iterable[pa.RecordBatch], columns: Iterable[str]) -> tuple[int, dict[str, Decimal]]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -16,6 +18,7 @@ from dagster_prefs.declarations.contract import Domain
 from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.errors import PrefsError
+from dagster_prefs.live.backlog import NOTED_SECONDS, note_backlog
 from dagster_prefs.live.presence import (
     CHANNEL,
     RETRY_SECONDS,
@@ -94,6 +97,9 @@ class Follower:
         self._end_reading = threading.Event()
         self._problems: dict[str, str] = {}
         self._last_step = 0
+        self._taken, self._noted_at = 0, -math.inf
+        # Only the thread that publishes counts what it has published.
+        self._published = self._noted_published = 0
         self._changed = threading.Event()
 
     def run(self, stop: threading.Event) -> None:
@@ -236,6 +242,13 @@ class Follower:
                 },
             )
         self._sign_of_life(connection)
+        self._taken += report.messages
+        if (now := time.monotonic()) >= self._noted_at + NOTED_SECONDS:
+            published = self._published
+            note_backlog(
+                connection, self.engine, self.work.registry, self._taken + published - self._noted_published
+            )
+            self._taken, self._noted_published, self._noted_at = 0, published, now
         if not report.idle:
             self._changed.set()
 
@@ -322,6 +335,7 @@ class Follower:
         if not rows:
             return False
         publish(domain, [key for key, _, _ in rows], connection)
+        self._published += len(rows)
         steps = [step for _, step, _ in rows]
         log.info(
             "published what %d keys of %s have now",

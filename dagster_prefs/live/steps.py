@@ -26,6 +26,7 @@ from dagster_prefs.declarations.registry import Registry, TopicDeclaration
 from dagster_prefs.engine.catalog import NotDeployed, missing_relation
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.lock import deployment_locked, lock_deployment
+from dagster_prefs.live.backlog import make_backlog
 from dagster_prefs.live.presence import pending_views
 from dagster_prefs.live.trail import forget_old_steps, make_trail, note_step
 from dagster_prefs.live.views import (
@@ -270,6 +271,7 @@ class Steps:
         """Create what steps need and no model declares: indexes, the trail, this session's tables of changed rows."""
         self.connection.execute("set client_min_messages to warning")
         make_trail(self.connection, self.engine)
+        make_backlog(self.connection, self.engine)
         for parsed, topic in views.parsed.items():
             for column, where in _lookups(self.registry, topic).items():
                 self._index(parsed, [column], where)

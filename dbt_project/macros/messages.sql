@@ -433,3 +433,49 @@ final as (
 
 select * from final
 {%- endmacro %}
+
+{#
+  The query of a model of reference data: the last delivery of every valid message about `identity`. `columns` are
+  expressions over the fields.
+
+  What came from Kafka outranks everything else, whatever arrived later and whatever time of arrival was given to it:
+  history that is ingested next to Kafka adds what Kafka has not told, and never takes back what it has. Among messages
+  of one rank the last arrival counts. `load_accepted` of dagster_prefs/iceberg/event_reader.py has the same rule.
+#}
+{% macro last_deliveries(parsed, identity, columns) -%}
+with valid as (
+
+  select *, {{ kafka_rank() }} as prefs_rank from {{ parsed }} where reason is null
+
+),
+
+deliveries as (
+
+  select
+    *,
+    row_number() over (
+      partition by {{ identity }}
+      order by prefs_rank desc, arrived_at desc, source desc, source_partition desc, source_offset desc
+    ) as delivery
+  from valid
+
+),
+
+final as (
+
+  select {{ columns | join(", ") }}
+  from deliveries
+  where delivery = 1
+
+)
+
+select * from final
+{%- endmacro %}
+
+{#
+  1 for a message that came from Kafka, also for the correction of a rejected one, else 0. A source's name begins with
+  what it is (`kafka:`, `file:` …), behind `replay:` for each correction.
+#}
+{% macro kafka_rank() -%}
+  case when source ~ '^(replay:)*kafka:' then 1 else 0 end
+{%- endmacro %}

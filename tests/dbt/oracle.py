@@ -55,6 +55,12 @@ class Message:
     def position(self) -> tuple[str, int, int]:
         return (self.source, self.partition, self.offset)
 
+    @property
+    def is_from_kafka(self) -> bool:
+        """Whether a broker delivered it, or it corrects such a message."""
+        parts = self.source.split(":")
+        return len(parts) > 1 and next(part for part in parts if part != "replay") == "kafka"
+
 
 @dataclass(frozen=True)
 class Erasure:
@@ -485,7 +491,7 @@ class Oracle:
 
     def items(self) -> list[Row]:
         valid = [p for p in self.parsed if p.message.topic == "items" and p.reason is None]
-        valid.sort(key=lambda p: (p.message.arrived_at, p.message.position))
+        valid.sort(key=lambda p: (p.message.is_from_kafka, p.message.arrived_at, p.message.position))
         return list({p.fields["item_id"]: p.fields for p in valid}.values())
 
     def rejected(self) -> list[Row]:

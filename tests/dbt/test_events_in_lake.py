@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, time, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,26 @@ import duckdb
 import pyarrow.parquet as pq
 import pytest
 from built_state import BuiltState
-from oracle import HOUR, SECOND, Erasure, Message, Oracle
+from oracle import HOUR, SECOND, Erasure, Message, Oracle, micros
 from relations import differences, insert_canary_keys, insert_events, instant, refresh
 from shipped import REGISTRY
 from streams import NOW
 
 from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.engine.dbt import Dbt, NodeResult
 from dagster_prefs.erasure.erase import Stores, erase
 from dagster_prefs.erasure.events import REDACTED, Subject
 from dagster_prefs.erasure.export import export_subject
+from dagster_prefs.freshness.measures import measure_exported_events
 from dagster_prefs.iceberg import publish
 from dagster_prefs.iceberg.event_export import EventsReport
-from dagster_prefs.iceberg.event_reader import Selection, complete_until, load_accepted, read_events
+from dagster_prefs.iceberg.event_reader import (
+    Selection,
+    complete_from_of,
+    complete_until,
+    load_accepted,
+    read_events,
+)
 from dagster_prefs.iceberg.event_tables import PLACE, event_tables
 from dagster_prefs.iceberg.tables import SchemaChangeRefused, ensure_layout
 from dagster_prefs.platform import Platform
@@ -241,6 +249,26 @@ def test_a_table_grows_with_its_topic_and_keeps_all_versions_of_reference_data(l
     )
 
 
+def test_history_counts_in_the_lake_until_kafka_has_told(lake: Lake) -> None:
+    """The engine's rule for reference data, at every arrival: i0 is 20 at first, then what Kafka says."""
+    lake.arrive(
+        [
+            Message(ITEMS, "kafka:items", 0, 1, item("i0", 1), None, FIRST + 70 * HOUR),
+            Message(ITEMS, "file:z#1", 0, 1, item("i0", 2), None, FIRST + 71 * HOUR),
+            Message(ITEMS, "replay:kafka:items", 0, 1, item("i0", 3), None, FIRST + 72 * HOUR),
+            Message(ITEMS, "file:z#1", 0, 2, item("new", 4), None, FIRST + 73 * HOUR),
+        ]
+    )
+    lake.export(ITEMS)
+    with duckdb.connect() as session:
+        load_accepted(session, "found", lake.catalog, TABLES[ITEMS].typed)
+        found = session.sql("select item_id, price, replaced_at is null from found").fetchall()
+    assert sorted((row[:2] for row in found if row[2]), key=repr) == lake.ask(
+        "select item_id, price from items"
+    )
+    assert [int(row[1]) for row in found if row[0] == "i0" and row[1] < 4 and row[1] > 0] == [1, 3]
+
+
 def test_a_crash_and_another_exporter_lose_and_double_nothing(
     lake: Lake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -351,6 +379,70 @@ def test_views_outlive_the_raw_messages_and_come_back_from_the_lake(lake: Lake) 
     assert lake.raw() == raw_of([*messages, live])
     lake.arrive([])
     assert lake.differences([*messages, live]) == {}
+
+
+def test_a_parsed_relation_is_not_replaced_while_messages_have_left(
+    lake: Lake, dbt_on: Callable[..., Dbt]
+) -> None:
+    lake.platform.export_events([VIEWS])
+    assert ("view_events_parsed",) in lake.ask("select relation from raw_retained")
+
+    def anew() -> NodeResult:
+        results = dbt_on(lake.engine).run("run", ["view_events_parsed"], arguments=["--full-refresh"])
+        return next(one for one in results if one.name == "view_events_parsed")
+
+    result = anew()
+    assert not result.ok
+    assert "prefs rebuild view_events_parsed --from-lake" in result.message
+    assert lake.differences(stream()) == {}, "nothing was changed"
+    lake.platform.stores()
+    lake.platform.rebuild("view_events_parsed", from_lake=True)
+    assert ("view_events_parsed",) not in lake.ask("select relation from raw_retained")
+    result = anew()
+    assert result.ok, result.message
+    assert lake.differences(stream()) == {}
+
+
+def test_days_before_the_kept_ones_leave_the_lake(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    lake.export()
+    monkeypatch.setenv("PREFS_EVENTS_KEPT_DAYS", "1")
+    platform = Platform(load_settings())
+    platform.engine = lake.engine
+    export = platform.event_exports()[VIEWS]
+    # Of the three hours one is of the last day.
+    now = instant(NOW) + timedelta(days=1)
+    export.run(now)
+    first = (now - timedelta(days=1)).date()
+    kept = [message for message in stream() if instant(message.arrived_at).date() >= first]
+    assert 0 < len(raw_of(kept)) < len(raw_of(stream()))
+    assert lake.raw() == raw_of(kept)
+    for spec in TABLES[VIEWS].both:
+        table = lake.catalog.load_table(spec.identifier("training"))
+        assert complete_from_of(table) == datetime.combine(first, time(), UTC)
+    # What the engine still has of those days is not exported again.
+    assert export.run(now).hours == 0
+    assert lake.raw() == raw_of(kept)
+
+
+def test_the_lag_of_the_lake_is_read_without_it(lake: Lake) -> None:
+    def measured(hours: float) -> list[Any]:
+        now = datetime.now(UTC) + timedelta(hours=hours)
+        return measure_exported_events(lake.engine, REGISTRY, now=now, every_seconds=3600)
+
+    assert measured(0) == []
+    lake.platform.export_events([VIEWS])
+    (measure,) = measured(100)
+    assert (measure.name, measure.level, measure.lag_seconds) == ("raw_view_events", "ok", 0.0)
+    now = datetime.now(UTC)
+    late = micros(now + timedelta(seconds=1))
+    lake.arrive([delivery(5000 + place, view(f"w{place}", 1, late), late) for place in range(3)])
+    levels = [
+        (measure.level, measure.values["events_unexported"])
+        for hours in (1, 4, 25)
+        for measure in measured(hours)
+    ]
+    assert levels == [("ok", 3), ("warn", 3), ("error", 3)]
+    assert "3 messages wait for the next export" in measured(4)[0].reason
 
 
 def test_an_erased_subject_is_in_no_file_and_stays_erased(lake: Lake, tmp_path: Path) -> None:

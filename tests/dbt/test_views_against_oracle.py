@@ -140,6 +140,36 @@ def test_parallel_plans_read_the_same(session: psycopg.Connection, order: list[s
     assert differences(session, Oracle(stream, NOW)) == {}
 
 
+def version(source: str, price: int, arrived_at: int, item: str = "i", place: int = 0) -> Message:
+    """A version of an item, told by its price."""
+    body = {"item_id": item, "title": "t", "price": price}
+    return Message("items", source, 0, place, json.dumps(body).encode(), None, arrived_at)
+
+
+def test_history_never_overwrites_reference_data_from_kafka(
+    session: psycopg.Connection, order: list[str]
+) -> None:
+    """Whatever arrives later, and whatever time of arrival is given to it: only Kafka follows Kafka."""
+    kafka = [version("kafka:items", 1, NOW - DAY), version("kafka:items#2", 2, NOW - DAY // 2)]
+    history = [version("file:kafka:items#1", 3, NOW), version("simulate:7", 4, NOW + DAY)]
+    corrected = version("replay:kafka:items", 5, NOW - DAY // 4)
+    corrected_history = version("replay:replay:file:h#1", 6, NOW + DAY)
+    steps: list[tuple[list[Message], int]] = [
+        (history[:1], 3),
+        (history, 4),
+        ([*history, kafka[0]], 1),
+        ([*history, *kafka, corrected_history], 2),
+        ([*history, *kafka, corrected_history, corrected], 5),
+    ]
+    for delivered, price in steps:
+        stream = [*delivered, version("file:h#1", 9, NOW, "only in history", 7)]
+        replace_events(session, stream)
+        refresh(session, order)
+        assert differences(session, Oracle(stream, NOW), ["items"]) == {}
+        found = session.execute("select item_id, price from items order by 1").fetchall()
+        assert found == [("i", price), ("only in history", 9)]
+
+
 def test_a_sequence_holds_the_last_fifty_in_order(session: psycopg.Connection, order: list[str]) -> None:
     """Sixty events of few moments, in no order of arrival: ties go by event_id, and the rest is cut."""
     numbers = [n * 37 % 60 for n in range(60)]

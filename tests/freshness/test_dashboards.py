@@ -282,7 +282,11 @@ def test_every_query_finds_a_series_on_a_real_prometheus(
             )
         # What drifts is measured in tests/values; it takes weeks of days.
         usual = Measure("drift", "topic", "ok", "", values={"psi": 0.01, "ks": 0.02, "attributes_drifted": 0})
-        status = replace(status, measures=(*status.measures, usual))
+        # Nothing is behind, and no history is read.
+        behind = {"parts": 2, "parts_done": 1, "catch_up_rate": 9.0, "catch_up_seconds_left": 1.0}
+        history = Measure("history", "topic from files", "catching up", "", values=behind)
+        lake = Measure("offline", "raw_topic", "ok", "", values={"events_unexported": 0})
+        status = replace(status, measures=(*status.measures, usual, history, lake))
         counts = ReadCounts()
         client = AsyncProfileClient(
             REGISTRY,

@@ -13,11 +13,14 @@ from kafka_cluster import Cluster
 from shipped import REGISTRY
 
 from dagster_prefs.declarations.registry import Registry
+from dagster_prefs.errors import PrefsError
 from dagster_prefs.events.brokers import KafkaSource
 from dagster_prefs.events.kafka import ingest_topic
 from dagster_prefs.freshness.ingestion import Broker, ingestion_lag
 from dagster_prefs.freshness.levels import Measure
 from dagster_prefs.freshness.measures import measure_ingestion
+from dagster_prefs.platform import Platform
+from dagster_prefs.settings import Settings
 
 TOPIC = "view_events"
 
@@ -190,3 +193,26 @@ def test_an_engine_that_is_down_is_unknown(
     )
     assert {one.level for one in found} == {"unknown"}
     assert all("cannot be reached" in one.reason for one in found)
+
+
+def test_a_history_ends_where_kafka_is_read_from(world: Any, cluster: Cluster) -> None:
+    """The latest time among the messages at the offsets: from then on no partition lacks anything."""
+    platform = Platform(Settings(kafka_bootstrap=cluster.bootstrap))
+    for partition, age in ((0, 500), (0, 300), (1, 400), (1, 100)):
+        cluster.send(TOPIC, partition, world.now - timedelta(seconds=age))
+    partitions = sorted(cluster.producer.list_topics(TOPIC, timeout=60).topics[TOPIC].partitions)
+    empty = dict.fromkeys(partitions, 0)
+    # The fixture's tombstone is at offset 0.
+    ended = platform.history_end(TOPIC, {**empty, 0: 2, 1: 0})
+    assert abs(ended - (world.now - timedelta(seconds=300))) < timedelta(seconds=1)
+    ended = platform.history_end(TOPIC, {**empty, 0: 3, 1: 0})
+    assert abs(ended - (world.now - timedelta(seconds=400))) < timedelta(seconds=1)
+    for offsets, wrong in (
+        ({**empty, 0: 3, 1: 2}, "has no message with a time at these offsets"),
+        ({0: 0}, "names no offset of partition 1"),
+        ({**empty, 99: 0}, "names partition 99"),
+    ):
+        with pytest.raises(PrefsError, match=wrong):
+            platform.history_end(TOPIC, offsets)
+    with pytest.raises(PrefsError, match="PREFS_KAFKA_BOOTSTRAP names no brokers"):
+        Platform(Settings()).history_end(TOPIC, empty)

@@ -67,7 +67,9 @@ def stream(now: int) -> list[Any]:
             )
         data = chance.choice([json.dumps(body).encode()] * 9 + [b"{", b"\xff\xfe", b"42", b"[]", b""])
         arrived = now - chance.randrange(10) * 1_000_000
-        made.append(Message(topic, "test", place % 2, place, data, None, arrived))
+        # History, and what Kafka told, of which only the second replaces the other's reference data.
+        source = "kafka:test" if topic == "items" and place % 3 == 0 else "test"
+        made.append(Message(topic, source, place % 2, place, data, None, arrived))
     return made
 
 

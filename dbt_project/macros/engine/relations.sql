@@ -156,7 +156,6 @@ with (
   and table are those of the export (PREFS_ICEBERG_*), which creates the table beforehand.
 #}
 {% macro iceberg_sink(relation, entity, table, key) -%}
-{%- set catalog = env_var("PREFS_ICEBERG_CATALOG", "glue") -%}
 create sink {{ this }} as
 select * from {{ relation }} where {{ of_people(first_key(entity)) }}
 with (
@@ -168,16 +167,24 @@ with (
   compaction_interval_sec = '3600',
   commit_checkpoint_interval = '60',
   is_exactly_once = 'true',
-  catalog.type = {{ text_literal(catalog) }},
-  {%- if catalog == "rest" %}
+  {{ iceberg_options(iceberg_namespace(), table) }}
+)
+{%- endmacro %}
+
+{# The options of a connector that reach a table of the platform's Iceberg catalog (PREFS_ICEBERG_*). #}
+{% macro iceberg_options(namespace, table) -%}
+{%- set catalog = env_var("PREFS_ICEBERG_CATALOG", "glue") -%}
+catalog.type = {{ text_literal(catalog) }},
+  {#- `rest_rust` is RisingWave's client of the same catalogs without Java. #}
+  {%- if catalog in ("rest", "rest_rust") %}
   catalog.uri = {{ text_literal(env_var("PREFS_ICEBERG_URI")) }},
   {%- if execute and env_var("PREFS_ICEBERG_CREDENTIAL", "") %}
   catalog.credential = {{ credential("PREFS_ICEBERG_CREDENTIAL") }},
   {%- endif %}
   {%- endif %}
   warehouse.path = {{ text_literal(env_var("PREFS_ICEBERG_WAREHOUSE", "")) }},
-  database.name = {{ text_literal(iceberg_namespace()) }},
-  table.name = '{{ table }}',
+  database.name = {{ text_literal(namespace) }},
+  table.name = {{ text_literal(table) }},
   {%- if env_var("AWS_ENDPOINT_URL", "") %}
   s3.endpoint = {{ text_literal(env_var("AWS_ENDPOINT_URL")) }},
   s3.path.style.access = 'true',
@@ -190,7 +197,28 @@ with (
   enable_config_load = 'true',
   {%- endif %}
   s3.region = {{ text_literal(env_var("AWS_REGION", "eu-central-1") or "eu-central-1") }}
+{%- endmacro %}
+
+{#
+  Create the source over which RisingWave reads a history (`prefs bootstrap`), in place of an earlier one. It stores
+  nothing; credentials are inserted when the statement runs, or named as secrets.
+#}
+{% macro create_history_source(relation, namespace, table) -%}
+  {% do run_query("drop source if exists " ~ history_relation(relation)) %}
+  {% do run_query(with_credentials(history_source(relation, namespace, table))) %}
+{%- endmacro %}
+
+{# The statement of that source. RisingWave takes its columns from the table. #}
+{% macro history_source(relation, namespace, table) -%}
+create source {{ history_relation(relation) }}
+with (
+  connector = 'iceberg',
+  {{ iceberg_options(namespace, table) }}
 )
+{%- endmacro %}
+
+{% macro history_relation(name) -%}
+  {{ return(api.Relation.create(database=target.database, schema=target.schema, identifier=name)) }}
 {%- endmacro %}
 
 {# dbt reads columns from information_schema, which omits materialized views; unit tests need theirs too. #}

@@ -1,0 +1,2 @@
+{{ config(materialized="table_with_connector") }}
+{{ kept_table(["topic"]) }}
