@@ -1,6 +1,6 @@
 """A daily check that what was served is what training sets say was served."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import dagster as dg
@@ -17,10 +17,9 @@ CHECK = "skew"
 def build(platform: Platform) -> dg.Definitions:
     """Return the check of every served domain, its job and schedule; nothing if no log is in files of this machine."""
     settings = platform.settings
-    place = settings.served_log_place
-    if place is None or place[0] != "files":
+    if not settings.served_log_folders:
         return dg.Definitions()
-    checks = _checks(platform, Path(place[1]).expanduser())
+    checks = _checks(platform, settings.served_log_folders)
     job = asset_job(
         settings,
         JOB,
@@ -42,7 +41,7 @@ def build(platform: Platform) -> dg.Definitions:
     )
 
 
-def _checks(platform: Platform, folder: Path) -> dg.AssetChecksDefinition:
+def _checks(platform: Platform, log: Sequence[Path]) -> dg.AssetChecksDefinition:
     settings = platform.settings
     keys = {
         domain.name: asset_key(settings, "online", domain.name)
@@ -65,7 +64,7 @@ def _checks(platform: Platform, folder: Path) -> dg.AssetChecksDefinition:
     def served_skew(context: dg.AssetCheckExecutionContext) -> Iterator[dg.AssetCheckResult]:
         selected = {key.asset_key for key in context.selected_asset_check_keys}
         try:
-            report = platform.skew([folder])
+            report = platform.skew(log)
         except PrefsError as error:
             for key in selected:
                 yield unknown_check(key, CHECK, "skew", error)

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from decimal import ROUND_HALF_UP, Context, Decimal
+from decimal import Decimal
 from typing import Any, Literal, get_args
 
 import pyarrow as pa
@@ -22,7 +22,7 @@ from dagster_prefs.declarations.contract import LAST_EVENT_AT, Domain
 from dagster_prefs.declarations.registry import Entity, Registry
 from dagster_prefs.errors import excerpt
 from dagster_prefs.ids import Id, id_parts
-from dagster_prefs.served_rows import BadRow, ServedRow, row_values
+from dagster_prefs.served_rows import BadRow, ServedRow, row_values, with_places
 from dagster_prefs.training.labels import TIME
 
 Cause = Literal[
@@ -50,7 +50,6 @@ ROWS_AT_ONCE = 100_000
 # Differences of each cause that a report shows.
 EXAMPLES = 5
 _TICK = timedelta(microseconds=1)
-_DIGITS = Context(prec=60)
 
 REFUSED = "refused"
 
@@ -384,6 +383,6 @@ def _same(served: Any, expected: Any) -> bool:
         return len(served) == len(expected) and all(map(_same, served, expected))
     if isinstance(served, Decimal) and isinstance(expected, Decimal):
         exponent = expected.as_tuple().exponent
-        places = exponent if isinstance(exponent, int) and exponent < 0 else 0
-        return served.quantize(Decimal(1).scaleb(places), ROUND_HALF_UP, _DIGITS) == expected
+        places = -exponent if isinstance(exponent, int) and exponent < 0 else 0
+        return with_places(served, places) == expected
     return bool(served == expected)
