@@ -108,8 +108,8 @@ def log_name(place: Path, file: Path) -> str:
     return name.removesuffix(GROWING).removesuffix(".gz")
 
 
-def read_log(places: Iterable[Path]) -> Iterator[ServedRow]:
-    """Yield the rows of files of the served log, or of all such files in folders.
+def read_log(places: Iterable[Path], *, since: datetime | None = None) -> Iterator[ServedRow]:
+    """Yield the rows of files of the served log, or of all such files in folders; those served since then, if given.
 
     Raises LogUnreadable naming the file and line.
     """
@@ -118,8 +118,20 @@ def read_log(places: Iterable[Path]) -> Iterator[ServedRow]:
         if not files:
             raise LogUnreadable(f"{place} has no file of the served log (*.jsonl): name another folder")
         for file in files:
+            # A file is written after its rows were served: an older one has none that are wanted.
+            if since is not None and _changed_before(file, since):
+                continue
             for _, row in read_lines(file):
-                yield row
+                if since is None or row.served_at >= since:
+                    yield row
+
+
+def _changed_before(file: Path, moment: datetime) -> bool:
+    try:
+        return file.stat().st_mtime < moment.timestamp()
+    except OSError:
+        # Its reading says why.
+        return False
 
 
 def read_lines(file: Path) -> Iterator[tuple[bytes, ServedRow]]:

@@ -17,7 +17,7 @@ Level = Literal["ok", "skipped", "warn", "error", "unknown"]
 # Ordered from best to worst. "unknown" is worst, because it can hide any state.
 LEVELS: tuple[Level, ...] = ("ok", "skipped", "warn", "error", "unknown")
 
-Stage = Literal["engine", "ingestion", "views", "online", "offline", "canary", "drift"]
+Stage = Literal["engine", "ingestion", "views", "online", "offline", "canary", "drift", "skew"]
 
 
 class Unmeasurable(PrefsError):
