@@ -802,10 +802,10 @@ def _adapt(tree: exp.Select, relation: str, dialect: Dialect) -> None:
         quotient.replace(exact_quotient(quotient, relation, dialect))
     for extract in list(tree.find_all(exp.Extract)):
         whole = _in_milliseconds(extract)
-        if whole is not None and dialect == "duckdb":
-            moment = extract.expression.sql(dialect="duckdb")
-            # Microseconds → milliseconds, rounded half up like the engine.
-            whole.replace(sqlglot.parse_one(f"(epoch_us({moment}) + 500) // 1000", dialect="duckdb"))
+        if whole is not None:
+            moment = extract.expression.sql(dialect=dialect)
+            found = sqlglot.parse_one(_MILLISECONDS[dialect].format(moment), dialect=dialect)
+            whole.replace(exp.paren(found) if isinstance(whole.parent, exp.Binary) else found)
     if dialect == "duckdb":
         for zone in list(tree.find_all(exp.AtTimeZone)):
             zone.replace(exp.paren(zone.this.copy()))
@@ -821,6 +821,17 @@ def _adapt(tree: exp.Select, relation: str, dialect: Dialect) -> None:
         for aggregate in list(tree.find_all(exp.ArrayAgg)):
             if isinstance(aggregate.this, exp.Order):
                 aggregate.replace(collected(aggregate.this))
+
+
+# Microseconds → milliseconds, rounded half up like the engine. Trino has seconds as a double only, which tells
+# microseconds apart until the year 2242.
+_OF_SECONDS = "(cast(round(to_unixtime({}) * 1000000) as bigint) + 500) / 1000"
+_MILLISECONDS: Mapping[Dialect, str] = {
+    "duckdb": "(epoch_us({}) + 500) // 1000",
+    "spark": "(unix_micros({}) + 500) div 1000",
+    "trino": _OF_SECONDS,
+    "athena": _OF_SECONDS,
+}
 
 
 def _in_milliseconds(extract: exp.Extract) -> exp.Cast | None:
