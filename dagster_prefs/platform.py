@@ -628,10 +628,11 @@ class Platform:
             self.engine, self.contract.domains.values(), default=self.settings.expiry_spread_seconds
         )
 
-    def skew(self, log: Iterable[Path]) -> SkewReport:
+    def skew(self, log: Iterable[Path], *, since: datetime | None = None) -> SkewReport:
         """Compare the served log in these files or folders with values as served from the lake.
 
-        Raises LogUnreadable, BadRow, EngineUnavailable, or OfflineError.
+        With `since` only the rows that were served from then on. Raises LogUnreadable, BadRow, EngineUnavailable, or
+        OfflineError.
         """
         from dagster_prefs.served_rows import read_log
         from dagster_prefs.training.skew import measure_skew
@@ -644,7 +645,7 @@ class Platform:
             erased=self._erased_ids(),
             namespace=self.settings.iceberg_namespace,
         )
-        return measure_skew(self.registry, read_log(log), evidence)
+        return measure_skew(self.registry, read_log(log, since=since), evidence)
 
     def _erased_ids(self) -> Callable[[Entity, Id], bool]:
         """Return a function that tells whether an id of an entity was erased. Raises EngineUnavailable."""

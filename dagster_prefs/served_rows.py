@@ -11,15 +11,16 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from decimal import Decimal, InvalidOperation
+from decimal import ROUND_HALF_UP, Context, Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dagster_prefs.declarations.contract import Attribute, Domain
 from dagster_prefs.errors import PrefsError, excerpt
 
 # The end of the name of a file that is still written; its last line may be incomplete.
 GROWING = ".open"
+_DIGITS = Context(prec=60)
 # The states of a domain's read, as in serving/profiles.py.
 STATES = ("found", "cold_start", "failed")
 
@@ -101,8 +102,14 @@ def log_files(place: Path) -> list[Path]:
     return sorted(path for path in place.rglob("*.jsonl*") if path.is_file()) if place.is_dir() else [place]
 
 
-def read_log(places: Iterable[Path]) -> Iterator[ServedRow]:
-    """Yield the rows of files of the served log, or of all such files in folders.
+def log_name(place: Path, file: Path) -> str:
+    """Return the name of a file below its place, without the endings that come and go (`.open`, `.gz`)."""
+    name = file.name if file == place else file.relative_to(place).as_posix()
+    return name.removesuffix(GROWING).removesuffix(".gz")
+
+
+def read_log(places: Iterable[Path], *, since: datetime | None = None) -> Iterator[ServedRow]:
+    """Yield the rows of files of the served log, or of all such files in folders; those served since then, if given.
 
     Raises LogUnreadable naming the file and line.
     """
@@ -111,15 +118,26 @@ def read_log(places: Iterable[Path]) -> Iterator[ServedRow]:
         if not files:
             raise LogUnreadable(f"{place} has no file of the served log (*.jsonl): name another folder")
         for file in files:
+            # A file is written after its rows were served: an older one has none that are wanted.
+            if since is not None and _changed_before(file, since):
+                continue
             for _, row in read_lines(file):
-                yield row
+                if since is None or row.served_at >= since:
+                    yield row
+
+
+def _changed_before(file: Path, moment: datetime) -> bool:
+    try:
+        return file.stat().st_mtime < moment.timestamp()
+    except OSError:
+        # Its reading says why.
+        return False
 
 
 def read_lines(file: Path) -> Iterator[tuple[bytes, ServedRow]]:
     """Yield each line of a file of the served log, with its row. Raises LogUnreadable naming the file and line."""
-    opened = gzip.open if file.suffix == ".gz" else open
     try:
-        with opened(file, "rb") as lines:
+        with _opened(file) as lines:
             for number, line in enumerate(lines, 1):
                 if not line.endswith(b"\n") and file.suffix == GROWING:
                     return
@@ -132,6 +150,23 @@ def read_lines(file: Path) -> Iterator[tuple[bytes, ServedRow]]:
         raise LogUnreadable(
             f"{file} cannot be read ({error.strerror or error}): name another file"
         ) from error
+
+
+def _opened(file: Path) -> IO[bytes] | gzip.GzipFile:
+    if file.suffix == ".gz":
+        return gzip.open(file)
+    try:
+        return file.open("rb")
+    except FileNotFoundError:
+        # It was finished, and got its final name, since it was listed.
+        if file.suffix == GROWING and (finished := file.with_suffix("")).exists():
+            return finished.open("rb")
+        raise
+
+
+def with_places(value: Decimal, places: int) -> Decimal:
+    """Return a decimal with so many places, rounded half up. Raises InvalidOperation beyond 60 digits."""
+    return value.quantize(Decimal(1).scaleb(-places), ROUND_HALF_UP, _DIGITS)
 
 
 def row_values(row: ServedRow, domain: Domain) -> dict[str, Any] | None:

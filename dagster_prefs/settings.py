@@ -790,6 +790,12 @@ class Settings(BaseSettings):
         return kind, name
 
     @property
+    def served_log_folders(self) -> tuple[Path, ...]:
+        """The folder of the served log; none if it is not in files of this machine."""
+        place = self.served_log_place
+        return (Path(place[1]).expanduser(),) if place is not None and place[0] == "files" else ()
+
+    @property
     def given(self) -> Mapping[str, str]:
         """The variables that were given in place of the environment's (`settings_with`); they may hold secrets."""
         return self._given

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from dagster_prefs.cli.root import cli, console, print_json, table_of
-from dagster_prefs.errors import PrefsError
+from dagster_prefs.cli.training import served_log_places
 from dagster_prefs.settings import load_settings
 
 
@@ -25,12 +25,7 @@ def skew(log: tuple[Path, ...], as_json: bool) -> int:
     from dagster_prefs.training.skew import CAUSES
 
     platform = Platform(load_settings())
-    place = platform.settings.served_log_place
-    if not log and (place is None or place[0] != "files"):
-        raise PrefsError(
-            "no log is named, and PREFS_SERVED_LOG is not files:<folder>: name a folder of the log"
-        )
-    report = platform.skew(log or [Path(str(place and place[1])).expanduser()])
+    report = platform.skew(served_log_places(platform.settings, log))
     code = 2 if report.causes["wrong"] else 0
     if as_json:
         print_json(report.as_dict())

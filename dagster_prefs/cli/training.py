@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -12,7 +12,7 @@ import click
 
 from dagster_prefs.cli.root import cli, console, plain_console, print_json, say, table_of
 from dagster_prefs.errors import PrefsError
-from dagster_prefs.settings import load_settings
+from dagster_prefs.settings import Settings, load_settings
 
 if TYPE_CHECKING:
     from dagster_prefs.erasure.erase import Stores
@@ -44,6 +44,30 @@ if TYPE_CHECKING:
 )
 @click.option("--as-known", is_flag=True, help="Never use a tile version written after the label's time.")
 @click.option(
+    "--from-log",
+    is_flag=True,
+    help="Instead of --as: what the served log has of the label's request_id, or of the last read before the label.",
+)
+@click.option(
+    "--log",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="File or folder of the served log for --from-log, by default the folder of PREFS_SERVED_LOG.",
+)
+@click.option(
+    "--within-seconds",
+    type=click.FloatRange(min=0),
+    default=3600.0,
+    show_default=True,
+    help="How long before a label its read in the log may be, for labels without a request_id.",
+)
+@click.option("--domain", "domains", multiple=True, help="Only these domains; not with --as yesterday.")
+@click.option(
+    "--drop-refused",
+    is_flag=True,
+    help="Leave out labels that cannot have a value of this meaning, and say how many, instead of refusing all.",
+)
+@click.option(
     "--print-sql",
     type=click.Choice(["trino", "spark", "athena"]),
     help="Only print the join in this engine's SQL, over labels in an Iceberg table.",
@@ -61,6 +85,11 @@ def training_set(
     keep_formulas: bool,
     meaning: Meaning,
     as_known: bool,
+    from_log: bool,
+    log: tuple[Path, ...],
+    within_seconds: float,
+    domains: tuple[str, ...],
+    drop_refused: bool,
     print_sql: Literal["trino", "spark", "athena"] | None,
 ) -> None:
     """Join every label with the features known at its time.
@@ -71,7 +100,14 @@ def training_set(
         return
     if labels is None:
         raise click.UsageError("--labels is missing: name a Parquet or CSV file, or an Iceberg table")
+    if from_log:
+        if context.get_parameter_source("meaning") is click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--from-log is a meaning of its own: omit --as {meaning}")
+        meaning = "logged"
+    elif log:
+        raise click.UsageError("--log names the log of --from-log: add it, or omit --log")
     from dagster_prefs.platform import Platform
+    from dagster_prefs.training.logged import LogSource
     from dagster_prefs.training.served_sql import ServedOptions
     from dagster_prefs.training.training_set import (
         CsvOptions,
@@ -84,11 +120,11 @@ def training_set(
 
     check_meaning(meaning, as_known=as_known)
     platform = Platform(load_settings())
-    features = features_as(platform.registry, entity, meaning)
+    features = features_as(platform.registry, entity, meaning, domains or None)
     for name, why in features.left_out.items():
         plain_console(stderr=True).print(f"{name} is left out: {why}")
     namespace = platform.settings.iceberg_namespace
-    spreads = {} if meaning == "yesterday" else platform.spreads()
+    spreads = platform.spreads() if meaning in ("served", "happened") else {}
     if print_sql is not None:
         printed = print_training_sql(
             platform.catalog(),
@@ -97,7 +133,7 @@ def training_set(
             features=features,
             as_known=as_known,
             namespace=namespace,
-            served=None if meaning == "yesterday" else ServedOptions(meaning, spreads),
+            served=ServedOptions(meaning, spreads) if meaning in ("served", "happened") else None,
         )
         say(printed)
         return
@@ -113,6 +149,10 @@ def training_set(
             csv=CsvOptions(column_types(types), keep_formulas),
             meaning=meaning,
             spreads=spreads,
+            log=LogSource(served_log_places(platform.settings, log), timedelta(seconds=within_seconds))
+            if from_log
+            else None,
+            drop_refused=drop_refused,
         ),
         output or str(Path(labels).with_suffix(".training.parquet")),
         manifest=manifest,
@@ -121,6 +161,21 @@ def training_set(
     console.print(
         f"{made.rows:,} rows ({made.cold_start_rows:,} without history) in {made.output}; manifest {made.manifest}"
     )
+    for reason, number in made.refused.items():
+        plain_console(stderr=True).print(f"{number:,} labels are left out: {reason}")
+
+
+def served_log_places(settings: Settings, given: tuple[Path, ...]) -> tuple[Path, ...]:
+    """Return the files or folders of the served log that were given, by default the folder of PREFS_SERVED_LOG.
+
+    Raises PrefsError if none is given and the setting names no folder.
+    """
+    found = given or settings.served_log_folders
+    if not found:
+        raise PrefsError(
+            "no log is named, and PREFS_SERVED_LOG is not files:<folder>: name a folder of the log"
+        )
+    return found
 
 
 def column_types(text: str | None) -> dict[str, str]:
@@ -141,9 +196,15 @@ def column_types(text: str | None) -> dict[str, str]:
     help="Parquet or CSV file, or Iceberg table, to write; by default next to the manifest, .reproduced.parquet.",
 )
 @click.option("--labels", help="New place of the labels, if they moved.")
+@click.option(
+    "--log",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="New place of the served log of a set --from-log, if it moved.",
+)
 @click.option("--keep-formulas", is_flag=True, help="In CSV, write texts like =1+1 as they stand.")
 def training_set_reproduce(
-    manifest: Path, output: str | None, labels: str | None, keep_formulas: bool
+    manifest: Path, output: str | None, labels: str | None, log: tuple[Path, ...], keep_formulas: bool
 ) -> None:
     """Write the training set of a manifest again and verify that every row is equal."""
     from dagster_prefs.platform import Platform
@@ -157,6 +218,7 @@ def training_set_reproduce(
         output or str(first.with_suffix(".reproduced.parquet")),
         registry=platform.registry,
         labels=labels,
+        log=log,
         keep_formulas=keep_formulas,
     )
     console.print(f"{made.rows:,} rows, equal to those of {manifest}, in {made.output}")

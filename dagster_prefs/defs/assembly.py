@@ -56,7 +56,7 @@ def place_definitions(settings: Settings, group_names: Mapping[str, str]) -> dg.
         events.build(platform),
         freshness.build(platform, settings.alert_webhooks),
         values.build(platform, settings.alert_webhooks),
-        skew.build(platform),
+        skew.build(platform, settings.alert_webhooks),
         retention.build(platform),
     )
     prefix = settings.dagster_name("")

@@ -1,35 +1,75 @@
-"""A daily check that what was served is what training sets say was served."""
+"""A daily check that what was served is what training sets say was served, and a sensor that tells of its result."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import cast
 
 import dagster as dg
 
-from dagster_prefs.defs.resources import asset_job, asset_key, job_schedule, unknown_check
+from dagster_prefs.defs.freshness import tell_changes
+from dagster_prefs.defs.resources import asset_job, asset_key, job_schedule, sensor_status, unknown_check
 from dagster_prefs.errors import PrefsError
+from dagster_prefs.freshness.alerts import channels
+from dagster_prefs.freshness.levels import Level, Measure
+from dagster_prefs.freshness.measures import unknown
+from dagster_prefs.freshness.skew import COMPARED, DomainSkew, measure_skew_of
 from dagster_prefs.platform import Platform
-from dagster_prefs.training.skew import CAUSES, AttributeSkew, SkewReport
+from dagster_prefs.training.skew import AttributeSkew, SkewReport
 
 JOB = "skew"
 CHECK = "skew"
+SENSOR = "skew_watch"
+# The metadata of a check that says its level.
+LEVEL = "level"
+# How old the last evaluation of the daily check may be.
+LATE = timedelta(days=2)
 
 
-def build(platform: Platform) -> dg.Definitions:
-    """Return the check of every served domain, its job and schedule; nothing if no log is in files of this machine."""
+def build(
+    platform: Platform,
+    alert_webhooks: Sequence[str] = (),
+    *,
+    clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+) -> dg.Definitions:
+    """Return the check of every served domain, its job, schedule and sensor.
+
+    Nothing if no log is in files of this machine. `alert_webhooks` each receive a change of a domain's level once;
+    without any it is only logged. `clock` returns the time in UTC.
+
+    Raises AlertError for a webhook that is no https URL.
+    """
     settings = platform.settings
-    place = settings.served_log_place
-    if place is None or place[0] != "files":
+    if not settings.served_log_folders:
         return dg.Definitions()
-    checks = _checks(platform, Path(place[1]).expanduser())
+    told = channels(alert_webhooks)
+    checks = _checks(platform, settings.served_log_folders, clock)
     job = asset_job(
         settings,
         JOB,
         dg.AssetSelection.checks(checks),
         "Compare the served log with values as served, computed from the events in the lake.",
     )
+
+    @dg.sensor(
+        name=settings.dagster_name(SENSOR),
+        minimum_interval_seconds=600,
+        default_status=sensor_status(settings),
+        description="Tells once when a logged value is wrong or too many were late, and when all are right again. "
+        "Starts no run: it reads what the check found last.",
+    )
+    def skew_watch(context: dg.SensorEvaluationContext) -> dg.SensorResult:
+        now = clock()
+        measures = checked_skew(context.instance, domain_keys(platform), now=now)
+        return dg.SensorResult(
+            cursor=tell_changes(context, measures, told, now),
+            skip_reason="; ".join(f"{measure.name}: {measure.level}" for measure in measures),
+        )
+
     return dg.Definitions(
         asset_checks=[checks],
         jobs=[job],
+        sensors=[skew_watch],
         schedules=[
             job_schedule(
                 settings,
@@ -42,12 +82,49 @@ def build(platform: Platform) -> dg.Definitions:
     )
 
 
-def _checks(platform: Platform, folder: Path) -> dg.AssetChecksDefinition:
-    settings = platform.settings
-    keys = {
-        domain.name: asset_key(settings, "online", domain.name)
+def domain_keys(platform: Platform) -> dict[str, dg.AssetKey]:
+    """Return the asset of each served domain, by its name."""
+    return {
+        domain.name: asset_key(platform.settings, "online", domain.name)
         for domain in platform.contract.domains.values()
     }
+
+
+def checked_skew(
+    instance: dg.DagsterInstance, keys: Mapping[str, dg.AssetKey], *, now: datetime
+) -> list[Measure]:
+    """Return the measure of each domain from the last evaluation of its check; `now` is UTC.
+
+    A check that was never evaluated is skipped; one whose last evaluation is older than LATE is a warning.
+    """
+    checks = {name: dg.AssetCheckKey(key, CHECK) for name, key in keys.items()}
+    try:
+        found = instance.event_log_storage.get_latest_asset_check_execution_by_key(list(checks.values()))
+    except Exception as error:
+        # Each kind of store raises errors of its own.
+        return unknown("skew", keys, f"Dagster's instance cannot be read: {error}")
+    measures = []
+    for name, check in checks.items():
+        record = found.get(check)
+        entry = record.event if record is not None else None
+        event = entry.dagster_event if entry is not None else None
+        if entry is None or event is None or event.event_type != dg.DagsterEventType.ASSET_CHECK_EVALUATION:
+            measures.append(Measure("skew", name, "skipped", "it was not compared yet"))
+            continue
+        evaluation = event.asset_check_evaluation_data
+        level = cast("Level", getattr(evaluation.metadata.get(LEVEL), "value", "unknown"))
+        reason = evaluation.description or ""
+        at = datetime.fromtimestamp(entry.timestamp, UTC)
+        if level in ("ok", "skipped") and now - at > LATE:
+            level, reason = "warn", f"it was last compared at {at:%Y-%m-%d %H:%M} UTC: see the job {JOB}"
+        measures.append(Measure("skew", name, level, reason))
+    return measures
+
+
+def _checks(
+    platform: Platform, log: Sequence[Path], clock: Callable[[], datetime]
+) -> dg.AssetChecksDefinition:
+    settings, keys = platform.settings, domain_keys(platform)
 
     @dg.multi_asset_check(
         name=settings.dagster_name("served_skew"),
@@ -55,8 +132,8 @@ def _checks(platform: Platform, folder: Path) -> dg.AssetChecksDefinition:
             dg.AssetCheckSpec(
                 CHECK,
                 asset=key,
-                description=f"Every logged value of domain {name} equals what had arrived by then, or its difference "
-                "is explained.",
+                description=f"Every logged value of domain {name} of the last {COMPARED.days} days equals what had "
+                "arrived by then, or its difference is explained.",
             )
             for name, key in keys.items()
         ],
@@ -65,7 +142,7 @@ def _checks(platform: Platform, folder: Path) -> dg.AssetChecksDefinition:
     def served_skew(context: dg.AssetCheckExecutionContext) -> Iterator[dg.AssetCheckResult]:
         selected = {key.asset_key for key in context.selected_asset_check_keys}
         try:
-            report = platform.skew([folder])
+            report = platform.skew(log, since=clock() - COMPARED)
         except PrefsError as error:
             for key in selected:
                 yield unknown_check(key, CHECK, "skew", error)
@@ -79,21 +156,17 @@ def _checks(platform: Platform, folder: Path) -> dg.AssetChecksDefinition:
 
 def _result(report: SkewReport, domain: str, key: dg.AssetKey) -> dg.AssetCheckResult:
     found = [one for one in report.attributes.values() if one.domain == domain]
-    wrong = [
-        f"{one.attribute} is wrong in {one.causes['wrong']} of {one.compared}"
-        for one in found
-        if one.causes["wrong"]
-    ]
+    measure = measure_skew_of(DomainSkew.of(report, domain))
     return dg.AssetCheckResult(
         asset_key=key,
         check_name=CHECK,
-        passed=not wrong,
-        description=", ".join(wrong)
-        or f"{sum(one.compared for one in found)} logged values are equal or explained",
+        passed=measure.level in ("ok", "skipped"),
+        severity=dg.AssetCheckSeverity.WARN if measure.level == "warn" else dg.AssetCheckSeverity.ERROR,
+        description=measure.reason,
         metadata={
-            "compared": sum(one.compared for one in found),
+            LEVEL: measure.level,
             "refused": sum(report.refused.values()),
-            **{cause: sum(one.causes[cause] for one in found) for cause in CAUSES},
+            **measure.values,
             **{f"{one.attribute}_equal_share": one.equal_share for one in found},
             "examples": _examples(found),
         },

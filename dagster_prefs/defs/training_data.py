@@ -15,6 +15,7 @@ from dagster_prefs.iceberg.catalog import TableMissing
 from dagster_prefs.iceberg.maintenance import maintain, maintain_training_sets
 from dagster_prefs.ids import id_label, id_parts
 from dagster_prefs.platform import Platform
+from dagster_prefs.training.logged import DEFAULT_WITHIN, LogSource
 from dagster_prefs.training.outputs import output_within
 from dagster_prefs.training.parity import (
     AttributeParity,
@@ -35,7 +36,8 @@ class TrainingSetConfig(dg.Config):
     """The inputs of a training set, as in the options of `prefs training-set`.
 
     `output` is an Iceberg table, or a file below the folder of PREFS_TRAINING_DIR. `entity` is the entity of
-    the labels, and may be omitted if only one entity has features.
+    the labels, and may be omitted if only one entity has features. With the meaning `logged`, values are those of the
+    log in the folder of PREFS_SERVED_LOG.
     """
 
     labels: str
@@ -43,8 +45,11 @@ class TrainingSetConfig(dg.Config):
     entity: str | None = None
     tag: str | None = None
     timezone: str | None = None
-    meaning: Literal["yesterday", "served", "happened"] = "yesterday"
+    meaning: Literal["yesterday", "served", "happened", "logged"] = "yesterday"
     as_known: bool = False
+    within_seconds: float = DEFAULT_WITHIN.total_seconds()
+    domains: list[str] = Field(default_factory=list)
+    drop_refused: bool = False
     types: dict[str, str] = Field(default_factory=dict)
     keep_formulas: bool = False
 
@@ -207,14 +212,18 @@ def training_set_asset(
             platform.catalog(),
             LabelJoin(
                 config.labels,
-                features_as(platform.registry, config.entity, config.meaning),
+                features_as(platform.registry, config.entity, config.meaning, config.domains or None),
                 clock(),
                 timezone=config.timezone,
                 as_known=config.as_known,
                 namespace=settings.iceberg_namespace,
                 csv=CsvOptions(config.types, config.keep_formulas),
                 meaning=config.meaning,
-                spreads={} if config.meaning == "yesterday" else platform.spreads(),
+                spreads=platform.spreads() if config.meaning in ("served", "happened") else {},
+                log=LogSource(settings.served_log_folders, timedelta(seconds=config.within_seconds))
+                if config.meaning == "logged" and settings.served_log_folders
+                else None,
+                drop_refused=config.drop_refused,
             ),
             output_within(settings.training_folder, config.output),
             tag=config.tag,
@@ -229,6 +238,7 @@ def training_set_asset(
                 "fingerprint": made.content_hash,
                 "snapshots": dg.MetadataValue.json(dict(made.snapshots)),
                 "seconds": made.seconds,
+                "labels_left_out": sum(made.refused.values()),
             }
         )
 

@@ -19,7 +19,7 @@ LEVELS: tuple[Level, ...] = ("ok", "skipped", "catching up", "warn", "error", "u
 # The levels of which nobody is told and with which a check passes.
 QUIET: frozenset[Level] = frozenset({"ok", "skipped", "catching up"})
 
-Stage = Literal["engine", "history", "ingestion", "views", "online", "offline", "canary", "drift"]
+Stage = Literal["engine", "history", "ingestion", "views", "online", "offline", "canary", "drift", "skew"]
 
 
 class Unmeasurable(PrefsError):

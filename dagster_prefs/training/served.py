@@ -156,6 +156,36 @@ def days_of_points(session: duckdb.DuckDBPyConnection, features: ServedFeatures)
     return found
 
 
+def refuse_points(
+    session: duckdb.DuckDBPyConnection,
+    what: str,
+    refusals: Iterable[tuple[str, str, str]],
+    *,
+    strict: bool,
+) -> None:
+    """Create `refused` (`point`, `reason`): the points that cannot be answered, each with the first reason.
+
+    `refusals` are reason, remedy and condition on a point `p`; `what` says which value is meant, e.g. `as served`.
+    Raises LabelsRefused for the first reason that any point has, if `strict`.
+    """
+    session.execute("create table refused (point bigint, reason varchar)")
+    for reason, remedy, condition in refusals:
+        session.execute(
+            f"insert into refused select point, ? from points as p where ({condition}) "
+            "and point not in (select point from refused)",
+            [reason],
+        )
+        if strict:
+            count, first, total = session.execute(
+                "select count(*), min(point), (select count(*) from points) from refused"
+            ).fetchall()[0]
+            if count:
+                raise LabelsRefused(
+                    f"{count:,} of {total:,} labels cannot have a value {what}, the first in row {first + 1:,}: "
+                    f"{reason}: {remedy}"
+                )
+
+
 class _Work:
     """The steps of one evaluation, in one session."""
 
@@ -248,23 +278,8 @@ class _Work:
         return datetime(first.year, first.month, first.day, tzinfo=UTC)
 
     def refuse(self, *, strict: bool) -> None:
-        """Create `refused`: the labels that cannot be answered, each with the first reason. Raises LabelsRefused."""
-        self.session.execute("create table refused (point bigint, reason varchar)")
-        for reason, remedy, condition in self._refusals():
-            self.session.execute(
-                f"insert into refused select point, ? from points as p where ({condition}) "
-                "and point not in (select point from refused)",
-                [reason],
-            )
-            if strict:
-                count, first, total = self.session.execute(
-                    "select count(*), min(point), (select count(*) from points) from refused"
-                ).fetchall()[0]
-                if count:
-                    raise LabelsRefused(
-                        f"{count:,} of {total:,} labels cannot have a value as {self.meaning}, the first in row "
-                        f"{first + 1:,}: {reason}: {remedy}"
-                    )
+        """Create `refused`. Raises LabelsRefused if a label cannot be answered and `strict`."""
+        refuse_points(self.session, f"as {self.meaning}", self._refusals(), strict=strict)
 
     def _refusals(self) -> Iterator[tuple[str, str, str]]:
         """Yield reason, remedy and condition on a point `p` for everything that leaves a label without an answer."""

@@ -485,11 +485,27 @@ class ServedFeatures:
         return TileQuery(spec, topic, select, day, totals, uncounted)
 
 
-def choose_served(registry: Registry, entity: str | None) -> ServedFeatures:
+def choose_served(
+    registry: Registry, entity: str | None, domains: Sequence[str] | None = None
+) -> ServedFeatures:
     """Return the served values of the entity of this name, or of the only one with a domain.
 
-    Raises OfflineError if there is no such entity, or several and none is named; ViewNotPortable if none of its
-    attributes can be computed.
+    `domains` (names) limits them to these. Raises OfflineError if there is no such entity or domain, or several
+    entities and none is named; ViewNotPortable if none of the attributes, or one of `domains`, can be computed.
+    """
+    features = ServedFeatures(registry, served_entity(registry, entity), domains)
+    if not features.domains:
+        raise ViewNotPortable(
+            f"no attribute of {features.entity.name} can be computed as served: "
+            f"{next(iter(features.left_out.values()))}"
+        )
+    return features
+
+
+def served_entity(registry: Registry, entity: str | None) -> Entity:
+    """Return the entity of this name, or the only one with a domain.
+
+    Raises OfflineError if there is no such entity, or several and none is named.
     """
     having = list(dict.fromkeys(entity_of(registry, one).name for one in registry.contract.domains.values()))
     if entity is None and len(having) == 1:
@@ -497,12 +513,7 @@ def choose_served(registry: Registry, entity: str | None) -> ServedFeatures:
     if entity not in having:
         what = "the entity is not named" if entity is None else f"{entity} has no features"
         raise OfflineError(f"{what}: name one of {', '.join(having) or '(no entity has a domain)'}")
-    features = ServedFeatures(registry, registry.entity(entity))
-    if not features.domains:
-        raise ViewNotPortable(
-            f"no attribute of {entity} can be computed as served: {next(iter(features.left_out.values()))}"
-        )
-    return features
+    return registry.entity(entity)
 
 
 def real_tables(tree: exp.Expr) -> list[exp.Table]:
@@ -791,10 +802,10 @@ def _adapt(tree: exp.Select, relation: str, dialect: Dialect) -> None:
         quotient.replace(exact_quotient(quotient, relation, dialect))
     for extract in list(tree.find_all(exp.Extract)):
         whole = _in_milliseconds(extract)
-        if whole is not None and dialect == "duckdb":
-            moment = extract.expression.sql(dialect="duckdb")
-            # Microseconds → milliseconds, rounded half up like the engine.
-            whole.replace(sqlglot.parse_one(f"(epoch_us({moment}) + 500) // 1000", dialect="duckdb"))
+        if whole is not None:
+            moment = extract.expression.sql(dialect=dialect)
+            found = sqlglot.parse_one(_MILLISECONDS[dialect].format(moment), dialect=dialect)
+            whole.replace(exp.paren(found) if isinstance(whole.parent, exp.Binary) else found)
     if dialect == "duckdb":
         for zone in list(tree.find_all(exp.AtTimeZone)):
             zone.replace(exp.paren(zone.this.copy()))
@@ -810,6 +821,17 @@ def _adapt(tree: exp.Select, relation: str, dialect: Dialect) -> None:
         for aggregate in list(tree.find_all(exp.ArrayAgg)):
             if isinstance(aggregate.this, exp.Order):
                 aggregate.replace(collected(aggregate.this))
+
+
+# Microseconds → milliseconds, rounded half up like the engine. Trino has seconds as a double only, which tells
+# microseconds apart until the year 2242.
+_OF_SECONDS = "(cast(round(to_unixtime({}) * 1000000) as bigint) + 500) / 1000"
+_MILLISECONDS: Mapping[Dialect, str] = {
+    "duckdb": "(epoch_us({}) + 500) // 1000",
+    "spark": "(unix_micros({}) + 500) div 1000",
+    "trino": _OF_SECONDS,
+    "athena": _OF_SECONDS,
+}
 
 
 def _in_milliseconds(extract: exp.Extract) -> exp.Cast | None:

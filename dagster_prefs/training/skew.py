@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
-from decimal import ROUND_HALF_UP, Context, Decimal
+from decimal import Decimal
+from itertools import chain
 from typing import Any, Literal, get_args
 
 import pyarrow as pa
@@ -22,7 +23,7 @@ from dagster_prefs.declarations.contract import LAST_EVENT_AT, Domain
 from dagster_prefs.declarations.registry import Entity, Registry
 from dagster_prefs.errors import excerpt
 from dagster_prefs.ids import Id, id_parts
-from dagster_prefs.served_rows import BadRow, ServedRow, row_values
+from dagster_prefs.served_rows import BadRow, ServedRow, row_values, with_places
 from dagster_prefs.training.labels import TIME
 
 Cause = Literal[
@@ -47,10 +48,11 @@ LOOK_BACK = timedelta(hours=1)
 MOST_STATES = 200
 # Logged answers (moments of an id) that are evaluated at once.
 ROWS_AT_ONCE = 100_000
+# Of these so many are Python values at once.
+PYTHON_ROWS = 2_000
 # Differences of each cause that a report shows.
 EXAMPLES = 5
 _TICK = timedelta(microseconds=1)
-_DIGITS = Context(prec=60)
 
 REFUSED = "refused"
 
@@ -248,12 +250,14 @@ class _Comparison:
             values = row_values(row, domain) or {}
             logged.append(_Logged(row, self._id(row), domain, {**values, LAST_EVENT_AT: row.last_event_at}))
         # All domains of one answer share a moment.
-        moments = list(dict.fromkeys((one.id, one.row.served_at) for one in logged))
-        expected = dict(zip(moments, self._values(moments), strict=True))
+        moments: dict[tuple[Id, datetime], list[_Logged]] = {}
+        for one in logged:
+            moments.setdefault((one.id, one.row.served_at), []).append(one)
         differing = [
             found
-            for one in logged
-            if (found := self._compared(one, expected[one.id, one.row.served_at])) is not None
+            for moment, expected in self._values(list(moments))
+            for one in moments[moment]
+            if (found := self._compared(one, expected)) is not None
         ]
         self._explain(differing)
 
@@ -264,9 +268,10 @@ class _Comparison:
             # Without the key: it names a person.
             raise BadRow(f"row {excerpt(row.row_id)}: its key is none of {self.entity.name}") from None
 
-    def _values(self, moments: Sequence[tuple[Id, datetime]]) -> list[dict[str, Any]]:
-        """Return the values as served at each moment of an id, by the names of the columns."""
-        found: list[dict[str, Any]] = []
+    def _values(
+        self, moments: Sequence[tuple[Id, datetime]]
+    ) -> Iterator[tuple[tuple[Id, datetime], dict[str, Any]]]:
+        """Yield each moment of an id with the values as served then, by the names of the columns."""
         for start in range(0, len(moments), ROWS_AT_ONCE):
             some = moments[start : start + ROWS_AT_ONCE]
             parts = list(zip(*(id_parts(id_) for id_, _ in some), strict=True))
@@ -275,8 +280,9 @@ class _Comparison:
                 for key, values in zip(self.entity.keys, parts, strict=True)
             }
             columns[TIME] = pa.array([at for _, at in some], pa.timestamp("us", "UTC"))
-            found += self.evidence.as_served(self.entity, pa.table(columns)).to_pylist()
-        return found
+            # Lists of values take many times as much memory in Python as in Arrow.
+            found = self.evidence.as_served(self.entity, pa.table(columns)).to_batches(PYTHON_ROWS)
+            yield from zip(some, chain.from_iterable(batch.to_pylist() for batch in found), strict=True)
 
     def _compared(self, one: _Logged, expected: Mapping[str, Any]) -> _Logged | None:
         """Count the equal values of a row; return it with the others, None if there are none."""
@@ -316,15 +322,40 @@ class _Comparison:
         arrivals = {
             id_: sorted(found) for id_, found in self.evidence.arrivals(self.entity, ids, first, last).items()
         }
-        states = [_states(one, arrivals.get(one.id, [])) for one in looked]
-        wanted = list(
-            dict.fromkeys((one.id, at) for one, some in zip(looked, states, strict=True) for at in some)
-        )
-        values = dict(zip(wanted, self._values(wanted), strict=True))
-        for one, some in zip(looked, states, strict=True):
-            for name, expected in one.differing.items():
-                at = next((at for at in some if _holds(one, name, values[one.id, at])), None)
-                self._note(one, {name: expected}, self._cause(one, name, at), at)
+        # Nearly every difference is in flight: only the others are looked for in the many states of an hour.
+        for recent in (True, False):
+            states = [_states(one, arrivals.get(one.id, []), recent=recent) for one in looked]
+            held = self._held(looked, states)
+            unexplained = []
+            for number, one in enumerate(looked):
+                rest = {}
+                for name, expected in one.differing.items():
+                    place = held.get((number, name))
+                    if place is None and recent:
+                        rest[name] = expected
+                        continue
+                    at = None if place is None else states[number][place]
+                    self._note(one, {name: expected}, self._cause(one, name, at), at)
+                if rest:
+                    unexplained.append(replace(one, differing=rest))
+            looked = unexplained
+
+    def _held(
+        self, looked: Sequence[_Logged], states: Sequence[Sequence[datetime]]
+    ) -> dict[tuple[int, str], int]:
+        """Return the place of the first state in which each differing value was due, by row and attribute."""
+        wanted: dict[tuple[Id, datetime], list[tuple[int, int]]] = {}
+        for number, (one, some) in enumerate(zip(looked, states, strict=True)):
+            for place, at in enumerate(some):
+                wanted.setdefault((one.id, at), []).append((number, place))
+        held: dict[tuple[int, str], int] = {}
+        for moment, values in self._values(list(wanted)):
+            for number, place in wanted[moment]:
+                one = looked[number]
+                for name in one.differing:
+                    if place < held.get((number, name), place + 1) and _holds(one, name, values):
+                        held[number, name] = place
+        return held
 
     def _cause(self, one: _Logged, name: str, at: datetime | None) -> Cause:
         """Return the cause of a difference; `at` is the newest moment at which the served value was due."""
@@ -358,11 +389,12 @@ def _column(domain: Domain, name: str) -> str:
     return f"{domain.name}_{LAST_EVENT_AT}" if name == LAST_EVENT_AT else name
 
 
-def _states(one: _Logged, arrivals: Sequence[datetime]) -> list[datetime]:
+def _states(one: _Logged, arrivals: Sequence[datetime], *, recent: bool) -> list[datetime]:
     """Return moments in which each state of an id around an answer is met, from the newest before it backwards.
 
-    A state ends when an event arrives, or at a midnight, which differs from id to id. The former is met a tick before
-    the arrival, the latter at the ends of the times that are told apart. The states after the answer come last.
+    With `recent` those that explain a difference as in flight or eventually consistent, and else all others. A state
+    ends when an event arrives, or at a midnight, which differs from id to id. The former is met a tick before the
+    arrival, the latter at the ends of the times that are told apart. The states after the answer come last.
     """
     oldest = one.began_at - LOOK_BACK
     before = arrivals[bisect_left(arrivals, oldest) : bisect_left(arrivals, one.row.served_at + _TICK)]
@@ -370,8 +402,10 @@ def _states(one: _Logged, arrivals: Sequence[datetime]) -> list[datetime]:
     ends = [one.began_at - one.target, one.began_at - one.target - EVENTUAL, oldest]
     past = {*(at - _TICK for at in before[-MOST_STATES:]), *ends}
     limit = one.row.served_at + CLOCKS
+    if recent:
+        return sorted((at for at in past if at >= ends[1]), reverse=True)
     future = [at for at in after[:MOST_STATES] if at <= limit]
-    return [*sorted(past, reverse=True), *future, limit]
+    return [*sorted((at for at in past if at < ends[1]), reverse=True), *future, limit]
 
 
 def _holds(one: _Logged, name: str, values: Mapping[str, Any]) -> bool:
@@ -384,6 +418,6 @@ def _same(served: Any, expected: Any) -> bool:
         return len(served) == len(expected) and all(map(_same, served, expected))
     if isinstance(served, Decimal) and isinstance(expected, Decimal):
         exponent = expected.as_tuple().exponent
-        places = exponent if isinstance(exponent, int) and exponent < 0 else 0
-        return served.quantize(Decimal(1).scaleb(places), ROUND_HALF_UP, _DIGITS) == expected
+        places = -exponent if isinstance(exponent, int) and exponent < 0 else 0
+        return with_places(served, places) == expected
     return bool(served == expected)

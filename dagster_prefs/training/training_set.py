@@ -1,9 +1,10 @@
 """Point-in-time correct training sets: labels joined with features as they were known at the label's time.
 
-A training value has one of three meanings. As `yesterday`, a label sees the days before its own (UTC), never its own
+A training value has one of four meanings. As `yesterday`, a label sees the days before its own (UTC), never its own
 day or a later one; with `as_known`, it also sees each day in the version that the table held at the label's time, so
 that a late event or a correction that arrived afterwards changes nothing. As `served`, it has what a read at its time
-would have returned. As `happened`, it has the same from all events that had happened by then, whenever they arrived.
+would have returned. As `happened`, it has the same from all events that had happened by then, whenever they arrived. As
+`logged`, it has what the served log says that a read returned.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import hashlib
 import importlib.metadata
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
@@ -47,13 +48,21 @@ from dagster_prefs.training.lake import (
     pin_served,
     pinned_snapshot,
 )
+from dagster_prefs.training.logged import (
+    LoggedFeatures,
+    LogSource,
+    choose_logged,
+    create_logged,
+    days_of_reads,
+)
 from dagster_prefs.training.outputs import OutputRefused, check_output, write_output
-from dagster_prefs.training.served import create_served, days_of_points
+from dagster_prefs.training.served import create_served, days_of_points, refuse_points
 from dagster_prefs.training.served_sql import ServedFeatures, ServedMeaning, ServedOptions, choose_served
 from dagster_prefs.training.windows import Dialect, Features, choose_features, load_tiles
 
+AnyFeatures = Features | ServedFeatures | LoggedFeatures
 # What a training value promises; docs/training.md compares them.
-Meaning = Literal["yesterday", "served", "happened"]
+Meaning = Literal["yesterday", "served", "happened", "logged"]
 MEANINGS: tuple[Meaning, ...] = get_args(Meaning)
 
 MANIFEST_VERSION = 1
@@ -70,7 +79,10 @@ class NotReproducible(OfflineError):
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """The result: `rows` labels with their features in `output`, and the `manifest` to reproduce them."""
+    """The result: `rows` labels with their features in `output`, and the `manifest` to reproduce them.
+
+    `refused` maps reasons to the number of labels that were left out for them.
+    """
 
     output: str
     manifest: Path
@@ -79,6 +91,7 @@ class TrainingSet:
     content_hash: str
     snapshots: Mapping[str, int | None]
     seconds: float
+    refused: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -110,14 +123,15 @@ class LabelJoin:
     `label_time` and any other columns (see `read_labels`), and `timezone` is the zone of times without one. `csv` gives
     the types of CSV cells that are not text. With `as_known` a label sees each day as the table in `namespace` held it
     at the label's time. `now` is the latest time that a label may have. `meaning` is what a value promises: `features`
-    are ServedFeatures except for `yesterday`. `spreads` are the expiry spreads that were in force, which `yesterday`
-    does not need.
+    are Features for `yesterday`, LoggedFeatures for `logged`, and else ServedFeatures. `spreads` are the expiry spreads
+    that were in force, which only `served` and `happened` need, and `log` is that of `logged`. With `drop_refused` the
+    labels that cannot have a value of the meaning are left out, instead of refusing all.
 
-    Raises LabelsRefused for `as_known` with another meaning than `yesterday`.
+    Raises LabelsRefused for `as_known` with another meaning than `yesterday`, and `logged` without a log.
     """
 
     labels: str
-    features: Features | ServedFeatures
+    features: AnyFeatures
     now: datetime
     timezone: str | None = None
     as_known: bool = False
@@ -125,9 +139,13 @@ class LabelJoin:
     csv: CsvOptions = CsvOptions()
     meaning: Meaning = "yesterday"
     spreads: Spreads = field(default_factory=dict)
+    log: LogSource | None = None
+    drop_refused: bool = False
 
     def __post_init__(self) -> None:
         check_meaning(self.meaning, as_known=self.as_known)
+        if isinstance(self.features, LoggedFeatures) and self.log is None:
+            raise LabelsRefused("values from the served log need a log: name its folder")
 
 
 def check_meaning(meaning: Meaning, *, as_known: bool) -> None:
@@ -142,14 +160,29 @@ def check_meaning(meaning: Meaning, *, as_known: bool) -> None:
             "--as-known contradicts --as happened, which counts every event from its own time, whenever it arrived: "
             "omit it, or use --as served for what was known at each label's time"
         )
+    if as_known and meaning == "logged":
+        raise LabelsRefused(
+            "--as-known adds nothing to --from-log, whose values are those that were seen at the time: omit it"
+        )
 
 
-def features_as(registry: Registry, entity: str | None, meaning: Meaning) -> Features | ServedFeatures:
+def features_as(
+    registry: Registry, entity: str | None, meaning: Meaning, domains: Sequence[str] | None = None
+) -> AnyFeatures:
     """Return the features of an entity, or of the only one with a domain, that training values of a meaning have.
 
-    Raises OfflineError like `choose_features`, ViewNotPortable.
+    `domains` (names) limits them to these. Raises LabelsRefused for `domains` with the meaning `yesterday`,
+    OfflineError like `choose_features`, and ViewNotPortable.
     """
-    return choose_features(registry, entity) if meaning == "yesterday" else choose_served(registry, entity)
+    if meaning == "logged":
+        return choose_logged(registry, entity, domains)
+    if meaning != "yesterday":
+        return choose_served(registry, entity, domains)
+    if domains:
+        raise LabelsRefused(
+            "--domain needs --as served, --as happened or --from-log: training sets as of yesterday have all domains"
+        )
+    return choose_features(registry, entity)
 
 
 def build_training_set(
@@ -189,16 +222,19 @@ def build_training_set(
                 "entity": features.entity.name,
                 "labels": {
                     "source": join.labels,
-                    "rows": made.rows,
+                    "rows": made.labels,
                     "fingerprint": made.labels_hash,
                     "timezone": join.timezone,
                     "types": dict(join.csv.types),
+                    "drop_refused": join.drop_refused,
+                    "refused": dict(made.refused),
                 },
                 "meaning": join.meaning,
                 "as_known": join.as_known,
                 "namespace": namespace,
                 "snapshots": dict(pins.snapshots),
                 **_served_content(join, pins),
+                **({} if made.log is None else {"log": made.log.as_dict()}),
                 "days": {"first": made.first_day.isoformat(), "last": made.last_day.isoformat()},
                 "output": {
                     "path": str(output),
@@ -207,6 +243,7 @@ def build_training_set(
                     "fingerprint": made.content_hash,
                     "features": [asdict(feature) for feature in features.values],
                     "left_out": features.left_out,
+                    "domains": list(features.domains),
                 },
             }
             partial = written.enter_context(whole_file(manifest))
@@ -223,11 +260,19 @@ def build_training_set(
         made.content_hash,
         pins.snapshots,
         made.seconds,
+        made.refused,
     )
 
 
 def _pin(catalog: Catalog, join: LabelJoin, tag: str | None) -> Pins:
     """Return the state of the tables that a training set is made from, tagged if there is a tag."""
+    if isinstance(join.features, LoggedFeatures):
+        if tag:
+            raise LabelsRefused(
+                "--tag keeps snapshots of tables, and values from the served log are in none: keep the files of the "
+                "log that the manifest names"
+            )
+        return Pins({})
     if isinstance(join.features, ServedFeatures):
         tables, pins = pin_served(catalog, join.features, namespace=join.namespace)
     else:
@@ -250,7 +295,7 @@ def _pin(catalog: Catalog, join: LabelJoin, tag: str | None) -> Pins:
 
 def _served_content(join: LabelJoin, pins: Pins) -> dict[str, Any]:
     """Return what a manifest says of values as served beyond the snapshots."""
-    if join.meaning == "yesterday":
+    if join.meaning not in ("served", "happened"):
         return {}
     return {
         "watermarks": {topic: until.isoformat() for topic, until in pins.watermarks.items()},
@@ -269,13 +314,14 @@ def reproduce_training_set(
     *,
     registry: Registry,
     labels: str | None = None,
+    log: Sequence[Path] = (),
     keep_formulas: bool = False,
 ) -> TrainingSet:
     """Write the training set of a manifest again to `output`, after proving that every row is equal.
 
-    `labels` is the new place of the labels, if they moved; `keep_formulas` is that of `CsvOptions`. Raises
-    SnapshotExpired if a tile snapshot is gone, NotReproducible if labels, definition or result differ from the
-    manifest.
+    `labels` and `log` are the new places of the labels and of the served log, if they moved; `keep_formulas` is that of
+    `CsvOptions`. Raises SnapshotExpired if a tile snapshot is gone, LogChanged if lines of the log are, NotReproducible
+    if labels, definition or result differ from the manifest.
     """
     try:
         known = json.loads(manifest.read_text())
@@ -290,7 +336,13 @@ def reproduce_training_set(
         )
     # A manifest of an earlier version has no meaning: it knew one only.
     meaning: Meaning = known.get("meaning", "yesterday")
-    features = features_as(registry, known.get("entity"), meaning)
+    features = features_as(
+        registry,
+        known.get("entity"),
+        meaning,
+        # A manifest of an earlier version names no domains: it had all.
+        None if meaning == "yesterday" else known["output"].get("domains"),
+    )
     if known["definition"] != _definition(features):
         raise NotReproducible(
             f"{manifest} was made by code {known['code_version']} with another definition of the features: "
@@ -316,6 +368,8 @@ def reproduce_training_set(
             domain: tuple((datetime.fromisoformat(since), seconds) for since, seconds in found)
             for domain, found in known.get("spreads", {}).items()
         },
+        log=LogSource.from_dict(known["log"], log) if "log" in known else None,
+        drop_refused=known["labels"].get("drop_refused", False),
     )
     pins = Pins(
         known["snapshots"],
@@ -332,6 +386,7 @@ def reproduce_training_set(
         made.content_hash,
         known["snapshots"],
         made.seconds,
+        made.refused,
     )
 
 
@@ -340,7 +395,7 @@ def print_training_sql(
     labels: str,
     dialect: Dialect,
     *,
-    features: Features | ServedFeatures,
+    features: AnyFeatures,
     as_known: bool = False,
     namespace: str = DEFAULT_NAMESPACE,
     served: ServedOptions | None = None,
@@ -349,9 +404,13 @@ def print_training_sql(
 
     `labels` must be an Iceberg table (`namespace.table`) with the entity's key and `label_time`, a timestamp with a
     zone. `served` says how ServedFeatures are to be computed; the query does not refuse labels that cannot be answered.
-    Raises LabelsRefused if `labels` is no such table, or a column is named like a feature; TableMissing if it does not
-    exist; ViewNotPortable for an expiry spread that other engines cannot compute.
+    Raises LabelsRefused for LoggedFeatures, if `labels` is no such table, or if a column is named like a feature;
+    TableMissing if it does not exist; ViewNotPortable for an expiry spread that other engines cannot compute.
     """
+    if isinstance(features, LoggedFeatures):
+        raise LabelsRefused(
+            f"--from-log reads the files of the served log, which {dialect} cannot: build the training set here"
+        )
     if as_known:
         raise LabelsRefused(
             f"--as-known needs the history of the tables, which {dialect} cannot read: omit it, or build the "
@@ -377,12 +436,15 @@ def print_training_sql(
 
 @dataclass(frozen=True)
 class _Made:
+    labels: int
     rows: int
     cold_start_rows: int
     labels_hash: str
     content_hash: str
     first_day: date
     last_day: date
+    refused: Mapping[str, int] = field(default_factory=dict)
+    log: LogSource | None = None
     seconds: float = 0.0
 
 
@@ -396,7 +458,7 @@ def _build(
     describe: Callable[[_Made], None] | None = None,
 ) -> _Made:
     started = time.monotonic()
-    features, namespace = join.features, join.namespace
+    features = join.features
     table = read_labels(
         catalog, join.labels, features=features, now=join.now, timezone=join.timezone, types=join.csv.types
     )
@@ -407,17 +469,13 @@ def _build(
             raise NotReproducible(
                 f"{join.labels} no longer contains the labels of the manifest: name the original"
             )
-        if isinstance(features, ServedFeatures):
-            inputs = lake_inputs(catalog, features, pins, spreads=join.spreads, namespace=namespace)
-            meaning: ServedMeaning = "happened" if join.meaning == "happened" else "served"
-            create_served(session, features, inputs, meaning=meaning)
-            first, last = days_of_points(session, features)
-        else:
-            first, last = _create_features(session, catalog, join, features, pins)
+        first, last, read = _create_values(session, catalog, join, pins)
+        refused = _refused_labels(session, join, table.num_rows)
         columns = ", ".join(f"features.{value.name}" for value in features.values)
         session.execute(
             f"create view result as select labels.*, {columns} from labels join features "
             "on features.point = labels.point"
+            + (" where labels.point not in (select point from refused)" if refused else "")
         )
         content = _fingerprint(session, "result")
         if expect and content != expect[1]:
@@ -425,7 +483,17 @@ def _build(
                 f"the rows differ from those of the manifest although labels and tiles are the same: {output} was "
                 "not written; look for a changed version of DuckDB or Arrow"
             )
-        made = _Made(table.num_rows, _count_cold_start(session, features), labels_hash, content, first, last)
+        made = _Made(
+            table.num_rows,
+            table.num_rows - sum(refused.values()),
+            _count_cold_start(session, features, among="result"),
+            labels_hash,
+            content,
+            first,
+            last,
+            refused,
+            read,
+        )
         if describe:
             describe(made)
         kinds = {row[0]: row[1] for row in session.execute("describe result").fetchall()}
@@ -433,6 +501,41 @@ def _build(
         fingerprint = {"prefs.fingerprint": content}
         write_output(session, kinds, catalog, output, fingerprint, keep_formulas=join.csv.keep_formulas)
     return replace(made, seconds=time.monotonic() - started)
+
+
+def _create_values(
+    session: duckdb.DuckDBPyConnection, catalog: Catalog, join: LabelJoin, pins: Pins
+) -> tuple[date, date, LogSource | None]:
+    """Create `features` of the labels, and `refused` unless the meaning is `yesterday`, which refuses no label.
+
+    Return the earliest and latest day of what any value was made of, and the files of the log, if they were read.
+    """
+    features, strict = join.features, not join.drop_refused
+    if isinstance(features, Features):
+        return *_create_features(session, catalog, join, features, pins), None
+    if isinstance(features, ServedFeatures):
+        inputs = lake_inputs(catalog, features, pins, spreads=join.spreads, namespace=join.namespace)
+        meaning: ServedMeaning = "happened" if join.meaning == "happened" else "served"
+        create_served(session, features, inputs, meaning=meaning, strict=strict)
+        return *days_of_points(session, features), None
+    if join.log is None:
+        raise LabelsRefused("values from the served log need a log: name its folder")
+    read, refusals = create_logged(session, features, join.log)
+    refuse_points(session, "from the served log", refusals, strict=strict)
+    return *days_of_reads(session, features), read
+
+
+def _refused_labels(session: duckdb.DuckDBPyConnection, join: LabelJoin, labels: int) -> dict[str, int]:
+    """Return the number of the labels that are left out, by reason. Raises LabelsRefused if none remains."""
+    if join.meaning == "yesterday":
+        return {}
+    found = dict(
+        session.execute("select reason, count(*) from refused group by reason order by reason").fetchall()
+    )
+    if sum(found.values()) == labels:
+        told = "; ".join(f"{number:,}: {reason}" for reason, number in found.items())
+        raise LabelsRefused(f"none of the {labels:,} labels can have a value as {join.meaning} ({told})")
+    return found
 
 
 def _create_features(
@@ -603,14 +706,19 @@ def _one(session: duckdb.DuckDBPyConnection, query: str) -> tuple[Any, ...]:
     return row
 
 
-def _definition(features: Features | ServedFeatures) -> str:
+def _definition(features: AnyFeatures) -> str:
     """Return a hash of the definition of the features."""
-    sql = features.sql() if isinstance(features, ServedFeatures) else features.sql("training", versions=True)
+    if isinstance(features, LoggedFeatures):
+        sql = "logged"
+    elif isinstance(features, ServedFeatures):
+        sql = features.sql()
+    else:
+        sql = features.sql("training", versions=True)
     text = json.dumps([asdict(value) for value in features.values]) + sql
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _count_cold_start(session: duckdb.DuckDBPyConnection, features: Features | ServedFeatures) -> int:
-    """Count the labels whose features all have their cold-start value."""
+def _count_cold_start(session: duckdb.DuckDBPyConnection, features: AnyFeatures, *, among: str) -> int:
+    """Count the rows of a relation whose features all have their cold-start value."""
     same = " and ".join(f"{value.name} is not distinct from {value.cold_start}" for value in features.values)
-    return int(_one(session, f"select count(*) from features where {same}")[0])
+    return int(_one(session, f"select count(*) from {among} where {same}")[0])

@@ -591,10 +591,23 @@ def _integer(side: exp.Expr) -> str:
 
 
 def collected(order: exp.Order) -> exp.Expr:
-    """Rewrite an ordered list for Spark, whose aggregate has no order: pairs are sorted and then unpacked."""
-    place = order.expressions[0].this.sql(dialect="spark")
-    pairs = f"collect_list(struct({place} as place, {order.this.sql(dialect='spark')} as value))"
-    return sqlglot.parse_one(f"transform(array_sort({pairs}), x -> x.value)", dialect="spark")
+    """Rewrite an ordered list for Spark, whose aggregate has no order: rows are sorted by a comparison, and unpacked.
+
+    NULLs come as in the engines: last, and first where the order descends.
+    """
+    keys, cases = [], []
+    for number, one in enumerate(order.expressions):
+        keys.append(f"{one.this.sql(dialect='spark')} as k{number}")
+        a, b = f"a.k{number}", f"b.k{number}"
+        if one.args.get("desc"):
+            a, b = b, a
+        cases.append(
+            f"when {a} < {b} or ({a} is not null and {b} is null) then -1 "
+            f"when {a} > {b} or ({a} is null and {b} is not null) then 1"
+        )
+    rows = f"collect_list(struct({', '.join(keys)}, {order.this.sql(dialect='spark')} as value))"
+    sorting = f"array_sort({rows}, (a, b) -> case {' '.join(cases)} else 0 end)"
+    return sqlglot.parse_one(f"transform({sorting}, x -> x.value)", dialect="spark")
 
 
 def _loaded(kind: IcebergType) -> pa.DataType:

@@ -29,6 +29,7 @@ from dagster_prefs.training.training_set import (
     print_training_sql,
     reproduce_training_set,
 )
+from dagster_prefs.training.windows import collected
 
 from .conftest import DAY
 from .lake_world import put_events
@@ -185,6 +186,16 @@ def test_history_refuses_the_labels_before_it_was_read(catalog: Catalog, tmp_pat
     assert again.content_hash == made.content_hash
 
 
+def test_an_ordered_list_keeps_its_whole_order_in_spark() -> None:
+    """Its aggregate has no order: a comparison sorts by each key, in its direction, with NULLs as in the engines."""
+    query = sqlglot.parse_one("select array_agg(x order by t desc, e) from r", dialect="risingwave")
+    (order,) = query.find_all(sqlglot.exp.Order)
+    text = collected(order).sql(dialect="spark")
+    assert "STRUCT(t AS k0, e AS k1, x AS value)" in text
+    assert "WHEN b.k0 < a.k0 OR (NOT b.k0 IS NULL AND a.k0 IS NULL) THEN -1" in text
+    assert "WHEN a.k1 < b.k1 OR (NOT a.k1 IS NULL AND b.k1 IS NULL) THEN -1" in text
+
+
 @pytest.mark.parametrize("dialect", ["trino", "spark", "athena"])
 def test_the_printed_join_as_served_parses(catalog: Catalog, tmp_path: Path, dialect: Any) -> None:
     catalog.create_namespace("ml")
@@ -200,6 +211,7 @@ def test_the_printed_join_as_served_parses(catalog: Catalog, tmp_path: Path, dia
         query = sqlglot.parse_one(text, dialect=dialect)
         assert query.named_selects[3:] == NAMES
         assert known in text
+        assert "EPOCH" not in text.upper(), "only RisingWave, PostgreSQL and DuckDB extract it"
         assert "viewer_watch_daily" not in text, "all values are computed from events"
         assert {one.name for one in query.find_all(sqlglot.exp.Table) if one.db} == {
             "labels", "view_events", "content_interactions",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -10,6 +11,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import dagster as dg
 import pytest
 from click.testing import CliRunner
 from pyiceberg.catalog import Catalog
@@ -17,9 +19,12 @@ from shipped import REGISTRY, SHORT
 
 from dagster_prefs.cli import cli
 from dagster_prefs.declarations.contract import LAST_EVENT_AT
+from dagster_prefs.defs import skew as definitions
+from dagster_prefs.freshness.skew import DomainSkew, measure_skew_of
 from dagster_prefs.platform import Platform
 from dagster_prefs.served_rows import ServedRow, parse_row, read_log
-from dagster_prefs.training.skew import SkewReport, measure_skew
+from dagster_prefs.settings import Settings
+from dagster_prefs.training.skew import AttributeSkew, SkewReport, measure_skew
 from dagster_prefs.training.skew_evidence import lake_evidence
 
 from .conftest import DAY
@@ -119,6 +124,95 @@ def test_late_reads_are_in_flight_and_a_wrong_value_is_found(catalog: Catalog, t
     assert "and the label is newer" in next(iter(report.refused))
 
 
+def test_the_check_finds_a_wrong_value_and_the_sensor_tells_of_it_once(
+    warehouse: Path, catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, traffic: Traffic
+) -> None:
+    put_events(catalog, REGISTRY, "view_events", traffic.views, until=MIDNIGHT + 2 * HOUR)
+    put_events(catalog, REGISTRY, "content_interactions", traffic.touches, until=MIDNIGHT + 2 * HOUR)
+    log = tmp_path / "served"
+    log.mkdir()
+    settings = Settings(
+        iceberg_warehouse=warehouse.as_uri(), data_dir=tmp_path, served_log=f"files:{log}", schedules="on"
+    )
+    platform = Platform(settings)
+    # What the engine would say of its spreads and of erased ids.
+    spread = {domain.name: ((MIDNIGHT - 24 * HOUR, SPREAD),) for domain in REGISTRY.contract.domains.values()}
+    monkeypatch.setattr(Platform, "spreads", lambda platform: spread)
+    monkeypatch.setattr(Platform, "_erased_ids", lambda platform: lambda entity, id_: False)
+    now = [MIDNIGHT + HOUR]
+    made = dg.Definitions.merge(
+        definitions.build(platform, clock=lambda: now[0]), dg.Definitions(executor=dg.in_process_executor)
+    )
+    (sensor,) = made.sensors or ()
+    assert isinstance(sensor, dg.SensorDefinition)
+
+    def checked(instance: dg.DagsterInstance) -> dict[str, dg.AssetCheckEvaluation]:
+        result = made.resolve_job_def(definitions.JOB).execute_in_process(instance=instance)
+        return {found.asset_key.path[-1]: found for found in result.get_asset_check_evaluations()}
+
+    def told(instance: dg.DagsterInstance, cursor: str | None = None) -> tuple[dict[str, str], str]:
+        result = sensor(dg.build_sensor_context(instance=instance, cursor=cursor))
+        assert isinstance(result, dg.SensorResult)
+        assert isinstance(result.skip_reason, dg.SkipReason)
+        return json.loads(result.cursor or "{}"), str(result.skip_reason.skip_message)
+
+    name = f"titles_{SHORT}d"
+    rows = [row for row in traffic.rows[:40] if row.domain != "engagement#sequence"]
+    with dg.DagsterInstance.ephemeral() as instance:
+        assert told(instance)[0] == {}
+        (log / "served-1.jsonl").write_bytes(b"".join(row.as_json() + b"\n" for row in rows))
+        found = checked(instance)
+        assert all(check.passed for check in found.values()), found
+        assert found["sequence"].description == "nobody read this domain"
+        assert told(instance)[0] == {}
+        # One value is really another.
+        place = next(number for number, row in enumerate(rows) if name in (row.attributes or {}))
+        right = rows[place]
+        rows[place] = replace(right, attributes={**(right.attributes or {}), name: 999})
+        (log / "served-1.jsonl").write_bytes(b"".join(row.as_json() + b"\n" for row in rows))
+        found = checked(instance)
+        assert [name for name, check in found.items() if not check.passed] == ["watch"]
+        assert f"are wrong: {name} in 1" in str(found["watch"].description)
+        assert found["watch"].metadata["wrong"].value == 1
+        levels, reason = told(instance)
+        assert levels == {"skew/watch": "error"}
+        assert "watch: error" in reason
+        # Nothing new is told, and then the check is overdue everywhere.
+        assert told(instance, json.dumps(levels))[0] == levels
+        rows[place] = right
+        (log / "served-1.jsonl").write_bytes(b"".join(row.as_json() + b"\n" for row in rows))
+        checked(instance)
+        assert told(instance, json.dumps(levels))[0] == {}
+        now[0] = datetime.now(UTC) + 3 * 24 * HOUR
+        assert set(told(instance)[0].values()) == {"warn"}
+        # The log has stopped: all rows are older than what is compared.
+        found = checked(instance)
+        assert {check.severity for check in found.values()} == {dg.AssetCheckSeverity.WARN}
+        assert "the served log has no row of the last 2 days" in str(found["watch"].description)
+        log.rename(tmp_path / "gone")
+        assert "skew is unknown" in str(checked(instance)["watch"].description)
+        assert set(told(instance)[0].values()) == {"error"}
+
+
+@pytest.mark.parametrize(
+    ("late", "level"), [(0, "ok"), (9, "ok"), (10, "warn"), (99, "warn"), (100, "error")]
+)
+def test_too_many_values_beyond_the_target_are_told(late: int, level: str) -> None:
+    report = SkewReport(rows=10_000)
+    found = AttributeSkew("watch", "titles", compared=10_000, equal=10_000 - late)
+    found.causes["beyond the target"] = late
+    report.attributes["watch", "titles"] = found
+    measure = measure_skew_of(DomainSkew.of(report, "watch"))
+    assert (measure.level, measure.key) == (level, "skew/watch")
+    assert ("later than the freshness target" in measure.reason) == (level != "ok")
+    report.attributes.clear()
+    report.refused["the lake is older"] = 7
+    refused = measure_skew_of(DomainSkew.of(report, "watch"))
+    assert (refused.level, refused.reason) == (
+        "warn", "no logged value could be compared (7 rows: the lake is older)",
+    )  # fmt: skip
+
+
 def test_the_command_tells_and_exits_with_two_for_a_wrong_value(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, traffic: Traffic
 ) -> None:
@@ -126,7 +220,7 @@ def test_the_command_tells_and_exits_with_two_for_a_wrong_value(
     asked: list[list[Path]] = []
 
     def measured(values: Mapping[str, Any]) -> Any:
-        def skew(platform: Platform, log: list[Path]) -> SkewReport:
+        def skew(platform: Platform, log: list[Path], **given: Any) -> SkewReport:
             asked.append(list(log))
             report = SkewReport(rows=len(list(read_log(log))), left_out={"watch.odd"})
             report.refused["the lake is older"] = 2
@@ -135,8 +229,6 @@ def test_the_command_tells_and_exits_with_two_for_a_wrong_value(
         return skew
 
     def _with_wrong(report: SkewReport) -> SkewReport:
-        from dagster_prefs.training.skew import AttributeSkew
-
         found = AttributeSkew("watch", "titles", compared=4, equal=3)
         found.causes["wrong"] = 1
         report.attributes["watch", "titles"] = found
