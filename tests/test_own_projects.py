@@ -85,7 +85,7 @@ def test_every_example_becomes_a_whole_project(tmp_path: Path, example: str) -> 
     assert listed == [(name, name) for name in registry.topics]
     declared = tomllib.loads((home / "pyproject.toml").read_text())
     assert declared["project"]["dependencies"] == [
-        f"dagster-prefs[platform,server]=={dagster_prefs.__version__}"
+        f"dagster-prefs[platform,server,console]=={dagster_prefs.__version__}"
     ]
     (override,) = declared["tool"]["uv"]["override-dependencies"]
     assert override.startswith("dbt-core-experimental-parser ; sys_platform == 'never'")

@@ -272,6 +272,10 @@ def _models(project: ProjectYaml, declared: Declarations, lineage: Lineage) -> I
     for topic in declared.topics:
         for name, sql, yaml in _topic_models(topic, declared):
             yield from files_of("events", name, topic.file, sql, yaml)
+    if declared.topics:
+        tables = "\n".join(f"      - {_flow(_source(topic))}" for topic in declared.topics)
+        text = f"{YAML_MARK}the project's topics\n{_fill('sources.yml', {'tables': tables}).rstrip()}\n"
+        yield f"{root}/events/sources.yml", text
     topics = [_names(topic) for topic in declared.topics]
     tiles = [_fingerprint(tile, declared) for tile in declared.tiles]
     for folder, name, part, found in (
@@ -372,9 +376,23 @@ def _names(topic: Topic) -> dict[str, str]:
     }
 
 
+def _source(topic: Topic) -> dict[str, object]:
+    """Describe a topic as a table of dbt's source `kafka`; its tags select it, whose name may have a dot."""
+    of = topic.declared
+    return {
+        "name": of.name,
+        "description": f"Topic `{of.name}`, whose messages arrive in `{of.raw}`.",
+        "config": {"tags": _tag_list(topic=of.relation, entity=of.entity)},
+    }
+
+
 def _tags(**of: str | None) -> str:
     """Render the tags of a generated model, by which dbt selects it: of what it is, `topic_search_events`."""
-    return _json([f"{kind}_{name}" for kind, name in of.items() if name])
+    return _json(_tag_list(**of))
+
+
+def _tag_list(**of: str | None) -> list[str]:
+    return [f"{kind}_{name}" for kind, name in of.items() if name]
 
 
 def _topic_models(topic: Topic, declared: Declarations) -> Iterator[tuple[str, str, str | None]]:

@@ -34,6 +34,7 @@ from dagster_prefs.settings import Settings
 REFRESH_JOB = "refresh"
 TESTS_JOB = "dbt_tests"
 EVENT_TABLES_JOB = "event_tables"
+TOPICS_GROUP = "kafka"
 
 
 class ModelsConfig(dg.Config):
@@ -71,6 +72,8 @@ class ModelTranslator(DagsterDbtTranslator):
         writes."""
         spec = super().get_asset_spec(manifest, unique_id, project)
         props = self.get_resource_props(manifest, unique_id)
+        if props["resource_type"] == "source":
+            return spec
         engine = "postgres" if self._placed.engine == "local" else "risingwave"
         kinds = {"dbt", engine}
         if "training_table" in props["config"]["meta"]:
@@ -83,11 +86,34 @@ class ModelTranslator(DagsterDbtTranslator):
         return spec.merge_attributes(metadata=columns).replace_attributes(kinds=kinds)
 
     def get_asset_key(self, dbt_resource_props: Mapping[str, Any]) -> dg.AssetKey:
-        """Return the relation's name as the asset key, because users query it under that name."""
+        """Return the relation's name as the asset key, because users query it under that name.
+
+        The key of a source, which is a topic, begins with that of the system: it may be named like its typed relation.
+        """
+        if dbt_resource_props["resource_type"] == "source":
+            return topic_key(self._placed, dbt_resource_props["name"])
         return self._key_of(dbt_resource_props["name"])
 
     def _key_of(self, relation: str) -> dg.AssetKey:
         return asset_key(self._placed, relation)
+
+
+def topic_key(settings: Settings, topic: str) -> dg.AssetKey:
+    """Return the asset of a topic in Kafka, which no run materializes."""
+    return asset_key(settings, "kafka", topic)
+
+
+def _topics(platform: Platform) -> list[dg.AssetSpec]:
+    return [
+        dg.AssetSpec(
+            topic_key(platform.settings, topic.name),
+            group_name=TOPICS_GROUP,
+            kinds={"kafka"},
+            owners=[platform.contract.owner],
+            description=f"Topic `{topic.name}`, whose messages arrive in `{topic.raw}`.",
+        )
+        for topic in platform.registry.topics.values()
+    ]
 
 
 def build(platform: Platform) -> dg.Definitions:
@@ -266,7 +292,7 @@ def build(platform: Platform) -> dg.Definitions:
         "Create the tables for events, so that loading can begin.",
     )
     return dg.Definitions(
-        assets=[dbt_models],
+        assets=[dbt_models, *_topics(platform)],
         jobs=[tables, refresh, tests],
         schedules=[hourly],
     )

@@ -38,6 +38,7 @@ def _table(platform: Platform, entity: str) -> dg.AssetsDefinition:
 
     @dg.asset(
         key=table_key(platform.settings, contract.tables[entity]),
+        pool=engine_pool(platform.settings),
         group_name=GROUP,
         kinds={"dynamodb"},
         tags={TAG: platform_name(platform.settings)},

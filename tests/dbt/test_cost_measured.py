@@ -141,7 +141,9 @@ def views_behind(manifest: dict[str, Any], names: set[str]) -> list[str]:
     while left:
         name = left.pop()
         needed.add(name)
-        left |= {key.rsplit(".", 1)[1] for key in nodes[name]["depends_on"]["nodes"]} - needed
+        left |= {
+            key.rsplit(".", 1)[1] for key in nodes[name]["depends_on"]["nodes"] if key.startswith("model.")
+        } - needed
     return [name for name in materialized_views(manifest) if name in needed]
 
 

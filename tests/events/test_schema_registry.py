@@ -1,6 +1,6 @@
 """Topics in Avro: decoded with the schemas of a registry, and what happens when it knows none or does not answer.
 
-The registry is a fake of Confluent's API; docs/events.md tells of a real one.
+The registry is a fake of Confluent's API; test_real_schema_registry.py runs against a real one.
 """
 
 from __future__ import annotations

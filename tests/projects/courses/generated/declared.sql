@@ -16,10 +16,10 @@
       "training_table"
     ],
     "sql": {
-      "models/generated/events/kafka_lesson_events.sql": "03eb867956c90819b4989a65d8bfb41f",
+      "models/generated/events/kafka_lesson_events.sql": "10ce64883f73b5a4a613fb87edbe3d0f",
       "models/generated/events/lesson_events.sql": "7a0941d0f5175e172922b01e31d4bc02",
       "models/generated/events/lesson_events_parsed.sql": "32758cfd47cf589e39f91612c12dd3ef",
-      "models/generated/events/raw_lesson_events.sql": "d870b75dc1883dda3ed945c5e8afc400",
+      "models/generated/events/raw_lesson_events.sql": "8020c96b0c20ed8face1e5be2b9ad86c",
       "models/generated/events/rejected_events.sql": "16c85925c1e272d39a8d49cb529d1c75",
       "models/generated/operations/bootstrap_parts.sql": "d56049d8f6ff555d7a111cb2a9cfc289",
       "models/generated/operations/canary_keys.sql": "d9371cb85356a981d2f75f7eb0ef53da",
