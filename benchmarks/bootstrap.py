@@ -40,7 +40,7 @@ import pyarrow.parquet as pq
 
 from dagster_prefs.events.raw import RawMessage, RawStore
 from dagster_prefs.freshness.measures import measure_views
-from dagster_prefs.live.presence import is_followed, wait_until_applied
+from dagster_prefs.live.presence import read_follower, wait_until_applied
 from dagster_prefs.local.services import LocalServices
 from dagster_prefs.platform import Platform
 from dagster_prefs.settings import load_settings
@@ -138,7 +138,8 @@ def followed(platform: Platform) -> Iterator[Counter[str]]:
         thread.start()
     try:
         with platform.engine.connect() as connection:
-            while not is_followed(platform.engine, connection):
+            # Until the follower has told of its first step, a wait for it would find none.
+            while read_follower(connection, platform.engine) is None:
                 time.sleep(0.1)
         yield levels
     finally:

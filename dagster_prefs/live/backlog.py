@@ -130,8 +130,10 @@ def read_backlog(connection: psycopg.Connection[Any], engine: EngineConfiguratio
                             where held.locktype = 'advisory' and held.granted and held.objsubid = 1
                               and held.database = (select oid from pg_database where datname = current_database())
                               and (held.classid::bigint << 32) | held.objid::bigint = hashtextextended(%s, 0)
-                              -- One that waits for another session does not rebuild.
-                              and a.state = 'active' and cardinality(pg_blocking_pids(held.pid)) = 0
+                              -- Its second session may rebuild a view while the first has done its part; one that
+                              -- waits for a stranger does not rebuild.
+                              and a.state in ('active', 'idle in transaction')
+                              and cardinality(pg_blocking_pids(held.pid)) = 0
                         )
                     )
                 from present left join peak on true left join first on true
