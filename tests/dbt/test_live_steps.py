@@ -271,7 +271,7 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_steps")
-@settings(quick, max_examples=25, phases=[Phase.explicit, Phase.generate])
+@settings(quick, max_examples=10, phases=[Phase.explicit, Phase.generate])
 @given(happened=happenings())
 def test_any_sequence_equals_the_oracle(steps: Steps, happened: list[tuple[str, object]]) -> None:
     world = World(steps)
