@@ -15,7 +15,13 @@ from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.engine.connection import EngineConfiguration, EngineUnavailable
 from dagster_prefs.freshness.catch_up import LONG_REBUILD_SECONDS
 from dagster_prefs.freshness.levels import Level, Measure, Unmeasurable, unreadable
-from dagster_prefs.live.presence import GONE_SECONDS, RETRY_SECONDS, follow_lock, pending_views
+from dagster_prefs.live.presence import (
+    GONE_SECONDS,
+    RETRY_SECONDS,
+    follow_lock,
+    pending_views,
+    rebuilding_session,
+)
 
 SERVER, DISK, FOLLOWER = "server", "disk", "follower"
 MEASURES: Mapping[str, str] = {
@@ -226,7 +232,13 @@ def _read(connection: psycopg.Connection[Any], engine: EngineConfiguration, regi
             follower.problem,
             extract(epoch from clock_timestamp() - follower.seen_at)::float8,
             holder.pid,
-            activity.state,
+            -- Its own session waits while only the one beside it rebuilds a view.
+            case
+                when exists (
+                    select from pg_stat_activity
+                    where application_name = %(beside)s and state = 'active' and datname = current_database()
+                ) then 'active' else activity.state
+            end,
             (
                 select coalesce(nullif(application_name, ''), 'process ' || pid) from pg_stat_activity
                 where pid = any(holder.blocked_by) limit 1
@@ -244,7 +256,9 @@ def _read(connection: psycopg.Connection[Any], engine: EngineConfiguration, regi
         """
     ).format(most=sql.Literal(COUNTED), pending=pending_views(engine, registry), **tables)
     try:
-        (row,) = connection.execute(query, {"lock": follow_lock(engine)}).fetchall()
+        (row,) = connection.execute(
+            query, {"lock": follow_lock(engine), "beside": rebuilding_session(engine)}
+        ).fetchall()
     except psycopg.Error as error:
         raise unreadable("the follower", error) from error
     return _State(*row)

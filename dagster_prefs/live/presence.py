@@ -73,6 +73,11 @@ def follow_lock(engine: EngineConfiguration) -> str:
     return f"dagster-prefs follow {engine.schema}"
 
 
+def rebuilding_session(engine: EngineConfiguration) -> str:
+    """Return the application name of the session in which a follower rebuilds views beside its own."""
+    return f"dagster-prefs rebuild {engine.schema}"[:63]
+
+
 def pending_views(engine: EngineConfiguration, registry: Registry) -> sql.Composed:
     """Return a query of the pending views and domains: `relation`, and whether its work is `due` now.
 

@@ -27,7 +27,7 @@ from dagster_prefs.engine.catalog import NotDeployed, missing_relation
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.engine.lock import deployment_locked, lock_deployment
 from dagster_prefs.live.backlog import make_backlog
-from dagster_prefs.live.presence import pending_views
+from dagster_prefs.live.presence import pending_views, rebuilding_session
 from dagster_prefs.live.trail import forget_old_steps, make_trail, note_step
 from dagster_prefs.live.views import (
     CLOCK,
@@ -220,6 +220,9 @@ class Steps:
         ):
             # The lock ends with this process, so its second transaction must not outlive it either.
             connection.execute("set client_connection_check_interval = '500ms'")
+            connection.execute(
+                "select set_config('application_name', %s, false)", [rebuilding_session(self.engine)]
+            )
             ((clock,),) = self.connection.execute(
                 "select coalesce(current_setting('prefs.clock', true), '')"
             ).fetchall()

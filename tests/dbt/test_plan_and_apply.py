@@ -135,9 +135,7 @@ def test_a_changed_view_goes_out_though_it_is_killed_at_every_step(
     deployment: Deployment, workshop: Workshop
 ) -> None:
     workshop.change(TILE, "sum(watch_duration_sec)", "2 * sum(watch_duration_sec)")
-    workshop.change(
-        "models/generated/events/items.sql", "where version = 1", "-- the newest\nwhere version = 1"
-    )
+    workshop.change("models/generated/events/items.sql", '"title"', '"-- its name\\n  title"')
     plan = deployment.plan()
     layout, changed = sorted(plan.relations, key=lambda relation: relation.name)
     assert (layout.name, layout.action, layout.how) == ("items", "changed", "kept")

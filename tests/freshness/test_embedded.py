@@ -29,6 +29,7 @@ from dagster_prefs.freshness.levels import Measure
 from dagster_prefs.freshness.metrics import render_metrics
 from dagster_prefs.freshness.status import Status
 from dagster_prefs.live.follower import Follower, Publish, Work
+from dagster_prefs.live.presence import follow_lock, rebuilding_session
 from dagster_prefs.platform import Platform
 from dagster_prefs.settings import Settings
 
@@ -252,6 +253,28 @@ def test_a_full_disk_is_named_until_it_has_room(
     monkeypatch.undo()
     assert disk().level == "ok"
     assert disk().values["disk_free_bytes"] > 0
+
+
+def test_a_follower_whose_second_session_rebuilds_is_at_work(world: Any, tmp_path: Path) -> None:
+    world.execute(
+        "insert into live_follower (process, seen_at) values ('host:1', now() - interval '1 minute')"
+    )
+    with world.engine.connect() as its_own, world.engine.connect() as beside:
+        its_own.execute("select pg_advisory_lock(hashtextextended(%s, 0))", [follow_lock(world.engine)])
+        assert "has not given a sign of life" in follower_of(world, tmp_path).reason
+        beside.execute("select set_config('application_name', %s, false)", [rebuilding_session(world.engine)])
+
+        def rebuild() -> None:
+            with pytest.raises(psycopg.errors.QueryCanceled):
+                beside.execute("select pg_sleep(60)")
+
+        rebuilding = threading.Thread(target=rebuild)
+        rebuilding.start()
+        try:
+            wait_for(lambda: "rebuilds a view" in follower_of(world, tmp_path).reason)
+        finally:
+            beside.cancel()
+            rebuilding.join()
 
 
 STATE = _State(1000.0, "host:1", None, 2.0, 7, "idle", None, 0, 0, 0, 0, None)
