@@ -30,6 +30,7 @@ from dagster_prefs.freshness.status import Status
 from dagster_prefs.platform import Platform
 from dagster_prefs.serving import AsyncProfileClient, ClientOptions, ReadCounts, ShopClient
 from dagster_prefs.serving.observing import Watched
+from dagster_prefs.serving.served_log import FileRows, ServedLog
 from dagster_prefs.settings import Settings
 
 INFRA = Path(__file__).parents[2] / "infra"
@@ -78,8 +79,10 @@ def rule_queries() -> list[Query]:
 
 
 @contextmanager
-def feature_server(client: AsyncProfileClient, shop: ShopClient, counts: ReadCounts) -> Iterator[Any]:
-    with running(client, shop, watched=Watched(counts)) as caller:
+def feature_server(
+    client: AsyncProfileClient, shop: ShopClient, counts: ReadCounts, log: ServedLog | None = None
+) -> Iterator[Any]:
+    with running(client, shop, watched=Watched(counts, log=log)) as caller:
         yield caller
 
 
@@ -93,7 +96,7 @@ def labels_by_name(*pages: str) -> dict[str, set[str]]:
     return found
 
 
-def test_every_metric_and_label_that_is_asked_for_is_on_our_pages() -> None:
+def test_every_metric_and_label_that_is_asked_for_is_on_our_pages(tmp_path: Path) -> None:
     everything = Measure("stage", "name", "ok", "", 1.0, values={metric.value: 1 for metric in METRICS})
     counts = ReadCounts()
     away = AsyncProfileClient(
@@ -102,7 +105,8 @@ def test_every_metric_and_label_that_is_asked_for_is_on_our_pages() -> None:
         region=REGION,
         options=ClientOptions(max_attempts=1, observer=counts),
     )
-    with feature_server(away, ShopClient(NOWHERE, observer=counts), counts) as caller:
+    log = ServedLog(FileRows(tmp_path / "served"))
+    with feature_server(away, ShopClient(NOWHERE, observer=counts), counts, log) as caller:
         assert caller.get("/v1/profiles/1")[0] == 503
         page = caller.get("/metrics")[1]
     known = labels_by_name(render_metrics(Status(datetime.now(UTC), 0.1, (everything,))), page)
