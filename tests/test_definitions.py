@@ -192,15 +192,16 @@ def test_a_served_log_in_files_is_compared_daily(
     monkeypatch.setenv("PREFS_DATA_DIR", str(data_dir))
     monkeypatch.setenv("PREFS_SERVED_LOG", f"files:{tmp_path}")
     platform = Platform(load_settings())
-    report = SkewReport(refused=Counter({"the lake is older": 2}))
+    report = SkewReport(rows=10, refused=Counter({"the lake is older": 2}))
     for name, wrong in (("watch", 1), ("sequence", 0)):
         found = report.attributes[name, "a"] = AttributeSkew(name, "a", compared=4, equal=4 - wrong)
         if wrong:
             found.note(Difference("log-1", datetime(2026, 1, 1, tzinfo=UTC), "wrong", 1, 2, None))
     asked: list[list[Path]] = []
 
-    def compared(platform: Platform, log: list[Path]) -> SkewReport:
+    def compared(platform: Platform, log: list[Path], since: datetime) -> SkewReport:
         asked.append(list(log))
+        assert since < datetime.now(UTC)
         return report
 
     monkeypatch.setattr(Platform, "skew", compared)
@@ -211,7 +212,9 @@ def test_a_served_log_in_files_is_compared_daily(
     found_checks = {one.asset_key.path[-1]: one for one in result.get_asset_check_evaluations()}
     assert set(found_checks) == {domain.name for domain in REGISTRY.contract.domains.values()}
     assert {name for name, one in found_checks.items() if not one.passed} == {"watch"}
-    assert found_checks["watch"].description == "a is wrong in 1 of 4"
+    assert found_checks["watch"].description == (
+        "of 4 logged values are wrong: a in 1: see `prefs skew --json`"
+    )
     assert found_checks["watch"].metadata["wrong"].value == 1
     assert asked == [[tmp_path]]
 

@@ -11,7 +11,7 @@ from dagster_prefs.defs.freshness import tell_changes
 from dagster_prefs.defs.resources import asset_job, asset_key, job_schedule, sensor_status, unknown_check
 from dagster_prefs.errors import PrefsError
 from dagster_prefs.freshness.alerts import channels
-from dagster_prefs.freshness.levels import Level, Measure
+from dagster_prefs.freshness.levels import QUIET, Level, Measure
 from dagster_prefs.freshness.measures import unknown
 from dagster_prefs.freshness.skew import COMPARED, DomainSkew, measure_skew_of
 from dagster_prefs.platform import Platform
@@ -115,7 +115,7 @@ def checked_skew(
         level = cast("Level", getattr(evaluation.metadata.get(LEVEL), "value", "unknown"))
         reason = evaluation.description or ""
         at = datetime.fromtimestamp(entry.timestamp, UTC)
-        if level in ("ok", "skipped") and now - at > LATE:
+        if level in QUIET and now - at > LATE:
             level, reason = "warn", f"it was last compared at {at:%Y-%m-%d %H:%M} UTC: see the job {JOB}"
         measures.append(Measure("skew", name, level, reason))
     return measures
@@ -160,7 +160,7 @@ def _result(report: SkewReport, domain: str, key: dg.AssetKey) -> dg.AssetCheckR
     return dg.AssetCheckResult(
         asset_key=key,
         check_name=CHECK,
-        passed=measure.level in ("ok", "skipped"),
+        passed=measure.level in QUIET,
         severity=dg.AssetCheckSeverity.WARN if measure.level == "warn" else dg.AssetCheckSeverity.ERROR,
         description=measure.reason,
         metadata={

@@ -17,13 +17,15 @@ BEYOND_WARN, BEYOND_ERROR = 0.001, 0.01
 
 @dataclass(frozen=True)
 class DomainSkew:
-    """The comparison of one domain: rows of the whole log, values compared, and differences by cause and attribute.
+    """The comparison of one domain: values compared, and differences by cause and attribute.
 
-    `refused` are rows of the whole log that could not be compared, by reason.
+    `rows` are those of the whole log, `all_compared` the values of all its domains that were compared, and `refused`
+    the rows that could not be, by reason.
     """
 
     domain: str
     rows: int
+    all_compared: int
     compared: int
     causes: Mapping[str, int]
     wrong: Mapping[str, int]
@@ -36,6 +38,7 @@ class DomainSkew:
         return cls(
             domain,
             report.rows,
+            report.compared,
             sum(one.compared for one in found),
             {cause: sum(one.causes[cause] for one in found) for cause in CAUSES},
             {one.attribute: one.causes["wrong"] for one in found if one.causes["wrong"]},
@@ -63,7 +66,7 @@ def _judged(found: DomainSkew) -> tuple[Level, str]:
             f"the served log has no row of the last {COMPARED.days} days: nobody reads, or nothing is logged any more; "
             "see the folder of PREFS_SERVED_LOG and `prefs_server_log_dropped_total`"
         )
-    if not found.compared and found.refused:
+    if not found.all_compared and found.refused:
         reason = max(found.refused, key=lambda one: found.refused[one])
         return "warn", f"no logged value could be compared ({found.refused[reason]:,} rows: {reason})"
     if not found.compared:
