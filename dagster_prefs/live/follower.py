@@ -243,12 +243,13 @@ class Follower:
             )
         self._sign_of_life(connection)
         self._taken += report.messages
-        if (now := time.monotonic()) >= self._noted_at + NOTED_SECONDS:
-            published = self._published
-            note_backlog(
-                connection, self.engine, self.work.registry, self._taken + published - self._noted_published
-            )
-            self._taken, self._noted_published, self._noted_at = 0, published, now
+        published = self._published - self._noted_published
+        # Nothing is noted while nothing is done: an idle follower costs next to nothing.
+        is_due = time.monotonic() >= self._noted_at + NOTED_SECONDS
+        if is_due and (published or self._taken or not report.idle):
+            note_backlog(connection, self.engine, self.work.registry, self._taken + published)
+            self._taken, self._noted_at = 0, time.monotonic()
+            self._noted_published += published
         if not report.idle:
             self._changed.set()
 
@@ -348,21 +349,27 @@ class Follower:
                 "published_keys": len(rows),
             },
         )
-        # A key that a later step touched meanwhile stays in the outbox with that step.
-        connection.execute(
-            sql.SQL(
-                "with published as (select * from unnest(%(keys)s::text[], %(steps)s::bigint[]) as p (key, step)),"
-                " gone as (delete from {0} as o using published as p"
-                "   where o.domain_key = %(domain)s and o.entity_key = p.key and o.step = p.step)"
-                " update {0} as o set first_step = o.step from published as p"
-                " where o.domain_key = %(domain)s and o.entity_key = p.key and o.step > p.step"
-            ).format(self._table("live_outbox")),
-            {
-                "keys": [key for key, _, _ in rows],
-                "steps": steps,
-                "domain": domain.key,
-            },
-        )
+        outbox = {"outbox": self._table("live_outbox")}
+        with connection.transaction():
+            # In the order in which a step stores them, or the two would wait for each other.
+            connection.execute(
+                sql.SQL(
+                    "select from {outbox} where domain_key = %s and entity_key = any(%s)"
+                    ' order by entity_key collate "C" for update'
+                ).format(**outbox),
+                [domain.key, [key for key, _, _ in rows]],
+            )
+            # A key that a later step touched meanwhile stays in the outbox with that step.
+            connection.execute(
+                sql.SQL(
+                    "with published as (select * from unnest(%(keys)s::text[], %(steps)s::bigint[]) as p (key, step)),"
+                    " gone as (delete from {outbox} as o using published as p"
+                    "   where o.domain_key = %(domain)s and o.entity_key = p.key and o.step = p.step)"
+                    " update {outbox} as o set first_step = o.step from published as p"
+                    " where o.domain_key = %(domain)s and o.entity_key = p.key and o.step > p.step"
+                ).format(**outbox),
+                {"keys": [key for key, _, _ in rows], "steps": steps, "domain": domain.key},
+            )
         note_published(connection, self.engine, domain.key, max(steps))
         return True
 

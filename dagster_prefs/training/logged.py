@@ -424,7 +424,7 @@ class _Logged:
             )
             yield (
                 f"the log has no read of {domain} in the {within} before the label",
-                f"{drop}, the domain with --domain, or allow older reads with --within",
+                f"{drop}, the domain with --domain, or allow older reads with --within-seconds",
                 f"p.{_REQUEST} is null and {missing}",
             )
             found = self.session.execute(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -25,6 +26,7 @@ from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.events import topics
 from dagster_prefs.live.follower import Follower, Publish, Work
 from dagster_prefs.live.presence import FollowedElsewhere, FollowerProblem, read_follower, wait_until_applied
+from dagster_prefs.live.trail import make_trail
 from dagster_prefs.platform import DomainPublisher, Platform
 from dagster_prefs.settings import load_settings
 
@@ -179,6 +181,42 @@ def test_only_touched_keys_are_published(
     assert last.step >= max(steps)
     for domain in ("watch", "preferences", "sequence"):
         assert {key for name, keys in published if name == domain for key in keys or ()} == {"40", "41"}
+
+
+def test_a_publisher_and_a_step_lock_keys_in_one_order(
+    platform: Platform, session: psycopg.Connection
+) -> None:
+    domain = next(iter(platform.registry.contract.domains.values()))
+    store = (
+        "insert into live_outbox (domain_key, entity_key, first_step, step) values (%s, %s, %s, %s)"
+        " on conflict (domain_key, entity_key) do update set step = excluded.step"
+    )
+    # The publisher reads the keys by the step that touched them first; a step stores them in their own order.
+    for key, step in (("b", 1), ("a", 2)):
+        session.execute(store, [domain.key, key, step, step])
+    follower = Follower(
+        platform.engine, lambda: Work(platform.registry, lambda *_: None), process="the test", say=print
+    )
+    make_trail(session, platform.engine)
+    with platform.engine.connect() as publishing, ThreadPoolExecutor(1) as thread:
+        with session.transaction():
+            session.execute(store, [domain.key, "a", 3, 3])
+            published = thread.submit(follower.publish_changes, publishing)
+            wait_for(
+                lambda: (
+                    session.execute(
+                        "select %s = any(pg_blocking_pids(%s))",
+                        [session.info.backend_pid, publishing.info.backend_pid],
+                    ).fetchone()
+                    == (True,)
+                )
+            )
+            session.execute(store, [domain.key, "b", 3, 3])
+        assert published.result(PATIENCE_SECONDS)
+    assert session.execute("select entity_key, first_step, step from live_outbox order by 1").fetchall() == [
+        ("a", 3, 3),
+        ("b", 3, 3),
+    ]
 
 
 def test_one_process_follows_at_a_time(

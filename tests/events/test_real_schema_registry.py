@@ -25,8 +25,8 @@ from dagster_prefs.events.kafka import ingest_topic
 from dagster_prefs.events.schema import avro_schema, json_schema
 from dagster_prefs.events.schema_registry import RegistryAddress, SchemaRegistry, decode_avro
 from dagster_prefs.events.validity import rejection_reason
+from tests.events.avro_records import NOW, POINT, TOPICS, avro_value, encoded
 from tests.events.conftest import produce, rows
-from tests.events.test_schema_registry import NOW, POINT, TOPICS, avro_value, encoded
 
 URL = os.environ.get("TEST_SCHEMA_REGISTRY_URL", "")
 

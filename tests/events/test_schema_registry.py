@@ -14,20 +14,17 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from io import BytesIO
 from typing import Any
 
 import pytest
-from declared import COURSES, PROJECT
-from fastavro import parse_schema, schemaless_writer
+from fastavro import parse_schema
 
-from dagster_prefs.declarations.registry import FieldDeclaration, Registry, load_registry
-from dagster_prefs.declarations.reserved import canary_value
+from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.events import schema_registry
 from dagster_prefs.events.brokers import KafkaSource
 from dagster_prefs.events.kafka import decoder, ingest_topic
-from dagster_prefs.events.messages import Topic, topics_of
+from dagster_prefs.events.messages import Topic
 from dagster_prefs.events.schema import avro_schema
 from dagster_prefs.events.schema_registry import (
     UNDECODED,
@@ -39,16 +36,10 @@ from dagster_prefs.events.schema_registry import (
     refuse_avro,
 )
 from dagster_prefs.events.validity import rejection_reason
+from tests.events.avro_records import NOW, POINT, TOPICS, avro_value, encoded
 from tests.events.conftest import produce, rows
 
-NOW = datetime(2026, 3, 15, 12, tzinfo=UTC)
 SECRET = "hunter2-very-secret"
-TOPICS = {
-    f"{project.name}:{name}": topic
-    for project in (PROJECT, COURSES)
-    for name, topic in topics_of(load_registry(project)).items()
-}
-POINT = {"type": "record", "name": "Point", "namespace": "geo", "fields": [{"name": "x", "type": "int"}]}
 
 
 class FakeRegistry:
@@ -87,27 +78,6 @@ def fake() -> Iterator[FakeRegistry]:
     yield made
     made.server.shutdown()
     made.server.server_close()
-
-
-def encoded(number: int, schema: Any, document: Any, *, named: Any = None) -> bytes:
-    """A message as Confluent's serializer writes it."""
-    body = BytesIO()
-    schemaless_writer(body, parse_schema(schema, named_schemas=named or {}), document)
-    return b"\x00" + number.to_bytes(4, "big") + body.getvalue()
-
-
-def avro_value(topic: Topic, field: FieldDeclaration) -> Any:
-    """A valid value of a field, as a producer's record has it."""
-    value = canary_value(field)
-    if field.name in topic.uuids:
-        return uuid.UUID(str(value))
-    if field.type == "timestamptz":
-        return datetime(2026, 3, 15, 10, 30, 0, 123000, tzinfo=UTC)
-    return (
-        Decimal(str(value)).quantize(Decimal(1).scaleb(-(field.scale or 0)))
-        if field.type == "decimal"
-        else value
-    )
 
 
 @pytest.mark.parametrize("topic", TOPICS.values(), ids=TOPICS)

@@ -65,7 +65,7 @@ class Flow:
             thresholds=world.contract.freshness.canary,
             clock=lambda: world.now,
             wait=self.wait,
-            poll_seconds=1,
+            poll_seconds=2,
         )
 
     def produce(self, age: float, days_ago: float = 0) -> None:
