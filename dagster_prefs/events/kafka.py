@@ -38,6 +38,8 @@ from dagster_prefs.events.topics import source_name
 
 POLL_SECONDS = 0.5
 GATHER_SECONDS = 0.02
+# How long a client that was rejected for good may take to say why.
+REASON_SECONDS = 1.0
 # The brokers' errors for a topic that they do not have.
 _NOT_THERE = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION)
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -333,13 +335,22 @@ class KafkaWriter:
         except KafkaException as error:
             failed = error.args[0]
             if failed.code() == KafkaError._FATAL:
-                # The client reports the reason once, to the next call that serves its callbacks.
-                try:
-                    self._producer.poll(0)
-                except KafkaException as reason:
-                    failed = reason.args[0]
+                failed = self._fatal_reason() or failed
             self._raise_failure()
             raise self._contact.unavailable(what, failed, topic) from None
+
+    def _fatal_reason(self) -> Any:
+        """Return why the client was rejected for good, None if it does not say so in time.
+
+        It reports the reason once, to a call that serves its callbacks, and may refuse messages a moment earlier.
+        """
+        deadline = time.monotonic() + REASON_SECONDS
+        while time.monotonic() < deadline:
+            try:
+                self._producer.poll(POLL_SECONDS)
+            except KafkaException as reason:
+                return reason.args[0]
+        return None
 
     def delivery(self, names: Mapping[str, str]) -> Callable[[TopicDeclaration, Sequence[RawMessage]], int]:
         """Return the `deliver` function for `ingest_file`; `names` maps topics to their names in Kafka.

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from confluent_kafka import Consumer, KafkaError
+from confluent_kafka import Consumer, KafkaError, KafkaException
 from declared import PROJECT
 from pydantic import SecretStr
 from shipped import REGISTRY
@@ -351,6 +351,27 @@ def test_a_producer_that_may_not_write_is_told_so_by_every_call() -> None:
                 KafkaUnavailable, match=r"Cluster authorization failed.*grant Write on the topics"
             ):
                 use(writer)
+
+
+def test_a_reason_that_comes_after_the_refusal_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client refuses messages a moment before it reports why."""
+
+    class Rejected:
+        polls = 0
+
+        def produce(self, topic: str, **_: Any) -> None:
+            raise KafkaException(KafkaError(KafkaError._FATAL))
+
+        def poll(self, seconds: float) -> int:
+            self.polls += 1
+            if self.polls < 3:
+                return 0
+            raise KafkaException(KafkaError(KafkaError.CLUSTER_AUTHORIZATION_FAILED))
+
+    writer = KafkaWriter("127.0.0.1:1", timeout_seconds=PATIENCE)
+    monkeypatch.setattr(writer, "_producer", Rejected())
+    with pytest.raises(KafkaUnavailable, match="grant Write on the topics"):
+        writer.send(TOPIC, b"{}")
 
 
 def _send_and_flush(writer: KafkaWriter) -> None:
