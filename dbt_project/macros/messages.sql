@@ -411,27 +411,12 @@ remembered as (
 ),
 {%- endif %}
 
-deliveries as (
-
-  select
-    *,
-    row_number() over (
-      partition by {{ identity }}
-      order by arrived_at, source, source_partition, source_offset
-    ) as delivery
-  from {{ "remembered" if entity_of(entity).erasable else "valid" }}
-
-),
-
-final as (
-
-  select {{ columns | join(", ") }}
-  from deliveries
-  where delivery = 1
-
-)
-
-select * from final
+{{ one_delivery(
+  "remembered" if entity_of(entity).erasable else "valid",
+  identity,
+  columns,
+  order="arrived_at, source, source_partition, source_offset",
+) }}
 {%- endmacro %}
 
 {#
@@ -449,15 +434,33 @@ with valid as (
 
 ),
 
+{{ one_delivery(
+  "valid",
+  identity,
+  columns,
+  order="prefs_rank desc, arrived_at desc, source desc, source_partition desc, source_offset desc",
+) }}
+{%- endmacro %}
+
+{#
+  1 for a message that came from Kafka, also for the correction of a rejected one, else 0. A source's name begins with
+  what it is (`kafka:`, `file:` …), behind `replay:` for each correction.
+#}
+{% macro kafka_rank() -%}
+  case when source ~ '^(replay:)*kafka:' then 1 else 0 end
+{%- endmacro %}
+
+{# The end of a typed model's query: of the rows of a CTE, the first of every `identity` in an order. #}
+{% macro one_delivery(rows, identity, columns, order) -%}
 deliveries as (
 
   select
     *,
     row_number() over (
       partition by {{ identity }}
-      order by prefs_rank desc, arrived_at desc, source desc, source_partition desc, source_offset desc
+      order by {{ order }}
     ) as delivery
-  from valid
+  from {{ rows }}
 
 ),
 
@@ -470,12 +473,4 @@ final as (
 )
 
 select * from final
-{%- endmacro %}
-
-{#
-  1 for a message that came from Kafka, also for the correction of a rejected one, else 0. A source's name begins with
-  what it is (`kafka:`, `file:` …), behind `replay:` for each correction.
-#}
-{% macro kafka_rank() -%}
-  case when source ~ '^(replay:)*kafka:' then 1 else 0 end
 {%- endmacro %}

@@ -189,12 +189,7 @@
         union
         select coalesce(kept.oid, rule.ev_class)
         from readers
-        join pg_depend as depend on depend.refobjid = readers.oid and depend.refclassid = 'pg_class'::regclass
-          and depend.classid = 'pg_rewrite'::regclass
-        join pg_rewrite as rule on rule.oid = depend.objid and rule.ev_class <> readers.oid
-        join pg_class as reader on reader.oid = rule.ev_class
-        left join pg_class as kept on kept.relnamespace = reader.relnamespace and kept.relkind = 'r'
-          and reader.relname = kept.relname || '{{ query_suffix() }}'
+        {{ joined_readers() }}
       )
       select {{ schema }}.prefs_drop_build(build.relation)
       from {{ schema }}.live_builds as build

@@ -19,6 +19,16 @@
   {{ return(relation.incorporate(path={"identifier": name}, type="view")) }}
 {%- endmacro %}
 
+{# The joins from the rows of `readers` to the views that read them, and to the kept view of each, if it is one's query. #}
+{% macro joined_readers() -%}
+  join pg_depend as depend on depend.refobjid = readers.oid and depend.refclassid = 'pg_class'::regclass
+    and depend.classid = 'pg_rewrite'::regclass
+  join pg_rewrite as rule on rule.oid = depend.objid and rule.ev_class <> readers.oid
+  join pg_class as reader on reader.oid = rule.ev_class
+  left join pg_class as kept on kept.relnamespace = reader.relnamespace and kept.relkind = 'r'
+    and reader.relname = kept.relname || '{{ query_suffix() }}'
+{%- endmacro %}
+
 {% macro postgres__prepare_kept_views() -%}
   {% call statement("prepare_kept_views", auto_begin=false) %}
     begin;
@@ -93,12 +103,7 @@
         union
         select rule.ev_class, kept.oid is not null, readers.depth + 1
         from readers
-        join pg_depend as depend on depend.refobjid = readers.oid and depend.refclassid = 'pg_class'::regclass
-          and depend.classid = 'pg_rewrite'::regclass
-        join pg_rewrite as rule on rule.oid = depend.objid and rule.ev_class <> readers.oid
-        join pg_class as reader on reader.oid = rule.ev_class
-        left join pg_class as kept on kept.relnamespace = reader.relnamespace and kept.relkind = 'r'
-          and reader.relname = kept.relname || '{{ query_suffix() }}'
+        {{ joined_readers() }}
         where not readers.kept
       )
       select case when readers.kept then left(c.relname, -{{ query_suffix() | length }}) else c.relname end, readers.kept
