@@ -172,39 +172,50 @@ def _number_bytes(value: int | Decimal) -> int:
     return (digits + 1) // 2 + 1 + (value < 0)
 
 
-def _encode_integer(value: Any) -> tuple[dict[str, Any], int]:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"must be a whole number, not {type(value).__name__}")
-    return {"N": str(value)}, _number_bytes(value)
+# Each of these encodes values of one type, and returns them with their size in bytes. They take many values, because
+# a call per element of a list would be most of the work.
 
 
-def _encode_decimal(value: Any) -> tuple[dict[str, Any], int]:
-    if not isinstance(value, Decimal):
-        raise ValueError(f"must be a decimal, not {type(value).__name__}")
-    if not value.is_finite():
-        raise ValueError(f"is {value}, which DynamoDB cannot store")
-    digits = value.as_tuple().digits
-    significant = len("".join(map(str, digits)).strip("0"))
-    if significant > NUMBER_DIGITS:
-        raise ValueError(
-            f"has {significant} significant digits, and DynamoDB stores {NUMBER_DIGITS}: round it in the view"
-        )
-    if value and not NUMBER_MIN_EXPONENT <= value.adjusted() <= NUMBER_MAX_EXPONENT:
-        raise ValueError(f"is {value}, outside DynamoDB's range of numbers")
-    return {"N": format(value, "f")}, (significant + 1) // 2 + 1 + (value < 0)
+def _encode_integers(values: Sequence[Any]) -> tuple[list[dict[str, Any]], int]:
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"must be a whole number, not {type(value).__name__}")
+    return [{"N": str(value)} for value in values], sum(map(_number_bytes, values))
 
 
-def _encode_float(value: Any) -> tuple[dict[str, Any], int]:
-    if not isinstance(value, float):
-        raise ValueError(f"must be a float, not {type(value).__name__}")
+def _encode_decimals(values: Sequence[Any]) -> tuple[list[dict[str, Any]], int]:
+    encoded, size = [], 0
+    for value in values:
+        if not isinstance(value, Decimal):
+            raise ValueError(f"must be a decimal, not {type(value).__name__}")
+        if not value.is_finite():
+            raise ValueError(f"is {value}, which DynamoDB cannot store")
+        digits = value.as_tuple().digits
+        significant = len("".join(map(str, digits)).strip("0"))
+        if significant > NUMBER_DIGITS:
+            raise ValueError(
+                f"has {significant} significant digits, and DynamoDB stores {NUMBER_DIGITS}: round it in the view"
+            )
+        if value and not NUMBER_MIN_EXPONENT <= value.adjusted() <= NUMBER_MAX_EXPONENT:
+            raise ValueError(f"is {value}, outside DynamoDB's range of numbers")
+        encoded.append({"N": format(value, "f")})
+        size += (significant + 1) // 2 + 1 + (value < 0)
+    return encoded, size
+
+
+def _encode_floats(values: Sequence[Any]) -> tuple[list[dict[str, Any]], int]:
+    for value in values:
+        if not isinstance(value, float):
+            raise ValueError(f"must be a float, not {type(value).__name__}")
     # The shortest text that reads back as the same float has at most 17 digits.
-    return _encode_decimal(Decimal(repr(value)))
+    return _encode_decimals([Decimal(repr(value)) for value in values])
 
 
-def _encode_string(value: Any) -> tuple[dict[str, Any], int]:
-    if not isinstance(value, str):
-        raise ValueError(f"must be a text, not {type(value).__name__}")
-    return {"S": value}, len(value.encode())
+def _encode_strings(values: Sequence[Any]) -> tuple[list[dict[str, Any]], int]:
+    for value in values:
+        if not isinstance(value, str):
+            raise ValueError(f"must be a text, not {type(value).__name__}")
+    return [{"S": value} for value in values], len("".join(values).encode())
 
 
 _Encode = Callable[[Any], tuple[dict[str, Any], int]]
@@ -212,30 +223,40 @@ _Decode = Callable[[Mapping[str, Any]], Any]
 
 
 def _encoder(attribute: Attribute) -> _Encode:
-    if not attribute.is_list:
-        return _ENCODERS[attribute.type]
     encode = _ENCODERS[_element_type(attribute)]
+
+    def encode_one(value: Any) -> tuple[dict[str, Any], int]:
+        (typed,), size = encode([value])
+        return typed, size
 
     def encode_list(value: Any) -> tuple[dict[str, Any], int]:
         if not isinstance(value, list):
             raise ValueError(f"must be a list, not {type(value).__name__}")
-        if None in value and not attribute.null_elements:
+        elements: list[Mapping[str, Any]]
+        if None not in value:
+            known, size = encode(value)
+            elements = [*known]
+        elif attribute.null_elements:
+            known, size = encode([element for element in value if element is not None])
+            rest = iter(known)
+            elements = [NULL if element is None else next(rest) for element in value]
+            size += len(value) - len(known)
+        else:
             raise ValueError("contains NULL, and the contract has no null_elements for it")
-        elements = [(NULL, 1) if element is None else encode(element) for element in value]
-        return {"L": [typed for typed, _ in elements]}, 3 + sum(size + 1 for _, size in elements)
+        return {"L": elements}, 3 + len(value) + size
 
-    return encode_list
+    return encode_list if attribute.is_list else encode_one
 
 
 def _element_type(attribute: Attribute) -> str:
     return attribute.type.removeprefix("list<").removesuffix(">")
 
 
-_ENCODERS: Mapping[str, _Encode] = {
-    "integer": _encode_integer,
-    "decimal": _encode_decimal,
-    "float": _encode_float,
-    "string": _encode_string,
+_ENCODERS: Mapping[str, Callable[[Sequence[Any]], tuple[list[dict[str, Any]], int]]] = {
+    "integer": _encode_integers,
+    "decimal": _encode_decimals,
+    "float": _encode_floats,
+    "string": _encode_strings,
 }
 
 

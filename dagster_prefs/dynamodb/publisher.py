@@ -556,6 +556,12 @@ class _Publication:
 
     def _write(self, changes: Iterator[_Change]) -> None:
         writer = BatchWriter(self.store.client, self.table.name, self.encoder, self.max_attempts)
+        first = list(islice(changes, BATCH_ITEMS))
+        if len(first) < BATCH_ITEMS:
+            if first:
+                self._collect([writer.write(first)])
+            return
+        changes = chain(first, changes)
         running: set[Future[_Outcome]] = set()
         with ThreadPoolExecutor(self.threads, thread_name_prefix="publish") as pool:
             while not self.fatal and len(self.refused) <= MAX_REFUSED:
@@ -565,11 +571,10 @@ class _Publication:
                 running.add(pool.submit(writer.write, batch))
                 if len(running) >= 2 * self.threads:
                     done, running = wait(running, return_when=FIRST_COMPLETED)
-                    self._collect(done)
-            self._collect(wait(running).done)
+                    self._collect([future.result() for future in done])
+            self._collect([future.result() for future in wait(running).done])
 
-    def _collect(self, done: set[Future[_Outcome]]) -> None:
-        outcomes = [future.result() for future in done]
+    def _collect(self, outcomes: Sequence[_Outcome]) -> None:
         accepted = [change for outcome in outcomes for change in outcome.accepted]
         written = [change for change in accepted if change.fingerprint is not None]
         deleted = [self.encoder.key_text(change.id) for change in accepted if change.fingerprint is None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -70,9 +71,26 @@ def dynamodb_client(
             retries={"mode": "standard", "total_max_attempts": 4},
             max_pool_connections=pool_size,
             tcp_keepalive=True,
+            # It takes as long as the rest of a write. Items come from `ItemEncoder`, and DynamoDB validates them too.
+            parameter_validation=False,
         ),
     )
+    client.meta.events.register("provide-client-params.dynamodb.BatchWriteItem", _encode_requests)
+    client.meta.events.register("before-call.dynamodb.BatchWriteItem", _send_encoded)
     return cast("DynamoDBClient", client)
+
+
+# botocore visits each element of each list of an item, for values that are the API's JSON already: most of the time of
+# a write.
+
+
+def _encode_requests(params: dict[str, Any], context: dict[str, Any], **_: Any) -> dict[str, Any]:
+    context["prefs_body"] = json.dumps(params).encode()
+    return {**params, "RequestItems": {table: [] for table in params["RequestItems"]}}
+
+
+def _send_encoded(params: dict[str, Any], context: dict[str, Any], **_: Any) -> None:
+    params["body"] = context.pop("prefs_body")
 
 
 @cache

@@ -35,6 +35,9 @@ log = logging.getLogger(__name__)
 
 # How often the follower checks for work without being woken, in seconds.
 POLL_SECONDS = 1.0
+# While steps have a backlog, publishing starts at most this often, in seconds. Later steps touch the same keys again,
+# and writing an item in between takes longer than the step.
+HELD_SECONDS = 5.0
 # The number of keys of a domain that are published at once.
 KEYS_PER_PUBLISH = 5000
 
@@ -101,6 +104,7 @@ class Follower:
         # Only the thread that publishes counts what it has published.
         self._published = self._noted_published = 0
         self._changed = threading.Event()
+        self._behind = False
 
     def run(self, stop: threading.Event) -> None:
         """Follow until `stop` is set. Failures are retried; meanwhile their reason is in `live_follower`.
@@ -250,6 +254,7 @@ class Follower:
             note_backlog(connection, self.engine, self.work.registry, self._taken + published)
             self._taken, self._noted_at = 0, time.monotonic()
             self._noted_published += published
+        self._behind = report.more
         if not report.idle:
             self._changed.set()
 
@@ -275,14 +280,17 @@ class Follower:
 
     def _publish_until(self, stop: threading.Event) -> None:
         pauses = Pauses(*RETRY_SECONDS)
+        published_at = time.monotonic()
         while not stop.is_set():
             try:
                 with self.engine.connect() as connection:
                     while not stop.is_set():
                         self._changed.wait(POLL_SECONDS)
                         self._changed.clear()
+                        if self._behind and time.monotonic() < published_at + HELD_SECONDS:
+                            continue
                         while self.publish_changes(connection):
-                            pass
+                            published_at = time.monotonic()
                         self._solved("publishing")
                         pauses.reset()
             # Catches every error: if the thread ended, items would become stale without an error.
@@ -299,17 +307,19 @@ class Follower:
         found, errors = False, []
         work = self.work
         domains = {domain.sink: domain for domain in work.registry.contract.domains.values()}
-        pending = dict(
-            connection.execute(
-                sql.SQL("select relation, since from {} where relation = any(%s)").format(
-                    self._table("live_pending")
-                ),
-                [list(domains)],
-            ).fetchall()
-        )
-        for sink, domain in domains.items():
+        waiting = connection.execute(
+            sql.SQL(
+                "select * from (select sink, (select since from {} where relation = sink),"
+                "   exists (select from {} where domain_key = key)"
+                "   from unnest(%s::text[], %s::text[]) as d (sink, key)) as w (sink, since, touched)"
+                " where since is not null or touched"
+            ).format(self._table("live_pending"), self._table("live_outbox")),
+            [list(domains), [domain.key for domain in domains.values()]],
+        ).fetchall()
+        for sink, since, _ in waiting:
+            domain = domains[sink]
             try:
-                if sink in pending:
+                if since is not None:
                     found = True
                     work.publish(domain, None, connection)
                     log.info("compared every item of %s", domain.name, extra={"domain": domain.name})
@@ -317,7 +327,7 @@ class Follower:
                         sql.SQL("delete from {} where relation = %s and since = %s").format(
                             self._table("live_pending")
                         ),
-                        [sink, pending[sink]],
+                        [sink, since],
                     )
                 found = self._publish_touched(connection, domain, work.publish) or found
             except PrefsError as error:

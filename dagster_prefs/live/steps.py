@@ -112,6 +112,7 @@ class Steps:
         self._deployed: tuple[str, Mapping[str, Build]] | None = None
         self._views: LiveViews | None = None
         self._due_at = 0.0
+        self._look_for_work = b""
 
     def close(self) -> None:
         """Close the connection."""
@@ -122,10 +123,7 @@ class Steps:
         """The kept views as currently deployed. Raises NotDeployed before the first run of dbt, RegistryError."""
         try:
             ((deployed,),) = self.connection.execute(
-                sql.SQL(
-                    "select md5(string_agg(concat_ws('/', relation, checksum, state), ',' order by relation)) from {}"
-                    " where relation not like 'pending:%'"
-                ).format(self._table("deployments"))
+                sql.SQL("select {}").format(self._fingerprint())
             ).fetchall()
         except psycopg.Error as error:
             if missing := missing_relation(error):
@@ -138,12 +136,51 @@ class Steps:
             views = read_views(self.connection, self.engine, self.registry)
             self._prepare(views)
             self._views, self._deployed = views, (deployed, builds)
+            self._look_for_work = self._waiting()
         return self._views
+
+    def _fingerprint(self) -> sql.Composed:
+        """Return the SQL expression of what is deployed."""
+        return sql.SQL(
+            "(select md5(string_agg(concat_ws('/', relation, checksum, state), ',' order by relation)) from {}"
+            " where not starts_with(relation, 'pending:'))"
+        ).format(self._table("deployments"))
+
+    def _waiting(self) -> bytes:
+        """Return the statement that tells what is deployed, and whether a step may have work."""
+        tables = ("raw_arrivals", "live_changes", "live_due", "live_builds")
+        return (
+            sql.SQL("select {}, {} or exists (select from ({}) as p where due and relation = any(%s))")
+            .format(
+                self._fingerprint(),
+                sql.SQL(" or ").join(
+                    sql.SQL("exists (select from {})").format(self._table(table)) for table in tables
+                ),
+                pending_views(self.engine, self.registry),
+            )
+            .as_bytes(None)
+        )
+
+    def _is_idle(self) -> bool:
+        """Return whether nothing waits for a step, by one statement instead of a dozen."""
+        if self._views is None or self._deployed is None or self._deployed[1]:
+            return False
+        try:
+            ((deployed, waiting),) = self.connection.execute(
+                self._look_for_work, [list(self._views.views)]
+            ).fetchall()
+        except psycopg.errors.UndefinedTable:
+            # What is deployed is of another version.
+            return False
+        return not waiting and deployed == self._deployed[0]
 
     def step(self) -> StepReport:
         """Take one step and report on it. Raises psycopg.Error; the next step then repeats the failed work."""
         started = time.monotonic()
         report = StepReport()
+        if started < self._due_at and self._is_idle():
+            report.seconds = time.monotonic() - started
+            return report
         with ExitStack() as beside, self.connection.transaction():
             lock_deployment(self.connection, self.engine)
             views = self.views
@@ -653,7 +690,8 @@ class _Step:
                 self.connection.execute(self.views.reread(view), _columns(lost))
 
     def _remember(self) -> None:
-        mark_pending(self.connection, self.engine, self.pending & set(self.views.views))
+        if pending := self.pending & set(self.views.views):
+            mark_pending(self.connection, self.engine, pending)
         if builds := self.pending - set(self.views.views):
             self.connection.execute(
                 sql.SQL("update {} set whole = true where built = any(%s) and not whole").format(
@@ -663,14 +701,20 @@ class _Step:
             )
         if self.report.messages or self.report.changed or self.outbox:
             self.report.step = next_step(self.connection, self.engine)
-        for domain, keys in self.outbox.items():
+        if self.outbox:
+            rows = [(domain, key) for domain, keys in self.outbox.items() for key in sorted(keys)]
             self.connection.execute(
                 sql.SQL(
                     "insert into {} (domain_key, entity_key, first_step, step)"
-                    " select %(domain)s, key, %(step)s, %(step)s from unnest(%(keys)s::text[]) as key"
+                    " select domain, key, %(step)s, %(step)s"
+                    " from unnest(%(domains)s::text[], %(keys)s::text[]) as k (domain, key)"
                     " on conflict (domain_key, entity_key) do update set step = excluded.step"
                 ).format(self.views.table("live_outbox")),
-                {"domain": domain, "keys": sorted(keys), "step": self.report.step},
+                {
+                    "step": self.report.step,
+                    "domains": [domain for domain, _ in rows],
+                    "keys": [key for _, key in rows],
+                },
             )
         if self.report.step is not None:
             note_step(self.connection, self.engine, self.report.step, self.report.taken)

@@ -119,7 +119,7 @@ class LiveViews:
         self.merging = frozenset(
             relation for view in self.views.values() if view.how == "merging" for relation in view.feeds
         )
-        self._statements: dict[str, sql.Composed] = {}
+        self._statements: dict[str, bytes] = {}
 
     def rebuilt_by(self, relation: str) -> list[str]:
         """Return the views and builds that become pending when a relation changes, because no key tells it to them."""
@@ -165,14 +165,15 @@ class LiveViews:
 
     # --- statements ---
 
-    def step(self, view: View) -> sql.Composed:
+    def step(self, view: View) -> bytes:
         """Return the statement that updates a view's rows of some keys to the result of its query.
 
         Parameters k0, k1, …: one list of texts per key column. It returns (position of the reader in `readers`, key)
         for every row that was removed, added or changed.
         """
         if view.name not in self._statements:
-            self._statements[view.name] = self._step(view)
+            # As bytes: psycopg would put the hundreds of parts together at each step.
+            self._statements[view.name] = self._step(view).as_bytes(None)
         return self._statements[view.name]
 
     def _step(self, view: View) -> sql.Composed:
@@ -274,11 +275,16 @@ class LiveViews:
 
         return named.sub(other, definition)
 
-    def merge(self, view: View) -> sql.Composed:
+    def merge(self, view: View) -> bytes:
         """Return the statement that adds the logged changes of a merged view's inputs, and subtracts removed rows.
 
         It returns the keys whose maximum was removed, which `reread` computes again.
         """
+        if view.name not in self._statements:
+            self._statements[view.name] = self._merge(view).as_bytes(None)
+        return self._statements[view.name]
+
+    def _merge(self, view: View) -> sql.Composed:
         kinds = view.merged
         keys = [sql.Identifier(name) for name, what in kinds.items() if what == "key"]
         # The row count of a key tells whether the key still exists.

@@ -7,6 +7,7 @@ through `/moto-api/reset`. This server offers only the services that the platfor
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import socket
 import threading
@@ -37,6 +38,11 @@ SERVICES = frozenset(
 )
 # moto's own pages, which can reset everything. Only test suites enable them.
 TEST_HOOKS = "moto_api"
+
+# Items from this size in bytes are measured, because the limit of 400 KB could be exceeded.
+MEASURED_BYTES = 390_000
+# The types of DynamoDB's values that JSON has too.
+PLAIN_TYPES = frozenset({"S", "N", "BOOL", "NULL"})
 
 StartResponse = Callable[..., Any]
 WsgiApp = Callable[[dict[str, Any], StartResponse], Iterable[bytes]]
@@ -69,7 +75,10 @@ def serve_aws(listener: socket.socket, *, test_hooks: bool = False) -> Callable[
     """
     # Imported here, because the import takes more than a second, which most callers need not wait for.
     from moto import settings
+    from moto.core.parse import PROTOCOL_PARSERS, JSONParser
     from moto.core.serialize import SERVICE_SPECIFIC_SERIALIZERS, JSONSerializer
+    from moto.dynamodb.models import table as dynamodb_table
+    from moto.dynamodb.models.dynamo_type import DynamoType, Item
 
     # moto's server module copies this setting when it is imported. Without it, every answer allows every website to
     # read it.
@@ -103,6 +112,25 @@ def serve_aws(listener: socket.socket, *, test_hooks: bool = False) -> Callable[
                 self._serialize(found, content, shape.members[name], name)
             self._default_serialize(serialized, found, shape, key)
 
+    class ItemParser(JSONParser):
+        """Parses requests; moto looks for each of the ten types in every value of DynamoDB, and in their elements."""
+
+        def _parse_structure(self, shape: Any, value: Any) -> Any:
+            if shape.name == "AttributeValue" and isinstance(value, dict) and _is_plain(value):
+                return value
+            return super()._parse_structure(shape, value)  # type: ignore[no-untyped-call]
+
+    class MeasuredItem(Item):
+        """An item that may be as large as in moto, which measures all attributes again at each of them."""
+
+        def __init__(self, hash_key: DynamoType, range_key: DynamoType | None, attrs: dict[str, Any]) -> None:
+            # JSON is never shorter than what moto measures.
+            if len(json.dumps(attrs, default=str)) > MEASURED_BYTES:
+                super().__init__(hash_key, range_key, attrs)
+                return
+            super().__init__(hash_key, range_key, {})
+            self.attrs.update((name, DynamoType(value)) for name, value in attrs.items())
+
     class Dispatcher(DomainDispatcherApplication):
         """Caches moto's choice of the service, for which moto lists its own folder at each request."""
 
@@ -111,6 +139,8 @@ def serve_aws(listener: socket.socket, *, test_hooks: bool = False) -> Callable[
             return super().get_backend_for_host(host)
 
     SERVICE_SPECIFIC_SERIALIZERS["dynamodb"] = {"json": ItemSerializer}
+    PROTOCOL_PARSERS["json"] = ItemParser
+    setattr(dynamodb_table, "Item", MeasuredItem)  # noqa: B010 (moto does not export the name)
     served = SERVICES | ({TEST_HOOKS} if test_hooks else set())
 
     def application(service: Any) -> Any:
@@ -127,6 +157,15 @@ def serve_aws(listener: socket.socket, *, test_hooks: bool = False) -> Callable[
     )
     threading.Thread(target=server.serve_forever, name="aws", daemon=True).start()
     return server.shutdown
+
+
+def _is_plain(value: dict[str, Any]) -> bool:
+    """Return whether a value of DynamoDB, or all elements of a list, are as JSON has them."""
+    if "L" not in value:
+        return value.keys() <= PLAIN_TYPES
+    return len(value) == 1 and all(
+        isinstance(element, dict) and element.keys() <= PLAIN_TYPES for element in value["L"]
+    )
 
 
 def guarded(app: WsgiApp, hosts: frozenset[str]) -> WsgiApp:

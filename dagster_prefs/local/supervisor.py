@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -143,6 +144,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--report", type=int, required=True)
     arguments = parser.parse_args(argv)
 
+    # moto keeps an item as hundreds of objects. With Python's defaults all of them are searched for garbage after every
+    # thousand or so writes, and no request is answered during those seconds.
+    gc.set_threshold(10_000, 50, 1000)
     # Logs, state and PostgreSQL's output contain events, so only this user may read them.
     os.umask(0o077)
     start_logging(log_format(os.environ.get(LOG_FORMAT)))

@@ -24,6 +24,7 @@ from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.dynamodb.publisher import PublishError
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.events import topics
+from dagster_prefs.live import follower, steps
 from dagster_prefs.live.follower import Follower, Publish, Work
 from dagster_prefs.live.presence import FollowedElsewhere, FollowerProblem, read_follower, wait_until_applied
 from dagster_prefs.live.trail import make_trail
@@ -181,6 +182,31 @@ def test_only_touched_keys_are_published(
     assert last.step >= max(steps)
     for domain in ("watch", "preferences", "sequence"):
         assert {key for name, keys in published if name == domain for key in keys or ()} == {"40", "41"}
+
+
+def test_a_backlog_of_steps_is_published_once(
+    deployed: EngineConfiguration,
+    registry: Registry,
+    session: psycopg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(steps, "MESSAGES_PER_STEP", 5)
+    monkeypatch.setattr(follower, "HELD_SECONDS", PATIENCE_SECONDS)
+    published: list[int] = []
+
+    def publish(domain: Domain, keys: Sequence[str] | None, connection: psycopg.Connection) -> None:
+        if keys and domain.name == "watch":
+            waiting = connection.execute("select count(*) from raw_arrivals").fetchone()
+            published.append(waiting[0] if waiting else -1)
+
+    with following(deployed, registry, publish):
+        wait_for(lambda: read_follower(session, deployed) is not None)
+        insert_events(session, [watch(n, n % 7, MIDNIGHT) for n in range(100)])
+        wait_until_applied(deployed, seconds=PATIENCE_SECONDS)
+        steps_taken = session.execute("select last_value from live_steps").fetchone()
+    assert published == [0]
+    assert steps_taken is not None
+    assert steps_taken[0] >= 20
 
 
 def test_a_publisher_and_a_step_lock_keys_in_one_order(

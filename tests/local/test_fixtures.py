@@ -10,7 +10,9 @@ from pathlib import Path
 import boto3
 import longest
 import pytest
+from botocore.exceptions import ClientError
 
+from dagster_prefs.dynamodb.tables import dynamodb_client
 from dagster_prefs.engine.connection import EngineConfiguration
 from dagster_prefs.local.services import LocalServices
 
@@ -74,6 +76,8 @@ def test_the_aws_server_gives_back_items_of_every_type(aws_endpoint: str) -> Non
         "nothing": {"NULL": True},
         "map": {"M": {"S": {"S": ""}, "M": {"M": {"L": {"L": []}}}}},
         "list": {"L": [{"N": "1"}, {"M": {"n": {"NULL": True}}}]},
+        "plain list": {"L": [{"N": "1"}, {"S": "ž"}, {"NULL": True}, {"BOOL": True}]},
+        "list of binaries": {"L": [{"S": "1"}, {"B": b"\xff"}]},
         "texts": {"SS": ["a", "b"]},
         "numbers": {"NS": ["1", "2"]},
         "binaries": {"BS": [b"x"]},
@@ -88,6 +92,29 @@ def test_the_aws_server_gives_back_items_of_every_type(aws_endpoint: str) -> Non
     )
     assert found["Items"] == [item]
     assert dynamodb.delete_item(TableName="typed", Key=key, ReturnValues="ALL_OLD")["Attributes"] == item
+
+
+def test_the_aws_server_limits_the_size_of_an_item(aws_endpoint: str) -> None:
+    """It measures only items that may be too large, and the platform's client sends what botocore would."""
+    dynamodb = dynamodb_client(aws_endpoint, "eu-west-1")
+    dynamodb.create_table(
+        TableName="limited",
+        KeySchema=[{"AttributeName": "k", "KeyType": "HASH"}],
+        AttributeDefinitions=[{"AttributeName": "k", "AttributeType": "S"}],
+        BillingMode="PAY_PER_REQUEST",
+    )
+
+    def write(key: str, letters: int, letter: str = "x") -> None:
+        item = {"k": {"S": key}, "list": {"L": [{"S": letter}] * 1000}, "text": {"S": letter * letters}}
+        answer = dynamodb.batch_write_item(RequestItems={"limited": [{"PutRequest": {"Item": item}}]})
+        assert answer["UnprocessedItems"] == {}
+
+    write("large", 403_000)
+    write("of two bytes each", 200_000, "ž")
+    with pytest.raises(ClientError, match="Item size has exceeded the maximum allowed size"):
+        write("too large", 405_000)
+    keys = {item["k"]["S"] for item in dynamodb.scan(TableName="limited")["Items"]}
+    assert keys == {"large", "of two bytes each"}
 
 
 def test_the_session_shares_both_services(services: LocalServices) -> None:
