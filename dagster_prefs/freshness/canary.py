@@ -210,7 +210,9 @@ class Probe:
         error threshold counts as lost. Returns the state for the next run and one measure per path. Never
         raises if an event cannot be sent or read: the measures report it.
         """
-        paths, unread = self._look({name: state.paths.get(name, PathState()) for name in self.paths})
+        paths, unread = {name: state.paths.get(name, PathState()) for name in self.paths}, None
+        if any(path.sent_ms is not None for path in paths.values()):
+            paths, unread = self._look(paths)
         paths = {name: self._lose(path) for name, path in paths.items()}
         idle = {name for name, path in paths.items() if path.sent_ms is None}
         unsent: str | None = None

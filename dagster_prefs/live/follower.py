@@ -100,6 +100,7 @@ class Follower:
         self._end_reading = threading.Event()
         self._problems: dict[str, str] = {}
         self._last_step = 0
+        self._signed_at = -math.inf
         self._taken, self._noted_at = 0, -math.inf
         # Only the thread that publishes counts what it has published.
         self._published = self._noted_published = 0
@@ -180,6 +181,8 @@ class Follower:
                     "leave the work to it"
                 )
             _ = steps.views
+            # The first step may take minutes; until it ends, nobody would know of this follower.
+            self._sign_of_life(steps.connection)
             yield steps
         finally:
             steps.close()
@@ -245,7 +248,8 @@ class Follower:
                     "seconds": round(report.seconds, 3),
                 },
             )
-        self._sign_of_life(connection)
+        if not report.idle or time.monotonic() >= self._signed_at + POLL_SECONDS / 2:
+            self._sign_of_life(connection)
         self._taken += report.messages
         published = self._published - self._noted_published
         # Nothing is noted while nothing is done: an idle follower costs next to nothing.
@@ -267,6 +271,7 @@ class Follower:
             ).format(self._table("live_follower")),
             [self.process, self._last_step, "; ".join(self._problems.values()) or None],
         )
+        self._signed_at = time.monotonic()
 
     def _leave(self) -> None:
         """Delete the sign of life, so that a remaining one means that its follower crashed."""

@@ -23,6 +23,7 @@ from dagster_prefs.declarations.contract import Domain
 from dagster_prefs.declarations.registry import Registry
 from dagster_prefs.dynamodb.publisher import PublishError
 from dagster_prefs.engine.connection import EngineConfiguration
+from dagster_prefs.engine.lock import lock_deployment
 from dagster_prefs.events import topics
 from dagster_prefs.live import follower, steps
 from dagster_prefs.live.follower import Follower, Publish, Work
@@ -258,6 +259,18 @@ def test_one_process_follows_at_a_time(
             second.run(threading.Event())
     insert_events(session, [watch(1, 1, MIDNIGHT)])
     assert second.catch_up() == 1
+
+
+def test_it_is_known_before_its_first_step_ends(
+    deployed: EngineConfiguration, registry: Registry, session: psycopg.Connection
+) -> None:
+    with deployed.connect(autocommit=False) as applying:
+        lock_deployment(applying, deployed)
+        with following(deployed, registry, lambda domain, keys, connection: None):
+            try:
+                wait_for(lambda: read_follower(session, deployed) is not None)
+            finally:
+                applying.rollback()
 
 
 def test_a_problem_is_told_until_it_is_gone(

@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import boto3
 import longest
@@ -68,7 +69,7 @@ def test_the_aws_server_gives_back_items_of_every_type(aws_endpoint: str) -> Non
         BillingMode="PAY_PER_REQUEST",
     )
     key = {"k": {"S": "žluťoučký"}}
-    item = {
+    item: dict[str, Any] = {
         **key,
         "number": {"N": "1.50"},
         "binary": {"B": b"\x00\xff"},
@@ -105,7 +106,7 @@ def test_the_aws_server_limits_the_size_of_an_item(aws_endpoint: str) -> None:
     )
 
     def write(key: str, letters: int, letter: str = "x") -> None:
-        item = {"k": {"S": key}, "list": {"L": [{"S": letter}] * 1000}, "text": {"S": letter * letters}}
+        item: Any = {"k": {"S": key}, "list": {"L": [{"S": letter}] * 1000}, "text": {"S": letter * letters}}
         answer = dynamodb.batch_write_item(RequestItems={"limited": [{"PutRequest": {"Item": item}}]})
         assert answer["UnprocessedItems"] == {}
 
