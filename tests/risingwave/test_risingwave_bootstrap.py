@@ -76,7 +76,7 @@ def test_a_stopped_bootstrap_goes_on_and_overlaps_with_kafka(
             "PREFS_ENGINE_DATABASE": engine.database,
             "PREFS_ENGINE_USER": engine.user,
             "PREFS_ENGINE_PASSWORD": engine.password,
-            "PREFS_PUBLISH": "publisher",
+            "PREFS_PUBLISH": "sink",
             "PREFS_KAFKA_BOOTSTRAP": "",
             "PREFS_ICEBERG_CATALOG": "rest",
             "PREFS_ICEBERG_URI": rest.uri,
