@@ -288,6 +288,39 @@ def test_any_sequence_equals_the_oracle(steps: Steps, happened: list[tuple[str, 
     assert steps.connection.execute(left).fetchall() == []
 
 
+def test_a_step_without_work_is_one_statement_and_misses_nothing(
+    steps: Steps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each second of an idle follower costs what this does."""
+    World(steps)
+    catch_up(steps)
+    steps.step()
+    execute, asked = steps.connection.execute, []
+
+    def counted(query: object, *given: object, **named: object) -> object:
+        asked.append(query)
+        return execute(query, *given, **named)  # type: ignore[arg-type, call-overload]
+
+    monkeypatch.setattr(steps.connection, "execute", counted)
+    assert steps.step().idle
+    assert len(asked) == 1
+    monkeypatch.undo()
+    view = steps.views.ordered[-1].name
+    with steps.engine.connect() as other:
+        mark_pending(other, steps.engine, [view])
+        assert steps.step().rebuilt == [view]
+        other.execute("insert into live_due (relation, key) values (%s, '{1}')", [view])
+        step, _ = steps.step(), steps.step()
+        assert not step.rebuilt
+        assert other.execute("select from live_due").fetchall() == []
+        before = steps.views
+        assert steps.step().idle
+        assert steps._views is before
+        other.execute("update deployments set checksum = 'another' where relation = %s", [view])
+        steps.step()
+        assert steps._views is not before
+
+
 def test_views_that_do_not_depend_on_each_other_are_rebuilt_at_once(
     steps: Steps, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
